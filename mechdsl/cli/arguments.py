@@ -188,7 +188,7 @@ def settings_from_options(
 ) -> CheckSettings:
     """How files are checked. Raises `MalformedSetting`."""
     from mechdsl.checks.file_check import CheckSettings
-    from mechdsl.loading.lazy_builder import build_lazily
+    from mechdsl.pipeline.lazy_builder import build_lazily
 
     given: dict[str, str] = {}
     for text in parameters:

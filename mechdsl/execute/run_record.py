@@ -8,49 +8,50 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base.text import count_noun, format_size
 
-PaddingSide = Literal["left", "right"]
+if TYPE_CHECKING:
+    from mechdsl.models.shape import PaddingSide
 
 ProgressCallback = Callable[[int, int], None]
-"""(rows done, rows in all)."""
+"""(rows done, total rows)."""
 
 
 @dataclass(frozen=True)
 class ExecutionOptions:
-    """How an execution goes about it; results don't depend on it but for their last bits."""
+    """Options of an execution; results depend on them only in their last bits."""
 
     side: PaddingSide | None = None
-    """Where padding stands; None is where it is harmless to the model, on the left if it may be:
-    prompts end in one column then, so that writes near the end need few columns."""
+    """Side of padding. None: where it is harmless to the model, preferably on the left, so that
+    prompts end in one column and writes near the end need few columns."""
     on_progress: ProgressCallback | None = None
     pass_tokens: int | None = None
-    """Most tokens of one pass over patched rows; chosen by device, free memory and measuring where
-    none are given."""
+    """Maximum number of tokens in one pass over patched rows; None: chosen by device, free memory
+    and measurement."""
     prompt_tokens: int | None = None
-    """Most tokens of one batch of unpatched prompts; fewer than usual where memory is short and
-    neither is given."""
+    """Maximum number of tokens in one batch of unpatched prompts; by default reduced if memory is
+    short and `pass_tokens` isn't given either."""
     allow_nan: bool = False
-    """Leave rows with NaN, or with an infinity that a metric can't use, out of everything. This one
+    """Whether to exclude rows with NaN, or with an infinity that a metric can't use. This option
     does change results."""
 
 
 SizeOrigin = Literal["default", "given", "measured", "memory"]
-"""What the size of a pass comes from; `memory`: there wasn't enough of it for another."""
+"""Origin of a pass size; `memory`: there wasn't enough memory for a larger one."""
 
 
 @dataclass(frozen=True)
 class PassSizes:
-    """What a run was laid out by. Given both, another run of the same plan is laid out the same."""
+    """Sizes of a run's passes. Another run of the same plan with both sizes has the same layout."""
 
     pass_tokens: int
-    """Of one pass over patched rows, at most."""
+    """Maximum for one pass over patched rows."""
     prompt_tokens: int
-    """Of one batch of unpatched prompts, at most."""
+    """Maximum for one batch of unpatched prompts."""
     chosen: SizeOrigin
-    """What `pass_tokens` comes from."""
+    """Origin of `pass_tokens`."""
 
 
 @dataclass
@@ -60,28 +61,28 @@ class ExecutionProfile:
     rows: int = 0
     """Patched rows that could differ from the base run."""
     distinct: int = 0
-    """Of these, how many were run: equal ones once."""
+    """Number of these rows that were run: equal rows run once."""
     estimated: int = 0
-    """Rows whose values were estimated by gradients, and that weren't run."""
+    """Rows whose values were estimated by gradients instead of run."""
     known: int = 0
-    """Patched rows whose values the store had before the run."""
+    """Patched rows whose values were in the store before the run."""
     resumed: int = 0
-    """Of `rows` and `estimated`, those that the run computed before it was cut short."""
+    """Number of `rows` and `estimated` that were computed before the run was interrupted."""
     not_kept: dict[str, str] = field(default_factory=dict[str, str])
-    """By key, the experiments whose values the store can't keep → why."""
+    """Experiments whose values can't be stored, by key → reason."""
     unpatched_passes: int = 0
     """Forward passes over batches of unpatched prompts."""
     passes: int = 0
     """Forward passes over rows."""
     tokens: list[int] = field(default_factory=list[int])
-    """Of every pass, the tokens of its rows."""
+    """Number of tokens of the rows in each pass."""
     halved: int = 0
-    """How often a pass ran out of memory and was tried again at half the size."""
+    """How often a pass ran out of memory and was repeated at half the size."""
     unpatched_seconds: float = 0.0
     patched_seconds: float = 0.0
 
     def passed(self, tokens: int, seconds: float) -> None:
-        """A pass over so many tokens took so long."""
+        """Record a pass with its number of tokens and its duration."""
         self.passes += 1
         self.tokens.append(tokens)
         self.patched_seconds += seconds
@@ -89,16 +90,16 @@ class ExecutionProfile:
 
 @dataclass
 class RowCounts:
-    """Rows of cells, each once for every rule that they are run with."""
+    """Counts of rows of cells, each counted once for every rule that it is run with."""
 
     computed: int = 0
     stored: int = 0
-    """Those whose values came from the store."""
+    """Rows whose values came from the store."""
     not_kept: dict[str, str] = field(default_factory=dict[str, str])
-    """By key, the experiments whose values the store can't keep → why."""
+    """Experiments whose values can't be stored, by key → reason."""
 
     def add(self, profile: ExecutionProfile) -> None:
-        """What one execution did."""
+        """Add the counts of one execution."""
         self.computed += profile.rows + profile.estimated - profile.resumed
         self.stored += profile.known + profile.resumed
         self.not_kept.update(profile.not_kept)
@@ -110,27 +111,27 @@ class SavedFile:
 
     experiment: str
     site: str
-    """As the line says it, and so are `at` and `run`."""
+    """As in the line, like `at` and `run`."""
     at: str
     run: str
     path: Path
-    """Of the safetensors file."""
+    """Path of the safetensors file."""
     rows_path: Path
-    """Of what stands beside it: a line of JSON for each row, with its number and its text."""
+    """Path of the file with a line of JSON for each row: its number and its text."""
     dtype: str
-    """Of the vectors' numbers."""
+    """Dtype of the vectors."""
     tensors: int
-    """Sites."""
+    """Number of sites."""
     vectors: int
-    """Of each site."""
+    """Number of vectors of each site."""
     rows: int
-    """With a vector."""
+    """Number of rows with a vector."""
     bytes: int
-    """Of the safetensors file."""
+    """Size of the safetensors file."""
 
     @property
     def line(self) -> str:
-        """What is said of it below the tables."""
+        """Summary printed below the tables."""
         sites, vectors = count_noun(self.tensors, "site"), count_noun(self.vectors, "vector")
         amount = f"{vectors} of {sites} ({count_noun(self.rows, 'row')}, {format_size(self.bytes)})"
         return (
@@ -140,5 +141,6 @@ class SavedFile:
 
 
 NUMERIC_VERSION = 5
-"""To be raised by hand with every change after which some file gives other numbers, beyond the
-last bits: then nothing of before is read from a store. A test of the store says when that is."""
+"""Version of results, which is raised manually with every change that alters some file's numbers
+beyond the last bits; older values are then not read from a store. A test of the store detects such
+changes."""

@@ -1,6 +1,6 @@
 """Unpatched runs of one batch of prompts.
 
-One pass computes the logits, the activations, and the cache that patched rows start from.
+One pass computes the logits, the activations and the cache that patched rows start from.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
-from mechdsl.execute.run_record import PaddingSide
 from mechdsl.forward.hooks.batch import Batch, RuleWrites, SiteRead, SiteWrite, to_device
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.hook_points import fuse_activations
 from mechdsl.forward.hooks.model import LoadedModel, has_single_output, replace_blocks
 from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.images.pixels import model_input
+from mechdsl.models.shape import PaddingSide
 from mechdsl.prompts.runs import PromptRun, RunNoise
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.types import MetricTerm, ResolvedMeasure, SiteLayer
@@ -42,17 +42,17 @@ class UnpatchedBatch:
     draws: int
     batch: Batch
     lengths: Ints
-    """[lane], tokens of the prompt itself, without a continuation behind it."""
+    """[lane] number of prompt tokens, without a continuation."""
     reads: Mapping[SiteRead, Tensor]
     kept: ActivationCache | None
-    """What rows that start from this run take over; None where they are whole passes."""
+    """Activations that rows reuse when they start from this run; None if rows are full passes."""
     logits: Tensor | None
-    """[lane, spot, vocab]; None where nothing is measured on this run."""
+    """[lane, spot, vocab]; None if nothing is measured on this run."""
     tokens: Tensor | None
-    """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
+    """[K] ascending: the tokens that `logits` holds; None for the whole vocabulary."""
     loss: Tensor | None
     largest: Tensor | None = None
-    """[lane, spot], with `tokens`: the size of the largest logit of the whole vocabulary."""
+    """[lane, spot], with `tokens`: magnitude of the largest logit of the whole vocabulary."""
 
     @cached_property
     def _place(self) -> Ints:
@@ -61,30 +61,30 @@ class UnpatchedBatch:
         return table
 
     def lane(self, prompts: Ints, draws: Ints) -> Ints:
-        """The lane of each (prompt, draw); a run without noise has one for all draws."""
+        """Return the lane of each (prompt, draw); without noise, all draws share one lane."""
         return self._place[prompts] * self.draws + (draws if self.draws > 1 else 0)
 
 
 @dataclass(frozen=True)
 class UnpatchedRequest:
-    """What is wanted of an unpatched run."""
+    """Values requested of an unpatched run."""
 
     reads: frozenset[SiteLayer] = frozenset()
     lowest: int | None = None
-    """The lowest block that rows start in; None keeps nothing for them."""
+    """The lowest block that rows start in; None stores nothing for rows."""
     spots: tuple[MeasuredPosition, ...] = ()
-    """Positions whose logits are wanted; with none, the run may stop early."""
+    """Positions whose logits are requested; if there are none, the run may stop early."""
     stop: int | None = None
     tokens: Tensor | None = None
-    """[K] the only tokens whose logits are wanted, ascending."""
+    """[K] ascending: the only tokens whose logits are requested."""
     fuse: bool = False
     loss: MetricTerm | None = None
     continuation: MetricTerm | None = None
-    """The text of several tokens that stands behind every prompt."""
+    """Metric whose text of several tokens follows every prompt."""
 
 
 def find_positions(spot: MeasuredPosition, run: str, prompts: Ints, lengths: Ints) -> Ints:
-    """The position that each lane is read at: the spot's, else the last token of the prompt."""
+    """Return the position at which each lane is read: the spot's, else the last prompt token."""
     where = spot.get(run)
     if where is None:
         return lengths - 1
@@ -93,27 +93,27 @@ def find_positions(spot: MeasuredPosition, run: str, prompts: Ints, lengths: Int
 
 @dataclass(frozen=True, eq=False)
 class Continuation:
-    """A text of several tokens behind the prompts of a pass."""
+    """Text of several tokens after the prompts of a pass."""
 
     number: int
-    """Of the metric that reads it, among the atoms of a readout."""
+    """Number of the metric that reads it, among the atoms of a readout."""
     atom: MetricTerm
 
 
 def count_fed_tokens(text: Continuation | None, prompts: Ints) -> Ints:
-    """[prompt] how many tokens of the text go in."""
+    """Return [prompt]: number of the text's tokens that the model is given."""
     if text is None:
         return np.zeros(len(prompts), dtype=np.int64)
     return np.array(text.atom.behind, dtype=np.int64)[prompts]
 
 
 def get_continuation_ids(atom: MetricTerm, prompt: int) -> tuple[int, ...]:
-    """The token ids of a text that a metric sums over, for one prompt."""
+    """Return the token ids of a text that a metric sums over, for one prompt."""
     return atom.texts[None][prompt]
 
 
 def collect_measured_positions(measures: Sequence[ResolvedMeasure]) -> tuple[MeasuredPosition, ...]:
-    """The distinct places that measures read."""
+    """Collect the distinct positions that measures read."""
     found: list[MeasuredPosition] = []
     for measure in measures:
         if measure.at not in found:
@@ -131,10 +131,15 @@ def compute_unpatched(
     side: PaddingSide | None,
     rules: RuleWrites | None = None,
 ) -> list[UnpatchedBatch]:
-    """Run the unpatched model on these prompts, all runs in one pass, and keep what was asked for.
+    """Run the unpatched model on these prompts, with all runs in one pass.
 
-    `row_keys` are the table's, so that noise hangs on what a row is and not on the batch; `side` as
-    in `Options`. `rules`: of a run that has some, which is alone then; their rows are its lanes.
+    Args:
+        runs: The runs with the values requested of each.
+        row_keys: Keys of the table's rows, so that noise depends on a row's content and not on the
+            batch.
+        seed: Seed of noise.
+        side: As in `ExecutionOptions`.
+        rules: Writes of a derived run, which must be the only run; their rows are its lanes.
     """
     parts = [_RunPart.of(model, run, request, prompts) for run, request in runs]
     ids = [row for part in parts for row in part.ids]
@@ -156,7 +161,7 @@ def compute_unpatched(
 
 
 def _add_images(model: LoadedModel, batch: Batch, parts: Sequence[_RunPart]) -> Batch:
-    """The batch with the pixels of its rows, where these are images."""
+    """Add the pixels of rows that are images."""
     pictures = [part.run.rows[p].image for part in parts for p in part.lanes]
     known = [picture for picture in pictures if picture is not None]
     if not known:
@@ -169,13 +174,13 @@ def _add_images(model: LoadedModel, batch: Batch, parts: Sequence[_RunPart]) -> 
 
 
 def sort_requested_sites(request: UnpatchedRequest) -> list[SiteLayer]:
-    """The sites that are read, in an order of their own."""
+    """Sort the requested sites, so that their order doesn't depend on the set."""
     return sorted(request.reads, key=lambda place: (place[0], -1 if place[1] is None else place[1]))
 
 
 @dataclass(frozen=True, eq=False)
 class _RunPart:
-    """One run in a pass over several."""
+    """One of several runs in a pass."""
 
     run: PromptRun
     asked: UnpatchedRequest
@@ -184,9 +189,9 @@ class _RunPart:
     """[lane] its prompt."""
     ids: list[tuple[int, ...]]
     lengths: Ints
-    """[lane] without a continuation."""
+    """[lane] number of prompt tokens, without a continuation."""
     at: Tensor | None
-    """[lane, n] positions whose logits are wanted."""
+    """[lane, n] positions whose logits are requested."""
 
     @staticmethod
     def of(
@@ -208,7 +213,7 @@ class _RunPart:
         return _RunPart(run, request, prompts, lanes, ids, lengths, at)
 
     def found(self, done: _BatchPass, rows: slice) -> UnpatchedBatch:
-        """What the pass gave of it; rows: its own in the batch."""
+        """Extract this run's values from the pass; rows: its rows in the batch."""
         own, result = done.batch.part(rows), done.result
         logits = None if result.logits is None else result.logits[rows]
         loss = None
@@ -234,7 +239,7 @@ class _RunPart:
 
 @dataclass(frozen=True, eq=False)
 class _BatchPass:
-    """What one pass over all parts gave."""
+    """Result of one pass over all runs."""
 
     batch: Batch
     result: FullPassResult
@@ -248,7 +253,7 @@ class _BatchPass:
 def _run_pass(
     model: LoadedModel, batch: Batch, parts: Sequence[_RunPart], rules: RuleWrites
 ) -> _BatchPass:
-    """Run them, no farther up than is asked for."""
+    """Run the pass, up to the last block that is needed."""
     requests = [part.asked for part in parts]
     every = list(
         dict.fromkeys(SiteRead(*place) for r in requests for place in sort_requested_sites(r))
@@ -285,7 +290,7 @@ def _run_pass(
         if kept is not None and noised:
             kept.embedded = result.reads[noised[0]].flatten(0, 2)
     reads = dict(result.reads)
-    if within:  # apart from what is kept for rows, as both take attention over
+    if within:  # separate from the activation cache, because both replace attention
         last = max(read.layer for read in within if read.layer is not None)
         due = rules.below(last + 1, model.shape.n_layers)
         stopped = run_full(
@@ -296,7 +301,7 @@ def _run_pass(
 
 
 def _stack_positions(parts: Sequence[_RunPart]) -> Tensor:
-    """[lane of all parts, n]: what isn't measured is read at the last token, and not used."""
+    """Return [lane of all runs, n]; unmeasured runs use the last token, whose value is ignored."""
     width = max(part.at.shape[1] for part in parts if part.at is not None)
     every = [
         torch.from_numpy(part.lengths - 1)[:, None].expand(-1, width)
@@ -308,15 +313,20 @@ def _stack_positions(parts: Sequence[_RunPart]) -> Tensor:
 
 
 def select_positions(logits: Tensor, batch: Batch, at: Tensor) -> Tensor:
-    """[B, n, vocab] of [B, T, vocab], at positions [B, n] of the unpadded prompts, on the host."""
-    if logits.dim() == 2:  # one for a whole image
+    """Select [B, n, vocab] from [B, T, vocab].
+
+    Args:
+        logits: The logits of all columns, or one output for a whole image.
+        at: [B, n] positions in the unpadded prompts, on the host.
+    """
+    if logits.dim() == 2:  # one output for a whole image
         return logits[:, None].expand(-1, at.shape[1], -1)
     rows = torch.arange(len(batch), device=logits.device)[:, None]
     return logits[rows, to_device(batch.starts[:, None] + at, logits.device)]
 
 
 def find_continuation_positions(atom: MetricTerm, lanes: Ints, lengths: Ints) -> Tensor:
-    """[lane, token]: where each token of the text is predicted; the last one is repeated."""
+    """Return [lane, token]: where each token of the text is predicted, padded with the last one."""
     counts = np.array([len(get_continuation_ids(atom, int(p))) for p in lanes], dtype=np.int64)
     steps = np.minimum(np.arange(counts.max())[None, :], counts[:, None] - 1)
     return torch.from_numpy(lengths[:, None] - 1 + steps)
@@ -325,8 +335,10 @@ def find_continuation_positions(atom: MetricTerm, lanes: Ints, lengths: Ints) ->
 def compute_prompt_loss(
     atom: MetricTerm, logits: Tensor, batch: Batch, run: PromptRun, lanes: Ints
 ) -> Tensor:
-    """[lane]: the loss over the prompts' own tokens, special ones and continuations aside. The
-    first token of the input is predicted from nothing."""
+    """Return [lane]: the loss over the prompts' own tokens, without special ones and continuations.
+
+    The first token of the input is not predicted.
+    """
     mask = torch.zeros(batch.mask.shape, dtype=torch.bool)
     for lane, prompt in enumerate(lanes):
         row = run.rows[prompt]
@@ -337,7 +349,7 @@ def compute_prompt_loss(
 
 
 def has_loss(run: PromptRun, prompts: Ints) -> Bools:
-    """[prompt] whether one of its own tokens follows another, so that there is a loss."""
+    """Return [prompt]: whether one of its own tokens follows another, so that a loss exists."""
     own = [[not special for special in run.rows[prompt].special] for prompt in prompts]
     return np.array([any(a and b for a, b in pairwise(one)) for one in own], dtype=np.bool_)
 
@@ -349,10 +361,13 @@ def build_noise_writes(
     row_keys: Sequence[int],
     seed: int,
 ) -> list[SiteWrite]:
-    """The noise of a corrupted run as writes; the same for a row whatever it is batched with.
+    """Build the noise of a corrupted run, which is the same for a row in any batch.
 
-    `lanes` are prompts, each as many times in a row as rows have draws; noise of a single draw is
-    the same in all.
+    Args:
+        noise: The noise; None for no writes.
+        lanes: Prompts, each repeated once per draw. Noise of a single draw is the same for all.
+        row_keys: Keys of the table's rows.
+        seed: Seed of noise.
     """
     if noise is None:
         return []
@@ -385,10 +400,10 @@ def build_noise_writes(
 
 
 def compute_noise_scale(model: LoadedModel, noise: RunNoise) -> float:
-    """The standard deviation of the noise, in units of the activation.
+    """Compute the standard deviation of the noise, in units of the activation.
 
-    `3 sd` is three standard deviations, one scalar, of the embeddings of the span's tokens over
-    all rows (Meng et al. 2022, arXiv 2202.05262); of images of what the site holds there.
+    `3 sd` is three times one scalar: the standard deviation of the embeddings of the span's tokens
+    over all rows (Meng et al. 2022, arXiv 2202.05262); for images, of the site's values there.
     """
     if noise.sds is None:
         return float(noise.std or 0.0)
@@ -397,7 +412,7 @@ def compute_noise_scale(model: LoadedModel, noise: RunNoise) -> float:
         if noise.sd_tokens not in known:
             known[noise.sd_tokens] = _image_deviation(model, noise)
         return noise.sds * known[noise.sd_tokens]
-    assert model.anatomy.embedding is not None  # prompts are tokens
+    assert model.anatomy.embedding is not None  # true for models of tokens
     embed = model.module.get_submodule(model.anatomy.embedding)
     ids, counts = np.unique(np.array(noise.sd_tokens, dtype=np.int64), return_counts=True)
     with torch.inference_mode():
@@ -412,15 +427,14 @@ def compute_noise_scale(model: LoadedModel, noise: RunNoise) -> float:
 _IMAGE_DEVIATIONS: WeakKeyDictionary[LoadedModel, dict[tuple[int, ...], float]] = (
     WeakKeyDictionary()
 )
-"""Standard deviations that are known, by what they are over."""
+"""Computed standard deviations, by the tokens that they are over."""
 
 _IMAGES_PER_PASS = 32
-"""Images of a pass that only embeds them."""
+"""Number of images in a pass that only embeds them."""
 
 
 def _image_deviation(model: LoadedModel, noise: RunNoise) -> float:
-    """The standard deviation of all numbers that the site of the noise holds at tokens of images
-    without it."""
+    """Compute the standard deviation of the site's values at image tokens, without noise."""
     run = PromptRun("", tuple(row for row, _ in noise.sd_images))
     asked = UnpatchedRequest(reads=frozenset({(noise.site, None)}), stop=0)
     count, total, squares = 0, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""The unpatched runs of a panel, and metrics read in the replies of rows.
+"""Unpatched runs of a panel, and metrics read in the replies of rows.
 
 Each run is computed once per batch of prompts and shared by all experiments.
 """
@@ -29,7 +29,6 @@ from mechdsl.execute.measurement.readout import (
 )
 from mechdsl.execute.pass_layout import PassMember
 from mechdsl.execute.replies import ReplyGenerator
-from mechdsl.execute.run_record import PaddingSide
 from mechdsl.execute.unpatched_batch import (
     MeasuredPosition,
     UnpatchedBatch,
@@ -57,6 +56,7 @@ from mechdsl.forward.hooks.model import LoadedModel, replace_blocks
 from mechdsl.forward.hooks.weight_maps import FrozenNorms
 from mechdsl.forward.packed.unembedding import ModelUnembedding
 from mechdsl.models.restart import Shortcuts
+from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.plan import ExperimentPlan, Panel, Plan, is_read_only
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.prompts.positions.cells import find_reply_tokens
@@ -69,7 +69,7 @@ from mechdsl.vocab.metrics import Reply
 
 @dataclass(frozen=True, eq=False)
 class GeneratedRows:
-    """Rows of a pass that have written, with what acted in them."""
+    """Rows of a pass with their replies, and the writes that acted in them."""
 
     run: PromptRun
     prompts: Ints
@@ -82,32 +82,32 @@ class GeneratedRows:
 
 @dataclass(frozen=True, eq=False)
 class ReplyReader:
-    """What one experiment reads of some of these rows."""
+    """Part of some rows' replies that one experiment reads."""
 
     plan: ExperimentPlan | None
-    """None of an unpatched run, of which nothing is observed."""
+    """None for an unpatched run, in which nothing is observed."""
     readout: Readout
     rows: RowTable
     at: Ints
-    """[row] the row of the pass."""
+    """[row] index of the row in the pass."""
     items: Sequence[ItemNumber]
     """[row]"""
     skip: Collection[int] = ()
 
     @property
     def as_base(self) -> bool:
-        """Whether it reads without rules."""
+        """Whether replies are read without rules."""
         return self.plan is not None and self.plan.experiment.as_base
 
     @cached_property
     def looks(self) -> RulePlan | None:
-        """What looks at replies."""
+        """The rule that observes replies, if there is one."""
         observes = None if self.plan is None else self.plan.observes
         return observes if observes is not None and reads_reply_tokens(observes.rule) else None
 
     @cached_property
     def seen(self) -> tuple[int, ...]:
-        """Numbers of the measures that are of what is looked at."""
+        """Numbers of the measures of observed values."""
         every = enumerate(self.readout.measures) if self.looks is not None else ()
         return tuple(n for n, each in every if reads_observation(each) and n not in self.skip)
 
@@ -118,7 +118,7 @@ def build_reply_readers(
     readouts: Sequence[Readout],
     skip: Sequence[Collection[int]],
 ) -> dict[int, ReplyReader]:
-    """By the number of its experiment, who reads something in the replies of these rows."""
+    """Build the readers of these rows' replies, by number of the experiment."""
     found: dict[int, ReplyReader] = {}
     for each in members:
         plan = plans[each.number]
@@ -131,7 +131,7 @@ def build_reply_readers(
 
 
 def merge_reply_values(found: ReadoutResult, behind: ReadoutResult) -> ReadoutResult:
-    """What was found on prompts, with what was found behind them."""
+    """Combine values read on prompts with values read in replies."""
     pairs = zip(found.values, behind.values, strict=True)
     rounding = zip(found.rounding, behind.rounding, strict=True)
     return replace(
@@ -145,7 +145,7 @@ def merge_reply_values(found: ReadoutResult, behind: ReadoutResult) -> ReadoutRe
 
 
 def average_samples(samples: Sequence[ReadoutResult]) -> ReadoutResult:
-    """Over samples, those that have a value."""
+    """Average over the samples that have a value."""
     if len(samples) == 1:
         return samples[0]
 
@@ -163,10 +163,10 @@ def average_samples(samples: Sequence[ReadoutResult]) -> ReadoutResult:
 
 
 REPLY_PASS_TOKENS = 1 << 15
-"""Tokens of a pass, at most."""
+"""Maximum number of tokens in a pass."""
 
 REPLY_PASS_LOGITS = 1 << 27
-"""Logits of a pass, at most."""
+"""Maximum number of logits in a pass."""
 
 
 def read_replies(
@@ -176,10 +176,14 @@ def read_replies(
     readers: Mapping[int, ReplyReader],
     relative: float = 0.0,
 ) -> dict[int, ReadoutResult]:
-    """Of each reader, values of what it reads in replies, NaN of all else and in rows that are
-    shorter; averaged over the samples that have the place.
+    """Read measures in replies, averaged over the samples that contain their position.
 
-    replies: [row] its samples. relative: as in `Readout.read`.
+    Args:
+        replies: [row] its samples.
+        relative: As in `Readout.read`.
+
+    Returns:
+        The values of each reader; NaN for other measures, and in rows whose replies are too short.
     """
     if not readers:
         return {}
@@ -192,50 +196,50 @@ def read_replies(
 
 @dataclass(frozen=True, eq=False)
 class _MeasureGroup:
-    """Measures that one reader reads at one place."""
+    """Measures that one reader reads at one position."""
 
     numbers: tuple[int, ...]
     readout: Readout
     tokens: Ints
-    """[row of the reader] tokens of the reply in front of which logits stand; -1 where it has no
-    such place."""
+    """[row of the reader] index of the reply token that the logits predict; -1 where the reply has
+    no such position."""
     own: bool
-    """Its metric is of the token that stands behind them."""
+    """Whether its metric scores the reply token that follows the logits."""
 
 
 @dataclass(eq=False)
 class _RunRequest:
-    """What passes without rules, or with those of the rows, are to give."""
+    """Requested values of passes without rules, or with the rules of the rows."""
 
     run: PromptRun | None
     """None: with the rules of the rows."""
     wanted: Bools
-    """[row, tokens of the reply] where logits are wanted."""
+    """[row, tokens of the reply] where logits are requested."""
     readouts: list[Readout] = field(default_factory=list[Readout])
     whole: bool = False
-    """All logits are wanted."""
+    """Whether all logits are requested."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """What a pass over some rows gave."""
+    """Result of a pass over some rows."""
 
     result: FullPassResult
     batch: Batch
     logits: Tensor
     """[row, slot, vocab]"""
     slots: Ints
-    """[row, tokens of the reply]"""
+    """[row, tokens of the reply] slot in `logits`."""
     tokens: Tensor | None
 
     def at(self, rows: Ints, tokens: Ints) -> Tensor:
-        """[K, vocab]"""
+        """Return [K, vocab]: the logits before these reply tokens."""
         slot = self.slots[rows, tokens]
         index = torch.from_numpy(rows), torch.from_numpy(slot)
         return self.logits[indices_to_device(index, self.logits.device)]
 
     def site(self, read: SiteRead, rows: Ints, positions: Ints) -> Tensor:
-        """[K, units, width]"""
+        """Return [K, units, width]: values read at these positions."""
         found = self.result.reads[read]
         row = torch.from_numpy(rows)
         index = row, self.batch.columns(row, torch.from_numpy(positions))
@@ -246,7 +250,7 @@ _WITH_RULES = 0
 
 
 class _ReplyPasses:
-    """Reads one sample of each row."""
+    """Reader of one sample of each row."""
 
     def __init__(
         self,
@@ -267,7 +271,7 @@ class _ReplyPasses:
         self.found = [self._nothing(reader) for reader in readers]
 
     def read(self) -> list[ReadoutResult]:
-        """Of each reader."""
+        """Return the values of each reader."""
         for chunk in self._chunks():
             local = np.full(self.count, -1, dtype=np.int64)
             local[chunk] = np.arange(len(chunk))
@@ -286,10 +290,10 @@ class _ReplyPasses:
                     self._read_look(number, reader, *own, passes)
         return self.found
 
-    # --- what is wanted -----------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------
 
     def _source(self, reader: ReplyReader) -> PromptRun | None:
-        """What a reader reads: an unpatched run, or, None, the rows with their rules."""
+        """Return the unpatched run that a reader reads; None for the rows with their rules."""
         if not reader.as_base:
             return None
         assert reader.plan is not None
@@ -303,7 +307,7 @@ class _ReplyPasses:
         return self.asked.setdefault(self._key(run), _RunRequest(run, empty))
 
     def _groups(self, reader: ReplyReader) -> Iterator[_MeasureGroup]:
-        """The measures that are read at places of replies."""
+        """Group the measures that are read at positions of replies, and request their logits."""
         places: dict[tuple[ReplyPosition, bool], list[int]] = {}
         for n in reader.readout.in_replies:
             measure = reader.readout.measures[n]
@@ -334,7 +338,7 @@ class _ReplyPasses:
         asked.wanted[reader.at[there], tokens[there]] = True
 
     def tokens_of(self, place: ReplyPosition) -> list[tuple[int, ...]]:
-        """[row] the tokens of its reply that a place is."""
+        """Return [row]: the tokens of its reply at a position."""
         if place not in self._places:
             tokenizer = self.runs.model_of(self.rows.run).tokenizer
             assert tokenizer is not None
@@ -345,12 +349,12 @@ class _ReplyPasses:
         return self._places[place]
 
     def _lengths(self, run: PromptRun) -> Ints:
-        """[row] tokens of its prompt."""
+        """Return [row]: number of prompt tokens."""
         found = [len(run.rows[prompt].ids) for prompt in self.rows.prompts.tolist()]
         return np.array(found, dtype=np.int64)
 
     def _chunks(self) -> Iterator[Ints]:
-        """Rows that are read together."""
+        """Split the rows into chunks that share a pass."""
         if not self.asked:
             return
         runs = [asked.run or self.rows.run for asked in self.asked.values()]
@@ -409,7 +413,7 @@ class _ReplyPasses:
         return _Pass(result, batch, logits, slots, tokens)
 
     def _acting(self, run: PromptRun | None, chunk: Ints) -> RuleWrites:
-        """What is written, at all its places in prompts and replies."""
+        """Build the writes at all positions of prompts and replies."""
         rows, own = self.rows, run or self.rows.run
         model, table = self.runs.model_of(own), self.runs.table
         noise = build_noise_writes(model, own.noise, rows.prompts, table.row_keys, self.runs.seed)
@@ -419,7 +423,7 @@ class _ReplyPasses:
         found = RowChoice(self.count, chunk.tolist()).rules(prefill)
         if run is not None:
             return found
-        assert not rows.later.kept  # refused: what the prompt saw isn't what replies see
+        assert not rows.later.kept  # rejected earlier: prompt and replies would see different keys
         lengths = torch.from_numpy(self._lengths(own))
         written = np.array([len(reply.ids) for reply in rows.replies], dtype=np.int64)
         later: list[RuleWrites] = []
@@ -433,7 +437,7 @@ class _ReplyPasses:
             later.append(acting.moved(torch.from_numpy(place)))
         return merge_steps(found, later)
 
-    # --- what is read -------------------------------------------------------------------------
+    # --- values -------------------------------------------------------------------------------
 
     def _nothing(self, reader: ReplyReader) -> ReadoutResult:
         count = len(reader.at)
@@ -449,7 +453,7 @@ class _ReplyPasses:
         local: Ints,
         passes: Mapping[int, _Pass],
     ) -> None:
-        """Measures at one place, in the rows of these passes that have it."""
+        """Read the measures of one position, in those rows of these passes that contain it."""
         rows = np.flatnonzero((local[reader.at] >= 0) & (group.tokens >= 0))
         if not len(rows):
             return
@@ -485,7 +489,7 @@ class _ReplyPasses:
         )
 
     def _look(self, reader: ReplyReader, local: Ints) -> tuple[Ints, RowObserver] | None:
-        """What is looked at in the rows of these passes that have all places."""
+        """Build the observer for those rows of these passes that contain all its positions."""
         plan = reader.looks
         if plan is None or not reader.seen:
             return None
@@ -518,7 +522,7 @@ class _ReplyPasses:
         self._take(number, reader.seen, rows, readout.read(reading))
 
     def _take(self, number: int, measures: Sequence[int], rows: Ints, own: ReadoutResult) -> None:
-        """Keep what was found in some rows of a reader."""
+        """Store the values of some rows of a reader."""
         whole = self.found[number]
         for n, values, rounding in zip(measures, own.values, own.rounding, strict=True):
             whole.values[n][rows], whole.rounding[n][rows] = values, rounding
@@ -535,7 +539,7 @@ class _ReplyPasses:
 
 
 MAX_SHARED_TOKENS = 512
-"""Tokens of a run up to which others are run in the same pass."""
+"""Largest number of tokens of a run that shares its pass with further runs."""
 
 
 class UnpatchedRuns:
@@ -551,7 +555,7 @@ class UnpatchedRuns:
         side: PaddingSide | None,
         others: Mapping[str, LoadedModel] | None = None,
     ) -> None:
-        """others: by name, the models that runs of other models run on."""
+        """Prepare the runs; others: by name, the models that runs of different models use."""
         self.panel = panel
         self.model = model
         self.others = others or {}
@@ -572,27 +576,27 @@ class UnpatchedRuns:
         self.behind = any(each.behind for each in panel.experiments)
         self.loss = next((g.loss for g in readouts if g.loss is not None), None)
         self.rules_of: Callable[[PromptRun, Ints, Ints, Ints], RuleWrites] | None = None
-        """What the rules of a run write: see `DerivedRuns.rules`."""
+        """Builds the writes of a derived run: see `DerivedRuns.rules`."""
         self._lanes: dict[tuple[object, ...], UnpatchedBatch] = {}
         generation = panel.experiments[0].experiment.generation
         self.writer = generation and ReplyGenerator(
             self.model_of, panel.table, self.seed, generation, cached=plan.keeps_tokens
         )
-        """What lets rows write; None where none does."""
+        """Generator of replies; None if no text is generated."""
         self._behind: dict[tuple[object, ...], dict[int, ReadoutResult]] = {}
         self.passes = 0
-        """Forward passes so far."""
+        """Number of forward passes so far."""
 
     @property
     def shortcuts(self) -> Shortcuts | None:
-        """What rows take over from these runs; None where they are whole passes."""
+        """What rows reuse from these runs; None if rows are full passes."""
         return self.plan.shortcuts if self.plan.restarts and self.model.restartable else None
 
     def named(self, name: str) -> PromptRun:
         return self.table.runs[name]
 
     def forget(self) -> None:
-        """Free everything that was computed."""
+        """Free all computed values."""
         self._lanes.clear()
         self._behind.clear()
         if self.writer is not None:
@@ -606,10 +610,10 @@ class UnpatchedRuns:
         *,
         alone: bool = False,
     ) -> UnpatchedBatch:
-        """The unpatched run on these prompts, computed once while the batch is in work.
+        """Return the unpatched run on these prompts, computed once per batch.
 
-        Few prompts are run together with what the other runs have to give: one pass reads the
-        weights once; unless it is wanted `alone`.
+        If the prompts are few, further runs that are needed share the pass, because one pass reads
+        the weights once. `alone` prevents this.
         """
         key = self._key(run, prompts, continuation)
         if key not in self._lanes:
@@ -634,8 +638,7 @@ class UnpatchedRuns:
     def apart(
         self, table: PromptTable, run: PromptRun, prompts: Ints, places: Iterable[SiteLayer]
     ) -> UnpatchedBatch:
-        """A run of another block on rows of its own, of which these sites are read; computed once
-        while the batch is in work."""
+        """Return a run of a different prompt set with these sites; computed once per batch."""
         reads = frozenset(places)
         key = (*self._key(run, prompts, None), reads)
         if key in self._lanes:
@@ -655,7 +658,7 @@ class UnpatchedRuns:
         reads: Sequence[SiteRead],
         continuation: MetricTerm | None,
     ) -> Mapping[SiteRead, Tensor]:
-        """These sites of one prompt in this order, on all its tokens, in a pass of its own."""
+        """Read sites on all tokens of one prompt in a separate pass, in the order of `reads`."""
         self.passes += 1
         places = frozenset((read.site, read.layer) for read in reads)
         request = UnpatchedRequest(reads=places, continuation=continuation)
@@ -672,8 +675,10 @@ class UnpatchedRuns:
         return {read: found.reads[read] for read in reads}
 
     def reader(self, run: PromptRun, points: Iterable[SitePoint]) -> BatchReader:
-        """What reads these sites of a run, with its rules if it has some, and stops above the
-        highest one: see `read_vectors`."""
+        """Build a reader of these sites of a run, including its rules.
+
+        Its passes stop after the highest site: see `mechdsl.execute.vectors.read_vectors`.
+        """
         model = self.model_of(run)
         request = request_sites(points, model.shape)
 
@@ -694,23 +699,23 @@ class UnpatchedRuns:
         return lanes
 
     def rules(self, run: PromptRun, prompts: Ints, draw: Ints, batch: Ints) -> RuleWrites:
-        """What the rules of a run write in rows that start there: see `DerivedRuns.rules`."""
+        """Build the writes of a derived run in rows that start from it: see `DerivedRuns.rules`."""
         assert self.rules_of is not None
         return self.rules_of(run, prompts, draw, batch)
 
     def _rules(self, run: PromptRun, prompts: Ints) -> RuleWrites | None:
-        """The same in its own lanes; None for a run without rules."""
+        """Build the writes of a run in its own lanes; None for a run without rules."""
         if run.derived is None:
             return None
         lanes, draw = np.repeat(prompts, run.draws), np.tile(np.arange(run.draws), len(prompts))
         return self.rules(run, lanes, draw, prompts)
 
     def model_of(self, run: PromptRun) -> LoadedModel:
-        """The model that a run runs on."""
+        """Return the model that a run uses."""
         return self.model if run.model is None else self.others[run.model]
 
     def _companions(self, run: PromptRun, prompts: Ints) -> list[PromptRun]:
-        """Runs that are due too and can go along with few prompts, as they run about as far."""
+        """List further runs of similar depth that can share a pass with few prompts."""
         few = sum(len(run.rows[prompt].ids) for prompt in prompts) <= MAX_SHARED_TOKENS
         if not few or run.derived is not None or not self._goes_far(run):
             return []
@@ -734,14 +739,14 @@ class UnpatchedRuns:
         return id(run), prompts.tobytes(), None if continuation is None else id(continuation)
 
     def _is_own(self, run: PromptRun) -> bool:
-        """Where other text was put in, only rows are measured: positions are theirs."""
+        """Whether this is the run of the table; others have inserted text and measure only rows."""
         return run is self.table.runs.get(run.name)
 
     def _request(
         self, run: PromptRun, prompts: Ints, continuation: MetricTerm | None
     ) -> UnpatchedRequest:
-        """What experiments need of a run."""
-        if self.only_looks:  # its tokens alone
+        """Collect what experiments need of a run."""
+        if self.only_looks:  # only the tokens are needed
             return UnpatchedRequest(stop=0)
         own = self._is_own(run)
         needs = self.panel.runs.get(run.name) if own else None
@@ -766,12 +771,12 @@ class UnpatchedRuns:
         )
 
     def _starting(self, run: PromptRun) -> list[ExperimentPlan]:
-        """The experiments with rows that start from a run."""
+        """List the experiments with rows that start from a run."""
         plans = self.panel.experiments
         return [plan for plan in plans if any(run is start for start in plan.starting_runs)]
 
     def _stop(self, run: PromptRun) -> int | None:
-        """How many blocks of a run have to be run; None for all and what lies behind them."""
+        """Return how many blocks of a run are needed; None for the full pass."""
         if not self._is_own(run):
             return self.model.shape.n_layers
         needs = self.panel.runs.get(run.name)
@@ -780,15 +785,14 @@ class UnpatchedRuns:
         return needs.stop
 
     def tokens(self, readouts: Iterable[Readout], prompts: Ints) -> Tensor | None:
-        """[K] ascending: all that these readouts read of the logits; None for the vocabulary."""
+        """Return [K] ascending: tokens whose logits these readouts read; None for all."""
         if not self.plan.narrows_logits or not all(readout.narrow for readout in readouts):
             return None
         found = sorted(set[int]().union(*(readout.tokens(prompts) for readout in readouts)))
         return to_device(torch.tensor(found, dtype=torch.long), self.model.device)
 
     def observed_tokens(self, readout: Readout, prompts: Ints) -> Tensor | None:
-        """[K] ascending: all that a readout reads of the logits that it observes; None for the
-        vocabulary."""
+        """Return [K] ascending: tokens whose observed logits a readout reads; None for all."""
         found = readout.observed_tokens(prompts)
         if found is None:
             return None
@@ -796,16 +800,16 @@ class UnpatchedRuns:
 
     @cached_property
     def unembedding(self) -> ModelUnembedding:
-        """What the model does behind its last block."""
+        """The model's computation after its last block."""
         return ModelUnembedding(self.model)
 
     @cached_property
     def norms(self) -> FrozenNorms:
-        """The norms that paths may hold."""
+        """The norms that paths may freeze."""
         return FrozenNorms(self.model)
 
     def _gauge_reads(self) -> set[SiteLayer]:
-        """Sites that measures compare (`cosine`)."""
+        """Return the sites that measures compare (`cosine`)."""
         return {
             (atom.point.site, atom.point.layer)
             for readout in self.readouts
@@ -823,8 +827,10 @@ class UnpatchedRuns:
         relative: float = 0.0,
         skip: Collection[int] = (),
     ) -> ReadoutResult:
-        """What is read of every prompt, draws of noise averaged; `relative` and `skip` as in
-        `Readout.read`."""
+        """Read every prompt, averaged over noise draws.
+
+        `relative` and `skip` are those of `Readout.read`.
+        """
         if self.only_looks:
             return self._unseen(readout, prompts)
         written = self._written(readout, run, prompts)
@@ -869,8 +875,10 @@ class UnpatchedRuns:
         environment: int | None,
         relative: float,
     ) -> ReadoutResult:
-        """With what is read in the run's own replies: at once of all readouts, as they share the
-        passes."""
+        """Add the values read in the run's own replies.
+
+        They are computed for all readouts at once, which share the passes.
+        """
         if not readout.in_replies:
             return found
         assert self.writer is not None
@@ -892,30 +900,30 @@ class UnpatchedRuns:
 
     @cached_property
     def _shown(self) -> set[str | None]:
-        """The runs whose replies are shown beside those of cells, whatever is measured."""
+        """The runs whose replies are shown next to those of cells, whatever is measured."""
         specs = [plan.experiment.spec for plan in self.panel.experiments]
         return {name for spec in specs for name in (spec.base, spec.source)}
 
     def _written(self, readout: Readout, run: str, prompts: Ints) -> list[tuple[Reply, ...]]:
-        """Per lane, what a run writes, where that is measured."""
+        """Return, per lane, the replies of a run; empty if they are neither measured nor shown."""
         if self.writer is None or not (readout.reads_replies or run in self._shown):
             return []
         return self.writer.of_run(self.named(run), prompts)
 
     def _nothing_read(self, run: str, prompts: Ints, environment: int | None) -> ReadoutInput:
-        """Lanes of a run of which nothing but what they write is read."""
+        """Create the input for lanes of a run of which only replies are read."""
         lanes = np.repeat(prompts, self.named(run).draws)
         return ReadoutInput(run, lanes, [environment] * len(lanes), None, {}, None, {}, {})
 
     def _unseen(self, readout: Readout, prompts: Ints) -> ReadoutResult:
-        """No value of any measure: what is observed, rows show."""
+        """Return no value for any measure: observed values come from rows only."""
         count = len(prompts)
         values = [np.full(count, np.nan) for _ in readout.measures]
         rounding = [np.zeros(count) for _ in readout.measures]
         return ReadoutResult(values, np.zeros(count, dtype=np.bool_), rounding, {}, {})
 
     def _of_spots(self, readout: Readout, found: Tensor | None) -> Tensor | None:
-        """[lane, spot of the readout, ...] of [lane, spot, ...]."""
+        """Select [lane, spot of the readout, ...] from [lane, spot, ...]."""
         if found is None or not readout.needs_plain:
             return None
         spots = torch.tensor([self.spots.index(spot) for spot in readout.spots])
@@ -924,7 +932,7 @@ class UnpatchedRuns:
     def references(
         self, readout: Readout, prompts: Ints, row_prompts: Ints, draws: Ints
     ) -> dict[int, Tensor]:
-        """What `kl(run)`, `js(run)` and `cosine(SITE, run)` compare each row with."""
+        """Return the values that `kl(run)`, `js(run)` and `cosine(SITE, run)` compare rows with."""
         found: dict[int, Tensor] = {}
         for number, (spot, atom) in enumerate(readout.atoms):
             if atom.run is None or readout.behind[number]:
@@ -942,7 +950,7 @@ class UnpatchedRuns:
     def _activation(
         self, atom: MetricTerm, spot: MeasuredPosition, lanes: UnpatchedBatch, lane: Ints
     ) -> Tensor:
-        """[row, 1, width]: the site of a `cosine` at the measured place of these lanes."""
+        """Return [row, 1, width]: the site of a `cosine` at the measured position."""
         assert atom.point is not None
         read = lanes.reads[SiteRead(atom.point.site, atom.point.layer)]
         prompts = np.repeat(lanes.prompts, lanes.draws)[lane]
@@ -953,7 +961,7 @@ class UnpatchedRuns:
 
 
 def flatten_units(found: Tensor, atom: MetricTerm) -> Tensor:
-    """[row, 1, width] of [row, units, width]: all units side by side where none is named."""
+    """Flatten [row, units, width] to [row, 1, width]; only the named unit, if there is one."""
     assert atom.point is not None
     if atom.point.unit is not None:
         found = found[:, [atom.point.unit]]
@@ -961,6 +969,6 @@ def flatten_units(found: Tensor, atom: MetricTerm) -> Tensor:
 
 
 def require_logits(logits: Tensor | None) -> Tensor:
-    """The logits of a run that is measured."""
+    """Return the logits of a measured run."""
     assert logits is not None, "a measured run was stopped early"
     return logits

@@ -1,6 +1,6 @@
-"""Vectors of many rows, read one batch at a time, and directions fitted to them.
+"""Vectors of many rows, read batch by batch, and directions fitted to them.
 
-Nothing is gathered here: a caller that needs all rows at once stores the vectors itself.
+The reader doesn't collect rows: a caller that needs all rows at once stores the vectors itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.hashing import stable_hash
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import EmptyDirection
-from mechdsl.execute.run_record import PaddingSide
 from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
 from mechdsl.fits.geometry import pca
 from mechdsl.fits.regression import ConvergenceError, fit_logistic, fit_ridge
@@ -27,7 +26,7 @@ from mechdsl.forward.hooks.batch import SiteRead, indices_to_device
 from mechdsl.forward.hooks.hook_points import get_head_weights, project_heads
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import load_weights
-from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape import ModelShape, PaddingSide
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan, read_batches
 from mechdsl.planner.rows import RulePlan, TokenHits
 from mechdsl.prompts.rows import PromptTable
@@ -48,28 +47,29 @@ from mechdsl.resolve.types import (
 from mechdsl.vocab.sites import stop_layer
 
 BatchReader: TypeAlias = Callable[[Ints], UnpatchedBatch]
-"""Prompts → one run on these, with the sites that are wanted."""
+"""Returns a run on these prompts, with the requested sites."""
 
 
 @dataclass(frozen=True, eq=False)
 class SiteVectors:
-    """The vectors of one site at one position, in the rows of a batch."""
+    """Vectors of one site at one position, in the rows of a batch."""
 
     batch: int
     """Number of the batch."""
     point: int
-    """Index of the site among those that were asked for."""
+    """Index of the site among the requested ones."""
     position: int
     """Index of the position."""
     prompts: Ints
-    """[K] number of the row, ascending; a position of several tokens has several vectors a row."""
+    """[K] number of the row, ascending; a position of several tokens has several vectors per
+    row."""
     draws: Ints
-    """[K] draw of noise; 0 where a run has none."""
+    """[K] noise draw; 0 if the run has no noise."""
     tokens: Ints
     """[K] token position in the unpadded prompt."""
     vectors: Tensor
-    """[K, width] on the model's device and in its type. All units of a site are side by side where
-    the point names none. Over keys as wide as the longest prompt of the batch."""
+    """[K, width] on the model's device and in its dtype. All units of a site are concatenated if
+    the point names none. Vectors over keys are as wide as the longest prompt of the batch."""
 
 
 def read_vectors(
@@ -78,10 +78,14 @@ def read_vectors(
     positions: Sequence[PositionCell],
     batches: Iterable[Ints],
 ) -> Iterator[SiteVectors]:
-    """The vectors of each site at each position, batch after batch of prompts.
+    """Read the vectors of each site at each position, batch by batch.
 
-    lanes: a run, as `reader` or `UnpatchedRuns.reader` gives it. positions: of that run. Rows that
-    lack a position have no vectors there.
+    Rows that lack a position have no vectors there.
+
+    Args:
+        lanes: Reader of a run, from `build_reader` or `UnpatchedRuns.reader`.
+        positions: Positions in that run.
+        batches: Batches of prompts.
     """
     hits = [TokenHits.of([cell]) for cell in positions]
     for count, batch in enumerate(batches):
@@ -107,7 +111,7 @@ def read_vectors(
 
 
 def _select_vectors(found: UnpatchedBatch, point: SitePoint, lane: Tensor, token: Ints) -> Tensor:
-    """[K, width] of one site in these lanes at these tokens."""
+    """Return [K, width]: one site in these lanes at these tokens."""
     read = found.reads[SiteRead(point.site, point.layer)]
     index = lane, found.batch.columns(lane, torch.from_numpy(token))
     vectors = read[indices_to_device(index, read.device)]
@@ -123,9 +127,11 @@ def build_reader(
     seed: int,
     side: PaddingSide | None = None,
 ) -> BatchReader:
-    """What reads these sites of any run that has no rules, and stops above the highest one.
+    """Build a reader of these sites for a run without rules; passes stop after the highest site.
 
-    seed: of noise. side: as in `Options`.
+    Args:
+        seed: Seed of noise.
+        side: As in `ExecutionOptions`.
     """
     request = request_sites(points, model.shape)
 
@@ -137,7 +143,7 @@ def build_reader(
 
 
 def request_sites(points: Iterable[SitePoint], shape: ModelShape) -> UnpatchedRequest:
-    """That these sites are read, and nothing above them."""
+    """Request these sites, in a pass that stops after the highest one."""
     places = frozenset((point.site, point.layer) for point in points)
     stops = [stop_layer(*place, shape.n_layers) for place in places]
     stop = None if None in stops else max((n for n in stops if n is not None), default=0)
@@ -151,35 +157,35 @@ def split_prompts(
     prompts: Ints | None = None,
     tokens: int = PROMPT_TOKENS,
 ) -> list[Ints]:
-    """Prompts, all by default, as many at a time as there is room for what is read of them."""
+    """Split prompts (default: all) into batches, limited by the size of the values read."""
     return read_batches(model.shape, model.dtype.itemsize, run, points, prompts, tokens)
 
 
 ROUNDING_UNITS = 4.0
-"""A difference of so many units of rounding, beside what it is a difference of, is none."""
+"""Multiple of the rounding unit, relative to its operands, up to which a difference is zero."""
 
 
 @dataclass(eq=False)
 class FittedDirections:
-    """The directions of one experiment, by their names."""
+    """Directions of one experiment, by name."""
 
     vectors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """[width] float64 each, on the CPU."""
 
     def of(self, plan: RulePlan, cells: Ints) -> Tensor:
-        """[K, width]: the rule's direction in each of these cells."""
+        """Return [K, width]: the rule's direction in each of these cells."""
         assert plan.direction_of_cell is not None
         every = torch.stack([self.vectors[member.name] for member in plan.directions])
         return every[torch.from_numpy(plan.direction_of_cell[cells])]
 
     @property
     def lengths(self) -> Mapping[str, float]:
-        """By name."""
+        """Norms by name."""
         return {name: float(vector.norm()) for name, vector in self.vectors.items()}
 
 
 class DirectionFits:
-    """Makes the directions of a panel, each once."""
+    """Fits of a panel's directions, each computed once."""
 
     def __init__(
         self,
@@ -193,13 +199,13 @@ class DirectionFits:
         self.seed = seed
         self.side: PaddingSide | None = side
         self.passes = 0
-        """Forward passes so far."""
+        """Number of forward passes so far."""
         self._made: dict[str, Tensor] = {}
         self._read: dict[int, list[list[_FitRows]]] = {}
-        """By the identity of a fit: per sample and point."""
+        """By identity of a fit: per sample and point."""
 
     def of(self, plan: ExperimentPlan) -> tuple[FittedDirections, list[Diagnostic]]:
-        """The directions that an experiment's rules use. E0641 for one that is nothing."""
+        """Compute the directions of an experiment's rules; reports E0641 for empty ones."""
         members = {m.name: m for rule in plan.rules for m in rule.directions}
         due = [member for name, member in members.items() if name not in self._made]
         fits = {id(fit): fit for member in due for fit in iter_fitted_vectors(member.vector)}
@@ -216,7 +222,7 @@ class DirectionFits:
                 problems.append(_empty_direction(plan, member, "has NaN or infinity"))
         made = {name: self._made[name] for name in members if name in self._made}
         for rule in plan.rules if not problems else ():
-            # One of a family may be nothing: where all rows have the same token, say.
+            # One of several may be 0, for example if all rows have the same token.
             if rule.directions and not any(made[m.name].any() for m in rule.directions):
                 problems.append(_empty_direction(plan, rule.directions[0], "is 0 everywhere"))
         return FittedDirections(made), problems
@@ -224,7 +230,7 @@ class DirectionFits:
     # --- reading ----------------------------------------------------------------------------------
 
     def _gather(self, fits: Sequence[FittedVector]) -> None:
-        """Read all that fits need, each run of rows once."""
+        """Read the samples of fits, each run of rows once."""
         runs: dict[tuple[int, int, str | None], list[tuple[FittedVector, int, FitSample]]] = {}
         for fit in fits:
             self._read[id(fit)] = [[] for _ in fit.samples]
@@ -257,10 +263,10 @@ class DirectionFits:
             for rows in takers.get((found.point, found.position), ()):
                 rows.take(found)
 
-    # --- making -----------------------------------------------------------------------------------
+    # --- computation ------------------------------------------------------------------------------
 
     def _vector(self, vector: DirectionVector) -> Tensor:
-        """[width] float64"""
+        """Compute [width] float64."""
         match vector:
             case FittedVector():
                 return self._fitted(vector)
@@ -298,7 +304,7 @@ class DirectionFits:
                 return _fit_probe(fit, samples[0][0])
 
     def _through(self, fit: FittedVector, point: SitePoint, mean: Tensor) -> Tensor:
-        """[d_model] of a head's mean; itself where it is not summed with others'."""
+        """Return [d_model] of a head's mean, or the mean itself if it isn't added to others."""
         if point.site != "z" or len(fit.points) == 1:
             return mean
         layout = self.model.tap("z", point.layer).layout
@@ -316,7 +322,7 @@ class DirectionFits:
 
 
 class _FitRows:
-    """The vectors of one site at one position: their mean, or all of them."""
+    """Vectors of one site at one position: their mean, or all of them."""
 
     def __init__(self, count: int, *, gathers: bool) -> None:
         self.gathers = gathers
@@ -326,7 +332,7 @@ class _FitRows:
         self.count = 0
 
     def take(self, found: SiteVectors) -> None:
-        """One vector a row: the mean over its tokens, runs and draws."""
+        """Add one vector per row: the mean over its tokens, runs and draws."""
         if not len(found.prompts):
             return
         row, index, counts = np.unique(found.prompts, return_inverse=True, return_counts=True)
@@ -343,22 +349,24 @@ class _FitRows:
         self.total = total if self.total is None else self.total + total
 
     def mean(self) -> Tensor:
-        """[width]"""
+        """Return [width]."""
         assert self.total is not None
         return self.total / self.count
 
     def matrix(self) -> Floats:
-        """[row, width]"""
+        """Return [row, width]."""
         return np.concatenate(self.parts)
 
     def numbers(self) -> Ints:
-        """[row] which of the table's rows they are."""
+        """Return [row]: its number in the table."""
         return np.concatenate(self.rows)
 
 
 def _fit_probe(fit: FittedVector, rows: _FitRows) -> Tensor:
-    """[width]: the weights of a ridge regression, or those of the second class less those of the
-    first."""
+    """Return [width]: weights of a ridge regression, or the difference of two classes' weights.
+
+    The difference is the second class minus the first.
+    """
     wanted = [fit.samples[0].targets[row] for row in rows.numbers().tolist()]
     penalty = float(fit.options["penalty"])
     if fit.options["kind"] == "ridge":
@@ -371,7 +379,7 @@ def _fit_probe(fit: FittedVector, rows: _FitRows) -> Tensor:
 
 
 def _load_vector(vector: SavedVector) -> Tensor:
-    """[width], of the file as it was when it was checked."""
+    """Load [width] from the file, which must be unchanged since it was checked."""
     content = vector.path.read_bytes()
     if sha256(content).hexdigest() != vector.digest:
         raise ValueError(f"{vector.path.name} has changed since it was checked")
@@ -379,7 +387,7 @@ def _load_vector(vector: SavedVector) -> Tensor:
 
 
 def _draw_like(like: Tensor, draw: str, seed: int) -> Tensor:
-    """A direction of the same length, drawn evenly over all."""
+    """Draw a direction of the same norm, uniformly distributed."""
     random = np.random.Generator(
         np.random.Philox(np.random.SeedSequence([stable_hash(seed, "direction", draw)]))
     )

@@ -15,21 +15,24 @@ from mechdsl.images.processing import PatchLayout
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 
 OutputTask = Literal["tokens", "one label", "many labels", "number"]
-"""What outputs are: logits of tokens, of labels of which one is right, of labels that are right or
-not each by itself, or a number, as regressions give."""
+"""The meaning of outputs: logits of tokens, of labels of which one is right, of labels that are
+right or wrong independently, or a number, as in regression."""
 
 OutputPosition = Literal["every token", "first token", "last token", "image"]
-"""What outputs are made of: each token has its own, or there is one for a whole prompt, made of its
-first token, or of its last one that isn't the pad token, or one for an image."""
+"""The source of outputs: every token, a prompt's first token, its last token except padding, or
+an image."""
+
+PaddingSide = Literal["left", "right"]
+"""The side of a prompt on which its row is padded."""
 
 SEQUENCE_CLASSIFIER = "ForSequenceClassification"
-"""How classes end whose output is one of a whole prompt."""
+"""Suffix of classes with one output per prompt."""
 
 OTHER_SEQUENCE_CLASSIFIERS = ("ForMultipleChoice", "ForNextSentencePrediction")
-"""The same, of several texts."""
+"""Suffixes of classes with one output per several texts."""
 
 IMAGE_CLASSIFIERS = ("ForImageClassification", "ForImageClassificationWithTeacher")
-"""The same, of images."""
+"""Suffixes of classes with one output per image."""
 
 _CLASSIFIERS = ("ForTokenClassification", SEQUENCE_CLASSIFIER, *IMAGE_CLASSIFIERS)
 
@@ -42,15 +45,17 @@ ENCODER_TYPES = frozenset((
     "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert",
     "tapas", "ultrabert", "ultravbert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso",
 ))  # fmt: skip
-"""Kinds of models of the library whose classifiers see the whole prompt at every token, unless they
-say `is_decoder`. Classifiers of prompts read their first token, those of other kinds the last."""
+"""Model types whose classifiers see the whole prompt at every token, unless `is_decoder` is set.
+Their prompt classifiers read the first token, those of other types the last."""
 
 
 def output_task(
     config: Mapping[str, Any], names: Sequence[str]
 ) -> tuple[OutputTask, tuple[str, ...]]:
-    """What the outputs of a class are, with the names of the labels: `id2label`, else `LABEL_0`
-    and so on, as the library has them."""
+    """Return the meaning of a class's outputs and the names of its labels.
+
+    The names come from `id2label`, else they are the library's `LABEL_0` and so on.
+    """
     if not any(name.endswith(_CLASSIFIERS) for name in names):
         return "tokens", ()
     labels = output_labels(config)
@@ -67,7 +72,7 @@ def output_task(
 
 
 def output_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of outputs that `id2label` gives, by their numbers; none where one is missing."""
+    """Return the output names of `id2label` in numeric order; none if one is missing."""
     named = config.get("id2label")
     if not isinstance(named, Mapping):
         return ()
@@ -77,13 +82,13 @@ def output_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def is_headless(names: Sequence[str], model_type: str) -> bool:
-    """Whether the class is the library's for a model without a head: `BertModel` of `bert`."""
+    """Return whether the class is the library's for a model without a head: `BertModel`."""
     bare = re.sub(r"[_-]", "", model_type) + "model"
     return any(name.lower() == bare for name in names)
 
 
 def output_position(names: Sequence[str], *, encodes: bool) -> OutputPosition:
-    """What a class makes its outputs of; encodes: every token of its kind sees every other."""
+    """Return the source of a class's outputs. encodes: every token sees every other token."""
     if any(name.endswith(IMAGE_CLASSIFIERS) for name in names):
         return "image"
     if not any(name.endswith(SEQUENCE_CLASSIFIER) for name in names):
@@ -92,12 +97,12 @@ def output_position(names: Sequence[str], *, encodes: bool) -> OutputPosition:
 
 
 ModelInput = Literal["text", "image", "audio", "two texts", "image and text"]
-"""What a model is called with; `two texts` is an encoder's and a decoder's."""
+"""The type of a model's input; `two texts` is an encoder's and a decoder's."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Numbers that coordinates are checked against; heads and layers count from 0."""
+    """Sizes that coordinates are checked against; heads and layers count from 0."""
 
     architecture: str
     """Class name of the model (`GPT2LMHeadModel`), else its family."""
@@ -114,69 +119,69 @@ class ModelShape:
     parallel_block: bool
     """Attention and MLP read the same stream."""
     sites: frozenset[str]
-    """Supported sites that this model has, as far as the config tells."""
+    """Supported sites that this model has, as far as the config shows."""
     d_value: int
-    """Width of a head's value and of `z`; `d_head` but for latent attention."""
+    """Width of a head's value and of `z`; `d_head` except in latent attention."""
     d_embed: int
-    """Width of what the token embedding returns; `d_model` but for a few."""
+    """Output width of the token embedding; `d_model` in most models."""
     n_experts: int
-    """Experts that a router chooses from, 0 where there are none."""
+    """Number of experts that a router chooses from; 0 without a router."""
     causal: bool
-    """No token sees a later one."""
+    """No token sees a later token."""
     takes: ModelInput = "text"
     masked: bool = False
-    """It predicts tokens in their own place, as far as the config tells."""
+    """The model predicts tokens at their positions, as far as the config shows."""
     stands_in: bool = False
-    """The model isn't at hand, and these numbers stand in for its own."""
+    """The model isn't available, and these sizes are placeholders."""
     d_final: int = 0
-    """Width of `final_norm`; 0: `d_model`, as in all but a few."""
+    """Width of `final_norm`; 0: `d_model`, as in most models."""
     d_logits: int = 0
-    """Width of `logits`; 0: `vocab_size`, as in all that predict tokens. Others give a number for
-    each label."""
+    """Width of `logits`; 0: `vocab_size`, as in all models that predict tokens. Others have one
+    number per label."""
     task: OutputTask = "tokens"
     labels: tuple[str, ...] = ()
-    """Names of the outputs of a classifier, in their order; of a language model whose outputs are
-    others than its tokens, where its config names them."""
+    """Names of a classifier's outputs in order, or of a language model's outputs other than tokens
+    if its config names them."""
     output_at: OutputPosition = "every token"
     side: Literal["", "vision", "text"] = ""
-    """Which tower it is, of a model that scores images with texts."""
+    """The tower, in a model that scores images with texts."""
     texts: ModelShape | None = None
-    """The tower for texts, where this is the one for images."""
+    """The text tower, if this is the image tower."""
     padded: bool = False
-    """Its texts are padded to `max_positions`, and it sees that."""
+    """Texts are padded to `max_positions`, and the padding affects the output."""
     classes: int = 0
-    """Of what is scored, those that are chosen from; they come first."""
+    """Number of scored items that are candidates; they come first."""
     patches: PatchLayout | None = None
-    """Which part of an image is which token; None where it reads no images alone, or that isn't
-    known of its kind."""
+    """The token of each part of an image; None if the model doesn't read images alone, or if its
+    layout isn't known."""
     partly: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
-    """Sites that only some blocks have, and which; known of a loaded model."""
+    """Sites that only some blocks have, with the blocks; known for a loaded model."""
     sizes: Mapping[tuple[str, int], tuple[int, int]] = field(
         default_factory=dict[tuple[str, int], tuple[int, int]]
     )
-    """(units, width) of a site in blocks where they are others; known of a loaded model."""
+    """(units, width) of a site in blocks with other sizes; known for a loaded model."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
     """The part of the config that describes this stack."""
 
     @property
     def outputs(self) -> int:
-        """How many numbers `logits` are."""
+        """Number of outputs in `logits`."""
         return self.d_logits or self.vocab_size
 
     @property
     def names_labels(self) -> bool:
-        """Whether labels have names of their own: others than `LABEL_0` or `0`, by number."""
+        """Whether labels have names other than the defaults `LABEL_0` and `0`."""
         named = any(name not in (str(n), f"LABEL_{n}") for n, name in enumerate(self.labels))
         return named or bool(self.side)
 
     def has(self, site: str, layer: int | None) -> bool:
-        """Whether a site is there, in one block."""
+        """Return whether a site exists, in one block if `layer` isn't None."""
         return site in self.sites and (layer is None or layer in self.partly.get(site, (layer,)))
 
 
 def unit_count(shape: ModelShape, site: str, layer: int | None = None) -> int:
-    """How many heads, key-value heads or neurons a site has per layer, or in one layer; 1 for whole
-    vectors."""
+    """Return the number of heads, key-value heads or neurons of a site per layer, or in one layer;
+    1 for whole vectors."""
     if layer is not None and (site, layer) in shape.sizes:
         return shape.sizes[site, layer][0]
     match SITES[site].unit:
@@ -193,7 +198,7 @@ def unit_count(shape: ModelShape, site: str, layer: int | None = None) -> int:
 
 
 def vector_width(shape: ModelShape, site: str, layer: int | None = None) -> int:
-    """Length of one vector of a supported site, in one layer where layers differ."""
+    """Return the length of one vector of a supported site, in one layer if layers differ."""
     if layer is not None and (site, layer) in shape.sizes:
         return shape.sizes[site, layer][1]
     match SITES[site].width:
@@ -213,16 +218,18 @@ def vector_width(shape: ModelShape, site: str, layer: int | None = None) -> int:
 
 
 STAND_IN_MIN, STAND_IN_MAX = 12, 200
-"""Layers, heads and the like: at least as many as a small model has, at most what can be real."""
+"""Bounds of the numbers of layers, heads and experts: a small model's, and a realistic maximum."""
 
 
 def stand_in_shape(largest: Mapping[str, int]) -> ModelShape:
-    """A model with every site, with as many heads, neurons and experts as are named, and a layer
-    more: a path may lead on from the last one that is.
+    """Return a model with every site and as many heads, neurons and experts as a file names.
 
-    largest: the highest index of each (`layer`, `head`, …) that a file names. So whatever is found
-    wrong with a file that is checked against it would be wrong on a real model too, but for what
-    `Diagnostic.hangs_on` names.
+    It has one more layer than named, because a path may continue after the last named one. Any
+    error found with this shape would also occur with a real model, except the facts in
+    `Diagnostic.hangs_on`.
+
+    Args:
+        largest: The highest index of each word (`layer`, `head`, …) that a file names.
     """
     named = {word: largest.get(word, 0) + 1 for word in ("layer", "head", "expert")}
     named["layer"] += 1
@@ -251,7 +258,7 @@ def stand_in_shape(largest: Mapping[str, int]) -> ModelShape:
 def check_site(
     shape: ModelShape, site: str, *, model: str, span: Span | None = None
 ) -> Diagnostic | None:
-    """Why a supported site of the language is not one of this model (E0402, E0413), or None."""
+    """Return the reason that a supported site isn't available (E0402, E0413), or None."""
     if site in shape.sites:
         return None
     if site == "resid_mid" and shape.parallel_block:

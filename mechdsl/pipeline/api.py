@@ -16,7 +16,7 @@ from mechdsl.base.text import dump_json
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.models import NoTokenizer
 from mechdsl.diagnostics.rendering import Diagnostics, MechdslError, warn_diagnostics
-from mechdsl.loading.lazy_builder import build_lazily
+from mechdsl.pipeline.lazy_builder import build_lazily
 from mechdsl.pipeline.options import (
     dtype_name,
     dtype_problem,
@@ -51,7 +51,7 @@ ParameterValues = Mapping[str, object]
 
 
 def make_source(file: str | Path) -> tuple[Source | None, list[Diagnostic]]:
-    """A file by its path, or a text that begins like one (`mech 1`)."""
+    """Create the source of a file's path, or of a text that begins like one (`mech 1`)."""
     from mechdsl.syntax.frontend import read_source
 
     if isinstance(file, str) and ("\n" in file or file.lstrip().startswith("mech ")):
@@ -69,7 +69,7 @@ def read_file(file: str | Path) -> Source:
 def check_source_with(
     source: Source, models: BorrowedModels | None, settings: CheckSettings
 ) -> tuple[CheckedFile, dict[str, LoadedModel]]:
-    if not models:  # and so without torch
+    if not models:  # without torch
         from mechdsl.checks.file_check import check_source
 
         return check_source(source, settings), {}
@@ -80,7 +80,7 @@ def check_source_with(
 
 
 def borrowed_models(models: BorrowedModels | None) -> AbstractContextManager[None]:
-    """Models of Python's, which are afterwards as they were; without any, torch isn't needed."""
+    """Restore models passed from Python afterwards; without any, torch isn't needed."""
     pairs = model_pairs(models)
     if not pairs:
         return nullcontext()
@@ -92,7 +92,7 @@ def borrowed_models(models: BorrowedModels | None) -> AbstractContextManager[Non
 def require_valid_file(
     source: Source, models: BorrowedModels | None, settings: CheckSettings
 ) -> tuple[CheckedFile, dict[str, LoadedModel]]:
-    """A file without errors, its warnings shown; MechdslError where it has some."""
+    """Return a file without errors and show its warnings; MechdslError if it has errors."""
     checked, loaded = check_source_with(source, models, settings)
     if has_errors(checked.diagnostics):
         raise MechdslError(checked.diagnostics)
@@ -107,8 +107,8 @@ def require_valid_source(
 
 
 def model_pairs(models: Any) -> BorrowedModels:
-    """Models with their tokenizers; MechdslError (E0412) for those that have none, TypeError for
-    what is no dict."""
+    """Return models with their tokenizers; MechdslError (E0412) if a tokenizer is missing,
+    TypeError for anything but a dict."""
     if models is None:
         return {}
     if not isinstance(models, Mapping):
@@ -162,7 +162,7 @@ def python_mode_of(allow_python: bool) -> PythonMode:
 
 
 def raise_errors(*found: Sequence[Diagnostic]) -> None:
-    """MechdslError where anything was found."""
+    """Raise MechdslError if anything was found."""
     problems = [each for some in found for each in some]
     if problems:
         raise MechdslError(problems)
@@ -197,41 +197,52 @@ def run(
 ) -> Results:
     """Run a file as `mechdsl run` does, and return its results.
 
-    file: its path, or its text (what has a line break or begins with `mech `); paths in a text
-        start from the working directory.
-    models: name in the file → (transformers model, fast tokenizer), in place of what the file
-        declares under that name. They run where and as they are, so `device` and `dtype` don't
-        apply, and they are left exactly as they were.
-    set: values of the file's `param` lines.
-    limit: rows per experiment at most. only: the one experiment to run, with what it needs.
-    device: `auto`, `cpu`, `cuda`, `cuda:1`. dtype: in place of what the file says.
-    offload: folder for weights that fit into no memory. out: folder that keeps every prompt's
-        values.
-    write_reports: write the reports that the file sends to a file (`report … to "x.png"`).
-    profile: compare estimated with measured work in `Results.profile`.
-    progress: whether standard error shows a bar while rows are run; None does in terminals and
-        notebooks only, as the command line.
-    allow_python: run the Python files that the file refers to. allow_outside: let reports go
-        anywhere. untrusted: list the paths that the file names, confine all of them, run no Python.
-    no_pass: planner passes to switch off. pass_tokens, prompt_tokens: most tokens of a pass over
-        patched rows, and of a batch of unpatched prompts.
-    allow_nan: leave rows where the model gives NaN out of everything, and count them.
-    store: folder where all that is computed is kept, and looked up before anything is computed;
-        None: what `MECHDSL_STORE` names, or `.mechdsl` beside the file (of a text: none); False:
-        none. fresh: compute all anew, and keep that.
-    against: an earlier run, by its id, `last`, its `.mech` file or a folder that `out` has made, or
-        its results: what has changed since is in `Results.against`.
-    fail_fast: stop at the first expectation that fails (with `against`: that held there, or is
-        new); `not_run` of the file says what was left out.
+    An experiment or a measure that can't be computed doesn't affect others: `complete` of the
+    results is then False, `lost` of the file and `missing` of the measure give the reason, and a
+    warning is shown. Warnings are shown through `warnings` as MechdslWarning, and stored in
+    `Results.diagnostics`.
 
-    An experiment or a measure that can't be computed costs no other: `complete` of the results is
-    False then, `lost` of the file and `missing` of the measure say why, and a warning is shown.
-    Warnings are shown through `warnings` as MechdslWarning, and kept in `Results.diagnostics`.
-    Raises MechdslError where the file, its data, a model or an argument is wrong, and where nothing
-    can be computed.
+    Args:
+        file: Its path, or its text (with a line break or beginning with `mech `); paths in a text
+            are
+            relative to the working directory.
+        models: Name in the file → (transformers model, fast tokenizer), which replaces the file's
+            model
+            of that name. It runs where and as it is, so `device` and `dtype` don't apply, and is
+            left exactly as it was.
+        set: Values of the file's `param` lines.
+        limit: Maximum number of rows per experiment.
+        only: The one experiment to run, with those that it needs.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`.
+        dtype: Overrides the file's dtype.
+        offload: Folder for weights that don't fit in memory.
+        out: Folder for every prompt's values.
+        write_reports: Write the reports that the file sends to a file (`report … to "x.png"`).
+        profile: Compare estimated with measured work in `Results.profile`.
+        progress: Whether standard error shows a progress bar; None: only in terminals and
+            notebooks, as
+            on the command line.
+        allow_python: Run the Python files that the file refers to.
+        allow_outside: Allow reports outside the file's folder.
+        untrusted: List the paths that the file names, restrict all of them, and run no Python.
+        no_pass: Planner passes to disable.
+        pass_tokens: Maximum number of tokens of a pass over patched rows.
+        prompt_tokens: Maximum number of tokens of a batch of unpatched prompts.
+        allow_nan: Exclude rows where the model gives NaN from everything, and count them.
+        store: Folder where computed values are cached and looked up; None: the folder in
+            `MECHDSL_STORE`, or `.mechdsl` next to the file (for a text: none); False: none.
+        fresh: Recompute everything, and cache that.
+        against: An earlier run, by its id, `last`, its `.mech` file or a folder of `out`, or its
+            results; `Results.against` contains the changes since.
+        fail_fast: Stop at the first expectation that fails (with `against`: that held before, or is
+            new); `not_run` of the file lists the skipped parts.
+
+    Raises:
+        MechdslError: If the file, its data, a model or an argument is invalid, or nothing can be
+            computed.
     """
     with borrowed_models(models):
-        # Inside, as what is imported may draw random numbers too.
+        # Inside the function, because imported modules may draw random numbers too.
         from mechdsl.execute.run_record import ExecutionOptions
         from mechdsl.pipeline.options import RunOptions
         from mechdsl.show.progress import ProgressBar
@@ -274,14 +285,14 @@ def run(
 
 
 class VerdictRequest(NamedTuple):
-    """What is asked of verdicts."""
+    """Options for verdicts."""
 
     against: str | Path | Results | None
     fail_fast: bool
 
 
 def _earlier_run(against: object, checked: CheckedFile, store: Path | None) -> EarlierRun | None:
-    """The run that a file is set against; MechdslError where there is none."""
+    """Return the earlier run of a file; MechdslError if there is none."""
     if against is None:
         return None
     from mechdsl.results.runs import earlier_run_from_results, find_earlier_run, prepare_file
@@ -345,19 +356,25 @@ def _profile_text(
 
     texts: list[str] = []
     for planned, done in profiles:
-        assert sizes is not None  # something was run
+        assert sizes is not None  # at least one experiment ran
         texts.append(capture_text(partial(print_profile, planned, done, sizes)))
     return "".join(texts)
 
 
 def runs(store: str | Path | None = None) -> Runs:
-    """The runs that a store keeps, the newest first, as `mechdsl runs` lists them.
+    """Return the runs in a store, the newest first, as `mechdsl runs` lists them.
 
-    store: its folder; None: what `MECHDSL_STORE` names, or `.mechdsl` in the working folder, and an
-        empty list where that isn't there.
-    Returns a list; each run has `id`, `state`, `file`, `began`, `about`, its `results`, which are
-    read when they are asked for, `export(folder)` and `remove()`.
-    Raises MechdslError (E0208) where a folder that is named is no store, or can't be read.
+    Args:
+        store: Its folder; None: the folder in `MECHDSL_STORE`, or `.mechdsl` in the working
+            directory,
+            with an empty list if it is missing.
+
+    Returns:
+        A list; each run has `id`, `state`, `file`, `began`, `about`, its `results`, which are read
+        at first access, `export(folder)` and `remove()`.
+
+    Raises:
+        MechdslError: E0208 if a given folder isn't a store, or can't be read.
     """
     from mechdsl.results.runs import Runs, find_store_folder, has_store, load_runs
 
@@ -372,14 +389,20 @@ def diff(
     *,
     store: str | Path | None = None,
 ) -> Differences:
-    """What changed from one run to another, as `mechdsl diff` prints it: inputs, verdicts, effects
-    beyond noise, what is new and gone.
+    """Compare two runs as `mechdsl diff` does: inputs, verdicts, effects beyond noise, new and
+    missing results.
 
-    old, new: `Results`, a run of `mechdsl.runs()`, or what a run is called by: its id or the
-        beginning of one, `last`, a `.mech` file (its latest finished run), a folder of `out`.
-    store: the folder that runs are in; None: beside the `.mech` file, or of the working folder.
-    Returns `Differences`: `changed` is whether the command's exit status is 1.
-    Raises MechdslError (E0208) where a run can't be found or read.
+    Args:
+        old: `Results`, a run of `mechdsl.runs()`, or the name of a run: its id or a prefix of it,
+            `last`, a `.mech` file (its latest finished run), a folder of `out`.
+        new: Like `old`.
+        store: Folder of the runs; None: next to the `.mech` file, or in the working directory.
+
+    Returns:
+        `Differences`; `changed` is whether the command's exit status is 1.
+
+    Raises:
+        MechdslError: E0208 if a run is missing or unreadable.
     """
     from mechdsl.results.differences.comparison import diff_runs
 
@@ -396,14 +419,20 @@ def check(
     untrusted: bool = False,
     require_models: bool = False,
 ) -> Diagnostics:
-    """All errors and warnings of a file, as `mechdsl validate` finds them: without weights, and
-    without torch but for models that are handed over.
+    """Return all errors and warnings of a file, as `mechdsl validate` does: without weights, and
+    without torch unless models are passed.
 
-    file: its path, or its text (what has a line break or begins with `mech `).
-    models, set, allow_outside, untrusted: as for `run`.
-    require_models: whether a model that isn't on this machine, or has no weights, is an error; all
-        that doesn't depend on it is checked either way.
-    Returns a list of diagnostics, empty where nothing is wrong; raises nothing about the file.
+    Args:
+        file: Its path, or its text (with a line break or beginning with `mech `).
+        models: As for `run`.
+        set: As for `run`.
+        allow_outside: As for `run`.
+        untrusted: As for `run`.
+        require_models: Whether a model that isn't on this machine, or has no weights, is an error;
+            everything that doesn't depend on it is checked either way.
+
+    Returns:
+        A list of diagnostics, empty for a valid file. Errors in the file raise no exception.
     """
     from mechdsl.models.folder import report_missing_weights
 
@@ -443,13 +472,19 @@ def plan_of(
     prompt_tokens: int | None = None,
     measure: bool = False,
 ) -> PrintedText:
-    """What `mechdsl plan` prints: the intervention graph, the cells, rows and forward passes of a
-    file, what effects its rows can show, what each planner pass saves, and how long the rest takes.
-    Nothing is run.
+    """Return the output of `mechdsl plan`: the intervention graph, the cells, rows and forward
+    passes of a file, the detectable effects, the savings of each planner pass, and the duration of
+    the rest. Nothing is run.
 
-    measure: load the models, run base and source runs (no rule), and say in the metric's units what
-        can be shown.
-    The other arguments are those of `run`. Raises MechdslError where something is wrong.
+    The other arguments are those of `run`.
+
+    Args:
+        measure: Load the models, run base and source runs (without rules), and give detectable
+            effects
+            in the metric's units.
+
+    Raises:
+        MechdslError: If the file or an argument is invalid.
     """
     from mechdsl.planner.passes import check_pass_names, make_plan
     from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS
@@ -500,11 +535,18 @@ def graph_of(
     allow_outside: bool = False,
     untrusted: bool = False,
 ) -> PrintedText:
-    """What `mechdsl graph` prints: the intervention graph of a file, drawn.
+    """Return the output of `mechdsl graph`: a drawing of a file's intervention graph.
 
-    format: as DOT, Mermaid, SVG or text. to: also write it to this file. before: without the
-        planner's passes. The other arguments are those of `run`.
-    Raises MechdslError where something is wrong, OSError where `to` can't be written.
+    The other arguments are those of `run`.
+
+    Args:
+        format: DOT, Mermaid, SVG or text.
+        to: File to write the graph to as well.
+        before: Draw the graph before the planner's passes.
+
+    Raises:
+        MechdslError: If the file or an argument is invalid.
+        OSError: If `to` can't be written.
     """
     from mechdsl.show.graph import GRAPH_FORMATS, draw_graph
     from mechdsl.show.output import PrintedText, SvgText
@@ -538,12 +580,17 @@ def explain(
     allow_outside: bool = False,
     untrusted: bool = False,
 ) -> PrintedText:
-    """What `mechdsl explain` prints: the prompts of a file, token by token, with the positions that
-    rules hit; or the page of a code (`explain("E0301")`) or of the language
+    """Return the output of `mechdsl explain`: the prompts of a file, token by token, with the
+    positions of rules; or the page of a code (`explain("E0301")`) or of the language
     (`explain("language")`).
 
-    format: `json` is every row of every run. The other arguments are those of `run`.
-    Raises MechdslError where something is wrong.
+    The other arguments are those of `run`.
+
+    Args:
+        format: `json` includes every row of every run.
+
+    Raises:
+        MechdslError: If the file or an argument is invalid.
     """
     from mechdsl.diagnostics.command_line import find_page, is_page_name
     from mechdsl.show.output import PrintedText, capture_text

@@ -78,7 +78,8 @@ def test_validate_imports_what_a_plain_file_needs() -> None:
         "mechdsl.cli.validate"
     }
     for_few = {
-        "mechdsl.pipeline",
+        "mechdsl.pipeline.api",
+        "mechdsl.pipeline.options",
         "mechdsl.models.adapter_folder",
         "mechdsl.prompts.table",
         "mechdsl.resolve.controls",

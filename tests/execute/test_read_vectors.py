@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.execute.run_record import PaddingSide
 from mechdsl.execute.vectors import SiteVectors, build_reader, read_vectors, split_prompts
+from mechdsl.models.shape import PaddingSide
 from mechdsl.planner import plan as module
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun, RunRow

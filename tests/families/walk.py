@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +27,12 @@ from mechdsl.forward.packed.activation_cache import ActivationCache, record_acti
 from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.loading.loader import adopt_model
 from mechdsl.loading.verify.checks import PACKED_IMAGE_IDENTITY
+from mechdsl.models.shape import PaddingSide
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 
 from ..reference import hooks
 from .build import VOCABULARY, model
 from .parts import Architecture, Refused
-
-Side = Literal["left", "right"]
 
 DIFFERENCE = 1e-4
 """Allowed for outputs and reads, relative to the largest output, at least to 1."""
@@ -370,10 +369,10 @@ def _rows(output: Tensor) -> Tensor:
 class _Packaged:
     """The package's model with the same prompts, padded on one side."""
 
-    def __init__(self, model: LoadedModel, by_hand: _ByHand, side: Side) -> None:
+    def __init__(self, model: LoadedModel, by_hand: _ByHand, side: PaddingSide) -> None:
         self.model = model
         self.by_hand = by_hand
-        self.side: Side = side
+        self.side: PaddingSide = side
         self.base = self._batch(by_hand.bases)
         self.source = self._batch(by_hand.sources)
         self.reads: dict[SiteRead, Tensor] = {}
@@ -407,7 +406,7 @@ class _Packaged:
             batch = self._of(prompts, text, self.side)
         return batch.with_inputs(given, **frames)
 
-    def _of(self, prompts: list[dict[str, Tensor]], name: str, side: Side) -> Batch:
+    def _of(self, prompts: list[dict[str, Tensor]], name: str, side: PaddingSide) -> Batch:
         return Batch.of([p[name][0].tolist() for p in prompts], self.model.pad_id, side)
 
     def _padded(self, value: Tensor, length: int) -> Tensor:
@@ -558,7 +557,7 @@ class _Walk:
 
     def _sides(self, loaded: LoadedModel, spots: list[Spot], *, packs: bool) -> None:
         self.expected: dict[Spot, Expected] = {}
-        sides: list[Side] = [loaded.calling.side]
+        sides: list[PaddingSide] = [loaded.calling.side]
         if loaded.calling.side == "left" and self.row.takes in ("text", "image and text"):
             sides.append("right")
         for side in sides:
@@ -596,7 +595,13 @@ class _Walk:
         return both
 
     def _side(
-        self, loaded: LoadedModel, side: Side, spots: list[Spot], *, packs: bool, optional: bool
+        self,
+        loaded: LoadedModel,
+        side: PaddingSide,
+        spots: list[Spot],
+        *,
+        packs: bool,
+        optional: bool,
     ) -> None:
         package = _Packaged(loaded, self.by_hand, side)
         try:

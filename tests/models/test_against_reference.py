@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from mechdsl.forward.packed.activation_cache import ActivationCache, record_acti
 from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.models.anatomy import Anatomy, HookPoint, TensorLayout
 from mechdsl.models.restart import Shortcuts
+from mechdsl.models.shape import PaddingSide
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, stop_layer
 
 from ..quick import in_turn, some
@@ -40,7 +41,6 @@ from ..reference.forward import (
 )
 from . import families
 
-Side = Literal["left", "right"]
 SIDED = in_turn(families.VERIFIED, ("left", "right"), families.VERIFIED_KINDS)
 
 BASES = [[1, 9, 22, 31, 17, 40, 5, 28], [1, 14, 8, 51, 33], [1, 30, 11, 6, 45, 19]]
@@ -246,7 +246,7 @@ def layers_of(model: LoadedModel, site: str) -> range:
 
 
 def compare(
-    model: LoadedModel, family: str, site: str, side: Side, ways: Sequence[Way] = WAYS
+    model: LoadedModel, family: str, site: str, side: PaddingSide, ways: Sequence[Way] = WAYS
 ) -> tuple[float, float, float]:
     """Largest difference of logits, the same relative to the effect, and the smallest effect."""
     worst = relative = 0.0
@@ -289,14 +289,16 @@ def available(family: str) -> list[str]:
 
 @pytest.mark.parametrize(("family", "side"), SIDED)
 def test_every_site_is_patched_and_ablated_as_by_hand(
-    loaded: dict[str, LoadedModel], family: str, side: Side
+    loaded: dict[str, LoadedModel], family: str, side: PaddingSide
 ) -> None:
     """In a whole pass, and packed: all tokens' logits, and the last ones' alone."""
     for site in available(family):
         held(loaded[family], family, site, side, WAYS)
 
 
-def held(model: LoadedModel, family: str, site: str, side: Side, ways: Sequence[Way]) -> None:
+def held(
+    model: LoadedModel, family: str, site: str, side: PaddingSide, ways: Sequence[Way]
+) -> None:
     """The package's logits at a site are those of the hand-written hooks."""
     worst, relative, smallest = compare(model, family, site, side, ways)
     assert worst <= ABSOLUTE, f"{site}: logits off by {worst:.1e}"
@@ -311,14 +313,14 @@ def test_without_a_shortcut_every_site_is_still_as_by_hand(
     loaded: dict[str, LoadedModel], family: str, off: str
 ) -> None:
     """Site by site; all together they ride in the passes of the test below."""
-    side: Side = "left" if len(off) % 2 else "right"
+    side: PaddingSide = "left" if len(off) % 2 else "right"
     ways = [Way(off, shortcuts=OFF[off]), Way(f"{off}, last", shortcuts=OFF[off], last=True)]
     for site in available(family):
         held(loaded[family], family, site, side, ways)
 
 
 def joined(
-    model: LoadedModel, family: str, side: Side
+    model: LoadedModel, family: str, side: PaddingSide
 ) -> tuple[Batch, list[int], list[SiteWrite], list[Tensor], list[str]]:
     """All cases of all sites and layers as rows of one pass, shuffled.
 
@@ -346,7 +348,7 @@ def joined(
 
 @pytest.mark.parametrize(("family", "side"), SIDED)
 def test_rows_of_all_sites_layers_and_prompts_ride_in_one_pass(
-    loaded: dict[str, LoadedModel], family: str, side: Side
+    loaded: dict[str, LoadedModel], family: str, side: PaddingSide
 ) -> None:
     model = loaded[family]
     base, lanes, writes, wanted, names = joined(model, family, side)
@@ -365,7 +367,7 @@ def test_rows_of_all_sites_layers_and_prompts_ride_in_one_pass(
 
 @pytest.mark.parametrize(("family", "side"), SIDED)
 def test_the_logits_of_some_tokens_are_a_slice_of_all(
-    loaded: dict[str, LoadedModel], family: str, side: Side
+    loaded: dict[str, LoadedModel], family: str, side: PaddingSide
 ) -> None:
     model = loaded[family]
     base, lanes, writes, wanted, names = joined(model, family, side)

@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.loading.loader import adopt_model
 from mechdsl.loading.probe import build_sample
 from mechdsl.models.restart import Shortcuts
+from mechdsl.models.shape import PaddingSide
 from mechdsl.vocab.sites import SITES
 
 from ..families import build, tables
@@ -46,7 +47,7 @@ def loaded(name: str, **config: Any) -> LoadedModel:
     return model
 
 
-def batch_of(model: LoadedModel, side: Literal["left", "right"] | None = None) -> Batch:
+def batch_of(model: LoadedModel, side: PaddingSide | None = None) -> Batch:
     """Three rows: ragged prompts, or images."""
     given = hooks.prompts(ROWS[model.name], 3, seed=1)
     if model.shape.takes == "image":

@@ -29,14 +29,12 @@ from mechdsl.forward.hooks.model import LoadedModel, call_with_batch
 from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.forward.packed.packed_pass import BlockPack, PackedResult, pack_block, run_packed
 from mechdsl.models.restart import BlockWork, RowMasks, Shortcuts, TokenMask, block_work
-from mechdsl.models.shape import unit_count, vector_width
+from mechdsl.models.shape import PaddingSide, unit_count, vector_width
 from mechdsl.vocab.sites import SITES
 
 from . import families
 from .clean import clean_model_check
 from .test_hooks import nothing_left
-
-Side = Literal["left", "right"]
 
 # --- what is computed -----------------------------------------------------------------------------
 
@@ -513,7 +511,7 @@ PROMPTS = [
 
 
 def kept_of(
-    model: LoadedModel, side: Side, prompts: Sequence[Sequence[int]] = PROMPTS
+    model: LoadedModel, side: PaddingSide, prompts: Sequence[Sequence[int]] = PROMPTS
 ) -> ActivationCache:
     batch = Batch.of(prompts, model.pad_id, side)
     with record_activations(model, batch, 0) as kept:
@@ -627,7 +625,7 @@ def rows_of_whole_passes(
 
 @pytest.mark.parametrize(("family", "side"), families.SIDED)
 def test_every_restartable_family_gives_the_logits_of_whole_passes(
-    loaded: dict[str, LoadedModel], family: str, side: Side
+    loaded: dict[str, LoadedModel], family: str, side: PaddingSide
 ) -> None:
     """One pass: every site and layer, at an early token and at a late one."""
     model = loaded[family]
@@ -685,7 +683,7 @@ def test_scores_of_a_long_row_are_never_held_at_once(
 
 @pytest.mark.parametrize(("family", "side"), families.SIDED)
 def test_reads_inside_are_those_of_whole_passes(
-    loaded: dict[str, LoadedModel], family: str, side: Side
+    loaded: dict[str, LoadedModel], family: str, side: PaddingSide
 ) -> None:
     """At tokens before, at and behind the writes, and in blocks below them: each site alone, of a
     layer that takes turns, and all together."""
@@ -810,7 +808,9 @@ def test_a_row_without_a_write_is_the_unpatched_run(
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_work_is_what_passes_through_each_block(loaded: dict[str, LoadedModel], side: Side) -> None:
+def test_work_is_what_passes_through_each_block(
+    loaded: dict[str, LoadedModel], side: PaddingSide
+) -> None:
     model = loaded["gpt2"]
     kept = kept_of(model, side)
     writes = [

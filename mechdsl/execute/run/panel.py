@@ -48,11 +48,12 @@ from mechdsl.execute.patching.rule_inputs import (
 )
 from mechdsl.execute.patching.writes import CellVectors, RuleInputs, select_readable_rows
 from mechdsl.execute.replies import find_end_tokens
-from mechdsl.execute.run_record import ExecutionOptions, ExecutionProfile, PaddingSide
+from mechdsl.execute.run_record import ExecutionOptions, ExecutionProfile
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import DirectionFits, FittedDirections
 from mechdsl.forward.hooks.batch import is_out_of_memory
 from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.cost import RowSharer, SharedRows
 from mechdsl.planner.plan import (
     ExperimentPlan,

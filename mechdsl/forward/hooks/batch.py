@@ -1,6 +1,6 @@
-"""A batch of token ids, and the reads and writes of a pass over it.
+"""Batches of token ids, and the reads and writes of a pass over them.
 
-Every other module needs the helpers that move arrays to a device and report free memory.
+The module also has helpers that move arrays to a device and report free memory.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.models.shape import PaddingSide
 from mechdsl.vocab.sites import EdgeChange, stop_layer
 
 
 def array_to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A numpy array as a tensor; to a GPU from pinned memory, without waiting for it."""
+    """Convert a numpy array to a tensor; copies to a GPU use pinned memory and don't block."""
     return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; to a GPU from pinned memory, without waiting for it."""
+    """Move a tensor to a device; copies to a GPU use pinned memory and don't block."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
-    # On MPS a copy that doesn't wait may read memory that was freed in the meantime.
+    # On MPS, a copy that doesn't block may read memory that was freed in the meantime.
     return tensor.to(device, non_blocking=device.type != "mps")
 
 
 def tensors_to_host(values: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of one shape and type on the host; those of a device in one transfer."""
+    """Move tensors of one shape and dtype to the host, with one transfer from the device."""
     away = [each for each in values if not each.is_cpu]
     moved = iter(torch.stack(away).cpu() if away else ())
     return [each if each.is_cpu else next(moved) for each in values]
 
 
 def indices_to_device(indices: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """Indices [n] of the host on a device, in one transfer."""
+    """Move indices [n] from the host to a device, in one transfer."""
     if device.type == "cpu" or not indices:
         return tuple(indices)
     sizes = [len(index) for index in indices]
@@ -50,7 +51,7 @@ def indices_to_device(indices: Sequence[Tensor], device: torch.device) -> tuple[
 
 
 def arrays_to_device(arrays: Sequence[Ints], device: torch.device) -> tuple[Tensor, ...]:
-    """Indices [n] as tensors on a device, in one transfer."""
+    """Convert index arrays [n] to tensors on a device, in one transfer."""
     return indices_to_device(
         [torch.from_numpy(np.ascontiguousarray(each)) for each in arrays], device
     )
@@ -58,7 +59,7 @@ def arrays_to_device(arrays: Sequence[Ints], device: torch.device) -> tuple[Tens
 
 @dataclass(frozen=True, eq=False)
 class DeviceIndex:
-    """[n] indices on the host and on the device, so that no look-up waits for the device."""
+    """[n] indices on both the host and the device, so that no look-up waits for the device."""
 
     host: Ints
     device: Tensor
@@ -66,31 +67,31 @@ class DeviceIndex:
 
     @staticmethod
     def of(values: Ints | Sequence[int], device: torch.device | str = "cpu") -> DeviceIndex:
-        """Indices that are on the host."""
+        """Copy indices from the host to a device."""
         host = np.asarray(values, dtype=np.int64)
         return DeviceIndex(host, array_to_device(host, torch.device(device)))
 
     @staticmethod
     def together(arrays: Sequence[Ints], device: torch.device) -> tuple[DeviceIndex, ...]:
-        """Several in one transfer."""
+        """Copy several index arrays in one transfer."""
         return tuple(map(DeviceIndex, arrays, arrays_to_device(arrays, device)))
 
     def __len__(self) -> int:
         return len(self.host)
 
     def part(self, chosen: slice) -> DeviceIndex:
-        """Some of the indices."""
+        """Select some of the indices."""
         return DeviceIndex(self.host[chosen], self.device[chosen])
 
     @cached_property
     def selection(self) -> slice | Tensor:
-        """What selects these indices of a dimension: a slice of consecutive ones copies nothing."""
+        """Selector of these indices; a slice, if possible, because it copies nothing."""
         found = find_slice(self.host)
         return self.device if found is None else found
 
 
 def find_slice(values: Ints) -> slice | None:
-    """The slice that selects these indices in this order; None where they aren't consecutive."""
+    """Return the slice that selects these indices in order; None if they aren't consecutive."""
     first, count = int(values[0]), len(values)
     if int(values[-1]) - first + 1 != count or not bool((np.diff(values) == 1).all()):
         return None
@@ -102,18 +103,18 @@ class Batch:
     """B prompts of up to T tokens. Positions count from the first real token of each prompt."""
 
     ids: Tensor
-    """[B, T] long, token ids; the pad id where there is none."""
+    """[B, T] long, token ids; the pad id in the padding."""
     mask: Tensor
-    """[B, T] long, 1 where the token is real."""
+    """[B, T] long, 1 for real tokens."""
     lengths: Tensor
     """[B] long, tokens of each prompt; on the host, so that no look-up waits for the device."""
     starts: Tensor
-    """[B] long, column of each prompt's first token, 0 everywhere when padded on the right; on the
-    host too."""
+    """[B] long, column of each prompt's first token, 0 everywhere when padded on the right; also on
+    the host."""
     extra: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """What else the model is called with (`pixel_values`), [B * n, …]: n for each prompt."""
+    """Further inputs of the model (`pixel_values`), [B * n, …]: n for each prompt."""
     frames: Mapping[str, Batch] = field(default_factory=dict[str, "Batch"])
-    """Tokens of the stacks beside the main one: `encoder`, `vision`."""
+    """Tokens of stacks other than the main one: `encoder`, `vision`."""
     numbers: Tensor | None = None
     """[B, T] long, position ids; None: tokens are counted."""
 
@@ -124,10 +125,10 @@ class Batch:
     def of(
         rows: Sequence[Sequence[int]],
         pad_id: int,
-        side: Literal["left", "right"],
+        side: PaddingSide,
         device: torch.device | str = "cpu",
     ) -> Batch:
-        """Pad `rows` to the longest of them. Every row needs a token (ValueError)."""
+        """Pad `rows` to the longest one. Raises ValueError if a row is empty."""
         lengths = [len(row) for row in rows]
         if not lengths or min(lengths) == 0:
             raise ValueError("a batch needs rows, and every row a token")
@@ -147,22 +148,22 @@ class Batch:
 
     @staticmethod
     def grid(rows: int, tokens: int, device: torch.device | str = "cpu") -> Batch:
-        """Rows of so many tokens that have no ids: patches of images, frames of audio."""
+        """Create rows of tokens without ids: patches of images, frames of audio."""
         ids = torch.zeros((rows, tokens), dtype=torch.long, device=device)
         lengths = torch.full((rows,), tokens)
         return Batch(ids, torch.ones_like(ids), lengths, torch.zeros_like(lengths))
 
     def with_inputs(self, extra: Mapping[str, Tensor], **frames: Batch) -> Batch:
-        """The same tokens beside other inputs."""
+        """Replace the further inputs and frames; tokens stay the same."""
         return replace(self, extra=dict(extra), frames=frames)
 
     def take(self, rows: Tensor) -> Batch:
-        """The batch with these rows, in this order, with repetition; padding stays as it is."""
+        """Select rows in this order, possibly repeated; padding stays the same."""
         host, device = rows.cpu(), to_device(rows, self.ids.device)
         return self._rows(lambda tensor: tensor[host if tensor.device.type == "cpu" else device])
 
     def part(self, rows: slice) -> Batch:
-        """Some rows side by side, without copying."""
+        """Select consecutive rows without copying."""
         return self._rows(lambda tensor: tensor[rows])
 
     def _rows(self, of: Callable[[Tensor], Tensor]) -> Batch:
@@ -181,23 +182,23 @@ class Batch:
         )
 
     def of_site(self, site: str, stack: str) -> Batch:
-        """The tokens that a site of a stack has vectors of."""
+        """Return the tokens that a site of a stack has vectors for."""
         if stack == "cross":
             return self.of_stack("encoder") if site in ("k", "v") else self
         return self.of_stack(stack) if stack else self
 
     def of_stack(self, stack: str) -> Batch:
-        """The tokens of a stack beside the main one; ValueError where nothing is said of them."""
+        """Return the tokens of a stack other than the main one. Raises ValueError if unknown."""
         if stack not in self.frames:
             raise ValueError(f"the batch has no tokens of the stack `{stack}`")
         return self.frames[stack]
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """[K] columns of the padded tensors where `positions` of `rows` lie; all on the host."""
+        """Return [K] columns in the padded tensors for `positions` of `rows`; all on the host."""
         return self.starts[rows] + positions
 
     def tokens(self) -> tuple[Tensor, Tensor]:
-        """Row and position of all tokens, row by row, on the host."""
+        """Return row and position of all tokens, row by row, on the host."""
         rows = torch.arange(len(self)).repeat_interleave(self.lengths)
         before = self.lengths.cumsum(0) - self.lengths
         return rows, torch.arange(len(rows)) - before[rows]
@@ -214,28 +215,28 @@ class Batch:
 
     @property
     def key_width(self) -> int:
-        """Columns."""
+        """Number of columns."""
         return int(self.ids.shape[1])
 
     def lengths_of(self, site: str, stack: str) -> Tensor:
-        """[row] long, tokens that a site has vectors of."""
+        """Return [row] long: number of tokens that a site has vectors for."""
         return self.of_site(site, stack).lengths
 
     def locate(
         self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Row and column of each place; all of them are there."""
+        """Return row and column of each position, and that all of them are present."""
         columns = self.of_site(site, stack).columns(rows, positions)
         return rows, columns, torch.ones_like(rows, dtype=torch.bool)
 
     def position_ids(self) -> Tensor:
-        """[B, T], 0 at the first real token, whatever stands before it, unless they are given."""
+        """Return [B, T] position ids: the given ones, or counted from 0 at the first real token."""
         if self.numbers is not None:
             return self.numbers
         return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
 
     def numbered(self, rows: Tensor, positions: Tensor, numbers: Tensor) -> Batch:
-        """The same tokens, K of them with other position ids; all [K] long."""
+        """Replace the position ids of K tokens; all arguments are [K] long."""
         ids = self.position_ids().clone()
         index = rows, self.columns(rows, positions), numbers
         rows, columns, numbers = indices_to_device(index, ids.device)
@@ -246,34 +247,37 @@ class Batch:
 def gather_vectors(
     read: Tensor, batch: Batch, rows: Tensor, positions: Tensor, units: Tensor
 ) -> Tensor:
-    """[K, width]: the vectors of a read at K places.
+    """Return [K, width]: vectors of a read at K places.
 
-    `read` is [B, T, units, width]; `rows`, `positions` (in the unpadded prompt) and `units` are
-    [K] long.
+    Args:
+        read: [B, T, units, width].
+        rows: [K] long.
+        positions: [K] long, in the unpadded prompt.
+        units: [K] long.
     """
     index = rows, batch.columns(rows, positions), units
     return read[indices_to_device(index, read.device)]
 
 
 WriteMode = Literal["set", "add", "scale", "along", "step"]
-"""How what is written meets what is there: it replaces it, is added to it, or multiplies it; along
-directions of length 1, only the component along these is set; steps from the position before are
-multiplied, and added."""
+"""How written values combine with existing ones: `set` replaces, `add` adds and `scale` multiplies;
+`along` sets the component along directions of length 1; `step` adds a multiple of the difference
+to the preceding position."""
 
 
 class WriteMismatch(RuntimeError):
-    """A write didn't happen, or happened more than once; the run's numbers mean nothing."""
+    """A write didn't happen, or happened more than once; the run's numbers are invalid."""
 
 
 class ReadMismatch(RuntimeError):
-    """A site that was to be read was not passed, or more than once."""
+    """A requested site wasn't reached, or was reached more than once."""
 
 
 @dataclass(frozen=True, eq=False)
 class SiteWrite:
     """K vectors written at one site of one layer.
 
-    At one site, writes act in the order in which they are given, each on what those before it left.
+    Writes at one site act in the given order, each on the result of the preceding ones.
     """
 
     site: str
@@ -286,28 +290,28 @@ class SiteWrite:
     units: Tensor
     """[K] long, head or neuron; 0 for whole vectors."""
     values: Tensor
-    """[K, width], cast to the activation's dtype and device; of `scale` and `step` [K, 1], the
+    """[K, width], cast to the activation's dtype and device; for `scale` and `step` [K, 1]
     factors."""
     mode: WriteMode = "set"
     to: Tensor | None = None
-    """[K] of `along`: the component along `values` afterwards."""
+    """[K] for `along`: the resulting component along `values`."""
     stack: str = ""
-    """Of which stack; the main one has no name."""
+    """Name of the stack; the main one's is empty."""
     rule: int = -1
-    """The number of the rule that writes, in the order of the file; of rules whose vectors are one
-    write, the last one. -1 is before all rules."""
+    """Number of the writing rule, in the order of the file; the last one for vectors of several
+    rules in one write. -1 is before all rules."""
 
     @property
     def where(self) -> SiteRead:
-        """The site that is written."""
+        """The written site."""
         return SiteRead(self.site, self.layer, self.stack)
 
     def moved(self, rows: Tensor) -> SiteWrite:
-        """The same writes where row i is row `rows[i]`."""
+        """Renumber rows: row i becomes row `rows[i]`."""
         return replace(self, rows=rows[self.rows])
 
     def some(self, there: Tensor) -> SiteWrite:
-        """Some of the vectors, by [K] bool."""
+        """Select some of the vectors, by [K] bool."""
         index = there.nonzero()[:, 0]
         if len(index) == len(there):
             return self
@@ -328,10 +332,15 @@ def apply_write(
     to: Tensor | None = None,
     before: Tensor | None = None,
 ) -> Tensor:
-    """[K, width]: what stands where `now` [K, width] stood, in its precision.
+    """Return [K, width]: the new values, in the precision of `now`.
 
-    values, to: as in `SiteWrite`, on the device of `now`. before: [K, width] of `step`, what stands
-    one position before; what stands there itself, where there is none.
+    Args:
+        mode: How values combine.
+        now: [K, width] current values.
+        values: As in `SiteWrite`, on the device of `now`.
+        to: As in `SiteWrite`, on the device of `now`.
+        before: [K, width] for `step`, the values one position before; the current values at a
+            prompt's first position.
     """
     match mode:
         case "set":
@@ -361,11 +370,11 @@ class SiteRead:
     layer: int | None = None
     stack: str = ""
     before: bool = False
-    """What comes by before anything is written there."""
+    """Whether to read the value before any write."""
 
     @property
     def quoted(self) -> str:
-        """What messages call it, as `resid_pre layer 3`."""
+        """Name for messages, as `resid_pre layer 3`."""
         words = [self.site]
         if self.stack:
             words.append(self.stack)
@@ -375,10 +384,10 @@ class SiteRead:
 
 
 class TokenFrame(Protocol):
-    """Where the tokens of a pass lie in the model's tensors."""
+    """Location of a pass's tokens in the model's tensors."""
 
     def __len__(self) -> int:
-        """Rows."""
+        """Return the number of rows."""
         ...
 
     @property
@@ -387,28 +396,32 @@ class TokenFrame(Protocol):
         ...
 
     def lengths_of(self, site: str, stack: str) -> Tensor:
-        """[row] long, tokens of each row that a site has vectors of."""
+        """Return [row] long: number of tokens that a site has vectors for."""
         ...
 
     @property
     def lane_starts(self) -> Tensor:
-        """[lane] long, column of the first token of each prompt that keys lie in."""
+        """[lane] long, column of the first token of each prompt that contains keys."""
         ...
 
     @property
     def key_width(self) -> int:
-        """Columns of these prompts."""
+        """Number of columns of these prompts."""
         ...
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Columns of the padded prompts in which positions lie."""
+        """Return the columns of positions in the padded prompts."""
         ...
 
     def locate(
         self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices into the first two dimensions of the tensor tapped at a site, and which of the
-        places are there at all; the others can't be seen by any measure."""
+        """Return the indices of positions in a site's tapped tensor.
+
+        Returns:
+            Indices into its first two dimensions, and whether each position is present; no measure
+            depends on the others.
+        """
         ...
 
 
@@ -416,10 +429,13 @@ class TokenFrame(Protocol):
 class EdgeWrite:
     """K queries of one layer whose weights on some keys are changed.
 
-    allow: the keys are seen, where the model hides them. block: no weight, the others (and a sink)
-    share it out. reweight: times `amounts`, and the same. uniform: the keys share what they have
-    together evenly. weight: each gets `amounts`, the others share what is left in their old
-    proportions. Other keys that a query doesn't see are left alone.
+    - allow: makes keys visible that the model hides.
+    - block: sets weights to 0; the other keys (and a sink) share the rest.
+    - reweight: multiplies weights by `amounts`, and renormalizes.
+    - uniform: distributes the keys' total weight evenly among them.
+    - weight: sets each weight to `amounts`; others share the rest in their old proportions.
+
+    Except for `allow`, keys that a query doesn't see are not changed.
     """
 
     layer: int
@@ -431,18 +447,18 @@ class EdgeWrite:
     heads: Tensor
     """[K] long."""
     entries: Tensor
-    """[E] long, which of the K each key belongs to …"""
+    """[E] long, which of the K queries each key belongs to …"""
     keys: Tensor
-    """… [E] long, and its position in the unpadded prompt."""
+    """… and [E] long, the key's position in the unpadded prompt."""
     amounts: Tensor
-    """[K]."""
+    """[K]"""
 
     def moved(self, rows: Tensor) -> EdgeWrite:
-        """The same where row i is row `rows[i]`."""
+        """Renumber rows: row i becomes row `rows[i]`."""
         return replace(self, rows=rows[self.rows])
 
     def some(self, there: Tensor) -> EdgeWrite:
-        """Of some of the queries, by [K] bool."""
+        """Select some of the queries, by [K] bool."""
         place = torch.cumsum(there, 0) - 1
         kept = there[self.entries]
         return replace(
@@ -461,46 +477,46 @@ RowPositions = tuple[Ints, Ints]
 
 
 class PassStopped(Exception):
-    """Everything that was asked for has been computed."""
+    """Signal that everything requested has been computed."""
 
 
 BlockPairs = Sequence[tuple[int, int | None]]
-"""Blocks, and which compute in their places; None: what enters is handed on."""
+"""Blocks and their replacements; None: the block passes its input on."""
 
 
 @dataclass(frozen=True, eq=False)
 class PositionIdWrite:
-    """K tokens with other position ids."""
+    """K tokens with changed position ids."""
 
     rows: Tensor
     """[K] long, row of the pass."""
     positions: Tensor
-    """[K] long, place in the unpadded prompt."""
+    """[K] long, position in the unpadded prompt."""
     numbers: Tensor
-    """[K] long."""
+    """[K] long, the new ids."""
 
     def moved(self, rows: Tensor) -> PositionIdWrite:
-        """The same where row i is row `rows[i]`."""
+        """Renumber rows: row i becomes row `rows[i]`."""
         return replace(self, rows=rows[self.rows])
 
     def some(self, there: Tensor) -> PositionIdWrite:
-        """Some of the tokens, by [K] bool."""
+        """Select some of the tokens, by [K] bool."""
         return PositionIdWrite(self.rows[there], self.positions[there], self.numbers[there])
 
 
 @dataclass(frozen=True, eq=False)
 class RuleWrites:
-    """What rules write into the rows of a pass, in their order."""
+    """Changes that rules make in the rows of a pass, in order."""
 
     writes: Sequence[SiteWrite] = ()
     edges: Sequence[EdgeWrite] = ()
     numbers: Sequence[PositionIdWrite] = ()
-    """Tokens with other position ids."""
+    """Tokens with changed position ids."""
     blocks: BlockPairs = ()
-    """Which blocks compute in the places of others, in all rows."""
+    """Replaced blocks, in all rows."""
 
     def then(self, later: RuleWrites) -> RuleWrites:
-        """With rules that stand behind them, and act on what these leave."""
+        """Append rules that act on the result of these."""
         return RuleWrites(
             [*self.writes, *later.writes],
             [*self.edges, *later.edges],
@@ -509,7 +525,7 @@ class RuleWrites:
         )
 
     def moved(self, rows: Tensor) -> RuleWrites:
-        """The same where row i is row `rows[i]`."""
+        """Renumber rows: row i becomes row `rows[i]`."""
         return RuleWrites(
             [write.moved(rows) for write in self.writes],
             [edge.moved(rows) for edge in self.edges],
@@ -518,7 +534,7 @@ class RuleWrites:
         )
 
     def below(self, stop: int | None, n_layers: int) -> RuleWrites:
-        """Without what lies above where a pass stops."""
+        """Remove changes above the point where a pass stops."""
         if stop is None:
             return self
 
@@ -533,14 +549,14 @@ class RuleWrites:
         )
 
     def numbered(self, batch: Batch) -> Batch:
-        """The tokens with their position ids."""
+        """Apply the position ids to a batch."""
         for each in self.numbers:
             batch = batch.numbered(each.rows, each.positions, each.numbers)
         return batch
 
 
 def get_free_memory(device: torch.device) -> int:
-    """Bytes that can be had without swapping."""
+    """Return the number of bytes available without swapping."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -555,7 +571,7 @@ def get_free_memory(device: torch.device) -> int:
 
 
 def _get_container_limit() -> int:
-    """What a container leaves."""
+    """Return the number of bytes left in the container's limit."""
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
         used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
@@ -565,14 +581,14 @@ def _get_container_limit() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out."""
+    """Return whether an exception reports that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def release_memory() -> None:
-    """Give back the memory of what is no longer used."""
+    """Release unused memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,5 +1,5 @@
 # pyright: reportPrivateUsage=false
-"""A loaded and verified model: how it is called, and how its blocks are exchanged."""
+"""Loaded and verified models: calls, and the exchange of blocks."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from mechdsl.forward.hooks.module_exchange import (
     replace_forward,
 )
 from mechdsl.models.anatomy import Anatomy, HookPoint
-from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape import ModelShape, PaddingSide
 
 if TYPE_CHECKING:
     from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 
 BASE_PREFIX, PYTHON_PREFIX = "base ", "python "
-"""What keys of a model's provenance begin with: see `LoadedModel.made_of`."""
+"""Prefixes of keys in a model's provenance: see `LoadedModel.made_of`."""
 
 
 @dataclass(frozen=True)
 class CheckOutcome:
-    """One check of a model's anatomy."""
+    """Outcome of one check of a model's anatomy."""
 
     identity: str
-    """What has to hold, in words: `resid_pre + attn_out + mlp_out = resid_post`."""
+    """The checked equation or statement: `resid_pre + attn_out + mlp_out = resid_post`."""
     error: float
-    """The largest difference, relative to the size of what was compared."""
+    """Largest difference, relative to the size of the compared tensors."""
     tolerance: float
     detail: str = ""
-    """Where the largest difference is: `layer 3`."""
+    """Location of the largest difference: `layer 3`."""
     failure: str = ""
-    """What it means not to pass, where that isn't being off by `error`."""
+    """Meaning of a failure, if it isn't a difference of `error`."""
     compared: int = 1
-    """Tensors that were compared; a check without any says nothing, and isn't kept."""
+    """Number of compared tensors; a check without any proves nothing and is dropped."""
     asks_effect: bool = False
-    """It asks that something has an effect, which parts without one don't have."""
+    """Whether the check requires an effect, which idle components don't have."""
 
     @property
     def passed(self) -> bool:
@@ -57,36 +57,38 @@ class CheckOutcome:
 
 @dataclass(frozen=True)
 class CallConvention:
-    """How the model wants to be called; found by trying it."""
+    """How the model is called; determined by trial."""
 
     accepts: frozenset[str]
-    """Names of its forward's arguments."""
+    """Names of its forward arguments."""
     block_returns: int | None = None
     """Length of the tuple that a block returns; None for a bare tensor."""
     first_position: int | None = 0
-    """Position id of a prompt's first token; None where the model is left to count by itself."""
+    """Position id of a prompt's first token; None if the model counts positions itself."""
     places_images: bool = False
-    """An image's tokens are counted as others are, so that positions are given with images too."""
-    side: Literal["left", "right"] = "left"
-    """Where padding is harmless: on the right alone for models that count columns."""
+    """Whether an image's tokens are counted like others, so that positions are passed with
+    images."""
+    side: PaddingSide = "left"
+    """Side where padding is harmless: only the right for models that count columns."""
     reads: Literal["every token", "first token", "last token", "all tokens"] = "every token"
-    """What its output is made of: each token's is its own, or there is one output for a whole image
-    or prompt, made of its first token (the class token), its last one, or of all."""
+    """Source of the output: each token for its own output, or one output for a whole image or
+    prompt that comes from its first token (the class token), its last token, or all tokens."""
     skips: int | None = None
-    """The pad token, where `reads` is the last token that isn't this one, and not the very last."""
+    """The pad token, if `reads` is the last token that isn't padding instead of the very last
+    one."""
     scores: str | None = None
-    """Path of the module that gives each token its output, where the model returns only that of a
-    prompt's last token, as classifiers built on decoders do; `reads` is every token then."""
+    """Path of the module that computes each token's output, if the model returns only the output of
+    a prompt's last token, as classifiers on decoders do; `reads` is then every token."""
     packs: Literal["tokens", "one prompt"] = "tokens"
-    """What a pass over packed rows is called with: their tokens, or one prompt, where the model
-    counts positions or looks at whole prompts by itself, and for images."""
+    """Input of a pass over packed rows: their tokens, or one prompt if the model counts positions
+    or reads whole prompts itself, and for images."""
     narrows: bool = True
-    """The unembedding may compute some tokens' logits alone: nothing is added to them behind it."""
+    """Whether the unembedding may compute selected logits only: nothing is added to them later."""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockStack:
-    """A list of blocks with its sizes."""
+    """List of blocks with its sizes."""
 
     anatomy: Anatomy
     shape: ModelShape
@@ -94,45 +96,45 @@ class BlockStack:
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model in eval mode with its anatomy, its tokenizer and what was proved about it."""
+    """Model in eval mode with its anatomy, tokenizer and proved properties."""
 
     name: str
-    """As the file calls it."""
+    """Name in the file."""
     module: torch.nn.Module
     anatomy: Anatomy
-    """Of the main stack: the language model's, the decoder's, or the only one."""
+    """Anatomy of the main stack: of the language model, the decoder, or the only stack."""
     shape: ModelShape
     tokenizer: TextTokenizer | None
-    """None only while a model is looked at without text."""
+    """None only if a model is inspected without text."""
     pad_id: int
     device: torch.device
     dtype: torch.dtype
     calling: CallConvention
     provenance: Mapping[str, str]
-    """Hash of the weights, revision, versions: what a result has to be kept with."""
+    """Hash of the weights, revision and versions, which are stored with results."""
     checks: tuple[CheckOutcome, ...] = ()
     self_check_error: float = 0.0
-    """The largest difference between logits of packed and of whole passes in its self-check,
-    relative to the largest logit."""
+    """Largest difference between logits of packed and full passes in the self-check, relative to
+    the largest logit."""
     restartable: bool = True
-    """Rows that compute only what changes gave the logits of whole passes; of a vision-language
+    """Whether rows that compute only changes gave the logits of full passes; for a vision-language
     model, rows of text."""
     idle: tuple[tuple[str, str, int | None], ...] = ()
-    """(stack, site, layer) of the parts without effect: whatever is written there alone, the output
-    stays as it is. All that is compared holds for them, and what asks for an effect was shown on a
-    copy with random weights."""
+    """(stack, site, layer) of components without effect: a write to one of them alone leaves the
+    output unchanged. All equations hold for them; checks that require an effect passed on a copy
+    with random weights."""
     identity: str | None = None
-    """Of a model that was loaded from a folder, by `mechdsl/models/folder.py`. What any model is,
-    `mechdsl/loading/identity.py:compute_identity` says."""
+    """Identity of a model from a folder, see `mechdsl/models/folder.py`. The identity of any model
+    is defined by `mechdsl.loading.identity.compute_identity`."""
     texts: LoadedModel | None = None
-    """The tower for texts, where this is that for images of a model with two."""
+    """The tower for texts, if this is the image tower of a model with two towers."""
     others: Mapping[str, BlockStack] = field(default_factory=dict[str, BlockStack])
-    """Stacks beside the main one: `encoder`, `cross` (the decoder's blocks, by their attention to
-    the encoder), `vision`."""
+    """Further stacks: `encoder`, `cross` (the decoder's blocks, by their attention to the encoder),
+    `vision`."""
 
     @cached_property
     def attention_configs(self) -> tuple[Any, ...]:
-        """The distinct configs that modules read their attention function from."""
+        """The distinct configs from which modules read their attention function."""
         found: dict[int, Any] = {}
         for part in self.module.modules():
             config = getattr(part, "config", None)
@@ -142,7 +144,7 @@ class LoadedModel:
 
     @cached_property
     def written_out(self) -> tuple[tuple[nn.Module, AttentionEntry], ...]:
-        """Modules whose attention isn't the library's, with the entries that stand in for them."""
+        """Modules with attention that isn't the library's, and entries that replace them."""
         every = self.module.modules()
         return tuple(
             (part, entry) for part in every if (entry := find_attention_entry(part)) is not None
@@ -150,14 +152,18 @@ class LoadedModel:
 
     @property
     def rounding(self) -> float:
-        """How far rounding alone may move a logit, relative to the largest one: what the self-check
-        has measured, and no less than the spacing of numbers of this precision."""
+        """How far rounding may move a logit, relative to the largest logit.
+
+        This is the self-check's measurement, and at least the float spacing of the dtype.
+        """
         return max(self.self_check_error, torch.finfo(self.dtype).eps)
 
     @property
     def made_of(self) -> dict[str, str]:
-        """Hashes of what the model was made of beside its own weights: the base of an adapter
-        (`base m`), the file of the function that gave it (`python toy.py`)."""
+        """Hashes of the model's sources besides its own weights.
+
+        These are the base of an adapter (`base m`) and the file of a function (`python toy.py`).
+        """
         return {
             key: value
             for key, value in self.provenance.items()
@@ -169,7 +175,7 @@ class LoadedModel:
         return self.anatomy.parallel
 
     def stack(self, name: str) -> BlockStack:
-        """A stack by name; the main one has none. ValueError where there isn't one."""
+        """Return a stack by name (empty for the main one). Raises ValueError if it is missing."""
         if not name:
             return BlockStack(self.anatomy, self.shape)
         if name not in self.others:
@@ -178,7 +184,7 @@ class LoadedModel:
         return self.others[name]
 
     def tap(self, site: str, layer: int | None, stack: str = "") -> HookPoint:
-        """The tensor of a site; ValueError where there is none."""
+        """Return the hook point of a site. Raises ValueError if it is missing."""
         own = self.stack(stack)
         if layer is not None and not 0 <= layer < own.shape.n_layers:
             of = f" of `{stack}`" if stack else ""
@@ -192,23 +198,27 @@ class LoadedModel:
 
 
 def call_with_batch(model: LoadedModel, batch: Batch) -> Tensor:
-    """The model's own forward, with nothing of ours but masks and positions: [B, T, vocab], what
-    leaves a model without an unembedding, [B, T, d_model], or one output for a whole image."""
+    """Call the model's forward without hooks, with masks and positions.
+
+    Returns:
+        [B, T, vocab]; [B, T, d_model] for a model without an unembedding; or one output for a whole
+        image.
+    """
     return call_model(model, build_arguments(model, batch))
 
 
 def has_single_output(model: LoadedModel) -> bool:
-    """Whether logits are [B, labels], one row for a whole image."""
+    """Return whether logits are [B, labels], one row for a whole image."""
     return model.shape.takes == "image" and model.calling.reads != "every token"
 
 
 def select_row_logits(model: LoadedModel, logits: Tensor, rows: Ints) -> Tensor:
-    """[place, …]: the logits of places in these rows, where each row has one output for all."""
+    """Return [place, …]: logits of positions in these rows, if each row has a single output."""
     return logits[array_to_device(rows, logits.device)] if has_single_output(model) else logits
 
 
 def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Tensor]:
-    """What the model is called with."""
+    """Build the arguments of the model's forward."""
     ids, mask = batch.ids, batch.mask
     match model.shape.takes:
         case "image":
@@ -228,7 +238,7 @@ def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Tensor]:
 def build_text_inputs(
     model: LoadedModel, ids: Tensor, positions: Tensor | None
 ) -> dict[str, Tensor]:
-    """Tokens with their positions (0 for the first of a prompt), as the model counts them."""
+    """Build inputs from tokens and positions (0 for a prompt's first), in the model's counting."""
     calling = model.calling
     given = {"input_ids": ids}
     if positions is not None and calling.first_position is not None:
@@ -239,8 +249,11 @@ def build_text_inputs(
 
 
 def call_model(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Tensor:
-    """The model's output, without a cache: [B, T, …]. A classifier of prompts gives its output to
-    each of their tokens, or, of tokens that packed rows have side by side, each token its own."""
+    """Call the model without a cache: [B, T, …].
+
+    A classifier of prompts gives its output to each of their tokens; packed tokens each have their
+    own output.
+    """
     if model.calling.scores is not None:
         return _call_scores(model, model.calling.scores, arguments)
     output = call_module(model, arguments)
@@ -255,11 +268,11 @@ def call_model(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Tensor:
 
 
 class _ScoresComputed(Exception):
-    """Each token has its output, and what the model makes of them isn't needed."""
+    """Signal that each token's output is known, so that the forward pass can stop."""
 
 
 def _call_scores(model: LoadedModel, path: str, arguments: Mapping[str, Tensor]) -> Tensor:
-    """[B, T, labels] of the module that gives each token its output."""
+    """Return [B, T, labels] from the module that computes each token's output."""
     found: list[Tensor] = []
 
     def stop(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -277,23 +290,26 @@ def _call_scores(model: LoadedModel, path: str, arguments: Mapping[str, Tensor])
 
 
 def call_module(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Any:
-    """All that the model returns."""
+    """Return the model's complete output."""
     cache = {"use_cache": False} if "use_cache" in model.calling.accepts else {}
     return model.module(**arguments, **cache)
 
 
 MAX_BOUND_LOGITS = 2**24
-"""Logits held at once while the largest and the least of all are looked for."""
+"""Number of logits held at once while the largest and the smallest are determined."""
 
 
 @contextmanager
 def narrow_unembedding(
     model: LoadedModel, tokens: Tensor | None, *, ends: bool = False
 ) -> Generator[None]:
-    """The unembedding computes the logits of these tokens ([K] long) only, in this order, where it
-    can; `chosen` takes them out of all logits else.
+    """Restrict the unembedding to these tokens ([K] long), in this order, if possible.
 
-    ends: two columns more, the largest and the least logit of all tokens.
+    Otherwise `select_token_logits` selects them from all logits.
+
+    Args:
+        tokens: The tokens; None for all.
+        ends: Add two columns: the largest and the smallest logit of all tokens.
     """
     if tokens is None or model.anatomy.unembedding is None or not model.calling.narrows:
         yield
@@ -322,7 +338,7 @@ def narrow_unembedding(
 def select_token_logits(
     model: LoadedModel, logits: Tensor, tokens: Tensor | None, *, ends: bool = False
 ) -> Tensor:
-    """The logits of these tokens, out of a pass that was `narrowed` to them, `ends` behind them."""
+    """Select these tokens' logits from a pass under `narrow_unembedding`, followed by `ends`."""
     narrow = model.anatomy.unembedding is not None and model.calling.narrows
     if tokens is None or narrow:
         return logits
@@ -331,18 +347,18 @@ def select_token_logits(
 
 
 def _find_bounds(logits: Tensor) -> Tensor:
-    """[..., 2] of [..., vocab]: the largest and the least, without tokens that are excluded."""
+    """Return [..., 2] of [..., vocab]: largest and smallest logit, without tokens at -inf."""
     least = logits.masked_fill(logits.isneginf(), torch.inf).amin(-1)
     return torch.stack([logits.amax(-1), least], -1)
 
 
 _POSITION_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
-"""Attributes that say where a module stands, by which a cache finds its keys."""
+"""Attributes with a module's index, by which a cache finds its keys."""
 
 
 @contextmanager
 def replace_blocks(model: LoadedModel, pairs: BlockPairs) -> Generator[None]:
-    """Blocks compute with the weights of others, for a while; hooks on them stay where they are."""
+    """Run blocks with the weights of others while the context is open; hooks stay in place."""
     with ExitStack() as stack:
         others = [
             None if of is None else _get_block_weights(_get_block(model, of)) for _, of in pairs
@@ -359,7 +375,7 @@ def replace_blocks(model: LoadedModel, pairs: BlockPairs) -> Generator[None]:
 
 
 def explain_block_mismatch(model: LoadedModel, to: int, of: int | None) -> str:
-    """Why a block can't compute in the place of another; empty where it can."""
+    """Explain why a block can't replace another; empty if it can."""
     block = _get_block(model, to)
     every = [block] if of is None else [block, _get_block(model, of)]
     if any("_hf_hook" in part.__dict__ for each in every for part in each.modules()):
@@ -386,7 +402,7 @@ def _get_own_weights(part: nn.Module) -> ModuleWeights:
 
 
 def _get_block_weights(block: nn.Module) -> list[ModuleWeights]:
-    """Of every module in it, in order."""
+    """Return the weights of every module in the block, in order."""
     return [_get_own_weights(part) for part in block.modules()]
 
 
@@ -398,10 +414,10 @@ def _put_weights(part: nn.Module, own: ModuleWeights) -> None:
 
 
 def _describe_parts(block: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """What a block is made of: its modules, their sizes and settings."""
+    """Yield the modules of a block with their sizes and settings."""
     for name, part in block.named_modules():
         if isinstance(part, nn.Identity | nn.Dropout) or "DropPath" in type(part).__name__:
-            yield name, "hands on"  # outside of training, whatever its rate
+            yield name, "hands on"  # the identity outside of training, whatever its rate
             continue
         sizes = [
             (key, None if each is None else (each.shape, each.dtype, each.device))
@@ -413,5 +429,5 @@ def _describe_parts(block: nn.Module) -> Iterator[tuple[Any, ...]]:
             if isinstance(value, bool | int | float | str) and key not in _POSITION_ATTRIBUTES
         ]
         loose = [key for key, value in part.__dict__.items() if isinstance(value, torch.Tensor)]
-        alone = id(part) if loose else None  # tensors of its own that are no weights
+        alone = id(part) if loose else None  # has tensors that aren't weights
         yield name, type(part), sizes, settings, alone

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def build_lazily(
     model: spec.Model, function: PythonFunction
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
-    """`mechdsl.loading.loader.build_model`, which imports torch only where a file has such a model."""
+    """Call `mechdsl.loading.loader.build_model`, and import torch only then."""
     from mechdsl.loading.loader import build_model
 
     return build_model(model, function)
