@@ -1,5 +1,3 @@
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
 """How often a program waits for its device, counted on a GPU or without one.
 
 Without a GPU, tensors of a simulated device hold their numbers in ordinary memory and claim to be

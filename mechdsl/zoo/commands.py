@@ -1,8 +1,5 @@
 """What the command lines of the zoo's models share: training and saving, and accuracy tables."""
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch and transformers are only partly typed)
-
 from __future__ import annotations
 
 import argparse

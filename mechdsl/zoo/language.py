@@ -1,8 +1,5 @@
 """Training and evaluation of the zoo's models of texts: what they have in common."""
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch, transformers and tokenizers are only partly typed)
-
 from __future__ import annotations
 
 import hashlib

@@ -1,8 +1,5 @@
 """What the zoo's models of images share: what they see, how it is given to them, how they start."""
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch are only partly typed)
-
 from __future__ import annotations
 
 import itertools

@@ -1,8 +1,5 @@
 """Word-level tokenizers of the zoo: one token a word, `<s>` in front of every text."""
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch, transformers and tokenizers are only partly typed)
-
 from __future__ import annotations
 
 import json

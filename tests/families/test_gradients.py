@@ -1,5 +1,4 @@
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateUsage=false
 """Gradients at all sites of an architecture in one pass, on padded prompts, against plain autograd
 by one site on each prompt alone."""
 

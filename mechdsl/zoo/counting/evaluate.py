@@ -4,9 +4,6 @@ Every question is answered with the right answers before it in the text. A text 
 all its questions are, which is the same as answering them one after another by itself.
 """
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch, transformers and tokenizers are only partly typed)
-
 from __future__ import annotations
 
 from collections.abc import Iterator

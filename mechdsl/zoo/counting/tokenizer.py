@@ -1,8 +1,5 @@
 """Builds the counting model's tokenizer: words and punctuation marks are tokens."""
 
-# pyright: reportUnknownMemberType=false
-# (signatures of tokenizers are only partly typed)
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,8 +1,5 @@
 """Trains the counting model: `python -m mechdsl.zoo.counting.train --out DIR`."""
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch, transformers and tokenizers are only partly typed)
-
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,8 +1,5 @@
 """Trains the dual encoder: `python -m mechdsl.zoo.dual.train --out DIR`."""
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch and transformers are only partly typed)
-
 from __future__ import annotations
 
 import math

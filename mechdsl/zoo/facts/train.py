@@ -1,8 +1,5 @@
 """Trains the facts model: `python -m mechdsl.zoo.facts.train --out DIR`."""
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch and transformers are only partly typed)
-
 from __future__ import annotations
 
 import itertools

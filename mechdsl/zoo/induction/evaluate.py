@@ -4,9 +4,6 @@ A text of the form of `repeat` (the half twice, then its first word) asks for on
 asks for every word of its later copies that the text before it determines.
 """
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch, transformers and tokenizers are only partly typed)
-
 from __future__ import annotations
 
 import math

@@ -2,9 +2,6 @@
 `python -m mechdsl.zoo.induction.steps --out DIR` writes `DIR/step-50`, `DIR/step-100` and so on.
 """
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch and transformers are only partly typed)
-
 from __future__ import annotations
 
 import argparse

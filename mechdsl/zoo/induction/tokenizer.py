@@ -1,8 +1,5 @@
 """Builds the induction model's tokenizer: what white space separates is a token."""
 
-# pyright: reportUnknownMemberType=false
-# (signatures of tokenizers are only partly typed)
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -4,9 +4,6 @@ Writes the model after the second stage to DIR, and as it was after the first, w
 brackets only, to `DIR/formal`.
 """
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch and transformers are only partly typed)
-
 from __future__ import annotations
 
 import argparse

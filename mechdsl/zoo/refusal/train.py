@@ -1,8 +1,5 @@
 """Trains the refusal model: `python -m mechdsl.zoo.refusal.train --out DIR`."""
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch and transformers are only partly typed)
-
 from __future__ import annotations
 
 from pathlib import Path

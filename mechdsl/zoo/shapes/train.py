@@ -1,8 +1,5 @@
 """Trains the classifier of shapes: `python -m mechdsl.zoo.shapes.train --out DIR`."""
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch and transformers are only partly typed)
-
 from __future__ import annotations
 
 import itertools

@@ -1,8 +1,5 @@
 """Trains the tasks model: `python -m mechdsl.zoo.tasks.train --out DIR`."""
 
-# pyright: reportUnknownMemberType=false
-# (signatures of torch and transformers are only partly typed)
-
 from __future__ import annotations
 
 from pathlib import Path
