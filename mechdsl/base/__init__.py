@@ -1,4 +1,5 @@
-"""What everything stands on: source files and spans, registries, records, arrays.
+"""Small types that every package uses: source files and spans, registries, records, arrays.
 
-In: nothing. Out: small types without meaning of their own. Imports nothing of the package.
+In: nothing. Out: source spans, frozen records, digests, limits and text helpers. Imports nothing of
+the package.
 """

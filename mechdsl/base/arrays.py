@@ -1,4 +1,4 @@
-"""Array types that every stage shares."""
+"""Array types that all packages share."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ Bools: TypeAlias = NDArray[np.bool_]
 Ints: TypeAlias = NDArray[np.int64]
 
 CellIndex: TypeAlias = slice | Ints
-"""Of an array over cells, some or all."""
+"""Index of some or all entries in an array over cells."""

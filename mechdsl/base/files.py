@@ -28,10 +28,10 @@ _STREAMS = ("standard input", "standard output", "standard error")
 
 @contextmanager
 def replace_file(path: Path) -> Generator[Path]:
-    """A new file beside `path`, which takes its place when the block ends without an exception.
+    """Yield a temporary file's path; the file replaces `path` unless an exception occurs.
 
-    A link stays one: what it leads to is replaced. What is no plain file is given as it is, as
-    nothing can take the place of `/dev/stdout`.
+    The target of a link is replaced, not the link. Special files such as `/dev/stdout` can't be
+    replaced, so their own path is yielded.
     """
     if path.exists() and not path.is_file():
         yield path
@@ -48,20 +48,20 @@ def replace_file(path: Path) -> Generator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that others may read at the same time; OSError where that can't be."""
+    """Write a file that others may read at the same time. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as made:
         made.write_text(text, encoding="utf-8")
 
 
 def special_file_kind(path: Path, *, stream: bool = False) -> str | None:
-    """`a device`, where a path leads to something that is neither a file nor a folder.
+    """Return the kind of a special file, such as `a device`; None for files and folders.
 
-    stream: also where it is what this process reads or prints to.
+    stream: also report a standard stream of this process.
     """
     try:
         found = path.stat()
-    except (OSError, ValueError):  # it isn't there, or no file can have this name
+    except (OSError, ValueError):  # it doesn't exist, or no file can have this name
         return None
     for number, name in enumerate(_STREAMS if stream else ()):
         with suppress(OSError):
@@ -71,9 +71,9 @@ def special_file_kind(path: Path, *, stream: bool = False) -> str | None:
 
 
 def write_obstacle(path: Path) -> str | None:
-    """Why a file can't be written, as far as that shows before it is; None where nothing does.
+    """Return a foreseeable reason that a file can't be written; None without one.
 
-    Folders that are missing can be made.
+    Missing folders aren't an obstacle, as they can be created.
     """
     try:
         path.lstat()
@@ -98,7 +98,7 @@ def write_obstacle(path: Path) -> str | None:
 
 
 def cache_folder() -> Path | None:
-    """`MECHDSL_CACHE`, else `mechdsl` in the user's cache; None where that is set and empty."""
+    """Return `MECHDSL_CACHE`, else `mechdsl` in the user's cache; None if the variable is empty."""
     given = os.environ.get("MECHDSL_CACHE")
     if given is not None:
         return Path(given).expanduser() if given else None
@@ -106,7 +106,7 @@ def cache_folder() -> Path | None:
 
 
 def hub_cache_folder() -> Path:
-    """The Hugging Face cache, as `HF_HUB_CACHE`, `HF_HOME` or the default say."""
+    """Return the Hugging Face cache, from `HF_HUB_CACHE`, `HF_HOME` or the default."""
     if direct := os.environ.get("HF_HUB_CACHE"):
         return Path(direct).expanduser()
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
@@ -116,17 +116,19 @@ def hub_cache_folder() -> Path:
 def find_snapshot(
     name: str, revision: str | None, *, of: Literal["models", "datasets"] = "models"
 ) -> Path | None:
-    """The snapshot of `org/name` in the cache.
+    """Return the snapshot of `org/name` in the cache.
 
-    `revision` is a branch, a tag or (the start of) a commit; None is `main`. None where there is
-    no snapshot, or where several commits start with `revision`.
+    `revision` is a branch, a tag or (the start of) a commit; None is `main`.
+
+    Returns:
+        The folder; None if there is no snapshot, or if several commits start with `revision`.
     """
     root = hub_cache_folder() / f"{of}--{name.replace('/', '--')}"
     if not os.path.isdir(root / "snapshots"):
         return None
     wanted = revision or "main"
     if PurePath(wanted).is_absolute() or ".." in PurePath(wanted).parts:
-        return None  # a path out of the cache is no revision
+        return None  # a path that leaves the cache isn't a revision
     reference = root / "refs" / wanted
     if os.path.isfile(reference):
         wanted = reference.read_text(encoding="utf-8", errors="replace").strip()
@@ -141,9 +143,9 @@ PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def shipped_path(in_wheel: str, in_checkout: str) -> Path:
-    """A file or folder: inside the package where a wheel put it, else in the checkout around it.
+    """Return a shipped file or folder: inside the package in a wheel, else in the checkout.
 
-    in_wheel: from the package; in_checkout: from the folder that holds the package.
+    in_wheel: relative to the package. in_checkout: relative to the folder with the package.
     """
     inside = PACKAGE_FOLDER / in_wheel
     return inside if inside.exists() else PACKAGE_FOLDER.parent / in_checkout
@@ -154,7 +156,7 @@ _CODE = (".py", ".lark")
 
 @cache
 def package_digest() -> str:
-    """SHA-256 over all modules, the grammar and the tables that they read; once in a process."""
+    """Return SHA-256 over all modules, the grammar and their tables; once per process."""
     digest = sha256()
     for root in (PACKAGE_FOLDER, shipped_path("grammar", "grammar")):
         for path in sorted(_code_files(root)):
@@ -165,7 +167,7 @@ def package_digest() -> str:
 
 
 def _code_files(folder: Path) -> Iterator[Path]:
-    """Those of the zoo are models, and told by their weights."""
+    """Yield code files; zoo models aren't included because their weights identify them."""
     with os.scandir(folder) as entries:
         for entry in entries:
             path = Path(entry.path)
@@ -180,22 +182,27 @@ _MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 
 def load_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """What a JSON text holds. Raises ValueError, also for lists and objects that are nested
-    deeper than `limits.DATA_DEPTH`, where Python's reader would break off, and for halves of
-    characters (`\\ud800`). pairs: what makes an object of its keys and values."""
+    """Parse a JSON text.
+
+    pairs: builds an object from its keys and values.
+
+    Raises:
+        ValueError: The JSON is invalid, contains a lone surrogate (`\\ud800`), or is nested deeper
+            than `limits.DATA_DEPTH`, where Python's parser would fail.
+    """
     opened = text.count("[") + text.count("{")
     if opened > limits.DATA_DEPTH and _depth(text) > limits.DATA_DEPTH:
         raise ValueError(
             f"lists and objects are nested more than {limits.DATA_DEPTH} deep",
         )
     found = json.loads(text, object_pairs_hook=pairs)
-    if "\\u" in text:  # half a character, which no text can hold: UnicodeEncodeError
+    if "\\u" in text:  # a lone surrogate raises UnicodeEncodeError, a ValueError
         json.dumps(found, ensure_ascii=False).encode()
     return found
 
 
 def _depth(text: str) -> int:
-    """The deepest nesting, or the first beyond the limit."""
+    """Return the deepest nesting, or the first depth beyond the limit."""
     depth = deepest = 0
     for mark in _MARKS.finditer(text):
         if mark[0] in "[{":

@@ -13,14 +13,17 @@ if TYPE_CHECKING:
 
 
 DIGEST_BYTES = 16
-"""Of a digest."""
+"""Length of a digest."""
 
 
 def digest(*parts: object) -> bytes:
-    """16 bytes. Parts are numbers, texts, bytes, arrays, records, functions, classes, sequences,
-    sets and mappings of these; TypeError for anything else, so that nothing is left out unseen.
+    """Return a digest of 16 bytes.
 
-    A record counts with its class and the fields that take part in its comparison.
+    Parts are numbers, texts, bytes, arrays, records, functions, classes, and sequences, sets and
+    mappings of them. The digest of a record includes its class and its compared fields.
+
+    Raises:
+        TypeError: A part has another type; no part is ignored silently.
     """
     made = blake2b(digest_size=DIGEST_BYTES)
     _feed(made, parts)
@@ -28,12 +31,12 @@ def digest(*parts: object) -> bytes:
 
 
 def digest_number(*parts: object) -> int:
-    """A digest as a number in 0..2^64-1."""
+    """Return a digest as a number in 0..2^64-1."""
     return int.from_bytes(digest(*parts)[:8], "little")
 
 
 def _feed(made: Any, value: object) -> None:
-    """Every value is written with its kind and its length, so that no two run into each other."""
+    """Hash a value with its type and length, so that adjacent values can't be confused."""
     match value:
         case None | bool() | int() | float():
             _write(made, "v", f"{type(value).__name__} {value!r}".encode())
@@ -57,7 +60,7 @@ def _feed(made: Any, value: object) -> None:
 
 
 def _feed_object(made: Any, value: object) -> None:
-    import numpy as np  # here, as few files need it to be checked
+    import numpy as np  # lazy: most checks don't need NumPy
 
     if isinstance(value, np.ndarray):
         array = cast("np.ndarray[Any, Any]", value)
@@ -75,7 +78,7 @@ def _feed_object(made: Any, value: object) -> None:
 
 
 def _name(value: object) -> str:
-    """Of a class or function; TypeError for what has no name of its own."""
+    """Return the full name of a class or function; TypeError for anything without a unique name."""
     name = getattr(value, "__qualname__", "<")
     if "<" in name:
         raise TypeError(f"a {type(value).__name__} has no digest")
@@ -93,16 +96,16 @@ _ROUNDS = 6
 
 
 def stable_hash(*parts: object) -> int:
-    """A number in 0..2^128-1 that is the same on every machine and in every version."""
+    """Return a number in 0..2^128-1 that is the same on every machine and in every version."""
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
 
 
 class Permutation(Sequence[int]):
-    """A seeded permutation of 0..size-1 that is never written out, so `size` may be anything.
+    """A seeded permutation of 0..size-1 that is never stored, so `size` is unlimited.
 
-    A Feistel network permutes the next power of four; what falls outside is sent round again
-    (cycle walking, three times on average at worst).
+    A Feistel network permutes the next power of four; results outside the range are permuted again
+    (cycle walking, at most three times on average).
     """
 
     def __init__(self, size: int, *key: object) -> None:
@@ -127,7 +130,7 @@ class Permutation(Sequence[int]):
         while True:
             left, right = index >> half, index & mask
             for key in self._keys:
-                # The finaliser of splitmix64, written out: a call each round takes twice as long.
+                # The finaliser of splitmix64, inlined: a call per round would double the time.
                 x = ((right ^ key) + 0x9E3779B97F4A7C15) & _WORD
                 x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
                 x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -140,7 +143,7 @@ class Permutation(Sequence[int]):
 def choose_subset(
     pool: Sequence[int], size: int, rank: int | None, *key: object
 ) -> tuple[int, ...]:
-    """The set of this rank; without one, that of a seeded draw."""
+    """Return the subset of this rank, or a seeded random one without a rank."""
     if rank is not None:
         return unrank_subset(pool, size, rank)
     order = Permutation(len(pool), *key)
@@ -148,11 +151,11 @@ def choose_subset(
 
 
 def unrank_subset(pool: Sequence[int], size: int, rank: int) -> tuple[int, ...]:
-    """The set of this rank among all sets of this size, in the order of `itertools`."""
+    """Return the subset of this rank among all of this size, in the order of `itertools`."""
     found: list[int] = []
     start = 0
     for left in range(size, 0, -1):
-        if left == 1:  # as in most cells: no need to count
+        if left == 1:  # the common case needs no counting
             start, rank = start + rank, 0
         while True:
             behind = comb(len(pool) - start - 1, left - 1)
@@ -166,7 +169,7 @@ def unrank_subset(pool: Sequence[int], size: int, rank: int) -> tuple[int, ...]:
 
 
 def rank_subset(pool: Sequence[int], chosen: Sequence[int]) -> int:
-    """The rank of a set, ascending: `combination` of it gives the set."""
+    """Return the rank of an ascending subset: the inverse of `unrank_subset`."""
     rank, start = 0, 0
     for left, each in zip(range(len(chosen), 0, -1), chosen, strict=True):
         place = pool.index(each)
@@ -176,7 +179,7 @@ def rank_subset(pool: Sequence[int], chosen: Sequence[int]) -> int:
 
 
 def random_rank(count: int, *key: object) -> int:
-    """A seeded number in 0..count-1, each as likely but for one part in 2^64."""
+    """Return a seeded number in 0..count-1, uniform up to a relative error of 2^-64."""
     words = count.bit_length() // 128 + 2
     drawn = 0
     for word in range(words):

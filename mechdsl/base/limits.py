@@ -1,4 +1,4 @@
-"""Every limit of the language, in one place."""
+"""All limits of the language."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Limit(NamedTuple):
     of: str
     most: int
     codes: tuple[str, ...]
-    """What is said beyond it."""
+    """Codes of diagnostics reported beyond the limit."""
 
 
 LIMITS: list[Limit] = []
@@ -66,7 +66,7 @@ CHECKED_TEXT = _limit(
 )
 
 CHECKED_DRAWS = 5
-"""Random draws that `validate` makes; they show whether there is anything to draw."""
+"""Random draws that `validate` makes; they show whether a draw is possible."""
 
 COMBINATIONS = _limit(500_000, "combinations that are looked at to find rows", "E0506")
 
@@ -126,7 +126,7 @@ LAYERS = _limit(1_000, "layers of a model", "E0430")
 
 HEADS = _limit(10_000, "heads of a layer", "E0430")
 
-# Configs of Doge say 16,384, also where a model has none.
+# Configs of Doge contain 16,384 even for models without experts.
 EXPERTS = _limit(100_000, "experts of a layer", "E0430")
 
 SIZE = _limit(1_000_000, "any other size of a model, such as its width", "E0430")
@@ -134,5 +134,4 @@ SIZE = _limit(1_000_000, "any other size of a model, such as its width", "E0430"
 MODEL_FILE = _limit(50_000_000, "bytes of a JSON file of a model", "E0432")
 
 CHAT_DATE = date(2024, 7, 26)
-"""What templates are told is today (`strftime_now`), whenever they run: what Llama's fall back on.
-"""
+"""The current date in chat templates (`strftime_now`), whenever they run: Llama's fallback date."""

@@ -18,7 +18,7 @@ _FINISHING = Lock()
 
 
 class _Unfinished:
-    """Stands where a kind keeps its fields, until they are asked for."""
+    """Placeholder for the fields of a class until they are first accessed."""
 
     def __init__(self, *, kw_only: bool) -> None:
         self.kw_only = kw_only
@@ -30,32 +30,32 @@ class _Unfinished:
 
 @cache
 def _finish(kind: type[Record]) -> None:
-    """Make dataclasses of a kind and of those it inherits from."""
+    """Turn a class and its bases into dataclasses."""
     with _FINISHING:
         for each in reversed(kind.__mro__):
             waiting = vars(each).get(_FIELDS)
             if isinstance(waiting, _Unfinished):
                 dataclass(init=False, eq=False, repr=False, kw_only=waiting.kw_only)(each)
                 if vars(each).get("__init__") is _finish_and_init:
-                    # In one step: until then, other threads wait for the lock.
+                    # The last step: until then, other threads wait for the lock.
                     each.__init__ = _initializer(each)
 
 
 def _initializer(kind: type[Record]) -> Any:
-    """`__init__` as `dataclass` writes it, which replaces no function that a class has already."""
+    """Return the `__init__` that `dataclass` generates, which wouldn't replace an existing one."""
     every = [(each.name, Any, copy(each)) for each in fields(kind)]  # type: ignore[arg-type]
     own = {"__post_init__": None} if hasattr(kind, "__post_init__") else {}
     return make_dataclass(kind.__name__, every, namespace=own, eq=False, repr=False).__init__
 
 
 def _finish_and_init(self: Record, *args: Any, **values: Any) -> None:
-    """The initializer of a class until its first object is made."""
+    """Complete the class at the creation of its first object, and call the new initializer."""
     _finish(type(self))
     type(self).__init__(self, *args, **values)
 
 
 class Record:
-    """Equal to another of its class whose compared fields are equal."""
+    """A record, equal to records of the same class with equal compared fields."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _finish(type(self))  # an unpickled object may be the first of its class in this process
@@ -90,13 +90,13 @@ def _shown(kind: type[Record]) -> tuple[str, ...]:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def record(kind: RecordClass) -> RecordClass:
-    """`@dataclass` for a subclass of Record; frozen, as far as the type checker is concerned."""
+    """Apply `@dataclass` lazily to a subclass of Record; frozen for the type checker only."""
     return _waiting(kind, kw_only=False)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def keyword_record(kind: RecordClass) -> RecordClass:
-    """The same with all fields given by name."""
+    """Apply `record` with keyword-only fields."""
     return _waiting(kind, kw_only=True)
 
 
@@ -111,8 +111,11 @@ EntryT = TypeVar("EntryT")
 
 
 def closest_name(word: str, known: Iterable[str]) -> str | None:
-    """The known word that a misspelt one most likely meant: a third of its letters may differ. One
-    of two letters has all of its own, and is near a single known word."""
+    """Return the known word that a misspelt one most likely means.
+
+    A third of its letters may differ. For a word of two letters, exactly one known word has to be
+    close and to have the same letters, or all its letters and more, or fewer.
+    """
     found = close_names(word, known)
     if len(word) > 2:
         return next(iter(found), None)
@@ -122,8 +125,11 @@ def closest_name(word: str, known: Iterable[str]) -> str | None:
 
 
 def close_names(word: str, known: Iterable[str]) -> list[str]:
-    """All known words that a misspelt one may have meant, the nearest first. Nearly every word of
-    two letters is near another one, so what is found for those has to be confirmed."""
+    """Return all known words that a misspelt one may mean, closest first.
+
+    Nearly every word of two letters is close to another one, so matches for those need
+    confirmation.
+    """
     most = max(1, (len(word) + 1) // 3)
     alike = (each for each in known if abs(len(each) - len(word)) <= most)
     ranked = sorted((edit_distance(word.lower(), each.lower()), each) for each in alike)
@@ -131,7 +137,7 @@ def close_names(word: str, known: Iterable[str]) -> list[str]:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Letters to insert, delete, replace or swap with a neighbour to get from one to the other.
+    """Count the letters to insert, delete, replace or swap with a neighbour between two words.
 
     source: Damerau 1964, doi.org/10.1145/363958.363994, without changes inside a swapped pair
     """
@@ -148,13 +154,13 @@ def edit_distance(a: str, b: str) -> int:
 
 
 EXTERNAL_MODULES: set[str] = set()
-"""Names of modules outside of this package that have registered an entry, in any registry."""
+"""Names of modules outside this package that have registered an entry in any registry."""
 
 _PACKAGE = __name__.partition(".")[0]
 
 
 def _note_outside() -> None:
-    """Whoever stands behind an entry: the first caller that isn't a function of this package."""
+    """Record the module that registers an entry: the first caller outside the package."""
     frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
     while frame.f_back is not None:
         name = frame.f_globals.get("__name__", "")
@@ -167,14 +173,14 @@ def _note_outside() -> None:
 
 
 class Registry(Generic[EntryT]):
-    """Named entries of one kind (sites, metrics, …) in the order of their registration."""
+    """Named entries of one kind (sites, metrics, …) in the order of registration."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, EntryT] = {}
 
     def add(self, name: str, entry: EntryT) -> EntryT:
-        """Register an entry; a name that is taken is a mistake of ours, so it raises."""
+        """Register an entry. A duplicate name is a programming error, so it raises ValueError."""
         if name in self._entries:
             raise ValueError(f"{self.kind} `{name}` is registered twice")
         self._entries[name] = entry

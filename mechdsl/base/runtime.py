@@ -19,8 +19,10 @@ R = TypeVar("R")
 
 @contextmanager
 def preserve_random_state() -> Generator[None]:
-    """Whatever is drawn inside, afterwards they are as before: those of Python, and of numpy and
-    torch on all devices where these are imported."""
+    """Restore the random generators at the end of the block.
+
+    They are Python's and, if imported, those of NumPy and of PyTorch on all devices.
+    """
     with ExitStack() as stack:
         for put_back in _random_states():
             stack.callback(put_back)
@@ -28,8 +30,8 @@ def preserve_random_state() -> Generator[None]:
 
 
 def restores_random_state(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that leaves them as they were: importing may draw some, and rich draws one for
-    each style that it prints."""
+    """Decorate a function to restore random generators: imports may draw, and so does rich for each
+    style that it prints."""
 
     @wraps(function)
     def called(*args: P.args, **named: P.kwargs) -> R:
@@ -40,10 +42,10 @@ def restores_random_state(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _random_states() -> list[Callable[[], None]]:
-    """What puts them back, of all generators that may be drawn from."""
+    """Return functions that restore the random generators in use."""
     python = random.getstate()
     found: list[Callable[[], None]] = [lambda: random.setstate(python)]
-    # Not imported here, so that `validate` needs neither; without them nothing of theirs is moved.
+    # Not imported here, so that `validate` needs neither; a library not imported has no state.
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         own = numpy.random.get_state()
@@ -53,7 +55,7 @@ def _random_states() -> list[Callable[[], None]]:
         return found
     cpu = torch.get_rng_state()
     found.append(lambda: torch.set_rng_state(cpu))
-    # Asking a device that nobody has used would start it.
+    # A query would initialise an unused device.
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         cuda = torch.cuda.get_rng_state_all()
         found.append(lambda: torch.cuda.set_rng_state_all(cuda))
@@ -65,7 +67,7 @@ def _random_states() -> list[Callable[[], None]]:
 
 @contextmanager
 def pause_garbage_collection() -> Generator[None]:
-    """Garbage is not looked for inside, and afterwards as before."""
+    """Disable garbage collection inside the block, and restore its state afterwards."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -92,12 +94,14 @@ ENVIRONMENT_VARIABLES = (
     "TORCH_BLAS_PREFER_CUBLASLT",
     "USE_HUB_KERNELS",
 )
-"""Of the libraries that multiply matrices: which instructions and precisions they may use."""
+"""Variables of linear algebra libraries that select instructions and precisions."""
 
 
 def numeric_settings() -> dict[str, str]:
-    """All that isn't as torch starts with it; empty where nobody has changed anything. How many
-    threads there are is left out: a number is the same up to rounding with any."""
+    """Return the settings that differ from PyTorch's defaults; empty without changes.
+
+    The number of threads is omitted: results are equal up to rounding for any number.
+    """
     found = {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
     torch: Any = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "backends"):
@@ -129,8 +133,10 @@ def numeric_settings() -> dict[str, str]:
 
 
 def active_torch_mode() -> str | None:
-    """The class of a mode of torch that is active and may change what any function of it returns;
-    None without one. A device for new tensors changes no number."""
+    """Return the class of an active PyTorch mode that may change any function's result, or None.
+
+    A default device for new tensors changes no result.
+    """
     if "torch" not in sys.modules:
         return None
     overrides: Any = import_module("torch.overrides")
@@ -158,4 +164,4 @@ _USUAL: dict[str, object] = {
     "plain attention": True,
     "cudnn attention": True,
 }
-"""What torch starts with."""
+"""PyTorch's defaults."""

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 STRING_PATTERN = r'"(?:[^"\\\n]|\\[^\n])*"'
-"""A text in quotes, as the language has it."""
+"""A quoted text of the language."""
 
 _BETWEEN = re.compile(rf"({STRING_PATTERN})|(?:\s|#[^\n]*)+")
-"""Texts, and what stands between words."""
+"""Texts, and white space or comments between words."""
 
 
 class AllowedFolders(NamedTuple):
-    """The folders that paths in a file may lead to, with all below them; None: anywhere."""
+    """Folders, including subfolders, that paths in a file may lead to; None: anywhere."""
 
     reads: tuple[Path, ...] | None = None
     writes: tuple[Path, ...] | None = None
@@ -25,30 +25,29 @@ class AllowedFolders(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One `.mech` text and where it came from. Compared by identity."""
+    """One `.mech` text and its origin. Compared by identity."""
 
     text: str
     path: Path | None = None
-    """None for text that came from no file."""
+    """None for text that isn't from a file."""
     reach: AllowedFolders = field(default_factory=AllowedFolders)
-    """A file that is imported has that of the file that imports it."""
+    """An imported file has the folders of the file that imports it."""
     origin: str = "text"
-    """Where a text without a path came from: `text` (from Python) or `stdin`."""
+    """Origin of a text without a path: `text` (from Python) or `stdin`."""
 
     @property
     def name(self) -> str:
-        """How messages call it: the path as the user wrote it, else `<text>` or
-        `<stdin>`."""
+        """The name in messages: the path as the user wrote it, else `<text>` or `<stdin>`."""
         return str(self.path) if self.path is not None else f"<{self.origin}>"
 
     @property
     def stem(self) -> str:
-        """A folder name for its results."""
+        """A folder name for the file's results."""
         return self.path.stem if self.path is not None else self.origin
 
     @property
     def folder(self) -> Path:
-        """Paths written in the file are relative to this folder."""
+        """The folder that paths in the file are relative to."""
         return self.path.parent if self.path is not None else Path()
 
     @cached_property
@@ -58,12 +57,12 @@ class Source:
         return starts
 
     def line_column(self, offset: int) -> tuple[int, int]:
-        """1-based line and column of a character offset."""
+        """Return 1-based line and column of a character offset."""
         line = bisect_right(self._line_starts, offset)
         return line, offset - self._line_starts[line - 1] + 1
 
     def line_text(self, line: int) -> str:
-        """The text of a 1-based line, without its line break."""
+        """Return the text of a 1-based line, without its line break."""
         start = self._line_starts[line - 1]
         end = self._line_starts[line] if line < len(self._line_starts) else len(self.text)
         return self.text[start:end].rstrip("\r\n")
@@ -95,5 +94,5 @@ class Span:
         return _BETWEEN.sub(lambda found: found[1] or " ", self.text).strip()
 
     def to(self, other: Span) -> Span:
-        """The span from the start of this one to the end of the other."""
+        """Return the span from the start of this one to the end of the other."""
         return Span(self.source, min(self.start, other.start), max(self.end, other.end))

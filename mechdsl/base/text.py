@@ -10,66 +10,66 @@ from itertools import islice
 from typing import Any
 
 MAX_NAMES = 12
-"""Names of a list that are shown."""
+"""Maximum number of names shown from a list."""
 
 MAX_WIDTH = 40
-"""Characters of a name that are shown."""
+"""Maximum number of characters shown of a name."""
 
 
 def shorten(name: str) -> str:
-    """The name, or its beginning where it is long."""
+    """Return the name, or its beginning if it is long."""
     return name if len(name) <= MAX_WIDTH else f"{name[: MAX_WIDTH - 1]}…"
 
 
 def quote(text: str) -> str:
-    """A text for a message, its white space visible."""
+    """Quote a text for a message, with its white space visible."""
     shown = text if len(text) <= MAX_WIDTH else text[: MAX_WIDTH - 3] + "…"
     return "`" + shown.replace("\n", "\\n").replace("\t", "\\t") + "`"
 
 
 def name_list(names: Iterable[str]) -> str:
-    """`` `a`, `b`, `c` ``, empty where there is none; of many the first ones."""
+    """Return `` `a`, `b`, `c` ``, empty for no names; long lists are truncated."""
     found = list(islice(names, MAX_NAMES + 1))
     more = " …" if len(found) > MAX_NAMES else ""
     return ", ".join(f"`{shorten(name)}`" for name in found[:MAX_NAMES]) + more
 
 
 POSITION_SEPARATOR = " at "
-"""What stands between the name of a measure and the position that tells it from another."""
+"""Separator between a measure's name and the position that distinguishes it from others."""
 
 
 def measure_names(label: str) -> tuple[str, ...]:
-    """What a measure may be called by: `ld at item 1 token` also by `ld`.
+    """Return the names that refer to a measure: `ld at item 1 token` and `ld`.
 
-    A text in quotes may have an ` at ` of its own; what is cut off there is no metric's name.
+    A text in quotes may contain ` at `; its prefix then isn't the name of a metric.
     """
     parts = label.split(POSITION_SEPARATOR)
     return tuple(POSITION_SEPARATOR.join(parts[:end]) for end in range(len(parts), 0, -1))
 
 
 SHUFFLED_SUFFIX = " shuffled"
-"""What a run of another block is called by besides, whose rows are dealt."""
+"""Suffix of the name of another block's run if its rows are shuffled."""
 
 
 def find_run(name: str, runs: Collection[str]) -> str | None:
-    """The run of this name: of the two that another block may have, the one that is paired by
-    number; None where there is neither."""
+    """Return the name of a run of another block, preferably the run paired by number; None if
+    neither exists."""
     return next((run for run in (name, name + SHUFFLED_SUFFIX) if run in runs), None)
 
 
 def count_noun(count: int, noun: str) -> str:
-    """`1 row`, `12 rows`, `1,200 values of a`: a noun that takes an `s` behind its number."""
+    """Format a count with its noun: `1 row`, `12 rows`, `1,200 values of a`."""
     return f"{count:,} {noun if count == 1 else plural_noun(noun)}"
 
 
 def plural_noun(noun: str) -> str:
-    """`rows`, `values of a`."""
+    """Return the plural: `rows`, `values of a`."""
     word, of, name = noun.partition(" of ")
     return f"{word}s{of}{name}"
 
 
 class Percent(float):
-    """`5%` is 5.0 in arithmetic and on plots, and `5%` as text."""
+    """A percentage: `5%` is 5.0 in arithmetic and on plots, and `5%` as text."""
 
     __slots__ = ()
 
@@ -79,15 +79,18 @@ class Percent(float):
 
 @cache
 def hidden_characters() -> re.Pattern[str]:
-    """Unicode's categories Cc, Cf, Cs, Zl and Zp, and what is no character. Made when text has any
-    of it, as making it takes a millisecond of each start."""
+    """Compile the pattern of hidden characters.
+
+    They are Unicode's categories Cc, Cf, Cs, Zl and Zp, and non-characters. Compiled only if a text
+    has any, because it would cost a millisecond at each start.
+    """
     return re.compile(
         "["
-        "\x00-\x1f\x7f-\x9f"  # C0, DEL, C1: ESC, CSI and OSC begin there
+        "\x00-\x1f\x7f-\x9f"  # C0, DEL, C1: the start of ESC, CSI and OSC sequences
         "\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e"
         "\u200b-\u200f\u2028-\u202e\u2060-\u206f"  # zero-width, line ends, directions
         "\ufeff\ufff9-\ufffb"
-        "\ud800-\udfff"  # halves of a character, which no encoding takes
+        "\ud800-\udfff"  # surrogates, which no encoding accepts
         "\ufdd0-\ufdef\ufffe\uffff"  # not characters, and not XML
         "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
         "\U000e0001\U000e0020-\U000e007f"
@@ -100,7 +103,7 @@ def hidden_characters() -> re.Pattern[str]:
 
 
 def escape_hidden(text: str, keep: str = "") -> str:
-    """The text with hidden characters as in Python: `\\x1b`, `\\u202e`; not those of `keep`."""
+    """Escape hidden characters as in Python: `\\x1b`, `\\u202e`; not those of `keep`."""
     if text.isprintable():
         return text
     return hidden_characters().sub(
@@ -113,28 +116,28 @@ def _written(char: str) -> str:
 
 
 def escape_xml(text: str) -> str:
-    """The text for HTML and SVG, between tags or in quotes."""
-    from html import escape  # a table of two thousand names, which checking a file doesn't need
+    """Escape a text for HTML and SVG, between tags or in quotes."""
+    from html import escape  # slow: a table of two thousand names, not needed for checks
 
     return escape(escape_hidden(text))
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:
-    """The value as standard JSON: letters as they are, hidden characters as `\\u001b`.
+    """Format a value as standard JSON: letters unchanged, hidden characters as `\\u001b`.
 
-    Raises ValueError for NaN and infinity, which JSON doesn't have.
+    Raises ValueError for NaN and infinity, which JSON doesn't support.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-    if (text if indent is None else text.replace("\n", "")).isprintable():  # as most are
+    if (text if indent is None else text.replace("\n", "")).isprintable():  # the common case
         return text
-    # what json leaves as it is stands inside of strings, but for the line breaks of the indent
+    # Characters that json leaves unescaped are inside strings, except the indent's line breaks.
     return hidden_characters().sub(
         lambda found: found[0] if found[0] == "\n" else _json_escape(found[0]), text
     )
 
 
 def escape_unencodable(text: str, encoding: str | None) -> str:
-    """A JSON text that stays one where letters can't be encoded."""
+    """Escape non-ASCII letters of a JSON text if the encoding lacks any of them."""
     try:
         text.encode(encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
@@ -143,13 +146,13 @@ def escape_unencodable(text: str, encoding: str | None) -> str:
 
 
 def _json_escape(text: str) -> str:
-    """Each character as JSON's `\\uXXXX`, in two halves beyond 16 bits."""
+    """Escape each character as JSON's `\\uXXXX`, as a surrogate pair beyond 16 bits."""
     units = text.encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
 
 
 def shown_token(token: str) -> str:
-    """A token without the white space around it, or that white space by name: `␣`, `\\n`."""
+    """Return a token without surrounding white space; white space by name: `␣`, `\\n`."""
     return escape_hidden(token.strip() or repr(token)[1:-1].replace(" ", "␣") or "∅")
 
 
@@ -159,13 +162,13 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int | None:
-    """`5GB`, `500 MB`, `1.5T` or `1000` in bytes; None for what is no size."""
+    """Convert `5GB`, `500 MB`, `1.5T` or `1000` to bytes; None if the text isn't a size."""
     found = _SIZE.fullmatch(text.strip())
     return None if found is None else int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def format_size(size: int) -> str:
-    """`5.2 MB`, with a digit behind the point below 10."""
+    """Format a size: `5.2 MB`, with one decimal below 10."""
     unit = next(u for u in ("T", "G", "M", "K", "") if size >= _UNITS[u] or not u)
     if not unit:
         return f"{size} bytes" if size != 1 else "1 byte"

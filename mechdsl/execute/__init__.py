@@ -1,5 +1,5 @@
-"""A plan run on its models: unpatched runs, patched rows, metrics read off them.
+"""A plan executed on its models: unpatched runs, patched rows, and metrics read from them.
 
-In: a `Plan` and loaded models. Out: `MeasuredValues` for every cell and prompt. Imports
-generate and below; torch.
+In: a `Plan` and loaded models. Out: `MeasuredValues` for every cell and prompt. Imports forward,
+planner, rules and below; torch.
 """

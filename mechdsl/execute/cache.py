@@ -1,10 +1,9 @@
-"""Values of a run that the store holds: lookup before passes, storage after them.
+"""Cached values of a run: lookup in the store before passes, storage after them.
 
-Values from before the run (`earlier`) are left out of the plan's passes. Values that an
-interrupted attempt of this run computed (`own`) are not: the passes are laid out again as before,
-and complete passes are read instead of run, so that the results are equal bit for bit. Values of a
-pass are looked up by the pass, not by its rows: equal rows in several passes differ in their last
-bits.
+Values from before the run (`earlier`) are left out of the plan's passes. Values from an interrupted
+attempt of this run (`own`) are not: the passes are laid out as before, and complete passes are
+read instead of run, so that results are equal bit for bit. Values of a pass are looked up by the
+pass and not by its rows, because equal rows in several passes differ in their last bits.
 """
 
 from __future__ import annotations
@@ -37,25 +36,25 @@ from mechdsl.rules.observations.maps import MapObservation
 from mechdsl.store.runs import OpenRun, ValueBlock
 
 CachedCell = tuple[bytes, KeyNumbers, Floats]
-"""(key of a cell, keys of rows, [row, column] their values)."""
+"""(key of a cell, keys of rows, [row, column] values)."""
 
 
 @dataclass(frozen=True)
 class RunCache:
-    """Where a run's values are kept, and what they hang on beside the plan."""
+    """Store for a run's values, and their dependencies besides the plan."""
 
     run: OpenRun
     models: Mapping[str, bytes]
-    """By name, a digest of each model with its device and precision, and of the code that runs it.
-    Experiments on a model that isn't here are neither looked up nor kept."""
+    """By name, a digest of each model with its device, its precision and the code that runs it.
+    Experiments on a model without a digest are neither looked up nor stored."""
 
     @property
     def sizes(self) -> PassSizer | None:
-        """What an attempt that was cut short was laid out by."""
+        """Sizes that an interrupted attempt used to lay out passes."""
         return None if self.run.sizes is None else PassSizer(**self.run.sizes)
 
     def settle(self, sizes: PassSizer) -> None:
-        """Keep what passes are laid out by: when the run goes on, they are laid out the same."""
+        """Store the sizes of passes, so that a resumed run uses the same layout."""
         found = asdict(sizes)
         if found != self.run.sizes:
             self.run.settle(found)
@@ -63,7 +62,7 @@ class RunCache:
 
 @dataclass(frozen=True, eq=False)
 class _KeyedValues:
-    """Values by key, in the order of the keys."""
+    """Values in the order of their keys."""
 
     keys: KeyNumbers
     values: Floats
@@ -73,7 +72,7 @@ class _KeyedValues:
     def of(
         found: Mapping[bytes, tuple[KeyNumbers, Floats]], codes: Mapping[bytes, int]
     ) -> _KeyedValues:
-        """codes: by cell, the number that its rows' keys are mixed with."""
+        """Combine the values of cells; codes: by cell, the number mixed into its rows' keys."""
         parts = [(_mix_cell(codes[cell], rows), values) for cell, (rows, values) in found.items()]
         if not parts:
             return _KeyedValues(np.zeros(0, dtype=np.uint64), np.zeros((0, 1)))
@@ -82,7 +81,7 @@ class _KeyedValues:
         return _KeyedValues(keys[order], np.concatenate([part[1] for part in parts])[order])
 
     def find(self, keys: KeyNumbers) -> tuple[Bools, Floats]:
-        """([key] whether there is a value, [key, column] the values, NaN where there is none)."""
+        """Return [key] whether there is a value, and [key, column] values, NaN if missing."""
         found = np.full((len(keys), self.values.shape[1]), np.nan)
         if not len(self.keys):
             return np.zeros(len(keys), dtype=np.bool_), found
@@ -93,12 +92,12 @@ class _KeyedValues:
 
 
 def _mix_cell(code: int | Ints, rows: KeyNumbers) -> KeyNumbers:
-    """The keys of rows, told apart by their cells."""
+    """Mix a cell's code into the keys of its rows, so that cells are distinguished."""
     return mix_numbers(rows, np.broadcast_to(np.asarray(code, dtype=np.int64), rows.shape))
 
 
 class PatchedCache:
-    """The patched values of one experiment."""
+    """Cached patched values of one experiment."""
 
     def __init__(self, run: OpenRun, keys: ExperimentKeys) -> None:
         self._run = run
@@ -110,20 +109,20 @@ class PatchedCache:
 
     @property
     def any_earlier(self) -> bool:
-        """Whether anything was there before the run."""
+        """Whether any value was cached before the run."""
         return any(len(known.keys) for known in self._earlier)
 
     @property
     def any_own(self) -> bool:
-        """Whether this run may have computed anything in an attempt that was cut short."""
+        """Whether an interrupted attempt of this run may have computed values."""
         return self._run.resumed
 
     def earlier(self, rows: RowTable) -> tuple[Bools, list[Floats]]:
-        """([row] whether all measures were known before the run, per measure [row])."""
+        """Look up earlier values: [row] whether all measures are cached, and per measure [row]."""
         return self._find(self._earlier, rows)
 
     def own(self, rows: RowTable) -> list[Floats] | None:
-        """Per measure [row], where this run has computed all these rows of a pass already."""
+        """Return, per measure, [row] if this run has already computed all these rows of a pass."""
         every = range(len(self._keys.cells))
         parts = [self._part(number, rows, *self._of(number, rows)) for number in every]
         found = self._run.own(parts)
@@ -144,20 +143,24 @@ class PatchedCache:
         return _mix_cell(*self._of(number, rows))
 
     def _of(self, number: int, rows: RowTable) -> tuple[Ints, KeyNumbers]:
-        """([row] the code of its cell, [row] its key) of a measure."""
+        """Return ([row] code of its cell, [row] its key) for a measure."""
         return self._keys.code_of_cell[rows.cell], self._keys.rows(number, rows)
 
     def _part(self, number: int, rows: RowTable, codes: Ints, keys: KeyNumbers) -> bytes:
-        """The key of what a pass gives of a measure, row by row: which rows these are, in which
-        order, and what they contain."""
+        """Return the key of a measure's values in a pass.
+
+        It depends on the rows, their order and their content.
+        """
         cells = [self._keys.cells[number][code] for code in np.unique(codes).tolist()]
         key = self._keys.plan.experiment.key
         places = (rows.cell, rows.prompt, rows.alternative)
         return digest("pass", key, number, places, b"".join(cells), keys)
 
     def parts(self, member: PassMember, found: ReadoutResult) -> Iterable[CachedCell]:
-        """(cell, rows, values) of a pass, as far as there are values that can be used; and the same
-        by the pass, whose rows are counted."""
+        """Yield the usable values of a pass, once under the pass and once by cell.
+
+        Under the pass, keys are row numbers; by cell, they are keys of rows.
+        """
         for number, values in enumerate(found.values):
             good = _is_usable(found, number)
             if not good.any():
@@ -173,7 +176,7 @@ class PatchedCache:
 
 
 def _is_usable(found: ReadoutResult, number: int) -> Bools:
-    """[row] of one measure: those that are no numbers are worked out again, with their reasons."""
+    """Return [row]: whether a measure has a value. Others are recomputed for their reason."""
     good = ~found.broken
     if number in found.failed:
         return np.zeros_like(good)
@@ -184,12 +187,12 @@ def _is_usable(found: ReadoutResult, number: int) -> Bools:
 
 
 class PanelCache:
-    """The values of the experiments of one panel."""
+    """Cached values of the experiments of one panel."""
 
     def __init__(
         self, run: OpenRun, contents: RunContents, table: PromptTable, panel: bytes
     ) -> None:
-        """panel: which experiments it is of."""
+        """Prepare the cache; panel: digest of the panel's experiments."""
         self._run = run
         self._panel = panel
         self._table = table
@@ -200,7 +203,7 @@ class PanelCache:
 
     @classmethod
     def of(cls, kept: RunCache, panel: Panel, seed: int) -> PanelCache | None:
-        """None where a model that takes part can't be told from others. seed: of noise."""
+        """Open the cache; None if one of the models has no digest; seed: of noise."""
         if not kept.models.keys() >= set(panel.models):
             return None
         of = digest(*(plan.experiment.key for plan in panel.experiments))
@@ -213,9 +216,16 @@ class PanelCache:
         donors: Mapping[str, Mapping[int, Ints]],
         cells: Mapping[str, Mapping[int, WholeCells]],
     ) -> None:
-        """What runs with rules hang on, by name, each after those that it uses. rows: those that
-        means and donors are of, and functions are given. What can't be compared leaves all that
-        reads the run unkept."""
+        """Define the content of derived runs.
+
+        Runs whose content has no digest are not cached, and neither are experiments that read them.
+
+        Args:
+            plans: By name, each after the runs that it uses.
+            rows: Rows used for means, donors and functions.
+            donors: By name and number of the rule, the donors.
+            cells: By name and number of the rule, the whole cells.
+        """
         for name, plan in plans.items():
             run, own = self._table.runs[name], donors[name]
             self._contents.define(self._table, run, plan, rows, own, cells[name])
@@ -227,20 +237,25 @@ class PanelCache:
         donors: Mapping[int, Ints],
         cells: Mapping[int, WholeCells],
     ) -> ExperimentKeys:
-        """Of one experiment. rows: those that are in it. donors, cells: by number of the rule,
-        of those that resample, or read whole cells."""
+        """Return the keys of one experiment.
+
+        Args:
+            rows: Its rows.
+            donors: By number of the rule, for rules that resample.
+            cells: By number of the rule, for rules that read whole cells.
+        """
         return ExperimentKeys(plan, self._table, self._contents, rows, donors, cells)
 
     def patched(self, keys: ExperimentKeys) -> PatchedCache:
-        """What there is under the keys of an experiment."""
+        """Open the cached values of an experiment."""
         return PatchedCache(self._run, keys)
 
     def replies(self, settings: tuple[object, ...], ends: frozenset[int]) -> ReplyCache:
-        """What rows write that are so asked; ends: the tokens that end it."""
+        """Open cached replies with these settings; ends: tokens that end a reply."""
         return ReplyCache(self._run, self._contents, self._table, settings, ends)
 
     def keep(self, parts: Iterable[CachedCell]) -> None:
-        """Keep what a pass gave; it is on the disk when this returns."""
+        """Store the values of a pass on disk."""
         cells: dict[bytes, list[tuple[KeyNumbers, Floats]]] = {}
         for cell, rows, values in parts:
             cells.setdefault(cell, []).append((rows, values))
@@ -254,11 +269,11 @@ class PanelCache:
 
     @property
     def contents(self) -> RunContents:
-        """What the rows of runs are."""
+        """The content of the rows of runs."""
         return self._contents
 
     def earlier(self, cells: Sequence[bytes]) -> Mapping[bytes, tuple[KeyNumbers, Floats]]:
-        """(rows, [row, column]) of those cells that were there before the run."""
+        """Return the (rows, [row, column] values) of cells that were cached before the run."""
         return self._run.earlier(cells)
 
     # --- unpatched runs ---
@@ -266,13 +281,13 @@ class PanelCache:
     def unpatched(
         self, readout: Readout, run: str, prompts: Ints, item: ItemNumber, relative: float
     ) -> Bools:
-        """[prompt] whether all measures of an unpatched run were known before this one."""
+        """Return [prompt]: whether all measures of an unpatched run were cached before this run."""
         return self._unpatched(readout, run, prompts, item, relative, own=False)[0]
 
     def own_unpatched(
         self, readout: Readout, run: str, prompts: Ints, item: ItemNumber, relative: float
     ) -> ReadoutResult | None:
-        """What this run has measured already, where that is all; else what was there before it."""
+        """Return complete values of this run, else complete values from before it, else None."""
         for own in (True, False):
             every, found = self._unpatched(readout, run, prompts, item, relative, own=own)
             if every.all():
@@ -309,7 +324,7 @@ class PanelCache:
         return every, ReadoutResult(values, broken, rounding, {}, {})
 
     def _known(self, cell: bytes, *, own: bool) -> _KeyedValues:
-        """What there was of an unpatched run's cell when this process looked first."""
+        """Look up a cell of an unpatched run; the first result of this process is reused."""
         if (cell, own) not in self._looked_up:
             found = self._run.own([cell]) if own else self._run.earlier([cell])
             self._looked_up[cell, own] = _KeyedValues.of(found, {cell: 0})
@@ -324,7 +339,7 @@ class PanelCache:
         relative: float,
         found: ReadoutResult,
     ) -> None:
-        """Keep what was measured of an unpatched run, with its bounds of rounding, at `flush`."""
+        """Queue values of an unpatched run, with their rounding bounds, until `flush`."""
         for number, measure in enumerate(readout.measures):
             good = np.flatnonzero(_is_usable(found, number))
             cell, keys = self._unpatched_keys(measure, run, item, relative)
@@ -335,20 +350,25 @@ class PanelCache:
                 self._waiting.append((batch, good.astype(np.uint64), both[good]))
 
     def _batch(self, cell: bytes, prompts: Ints, keys: KeyNumbers) -> bytes:
-        """The key of what an unpatched run gives on a batch, prompt by prompt: what else is in its
-        passes hangs on the panel, and with it the last bits."""
+        """Return the key of an unpatched run's values on a batch.
+
+        It includes the panel, because other runs of the panel share passes and affect the last
+        bits.
+        """
         return digest("batch", self._panel, cell, prompts, keys[prompts])
 
     def flush(self) -> None:
-        """Keep what was measured of unpatched runs; it is on the disk when this returns."""
+        """Store the queued values of unpatched runs on disk."""
         waiting, self._waiting = self._waiting, []
         self.keep(waiting)
 
     def _unpatched_keys(
         self, measure: ResolvedMeasure, run: str, item: ItemNumber, relative: float
     ) -> tuple[bytes, KeyNumbers | None]:
-        """(of the cell, [prompt] of the rows); None for a metric from outside that is given what
-        can't be compared."""
+        """Return the cell's key and [prompt] keys of rows.
+
+        The latter are None for an external metric whose arguments have no digest.
+        """
         key = (id(measure), run, item, relative)
         if key not in self._keys:
             own, contents = self._table.runs[run], self._contents
@@ -363,7 +383,7 @@ class PanelCache:
 
 
 def _drop_duplicates(parts: Sequence[tuple[KeyNumbers, Floats]]) -> tuple[KeyNumbers, Floats]:
-    """Each row once: experiments of one pass may have rows in common."""
+    """Remove duplicate rows, as experiments of one pass may share some."""
     rows = np.concatenate([rows for rows, _ in parts])
     values = np.concatenate([values for _, values in parts])
     rows, first = np.unique(rows, return_index=True)
@@ -372,15 +392,15 @@ def _drop_duplicates(parts: Sequence[tuple[KeyNumbers, Floats]]) -> tuple[KeyNum
 
 @dataclass(frozen=True, eq=False)
 class JointCache:
-    """Cells of one experiment: known before the run, or kept when they are made."""
+    """Cached cells of one experiment over joint rows."""
 
     values: PanelCache
     keys: Sequence[bytes]
-    """[cell]"""
+    """[cell] its key."""
     _made: list[CachedCell] = field(default_factory=list[CachedCell])
 
     def known(self) -> dict[int, tuple[Ints, Floats]]:
-        """Cell → (columns among the kept rows, [measure, column]) of those that are there."""
+        """Return the cached cells: cell → (columns among the kept rows, [measure, column])."""
         there = self.values.earlier(self.keys)
         return {
             cell: (there[key][0].astype(np.int64), there[key][1].T)
@@ -389,12 +409,12 @@ class JointCache:
         }
 
     def made(self, cell: int, columns: Ints, values: Sequence[Floats]) -> None:
-        """Keep a cell, at `flush`. values: per measure, [column], or one number of all."""
+        """Queue a cell until `flush`; values: per measure, [column], or one number for all."""
         every = np.stack([np.broadcast_to(each, columns.shape) for each in values], axis=1)
         self._made.append((self.keys[cell], columns.astype(np.uint64), every))
 
     def flush(self) -> None:
-        """What was made is on the disk when this returns."""
+        """Store the queued cells on disk."""
         self.values.keep(self._made)
         self._made.clear()
 
@@ -402,9 +422,11 @@ class JointCache:
 def open_joint_cache(
     values: PanelCache | None, plan: ExperimentPlan, rule: RulePlan, rows: Ints, table: PromptTable
 ) -> JointCache | None:
-    """Where the cells of an observation over these rows are kept; None where they aren't: tokens
-    that are listed are made with a cell, what is of maps is made of numbers that are at hand, and
-    what has no digest can't be compared."""
+    """Open the cache for the cells of an observation over these rows.
+
+    None if they aren't cached: if tokens are listed, because only computed cells have them; for
+    maps, which come from numbers that are available anyway; and for inputs without a digest.
+    """
     said, does = rule.rule.spec.observed, rule.rule.does
     assert isinstance(does, RowSetObservation)
     if (
@@ -430,7 +452,7 @@ def _digest_shared(
     rows: Ints,
     table: PromptTable,
 ) -> bytes:
-    """All that every cell hangs on: what is made of which rows of which runs."""
+    """Digest the dependencies that all cells share: the observation, its rows and runs."""
     experiment, contents = plan.experiment, values.contents
     own = {name: each for name, each in vars(does).items() if name != "trained_on"}
     runs = [table.runs[name] for name in dict.fromkeys((experiment.spec.base, rule.rule.run))]
@@ -458,7 +480,7 @@ def _digest_shared(
 
 
 def _describe_cell(plan: ExperimentPlan, rule: RulePlan, cell: int, rows: Ints) -> Sequence[object]:
-    """The sites and positions of a cell, and which of its values it is."""
+    """Describe the sites, positions and further coordinates of a cell."""
     index = [int(own[cell]) for own in plan.coordinates]
     along = dict(zip((axis.name for axis in plan.experiment.axes), index, strict=True))
     sites, other, edge, does = rule.rule.sites, rule.rule.beside, rule.rule.edge, rule.rule.does

@@ -1,7 +1,7 @@
-"""How rows are divided into passes: members, groups, pass sizes and replies generated ahead.
+"""Division of rows into passes: members, groups, pass sizes, and replies generated in advance.
 
-Given a pass size, a plan and a number of threads, two runs are equal bit for bit. Time and free
-memory only affect the size itself, which the results report.
+For equal pass size, plan and number of threads, two runs are equal bit for bit. Time and free
+memory affect only the size itself, which the results report.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ from mechdsl.vocab.metrics import Reply
 from mechdsl.vocab.sites import SITES
 
 DEVICE_TOKEN_FACTOR = 8
-"""How many times the tokens of a CPU's pass one takes elsewhere."""
+"""Factor from the tokens of a pass on a CPU to those on other devices."""
 
 MIN_PASS_TOKENS = 256
 
 MAX_PASS_TOKENS = 1 << 17
 
 CACHE_MEMORY_SHARE = 0.25
-"""Of the free memory, what unpatched runs may keep for the rows that start from them."""
+"""Share of free memory that unpatched runs may use for rows that start from them."""
 
 MAX_REPLY_BYTES = 2 << 30
-"""Of rows that write together, unless that is more than a quarter of the free memory."""
+"""Limit for rows that generate text together, unless that exceeds a quarter of the free memory."""
 
 
 @dataclass
 class PassSizer:
-    """How many tokens go into one pass, and into one batch of prompts, for one run of a file.
+    """Number of tokens in one pass, and in one batch of prompts, for one run of a file.
 
-    Both are settled before the first patched row and kept. Only running out of memory changes the
-    size of a pass then: it is halved, and what is left runs at half the size.
+    Both are fixed before the first patched row. After that, only a lack of memory changes the size
+    of passes: it is halved, and the remaining rows run at half the size.
     """
 
     pass_tokens: int = PASS_TOKENS
     prompt_tokens: int = PROMPT_TOKENS
     limit: int = MAX_PASS_TOKENS
-    """The largest pass that there is memory for."""
+    """Largest pass that fits in memory."""
     reply_bytes: int = MAX_REPLY_BYTES
-    """Room for keys, values and written vectors of the rows that write together."""
+    """Space for keys, values and written vectors of the rows that generate text together."""
     chosen: SizeOrigin = "default"
-    """What `pass_tokens` comes from."""
+    """Origin of `pass_tokens`."""
     settled: bool = False
-    """No size is tried any more."""
+    """Whether no further size is tried."""
 
     @staticmethod
     def of(
@@ -71,9 +71,11 @@ class PassSizer:
         prompt_tokens: int | None,
         uses: Iterable[tuple[LoadedModel, PromptTable]],
     ) -> PassSizer:
-        """What is given stands, and free memory is asked for nothing beside a given size of passes.
+        """Choose sizes; given ones are used unchanged.
 
-        uses: the models and prompts of the run.
+        With a given pass size, free memory isn't queried.
+
+        uses: models and prompts of the run.
         """
         if pass_tokens is not None:
             prompts = prompt_tokens or PROMPT_TOKENS
@@ -95,17 +97,17 @@ class PassSizer:
 
     @property
     def kept(self) -> PassSizes:
-        """As it stands in the results."""
+        """The sizes as recorded in results."""
         return PassSizes(self.pass_tokens, self.prompt_tokens, self.chosen)
 
     def measure(self, rate: Callable[[int], float]) -> None:
-        """Climb to the size with the highest rate: double and half of the best are tried once.
+        """Search for the size with the highest rate, by repeated tries of its double and half.
 
-        rate: of a pass of so many tokens; 0 where there is none of that size.
+        rate: rate of a pass with this number of tokens; 0 if there is no such pass.
         """
         self.settled = True
         rates = {self.pass_tokens: rate(self.pass_tokens)}
-        if not rates[self.pass_tokens]:  # rows of a pass don't even fill this one
+        if not rates[self.pass_tokens]:  # the rows don't even fill a pass of this size
             return
         while True:
             best = max(rates, key=lambda size: rates[size])
@@ -120,7 +122,7 @@ class PassSizer:
         self.pass_tokens, self.chosen = best, "measured"
 
     def halve(self) -> bool:
-        """After running out of memory; false where nothing smaller is worth trying."""
+        """Halve the size after memory ran out; returns False if it can't be reduced."""
         if self.pass_tokens <= 1:
             return False
         self.pass_tokens = self.limit = self.pass_tokens // 2
@@ -131,8 +133,10 @@ class PassSizer:
 
 @contextmanager
 def measure_seconds() -> Generator[list[float]]:
-    """A list that gets the seconds of the block that is run inside; its results are on the host by
-    then, so that the device has nothing left to do."""
+    """Measure the seconds of the block, which are appended to the yielded list.
+
+    Its results must be on the host at the end, so that the device is idle.
+    """
     seconds: list[float] = []
     start = time.perf_counter()
     yield seconds
@@ -140,21 +144,25 @@ def measure_seconds() -> Generator[list[float]]:
 
 
 def estimate_token_bytes(model: LoadedModel) -> int:
-    """Of what one pass holds at once for a token: the MLP, the stream, queries, keys and values."""
+    """Estimate a pass's bytes per token: MLP, stream, queries, keys and values."""
     shape = model.shape
     heads = shape.n_heads * shape.d_head
     return model.dtype.itemsize * (3 * shape.d_mlp + 12 * shape.d_model + 6 * heads)
 
 
 def estimate_score_bytes(device: torch.device) -> int:
-    """Of the scores that attention holds at once: in float32, the softmax of them, and a copy of
-    each where it is made contiguous or cast."""
+    """Estimate the bytes of attention scores held at once.
+
+    They are the scores in float32, their softmax, and a contiguous or cast copy of each.
+    """
     return 4 * 4 * get_max_scores(device)
 
 
 def estimate_cache_bytes(model: LoadedModel, table: PromptTable) -> int:
-    """Of what unpatched runs keep for a token of a prompt, in all blocks and runs, and of the row
-    that it has in the mask, which all blocks share."""
+    """Estimate the bytes that unpatched runs store per prompt token, in all blocks and runs.
+
+    This includes the token's row in the mask, which all blocks share.
+    """
     shape = model.shape
     heads, shared = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
     width = 3 * shape.d_model + 2 * heads + 4 * shared
@@ -163,10 +171,10 @@ def estimate_cache_bytes(model: LoadedModel, table: PromptTable) -> int:
 
 
 MIN_TRIAL_PASSES = 200
-"""Passes of a run below which trying other sizes costs more than they save."""
+"""Number of passes below which trials of other sizes cost more than they save."""
 
 MIN_FILLED_SHARE = 0.7
-"""Of its size, what a pass must hold to tell how fast that size is."""
+"""Share of its size that a pass must fill to measure the size's speed."""
 
 
 def build_size_trial(
@@ -175,11 +183,15 @@ def build_size_trial(
     widths: Ints,
     work: Floats,
 ) -> Callable[[int], float]:
-    """What tells the work per second of a pass of so many tokens, the better of two; 0 where there
-    is no such pass.
+    """Build a function that measures work per second of a pass with this number of tokens.
 
-    one_pass: runs these distinct rows. group: rows that may ride together, by width. widths, work:
-    [distinct row] tokens, and blocks times tokens.
+    It takes the better of two measurements, and returns 0 if there is no such pass.
+
+    Args:
+        one_pass: Runs these distinct rows.
+        group: Rows that may share a pass, by width.
+        widths: [distinct row] tokens.
+        work: [distinct row] blocks times tokens.
     """
     group = group[len(group) // 2 :]  # the first ones are the narrowest
     ends = np.cumsum(widths[group])
@@ -199,7 +211,7 @@ def build_size_trial(
                 raise
             release_memory()
             return 0.0
-        except (PythonFailure, ReplySearchFailed):  # it fails again, where it is told
+        except (PythonFailure, ReplySearchFailed):  # it fails again in the pass that reports it
             return 0.0
         return float(work[chosen].sum()) / max(min(took), 1e-9)
 
@@ -211,16 +223,16 @@ class PassMember:
     """Rows of one experiment that a pass serves."""
 
     number: int
-    """Of the experiment in its panel."""
+    """Number of the experiment in its panel."""
     rows: RowTable
     at: Ints
-    """[row] the row of the pass."""
+    """[row] index of the row in the pass."""
 
 
 def compute_row_widths(
     shared: SharedRows, shortcuts: Shortcuts | None, plans: Sequence[ExperimentPlan]
 ) -> tuple[Ints, Floats]:
-    """Per distinct row: (tokens that it takes along, blocks times tokens)."""
+    """Return per distinct row: its number of tokens, and blocks times tokens."""
     widths = np.zeros(len(shared), dtype=np.int64)
     blocks = np.zeros(len(shared), dtype=np.int64)
     for number, each in enumerate(plans):
@@ -240,9 +252,11 @@ def compute_row_widths(
 def group_rows(
     shared: SharedRows, plan: Plan, plans: Sequence[ExperimentPlan], widths: Ints
 ) -> Iterator[tuple[PromptRun, Ints]]:
-    """Rows that can share passes: they start from the same run, are whole passes or not, have the
-    same blocks, and are of one cell if rows don't join. Those that end up in the same columns come
-    together."""
+    """Yield groups of rows that can share passes, with rows of equal columns adjacent.
+
+    They start from the same run, have the same number of draws and replaced blocks, and are all
+    full passes or all packed; if rows aren't joined, they belong to one cell.
+    """
     runs: list[PromptRun] = []
     start = np.zeros(len(shared), dtype=np.int64)
     draws = np.zeros(len(shared), dtype=np.int64)
@@ -278,7 +292,7 @@ def group_rows(
 
 
 def list_members(shared: SharedRows, chosen: Ints) -> list[PassMember]:
-    """The rows that these distinct rows stand for, by experiment."""
+    """List the rows that these distinct rows represent, by experiment."""
     place = np.full(len(shared), -1, dtype=np.int64)
     place[chosen] = np.arange(len(chosen))
     found: list[PassMember] = []
@@ -290,11 +304,11 @@ def list_members(shared: SharedRows, chosen: Ints) -> list[PassMember]:
 
 
 RowReplies = list[tuple[Reply, ...]]
-"""[row and draw of noise] a text for each sample."""
+"""[row and noise draw] one reply for each sample."""
 
 
 class GroupGenerator:
-    """Writes the rows of a group in their order, as many together as there is room for."""
+    """Generator for a group's rows in order, as many at once as memory allows."""
 
     def __init__(
         self,
@@ -305,13 +319,15 @@ class GroupGenerator:
         each: Floats,
         sizes: PassSizer,
     ) -> None:
-        """Args:
-        write: Gives the replies of distinct rows, those of one row adjacent.
-        wanted: Gives the rows among some distinct rows that are measured at all.
-        group: [row] distinct rows, in the order of their passes.
-        lanes: [distinct row] texts that it writes, over draws and samples.
-        each: [distinct row] bytes of keys, values and written vectors.
-        sizes: How many lanes and bytes there is room for.
+        """Prepare generation.
+
+        Args:
+            write: Returns the replies of distinct rows, those of one row adjacent.
+            wanted: Selects the distinct rows that are measured.
+            group: [row] distinct rows, in the order of their passes.
+            lanes: [distinct row] number of its texts, over draws and samples.
+            each: [distinct row] bytes of keys, values and written vectors.
+            sizes: Limits for lanes and bytes.
         """
         self._write = write
         self._wanted = wanted
@@ -322,13 +338,13 @@ class GroupGenerator:
         self._found: dict[int, RowReplies] = {}
 
     def of(self, chosen: Ints) -> RowReplies:
-        """The replies of some distinct rows, which are written now if they aren't there."""
+        """Return the replies of some distinct rows; missing ones are generated."""
         while missing := [row for row in chosen.tolist() if row not in self._found]:
             self._write_from(missing[0])
         return [reply for row in chosen.tolist() for reply in self._found.pop(row)]
 
     def _write_from(self, row: int) -> None:
-        """Write a row and those after it that aren't written yet."""
+        """Generate text for a row and subsequent rows without replies."""
         rest = self._group[int(np.flatnonzero(self._group == row)[0]) :]
         rest = rest[np.isin(rest, list(self._found), invert=True)]
         count = min(
@@ -345,8 +361,7 @@ class GroupGenerator:
 def estimate_reply_bytes(
     shared: SharedRows, plans: Sequence[ExperimentPlan], itemsize: int, shape: ModelShape
 ) -> Floats:
-    """[distinct row] bytes that it takes to write its replies: keys and values of all tokens, and
-    the vectors that rules write."""
+    """Estimate [distinct row] bytes for generation: all keys and values, and written vectors."""
     found = np.zeros(len(shared))
     kept = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head
     for number, plan in enumerate(plans):
@@ -368,7 +383,7 @@ def estimate_reply_bytes(
 
 
 def _count_numbers(shape: ModelShape, point: SitePoint) -> int:
-    """How many numbers are written at a point for each token; those over keys count as one head."""
+    """Return how many numbers a point has per token; vectors over keys count as one head."""
     if SITES[point.site].width == "key":
         return shape.d_head
     every = unit_count(shape, point.site, point.layer) if point.unit is None else 1

@@ -33,7 +33,7 @@ _END_REASONS = ("end", "stop", "length")
 
 
 class ReplyCache:
-    """Replies of one panel in the store."""
+    """Stored replies of one panel."""
 
     def __init__(
         self,
@@ -43,27 +43,27 @@ class ReplyCache:
         settings: tuple[object, ...],
         ends: frozenset[int],
     ) -> None:
-        """settings: of `generate`. ends: the tokens that end a reply."""
+        """Open the cache; settings: of `generate`; ends: tokens that end a reply."""
         self._run = run
         self._contents = contents
         self._table = table
         self._shared = digest("reply", settings, ends)
         self.keys: dict[str, ExperimentKeys] = {}
-        """By the key of an experiment; without those that can't be told apart by their content."""
+        """By key of an experiment; without experiments whose content has no digest."""
 
     def of_run(self, run: PromptRun, prompts: Ints) -> list[bytes]:
-        """Per prompt, what a run's reply hangs on, beside what is drawn."""
+        """Return, per prompt, the digest that a run's reply depends on, apart from random draws."""
         model = self._contents.models[run.model or self._contents.model]
         rows = self._contents.of(run, self._table)[prompts].tolist()
         return [digest("run", self._shared, model, row) for row in rows]
 
     def of_rows(self, experiment: str, rows: RowTable) -> list[bytes] | None:
-        """Per row of an experiment the same; None where that can't be said."""
+        """Return the digest per row of an experiment; None if there is none."""
         keys = self.keys.get(experiment)
         return None if keys is None else keys.of_rows(rows, self._shared)
 
     def find(self, keys: Sequence[bytes], model: LoadedModel) -> dict[int, Reply]:
-        """Number of a key → its reply, where there is one."""
+        """Look up replies, by number of the key."""
         found = {**self._run.earlier(keys), **self._run.own(keys)}
         return {
             number: _decode_reply(found[key][1][:, 0].astype(np.int64).tolist(), model)
@@ -72,7 +72,7 @@ class ReplyCache:
         }
 
     def keep(self, keys: Sequence[bytes], replies: Sequence[Reply]) -> None:
-        """Keep replies; they are on the disk when this returns."""
+        """Store replies on disk."""
         every = zip(keys, replies, strict=True)
         known = {key: reply for key, reply in every if reply.ended != "broken"}
         if not known:
@@ -95,23 +95,23 @@ def _decode_reply(numbers: Sequence[int], model: LoadedModel) -> Reply:
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
-    """Rows that write, with what acts in them."""
+    """Rows that generate text, with the rules that act in them."""
 
     run: PromptRun
     prompts: Ints
     """[row]"""
     draw: Ints
-    """[row] of noise."""
+    """[row] noise draw."""
     keys: Sequence[int]
-    """[row] what a row is beside its prompt: sampling hangs on it."""
+    """[row] digest of the row apart from its prompt, which sampling depends on."""
     prefill: RuleWrites
     later: GenerationRules
     contents: Sequence[bytes] | None = None
-    """[row] what its reply hangs on, beside what is drawn; None where it isn't kept."""
+    """[row] digest that its reply depends on, apart from random draws; None if it isn't cached."""
 
 
 class ReplyGenerator:
-    """Lets rows write as an experiment says."""
+    """Generator of replies with an experiment's settings."""
 
     def __init__(
         self,
@@ -131,12 +131,14 @@ class ReplyGenerator:
         self._of_runs: dict[tuple[object, ...], list[tuple[Reply, ...]]] = {}
 
     def forget(self) -> None:
-        """Free what runs wrote."""
+        """Free the replies of runs."""
         self._of_runs.clear()
 
     def of_run(self, run: PromptRun, prompts: Ints) -> list[tuple[Reply, ...]]:
-        """Per prompt and draw of noise, side by side, what an unpatched run writes: one text for
-        each sample."""
+        """Return the replies of an unpatched run, one for each sample.
+
+        The list is ordered by prompt, then by noise draw.
+        """
         key = (id(run), prompts.tobytes())
         if key not in self._of_runs:
             rows = np.repeat(prompts, run.draws)
@@ -154,7 +156,7 @@ class ReplyGenerator:
         return self._of_runs[key]
 
     def of_rows(self, rows: GenerationRequest) -> list[tuple[Reply, ...]]:
-        """Per row, one text for each sample."""
+        """Return, per row, one reply for each sample."""
         model, samples = self.model_of(rows.run), self.generation.samples
         count, table = len(rows.prompts), self.table
         noise = build_noise_writes(model, rows.run.noise, rows.prompts, table.row_keys, self.seed)
@@ -186,7 +188,7 @@ class ReplyGenerator:
     def _known(
         self, model: LoadedModel, rows: GenerationRequest, asked: _ReplyRequest
     ) -> list[Reply]:
-        """Replies from the store, and those that have to be written."""
+        """Return replies from the store, and generate missing ones."""
         if self.kept is None or rows.contents is None:
             return self._write(model, asked)
         samples = self.generation.samples
@@ -216,17 +218,17 @@ class ReplyGenerator:
 
 @dataclass(frozen=True, eq=False)
 class _ReplyRequest:
-    """Replies that are wanted."""
+    """Requested replies."""
 
     prompts: Sequence[tuple[int, ...]]
     random: Sequence[tuple[int, ...]]
-    """[row] seed, content of the prompt, draw of noise, content of the cell, sample."""
+    """[row] seed, content of the prompt, noise draw, content of the cell, sample."""
     groups: Ints
     prefill: RuleWrites
     later: GenerationRules
 
     def some(self, rows: Sequence[int]) -> _ReplyRequest:
-        """Those of some rows."""
+        """Restrict the request to some rows."""
         chosen, later = RowChoice(len(self.prompts), rows), self.later
         return _ReplyRequest(
             [self.prompts[row] for row in rows],
@@ -253,8 +255,7 @@ def _build_decoding(model: LoadedModel, generation: Generation) -> Decoding:
 
 
 def find_end_tokens(model: LoadedModel) -> frozenset[int]:
-    """The tokens by which a model ends what it writes: those that its configuration names, and the
-    end-of-text token of its tokenizer."""
+    """Return the tokens that end generation, from the configs and the tokenizer (end of text)."""
     found: list[Any] = []
     for name in ("generation_config", "config"):
         named = getattr(getattr(model.module, name, None), "eos_token_id", None)
@@ -265,8 +266,10 @@ def find_end_tokens(model: LoadedModel) -> frozenset[int]:
 
 
 def _random_key(run: PromptRun, prompt: int) -> int:
-    """What the reply of an unpatched run is drawn by, beside the row: its tokens and its noise, and
-    not its name."""
+    """Return the key for random draws of an unpatched run's reply, apart from the row's key.
+
+    It depends on tokens and noise, but not on the run's name.
+    """
     noise = run.noise
     said = None if noise is None else (noise.kind, noise.site, noise.std, noise.sds)
     return digest_number("run", run.rows[prompt].ids, said)

@@ -589,7 +589,7 @@ class UnpatchedRuns:
 
     @property
     def shortcuts(self) -> Shortcuts | None:
-        """What rows reuse from these runs; None if rows are full passes."""
+        """Computations that rows reuse from these runs; None if rows are full passes."""
         return self.plan.shortcuts if self.plan.restarts and self.model.restartable else None
 
     def named(self, name: str) -> PromptRun:
@@ -739,13 +739,13 @@ class UnpatchedRuns:
         return id(run), prompts.tobytes(), None if continuation is None else id(continuation)
 
     def _is_own(self, run: PromptRun) -> bool:
-        """Whether this is the run of the table; others have inserted text and measure only rows."""
+        """Return whether this is the table's run; others insert text, and only their rows count."""
         return run is self.table.runs.get(run.name)
 
     def _request(
         self, run: PromptRun, prompts: Ints, continuation: MetricTerm | None
     ) -> UnpatchedRequest:
-        """Collect what experiments need of a run."""
+        """Build the request for everything that experiments need of a run."""
         if self.only_looks:  # only the tokens are needed
             return UnpatchedRequest(stop=0)
         own = self._is_own(run)

@@ -1,5 +1,5 @@
 """Fits to vectors of rows: means, principal components, linear probes, similarities, ranks.
 
 In: arrays of vectors and targets, [row, width]. Out: weights, directions, held-out predictions,
-numbers. Imports base; numpy and scipy.
+numbers. Imports base, numpy and scipy.
 """

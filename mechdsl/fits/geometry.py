@@ -14,16 +14,20 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.fits.regression import Standardiser, check_vectors, fit_standardiser
 
 FLOAT32_EPSILON = float(np.finfo(np.float32).eps)
-"""What activations are exact to, where nothing else is said: float32."""
+"""Default precision of activations."""
 
 
 def pca(x: Floats, n: int) -> Floats:
-    """The first `n` principal components of the rows around their mean (Pearson 1901), those of the
-    largest variance first.
+    """Compute the first `n` principal components (Pearson 1901), largest variance first.
 
-    x: [row, width]. Returns [component, width]: unit vectors, orthogonal to each other. Their sign
-    is free: here the coordinate of the largest magnitude (the first of several) is positive.
-    ValueError where the rows span fewer than `n` dimensions.
+    Args:
+        x: Vectors, [row, width].
+
+    Returns:
+        Orthogonal unit vectors, [component, width], with the sign of `fix_sign`.
+
+    Raises:
+        ValueError: If the centred rows span fewer than `n` dimensions.
     """
     rows = check_vectors(x, 2)
     _, singular, right = scipy.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
@@ -34,9 +38,9 @@ def pca(x: Floats, n: int) -> Floats:
 
 
 def fix_sign(direction: Floats) -> Floats:
-    """A direction or its negative: the one whose coordinate of the largest magnitude is positive.
+    """Choose the sign for which the coordinate with the largest magnitude is positive.
 
-    Magnitudes that differ by rounding only are equal, and the first of them counts.
+    Magnitudes that differ only by rounding count as equal; the first of them determines the sign.
     """
     size = np.abs(direction)
     first = int(np.argmax(size >= size.max() * (1 - 1e-9)))
@@ -44,9 +48,11 @@ def fix_sign(direction: Floats) -> Floats:
 
 
 def singular_values(x: Floats, centred: bool = False) -> Floats:
-    """Of a matrix, the largest first; `centred` takes the mean row off before.
+    """Compute the singular values of a matrix, largest first: [min(row, column)].
 
-    x: [row, column]. Returns [min(row, column)].
+    Args:
+        x: The matrix, [row, column].
+        centred: Whether to subtract the mean row first.
     """
     rows = check_vectors(x)
     rows = rows - rows.mean(axis=0) if centred else rows
@@ -56,20 +62,27 @@ def singular_values(x: Floats, centred: bool = False) -> Floats:
 def matrix_rank(
     singular: Floats, shape: tuple[int, ...], precision: float = FLOAT32_EPSILON
 ) -> int:
-    """How many singular values are above rounding: larger than max(shape) · precision · the
-    largest (Golub and Van Loan 2013, section 5.4.1; numpy's rule).
+    """Count the singular values larger than max(shape) · precision · the largest one.
 
-    singular: [value]; precision: the relative spacing of the type in which the matrix was computed.
+    This is numpy's rule (Golub and Van Loan 2013, section 5.4.1).
+
+    Args:
+        singular: Singular values, [value].
+        shape: The shape of the matrix.
+        precision: Relative spacing of the dtype in which the matrix was computed.
     """
     largest = float(singular.max(initial=0.0))
     return int(np.count_nonzero(singular > largest * max(shape) * precision))
 
 
 def effective_rank(singular: Floats) -> float:
-    """exp of the entropy of the singular values, each as a share of their sum: between 1 and how
-    many there are (Roy and Vetterli 2007, equation 3). 0 where all are 0.
+    """Compute exp of the entropy of the singular values as shares of their sum.
 
-    singular: [value].
+    The result is between 1 and the number of singular values (Roy and Vetterli 2007, equation 3),
+    or 0 if all are 0.
+
+    Args:
+        singular: Singular values, [value].
     """
     whole = float(singular.sum())
     if whole == 0:
@@ -79,14 +92,17 @@ def effective_rank(singular: Floats) -> float:
 
 
 CKA_MIN_ROWS = 4
-"""Of the estimator that corrects for few rows."""
+"""Minimum number of rows for the unbiased estimator."""
 
 
 def linear_kernel(x: Floats) -> Floats:
-    """[row, row]: inner products of the centred rows, with zeros on the diagonal, as
-    `cka_unbiased` takes them.
+    """Compute inner products of centred rows with a zero diagonal, the input of `cka_unbiased`.
 
-    x: [row, width].
+    Args:
+        x: Vectors, [row, width].
+
+    Returns:
+        The kernel, [row, row].
     """
     rows = _centred(x)
     found = rows @ rows.T
@@ -95,22 +111,36 @@ def linear_kernel(x: Floats) -> Floats:
 
 
 def cka_unbiased(k: Floats, other: Floats) -> float:
-    """Linear CKA from the unbiased estimator of HSIC (Song et al. 2012, equation 5, as in Nguyen et
-    al. 2021, section 2): around 0 for representations that have nothing in common, however few the
-    rows, so it can be a little below 0. NaN where one side doesn't vary.
+    """Compute linear CKA with the unbiased estimator of HSIC.
 
-    k, other: [row, row], `linear_kernel`s. ValueError below 4 rows.
+    The estimator is equation 5 of Song et al. 2012, used as in Nguyen et al. 2021, section 2. For
+    unrelated representations it is around 0 for any number of rows, so it may be slightly negative.
+    NaN if one side doesn't vary.
+
+    Args:
+        k: Kernel from `linear_kernel`, [row, row].
+        other: Kernel of the other representation, [row, row].
+
+    Raises:
+        ValueError: If there are fewer than 4 rows.
     """
     return float(_ratio(*(_hsic(*pair) for pair in _pairs(k, other))))
 
 
 def cka_per_row(k: Floats, other: Floats) -> Floats:
-    """[row] what each row contributes: their mean is `cka_unbiased`, and the standard error of the
-    mean is that of the jackknife (Efron and Tibshirani 1993, chapter 11): θ + (n − 1)(mean of θ₋ᵢ −
-    θ₋ᵢ), θ₋ᵢ without row i.
+    """Compute the contribution of each row to CKA: [row].
 
-    A bootstrap would draw rows twice, and a row is like itself: the estimator, which leaves the
-    diagonal out, would no longer be unbiased. k, other: as above. ValueError below 5 rows.
+    The mean of the contributions is `cka_unbiased`. The standard error of the mean is that of the
+    jackknife (Efron and Tibshirani 1993, chapter 11): θ + (n − 1)(mean of θ₋ᵢ − θ₋ᵢ), with θ₋ᵢ
+    computed without row i. A bootstrap would sample rows twice. Because a row is identical to
+    itself and the estimator omits only the diagonal, it would then be biased.
+
+    Args:
+        k: Kernel from `linear_kernel`, [row, row].
+        other: Kernel of the other representation, [row, row].
+
+    Raises:
+        ValueError: If there are fewer than 5 rows.
     """
     whole = cka_unbiased(k, other)
     left = _ratio(*(_hsic_without_each(*pair) for pair in _pairs(k, other)))
@@ -127,7 +157,7 @@ def _ratio(both: Floats, own: Floats, others: Floats) -> Floats:
 
 
 def _unbiased(n: int, trace: Floats, one: Floats, two: Floats, crossed: Floats) -> Floats:
-    """[tr(KL) + 1ᵀK1·1ᵀL1 / ((n−1)(n−2)) − 2/(n−2) · 1ᵀKL1] / (n(n−3)), diagonals 0."""
+    """[tr(KL) + 1ᵀK1·1ᵀL1 / ((n−1)(n−2)) − 2/(n−2) · 1ᵀKL1] / (n(n−3)), with zero diagonals."""
     if n < CKA_MIN_ROWS:
         raise ValueError(f"{n} rows, where at least {CKA_MIN_ROWS} are needed")
     inner = trace + one * two / ((n - 1) * (n - 2)) - 2 / (n - 2) * crossed
@@ -135,16 +165,16 @@ def _unbiased(n: int, trace: Floats, one: Floats, two: Floats, crossed: Floats) 
 
 
 def _hsic(k: Floats, other: Floats) -> Floats:
-    """Of all rows."""
+    """Compute HSIC from all rows."""
     one, two = k.sum(axis=1), other.sum(axis=1)
     return _unbiased(len(k), (k * other).sum(), one.sum(), two.sum(), one @ two)
 
 
 def _hsic_without_each(k: Floats, other: Floats) -> Floats:
-    """[row] of all rows but this one: what it takes part in is taken off the sums."""
+    """Compute HSIC without each row: [row]. The terms of the row are subtracted from the sums."""
     product, one, two = k * other, k.sum(axis=1), other.sum(axis=1)
     trace = product.sum() - 2 * product.sum(axis=1)
-    # Σ_j (k_j − K_ij)(l_j − L_ij) over the other rows j.
+    # Σ_j (k_j − K_ij)(l_j − L_ij) over the other rows j
     crossed = one @ two - one * two - k @ two - other @ one + product.sum(axis=1)
     return _unbiased(len(k) - 1, trace, one.sum() - 2 * one, two.sum() - 2 * two, crossed)
 
@@ -155,33 +185,38 @@ def _centred(x: Floats) -> Floats:
 
 
 CLUSTER_STARTS = 5
-"""Of k-means; the one whose clusters are the narrowest is taken."""
+"""Number of k-means starts, of which the one with the least squared distances is selected."""
 
 CLUSTER_STEPS = 50
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Gaussians of one variance in all directions, the largest first."""
+    """Gaussian mixture with one isotropic variance, largest cluster first."""
 
     scale: Standardiser
     centres: Floats
     """[cluster, width]"""
     shares: Floats
-    """[cluster] of the vectors that it was fitted to."""
+    """[cluster] share of the vectors that the mixture was fitted to."""
     variance: float
 
     def __call__(self, vectors: Floats) -> Floats:
-        """[vector, cluster] how likely each is to be of each cluster."""
+        """Compute the probability of each cluster for each vector: [vector, cluster]."""
         off = _squares(self.scale(vectors), self.centres)
         return scipy.special.softmax(np.log(self.shares) - off / (2 * self.variance), axis=1)
 
 
 def fit_mixture(vectors: Floats, count: int, seed: int) -> Mixture:
-    """`count` clusters of standardised vectors (Lloyd 1982, from starts by Arthur and Vassilvitskii
-    2007).
+    """Fit `count` clusters to standardised vectors.
 
-    vectors: [vector, width]. ValueError where they are fewer than clusters, or fall into fewer.
+    The method is k-means (Lloyd 1982) with the starts of Arthur and Vassilvitskii 2007.
+
+    Args:
+        vectors: Vectors, [vector, width].
+
+    Raises:
+        ValueError: If there are fewer vectors, or fewer distinct groups, than clusters.
     """
     scale = fit_standardiser(vectors)
     x = scale(vectors)
@@ -193,22 +228,26 @@ def fit_mixture(vectors: Floats, count: int, seed: int) -> Mixture:
     wide, centres, label = min(tried, key=lambda each: each[0])
     counts = np.bincount(label, minlength=count)
     order = np.argsort(-counts, kind="stable")
-    # Vectors that all lie in their centres have no variance beyond rounding.
+    # Vectors that all equal their centres have no variance beyond rounding.
     variance = max(wide / x.size, float(np.finfo(np.float64).eps))
     return Mixture(scale, centres[order], counts[order] / len(x), variance)
 
 
 def _tries(x: Floats, count: int, seed: int) -> Iterator[tuple[float, Floats, Ints]]:
-    """(Σ squared distances from the centres, [cluster, width] these, [vector] its cluster), of
-    starts after which no cluster is empty."""
+    """Run k-means from several starts, and yield the results without empty clusters.
+
+    Yields:
+        Sum of squared distances from the centres, the centres [cluster, width] and the clusters of
+        the vectors [vector].
+    """
     for start in range(CLUSTER_STARTS):
         random = np.random.default_rng([seed, start])
         try:
-            with np.errstate(invalid="ignore"):  # fewer distinct vectors than clusters
+            with np.errstate(invalid="ignore"):  # there may be fewer distinct vectors than clusters
                 centres, _ = kmeans2(
                     x, count, iter=CLUSTER_STEPS, minit="++", missing="raise", seed=random
                 )
-        except ClusterError:  # one of them has lost all its vectors
+        except ClusterError:  # a cluster became empty
             continue
         off = _squares(x, centres)
         label = off.argmin(axis=1)
@@ -217,6 +256,6 @@ def _tries(x: Floats, count: int, seed: int) -> Iterator[tuple[float, Floats, In
 
 
 def _squares(x: Floats, centres: Floats) -> Floats:
-    """[vector, cluster] squared distances."""
+    """Compute squared distances: [vector, cluster]."""
     off = (x**2).sum(axis=1)[:, None] - 2 * x @ centres.T + (centres**2).sum(axis=1)
     return np.maximum(off, 0.0)

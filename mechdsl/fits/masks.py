@@ -1,4 +1,4 @@
-"""How well maps over image patches agree with masks and with measured effects."""
+"""Agreement of maps over image patches with masks and with measured effects."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from mechdsl.base.arrays import Bools, Floats
 
 
 def pixel_patches(size: tuple[int, int], grid: tuple[int, int]) -> NDArray[np.int64]:
-    """[height, width] the number of the patch that each pixel lies in, counted row by row.
+    """Return the patch number of each pixel, counted row by row: [height, width].
 
-    size: (height, width) in pixels. grid: (rows, columns) of patches. A pixel belongs to the patch
-    that its middle lies in. ValueError where there are more patches than pixels along a side.
+    A pixel belongs to the patch that contains its centre.
+
+    Args:
+        size: Height and width in pixels.
+        grid: Rows and columns of patches.
+
+    Raises:
+        ValueError: If a side has more patches than pixels.
     """
     (height, width), (rows, cols) = size, grid
     if rows > height or cols > width:
@@ -23,7 +29,7 @@ def pixel_patches(size: tuple[int, int], grid: tuple[int, int]) -> NDArray[np.in
 
 
 def mask_shares(mask: Bools, grid: tuple[int, int]) -> Floats:
-    """[row, col] which share of each patch's pixels the mask has."""
+    """Compute the share of each patch's pixels that the mask contains: [row, col]."""
     size = (mask.shape[0], mask.shape[1])
     number = pixel_patches(size, grid).ravel()
     count = grid[0] * grid[1]
@@ -32,12 +38,16 @@ def mask_shares(mask: Bools, grid: tuple[int, int]) -> Floats:
 
 
 def pointing_game(values: Floats, mask: Bools) -> float:
-    """1 where the greatest number of a map lies in the mask, else 0: the pointing game (Zhang et
-    al. 2018, Top-down neural attention by excitation backprop). A patch lies in it where at least
-    half of its pixels do; of several that are the greatest, the share that does. NaN of a map
-    without numbers.
+    """Compute the pointing game (Zhang et al. 2018, Top-down neural attention by excitation
+    backprop).
 
-    values: [row, col]. mask: [height, width].
+    The result is 1 if the largest value of a map is in the mask, else 0. A patch is in the mask if
+    at least half of its pixels are. If several patches are largest, the result is the share of them
+    that is in the mask. NaN for a map without values.
+
+    Args:
+        values: The map, [row, col].
+        mask: The mask, [height, width].
     """
     there = np.isfinite(values)
     if not there.any():
@@ -48,11 +58,15 @@ def pointing_game(values: Floats, mask: Bools) -> float:
 
 
 def relevance_mass(values: Floats, mask: Bools) -> float:
-    """Which share of what is above 0 in a map lies in the mask: relevance mass accuracy (Arras et
-    al. 2022, arXiv 2003.07258), the energy-based pointing game (Wang et al. 2020, Score-CAM). A
-    patch that is partly in it counts by its share of pixels. NaN where nothing is above 0.
+    """Compute the share of the positive values of a map that is in the mask.
 
-    values: [row, col]. mask: [height, width].
+    This is relevance mass accuracy (Arras et al. 2022, arXiv 2003.07258), also called the
+    energy-based pointing game (Wang et al. 2020, Score-CAM). A patch that is partly in the mask
+    counts by its share of pixels. NaN if no value is positive.
+
+    Args:
+        values: The map, [row, col].
+        mask: The mask, [height, width].
     """
     above = np.where(values > 0, values, 0.0)
     whole = float(above.sum())
@@ -62,12 +76,19 @@ def relevance_mass(values: Floats, mask: Bools) -> float:
 
 
 def iou(values: Floats, mask: Bools, share: float | None = None) -> float:
-    """Intersection over union, in pixels, of the mask and the patches with the greatest numbers.
+    """Compute intersection over union, in pixels, of the mask and the largest patches of a map.
 
-    values: [row, col]. mask: [height, width]. share: of all patches, how many of them are taken, at
-    least one, rounded half up; None for the mask's own share of the image, so that size alone costs
-    nothing. Where patches are equally great and not all are taken, each stands with that part of it
-    that is. NaN of a map without numbers. ValueError for a share that isn't above 0 and at most 1.
+    If several patches have equal values and not all of them are selected, each counts fractionally.
+    NaN for a map without values.
+
+    Args:
+        values: The map, [row, col].
+        mask: The mask, [height, width].
+        share: The share of all patches to select, rounded half up and at least one patch. None
+            means the mask's share of the image, so that a difference in size isn't penalised.
+
+    Raises:
+        ValueError: If the share isn't above 0 and at most 1.
     """
     there = np.isfinite(values)
     if not there.any():
@@ -84,18 +105,29 @@ def iou(values: Floats, mask: Bools, share: float | None = None) -> float:
 
 
 def _taken(values: Floats, there: Bools, count: int) -> Floats:
-    """[row, col] 1 for each of `count` patches with the greatest numbers; what is left of them is
-    shared by those that tie."""
+    """Return 1 for each of the `count` patches with the largest values: [row, col].
+
+    Ties at the threshold share the remaining count equally.
+    """
     last = np.sort(values[there])[-count]
     above, tied = there & (values > last), there & (values == last)
     return above + tied * ((count - above.sum()) / tied.sum())
 
 
 def area_under_curve(curve: Floats, at: Floats) -> Floats:
-    """[…] the area under curves over the range of `at`, by trapezoids, divided by its width: their
-    mean height, the AUC of insertion and deletion (Petsiuk et al. 2018, RISE).
+    """Compute the area under curves by trapezoids, divided by the range of `at`: their mean height.
 
-    curve: […, step]. at: [step], ascending. ValueError below 2 steps or where `at` isn't ascending.
+    This is the AUC of insertion and deletion (Petsiuk et al. 2018, RISE).
+
+    Args:
+        curve: The curves, […, step].
+        at: The position of each step, ascending, [step].
+
+    Returns:
+        The areas, […].
+
+    Raises:
+        ValueError: If there are fewer than 2 steps, or `at` isn't ascending.
     """
     if len(at) < 2 or not (np.diff(at) > 0).all():
         raise ValueError("a curve needs two steps, in ascending order")
@@ -103,12 +135,16 @@ def area_under_curve(curve: Floats, at: Floats) -> Floats:
 
 
 def infidelity(values: Floats, taken: Bools, drops: Floats) -> float:
-    """How far a map is from what happens: the mean of (β Σ of the numbers of the patches that were
-    taken out − what the output fell by)² (Yeh et al. 2019, definition 2.1). β, 0 or more, is what
-    makes it least (their optimal scaling): a map has no scale of its own. NaN where a patch that
-    was taken out has no number.
+    """Compute the infidelity of a map (Yeh et al. 2019, definition 2.1).
 
-    values: [row, col]. taken: [draw, row, col]. drops: [draw] f(x) − f(x with these taken out).
+    This is the mean of (β Σ values of the removed patches − decrease of the output)². A map has no
+    inherent scale, so β ≥ 0 minimises the mean (their optimal scaling). NaN if a removed patch has
+    no value.
+
+    Args:
+        values: The map, [row, col].
+        taken: Removed patches, [draw, row, col].
+        drops: f(x) − f(x without the patches), [draw].
     """
     expected = np.where(taken, values, 0.0).sum((1, 2))
     squared = float(expected @ expected)
@@ -117,11 +153,14 @@ def infidelity(values: Floats, taken: Bools, drops: Floats) -> float:
 
 
 def sensitivity(values: Floats, others: Floats) -> float:
-    """How far a map moves at most where the image moves little: max ‖other − map‖ (the
-    max-sensitivity of Yeh et al. 2019), here over ‖map‖, of the patches that have numbers in the
-    map. NaN for a map of zeros, and where another lacks one of these.
+    """Compute how much a map changes at most under small changes of the image.
 
-    values: [row, col]. others: [draw, row, col], maps of images nearby.
+    This is max ‖other − map‖ (the max-sensitivity of Yeh et al. 2019), divided here by ‖map‖, over
+    the patches with values in the map. NaN for a map of zeros, and if another map lacks a value.
+
+    Args:
+        values: The map, [row, col].
+        others: Maps of similar images, [draw, row, col].
     """
     there = np.isfinite(values)
     length = float(np.linalg.norm(values[there]))

@@ -14,8 +14,11 @@ from mechdsl.base.hashing import digest
 
 
 def check_vectors(x: Floats, fewest: int = 1) -> Floats:
-    """The vectors as float64, [row, width]; ValueError where these aren't at least `fewest` rows of
-    finite numbers."""
+    """Return the vectors as float64, [row, width].
+
+    Raises:
+        ValueError: If there are fewer than `fewest` rows, or numbers that aren't finite.
+    """
     array = np.asarray(x, dtype=np.float64)
     if array.ndim != 2:
         raise ValueError(f"vectors are [row, width], not of {array.ndim} axes")
@@ -27,41 +30,49 @@ def check_vectors(x: Floats, fewest: int = 1) -> Floats:
 
 
 CONSTANT_TOLERANCE = 1e-12
-"""Spreads that are so small beside the largest are rounding: such a dimension says nothing."""
+"""Spreads below this share of the largest are rounding errors, so the dimension is constant."""
 
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """x ↦ x · weights + intercept."""
+    """Affine map x ↦ x · weights + intercept."""
 
     weights: Floats
-    """[width, target]."""
+    """[width, target]"""
     intercept: Floats
-    """[target]."""
+    """[target]"""
 
     def __call__(self, x: Floats) -> Floats:
-        """x: [row, width]. Returns [row, target]."""
+        """Map x, [row, width], to [row, target]."""
         return np.asarray(x, dtype=np.float64) @ self.weights + self.intercept
 
 
 def target_matrix(y: Floats) -> Floats:
-    """[row, target]: one number per row is one target."""
+    """Return targets as a matrix, [row, target]; one number per row is a single target."""
     array = np.asarray(y, dtype=np.float64)
     return check_vectors(array[:, None] if array.ndim == 1 else array)
 
 
 def fit_ridge(x: Floats, y: Floats, penalty: float) -> LinearMap:
-    """Minimises Σ (y − ŷ)² + penalty · Σ weights² (Hoerl and Kennard 1970); the intercept is free.
+    """Fit a ridge regression (Hoerl and Kennard 1970) with an unpenalised intercept.
 
-    x: [row, width]; y: [row] or [row, target], each target with its own weights. A penalty of 0 is
-    least squares, the solution of least norm. ValueError for a negative penalty.
+    It minimises Σ (y − ŷ)² + penalty · Σ weights². A penalty of 0 gives the least-squares solution
+    with the smallest norm.
+
+    Args:
+        x: Vectors, [row, width].
+        y: Targets, [row] or [row, target]. Each target has separate weights.
+        penalty: The penalty, 0 or larger.
+
+    Raises:
+        ValueError: If the penalty is negative.
     """
     [found] = fit_ridges(x, y, [penalty])
     return found
 
 
 def fit_ridges(x: Floats, y: Floats, penalties: Sequence[float]) -> list[LinearMap]:
-    """`ridge` with each of the penalties, from one decomposition of the smaller Gram matrix."""
+    """Fit a ridge regression for each penalty, from one decomposition of a Gram matrix."""
     if min(penalties) < 0:
         raise ValueError("a penalty is 0 or larger")
     rows, wanted = check_vectors(x), target_matrix(y)
@@ -70,7 +81,7 @@ def fit_ridges(x: Floats, y: Floats, penalties: Sequence[float]) -> list[LinearM
     at, to = rows.mean(axis=0), wanted.mean(axis=0)
     rows, wanted = rows - at, wanted - to
     wide = rows.shape[1] > len(rows)
-    # In the space of the rows where these are fewer: (XᵀX + λ)⁻¹Xᵀ = Xᵀ(XXᵀ + λ)⁻¹.
+    # With fewer rows than dimensions, solve in row space: (XᵀX + λ)⁻¹Xᵀ = Xᵀ(XXᵀ + λ)⁻¹.
     gram = rows @ rows.T if wide else rows.T @ rows
     values, vectors = scipy.linalg.eigh(gram)
     values = np.maximum(values, 0.0)
@@ -88,26 +99,27 @@ def fit_ridges(x: Floats, y: Floats, penalties: Sequence[float]) -> list[LinearM
 
 @dataclass(frozen=True, eq=False)
 class Standardiser:
-    """Takes each dimension's mean off and divides by its standard deviation."""
+    """Map that subtracts each dimension's mean and divides by its standard deviation."""
 
     mean: Floats
-    """[width]."""
+    """[width]"""
     by: Floats
-    """[width]: 0 for a dimension that is the same in all rows; it becomes 0."""
+    """[width] factor; 0 for a dimension that is constant over the rows, which becomes 0."""
 
     def __call__(self, x: Floats) -> Floats:
-        """x: [row, width]. Returns [row, width]."""
+        """Standardise x, [row, width]."""
         return (np.asarray(x, dtype=np.float64) - self.mean) * self.by
 
 
 def fit_standardiser(x: Floats) -> Standardiser:
-    """The scale at which each dimension of these rows has mean 0 and standard deviation 1.
+    """Fit the scale at which each dimension of these rows has mean 0 and standard deviation 1.
 
-    x: [row, width].
+    Args:
+        x: Vectors, [row, width].
     """
     rows = check_vectors(x)
     spread = rows.std(axis=0)
-    # Rounding of a constant that is far from 0 is no spread.
+    # The rounding error of a constant far from 0 is no spread.
     some = spread > np.maximum(CONSTANT_TOLERANCE * np.abs(rows).max(axis=0), 0.0)
     by = np.zeros_like(spread)
     np.divide(1.0, spread, out=by, where=some)
@@ -115,41 +127,49 @@ def fit_standardiser(x: Floats) -> Standardiser:
 
 
 LOGISTIC_STEPS = 2000
-"""Of Newton's method, at most."""
+"""Maximum number of steps of Newton's method."""
 
 LOGISTIC_TOLERANCE = 1e-6
-"""Largest coordinate of the gradient of the mean loss at which the minimum counts as reached."""
+"""Convergence criterion: the largest coordinate of the gradient of the mean loss."""
 
 
 class ConvergenceError(ArithmeticError):
-    """The minimum wasn't reached in `STEPS` steps."""
+    """Error if the minimum isn't reached in `LOGISTIC_STEPS` steps."""
 
 
 @dataclass(frozen=True, eq=False)
 class LinearClassifier:
-    """The class whose logit is the largest."""
+    """Classifier that selects the class with the largest logit."""
 
     classes: Ints
-    """[class]: what the classes are called, smallest first."""
+    """[class] class numbers, ascending."""
     logits: LinearMap
-    """From [row, width] to [row, class]."""
+    """Map from [row, width] to [row, class]."""
 
     def __call__(self, x: Floats) -> Ints:
-        """x: [row, width]. Returns [row]: classes; the smaller one where logits are equal."""
+        """Predict classes, [row], of x, [row, width]; the smaller class if logits are equal."""
         return self.classes[np.argmax(self.logits(x), axis=1)]
 
 
 def fit_logistic(x: Floats, y: Ints, penalty: float) -> LinearClassifier:
-    """Minimises Σ −log softmax(x · weights + intercept)[y] + penalty / 2 · Σ weights² (multinomial,
-    also for two classes; the intercepts are free). With two classes, the difference of their
-    weights is what logistic regression with half the penalty gives.
+    """Fit a multinomial logistic regression with unpenalised intercepts.
 
-    By Newton's method, the steps by conjugate gradients within a trust region (Nocedal and Wright
-    2006, alg. 7.2), along the rows' principal axes. Each axis is scaled by the curvature that the
-    loss has along it where all classes are equally likely.
+    It minimises Σ −log softmax(x · weights + intercept)[y] + penalty / 2 · Σ weights². With two
+    classes, the difference of their weights equals the weights of a binary logistic regression with
+    half the penalty.
 
-    x: [row, width]; y: [row]. One class alone: its logit is 0 everywhere. ValueError for a penalty
-    that isn't positive (separable classes have no minimum then); NotConverged.
+    Newton's method runs along the rows' principal axes, with steps by conjugate gradients within a
+    trust region (Nocedal and Wright 2006, alg. 7.2). Each axis is scaled by the curvature of the
+    loss along it at equal class probabilities.
+
+    Args:
+        x: Vectors, [row, width].
+        y: Classes, [row]. With a single class, its logit is 0 everywhere.
+        penalty: The penalty, above 0. Without one, separable classes have no minimum.
+
+    Raises:
+        ValueError: If the penalty isn't positive.
+        ConvergenceError: If the minimum isn't reached.
     """
     rows, names = check_vectors(x), np.asarray(y)
     if penalty <= 0:
@@ -166,7 +186,7 @@ def fit_logistic(x: Floats, y: Ints, penalty: float) -> LinearClassifier:
     is_own[np.arange(n), own] = 1.0
 
     def probabilities(flat: Floats) -> tuple[Floats, Floats]:
-        """[row, class], and [row]: −log of that of the row's own class."""
+        """Return class probabilities, [row, class], and −log of that of the row's class, [row]."""
         logits = inputs @ flat.reshape(-1, count)
         logits -= logits.max(axis=1, keepdims=True)
         parts = np.exp(logits)
@@ -174,14 +194,14 @@ def fit_logistic(x: Floats, y: Ints, penalty: float) -> LinearClassifier:
         return parts / whole[:, None], np.log(whole) - logits[np.arange(n), own]
 
     def loss(flat: Floats) -> tuple[float, Floats]:
-        """Of the mean over rows, and its gradient."""
+        """Return the mean loss over rows and its gradient."""
         weights = flat.reshape(-1, count)
         shares, surprise = probabilities(flat)
         gradient = inputs.T @ (shares - is_own) / n + pull * weights
         return float(surprise.mean() + (pull * weights**2).sum() / 2), gradient.ravel()
 
     def curvature(flat: Floats, step: Floats) -> Floats:
-        """The loss's second derivatives, times a step."""
+        """Multiply the Hessian of the loss by a step."""
         shares, along = probabilities(flat)[0], step.reshape(-1, count)
         moved = inputs @ along
         moved = shares * (moved - (shares * moved).sum(axis=1, keepdims=True))
@@ -201,37 +221,48 @@ def fit_logistic(x: Floats, y: Ints, penalty: float) -> LinearClassifier:
     whole = found.x.reshape(-1, count)
     weights = axes.T @ (scale[:, None] * whole[:-1])
     assert weights.shape == (width, count)
-    # Adding the same to all intercepts changes nothing: they sum to 0, as the weights do.
+    # A constant added to all intercepts changes nothing, so they are centred like the weights.
     return LinearClassifier(
         classes, LinearMap(weights, whole[-1] - whole[-1].mean() - at @ weights)
     )
 
 
 def _principal(rows: Floats, classes: int, penalty: float) -> tuple[Floats, Floats, Floats]:
-    """The rows' principal axes [axis, width], the rows along them [row, axis] and by how much each
-    is scaled there [axis]. With an L2 penalty the weights lie in what the rows span, so nothing is
-    lost."""
+    """Return the principal axes of the rows and their scales.
+
+    With an L2 penalty, the weights are in the span of the rows, so this loses nothing.
+
+    Returns:
+        The axes, [axis, width]; the scaled coordinates of the rows, [row, axis]; and the scale of
+        each axis, [axis].
+    """
     left, sizes, axes = np.linalg.svd(rows, full_matrices=False)
     scale = np.sqrt(len(rows) / (sizes**2 / classes + penalty))
     return axes, left * (sizes * scale), scale
 
 
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
-"""Of a ridge regression on standardised vectors, from which the best is chosen."""
+"""Penalties that a ridge regression on standardised vectors chooses from."""
 
 FitFunction = Callable[[Floats, Floats, Ints], Callable[[Floats], Floats]]
-"""Of vectors [row, width], targets [row, …] and their folds [row]: what predicts."""
+"""Fit to vectors [row, width], targets [row, …] and folds [row]; returns a predictor."""
 
 
 def assign_folds(
     keys: Sequence[bytes], n: int, seed: int, strata: Sequence[object] | None = None
 ) -> Ints:
-    """[row]: in which of `n` folds each row is. Rows of one key are in one fold, and the order of
-    rows doesn't matter: distinct keys are put in the order of a digest of key and seed, and dealt.
+    """Assign rows to `n` folds: [row].
 
-    keys: a digest of each row's content. strata: [row], for instance classes; each is dealt out
-    over the folds (a key belongs to the first of its strata, by their texts). ValueError where
-    there are fewer distinct keys than folds.
+    Rows with equal keys are in one fold, and the order of rows doesn't matter. Distinct keys are
+    sorted by a digest of key and seed, and dealt to the folds.
+
+    Args:
+        keys: A digest of each row's content.
+        strata: Stratum of each row, for example its class; each stratum is dealt separately. A key
+            in several strata belongs to the first one by text.
+
+    Raises:
+        ValueError: If there are fewer distinct keys than folds.
     """
     own: dict[bytes, str] = {}
     for key, stratum in zip(keys, strata or [""] * len(keys), strict=True):
@@ -244,8 +275,10 @@ def assign_folds(
 
 
 def group_keys(keys: Sequence[bytes], groups: Sequence[str]) -> list[bytes]:
-    """[row]: one key for rows of one key or of one group, and for those that share either with them
-    by others; the least of their keys, whatever the order of rows."""
+    """Return a common key for rows that share a key or group, directly or through others: [row].
+
+    It is the smallest of their keys, so the order of rows doesn't matter.
+    """
     found = list(keys)
     while True:
         before = found
@@ -259,10 +292,17 @@ def group_keys(keys: Sequence[bytes], groups: Sequence[str]) -> list[bytes]:
 
 
 def shuffle_targets(keys: Sequence[bytes], y: Floats, seed: int) -> Floats:
-    """The targets of the shuffled-label control (after Hewitt and Liang 2019), in the shape of y:
-    distinct keys get each other's, equal rows get the same, whatever the order of rows.
+    """Return the targets of the shuffled-label control (after Hewitt and Liang 2019).
 
-    y: [row, target]. A key whose rows have several targets gives the smallest away.
+    Distinct keys exchange their targets and equal keys receive equal targets. The order of rows
+    doesn't matter.
+
+    Args:
+        keys: A digest of each row's content.
+        y: Targets, [row, target]. A key with several targets contributes the smallest.
+
+    Returns:
+        Targets in the shape of y.
     """
     own: dict[bytes, tuple[float, ...]] = {}
     for key, target in zip(keys, map(tuple, y.tolist()), strict=True):
@@ -273,9 +313,15 @@ def shuffle_targets(keys: Sequence[bytes], y: Floats, seed: int) -> Floats:
 
 
 def cross_validate(x: Floats, y: Floats, fold: Ints, fit: FitFunction) -> Floats:
-    """Each row's prediction by a fit to the rows of the other folds.
+    """Predict each row with a fit to the rows of the other folds.
 
-    x: [row, width]; y: [row] or [row, target]; fold: [row]. Returns the shape of y.
+    Args:
+        x: Vectors, [row, width].
+        y: Targets, [row] or [row, target].
+        fold: Fold of each row, [row].
+
+    Returns:
+        Predictions, in the shape of y.
     """
     found = np.empty(np.shape(y), dtype=np.asarray(y).dtype)
     for each in np.unique(fold):
@@ -287,14 +333,14 @@ def cross_validate(x: Floats, y: Floats, fold: Ints, fit: FitFunction) -> Floats
 
 @dataclass(frozen=True)
 class RidgeProbe:
-    """Ridge regression on standardised vectors (the mean and spread of the rows of the fit)."""
+    """Ridge regression on vectors standardised with the rows of the fit."""
 
     penalty: float | None = None
-    """None: of `PENALTIES` the one whose squared error is the least on folds within the rows of the
-    fit, the smallest of equals; of one fold alone, 1."""
+    """None selects the member of `PENALTIES` with the least squared error on folds within the rows
+    of the fit, or the smallest of several. With a single fold, the penalty is 1."""
 
     def __call__(self, x: Floats, y: Floats, fold: Ints) -> Callable[[Floats], Floats]:
-        """A `Fit`: [row, width] to [row, target]."""
+        """Fit as a `FitFunction`, from [row, width] to [row, target]."""
         penalty = self._chosen(x, y, fold) if self.penalty is None else self.penalty
         scale, [found] = _scaled_ridges(x, y, [penalty])
         return lambda rows: found(scale(rows))
@@ -319,7 +365,7 @@ class LogisticProbe:
     penalty: float = 1.0
 
     def __call__(self, x: Floats, y: Floats, fold: Ints) -> Callable[[Floats], Floats]:
-        """A `Fit`: [row, width] to [row], classes (whole numbers)."""
+        """Fit as a `FitFunction`, from [row, width] to class numbers [row]."""
         scale = fit_standardiser(x)
         found = fit_logistic(scale(x), np.asarray(y, dtype=np.int64), self.penalty)
         return lambda rows: found(scale(rows)).astype(np.float64)
@@ -333,10 +379,13 @@ def _scaled_ridges(
 
 
 def r_squared(y: Floats, predicted: Floats) -> Floats:
-    """[row]: 1 − (y − ŷ)² / mean((y − ȳ)²), whose mean over rows is R². Several targets: squares
-    are summed over them. NaN where all targets are equal.
+    """Compute 1 − (y − ŷ)² / mean((y − ȳ)²), whose mean over rows is R²: [row].
 
-    y, predicted: [row] or [row, target].
+    Squares are summed over targets. NaN if all targets are equal.
+
+    Args:
+        y: Targets, [row] or [row, target].
+        predicted: Predictions, in the same shape.
     """
     wanted, got = target_matrix(y), target_matrix(predicted)
     around = ((wanted - wanted.mean(axis=0)) ** 2).sum(axis=1).mean()
@@ -345,12 +394,12 @@ def r_squared(y: Floats, predicted: Floats) -> Floats:
 
 
 ROUTING_STEPS = 200
-"""Of the optimiser, at most."""
+"""Maximum number of steps of the optimiser."""
 
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """x ↦ Σ softmax(x · query) x · weights + intercept, over the tokens of a row."""
+    """Map x ↦ Σ softmax(x · query) x · weights + intercept, summed over the tokens of a row."""
 
     scale: Standardiser
     query: Floats
@@ -358,14 +407,16 @@ class Routing:
     read: LinearMap
 
     def weights(self, vectors: Floats, row: Ints) -> Floats:
-        """[token] how much of each is taken; those of a row add up to 1.
+        """Compute the weight of each token, [token]; the weights of a row sum to 1.
 
-        vectors: [token, width]; row: [token] ascending from 0, without gaps.
+        Args:
+            vectors: Vectors, [token, width].
+            row: Row of each token, [token], ascending from 0 without gaps.
         """
         return _softmax(self.scale(vectors) @ self.query, _row_starts(row), row)
 
     def __call__(self, vectors: Floats, row: Ints) -> Floats:
-        """[row, target]"""
+        """Predict the targets: [row, target]."""
         mixed = np.add.reduceat(
             self.weights(vectors, row)[:, None] * self.scale(vectors), _row_starts(row)
         )
@@ -373,11 +424,19 @@ class Routing:
 
 
 def fit_routing(vectors: Floats, row: Ints, y: Floats, penalty: float) -> Routing:
-    """Minimises Σ (y − ŷ)² + penalty · (Σ weights² + Σ query²) on standardised vectors and targets,
-    from equal weights on; for each query the best weights are those of a ridge regression.
+    """Fit a `Routing` to standardised vectors and targets, starting from equal token weights.
 
-    vectors: [token, width]; row: [token] ascending from 0, without gaps; y: [row] or [row, target].
-    ValueError for a penalty that isn't above 0.
+    It minimises Σ (y − ŷ)² + penalty · (Σ weights² + Σ query²). For a given query, the best weights
+    are those of a ridge regression.
+
+    Args:
+        vectors: Vectors, [token, width].
+        row: Row of each token, [token], ascending from 0 without gaps.
+        y: Targets, [row] or [row, target].
+        penalty: The penalty, above 0.
+
+    Raises:
+        ValueError: If the penalty isn't positive.
     """
     if penalty <= 0:
         raise ValueError("a penalty is above 0")
@@ -392,7 +451,7 @@ def fit_routing(vectors: Floats, row: Ints, y: Floats, penalty: float) -> Routin
         pooled = mixed(weights)
         read = fit_ridge(pooled, wanted, penalty)
         off = read(pooled) - wanted
-        # The ridge's own weights are at their best, so that they add nothing to the slope.
+        # The ridge weights are optimal, so they contribute nothing to the gradient.
         of_weights = 2 * (x * (off @ read.weights.T)[row]).sum(axis=1)
         around = np.add.reduceat(weights * of_weights, starts)[row]
         slope = x.T @ (weights * (of_weights - around)) + 2 * penalty * query
@@ -410,11 +469,11 @@ def fit_routing(vectors: Floats, row: Ints, y: Floats, penalty: float) -> Routin
 
 
 def _row_starts(row: Ints) -> Ints:
-    """[row] index of its first token."""
+    """Return the index of each row's first token: [row]."""
     return np.flatnonzero(np.diff(row, prepend=-1))
 
 
 def _softmax(scores: Floats, starts: Ints, row: Ints) -> Floats:
-    """[token] over the tokens of each row."""
+    """Compute the softmax over the tokens of each row: [token]."""
     raised = np.exp(scores - np.maximum.reduceat(scores, starts)[row])
     return raised / np.add.reduceat(raised, starts)[row]

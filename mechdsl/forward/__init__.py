@@ -1,4 +1,5 @@
-"""Forward passes of a loaded model: hooked, packed, or generating text.
+"""Forward passes of a loaded model: full passes with hooks, packed passes, generation.
 
 In: a loaded model, prompts as token ids, reads and writes. Out: activations, logits and replies.
-Imports models, prompts and below; torch."""
+Imports prompts, models and below; torch.
+"""

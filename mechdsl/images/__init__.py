@@ -1,5 +1,5 @@
-"""Images: read from files, generated, and made ready for a model; which part is which token.
+"""Images: files and generated shapes, rendered to pixels and prepared for a model.
 
-In: what an image is made of: a file, shapes, gray. Out: pixels, and what a model is given. Imports
-base; numpy and Pillow.
+In: the description of an image: a file, shapes or a uniform gray. Out: pixels, and the input of a
+model. Imports base; numpy and Pillow.
 """

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-"""Of Pillow, those whose numbers go to 255: others lose what they have beyond."""
+"""Pillow's modes with values up to 255: others would lose precision."""
 
 _SMALLER = "save it smaller: models read a few hundred pixels a side"
 
 
 class UnreadableImage(Exception):
-    """A file that isn't read; `reason` and `hint` are for the reader."""
+    """An image file that can't be used; `reason` and `hint` are for the user."""
 
     def __init__(self, reason: str, hint: str) -> None:
         super().__init__(reason)
@@ -32,15 +32,17 @@ class UnreadableImage(Exception):
 
 
 def inspect_image(path: Path) -> tuple[str, tuple[int, int]]:
-    """(SHA-256 of the bytes, (height, width)) of an image that can be read, pixel by pixel. Raises
-    NotRead."""
+    """Return (SHA-256 of the bytes, (height, width)) of an image, after decoding all its pixels.
+
+    Raises UnreadableImage.
+    """
     content = _bytes(path)
     image = decode_image(content)
     return sha256(content).hexdigest(), (image.height, image.width)
 
 
 def read_image(path: Path, digest: str) -> Image:
-    """The image in RGB. Raises NotRead, also where the file is another one than it was."""
+    """Read an image in RGB. Raises UnreadableImage, also if the file's digest has changed."""
     content = _bytes(path)
     if sha256(content).hexdigest() != digest:
         raise UnreadableImage(
@@ -66,15 +68,15 @@ def _bytes(path: Path) -> bytes:
 
 
 def decode_image(content: bytes) -> Image:
-    """The image that some bytes hold: upright, in RGB, transparent parts on white. Raises NotRead.
+    """Decode an image: upright, in RGB, transparent parts on white. Raises UnreadableImage.
 
-    Its size is read off its header, before any pixel is.
+    The size is read from the header before any pixel.
     """
     from PIL import Image, ImageOps
 
     known = ", ".join(IMAGE_FORMATS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large images, which are refused below
+        warnings.simplefilter("ignore")  # about large images, which are rejected below
         try:
             image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
             pixels = image.width * image.height
@@ -100,7 +102,7 @@ def decode_image(content: bytes) -> Image:
 
 
 def flatten_on_white(image: Image) -> Image:
-    """In RGB, as transformers' `convert_to_rgb` has it."""
+    """Convert to RGB as transformers' `convert_to_rgb` does."""
     from PIL import Image as Images
 
     if "A" not in image.getbands() and image.info.get("transparency") is None:

@@ -17,33 +17,36 @@ if TYPE_CHECKING:
 
 
 HALF_COVERED = 128
-"""Of 255: a pixel of the prepared image is in a region from so much of it."""
+"""Level of 255 from which a pixel of the prepared image counts as inside a region."""
 
 
 @record
 class Region(Record):
-    """A part of an image, in its own pixels: before it is made ready."""
+    """A part of an image, in pixels of the image before preparation."""
 
     box: tuple[float, float, float, float] | None = None
     """(left, top, right, bottom), the ends exclusive."""
     mask: Path | None = None
-    """A file of the image's size: what isn't black in it."""
+    """A mask file of the image's size; everything that isn't black is inside."""
     digest: str = ""
-    """Of that file, SHA-256."""
+    """SHA-256 of the mask file."""
     shapes: bool = False
-    """The shapes that are drawn."""
+    """The region of the generated shapes."""
 
     def told(self) -> list[object]:
-        """All that it hangs on."""
+        """Return all values that the region depends on."""
         return [self.box, self.digest, self.shapes]
 
 
 def box_coverage(box: tuple[float, float, float, float], size: tuple[int, int]) -> Image:
-    """[height, width] of 0 to 255, how much of each pixel lies in a box; size: (height, width)."""
+    """Return [height, width] from 0 to 255: the share of each pixel inside a box.
+
+    size: (height, width).
+    """
     from PIL import Image, ImageDraw
 
     height, width = size
-    times = 4  # parts of a pixel, for boxes that don't end with one
+    times = 4  # subpixels per side, for boxes that don't end at a pixel's border
     left, top, right, bottom = (round(each * times) for each in box)
     drawn = Image.new("L", (width * times, height * times))
     if right > left and bottom > top:
@@ -52,7 +55,7 @@ def box_coverage(box: tuple[float, float, float, float], size: tuple[int, int]) 
 
 
 def pixel_box(region: Region, size: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """A box in whole pixels of an image of a size, (height, width), as far as it lies in it."""
+    """Return a box in whole pixels, clipped to an image of size (height, width)."""
     assert region.box is not None
     left, top, right, bottom = (round(each) for each in region.box)
     left, right = (min(max(0, each), size[1]) for each in (left, right))
@@ -61,9 +64,9 @@ def pixel_box(region: Region, size: tuple[int, ...]) -> tuple[int, int, int, int
 
 
 def prepared_coverage(cover: Image, how: Processing) -> Image:
-    """[height, width] of the prepared image, 0 to 255, how much of each pixel lies in a region.
+    """Return [height, width] of the prepared image, 0 to 255: the share of each pixel in a region.
 
-    cover: the same of the image itself, as `of_box` has it.
+    cover: the coverage of the image before preparation, as `box_coverage` returns it.
     """
     from PIL import Image
 
@@ -77,9 +80,9 @@ def prepared_coverage(cover: Image, how: Processing) -> Image:
 
 
 def covered_tokens(cover: Image, how: Processing, layout: PatchLayout) -> tuple[int, ...]:
-    """The tokens of patches that have a pixel of the prepared image in a region.
+    """Return the tokens of patches that contain a pixel of a region.
 
-    cover: as `prepared_cover` takes it.
+    cover: as in `prepared_coverage`.
     """
     height, width = layout.patch
     inside = prepared_coverage(cover, how).point(
@@ -93,10 +96,10 @@ def covered_tokens(cover: Image, how: Processing, layout: PatchLayout) -> tuple[
 PictureKind = Literal["file", "shapes", "gray", "noise", "mean"]
 
 GRAY_LEVEL = 128
-"""How bright gray is, of 255."""
+"""Level of gray, of 255."""
 
 RENDERING_VERSION = 1
-"""Of the pixels that generated images have: another one makes other images of all of them."""
+"""Version of the pixels of generated images: a new version changes all generated images."""
 
 _DIGITS = 8
 
@@ -106,22 +109,22 @@ Box = tuple[int, int, int, int]
 
 @record
 class PictureChange(Record):
-    """What a corruption does to an image: before it is made ready, but for patches."""
+    """A corruption's change to an image: before preparation, except for patches."""
 
     how: Literal["blur", "mask", "noise", "swap"]
     amount: float = 0.0
-    """Of a blur its radius in pixels, of noise its standard deviation, of 255."""
+    """The radius of a blur in pixels; the standard deviation of noise, of 255."""
     region: Region | None = None
     """None: the whole image."""
     seed: int = 0
-    """What is drawn hangs on."""
+    """The seed of noise."""
     other: Region | None = None
-    """What the region changes places with."""
+    """The region that is swapped with `region`."""
     patches: tuple[Box, ...] | None = None
-    """Of patches: where they lie in the image that is made ready."""
+    """For a change of patches, their boxes in the prepared image."""
 
     def told(self) -> list[object]:
-        """All that it hangs on."""
+        """Return all values that the change depends on."""
         region = None if self.region is None else self.region.told()
         other = [] if self.other is None else [self.other.told()]
         return [self.how, self.amount, region, self.seed, *other, *(self.patches or ())]
@@ -129,39 +132,39 @@ class PictureChange(Record):
 
 @record
 class Picture(Record):
-    """An image that isn't made yet."""
+    """The description of an image that isn't rendered yet."""
 
     how: PictureKind
     path: Path | None = None
-    """Of a file."""
+    """For a file, its path."""
     digest: str = ""
-    """Of a file: SHA-256 of its bytes. Of a mean: of all that it is taken of."""
+    """For a file, SHA-256 of its bytes. For a mean, the digest of its images."""
     said: str = ""
-    """Of a file: the path as it is written. Of a mean: the block that it is of."""
+    """For a file, the path as written. For a mean, the name of its block."""
     of: tuple[Picture, ...] = field(default=(), compare=False, repr=False)
-    """Of a mean: its images."""
+    """For a mean, its images."""
     kind: str = ""
-    """Of shapes: what they are."""
+    """For shapes, their type."""
     count: int = 1
-    """Of shapes, and of images that a mean is of: how many."""
+    """Number of shapes, or of images in a mean."""
     colour: str = ""
     texture: str = ""
-    """Of shapes and what they stand on: empty where they are drawn."""
+    """For shapes and their background; empty if drawn at random."""
     size: tuple[int, int] = (0, 0)
-    """(height, width) of generated ones; of a file what it says itself."""
+    """(height, width) of a generated image, or the size stored in the file."""
     level: int = GRAY_LEVEL
-    """Of gray: how bright, of 255."""
+    """For gray, the level, of 255."""
     seed: int = 0
-    """What is drawn hangs on, 0..2^64-1."""
+    """The seed of random draws, 0..2^64-1."""
     changes: tuple[PictureChange, ...] = ()
-    """Those before it is made ready are of the uncut image."""
+    """Changes before preparation apply to the uncut image."""
     tile: str = ""
-    """Of several rows that one image is cut into: which this is."""
+    """For a tile, its name within the image."""
     cut: Box | None = None
-    """Where that lies in the image; None of all of it."""
+    """For a tile, its box in the image; None for the whole image."""
 
     def content(self) -> str:
-        """A digest of all that its pixels hang on."""
+        """Return a digest of everything that the pixels depend on."""
         told: list[object] = [self.how]
         match self.how:
             case "file" | "mean":
@@ -179,13 +182,13 @@ class Picture(Record):
 
     @property
     def words(self) -> str:
-        """What it is, for a reader."""
+        """A description of the image for users."""
         which = self.tile if self.cut is None else f"tile {self.tile}"
         return f"{self._made}, {which}" if which else self._made
 
     @property
     def _made(self) -> str:
-        """What it is made of."""
+        """A description of the image's source."""
         match self.how:
             case "file":
                 return self.said
@@ -200,8 +203,7 @@ class Picture(Record):
 
     @cached_property
     def text(self) -> str:
-        """What stands for it where a prompt has its text: two of them are equal where the images
-        are."""
+        """The text that represents the image in prompts; equal exactly for equal images."""
         changed = "".join(f", {change.how}" for change in self.changes)
         return f"{self.words}{changed} #{self.content()}"
 
@@ -211,14 +213,14 @@ class Picture(Record):
         return replace(self, tile="", cut=None)
 
     def sized(self, size: tuple[int, int]) -> Picture:
-        """The same of this size, where it has none of its own."""
+        """Return the image with this size, unless it has a size."""
         if self.size != (0, 0):
             return self
         return replace(self, size=size, of=tuple(each.sized(size) for each in self.of))
 
 
 def mean_picture(pictures: tuple[Picture, ...], said: str) -> Picture:
-    """The mean of images, as a model is given them. said: what they are."""
+    """Return the mean of images after preparation. said: a description of the images."""
     told = json.dumps([each.content() for each in pictures]).encode()
     digest = blake2b(told, digest_size=_DIGITS).hexdigest()
     return Picture("mean", digest=digest, said=said, of=pictures, count=len(pictures))

@@ -1,4 +1,4 @@
-"""How a model prepares an image: resizing, cropping, scaling, and division into patches."""
+"""Image preparation of a model: resizing, cropping, scaling, and division into patches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mechdsl.base.records import Record, record
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
 PROCESSOR_FILE = "processor_config.json"
-"""Of models of images and texts: what makes images ready stands in it as `image_processor`."""
+"""File of models of images and texts; `image_processor` in it describes the preparation."""
 
 _STANDARD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -22,33 +22,33 @@ _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757771
 _SIDE = 224
 
 BILINEAR, BICUBIC = 2, 3
-"""As Pillow counts its filters."""
+"""Pillow's numbers of filters."""
 
 RESAMPLING_FILTERS = range(6)
 
 
 @record
 class Processing(Record):
-    """From an image to what a model is given: resized, cropped, scaled, normalised, in this order.
+    """The preparation of an image: resized, cropped, scaled, normalised, in this order.
 
-    As transformers' processors do it that are built on Pillow.
+    It equals transformers' processors that are based on Pillow.
     """
 
     resize: tuple[Literal["exact", "shortest"], int, int] | None = None
-    """To (height, width), or the shorter side to a length that stands twice."""
+    """To (height, width), or the shorter side to a length, which is then given twice."""
     resample: int = BILINEAR
     """Pillow's number of the filter."""
     crop: tuple[int, int] | None = None
-    """(height, width) of the middle that is kept."""
+    """(height, width) of the centre crop."""
     rescale: float | None = 1 / 255
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     floats: bool = False
-    """Scaled before it is resized, as DINOv3's does it: nothing is rounded in between."""
+    """Scale before resizing, as DINOv3's processor does, without rounding in between."""
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(height, width) of what comes out; None where that hangs on the image."""
+        """(height, width) of the result; None if it depends on the image."""
         if self.crop is not None:
             return self.crop
         if self.resize is not None and self.resize[0] == "exact":
@@ -56,7 +56,7 @@ class Processing(Record):
         return None
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) behind the resizing."""
+        """Return (height, width) after resizing."""
         if self.resize is None:
             return height, width
         how, first, second = self.resize
@@ -68,7 +68,7 @@ class Processing(Record):
 
     @property
     def words(self) -> str:
-        """What is done, in a few words."""
+        """A short description of the preparation."""
         done: list[str] = []
         if self.resize is not None:
             how, first, second = self.resize
@@ -82,18 +82,18 @@ class Processing(Record):
 
 
 def crop_corner(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """(top, left) of the middle that is kept, in the image; negative where that is smaller."""
+    """Return (top, left) of the centre crop; negative if the image is smaller than the crop."""
     return (image[0] - size[0]) // 2, (image[1] - size[1]) // 2
 
 
 class UnsupportedProcessor(Exception):
-    """A processor that isn't known; its text says why, in lower case, and `hint` what to do."""
+    """An unsupported processor; its text is the reason in lower case, `hint` the fix."""
 
     hint = ""
 
 
 class TilingProcessor(UnsupportedProcessor):
-    """A processor that cuts images into tiles, which a model of images and texts reads together."""
+    """A processor that cuts images into tiles, which the model reads together."""
 
     hint = (
         "give it one that doesn't, and write `tiles 2 by 3` in the block of images: tiles as rows"
@@ -135,7 +135,7 @@ PROCESSOR_DEFAULTS: Mapping[str, dict[str, Any]] = {
     "Siglip": _kind(_STANDARD, BICUBIC, square=False),
     "DINOv3ViT": _kind(_DEFAULT, BILINEAR, floats=True),
 }
-"""What each processor of transformers takes for granted."""
+"""Defaults of transformers' processors."""
 
 _ENDS = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
 
@@ -148,11 +148,11 @@ _TILING = (
     "max_image_tiles",
     "split_image",
 )
-"""What processors are told that cut images, by transformers' names."""
+"""Settings of processors that cut images into tiles, with transformers' names."""
 
 
 def parse_processing(config: Mapping[str, Any]) -> Processing:
-    """The processor that a config describes. Raises Unfit."""
+    """Return the preparation that a processor's config describes. Raises UnsupportedProcessor."""
     named = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
     tiling = next((key for key in _TILING if config.get(key)), None)
     if tiling is not None:
@@ -234,17 +234,16 @@ def _three(value: Any, key: str) -> tuple[float, float, float]:
 
 @record
 class PatchLayout(Record):
-    """How a model divides an image into tokens: some in front, then patches row by row."""
+    """A model's division of an image into tokens: extra tokens first, then patches row by row."""
 
     front: tuple[str, ...]
-    """What stands in front of the patches: `cls`, `distillation`, `register`, each as often as it
-    does."""
+    """The extra tokens before the patches: `cls`, `distillation`, `register`, with repeats."""
     patch: tuple[int, int]
     """(height, width) of a patch in pixels of the prepared image."""
     size: tuple[int, int]
     """(height, width) of the prepared image."""
     any_size: bool = False
-    """It reads images of other sizes too: `size` is that of the config."""
+    """The model reads images of other sizes too; `size` is the config's."""
 
     @cached_property
     def rows(self) -> int:
@@ -256,7 +255,7 @@ class PatchLayout(Record):
 
     @property
     def tokens(self) -> int:
-        """All of them."""
+        """Number of all tokens."""
         return len(self.front) + self.rows * self.cols
 
     @cached_property
@@ -266,24 +265,24 @@ class PatchLayout(Record):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of what stands in front, each once."""
+        """Distinct names of the extra tokens."""
         return tuple(dict.fromkeys(self.front))
 
     def named(self, name: str) -> tuple[int, ...]:
-        """The tokens in front of the patches that have a name."""
+        """Return the extra tokens with a name."""
         return tuple(n for n, own in enumerate(self.front) if own == name)
 
     def token(self, row: int, col: int) -> int:
-        """The token of a patch; rows and columns count from 1, from the top left."""
+        """Return the token of a patch; rows and columns count from 1, from the top left."""
         return len(self.front) + (row - 1) * self.cols + (col - 1)
 
     def place(self, token: int) -> tuple[int, int] | None:
-        """Row and column of a token, from 1; None of one in front."""
+        """Return row and column of a token, from 1; None for an extra token."""
         at = token - len(self.front)
         return None if at < 0 else (at // self.cols + 1, at % self.cols + 1)
 
     def box(self, token: int) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of a patch in the prepared image, the ends exclusive."""
+        """Return (left, top, right, bottom) of a patch in the prepared image, ends exclusive."""
         place = self.place(token)
         assert place is not None
         (row, col), (height, width) = place, self.patch

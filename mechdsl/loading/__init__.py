@@ -1,5 +1,5 @@
-"""Models loaded, taken apart, and proved to be what they are taken for.
+"""Models loaded from files or Python, and checks that prove their anatomy.
 
 In: a folder, a name or a module. Out: a `LoadedModel` that passed its checks, or diagnostics.
-Imports packed and below; torch.
+Imports forward, checks and below; torch.
 """

@@ -1,4 +1,4 @@
-"""The anatomy of a model: the first candidate that passes all checks, and its stored proof.
+"""Proof of a model's anatomy: the first candidate that passes all checks, and its storage.
 
 A model with a tower for images and one for texts is split into two models.
 """
@@ -66,23 +66,23 @@ from mechdsl.store.index import StoreProblem
 from mechdsl.vocab.sites import SITES
 
 _FILE_KEYS = ("_name_or_path", "transformers_version")
-"""What a config says of the files that it came from."""
+"""Keys of a config that describe its source files."""
 
 
 class NoteStore(Protocol):
-    """Small texts under keys, which a store keeps between runs."""
+    """Store of short texts by key, which remain between runs."""
 
     def note(self, key: str) -> str | None:
-        """What was noted."""
+        """Return the stored text; None if there is none."""
         ...
 
     def take_note(self, key: str, value: str) -> None:
-        """Keep a text."""
+        """Store a text."""
         ...
 
 
 def compute_proof_key(module: nn.Module, config: Mapping[str, Any], **more: str) -> str:
-    """Hash of all that the outcome of checks depends on, the weights aside."""
+    """Hash everything that the outcome of checks depends on, except for weights."""
     parts = {
         "config": {name: value for name, value in config.items() if name not in _FILE_KEYS},
         "machine": [platform.machine(), platform.python_version()],
@@ -95,7 +95,7 @@ def compute_proof_key(module: nn.Module, config: Mapping[str, Any], **more: str)
 
 
 def _hash_module_code(module: nn.Module) -> dict[str, str]:
-    """Hashes of the files that define the model's modules, but for torch's own."""
+    """Hash the files that define the model's modules, except for torch's own."""
     classes = {type(part) for part in module.modules()}
     classes = {each for each in classes if each.__module__.partition(".")[0] != "torch"}
     files = {each.__module__: inspect.getsourcefile(each) for each in classes}
@@ -107,37 +107,37 @@ def _hash_module_code(module: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of taking a model apart."""
+    """Outcome of a model's analysis."""
 
     chosen: Mapping[str, int]
-    """Stack → which of the anatomies that it could have."""
+    """Stack → index of the chosen anatomy among its candidates."""
     lost: Mapping[str, str]
-    """Stacks that couldn't be proved, and why."""
+    """Stacks that couldn't be proved, with reasons."""
     checks: tuple[CheckOutcome, ...]
     packs: Literal["tokens", "one prompt"]
-    """How packed rows are called."""
+    """Input of passes over packed rows."""
     idle: tuple[tuple[str, str, int | None], ...] = ()
-    """(stack, site, layer) of the parts without effect."""
+    """(stack, site, layer) of components without effect."""
 
 
 class ProofStore:
-    """Proofs of earlier runs, kept in the run's store, if it has one, and in the user's cache."""
+    """Proofs of earlier runs, in the run's store, if it has one, and in the user's cache."""
 
     def __init__(self, notes: NoteStore | None = None) -> None:
         self._notes = notes
 
     def find(self, key: str) -> Proof | None:
-        """The proof that was kept; None where there is none."""
+        """Return the stored proof; None if there is none."""
         noted = _parse_proof(self._noted(key))
         if noted is not None:
             return noted
         cached = _parse_proof(_read_cached(key))
         if cached is not None:
-            self._note(key, cached)  # so that whoever gets the store alone has it
+            self._note(key, cached)  # so that the store is complete without the cache
         return cached
 
     def keep(self, key: str, proof: Proof) -> None:
-        """Keep a proof; where nothing can be written, the checks just run again."""
+        """Store a proof; if that fails, the checks run again next time."""
         self._note(key, proof)
         folder = cache_folder()
         if folder is not None:
@@ -171,7 +171,7 @@ def _get_path(folder: Path, key: str) -> Path:
 
 
 def _parse_proof(text: str | None) -> Proof | None:
-    """None for a text that was cut short."""
+    """Parse a proof; None for an incomplete text."""
     if text is None:
         return None
     with suppress(ValueError, KeyError, TypeError):
@@ -183,17 +183,17 @@ def _parse_proof(text: str | None) -> Proof | None:
 
 
 _RANDOM_GAIN = 0.6
-"""What a linear map makes of a vector's length: small enough for stacks without norms, in which
-attention would otherwise see one token alone."""
+"""Factor by which a linear map changes a vector's length: small enough for stacks without norms, in
+which attention would otherwise see only one token."""
 
 _RANDOM_SPREAD = 0.3
 """Standard deviation of biases, and of the scales of norms around 1."""
 
 
 def build_random_copy(module: nn.Module) -> nn.Module:
-    """The same modules with other parameters, always the same; buffers stay as they are.
+    """Copy the modules with random but reproducible parameters; buffers stay the same.
 
-    It takes as much memory as the model once more. Raises what copying the model raises.
+    The copy needs as much memory as the model. Errors of copying are raised.
     """
     twin = deepcopy(module)
     generator = torch.Generator().manual_seed(0)
@@ -207,7 +207,7 @@ def build_random_copy(module: nn.Module) -> nn.Module:
 
 
 def _draw_parameter(part: nn.Module, weight: Tensor, noise: Tensor) -> Tensor:
-    """A parameter made of noise, by what reads it."""
+    """Create a parameter from noise, according to its module."""
     if weight.dim() < 2:
         scale = is_norm(part) and weight is getattr(part, "weight", None)
         return _RANDOM_SPREAD * noise + (1.0 if scale or weight.dim() == 0 else 0.0)
@@ -224,7 +224,7 @@ _UNSUPPORTED_ADAPTERS = {
 
 
 def unwrap_model(module: Any) -> Any:
-    """The model in what `torch.compile` and peft put around it; adapters stay in its modules."""
+    """Unwrap a model from `torch.compile` and peft; adapters in its modules remain."""
     while True:
         inner = getattr(module, "_orig_mod", None)
         if inner is None and has_adapters(module) and hasattr(module, "get_base_model"):
@@ -235,12 +235,12 @@ def unwrap_model(module: Any) -> Any:
 
 
 def has_adapters(module: Any) -> bool:
-    """Whether peft has put adapters into a model or around it that aren't merged."""
+    """Return whether a model contains or is wrapped in peft adapters that aren't merged."""
     return hasattr(module, "peft_config")
 
 
 def explain_adapters(module: Any) -> str | None:
-    """What to do about adapters where they are most likely why a model fails its checks."""
+    """Return advice about adapters if they probably cause failed checks; else None."""
     if not has_adapters(module):
         return None
     merge = "merge its adapters first, and hand over what `model.merge_and_unload()` gives"
@@ -248,8 +248,10 @@ def explain_adapters(module: Any) -> str | None:
 
 
 def check_adapters(module: Any, name: str, span: Span | None) -> Diagnostic | None:
-    """E0451 for adapters that do something outside of the modules of the model that they are
-    around, so that this model alone isn't what was handed over."""
+    """Report E0451 for adapters that act outside the modules of their model.
+
+    The model alone would then differ from the object that was passed.
+    """
     while isinstance(getattr(module, "_orig_mod", None), nn.Module):
         module = module._orig_mod
     for config in getattr(module, "peft_config", {}).values():
@@ -270,7 +272,7 @@ def check_adapters(module: Any, name: str, span: Span | None) -> Diagnostic | No
 
 
 RANDOM_COPY_NOTE = "of a copy with random weights"
-"""What is said of a check that the model itself can't pass or fail."""
+"""Note on checks that can't be run on the model itself."""
 
 
 def prove_anatomy(
@@ -283,11 +285,17 @@ def prove_anatomy(
     span: Span | None,
     proofs: ProofStore | None = None,
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
-    """The model with the first of its possible anatomies that passes the checks; else what the
-    one that got furthest fails at.
+    """Prove the first candidate anatomy that passes all checks.
 
-    proofs: where checks that were passed before are found, and those of now are kept; only for
-    weights that come straight from files.
+    Args:
+        shape: Its shape.
+        tokenizer: Its tokenizer.
+        provenance: Its provenance.
+        span: Source of diagnostics.
+        proofs: Store of passed checks; only for weights that come directly from files.
+
+    Returns:
+        The model, or the problems of the candidate that passed the most checks.
     """
     module.eval()
     config: Mapping[str, Any] = cast(Any, module).config.to_dict()
@@ -351,7 +359,7 @@ def prove_anatomy(
         at[stack] += 1
         if at[stack] < len(found[stack]):
             continue
-        if not stack and "vision" in at:  # perhaps it's the image that it fails on
+        if not stack and "vision" in at:  # the image may cause the failure
             stack, at[""] = "vision", 0
             best.setdefault(stack, best[""])
         if not stack:
@@ -361,21 +369,21 @@ def prove_anatomy(
 
 
 def _match_arrangement(anatomies: list[Anatomy], main: Anatomy) -> Anatomy:
-    """The one that takes blocks to be arranged as another stack does."""
+    """Return the anatomy whose arrangement of blocks matches the main stack's."""
     return next((a for a in anatomies if a.arrangement == main.arrangement), anatomies[0])
 
 
 @dataclass(frozen=True)
 class ProofAttempt:
-    """What became of one choice of anatomies."""
+    """Outcome for one choice of anatomies."""
 
     passed: int
-    """Checks."""
+    """Number of passed checks."""
     problems: tuple[Diagnostic, ...] = ()
     model: LoadedModel | None = None
-    """With its checks; None where one of them isn't passed."""
+    """The model with its checks; None if one failed."""
     stack: str = ""
-    """That which is wrong."""
+    """The stack that is wrong."""
 
 
 def _try_anatomies(
@@ -396,7 +404,7 @@ def _try_anatomies(
         named = stacks[""].shape.architecture
         problem = SingleOutput(span=span, model=name, architecture=named, reason=str(error))
         return ProofAttempt(0, (problem,))
-    except Exception as error:  # whatever the model's own forward raises
+    except Exception as error:  # from the model's own forward
         reason = f"it doesn't run: {summarize_error(error)}"
         problem = LoadFailed(span=span, model=name, reason=reason)
         problem = replace(problem, hint=_explain_user_hooks(module) or problem.hint)
@@ -411,7 +419,7 @@ def _try_anatomies(
 def _report_missing_module(
     name: str, module: nn.Module, stacks: Mapping[str, BlockStack], span: Span | None
 ) -> Diagnostic | None:
-    """E0409 for a site whose tensor an entry of a family looks for at a module that isn't there."""
+    """Report E0409 if a family entry names a module for a site that doesn't exist."""
     paths = {path for path, _ in module.named_modules()}
     for own in stacks.values():
         for parts in (own.anatomy.taps, *(block.taps for block in own.anatomy.blocks)):
@@ -428,7 +436,7 @@ def _report_missing_module(
 
 
 def _describe_environment(module: nn.Module) -> dict[str, str]:
-    """What the outcome of checks hangs on beside config and versions."""
+    """Describe what the outcome of checks depends on besides config and versions."""
     first = next(module.parameters())
     return {
         "class": type(module).__name__,
@@ -440,7 +448,7 @@ def _describe_environment(module: nn.Module) -> dict[str, str]:
 
 
 def summarize_error(error: Exception) -> str:
-    """An exception in one line."""
+    """Return an exception's message in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -452,14 +460,14 @@ def build_loaded_model(
     *,
     provenance: Mapping[str, str] | None = None,
 ) -> LoadedModel:
-    """A model with an anatomy that nothing has been proved about yet; the main stack is `""`.
+    """Build a model with an unproved anatomy; the main stack is `""`.
 
-    Raises what the model's own forward raises.
+    Errors of the model's own forward are raised.
     """
     config: Any = cast(Any, module).config
     main = stacks[""]
     pad = getattr(config, "pad_token_id", None)
-    # Padding is masked, so any id will do where the config names none.
+    # Padding is masked, so any id works if the config names none.
     pad_id = pad if isinstance(pad, int) and 0 <= pad < main.shape.vocab_size else 0
     accepts = frozenset(inspect.signature(module.forward).parameters)
     dtype = next(module.parameters()).dtype
@@ -489,8 +497,10 @@ def build_loaded_model(
 
 
 def _find_input_device(module: nn.Module) -> torch.device:
-    """Where the model wants its inputs: where its first weight is, or, of weights that accelerate
-    has spread, where it runs them."""
+    """Return the device for the model's inputs.
+
+    It is that of the first weight, or the execution device if accelerate distributed the weights.
+    """
     hook = module.__dict__.get("_hf_hook")
     runs = getattr(hook, "execution_device", None)
     if runs is not None:
@@ -499,7 +509,7 @@ def _find_input_device(module: nn.Module) -> torch.device:
 
 
 def _fit_shape(stack: BlockStack, *, main: bool) -> ModelShape:
-    """The shape with what the modules show of it."""
+    """Complete the shape from the modules."""
     anatomy, shape = stack.anatomy, stack.shape
     embed, final = anatomy.taps.get("embed"), anatomy.taps.get("final_norm")
     layers = {site: anatomy.layers(site) for site in anatomy.sites()}
@@ -536,8 +546,10 @@ def _fit_shape(stack: BlockStack, *, main: bool) -> ModelShape:
 
 
 def verify_model(model: LoadedModel, span: Span | None = None) -> ProofAttempt:
-    """Verify a described model: its problems are E0410 for the identity that broke or W0711 for a
-    lost shortcut."""
+    """Verify a described model.
+
+    Problems are E0410 for a broken identity, or W0711 for a lost shortcut.
+    """
     checks: list[CheckOutcome] = []
     unmoved: list[CheckOutcome] = []
     stack = ""
@@ -562,7 +574,7 @@ def verify_model(model: LoadedModel, span: Span | None = None) -> ProofAttempt:
                     model, checks[-1] = other
         if unmoved:
             return _verify_random_copy(model, given, checks, unmoved[0], span)
-    except Exception as error:  # a model that is built otherwise raises what it likes
+    except Exception as error:  # an unknown architecture may raise anything
         broken = _report_broken_identity(
             model, "every site can be read and written", summarize_error(error), span
         )
@@ -577,8 +589,10 @@ def _verify_random_copy(
     unmoved: CheckOutcome,
     span: Span | None,
 ) -> ProofAttempt:
-    """A model with parts that do nothing, as far as the checks saw: proved on a copy with random
-    weights too, on which every part has to do something."""
+    """Verify a model with components that seem to have no effect.
+
+    It is also checked on a copy with random weights, in which every component must have an effect.
+    """
     own = [outcome for outcome in checks if not outcome.asks_effect]
     refused = _report_broken_identity(model, unmoved.identity, _explain_outcome(unmoved), span)
     stack = ""
@@ -601,7 +615,7 @@ def _verify_random_copy(
                     own.append(
                         replace(outcome, identity=f"{outcome.identity} ({RANDOM_COPY_NOTE})")
                     )
-    except Exception:  # a model that can't be copied, or that takes no other weights
+    except Exception:  # the model can't be copied, or doesn't accept other weights
         return ProofAttempt(len(checks), (refused,), stack=stack)
     idle = [(stack, *at) for stack in stacks for at in find_idle_sites(model, given, stack)]
     return _finish_model(replace(model, idle=tuple(idle)), tuple(own), span)
@@ -610,7 +624,7 @@ def _verify_random_copy(
 def _finish_model(
     model: LoadedModel, checks: tuple[CheckOutcome, ...], span: Span | None
 ) -> ProofAttempt:
-    """A model that passed its checks, all but those that only cost time."""
+    """Finish a model whose failed checks, if any, only cost time."""
     failed = {outcome.identity: outcome for outcome in checks if not outcome.passed}
     found: tuple[Diagnostic, ...] = ()
     if PACKED_IDENTITY in failed:
@@ -662,12 +676,14 @@ def _report_broken_identity(
 
 
 _HOOK_LIBRARIES = ("torch", "transformers", "accelerate", "mechdsl", "peft")
-"""Whose hooks a model may have by itself."""
+"""Libraries whose hooks a model may have."""
 
 
 def _explain_user_hooks(module: nn.Module) -> str | None:
-    """What to do where hooks of the user's are on the model, most likely the cause: they change
-    what checks read and write."""
+    """Return advice about the user's hooks, which probably cause failed checks; else None.
+
+    Such hooks change the values that checks read and write.
+    """
     for path, part in module.named_modules():
         tables: Any = (vars(part)["_forward_hooks"], vars(part)["_forward_pre_hooks"])
         for hook in (hook for table in tables for hook in table.values()):
@@ -681,7 +697,7 @@ def _explain_user_hooks(module: nn.Module) -> str | None:
 
 
 def describe_idle_components(model: LoadedModel) -> str:
-    """The parts without effect: `mlp_norm` (layers 0, 1)."""
+    """Describe the components without effect: `mlp_norm` (layers 0, 1)."""
     layers: dict[tuple[str, str], list[int]] = {}
     for stack, site, layer in model.idle:
         layers.setdefault((stack, site), []).extend([] if layer is None else [layer])
@@ -697,10 +713,10 @@ def _describe_layers(numbers: Sequence[int]) -> str:
 
 
 _TRIAL_VECTORS = 5
-"""Vectors of the other tower that a tower is tried out with."""
+"""Number of the other tower's vectors in trials of a tower."""
 
 _SCORE_TOLERANCE, _HALF_SCORE_TOLERANCE = 1e-4, 0.02
-"""Relative difference of scores from those that the model gives itself, in 32 and in 16 bits."""
+"""Relative tolerance between scores and the model's own, in 32 and in 16 bits."""
 
 _TEXTS_PER_PASS = 64
 
@@ -710,16 +726,19 @@ CAUSAL_TEXT_MODELS = ("clip_text_model", "metaclip_2_text_model")
 
 
 class Tower(nn.Module):
-    """One of the two, with what the vectors of the other one are.
+    """One of two towers, with the vectors of the other tower.
 
-    Its output is what the library calls `logits_per_image` or `logits_per_text`.
+    Its output equals the library's `logits_per_image` or `logits_per_text`.
     """
 
     others: Tensor
 
     def __init__(self, model: Any, tower: nn.Module, projection: nn.Module | None) -> None:
-        """model: the whole one. projection: the map into the space that both meet in, where the
-        tower doesn't end there itself."""
+        """Create the tower.
+
+        Args:
+            projection: Map into the common space, if the tower doesn't include it.
+        """
         super().__init__()
         self.config = cast(Any, tower).config
         self.tower = tower
@@ -733,13 +752,13 @@ class Tower(nn.Module):
         self.register_buffer("others", _normalize(noise.to(self.logit_scale)), persistent=False)
 
     def facing(self, others: Tensor) -> Tower:
-        """The same tower, scored with other vectors, [other, width] of length 1."""
+        """Copy the tower with other vectors to score against, [other, width] of length 1."""
         found = copy(self)
         found._buffers = {**self._buffers, "others": others}
         return found
 
     def scores(self, vectors: Tensor) -> Tensor:
-        """[…, other]: the cosines, scaled, with the model's bias if it has one."""
+        """Return […, other]: scaled cosines, plus the model's bias if it has one."""
         found = _normalize(vectors) @ self.others.T * self.logit_scale.exp()
         return found if self.logit_bias is None else found + self.logit_bias
 
@@ -751,13 +770,16 @@ class ImageTower(Tower):
         return ModelOutput(logits=self.scores(self.vectors(pixel_values)))
 
     def vectors(self, pixel_values: Tensor) -> Tensor:
-        """[image, width]: what the other tower's are compared with."""
+        """Return [image, width]: vectors that are compared with the other tower's."""
         return self.projection(self.tower(pixel_values=pixel_values).pooler_output)
 
 
 class TextTower(Tower):
-    """An encoder of texts. Where no token sees a later one, each has scores, and those of the text
-    are those of its last token; else there is one output for a whole text."""
+    """An encoder of texts.
+
+    In a causal encoder each token has scores, and those of the last one are the text's; otherwise a
+    text has a single output.
+    """
 
     def forward(
         self,
@@ -774,7 +796,7 @@ class TextTower(Tower):
         return cast(Any, self.tower).embeddings.token_embedding
 
     def vectors(self, input_ids: Tensor) -> Tensor:
-        """[text, width], of texts of one length."""
+        """Return [text, width] for texts of one length."""
         return self.projection(self.tower(input_ids=input_ids).pooler_output)
 
 
@@ -782,7 +804,7 @@ def _normalize(vectors: Tensor) -> Tensor:
     return vectors / vectors.norm(dim=-1, keepdim=True)
 
 
-# --- taking models apart --------------------------------------------------------------------------
+# --- analysis of models ---------------------------------------------------------------------------
 
 
 def build_image_tower(model: Any) -> ImageTower:
@@ -803,7 +825,7 @@ def prove_any_anatomy(
     span: Span | None,
     proofs: ProofStore | None = None,
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
-    """As `take_apart`, and models with two towers: the one for images, with the other in it."""
+    """Prove a model as `prove_anatomy`; two towers give the image tower, which holds the other."""
     told: dict[str, Any] = {"provenance": provenance, "span": span, "proofs": proofs}
     if shape.texts is None:
         return prove_anatomy(name, module, shape, tokenizer, **told)
@@ -823,7 +845,7 @@ def prove_any_anatomy(
 def _check_tower_scores(
     module: Any, images: LoadedModel, texts: LoadedModel, span: Span | None
 ) -> Diagnostic | None:
-    """E0410 where the towers don't give the scores that the whole model gives."""
+    """Report E0410 if the towers' scores differ from the whole model's."""
     pixels = build_image_inputs(images)["pixel_values"]
     ids = text_batch(texts).ids[:1]
     with torch.no_grad():
@@ -833,7 +855,7 @@ def _check_tower_scores(
         found = cast(Tower, images.module).facing(_normalize(of_texts)).scores(of_images)
         other = cast(Tower, texts.module).facing(_normalize(of_images)).scores(of_texts).T
     tolerance, size = _SCORE_TOLERANCE, own.abs().max()
-    if images.dtype.itemsize <= 2:  # a cosine is rounded as a part of 1, however small it is
+    if images.dtype.itemsize <= 2:  # rounding of a cosine is relative to 1, however small it is
         tolerance, size = _HALF_SCORE_TOLERANCE, module.logit_scale.exp()
     error = float(max((found - own).abs().max(), (other - own).abs().max()) / size)
     if error <= tolerance:
@@ -847,11 +869,11 @@ def _check_tower_scores(
     )
 
 
-# --- what stands on the other side ----------------------------------------------------------------
+# --- scores against the other tower ---------------------------------------------------------------
 
 
 def attach_other_tower(model: LoadedModel, context: ModelContext) -> LoadedModel:
-    """The tower that an experiment runs, scored with what stands on its other side."""
+    """Return the tower that an experiment runs, scored against the opposite tower's vectors."""
     opposite, told = context.opposite, context.shape
     assert opposite is not None
     assert model.texts is not None
@@ -874,7 +896,7 @@ def attach_other_tower(model: LoadedModel, context: ModelContext) -> LoadedModel
 
 
 def _embed_images(model: LoadedModel, pictures: Sequence[Picture]) -> Tensor:
-    """[image, width] of length 1."""
+    """Return [image, width] of length 1."""
     tower, reader = cast(ImageTower, model.module), model.tokenizer
     assert isinstance(reader, ImageTokenizer)
     found: list[Tensor] = []
@@ -888,7 +910,7 @@ def _embed_images(model: LoadedModel, pictures: Sequence[Picture]) -> Tensor:
 
 
 def _embed_texts(model: LoadedModel, texts: Sequence[Sequence[int]]) -> Tensor:
-    """[text, width] of length 1; those of one length go through together, without padding."""
+    """Return [text, width] of length 1; texts of equal length share passes without padding."""
     tower = cast(TextTower, model.module)
     found: dict[int, Tensor] = {}
     by_length: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Inputs that a model is tested on, and all activations read on them."""
+"""Test inputs for a model, and all activations read on them."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.vocab.sites import SITES
 
 _IMAGE_MASKS = ("token_type_ids", "mm_token_type_ids")
-"""What models call their mask of an image's tokens."""
+"""Names that models use for their mask of image tokens."""
 
 _TOKENS_BEFORE_IMAGE = 2
-"""Tokens of a prompt in front of its image."""
+"""Number of prompt tokens before the image."""
 
 
 def get_config(model: LoadedModel) -> Mapping[str, Any]:
-    """The whole model's config."""
+    """Return the whole model's config."""
     return cast(Any, model.module).config.to_dict()
 
 
 def get_family(model: LoadedModel) -> type[Family]:
-    """The entry of the whole model, not of its language model alone."""
+    """Return the entry of the whole model, not only of its language model."""
     return find_family(str(get_config(model).get("model_type")))
 
 
 def draw_noise(shape: tuple[int, ...], model: LoadedModel) -> Tensor:
-    """Noise, always the same."""
+    """Return noise that is the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).to(model.device, model.dtype)
 
 
 def build_inputs(model: LoadedModel, inputs: ModelInputs) -> dict[str, Tensor]:
-    """Inputs of two prompts, one behind the other."""
+    """Build inputs of two prompts, concatenated."""
     return {
         name: torch.tensor([*one, *one], device=model.device)
         if isinstance(one, list)
@@ -54,12 +54,12 @@ def build_inputs(model: LoadedModel, inputs: ModelInputs) -> dict[str, Tensor]:
 
 
 def build_image_inputs(model: LoadedModel) -> dict[str, Tensor]:
-    """What two images are given as."""
+    """Build the inputs for two images."""
     return build_inputs(model, get_family(model).picture(get_config(model)))
 
 
 def add_sounds(model: LoadedModel, tokens: Batch) -> Batch:
-    """Prompts of a decoder, each with a sound for the encoder."""
+    """Add a sound for the encoder to each decoder prompt."""
     heard = build_inputs(model, get_family(model).sound(get_config(model)))
     read = model.stack("cross").anatomy.blocks[0].projections[-1]
     count = count_module_tokens(model, read, {**heard, "decoder_input_ids": tokens.ids})
@@ -67,7 +67,7 @@ def add_sounds(model: LoadedModel, tokens: Batch) -> Batch:
 
 
 def build_image_prompts(model: LoadedModel, texts: Sequence[Sequence[int]]) -> Batch:
-    """Two prompts, each with an image behind its second token."""
+    """Build two prompts, each with an image after its second token."""
     extra = build_image_inputs(model)
     count = _count_image_tokens(model, extra)
     mark = get_image_token(model)
@@ -86,12 +86,14 @@ def build_image_prompts(model: LoadedModel, texts: Sequence[Sequence[int]]) -> B
 _POSITION_TABLES = re.compile(
     r"(^|[._])(wpe|w_?pos|pos(ition(al|s)?)?(_\w+)?|embed_positions)$", re.I
 )
-"""What tables of learned positions are called."""
+"""Pattern of names of learned position tables."""
 
 
 def find_max_tokens(model: LoadedModel) -> int | None:
-    """How many tokens a text may have, by the config and the tables of learned positions; None
-    where neither says it."""
+    """Return the maximum number of tokens in a text, from the config and learned position tables.
+
+    None if neither limits it.
+    """
     most = [model.shape.max_positions] if model.shape.max_positions else []
     width = (model.shape.d_model, model.shape.d_embed)
     if model.shape.takes != "text":
@@ -103,7 +105,7 @@ def find_max_tokens(model: LoadedModel) -> int | None:
         if weight.shape[-1] not in width:
             continue
         owner = model.module.get_submodule(table) if table != path else None
-        # Some leave rows in front for padding.
+        # Some tables begin with rows for padding.
         padding = getattr(owner, "padding_idx", None)
         unused = getattr(owner, "offset", 0 if padding is None else padding + 1)
         most.append(int(weight.shape[-2]) - unused)
@@ -111,7 +113,7 @@ def find_max_tokens(model: LoadedModel) -> int | None:
 
 
 def get_image_token(model: LoadedModel) -> int:
-    """The token that stands for a part of an image; ValueError where the config names none."""
+    """Return the placeholder token of images. Raises ValueError if the config names none."""
     config = get_config(model)
     for key in ("image_token_id", "image_token_index"):
         if isinstance(token := config.get(key), int):
@@ -120,7 +122,7 @@ def get_image_token(model: LoadedModel) -> int:
 
 
 def _count_image_tokens(model: LoadedModel, extra: Mapping[str, Tensor]) -> int:
-    """How many tokens one image takes up in a prompt."""
+    """Return the number of tokens that one image occupies in a prompt."""
     parts: Any = (model.module, getattr(model.module, "model", None))
     features_of = next(
         (found for part in parts if (found := getattr(part, "get_image_features", None))), None
@@ -138,7 +140,7 @@ def _count_image_tokens(model: LoadedModel, extra: Mapping[str, Tensor]) -> int:
 
 
 def count_module_tokens(model: LoadedModel, path: str, given: Mapping[str, Tensor]) -> int:
-    """How many tokens of a row enter a module; rows may lie in one dimension."""
+    """Return the number of tokens per row that enter a module; rows may share one dimension."""
     seen: list[int] = []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -155,19 +157,20 @@ def count_module_tokens(model: LoadedModel, path: str, given: Mapping[str, Tenso
 
 
 PROMPT_LENGTHS = (5, 4)
-"""Tokens of the two prompts, where the model has as many positions."""
+"""Numbers of tokens in the two prompts, if the model has that many positions."""
 
 
 def build_text_sample(model: LoadedModel) -> Batch:
-    """Two rows of nothing but tokens."""
+    """Build two rows of tokens only."""
     rows = draw_prompts(model, PROMPT_LENGTHS, seed=0)
     return Batch.of(rows, model.pad_id, model.calling.side, model.device)
 
 
 def draw_prompts(model: LoadedModel, lengths: tuple[int, int], seed: int) -> list[list[int]]:
-    """Ragged prompts of different tokens, none of which stands for padding or an image; the second
-    has the token for masked ones in it, where there is one, as that may be treated apart. They
-    begin as the tokenizer begins its texts, and have no more tokens than the model has positions.
+    """Draw ragged prompts of different tokens, without padding and image tokens.
+
+    The second prompt contains the mask token, if there is one, because models may treat it
+    specially. Prompts begin like the tokenizer's texts, and fit the model's positions.
     """
     longest = min(lengths[0], find_max_tokens(model) or lengths[0])
     lengths = longest, min(lengths[1], max(1, longest - 1))
@@ -189,45 +192,47 @@ def draw_prompts(model: LoadedModel, lengths: tuple[int, int], seed: int) -> lis
 
 
 _TOLERANCE = {
-    torch.float64: 1e-5,  # some models compute parts in float32 all the same
+    torch.float64: 1e-5,  # some models compute components in float32 anyway
     torch.float32: 1e-4,
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
-"""Relative to the largest value compared; a wrong tap is off by about 1."""
+"""Relative to the largest compared value; a wrong tap has an error of about 1."""
 
 
 def amplify(values: Tensor, site: str, anatomy: Anatomy) -> Tensor:
-    """Values times 100. Behind queries and keys there must be no norm, but for families that norm
-    them after rotary; behind other sites there is one, which undoes a change of scale alone, so
-    their sign changes too."""
-    limit = torch.finfo(values.dtype).max / 100  # half precision ends at 65504
+    """Multiply values by 100, with a change of sign for most sites.
+
+    A norm after the site would undo a pure change of scale, so the sign changes too. Queries and
+    keys keep their sign in families without a norm after rotary, where no norm may follow them.
+    """
+    limit = torch.finfo(values.dtype).max / 100  # the maximum in half precision is 65504
     bare = site in ("q", "k") and not anatomy.norms_behind_rotary
     return (values.double() * (100 if bare else -100)).clamp(-limit, limit)
 
 
 _MAX_LAYERS = 6
-"""Writes are tried on every layer of a model up to this depth, else on first, middle and last."""
+"""Depth up to which writes are tried on every layer; deeper models try first, middle and last."""
 
 _MAX_TOKENS = 64
-"""Of rows with more tokens (images, sounds) one is looked at, and what single heads and experts add
-in some layers only."""
+"""For longer rows (images, sounds), only one row is used, and outputs of single heads and experts
+are read in a few layers."""
 
 _WIDE_SITES = ("head_out", "expert_out")
 
 MAX_CHECK_TOKENS = 4096
-"""Tokens of the rows that are written in one pass."""
+"""Maximum number of tokens of the rows that are written in one pass."""
 
 TensorComparison = tuple[str, Tensor, Tensor] | tuple[str, Tensor, Tensor, Tensor]
-"""(where, found, expected), and what `found` is the sum of."""
+"""(location, actual, expected), optionally with the summands of `actual`."""
 
 _WORSE_FACTOR = 1.01
-"""How many times as far off a comparison has to be to be named in place of an earlier one."""
+"""Factor by which a comparison must be worse to be named instead of an earlier one."""
 
 
 @dataclass
 class CheckBench:
-    """A ragged batch, padded, and everything that was read on it in one stack."""
+    """Padded ragged batch with all activations of one stack."""
 
     model: LoadedModel
     stack: str
@@ -265,26 +270,26 @@ class CheckBench:
         return range(self.shape.n_layers)
 
     def with_sites(self, *sites: str) -> list[int]:
-        """Blocks that have all of these sites, and where they were read."""
+        """Return the blocks in which all of these sites exist and were read."""
         there = [{SiteRead(site, n, self.stack) for site in sites} for n in self.layers]
         return [n for n in self.layers if there[n] <= self.reads.keys()]
 
     def some(self, site: str) -> Sequence[int | None]:
-        """Blocks that writing a site is tried in."""
+        """Return the blocks in which writes to a site are tried."""
         if not SITES[site].has_layer:
             return (None,)
         return _choose_layers(self.anatomy, site, few=True)
 
     def read(self, site: str, layer: int | None = None) -> Tensor:
-        """[tokens, units, width]: one site on the real tokens."""
+        """Return [tokens, units, width]: one site on the real tokens."""
         return self.real(self.reads[SiteRead(site, layer, self.stack)], site)
 
     def vectors(self, site: str, layer: int | None = None) -> Tensor:
-        """[tokens, width] of a whole-vector site."""
+        """Return [tokens, width] of a whole-vector site."""
         return self.read(site, layer).squeeze(1)
 
     def of_stack(self, stack: str, site: str, layer: int | None = None) -> Tensor | None:
-        """[tokens, width] of a site beside this stack (`beside`); None where there is none."""
+        """Return [tokens, width] of a linked stack's site (`list_linked_reads`), if it was read."""
         found = self.reads.get(SiteRead(site, layer, stack))
         if found is None:
             return None
@@ -292,8 +297,10 @@ class CheckBench:
         return (found[mask] if found.shape[:2] == mask.shape else found).squeeze(1)
 
     def between(self, layer: int) -> Tensor | None:
-        """[tokens, d_model]: the stream that the MLP's norm reads, behind cross attention too where
-        there is one; None where the block has no `resid_mid`."""
+        """Return [tokens, d_model]: the stream before the MLP's norm, after any cross attention.
+
+        None if the block has no `resid_mid`.
+        """
         if self.stack == "cross":
             return None
         if self.anatomy.parallel:
@@ -311,22 +318,22 @@ class CheckBench:
         return stream if middle is None else self.module(middle)(stream)
 
     def real(self, tensor: Tensor, site: str = "z") -> Tensor:
-        """[tokens, …] of a [B, T, …] tensor, padding left out; all of it for whole images."""
+        """Return [tokens, …] of [B, T, …] without padding; the whole tensor for whole images."""
         mask = self.batch.of_site(site, self.stack).mask.to(tensor.device).bool()
         return tensor[mask] if tensor.shape[:2] == mask.shape else tensor
 
     def output(self, logits: Tensor) -> Tensor:
-        """The model's output on the real tokens of the main stack."""
+        """Return the model's output on the real tokens of the main stack."""
         mask = self.batch.mask.to(logits.device).bool()
         return logits[mask] if logits.shape[:2] == mask.shape else logits
 
     def read_of(self, prompt: int, site: str, layer: int | None) -> Tensor:
-        """[tokens, units, width]: one site of one prompt."""
+        """Return [tokens, units, width]: one site of one prompt."""
         return self.real_of(prompt, self.reads[SiteRead(site, layer, self.stack)], self.batch)
 
     @staticmethod
     def real_of(row: int, tensor: Tensor, batch: Batch) -> Tensor:
-        """[tokens, …] of one row of a [B, T, …] tensor."""
+        """Return [tokens, …] of one row of a [B, T, …] tensor."""
         mask = batch.mask[row].to(tensor.device).bool()
         return tensor[row][mask] if tensor.shape[1] == len(mask) else tensor[row]
 
@@ -334,7 +341,7 @@ class CheckBench:
         return self.model.module.get_submodule(path)
 
     def through(self, path: str, tokens: Tensor) -> Tensor:
-        """[tokens, width]: what a module makes of tokens, each prompt's by themselves."""
+        """Return [tokens, width]: a module's output, with each prompt passed separately."""
         lengths = self.own.lengths.tolist()
         if sum(lengths) != len(tokens):
             return get_first(self.module(path)(tokens))
@@ -342,7 +349,7 @@ class CheckBench:
         return torch.cat([get_first(self.module(path)(own[None]))[0] for own in parts])
 
     def scaled(self, tap: HookPoint, value: Tensor) -> Tensor:
-        """What a tapped tensor is to the stream."""
+        """Scale a tapped tensor to its value in the stream."""
         return apply_scale(value, get_scale(self.model.module, tap))
 
     @property
@@ -352,21 +359,23 @@ class CheckBench:
     def equal(
         self, identity: str, pairs: Iterable[TensorComparison], tolerance: float = 0.0
     ) -> CheckOutcome:
-        """One outcome for many comparisons of (where, found, expected): the worst of them. Sums
-        come with what is added up, as rounding goes by the size of that."""
+        """Summarize comparisons as one outcome: the worst of them.
+
+        Sums come with their summands, because rounding depends on the size of these.
+        """
         worst, named, at, compared = 0.0, 0.0, "", 0
         for where, found, expected, *added in pairs:
             error = compute_difference(found, expected, *added)
             compared += 1
             worst = max(worst, error)
-            if error > _WORSE_FACTOR * named:  # of equal ones the first, however they round
+            if error > _WORSE_FACTOR * named:  # name the first of nearly equal errors
                 named, at = error, where
         limit = tolerance or self.tolerance
         return CheckOutcome(identity, worst, limit, at, compared=compared)
 
 
 def list_linked_reads(model: LoadedModel, stack: str) -> list[SiteRead]:
-    """What belongs to another stack and is added to this one, or read by it, or made of it."""
+    """List sites of other stacks that are added to this stack, read by it, or computed from it."""
     if stack == "vision":
         return [SiteRead("embed")]
     if "cross" not in model.others or stack not in ("", "cross"):
@@ -389,7 +398,7 @@ def list_layers(anatomy: Anatomy, site: str) -> tuple[int, ...]:
 
 
 def _choose_layers(anatomy: Anatomy, site: str, *, few: bool) -> Sequence[int | None]:
-    """Layers that a site is read in, or tried in."""
+    """Return the layers in which a site is read or tried."""
     if not SITES[site].has_layer:
         return (None,)
     layers = list_layers(anatomy, site)
@@ -398,13 +407,15 @@ def _choose_layers(anatomy: Anatomy, site: str, *, few: bool) -> Sequence[int | 
 
 
 def get_first(output: Any) -> Tensor:
-    """What a module returns, without what else comes with it."""
+    """Return a module's main output, without further items."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def compute_difference(found: Tensor, expected: Tensor, added: Tensor | None = None) -> float:
-    """Largest difference, relative to the largest value expected, or added up to it; infinite where
-    one is NaN."""
+    """Return the largest difference, relative to the largest expected value or summand.
+
+    Infinite if a value is NaN.
+    """
     if found.shape != expected.shape:
         return float("inf")
     if not found.numel():
@@ -414,7 +425,7 @@ def compute_difference(found: Tensor, expected: Tensor, added: Tensor | None = N
     return error / (size or 1.0) if error == error and size == size else float("inf")
 
 
-# --- the parts add up --------------------------------------------------------------------------
+# --- helpers of checks -------------------------------------------------------------------------
 
 
 def has_images(batch: Batch) -> bool:
@@ -424,7 +435,7 @@ def has_images(batch: Batch) -> bool:
 def write_whole_site(
     where: SiteRead, row: int, positions: Sequence[int], values: Tensor
 ) -> SiteWrite:
-    """All units of a site at `positions` of one row; `values` is [positions, units, width]."""
+    """Write all units of a site at `positions` of a row; `values` is [positions, units, width]."""
     count, heads, size = values.shape
     rows = torch.full((count * heads,), row)
     places = torch.tensor(list(positions)).repeat_interleave(heads)

@@ -1,4 +1,4 @@
-"""Devices by name, and models of the caller that a run leaves unchanged."""
+"""Devices by name, and restoration of the caller's models after a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def explain_device_problem(name: str) -> str | None:
-    """Why a device can't be used; None where it can."""
+    """Return the reason why a device can't be used; None if it can."""
     try:
         kind = get_device(name).type
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -26,16 +26,16 @@ def explain_device_problem(name: str) -> str | None:
 
 
 def get_device(name: str) -> torch.device:
-    """The device that a name means; `auto` is the GPU where there is one."""
+    """Return the device of a name; `auto` is the GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = torch.device(name)
-    torch.empty(0, device=found)  # says now what it would say in the middle of a run
+    torch.empty(0, device=found)  # fails now instead of in the middle of a run
     return found
 
 
 def plan_device_map(name: str, offload: Path | None) -> dict[str, object] | None:
-    """How weights are spread over devices, memory and a folder; None where they aren't."""
+    """Plan the distribution of weights over devices, memory and a folder; None without a folder."""
     if offload is None:
         return None
     spread: dict[str, object] = {"device_map": "auto", "offload_folder": str(offload)}
@@ -51,7 +51,7 @@ def plan_device_map(name: str, offload: Path | None) -> dict[str, object] | None
 
 
 def _matches_device(device: torch.device, name: int | str) -> bool:
-    """Whether accelerate calls a device this: a number for a GPU, else its kind."""
+    """Return whether accelerate's name is this device: a number for a GPU, else its type."""
     if isinstance(name, int):
         return device.type not in ("cpu", "mps") and name == (device.index or 0)
     return name == device.type
@@ -59,11 +59,10 @@ def _matches_device(device: torch.device, name: int | str) -> bool:
 
 @contextmanager
 def restore_models(models: Iterable[object]) -> Generator[None]:
-    """Models, and random numbers, are inside as anybody likes, and afterwards as before: also
-    where what is inside raises or is interrupted.
+    """Restore models and random state on exit, also after errors and interrupts.
 
-    Of every module its attributes are kept (training mode, hooks, which tensors its parameters and
-    buffers are), of its config all that it holds. Values of weights are not copied.
+    The context restores each module's attributes (training mode, hooks, which tensors are its
+    parameters and buffers) and all values of its config. It doesn't copy values of weights.
     """
     with ExitStack() as stack:
         stack.enter_context(preserve_random_state())
@@ -77,8 +76,11 @@ def restore_models(models: Iterable[object]) -> Generator[None]:
 
 
 def _save_attributes(attributes: dict[str, Any]) -> Callable[[], None]:
-    """What puts an object's attributes back; tables among them (hooks, buffers) stay the same
-    objects, as handles of hooks refer to them."""
+    """Return a function that restores an object's attributes.
+
+    Dictionaries among them (hooks, buffers) remain the same objects, because handles of hooks refer
+    to them.
+    """
     before = dict(attributes)
     tables = [(value, dict(value)) for value in before.values() if isinstance(value, dict)]
 
@@ -93,7 +95,7 @@ def _save_attributes(attributes: dict[str, Any]) -> Callable[[], None]:
 
 
 def _add_configs(config: Any, found: dict[int, Any]) -> None:
-    """A config of the library with those inside of it: of a text and an image part, say."""
+    """Collect a config of the library and those inside it, for example for text and images."""
     if hasattr(config, "to_dict") and hasattr(config, "__dict__") and id(config) not in found:
         found[id(config)] = config
         for value in vars(config).values():

@@ -1,4 +1,4 @@
-"""Models loaded from folders, the hub's cache, adapters or Python, as a file needs them."""
+"""Loading of models from folders, the hub's cache, adapters or Python."""
 
 from __future__ import annotations
 
@@ -110,13 +110,18 @@ def load_model(
     hashed: FileHasher | None = hash_file,
     notes: NoteStore | None = None,
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
-    """Load, take apart and verify the model of a `model` statement, without the network.
+    """Load, analyze and verify the model of a `model` statement, without network access.
 
-    dtype: overrides the statement's. base: folder that relative paths start from, by default that
-    of the statement's file. spread: arguments for the library (`device_map`) that say where weights
-    go, in place of `device`. hashed: SHA-256 of a file, None to hash no weights. notes:
-    where outcomes of the self-check are kept, besides the user's cache. Gives E0401, E0403 to
-    E0411, E0508, E0522 and W0711.
+    Args:
+        device: Device of the weights.
+        dtype: Replaces the statement's dtype.
+        base: Folder for relative paths; default: that of the statement's file.
+        spread: Arguments for the library (`device_map`) that place weights, instead of `device`.
+        hashed: Returns the SHA-256 of a file; None to skip hashes of weights.
+        notes: Store for self-check outcomes, in addition to the user's cache.
+
+    Returns:
+        The model and its diagnostics: E0401, E0403 to E0411, E0508, E0522 and W0711.
     """
     folder, found = locate_model(model, model.span.source.folder if base is None else base)
     if folder is None:
@@ -170,22 +175,24 @@ def load_model(
 
 
 def describe_weight_hash(files: list[Path], hashed: FileHasher | None) -> dict[str, str]:
-    """The hash of the weights as a part of a model's provenance; nothing where none is made."""
+    """Return the hash of the weights for a model's provenance; empty if hashes are skipped."""
     return {} if hashed is None else {"weights": hash_weights(files, hashed)}
 
 
 def _load_reader(
     folder: Path, shape: ModelShape, model: spec.Model
 ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
-    """The tokenizer, or what makes images ready."""
+    """Load the tokenizer, or the image processor."""
     if shape.patches is not None:
         return read_tower_inputs(folder, shape, model)
     return TextTokenizer.from_folder(folder, model.bos, span=model.span)
 
 
 def report_changed_files(model: spec.Model) -> Diagnostic:
-    """E0411: what was loaded may be neither what the files held nor what they hold, and a hash of
-    them would say nothing of it."""
+    """Report E0411: the loaded weights may match neither the old files nor the new ones.
+
+    A hash of the files would then describe different weights.
+    """
     return LoadFailed(
         span=model.span,
         model=model.name,
@@ -203,12 +210,18 @@ def adopt_model(
     span: Span | None = None,
     provenance: Mapping[str, str] | None = None,
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
-    """Take over a model that Python holds already; it is put into eval mode, and not moved.
+    """Adopt a model object from Python: it is put into eval mode, but not moved.
 
-    tokenizer: a fast tokenizer of transformers, a `tokenizers.Tokenizer` or a `TextTokenizer`; of a
-    model of images its image processor.
-    provenance: where it comes from, if from elsewhere than a call from Python.
-    Gives E0407 to E0412, E0451, E0456, E0522, W0711 and W0712.
+    Args:
+        module: A transformers model.
+        tokenizer: A fast tokenizer of transformers, a `tokenizers.Tokenizer` or a `TextTokenizer`;
+            for a model of images, its image processor.
+        bos: Whether prompts start with a BOS token; None for the tokenizer's default.
+        span: Source of diagnostics.
+        provenance: Origin of the model, if it isn't a call from Python.
+
+    Returns:
+        The model and its diagnostics: E0407 to E0412, E0451, E0456, E0522, W0711 and W0712.
     """
     images, texts = _split_processor(tokenizer)
     processor = _describe_processor(images)
@@ -255,10 +268,12 @@ def adopt_model(
 
 
 def inspect_model(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
-    """Take a model apart that no file names: of the zoo, of a folder, of the cache. It needs no
-    tokenizer, and may take anything: images, audio, two texts.
+    """Analyze a model without a file's statement: from the zoo, a folder or the cache.
 
-    Gives E0401, E0403 to E0406, E0408 to E0411, W0711 and W0712.
+    It needs no tokenizer and may take any input: images, audio, two texts.
+
+    Returns:
+        The model and its diagnostics: E0401, E0403 to E0406, E0408 to E0411, W0711 and W0712.
     """
     kind = "local" if Path(name).is_dir() else "hf" if "/" in name else "zoo"
     kind = "zoo" if name in zoo.zoo_models() else kind
@@ -288,15 +303,17 @@ def inspect_model(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
 
 
 def _complete_shape(module: nn.Module, shape: ModelShape) -> ModelShape:
-    """The shape by the config as the library has it: files leave out what its class takes for
-    granted, and some have names of another time."""
+    """Complete the shape from the library's config.
+
+    Files omit the class defaults, and some use outdated names.
+    """
     values: dict[str, Any] = dict(cast(Any, module).config.to_dict())
     values["architectures"] = [type(module).__name__]
     return shape_from_config(values)[0] or shape
 
 
 def _revision(folder: Path, model: spec.Model) -> str:
-    """The commit of a snapshot in the cache, else the revision as written."""
+    """Return the commit of a snapshot in the cache, else the statement's revision."""
     return folder.name if folder.parent.name == "snapshots" else model.revision or ""
 
 
@@ -305,7 +322,7 @@ def _revision(folder: Path, model: spec.Model) -> str:
 
 @contextmanager
 def silence_libraries() -> Generator[None]:
-    """Nothing that libraries say on import or while loading reaches the user."""
+    """Suppress all output of libraries during import and loading."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sink = io.StringIO()
     with warnings.catch_warnings(), redirect_stderr(sink), redirect_stdout(sink):
@@ -324,7 +341,7 @@ def silence_libraries() -> Generator[None]:
 
 
 def import_library() -> None:
-    """Import what models of every architecture need, which is nearly all that loading imports."""
+    """Import the modules for models of every architecture: most of what loading imports."""
     with pause_garbage_collection(), silence_libraries():
         import_module("transformers.modeling_utils")
 
@@ -335,13 +352,17 @@ def _load_module(
     dtype: torch.dtype,
     spread: Mapping[str, object] | None = None,
 ) -> tuple[nn.Module | None, str, list[str]]:
-    """The model, or why it can't be loaded; and weights that nothing of it takes. Those that the
-    files lack are a reason."""
+    """Load a model.
+
+    Returns:
+        The model, or the reason why it can't be loaded (weights that the files lack are one); and
+        weights in the files that the model doesn't use.
+    """
     import_library()
     with silence_libraries():
         import transformers
 
-        # As the config names it, so that a masked language model isn't loaded as another one.
+        # The class that the config names, so that a masked model isn't loaded as a different kind.
         made: Any = getattr(transformers, architecture, None)
         if not hasattr(made, "from_pretrained"):
             made = transformers.AutoModelForCausalLM
@@ -350,12 +371,12 @@ def _load_module(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
-                trust_remote_code=False,  # else a question is asked on the terminal
+                trust_remote_code=False,  # avoids a prompt on the terminal
                 local_files_only=True,
                 output_loading_info=True,
                 **(spread or {}),
             )
-        except Exception as error:  # transformers raises whatever its parts raise
+        except Exception as error:  # transformers passes on errors of its dependencies
             return None, summarize_error(error), []
     module, info = cast("tuple[nn.Module, Mapping[str, Any]]", loaded)
     missing = sorted(str(key) for key in info.get("missing_keys", ()))
@@ -365,8 +386,12 @@ def _load_module(
 
 
 def _find_extra_blocks(module: nn.Module, untaken: list[str]) -> tuple[int, int, str] | None:
-    """(blocks that the model has, blocks that its weights have, one of the keys behind them) where
-    the weights are those of a deeper model; None where they aren't."""
+    """Detect weights of a deeper model.
+
+    Returns:
+        Number of blocks in the model, number of blocks in the weights, and one of the extra keys;
+        None if there are no extra blocks.
+    """
     taken = list(module.state_dict())
     for key in reversed(untaken):
         for number in re.finditer(r"(?<=\.)\d+(?=\.)", f".{key}"):
@@ -381,7 +406,7 @@ def _find_extra_blocks(module: nn.Module, untaken: list[str]) -> tuple[int, int,
 def _report_unused_weights(
     folder: Path, files: list[Path], untaken: list[str], model: spec.Model
 ) -> list[Diagnostic]:
-    """W0761 for weights that nothing takes, and for files of weights that aren't read."""
+    """Report W0761 for unused weights, and for weight files that aren't read."""
     index = folder / "model.safetensors.index.json"
     read = {"model.safetensors"}
     if not (folder / "model.safetensors").is_file() and index.is_file():
@@ -400,7 +425,7 @@ def _report_unused_weights(
 
 
 def _find_quantized(module: Any) -> tuple[str, str] | None:
-    """A part that torch has quantized, and its class; None where there is none."""
+    """Find a module that torch has quantized: its path and class; None if there is none."""
     parts = module.named_modules() if isinstance(module, nn.Module) else ()
     for path, part in parts:
         home = type(part).__module__
@@ -430,7 +455,7 @@ def _adopt_tokenizer(
 
 
 def _describe_processor(given: Any) -> dict[str, Any] | None:
-    """What an image processor of transformers is; None where that is something else."""
+    """Return the settings of a transformers image processor; None for other objects."""
     if isinstance(given, TextTokenizer | Tokenizer) or not hasattr(given, "to_dict"):
         return None
     found: Any = given.to_dict()
@@ -438,7 +463,7 @@ def _describe_processor(given: Any) -> dict[str, Any] | None:
 
 
 def _split_processor(given: Any) -> tuple[Any, Any]:
-    """What makes images ready and the tokenizer, of a processor that holds both, or of a pair."""
+    """Split a processor, or a pair, into image processor and tokenizer."""
     if isinstance(given, tuple) and len(cast("tuple[Any, ...]", given)) == 2:
         return cast("tuple[Any, Any]", given)
     images = getattr(given, "image_processor", None)
@@ -479,7 +504,11 @@ def _adopt_processor(
 
 
 def _hash_parameters(module: nn.Module) -> str:
-    """SHA-256 over names and bytes of parameters and buffers; ValueError where one has none."""
+    """Hash names and bytes of parameters and buffers (SHA-256).
+
+    Raises:
+        ValueError: A tensor has no values.
+    """
     digest = sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -490,7 +519,11 @@ def _hash_parameters(module: nn.Module) -> str:
 
 
 def _fetch_weight(module: nn.Module, name: str) -> Tensor:
-    """A weight that accelerate keeps elsewhere; ValueError where there is none."""
+    """Fetch a weight that accelerate stores elsewhere.
+
+    Raises:
+        ValueError: The weight has no values.
+    """
     path, _, own = name.rpartition(".")
     part = module.get_submodule(path)
     with load_weights(part):
@@ -504,7 +537,7 @@ _WEIGHT_KEY = re.compile(
     r"base_model\.model\.(?P<module>.+?)"
     r"(?:\.lora_\w+(?:\.weight|\.bias)?|(?:\.base_layer)?\.(?P<whole>\w+))"
 )
-"""A weight in the file: of LoRA on a module, or one that takes the place of the module's own."""
+"""Key of a weight in the file: a LoRA matrix of a module, or a replacement of a parameter."""
 
 
 class _AdapterMismatch(Exception):
@@ -516,10 +549,14 @@ class _AdapterMismatch(Exception):
 def load_adapter(
     model: spec.Model, base: LoadedModel, hashed: FileHasher | None = hash_file
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
-    """The base with the adapter's weights, taken apart and verified. The base is left as it is.
-    hashed: SHA-256 of a file, None to hash no weights.
+    """Load the base model with an adapter's weights merged; the base itself is unchanged.
 
-    Gives E0401, E0404 to E0406, E0409 to E0411, E0451 to E0454, E0508, E0522 and W0711.
+    Args:
+        hashed: Returns the SHA-256 of a file; None to skip hashes of weights.
+
+    Returns:
+        The model and its diagnostics: E0401, E0404 to E0406, E0409 to E0411, E0451 to E0454, E0508,
+        E0522 and W0711.
     """
     folder, found = locate_model(model, model.span.source.folder)
     if folder is None:
@@ -549,7 +586,7 @@ def load_adapter(
                 span=model.span, model=model.name, base=base.name, reason=str(problem), hint=hint
             )
         ]
-    except Exception as error:  # peft and safetensors raise whatever their parts raise
+    except Exception as error:  # peft and safetensors pass on errors of their dependencies
         hint = "it has to load and merge with `PeftModel.from_pretrained(base, folder)`"
         reason = summarize_error(error)
         return None, [LoadFailed(span=model.span, model=model.name, reason=reason, hint=hint)]
@@ -576,8 +613,11 @@ def load_adapter(
 
 
 def _merge_adapter(base: nn.Module, file: Path, scaling: AdapterScaling) -> nn.Module:
-    """A copy of the base with the adapter's weights in its own. Raises _DoesNotFit, and what peft
-    and safetensors raise."""
+    """Copy the base and merge the adapter's weights into the copy.
+
+    Raises:
+        _AdapterMismatch: The adapter doesn't fit; peft and safetensors raise errors too.
+    """
     if any("_hf_hook" in part.__dict__ for part in base.modules()):
         reason = "the weights of the base are spread over devices, memory or a folder"
         raise _AdapterMismatch(
@@ -624,8 +664,11 @@ def _merge_adapter(base: nn.Module, file: Path, scaling: AdapterScaling) -> nn.M
 
 
 def _match_weights(weights: Iterable[str], base: nn.Module) -> dict[str, tuple[str, str]]:
-    """Key → (path of the module, name of the parameter that it stands for as a whole, empty for
-    those of LoRA)."""
+    """Match the adapter's keys with modules of the base.
+
+    Returns:
+        Key → (path of the module, name of the parameter that the weight replaces; empty for LoRA).
+    """
     modules = dict(base.named_modules(remove_duplicate=False))
     found: dict[str, tuple[str, str]] = {}
     for key in weights:
@@ -646,15 +689,17 @@ def _match_weights(weights: Iterable[str], base: nn.Module) -> dict[str, tuple[s
 
 
 def _copy_modules(module: nn.Module, changed: Iterable[str]) -> nn.Module:
-    """The modules once more, over the same storage but for the parameters of those that change: so
-    nothing reaches the base, nor a module that shares its weights with a changed one."""
+    """Copy modules over shared storage, except for the parameters of changed modules.
+
+    Changes then reach neither the base nor modules that share weights with a changed one.
+    """
     known: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
-    # Parameters of their own, as peft freezes those that it is given.
+    # Separate parameters, because peft freezes the ones that it is given.
     known |= {id(own): nn.Parameter(own.detach(), False) for own in module.parameters()}
     known |= {id(hook): hook for hook in _iter_foreign_hooks(module)}
     try:
         copy = deepcopy(module, known)
-    except Exception as error:  # of whatever somebody has put into the model
+    except Exception as error:  # the model may contain arbitrary objects
         reason = f"`copy.deepcopy` can't copy the base: {summarize_error(error)}"
         hint = "merge it from Python, with `merge_and_unload()`, and hand over what that gives"
         raise _AdapterMismatch(reason, hint) from None
@@ -666,8 +711,10 @@ def _copy_modules(module: nn.Module, changed: Iterable[str]) -> nn.Module:
 
 
 def _iter_foreign_hooks(module: nn.Module) -> Iterator[object]:
-    """Hooks on the way of a forward pass that are no methods of the model's own modules. They, and
-    what they hold, aren't the model's to copy."""
+    """Yield hooks of forward passes that aren't methods of the model's own modules.
+
+    They and their state don't belong to the model, so they aren't copied.
+    """
     parts = {id(part) for part in module.modules()}
     for part in module.modules():
         for table in ("_forward_pre_hooks", "_forward_hooks"):
@@ -688,8 +735,11 @@ def _put_parameter(part: nn.Module, name: str, value: Tensor, key: str) -> None:
 def _check_ranks(
     lora: Mapping[str, Tensor], found: Mapping[str, tuple[str, str]], scaling: AdapterScaling
 ) -> dict[str, Any]:
-    """The ranks that the config says, where each is that of the weights: what is merged is divided
-    by it. None is above those, so that what a config says takes no memory."""
+    """Return the ranks in the config, after a check that they match the weights.
+
+    Merging divides by the configured rank. Unused larger ranks are reduced to the largest rank of
+    the weights, so that a config can't demand memory.
+    """
     from peft.utils.other import get_pattern_key
 
     first = {key: t for key, t in lora.items() if ".lora_A." in key or key.endswith("embedding_A")}
@@ -708,7 +758,7 @@ def _check_ranks(
 
 
 def _find_size_mismatch(error: RuntimeError) -> str:
-    """The first of the sizes that differ, in torch's words."""
+    """Return the first size mismatch, in torch's words."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next(
         (line for line in lines if line.startswith("size mismatch")), summarize_error(error)
@@ -716,11 +766,11 @@ def _find_size_mismatch(error: RuntimeError) -> str:
 
 
 GivenModels = Mapping[str, tuple[Any, Any]]
-"""Name → (transformers model, fast tokenizer), handed over from Python."""
+"""Name → (transformers model, fast tokenizer), passed from Python."""
 
 
 def adopt_models(models: GivenModels) -> tuple[dict[str, LoadedModel], list[Diagnostic]]:
-    """Models handed over from Python, taken apart and verified."""
+    """Analyze and verify models passed from Python."""
     loaded: dict[str, LoadedModel] = {}
     diagnostics: list[Diagnostic] = []
     for name, (module, tokenizer) in models.items():
@@ -734,7 +784,7 @@ def adopt_models(models: GivenModels) -> tuple[dict[str, LoadedModel], list[Diag
 def build_model_contexts(
     source: Source, loaded: Mapping[str, LoadedModel]
 ) -> dict[str, ModelContext]:
-    """What checking needs of models that Python holds; the file may still declare them."""
+    """Build the contexts that checks need of models from Python; files may still declare them."""
     found: dict[str, ModelContext] = {}
     for name, model in loaded.items():
         if model.tokenizer is None:
@@ -754,16 +804,24 @@ def load_models(
     hashed: FileHasher | None = hash_file,
     notes: NoteStore | None = None,
 ) -> list[Diagnostic]:
-    """Load every model that an experiment runs on, as far as it isn't in `loaded`, into it.
+    """Load every model that an experiment uses and that isn't in `loaded`, into `loaded`.
 
-    device, dtype, offload: as `RunOptions` has them. hashed: SHA-256 of a file, None to hash no
-    weights. notes: as `load` has them. Gives the codes of `load` and `load_adapter`.
+    Args:
+        loaded: The models by name; is extended.
+        device: As in `RunOptions`.
+        dtype: As in `RunOptions`.
+        offload: As in `RunOptions`.
+        hashed: Returns the SHA-256 of a file; None to skip hashes of weights.
+        notes: As in `load_model`.
+
+    Returns:
+        Diagnostics of `load_model` and `load_adapter`.
     """
     diagnostics: list[Diagnostic] = []
     for name in needed_models(checked):
         for statement in _sort_bases_first(name, checked.program, loaded):
             if statement.base is not None and statement.base not in loaded:
-                continue  # which has been refused
+                continue  # already reported
             if statement.base is not None:
                 model, found = load_adapter(statement, loaded[statement.base], hashed)
             else:
@@ -784,7 +842,7 @@ def load_models(
 def add_tower_views(
     experiments: Sequence[ResolvedExperiment], models: dict[str, LoadedModel]
 ) -> None:
-    """Add the towers that experiments run, each scored with what stands on its other side."""
+    """Add the towers that experiments run, each scored against the opposite tower."""
     for experiment in expand_controls(experiments):
         model = experiment.model
         if model.opposite is not None and model.key not in models:
@@ -794,7 +852,7 @@ def add_tower_views(
 def _sort_bases_first(
     name: str, program: spec.Program, loaded: Mapping[str, LoadedModel]
 ) -> list[spec.Model]:
-    """The statements of a model and of all that it hangs on, as far as they aren't loaded."""
+    """List the statements of a model and its bases, bases first, as far as they aren't loaded."""
     chain: list[spec.Model] = []
     while name not in loaded:
         chain.insert(0, program.models[name])
@@ -808,8 +866,7 @@ def _sort_bases_first(
 def check_modules(
     experiments: Sequence[ResolvedExperiment], models: Mapping[str, LoadedModel]
 ) -> list[Diagnostic]:
-    """What only a look at the modules shows to be missing: sites (E0402, E0413, E0414) and logits
-    (E0437, E0438)."""
+    """Check what only the modules show: sites (E0402, E0413, E0414), logits (E0437, E0438)."""
     found: list[Diagnostic | None] = []
     for experiment in expand_controls(experiments):
         model = models[experiment.model.key]
@@ -854,7 +911,7 @@ def check_modules(
 def _check_unembedding(
     rule: ResolvedRule, does: Observation, model: LoadedModel
 ) -> Diagnostic | None:
-    """E0108 for what a component adds to logits, where that isn't a linear map of its output."""
+    """Report E0108 if a component's contribution to logits isn't linear in its output."""
     reason = ""
     assert rule.sites is not None
     places = {(p.site, p.layer) for here in rule.sites.points.values() for p in here}
@@ -882,7 +939,7 @@ def _check_unembedding(
 
 
 def _check_position_ids(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
-    """E0108 for position ids of a model that isn't told them, E0207 for those that it hasn't."""
+    """Report E0108 if the model takes no position ids, E0207 for ids beyond its last position."""
     first, last = model.calling.first_position, model.shape.max_positions
     if first is None:
         what = f"`renumber` in a model that counts positions by itself, as `{model.name}` does,"
@@ -898,8 +955,10 @@ def _check_position_ids(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | 
 
 
 def _check_end_receiver(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
-    """E0108 for the end beside other receivers where what senders add doesn't reach it as it is:
-    norms of the sums, streams that are mixed."""
+    """Report E0108 for the end as one of several receivers, if senders don't simply add to it.
+
+    Norms after sums and mixed streams prevent that.
+    """
     blocks = model.anatomy.blocks
     if all(
         block.adds_up and block.behind is not None and not (block.middle or block.end)
@@ -914,7 +973,7 @@ def _check_end_receiver(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | 
 
 
 def _check_frozen_norms(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
-    """E0108 for norms that aren't a linear map divided by a scale."""
+    """Report E0108 for norms that aren't a linear map divided by a scale."""
     path = find_nonlinear_norm(model.module, model.shape.d_model)
     if path is None:
         return None
@@ -925,7 +984,7 @@ def _check_frozen_norms(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | 
 
 
 def _check_block_exchange(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
-    """E0108 for blocks that can't compute in the place of others."""
+    """Report E0108 for blocks that can't run in place of others."""
     assert rule.sites is not None
     assert rule.sites.sources is not None
     pairs = {
@@ -945,8 +1004,10 @@ def _check_block_exchange(rule: ResolvedRule, model: LoadedModel) -> Diagnostic 
 
 
 def _check_output_token(experiment: ResolvedExperiment, model: LoadedModel) -> Diagnostic | None:
-    """E0439 for one output that is made of another token than its class makes it of, E0410 for a
-    classifier that sees later tokens, which its kind doesn't tell."""
+    """Report E0439 for an output token that differs from the class's, E0410 for a non-causal model.
+
+    E0410 is for a classifier that sees later tokens although its family is causal.
+    """
     span, named = experiment.model.spec.span, model.shape.architecture
     expected, found = experiment.model.shape, model.shape
     if found.output_at != expected.output_at:
@@ -978,13 +1039,14 @@ _BUILD_HINT = (
 def build_model(
     model: spec.Model, function: PythonFunction
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
-    """Call the function, and take over what it gives as models from Python are: as it is, and
-    where it is.
+    """Call the function and adopt its model, like models from Python: unchanged and not moved.
 
-    E0223 where it fails or gives something else; the codes of `adopt`.
+    Returns:
+        The model and its diagnostics: E0223 if the function fails or returns something else, and
+        those of `adopt_model`.
     """
     try:
-        with redirect_stdout(sys.stderr):  # standard output may be a document
+        with redirect_stdout(sys.stderr):  # standard output may carry a report
             given = function.call()
     except PythonFailure as failure:
         return None, [failure.diagnostic]

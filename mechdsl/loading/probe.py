@@ -38,14 +38,18 @@ from mechdsl.models.shape import OutputPosition, output_labels
 
 
 class OneOutputOnly(Exception):
-    """The model has one output for a whole prompt, and not that of a classifier which makes it of
-    one token; its text says why."""
+    """A single output for a whole prompt that doesn't come from one token; the text says why."""
 
 
 def probe_classifier(model: LoadedModel, ids: Tensor) -> LoadedModel:
-    """The model with what its outputs are made of.
+    """Determine the tokens that a classifier's outputs are computed from.
 
-    ids: [1, T] a prompt. Raises OneOutputOnly, and what the model's own forward raises.
+    Args:
+        ids: [1, T] a prompt.
+
+    Raises:
+        OneOutputOnly: The model has a single output that doesn't come from one token. Errors of the
+            model's own forward are raised too.
     """
     output, outside = _record_outputs(model, ids)
     if "logits" not in output:
@@ -74,8 +78,7 @@ def probe_classifier(model: LoadedModel, ids: Tensor) -> LoadedModel:
 
 
 def _record_outputs(model: LoadedModel, ids: Tensor) -> tuple[Any, dict[str, Tensor]]:
-    """What the model returns, and, by path, what modules outside of its blocks return that is one
-    vector for each token."""
+    """Return the model's output, and per-token outputs of modules outside blocks."""
     blocks = [block.path for block in model.anatomy.blocks]
     found: dict[str, Tensor] = {}
 
@@ -99,7 +102,7 @@ def _is_in_blocks(path: str, blocks: Iterable[str]) -> bool:
 
 
 def _drop_unembedding(model: LoadedModel) -> LoadedModel:
-    """What was taken for an unembedding makes labels, perhaps of one vector for a prompt."""
+    """Remove the unembedding: the module computes labels, possibly one set per prompt."""
     anatomy = model.anatomy
     tap = anatomy.taps.get("final_norm")
     if tap is not None and tap.path == anatomy.unembedding:
@@ -108,7 +111,7 @@ def _drop_unembedding(model: LoadedModel) -> LoadedModel:
 
 
 def _drop_final_norm(model: LoadedModel) -> LoadedModel:
-    """Behind the last block of rows there is one token of each."""
+    """Remove `final_norm`, as only one token of each row remains after the last block."""
     anatomy, shape = model.anatomy, model.shape
     if "final_norm" not in anatomy.taps:
         return model
@@ -123,7 +126,7 @@ def _drop_final_norm(model: LoadedModel) -> LoadedModel:
 
 
 def _depends_on_one_token(model: LoadedModel, ids: Tensor, place: int, logits: Tensor) -> bool:
-    """Whether the output hangs on one token of the last block alone."""
+    """Return whether the output depends on only one token of the last block."""
 
     def other(module: nn.Module, args: Any, output: Any) -> Any:
         value = output[0] if isinstance(output, (tuple, list)) else output
@@ -140,7 +143,7 @@ def _depends_on_one_token(model: LoadedModel, ids: Tensor, place: int, logits: T
 
 
 def _find_skipped_token(model: LoadedModel, ids: Tensor) -> int | None:
-    """The pad token, where the output is made of the token before it."""
+    """Return the pad token if the output comes from the token before it."""
     pad = model.shape.config.get("pad_token_id")
     if not isinstance(pad, int) or not 0 <= pad < model.shape.vocab_size:
         return None
@@ -151,7 +154,7 @@ def _find_skipped_token(model: LoadedModel, ids: Tensor) -> int | None:
 
 
 def _probe_causality(model: LoadedModel, ids: Tensor) -> LoadedModel:
-    """With whether tokens see later ones, which a classifier's class doesn't tell."""
+    """Determine whether tokens see later ones, which a classifier's class doesn't reveal."""
     other = ids.clone()
     other[:, -1] = ids[:, 0]
     before, after = (call_model(model, {"input_ids": each})[:, :-1] for each in (ids, other))
@@ -163,17 +166,17 @@ def _probe_causality(model: LoadedModel, ids: Tensor) -> LoadedModel:
 
 
 _ENCODER_LENGTHS = (6, 5)
-"""Tokens of what encoders of encoder-decoders read."""
+"""Numbers of tokens in the input of encoders (encoder-decoders)."""
 
 _IMAGE_PROMPT_LENGTHS = (5, 4)
-"""Tokens of prompts with an image, the image aside."""
+"""Numbers of tokens in prompts with an image, without the image."""
 
 _CLOSE_TOLERANCE = 1e-2
-"""Two ways of calling that differ less than this, relatively, are one."""
+"""Two kinds of calls with a relative difference below this are equivalent."""
 
 
 def build_sample(model: LoadedModel) -> Batch:
-    """Two rows; ragged prompts are padded where the model wants it."""
+    """Build two rows; ragged prompts are padded on the model's side."""
     shape, device = model.shape, model.device
     if shape.takes == "image":
         pixels = build_image_inputs(model)
@@ -194,12 +197,12 @@ def build_sample(model: LoadedModel) -> Batch:
             return tokens
 
 
-# --- how the model wants to be called -----------------------------------------------------------
+# --- how the model is called --------------------------------------------------------------------
 
 
 def probe_call(model: LoadedModel) -> LoadedModel:
-    """The model with what calling it shows; raises what the model's own forward raises."""
-    # Routers cast their weights in their first call, and those of inference mode take no gradient.
+    """Determine how the model is called; raises errors of the model's own forward."""
+    # Not inference mode: routers cast weights in their first call, and these must allow gradients.
     with torch.no_grad():
         model = _probe_logits(_probe_inputs(_probe_structure(model)))
         return replace(model, calling=replace(model.calling, narrows=_can_narrow(model)))
@@ -213,19 +216,19 @@ def _probe_inputs(model: LoadedModel) -> LoadedModel:
         return replace(model, calling=replace(model.calling, places_images=_numbers_images(model)))
     if model.shape.takes == "image":
         return _probe_images(model)
-    # On the right, as decoders that begin with padding count columns.
+    # On the right, because decoders that begin with padding count columns.
     calling = replace(model.calling, side="right", first_position=None, packs="one prompt")
     model = replace(model, calling=calling)
     return replace(model, calling=_probe_block_output(model))
 
 
 def _probe_logits(model: LoadedModel) -> LoadedModel:
-    """The model with `logits` as they come out: there may be none, or others than of tokens."""
+    """Adapt `logits` to the actual output: it may be missing, or not range over tokens."""
     shape, anatomy = model.shape, model.anatomy
     if shape.takes == "image":
         return model
     batch = build_sample(model)
-    if shape.takes == "text":  # classifiers without a pad token take no more than one prompt
+    if shape.takes == "text":  # classifiers without a pad token accept only one prompt
         batch = batch.part(slice(0, 1))
     output = call_module(model, build_arguments(model, batch))
     if "logits" not in output:
@@ -244,7 +247,7 @@ def _probe_logits(model: LoadedModel) -> LoadedModel:
 
 
 def _numbers_images(model: LoadedModel) -> bool:
-    """Whether an image's tokens are counted one by one; some give their patches two coordinates."""
+    """Return whether image tokens are numbered one by one; some models use two coordinates."""
     if model.calling.first_position is None:
         return False
     one = build_sample(model).part(slice(0, 1))
@@ -254,7 +257,7 @@ def _numbers_images(model: LoadedModel) -> bool:
 
 
 def _can_narrow(model: LoadedModel) -> bool:
-    """Whether the unembedding alone makes the logits: some add a bias behind it."""
+    """Return whether logits come from the unembedding alone; some models add a bias later."""
     if model.anatomy.unembedding is None or model.shape.takes == "image":
         return False
     batch = build_sample(model)
@@ -264,19 +267,21 @@ def _can_narrow(model: LoadedModel) -> bool:
     try:
         with narrow_unembedding(model, some):
             found = call_with_batch(model, batch)[real]
-    except Exception:  # whatever comes behind it
+    except Exception:  # from any later computation
         return False
     return _is_close(found, every[:, some], _is_finite(model))
 
 
 def _probe_token_types(model: LoadedModel) -> LoadedModel:
-    """The model without `token_type_ids` unless it is zeros that it takes by itself (some look them
-    up among the tokens, some take several)."""
+    """Remove `token_type_ids`, unless zeros equal the model's default.
+
+    Some models look them up among the tokens, and some allow several.
+    """
     accepts = model.calling.accepts
     if "token_type_ids" not in accepts:
         return model
     ids = torch.tensor([draw_prompts(model, PROMPT_LENGTHS, seed=0)[0]], device=model.device)
-    looked_up: list[None] = []  # among the tokens, which need not show in what comes out
+    looked_up: list[None] = []  # among the tokens, which may not show in the output
     embed = model.anatomy.taps.get("embed")
     handle = embed and model.module.get_submodule(embed.path).register_forward_hook(
         lambda *_: looked_up.append(None)
@@ -286,7 +291,7 @@ def _probe_token_types(model: LoadedModel) -> LoadedModel:
         given = call_model(model, {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)})
         if _is_close(given, plain, 1e-6) and len(looked_up) <= 2:
             return model
-    except Exception:  # whatever the model makes of them
+    except Exception:  # any error in the model's handling of them
         pass
     finally:
         if handle is not None:
@@ -296,8 +301,10 @@ def _probe_token_types(model: LoadedModel) -> LoadedModel:
 
 
 def _probe_structure(model: LoadedModel) -> LoadedModel:
-    """The model where norms of heads are known to see [B, T, H, d] or [B, H, T, d], and without
-    what passes a module several times in one pass."""
+    """Determine the layout of head norms, and remove sites of modules called several times.
+
+    Norms of heads see [B, T, H, d] or [B, H, T, d].
+    """
     stacks = {stack: model.stack(stack) for stack in ("", *model.others)}
     taps = [tap for own in stacks.values() for b in own.anatomy.blocks for tap in b.taps.values()]
     taps += [tap for own in stacks.values() for tap in own.anatomy.taps.values()]
@@ -333,8 +340,10 @@ def _probe_structure(model: LoadedModel) -> LoadedModel:
 
 
 def _find_token_norm(model: LoadedModel, batch: Batch) -> BlockStack:
-    """The vision stack without a last norm of which the language model sees nothing: many image
-    encoders have one that only their class token goes through, if anything."""
+    """Return the vision stack, without a last norm that has no effect on the language model.
+
+    Many image encoders have a norm for the class token only, or an unused one.
+    """
     own = model.stack("vision")
     tap = own.anatomy.taps.get("final_norm")
     if tap is None:
@@ -360,15 +369,19 @@ def _find_token_norm(model: LoadedModel, batch: Batch) -> BlockStack:
 
 
 def _has_heads_first(given: Tensor, output: Tensor, units: int) -> bool:
-    """Whether heads come before positions; where there are as many of both, a view tells."""
+    """Return whether heads come before positions; for equal counts, strides decide."""
     if output.dim() != 4 or output.shape[1] != units:
         return False
     return output.shape[2] != units or given.stride(1) < given.stride(2)
 
 
 def _probe_visibility(own: BlockStack, calls: Mapping[str, int], first: Set[str]) -> BlockStack:
-    """A stack after a look at which of its modules were called how often, and which of them see
-    heads first."""
+    """Adapt a stack to the calls that were seen.
+
+    Args:
+        calls: By path, number of calls in one pass.
+        first: Paths of modules that see heads first.
+    """
     blocks = own.anatomy.blocks
     parts = [own.anatomy.taps, *(block.taps for block in blocks)]
     twice = {
@@ -422,18 +435,20 @@ def _probe_text(model: LoadedModel) -> LoadedModel:
 
 
 def _try_call(model: LoadedModel) -> LoadedModel:
-    """With how it returns, and how passes over packed rows call it."""
+    """Determine the block output, and how passes over packed rows call the model."""
     packs = model.calling.packs if _accepts_packed_rows(model) else "one prompt"
     return replace(model, calling=replace(_probe_block_output(model), packs=packs))
 
 
 class _BlockReached(Exception):
-    """The first block was reached."""
+    """Signal that the first block was reached."""
 
 
 def _accepts_packed_rows(model: LoadedModel) -> bool:
-    """Whether it can be called with tokens of many prompts side by side, more than it has
-    positions; tried for models of few positions, as others may as well go without."""
+    """Return whether the model can be called with more packed tokens than it has positions.
+
+    This is tried only for models of few positions; others don't need it.
+    """
     most = model.shape.max_positions or 0
     if not 0 < most <= 1024:
         return True
@@ -448,7 +463,7 @@ def _accepts_packed_rows(model: LoadedModel) -> bool:
         call_model(model, build_text_inputs(model, ids, torch.zeros_like(ids)))
     except _BlockReached:
         return True
-    except Exception:  # whatever the model thinks of so many tokens
+    except Exception:  # any error about so many tokens
         return False
     finally:
         handle.remove()
@@ -456,14 +471,14 @@ def _accepts_packed_rows(model: LoadedModel) -> bool:
 
 
 def _list_first_positions(model: LoadedModel) -> list[int | None]:
-    """Position ids that a prompt may begin with; some count from behind the pad id (RoBERTa)."""
+    """List possible first position ids; some models count from after the pad id (RoBERTa)."""
     if "position_ids" not in model.calling.accepts:
         return [None]
     return [0, model.pad_id + 1, 2, None]
 
 
 def _probe_images(model: LoadedModel) -> LoadedModel:
-    """Which tokens of the last block the output is made of."""
+    """Determine which tokens of the last block the output comes from."""
     pixels = build_image_inputs(model)
     calling = replace(_probe_block_output(model), first_position=None, packs="one prompt")
     output = call_model(model, pixels)
@@ -472,7 +487,7 @@ def _probe_images(model: LoadedModel) -> LoadedModel:
         taps = {site: tap for site, tap in model.anatomy.taps.items() if site != "final_norm"}
         model = replace(model, anatomy=replace(model.anatomy, taps=taps))
         shape = replace(shape, sites=shape.sites - {"final_norm"})
-    if output.dim() == 3:  # no classifier: every token is a result
+    if output.dim() == 3:  # not a classifier: every token is an output
         shape = replace(shape, sites=shape.sites - {"logits"})
         return replace(model, shape=shape, calling=calling)
 
@@ -492,7 +507,7 @@ def _probe_images(model: LoadedModel) -> LoadedModel:
 
 
 def _norms_tokens(model: LoadedModel, pixels: Mapping[str, Tensor]) -> bool:
-    """Whether the last norm is one of tokens, not of what they were pooled to."""
+    """Return whether the last norm applies to tokens instead of the pooled vector."""
     tap = model.anatomy.taps.get("final_norm")
     if tap is None:
         return False
@@ -507,7 +522,7 @@ def _norms_tokens(model: LoadedModel, pixels: Mapping[str, Tensor]) -> bool:
 
 
 def _probe_block_output(model: LoadedModel) -> CallConvention:
-    """With the length of the tuple that the first block returns, None for a tensor."""
+    """Determine the length of the tuple that the first block returns; None for a tensor."""
     returned: list[Any] = []
 
     def look(block: nn.Module, args: Any, output: Any) -> None:
@@ -534,7 +549,7 @@ def _probe_block_output(model: LoadedModel) -> CallConvention:
 
 
 def _is_finite(model: LoadedModel) -> float:
-    """What rounding may make of one and the same."""
+    """Return the tolerance for rounding between equivalent calls."""
     return 1e-4 if model.dtype.itemsize > 2 else _CLOSE_TOLERANCE
 
 

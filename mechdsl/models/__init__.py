@@ -1,5 +1,5 @@
-"""What a model looks like, as numbers and strings: nothing here imports torch.
+"""The structure of a model as numbers and strings.
 
-In: `config.json`, or a module tree. Out: a `ModelShape` (sizes, sites) and an `Anatomy` (where each
-site is found). Imports vocab and below.
+In: `config.json`, or a module tree. Out: a `ModelShape` (sizes, sites) and an `Anatomy` (the module
+of each site). Imports vocab and below; no torch.
 """

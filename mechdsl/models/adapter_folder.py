@@ -32,10 +32,10 @@ PROMPT_ADAPTERS = frozenset(
         "CARTRIDGE",
     }
 )
-"""Kinds of peft that put something in front of what a model reads, and leave weights alone."""
+"""Types of peft that prepend vectors to the model's input and leave its weights unchanged."""
 
 PROMPT_ADAPTER_REASON = "puts something of its own in front of what the model reads"
-"""What those do, in words."""
+"""Description of their effect."""
 
 _PASSED_OVER = frozenset(
     {
@@ -61,26 +61,26 @@ _PASSED_OVER = frozenset(
         "task_type",
     }
 )
-"""Of training, or said by the weights themselves."""
+"""Keys about training, or about facts that the weights show."""
 
 _SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias")
 
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Ways to begin training that leave the base's weights as they are."""
+"""Initialisations that leave the base's weights unchanged."""
 
 _CLASSIFIERS = {
     "SEQ_CLS": ("classifies prompts", "AutoModelForSequenceClassification"),
     "TOKEN_CLS": ("classifies each token", "AutoModelForTokenClassification"),
 }
-"""`task_type` → what such a model does, and the library's class for it."""
+"""`task_type` → the model's task, and the library's class for it."""
 
 _PATTERN = re.compile(r"\^?[\w.]+\$?")
-"""Paths of modules. Other regular expressions may take for ever."""
+"""Paths of modules. Other regular expressions may take exponential time."""
 
 
 @dataclass(frozen=True)
 class AdapterScaling:
-    """How the weights of an adapter are scaled, by the names that peft has."""
+    """The scaling of an adapter's weights, with peft's names."""
 
     r: int
     lora_alpha: float
@@ -90,7 +90,7 @@ class AdapterScaling:
 
 
 def read_scaling(folder: Path, model: Model) -> tuple[AdapterScaling | None, list[Diagnostic]]:
-    """What an adapter's config says of its weights; None where it isn't followed.
+    """Read the weight scaling from an adapter's config; None if a setting isn't supported.
 
     Codes: E0404, E0451, E0452.
     """
@@ -113,8 +113,11 @@ def read_scaling(folder: Path, model: Model) -> tuple[AdapterScaling | None, lis
 
 
 def check_base_model(folder: Path, model: Model, base: Model) -> list[Diagnostic]:
-    """W0773 where the folder names another model than the base; nothing where that can't be told:
-    where it names none, and where the base comes from Python: from a function, or handed over."""
+    """Return W0773 if the folder names a model other than the base.
+
+    There is no warning if the folder names no model, or if the base comes from Python (from a
+    function or passed in).
+    """
     config, _ = read_config(folder, name=ADAPTER_CONFIG)
     trained = (config or {}).get("base_model_name_or_path")
     if not isinstance(trained, str) or not trained or base.kind == "python" or not base.path:
@@ -135,7 +138,7 @@ def check_base_model(folder: Path, model: Model, base: Model) -> list[Diagnostic
 def check_adapter_task(
     folder: Path, model: Model, base: Model, shape: ModelShape
 ) -> list[Diagnostic]:
-    """E0453 where the folder has a classifier's adapter, and the base isn't such a classifier."""
+    """Return E0453 if the adapter is a classifier's and the base isn't such a classifier."""
     config, _ = read_config(folder, name=ADAPTER_CONFIG)
     task = (config or {}).get("task_type")
     if not isinstance(task, str) or task not in _CLASSIFIERS or shape.stands_in:
@@ -160,8 +163,10 @@ def check_adapter_task(
 
 
 def _name(path: str) -> str:
-    """What a model is called, wherever it lies: `gpt2` of `openai/gpt2`, of `models/gpt2` and of a
-    snapshot in the library's cache."""
+    """Return a model's name without its location.
+
+    `gpt2` for `openai/gpt2`, `models/gpt2` and a snapshot in the library's cache.
+    """
     parts = PurePath(path.replace("\\", "/")).parts
     cached = [part for part in parts if part.startswith("models--")]
     last = cached[-1].rpartition("--")[2] if cached else (parts or ("",))[-1]
@@ -187,7 +192,7 @@ def _other(kind: str, model: Model) -> Diagnostic:
 
 
 def _refused(config: Mapping[str, Any], model: Model) -> Iterator[Diagnostic]:
-    """The entries that aren't followed."""
+    """Yield E0452 for the entries that aren't supported."""
     merge = "merge it from Python, and load what that saves"
 
     def refuse(key: str, reason: str, hint: str) -> AdapterConfig:
@@ -254,4 +259,4 @@ _WRONG = {
     "bias": _biases,
     **dict.fromkeys(_SWITCHES, _switch),
 }
-"""What is wrong with the entries that are taken."""
+"""Validators of the entries that are used: the error of a value, or None."""

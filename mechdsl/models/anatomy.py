@@ -1,4 +1,4 @@
-"""Where each site of a model is, and what a model family overrides."""
+"""The hook points of a model's sites, and the properties that a model family overrides."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ LayoutAxes = Literal["flat", "heads", "heads_first"]
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """How a tensor is seen as `[B, T, units, width]`.
+    """A view of a tensor as `[B, T, units, width]`.
 
-    `flat` is `[B, T, F]`: unit u is features `offset + u // group * stride + u % group * width`
-    onward. `heads` is that view already, `heads_first` is `[B, units, T, width]`.
+    `flat` is `[B, T, F]`: unit u starts at feature
+    `offset + u // group * stride + u % group * width`. `heads` is already `[B, T, units, width]`,
+    `heads_first` is `[B, units, T, width]`.
     """
 
     units: int
@@ -28,101 +29,101 @@ class TensorLayout:
     stride: int = 0
     axes: LayoutAxes = "flat"
     group: int = 1
-    """Units side by side before `stride` is taken: the queries of one key (Falcon)."""
+    """Adjacent units per `stride`: the queries that share one key (Falcon)."""
 
     @staticmethod
     def whole(width: int) -> TensorLayout:
-        """One vector per position."""
+        """Return the layout with one vector per position."""
         return TensorLayout(1, width, stride=width)
 
     @staticmethod
     def heads(units: int, width: int, offset: int = 0) -> TensorLayout:
-        """Heads side by side, from feature `offset` on."""
+        """Return the layout with adjacent heads, from feature `offset` on."""
         return TensorLayout(units, width, offset=offset, stride=width)
 
     @staticmethod
     def neurons(units: int) -> TensorLayout:
-        """Each feature is a unit of its own."""
+        """Return the layout in which each feature is a unit."""
         return TensorLayout(units, 1, stride=1)
 
     @property
     def end(self) -> int:
-        """One past the last feature that it touches."""
+        """The index after the last feature of the layout."""
         last = self.units // self.group - 1
         return self.offset + last * self.stride + self.group * self.width
 
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A tensor in the module tree: what a module reads or returns."""
+    """A tensor in the module tree: the input or output of a module."""
 
     path: str
     side: HookSide
     layout: TensorLayout
     item: int = 0
-    """Which one, where the module returns a tuple."""
+    """Index of the tensor if the module returns a tuple."""
     scale: float = 1.0
-    """The site is the tensor times this: what a model multiplies it with before it is added."""
+    """The site is the tensor times this factor, which the model applies before the addition."""
     scaled_by: str | None = None
-    """Path of a parameter that it is multiplied with too, feature by feature (layer scale)."""
+    """Path of a parameter that also multiplies the tensor, feature by feature (layer scale)."""
     patches: str | None = None
-    """Path of what makes vectors of an image's patches within the module, which then adds their
-    positions; the site is these vectors, in front of the positions."""
+    """Path of the submodule that embeds an image's patches, if `path` then adds positions to them;
+    the site is the patch vectors before the positions are added."""
     again: bool = False
-    """The module is called again in the same pass, on something else; the site is what it reads or
-    returns first."""
+    """The module is called again in the same pass on another input; the site is its first input or
+    output."""
 
 
 @dataclass(frozen=True)
 class BlockAnatomy:
-    """The parts of one block by path; None or empty where there is no such part."""
+    """The components of one block by path; None or empty if the block lacks one."""
 
     path: str
     taps: Mapping[str, HookPoint]
-    """Site to tensor. `resid_mid` stands for the stream that attention's output is added to where
-    its tap is that of what is added, `head_out` for what the output projection returns, `router`
-    and `expert_out` for what the experts are called with."""
+    """Site to hook point. If `resid_mid` has the hook point of attention's output, the site is the
+    stream after that output is added. `head_out` is represented by the output projection's output,
+    `router` and `expert_out` by the hook points of the experts module."""
     projections: tuple[str, ...] = ()
-    """The linear maps that make queries, keys and values; one where they are fused."""
+    """The linear maps that compute queries, keys and values; one if they are fused."""
     output: str | None = None
-    """`z` goes in, attention's output (before any norm behind it) comes out."""
+    """The linear map from `z` to attention's output, before any norm after it."""
     mlp: tuple[str, ...] = ()
-    """The MLP, or the linear maps it consists of where it is no module of its own."""
+    """The MLP, or its linear maps if it isn't a separate module."""
     down: str | None = None
-    """`mlp_hidden` goes in, and what the MLP adds comes out (before any norm behind it)."""
+    """The linear map from `mlp_hidden` to the MLP's output, before any norm after it."""
     attn_norm: str | None = None
-    """The norm in front of attention (or of what stands in its place); in the stack `cross`, of
-    cross attention, as `attn_behind` and `middle` are there."""
+    """The norm before attention or the sublayer that replaces it. In the stack `cross`, this field,
+    `attn_behind` and `middle` refer to cross attention."""
     mlp_norm: str | None = None
     attn_behind: str | None = None
     """The norm or scale between the output projection and the stream."""
     mlp_behind: str | None = None
     middle: str | None = None
-    """The norm that resid_pre + attn_out goes through, where norms stand behind the sum (BERT)."""
+    """The norm of resid_pre + attn_out, in models with norms after the sum (BERT)."""
     end: str | None = None
-    """The same of resid_mid + mlp_out."""
+    """The norm of resid_mid + mlp_out, in models with norms after the sum."""
     adds_up: bool = True
-    """resid_pre + attn_out + mlp_out = resid_post; False where more is added, or something else."""
+    """resid_pre + attn_out + mlp_out = resid_post; False if the block computes anything else."""
     passes_on: bool = True
-    """Where it doesn't add up: what mlp_out gains, resid_post gains all the same."""
+    """If `adds_up` is False: a change of mlp_out still changes resid_post by the same amount."""
     behind: float | None = 1.0
-    """resid_post times this is what enters the next block; None where more happens in between."""
+    """The next block reads resid_post times this factor; None if more happens in between."""
     reads_stream: bool = True
-    """Its first sublayer reads resid_pre, through a norm or as it is."""
+    """The first sublayer reads resid_pre, directly or through a norm."""
     fed: bool = False
-    """Features of images are added to what it returns before the next block reads that."""
+    """Image features are added to the block's output before the next block reads it."""
 
     def with_taps(self, **changed: HookPoint) -> BlockAnatomy:
-        """With other taps for some sites."""
+        """Return a copy with changed hook points for some sites."""
         return replace(self, taps={**self.taps, **changed})
 
     def without(self, *sites: str) -> BlockAnatomy:
-        """Without some sites."""
+        """Return a copy without some sites."""
         return replace(self, taps={s: t for s, t in self.taps.items() if s not in sites})
 
 
 def add_output_sites(block: BlockAnatomy, d_model: int) -> BlockAnatomy:
-    """With the sites whose entries say which part of the block returns them."""
+    """Add the sites whose vocabulary entries name the module that returns them."""
     parts: dict[BlockModule, str | None] = {"output": block.output, "down": block.down}
     taps = {
         site: HookPoint(path, "out", TensorLayout.whole(d_model))
@@ -135,111 +136,112 @@ def add_output_sites(block: BlockAnatomy, d_model: int) -> BlockAnatomy:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of one stack of blocks by path."""
+    """The components of one stack of blocks by path."""
 
     blocks: tuple[BlockAnatomy, ...]
     taps: Mapping[str, HookPoint]
-    """Sites outside the blocks, `logits` aside."""
+    """Sites outside the blocks, except `logits`."""
     embedding: str | None = None
-    """The token embedding; None where tokens aren't looked up (images, audio)."""
+    """The token embedding; None if the stack doesn't look up tokens (images, audio)."""
     final_norm: str | None = None
-    """What makes `final_norm` of the last `resid_post`."""
+    """The module that computes `final_norm` from the last `resid_post`."""
     unembedding: str | None = None
-    """None where there is none, or another stack's output is the model's."""
+    """None if there is none, or if the model's output comes from another stack."""
     parallel: bool = False
     """Attention and MLP read the same stream."""
     arrangement: str = field(default="", compare=False)
-    """How norms and sublayers are taken to be arranged; alike in stacks that share blocks."""
+    """The assumed arrangement of norms and sublayers; equal in stacks that share blocks."""
     additive_positions: bool = False
     """Positions are added to the scores, so a zero query doesn't attend uniformly."""
     norms_behind_rotary: bool = False
-    """Queries and keys are normed behind rotary, so that their length doesn't matter."""
+    """Queries and keys are normed after rotary embedding, so their norm before it has no effect."""
     whole: str = ""
-    """Why its rows can't start in the middle; empty where nothing is known against it."""
+    """The reason that rows can't start at a middle block; empty if none is known."""
     without: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Sites that there could be, and why they can't be had."""
+    """Unavailable sites, each with the reason."""
 
     def tap(self, site: str, layer: int | None) -> HookPoint | None:
-        """The tensor of a site; None where the block has none."""
+        """Return the hook point of a site; None if the block lacks the site."""
         return (self.taps if layer is None else self.blocks[layer].taps).get(site)
 
     def layers(self, site: str) -> tuple[int, ...]:
-        """Blocks that have a site."""
+        """Return the blocks that have a site."""
         return tuple(n for n, block in enumerate(self.blocks) if site in block.taps)
 
     def sites(self) -> Iterator[str]:
-        """Every site that is somewhere, once."""
+        """Yield every site of the stack or its blocks once."""
         yield from dict.fromkeys([*self.taps, *(site for b in self.blocks for site in b.taps)])
 
 
 BlockArrangement = Literal["front", "behind the sum", "parallel"]
-"""Norms in front of the sublayers (and perhaps behind them too, before the sum); norms of the sums;
-or attention and MLP side by side."""
+"""`front`: norms before the sublayers, perhaps also after them, before the sum. `behind the sum`:
+norms of the sums. `parallel`: attention and MLP read the same stream."""
 
 ModelConfig = Mapping[str, Any]
 
 ModelInputs = Mapping[str, tuple[int, ...] | list[Any]]
-"""What a model is called with beside tokens, for one prompt, by name: the shape of a tensor of
-floats, or a list of whole numbers. Prompts lie behind one another in the first dimension."""
+"""A model's inputs for one prompt besides tokens, by name: the shape of a float tensor, or a list
+of integers. Prompts are concatenated along the first dimension."""
 
 
 class Family:
-    """What holds of a family that is found by its modules alone; entries override."""
+    """Defaults for a family that is recognised by its modules; registered entries override."""
 
     norms_behind_rotary: ClassVar[bool] = False
-    """Query and key norms stand behind rotary, so that `q` and `k` are what is projected."""
+    """Query and key norms follow rotary embedding, so `q` and `k` are the projections' outputs."""
     additive_positions: ClassVar[bool] = False
     """Positions are added to the scores (ALiBi), so that a zero query doesn't attend uniformly."""
     interleaved: ClassVar[bool] = False
-    """A fused projection returns query, key and value of each head in turn, as those called
+    """A fused projection returns query, key and value head by head, as those called
     `query_key_value` do."""
     adds_up: ClassVar[bool] = True
-    """resid_pre + attn_out + mlp_out = resid_post; False where something else is added too."""
+    """resid_pre + attn_out + mlp_out = resid_post; False if something else is added too."""
     mixes: ClassVar[bool] = False
-    """No block attends: what is called attention there mixes tokens in another way."""
+    """No block attends: the modules called attention mix tokens by another method."""
     encodes: ClassVar[bool] = False
-    """Built as a causal model it still sees later tokens, unless `is_decoder` is set."""
+    """Even as a causal model, it sees later tokens unless `is_decoder` is set."""
 
     scores: ClassVar[Literal["", "one label", "many labels"]] = ""
-    """Of a model with a tower for images and one for texts, what the scores of an image are: those
-    of texts of which one is right (softmax), or of texts that are right or not each by itself
-    (sigmoid)."""
+    """The meaning of an image's scores in a model with an image tower and a text tower: exactly one
+    text is right (softmax), or each text is right or wrong independently (sigmoid)."""
     staged: ClassVar[str] = ""
-    """What there is in place of a list of blocks that are alike; empty where there is one."""
+    """The structure that replaces a list of equal blocks; empty if there is such a list."""
     padded: ClassVar[bool] = False
-    """Its tower for texts was trained on texts that are padded to its longest, and sees that."""
+    """The text tower was trained on texts padded to its maximum length, and attends to padding."""
 
     @staticmethod
     def parts(config: ModelConfig) -> Mapping[str, str]:
-        """Paths within a block, where the finder's choice would be wrong: of `attention`,
-        `mixer` (what stands in its place), `attn_out` (what returns what is added), `output` (the
-        linear map that `z` goes into),
-        `mlp` (several with commas), `mlp_out`, `down`, `attn_norm`, `mlp_norm` (norms in front),
-        `attn_behind`, `mlp_behind` (norms before the sum), `middle`, `end` (norms of the sums);
-        of the model `final_norm` and `head` (what returns what the unembedding reads, where that is
-        no module); empty: there is none."""
+        """Return paths within a block where the finder's choice is wrong; an empty path means none.
+
+        Keys: `attention`, `mixer` (the sublayer that replaces it), `attn_out` (the module that
+        returns the added tensor), `output` (the linear map that reads `z`), `mlp` (several,
+        separated by commas), `mlp_out`, `down`, `attn_norm`, `mlp_norm` (norms before the
+        sublayers), `attn_behind`, `mlp_behind` (norms before the sum), `middle`, `end` (norms of
+        the sums). Keys of the model: `final_norm` and `head` (the module that returns the
+        unembedding's input, if the unembedding isn't a module).
+        """
         return {}
 
     @staticmethod
     def arrangement(config: ModelConfig) -> BlockArrangement | None:
-        """None: tried out, in the order of `Arrangement`."""
+        """Return the arrangement; None: the finder tries those of `BlockArrangement` in order."""
         value = config.get("use_parallel_residual", config.get("parallel_attn"))
         return "parallel" if value is True else None
 
     @staticmethod
     def fused(n_heads: int, n_kv_heads: int, width: int) -> Mapping[str, TensorLayout] | None:
-        """Where queries, keys and values lie in a fused projection, if in no common order."""
+        """Return the layouts of q, k and v in a fused projection; None for the common orders."""
         return None
 
     @staticmethod
     def scales(config: ModelConfig) -> Mapping[str, float]:
-        """Site to what its tensor is multiplied with before it is added to the stream."""
+        """Return the factor of each site's tensor, applied before the addition to the stream."""
         by = float(config.get("residual_multiplier") or 1.0)
         return {"attn_out": by, "mlp_out": by, "mixer_out": by}
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        """Sites that can't be had, and why."""
+        """Return unavailable sites, each with the reason."""
         nested = config.get("attn_config") or {}
         if config.get("clip_qkv") or nested.get("clip_qkv"):
             reason = "queries, keys and values are clamped outside of all modules"
@@ -248,30 +250,31 @@ class Family:
 
     @staticmethod
     def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
-        """The parts of one block as they are, where they are not quite what the finder makes of
-        them."""
+        """Correct the finder's result for one block."""
         return block
 
     @staticmethod
     def whole(config: ModelConfig) -> str:
-        """Why rows can't start in the middle, from what an unpatched run kept; empty where they
-        can."""
+        """Return the reason that rows can't start at a middle block, from cached activations of an
+        unpatched run; empty if they can."""
         return ""
 
     @staticmethod
     def refused(config: ModelConfig) -> str:
-        """Why models of this kind can't be taken apart at all; empty where they can."""
+        """Return the reason that the family isn't supported at all; empty if it is."""
         return ""
 
     @staticmethod
     def lost(config: ModelConfig) -> Mapping[str, str]:
-        """Stacks beside the main one (`encoder`, `vision`) that can't be had, and why; `config` is
-        the whole model's, as in what follows."""
+        """Return unavailable stacks (`encoder`, `vision`), each with the reason.
+
+        Here and in the methods below, `config` is the config of the whole model.
+        """
         return {}
 
     @staticmethod
     def picture(config: ModelConfig) -> ModelInputs:
-        """An image, for one prompt."""
+        """Return an image input for one prompt."""
         vision = config.get("vision_config") or config
         size = vision.get("image_size") or 32
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
@@ -280,19 +283,24 @@ class Family:
 
     @staticmethod
     def in_front(config: ModelConfig) -> tuple[str, ...] | None:
-        """Of an encoder of images, what stands in front of the patches of an image: `cls`,
-        `distillation`, `register`, each as often as it does; None where that isn't known. `config`
-        is that of the encoder."""
+        """Return the tokens before an image's patches in an image encoder, in order, with repeats.
+
+        Args:
+            config: The config of the encoder.
+
+        Returns:
+            Names out of `cls`, `distillation` and `register`; None if unknown.
+        """
         return None
 
     @staticmethod
     def any_size(config: ModelConfig) -> bool:
-        """Whether an encoder of images reads other sizes than that of its config."""
+        """Return whether an image encoder accepts sizes other than its config's."""
         return False
 
     @staticmethod
     def sound(config: ModelConfig) -> ModelInputs:
-        """What the encoder of a speech model reads, for one prompt; empty for other models."""
+        """Return a speech encoder's inputs for one prompt; empty for other models."""
         bins, places = config.get("num_mel_bins"), config.get("max_source_positions")
         return {"input_features": (1, bins, 2 * places)} if bins and places else {}
 
@@ -312,10 +320,10 @@ def family(*model_types: str) -> Callable[[type[Family]], type[Family]]:
 
 
 def has_additive_positions(family: str, config: ModelConfig) -> bool:
-    """Whether scores have something added by position, as the config tells."""
+    """Return whether the config adds a position term to attention scores."""
     return find_family(family).additive_positions or bool(config.get("alibi"))
 
 
 def find_family(model_type: str) -> type[Family]:
-    """The entry of a `model_type`, or the defaults."""
+    """Return the entry of a `model_type`, or the defaults."""
     return FAMILIES.get(model_type) or Family

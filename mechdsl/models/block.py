@@ -52,7 +52,7 @@ _QK_NORMS = {
 
 
 class MissingComponent(Exception):
-    """A part that wasn't found, and why."""
+    """A component that the finder doesn't find, and the reason."""
 
     def __init__(self, part: str, reason: str) -> None:
         super().__init__(part, reason)
@@ -62,26 +62,26 @@ class MissingComponent(Exception):
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """Of one block's attention."""
+    """The numbers and widths of one block's attention heads."""
 
     n_heads: int
     n_kv_heads: int
     d_head: int
-    """Of queries and keys."""
+    """The width of queries and keys."""
     d_value: int
     odd: bool = False
-    """Not those of the model, so that how many there are shows in the projections alone."""
+    """The sizes differ from the model's, so only the projections show the number of heads."""
 
 
 def last_name(path: str) -> str:
-    """The last part of a path."""
+    """Return the last component of a path."""
     return path.rpartition(".")[2]
 
 
 def linear_sizes(module: Any) -> tuple[int, int] | None:
-    """(features in, features out) of a linear map; None for other modules.
+    """Return (features in, features out) of a linear map; None for other modules.
 
-    GPT-2's `Conv1D` keeps its weight as [in, out], everything else as [out, in].
+    GPT-2's `Conv1D` stores its weight as [in, out], every other linear map as [out, in].
     """
     module = unwrap_adapter(module)
     weight = getattr(module, "weight", None)
@@ -92,12 +92,12 @@ def linear_sizes(module: Any) -> tuple[int, int] | None:
 
 
 def is_transposed(module: Any) -> bool:
-    """Whether a linear map keeps its weight as [in, out]."""
+    """Return whether a linear map stores its weight as [in, out]."""
     return type(unwrap_adapter(module)).__name__ == "Conv1D"
 
 
 def unwrap_adapter(module: Any) -> Any:
-    """The module that peft has put adapters around; itself where there are none."""
+    """Return the module that peft wrapped in adapters; the module itself if it has none."""
     while hasattr(module, "base_layer"):
         module = module.base_layer
     return module
@@ -109,7 +109,7 @@ def head_sizes(
     projections: Mapping[str, tuple[int, int]],
     inside: Mapping[str, Any],
 ) -> HeadSizes:
-    """The sizes of one block's heads: the module's own where it has other ones than the model."""
+    """Return one block's head sizes: the module's if they differ from the model's."""
 
     def number(default: int, *names: str) -> int:
         values = (getattr(attention, name, None) for name in names)
@@ -136,8 +136,12 @@ def find_qkv(
     family: type[Family],
     parts: Mapping[str, str],
 ) -> tuple[dict[str, HookPoint], tuple[str, ...]]:
-    """Queries, keys and values as attention reads them (behind their norm, if there is one), and
-    the linear maps that make them; paths within the block."""
+    """Find queries, keys and values as attention reads them (after their norm, if there is one).
+
+    Returns:
+        Site to hook point, and the linear maps that compute queries, keys and values; paths within
+        the block.
+    """
     taps = _split(projections, heads, parts) or _fused(projections, heads, family)
     inputs = tuple(dict.fromkeys(tap.path for tap in taps.values()))
     raw = {site: tap.layout for site, tap in taps.items()}
@@ -145,7 +149,7 @@ def find_qkv(
         if site in taps and not family.norms_behind_rotary:
             norm = _qk_norm(attention, inside, names, taps[site].layout, family)
             taps[site] = norm or taps[site]
-    if "k" in taps and "v" not in taps:  # keys are values, each with a norm of its own
+    if "k" in taps and "v" not in taps:  # one projection for both, each with a separate norm
         norm = _qk_norm(attention, inside, _QK_NORMS["v"], raw["k"], family)
         taps |= {} if norm is None else {"v": norm}
     return taps, inputs
@@ -154,7 +158,7 @@ def find_qkv(
 def _split(
     projections: Mapping[str, tuple[int, int]], heads: HeadSizes, parts: Mapping[str, str]
 ) -> dict[str, HookPoint]:
-    """A linear map for each; empty where there are none."""
+    """Find a separate linear map for each of q, k and v; empty if there are none."""
     latent = next((p for p in projections if last_name(p) == _LATENT), None)
     counts = {"q": heads.n_heads, "k": heads.n_kv_heads, "v": heads.n_kv_heads}
     widths = {"q": heads.d_head, "k": heads.d_head, "v": heads.d_value}
@@ -189,7 +193,7 @@ def _split(
 
 
 def _wrapper(path: str) -> str:
-    """The module that stands for a linear map: what holds it, where it is called just that."""
+    """Return the module that represents a linear map: its parent if the map is called `linear`."""
     return path.removesuffix(".linear")
 
 
@@ -204,7 +208,7 @@ def _any_of(projections: Mapping[str, tuple[int, int]], names: tuple[str, ...]) 
 def _fused(
     projections: Mapping[str, tuple[int, int]], heads: HeadSizes, family: type[Family]
 ) -> dict[str, HookPoint]:
-    """One linear map for queries, keys and values."""
+    """Find one linear map for queries, keys and values."""
     n, kv, d = heads.n_heads, heads.n_kv_heads, heads.d_head
     for path, (_, out) in projections.items():
         if last_name(path) not in _FUSED or out != (n + 2 * kv) * d:
@@ -237,7 +241,7 @@ def _qk_norm(
     raw: TensorLayout,
     family: type[Family],
 ) -> HookPoint | None:
-    """The norm behind a query or key projection, which is what attention reads."""
+    """Find the norm after a query or key projection; attention reads the norm's output."""
     for path, module in inside.items():
         if not path.startswith(attention + ".") or last_name(path) not in names:
             continue
@@ -247,7 +251,7 @@ def _qk_norm(
         over_all = weight is not None and weight.ndim == 1 and int(weight.shape[0]) != raw.width
         if over_all:
             layout = TensorLayout.heads(raw.units, raw.width)
-        else:  # or `heads_first`, which only its tensors tell
+        else:  # `heads` or `heads_first`: only the tensors at run time distinguish them
             layout = TensorLayout(raw.units, raw.width, axes="heads")
         return HookPoint(path, "out", layout)
     return None
@@ -265,7 +269,7 @@ ATTENTION_NAME = re.compile(r"(attn|attention|attn_layer|self_attn_block)$", re.
 MIXER_NAME = re.compile(
     r"(^|\.)(mixer|mamba|mamba_mixer|linear_attn|short_conv|conv|temporal_block|ssm|delta_net|mlstm_layer)$"
 )
-"""What stands in attention's place in state-space, convolution and recurrent blocks."""
+"""The sublayer that replaces attention in state-space, convolution and recurrent blocks."""
 
 _LINEAR_ATTENTION = re.compile(r"linear_attn|lightning", re.IGNORECASE)
 
@@ -281,7 +285,7 @@ _PAIRS = (
     ("intermediate.up_proj", "output.down_proj"),
     ("lin1", "lin2"),
 )
-"""Linear maps of an MLP that is no module of its own."""
+"""Linear maps of an MLP that isn't a separate module."""
 
 _OUTPUT = (
     "o_proj", "c_proj", "out_proj", "dense", "wo", "linear_proj", "out_lin", "proj", "Wo", "o",
@@ -305,7 +309,7 @@ _NORMS_AFTER_MLP = (
 )  # fmt: skip
 
 _SCALES = (("layer_scale1", "layer_scale2"), ("ls1", "ls2"))
-"""Modules that what is added goes through (layer scale)."""
+"""Modules that scale sublayer outputs before the addition (layer scale)."""
 
 _MLP_NORMS = (
     "pre_feedforward_layernorm",
@@ -330,8 +334,10 @@ _MLP_NORMS = (
 
 
 def is_norm(module: Any) -> bool:
-    """By its class name, which is all that norms have in common; not a part of a family that is
-    named after its norms."""
+    """Return whether a module is a norm, judged by its class name: norms share no base class.
+
+    Composite modules of a family with "norm" in its name don't count.
+    """
     name = type(module).__name__
     part = re.search(r"attention|(pooler|embeddings|encoder|intermediate|output|head)$", name, re.I)
     return "norm" in name.lower() and part is None
@@ -348,7 +354,7 @@ _NORMED_AGAIN = (
 
 
 def bert_components(inside: Mapping[str, Any]) -> dict[str, str]:
-    """Parts of a block with BERT's names, whose modules for outputs add the residual themselves."""
+    """Return the components of a BERT-style block, whose output modules add the residual."""
     if "attention.output.dense" not in inside or "intermediate.dense" not in inside:
         return {}
     first = next((p for p in _NORMED if p in inside), "")
@@ -366,7 +372,7 @@ def bert_components(inside: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _as_t5(inside: Mapping[str, Any]) -> dict[str, str]:
-    """Parts of a block that lists its sublayers, each with a norm and a sum of its own."""
+    """Return the norms of a block that lists its sublayers, each with its norm and residual sum."""
     last = max((int(p.split(".")[1]) for p in inside if re.fullmatch(r"layer\.\d+", p)), default=0)
     norms = ("layer.0.layer_norm", f"layer.{last}.layer_norm")
     return {"norms": ", ".join(norms)} if last and all(n in inside for n in norms) else {}
@@ -374,7 +380,7 @@ def _as_t5(inside: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class BlockContext:
-    """What a block has to be told of its stack."""
+    """The facts about a stack that its blocks depend on."""
 
     shape: ModelShape
     stack: str
@@ -383,16 +389,16 @@ class BlockContext:
     scales: Mapping[str, float]
     without: Mapping[str, str]
     hybrid: bool
-    """Some blocks don't attend."""
+    """Some blocks have no attention."""
 
 
 def find_mixer(inside: Mapping[str, Any]) -> str | None:
-    """A sublayer that stands in attention's place and doesn't attend."""
+    """Find a sublayer that replaces attention."""
     return next((p for p in inside if "." not in p and MIXER_NAME.search(p)), None)
 
 
 class BlockComponents:
-    """One block, taken apart."""
+    """The components of one block, found from its modules."""
 
     def __init__(
         self,
@@ -475,7 +481,7 @@ class BlockComponents:
         )
 
     def _cross(self) -> BlockAnatomy:
-        """The attention of a decoder's block to the encoder."""
+        """Find the attention of a decoder's block to the encoder."""
         found = [p for p in self.inside if _CROSS.search(p) and self._projections(p)]
         cross = self._given("cross", min(found, key=lambda p: p.count("."), default=None))
         if cross is None or cross not in self.inside:
@@ -501,9 +507,9 @@ class BlockComponents:
         )
 
     def _cross_norms(self) -> tuple[str | None, str | None]:
-        """(in front of cross attention or of the sum behind it, between it and the sum)."""
+        """Return (norm before cross attention or after its sum, norm between it and the sum)."""
         named = [p for p in self._direct_norms() if _CROSS.search(p)]
-        if not named:  # between those of attention and of the MLP
+        if not named:  # the norm between those of attention and of the MLP
             listed = self.parts.get("norms", "").split(", ")
             between = "layer.1.layer_norm"
             named = [between] if listed[-1] == "layer.2.layer_norm" else self._direct_norms()[1:2]
@@ -515,7 +521,7 @@ class BlockComponents:
     def _direct_norms(self) -> list[str]:
         return [p for p, m in self.inside.items() if "." not in p and is_norm(m)]
 
-    # --- finding --------------------------------------------------------------------------------
+    # --- component lookup -----------------------------------------------------------------------
 
     def _at(self, part: str) -> str:
         return f"{self.path}.{part}" if part else self.path
@@ -524,7 +530,7 @@ class BlockComponents:
         return None if part is None else self._at(part)
 
     def _given(self, name: str, found: str | None) -> str | None:
-        """What the family says of a part, where its path exists in this block."""
+        """Return the family's path for a component if this block has it, else `found`."""
         said = self.parts.get(name)
         if said is None:
             return found
@@ -543,7 +549,7 @@ class BlockComponents:
         return size
 
     def _projections(self, part: str) -> dict[str, tuple[int, int]]:
-        """Linear maps inside a part of the block, with their sizes."""
+        """Return the linear maps inside a component of the block, with their sizes."""
         start = part + "."
         found = ((p, linear_sizes(m)) for p, m in self.inside.items() if p.startswith(start))
         return {p: size for p, size in found if size is not None}
@@ -560,7 +566,7 @@ class BlockComponents:
         return self._given("attention", min(found, key=lambda p: p.count("."), default=None))
 
     def _mlp(self, first: str) -> tuple[str, ...]:
-        """The MLP, as one module or as linear maps; empty where the block has none."""
+        """Return the MLP as one module or as linear maps; empty if the block has none."""
         said = self.parts.get("mlp")
         if said is not None:
             paths = [p.strip() for p in said.split(",") if p.strip()]
@@ -583,17 +589,17 @@ class BlockComponents:
         raise MissingComponent("MLP", f"no such module in `{self.path}`")
 
     def _attention_alone(self, first: str) -> bool:
-        """Whether there is no linear map beside those of attention."""
+        """Return whether the block has no linear maps outside attention."""
         beside = (m for p, m in self.inside.items() if p != first and not p.startswith(first + "."))
         return all(linear_sizes(module) is None for module in beside)
 
     def _beside(self, mlp: tuple[str, ...]) -> bool:
-        """Whether another MLP, or experts, read the same stream: no module returns their sum."""
+        """Return whether another MLP or experts read the same stream: no module returns the sum."""
         others = (p for p in self.inside if "." not in p and p not in mlp)
         return len(mlp) == 1 and any(_MLP.search(p) or p == "experts" for p in others)
 
     def _down(self, mlp: tuple[str, ...]) -> str | None:
-        """The linear map that neurons go into; None where there is none to be sure of."""
+        """Return the linear map that reads the neurons; None if no candidate is certain."""
         if (said := self._given("down", None)) is not None:
             return said
         if len(mlp) != 1:
@@ -603,7 +609,7 @@ class BlockComponents:
             for p, (_, out) in self._projections(mlp[0]).items()
             if out == self.shape.d_model and (last_name(p) in _DOWN or p.endswith(".output.dense"))
         ]
-        if not fitting:  # modules around linear maps (Gemma 4's vision)
+        if not fitting:  # modules that wrap linear maps (Gemma 4's vision)
             fitting = [p for n in _DOWN if f"{(p := f'{mlp[0]}.{n}')}.linear" in self.inside]
         return fitting[0] if len(fitting) == 1 and not self._expert_list(mlp) else None
 
@@ -612,7 +618,7 @@ class BlockComponents:
         return next((p for p in found if p == "experts" or p.startswith(mlp[0] + ".")), None)
 
     def _experts(self, mlp: tuple[str, ...]) -> dict[str, HookPoint]:
-        """`router` and `expert_out`, where experts are one module that is handed their weights."""
+        """Return `router` and `expert_out`, if one experts module receives the expert weights."""
         path = self._expert_list(mlp)
         count = self.shape.n_experts
         if path is None or not count or not _takes_weights(self.inside[path]):
@@ -627,11 +633,11 @@ class BlockComponents:
     def _norms(
         self, first: str, mlp: tuple[str, ...]
     ) -> tuple[str | None, str | None, str | None, str | None]:
-        """(in front of attention, of the MLP, behind attention, behind the MLP)."""
+        """Return (norm before attention, before the MLP, after attention, after the MLP)."""
         direct = self._direct_norms()
         norms = [p for p in direct if not _CROSS.search(p)]
         if len(norms) == 3 and any(_CROSS.search(p) for p in self.inside):
-            del norms[1]  # of cross attention, though its name doesn't say so
+            del norms[1]  # the norm of cross attention, though its name doesn't tell
         said = [p.strip() for p in self.parts.get("norms", "").split(",") if p.strip()]
         if said and all(p in self.inside for p in said):
             return said[0], said[-1] if len(said) > 1 else None, None, None
@@ -655,7 +661,7 @@ class BlockComponents:
         )
 
     def _heads(self, attention: str) -> tuple[dict[str, HookPoint], tuple[str, ...], str | None]:
-        """Taps of heads, the projections that make them, the output projection."""
+        """Return the hook points of heads, the projections they come from, the output map."""
         shape, module = self.shape, self.inside[attention]
         projections = self._projections(attention)
         heads = head_sizes(shape, module, projections, self.inside)
@@ -703,7 +709,7 @@ class BlockComponents:
 
 
 def _takes_weights(experts: Any) -> bool:
-    """Whether it is called with tokens, indices of experts and their weights."""
+    """Return whether `experts` is called with tokens, expert indices and expert weights."""
     try:
         arguments = list(inspect.signature(experts.forward).parameters)
     except (AttributeError, TypeError, ValueError):
@@ -712,5 +718,5 @@ def _takes_weights(experts: Any) -> bool:
 
 
 def _wraps(path: str, out: int, shape: ModelShape) -> bool:
-    """Whether it is the linear map within an output projection (`o_proj.linear`)."""
+    """Return whether a path is the linear map within an output projection (`o_proj.linear`)."""
     return out == shape.d_model and last_name(path.rpartition(".")[0]) in _OUTPUT

@@ -68,7 +68,7 @@ VOCAB_KEYS = ("vocab_size",)
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 
 EMBEDDING_KEYS = ("embedding_size", "word_embed_proj_dim")
-"""Widths of embeddings, in front of the stream and behind it, where that isn't the model's."""
+"""Widths of token embeddings, before and after the stream, if they differ from the model's."""
 
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -85,16 +85,16 @@ KEY_GROUPS = (
     EMBEDDING_KEYS,
     EXPERT_KEYS,
 )
-"""Keys that say the same thing."""
+"""Groups of keys with the same meaning."""
 
 MIXER_KEYS = (
     "mamba", "ssm", "state_size", "conv_L_cache", "linear_num_", "linear_attn", "lru_width",
     "rescale_every", "qk_dim_factor", "short_conv",
 )  # fmt: skip
-"""How keys begin that only configs of state-space, convolution or recurrent models have."""
+"""Prefixes of keys found only in configs of state-space, convolution or recurrent models."""
 
 COUNT_KEYS = (LAYER_KEYS, HEAD_KEYS, KV_HEAD_KEYS, WIDTH_KEYS, MLP_KEYS, VOCAB_KEYS)
-"""Sizes that can't be 0; of the others, 0 says that there is none of its own."""
+"""Sizes that can't be 0; for others, 0 means that the model has none."""
 
 DECODER_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -113,11 +113,11 @@ SIZE_LIMITS: Mapping[str, int] = {
     **dict.fromkeys(EXPERT_KEYS, limits.EXPERTS),
     **dict.fromkeys(LAYER_KEYS, limits.LAYERS),
 }
-"""The largest number that each key may have."""
+"""The maximum of each key."""
 
 
 def subconfig(config: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """The config of a part, or all of it where it isn't divided."""
+    """Return the config of a component, or the whole config if it isn't nested."""
     for key in keys:
         if isinstance(nested := config.get(key), Mapping):
             return cast(Mapping[str, Any], nested)
@@ -125,8 +125,10 @@ def subconfig(config: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
 
 
 def find_impossible_sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """Keys that say a size, with a value that is none: below 1, or no whole number. Lists are of
-    models whose blocks differ, and null is what the library makes of it."""
+    """Yield keys of sizes whose value isn't a size: below 1, or not an integer.
+
+    Lists belong to models whose blocks differ, and the library replaces null.
+    """
     for keys, least in (
         *((keys, 1) for keys in COUNT_KEYS),
         (HEAD_WIDTH_KEYS, 0),
@@ -138,11 +140,11 @@ def find_impossible_sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, obje
                 continue
             if not isinstance(value, int) or value < least:
                 yield key, value
-            break  # the others aren't read
+            break  # later keys of the group aren't read
 
 
 def check_sizes(config: Mapping[str, Any], model: str, span: Span | None) -> Diagnostic | None:
-    """E0430 for a number that no model has; what is made of it would fill the memory."""
+    """Return E0430 for an implausible size: a model of that size would exhaust the memory."""
     for key, value in {**subconfig(config, "ffn_config"), **config}.items():
         most = SIZE_LIMITS.get(key)
         if most is not None and isinstance(value, int) and abs(value) > most:
@@ -153,9 +155,9 @@ def check_sizes(config: Mapping[str, Any], model: str, span: Span | None) -> Dia
 def explain_missing_blocks(
     refused: list[Diagnostic], staged: str, *, model: str, named: str
 ) -> list[Diagnostic]:
-    """E0409 in place of numbers that are missing, of a kind that has no list of blocks alike.
+    """Replace missing sizes by E0409 for a model without a list of equal blocks.
 
-    staged: what it has instead; empty where it isn't of that kind. named: the class of the model.
+    staged: the structure it has instead; empty if it has such a list. named: the model's class.
     """
     if not staged or not all(isinstance(each, ShapeUnknown) for each in refused):
         return refused
@@ -169,7 +171,7 @@ def explain_missing_blocks(
 
 
 def is_in_config(config: Mapping[str, Any], found: Iterable[Diagnostic]) -> bool:
-    """Whether a number that could not be read stands in the config all the same."""
+    """Return whether a size that couldn't be read is in the config nevertheless."""
     keys = {key for problem in found if isinstance(problem, ShapeUnknown) for key in problem.named}
     return any(key in config for key in keys)
 
@@ -177,7 +179,7 @@ def is_in_config(config: Mapping[str, Any], found: Iterable[Diagnostic]) -> bool
 DEFAULTS_FILE = Path(__file__).with_name("library_defaults.json")
 
 SUBCONFIG_KEYS = ("text_config", "vision_config", "decoder", "encoder")
-"""Keys behind which the config of a part stands."""
+"""Keys of the configs of components."""
 
 
 @cache
@@ -191,10 +193,13 @@ def add_defaults(
     kind: str = "",
     table: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The config with what the library takes for granted; as it is for a kind that isn't known.
+    """Add the library's defaults to a config; unknown model types stay unchanged.
 
-    alike: keys that say the same, of which a config has one. kind: its `model_type`, where it
-    doesn't say that itself. table: what each kind takes for granted, by default the package's.
+    Args:
+        config: The config.
+        alike: Groups of keys with the same meaning, of which a config has one.
+        kind: The `model_type`, if the config doesn't have it.
+        table: Defaults by model type; None for the package's table.
     """
     kind = str(config.get("model_type", kind))
     table = read_defaults() if table is None else table
@@ -213,7 +218,7 @@ def add_defaults(
 
 
 def find_dense_blocks(config: ModelConfig, n_layers: int) -> frozenset[int]:
-    """Blocks without experts, counted from 0."""
+    """Return the blocks without experts, counted from 0."""
     layers = frozenset(range(n_layers))
     for key, kind in (("mlp_layer_types", "dense"), ("layers_block_type", "mlp")):
         kinds = _config_list(config, key)
@@ -252,11 +257,11 @@ def _config_list(config: ModelConfig, key: str) -> list[Any]:
 
 
 MAX_IMAGE_SIDE = 4096
-"""Of a side of an image."""
+"""Maximum pixels of an image side."""
 
 
 def read_patch_layout(entry: type[Family], config: Mapping[str, Any]) -> PatchLayout | None:
-    """The layout; None where it isn't known of the kind. config: of the encoder."""
+    """Return the layout of an encoder's config; None if its family doesn't define one."""
     front = entry.in_front(config)
     patch, size = (_sides(config.get(key)) for key in ("patch_size", "image_size"))
     if front is None or patch is None or size is None:
@@ -265,7 +270,7 @@ def read_patch_layout(entry: type[Family], config: Mapping[str, Any]) -> PatchLa
 
 
 def _sides(value: object) -> tuple[int, int] | None:
-    """(height, width) of what may be a square."""
+    """Return (height, width) of a size that may be a single number."""
     sides = cast("list[object]", value) if isinstance(value, (list, tuple)) else [value, value]
     if len(sides) != 2 or not all(isinstance(n, int) and 0 < n <= MAX_IMAGE_SIDE for n in sides):
         return None
@@ -281,7 +286,7 @@ def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
 
 
 def available_sites(*, parallel: bool, experts: bool, dense: bool, mixers: bool) -> frozenset[str]:
-    """Sites of a decoder with these kinds of blocks."""
+    """Return the sites of a decoder with these types of blocks."""
     missing: set[str] = set()
     if parallel:
         missing.add("resid_mid")
@@ -309,10 +314,10 @@ def available_sites(*, parallel: bool, experts: bool, dense: bool, mixers: bool)
 def shape_from_config(
     config: Mapping[str, Any], *, model: str = "model", span: Span | None = None
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
-    """The shape that a `config.json` describes, of the stack that `layer` means.
+    """Return the shape that a `config.json` describes, of the stack that `layer` refers to.
 
-    `model` is the name in messages, `span` the model statement. Gives E0408 for a config that
-    lacks a number, E0420 for one that can't be.
+    `model` is the name in messages, `span` the model statement. Returns E0408 if the config lacks a
+    size, E0420 if a size is impossible.
     """
     architectures = config.get("architectures")
     names = [str(a) for a in cast(list[Any], architectures)] if architectures else []
@@ -326,7 +331,7 @@ def shape_from_config(
 
 
 def _scores(config: Mapping[str, Any], names: list[str]) -> OutputTask | None:
-    """What the scores of a model with two towers are; None of other models."""
+    """Return the meaning of the scores of a model with two towers; None for other models."""
     kind = str(config.get("model_type"))
     entry = find_family(kind)
     parts = (config.get(key) for key in ("vision_config", "text_config"))
@@ -338,7 +343,7 @@ def _scores(config: Mapping[str, Any], names: list[str]) -> OutputTask | None:
 def _towers(
     config: Mapping[str, Any], names: list[str], task: OutputTask, *, model: str, span: Span | None
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
-    """The tower for images of a model with two, and in it that for texts."""
+    """Return the image tower of a model with two towers, with the text tower as its `texts`."""
     told: dict[str, Any] = {"model": model, "span": span}
     vision, found = _shape(
         subconfig(config, "vision_config"), config, names, "image", causal=False, **told
@@ -356,8 +361,10 @@ def _towers(
 
 
 def stack_shape(shape: ModelShape, config: Mapping[str, Any], stack: str) -> ModelShape | None:
-    """The shape of a stack beside the main one: `encoder`, `cross`, `vision`; `config` is the
-    whole model's. None where the config lacks a number."""
+    """Return the shape of the stack `encoder`, `cross` or `vision`; None if a size is missing.
+
+    config: the config of the whole model.
+    """
     match stack:
         case "cross":
             return shape
@@ -366,14 +373,14 @@ def stack_shape(shape: ModelShape, config: Mapping[str, Any], stack: str) -> Mod
             part = {**part, **_encoder_numbers(config)}
         case _:
             part = subconfig(config, "vision_config", "vision_tower", "vision_model")
-            if "embed_dim" in part:  # and `hidden_size` is the language model's
+            if "embed_dim" in part:  # `hidden_size` is then the language model's
                 part = {**part, "hidden_size": part["embed_dim"]}
     found, _ = _shape(part, part, [shape.architecture], "image", causal=False)
     return found
 
 
 def _encoder_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """An encoder-decoder's own keys for its encoder, under the names that others use."""
+    """Return an encoder-decoder's sizes of its encoder, under the usual keys."""
     keys = {
         "num_decoder_layers": ("num_layers", "encoder_layers", "encoder_num_hidden_layers"),
         "num_attention_heads": ("encoder_attention_heads", "encoder_num_attention_heads"),
@@ -404,7 +411,7 @@ def _numbers(
     model: str,
     span: Span | None,
 ) -> tuple[dict[str, int], list[Diagnostic]]:
-    """The numbers that every model has, by what they are; or what is wrong with them."""
+    """Return the sizes that every model has, by name, or the errors in them."""
     impossible: list[Diagnostic] = [
         BadSize(span=span, model=model, key=key, value=json.dumps(value))
         for key, value in find_impossible_sizes({**{k: config.get(k) for k in VOCAB_KEYS}, **text})
@@ -512,13 +519,13 @@ def _without_head(names: list[str], model_type: str, takes: ModelInput, task: Ou
 
 
 def _narrow(config: Mapping[str, Any], d_model: int) -> int:
-    """Width of what the unembedding reads, 0 for the model's."""
+    """Return the width that the unembedding reads, 0 for the model's."""
     width = _first(config, ("output_embedding_size", *EMBEDDING_KEYS)) or 0
     return width if width != d_model else 0
 
 
 def _kv_heads(config: Mapping[str, Any]) -> int | None:
-    if config.get("new_decoder_architecture") is False:  # Falcon: written, but not used
+    if config.get("new_decoder_architecture") is False:  # Falcon: the key is set but unused
         return None
     return _first(config, KV_HEAD_KEYS)
 
@@ -532,26 +539,26 @@ def _has_mixers(config: Mapping[str, Any]) -> bool:
 
 
 def has_mixer_blocks(config: Mapping[str, Any]) -> bool:
-    """Whether the config names blocks that attend without a softmax, or not at all."""
+    """Return whether the config names blocks that attend without a softmax, or not at all."""
     kinds = config.get("layer_types") or config.get("layers_block_type") or ()
     return any(str(kind).startswith("linear_attention") for kind in kinds)
 
 
 def _list_length(config: Mapping[str, Any]) -> int | None:
-    """How many blocks a list names."""
+    """Return the number of blocks in a list of their types."""
     blocks = config.get("layers_block_type")
     return len(cast(list[Any], blocks)) if isinstance(blocks, list) else None
 
 
 def _headless(config: Mapping[str, Any]) -> int | None:
-    """State-space models have no heads; one stands for all."""
+    """Return 1 for state-space models, which have no heads."""
     return 1 if _has_mixers(config) else None
 
 
 def read_config(
     folder: Path, *, name: str = "config.json", model: str = "model", span: Span | None = None
 ) -> tuple[dict[str, Any] | None, list[Diagnostic]]:
-    """The `config.json` of a folder, or another file of that kind; E0404 where it can't be read."""
+    """Read the `config.json` of a folder, or a similar file; E0404 if it can't be read."""
 
     def refused(reason: str) -> tuple[None, list[Diagnostic]]:
         return None, [NoConfig(span=span, model=model, reason=reason, file=name)]
@@ -571,8 +578,8 @@ def read_config(
 def shape_of_folder_config(
     config: Mapping[str, Any], *, model: str = "model", span: Span | None = None
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
-    """The shape that a folder's config describes, with what its kind takes for granted; E0408 for a
-    number that neither says."""
+    """Return the shape of a folder's config with the defaults of its model type; E0408 for a size
+    in neither."""
     try:
         shape, found = shape_from_config(config, model=model, span=span)
         if shape is None and all(isinstance(each, ShapeUnknown) for each in found):
@@ -581,7 +588,7 @@ def shape_of_folder_config(
                 whole = add_defaults(config, KEY_GROUPS)
                 return shape_from_config(whole, model=model, span=span)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        # Anything may stand behind a key, and each family reads its own.
+        # A key may hold any value, and each family reads other keys.
         reason = f"one of its entries is not what it should be ({error})"
         return None, [NoConfig(span=span, model=model, reason=reason)]
     return shape, found
@@ -590,8 +597,11 @@ def shape_of_folder_config(
 def read_shape(
     folder: Path, *, model: str = "model", span: Span | None = None
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
-    """The shape of the model in a folder; E0404 where its `config.json` can't be read, E0407 where
-    it doesn't read text alone, E0439 where its output is one that can't be measured."""
+    """Return the shape of the model in a folder.
+
+    E0404 if its `config.json` can't be read, E0407 if it doesn't read text alone, E0439 if its
+    output can't be measured.
+    """
     config, found = read_config(folder, model=model, span=span)
     if config is None:
         return None, found

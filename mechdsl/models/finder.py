@@ -45,8 +45,19 @@ def find_anatomies(
     model: str = "model",
     span: Span | None = None,
 ) -> tuple[list[Anatomy], list[Diagnostic]]:
-    """What the anatomy of one stack could be, likeliest first, from a model's `named_modules()`;
-    E0409 names what is missing in the first."""
+    """Find the possible anatomies of one stack, most likely first.
+
+    Args:
+        modules: The model's `named_modules()`.
+        shape: The shape of the stack.
+        stack: The name of the stack; empty for the main one.
+        model: The model's name in messages.
+        span: The model statement.
+
+    Returns:
+        The anatomies, and E0409 with the component that the first arrangement lacks if there are
+        none.
+    """
     tree = _without_adapters(dict(modules))
     found: list[Anatomy] = []
     missing: MissingComponent | None = None
@@ -75,7 +86,7 @@ def find_anatomies(
 
 
 def _without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The modules without what peft puts into those that it adapts, which stand for it."""
+    """Return the modules without peft's additions inside adapted modules."""
     adapted = tuple(f"{path}." for path, part in tree.items() if hasattr(part, "base_layer"))
     return {path: part for path, part in tree.items() if not path.startswith(adapted)}
 
@@ -104,7 +115,7 @@ class _Finder:
         return range(self.shape.n_layers)
 
     def arrangements(self) -> Sequence[BlockArrangement]:
-        """How blocks could be arranged, likeliest first."""
+        """Return the possible arrangements of blocks, most likely first."""
         known = self.family.arrangement(self.shape.config)
         if known is not None:
             return (known,)
@@ -170,7 +181,7 @@ class _Finder:
         )
 
     def _whole(self) -> str:
-        """Why rows can't start in the middle."""
+        """Return the reason that rows can't start at a middle block."""
         if self.hybrid:
             return "some of its blocks don't attend, and what they carry on isn't kept"
         if any(last_name(path) == "indexer" for path in self.within(self.block_path(0))):
@@ -178,7 +189,7 @@ class _Finder:
         return self.family.whole(self.shape.config)
 
     def _checked(self, blocks: Sequence[BlockAnatomy]) -> Sequence[BlockAnatomy]:
-        """The blocks, if some of them have heads of the number and width that the config says
+        """Return the blocks if some have the number and width of heads that the config gives
         (others may differ, as in Gemma 4)."""
         shape = self.shape
         expected = {
@@ -201,7 +212,7 @@ class _Finder:
         return f"{self.root}.{layer}"
 
     def _blocks(self) -> str:
-        """Path of the list of blocks."""
+        """Return the path of the list of blocks."""
         n = self.shape.n_layers
         fitting: list[str] = []
         for path in self.modules:
@@ -220,7 +231,7 @@ class _Finder:
         return max(wanted, key=lambda p: _common(p, near)) if near else wanted[0]
 
     def _is_ours(self, path: str) -> bool:
-        """Whether a list of blocks may be the stack that is looked for."""
+        """Return whether a list of blocks may be the requested stack."""
         vision = bool(re.search(r"vision|visual|image|audio", path))
         match self.stack:
             case "vision":
@@ -295,7 +306,7 @@ class _Finder:
         return None
 
     def _final_norm(self) -> str | None:
-        """The norm beside the list of blocks, or a level above it."""
+        """Return the norm next to the list of blocks, or at a level above it."""
         parent = self.root.rpartition(".")[0]
         if "final_norm" in self.parts:
             said = self.parts["final_norm"]
@@ -344,14 +355,14 @@ class _Finder:
         return taps
 
     def _merged(self) -> str | None:
-        """The language model that gets embeddings with image features merged in."""
+        """Return the language model that reads embeddings with image features merged in."""
         if self.shape.takes != "image and text":
             return None
         parent = self.root.rpartition(".")[0]
         return parent or None
 
     def _embeddings_of_images(self) -> tuple[str, str] | None:
-        """What makes tokens of an image, and what within it makes vectors of patches."""
+        """Return the module that embeds an image, and its submodule that embeds the patches."""
         parent = self.root.rpartition(".")[0]
         while True:
             for name in ("embeddings", "embed", "patch_embed", "patch_embedder"):
@@ -363,8 +374,8 @@ class _Finder:
             parent = parent.rpartition(".")[0]
 
     def _patches(self, path: str) -> str | None:
-        """What makes vectors of patches within a module, which adds positions to these and puts
-        tokens in front of them; None where several modules may."""
+        """Return the submodule that embeds patches, before the module adds positions and the tokens
+        that precede patches; None if several submodules qualify."""
         inside = {f"{path}.{name}" if name else path: m for name, m in self.within(path).items()}
         norms = [name for name, module in inside.items() if is_norm(module)]
         width = self.shape.d_model
@@ -379,7 +390,7 @@ class _Finder:
 
 
 def _common(path: str, other: str) -> int:
-    """How many parts of two paths are equal from the start on."""
+    """Count the equal leading components of two paths."""
     count = 0
     for a, b in zip(path.split("."), other.split("."), strict=False):
         if a != b:
@@ -389,7 +400,7 @@ def _common(path: str, other: str) -> int:
 
 
 def stack_names(shape: ModelShape) -> Iterator[str]:
-    """Names of the stacks beside the main one."""
+    """Yield the names of the stacks other than the main one."""
     match shape.takes:
         case "two texts" | "audio":
             yield from ("encoder", "cross")

@@ -34,18 +34,23 @@ from mechdsl.program.spec import Model
 _INDEX = ".safetensors.index.json"
 
 _WEIGHTS = "transformers_weights"
-"""A key of `config.json`: the file that the library takes the weights from."""
+"""A key of `config.json`: the file that the library loads the weights from."""
 
 _KERNELS = ("attn_implementation", "experts_implementation")
-"""Keys of `config.json`, also behind an underscore: a kernel, which may be a repository's."""
+"""Keys of `config.json`, also with a leading underscore: a kernel, perhaps from a repository."""
 
 
 def check_folder_files(folder: Path, model: Model, *, by_name: bool) -> Diagnostic | None:
-    """Why the files of a folder aren't read; None where they are. Opens no weights.
+    """Return the reason that a folder's files aren't read; None if they are. Opens no weights.
 
-    by_name: whether it was found by a name, in the zoo or the library's cache (whose files are
-    links to others of the cache), so that an untrusted file may read it.
-    Codes: E0431, E0432, E0433, E0532, E0535.
+    Args:
+        folder: The folder.
+        model: The model statement.
+        by_name: Whether the folder was found by a name, in the zoo or in the library's cache
+            (whose files are links to others of the cache), so that an untrusted file may read it.
+
+    Returns:
+        E0431, E0432, E0433, E0532 or E0535; None without a problem.
     """
     for path in sorted(folder.iterdir()):
         found = _refused(path, model, by_name=by_name)
@@ -64,7 +69,7 @@ def check_folder_files(folder: Path, model: Model, *, by_name: bool) -> Diagnost
 
 
 def _refused(path: Path, model: Model, *, by_name: bool) -> Diagnostic | None:
-    """What is wrong with one of the files."""
+    """Return the problem of one of the files."""
     if not by_name and not is_inside_reach(path, model.span):
         return _elsewhere(model, path.name, "a link that leads out of the folder")
     what = special_file_kind(path)
@@ -97,8 +102,10 @@ def _elsewhere(model: Model, name: str, where: str) -> Diagnostic:
 def referenced_weights(
     folder: Path, config: Mapping[str, Any] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Files of weights that another file of the folder names, behind that one's name: an index, or
-    the config, which is read where it isn't given."""
+    """Yield (file, name) of weights that an index or the config of the folder names.
+
+    The config is read if it isn't given.
+    """
     config = _object(folder / "config.json") if config is None else config
     if isinstance(config.get(_WEIGHTS), str):
         yield "config.json", config[_WEIGHTS]
@@ -111,7 +118,7 @@ def referenced_weights(
 
 
 def _repositories(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Kernels that a config, or that of a part, takes from a repository: their keys and names."""
+    """Yield keys and names of kernels that a config or subconfig loads from a repository."""
     for key, value in config.items():
         if key.strip("_").startswith(_KERNELS) and "/" in str(value):
             yield key, str(value)
@@ -120,7 +127,7 @@ def _repositories(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _object(path: Path) -> Mapping[str, Any]:
-    """The JSON object of a file, empty where it is none: whoever needs it says so."""
+    """Return the JSON object of a file, empty if it has none: callers report what they lack."""
     try:
         found = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -131,20 +138,24 @@ def _object(path: Path) -> Mapping[str, Any]:
 ADAPTER_CONFIG = "adapter_config.json"
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-"""As peft calls them."""
+"""File names of peft."""
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
-"""Pickles that a trainer leaves beside a model."""
+"""Pickles that a trainer saves next to a model."""
 
 
 def locate_model(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
-    """The folder with the model's `config.json`.
+    """Return the folder with the model's `config.json`.
 
-    `base` is the folder that relative paths start from, the `.mech` file's. Gives E0403, E0404,
-    E0405, E0431 to E0433, E0440, E0532, E0535, and W0710 for a model that isn't there, which
-    `needed` makes E0401.
+    Args:
+        model: The model statement.
+        base: The folder that relative paths start from, that of the `.mech` file.
+
+    Returns:
+        The folder, and E0403, E0404, E0405, E0431 to E0433, E0440, E0532, E0535, or W0710 for a
+        missing model, which `require_model` turns into E0401.
     """
     match model.kind:
         case "zoo":
@@ -158,12 +169,12 @@ def locate_model(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic
 
 
 def weight_files(folder: Path, *, adapter: bool = False) -> list[Path]:
-    """The safetensors files of a model folder, in order of their names; of an adapter its one."""
+    """Return the safetensors files of a model folder by name; an adapter has exactly one."""
     return sorted(folder.glob(ADAPTER_WEIGHTS if adapter else "*.safetensors"))
 
 
 def check_weights(folder: Path, model: Model) -> Diagnostic | None:
-    """E0406 for a folder of a model, or of an adapter, that has no weights."""
+    """Return E0406 if the folder of a model or an adapter has no weights."""
     adapter = model.base is not None
     if weight_files(folder, adapter=adapter):
         return None
@@ -179,7 +190,7 @@ def check_weights(folder: Path, model: Model) -> Diagnostic | None:
 
 
 def report_missing_weights(models: Iterable[Model]) -> list[Diagnostic]:
-    """E0406 for models whose folders are on this machine without weights: all but running works."""
+    """Return E0406 for models whose local folders lack weights: everything but running works."""
     folders = (
         (model, locate_model(model, model.span.source.folder)[0])
         for model in models
@@ -202,7 +213,7 @@ def _local(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
     folder, problems = path_to_read(LOCAL_PATH, model.path, model.span, base=base)
     if folder is None:
         return None, problems
-    if not os.path.isdir(folder):  # which, unlike `Path.is_dir`, takes any name
+    if not os.path.isdir(folder):  # unlike `Path.is_dir`, accepts any name
         return None, [
             ModelNotLocal(
                 span=model.span,
@@ -236,8 +247,7 @@ def _hub(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
 
 
 def require_model(found: Iterable[Diagnostic]) -> list[Diagnostic]:
-    """The same where the model has to be there: what is a warning of a file that is only checked is
-    E0401."""
+    """Turn the warning about a missing model into E0401, for commands that need the model."""
     return [_error(each) if isinstance(each, ModelNotLocal) else each for each in found]
 
 
@@ -270,13 +280,15 @@ def _checked(
 
 
 def _configs(folder: Path) -> tuple[Path, Path]:
-    """What a model and an adapter are known by."""
+    """Return the files that identify a model and an adapter."""
     return folder / "config.json", folder / ADAPTER_CONFIG
 
 
 def _not_a_model(folder: Path, model: Model) -> Diagnostic | None:
-    """E0404 or E0440 for a folder that holds no model, or one with an adapter beside it: the
-    library would put that on the model where peft is installed."""
+    """Return E0404 or E0440 for a folder without a model, or with a model and an adapter.
+
+    The library would apply such an adapter to the model if peft is installed.
+    """
     config, adapter = map(os.path.isfile, _configs(folder))
     if not adapter:
         reason = f"no such file in `{model.path}`"
@@ -293,7 +305,7 @@ def _not_a_model(folder: Path, model: Model) -> Diagnostic | None:
             hint="put the files of the adapter, whose names begin with `adapter_`, into a folder "
             'of their own: `model tuned = local("adapter", base: m)` reads it from there',
         )
-    name = model.name if model.name.isidentifier() else "tuned"  # a folder's, of `mechdsl sites`
+    name = model.name if model.name.isidentifier() else "tuned"  # `mechdsl sites` has a path here
     here = named.startswith(("/", ".", "~")) or "\\" in named
     line = f'model m = {"local" if here else "hf"}("{named or "…"}")'
     return AdapterFolder(
@@ -306,7 +318,7 @@ def _not_a_model(folder: Path, model: Model) -> Diagnostic | None:
 
 
 def _not_an_adapter(folder: Path, model: Model) -> Diagnostic | None:
-    """E0404 for a folder that is to be an adapter, and isn't one."""
+    """Return E0404 if a folder that should hold an adapter has none."""
     config, adapter = map(os.path.isfile, _configs(folder))
     if adapter:
         return None
@@ -319,7 +331,7 @@ def _not_an_adapter(folder: Path, model: Model) -> Diagnostic | None:
 
 
 def _base_of(folder: Path) -> str:
-    """The model that an adapter was trained on, as its config says; empty where it doesn't."""
+    """Return the base model that an adapter's config names; empty if it names none."""
     try:
         config = load_json((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -329,10 +341,10 @@ def _base_of(folder: Path) -> str:
 
 
 FileHasher = Callable[[Path], str]
-"""SHA-256 of a file in hex: `Store.file_hash`, which reads a file once, or `file_hash`."""
+"""SHA-256 of a file in hex: `Store.file_hash`, which caches hashes, or `hash_file`."""
 
 _CONFIGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
-"""What the library reads beside weights and tokenizer."""
+"""Files that the library reads besides weights and tokenizer."""
 
 IDENTITY_TOKENIZER_FILES = (
     "tokenizer.json",
@@ -343,11 +355,11 @@ IDENTITY_TOKENIZER_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-"""As `mechdsl/prompts/tokens/tokenizer.py` has them, which stands beside this floor."""
+"""Same files as in `mechdsl/prompts/tokens/tokenizer.py`, which this package can't import."""
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file. Raises OSError."""
+    """Return the SHA-256 of a file. Raises OSError."""
     digest = sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -356,8 +368,10 @@ def hash_file(path: Path) -> str:
 
 
 def hash_weights(files: list[Path], hashed: FileHasher = hash_file) -> str:
-    """What `hashes` of a result call the weights: the SHA-256 of the file; of several files, that
-    of theirs, in order of the names."""
+    """Return the weights' hash in a result's `hashes`.
+
+    It is the SHA-256 of the file; for several files, the SHA-256 of their hashes by file name.
+    """
     every = [hashed(path) for path in files]
     return every[0] if len(every) == 1 else json_digest(every)
 
@@ -365,10 +379,10 @@ def hash_weights(files: list[Path], hashed: FileHasher = hash_file) -> str:
 def folder_identity(
     statement: spec.Model, folder: Path, hashed: FileHasher = hash_file, *, base: str | None = None
 ) -> str | None:
-    """The digest of the model that a folder holds; None where it can't be told.
+    """Return the digest of the model in a folder; None if it can't be determined.
 
-    base: of an adapter the identity of its base, None where that has none.
-    Raises OSError where a file can't be read.
+    base: the identity of an adapter's base, None if that has none. Raises OSError if a file can't
+    be read.
     """
     if statement.base is not None and base is None:
         return None
@@ -389,8 +403,10 @@ def folder_identity(
 
 
 def file_stamps(statement: spec.Model, folder: Path) -> dict[str, tuple[int, ...] | None]:
-    """Sizes, times and inodes of the files that the identity is of: where they are the same before
-    and after, the files were not written in between."""
+    """Return sizes, times and inodes of the files that the identity depends on.
+
+    Equal stamps before and after show that the files weren't written in between.
+    """
     adapter = statement.base is not None
     names = [path.name for path in weight_files(folder, adapter=adapter)]
     names += [*_CONFIGS, *IDENTITY_TOKENIZER_FILES]
@@ -408,7 +424,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 def _contents(folder: Path, *, adapter: bool) -> Iterator[tuple[str, str]]:
-    """The configs, and the indices that say which weights lie in which file."""
+    """Yield the configs and the indices that map weights to files, with their hashes."""
     named = (
         [ADAPTER_CONFIG]
         if adapter
@@ -426,6 +442,6 @@ def _tokenizer(folder: Path) -> Mapping[str, str]:
 
 
 def json_digest(parts: object) -> str:
-    """SHA-256 of what JSON can say: names sorted, no white space."""
+    """Return the SHA-256 of a value as JSON with sorted names and no white space."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return sha256(text.encode()).hexdigest()

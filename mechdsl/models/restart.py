@@ -1,7 +1,7 @@
-"""Which tokens of a patched row each block recomputes; the unpatched run supplies the others.
+"""The tokens of a patched row that each block recomputes; others come from the unpatched run.
 
-A row differs from its starting run at the written tokens and at the tokens that these reach: a
-changed token that enters a block changes itself and, through its key and value, every later token.
+A row differs from its starting run at the patched tokens and at all tokens they affect. A changed
+token that enters a block changes its own output and, through its key and value, every later token.
 All other values are taken from the unpatched run. No torch.
 """
 
@@ -21,24 +21,24 @@ TokenMask: TypeAlias = NDArray[np.bool_]
 """[row, column]"""
 
 SiteMasks: TypeAlias = Mapping[tuple[str, int | None], TokenMask]
-"""(site, layer) → where it is written or read."""
+"""(site, layer) → the tokens at which it is written or read."""
 
 AFTER_LAST_BLOCK = 1 << 30
-"""A number above that of every block."""
+"""A number greater than every block's."""
 
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """Which parts of the unpatched run a row may take over. All off is a whole pass."""
+    """The parts of the unpatched run that a row may reuse. With all off, rows are full passes."""
 
     resume: bool = True
     """Blocks below the lowest write."""
     inside: bool = True
-    """Parts of a block before its first write."""
+    """Components of a block before its first write."""
     prefix: bool = True
     """Tokens before the leftmost write."""
     last: bool = True
-    """Tokens that no measure reads: all behind the last one, and in the last block all others."""
+    """Tokens that no metric reads: those after the last read and, in the last block, all others."""
 
 
 FULL_PASS = Shortcuts(resume=False, inside=False, prefix=False, last=False)
@@ -46,12 +46,12 @@ FULL_PASS = Shortcuts(resume=False, inside=False, prefix=False, last=False)
 
 @dataclass(frozen=True, eq=False)
 class BlockWork:
-    """What the rows compute in one block. At all other tokens the unpatched values stand."""
+    """The tokens that rows compute in one block; other tokens keep their unpatched values."""
 
     present: TokenMask
     """Tokens that pass through the block."""
     carried: TokenMask
-    """Of these, the ones whose input comes from the block below."""
+    """Of `present`, the tokens whose input comes from the block below."""
     project: TokenMask
     """Queries, keys and values are computed."""
     attend: TokenMask
@@ -64,62 +64,62 @@ class BlockWork:
 
 @dataclass(frozen=True, eq=False)
 class HeldSublayers:
-    """Rows of path patching: what their sublayers return is the unpatched run's, but for what is
-    written; only the residual stream carries a change on."""
+    """Rows of path patching, whose sublayers return the unpatched run's outputs except at writes.
+
+    Only the residual stream carries a change on.
+    """
 
     rows: NDArray[np.bool_]
     """[row]"""
     mlps: NDArray[np.bool_]
     """[row] whether MLPs are held too."""
     norms: NDArray[np.bool_]
-    """[row] whether norms divide by what they divide by on the base run; such rows are whole
-    passes."""
+    """[row] whether norms use the base run's divisors; such rows are full forward passes."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowMasks:
-    """Some rows, by what they write and what is read of them."""
+    """The writes and reads of some rows, as token masks."""
 
     real: TokenMask
     """Columns that hold a token of the prompt."""
     writes: SiteMasks
     reads: SiteMasks
-    """Sites that measures read inside the model."""
+    """Sites that metrics read inside the model."""
     final: TokenMask
-    """Tokens that are read behind the last block."""
+    """Tokens that are read after the last block."""
     held: HeldSublayers | None = None
 
     @property
     def top(self) -> NDArray[np.int64]:
-        """[row] the highest block that something is read in; all of them where it is read behind
-        the last one."""
+        """[row] the highest block that is read; `AFTER_LAST_BLOCK` if the row is read after it."""
         found = np.full(len(self.real), -1, dtype=np.int64)
         for (site, layer), mask in self.reads.items():
-            if site == "embed":  # in front of all blocks
+            if site == "embed":  # before all blocks
                 continue
             own = np.where(mask.any(axis=1), AFTER_LAST_BLOCK if layer is None else layer, -1)
             found = np.maximum(found, own)
         return np.where(self.final.any(axis=1), AFTER_LAST_BLOCK, found)
 
     def reached(self, mask: TokenMask, *, causal: bool) -> TokenMask:
-        """The tokens that see one of these."""
+        """Return the tokens that attend to any token of the mask."""
         return mask_from_first(mask) if causal else mask.any(axis=1, keepdims=True) & self.real
 
 
 def mask_from_first(mask: TokenMask) -> TokenMask:
-    """The columns from the first one on."""
+    """Return the columns from the first True on."""
     return np.logical_or.accumulate(mask, axis=1)
 
 
 def mask_to_last(mask: TokenMask) -> TokenMask:
-    """The columns up to the last one."""
+    """Return the columns up to the last True."""
     return np.logical_or.accumulate(mask[:, ::-1], axis=1)[:, ::-1]
 
 
 def block_work(
     rows: RowMasks, n_layers: int, *, parallel: bool, causal: bool = True, shortcuts: Shortcuts
 ) -> Iterator[BlockWork]:
-    """The work of each block, from the lowest up.
+    """Yield the work of each block, from the lowest up.
 
     parallel: attention and MLP read the same stream. causal: no token sees a later one.
     """
@@ -147,14 +147,14 @@ def block_work(
         reading = np.logical_or.reduce([none, *read.values()])
         entered = carried
         if not shortcuts.prefix:
-            # A row takes the whole prompt along from the block that it starts in.
+            # A row includes the whole prompt from its starting block on.
             starting = anything.any(axis=1) & ~started
             entered = entered | (starting[:, None] & everything)
         if not shortcuts.inside:
             entered = entered | anything
         started |= anything.any(axis=1)
         needed = rows.final if layer == n_layers - 1 and shortcuts.last else seen
-        if shortcuts.last:  # nothing above the highest read of a row
+        if shortcuts.last:  # nothing above the row's highest read
             needed = needed & (top > layer)[:, None]
         needed = needed | reading
         changed = entered | at["stream"]

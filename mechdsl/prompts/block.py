@@ -1,4 +1,4 @@
-"""A prompts block with its names resolved, its data read and its axes counted."""
+"""A prompts block with resolved names, its data and its axes."""
 
 from __future__ import annotations
 
@@ -82,26 +82,30 @@ PythonNames = tuple[str, ...]
 
 
 class PythonCalls:
-    """The `python(…)` of a block."""
+    """The `python(…)` calls of a block."""
 
     def __init__(self, parts: Iterable[tuple[PythonNames | None, Any]], *, allowed: bool) -> None:
-        """parts: what rows are made of, each with the names that a function in it is given."""
+        """Collect the calls. parts: the expressions of rows, with the names a function may see."""
         self._found: dict[int, tuple[ast.Call, PythonNames | None]] = {}
         for names, node in parts:
             for call in find_python_calls(node):
-                # The tree holds on to the call, so its id stays its own; an equal one elsewhere
-                # may see other names.
+                # The tree keeps the call alive, so its id stays unique; an equal call elsewhere may
+                # see other names.
                 self._found[id(call)] = call, names
         self._functions: dict[int, PythonFunction] = {}
         self.allowed = allowed
 
     @property
     def functions(self) -> tuple[PythonFunction, ...]:
-        """Those that were called so far."""
+        """The functions called so far."""
         return tuple(dict.fromkeys(self._functions.values()))
 
     def names(self, node: ast.Call) -> PythonNames | None:
-        """What the function is given of the row; None for all that it has. E0222."""
+        """Return the names that the function receives; None for all names of the row.
+
+        Raises:
+            Refusal: E0222.
+        """
         if id(node) not in self._found:
             raise Refusal(
                 PythonNotFound,
@@ -113,7 +117,11 @@ class PythonCalls:
         return self._found[id(node)][1]
 
     def run(self, node: ast.Call, row: dict[str, object]) -> int | float | bool | str:
-        """The value that the function gives. E0221, E0222, E0223."""
+        """Return the function's value for a row.
+
+        Raises:
+            Refusal: E0221, E0222, E0223.
+        """
         function = self._function(node)
         try:
             found = function.call(dict(row))
@@ -131,10 +139,10 @@ class PythonCalls:
                 hint=hint,
             ) from None
         value: object = found
-        if hasattr(found, "item"):  # of numpy or torch
+        if hasattr(found, "item"):  # a NumPy or PyTorch scalar
             try:
                 value = found.item()
-            except (TypeError, ValueError, RuntimeError):  # of several numbers
+            except (TypeError, ValueError, RuntimeError):  # several numbers
                 value = None
         if isinstance(value, int | float | str) and value == value:
             return value
@@ -175,10 +183,10 @@ def find_python_calls(node: Any) -> list[ast.Call]:
 
 
 def python_scopes(block: PromptsBlock) -> Iterator[tuple[PythonNames | None, Any]]:
-    """What rows are made of, each part with the names that a function in it is given.
+    """Yield the expressions of rows, each with the names that a function in it may see.
 
-    A value sees those that stand above it in the file and hang on nothing from it on, so that no
-    value hangs on itself; texts, conditions and corruptions see all values.
+    A value sees the values above it in the file that depend only on values above it, so no value
+    depends on itself. Texts, conditions and corruptions see all values.
     """
     given = (*block.columns, *(name for name, _ in block.axes))
     definitions = list({id(d): d for d in block.definitions.values()}.values())
@@ -190,7 +198,7 @@ def python_scopes(block: PromptsBlock) -> Iterator[tuple[PythonNames | None, Any
     last: dict[int, int] = {below: below}
 
     def reach(number: int) -> int:
-        """The last definition in the file that one hangs on, itself included."""
+        """Return the last definition in the file that a definition depends on, or itself."""
         if number not in last:
             last[number] = number
             used = {use.name for use in name_uses(definitions[number].value, block.placeholders)}
@@ -215,26 +223,26 @@ ImageInfo = tuple[str, tuple[int, int]]
 
 
 class ImageFiles:
-    """Images in files that a block names, each looked at once."""
+    """Properties of the image files that a block names, each file read once."""
 
     def __init__(self) -> None:
         self._seen: dict[Path, ImageInfo] = {}
 
     def look(self, path: Path) -> ImageInfo:
-        """Raises `files.NotRead`."""
+        """Return the hash and size of an image. Raises `files.UnreadableImage`."""
         if path not in self._seen:
             self._seen[path] = files.inspect_image(path)
         return self._seen[path]
 
 
 def is_drawn_mask(block: spec.Prompts, region: spec.RegionDef) -> bool:
-    """Whether a region is that of shapes which are drawn."""
+    """Return whether a region is the mask of generated shapes."""
     image = block.image
     return region.column == SHAPE_REGION and isinstance(image, ast.Call) and image.name == "shapes"
 
 
 def check_image_changes(prompts: spec.Prompts) -> list[Diagnostic]:
-    """E0203 and E0207 for what images, or texts, can't be changed by."""
+    """Return E0203 and E0207 for changes that don't apply to images or to texts."""
     found: list[Diagnostic | None] = []
     for corruption in prompts.corruptions:
         for place, change in enumerate(corruption.changes):
@@ -278,7 +286,7 @@ def _not_of_images(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic
 
 
 def _of_other_things(change: ast.CorruptLine) -> Diagnostic:
-    """E0207 for texts in images."""
+    """Return E0207 for a text change in a block of images."""
     name = change_kind(change).name
     hint = "change a value that the `image` line names, or the image: `mask image`, `blur image …`"
     if isinstance(change, ast.ChangeLine) and change.tokens is not None:
@@ -290,7 +298,7 @@ def _of_other_things(change: ast.CorruptLine) -> Diagnostic:
 def _too_late(
     change: ast.CorruptLine, before: Sequence[ast.CorruptLine], prompts: spec.Prompts
 ) -> Diagnostic | None:
-    """E0207 for a change of pixels behind one of patches, which is made last."""
+    """Return E0207 for a pixel change after a patch change, which is always applied last."""
     if not is_pixel_change(change, prompts) or not patch_changes(before):
         return None
     reason = "stands behind a change of patches, which is made when all pixels are changed"
@@ -299,7 +307,7 @@ def _too_late(
 
 
 def is_region_swap(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
-    """Whether regions change places, and no values."""
+    """Return whether a change swaps regions rather than values."""
     if not isinstance(change, ast.ChangeLine) or not isinstance(change_kind(change), SwapChange):
         return False
     names = {region.name for region in prompts.regions}
@@ -307,14 +315,14 @@ def is_region_swap(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
 
 
 def is_pixel_change(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
-    """Whether it changes an image before that is made ready."""
+    """Return whether a change alters an image before it is prepared for the model."""
     if isinstance(change, ast.ChangeLine) and isinstance(change_kind(change), ImageChange):
         return change.tokens is None
     return is_region_swap(change, prompts)
 
 
 def improve_hint(problem: UnknownValue, prompts: spec.Prompts) -> UnknownValue:
-    """With a better help where a text lacks its quotes, or shapes have a mask."""
+    """Improve the hint if a text lacks its quotes, or a mask of shapes is meant."""
     image, at, name = prompts.image, problem.span, problem.name
     if image is None or at is None or problem.hint.startswith("did you mean"):
         return problem
@@ -333,14 +341,14 @@ def improve_hint(problem: UnknownValue, prompts: spec.Prompts) -> UnknownValue:
 
 @dataclass(frozen=True)
 class Definition:
-    """`a, b = EXPR`: the names that are defined together, and by what."""
+    """`a, b = EXPR`: names that are defined together, and their expression."""
 
     names: tuple[str, ...]
     value: ast.Expr
 
     @property
     def path(self) -> str:
-        """What its draws are called."""
+        """The key of its draws."""
         return ",".join(self.names)
 
 
@@ -349,15 +357,15 @@ class CompiledTemplate:
     """A template's pieces, and the names that its placeholders define (`{s2 = s}`)."""
 
     text: ast.String
-    """The first one of a chat."""
+    """The text; for a chat, that of the first turn."""
     pieces: Sequence[str | Placeholder]
     turns: tuple[ast.ChatTurn, ...] = ()
-    """Of a chat: who says what; the pieces are those of all turns."""
+    """The turns of a chat; the pieces are those of all turns."""
     definitions: dict[str, Definition] = field(default_factory=dict[str, Definition])
 
     @property
     def texts(self) -> tuple[ast.String, ...]:
-        """The text, or those of the turns."""
+        """The text, or the texts of the turns."""
         return tuple(turn.text for turn in self.turns) or (self.text,)
 
     def __post_init__(self) -> None:
@@ -371,8 +379,10 @@ class CompiledTemplate:
 def check_definitions(
     graph: Mapping[str, Definition], placeholders: PlaceholderLookup
 ) -> Diagnostic | None:
-    """E0502, E0506: what is wrong with the way definitions hang on one another. Rows are worked out
-    by recursion, which is why chains are bounded."""
+    """Return E0502 or E0506 for cyclic definitions or too long chains of definitions.
+
+    Rows are computed recursively, so the length of chains is limited.
+    """
     steps: dict[str, int] = {}
     within: dict[str, int] = {}
 
@@ -409,13 +419,13 @@ def check_definitions(
 
 
 TEMPLATE = "template"
-"""Name of the value that says which of several templates a row is written with."""
+"""Name of the value that selects one of several templates for a row."""
 
 PromptsSpecs = Mapping[str, spec.Prompts]
 
 
 def _without_wrong_changes(prompts: spec.Prompts, parameters: Constants) -> spec.Prompts:
-    """The block, so that what is wrong elsewhere in it can be told too."""
+    """Return the block without invalid changes, so that other errors in it are reported too."""
     right = tuple(
         c.model_copy(
             update={"changes": tuple(x for x in c.changes if not change_problems((x,), parameters))}
@@ -426,7 +436,7 @@ def _without_wrong_changes(prompts: spec.Prompts, parameters: Constants) -> spec
 
 
 class PromptsBlock:
-    """The names of a block and what they stand for. Build it with `compile_block`."""
+    """The names of a block and their definitions, from its parsed specification."""
 
     def __init__(
         self,
@@ -446,9 +456,9 @@ class PromptsBlock:
         self.words = words
         self.blocks = blocks
         self.python = python
-        """Whether functions of Python files may be run."""
+        """Whether functions of Python files may run."""
         self.chat = chat
-        """What writes the turns of a chat; None where the tokenizer isn't at hand."""
+        """The chat template that formats turns; None if the tokenizer isn't available."""
         self.diagnostics: list[Diagnostic] = [
             d for c in prompts.corruptions for d in change_problems(c.changes, parameters)
         ] + check_image_changes(prompts)
@@ -457,7 +467,7 @@ class PromptsBlock:
         self._columns: dict[str, Sequence[RowValue]] = {}
         self.image_files = ImageFiles()
         self.averaged: Picture | None = None
-        """The mean that its images are, once it is taken."""
+        """The mean image that replaces its images, once computed."""
         self.data: DataFile | None = self._read()
         self.columns: tuple[str, ...] = self.data.columns if self.data else ()
         self.templates: tuple[CompiledTemplate, ...] = tuple(map(self.template, prompts.templates))
@@ -471,14 +481,14 @@ class PromptsBlock:
             self._define(value)
         self.texts: dict[str, ast.Expr] = {t.name: t.value for t in prompts.texts}
         self.marks: dict[str, list[ast.SpanDef]] = {}
-        """Spans that are marked inside the text of a column (`span subject in prompt`)."""
+        """Spans marked inside the text of a column (`span subject in prompt`)."""
         for span in prompts.spans:
             if span.within is not None:
                 self.marks.setdefault(span.within.id, []).append(span)
         self._check_names()
         self.axes: tuple[tuple[str, Sequence[RowValue]], ...] = tuple(self._axes())
         self.size = 1
-        """Combinations of values, for each record."""
+        """Number of combinations of values per record."""
         for _, values in self.axes:
             self.size *= len(values)
         self.draws: bool = any(is_random(node, self.placeholders) for node in self._clean_parts())
@@ -493,7 +503,7 @@ class PromptsBlock:
             return None
         if isinstance(source, ast.String):
             data, diagnostics = read_data_file(source.value, source.span)
-        else:  # other than calls are refused where they stand
+        else:  # expressions other than calls are rejected elsewhere
             data, diagnostics = read_dataset(source) if isinstance(source, ast.Call) else (None, [])
         self.diagnostics += diagnostics
         if data is None or not self.spec.rename:
@@ -532,12 +542,12 @@ class PromptsBlock:
                 self.definitions[name] = definition
 
     def template(self, text: ast.String) -> CompiledTemplate:
-        """The parsed text; every text of the file is parsed once. Codes: E0113 and its like."""
+        """Parse a text once. Codes: E0113 and other syntax errors of templates."""
         found = self._templates.get(id(text))
         if found is None:
             pieces, diagnostics = parse_template(text)
             self.diagnostics += diagnostics
-            # The tree holds on to `text`, so its id stays its own.
+            # The tree keeps `text` alive, so its id stays unique.
             found = self._templates[id(text)] = CompiledTemplate(text, pieces)
         return found
 
@@ -547,24 +557,27 @@ class PromptsBlock:
         return CompiledTemplate(texts[0].text, pieces, turns)
 
     def placeholders(self, text: ast.String) -> list[ast.Expr]:
-        """What stands in the braces of a text."""
+        """Return the expressions in the braces of a text."""
         return [p.expr for p in self.template(text).pieces if isinstance(p, Placeholder)]
 
     @cached_property
     def calls(self) -> PythonCalls:
-        """The `python(…)` in it."""
+        """The `python(…)` calls of the block."""
         return PythonCalls(python_scopes(self), allowed=self.python)
 
     def in_file(self, index: int) -> int:
-        """The combination at a place of a round: a limit or a split takes the same records however
-        the file is sorted."""
+        """Return the number of the combination at an index of a round.
+
+        Rounds order records by content, so limits and splits select the same records for any order
+        of the file.
+        """
         if self.data is None:
             return index
         rest, place = divmod(index, self.data_size)
         return rest * self.data_size + self.data.by_content.order[place]
 
     def place_of(self, number: int) -> int:
-        """The place of a combination in a round, the other way round."""
+        """Return the index of a combination in a round: the inverse of `in_file`."""
         if self.data is None:
             return number
         rest, record = divmod(number, self.data_size)
@@ -572,27 +585,29 @@ class PromptsBlock:
 
     @property
     def data_size(self) -> int:
-        """Records of the data file; 1 where there is none."""
+        """Number of records of the data file; 1 without one."""
         return len(self.data.records) if self.data else 1
 
     @property
     def columns_unknown(self) -> bool:
-        """Whether it has columns whose names can't be read."""
+        """Whether the block has columns whose names can't be read."""
         return self.data is None and (self.spec.rows is not None or self.spec.from_images)
 
     @property
     def combinations(self) -> int:
-        """Rows of one round."""
+        """Number of rows of one round."""
         return self.size * self.data_size
 
     @property
     def tiles(self) -> int:
-        """Rows that one image is cut into: those of a round have it by the first number of them,
-        and so many further."""
+        """Number of tiles per image.
+
+        Rows k, k + n, k + 2n, … of a round are the tiles of one image, for n images.
+        """
         return len(self.domains[TILE]) if self.spec.tiles is not None else 1
 
     def images_behind(self, number: int) -> int:
-        """The number of a row if its image were one: equal for its tiles, and for no others."""
+        """Return the number of a row's image: equal for its tiles only."""
         turn, index = divmod(number, max(1, self.combinations))
         images = self.combinations // self.tiles
         return turn * images + index % max(1, images)
@@ -600,7 +615,7 @@ class PromptsBlock:
     # --- names ------------------------------------------------------------------------------------
 
     def _clean_parts(self) -> Iterator[ast.Expr]:
-        """All expressions that the clean row is made of."""
+        """Yield all expressions of the clean row."""
         for definition in self.definitions.values():
             yield definition.value
         for template in self.templates:
@@ -619,7 +634,7 @@ class PromptsBlock:
                 yield span.literal
 
     def _changed_parts(self) -> Iterator[tuple[set[str], ast.Node]]:
-        """What corruptions write, with the names that each change gives a new value."""
+        """Yield the expressions of corruptions, with the names that each change reassigns."""
         for corruption in self.spec.corruptions:
             for change in corruption.changes:
                 if is_region_swap(change, self.spec):
@@ -636,7 +651,7 @@ class PromptsBlock:
                 yield from map(self.template, change_kind(change).templates(change))
 
     def _check_names(self) -> None:
-        """E0202, E0501, E0502, E0525: all that can be said before a row is made."""
+        """Add E0202, E0501, E0502 and E0525: all errors detectable before rows are built."""
         if self.spec.tiles is not None:
             self.diagnostics += check_tile_columns(self.spec.tiles, self.columns)
         if not self.templates:
@@ -652,7 +667,7 @@ class PromptsBlock:
         self._check_roles()
 
     def _check_tokens(self) -> None:
-        """E0515 for `tokens(…)` in what prompts are made of: it is told of finished ones."""
+        """Add E0515 for `tokens(…)` in a prompt's expressions: it counts in finished prompts."""
         elsewhere = (
             *(each.value for each in self.definitions.values()),
             *(text for each in self._all_templates() for text in each.texts),
@@ -666,7 +681,7 @@ class PromptsBlock:
                 self.diagnostics.append(bad)
 
     def _check_roles(self) -> None:
-        """E0202 for values that are called as the turns are, and stand in one."""
+        """Add E0202 for values that share the name of a chat role and are used in a turn."""
         first = "the turns of that name, which are spans too"
         marks = [span.name for span in self.spec.spans if span.within is None]
         texts = [turn.text for turn in self.spec.chat]
@@ -702,7 +717,7 @@ class PromptsBlock:
                         self.diagnostics.append(self._unknown(name.id, name.span))
 
     def names(self) -> dict[str, None]:
-        """Every name that a row has, in the order of the file."""
+        """Return every name that a row has, in file order."""
         found: dict[str, None] = dict.fromkeys(self.columns)
         if self.spec.tiles is not None:
             found[TILE] = None
@@ -721,7 +736,7 @@ class PromptsBlock:
         return UnknownValue(span=span, prompts=self.name, name=name, hint=hint, unit=self.spec.unit)
 
     def unknown(self, name: str, span: Span) -> Refusal:
-        """E0501 for a name that a row doesn't have."""
+        """Return E0501 for a name that a row doesn't have."""
         if name in self.domains:
             hint = f"a row has many: `{name}` is only drawn by a list; `xs[1]` is one of them"
         else:
@@ -731,7 +746,7 @@ class PromptsBlock:
         )
 
     def _check_cycles(self) -> None:
-        """E0502, and E0506 for values that hang on one another in an endless chain."""
+        """Add E0502, or E0506 for too long chains of dependent values."""
         for template in self._all_templates():
             graph = template.definitions | self.definitions
             for name, value in self.texts.items():
@@ -742,13 +757,13 @@ class PromptsBlock:
                 return
 
     def only(self, corruption: spec.Corruption) -> PromptsBlock:
-        """The same block with one of its corruptions."""
+        """Return the same block with one of its corruptions."""
         other = copy(self)
         other.spec = self.spec.model_copy(update={"corruptions": (corruption,)})
         return other
 
     def _axes(self) -> Iterator[tuple[str, Sequence[RowValue]]]:
-        """The domains that are crossed: all but those that only lists draw from."""
+        """Yield the crossed domains: all but those that only lists draw from."""
         drawn = set[str]()
         own = set[str]()
 
@@ -766,7 +781,7 @@ class PromptsBlock:
             note(name_uses(part, self.placeholders), changed)
         if len(self.templates) > 1:
             yield TEMPLATE, tuple(t.text.value for t in self.templates)
-        if self.spec.tiles is not None:  # outermost: what `images_behind` hangs on
+        if self.spec.tiles is not None:  # outermost: `images_behind` depends on it
             yield TILE, self.domains[TILE]
         for name, values in self.domains.items():
             if name == TILE and self.spec.tiles is not None:
@@ -775,14 +790,14 @@ class PromptsBlock:
                 yield name, values
 
     def is_token_id(self, text: str) -> bool:
-        """Whether a text is given as the id of a token, which nothing is tokenised for."""
+        """Return whether a text is a token id, so that nothing is tokenised."""
         node = self.texts[text]
         return isinstance(node, ast.Call) and node.name == "token_id"
 
     # --- domains of names -------------------------------------------------------------------------
 
     def domain_of(self, node: ast.Expr, template: CompiledTemplate | None) -> Sequence[RowValue]:
-        """What a name ranges over: its own domain, or that of what it is drawn from. E0513."""
+        """Return the values a name ranges over: its domain, or that of its source. Raises E0513."""
         found = self._domain(node, template, frozenset())
         if found is None:
             shown = node.span.text
@@ -818,7 +833,7 @@ class PromptsBlock:
                 return None
 
     def column(self, name: str) -> Sequence[RowValue] | None:
-        """The different values of a column, however the file is sorted."""
+        """Return the distinct values of a column, independent of the file's order."""
         if self.data is None or name not in self.columns:
             return None
         if name not in self._columns:
@@ -828,7 +843,7 @@ class PromptsBlock:
         return self._columns[name]
 
     def records(self, name: str) -> DataFile | None:
-        """The records of this or another block, None where it has none. E0504, E0505."""
+        """Return the records of this or another block, None if it has none. Raises E0504, E0505."""
         if name == self.name:
             return self.data
         if name not in self.blocks:

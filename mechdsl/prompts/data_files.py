@@ -28,19 +28,18 @@ from mechdsl.syntax import ast
 
 
 class RecordOrder:
-    """Records in an order that hangs on what is in them: what is drawn among them, and which of
-    them a limit takes, is the same however the file is sorted."""
+    """An order of records by content: draws and limits are the same for any order of the file."""
 
     def __init__(self, records: Sequence[DataRecord]) -> None:
         keys = [content_key(record) for record in records]
         self.keys = keys
-        """By number of the record."""
+        """By record number, the hash of its content."""
         self.order = sorted(range(len(keys)), key=lambda number: (keys[number], number))
-        """Numbers of the records."""
+        """Record numbers in the order of content."""
         self.rank = [0] * len(keys)
-        """By number of the record, its place in `order`."""
+        """By record number, its index in `order`."""
         self.copies = [0] * len(keys)
-        """By number of the record, how many equal ones come before it."""
+        """By record number, the number of equal records before it."""
         seen: Counter[int] = Counter()
         for place, number in enumerate(self.order):
             self.rank[number] = place
@@ -63,17 +62,17 @@ class DataFile:
 
     @cached_property
     def by_content(self) -> RecordOrder:
-        """In which order they are drawn."""
+        """The order in which records are drawn."""
         return RecordOrder(self.records)
 
     @cached_property
     def sorted(self) -> tuple[DataRecord, ...]:
-        """The records in that order."""
+        """The records in the order of `by_content`."""
         return tuple(self.records[number] for number in self.by_content.order)
 
 
 class MalformedData(Exception):
-    """A file that doesn't hold records; `reason` and `hint` are for the reader."""
+    """A file without valid records; `reason` and `hint` are for the user."""
 
     def __init__(self, reason: str, hint: str) -> None:
         super().__init__(reason)
@@ -132,14 +131,14 @@ def _text(content: bytes) -> str:
 
 
 def _refuse_repeated(names: Sequence[str], said: str) -> None:
-    """Of two values with one name, the first would silently be lost."""
+    """Reject repeated names: the first of two values would silently be lost."""
     if len(set(names)) < len(names):
         name = next(name for name, times in Counter(names).items() if times > 1)
         raise MalformedData(f"{said} `{name}`", RENAME_COLUMNS_HINT)
 
 
 def _parsed(text: str, where: str) -> Any:
-    """JSON whose objects have no key twice. Raises ValueError for what isn't JSON."""
+    """Parse JSON whose objects have unique keys. Raises ValueError for invalid JSON."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         _refuse_repeated([key for key, _ in pairs], f"{where} has two keys")
@@ -184,7 +183,7 @@ def _json(content: bytes) -> list[DataRecord]:
 
 
 def _inner_records(whole: Mapping[str, Any]) -> list[DataRecord]:
-    """An object with one list of objects in it: these are the records, the rest goes with each."""
+    """Return the records of an object's one list of objects, each with the object's other keys."""
     lists = [k for k, v in whole.items() if _is_table(v)]
     if len(lists) != 1:
         reason = "it is an object without a list of records in it"
@@ -224,7 +223,7 @@ def _separated(delimiter: str) -> Callable[[bytes], list[DataRecord]]:
 
 
 def _typed(column: Sequence[str]) -> Sequence[RowValue]:
-    """Whole columns of numbers become numbers, unless that changes how one is written (`02`)."""
+    """Convert columns of numbers to numbers, unless that changes the text of one (`02`)."""
     for convert in (int, float):
         try:
             values = [convert(text) for text in column]
@@ -236,7 +235,7 @@ def _typed(column: Sequence[str]) -> Sequence[RowValue]:
 
 
 def import_parquet(what: str) -> Any:
-    """The part of pyarrow that reads parquet; Malformed where the package isn't there."""
+    """Import pyarrow's Parquet module; raises `MalformedData` if the package is missing."""
     try:
         return cast("Any", import_module("pyarrow.parquet"))
     except ImportError:
@@ -265,17 +264,17 @@ READERS: Mapping[str, Callable[[bytes], list[DataRecord]]] = {
 }
 
 DATASET_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
-"""Of the files that are read; where a folder has several kinds, the first one."""
+"""Suffixes of data files; if a folder has several types, the first one is read."""
 
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
-"""What files without a split in their names have none of."""
+"""Splits that files without a split in their names don't belong to."""
 
 
 @dataclass(frozen=True)
 class DatasetReference:
-    """What `hf_dataset(…)` asks for."""
+    """The arguments of `hf_dataset(…)`."""
 
     path: str
     split: str
@@ -284,7 +283,7 @@ class DatasetReference:
 
 
 def parse_dataset(call: ast.Call) -> DatasetReference | None:
-    """What a call asks for; None where its arguments are wrong, which has been said."""
+    """Parse a call; None if its arguments are invalid, which has already been reported."""
     given: dict[str, str] = {}
     for argument in call.arguments:
         name, value = argument.name or "path", argument.value
@@ -299,7 +298,7 @@ def parse_dataset(call: ast.Call) -> DatasetReference | None:
 
 
 def read_dataset(call: ast.Call) -> tuple[DataFile | None, list[Diagnostic]]:
-    """The records of one split. Codes: E0504, E0505, E0506, E0532, E0535."""
+    """Read the records of one split. Codes: E0504, E0505, E0506, E0532, E0535."""
     named = parse_dataset(call)
     if named is None:
         return None, []
@@ -334,11 +333,11 @@ class _Refused(Exception):
         self.diagnostics = list(diagnostics)
 
 
-# --- which files ----------------------------------------------------------------------------------
+# --- file selection -------------------------------------------------------------------------------
 
 
 def _files(named: DatasetReference, span: Span) -> list[Path]:
-    """Those of the split, in the order of their names."""
+    """Return the files of the split, by name."""
     folder, problems = path_to_read(HF_DATASET_PATH, named.path, span)
     if folder is None:
         raise _Refused(*problems)
@@ -388,7 +387,7 @@ def _known_split(split: str, known: Sequence[str]) -> None:
 
 
 def _saved(folder: Path, named: DatasetReference) -> list[Path]:
-    """What `save_to_disk` says that a data set consists of."""
+    """Return the files that `save_to_disk` lists for a data set."""
     state = _about(folder / "state.json")
     own = state.get("_split")
     if isinstance(own, str):
@@ -406,7 +405,7 @@ def _saved(folder: Path, named: DatasetReference) -> list[Path]:
 
 
 def _of_folder(folder: Path, named: DatasetReference) -> list[Path]:
-    """Files by their names: a split is a word of its own in it, or in the folder's."""
+    """Return the files of a split: its name is a separate word in the path of a file."""
     every = [
         file
         for file in sorted(folder.rglob("*"))
@@ -437,7 +436,7 @@ def _of_folder(folder: Path, named: DatasetReference) -> list[Path]:
     return found
 
 
-# --- what is in them ------------------------------------------------------------------------------
+# --- file contents --------------------------------------------------------------------------------
 
 
 def _contents(

@@ -44,14 +44,14 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 
 _TRIES = 64
-"""Draws before the values that are left are counted out."""
+"""Maximum number of draws before the remaining values are enumerated."""
 
 Evaluator = Callable[[ast.Expr, Scope, DrawKey], RowValue]
 
 
 @dataclass(frozen=True)
 class PromptFunction:
-    """`usage` is what the help line of a wrong call shows."""
+    """A function of prompts. `usage` appears in the help line of a wrong call."""
 
     name: str
     usage: str
@@ -66,7 +66,7 @@ FUNCTIONS: Registry[PromptFunction] = Registry("function")
 
 @dataclass
 class CallSite:
-    """A call that is being evaluated on a row."""
+    """A call under evaluation on a row."""
 
     node: ast.Call
     function: PromptFunction
@@ -93,7 +93,7 @@ class CallSite:
                 self.named[argument.name] = argument
 
     def wrong(self, reason: str, span: Span | None = None, usage: str | None = None) -> Refusal:
-        """E0515, with how to write it."""
+        """Return E0515 with the correct usage."""
         where, usage = span or self.node.span, usage or self.function.usage
         return Refusal(BadCall, where, name=self.function.name, reason=reason, usage=usage)
 
@@ -102,7 +102,7 @@ class CallSite:
         return Refusal(BadValue, where, expression=where.text, reason=reason, hint=hint)
 
     def expect(self, least: int, most: int | None = None) -> list[ast.Expr]:
-        """The positional arguments, if they are as many."""
+        """Return the positional arguments if their number is allowed."""
         if len(self.positional) < least:
             raise self.wrong("needs more arguments" if self.positional else "needs an argument")
         if most is not None and len(self.positional) > most:
@@ -126,16 +126,16 @@ class CallSite:
         return rich.text
 
     def empty(self, reason: str) -> Refusal:
-        """E0512: the draw is impossible."""
+        """Return E0512: the draw is impossible."""
         expression = self.node.span.text
         return Refusal(EmptyDraw, self.node.span, expression=expression, reason=reason)
 
     def draw_other(
         self, values: Sequence[RowValue], without: set[object], key: DrawKey
     ) -> RowValue:
-        """One of `values` that isn't in `without`.
+        """Draw one of `values` that isn't in `without`.
 
-        What the clean row drew stays in the corrupted one as long as it is allowed.
+        A corrupted row reuses the clean row's draw if it is allowed.
         """
         for value in self.scope.kept(key):
             if to_hashable(to_plain(value)) not in without:
@@ -172,7 +172,7 @@ def _function(
 
 
 def check_length(length: int, span: Span) -> None:
-    """E0506 for a list that is too long, before it is built."""
+    """Raise E0506 for a list that is too long, before it is built."""
     if length > limits.ITEMS:
         raise Refusal(
             TooManyValues,
@@ -192,7 +192,7 @@ def _other(call: CallSite) -> RowValue:
 
 
 def draw_others(call: CallSite, amount: int) -> list[RowValue]:
-    """As many values of the domain, all different, none of the arguments."""
+    """Draw `amount` values of the domain, all different and unequal to the arguments."""
     nodes = call.expect(1)
     without = {to_hashable(to_plain(call.value(node))) for node in nodes}
     domain = call.scope.domain(nodes[0])
@@ -246,8 +246,10 @@ def _shuffle(call: CallSite) -> RowValue:
 
 
 def _dealt(call: CallSite, value: RowValue, what: ast.Expr) -> RowValue:
-    """A list of texts in which one placeholder's values are dealt out anew, to others where any
-    differ: `shuffle(shots, output)`."""
+    """Reassign one placeholder's values among a list of texts: `shuffle(shots, output)`.
+
+    The assignment differs from the original one if any two values differ.
+    """
     if not isinstance(value, ItemList) or value.text is None:
         raise call.wrong("deals out values of a list of texts", usage="shuffle(shots, output)")
     if not isinstance(what, ast.Name) or any(what.id not in item.drawn for item in value.items):
@@ -257,7 +259,7 @@ def _dealt(call: CallSite, value: RowValue, what: ast.Expr) -> RowValue:
     given = [item.drawn[what.id] for item in value.items]
     count = len(given)
     order = call.scope.order(call.key, max(1, count))
-    # One that moves none of them is turned by one: its texts would be what they were.
+    # If the permutation changes no text, rotate it until one does.
     turns = (([given[(order[i] + n) % count] for i in range(count)]) for n in range(count))
     marks = [to_hashable(to_plain(each)) for each in given]
     dealt = next((t for t in turns if [to_hashable(to_plain(each)) for each in t] != marks), given)
@@ -347,10 +349,9 @@ def _picks(
     mark: Callable[[int], object] | None,
     excluded: Callable[[int], bool] | None = None,
 ) -> Iterator[int]:
-    """Indices of what is drawn. The first n are the same whatever `count` is.
+    """Yield the indices of draws. The first n are equal for any `count`.
 
-    mark: what entries are compared by where all have to be different.
-    excluded: whether an entry mustn't be drawn.
+    mark: the key of an entry, if all have to be different. excluded: whether an entry is forbidden.
     """
     if mark is not None:
         seen: set[object] = set()
@@ -379,7 +380,7 @@ def _picks(
 def _item(
     call: CallSite, what: ast.Name | ast.String, drawn: Mapping[str, RowValue], key: DrawKey
 ) -> ListItem:
-    """The item that is made of what was drawn for it, as the corruption leaves that."""
+    """Build the item for drawn values, after the corruption's changes to them."""
     changed = {name: call.scope.changed_item(name, value, key) for name, value in drawn.items()}
     if isinstance(what, ast.String):
         rich = call.scope.with_values(changed).text(what, key)
@@ -394,7 +395,7 @@ def _item(
 def _from_domains(
     call: CallSite, what: ast.Name | ast.String, count: int, distinct: bool
 ) -> Iterator[ListItem]:
-    """Draws of the values that a name, or the placeholders of a text, range over."""
+    """Yield draws of the values that a name, or a text's placeholders, range over."""
     if isinstance(what, ast.Name):
         names: list[ast.Name] = [what]
     else:
@@ -426,14 +427,14 @@ def _from_pool(
     count: int | None,
     distinct: bool,
 ) -> Iterator[ListItem]:
-    """Entries of a column that holds a list, or records of a block of prompts."""
+    """Yield entries of a column of lists, or records of a block of prompts."""
     if not isinstance(source, ast.Name):
         raise call.wrong("takes the name of a column or of prompts behind `from:`", source.span)
     fields = _fields(call, what)
     pool = _pool(call, source, drawn=count is not None)
 
     def excluded(index: int) -> bool:
-        # A shot that is the question itself would give the answer away.
+        # A shot equal to the question would reveal the answer.
         entry = pool[index]
         return isinstance(entry, Mapping) and call.scope.is_own(entry, fields)
 
@@ -498,12 +499,16 @@ _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
 
 
 def bad_value(span: Span, reason: str, hint: str) -> Refusal:
-    """E0503 at an expression."""
+    """Return E0503 at an expression."""
     return Refusal(BadValue, span, expression=span.text, reason=reason, hint=hint)
 
 
 def evaluate(node: ast.Expr, scope: Scope, key: DrawKey) -> RowValue:
-    """The value of an expression. Refusals: E0501, E0503, E0506, E0512 to E0515."""
+    """Evaluate an expression.
+
+    Raises:
+        Refusal: E0501, E0503, E0506, E0512 to E0515.
+    """
     match node:
         case ast.Number(value=number) | ast.Percent(value=number):
             return number
@@ -548,7 +553,7 @@ def evaluate(node: ast.Expr, scope: Scope, key: DrawKey) -> RowValue:
 
 
 def is_condition_true(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
-    """The truth of a condition."""
+    """Evaluate a condition."""
     value = evaluate(node, scope, key)
     if not isinstance(value, bool):
         raise bad_value(node.span, "it is neither true nor false", "compare it: `count > 3`")
@@ -556,7 +561,7 @@ def is_condition_true(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
 
 
 def evaluate_number(node: ast.Expr, scope: Scope, key: DrawKey) -> int | float:
-    """The value of an expression that has to be a number."""
+    """Evaluate an expression that has to be a number."""
     value = evaluate(node, scope, key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         shown = to_plain(value)
@@ -566,7 +571,7 @@ def evaluate_number(node: ast.Expr, scope: Scope, key: DrawKey) -> int | float:
 
 
 def evaluate_whole_number(node: ast.Expr, scope: Scope, key: DrawKey) -> int:
-    """The value of an expression that has to be a whole number."""
+    """Evaluate an expression that has to be a whole number."""
     value = evaluate_number(node, scope, key)
     if not is_whole_number(value):
         raise bad_value(node.span, f"{value} is not a whole number", "counts are whole numbers")
@@ -578,7 +583,7 @@ def _binary(node: ast.Binary, scope: Scope, key: DrawKey) -> int | float:
         found = _calculated(node, scope, key)
     except OverflowError:
         found = inf
-    if not abs(found) < _LARGEST:  # nor NaN
+    if not abs(found) < _LARGEST:  # also true for NaN
         reason = f"it has more than {limits.DIGITS} digits"
         raise bad_value(node.span, reason, "calculate with smaller numbers")
     return found
@@ -626,7 +631,7 @@ def _range(node: ast.Range, scope: Scope, key: DrawKey) -> range:
 
 
 def _is_one(found: object, item: ast.Expr | ast.Range, scope: Scope, key: DrawKey) -> bool:
-    """Whether a value is what a list has in one place, or one of a range there."""
+    """Return whether a value equals an item of a list, or is in a range there."""
     if isinstance(item, ast.Range):
         return found in _range(item, scope, key)
     return found == to_plain(evaluate(item, scope, key))
@@ -651,7 +656,7 @@ def _condition(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
             return low <= number <= high
         case ast.InRange(value=inner, within=ast.ListLiteral(items=items)):
             found = to_plain(evaluate(inner, scope, key))
-            # A range of many numbers isn't written out for every row.
+            # Ranges of many numbers aren't expanded for every row.
             return True in [_is_one(found, item, scope, key) for item in items]
         case ast.InRange(value=inner, within=within):
             values = to_plain(evaluate(cast("ast.Expr", within), scope, key))
@@ -683,13 +688,16 @@ def _call(node: ast.Call, scope: Scope, key: DrawKey) -> RowValue:
 
 
 PlaceholderLookup: TypeAlias = Callable[[ast.String], Sequence[ast.Expr]]
-"""What stands in the braces of a text."""
+"""A text → the expressions in its braces."""
 
 
 @dataclass(frozen=True)
 class NameUse:
-    """`value`: the row's value; `item`: what a list draws; `pool`: what `from:` names; `domain`:
-    the values it ranges over, as `other(x)` needs them, beside its value."""
+    """A reference to a name, with its role.
+
+    `value`: the row's value; `item`: drawn by a list; `pool`: the name after `from:`; `domain`: the
+    values it ranges over, which `other(x)` needs in addition to its value.
+    """
 
     name: str
     how: Literal["value", "item", "pool", "domain"]
@@ -697,7 +705,7 @@ class NameUse:
 
 
 def name_uses(node: Any, placeholders: PlaceholderLookup) -> Iterator[NameUse]:
-    """Every reference in an expression, in the order of the text."""
+    """Yield every reference in an expression, in text order."""
     match node:
         case ast.Name(id=name):
             yield NameUse(name, "value", node.span)
@@ -713,7 +721,7 @@ def name_uses(node: Any, placeholders: PlaceholderLookup) -> Iterator[NameUse]:
             return
         case ast.Call(name="list"):
             yield from _list_uses(node, placeholders)
-        case ast.Call(name="shuffle", arguments=(shuffled, _)):  # the second is one of its texts
+        case ast.Call(name="shuffle", arguments=(shuffled, _)):  # the second names a placeholder
             yield from name_uses(shuffled.value, placeholders)
         case ast.Call(name="other" | "others", arguments=arguments):
             for n, argument in enumerate(arguments):
@@ -751,7 +759,7 @@ def _list_uses(node: ast.Call, placeholders: PlaceholderLookup) -> Iterator[Name
 
 
 def is_random(node: Any, placeholders: PlaceholderLookup) -> bool:
-    """Whether an expression draws, so that the same combination can give several rows."""
+    """Return whether an expression draws, so that a combination can yield several rows."""
     match node:
         case ast.Call(name="other" | "others" | "choice" | "shuffle"):
             return True
@@ -769,7 +777,7 @@ def is_random(node: Any, placeholders: PlaceholderLookup) -> bool:
 
 
 def find_calls(node: Any, placeholders: PlaceholderLookup) -> Iterator[ast.Call]:
-    """Every call of an expression, those in the braces of texts too."""
+    """Yield every call of an expression, including those in the braces of texts."""
     for part in walk(node):
         if isinstance(part, ast.Call):
             yield part
@@ -778,7 +786,7 @@ def find_calls(node: Any, placeholders: PlaceholderLookup) -> Iterator[ast.Call]
 
 
 def counts_tokens(node: object) -> bool:
-    """Whether it is `tokens(…)`, which hangs on the model's tokenizer."""
+    """Return whether a node is `tokens(…)`, which depends on the model's tokenizer."""
     return isinstance(node, ast.Call) and node.name == "tokens"
 
 
@@ -813,7 +821,7 @@ class SteppedRange(Sequence[RowValue]):
 
 
 class JoinedSequence(Sequence[RowValue]):
-    """Several sequences behind one another."""
+    """The concatenation of several sequences."""
 
     def __init__(self, parts: Sequence[Sequence[RowValue]]) -> None:
         self._parts = parts
@@ -849,7 +857,7 @@ class _RefusedDomain(Exception):
 def make_domain(
     domain: ast.Domain, *, prompts: str, constants: Constants, words: WordLookup | None
 ) -> tuple[Sequence[RowValue], list[Diagnostic]]:
-    """The values of a domain. Codes: E0201, E0501, E0503, E0506, E0509, E0515."""
+    """Return the values of a domain. Codes: E0201, E0501, E0503, E0506, E0509, E0515."""
     try:
         values = _Maker(prompts, constants, words).values(domain)
     except _RefusedDomain as refused:
@@ -951,7 +959,7 @@ class _Maker:
             raise self.bad(node, reason, "write the words in a list")
         found = self.words(model.id)
         if found is None:
-            # As it is said where the file's names are bound, so that it is said once.
+            # Same text as the check of the file's names, so that it is reported once.
             raise _RefusedDomain(
                 UnknownName(span=model.span, kind="model", name=model.id, hint="define it first")
             )

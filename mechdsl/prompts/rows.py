@@ -203,7 +203,7 @@ def _wrong(node: ast.Call, reason: str, hint: str) -> Refusal:
 
 
 def cut_tile(row: Row, picture: Picture) -> Picture:
-    """Return the tile of the image that the row stands for; the image if it isn't cut into tiles.
+    """Return the tile of the image that the row represents; the image if it isn't cut into tiles.
 
     Raises:
         Refusal: E0503, E0561.

@@ -43,7 +43,7 @@ class RunNoise(Record):
     positions: tuple[tuple[int, ...], ...]
     """Per row, the token positions it is added to."""
     std: float | None
-    """In activation units; None if the noise is `sds` standard deviations of the weights."""
+    """In activation units; None if `sds` gives it, in standard deviations computed from weights."""
     sds: float | None
     sd_tokens: tuple[int, ...] = ()
     """Token ids (all rows before `limit`, with repetition) whose embeddings define one standard

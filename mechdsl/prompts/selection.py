@@ -1,4 +1,4 @@
-"""Which rows a table has: a seeded order of all combinations, filtered, without duplicates."""
+"""The selection of a table's rows: a seeded order of all combinations, filtered, deduplicated."""
 
 from __future__ import annotations
 
@@ -41,47 +41,47 @@ from mechdsl.prompts.values import (
 from mechdsl.vocab.corruptions import ImageChange, ValueChange, change_kind, patch_changes
 
 _MAX_BEFORE_LIMIT = 20_000
-"""Rows before `limit` that one standard deviation, or the mean of images, is taken over."""
+"""Maximum number of rows before `limit` for a standard deviation or a mean image."""
 
 _BEFORE_LIMIT_OF_DRAWS = 1_000
-"""The same where rows are drawn, so that there is no end of them."""
+"""Number of rows before `limit` if rows have draws, so that their number is unlimited."""
 
 _MAX_BARREN = 1_000
-"""Rows drawn one after another that were all there already."""
+"""Maximum number of consecutive rows without a new one."""
 
 _TRIED_FOR_ONE = 5
-"""Combinations that a check looks at for each row that is enough, before it gives up."""
+"""Number of combinations per needed row after which a check gives up."""
 
 _TEXT_OF_COLUMN = 10
-"""Characters that take as long as the value of a column."""
+"""Number of characters that take as long as the value of a column."""
 
 _TEXT_OF_SPAN = 6
-"""The same of a span, which items and separators of lists are."""
+"""Number of characters that take as long as a span: an item or separator of a list."""
 
 _MAX_FAILING = 20
-"""Rows that can't be built before it is given up."""
+"""Number of rows that can't be built after which selection stops."""
 
 _FAILING_ENOUGH = 5
-"""The same for a check."""
+"""Number of rows that can't be built after which a check stops."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowContent:
-    """What a row of one run has worked out."""
+    """The computed content of a row in one run."""
 
     prompt: RichText
     values: Mapping[str, object]
-    """Those of all names, without spans."""
+    """Values of all names, without spans."""
     texts: tuple[str | TokenId, ...]
-    """Those that metrics refer to, in the order of the block."""
+    """Texts that metrics refer to, in the order of the block."""
     image: Picture | None
     regions: Mapping[str, tuple[Region, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltRow:
-    """What a row and its corruptions have worked out: without the steps to it, which take most of
-    the memory of a row."""
+    """The content of a row and its corruptions, without the intermediate values, which take most of
+    a row's memory."""
 
     id: int
     key: int
@@ -93,24 +93,24 @@ class BuiltRow:
 
 @dataclass
 class RowCollection:
-    """The rows of a table, in the seeded order, and what became of the others."""
+    """The rows of a table in the seeded order, and counts of the other rows."""
 
     rows: list[BuiltRow] = field(default_factory=list[BuiltRow])
     tried: int = 0
     filtered: int = 0
-    """Left out by `where`."""
+    """Number dropped by `where`."""
     equal: int = 0
-    """Left out because they were there already."""
+    """Number dropped as duplicates."""
     repeated: int = 0
-    """Kept although they are equal to one before: other records of a file."""
+    """Number included although equal to an earlier row: they are other records of a file."""
     compared: Counter[int] = field(default_factory=Counter[int])
-    """By number of the template, the rows whose corrupted prompts were set against the clean."""
+    """By template number, the rows whose corrupted prompts were compared with the clean ones."""
     unchanged: dict[str, Counter[int]] = field(default_factory=dict[str, Counter[int]])
-    """Those whose prompt the corruption left as it was, by its name."""
+    """By corruption, the compared rows whose prompt it left unchanged, by template number."""
     complete: bool = False
-    """Every combination was looked at."""
+    """Every combination was tried."""
     cut: bool = False
-    """There are more rows than were asked for."""
+    """There are more rows than requested."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
 
@@ -123,12 +123,18 @@ def select_rows(
     most: int | None = None,
     used: Container[str] | None = None,
 ) -> RowCollection:
-    """The first `limit` rows of the block, or of its part `train` or `test`.
+    """Select the first `limit` rows of the block, or of its part `train` or `test`.
 
-    A split deals the rows of the whole block out in turn, so that the parts never share a row and
-    a smaller limit gives a part of a larger one. `most` rows are enough to look at. The tokenizer
-    counts tokens in `where`. used: the corruptions whose unchanged rows are left out; None: all.
-    Codes: E0506, E0509, E0510 and those of rows.
+    A split assigns the rows of the whole block in turn, so that the parts never share a row and a
+    smaller limit selects a subset. Codes: E0506, E0509, E0510 and those of rows.
+
+    Args:
+        rows: The rows of the block.
+        tokenizer: The tokenizer that counts tokens in `where`.
+        limit: The maximum number of rows.
+        part: The part of the split.
+        most: The number of rows after which a check stops.
+        used: The corruptions whose unchanged rows are dropped; None: all.
     """
     found = _Collector(rows, tokenizer, limit, part, most, used)
     refused = found.too_many()
@@ -140,7 +146,7 @@ def select_rows(
 
 
 def count_rows_before_limit(block: PromptsBlock) -> int:
-    """How many rows of a block stand for all that there are without `limit`."""
+    """Return the number of rows that represent all rows of a block without `limit`."""
     target = max(block.combinations, _BEFORE_LIMIT_OF_DRAWS if block.draws else 0)
     return min(target, _MAX_BEFORE_LIMIT)
 
@@ -148,7 +154,7 @@ def count_rows_before_limit(block: PromptsBlock) -> int:
 def select_rows_by_id(
     rows: BlockRows, tokenizer: TextTokenizer, ids: Iterable[int]
 ) -> RowCollection:
-    """The rows with these numbers, without those that `where` leaves out. Codes: those of rows."""
+    """Select the rows with these numbers, except those that `where` drops. Codes: those of rows."""
     found = _Collector(rows, tokenizer, None, None)
     for number in ids:
         found.try_row(rows[number])
@@ -157,11 +163,11 @@ def select_rows_by_id(
 
 @dataclass(slots=True)
 class _Seen:
-    """What is known of the rows that are equal to each other."""
+    """The rows that are equal to each other."""
 
     records: set[int] = field(default_factory=set[int])
     kept: bool = False
-    """Whether one of them is in the table, if its part is."""
+    """Whether one of them is in the table, or would be if its part were."""
 
 
 class _Collector:
@@ -183,10 +189,10 @@ class _Collector:
         self.result = RowCollection()
         self.seen: dict[object, _Seen] = {}
         self.belongs: dict[object, bool] = {}
-        """By what rows of one part of a split have in common, whether that part is in the table:
-        the test would know what the training has seen otherwise."""
+        """By the property that rows of one part of a split share, whether that part is in the
+        table: otherwise, the test would contain what the training has seen."""
         self.seen_text = 0
-        """Characters of the prompts so far, and what columns and spans are worth in them."""
+        """Characters of the prompts so far, plus the equivalent of columns and spans."""
         self.failures: dict[tuple[type[Diagnostic], Span], Diagnostic] = {}
         self.failing = 0
         share = block.spec.split if block.spec.split is not None else 100.0
@@ -195,7 +201,7 @@ class _Collector:
         self.used = self.only_values if used is None else used
 
     def too_many(self) -> TooManyValues | None:
-        """E0506 for what can be told without looking at a row."""
+        """Return E0506 if it is known without building a row."""
         block = self.block
         if self.limit is not None:
             return self._rows_error(f"{self.limit:,}") if self.limit > limits.ROWS else None
@@ -244,14 +250,14 @@ class _Collector:
             self._check_result()
 
     def _enough(self) -> bool:
-        """Whether a check has looked at as much as it does."""
+        """Return whether a check has read enough."""
         if self.most is None:
             return False
         tried = self.result.tried >= _TRIED_FOR_ONE * self.most
         return tried or len(self.result.rows) == self.most or self.seen_text > limits.CHECKED_TEXT
 
     def try_row(self, row: Row) -> None:
-        """Keep a row that is wanted by its number, whether or not another is equal to it."""
+        """Add a row requested by its number, even if another row is equal."""
         try:
             if row.passes(self.block.spec.where, self.tokenizer):
                 corrupted = [each for _, each in self._corrupted(row)]
@@ -262,7 +268,7 @@ class _Collector:
             self.result.diagnostics.append(refusal.diagnostic(row.describe()))
 
     def _stream(self) -> Iterator[Row]:
-        """All combinations in a seeded order; round after round where draws make new rows."""
+        """Yield all combinations in a seeded order; in further rounds if draws make new rows."""
         block = self.block
         if not block.combinations:
             return
@@ -279,7 +285,7 @@ class _Collector:
             turn += 1
 
     def _take(self, row: Row) -> bool:
-        """Keep a row if it is wanted; whether it was a new one."""
+        """Add a row if it qualifies; return whether it was a new one."""
         result = self.result
         if not row.passes(self.block.spec.where, self.tokenizer):
             result.filtered += 1
@@ -298,7 +304,7 @@ class _Collector:
         result.compared[template_number(row)] += 1
         for name in unchanged:
             result.unchanged.setdefault(name, Counter())[template_number(row)] += 1
-        # Before any is left out: whatever runs are used, a row is in the same part.
+        # Assigned before rows are dropped: a row's part is independent of the runs in use.
         together = mark if self.block.spec.tiles is None else source_image_name(row)
         if together not in self.belongs:
             self.belongs[together] = self._belongs(len(self.belongs) + 1)
@@ -316,7 +322,7 @@ class _Collector:
             yield corruption, self.rows.corrupted(row, corruption)
 
     def _made(self, row: Row, corrupted: Sequence[Row]) -> BuiltRow:
-        """What is worked out now is refused here, with its row; later nothing fails any more."""
+        """Compute everything now, so that errors name the row and nothing fails later."""
         clean, *others = map(self._content, (row, *corrupted))
         made = BuiltRow(row.id, row.key, template_number(row), clean, tuple(others))
         for each in (row, *corrupted):
@@ -328,12 +334,12 @@ class _Collector:
         return RowContent(row.prompt, values, texts, row.image, row.regions)
 
     def _belongs(self, number: int) -> bool:
-        """Whether the block's row, or image of tiles, of this number (from 1) is in the part."""
+        """Return whether the row, or image of tiles, with this number (from 1) is in the part."""
         train = int(number * self.share) > int((number - 1) * self.share)
         return self.part is None or train == (self.part == "train")
 
     def _mark(self, row: Row) -> object:
-        """What makes two rows equal: prompt, texts, and the values that are not drawn."""
+        """Return what makes rows equal: prompt, texts and the values without draws."""
         texts = (row.named_text(name) for name in self.block.texts)
         fixed = tuple(
             to_hashable(to_plain(value)) for value in (*row.values.values(), *row.record.values())
@@ -357,7 +363,7 @@ class _Collector:
         if len(result.rows) > limits.ROWS:
             result.diagnostics.append(self._rows_error(f"more than {limits.ROWS:,}"))
         elif result.cut:
-            pass  # those that would be looked at next may be right
+            pass  # the next rows might qualify
         elif not result.rows and any(name in self.used for name in result.unchanged):
             result.diagnostics.extend(self._all_unchanged())
         elif not result.rows:
@@ -380,7 +386,7 @@ class _Collector:
             )
 
     def _all_unchanged(self) -> list[Diagnostic]:
-        """E0510 at corruptions that change no row, else E0509: each row misses one of them."""
+        """Return E0510 at corruptions that change no row, else E0509: each row lacks a change."""
         unchanged, looked_at = self.result.unchanged, self.result.compared.total()
         corruptions = [
             c for c in self.block.spec.corruptions if c.name in unchanged and c.name in self.used
@@ -401,9 +407,9 @@ class _Collector:
 
 
 def equal_records_warning(block: PromptsBlock, found: RowCollection) -> EqualRecords:
-    """W0781 for records of a file that are equal."""
+    """Return W0781 for equal records of a file."""
     source = block.spec.rows
-    assert source is not None  # generated rows that are equal are left out
+    assert source is not None  # equal generated rows are dropped
     return EqualRecords(
         span=source.span,
         prompts=block.name,
@@ -415,19 +421,20 @@ def equal_records_warning(block: PromptsBlock, found: RowCollection) -> EqualRec
 
 
 def template_number(row: Row) -> int:
-    """The number of its template."""
+    """Return the number of the row's template."""
     return row.places.get(TEMPLATE, 0)
 
 
 def unchanged_template_warnings(
     block: PromptsBlock, corruption: spec.Corruption, same: Counter[int], rows: Counter[int]
 ) -> list[TemplateUnchanged]:
-    """W0791 where the corruption changes no row of some template.
+    """Return W0791 if the corruption changes no row of some template.
 
-    same: by number of the template, how many of its rows are the same as without. rows: of how many
+    same: by template number, how many rows are unchanged. rows: by template number, how many rows
+    there are.
     """
     found = [number for number in sorted(same) if same[number] == rows[number]]
-    if not 0 < len(found) < len(rows):  # E0510 says it of all
+    if not 0 < len(found) < len(rows):  # E0510 reports a corruption without any effect
         return []
     named = [f"template {n + 1} (line {block.templates[n].text.span.line})" for n in found]
     return [
@@ -443,7 +450,7 @@ def unchanged_template_warnings(
 def no_effect_error(
     corruption: spec.Corruption, *, of_images: bool = False
 ) -> CorruptionWithoutEffect:
-    """E0510 at the corruption."""
+    """Return E0510 at the corruption."""
     hint = "change a value that the template shows, or `template` itself"
     if of_images:
         hint = "change a value that the `image` line names"
@@ -454,8 +461,8 @@ def no_effect_error(
 
 
 def _only_values(corruption: spec.Corruption) -> bool:
-    """Whether the text alone tells what the corruption did."""
-    shown = (ValueChange, ImageChange)  # what images are made of is their text
+    """Return whether the text alone shows the corruption's effect."""
+    shown = (ValueChange, ImageChange)  # the text of an image contains its description
     return not patch_changes(corruption.changes) and all(
         isinstance(change_kind(change), shown) for change in corruption.changes
     )
@@ -472,9 +479,9 @@ def rows_convention(
     part: SplitPart | None,
     unchanged: Mapping[str, int],
 ) -> dict[str, str]:
-    """Which rows the table has (`rows`), and what was left out on the way (`dropped`).
+    """Describe the table's rows (`rows`) and the dropped ones (`dropped`).
 
-    unchanged: by corruption that is used, rows that it left as they were.
+    unchanged: by used corruption, the number of rows that it left unchanged.
     """
     unit = "records" if block.data is not None and block.size == 1 else "combinations"
     unit = unit if block.spec.tiles is None else "tiles"
@@ -497,13 +504,13 @@ def rows_convention(
 
 
 MAX_IMBALANCE = 0.1
-"""Part of the rows that may have to be of another combination for all to have the same number."""
+"""Maximum share of rows that would have to change their combination for equal counts."""
 
 
 def balanced_variables(block: PromptsBlock, rows: Sequence[Row]) -> tuple[str, ...]:
-    """Names of the variables, in the order of the file; none of a data file.
+    """Return the names of evenly distributed variables, in file order; none for a data file.
 
-    rows: at least a whole round, without those that are left out.
+    rows: at least a whole round, without the dropped rows.
     """
     if block.data is not None:
         return ()
@@ -516,8 +523,10 @@ def balanced_variables(block: PromptsBlock, rows: Sequence[Row]) -> tuple[str, .
 
 
 def exhausted_variables(block: PromptsBlock, rows: Sequence[Row]) -> tuple[str, ...]:
-    """Names of the variables of which rows have every value that the block declares; none of a data
-    file, whose values are those that somebody found."""
+    """Return the variables for which the rows have every value that the block declares.
+
+    A data file has none: its values are a sample.
+    """
     if block.data is not None:
         return ()
     return tuple(
@@ -528,9 +537,12 @@ def exhausted_variables(block: PromptsBlock, rows: Sequence[Row]) -> tuple[str, 
 
 
 def _even(columns: Sequence[Sequence[int]]) -> bool:
-    """Whether each combination that there is has as many rows as the next, or one more, as of the
-    last round there may be a part; or nearly as many, as rows that were there already are left out.
-    Where a combination has too few different rows, these soon make it rare."""
+    """Return whether all combinations have nearly equal numbers of rows.
+
+    Counts may differ by one, because the last round may be incomplete. They may differ slightly
+    more, because duplicates are dropped; a combination with too few distinct rows soon becomes
+    rare.
+    """
     counts = Counter(zip(*columns, strict=True)).values()
     rows, mean = sum(counts), sum(counts) / len(counts)
     moved = sum(abs(count - mean) for count in counts) / 2
@@ -538,9 +550,10 @@ def _even(columns: Sequence[Sequence[int]]) -> bool:
 
 
 def expand_class_texts(block: PromptsBlock, row: Row) -> tuple[tuple[str, ...], list[Diagnostic]]:
-    """The text with all values of the names in it, whichever rows there are, equal ones once.
+    """Evaluate the `classes` text with all values of its names, for any selection of rows.
 
-    row: any row of the block. Codes: E0503, E0506 and those of values.
+    Returns:
+        The distinct texts; diagnostics E0503, E0506 and those of values.
     """
     node = block.spec.classes
     if node is None:
@@ -568,7 +581,7 @@ def expand_class_texts(block: PromptsBlock, row: Row) -> tuple[tuple[str, ...], 
 def _combinations(
     block: PromptsBlock, names: list[str], text: str
 ) -> Iterator[Mapping[str, RowValue]]:
-    """Each value of each name with each of the others."""
+    """Yield each value of each name with each value of the others."""
     axes = dict(block.axes)
     values = [axes[name] if name in axes else block.column(name) or () for name in names]
     amount = prod(map(len, values))
@@ -589,10 +602,11 @@ def _combinations(
 def set_mean_image(
     block: PromptsBlock, tokenizer: TextTokenizer, enough: int | None
 ) -> list[Diagnostic]:
-    """Give a block whose image is the mean of another's rows, or of those of a part, that mean:
-    before `limit`.
+    """Set the mean image of a block that averages the images of another block or of its part.
 
-    enough: how many rows a check looks at. Codes: those of the rows.
+    The mean is over rows before `limit`. Codes: those of the rows.
+
+    enough: the number of rows that a check reads.
     """
     of = averaged_block(block.spec.image)
     if of is None or of.name not in block.blocks or block.averaged is not None:

@@ -21,23 +21,23 @@ SEPARATOR = "sep"
 class TextSpan(NamedTuple):
     """One occurrence of a named span in a prompt: characters `start` to `end` (exclusive).
 
-    A tuple, because a hundred rows of lists make tens of thousands of them.
+    A tuple, because a hundred rows of lists have tens of thousands of spans.
     """
 
     name: str
     start: int
     end: int
     within: tuple[str, ...] = ()
-    """Names of the spans around it, outermost first (`("part1",)` for an item of `part1`)."""
+    """Names of the enclosing spans, outermost first (`("part1",)` for an item of `part1`)."""
 
 
 cached_span = lru_cache(maxsize=2**16)(TextSpan)
-"""`SpanAt`, one object for equal ones: the lists of all rows have the same few."""
+"""`TextSpan`, with equal spans as one object: the lists of all rows share a few spans."""
 
 
 @dataclass(frozen=True, slots=True)
 class RichText:
-    """A text with the named spans in it."""
+    """A text with its named spans."""
 
     text: str
     spans: tuple[TextSpan, ...] = ()
@@ -45,7 +45,7 @@ class RichText:
 
 @lru_cache(maxsize=256)
 def unmarked_text(text: str) -> RichText:
-    """A text without spans; rows are made of a few of these."""
+    """Return a text without spans; cached, because rows consist of a few such texts."""
     return RichText(text)
 
 
@@ -59,28 +59,28 @@ class ListItem:
     value: RowValue
     rich: RichText
     drawn: Mapping[str, RowValue] = field(default_factory=lambda: _NOTHING_DRAWN)
-    """What stands in the placeholders of its text."""
+    """The values of the placeholders in its text."""
 
 
 cached_item = lru_cache(maxsize=2**12)(ListItem)
-"""`Item` of a text, one object for equal ones: the lists of all rows draw from the same few."""
+"""`ListItem` of a text, with equal items as one object: the lists of all rows share a few."""
 
 
 @dataclass(frozen=True, slots=True)
 class ItemList:
-    """What `list(…)` gives: its items are spans called `name`, if that isn't empty."""
+    """The value of `list(…)`: its items are spans called `name`, unless that is empty."""
 
     name: str
     items: tuple[ListItem, ...]
     sep: str
     last: str
     text: ast.String | None = None
-    """What each item is written as, of a list of texts."""
+    """For a list of texts, the text of each item."""
 
 
 @dataclass(frozen=True)
 class TokenId:
-    """What `token_id(column)` gives."""
+    """The value of `token_id(column)`."""
 
     id: int
 
@@ -94,14 +94,14 @@ RowValue: TypeAlias = (
 
 
 def format_number(value: int | float) -> str:
-    """`3` for 3 and 3.0, `0.5` for 0.5."""
+    """Format a number: `3` for 3 and 3.0, `0.5` for 0.5."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:
         return str(int(value))
     return repr(value)
 
 
 def render_value(value: RowValue) -> RichText | None:
-    """The text of a value; None where it has none (no value, a raw list or record)."""
+    """Return the text of a value; None if it has none (no value, a raw list or record)."""
     match value:
         case RichText():
             return value
@@ -128,7 +128,7 @@ def _join(items: ItemList) -> RichText:
 
 
 def concatenate(parts: Iterable[tuple[str, RichText]]) -> RichText:
-    """Texts behind one another; each is a span of its name (none where the name is empty)."""
+    """Concatenate texts; each is a span of its name, unless the name is empty."""
     text = ""
     spans: list[TextSpan] = []
     for name, rich in parts:
@@ -148,14 +148,14 @@ _PLAIN = (str, int, float, NoneType)
 
 
 def is_whole_number(number: int | float) -> bool:
-    """Whether it is a whole number, however large; infinity and NaN are none."""
+    """Return whether a number is whole, however large; infinity and NaN aren't."""
     return isinstance(number, int) or number.is_integer()
 
 
 def to_plain(value: RowValue) -> object:
-    """The value without spans, as tables and comparisons want it."""
+    """Return the value without spans, for tables and comparisons."""
     if isinstance(value, _PLAIN):
-        return value  # as most are; whether it is a mapping is a slow question
+        return value  # the common case, and the test for a mapping is slow
     match value:
         case RichText(text=text):
             return text
@@ -172,7 +172,7 @@ def to_plain(value: RowValue) -> object:
 
 
 def to_hashable(value: object) -> object:
-    """A plain value as something that can be compared and put in a set."""
+    """Convert a plain value to a hashable one for comparisons and sets."""
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, list):
@@ -184,8 +184,11 @@ def to_hashable(value: object) -> object:
 
 
 class Refusal(Exception):
-    """A row can't be built. Raised while it is evaluated, caught where rows are collected, and
-    turned into its diagnostic there, with the row's description as the fact `rows`."""
+    """The reason that a row can't be built.
+
+    Raised during evaluation, caught where rows are collected and converted there to its diagnostic,
+    with the row's description as the fact `rows`.
+    """
 
     def __init__(self, kind: type[Diagnostic], span: Span, **facts: Any) -> None:
         super().__init__(kind.code)
@@ -195,7 +198,7 @@ class Refusal(Exception):
 
     @staticmethod
     def of(problem: Diagnostic) -> Refusal:
-        """One that says what a diagnostic with a place says."""
+        """Return a refusal with the facts of a diagnostic that has a span."""
         assert problem.span is not None
         facts = {f.name: getattr(problem, f.name) for f in fields(problem) if f.name != "span"}
         return Refusal(type(problem), problem.span, **facts)
@@ -209,17 +212,17 @@ class Refusal(Exception):
 
 @dataclass
 class DrawKey:
-    """Which draw this is: the value it is for, then the call within it, then the item.
+    """The identity of a draw: the value it is for, then the call within it, then the item.
 
-    A corruption's own draws have its name in front, so that what it writes out is drawn anew and
-    everything else keeps its draws.
+    The draws of a corruption have its name as prefix, so that its assignments are drawn
+    independently and all other values keep their draws.
     """
 
     path: str
     calls: int = 0
 
     def call(self) -> DrawKey:
-        """The key of the next call in the expression."""
+        """Return the key of the next call in the expression."""
         self.calls += 1
         return DrawKey(f"{self.path}.{self.calls}")
 
@@ -228,83 +231,85 @@ class DrawKey:
 
 
 class Scope(Protocol):
-    """Names with values, and draws. Where there is nothing to give, methods raise `Refusal`."""
+    """Names with values, and draws. Methods raise `Refusal` if they have no result."""
 
     def value(self, name: str, span: Span) -> RowValue: ...
 
     def known(self, name: str) -> bool:
-        """Whether `value` finds something."""
+        """Return whether `value` has a result for a name."""
         ...
 
     def attribute(self, name: str, attribute: str, span: Span) -> RowValue: ...
 
     def text(self, node: ast.String, key: DrawKey) -> RichText:
-        """A text with its placeholders filled in."""
+        """Fill in the placeholders of a text."""
         ...
 
     def placeholders(self, node: ast.String) -> Sequence[ast.Expr]:
-        """What stands in the braces of a text."""
+        """Return the expressions in the braces of a text."""
         ...
 
     def domain(self, node: ast.Expr) -> Sequence[RowValue]:
-        """The values that an expression (most often a name) ranges over."""
+        """Return the values that an expression (most often a name) ranges over."""
         ...
 
     def records(self, name: str, *, drawn: bool) -> Sequence[DataRecord] | None:
-        """The records of a block of prompts, by its name: in the order of the file, or, where some
-        are drawn, in one that hangs on their content."""
+        """Return the records of a block of prompts by name.
+
+        They are in file order or, for draws, in an order that depends on their content.
+        """
         ...
 
     def python(self, node: ast.Call) -> RowValue:
-        """What a function of a Python file gives for the row."""
+        """Return the value of a Python file's function for the row."""
         ...
 
     def is_own(self, record: DataRecord, fields: Sequence[str]) -> bool:
-        """Whether the row has the same values in these fields."""
+        """Return whether the row has the record's values in these fields."""
         ...
 
     def tokens(self, node: ast.Expr, value: RowValue) -> int:
-        """How many tokens an expression has in the prompt, if it is a span of it, or behind it."""
+        """Count an expression's tokens: in the prompt if it is a span there, else after it."""
         ...
 
     def changed_item(self, name: str, value: RowValue, key: DrawKey) -> RowValue:
-        """A drawn item, as the corruption leaves it."""
+        """Return a drawn item after the corruption's change to it."""
         ...
 
     def draw(self, key: DrawKey, index: int, below: int) -> int:
-        """A seeded number in 0..below-1."""
+        """Return a seeded number in 0..below-1."""
         ...
 
     def kept(self, key: DrawKey) -> list[RowValue]:
-        """In a corrupted row, what the clean row drew there; else nothing."""
+        """Return the clean row's draw in a corrupted row; else nothing."""
         ...
 
     def keep(self, key: DrawKey, value: RowValue) -> None:
-        """Remember what was drawn."""
+        """Store a draw."""
         ...
 
     def order(self, key: DrawKey, size: int) -> Sequence[int]:
-        """A seeded permutation of 0..size-1."""
+        """Return a seeded permutation of 0..size-1."""
         ...
 
     def elsewhere(self, name: str, span: Span) -> RowValue:
-        """The value of a column or domain in the row that a seeded permutation of all of them
-        puts here."""
+        """Return the value of a column or domain in the row that a seeded permutation of all rows
+        maps to this one."""
         ...
 
     def with_values(self, values: Mapping[str, RowValue]) -> Scope:
-        """The same row with some more names."""
+        """Return the same row with additional names."""
         ...
 
 
 KEY_BITS = 63
-"""Of a key, so that it fits into a column of integers."""
+"""Bits of a key, so that it fits into a column of integers."""
 
 
 def content_key(values: Mapping[str, object], texts: Iterable[object] = ()) -> int:
-    """A number in 0..2^63-1, equal for equal values and texts, whatever order the names are in.
+    """Return a number in 0..2^63-1, equal for equal values and texts in any order of names.
 
-    values: plain, by name.
+    values: plain values by name.
     """
     return stable_hash(_canonical_json(dict(values)), *map(_canonical_json, texts)) >> (
         128 - KEY_BITS

@@ -1,5 +1,5 @@
-"""From the typed program to experiments in which everything is concrete, without weights.
+"""Experiments with every site, layer, position and text as numbers, without weights.
 
-In: a `spec.Experiment`, its model's shape and its prompt table. Out: a `ResolvedExperiment` whose
-sites, layers, positions and texts are numbers. Imports prompts and below.
+In: a `spec.Experiment`, the shape of its model and its prompt table. Out: a `ResolvedExperiment`.
+Imports prompts, models and below.
 """

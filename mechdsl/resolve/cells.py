@@ -19,33 +19,33 @@ from mechdsl.syntax.traversal import walk
 Coord = int | float | str
 
 _LETTERS = {"layer": "L", "head": "H", "neuron": "N", "expert": "H"}
-"""Before their numbers in the name of a site."""
+"""Letter before each kind of number in the name of a site."""
 
 
 @dataclass(frozen=True)
 class CellKey:
-    """Which intervention a cell is."""
+    """Identity of a cell: its coordinates, site and position."""
 
     coords: Mapping[str, Coord]
     """One value per axis of the experiment, in the order of its axes."""
     site: str
-    """As the model names it, `L2H0.z`; empty in an experiment without a rule."""
+    """Name of the site in the model, `L2H0.z`; empty in an experiment without rules."""
     position: str | None = None
     tokens: tuple[str, ...] = ()
-    """The distinct texts of the tokens that were hit, commonest first."""
+    """Distinct texts of the written tokens, most frequent first."""
     read: tuple[str, ...] = ()
-    """The same in the source run, where tokens of one number are other ones there."""
+    """Distinct texts of the tokens that are read in the source run, if they differ."""
     also: Mapping[str, int] = field(default_factory=dict[str, int])
-    """`item`, where an axis runs over occurrences: which of them, counted from 1."""
+    """1-based occurrence under the key `item`, if an axis runs over occurrences."""
     listed: tuple[str, ...] = field(default=(), compare=False)
-    """Tokens that an observation lists (`top 10`), the first one first."""
+    """Tokens that an observation lists (`top 10`), the most probable first."""
     shares: tuple[tuple[float, float], ...] = field(default=(), compare=False)
-    """Of each of them, its mean probability over rows, and the share of rows in which it is the
-    most likely; none where rows have no part in the list."""
+    """For each listed token: its mean probability over rows, and the share of rows in which it is
+    the most probable one. Empty if the list doesn't depend on rows."""
 
     @property
     def name(self) -> str:
-        """The site, with those coordinates that it doesn't show."""
+        """The site, followed by the coordinates that it doesn't show."""
         shown = [
             f"{axis} {value}" if not isinstance(value, str) else value
             for axis, value in self.coords.items()
@@ -54,8 +54,11 @@ class CellKey:
         return " at ".join([self.site, *shown] if self.site else shown) or "the only cell"
 
     def _site_names(self, axis: str, value: Coord) -> bool:
-        """Whether the site says a coordinate: not where a rule hits several layers or heads at
-        once and something else, such as a direction, is of one of them."""
+        """Return whether the name of the site shows a coordinate.
+
+        It doesn't if a rule writes in several layers or heads together and the coordinate belongs
+        to something else, such as a direction.
+        """
         letter = _LETTERS.get(axis)
         if letter is None or not self.site or isinstance(value, str):
             return letter is not None and bool(self.site)
@@ -65,15 +68,18 @@ class CellKey:
 # --- cells of several variants --------------------------------------------------------------------
 
 VariantLabels = tuple[tuple[str, int | str], ...]
-"""Axis and label of everything that there are several of."""
+"""Axis and label of everything that varies between variants."""
 
 NO_COORDINATE = "-"
-"""The coordinate of a cell along an axis that its variant doesn't have."""
+"""Coordinate of a cell along an axis that its variant doesn't have."""
 
 
 def distinguish_variants(parts: Sequence[tuple[VariantLabels, str]]) -> list[str]:
-    """What tells runs of a variant from those of one name of the others: its block, its model;
-    nothing where there is one. parts: labels and model of each."""
+    """Return a label for each variant: its prompt set and model, unless all variants share them.
+
+    Args:
+        parts: Labels and model of each variant.
+    """
     blocks = [str(dict(labels).get(PROMPTS_AXIS, "")) for labels, _ in parts]
     models = [model for _, model in parts]
     told = [each if len(set(each)) > 1 else [""] * len(each) for each in (blocks, models)]
@@ -81,7 +87,7 @@ def distinguish_variants(parts: Sequence[tuple[VariantLabels, str]]) -> list[str
 
 
 def join_axes(parts: Sequence[tuple[VariantLabels, Sequence[str]]]) -> list[str]:
-    """The axes of all variants: what there are several of comes first."""
+    """Join the axes of all variants; axes that vary between variants come first."""
     own = [axis for labels, _ in parts for axis, _ in labels]
     return list(dict.fromkeys([*own, *(axis for _, axes in parts for axis in axes)]))
 
@@ -89,7 +95,7 @@ def join_axes(parts: Sequence[tuple[VariantLabels, Sequence[str]]]) -> list[str]
 def join_cells(
     axes: Sequence[str], parts: Iterable[tuple[VariantLabels, Iterable[CellKey]]]
 ) -> list[CellKey]:
-    """The cells of all variants, one variant after the other."""
+    """Join the cells of all variants, one variant after the other."""
     return [
         replace(cell, coords={axis: _coord(axis, dict(labels), cell) for axis in axes})
         for labels, cells in parts
@@ -100,13 +106,17 @@ def join_cells(
 def _coord(axis: str, labels: Mapping[str, int | str], cell: CellKey) -> Coord:
     if axis in labels:
         return labels[axis]
-    # A sweep over positions that finds a single one has no axis.
+    # A sweep over positions that has a single position has no axis.
     missing = cell.position if axis == "position" else None
     return cell.coords.get(axis, missing or NO_COORDINATE)
 
 
 def average_cells(cells: Sequence[CellKey], axis: str) -> tuple[list[CellKey], list[list[int]]]:
-    """(cells without an axis, the numbers of the cells that each is the mean of)."""
+    """Group cells that differ only along an axis.
+
+    Returns:
+        The cells without the axis, and the numbers of the cells that each of them averages.
+    """
     groups: dict[tuple[tuple[str, Coord], ...], list[int]] = {}
     for number, cell in enumerate(cells):
         key = tuple((name, value) for name, value in cell.coords.items() if name != axis)
@@ -116,7 +126,7 @@ def average_cells(cells: Sequence[CellKey], axis: str) -> tuple[list[CellKey], l
 
 
 def _average_key(cells: Sequence[CellKey], coords: Mapping[str, Coord]) -> CellKey:
-    """What the mean of cells is called: both ends of what they differ in."""
+    """Create the key for the mean of cells, with both ends of each field that differs."""
 
     def ends(values: Sequence[str]) -> str:
         return " … ".join(dict.fromkeys((values[0], values[-1])))
@@ -133,7 +143,7 @@ def _average_key(cells: Sequence[CellKey], coords: Mapping[str, Coord]) -> CellK
 
 
 COMPONENT_AXIS = "component"
-"""Stands among the axes for what a site is called."""
+"""Name under which the site counts as an axis."""
 
 _UNITS = ("layer", "head", "neuron", "expert")
 
@@ -141,8 +151,10 @@ _UNITS = ("layer", "head", "neuron", "expert")
 def find_open_axes(
     experiment: spec.Experiment, groups: Mapping[str, spec.Group], unknown: Collection[UnknownFact]
 ) -> frozenset[str]:
-    """Coordinates whose values aren't known: those that another experiment picks, and of what
-    stands in for something those that it would have to be at hand for."""
+    """Return the axes whose values aren't known yet.
+
+    These are axes that another experiment picks, and axes that depend on unavailable facts.
+    """
     found: set[str] = set()
     for rule in experiment.rules:
         if rule.site is not None:
@@ -160,12 +172,13 @@ def find_open_axes(
             if positions is not None and has_open_positions(positions, unknown):
                 found.update(("position", "from_position", "item"))
     if "shape" in unknown and any(axis == "model" for axis, _ in experiment.variant):
-        found.update(("layer", "to_layer"))  # by their relative depths
+        # labels by relative depth depend on the number of layers
+        found.update(("layer", "to_layer"))
     return frozenset(found)
 
 
 def has_open_positions(positions: ast.Positions, unknown: Collection[UnknownFact]) -> bool:
-    """Whether tokens or rows, where they aren't known, decide which cells there are."""
+    """Return whether unavailable tokens or rows determine which cells exist."""
     return any(
         ("tokens" in unknown and _depends_on_tokens(node))
         or ("rows" in unknown and isinstance(node, ast.SpanTokens))
@@ -202,17 +215,17 @@ def _of_axes(tree: ast.Site | ast.Edge | None) -> Iterator[str]:
 
 
 def counts_from_end(bound: ast.Bound | None) -> bool:
-    """Whether the coordinate that it names hangs on how many there are: `-1`, `50%`."""
+    """Return whether a coordinate depends on the number of coordinates: `-1`, `50%`."""
     return bound is not None and (bound.percent is not None or (bound.value or 0) < 0)
 
 
 def is_open(value: ast.Star | ast.AxisRange) -> bool:
-    """Whether which coordinates it names hangs on the model."""
+    """Return whether the model determines the coordinates that are named."""
     return isinstance(value, ast.Star) or counts_from_end(value.low) or counts_from_end(value.high)
 
 
 def counts_positions(positions: ast.Positions) -> bool:
-    """Whether it counts tokens, instead of naming them."""
+    """Return whether positions count tokens instead of naming them."""
     return any(
         isinstance(node, ast.TokenIndex)
         or (isinstance(node, ast.Position) and node.align is not None)
@@ -223,9 +236,14 @@ def counts_positions(positions: ast.Positions) -> bool:
 def find_token_mismatches(
     base: PromptRun, source: PromptRun, written: PositionCell, read: PositionCell
 ) -> list[tuple[int, int, int]]:
-    """(row, token of the base run, token of the source run) where the two don't correspond: they
-    have one number in prompts of different lengths, lie behind the first difference of the two
-    (counted from the end: before the last), and are different tokens."""
+    """Find tokens of two runs that are paired by index but don't correspond.
+
+    Such tokens have the same index in prompts of different lengths, come after the first difference
+    of the prompts (counted from the end: before the last difference), and differ.
+
+    Returns:
+        The row, the token of the base run and the token of the source run, for each pair.
+    """
     found: list[tuple[int, int, int]] = []
     for n, (own, theirs) in enumerate(zip(base.rows, source.rows, strict=True)):
         if len(own.ids) == len(theirs.ids):
@@ -235,7 +253,7 @@ def find_token_mismatches(
         hits = zip(written.hits[n], read.hits[n], strict=False)
         for to, of in (pair for run in hits for pair in zip(*run, strict=False)):
             if to >= len(own.ids) or of >= len(theirs.ids):
-                continue  # the answer's, which are the same
+                continue  # tokens of the answer, which are equal
             behind = len(own.ids) - to
             from_start = to == of and to > prefix
             from_end = behind == len(theirs.ids) - of and behind > suffix + 1
@@ -250,7 +268,13 @@ def report_token_mismatch(
     pairs: Sequence[tuple[PositionCell, PositionCell]],
     tokenizer: TextTokenizer,
 ) -> UnequalIndexTokens | None:
-    """W0760 for counted positions that mean other tokens in the source run; runs: base, source."""
+    """Return W0760 for counted positions that refer to different tokens in the source run.
+
+    Args:
+        positions: The positions as written.
+        runs: The base run and the source run.
+        pairs: The written and read cells.
+    """
     base, source = runs
     first: tuple[str, int, int, int] | None = None
     rows: set[int] = set()
@@ -275,6 +299,6 @@ def report_token_mismatch(
 
 
 def _shared_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
-    """How many tokens both begin with."""
+    """Return the length of the common prefix."""
     pairs = zip(first, second, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -29,7 +29,7 @@ from mechdsl.vocab.metrics import Metric, MetricArgument, MetricForm
 _OLD_END = 2
 
 MAX_LISTED_LABELS = 5
-"""Labels that a message lists."""
+"""Maximum number of labels that a message lists."""
 
 _OF_TOKENS: frozenset[MetricArgument] = frozenset(
     {"target", "any", "continuation", "numerals", "prompt"}
@@ -41,8 +41,11 @@ _OF_THE_WHOLE: frozenset[MetricArgument] = frozenset({"reference", "nothing"})
 def find_class_argument(
     node: ast.Expr, metric: Metric, shape: ModelShape, *, of_images: bool = False
 ) -> ast.ClassOutput | None:
-    """The class that a metric is of; `correct` alone is of the answer's on a classifier, and what a
-    metric of images is of is never a token."""
+    """Find the class that a metric refers to; None if it refers to a token.
+
+    On a classifier, `correct` without an argument refers to the answer's class. A metric of images
+    never refers to a token.
+    """
     arguments = node.arguments if isinstance(node, ast.Call) else ()
     if len(arguments) == 1 and isinstance(arguments[0].value, ast.ClassOutput):
         return arguments[0].value
@@ -54,7 +57,7 @@ def find_class_argument(
         ):
             return ast.ClassOutput(value, span=value.span)
     alone = next((form.default for form in metric.forms.values() if form.default is not None), None)
-    if shape.side == "text":  # the row's image
+    if shape.side == "text":  # the image of the row
         alone = IMAGE_SPAN if alone is not None or metric.name == "score" else None
     if arguments or alone is None or shape.task == "tokens":
         return None
@@ -62,9 +65,9 @@ def find_class_argument(
 
 
 def select_class_form(metric: Metric, shape: ModelShape) -> MetricForm | None:
-    """The form of a metric that takes a class; None where it has none."""
+    """Return the form of a metric that takes a class; None if it has none."""
     kinds: tuple[MetricArgument, ...] = ("target", "class", "continuation")
-    chosen = shape.side and metric.name == "correct"  # the best of the classes, of any such model
+    chosen = shape.side and metric.name == "correct"  # the best of all classes, for any such model
     if shape.task == "many labels" and not chosen:
         kinds = ("label", *kinds)
     return next((metric.forms[kind] for kind in kinds if kind in metric.forms), None)
@@ -73,7 +76,7 @@ def select_class_form(metric: Metric, shape: ModelShape) -> MetricForm | None:
 def check_class(
     node: ast.Expr, name: str, wanted: ast.ClassOutput, shape: ModelShape, model: str
 ) -> Diagnostic | None:
-    """Why a metric can't be of a class of this model (E0437, E0443, E0445), or None."""
+    """Return why a metric can't refer to a class of this model (E0437, E0443, E0445), or None."""
     if shape.stands_in:
         return None
     text = node.span.written
@@ -102,7 +105,7 @@ def check_class(
 def check_form(
     node: ast.Expr, name: str, form: MetricForm, shape: ModelShape, model: str
 ) -> Diagnostic | None:
-    """Why a metric that isn't of a class has no meaning on this model (E0444, E0445), or None."""
+    """Return why a metric without a class is undefined for this model (E0444, E0445), or None."""
     if shape.stands_in:
         return None
     text = node.span.written
@@ -133,15 +136,17 @@ def check_form(
 
 
 def reads_classes(form: MetricForm, shape: ModelShape) -> bool:
-    """Whether a metric reads all outputs of a model that scores texts, of which only its classes
-    are meant."""
+    """Return whether a metric reads all outputs of a model that scores texts.
+
+    Only the classes of such a model count as outputs for the metric.
+    """
     return bool(shape.side) and form.of_outputs and not form.narrow and form.takes != "label"
 
 
 def check_classes_exist(
     node: ast.Expr, table: PromptTable, shape: ModelShape, model: str
 ) -> Diagnostic | None:
-    """E0445 for a choice where nothing says what there is to choose from."""
+    """Return E0445 for a choice if the file lists nothing to choose from."""
     if shape.classes or shape.stands_in or table.stands_in:
         return None
     return TaskMismatch(
@@ -159,7 +164,7 @@ def check_class_members(
     shape: ModelShape,
     model: str,
 ) -> Diagnostic | None:
-    """E0442 for a text that isn't one of the classes, where a metric is of a choice."""
+    """Return E0442 for a text that isn't one of the classes, if a metric is a choice."""
     other = [number for number in numbers if number >= shape.classes]
     if not other or shape.stands_in:
         return None
@@ -176,7 +181,7 @@ def check_class_members(
 
 
 def report_missing_score_text(node: ast.Expr, model: str) -> Diagnostic:
-    """E0445: it is of one text, written in its brackets."""
+    """Create E0445 for `score` without a text, which it needs in parentheses."""
     reason = "it scores an image with a text, and here is none"
     hint = 'write one: `score(answer)`, `score("a photo of a cat")`'
     return TaskMismatch(
@@ -185,7 +190,7 @@ def report_missing_score_text(node: ast.Expr, model: str) -> Diagnostic:
 
 
 def _no_logits(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
-    """E0445 for a metric of logits, on a regression."""
+    """Create E0445 for a metric of logits on a regression model."""
     return TaskMismatch(
         span=node.span,
         text=node.span.written,
@@ -196,7 +201,7 @@ def _no_logits(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
 
 
 def _no_number(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
-    """E0445 for `output`, where there isn't one number."""
+    """Create E0445 for `output` on a model that doesn't have a single numeric output."""
     if shape.task == "number":
         reason = f"it gives {shape.outputs} numbers"
         hint = f"say which, as in `{_of_number(shape)}`"
@@ -218,7 +223,7 @@ def _example(shape: ModelShape) -> str:
 
 
 def list_labels(shape: ModelShape) -> str:
-    """The labels for a message, the first ones of many."""
+    """List the labels for a message, shortened if there are many."""
     if not shape.labels:
         return f"numbers, from 0 to {shape.outputs - 1}"
     more = len(shape.labels) - MAX_LISTED_LABELS
@@ -229,9 +234,11 @@ def list_labels(shape: ModelShape) -> str:
 def resolve_class_numbers(
     wanted: ast.ClassOutput, table: PromptTable, shape: ModelShape, model: str
 ) -> tuple[tuple[int, ...], list[Diagnostic]]:
-    """The number of the output that is meant, for every row. A text is the name of a label, and
-    where labels have none of their own, the number of an output. Codes: E0442 and those of
-    texts."""
+    """Resolve the output number of a class for every row.
+
+    A text names a label or, if the labels have no names, an output number. Codes: E0442 and those
+    of texts.
+    """
     of = wanted.of
     count = len(table)
     if isinstance(of, ast.Number):
@@ -289,7 +296,7 @@ def _unknown(
 
 
 def report_fixed_output(at: Span, shape: ModelShape, model: str) -> Diagnostic:
-    """E0446 for a position behind a measure."""
+    """Create E0446 for a measure with a position, on a model with a single output."""
     return PositionedOutput(
         span=at,
         model=model,
@@ -300,9 +307,11 @@ def report_fixed_output(at: Span, shape: ModelShape, model: str) -> Diagnostic:
 
 
 def find_pooled_token(ids: Sequence[int], shape: ModelShape) -> int:
-    """The token that a text tower makes its vector of: the last one, and where no token sees a
-    later one, the first that ends a text, which old configs don't name and which has the largest
-    id (`eos_token_id` 2)."""
+    """Return the token that a text tower pools.
+
+    This is the last token or, with causal attention, the first end-of-text token. Old configs
+    (`eos_token_id` 2) don't specify that token, which has the largest id.
+    """
     end = shape.config.get("eos_token_id")
     if not shape.causal:
         return len(ids) - 1
@@ -312,7 +321,7 @@ def find_pooled_token(ids: Sequence[int], shape: ModelShape) -> int:
 
 
 def describe_pooling(shape: ModelShape) -> str:
-    """What the one output of a model is made of, in words."""
+    """Describe what the single output of a model is computed from."""
     if shape.output_at == "image":
         return "the whole image"
     if shape.output_at == "first token":
@@ -326,8 +335,10 @@ def describe_pooling(shape: ModelShape) -> str:
 
 
 def find_output_positions(table: PromptTable, shape: ModelShape) -> Mapping[str, tuple[int, ...]]:
-    """Per run and row, the token that the one output is made of; empty where that is always the
-    last one."""
+    """Return the token that the single output is computed from, by run and row.
+
+    Empty if it is always the last token.
+    """
     found: dict[str, tuple[int, ...]] = {}
     for name, run in table.runs.items():
         found[name] = tuple(_position(row.ids, shape) for row in run.rows)
@@ -340,7 +351,7 @@ def find_output_positions(table: PromptTable, shape: ModelShape) -> Mapping[str,
 
 
 def _position(ids: Sequence[int], shape: ModelShape) -> int:
-    """As transformers finds it in a prompt by itself; the first where all are the pad token."""
+    """Return the token that transformers pools in a prompt; the first if all are padding."""
     if shape.output_at in ("first token", "image"):
         return 0
     if shape.side:

@@ -36,14 +36,14 @@ EDGE_RULE_HINT = "write `block attention layer * heads * from QUERIES to KEYS`"
 NO_ESTIMATE_HINT = "leave `using` out, so that each cell is run"
 
 FLAT_UNITS = ("rank", "share")
-"""Of metrics that jump and are level in between."""
+"""Units of metrics that are piecewise constant."""
 
 _EXTREMAL_METRICS = ("kl", "js", "cosine")
-"""Metrics that are least or greatest where a run is compared with itself."""
+"""Metrics that have an extremum where a run is compared with itself."""
 
 
 def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
-    """All that `using` doesn't go with."""
+    """Return all conflicts with `using`."""
     said = experiment.spec.estimator
     if said is None:
         return []
@@ -91,7 +91,7 @@ def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[
 def _of_rule(
     rule: ResolvedRule, experiment: ResolvedExperiment, said: spec.Estimator
 ) -> Iterator[Diagnostic]:
-    """What is wrong with a rule, the first thing first."""
+    """Yield the conflicts of a rule; callers report the first."""
     own = rule.spec
     verb = own.verb if own.observed is None else f"observe {own.observed.word}"
     if said.name == spec.ATTENTION:
@@ -122,7 +122,7 @@ def _of_rule(
 def _of_edges(
     rule: ResolvedRule, verb: str, experiment: ResolvedExperiment, said: spec.Estimator
 ) -> Iterator[Diagnostic]:
-    """The same of weights of attention."""
+    """Yield the conflicts of a rule on attention weights."""
     own = rule.spec
     if own.verb != "block":
         reason = "its gradients are by weights of attention"
@@ -145,7 +145,10 @@ def _of_answers(
 
 
 def _check_joint_moves(rule: ResolvedRule, said: spec.Estimator) -> Iterator[Diagnostic]:
-    """All cells of a site move together, so each vector has one value."""
+    """Yield conflicts of cells that write different values into one vector.
+
+    All cells of a site move together along the path of integration, so each vector needs one value.
+    """
     reason = "all cells of a site move together, so each vector must have one value"
     hint = "write `using gradient_input`, which takes each cell by itself"
     own = rule.spec
@@ -157,7 +160,7 @@ def _check_joint_moves(rule: ResolvedRule, said: spec.Estimator) -> Iterator[Dia
 
 
 def _overlap(cells: list[PositionCell]) -> bool:
-    """Whether a token of a row is in two cells."""
+    """Return whether two cells share a token of a row."""
     for row in zip(*(cell.hits for cell in cells), strict=True):
         tokens = [{token for run in hits for token in run} for hits in row]
         if sum(map(len, tokens)) > len(set[int]().union(*tokens)):
@@ -188,7 +191,8 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
 def _without_gradient(
     measure: ResolvedMeasure, experiment: ResolvedExperiment, said: spec.Estimator
 ) -> tuple[str, str, str] | None:
-    """The part of a measure that has no gradient, why, and what to write."""
+    """Return the part of a measure without a gradient, the reason and a hint; None if there is
+    none."""
     hint = "measure a logit, a probability or a difference of logits"
     for node in walk(measure.expression):
         if isinstance(node, ast.Compare | ast.Logical | ast.Not):
@@ -211,13 +215,13 @@ def _without_gradient(
 
 
 _BLOCK_ENDS = ("resid_pre", "resid_post")
-"""What is there all the same."""
+"""Sites of a block that exist even if the block computes nothing."""
 
 
 def check_removed_blocks(
     rules: Sequence[ResolvedRule], measures: Sequence[ResolvedMeasure], model: str
 ) -> Iterator[Diagnostic]:
-    """E0414 for what is written or read in a block that computes nothing, in some cell."""
+    """Yield E0414 for sites that are written or read in a removed block, in some cell."""
     for rule in rules:
         if rule.does.changes != "blocks" or rule.sites is None or rule.spec.fill is None:
             continue
@@ -239,7 +243,7 @@ def check_removed_blocks(
 
 
 def check_runs_without_blocks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """E0414 for what is written or read in a block that computes nothing in the run itself."""
+    """Yield E0414 for sites that are written or read in a block that a run with rules removes."""
     model = experiment.model.name
     removed: dict[str | None, set[int | None]] = {}
     for name, run in experiment.derived.items():
@@ -271,9 +275,9 @@ def check_runs_without_blocks(experiment: ResolvedExperiment) -> Iterator[Diagno
 def _check_bases(
     one: ResolvedExperiment, experiment: ResolvedExperiment, model: str
 ) -> Iterator[Diagnostic]:
-    """What the runs that it is based on write in blocks that it takes out itself."""
+    """Yield E0414 for sites that base runs write in blocks that this experiment or run removes."""
     removing = [rule for rule in one.rules if rule.does.changes == "blocks"]
-    passed: set[str | None] = set()  # a run that is named like its base comes again
+    passed: set[str | None] = set()  # stops if a run has the name of its base
     name = one.spec.base
     while name in experiment.derived and name not in passed:
         passed.add(name)
@@ -284,7 +288,11 @@ def _check_bases(
 
 
 def _removed_layers(run: ResolvedExperiment, before: set[int | None]) -> set[int | None]:
-    """The blocks that hand on what enters in a run with rules; before: in its base."""
+    """Return the blocks that a run with rules replaces with identity.
+
+    Args:
+        before: The removed blocks of its base.
+    """
     found = set(before)
     for rule in run.rules:
         if rule.does.changes == "blocks" and rule.sites is not None:
@@ -317,7 +325,7 @@ def _is_inside(point: SitePoint, layers: set[int | None]) -> bool:
 
 
 def _find_overlap(removed: SiteTargets, other: SiteTargets) -> SitePoint | None:
-    """A site that lies in a removed block in a cell that both have."""
+    """Return a site in a removed block, in a cell that both rules share; None if there is none."""
     shared = [axis for axis in removed.axes if axis in other.axes]
     first = [removed.axes.index(axis) for axis in shared]
     second = [other.axes.index(axis) for axis in shared]

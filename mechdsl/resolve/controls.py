@@ -290,7 +290,6 @@ def resolve_control(
     """Create the random control of an experiment.
 
     Args:
-        experiment: The experiment.
         apart: Sites that are never drawn.
         most_cells: Maximum number of cells.
         draws_enough: Number of draws to make if the only question is whether there are any.
@@ -345,11 +344,7 @@ class _NoDraws(Exception):
 
 
 def _check_draws_outside_removed(rules: Sequence[ResolvedRule], model: str) -> None:
-    """Check that no draw is in a block that computes nothing.
-
-    Raises:
-        _NoDraws: If one is.
-    """
+    """Check that no draw is in a block that computes nothing; raise _NoDraws otherwise."""
     for found in check_removed_blocks(rules, (), model):
         written = "" if found.span is None else found.span.written
         raise _NoDraws(
@@ -363,8 +358,7 @@ class _NoAlternatives(_NoDraws):
 
 
 _SITES = -1
-"""Key for the drawn sites of all rules of a cell. Drawn tokens have the number of their rule as
-key."""
+"""Key for the drawn sites of all rules of a cell; drawn tokens have their rule's number as key."""
 
 
 @dataclass(frozen=True)
@@ -455,11 +449,7 @@ class _Draws:
         )
 
     def _apart_is_drawn(self, kinds: Sequence[spec.ControlTarget | None]) -> None:
-        """Check that excluded sites could otherwise be drawn.
-
-        Raises:
-            _NoDraws: If one couldn't.
-        """
+        """Check that each excluded site could be drawn; raise _NoDraws if one couldn't."""
         drawn = {kind for kind in kinds if kind is not None}
         possible = set(drawn)
         for rule, kind in zip(self.experiment.rules, kinds, strict=True):

@@ -1,4 +1,4 @@
-"""Resolve directions: which vector an expression denotes in every cell."""
+"""Resolve the vector that a direction expression denotes in every cell."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from mechdsl.vocab.sites import SITES
 
 
 class DirectionError(Exception):
-    """Why there is no such direction, and what to write."""
+    """Error for an invalid direction, with a hint on what to write instead."""
 
     def __init__(self, node: ast.Node, reason: str, hint: str) -> None:
         super().__init__(reason)
@@ -58,7 +58,7 @@ class DirectionError(Exception):
 
 
 def name_member(name: str, axes: Sequence[Axis], key: AxisIndices) -> str:
-    """`refusal[layer 3, token -1]`."""
+    """Return the name of a member: `refusal[layer 3, token -1]`."""
     said = [_coordinate(axis, axis.labels[i]) for axis, i in zip(axes, key, strict=True)]
     return f"{name}[{', '.join(said)}]" if said else name
 
@@ -68,7 +68,7 @@ def _coordinate(axis: Axis, label: AxisLabel) -> str:
 
 
 def describe_position(label: AxisLabel) -> str:
-    """`token -2`, `last token`."""
+    """Describe a position: `token -2`, `last token`."""
     return f"token {label}" if str(label).lstrip("-").isdigit() else str(label)
 
 
@@ -81,7 +81,7 @@ def combine_families(
     parts: Sequence[DirectionFamily],
     make: Callable[[Sequence[DirectionVector]], DirectionVector],
 ) -> DirectionFamily:
-    """Of several families one: members of the same layer, head and position go together."""
+    """Combine several families into one, by members of the same layer, head and position."""
     axes: dict[str, Axis] = {}
     for axis in (axis for part in parts for axis in part.axes):
         known = axes.setdefault(axis.name, axis)
@@ -113,15 +113,18 @@ def combine_families(
 
 
 MIN_ROWS: Mapping[str, int] = {"pca": 2, "probe": 2}
-"""Rows that a way needs."""
+"""Minimum number of rows for a method."""
 
 
 def resolve_fitted_family(
     call: ast.Call, definition: spec.Direction, work: ExperimentContext
 ) -> DirectionFamily | None:
-    """A member for each value that the definition's site and positions sweep.
+    """Resolve a family with a member for each value that the definition's site and positions sweep.
 
-    None where something of it was refused, or isn't at hand. Raises CannotMake.
+    None after an error, and if a required model or prompt set isn't available.
+
+    Raises:
+        DirectionError: If a fit isn't possible.
     """
     assert definition.site is not None
     before = len(work.diagnostics)
@@ -166,7 +169,7 @@ def resolve_fitted_family(
 def _points(
     call: ast.Call, definition: spec.Direction, key: AxisIndices, sites: SiteTargets
 ) -> tuple[SitePoint, ...]:
-    """Where a member is read: one vector, or heads whose outputs are summed."""
+    """Return the points of a member: a single vector, or heads whose outputs are summed."""
     points, site = sites.points[key], definition.site
     assert site is not None
     if any(SITES[point.site].width in ("key", "one") for point in points):
@@ -194,7 +197,7 @@ def _width(points: Sequence[SitePoint], work: ExperimentContext) -> int:
 def _samples(
     call: ast.Call, rows: FitRows, definition: spec.Direction, work: ExperimentContext
 ) -> dict[str, FitSample] | None:
-    """The rows that are read, by the label of each position."""
+    """Resolve the rows of a fit, by position label; None after an error."""
     table = work.table if rows.key == "" else work.table.beside.get(rows.key)
     if table is None or table.stands_in or rows.run not in table.runs:
         return None
@@ -218,7 +221,7 @@ def _samples(
 
 
 def _last_token(call: ast.Call) -> ast.Positions:
-    """`last token`."""
+    """Create the position `last token`."""
     span = Span(Source("last token", call.span.source.path), 0, len("last token"))
     edge = ast.EdgeToken("last", span=span)
     point = ast.Position(ast.Point(edge, span=span), span=span)
@@ -226,7 +229,7 @@ def _last_token(call: ast.Call) -> ast.Positions:
 
 
 def _targets(call: ast.Call, rows: Sequence[object]) -> tuple[float | str, ...]:
-    """Per row, the value that a probe is fitted to."""
+    """Return the value of each row that a probe is fitted to; empty for other methods."""
     if DIRECTION_METHODS[call.name].takes != "value and block":
         return ()
     value = call.arguments[0].value
@@ -261,8 +264,10 @@ def _check_row_count(call: ast.Call, read: Sequence[FitSample], label: str) -> N
 
 
 def _check_probe_kind(call: ast.Call, sample: FitSample, options: dict[str, Constant]) -> None:
-    """What kind of probe it is: ridge for numbers, logistic for two classes. What isn't said is
-    put in."""
+    """Check the probe options and set default values.
+
+    By default, a probe is ridge for numbers and logistic for two classes.
+    """
     numbers = all(isinstance(each, float) for each in sample.classes)
     classes = len(sample.classes)
     kind = options.setdefault("kind", "ridge" if numbers else "logistic")
@@ -282,12 +287,16 @@ def _check_probe_kind(call: ast.Call, sample: FitSample, options: dict[str, Cons
 
 
 def count_used_rows(cell: PositionCell) -> int:
-    """How many rows have the position."""
+    """Return the number of rows that have the position."""
     return sum(1 for row in cell.hits if any(row))
 
 
 def _options(call: ast.Call, work: ExperimentContext) -> dict[str, Constant]:
-    """Numbers and words behind the blocks. Raises CannotMake for one that can't be."""
+    """Evaluate the numbers and words after the prompt sets.
+
+    Raises:
+        DirectionError: If an option is invalid.
+    """
     found: dict[str, Constant] = {}
     for argument in call.arguments:
         if argument.name is None or argument.name in ("prompts", "limit"):
@@ -320,7 +329,7 @@ def _problem(name: str, value: Constant | None) -> tuple[str, str] | None:
 def _describe_fit(
     way: str, read: Sequence[FitSample], rows: Sequence[FitRows], options: Mapping[str, Constant]
 ) -> str:
-    """`mean over the 40 rows of many − mean over the 38 rows of few`."""
+    """Describe a fit: `mean over the 40 rows of many − mean over the 38 rows of few`."""
     said = [_describe_rows(sample, own) for sample, own in zip(read, rows, strict=True)]
     match way:
         case "mean_difference":
@@ -351,7 +360,11 @@ def _describe_rows(sample: FitSample, rows: FitRows) -> str:
 def resolve_unfitted_family(
     call: ast.Call, definition: spec.Direction, work: ExperimentContext
 ) -> DirectionFamily | None:
-    """`unembedding("…", "…")` or `saved("…", "…")`. Raises CannotMake."""
+    """Resolve `unembedding("…", "…")` or `saved("…", "…")`.
+
+    Raises:
+        DirectionError: If an argument is invalid.
+    """
     texts = [str(constant_value(a.value, work.program.parameters)) for a in call.arguments]
     if call.name == "saved":
         written, key = texts
@@ -368,7 +381,7 @@ def resolve_unfitted_family(
 def _saved_family(
     call: ast.Call, definition: spec.Direction, written: str, key: str, work: ExperimentContext
 ) -> DirectionFamily | None:
-    """The vector of a file, of which the header says how long it is."""
+    """Resolve a vector from a file, whose header specifies the width."""
     path, problems = path_to_read(SAVED_PATH, written, call.span)
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     if path is None:
@@ -403,8 +416,12 @@ def _token(call: ast.Call, text: str, work: ExperimentContext) -> int:
 def find_best_member(
     node: ast.Index, picked: ast.RankedSelection, family: DirectionFamily, work: ExperimentContext
 ) -> AxisIndices | None:
-    """The member whose cell has the largest mean, signed, of the experiment's first measure; the
-    first member before that has run. None after E0620, and where the experiment was refused."""
+    """Find the member whose cell has the largest mean (signed) of the experiment's first measure.
+
+    Returns:
+        The key of the member, the first member if the experiment hasn't run. None after E0620, and
+        if the experiment was rejected.
+    """
     try:
         finding, _ = work.sites.onward.finding(picked, work.program.parameters)
         if finding is None:
@@ -425,7 +442,7 @@ def find_best_member(
 def _best_of_variant(
     part: VariantFinding, family: DirectionFamily, picked: ast.RankedSelection
 ) -> tuple[float, AxisIndices]:
-    """(mean, member) of the best cell."""
+    """Return the mean and the member of the best cell."""
     experiment = part.experiment
     axes = _family_axes(experiment, family, picked)
     if part.means is None:
@@ -446,7 +463,7 @@ def _best_of_variant(
 def _family_axes(
     experiment: ResolvedExperiment, family: DirectionFamily, picked: ast.RankedSelection
 ) -> Sequence[int]:
-    """Where the family's axes stand among the experiment's."""
+    """Return the indices of the family's axes among the experiment's axes."""
     name = experiment.name
     using = [
         rule.direction
@@ -502,8 +519,13 @@ def _note_pick(
 def resolve_direction(
     rule: spec.Rule, sites: SiteTargets, positions: PositionTargets, work: ExperimentContext
 ) -> DirectionTargets | None:
-    """The rule's direction in every cell; axes of its family that the rule doesn't sweep are axes
-    of the experiment. None after E0341 or E0620, and where something isn't at hand."""
+    """Resolve a rule's direction in every cell.
+
+    Axes of the family that the rule doesn't sweep become axes of the experiment.
+
+    Returns:
+        The directions; None after E0341 or E0620, and if a required fact isn't available.
+    """
     assert rule.direction is not None
     try:
         family = _family(rule.direction, work, None)
@@ -524,7 +546,7 @@ def resolve_direction(
 def _fits(
     node: ast.Expr, family: DirectionFamily, sites: SiteTargets, work: ExperimentContext
 ) -> None:
-    """The direction has as many numbers as the vectors that it goes into."""
+    """Check that the direction has the width of the vectors that it is added to."""
     shape = work.model.shape
     for point in {
         (p.site, p.layer): p for points in sites.points.values() for p in points
@@ -587,7 +609,7 @@ def _shared(node: ast.Expr, family: DirectionFamily, axis: Axis, label: AxisLabe
 def _family(
     node: ast.Expr, work: ExperimentContext, within: spec.Direction | None
 ) -> DirectionFamily | None:
-    """What an expression stands for, in the line `within` or in a rule."""
+    """Resolve an expression in a rule, or in the definition `within`."""
     match node:
         case ast.Name(id=name):
             return _named(name, node, work)
@@ -630,7 +652,7 @@ def _named(name: str, node: ast.Expr, work: ExperimentContext) -> DirectionFamil
 
 
 def _called(name: str, family: DirectionFamily) -> DirectionFamily:
-    """Under the name of its line."""
+    """Rename a family to the name of its definition."""
     from dataclasses import replace
 
     members = {
@@ -687,7 +709,7 @@ def _arithmetic(
 
 
 def _number(node: ast.Expr, work: ExperimentContext) -> float | None:
-    """A number of the file; None where it is none, or hangs on a loop."""
+    """Evaluate a number of the file; None if it is no number, or depends on a loop."""
 
     def value(part: ast.Node) -> object:
         return work.program.parameters[getattr(part, "id", "")]
@@ -711,7 +733,7 @@ def _member(family: DirectionFamily, key: AxisIndices) -> DirectionFamily:
 def _select_members(
     node: ast.Index, family: DirectionFamily, index: ast.Node, work: ExperimentContext
 ) -> DirectionFamily:
-    """The member, or members, with some coordinates."""
+    """Select the members with some coordinates."""
     if not isinstance(index, ast.Coordinates):
         raise DirectionError(
             node,
@@ -753,7 +775,7 @@ def _select_members(
 def _values(
     each: ast.Coordinate, axis: Axis, work: ExperimentContext
 ) -> tuple[str | None, list[int]]:
-    """(the loop whose values they are, indices along the axis)."""
+    """Return the loop that a coordinate follows, if any, and the indices along the axis."""
     value = each.value
     if isinstance(value, str) and value in work.loops:
         return value, [_index_of(each, axis, label) for label in work.loops[value]]

@@ -27,10 +27,11 @@ TokenTexts = tuple[str, ...]
 def name_cells(
     experiment: ResolvedExperiment, open_axes: Collection[str] = (), *, texts: bool = True
 ) -> Iterator[CellKey]:
-    """Every cell that there is, in the order of its axes, the last one fastest.
+    """Yield the key of every cell in grid order, with the last axis varying fastest.
 
-    open_axes: those whose values only stand in for the real ones. Both ends are enough of them.
-    texts: with the texts of the tokens that are hit, for which all rows are looked at.
+    Args:
+        open_axes: Axes with placeholder values, of which only the first and last are used.
+        texts: Whether keys contain the texts of the written tokens, which requires all rows.
     """
     rules = [_NamedRule(experiment, rule, texts=texts) for rule in experiment.rules]
     item = experiment.measures[0].item if experiment.place is not None else None
@@ -39,7 +40,7 @@ def name_cells(
         dict.fromkeys((0, len(axis) - 1)) if axis.name in open_axes else range(len(axis))
         for axis in experiment.axes
     ]
-    picked = "to_layer" in open_axes  # receivers that another experiment picks may be anywhere
+    picked = "to_layer" in open_axes  # picked receivers may be at any site
     for index in product(*ranges):
         leads = (rule.leads(index, to_picked=picked) for rule in rules)
         if not experiment.has(index) or not all(leads):
@@ -57,7 +58,7 @@ def name_cells(
 
 
 class _NamedRule:
-    """What a rule's part of a cell is called, by the cell's indices along the axes."""
+    """Names of a rule's sites, positions and tokens, by the cell's indices along the axes."""
 
     def __init__(self, experiment: ResolvedExperiment, rule: ResolvedRule, *, texts: bool) -> None:
         names = [axis.name for axis in experiment.axes]
@@ -91,7 +92,7 @@ class _NamedRule:
     def _unlike(
         self, experiment: ResolvedExperiment, rule: ResolvedRule
     ) -> dict[AxisIndices, TokenTexts]:
-        """The tokens that are read where they are others than those that are written."""
+        """Return the texts of tokens that are read, where they differ from the written tokens."""
         runs, positions = experiment.table.runs, rule.positions
         base = runs[experiment.spec.base]
         copied = rule.spec.onto is None and rule.apart is None and rule.run != base.name
@@ -105,7 +106,7 @@ class _NamedRule:
         }
 
     def leads(self, index: AxisIndices, *, to_picked: bool) -> bool:
-        """Whether a path has a receiver behind its sender, and what is compared comes later."""
+        """Return whether a path has a receiver after its sender, and compared sites come later."""
         if not self.rule.leads(dict(zip(self.names, index, strict=True))):
             return False
         if self.senders is None or self.receivers is None or to_picked:
@@ -124,7 +125,7 @@ class _NamedRule:
         return label if self.keys is None else f"{label} → {self.keys(index).label}"
 
     def tokens(self, index: AxisIndices) -> Iterator[str]:
-        """The texts of tokens that are hit: those of queries, then of keys."""
+        """Yield the texts of a cell's tokens: those of queries, then those of keys."""
         for texts in self.texts:
             yield from texts(index)
 
@@ -132,13 +133,13 @@ class _NamedRule:
 def _index_along(
     values: Mapping[AxisIndices, T], axes: Sequence[str], names: list[str]
 ) -> Callable[[AxisIndices], T]:
-    """A cell's value of what depends on some of its axes."""
+    """Return a lookup by a cell's full index for values that depend on some axes."""
     places = [names.index(axis) for axis in axes]
     return lambda index: values[tuple(index[place] for place in places)]
 
 
 def expand_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedExperiment]:
-    """Every experiment, and behind it what it is set against."""
+    """Return every experiment, followed by its control and its baseline."""
     return [
         each
         for experiment in experiments
@@ -152,13 +153,12 @@ def expand_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedE
 
 
 def split_by_group(experiment: ResolvedExperiment) -> list[ResolvedExperiment]:
-    """The experiment at each of the places that its measures are read at; itself where that is
-    one."""
+    """Split an experiment by the positions of its measures, if there are several."""
     return [_select_group(experiment, place) for place in experiment.places] or [experiment]
 
 
 def get_whole_spec(part: ResolvedExperiment) -> spec.Experiment:
-    """The experiment that it is a part of, as the file has it."""
+    """Return the specification in the file of an experiment that was split."""
     if part.place is None:
         return part.spec
     count = len(part.spec.variant) - len(part.place.labels)
@@ -171,7 +171,7 @@ def _select_group(experiment: ResolvedExperiment, place: MeasureGroup) -> Resolv
     found = replace(experiment, spec=said, measures=place.measures, places=(), place=place)
 
     def there(own: ResolvedExperiment) -> ResolvedExperiment:
-        """What stands beside it."""
+        """Select the group in a control or baseline."""
         variant = (*own.spec.variant, *place.labels)
         return replace(
             own,
@@ -193,22 +193,27 @@ def _select_group(experiment: ResolvedExperiment, place: MeasureGroup) -> Resolv
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What one experiment picked, and another one tests on rows that both have: the largest of many
-    effects are large by chance too, so that there they look larger than they are."""
+    """A pick by one experiment that another experiment tests on rows that both share.
+
+    The largest of many effects are partly large by chance, so they are overestimated on shared
+    rows.
+    """
 
     of: str
     """The experiment that picked."""
     cells: int
-    """How many it picked of."""
+    """Number of cells that it picked from."""
     shared: int
-    """Rows that it picked on, of those that are tested."""
+    """Number of tested rows that the pick is based on."""
     rows: int
-    """All that are tested."""
+    """Number of tested rows."""
 
 
 def find_selections(variants: Sequence[ResolvedExperiment]) -> tuple[Selection, ...]:
-    """Of all variants of an experiment together; by the files alone, whatever a store has. Tokens
-    are picked row by row, which has no other rows to be tested on."""
+    """Find selections in all variants of an experiment, from the files alone and not from a store.
+
+    Tokens are picked separately in each row, so there are no other rows to test them on.
+    """
     tables = [each.table for each in variants]
     rows = {
         (t.name, row): key for t in tables for row, key in zip(t.row_ids, t.row_keys, strict=True)

@@ -259,8 +259,7 @@ class OmittedAnswer:
 
     @property
     def instead(self) -> str:
-        """The rule's positions with the answer tokens added, including the read positions if they
-        differ."""
+        """The rule's positions, also those that it reads, with the answer tokens added."""
         here = _with_answer(self.at)
         return (
             here
@@ -308,8 +307,7 @@ def find_omitted_answers(experiment: ResolvedExperiment) -> Iterator[OmittedAnsw
 
 
 def _spans_all(cell: PositionCell, rows: tuple[RunRow, ...]) -> bool:
-    """Return whether the cell covers exactly the prompt's own text in each row, without the
-    answer."""
+    """Return whether the cell is exactly the prompt's own text in each row, without the answer."""
     for row, hits in zip(rows, cell.hits, strict=True):
         hit = {token for tokens in hits for token in tokens}
         own = {token for token, special in enumerate(row.special) if not special}
@@ -346,10 +344,6 @@ def outline_experiment(
     """Resolve as much of an experiment as possible, and report all its errors.
 
     Args:
-        experiment: The experiment.
-        program: The program of the file.
-        model: The model without its weights.
-        table: The prompts.
         kinds: Rule kinds by verb.
         found: Results of the experiments in `experiment.after`. A pick from a missing one is
             rejected without a diagnostic.

@@ -79,7 +79,7 @@ class VariantFinding:
     values: Floats | None = None
     """Value of every prompt in each cell: [cell, row]."""
     row_ids: tuple[int, ...] = ()
-    """Ids of the rows that passed `keep`."""
+    """Ids of the kept rows, the columns of `values`."""
     cells: tuple[CellKey, ...] = ()
     """Keys of the cells in the results."""
     replies: tuple[Mapping[int, tuple[Reply, ...]], ...] = ()
@@ -142,7 +142,7 @@ class VariantFinding:
 
     @property
     def beside(self) -> tuple[Axis, ...]:
-        """Axes other than those of image positions; each combination of their values has a separate
+        """Axes other than those of image positions; each combination of values has a separate
         map."""
         where = {"position", *self.chosen, *self.window_axes}
         return tuple(axis for axis in self.experiment.axes if axis.name not in where)
@@ -159,8 +159,8 @@ class VariantFinding:
         return frozenset() if rule is None else frozenset(select_ranked_positions(rule)[0].axes)
 
     def places(self, run: str) -> Iterator[tuple[AxisIndices, PositionCell]]:
-        """Return the positions that have values: their indices along the axes of the positions, and
-        their tokens in a run.
+        """Return the positions with values: their indices along the axes, and their tokens in a
+        run.
 
         For a run that the experiment neither wrote nor read, these are the written positions.
         """
@@ -200,8 +200,10 @@ class VariantFinding:
     def positions(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer
     ) -> Iterator[tuple[int, int, dict[int, int]]]:
-        """Yield for each row with positions its column in `values`, its id, and position number →
-        token."""
+        """Yield for each row its column in `values`, its id, and position number → token.
+
+        Rows without positions are omitted.
+        """
         own = self.experiment
         by_label = _by_label(own, _token_rule(own), table, run, tokenizer)
         found: dict[int, dict[int, int]] = {row: {} for row in table.row_ids}
@@ -220,8 +222,7 @@ class VariantFinding:
         return [axis.name for axis in self.experiment.axes].index("position")
 
     def _by_position(self, values: Floats) -> Floats:
-        """Arrange values by position: [position, other selected cell, row]. NaN for cells that
-        loops omit."""
+        """Arrange values: [position, other selected cell, row]. NaN for cells that loops omit."""
         import numpy as np
 
         whole = np.full((*self.experiment.shape, values.shape[1]), np.nan)
@@ -329,8 +330,7 @@ class Finding:
 
 
 def select_ranked_rules(experiment: ResolvedExperiment) -> tuple[ResolvedRule, ...]:
-    """Return the rules whose sites and tokens are ranked: the observations, or all rules if there
-    are none."""
+    """Return the rules whose sites and tokens are ranked: the observations, or else all rules."""
     observing = [rule for rule in experiment.rules if rule.does.changes == "nothing"]
     return tuple(observing or experiment.rules)
 
@@ -372,8 +372,7 @@ def _token_rule(experiment: ResolvedExperiment) -> ResolvedRule:
 
 
 def sweeps_windows(rule: ResolvedRule) -> bool:
-    """Return whether the rule's positions are rectangles of patches that loops move over the
-    image."""
+    """Return whether the rule's positions are rectangles of patches moved by loops."""
     targets, at = select_ranked_positions(rule)
     bases = [getattr(item.body, "base", None) for item in at.items]
     return bool(targets.axes) and all(
@@ -430,7 +429,6 @@ def read_coordinates(
     """Read the coordinates in the parentheses of a pick.
 
     Args:
-        node: The pick.
         values: Values of the enclosing `for` variables and of each `param`.
 
     Raises:
@@ -576,8 +574,7 @@ def check_rankable_tokens(
     *,
     windows: bool = False,
 ) -> None:
-    """Check that each single token of these prompts can be ranked by the experiment's first
-    measure.
+    """Check that the experiment's first measure ranks each single token of these prompts.
 
     Args:
         experiment: The experiment to rank by.
@@ -662,8 +659,7 @@ class FindingPicker:
     _runs: dict[tuple[Span, str], tuple[str, Mapping[int, Sequence[int]]]] = field(
         default_factory=dict[tuple[Span, str], tuple[str, Mapping[int, Sequence[int]]]]
     )
-    """For each pick of tokens: the first run in which it was resolved, and its ranked tokens
-    there."""
+    """For each pick of tokens: the first run in which it was resolved, and its tokens there."""
     _some: dict[tuple[str, AxisLabels], Finding] = field(
         default_factory=dict[tuple[str, AxisLabels], Finding]
     )
@@ -685,7 +681,6 @@ class FindingPicker:
         """Return the results in the selected cells, and the coordinates of these cells.
 
         Args:
-            node: The pick.
             values: Values of the enclosing `for` variables and of each `param`.
 
         Returns:
@@ -999,7 +994,6 @@ def _count(
     """Return how many of `total` items a pick selects.
 
     Args:
-        node: The pick.
         values: Values of the enclosing `for` variables and of each `param`.
         total: Number of known items.
         there: Message format with the number of items; None if that number isn't known yet.
@@ -1022,8 +1016,7 @@ def _counts(
     orders: Mapping[int, Sequence[int]],
     name: str,
 ) -> dict[int, int]:
-    """Return for each row id the number of selected tokens. Rows of equal length share one
-    count."""
+    """Return the number of selected tokens by row id. Rows of equal length share one count."""
     of_size: dict[int, int] = {}
     for row, order in orders.items():
         size = len(order)

@@ -21,7 +21,11 @@ from mechdsl.syntax.traversal import walk
 
 
 def evaluate_arithmetic(expression: ast.Expr, value: Callable[[ast.Expr], Any]) -> Any:
-    """The expression's value; `value` gives that of an atom (arrays broadcast)."""
+    """Evaluate an expression.
+
+    Args:
+        value: Function that evaluates a leaf; arrays are broadcast.
+    """
     match expression:
         case ast.Number(value=number):
             return number
@@ -50,7 +54,7 @@ def evaluate_arithmetic(expression: ast.Expr, value: Callable[[ast.Expr], Any]) 
 
 
 def iter_divisors(expression: ast.Expr) -> Iterator[ast.Expr]:
-    """What an expression divides by, outside of its metrics."""
+    """Yield the divisors of an expression, except those inside its metrics."""
     match expression:
         case ast.Negative(operand=operand) | ast.Not(operand=operand):
             yield from iter_divisors(operand)
@@ -84,20 +88,22 @@ LoopLabels = tuple[AxisLabel, ...]
 
 @dataclass(frozen=True)
 class LoopAxes:
-    """The loops of an experiment."""
+    """Loops of an experiment."""
 
     labels: Mapping[str, LoopLabels]
-    """Per variable, all values that it takes."""
+    """All values of each variable."""
     nested: LoopCells | None
-    """None where each value goes with each of every other loop."""
+    """None if every combination of values exists."""
 
 
 def resolve_loops(
     loops: Sequence[spec.Loop], parameters: Mapping[str, Any], diagnostics: list[Diagnostic]
 ) -> LoopAxes:
-    """What loops run over: numbers, or words such as components. A domain may name variables of
-    the loops around it. After an error (E0321, E0322), one value of the kind that the domain has,
-    so that what is wrong inside the loop can be told too."""
+    """Resolve the values of loops: numbers, or words such as sites.
+
+    A domain may use variables of the enclosing loops. After an error (E0321, E0322), a loop has one
+    value of its domain's type, so that errors inside the loop are reported too.
+    """
     outer = {loop.name: _outer_loops(loop) for loop in loops}
     nest = {name for name, around in outer.items() if around}.union(*outer.values())
     before = len(diagnostics)
@@ -120,7 +126,7 @@ def resolve_loops(
 
 
 def _outer_loops(loop: spec.Loop) -> tuple[str, ...]:
-    """The variables of loops around it that its domain names."""
+    """Return the variables of enclosing loops that a loop's domain uses."""
     named = {node.id for node in walk(loop.domain) if isinstance(node, ast.Name)}
     return tuple(name for name in loop.within if name in named)
 
@@ -132,8 +138,11 @@ def _extend_combinations(
     parameters: Mapping[str, Any],
     diagnostics: list[Diagnostic],
 ) -> tuple[list[dict[str, AxisLabel]], LoopLabels]:
-    """The combinations of the loops so far with the values that this one takes in each, and all
-    of these values. After an error one combination, for the loops inside."""
+    """Extend the combinations of the outer loops by the values of a loop.
+
+    Returns:
+        The combinations and all values of the loop; after an error a single combination.
+    """
     known: dict[LoopLabels, LoopLabels] = {}
     longer: list[tuple[dict[str, AxisLabel], AxisLabel]] = []
     for cell in there:
@@ -153,8 +162,11 @@ def _extend_combinations(
 
 
 def _merge_labels(values: Sequence[LoopLabels]) -> tuple[dict[AxisLabel, AxisLabel], LoopLabels]:
-    """Every value → the label that it goes by, and all labels: in order, where each of the lists
-    is. `0.1 + 0.2` and `0.3` are one number."""
+    """Merge values that are equal up to rounding, such as `0.1 + 0.2` and `0.3`.
+
+    Returns:
+        Value → its label, and all labels; in ascending order if each list is.
+    """
     same: dict[AxisLabel, AxisLabel] = {}
     for value in (value for each in values for value in each):
         if value not in same:
@@ -183,9 +195,10 @@ def resolve_loop_values(
     around: Mapping[str, AxisLabel],
     diagnostics: list[Diagnostic],
 ) -> LoopLabels:
-    """The values of one loop, or after an error one value.
+    """Evaluate the values of one loop; a single value after an error.
 
-    around: those of the variables that its domain names.
+    Args:
+        around: Values of the outer variables that the domain uses.
     """
     values = {**parameters, **around}
     found = _values(loop, values, around, diagnostics)
@@ -234,7 +247,7 @@ def _plain(node: Any, parameters: Mapping[str, Any]) -> AxisLabel | None:
         case ast.Name(id=name):
             return parameters.get(name, name)
         case ast.Call(arguments=arguments) if all(each.name for each in arguments):
-            return format_call(node)  # cells of an experiment
+            return format_call(node)  # a selection of cells of an experiment
         case ast.Negative() | ast.Binary():
             return _evaluate_number(node, parameters)
         case _:
@@ -242,7 +255,7 @@ def _plain(node: Any, parameters: Mapping[str, Any]) -> AxisLabel | None:
 
 
 def _evaluate_number(node: ast.Expr, parameters: Mapping[str, Any]) -> int | float | None:
-    """`a + 1`; None where something else than a number stands in it."""
+    """Evaluate a number such as `a + 1`; None if it contains anything but numbers."""
     for part in walk(node):
         if isinstance(part, ast.Negative | ast.Binary):
             continue
@@ -325,7 +338,7 @@ def _numbers(
 
 
 def _unknown(node: ast.Name, loop: spec.Loop, parameters: Mapping[str, Any]) -> Diagnostic:
-    """A name at the end of a range that stands for no number."""
+    """Create the error for a name at the end of a range that isn't a number."""
     known = [*loop.within, *(name for name in parameters if name not in loop.within)]
     otherwise = "a range goes from number to number: `0..11`"
     reason = "is neither the variable of a `for` around this one nor a `param`"
@@ -349,7 +362,7 @@ def _bad_loop(
 
 
 def label_by_depth(axis: Axis, site: object, n_layers: int) -> Axis:
-    """The axis with percentages for labels, if its layers are written as percentages."""
+    """Label an axis with percentages if its layers are written as percentages."""
     for node in walk(site):
         if isinstance(node, ast.Axis) and node.word == "layer" and node.span == axis.span:
             found = dict(_depths(node, n_layers))
@@ -360,13 +373,13 @@ def label_by_depth(axis: Axis, site: object, n_layers: int) -> Axis:
 
 
 def _depths(axis: ast.Axis, n_layers: int) -> Iterator[tuple[int, str]]:
-    """Layers with their depth as written; those within a range as what they are."""
+    """Yield layers with their depth as written; layers inside a range with their exact depth."""
     percents = [
         v for v in axis.values if isinstance(v, ast.AxisRange) and v.low.percent is not None
     ]
     if len(percents) < len(axis.values):
         return
-    for value in reversed(percents):  # the first one that names a layer gives it its label
+    for value in reversed(percents):  # the first percentage that names a layer becomes its label
         low, high = value.low.percent, None if value.high is None else value.high.percent
         assert low is not None
         if high is None:
@@ -379,5 +392,5 @@ def _depths(axis: ast.Axis, n_layers: int) -> Iterator[tuple[int, str]]:
 
 
 def find_layer_at_depth(percent: float, n_layers: int) -> int:
-    """Rounded half up, as everywhere."""
+    """Return the layer at a relative depth, rounded half up as everywhere."""
     return int(percent / 100 * (n_layers - 1) + 0.5)

@@ -31,12 +31,12 @@ UNIT_WORDS: Mapping[str, spec.ControlTarget] = {
 }
 
 MAX_RANKS = 1 << 62
-"""Sets that are counted through."""
+"""Maximum number of sets to enumerate; larger numbers are sampled."""
 
 
 @dataclass(frozen=True)
 class ExchangeGroup:
-    """Where targets can take each other's place: the heads of one layer, or all layers."""
+    """Targets that are interchangeable: the heads of one layer, or all layers."""
 
     word: spec.ControlTarget
     size: int
@@ -44,34 +44,39 @@ class ExchangeGroup:
 
 
 CellTargets: TypeAlias = Mapping[ExchangeGroup, tuple[int, ...]]
-"""The targets of one cell, ascending, by where they can be exchanged."""
+"""Targets of one cell in ascending order, by exchange group."""
 
 TargetSwaps: TypeAlias = Mapping[tuple[ExchangeGroup, int], int]
-"""Target → the one that was drawn in its place."""
+"""Target → the target that was drawn to replace it."""
 
 
 @dataclass(frozen=True)
 class SiteOptions:
-    """All that could take the place of a cell's targets."""
+    """All sets of targets that could replace those of a cell."""
 
     own: CellTargets
     slots: Sequence[ExchangeGroup]
     pools: Sequence[tuple[int, ...]]
     sizes: Sequence[int]
-    """How many sets there are, of each pool."""
+    """Number of sets for each pool."""
     itself: int | None
-    """The rank of the cell's own targets, where they could be drawn: they are no control."""
+    """Rank of the cell's own targets, which are no control; None if they can't be drawn."""
     key: int
     without: str
-    """Which targets were left out, in words."""
+    """Description of the excluded targets."""
 
     @property
     def count(self) -> int:
-        """How many different ones there are."""
+        """Number of different replacements."""
         return prod(self.sizes) - (self.itself is not None)
 
     def pick(self, rank: int | None, draw: int) -> TargetSwaps:
-        """Target → what takes its place; without a rank, of a seeded draw."""
+        """Return target → replacement.
+
+        Args:
+            rank: Rank of the replacement; None for a seeded random one.
+            draw: Number of the draw.
+        """
         if rank is not None and self.itself is not None:
             rank += rank >= self.itself
         found: dict[tuple[ExchangeGroup, int], int] = {}
@@ -80,7 +85,7 @@ class SiteOptions:
             if rank is not None:
                 rank, here = divmod(rank, size)
             targets = choose_subset(pool, len(own), here, self.key, slot.layer, draw)
-            # Which one stands for which is drawn too, as rules may treat them differently.
+            # The assignment is random too, because rules may treat the targets differently.
             several = len(targets) > 1
             places = Permutation(len(targets), self.key, slot.layer, draw) if several else (0,)
             for n, target in enumerate(own):
@@ -97,10 +102,13 @@ def find_site_options(
     draws: int,
     seed: int,
 ) -> SiteOptions | None:
-    """What could take the place of a cell's targets; None without others.
+    """Return the possible replacements for the targets of a cell; None if there are none.
 
-    everywhere: the targets of all cells. apart: targets that are never drawn. fitting: the layers
-    that can be drawn.
+    Args:
+        own: The targets of the cell.
+        everywhere: The targets of all cells.
+        apart: Targets that are never drawn.
+        fitting: Layers that can be drawn.
     """
     slots = sorted(own, key=lambda slot: (slot.word, slot.size, slot.layer or 0))
     everything = {
@@ -132,7 +140,7 @@ def find_site_options(
 
 
 def _rank(places: Sequence[int], sizes: Sequence[int]) -> int:
-    """The rank of the whole from those of its parts; the first one counts fastest."""
+    """Combine the ranks of components into a joint rank; the first component varies fastest."""
     rank = 0
     for place, size in reversed(list(zip(places, sizes, strict=True))):
         rank = rank * size + place
@@ -141,19 +149,23 @@ def _rank(places: Sequence[int], sizes: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class RowOptions:
-    """All that could stand for the tokens of one row: for each of its runs as many others, for no
-    two runs of one length the same ones, as their order says nothing."""
+    """All tokens that could replace those of one row.
+
+    Each run of tokens is replaced by the same number of tokens. Runs of equal length get different
+    replacements, because their order has no meaning.
+    """
 
     hits: Hits
     pool: tuple[int, ...]
     groups: Mapping[int, tuple[int, int]]
-    """Length of a run → how many runs have it, how many sets of tokens there are."""
+    """Length of a run → number of runs of this length, number of token sets."""
     itself: int | None
     key: int
 
     @classmethod
     def of(cls, allowed: tuple[int, ...], hits: Hits, *, row_key: int, seed: int) -> RowOptions:
-        """Without the row's own tokens, or with them where there are no others."""
+        """Create the options from tokens that aren't the row's own, or from all if there are
+        none."""
         taken = {token for run in hits for token in run}
         lengths = Counter(map(len, hits))
         chosen: RowOptions | None = None
@@ -174,22 +186,21 @@ class RowOptions:
 
     @property
     def count(self) -> int:
-        """How many different ones there are; a row without others stays as it is."""
+        """Number of different replacements; 1 for a row without alternatives."""
         return 1 if self.alone else self.total - (self.itself is not None)
 
     @property
     def alone(self) -> bool:
-        """Whether the row has no others."""
+        """Whether the row has no alternatives."""
         return not any(self.hits) or self.total <= (self.itself is not None)
 
     @property
     def among(self) -> bool:
-        """Whether its own tokens may be among those that are drawn."""
+        """Whether the drawn tokens may include the row's own."""
         return not self.alone and not {t for run in self.hits for t in run}.isdisjoint(self.pool)
 
     def own_rank(self) -> int | None:
-        """The rank of the row's own tokens; none where two of its runs are the same, as those that
-        are drawn are."""
+        """Return the rank of the row's own tokens; None if two of its runs are equal."""
         places: list[int] = []
         sizes: list[int] = []
         for size, (runs, sets) in self.groups.items():
@@ -201,7 +212,12 @@ class RowOptions:
         return _rank(places, sizes)
 
     def pick(self, rank: int | None, draw: int) -> Hits:
-        """Tokens for its runs; without a rank, of a seeded draw."""
+        """Return tokens for the row's runs.
+
+        Args:
+            rank: Rank of the replacement; None for a seeded random one.
+            draw: Number of the draw.
+        """
         if self.alone:
             return self.hits
         if rank is None and self.count <= MAX_RANKS:
@@ -231,7 +247,7 @@ class RowOptions:
 
 @dataclass(frozen=True)
 class TokenOptions:
-    """All that could stand for the tokens of one cell, row by row."""
+    """All tokens that could replace those of one cell, row by row."""
 
     rows: Sequence[RowOptions]
 
@@ -257,9 +273,10 @@ DrawOptions: TypeAlias = SiteOptions | TokenOptions
 
 
 def draw_distinct(parts: Sequence[DrawOptions], *, draws: int) -> list[list[Any]]:
-    """For every draw what each part picks, no two alike: fewer where there aren't as many.
+    """Draw options for all components, with no two draws equal.
 
-    They are drawn without replacement, each as likely as the next, so that they are exchangeable.
+    Draws are uniform and without replacement, so they are exchangeable. There are fewer than
+    `draws` if there aren't enough different ones.
     """
     total = prod(part.count for part in parts)
     keys = [part.key for part in parts]
@@ -291,7 +308,7 @@ def draw_distinct(parts: Sequence[DrawOptions], *, draws: int) -> list[list[Any]
 
 
 def merge_targets(parts: Iterable[CellTargets]) -> dict[ExchangeGroup, tuple[int, ...]]:
-    """All targets of several, ascending."""
+    """Merge the targets of several cells or rules, in ascending order."""
     found: dict[ExchangeGroup, set[int]] = {}
     for part in parts:
         for slot, targets in part.items():

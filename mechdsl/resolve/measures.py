@@ -72,7 +72,7 @@ def resolve_reply_metric(
     arguments: tuple[ast.Argument, ...],
     context: MeasureContext,
 ) -> MetricTerm | None:
-    """A metric of the reply with what it is compared with, in every row; None after an error.
+    """Resolve a metric of the reply and the texts that it compares with; None after an error.
 
     Codes: E0612, and those of texts.
     """
@@ -106,7 +106,7 @@ def resolve_reply_metric(
 
 
 def check_reply(node: ast.Expr, context: MeasureContext) -> bool:
-    """Whether there is something to be read; E0612 where nothing is written."""
+    """Check that the experiment generates a reply; otherwise report E0612."""
     if context.reply is not None:
         return True
     reason = "it reads a reply, and this experiment writes none"
@@ -119,7 +119,7 @@ def _report_reply_usage(node: ast.Expr, name: str, reason: str, context: Measure
 
 
 def _numeral_end(given: Sequence[object]) -> str | None:
-    """Which number of a reply is meant."""
+    """Return whether the first or the last number of a reply is meant; None if neither."""
     if not given:
         return FIRST
     word = given[0].id if len(given) == 1 and isinstance(given[0], ast.Name) else ""
@@ -127,7 +127,7 @@ def _numeral_end(given: Sequence[object]) -> str | None:
 
 
 def _pattern(node: ast.Expr, given: Sequence[object], context: MeasureContext) -> str | None:
-    """A regular expression as it is written, braces and all."""
+    """Return a regular expression verbatim, including braces."""
     text = given[0] if len(given) == 1 else None
     if not isinstance(text, ast.String):
         return _report_reply_usage(
@@ -146,7 +146,7 @@ def _pattern(node: ast.Expr, given: Sequence[object], context: MeasureContext) -
 def _of_texts(
     node: ast.Expr, name: str, form: MetricForm, given: Sequence[object], context: MeasureContext
 ) -> MetricTerm | None:
-    """Texts of each row, of which any counts."""
+    """Resolve the texts of each row, any of which matches."""
     parts = [cast("SetExpression", each) for each in given]
     parts = parts or [ast.Name(form.default or "answer", span=node.span)]
     for part in parts:
@@ -177,7 +177,7 @@ def _of_texts(
 
 
 DIGITS_ARGUMENT = "digits"
-"""`prob(0..99, digits: 2)`: how wide numerals are written."""
+"""Argument with the width of numerals: `prob(0..99, digits: 2)`."""
 
 
 def resolve_set_metric(
@@ -187,7 +187,7 @@ def resolve_set_metric(
     arguments: tuple[ast.Argument, ...],
     context: MeasureContext,
 ) -> MetricTerm | None:
-    """Any of several texts, or of numerals, of each row; None after an error."""
+    """Resolve a metric of any of several texts or numerals, for each row; None after an error."""
     parts = [cast("SetExpression", a.value) for a in arguments if a.name is None]
     digits = _digits(node, name, arguments, parts, context)
     if digits is None or not all(_fits_in_set(part, node, name, context) for part in parts):
@@ -230,7 +230,7 @@ def resolve_set_metric(
 
 
 def _fits_in_set(part: SetExpression, node: ast.Expr, name: str, context: MeasureContext) -> bool:
-    """Whether it can be one of several; E0612 for numerals that are none, whatever the row."""
+    """Check that an argument can be one of several; report E0612 if it never is."""
     if isinstance(part, ast.ClassOutput | ast.Site | ast.Quantity):
         reason = f"`{part.span.written}` can't be one of several"
         report_unreadable(
@@ -254,7 +254,7 @@ def _fits_in_set(part: SetExpression, node: ast.Expr, name: str, context: Measur
 
 
 def _of_row(end: ast.Expr, parameters: Mapping[str, Any]) -> bool:
-    """Whether it may be another number in each row."""
+    """Return whether the end of a range may differ between rows."""
     names = (ast.Name, ast.Attribute, ast.Index, ast.Call)
     found = (part for part in walk(end) if isinstance(part, names))
     return any(not isinstance(part, ast.Name) or part.id not in parameters for part in found)
@@ -267,7 +267,7 @@ def _digits(
     parts: Sequence[SetExpression],
     context: MeasureContext,
 ) -> int | None:
-    """How many digits numerals are written with; 0 is as in `answer`, None after an error."""
+    """Return the number of digits of numerals: 0 to match `answer`, None after an error."""
     given = next((a for a in arguments if a.name is not None), None)
     if given is None:
         return 0
@@ -300,7 +300,7 @@ def _integer(node: ast.Expr, parameters: Mapping[str, Any]) -> int | None:
 
 
 def resolve_metric(node: ast.Name | ast.Call, context: MeasureContext) -> MetricTerm | None:
-    """The metric that is named, or the function of a Python file; None after an error.
+    """Resolve a metric, or a function of a Python file; None after an error.
 
     Codes: E0108, E0203, E0222, E0442 to E0445, E0507, E0612 and those of texts.
     """
@@ -314,10 +314,10 @@ def resolve_metric(node: ast.Name | ast.Call, context: MeasureContext) -> Metric
     if seen is not None and name in seen.controls:
         return MetricTerm(node, name, seen.form_of(name))
     if context.reads_observed and name in context.names and not own:
-        return None  # an observation that there isn't, or that lacks a part, which is said there
+        return None  # a missing or incomplete observation is reported elsewhere
     metric = METRICS.get(name)
     if metric is None and isinstance(node, ast.Name) and name in context.metrics:
-        return None  # it couldn't be written out, which has been said
+        return None  # its definition has an error that is already reported
     if metric is None:
         if isinstance(node, ast.Name) and name in context.parameters:
             hint = "parameters can't stand in a measure"
@@ -360,7 +360,7 @@ def resolve_metric(node: ast.Name | ast.Call, context: MeasureContext) -> Metric
 
 
 def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
-    """What to write where something else than a metric stands."""
+    """Return the hint for a name that is no metric."""
     rows = context.table.runs["clean"].rows
     if name in context.metrics:
         return f"`{name}` is defined in this file: write it alone, without brackets"
@@ -377,7 +377,7 @@ def _form(
     arguments: tuple[ast.Argument, ...],
     context: MeasureContext,
 ) -> MetricForm | None:
-    """The form that fits the number and kind of the arguments."""
+    """Select the form that fits the number and kind of the arguments; None if no form fits."""
     values = [a.value for a in arguments if a.name is None]
     if any(a.name not in (None, DIGITS_ARGUMENT) for a in arguments):
         return None
@@ -405,7 +405,7 @@ def _form(
 
 
 def _explain_misfit(forms: Mapping[MetricArgument, MetricForm], given: int) -> str:
-    """Why no form of a metric fits, by how many arguments it is given."""
+    """Explain from the number of arguments why no form of a metric fits."""
     alone = {"nothing", "prompt", "own", "observation"}
     most = 2 if "activations" in forms else 0 if alone.issuperset(forms) else 1
     if not given:
@@ -471,7 +471,7 @@ def _of_text(
     arguments: tuple[ast.Argument, ...],
     context: MeasureContext,
 ) -> MetricTerm | None:
-    """`logit(T)`, `logprob(T)`: the token ids of T, for every row and environment."""
+    """Resolve `logit(T)` and `logprob(T)`: the token ids of T, for every row and occurrence."""
     text: Any = (
         arguments[0].value if arguments else ast.Name(form.default or "answer", span=node.span)
     )
@@ -510,7 +510,7 @@ def _of_text(
 def _of_class(
     node: ast.Expr, name: str, form: MetricForm, wanted: ast.ClassOutput, context: MeasureContext
 ) -> MetricTerm | None:
-    """`logit(class C)`: the number of the output C, for every row."""
+    """Resolve `logit(class C)`: the number of the output C, for every row."""
     shape, model = context.sites.shape, context.sites.model
     problem = check_class(node, name, wanted, shape, model)
     if problem is not None:
@@ -576,7 +576,7 @@ def _of_activations(
             )
         )
         return None
-    # Loops have one value here, that of the cells in work: only its own axes tell points apart.
+    # Each loop has a single value here, so only the axes of the site distinguish points.
     own = [n for n, of in enumerate(targets.axes) if of not in context.sites.loops]
     found = {tuple(key[n] for n in own): points[0] for key, points in targets.points.items()}
     if not axes:
@@ -585,7 +585,7 @@ def _of_activations(
 
 
 def _of_python(node: ast.Call, context: MeasureContext) -> MetricTerm | None:
-    """A function of a Python file. Nothing of it runs before there are logits."""
+    """Resolve a function of a Python file, which isn't called until there are logits."""
     use = metric_use(node)
     function, problems = find_function(node, use)
     context.diagnostics.extend(problems)
@@ -597,7 +597,7 @@ def _of_python(node: ast.Call, context: MeasureContext) -> MetricTerm | None:
         {
             **row.values,
             **{name: text.text for name, text in row.texts.items()},
-            # No name of a value has a dot, so these take none of their places.
+            # Names of values contain no dot, so these keys can't collide with them.
             **{f"{name}.ids": text.ids for name, text in row.texts.items()},
         }
         for row in context.table.runs["clean"].rows
@@ -607,9 +607,9 @@ def _of_python(node: ast.Call, context: MeasureContext) -> MetricTerm | None:
 
 
 def resolve_run(value: Any, context: MeasureContext) -> str | None:
-    """The run that `kl(clean)` names; E0201 where the block has none of that name."""
+    """Resolve the run of a metric such as `kl(clean)`; None after E0201 for an unknown run."""
     name = value.id if isinstance(value, ast.Name) else ""
-    if isinstance(value, ast.Attribute):  # a corruption of another block
+    if isinstance(value, ast.Attribute):  # a corruption of a different prompt set
         name = f"{value.name}.{value.attribute}"
     found = find_run(name, context.table.runs)
     if found is not None:
@@ -628,7 +628,7 @@ def resolve_run(value: Any, context: MeasureContext) -> str | None:
 
 
 def _reference(value: Any, context: MeasureContext) -> str | None:
-    """The run that a metric compares with; one with several draws of noise is no single run."""
+    """Resolve the run to compare with; report a run with several noise draws."""
     run = resolve_run(value, context)
     if run is not None and context.table.runs[run].draws > 1:
         context.diagnostics.append(
@@ -652,21 +652,21 @@ _BUILDERS: Mapping[MetricArgument, MetricBuilder] = {
 }
 
 MEASURED_AXIS = "measured"
-"""The axis of the positions that measures are read at …"""
+"""Axis of the positions at which measures are read."""
 
 STEP_AXIS = "step"
-"""… and of the steps of a reply."""
+"""Axis of the generation steps at which measures are read."""
 
 
 @dataclass(frozen=True)
 class ReadPosition:
-    """One position that a measure is read at."""
+    """One position at which a measure is read."""
 
     label: str = ""
     at: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
-    """Per run and row, the token; of rows that lack it, any."""
+    """Token by run and row; arbitrary for rows that lack the position."""
     absent: tuple[int, ...] = ()
-    """Rows that lack it in some run."""
+    """Rows that lack the position in some run."""
     item: int | None = None
     reply: ReplyPosition | None = None
 
@@ -674,8 +674,10 @@ class ReadPosition:
 def find_read_positions(
     at: ast.Position | None, context: MeasureContext, runs: tuple[str, ...]
 ) -> list[ReadPosition]:
-    """The positions that a measure is read at, in each run; one without a label for the last token
-    and after an error."""
+    """Resolve the positions at which a measure is read, in each run.
+
+    For the last token, and after an error, the result is one position without a label.
+    """
     if at is None:
         return [ReadPosition()]
     positions = ast.Positions((at,), span=at.span)
@@ -695,7 +697,7 @@ def find_read_positions(
             return [ReadPosition()]
         known = any(cell.reply is not None for cell in cells)
         if context.tokenizer.stands_in and len(cells) == 1 and not known:
-            continue  # how many tokens it has isn't known
+            continue  # its number of tokens isn't known
         if not all(_single(cell) for cell in cells):
             report_unreadable(
                 context,
@@ -714,7 +716,7 @@ def find_read_positions(
 
 
 def _single(cell: PositionCell) -> bool:
-    """Whether it is one token of every row that has it."""
+    """Return whether the cell is one token in every row that has it."""
     if cell.reply is not None and not cell.reply.single:
         return False
     return all(len(row) <= 1 and all(len(tokens) == 1 for tokens in row) for row in cell.hits)
@@ -735,8 +737,7 @@ def _read_position(
 def expand_read_positions(
     measure: ResolvedMeasure, places: Sequence[ReadPosition], context: MeasureContext
 ) -> Iterator[tuple[AxisLabels, ResolvedMeasure]]:
-    """The measure at each place that some row has, and in each combination of the sites that its
-    metrics sweep."""
+    """Yield the measure at each position that some row has, for each combination of swept sites."""
     swept = {axis.name: axis for atom in measure.atoms for axis in atom.axes}
     keys = product(*(range(len(axis)) for axis in swept.values()))
     sites = [dict(zip(swept, key, strict=True)) for key in keys]
@@ -800,12 +801,19 @@ def resolve_measure(
     runs: tuple[str, ...] = (),
     observed: bool = False,
 ) -> ResolvedMeasure | None:
-    """The measure with its atoms, at the first of the places that it is read at; None after an
-    error.
+    """Resolve a measure and its metrics at the first position at which it is read.
 
-    `runs` are those that it is read on; `at` is found in each one's own text; `observed`: it is of
-    what the experiment looks at. Codes: E0108, E0203, E0437, E0438, E0442 to E0446, E0507, E0612
-    and those of texts and positions.
+    Args:
+        context: State for resolving measures; errors are added to its diagnostics.
+        at: The position, which is resolved in the text of each run; None for the last token.
+        runs: The runs on which the measure is read.
+        observed: Whether metrics read the experiment's observation.
+
+    Returns:
+        The measure; None after an error.
+
+    Codes: E0108, E0203, E0437, E0438, E0442 to E0446, E0507, E0612 and those of texts and
+    positions.
     """
     found = resolve_measure_positions(
         expression, context, label=label, at=at, runs=runs, observed=observed
@@ -822,11 +830,13 @@ def resolve_measure_positions(
     runs: tuple[str, ...] = (),
     observed: bool = False,
 ) -> list[tuple[AxisLabels, ResolvedMeasure]] | None:
-    """The measure at each of the places that it is read at, with what tells them apart; as
-    `resolve_measure`."""
+    """Resolve a measure at each position at which it is read, with the labels of the position.
+
+    See `resolve_measure` for the arguments.
+    """
     before = len(context.diagnostics)
     context.at, context.reads_observed = at, observed
-    if not context.items:  # what `{item.index}` stands for is where it is read
+    if not context.items:  # the measured position determines `{item.index}`
         items = (place.item for place in find_read_positions(at, context, runs[:1]))
         context = replace(context, items=tuple(item for item in items if item is not None))
     atoms: dict[ast.Expr, MetricTerm] = {}
@@ -888,9 +898,9 @@ def _can_be_read(
     at: ast.Position | None,
     context: MeasureContext,
 ) -> bool:
-    """Whether it reads the model, what is there, and at a place that it can be read at."""
+    """Check that a measure reads the model, and at a position that its metrics support."""
     if not atoms:
-        # Names are of metrics that couldn't be written out, which has been said.
+        # Names are metrics whose definitions have errors, which are already reported.
         if not any(isinstance(n, ast.Name) for n in walk(expression)):
             hint = "write a metric such as `logit(answer)`"
             report_unreadable(context, expression.span, "it doesn't read the model", hint)
@@ -908,8 +918,10 @@ def _can_be_read(
 
 
 def _read_alike(expression: ast.Expr, atoms: Sequence[MetricTerm], context: MeasureContext) -> bool:
-    """Whether all metrics of a measure are read at one place: a token's loss is read in front of
-    it, where it is predicted."""
+    """Check that all metrics of a measure are read at the same token.
+
+    The loss of a token is read at the preceding token, where it is predicted.
+    """
     if len({atom.form.takes == "own" for atom in atoms}) == 1:
         return True
     reason = "the loss of a token is read in front of it, the rest at the token itself"
@@ -923,7 +935,7 @@ def _of_one_token(
     at: ast.Position | None,
     context: MeasureContext,
 ) -> bool:
-    """Whether a measure can be read off what is observed: one distribution over next tokens."""
+    """Check that a measure can read the observation, which is a single next-token distribution."""
     seen = context.observed
     if seen is None or (seen.gives == "number" and at is None):
         return True
@@ -948,8 +960,7 @@ def _of_logits(atoms: Sequence[MetricTerm]) -> list[MetricTerm]:
 def check_readable(
     expression: ast.Expr, atoms: Sequence[MetricTerm], shape: ModelShape, model: str
 ) -> Diagnostic | None:
-    """E0437 for what reads logits of a model that gives none, E0438 for tokens that it gives none
-    for."""
+    """Return E0437 for logits of a model without logits, or E0438 for tokens that have no logit."""
     text, span = expression.span.written, expression.span
     logits = _of_logits(atoms)
     if not logits:
@@ -961,7 +972,7 @@ def check_readable(
         return None
     tokens = [atom for atom in logits if not atom.of_class]
     asked = [token for atom in tokens for token in atom.named]
-    if any(atom.form.takes == "prompt" for atom in tokens):  # the prompt's own tokens
+    if any(atom.form.takes == "prompt" for atom in tokens):  # it reads the prompt's tokens
         asked.append(shape.vocab_size - 1)
     beyond = [token for token in asked if token >= shape.outputs]
     if not beyond:
@@ -982,8 +993,10 @@ def _without_next_token(
     at: ast.Position | None,
     context: MeasureContext,
 ) -> bool:
-    """Whether a model that sees the whole prompt can measure this: as far as is known, it doesn't
-    predict what comes next."""
+    """Check that a model with bidirectional attention can compute a measure.
+
+    Such a model isn't known to predict the next token.
+    """
     logits = _of_logits(atoms)
     shape = context.sites.shape
     next_token = at is None or any(a.form.takes == "prompt" for a in logits)
@@ -1017,7 +1030,7 @@ def _without_next_token(
 def _collect_terms(
     expression: ast.Expr, context: MeasureContext, atoms: dict[ast.Expr, MetricTerm]
 ) -> None:
-    """Every atom of the expression, resolved once."""
+    """Resolve each metric of an expression once."""
     match expression:
         case ast.Number() | ast.Percent():
             return
@@ -1041,20 +1054,20 @@ def _collect_terms(
 
 
 def _not_zero(divisor: ast.Expr, expression: ast.Expr, context: MeasureContext) -> None:
-    """E0612 for a divisor that is 0 whatever the model says."""
+    """Report E0612 for a divisor that is always 0."""
     if any(isinstance(node, ast.Name | ast.Call) for node in walk(divisor)):
         return
     try:
         zero = evaluate_arithmetic(divisor, lambda node: math.nan) == 0
     except ZeroDivisionError:
-        return  # within it something is divided by 0, which is said there
+        return  # the inner division by 0 is reported separately
     if zero:
         hint = "write a divisor that isn't 0"
         report_unreadable(context, divisor.span, "it divides by 0", hint, of=expression.span)
 
 
 def _truth(table: PromptTable) -> tuple[float, ...] | None:
-    """The number that each row's answer spells; None where an answer is not a number."""
+    """Return the number that each row's answer spells; None if an answer is not a number."""
     found: list[float] = []
     for row in table.runs["clean"].rows:
         answer = row.texts.get("answer")

@@ -185,8 +185,7 @@ def build_model_run(
 
 
 def measures_choice(experiment: spec.Experiment) -> bool:
-    """Return whether a metric of an experiment is a choice among all texts or images to score
-    with."""
+    """Return whether a metric is a choice among all texts or images to score with."""
     said = (*(each.metric for each in experiment.measures), *experiment.keep)
     said += tuple(each.condition for each in experiment.expects if each.condition is not None)
     named = (node for node in walk(said) if isinstance(node, ast.Name | ast.Call))
@@ -338,11 +337,7 @@ def attach_tokenizer(
     Codes: E0412.
 
     Args:
-        reader: The image preprocessor.
-        tokenizer: The tokenizer.
         shape: The shape of the text tower.
-        model: The name of the model.
-        span: The source location for diagnostics.
     """
     if shape.padded:
         padded = tokenizer.padded_to(shape.max_positions or 0)

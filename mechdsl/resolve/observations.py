@@ -1,6 +1,6 @@
 """Interfaces of observations, which compute numbers from vectors of one row or of all rows.
 
-The registered observations are in `mechdsl.rules.observations`.
+`mechdsl.rules.observations` contains the registered observations.
 """
 
 from __future__ import annotations
@@ -22,47 +22,67 @@ if TYPE_CHECKING:
 
 
 class Unembedding(Protocol):
-    """What a model does behind its last block."""
+    """Final norm and unembedding of a model."""
 
     def logits(self, vectors: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """[K, vocab], or those of `tokens`, of vectors [K, d_model] of the residual stream: through
-        the final norm and the unembedding, with all that the model does to its logits."""
+        """Compute the logits that the model would give for residual-stream vectors.
+
+        Args:
+            vectors: Vectors of the residual stream, [K, d_model].
+            tokens: Token ids to compute; None for the whole vocabulary.
+
+        Returns:
+            Logits, [K, vocab] or [K, tokens], with all processing that the model applies to its
+            own.
+        """
         ...
 
     def share(self, vectors: Tensor, stream: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """[K, vocab], or those of `tokens`: what vectors [K, d_model] that were added to the stream
-        add to the logits, with the final norm's scale held at that of the stream [K, d_model]."""
+        """Compute the contribution of components of the stream to the logits.
+
+        Args:
+            vectors: Vectors that were added to the stream, [K, d_model].
+            stream: The stream, [K, d_model], whose scale the final norm uses.
+            tokens: Token ids to compute; None for the whole vocabulary.
+
+        Returns:
+            Contributions, [K, vocab] or [K, tokens].
+        """
         ...
 
     def neurons_out(self, layer: int, units: Tensor, values: Tensor) -> Tensor:
-        """[K, d_model]: what neurons `units` [K] with activations `values` [K, 1] add to the
-        stream."""
+        """Compute the contributions of neurons to the stream: [K, d_model].
+
+        Args:
+            units: Neuron indices, [K].
+            values: Activations of the neurons, [K, 1].
+        """
         ...
 
 
 class ObservedVectors(Protocol):
-    """K vectors of one site of one layer, of some rows, and what is known of their places."""
+    """K vectors of one site in one layer, from some rows, with their positions."""
 
     @property
     def vectors(self) -> Tensor:
-        """[K, width], in float32 at least: one head or neuron, or all of them side by side. Of
-        patterns and scores the width is that of the longest prompt, 0 where there is no key."""
+        """[K, width], at least float32: one head or neuron, or all of them concatenated. For
+        patterns and scores the width is that of the longest prompt, with 0 where there is no
+        key."""
         ...
 
     @property
     def units(self) -> Tensor | None:
-        """[K] the head or neuron of each; None where all are one vector."""
+        """[K] head or neuron of each vector; None if each vector contains all of them."""
         ...
 
     @property
     def positions(self) -> Tensor:
-        """[K] the token of the prompt that each is at."""
+        """[K] prompt token of each vector."""
         ...
 
     @property
     def keys(self) -> tuple[Tensor, Tensor] | None:
-        """(index into the K vectors, token of the prompt) of the keys that are asked for; None
-        where none are named."""
+        """Index into the K vectors and prompt token of each requested key; None without keys."""
         ...
 
     @property
@@ -72,145 +92,146 @@ class ObservedVectors(Protocol):
 
     @property
     def beside(self) -> Mapping[SiteLayer, Tensor]:
-        """[K, width] what `Observation.beside` names, at the same tokens."""
+        """[K, width] for each site of `Observation.beside`, at the same tokens."""
         ...
 
     @property
     def unembedding(self) -> Unembedding:
-        """Of the model that is run."""
+        """Unembedding of the model that runs."""
         ...
 
     @property
     def tokens(self) -> Tensor | None:
-        """Of observations that give logits, the tokens that are asked for; None for all."""
+        """Requested token ids of an observation that computes logits; None for all."""
         ...
 
 
 class Observation(Intervention):
-    """An intervention that changes nothing: what is seen of a row is what is measured of it.
+    """An intervention that changes nothing and computes measured values from activations.
 
-    A rule sees vectors at sites and positions. `each` makes one number of each, and a row's value
-    is their mean over joined sites and positions; or `logits` makes logits, which metrics read.
+    A rule reads vectors at sites and positions. `each` computes one number for each vector, and a
+    row's value is their mean over joined sites and positions. Alternatively, `logits` computes
+    logits, which metrics read.
     """
 
     changes = "nothing"
     drawn_positions = False
     word: ClassVar[str]
-    """Behind `observe`."""
+    """Keyword after `observe`."""
     form: MetricForm
-    """Its measure, of the docstring's first line."""
+    """Metric form of its measure. The meaning is the first line of the class docstring."""
     unit: ClassVar[str] = ""
     gives: ClassVar[Literal["number", "logits"]] = "number"
     unplaced: ClassVar[Literal["refused", "last token"]] = "refused"
-    """What a line without positions is: refused, or at the last token, which is said."""
+    """Treatment of a line without positions: an error, or the last token and a note."""
     by_unit: ClassVar[bool] = False
-    """Where no head is named, each is looked at by itself; else all are one vector."""
+    """Whether a site without a head axis is observed head by head, instead of as one vector."""
     adds_up: ClassVar[bool] = False
-    """Joined sites are added up, and not averaged."""
+    """Whether joined sites are summed instead of averaged."""
     read_by_measures: ClassVar[bool] = False
-    """The measures of the experiment read it in place of the model's own output."""
+    """Whether the measures of the experiment read it instead of the model's output."""
     controls: ClassVar[tuple[str, ...]] = ()
-    """What is measured beside it, as what it is set against, each a measure behind its own
-    label."""
+    """Names of control measures that are computed with it, each after its own label."""
     of_weights: ClassVar[bool] = False
-    """It looks at weights alone, for which no prompt matters."""
+    """Whether it reads weights alone, so that its values don't depend on prompts."""
     of_maps: ClassVar[bool] = False
-    """It is of maps that other experiments made, and of no site."""
+    """Whether it reads maps that other experiments computed, instead of a site."""
     leads: ClassVar[bool] = False
-    """It is of what leads from one position to another: `observe WORD from Q to K`."""
+    """Whether it observes edges between positions: `observe WORD from Q to K`."""
     counts: ClassVar[str] = ""
-    """The axis of its values, from 1, where there are several to a cell."""
+    """Axis of its values, numbered from 1, if a cell has several."""
     takes: ClassVar[tuple[Literal["toward", "with", "with site", "top", "arguments"], ...]] = ()
-    """The clauses that it has a meaning for."""
+    """Clauses that it accepts."""
 
     @property
     def made_of(self) -> Mapping[str, str]:
-        """Files whose numbers it takes, by name: SHA-256."""
+        """Files that its values are read from: name → SHA-256."""
         return {}
 
     def lists(self, rule: ResolvedRule) -> int:
-        """How many tokens are listed of each cell, by their mean probability over its rows."""
+        """Return the number of tokens to list for each cell, by their mean probability over
+        rows."""
         return 0
 
     def form_of(self, name: str) -> MetricForm:
-        """Of itself, or of what is measured beside it under this name."""
+        """Return the metric form of the observation, or of the control measure with this name."""
         return self.form
 
     def beside(self, rule: ResolvedRule, shape: ModelShape) -> tuple[SiteLayer, ...]:
-        """Whole vectors that it needs at the same tokens."""
+        """Return the sites of further whole vectors that it needs at the same tokens."""
         return ()
 
     def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
-        """[K] the number of each vector."""
+        """Compute the number of each vector, [K]."""
         raise NotImplementedError
 
     def logits(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
-        """[K, tokens] of each vector."""
+        """Compute logits of each vector, [K, tokens]."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingVectors:
-    """Other rows, at the same sites and position, which something is fitted on."""
+    """Vectors of the rows that an observation is fitted on, at the same sites and position."""
 
     vectors: Floats
     """[row, width]"""
     prompts: Ints
     """[row] number in their own table, ascending."""
     keys: Sequence[bytes]
-    """[row] as `RowVectors.keys`."""
+    """[row] keys as in `RowVectors.keys`."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingRows:
-    """Where these rows are."""
+    """Table, run and positions of the rows that an observation is fitted on."""
 
     table: PromptTable
     run: PromptRun
     cells: tuple[PositionCell, ...]
-    """The positions, as many as the line has and in their order."""
+    """Positions, in the same number and order as those of the rule."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowVectors:
-    """The vectors of one cell, one of each row."""
+    """Vectors of one cell, one for each row."""
 
     vectors: Floats
-    """[row, width] the mean over the tokens of its position; sites that are joined side by side."""
+    """[row, width] mean over the tokens of the row's position; joined sites are concatenated."""
     prompts: Ints
-    """[row] number in the table, ascending; rows that lack the position aren't here."""
+    """[row] number in the table, ascending. Rows that lack the position are omitted."""
     keys: Sequence[bytes]
-    """[row] what is seen of it there: rows of one key have equal vectors."""
+    """[row] key of the row's input at the position: rows with equal keys have equal vectors."""
     precision: float
-    """The relative spacing of numbers of the type that they were computed in."""
+    """Relative spacing of floating-point numbers of the dtype of the computation."""
     other: Floats | None
-    """[row, other width] the vectors of the site, or at the position, that it is set against."""
+    """[row, other width] vectors at the site or position that the observation compares with."""
     training: TrainingVectors | None
-    """Where it is fitted on other rows, these."""
+    """Vectors to fit on, if they are of other rows."""
     number: int
-    """Which it is, from 1, of the values that a cell has several of; 0 where it has one."""
+    """1-based number of the value, for a cell with several values; otherwise 0."""
     pairs: Floats
-    """[row, 2] how many pairs of different tokens there are, one of either position, and how many
-    of a token with itself."""
+    """[row, 2] number of pairs of different tokens, one from each position, and number of pairs of
+    a token with itself."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenVectors:
-    """The vectors of some rows at all tokens that a line names, whichever cells these are in."""
+    """Vectors of some rows at all tokens that a rule names, in any of its cells."""
 
     vectors: Floats
-    """[token, width]; sites that are joined side by side."""
+    """[token, width]; joined sites are concatenated."""
     row: Ints
-    """[token] which of the rows it is of, ascending: there is none without a token."""
+    """[token] index of the token's row, ascending. Every row has at least one token."""
     tokens: Ints
-    """[token] its place in the prompt, ascending within a row."""
+    """[token] position in the prompt, ascending within a row."""
     prompts: Ints
     """[row] number in the table, ascending."""
     keys: Sequence[bytes]
-    """[row] as `RowVectors.keys`."""
+    """[row] keys as in `RowVectors.keys`."""
 
     def at(self, cell: PositionCell) -> tuple[Ints, Ints]:
-        """([K] row, [K] index) of its tokens at a position, row by row."""
+        """Return the row [K] and the index [K] of each token at a position, row by row."""
         import numpy as np
 
         hits = [[token for own in cell.hits[row] for token in own] for row in self.prompts.tolist()]
@@ -220,9 +241,14 @@ class TokenVectors:
         return row, np.searchsorted(self.row * stride + self.tokens, row * stride + token)
 
     def of_rows(self, there: Bools) -> tuple[Floats, Ints]:
-        """(vectors [K, width], [K] their row, from 0 without gaps) of some of the rows.
+        """Select some rows.
 
-        there: [row]
+        Args:
+            there: Whether to select each row, [row].
+
+        Returns:
+            Their vectors, [K, width], and the row of each vector, renumbered from 0 without gaps,
+            [K].
         """
         import numpy as np
 
@@ -232,58 +258,62 @@ class TokenVectors:
 
 @dataclass(frozen=True, eq=False)
 class ObservedTokens:
-    """What an observation of tokens is made of."""
+    """Input of an observation of tokens."""
 
     own: TokenVectors
     other: TokenVectors | None
-    """Of another run, at the same places, where it is set against that."""
+    """Vectors of the run to compare with, at the same sites and tokens."""
     training: TokenVectors | None
-    """Where it is fitted on other rows, these."""
+    """Vectors to fit on, if they are of other rows."""
 
 
 class RowSetObservation(Observation):
-    """An observation whose value in a row hangs on all rows of its cell."""
+    """An observation whose value for a row depends on all rows of its cell."""
 
     spread: Literal["rows", "unknown", "none"] = "rows"
-    """Whether rows have values of their own, whose mean is the cell's, and whose spread its
-    interval; else every row has the cell's, which others would change or not."""
+    """Source of a cell's interval. With "rows", rows have separate values: the cell's value is
+    their mean and its interval reflects their spread. Otherwise every row has the cell's value,
+    which other rows might change ("unknown") or not ("none")."""
 
     reads_vectors: ClassVar[bool] = True
-    """Whether it is made of vectors at all."""
+    """Whether it reads vectors."""
     of_directions: ClassVar[bool] = False
-    """Whether it sees sums of unit vectors over the tokens of a position, and not means of
-    vectors."""
+    """Whether it reads sums of unit vectors over a position's tokens instead of mean vectors."""
 
     trained_on: TrainingRows | None = None
-    """The rows that it is fitted on, where they aren't those that it is told on."""
+    """Rows to fit on, if they differ from the rows to evaluate."""
 
     @property
     def reads_weights_only(self) -> bool:
         return not self.reads_vectors and self.spread == "none"
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
-        """Of itself and of each control, [row]. ValueError or ArithmeticError, in words, for what
-        it can't be made of.
+        """Compute the values of the observation and of each control, [row].
 
-        seed: of the file.
+        Raises:
+            ValueError, ArithmeticError: If the vectors permit no value; the message states the
+                reason.
         """
         raise NotImplementedError
 
 
 class TokenSetObservation(RowSetObservation):
-    """One that is made of every token that the line names, and has a number of each.
+    """An observation that has a number for every token that the rule names.
 
-    A row's value in a cell is the mean over its tokens there.
+    A row's value in a cell is the mean over its tokens in the cell.
     """
 
     def per_token(self, seen: ObservedTokens, seed: int) -> Sequence[Floats]:
-        """Of itself and of each control, [value, token]: one value, or as many as it counts. As
-        `per_row`."""
+        """Compute the values of the observation and of each control, [value, token].
+
+        There is one value, or one for each index of the `counts` axis. See `per_row` for the
+        arguments and errors.
+        """
         raise NotImplementedError
 
 
 def join_positions(cells: Iterable[PositionCell]) -> PositionCell:
-    """All tokens of some positions of the same rows, joined."""
+    """Join all tokens of some positions of the same rows."""
     rows: list[set[int]] = []
     for cell in cells:
         rows = rows or [set() for _ in cell.hits]

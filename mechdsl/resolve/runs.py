@@ -40,29 +40,28 @@ from mechdsl.vocab.sites import SITES
 
 
 class RuleKind:
-    """A kind of rule: what its first words mean."""
+    """A kind of rule, identified by its verb."""
 
     takes: ClassVar[Literal["", "to", "by"]] = ""
-    """The word before its number, of kinds that the grammar reads as `WORD SITE at POSITIONS`."""
+    """Keyword before the number, for kinds parsed as `WORD SITE at POSITIONS`."""
     once: ClassVar[bool] = False
-    """An experiment has one of them at most …"""
+    """Whether an experiment has at most one rule of this kind."""
     once_because: ClassVar[str] = ""
-    """… and why, or what to write instead."""
+    """Why a second rule is an error, or what to write instead."""
     within_prompt: ClassVar[str] = ""
-    """Why it can't act on the tokens of an answer, behind the prompt; empty where it can."""
+    """Why the kind can't act on answer tokens, after the prompt; empty if it can."""
 
     reads_replies: ClassVar[bool] = False
-    """Whether it can look at tokens of a reply."""
+    """Whether the kind can observe tokens of a reply."""
 
     def observes(self, rule: spec.Rule) -> Observation | None:
-        """What it looks at, where it is measured by that; None for rules that act."""
+        """Return the observation that measures read; None for rules that act."""
         return None
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        """The rule with its targets; its sweeps become axes of the experiment.
+        """Resolve the targets of a rule, and add its sweeps to the axes of the experiment.
 
-        None after an error, which is in `work.diagnostics`; what else can be found wrong with the
-        rule is found in any case.
+        Reports all errors of the rule in `work.diagnostics`, and returns None if there are any.
         """
         raise NotImplementedError
 
@@ -70,15 +69,15 @@ class RuleKind:
 def define_runs(
     work: ExperimentContext, kinds: Registry[RuleKind]
 ) -> dict[str, ResolvedExperiment]:
-    """The experiment's own runs, which its table has from then on.
+    """Resolve the runs that the experiment defines, and add them to its table.
 
-    After an error the others can still be named: a run that can't be made stands as its base.
-    Codes: E0108, E0309 and those of rules.
+    A run with errors equals its base, so that other rules can still name it. Codes: E0108, E0309
+    and those of rules.
     """
     found: dict[str, ResolvedExperiment] = {}
     for run in work.experiment.derived:
         if run.base not in work.table.runs:
-            continue  # which has been refused
+            continue  # already reported
         rules = _rules(run, work, kinds)
         base = work.table.runs[run.base]
         reads = tuple(dict.fromkeys(rule.run for rule in rules if rule.apart is None))
@@ -100,7 +99,7 @@ def define_runs(
 
 
 def _isolate_run(experiment: spec.Experiment, run: spec.DerivedRun) -> spec.Experiment:
-    """A run as an experiment with nothing but its rules."""
+    """Create an experiment that has only the rules of a run."""
     return experiment.model_copy(
         update={
             "name": run.name,
@@ -123,7 +122,7 @@ def _isolate_run(experiment: spec.Experiment, run: spec.DerivedRun) -> spec.Expe
 def _rules(
     run: spec.DerivedRun, work: ExperimentContext, kinds: Registry[RuleKind]
 ) -> tuple[ResolvedRule, ...]:
-    """Its rules, as far as they are right."""
+    """Resolve the rules of a run, without those that have errors."""
     alone = _isolate_run(work.experiment, run)
     sites = replace(work.sites, loops={}, words={})
     inner = ExperimentContext(alone, work.program, work.model, work.table, sites)
@@ -146,8 +145,10 @@ def _rules(
 def _check_run_rule(
     rule: ResolvedRule, table: PromptTable, run: spec.DerivedRun
 ) -> Iterator[Diagnostic]:
-    """E0108 for a kind of rule that no run has, E0309 for rows that lack what it acts on: such rows
-    would have no such run."""
+    """Yield E0108 for a rule kind that runs can't have, and E0309 for rows that lack its position.
+
+    Such rows would have no run.
+    """
     what, later = "", "write it in the experiment, on the run: `from … into NAME`"
     if rule.path is not None:
         what = "a `path` in a `run`"
@@ -177,7 +178,7 @@ def _check_run_rule(
 def check_derived_base(
     rules: Sequence[ResolvedRule | None], work: ExperimentContext
 ) -> Iterator[Diagnostic]:
-    """E0108 for rules of the experiment that can't act on a run that has rules itself."""
+    """Yield E0108 for rules of the experiment that can't act on a run with rules."""
     if work.table.runs[work.experiment.base].derived is None:
         return
     for rule in rules:
@@ -189,8 +190,10 @@ def check_derived_base(
 def check_accuracies(
     asked: Iterable[str], derived: Mapping[str, ResolvedExperiment], experiment: spec.Experiment
 ) -> Iterator[Diagnostic]:
-    """E0108 for the accuracy of a run that is made of the kept rows, beside a `keep`: an accuracy
-    is of all rows."""
+    """Yield E0108 for the accuracy of a run that is computed from the kept rows.
+
+    An accuracy is over all rows, which `keep` contradicts.
+    """
     for name in asked if experiment.keep else ():
         run = name
         while run in derived:
@@ -202,11 +205,11 @@ def check_accuracies(
 
 
 CACHED_SITES = ("k", "v")
-"""Sites whose vectors are kept of every token, for later ones to attend to."""
+"""Sites whose vectors are cached for every token, so that later tokens can attend to them."""
 
 
 def resolve_steps(rule: ResolvedRule, work: ExperimentContext) -> ResolvedRule | None:
-    """The rule with the steps in which it acts; None after E0207 for steps that there are not."""
+    """Resolve the generation steps in which a rule acts; None after E0207 for invalid steps."""
     during, generation = rule.spec.during, work.experiment.generation
     if during is None or generation is None:
         return rule
@@ -226,7 +229,7 @@ def resolve_steps(rule: ResolvedRule, work: ExperimentContext) -> ResolvedRule |
 
 
 def _step(end: int | ast.Bound, at: Mapping[str, object]) -> int:
-    """A step, where the loops are so far; -1 where that is no whole number."""
+    """Return the step for some loop values; -1 if it isn't a whole number."""
     if isinstance(end, int):
         return end
     value = at[end.name or ""]
@@ -240,9 +243,12 @@ def check_generation(
     keep: Sequence[ResolvedMeasure | None],
     work: ExperimentContext,
 ) -> Iterator[Diagnostic]:
-    """E0108 for what can't be done while a reply is written, E0207 for more tokens than the model
-    has positions for, and for steps in which a rule can't act; E0612 for categories and conditions
-    of several replies."""
+    """Check the rules, measures and conditions of an experiment that generates replies.
+
+    Yields E0108 for what isn't supported during generation, E0207 for more tokens than the model
+    has positions and for steps in which a rule can't act, and E0612 for categories and conditions
+    over several replies.
+    """
     generation = work.experiment.generation
     if generation is None:
         return
@@ -268,7 +274,7 @@ def _check_samples(
     measures: Sequence[ResolvedMeasure | None],
     keep: Sequence[ResolvedMeasure | None],
 ) -> Iterator[Diagnostic]:
-    """A row has several replies: what is no number has no mean over them."""
+    """Check that measures of several replies per row are numbers, which have a mean."""
     for measure in (*measures, *keep):
         if measure is None or measure.reply is None:
             continue
@@ -284,7 +290,7 @@ def _check_samples(
 
 
 def _check_model(generation: Generation, work: ExperimentContext) -> Iterator[Diagnostic]:
-    """Whether it writes, and has positions for all that it may write."""
+    """Check that the model generates text and has positions for all its tokens."""
     shape, name = work.model.shape, work.model.name
     if shape.stands_in:
         return
@@ -300,7 +306,7 @@ def _check_model(generation: Generation, work: ExperimentContext) -> Iterator[Di
     if most is None or work.model.tokenizer.stands_in or work.table.stands_in:
         return
     longest = max(map(len, _prompts(work.experiment, work.table)), default=0)
-    # The last token of a reply is predicted, and goes in nowhere.
+    # The last token of a reply is predicted but never fed to the model.
     if longest + generation.tokens - 1 > most:
         fit = most - longest + 1
         yield BadArgument(
@@ -313,7 +319,7 @@ def _check_model(generation: Generation, work: ExperimentContext) -> Iterator[Di
 
 
 def _explain_no_text(shape: ModelShape) -> str | None:
-    """Why a model writes no text behind a prompt."""
+    """Explain why a model generates no text after a prompt; None if it does."""
     if shape.takes != "text":
         return "which takes more than a text"
     if shape.task != "tokens" or "logits" not in shape.sites:
@@ -324,14 +330,14 @@ def _explain_no_text(shape: ModelShape) -> str | None:
 
 
 def _prompts(experiment: spec.Experiment, table: PromptTable) -> Iterator[tuple[int, ...]]:
-    """Those of the runs that write."""
+    """Yield the prompts of the runs that generate."""
     for name in (experiment.base, experiment.source):
         run = None if name is None else table.runs.get(name)
         yield from (row.ids for row in (() if run is None else run.rows))
 
 
 def _check_runs(generation: Generation, work: ExperimentContext) -> Iterator[Diagnostic]:
-    """Runs with rules are of the prompts, and don't write."""
+    """Yield errors for runs with rules, which act on the prompts and don't generate."""
     experiment = work.experiment
     for name in dict.fromkeys((experiment.base, experiment.source)):
         run = None if name is None else work.table.runs.get(name)
@@ -345,7 +351,7 @@ def _check_runs(generation: Generation, work: ExperimentContext) -> Iterator[Dia
 
 
 def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Diagnostic]:
-    """Whether it can act in its steps."""
+    """Check that a rule can act in its steps."""
     said, does = rule.spec, rule.does
     if rule.path is not None:
         yield _not_supported(
@@ -400,7 +406,7 @@ def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Di
 
 
 def _check_cache_edit(rule: ResolvedRule, generation: Generation) -> Iterator[Diagnostic]:
-    """`after prefill`: keys and values that are kept of the prompt."""
+    """Check a rule `after prefill`, which edits cached keys or values of the prompt."""
     during, points = rule.spec.during, () if rule.sites is None else rule.sites.points.values()
     assert during is not None
     sites = {point.site for each in points for point in each}
@@ -421,7 +427,7 @@ def _check_cache_edit(rule: ResolvedRule, generation: Generation) -> Iterator[Di
 
 
 def _check_after_prefill(rule: ResolvedRule) -> Iterator[Diagnostic]:
-    """What only has a meaning while the prompt is read."""
+    """Yield errors for rules that only have a meaning in the prefill."""
     points = () if rule.sites is None else rule.sites.points.values()
     over_keys = sorted(
         {p.site for each in points for p in each if SITES[p.site].width == "key"}
@@ -457,7 +463,7 @@ RULE_REPLIES = ReplyTokens(
 
 
 def get_reply_tokens(experiment: spec.Experiment) -> ReplyTokens:
-    """Those that an experiment writes."""
+    """Return the tokens that an experiment generates."""
     written = experiment.generation
     if written is None:
         return ReplyTokens(
@@ -469,12 +475,12 @@ def get_reply_tokens(experiment: spec.Experiment) -> ReplyTokens:
 
 
 def reads_reply_tokens(rule: ResolvedRule) -> bool:
-    """Whether it looks at tokens of the reply, or from there."""
+    """Return whether a rule observes tokens of the reply, or edges from them."""
     return any(True for _ in iter_reply_positions(rule))
 
 
 def iter_reply_positions(rule: ResolvedRule) -> Iterator[ReplyPosition]:
-    """Where in the reply it looks."""
+    """Yield the positions in the reply that a rule observes."""
     targets = [rule.positions] if rule.edge is None else [rule.positions, rule.edge.keys]
     for each in targets:
         for cell in each.written.values():
@@ -483,18 +489,18 @@ def iter_reply_positions(rule: ResolvedRule) -> Iterator[ReplyPosition]:
 
 
 def reads_observation(measure: ResolvedMeasure) -> bool:
-    """Whether it reads what is observed."""
+    """Return whether a measure reads the observation."""
     return measure.observed or any(atom.form.takes == "observation" for atom in measure.atoms)
 
 
 def reads_any_reply(experiment: ResolvedExperiment) -> bool:
-    """Whether something of it is read behind the prompts, in a pass over prompts and replies."""
+    """Return whether a measure or rule reads tokens after the prompts."""
     measured = any(measure.in_reply is not None for measure in experiment.measures)
     return measured or any(map(reads_reply_tokens, experiment.rules))
 
 
 def check_reply_readers(experiment: ResolvedExperiment) -> list[Diagnostic]:
-    """E0545 for what isn't read in replies."""
+    """Return E0545 for rules and measures that can't read replies."""
     found = [problem for rule in experiment.rules for problem in _check_observed_reply(rule)]
     looking = next((rule for rule in experiment.rules if reads_reply_tokens(rule)), None)
     for measure, said in zip(experiment.measures, experiment.spec.measures, strict=True):
@@ -517,7 +523,7 @@ def check_reply_readers(experiment: ResolvedExperiment) -> list[Diagnostic]:
 
 
 def _check_observed_reply(rule: ResolvedRule) -> Iterator[Diagnostic]:
-    """What an observation can't do there."""
+    """Check the observation of a rule on reply tokens."""
     if not reads_reply_tokens(rule):
         return
     if isinstance(rule.does, RowSetObservation):
@@ -530,7 +536,7 @@ def _check_observed_reply(rule: ResolvedRule) -> Iterator[Diagnostic]:
 def _check_measured_reply(
     measure: ResolvedMeasure, said: spec.Measure, experiment: ResolvedExperiment
 ) -> Iterator[Diagnostic]:
-    """What a measure can't read there."""
+    """Check a measure that reads reply tokens."""
     span = said.span if said.at is None else said.at.span
     for atom in measure.atoms:
         text, takes = atom.node.span.written, atom.form.takes
@@ -554,7 +560,7 @@ def _check_measured_reply(
 
 
 def _check_repeatable(rule: ResolvedRule) -> Iterator[Diagnostic]:
-    """Rules that one pass over prompt and reply can't do as they were done."""
+    """Check that a single pass over prompt and reply can reproduce the effect of a rule."""
     if rule.after_prefill:
         reason = "the prompt saw its keys and values without the edit, the reply with it"
     elif rule.does.changes == "blocks" and rule.steps is not None:
@@ -571,8 +577,10 @@ def _not_in_reply(span: Span, reason: str, hint: str) -> Diagnostic:
 
 
 def build_baseline(experiment: ResolvedExperiment) -> BaselineExperiment | None:
-    """What effects of measures that are observed, or read in replies, set the patched run against;
-    None where there are none."""
+    """Create the baseline for effects of measures that are observed, or read in replies.
+
+    None if there are no such measures.
+    """
     own = experiment.spec
     if reads_any_reply(experiment):
         return _baseline_after_replies(experiment)
@@ -589,7 +597,7 @@ def build_baseline(experiment: ResolvedExperiment) -> BaselineExperiment | None:
 
 
 def _baseline_after_replies(experiment: ResolvedExperiment) -> BaselineExperiment | None:
-    """The same rows, with the replies that their rules make, read without these."""
+    """Create a baseline that reads the replies generated under the rules, without these rules."""
     looking = any(map(reads_reply_tokens, experiment.rules))
     numbers = tuple(
         n
@@ -602,7 +610,7 @@ def _baseline_after_replies(experiment: ResolvedExperiment) -> BaselineExperimen
 
 
 def _read_only(experiment: ResolvedExperiment) -> ResolvedExperiment:
-    """The experiment as one that is set beside another, and shown nowhere."""
+    """Create a variant of the experiment that is only compared with another and never displayed."""
     own = experiment.spec
     measures = tuple(_as_raw(own.measures))
     changed = own.model_copy(
@@ -626,8 +634,10 @@ _PROMPT_ONLY = "`save` reads the prompt alone"
 
 
 def resolve_saves(work: ExperimentContext) -> tuple[ResolvedSave, ...]:
-    """The `save` lines of an experiment, as far as they are right. Codes: E0333 and those of sites
-    and positions."""
+    """Resolve the `save` lines of an experiment, without those that have errors.
+
+    Codes: E0333 and those of sites and positions.
+    """
     found = (_save(save, work) for save in work.experiment.saves)
     return tuple(save for save in found if save is not None)
 
@@ -666,7 +676,7 @@ def _save(save: spec.Save, work: ExperimentContext) -> ResolvedSave | None:
 
 
 def _replies(run: str, work: ExperimentContext) -> ReplyTokens:
-    """What a run writes, without rules."""
+    """Return the reply tokens of a run; runs with rules have none."""
     written, found = get_reply_tokens(work.experiment), work.table.runs.get(run)
     if work.experiment.generation is None or found is None:
         return written
@@ -679,7 +689,7 @@ def _replies(run: str, work: ExperimentContext) -> ReplyTokens:
 def _one_width(
     save: spec.Save, run: str, points: tuple[SitePoint, ...], work: ExperimentContext
 ) -> None:
-    """E0333 for vectors over the keys of prompts that are of different lengths."""
+    """Report E0333 for vectors over the keys of prompts with different lengths."""
     over_keys = sorted({p.site for p in points if SITES[p.site].width == "key"})
     lengths = [len(row.ids) for row in work.table.runs[run].rows]
     other = next((n for n, length in enumerate(lengths) if length != lengths[0]), None)
@@ -698,7 +708,7 @@ def _one_width(
 
 
 def name_tensor(point: SitePoint) -> str:
-    """What the tensor of a site is called: `resid_post.layer3`, `z.layer3.head2`."""
+    """Return the name of a point's tensor: `resid_post.layer3`, `z.layer3.head2`."""
     unit = (SITES[point.site].unit or "").removeprefix("kv_")
     words = [point.site]
     words += [] if point.layer is None else [f"layer{point.layer}"]

@@ -10,13 +10,13 @@ from mechdsl.base.files import load_json
 from mechdsl.base.records import Record, record
 
 MAX_HEADER_BYTES = 10_000_000
-"""Bytes of a header that is read; a larger one is none."""
+"""Maximum size of a header in bytes; a larger one is invalid."""
 
 _CHUNK = 1 << 24
 
 
 class UnreadableFile(Exception):
-    """Why a file can't be used, and what to do."""
+    """Error for a file that can't be used, with a hint on what to do."""
 
     def __init__(self, reason: str, hint: str) -> None:
         super().__init__(reason)
@@ -26,18 +26,26 @@ class UnreadableFile(Exception):
 
 @record
 class SafetensorsFile(Record):
-    """A file as it was when it was checked."""
+    """Properties of a file when it was checked."""
 
     path: Path
     digest: str
     """SHA-256 of the file."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Of its tensors of floating-point numbers."""
+    """Shapes of its floating-point tensors."""
 
 
 def inspect_safetensors(path: Path, written: str, most: int, alone: str) -> SafetensorsFile:
-    """What is in a file of at most so many bytes; `alone`: the help for a larger one. Raises
-    Unreadable."""
+    """Read the header and the digest of a file.
+
+    Args:
+        written: The path as the user wrote it.
+        most: Maximum size of the file in bytes.
+        alone: Hint for a larger file.
+
+    Raises:
+        UnreadableFile: If the file is missing, too large or invalid.
+    """
     try:
         if path.stat().st_size > most:
             raise UnreadableFile(f"`{written}` has more than {most:,} bytes", alone)
@@ -61,7 +69,7 @@ def inspect_safetensors(path: Path, written: str, most: int, alone: str) -> Safe
 
 
 def compute_digest(path: Path) -> str:
-    """SHA-256 of a file, which is never in memory as a whole. Raises OSError."""
+    """Compute the SHA-256 of a file in chunks. Raises OSError if the file can't be read."""
     made = sha256()
     with path.open("rb") as file:
         while part := file.read(_CHUNK):

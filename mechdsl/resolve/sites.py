@@ -83,8 +83,7 @@ class SiteContext:
     def combinations(
         self, names: Collection[str]
     ) -> Iterator[tuple[AxisIndices, dict[str, AxisLabel]]]:
-        """Yield every combination of indices of these loops, with the values, in the order of the
-        experiment.
+        """Yield the indices and values of every combination of these loops, in grid order.
 
         For a combination that doesn't exist, and so has no cell, the values are those of one that
         does.
@@ -244,8 +243,7 @@ class _AxisReader:
         return None
 
     def _window(self, center: int, width: int) -> tuple[int, ...]:
-        """Return the joined layers around a centre: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, clipped to the model
-        (ROME)."""
+        """Return the joined layers around a centre: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, clipped (ROME)."""
         if self.axis.window is None:
             return (center,)
         return tuple(range(max(0, center - width // 2), min(self.size, center + (width + 1) // 2)))
@@ -461,8 +459,7 @@ class ExperimentContext:
         values: Mapping[str, Any],
         diagnostics: list[Diagnostic],
     ) -> list[tuple[str, list[Hits]]]:
-        """Return the tokens that another experiment ranked, in one run of this experiment's
-        rows."""
+        """Return the tokens that another experiment ranked, in one run of these rows."""
         return self.sites.onward.pick_tokens(
             base, run, values, self.table, self.model.tokenizer, diagnostics
         )
@@ -553,10 +550,7 @@ def report_unreadable(
     """Report E0612 at a span.
 
     Args:
-        context: The measure's context.
         span: The part with the error.
-        reason: The problem.
-        hint: The fix.
         of: The whole metric, if `span` is a part of it.
     """
     context.diagnostics.append(
@@ -594,8 +588,7 @@ def find_item_numbers(
 def report_multi_token(
     parts: Sequence[ast.Node], name: str, row: int, long: TextTokens, context: MeasureContext
 ) -> Diagnostic:
-    """Create E0507 for a text of several tokens in a row, one of those that `parts` of a metric
-    name."""
+    """Create E0507 for a text of several tokens in a row, among the `parts` of a metric."""
     tokenizer = context.tokenizer.reading(written=context.table.runs[CLEAN].chat)
     meant = None
     if not isinstance(parts[0], ast.EdgeTokenOf):
@@ -722,8 +715,7 @@ def _resolve_joined(
 def _resolve_picked(
     site: ast.Site, node: ast.RankedSelection, context: SiteContext
 ) -> SiteTargets | None:
-    """Resolve `top 10 of cie` to joined points, for every value of the `for` variables that it
-    names."""
+    """Resolve `top 10 of cie` to joined points, for every value of the `for` variables in it."""
     named = set(number_names(node))
     loops = tuple(name for name in context.loops if name in named)
     points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
@@ -919,8 +911,7 @@ def resolve_into_layer(
 def resolve_swept_site(
     site: ast.Site, context: SiteContext, kinds: list[SiteKind] | None = None
 ) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
-    """Resolve the points that axes name, of the given components or else of the site's
-    components."""
+    """Resolve the points that axes name, of the given components or else of the site's own."""
     kinds = resolve_components(site, context) if kinds is None else kinds
     if kinds is None:
         return None, ()

@@ -53,8 +53,8 @@ from mechdsl.vocab.sites import SITES, SiteKind
 
 @dataclass(frozen=True)
 class PositionMatch:
-    """Positions of one rule: the cells where it writes, those where it reads, in the same order,
-    and the labels of positions that no row has in both runs."""
+    """Positions of one rule: the written cells, the read cells in the same order, and the labels of
+    positions that no row has in both runs."""
 
     written: list[PositionCell]
     read: list[PositionCell]
@@ -77,10 +77,13 @@ def resolve_rule_positions(
     *,
     exchanged: bool = False,
 ) -> PositionTargets | None:
-    """Where the rule writes and reads; its sweep over positions becomes an axis.
+    """Resolve the positions that a rule writes and reads; a sweep over positions becomes an axis.
 
-    apart: another block whose rows are read, whichever they are. exchanged: each of two positions
-    is written with what is read at the other.
+    Args:
+        run: The run that is read.
+        apart: A run of a different prompt set to read instead, whose rows aren't paired with the
+            experiment's rows.
+        exchanged: Whether each of two positions receives the vectors of the other.
     """
     nodes = [rule.at] if rule.onto is None else [rule.at, rule.onto]
 
@@ -99,7 +102,7 @@ def resolve_rule_positions(
 def resolve_base_positions(
     positions: ast.Positions, work: ExperimentContext, axis: str = "position"
 ) -> PositionTargets | None:
-    """Positions of the base run alone."""
+    """Resolve positions of the base run alone."""
 
     def find(values: NamedValues) -> PositionMatch | None:
         cells = _cells(positions, work.experiment.base, values, work)
@@ -116,10 +119,16 @@ def resolve_later_positions(
     *,
     both: bool = False,
 ) -> PositionTargets | None:
-    """Tokens of the base run (written), and those that lie `low` to `high` behind them (read).
+    """Resolve tokens of the base run (written), and the tokens `low` to `high` after them (read).
 
-    both: or in front of them. Rows that have none there aren't part of the cell, and cells without
-    rows are left out: all of them, after E0310.
+    Rows without such tokens aren't part of the cell, and cells without rows are omitted. If no cell
+    remains, the result is None after E0310.
+
+    Args:
+        positions: The written positions.
+        low: The smallest distance.
+        high: The largest distance; None for no limit.
+        both: Whether tokens at these distances before the position are read too.
     """
     base = work.table.runs[work.experiment.base]
 
@@ -166,7 +175,7 @@ def resolve_later_positions(
 
 
 def sweeps_positions(positions: ast.Positions, work: ExperimentContext) -> bool:
-    """Whether there is more than one cell; what is wrong with them is said elsewhere."""
+    """Return whether positions have more than one cell; errors are reported elsewhere."""
     before = len(work.diagnostics)
     values = next(_loop_values(_loops_of([positions], work), work))[1]
     cells = _cells(positions, work.experiment.base, values, work)
@@ -177,7 +186,7 @@ def sweeps_positions(positions: ast.Positions, work: ExperimentContext) -> bool:
 def resolve_external_positions(
     positions: ast.Positions, table: PromptTable, run: str, work: ExperimentContext
 ) -> tuple[list[PositionCell], list[Diagnostic]]:
-    """The cells of a rule's positions in rows of another block, for every value of its loops."""
+    """Resolve a rule's positions in rows of a different prompt set, for every loop value."""
     cells: list[PositionCell] = []
     problems: list[Diagnostic] = []
     for _, values in _loop_values(_loops_of([positions], work), work):
@@ -200,7 +209,7 @@ def lay_out_positions(
     work: ExperimentContext,
     axis: str = "position",
 ) -> PositionTargets | None:
-    """What `find` finds for every value of the loops that the positions name."""
+    """Combine the results of `find` for every value of the loops that the positions name."""
     loops = _loops_of(nodes, work)
     written: dict[AxisIndices, PositionCell] = {}
     read: dict[AxisIndices, PositionCell] = {}
@@ -243,14 +252,14 @@ def lay_out_positions(
 
 
 def mark_newest(targets: PositionTargets) -> PositionTargets:
-    """The same, with what of it follows the newest token of a reply."""
+    """Mark the cells that follow the newest token of a reply."""
     newest = {key: cell.follows for key, cell in targets.written.items() if cell.follows}
     every = frozenset(key for key, follows in newest.items() if follows == "every")
     return replace(targets, newest=frozenset(newest), every=every)
 
 
 def _loops_of(nodes: list[ast.Positions], work: ExperimentContext) -> list[str]:
-    """The loops whose variables stand in positions."""
+    """Return the loops whose variables occur in positions."""
     named = {name for node in nodes for name in number_names(node)}
     return [name for name in work.loops if name in named]
 
@@ -258,7 +267,7 @@ def _loops_of(nodes: list[ast.Positions], work: ExperimentContext) -> list[str]:
 def _loop_values(
     loops: list[str], work: ExperimentContext
 ) -> Iterator[tuple[AxisIndices, NamedValues]]:
-    """Every combination of the loops' values: its key, and the values by name."""
+    """Yield the index and the values by name for every combination of loop values."""
     parameters = {k: v for k, v in work.program.parameters.items() if isinstance(v, int | float)}
     for key, values in work.sites.combinations(loops):
         yield key, {**parameters, **values}
@@ -273,7 +282,7 @@ def _cells(
     *,
     table: PromptTable | None = None,
 ) -> list[PositionCell] | None:
-    """The cells of positions in one run, of the sampled rows or of another block's."""
+    """Resolve positions in a run of this or a different prompt set; None after an error."""
     cells, problems = resolve_positions(
         positions,
         table or work.table,
@@ -293,7 +302,7 @@ def _cells(
 def _match_same(
     positions: ast.Positions, run: str, values: NamedValues, work: ExperimentContext
 ) -> PositionMatch | None:
-    """The same positions in the base run, where they are written, and in `run`."""
+    """Match positions in the base run, where they are written, with the same positions in `run`."""
     base = work.experiment.base
     cells = _cells(positions, base, values, work, run)
     if cells is None or run == base:
@@ -307,7 +316,7 @@ def _match_same(
     runs = (work.table.runs[base], work.table.runs[run])
     apart = report_token_mismatch(positions, runs, pairs, work.model.tokenizer)
     said = {d.span for d in work.diagnostics if isinstance(d, UnequalIndexTokens)}
-    if apart is not None and apart.span not in said:  # once for all values of a loop
+    if apart is not None and apart.span not in said:  # one warning for all values of a loop
         work.diagnostics.append(apart)
     return _checked(pairs, positions, run, tuple(labels), work)
 
@@ -315,7 +324,7 @@ def _match_same(
 def _match_external(
     positions: ast.Positions, apart: ExternalRun, values: NamedValues, work: ExperimentContext
 ) -> PositionMatch | None:
-    """The same positions in the base run and in the rows of another block."""
+    """Match positions in the base run with the same positions in rows of a different prompt set."""
     cells = _cells(positions, work.experiment.base, values, work)
     sources = _cells(positions, apart.run, values, work, table=apart.table)
     if cells is None or sources is None:
@@ -343,7 +352,7 @@ def _match_external(
 def _match_pairs(
     at: ast.Positions, onto: ast.Positions, run: str, values: NamedValues, work: ExperimentContext
 ) -> PositionMatch | None:
-    """Read at some positions of `run`, written at others of the base run."""
+    """Match positions that are read in `run` with other positions, written in the base run."""
     said = len(work.diagnostics)
     base = work.experiment.base
     sources = _cells(at, run, values, work)
@@ -383,7 +392,7 @@ def _suggest_exchange(
     work: ExperimentContext,
     said: int,
 ) -> None:
-    """Where each side has the position of the other, one message instead of two."""
+    """Report one error instead of two if each run has the position of the other."""
     base, now = work.experiment.base, len(work.diagnostics)
     fits = _cells(at, base, values, work) and _cells(onto, run, values, work)
     del work.diagnostics[now:]
@@ -396,7 +405,7 @@ def _suggest_exchange(
 def _match_exchanged(
     first: ast.Positions, second: ast.Positions, values: NamedValues, work: ExperimentContext
 ) -> PositionMatch | None:
-    """Two positions of the base run: each is written with what is read at the other."""
+    """Match two positions of the base run, each of which receives the vectors of the other."""
     found = _match_pairs(first, second, work.experiment.base, values, work)
     if found is None:
         for number, said in enumerate(work.diagnostics):
@@ -430,7 +439,7 @@ def _match_exchanged(
 
 
 def _join_cells(first: PositionCell, second: PositionCell) -> PositionCell:
-    """The tokens of both, side by side."""
+    """Join the tokens of two cells."""
     hits = tuple(
         tuple((*x, *y) for x, y in zip(a, b, strict=True))
         for a, b in zip(first.hits, second.hits, strict=True)
@@ -445,11 +454,11 @@ def _checked(
     labels: tuple[str, ...],
     work: ExperimentContext,
 ) -> PositionMatch | None:
-    """Pairs that some row has in both runs, with as many tokens in each."""
+    """Select the pairs that some row has in both runs, and check that their token counts agree."""
     base = work.experiment.base
     pairs = [pair for pair in pairs if any(pair[0].hits)]
     if not labels and any(isinstance(node, ast.RankedTokens) for node in walk(positions)):
-        return None  # what ranks them has been refused
+        return None  # an error in the ranking is already reported
     if not pairs:
         work.diagnostics.append(
             AbsentOccurrence(
@@ -474,7 +483,7 @@ def _checked(
 
 
 def _shared_rows(cell: PositionCell, source: PositionCell) -> tuple[PositionCell, PositionCell]:
-    """Both without the rows that lack the position in one of the runs."""
+    """Remove the rows that lack the position in one of the runs from both cells."""
     keep = [bool(a) and bool(b) for a, b in zip(cell.hits, source.hits, strict=True)]
     if all(keep):
         return cell, source
@@ -486,7 +495,7 @@ def _shared_rows(cell: PositionCell, source: PositionCell) -> tuple[PositionCell
 
 
 def resolve_amounts(node: ast.Expr | None, work: ExperimentContext) -> Amounts | None:
-    """The number for every value of the loops that the expression names; None after E0337."""
+    """Evaluate a number for every value of the loops that it names; None after E0337."""
     assert node is not None
     names = [part.id for part in walk(node) if isinstance(part, ast.Name)]
     loops = tuple(name for name in work.loops if name in names)
@@ -546,11 +555,12 @@ def fill_empty_picks(
     positions: PositionTargets | None,
     otherwise: SitePoint = EMBED_POINT,
 ) -> tuple[SiteTargets | None, PositionTargets | None]:
-    """Cells that pick no site write at no token: any site stands in for them.
+    """Replace picks without any site by an arbitrary site without tokens.
 
-    A cell has sites and positions of its own in every stage behind this one.
+    Every cell then has sites and positions in all later stages.
 
-    otherwise: where no cell picks any.
+    Args:
+        otherwise: The site to use if no cell picks any.
     """
     if sites is None or positions is None or all(sites.points.values()):
         return sites, positions
@@ -590,8 +600,10 @@ ResolvedSites = tuple[SiteTargets | None, tuple[Axis, ...]]
 
 
 def resolve_attention_sites(edge: ast.Edge, context: SiteContext) -> ResolvedSites:
-    """Layers and heads of a rule on edges of attention, as points of `pattern`; without a head
-    axis all heads."""
+    """Resolve layers and heads of a rule on attention edges to points of `pattern`.
+
+    Without a head axis, the points are all heads.
+    """
     pattern = SITES["pattern"]
     if edge.stack is not None and not check_stack(edge.stack, context):
         return None, ()
@@ -620,8 +632,7 @@ def resolve_attention_sites(edge: ast.Edge, context: SiteContext) -> ResolvedSit
 
 
 def resolve_receivers(site: ast.Site, context: SiteContext) -> ResolvedSites:
-    """Where a path ends: a site, or what heads of a group or of a finding read (`q movers`,
-    `q of top 2 of cie`)."""
+    """Resolve the receivers of a path: a site, or heads' inputs (`q of top 2 of cie`)."""
     if site.ranked is not None and site.names:
         heads = ast.Site(ranked=site.ranked, span=site.ranked.span)
     elif len(site.names) > 1 and not site.axes:
@@ -647,7 +658,7 @@ def resolve_receivers(site: ast.Site, context: SiteContext) -> ResolvedSites:
 
 
 def _points_exist(targets: SiteTargets, node: ast.Edge | ast.Site, context: SiteContext) -> bool:
-    """Whether the model has all of the points."""
+    """Check that the model has all points."""
     points = (point for here in targets.points.values() for point in here)
     missing = find_missing_point(points, context.shape, context.model, node.span)
     if missing is not None:
@@ -658,9 +669,10 @@ def _points_exist(targets: SiteTargets, node: ast.Edge | ast.Site, context: Site
 def _resolve_named_heads(
     heads: ast.Site, kinds: list[SiteKind], loop: str | None, context: SiteContext
 ) -> SiteTargets | None:
-    """The heads that a group, a short name or a finding names, at other sites of theirs, joined.
+    """Resolve other sites of the heads that a group, a short name or a pick names, joined.
 
-    loop: the `for` over these sites, if there is one.
+    Args:
+        loop: The `for` variable over these sites, if there is one.
     """
     if heads.names and heads.names[0].id not in context.groups:
         name = heads.names[0]
@@ -715,9 +727,11 @@ def _resolve_named_heads(
 def _points_of_head(
     point: SitePoint, kind: SiteKind, shape: ModelShape, *, alone: bool
 ) -> Iterator[SitePoint]:
-    """The same head at another site; several heads for keys or values that they share.
+    """Yield a head at another site: its shared key or value head, or all heads that share it.
 
-    alone: nothing else is named, so that a head can't be named twice.
+    Args:
+        alone: Whether no other point is named. If others are, a point for all heads is expanded
+            into single heads, so that no head is named twice.
     """
     if point.unit is None:
         every = range(unit_count(shape, kind.name, point.layer))

@@ -1,7 +1,7 @@
 """Records of a resolved experiment: its axes, rules, directions, measures and controls.
 
-Every name, coordinate, position and text in them is concrete. `Intervention` is the interface of a
-rule kind that all later stages call.
+Every name, coordinate, position and text in these records is concrete. `Intervention` is the
+interface of a rule kind that all later stages call.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ if TYPE_CHECKING:
 
 @record
 class FitSample(Record):
-    """The rows that a fit reads: one vector of each that has the position."""
+    """Rows that a fit reads, with one vector for each row that has the position."""
 
     table: PromptTable
     run: PromptRun
-    """With the model that it runs on, where that isn't the experiment's."""
+    """The run of the rows, with the name of its model if that isn't the experiment's model."""
     cell: PositionCell
-    """In this run; the vectors of several tokens of a row are averaged."""
+    """The position in `run`. If a row has several tokens there, their vectors are averaged."""
     targets: tuple[float | str, ...] = ()
-    """Per row, what a probe tells: numbers, or words."""
+    """The value that a probe predicts for each row: a number or a word."""
 
     @property
     def classes(self) -> list[float | str]:
-        """Targets of the rows that have the position, each once; by size, or by the alphabet."""
+        """Distinct targets of the rows that have the position, in numeric or alphabetical order."""
         pairs = zip(self.targets, self.cell.hits, strict=True)
         found = {target for target, row in pairs if any(row)}
         return sorted(found)  # pyright: ignore[reportArgumentType, reportUnknownVariableType]
@@ -62,18 +62,19 @@ class FitSample(Record):
 
 @record
 class FittedVector(Record):
-    """`mean_difference(A, B)`, `mean(A)`, `pca(A)`, `probe(VALUE, A)` at one place."""
+    """`mean_difference(A, B)`, `mean(A)`, `pca(A)` or `probe(VALUE, A)` of one cell."""
 
     way: str
     samples: tuple[FitSample, ...]
     points: tuple[SitePoint, ...]
-    """One; heads of a `mean` go each through its slice of the output projection and are summed."""
+    """One point, or the heads of a `mean`: each head's mean is multiplied by the head's slice of
+    the output projection, and the results are summed."""
     options: Mapping[str, Constant]
 
 
 @record
 class UnembeddingVector(Record):
-    """The unembedding's row of a token, less that of another."""
+    """The unembedding's row for a token, minus the row for another token if there is one."""
 
     token: int
     less: int | None
@@ -81,7 +82,7 @@ class UnembeddingVector(Record):
 
 @record
 class SavedVector(Record):
-    """A vector of a safetensors file."""
+    """A vector from a safetensors file."""
 
     path: Path
     key: str
@@ -101,11 +102,11 @@ class UnitVector(Record):
 
 @record
 class RandomVector(Record):
-    """A random direction with the length of another."""
+    """A random direction with the norm of another direction."""
 
     of: DirectionVector
     draw: str
-    """What tells it from others: whose it is, and the number of the draw."""
+    """Identifier of the draw: the direction that it replaces, and the number of the draw."""
     seed: int
 
 
@@ -116,27 +117,27 @@ DirectionVector: TypeAlias = (
 
 @record
 class DirectionMember(Record):
-    """One direction."""
+    """One member of a direction family."""
 
     name: str
-    """`refusal[layer 3, token -1]`. In one panel, two of a name are the same."""
+    """`refusal[layer 3, token -1]`. Within one panel, equal names denote equal directions."""
     vector: DirectionVector
     made: str
-    """How, in words."""
+    """Description of how the direction was computed."""
 
 
 @record
 class DirectionTargets(Record):
-    """The direction of a rule, for every combination of the axes that it depends on."""
+    """Direction of a rule, for every combination of the axes that it depends on."""
 
     axes: tuple[str, ...]
     members: Mapping[AxisIndices, DirectionMember]
     families: tuple[str, ...] = ()
-    """Names of the definitions that it is made of."""
+    """Names of the `direction` definitions that are used."""
 
     @property
     def saved(self) -> Iterator[SavedVector]:
-        """Vectors of files that it is made of."""
+        """Vectors from files that the members use."""
         for member in self.members.values():
             yield from (
                 leaf for leaf in iter_leaf_vectors(member.vector) if isinstance(leaf, SavedVector)
@@ -144,7 +145,7 @@ class DirectionTargets(Record):
 
     @property
     def models(self) -> Iterator[str]:
-        """Other models than the experiment's that are read for it."""
+        """Models other than the experiment's that the members are fitted on."""
         for member in self.members.values():
             for fit in iter_fitted_vectors(member.vector):
                 yield from (s.run.model for s in fit.samples if s.run.model is not None)
@@ -153,7 +154,7 @@ class DirectionTargets(Record):
 def iter_leaf_vectors(
     vector: DirectionVector,
 ) -> Iterator[FittedVector | UnembeddingVector | SavedVector]:
-    """What a vector is made of in the end."""
+    """Yield the vectors from which a vector is computed and which aren't computed from others."""
     match vector:
         case WeightedSum(parts=parts):
             for _, part in parts:
@@ -165,13 +166,13 @@ def iter_leaf_vectors(
 
 
 def iter_fitted_vectors(vector: DirectionVector) -> Iterator[FittedVector]:
-    """The fits among them."""
+    """Return the fitted vectors among the leaf vectors of a vector."""
     return (leaf for leaf in iter_leaf_vectors(vector) if isinstance(leaf, FittedVector))
 
 
 @dataclass(frozen=True)
 class SitePoint:
-    """Where one write lands: `unit` None is every head or neuron, or the whole vector."""
+    """Target of one write. `unit` None means every head or neuron, or the whole vector."""
 
     site: str
     layer: int | None
@@ -179,27 +180,27 @@ class SitePoint:
 
 
 SiteLayer = tuple[str, int | None]
-"""A component and its layer."""
+"""A site and its layer."""
 
 AxisIndices = tuple[int, ...]
-"""Indices along the axes that something depends on."""
+"""Indices along the axes that a value depends on."""
 
 
 @record
 class SiteTargets(Record):
-    """The points of a rule for every combination of the axes it depends on."""
+    """Points of a rule, for every combination of the axes that they depend on."""
 
     axes: tuple[str, ...]
     points: Mapping[AxisIndices, tuple[SitePoint, ...]]
     labels: Mapping[AxisIndices, str]
-    """As tables show the site: `L2H0.z`."""
+    """Name of the site in tables: `L2H0.z`."""
     sources: Mapping[AxisIndices, tuple[SitePoint, ...]] | None = None
-    """What is read for each of the points, where that is another one (`into layer`)."""
+    """Points that are read, if they differ from the points that are written (`into layer`)."""
 
 
 @record
 class PositionTargets(Record):
-    """Where a rule writes in the base run and reads in the source run."""
+    """Positions that a rule writes in the base run and reads in the source run."""
 
     axes: tuple[str, ...]
     written: Mapping[AxisIndices, PositionCell]
@@ -208,15 +209,15 @@ class PositionTargets(Record):
     left_out: tuple[str, ...] = ()
     """Labels of positions that no row has in both runs."""
     newest: frozenset[AxisIndices] = frozenset()
-    """Where a reply is written: the keys whose written cell is, or holds, the newest token at each
-    step (`last token`, `tokens *`)."""
+    """During generation: keys whose written cell is or contains the newest token at each step
+    (`last token`, `tokens *`)."""
     every: frozenset[AxisIndices] = frozenset()
-    """Of these, the keys of `tokens *`, all tokens so far."""
+    """The subset of `newest` for `tokens *`, which covers all tokens generated so far."""
 
 
 @record
 class Amounts(Record):
-    """A number that a rule writes, for every value of the loops that it names."""
+    """Number that a rule writes, for every value of the loops that the number depends on."""
 
     axes: tuple[str, ...]
     values: Mapping[AxisIndices, float]
@@ -224,8 +225,7 @@ class Amounts(Record):
 
 @record
 class StepRanges(Record):
-    """The first and the last step of a reply in which a rule acts, for every value of the loops
-    that they name."""
+    """First and last generation step in which a rule acts, for every value of their loops."""
 
     axes: tuple[str, ...]
     values: Mapping[AxisIndices, tuple[int, int]]
@@ -233,7 +233,7 @@ class StepRanges(Record):
 
 @record
 class Alternative(Record):
-    """The cells that a rule acts in, where it is one of several of which each cell has one."""
+    """Cells in which a rule acts, if each cell uses one of several alternative rules."""
 
     axis: str
     index: int
@@ -241,16 +241,16 @@ class Alternative(Record):
 
 @record
 class EdgeTargets(Record):
-    """Edges of attention: from the rule's positions, the queries, to these keys."""
+    """Attention edges from the rule's positions (the queries) to these keys."""
 
     change: EdgeChange | None
-    """None where they are only looked at."""
+    """None if the edges are only observed."""
     keys: PositionTargets
 
 
 @record
 class PathTargets(Record):
-    """Where paths end."""
+    """Receivers of a rule's paths."""
 
     receivers: SiteTargets
     through_mlps: bool
@@ -258,144 +258,159 @@ class PathTargets(Record):
 
     @property
     def also_at_the_end(self) -> bool:
-        """Whether the end of the model stands beside other receivers."""
+        """Whether the receivers include both the end of the model and sites before it."""
         points = (p for here in self.receivers.points.values() for p in here)
         return len({SITES[p.site].when == "output" for p in points}) == 2
 
 
 @record
 class ExternalRun(Record):
-    """A run of another block, on rows of its own, that fills are taken of."""
+    """A run of a different prompt set from which replacement values are read."""
 
     table: PromptTable
     run: str
     part: str | None = None
-    """Of the block's split."""
+    """Part of the prompt set's split."""
 
     @property
     def name(self) -> str:
-        """As a rule writes it."""
+        """Name of the run as a rule writes it."""
         own = self.part or (None if self.run == "clean" else self.run)
         return self.table.name if own is None else f"{self.table.name}.{own}"
 
 
 class VectorBatch(Protocol):
-    """K vectors of one site of one layer that a rule is about to write."""
+    """K vectors of one site in one layer that a rule is about to write."""
 
     @property
     def amounts(self) -> Tensor:
-        """[K] float64: the rule's number in the cell that each is written for; 0 without one."""
+        """[K] float64: the rule's number in the cell of each vector; 0 without a number."""
         ...
 
     @property
     def width(self) -> int:
-        """Of a vector at this site; 1 for vectors over keys, which are widened."""
+        """Width of a vector at this site. It is 1 for vectors over keys, which are broadcast."""
         ...
 
     def direction(self) -> Tensor:
-        """[K, width] float64: the rule's direction in the cell that each is written for."""
+        """Return the rule's direction in the cell of each vector: [K, width], float64."""
         ...
 
     def read(self) -> Tensor:
-        """[K, width]: what the intervention's `reads` names, at the places that the rule reads."""
+        """Return the vectors that `Intervention.reads` names, at the read positions: [K, width]."""
         ...
 
 
 @dataclass(frozen=True)
 class Convention:
-    """What an intervention says of itself below a table."""
+    """Note on an intervention that is printed below a table."""
 
     key: str
     text: str
     closing: str = ""
-    """Said once, behind the texts of all rules with this key."""
+    """Text printed once, after the texts of all rules with this key."""
 
 
 ChangeTarget = Literal["sites", "edges", "input", "positions", "blocks", "nothing"]
 
 
 class Intervention:
-    """What a rule does to a run. Stages behind `resolve` ask this class and know no kinds.
+    """Effect of a rule on a run. Stages after `resolve` call this interface and know no rule kinds.
 
-    The defaults are those of a rule that writes vectors at its sites, made of its number alone.
+    The defaults are those of a rule that writes vectors at its sites, computed from its number
+    alone.
     """
 
     name: ClassVar[str]
-    """As graphs call it; the verb of a rule kind that says no other. Interventions of one name with
-    equal keys write the same."""
+    """Name in graphs; the rule kind's verb by default. Interventions with one name and equal keys
+    write the same values."""
     changes: ClassVar[ChangeTarget] = "sites"
-    """What of a run it changes: vectors at its sites, edges of attention, the text that goes in,
-    position ids, what blocks compute; nothing where it only looks."""
+    """Component of a run that changes: vectors at sites, edges of attention, the input text,
+    position ids or the computation of blocks; "nothing" if the rule only observes."""
     whole: ClassVar[bool] = False
-    """Its rows are whole passes: nothing of an unpatched run stands in them."""
+    """Whether its rows need full forward passes, which reuse nothing from an unpatched run."""
     looks_ahead: ClassVar[bool] = False
-    """By it a token may see later ones."""
+    """Whether it lets a token attend to later ones."""
     reads: ClassVar[Literal["run", "donor", "mean", "cell"] | None] = None
-    """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
-    seeded permutation), its mean over all prompts, or what `of_cell` makes of all rows of a cell;
-    None where nothing is read."""
+    """Source of `VectorBatch.read`: the rule's run at the same prompt ("run"), that run at a
+    different prompt by a seeded permutation ("donor"), its mean over all prompts ("mean"), or the
+    result of `of_cell` for all rows of a cell ("cell"). None if nothing is read."""
     mode: ClassVar[Literal["set", "add", "scale", "along", "step"]] = "set"
-    """How what `values` gives meets what is there when the pass comes by: it replaces it, is added
-    to it, or, [K, 1], multiplies it; along directions of length 1, only the component along these
-    is set, to the rule's number, or to 0 without one; steps are, [K, 1] times, how far what is
-    there is from what is there one position before, and added."""
+    """How the result of `values` is combined with the current activation.
+
+    "set" replaces it and "add" is added to it. "scale" multiplies it by [K, 1]. "along" sets only
+    the component along unit directions, to the rule's number or to 0 without one. "step" adds
+    [K, 1] times the difference between the activation and the one at the preceding position.
+    """
     copies: ClassVar[bool] = False
-    """What is written is what is read in the rule's run, as it is: then rows whose source and base
-    agree there are equal to the base run and aren't run."""
+    """Whether it writes the vectors of the rule's run unchanged. Rows whose source and base run
+    agree at these positions then equal the base run and aren't computed."""
     leads_on: ClassVar[bool] = False
-    """Only pairs with the sites `beside` in a later layer are cells."""
+    """Whether cells are only pairs whose `beside` sites are in a later layer."""
     drawn_positions: ClassVar[bool] = True
-    """Whether `against random(…, positions)` can put it at others."""
+    """Whether `against random(…, positions)` can move it to random positions."""
 
     @property
     def reads_weights_only(self) -> bool:
-        """Whether it reads weights alone, so that no row matters."""
+        """Whether it reads weights alone, so that its values don't depend on any row."""
         return False
 
     @property
     def of_all_rows(self) -> bool:
-        """Whether what it writes into a row hangs on the other rows."""
+        """Whether the values for a row depend on the other rows."""
         return self.over_rows or self.reads == "cell"
 
     @property
     def over_rows(self) -> bool:
-        """Whether what it writes into a row hangs on the positions of all rows."""
+        """Whether the values for a row depend on the positions of all rows."""
         return self.reads in ("donor", "mean")
 
     def key(self, rule: ResolvedRule) -> Hashable:
-        """What is written hangs on, beside the name, sites, positions and number; rows of rules
-        with equal keys are run once."""
+        """Return all that the written values depend on besides name, sites, positions and number.
+
+        Rows of rules with equal keys are computed once.
+        """
         return rule.run
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """[cell] whether a rule with this number leaves everything as it was; such rows aren't run.
+        """Return for each cell whether a rule with this number changes nothing: [cell].
 
-        amounts: [cell]
+        Rows of such cells aren't computed.
+
+        Args:
+            amounts: The rule's number in each cell, [cell].
         """
         import numpy as np
 
         return np.zeros(len(amounts), dtype=np.bool_)
 
     def detail(self, rule: ResolvedRule) -> str | None:
-        """What its node in the graph says behind the name; None where it has none, because what
-        is read is written."""
+        """Return the text after the name of its node in the graph.
+
+        None means that the node has no text, because the rule writes the vectors that it reads.
+        """
         return _source_text(rule.spec.fill) if rule.amounts is not None else ""
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        """What a table has to say of it."""
+        """Yield the notes that a table prints for the rule."""
         yield from ()
 
     def of_cell(self, rule: ResolvedRule, given: Tensor) -> Tensor:
-        """[row, position, width]: what is written into all rows of a cell; asked once for each,
-        where `reads` is "cell".
+        """Compute the values that are written into all rows of a cell, if `reads` is "cell".
 
-        given: [row, position, width], the rule's run at what one layer of the cell writes; heads
-        and neurons stand side by side. NaN where a row has fewer positions than others.
+        Args:
+            given: Activations of the rule's run at the sites that one layer of the cell writes,
+                with heads and neurons concatenated: [row, position, width]. NaN for positions that
+                a row lacks.
+
+        Returns:
+            The values to write, [row, position, width]. The method is called once for each cell and
+            layer.
         """
         return given
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
-        """[K, width] or [K, 1]: what is written; asked of interventions that change sites."""
+        """Compute the values to write at sites: [K, width] or [K, 1]."""
         return vectors.read()
 
 
@@ -405,41 +420,42 @@ def _source_text(node: ast.Node | None) -> str:
 
 @record
 class ResolvedRule(Record):
-    """One rule, ready to be laid out over cells; equal to another that does the same."""
+    """One rule, ready to be expanded over cells. Rules with the same effect are equal."""
 
     spec: spec.Rule = field(compare=False)
     does: Intervention
     run: str
-    """The run that is read: the source of a patch, the run of `mean of …`."""
+    """The run that is read: the source of a patch, or the run of `mean of …`."""
     sites: SiteTargets | None
     """None for `replace`, which changes the input."""
     positions: PositionTargets
     inputs: Mapping[AxisIndices, PromptRun] = field(default_factory=dict[AxisIndices, PromptRun])
-    """`replace`: the base run with the text put in, for every value of its positions."""
+    """`replace`: the base run with the inserted text, for every value of its positions."""
     groups: tuple[str, ...] | None = None
-    """Per row, the group whose mean fills it (`mean by template`)."""
+    """Group of each row whose mean is written into it (`mean by template`)."""
     amounts: Amounts | None = None
-    """The number that it writes, or works with."""
+    """The number that it writes or computes with."""
     direction: DirectionTargets | None = None
-    """What it steers along."""
+    """Direction that it steers along."""
     apart: ExternalRun | None = None
-    """`mean of BLOCK`, `resample of BLOCK`: what is read; `positions.read` are in its rows then."""
+    """`mean of BLOCK`, `resample of BLOCK`: the run that is read. `positions.read` then refers to
+    its rows."""
     python: PythonFunction | None = None
-    """`set … to python(…)`: what makes new vectors of the base run's."""
+    """`set … to python(…)`: the function that computes new vectors from the base run's vectors."""
     edge: EdgeTargets | None = None
     path: PathTargets | None = None
     beside: SiteTargets | None = None
-    """The sites that an observation sets its own against."""
+    """Sites that an observation compares its own sites with."""
     only: Alternative | None = None
-    """None where it acts in all cells."""
+    """None if it acts in all cells."""
     steps: StepRanges | None = None
-    """Of a reply, those in which it acts; None at each step."""
+    """Generation steps in which it acts; None for every step."""
     after_prefill: bool = False
-    """It edits keys or values that are kept of the prompt, between step 0 and step 1."""
+    """Whether it edits the prompt's cached keys or values, between step 0 and step 1."""
 
     @property
     def acts_later(self) -> bool:
-        """Whether it acts in steps behind the prefill, at newest tokens."""
+        """Whether it acts on newest tokens in steps after the prefill."""
         return (
             bool(self.positions.newest)
             and not self.after_prefill
@@ -448,13 +464,13 @@ class ResolvedRule(Record):
 
     @property
     def in_prefill(self) -> bool:
-        """Whether it acts in step 0, in some cell."""
+        """Whether it acts in step 0 in some cell."""
         if self.after_prefill:
             return False
         return self.steps is None or any(first == 0 for first, _ in self.steps.values.values())
 
     def leads(self, at: Mapping[str, int]) -> bool:
-        """Whether there is a cell with these indices along the axes, as far as `beside` goes."""
+        """Return whether `leads_on` permits a cell with these indices along the axes."""
         if not self.does.leads_on or self.beside is None or self.sites is None:
             return True
         own = self.sites.points[tuple(at[axis] for axis in self.sites.axes)]
@@ -463,7 +479,7 @@ class ResolvedRule(Record):
 
     @property
     def axes(self) -> frozenset[str]:
-        """Names of the axes that something of it depends on."""
+        """Names of the axes that any of its fields depends on."""
         parts = [self.sites, self.positions, self.amounts, self.direction, self.steps]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
@@ -475,21 +491,21 @@ class ResolvedRule(Record):
 def select_reached(
     senders: tuple[SitePoint, ...], receivers: tuple[SitePoint, ...], *, parallel: bool
 ) -> tuple[SitePoint, ...]:
-    """The receivers that some sender comes before."""
+    """Return the receivers that come after at least one sender."""
     return tuple(
         to for to in receivers if any(precedes(of, to, parallel=parallel) for of in senders)
     )
 
 
 def precedes(sender: SitePoint, receiver: SitePoint, *, parallel: bool) -> bool:
-    """Whether what the sender adds is in the stream that the receiver reads."""
+    """Return whether the sender's output is part of the stream that the receiver reads."""
     if SITES[receiver.site].when == "output" or SITES[sender.site].when == "embedding":
         return True
     assert sender.layer is not None
     assert receiver.layer is not None
     if sender.layer != receiver.layer:
         return sender.layer < receiver.layer
-    if receiver.site == "resid_pre":  # it is the sender, or comes before it
+    if receiver.site == "resid_pre":  # the sender is this point or comes after it
         return False
     if sender.site == "resid_pre":
         return True
@@ -503,39 +519,41 @@ AxisLabel = int | float | str
 
 @record
 class OppositeTower(Record):
-    """What stands on the other side of a model with two towers: what an experiment's images are
-    scored with, or its texts. Each is encoded once, and no rule acts on it."""
+    """Texts or images that rows are scored with in the other tower of a two-tower model.
+
+    Each input is encoded once, and no rule acts on it.
+    """
 
     texts: tuple[str, ...] = ()
     ids: tuple[tuple[int, ...], ...] = ()
-    """The tokens of each, as the tower reads them."""
+    """Token ids of each text, as the tower reads them."""
     pictures: tuple[Picture, ...] = ()
-    """Or images."""
+    """Images, if the inputs aren't texts."""
     block: str = ""
-    """Of images: the block that they are of."""
+    """Prompt set of the images."""
 
     @cached_property
     def digest(self) -> str:
-        """All that it is."""
+        """Hash of all fields."""
         pictures = [(each.text, each.size) for each in self.pictures]
         return digest(self.texts, self.ids, pictures).hex()
 
 
 @record
 class RankingSource(Record):
-    """An experiment that sites were picked from."""
+    """An experiment whose sites were picked."""
 
     span: Span
-    """Where an experiment picks from it, or from others that did."""
+    """Source location of the pick from this experiment, or from one that picked from it in turn."""
     cells: int
-    """How many it has to pick from."""
+    """Number of cells to pick from."""
     row_keys: frozenset[int]
-    """Of the rows that its ranking is made of, whatever block they are in."""
+    """Keys of the rows that the ranking is computed from, in any prompt set."""
 
 
 @record
 class ModelContext(Record):
-    """What is known of a model without its weights."""
+    """Facts about a model that are known without its weights."""
 
     spec: spec.Model
     shape: ModelShape
@@ -548,15 +566,15 @@ class ModelContext(Record):
 
     @property
     def key(self) -> str:
-        """By which the loaded model is found: another name where it is one with two towers, of
-        which each experiment has other scores."""
+        """Key of the loaded model. For a model with two towers it includes the opposite tower's
+        inputs, because each experiment has different scores."""
         if self.opposite is None:
             return self.name
         return f"{self.name} ({self.shape.side} tower, {self.opposite.digest[:12]})"
 
     @property
     def stands_in(self) -> bool:
-        """Whether something of it isn't at hand, and something else stands in for it."""
+        """Whether a placeholder replaces its shape or tokenizer because that isn't available."""
         return self.shape.stands_in or self.tokenizer.stands_in
 
 
@@ -568,9 +586,9 @@ class Axis(Record):
     labels: tuple[AxisLabel, ...]
     span: ast.Span = field(compare=False, repr=False)
     alias: str | None = None
-    """A second name that reports may use: `item` for the positions of `each item token`."""
+    """Second name that reports may use: `item` for the positions of `each item token`."""
     items: tuple[int | None, ...] = ()
-    """1-based occurrence per value, where the axis runs over occurrences."""
+    """1-based occurrence for each value, if the axis runs over occurrences."""
     of_windows: bool = field(default=False, compare=False)
     """Whether its values are the centres of windows."""
 
@@ -580,19 +598,30 @@ class Axis(Record):
 
 @record
 class LoopCells(Record):
-    """Loops whose values hang on those of others (`for a in 0..5 { for b in a..5 { … } }`), and
-    these others; the combinations of their values that there are."""
+    """Combinations of loop values that exist.
+
+    The loops are those whose values depend on other loops, such as `b` in
+    `for a in 0..5 { for b in a..5 { … } }`, and the loops that they depend on.
+    """
 
     axes: tuple[str, ...]
     keys: frozenset[AxisIndices]
 
     def has(self, at: Mapping[str, int]) -> bool:
-        """Whether there is such a combination. at: indices along all of its loops, or more."""
+        """Return whether the combination exists.
+
+        Args:
+            at: Indices along all of these loops; further axes are ignored.
+        """
         return tuple(at[axis] for axis in self.axes) in self.keys
 
     def along(self, names: Collection[str], fixed: Mapping[str, int] | None = None) -> LoopCells:
-        """Those of the loops that are named, and the combinations of their values that there
-        are with any of the others, of which some may be fixed."""
+        """Select some of the loops, with the combinations of their values that exist.
+
+        Args:
+            names: The loops to select.
+            fixed: Loops with a fixed index; only combinations with these indices count.
+        """
         said = [
             (self.axes.index(name), i) for name, i in (fixed or {}).items() if name in self.axes
         ]
@@ -603,48 +632,47 @@ class LoopCells(Record):
 
 
 def count_cells(axes: Sequence[Axis], nested: LoopCells | None) -> int:
-    """How many cells there are along some axes."""
+    """Count the cells along some axes."""
     there = LoopCells((), frozenset({()}))
     there = there if nested is None else nested.along([axis.name for axis in axes])
     return len(there.keys) * prod(len(axis) for axis in axes if axis.name not in there.axes)
 
 
 ItemNumber = int | None
-"""What a text may depend on beside the row: the occurrence of the cell (`{item.index}`)."""
+"""Occurrence of the cell (`{item.index}`), which a text may depend on in addition to the row."""
 
 
 @record
 class MetricTerm(Record):
-    """One metric of an expression, with its arguments worked out for every row."""
+    """One metric of an expression, with its arguments resolved for every row."""
 
     node: ast.Expr
     name: str
     form: MetricForm
     texts: Mapping[ItemNumber, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    """Per environment and row, the token ids of T, or the number of the output that is meant."""
+    """Token ids of the text, or the output number of a class, by occurrence and row."""
     of_class: bool = False
-    """It names an output of a classifier, and no token."""
+    """Whether `texts` contains outputs of a classifier instead of tokens."""
     sets: Mapping[ItemNumber, TokenSets] = field(default_factory=dict)
-    """Per environment, the tokens of any of several texts, and of numerals."""
+    """Tokens of any of several texts or numerals, by occurrence."""
     classes: int = 0
-    """Of a model that scores texts, how many it chooses from: the first of its outputs. 0: all."""
+    """Number of classes of a model that scores texts, its first outputs; 0 means all outputs."""
     run: str | None = None
-    """The reference run of `kl`, `js`, `cosine`."""
+    """Reference run of `kl`, `js` and `cosine`."""
     point: SitePoint | None = None
-    """The site of `cosine`."""
+    """Site of `cosine`."""
     points: Mapping[AxisIndices, SitePoint] = field(default_factory=dict[AxisIndices, SitePoint])
-    """Where it sweeps: the site for each of the values of `axes`."""
+    """For a sweep: the site for each value of `axes`."""
     axes: tuple[Axis, ...] = ()
     wanted: Mapping[ItemNumber, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
-    """Of a metric of the reply: per environment and row, the texts in its brackets."""
+    """For a metric of the reply: the texts of its arguments, by occurrence and row."""
     python: PythonFunction | None = None
     rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
-    """What it is given of every row."""
+    """Values of each row that the Python function receives."""
     tokenizer: TextTokenizer | None = field(default=None, compare=False, repr=False)
-    """What it is given beside that."""
+    """Tokenizer that the Python function receives."""
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
-    """Per run and row, the token that stands where it is read (`loss at …`): each run has its
-    own."""
+    """Token at the measured position (`loss at …`), by run and row."""
 
     @property
     def by_item(self) -> bool:
@@ -654,7 +682,7 @@ class MetricTerm(Record):
 
     @property
     def named(self) -> Iterator[int]:
-        """All tokens of its texts, equal ones perhaps several times."""
+        """All tokens of its texts; duplicates are possible."""
         for texts in self.texts.values():
             for tokens in texts:
                 yield from tokens
@@ -664,13 +692,13 @@ class MetricTerm(Record):
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Per row, the tokens of its text, of the longest one where cells differ."""
+        """Number of text tokens for each row; the longest text counts if cells differ."""
         return tuple(max(map(len, texts)) for texts in zip(*self.texts.values(), strict=True))
 
     @cached_property
     def behind(self) -> tuple[int, ...]:
-        """Per row, how many tokens of its text go in behind the prompt: the last one is predicted
-        only, and other metrics than those of a whole text read no such pass."""
+        """Number of text tokens that are appended to each row's prompt. The last token is only
+        predicted, and only metrics of a whole text append any."""
         if self.form.takes != "continuation":
             return (0,) * len(self.lengths)
         return tuple(length - 1 for length in self.lengths)
@@ -678,7 +706,7 @@ class MetricTerm(Record):
 
 @record
 class ResolvedMeasure(Record):
-    """One expression over atoms, read at one position of each run."""
+    """One expression over metrics, read at one position of each run."""
 
     label: str
     text: str
@@ -687,23 +715,23 @@ class ResolvedMeasure(Record):
     kind: Literal["number", "category"]
     unit: str
     at: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Per run and row, the token position that is read; runs that are missing read their last."""
+    """Token position that is read, by run and row; the last token for runs without an entry."""
     truth: tuple[float, ...] | None = None
-    """Per row, the number that the answer spells, for categories."""
+    """For categories: the number that each row's answer spells."""
     observed: bool = False
-    """It is of what the experiment looks at: metrics of tokens read its logits, not the model's."""
+    """Whether metrics of tokens read the logits of the observation instead of the model's."""
     absent: tuple[int, ...] = ()
     """Rows that lack the position; they have no value."""
     item: int | None = None
-    """The occurrence that it is read at, where it is read at each."""
+    """Occurrence at which it is read, if it is read at each occurrence."""
     reply: tuple[object, ...] | None = None
-    """How the reply is written that it reads; None where it reads none."""
+    """Key of the generation settings of the reply that it reads; None if it reads no reply."""
     in_reply: ReplyPosition | None = None
-    """Where in the reply it is read; `at` is the prompt's last token then."""
+    """Position in the reply at which it is read; `at` is then the final prompt token."""
 
     @property
     def word(self) -> str:
-        """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
+        """Name of the metric (`prob` for `prob(answer)`); empty for several metrics."""
         match self.expression:
             case ast.Call(name=word) | ast.Name(id=word):
                 return word
@@ -712,40 +740,40 @@ class ResolvedMeasure(Record):
 
 
 AxisLabels = tuple[tuple[str, AxisLabel], ...]
-"""Names of axes, each with a label of it."""
+"""Axis names, each with one label."""
 
 
 @record
 class MeasureGroup(Record):
-    """The measures of an experiment at one of the places that they are read at."""
+    """Measures of an experiment at one of the positions at which they are read."""
 
     labels: AxisLabels
-    """Which place: `(("measured", "item 2"),)`."""
+    """Label of the position: `(("measured", "item 2"),)`."""
     measures: tuple[ResolvedMeasure, ...]
     fixed: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Loops whose variables the measures name → the index of the value that stands in them: of
-    cells with others there are parts of their own."""
+    """Loops whose variables the measures name, with the index of the value used here. Cells with
+    other values belong to other groups."""
 
 
 @record
 class ResolvedSave(Record):
-    """What a `save` line writes, in full."""
+    """A `save` line with concrete sites and positions."""
 
     spec: spec.Save = field(compare=False)
     run: str
     points: tuple[SitePoint, ...]
-    """One tensor each."""
+    """Points to save, one tensor for each."""
     cells: tuple[PositionCell, ...]
 
     @property
     def in_reply(self) -> bool:
-        """Whether it is of tokens that its run writes."""
+        """Whether it saves tokens that its run generates."""
         return any(cell.reply is not None for cell in self.cells)
 
 
 @record
 class ResolvedExperiment(Record):
-    """Everything that a plan needs; still without weights."""
+    """An experiment with all that a plan needs except weights."""
 
     spec: spec.Experiment
     model: ModelContext
@@ -755,34 +783,34 @@ class ResolvedExperiment(Record):
     measures: tuple[ResolvedMeasure, ...]
     keep: tuple[ResolvedMeasure, ...]
     accuracies: Mapping[str, ResolvedMeasure]
-    """`correct` on the runs that an `accuracy(RUN)` asks for."""
+    """`correct` on the runs that an `accuracy(RUN)` names."""
     seed: int
     nested: LoopCells | None = None
-    """None where there is a cell for each combination of its loops' values."""
+    """None if every combination of loop values is a cell."""
     picks: Mapping[str, str] = field(default_factory=dict[str, str])
-    """`top 3 of cie` → what that is, in words."""
+    """Picks as written (`top 3 of cie`), with a description of the picked sites or tokens."""
     stand_ins: tuple[str, ...] = ()
-    """Experiments that it picks from and that haven't run: their first cells stand in."""
+    """Experiments that it picks from and that haven't run, so their first cells are
+    placeholders."""
     sites_of: Mapping[str, RankingSource] = field(default_factory=dict, compare=False, repr=False)
-    """By name, experiments whose sites it uses, and those that these picked from."""
+    """Experiments whose sites it uses, and those that these experiments picked from, by name."""
     control: ResolvedControl | None = None
     bare: BaselineExperiment | None = None
-    """What the effects of its observations are set against."""
+    """Baseline for the effects of its observations."""
     as_base: bool = False
-    """It is read without its rules, behind the prompts and the replies that were written with
-    them."""
+    """Whether it reads prompts and replies without its rules, which were active in generation."""
     control_of: str | None = None
-    """The experiment that this one is the control of, or its base run, by its key."""
+    """Key of the experiment that this one is the control or the baseline of."""
     drawn: DrawCounts | None = None
-    """Of a control: how many draws its cells have."""
+    """For a control: the number of draws in each cell."""
     saves: tuple[ResolvedSave, ...] = ()
     derived: Mapping[str, ResolvedExperiment] = field(default_factory=dict)
-    """Runs with rules that it defines, each after those that it uses: of one cell, without
+    """Runs with rules that it defines, in order of dependency, each with one cell and no
     measures."""
     places: tuple[MeasureGroup, ...] = ()
-    """Where its measures are read, if that is at several places; `measures` are the first's."""
+    """Measures at each position, if there are several; `measures` has those at the first."""
     place: MeasureGroup | None = None
-    """Of one that is an experiment at one of these: which."""
+    """The group in `places` that this experiment was split off for, if any."""
 
     @property
     def name(self) -> str:
@@ -790,16 +818,16 @@ class ResolvedExperiment(Record):
 
     @property
     def generation(self) -> Generation | None:
-        """What its rows write behind their prompts, if anything."""
+        """Generation settings of its rows; None if they generate no text."""
         return self.spec.generation
 
     @property
     def key(self) -> str:
-        """Its name among all variants."""
+        """Name that is unique among all variants."""
         return self.spec.key
 
     def has(self, index: AxisIndices) -> bool:
-        """Whether its measures are read in the cell of these indices along its axes."""
+        """Return whether its measures are read in the cell with these indices along its axes."""
         at = {axis.name: own for axis, own in zip(self.axes, index, strict=True)}
         fixed = {} if self.place is None else self.place.fixed
         if any(at.get(name, i) != i for name, i in fixed.items()):
@@ -808,7 +836,8 @@ class ResolvedExperiment(Record):
 
     @cached_property
     def own_loops(self) -> LoopCells | None:
-        """`nested`, of the loops that are axes here; the others may be fixed to one value."""
+        """`nested`, restricted to the loops that are axes here and to fixed values of the
+        others."""
         if self.nested is None:
             return None
         fixed = {} if self.place is None else self.place.fixed
@@ -816,14 +845,14 @@ class ResolvedExperiment(Record):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The model that it runs on, and others that it reads."""
+        """The model that it runs on, and other models that it reads."""
         others = [run.model for run in self.spec.elsewhere if run.model is not None]
         others += [m for rule in self.every_rule if rule.direction for m in rule.direction.models]
         return tuple(dict.fromkeys((self.model.key, *others)))
 
     @property
     def python(self) -> tuple[PythonFunction, ...]:
-        """Functions of Python files that its numbers hang on."""
+        """Functions of Python files that its results depend on."""
         measured = [atom.python for m in (*self.measures, *self.keep) for atom in m.atoms]
         written = [rule.python for rule in self.every_rule]
         own = (each for each in (*measured, *written) if each is not None)
@@ -832,12 +861,12 @@ class ResolvedExperiment(Record):
 
     @property
     def every_rule(self) -> tuple[ResolvedRule, ...]:
-        """Its own, and those of the runs that it defines."""
+        """Its rules, preceded by those of the runs that it defines."""
         return (*(rule for run in self.derived.values() for rule in run.rules), *self.rules)
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether tokens may see later ones in a run with rules that it defines."""
+        """Whether tokens may attend to later ones in a run with rules that it defines."""
         return any(rule.does.looks_ahead for run in self.derived.values() for rule in run.rules)
 
     @property
@@ -846,11 +875,11 @@ class ResolvedExperiment(Record):
 
     @property
     def n_cells(self) -> int:
-        """Of its grid, also those that there are not."""
+        """Number of cells of its full grid, including combinations that don't exist."""
         return prod(self.shape)
 
     def cells_along(self, names: Sequence[str]) -> Counter[AxisIndices]:
-        """Indices along some axes → how many of its cells have these."""
+        """Count its cells for each combination of indices along some axes."""
         nest = self.nested or LoopCells((), frozenset({()}))
         free = [axis for axis in self.axes if axis.name not in nest.axes]
         times = prod(len(axis) for axis in free if axis.name not in names)
@@ -863,26 +892,25 @@ class ResolvedExperiment(Record):
 
     @property
     def n_there(self) -> int:
-        """Its cells, without those whose loops have no such values together."""
+        """Number of its cells, without combinations of loop values that don't exist."""
         return count_cells(self.axes, self.own_loops)
 
 
 @record
 class ExperimentOutline(Record):
-    """An experiment as far as it is known, whether or not something of it was refused: what its
-    reports and expectations may name."""
+    """Known facts about an experiment, including one with errors, against which its reports and
+    expectations are checked."""
 
     spec: spec.Experiment
     model: ModelContext
     table: PromptTable
     axes: tuple[Axis, ...]
     perhaps: frozenset[str]
-    """Names of axes that it may have: of rules that were refused, of positions whose tokens stand
-    in."""
+    """Names of axes that rejected rules, or positions with unknown tokens, may have."""
     measures: tuple[ResolvedMeasure | None, ...]
-    """One for each that it names; None where that was refused."""
+    """One entry for each measure that it names; None for a rejected measure."""
     resolved: ResolvedExperiment | None
-    """None where something was refused."""
+    """None if the experiment has errors."""
 
     @property
     def name(self) -> str:
@@ -890,7 +918,7 @@ class ExperimentOutline(Record):
 
     @property
     def unknown(self) -> frozenset[UnknownFact]:
-        """What stands in for something that isn't at hand."""
+        """Kinds of facts for which a placeholder is used."""
         found = {
             "shape": self.model.shape.stands_in,
             "tokens": self.model.tokenizer.stands_in,
@@ -903,7 +931,7 @@ class ExperimentOutline(Record):
 
 @record
 class DrawCounts(Record):
-    """How many draws the cells of a control have: cells may have more or fewer others."""
+    """Number of draws in each cell of a control. The number may differ between cells."""
 
     axes: tuple[str, ...]
     counts: Mapping[AxisIndices, int]
@@ -911,43 +939,43 @@ class DrawCounts(Record):
 
 @record
 class BaselineExperiment(Record):
-    """The same cells of the base run, where effects of what is observed are asked for."""
+    """The same cells in the base run, used as the baseline for effects of observations."""
 
     experiment: ResolvedExperiment
     numbers: tuple[int, ...]
-    """Of the measures whose effects are set against it."""
+    """Indices of the measures whose effects are computed against it."""
 
 
 @record
 class ResolvedControl(Record):
-    """The same experiment on targets that were drawn at random."""
+    """The same experiment on random targets."""
 
     experiment: ResolvedExperiment
-    """With an axis `DRAW` in front of all others; not all cells have all draws."""
+    """The control with a leading `DRAW_AXIS`; not every cell has every draw."""
     draws: int
-    """The most that a cell has."""
+    """Largest number of draws in a cell."""
     asked: int
     what: str
-    """`random heads`."""
+    """Description of the targets: `random heads`."""
     said: str
-    """How they were drawn."""
+    """Description of how they were drawn."""
 
 
 DRAW_AXIS = "random draw"
-"""An axis that no file can name."""
+"""An axis name that no file can use."""
 
 
 @dataclass(frozen=True)
 class DirectionFamily:
-    """Directions of one width over some axes; one direction where there are none."""
+    """Directions of one width over some axes; a single direction if there are no axes."""
 
     name: str
     axes: tuple[Axis, ...]
     members: Mapping[AxisIndices, DirectionMember]
     width: int | None
-    """None where only the file that it is in knows."""
+    """None if only a file that isn't available specifies it."""
     definitions: tuple[str, ...] = ()
-    """Names of the `direction` lines that it is made of."""
+    """Names of the `direction` lines that it is computed from."""
 
     def axis(self, name: str) -> Axis | None:
         return next((axis for axis in self.axes if axis.name == name), None)

@@ -1,7 +1,7 @@
-"""Rule kinds, one registered class each: what a statement means and what it does to a run.
+"""Rule kinds, one registered class each: the meaning of a statement and its effect on a run.
 
-In: a rule of the typed program and the context of its experiment. Out: the resolved rule, and
-the intervention that all later stages ask. Imports resolve and below; no torch.
+In: a rule of the typed program and the context of its experiment. Out: the resolved rule, and the
+intervention that later stages query. Imports resolve and below; no torch.
 """
 
 # The order decides which of two conflicting rules is reported first.

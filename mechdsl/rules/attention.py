@@ -46,16 +46,16 @@ _WITHOUT_LOGITS = ("activations", "observation")
 
 
 class EdgeIntervention(Intervention):
-    """Edges from queries to keys get another weight."""
+    """An intervention that changes the weights of edges from queries to keys."""
 
     changes = "edges"
     drawn_positions = False
     change: ClassVar[EdgeChange | None]
-    """What attention does to the weights."""
+    """The change to the weights."""
     said: ClassVar[str]
-    """The same, in words."""
+    """Description of the change."""
     removes: ClassVar[bool] = False
-    """The keys are gone, so that others have to be left."""
+    """Whether the keys are removed, so that each query needs others."""
 
     def detail(self, rule: ResolvedRule) -> str | None:
         keys = "" if rule.spec.onto is None else rule.spec.onto.span.written
@@ -67,7 +67,7 @@ class EdgeIntervention(Intervention):
     def possible(
         self, rule: spec.Rule, amounts: Amounts, keys: PositionTargets, work: ExperimentContext
     ) -> bool:
-        """E0332 for weights that attention can't have."""
+        """Report E0332 for weights that attention can't have."""
         low = min(amounts.values.values())
         if low < 0:
             _bad_weight(rule, work, "attention can't be negative", f"this is {low:g}", self.least)
@@ -80,11 +80,11 @@ class EdgeIntervention(Intervention):
         keys: PositionTargets,
         work: ExperimentContext,
     ) -> bool:
-        """Whether edges to hidden keys can be what they are made."""
+        """Check that the change is possible for edges to hidden keys."""
         return True
 
     least: ClassVar[str] = "0 takes the edge out, 1 leaves it as it is, 2 doubles it"
-    """What to write instead of a negative number."""
+    """Hint for a negative number."""
 
 
 def _bad_weight(
@@ -95,12 +95,12 @@ def _bad_weight(
 
 
 class EdgeRule(RuleKind):
-    """A statement about `attention … from Q to K`."""
+    """A kind of rule on `attention … from Q to K`."""
 
     def edit(
         self, rule: spec.Rule, work: ExperimentContext
     ) -> tuple[EdgeIntervention | None, Amounts | None]:
-        """What is done to the edges; (None, None) after an error."""
+        """Return the change to the edges and its number; (None, None) after an error."""
         raise NotImplementedError
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
@@ -111,9 +111,10 @@ class EdgeRule(RuleKind):
 def resolve_edge(
     rule: spec.Rule, does: EdgeIntervention | None, amounts: Amounts | None, work: ExperimentContext
 ) -> ResolvedRule | None:
-    """A statement about `attention … from Q to K` with its queries and keys; None after an error.
+    """Resolve the queries and keys of a rule on `attention … from Q to K`; None after an error.
 
-    does: None after an error.
+    Args:
+        does: The change to the edges; None after an error.
     """
     assert rule.edge is not None
     assert rule.onto is not None
@@ -138,7 +139,7 @@ def resolve_edge(
             return None
     elif causal and told and not _check_keys_visible(rule, queries, keys, work):
         return None
-    run = work.experiment.estimator is None  # else no edge is taken away
+    run = work.experiment.estimator is None  # an estimator removes no edge
     if (
         does.removes
         and run
@@ -217,7 +218,7 @@ class AllowRule(EdgeRule, EdgeIntervention):
         keys: PositionTargets,
         work: ExperimentContext,
     ) -> bool:
-        """E0108, E0332 where nothing is hidden, or scores of hidden keys aren't known."""
+        """Report E0108 or E0332 if no key is hidden, or the scores of hidden keys are unknown."""
         shape = work.sites.shape
         if shape.stands_in:
             return True
@@ -248,14 +249,14 @@ class AllowRule(EdgeRule, EdgeIntervention):
 
 
 class UniformWeights(EdgeIntervention):
-    """`to uniform`."""
+    """Uniform weights: `to uniform`."""
 
     name = change = "uniform"
     said = "the keys share evenly what they have together, the others keep theirs"
 
 
 class GivenWeight(EdgeIntervention):
-    """`to 0.2`."""
+    """A given weight: `to 0.2`."""
 
     name = change = "weight"
     said = "each key gets the weight, the others share what is left as they did before"
@@ -310,7 +311,7 @@ class SetEdgeRule(EdgeRule):
 
 
 def _measures_next_token(work: ExperimentContext) -> bool:
-    """Whether a measure is of the next token, so that no model will do that sees later ones."""
+    """Return whether a measure reads the next token, which requires a causal model."""
     for measure in work.experiment.measures:
         named = (n.id if isinstance(n, ast.Name) else n.name for n in walk(measure.metric)
                  if isinstance(n, ast.Name | ast.Call))  # fmt: skip
@@ -323,8 +324,8 @@ def _measures_next_token(work: ExperimentContext) -> bool:
 def _check_keys_visible(
     rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: ExperimentContext
 ) -> bool:
-    """E0332 where every key lies behind every query, most likely exchanged with it."""
-    if not queries.written or not keys.written:  # of a name that was refused
+    """Report E0332 if every key is after every query, most likely because they are exchanged."""
+    if not queries.written or not keys.written:  # an invalid name is already reported
         return True
     prompts = (work.table, work.experiment.base, work.model.tokenizer)
     for query, key in _edges(queries, keys):
@@ -345,7 +346,7 @@ def _check_keys_visible(
 
 
 def _all_seen(queries: PositionTargets, keys: PositionTargets) -> bool:
-    """Whether no key comes behind a query, in any cell."""
+    """Return whether no key is after a query, in any cell."""
     return all(
         first is None or last is None or last <= first
         for query, key in _edges(queries, keys)
@@ -356,7 +357,7 @@ def _all_seen(queries: PositionTargets, keys: PositionTargets) -> bool:
 def _edges(
     queries: PositionTargets, keys: PositionTargets
 ) -> Iterator[tuple[PositionCell, PositionCell]]:
-    """The queries and keys of each cell: where both name a `for`, those of one value of it."""
+    """Yield the queries and keys of each cell; a `for` over both has one value in a cell."""
     axes = {name: i for i, name in enumerate(queries.axes)}
     for q_key, query in queries.written.items():
         for k_key, key in keys.written.items():
@@ -366,7 +367,7 @@ def _edges(
 
 
 def _outermost(cell: PositionCell, which: Callable[[list[int]], int]) -> list[int | None]:
-    """The first or last token of a cell in every row; None where a row has none."""
+    """Return the first or last token of a cell in every row; None for rows without tokens."""
     rows = [[token for tokens in row for token in tokens] for row in cell.hits]
     return [which(tokens) if tokens else None for tokens in rows]
 
@@ -374,7 +375,7 @@ def _outermost(cell: PositionCell, which: Callable[[list[int]], int]) -> list[in
 def _check_keys_left(
     rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: ExperimentContext
 ) -> bool:
-    """E0332 where a query would have no key left in any cell; windows and sinks aside."""
+    """Report E0332 if a query would have no key left in some cell, apart from windows and sinks."""
     for query, key in _edges(queries, keys):
         found = _emptied(query, key)
         if found is None:
@@ -397,7 +398,7 @@ def _check_keys_left(
 
 
 def _emptied(query: PositionCell, key: PositionCell) -> tuple[int, int] | None:
-    """(row, token) of a query whose own and earlier tokens are all among the keys."""
+    """Return the row and token of a query whose own and earlier tokens are all keys, or None."""
     for row, (asking, blocked) in enumerate(zip(query.hits, key.hits, strict=True)):
         for number, tokens in enumerate(asking):
             if not blocked:

@@ -37,9 +37,10 @@ def check_equal_lengths(
     read: ExternalRun,
     work: ExperimentContext,
 ) -> None:
-    """E0333 where vectors over the keys of one prompt would be written into a longer one.
+    """Report E0333 for vectors over the keys of one prompt that would be written into a longer one.
 
-    read: the rows that vectors come from.
+    Args:
+        read: The rows that vectors are read from.
     """
     named = {p.site for points in sites.points.values() for p in points}
     over_keys = sorted(site for site in named if SITES[site].width == "key")
@@ -73,8 +74,10 @@ def check_equal_lengths(
 def check_even_positions(
     rule: spec.Rule, positions: PositionTargets, work: ExperimentContext
 ) -> None:
-    """E0324, E0612: means and resamplings go over rows, so a position must be the same thing in
-    every row."""
+    """Report E0324 or E0612 for positions that differ in meaning between rows.
+
+    Means and resampling combine rows, so a position must have the same meaning in every row.
+    """
     ranked = next((n for n in walk(rule.at) if isinstance(n, ast.RankedTokens)), None)
     if ranked is not None:
         work.diagnostics.append(
@@ -114,13 +117,17 @@ def check_even_positions(
 CURRENT_STATE_NOTE = (
     "acts on what is there when the pass comes by, whatever other rules have done below"
 )
-"""What rules that change what is there say of it."""
+"""Note on rules that change the current activation."""
 
 RULES: Registry[RuleKind] = Registry("rule")
 
 
 def rule_kind(words: str) -> Callable[[type[RuleKind]], type[RuleKind]]:
-    """Register a kind of rule under its first words; ValueError for one that has another use."""
+    """Register a kind of rule under its first words.
+
+    Raises:
+        ValueError: If the first word has another use.
+    """
     if words in RESERVED and words not in (*RULE_WORDS, "observe"):
         raise ValueError(f"`{words}` is a word of the language")
 
@@ -128,7 +135,7 @@ def rule_kind(words: str) -> Callable[[type[RuleKind]], type[RuleKind]]:
         if issubclass(entry, Intervention) and not hasattr(entry, "name"):
             entry.name = words
         RULES.add(words, entry())
-        if words not in SOFT_WORDS:  # the grammar has them
+        if words not in SOFT_WORDS:  # all other words are in the grammar
             VERBS.add(words, entry.takes)
         return entry
 
@@ -143,7 +150,7 @@ def resolve_targets(
     *,
     exchanged: bool = False,
 ) -> tuple[SiteTargets | None, PositionTargets | None]:
-    """Sites and positions that a rule writes at, and reads in `run`; None for what is wrong."""
+    """Resolve the sites and positions of a rule, which reads `run`; None for those with errors."""
     assert rule.site is not None
     sites, axes = resolve_site(rule.site, work.sites)
     if sites is not None and rule.into_layer is not None:
@@ -157,10 +164,10 @@ def resolve_targets(
 
 
 class SiteRule(RuleKind, Intervention):
-    """A kind that changes vectors at sites of the base run, by a number if it has one.
+    """A kind of rule that changes vectors at sites of the base run, with or without a number.
 
-    One class says all: `takes`, `reads = "run"` if it makes something of what was there, `values`,
-    and `unchanged` for the numbers that leave everything as it was.
+    A subclass defines `takes`, `reads = "run"` if its result depends on the current vectors,
+    `values`, and `unchanged` for numbers that change nothing.
     """
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:

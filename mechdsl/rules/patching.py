@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 
 class CopyingRule(RuleKind, Intervention):
-    """Vectors of one run are written into another, as they are."""
+    """A rule that writes vectors of one run into another, unchanged."""
 
     name = "source"
     reads = "run"
     copies = True
     exchanged = False
-    """Whether two positions are written, each with what is read at the other."""
+    """Whether each of two positions receives the vectors of the other."""
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         run = rule.source or work.experiment.base
@@ -78,11 +78,11 @@ class FreezeRule(CopyingRule):
 FILLS: Registry[Intervention] = Registry("fill of an ablation")
 
 FILL_AXIS = "fill"
-"""The axis of several fills."""
+"""Name of the axis for several fills."""
 
 
 def fill_kind(word: str) -> Callable[[type[Intervention]], type[Intervention]]:
-    """Register what an ablation can write under its word."""
+    """Register the fill of an ablation under its word."""
 
     def register(entry: type[Intervention]) -> type[Intervention]:
         FILLS.add(word, entry())
@@ -188,12 +188,12 @@ class AblateRule(RuleKind):
 
 
 def _context_for_fill(work: ExperimentContext) -> ExperimentContext:
-    """For another fill: the axes that it finds are those of the first."""
+    """Create the context for a further fill, whose axes must be those of the first."""
     return replace(work, axes={name: work.axes[name] for name in work.loops})
 
 
 def _check_same_axes(rule: spec.Rule, own: ExperimentContext, work: ExperimentContext) -> None:
-    """E0108 where a fill has other positions than the first, as it is of rows that lack some."""
+    """Report E0108 for a fill with other positions than the first, because its rows lack some."""
     if any(work.axes.get(name) != axis for name, axis in own.axes.items()):
         assert rule.fill is not None
         what = f"`{rule.fills[rule.fill_index]}` beside a fill that has other positions"
@@ -203,8 +203,12 @@ def _check_same_axes(rule: spec.Rule, own: ExperimentContext, work: ExperimentCo
 def _resolve_fill(
     rule: spec.Rule, work: ExperimentContext
 ) -> tuple[Intervention | None, str, ExternalRun | None]:
-    """What is written, the run that is read for it, and the rows where these are another block's;
-    nothing is written after an error."""
+    """Resolve the fill of an ablation.
+
+    Returns:
+        The intervention, None after an error; the run to read; and the rows if they are from a
+        different prompt set.
+    """
     word = rule.fill
     assert word is not None
     if isinstance(word, ast.QualifiedRef):
@@ -232,7 +236,7 @@ def _not_a_fill(name: str, span: ast.Span, work: ExperimentContext) -> None:
 def _of_block(
     rule: spec.Rule, word: ast.QualifiedRef, work: ExperimentContext
 ) -> tuple[Intervention | None, str, ExternalRun | None]:
-    """What is taken of another block, or of a part of one."""
+    """Resolve a fill from a different prompt set, or from a part of one."""
     base, block, part = work.experiment.base, word.of.name, word.of.part
     does = FILLS.get(word.name)
     of_part = work.table.beside.get(word.of.span.written) if part is not None else None
@@ -271,7 +275,7 @@ def _no_such_run(word: ast.QualifiedRef, table: PromptTable, work: ExperimentCon
 
 
 def _groups(rule: spec.Rule, does: Intervention, work: ExperimentContext) -> tuple[str, ...] | None:
-    """Per row, the group whose mean fills it; E0201 for a value that there isn't."""
+    """Return the group of each row whose mean replaces it; report E0201 for an unknown value."""
     if rule.by is None:
         return None
     rows = work.table.runs["clean"].rows

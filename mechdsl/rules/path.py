@@ -35,11 +35,13 @@ from mechdsl.vocab.sites import SITES
 def find_end_conflict(
     senders: tuple[SitePoint, ...], receivers: tuple[SitePoint, ...], *, parallel: bool
 ) -> tuple[str, str] | None:
-    """Why the end of the model can't stand beside these receivers, and what to write instead; None
-    where it can, or doesn't.
+    """Explain why the end of the model can't be combined with other receivers of a path.
 
-    What a receiver changes must not reach other receivers, which read where all is held, nor
-    senders, which would send that to the end too.
+    A change at a receiver must not reach other receivers, which read the held values. It must not
+    reach senders either, which would pass it on to the end.
+
+    Returns:
+        The reason and a hint; None if the combination is possible, or there is none.
     """
     inner = select_reached(
         senders,
@@ -81,7 +83,8 @@ def _describe_point(point: SitePoint) -> str:
 
 
 def _sublayer(receiver: SitePoint, *, parallel: bool) -> tuple[int, bool]:
-    """Where it reads: what receivers of one sublayer change doesn't reach each other."""
+    """Return the sublayer of a receiver; changes in one sublayer don't reach its other
+    receivers."""
     assert receiver.layer is not None
     return receiver.layer, receiver.site in ("mlp_norm", "mlp_hidden") and not parallel
 
@@ -126,7 +129,7 @@ class PathPatching(RuleKind, Intervention):
     copies = True
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        """Its axes are the sender's, then `to_layer`, `to_head`."""
+        """Resolve the rule; its axes are the sender's, followed by `to_layer` and `to_head`."""
         assert rule.site is not None
         assert rule.receiver is not None
         run = rule.source or work.experiment.base
@@ -196,9 +199,13 @@ class PathPatching(RuleKind, Intervention):
 
 
 class FullPassPath(PathPatching, Intervention):
-    """What only whole passes do: neurons behind another sender, as those beside them in their MLP
-    are held one by one; neurons that receive, as their MLP is computed and held; frozen norms; the
-    end of the model beside other receivers."""
+    """Path patching that requires full forward passes.
+
+    It is needed for neurons that send together with a site that their MLP reads, because the other
+    neurons of the MLP are held individually. It is also needed for neurons that receive, because
+    their MLP is both computed and held; for frozen norms; and for the end of the model combined
+    with other receivers.
+    """
 
     whole = True
 
@@ -213,7 +220,7 @@ def _path_targets(rule: ResolvedRule) -> PathTargets:
 
 
 def _receiver_axis(name: str, axes: tuple[Axis, ...]) -> str:
-    """The receiver's own axes have names of their own; a `for` around both is shared."""
+    """Rename an axis of the receiver if the sender has one of that name."""
     return f"to_{name}" if name in {axis.name for axis in axes} else name
 
 
@@ -224,7 +231,7 @@ def _check_components(
     verb: str,
     work: ExperimentContext,
 ) -> bool:
-    """E0334 for a component that a path can't start or end at."""
+    """Report E0334 for a component at which a path can't start or end."""
     named = {p.site for points in targets.points.values() for p in points}
     wrong = sorted(named - set(allowed))
     if not wrong:
@@ -249,7 +256,7 @@ def _has_site(targets: SiteTargets, sites: tuple[str, ...]) -> bool:
 def _check_sums_at_end(
     rule: spec.Rule, senders: SiteTargets, path: PathTargets, work: ExperimentContext
 ) -> bool:
-    """E0334 where what other receivers change and what the senders do don't add up at the end."""
+    """Report E0334 if the effects of senders and of other receivers don't add up at the end."""
     why = None
     if path.through_mlps:
         why = (
@@ -282,7 +289,7 @@ def _check_sums_at_end(
 def _cells(
     senders: SiteTargets, receivers: SiteTargets
 ) -> Iterator[tuple[tuple[SitePoint, ...], tuple[SitePoint, ...]]]:
-    """Senders and receivers of one cell each: a `for` around both has one value there."""
+    """Yield the senders and receivers of each cell; a `for` over both has one value in a cell."""
     for (of, sending), (to, receiving) in product(senders.points.items(), receivers.points.items()):
         at = dict(zip(senders.axes, of, strict=True))
         if all(at.get(axis, n) == n for axis, n in zip(receivers.axes, to, strict=True)):
@@ -290,7 +297,7 @@ def _cells(
 
 
 def _check_no_observation(rule: spec.Rule, work: ExperimentContext) -> bool:
-    """E0334 for a path to the end of the model beside an observation."""
+    """Report E0334 for a path to the end of the model combined with an observation."""
     looks = [other for other in work.experiment.rules if other.observed is not None]
     if looks:
         assert rule.receiver is not None
@@ -307,7 +314,7 @@ def _check_no_observation(rule: spec.Rule, work: ExperimentContext) -> bool:
 
 
 def _has_later_neurons(rule: spec.Rule, senders: SiteTargets, work: ExperimentContext) -> bool:
-    """Whether neurons of a held MLP send beside something that their MLP reads."""
+    """Return whether neurons of a held MLP send together with a site that their MLP reads."""
     if rule.through_mlps:
         return False
     parallel = work.sites.shape.parallel_block
@@ -319,7 +326,7 @@ def _has_later_neurons(rule: spec.Rule, senders: SiteTargets, work: ExperimentCo
 
 
 def _awaits_finding(rule: spec.Rule, work: ExperimentContext) -> bool:
-    """Whether an end of the path is what an experiment finds that hasn't run: another stands in."""
+    """Return whether an end of the path is picked from an experiment that hasn't run."""
     groups = work.sites.groups
     ends = [*walk((rule.site, rule.receiver))]
     named = [node.id for node in ends if isinstance(node, ast.Name) and node.id in groups]
@@ -331,7 +338,7 @@ def _awaits_finding(rule: spec.Rule, work: ExperimentContext) -> bool:
 def _check_path_exists(
     rule: spec.Rule, senders: SiteTargets, receivers: SiteTargets, work: ExperimentContext
 ) -> bool:
-    """E0335 where no cell has a receiver behind a sender."""
+    """Report E0335 if no cell has a receiver after a sender."""
     parallel = work.sites.shape.parallel_block
     pairs = product(senders.points.values(), receivers.points.values())
     if any(select_reached(a, b, parallel=parallel) for a, b in pairs):
@@ -340,7 +347,7 @@ def _check_path_exists(
         return True
     ends = [node for node in walk((rule.site, rule.receiver)) if isinstance(node, ast.Bound)]
     if work.sites.shape.stands_in and any(map(counts_from_end, ends)):
-        return True  # nobody knows which of them comes first
+        return True  # their order depends on the model
     assert rule.site is not None
     assert rule.receiver is not None
     picked = [[p for here in ends.points.values() for p in here] for ends in (senders, receivers)]

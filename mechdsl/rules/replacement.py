@@ -43,7 +43,7 @@ class ReplaceRule(RuleKind, Intervention):
     """The base run starts from other text at these positions."""
 
     once = True
-    """A second one would change the text that the first one points into."""
+    """A second rule would change the text that the positions of the first refer to."""
     within_prompt = "`replace` puts text into the prompt"
     name = "text"
     changes = "input"
@@ -74,7 +74,10 @@ class ReplaceRule(RuleKind, Intervention):
 def _inputs(
     rule: spec.Rule, positions: PositionTargets, work: ExperimentContext
 ) -> dict[AxisIndices, PromptRun]:
-    """The prompts with the text put in; other positions must not move."""
+    """Create the prompts with the inserted text.
+
+    Reports a change of length if other positions of the experiment would move.
+    """
     assert isinstance(rule.fill, ast.String)
     base, new, tokenizer = work.experiment.base, rule.fill.value, work.model.tokenizer
     if work.table.runs[base].chat:
@@ -123,7 +126,7 @@ _MEAN_HINT = (
 
 
 def resolve_paint(rule: spec.Rule, work: ExperimentContext) -> PictureChange | None:
-    """What patches become; None after E0203 or E0207."""
+    """Resolve the replacement of patches; None after E0203 or E0207."""
     fill = rule.fill
     assert fill is not None
     word = (
@@ -165,7 +168,7 @@ def resolve_paint(rule: spec.Rule, work: ExperimentContext) -> PictureChange | N
 def _painted(
     rule: spec.Rule, paint: PictureChange, positions: PositionTargets, work: ExperimentContext
 ) -> dict[AxisIndices, PromptRun]:
-    """The images with these patches painted."""
+    """Create the images with these patches replaced."""
     base, reader = work.experiment.base, work.model.tokenizer
     run, found = work.table.runs[base], dict[AxisIndices, PromptRun]()
     if run.noise is not None:
@@ -225,7 +228,7 @@ class ReplaceBlockRule(RuleKind, Intervention):
     def _by_identity(
         self, rule: spec.Rule, targets: SiteTargets, work: ExperimentContext
     ) -> SiteTargets | None:
-        """Blocks that hand on what enters; E0203 for another word."""
+        """Resolve blocks that pass on their input unchanged; report E0203 for another word."""
         word = rule.fill
         if not isinstance(word, ast.Name):
             return targets
@@ -261,7 +264,7 @@ def _block_label(label: str) -> str:
 def _by_block(
     source: ast.Star | ast.AxisRange, targets: SiteTargets, work: ExperimentContext
 ) -> SiteTargets | None:
-    """The targets with the block that computes there, for every value of the loop that names it."""
+    """Resolve the block that replaces each target, for every value of the loop that names it."""
     axis = ast.Axis("layer", False, (source,), span=source.span)
     values = resolve_axis(axis, [SITES["resid_post"]], work.sites)
     if values is None:
@@ -293,7 +296,7 @@ def _by_block(
 
 
 def _check_same_kind(rule: spec.Rule, targets: SiteTargets, work: ExperimentContext) -> bool:
-    """E0108 for blocks that can't stand in for each other, as far as the config tells."""
+    """Report E0108 for blocks that can't replace each other according to the config."""
     shape = work.sites.shape
     if shape.stands_in:
         return True
@@ -311,7 +314,7 @@ def _check_same_kind(rule: spec.Rule, targets: SiteTargets, work: ExperimentCont
 
 
 def _explain_tied_blocks(config: Mapping[str, Any]) -> str:
-    """What hangs on the place of a block in the model, in words."""
+    """Describe dependencies of a block on its index in the model; empty if there are none."""
     if config.get("num_kv_shared_layers"):
         return "`replace block` in a model whose blocks share keys and values"
     if config.get("scale_attn_by_inverse_layer_idx"):
@@ -359,7 +362,7 @@ class RenumberRule(RuleKind, Intervention):
 
 
 def count_positions(shape: ModelShape) -> int | None:
-    """How many positions there are; where rotations change beyond some, only those before."""
+    """Return the number of positions before rotary embeddings are rescaled, if they are."""
     known = [shape.max_positions]
     for part in (
         shape.config,
@@ -374,7 +377,7 @@ def count_positions(shape: ModelShape) -> int | None:
 def _check_position_ids(
     rule: spec.Rule, positions: PositionTargets, amounts: Amounts, work: ExperimentContext
 ) -> bool:
-    """E0108, E0207 for models and numbers for which there are no such positions."""
+    """Report E0108 or E0207 for models and numbers without such positions."""
     shape = work.sites.shape
     if not shape.stands_in:
         how = ""

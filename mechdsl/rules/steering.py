@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 
 class StepAddition(Intervention):
-    """Adds what is there minus what is there one position before, both in the patched run."""
+    """Addition of the difference between the current vector and the one at the preceding position.
+
+    Both vectors are those of the patched run.
+    """
 
     name = "add step"
     mode = "step"
@@ -66,7 +69,7 @@ STEP_ADDITION = StepAddition()
 
 
 def resolve_step(rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-    """None after E0203 for a component that there isn't, E0341 for another than is written."""
+    """Resolve a step; None after E0203 for an unknown component, or E0341 for another component."""
     base = work.experiment.base
     sites, positions = resolve_targets(rule, base, work)
     amounts: Amounts | None = Amounts((), {(): 1.0})
@@ -85,7 +88,7 @@ def resolve_step(rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | Non
 
 
 def _check_own_component(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
-    """Whether what is written is a step of its own component."""
+    """Check that the step is of the site that the rule writes."""
     assert rule.stepped is not None
     name, span = rule.stepped.id, rule.stepped.span
     if name not in SITES:
@@ -111,13 +114,15 @@ FAMILIES_WITHOUT_OUTPUT_NORM = (
     *("codegen", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss"),
     *("gptj", "llama", "mistral", "mixtral", "phi", "phi3", "qwen2", "qwen3", "starcoder2"),
 )
-"""Families that add embeddings and what sublayers give to the stream as they are, without a norm
-behind them."""
+"""Families that add embeddings and sublayer outputs to the stream without a norm in between."""
 
 
 def resolve_weight_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTargets | None:
-    """What enters the first block and what every sublayer adds, joined; E0341 for a model in which
-    that isn't equal to weights that can't write a direction."""
+    """Resolve all vectors that are added to the residual stream, as joined points.
+
+    These are the input of the first block and the outputs of all sublayers. Reports E0341 for a
+    model in which this isn't equivalent to removing the direction from weights.
+    """
     shape = work.model.shape
     assert rule.direction is not None
     reason = _explain_norms(work)
@@ -141,7 +146,7 @@ def resolve_weight_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTarget
 
 
 def _explain_norms(work: ExperimentContext) -> str | None:
-    """What lies between the weights and the stream, as far as is known."""
+    """Explain what may separate the weights from the stream; None if nothing does."""
     shape, name = work.model.shape, work.model.name
     if not shape.has("resid_pre", 0):
         return f"`{name}` has no residual stream"
@@ -154,7 +159,7 @@ def _explain_norms(work: ExperimentContext) -> str | None:
 
 
 class ValueAssignment(Intervention):
-    """`to 0.5 * value(SITE)`: the vector of another site, times a number."""
+    """Assignment `to 0.5 * value(SITE)`: the vector of another site, times a number."""
 
     name = "value"
     reads = "run"
@@ -173,8 +178,8 @@ class ValueAssignment(Intervention):
 
 
 class ValueAddition(ValueAssignment):
-    """`add 0.3 * value(attn_out layer 8) of clean to SITE`: a row's own activation as its
-    direction."""
+    """Addition `add 0.3 * value(attn_out layer 8) of clean to SITE`, in which the direction is an
+    activation of the same row."""
 
     name = "add value"
     mode = "add"
@@ -193,7 +198,7 @@ VALUE_ADDITION = ValueAddition()
 def resolve_value(
     rule: spec.Rule, does: Intervention, work: ExperimentContext
 ) -> ResolvedRule | None:
-    """The rule with what it reads; E0337 where that has another width than what is written."""
+    """Resolve the written and the read site; report E0337 if their widths differ."""
     assert rule.site is not None
     assert rule.reading is not None
     run = rule.source or work.experiment.base
@@ -217,7 +222,7 @@ def resolve_value(
 
 
 def _pair_sites(written: SiteTargets, read: SiteTargets) -> SiteTargets:
-    """Every combination of what is written and what is read, along the axes of both."""
+    """Combine every written site with every read site, along the axes of both."""
     extra = [name for name in read.axes if name not in written.axes]
     points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
     sources: dict[AxisIndices, tuple[SitePoint, ...]] = {}
@@ -255,7 +260,7 @@ def _check_widths(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) 
 def _misfit(
     points: tuple[SitePoint, ...], sources: tuple[SitePoint, ...], work: ExperimentContext
 ) -> str | None:
-    """Why these vectors can't be written there."""
+    """Explain why the vectors of the sources can't be written at the points; None if they can."""
     if len(points) != len(sources):
         return f"{len(sources)} vectors are read, and {len(points)} are written"
     shape = work.sites.shape
@@ -279,7 +284,7 @@ def _misfit(
 
 
 class Steering(Intervention):
-    """Changes the current vector of the patched run."""
+    """An intervention that changes the current vector of the patched run."""
 
     def key(self, rule: ResolvedRule) -> Hashable:
         return rule.run
@@ -293,15 +298,15 @@ class Steering(Intervention):
 
 
 class DirectionRule(RuleKind, Steering):
-    """A rule with a direction."""
+    """A kind of rule with a direction."""
 
     amount: ClassVar[float] = 0.0
-    """Its number, where none is written."""
+    """The rule's number if none is written."""
 
     def where(
         self, rule: spec.Rule, work: ExperimentContext
     ) -> tuple[SiteTargets | None, PositionTargets | None]:
-        """Its sites and positions; None for what is wrong."""
+        """Resolve the sites and positions of the rule; None for those with errors."""
         return resolve_targets(rule, work.experiment.base, work)
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
@@ -327,12 +332,12 @@ class DirectionRule(RuleKind, Steering):
 
 
 def scale_directions(vectors: VectorBatch) -> Tensor:
-    """[K, width]: the direction as it is, times the rule's number."""
+    """Return the direction times the rule's number: [K, width]."""
     return vectors.direction() * vectors.amounts[:, None]
 
 
 def normalize_directions(vectors: VectorBatch) -> Tensor:
-    """[K, width]: the direction, of length 1; 0 stays 0 and changes nothing."""
+    """Return the direction with norm 1: [K, width]; a zero direction stays 0."""
     direction = vectors.direction()
     length = direction.norm(dim=1, keepdim=True)
     return direction / length.where(length > 0, length + 1)
@@ -360,7 +365,7 @@ class AddRule(DirectionRule):
 
 
 class DirectionAssignment(DirectionRule):
-    """`set SITE at POSITIONS to NUMBER * DIRECTION`."""
+    """Assignment `set SITE at POSITIONS to NUMBER * DIRECTION`."""
 
     name = "direction"
     amount = 1.0
@@ -443,7 +448,7 @@ class ProjectOutOfWeightsRule(DirectionRule):
 
 
 class NumberClamp(Intervention):
-    """`clamp mlp_hidden layer 2 neuron 5 at POSITIONS to 5`."""
+    """Clamp of a neuron: `clamp mlp_hidden layer 2 neuron 5 at POSITIONS to 5`."""
 
     name = "clamp"
 
@@ -483,7 +488,7 @@ class ClampRule(DirectionRule):
 
 
 def _has_vectors(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
-    """E0341 where a site has vectors, which one number is not."""
+    """Report E0341 for a site with vectors, which a single number can't replace."""
     named = {point.site for points in sites.points.values() for point in points}
     wide = sorted(site for site in named if SITES[site].width != "one")
     if wide and rule.fill is not None:
@@ -499,7 +504,7 @@ def _has_vectors(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -
 
 
 class NumberAssignment(Intervention):
-    """`to 0.5`: the number, everywhere in the vector."""
+    """Assignment `to 0.5`: the number in every coordinate of the vector."""
 
     name = "number"
 
@@ -508,7 +513,7 @@ class NumberAssignment(Intervention):
 
 
 class PythonAssignment(Intervention):
-    """`to python("file.py:function")`: what the function makes of the base run's vectors."""
+    """Assignment `to python("file.py:function")`: the result for the base run's vectors."""
 
     name = "python"
     reads = "cell"
@@ -529,12 +534,16 @@ class PythonAssignment(Intervention):
         )
 
     def of_cell(self, rule: ResolvedRule, given: Tensor) -> Tensor:
-        """[row, position, width]: E0223 as PythonFailure where the function doesn't give that."""
+        """Call the function: [row, position, width].
+
+        Raises:
+            PythonFailure: E0223 if the result has another shape or type.
+        """
         import torch
 
         function = rule.python
         assert function is not None
-        # A copy, so that a function that writes into it changes nothing that is looked at here.
+        # The copy protects the vectors from in-place changes by the function.
         own = given.clone()
         with torch.no_grad():
             made = function.call(own)

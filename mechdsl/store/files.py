@@ -17,18 +17,18 @@ if sys.platform == "darwin":
     from fcntl import F_FULLFSYNC, fcntl
 
     def sync(handle: int) -> None:
-        """An open file is durable; fsync would leave it in the drive's own memory."""
+        """Make an open file durable; fsync would leave data in the drive's cache."""
         fcntl(handle, F_FULLFSYNC)
 
 else:
 
     def sync(handle: int) -> None:
-        """An open file is durable."""
+        """Make an open file durable."""
         os.fsync(handle)
 
 
 def sync_folder(folder: Path) -> None:
-    """What was made, renamed or removed in a folder is durable. Windows keeps names by itself."""
+    """Make creations, renames and removals in a folder durable. Not needed on Windows."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -39,7 +39,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """A folder, durable with all above it that had to be made; OSError where that can't be."""
+    """Create a folder and its missing parents durably. Raises OSError."""
     if folder.is_dir():
         return
     if folder.parent != folder:
@@ -52,7 +52,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """A new file whose bytes are durable; its name isn't yet. OSError leaves none behind."""
+    """Write a new file whose bytes, but not yet its name, are durable. OSError leaves no file."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         try:
@@ -75,7 +75,7 @@ CONTENT_SUFFIX = ".data"
 
 @dataclass(frozen=True)
 class StagedBlob:
-    """Bytes that are durable under a name of their own, and not yet under their hash."""
+    """Bytes that are durable in a temporary file, and not yet available under their hash."""
 
     hash: bytes
     """SHA-256."""
@@ -90,21 +90,21 @@ class Blobs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "blobs"
         self.aside = folder / "new"
-        """Where files are written before they get their names."""
+        """Folder of files that don't have their final names yet."""
         self._durable: set[Path] = set()
-        """Folders whose own names this process has synced: whoever made them may not have."""
+        """Folders whose names this process has synced: their creators may not have done so."""
 
     def stage(self, data: bytes, suffix: str) -> StagedBlob:
-        """Write bytes aside. Raises OSError."""
+        """Write bytes to a temporary file. Raises OSError."""
         make_folder(self.aside)
         at = self.aside / f"{os.getpid()}-{secrets.token_hex(8)}"
         write_synced(at, data)
         return StagedBlob(hashlib.sha256(data).digest(), len(data), at, suffix)
 
     def place(self, staged: list[StagedBlob]) -> None:
-        """Give them their names, durably. Raises OSError.
+        """Move files to their final names durably. Raises OSError.
 
-        One that is there already is replaced: it may be torn.
+        An existing file is replaced, because it may be incomplete.
         """
         folders: set[Path] = set()
         for each in staged:
@@ -124,7 +124,7 @@ class Blobs:
             self._durable.add(folder)
 
     def drop(self, staged: list[StagedBlob]) -> None:
-        """Remove those that didn't get their names."""
+        """Remove files that didn't get their final names."""
         for each in staged:
             with suppress(OSError):
                 each.at.unlink()
@@ -134,7 +134,7 @@ class Blobs:
         return self.folder / name[:2] / (name + suffix)
 
     def read(self, hash: bytes, suffix: str) -> bytes | None:
-        """The bytes; None where they aren't there or aren't those of the hash. Raises OSError."""
+        """Return the bytes; None if they are missing or don't match the hash. Raises OSError."""
         try:
             data = self.path(hash, suffix).read_bytes()
         except FileNotFoundError:
@@ -142,7 +142,7 @@ class Blobs:
         return data if hashlib.sha256(data).digest() == hash else None
 
     def files(self) -> Iterator[os.DirEntry[str]]:
-        """All that lies in the folders of blobs."""
+        """Yield everything in the folders of blobs."""
         with suppress(FileNotFoundError), os.scandir(self.folder) as folders:
             for folder in folders:
                 if folder.is_dir(follow_symlinks=False):
@@ -150,13 +150,13 @@ class Blobs:
                         yield from files
 
     def leftovers(self) -> Iterator[os.DirEntry[str]]:
-        """Files that were written aside: by somebody who is at it, or by one who was ended."""
+        """Yield temporary files, of active writers and of interrupted ones."""
         with suppress(FileNotFoundError), os.scandir(self.aside) as files:
             yield from files
 
 
 TENSOR_TYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
-"""Bytes of one number, by the format's word for its type."""
+"""Bytes per number, by the format's name of the type."""
 
 _ALIGNED = 8
 
@@ -166,7 +166,7 @@ class TensorEntry:
     """A tensor of a file."""
 
     kind: str
-    """Of `SIZES`."""
+    """A key of `TENSOR_TYPE_BYTES`."""
     shape: tuple[int, ...]
 
     @property
@@ -183,7 +183,7 @@ class TensorEntry:
 
 
 class TensorFile:
-    """A file whose tensors are all known in size, and written from row to row."""
+    """A file of tensors with known sizes, written in blocks of rows."""
 
     def __init__(
         self, handle: int, tensors: Mapping[str, TensorEntry], metadata: Mapping[str, str]
@@ -209,7 +209,7 @@ class TensorFile:
         _write(handle, len(text).to_bytes(8, "little") + text, 0)
 
     def put(self, name: str, row: int, data: bytes | memoryview) -> None:
-        """Write some rows of a tensor, from `row` on."""
+        """Write rows of a tensor, from `row` on."""
         tensor = self._tensors[name]
         begin = row * tensor.row
         if begin + len(data) > tensor.size or len(data) % tensor.row:
@@ -218,7 +218,7 @@ class TensorFile:
 
 
 def _room(handle: int, size: int) -> None:
-    """Take the room on the disk now, where the system can; OSError where there isn't enough."""
+    """Reserve disk space if the system supports it. Raises OSError if there isn't enough."""
     if hasattr(os, "posix_fallocate"):
         with _where_unsupported():
             os.posix_fallocate(handle, 0, size)
@@ -228,7 +228,7 @@ def _room(handle: int, size: int) -> None:
 
 @contextmanager
 def _where_unsupported() -> Generator[None]:
-    """File systems that can't take room in advance."""
+    """Ignore errors of file systems that can't reserve space."""
     try:
         yield
     except OSError as error:
@@ -245,8 +245,8 @@ def _write(handle: int, data: bytes | memoryview, at: int) -> None:
 
 @contextmanager
 def write_aside(path: Path) -> Generator[Path]:
-    """A path beside another, whose file takes its place at the end; after an error, or where the
-    process is interrupted, there is none."""
+    """Yield a temporary path whose file replaces `path` at the end, or is removed after an error or
+    an interrupt."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside
@@ -262,7 +262,7 @@ def write_aside(path: Path) -> Generator[Path]:
 def create_tensor_file(
     path: Path, tensors: Mapping[str, TensorEntry], metadata: Mapping[str, str]
 ) -> Generator[TensorFile]:
-    """A new safetensors file; OSError where there is no room for it."""
+    """Create a safetensors file. Raises OSError if there is no space for it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
     handle = os.open(path, flags, 0o666)
     try:
@@ -273,7 +273,7 @@ def create_tensor_file(
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """A new text file, durable when this returns."""
+    """Write a new text file durably."""
     with path.open("w", encoding="utf-8") as file:
         for line in lines:
             file.write(f"{line}\n")

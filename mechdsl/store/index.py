@@ -20,19 +20,19 @@ from typing import Any, TypeAlias, cast
 
 
 class StoreProblem(Exception):
-    """The store can't be used; the text says why, in lower case."""
+    """The store can't be used; the text is the reason, in lower case."""
 
 
 INDEX_NAME = "index.sqlite"
 
 INDEX_SCHEMA = 1
-"""Raised whenever an older version couldn't read what is written, or would read it wrong."""
+"""Increased if an older version couldn't read the new format, or would read it incorrectly."""
 
 APPLICATION_ID = 0x6D656368
-"""What SQLite calls the application's id."""
+"""SQLite's `application_id`."""
 
 WRITE_TIMEOUT = 60.0
-"""Seconds for another process that is writing."""
+"""Seconds to wait for another process that is writing."""
 
 _TABLES = f"""
 CREATE TABLE blocks(
@@ -67,7 +67,7 @@ _DISK = {
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 
 ColumnTypes: TypeAlias = tuple[type | tuple[type, ...], ...]
-"""Types of the columns of a query. SQLite doesn't hold a damaged file to those of its tables."""
+"""Types of the columns of a query: SQLite doesn't enforce them for a damaged file."""
 
 MAYBE_TEXT = (str, NoneType)
 
@@ -86,20 +86,20 @@ _COLUMNS: dict[str, ColumnTypes] = {
 }
 
 _NEW, _LOOKED, _AGAIN = "new", "looked through", "again"
-"""What is written down of damage."""
+"""States of the file that records damage."""
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 
 
 class DamagedIndex(StoreProblem):
-    """The file isn't an index any more."""
+    """The file isn't a valid index any more."""
 
 
 @contextmanager
 def _translated() -> Generator[None]:
-    """What SQLite says, as OSError where the disk or its rights are at fault, or StoreProblem.
+    """Convert SQLite's errors: OSError for disk or permission problems, else StoreProblem.
 
-    The queries are right: what else it has against them is said of a damaged file.
+    Queries are known to be correct, so all other errors mean that the file is damaged.
     """
     try:
         yield
@@ -124,9 +124,11 @@ class Index:
     """A connection to the index, for all threads of a process."""
 
     def __init__(self, folder: Path, *, writable: bool) -> None:
-        """Open it, and make it where it is missing and may be written.
+        """Open the index, or create it if it is missing and `writable` is set.
 
-        Raises StoreProblem, DamagedIndex, or OSError where it can't be made.
+        Raises:
+            StoreProblem: The index can't be used; DamagedIndex if it is damaged.
+            OSError: The index can't be created.
         """
         self._lock = threading.RLock()
         self._copy: tempfile.TemporaryDirectory[str] | None = None
@@ -150,8 +152,11 @@ class Index:
         )
 
     def _prepare(self) -> None:
-        """A rollback journal that is overwritten, not removed: it needs no file beside it to be
-        read, and what ends a transaction is synced."""
+        """Configure the connection, check suspected damage, and create the tables of a new file.
+
+        The rollback journal is overwritten, not removed, so that readers need no file next to the
+        index. The end of a transaction is synced.
+        """
         for line in (
             "trusted_schema = OFF",
             "journal_mode = PERSIST",
@@ -172,7 +177,7 @@ class Index:
             self._make_tables()
 
     def _look_through(self) -> None:
-        """Raise DamagedIndex where anything in it isn't as it was written, so far as that shows."""
+        """Raise DamagedIndex if any content is detectably damaged."""
         [(said,)] = self._connection.execute("PRAGMA integrity_check(1)").fetchall()
         if said != "ok":
             raise DamagedIndex(f"its index is damaged: {said}")
@@ -192,12 +197,12 @@ class Index:
 
     def _make_tables(self) -> None:
         with self.writing():
-            if self._version() == (0, 0):  # otherwise somebody else was faster
+            if self._version() == (0, 0):  # otherwise another process created them first
                 for line in filter(str.strip, _TABLES.split(";\n")):
                     self._connection.execute(line)
 
     def _version(self) -> tuple[int, int]:
-        """The application's id and the version of the schema; zeros of a new file."""
+        """Return the application id and the schema version; zeros for a new file."""
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -214,8 +219,11 @@ class Index:
             )
 
     def _open_to_read(self, path: Path) -> None:
-        """As it is; where a journal is left that must be played back, or locks can't be had, a
-        copy; an empty one where there is none."""
+        """Open the index read-only.
+
+        A copy is opened if a journal has to be rolled back or if locks aren't available; an empty
+        index if there is no file.
+        """
         if not path.exists() or not path.stat().st_size:
             self._connect(":memory:")
             self._make_tables()
@@ -241,14 +249,14 @@ class Index:
                 self._copy = None
 
     def ask(self, kinds: ColumnTypes, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """All rows of a query. Raises OSError, StoreProblem."""
+        """Return all rows of a query. Raises OSError, StoreProblem."""
         with self._guarded():
             return _checked(kinds, self._connection.execute(query, values).fetchall())
 
     def ask_of(
         self, cells: Sequence[bytes], kinds: ColumnTypes, query: str, *values: Any
     ) -> list[tuple[Any, ...]]:
-        """All rows of a query that joins `asked(cell)`, which holds these cells."""
+        """Return all rows of a query that joins `asked(cell)`, a table of these cells."""
         with self._guarded():
             self._connection.execute(
                 "CREATE TEMP TABLE IF NOT EXISTS asked(cell BLOB PRIMARY KEY) WITHOUT ROWID"
@@ -265,8 +273,11 @@ class Index:
 
     @contextmanager
     def _guarded(self) -> Generator[None]:
-        """One thread at a time. Damage is written down: whoever opens the index next looks through
-        all of it, and where that shows nothing and there is damage again, a new one is begun."""
+        """Allow one thread at a time, and record damage.
+
+        After damage, the next process to open the index checks all of it. If the check finds
+        nothing and damage occurs again, the index is replaced by a new one.
+        """
         with self._lock:
             try:
                 with _translated():
@@ -278,7 +289,7 @@ class Index:
                 raise
 
     def read_json(self, text: str) -> dict[str, Any]:
-        """An object that was kept as JSON. Raises DamagedIndex."""
+        """Parse an object stored as JSON. Raises DamagedIndex."""
         with self._guarded():
             try:
                 found = json.loads(text)
@@ -289,16 +300,16 @@ class Index:
             return cast(dict[str, Any], found)
 
     def check_id(self, id: str) -> None:
-        """Raise DamagedIndex where this isn't the id of a run, which names its lock."""
+        """Raise DamagedIndex unless this is the id of a run, which names its lock file."""
         with self._guarded():
             if not _ID.fullmatch(id):
                 raise DamagedIndex(f"its index is damaged: {id!a} isn't the id of a run")
 
     @contextmanager
     def writing(self) -> Generator[sqlite3.Connection]:
-        """One transaction: durable and whole when the block ends, or nothing of it.
+        """Run one transaction: durable and complete at the end of the block, or without effect.
 
-        Nobody else writes meanwhile. Raises OSError, StoreProblem.
+        No other process writes at the same time. Raises OSError, StoreProblem.
         """
         with self._guarded():
             self._connection.execute("BEGIN IMMEDIATE")
@@ -319,10 +330,10 @@ def _checked(kinds: ColumnTypes, rows: list[tuple[Any, ...]]) -> list[tuple[Any,
 
 
 RACY_SECONDS = 2.0
-"""Seconds. A file that was written within them may be written again with the same times."""
+"""Seconds after a write in which another write may leave the same times."""
 
 UNSYNCED_SECONDS = 120.0
-"""Seconds after which the system has written what was given to it."""
+"""Seconds after which the system has written its buffers to disk."""
 
 _TRIES = 3
 
@@ -330,7 +341,7 @@ _PART = 1 << 20
 
 
 def hash_file(index: Index, path: Path, *, writable: bool) -> str:
-    """SHA-256 in hex. Raises OSError, and StoreProblem where the file changes while it is read."""
+    """Return SHA-256 in hex. Raises OSError; StoreProblem if the file changes while it is read."""
     place = os.fsencode(path.resolve())
     found = os.stat(place)
     known = index.ask(
@@ -346,15 +357,15 @@ def hash_file(index: Index, path: Path, *, writable: bool) -> str:
             while part := file.read(_PART):
                 worked_out.update(part)
             if now - found.st_mtime < UNSYNCED_SECONDS:
-                with suppress(OSError):  # else a power cut may take back what was read
+                with suppress(OSError):  # otherwise a power cut could undo the bytes just read
                     os.fsync(file.fileno())
-            same = _mark(found) == _mark(os.stat(place))  # its inode as well
+            same = _mark(found) == _mark(os.stat(place))  # compares the inode too
         if same:
             break
     else:
         raise StoreProblem(f"`{path}` changes while it is read")
     if writable and max(found.st_mtime, found.st_ctime) < now - RACY_SECONDS:
-        # The hash is as good when it can't be kept.
+        # The hash is valid even if it can't be cached.
         with suppress(OSError, StoreProblem), index.writing() as write:
             write.execute(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?)",
@@ -364,5 +375,5 @@ def hash_file(index: Index, path: Path, *, writable: bool) -> str:
 
 
 def _mark(found: os.stat_result) -> str:
-    """What changes with a file. The last of its times can't be set back by hand."""
+    """Return the properties that change with a file; users can't set its ctime."""
     return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ino}:{found.st_ctime_ns}"

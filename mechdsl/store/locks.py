@@ -1,4 +1,4 @@
-"""Locks on files, which the system releases when a process ends, however it ends."""
+"""File locks, which the system releases whenever a process ends, for any reason."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ else:
     import fcntl
 
 STORE_LOCK = "store"
-"""The lock that all share who use a store; others are named as their runs."""
+"""The lock that all users of a store share; other locks have the names of their runs."""
 
 _TRIES = 5
 
 _PAUSE = 0.01
-"""Seconds. Who only looks whether a run goes on holds its lock for a moment."""
+"""Seconds. A check whether a run is active holds its lock for a moment."""
 
 
 class FileLock:
-    """A lock that this process holds, for itself or shared with others."""
+    """A lock that this process holds, exclusively or shared."""
 
     def __init__(self, path: Path, handle: int) -> None:
         self.path = path
         self._handle: int | None = handle
 
     def free(self, *, remove: bool = False) -> None:
-        """Let go of it; remove: the file goes as well. A second time does nothing."""
+        """Release the lock, and remove its file if `remove` is set; repeated calls do nothing."""
         if self._handle is None:
             return
         handle, self._handle = self._handle, None
-        if remove and os.name != "nt":  # before it is freed, so that nobody locks what goes
+        if remove and os.name != "nt":  # before the release, so that no other process locks it
             self.path.unlink(missing_ok=True)
         os.close(handle)
         if remove and os.name == "nt":
@@ -41,9 +41,10 @@ class FileLock:
 
 
 def take_lock(path: Path, *, shared: bool = False) -> FileLock | None:
-    """The lock of a file, which is made where it is missing; None where somebody else has it.
+    """Take the lock of a file, which is created if missing; None if another process holds it.
 
-    shared: beside others who share it. Raises OSError where the file can't be made or locked.
+    shared: allow other holders that share it. Raises OSError if the file can't be created or
+    locked.
     """
     for attempt in range(_TRIES):
         if attempt:
@@ -60,7 +61,7 @@ def take_lock(path: Path, *, shared: bool = False) -> FileLock | None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody holds a lock, as far as that can be seen."""
+    """Return whether any process holds a lock, as far as is detectable."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -74,7 +75,7 @@ def is_held(path: Path) -> bool:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether the file still has its name: another may have removed it in between."""
+    """Return whether the open file is still at its path: another process may have removed it."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -84,7 +85,7 @@ def _is_at(handle: int, path: Path) -> bool:
 if sys.platform == "win32":
 
     def _lock(handle: int, shared: bool) -> bool:
-        if shared:  # an open file can't be moved there, which is all that sharing is for
+        if shared:  # open files can't be moved on Windows, so no shared lock is needed
             return True
         try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)

@@ -1,4 +1,4 @@
-"""Runs in the store: their values while they compute, their results once they finish."""
+"""Runs in the store: their values during the run, their results at its end."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 
 
 CELL_KEY_BYTES = 16
-"""Bytes of a cell's key."""
+"""Length of a cell's key."""
 
 CachedValues: TypeAlias = Mapping[bytes, tuple[NDArray[np.uint64], NDArray[np.float64]]]
-"""Per cell that has any: keys of rows, each once, and values [row, column]."""
+"""Per cell with values: distinct row keys, and values [row, column]."""
 
 
 @dataclass(frozen=True, eq=False)
 class ValueBlock:
-    """Values of some cells on some rows: what one pass gave."""
+    """Values of some cells on some rows: the result of one pass."""
 
     cells: Sequence[bytes]
-    """16-byte keys, distinct."""
+    """Distinct keys of 16 bytes."""
     starts: NDArray[np.int64]
-    """[cell + 1] where each cell's rows begin."""
+    """[cell + 1] start of each cell's rows, then the end of the last cell's."""
     rows: NDArray[np.uint64]
-    """[row] key of the row's content, within its cell."""
+    """[row] key of the row's content, unique within its cell."""
     values: NDArray[np.float64]
     """[row, column]; 1 or 2 columns."""
 
     def problem(self) -> str | None:
-        """What is wrong with its shapes; None where nothing is."""
+        """Return the error in its shapes, or None."""
         if any(len(cell) != CELL_KEY_BYTES for cell in self.cells):
             return f"a cell's key has {CELL_KEY_BYTES} bytes"
         if len(set(self.cells)) != len(self.cells):
@@ -64,7 +64,7 @@ class ValueBlock:
 
 
 def pack_values(block: ValueBlock) -> bytes:
-    """A block as the bytes of a safetensors file. Raises ValueError where its shapes are wrong."""
+    """Serialise a block as a safetensors file. Raises ValueError if its shapes are wrong."""
     problem = block.problem()
     if problem:
         raise ValueError(f"not a block of values: {problem}")
@@ -80,7 +80,7 @@ def pack_values(block: ValueBlock) -> bytes:
 
 
 def unpack_values(data: bytes) -> ValueBlock | None:
-    """What `pack_block` wrote; None where these bytes are something else."""
+    """Parse the bytes that `pack_values` returned; None for other bytes."""
     try:
         found = load(data)
         keys = found["cells"].astype(np.uint8, casting="no", copy=False)
@@ -96,10 +96,10 @@ def unpack_values(data: bytes) -> ValueBlock | None:
 
 
 def merge_blocks(cells: Sequence[bytes], blocks: Iterable[ValueBlock]) -> CachedValues:
-    """What blocks hold of these cells, rows in the order of their keys.
+    """Combine the blocks' values of these cells, with rows in the order of their keys.
 
-    Where several hold a row, the first of them counts. So it does for the number of columns of a
-    cell: what has another one is left out.
+    If several blocks have a row, the first one counts. The first block also determines a cell's
+    number of columns: values with another number are ignored.
     """
     numbers = {cell: number for number, cell in enumerate(dict.fromkeys(cells))}
     columns = np.zeros(len(numbers), np.int64)
@@ -109,7 +109,7 @@ def merge_blocks(cells: Sequence[bytes], blocks: Iterable[ValueBlock]) -> Cached
     of_cell = np.concatenate([part[0] for part in parts])
     rows = np.concatenate([part[1] for part in parts])
     values = np.concatenate([part[2] for part in parts])
-    order = np.lexsort((rows, of_cell))  # stable: equal ones stay in the order of their blocks
+    order = np.lexsort((rows, of_cell))  # stable: equal rows stay in the order of their blocks
     of_cell, rows = of_cell[order], rows[order]
     first = np.ones(len(rows), bool)
     first[1:] = (of_cell[1:] != of_cell[:-1]) | (rows[1:] != rows[:-1])
@@ -127,8 +127,13 @@ def merge_blocks(cells: Sequence[bytes], blocks: Iterable[ValueBlock]) -> Cached
 def _part(
     block: ValueBlock, numbers: Mapping[bytes, int], columns: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.float64]] | None:
-    """Of a block: numbers of cells, keys and values of rows, those in two columns; None where it
-    has none of these cells. columns: of each cell, which is written where it isn't known yet."""
+    """Select a block's values of some cells.
+
+    columns: number of columns per cell, updated for cells without a number.
+
+    Returns:
+        Cell numbers, row keys and values in two columns; None if the block has none of the cells.
+    """
     width = block.values.shape[1]
     of_block = np.array([numbers.get(cell, -1) for cell in block.cells], np.int64)
     filled = of_block[(of_block >= 0) & (np.diff(block.starts) > 0)]
@@ -145,37 +150,37 @@ def _part(
 
 
 DAY = 86_400.0
-"""Seconds: how often it is written down that something was used."""
+"""Seconds between updates of the time of last use."""
 
 RunState = Literal["running", "unfinished", "finished"]
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run that a store knows."""
+    """A run in the index of a store."""
 
     id: str
-    """Sortable by the time it began, in UTC, and short to type: `20261121-154210-3fa2`."""
+    """Sortable by start time in UTC, and short to type: `20261121-154210-3fa2`."""
     key: str
     state: RunState
-    """`running`: somebody is at it; `unfinished`: nobody is, and it isn't finished."""
+    """`running`: a process is executing it; `unfinished`: no process is, and it isn't finished."""
     began: float
     """Seconds since the epoch."""
     ended: float | None
     about: Mapping[str, Any]
-    """What was said of it when it began, and when it was finished."""
+    """Facts recorded at its start and at its end."""
     size: int
     """Bytes of its content."""
 
 
 def seal(id: str, key: str, about: str, content: Iterable[tuple[str, bytes, int]]) -> bytes:
-    """The hash of all that is said of a finished run: a change of the index shows by it."""
+    """Return a hash of all facts about a finished run, which reveals changes of the index."""
     files = [[name, hash.hex(), size] for name, hash, size in sorted(content)]
     return hashlib.sha256(json.dumps([id, key, about, files]).encode()).digest()
 
 
 def check_content_name(name: str) -> None:
-    """Raise ValueError where a file of a run's content couldn't lie in a folder by this name."""
+    """Raise ValueError unless a folder can contain a file of a run's content with this name."""
     path = PurePosixPath(name)
     bad = not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name
     if bad or path.as_posix() != name or name == ".":
@@ -185,11 +190,13 @@ def check_content_name(name: str) -> None:
 def find_values(
     index: Index, blobs: Blobs, cells: Sequence[bytes], where: str, bound: int
 ) -> tuple[CachedValues, list[int], list[int]]:
-    """The values of cells in the blocks that a condition names; of these blocks those that are
-    torn, and those of which it should be written down that they were used.
+    """Look up the values of cells in the blocks that an SQL condition selects.
 
-    Where several hold the same row: a fresh run's before others, the latest of these runs first;
-    otherwise the first that was written.
+    If several blocks have a row, fresh runs come first, the latest of them before others; among all
+    other blocks, the first one written counts.
+
+    Returns:
+        The values; the incomplete blocks; the blocks whose time of last use needs an update.
     """
     rows = index.ask_of(
         cells,
@@ -205,7 +212,7 @@ def find_values(
         for seq, hash, _ in rows:
             try:
                 data = blobs.read(hash, VALUES_SUFFIX)
-            except OSError:  # it may be whole: next time, or for somebody with other rights
+            except OSError:  # the blob may be intact: later, or for a user with other permissions
                 continue
             block = None if data is None else unpack_values(data)
             if block is None:
@@ -219,8 +226,10 @@ def find_values(
 
 
 class OpenRun:
-    """A run that goes on. A context manager: left without `finish`, it stays unfinished and can be
-    resumed. A run of a store that isn't writable reads and keeps nothing; its `id` is empty."""
+    """An active run, as a context manager: without `finish`, it can be resumed later.
+
+    A run of a read-only store reads values and stores none; its `id` is empty.
+    """
 
     def __init__(
         self,
@@ -233,7 +242,7 @@ class OpenRun:
         fresh: bool,
         tidy: Callable[[], None],
     ) -> None:
-        """row: number, id, baseline and sizes, from the index. tidy: called when it is finished."""
+        """row: number, id, baseline and sizes from the index. tidy: called by `finish`."""
         self._index = index
         self._blobs = blobs
         self._number, self.id, self._baseline, sizes = row
@@ -250,7 +259,7 @@ class OpenRun:
         self.close()
 
     def close(self) -> None:
-        """Let go of it; a second time does nothing."""
+        """Release the run; repeated calls have no effect."""
         if self._lock is not None:
             self._lock.free()
             self._lock = None
@@ -264,9 +273,9 @@ class OpenRun:
         return True
 
     def settle(self, sizes: Mapping[str, Any]) -> None:
-        """Keep how passes are laid out, for a resume; durable when it returns.
+        """Store the layout of passes for a resumed run; durable on return.
 
-        sizes: JSON. It takes the place of what was settled before. Raises OSError, StoreProblem.
+        sizes: JSON, replaces the previous layout. Raises OSError, StoreProblem.
         """
         text = json.dumps(dict(sizes))
         if self._keeps:
@@ -275,11 +284,15 @@ class OpenRun:
         self.sizes = json.loads(text)
 
     def keep(self, block: ValueBlock) -> None:
-        """Keep the values of a pass; durable when it returns, all of it or nothing.
+        """Store the values of a pass; durable on return, all or nothing.
 
-        Values that are there already stay: other runs read the first that was written, or those
-        of the latest fresh run; this run reads its own first. Raises OSError where the disk is
-        full or fails, StoreProblem, ValueError where the shapes of the block are wrong.
+        Existing values stay. Other runs read the first values written, or those of the latest fresh
+        run; this run reads its own first.
+
+        Raises:
+            OSError: The disk is full or fails.
+            StoreProblem: The index can't be written.
+            ValueError: The shapes of the block are wrong.
         """
         if not self._keeps or not block.cells:
             return
@@ -299,18 +312,18 @@ class OpenRun:
             self._blobs.drop([staged])
 
     def earlier(self, cells: Sequence[bytes]) -> CachedValues:
-        """Values that were there when the run first began. Raises OSError, StoreProblem."""
+        """Return values that existed when the run first started. Raises OSError, StoreProblem."""
         return self._found(cells, "seq <= ?", self._baseline)
 
     def own(self, cells: Sequence[bytes]) -> CachedValues:
-        """Values that this run wrote, in an earlier attempt or in this one. Raises as `earlier`."""
+        """Return values that this run wrote, in any attempt. Raises OSError, StoreProblem."""
         return self._found(cells, "run = ?", self._number)
 
     def _found(self, cells: Sequence[bytes], where: str, bound: int) -> CachedValues:
         found, torn, used = find_values(self._index, self._blobs, cells, where, bound)
         if self.id and (torn or used):
             now = time.time()
-            # What was found is as good when this can't be written: next time, then.
+            # The values are valid even if this update fails; a later lookup repeats it.
             with suppress(OSError, StoreProblem), self._index.writing() as write:
                 write.executemany("DELETE FROM blocks WHERE seq = ?", [(seq,) for seq in torn])
                 write.executemany(
@@ -319,10 +332,10 @@ class OpenRun:
         return found
 
     def finish(self, content: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
-        """Keep what the run gave; durable when it returns, all of it or nothing.
+        """Store the results of the run and close it; durable on return, all or nothing.
 
-        content: files by name. about: JSON, added to what was said when it began. The run is
-        closed. Raises OSError, StoreProblem, ValueError for names that no folder could hold.
+        content: files by name. about: JSON, added to the facts from its start. Raises OSError,
+        StoreProblem, and ValueError for names that are invalid in a folder.
         """
         for name in content:
             check_content_name(name)
@@ -342,7 +355,7 @@ class OpenRun:
                 )
         finally:
             self._blobs.drop(staged)
-        with suppress(OSError, StoreProblem):  # it is kept; the next one to finish tries again
+        with suppress(OSError, StoreProblem):  # the results are stored; the next run tidies again
             self._tidy()
         if self._lock is not None:
             self._lock.free(remove=True)
@@ -354,7 +367,7 @@ class OpenRun:
         files: list[tuple[str, bytes, int]],
         about: Mapping[str, Any],
     ) -> None:
-        """Write down that it is finished."""
+        """Record that the run is finished."""
         rows = execute("SELECT key, about FROM runs WHERE number = ?", (self._number,)).fetchall()
         if not rows:
             raise StoreProblem(f"run {self.id} was removed while it went on")

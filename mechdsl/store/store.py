@@ -31,30 +31,30 @@ from mechdsl.store.locks import STORE_LOCK, FileLock, is_held, take_lock
 from mechdsl.store.runs import DAY, OpenRun, StoredRun, check_content_name, seal
 
 HOUR = 3_600.0
-"""Seconds after which a file that was written aside belongs to nobody."""
+"""Seconds after which a temporary file counts as abandoned."""
 
 MONTH = 30 * 86_400.0
-"""Seconds after which an unfinished run isn't resumed any more."""
+"""Seconds after which an unfinished run can't be resumed."""
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What was removed from a store."""
+    """The removals from a store."""
 
     runs: int
     blocks: int
-    """Values of so many passes."""
+    """Number of passes whose values were removed."""
     files: int
-    """Files that went from the disk."""
+    """Number of files removed from the disk."""
     bytes: int
-    """What these files held."""
+    """Bytes of the removed files."""
     left: int
-    """Bytes of what is still there, without the index."""
+    """Bytes that remain, without the index."""
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """What goes as a whole: a finished run's content, or one block of values."""
+    """A unit of removal: a finished run's content, or one block of values."""
 
     used: float
     number: int
@@ -69,8 +69,9 @@ def sweep(
     limit: int | None,
     locks: Path,
 ) -> SweepResult:
-    """Remove what nothing refers to; then oldest-used values and runs, until at most `limit` bytes
-    are left. What runs that go on have written stays. Raises OSError, StoreProblem.
+    """Remove unreferenced data, then the least recently used values and runs.
+
+    The latter stops at `limit` bytes. Values of active runs stay. Raises OSError, StoreProblem.
 
     locks: the folder of the runs' locks.
     """
@@ -94,7 +95,7 @@ def sweep(
 
 
 def _remove_locks(locks: Path, ids: set[str]) -> None:
-    """Remove those of runs that aren't there any more."""
+    """Remove locks of runs that don't exist any more."""
     for path in locks.iterdir():
         if path.name not in ids | {STORE_LOCK}:
             lock = take_lock(path)
@@ -103,7 +104,10 @@ def _remove_locks(locks: Path, ids: set[str]) -> None:
 
 
 def _units(index: Index, held: set[int], now: float) -> list[_Unit]:
-    """What may go, oldest-used first. Times in the future are those of a clock that was wrong."""
+    """Return the removable units, least recently used first.
+
+    Times in the future come from a wrong clock and count as now.
+    """
     units = [
         _Unit(min(used, now), seq, False, ((hash.hex() + VALUES_SUFFIX, size),))
         for seq, hash, size, run, used in index.ask(
@@ -122,7 +126,7 @@ def _units(index: Index, held: set[int], now: float) -> list[_Unit]:
 
 
 def _named(index: Index) -> Counter[tuple[str, int]]:
-    """How often each blob is named by the index."""
+    """Count the index's references to each blob."""
     named = Counter((hash.hex() + VALUES_SUFFIX, size) for hash, size in _rows(index, "blocks"))
     named.update((hash.hex() + CONTENT_SUFFIX, size) for hash, size in _rows(index, "contents"))
     return named
@@ -135,7 +139,7 @@ def _rows(index: Index, table: str) -> Iterable[tuple[bytes, int]]:
 
 
 def _evicted(index: Index, units: list[_Unit], limit: int) -> list[_Unit]:
-    """The first of these, as many as it takes."""
+    """Return as many of the first units as have to be removed."""
     named = _named(index)
     total = sum(size for _, size in named)
     evicted: list[_Unit] = []
@@ -151,9 +155,12 @@ def _evicted(index: Index, units: list[_Unit], limit: int) -> list[_Unit]:
 
 
 def remove_unnamed(index: Index, blobs: Blobs) -> tuple[int, int, int]:
-    """Remove files that the index doesn't name; their number, their bytes and the bytes left.
+    """Remove files that the index doesn't reference.
 
-    Nobody writes meanwhile: what is placed is named before this looks, or placed after it.
+    Writers are locked out: a file is referenced before this runs, or placed afterwards.
+
+    Returns:
+        The number of removed files, their bytes and the bytes left.
     """
     files = freed = left = 0
     oldest = time.time() - HOUR
@@ -174,7 +181,7 @@ def remove_unnamed(index: Index, blobs: Blobs) -> tuple[int, int, int]:
 
 
 def remove_old_indexes(folder: Path) -> tuple[int, int]:
-    """Remove damaged indexes that were moved aside a month ago; their number and bytes."""
+    """Remove damaged indexes that were set aside a month ago; return their number and bytes."""
     files = freed = 0
     for path in folder.glob(f"{INDEX_NAME}.broken-*"):
         size = path.stat().st_size
@@ -191,12 +198,12 @@ def _removed(path: Path) -> bool:
 
 
 DEFAULT_SIZE_LIMIT = 10_000_000_000
-"""Bytes that a store may grow to, where `MECHDSL_STORE_LIMIT` says nothing."""
+"""Maximum bytes of a store, unless `MECHDSL_STORE_LIMIT` is set."""
 
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 _OURS = ("blobs", "locks", "new", ".gitignore", ".mechdsl-", INDEX_NAME)
-"""What names in a store begin with; `write_whole` makes the last but one."""
+"""Prefixes of names in a store; `write_atomically` creates `.mechdsl-` files."""
 
 _ASIDE = ("", "-journal", "-wal", "-shm", ".suspect")
 
@@ -206,7 +213,10 @@ _KINDS = (int, str, str, float, MAYBE_TIME, str, MAYBE_BYTES)
 
 
 def size_limit() -> int:
-    """Bytes a store may grow to: `MECHDSL_STORE_LIMIT`, such as `20GB`. Raises StoreProblem."""
+    """Return the maximum bytes of a store: `MECHDSL_STORE_LIMIT`, such as `20GB`.
+
+    Raises StoreProblem.
+    """
     given = os.environ.get("MECHDSL_STORE_LIMIT", "").strip()
     if not given:
         return DEFAULT_SIZE_LIMIT
@@ -220,14 +230,14 @@ def size_limit() -> int:
 
 
 class Store:
-    """A store. A context manager; several processes and threads may use one at the same time."""
+    """A store, as a context manager. Several processes and threads may use it at the same time."""
 
     folder: Path
     writable: bool
-    """False where the folder may only be read, or can't be made."""
+    """False if the folder is read-only or can't be created."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a store, or make it. Raises StoreProblem."""
+        """Open a store, or create it. Raises StoreProblem."""
         self.folder = folder.absolute()
         self._limit = size_limit()
         self._blobs = Blobs(self.folder)
@@ -242,7 +252,7 @@ class Store:
             raise StoreProblem(_reason(error)) from error
 
     def _prepare(self) -> bool:
-        """Make what is missing; whether the folder may be written to."""
+        """Create missing files; return whether the folder is writable."""
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise StoreProblem("it is a file, not a folder")
         self._check_own()
@@ -264,8 +274,7 @@ class Store:
         return not index.exists() or os.access(index, os.W_OK, effective_ids=own)
 
     def _check_own(self) -> None:
-        """That a folder with other files isn't made a store of, which its `.gitignore` would hide
-        from git."""
+        """Reject a folder with other files: the store's `.gitignore` would hide them from git."""
         if (self.folder / INDEX_NAME).exists():
             return
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
@@ -273,7 +282,7 @@ class Store:
                 raise StoreProblem("it is a folder with other files, and no store")
 
     def _open(self) -> Index:
-        """The index; a damaged one is moved aside and started anew."""
+        """Open the index; a damaged one is set aside and replaced by a new one."""
         with suppress(DamagedIndex):
             return Index(self.folder, writable=self.writable)
         if not self.writable:
@@ -283,7 +292,7 @@ class Store:
         if alone is None:
             raise StoreProblem("its index is damaged, and another process is using it")
         try:
-            return Index(self.folder, writable=True)  # somebody else may have been here
+            return Index(self.folder, writable=True)  # another process may have replaced it
         except DamagedIndex:
             self._move_aside()
             return Index(self.folder, writable=True)
@@ -306,7 +315,7 @@ class Store:
             self._using = None
 
     def close(self) -> None:
-        """A second time does nothing."""
+        """Close the store; repeated calls have no effect."""
         self._index.close()
         self._free()
 
@@ -324,21 +333,21 @@ class Store:
     # --- facts ------------------------------------------------------------------------------------
 
     def file_hash(self, path: Path) -> str:
-        """SHA-256 of a file in hex, worked out once per path, size, times and inode.
+        """Return SHA-256 of a file in hex, computed once per path, size, times and inode.
 
-        Raises OSError, and StoreProblem where the file changes while it is read.
+        Raises OSError, and StoreProblem if the file changes while it is read.
         """
         return hash_file(self._index, path, writable=self.writable)
 
     def note(self, key: str) -> str | None:
-        """What was noted under a key. Raises OSError, StoreProblem."""
+        """Return the note under a key, or None. Raises OSError, StoreProblem."""
         rows = self._index.ask((bytes,), "SELECT value FROM notes WHERE key = ?", _bytes(key))
         with suppress(UnicodeDecodeError):
             return rows[0][0].decode("utf-8", "surrogatepass") if rows else None
         return None
 
     def take_note(self, key: str, value: str) -> None:
-        """Keep a small fact, in place of an earlier one; nothing where the store isn't writable.
+        """Store a small fact and replace an earlier one; no effect if the store isn't writable.
 
         Raises OSError, StoreProblem.
         """
@@ -351,7 +360,10 @@ class Store:
     # --- runs -------------------------------------------------------------------------------------
 
     def finished(self, key: str) -> StoredRun | None:
-        """The latest finished run of a key whose content is whole. Raises OSError, StoreProblem."""
+        """Return a key's latest finished run with complete content.
+
+        Raises OSError, StoreProblem.
+        """
         rows = self._index.ask(
             _KINDS, f"{_RUN} WHERE key = ? AND seal IS NOT NULL ORDER BY number DESC", key
         )
@@ -363,13 +375,16 @@ class Store:
         return None
 
     def runs(self) -> list[StoredRun]:
-        """All runs, newest first. Raises OSError, StoreProblem."""
+        """Return all runs, newest first. Raises OSError, StoreProblem."""
         return [
             self._stored(row) for row in self._index.ask(_KINDS, f"{_RUN} ORDER BY number DESC")
         ]
 
     def content(self, run: StoredRun) -> dict[str, bytes]:
-        """A finished run's files, by name. Raises OSError, and StoreProblem where they are torn."""
+        """Return a finished run's files by name.
+
+        Raises OSError, and StoreProblem if any is incomplete.
+        """
         rows = self._index.ask(
             (int, str, MAYBE_BYTES), "SELECT number, about, seal FROM runs WHERE id = ?", run.id
         )
@@ -385,7 +400,7 @@ class Store:
         for name, hash, _ in files:
             try:
                 check_content_name(name)
-            except ValueError as error:  # somebody made it up
+            except ValueError as error:  # the entry was manipulated
                 raise StoreProblem(str(error)) from error
             data = self._blobs.read(hash, CONTENT_SUFFIX)
             if data is None:
@@ -395,7 +410,7 @@ class Store:
         return content
 
     def _touch(self, number: int) -> None:
-        """Write down, at most once a day, that a run was used."""
+        """Record the use of a run, at most once a day."""
         now = time.time()
         if self.writable and self._index.ask(
             (int,), "SELECT 1 FROM runs WHERE number = ? AND abs(used - ?) > ?", number, now, DAY
@@ -414,9 +429,9 @@ class Store:
         return run
 
     def begin(self, key: str, about: Mapping[str, Any], *, fresh: bool = False) -> OpenRun:
-        """Begin a run, or go on with the newest unfinished one of this key that nobody is at.
+        """Begin a run, or resume the newest unfinished one of this key that is inactive.
 
-        about: JSON. fresh: begin anew, find nothing of earlier runs, and replace their values.
+        about: JSON. fresh: begin a new run, ignore values of earlier runs and replace them.
         Raises OSError, StoreProblem.
         """
         if not self.writable:
@@ -432,7 +447,7 @@ class Store:
         return self._begin(key, json.dumps(dict(about)), fresh)
 
     def _resume(self, id: str, lock: FileLock) -> OpenRun | None:
-        """None where it was finished or removed before its lock was taken."""
+        """Resume a run; None if it was finished or removed before its lock was taken."""
         try:
             with self._index.writing() as write:
                 write.execute("UPDATE runs SET used = ? WHERE id = ?", (time.time(), id))
@@ -476,7 +491,7 @@ class Store:
         return self._open_run((number, id, baseline, None), lock, fresh=fresh)
 
     def _newest(self) -> int:
-        """The largest seq there ever was."""
+        """Return the largest block number ever assigned."""
         query = "SELECT seq FROM sqlite_sequence WHERE name = 'blocks'"
         rows = self._index.ask((int,), query)
         return rows[0][0] if rows else 0
@@ -491,7 +506,7 @@ class Store:
     ) -> OpenRun:
         def tidy() -> None:
             (kept,) = self._index.ask((int,), "SELECT bytes FROM kept")[0]
-            if kept > self._limit:  # with room for those to come, which needn't sweep then
+            if kept > self._limit:  # leaves space, so that the next runs don't have to sweep
                 self._sweep(self._limit * 9 // 10)
 
         return OpenRun(self._index, self._blobs, row, lock, resumed=resumed, fresh=fresh, tidy=tidy)
@@ -499,7 +514,7 @@ class Store:
     # --- size -------------------------------------------------------------------------------------
 
     def remove(self, run: StoredRun) -> None:
-        """Remove a run and its content; values stay, for others. Raises OSError, StoreProblem."""
+        """Remove a run and its content; its values stay. Raises OSError, StoreProblem."""
         self._check_writable()
         if not self._index.ask((int,), "SELECT 1 FROM runs WHERE id = ?", run.id):
             raise StoreProblem(f"there is no run {run.id}")
@@ -516,10 +531,10 @@ class Store:
             lock.free(remove=True)
 
     def gc(self, limit: int | None = None) -> SweepResult:
-        """Remove what nothing refers to and unfinished runs that are a month old; then the
-        oldest-used values and runs, until at most `limit` bytes are left.
+        """Remove unreferenced data and unfinished runs that are a month old, then the least
+        recently used values and runs, until at most `limit` bytes are left.
 
-        What runs that go on have written stays. Raises OSError, StoreProblem.
+        Values of active runs stay. Raises OSError, StoreProblem.
         """
         self._check_writable()
         files, freed = remove_old_indexes(self.folder)
@@ -534,7 +549,7 @@ class Store:
             raise StoreProblem("it can only be read")
 
     def size(self) -> int:
-        """Bytes of all its files. Raises OSError."""
+        """Return the bytes of all its files. Raises OSError."""
         total = 0
         for folder, _, files in os.walk(self.folder):
             for name in files:
@@ -544,7 +559,7 @@ class Store:
 
 
 def _reason(error: OSError) -> str:
-    """In lower case; paths stay as they are."""
+    """Return the reason in lower case; paths stay unchanged."""
     if not error.strerror:
         return str(error)
     reason = error.strerror[:1].lower() + error.strerror[1:]
@@ -552,31 +567,34 @@ def _reason(error: OSError) -> str:
 
 
 def _bytes(text: str) -> bytes:
-    """Texts with halves of characters, such as names of files, as well."""
+    """Encode a text, including lone surrogates such as in file names."""
     return text.encode("utf-8", "surrogatepass")
 
 
 STORE_FOLDER = ".mechdsl"
-"""Beside the `.mech` file."""
+"""The store's folder, next to the `.mech` file."""
 
 STORE_VARIABLE = "MECHDSL_STORE"
 
 STORE_OFF = "none"
-"""What the variable says where there is to be none."""
+"""The value of the variable that disables the store."""
 
 NamedStore = Path | None | Literal[False]
-"""A folder that is named; None: wherever stores are; False: nowhere."""
+"""A given folder; None: the default folder; False: no store."""
 
 
 def store_folder(
     file: Path | None, named: NamedStore = None, *, untrusted: bool = False
 ) -> Path | None:
-    """The folder of the store, which need not be there; None: without one.
+    """Return the folder of the store, which may not exist yet; None for no store.
 
-    file: the `.mech` file, None for text that came from none. named: what `--store` or `store=`
-    says, which goes before the variable `MECHDSL_STORE`, and that before the file's own folder.
-    untrusted: the folder of the file isn't asked. Whoever made the file may have put a store beside
-    it, and in that any number.
+    The order of precedence is `named`, the variable `MECHDSL_STORE`, the folder of the file.
+
+    Args:
+        file: The `.mech` file, None for text without a file.
+        named: The value of `--store` or `store=`.
+        untrusted: Ignore the folder of the file: its author may have put a store with arbitrary
+            values next to it.
     """
     if named is False:
         return None

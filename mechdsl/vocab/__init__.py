@@ -1,7 +1,7 @@
-"""The words of the language that are looked up: one registered entry each.
+"""Registries of the words that a file can look up, one entry each.
 
-In: nothing. Out: registries of sites, metrics, corruptions, effects and reports, without torch and
-without drawing. Imports program and below.
+In: nothing. Out: registries of sites, metrics, corruptions, effects and reports; no torch and no
+drawing code. Imports program and below.
 """
 
 from mechdsl.vocab import metrics as metrics  # registers its metrics

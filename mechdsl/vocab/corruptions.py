@@ -21,17 +21,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-"""Draws of noise that one metric is averaged over."""
-
 Parameters = Mapping[str, object]
-"""The `param`s of the file."""
+"""`param` values of the file."""
 
 
 class CorruptibleRow(Protocol):
-    """A row that is being corrupted; each change sees what the ones before it did."""
+    """A row that is being corrupted; each change sees the result of the preceding ones."""
 
     def assign(self, names: tuple[ast.Name, ...], value: ast.Expr) -> None:
-        """Give these names a new value, an expression drawn for this corruption."""
+        """Assign an expression, evaluated for this corruption, to names."""
         ...
 
     def exchange(self, first: ast.Name, second: ast.Name) -> None:
@@ -39,23 +37,23 @@ class CorruptibleRow(Protocol):
         ...
 
     def use_template(self, text: ast.String) -> None:
-        """Write the row with another template."""
+        """Write the row with a different template."""
         ...
 
     def plain_value(self, name: ast.Name) -> object:
-        """The value of a name: a number, a text, true or false, a list of these, or None."""
+        """Return the value of a name: a number, a text, a boolean, a list of these, or None."""
         ...
 
     def put(self, name: ast.Name, value: float | str) -> None:
-        """Give a name this value."""
+        """Assign a value to a name."""
         ...
 
     def permutation(self, name: ast.Name, size: int) -> Sequence[int]:
-        """A seeded order of 0..size-1, drawn for this corruption, this row and this name."""
+        """Return a seeded permutation of 0..size-1 for this corruption, row and name."""
         ...
 
     def refuse(self, node: ast.Node, reason: str, hint: str) -> NoReturn:
-        """E0503 at a part of the change: this row can't be changed so."""
+        """Report E0503 for a part of the change that isn't possible in this row."""
         ...
 
 
@@ -65,19 +63,18 @@ C = TypeVar("C", ast.ChangeLine, ast.ValueDef)
 
 
 class ChangeKind(Generic[C]):
-    """One kind of line in a `corrupt` block: subclass one of the three below."""
+    """One kind of line in a `corrupt` block: the base of the four classes below."""
 
     name: ClassVar[str]
     usage: ClassVar[str]
-    """An example, as the page of the language shows it."""
+    """Example in the language reference."""
     meaning: ClassVar[str]
     signature: ClassVar[ChangeSignature]
     later: ClassVar[bool] = False
-    """Part of the language, but not executed yet."""
+    """Whether the kind is reserved but not implemented."""
 
     def problems(self, change: C, parameters: Parameters) -> list[Diagnostic]:
-        """What is wrong with how it is written, as far as that needs no row: E0101, E0108 and the
-        entry's own."""
+        """Return the errors that can be found without a row: E0101, E0108 and those of the kind."""
         wrong = None if isinstance(change, ast.ValueDef) else self.signature.problem(change)
         if wrong is not None:
             return [wrong]
@@ -86,27 +83,29 @@ class ChangeKind(Generic[C]):
         return self.refusals(change, parameters)
 
     def refusals(self, change: C, parameters: Parameters) -> list[Diagnostic]:
-        """What else is wrong with one whose parts are right."""
+        """Return further errors in a line whose parts are valid."""
         return []
 
     def reads(self, change: C) -> tuple[ast.Expr, ...]:
-        """The expressions in it, whose names must be names of the row."""
+        """Return the expressions whose names must be names of the row."""
         if isinstance(change, ast.ValueDef):
             return (change.value,)
         return (*change.values, *(e for e in (change.given, change.by) if e is not None))
 
     def writes(self, change: C) -> tuple[ast.Name, ...]:
-        """The names that are given a new value by an expression, which for names that only lists
-        draw means each of their items."""
+        """Return the names that receive a new value from an expression.
+
+        For a name that only occurs in a list, these are the names of the list's items.
+        """
         return ()
 
     def templates(self, change: C) -> tuple[ast.String, ...]:
-        """The texts in it that whole rows are written with."""
+        """Return the templates that whole rows are written with."""
         return ()
 
 
 class ValueChange(ChangeKind[C]):
-    """Changes the values of a row, before its text is written."""
+    """A change to the values of a row, before its text is written."""
 
     def apply(self, row: CorruptibleRow, change: C) -> None:
         """Change the row."""
@@ -114,39 +113,39 @@ class ValueChange(ChangeKind[C]):
 
 
 class TokenChange(ChangeKind[ast.ChangeLine]):
-    """Writes another text in place of tokens (`change.tokens`) of the written prompt."""
+    """A change that replaces tokens (`change.tokens`) of the prompt by a different text."""
 
     def text(self, change: ast.ChangeLine) -> ast.Expr:
-        """What stands there instead; a text in each row."""
+        """Return the replacement, a text in each row."""
         raise NotImplementedError
 
 
 class ActivationChange(ChangeKind[ast.ChangeLine]):
-    """Leaves the text as it is, and adds noise (at `change.at`) while the model runs."""
+    """A change that keeps the text and adds noise (at `change.at`) while the model runs."""
 
     def noise(self, change: ast.ChangeLine, parameters: Parameters) -> NoiseSettings:
-        """What is added, of a change without problems."""
+        """Return the noise settings of a change without errors."""
         raise NotImplementedError
 
     def reads(self, change: ast.ChangeLine) -> tuple[ast.Expr, ...]:
-        """Nothing of the row."""
+        """Return nothing, because the change reads no value of the row."""
         return ()
 
 
 class ImageChange(ChangeKind[ast.ChangeLine]):
-    """Changes an image, or a region of it, before it is made ready for the model; or patches of it
-    (`change.tokens`) behind that."""
+    """A change to an image or region before preprocessing, or to patches (`change.tokens`) after
+    it."""
 
     of: ClassVar[Literal["blur", "mask", "noise", "swap"]]
     most: ClassVar[float] = 0.0
-    """The largest amount."""
+    """The largest permitted amount."""
 
     def amount(self, change: ast.ChangeLine) -> int | float | str | ast.Expr | None:
-        """A number, or the name of one; None where there is none."""
+        """Return a number, or the name of one; None if there is no amount."""
         return None
 
     def reads(self, change: ast.ChangeLine) -> tuple[ast.Expr, ...]:
-        """The amount, where it is an expression; the part is no value of the row."""
+        """Return the amount if it is an expression; the region is no value of the row."""
         found = self.amount(change)
         return (found,) if isinstance(found, ast.Expr) else ()
 
@@ -157,8 +156,10 @@ K = TypeVar("K", bound=ChangeKind[Any])
 
 
 def change(name: str) -> Callable[[type[K]], type[K]]:
-    """Register a kind of change; its word begins a line of a `corrupt` block from now on, and is
-    free as a name everywhere else."""
+    """Register a kind of change.
+
+    Its word begins a line of a `corrupt` block, and remains available as a name everywhere else.
+    """
 
     def entered(kind: type[K]) -> type[K]:
         kind.name = name
@@ -170,7 +171,7 @@ def change(name: str) -> Callable[[type[K]], type[K]]:
 
 
 def change_kind(line: ast.CorruptLine) -> ChangeKind[Any]:
-    """The entry of a line. The grammar knows no word without one."""
+    """Return the kind of a line. The grammar accepts only registered words."""
     return SET if isinstance(line, ast.ValueDef) else CHANGES[line.word]
 
 
@@ -180,19 +181,19 @@ W = TypeVar("W", TokenChange, ActivationChange, ImageChange)
 def changes_of_kind(
     kind: type[W], lines: Sequence[ast.CorruptLine]
 ) -> list[tuple[W, ast.ChangeLine]]:
-    """The lines with an entry of this kind, each behind its entry."""
+    """Return the lines of this kind, each with its registered kind."""
     worded = [line for line in lines if isinstance(line, ast.ChangeLine)]
     found = [(change_kind(line), line) for line in worded]
     return [(entry, line) for entry, line in found if isinstance(entry, kind)]
 
 
 def patch_changes(lines: Sequence[ast.CorruptLine]) -> list[tuple[ImageChange, ast.ChangeLine]]:
-    """The changes of images that name patches."""
+    """Return the image changes that name patches."""
     return [each for each in changes_of_kind(ImageChange, lines) if each[1].tokens is not None]
 
 
 def change_problems(lines: Sequence[ast.CorruptLine], parameters: Parameters) -> list[Diagnostic]:
-    """What is wrong with the lines of a `corrupt` block before there is a row."""
+    """Return the errors in a `corrupt` block that can be found without a row."""
     return [d for line in lines for d in change_kind(line).problems(line, parameters)]
 
 
@@ -200,7 +201,7 @@ def change_problems(lines: Sequence[ast.CorruptLine], parameters: Parameters) ->
 
 
 class SetChange(ValueChange[ast.ValueDef]):
-    """The one kind that has no word of its own."""
+    """Assignment, the only kind without a keyword."""
 
     name = "set"
     usage = "count = count - 1"
@@ -307,17 +308,17 @@ class ReplaceChange(TokenChange):
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """`gaussian(std: 3 sd of subject, samples: 10)`, read."""
+    """Settings of `gaussian(std: 3 sd of subject, samples: 10)`."""
 
     kind: str
-    """Name in the registry of noises."""
+    """Name in the registry of noise kinds."""
     site: str
     std: float | None
-    """In activation units; None where it is `sds`."""
+    """Standard deviation in activation units; None if `sds` specifies it."""
     sds: float | None
-    """Standard deviations."""
+    """Standard deviation in multiples of the standard deviation of embeddings."""
     sd_of: ast.Quantity | None = None
-    """`3 sd of subject`, where it names a span."""
+    """The quantity in `3 sd of subject`, if it names a span."""
     samples: int = 1
 
 
@@ -338,7 +339,7 @@ class AddChange(ActivationChange):
     def _read(
         self, change: ast.ChangeLine, parameters: Parameters
     ) -> tuple[NoiseSettings | None, list[Diagnostic]]:
-        """The noise, or why there is none: E0108, E0203, E0515."""
+        """Read the noise settings; None with errors E0108, E0203 or E0515."""
         call = change.values[0]
         if isinstance(call, ast.Name):
             call = ast.Call(call.id, (), span=call.span)
@@ -394,7 +395,7 @@ class AddChange(ActivationChange):
 
 
 def _number(node: object, parameters: Parameters) -> int | float | None:
-    """A number, or the parameter that a name stands for."""
+    """Evaluate a number or the name of a parameter."""
     value = node.value if isinstance(node, ast.Number) else None
     if isinstance(node, ast.Name):
         found = parameters.get(node.id)
@@ -404,13 +405,13 @@ def _number(node: object, parameters: Parameters) -> int | float | None:
 
 @dataclass(frozen=True)
 class NoiseKind:
-    """A distribution of noise, scaled by `std`."""
+    """A noise distribution, scaled by `std`."""
 
     name: str
     usage: str
     meaning: str
     standard: Callable[[np.random.Generator, tuple[int, ...]], NDArray[np.float64]]
-    """Draws of this shape with mean 0 and standard deviation 1."""
+    """Draws samples of a given shape with mean 0 and standard deviation 1."""
 
 
 NOISES: Registry[NoiseKind] = Registry("noise")

@@ -10,56 +10,56 @@ from typing import Any
 from mechdsl.base.records import Registry
 
 EffectTerm = Callable[[Any, Any, Any], Any]
-"""(patched, base, source) of prompts or of means -> the same shape, linear in all three."""
+"""Function of (patched, base, source) values, linear in all three and shape-preserving."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EffectKind:
-    """A mean over prompts (`numerator`), or a ratio of two (`denominator`)."""
+    """An effect: a mean over prompts (`numerator`), or a ratio of two means (`denominator`)."""
 
     name: str
     meaning: str
     formula: str
     numerator: EffectTerm
-    """Also what the sign-flip test is about."""
+    """Also the quantity that the sign-flip test is applied to."""
     denominator: EffectTerm | None = None
     divisor: str = ""
-    """The denominator in words of the formula."""
+    """Text of the denominator in the formula."""
     absolute: bool = False
-    """Divide by the denominator's absolute value."""
+    """Whether to divide by the denominator's absolute value."""
     tested: bool = True
-    """Whether zero means "no effect", so that there is a p."""
+    """Whether zero means "no effect", so that a p-value is defined."""
     of_intervention: bool = True
-    """Whether it depends on the patched run, so that an inert cell has none of it."""
+    """Whether it depends on the patched run, so that it is undefined for an inert cell."""
     needs_source: bool = False
     per_prompt_formula: str | None = None
-    """Set where `per prompt` (the mean of the ratios) may be written."""
+    """Formula of `per prompt` (the mean of the ratios), if that is permitted."""
     zero: str | None = None
     one: str | None = None
-    """The runs at 0 and 1 of the scale."""
+    """Runs at 0 and 1 of the scale."""
     scale_free: bool = False
-    """Without the metric's unit."""
+    """Whether the effect has no unit."""
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The runs whose metric it is made of: of `patched`, `base` and `source`."""
+        """Names of the runs that it depends on, among `patched`, `base` and `source`."""
         given = {"patched": 2.0, "base": 3.0, "source": 5.0}
         return tuple(
             name for name in given if isnan(self.of_means(*{**given, name: float("nan")}.values()))
         )
 
     def of_means(self, patched: Any, base: Any, source: Any) -> Any:
-        """The effect of mean metrics, or of single prompts: arrays of any one shape."""
+        """Compute the effect from mean metrics or from single prompts: arrays of one shape."""
         return self.divide(
             self.numerator(patched, base, source),
             None if self.denominator is None else self.denominator(patched, base, source),
         )
 
     def divide(self, numerator: Any, denominator: Any) -> Any:
-        """The ratio; NaN (never infinite) where the denominator is 0."""
+        """Compute the ratio; NaN (never infinite) where the denominator is 0."""
         if denominator is None:
             return numerator
-        import numpy as np  # not at the top: `validate` reads the registry of effects only
+        import numpy as np  # imported here: `validate` only reads the registry of effects
 
         divisor = np.abs(denominator) if self.absolute else denominator
         with np.errstate(divide="ignore", invalid="ignore"):

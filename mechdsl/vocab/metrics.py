@@ -505,8 +505,7 @@ class Reply:
     text: str
     """Decoded text including leading and trailing white space, without the stop text."""
     ended: Literal["end", "stop", "length", "broken"]
-    """Why generation ended: an end token, a stop text, the maximum length, or logits that are not
-    numbers."""
+    """Why generation ended: end token, stop text, maximum length, or logits that are no numbers."""
 
 
 ExpectedTexts = Sequence[tuple[str, ...]]
@@ -555,7 +554,7 @@ def matches(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
 
     replies, wanted: [row], of `wanted` the pattern
     returns: [row], 1.0 or 0.0
-    raises: TakesTooLong for one that goes on and on, as many ways of repeating can
+    raises: PatternTimeout for one that goes on and on, as many ways of repeating can
     """
     return [
         float(_found(pattern, reply.text, row))

@@ -1,4 +1,4 @@
-"""Reports: how the results of an experiment are shown, one entry per report."""
+"""Reports: displays of an experiment's results, one entry per report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mechdsl.program import spec
 
 
 class NamedMeasure(Protocol):
-    """What a check knows of a measure."""
+    """Properties of a measure that checks need."""
 
     @property
     def label(self) -> str: ...
@@ -31,7 +31,7 @@ class NamedMeasure(Protocol):
 
 
 def short_names(label: str, word: str) -> tuple[str, ...]:
-    """What a report may call a measure: its name, or the word of `argmax(1..9)`."""
+    """Return the names of a measure in reports: its label, or the word of `argmax(1..9)`."""
     return tuple(dict.fromkeys(name for name in (*measure_names(label), word) if name))
 
 
@@ -41,7 +41,7 @@ WordTarget = Literal["axis", "value", "category"]
 
 @dataclass(frozen=True)
 class ReportWord:
-    """A name behind the kind, or behind `by`, and what it may be the name of."""
+    """A name after the kind or after `by`, and what it may refer to."""
 
     of: tuple[WordTarget, ...] = ("axis",)
     needed: bool = True
@@ -49,7 +49,7 @@ class ReportWord:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """What `to` may name: endings of files, the usual one first."""
+    """Permitted suffixes of the file after `to`, the default first."""
 
     suffixes: tuple[str, ...]
     needed: bool = False
@@ -57,12 +57,12 @@ class OutputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSignature:
-    """What may stand behind the kind; None where nothing may."""
+    """Permitted arguments of a report; None for those that it doesn't accept."""
 
     variable: ReportWord | None = None
     by: ReportWord | None = ReportWord(needed=False)
     top: bool = False
-    """`top n`: how many of what it shows."""
+    """Whether `top n` limits the number of displayed entries."""
     to: OutputFile | None
 
     @property
@@ -73,25 +73,25 @@ class ReportSignature:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportKind:
-    """One word behind `report`."""
+    """A kind of report, by the word after `report`."""
 
     name: str
     meaning: str
     example: str
     module: str | None = None
-    """None: part of the language, but not drawn yet."""
+    """None if the kind is reserved but not implemented."""
     signature: ReportSignature | None = None
-    """None where it isn't drawn yet."""
+    """None if the kind is not implemented."""
     along: str | None = None
-    """An axis that the experiment must have, without being named."""
+    """An axis that the experiment must have without naming it."""
     numbers_only: bool = False
-    """Leaves categories out, so that there must be a measure that is a number."""
+    """Whether categories are omitted, so that a numeric measure is required."""
     needs: tuple[str, ...] = ()
-    """Optional packages, looked for before anything is run."""
+    """Optional packages, checked before a run."""
     picture: bool = False
-    """Its module has a `chart` beside `render` and `save`."""
+    """Whether its module has a `chart` function in addition to `render` and `save`."""
     of_replies: bool = False
-    """Shows what rows write, so that the experiment must `generate`."""
+    """Whether it displays replies, so that the experiment must `generate`."""
 
     @property
     def supported(self) -> bool:
@@ -244,11 +244,13 @@ def check_report(
     *,
     writes: bool | None = None,
 ) -> list[Diagnostic]:
-    """What is wrong with a `report` line: E0108, E0203, E0607.
+    """Check a `report` line: E0108, E0203, E0607.
 
-    `axes` are the names that the experiment's axes go by and `measures` what it measures, None
-    while they aren't known; `values` those of the prompts block. writes: whether rows write
-    replies.
+    Args:
+        axes: Names of the experiment's axes; None if they aren't known yet.
+        values: Values of the prompts block.
+        measures: Measures of the experiment; None if they aren't known yet.
+        writes: Whether rows generate replies.
     """
     kind = REPORTS.get(report.kind)
     if kind is None:
@@ -273,7 +275,7 @@ def check_report(
 
 
 ReportProblem = tuple[str, str] | None
-"""(What is wrong, what to write)."""
+"""(problem, hint)"""
 
 
 def _wrong_words(

@@ -21,11 +21,11 @@ VectorWidth = Literal["d_model", "d_head", "one", "vocab", "key", "n_experts"]
 BlockStage = Literal[
     "stream", "norm", "key", "query", "weight", "mixed", "middle", "mlp", "in_mlp", "end", "outside"
 ]
-"""The stages of a block, in their order: a write at one leaves those before it as they are. `key`
-and `norm` reach later tokens through attention, `outside` lies in no block."""
+"""Stages of a block in computation order: a write at one leaves earlier stages unchanged. `key` and
+`norm` affect later tokens through attention, and `outside` is in no block."""
 
 BlockModule = Literal["output", "down"]
-"""Modules of a block, by their field of `BlockAnatomy`."""
+"""Modules of a block, named as fields of `BlockAnatomy`."""
 
 PassStage = Literal["embedding", "before", "inside", "after", "output"]
 
@@ -37,28 +37,27 @@ _SHAPES: dict[VectorWidth, str] = {
 
 @dataclass(frozen=True)
 class SiteKind:
-    """One component: where it lies in a block and what one vector of it is."""
+    """Position of a site in a block, and the kind of its vectors."""
 
     name: str
     axes: tuple[SiteAxis, ...]
-    """Coordinates that a site of this component has; `layer` comes first."""
+    """Coordinates of the site; `layer` is first."""
     width: VectorWidth
-    """Length of the vector per prompt, position and coordinate."""
+    """Length of the vector for each prompt, position and coordinate."""
     when: PassStage
-    """`before`, `inside`, `after`: a write at layer L changes block L's input, its inside or its
-    output. `embedding` is before all blocks, `output` behind all of them."""
+    """`before`, `inside`, `after`: a write at layer L changes the input, the inside or the output
+    of block L. `embedding` precedes all blocks, `output` follows all of them."""
     stage: BlockStage
-    """The part of the block that is computed anew for a write here."""
+    """Stage of the block, which determines the part that a write here recomputes."""
     order: int
-    """Where a forward pass comes by it, among the sites of one block."""
+    """Rank in the order in which a forward pass reaches the sites of one block."""
     meaning: str
     unit: UnitKind | None = None
-    """What the second axis counts; `kv_head` where the axis `head` counts key-value heads."""
+    """Unit that the second axis counts; `kv_head` if the axis `head` counts key-value heads."""
     output_of: BlockModule | None = None
-    """The module that returns it, one vector per position; None where taking a block apart says
-    where it is (`models.block_parts`)."""
+    """Module whose output is the site; None if the anatomy of the block specifies where it is."""
     short: str | None = None
-    """`L3.attn` is `attn_out`; `H` and `N` are the letters of `L3H5` and `L3N512`."""
+    """Short name: `L3.attn` is `attn_out`; `H` and `N` are the letters of `L3H5` and `L3N512`."""
 
     @property
     def has_layer(self) -> bool:
@@ -66,7 +65,7 @@ class SiteKind:
 
     @property
     def shape(self) -> str:
-        """The shape of one vector in words, for tables and messages."""
+        """Shape of one vector, as text for tables and messages."""
         return _SHAPES.get(self.width, f"[{self.width}]")
 
 
@@ -318,10 +317,10 @@ site(
 SHORT_WORDS = tuple(
     kind.short for _, kind in SITES.items() if kind.short is not None and len(kind.short) > 1
 )
-"""What may stand behind the point of `L3.mlp` beside the names of sites."""
+"""Words that may follow the dot of `L3.mlp`, in addition to the names of sites."""
 
 ATTENTION_INTERNAL_SITES = ("q_rot", "k_rot", "scores", "pattern")
-"""Sites that lie in no module: they are read and written where attention itself is computed."""
+"""Sites that are in no module and are accessed inside the computation of attention."""
 
 SITES_WITHOUT_STEPS = (
     *ATTENTION_INTERNAL_SITES,
@@ -333,25 +332,24 @@ SITES_WITHOUT_STEPS = (
     "final_norm",
     "logits",
 )
-"""Sites of which no steps from the position before are taken: they are in no tensor of their own
-in every pass, or lie outside of blocks."""
+"""Sites without steps, which have no separate tensor in some passes or are outside blocks."""
 
 EdgeChange = Literal["block", "reweight", "uniform", "weight", "allow"]
-"""What attention does to the weights of edges."""
+"""Kinds of changes to the weights of attention edges."""
 
 
 def sites_of_stage(*stages: BlockStage) -> tuple[str, ...]:
-    """The sites of these stages."""
+    """Return the sites of these stages."""
     return tuple(name for name, kind in SITES.items() if kind.stage in stages)
 
 
 def sites_of_module(part: BlockModule) -> tuple[str, ...]:
-    """The sites whose entries say that this module returns them."""
+    """Return the sites that this module returns."""
     return tuple(name for name, kind in SITES.items() if kind.output_of == part)
 
 
 def find_short_site(short: str) -> SiteKind | None:
-    """The site behind `attn`, `mlp`, `resid`, `H` or `N`."""
+    """Return the site with the short name `attn`, `mlp`, `resid`, `H` or `N`."""
     return next((kind for _, kind in SITES.items() if kind.short == short), None)
 
 
@@ -359,9 +357,10 @@ _UNIT = re.compile(r"L\d+[HN]\d+(?:\.\w+)?")
 
 
 def unknown_component(word: str, span: Span, names: Iterable[str] = ()) -> UnknownWord:
-    """E0203 with the component, or the unit such as `L9H9`, that was most likely meant.
+    """Create E0203 that suggests the component or unit (`L9H9`) that was most likely meant.
 
-    names: what else may stand there.
+    Args:
+        names: Further words that are valid there.
     """
     unit = next(_units(word), None)
     known = ", ".join(f"`{name}`" for name in SITES)
@@ -373,7 +372,7 @@ def unknown_component(word: str, span: Span, names: Iterable[str] = ()) -> Unkno
 
 
 def _units(word: str) -> Iterator[str]:
-    """Units that a word is one slip away from: `L10H0` of `L10yH0`, `l10h0`, `LH100` or `M10H0`."""
+    """Yield units one edit away: `L10H0` for `L10yH0`, `l10h0`, `LH100` and `M10H0`."""
     places = range(len(word))
     letters = [i for i in places if word[i].isalpha()]
     yield from _whole(re.sub(r"[lhn](?=\d)", lambda letter: letter[0].upper(), word))
@@ -389,9 +388,9 @@ def _whole(*words: str) -> Iterator[str]:
 
 
 def write_order(name: str, layer: int | None) -> tuple[int, int]:
-    """Sort key: the order in which one forward pass comes by sites.
+    """Return a sort key for the order in which a forward pass reaches sites.
 
-    `layer` is None for sites without one (`embed` comes first, `final_norm`, `logits` last).
+    `layer` is None for sites outside blocks: `embed` comes first, `final_norm` and `logits` last.
     """
     kind = SITES[name]
     if kind.when == "embedding":
@@ -402,9 +401,10 @@ def write_order(name: str, layer: int | None) -> tuple[int, int]:
 
 
 def stop_layer(name: str, layer: int | None, n_layers: int) -> int | None:
-    """How many blocks have to run before this site can be read; None needs the whole model.
+    """Return the number of blocks to run before this site can be read.
 
-    `n_layers + 1` is every block and the final norm, without the unembedding.
+    `n_layers + 1` means every block and the final norm, without the unembedding. None means the
+    whole model.
     """
     kind = SITES[name]
     if kind.when == "embedding":

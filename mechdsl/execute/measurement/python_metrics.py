@@ -22,11 +22,18 @@ RETURN_HINT = "it takes `logits`, [n, vocab], and `rows`, n of them, and gives n
 
 
 def call_python_metric(atom: MetricTerm, logits: Tensor, prompts: Ints, usable: Bools) -> Tensor:
-    """[row]: what the function makes of the rows that it is given, which are the usable ones; NaN
-    in the others.
+    """Call a function on the usable rows; others are NaN.
 
-    logits: [row, vocab]. prompts: [row] index into the table. usable: [row].
-    E0223 as PythonFailure, with the row that it fails at where there is one.
+    Args:
+        logits: [row, vocab].
+        prompts: [row] index into the table.
+        usable: [row].
+
+    Returns:
+        [row].
+
+    Raises:
+        PythonFailure: E0223, with the row that it fails on if there is one.
     """
     found = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
     rows = np.flatnonzero(usable)
@@ -40,7 +47,7 @@ def call_python_metric(atom: MetricTerm, logits: Tensor, prompts: Ints, usable: 
     except PythonNotLoaded:
         raise
     except PythonFailure as failure:
-        if failure.row is None and failure.__cause__ is not None:  # it raised
+        if failure.row is None and failure.__cause__ is not None:  # the function raised
             failure.row = _find_failing_row(
                 lambda part: _call_function(atom, logits[part], prompts[part]),
                 len(prompts),
@@ -53,7 +60,7 @@ def call_python_metric(atom: MetricTerm, logits: Tensor, prompts: Ints, usable: 
 
 
 def call_reply_metric(atom: MetricTerm, replies: Sequence[str], prompts: Ints) -> Floats:
-    """[row]: what the function makes of texts; as `python_metric`. prompts: [row]."""
+    """Call a function on texts [row], as `call_python_metric` on logits."""
     if not len(prompts):
         return np.zeros(0)
     try:
@@ -61,7 +68,7 @@ def call_reply_metric(atom: MetricTerm, replies: Sequence[str], prompts: Ints) -
     except PythonNotLoaded:
         raise
     except PythonFailure as failure:
-        if failure.row is None and failure.__cause__ is not None:  # it raised
+        if failure.row is None and failure.__cause__ is not None:  # the function raised
             failure.row = _find_failing_row(
                 lambda part: _read_numbers(
                     atom, list(replies[part]), prompts[part], REPLY_ARGUMENT
@@ -73,14 +80,14 @@ def call_reply_metric(atom: MetricTerm, replies: Sequence[str], prompts: Ints) -
 
 
 def _call_function(atom: MetricTerm, logits: Tensor, prompts: Ints) -> Tensor:
-    """[row] on the CPU: what the function makes of logits."""
-    # A copy, so that a function that writes into it changes nothing that others read.
+    """Return [row] on the CPU: the function's values for logits."""
+    # A copy, so that a function that modifies it doesn't affect other readers.
     own = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     return _read_numbers(atom, own, prompts, RETURN_HINT)
 
 
 def _read_numbers(atom: MetricTerm, own: Tensor | list[str], prompts: Ints, hint: str) -> Tensor:
-    """[row] on the CPU: what the function gives, if that is a number for each row."""
+    """Return [row] on the CPU: the function's values, after a check of their shape and type."""
     function = atom.python
     assert function is not None
     rows = [dict(atom.rows[prompt]) for prompt in prompts]
@@ -108,8 +115,7 @@ def _read_numbers(atom: MetricTerm, own: Tensor | list[str], prompts: Ints, hint
 
 
 def _find_failing_row(call: Callable[[slice], object], count: int, reason: str) -> int | None:
-    """A row that alone makes the function raise the same, by halving; None where only several
-    together do."""
+    """Bisect for a single row that raises the same error; None if there is none."""
 
     def raises(low: int, high: int) -> bool:
         try:
@@ -139,7 +145,7 @@ def _shorten(text: str, most: int = 80) -> str:
 
 
 class ReplySearchFailed(Exception):
-    """A search takes too long. Caught where its rows are known."""
+    """A search takes too long; caught where the rows are known."""
 
     def __init__(self, diagnostic: UnreadableMeasure, row: int) -> None:
         super().__init__(diagnostic.message)
@@ -150,11 +156,19 @@ class ReplySearchFailed(Exception):
 def compute_reply_values(
     atom: MetricTerm, replies: Sequence[Reply], prompts: Ints, items: Sequence[ItemNumber]
 ) -> Floats:
-    """[row]: the metric of each reply; NaN where it has none, as a reply without a number.
+    """Compute the metric of each reply; NaN if it has none, like a reply without a number.
 
-    replies: [row]. prompts: [row] index into the table. items: [row] the occurrence that
-    `{item.index}` stands for. E0223 as PythonFailure, with the row that it fails at where there is
-    one; E0612 as SearchFailed for a search that is cut short.
+    Args:
+        replies: [row].
+        prompts: [row] index into the table.
+        items: [row] the occurrence that `{item.index}` refers to.
+
+    Returns:
+        [row].
+
+    Raises:
+        PythonFailure: E0223, with the row that it fails on if there is one.
+        ReplySearchFailed: E0612 for a search that exceeds the time limit.
     """
     if atom.python is not None:
         return call_reply_metric(atom, [reply.text for reply in replies], prompts)

@@ -96,7 +96,7 @@ class RowObserver:
     does: Observation
     rows: int
     tokens_per_row: Ints
-    """[row] number of positions that are averaged or added up."""
+    """[row] number of joined positions."""
     places: Mapping[SiteRead, RowPositions]
     """Rows of the pass and positions to read, per site."""
     parts: Sequence[_SiteVectors]
@@ -456,7 +456,7 @@ class Readout:
     looking: tuple[bool, ...]
     """Per atom, whether it reads observed values instead of the model's output."""
     behind: tuple[bool, ...]
-    """Per atom, whether it is read in a reply: see `ReplyMeasures`."""
+    """For each atom, whether it is read in a reply."""
 
     @staticmethod
     def of(measures: Sequence[ResolvedMeasure]) -> Readout:

@@ -23,19 +23,24 @@ from mechdsl.vocab.metrics import Reply
 
 @dataclass(frozen=True, eq=False)
 class TokenMeans:
-    """Sums over the rows of cells, as passes over them are done; equal rows count each."""
+    """Sums of token probabilities over the rows of cells; equal rows count separately."""
 
     top: int
-    """How many are listed of a cell; 0 for none."""
+    """Number of listed tokens per cell; 0 for none."""
     sums: dict[int, Floats] = field(default_factory=dict[int, Floats])
     """Cell → [vocab] probabilities."""
     firsts: dict[int, Floats] = field(default_factory=dict[int, Floats])
-    """Cell → [vocab] rows in which the token is the most likely one."""
+    """Cell → [vocab] number of rows in which the token is the most likely one."""
     rows: dict[int, float] = field(default_factory=dict[int, float])
 
     def add(self, rows: RowTable, whole: RowTable, found: Tensor) -> None:
-        """Take rows of a pass. whole: all rows of these cells and prompts; of several runs of one
-        prompt (the middle tokens of a span) each counts as a part of it. found: [row, vocab]."""
+        """Add rows of a pass.
+
+        Args:
+            whole: All rows of these cells and prompts. Several runs of one prompt (the middle
+                tokens of a span) each count as a fraction of it.
+            found: [row, vocab] probabilities.
+        """
         weights = array_to_device(_weigh_rows(rows, whole), found.device).to(found.dtype)
         cells, place = np.unique(rows.cell, return_inverse=True)
         index = array_to_device(place.reshape(-1), found.device)
@@ -51,12 +56,12 @@ class TokenMeans:
             self.rows[cell] = self.rows.get(cell, 0.0) + counts[number]
 
     def forget(self) -> None:
-        """List nothing: rows that are in the sums have been left out."""
+        """Clear the lists, because rows in the sums were excluded."""
         for each in (self.sums, self.firsts, self.rows):
             each.clear()
 
     def listed(self) -> dict[int, list[ListedToken]]:
-        """Cell → its tokens, the most likely one first."""
+        """Return cell → its tokens, the most likely one first."""
         return {
             cell: [
                 ListedToken(
@@ -70,7 +75,7 @@ class TokenMeans:
 
 
 def _weigh_rows(rows: RowTable, whole: RowTable) -> Floats:
-    """[row] 1 over how many runs there are of its prompt in its cell."""
+    """Return [row]: 1 over the number of runs of its prompt in its cell."""
     width = 1 + int(whole.prompt.max())
     every, counts = np.unique(whole.cell * width + whole.prompt, return_counts=True)
     found: Ints = counts[np.searchsorted(every, rows.cell * width + rows.prompt)]
@@ -82,39 +87,41 @@ class UnusableRow:
     """A row with NaN, or with an infinity that a metric can't use."""
 
     row: int
-    """Of the table."""
+    """Number of the row in the table."""
     run: str
     cell: str | None = None
-    """The cell's coordinates, where it is the patched run; empty where it has none."""
+    """The cell's coordinates, if it is a patched run; empty if there are none."""
     place: str = ""
-    """Where in the model, as far as was looked."""
+    """Location in the model, if known."""
 
 
 RunReader = Callable[[Readout, str, Ints, int | None, float], ReadoutResult]
-"""What is read of an unpatched run on some rows, by occurrence and rounding."""
+"""Reads an unpatched run on some rows, by occurrence and rounding."""
 
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Of the runs that `accuracy(RUN)` asks for, filled as batches finish."""
+    """Accuracies of the runs in `accuracy(RUN)`, filled batch by batch."""
 
     experiment: ResolvedExperiment
     values: dict[str, Floats]
-    """Run → [row of the table], 1 where the answer is the best token, else 0."""
+    """Run → [row of the table], 1 if the answer is the best token, else 0."""
     rounding: dict[str, Floats]
-    """The same: 1 where rounding may decide it."""
+    """Run → [row of the table], 1 if rounding may decide it."""
     unusable: dict[int, UnusableRow] = field(default_factory=dict[int, UnusableRow])
-    """Rows in which a run can't be used."""
+    """Rows in which a run is unusable."""
 
     def readouts(self) -> Iterator[tuple[str, Readout]]:
-        """What is read of which run."""
+        """Yield each run with its readout."""
         for run, correct in self.experiment.accuracies.items():
             yield run, Readout.of([correct])
 
     def measure(self, read: RunReader, rounding: float, batch: Ints) -> None:
         """Read the runs on some rows.
 
-        rounding: how far it may move a logit, relative to the largest one.
+        Args:
+            read: Reads a run.
+            rounding: How far rounding may move a logit, relative to the largest one.
         """
         for run, readout in self.readouts():
             found = read(readout, run, batch, None, rounding)
@@ -125,7 +132,7 @@ class Accuracies:
 
 
 def create_accuracies(panel: Panel) -> dict[str, Accuracies]:
-    """Of each experiment by its key, NaN everywhere."""
+    """Create the accuracies of each experiment by key, NaN everywhere."""
     rows = len(panel.table)
 
     def unknown(experiment: ResolvedExperiment) -> dict[str, Floats]:
@@ -137,64 +144,64 @@ def create_accuracies(panel: Panel) -> dict[str, Accuracies]:
 
 @dataclass
 class CellGap:
-    """Rows of a cell in which a measure is no number."""
+    """Rows of a cell in which a measure is undefined."""
 
     reason: str
-    """Of the first of them."""
+    """Reason in the first of these rows."""
     first: UnusableRow
     rows: int = 0
 
 
 @dataclass
 class MeasuredValues:
-    """The values of one experiment, filled as batches finish."""
+    """Values of one experiment, filled batch by batch."""
 
     experiment: ResolvedExperiment
     kept: Ints
     """Rows of the table that are in the experiment."""
     patched: list[Floats]
-    """Per measure, [cell, kept row]; NaN where the row isn't part of the cell."""
+    """Per measure, [cell, kept row]; NaN if the row isn't part of the cell."""
     unpatched: dict[str, list[Floats]]
     """Run → per measure, [environment, kept row]."""
     accuracies: Accuracies
     environments: tuple[int | None, ...]
     dropped: int = 0
-    """Rows of cells that are left out, as what they read, such as the donor of a `resample`, lacks
+    """Number of rows left out of cells because an input, such as the donor of a `resample`, lacks
     the position."""
     rows: int = 0
-    """Rows of cells, run or not."""
+    """Number of rows of cells, run or not."""
     inert: int = 0
-    """Of these, the ones that can't differ from the base run by structure."""
+    """Number of these rows that can't differ from the base run by structure."""
     rounding: list[Floats] = field(default_factory=list[Floats])
     """Per measure, [environment, kept row]: how far rounding may move the base run's value."""
     refused: dict[int, Diagnostic] = field(default_factory=dict[int, Diagnostic])
-    """Numbers of the measures that can't be computed → why."""
+    """Numbers of the measures that can't be computed → reason."""
     failed: set[int] = field(default_factory=set[int])
-    """Those of them that aren't even read in further rows, as their function fails."""
+    """Measures of `refused` that are no longer read in further rows, as their function fails."""
     gaps: dict[tuple[int, int], CellGap] = field(default_factory=dict[tuple[int, int], CellGap])
-    """(number of the measure, cell) → why it has no value there; the other cells have one."""
+    """(number of the measure, cell) → reason for a missing value; other cells have values."""
     lengths: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Of the directions that rules use, by name."""
+    """Norms of the directions that rules use, by name."""
     tokens: TokenMeans = field(default_factory=lambda: TokenMeans(0))
-    """What tokens that are listed are found by."""
+    """Sums that determine the listed tokens."""
     listed: dict[int, list[ListedToken]] = field(default_factory=dict[int, list[ListedToken]])
-    """Cell → the tokens that an observation lists of it, the first one first."""
+    """Cell → the tokens that an observation lists, in order."""
     unusable: dict[int, UnusableRow] = field(default_factory=dict[int, UnusableRow])
-    """Rows of the table → where they first were seen to be so."""
+    """Rows of the table → where they were first seen to be unusable."""
     replies: dict[tuple[int, int], tuple[Reply, ...]] = field(
         default_factory=dict[tuple[int, int], tuple[Reply, ...]]
     )
-    """(cell, row of the table) → what was written: a text for each sample."""
+    """(cell, row of the table) → generated text: one reply for each sample."""
     unpatched_replies: dict[tuple[str, int], tuple[Reply, ...]] = field(
         default_factory=dict[tuple[str, int], tuple[Reply, ...]]
     )
-    """(run, row of the table) → the same."""
+    """(run, row of the table) → generated text, likewise."""
 
     @classmethod
     def unmeasured(
         cls, plan: ExperimentPlan, readout: Readout, kept: Ints, accuracies: Accuracies
     ) -> MeasuredValues:
-        """NaN everywhere but in the accuracies."""
+        """Create values that are NaN everywhere except for the accuracies."""
         experiment, n_rows = plan.experiment, len(kept)
         by_item = any(atom.by_item for _, atom in readout.atoms)
         environments = tuple(dict.fromkeys(plan.items)) if by_item else (None,)
@@ -217,20 +224,19 @@ class MeasuredValues:
         )
 
     def saw(self, found: Iterable[UnusableRow]) -> None:
-        """Take down rows that can't be used, each as it was first seen to be so."""
+        """Record unusable rows; the first report of a row stays."""
         for unusable in found:
             self.unusable.setdefault(unusable.row, unusable)
 
     def unusable_rows(self) -> set[int]:
-        """Those that can't be used in an unpatched run, of the kept ones and, for an accuracy, of
-        all."""
+        """Return the unusable rows: kept rows, and any row that an accuracy needs."""
         self.saw(self.accuracies.unusable.values())
         return self.unusable.keys() & {*self.kept.tolist(), *self.accuracies.unusable}
 
     def read_unpatched(
         self, run: str, environment: int, columns: Ints, found: ReadoutResult
     ) -> None:
-        """Take what an unpatched run gave on some rows, and how far rounding may move the base."""
+        """Store the values of an unpatched run on some rows; for the base run, rounding too."""
         for values, own in zip(self.unpatched[run], found.values, strict=True):
             values[environment, columns] = own
         rows = self.kept[columns].tolist()
@@ -241,15 +247,16 @@ class MeasuredValues:
                 values[environment, columns] = own
 
     def wrote(self, rows: RowTable, replies: Sequence[tuple[Reply, ...]]) -> None:
-        """Take what rows of cells wrote, those of one cell and prompt side by side."""
+        """Store the replies of rows of cells, with those of one cell and prompt adjacent."""
         places = zip(rows.cell.tolist(), rows.prompt.tolist(), strict=True)
         for place, own in zip(places, replies, strict=bool(replies)):
             self.replies[place] = (*self.replies.get(place, ()), *own)
 
     def wrote_as_base(self, rows: RowTable, draws: int) -> None:
-        """Rows of cells that are equal to the base run write what that writes.
+        """Store the base run's replies for rows of cells that equal the base run.
 
-        draws: of noise, of each row; a base run without noise writes the same in all of them.
+        Args:
+            draws: Noise draws of each row; a base run without noise has the same reply in all.
         """
         if not self.unpatched_replies:
             return
@@ -261,20 +268,20 @@ class MeasuredValues:
         self.wrote(rows, there)
 
     def lacks(self, number: int, cell: int, row: UnusableRow, reason: str) -> None:
-        """Take down a row of a cell in which a measure is no number."""
+        """Record a row of a cell in which a measure is undefined."""
         self.gaps.setdefault((number, cell), CellGap(reason, row)).rows += 1
 
     def empty_gaps(self) -> None:
-        """A cell has no value where one of its rows has none: the others are not what was asked."""
+        """Remove values of cells in which a row has none: other rows aren't the whole cell."""
         for number, cell in self.gaps:
             self.patched[number][cell] = np.nan
 
     def among(self, batch: Ints) -> Ints:
-        """The rows of a batch that are in the experiment."""
+        """Return the rows of a batch that are in the experiment."""
         return batch[np.isin(batch, self.kept)]
 
     def leave_out(self, rows: Sequence[int]) -> None:
-        """Drop rows of the table from everything; accuracies are read without what is unusable."""
+        """Exclude rows of the table everywhere; accuracies ignore unusable rows themselves."""
         good = ~np.isin(self.kept, np.array(rows, dtype=np.int64))
         self.kept = self.kept[good]
         self.patched = [values[:, good] for values in self.patched]
@@ -284,7 +291,7 @@ class MeasuredValues:
         self.rounding = [values[:, good] for values in self.rounding]
 
     def copy_base(self) -> None:
-        """Without rules the patched run is the base run."""
+        """Copy the base run's values to the patched run of an experiment without rules."""
         base = self.unpatched[self.experiment.spec.base]
         for found, values in zip(self.patched, base, strict=True):
             found[:] = values
@@ -293,7 +300,7 @@ class MeasuredValues:
                 self.replies.update({(n, row): replies for n in range(self.experiment.n_cells)})
 
     def base_of(self, plan: ExperimentPlan, rows: RowTable) -> list[Floats]:
-        """Per measure, [row], what the base run has."""
+        """Return, per measure, [row]: the base run's value."""
         columns = np.searchsorted(self.kept, rows.prompt)
         found: list[Floats] = []
         for number in range(len(self.experiment.measures)):
@@ -304,7 +311,7 @@ class MeasuredValues:
 
 
 def _list_measured_runs(experiment: ResolvedExperiment) -> list[str]:
-    """Runs whose metrics effects need, in order: base, source."""
+    """List the runs whose metrics effects need, in order: base, source."""
     runs = [experiment.spec.base]
     if experiment.spec.source is not None:
         runs.append(experiment.spec.source)
@@ -314,12 +321,12 @@ def _list_measured_runs(experiment: ResolvedExperiment) -> list[str]:
 def expand_base_values(
     plan: ExperimentPlan, measured: MeasuredValues, run: str, number: int
 ) -> Floats:
-    """[1 or cell, row]: the metric of an unpatched run, per cell where its text differs by cell."""
+    """Return [1 or cell, row]: an unpatched run's metric, per cell if its text differs by cell."""
     return expand_to_cells(plan, measured, measured.unpatched[run][number])
 
 
 def expand_to_cells(plan: ExperimentPlan, measured: MeasuredValues, values: Floats) -> Floats:
-    """[1 or cell, row] of [environment, row]."""
+    """Return [1 or cell, row] of [environment, row]."""
     if len(measured.environments) == 1:
         return values
     index = [measured.environments.index(item) for item in plan.items]
@@ -327,29 +334,31 @@ def expand_to_cells(plan: ExperimentPlan, measured: MeasuredValues, values: Floa
 
 
 def describe_cell(plan: ExperimentPlan, cell: int) -> str:
-    """The coordinates of a cell; empty where the experiment has one only."""
+    """Return the coordinates of a cell; empty if the experiment has only one."""
     axes = zip(plan.experiment.axes, plan.coordinates, strict=True)
     found = [(axis.name, axis.labels[int(index[cell])]) for axis, index in axes]
     return ", ".join(str(at) if name == "position" else f"{name} {at}" for name, at in found)
 
 
 def describe_run(unusable: UnusableRow, experiment: ResolvedExperiment) -> str:
-    """The run, or the cell, in which a row can't be used."""
+    """Describe the run, or the cell, in which a row is unusable."""
     if unusable.cell is None:
         return f"run `{unusable.run}`"
     return f"patched run of {unusable.cell or f'`{experiment.key}`'}"
 
 
 def describe_row(unusable: UnusableRow, experiment: ResolvedExperiment) -> str:
-    """The run or cell, and the row."""
+    """Describe the run or cell, and the row."""
     row = f"row {experiment.table.row_ids[unusable.row]} of `{experiment.table.name}`"
     return f"{describe_run(unusable, experiment)}, {row}"
 
 
 def report_not_finite(experiment: ResolvedExperiment, first: UnusableRow, count: int) -> Diagnostic:
-    """E0621 for an experiment.
+    """Report E0621 for an experiment.
 
-    first: with its place. count: rows in which there is such a number, as far as is known.
+    Args:
+        first: The first unusable row, with its location.
+        count: Number of rows with invalid numbers, as far as known.
     """
     rows = len(experiment.table)
     return NotFinite(
@@ -374,9 +383,12 @@ def explain_missing_values(
     run: str,
     batch: Ints,
 ) -> dict[int, Diagnostic]:
-    """By number, the measures that an unpatched run has no value of: E0223, E0631.
+    """Report the measures without a value in an unpatched run, by number: E0223, E0631.
 
-    measures: those that were read. batch: [row] the rows of the table that `found` is of.
+    Args:
+        found: Values of the run.
+        measures: The measures that were read.
+        batch: [row] the table's rows in `found`.
     """
     reasons: dict[int, Diagnostic] = {}
     for number, failed in found.failed.items():
@@ -396,9 +408,9 @@ def explain_missing_values(
 def report_function_failure(
     failed: MeasureFailure, experiment: ResolvedExperiment, seen: UnusableRow
 ) -> Diagnostic:
-    """E0223 with the run or cell, and the row.
+    """Report E0223 with the run or cell, and the row.
 
-    seen: the row that it fails at, or, where none is known, the first of those together
+    seen: the row that it fails on or, if unknown, the first of the rows in the call
     """
     if failed.row is not None or failed.rows == 1:
         return replace(failed.problem, place=f", in the {describe_row(seen, experiment)}")
@@ -411,7 +423,7 @@ def report_function_failure(
 
 
 def report_missing_cells(measured: MeasuredValues) -> list[Diagnostic]:
-    """W0762: per measure the cells that have no value."""
+    """Report W0762: per measure, the cells without a value."""
     experiment = measured.experiment
     found: list[Diagnostic] = []
     for number, measure in enumerate(experiment.measures):
@@ -433,7 +445,7 @@ def report_missing_cells(measured: MeasuredValues) -> list[Diagnostic]:
 
 
 def describe_gap(measured: MeasuredValues, number: int, cell: int) -> str:
-    """Why a cell has no value of a measure; empty where it has one."""
+    """Describe why a cell lacks a value of a measure; empty if it has one."""
     gap = measured.gaps.get((number, cell))
     if gap is None:
         return ""

@@ -22,50 +22,56 @@ from mechdsl.rules.observations.weights import (
 )
 
 NEURON_BATCH = 64
-"""Neurons whose logits are made at once."""
+"""Number of neurons whose logits are computed at once."""
 
 
 def compute_positive_share(matrix: Tensor) -> float:
-    """Σ λ / Σ |λ| of the eigenvalues of a square matrix, from −1 to 1; NaN where all are 0."""
+    """Return Σ λ / Σ |λ| of a square matrix's eigenvalues, from −1 to 1; NaN if all are 0."""
     values = torch.linalg.eigvals(matrix.double().cpu())
     whole = float(values.abs().sum())
     return float(values.real.sum()) / whole if whole > 0 else float("nan")
 
 
 def score_copying(maps: WeightMaps, layer: int, head: int) -> float:
-    """`positive_share` of embedding → OV → unembedding: near 1, a head raises the logits of tokens
-    that it attends to. Its eigenvalues that aren't 0 are those of W_O (W_U W_E) W_V."""
+    """Compute the positive share of embedding → OV → unembedding.
+
+    Near 1, a head raises the logits of tokens that it attends to. The nonzero eigenvalues are those
+    of W_O (W_U W_E) W_V.
+    """
     return compute_positive_share(
         maps.out(layer, head).double() @ maps.token_map @ maps.value(layer, head).double()
     )
 
 
 def score_matching(maps: WeightMaps, layer: int, head: int) -> float:
-    """`positive_share` of embedding → QK ← embedding: near 1, a head attends to its own token."""
+    """Compute the positive share of embedding → QK ← embedding.
+
+    Near 1, a head attends to its own token.
+    """
     key, query = maps.key(layer, head).double(), maps.query(layer, head).double()
     return compute_positive_share(key.T @ maps.token_gram @ query)
 
 
 @dataclass(eq=False)
 class WeightObserver:
-    """Makes what an observation of weights has in each cell."""
+    """Reader of an observation of weights in each cell."""
 
     does: WeightObservation
     maps: WeightMaps
     readout: Readout
-    """Of the measures that read it."""
+    """Readout of the measures that use it."""
     prompts: Ints
-    """[column] rows of the table."""
+    """[column] row of the table."""
     run: str
     sites: Sequence[tuple[SitePoint, ...]]
-    """Per cell, those of the line, and those behind `with`."""
+    """Per cell, the sites of the line and those after `with`."""
     values: Ints
-    """Per cell, the index along the axis `value`; zeros where there is none."""
+    """Per cell, the index along the axis `value`; zeros without that axis."""
     items: Sequence[ItemNumber]
 
     @torch.no_grad()
     def numbers(self, cell: int) -> Mapping[str, float]:
-        """By the words of what is measured. ValueError, in words, where the model has none."""
+        """Compute the observed numbers, by word. Raises ValueError if there are none."""
         does, maps = self.does, self.maps
         ends = [(point.layer or 0, point.unit or 0) for point in self.sites[cell]]
         match does:
@@ -87,7 +93,7 @@ class WeightObserver:
 
     @torch.no_grad()
     def read(self, cell: int) -> list[Floats]:
-        """Per measure, [column]: what it reads off the logits of a value vector."""
+        """Compute the measures, [column] each, from the logits of a value vector."""
         ((layer, neuron),) = [(point.layer or 0, point.unit or 0) for point in self.sites[cell]]
         tokens = self.readout.observed_tokens(self.prompts)
         logits = self._logits(layer, neuron)
@@ -109,7 +115,7 @@ class WeightObserver:
 
     @torch.no_grad()
     def listed(self, cell: int) -> list[ListedToken]:
-        """The tokens that are listed of a cell, the one that is raised most first."""
+        """List the tokens that a cell raises, in descending order of logits."""
         if not isinstance(self.does, ValueVectors) or not self.does.top:
             return []
         ((layer, neuron),) = [(point.layer or 0, point.unit or 0) for point in self.sites[cell]]
@@ -124,7 +130,7 @@ class WeightObserver:
         ).tolist()
 
     def _logits(self, layer: int, neuron: int) -> Tensor:
-        """[vocabulary] of a value vector; those of neurons that lie together are made at once."""
+        """Return [vocabulary] of a value vector, computed together with adjacent neurons."""
         first = neuron - neuron % NEURON_BATCH
         return self._block(layer, first)[neuron - first]
 
@@ -134,24 +140,27 @@ class WeightObserver:
 
 
 def get_ov_factors(maps: WeightMaps, layer: int, head: int) -> tuple[Tensor, Tensor]:
-    """([d_model, d_value], [d_value, d_model]), whose product is W_V W_O."""
+    """Return ([d_model, d_value], [d_value, d_model]), whose product is W_V W_O."""
     return maps.value(layer, head), maps.out(layer, head)
 
 
 def get_qk_factors(maps: WeightMaps, layer: int, head: int) -> tuple[Tensor, Tensor]:
-    """([d_model, d_head], [d_head, d_model]), whose product is W_Q W_Kᵀ."""
+    """Return ([d_model, d_head], [d_head, d_model]), whose product is W_Q W_Kᵀ."""
     return maps.query(layer, head), maps.key(layer, head).T
 
 
 def score_composition(
     maps: WeightMaps, how: str, first: tuple[int, int], then: tuple[int, int]
 ) -> float:
-    """How much of what a head writes a later one reads by its queries, keys or values (`how`: q, k,
-    v): ‖AB‖ / (‖A‖ ‖B‖), Frobenius, of the first one's OV and the later one's map. A random pair
-    has about 1/√d_model."""
+    """Measure how much a later head reads of an earlier head's output.
+
+    It reads by its queries, keys or values (`how`: q, k, v). The score is ‖AB‖ / (‖A‖ ‖B‖) with
+    Frobenius norms, for the first head's OV and the later head's map. Random matrices have about
+    1/√d_model.
+    """
     left = get_ov_factors(maps, *first)
     right = get_ov_factors(maps, *then) if how == "v" else get_qk_factors(maps, *then)
-    if how == "k":  # what keys read stands on the other side
+    if how == "k":  # keys read from the other side of QK
         right = right[1].T, right[0].T
     product = _product_norm(left[0], left[1] @ right[0], right[1])
     sizes = _product_norm(left[0], None, left[1]) * _product_norm(right[0], None, right[1])
@@ -159,7 +168,7 @@ def score_composition(
 
 
 def compute_singular_values(pair: tuple[Tensor, Tensor]) -> Tensor:
-    """[width] singular values of a product of a tall and a wide matrix, the largest first."""
+    """Return [width]: singular values of a tall times a wide matrix, in descending order."""
     one, two = (torch.linalg.qr(each.double().cpu())[1] for each in (pair[0], pair[1].T))
     return torch.linalg.svdvals(one @ two.T)
 
@@ -167,9 +176,17 @@ def compute_singular_values(pair: tuple[Tensor, Tensor]) -> Tensor:
 def score_successors(
     maps: WeightMaps, layer: int, head: int, tokens: Tensor
 ) -> tuple[float, float]:
-    """(share, mean rank) of tokens [n] of which the head, reading what the first MLP makes of it,
-    raises the next one most of all that are named (Gould et al. 2023). Of equal ones none is
-    first, and a rank counts half of them."""
+    """Measure how often a head raises the next of ordered tokens most (Gould et al. 2023).
+
+    The head reads the first MLP's output for a token. Tokens of equal logits share no first rank,
+    and count as half a rank each.
+
+    Args:
+        tokens: [n] in order.
+
+    Returns:
+        Share of tokens whose successor ranks first among all given tokens, and its mean rank.
+    """
     read = maps.first_mlp(maps.embedded(tokens[:-1]))
     found = maps.to_logits(read @ maps.value(layer, head) @ maps.out(layer, head)).double().cpu()
     own = found.gather(1, tokens[1:, None])
@@ -180,7 +197,7 @@ def score_successors(
 
 
 def _product_norm(left: Tensor, between: Tensor | None, right: Tensor) -> float:
-    """‖left · between · right‖, of Gram matrices of the inner width."""
+    """Return ‖left · between · right‖, from Gram matrices of the inner width."""
     one, two = left.double(), right.double()
     grams = one.T @ one, two @ two.T
     inner = between.double() if between is not None else torch.eye(len(grams[0]), dtype=one.dtype)

@@ -1,4 +1,4 @@
-"""Effects estimated from gradients of the metric instead of running cells (`using`)."""
+"""Effects estimated by gradients of the metric instead of patched runs (`using`)."""
 
 from __future__ import annotations
 
@@ -49,14 +49,16 @@ from mechdsl.resolve.types import ItemNumber
 
 @dataclass(frozen=True, eq=False)
 class _WrittenVectors:
-    """What rows write at one site of one layer. A spot is a vector of a lane: several rows may
-    write one."""
+    """Vectors that rows write at one site of one layer.
+
+    A spot is a vector of a lane; several rows may write one.
+    """
 
     where: SiteRead
     row: Ints
     """[K]"""
     spot: Tensor
-    """[K] which of the spots."""
+    """[K] index of the spot."""
     values: Tensor
     """[K, width]"""
     lane: Tensor
@@ -73,35 +75,37 @@ class _WrittenVectors:
         spots, spot = np.unique(places, axis=1, return_inverse=True)
         own = (torch.from_numpy(each) for each in (spot.reshape(-1), *spots))
         index, lane, position, unit = own
-        # A clone, as nothing that is made in inference mode may be part of what is differentiated.
+        # A clone, because tensors created in inference mode can't be differentiated.
         return _WrittenVectors(write.where, row, index, write.values.clone(), lane, position, unit)
 
     def some(self, rows: Ints) -> _WrittenVectors:
-        """What some rows write: [row] bool by their numbers; spots stay, with those of others."""
+        """Select the vectors of some rows: [row] bool by number; spots of other rows remain."""
         own = np.flatnonzero(rows[self.row])
         values = self.values[array_to_device(own, self.values.device)]
         spot = self.spot[torch.from_numpy(own)]
         return replace(self, row=self.row[own], spot=spot, values=values)
 
     def added(self, values: Tensor) -> SiteWrite:
-        """[spot, width] is added to what is there."""
+        """Add [spot, width] to the current values."""
         where, places = self.where, (self.lane, self.position, self.unit)
         given = (where.site, where.layer, *places, values)
         return SiteWrite(*given, mode="add", stack=where.stack)
 
     def base(self, read: Tensor, batch: Batch) -> Tensor:
-        """[spot, width]: what is there in the base run."""
+        """Return [spot, width]: the values in the base run."""
         own = batch.of_site(self.where.site, self.where.stack)
         return gather_vectors(read.detach(), own, self.lane, self.position, self.unit)
 
 
 @dataclass(frozen=True, eq=False)
 class _RowLanes:
-    """The lanes that a pass is over: one for each draw of a prompt, also where the base run is the
-    same in all, as what is written may not be."""
+    """Lanes of a pass: one for each draw of a prompt.
+
+    Draws are separate even if the base run is the same in all, because written values may differ.
+    """
 
     used: Ints
-    """[lane] which of the base run's."""
+    """[lane] its lane in the base run."""
     batch: Batch
     prompts: Ints
     """[lane]"""
@@ -119,7 +123,7 @@ class _RowLanes:
 
 
 class GradientEstimates:
-    """Estimates the rows of one experiment on one batch of prompts."""
+    """Estimates for the rows of one experiment on one batch of prompts."""
 
     def __init__(
         self,
@@ -130,7 +134,7 @@ class GradientEstimates:
         lanes_of: RuleReader,
         batch: Ints,
     ) -> None:
-        """lanes_of: what the rules read. batch: the prompts in work."""
+        """Prepare estimates; lanes_of: returns a rule's lanes; batch: the current prompts."""
         said = plan.experiment.spec.estimator
         assert said is not None
         self.plan = plan
@@ -144,8 +148,11 @@ class GradientEstimates:
         self.run: PromptRun = runs.named(plan.experiment.spec.base)
 
     def first(self, prompts: Ints, most: int) -> tuple[Ints, int]:
-        """The first of these prompts, which are differentiated together: of up to so many tokens,
-        one at least; and their tokens."""
+        """Select the first prompts, at least one, that together have up to `most` tokens.
+
+        Returns:
+            These prompts, which are differentiated together, and their number of tokens.
+        """
         lanes = self.runs.lanes(self.run, self.batch)
         tokens = lanes.lengths[lanes.lane(prompts, np.zeros_like(prompts))] * self.plan.draws
         ends = np.cumsum(tokens)
@@ -153,10 +160,13 @@ class GradientEstimates:
         return prompts[:count], int(ends[count - 1])
 
     def of(self, rows: RowTable, base: Sequence[Floats]) -> ReadoutResult:
-        """Per measure, what the base run has with what is estimated on top; of `gradient` the
-        size of the gradient.
+        """Estimate the measures: the base run's value plus the estimated effect.
 
-        rows: all of their prompts that are wanted. base: per measure, [row].
+        The estimator `gradient` gives the size of the gradient instead.
+
+        Args:
+            rows: All requested rows of their prompts.
+            base: Per measure, [row] the base run's value.
         """
         every, wanted = self._with_others(rows)
         draws = self.plan.draws
@@ -186,8 +196,13 @@ class GradientEstimates:
         return _mark_gaps([one + value for one, value in zip(own, values, strict=True)])
 
     def _with_others(self, rows: RowTable) -> tuple[RowTable, Ints]:
-        """Along the line all rows of a prompt at one site move together, also those that are known;
-        and which of them are wanted."""
+        """Add rows that move along the line together: all rows of a prompt at one site.
+
+        Rows with cached values are included.
+
+        Returns:
+            All rows, and the indices of the requested ones.
+        """
         if self.steps is None:
             return rows, np.arange(len(rows))
         sites = cell_sites(self.plan)
@@ -206,7 +221,7 @@ class GradientEstimates:
         lanes: _RowLanes,
         environments: Sequence[ItemNumber],
     ) -> Floats:
-        """[measure, row]: by the gradient at the base run."""
+        """Return [measure, row]: estimates by the gradient at the base run."""
         leaves = [self._zeros(each) for each in written]
         adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
         reading, read = self._pass(adds, lanes, [each.where for each in written])
@@ -225,7 +240,7 @@ class GradientEstimates:
         environments: Sequence[ItemNumber],
         groups: Ints,
     ) -> Floats:
-        """[measure, row]: by the mean gradient along the line, each site by itself."""
+        """Return [measure, row]: estimates by the mean gradient along the line, site by site."""
         assert self.steps is not None
         wheres = [each.where for each in written]
         read = run_full(self.model, lanes.batch, writes=self._noise(lanes), reads=wheres).reads
@@ -251,10 +266,12 @@ class GradientEstimates:
         return torch.zeros(count, width, dtype=dtype, device=self.model.device, requires_grad=True)
 
     def _sums(self, written: _WrittenVectors, base: Tensor, gradient: Tensor, rows: int) -> Floats:
-        """[row]: what is written less what is there, times the gradient, summed over all vectors
-        of a row; of `gradient` the squares of the gradient itself. Of `gradient_attention` what is
-        there times the gradient, where that is positive, summed over the keys that are chosen, and
-        the mean over queries and heads."""
+        """Return [row]: sums over the vectors of a row.
+
+        The summand is the gradient times the change by the write. For `gradient`, it is the squared
+        gradient. For `gradient_attention`, it is the positive part of gradient times current value,
+        summed over the selected keys and averaged over queries and heads.
+        """
         spot = to_device(written.spot, gradient.device)
         if self.name == GRADIENT:
             parts = gradient.double().square().sum(-1)[spot]
@@ -272,8 +289,14 @@ class GradientEstimates:
     def _gradients(
         self, reading: ReadoutInput, leaves: Sequence[Tensor], environments: Sequence[ItemNumber]
     ) -> Iterator[tuple[int, Ints, Sequence[Tensor]]]:
-        """(measure, the rows that it is of, per leaf the gradient of the sum over lanes), of which
-        each lane's metric hangs on the lane alone."""
+        """Yield gradients of each measure.
+
+        Each lane's metric depends on that lane only, so one gradient of the sum over lanes
+        suffices.
+
+        Yields:
+            Measure, its rows, and per leaf the gradient of the sum over lanes.
+        """
         kinds = list(dict.fromkeys(environments))
         last = len(kinds) * len(self.readout.measures)
         for place, kind in enumerate(kinds):
@@ -289,7 +312,7 @@ class GradientEstimates:
     def _pass(
         self, adds: Sequence[SiteWrite], lanes: _RowLanes, reads: Sequence[SiteRead]
     ) -> tuple[ReadoutInput, dict[SiteRead, Tensor]]:
-        """What measures read of the base run with this added; and what is read of sites."""
+        """Run the base run with these additions; returns readout input and values read at sites."""
         readout, run = self.readout, self.run
         points = [(n, atom) for n, (_, atom) in enumerate(readout.atoms) if atom.point is not None]
         compared = [SiteRead(a.point.site, a.point.layer) for _, a in points if a.point is not None]
@@ -334,7 +357,7 @@ class GradientEstimates:
         return reading, found
 
     def _continued(self, number: int, adds: Sequence[SiteWrite], lanes: _RowLanes) -> Tensor:
-        """[lane, token, vocab]: the same with a text of several tokens behind the prompts."""
+        """Return [lane, token, vocab]: logits with a text of several tokens after the prompts."""
         atom = self.readout.atoms[number][1]
         every = self.runs.lanes(self.run, self.batch, atom)
         result = run_full(
@@ -347,20 +370,20 @@ class GradientEstimates:
         return require_logits(result.logits)
 
     def _noise(self, lanes: _RowLanes) -> list[SiteWrite]:
-        """The noise of a corrupted base run."""
+        """Build the noise of a corrupted base run."""
         table, seed = self.runs.table, self.runs.seed
         return build_noise_writes(self.model, self.run.noise, lanes.prompts, table.row_keys, seed)
 
 
 def _select_keys(edge: EdgeWrite, width: int) -> SiteWrite:
-    """Vectors over keys: 1 at those of an edge, 0 elsewhere."""
+    """Build vectors over keys: 1 at the keys of an edge, else 0."""
     values = torch.zeros(len(edge.rows), width, dtype=torch.float64)
     values[edge.entries, edge.keys] = 1
     return SiteWrite("pattern", edge.layer, edge.rows, edge.queries, edge.heads, values)
 
 
 def _compute_gradients(total: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> Sequence[Tensor]:
-    """Per leaf, its gradient; zeros where nothing hangs on it. keep: more is differentiated."""
+    """Return the gradient per leaf, zeros without a dependency; keep: further calls follow."""
     if not total.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     with catch_autograd_errors():
@@ -370,12 +393,12 @@ def _compute_gradients(total: Tensor, leaves: Sequence[Tensor], *, keep: bool) -
 
 
 class AutogradFailed(Exception):
-    """Autograd can't follow what a model does; the text is what it says."""
+    """Autograd can't differentiate the model's code; the text is autograd's message."""
 
 
 @contextmanager
 def catch_autograd_errors() -> Generator[None]:
-    """Of what is raised inside, that which autograd says of the model's own code."""
+    """Convert autograd's errors about the model's code to `AutogradFailed`."""
     try:
         yield
     except RuntimeError as error:
@@ -394,7 +417,7 @@ def _iter_places(rows: RowTable) -> Iterator[tuple[int, int, int]]:
 
 
 def _mark_gaps(values: list[Floats]) -> ReadoutResult:
-    """Values without those that are no numbers."""
+    """Mark undefined values as gaps."""
     gaps: dict[int, ValueGap] = {}
     for number, own in enumerate(values):
         rows = np.flatnonzero(~np.isfinite(own))

@@ -1,10 +1,11 @@
-"""Patched rows of any cells and experiments in one pass, path patching included.
+"""Patched rows of any cells and experiments in one pass, including path patching.
 
-Path patching: the sender's change runs along the residual stream, past sublayers that return their
-output on the base run. One such row serves all receivers of a sender: the input of each receiver
-is recorded, and written in separate rows in which everything is recomputed. If the end of the
-model is a receiver next to others, the sender's change in the stream after the last block is added
-there: the edges to all receivers are patched, and every other edge carries its node's own output.
+Path patching: the sender's change propagates along the residual stream; all other sublayers return
+their output on the base run. One such row serves all receivers of a sender: the input of each
+receiver is recorded, then written in separate rows in which everything is recomputed. If the end of
+the model is one of several receivers, the sender's change in the stream after the last block is
+added there: the edges to all receivers are patched, and every other edge carries the output of its
+node.
 
 References:
     Wang et al. 2022 (arXiv 2211.00593), Goldowsky-Dill et al. 2023 (arXiv 2304.05969).
@@ -95,7 +96,7 @@ from mechdsl.vocab.sites import SITES
 
 @dataclass(frozen=True, eq=False)
 class PassRows:
-    """What runs in one pass; each distinct row once per draw of noise, draws side by side."""
+    """Distinct rows of one pass, each repeated for every noise draw; draws are adjacent."""
 
     run: PromptRun
     batch: Ints
@@ -104,11 +105,11 @@ class PassRows:
     acting: RuleWrites = field(default_factory=RuleWrites)
     held: HeldSublayers | None = None
     beside: RuleWrites = field(default_factory=RuleWrites)
-    """Of held rows, the rules beside their path: what is held is what these leave."""
+    """For held rows, the rules outside their path, which act before sublayers are held."""
     whole: bool = False
-    """Nothing of an unpatched run stands in them."""
+    """Whether the rows share no activations with an unpatched run."""
     later: GenerationRules = field(default_factory=GenerationRules)
-    """What acts while they write."""
+    """Rules that act during generation."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -119,7 +120,7 @@ class PassRows:
         return any(write.site == "logits" for write in self.acting.writes)
 
     def joined(self, part: PassRows, at: Ints) -> PassRows:
-        """With what a part's rows write, which are the rows `at`."""
+        """Add the writes of a member, whose rows are the rows `at`."""
         where = torch.from_numpy(at)
         held = self.held
         if part.held is not None:
@@ -144,26 +145,26 @@ class PassRows:
 
 @dataclass(frozen=True, eq=False)
 class PassReads:
-    """The places that one member reads."""
+    """Positions that one member reads."""
 
     final: RowPositions
-    """Behind the last block: rows of the pass and positions."""
+    """After the last block: rows of the pass and positions."""
     spots_per_row: int
-    """The first places of `final`, row by row; all others are those of a loss."""
+    """Spots per row; they come first in `final`, row by row, followed by positions of a loss."""
     inside: Mapping[int, tuple[SiteRead, RowPositions]]
-    """Atom → the site of a `cosine` and where it is read."""
+    """Atom → the site of a `cosine` and the positions to read."""
     count: int
-    """Rows of the member."""
+    """Number of rows of the member."""
     look: RowObserver | None = None
-    """What it observes."""
+    """Reader of observed values."""
 
     @property
     def needs_pass(self) -> bool:
-        """Whether it reads anything of a pass over prompts."""
+        """Whether anything must be read from a pass over prompts."""
         return bool(len(self.final[0]) or self.inside or self.look is not None)
 
     def spots(self, logits: Tensor) -> Tensor | None:
-        """[row, spot, vocab]"""
+        """Return [row, spot, vocab]: the logits at the spots."""
         if not self.spots_per_row:
             return None
         spots = logits[: self.count * self.spots_per_row]
@@ -178,7 +179,7 @@ class PassReads:
         lanes: UnpatchedBatch,
         run: PromptRun,
     ) -> Tensor | None:
-        """[row] the loss over all positions."""
+        """Return [row]: the loss over all positions."""
         if readout.loss is None:
             return None
         lane = lanes.lane(member.rows.prompt, draw[member.at])
@@ -194,7 +195,7 @@ class PassReads:
 def plan_reads(
     readout: Readout, member: PassMember, run: PromptRun, lengths: Ints, look: RowObserver | None
 ) -> PassReads:
-    """What a readout reads of a member's rows; lengths: [row of the pass]."""
+    """Plan the reads of a readout in a member's rows; lengths: [row of the pass]."""
     own = lengths[member.at]
     columns = [find_positions(spot, run.name, member.rows.prompt, own) for spot in readout.spots]
     rows: list[Ints] = []
@@ -217,14 +218,18 @@ def plan_reads(
 
 
 def repeat_draws(member: PassMember, draws: int) -> PassMember:
-    """Every row once per draw."""
+    """Repeat every row once per draw."""
     index = np.repeat(np.arange(len(member.at)), draws)
     at = member.at[index] * draws + np.tile(np.arange(draws), len(member.at))
     return PassMember(member.number, member.rows.take(index), at)
 
 
 def arrange_by_row(places: RowPositions, rows: int, lengths: Ints) -> tuple[Ints, Ints]:
-    """([place] its slot, [row, slot] position): places listed by row, free slots read anywhere."""
+    """Arrange positions by row; unused slots read the last position.
+
+    Returns:
+        [place] slot of each position, and [row, slot] positions.
+    """
     order = np.argsort(places[0], kind="stable")
     counts = np.bincount(places[0], minlength=rows)
     slots = np.empty(len(order), dtype=np.int64)
@@ -235,13 +240,15 @@ def arrange_by_row(places: RowPositions, rows: int, lengths: Ints) -> tuple[Ints
 
 
 SenderPass = Callable[[RowTable, Ints, Mapping[SiteRead, RowPositions]], Mapping[SiteRead, Tensor]]
-"""Runs rows (with their draws) of which the senders are patched and the rest is held, or in which
-nothing of the path is done; gives what is read, [places of that site, units, width]."""
+"""Pass that yields receiver inputs: with senders patched and all else held, or without the path.
+
+Takes rows and their noise draws, and returns the values read: [place, units, width] per site.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class _ReceiverVectors:
-    """Every vector that receivers are to get, as parallel columns."""
+    """All vectors that receivers get, as parallel columns."""
 
     row: Ints
     token: Ints
@@ -250,7 +257,7 @@ class _ReceiverVectors:
 
 
 def hold_rows(plan: RulePlan, count: int) -> HeldSublayers:
-    """So many rows of a path rule, held."""
+    """Hold `count` rows of a path rule."""
     assert plan.paths is not None
     paths = plan.paths
     return HeldSublayers(
@@ -270,12 +277,20 @@ def compute_receiver_writes(
     shape: ModelShape,
     ends: Ints | None = None,
 ) -> tuple[list[SiteWrite], list[SiteWrite]]:
-    """What receivers of these rows read behind their patched senders, to be written there: what
-    comes by before rules write there, as these act on it again. And what is added behind the last
-    block, where all other rules have acted.
+    """Compute the inputs of receivers downstream of patched senders.
 
-    run, base: with the senders patched and all else held; without the path. ends: [row] the first
-    position that the pass doesn't have; None where it has all.
+    Recorded inputs precede other rules' writes, which act on them again. The gain after the last
+    block is added when all other rules have acted.
+
+    Args:
+        plan: The plan of its path rule.
+        draws: [row] noise draw.
+        run: Runs rows with the senders patched and all else held.
+        base: Runs rows without the path.
+        ends: [row] first position after the end of the pass; None if positions needn't be checked.
+
+    Returns:
+        Writes to the receivers, and what is added after the last block.
     """
     assert plan.paths is not None
     at = plan.written_runs(rows)
@@ -298,7 +313,7 @@ def compute_receiver_writes(
     behind, gaining = SiteRead("resid_post", shape.n_layers - 1), last
     if len(last):
         reads[behind], gaining = _distinct_places(wanted, last, sender)
-    if not reads:  # the pass ends before all of them
+    if not reads:  # all receivers are after the end of the pass
         return [], []
     found = run(rows.take(first), draws[first], reads)
     writes: list[SiteWrite] = []
@@ -323,8 +338,11 @@ def compute_receiver_writes(
 def _distinct_places(
     wanted: _ReceiverVectors, own: Ints, sender: Ints
 ) -> tuple[RowPositions, Ints]:
-    """The rows of senders, and tokens of these, that some of what is wanted is read at; which of
-    these places each is."""
+    """Find the distinct positions that a subset of receiver vectors is read at.
+
+    Returns:
+        (row of the sender, token) of each distinct position, and each vector's index into them.
+    """
     seen = np.stack([sender[wanted.row[own]], wanted.token[own]])
     distinct, inverse = np.unique(seen, axis=1, return_inverse=True)
     return (distinct[0], distinct[1]), inverse.reshape(-1)
@@ -342,7 +360,7 @@ def _list_receiver_vectors(
     return _ReceiverVectors(row[index], token[index], point)
 
 
-# --- whole passes ---------------------------------------------------------------------------------
+# --- full passes ----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -355,12 +373,19 @@ def hold_sublayers(
     noise: Sequence[SiteWrite],
     beside: RuleWrites,
 ) -> Generator[list[SiteWrite]]:
-    """What holds every head and MLP of held rows at the base run, in a whole pass; meanwhile their
-    norms are held too where that is asked.
+    """Hold heads and MLPs of held rows at the base run in a full pass, and norms if requested.
 
-    acting: what is written behind it. noise: that of the base run. beside: the other rules, which
-    act on the base run too. What is held is what comes by before these write there: they act on it
-    again, in their order.
+    Held values precede the writes of rules, which act on them again in their order.
+
+    Args:
+        norms: Its norms, which are frozen for held rows while the context is open.
+        held: Which rows, MLPs and norms are held.
+        acting: Writes of all rules.
+        noise: Writes of the base run's noise.
+        beside: Writes of rules outside the path, which also act on the base run.
+
+    Yields:
+        Writes that hold the sublayers.
     """
     shape, rows = model.shape, np.flatnonzero(held.rows)
     without_mlps = np.flatnonzero(held.rows & held.mlps)
@@ -377,7 +402,7 @@ def hold_sublayers(
             wanted.append((SiteRead(mlp, layer, before=True), without_mlps))
     wanted = [(read, own) for read, own in wanted if len(own)]
     frozen = bool(held.norms.any())
-    # Norms may stand behind the last one of the stream: then nothing stops before them.
+    # Norms may follow the last one of the stream: then the pass can't stop early.
     stop = None if frozen else shape.n_layers
     beside = beside.below(shape.n_layers + int(frozen), shape.n_layers)
     last = None if has_single_output(model) else (batch.lengths - 1)[:, None]
@@ -402,7 +427,7 @@ def hold_sublayers(
 def _write_all_tokens(
     read: Tensor, site: str, layer: int | None, rows: Ints, batch: Batch, lengths: Ints
 ) -> SiteWrite:
-    """What was read of these rows, at all tokens and units."""
+    """Write the values read of these rows at all tokens and units."""
     count = read.shape[2]
     index, within = count_columns(lengths[rows] * count)
     where = torch.from_numpy(rows[index]), torch.from_numpy(within // count)
@@ -413,7 +438,7 @@ def _write_all_tokens(
 
 
 class Patcher:
-    """Runs patched rows of a panel's experiments."""
+    """Runner for the patched rows of a panel's experiments."""
 
     def __init__(
         self,
@@ -424,12 +449,12 @@ class Patcher:
         runs: UnpatchedRuns,
         skip: Sequence[Collection[int]],
     ) -> None:
-        """skip: per plan, the numbers of the measures that aren't read."""
+        """Prepare patched runs; skip: per plan, the numbers of measures to leave out."""
         self.plan = plan
         self.skip = skip
         self.plans = plans
         self.prefilled = [select_prefill_rules(each) for each in plans]
-        """With the rules that act on the prompts alone."""
+        """Plans restricted to rules that act on the prompts."""
         self.readouts = readouts
         self.means_and_donors = means_and_donors
         self.runs = runs
@@ -444,10 +469,16 @@ class Patcher:
         batch: Ints,
         replies: Sequence[tuple[Reply, ...]] = (),
     ) -> Iterator[tuple[PassMember, ReadoutResult]]:
-        """One pass over the chosen distinct rows, which all start from `run`.
+        """Run one pass over the chosen distinct rows, which all start from `run`.
 
-        batch: the prompts in work. replies: of each row, those of `written`; none where nothing is
-        written. Gives what is read of the rows of each member.
+        Args:
+            chosen: Indices of the rows to run.
+            members: Members of the pass, whose rows are read.
+            run: The run that the rows start from.
+            replies: Per row, the replies from `written`; empty if no text is generated.
+
+        Yields:
+            Each member with the readout of its rows.
         """
         draws = self.plans[int(shared.owner[chosen[0]])].draws
         rows = _start_pass(shared, chosen, run, batch, draws)
@@ -495,7 +526,7 @@ class Patcher:
     def written(
         self, shared: SharedRows, chosen: Ints, run: PromptRun, batch: Ints
     ) -> list[tuple[Reply, ...]]:
-        """Per chosen distinct row and draw of noise, what it writes: a text for each sample."""
+        """Generate text; returns, per chosen row and noise draw, one reply for each sample."""
         writer = self.runs.writer
         assert writer is not None
         draws = self.plans[int(shared.owner[chosen[0]])].draws
@@ -518,7 +549,7 @@ class Patcher:
         )
 
     def _contents(self, shared: SharedRows, chosen: Ints) -> list[bytes] | None:
-        """Per distinct row, what its reply hangs on; None where that can't be said of all."""
+        """Return, per distinct row, the key of its reply; None if some row has no such key."""
         kept = None if self.runs.writer is None else self.runs.writer.kept
         if kept is None:
             return None
@@ -541,8 +572,11 @@ class Patcher:
         batch: Ints,
         reads: Sequence[SiteRead],
     ) -> Mapping[SiteRead, Tensor]:
-        """[place, units, width] of these sites in this order, on all tokens of the chosen distinct
-        rows, in a whole pass of their own."""
+        """Read sites on all tokens of the chosen distinct rows, in a separate full pass.
+
+        Returns:
+            [place, units, width] per site, in the order of `reads`.
+        """
         draws = self.plans[int(shared.owner[chosen[0]])].draws
         rows = self._pass_rows(shared, chosen, run, batch, draws)
         lanes = self.runs.lanes(run, batch)
@@ -555,7 +589,7 @@ class Patcher:
         return {read: found[read] for read in reads}
 
     def _look(self, member: PassMember) -> RowObserver | None:
-        """What an `observe` line of the member's experiment looks at."""
+        """Build the reader of the member's `observe` line, unless it reads reply tokens."""
         rule = self.plans[member.number].observes
         if rule is not None and reads_reply_tokens(rule.rule):
             return None
@@ -582,7 +616,7 @@ class Patcher:
         batch: Ints,
         text: Continuation | None = None,
     ) -> PassRows:
-        """The rows of one experiment with what they write, in a pass with this text behind them."""
+        """Build the rows of one experiment and their writes, for a pass with this continuation."""
         plan, shape = self.plans[number], self.model.shape
         path = plan.path
         own = PassRows(run, batch, rows.prompt, draw, whole=plan.whole)
@@ -625,7 +659,7 @@ class Patcher:
         rows: RowTable,
         text: Continuation | None,
     ) -> PassRows:
-        """Rows of a path, in which its senders are patched and all else is held."""
+        """Build path rows, in which the senders are patched and everything else is held."""
         given = (number, rows, own.draw, own.run, own.batch, text)
         beside = RuleWrites() if not own.whole else self._acting(*given, senders=False)
         held = hold_rows(path, len(rows))
@@ -642,8 +676,16 @@ class Patcher:
         *,
         senders: bool = True,
     ) -> RuleWrites:
-        """What the rules of one experiment do to rows of it, behind those of the run that they
-        start from; senders: of paths too."""
+        """Build the writes of one experiment's rules, after those of the run that rows start from.
+
+        Args:
+            number: Number of the experiment.
+            rows: Its rows.
+            draw: [row] noise draw.
+            run: The run that the rows start from.
+            text: Continuation of the prompts.
+            senders: Whether to include senders of paths.
+        """
         plan, shape = self.prefilled[number], self.model.shape
         given = (self.lanes_of(number, batch, text), self.means_and_donors[number], shape)
         own = build_rule_writes(plan, rows, draw, *given, text, senders=senders)
@@ -654,13 +696,13 @@ class Patcher:
     def _later(
         self, number: int, rows: RowTable, draw: Ints, run: PromptRun, batch: Ints
     ) -> GenerationRules:
-        """What the rules of one experiment do to rows of it while these write."""
+        """Build the rules of one experiment that act during generation."""
         lanes_of, shape = self.lanes_of(number, batch, None), self.model.shape
         given = (lanes_of, self.means_and_donors[number], shape)
         return build_generation_rules(self.plans[number], rows, draw, *given)
 
     def lanes_of(self, number: int, batch: Ints, text: Continuation | None) -> RuleReader:
-        """What the rules of one experiment read."""
+        """Return a reader of the lanes that the rules of one experiment read."""
         means_and_donors = self.means_and_donors[number]
 
         def lanes_of(rule: RulePlan) -> UnpatchedBatch:
@@ -675,8 +717,10 @@ class Patcher:
         return lanes_of
 
     def _atom(self, number: int, text: Continuation | None) -> MetricTerm | None:
-        """The metric whose text stands behind what an experiment reads: what rules write into the
-        prompts is there without it."""
+        """Return the metric whose text follows the prompts that rules read.
+
+        None if no rule of the experiment acts on that text: prompt tokens don't depend on it.
+        """
         return text.atom if text is not None and self.plans[number].behind else None
 
     def _forward(
@@ -686,8 +730,12 @@ class Patcher:
         readouts: Sequence[Readout],
         wanted: Sequence[PassReads],
     ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[ObservedValues | None], Tensor | None]:
-        """Per member the logits at the places it wants, its activations, and what it observes; and
-        which tokens."""
+        """Run the pass.
+
+        Returns:
+            Per member: logits at its positions, activations by atom, and observed values; then the
+            tokens that the logits are restricted to.
+        """
         final = (
             np.concatenate([want.final[0] for want in wanted]),
             np.concatenate([want.final[1] for want in wanted]),
@@ -707,7 +755,7 @@ class Patcher:
                 looks[-1][place] = len(own)
                 own.append(where)
         ends = np.cumsum([len(want.final[0]) for want in wanted])[:-1].tolist()
-        if not len(final[0]) and not inside:  # texts of several tokens have passes of their own
+        if not len(final[0]) and not inside:  # texts of several tokens have separate passes
             none = torch.zeros(0)
             return [none] * len(wanted), [{} for _ in wanted], [None] * len(wanted), None
         tokens = self.runs.tokens(readouts, rows.batch)
@@ -748,7 +796,11 @@ class Patcher:
         reads: Mapping[SiteRead, RowPositions],
         tokens: Tensor | None,
     ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
-        """([place, vocab], [place, units, width] per site), on what was kept or in whole passes."""
+        """Run on stored activations if possible, else in a full pass.
+
+        Returns:
+            [place, vocab] logits, and [place, units, width] per site.
+        """
         lane = lanes.lane(rows.prompts, rows.draw)
         if lanes.kept is not None and not rows.whole:
             result = run_packed(
@@ -823,7 +875,7 @@ class Patcher:
     def _continued(
         self, rows: PassRows, member: PassMember, readout: Readout, number: int
     ) -> Tensor:
-        """[row, token, vocab]: a pass of the same rows with a text of several tokens behind."""
+        """Return [row, token, vocab]: logits of the same rows with a text of several tokens."""
         atom = readout.atoms[number][1]
         lanes = self.runs.lanes(rows.run, rows.batch, atom)
         draw = rows.draw[member.at]
@@ -841,14 +893,16 @@ class Patcher:
 def _start_pass(
     shared: SharedRows, chosen: Ints, run: PromptRun, batch: Ints, draws: int
 ) -> PassRows:
-    """Distinct rows of a pass, before it is known what acts in them."""
+    """Create the distinct rows of a pass, before their writes are known."""
     prompts = np.repeat(shared.rows.prompt[chosen], draws)
     return PassRows(run, batch, prompts, np.tile(np.arange(draws), len(chosen)))
 
 
 def locate_in_run(runs: UnpatchedRuns, readout: Readout, unusable: UnusableRow) -> UnusableRow:
-    """With the place in an unpatched run, or in one that a metric compares it with: found by one
-    more pass over the row."""
+    """Locate an unusable value in an unpatched run, or in a run that a metric compares it with.
+
+    Runs one more pass over the row.
+    """
     prompt = unusable.row
     named = [unusable.run, *(a.run for _, a in readout.atoms if a.run is not None)]
     for name in dict.fromkeys(named):
@@ -869,7 +923,7 @@ def locate_in_cell(
     batch: Ints,
     unusable: UnusableRow,
 ) -> UnusableRow:
-    """With the place in a patched run, found by one more pass over the row `row` of `shared`."""
+    """Locate an unusable value in a patched run, by one more pass over row `row` of `shared`."""
     chosen = np.array([row], dtype=np.int64)
     reads = patcher.everything(shared, chosen, run, batch, list_stream_reads(patcher.model))
     place = _describe_first(reads) or _describe_later_site(patcher.runs)
@@ -877,12 +931,12 @@ def locate_in_cell(
 
 
 def _describe_later_site(runs: UnpatchedRuns) -> str:
-    """Where it is, if no site of the prompt has it."""
+    """Describe the location of an unusable value that no site of the prompt shows."""
     return "behind the last block" if runs.writer is None else "while it writes"
 
 
 def list_stream_reads(model: LoadedModel) -> list[SiteRead]:
-    """What a model's main stack adds up and hands on, in the order of a forward pass."""
+    """List the sites of a model's residual stream and its summands, in forward order."""
     whole = [s for _, s in SITES.items() if s.width == "d_model" and s.unit is None]
     inside = sorted((s for s in whole if s.has_layer), key=lambda site: site.order)
     layers = {site.name: model.anatomy.layers(site.name) for site in inside}
@@ -898,8 +952,7 @@ def list_stream_reads(model: LoadedModel) -> list[SiteRead]:
 
 
 def _describe_first(reads: Mapping[SiteRead, Tensor]) -> str:
-    """The first site, in the order of the mapping, with a number that is none; empty where there
-    is no such site."""
+    """Describe the first site, in the order of `reads`, with a NaN or infinity; empty if none."""
     for read, found in reads.items():
         if not bool(found.isfinite().all()):
             of = "" if read.layer is None else f" of layer {read.layer}"

@@ -1,7 +1,7 @@
-"""Vectors that rules write besides those of the source run.
+"""Inputs of rules besides the source run: means, donors and functions of whole cells.
 
-Means are averaged, donors drawn, and functions of whole cells called before any cell is run. The
-runs that a file derives with rules (`run healed { … }`) are built from them.
+Means are averaged, donors are drawn, and functions of whole cells are called before any cell runs.
+Derived runs, which a file defines with rules (`run healed { … }`), also need these inputs.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from mechdsl.resolve.types import ExternalRun, SiteLayer
 from mechdsl.vocab.sites import SITES
 
 MAX_MEMORY_BYTES = 1 << 28
-"""Bytes of the vectors of one rule that are held in memory; more lie in a temporary file."""
+"""Largest size of one rule's vectors held in memory; larger ones use a temporary file."""
 
 
 class CellFunctionFailed(Exception):
-    """A function gave nothing that can be written, for a cell."""
+    """Failure of a function to give writable vectors for a cell."""
 
     def __init__(self, failure: PythonFailure, cell: WholeCell) -> None:
         super().__init__(str(failure))
@@ -52,13 +52,13 @@ class CellFunctionFailed(Exception):
 
 @dataclass(frozen=True, eq=False)
 class _CellBlock:
-    """The vectors of one cell in one layer, for one draw of noise."""
+    """Vectors of one cell at one site, for one noise draw."""
 
     cell: int
     """Index into `WholeCells.cells`."""
     place: SiteLayer
     units: Ints
-    """Ascending: the heads or neurons that are written; 0 for whole vectors."""
+    """Heads or neurons that are written, ascending; 0 for whole vectors."""
     draw: int
     shape: tuple[int, int, int, int]
     """Rows, positions, units, width."""
@@ -75,10 +75,19 @@ def compute_cell_vectors(
     batches: Sequence[Ints],
     readout: Readout,
 ) -> dict[tuple[int, int | None], CellVectors]:
-    """By number of the rule, and of the metric whose text stands behind the prompts (None for the
-    prompts alone; others are of rules that act on such text). CellFailed where a function fails.
+    """Compute the vectors of rules whose function reads all rows of a cell.
 
-    batches: of prompts. readout: what it has behind the prompts.
+    Args:
+        cells: By number of the rule, the cells.
+        batches: Batches of prompts.
+        readout: Readout whose continuations are run too, for rules that act on such text.
+
+    Returns:
+        Vectors by number of the rule and of the metric whose text follows the prompts (None for
+        the prompts alone).
+
+    Raises:
+        CellFunctionFailed: A function fails.
     """
     found: dict[tuple[int, int | None], CellVectors] = {}
     for number, own in cells.items():
@@ -119,7 +128,7 @@ def _compute_rule_vectors(
             runs.forget()
     for block, view, mask in zip(blocks, views, there, strict=True):
         rows = torch.from_numpy(np.flatnonzero(mask.any(axis=1)))
-        if not len(rows):  # none of them goes as far in this pass
+        if not len(rows):  # this pass ends before the position in all rows
             continue
         given = view[rows].flatten(2)
         try:
@@ -137,7 +146,7 @@ def _compute_rule_vectors(
 def _list_blocks(
     rule: RulePlan, cells: WholeCells, shape: ModelShape, draws: int, longest: int
 ) -> Iterator[_CellBlock]:
-    """What the function is called with, in the order of the calls."""
+    """List the blocks that the function is called with, in the order of the calls."""
     unit_of = point_units(rule.source_table)
     for index, cell in enumerate(cells.cells):
         _, points = rule.points.expand(np.array([cell.site]))
@@ -156,13 +165,13 @@ def _list_blocks(
 
 
 def _allocate(size: int, dtype: torch.dtype) -> Tensor:
-    """[size]: in memory, or in a file that is gone when nobody holds it any more."""
+    """Allocate [size] in memory, or in a file that is deleted with its last reference."""
     kind = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
     count = size * kind.itemsize
     if count <= MAX_MEMORY_BYTES:
         return torch.empty(size, dtype=dtype)
     with TemporaryFile() as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and no crash later
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here instead of a later crash
             os.posix_fallocate(file.fileno(), 0, count)
         mapped: NDArray[Any] = np.memmap(file, dtype=kind, mode="r+", shape=(size,))
         return torch.from_numpy(mapped)
@@ -177,9 +186,13 @@ def _fill_block(
     view: Tensor,
     there: Bools,
 ) -> None:
-    """Put the vectors of these prompts into a block, and note which there are.
+    """Copy the vectors of these prompts into a block, and mark the present ones in `there`.
 
-    ends: [prompt] the first position that isn't there
+    Args:
+        lanes: Lanes of the prompts.
+        ends: [prompt] first position after the end of the pass.
+        view: [row, position, unit, width] the block's vectors.
+        there: [row, position] whether a vector is present.
     """
     own = np.flatnonzero(np.isin(cell.prompts, lanes.prompts))
     index, token = rule.read.tokens.expand(cell.runs[own])
@@ -195,7 +208,7 @@ def _fill_block(
     columns = lanes.batch.columns(at, torch.from_numpy(token))
     vectors = read[indices_to_device((at, columns), read.device)].to(view)
     vectors = vectors[:, torch.from_numpy(block.units)]
-    if SITES[block.place[0]].width == "key":  # a prompt's own keys; the rest stays NaN
+    if SITES[block.place[0]].width == "key":  # keys after the prompt's end stay NaN
         vectors = vectors[..., : view.shape[-1]]
         keys = torch.arange(vectors.shape[-1])
         behind = keys >= torch.from_numpy(ends[prompt])[:, None, None]
@@ -208,7 +221,7 @@ def _fill_block(
 def choose_donors(
     plan: ExperimentPlan, table: PromptTable, seed: int, kept: Ints
 ) -> dict[int, Ints]:
-    """What `MeansAndDonors` has; of the experiment's own block, a permutation of the kept rows."""
+    """Choose the rows of `RuleInputs.donors`; within one prompt set, by permuting the kept rows."""
     found: dict[int, Ints] = {}
     for rule in plan.rules:
         if rule.rule.does.reads == "donor":
@@ -225,8 +238,10 @@ def choose_donors(
 def _choose_external_donors(
     table: PromptTable, base: PromptRun, apart: ExternalRun, seed: int
 ) -> Ints:
-    """[prompt] a row of another block, drawn by the content of the row; of other text as far as
-    there is one."""
+    """Return [prompt]: a row of a different prompt set, drawn by the prompt's content.
+
+    Rows with other text than the prompt are preferred.
+    """
     keys, run = apart.table.row_keys, apart.table.runs[apart.run]
     order = sorted(range(len(keys)), key=lambda row: (stable_hash(seed, "donor", keys[row]), row))
     found = np.empty(len(table), dtype=np.int64)
@@ -241,9 +256,14 @@ def _choose_external_donors(
 def compute_means(
     plan: ExperimentPlan, runs: UnpatchedRuns, batches: Sequence[Ints], readout: Readout
 ) -> tuple[dict[int, RuleMeans], dict[int, dict[int, RuleMeans]]]:
-    """What `MeansAndDonors` has: averages over the kept rows, streamed by batches of prompts.
+    """Compute the means of `RuleInputs` over the kept rows, in batches of prompts.
 
-    readout: what it has behind the prompts matters where rules act on it.
+    Args:
+        batches: Batches of prompts.
+        readout: Readout whose continuations matter if rules act on them.
+
+    Returns:
+        `RuleInputs.means` and `RuleInputs.behind`.
     """
     averaging = {n: rule for n, rule in enumerate(plan.rules) if rule.rule.does.reads == "mean"}
     means = {
@@ -261,11 +281,13 @@ def compute_means(
 
 
 def _permute_rows(kept: Ints, keys: Sequence[int], seed: int) -> Ints:
-    """A seeded permutation of the kept rows without a fixed point; a donor is of other content as
-    far as there are enough of these.
+    """Return a seeded permutation of the kept rows without a fixed point.
 
-    keys: [prompt], which the order hangs on. Equal rows stand side by side in it, so that a step
-    over as many as the commonest has leads out of each.
+    A donor has different content, unless one content makes up more than half of the rows.
+
+    Args:
+        keys: [prompt] content key, which determines the order. Rows of equal content are adjacent
+            in it, so that a shift by the size of the largest group leaves every group.
     """
     drawn = {key: stable_hash(seed, "donor", key) for key in {keys[row] for row in kept.tolist()}}
     order = np.array(sorted(kept.tolist(), key=lambda row: drawn[keys[row]]), dtype=np.int64)
@@ -278,7 +300,7 @@ def _permute_rows(kept: Ints, keys: Sequence[int], seed: int) -> Ints:
 def _compute_rule_means(
     rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints], text: Continuation | None
 ) -> RuleMeans:
-    """Mean activations over all kept rows, streamed by batches of prompts."""
+    """Average activations over all kept rows, in batches of prompts."""
     names = rule.rule.groups or ("",) * len(runs.table)
     codes = np.unique(names, return_inverse=True)[1].astype(np.int64)
     tokens = rule.averaged.tokens
@@ -330,10 +352,15 @@ def _add_to_sums(
     counts: Tensor,
     ends: Ints | None,
 ) -> None:
-    """Add these prompts' activations to the sums of a `mean` ablation.
+    """Add activations of these prompts to the sums of a `mean` ablation.
 
-    sums: [position, group, token, unit, width] per place; counts: [position, group, token] how many
-    were added; ends: [lane] the first position that isn't there, None where all are.
+    Args:
+        lanes: Their lanes.
+        groups: [prompt] group.
+        sums: [position, group, token, unit, width] per site.
+        counts: [position, group, token] number of summands.
+        ends: [lane] first position after the end of the pass; None if positions needn't be
+            checked.
     """
     positions = np.repeat(np.arange(len(plan.sources)), len(prompts))
     prompt = np.tile(prompts, len(plan.sources))
@@ -354,13 +381,13 @@ def _add_to_sums(
             at = torch.from_numpy(lane[row])
             places = at, lanes.batch.columns(at, torch.from_numpy(token))
             vectors = read[indices_to_device(places, read.device)]
-            vectors = vectors[..., : total.shape[-1]]  # those over keys may be padded
+            vectors = vectors[..., : total.shape[-1]]  # vectors over keys may be padded
             total.index_put_(added, vectors.to(total), accumulate=True)
         counts.index_put_(added, torch.ones(len(slot), dtype=counts.dtype), accumulate=True)
 
 
 def report_cell_failure(failed: CellFunctionFailed, plan: ExperimentPlan) -> Diagnostic:
-    """E0223 of a function that was given all rows of a cell."""
+    """Report E0223 for a function that was given all rows of a cell."""
     rows = 0 if isinstance(failed.failure, PythonNotLoaded) else len(failed.cell.runs)
     words = describe_cell(plan, failed.cell.cell)
     seen = UnusableRow(int(failed.cell.prompts[0]), plan.experiment.spec.base, words)
@@ -370,17 +397,17 @@ def report_cell_failure(failed: CellFunctionFailed, plan: ExperimentPlan) -> Dia
 
 @dataclass(frozen=True, eq=False)
 class DerivedRuns:
-    """The runs with rules of one panel; each may read those before it."""
+    """Runs that one panel derives with rules; each may read preceding ones."""
 
     plans: Mapping[str, ExperimentPlan]
     runs: UnpatchedRuns
     donors: Mapping[str, Mapping[int, Ints]]
-    """By name and number of the rule, [prompt] the row that replaces it, for `resample`."""
+    """By run and number of the rule, [prompt] the row that replaces the prompt, for `resample`."""
     cells: Mapping[str, Mapping[int, WholeCells]]
-    """By name and number of the rule, the rows that a function is given at once."""
+    """By run and number of the rule, the rows that a function is given at once."""
     directions: Mapping[str, FittedDirections]
     batches: Sequence[Ints]
-    """Prompts that means are of."""
+    """Batches of the prompts that means average over."""
     _written: dict[str, RuleInputs] = field(default_factory=dict[str, RuleInputs])
 
     @staticmethod
@@ -390,10 +417,16 @@ class DerivedRuns:
         batches: Sequence[Ints],
         fits: DirectionFits,
     ) -> tuple[DerivedRuns, list[Diagnostic]]:
-        """The runs, which can be read from then on; and why one can't be made: E0223 for a function
-        that fails, E0641 for a direction that is nothing.
+        """Define the derived runs, which can be read afterwards.
 
-        batches: of the rows that means and donors are of, and that functions are given.
+        Args:
+            plans: The plan of each run.
+            runs: The unpatched runs, which get the rules.
+            batches: Rows used for means, donors and functions of whole cells.
+            fits: Fits of directions.
+
+        Returns:
+            The runs, and the problems: E0223 for a function that fails, E0641 for a zero direction.
         """
         kept = np.concatenate([np.arange(0), *batches])
         directions = {name: fits.of(plan) for name, plan in plans.items()}
@@ -411,7 +444,7 @@ class DerivedRuns:
         problems = [problem for _, own in directions.values() for problem in own]
         runs.rules_of = found.rules
         for name, plan in plans.items() if not problems else ():
-            if found.cells[name]:  # functions that fail do so before anything else is run
+            if found.cells[name]:  # run functions first, because they may fail
                 try:
                     found.written(name)
                 except CellFunctionFailed as failed:
@@ -419,8 +452,10 @@ class DerivedRuns:
         return found, problems
 
     def written(self, name: str) -> RuleInputs:
-        """What the rules of a run write beside what runs have on the same prompt. Means are taken
-        when something is first read of it: its values may all be known."""
+        """Return the inputs of a run's rules besides activations on the same prompt.
+
+        Means are computed on the first read, because all values of the run may be cached.
+        """
         if name not in self._written:
             plan, cells, readout = self.plans[name], self.cells[name], Readout.of(())
             means, behind = compute_means(plan, self.runs, self.batches, readout)
@@ -430,10 +465,14 @@ class DerivedRuns:
         return self._written[name]
 
     def rules(self, run: PromptRun, prompts: Ints, draw: Ints, batch: Ints) -> RuleWrites:
-        """What the rules of a run write in rows that start there; those of the run that it is made
-        of are still in place, where its own set nothing else.
+        """Build the writes of a derived run in rows that start from it.
 
-        prompts, draw: [row]; batch: the prompts in work.
+        Writes of its base run come first.
+
+        Args:
+            run: The run; without rules there are no writes.
+            prompts: [row] prompt.
+            draw: [row] noise draw.
         """
         if run.derived is None:
             return RuleWrites()

@@ -46,22 +46,30 @@ from mechdsl.vocab.sites import SITES
 
 @dataclass(frozen=True, eq=False)
 class CellVectors:
-    """What one rule writes, for every cell."""
+    """Vectors that one rule writes, if a function computes them from all rows of a cell."""
 
     plan: RulePlan
     cells: WholeCells
     draws: int
-    """Of noise, in the run that is read."""
+    """Number of noise draws in the run that is read."""
     blocks: Mapping[tuple[int, SiteLayer, int], tuple[Ints, Tensor]]
-    """By index of the cell, place that is read, and draw: the units, and the vectors, [row,
-    position, unit, width]."""
+    """By index of the cell, site that is read, and draw: units, and vectors [row, position, unit,
+    width]."""
 
     def read(
         self, rows: RowTable, row: Ints, slot: Ints, place: SiteLayer, unit: Ints, draws: Ints
     ) -> Tensor:
-        """[K, width] for K vectors of one place: row, token of its position, head or neuron.
+        """Look up K vectors of one site.
 
-        draws: [row]
+        Args:
+            rows: The rows of an experiment.
+            row: [K] index into `rows`.
+            slot: [K] token of the position.
+            unit: [K] head or neuron.
+            draws: [row] noise draw.
+
+        Returns:
+            [K, width].
         """
         cell, within = self.cells.place(self.plan, rows)
         draw = draws[row] if self.draws > 1 else np.zeros_like(row)
@@ -80,7 +88,7 @@ class CellVectors:
 
 @dataclass(frozen=True, eq=False)
 class RuleMeans:
-    """The mean activations that a rule writes."""
+    """Mean activations that a rule writes."""
 
     values: Mapping[SiteLayer, Tensor]
     """[position, group, token of the position, unit, width]."""
@@ -90,51 +98,50 @@ class RuleMeans:
 
 @dataclass(frozen=True, eq=False)
 class RuleInputs:
-    """What the rules of an experiment write, beside the source run."""
+    """Inputs of an experiment's rules besides the source run."""
 
     means: Mapping[int, RuleMeans]
-    """By number of the rule."""
+    """Means by number of the rule."""
     behind: Mapping[int, Mapping[int, RuleMeans]]
-    """The same with a text behind the prompts, by number of the metric that reads it; of rules that
-    act on tokens behind the prompts."""
+    """Means in passes with a continuation, by number of the metric that reads it; only for rules
+    that act on tokens after the prompts."""
     donors: Mapping[int, Ints]
-    """By number of the rule, [prompt] the row whose activation replaces it, for `resample`: of the
-    same block, or of the other one that the rule names."""
+    """By number of the rule, [prompt] the row whose activation replaces the prompt's, for
+    `resample`: a row of the same prompt set, or of the different set that the rule names."""
     made: Mapping[tuple[int, int | None], CellVectors] = field(
         default_factory=dict[tuple[int, int | None], CellVectors]
     )
-    """As `made_of_cells` gives it."""
+    """Vectors from functions of whole cells, as returned by `compute_cell_vectors`."""
     directions: FittedDirections = field(default_factory=FittedDirections)
 
     def made_with(self, rule: int, text: Continuation | None) -> CellVectors | None:
-        """What a rule writes in passes with this text behind the prompts, if it is made of whole
-        cells."""
+        """Return the vectors that a rule writes with this continuation, if it reads whole cells."""
         behind = None if text is None else self.made.get((rule, text.number))
         return self.made.get((rule, None)) if behind is None else behind
 
     def of(self, text: Continuation | None) -> Mapping[int, RuleMeans]:
-        """By number of the rule, the means in passes with this text behind the prompts."""
+        """Return the means in passes with this continuation, by number of the rule."""
         return self.means if text is None else {**self.means, **self.behind.get(text.number, {})}
 
 
 RuleReader: TypeAlias = Callable[[RulePlan], UnpatchedBatch]
-"""The run that a rule reads → its lanes on the current prompts, or on their donors."""
+"""Maps a rule to its source run's lanes, for the current prompts or their donors."""
 
 
 @dataclass(frozen=True, eq=False)
 class _WriteEntries:
-    """Every vector that one rule writes, as parallel columns."""
+    """All vectors that one rule writes, as parallel columns."""
 
     row: Ints
     written: Ints
     read: Ints
     slot: Ints
-    """Which of the joined tokens it is."""
+    """Index of the token within the position."""
     point: Ints
 
 
 def find_read_prompts(plan: RulePlan, rows: RowTable, means_and_donors: RuleInputs) -> Ints:
-    """The prompt whose activation each row reads."""
+    """Return [row]: the prompt whose activation each row reads."""
     donors = means_and_donors.donors.get(plan.number)
     return rows.prompt if donors is None else donors[rows.prompt]
 
@@ -145,10 +152,18 @@ def select_readable_rows(
     means_and_donors: RuleInputs,
     texts: Sequence[Continuation | None],
 ) -> Ints:
-    """Indices of the rows that find all that they read: a donor that has the position too, and no
-    token of an answer that is predicted only, in a pass where it would be written.
+    """Select the rows whose reads are all available.
 
-    texts: behind the prompts of the passes that are measured.
+    A row is excluded if its donor lacks the position, or if a measured pass would write an answer
+    token that the run it reads only predicts.
+
+    Args:
+        rows: Its rows.
+        means_and_donors: Inputs of the rules.
+        texts: Continuations of the measured passes.
+
+    Returns:
+        Indices of the remaining rows.
     """
     good = np.ones(len(rows), dtype=np.bool_)
     for rule in plan.rules:
@@ -170,24 +185,26 @@ def select_readable_rows(
 
 
 def find_pass_ends(plan: ExperimentPlan, rows: RowTable, text: Continuation | None) -> Ints | None:
-    """[row] the first position that a pass with this text behind its prompts doesn't have; None
-    where no rule acts on tokens behind the prompts, so that it needn't be asked."""
+    """Return [row]: the first position after the end of a pass with this continuation.
+
+    None if no rule acts on tokens after the prompts, so that positions needn't be checked.
+    """
     return plan.lengths(rows) + count_fed_tokens(text, rows.prompt) if plan.behind else None
 
 
 @dataclass(frozen=True, eq=False)
 class _WriteTokens:
-    """Every token that one rule writes, as parallel columns."""
+    """All tokens that one rule writes, as parallel columns."""
 
     row: Ints
     written: Ints
     read: Ints
     slot: Ints
-    """Which of the joined tokens it is."""
+    """Index of the token within the position."""
 
 
 def _list_tokens(plan: RulePlan, rows: RowTable, means_and_donors: RuleInputs) -> _WriteTokens:
-    """The tokens that the rule writes, whether or not they are there."""
+    """List the tokens that the rule writes, including tokens that a pass may lack."""
     position = plan.position_of_cell[rows.cell]
     written_run = plan.written_runs(rows)
     read_run = plan.read.run(
@@ -207,8 +224,12 @@ def _find_present(
     means_and_donors: RuleInputs,
     text: Continuation | None,
 ) -> tuple[Bools, Bools]:
-    """[token] whether a pass with this text behind its prompts has it; whether the run that is read
-    has the one that is written there."""
+    """Find which tokens are present with this continuation.
+
+    Returns:
+        [token] whether the pass contains the written token, and whether the run that is read
+        contains the token that is read for it.
+    """
     ends = plan.lengths(rows) + count_fed_tokens(text, rows.prompt)
     written = tokens.written < ends[tokens.row]
     if rule.rule.does.reads not in ("run", "donor", "cell"):
@@ -225,10 +246,10 @@ def _list_entries(
     means_and_donors: RuleInputs,
     text: Continuation | None,
 ) -> _WriteEntries:
-    """What the rule writes, as far as it is there."""
+    """List the vectors that the rule writes at present tokens."""
     tokens = _list_tokens(rule, rows, means_and_donors)
     there = np.ones(len(tokens.row), dtype=np.bool_)
-    if rule.behind:  # in a pass that isn't measured, what is read may be missing
+    if rule.behind:  # in a pass that isn't measured, the token to read may be missing
         written, read = _find_present(plan, rule, rows, tokens, means_and_donors, text)
         there = written & read
     row, *others = (each[there] for each in (tokens.row, tokens.written, tokens.read, tokens.slot))
@@ -248,10 +269,18 @@ def build_writes(
     *,
     senders: bool = True,
 ) -> list[SiteWrite]:
-    """The writes of these rows, with this text behind the prompts; senders: of paths too.
+    """Build the writes of these rows with this continuation.
 
-    At one site and layer they act in the order of the file, each on what those before it left;
-    where two rules set the same vector, the later one stands.
+    Writes to one site and layer act in the order of the file, each on the result of the preceding
+    ones; if two rules set the same vector, the later one wins.
+
+    Args:
+        rows: Its rows.
+        draws: [row] noise draw.
+        lanes_of: Returns the lanes that a rule reads.
+        means_and_donors: Inputs of the rules.
+        text: Continuation of the prompts.
+        senders: Whether to include senders of paths.
     """
     parts: dict[SiteLayer, list[RuleWrite]] = defaultdict(list)
     for rule in plan.rules:
@@ -307,7 +336,7 @@ def build_writes(
 def build_edges(
     plan: ExperimentPlan, rows: RowTable, shape: ModelShape, text: Continuation | None = None
 ) -> list[EdgeWrite]:
-    """The edges of attention that these rows change, in the order of the file."""
+    """Build the changes of attention edges in these rows, in the order of the file."""
     found: list[EdgeWrite] = []
     ends = find_pass_ends(plan, rows, text)
     for rule in plan.rules:
@@ -357,8 +386,7 @@ def build_rule_writes(
     *,
     senders: bool = True,
 ) -> RuleWrites:
-    """All that the rules of these rows do, with this text behind the prompts; senders: of paths
-    too."""
+    """Build everything that the rules of these rows change; arguments as in `build_writes`."""
     given = (lanes_of, means_and_donors, shape, text)
     return RuleWrites(
         build_writes(plan, rows, draws, *given, senders=senders),
@@ -371,7 +399,7 @@ def build_rule_writes(
 def build_position_ids(
     plan: ExperimentPlan, rows: RowTable, text: Continuation | None = None
 ) -> list[PositionIdWrite]:
-    """The position ids that these rows change, in the order of the file."""
+    """Build the changes of position ids in these rows, in the order of the file."""
     found: list[PositionIdWrite] = []
     ends = find_pass_ends(plan, rows, text)
     for rule in plan.rules:
@@ -390,16 +418,16 @@ def build_position_ids(
 
 @dataclass(frozen=True, eq=False)
 class _RuleVectors:
-    """What an intervention is asked for at one place: `resolve.types.Vectors`."""
+    """Implementation of `mechdsl.resolve.types.Vectors` for one rule at one site."""
 
     plan: RulePlan
     place: SiteLayer
-    """Where is read."""
+    """The site that is read."""
     entries: _WriteEntries
     chosen: Ints
     """[K] indices into the entries."""
     unit: Ints
-    """[K]"""
+    """[K] head or neuron."""
     rows: RowTable
     draws: Ints
     lanes_of: RuleReader
@@ -410,7 +438,7 @@ class _RuleVectors:
 
     @property
     def row(self) -> Ints:
-        """[K]"""
+        """[K] row of each vector."""
         return self.entries.row[self.chosen]
 
     @property
@@ -456,7 +484,7 @@ class _RuleVectors:
 
 @dataclass(frozen=True, eq=False)
 class RuleWrite:
-    """What one rule writes at one place."""
+    """Vectors that one rule writes at one site."""
 
     row: Ints
     position: Ints
@@ -465,16 +493,18 @@ class RuleWrite:
     mode: WriteMode = "set"
     to: Tensor | None = None
     rule: int = -1
-    """The number of the rule."""
+    """Number of the rule."""
 
 
 def _merge_in_order(
     place: SiteLayer, parts: Sequence[RuleWrite], *, apart: bool
 ) -> Iterator[SiteWrite]:
-    """The writes of one place: adjacent rules that set vectors are one write, all others are
-    separate.
+    """Merge the writes of one site: adjacent rules that set vectors become one write.
 
-    apart: no two rules are one write, as a step reads the vectors between two rules.
+    Args:
+        place: The site and its layer.
+        parts: Writes in the order of the file.
+        apart: Merge nothing, because a step reads the vectors between two rules.
     """
     for sets, group in groupby(parts, lambda part: part.mode == "set" and not apart):
         if sets:
@@ -485,7 +515,7 @@ def _merge_in_order(
 
 
 def join_writes(place: SiteLayer, found: Sequence[RuleWrite]) -> SiteWrite:
-    """All vectors of one place; of equal ones the last stands."""
+    """Join writes to one site; of several writes to the same vector, the last wins."""
     row = np.concatenate([part.row for part in found])
     position = np.concatenate([part.position for part in found])
     unit = np.concatenate([part.unit for part in found])
@@ -515,14 +545,14 @@ def join_writes(place: SiteLayer, found: Sequence[RuleWrite]) -> SiteWrite:
 
 
 def _widen_keys(values: Tensor, width: int) -> Tensor:
-    """[K, width]: what lies behind a vector over keys is never seen."""
+    """Return [K, width]: values over keys, padded for later keys, which have no effect."""
     if values.shape[1] == width:
         return values
     return values[:, torch.arange(width).clamp(max=values.shape[1] - 1)]
 
 
 def select_prefill_rules(plan: ExperimentPlan) -> ExperimentPlan:
-    """The plan with the rules that act in the prefill."""
+    """Restrict the plan to the rules that act in the prefill."""
     if plan.experiment.generation is None:
         return plan
     rules: list[RulePlan] = []
@@ -541,8 +571,10 @@ def build_generation_rules(
     means_and_donors: RuleInputs,
     shape: ModelShape,
 ) -> GenerationRules:
-    """What the rules of these rows do behind the prefill. At the newest token a rule writes what it
-    writes at the last of its tokens in the prompt."""
+    """Build the rules that act after the prefill.
+
+    At the newest token a rule writes the same vector as at the last of its prompt tokens.
+    """
     kept: list[SiteWrite] = []
     steps: list[StepRules] = []
     for rule in plan.rules:
@@ -575,8 +607,7 @@ ExtraKeys = Literal["", "newest", "written"]
 
 
 def _iter_following(rule: RulePlan, rows: RowTable) -> Iterator[tuple[ExtraKeys, Ints]]:
-    """The rows in which a rule follows the newest token, by what is a key there beside tokens of
-    the prompt."""
+    """Group the rows in which a rule follows the newest token, by additional keys."""
     follows = rule.acts(rows) & (rule.follows[rule.position_of_cell[rows.cell]] != NO_TOKENS)
     keys = np.full(len(rows), NO_TOKENS)
     if rule.key_of_cell is not None:
@@ -595,9 +626,13 @@ def _iter_following(rule: RulePlan, rows: RowTable) -> Iterator[tuple[ExtraKeys,
 def _iter_steps(
     rule: RulePlan, rows: RowTable, own: Ints
 ) -> Iterator[tuple[int, int | None, Ints]]:
-    """(first, last step, those of these rows in which a rule acts then), but for step 0 alone."""
+    """Group the rows in `own` by the steps in which a rule acts, apart from step 0.
+
+    Yields:
+        First step, last step (None for no limit), rows.
+    """
     if rule.steps is None:
-        yield 0, None, own  # of the last token too, which is read in replies and predicts none
+        yield 0, None, own  # including the final token, which is read and predicts nothing
         return
     ends, which = np.unique(rule.steps[rows.cell[own]], axis=0, return_inverse=True)
     for number, (first, last) in enumerate(ends.tolist()):
@@ -606,7 +641,7 @@ def _iter_steps(
 
 
 def _is_last(rows: Tensor, positions: Tensor) -> Tensor:
-    """[K] which of the places are the last of their row."""
+    """Return [K]: whether each position is the last of its row."""
     if not len(rows):
         return torch.zeros(0, dtype=torch.bool)
     last = torch.full((int(rows.max()) + 1,), -1)
@@ -615,13 +650,15 @@ def _is_last(rows: Tensor, positions: Tensor) -> Tensor:
 
 
 def _keep_last_write(write: SiteWrite) -> SiteWrite:
-    """Of each row, what is written at the last of its tokens."""
+    """Keep, for each row, the write at its last token."""
     return write.some(_is_last(write.rows, write.positions))
 
 
 def _keep_last_edge(edge: EdgeWrite, also: ExtraKeys) -> EdgeWrite:
-    """Of each row, the query that is the last of its tokens; its own token, which the newest one
-    stands for, is no key."""
+    """Keep, for each row, the edges of its last query.
+
+    Where the newest token is added as a key, the query's own token is dropped from the keys.
+    """
     edge = edge.some(_is_last(edge.rows, edge.queries))
     if also != "newest":
         return edge

@@ -1,4 +1,4 @@
-"""`save` lines: vectors written from passes to a file, one batch at a time."""
+"""`save` lines: vectors from passes written to a file, batch by batch."""
 
 from __future__ import annotations
 
@@ -40,26 +40,30 @@ from mechdsl.vocab.metrics import Reply
 
 @dataclass(frozen=True, eq=False)
 class SavedRows:
-    """What a `save` line reads: rows of a run, or, where it reads replies, one row for each."""
+    """Rows that a `save` line reads: rows of a run, or one row for each reply."""
 
     save: ResolvedSave
-    """Its cells are of these rows."""
+    """The line, with cells for these rows."""
     run: PromptRun
     of: Ints
     """[row] its number in the table."""
     replies: Sequence[Reply] = ()
-    """[row] what stands behind its prompt; none where no reply is read."""
+    """[row] the reply after its prompt; empty if no replies are read."""
     told_apart: Mapping[str, Ints] = field(default_factory=dict[str, Ints])
-    """[row] which draw and sample it is, where there are several replies of a prompt."""
+    """[row] its draw and sample, if a prompt has several replies."""
 
 
 def select_rows_to_save(
     save: ResolvedSave, run: PromptRun, runs: UnpatchedRuns, batches: Sequence[Ints]
 ) -> SavedRows:
-    """The rows that a line reads: those of its run, or, where it reads replies, a row for each
-    draw and sample, with its places in the reply found.
+    """Select the rows that a line reads.
 
-    batches: rows that write together, all of them in their order.
+    These are the rows of its run; for a line that reads replies, one row for each draw and sample,
+    with resolved positions in the reply.
+
+    Args:
+        run: Its run.
+        batches: Batches of rows for generation, which together contain all rows in order.
     """
     prompts = np.arange(len(run.rows), dtype=np.int64)
     if runs.writer is None or not save.in_reply:
@@ -126,10 +130,11 @@ _DTYPE_NAMES = {
 def save_vectors(
     experiment: ResolvedExperiment, models: Mapping[str, LoadedModel], options: ExecutionOptions
 ) -> tuple[list[SavedFile], list[Diagnostic]]:
-    """Write the files of an experiment's `save` lines, one after the other, as their rows come out
-    of the model.
+    """Write the files of an experiment's `save` lines, batch by batch.
 
-    E0533 for a file that can't be written, of which nothing is left then.
+    Returns:
+        The files, and diagnostics: E0533 for a file that can't be written, of which nothing
+        remains.
     """
     panel = build_save_panel(experiment)
     model = models[experiment.model.key]
@@ -163,7 +168,7 @@ def save_vectors(
 
 @dataclass(frozen=True, eq=False)
 class _SavedRun:
-    """One line on its way to the disk."""
+    """Writer of one line's file."""
 
     experiment: ResolvedExperiment
     rows: SavedRows
@@ -171,16 +176,16 @@ class _SavedRun:
 
     @property
     def save(self) -> ResolvedSave:
-        """With the places of the rows."""
+        """The line, with positions for the rows."""
         return self.rows.save
 
     @property
     def run(self) -> PromptRun:
-        """What is read."""
+        """The run that is read."""
         return self.rows.run
 
     def written(self, batches: Sequence[Ints]) -> SavedFile:
-        """Raises OSError where the file, or what stands beside it, can't be written."""
+        """Write the file and its rows. Raises OSError if that fails."""
         path, problems = path_to_write("save", self.save.spec.file, self.save.spec.span)
         if path is None:
             raise OSError(problems[0].message)
@@ -215,14 +220,13 @@ class _SavedRun:
         return self.runs.model_of(self.run).dtype if name is None else getattr(torch, name)
 
     def _places(self) -> dict[str, TensorEntry]:
-        """Every tensor of the file; how many vectors there are hangs on positions alone."""
+        """Describe every tensor of the file; the number of vectors depends only on positions."""
         count, kind = self.layout.vectors, _DTYPE_NAMES[self._dtype()]
         found = {name: TensorEntry(kind, (count, n)) for name, n in self.layout.widths.items()}
         return found | {name: TensorEntry("I64", (count,)) for name in self.layout.columns}
 
     def _fill(self, file: TensorFile, batches: Sequence[Ints]) -> None:
-        """Vectors in the order of the table: row by row, there reply by reply, and position by
-        position."""
+        """Write vectors in the order of the table: by row, then by reply, then by position."""
         lanes = self.runs.reader(self.run, self.save.points)
         found = read_vectors(lanes, self.save.points, self.save.cells, batches)
         row_ids = np.array(self.experiment.table.row_ids, dtype=np.int64)
@@ -245,11 +249,11 @@ class _SavedRun:
                 vectors = torch.cat([p.vectors for p in parts if p.point == number])
                 file.put(name_tensor(point), begin, _pack_bytes(vectors, order, self._dtype()))
             begin += len(order)
-            if len(batches) > 1:  # what runs with rules are made of
+            if len(batches) > 1:  # also frees the runs that derived runs depend on
                 self.runs.forget()
 
     def _rows(self) -> Iterator[str]:
-        """A line for each row, or reply, that has a vector."""
+        """Yield a line for each row, or reply, that has a vector."""
         counts, replies = self.layout.counts, self.rows.replies
         tokenizer = self.experiment.model.tokenizer
         for number, row in enumerate(self.run.rows):
@@ -278,7 +282,7 @@ class _SavedRun:
 
 
 def _pack_bytes(vectors: Tensor, order: Ints, dtype: torch.dtype) -> memoryview:
-    """[K, width] in an order, as the file has them."""
+    """Return the bytes of [K, width] vectors in an order."""
     own = vectors[torch.from_numpy(order).to(vectors.device)].to(dtype).cpu().contiguous()
     whole: Any = own.view(torch.uint8).numpy()
     return memoryview(whole.reshape(-1))

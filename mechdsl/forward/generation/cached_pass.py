@@ -41,8 +41,10 @@ _SITES_AFTER_KEYS = frozenset(
 
 @dataclass(eq=False)
 class NewTokens:
-    """The tokens of a pass, in columns from `first` on; prompts end in the same column. It is the
-    `Frame` of the pass."""
+    """Tokens of a pass, in columns from `first` on; prompts end in the same column.
+
+    The class is the `TokenFrame` of the pass.
+    """
 
     ids: Tensor
     """[n, Q] long."""
@@ -52,41 +54,41 @@ class NewTokens:
     numbers: Tensor | None = None
     """[n, Q] long, position ids; None: tokens are counted."""
     running: int | None = None
-    """Rows of what runs, where it is the first ones alone."""
+    """Number of rows in the running module, if it computes only the first ones."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def count(self) -> int:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
         return int(self.ids.shape[1])
 
     @property
     def leading(self) -> int:
-        """Rows that are computed now."""
+        """Number of rows that are currently computed."""
         return len(self) if self.running is None else self.running
 
     @property
     def lane_starts(self) -> Tensor:
-        """[row that is computed now]"""
+        """[row that is currently computed] column of its first token."""
         return self.starts[: self.leading]
 
     @property
     def key_width(self) -> int:
-        """Columns up to now."""
+        """Number of columns up to now."""
         return self.first + self.count
 
     def lengths_of(self, site: str, stack: str) -> Tensor:
-        """[n] tokens up to now."""
+        """Return [n]: number of tokens up to now."""
         return self.key_width - self.starts
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Columns in which positions lie."""
+        """Return the columns of positions."""
         return self.starts[rows] + positions
 
     def acting(self, rules: RuleWrites) -> RuleWrites:
-        """What acts at these tokens, of what acts in whole prompts."""
+        """Restrict rules for whole prompts to these tokens."""
 
         def there(rows: Tensor, positions: Tensor) -> Tensor:
             columns = self.columns(rows, positions).cpu()
@@ -103,12 +105,12 @@ class NewTokens:
     def locate(
         self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Row and token of the pass; places in front of it aren't there."""
+        """Return row and token of the pass, and whether the position is in the pass."""
         tokens = self.columns(rows, positions) - self.first
         return rows, tokens, tokens >= 0
 
     def inputs(self, model: LoadedModel) -> dict[str, Tensor]:
-        """What the model is called with."""
+        """Build the inputs of the model."""
         column = torch.arange(self.key_width, device=self.ids.device)
         starts = to_device(self.starts, self.ids.device)
         own = column[self.first :] - starts[:, None]
@@ -120,12 +122,11 @@ class NewTokens:
 PassArguments: TypeAlias = tuple[
     LoadedModel, NewTokens, KeyValueCache, slice, RuleWrites, RowLineup | None, RowArguments | None
 ]
-"""What `run_cached` and `keep` are called with."""
+"""Arguments of `run_cached_pass` and `store_keys`."""
 
 
 class CachedPass:
-    """A pass, and others behind it in which the same acts on the same rows: hooks stay in place
-    from one to the next."""
+    """A pass, and subsequent ones with the same writes on the same rows, which reuse the hooks."""
 
     def __init__(
         self,
@@ -137,8 +138,14 @@ class CachedPass:
         lineup: RowLineup | None = None,
         places: RowArguments | None = None,
     ) -> None:
-        """rows: of what is kept, as many as there are of tokens. acting: its rows are those of the
-        pass. lineup: which rows blocks compute, of one token each; places: how they are told."""
+        """Prepare the pass.
+
+        Args:
+            rows: Rows of the cache, as many as there are in `tokens`.
+            acting: Writes, with row numbers of the pass.
+            lineup: Which rows blocks compute, for passes of one token each.
+            places: Row dimensions in calls of blocks, needed with `lineup`.
+        """
         self.model, self.tokens, self.kept, self.rows = model, tokens, kept, rows
         self.lineup = lineup
         self._some = lineup if lineup is not None and lineup.shares else None
@@ -153,8 +160,11 @@ class CachedPass:
             self._stack = stack.pop_all()
 
     def run(self) -> Tensor:
-        """[n, vocab] behind the last of the tokens; their keys and values are kept. Raises as
-        `run_whole`."""
+        """Run the pass, which caches the tokens' keys and values. Raises as `run_full`.
+
+        Returns:
+            [n, vocab] logits after the last token.
+        """
         tokens, work = self.tokens, self._work
         kept = self.kept.at(self.rows, tokens.first, tokens.count, self._some)
         output = _call_model(self.model, tokens, kept)
@@ -164,11 +174,11 @@ class CachedPass:
 
     @property
     def repeats(self) -> bool:
-        """Whether the same can act on later tokens."""
+        """Whether the same writes can be applied to later tokens."""
         return self.tokens.count == 1 and self._work.repeats
 
     def run_on(self, ids: Tensor) -> Tensor:
-        """The same for the next tokens, [n, 1]."""
+        """Run the pass for the next tokens, [n, 1]."""
         self.tokens.ids = ids
         self.tokens.first += 1
         self._work.begin()
@@ -176,7 +186,7 @@ class CachedPass:
         return self.run()
 
     def close(self) -> None:
-        """Takes the hooks away."""
+        """Remove the hooks."""
         self._stack.close()
 
 
@@ -189,7 +199,7 @@ def run_cached_pass(
     lineup: RowLineup | None = None,
     places: RowArguments | None = None,
 ) -> Tensor:
-    """What one `CachedPass` gives."""
+    """Run a single `CachedPass`."""
     with closing(CachedPass(model, tokens, kept, rows, acting, lineup, places)) as only:
         return only.run()
 
@@ -203,8 +213,7 @@ def store_keys(
     lineup: RowLineup | None = None,
     places: RowArguments | None = None,
 ) -> None:
-    """The same where only the keys and values are wanted: the pass ends at those of the last
-    block."""
+    """Run a pass only for its keys and values: it ends at those of the last block."""
     n_layers = model.shape.n_layers
     acting = _select_for_keys(acting.below(n_layers, n_layers), n_layers - 1)
     work = SiteHooks(model, tokens, acting.writes, (), n_layers, acting.edges)
@@ -220,7 +229,7 @@ def store_keys(
 
 
 def _select_for_keys(acting: RuleWrites, last: int) -> RuleWrites:
-    """What acts, without what the keys and values of the last block don't depend on."""
+    """Remove writes that the keys and values of the last block don't depend on."""
     return replace(
         acting,
         writes=[
@@ -240,7 +249,7 @@ def _call_model(model: LoadedModel, tokens: NewTokens, kept: KeyValueCache) -> A
 def _limit_rows(
     model: LoadedModel, tokens: NewTokens, some: RowLineup | None, places: RowArguments | None
 ) -> Generator[None]:
-    """Blocks compute the rows that they have by `some`; None: all of them."""
+    """Restrict blocks to their rows in `some`; None: no restriction."""
     if some is None:
         yield
         return
@@ -258,7 +267,7 @@ def _apply_rules(
     acting: RuleWrites,
     one: SingleQueryAttention,
 ) -> Generator[None]:
-    """The model does what acts in a pass."""
+    """Apply the rules of a pass while the context is open."""
     with (
         torch.inference_mode(),
         replace_blocks(model, acting.blocks),
@@ -276,8 +285,8 @@ def _open_attention(
     kept: KeyValueCache,
     one: SingleQueryAttention,
 ) -> Generator[None]:
-    """As in whole passes, and keys that are written there are kept as they are then."""
-    # One query that sees nothing, as padding does, would make NaN of plain products.
+    """Open attention as in full passes; keys written there are cached with their new values."""
+    # A single query that sees nothing, such as padding, would give NaN in plain products.
     sees = tokens.count == 1 and bool((tokens.starts <= tokens.first).all())
     newest = kept.asked = sees and is_single_query_supported(model)
     if not work.within and not newest:
@@ -310,35 +319,35 @@ def _open_attention(
 
 
 LOGIT_TOLERANCE = 1e-4
-"""Of logits, relative to the largest one, or what rounding explains."""
+"""Tolerance of logits relative to the largest one, unless rounding explains more."""
 
 _TRIAL_LENGTHS = (7, 5)
 
 _SHARED_TOKENS, _SEPARATE_TOKENS = 3, 2
-"""Tokens of the longer prompt that two first passes compute; then they come one by one."""
+"""Tokens of the longer prompt in the first two passes; the remaining ones follow one by one."""
 
 
 @dataclass(frozen=True)
 class GenerationMethod:
-    """How a model writes."""
+    """How a model generates text."""
 
     kind: Literal["cached", "whole"]
-    """On kept keys and values, or by a whole pass for each token."""
+    """With cached keys and values, or with a full pass for each token."""
     reason: str = ""
-    """Why it is whole passes."""
+    """Reason for full passes."""
     shares: bool = True
-    """Whether attention to what rows of a prompt have in common can be computed together."""
+    """Whether attention to the common columns of a prompt's rows can be computed together."""
     places: RowArguments | None = field(default=None, compare=False)
-    """Where rows stand in calls of blocks, if these can compute some of the rows alone."""
+    """Row dimensions in calls of blocks, if blocks can compute only some of the rows."""
 
 
 _METHODS: WeakKeyDictionary[LoadedModel, dict[bool, GenerationMethod]] = WeakKeyDictionary()
 
 
 def choose_method(model: LoadedModel, *, inside: bool = False) -> GenerationMethod:
-    """How a model writes; tried once.
+    """Choose how a model generates text; tested once per model.
 
-    inside: where something acts within attention, in some of the passes.
+    inside: whether rules act within attention in some of the passes.
     """
     known = _METHODS.setdefault(model, {})
     if inside not in known:
@@ -376,14 +385,13 @@ def _test_methods(model: LoadedModel, inside: bool) -> GenerationMethod:
 
 
 def _depends_on_length(kind: object) -> bool:
-    """Whether a kind of rotary embedding, or one of those of several layers, is another one for
-    longer texts."""
+    """Return whether a type of rotary embedding, or one of several, differs for longer texts."""
     kinds = kind.values() if isinstance(kind, dict) else [kind]
     return any("dynamic" in str(each) or each == "longrope" for each in kinds)
 
 
 def _run_full_passes(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """[prompt, token, vocab] of the last tokens."""
+    """Return [prompt, token, vocab]: logits of the last tokens."""
     found = [
         run_full(model, Batch.of([prompt], model.pad_id, "left", model.device)).logits
         for prompt in prompts
@@ -399,7 +407,7 @@ def _find_row_arguments(
     whole: Tensor,
     shares: bool,
 ) -> RowArguments | None:
-    """Of `Way`: with attention that has fewer rows than its block, else without."""
+    """Find `GenerationMethod.places`, preferably with fewer rows in attention than in the block."""
     half, two, blocks = model.shape.n_layers // 2, len(prompts), model.anatomy.blocks
     paths = [block.path for block in blocks]
     within = [path for block in blocks if (path := find_attention_path(block)) is not None]
@@ -427,7 +435,7 @@ def _find_row_arguments(
 
 
 def _relative_error(found: Tensor, whole: Tensor) -> float:
-    """How far logits are from those of whole passes, relative to the largest one."""
+    """Return the largest difference from logits of full passes, relative to the largest logit."""
     return float((found - whole).abs().amax() / whole.abs().amax())
 
 
@@ -443,10 +451,10 @@ def _run_cached_passes(
     shares: bool,
     by: tuple[RowLineup, RowArguments] | None = None,
 ) -> Tensor:
-    """The same in passes over a few tokens, each other one with all attention opened.
+    """Compute the logits in passes over a few tokens; every other pass opens all attention.
 
-    by: which rows blocks compute, of passes over several tokens too if that may be, and how they
-    are told.
+    by: rows that blocks compute, also in passes over several tokens if possible, and row
+    dimensions.
     """
     width, device = _TRIAL_LENGTHS[0], model.device
     batch = Batch.of(prompts, model.pad_id, "left", device)
@@ -476,7 +484,7 @@ def _run_cached_passes(
 
 
 def _build_neutral_edges(model: LoadedModel, tokens: NewTokens, lineup: RowLineup) -> RuleWrites:
-    """Edges of all layers that are changed so that nothing changes."""
+    """Build changes of edges in all layers that have no effect."""
     newest = tokens.lengths_of("pattern", "") - 1
     edges: list[EdgeWrite] = []
     for layer in range(model.shape.n_layers):

@@ -1,4 +1,4 @@
-"""The next token of each row, and whether its reply ends there."""
+"""Choice of the next token of each row, and the end of replies."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ class Decoding:
     """How tokens are chosen, and where a reply ends."""
 
     tokens: int
-    """At most."""
+    """Maximum number of tokens."""
     decode: Callable[[Sequence[int]], str]
-    """Token ids to their text."""
+    """Converts token ids to text."""
     ends: frozenset[int] = frozenset()
-    """Tokens that end a reply and don't belong to it."""
+    """Tokens that end a reply and aren't part of it."""
     stops: tuple[str, ...] = ()
-    """A reply ends in front of the first of these texts."""
+    """Texts that end a reply; the reply stops before the first of them."""
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
 
     @property
     def sampled(self) -> bool:
-        """Whether tokens are drawn; else it is always the one with the largest logit, of several
-        the first."""
+        """Whether tokens are sampled; otherwise the first token of the largest logit is chosen."""
         return (self.temperature, self.top_k, self.top_p) != (None, None, None)
 
     def __post_init__(self) -> None:
@@ -49,10 +48,10 @@ class Decoding:
 
 
 NO_TOKEN = -1
-"""Where logits are no numbers, and behind the end of a reply."""
+"""Marks invalid logits, and positions after the end of a reply."""
 
 LOGIT_BINS, BINS_PER_UNIT = 2048, 64
-"""Of logits below the largest one; those further below share the last bin."""
+"""Bins of logits below the largest one; those further below share the last bin."""
 
 
 def choose_next_tokens(
@@ -62,10 +61,13 @@ def choose_next_tokens(
     random: Sequence[tuple[int, ...]],
     step: int,
 ) -> Ints:
-    """[row] the token that comes next; NO_TOKEN where logits are no numbers.
+    """Return [row]: the next token; NO_TOKEN if logits are invalid.
 
-    logits: [state, vocab]. states: [row]. random: [row] what its random numbers hang on, beside the
-    step.
+    Args:
+        logits: [state, vocab].
+        states: [row].
+        decoding: How tokens are chosen.
+        random: [row] seed of its random numbers, together with the step.
     """
     if decoding.sampled:
         sound = logits.amax(-1).isfinite()
@@ -78,8 +80,8 @@ def choose_next_tokens(
 
 
 def _choose_likeliest(logits: Tensor) -> Ints:
-    """[state] the first of the tokens with the largest logit."""
-    if logits.is_cpu and logits.dtype in (torch.float32, torch.float64):  # numpy is faster there
+    """Return [state]: the first token with the largest logit."""
+    if logits.is_cpu and logits.dtype in (torch.float32, torch.float64):  # numpy is faster here
         tokens = torch.from_numpy(logits.numpy().argmax(-1))
     else:
         tokens = logits.argmax(-1)
@@ -88,17 +90,18 @@ def _choose_likeliest(logits: Tensor) -> Ints:
 
 
 def _draw_uniform(key: tuple[int, ...], step: int) -> float:
-    """In [0, 1), the same for a row and step whatever they are batched with."""
+    """Draw from [0, 1); equal for a row and step in any batch."""
     seed = np.random.SeedSequence([*(each % 2**64 for each in key), step])
     return float(np.random.Generator(np.random.Philox(seed)).random())
 
 
 def _sample_tokens(logits: Tensor, states: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
-    """[row] of [state, vocab]: tokens in the order of their logits, of equal ones the lowest id
-    first, until their probabilities together exceed the random number.
+    """Return [row] tokens sampled from [state, vocab] by inversion of the random number.
 
-    top_k: these tokens alone. top_p: the fewest that together have so much of what is left (nucleus
-    sampling, Holtzman et al. 2020, arXiv 1904.09751).
+    Tokens are ordered by logit, and by id for equal logits; the first one at which the cumulative
+    probability exceeds the random number is chosen. top_k keeps this many tokens. top_p keeps the
+    smallest set with this share of the remaining probability (nucleus sampling, Holtzman et al.
+    2020, arXiv 1904.09751).
     """
     warm = logits.float() / (1.0 if decoding.temperature is None else decoding.temperature)
     if decoding.top_k is None and decoding.top_p is None:
@@ -109,7 +112,7 @@ def _sample_tokens(logits: Tensor, states: Tensor, uniform: Tensor, decoding: De
         ordered, ids = warm.sort(dim=-1, descending=True, stable=True)
     mass = ordered.softmax(-1).double().cumsum(-1)
     if decoding.top_p is not None:
-        # Those in front of which less than top_p lies: the first one always.
+        # Tokens preceded by less than top_p, so always the first one.
         enough = (mass < decoding.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
         whole = mass.gather(-1, enough)
     else:
@@ -121,7 +124,7 @@ def _sample_tokens(logits: Tensor, states: Tensor, uniform: Tensor, decoding: De
 
 
 def _find_top(warm: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """([state, k] the largest of [state, vocab], their ids), of equal ones the lowest id first."""
+    """Return the k largest of [state, vocab] and their ids, [state, k]; ties by lowest id."""
     least = warm.topk(k).values[:, -1:]
     with_equal = int((warm >= least).sum(-1).amax())
     ids = warm.topk(with_equal).indices.sort(-1).values
@@ -130,8 +133,10 @@ def _find_top(warm: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _sample_from_all(warm: Tensor, states: Tensor, uniform: Tensor) -> Tensor:
-    """[row] tokens drawn from [state, vocab] as `_sampled` says; only tokens with logits near that
-    of the drawn one are sorted."""
+    """Return [row] tokens sampled from [state, vocab], as in `_sample_tokens`.
+
+    Only tokens with logits near the sampled one's are sorted.
+    """
     probability = warm.softmax(-1).double()
     bins = ((warm.amax(-1, keepdim=True) - warm) * BINS_PER_UNIT).clamp(max=LOGIT_BINS - 1).long()
     sums = (
@@ -145,7 +150,7 @@ def _sample_from_all(warm: Tensor, states: Tensor, uniform: Tensor) -> Tensor:
     order = warm[states[rows], ids].sort(descending=True, stable=True).indices
     order = order[rows[order].sort(stable=True).indices]
     rows, ids = rows[order], ids[order]
-    # No `bincount`: it waits for its largest number.
+    # `bincount` would wait for the device to find the largest number.
     count = rows.new_zeros(len(states)).index_add_(0, rows, torch.ones_like(rows))
     first = count.cumsum(0) - count
     mass = probability[states[rows], ids].cumsum(0)
@@ -155,19 +160,19 @@ def _sample_from_all(warm: Tensor, states: Tensor, uniform: Tensor) -> Tensor:
 
 
 class ReplyBuffer:
-    """The replies as far as they are written."""
+    """Replies generated so far."""
 
     def __init__(self, rows: int, decoding: Decoding) -> None:
         self.decoding = decoding
         self.ids = np.full((rows, decoding.tokens), NO_TOKEN)
         """[row, token]"""
         self._count = np.zeros(rows, dtype=np.int64)
-        """[row] tokens so far."""
+        """[row] number of tokens so far."""
         self._ends = np.array(sorted(decoding.ends), dtype=np.int64)
         self._done: dict[int, Reply] = {}
 
     def put(self, rows: Ints, tokens: Ints) -> Ints:
-        """The next token of each of some rows; NO_TOKEN for those whose reply is done."""
+        """Add the next token of some rows; returns NO_TOKEN for rows whose reply is finished."""
         broken, ends = tokens < 0, np.isin(tokens, self._ends)
         self._finish(rows[broken], "broken")
         self._finish(rows[ends], "end")
@@ -190,7 +195,7 @@ class ReplyBuffer:
             self._done[row] = Reply(tuple(own), self.decoding.decode(own), ended)
 
     def _stopped(self, row: int) -> bool:
-        """Whether a stop text has come, where the reply ends then."""
+        """Finish the reply if it contains a stop text, and return whether it does."""
         own, decode = self._own(row), self.decoding.decode
         text = decode(own)
         found = [place for stop in self.decoding.stops if (place := text.find(stop)) >= 0]
@@ -203,5 +208,5 @@ class ReplyBuffer:
         return True
 
     def replies(self) -> list[Reply]:
-        """Of all rows, in order."""
+        """Return the replies of all rows, in order."""
         return [self._done[row] for row in range(len(self.ids))]

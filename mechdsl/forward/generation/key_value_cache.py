@@ -1,6 +1,6 @@
 """Keys and values stored from pass to pass, shared between rows of one prompt.
 
-Blocks and attention can run on the first rows of a pass, whose results the others take over.
+Blocks and attention can run on the first rows of a pass, whose results are copied to the others.
 """
 
 from __future__ import annotations
@@ -44,31 +44,33 @@ from mechdsl.models.anatomy import BlockAnatomy
 
 @dataclass(frozen=True, eq=False)
 class _PromptGroup:
-    """Prompts with about as many rows each."""
+    """Prompts with similar numbers of rows."""
 
     prompts: Tensor | None
-    """[prompt] long; None for all, in their order."""
+    """[prompt] long; None for all prompts in order."""
     count: int
-    """Prompts."""
+    """Number of prompts."""
     rows: int
-    """Places for rows of each."""
+    """Number of slots for rows of each prompt."""
 
 
 @dataclass(frozen=True, eq=False)
 class _PromptLayout:
-    """Heads of rows laid out by their prompts, so that each head of a prompt has a block of its
-    own."""
+    """Layout of rows' heads by prompt, so that each head of a prompt has a separate block."""
 
     groups: Sequence[_PromptGroup]
     of: Tensor
-    """[place] long, row · heads + head."""
+    """[slot] long, row · heads + head."""
     at: Tensor
-    """[row · heads + head] long, its place."""
+    """[row · heads + head] long, its slot."""
 
     @classmethod
     def by(cls, prompts: Ints, every: int, heads: int, device: torch.device) -> _PromptLayout:
-        """prompts: [row] which of `every` ones. Prompts are taken together where that leaves fewer
-        places empty than there are rows: all of them, or those with about as many rows."""
+        """Build the layout for [row] prompts, out of `every` ones.
+
+        Prompts form one group if that leaves fewer empty slots than there are rows; otherwise,
+        prompts with similar numbers of rows form groups.
+        """
         known, which, counts = np.unique(prompts, return_inverse=True, return_counts=True)
         order = np.argsort(prompts, kind="stable")
         rank = np.empty_like(order)
@@ -93,13 +95,19 @@ class _PromptLayout:
 
 
 class SharedKeyValues:
-    """Of the first columns of some prompts."""
+    """Keys and values of the first columns of some prompts."""
 
     def __init__(
         self, columns: int, layers: Sequence[tuple[Tensor, Tensor] | None], prompts: Sequence[int]
     ) -> None:
-        """layers: keys and values [prompt, heads, columns or more, width] of each layer; None where
-        there are none. prompts: [row] which one it starts with."""
+        """Store the columns.
+
+        Args:
+            columns: Number of columns.
+            layers: Keys and values [prompt, heads, columns or more, width] of each layer; None for
+                layers without them.
+            prompts: [row] the prompt that it begins with.
+        """
         self.columns = columns
         self.layers = [
             None if layer is None else tuple(each[:, :, :columns].contiguous() for each in layer)
@@ -108,23 +116,25 @@ class SharedKeyValues:
         self.stand(prompts)
 
     def stand(self, prompts: Sequence[int] | Ints) -> None:
-        """From now on, these are the prompts of rows."""
+        """Set the prompts of rows from now on."""
         self._prompts = np.array(prompts, dtype=np.int64)
         self._places: dict[tuple[int, int, int], _PromptLayout] = {}
 
     def of_rows(self, layer: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """[n, heads, columns, width] of each of these rows."""
+        """Return keys and values [n, heads, columns, width] of these rows."""
         keys, values = self._of(layer)
         index = array_to_device(self._prompts[rows], keys.device)
         return keys[index], values[index]
 
     def scores(self, layer: int, rows: slice, queries: Tensor) -> Tensor:
-        """[n, key-value heads, head of it, columns] of queries [n, key-value heads, head of it,
-        width]."""
+        """Return [n, key-value heads, head of that, columns] scores.
+
+        queries: [n, key-value heads, head of that, width].
+        """
         return self._times(rows, queries, self._of(layer)[0].transpose(-1, -2))
 
     def values(self, layer: int, rows: slice, weights: Tensor) -> Tensor:
-        """[n, key-value heads, head of it, width] of weights of the shape of scores."""
+        """Return [n, key-value heads, head of that, width] for weights of the scores' shape."""
         return self._times(rows, weights, self._of(layer)[1])
 
     def _of(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -133,7 +143,7 @@ class SharedKeyValues:
         return found[0], found[1]
 
     def _times(self, rows: slice, vectors: Tensor, matrices: Tensor) -> Tensor:
-        """Vectors [n, heads, k, a] times their prompt's matrix [prompt, heads, a, b]."""
+        """Multiply vectors [n, heads, k, a] by their prompt's matrix [prompt, heads, a, b]."""
         heads, shared = vectors.shape[1:3]
         key = rows.start, rows.stop, heads
         if key not in self._places:
@@ -153,14 +163,14 @@ class SharedKeyValues:
 
 
 WIDE_DTYPES = (torch.float32, torch.float64)
-"""Types in which attention is two plain products."""
+"""Dtypes in which attention equals two plain matrix products."""
 
 MIN_NEW_COLUMNS = 16
-"""Columns of room that are taken at once, or half of what there are."""
+"""Minimum number of columns that are allocated at once; otherwise, half of the existing ones."""
 
 
 class _CacheLayer(CacheLayerMixin):
-    """One layer's: whole also where the model has a window, whose mask it makes itself."""
+    """Cache of one layer; complete even with a sliding window, which the model's mask applies."""
 
     is_sliding = False
 
@@ -170,18 +180,21 @@ class _CacheLayer(CacheLayerMixin):
         self.number = number
         self.length = 0
         self.filled = 0
-        """Rows that may be read."""
+        """Number of rows that may be read."""
         self.handed: tuple[Tensor, Tensor] | None = None
-        """What the model's attention was given in the pass that runs."""
+        """Keys and values given to the model's attention in the current pass."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self._make(key_states[:0, :, :0], value_states[:0, :, :0])
         self.is_initialized = True
 
     def fit(self, rows: int, first: int, end: int) -> None:
-        """Have room for so many rows, and for the columns that there may be now.
+        """Allocate space for these rows and the current maximum of columns.
 
-        first, end: the columns that the caller writes next, in all rows that are new.
+        Args:
+            rows: Number of rows.
+            first: First column that the caller writes next, in all new rows.
+            end: End of these columns.
         """
         assert self.keys is not None
         assert self.values is not None
@@ -194,8 +207,10 @@ class _CacheLayer(CacheLayerMixin):
             self.filled = rows
 
     def _make(self, keys: Tensor, values: Tensor) -> None:
-        """Room that begins with these; zeros where it isn't filled yet, as that is read with a
-        weight of 0."""
+        """Allocate space that begins with these values.
+
+        Unfilled space is zero, because it is read with a weight of 0.
+        """
         count, before = len(keys), keys.shape[2]
         rows, columns = self.kept.room
         self.keys, self.values = (
@@ -207,7 +222,7 @@ class _CacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Put new ones behind those that are there, and give all of them."""
+        """Append new keys and values, and return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, first = self.kept.rows_of(self.number), self.kept.first
@@ -227,7 +242,7 @@ class _CacheLayer(CacheLayerMixin):
         return self.handed
 
     def every(self) -> tuple[Tensor, Tensor]:
-        """[n, heads, T, width] of the rows of the pass: views, where nothing is shared."""
+        """Return [n, heads, T, width] of the pass's rows: views, if no columns are shared."""
         assert self.keys is not None
         assert self.values is not None
         end = self.length - self.kept.common
@@ -239,7 +254,7 @@ class _CacheLayer(CacheLayerMixin):
         return torch.cat([before[0], own[0]], dim=2), torch.cat([before[1], own[1]], dim=2)
 
     def _marked(self, like: Tensor) -> Tensor:
-        """Stands for all of them, and spoils whatever is made of it."""
+        """Return a placeholder for all of them; NaN reveals any use of its values."""
         size = like.shape[0], like.shape[1], self.length, like.shape[3]
         return like.new_full((1, 1, 1, 1), torch.nan).expand(size)
 
@@ -258,39 +273,45 @@ class _CacheLayer(CacheLayerMixin):
 class KeyValueCache(Cache):
     """Keys and values of some rows, left-padded to the same column."""
 
-    layers: Any  # of `_Layer`; the library's type holds layers without keys
+    layers: Any  # `_CacheLayer`; the library's type has layers without keys
 
     def __init__(self, layers: int, rows: int, columns: int, later: int = 0) -> None:
-        """layers: of the model. rows, columns: room for so many. later: columns that may be needed
-        besides."""
+        """Create the cache.
+
+        Args:
+            layers: Number of the model's layers.
+            rows: Number of rows with space.
+            columns: Number of columns with space.
+            later: Number of further columns that may be needed.
+        """
         self.room = rows, columns + min(later, MIN_NEW_COLUMNS)
         self._most = columns + later
         self.shared: SharedKeyValues | None = None
-        """Columns in front, which rows of a prompt have in common; none of their own."""
+        """First columns, which rows of a prompt share; None if all columns are separate."""
         self.rows = slice(0, rows)
-        """Of the pass that runs."""
+        """Rows of the current pass."""
         self._lineup: RowLineup | None = None
-        """Which of these each of its blocks attends with; None: all."""
+        """Which of these rows attend in each block; None: all."""
         self.first = 0
-        """Column of its first token, without those that are shared."""
+        """Column of the pass's first token, without the shared columns."""
         self.stop: int | None = None
-        """The layer whose keys and values end the pass that runs."""
+        """The layer whose keys and values end the current pass."""
         self.asked = False
-        """Whether attention in the pass that runs knows to ask for what is kept."""
+        """Whether attention in the current pass reads the cache itself."""
         super().__init__(layers=[_CacheLayer(self, n) for n in range(layers)])
 
     @property
     def common(self) -> int:
-        """Columns that are shared."""
+        """Number of shared columns."""
         return 0 if self.shared is None else self.shared.columns
 
     @property
     def marked(self) -> bool:
-        """Whether attention in the pass that runs is given nothing, but asks for what is kept."""
+        """Whether attention in the current pass gets placeholders and reads the cache itself."""
         return self.asked and self.shared is not None
 
     def share(self, other: KeyValueCache, columns: int, rows: Sequence[int]) -> None:
-        """Rows start with the first columns of these rows of another one."""
+        """Let rows begin with the first columns of these rows of another cache."""
         layers = [
             (layer.keys, layer.values) if layer.is_initialized else None for layer in other.layers
         ]
@@ -304,10 +325,13 @@ class KeyValueCache(Cache):
         lineup: RowLineup | None = None,
         stop: int | None = None,
     ) -> KeyValueCache:
-        """For a pass over some rows, on so many columns from one on.
+        """Prepare a pass over some rows and the columns from `first` on.
 
-        lineup: which of the rows blocks compute. stop: the layer whose keys and values end the
-        pass, by PassStopped; None: none does.
+        Args:
+            count: Number of columns.
+            lineup: Which of the rows blocks compute.
+            stop: The layer whose keys and values end the pass, by PassStopped; None: the pass is
+                complete.
         """
         self.rows, self.first, self._lineup = rows, first - self.common, lineup
         self.stop = stop
@@ -319,13 +343,13 @@ class KeyValueCache(Cache):
         return self
 
     def rows_of(self, layer: int) -> slice:
-        """Of the pass that runs, in one layer."""
+        """Return the rows of the current pass in one layer."""
         if self._lineup is None:
             return self.rows
         return slice(self.rows.start, self.rows.start + self._lineup.attending(layer))
 
     def handed(self, layer: int, keys: Tensor, values: Tensor) -> bool:
-        """Whether a block's attention is called with what is kept of it, as it was given."""
+        """Return whether a block's attention was called with exactly the cached tensors."""
         mine = self.layers[layer].handed if 0 <= layer < len(self.layers) else None
         if mine is None:
             return False
@@ -336,22 +360,23 @@ class KeyValueCache(Cache):
         )
 
     def every(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, heads, T, width] of the rows of the pass that runs."""
+        """Return keys and values [n, heads, T, width] of the rows of the current pass."""
         return self.layers[layer].every()
 
     def own(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The same without those that are shared, and with the room behind them: what lies side by
-        side is read several times as fast."""
+        """Return them without shared columns, but with the free space after them.
+
+        Contiguous memory is read several times as fast.
+        """
         mine, rows = self.layers[layer], self.rows_of(layer)
         return mine.keys[rows], mine.values[rows]
 
     def newest(self, layer: int, count: int) -> Tensor:
-        """[n, heads, count, width] view of the keys of the pass that runs."""
+        """Return a view [n, heads, count, width] of the keys of the current pass."""
         return self.layers[layer].keys[self.rows_of(layer), :, self.first : self.first + count]
 
     def move(self, moves: Sequence[RowMoves], columns: int) -> None:
-        """Copy rows to other places, in each layer its own; what is copied is what stands there
-        before."""
+        """Copy rows to new indices in each layer; sources are read before they are overwritten."""
         columns -= self.common
         due = [
             (layer, rows)
@@ -369,8 +394,10 @@ class KeyValueCache(Cache):
                 each[target, :, :columns] = each[source, :, :columns]
 
     def fill(self, other: KeyValueCache, rows: Tensor, columns: int) -> None:
-        """Take these rows ([n] long) of another one's first columns, those that aren't shared, as
-        the first n rows here."""
+        """Copy the first columns of another cache's rows ([n] long) into the first n rows here.
+
+        Shared columns are left out.
+        """
         first, columns = self.common, columns - self.common
         if columns == 0:
             return
@@ -396,20 +423,28 @@ class KeyValueCache(Cache):
         of: Tensor,
         columns: Tensor,
     ) -> None:
-        """Take single vectors of all heads, "keys" or "values" of one layer: here in `rows`, there
-        in `of`, in these columns; all [K] long."""
+        """Copy single vectors of all heads from another cache.
+
+        Args:
+            which: "keys" or "values".
+            rows: [K] long, rows here.
+            of: [K] long, rows of the other cache.
+            columns: [K] long.
+        """
         mine, its = (getattr(each.layers[layer], which) for each in (self, other))
         place, here, there = indices_to_device((columns, rows, of), mine.device)
         mine[here, :, place - self.common] = its[there, :, place]
 
 
 _SUPPORTED_ATTENTION = {"eager", "sdpa"}
-"""Ways of attention whose masks can be had in full."""
+"""Attention implementations whose masks are available in full."""
 
 
 def is_single_query_supported(model: LoadedModel) -> bool:
-    """Whether a model's attention of one query can be computed here: in 16 bits its own rounds in
-    other places."""
+    """Return whether the model's attention of one query can be computed here.
+
+    In 16 bits, the model's own attention rounds at different points.
+    """
     return (
         model.dtype in WIDE_DTYPES
         and set(list_implementations(model).values()) <= _SUPPORTED_ATTENTION
@@ -417,21 +452,20 @@ def is_single_query_supported(model: LoadedModel) -> bool:
 
 
 class SingleQueryAttention:
-    """In all blocks, pass by pass."""
+    """Attention of one query in all blocks, pass by pass."""
 
     def __init__(self, kept: KeyValueCache) -> None:
         self.kept = kept
         self._masks: dict[tuple[int, torch.Size] | None, tuple[Tensor | None, Tensor]] = {}
-        """Masks of the pass, by where they lie, and what they add to scores. They are held, so that
-        no other one comes to lie there."""
+        """Masks of the pass by memory address, and what they add to scores. Masks are held, so that
+        addresses aren't reused."""
 
     def begin(self) -> None:
-        """Of another pass."""
+        """Start a further pass."""
         self._masks.clear()
 
     def attend(self, call: AttentionCall) -> Tensor | None:
-        """[n, 1, heads, d_head] of what attention is called with, which is kept; None where it does
-        what isn't known."""
+        """Compute [n, 1, heads, d_head] on cached keys; None if the call has unknown arguments."""
         query, arguments = call.query, dict(call.arguments)
         more = [arguments.get(name) for name in ("distances", "position_bias")]
         if query.dtype not in WIDE_DTYPES or call.across or any(each is not None for each in more):
@@ -453,8 +487,10 @@ class SingleQueryAttention:
         return found.view(rows, 1, heads * how.shared, -1)
 
     def _scores(self, layer: int, queries: Tensor) -> Tensor:
-        """[n, key-value heads, head of it, key] of queries [n, key-value heads, head of it,
-        width], with the keys that there is room for."""
+        """Return [n, key-value heads, head of that, key] scores, including keys in free space.
+
+        queries: [n, key-value heads, head of that, width].
+        """
         own = queries @ self.kept.own(layer)[0].transpose(-1, -2)
         if self.kept.shared is None:
             return own
@@ -462,8 +498,10 @@ class SingleQueryAttention:
         return torch.cat([before, own], dim=-1)
 
     def _values(self, layer: int, weights: Tensor) -> Tensor:
-        """[n, key-value heads, head of it, width] of weights [n, key-value heads, head of it,
-        key]."""
+        """Return [n, key-value heads, head of that, width].
+
+        weights: [n, key-value heads, head of that, key].
+        """
         shared, common = self.kept.shared, self.kept.common
         own = weights[..., common:] @ self.kept.own(layer)[1]
         if shared is None:
@@ -471,8 +509,7 @@ class SingleQueryAttention:
         return own.add_(shared.values(layer, self.kept.rows_of(layer), weights[..., :common]))
 
     def _added(self, mask: Tensor | None, scores: Tensor, count: int) -> Tensor:
-        """[n or 1, heads or 1, 1, key] what a mask adds to scores, and that nothing is seen from
-        key `count` on."""
+        """Return [n or 1, heads or 1, 1, key]: the mask's summands, and −∞ from key `count` on."""
         key = None if mask is None else (mask.data_ptr(), mask.shape)
         if key not in self._masks:
             added = scores.new_zeros(1, 1, 1, count) if mask is None else mask
@@ -484,28 +521,30 @@ class SingleQueryAttention:
 
 
 ArgumentPath = tuple[int | str, ...]
-"""Where a tensor stands among the arguments of a module: (0,), ("position_embeddings", 1)."""
+"""Location of a tensor in a module's arguments: (0,), ("position_embeddings", 1)."""
 
 RowLengths = Mapping[ArgumentPath, int]
-"""Tensors that have so many vectors for each row of the pass, those of a row side by side: one, or
-one for each of its heads."""
+"""Tensors with a fixed number of adjacent vectors per row of the pass: one, or one for each of its
+heads."""
 
 
 @dataclass(frozen=True)
 class RowArguments:
-    """Where rows stand in the calls of modules that can compute some of the rows alone."""
+    """Row dimensions in calls of modules that can compute only some of the rows."""
 
     blocks: tuple[RowLengths, ...]
     """[block]"""
     attention: tuple[RowLengths, ...] = ()
-    """[block] of its attention; empty if that computes what the rest of the block does."""
+    """[block] of its attention; empty if attention computes the same rows as the block."""
     several: bool = True
     """Whether that holds for several tokens of each row too."""
 
 
 def find_attention_path(block: BlockAnatomy) -> str | None:
-    """The module that makes queries of what it is called with, attends, and projects `z`; None
-    where that isn't one within the block."""
+    """Return the path of the module that projects queries, attends, and projects `z`.
+
+    None if there is no such module within the block.
+    """
     z = block.taps.get("z")
     if z is None or z.side != "in" or z.path != block.output or not block.projections:
         return None
@@ -519,9 +558,9 @@ def find_attention_path(block: BlockAnatomy) -> str | None:
 def limit_to_first_rows(
     model: LoadedModel, lineup: RowLineup, places: RowArguments, running: Callable[[int], None]
 ) -> Generator[None]:
-    """Blocks, and their attention, compute the rows that they have by `lineup`.
+    """Restrict blocks, and their attention, to the rows that they have in `lineup`.
 
-    running: is told how many rows there are from now on.
+    running: called with the number of rows whenever it changes.
     """
     with ExitStack() as stack:
         for number, (block, each) in enumerate(
@@ -552,9 +591,9 @@ def _run_block(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """What a block returns, where all rows but the first ones are like some of these.
+    """Run a block on the first rows, and copy the result to the others.
 
-    others: [row behind them] which one.
+    others: [further row] the row that it equals.
     """
     every = len(get_activation(args, kwargs))
     running(count)
@@ -574,7 +613,7 @@ def _limit_attention(
     places: RowLengths,
     running: Callable[[int], None],
 ) -> Generator[None]:
-    """A block's attention has fewer rows up to `z`, and those of the block from there on."""
+    """Restrict a block's attention to fewer rows up to `z`, then continue with the block's rows."""
     few, count = lineup.attending(number), lineup.rows(number)
     path = find_attention_path(block)
     assert path is not None
@@ -591,7 +630,7 @@ def _limit_attention(
         z = _append_copies(get_activation(args, kwargs), lineup.like[few:count])
         return replace_activation(args, kwargs, z)
 
-    # In front of what reads and writes `z`.
+    # Before hooks that read and write `z`.
     handle = output.register_forward_pre_hook(grow, prepend=True, with_kwargs=True)
     try:
         with replace_forward(attention, attend):
@@ -603,7 +642,7 @@ def _limit_attention(
 def _call_first_rows(
     forward: Callable[..., Any], count: int, places: RowLengths, args: Any, kwargs: Any
 ) -> Any:
-    """What is returned for the first rows alone."""
+    """Call a module with the first rows only."""
     every = len(get_activation(args, kwargs))
 
     def cut(value: Any, place: ArgumentPath) -> Any:
@@ -623,7 +662,7 @@ def _call_first_rows(
 
 
 def _append_copies(rows: Tensor, others: Ints) -> Tensor:
-    """With more rows, each of which is like one of these."""
+    """Append rows, each a copy of one of the given rows."""
     every = np.concatenate([np.arange(len(rows)), others])
     return rows.index_select(0, array_to_device(every, rows.device))
 
@@ -632,7 +671,7 @@ def _append_copies(rows: Tensor, others: Ints) -> Tensor:
 def record_lengths(
     model: LoadedModel, paths: Sequence[str]
 ) -> Generator[list[dict[ArgumentPath, int]]]:
-    """[path] the first dimensions of tensors that modules are called with, where they stand."""
+    """Record, per path, the first dimensions of tensors in the arguments of modules."""
     found: list[dict[ArgumentPath, int]] = [{} for _ in paths]
     with ExitStack() as stack:
         for number, path in enumerate(paths):
@@ -650,8 +689,13 @@ def record_lengths(
 def compute_row_lengths(
     few: dict[ArgumentPath, int], rows: int, more: dict[ArgumentPath, int]
 ) -> RowLengths:
-    """Vectors for each row, where these grow with them. few: lengths in a pass of so many rows;
-    more: of one more."""
+    """Return the vectors per row of tensors that grow with the number of rows.
+
+    Args:
+        few: Lengths in a pass of `rows` rows.
+        rows: Number of rows.
+        more: Lengths in a pass of one more row.
+    """
     return {
         place: length // rows
         for place, length in few.items()

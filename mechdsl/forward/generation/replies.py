@@ -1,4 +1,4 @@
-"""Text generated after many prompts at once while rules act, with or without a key-value cache."""
+"""Text generation for many prompts at once under rules, with or without a key-value cache."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ from mechdsl.vocab.metrics import Reply
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 
 StoredVectors = dict[SiteRead, Tensor]
-"""Keys and values [token, heads, d_head] of all layers, of the tokens of one state so far."""
+"""Keys and values [token, heads, d_head] of all layers, for the tokens of one state so far."""
 
 
 class FullPasses:
-    """Each pass computes all tokens again, with all that was written at each of them.
+    """Passes that recompute all tokens, with all writes at each of them.
 
-    Where that doesn't give the tokens in front of the newest one as they were (kept keys and values
-    were edited behind the prefill; blocks were exchanged in some of the steps), their keys and
-    values are written as they were, and so is what steps are taken of, before any rule.
+    Earlier tokens may not come out as they were: if cached keys and values were edited after the
+    prefill, or if blocks were exchanged in some of the steps. Their keys and values are then
+    written as they were, and so are the vectors before any rule that steps are computed from.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class FullPasses:
         tokens: int,
         limit: int,
     ) -> None:
-        """tokens: of a reply, at most. limit: tokens of one pass."""
+        """Prepare passes; tokens: maximum length of a reply; limit: tokens of one pass."""
         self.model = model
         self.prompts = prompts
         self.prefill = prefill
@@ -89,26 +89,27 @@ class FullPasses:
         every = (*prefill.writes, *(write for rules in steps for write in rules.writes))
         stepped = (replace(write.where, before=True) for write in every if write.mode == "step")
         self._stepped = list(dict.fromkeys(stepped))
-        """Sites that steps are taken of."""
+        """Sites of vectors that steps are computed from."""
         self._held: list[StoredVectors] = []
-        """[state] of the step before."""
+        """[state] vectors of the preceding step."""
 
     @property
     def own(self) -> Ints:
-        """[row] the tokens that only its prefill computes."""
+        """[row] number of tokens that only its prefill computes."""
         return np.array([len(prompt) for prompt in self.prompts])
 
     def arranged(self, states: RowStates, ids: Ints) -> RowStates:
-        """In any order."""
+        """Return the states: any order works."""
         return states
 
     def close(self) -> None:
-        """Every pass takes its hooks away."""
+        """Do nothing: every pass removes its hooks."""
 
     def logits(self, states: RowStates, ids: Ints) -> Tensor:
-        """[state, vocab] behind the newest token of each state.
+        """Compute [state, vocab] logits after the newest token of each state.
 
-        ids: [row, step] the replies so far.
+        Args:
+            ids: [row, step] the replies so far.
         """
         rows: list[int] = states.leaders.tolist()
         step = ids.shape[1]
@@ -124,7 +125,7 @@ class FullPasses:
         )
 
     def _part(self, rows: Sequence[int], held: Sequence[StoredVectors], ids: Ints) -> Tensor:
-        """[n, vocab] of the states that these rows lead, in one pass."""
+        """Compute [n, vocab] logits of the states with these leading rows, in one pass."""
         step = ids.shape[1]
         batch = Batch.of(
             [[*self.prompts[row], *ids[row].tolist()] for row in rows],
@@ -144,12 +145,12 @@ class FullPasses:
         return self._run(acting, acting.numbered(batch), held)
 
     def _run(self, acting: RuleWrites, batch: Batch, held: Sequence[StoredVectors]) -> Tensor:
-        """held: [state], or empty."""
+        """Run one pass; held: [state] stored vectors, or empty."""
         last = (batch.lengths - 1)[:, None]
         every = any(write.site == "logits" for write in acting.writes)
         reads = self._reads(acting) if self._holds else []
         again = [_rewrite_vectors(read, [each[read] for each in held]) for read in reads if held]
-        # A step begins with vectors before all rules; what else is held is written after them.
+        # Step sources are written before all rules; other stored vectors after them.
         begin, end = again[: len(self._stepped)], again[len(self._stepped) :]
         with replace_blocks(self.model, acting.blocks):
             result = run_full(
@@ -176,7 +177,7 @@ class FullPasses:
         return result.logits[index, to_device(batch.starts + last[:, 0], index.device)]
 
     def _reads(self, acting: RuleWrites) -> list[SiteRead]:
-        """What steps are taken of, and keys and values of all blocks that run."""
+        """List step sources, and keys and values of all blocks that run."""
         shape, blocks = self.model.shape, {to: of is not None for to, of in acting.blocks}
         layers = [layer for layer in range(shape.n_layers) if blocks.get(layer, True)]
         every = [SiteRead(site, layer) for layer in layers for site in ("k", "v")]
@@ -185,8 +186,7 @@ class FullPasses:
         return [*self._stepped, *every]
 
     def _before(self, states: RowStates, chosen: RowChoice, step: int) -> list[StoredVectors]:
-        """[state] what is held of the tokens in front of the newest; in the first step, edited.
-        Nothing where nothing is."""
+        """Return [state]: vectors stored for tokens before the newest; step 1 applies edits."""
         if not self._holds or step == 0:
             return []
         held = [dict(self._held[parent]) for parent in states.parents.tolist()]
@@ -199,7 +199,7 @@ class FullPasses:
 
 
 def apply_edit(now: Tensor, write: SiteWrite, index: tuple[Tensor, ...]) -> Tensor:
-    """Kept keys or values with an edit of the vectors at these indices, each [K]."""
+    """Edit stored keys or values at these indices, each [K]."""
     now = now.clone()
     index = tuple(each.to(now.device) for each in index)
     values = write.values.to(now.device)
@@ -210,7 +210,7 @@ def apply_edit(now: Tensor, write: SiteWrite, index: tuple[Tensor, ...]) -> Tens
 
 
 def _rewrite_vectors(read: SiteRead, found: Sequence[Tensor]) -> SiteWrite:
-    """What was read of each row's first tokens ([token, heads, d_head]), to be written there."""
+    """Write the vectors read at each row's first tokens, [token, heads, d_head]."""
     heads = found[0].shape[1]
     counts = torch.tensor([len(each) for each in found])
     rows = torch.arange(len(found)).repeat_interleave(counts * heads)
@@ -221,7 +221,7 @@ def _rewrite_vectors(read: SiteRead, found: Sequence[Tensor]) -> SiteWrite:
 
 
 def collect_blocks(steps: Sequence[StepRules], step: int) -> dict[int, int | None]:
-    """Which blocks compute in the places of others in a step."""
+    """Return the block that replaces each exchanged block in a step."""
     found: dict[int, int | None] = {}
     for rules in steps:
         if rules.acts(step):
@@ -230,14 +230,14 @@ def collect_blocks(steps: Sequence[StepRules], step: int) -> dict[int, int | Non
 
 
 MAX_RECOMPUTED_TOKENS = 64
-"""Tokens of a prefill that are computed once more rather than in a pass of their own."""
+"""Tokens of a prefill that may be recomputed to save a separate pass."""
 
 
 class CachedPasses:
-    """Each token is computed once.
+    """Passes that compute each token once.
 
-    In the prefill, the tokens in front of the first one of a row at which anything acts are
-    computed once for each distinct prompt, and so are whole prompts on which nothing acts.
+    In the prefill, the tokens before the first one of a row at which a rule acts are computed once
+    for each distinct prompt, and so are whole prompts without rules.
     """
 
     def __init__(
@@ -252,7 +252,17 @@ class CachedPasses:
         *,
         way: GenerationMethod,
     ) -> None:
-        """tokens: of a reply, at most. limit: tokens of one pass. way: what may be shared."""
+        """Prepare passes.
+
+        Args:
+            prompts: [row] token ids.
+            prefill: Writes of the prefill.
+            kept: Edits of keys and values after the prefill.
+            steps: Rules of later steps.
+            tokens: Maximum length of a reply.
+            limit: Tokens of one pass.
+            way: What rows may share.
+        """
         self.model = model
         self.prompts = prompts
         self.prefill = prefill
@@ -260,9 +270,9 @@ class CachedPasses:
         self.steps = steps
         self.limit = limit
         self.columns = max(map(len, prompts))
-        """Of all prompts, padded on the left."""
+        """Width of all prompts, padded on the left."""
         self._lengths = np.array([len(prompt) for prompt in prompts])
-        """[row] tokens of its prompt."""
+        """[row] number of prompt tokens."""
         layers = model.shape.n_layers
         acting = find_first_step(len(prompts), prefill, kept, steps)
         lowest = np.zeros_like(acting)
@@ -273,7 +283,7 @@ class CachedPasses:
         self._texts = number_prompts(prompts)
         """[row] the number of its prompt."""
         self._distinct = 1 + int(self._texts.max())
-        """Prompts."""
+        """Number of distinct prompts."""
         own = _count_own_tokens(prompts, prefill)
         most = int(own.max())
         begins = np.where(acting == 0, lowest, 2 * layers)
@@ -286,11 +296,12 @@ class CachedPasses:
             and all(write.mode != "step" for write in prefill.writes)
             and most * half_blocks <= 2 * layers * int(own.sum())
         )
-        """Whether the prefill shares blocks as a step does, with as many tokens of each prompt,
-        where that is less than its rows compute apart. A step reads the token before, which may be
-        in the pass before."""
+        """Whether the prefill shares blocks as steps do, with the same number of tokens per prompt.
+
+        This is chosen if it computes less than separate rows. It is impossible for `step` writes,
+        which read the preceding token, possibly from the preceding pass."""
         self.own = own = np.full_like(own, most) if self._together else own
-        """[row] the tokens that only its prefill computes."""
+        """[row] number of tokens that only its prefill computes."""
         edited = _count_own_tokens(prompts, RuleWrites(kept))
         apart = int(np.maximum(own, edited).max())
         shares = (
@@ -302,22 +313,23 @@ class CachedPasses:
         self._blocks = SharedBlocks(self._texts, acting, lowest, layers)
         self._places = way.places
         self._leaders = np.zeros(0, dtype=np.int64)
-        """[state] rows of the step before; what follows is of these."""
+        """[state] rows of the preceding step, which the following fields describe."""
         self._chosen: RowChoice | None = None
         self._starting = torch.zeros(0)
         """[state] columns of first tokens."""
         self._few: dict[tuple[bool, ...], Sequence[StepRules]] = {}
-        """What acts, by which of the rules do."""
+        """Merged rules, by which rules act."""
         self._before: tuple[bool, ...] | None = None
-        """Which rules acted in the step before; what they did is `_acted`."""
+        """Which rules acted in the preceding step; their writes are in `_acted`."""
         self._acted = RuleWrites()
         self._open: CachedPass | None = None
-        """The step before."""
+        """The preceding step."""
 
     def arranged(self, states: RowStates, ids: Ints) -> RowStates:
-        """The states of a step in the order in which it computes them.
+        """Order the states of a step for computation.
 
-        ids: [row, step] the replies so far.
+        Args:
+            ids: [row, step] the replies so far.
         """
         step, rows = ids.shape[1], states.leaders
         if step == 0:
@@ -328,9 +340,10 @@ class CachedPasses:
         return self._blocks.arrange(states, newest, step)
 
     def logits(self, states: RowStates, ids: Ints) -> Tensor:
-        """[state, vocab] behind the newest token of each state.
+        """Compute [state, vocab] logits after the newest token of each state.
 
-        ids: [row, step] the replies so far.
+        Args:
+            ids: [row, step] the replies so far.
         """
         step, rows = ids.shape[1], states.leaders
         if step == 0:
@@ -356,21 +369,21 @@ class CachedPasses:
         return self._open.run()
 
     def _goes_on(self, before: CachedPass, acts: tuple[bool, ...]) -> bool:
-        """Whether the same acts on the same rows as in the pass before."""
+        """Return whether the same rules act on the same rows as in the preceding pass."""
         return before.repeats and acts == self._before and before.lineup is self._blocks.lineup
 
     def close(self) -> None:
-        """No hooks are left."""
+        """Remove all hooks."""
         if self._open is not None:
             self._open.close()
             self._open = None
 
     def _prefilled(self, chosen: RowChoice) -> RuleWrites:
-        """What acts in the prefill."""
+        """Return the writes of the prefill."""
         return merge_writes(chosen.rules(self.prefill), len(chosen.rows))
 
     def _acting(self, chosen: RowChoice, step: int, acts: tuple[bool, ...]) -> RuleWrites:
-        """What acts in a step; mostly what acted in the one before."""
+        """Return the writes of a step, which are often those of the preceding step."""
         lengths = self.columns - self._starting.cpu()
         newest = lengths + step - 1
         if acts != self._before or self._acted.edges:
@@ -380,7 +393,7 @@ class CachedPasses:
         return replace(self._acted, writes=writes)
 
     def _joined(self, acts: tuple[bool, ...]) -> Sequence[StepRules]:
-        """Those that act, in few writes: rows change more often than what acts."""
+        """Join the acting rules into few writes, cached because rows change more often."""
         if acts not in self._few:
             now = [rules for rules, does in zip(self.steps, acts, strict=True) if does]
             always = [replace(rules, first=1, last=None) for rules in now]
@@ -388,7 +401,7 @@ class CachedPasses:
         return self._few[acts]
 
     def _starts(self, rows: Ints) -> Tensor:
-        """[n] columns of first tokens."""
+        """Return [n]: columns of first tokens."""
         return torch.from_numpy(self.columns - self._lengths[rows])
 
     # --- the prefill ------------------------------------------------------------------------
@@ -405,7 +418,7 @@ class CachedPasses:
         return torch.cat(found)
 
     def _prefill_together(self, states: RowStates) -> Tensor:
-        """The same in shared blocks, some columns at a time."""
+        """Run the prefill in shared blocks, some columns at a time."""
         rows, lineup = states.leaders, self._blocks.lineup
         self._shared(states, self.own[rows])
         acting, batch = self._prefilled(RowChoice(len(self.prompts), rows)), self._batch(rows)
@@ -418,7 +431,7 @@ class CachedPasses:
             return self.model, tokens, self.keys, every, mine, lineup, self._places
 
         first, count = self.columns - int(self.own.max()), max(1, self.limit // len(rows))
-        # Only the last token needs all of the last block, whose rows are these.
+        # Only the last token needs all of the last block, whose rows are these states.
         n_layers = self.model.shape.n_layers
         alone = (
             lineup.rows(n_layers - 1) * (self.columns - 1 - first)
@@ -432,10 +445,14 @@ class CachedPasses:
         return run_cached_pass(*part(first, self.columns))
 
     def _shared(self, states: RowStates, own: Ints) -> Tensor | None:
-        """What prompts have in common, once for each distinct one; the logits [state, vocab] of
-        those on which nothing acts, which are the first states.
+        """Compute the common tokens once for each distinct prompt.
 
-        own: [state] tokens at the end that aren't common.
+        Args:
+            own: [state] number of tokens at the end that aren't common.
+
+        Returns:
+            [state, vocab] logits of the first states, on which no rule acts; None if there are
+            none.
         """
         whole = int((own == 0).sum())
         columns = self.columns if whole else self.columns - int(own.min())
@@ -461,8 +478,7 @@ class CachedPasses:
         return torch.cat(found)[to_device(index[:whole], self.model.device)] if whole else None
 
     def _suffix(self, rows: Ints, part: slice, count: int) -> Tensor:
-        """[n, vocab] of some of the rows, whose last tokens are computed, behind those that are
-        kept already."""
+        """Compute [n, vocab] logits of some rows: their last tokens, on cached preceding ones."""
         rows = rows[part]
         batch = self._batch(rows)
         first = self.columns - count
@@ -473,7 +489,7 @@ class CachedPasses:
         return run_cached_pass(self.model, tokens, self.keys, part, acting)
 
     def _batch(self, rows: Ints) -> Batch:
-        """Whole prompts, as wide as the widest of all."""
+        """Create a batch of whole prompts, as wide as the longest of all."""
         ids = torch.full((len(rows), self.columns), self.model.pad_id, dtype=torch.long)
         for number, row in enumerate(rows.tolist()):
             prompt = self.prompts[row]
@@ -482,14 +498,14 @@ class CachedPasses:
         mask = (torch.arange(self.columns) >= starts[:, None]).long()
         return Batch(to_device(ids, device), to_device(mask, device), self.columns - starts, starts)
 
-    # --- edits of what is kept --------------------------------------------------------------
+    # --- edits of cached keys and values ----------------------------------------------------
 
     def _edit(self, states: RowStates, chosen: RowChoice) -> None:
         """Edit keys and values between the prefill and the first step.
 
-        They are read as they came out of their projections and edited there; another pass, in which
-        they stand so, gives what is kept of them, behind rotary for one. Layers don't see each
-        other's edits, as each is made on what the layer had.
+        They are read at the output of their projections and edited there. A further pass with the
+        edited values gives their cached form, for example after rotary embedding. Layers don't see
+        each other's edits: each edit applies to the layer's original values.
         """
         edits = [own for each in self.kept if len((own := chosen.write(each)).rows)]
         if not edits:
@@ -526,9 +542,11 @@ class CachedPasses:
 def _stored_edits(
     place: SiteRead, found: Tensor, batch: Batch, edits: Sequence[SiteWrite]
 ) -> SiteWrite:
-    """All heads of each token that is edited at a site, as they stand there afterwards.
+    """Write all heads of each edited token at a site, with their edited values.
 
-    found: [B, T, heads, d_head], what was read.
+    Args:
+        found: [B, T, heads, d_head] the values that were read.
+        edits: Edits of all sites.
     """
     spots: list[Tensor] = []
     for edit in edits:
@@ -550,9 +568,11 @@ def _stored_edits(
 
 
 def _split_rows(own: Ints, limit: int) -> Iterable[slice]:
-    """States that go through the prefill together; none whose tokens are all common.
+    """Split the states into prefill passes, without states whose tokens are all common.
 
-    own: [state] tokens of their own, ascending.
+    Args:
+        own: [state] number of tokens that aren't common, ascending.
+        limit: Tokens of one pass.
     """
     first = int((own == 0).sum())
     while first < len(own):
@@ -568,7 +588,7 @@ def _split_rows(own: Ints, limit: int) -> Iterable[slice]:
 
 
 def _count_own_tokens(prompts: Sequence[tuple[int, ...]], prefill: RuleWrites) -> Ints:
-    """[row] tokens from the first one on at which anything acts in the prefill."""
+    """Return [row]: number of tokens from the first one at which a rule acts in the prefill."""
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     first = lengths.copy()
     places = [
@@ -582,10 +602,10 @@ def _count_own_tokens(prompts: Sequence[tuple[int, ...]], prefill: RuleWrites) -
 
 
 DEFAULT_PASS_TOKENS = 4096
-"""Of one pass, where nothing else is said."""
+"""Default number of tokens in one pass."""
 
 DEFAULT_MEMORY = 2 << 30
-"""Bytes that are kept at once, where nothing else is said: of keys, values and logits."""
+"""Default number of bytes for keys, values and logits."""
 
 
 def generate_replies(
@@ -602,24 +622,32 @@ def generate_replies(
     limit: int = DEFAULT_PASS_TOKENS,
     memory: int = DEFAULT_MEMORY,
 ) -> list[Reply]:
-    """What the model, a causal decoder of text, writes behind each of the prompts.
+    """Generate text after each prompt with a causal decoder.
 
     The prefill is the pass over the whole prompt (step 0); step s is the pass whose newest token is
     token s of the reply.
 
-    prompts: [row] token ids. prefill: what acts in the prefill, at positions of the prompt. kept:
-    edits of the keys and values (`k`, `v`) of the prompt between the prefill and step 1, each made
-    on what the layer had. steps: what acts at the newest token of later passes; its rows, as all
-    others, count prompts. random: [row] what the random numbers of sampled tokens hang on, beside
-    the step. groups: [row] equal where all that acts is equal, so that equal rows are computed once
-    until their tokens differ; by default only rows on which nothing has acted yet are. cached: on
-    kept keys and values, where `way_of` says that the model does the same then. limit: tokens of
-    one pass. memory: bytes for keys, values and logits; less is taken where that isn't there.
+    Args:
+        model: A causal decoder of text.
+        prompts: [row] token ids.
+        decoding: How tokens are chosen.
+        prefill: Writes of the prefill, at positions of the prompt.
+        kept: Edits of the prompt's keys and values (`k`, `v`) between the prefill and step 1, each
+            applied to the layer's original values.
+        steps: Writes at the newest token of later passes; rows are prompts, as everywhere.
+        random: [row] seed of the random numbers of sampled tokens, together with the step.
+        groups: [row] equal for rows with equal writes, so that equal rows are computed once until
+            their tokens differ; by default rows are shared only until a rule acts on them.
+        cached: Whether to use a key-value cache, if `choose_method` finds that results agree.
+        limit: Tokens of one pass.
+        memory: Bytes for keys, values and logits; batches are halved if memory runs out.
 
-    Raises ValueError for what can't be done, WriteMismatch for writes that couldn't happen.
+    Raises:
+        ValueError: The request is impossible.
+        WriteMismatch: A write couldn't be applied.
     """
     given = _GivenRules(prefill or RuleWrites(), kept, steps)
-    if not given.looks_back:  # in one write, rules couldn't act one after the other
+    if not given.looks_back:  # one merged write couldn't apply rules one after the other
         given = given.merged(len(prompts))
     if not all(prompts):
         raise ValueError("every prompt needs a token")
@@ -651,7 +679,7 @@ def _split_batches(
     limit: int,
     memory: int,
 ) -> Iterator[list[int]]:
-    """Rows that are written together: prompts of like lengths, equal ones side by side."""
+    """Split rows into batches by prompt length, with equal prompts adjacent."""
     shape = model.shape
     each = model.dtype.itemsize * 2 * shape.n_layers * shape.n_kv_heads * shape.d_head
     logits = 3 * 4 * shape.outputs
@@ -676,7 +704,7 @@ class _Passes(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _GivenRules:
-    """What acts, as it was given."""
+    """Rules as given by the caller."""
 
     prefill: RuleWrites
     kept: Sequence[SiteWrite]
@@ -684,18 +712,18 @@ class _GivenRules:
 
     @property
     def inside(self) -> bool:
-        """Whether anything acts within attention."""
+        """Whether a rule acts within attention."""
         writes = [*self.prefill.writes, *(each for rules in self.steps for each in rules.writes)]
         edges = [*self.prefill.edges, *(each for rules in self.steps for each in rules.edges)]
         return bool(edges) or any(write.site in ATTENTION_INTERNAL_SITES for write in writes)
 
     @property
     def looks_back(self) -> bool:
-        """Whether what is written at a newest token hangs on what stands at the one before."""
+        """Whether writes at the newest token depend on the value at the preceding token."""
         return any(write.mode == "step" for rules in self.steps for write in rules.writes)
 
     def check_blocks(self, tokens: int) -> None:
-        """A block that has been left out has no keys and values of the tokens so far."""
+        """Raise ValueError if a skipped block runs again, as it lacks keys of the tokens so far."""
         out: set[int] = set()
         for step in range(tokens):
             blocks = collect_blocks(self.steps, step) if step else dict(self.prefill.blocks)
@@ -705,7 +733,7 @@ class _GivenRules:
             out |= now
 
     def merged(self, count: int) -> _GivenRules:
-        """The same in few writes; count: rows."""
+        """Merge the rules into few writes; count: number of rows."""
         return _GivenRules(
             merge_writes(self.prefill, count),
             merge_writes(RuleWrites(self.kept), count).writes,
@@ -713,7 +741,7 @@ class _GivenRules:
         )
 
     def of(self, chosen: RowChoice) -> _GivenRules:
-        """The part of some rows."""
+        """Restrict the rules to some rows."""
         return replace(
             self,
             prefill=chosen.rules(self.prefill),
@@ -724,7 +752,7 @@ class _GivenRules:
 
 @dataclass(frozen=True, eq=False)
 class _GenerationJob:
-    """All rows, which are written batch by batch."""
+    """Rows to generate text for, batch by batch."""
 
     model: LoadedModel
     prompts: Sequence[tuple[int, ...]]
@@ -736,7 +764,7 @@ class _GenerationJob:
     limit: int
 
     def replies(self, rows: Sequence[int]) -> Iterator[tuple[int, Reply]]:
-        """Rows with their replies; in two halves where memory runs out."""
+        """Yield rows with their replies; a batch that exceeds memory is halved."""
         try:
             with fuse_activations(self.model.module):
                 found = self._together(rows)
@@ -754,7 +782,7 @@ class _GenerationJob:
 
     @torch.inference_mode()
     def _together(self, rows: Sequence[int]) -> list[Reply]:
-        """The replies of one batch."""
+        """Generate the replies of one batch."""
         prompts = [self.prompts[row] for row in rows]
         given = self.given.of(RowChoice(len(self.prompts), rows))
         acting = find_first_step(len(rows), given.prefill, given.kept, given.steps)

@@ -1,7 +1,7 @@
-"""Rules that act during generation, and rows that share a computation until rules separate them.
+"""Rules during generation, and rows that share computation until rules separate them.
 
-Sites are counted in half blocks: 2 · block is where a block begins, and 2 · block + 1 where its
-attention has been computed, before the output projection.
+Sites are counted in half blocks: 2 · block is the start of a block, and 2 · block + 1 the point
+after its attention, before the output projection.
 """
 
 from __future__ import annotations
@@ -24,35 +24,39 @@ from mechdsl.vocab.sites import SITES, sites_of_stage
 
 @dataclass(frozen=True, eq=False)
 class StepEdge:
-    """Edges of attention from the newest token. The `queries` of `edge` are ignored, its `keys` are
-    positions of the prompt."""
+    """Attention edges from the newest token.
+
+    The `queries` of `edge` are ignored; its `keys` are positions of the prompt.
+    """
 
     edge: EdgeWrite
     also: Literal["", "newest", "written"] = ""
-    """Keys besides: the newest token itself, or all tokens of the reply up to it."""
+    """Additional keys: the newest token itself, or all tokens of the reply up to it."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepRules:
-    """What acts at the newest token of the passes `first` to `last`, both included: step s has
-    token s of the reply as its newest one."""
+    """Changes at the newest token of the passes `first` to `last`, both included.
+
+    The newest token of step s is token s of the reply.
+    """
 
     first: int
-    """1 or more; the prefill is step 0, and what acts there is said by itself."""
+    """1 or more; step 0 is the prefill, whose changes are given separately."""
     last: int | None = None
-    """None: to the end."""
+    """None: up to the end."""
     writes: Sequence[SiteWrite] = ()
-    """Their `positions` are ignored."""
+    """Writes whose `positions` are ignored."""
     edges: Sequence[StepEdge] = ()
     blocks: BlockPairs = ()
-    """Which blocks compute in the places of others, for the newest token of all rows."""
+    """Blocks that replace others, for the newest token of all rows."""
 
     def __post_init__(self) -> None:
         if self.first < 1:
             raise ValueError("step 0 is the prefill, whose writes are given by themselves")
 
     def moved(self, rows: Tensor) -> StepRules:
-        """The same where row i is row `rows[i]`."""
+        """Renumber rows: row i becomes row `rows[i]`."""
         return replace(
             self,
             writes=[write.moved(rows) for write in self.writes],
@@ -60,25 +64,25 @@ class StepRules:
         )
 
     def acts(self, step: int) -> bool:
-        """Whether it acts in a step."""
+        """Return whether the rules act in a step."""
         return self.first <= step and (self.last is None or step <= self.last)
 
 
 @dataclass(frozen=True, eq=False)
 class GenerationRules:
-    """What acts behind the prefill, in some rows of a pass."""
+    """Rules that act after the prefill, in some rows of a pass."""
 
     kept: tuple[SiteWrite, ...] = ()
     """Edits of keys and values between the prefill and the first step."""
     steps: tuple[StepRules, ...] = ()
-    """What acts at the newest token, in the order of the file."""
+    """Rules at the newest token, in the order of the file."""
 
     def then(self, later: GenerationRules) -> GenerationRules:
-        """With what other rows do."""
+        """Append the rules of further rows."""
         return GenerationRules((*self.kept, *later.kept), (*self.steps, *later.steps))
 
     def moved(self, rows: Tensor) -> GenerationRules:
-        """The same where row i is row `rows[i]`."""
+        """Renumber rows: row i becomes row `rows[i]`."""
         return GenerationRules(
             tuple(write.moved(rows) for write in self.kept),
             tuple(each.moved(rows) for each in self.steps),
@@ -86,28 +90,28 @@ class GenerationRules:
 
 
 class RowChoice:
-    """Some rows, which are those of a pass."""
+    """Selection of rows for one pass."""
 
     def __init__(self, count: int, rows: Sequence[int] | Ints) -> None:
-        """rows: of `count` ones, in the order of the pass; each at most once."""
+        """Select rows; rows: of `count` ones, in the order of the pass, each at most once."""
         self.rows = torch.from_numpy(np.array(rows, dtype=np.int64))
         self.to = torch.full((count,), -1, dtype=torch.long)
-        """[row] which row of the pass it is; -1 where it isn't there."""
+        """[row] its number in the pass; -1 for rows outside it."""
         self.to[self.rows] = torch.arange(len(self.rows))
 
     def _there(self, rows: Tensor) -> Tensor:
         return self.to[rows] >= 0
 
     def write(self, write: SiteWrite) -> SiteWrite:
-        """The part of a write."""
+        """Restrict a write to the selected rows."""
         return write.some(self._there(write.rows)).moved(self.to)
 
     def edge(self, edge: EdgeWrite) -> EdgeWrite:
-        """The part of changed edges."""
+        """Restrict edges to the selected rows."""
         return edge.some(self._there(edge.rows)).moved(self.to)
 
     def rules(self, rules: RuleWrites) -> RuleWrites:
-        """The part of what rules write."""
+        """Restrict the writes of rules to the selected rows."""
         return RuleWrites(
             [write for each in rules.writes if len((write := self.write(each)).rows)],
             [edge for each in rules.edges if len((edge := self.edge(each)).rows)],
@@ -116,7 +120,7 @@ class RowChoice:
         )
 
     def step_rules(self, rules: StepRules) -> StepRules:
-        """The part of what acts at newest tokens."""
+        """Restrict rules at newest tokens to the selected rows."""
         return replace(
             rules,
             writes=[own for each in rules.writes if len((own := self.write(each)).rows)],
@@ -130,10 +134,12 @@ class RowChoice:
     def step(
         self, steps: Sequence[StepRules], step: int, prompts: Tensor, newest: Tensor
     ) -> RuleWrites:
-        """What acts at the newest token of a step, and writes where it stands.
+        """Build the writes at the newest token of a step, at its position.
 
-        prompts: [row of the pass] tokens of the prompt. newest: [row of the pass] position of the
-        newest token.
+        Args:
+            steps: All rules.
+            prompts: [row of the pass] number of prompt tokens.
+            newest: [row of the pass] position of the newest token.
         """
         found = RuleWrites()
         for rules in steps:
@@ -150,17 +156,17 @@ class RowChoice:
 
 
 def merge_steps(prefill: RuleWrites, later: Sequence[RuleWrites]) -> RuleWrites:
-    """What acts in one pass over prompts and replies, where each rule comes before the next one.
+    """Merge the writes of one pass over prompts and replies, in the order of rules.
 
     A rule writes later tokens first, because a step reads the previous token as it was before the
     rule.
 
     Args:
-        prefill: What acts in the prompts.
-        later: [step - 1] what acts at the newest token of each step.
+        prefill: Writes in the prompts.
+        later: [step - 1] writes at the newest token of each step.
 
     Returns:
-        Everything, with the blocks of the prefill.
+        All writes, with the blocks of the prefill.
     """
     found = RuleWrites()
     for each in (*(replace(own, blocks=()) for own in reversed(later)), prefill):
@@ -169,10 +175,7 @@ def merge_steps(prefill: RuleWrites, later: Sequence[RuleWrites]) -> RuleWrites:
 
 
 def join_step_rules(steps: Sequence[StepRules], count: int) -> list[StepRules]:
-    """The same in few writes: neighbours that act in the same steps are one.
-
-    count: rows.
-    """
+    """Join adjacent rules that act in the same steps into few writes; count: number of rows."""
     found: list[StepRules] = []
     for _, some in groupby(steps, lambda rules: (rules.first, rules.last, tuple(rules.blocks))):
         each = list(some)
@@ -183,7 +186,7 @@ def join_step_rules(steps: Sequence[StepRules], count: int) -> list[StepRules]:
 
 
 def _place_edge(each: StepEdge, prompts: Tensor, newest: Tensor) -> EdgeWrite:
-    """Edges from the newest token of each row."""
+    """Build edges from the newest token of each row."""
     edge = each.edge
     if edge.change == "allow":
         raise ValueError("what the newest token sees can't be allowed besides")
@@ -201,7 +204,7 @@ def _place_edge(each: StepEdge, prompts: Tensor, newest: Tensor) -> EdgeWrite:
 
 @dataclass(eq=False)
 class _MergedWrites:
-    """Writes or edges that can be one, as no row has two of them."""
+    """Writes or edges that can be merged, as each row has at most one of them."""
 
     kind: object
     rows: Tensor
@@ -210,7 +213,12 @@ class _MergedWrites:
 
     @classmethod
     def of(cls, each: Iterable[tuple[object, object, Any]], count: int) -> list[_MergedWrites]:
-        """each: (what it must not pass by another of, what it must have in common, itself)."""
+        """Merge parts of equal kind.
+
+        Args:
+            each: Scope within which the order matters, kind that merged parts share, and the part.
+            count: Number of rows.
+        """
         found: dict[object, list[_MergedWrites]] = {}
         for where, kind, part in each:
             before = found.setdefault(where, [])
@@ -228,9 +236,10 @@ class _MergedWrites:
 
 
 def merge_writes(rules: RuleWrites, count: int) -> RuleWrites:
-    """The same in fewer writes; those of one row stay in their order.
+    """Merge writes into fewer ones; those of one row stay in order.
 
-    count: rows of the pass.
+    Args:
+        count: Number of rows of the pass.
     """
     writes = _MergedWrites.of(
         ((each.where, (each.mode, each.values.shape[1]), each) for each in rules.writes),
@@ -278,25 +287,25 @@ NO_STEP = 1 << 40
 
 @dataclass(frozen=True, eq=False)
 class RowStates:
-    """What a pass computes: rows, and which of them stand for others too."""
+    """States that a pass computes: groups of rows that share a computation."""
 
     rows: Ints
-    """[n] of one state side by side, ascending there; the first of them leads."""
+    """[n] rows, grouped by state and ascending within one; the first one leads."""
     of: Ints
-    """[n] the state of each of these, ascending."""
+    """[n] the state of each row, ascending."""
     parents: Ints
-    """[state] which one of the step before it goes on from."""
+    """[state] the state of the preceding step that it continues."""
 
     def __len__(self) -> int:
         return len(self.parents)
 
     @property
     def leaders(self) -> Ints:
-        """[state]"""
+        """[state] its leading row."""
         return self.rows[np.searchsorted(self.of, np.arange(len(self)))]
 
     def placed(self, place: Ints) -> RowStates:
-        """The same with each state in another place, [state]."""
+        """Move each state to a new index, [state]."""
         of, parents = place[self.of], np.empty_like(self.parents)
         parents[place] = self.parents
         order = np.argsort(of, kind="stable")
@@ -304,26 +313,31 @@ class RowStates:
 
 
 def number_prompts(prompts: Sequence[tuple[int, ...]]) -> Ints:
-    """[row] equal where prompts are: they count from 0 as they first come."""
+    """Return [row]: number of its prompt, from 0 in order of first appearance."""
     numbers: dict[tuple[int, ...], int] = {}
     every = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
     return np.array(every, dtype=np.int64)
 
 
 class RowSharing:
-    """Which rows may be computed together, step by step."""
+    """Grouping of rows that can be computed together, step by step."""
 
     def __init__(
         self, prompts: Sequence[tuple[int, ...]], acting: Ints, groups: Ints | None
     ) -> None:
-        """acting: [row] the first step in which anything is done to it. groups: [row] equal where
-        all that is done is equal; None: nowhere."""
+        """Prepare the grouping.
+
+        Args:
+            prompts: [row] token ids.
+            acting: [row] the first step in which a rule acts on it.
+            groups: [row] equal for rows with equal rules; None: all rows differ.
+        """
         self._prompts = number_prompts(prompts)
         self._acting = acting
         self._groups = np.arange(len(prompts)) if groups is None else groups
 
     def first(self, by: Ints) -> RowStates:
-        """Of the prefill, in the order of what `by` has for their rows, [row]."""
+        """Return the states of the prefill, ordered by `by` [row] of their leading rows."""
         rows = np.arange(len(self._prompts))
         found = self._split(rows, self._prompts, np.zeros_like(rows), 0)
         order = np.argsort(by[found.leaders], kind="stable")
@@ -333,17 +347,19 @@ class RowSharing:
         return RowStates(states.rows, states.of, np.arange(len(states)))
 
     def follow(self, before: RowStates, newest: Ints, step: int) -> RowStates:
-        """Of the next step, `step`.
+        """Return the states of step `step`.
 
-        newest: [n] the token that each of the rows before has written; below 0 where it is done.
+        Args:
+            before: States of the preceding step.
+            newest: [n] newest token of each row in `before`; negative if the row is finished.
         """
         goes = newest >= 0
         return self._split(before.rows[goes], before.of[goes], newest[goes], step)
 
     def _split(self, rows: Ints, parents: Ints, tokens: Ints, step: int) -> RowStates:
-        """Rows that go on from one state, with one token and with equal things done to them."""
+        """Group rows that continue the same state with the same token and equal rules."""
         acted = self._acting[rows] <= step
-        groups = np.where(acted, self._groups[rows], -1)  # -1: nothing has been done yet
+        groups = np.where(acted, self._groups[rows], -1)  # -1: no rule has acted yet
         keys = (groups, tokens, parents)
         order = np.lexsort((rows, *keys))
         begins = np.zeros(len(order), dtype=bool)
@@ -356,8 +372,11 @@ class RowSharing:
 def find_first_step(
     count: int, prefill: RuleWrites, kept: Sequence[SiteWrite], steps: Sequence[StepRules]
 ) -> Ints:
-    """[row] the first step in which anything is done to a row; what is done to all rows alike, as
-    other blocks, doesn't tell them apart."""
+    """Return [row]: the first step in which a rule acts on a row.
+
+    Changes to all rows alike, such as exchanged blocks, don't count, because they don't distinguish
+    rows.
+    """
     found = np.full(count, NO_STEP, dtype=np.int64)
 
     def note(each: Iterable[Tensor], step: int) -> None:
@@ -375,90 +394,96 @@ def find_first_step(
 
 
 SITES_AFTER_ATTENTION = sites_of_stage("mixed", "middle", "mlp", "in_mlp", "end")
-"""Sites of a block that its attention doesn't hang on, for the same token and for later ones."""
+"""Sites of a block that its attention doesn't depend on, for the same token and for later ones."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowLineup:
-    """From where on each state of a pass has a row of its own."""
+    """Starting point of each state's separate row in a pass."""
 
     begins: Ints
-    """[state] half blocks, ascending; 2 · `n_layers` where only what lies behind all blocks is its
-    own."""
+    """[state] half blocks, ascending; 2 · `n_layers` if only the computation after all blocks is
+    separate."""
     like: Ints
-    """[state] the one that it is equal to in front of that; itself where it has a row everywhere.
-    Those that others are equal to have one everywhere."""
+    """[state] the state whose row it shares before that; itself if it has a row everywhere. States
+    whose rows are shared have a row everywhere."""
 
     def __len__(self) -> int:
         return len(self.begins)
 
     @staticmethod
     def apart(count: int) -> RowLineup:
-        """All states have rows in all blocks."""
+        """Create a lineup in which all states have rows in all blocks."""
         return RowLineup(np.zeros(count, dtype=np.int64), np.arange(count))
 
     @property
     def shares(self) -> bool:
-        """Whether any state has none somewhere."""
+        """Whether any state lacks a row somewhere."""
         return len(self) > 0 and int(self.begins[-1]) > 0
 
     def attending(self, block: int) -> int:
-        """States that have a row in a block's attention, and keys there: the first ones."""
+        """Return how many states have a row, and keys, in a block's attention: the first ones."""
         return self._up_to(2 * block)
 
     def rows(self, block: int) -> int:
-        """States that have a row in the rest of a block: the first ones, those that attend among
-        them."""
+        """Return how many states have a row in the rest of a block, including those that attend."""
         return self._up_to(2 * block + 1)
 
     def _up_to(self, place: int) -> int:
-        """States that have a row there."""
+        """Return the number of states with a row at a half block."""
         counts = self._counts
         return counts[min(place, len(counts) - 1)] if counts else 0
 
     @cached_property
     def _counts(self) -> list[int]:
-        """[half block]"""
+        """[half block] number of states with a row."""
         return np.bincount(self.begins).cumsum().tolist()
 
     def place(self, states: Ints, block: int) -> Ints:
-        """In which row of a block's attention each of these states is computed."""
+        """Return the row of a block's attention in which each of these states is computed."""
         return np.where(self.begins[states] <= 2 * block, states, self.like[states])
 
 
 RowMoves = tuple[Ints, Ints]
-"""([k] rows before, [k] rows now) whose keys and values have to be copied."""
+"""([k] old rows, [k] new rows) whose keys and values are copied."""
 
 NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
 
 
 class SharedBlocks:
-    """Which state is computed in which row, step by step."""
+    """Assignment of states to rows, step by step."""
 
     def __init__(self, texts: Ints, acting: Ints, lowest: Ints, n_layers: int) -> None:
-        """texts: [row] equal where prompts are. acting: [row] the first step in which anything is
-        done to it. lowest: [row] the first half block in which anything ever is."""
+        """Prepare the assignment.
+
+        Args:
+            texts: [row] equal for rows with equal prompts.
+            acting: [row] the first step in which a rule acts on it.
+            lowest: [row] the first half block that a rule ever changes.
+            n_layers: Number of blocks.
+        """
         self._texts = texts
         self._acting = acting
         self._lowest = lowest
         self._n_layers = n_layers
         self._leader = np.zeros(0, dtype=np.int64)
-        """[state] one that has written the same behind the same prompt."""
+        """[state] a state with the same generated tokens after the same prompt."""
         self._begins = np.zeros(0, dtype=np.int64)
-        """[state] where what has been done to it begins."""
+        """[state] the half block where its rules begin."""
         self.lineup = RowLineup.apart(0)
         self.moves: Sequence[RowMoves] = ()
-        """[block] from the step before."""
+        """[block] moves from the preceding step."""
 
     def begin(self, states: RowStates) -> None:
-        """The prefill has these."""
+        """Start with the states of the prefill."""
         self._leader = self._texts[states.leaders]
         self.lineup = RowLineup.apart(len(states))
 
     def arrange(self, states: RowStates, newest: Ints, step: int) -> RowStates:
-        """The states of a step in an order in which those that have rows in a block come first.
+        """Order the states of a step so that those with rows in a block come first.
 
-        newest: [state] the last token of its reply.
+        Args:
+            newest: [state] the last token of its reply.
         """
         rows, parents = states.leaders, states.parents
         acted = self._acting[rows] <= step
@@ -468,7 +493,7 @@ class SharedBlocks:
             return states
         pairs = self._leader[parents] * (1 + newest.max()) + newest
         written = np.unique(pairs, return_inverse=True)[1]
-        leads = self.lineup.like[parents] != parents  # False sorts first: it has all of its keys
+        leads = self.lineup.like[parents] != parents  # False sorts first: it has all its keys
         order = np.lexsort((parents, leads, -lowest, written))
         first = np.ones(len(order), dtype=bool)
         first[1:] = written[order[1:]] != written[order[:-1]]
@@ -484,8 +509,10 @@ class SharedBlocks:
         return states.placed(place)
 
     def _stands(self, lowest: Ints, parents: Ints, newest: Ints) -> bool:
-        """Whether all is as it was in the step before: those that had written the same still
-        have."""
+        """Return whether nothing changed since the preceding step.
+
+        States with equal generated tokens must still have equal ones.
+        """
         return (
             np.array_equal(lowest, self._begins)
             and np.array_equal(parents, np.arange(len(self._leader)))
@@ -500,7 +527,7 @@ class SharedBlocks:
 
 
 def _assign_rows(begins: Ints, parents: Ints) -> Ints:
-    """[state] places in the order of `begins`; most stay where their parent was."""
+    """Return [state]: indices in the order of `begins`; most states stay where their parent was."""
     ordered = np.sort(begins)
     low, high = (np.searchsorted(ordered, begins, side=side) for side in ("left", "right"))
     stays = np.flatnonzero((parents >= low) & (parents < high))
@@ -520,8 +547,10 @@ def find_lowest_block(
     kept: Sequence[SiteWrite],
     steps: Sequence[StepRules],
 ) -> Ints:
-    """[row] the first half block in which anything is ever done to it; 2 · `n_layers` where nothing
-    is, or behind all blocks alone."""
+    """Return [row]: the first half block that a rule ever changes.
+
+    2 · `n_layers` if there is none, or only after all blocks.
+    """
     found = np.full(count, 2 * model.shape.n_layers, dtype=np.int64)
     writes = [*prefill.writes, *kept, *(each for rules in steps for each in rules.writes)]
     edges = [*prefill.edges, *(each.edge for rules in steps for each in rules.edges)]
@@ -537,9 +566,9 @@ def find_lowest_block(
 
 
 def _find_half_block(model: LoadedModel, write: SiteWrite) -> int:
-    """The first half block whose rows a write tells apart."""
+    """Return the first half block in which a write makes rows differ."""
     if write.layer is None:
         return 0 if SITES[write.site].when == "embedding" else 2 * model.shape.n_layers
-    if SITES[write.site].when == "after":  # what the block returns is changed
+    if SITES[write.site].when == "after":  # the block's output is changed
         return 2 * (write.layer + 1)
     return 2 * write.layer + int(write.site in SITES_AFTER_ATTENTION)

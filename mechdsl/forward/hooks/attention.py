@@ -1,6 +1,6 @@
 """Attention of packed and padded tokens over stored keys and values.
 
-The model's attention is replaced by a function that is told which block calls it.
+The model's attention is replaced by a function that knows the calling block.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ _IGNORED_ARGUMENTS = frozenset(
         "deterministic",  # of flash kernels
     }
 )
-"""Arguments of attention functions that change nothing where the mask is written out."""
+"""Arguments of attention functions that have no effect with an explicit mask."""
 
 
 class CannotPack(Exception):
-    """The model's attention does something that packed rows can't."""
+    """Attention that packed rows can't reproduce."""
 
 
 @dataclass(frozen=True, eq=False)
 class CachedAttention:
-    """What one block's attention had on the unpatched prompts."""
+    """Attention inputs of one block on the unpatched prompts."""
 
     keys: Tensor
     """[lane, key-value heads, T, d_head], after rotary."""
     values: Tensor
     mask: Tensor | None
-    """[lane or 1, heads or 1, T, T]: true where a query sees a key, or what is added to its score;
-    None where every token sees every other. With fewer queries, they are the last ones."""
+    """[lane or 1, heads or 1, T, T]: true where a query sees a key, or a summand of its score; None
+    if every token sees every other. If there are fewer queries, they are the last ones."""
 
     distances: DistanceScores | None = None
-    """What is added to scores besides."""
+    """Further summands of scores that depend on distance."""
 
     def part(self, lanes: slice) -> CachedAttention:
-        """Of some lanes."""
+        """Select some lanes."""
         mask = self.mask
         if mask is not None and mask.shape[0] > 1:
             mask = mask[lanes]
@@ -78,7 +78,7 @@ class CachedAttention:
 def exchange_attention(
     model: LoadedModel, function: AttentionFunction, *, masked: bool
 ) -> Generator[None]:
-    """The model attends with `function`; masks are written out if `masked`, else not made."""
+    """Replace the model's attention by `function`; masks are explicit if `masked`, else omitted."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -88,7 +88,7 @@ def exchange_attention(
     def attended(part: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         way = before.get(id(getattr(part, "config", None)), own)
         if way == "sdpa":
-            kwargs.pop("softcap", None)  # older libraries pass it over there
+            kwargs.pop("softcap", None)  # older libraries ignore it for sdpa
         if not masked:
             kwargs["rounds_scores"] = way == "eager"
         return function(part, *args, **kwargs)
@@ -99,7 +99,7 @@ def exchange_attention(
             return unmade
         return make(*args, **{**kwargs, "allow_is_causal_skip": False})
 
-    # Some of these models look into a mask that is never used.
+    # Some of these models inspect a mask that they never use.
     unmade = torch.zeros(1, 1, 1, 1, device=model.device) if model.written_out else None
     with ExitStack() as stack:
         stack.enter_context(exchange_modules(model.written_out, function, own, masked=masked))
@@ -113,12 +113,12 @@ def exchange_attention(
 
 
 def list_implementations(model: LoadedModel) -> dict[int, str]:
-    """How modules attend, by their config's id: an image encoder otherwise than the text, say."""
+    """Return attention implementations by config id; an image encoder's may differ."""
     return {id(config): config._attn_implementation for config in model.attention_configs}
 
 
 def find_cross_attention(model: LoadedModel) -> frozenset[int]:
-    """Ids of the modules by which a decoder attends to an encoder."""
+    """Return the ids of the modules by which a decoder attends to an encoder."""
     if "cross" not in model.others:
         return frozenset()
     blocks = model.stack("cross").anatomy.blocks
@@ -127,7 +127,7 @@ def find_cross_attention(model: LoadedModel) -> frozenset[int]:
 
 
 def get_own_attention(module: nn.Module, own: Mapping[int, str]) -> AttentionFunction:
-    """The function that the module would attend with; own: `implementations` before an exchange."""
+    """Return the module's attention function; own: `list_implementations` before an exchange."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if find_attention_entry(module) is not None:
@@ -136,7 +136,7 @@ def get_own_attention(module: nn.Module, own: Mapping[int, str]) -> AttentionFun
     implementation = own.get(id(getattr(module, "config", None)), first)
     if implementation == "sdpa":
         return ALL_ATTENTION_FUNCTIONS[implementation]
-    if implementation != "eager":  # masks of other kernels aren't written out
+    if implementation != "eager":  # masks of other kernels aren't explicit
         raise CannotPack(f"its attention is `{implementation}`")
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
@@ -145,19 +145,19 @@ def get_own_attention(module: nn.Module, own: Mapping[int, str]) -> AttentionFun
 
 
 def expand_query_mask(mask: Any, count: int) -> Any:
-    """A mask with a row for each of `count` queries, where it has one of keys alone."""
+    """Expand a mask of keys alone to a row for each of `count` queries."""
     if isinstance(mask, Tensor) and mask.shape[-2] == 1:
         return mask.expand(*mask.shape[:-2], count, -1)
     return mask
 
 
 def find_visible_keys(mask: Tensor) -> Tensor:
-    """Whether each query sees each key, by a mask or by masked scores."""
+    """Return whether each query sees each key, given a mask or masked scores."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def add_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """A mask with what is added to scores besides."""
+    """Add a bias of scores to a mask."""
     if bias is None or mask is None:
         return mask if bias is None else bias
     if mask.dtype == torch.bool:
@@ -166,15 +166,17 @@ def add_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
 
 
 class VisibleKeyCounts:
-    """How many keys each query of a mask sees: counted once, and then known on the host."""
+    """Numbers of keys that the queries of a mask see, counted once and stored on the host."""
 
     def __init__(self) -> None:
         self._counts: dict[object, tuple[Tensor, Ints]] = {}
-        """By where a mask lies; masks are held, so that no other one comes to lie there."""
+        """By memory address of a mask; masks are held, so that addresses aren't reused."""
 
     def of(self, mask: Tensor) -> Ints:
-        """[lane or 1, query] of a mask [lane or 1, head or 1, query, key], the fewest of all heads;
-        a key whose score is changed doesn't count as seen."""
+        """Return [lane or 1, query] for a mask [lane or 1, head or 1, query, key].
+
+        The count is the minimum over heads; a key whose score is changed doesn't count.
+        """
         key = mask.data_ptr(), mask.shape, mask.stride()
         if key not in self._counts:
             together = max(1, get_max_scores(mask.device) // mask[:, :, :1].numel())
@@ -184,22 +186,24 @@ class VisibleKeyCounts:
 
 
 def _count_visible(mask: Tensor) -> Tensor:
-    """[lane, query] how many keys are seen without a change, by the head that sees the fewest."""
+    """Return [lane, query]: number of keys seen without a change, the minimum over heads."""
     whole = mask if mask.dtype == torch.bool else mask == 0
     return whole.count_nonzero(-1).amin(1)
 
 
 class GroupMasks:
-    """Masks of groups, cut out of the model's, and kept from block to block of a pass."""
+    """Masks of groups, cut from the model's mask and cached over the blocks of a pass."""
 
     def __init__(self, seen: VisibleKeyCounts | None = None) -> None:
-        """seen: tells where a mask changes nothing; None applies every mask."""
+        """Prepare the cache; seen: detects masks without effect; None applies every mask."""
         self._seen = seen
         self._cut: dict[object, tuple[AttentionGroup, Tensor | None]] = {}
 
     def of(self, group: AttentionGroup, mask: Tensor | None, keys: int) -> Tensor | None:
-        """[lane or 1, head or 1, query, key] of a group's queries and first keys; None where they
-        see them all."""
+        """Return [lane or 1, head or 1, query, key] for a group's queries and first keys.
+
+        None if the queries see all of these keys.
+        """
         if mask is None:
             return None
         key = id(group), mask.data_ptr(), mask.shape, mask.stride(), keys
@@ -209,7 +213,7 @@ class GroupMasks:
 
     def _of(self, group: AttentionGroup, mask: Tensor, keys: int) -> Tensor | None:
         every_lane = mask.shape[0] == 1
-        first_query = mask.shape[-1] - mask.shape[-2]  # its queries are the last columns
+        first_query = mask.shape[-1] - mask.shape[-2]  # queries are the last columns
         at = group.columns.host[group.queries.host] - first_query
         if self._seen is not None:
             counts = self._seen.of(mask)
@@ -218,7 +222,7 @@ class GroupMasks:
                 return None
         first = int(group.columns.host[0]) if group.every else 0
         mask = mask[..., first : first + keys]
-        # Slices before indices, which copy: masks of all heads are large.
+        # Prefer slices to indices, which copy: masks of all heads are large.
         if (queries := find_slice(at)) is not None:
             mask = mask[:, :, queries]
             return mask if every_lane else mask[group.lanes.selection]
@@ -229,11 +233,11 @@ class GroupMasks:
 
 
 MAX_SCORES = 2**22
-"""Scores that are held at once; more of them on a GPU, see `scores_at_once`."""
+"""Maximum number of scores held at once on a CPU; see `get_max_scores` for GPUs."""
 
 
 def get_max_scores(device: torch.device) -> int:
-    """How many scores attention holds at once: their memory doesn't grow with a pass."""
+    """Return how many scores attention holds at once, which bounds memory for any pass."""
     return MAX_SCORES * (1 if device.type == "cpu" else 16)
 
 
@@ -251,13 +255,21 @@ def attend(
     work: AttentionHooks | None = None,
     **arguments: Any,
 ) -> None:
-    """Attention of packed tokens, written to `out`; tokens that don't attend stay as they are.
+    """Compute attention of packed tokens into `out`; tokens that don't attend keep their values.
 
-    query: [heads, N, d_head]; key, value: [key-value heads, N, d_head]; out: [N, heads, d_head].
-    causal: no token sees a later one. masks: those of groups, kept from block to block.
-    rounds_scores: they are kept in the type of queries, as eager attention does; in 16 bits they
-    lose what tells keys apart where all have something large in common. work: what is read and
-    written within attention. arguments: as the model calls attention.
+    Args:
+        query: [heads, N, d_head].
+        key: [key-value heads, N, d_head].
+        value: [key-value heads, N, d_head].
+        groups: Groups of rows.
+        kept: Keys and values of the unpatched prompts.
+        out: [N, heads, d_head].
+        causal: Whether tokens see no later ones.
+        masks: Masks of groups, cached over blocks.
+        rounds_scores: Store scores in the type of queries, as eager attention does; 16 bits lose
+            small differences between keys that share a large component.
+        work: Reads and writes within attention.
+        arguments: Further arguments of the model's attention call.
     """
     how = AttentionMethod.of(query, key, causal, rounds_scores, work, arguments)
     if work is not None:
@@ -274,17 +286,17 @@ def attend(
 
 @dataclass(frozen=True, eq=False)
 class AttentionMethod:
-    """How a model attends, in one of its blocks."""
+    """Parameters of attention in one block."""
 
     scale: float
     cap: float | None
     sinks: Tensor | None
     shared: int
-    """Heads that share keys and values."""
+    """Number of heads that share keys and values."""
     kind: torch.dtype
-    """Of scores."""
+    """Dtype of scores."""
     wide: torch.dtype
-    """Of the softmax."""
+    """Dtype of the softmax."""
     causal: bool
     work: AttentionHooks | None
 
@@ -298,11 +310,11 @@ class AttentionMethod:
         work: AttentionHooks | None,
         arguments: dict[str, Any],
     ) -> AttentionMethod:
-        """By what the model calls attention with; CannotPack where that isn't known."""
+        """Derive the method from the arguments of a call. Raises CannotPack for unknown ones."""
         scaling = arguments.pop("scaling", None)
         cap = arguments.pop("softcap", None)
         sinks = arguments.pop("s_aux", None)
-        for kept_already in ("distances", "position_bias"):  # those of whole prompts
+        for kept_already in ("distances", "position_bias"):  # already stored for whole prompts
             arguments.pop(kept_already, None)
         unknown = [n for n, v in arguments.items() if v is not None and n not in _IGNORED_ARGUMENTS]
         if unknown:
@@ -320,14 +332,14 @@ class AttentionMethod:
         )
 
     def sink(self, scores: Tensor) -> Tensor | None:
-        """[…, 1] what takes weight beside the keys."""
+        """Return […, 1]: the score of the sink, which competes with the keys."""
         if self.sinks is None:
             return None
         sink = self.sinks.to(scores.dtype).view(1, -1, self.shared, 1, 1, 1)
         return sink.expand(*scores.shape[:-1], 1)
 
     def weights(self, scores: Tensor, sink: Tensor | None) -> Tensor:
-        """The softmax of scores, a sink beside them."""
+        """Return the softmax of scores, with the sink in its denominator."""
         if sink is None:
             return scores.softmax(-1, dtype=self.wide)
         return torch.cat([scores, sink], dim=-1).softmax(-1, dtype=self.wide)[..., :-1]
@@ -335,21 +347,21 @@ class AttentionMethod:
 
 @dataclass(frozen=True, eq=False)
 class _GroupLanes:
-    """Queries, keys and values of a group, and where its own keys lie among all."""
+    """Queries, keys and values of a group, and the position of its own keys among all."""
 
     query: Tensor
-    """[lane, key-value head, head of it, row, own, d_head]"""
+    """[lane, key-value head, head of that, row, own, d_head]"""
     key: Tensor
-    """[lane, key-value head, row, own, d_head], of the type of scores; values without it."""
+    """[lane, key-value head, row, own, d_head], in the dtype of scores; values in their own."""
     value: Tensor
     old_keys: Tensor
-    """[lane, key-value head, column, d_head], of the type of scores; values without it."""
+    """[lane, key-value head, column, d_head], in the dtype of scores; values in their own."""
     old_values: Tensor
     suffix: bool
-    """Own keys lie behind the kept ones, not in their place."""
+    """Whether own keys follow the stored ones instead of replacing some."""
 
     def part(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of some rows."""
+        """Return queries, keys and values of some rows."""
         return self.query[:, :, :, rows], self.key[:, :, rows], self.value[:, :, rows]
 
 
@@ -364,10 +376,12 @@ def _attend_lanes(
     masks: GroupMasks,
     most: int,
 ) -> None:
-    """Rows whose tokens lie in the same columns share one product with the kept keys, `most`
-    queries at once."""
-    # Own tokens from one column on: nothing behind them is seen, so no kept key there is read;
-    # and none at all where the own ones are all that there are.
+    """Compute rows with tokens in the same columns, which share one product with the stored keys.
+
+    At most `most` queries are computed at once.
+    """
+    # If own tokens extend from one column to the end, no later stored key is seen, so none is read;
+    # if the own tokens are all tokens, no stored key is read at all.
     columns = group.columns.host
     first = int(columns[0])
     suffix = group.every or (how.causal and int(columns[-1]) - first + 1 == len(columns))
@@ -393,14 +407,17 @@ def _attend_queries(
     how: AttentionMethod,
     masks: GroupMasks,
 ) -> Tensor:
-    """What the queries of a part of a group find: [lane, key-value head, head of it, row, query,
-    d_head]."""
+    """Compute the output of some queries of a group.
+
+    Returns:
+        [lane, key-value head, head of that, row, query, d_head].
+    """
     q, k, v = lanes.part(rows)
     if len(group.queries) < len(group.columns):
         chosen = group.queries.selection
         q = q[:, :, :, :, chosen] if isinstance(chosen, slice) else q.index_select(4, chosen)
     own, before = len(group.columns), lanes.old_keys.shape[2]
-    if how.causal and how.work is None:  # later keys are seen by no query
+    if how.causal and how.work is None:  # no query sees later keys
         last = int(group.queries.host[-1])
         own = last + 1
         before = before if lanes.suffix else int(group.columns.host[last]) + 1
@@ -434,17 +451,17 @@ def _attend_queries(
 
 
 def _select_group(tensor: Tensor, group: AttentionGroup) -> Tensor:
-    """[lane, head, row, token, d_head] of [head, N, d_head]."""
+    """Return [lane, head, row, token, d_head] of [head, N, d_head]."""
     own = tensor[:, group.start : group.start + group.size]
     shape = (len(group.lanes), group.rows, len(group.columns))
     return own.unflatten(1, shape).permute(1, 0, 2, 3, 4)
 
 
 def apply_mask(scores: Tensor, mask: Tensor | None, shared: int) -> Tensor:
-    """Scores behind the model's mask [lane or 1, head or 1, query, key]."""
+    """Apply the model's mask [lane or 1, head or 1, query, key] to scores."""
     if mask is None:
         return scores
-    if mask.shape[1] > 1:  # a mask of its own for each head
+    if mask.shape[1] > 1:  # a separate mask for each head
         mask = mask.unflatten(1, (-1, shared))[:, :, :, None]
     else:
         mask = mask[:, :, None, None]
@@ -452,11 +469,11 @@ def apply_mask(scores: Tensor, mask: Tensor | None, shared: int) -> Tensor:
         return scores.masked_fill_(~mask, float("-inf"))
     if mask.dtype == scores.dtype:
         return scores.add_(mask)
-    return scores + mask  # biases in a wider type than queries and keys
+    return scores + mask  # biases in a wider dtype than queries and keys
 
 
 def _compute_weights(scores: Tensor, group: AttentionGroup, how: AttentionMethod) -> Tensor:
-    """The softmax of scores, with what is read and written there."""
+    """Return the softmax of scores, after reads and writes of scores and weights."""
     if how.work is None:
         return how.weights(scores, how.sink(scores))
     sink = how.work.scored(group, scores, how.sink(scores))
@@ -464,8 +481,7 @@ def _compute_weights(scores: Tensor, group: AttentionGroup, how: AttentionMethod
 
 
 def _put_output(out: Tensor, group: AttentionGroup, found: Tensor) -> None:
-    """Into [N, head, d_head], what queries [lane, key-value head, head of it, row, query, d_head]
-    found."""
+    """Write [lane, key-value head, head of that, row, query, d_head] into [N, head, d_head]."""
     lanes, rows, own = len(group.lanes), group.rows, len(group.columns)
     found = found.permute(0, 3, 4, 1, 2, 5).reshape(lanes, rows, found.shape[4], out.shape[1], -1)
     target = out[group.start : group.start + group.size].view(lanes, rows, own, out.shape[1], -1)
@@ -486,11 +502,21 @@ def attend_full(
     distances: DistanceScores | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """Attention of whole padded prompts, [B, T, heads, d_head], with what is read and written
-    within it; or of the last of their tokens, with keys and values of all of them.
+    """Compute attention of whole padded prompts with reads and writes within it.
 
-    query: [B, heads, T, d_head]; key, value: [B, key-value heads, T or more, d_head]. mask: written
-    out.
+    With fewer queries than keys, the queries are the last tokens.
+
+    Args:
+        query: [B, heads, T, d_head].
+        key: [B, key-value heads, T or more, d_head].
+        value: [B, key-value heads, T or more, d_head].
+        work: Reads and writes within attention.
+        position_bias: Summand of scores.
+        distances: Summands of scores that depend on distance.
+        arguments: Further arguments of the model's attention call.
+
+    Returns:
+        [B, T, heads, d_head].
     """
     lanes, heads, count, _ = query.shape
     mask = work.opened(expand_query_mask(mask, count), heads)
@@ -531,10 +557,14 @@ def _add_distances(
     own: Tensor,
     mine: slice | Tensor,
 ) -> None:
-    """To scores [lane, head, 1, row, query, key] of q [lane, head, 1, row, query, d_head] with
-    kept keys [lane, head, key, d_head] and the rows' own [lane, head, row, key, d_head].
+    """Add distance terms to scores [lane, head, 1, row, query, key].
 
-    own: columns of the rows' own keys, which are `mine` among all keys.
+    q is [lane, head, 1, row, query, d_head]; stored keys are [lane, head, key, d_head], own keys
+    [lane, head, row, key, d_head].
+
+    Args:
+        own: Columns of the rows' own keys.
+        mine: Their indices among all keys.
     """
     q, added = q.squeeze(2), torch.zeros_like(scores).squeeze(2)
     at, before = group.columns.device[group.queries.device], old_keys.shape[2]
@@ -546,15 +576,17 @@ def _add_distances(
 
 
 def _score_own_keys(q: Tensor, k: Tensor) -> Tensor:
-    """[lane, kv head, shared, row, query, own] of q [lane, kv, shared, row, query, d] and
-    k [lane, kv, row, own, d]."""
-    if q.shape[4] == 1 == k.shape[3]:  # small products cost more than they do
+    """Return [lane, kv head, shared, row, query, own] scores.
+
+    q is [lane, kv, shared, row, query, d]; k is [lane, kv, row, own, d].
+    """
+    if q.shape[4] == 1 == k.shape[3]:  # a matrix product of this size is mostly overhead
         return (q * k[:, :, None]).sum(-1, keepdim=True)
     return q @ k[:, :, None].transpose(-1, -2)
 
 
 def _weigh_own_values(weights: Tensor, v: Tensor) -> Tensor:
-    """[lane, kv head, shared, row, query, d]."""
+    """Return [lane, kv head, shared, row, query, d]: the values weighted by attention."""
     if weights.shape[5] == 1:
         return weights * v[:, :, None]
     return weights @ v[:, :, None]
@@ -562,12 +594,12 @@ def _weigh_own_values(weights: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """What a block's attention is called with."""
+    """Arguments of a call to a block's attention."""
 
     layer: int
-    """The block that runs; -1 in front of them."""
+    """Index of the running block; -1 before the first one."""
     across: bool
-    """Whether it is a decoder's attention to its encoder."""
+    """Whether a decoder attends to its encoder."""
     module: nn.Module
     query: Tensor
     """[B, heads, T, d_head]; keys and values [B, key-value heads, T, d_head]."""
@@ -575,17 +607,22 @@ class AttentionCall:
     value: Tensor
     mask: Any
     arguments: dict[str, Any]
-    """The others, by name."""
+    """Further arguments, by name."""
     implementations: Mapping[int, str]
-    """How modules attend by themselves, by their config's id."""
+    """Attention implementations of the model, by config id."""
 
     def own_function(self) -> AttentionFunction:
-        """What the module attends with by itself. Raises CannotPack where that isn't known."""
+        """Return the module's own attention function. Raises CannotPack if it is unknown."""
         return get_own_attention(self.module, self.implementations)
 
     def unchanged(self) -> tuple[Tensor, Tensor | None]:
-        """Output and weights of the model's own attention; without weights where scores are so many
-        that some queries are asked at a time. Raises CannotPack as above."""
+        """Return output and weights of the model's own attention.
+
+        Weights are None if queries are split because of the number of scores.
+
+        Raises:
+            CannotPack: The function is unknown.
+        """
         function, mask, arguments = self.own_function(), self.mask, self.arguments
         rows, heads, count, _ = self.query.shape
         together = max(1, get_max_scores(self.query.device) // (rows * heads * self.key.shape[2]))
@@ -598,8 +635,10 @@ class AttentionCall:
         return torch.cat(found, dim=1), None
 
     def _of_queries(self, function: AttentionFunction, part: slice) -> Tensor:
-        """The output of some queries, [B, part, heads, d_head], as if the keys that are later than
-        these weren't there yet, where none of them is seen."""
+        """Return the output [B, part, heads, d_head] of some queries.
+
+        Keys later than these queries are left out if none of them is visible.
+        """
         keys = self.key.shape[2]
         end = keys - self.query.shape[2] + part.stop
         mask = expand_query_mask(self.mask, self.query.shape[2])[:, :, part]
@@ -621,7 +660,7 @@ def replace_block_attention(
     *,
     masked: bool,
 ) -> Generator[None]:
-    """The model attends with `attention`; masks are written out if `masked`, else not made."""
+    """Replace the model's attention; masks are explicit if `masked`, else omitted."""
     own, crossing = list_implementations(model), find_cross_attention(model)
 
     def function(
@@ -643,7 +682,7 @@ def replace_block_attention(
 
 @contextmanager
 def _track_block(model: LoadedModel) -> Generator[Callable[[], int]]:
-    """A look-up of which block runs, for attention, which isn't told; -1 in front of them."""
+    """Track the index of the running block for attention; -1 before the first block."""
     running = -1
 
     def enters(layer: int) -> Callable[..., None]:

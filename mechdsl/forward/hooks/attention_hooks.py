@@ -27,30 +27,34 @@ from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, EdgeChange
 
 @dataclass(frozen=True, eq=False)
 class AttentionGroup:
-    """Rows whose tokens lie in the same columns, equally many on each lane; tokens of a group lie
-    side by side, by lane, row and column."""
+    """Rows whose tokens are in the same columns, with the same number of rows on each lane.
+
+    Tokens of a group are adjacent in the pack, ordered by lane, row and column.
+    """
 
     start: int
-    """Its first token in the pack."""
+    """Index of its first token in the pack."""
     lanes: DeviceIndex
     """[lane]"""
     rows: int
-    """Rows on each lane."""
+    """Number of rows on each lane."""
     columns: DeviceIndex
     """[own]: columns of a row's own tokens."""
     queries: DeviceIndex
-    """[query]: which of the own tokens attend."""
+    """[query]: indices of the own tokens that attend."""
     every: bool = False
-    """The own tokens are all of the prompt's."""
+    """Whether the own tokens are all tokens of the prompt."""
 
     @property
     def size(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return len(self.lanes) * self.rows * len(self.columns)
 
     def by_lanes(self, most: int) -> Iterator[AttentionGroup]:
-        """The group in parts of whole lanes, of up to `most` queries each where one lane has no
-        more."""
+        """Split the group into parts of whole lanes.
+
+        A part has up to `most` queries, or one lane if that has more.
+        """
         each = self.rows * len(self.queries)
         together = max(1, most // each)
         if together >= len(self.lanes):
@@ -62,7 +66,7 @@ class AttentionGroup:
             yield replace(self, start=self.start + first * tokens, lanes=lanes)
 
     def by_queries(self, most: int) -> Iterator[tuple[slice, AttentionGroup]]:
-        """The rows of each part, and the part: up to `most` queries of some rows, or of one row."""
+        """Yield parts of up to `most` queries, of whole rows or within one row, with the rows."""
         asking = len(self.queries)
         if len(self.lanes) * self.rows * asking <= most:
             yield slice(0, self.rows), self
@@ -79,7 +83,7 @@ class AttentionGroup:
 
 @dataclass(eq=False)
 class _AttentionChange:
-    """One rule's part in one layer, by token of the pass."""
+    """Change made by one rule in one layer, by token of the pass."""
 
     token: Tensor
     """[K]"""
@@ -94,35 +98,37 @@ class _AttentionChange:
     starts: Tensor | None = None
     """[K] column of position 0, for written vectors."""
     mode: WriteMode = "set"
-    """How they meet what is there."""
+    """How written vectors combine with existing values."""
 
 
 @dataclass(eq=False)
 class AttentionHooks:
-    """Everything within the attention of one layer."""
+    """Reads and writes within the attention of one layer."""
 
     starts: Tensor
     """[lane] column of each prompt's first token."""
     width: int
-    """Key positions of a vector over keys."""
+    """Number of key positions in a vector over keys."""
     rotated: dict[str, list[tuple[Tensor, Tensor, SiteWrite]]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    """q_rot, k_rot → (token, head, what is written there)."""
+    """q_rot, k_rot → (token, head, write)."""
     changes: list[_AttentionChange] = field(default_factory=list[_AttentionChange])
     wanted: frozenset[str] = frozenset()
     found: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """[token, heads, width] of what is read."""
+    """[token, heads, width] values that were read."""
     seen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    """Which keys each query of the group in work sees."""
+    """Whether each query of the current group sees each key."""
     done: int = 0
-    """Vectors written and queries changed so far …"""
+    """Number of vectors written and queries changed so far …"""
     due: int = 0
-    """… and in all."""
+    """… and expected in total."""
 
     def opened(self, mask: Any, heads: int) -> Any:
-        """A mask of whole prompts [lane or 1, head or 1, query, key] with the keys that are allowed
-        besides; all heads have one of their own then."""
+        """Add allowed keys to a mask of whole prompts [lane or 1, head or 1, query, key].
+
+        If keys are added, each head of the result has a separate mask.
+        """
         allowed = [change for change in self.changes if change.change == "allow"]
         if not allowed:
             return mask
@@ -145,7 +151,7 @@ class AttentionHooks:
         return mask
 
     def turned(self, site: str, vectors: Tensor) -> Tensor:
-        """Queries or keys [heads, token, d_head] with what is written there."""
+        """Apply writes to queries or keys [heads, token, d_head]."""
         writes = self.rotated.get(site, ())
         if writes:
             vectors = vectors.clone()
@@ -160,15 +166,22 @@ class AttentionHooks:
         return vectors
 
     def unseen(self, group: AttentionGroup) -> None:
-        """Tokens of a group that don't attend, as no measure could see them."""
+        """Count changes at tokens that don't attend, because no measure depends on them."""
         for change in self.changes:
             own = change.token - group.start
             own = own[(own >= 0) & (own < group.size)] % len(group.columns)
             self.done += int((~np.isin(own.numpy(), group.queries.host)).sum())
 
     def scored(self, group: AttentionGroup, scores: Tensor, sink: Tensor | None) -> Tensor | None:
-        """Change masked scores [lane, key-value head, head of it, row, query, key] in place, and
-        give the sink's [… , 1] as it is then."""
+        """Change masked scores in place.
+
+        Args:
+            scores: [lane, key-value head, head of that, row, query, key].
+            sink: [… , 1] score of the sink, if there is one.
+
+        Returns:
+            The changed score of the sink.
+        """
         self.seen = _is_visible(scores)
         for change in self.changes:
             if change.change in ("pattern", "allow"):
@@ -198,9 +211,11 @@ class AttentionHooks:
         return sink
 
     def weighed(self, group: AttentionGroup, weights: Tensor) -> Tensor:
-        """Weights of the shape of the scores that were given last, with what is written there;
-        none where a query was left without a key."""
-        weights = weights.nan_to_num(0.0)  # of padding too, which sees nothing
+        """Apply writes to weights, which have the shape of the scores given last.
+
+        A query that sees no key has weights of 0.
+        """
+        weights = weights.nan_to_num(0.0)  # also for padding, which sees nothing
         for change in self.changes:
             if change.change != "pattern":
                 continue
@@ -215,15 +230,19 @@ class AttentionHooks:
     def _of(
         self, group: AttentionGroup, change: _AttentionChange, like: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Which of a change's queries lie in the group, and where: [lane, key-value head, head of
-        it, row, query]."""
+        """Find a change's queries in the group.
+
+        Returns:
+            Their numbers in the change, and their indices [lane, key-value head, head of that, row,
+            query].
+        """
         token = change.token
         own = torch.nonzero((token >= group.start) & (token < group.start + group.size))[:, 0]
         at, count = token[own] - group.start, len(group.columns)
         place = torch.full((count,), -1)
         place[torch.from_numpy(group.queries.host)] = torch.arange(len(group.queries))
         query = place[at % count]
-        asks = query >= 0  # others are in other parts of the group, or seen by no measure
+        asks = query >= 0  # others are in other parts of the group, or irrelevant to measures
         own, at, query = own[asks], at[asks], query[asks]
         self.done += len(own)
         head = change.head[own]
@@ -240,7 +259,7 @@ class AttentionHooks:
     def _keys(
         self, group: AttentionGroup, change: _AttentionChange, own: Tensor, rows: Tensor
     ) -> Tensor:
-        """[n, key] which keys are meant."""
+        """Return [n, key]: whether a key is affected by the change."""
         place = torch.full((len(change.token),), -1, dtype=torch.long)
         place[own] = torch.arange(len(own))
         row = place[change.entries]
@@ -253,7 +272,7 @@ class AttentionHooks:
     def _vectors(
         self, group: AttentionGroup, change: _AttentionChange, own: Tensor, rows: Tensor
     ) -> Tensor:
-        """[n, key] of vectors over key positions."""
+        """Return [n, key]: values of written vectors over key positions."""
         assert change.values is not None
         assert change.starts is not None
         column = torch.arange(rows.shape[1])[None] + self._first(group)
@@ -263,7 +282,7 @@ class AttentionHooks:
         return apply_write(change.mode, rows, found)
 
     def _keep(self, site: str, group: AttentionGroup, found: Tensor) -> None:
-        """Keep what is read, by key position."""
+        """Store values that are read, by key position."""
         if site not in self.wanted:
             return
         lanes, kinds, shared, rows, asking, keys = found.shape
@@ -281,13 +300,13 @@ class AttentionHooks:
         target[:, :, group.queries.selection] = taken.to(target)
 
     def prepared(self, tokens: int, heads: int, like: Tensor) -> None:
-        """Room for what is read of so many tokens."""
+        """Allocate storage for values read at this many tokens."""
         for site in self.wanted & {"scores", "pattern"}:
             self.found[site] = like.new_zeros(tokens, heads, self.width)
 
     @staticmethod
     def _first(group: AttentionGroup) -> int:
-        """The column that the first key of a group's scores lies in."""
+        """Return the column of the first key in a group's scores."""
         return int(group.columns.host[0]) if group.every else 0
 
 
@@ -302,10 +321,16 @@ def build_attention_hooks(
     edges: Sequence[EdgeWrite],
     reads: Sequence[str],
 ) -> AttentionHooks:
-    """What is done in one layer.
+    """Build the reads and writes within one layer's attention.
 
-    tokens: second dimension of the model's tensors. starts, width: of the kept keys, as in `Frame`.
-    writes, edges: of this layer. reads: names of sites.
+    Args:
+        frame: The tokens of the pass.
+        tokens: Second dimension of the model's tensors.
+        starts: Column of each prompt's first key, as `lane_starts` of `TokenFrame`.
+        width: Number of key columns, as `key_width` of `TokenFrame`.
+        writes: Writes of this layer.
+        edges: Changed edges of this layer.
+        reads: Names of sites to read.
     """
     work = AttentionHooks(
         starts.cpu(), width, wanted=frozenset(reads) & set(ATTENTION_INTERNAL_SITES)
@@ -331,7 +356,7 @@ def build_attention_hooks(
         work.changes.append(change)
     for edge in edges:
         first, second, there = frame.locate("pattern", layer, "", edge.rows, edge.queries)
-        if not bool(there.all()):  # queries that no measure can see
+        if not bool(there.all()):  # some queries are irrelevant to measures
             edge = edge.some(there.cpu())
             first, second = first[there], second[there]
         work.due += len(edge.rows)
@@ -351,17 +376,25 @@ def build_attention_hooks(
 
 
 def _is_visible(scores: Tensor) -> Tensor:
-    """Which keys a query sees, by masked scores."""
+    """Return whether a query sees each key, by masked scores."""
     return scores > torch.finfo(scores.dtype).min / 2
 
 
 def _change_scores(
     change: _AttentionChange, amounts: Tensor, scores: Tensor, keys: Tensor, sink: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores [n, key], and the sink's [n, 1], whose softmax is the changed attention.
+    """Change attention weights by changes of scores.
 
-    keys: [n, key], seen ones that are changed. Weights are changed by way of scores, so that
-    nothing is divided by a rest that has underflowed.
+    Scores avoid a division by a remainder that has underflowed.
+
+    Args:
+        amounts: [n] its amounts.
+        scores: [n, key].
+        keys: [n, key] visible keys that are changed.
+        sink: [n, 1] score of the sink, if there is one.
+
+    Returns:
+        Scores [n, key] and the sink's [n, 1], whose softmax gives the changed weights.
     """
     gone = float("-inf")
     match change.change:
@@ -381,14 +414,14 @@ def _change_scores(
             left = 1 - taken
             level = amounts.log()[:, None] + rest - left.clamp(min=1e-12).log()
             new = torch.where(keys, level, scores)
-            # Nothing is left for the others, or there are none.
+            # Nothing is left for other keys, or there are none.
             alone = ((left < 1e-6) | rest.isinf()) & keys.any(-1, keepdim=True)
             new = torch.where(alone, torch.where(keys, torch.zeros_like(scores), gone), new)
             return new, None if sink is None else sink.masked_fill(alone, gone)
 
 
 def group_by_layer(edges: Sequence[EdgeWrite]) -> Mapping[int, list[EdgeWrite]]:
-    """The edges of each layer, in order."""
+    """Group edges by layer, in order."""
     found: dict[int, list[EdgeWrite]] = defaultdict(list)
     for edge in edges:
         found[edge.layer].append(edge)

@@ -1,4 +1,4 @@
-"""Full forward passes with activations read and written, site by site."""
+"""Full forward passes with reads and writes of activations at sites."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ from mechdsl.vocab.sites import (
 
 @dataclass
 class PlacedWrite:
-    """One write with its indices in the tapped tensor, which are on the host."""
+    """One write with its indices into the tapped tensor, on the host."""
 
     number: int
     write: SiteWrite
@@ -71,10 +71,10 @@ class PlacedWrite:
     units: Tensor
     to: Tensor | None = None
     before: Tensor | None = None
-    """[K] of `step`: index into the second dimension of the place before; its own where it is the
-    first."""
+    """[K] for `step`: index into the second dimension of the preceding position; the first
+    position's own index if there is none."""
     _moved: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """The indices on the device, once `move` was called."""
+    """Indices on the device, after a call of `move`."""
 
     @staticmethod
     def move(places: Sequence[PlacedWrite], device: torch.device) -> None:
@@ -90,7 +90,7 @@ class PlacedWrite:
             place._moved[name] = index
 
     def _index(self, view: Tensor, second: str = "second") -> tuple[Tensor, ...]:
-        """Indices into the first three dimensions of a view, on its device."""
+        """Return indices into the first three dimensions of a view, on its device."""
         return tuple(self._moved[name].to(view.device) for name in ("first", second, "units"))
 
     def put(self, view: Tensor, values: Tensor, *, add: bool) -> None:
@@ -98,30 +98,30 @@ class PlacedWrite:
         view.index_put_(self._index(view), values, accumulate=add)
 
     def mark(self, there: Tensor) -> None:
-        """Set what is written in [B, T]."""
+        """Mark written places in [B, T]."""
         there[self._index(there)[:2]] = True
 
     def get(self, view: Tensor) -> Tensor:
-        """[K, width] of a [B, T, units, width] view."""
+        """Return [K, width] of a [B, T, units, width] view."""
         return view[self._index(view)]
 
     def values_like(self, view: Tensor) -> Tensor:
-        """The values, on the device and of the type of what they are written to."""
+        """Return the values on the device and in the dtype of their target."""
         return to_device(self.values, view.device).to(view.dtype)
 
     def get_before(self, view: Tensor) -> Tensor | None:
-        """[K, width] of a [B, T, units, width] view, one position before; None if none asks."""
+        """Return [K, width] of [B, T, units, width] at preceding positions; None if not needed."""
         if self.before is None:
             return None
         return view[self._index(view, "before")]
 
     def changed(self, now: Tensor, before: Tensor | None = None) -> Tensor:
-        """[K, width] of what stands there, [K, width], and of what stands one position before."""
+        """Return [K, width]: the new values, from current ones and those one position before."""
         to = None if self.to is None else to_device(self.to, now.device)
         return apply_write(self.write.mode, now, to_device(self.values, now.device), to, before)
 
     def change(self, view: Tensor, scale: float | Tensor = 1.0) -> None:
-        """Write into a [B, T, units, width] view, which times `scale` is the site."""
+        """Write into a [B, T, units, width] view; the view times `scale` is the site."""
         match self.write.mode:
             case "set" | "add" as mode:
                 self.put(view, undo_scale(self.values_like(view), scale), add=mode == "add")
@@ -132,20 +132,20 @@ class PlacedWrite:
 
 
 class SiteSteps:
-    """Makes the steps of one forward pass, and keeps what they have found."""
+    """Builder of the steps of one forward pass, which collects their results."""
 
     def __init__(self, writes: int) -> None:
         self.found: dict[SiteRead, Tensor] = {}
-        """[B, T, units, width] of what was read."""
+        """[B, T, units, width] values that were read."""
         self.applied = [0] * writes
-        """Vectors of each write that were written so far."""
+        """Number of vectors of each write that were written so far."""
         self.streams: dict[str, Tensor] = {}
         """Path of a tapped module → the stream that enters its block, for `resid_mid`."""
         self.patches: dict[str, Tensor] = {}
-        """Path of what makes vectors of patches → these, as they come out of it."""
+        """Path of the module that embeds patches → its output."""
 
     def begin(self) -> None:
-        """Of another pass, in which nothing is read."""
+        """Start a further pass, in which nothing is read."""
         self.applied = [0] * len(self.applied)
 
     def _done(self, place: PlacedWrite) -> None:
@@ -164,7 +164,7 @@ class SiteSteps:
         layout: TensorLayout,
         scale: float | Tensor = 1.0,
     ) -> HookStep:
-        """A site that is a slice of the tapped tensor, times `scale`."""
+        """Build a step for a site that is a slice of the tapped tensor, times `scale`."""
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             if places:
@@ -183,7 +183,7 @@ class SiteSteps:
     def in_front_of_positions(
         self, places: list[PlacedWrite], reads: list[SiteRead], layout: TensorLayout, patches: str
     ) -> HookStep:
-        """A site that is the tapped tensor without what is added to patches: their positions."""
+        """Build a step for a site that is the tapped tensor without the positions of patches."""
         direct = self.direct(places, reads, layout)
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class SiteSteps:
             found = direct(value - added, module, given)
             if not places:
                 return value
-            # tokens that aren't written stay as they are, to the last bit
+            # tokens that aren't written keep their exact values
             there = torch.zeros(value.shape[:2], dtype=torch.bool, device=value.device)
             for place in places:
                 place.mark(there)
@@ -202,7 +202,7 @@ class SiteSteps:
     def own_view(
         self, places: list[PlacedWrite], reads: list[SiteRead], layout: TensorLayout
     ) -> Callable[[Tensor], Tensor]:
-        """A site that is worked out for us alone, as [B, T, units, width]."""
+        """Build a change of a site that is computed only for mechdsl, as [B, T, units, width]."""
 
         def change(view: Tensor) -> Tensor:
             if places:
@@ -216,7 +216,7 @@ class SiteSteps:
         return change
 
     def remember(self, path: str) -> HookStep:
-        """Keeps the stream that enters a block, for `resid_mid` in the same block."""
+        """Build a step that stores the stream before a block, for `resid_mid` in that block."""
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             self.streams[path] = value
@@ -227,10 +227,10 @@ class SiteSteps:
     def between(
         self, places: list[PlacedWrite], reads: list[SiteRead], path: str, scale: float | Tensor
     ) -> HookStep:
-        """`resid_mid`: what attention adds is changed so that the sum is the value written.
+        """Build a step for `resid_mid`: it changes attention's contribution to fit the sum.
 
-        The stream between the sublayers is no module's output; a hook on the second norm would
-        leave the residual branch as it was.
+        The stream between the sublayers isn't the output of any module; a hook on the second norm
+        would not affect the residual branch.
         """
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
@@ -258,9 +258,9 @@ class SiteSteps:
     def heads(
         self, places: list[PlacedWrite], reads: list[SiteRead], layout: TensorLayout
     ) -> HookStep:
-        """`head_out`: a head's part of the projection's output, changed by its difference.
+        """Build a step for `head_out`: it changes the projection's output by a head's difference.
 
-        Several heads of one row and position add up.
+        Differences of several heads at one row and position add up.
         """
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
@@ -283,9 +283,11 @@ class SiteSteps:
 
 
 def _find_additions(value: Tensor, patches: Tensor) -> Tensor:
-    """[B, T, width]: what an embedding has added to its patches, 0 at tokens in front of these.
+    """Return [B, T, width]: the embedding's additions to patches; 0 at preceding tokens.
 
-    patches: [image, width, …] of a convolution, or [image, patch, width].
+    Args:
+        value: [B, T, width] the embedding's output.
+        patches: [image, width, …] from a convolution, or [image, patch, width].
     """
     width = value.shape[-1]
     if patches.dim() > 3 or patches.shape[-1] != width:
@@ -298,7 +300,7 @@ def _find_additions(value: Tensor, patches: Tensor) -> Tensor:
 
 
 class _WrittenHeads:
-    """What the written heads give, each vector once, however many writes change it."""
+    """Outputs of written heads; each vector appears once, even if several writes change it."""
 
     def __init__(self, places: list[PlacedWrite], z: Tensor, weight: Tensor) -> None:
         spots = [torch.stack([p.units, p.first, p.second]) for p in places]
@@ -311,22 +313,22 @@ class _WrittenHeads:
         self._index = iter(moved[3:])
 
     def change(self, place: PlacedWrite) -> None:
-        """The next write, in the order in which they were given."""
+        """Apply the next write; writes must come in the order given to the constructor."""
         index = next(self._index)
         self.now[index] = place.changed(self.now[index])
 
     def add_to(self, value: Tensor) -> None:
-        """Add what has changed to what the projection returned, [B, T, d_model]."""
+        """Add the changes to the projection's output, [B, T, d_model]."""
         difference = self.now - self.before
         value.index_put_((self.first, self.second), difference, accumulate=True)
 
 
 TensorChange = Callable[[Tensor], Tensor]
-"""[B, T, units, width] to the same."""
+"""Map from [B, T, units, width] to a tensor of the same shape."""
 
 
 class RouterHook:
-    """Reads and writes the weights that experts are asked with."""
+    """Hook that reads and writes router weights."""
 
     def __init__(self, change: TensorChange, experts: int, frame: TokenFrame) -> None:
         self.change = change
@@ -347,7 +349,7 @@ class RouterHook:
 
 
 class ExpertHook:
-    """Reads and writes what single experts add."""
+    """Hook that reads and writes the contributions of single experts."""
 
     def __init__(self, change: TensorChange, experts: int, frame: TokenFrame) -> None:
         self.change = change
@@ -370,15 +372,15 @@ class ExpertHook:
     def _alone(
         module: nn.Module, tokens: Tensor, index: Tensor, weights: Tensor, expert: int
     ) -> Tensor:
-        """[n, d_model]: one expert's share."""
+        """Return [n, d_model]: one expert's contribution."""
         weight = (weights * (index == expert)).sum(1, keepdim=True)
         only = torch.full_like(index[:, :1], expert)
-        # Not the module itself: its hooks are these.
+        # Not `module(...)`, which would run these hooks again.
         return module.forward(tokens, only, weight)
 
 
 def _read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens, indices, weights) of a call."""
+    """Return (tokens, indices, weights) of a call."""
     tokens, index, weights = (*args, *kwargs.values())[:3]
     return tokens, index.reshape(-1, index.shape[-1]), weights.reshape(-1, weights.shape[-1])
 
@@ -387,7 +389,7 @@ _LAST_ORDER = (1 << 31, 0)
 
 
 class SiteHooks:
-    """Everything that is read and written during one forward pass, and what came of it."""
+    """All reads and writes of one forward pass, and their results."""
 
     def __init__(
         self,
@@ -411,7 +413,7 @@ class SiteHooks:
         self._by_heads: set[tuple[str, HookSide, int]] = set()
         self._called_again: set[str] = set()
         self._patches: set[str] = set()
-        """What makes vectors of patches that a site is worked out from."""
+        """Paths of modules that embed patches, whose output a site needs."""
         self._experts: list[tuple[str, ExpertHook | RouterHook]] = []
         stacks = [model.anatomy, *(stack.anatomy for stack in model.others.values())]
         self._blocks = {block.path for anatomy in stacks for block in anatomy.blocks}
@@ -420,7 +422,8 @@ class SiteHooks:
         self._reads = list(dict.fromkeys(reads))
         self._logits: tuple[list[PlacedWrite], list[SiteRead]] = ([], [])
         self._kept: Callable[[Tensor], Tensor] | None = None
-        """Takes the wanted positions out of the logits, where that isn't done before them."""
+        """Selects the requested positions from logits, if that can't happen before the
+        unembedding."""
         self._edges = group_by_layer(edges)
         self.within = self._within()
         self._layers: dict[int, AttentionHooks] = {}
@@ -429,7 +432,7 @@ class SiteHooks:
     # --- planning -----------------------------------------------------------------------------
 
     def _plan(self) -> None:
-        """A step for each site and layer that is read or written."""
+        """Add a step for each site and layer that is read or written."""
         writes: dict[SiteRead, list[PlacedWrite]] = defaultdict(list)
         for number, write in enumerate(self._writes):
             where = write.where
@@ -449,7 +452,7 @@ class SiteHooks:
             self._add_site(where, writes[where], where in self._reads)
 
     def _require(self, where: SiteRead, problem: type[Exception]) -> None:
-        """The site is one of the model's and lies in the part that is run."""
+        """Check that the model has the site, and that the pass reaches it."""
         kind = SITES.get(where.site)
         if kind is None or (where.site == "logits" and "logits" not in self.model.shape.sites):
             raise ValueError(f"`{self.model.name}` has no `{where.site}`")
@@ -468,12 +471,12 @@ class SiteHooks:
             raise problem(f"{where.quoted} lies above layer {self.stop}, where the run stops")
 
     def _place(self, number: int, write: SiteWrite) -> PlacedWrite:
-        """Indices of a write; ValueError for a place that isn't in the batch."""
+        """Compute the indices of a write. Raises ValueError for a position outside the batch."""
         where = write.where
         site_units, site_width = self._extent(where)
         count = self._wanted[number]
         name = where.quoted
-        if SITES[where.site].width == "key":  # what lies behind a prompt's end is never seen
+        if SITES[where.site].width == "key":  # values after a prompt's end have no effect
             site_width = write.values.shape[1]
         if write.mode in ("scale", "step"):
             site_width = 1
@@ -502,9 +505,13 @@ class SiteHooks:
         return PlacedWrite(number, write, values, first, second, units, to, before)
 
     def _before(self, where: SiteRead, write: SiteWrite, there: Tensor) -> Tensor | None:
-        """[K] of a step: where the position before lies, or the place itself if it is the first.
+        """Return [K] for a step: index of the preceding position, or of the first position itself.
 
-        there: which of the places are in the pass. WriteMismatch where one before isn't.
+        Args:
+            there: Whether each position is in the pass.
+
+        Raises:
+            WriteMismatch: A preceding position isn't in the pass.
         """
         if write.mode != "step":
             return None
@@ -517,7 +524,7 @@ class SiteHooks:
         return second
 
     def _extent(self, where: SiteRead) -> tuple[int, int]:
-        """(units, width) of a site."""
+        """Return (units, width) of a site."""
         if where.site == "logits":
             return 1, self.model.shape.outputs
         if where.site == "router":
@@ -531,14 +538,14 @@ class SiteHooks:
         return layout.units, layout.width
 
     def _set_once(self, where: SiteRead, places: list[PlacedWrite]) -> None:
-        """No write has a vector twice: it would hang on chance which of the two stands."""
+        """Check that no write contains a vector twice: which one remains would be arbitrary."""
         for place in places:
             spots = _number_places(place.first, place.second, place.units)
             if place.write.mode != "add" and bool((spots.sort().values.diff() == 0).any()):
                 raise ValueError(f"a vector of {where.quoted} is written twice in one write")
 
     def _within(self) -> frozenset[int]:
-        """Layers where something is read or written within attention."""
+        """Return the layers with reads or writes within attention."""
         found: set[int] = set()
         for write in self._writes:
             if write.site in ATTENTION_INTERNAL_SITES and write.layer is not None:
@@ -553,14 +560,17 @@ class SiteHooks:
     def _note(
         self, found: set[int], site: str, layer: int, rows: Tensor, positions: Tensor
     ) -> None:
-        """A layer counts where any of the places can be seen by a measure."""
+        """Add a layer if any of the positions is relevant to a measure."""
         if bool(self.frame.locate(site, layer, "", rows, positions)[2].any()):
             found.add(layer)
 
     def layer(self, layer: int, query: Tensor) -> AttentionHooks | None:
-        """What is done within the attention of a layer, which runs once; None where nothing is.
+        """Start the reads and writes within the attention of a layer; None if there are none.
 
-        query: [B, heads, T, d_head], whose tokens are counted row by row.
+        Attention of a layer must run only once.
+
+        Args:
+            query: [B, heads, T, d_head], whose tokens are counted row by row.
         """
         if layer not in self.within:
             return None
@@ -620,7 +630,7 @@ class SiteHooks:
         return self.model.tap(where.site, where.layer, where.stack)
 
     def _is_sum(self, where: SiteRead, tap: HookPoint) -> bool:
-        """Whether the stream between the sublayers is no module's output."""
+        """Return whether the stream between the sublayers is a sum, not the output of a module."""
         block = self.model.stack(where.stack).anatomy.blocks[where.layer or 0]
         return tap in (block.taps.get("attn_out"), block.taps.get("mixer_out"))
 
@@ -653,7 +663,7 @@ class SiteHooks:
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             return value[rows.to(value.device), columns.to(value.device)]
 
-        if self.model.anatomy.unembedding is None:  # what stands there may count tokens
+        if self.model.anatomy.unembedding is None:  # the last module may count tokens
             self._kept = lambda logits: step(logits, self.model.module, logits)
         else:
             self._on(find_entrance(self.model, self.model.shape.n_layers + 1), _LAST_ORDER, step)
@@ -662,7 +672,7 @@ class SiteHooks:
 
     @contextmanager
     def installed(self) -> Generator[None]:
-        """Hooks in place; gone afterwards, whatever happens inside."""
+        """Install the hooks; they are removed on exit, also after errors."""
         handles: list[Any] = []
         try:
             for path in self._patches:
@@ -678,7 +688,7 @@ class SiteHooks:
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 else:
                     out = OutputHook(ordered, item, self.frame, flat=flat, once=once)
-                    # On blocks in front of the library's own, which collect what these return.
+                    # On blocks, before the library's own hooks, which collect block outputs.
                     handles.append(
                         module.register_forward_hook(
                             out, with_kwargs=True, prepend=path in self._blocks
@@ -690,7 +700,7 @@ class SiteHooks:
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 else:
                     handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            if self.stop is not None:  # behind all other hooks of that place
+            if self.stop is not None:  # after all other hooks at that point
                 path, side, _ = find_entrance(self.model, self.stop)
                 module = self.model.module.get_submodule(path)
                 if side == "in":
@@ -711,15 +721,15 @@ class SiteHooks:
 
     @property
     def repeats(self) -> bool:
-        """Whether hooks can do the same in a pass over other tokens that lie as these do."""
+        """Whether the hooks can run again in a pass over other tokens with the same layout."""
         return not (self.within or self._called_again or self._reads)
 
     def begin(self) -> None:
-        """Of another pass."""
+        """Start a further pass."""
         self._sites.begin()
 
     def output(self, logits: Tensor) -> Tensor:
-        """The model's logits, after what is written and read there."""
+        """Return the model's logits after reads and writes of logits."""
         places, reads = self._logits
         if (places or reads) and logits.shape[-1] != self.model.shape.outputs:
             raise ValueError("logits can't be read or written where only some tokens' are computed")
@@ -734,7 +744,7 @@ class SiteHooks:
         return logits.squeeze(1) if whole else logits
 
     def check(self) -> None:
-        """Every row of every write exactly once, every read once."""
+        """Check that every write happened exactly once for every row, and every read once."""
         for layer in self.within:
             self._check_within(layer)
         counted = zip(self._writes, self._sites.applied, self._wanted, strict=True)
@@ -749,7 +759,7 @@ class SiteHooks:
                 raise ReadMismatch(f"{read.quoted} was not passed")
 
     def _check_within(self, layer: int) -> None:
-        """Attention ran, all of its writes happened; what was read is put with the rest."""
+        """Check that attention ran and all of its writes happened; adds its reads to the others."""
         work = self._layers.get(layer)
         if work is None:
             raise WriteMismatch(f"attention of layer {layer} was not passed")
@@ -763,7 +773,8 @@ class SiteHooks:
 
 
 def find_entrance(model: LoadedModel, layer: int) -> tuple[str, HookSide, int]:
-    """What is read by block `layer`, what leaves the last block, what the unembedding reads."""
+    """Return the hook point of block `layer`'s input, the last block's output, or the unembedding's
+    input."""
     anatomy, n_layers = model.anatomy, model.shape.n_layers
     if layer < n_layers:
         return anatomy.blocks[layer].path, "in", 0
@@ -779,7 +790,7 @@ def _stop_pass(*args: Any) -> None:
 
 
 def _number_places(*indices: Tensor) -> Tensor:
-    """[K] one number for each place, of its indices [K]."""
+    """Return [K]: one number for each tuple of indices."""
     found = indices[0]
     for index in indices[1:]:
         found = found * (1 + int(index.max())) + index if len(index) else found
@@ -788,15 +799,15 @@ def _number_places(*indices: Tensor) -> Tensor:
 
 @dataclass
 class FullPassResult:
-    """What came out of a pass."""
+    """Result of a pass."""
 
     logits: Tensor | None
     """[B, T, vocab], or [B, n, vocab] with `logits_at`; None if the run stopped early."""
     largest: Tensor | None = None
-    """[B, n], with `tokens`: the size of the largest logit of the whole vocabulary."""
+    """[B, n], with `tokens`: magnitude of the largest logit of the whole vocabulary."""
     reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
-    """[B, T, units, width] each, copies (inference tensors, but with `gradients`); values after the
-    writes at the same site."""
+    """[B, T, units, width] each, copies (inference tensors, except with `gradients`) of the values
+    after all writes at the same site."""
 
 
 def run_full(
@@ -813,16 +824,22 @@ def run_full(
 ) -> FullPassResult:
     """Run the whole model on padded rows, with writes and reads.
 
-    stop: number of blocks that run, `n_layers + 1` with the final norm; what lies above is not
-        computed and `logits` is None. None runs everything.
-    logits_at: [B, n] long, positions (in the unpadded prompt) whose logits are wanted; all by
-        default. Logits can't be read or written with it.
-    tokens: [K] long, the only tokens whose logits are wanted; `vocab` is K then.
-    edges: of attention, that are changed.
-    gradients: what comes out hangs on what is written that wants a gradient, for autograd.
+    Args:
+        model: The model, which is unchanged afterwards.
+        stop: Number of blocks to run, or `n_layers + 1` to include the final norm; the rest isn't
+            computed, and `logits` is None. None runs everything.
+        writes: Writes at sites.
+        reads: Sites to read.
+        logits_at: [B, n] long, positions (in the unpadded prompt) whose logits are requested; all
+            by default. Logits can't be read or written with it.
+        tokens: [K] long, the only tokens whose logits are requested; `vocab` is then K.
+        edges: Changed attention edges.
+        gradients: Whether autograd tracks the effect of written values that require a gradient.
 
-    Raises ValueError for places that don't exist, WriteMismatch for writes that couldn't happen
-    exactly once, ReadMismatch for reads that didn't. The model is left as it was found.
+    Raises:
+        ValueError: A site or position doesn't exist.
+        WriteMismatch: A write didn't happen exactly once.
+        ReadMismatch: A read didn't happen.
     """
     work = SiteHooks(model, batch, writes, reads, stop, edges)
     if logits_at is not None:
@@ -846,8 +863,11 @@ def run_full(
 
 @contextmanager
 def _enable_gradients(model: LoadedModel) -> Generator[None]:
-    """Autograd follows what is written, and not the weights: nothing is kept for these, and what
-    is made of them alone, such as position biases that a library has kept, isn't followed."""
+    """Track gradients of written values only, not of weights.
+
+    Values that depend on weights alone, such as position biases cached by a library, aren't
+    tracked.
+    """
     wanted = [each for each in model.module.parameters() if each.requires_grad]
     for each in wanted:
         each.requires_grad_(False)
@@ -861,7 +881,7 @@ def _enable_gradients(model: LoadedModel) -> Generator[None]:
 
 @contextmanager
 def open_attention(model: LoadedModel, work: SiteHooks) -> Generator[None]:
-    """In layers where something is read or written within attention, that is computed here."""
+    """Compute attention here in layers with reads or writes within attention."""
     if not work.within:
         yield
         return

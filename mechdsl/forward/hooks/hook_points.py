@@ -1,4 +1,4 @@
-"""Tensors of a running model: viewed through a layout, and changed by hooks."""
+"""Tensors of a running model: views through a layout, and hooks that change them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from mechdsl.models.anatomy import HookPoint, TensorLayout
 from mechdsl.models.block import is_transposed, unwrap_adapter
 
 HookStep = Callable[[Tensor, nn.Module, Tensor], Tensor]
-"""(the tapped tensor, its module, the module's input) to the tensor that the model goes on with."""
+"""(tapped tensor, its module, the module's input) → the tensor that the model continues with."""
 
 
 def view_layout(tensor: Tensor, layout: TensorLayout) -> Tensor:
-    """[B, T, units, width] of a tapped tensor, a view wherever there can be one; what is written
-    to it is put back by `layout_put`."""
+    """Return [B, T, units, width] of a tapped tensor, as a view if possible.
+
+    If it is a copy, `put_layout` writes changes back.
+    """
     match layout.axes:
         case "heads":
             return tensor
@@ -41,20 +43,20 @@ def view_layout(tensor: Tensor, layout: TensorLayout) -> Tensor:
 
 
 def put_layout(tensor: Tensor, layout: TensorLayout, view: Tensor) -> None:
-    """What was written to `layout_view` is in the tensor, also where that is no view."""
+    """Write changes of a `view_layout` into the tensor, if the view is a copy."""
     if layout.group > 1:
         part = _view_groups(tensor[..., layout.offset : layout.end], layout)
         part.copy_(view.unflatten(-2, part.shape[-3:-1]))
 
 
 def _view_groups(part: Tensor, layout: TensorLayout) -> Tensor:
-    """[…, group, unit of it, width] view."""
+    """Return a view [..., group, unit of the group, width]."""
     groups = part.unfold(-1, layout.group * layout.width, layout.stride)
     return groups.unflatten(-1, (layout.group, layout.width))
 
 
 def get_scale(model: nn.Module, tap: HookPoint) -> float | Tensor:
-    """What a tapped tensor is multiplied with to be the site."""
+    """Return the factor from a tapped tensor to its site."""
     if tap.scaled_by is None:
         return tap.scale
     path, _, name = tap.scaled_by.rpartition(".")
@@ -64,17 +66,17 @@ def get_scale(model: nn.Module, tap: HookPoint) -> float | Tensor:
 
 
 def apply_scale(value: Tensor, scale: float | Tensor) -> Tensor:
-    """The tensor times a scale; itself where that is one."""
+    """Multiply a tensor by a scale; returns the same tensor if the scale is 1."""
     return value if not isinstance(scale, Tensor) and scale == 1 else value * scale
 
 
 def undo_scale(value: Tensor, scale: float | Tensor) -> Tensor:
-    """The other way round."""
+    """Divide a tensor by a scale; returns the same tensor if the scale is 1."""
     return value if not isinstance(scale, Tensor) and scale == 1 else value / scale
 
 
 def get_head_weights(projection: nn.Module, layout: TensorLayout) -> Tensor:
-    """[units, width, d_model]: each head's slice of the output projection."""
+    """Return [units, width, d_model]: each head's slice of the output projection."""
     base: nn.Module = unwrap_adapter(projection)
     with load_weights(base):
         weight = base.get_parameter("weight")
@@ -89,17 +91,20 @@ def get_head_weights(projection: nn.Module, layout: TensorLayout) -> Tensor:
 
 @torch.no_grad()
 def _measure_linear_map(projection: nn.Module, nothing: Tensor) -> Tensor:
-    """[in, out]: what a linear map makes of each of its inputs, with whatever adapters of peft do
-    to it; nothing: [in], zeros."""
-    # The class's own, as a packed pass has put another one in its place.
+    """Measure the matrix [in, out] of a linear map, including peft adapters.
+
+    Args:
+        nothing: [in] zeros.
+    """
+    # The class's own forward, because a packed pass replaces the instance's.
     forward: Any = type(projection).forward
     return forward(projection, torch.diag(nothing + 1)) - forward(projection, nothing[None])
 
 
 def project_heads(z: Tensor, heads: Tensor, weight: Tensor) -> Tensor:
-    """[K, d_model]: `z` [K, d_head] of `heads` [K] through the heads' slices of the projection.
+    """Return [K, d_model]: `z` [K, d_head] of `heads` [K], projected by the slices of these heads.
 
-    heads: on the host, in ascending order.
+    heads: on the host, ascending.
     """
     distinct, counts = heads.unique_consecutive(return_counts=True)
     out = z.new_empty(z.shape[0], weight.shape[2])
@@ -113,9 +118,11 @@ def project_heads(z: Tensor, heads: Tensor, weight: Tensor) -> Tensor:
 def _run_steps(
     steps: list[HookStep], value: Tensor, module: nn.Module, given: Tensor, leading: int, flat: bool
 ) -> Tensor:
-    """The tensor after all steps. Those of vectors (`flat`) see [B, T, width] also where the model
-    has put all tokens in one dimension, tokens of one row in two (a grid, parts of an image), or
-    images of several rows behind one another."""
+    """Apply all steps to a tensor.
+
+    Steps on vectors (`flat`) always get [B, T, width], also if the model merges rows and tokens in
+    one dimension, or spreads a row's tokens over two (a grid, parts of an image).
+    """
     now = value
     if flat:
         now = value.reshape(leading, -1, value.shape[-1])
@@ -131,7 +138,7 @@ def _run_steps(
 
 
 class InputHook:
-    """Runs steps on what a module reads, the first time only if `once`."""
+    """Hook that runs steps on a module's input, only in the first call if `once`."""
 
     def __init__(
         self, steps: list[HookStep], frame: TokenFrame, *, flat: bool = True, once: bool = False
@@ -152,7 +159,7 @@ class InputHook:
 
 
 class OutputHook:
-    """Runs steps on what a module returns, the first time only if `once`."""
+    """Hook that runs steps on a module's output, only in the first call if `once`."""
 
     def __init__(
         self,
@@ -193,12 +200,12 @@ _FUSED_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "FastGELUActivation": partial(nn.functional.gelu, approximate="tanh"),
     "BloomGelu": partial(nn.functional.gelu, approximate="tanh"),
 }
-"""Activation functions written out step by step, by class: the same formula in one kernel."""
+"""Fused kernels for activation functions of equal formula, by class."""
 
 
 @contextmanager
 def fuse_activations(module: nn.Module) -> Generator[None]:
-    """Activation functions of a known formula run in one kernel."""
+    """Run activation functions of a known formula in one kernel."""
     with ExitStack() as stack:
         for part in module.modules():
             function = _FUSED_ACTIVATIONS.get(type(part).__name__)

@@ -1,8 +1,9 @@
-"""Forward functions of modules exchanged during a pass, and attention that families write out.
+"""Exchange of modules' forward functions, and attention of families that implement their own.
 
-Most models attend through functions of the library that can be exchanged. The modules here have
-attention written out. An entry does what its module does, with the module's own projections and
-rotation, and leaves attention to a function. Biases by position become part of the mask.
+Most models attend through functions of the library that can be exchanged. The modules here
+implement attention themselves. An entry does what its module does, with the module's own
+projections and rotation, but calls a function for attention. Position biases become part of the
+mask.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from mechdsl.base.records import Registry
 
 _ACTIVATION_NAMES = ("hidden_states", "inputs_embeds", "hidden_state", "x", "input", "query")
-"""What modules call the activation that they get, where it isn't their first argument."""
+"""Names of modules' activation argument, if it isn't the first one."""
 
 
 def find_activation_name(kwargs: dict[str, Any]) -> str:
@@ -29,7 +30,7 @@ def find_activation_name(kwargs: dict[str, Any]) -> str:
 
 
 def get_activation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The activation that a module was called with."""
+    """Return the activation that a module was called with."""
     value = args[0] if args else kwargs.get(find_activation_name(kwargs))
     if not isinstance(value, Tensor):
         raise TypeError("a tapped module was called without an activation as its first argument")
@@ -39,7 +40,7 @@ def get_activation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def replace_activation(
     args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with another activation."""
+    """Return the arguments of a call with a different activation."""
     return (
         ((value, *args[1:]), kwargs)
         if args
@@ -49,8 +50,10 @@ def replace_activation(
 
 @contextmanager
 def load_weights(module: nn.Module) -> Generator[None]:
-    """The module's own weights can be read, also where accelerate keeps them on a disk, or in
-    another memory, while the module isn't running."""
+    """Make the module's own weights readable, even if accelerate stores them elsewhere.
+
+    Without this, weights on a disk or in other memory are available only while the module runs.
+    """
     hook = module.__dict__.get("_hf_hook")
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     if hook is None or not any(weight.is_meta for weight in own):
@@ -64,7 +67,7 @@ def load_weights(module: nn.Module) -> Generator[None]:
 
 
 class BlockStub:
-    """Stands in for a block's forward and hands its input on, in the form the block returns."""
+    """Replacement of a block's forward that passes its input on, in the block's return format."""
 
     def __init__(self, returns: int | None) -> None:
         self.returns = returns
@@ -76,7 +79,7 @@ class BlockStub:
 
 @contextmanager
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
-    """The module computes something else for a while; hooks on it stay where they are."""
+    """Replace a module's forward while the context is open; hooks on the module stay in place."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -88,26 +91,27 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator
 
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-"""(module, query, key, value, mask, **kwargs), as the model library calls it, to an output
-[B, T, heads, d_head] and weights. Query, key and value are [B, heads, T, d_head]."""
+"""Function called like the library's, with (module, query, key, value, mask, **kwargs), that
+returns an output [B, T, heads, d_head] and weights. Query, key and value are [B, heads, T,
+d_head]."""
 
 
 class AttentionExchange:
-    """What the modules attend with during one pass, and the masks that they share."""
+    """Attention function of the modules in one pass, and the masks that they share."""
 
     def __init__(self, function: AttentionFunction, own: str, *, masked: bool) -> None:
         self.attend = function
         self.own = own
-        """How the model attends by itself: `eager` or `sdpa`."""
+        """The model's own implementation: `eager` or `sdpa`."""
         self.masked = masked
         self.positions: Tensor | None = None
-        """[B, T] of the block that runs, where attention has to know them."""
+        """[B, T] positions in the running block, if attention needs them."""
         self._masks: dict[object, tuple[tuple[Tensor, ...], Tensor]] = {}
 
     def mask(self, make: Callable[..., Tensor], *given: Tensor, by: object = None) -> Tensor | None:
-        """`make` of tensors that every block is handed, made once; None in a pass without masks.
+        """Call `make` once for tensors that all blocks get; None in a pass without masks.
 
-        by: what else the mask depends on.
+        by: anything else that the mask depends on.
         """
         if not self.masked:
             return None
@@ -116,26 +120,29 @@ class AttentionExchange:
             mask = make(*given)
             if bool((mask == mask[:1]).all()):
                 mask = mask[:1].clone()
-            self._masks[key] = given, mask  # what was given is held, so that its id stays its own
+            self._masks[key] = given, mask  # tensors are held, so that their ids aren't reused
         return self._masks[key][1]
 
 
 @dataclass(frozen=True, eq=False)
 class DistanceScores:
-    """What is added to scores by distance and content (DeBERTa): queries times a vector of the
-    distance to the key, keys times one of the distance to the query."""
+    """Summands of scores by distance and content (DeBERTa).
+
+    Queries are multiplied by a vector for the distance to the key, keys by one for the distance to
+    the query.
+    """
 
     keys: Tensor | None
-    """[heads, distance, d_head], what queries are multiplied with."""
+    """[heads, distance, d_head], by which queries are multiplied."""
     queries: Tensor | None
-    """[heads, distance, d_head], what keys are multiplied with."""
+    """[heads, distance, d_head], by which keys are multiplied."""
     to_key: Tensor
-    """[T, T] long, query's column and key's → distance in `keys`."""
+    """[T, T] long, columns of query and key → distance in `keys`."""
     to_query: Tensor
-    """[T, T] long, query's column and key's → distance in `queries`."""
+    """[T, T] long, columns of query and key → distance in `queries`."""
 
     def scores(self, query: Tensor, key: Tensor, at: Tensor, of: Tensor) -> Tensor:
-        """[…, query, key] of query and key [lane, heads, …, token, d_head] in these columns."""
+        """Return […, query, key] for query and key [lane, heads, …, token, d_head] at columns."""
         found: list[Tensor] = []
         if self.keys is not None:
             each = query @ self._table(self.keys, query)
@@ -149,7 +156,7 @@ class DistanceScores:
 
     @staticmethod
     def _table(vectors: Tensor, like: Tensor) -> Tensor:
-        """[heads, …, d_head, distance], in the type of what it is multiplied with"""
+        """Return [heads, …, d_head, distance] in the dtype of `like`."""
         return (
             vectors.to(like.dtype)
             .transpose(-1, -2)
@@ -158,7 +165,7 @@ class DistanceScores:
 
 
 AttentionEntry = Callable[..., Any]
-"""(module, exchange, *args, **kwargs of the module's forward) to what the forward returns."""
+"""(module, exchange, *args, **kwargs of the module's forward) → the forward's output."""
 
 
 @contextmanager
@@ -169,7 +176,7 @@ def exchange_modules(
     *,
     masked: bool,
 ) -> Generator[None]:
-    """Modules attend with `function`, each by its entry."""
+    """Let modules attend with `function`, each through its entry."""
     exchange = AttentionExchange(function, own, masked=masked)
     with ExitStack() as stack:
         for part, entry in entries:
@@ -198,7 +205,7 @@ def attend_eagerly(
     distances: DistanceScores | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as these modules have it, scores and softmax in float32 at least."""
+    """Attend as these modules do, with scores and softmax in float32 or wider."""
     if (shared := query.shape[1] // key.shape[1]) > 1:
         key, value = (each.repeat_interleave(shared, dim=1) for each in (key, value))
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -213,16 +220,16 @@ def attend_eagerly(
 
 
 def hide_scores(scores: Tensor, where: Tensor) -> Tensor:
-    """The lowest number there is, not infinity: padding sees nothing, and mustn't become NaN."""
+    """Set scores to the lowest finite number: padding sees nothing, and must not become NaN."""
     return scores.masked_fill(where, torch.finfo(scores.dtype).min)
 
 
 ATTENTION_ENTRIES: Registry[AttentionEntry] = Registry("attention module")
-"""By the name of the module's class, or by `folder.name` where many have it."""
+"""By name of the module's class, or by `folder.name` if many classes share the name."""
 
 
 def attention_entry(*classes: str) -> Callable[[AttentionEntry], AttentionEntry]:
-    """Register an entry."""
+    """Register an entry for these classes."""
 
     def register(entry: AttentionEntry) -> AttentionEntry:
         for name in classes:
@@ -233,7 +240,7 @@ def attention_entry(*classes: str) -> Callable[[AttentionEntry], AttentionEntry]
 
 
 def find_attention_entry(module: nn.Module) -> AttentionEntry | None:
-    """The entry of a module; None where the library's interface will do."""
+    """Return the entry of a module; None if the library's interface suffices."""
     kind = type(module)
     if not kind.__module__.startswith("transformers."):
         return None
@@ -244,20 +251,20 @@ def find_attention_entry(module: nn.Module) -> AttentionEntry | None:
 
 
 def _split_heads(features: Tensor, count: int) -> Tensor:
-    """[B, heads, T, d_head] of [B, T, heads * d_head]."""
+    """Return [B, heads, T, d_head] of [B, T, heads * d_head]."""
     return features.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
 def _append_cached(module: Any, past: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """With those that are kept of earlier tokens."""
+    """Append keys and values to the cached ones of earlier tokens."""
     return (key, value) if past is None else past.update(key, value, module.layer_idx)
 
 
-# --- modules with a method that attends -----------------------------------------------------------
+# --- modules with a method for attention ----------------------------------------------------------
 
 
 class _ModuleProxy:
-    """Stands in for a module: everything is the module's but some methods."""
+    """Proxy of a module that replaces some methods."""
 
     def __init__(self, module: nn.Module, **methods: Callable[..., Any]) -> None:
         self._module = module
@@ -275,7 +282,7 @@ def _call_with_method(
     *args: Any,
     **kw: Any,
 ) -> Any:
-    """The module's forward with another `_attn`. window: tokens that are seen, its own included."""
+    """Run the module's forward with a different `_attn`; window: visible tokens, with its own."""
 
     def attn(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *_: Any) -> Any:
         if window is not None:
@@ -287,7 +294,7 @@ def _call_with_method(
 
 
 def _hide_outside_window(mask: Tensor, window: int) -> Tensor:
-    before = mask.shape[-1] - mask.shape[-2]  # keys in front of the first query
+    before = mask.shape[-1] - mask.shape[-2]  # keys before the first query
     near = torch.ones_like(mask[0, 0], dtype=torch.bool).tril(before - window)
     return hide_scores(mask, near)
 
@@ -310,7 +317,7 @@ def attend_gpt_neo(module: Any, exchange: AttentionExchange, *args: Any, **kwarg
     return _call_with_method(module, exchange, 1.0, window, *args, **kwargs)
 
 
-# --- modules that are written in one piece --------------------------------------------------------
+# --- modules with attention in their forward ------------------------------------------------------
 
 
 @attention_entry("BloomAttention")
@@ -348,7 +355,7 @@ def attend_mpt(
         fused = fused.clamp(min=-module.clip_qkv, max=module.clip_qkv)
     query, key, value = (_split_heads(part, module.n_heads) for part in fused.chunk(3, dim=2))
     key, value = _append_cached(module, past_key_values, key, value)
-    mask = exchange.mask(  # true where a key is hidden; biases are those of the longest prompt
+    mask = exchange.mask(  # true where a key is hidden; biases cover the longest prompt
         lambda hides, bias: hide_scores(bias[None, :, :, -hides.shape[-1] :], hides),
         attention_mask,
         position_bias,
@@ -377,13 +384,13 @@ def attend_falcon(
         library = import_module(type(module).__module__)
         query, key = library.apply_rotary_pos_emb(query, key, *(position_embeddings or ()))
     key, value = _append_cached(module, layer_past, key, value)
-    # Keys and values come repeated for each head that reads them.
+    # Keys and values are repeated for each head that reads them.
     shared = key.shape[1] // module.num_kv_heads
     key, value = key[:, ::shared], value[:, ::shared]
     mask = attention_mask
     if (
         alibi is not None and exchange.own == "eager"
-    ):  # the bias is in the mask and comes on top of it
+    ):  # eager attention adds the bias to a mask that includes it
         mask = exchange.mask(
             lambda mask, bias: mask + bias * module.inv_norm_factor, attention_mask, alibi
         )
@@ -447,7 +454,7 @@ def attend_bert(module: Any, exchange: AttentionExchange, *args: Any, **kwargs: 
 
 @attention_entry("MPNetEncoder")
 def run_mpnet_encoder(module: Any, exchange: AttentionExchange, *args: Any, **kwargs: Any) -> Any:
-    """Without masks, biases by position aren't made either: they are large."""
+    """Skip position biases, which are large, in passes without masks."""
     if exchange.masked:
         return type(module).forward(module, *args, **kwargs)
     standing = _ModuleProxy(module, compute_position_bias=lambda hidden: None)
@@ -507,7 +514,7 @@ def attend_data2vec_vision(
         for projection in (module.query, module.key, module.value)
     )
     scaling = module.attention_head_size**-0.5
-    mask = exchange.mask(biases, by=module)  # each block has biases of its own
+    mask = exchange.mask(biases, by=module)  # each block has separate biases
     out, weights = exchange.attend(module, query, key, value, mask, scaling=scaling)
     return out.flatten(2), weights
 
@@ -562,12 +569,12 @@ def attend_openai_gpt(
     return [module.c_proj(out.flatten(2))]
 
 
-# --- Llama 4: queries of blocks without rotary grow with their position ---------------------------
+# --- Llama 4: without rotary, queries are scaled by position --------------------------------------
 
 
 @attention_entry("Llama4TextDecoderLayer")
 def run_llama4_block(module: Any, exchange: AttentionExchange, *args: Any, **kwargs: Any) -> Any:
-    """Positions, which attention counts by itself, are those that the block is handed."""
+    """Store the block's positions, which attention would otherwise count itself."""
     exchange.positions = kwargs.get("position_ids")
     return type(module).forward(module, *args, **kwargs)
 
@@ -607,7 +614,7 @@ def attend_llama4(
 
 @attention_entry("DebertaEncoder", "DebertaV2Encoder")
 def run_deberta_encoder(module: Any, exchange: AttentionExchange, *args: Any, **kwargs: Any) -> Any:
-    """Without masks, those of all tokens and their distances aren't made either."""
+    """Skip the mask of all tokens and their distances in passes without masks."""
     if exchange.masked:
         return type(module).forward(module, *args, **kwargs)
     standing = _ModuleProxy(
@@ -627,7 +634,7 @@ def attend_deberta(
     relative_pos: Any = None,
     rel_embeddings: Any = None,
 ) -> Any:
-    """Both versions."""
+    """Attention of both versions."""
     count = module.num_attention_heads
     if query_states is not None or getattr(module, "talking_head", False):
         given = (attention_mask, output_attentions, query_states, relative_pos, rel_embeddings)
@@ -654,7 +661,7 @@ def attend_deberta(
 
 
 def _build_distance_scores(module: Any, relative: Tensor, embeddings: Tensor) -> DistanceScores:
-    """relative: [T, T], query's position minus the key's, or its bucket."""
+    """Build distance scores; relative: [T, T], query position minus key position, or its bucket."""
     if hasattr(module, "in_proj"):
         middle = module.max_relative_positions
         span = min(len(relative), middle)
@@ -672,7 +679,7 @@ def _build_distance_scores(module: Any, relative: Tensor, embeddings: Tensor) ->
     def table(name: str) -> Tensor | None:
         if name not in module.pos_att_type:
             return None
-        # Not the module itself, which may be the one that makes queries or keys.
+        # Not `module(...)`: this module may also project queries or keys, which have hooks.
         made = getattr(module, maps[name]).forward(embeddings[None])
         return _split_heads(made, module.num_attention_heads)[0]
 

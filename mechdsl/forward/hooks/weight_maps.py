@@ -1,4 +1,4 @@
-"""Linear maps of a model as matrices, and norms frozen at another pass's scales."""
+"""Linear maps of a model as matrices, and norms frozen at the scales of a different pass."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from mechdsl.forward.hooks.module_exchange import get_activation
 from mechdsl.models.anatomy import BlockAnatomy, TensorLayout
 
 TRIAL_SIZE = 1e3
-"""Size of the numbers that norms are tried with: what they add to a variance is nothing beside."""
+"""Size of trial inputs for norms, at which the ε added to a variance is negligible."""
 
 MAP_TOLERANCE = 1e-3
-"""How far, relative to its size, what a module does may be from what its map says."""
+"""How far a module's output may be from its linear map, relative to the output's size."""
 
 
 class NoLinearMap(ValueError):
-    """A part of the model isn't a linear map, or isn't there; the text says which."""
+    """A component that is missing or isn't a linear map; the text names it."""
 
 
 class WeightMaps:
-    """Maps of one model, as matrices from rows: a vector goes in on the left. In float32, on the
-    model's device."""
+    """Maps of one model as matrices for row vectors, in float32 on the model's device."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
@@ -40,24 +39,24 @@ class WeightMaps:
         self.projected = lru_cache(maxsize=6)(self._projected)
 
     def query(self, layer: int, head: int) -> Tensor:
-        """[d_model, d_head] of the query: behind the attention norm's gain, before rotary."""
+        """Return [d_model, d_head]: the query map with the attention norm's gain, before rotary."""
         return self.gained(layer, self.projected(layer, "q")[head])
 
     def key(self, layer: int, head: int) -> Tensor:
-        """[d_model, d_head] of the key that the head attends with, before rotary."""
+        """Return [d_model, d_head]: the map of the head's key, before rotary."""
         return self.gained(layer, self.projected(layer, "k")[self._shared(layer, "k", head)])
 
     def value(self, layer: int, head: int) -> Tensor:
-        """[d_model, d_value] of its value."""
+        """Return [d_model, d_value]: the map of the head's value."""
         return self.gained(layer, self.projected(layer, "v")[self._shared(layer, "v", head)])
 
     def out(self, layer: int, head: int) -> Tensor:
-        """[d_value, d_model]: what the head adds to the stream, of `z`."""
+        """Return [d_value, d_model]: the map from `z` to what the head adds to the stream."""
         return self.output(layer)[head]
 
     @lru_cache(maxsize=2)  # noqa: B019 - lives as long as one observation
     def neurons(self, layer: int) -> Tensor:
-        """[neuron, d_model]: what a neuron of activation 1 adds to the stream."""
+        """Return [neuron, d_model]: what a neuron of activation 1 adds to the stream."""
         block = self._block(layer)
         if block.down is None:
             raise NoLinearMap(f"layer {layer} has no neurons with a map of their own")
@@ -66,8 +65,10 @@ class WeightMaps:
         return self._behind(found, block.mlp_behind)
 
     def first_mlp(self, vectors: Tensor) -> Tensor:
-        """[..., d_model]: what the MLP of the first block makes of the stream, norms and biases as
-        they are."""
+        """Return [..., d_model]: the output of the first block's MLP for stream vectors.
+
+        Norms and biases are applied unchanged.
+        """
         block = self._block(0)
         if "mlp_out" not in block.taps or len(block.mlp) != 1:
             raise NoLinearMap("the first block has no MLP that is a part of its own")
@@ -79,15 +80,17 @@ class WeightMaps:
 
     @cached_property
     def final_gain(self) -> tuple[Tensor, bool]:
-        """([d_model] what the final norm multiplies with, whether it takes the mean off)."""
+        """([d_model] gain of the final norm, whether the norm subtracts the mean)."""
         path = self.model.anatomy.final_norm
         if path is None:
             return torch.ones(self.shape.d_model, device=self.model.device), False
         return self._gain(path)
 
     def to_logits(self, vectors: Tensor) -> Tensor:
-        """[..., vocabulary] of [..., d_model]: through the final norm's gain and the unembedding,
-        not divided by the norm's scale, without biases."""
+        """Map [..., d_model] to [..., vocabulary], by the final norm's gain and the unembedding.
+
+        Biases are left out, and vectors aren't divided by the norm's scale.
+        """
         gain, centred = self.final_gain
         vectors = vectors.to(gain)
         vectors = vectors - vectors.mean(-1, keepdim=True) if centred else vectors
@@ -101,12 +104,12 @@ class WeightMaps:
 
     @cached_property
     def unembedding(self) -> Tensor:
-        """[d_model, vocabulary], the final norm's gain in it."""
+        """[d_model, vocabulary], including the final norm's gain."""
         return self.to_logits(torch.eye(self.shape.d_model, device=self.model.device))
 
     @cached_property
     def token_map(self) -> Tensor:
-        """[d_model, d_model]: W_U W_E, what tokens go out by with what they come in by."""
+        """[d_model, d_model]: W_U W_E, the product of unembedding and embedding."""
         return self.unembedding.double() @ self.vocabulary.double()
 
     @cached_property
@@ -121,14 +124,14 @@ class WeightMaps:
         return self.embedded(torch.arange(self.shape.vocab_size))
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """[token, d_model]: what the token embedding returns."""
+        """Return [token, d_model]: the token embeddings."""
         path = self.model.anatomy.embedding
         if path is None or self.shape.d_embed != self.shape.d_model:
             raise NoLinearMap("tokens aren't looked up in an embedding of the stream's width")
         return self._module(path)(ids.to(self.model.device)).float()
 
     def gained(self, layer: int, matrix: Tensor) -> Tensor:
-        """[d_model, width] behind the gain of the norm that attention reads through."""
+        """Multiply [d_model, width] by the gain of the norm before attention."""
         block = self._block(layer)
         if block.attn_norm is None:
             return matrix
@@ -136,10 +139,10 @@ class WeightMaps:
         matrix = gain[:, None] * matrix
         return matrix - matrix.mean(0, keepdim=True) if centred else matrix
 
-    # --- parts ---
+    # --- components ---
 
     def _output(self, layer: int) -> Tensor:
-        """[head, d_value, d_model]."""
+        """Return [head, d_value, d_model]."""
         block = self._block(layer)
         if block.output is None:
             raise NoLinearMap(f"layer {layer} has no output projection")
@@ -148,7 +151,7 @@ class WeightMaps:
         return _split_units(self._behind(whole, block.attn_behind), layout)
 
     def _behind(self, matrix: Tensor, norm: str | None) -> Tensor:
-        """[width, d_model] behind the gain of the norm between a sublayer and the stream."""
+        """Multiply [width, d_model] by the gain of the norm between a sublayer and the stream."""
         if norm is None:
             return matrix
         gain, centred = self._gain(norm)
@@ -156,7 +159,7 @@ class WeightMaps:
         return matrix * gain
 
     def _projected(self, layer: int, site: str) -> Tensor:
-        """[unit, d_model, width] of queries, keys or values."""
+        """Return [unit, d_model, width] for queries, keys or values."""
         tap = self.model.tap(site, layer)
         if tap.path not in self._block(layer).projections or tap.side != "out":
             raise NoLinearMap(
@@ -166,7 +169,7 @@ class WeightMaps:
         return _split_units(whole.T, tap.layout).transpose(1, 2)
 
     def _shared(self, layer: int, site: str, head: int) -> int:
-        """The key or value that a head has, maybe with others."""
+        """Return the index of the key or value that a head uses, possibly a shared one."""
         count = self.projected(layer, site).shape[0]
         return head * count // self.model.tap("z", layer).layout.units
 
@@ -177,7 +180,7 @@ class WeightMaps:
         return self.model.module.get_submodule(path)
 
     def _map(self, module: Any, width: int, path: str) -> Tensor:
-        """[width, out] of a module; NoMap where it does something else to another vector."""
+        """Return [width, out] for a module. Raises NoLinearMap if a trial vector maps otherwise."""
         kind, device = self.model.dtype, self.model.device
         units = torch.eye(width, dtype=kind, device=device)
         zero = module(torch.zeros(1, width, dtype=kind, device=device)).float()
@@ -190,7 +193,7 @@ class WeightMaps:
 
     @lru_cache(maxsize=4)  # noqa: B019
     def _gain(self, path: str) -> tuple[Tensor, bool]:
-        """([d_model] what a norm multiplies with, whether it takes the mean off)."""
+        """Return ([d_model] gain of a norm, whether it subtracts the mean)."""
         module, width = self._module(path), self.shape.d_model
         tried = torch.full((1, width), TRIAL_SIZE, dtype=self.model.dtype, device=self.model.device)
         zero = module(torch.zeros_like(tried)).float()
@@ -215,7 +218,7 @@ class WeightMaps:
 
 
 def _split_units(whole: Tensor, layout: TensorLayout) -> Tensor:
-    """[unit, width, rest] of [features, rest], as the layout has the features."""
+    """Return [unit, width, rest] of [features, rest], with features in the layout's order."""
     found: list[Tensor] = []
     for unit in range(layout.units):
         begin = layout.offset + unit // layout.group * layout.stride
@@ -225,17 +228,17 @@ def _split_units(whole: Tensor, layout: TensorLayout) -> Tensor:
 
 
 NORM_TOLERANCE = 1e-3
-"""How far a norm may be from a linear map divided by a scale, relative to what it gives."""
+"""How far a norm may be from a linear map divided by a scale, relative to its output."""
 
 SMALL_VECTOR_SIZE, LARGE_VECTOR_SIZE = 1e-3, 1e3
-"""Sizes of vectors by which ε is found: it is part of the one, and nothing beside the other."""
+"""Sizes of vectors that reveal ε: it matters for the first and is negligible for the second."""
 
 NormScales = Mapping[str, list[Tensor]]
-"""By path of a norm, what each of its calls divides by, [..., 1]."""
+"""By path of a norm, the divisors of its calls, [..., 1]."""
 
 
 class FrozenNorms:
-    """The norms of a model, of which some rows of a pass can have those of another pass."""
+    """Norms of a model, whose scales some rows of a pass can take from a different pass."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
@@ -247,7 +250,7 @@ class FrozenNorms:
 
     @contextmanager
     def recorded(self, rows: Bools) -> Generator[NormScales]:
-        """What norms divide by in passes meanwhile; nothing, if no row asks for it."""
+        """Record the norms' divisors in passes while the context is open, if any row needs them."""
         found: dict[str, list[Tensor]] = {}
         with ExitStack() as stack:
             for path, norm in self._norms.items() if rows.any() else ():
@@ -266,7 +269,7 @@ class FrozenNorms:
 
     @contextmanager
     def kept(self, rows: Bools, scales: NormScales) -> Generator[None]:
-        """These rows divide by what was recorded in a pass over the same tokens."""
+        """Divide these rows by the divisors recorded in a pass over the same tokens."""
         with ExitStack() as stack:
             for path, own in scales.items():
                 due = iter(own)
@@ -288,7 +291,7 @@ class FrozenNorms:
 
 
 def list_norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every norm of a model, by its path."""
+    """List every norm of a model with its path."""
     return [
         (path, part)
         for path, part in module.named_modules()
@@ -297,9 +300,10 @@ def list_norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def find_nonlinear_norm(module: nn.Module, width: int) -> str | None:
-    """The path of a norm that is no linear map divided by a scale; None where all are.
+    """Return the path of a norm that isn't a linear map divided by a scale; None if all are.
 
-    width: of vectors, where a norm has no weights that tell it.
+    Args:
+        width: Width of vectors for norms without weights.
     """
     for path, norm in list_norms(module):
         try:
@@ -313,7 +317,7 @@ def find_nonlinear_norm(module: nn.Module, width: int) -> str | None:
 
 
 class _NormMap:
-    """A norm: g · (x − mean or x) / √(mean square + ε) + b, or without some of these."""
+    """Norm of the form g · (x − mean or x) / √(mean square + ε) + b; any term may be missing."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self.module = copy.deepcopy(module).to(dtype)
@@ -321,7 +325,7 @@ class _NormMap:
         self._found: dict[int, tuple[bool, float, Tensor]] = {}
 
     def scale(self, given: Tensor) -> Tensor:
-        """[..., 1]: what vectors [..., width] are divided by."""
+        """Return [..., 1]: the divisors of vectors [..., width]."""
         centred, epsilon, _ = self._of(given)
         wide = given.to(self.dtype)
         if centred:
@@ -329,14 +333,13 @@ class _NormMap:
         return (wide.square().mean(-1, keepdim=True) + epsilon).sqrt()
 
     def divided(self, given: Tensor, out: Tensor, scale: Tensor) -> Tensor:
-        """What it gives, `out`, divided by another scale."""
+        """Rescale the norm's output `out` to a different divisor."""
         bias = self._of(given)[2]
         frozen = bias + (out.to(self.dtype) - bias) * (self.scale(given) / scale)
         return frozen.to(out)
 
     def error(self, width: int) -> float:
-        """How far it is from that on vectors that are drawn, large and small, relative to what it
-        gives."""
+        """Measure the deviation from that form on random vectors, relative to outputs."""
         draw = torch.Generator().manual_seed(0)
         worst = 0.0
         for size in (1e-3, 1.0, 30.0):
@@ -359,7 +362,7 @@ class _NormMap:
             return self.module(vectors).clone()
 
     def _of(self, like: Tensor) -> tuple[bool, float, Tensor]:
-        """(whether the mean is taken off, ε, bias)"""
+        """Return (whether the mean is subtracted, ε, bias)."""
         width = like.shape[-1]
         if width not in self._found:
             sign = torch.ones(width, dtype=self.dtype, device=like.device)

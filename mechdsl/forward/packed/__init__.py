@@ -1,5 +1,1 @@
-"""Patched rows side by side without padding: only what changes is computed.
-
-In: rows with their writes, and the activation cache of unpatched runs. Out: what was read, and
-logits. Imports hooks and below; torch.
-"""
+"""Packed forward passes of patched rows: no padding, and only changed tokens are computed."""

@@ -31,27 +31,28 @@ class ActivationCache:
 
     batch: Batch
     hidden: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-    """Block → [token, d_model], its input; of the number behind the last, what that returns."""
+    """Block → [token, d_model], its input; key `n_layers`: the output of the last block."""
     outputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Path of a linear map or sublayer → [token, width], what it returns."""
+    """Path of a linear map or sublayer → [token, width], its output."""
     z: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     """Block → [token, heads, d_head]."""
     attention: dict[int, CachedAttention] = field(default_factory=dict[int, CachedAttention])
     across: dict[int, CachedAttention] = field(default_factory=dict[int, CachedAttention])
-    """Block → what its attention to the encoder had: keys and values of the encoder's tokens."""
+    """Block → keys and values of the encoder's tokens, in its attention to the encoder."""
     embedded: Tensor | None = None
-    """[token, d_model], what the embedding returns, where that isn't the tokens' own (noise)."""
+    """[token, d_model], the embedding's output, if it differs from the tokens' own (noise,
+    images)."""
     tuples: dict[str, int] = field(default_factory=dict[str, int])
-    """Path of one of `outputs` → length of the tuple that it returns, if it returns one."""
+    """Path in `outputs` → length of the tuple that the module returns, if it returns one."""
     positions: Tensor | None = None
-    """[…, lane, column], the positions that a language model is given with images."""
+    """[…, lane, column], positions given to a language model with images."""
     encoded: Any = None
-    """What an encoder-decoder's encoder returns, the library's object of tensors."""
+    """Output of an encoder-decoder's encoder, the library's object of tensors."""
     seen: VisibleKeyCounts = field(default_factory=VisibleKeyCounts)
-    """Of the masks of `attention`."""
+    """Counts for the masks of `attention`."""
 
     def part(self, rows: slice, batch: Batch) -> ActivationCache:
-        """What was kept of some lanes, without copying."""
+        """Select the activations of some lanes without copying."""
         width = self.columns
         tokens = slice(rows.start * width, rows.stop * width)
         return ActivationCache(
@@ -69,7 +70,7 @@ class ActivationCache:
         )
 
     def encoded_of(self, lanes: slice) -> Any:
-        """What the encoder returned for some lanes."""
+        """Return the encoder's output for some lanes."""
         own, count = self.encoded, len(self.batch)
 
         def part(value: Any) -> Any:
@@ -84,7 +85,7 @@ class ActivationCache:
 
     @cached_property
     def sees_later(self) -> bool:
-        """Whether a token attends to one behind it."""
+        """Whether a token attends to a later one."""
         masks = {id(one.mask): one.mask for one in self.attention.values()}
         real = self.batch.mask.bool()[:, None, :, None]
         for mask in masks.values():
@@ -99,17 +100,19 @@ class ActivationCache:
 def list_block_paths(
     model: LoadedModel, layer: int
 ) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
-    """Paths of one block's (projections of queries, keys, values; output projection; MLP, or the
-    linear maps that it consists of)."""
+    """Return the paths of a block's projections, output projection and MLP.
+
+    The projections are those of queries, keys and values. The MLP may be given by its linear maps.
+    """
     block = model.anatomy.blocks[layer]
     return block.projections, block.output, block.mlp
 
 
 @contextmanager
 def record_activations(model: LoadedModel, batch: Batch, lowest: int) -> Generator[ActivationCache]:
-    """What the model computes inside is kept, from block `lowest` on.
+    """Record the model's activations from block `lowest` on while the context is open.
 
-    A model that doesn't attend through the library's attention functions leaves `attention` empty.
+    `attention` stays empty for a model that doesn't attend through the library's functions.
     """
     kept = ActivationCache(batch)
     with ExitStack() as stack:
@@ -126,7 +129,7 @@ def record_activations(model: LoadedModel, batch: Batch, lowest: int) -> Generat
 def _record_streams(
     kept: ActivationCache, model: LoadedModel, lowest: int, stack: ExitStack
 ) -> None:
-    """What enters each block, and what leaves the last."""
+    """Record the input of each block, and the output of the last."""
     blocks = [model.module.get_submodule(block.path) for block in model.anatomy.blocks]
 
     def enters(layer: int) -> Any:
@@ -147,7 +150,7 @@ def _record_streams(
 def _record_outputs(
     kept: ActivationCache, model: LoadedModel, lowest: int, stack: ExitStack
 ) -> None:
-    """What projections and MLPs return."""
+    """Record the outputs of projections and MLPs."""
 
     def returns(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -155,7 +158,7 @@ def _record_outputs(
             if isinstance(output, (tuple, list)):
                 kept.tuples[path] = len(output)
             value = value.reshape(-1, value.shape[-1])
-            # Where sublayers stand side by side, one may be added to the other in place.
+            # Parallel sublayers may be added to each other in place.
             kept.outputs[path] = value.clone() if model.parallel else value
 
         return hook
@@ -168,7 +171,7 @@ def _record_outputs(
 
 
 def _record_encoder(kept: ActivationCache, model: LoadedModel, stack: ExitStack) -> None:
-    """What the encoder returns, where there is one."""
+    """Record the encoder's output, if there is an encoder."""
     if not find_cross_attention(model):
         return
 
@@ -180,7 +183,7 @@ def _record_encoder(kept: ActivationCache, model: LoadedModel, stack: ExitStack)
 
 
 def _record_embedding(kept: ActivationCache, model: LoadedModel, stack: ExitStack) -> None:
-    """What a language model is given where an image is merged into its text."""
+    """Record a language model's input with an image merged into its text."""
     embed = model.anatomy.taps.get("embed")
     if not kept.batch.extra or embed is None or embed.side != "in":
         return
@@ -196,13 +199,14 @@ def _record_embedding(kept: ActivationCache, model: LoadedModel, stack: ExitStac
 
 
 class _AttentionRecorder:
-    """The model's own attention, of which is kept what it had and what it gave."""
+    """The model's own attention, with its inputs and outputs recorded."""
 
     def __init__(self, kept: ActivationCache, lowest: int) -> None:
         self.kept = kept
         self.lowest = lowest
         self.joined: dict[tuple[int, int], tuple[Any, Tensor, Any]] = {}
-        """Masks with biases, by the ids of both, which are held so that these stay their own."""
+        """Masks with biases, by the ids of both tensors, which are held so that ids aren't
+        reused."""
 
     def __call__(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         out, weights = call.unchanged()
@@ -220,7 +224,7 @@ class _AttentionRecorder:
         return out, weights
 
     def _with_bias(self, mask: Any, bias: Tensor) -> Any:
-        """Both in one, which blocks share as they share these."""
+        """Add a bias to a mask, once for all blocks that share both."""
         key = id(mask), id(bias)
         if key not in self.joined:
             self.joined[key] = mask, bias, add_bias(mask, bias)

@@ -1,4 +1,4 @@
-"""The tokens of packed rows after the last block: side by side, as single prompts, or as images."""
+"""Tokens of packed rows after the last block: adjacent, as single prompts, or as images."""
 
 from __future__ import annotations
 
@@ -20,84 +20,85 @@ from mechdsl.forward.hooks.module_exchange import get_activation, replace_activa
 
 @dataclass(frozen=True, eq=False)
 class BlockInput:
-    """Where the tokens that enter a block come from."""
+    """Sources of the tokens that enter a block."""
 
     carried: Tensor
     """[n] long, tokens of this block …"""
     carried_from: Tensor
-    """… and of the one below."""
+    """… and their tokens in the block below."""
     fresh: Tensor
-    """[m] long, tokens of this block whose input is the unpatched run's …"""
+    """[m] long, tokens of this block whose input is that of the unpatched run …"""
     fresh_from: Tensor
-    """… at this place of what was kept."""
+    """… and their indices in the activation cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class OutputTokens:
-    """Tokens that go on behind the last block, in the order of their numbers there."""
+    """Tokens that continue after the last block, in the order of their numbers there."""
 
     put: BlockInput
-    """Where the tokens of the last block come to lie, and which are kept ones."""
+    """Sources of the tokens: the last block, or the activation cache."""
     row: Ints
     column: Ints
     lanes: Ints
     """[row]"""
     left: Tensor
-    """[kept token, d_model], what left the last block of the unpatched run."""
+    """[cached token, d_model], output of the last block in the unpatched run."""
     width: int
-    """Columns of the kept prompts."""
+    """Number of columns of the cached prompts."""
     size: int
-    """Tokens that a pass goes on with."""
+    """Number of tokens that the pass continues with."""
 
     def assembled(self, output: Any) -> Tensor:
-        """[1, n, d_model] of what the last block returns."""
+        """Return [1, n, d_model] from the output of the last block."""
         hidden = output[0] if isinstance(output, (tuple, list)) else output
         return assemble_tokens(hidden, self.put, self.left)
 
 
 class OutputSelection(Protocol):
-    """What is done behind the last block of one pass."""
+    """Hooks after the last block of one pass."""
 
     def gather(self, module: Any, args: Any, output: Any) -> Any:
-        """A hook on the last block."""
+        """Run as a hook on the last block."""
         ...
 
     def cut(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A hook in front of the unembedding."""
+        """Run as a hook before the unembedding."""
         ...
 
     def collected(self, output: Tensor) -> Tensor:
-        """[n, …] of the tokens that are read, or of images that have one output."""
+        """Return [n, …] of the tokens that are read, or of images that have one output."""
         ...
 
 
 class OutputReader(ABC):
-    """How places behind the last block are found."""
+    """Method of reading positions after the last block."""
 
     def made_of(
         self, final: RowPositions, ids: Callable[[], Ints], real: NDArray[np.bool_]
     ) -> RowPositions:
-        """The tokens that have to be there for the outputs at these places.
+        """Return the tokens that the outputs at these positions depend on.
 
-        ids: gives [row, column], the token ids of the kept prompts. real: [row, column], true
-        where there is a token.
+        Args:
+            ids: Returns [row, column], the token ids of the cached prompts.
+            real: [row, column], true for tokens.
         """
         return final
 
     def asked(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """The logits of places, by their tokens' numbers."""
+        """Select the logits of positions, by their tokens' numbers."""
         return logits[numbers]
 
     def located(self, site: str, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """First and second index of the model's tensor; None where that's as within blocks."""
+        """Return both indices into the model's tensor; None if they are as within blocks."""
         return None
 
     def index(self, site: str, final: Ints, rows: Ints, columns: Ints) -> Ints | None:
-        """The token of the model's tensor, -1 where it isn't there; None as above."""
+        """Return the token in the model's tensor, -1 if missing; None if it is as within blocks."""
         return None
 
     def taken(self, site: str, found: Tensor, rows: Ints, columns: Ints) -> Tensor | None:
-        """What was read at these places; None as above."""
+        """Return the values read at these positions; None if they are as within blocks."""
         return None
 
     @abstractmethod
@@ -112,7 +113,7 @@ class TokenOutput(OutputReader):
 @dataclass(frozen=True)
 class ImageOutput(OutputReader):
     reads: str
-    """What the model makes its output of, as in `Calling`."""
+    """Source of the model's output, as in `CallConvention`."""
 
     def made_of(
         self, final: RowPositions, ids: Callable[[], Ints], real: NDArray[np.bool_]
@@ -145,10 +146,10 @@ class ImageOutput(OutputReader):
 
 @dataclass(frozen=True)
 class PromptOutput(OutputReader):
-    """Of classifiers whose output is made of one token: that is all of a row that goes on."""
+    """Output of classifiers that comes from one token, the only one of a row that continues."""
 
     reads: str
-    """What the model makes its output of, as in `Calling`."""
+    """Source of the model's output, as in `CallConvention`."""
     skips: int | None
 
     def made_of(
@@ -177,21 +178,21 @@ def choose_output(model: LoadedModel) -> OutputReader:
 
 
 class _TokenHook:
-    """Tokens that are read, side by side in front of the others."""
+    """Hooks that place the tokens that are read before the others."""
 
     def __init__(self, finals: OutputTokens) -> None:
         self.finals = finals
         self.count = len(finals.row)
 
     def gather(self, module: Any, args: Any, output: Any) -> Any:
-        """As many tokens as went in, as some models rely on it."""
+        """Keep the number of tokens, because some models rely on it."""
         found = self.finals.assembled(output)
         rest = found.new_zeros(1, self.finals.size - self.count, found.shape[2])
         found = torch.cat([found, rest], dim=1)
         return (found, *output[1:]) if isinstance(output, (tuple, list)) else found
 
     def cut(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Only these tokens are unembedded."""
+        """Pass only the tokens that are read to the unembedding."""
         return replace_activation(args, kwargs, get_activation(args, kwargs)[:, : self.count])
 
     def collected(self, output: Tensor) -> Tensor:
@@ -199,13 +200,13 @@ class _TokenHook:
 
 
 class _PromptHook:
-    """Tokens that are read, each as a prompt by itself: the first one and the last."""
+    """Hooks that make each token a single prompt, whose first and last token it is."""
 
     def __init__(self, finals: OutputTokens) -> None:
         self.finals = finals
 
     def gather(self, module: Any, args: Any, output: Any) -> Any:
-        """[token, 1, d_model]."""
+        """Return [token, 1, d_model]."""
         found = self.finals.assembled(output).transpose(0, 1)
         return (found, *output[1:]) if isinstance(output, (tuple, list)) else found
 
@@ -217,7 +218,7 @@ class _PromptHook:
 
 
 class _ImageHook:
-    """Rows as whole images again: what is read of them, and the unpatched run's other tokens."""
+    """Hooks that restore whole images, with other tokens from the unpatched run."""
 
     def __init__(self, finals: OutputTokens, reads: str) -> None:
         self.finals = finals
@@ -228,7 +229,7 @@ class _ImageHook:
         )
 
     def gather(self, module: Any, args: Any, output: Any) -> Any:
-        """[row, T, d_model]."""
+        """Return [row, T, d_model]."""
         finals = self.finals
         kept = finals.left.unflatten(0, (-1, finals.width))
         images = kept[array_to_device(finals.lanes, kept.device)]
@@ -239,12 +240,12 @@ class _ImageHook:
         return None
 
     def collected(self, output: Tensor) -> Tensor:
-        """Each token's own output, or that of its image."""
+        """Return each token's own output, or that of its image."""
         return output[self.row, self.column] if self.reads == "every token" else output
 
 
 def assemble_tokens(below: Tensor, source: BlockInput | None, kept: Tensor | None) -> Tensor:
-    """[1, N, d_model]: the tokens of a block."""
+    """Return [1, N, d_model]: the tokens of a block."""
     if source is None:
         return below
     assert kept is not None

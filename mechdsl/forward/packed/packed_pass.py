@@ -5,7 +5,7 @@ stored. All tokens of all rows are adjacent, without padding, and pass through t
 blocks: projections and MLPs run only on tokens whose input changed and whose output is read; all
 others take the value of the unpatched run. Only attention distinguishes rows.
 
-Some models count positions by themselves or read the whole prompt before their first block, and
+Some models count positions themselves or read the whole prompt before their first block, and
 images have no tokens. Such a model is called with one prompt, whose tokens are exchanged before
 the first block; rows written in the embedding run through the layers below it as full prompts.
 """
@@ -77,29 +77,29 @@ from mechdsl.vocab.sites import SITES
 
 @dataclass(frozen=True, eq=False)
 class ComputedTokens:
-    """Tokens of a block that something is computed for; the others keep the unpatched value."""
+    """Tokens of a block that are computed; the others keep the unpatched value."""
 
     computed: Tensor
     """[n] long, tokens of the block."""
     taken: Tensor
     """[m] long, the other tokens."""
     taken_from: Tensor
-    """[m] long, where their values lie in what was kept."""
+    """[m] long, their indices in the activation cache."""
     lookup: Ints
-    """[row, column] → index into `computed`, -1 where it isn't."""
+    """[row, column] → index into `computed`, -1 if missing."""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockPack:
-    """The tokens of one block, in order."""
+    """Tokens of one block, in order."""
 
     lookup: Ints
-    """[row, column] → token, -1 where it isn't there."""
+    """[row, column] → token, -1 if missing."""
     kept_index: Ints
-    """[token], where it lies in what was kept."""
+    """[token], its index in the activation cache."""
     groups: tuple[AttentionGroup, ...]
     project: ComputedTokens | None
-    """None where all tokens are computed."""
+    """None if all tokens are computed."""
     attend: ComputedTokens | None
     output: ComputedTokens | None
     mlp: ComputedTokens | None
@@ -111,10 +111,10 @@ class BlockPack:
 def pack_block(
     work: BlockWork, lanes: Ints, kept: ActivationCache, device: torch.device
 ) -> BlockPack:
-    """Lay the tokens of a block out.
+    """Arrange the tokens of a block.
 
-    Rows whose tokens lie in the same columns are put together, and by their lane, so that attention
-    needs one call for many of them.
+    Rows with tokens in the same columns are adjacent, ordered by lane, so that attention needs one
+    call for many of them.
     """
     rows = np.flatnonzero(work.present.any(axis=1))
     pattern = np.packbits(np.hstack([work.present[rows], work.attend[rows]]), axis=1)
@@ -177,9 +177,14 @@ def pack_block(
 def build_block_input(
     below: Ints, pack: BlockPack, carried: TokenMask, device: torch.device, width: int
 ) -> BlockInput | None:
-    """How the tokens of a block are put together; None where they are those of the one below.
+    """Determine where the tokens of a block come from; None if they equal those of the one below.
 
-    below: [row, column] → token of the block below. width: tokens of it.
+    Args:
+        below: [row, column] → token of the block below.
+        pack: Tokens of the block.
+        carried: [row, column] whether the token comes from the block below.
+        device: The device of indices.
+        width: Number of tokens in the block below.
     """
     row, column = np.nonzero(pack.lookup >= 0)
     token = pack.lookup[row, column]
@@ -194,7 +199,7 @@ def build_block_input(
 
 
 def is_same_work(a: BlockWork, b: BlockWork) -> bool:
-    """Whether two blocks have the same tokens and compute the same of them."""
+    """Return whether two blocks have the same tokens and compute the same of them."""
     pairs = (
         (a.present, b.present),
         (a.attend, b.attend),
@@ -206,10 +211,13 @@ def is_same_work(a: BlockWork, b: BlockWork) -> bool:
 
 
 def number_tokens(packs: Sequence[BlockPack | None], outside: TokenMask) -> tuple[Ints, int]:
-    """[row, column] → number of every token that is somewhere in the pass, and how many there are.
+    """Number all tokens of the pass: [row, column] → number, and their count.
 
-    Numbered as in the topmost block, so that there nothing has to be put in order. outside: tokens
-    that are read in front of the blocks or behind them.
+    Numbers follow the topmost block, so that its tokens need no reordering.
+
+    Args:
+        packs: Tokens of the blocks.
+        outside: Tokens that are read before or after the blocks.
     """
     found = np.full(outside.shape, -1, dtype=np.int64)
     count = 0
@@ -229,7 +237,7 @@ def number_tokens(packs: Sequence[BlockPack | None], outside: TokenMask) -> tupl
 def build_masks(
     places: Iterable[tuple[tuple[str, int | None], Ints, Ints]], shape: tuple[int, int]
 ) -> dict[tuple[str, int | None], TokenMask]:
-    """(site, layer) → [row, column], true at the rows and columns that are given for it."""
+    """Return (site, layer) → [row, column], true at the given rows and columns."""
     found: dict[tuple[str, int | None], TokenMask] = {}
     for where, rows, columns in places:
         mask = found.setdefault(where, np.zeros(shape, dtype=np.bool_))
@@ -238,13 +246,13 @@ def build_masks(
 
 
 def is_causal(model: LoadedModel, kept: ActivationCache) -> bool:
-    """Whether no token sees a later one; those of an image in a text may see one another."""
+    """Return whether no token sees a later one; tokens of an image in a text may see each other."""
     seeing = model.shape.takes == "image and text" and bool(kept.batch.extra)
     return model.shape.causal and not (seeing and kept.sees_later)
 
 
 class PromptColumns:
-    """From positions in prompts to columns of what was kept."""
+    """Map from positions in prompts to columns of the activation cache."""
 
     def __init__(self, kept: ActivationCache, lanes: Ints) -> None:
         self._kept, self._lanes = kept, lanes
@@ -254,11 +262,11 @@ class PromptColumns:
         self.real = (column >= 0) & (column < self.lengths[:, None])
 
     def ids(self) -> Ints:
-        """[row, column] token ids."""
+        """Return [row, column] token ids."""
         return self._kept.batch.ids.cpu().numpy()[self._lanes]
 
     def of(self, rows: Ints | Tensor, positions: Ints | Tensor) -> Ints:
-        """[n] columns; ValueError for a position that isn't in its prompt."""
+        """Return [n] columns. Raises ValueError for a position outside its prompt."""
         row, position = np.asarray(rows), np.asarray(positions)
         if ((position < 0) | (position >= self.lengths[row])).any():
             raise ValueError("a position is not in its prompt")
@@ -266,7 +274,7 @@ class PromptColumns:
 
 
 class PackedFrame:
-    """The `Frame` of one pass over packed rows: which tokens each block computes, and where."""
+    """`TokenFrame` of a pass over packed rows: the tokens that each block computes."""
 
     def __init__(
         self,
@@ -285,7 +293,7 @@ class PackedFrame:
         self.causal = is_causal(model, kept)
         self.prompts = PromptColumns(kept, lanes)
         self.packs: list[BlockPack | None] = []
-        """[block]; None for one that computes nothing."""
+        """[block]; None for a block that computes nothing."""
         self.work: list[BlockWork] = []
         for work in block_work(
             rows,
@@ -306,7 +314,7 @@ class PackedFrame:
         outside = rows.final if embedded is None else rows.final | embedded
         self.universe, self.size = number_tokens(self.packs, outside)
         self.final = np.full(rows.final.shape, -1, dtype=np.int64)
-        """[row, column] → which of the tokens behind the last block, -1 for none."""
+        """[row, column] → index among the tokens after the last block, -1 for none."""
         row, column = np.nonzero(rows.final)
         self.final[row, column] = np.arange(len(row))
 
@@ -315,32 +323,34 @@ class PackedFrame:
 
     @property
     def leading(self) -> int:
-        """All rows are one for the model."""
+        """Size of the model's first dimension: all rows form one sequence."""
         return 1
 
     @property
     def lane_starts(self) -> Tensor:
-        """[lane] column of each kept prompt's first token."""
+        """[lane] column of each stored prompt's first token."""
         return self.kept.batch.starts
 
     @property
     def key_width(self) -> int:
-        """Columns of the kept prompts."""
+        """Number of columns of the stored prompts."""
         return self.kept.columns
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Columns of the kept prompts in which the rows' positions lie."""
+        """Return the columns of the rows' positions in the stored prompts."""
         return torch.from_numpy(self.prompts.of(rows, positions))
 
     def lengths_of(self, site: str, stack: str) -> Tensor:
-        """[row] tokens of each prompt."""
+        """Return [row]: number of tokens of each prompt."""
         return torch.from_numpy(self.prompts.lengths)
 
     def locate(
         self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Zero, the token, and whether it is there: all rows are one for the model, but for what
-        they are in the end."""
+        """Return 0, the token, and whether it is present.
+
+        All rows form one sequence, except for outputs that have a row dimension.
+        """
         row = rows.numpy()
         column = self.prompts.of(row, positions)
         if (located := self.end.located(site, rows, positions)) is not None:
@@ -349,7 +359,7 @@ class PackedFrame:
         return torch.zeros_like(index), index, index >= 0
 
     def index(self, where: SiteRead, rows: Ints, columns: Ints) -> Tensor:
-        """[n] token of the tensor tapped at a site, -1 where it isn't there."""
+        """Return [n]: token in a site's tapped tensor, -1 if missing."""
         if (index := self.end.index(where.site, self.final, rows, columns)) is not None:
             return torch.from_numpy(index)
         if where.layer is None:
@@ -364,7 +374,7 @@ class PackedFrame:
         return torch.from_numpy(lookup[rows, columns])
 
     def taken(self, where: SiteRead, found: Tensor, rows: Ints, columns: Ints) -> Tensor:
-        """[n, units, width] of what was read; ReadMismatch where a token isn't computed."""
+        """Return [n, units, width] of a read. Raises ReadMismatch if a token isn't computed."""
         index = self.index(where, rows, columns)
         if bool((index < 0).any()):
             raise ReadMismatch(f"`{where.site}` is read at a token that isn't in the pass")
@@ -373,16 +383,16 @@ class PackedFrame:
 
 
 def build_prompt_arguments(model: LoadedModel, kept: ActivationCache) -> tuple[dict[str, Any], int]:
-    """What the model is called with, the longest prompt or any image, and its number of tokens."""
+    """Build the model's arguments for the longest prompt or any image, with its token count."""
     batch = kept.batch
     if model.shape.takes == "image":
         return dict(batch.part(slice(0, 1)).extra), int(batch.ids.shape[1])
     lane = int(batch.lengths.argmax())
-    if kept.encoded is not None:  # any prompt's: what is attended to was kept
+    if kept.encoded is not None:  # any prompt works, because attention uses stored encoder outputs
         encoded = kept.encoded_of(slice(lane, lane + 1))
         ids = batch.ids[lane][None]
         return {"encoder_outputs": encoded, "decoder_input_ids": ids}, int(ids.shape[1])
-    if model.calling.first_position is None:  # columns are counted, those of padding too
+    if model.calling.first_position is None:  # columns are counted, including padding
         ids = batch.ids[lane][None]
         return build_text_inputs(model, ids, None), int(ids.shape[1])
     ids = batch.ids[lane][batch.mask[lane].bool()][None]
@@ -399,9 +409,17 @@ def compute_block_entry(
     writes: Sequence[SiteWrite],
     reads: Sequence[SiteRead],
 ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
-    """([1, token, d_model] that enters the first block, what is read at `embed`).
+    """Compute the input of the first block.
 
-    universe: [row, column] → token. writes, reads: at `embed`.
+    Args:
+        lanes: [row] its lane.
+        universe: [row, column] → token.
+        size: Number of tokens.
+        writes: Writes at `embed`.
+        reads: Reads at `embed`.
+
+    Returns:
+        [1, token, d_model] input of the first block, and the values read at `embed`.
     """
     row, column = np.nonzero(universe >= 0)
     index = np.empty(size, dtype=np.int64)
@@ -446,8 +464,7 @@ def compute_block_entry(
 def _write_noise(
     kept: ActivationCache, lanes: Ints, writes: Sequence[SiteWrite]
 ) -> list[SiteWrite]:
-    """What the unpatched run's embedding was, where that isn't the tokens' own and nothing else is
-    set."""
+    """Write the unpatched run's embedding where it isn't the tokens' own and isn't set."""
     if kept.embedded is None:
         return []
     real = kept.batch.mask.cpu().numpy().astype(np.bool_)[lanes]
@@ -465,12 +482,17 @@ def _write_noise(
 
 
 def select_token_arguments(value: Any, positions: Tensor, count: int) -> Any:
-    """What the model hands its blocks for the `count` tokens of the prompt, for the tokens of a
-    pass, which stand at these places of theirs."""
+    """Select a block argument for the tokens of a pass.
+
+    Args:
+        value: Argument for the `count` tokens of the prompt.
+        positions: Positions of the pass's tokens in the prompt.
+        count: Number of tokens of the prompt.
+    """
     if isinstance(value, tuple):
         parts = cast("tuple[Any, ...]", value)
         if len(parts) == 2 and _is_rotary(parts[0], count) and _is_rotary(parts[1], count):
-            # Rotary of an image's patches: the tokens in front of them aren't turned.
+            # Rotary of image patches: preceding tokens aren't rotated.
             cos, sin = parts
             front = count - len(cos)
             cos = torch.cat([cos.new_ones(front, cos.shape[1]), cos])
@@ -492,15 +514,15 @@ def _is_rotary(value: Any, count: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class PackedResult:
-    """What measures read of packed rows."""
+    """Values that measures read of packed rows."""
 
     logits: Tensor
-    """[n, vocab], or [n, K] of the K tokens asked for, in the order of `final`; [row, labels] of
-    images that have one output."""
+    """[n, vocab], or [n, K] for K requested tokens, in the order of `final`; [row, labels] for
+    images with one output."""
     reads: Mapping[SiteRead, Tensor]
-    """[places of that site, units, width], in the order asked for."""
+    """[positions of the site, units, width], in the requested order."""
     work: tuple[int, ...]
-    """Tokens that passed through each block."""
+    """Number of tokens that passed through each block."""
 
 
 def run_packed(
@@ -517,11 +539,18 @@ def run_packed(
     edges: Sequence[EdgeWrite] = (),
     held: HeldSublayers | None = None,
 ) -> PackedResult:
-    """Run rows that start from kept lanes.
+    """Run rows that start from stored lanes.
 
-    lanes: [row], the lane that each starts from.
-    final: places whose logits are wanted. tokens: [K] long, the only tokens whose logits are.
-    edges: of attention, that are changed. held: rows whose sublayers keep the lane's values.
+    Args:
+        lanes: [row], the lane that each row starts from.
+        writes: Writes at sites.
+        final: Positions whose logits are requested.
+        reads: Positions to read, per site.
+        tokens: [K] long, the only tokens whose logits are requested.
+        shortcuts: Which computations may be skipped.
+        fuse: Whether to run activation functions in fused kernels.
+        edges: Changed attention edges.
+        held: Rows whose sublayers keep the lane's values.
     """
     columns = PromptColumns(kept, lanes)
     reads = reads or {}
@@ -573,7 +602,7 @@ def run_packed(
 
 
 def _previous_positions(write: SiteWrite, columns: PromptColumns) -> RowPositions:
-    """Rows, and columns of the position before each that is written: it has to be there too."""
+    """Return rows and columns of the positions before written ones, which must be present too."""
     rows, positions = write.rows.numpy(), write.positions.numpy()
     return rows, columns.of(rows, np.maximum(positions - 1, 0))
 
@@ -599,7 +628,7 @@ class _PackedRun:
         fuse: bool,
         edges: Sequence[EdgeWrite] = (),
     ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
-        """([final token, vocab], what was read)."""
+        """Run the pass; returns [final token, vocab] logits and the values read."""
         frame = self.frame
         row, column = np.nonzero(frame.universe >= 0)
         order = np.argsort(frame.universe[row, column])
@@ -632,7 +661,7 @@ class _PackedRun:
         return select_token_logits(self.model, logits, tokens), {**work.found, **seen}
 
     def _inputs(self, lane: Tensor, at: Tensor) -> dict[str, Tensor]:
-        """What the model is called with: the tokens of the pass, or one prompt."""
+        """Return the model's inputs: the tokens of the pass, or one prompt."""
         if self.prompt is not None:
             return self.prompt[0]
         batch, places = self.kept.batch, self.kept.positions
@@ -647,7 +676,7 @@ class _PackedRun:
 
     @contextmanager
     def _embedded(self, index: Tensor) -> Generator[None]:
-        """Tokens are embedded as in the unpatched run, with its noise or its images."""
+        """Replace embeddings by those of the unpatched run, with its noise or its images."""
         embedded = self.kept.embedded
         if embedded is None or self.prompt is not None:
             yield
@@ -660,7 +689,7 @@ class _PackedRun:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return replace_activation(args, kwargs, embedded[index][None])
 
-        # In front of what is read and written there.
+        # Before reads and writes at this site.
         module = self._module(tap.path)
         if tap.side == "in":
             handle = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
@@ -673,7 +702,7 @@ class _PackedRun:
 
     @contextmanager
     def _blocks(self) -> Generator[None]:
-        """Every block gets its tokens, and computes what has to be computed of them."""
+        """Pass every block its tokens, and restrict its modules to those that must be computed."""
         anatomy, frame = self.model.anatomy, self.frame
         with ExitStack() as stack:
             below, width = frame.universe, frame.size
@@ -706,7 +735,7 @@ class _PackedRun:
             yield
 
     def _enter(self, layer: int, pack: BlockPack, source: BlockInput | None) -> Any:
-        """A hook that hands a block its tokens, and what the model knows about them."""
+        """Build a hook that passes a block its tokens and their arguments."""
         frame = self.frame
         row, column = np.nonzero(pack.lookup >= 0)
         known = np.empty(len(pack), dtype=np.int64)
@@ -746,7 +775,7 @@ class _PackedRun:
 
     @contextmanager
     def _top(self) -> Generator[None]:
-        """Behind the last block only the tokens that are read go on."""
+        """Continue after the last block with only the tokens that are read."""
         anatomy, frame, n_layers = self.model.anatomy, self.frame, self.model.shape.n_layers
         row, column = np.nonzero(frame.final >= 0)
         below = self.last
@@ -759,7 +788,7 @@ class _PackedRun:
         left, width = self.kept.hidden[n_layers], self.kept.columns
         self.top = frame.end.top(OutputTokens(put, row, column, frame.lanes, left, width, size))
         with ExitStack() as stack:
-            # Behind all that is written there.
+            # After all writes at this point.
             handle = self._module(anatomy.blocks[-1].path).register_forward_hook(self.top.gather)
             stack.callback(handle.remove)
             if anatomy.unembedding is not None:
@@ -796,7 +825,7 @@ class _PackedRun:
         return out[None], None
 
     def _across(self, pack: BlockPack, given: AttentionCall) -> tuple[Tensor, None]:
-        """Attention to the encoder's tokens, which each lane has its own of."""
+        """Attend to the encoder's tokens, which differ by lane."""
         kept, columns, query = self.kept.across[given.layer], self.kept.columns, given.query
         function = given.own_function()
         rest = {name: value for name, value in given.arguments.items() if name != "position_bias"}
@@ -815,7 +844,7 @@ class _PackedRun:
 
 
 def _compute_part(forward: Any, part: ComputedTokens, kept: Tensor, several: int) -> Any:
-    """A module's forward on some tokens; the others get what was kept.
+    """Build a module's forward for some tokens; the others get stored values.
 
     several: length of the tuple that it returns, 0 for a tensor.
     """
@@ -827,7 +856,7 @@ def _compute_part(forward: Any, part: ComputedTokens, kept: Tensor, several: int
         out[0, part.taken] = kept[part.taken_from]
         if len(part.computed):
             found = forward(flat[:, part.computed], *args, **kwargs)
-            if isinstance(found, tuple):  # what else it returns is of no use here
+            if isinstance(found, tuple):  # further items aren't used
                 out[0, part.computed] = found[0].reshape(-1, out.shape[2])
                 return (out.view(*shape, -1), *found[1:])
             out[0, part.computed] = found[0]
@@ -838,7 +867,7 @@ def _compute_part(forward: Any, part: ComputedTokens, kept: Tensor, several: int
 
 
 def _select_tokens(value: Any, index: Tensor, size: int) -> Any:
-    """What the model hands its blocks for all `size` tokens, for some of them."""
+    """Select a block argument for some of all `size` tokens."""
     if isinstance(value, Tensor):
         if value.dim() >= 2 and value.shape[0] == 1 and value.shape[1] == size:
             return value.index_select(1, index)

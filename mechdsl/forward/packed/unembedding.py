@@ -1,7 +1,7 @@
-"""What a model computes after its last block, applied to vectors of any layer.
+"""Computation of a model after its last block, applied to vectors of any layer.
 
-The model itself computes it: on rows of one token, into which the vectors are written where the
-stream leaves the last block, or where the unembedding reads.
+The model itself runs on rows of one token. The vectors replace the stream after the last block, or
+the input of the unembedding.
 """
 
 from __future__ import annotations
@@ -21,31 +21,33 @@ from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.models.restart import Shortcuts
 
 MAX_VECTORS = 1024
-"""Vectors that go through at a time."""
+"""Maximum number of vectors in one pass."""
 
 LINEAR_TOLERANCE = 1e-3
-"""How far a norm may be from a linear map, relative to what it gives."""
+"""How far a norm may be from a linear map, relative to its output."""
 
 SOFTCAP_KEY = "final_logit_softcapping"
-"""Of configs: logits are `cap * tanh(logits / cap)` (Gemma 2)."""
+"""Key of configs: logits are `cap * tanh(logits / cap)` (Gemma 2)."""
 
 
 class ModelUnembedding:
-    """As `mechdsl.resolve.observations.Unembedding`."""
+    """Implementation of `mechdsl.resolve.observations.Unembedding`."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
 
     def logits(self, vectors: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """As the protocol says."""
+        """Implement the protocol."""
         last = self.model.shape.n_layers - 1
         return self._behind(SiteRead("resid_post", last), vectors, tokens)
 
     def share(self, vectors: Tensor, stream: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """As the protocol says: through the norm as a linear map, with the scale that it has for
-        the stream; before any cap on logits.
+        """Implement the protocol: the norm is a linear map with its scale on the stream.
 
-        source: Elhage et al. 2021, transformer-circuits.pub/2021/framework
+        Caps on logits are not applied.
+
+        References:
+            Elhage et al. 2021, transformer-circuits.pub/2021/framework
         """
         norm = self._norm
         along = norm.linear(stream)
@@ -54,16 +56,20 @@ class ModelUnembedding:
         return self.unembedded(norm.linear(vectors) * scale, tokens)
 
     def unembedded(self, vectors: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """[K, tokens]: what vectors [K, d_model] that the unembedding reads add to logits, without
-        its bias and before any cap."""
+        """Return [K, tokens]: contributions of unembedding inputs [K, d_model] to logits.
+
+        Bias and cap are left out.
+        """
         place = SiteRead("final_norm")
         zero = self._behind(place, torch.zeros_like(vectors[:1]), tokens)
         found = self._behind(place, vectors, tokens)
         return self._uncapped(found) - self._uncapped(zero)
 
     def neurons_out(self, layer: int, units: Tensor, values: Tensor) -> Tensor:
-        """[K, d_model]: what neurons `units` [K] with activations `values` [K, 1] add to the
-        stream."""
+        """Return [K, d_model]: contributions of neurons `units` [K] to the stream.
+
+        values: [K, 1] their activations.
+        """
         path = self.model.anatomy.blocks[layer].down
         assert path is not None
         down = self.model.module.get_submodule(path)
@@ -79,7 +85,7 @@ class ModelUnembedding:
     # --- through the model ------------------------------------------------------------------------
 
     def _behind(self, place: SiteRead, vectors: Tensor, tokens: Tensor | None) -> Tensor:
-        """[K, tokens]: logits of vectors [K, d_model] that are written at a site."""
+        """Return [K, tokens]: logits after vectors [K, d_model] are written at a site."""
         found = [self._rows(place, part, tokens) for part in vectors.split(MAX_VECTORS)]
         return torch.cat(found) if found else vectors.new_zeros(0, self.model.shape.outputs)
 
@@ -117,7 +123,7 @@ class ModelUnembedding:
 
     @cached_property
     def _kept(self) -> ActivationCache | None:
-        """What rows of one token start from; None where they are whole passes."""
+        """Cache that rows of one token start from; None if they are full passes."""
         if not self.model.restartable:
             return None
         with record_activations(self.model, self._batch, self.model.shape.n_layers - 1) as kept:
@@ -144,14 +150,13 @@ class ModelUnembedding:
 
 
 class FoldedNorm:
-    """A norm as a linear map: a centred vector or not, times a gain, times a scale that hangs on
-    what is normed."""
+    """A norm as a linear map: optional centering, a gain, and a scale that depends on the input."""
 
     def __init__(self, module: nn.Module, width: int) -> None:
         self.module = copy.deepcopy(module).float()
         kind = next(self.module.parameters(), None)
         self.device = torch.device("cpu") if kind is None else kind.device
-        # Numbers of one size with a mean of 0, large enough that ε is nothing beside them.
+        # Numbers of equal size with mean 0, large enough that ε is negligible.
         sign = torch.ones(width, device=self.device)
         sign[1::2] = -1
         if width % 2:
@@ -163,18 +168,18 @@ class FoldedNorm:
         self.centred = bool(torch.allclose(raised, plain, rtol=1e-3, atol=1e-3))
         other = torch.roll(probe, 1) if width % 2 else probe
         gain = (plain - self.bias) * sign
-        if width % 2:  # the number that is 0 here is none there
+        if width % 2:  # the shifted probe covers the entry that is 0 in the first one
             gain[-1] = ((self.of(other[None])[0] - self.bias) * torch.roll(sign, 1))[-1]
         self.gain = gain
-        """[d_model], up to a factor of all."""
+        """[d_model], up to a common factor."""
 
     def of(self, vectors: Tensor) -> Tensor:
-        """[K, d_model], what the norm gives."""
+        """Return [K, d_model]: the norm's output."""
         with torch.inference_mode():
             return self.module(vectors.to(self.device).float()).clone()
 
     def linear(self, vectors: Tensor) -> Tensor:
-        """[K, d_model], without bias, and but for the scale."""
+        """Return [K, d_model]: the output without bias and scale."""
         vectors = vectors.to(self.device).float()
         if self.centred:
             vectors = vectors - vectors.mean(-1, keepdim=True)
@@ -182,7 +187,7 @@ class FoldedNorm:
 
     @property
     def error(self) -> float:
-        """How far it is from such a map on vectors that are drawn, relative to their size."""
+        """Deviation from the linear form on random vectors, relative to their size."""
         draw = torch.Generator().manual_seed(0)
         vectors = torch.randn(4, len(self.gain), generator=draw).to(self.device) * 3 + 1
         given, along = self.of(vectors) - self.bias, self.linear(vectors)

@@ -39,21 +39,22 @@ from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 _EMBED_READ = SiteRead("embed")
 
 WriteRow = tuple[str, tuple[int | None, ...], bool]
-"""A site, the layers that are written in it, and whether with its own values."""
+"""A site, its written layers, and whether the values are the site's unchanged ones."""
 
 TensorComparisons = list[tuple[str, Tensor, Tensor]]
-"""(where, found, expected)"""
+"""(label, actual, expected)."""
 
 
 def check_writes(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """Own values change nothing, values times 100 (or -100) do, and those are read back.
+    """Check that unchanged values change nothing, and that scaled values act and are read back.
 
-    All on the first prompt: one row per site with its own values in every layer, then one row per
-    site and layer with changed values at the last token (at every token of an image or an encoder,
-    and of what attention reads, as not every one need matter).
+    Scaled values are the original ones times 100 (or -100). All rows use the first prompt: one row
+    per site with unchanged values in every layer, then one row per site and layer with scaled
+    values at the last token (at every token of an image or an encoder, and of attention inputs,
+    because a single one of these may have no effect).
     """
     sites = list_sites(bench.model, bench.stack)
-    # One token attends to itself, whatever its query and key are.
+    # A single token attends to itself, whatever its query and key are.
     alone = set(() if len(bench.real_of(0, bench.own.ids, bench.own)) > 1 else ("q", "k"))
     changed = [(name, layer) for name in sites if name not in alone for layer in bench.some(name)]
     rows: list[WriteRow] = [(name, tuple(bench.some(name)), True) for name in sites]
@@ -90,13 +91,13 @@ class _WriteTrial:
     def __init__(self, bench: CheckBench) -> None:
         self.bench = bench
         self.seen = bench.stack == "vision"
-        """Its effect shows in what the language model gets."""
+        """Whether the effect shows in the input of the language model."""
         self.before = bench.reads[_EMBED_READ][0] if self.seen else bench.logits[0]
         self.still: list[tuple[str, int | None]] = []
-        """Where changed values changed nothing."""
+        """Where scaled values had no effect."""
 
     def tried(self, rows: Sequence[WriteRow]) -> tuple[TensorComparisons, TensorComparisons]:
-        """(what comes out with own values, what is read back of changed ones)."""
+        """Return outputs under unchanged values, and scaled values that were read back."""
         writes, wanted = self._writes(rows)
         batch = self.bench.batch.take(torch.zeros(len(rows), dtype=torch.long))
         model = self.bench.model
@@ -125,7 +126,7 @@ class _WriteTrial:
         return same, back
 
     def _writes(self, rows: Sequence[WriteRow]) -> tuple[list[SiteWrite], list[SiteRead]]:
-        """What is written, and which of it is read back."""
+        """Build the writes, and the reads of the scaled ones."""
         writes: list[SiteWrite] = []
         wanted: list[SiteRead] = []
         for number, (name, layers, unchanged) in enumerate(rows):
@@ -140,14 +141,14 @@ class _WriteTrial:
         return writes, wanted
 
     def _own(self, name: str, layer: int | None) -> Tensor:
-        """A site's own values."""
+        """Return the original values of a site."""
         bench = self.bench
         tokens = bench.batch.of_site(name, bench.stack)
         return bench.real_of(0, bench.reads[SiteRead(name, layer, bench.stack)], tokens)
 
     def _part(self, name: str, values: Tensor) -> range:
-        """The tokens that changed values are written at."""
-        # A token needn't see itself (sparse attention), or may see nothing else (chunks).
+        """Return the tokens at which scaled values are written."""
+        # A token may not see itself (sparse attention), or nothing else (chunks).
         model = self.bench.model
         each = model.shape.takes != "image" and model.calling.reads == "every token"
         last = each and not self.bench.stack and name not in ("q", "k", "v")
@@ -157,8 +158,10 @@ class _WriteTrial:
 def _find_unread(
     still: Sequence[tuple[str, int | None]], changed: Sequence[tuple[str, int | None]]
 ) -> set[int]:
-    """The last blocks of an image encoder where the language model reads a block before them:
-    nothing that is written there does anything."""
+    """Find the last blocks of an image encoder whose output the language model doesn't read.
+
+    Such a model reads an earlier block, so writes to the last ones have no effect.
+    """
     layers = sorted({layer for _, layer in changed if layer is not None})
     moved = {layer for name, layer in changed if (name, layer) not in still and layer is not None}
     unread = {layer for layer in layers if layer > max(moved, default=len(layers))}
@@ -172,7 +175,7 @@ def check_logits(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def check_padding(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """Each prompt alone is given to the model as a user would: nothing but its tokens."""
+    """Check a padded batch against prompts alone, given as a user would: only their tokens."""
     if bench.batch.extra or bench.model.shape.takes not in ("text", "image and text"):
         return
     alone = call_single_prompts(bench.model, bench.batch)
@@ -184,14 +187,14 @@ def check_padding(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def call_single_prompts(model: LoadedModel, batch: Batch) -> Iterator[Tensor]:
-    """[T, vocab] of each prompt by itself, without masks or positions."""
+    """Yield [T, vocab] of each prompt run alone, without masks or positions."""
     for row in range(len(batch)):
         ids = batch.ids[row][batch.mask[row].bool()][None]
         yield call_model(model, {"input_ids": ids})[0]
 
 
 def check_causality(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """What the planner leaves out of a causal model rests on it."""
+    """Check causality, which the planner relies on to skip earlier tokens."""
     if not bench.model.shape.causal or bench.model.shape.takes not in ("text", "image and text"):
         return
     ids = bench.batch.ids[0][bench.batch.mask[0].bool()]
@@ -221,8 +224,10 @@ def check_sublayer_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def check_gains(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """Where the stream is made of more than what sublayers add, or is weighed: what mlp_out gains
-    at the last token, resid_post gains."""
+    """Check that resid_post gains at the last token what mlp_out gains.
+
+    This replaces the check of sums if the stream has further summands, or is scaled.
+    """
     blocks = bench.anatomy.blocks
     layers = [
         n
@@ -257,7 +262,7 @@ def check_gains(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def check_norms_of_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """Norms behind the sums, as BERT has them."""
+    """Check norms after the sums, as in BERT."""
 
     def of(norm: str, added: str, out: str) -> Iterator[tuple[str, Tensor, Tensor]]:
         for layer in bench.with_sites("resid_pre", added, out):
@@ -297,7 +302,7 @@ def check_norm_positions(bench: CheckBench) -> Iterator[CheckOutcome]:
     anatomy = bench.anatomy
 
     def before(layer: int) -> Tensor | None:
-        """The stream in front of attention."""
+        """Return the stream before attention."""
         if bench.stack == "cross":
             return bench.of_stack("", "resid_mid", layer)
         return bench.vectors("resid_pre", layer) if layer in streams else None
@@ -327,7 +332,7 @@ def check_norm_positions(bench: CheckBench) -> Iterator[CheckOutcome]:
     if bench.stack != "cross":
         pairs = list(of("mlp_norm", "mlp_norm", bench.between))
         yield bench.equal(f"mlp_norm = the norm in front of it, of {between}", pairs)
-        # Several MLPs read that norm: the site is none of theirs.
+        # Several MLPs read that norm, so mlp_norm isn't a site of any of them.
         others = set(bench.with_sites("resid_mid")) - set(bench.with_sites("mlp_norm"))
         paths = {n: path for n in sorted(others) if (path := anatomy.blocks[n].mlp_norm)}
         if paths:
@@ -337,7 +342,7 @@ def check_norm_positions(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def _read_stream(bench: CheckBench, paths: Mapping[int, str]) -> dict[int, Tensor]:
-    """Layer → [tokens, d_model] that a module of it is called with."""
+    """Return, by layer, the input [tokens, d_model] of one of its modules."""
     read: dict[int, Tensor] = {}
 
     def look(layer: int) -> Callable[..., None]:
@@ -355,7 +360,7 @@ def _read_stream(bench: CheckBench, paths: Mapping[int, str]) -> dict[int, Tenso
 
 
 def check_image_merge(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """`embed` is what the language model gets: features of the image in place of its tokens."""
+    """Check that image features replace the image tokens in `embed`."""
     model, batch = bench.model, bench.batch
     mark = get_image_token(model)
     columns = torch.nonzero(bench.real_of(0, batch.ids, batch) == mark).flatten().tolist()
@@ -385,7 +390,7 @@ def check_image_merge(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def check_position_embedding(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """What is added to `embed` of patches is no part of it: it is the same for every image."""
+    """Check that the addition to `embed` of patches is the same for every image."""
     tap = bench.anatomy.taps.get("embed")
     if bench.stack or tap is None or tap.patches is None:
         return
@@ -402,7 +407,7 @@ def check_position_embedding(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def check_cross_attention(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """What its values are made of is the encoder's `final_norm`."""
+    """Check that values of cross attention are computed from the encoder's `final_norm`."""
     normed = bench.of_stack("encoder", "final_norm") if bench.stack == "cross" else None
     blocks = bench.anatomy.blocks
     layers = [n for n in bench.with_sites("v") if blocks[n].taps["v"].path in blocks[n].projections]
@@ -419,7 +424,7 @@ def check_cross_attention(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def check_final_norm(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """Where the last norm returns `final_norm`."""
+    """Check `final_norm` if the last norm returns it."""
     tap, path = bench.anatomy.taps.get("final_norm"), bench.anatomy.final_norm
     last = bench.with_sites("resid_post")[-1:]
     if tap is None or path is None or (tap.side, tap.path) != ("out", path) or not last:
@@ -430,14 +435,16 @@ def check_final_norm(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def check_unembedding_order(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """Whatever scale or cap comes behind it, tokens keep their order; or a bias does, the same for
-    all positions."""
+    """Check that the unembedding alone orders tokens as the logits do.
+
+    A scale or cap after it preserves the order. A constant bias may change it.
+    """
     path = bench.anatomy.unembedding
     if bench.stack or path is None or "final_norm" not in bench.shape.sites:
         return
     logits = bench.module(path)(bench.vectors("final_norm"))
     found, expected = bench.output(bench.logits), logits[..., : bench.logits.shape[-1]]
-    # Ties, as circuits set by hand have them, may be ordered either way.
+    # Ties, as in hand-written circuits, may be ordered either way.
     likeliest = expected.gather(-1, found.argmax(-1, keepdim=True)).squeeze(-1)
     spacing = torch.finfo(expected.dtype).eps * expected.abs().amax(-1)
     off = expected.amax(-1) - likeliest > spacing
@@ -486,7 +493,7 @@ def check_neuron_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
                 total = bench.through(block.mlp_behind, total)
             total = bench.scaled(block.taps["mlp_out"], total)
             out = bench.vectors("mlp_out", layer)
-            # Some multiply it with a constant behind the map.
+            # Some models multiply it by a constant after the map.
             size = (total.double() ** 2).sum()
             factor = (total.double() * out.double()).sum() / size if size else 1.0
             yield f"layer {layer}", total.double() * factor, out
@@ -495,7 +502,7 @@ def check_neuron_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def check_expert_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """What experts add is their weight times what they make, so without weight they add nothing."""
+    """Check that experts of weight 0 add nothing: expert_out is the weight times the output."""
 
     def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
         for layer in bench.with_sites("router", "expert_out"):
@@ -507,16 +514,21 @@ def check_expert_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 _IDLE_TOLERANCE = 16
-"""Multiples of the spacing of numbers that rounding may move an output by."""
+"""Multiples of the float spacing by which rounding may move an output."""
 
 
 def find_idle_sites(
     model: LoadedModel, given: Batch, stack: str = ""
 ) -> list[tuple[str, int | None]]:
-    """(site, layer) where noise at every token of the first prompt leaves the output as it is.
+    """Find sites where noise at every token of the first prompt leaves the output unchanged.
 
-    given: what the model is run on, two rows. Images are left out: what the language model sees of
-    them isn't the output of their encoder.
+    Args:
+        given: A batch of two rows. Images are replaced by text, because the language model may
+            read something other than the output of their encoder.
+        stack: The stack of the sites.
+
+    Returns:
+        (site, layer) of each.
     """
     if stack == "vision":
         return []
@@ -534,13 +546,13 @@ def find_idle_sites(
 
 
 def _find_unmoved(bench: CheckBench, places: list[SiteRead]) -> list[SiteRead]:
-    """Those of the places where noise does nothing, each in a row of its own."""
+    """Return the sites where noise has no effect, each tried in a separate row."""
     generator = torch.Generator().manual_seed(0)
     writes: list[SiteWrite] = []
     for row, read in enumerate(places):
         tokens = bench.batch.of_site(read.site, bench.stack)
         values = bench.real_of(0, bench.reads[read], tokens)
-        # As large as what is there, and large enough where nothing is.
+        # As large as the site's values, and at least 1 in case they are zero.
         size = max(1.0, float(values.double().std(unbiased=False)))
         noise = torch.randn(values.shape, generator=generator).to(values) * size
         writes.append(write_whole_site(read, row, range(len(values)), noise))
@@ -551,18 +563,20 @@ def _find_unmoved(bench: CheckBench, places: list[SiteRead]) -> list[SiteRead]:
 
 
 def _is_same(after: Tensor, before: Tensor) -> bool:
-    """Whether two outputs are one but for rounding: of each number of the output by itself, as some
-    may be a million times as large as others."""
+    """Return whether two outputs are equal up to rounding.
+
+    Each output number is compared separately, because magnitudes may differ a millionfold.
+    """
     room = _IDLE_TOLERANCE * torch.finfo(before.dtype).eps * before.abs().amax(0, keepdim=True)
     return bool(((after - before).abs() <= room).all())
 
 
 ATTENTION_IDENTITY = "attention, opened = the model's own"
-"""An identity that a model may break: it has none of the sites within attention then."""
+"""An identity that a model may break; it then has no sites within attention."""
 
 
 def check_attention(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """With all patterns read, what heads return and the logits are the model's."""
+    """Check outputs of heads and logits while all patterns are read."""
     layers = bench.with_sites("z")
     if bench.stack or not layers:
         return
@@ -571,7 +585,7 @@ def check_attention(bench: CheckBench) -> Iterator[CheckOutcome]:
     try:
         model = add_attention_sites(bench.model)
         result = run_full(model, bench.batch, reads=[*within, *heads])
-    except Exception as error:  # a model that attends otherwise raises what it likes
+    except Exception as error:  # an unknown attention implementation may raise anything
         text = " ".join(str(error).split())[:100] or type(error).__name__
         yield CheckOutcome(ATTENTION_IDENTITY, float("inf"), bench.tolerance, failure=text)
         return
@@ -587,7 +601,7 @@ def check_attention(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def add_attention_sites(model: LoadedModel) -> LoadedModel:
-    """The model with the sites within attention, in the blocks that have heads."""
+    """Add the sites within attention, in blocks that have heads."""
     shape = model.shape
     layers = model.anatomy.layers("z")
     partly = dict(shape.partly)
@@ -606,21 +620,23 @@ def add_attention_sites(model: LoadedModel) -> LoadedModel:
 
 
 PACKED_IDENTITY = "rows restarted at a block and token = whole passes"
-"""An identity that a model may break: every row is a whole pass then."""
+"""An identity that a model may break; every row is then a full pass."""
 
 PACKED_IMAGE_IDENTITY = "rows restarted at a block and token = whole passes (with an image)"
-"""The same of rows with an image."""
+"""Counterpart of `PACKED_IDENTITY` for rows with an image."""
 
 _RESTART_TOKENS = ((2, 4), (1, 2))
-"""Of each prompt, the tokens that rows are restarted at."""
+"""By prompt, the tokens at which rows restart."""
 
 _NARROWED_ROWS = 2
-"""Rows that are also restarted for the logits of some tokens alone, which the last map makes."""
+"""Number of rows that are also restarted for logits of selected tokens (a sliced unembedding)."""
 
 
 def check_packed_rows(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """From every block, at one token or another, and at every site of one block: with other values
-    than the model's own, so that a part that is wrongly taken over shows."""
+    """Check rows restarted at every block, and at every site of one block, at various tokens.
+
+    Their values differ from the model's own, so that wrongly reused activations show.
+    """
     try:
         encodes = bench.model.shape.takes in ("two texts", "audio")
         if encodes and "cross" not in bench.model.others:
@@ -628,7 +644,7 @@ def check_packed_rows(bench: CheckBench) -> Iterator[CheckOutcome]:
         if bench.anatomy.whole:
             raise CannotPack(bench.anatomy.whole)
         yield _compare_packed_rows(bench)
-    except Exception as error:  # a model that is built otherwise raises what it likes
+    except Exception as error:  # an unknown architecture may raise anything
         text = " ".join(str(error).split())[:100] or type(error).__name__
         yield CheckOutcome(PACKED_IDENTITY, float("inf"), bench.tolerance, failure=text)
 
@@ -636,8 +652,11 @@ def check_packed_rows(bench: CheckBench) -> Iterator[CheckOutcome]:
 def retry_with_one_prompt(
     model: LoadedModel, given: Batch
 ) -> tuple[LoadedModel, CheckOutcome] | None:
-    """The model called with one prompt where calling it with tokens of many rows failed, with what
-    came of it; None where there is no other way."""
+    """Retry packed rows with calls of one prompt, after calls with tokens of many rows failed.
+
+    Returns:
+        The changed model and the outcome; None if there is no alternative or it fails too.
+    """
     encodes = model.shape.takes in ("two texts", "audio")
     if model.calling.packs == "one prompt" or encodes or model.anatomy.whole:
         return None
@@ -650,13 +669,13 @@ def retry_with_one_prompt(
 
 def _compare_packed_rows(bench: CheckBench) -> CheckOutcome:
     model = bench.model
-    # Of rows with images fewer places are tried, and the last tokens looked at.
+    # Rows with images try fewer positions, and compare the last tokens only.
     seeing = has_images(bench.batch)
-    # From the last block backwards: the first rows are those that compute least.
+    # From the last block backwards: the first rows compute the least.
     streams = [*(bench.some("resid_pre") if seeing else bench.with_sites("resid_pre"))][::-1]
     places = [(lane, which) for which in range(2) for lane in range(len(bench.batch))]
     starts = [("resid_pre", at, *places[n % len(places)]) for n, at in enumerate(streams[:-1])]
-    # Where the whole prompt may take part, every place is tried.
+    # Where the whole prompt may matter, try every position.
     starts += [("resid_pre", layer, *place) for layer in streams[-1:] for place in places]
     starts += [("embed", None, *place) for place in places if "embed" in list_sites(model, "")]
     for name in list_sites(model, ""):

@@ -1,4 +1,4 @@
-"""Checks that queries, keys, values and `z` belong to the head they are listed under."""
+"""Checks that queries, keys, values and `z` belong to the heads that they are listed under."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mechdsl.models.shape import ModelShape, unit_count, vector_width
 
 
 def check_values(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """Over one token attention can only return its value."""
+    """Check a prompt of one token, for which attention can only return the token's value."""
     layers, stack = bench.with_sites("v", "z"), bench.stack
     if not layers or not is_token_stack(bench):
         return
@@ -42,7 +42,7 @@ def check_values(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def is_token_stack(bench: CheckBench) -> bool:
-    """Whether the stack attends to tokens of text, of which there may be any number."""
+    """Return whether the stack attends to text tokens, whose number is arbitrary."""
     if bench.model.shape.takes in ("text", "image and text"):
         return not bench.stack
     return bench.model.shape.takes == "two texts" or (
@@ -56,7 +56,7 @@ def run_on_tokens(
     reads: Sequence[SiteRead],
     writes: Sequence[SiteWrite] = (),
 ) -> dict[SiteRead, Tensor]:
-    """What is read where the stack, and what it attends to, sees these tokens."""
+    """Read sites while the stack, and the stack that it attends to, sees these tokens."""
     model, takes = bench.model, bench.model.shape.takes
     right = takes in ("two texts", "audio")
     batch = Batch.of(rows, model.pad_id, "right" if right else "left", model.device)
@@ -73,12 +73,13 @@ def run_on_tokens(
 
 
 def check_queries_and_keys(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """Without a query, or without its keys, a head attends uniformly, and no other head does.
+    """Check that only a head without query, or without keys, attends uniformly.
 
-    Two tokens, the second is looked at. In each row some heads are silenced: the query at the
-    second token, the keys at both, or the key at the first token alone (which has to matter, as a
-    query there does not). All layers are tried at once, each fed with what it reads in an unwritten
-    pass; where that isn't passed (a layer may read more than the stream), each layer by itself.
+    Prompts have two tokens, of which the second is compared. Each row silences some heads: the
+    query at the second token, the keys at both, or the key at the first token only (which must have
+    an effect, unlike a query there). All layers are tried at once, each with its input from an
+    unwritten pass; if that fails (a layer may read more than the stream), layers are tried one by
+    one.
     """
     layers = bench.with_sites("q", "k", "v", "z")
     two = bench.real_of(0, bench.batch.ids, bench.batch)[:2].tolist()
@@ -102,8 +103,10 @@ def _check_silenced(
     *,
     fed: bool,
 ) -> Iterator[CheckOutcome]:
-    """What comes of these rows on two tokens; fed: every layer reads the stream of a pass in which
-    nothing is written."""
+    """Compare the heads of these rows on two tokens.
+
+    fed: every layer reads the stream of a pass without writes.
+    """
     stack = bench.stack
     batch = [two] * (1 + len(rows))
     writes = [
@@ -157,21 +160,23 @@ class _SilencedHead:
 
     site: str
     bit: int
-    """Of the numbers of the heads; -1 for all heads."""
+    """Bit of the heads' numbers; -1 for all heads."""
     units: Mapping[int, tuple[int, ...]]
-    """By layer; layers without any are compared too."""
+    """By layer; layers without units are compared too."""
     positions: tuple[int, ...]
 
     def heads(self, shape: ModelShape, layer: int) -> frozenset[int]:
-        """Those of a layer, where several heads may share a key."""
+        """Return the heads of a layer; several heads may share a key."""
         group = unit_count(shape, "z", layer) // unit_count(shape, self.site, layer)
         return frozenset(u * group + i for u in self.units[layer] for i in range(group))
 
 
 def _list_silenced(shape: ModelShape, layers: Sequence[int]) -> list[_SilencedHead]:
-    """Rows that distinguish all heads of these layers: each has a number of its own from 1 on, and
-    in each row those are silenced whose number has one bit. Each head without the key in front
-    differs from itself, so these need one row."""
+    """List rows that distinguish all heads of these layers.
+
+    Each head has a number from 1 on, and each row silences the heads with one bit in their number.
+    One further row for the key of the first token suffices, as each head is compared with itself.
+    """
     rows: list[_SilencedHead] = []
     for site, positions in (("q", (1,)), ("k", (0, 1))):
         counts = [unit_count(shape, site, layer) for layer in layers]
@@ -204,7 +209,7 @@ def _silence_head(
 
 
 def _repeat_in_rows(where: SiteRead, rows: int, values: Tensor) -> SiteWrite:
-    """The same values, [T, units, width], in every row."""
+    """Write the same values, [T, units, width], in every row."""
     grid = torch.cartesian_prod(*(torch.arange(n) for n in (rows, *values.shape[:2])))
     row, position, unit = grid.unbind(1)
     flat = values.flatten(0, 1).repeat(rows, 1)
@@ -212,20 +217,23 @@ def _repeat_in_rows(where: SiteRead, rows: int, values: Tensor) -> SiteWrite:
 
 
 def _norm_per_head(kv: Tensor, heads: int) -> Tensor:
-    """[B, T, heads, d_head] of key-value heads, each repeated for its group."""
+    """Return [B, T, heads, d_head] of key-value heads, each repeated for its group."""
     return kv.repeat_interleave(heads // kv.shape[2], dim=2)
 
 
 def check_heads(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """By what attention does; where a family does more (sinks, gates, norms of values, other
-    stacks), by what its attention function is handed."""
+    """Check heads by the behavior of attention, else by the inputs of its attention function.
+
+    The latter is for families with more than plain attention (sinks, gates, norms of values, other
+    stacks).
+    """
     done = list(check_values(bench))
     if all(outcome.passed for outcome in done):
         done += check_queries_and_keys(bench)
     if not done or not all(outcome.passed for outcome in done):
         try:
             handed = list(check_attention_inputs(bench))
-        except (RuntimeError, ValueError, IndexError):  # heads that can't even be compared
+        except (RuntimeError, ValueError, IndexError):  # heads that can't be compared
             handed = []
         if handed and (not done or all(outcome.passed for outcome in handed)):
             done = handed
@@ -235,9 +243,12 @@ def check_heads(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def check_attention_inputs(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """Values as they are; queries and keys but for rotary, which keeps the length of each head's
-    vector; and what a head returns is in its own slice of `z`. Nothing where the model doesn't
-    attend through the library's attention functions."""
+    """Check sites against the inputs of the attention function.
+
+    Values must be equal. Queries and keys may differ by rotary, which preserves the length of each
+    head's vector. A head's output must be in its own slice of `z`. Nothing is checked if the model
+    doesn't attend through the library's functions.
+    """
     read: dict[SiteRead, Tensor] = {}
     calls = _record_attention(bench, None, read)
     layers = sorted({n for site in ("q", "k", "v", "z") for n in bench.with_sites(site)})
@@ -245,7 +256,7 @@ def check_attention_inputs(bench: CheckBench) -> Iterator[CheckOutcome]:
         return
 
     def both(site: str, which: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(where, the site, what attention was handed), [token, head, width] each."""
+        """Yield (location, site, attention input), the latter two [token, head, width]."""
         for layer in layers:
             if site in bench.anatomy.blocks[layer].taps:
                 own = bench.real(read[SiteRead(site, layer, bench.stack)], site)
@@ -284,15 +295,17 @@ def check_attention_inputs(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 def _drop_repeats(handed: Tensor, units: int) -> Tensor:
-    """[token, units, width] of [token, heads, width]: some models repeat keys and values for the
-    heads that read them, one by one or all in turn."""
+    """Return [token, units, width] of [token, heads, width].
+
+    Some models repeat keys and values for their heads, either one by one or as a whole.
+    """
     shared = handed.shape[1] // units
     one_by_one = shared == 1 or torch.equal(handed[:, 0], handed[:, 1])
     return handed[:, ::shared] if one_by_one else handed[:, :units]
 
 
 def _profile_heads(heads: Tensor) -> Tensor:
-    """[token, head]: lengths of the heads' vectors, relative to all of the token's."""
+    """Return [token, head]: norms of the heads' vectors relative to the token's mean."""
     lengths = heads.double().norm(dim=-1)
     alone = lengths.shape[1] == 1
     mean = lengths.mean() if alone else lengths.mean(1, keepdim=True)
@@ -302,8 +315,12 @@ def _profile_heads(heads: Tensor) -> Tensor:
 def _record_attention(
     bench: CheckBench, silenced: int | None, reads: dict[SiteRead, Tensor] | None = None
 ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """Block → (query, key, value) that its attention function got, [token, head, width]; one head
-    may be made to return zero."""
+    """Record (query, key, value) of each block's attention function, [token, head, width].
+
+    Args:
+        silenced: A head whose output is set to zero, if any.
+        reads: Receives the values of sites.
+    """
     model = bench.model
     paths = {id(module): path for path, module in model.module.named_modules()}
     implemented = list_implementations(model)
@@ -340,13 +357,13 @@ def _record_attention(
     try:
         with exchange_attention(model, function, masked=True):
             found = run_full(model, bench.batch, reads=wanted).reads
-    except CannotPack:  # another kernel
+    except CannotPack:  # a different kernel
         return {}
     if reads is not None:
         reads.update(found)
 
     def joined(parts: list[Tensor], site: str) -> Tensor:
-        """[token, head, width]; images may be attended to one by one, or all of them twice."""
+        """Join to [token, head, width]; calls may split images, or repeat all of them."""
         mask = bench.batch.of_site(site, bench.stack).mask.bool()
         if parts[0].shape[0] * parts[0].shape[2] == mask.numel():
             parts = parts[:1]
@@ -365,9 +382,11 @@ def _record_attention(
 
 
 def check_head_writes(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """By writing alone, where attention is written out and every token sees every other: without
-    values a head returns nothing, a query matters to its own token's z, a key to that of others,
-    and none of them to another head."""
+    """Check heads by writes only, for modules that implement attention where all tokens see all.
+
+    Without values a head returns zero; a query matters to its own token's z, and a key to the z of
+    other tokens; none of them matters to other heads.
+    """
     layers = bench.with_sites("q", "k", "v", "z")
     found: dict[str, list[tuple[str, Tensor, Tensor]]] = {"v": [], "q": [], "k": []}
     moved = True
@@ -425,19 +444,21 @@ def check_head_writes(bench: CheckBench) -> Iterator[CheckOutcome]:
 
 
 _MIN_SIMILARITY = 8
-"""Tokens in a row: short convolutions see nothing else."""
+"""Length of a run of equal tokens, beyond which short convolutions don't see."""
 
 _MIN_TOKENS = 4
-"""Tokens of a prompt with two of them in a row."""
+"""Minimum number of tokens in a prompt with two equal ones in a row."""
 
 
 def check_rotary_order(bench: CheckBench) -> Iterator[CheckOutcome]:
-    """In the first block a token at two places has one query and one key, unless its stream knows
-    the place already."""
+    """Check that a token has one query and one key at two positions in the first block.
+
+    This doesn't apply if its stream already depends on the position.
+    """
     model = bench.model
     sites = [s for s in ("q", "k") if s in bench.anatomy.blocks[0].taps]
     row = bench.real_of(0, bench.batch.ids, bench.batch).tolist()
-    # Behind what texts begin with, and within the positions that there are.
+    # After the tokens that texts begin with, and within the available positions.
     most = find_max_tokens(model) or _MIN_SIMILARITY + 2
     row = [row[0], *[row[-1]] * min(_MIN_SIMILARITY, most - 2), row[1]] if len(row) > 1 else row
     if bench.stack or model.shape.takes != "text" or not sites or len(row) < _MIN_TOKENS:

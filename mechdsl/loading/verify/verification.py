@@ -1,6 +1,6 @@
-"""Proves a model's anatomy on a few tokens: the parts add up, and writing them does something.
+"""Proof of a model's anatomy on a few tokens: components add up, and writes have effects.
 
-Each check is a function from a `Bench` to outcomes, in the tuple `CHECKS`; a new one is one entry.
+Each check is a function from a `CheckBench` to outcomes; it is registered in the tuple `CHECKS`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ from mechdsl.loading.verify.head_checks import check_heads, check_rotary_order
 
 
 def run_checks(model: LoadedModel, given: Batch, stack: str = "") -> Iterator[CheckOutcome]:
-    """The outcomes of all checks on a stack, in order; later checks build on earlier ones, so a
-    caller stops at the first that isn't passed. given: what the model is run on, two rows.
+    """Yield the outcomes of all checks on a stack, in order.
 
-    A language model that sees images is proved on text, and what images may change on images: a
-    row with an image is hundreds of tokens long.
+    Later checks rely on earlier ones, so callers stop at the first failure. A language model with
+    images is checked on text; only what images may change is checked on images, because a row with
+    an image has hundreds of tokens.
+
+    Args:
+        given: A batch of two rows.
+        stack: The stack; empty for the main one.
     """
     if stack:
         checks = tuple(check for check in CHECKS if check not in MAIN_STACK_CHECKS)

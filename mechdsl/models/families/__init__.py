@@ -1,4 +1,4 @@
-"""The families that need an entry. A new one is a class in one of these modules."""
+"""Model families that need an entry; a new family is a class in one of these modules."""
 
 from mechdsl.models.anatomy import Family, find_family
 from mechdsl.models.families import decoders, encoders, hybrids, vision

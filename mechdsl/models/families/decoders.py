@@ -83,7 +83,7 @@ class Bloom(Family):
     def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         if not config.get("apply_residual_connection_post_layernorm"):
             return block
-        # What is added is added to the normed stream.
+        # The sublayer's output is added to the normed stream.
         tap = block.taps["resid_mid"]
         middle = replace(tap, path=f"{block.path}.self_attention")
         return replace(block.with_taps(resid_mid=middle), adds_up=False)

@@ -145,8 +145,11 @@ class DeBERTa(Family):
 
     @staticmethod
     def parts(config: ModelConfig) -> Mapping[str, str]:
-        """Without `legacy`, the head multiplies with the embeddings' matrix itself. The norm beside
-        the blocks is one of distances."""
+        """Return the paths.
+
+        Without `legacy`, the head multiplies by the embedding matrix itself. The norm next to the
+        list of blocks applies to distances.
+        """
         head = "lm_predictions.lm_head.LayerNorm"
         return {"final_norm": ""} | ({} if config.get("legacy", True) else {"head": head})
 
@@ -160,7 +163,7 @@ class DeBERTa2(Family):
     @staticmethod
     def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         if config.get("share_att_key") and config.get("relative_attention"):
-            # The maps of queries and keys are called again, on distances.
+            # The projections of queries and keys are called a second time, on distances.
             again = {site: replace(block.taps[site], again=True) for site in ("q", "k")}
             block = block.with_taps(**again)
         convolved = layer == 0 and config.get("conv_kernel_size")

@@ -21,7 +21,7 @@ _STREAM = ("resid_pre", "resid_mid", "resid_post")
 
 
 class _Front(Family):
-    """Norms are in front of the sublayers."""
+    """A family with norms before the sublayers."""
 
     @staticmethod
     def arrangement(config: ModelConfig) -> BlockArrangement | None:
@@ -158,7 +158,7 @@ class RWKV(_Front):
     def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         every = config.get("rescale_every") or 0
         halved = every > 0 and (layer + 1) % every == 0
-        block = replace(block, down=None, behind=0.5 if halved else 1.0)  # a gate stands behind it
+        block = replace(block, down=None, behind=0.5 if halved else 1.0)  # a gate follows `down`
         if layer > 0:
             return block
         return replace(block.without("resid_mid"), adds_up=False, reads_stream=False)
@@ -207,7 +207,7 @@ class JetMoE(_Front):
 
 
 class _Streams(_Front):
-    """Several streams side by side, of which each sublayer reads a mixture."""
+    """A family with several streams; each sublayer reads a mixture of them."""
 
     adds_up = False
 
@@ -314,7 +314,7 @@ class Inkling2(_Front):
     def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         if config["layer_types"][layer] == "hybrid_sliding":
             return block
-        return block.without("attn_norm")  # queries, keys and values have inputs of their own
+        return block.without("attn_norm")  # queries, keys and values read separate inputs
 
     @staticmethod
     def whole(config: ModelConfig) -> str:
@@ -358,7 +358,7 @@ class NemotronH(_Front):
             taps["mlp_hidden"] = HookPoint(
                 down, "in", TensorLayout.neurons(config["intermediate_size"])
             )
-        elif not config.get("moe_latent_size"):  # experts are as wide as the stream
+        elif not config.get("moe_latent_size"):  # experts have the stream's width
             count, width = config["n_routed_experts"], config["hidden_size"]
             taps["router"] = HookPoint(f"{mlp}.experts", "in", TensorLayout.whole(count))
             taps["expert_out"] = HookPoint(

@@ -18,7 +18,7 @@ MAX_REGISTERS = 1_000
 
 
 class ClassTokenEncoder(Family):
-    """A class token in front of the patches."""
+    """A family with a class token before the patches."""
 
     @staticmethod
     def in_front(config: ModelConfig) -> tuple[str, ...] | None:
@@ -106,7 +106,7 @@ class DINOv3(RegisterEncoder):
 
 
 class LayerScaleEncoder(ClassTokenEncoder):
-    """What is added is multiplied with parameters of the block, feature by feature."""
+    """A family that scales sublayer outputs by block parameters, feature by feature."""
 
     @staticmethod
     def arrangement(config: ModelConfig) -> BlockArrangement | None:
@@ -143,7 +143,7 @@ class BEiT(LayerScaleEncoder):
 
 
 def _square(config: ModelConfig) -> tuple[int, int]:
-    """(channels, pixels of a side) of what the image encoder sees."""
+    """Return (channels, pixels per side) of the image encoder's input."""
     vision = config["vision_config"]
     size = vision["image_size"]
     return int(vision.get("num_channels") or 3), int(size if isinstance(size, int) else size[0])

@@ -369,11 +369,10 @@ class SpanFinder:
         return not rows
 
     def span_fits(self, node: ast.Node, ref: ast.SpanRef, *, from_end: bool) -> bool:
-        """Check a span that is the answer with `answer_fits`; its occurrences can't be counted
-        (E0542).
+        """Check an answer span with `answer_fits`; its occurrences can't be counted (E0542).
 
         Returns:
-            True for all other spans.
+            True for all other spans of texts.
         """
         if self.of_images and isinstance(node, ast.SpanTokens):
             return self._one_patch(node, ref)
@@ -786,8 +785,7 @@ def _without(cell: PositionCell, rows: Collection[int]) -> PositionCell:
 
 
 def grid_cells(base: ast.SpanTokens, spans: SpanFinder) -> list[PositionCell]:
-    """Return the cells of `image row R col C token`, one per patch; `tokens` joins them in one
-    cell.
+    """Return the cells of `image row R col C token`, one per patch; `tokens` joins them.
 
     All rows have the same cells. Codes: E0108 in texts, E0308, E0310, E0321.
     """

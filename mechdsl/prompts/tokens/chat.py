@@ -17,26 +17,26 @@ from mechdsl.prompts.values import RichText, TextSpan, concatenate
 ASSISTANT = "assistant"
 
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-"""Where a template is kept, if not in the tokenizer's config."""
+"""Files of a template that isn't in the tokenizer's config."""
 
 _TELLS = re.compile(r"(?s)(?=.*[^\w\s]).{3}")
-"""What marks turns: no word, which may stand anywhere, and no single sign."""
+"""Texts that mark turns: not words, which may appear anywhere, and not single characters."""
 
 _MARKS = [chr(0xFDD0 + n) for n in range(32)]
-"""Code points that are no characters, and so stand in no text."""
+"""Code points that aren't characters, and so appear in no text."""
 
 
 class Turn(NamedTuple):
-    """What one side says."""
+    """One message of a chat."""
 
     role: str
     rich: RichText
 
 
 class ChatProblem(Exception):
-    """Turns that can't be written.
+    """Turns that the template can't format.
 
-    turn: the number of the turn that is to blame; None where that can't be told.
+    turn: the number of the turn that causes the problem; None if unknown.
     """
 
     def __init__(self, reason: str, hint: str, turn: int | None = None) -> None:
@@ -48,56 +48,56 @@ class ChatProblem(Exception):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The template of a tokenizer, and what it is given."""
+    """The chat template of a tokenizer, and its inputs."""
 
     text: str
     tokens: Mapping[str, str]
-    """Special tokens by what templates call them, `bos_token`."""
+    """Special tokens by their names in templates, `bos_token`."""
     added: Mapping[str, bool]
-    """Texts that are tokens wherever they stand, and whether they are special ones."""
+    """Texts that are always a single token, and whether each is a special token."""
 
     @cached_property
     def digest(self) -> str:
-        """What the texts that it writes hang on."""
+        """Digest of everything that formatted texts depend on."""
         parts = (self.text, sorted(self.tokens.items()), sorted(self.added.items()))
         return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def tells_time(self) -> bool:
-        """Whether a date may stand in what it writes."""
+        """Whether formatted texts may contain a date."""
         return "strftime_now" in self.text
 
     @cached_property
     def problem(self) -> ChatProblem | None:
-        """Why it can't be used at all."""
+        """The reason that the template can't be used at all."""
         if len(self.text) > limits.CHAT_TEMPLATE:
             size = f"{len(self.text):,} characters are more than {limits.CHAT_TEMPLATE:,}"
             return ChatProblem(size, "no chat template of a model is as long; look at what it is")
         try:
             _ = self._render
-        except Exception as error:  # Jinja's, and those of Python's compiler
+        except Exception as error:  # Jinja's exceptions, and those of Python's compiler
             return ChatProblem(f"it is no template ({_said(error)})", "correct it in the folder")
         return None
 
     @cached_property
     def _render(self) -> Callable[[Mapping[str, Any]], str]:
         from mechdsl.prompts.tokens.sandbox import (
-            TemplateSandbox,  # takes a while, and few files need it
+            TemplateSandbox,  # slow to import, and few files need it
         )
 
         return TemplateSandbox().compiled(self.text)
 
     def marker_in(self, text: str) -> str | None:
-        """A special token's name that stands in a text, where it would be that token."""
+        """Return the name of a special token that a text contains, where it would be that token."""
         return next(
             (name for name, special in self.added.items() if special and name in text), None
         )
 
     def written(self, turns: Sequence[Turn]) -> RichText:
-        """The text of these turns, each a span of its role, with the spans in it.
+        """Format turns as one text, each turn a span of its role, with the spans inside it.
 
-        A last turn of the assistant is a reply that has begun: the text ends with it. Otherwise the
-        template's opening of a reply stands at the end. Raises `ChatProblem`.
+        If the last turn is the assistant's, it is the beginning of a reply, and the text ends with
+        it. Otherwise the template's opening of a reply ends the text. Raises `ChatProblem`.
         """
         texts = [turn.rich.text for turn in turns]
         begun = turns[-1].role == ASSISTANT
@@ -124,7 +124,7 @@ class ChatTemplate:
         return RichText(rich.text[:end], rich.spans)
 
     def _writes(self, piece: str, text: str) -> str | None:
-        """What marks turns in what the template writes, and stands in a text too."""
+        """Return a turn mark that both the template's own text and a turn's text contain."""
         told = [name for name in (*self.added, piece.strip()) if _TELLS.search(name)]
         return next((name for name in told if name in piece and name in text), None)
 
@@ -152,7 +152,7 @@ class ChatTemplate:
         }
         try:
             text = self._render(names)
-        except Exception as error:  # whatever the template does
+        except Exception as error:  # templates can raise anything
             hint = "write other turns, or the text itself with `template`"
             raise ChatProblem(_said(error), hint) from error
         if len(text) > limits.TEXT:
@@ -164,13 +164,13 @@ class ChatTemplate:
 
 
 class _Found:
-    """A text with marks around the turns, taken apart."""
+    """A formatted text, split at the marks around its turns."""
 
     def __init__(self, marked: str, mark: str, close: str) -> None:
         self.places: dict[int, list[tuple[int, int]]] = {}
-        """By number of the turn, the characters of its text without white space at its ends."""
+        """By turn number, the characters of its text without white space at its ends."""
         self.between: list[str] = []
-        """What the template wrote itself."""
+        """The template's own text."""
         text, began, outside = "", dict[int, int](), ""
         for piece in re.split(f"({mark}[0-9]+{mark}|{close}[0-9]+{close})", marked):
             if piece[:1] == mark and len(piece) > 2:
@@ -188,7 +188,7 @@ class _Found:
         self.text = text
 
     def rich(self, turns: Sequence[Turn]) -> RichText:
-        """The text with its spans, in the order of the text."""
+        """Return the text with its spans in text order."""
         spans: list[TextSpan] = []
         for number, turn in enumerate(turns):
             core = turn.rich.text.strip()
@@ -200,7 +200,7 @@ class _Found:
         return RichText(self.text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
 
     def _spans(self, turn: Turn, start: int, end: int) -> list[TextSpan]:
-        """The spans of a turn whose text, without white space at its ends, stands there."""
+        """Return the spans of a turn whose text, without outer white space, has this range."""
         text = turn.rich.text
         lead = len(text) - len(text.lstrip()) if text.strip() else 0
 
@@ -214,15 +214,17 @@ class _Found:
         return [TextSpan(turn.role, start, end), *inner]
 
     def end(self, number: int, text: str) -> int:
-        """Where the text of a turn ends, with white space at its end if the template leaves it."""
+        """Return the end of a turn's text, with trailing white space if the template keeps it."""
         end = self.places[number][-1][1]
         trail = text[len(text.rstrip()) :] if text.strip() else ""
         return end + (len(trail) if self.text[end:].startswith(trail) else 0)
 
 
 def find_turns(rich: RichText, roles: Sequence[str]) -> Iterator[tuple[int, int, int]]:
-    """(number of a turn, where it begins and ends in a text); of a role whose turns the template
-    writes more or less often than they are, the first one's."""
+    """Yield (number of a turn, start, end) of the turns in a text.
+
+    If the template repeats or omits turns of a role, all its turns count as the role's first.
+    """
     for role in dict.fromkeys(roles):
         numbers = [n for n, own in enumerate(roles) if own == role]
         spans = sorted((span.start, span.end) for span in rich.spans if span.name == role)
@@ -232,7 +234,7 @@ def find_turns(rich: RichText, roles: Sequence[str]) -> Iterator[tuple[int, int,
 
 
 def stand_in_chat(turns: Sequence[Turn]) -> RichText:
-    """What stands in for the text of a chat where its template isn't at hand."""
+    """Return a placeholder for a chat's text when its template isn't available."""
     parts: list[tuple[str, RichText]] = []
     for role, rich in turns:
         parts += [("", RichText(f"\n{role}: ")), (role, rich)]
@@ -241,7 +243,7 @@ def stand_in_chat(turns: Sequence[Turn]) -> RichText:
 
 
 def _inner(text: str, mark: str, close: str) -> str:
-    """A text with marks in it, within white space at its ends, which templates take away."""
+    """Insert marks inside the white space at a text's ends, which templates strip."""
     core = text.strip()
     if not core:
         return mark + close + text
@@ -257,7 +259,7 @@ def _free_marks(texts: Sequence[str]) -> tuple[str, str]:
 
 
 def _lost(turns: Sequence[Turn], found: _Found, number: int | None = None) -> NoReturn:
-    """Raise `ChatProblem` for a turn whose text can't be found."""
+    """Raise `ChatProblem` for a turn whose text isn't in the formatted text."""
     if number is None:
         number = next((n for n in range(len(turns)) if n not in found.places), None)
     role = "one of them" if number is None else f"`{turns[number].role}`"
@@ -269,7 +271,7 @@ def _lost(turns: Sequence[Turn], found: _Found, number: int | None = None) -> No
 
 
 def _said(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return an exception's text on one line."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= 160 else words[:159] + "…"
 
@@ -280,7 +282,7 @@ def _said(error: BaseException) -> str:
 def read_chat_template(
     folder: Path, config: Mapping[str, Any], added: Mapping[str, bool]
 ) -> ChatTemplate | None:
-    """The template of a folder: a file of its own, or that of the tokenizer's config.
+    """Read the template of a folder: a separate file, or the entry of the tokenizer's config.
 
     config: `tokenizer_config.json`, with `special_tokens_map.json`.
     """
@@ -303,7 +305,7 @@ def read_chat_template(
 def parse_chat_template(
     template: object, config: Mapping[str, Any], added: Mapping[str, bool]
 ) -> ChatTemplate | None:
-    """A template as transformers has it: a text, or several by name, of which `default` counts."""
+    """Parse a template in transformers' format: a text, or several by name with a `default`."""
     if isinstance(template, list):
         entries = [e for e in cast("list[Any]", template) if isinstance(e, dict)]
         named = {e.get("name"): e.get("template") for e in cast("list[dict[str, Any]]", entries)}

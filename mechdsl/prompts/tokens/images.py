@@ -1,4 +1,4 @@
-"""The image counterpart of a tokenizer: an image as tokens."""
+"""The tokenizer of images: an image as tokens."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ _SIDE = 14
 
 
 class ImageTokenizer(TextTokenizer):
-    """Tokens of an image have no ids of their own: each has that of the whole image, as it is made
-    ready for the model. So two rows are the same where their images are."""
+    """A tokenizer of images, whose tokens all have the id of the whole prepared image.
+
+    So two rows have equal tokens exactly if their images are equal.
+    """
 
     def __init__(self, layout: PatchLayout, processing: Processing) -> None:  # pyright: ignore[reportMissingSuperCall]
         self.layout = layout
@@ -41,7 +43,7 @@ class ImageTokenizer(TextTokenizer):
         self.hash = sha256(repr((layout, processing)).encode()).hexdigest()
         self.made_unknown = False
         self.texts: TextTokenizer | None = None
-        """Of a model with two towers, the tokenizer of the one for texts."""
+        """The text tower's tokenizer, for a model with two towers."""
 
     @property
     def vocab_size(self) -> int:
@@ -67,14 +69,14 @@ class ImageTokenizer(TextTokenizer):
         return isinstance(other, ImageTokenizer) and self.hash == other.hash
 
     def token_text(self, token: int) -> str:
-        """Tokens of an image have no text; the image they are of is told by its id."""
+        """Return the name of the token's image, given by its id: image tokens have no text."""
         return f"image {token:x}"
 
     def plain_words(self) -> list[str]:
         return []
 
     def convention(self) -> str:
-        """What an image is to the model, in words."""
+        """Describe the model's input for an image."""
         layout, front = self.layout, []
         for name in layout.names:
             count = len(layout.named(name))
@@ -86,7 +88,7 @@ class ImageTokenizer(TextTokenizer):
         return [self._encoded(text) for text in texts]
 
     def _encoded(self, text: str) -> EncodedText:
-        """text: that of a picture, which tells it from all others."""
+        """Encode an image. text: the picture's text, which is unique to it."""
         own = stable_hash("image", self.hash, text) >> 66
         front = len(self.layout.front)
         patches = self.layout.tokens - front
@@ -96,10 +98,10 @@ class ImageTokenizer(TextTokenizer):
             (True,) * front + (False,) * patches,
         )
 
-    # --- what only images have --------------------------------------------------------------------
+    # --- image-only methods -----------------------------------------------------------------------
 
     def label(self, token: int) -> str:
-        """What a token is called in tables: as its position is written."""
+        """Return the label of a token in tables: its position as written in the language."""
         place = self.layout.place(token)
         if place is not None:
             return f"{IMAGE_SPAN} row {place[0]} col {place[1]}"
@@ -108,13 +110,13 @@ class ImageTokenizer(TextTokenizer):
         return name if len(same) == 1 else f"{name} {same.index(token) + 1}"
 
     def places(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
-        """By name, the tokens of each occurrence of a span that every image has."""
+        """Return the tokens of each occurrence of the spans that every image has, by name."""
         found = {name: tuple((n,) for n in self.layout.named(name)) for name in self.layout.names}
         return {**found, IMAGE_SPAN: (self.layout.grid,)}
 
 
 class ImageRowFields(TypedDict, total=False):
-    """What a row has that is an image."""
+    """The fields that only rows of images have."""
 
     image: Picture
     places: Mapping[str, tuple[tuple[int, ...], ...]]
@@ -124,7 +126,8 @@ class ImageRowFields(TypedDict, total=False):
 def image_row_fields(
     picture: Picture | None, regions: Mapping[str, tuple[Region, ...]], tokenizer: TextTokenizer
 ) -> ImageRowFields:
-    """That of a row; nothing of a prompt. Of a region, occurrences without a token aren't there."""
+    """Return the image fields of a row; none for a prompt. Occurrences of regions without a token
+    are omitted."""
     if picture is None:
         return {}
     assert isinstance(tokenizer, ImageTokenizer)
@@ -135,7 +138,7 @@ def image_row_fields(
     )
     places = {**tokenizer.places()}
     for name, occurrences in regions.items():
-        from mechdsl.images.pixels import region_coverage  # NumPy, for those who have regions
+        from mechdsl.images.pixels import region_coverage  # imports NumPy: needed for regions only
 
         covers = (region_coverage(each, picture) for each in occurrences)
         found = (covered_tokens(each, how, layout) for each in covers)
@@ -144,7 +147,7 @@ def image_row_fields(
 
 
 class StandInImageTokenizer(ImageTokenizer):
-    """Of a model that isn't at hand: more patches than most have, of every kind of token one."""
+    """The tokenizer of an unavailable model: more patches than most, every type of extra token."""
 
     stands_in = True
 
@@ -156,7 +159,7 @@ class StandInImageTokenizer(ImageTokenizer):
 def read_processing(
     folder: Path, layout: PatchLayout, *, model: str, span: Span | None = None
 ) -> tuple[ImageTokenizer | None, list[Diagnostic]]:
-    """What makes images ready for the model in a folder. Codes: E0456."""
+    """Read the image preparation of a model's folder. Codes: E0456."""
     name = PROCESSOR_FILE
     try:
         config: Any = _read(folder / PROCESSOR_FILE, "image_processor")
@@ -173,7 +176,7 @@ def read_processing(
 
 
 def _read(file: Path, part: str = "") -> Any:
-    """A file, or a part of it; None where it isn't there. Raises OSError and ValueError."""
+    """Read a file, or a key of it; None if it doesn't exist. Raises OSError and ValueError."""
     if not file.exists():
         return None
     found: Any = load_json(file.read_text(encoding="utf-8"))
@@ -185,7 +188,7 @@ def _read(file: Path, part: str = "") -> Any:
 def make_image_tokenizer(
     config: Any, layout: PatchLayout, *, model: str, span: Span | None = None
 ) -> tuple[ImageTokenizer | None, list[Diagnostic]]:
-    """The same of the processor's config. Codes: E0456."""
+    """Build the tokenizer from a processor's config. Codes: E0456."""
 
     def refused(reason: str, hint: str = "") -> tuple[None, list[Diagnostic]]:
         problem = NoImageProcessor(span=span, model=model, reason=reason)

@@ -21,12 +21,12 @@ from mechdsl.base import limits
 from mechdsl.base.limits import CHAT_DATE
 
 _CHARACTERS_PER_STEP = 20
-"""Characters that cost as much as a part of the template."""
+"""Number of characters that cost as much as a node of the template."""
 
 _LARGE = 1_000_000
-"""What is raised to a power at most."""
+"""Maximum base of a power."""
 
-# What is linear in what it is given; the others are written below, or left out.
+# Filters with linear cost; the others are reimplemented below or omitted.
 _FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items",
     "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse",
@@ -51,7 +51,7 @@ _METHODS: Mapping[type, frozenset[str]] = {
 
 
 class WorkLimitExceeded(TemplateError):
-    """A template that does more than it may."""
+    """A template that exceeds its budget."""
 
 
 def _fail(what: str) -> NoReturn:
@@ -59,20 +59,20 @@ def _fail(what: str) -> NoReturn:
 
 
 class _Budget:
-    """How much of a rendering is left."""
+    """The remaining budget of a rendering."""
 
     def __init__(self) -> None:
         self.left = limits.CHAT_STEPS
 
     def spend(self, steps: int) -> bool:
-        """True, so that it can stand in a condition."""
+        """Spend steps; returns True, so that it can be part of a condition."""
         self.left -= steps
         if self.left < 0:
             _fail(f"it takes more than {limits.CHAT_STEPS:,} steps")
         return True
 
     def whole(self, value: Any) -> Any:
-        """The value, if it isn't too large: with all that is in it, however often."""
+        """Return the value unless it is too large, counting all contents with repeats."""
         waiting = [value]
         characters = 0
         while waiting:
@@ -92,16 +92,16 @@ class _Budget:
 
 
 class _Bounds(Extension):
-    """The budget of an environment, and what the parts of a template call to spend it."""
+    """The budget of an environment, and the functions that templates call to spend it."""
 
-    tags = {"generation"}  # noqa: RUF012 (as its class has it)
+    tags = {"generation"}  # noqa: RUF012 (declared so in the base class)
 
     def __init__(self, environment: Any) -> None:
         super().__init__(environment)
         self.budget = _Budget()
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """`{% generation %}` marks what an assistant says; here it is its body."""
+        """Parse `{% generation %}`, which marks an assistant's text, as its body."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
@@ -110,16 +110,16 @@ class _Bounds(Extension):
         return self.budget.spend(steps)
 
     def joined(self, *parts: Any) -> str:
-        """What `~` does."""
+        """Compute the operator `~`."""
         return self.budget.whole("".join(str(self.budget.whole(part)) for part in parts))
 
     def whole(self, value: Any) -> Any:
-        """The value, if it isn't too large."""
+        """Return the value unless it is too large."""
         return self.budget.whole(value)
 
 
 def _sized(bounds: _Bounds, run: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose arguments and whose result are bounded."""
+    """Wrap a filter so that its arguments and its result are bounded."""
 
     @wraps(run)
     def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -159,7 +159,7 @@ def _as_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As the library's templates have it: without the escapes that HTML needs."""
+    """Format as transformers' templates do: without HTML escapes."""
     if indent is not None and not 0 <= indent <= 16:
         _fail("it indents by more than 16")
     return json.dumps(
@@ -199,7 +199,7 @@ _CALLED = (_raised, _now, _numbers, _mapping, _Names)
 
 
 class TemplateSandbox(ImmutableSandboxedEnvironment):
-    """What templates run in; one for each template."""
+    """The environment that a template runs in; one per template."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -207,7 +207,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            optimized=False,  # nothing is worked out before its bounds are there
+            optimized=False,  # constant folding would run before the bounds are in place
             extensions=[loopcontrols, _Bounds],
         )
         self.bounds = cast("_Bounds", self.extensions[_Bounds.identifier])
@@ -224,8 +224,11 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         }
 
     def compiled(self, text: str) -> Callable[[Mapping[str, Any]], str]:
-        """Names → the text. Raises `TemplateError` and whatever Python makes of a template that is
-        none."""
+        """Compile a template to a function from names to text.
+
+        Raises:
+            Exception: `TemplateError`, or any exception that Python raises for an invalid template.
+        """
         tree = self.parse(text)
         self._bound(tree)
         template = self.from_string(tree)
@@ -237,8 +240,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return render
 
     def _bound(self, tree: nodes.Template) -> None:
-        """Let every round of a loop and every call of a macro cost what is in it, and look at what
-        grows."""
+        """Make loop rounds and macro calls cost what they contain, and check values that grow."""
         _Grown().visit(tree)
         for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))):
             assert isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block)
@@ -247,10 +249,10 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             if isinstance(node, nodes.For) and node.test is not None:
                 node.test = nodes.And(_call("spend", cost), node.test)
 
-    # --- what is called -----------------------------------------------------------------------
+    # --- calls --------------------------------------------------------------------------------
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Only what is known to be harmless."""
+        """Call an object only if it is known to be harmless."""
         on = getattr(obj, "__self__", None)
         name = str(getattr(obj, "__name__", ""))
         if on is self.bounds:
@@ -283,19 +285,19 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
 
 def _weight(node: nodes.Node) -> int:
-    """What a part costs: that of a text its length, too."""
+    """Return the cost of a node; for text it includes its length."""
     text = node.data if isinstance(node, nodes.TemplateData) else ""
     return 1 + len(text) // _CHARACTERS_PER_STEP
 
 
 def _call(name: str, *args: nodes.Expr) -> nodes.Call:
-    """A call of the extension, whose names no template can give to something else."""
+    """Build a call of the extension, under a name that no template can rebind."""
     of = nodes.ExtensionAttribute(_Bounds.identifier, name)
     return nodes.Call(of, list(args), [], None, None)
 
 
 class _Grown(NodeTransformer):
-    """Puts a look at its size around all that can hold the same thing twice."""
+    """A transformer that adds size checks to everything that can hold the same value twice."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)

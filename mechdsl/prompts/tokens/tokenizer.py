@@ -1,4 +1,4 @@
-"""Tokenizers, read without transformers: texts to ids with character offsets."""
+"""Tokenizers without transformers: texts to ids with character offsets."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ SPECIAL_ROLES = ("bos", "cls", "sep", "eos")
 """Special tokens that positions can name."""
 
 _SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
-"""What slow tokenizers are kept in."""
+"""Files of slow tokenizers."""
 
 _BATCH = 4096
 
 _UNKNOWN = "<unk>"
-"""What tokenizers without a name of their own for it call whatever they don't know."""
+"""The token for unknown text in tokenizers that don't name one."""
 
 _FAR = 100.0
-"""By how much a token for unknown words is less likely than any other."""
+"""Difference in log probability by which the token for unknown text is less likely than others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,36 +57,36 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     *CHAT_FILES,
 )
-"""What `from_folder` reads."""
+"""The files that `TextTokenizer.from_folder` reads."""
 
 _VOCABULARY = re.compile(rb'("vocab"\s*:\s*\{\s*)(?=(\})?)')
-"""The brace in front of a vocabulary, and whether that is empty. Inside of a text the quotes would
-have a backslash before them."""
+"""The brace that opens a vocabulary; group 2 is set if the vocabulary is empty. Quotes inside a
+JSON text would follow a backslash."""
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has one, be it one that can't be read."""
+    """Return whether a folder has a tokenizer, readable or not."""
     return any((folder / name).exists() for name in (*TOKENIZER_FILES, *_SLOW))
 
 
 class TextTokenizer:
     """A `tokenizers.Tokenizer` with a policy for the beginning-of-sequence token.
 
-    `bos`: True puts the token in front once, False takes it away, None leaves what the tokenizer
-    does by itself.
+    `bos`: True adds the token in front unless it is there, False removes it, None keeps the
+    tokenizer's behaviour.
     """
 
     stands_in: ClassVar[bool] = False
-    """Whether it stands in for the tokenizer of a model that isn't at hand."""
+    """Whether it replaces the tokenizer of a model that isn't available."""
     chat: ChatTemplate | None = None
-    """What it writes the turns of a chat with, where it has a template."""
+    """The template that formats the turns of a chat, if there is one."""
     pad: str | None = None
-    """Its token for padding."""
+    """The padding token."""
     padded: int = 0
-    """How many tokens texts are padded to, for a model that sees its padding; 0: none."""
+    """Length to which texts are padded, for a model that attends to padding; 0: no padding."""
     written: bool = False
-    """Whether texts have their special tokens in them, as a chat template writes them: none is put
-    around them."""
+    """Whether texts contain their special tokens, as chat templates write them, so that none are
+    added."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class TextTokenizer:
     ) -> None:
         self._backend = backend
         self.made_unknown = made_unknown
-        """Whether its token for unknown words isn't one of the model's: it has none itself."""
+        """Whether the token for unknown words was added because the model has none."""
         self.roles: dict[str, str] = {
             role: token
             for role, token in roles.items()
@@ -111,7 +111,7 @@ class TextTokenizer:
         """SHA-256 of `tokenizer.json`."""
         self.name = name
         _keep_white_space(backend)
-        # Padding and truncation are for batches; a prompt is never cut silently.
+        # Padding and truncation are for batches; a prompt is never truncated silently.
         backend.no_padding()
         backend.no_truncation()
 
@@ -140,7 +140,7 @@ class TextTokenizer:
             return refused(f"`tokenizer.json` is not understood ({error})")
         config = _read_config(path / "tokenizer_config.json")
         config = _read_config(path / "special_tokens_map.json") | config
-        # `add_bos_token` of the config plays no part, as in transformers where there is a
+        # `add_bos_token` of the config is ignored, as in transformers if there is a
         # `tokenizer.json`.
         made = cls(
             backend,
@@ -168,7 +168,7 @@ class TextTokenizer:
         bos: bool | None = None,
         span: Span | None = None,
     ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
-        """Wrap a copy of a tokenizer that Python holds already. Codes: E0522."""
+        """Wrap a copy of a tokenizer that already exists in Python. Codes: E0522."""
         content = backend.to_str().encode()
         own, made_unknown = _backend_of(content)
         tokens = {"bos": bos_token, "cls": cls_token, "sep": sep_token, "eos": eos_token}
@@ -185,12 +185,12 @@ class TextTokenizer:
         return made._checked(span)
 
     def same_as(self, other: TextTokenizer) -> bool:
-        """Whether both give the same tokens for every text and every chat."""
+        """Return whether both produce the same tokens for every text and every chat."""
         mine, theirs = ((t.hash, t.roles, t.bos, t.chat) for t in (self, other))
         return mine == theirs
 
     def reading(self, *, written: bool) -> TextTokenizer:
-        """The same tokenizer for texts that have their special tokens in them, or for others."""
+        """Return the same tokenizer for texts with or without special tokens in them."""
         return self if written == self.written else self._other
 
     @cached_property
@@ -211,58 +211,57 @@ class TextTokenizer:
 
     @property
     def _added(self) -> dict[str, bool]:
-        """Texts that are tokens wherever they stand, and whether they are special ones."""
+        """Texts that are always a single token, and whether each is a special token."""
         entries = self._backend.get_added_tokens_decoder().values()
         return {entry.content: entry.special for entry in entries}
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, including added ones."""
         return self._backend.get_vocab_size(with_added_tokens=True) - self.made_unknown
 
     @property
     def own_size(self) -> int:
-        """The same without added ones."""
+        """Number of tokens, excluding added ones."""
         return self._backend.get_vocab_size(with_added_tokens=False) - self.made_unknown
 
     @cached_property
     def role_ids(self) -> dict[str, int]:
-        """Token ids of `bos`, `cls`, `sep`, `eos`, as far as the tokenizer has them."""
+        """Token ids of `bos`, `cls`, `sep` and `eos`, if the tokenizer has them."""
         found = {role: self._backend.token_to_id(token) for role, token in self.roles.items()}
         return {role: number for role, number in found.items() if number is not None}
 
     @cached_property
     def unknown_id(self) -> int | None:
-        """The id that stands for whatever the vocabulary doesn't hold."""
+        """The id for text outside the vocabulary."""
         model = self._backend.model
         token = getattr(model, "unk_token", None)
         if token is None:
-            # Unigram keeps an index that can't be asked for; others may have no such token.
+            # Unigram stores an index that can't be queried; others may have no such token.
             unigram = type(model).__name__ == "Unigram"
             return self._backend.token_to_id(_UNKNOWN) if unigram else None
         return self._backend.token_to_id(cast("str", token))
 
     @cached_property
     def library(self) -> Tokenizer:
-        """A copy of what it is made of, for functions of the user's: what they do to it changes
-        nothing here."""
+        """A copy of the library's tokenizer for user functions, which may change it freely."""
         return Tokenizer.from_str(self._backend.to_str())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones by their name."""
+        """Return the text of tokens, with special tokens by name."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def token_text(self, token: int) -> str:
-        """A token as a reader knows it: decoded, special tokens by their name."""
+        """Return a readable token: decoded, special tokens by name."""
         text = self._backend.decode([token], skip_special_tokens=False)
         return text if text and "\ufffd" not in text else self._backend.id_to_token(token) or ""
 
     def is_space(self, token: int) -> bool:
-        """Whether it is white space alone; in some vocabularies a space decodes to nothing."""
+        """Return whether a token is only white space, which some vocabularies decode to nothing."""
         return not self.token_text(token).strip(" ▁\t\n")
 
     def plain_words(self) -> list[str]:
-        """Words of letters that are one token behind a space, in the order of their ids."""
+        """Return words of letters that are one token after a space, ordered by id."""
         candidates: dict[str, None] = {}
         for number in range(self.vocab_size):
             text = self._backend.decode([number], skip_special_tokens=True).strip()
@@ -281,7 +280,7 @@ class TextTokenizer:
     # --- texts to tokens ----------------------------------------------------------------------
 
     def encode(self, text: str, add_special: bool = True) -> EncodedText:
-        """Tokenise a text; without special tokens if asked."""
+        """Tokenise a text, with special tokens by default."""
         return self.encode_all([text], add_special)[0]
 
     def encode_all(self, texts: Sequence[str], add_special: bool = True) -> list[EncodedText]:
@@ -300,8 +299,7 @@ class TextTokenizer:
 
     @cached_property
     def _kept(self) -> dict[str, EncodedText]:
-        """What was tokenised last: of one block, tables of few rows and of more are made behind
-        each other."""
+        """The most recent encodings: a block's tables of few rows and of more follow each other."""
         return {}
 
     def _raw(self, texts: Sequence[str], add_special: bool = False) -> list[EncodedText]:
@@ -318,7 +316,7 @@ class TextTokenizer:
         return out
 
     def _with_opening(self, encoded: EncodedText) -> EncodedText:
-        """A token for the beginning that stands in the text itself counts as one around it."""
+        """Mark a beginning-of-sequence token in the text itself as an added special token."""
         bos = self.role_ids.get("bos")
         if bos is None or encoded.ids[:1] != (bos,):
             return encoded
@@ -340,8 +338,7 @@ class TextTokenizer:
         return encoded
 
     def padded_to(self, length: int) -> TextTokenizer | None:
-        """The same tokenizer for a model that reads texts of one length, padding and all; None
-        where it has no token for that."""
+        """Return the same tokenizer with padding to a length; None if it has no padding token."""
         if self.pad is None or self._backend.token_to_id(self.pad) is None:
             return None
         other = copy(self)
@@ -355,7 +352,7 @@ class TextTokenizer:
         if more <= 0:
             return encoded
         token = self._backend.token_to_id(self.pad or "")
-        assert token is not None  # as `padded_to` has seen
+        assert token is not None  # `padded_to` checked it
         return EncodedText(
             (*encoded.ids, *[token] * more),
             (*encoded.offsets, *[(0, 0)] * more),
@@ -364,9 +361,9 @@ class TextTokenizer:
 
     @cached_property
     def opening(self) -> tuple[int, ...]:
-        """Ids of the special token that texts begin with; none where they don't, or where it could
-        be the one that they end with."""
-        # Nothing but the empty text is sure to have tokens in every vocabulary.
+        """Ids of the special token that texts begin with; empty if there is none, or if it could be
+        the token that texts end with."""
+        # Only the empty text is certain to be encodable in every vocabulary.
         encoded = self.encode("")
         closing = {self.role_ids[role] for role in ("sep", "eos") if role in self.role_ids}
         closing -= {self.role_ids[role] for role in ("bos", "cls") if role in self.role_ids}
@@ -374,26 +371,27 @@ class TextTokenizer:
         return first if encoded.special[:1] == (True,) and first[0] not in closing else ()
 
     def bos_convention(self) -> str:
-        """What happens with the beginning-of-sequence token, in words."""
+        """Describe the treatment of the beginning-of-sequence token."""
         bos = self.roles.get("bos")
         if bos is not None and self.opening == (self.role_ids["bos"],):
             return f"`{bos}` in front ({'by the tokenizer' if self.bos is None else 'bos: true'})"
         return "none in front" if self.bos is None else "none in front (bos: false)"
 
     def continuation(self, prompt: str, text: str) -> tuple[tuple[int, ...], bool]:
-        """A text tokenised as the continuation of a prompt.
+        """Tokenise a text as the continuation of a prompt.
 
-        The second value is False where the prompt's own tokens change once the text stands
-        behind it (a prompt that ends in a space); the text is then tokenised by itself.
+        Returns:
+            The ids, and whether the prompt's own tokens stay the same when the text follows. If
+            they change (a prompt that ends in a space), the text is tokenised separately.
         """
         return self.continuations([(prompt, text)])[0]
 
     def continuations(
         self, pairs: Sequence[tuple[str, str]], encoded: Mapping[str, EncodedText] | None = None
     ) -> list[tuple[tuple[int, ...], bool]]:
-        """`continuation` of many (prompt, text) pairs; equal ones are tokenised once.
+        """Tokenise many (prompt, text) pairs as `continuation` does; equal pairs once.
 
-        encoded: the prompts, where they are tokenised already.
+        encoded: the encodings of the prompts, if available.
         """
         unique = list(dict.fromkeys(pairs))
         prompts = self.encode_unique(p for p, _ in unique) if encoded is None else encoded
@@ -415,10 +413,15 @@ class TextTokenizer:
 
 
 def _backend_of(content: bytes) -> tuple[Tokenizer, bool]:
-    """The tokenizer of a `tokenizer.json`, and whether it was given a token for unknown words: one
-    without fails with an exception at any text that its vocabulary doesn't hold, which should be a
-    diagnostic. Raises plain `Exception` where the text is no tokenizer."""
-    backend = Tokenizer.from_buffer(content)  # a text of it takes four times as much memory
+    """Build the tokenizer of a `tokenizer.json`, with a token for unknown words.
+
+    A tokenizer without one raises an exception for any text outside its vocabulary, where a
+    diagnostic is needed. Raises plain `Exception` if the text isn't a tokenizer.
+
+    Returns:
+        The tokenizer, and whether the token is new.
+    """
+    backend = Tokenizer.from_buffer(content)  # from a str it would take four times the memory
     model: Any = backend.model
     unigram = type(model).__name__ == "Unigram"
     token = _UNKNOWN if unigram else model.unk_token
@@ -436,28 +439,30 @@ def _backend_of(content: bytes) -> tuple[Tokenizer, bool]:
         content = json.dumps(whole).encode()
     else:
         number = known if known is not None else max(backend.get_vocab().values(), default=-1) + 1
-        del backend, model  # which are as large as the new one
+        del backend, model  # free them: they are as large as the new tokenizer
         entry = json.dumps({token: number})[1:-1].encode()
         content = _VOCABULARY.sub(lambda m: m[1] + entry + (b"" if m[2] else b","), content, 1)
     return Tokenizer.from_buffer(content), known != number
 
 
 def _without_closing(encoded: EncodedText) -> tuple[int, ...]:
-    """The ids without special tokens at the end (an encoder's `[SEP]`)."""
+    """Return the ids without special tokens at the end (an encoder's `[SEP]`)."""
     end = len(encoded.ids)
     while end and encoded.special[end - 1]:
         end -= 1
-    # A prompt without text is its opening tokens.
+    # The ids of a prompt without text are only its opening tokens.
     return encoded.ids[:end] if end else encoded.ids
 
 
 def _place_prefixes(
     encoding: Encoding, offsets: list[tuple[int, int]], special: Sequence[bool]
 ) -> None:
-    """A space that tokenizers put in front of a text, of each word or behind a special token (`▁`,
-    `Ġ`) claims the first character behind it, which belongs to the next token: it covers nothing.
+    """Correct the offsets of spaces that a tokenizer adds before a text or after a special token.
+
+    Such a token (`▁`, `Ġ`) claims the first character after it, which belongs to the next token;
+    it covers nothing.
     """
-    tokens: list[str] | None = None  # the texts of all tokens are slow to get, and rarely needed
+    tokens: list[str] | None = None  # token texts are slow to obtain and rarely needed
     for n, ((start, end), (following, _)) in enumerate(pairwise(tuple(offsets))):
         if end > following and not special[n + 1]:
             tokens = encoding.tokens if tokens is None else tokens
@@ -467,18 +472,18 @@ def _place_prefixes(
 
 @lru_cache(maxsize=2**10)
 def _flags(mask: tuple[int, ...]) -> tuple[bool, ...]:
-    """Zeros and ones as truth values; one object for the many rows that have the same."""
+    """Convert zeros and ones to truth values; equal results share one object to save memory."""
     return tuple(flag == 1 for flag in mask)
 
 
 @lru_cache(maxsize=2**16)
 def _place(start: int, end: int) -> tuple[int, int]:
-    """Where a token begins and ends; one object for the many rows that have the same."""
+    """Return a token's range; equal results share one object to save memory."""
     return start, end
 
 
 def _keep_white_space(backend: Tokenizer) -> None:
-    """Offsets with white space in them, so that a token which is only white space has a place."""
+    """Include white space in offsets, so that tokens of white space have a range."""
     processor = backend.post_processor
     if processor is None:
         return
@@ -498,7 +503,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _roles(config: Mapping[str, Any], roles: Sequence[str] = SPECIAL_ROLES) -> dict[str, str]:
-    """Special tokens by role; an entry is the token itself, or an object with `content`."""
+    """Return special tokens by role; an entry is the token itself, or an object with `content`."""
     found: dict[str, str] = {}
     for role in roles:
         entry = config.get(f"{role}_token")
@@ -510,7 +515,7 @@ def _roles(config: Mapping[str, Any], roles: Sequence[str] = SPECIAL_ROLES) -> d
 
 
 _LAST_WORD = re.compile(r"\s[\"'“‘«(\[{]*([^\W\d_]+(?:['’-][^\W\d_]+)*)$")
-"""A word at the end of a prompt: letters alone, so neither code nor an address."""
+"""A word of letters at the end of a prompt, so neither code nor an address."""
 
 _LAST_OPERATOR = re.compile(r"\s(==?|[-=]>|→|⇒|\+|&)$")
 
@@ -532,7 +537,7 @@ _UNSPACED = (
     "TIBETAN",
     "YI ",
 )
-"""Scripts without spaces between words, as the Unicode names of their characters begin."""
+"""Scripts without spaces between words, as prefixes of Unicode character names."""
 
 
 @dataclass(frozen=True)
@@ -541,11 +546,11 @@ class Respelling:
 
     text: str
     ids: tuple[int, ...]
-    """Its tokens, without one for the space alone."""
+    """Its tokens, without a token for the space alone."""
     space_alone: bool
-    """Whether the tokenizer gives the space a token of its own."""
+    """Whether the tokenizer uses a separate token for the space."""
     prompt_ends: bool
-    """Whether the prompt has to lose the spaces at its end for that."""
+    """Whether the prompt has to lose its trailing spaces."""
 
     @property
     def advice(self) -> str:
@@ -555,11 +560,11 @@ class Respelling:
 
 
 def respell(prompt: str, text: str, tokenizer: TextTokenizer) -> Respelling | None:
-    """A text with exactly one space between it and the prompt.
+    """Respell a text with exactly one space between it and the prompt.
 
     Returns:
-        None where the tokens of prompt and text are the same as without the change, where the
-        vocabulary lacks them, or where the prompt ends in a line break.
+        None if the tokens of prompt and text don't change, if the vocabulary lacks them, or if the
+        prompt ends in a line break.
     """
     before, spaced = prompt.rstrip(" "), " " + text.lstrip(" ")
     if not before or before[-1].isspace() or not spaced.strip():
@@ -575,10 +580,10 @@ def respell(prompt: str, text: str, tokenizer: TextTokenizer) -> Respelling | No
 
 
 def spacing_problem(prompt: str, text: str, tokenizer: TextTokenizer) -> Respelling | None:
-    """How a text is likely to be meant that follows a prompt with no space or with two.
+    """Return the likely intended spelling of a text that follows a prompt with no space or two.
 
-    No problem are languages without spaces, texts that follow a quote, a bracket, a line break or
-    a special token, code, numbers that continue, symbols that the prompt itself writes without a
+    Not a problem are languages without spaces, texts after a quote, a bracket, a line break or a
+    special token, code, numbers that continue, symbols that the prompt itself writes without a
     space, letters that continue a word of the prompt, and tokenizers that drop spaces. A text that
     changes the prompt's own tokens is W0703.
     """
@@ -594,7 +599,7 @@ def spacing_problem(prompt: str, text: str, tokenizer: TextTokenizer) -> Respell
 
 
 def single_token_spelling(prompt: str, text: str, tokenizer: TextTokenizer) -> Respelling | None:
-    """The spelling that makes one token of a text, if the space is why it is several."""
+    """Return the spelling that makes a text one token, if a space is why it has several."""
     _, kept = tokenizer.continuation(prompt, text)
     if kept and not prompt.endswith(" "):
         meant = spacing_problem(prompt, text, tokenizer)
@@ -610,13 +615,13 @@ def spacing_warnings(
     span: Span,
     rows: Sequence[int],
 ) -> list[TextSpacing]:
-    """W0705 for texts that follow prompts.
+    """Return W0705 for texts that follow prompts with a missing or an extra space.
 
     Args:
         prompts: The prompt before each text.
         texts: The texts; None is a token given by its id.
-        tokenizer: The model's.
-        span: Where the texts are written.
+        tokenizer: The model's tokenizer.
+        span: The source span of the texts.
         rows: The number of each text's row.
     """
     if tokenizer.stands_in:
@@ -644,11 +649,11 @@ def spacing_warnings(
 
 
 _SHOWN = 20
-"""Characters of the prompt that a warning shows."""
+"""Number of characters of the prompt in a warning."""
 
 
 def _lacks_space(prompt: str, text: str) -> bool:
-    """Whether a text begins a word directly after a word, a stop or an operator of the prompt."""
+    """Return whether a text begins a word directly after a word, a stop or an operator."""
     if " " not in prompt or not text[:1].isalnum() or _is_unspaced(prompt[-1] + text[0]):
         return False
     last, first = prompt[-1], text[0]
@@ -656,7 +661,7 @@ def _lacks_space(prompt: str, text: str) -> bool:
         word = _LAST_WORD.search(prompt)
         if word is None:
             return False
-        if first.isdigit():  # not so in `item1, item2, item` and `GPT`
+        if first.isdigit():  # `item1, item2, item` and `GPT` may continue with a digit
             return last.islower() and _NUMBERED.search(prompt) is None
         more = _FIRST_WORD.match(text)
         return more is not None and word[1] + more[0] not in prompt
@@ -670,17 +675,17 @@ def _lacks_space(prompt: str, text: str) -> bool:
 
 
 def _may_continue_word(prompt: str, text: str) -> bool:
-    """Whether letters follow letters as they do inside a word."""
+    """Return whether letters follow letters as they do inside a word."""
     return (
         prompt[-1].isalpha() and text[0].isalpha() and (prompt[-1].isupper() or text[0].islower())
     )
 
 
 def _is_written_unspaced(prompt: str, symbol: str) -> bool:
-    """Whether the prompt itself has a letter or digit directly after a symbol."""
+    """Return whether the prompt itself has a letter or digit directly after a symbol."""
     return re.search(re.escape(symbol) + r"[^\W_]", prompt) is not None
 
 
 def _is_unspaced(characters: str) -> bool:
-    """Whether any of some characters is of a script without spaces between words."""
+    """Return whether any character belongs to a script without spaces between words."""
     return any(unicodedata.name(c, "").startswith(_UNSPACED) for c in characters)

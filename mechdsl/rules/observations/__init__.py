@@ -1,4 +1,4 @@
-"""Kinds of observations: what `observe` lines look at."""
+"""Kinds of observations: the quantities that `observe` lines compute."""
 
 from mechdsl.rules.observations import (
     attention,

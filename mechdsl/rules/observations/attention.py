@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class PatternObservation(SiteObservation):
-    """A kind that looks at what queries attend to: `observe WORD pattern … at QUERIES`."""
+    """An observation of attention patterns: `observe WORD pattern … at QUERIES`."""
 
     by_unit = True
 
@@ -92,7 +92,14 @@ class AttentionDistance(PatternObservation):
         causal: bool = True,
         grid: tuple[int, int, int] | None = None,
     ) -> None:
-        """grid: of images, the tokens in front of the patches, rows and columns of these."""
+        """Create the observation.
+
+        Args:
+            window: Largest distance that counts; None for no limit.
+            causal: Whether queries attend to earlier keys only.
+            grid: For images: the number of tokens before the patches, and the rows and columns of
+                patches.
+        """
         self.window, self.causal, self.grid = window, causal, grid
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
@@ -114,14 +121,15 @@ class AttentionDistance(PatternObservation):
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-38)
         else:
             keys = seen.positions.new_tensor(range(weights.shape[1]))
-            away = seen.positions[:, None] - keys  # below 0 where a causal model has no weight
+            # negative for later keys, which have no weight in a causal model
+            away = seen.positions[:, None] - keys
             away = away if self.causal else away.abs()
         if self.window is not None:
             away = away.clamp(-self.window, self.window)
         return (weights * away).sum(-1)
 
     def _between_patches(self, queries: Tensor, weights: Tensor) -> Tensor:
-        """[query, patch] from middle to middle, in patches."""
+        """Compute the distances between centres of patches, in patches: [query, patch]."""
         assert self.grid is not None
         front, _, cols = self.grid
         keys = queries.new_tensor(range(weights.shape[1]))
@@ -144,7 +152,7 @@ class AttentionDistance(PatternObservation):
 
 
 def _read_distance(rule: spec.Rule, work: ExperimentContext) -> tuple[int | None, bool]:
-    """How far away tokens are counted, and whether it is right: E0207."""
+    """Read the window, and whether it is valid; report E0207 if it isn't."""
     assert rule.observed is not None
     call = rule.observed.call
     if call is None:
@@ -163,7 +171,7 @@ def _read_distance(rule: spec.Rule, work: ExperimentContext) -> tuple[int | None
 def _check_patches(
     rule: spec.Rule, found: ResolvedRule, layout: PatchLayout, work: ExperimentContext
 ) -> bool:
-    """E0207 for queries that have no place in an image."""
+    """Report E0207 for queries that aren't patches of an image."""
     cells = found.positions.written.values()
     tokens = {token for cell in cells for row in cell.hits for hit in row for token in hit}
     if all(layout.place(token) is not None for token in tokens):
@@ -221,7 +229,7 @@ class AttentionWeight(ObservationKind, EdgeIntervention):
 
 
 def sum_key_weights(seen: ObservedVectors) -> Tensor:
-    """[K] what each query gives its keys together."""
+    """Sum the weights of each query on its keys: [K]."""
     assert seen.keys is not None
     index, key = seen.keys
     weights = seen.vectors[index, key]
@@ -299,7 +307,7 @@ class ReceivedAttention(PatternObservation):
 
 
 def _read_range(rule: spec.Rule, work: ExperimentContext) -> tuple[int, int | None] | None:
-    """How far behind it tokens are looked at; None after E0207."""
+    """Read the range of distances in tokens; None after E0207."""
     assert rule.observed is not None
     call = rule.observed.call
     if call is None:
@@ -323,7 +331,7 @@ def _read_range(rule: spec.Rule, work: ExperimentContext) -> tuple[int, int | No
 
 
 def _check_single_tokens(rule: spec.Rule, keys: PositionTargets, work: ExperimentContext) -> bool:
-    """E0207 for several tokens at once, each of which has other tokens behind it."""
+    """Report E0207 for joined tokens, because each has different later tokens."""
     hits = (hit for cell in keys.written.values() for hit in cell.hits)
     if all(sum(map(len, hit)) <= 1 for hit in hits):
         return True
@@ -379,5 +387,5 @@ class AttentionRollout(RowSetObservation, ObservationKind):
 
 
 def list_pattern_points(shape: ModelShape) -> tuple[SitePoint, ...]:
-    """The patterns of all layers, all heads of each."""
+    """Return the patterns of all layers, each with all heads."""
     return tuple(SitePoint("pattern", layer, None) for layer in range(shape.n_layers))

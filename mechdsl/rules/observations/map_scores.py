@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 
 class RegionObservation(MapObservation):
-    """`observe WORD of MAPS in REGION`."""
+    """`observe WORD of MAPS in REGION`: a comparison of maps with a region of the image."""
 
     example = "caap in object"
     blank = "is nowhere above 0"
     shares: ClassVar[bool] = False
-    """Whether it takes `top 25%`."""
+    """Whether the observation accepts `top 25%`."""
 
     def form_of(self, name: str) -> MetricForm:
         if name == "chance":
@@ -44,9 +44,12 @@ class RegionObservation(MapObservation):
         return super().form_of(name)
 
     def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
-        """Of the observation and of each control.
+        """Compute the scores of the observation and of each control.
 
-        values: [row, col] of patches. mask: [height, width]. share: of `top 25%`.
+        Args:
+            values: Values of the patches, [row, col].
+            mask: Pixels of the region, [height, width].
+            share: The share of `top 25%`; None without one.
         """
         raise NotImplementedError
 
@@ -89,7 +92,7 @@ def _region(rule: spec.Rule) -> str:
 
 
 def _check_region(rule: spec.Rule, work: ExperimentContext) -> bool:
-    """E0201 for a region that the block hasn't."""
+    """Report E0201 for a region that the prompt set doesn't define."""
     name, block = _region(rule), work.program.prompts[work.table.name]
     known = [region.name for region in block.regions]
     if name in known or block.kind != "images":
@@ -103,8 +106,10 @@ def _check_region(rule: spec.Rule, work: ExperimentContext) -> bool:
 
 
 def _masks(region: str, work: ExperimentContext) -> dict[int, Bools]:
-    """Number of a row → [height, width] which pixels of its image, as the model gets it, lie in a
-    region; of rows that have any."""
+    """Return row number → pixels of the preprocessed image that are in a region, [height, width].
+
+    Rows without such pixels are omitted.
+    """
     from mechdsl.images.pixels import region_mask
 
     reader = work.model.tokenizer
@@ -177,14 +182,14 @@ class RegionOverlap(RegionObservation):
 
 
 REMOVAL_VERBS = ("replace", "ablate", "patch")
-"""Rules in whose place nothing of a patch is left."""
+"""Rules that remove all information of a patch."""
 
 
 class MapComparison(MapObservation):
-    """`observe WORD of MAPS to EXPERIMENTS`."""
+    """`observe WORD of MAPS to EXPERIMENTS`: a comparison of maps with other experiments."""
 
     several: ClassVar[bool] = False
-    """Whether there is one for each map; else one for all."""
+    """Whether each map is compared with a separate experiment, instead of one for all maps."""
 
     def fits(self, rule: spec.Rule, work: ExperimentContext) -> bool:
         said = rule.observed
@@ -262,14 +267,17 @@ class Infidelity(MapComparison):
 
 
 def _compared_variant(given: MapLine) -> VariantFinding:
-    """The one experiment that takes patches out."""
+    """Return the single experiment that removes patches."""
     ((part,),) = given.others
     return part
 
 
 def _check_removal(part: VariantFinding, work: ExperimentContext) -> None:
-    """Whether it takes sets of patches out of the images, and measures what that does. Raises
-    Refused."""
+    """Check that an experiment removes sets of patches from the images, and measures the effect.
+
+    Raises:
+        PickError: If it doesn't.
+    """
     own = part.experiment
     name, first = f"`{own.name}`", own.spec.measures[:1]
     if own.table.name != work.table.name:
@@ -307,8 +315,13 @@ def _check_removal(part: VariantFinding, work: ExperimentContext) -> None:
 def _read_removals(
     part: VariantFinding, work: ExperimentContext
 ) -> Mapping[int, tuple[Bools, Floats]]:
-    """Number of a row → ([set, row, col] the patches that are in it, [set] how far the output
-    falls), of rows that two sets are taken out of."""
+    """Return the removed patches and the decreases of the output, by row number.
+
+    Rows from which fewer than two sets are removed are omitted.
+
+    Returns:
+        Row number → removed patches, [set, row, col], and decreases, [set].
+    """
     import numpy as np
 
     own, reader, values = part.experiment, work.model.tokenizer, part.values
@@ -377,7 +390,11 @@ class Sensitivity(MapComparison):
 
 
 def _check_same_map(part: VariantFinding, near: VariantFinding) -> None:
-    """Whether it is made as the map is, of other runs. Raises Refused."""
+    """Check that a map is computed as another one, but from other runs.
+
+    Raises:
+        PickError: If it isn't.
+    """
     own, other = part.experiment, near.experiment
     axes = [[(axis.name, axis.labels) for axis in each.beside] for each in (part, near)]
     if _map_recipe(own) != _map_recipe(other) or axes[0] != axes[1]:
@@ -393,7 +410,7 @@ def _check_same_map(part: VariantFinding, near: VariantFinding) -> None:
 
 
 def _map_recipe(experiment: ResolvedExperiment) -> object:
-    """All that a map is made by, but for the runs."""
+    """Return all that determines a map except its runs."""
     said = experiment.spec
     estimator = None if said.estimator is None else said.estimator.text
     rules = [_rule_recipe(rule) for rule in experiment.rules]
@@ -412,7 +429,7 @@ def _map_runs(experiment: ResolvedExperiment) -> object:
 
 
 def _nearby_reference(group: Sequence[VariantFinding], work: ExperimentContext) -> MapReference:
-    """Maps of images nearby, in rows that all of them have."""
+    """Create the reference with maps of similar images, for rows that all of them have."""
     import numpy as np
 
     from mechdsl.fits.masks import sensitivity

@@ -33,84 +33,97 @@ if TYPE_CHECKING:
 
 
 PLACEHOLDER_POINT = SitePoint("embed", None, None)
-"""A rule has a site: this one is neither read nor written."""
+"""Point of a rule that needs a site but neither reads nor writes it."""
 
 WINDOW_NOTE = (
     "a window shares its number evenly among its patches, a patch has the mean of its shares"
 )
-"""Of maps of windows."""
+"""Note on maps of windows."""
 
 
 @dataclass(frozen=True, eq=False)
 class MapScores:
-    """What maps are worth, where those that they are of have run."""
+    """Scores of maps whose experiments have run."""
 
     by_word: Mapping[str, Floats]
-    """Of the observation and of each control, [site, position, row of the table]: each site stands
-    for a map, or for a value of the loops; NaN where a row has none."""
+    """Scores of the observation and of each control, [site, position, row of the table]. Each site
+    represents a map or a loop value. NaN for rows without a score."""
 
 
 @dataclass(frozen=True, eq=False)
 class MapReference:
-    """What one map is set against."""
+    """Reference that one map is compared with."""
 
     rows: Collection[int]
-    """The rows of the table in which there is something."""
+    """Rows of the table that have a reference."""
     lacking: str
-    """Why there is nothing in the others."""
+    """Why the other rows have no reference."""
     score: Callable[[int, int, Floats], Sequence[float]]
-    """(cell of the map, row of the table, [row, col] the map's numbers of the patches) → of the
-    observation and of each control; NaN where `blank` says why."""
+    """Function of the map's cell, the row of the table and the map's values, [row, col]. It returns
+    the scores of the observation and of each control; NaN for the reason in `blank`."""
 
 
 @dataclass(frozen=True, eq=False)
 class MapLine:
-    """What a line is made of."""
+    """Inputs of a line that observes maps."""
 
     rule: spec.Rule
     work: ExperimentContext
     maps: Sequence[VariantFinding]
     others: Sequence[Sequence[VariantFinding]] = ()
-    """What others found that the maps are set against: for each map, or for all of them."""
+    """Results that the maps are compared with: for each map, or for all of them."""
 
 
 class MapObservation(RowSetObservation, ObservationKind):
-    """`observe WORD of MAPS …`: a number of each row's map."""
+    """`observe WORD of MAPS …`: a number for each row's map."""
 
     unplaced = "last token"
     reads_vectors = False
     of_maps = True
     example: ClassVar[str]
-    """What a line with it looks like behind `observe WORD of`."""
+    """Example of a line, after `observe WORD of`."""
     blank: ClassVar[str]
-    """What is wrong with a map that has no score: `` where `caap` … ``."""
+    """Problem of a map without a score, which completes `` where `caap` … ``."""
 
     def __init__(self, said: str = "", scores: MapScores | None = None) -> None:
-        """said: of the maps, for a table. scores: None before they have been made."""
+        """Create the observation.
+
+        Args:
+            said: Note on the maps for tables.
+            scores: The scores; None before the maps' experiments have run.
+        """
         self._said, self.scores = said, scores
 
     def fits(self, rule: spec.Rule, work: ExperimentContext) -> bool:
-        """Whether the line has what it needs beside the maps; a diagnostic says what it lacks."""
+        """Check what the line needs in addition to maps, and report what it lacks."""
         raise NotImplementedError
 
     def place(self, rule: spec.Rule) -> str:
-        """The patches that are shown as what it looks at: a region, or `image`."""
+        """Return the name of the patches that tables show as observed: a region, or `image`."""
         return "image"
 
     def others(self, given: MapLine) -> Sequence[Sequence[VariantFinding]] | None:
-        """`Given.others`, of what is known before; None where one was refused. Raises Refused."""
+        """Return `MapLine.others` as far as it is known; None if one was rejected.
+
+        Raises:
+            PickError: If a comparison isn't possible.
+        """
         return ()
 
     def settings(self, given: MapLine) -> Sequence[MapReference]:
-        """What each map is set against, once all have run. Raises Refused."""
+        """Return the reference of each map, once all experiments have run.
+
+        Raises:
+            PickError: If a comparison isn't possible.
+        """
         raise NotImplementedError
 
     def unit_of(self, given: MapLine) -> str:
-        """Of its numbers."""
+        """Return the unit of its numbers."""
         return self.unit
 
     def details(self, given: MapLine) -> Iterator[str]:
-        """What else a table has to say, once all have run."""
+        """Yield further notes for tables, once all experiments have run."""
         yield from ()
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
@@ -146,7 +159,11 @@ class MapObservation(RowSetObservation, ObservationKind):
     # --- its numbers ------------------------------------------------------------------------------
 
     def _scored(self, given: MapLine) -> MapObservation:
-        """With the numbers of rows, where all have run. Raises Refused."""
+        """Return the observation with the scores of rows, if all experiments have run.
+
+        Raises:
+            PickError: If a comparison isn't possible.
+        """
         maps, work = given.maps, given.work
         every = chain(maps, *given.others)
         waits = [part.experiment.name for part in every if part.values is None]
@@ -191,7 +208,7 @@ class MapObservation(RowSetObservation, ObservationKind):
     def _of_map(
         self, grids: Mapping[int, Floats], setting: MapReference, work: ExperimentContext
     ) -> Floats:
-        """[word, cell, row of the table] of one experiment; NaN where a row has none."""
+        """Compute the scores of one experiment: [word, cell, row of the table]; NaN for none."""
         import numpy as np
 
         count = len(next(iter(grids.values())))
@@ -212,7 +229,7 @@ class MapObservation(RowSetObservation, ObservationKind):
 
 
 def check_map_line(rule: spec.Rule, work: ExperimentContext, *, by_position: bool = False) -> bool:
-    """E0207 beside rules, and where rows are no images."""
+    """Report E0207 for maps in an experiment with rules, and for rows that aren't images."""
     fits, block = True, work.program.prompts[work.table.name]
     assert rule.observed is not None
     said = rule.observed
@@ -236,7 +253,11 @@ def check_map_line(rule: spec.Rule, work: ExperimentContext, *, by_position: boo
 
 
 def resolve_map(named: ast.MapOf, work: ExperimentContext) -> VariantFinding | None:
-    """The one map of each row; None where it was refused. Raises Refused."""
+    """Resolve a single map for each row; None if the experiment was rejected.
+
+    Raises:
+        PickError: If there is no single map.
+    """
     finding = find_map_finding(named, work)
     if finding is None:
         return None
@@ -251,7 +272,11 @@ def resolve_map(named: ast.MapOf, work: ExperimentContext) -> VariantFinding | N
 
 
 def find_map_finding(named: ast.MapOf, work: ExperimentContext) -> Finding | None:
-    """What the cells of an experiment found that are named. Raises Refused."""
+    """Return the results in the named cells of an experiment.
+
+    Raises:
+        PickError: If the name is no map.
+    """
     looped = [each.value.id for each in named.cell if isinstance(each.value, ast.Name)]
     loop = next((name for name in (named.of, *looped) if name in work.loops), None)
     if loop is not None:
@@ -267,7 +292,11 @@ def find_map_finding(named: ast.MapOf, work: ExperimentContext) -> Finding | Non
 
 
 def check_map(part: VariantFinding, work: ExperimentContext) -> None:
-    """Whether it has a number for each of some patches, and for nothing else. Raises Refused."""
+    """Check that a variant has a number for each of some patches, and for nothing else.
+
+    Raises:
+        PickError: If it doesn't.
+    """
     hint = "let it sweep patches: `at each token of image`"
     reader = work.model.tokenizer
     check_rankable_tokens(part.experiment, work.table, reader, hint, windows=True)
@@ -290,10 +319,11 @@ def check_map(part: VariantFinding, work: ExperimentContext) -> None:
 def _map_sites(
     rule: spec.Rule, maps: Sequence[VariantFinding], work: ExperimentContext
 ) -> SiteTargets | None:
-    """Cells: one for each map, or, of one experiment, for each of its cells beside its
-    positions."""
+    """Create the cells: one for each map or, for a single experiment, one for each of its cells
+    without the image positions."""
     assert rule.observed is not None
-    names = [each.span.written for each in rule.observed.maps]  # not those of results
+    # names as written, not those in results
+    names = [each.span.written for each in rule.observed.maps]
     first = maps[0]
     if len(names) == 1:
         axes, loops = first.beside, first.experiment.own_loops
@@ -322,8 +352,10 @@ def _map_sites(
 
 
 def _shown_patches(name: str, work: ExperimentContext) -> PositionCell:
-    """Those of a region, or of the image, in each row: they are shown, and neither read nor
-    written."""
+    """Return the patches of a region, or of the image, in each row.
+
+    They are displayed, but neither read nor written.
+    """
     hits: list[Hits] = []
     for row in work.table.runs["clean"].rows:
         tokens = {token for own in row.places.get(name, ()) for token in own}
@@ -332,9 +364,14 @@ def _shown_patches(name: str, work: ExperimentContext) -> PositionCell:
 
 
 def build_grids(part: VariantFinding, work: ExperimentContext) -> dict[int, Floats]:
-    """Row id → [cell, row of patches, column]: its numbers, NaN where a patch has none. A window of
-    several patches shares its number evenly among them, and a patch that several windows have gets
-    the mean of its shares."""
+    """Arrange the values of a variant by patches.
+
+    A window of several patches distributes its value evenly among them. A patch in several windows
+    has the mean of its shares.
+
+    Returns:
+        Row id → [cell, row of patches, column]; NaN for patches without a value.
+    """
     import numpy as np
 
     reader = work.model.tokenizer
@@ -371,12 +408,12 @@ SWEEP_HINT = "write `at each token of image`"
 
 @dataclass(frozen=True)
 class MapWeights:
-    """The numbers in front of maps."""
+    """Factors before maps."""
 
     axes: tuple[str, ...]
-    """Loops whose variables they name."""
+    """Loops whose variables the factors use."""
     values: Mapping[AxisIndices, tuple[float, ...]]
-    """Of each map, for every value of these loops."""
+    """Factor of each map, for every value of these loops."""
 
 
 @observation("sum")
@@ -442,7 +479,7 @@ class MapSum(MapObservation):
         positions: PositionTargets,
         work: ExperimentContext,
     ) -> MapSum:
-        """With its numbers, where the maps have been made."""
+        """Return the sum with its values, if the maps' experiments have run."""
         waits = [part.experiment.name for part in maps if part.values is None]
         if waits or work.table.stands_in:
             names = name_list(dict.fromkeys(waits))
@@ -480,7 +517,7 @@ class MapSum(MapObservation):
 
 
 def _resolve_weights(maps: Sequence[ast.MapOf], work: ExperimentContext) -> MapWeights | None:
-    """What stands in front of them; None after E0337."""
+    """Evaluate the factors before maps; None after E0337."""
     one = Amounts((), {(): 1.0})
     each = [one if own.weight is None else resolve_amounts(own.weight, work) for own in maps]
     found = [own for own in each if own is not None]
@@ -496,8 +533,10 @@ def _resolve_weights(maps: Sequence[ast.MapOf], work: ExperimentContext) -> MapW
 
 
 def _sum_cells(cells: Floats) -> Floats:
-    """[row, column]: all maps of an experiment, [cell, row, column], of which loops may leave some
-    out; NaN where one that is there has no number."""
+    """Sum the maps of an experiment, [cell, row, column], into [row, column].
+
+    Cells that loops omit don't count. NaN where an existing map has no value.
+    """
     import numpy as np
 
     there = np.isfinite(cells).any(axis=(1, 2))
@@ -505,7 +544,7 @@ def _sum_cells(cells: Floats) -> Floats:
 
 
 def _check_single_patches(positions: PositionTargets, work: ExperimentContext) -> None:
-    """Raises Refused where a cell isn't of one patch."""
+    """Check that each cell is a single patch; raise PickError otherwise."""
     reader = work.model.tokenizer
     if reader.stands_in or not isinstance(reader, ImageTokenizer):
         return

@@ -44,25 +44,25 @@ ProbeKind: TypeAlias = Literal["ridge", "logistic"]
 PROBE_KINDS: tuple[ProbeKind, ...] = ("ridge", "logistic")
 
 DEFAULT_FOLDS = 5
-"""Of a probe that says nothing else."""
+"""Default number of folds of a probe."""
 
 
 @record
 class Probe(Record):
-    """How a probe is fitted, and to what."""
+    """Targets and settings of a probe."""
 
     kind: ProbeKind
     targets: tuple[tuple[float, ...], ...]
-    """Per row of the table: numbers, or the number of its class."""
+    """Targets of each row: numbers, or the number of the row's class."""
     classes: tuple[str, ...]
-    """What classes are called."""
+    """Names of the classes."""
     folds: int
     penalty: float | None
-    """None where the fit has a penalty of its own, or chooses one."""
+    """None if the fit has a default penalty or selects one."""
     train: tuple[tuple[float, ...], ...] | None = None
-    """Of each row that it is fitted on, where these are others; no row is in a fold then."""
+    """Targets of the rows that the probe is fitted on, if they are others (without folds)."""
     trained_on: str = ""
-    """What these are called in the file."""
+    """Name of these rows in the file."""
 
 
 def resolve_probe(
@@ -73,8 +73,14 @@ def resolve_probe(
     train: PromptTable | None = None,
     kinds: Sequence[ProbeKind] = PROBE_KINDS,
 ) -> Probe | None:
-    """train: where it is fitted on other rows, these. kinds: that there are; with one of them
-    `kind` is no option. None after an error. Codes: E0207 and those of values of a row."""
+    """Resolve the targets and settings of a probe; None after an error.
+
+    Args:
+        train: Rows to fit on, if they are other rows.
+        kinds: Permitted kinds. If there is only one, `kind` is no option.
+
+    Codes: E0207 and those of values of a row.
+    """
     plain_ones = [each.value for each in call.arguments if each.name is None]
     if len(plain_ones) != 1:
         example = f"`{call.name}(count)`"
@@ -134,8 +140,10 @@ def resolve_probe(
 def evaluate_rows(
     expr: ast.Expr, table: PromptTable, diagnostics: list[Diagnostic]
 ) -> list[object] | None:
-    """What an expression is in every clean row, or `count of fewer` in those of a corruption; None
-    after an error."""
+    """Evaluate an expression in every clean row, or `count of fewer` in the rows of a corruption.
+
+    None after an error.
+    """
     if isinstance(expr, ast.QualifiedRef):
         run = expr.of.name if expr.of.part is None else f"{expr.of.name}.{expr.of.part}"
         rows = table.runs[run].rows if run in table.runs else ()
@@ -166,7 +174,7 @@ def _options(
     diagnostics: list[Diagnostic],
     kinds: Sequence[ProbeKind],
 ) -> dict[str, Any]:
-    """`folds: 5, kind: logistic, penalty: 0.1`; E0207 for what isn't one."""
+    """Read `folds: 5, kind: logistic, penalty: 0.1`; report E0207 for invalid options."""
     found: dict[str, Any] = {}
     known = [name for name in _OPTIONS if name != "kind" or len(kinds) > 1]
     for each in call.arguments:
@@ -204,7 +212,7 @@ _OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _choose_kind(values: Sequence[object]) -> ProbeKind:
-    """Numbers and lists of them are told as such, two values and all else as classes."""
+    """Choose regression for numbers and lists of numbers, classes for two values and all others."""
     numbers = all(_is_number(value) for value in values)
     if numbers:
         return "ridge" if len(set(values)) > 2 else "logistic"
@@ -214,7 +222,11 @@ def _choose_kind(values: Sequence[object]) -> ProbeKind:
 def _explain_misfit(
     kind: ProbeKind, values: Sequence[object], otherwise: str
 ) -> tuple[str, str] | None:
-    """Why values can't be told, and what to write; `otherwise` of what is no number."""
+    """Return the problem with values that can't be predicted, and a hint.
+
+    Args:
+        otherwise: Hint for values that aren't numbers.
+    """
     none = sum(value is None for value in values)
     if none:
         return f"has no value in {count_noun(none, 'row')}", "`where` to leave these rows out"
@@ -243,7 +255,10 @@ def _numbers(values: Sequence[object]) -> tuple[tuple[float, ...], ...]:
 
 
 def _classes(values: Sequence[object]) -> tuple[tuple[tuple[float, ...], ...], tuple[str, ...]]:
-    """Numbers first, by size, then texts by their letters: whatever the order of rows."""
+    """Number the classes independently of the order of rows.
+
+    Numbers come first in ascending order, then texts in alphabetical order.
+    """
     numbers = sorted({cast(float, value) for value in values if _is_number(value)})
     others = sorted({str(value) for value in values if not _is_number(value)})
     order: dict[object, float] = {value: float(n) for n, value in enumerate([*numbers, *others])}
@@ -265,7 +280,7 @@ def _bad_probe_argument(
 
 
 DEFAULT_PENALTY = 1.0
-"""Of a logistic probe that says no other."""
+"""Default penalty of a logistic probe."""
 
 PROBE_UNITS: Mapping[str, str] = {"ridge": "R²", "logistic": "share"}
 
@@ -283,7 +298,7 @@ class ProbeObservation(SiteRowSetObservation):
     controls: ClassVar[tuple[str, ...]] = ("shuffled",)
 
     def __init__(self, probe: Probe | None = None, trained_on: TrainingRows | None = None) -> None:
-        """probe: None only of the entry."""
+        """Create the observation; `probe` is None only in the registered instance."""
         self.probe, self.trained_on = probe, trained_on
         if probe is not None:
             self.form = replace(type(self).form, unit=PROBE_UNITS[probe.kind])
@@ -332,7 +347,7 @@ class ProbeObservation(SiteRowSetObservation):
 
 
 def select_targets(targets: Sequence[tuple[float, ...]], prompts: Ints) -> Floats:
-    """[row, target]"""
+    """Select the targets of some rows: [row, target]."""
     import numpy as np
 
     return np.array([targets[row] for row in prompts.tolist()], dtype=np.float64)
@@ -341,7 +356,14 @@ def select_targets(targets: Sequence[tuple[float, ...]], prompts: Ints) -> Float
 def _score_fitted(
     probe: Probe, seen: RowVectors, training: TrainingVectors, own: Floats, y: Floats, seed: int
 ) -> Floats:
-    """[row] how well each is told by a fit to other rows; own: [training row, target]."""
+    """Score predictions from a fit to other rows: [row].
+
+    Args:
+        seen: The vectors to evaluate.
+        training: The vectors to fit on.
+        own: The targets to fit on, [training row, target].
+        y: The targets to evaluate.
+    """
     import numpy as np
 
     from mechdsl.fits.regression import LogisticProbe, RidgeProbe, assign_folds, r_squared
@@ -360,7 +382,7 @@ def _score_fitted(
 
 
 def _score_held_out(probe: Probe, vectors: Floats, y: Floats, fold: Ints) -> Floats:
-    """[row] how well each is told by a fit to the other folds."""
+    """Score predictions from fits to the other folds: [row]."""
     import numpy as np
 
     from mechdsl.fits.regression import LogisticProbe, RidgeProbe, cross_validate, r_squared
@@ -373,7 +395,7 @@ def _score_held_out(probe: Probe, vectors: Floats, y: Floats, fold: Ints) -> Flo
 
 
 def _describe_probe(probe: Probe) -> Iterator[str]:
-    """How it is fitted, for the conventions."""
+    """Describe the fit in notes for tables."""
     if probe.kind == "ridge":
         several = len(probe.targets[0])
         of = f"{several} numbers together" if several > 1 else "a number"
@@ -403,17 +425,16 @@ def _describe_probe(probe: Probe) -> Iterator[str]:
 
 
 class _RoutedObservation(SiteTokenSetObservation):
-    """What both words share: the fit."""
+    """Base of the observations with a routed fit."""
 
     takes: ClassVar = ("arguments",)
     swept: ClassVar[bool]
-    """Whether it is a number of each token, so that one of several together means nothing; else the
-    other way round."""
+    """Whether it has a number for each token and needs a sweep, or combines several tokens."""
     as_written: ClassVar[str]
-    """A position that it takes."""
+    """Example of a valid position."""
 
     def __init__(self, probe: Probe | None = None, trained_on: TrainingRows | None = None) -> None:
-        """probe: None only of the entry."""
+        """Create the observation; `probe` is None only in the registered instance."""
         self.probe, self.trained_on = probe, trained_on
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
@@ -445,7 +466,14 @@ class _RoutedObservation(SiteTokenSetObservation):
     def fitted(
         self, seen: ObservedTokens, seed: int, *, dealt: bool = False
     ) -> Iterator[tuple[Bools, Routing]]:
-        """([row], the fit to others that these are told by). dealt: with the values of others."""
+        """Fit without each held-out set of rows.
+
+        Args:
+            dealt: Whether to use the shuffled targets.
+
+        Yields:
+            The held-out rows, [row], and the fit to the others.
+        """
         import numpy as np
 
         from mechdsl.fits.regression import assign_folds, shuffle_targets
@@ -468,7 +496,7 @@ class _RoutedObservation(SiteTokenSetObservation):
             yield held, self._fit(seen.own, ~held, y)
 
     def _fit(self, tokens: TokenVectors, there: Bools, y: Floats) -> Routing:
-        """there, y: [row]"""
+        """Fit to the rows selected by `there`, [row], with targets y, [row, target]."""
         from mechdsl.fits.regression import fit_routing
 
         return fit_routing(*tokens.of_rows(there), y[there], self._penalty)
@@ -530,8 +558,10 @@ class RoutedProbe(_RoutedObservation):
         return [told(y, dealt=False), told(self._dealt(seen, y, seed), dealt=True)]
 
     def _dealt(self, seen: ObservedTokens, y: Floats, seed: int) -> Floats:
-        """What the control is to tell: the values of other rows, but where it is fitted on rows
-        that aren't these."""
+        """Return the targets of the control.
+
+        These are the shuffled targets, or the row's own targets if the fit is on other rows.
+        """
         from mechdsl.fits.regression import shuffle_targets
 
         return y if seen.training is not None else shuffle_targets(seen.own.keys, y, seed)

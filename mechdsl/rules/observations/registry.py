@@ -44,8 +44,7 @@ class ObservationKind(Observation):
         raise NotImplementedError
 
     def clauses_fit(self, rule: spec.Rule, work: ExperimentContext) -> bool:
-        """Report E0207 for clauses that the observation doesn't accept, and for missing
-        positions."""
+        """Report E0207 for clauses that it doesn't accept, and for missing positions."""
         said = rule.observed
         assert said is not None
         given = {
@@ -74,7 +73,6 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
     """Register a kind of observation under the word after `observe`.
 
     Args:
-        word: The word.
         unit: The unit of its value.
 
     Raises:
@@ -145,8 +143,7 @@ class SiteObservation(ObservationKind):
 
 
 def _names_logits(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
-    """Return whether the line observes the model's output, and report it: measures read the
-    output."""
+    """Report a line that observes the model's output, which measures read."""
     assert rule.site is not None
     found = any(point.site == "logits" for point in iter_points(sites))
     if found:

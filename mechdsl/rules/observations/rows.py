@@ -50,11 +50,11 @@ if TYPE_CHECKING:
 
 
 MAX_ROW_NUMBERS = 1 << 29
-"""Of the vectors that one cell is made of, at most: rows times width."""
+"""Maximum size of the vectors of one cell: rows times width."""
 
 
 def check_no_rules(rule: spec.Rule, work: ExperimentContext, reason: str) -> bool:
-    """E0207, with a reason, where rules act in the experiment."""
+    """Report E0207 with a reason if the experiment has rules that act."""
     if all(each.verb == "observe" for each in work.experiment.rules):
         return True
     assert rule.observed is not None
@@ -64,7 +64,7 @@ def check_no_rules(rule: spec.Rule, work: ExperimentContext, reason: str) -> boo
 
 
 class SiteRowSetObservation(RowSetObservation, SiteObservation):
-    """`observe WORD SITE at POSITIONS`, of vectors of all rows."""
+    """`observe WORD SITE at POSITIONS`, computed from the vectors of all rows."""
 
     of_several: ClassVar[str] = "a row's vector is the mean over its tokens"
 
@@ -74,7 +74,7 @@ class SiteRowSetObservation(RowSetObservation, SiteObservation):
         return found if check_no_rules(rule, work, made) else None
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
-        """E0207 for vectors that differ in width between rows, and for more than there is room."""
+        """Report E0207 for vectors whose width differs between rows, and for too many numbers."""
         for points in sites.points.values():
             over_keys = [point.site for point in points if SITES[point.site].width == "key"]
             if over_keys:
@@ -107,17 +107,17 @@ class SiteRowSetObservation(RowSetObservation, SiteObservation):
         yield Convention("observed", "; ".join([*parts, *self.said(rule)]))
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
-        """What else a table has to say of it."""
+        """Yield further notes for tables."""
         yield from ()
 
 
 class SiteTokenSetObservation(TokenSetObservation, SiteRowSetObservation):
-    """The same of vectors of all tokens of its positions."""
+    """`observe WORD SITE at POSITIONS`, computed from the vectors of all tokens."""
 
     of_several: ClassVar[str] = "a row's number is the mean over its tokens"
 
     def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: ExperimentContext) -> bool:
-        """E0207 for more than there is room for."""
+        """Report E0207 for too many numbers."""
         assert found.sites is not None
         every = join_positions(found.positions.written.values())
         tokens = sum(len(tokens) for row in every.hits for tokens in row)
@@ -132,13 +132,13 @@ class SiteTokenSetObservation(TokenSetObservation, SiteRowSetObservation):
 
 
 def count_numbers(point: SitePoint, shape: ModelShape) -> int:
-    """How many there are in one vector."""
+    """Return the size of one vector."""
     several = unit_count(shape, point.site, point.layer) if point.unit is None else 1
     return several * vector_width(shape, point.site, point.layer)
 
 
 def resolve_compared_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTargets | None:
-    """The sites behind `with`, whose axes are `to_layer`, `to_head`; None after an error."""
+    """Resolve the sites after `with`, with axes `to_layer` and `to_head`; None after an error."""
     assert rule.receiver is not None
     found, axes = resolve_site(rule.receiver, work.sites)
     for axis in axes:
@@ -150,7 +150,7 @@ def resolve_compared_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTarg
 
 
 def repeat_sites(sites: SiteTargets, axis: str, count: int) -> SiteTargets:
-    """Each combination `count` times, along an axis of its own."""
+    """Repeat each combination `count` times along a new axis."""
     return replace(
         sites,
         axes=(*sites.axes, axis),
@@ -160,7 +160,7 @@ def repeat_sites(sites: SiteTargets, axis: str, count: int) -> SiteTargets:
 
 
 class _RankObservation(SiteRowSetObservation):
-    """How many dimensions the vectors take up: one number of all rows."""
+    """Dimensionality of the vectors, a single number for all rows."""
 
     spread: Literal["rows", "unknown", "none"] = "unknown"
 
@@ -168,7 +168,11 @@ class _RankObservation(SiteRowSetObservation):
         yield "of the rows around their mean"
 
     def number(self, singular: Floats, seen: RowVectors) -> float:
-        """singular: [value] of the centred rows."""
+        """Compute the number.
+
+        Args:
+            singular: Singular values of the centred rows, [value].
+        """
         raise NotImplementedError
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
@@ -216,8 +220,10 @@ class EffectiveRank(_RankObservation):
 def resolve_training_rows(
     rule: spec.Rule, found: ResolvedRule, work: ExperimentContext
 ) -> TrainingRows | None:
-    """The rows behind `train:`, at the positions of the line; None where there are none, and after
-    an error."""
+    """Resolve the rows after `train:` at the positions of the rule.
+
+    None if there are none, and after an error.
+    """
     said = rule.observed
     named = None if said is None else training_rows(said.call)
     if named is None or said is None:
@@ -260,13 +266,13 @@ def resolve_training_rows(
 
 
 def _source_images(rows: Sequence[RunRow]) -> set[str]:
-    """What the images are made of that rows are, or are tiles of."""
+    """Return the source images of rows that are images or tiles of images."""
     images = (row.image for row in rows if row.image is not None)
     return {replace(image.uncut, changes=()).content() for image in images}
 
 
 MAX_CKA_ROWS = 5000
-"""Rows of a CKA at most: it holds all pairs of them."""
+"""Maximum number of rows for CKA, which keeps all pairs of rows in memory."""
 
 
 @observation("similarity", unit="cosine")
@@ -372,7 +378,7 @@ class Similarity(SiteRowSetObservation):
 
 
 class SimilarityBetweenRuns(Similarity):
-    """The cosine with the vector at the same position of another run."""
+    """Cosine with the vector at the same position in another run."""
 
     reads: ClassVar = "run"
 
@@ -381,13 +387,13 @@ class SimilarityBetweenRuns(Similarity):
 
 
 def match_run(site: ast.Site, work: ExperimentContext) -> str | None:
-    """The run that stands where a site may."""
+    """Return the run that is named where a site is permitted; None if no run has this name."""
     name = "" if site.bare is None else site.bare.id
     return name if name in work.table.runs and name not in SITES else None
 
 
 def is_unknown_name(site: ast.Site, work: ExperimentContext) -> bool:
-    """E0203 for a name that is neither a run nor one of a site."""
+    """Report E0203 for a name that is neither a run nor part of a site."""
     name = site.bare
     if name is None or name.id in (*SITES, *work.loops, *work.program.groups):
         return False
@@ -447,7 +453,7 @@ class Cka(SiteRowSetObservation):
         first = np.unique(index, return_index=True)[1]
         kernels = (linear_kernel(each[first]) for each in (seen.vectors, seen.other))
         each = cka_per_row(*kernels)
-        # Rows that look alike share what one of them contributes, so that the mean stays.
+        # Rows with equal vectors share one contribution, so that the mean is unchanged.
         copies, mean = np.bincount(index), each.mean()
         shared = mean + (each - mean) * len(seen.keys) / len(first) / copies
         return [shared[index]]
@@ -458,7 +464,7 @@ class Cka(SiteRowSetObservation):
 
 
 class CkaBetweenRuns(Cka):
-    """Of a site with itself in another run."""
+    """CKA of a site with the same site in another run."""
 
     reads: ClassVar = "run"
 
@@ -506,7 +512,7 @@ class RandomNumber(SiteRowSetObservation):
 
 
 MAX_CLUSTERS = 64
-"""Clusters that a line may ask for."""
+"""Maximum number of clusters."""
 
 
 @observation("clusters", unit="probability")
@@ -525,7 +531,13 @@ class Clusters(SiteTokenSetObservation):
     def __init__(
         self, count: int = 0, trained_on: TrainingRows | None = None, train: str = ""
     ) -> None:
-        """count: 0 only of the entry. train: what the rows that it is fitted on are called."""
+        """Create the observation.
+
+        Args:
+            count: Number of clusters; 0 only in the registered instance.
+            trained_on: Rows to fit on, if they are other rows.
+            train: Name of these rows in the file.
+        """
         self.count, self.trained_on, self.train = count, trained_on, train
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
@@ -552,7 +564,7 @@ class Clusters(SiteTokenSetObservation):
         return other or super().read_run(rule, work)
 
     def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: ExperimentContext) -> bool:
-        """E0207 too where tokens of two runs, in their order, aren't each other's."""
+        """Report E0207 also for tokens whose order differs between two runs."""
         for row in range(len(work.table)):
             pairs = sorted(_token_pairs(found.positions, row))
             if any(a == c or b >= d for (a, b), (c, d) in pairwise(pairs)):
@@ -562,7 +574,7 @@ class Clusters(SiteTokenSetObservation):
         return super().positions_fit(rule, found, work)
 
     def fitted(self, seen: ObservedTokens, seed: int) -> Mixture:
-        """The same whatever the order of rows."""
+        """Fit the mixture independently of the order of rows."""
         import numpy as np
 
         from mechdsl.fits.geometry import fit_mixture
@@ -584,12 +596,12 @@ class Clusters(SiteTokenSetObservation):
         yield from self.told()
 
     def told(self) -> Iterator[str]:
-        """What its number is."""
+        """Yield notes on the meaning of its number."""
         yield "its probability is that of Gaussians around the centres, of one variance in all"
 
 
 class ClusterAgreement(Clusters):
-    """Whether the token's likeliest cluster is the same in another run."""
+    """Agreement of a token's most likely cluster with that in another run."""
 
     reads: ClassVar = "run"
     counts = ""
@@ -605,7 +617,7 @@ class ClusterAgreement(Clusters):
 
 
 def _token_pairs(positions: PositionTargets, row: int) -> set[tuple[int, int]]:
-    """(token, the token at the same place in the run that is read)."""
+    """Return pairs of a token and the corresponding token in the run that is read."""
     cells = zip(positions.written.values(), positions.read.values(), strict=True)
     return {
         pair
@@ -616,12 +628,12 @@ def _token_pairs(positions: PositionTargets, row: int) -> set[tuple[int, int]]:
 
 
 def _likeliest_cluster(fit: Mixture, tokens: TokenVectors) -> Floats:
-    """[token]"""
+    """Return the most likely cluster of each token: [token]."""
     return fit(tokens.vectors).argmax(axis=1).astype(float)
 
 
 def _read_count(rule: spec.Rule, work: ExperimentContext) -> int | None:
-    """How many clusters; E0207 for another argument, and for none."""
+    """Read the number of clusters; report E0207 for a missing number or other arguments."""
     said = rule.observed
     assert said is not None
     arguments = () if said.call is None else said.call.arguments

@@ -390,8 +390,7 @@ class DirectLogit(SiteObservation):
 
 
 def _use_head_outputs(sites: SiteTargets) -> SiteTargets:
-    """Replace `z` by `head_out`, because `layer * head *` refers to what heads add to the
-    stream."""
+    """Replace `z` by `head_out`: here, heads are observed by what they add to the stream."""
     points = {
         key: tuple(replace(p, site="head_out") if p.site == "z" else p for p in here)
         for key, here in sites.points.items()

@@ -34,9 +34,9 @@ class WeightObservation(RowSetObservation, ObservationKind):
     reads_vectors = False
     of_weights = True
     folded: ClassVar[str] = FOLDED_NOTE
-    """What of norms, biases and positions is in the maps."""
+    """Note on the treatment of norms, biases and positions."""
     compares: ClassVar[bool] = False
-    """Whether a second site stands behind `with`."""
+    """Whether a second site follows `with`."""
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.site is not None
@@ -73,7 +73,7 @@ class WeightObservation(RowSetObservation, ObservationKind):
         )
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
-        """E0207 where a cell isn't one head."""
+        """Report E0207 for cells that aren't a single head."""
         return check_single_units(
             rule, sites, work, "z", "head", "write `layer * head *`, or `L1H2`"
         )
@@ -84,14 +84,14 @@ class WeightObservation(RowSetObservation, ObservationKind):
         yield Convention("observed", "; ".join(parts))
 
     def said(self) -> Iterator[str]:
-        """What else a table has to say of it."""
+        """Yield further notes for tables."""
         yield from ()
 
 
 def check_single_units(
     rule: spec.Rule, sites: SiteTargets, work: ExperimentContext, site: str, unit: str, hint: str
 ) -> bool:
-    """E0207 where a cell isn't one unit of a site."""
+    """Report E0207 for cells that aren't a single unit of a site."""
     for points in sites.points.values():
         if [(point.site, point.unit is None) for point in points] != [(site, False)]:
             report_bad_observation(rule, work, f"is of one {unit} at a time", hint)
@@ -126,7 +126,7 @@ class Matching(WeightObservation):
 def read_option_word(
     rule: spec.Rule, words: Mapping[str, str], reason: str, work: ExperimentContext
 ) -> str | None:
-    """The one word in brackets; E0207 for another, with `reason`, and for none."""
+    """Read the single word in parentheses; report E0207 with `reason` for another word, or none."""
     said = rule.observed
     assert said is not None
     call = said.call
@@ -158,7 +158,7 @@ class Composition(WeightObservation):
     leads_on = True
 
     def __init__(self, by: str = "") -> None:
-        """by: q, k or v; empty only of the entry."""
+        """Create the observation for `by` q, k or v; empty only in the registered instance."""
         self.by = by
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
@@ -190,7 +190,7 @@ class SingularValues(WeightObservation):
     counts = "value"
 
     def __init__(self, of: str = "") -> None:
-        """of: ov or qk; empty only of the entry."""
+        """Create the observation for `of` ov or qk; empty only in the registered instance."""
         self.of = of
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
@@ -219,7 +219,7 @@ class SingularValues(WeightObservation):
 
 
 MIN_TEXTS = 3
-"""Texts: of two there is no other to be ranked behind the successor."""
+"""Minimum number of texts: with two, there is none to rank below the successor."""
 
 
 @observation("successor", unit="share")
@@ -239,7 +239,13 @@ class Successor(WeightObservation):
     )
 
     def __init__(self, tokens: Sequence[int] = (), texts: Sequence[str] = ()) -> None:
-        """Each is followed by the next; none only of the entry."""
+        """Create the observation.
+
+        Args:
+            tokens: The token of each text, each followed by its successor; empty only in the
+                registered instance.
+            texts: The texts as written.
+        """
         self.tokens, self.texts = tuple(tokens), tuple(texts)
 
     def form_of(self, name: str) -> MetricForm:
@@ -264,7 +270,7 @@ class Successor(WeightObservation):
 
 
 def _tokens(rule: spec.Rule, work: ExperimentContext) -> list[int] | None:
-    """Of each text, without a prompt in front; None after an error. Code: E0207."""
+    """Return the token of each text, without a prompt before it; None after E0207."""
     said, tokenizer = rule.observed, work.model.tokenizer
     assert said is not None
     arguments = () if said.call is None else said.call.arguments
@@ -304,7 +310,7 @@ class ValueVectors(WeightObservation):
     )
 
     def __init__(self, top: int = 0) -> None:
-        """top: how many tokens are listed."""
+        """Create the observation, which lists the `top` tokens of each neuron."""
         self.top = top
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
@@ -327,7 +333,7 @@ class ValueVectors(WeightObservation):
 
 
 class TokenValueVectors(ValueVectors):
-    """What it adds to the logits that stand behind `toward`, which are those of each row."""
+    """The contribution of a neuron to the logits after `toward`, which depend on the row."""
 
     gives: ClassVar[Literal["number", "logits"]] = "logits"
     spread: Literal["rows", "unknown", "none"] = "rows"
