@@ -1,5 +1,5 @@
-"""Everything that can be refused without running: `mechdsl validate`.
+"""Every check that needs no run: `mechdsl validate`.
 
 In: the text of a file. Out: resolved experiments, or diagnostics. Imports rules and below; no
-torch, and numpy for images of shapes alone.
+torch, and numpy only for generated images.
 """

@@ -1,4 +1,4 @@
-"""Conditions of expectations with their names bound, and the cells and measures that they name."""
+"""Conditions of expectations with bound names, and the cells and measures that they refer to."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from mechdsl.resolve.cells import CellKey
 
 
-# --- which cells --------------------------------------------------------------------------------
+# --- cells --------------------------------------------------------------------------------------
 
 SHORT_COMPONENTS = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
-"""`L3.mlp` is `mlp_out layer 3`."""
+"""Short names of components: `L3.mlp` is `mlp_out layer 3`."""
 
 _SITE = re.compile(r"(?:L(?P<layer>[^HN.]+)(?:(?P<unit>[HN])(?P<index>[^.]+))?\.)?(?P<name>\w+)")
-"""`L2H0.z`, `L0-2.resid_post`, `L3H*.z`, `embed`."""
+"""A site: `L2H0.z`, `L0-2.resid_post`, `L3H*.z`, `embed`."""
 
 _UNITS = {"H": "head", "N": "neuron"}
 
@@ -39,18 +39,21 @@ CoordinateValues = dict[str, int | float | str]
 
 
 def component_name(name: str) -> str:
-    """The registered name of a component that may be written short."""
+    """Return the registered name of a component from its name or short name."""
     return SHORT_COMPONENTS.get(name, name)
 
 
 def cell_coordinates(cell: CellKey) -> tuple[CoordinateValues, set[str]]:
-    """All coordinates of a cell, those included that its experiment doesn't sweep but its site's
-    name shows, and its components (several where rules act together)."""
+    """Return a cell's coordinates and components.
+
+    Coordinates include those that only the site's name contains; rules that act together have
+    several components.
+    """
     found: CoordinateValues = {}
     components: set[str] = set()
     rules = cell.site.split(" + ")
     for rule in rules:
-        # `L0H2.z → L1H1.k`: a path is at its sender, and its receiver has axes of its own.
+        # `L0H2.z → L1H1.k`: a path's site is its sender; its receiver has separate axes.
         for written, prefix in zip(rule.split(" → "), ("", "to_"), strict=False):
             part = _SITE.fullmatch(written)
             if part is None:
@@ -68,15 +71,15 @@ def cell_coordinates(cell: CellKey) -> tuple[CoordinateValues, set[str]]:
 
 @record
 class CellSelection(Record):
-    """Which cells are meant: ranges of coordinates, and a component."""
+    """A selection of cells by ranges of coordinates and a component."""
 
     text: str
     ranges: Mapping[str, tuple[tuple[int | float | str, int | float | str], ...]]
-    """Axis -> ranges with both ends included, one of which has to hold it."""
+    """Axis → ranges with inclusive ends; a cell must be in one of them."""
     component: str | None = None
 
     def matches(self, cell: CellKey, open_axes: Collection[str] = ()) -> bool:
-        """open_axes: those of which a cell may have any value, for it isn't known yet."""
+        """Whether a cell is selected; in `open_axes` it may have any value, as yet unknown."""
         coordinates, components = cell_coordinates(cell)
         named = self.component if COMPONENT_AXIS not in open_axes else None
         if named and components and named not in components:
@@ -88,13 +91,13 @@ class CellSelection(Record):
         )
 
     def find(self, cells: Iterable[CellKey]) -> list[int]:
-        """Indices of the cells that are meant."""
+        """Return the indices of the selected cells."""
         return [index for index, cell in enumerate(cells) if self.matches(cell)]
 
 
 def _within(value: int | float | str, low: int | float | str, high: int | float | str) -> bool:
     if isinstance(value, str) and isinstance(low, Percent) and value.endswith("%"):
-        value = float(value[:-1])  # a layer by its relative depth
+        value = float(value[:-1])  # a layer as a relative depth
     if isinstance(value, str) or isinstance(low, str) or isinstance(high, str):
         return str(value) == str(low)
     return low <= value <= high
@@ -110,13 +113,13 @@ class ConstantValue(Record):
 
 @record
 class CellAggregate(Record):
-    """One number of the cells of a measure. `only` and `cell` read a single one."""
+    """An aggregate over the cells of a measure; `only` and `cell` read a single cell."""
 
     how: Literal["max", "min", "mean", "cell", "only"]
     measure: int
     where: tuple[CellSelection, ...] = ()
     experiment: str | None = None
-    """`delta of other`: whose measure it is, `measure` counts there; None is this experiment."""
+    """Name of the other experiment in `delta of other`; `measure` is an index into its measures."""
 
 
 @record
@@ -126,7 +129,7 @@ class Accuracy(Record):
 
 @record
 class Correlation(Record):
-    """Over the cells that both experiments have."""
+    """A correlation over the cells that both experiments have."""
 
     how: Literal["spearman", "pearson"]
     measure: int
@@ -147,7 +150,7 @@ class Absolute(Record):
 
 @record
 class Area(Record):
-    """Under the curve of a measure over an axis, divided by the axis's range."""
+    """The area under the curve of a measure over an axis, divided by the axis's range."""
 
     measure: int
     axis: str
@@ -156,15 +159,15 @@ class Area(Record):
 
 @record
 class Ranking(Record):
-    """`auroc(effect, truth)`: how well an effect ranks what is true."""
+    """`auroc(effect, truth)`: how well an effect ranks positive cells or rows."""
 
     measure: int
     where: tuple[CellSelection, ...] = ()
-    """Which cells are ranked; with a column, the one whose rows are."""
+    """The ranked cells; with a column, the cell whose rows are ranked."""
     truth: tuple[CellSelection, ...] | None = None
-    """A cell that one of these names is true; None where a column says what is."""
+    """Selections of positive cells; None if a column defines positive rows."""
     column: str | None = None
-    """A variable of the prompts that is true or false, over the rows of one cell."""
+    """A Boolean variable of the prompts, over the rows of one cell."""
 
 
 ConditionValue = (
@@ -175,8 +178,8 @@ _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def truth_value(value: object) -> bool | None:
-    """What a value of the prompts says, as far as it is a truth value; 0 and 1 are, and a column
-    of CSV has them as texts."""
+    """Convert a value of the prompts to a truth value, if possible; 0 and 1 are valid, also as
+    texts from a CSV column."""
     if isinstance(value, str):
         return _TRUTHS.get(value.strip().lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
@@ -236,22 +239,22 @@ class Negation(Record):
 Condition = Comparison | BandCondition | BestCellCondition | LogicalCondition | Negation
 
 ExpectStatement = Condition | TopCellsCondition
-"""What stands behind `expect`."""
+"""The content of an `expect` line."""
 
 
 @dataclass(frozen=True)
 class KnownMeasure:
-    """A measure as far as an expectation can name it."""
+    """The names of a measure for expectations."""
 
     label: str
     effect: str
     kind: Literal["number", "category"] = "number"
     word: str = ""
-    """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
+    """The metric of a single term (`prob` of `prob(answer)`); empty for other expressions."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """`ld at item 1 token` is called `ld` too."""
+        """All names: `ld at item 1 token` is also called `ld`."""
         return measure_names(self.label)
 
     @property
@@ -261,10 +264,10 @@ class KnownMeasure:
 
 
 def naming_hint(measures: Sequence[KnownMeasure], found: Sequence[int], of: str = "") -> str:
-    """How one of several measures that a name could mean is named, or what gives it a name of its
-    own.
+    """Return a hint that disambiguates measures or suggests a unique name.
 
-    of: behind it, where the measures are another experiment's (` of other`).
+    Args:
+        of: Suffix for the measures of another experiment (` of other`).
     """
     named = [(each.effect, each.metric) for each in measures]
     for effect, metric in (named[i] for i in found):
@@ -281,36 +284,36 @@ def naming_hint(measures: Sequence[KnownMeasure], found: Sequence[int], of: str 
 
 @dataclass(frozen=True)
 class KnownNames:
-    """What an experiment has that an expectation may name."""
+    """The names in an experiment that an expectation may refer to."""
 
     measures: Sequence[KnownMeasure]
     axes: Sequence[str] = ()
     runs: Sequence[str] = ()
-    """Where the prompts have no answer, so that none has an accuracy, E0516 says so."""
+    """Runs. If the prompts have no answer, E0516 reports that there is no accuracy."""
     experiments: Sequence[str] = ()
-    """The others of the file."""
+    """Names of the file's other experiments."""
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     """Second names of axes."""
     cells: Sequence[CellKey] | None = None
-    """None as long as they aren't known."""
+    """Cells; None while they are unknown."""
     perhaps: Collection[str] = ()
-    """Axes that the experiment may not have: it isn't known either."""
+    """Axes that the experiment may not have, because it isn't fully known."""
     open_axes: Collection[str] = ()
-    """Axes of which a cell may have any value, for it isn't known yet."""
+    """Axes along which a cell may have any value, because its value isn't known yet."""
     name: str = ""
-    """The experiment's own."""
+    """The experiment's own name."""
     others: Mapping[str, KnownNames] = field(default_factory=dict[str, "KnownNames"])
-    """What those of the file have whose measures may be named; those that are lost are missing."""
+    """Names in other experiments with measures that may be referenced, except lost ones."""
     groups: Mapping[str, Sequence[ast.Site]] = field(default_factory=dict[str, Sequence[ast.Site]])
     """Groups of sites of the file."""
     columns: Mapping[str, Sequence[Any]] | None = field(default_factory=dict[str, Sequence[Any]])
-    """Variables of the prompts, row by row; None as long as they aren't known."""
+    """Variables of the prompts, row by row; None while they are unknown."""
     all_rows: bool = True
-    """Whether columns have every row; else some are missing that the run has."""
+    """Whether columns contain every row of the run."""
 
     @property
     def one_cell(self) -> bool:
-        """Whether there is one cell, as far as is known."""
+        """Whether there is only one cell, as far as is known."""
         if self.cells is not None and not self.open_axes:
             return len(self.cells) == 1
         return all(axis in self.perhaps for axis in self.axes)
@@ -322,7 +325,7 @@ AxisRanges = tuple[tuple[AxisNumber, AxisNumber], ...]
 
 
 class RefusedCondition(Exception):
-    """Why an expectation can't be read."""
+    """Raised with the reason why an expectation is invalid."""
 
     def __init__(self, diagnostic: Diagnostic) -> None:
         super().__init__(diagnostic.message)
@@ -330,12 +333,12 @@ class RefusedCondition(Exception):
 
 
 def unreadable_expectation(span: Span, reason: str, hint: str) -> RefusedCondition:
-    """E0606."""
+    """Return the exception for E0606."""
     return RefusedCondition(UnreadableExpectation(span=span, reason=reason, hint=hint))
 
 
 def parse_selection(node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> CellSelection:
-    """A site as a filter of cells. Raises RefusedCondition with E0203, E0321 or E0606."""
+    """Convert a site to a cell filter; raises RefusedCondition with E0203, E0321 or E0606."""
     text = node.span.written
     hint = "write a site such as `L9H9` or `L3.resid`"
     if isinstance(node, ast.ShortSite):
@@ -360,7 +363,7 @@ def parse_selection(node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> Cel
 def ascending_range(
     low: AxisNumber, high: AxisNumber, span: Span
 ) -> tuple[tuple[AxisNumber, AxisNumber]]:
-    """A range of an axis; E0321 where it holds nothing."""
+    """Return a range of an axis; E0321 if it is empty."""
     if isinstance(low, int | float) and isinstance(high, int | float) and high < low:
         found = EmptyRange(span=span, text=span.written, low=f"{high:g}", high=f"{low:g}")
         raise RefusedCondition(found)
@@ -368,7 +371,7 @@ def ascending_range(
 
 
 def _component(name: str, span: Span) -> str:
-    """The full name of a component that there is."""
+    """Return the full name of a component, which must exist."""
     found = component_name(name)
     if found not in SITES:
         raise RefusedCondition(unknown_component(name, span, SHORT_WORDS))
@@ -376,7 +379,7 @@ def _component(name: str, span: Span) -> str:
 
 
 def _axis(axis: ast.Axis) -> AxisRanges:
-    """The ranges of an axis; none for `*`."""
+    """Return the ranges of an axis; empty for `*`."""
     found: list[tuple[AxisNumber, AxisNumber]] = []
     for value in axis.values:
         if isinstance(value, ast.Star):
@@ -407,11 +410,11 @@ EXPECTATION_FUNCTIONS = (
     "max", "min", "mean", "abs", "auc", "auroc", "accuracy", "spearman", "pearson", "argmax",
     "argmin",
 )  # fmt: skip
-"""What an expectation calculates with."""
+"""Functions of expectations."""
 
 
 def _written(axis: str, value: AxisLabel) -> str:
-    """How a value of an axis is named: `layer: 2`, `position: "last token"`."""
+    """Format a value of an axis: `layer: 2`, `position: "last token"`."""
     return f'{axis}: "{value}"' if isinstance(value, str) else f"{axis}: {value}"
 
 
@@ -420,7 +423,7 @@ def _squeezed(text: str) -> str:
 
 
 class CellReader:
-    """Reads measures and cells of one experiment: of the one that expects, or of another one."""
+    """Reads measures and cells of one experiment: the expecting one or another one."""
 
     def __init__(self, known: KnownNames, *, of_other: bool = False) -> None:
         self.known = known
@@ -429,19 +432,19 @@ class CellReader:
 
     @property
     def experiment(self) -> str | None:
-        """The name of another experiment; None is the one that expects."""
+        """The name of another experiment; None for the expecting one."""
         return self.known.name if self.of_other else None
 
     @property
     def example(self) -> str:
-        """How one of its cells is named."""
+        """An example of a cell's name."""
         if not self.known.cells or self.known.open_axes:
             return "L9H9"
         return ", ".join(_written(axis, at) for axis, at in self.known.cells[0].coords.items())
 
     @property
     def true_example(self) -> str:
-        """What may be true in `auroc(measure, …)`: a group, else a site."""
+        """An example of a truth in `auroc(measure, …)`: a group, otherwise a site."""
         if self.known.groups:
             return next(iter(self.known.groups))
         cells = () if self.known.open_axes else self.known.cells or ()
@@ -450,15 +453,16 @@ class CellReader:
     # --- measures
 
     def labelled(self, node: ast.Expr) -> list[int]:
-        """Measures whose metric is written exactly so."""
+        """Return the measures whose metric has exactly this text."""
         text = _squeezed(node.span.written)
         measures = self.known.measures
         return [i for i, m in enumerate(measures) if text in map(_squeezed, m.names)]
 
     def measure(self, node: ast.Expr, *, called: bool = False) -> int:
-        """The one measure that a name, `recovery of ld` or a metric as written means.
+        """Return the single measure that a name, `recovery of ld` or a metric's text refers to.
 
-        called: arguments stand behind it, so that it may have been meant as a function.
+        Args:
+            called: Whether arguments follow, so that a function may have been meant.
         """
         measures = self.known.measures
         text = node.span.written
@@ -468,7 +472,7 @@ class CellReader:
             found = [i for i, m in enumerate(measures) if node.id in (m.effect, *m.names)]
             numbers = [i for i in found if measures[i].kind == "number"]
             found = numbers or found
-            # `prob` is short for the one `prob(answer)`.
+            # `prob` is short for the only measure `prob(answer)`.
             found = found or [
                 i
                 for i, m in enumerate(measures)
@@ -513,7 +517,7 @@ class CellReader:
     # --- cells
 
     def find(self, where: Sequence[CellSelection]) -> list[int]:
-        """The cells that are meant, once each where they differ in nothing that is known."""
+        """Return the selected cells, without duplicates in their known coordinates."""
         cells, unknown = self.known.cells or (), self.known.open_axes
         found: dict[object, int] = {}
         for i, cell in enumerate(cells):
@@ -533,7 +537,7 @@ class CellReader:
         raise unreadable_expectation(span, f"{count} cells are at {text}", example)
 
     def _apart(self, found: Sequence[int]) -> str:
-        """What tells one of these cells from another."""
+        """Describe what distinguishes these cells."""
         cells = self.known.cells or ()
         coords = [cells[number].coords for number in found]
         for axis, value in coords[0].items():
@@ -544,7 +548,7 @@ class CellReader:
     def one_of(
         self, site: ast.Expr | ast.Site, among: Sequence[CellSelection] = ()
     ) -> CellSelection:
-        """A site that one of these cells has; of no cell, nothing would ever be found true."""
+        """Parse a site that at least one of these cells has; otherwise it would never match."""
         own = parse_selection(site)
         where = (own, *among)
         if self.known.cells is not None and not self.find(where):
@@ -560,7 +564,7 @@ class CellReader:
         )
 
     def named(self, axis: str, argument: ast.Argument) -> CellSelection:
-        """`position: "last token"`, `layer: 2`."""
+        """Parse `position: "last token"`, `layer: 2`."""
         number, axis = axis, self.known.aliases.get(axis, axis)  # `item: 3` is a number
         if axis not in self.known.axes:
             listed = name_list(self.known.axes) or "none"
@@ -590,7 +594,7 @@ class CellReader:
                 raise unreadable_expectation(argument.span, "not a value of an axis", hint)
 
     def label(self, value: ast.String, axis: str) -> None:
-        """E0203 for a word that an axis doesn't have, as far as its values are known."""
+        """Report E0203 for a label that an axis doesn't have, if its labels are known."""
         if self.known.cells is None or axis in self.known.open_axes:
             return
         found = (cell.coords[axis] for cell in self.known.cells if axis in cell.coords)
@@ -604,7 +608,7 @@ class CellReader:
             )
 
     def end(self, node: ast.Expr) -> float:
-        """An end of a range of cells: `50%` is 50 on an axis, as its cells say it."""
+        """Return an end of a range of cells; `50%` is 50, as in the labels of cells."""
         match node:
             case ast.Percent():
                 return Percent(node.value)
@@ -614,7 +618,7 @@ class CellReader:
                 return self.constant(node)
 
     def constant(self, node: ast.Expr) -> float:
-        """A number, also one with a sign or written as a sum."""
+        """Return a number, which may have a sign or be a sum."""
         match node:
             case ast.Number():
                 return float(node.value)
@@ -629,8 +633,10 @@ class CellReader:
 
 
 def truth_column(argument: ast.Argument, of: CellReader) -> str | None:
-    """The variable of the prompts that is meant, whose values are true or false; None where it is
-    a group or sites. E0201 where it is nothing, E0606 where it is several or no truth value."""
+    """Return the Boolean variable of the prompts that an argument names; None for a group or sites.
+
+    Codes: E0201 for unknown names, E0606 for ambiguous ones and for variables that aren't Boolean.
+    """
     name = _lone_name(argument)
     if name is None:
         return None
@@ -657,7 +663,7 @@ def truth_column(argument: ast.Argument, of: CellReader) -> str | None:
 
 
 def _check_values(name: str, values: Sequence[object], span: Span, *, all_rows: bool) -> None:
-    """E0606 for a variable that isn't both true and false."""
+    """Report E0606 for a variable that isn't both true and false."""
     hint = "take one that is 0 or 1, such as `large = if count > 5 then 1 else 0`"
     other = next((value for value in values if truth_value(value) is None), None)
     if other is not None:
@@ -671,8 +677,8 @@ def _check_values(name: str, values: Sequence[object], span: Span, *, all_rows: 
 def true_cells(
     argument: ast.Argument, where: Sequence[CellSelection], of: CellReader
 ) -> tuple[CellSelection, ...]:
-    """The sites of a group or a list, one of which a cell has to have to be true. E0606 for one
-    that no cell has, and where all cells that are ranked are true, or none."""
+    """Return the sites of a group or a list, which make a cell positive. Report E0606 for a site
+    that no cell has, and if all ranked cells, or none, are positive."""
     found = tuple(parse_selection(site) for site in _sites(argument, of))
     span, cells = argument.value.span, of.known.cells
     if cells is None:
@@ -716,7 +722,7 @@ def _lone_name(argument: ast.Argument) -> str | None:
 
 
 def _name(value: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> str | None:
-    """A lone word, which reads as a group of sites too."""
+    """Return a lone word, which also parses as a group of sites."""
     if isinstance(value, ast.Site) and len(value.names) == 1 and not value.axes:
         return value.names[0].id
     return value.id if isinstance(value, ast.Name) else None

@@ -62,14 +62,14 @@ from mechdsl.vocab.reports import check_report
 
 
 def check_expectation(expectation: spec.Expectation, known: KnownNames) -> list[Diagnostic]:
-    """What is wrong with an expectation, before anything is run: E0108, E02xx, E0605, E0606."""
+    """Check an expectation before the run: E0108, E02xx, E0605, E0606."""
     return read_expectation(expectation, known)[1]
 
 
 def read_expectation(
     expectation: spec.Expectation, known: KnownNames
 ) -> tuple[ExpectStatement | None, list[Diagnostic]]:
-    """The condition with its names bound, or None and why not."""
+    """Return the condition with bound names, or None and the diagnostics."""
     reader = _ConditionReader(known, on_mean=expectation.on_mean)
     try:
         if expectation.condition is None:
@@ -80,7 +80,7 @@ def read_expectation(
 
 
 ACCURACY_ARGUMENTS = {PROMPTS_AXIS: "block", "model": "model"}
-"""Arguments that tell whose accuracy is meant, and of what they are names."""
+"""Arguments that select an accuracy → the type of name they take."""
 
 _ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
 
@@ -88,7 +88,7 @@ _ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
 def _joined(
     operator: Literal["+", "-", "*", "/"], left: ConditionValue, right: ConditionValue
 ) -> ConditionValue:
-    """Plain numbers are calculated at once."""
+    """Combine two values; constants are folded."""
     if isinstance(left, ConstantValue) and isinstance(right, ConstantValue):
         return ConstantValue(_ARITHMETIC[operator](left.value, right.value))
     return Arithmetic(operator, left, right)
@@ -222,7 +222,7 @@ class _ConditionReader(CellReader):
                 return self.one_cell(node, self)
 
     def one_cell(self, node: ast.Call, of: CellReader) -> CellAggregate:
-        """`recovery(L9H9)`."""
+        """Read `recovery(L9H9)`."""
         measure = of.measure(ast.Name(span=node.span, id=node.name), called=True)
         where = of.wheres(node.arguments)
         if where and of.known.cells is not None and len(of.find(where)) != 1:
@@ -230,7 +230,7 @@ class _ConditionReader(CellReader):
         return CellAggregate("cell" if where else "only", measure, where, of.experiment)
 
     def only(self, node: ast.Expr) -> ConditionValue:
-        """A measure without saying of which cell, so there must be only one."""
+        """Read a measure without a selection, which is valid only for a single cell."""
         of, measure = self.of_measure(node)
         if not of.known.one_cell:
             text = node.span.written
@@ -263,8 +263,8 @@ class _ConditionReader(CellReader):
         return Correlation(how, measure, other.id)
 
     def area(self, node: ast.Call) -> Area:
-        """`auc(prob, k)`: a measure, the axis of its curve, and which curve where there are
-        several."""
+        """Read `auc(prob, k)`: a measure, the axis of its curve and, if there are several curves, a
+        selection of one."""
         example = "auc(prob, k)"
         first, named = self.argument(node, 0, example), self.argument(node, 1, example)
         axes = (*self.known.axes, *self.known.aliases)
@@ -291,7 +291,7 @@ class _ConditionReader(CellReader):
     def curve(
         self, node: ast.Call, named: ast.Expr, axis: str, where: Sequence[CellSelection]
     ) -> None:
-        """The cells must be one curve over numbers."""
+        """Check that the cells form one curve over numbers."""
         cells = [self.known.cells[i] for i in self.find(where)] if self.known.cells else []
         if not cells:
             self.not_one(node.span, where, [])
@@ -317,8 +317,8 @@ class _ConditionReader(CellReader):
             raise unreadable_expectation(node.span, f"it has {count} curves over `{axis}`", hint)
 
     def ranking(self, node: ast.Call) -> Ranking:
-        """`auroc(recovery, name_movers)`, `auroc(delta, large, L9H9)`: a measure, what says which
-        cells or rows are true, and which cells are ranked, or whose rows."""
+        """Read `auroc(recovery, name_movers)`, `auroc(delta, large, L9H9)`: a measure, the positive
+        cells or rows, and the ranked cells or the cell whose rows are ranked."""
         measure = self.own_measure(node, f"auroc(recovery, {self.true_example})")
         text = node.arguments[0].value.span.written
         if len(node.arguments) < 2:
@@ -344,7 +344,7 @@ class _ConditionReader(CellReader):
         return Ranking(measure, where, column=column)
 
     def accuracy(self, node: ast.Call) -> str:
-        """The run that it is of: of several blocks, on several models, that of one of them."""
+        """Return the run of an accuracy; with several blocks or models, the run of one of them."""
         named = [
             each for name in ACCURACY_ARGUMENTS for each in node.arguments if each.name == name
         ]
@@ -357,7 +357,7 @@ class _ConditionReader(CellReader):
         if key not in self.known.runs:
             own = [each for each in self.known.runs if each.startswith(f"{run.span.written} (")]
             if not own:
-                self.run(run)  # which may be unknown
+                self.run(run)  # reports an unknown run
                 reason, hint = f"it runs on one {whose}", "leave it out"
                 raise unreadable_expectation(named[0].span, reason, hint)
             known = [each.removesuffix(")").partition(" (")[2] for each in own]
@@ -404,7 +404,7 @@ class _ConditionReader(CellReader):
             )
         value = node.arguments[index].value
         if isinstance(value, ast.Site) and len(value.names) == 1 and not value.axes:
-            return value.names[0]  # a lone word reads as a group of sites too
+            return value.names[0]  # a lone word also parses as a group of sites
         if isinstance(value, ast.Range | ast.Quantity | ast.Site):
             raise unreadable_expectation(
                 value.span, f"`{node.name}` can't read this", f"write `{example}`"
@@ -414,7 +414,7 @@ class _ConditionReader(CellReader):
     # --- cells
 
     def cells(self, node: ast.Call) -> tuple[CellReader, int, tuple[CellSelection, ...]]:
-        """`(recovery, layer 0..3)`: whose measure, which one, then which of its cells."""
+        """Read `(recovery, layer 0..3)` as experiment, measure and selected cells."""
         example = f"{node.name}(recovery, layer 0..3)"
         of, measure = self.of_measure(self.argument(node, 0, example))
         where = of.wheres(node.arguments[1:])
@@ -425,9 +425,9 @@ class _ConditionReader(CellReader):
     # --- measures of other experiments
 
     def of_measure(self, node: ast.Expr) -> tuple[CellReader, int]:
-        """Whose measure it is, and which one of theirs.
+        """Return the experiment of a measure and the measure's index.
 
-        `recovery of ld` is this experiment's where `ld` is a measure of it, else that of an
+        `recovery of ld` refers to this experiment if `ld` is one of its measures, otherwise to an
         experiment `ld`.
         """
         if isinstance(node, ast.ExperimentMeasure):
@@ -450,7 +450,7 @@ class _ConditionReader(CellReader):
     def other(
         self, node: ast.Node, name: str, measure: str, labels: Sequence[str] = ()
     ) -> CellReader:
-        """Another experiment of the file. labels: what could stand there too."""
+        """Return the reader of another experiment; `labels`: other names that are valid there."""
         known = self.known
         if name in known.others:
             return CellReader(known.others[name], of_other=True)
@@ -470,7 +470,7 @@ class _ConditionReader(CellReader):
         raise RefusedCondition(UnknownName(span=node.span, kind=kind, name=name, hint=hint))
 
     def own_measure(self, node: ast.Call, example: str) -> int:
-        """The measure that a function is given first, which has to be of this experiment."""
+        """Return the measure in a function's first argument, which must be of this experiment."""
         of, measure = self.of_measure(self.argument(node, 0, example))
         self.must_be_own(node, of)
         return measure
@@ -491,7 +491,7 @@ ExperimentVariants = Mapping[str, Sequence[ExperimentOutline]]
 def check_results(
     variants: Sequence[ExperimentOutline], program: spec.Program, every: ExperimentVariants
 ) -> list[Diagnostic]:
-    """What is wrong with what an experiment makes of its results."""
+    """Check an experiment's use of its results."""
     undecided = _undecided(variants, program)
     found = _against_axes(variants, program, every)
     resolved = [each.resolved for each in variants if each.resolved is not None]
@@ -504,14 +504,14 @@ def check_results(
 
 
 def _undecided(variants: Sequence[ExperimentOutline], program: spec.Program) -> set[str]:
-    """Coordinates of cells whose values aren't known."""
+    """Return the coordinates of cells with unknown values."""
     return {axis for e in variants for axis in find_open_axes(e.spec, program.groups, e.unknown)}
 
 
 def _against_axes(
     variants: Sequence[ExperimentOutline], program: spec.Program, every: ExperimentVariants
 ) -> list[Diagnostic]:
-    """Reports and expectations name axes, measures, runs and values that exist."""
+    """Check that reports and expectations name existing axes, measures, runs and values."""
     experiment = variants[0]
     said = experiment.spec
     own, aliases, perhaps = _axes(variants)
@@ -574,7 +574,7 @@ def _against_axes(
 def _of_several_images(
     by: str | None, tables: Sequence[PromptTable], said: spec.Experiment
 ) -> Iterator[Diagnostic]:
-    """E0207 for `stats by` a value that tells tiles of one image apart."""
+    """Report E0207 for `stats by` a value that differs between tiles of one image."""
     for table in tables:
         rows = table.runs["clean"].rows
         pairs = {
@@ -589,20 +589,20 @@ def _of_several_images(
 
 
 def _called(tables: Sequence[PromptTable]) -> str:
-    """The blocks, and that it is what all of them have."""
+    """Describe the blocks and what they have in common."""
     names = list(dict.fromkeys(table.name for table in tables))
     return f"`{names[0]}`" if len(names) == 1 else f"all of {name_list(names)}"
 
 
 def _check_over(variants: Sequence[ExperimentOutline]) -> str | None:
-    """The axis that measures are averaged over, by its own name."""
+    """Return the axis that measures are averaged over, by its main name."""
     over = variants[0].spec.over
     aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
     return None if over is None else aliases.get(over, over)
 
 
 def _axes(variants: Sequence[ExperimentOutline]) -> tuple[list[str], dict[str, str], set[str]]:
-    """(axes of the results, their second names, those that there may be)."""
+    """Return (axes of the results, their second names, axes that may exist)."""
     own = join_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
     aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
     perhaps = {name for e in variants for name in e.perhaps}
@@ -613,7 +613,7 @@ def _axes(variants: Sequence[ExperimentOutline]) -> tuple[list[str], dict[str, s
 
 
 def _averaged(variants: Sequence[ExperimentOutline]) -> Iterator[Diagnostic]:
-    """E0612 for measures of one experiment that aren't averaged alike, or over no axis of it."""
+    """Report E0612 for measures of one experiment with different averages or without their axis."""
     said, every = (
         variants[0].spec,
         join_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants]),
@@ -645,7 +645,7 @@ def _averaged(variants: Sequence[ExperimentOutline]) -> Iterator[Diagnostic]:
 
 
 def _no_curve(variants: Sequence[ExperimentOutline], named: str) -> tuple[str, str]:
-    """Why measures aren't curves over an axis, and what to write; nothing where they are."""
+    """Return why measures aren't curves over an axis, and a fix; empty if they are."""
     axes = [axis for e in variants for axis in e.axes if named in (axis.name, axis.alias)]
     over = next((axis for axis in axes), None)
     word = next((v for axis in axes for v in axis.labels if isinstance(v, str)), None)
@@ -664,7 +664,7 @@ def _measures(experiment: ExperimentOutline) -> list[KnownMeasure]:
 
 
 def _known(variants: Sequence[ExperimentOutline], program: spec.Program) -> KnownNames:
-    """What expectations may name of an experiment."""
+    """Return the names in an experiment that expectations may refer to."""
     experiment = variants[0]
     undecided = _undecided(variants, program)
     own, aliases, perhaps = _axes(variants)
@@ -690,7 +690,7 @@ def _known(variants: Sequence[ExperimentOutline], program: spec.Program) -> Know
 
 
 def _runs(variants: Sequence[ExperimentOutline]) -> list[str]:
-    """As results call them: on several blocks or models each has runs of its own."""
+    """Return the names of runs in results; each block or model has separate runs."""
     told = distinguish_variants([(each.spec.variant, each.model.name) for each in variants])
     return list(
         dict.fromkeys(
@@ -702,7 +702,7 @@ def _runs(variants: Sequence[ExperimentOutline]) -> list[str]:
 
 
 def _known_measure(resolved: ResolvedMeasure | None, said: spec.Measure) -> KnownMeasure:
-    """A measure as reports and expectations name it; what was refused of it, as its line says."""
+    """Return a measure's names for reports and expectations; for a rejected one, from its line."""
     effect = (
         said.effect if said.effect in EFFECTS else closest_name(said.effect, EFFECTS) or said.effect
     )
@@ -720,8 +720,8 @@ def _known_measure(resolved: ResolvedMeasure | None, said: spec.Measure) -> Know
 def _paired_alike(
     variants: Sequence[ExperimentOutline], axes: Sequence[str]
 ) -> Iterator[Diagnostic]:
-    """W0704 for confusions of a value that source and base have in common in every row, though they
-    are of two blocks: the category is that value with an effect and without one."""
+    """Report W0704 for confusions of a value that source and base share in every row although they
+    are of two blocks: the category is then the value with and without an effect."""
     for report in variants[0].spec.reports:
         name = report.variable
         if report.kind != "confusion" or name is None or name in axes:
@@ -740,7 +740,7 @@ def _paired_alike(
 
 
 def _has(run: PromptRun, values: Sequence[Any], name: str) -> bool:
-    """Whether every row of the run has this value; another block may call it otherwise."""
+    """Whether every row of the run has this value, possibly under another name in another block."""
     names = [name] if run.prompts is None else list(run.rows[0].values)
     return any(
         all(row.values.get(own) == value for row, value in zip(run.rows, values, strict=True))

@@ -1,6 +1,6 @@
-"""From a file's text to resolved experiments: every check that needs no run.
+"""Check a file: from its text to resolved experiments, with every check that needs no run.
 
-None of this imports torch. A model that isn't on this machine is a warning; a stand-in replaces
+None of this imports torch. A model that isn't on this machine is a warning; a placeholder replaces
 it, and checks that depend on the model are skipped.
 """
 
@@ -98,10 +98,10 @@ _MISSING = (
     NoTemplate,
     PatchWithoutSource,
 )
-"""Something that a block doesn't say. With an error in it, it isn't finished yet."""
+"""Missing parts of a block. A block with an error may only be unfinished."""
 
 _POSITION_AXES = ("position", "item", "from_position")
-"""Axes that a line may be the cause of without having the word."""
+"""Axes that a line may create without naming them."""
 
 _QUOTED = re.compile(r"`([^`]*)`")
 
@@ -109,21 +109,25 @@ _WORD = re.compile(r"[^\W\d]\w*")
 
 
 class BrokenLines:
-    """The lines of a file with errors of syntax, and those that are lost by them."""
+    """The lines of a file with syntax errors, and the statements lost because of them."""
 
     def __init__(
         self, syntax: Sequence[Diagnostic], tree: ast.File, lost: Sequence[ast.LostStatement]
     ) -> None:
-        """syntax: what is wrong with the texts, among others. lost: statements of the file and of
-        what it imports."""
+        """Collect the lines and their blocks.
+
+        Args:
+            syntax: Diagnostics that include the syntax errors of the texts.
+            lost: Lost statements of the file and its imports.
+        """
         kinds = ast.ExperimentDef | ast.PromptsDef
         self.source = tree.span.source
         self.starts = [each.span.start for each in tree.statements if isinstance(each, kinds)]
         self.names = {name for each in lost for name in each.names}
         self.refused = [each.name for each in syntax if isinstance(each, ReservedName)]
-        """Words of the language that the file defines as names, which they can't be."""
+        """Words of the language that the file uses as names."""
         self.torn: dict[int, set[str]] = defaultdict(set)
-        """The words of what is lost, by the block where it stood."""
+        """Words of the lost statements, by their block."""
         for each in lost:
             self.torn[self.block(each.span)].update(_WORD.findall(each.span.text))
         errors = [(each, each.span) for each in syntax if each.span and _of_text(each)]
@@ -134,7 +138,7 @@ class BrokenLines:
             if isinstance(each, ast.ExperimentDef | ast.PromptsDef)
             and self.block(each.span) in self.wrong
         }
-        """Blocks that something is wrong in."""
+        """Blocks that contain an error."""
         self.unclosed = {
             (span.source, span.line)
             for each, span in errors
@@ -142,25 +146,25 @@ class BrokenLines:
         }
 
     def block(self, span: Span) -> int:
-        """The number of the block that something stands in, or behind: its closing brace may be
-        what is wrong. Before the first one and in other files it is 0."""
+        """Return the number of the block that contains or precedes a span; the block's closing
+        brace may be the error. 0 before the first block and in other files."""
         return bisect_right(self.starts, span.start) if span.source is self.source else 0
 
     def axes(self, span: Span) -> frozenset[str]:
-        """Axes that the lost lines of a block may have given it."""
+        """Return axes that the lost lines of a block may have defined."""
         words = self.torn.get(self.block(span))
         if words is None:
             return frozenset()
-        found = {axis for axis in AXIS_WORDS if closest_name(axis, words)}  # however misspelt
+        found = {axis for axis in AXIS_WORDS if closest_name(axis, words)}  # even if misspelt
         return frozenset({*found, *(f"to_{axis}" for axis in found), *_POSITION_AXES})
 
     def cause(self, diagnostic: Diagnostic) -> bool:
-        """Whether one of them may be why this is said of another line."""
+        """Whether one of the lost lines may be the cause of a diagnostic of another line."""
         if diagnostic.span is None:
             return False
         block = self.block(diagnostic.span)
         match diagnostic:
-            case BadPlaceholder(span=span):  # in a text that was never closed
+            case BadPlaceholder(span=span):  # in an unterminated text
                 return (span.source, span.line) in self.unclosed if span else False
             case BadLoopValue(reason=reason) if reason == UNUSED_LOOP:
                 return block in self.torn
@@ -171,7 +175,7 @@ class BrokenLines:
                 made = {*self.names, *self.torn.get(block, ())}
                 return (block in self.torn and not lacking) or not made.isdisjoint(lacking)
             case UnknownName(kind="run") if "answer" in self.names:
-                return True  # `accuracy` knows runs with an answer
+                return True  # `accuracy` needs runs with an answer
             case UnknownName(name=name) | UnknownValue(name=name) if closest_name(
                 name, self.refused
             ):
@@ -209,7 +213,7 @@ SKIPPED_CHECK_KINDS = (
 def list_skipped_checks(
     found: Sequence[Diagnostic], program: spec.Program, source: Source
 ) -> list[Diagnostic]:
-    """W0710 with the lines of the file that are not wholly checked."""
+    """Add the lines of the file that are only partly checked to each W0710."""
     return [
         replace(each, waiting=_skipped_checks(each.model, program, source))
         if isinstance(each, ModelNotLocal)
@@ -236,7 +240,7 @@ def _skipped_checks(model: str, program: spec.Program, source: Source) -> str:
 
 
 def _depends_on(name: str | None, program: spec.Program) -> Iterator[str]:
-    """A model, and of an adapter its base."""
+    """Yield a model and, for an adapter, its base."""
     while name is not None:
         yield name
         name = program.models[name].base if name in program.models else None
@@ -245,7 +249,7 @@ def _depends_on(name: str | None, program: spec.Program) -> Iterator[str]:
 def _parts(
     experiment: spec.Experiment, prompts: spec.Prompts, *, cells: bool
 ) -> Iterator[tuple[str, Span]]:
-    """cells: whether which ones there are hangs on the model."""
+    """Yield parts of an experiment that depend on the model; `cells`: whether its cells do."""
     sites, positions, answers, named = SKIPPED_CHECK_KINDS
     for rule in experiment.every_rule:
         for site in (rule.site, rule.edge, rule.receiver):
@@ -271,7 +275,7 @@ def _names_a_cell(node: ast.Node) -> bool:
 
 
 def _listed(lines: Sequence[int]) -> str:
-    """`line 3`, `lines 3, 5 to 7`."""
+    """Format line numbers: `line 3`, `lines 3, 5 to 7`."""
     runs = [
         [line for _, line in run]
         for _, run in groupby(enumerate(lines), key=lambda pair: pair[1] - pair[0])
@@ -286,15 +290,15 @@ MODEL_FILES = (
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
     "*processor_config.json", "chat_template*",
 )  # fmt: skip
-"""What loading reads in a model's folder, where other files may lie too."""
+"""Files that loading reads in a model's folder, which may also contain others."""
 
 ReportedFile = tuple[spec.Program, Sequence[spec.Experiment]]
-"""A file, and those of its experiments that are reported."""
+"""A file and those of its experiments that are reported."""
 
 
 def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
-    """E0607 for reports of one command that would write over a file that the command reads, or over
-    another report, however the path is spelt and through links."""
+    """Report E0607 for reports of one command that would overwrite a file it reads or another
+    report, whatever the spelling of the paths and through links."""
     reports = {
         report.span: (report, program)
         for program, experiments in files
@@ -342,8 +346,12 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
 def _saved(
     saves: Sequence[tuple[spec.Save, spec.Program]], taken: dict[Hashable, str]
 ) -> Iterator[Diagnostic]:
-    """E0207 for a `save`, or the rows beside it, over what is read or written otherwise; and what
-    is wrong with its path. taken: by file, what it is."""
+    """Report E0207 for a `save`, or its file of rows, that would overwrite a file, and invalid
+    paths.
+
+    Args:
+        taken: File identity → description.
+    """
     for save, _ in saves:
         for suffix in (".safetensors", ".jsonl"):
             written = str(PurePath(save.file).with_suffix(suffix))
@@ -365,7 +373,7 @@ def _saved(
 
 
 def find_overwritten(path: Path, files: Sequence[ReportedFile]) -> str | None:
-    """What an option's file would be written over, of all that a command reads and writes."""
+    """Return the description of the file that an option's output would overwrite, if any."""
     own = _identity(path)
     for program, experiments in files:
         for read, what in _read_by(program):
@@ -381,7 +389,7 @@ def find_overwritten(path: Path, files: Sequence[ReportedFile]) -> str | None:
 
 
 def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
-    """Every path that running a file reads, and what it is."""
+    """Yield every path that running a file reads, with its description."""
     for path in program.files:
         yield path, f"`{path.name}`, a `.mech` file that is read"
     for prompts in program.prompts.values():
@@ -393,7 +401,7 @@ def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
     for function in program_functions(program):
         yield function.path, f"`{function.file}`, which defines `{function.name}`"
     for model in program.models.values():
-        if model.function is not None:  # whose file is among the functions'
+        if model.function is not None:  # its file is listed with the functions
             continue
         folder, _ = locate_model(model, model.span.source.folder)
         if folder is not None:
@@ -402,10 +410,10 @@ def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
 
 
 def _identity(path: Path) -> Hashable:
-    """Equal for all paths to one file."""
+    """Return a key that is equal for all paths to one file."""
     try:
         there = path.stat()
-    except (OSError, ValueError):  # not there so far, or no path at all
+    except (OSError, ValueError):  # a missing file or an invalid path
         return os.path.realpath(str(path).replace("\0", ""))
     return there.st_dev, there.st_ino
 
@@ -415,48 +423,48 @@ ExperimentT = TypeVar("ExperimentT", ResolvedExperiment, ExperimentOutline)
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """What the command line may change."""
+    """Settings of the command line."""
 
     parameters: Mapping[str, str] = field(default_factory=dict[str, str])
     limit: int | None = None
-    """Rows per experiment at most, whatever the file says."""
+    """Maximum number of rows per experiment, overriding the file."""
     only: str | None = None
-    """Run this experiment alone, with those whose results it uses."""
+    """Run only this experiment and those whose results it uses."""
     python: PythonMode = "refuse"
-    """What becomes of functions of Python files."""
+    """Treatment of functions of Python files."""
     require_models: bool = False
     """Whether a model that isn't on this machine is an error."""
     allow_outside: bool = False
-    """Whether reports may go anywhere, and not only to the folder of the file or below."""
+    """Whether reports may be written anywhere instead of only below the file's folder."""
     untrusted: bool = False
-    """Whether the file may read only there too, may run no Python, and its paths are listed."""
+    """Whether reading is restricted too, Python is forbidden, and paths are listed."""
     prompts_enough: int | None = None
-    """How many prompts of each table are looked at, for a check without a run."""
+    """Number of prompts to check per table, for a check without a run."""
     build: ModelBuilder | None = None
-    """What makes models by functions of Python files, where those may run."""
+    """Builds models with functions of Python files, if these may run."""
 
 
 @dataclass
 class CheckedFile:
-    """What is known of a file before it runs."""
+    """Everything known about a file before it runs."""
 
     source: Source
     program: spec.Program
     settings: CheckSettings = field(default_factory=CheckSettings)
-    """How it was checked."""
+    """The settings of the check."""
     experiments: list[ResolvedExperiment] = field(default_factory=list[ResolvedExperiment])
     saving: list[ResolvedExperiment] = field(default_factory=list[ResolvedExperiment])
-    """Those that write activations to files; some measure nothing beside."""
+    """Experiments that save activations; some of them have no measures."""
     unchecked: list[str] = field(default_factory=list[str])
     """Experiments whose model isn't on this machine."""
     unrun: list[str] = field(default_factory=list[str])
-    """Experiments whose rows only Python can make, which wasn't run."""
+    """Experiments whose rows require Python that was not run."""
     built: dict[str, BuiltModel] = field(default_factory=dict[str, BuiltModel])
-    """Models that functions of Python files have made, by name."""
+    """Models built by functions of Python files, by name."""
     unreported: set[str] = field(default_factory=set[str])
-    """Experiments that run only because another one uses what they find."""
+    """Experiments that run only because another one uses their results."""
     reported: list[spec.Experiment] = field(default_factory=list[spec.Experiment])
-    """The others, as far as they were asked for: theirs are the reports that are made."""
+    """The selected other experiments, whose reports are created."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
 
@@ -465,13 +473,14 @@ def check_source(
     settings: CheckSettings | None = None,
     models: Mapping[str, ModelContext] | None = None,
 ) -> CheckedFile:
-    """Parse, lower, resolve and check; all errors at once.
+    """Parse, lower, resolve and check a source; report all errors together.
 
-    `models` are handed over from Python and stand for the file's models of the same name.
+    Args:
+        models: Models passed from Python, which replace the file's models of the same name.
     """
     try:
         return _check_source(source, settings or CheckSettings(), models or {})
-    except RecursionError:  # each kind of nesting has its limit; what they add up to has not
+    except RecursionError:  # each type of nesting is limited, but not their sum
         nowhere = Span(source, 0, 0)
         program, _ = lower_program(ast.File((), span=nowhere), source)
         problem = TooLarge(
@@ -544,14 +553,14 @@ def _check_source(
         if name in METRICS
     )
     found = [each for each in checked.diagnostics if not broken.cause(each)]
-    if has_errors([*syntax, *found]):  # an error may be why a name isn't used
+    if has_errors([*syntax, *found]):  # an error may be the reason for an unused name
         found = [d for d in found if not isinstance(d, UnusedName)]
     checked.diagnostics = _unique(list_skipped_checks([*syntax, *found], program, source))
     return checked
 
 
 def _without_contradiction(settings: CheckSettings) -> tuple[CheckSettings, list[Diagnostic]]:
-    """E0208 for an untrusted file that is allowed what others aren't. It gets nothing of that."""
+    """Reject permissions for an untrusted file with E0208, and remove them."""
     if not settings.untrusted:
         return settings, []
     allowed = {
@@ -570,7 +579,7 @@ def _without_contradiction(settings: CheckSettings) -> tuple[CheckSettings, list
 
 
 def group_variants(experiments: Iterable[ExperimentT]) -> list[list[ExperimentT]]:
-    """The experiments of the file, each with all its variants."""
+    """Group the experiments of the file, each with all its variants."""
     found: dict[str, list[ExperimentT]] = {}
     for experiment in experiments:
         found.setdefault(experiment.name, []).append(experiment)
@@ -578,7 +587,7 @@ def group_variants(experiments: Iterable[ExperimentT]) -> list[list[ExperimentT]
 
 
 def needed_models(checked: CheckedFile) -> list[str]:
-    """Names of the models that experiments run on; with `--only` there may be others."""
+    """Return the names of the models that experiments run on; with `--only` there may be others."""
     running = (*checked.experiments, *checked.saving)
     wanted = {*(e.name for e in running), *checked.unchecked}
     found = [
@@ -596,7 +605,7 @@ def needed_models(checked: CheckedFile) -> list[str]:
 
 
 def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
-    """Each once: experiments that share prompts share their errors, if not their counts."""
+    """Remove duplicates; experiments on the same prompts share errors, but not their counts."""
     return list({(d.code, d.span, d.message): d for d in reversed(diagnostics)}.values())[::-1]
 
 
@@ -624,7 +633,7 @@ def _outline(
     contexts: FileContexts,
     outlines: Mapping[str, ExperimentOutline],
 ) -> ExperimentOutline:
-    """What is known of an experiment; what is wrong with it is said."""
+    """Return the outline of an experiment, and report its errors."""
     fitted = fit_rows_of_experiment(experiment, checked.program)
     others = [run.model for run in (*experiment.elsewhere, *fitted) if run.model is not None]
     model, *read = (contexts.models.context(name) for name in (experiment.model, *others))
@@ -670,7 +679,7 @@ def _outline(
 
 
 def _unknown_runs(found: Iterable[Diagnostic]) -> set[str]:
-    """Runs that `from … into …` and `with` name and that there aren't, which is said already."""
+    """Return unknown runs of `from … into …` and `with`, which are already reported."""
     return {d.name for d in found if isinstance(d, UnknownName) and d.kind == "run"}
 
 
@@ -686,8 +695,7 @@ def _with_means(
     model: ModelContext,
     table: PromptTable,
 ) -> PromptTable:
-    """The table with the other blocks, and parts of blocks, that fills are taken of and directions
-    fitted on."""
+    """Add other blocks, and parts of blocks, that the experiment's fills and directions use."""
     beside: dict[str, PromptTable] = {}
     for rule in experiment.every_rule:
         fill = rule.fill
@@ -711,7 +719,7 @@ def _with_means(
 def _stand_ins(
     experiment: spec.Experiment, checked: CheckedFile, outlines: Mapping[str, ExperimentOutline]
 ) -> dict[str, Finding]:
-    """What stands in for the results that an experiment uses, of those that weren't refused."""
+    """Return placeholders for the results that an experiment uses, except rejected experiments."""
     found: dict[str, Finding] = {}
     for name in experiment.after:
         variants = [each for each in checked.program.experiments if each.name == name]
@@ -726,7 +734,7 @@ def _stand_ins(
 
 
 def _tested_where_picked(experiment: ResolvedExperiment) -> list[Diagnostic]:
-    """W0721 for sites that are tested on the rows that they were picked on."""
+    """Report W0721 for sites that are tested on the rows they were selected on."""
     return [
         SelectionRowsReused(
             span=experiment.sites_of[each.of].span,
@@ -741,12 +749,12 @@ def _tested_where_picked(experiment: ResolvedExperiment) -> list[Diagnostic]:
 
 
 def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diagnostic]:
-    """What the statements of an experiment must agree on, whatever the model."""
+    """Check the statements of an experiment against one another, independently of the model."""
     found: list[Diagnostic] = []
     for run in (experiment, *experiment.derived):
         rules = [rule for rule in run.rules if rule.observed is None]
         if experiment.broken or not all(_patches_itself(rule, run) for rule in rules):
-            continue  # what another rule writes, such a patch undoes
+            continue  # the patch undoes another rule's write
         for rule in rules:
             found.append(SelfPatch(span=rule.span, run=rule.source or ""))
     for measure in experiment.measures:
@@ -762,7 +770,7 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
             text = measure.span.written
             found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
         elif experiment.broken:
-            continue  # which may be why there is no source, or no rule
+            continue  # the error may be why a source or rule is missing
         elif effect.needs_source and experiment.source is None:
             corruptions = program.prompts[experiment.prompts].corruptions
             base = corruptions[0].name if corruptions else "CORRUPTION"
@@ -779,7 +787,7 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
 
 
 def _acts(experiment: spec.Experiment, measure: spec.Measure) -> bool:
-    """Whether there is a rule that could change a measure."""
+    """Whether any rule could change a measure."""
     looked = {rule.observed.word for rule in experiment.rules if rule.observed is not None}
     named = {node.id for node in walk(measure.metric) if isinstance(node, ast.Name)}
     if not measure.observed and looked.isdisjoint(named):
@@ -793,13 +801,13 @@ def _patches_itself(rule: spec.Rule, run: spec.Experiment | spec.DerivedRun) -> 
 
 
 def _elsewhere(rule: spec.Rule) -> bool:
-    """Whether a patch writes at another place than it reads."""
+    """Whether a patch writes at a different position than it reads."""
     moved = rule.onto is not None and rule.onto.span.written != rule.at.span.written
     return moved or rule.into_layer is not None
 
 
 def _answers(experiment: ResolvedExperiment) -> list[Diagnostic]:
-    """A rule on the whole prompt is warned of where a measure reads tokens behind it."""
+    """Warn of a rule on the whole prompt if a measure reads tokens after it."""
     return [
         AnswerNotCovered(
             span=each.at.span,
@@ -812,19 +820,19 @@ def _answers(experiment: ResolvedExperiment) -> list[Diagnostic]:
 
 
 def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
-    """A write at token 0 is warned of: it may be the attention sink."""
+    """Warn of a write at token 0, which may be the attention sink."""
     base = experiment.table.runs[experiment.spec.base]
     found: list[Diagnostic] = []
     for rule in experiment.rules:
-        # Which tokens another experiment ranks is not known yet.
+        # The tokens that another experiment selects are unknown before the run.
         ranked = any(isinstance(node, ast.RankedTokens) for node in walk(rule.spec.at))
         if rule.sites is None or ranked or rule.spec.verb == "observe":
             continue
         if base.rows and base.rows[0].image is not None:
-            continue  # the class token, which is what heads read
+            continue  # the class token, which the classification head reads
         for cell in rule.positions.written.values():
             row = next((n for n, hit in enumerate(cell.hits) for run in hit if 0 in run), None)
-            # A sweep over every token has it among others, where it is plainly labelled.
+            # A sweep over every token includes token 0 with a clear label.
             if row is not None and len(rule.positions.written) == 1 and len(cell.hits[row][0]) == 1:
                 token = experiment.model.tokenizer.token_text(base.rows[row].ids[0])
                 found.append(FirstTokenWrite(span=rule.spec.at.span, token=token))

@@ -1,4 +1,4 @@
-"""The models of a file, each read once; a model that is missing is replaced by a stand-in."""
+"""The models of a file, each read once; a missing model is replaced by a placeholder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mechdsl.syntax.traversal import walk
 
 
 def largest_indices(program: spec.Program) -> dict[str, int]:
-    """The highest index of a `layer`, `head`, `neuron` and `expert` that the file names."""
+    """Return the highest index of a `layer`, `head`, `neuron` and `expert` in the file."""
     found: dict[str, int] = {}
     for word, index in _named_indices(program):
         found[word] = max(index, found.get(word, 0))
@@ -76,7 +76,7 @@ def _index(bound: ast.Bound, values: dict[str, int]) -> int:
 
 
 def _highest(loops: Mapping[str, Sequence[AxisLabel]]) -> dict[str, int]:
-    """The highest number that each of the loops takes."""
+    """Return the highest number in the domain of each loop."""
     numbers = {name: [n for n in own if isinstance(n, int)] for name, own in loops.items()}
     return {name: max(own, default=0) for name, own in numbers.items()}
 
@@ -84,8 +84,7 @@ def _highest(loops: Mapping[str, Sequence[AxisLabel]]) -> dict[str, int]:
 def check_python_model(
     model: spec.Model, function: PythonFunction, *, required: bool
 ) -> Diagnostic:
-    """W0710 for a model that only Python can make, which isn't run here; E0221 where it has to be
-    there."""
+    """Return W0710 for a model that needs Python, which isn't run; E0221 if it is required."""
     if required:
         return PythonNotAllowed(
             span=function.span,
@@ -104,16 +103,16 @@ def check_python_model(
 
 
 def check_tokenizer(model: ModelContext) -> list[Diagnostic]:
-    """Whether the model has all of its tokenizer's own tokens. Those that were added to it count
-    only where they are used: many a model has never seen them."""
+    """Check that the model has all tokens of its tokenizer, except added tokens. Those are checked
+    only if used, because many models were never trained with them."""
     if model.shape.takes == "image":
-        return []  # its tokens are no ids
+        return []  # its tokens aren't ids
     size = model.tokenizer.own_size
     return [_too_small(model, f"has {size:,}")] if size > model.shape.vocab_size else []
 
 
 def check_prompt_tokens(table: PromptTable, model: ModelContext) -> list[Diagnostic]:
-    """Whether it has all tokens of the prompts and of their texts."""
+    """Check that the model has all tokens of the prompts and of their texts."""
     if model.shape.takes == "image":
         return []
     rows = [row for run in table.runs.values() for row in run.rows]
@@ -124,7 +123,7 @@ def check_prompt_tokens(table: PromptTable, model: ModelContext) -> list[Diagnos
 
 
 def check_measure_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
-    """Whether it has all tokens that measures name."""
+    """Check that the model has all tokens that measures name."""
     if experiment.model.shape.takes == "image":
         return []
     every = [atom for each in (*experiment.measures, *experiment.keep) for atom in each.atoms]
@@ -148,7 +147,7 @@ def _too_small(model: ModelContext, more: str) -> Diagnostic:
 
 
 class BuiltModel(Protocol):
-    """A model that a function has made, taken apart and proved."""
+    """A model built by a function, with its architecture identified and verified."""
 
     @property
     def shape(self) -> ModelShape: ...
@@ -157,11 +156,11 @@ class BuiltModel(Protocol):
 
 
 ModelBuilder = Callable[[spec.Model, PythonFunction], tuple[BuiltModel | None, list[Diagnostic]]]
-"""Makes the model of a statement by its function; None where that can't be done. It needs torch."""
+"""Builds a statement's model with its function; None on failure. Requires torch."""
 
 
 class ModelContexts:
-    """What is known of each model of a file."""
+    """Everything known about each model of a file."""
 
     def __init__(
         self,
@@ -173,14 +172,14 @@ class ModelContexts:
         build: ModelBuilder | None,
         require: bool,
     ) -> None:
-        """As those of `Contexts`."""
+        """Store the settings; arguments as in `FileContexts`."""
         self.program = program
         self.diagnostics = diagnostics
         self.given = given
         self.mode = python
         self.build = build
         self.built: dict[str, BuiltModel] = {}
-        """Models that functions have made."""
+        """Models built by functions."""
         self.require = require
         self.stand_in = StandInTokenizer()
         self.stand_in_reader = StandInImageTokenizer()
@@ -188,7 +187,7 @@ class ModelContexts:
         self._tokenizers: dict[tuple[object, ...], TextTokenizer | None] = {}
 
     def context(self, name: str) -> ModelContext:
-        """What is known of a model; where it isn't here or is refused, what stands in for it."""
+        """Return what is known about a model, or a placeholder if it is missing or rejected."""
         if name not in self._models:
             found = self.given.get(name) or self._read(name)
             if not found.shape.stands_in and not found.tokenizer.stands_in:
@@ -200,16 +199,16 @@ class ModelContexts:
         return self._models[name]
 
     def fitting(self, model: ModelContext, table: PromptTable) -> ModelContext:
-        """The model with the tokenizer that a table was made with."""
+        """Return the model with the tokenizer of a table."""
         images = any(row.image is not None for run in table.runs.values() for row in run.rows)
-        if images != (model.shape.takes == "image"):  # which has been said
+        if images != (model.shape.takes == "image"):  # already reported
             model = replace(model, shape=stand_in_shape(self._largest))
         if not table.stands_in and images == isinstance(model.tokenizer, ImageTokenizer):
             return model
         return replace(model, tokenizer=self.stand_in_reader if images else self.stand_in)
 
     def reading(self, name: str, model: ModelContext) -> ModelContext:
-        """A model that isn't at hand, as one that reads what a block has."""
+        """Adapt the placeholder of a missing model to the input type of a block."""
         images = self.program.prompts[name].kind == "images"
         if images and model.tokenizer.stands_in and not isinstance(model.tokenizer, ImageTokenizer):
             return replace(model, tokenizer=self.stand_in_reader)
@@ -218,7 +217,7 @@ class ModelContexts:
     def _read(self, name: str) -> ModelContext:
         model = self.program.models.get(name)
         shape, tokenizer = None, None
-        if model is None:  # its statement has been refused, or there is none
+        if model is None:  # its statement is rejected or missing
             model = spec.Model(span=self.program.span, name=name, kind="local", path="")
         elif model.function is not None:
             shape, tokenizer = self._made(model, model.function)
@@ -236,8 +235,8 @@ class ModelContexts:
         return ModelContext(model, shape, tokenizer or stand_in)
 
     def _images(self, folder: Path, shape: ModelShape, model: spec.Model) -> TextTokenizer | None:
-        """What makes images ready for the model."""
-        assert shape.patches is not None  # else its folder is refused
+        """Return the image processor of the model."""
+        assert shape.patches is not None  # otherwise its folder is rejected
         reader, found = read_tower_inputs(folder, shape, model)
         self.diagnostics.extend(found)
         return reader
@@ -250,8 +249,8 @@ class ModelContexts:
     def _made(
         self, model: spec.Model, call: ast.Call
     ) -> tuple[ModelShape | None, TextTokenizer | None]:
-        """What a function gives, called where Python may run, the file has no errors so far and
-        the function is there; else nothing, and why."""
+        """Call a model's function, if Python may run, the file has no errors so far and the
+        function exists; otherwise report why not."""
         function, _ = find_function(call, "model")
         made = None
         if function is None or self.mode == "refuse":
@@ -269,8 +268,8 @@ class ModelContexts:
     def _adapted(
         self, model: spec.Model, base: ModelContext
     ) -> tuple[ModelShape | None, TextTokenizer | None]:
-        """An adapter has the shape of its base, and its tokenizer, unless its folder has another
-        one: that is what it was trained with."""
+        """Return the shape and tokenizer of an adapter: those of its base, but the tokenizer of its
+        own folder, if any, because it was trained with that one."""
         folder = self._folder(model)
         if folder is None:
             return None, None
@@ -299,8 +298,8 @@ class ModelContexts:
         return largest_indices(self.program)
 
     def _tokenizer(self, folder: Path, model: spec.Model) -> TextTokenizer | None:
-        """Checkpoints with the same files share one, which takes a while to read, and so their
-        prompts."""
+        """Read a tokenizer. Checkpoints with equal files share it, because reading takes long, and
+        therefore also share prompts."""
         key: tuple[object, ...] = (model.name,)
         if model.matched is not None or model.base is not None:
             files = [folder / name for name in TOKENIZER_FILES]
@@ -319,12 +318,12 @@ class ModelContexts:
 
     def of_words(self, name: str) -> ModelContext:
         names = self.program.checkpoints.get(name) or (name,)
-        return self.context(names[0])  # checkpoints have one tokenizer
+        return self.context(names[0])  # checkpoints share one tokenizer
 
 
 def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic | None:
-    """E0455 for images that a model of texts is to read, and for prompts of one of images; E0456
-    for a model of images that is handed over with a tokenizer."""
+    """Return E0455 for images read by a text model and for prompts read by an image model, E0456
+    for an image model passed with a tokenizer."""
     shape = model.shape
     if shape.stands_in or prompts.name == spec.NO_PROMPTS:
         return None
@@ -344,7 +343,7 @@ def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic |
 
 
 def check_image_support(experiment: ResolvedExperiment) -> list[Diagnostic]:
-    """E0108 for rules, saves and metrics that images have nothing for."""
+    """Report E0108 for rules, saves and metrics that aren't applicable to images."""
     if experiment.model.shape.takes != "image":
         return []
     found: list[Diagnostic] = []

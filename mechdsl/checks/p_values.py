@@ -1,4 +1,4 @@
-"""Checks of p-values before the run: whether an experiment can reach a small p. No numpy."""
+"""Check p-values before the run: whether an experiment can reach a small p-value. No numpy."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from mechdsl.vocab.effects import EFFECTS
 
 
 def check_reachable_p(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
-    """W0720 where p of an experiment, or of a block of it, can't be small enough, however large the
-    effect."""
+    """Report W0720 if the p-values of an experiment, or of one of its blocks, can't be small enough
+    for any effect size."""
     experiment = variants[0]
     tested = tested_measures(experiment)
     if not tested or not experiment.rules:
@@ -41,7 +41,7 @@ def check_reachable_p(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic
 
 
 def _count_units(rows: Sequence[RunRow], settings: spec.Statistics) -> int:
-    """Rows, or values of the variable that `stats by` names."""
+    """Count rows, or values of the variable in `stats by`."""
     if settings.by is None or not rows or settings.by not in rows[0].values:
         return len(rows)
     return len({str(row.values.get(settings.by)) for row in rows})
@@ -50,8 +50,8 @@ def _count_units(rows: Sequence[RunRow], settings: spec.Statistics) -> int:
 def _check_groups(
     blocks: Iterable[Sequence[ResolvedExperiment]], measures: int
 ) -> list[Diagnostic]:
-    """W0720 for each table by values of the prompts in which no cell can survive. All its cells are
-    one family, but those that have too few rows for a p."""
+    """Report W0720 for each table by values of the prompts in which no cell can be significant. All
+    its cells are one family, except those with too few rows for a p-value."""
     blocks = list(blocks)
     experiment = blocks[0][0]
     settings, found = experiment.spec.statistics, list[Diagnostic]()
@@ -75,7 +75,7 @@ def _check_groups(
 
 
 def _count_cells(variants: Sequence[ResolvedExperiment]) -> int:
-    """How many cells the results have; a part that is read in the cells of one value has those."""
+    """Count the cells of the results; a part for one value has only that value's cells."""
     over, count = variants[0].spec.over, 0
     for each in variants:
         fixed = {} if each.place is None else each.place.fixed
@@ -88,12 +88,12 @@ def _count_cells(variants: Sequence[ResolvedExperiment]) -> int:
 
 
 def row_unit(experiment: ResolvedExperiment) -> str:
-    """What its rows are."""
+    """Return the name of one row."""
     return "image" if experiment.model.shape.takes == "image" else "prompt"
 
 
 def tested_measures(experiment: ResolvedExperiment) -> list[spec.Measure]:
-    """Its measures that have a p."""
+    """Return the measures that have a p-value."""
     known = [m for m in experiment.spec.measures if m.effect in EFFECTS]
     return [m for m in known if EFFECTS[m.effect].tested]
 
@@ -105,9 +105,12 @@ def check_cell_units(
     unit: str = "prompt",
     where: str = "",
 ) -> list[Diagnostic]:
-    """W0720 where cells have so few prompts (or groups) that no p of theirs is small enough.
+    """Report W0720 if cells have so few prompts (or groups) that no p-value can be small enough.
 
-    units: of every cell that is tested. unit: what a row is. where: which cells these are.
+    Args:
+        units: Number of units of every tested cell.
+        unit: Name of one row.
+        where: Description of the cells.
     """
     lost = unreachable_cells(units, settings)
     if not lost:

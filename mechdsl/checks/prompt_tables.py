@@ -217,7 +217,7 @@ def _expressions(part: object) -> int:
             return sum(map(_expressions, cast("tuple[object, ...]", part)))
         case spec.Spec():
             names = type(part).model_fields.keys() - {"domain"}
-            own = _ANY_PROMPT if isinstance(part, spec.TextDef) else 1  # texts are tokenized
+            own = _ANY_PROMPT if isinstance(part, spec.TextDef) else 1  # texts are tokenised
             return own + sum(_expressions(getattr(part, name)) for name in names)
         case _:
             return 0
@@ -651,8 +651,7 @@ class FileContexts:
 
     @cached_property
     def _enough(self) -> int | None:
-        """Number of prompts of a table to check; fewer if the file has more expressions per
-        prompt."""
+        """Number of prompts of a table to check; fewer with more expressions per prompt."""
         return (
             None
             if self.prompts_enough is None

@@ -1,7 +1,7 @@
-"""The command line, one file per command.
+"""The command line, one function per command.
 
-In: arguments. Out: text on standard output and standard error, an exit status. Imports everything,
-when a command needs it: so `validate` starts without torch.
+In: arguments. Out: text on standard output and standard error, an exit status. Imports any package,
+when a command needs it, so that `validate` starts without torch.
 """
 
 from mechdsl.cli.entry import app, main

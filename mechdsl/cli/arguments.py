@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take, and the files that they name."""
+"""Shared arguments and options of commands, and the files that they name."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 class MechFile(click.Path):
-    """A path of a `.mech` file, or of a folder that has some."""
+    """A path of a `.mech` file, or of a folder with such files."""
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem[str]]:
         from click.shell_completion import CompletionItem
 
-        if incomplete.startswith("~"):  # the shell knows whose folder that is, and how to write it
+        if incomplete.startswith("~"):  # the shell expands and quotes it
             return [CompletionItem(incomplete, type="file")]
         folder, slash, begun = incomplete.rpartition("/")
         try:
@@ -68,7 +68,7 @@ limit_option = click.option(
 
 
 def format_option(default: str, *others: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """`--format`, which the command gets as `form`."""
+    """Add `--format`, which the command receives as `form`."""
     return click.option(
         "--format",
         "form",
@@ -96,16 +96,16 @@ untrusted_option = click.option(
 
 
 class PassOptions(NamedTuple):
-    """What the command line says of passes."""
+    """Command-line options for passes."""
 
     without: tuple[str, ...]
-    """Names of planner passes that are off; they may be wrong."""
+    """Names of disabled planner passes; not yet checked."""
     pass_tokens: int | None
     prompt_tokens: int | None
 
 
 def pass_options(command: Callable[..., int]) -> Callable[..., int]:
-    """`--no-pass`, `--pass-tokens` and `--prompt-tokens`, which the command gets as `passes`."""
+    """Add `--no-pass`, `--pass-tokens` and `--prompt-tokens`; the command receives `passes`."""
 
     @click.option(
         "--no-pass",
@@ -140,16 +140,16 @@ def pass_options(command: Callable[..., int]) -> Callable[..., int]:
 
 
 class StoreOptions(NamedTuple):
-    """What the command line says of stores."""
+    """Command-line options for stores."""
 
     named: Path | Literal[False] | None
-    """As `store_folder` takes it."""
+    """As for `store_folder`."""
     fresh: bool
 
 
 def store_options(command: Callable[..., int]) -> Callable[..., int]:
-    """`--store`, `--no-store` and `--fresh`, which the command gets as `stores`. Raises UsageError
-    where they contradict each other."""
+    """Add `--store`, `--no-store` and `--fresh`, which the command receives as `stores`. Raises
+    UsageError if they contradict each other."""
 
     @click.option(
         "--store",
@@ -186,7 +186,7 @@ def settings_from_options(
     allow_outside: bool,
     untrusted: bool,
 ) -> CheckSettings:
-    """How files are checked. Raises `MalformedSetting`."""
+    """Return the settings of the check. Raises `MalformedSetting`."""
     from mechdsl.checks.file_check import CheckSettings
     from mechdsl.pipeline.lazy_builder import build_lazily
 
@@ -212,21 +212,21 @@ def settings_from_options(
 
 
 def python_mode(allow_python: bool) -> PythonMode:
-    """What is done with Python files where `--allow-python` is an option."""
+    """Return the treatment of Python files for commands with `--allow-python`."""
     return "run" if allow_python else "refuse"
 
 
 ResultT = TypeVar("ResultT")
 
 STDIN = Path("-")
-"""Where a file is named, what comes in on standard input."""
+"""The path for standard input."""
 
 _FILES_EACH = 4
-"""Files that a process is started for, at least."""
+"""Minimum number of files per process."""
 
 
 def find_mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnostic]]:
-    """Files as given; folders are walked, in order of their names. Codes: E0208."""
+    """Return the files; folders are searched recursively and sorted by name. Codes: E0208."""
     found: list[Path] = []
     problems: list[Diagnostic] = []
     if paths.count(STDIN) > 1:
@@ -239,7 +239,7 @@ def find_mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnosti
     for path in paths:
         if path == STDIN:
             found.append(path)
-        elif os.path.isdir(path):  # which, unlike `Path.is_dir`, takes any name
+        elif os.path.isdir(path):  # unlike `Path.is_dir`, accepts any name
             inside = sorted(path.rglob("*.mech"))
             if not inside:
                 problems.append(
@@ -255,7 +255,7 @@ def find_mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnosti
 
 
 def read_mech_file(path: Path) -> tuple[Source | None, list[Diagnostic]]:
-    """The text of a file, or of standard input; None where it can't be read.
+    """Read a file, or standard input; None if it can't be read.
 
     Codes: E0208 for standard input; those of `read_source`.
     """
@@ -276,7 +276,7 @@ def read_mech_file(path: Path) -> tuple[Source | None, list[Diagnostic]]:
 def check_mech_file(
     file: Path, settings: CheckSettings
 ) -> tuple[CheckedFile | None, list[Diagnostic]]:
-    """One file checked; None where it can't be read."""
+    """Check one file; None if it can't be read."""
     from mechdsl.checks.file_check import check_source
 
     source, problems = read_mech_file(file)
@@ -289,8 +289,7 @@ def check_mech_file(
 def map_files(
     work: Callable[[Path, CheckSettings], ResultT], files: Sequence[Path], settings: CheckSettings
 ) -> Iterator[ResultT]:
-    """What a function gives for each file, in order; many files are divided among processes, one
-    for each core that there is."""
+    """Yield a function's result for each file, in order; many files use one process per core."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     processes = min(cores, len(files) // _FILES_EACH)
     # Torch's threads don't survive a fork, and only one process can read standard input.
@@ -305,11 +304,12 @@ def _divided(
     settings: CheckSettings,
     processes: int,
 ) -> Iterator[ResultT]:
-    """As `each_file`. No process waits for this one, so that all end if it is killed."""
+    """Divide files among processes for `map_files`. No process waits for this one, so that all end
+    if it is killed."""
     from multiprocessing import get_context
 
-    import_module("mechdsl.checks.file_check")  # once, and not in each process
-    # There is a process for each core already. Unset, it warns of a fork.
+    import_module("mechdsl.checks.file_check")  # once instead of in each process
+    # There is already a process per core. Without the variable, tokenizers warn of a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = get_context("fork")
     with ExitStack() as stack:
@@ -339,10 +339,10 @@ def _work_through(
     files: Sequence[Path],
     how: CheckSettings,
 ) -> None:
-    """Send what comes of each file, or what it raised."""
+    """Send the result of each file, or its exception."""
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process that started this one handles
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # handled by the parent process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(BrokenPipeError):
         for file in files:

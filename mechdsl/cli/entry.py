@@ -63,7 +63,7 @@ MODULES = {
 
 
 class CommandTable(Mapping[str, click.Command]):
-    """The commands by name, each imported when it is asked for."""
+    """The commands by name, each imported on access."""
 
     def __getitem__(self, name: str) -> click.Command:
         if name not in COMMANDS:
@@ -81,7 +81,7 @@ class CommandGroup(click.Group):
     """All commands, which are listed without being imported."""
 
     def __init__(self, *args: Any, **others: Any) -> None:
-        commands: Any = CommandTable()  # click only reads it, where no command is added
+        commands: Any = CommandTable()  # click only reads it, as no command is added
         super().__init__(*args, commands=commands, **others)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -105,12 +105,12 @@ def app(context: click.Context) -> None:
 
 def main() -> None:
     """Run the command that the arguments name, and exit."""
-    gc.disable()  # checking makes many objects and no garbage worth a tenth of its time
-    atexit.register(gc.freeze)  # nor is it worth looking for at the end
-    # Pydantic would read the metadata of every installed package to look for plugins of its own.
+    gc.disable()  # checks create little garbage; collection would take a tenth of the time
+    atexit.register(gc.freeze)  # also skip the collection at exit
+    # Pydantic would read the metadata of every installed package to look for its plugins.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
-    # Torch's threads spin while they wait for each other: with a core taken by other work that took
-    # thirty times as long. Sleeping instead costs nothing to speak of.
+    # Torch's threads spin while they wait for one another: with a core in use by other work, that
+    # took thirty times as long. Sleeping has no measurable cost.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         prepare_streams()
@@ -128,9 +128,9 @@ def main() -> None:
 
 
 def _status() -> int | str | None:
-    """What the command that the arguments name exits with."""
+    """Run the command that the arguments name, and return its exit status."""
     try:
-        # Not `app(…)`: click would end broken pipes as if an expectation had failed.
+        # Not `app(…)`: click would exit on a broken pipe as if an expectation had failed.
         with app.make_context("mechdsl", sys.argv[1:]) as context:
             return app.invoke(context)
     except click.exceptions.Exit as error:
@@ -152,7 +152,7 @@ def _status() -> int | str | None:
 
 
 def _usage(error: click.ClickException) -> Diagnostic:
-    """A mistake on the command line as a diagnostic."""
+    """Convert an error of the command line to a diagnostic."""
     from mechdsl.cli.arguments import MalformedSetting
     from mechdsl.diagnostics.command_line import BadCommandLine
     from mechdsl.diagnostics.core import did_you_mean

@@ -22,7 +22,7 @@ from mechdsl.cli.output import COMPLETION_VARIABLE, SUCCESS, print_line
 
 
 class QuotingBash(BashComplete):
-    """As click's, but names of files are quoted, and folders are offered beside them."""
+    """Bash completion that also quotes file names and offers folders."""
 
     source_template = """\
 %(complete_func)s() {
@@ -48,7 +48,7 @@ add_completion_class(QuotingBash)
 
 
 def complete(app: click.Command, asked: str) -> int:
-    """Answer a shell; the exit status."""
+    """Answer a shell's completion request; return the exit status."""
     return shell_complete(app, {}, "mechdsl", COMPLETION_VARIABLE, asked)
 
 
@@ -75,7 +75,7 @@ def completion(context: click.Context, shell: str) -> int:
 DEFAULT_FOLDER = Path("mechdsl-examples")
 
 _ENDS = (".mech", ".jsonl")
-"""Of files and their data; a run may have left other things beside them."""
+"""Extensions of files and their data; a run may have left other files next to them."""
 
 _COMMENT = re.compile(r"^#[^\n]*(?:\n# [^\n]*)*", re.M)
 
@@ -99,7 +99,7 @@ def examples(folder: Path | None, listed: bool) -> int:
 
 
 def _list(origin: Path) -> int:
-    """Each example with the first sentence of its comment."""
+    """Print each example with the first sentence of its comment."""
     found = sorted(origin.glob("*.mech"))
     width = max(len(path.name) for path in found)
     for path in found:
@@ -115,7 +115,7 @@ def _about(text: str) -> str:
 
 
 def _copy(origin: Path, folder: Path) -> int:
-    """Copy what isn't there, with the data that the files read."""
+    """Copy missing files and the data that they read."""
     there: list[Path] = []
     copied = 0
     for path in sorted(each for end in _ENDS for each in origin.rglob(f"*{end}")):

@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 SUCCESS = 0
 
 EXPECTATION_FAILED = 1
-"""An expectation doesn't hold."""
+"""Exit status if an expectation doesn't hold."""
 
 INVALID_INPUT = 2
-"""Something is wrong, and nothing could be computed."""
+"""Exit status if an input is invalid and nothing could be computed."""
 
 INCOMPLETE = 3
-"""A part could not be done: a measure couldn't be computed, the run broke off, a report wasn't
-written, or standard output takes nothing more. What could be done is printed."""
+"""Exit status if a part failed: a measure couldn't be computed, the run was interrupted, a report
+wasn't written, or standard output is unavailable. Everything else is printed."""
 
 SIGNAL_OFFSET = 128
-"""More by the number of the signal that ended the run: 130 for Ctrl-C, 143 for SIGTERM."""
+"""Added to the number of the signal that ended the run: 130 for Ctrl-C, 143 for SIGTERM."""
 
 COMPLETION_VARIABLE = "_MECHDSL_COMPLETE"
-"""In the environment where a shell asks what a line can go on with."""
+"""Environment variable with which a shell requests completions of a line."""
 
 
 def print_diagnostics(
     diagnostics: Sequence[Diagnostic], form: str = "full", *, out: bool = False
 ) -> None:
-    """Diagnostics on standard error, or on standard output where they are what was asked for."""
+    """Print diagnostics on standard error, or on standard output if they were requested."""
     if form == "full" and not diagnostics:
         return
     from mechdsl.diagnostics import rendering as render
@@ -65,12 +65,12 @@ def print_diagnostics(
 
 
 def print_line(text: str, *, out: bool = True) -> None:
-    """One line on standard output, or on standard error."""
+    """Print one line on standard output, or on standard error."""
     print(escape_hidden(text), file=sys.stdout if out else sys.stderr)
 
 
 def report_failure(what: str, error: Exception) -> int:
-    """The last resort, so that no user meets a traceback."""
+    """Report an internal error, so that no user sees a traceback."""
     if isinstance(error, OSError) and error.filename is not None:
         from mechdsl.diagnostics.command_line import write_error
 
@@ -79,7 +79,7 @@ def report_failure(what: str, error: Exception) -> int:
     if os.environ.get("MECHDSL_DEBUG"):
         raise error
     reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError):  # a full disk
+    if isinstance(error, OSError):  # for instance, a full disk
         reason = (error.strerror or str(error)).lower()
     print_line(f"{what} broke off: {reason}", out=False)
     print_line("set MECHDSL_DEBUG=1 for the traceback", out=False)
@@ -87,21 +87,21 @@ def report_failure(what: str, error: Exception) -> int:
 
 
 def window_width() -> int:
-    """Columns of the reader's window."""
+    """Return the number of columns of the user's window."""
     import shutil
 
     return max(40, shutil.get_terminal_size((100, 24)).columns)
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A rich console: colours only on terminals, and as wide as the reader's window."""
+    """Return a rich console with colours only on terminals, and the width of the user's window."""
     from mechdsl.show.console import visible_console
 
     return visible_console(stderr=stderr, width=None if sys.stdout.isatty() else window_width())
 
 
 REPLACEMENT_HANDLER = "mechdsl.replaced"
-"""How letters that an encoding lacks are written."""
+"""Name of the codecs error handler for characters that an encoding lacks."""
 
 _SIGNS = {
     "…": "...",
@@ -123,11 +123,11 @@ _SIGNS = {
     "∅": "0",
     "┌": "-",
 }
-"""Our own signs, mostly as wide as they were, so that columns stay in line."""
+"""Replacements of our signs, mostly of equal width, so that columns remain aligned."""
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:
-    """An error handler of codecs: our signs by others, letters as `\\xe9`."""
+    """Replace our signs by others, and letters by `\\xe9`, as an error handler of codecs."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lost = error.object[error.start : error.end]
@@ -136,13 +136,13 @@ def _replaced(error: UnicodeError) -> tuple[str, int]:
 
 
 class OutputLost(Exception):
-    """Standard output takes nothing more: it is closed, or full."""
+    """Standard output is closed or full."""
 
 
 class StandardOutput(io.TextIOWrapper):
-    """Standard output, whose own failures are distinguished from those of files that are written.
+    """Standard output whose failures are distinguished from those of written files.
 
-    Raises OutputLost from every method where standard output takes less than all.
+    Raises OutputLost from every method if standard output doesn't accept everything.
     """
 
     def __init__(
@@ -152,8 +152,8 @@ class StandardOutput(io.TextIOWrapper):
         encoding: str,
         line_buffering: bool = False,
     ) -> None:
-        """stream: as Python opened it, without a buffer where Python runs unbuffered."""
-        # A file without a buffer may write less than it is given, and only its result tells.
+        """Wrap a stream as opened by Python, without a buffer if Python runs unbuffered."""
+        # An unbuffered file may write less than it is given, and only reports that as its result.
         self._unbuffered = isinstance(stream, io.RawIOBase)
         if isinstance(stream, io.RawIOBase):
             stream = io.BufferedWriter(stream)
@@ -185,24 +185,25 @@ class StandardOutput(io.TextIOWrapper):
 
 
 def _reason(error: OSError) -> str:
-    """Why less than all was taken; nothing of a pipe whose reader has all it wants."""
+    """Return why output was lost; empty for a pipe whose reader closed it."""
     if isinstance(error, BrokenPipeError):
         return ""
     return f"takes nothing more: {(error.strerror or str(error)).lower()}"
 
 
 def prepare_streams() -> None:
-    """What can't be encoded is replaced, so that no run is lost at its end for a letter.
+    """Replace characters that can't be encoded, so that no run fails at its end because of one.
 
-    Raises OutputLost where standard output is closed from the start.
+    Raises:
+        OutputLost: If standard output is closed from the start.
     """
     codecs.register_error(REPLACEMENT_HANDLER, _replaced)
-    if sys.stderr is None:  # closed: `print` would take standard output instead
+    if sys.stderr is None:  # closed: `print` would use standard output instead
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
         raise OutputLost("is closed")
     plain = sys.__stdout__
-    if plain is not None and sys.stdout is plain:  # not where something captures it
+    if plain is not None and sys.stdout is plain:  # unless something captures it
         line_buffering, encoding = plain.line_buffering, plain.encoding
         stream = cast(io.RawIOBase | io.BufferedWriter, plain.detach())
         sys.stdout = sys.__stdout__ = StandardOutput(
@@ -214,7 +215,7 @@ def prepare_streams() -> None:
 
 
 def finish_output() -> None:
-    """Flush standard output, and check that all of it was taken. Raises OutputLost."""
+    """Flush standard output, and check that everything was written. Raises OutputLost."""
     if isinstance(sys.stdout, StandardOutput):
         sys.stdout.finish()
     else:
@@ -222,17 +223,16 @@ def finish_output() -> None:
 
 
 def print_json(text: str) -> None:
-    """A JSON document on standard output."""
+    """Print a JSON document on standard output."""
     sys.stdout.write(escape_unencodable(text, sys.stdout.encoding) + "\n")
 
 
 def report_lost_output(error: OutputLost) -> int:
-    """Report why standard output got less than all, unless a reader closed its pipe; the exit
-    status."""
+    """Report why output was lost, unless a reader closed its pipe; return the exit status."""
     if str(error):
         with suppress(OSError):
             print(f"standard output {error}", file=sys.stderr)
-    if sys.stdout is not None:  # what is waiting would be tried again at exit
+    if sys.stdout is not None:  # pending output would be retried at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return INCOMPLETE
 
@@ -247,7 +247,7 @@ RESUME_NOTE = "what is finished is kept; the same command goes on from there"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, which end a run just as Ctrl-C does."""
+    """SIGTERM or SIGHUP, which end a run like Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def raise_on_signals() -> Generator[None]:
-    """These signals raise `Terminated` inside; one that is ignored (`nohup`) stays ignored."""
+    """Raise `Terminated` on these signals; one that is ignored (`nohup`) stays ignored."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated(number)
@@ -273,7 +273,7 @@ def raise_on_signals() -> Generator[None]:
 
 
 def report_interruption(error: KeyboardInterrupt, kept: str = "") -> int:
-    """Say that the command was ended, and what it keeps; the exit status."""
+    """Report that the command was ended, and what is saved; return the exit status."""
     number = error.number if isinstance(error, Terminated) else signal.SIGINT
     word = _WORDS.get(signal.Signals(number), "interrupted")
     print(f"{word}{kept}", file=sys.stderr)

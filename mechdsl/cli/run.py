@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 
 
 class VerdictOptions(NamedTuple):
-    """What the command line says of verdicts."""
+    """Command-line options for verdicts."""
 
     junit: Path | None = None
     against: str | None = None
@@ -73,7 +73,7 @@ class VerdictOptions(NamedTuple):
 
 
 def verdict_options(command: Callable[..., int]) -> Callable[..., int]:
-    """`--junit`, `--against` and `--fail-fast`, which the command gets as `asked`."""
+    """Add `--junit`, `--against` and `--fail-fast`, which the command receives as `asked`."""
 
     @click.option(
         "--junit",
@@ -101,25 +101,26 @@ def verdict_options(command: Callable[..., int]) -> Callable[..., int]:
 
 
 class VerdictReporter:
-    """The verdicts of a command's files, from before the first one runs."""
+    """The verdicts of a command's files, from before the first run on."""
 
     def __init__(self, asked: VerdictOptions) -> None:
         self.asked = asked
         self.earlier: EarlierRun | None = None
         self.writable = asked.junit is not None
-        """Whether there is a report to write; not where its path was refused."""
+        """Whether to write a report; False if its path was rejected."""
         self.unwritten = False
         self.waiting: list[CheckedFile] = []
         self.done: list[FileResult | JunitSuite] = []
 
-    # --- before anything runs
+    # --- before the runs
 
     def refused(
         self, files: Sequence[CheckedFile], out: Path | None, store: Path | None
     ) -> list[Diagnostic]:
-        """E0208 for a report that can't be written, and for an earlier run that there isn't.
+        """Report E0208 for a report that can't be written, and for an unknown earlier run.
 
-        store: the one that is named.
+        Args:
+            store: The given store.
         """
         from mechdsl.diagnostics.rendering import MechdslError
 
@@ -139,7 +140,7 @@ class VerdictReporter:
         return found
 
     def wrong(self, paths: Sequence[Path], problems: Sequence[Diagnostic]) -> None:
-        """The report where nothing runs, as something is wrong."""
+        """Write the report of a command that runs nothing because of errors."""
         if not self.writable:
             return
         from mechdsl.show.junit import JunitSuite, JunitTest, diagnostic_suite
@@ -154,23 +155,23 @@ class VerdictReporter:
         self._write()
 
     def begin(self, files: Sequence[CheckedFile]) -> bool:
-        """Write a report that is right should nothing follow; whether that can be done."""
+        """Write a report that is valid if nothing follows; return whether that succeeded."""
         self.waiting = list(files)
         return self._write()
 
     @property
     def ends(self) -> StopCondition | None:
-        """What ends a run, with `--fail-fast`."""
+        """The stop condition of `--fail-fast`."""
         if not self.asked.fail_fast:
             return None
         from mechdsl.results.experiment_result import stop_condition
 
         return stop_condition(self.earlier)
 
-    # --- while files run
+    # --- during the runs
 
     def lost(self, checked: CheckedFile, problems: Sequence[Diagnostic]) -> None:
-        """A file of which nothing could be computed."""
+        """Record a file of which nothing could be computed."""
         from mechdsl.results.assembly.collection import build_lost_experiment
         from mechdsl.results.experiment_result import FileResult
 
@@ -180,13 +181,13 @@ class VerdictReporter:
         self.add(checked, FileResult(checked.source.name, (), lost=lost))
 
     def add(self, checked: CheckedFile, result: FileResult) -> None:
-        """What a file's run has found."""
+        """Record the result of a file's run."""
         self.waiting = [each for each in self.waiting if each is not checked]
         self.done.append(result)
         self._write()
 
     def trouble(self, checked: CheckedFile, reason: str) -> None:
-        """Something that went wrong in a file's run, beside what was found."""
+        """Record a problem of a file's run besides its result."""
         if not self.writable:
             return
         from mechdsl.show.junit import JunitSuite, JunitTest
@@ -197,7 +198,7 @@ class VerdictReporter:
         self._write()
 
     def stop(self, form: str) -> bool:
-        """Whether `--fail-fast` ends the command here; what is left then is named."""
+        """Whether `--fail-fast` ends the command now; if so, print what is skipped."""
         results = self._results()
         if self.ends is None or not results:
             return False
@@ -217,11 +218,11 @@ class VerdictReporter:
 
     @property
     def not_run(self) -> tuple[FileResult, ...]:
-        """Whole files that `--fail-fast` left out."""
+        """Whole files that `--fail-fast` skipped."""
         return tuple(each for each in self._results() if each.not_run and not _ran(each))
 
     def interrupted(self) -> None:
-        """The report of a run that somebody ended."""
+        """Write the report of an interrupted run."""
         self._write("the run was interrupted")
 
     def _results(self) -> list[FileResult]:
@@ -229,14 +230,14 @@ class VerdictReporter:
 
         return [each for each in self.done if isinstance(each, FileResult)]
 
-    # --- behind the last file
+    # --- after the runs
 
     def against(self) -> VerdictComparison | None:
-        """What has changed since the earlier run."""
+        """Return the changes since the earlier run."""
         return None if self.earlier is None else self.earlier.compare(self._results())
 
     def tell(self, form: str) -> None:
-        """Print what has changed, behind all tables."""
+        """Print the changes, after all tables."""
         against = self.against()
         if against is not None:
             from mechdsl.show.runs import print_verdict_comparison
@@ -244,7 +245,7 @@ class VerdictReporter:
             print_verdict_comparison(against, make_console(stderr=form != "table"))
 
     def status(self, results: Results, broke_off: bool, form: str) -> int:
-        """Say what has changed, and the exit status."""
+        """Print the changes, and return the exit status."""
         self.tell(form)
         against = results.against
         lost = not all(file.computable for file in results.files)
@@ -254,7 +255,7 @@ class VerdictReporter:
         return EXPECTATION_FAILED if failed else SUCCESS
 
     def _write(self, why: str = "the run did not come to it") -> bool:
-        """The report as far as it is known; whether it could be written."""
+        """Write the report with the results so far; return whether that succeeded."""
         if not self.writable:
             return True
         from mechdsl.base.files import write_atomically
@@ -271,7 +272,7 @@ class VerdictReporter:
             write_atomically(self.asked.junit, junit_text(suites))
         except OSError as error:
             print_diagnostics([_unwritten(self.asked.junit, error.strerror or str(error))])
-            self.writable, self.unwritten = False, True  # said once
+            self.writable, self.unwritten = False, True  # reported once
             return False
         return True
 
@@ -286,7 +287,7 @@ def _unwritten(path: Path, reason: str) -> BadCommandLine:
 def _unfit(
     path: Path, files: Sequence[CheckedFile], out: Path | None, against: str | None
 ) -> BadCommandLine | None:
-    """Why a report can't go to a path."""
+    """Return why a report can't be written to a path, if so."""
     what = special_file_kind(path, stream=True)
     if what is not None:
         return _unwritten(path, f"it is {what}, and the report goes to a plain file")
@@ -318,7 +319,7 @@ def _unfit(
 
 
 def _not_run(checked: CheckedFile) -> FileResult:
-    """A file behind the one that ended the command."""
+    """Return the result of a file after the one that ended the command."""
     from mechdsl.results.experiment_result import (
         FileResult,
         SkippedExperiment,
@@ -347,7 +348,7 @@ def _ran(file: FileResult) -> bool:
 
 
 def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
-    """Experiments that were not run, whole files by their names; expectations not decided."""
+    """Return experiments that were not run (whole files by name), and undecided expectations."""
     unrun: list[str] = []
     undecided: list[str] = []
     for file in files:
@@ -476,7 +477,7 @@ def run(
 def _shows_hashes(
     files: list[CheckedFile], form: str, out: Path | None, asked: VerdictOptions
 ) -> bool:
-    """Whether hashes of weights are written or compared; tables and verdicts have none."""
+    """Whether hashes of weights are written or compared; tables and verdicts contain none."""
     return (
         form == "json"
         or out is not None
@@ -486,7 +487,7 @@ def _shows_hashes(
 
 
 def _written_by_several(files: list[CheckedFile], said: list[Diagnostic]) -> list[Diagnostic]:
-    """Reports of one file that would write over what another one reads or writes."""
+    """Report reports of one file that would overwrite a file that another one reads or writes."""
     from mechdsl.checks.file_check import check_output_files
 
     found = check_output_files([(checked.program, checked.reported) for checked in files])
@@ -503,8 +504,8 @@ def _run_all(
     *,
     profile: bool,
 ) -> int:
-    """Run files one after another, printing what each has found. One that can't be computed costs
-    no other; where nobody reads what is printed any more, those are run that keep something."""
+    """Run files one after another and print each result. A failure doesn't affect other files.
+    After standard output is closed, only files with saved results are run."""
     from mechdsl.results.results import Results, package_versions
     from mechdsl.store.store import store_folder
 
@@ -528,7 +529,7 @@ def _run_all(
         except KeyboardInterrupt as error:
             verdicts.interrupted()
             return report_interruption(error, keeping.said)
-        except OutputLost as error:  # behind the file's own run, and the reports that it writes
+        except OutputLost as error:  # after the file's run, with its reports written
             done, lost = report_lost_output(error), True
         if isinstance(done, int):
             failed.append(done)
@@ -554,28 +555,28 @@ def _run_all(
 
 
 def _has_files(checked: CheckedFile) -> bool:
-    """Whether a report goes to a file."""
+    """Whether any report is written to a file."""
     return any(report.file for each in checked.reported for report in each.reports)
 
 
 class _Keeping:
-    """Whether the store keeps what a run has finished."""
+    """Whether the store caches what a run has finished."""
 
     kept = False
 
     @property
     def said(self) -> str:
-        """Where a run was interrupted."""
+        """Message about cached values for an interrupted run."""
         return f"; {RESUME_NOTE}" if self.kept else "; nothing of this file is kept"
 
     def start(self, kept: bool) -> None:
-        """Called before anything is computed."""
+        """Record the state before the computation."""
         self.kept = kept
         from mechdsl.loading.loader import import_library
 
         import_library()
-        gc.freeze()  # what was imported is no garbage,
-        gc.enable()  # but models and results do make some
+        gc.freeze()  # imported modules are never garbage,
+        gc.enable()  # but models and results create some
 
 
 def _run_file(
@@ -587,8 +588,12 @@ def _run_file(
     *,
     profile: bool,
 ) -> tuple[FileResult, bool] | int:
-    """Run a file and show its reports, and whether that and all that is saved could be done; an
-    exit status where the run broke off."""
+    """Run a file and show its reports.
+
+    Returns:
+        The result, and whether all reports and files could be written; an exit status if the run
+        was interrupted or failed.
+    """
     from mechdsl.pipeline.file_run import StoreStopped, run_file
     from mechdsl.show.progress import ProgressBar
 
@@ -596,7 +601,7 @@ def _run_file(
     bar = ProgressBar(source.name)
     profiles: list[
         tuple[Plan, ExecutionProfile]
-    ] = []  # several where experiments wait for others' results
+    ] = []  # several if experiments depend on others' results
 
     def keep(plan: Plan, done: ExecutionProfile) -> None:
         profiles.append((plan, done))
@@ -648,16 +653,19 @@ def _run_file(
 
 
 def _show(result: FileResult, *, tables: bool) -> bool:
-    """All reports of a file, each experiment with the verdicts on its expectations; whether all
-    could be made.
+    """Show all reports of a file, each experiment with the verdicts on its expectations.
 
-    tables: print them; else only those are made that go to a file.
+    Args:
+        tables: Whether to print them; otherwise only reports with a file are written.
+
+    Returns:
+        Whether all reports succeeded.
     """
     from mechdsl.show.output import show_report, write_reports
     from mechdsl.show.reports.text import print_lost_experiment, print_verdicts
 
     console = make_console()
-    # Files first: what is printed may be cut short by its reader.
+    # Files first: the reader may close standard output early.
     written = iter(write_reports(result.experiments))
     whole = True
     for experiment in result.experiments:

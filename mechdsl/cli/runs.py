@@ -30,12 +30,12 @@ DEFAULT_COMMAND = "list"
 
 
 class RunCommands(click.Group):
-    """Its commands; `list` where none is named. What they refuse is printed."""
+    """The subcommands, `list` by default; prints their errors."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         helped = args and args[0] in ("-h", "--help")
         named = args and not args[0].startswith("-")
-        if not helped and not named and not ctx.resilient_parsing:  # as for completion
+        if not helped and not named and not ctx.resilient_parsing:  # not during completion
             args = [DEFAULT_COMMAND, *args]
         return super().parse_args(ctx, args)
 
@@ -50,7 +50,7 @@ class RunCommands(click.Group):
 
 
 class RunNameType(click.ParamType[str]):
-    """What a run is called by."""
+    """The name of a run."""
 
     name = "run"
 
@@ -72,7 +72,7 @@ class RunNameType(click.ParamType[str]):
 
 
 class SizeType(click.ParamType[int]):
-    """`5GB`, in bytes."""
+    """A size such as `5GB`, in bytes."""
 
     name = "size"
 
@@ -91,7 +91,7 @@ store_option = click.option(
     "--store",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    is_eager=True,  # so that completion knows it
+    is_eager=True,  # available to completion
     help="The store's folder.  [default: .mechdsl of the working folder, or beside the .mech file]",
 )
 
@@ -203,7 +203,7 @@ def remove(run: tuple[str, ...], store: Path | None) -> int:
     from mechdsl.results.runs import Run, find_run, find_store_folder, open_store
 
     found: dict[str, Run] = {}
-    for name in run:  # all of them, before the first one goes
+    for name in run:  # find all before removing the first one
         folder = find_store_folder(name, store)
         with open_store(folder) as opened:
             stored = find_run(opened, name)

@@ -86,15 +86,15 @@ def validate(
 
 
 class _Validated(NamedTuple):
-    """What is said of one file."""
+    """The diagnostics of one file."""
 
     problems: Sequence[Diagnostic]
     unchecked: Sequence[str] = ()
     """Experiments without their model."""
     unrun: Sequence[str] = ()
-    """Experiments without their Python."""
+    """Experiments without their Python functions."""
     hollow: Sequence[Diagnostic] = ()
-    """E0406 for the models without weights."""
+    """E0406 for models without weights."""
 
 
 def _validated(path: Path, how: CheckSettings) -> _Validated:
@@ -108,7 +108,7 @@ def _validated(path: Path, how: CheckSettings) -> _Validated:
 
 
 def _without(experiments: list[str], what: str) -> str:
-    """How many experiments were checked for all but what hangs on this."""
+    """Return how many experiments were checked except for what depends on this."""
     if not experiments:
         return ""
     many = len(experiments) > 1
@@ -124,7 +124,7 @@ def fmt(files: tuple[Path, ...], check: bool) -> int:
     from mechdsl.syntax.formatter import format_file
     from mechdsl.syntax.frontend import parse
 
-    import_module("mechdsl.vocab.corruptions")  # whose words the parser looks up
+    import_module("mechdsl.vocab.corruptions")  # registers the words that the parser looks up
     paths, problems = find_mech_files(files)
     piped = STDIN in paths
     changed: list[str] = []
@@ -146,6 +146,6 @@ def fmt(files: tuple[Path, ...], check: bool) -> int:
                 write_atomically(path, text)
     print_diagnostics(problems)
     for name in changed:
-        # What standard output holds is the text alone.
+        # Standard output contains only the text.
         print_line(f"{'would change' if check else 'formatted'} {name}", out=check or not piped)
     return INVALID_INPUT if has_errors(problems) or (check and changed) else SUCCESS

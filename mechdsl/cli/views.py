@@ -34,7 +34,7 @@ from mechdsl.diagnostics.core import has_errors
 def complete_page_or_file(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem[str]]:
-    """What `mechdsl explain` takes; codes only where one is begun."""
+    """Complete arguments of `mechdsl explain`; codes only after their first characters."""
     pages = [LANGUAGE_PAGE, *(page_codes() if incomplete else [])]
     begun = [CompletionItem(name) for name in pages if name.startswith(incomplete)]
     return [*begun, *MechFile().shell_complete(ctx, param, incomplete)]
@@ -85,7 +85,7 @@ def explain(
 
 
 def _print_page(name: str) -> int:
-    """The page of an error or a warning, or that of the language."""
+    """Print the page of a code, or that of the language."""
     text, problems = find_page(name)
     print_diagnostics(problems)
     sys.stdout.write(text)

@@ -1,9 +1,8 @@
 """Errors and warnings as typed data: a code, a span, a cause and a help line.
 
-In: facts and a span. Out: a `Diagnostic`, and its rendering. Imports base.
+In: facts and a span. Out: a `Diagnostic` and its rendering. Imports base.
 
-Each code is one frozen class in the module of its subject (`e01_syntax` … `w07_statistics`), and
-one page in `docs/errors/`.
+Each code is one frozen class in the module of its subject, with a page in `docs/errors/`.
 """
 
 from mechdsl.diagnostics.core import CODES, Diagnostic, Severity, has_errors

@@ -21,7 +21,7 @@ class BadCommandLine(Diagnostic):
 
 
 def write_error(error: OSError) -> BadCommandLine:
-    """E0208 for a file that can't be written."""
+    """Return E0208 for a file that can't be written."""
     said = (error.strerror or str(error)).lower()
     return BadCommandLine(
         reason=f"cannot write `{error.filename}`: {said}",
@@ -30,7 +30,7 @@ def write_error(error: OSError) -> BadCommandLine:
 
 
 LANGUAGE_PAGE = "language"
-"""The word for the page of the language."""
+"""Name of the page of the language."""
 
 
 def _pages_folder() -> Path:
@@ -38,23 +38,23 @@ def _pages_folder() -> Path:
 
 
 def page_codes() -> list[str]:
-    """Every code that has a page."""
+    """Return every code that has a page."""
     return sorted(path.stem for path in _pages_folder().glob("[EW]*.md"))
 
 
 def read_page(code: str) -> str | None:
-    """The page of a code, None where there is none."""
+    """Read the page of a code; None if there is none."""
     path = _pages_folder() / f"{code}.md"
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def is_page_name(text: str) -> bool:
-    """Whether a text is `language`, or written like a code: `E0301`, `w0710`."""
+    """Whether a text is `language`, or has the form of a code: `E0301`, `w0710`."""
     return text == LANGUAGE_PAGE or (text[:1] in tuple("EWew") and text[1:].isdigit())
 
 
 def find_page(name: str) -> tuple[str, list[Diagnostic]]:
-    """The page of the language, or of a code, in capitals or not; E0208 where there is none."""
+    """Find the page of the language, or of a code in any case; E0208 if there is none."""
     if name == LANGUAGE_PAGE:
         return shipped_path("language.md", "docs/language.md").read_text(encoding="utf-8"), []
     code = name.upper()

@@ -13,8 +13,8 @@ from mechdsl.base.source import Span
 Severity = Literal["error", "warning"]
 
 UnknownFact: TypeAlias = Literal["shape", "tokens", "rows", "count", "columns"]
-"""What isn't known where something stands in for it: the sizes and sites of a model, the tokens of
-texts, the rows of prompts, how many there are of them, the names that a data file gives them."""
+"""Facts that may be unknown and replaced by placeholders: sizes and sites of a model, tokens of
+texts, rows of prompts, their number, and column names of a data file."""
 
 UNKNOWN_FACTS: tuple[UnknownFact, ...] = ("shape", "tokens", "rows", "count", "columns")
 
@@ -22,7 +22,7 @@ _COUNTED = re.compile(
     r"(?<!of )\{(\w+)[^}]*\} "
     r"(?:cell|draw|head|item|layer|measure|model|position|prompt|row|token)s\b"
 )
-"""A number of things in a wording, but for those of which some are meant: `1 of 1 rows`."""
+"""A number of things in a message, except in expressions such as `1 of 1 rows`."""
 
 CODES: dict[str, type[Diagnostic]] = {}
 """Every code of the language, filled as the classes are defined."""
@@ -30,10 +30,10 @@ CODES: dict[str, type[Diagnostic]] = {}
 
 @keyword_record
 class Diagnostic(Record):
-    """A subclass fixes `code` and the wording; its fields are the facts.
+    """Base class: a subclass fixes `code` and the message texts; its fields are the facts.
 
-    `title`, `label` and `help` are format strings over the fields. `span` is None where no place
-    in a file is at fault (an unknown option of the command line).
+    `title`, `label` and `help` are format strings over the fields. `span` is None if the error
+    isn't at a position in a file (such as an unknown option of the command line).
     """
 
     code: ClassVar[str] = ""
@@ -41,11 +41,11 @@ class Diagnostic(Record):
     label: ClassVar[str] = ""
     help: ClassVar[str] = ""
     hangs_on: ClassVar[frozenset[UnknownFact]] = frozenset()
-    """What has to be known for this to be true: it isn't said where that only stands in."""
+    """Facts that must be known for this to be certain; with placeholders it isn't reported."""
 
     span: Span | None = None
     by_text: bool = False
-    """The text alone decides it, whatever `hangs_on` says of others of its kind."""
+    """Whether this instance depends only on the text, regardless of `hangs_on`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -56,14 +56,14 @@ class Diagnostic(Record):
 
     @property
     def severity(self) -> Severity:
-        """An error keeps a file from running, a warning doesn't."""
+        """Severity: an error keeps a file from running, a warning doesn't."""
         return "warning" if self.code.startswith("W") else "error"
 
     def _facts(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _said(self, wording: str) -> str:
-        """The wording with the facts put in: `1 row`, `2 rows`."""
+        """Format a text with the facts and the correct plurals: `1 row`, `2 rows`."""
         facts = self._facts()
 
         def counted(found: re.Match[str]) -> str:
@@ -73,38 +73,40 @@ class Diagnostic(Record):
 
     @property
     def message(self) -> str:
-        """The headline with the facts put in."""
+        """The formatted title."""
         return self._said(self.title)
 
     @property
     def label_text(self) -> str:
-        """What stands beside the carets."""
+        """The formatted text next to the carets."""
         return self._said(self.label)
 
     @property
     def help_text(self) -> str:
-        """What to write instead."""
+        """The formatted fix."""
         return self._said(self.help)
 
 
 def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
-    """Whether any of them is an error, so that nothing may run."""
+    """Whether any diagnostic is an error, so that nothing may run."""
     return any(d.severity == "error" for d in diagnostics)
 
 
 def filter_certain(
     found: Iterable[Diagnostic], unknown: Collection[UnknownFact]
 ) -> list[Diagnostic]:
-    """Those that are true whatever stands in for what is unknown."""
+    """Return the diagnostics that are certain regardless of the unknown facts."""
     return [each for each in found if each.by_text or each.hangs_on.isdisjoint(unknown)]
 
 
 def did_you_mean(
     word: str, known: Iterable[str], otherwise: str, *, written: Callable[[str], str] = str
 ) -> str:
-    """A help line: the known word that is near where there is one, else what to do.
+    """Return a help line: the most similar known word, or else a general fix.
 
-    written: how the known word is written there.
+    Args:
+        otherwise: The general fix.
+        written: Formats the known word.
     """
     near = closest_name(word, known)
     return f"did you mean `{written(near)}`?" if near else otherwise

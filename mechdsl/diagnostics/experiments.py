@@ -80,7 +80,7 @@ class UnreadableMeasure(Diagnostic):
     reason: str
     hint: str
     place: str = ""
-    """Behind a comma, the run or cell and the row, where it is only seen there."""
+    """After a comma, the run or cell and the row, if it occurs only there."""
 
 
 NO_GENERATION_REASON = "nothing is written"

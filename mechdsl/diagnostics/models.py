@@ -140,7 +140,7 @@ class ShapeUnknown(Diagnostic):
 
     @property
     def named(self) -> list[str]:
-        """The keys by themselves."""
+        """The keys alone."""
         return re.findall(r"\w+", self.keys)
 
 
@@ -608,7 +608,7 @@ class PositionedOutput(Diagnostic):
     at: str
     made_of: str
     unit: str = "prompt"
-    """What a row is: a prompt or an image."""
+    """Name of a row: a prompt or an image."""
 
 
 @keyword_record
@@ -658,11 +658,11 @@ class ModelNotLocal(Diagnostic):
     path: str
     advice: str
     place: str = ""
-    """Where it was looked for."""
+    """Where it was searched for."""
     absence: str = "not on this machine"
     where: str = "not in "
     waiting: str = ""
-    """What is checked once it is there, with the lines."""
+    """Checks that need the model, with their lines."""
 
 
 @keyword_record

@@ -174,7 +174,7 @@ class PythonFailed(Diagnostic):
     where: str
     hint: str
     place: str = ""
-    """Behind a comma, the run or cell and the row in which it failed, where there is one."""
+    """After a comma, the run or cell and the row in which it failed, if known."""
 
 
 @keyword_record

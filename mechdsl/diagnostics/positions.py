@@ -66,7 +66,7 @@ class UnknownSpan(Diagnostic):
     hint: str
     what: str = "not a placeholder of the template"
     unit: str = "prompt"
-    """What a row is: a prompt or an image."""
+    """Name of a row: a prompt or an image."""
 
 
 @keyword_record
@@ -98,7 +98,7 @@ class OutsidePrompt(Diagnostic):
     example: str
     hint: str
     unit: str = "prompt"
-    """What a row is: a prompt or an image."""
+    """Name of a row: a prompt or an image."""
 
 
 @keyword_record

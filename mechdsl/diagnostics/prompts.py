@@ -17,7 +17,7 @@ class UnknownValue(Diagnostic):
     name: str
     hint: str
     unit: str = "prompt"
-    """What a row is: a prompt or an image."""
+    """Name of a row: a prompt or an image."""
 
 
 @keyword_record
@@ -115,7 +115,7 @@ class NoRows(Diagnostic):
     reason: str
     hint: str
     unit: str = "prompt"
-    """What a row is: a prompt or an image."""
+    """Name of a row: a prompt or an image."""
 
 
 @keyword_record
@@ -128,7 +128,7 @@ class CorruptionWithoutEffect(Diagnostic):
     run: str
     hint: str
     unit: str = "prompt"
-    """What a row is: a prompt or an image."""
+    """Name of a row: a prompt or an image."""
     shown: str = "text"
 
 
@@ -200,7 +200,7 @@ class UnknownText(Diagnostic):
     name: str
     hint: str
     unit: str = "prompt"
-    """What a row is: a prompt or an image."""
+    """Name of a row: a prompt or an image."""
 
 
 @keyword_record
@@ -547,7 +547,7 @@ class RowsNotChecked(Diagnostic):
     prompts: str
     rows: int
     unit: str = "prompt"
-    """What a row is: a prompt or an image."""
+    """Name of a row: a prompt or an image."""
 
 
 @keyword_record
@@ -563,7 +563,7 @@ class EqualRecords(Diagnostic):
     equal: int
     rows: int
     unit: str = "prompt"
-    """What a row is: a prompt or an image."""
+    """Name of a row: a prompt or an image."""
 
 
 @keyword_record

@@ -16,7 +16,7 @@ from mechdsl.base.text import dump_json, escape_hidden
 from mechdsl.diagnostics.core import Diagnostic
 
 TAB_WIDTH = 4
-"""Columns of a tab."""
+"""Columns per tab."""
 
 MIN_TEXT_WIDTH = 40
 
@@ -28,7 +28,7 @@ _COLOURS = {"error": "1;31", "warning": "1;33", "title": "1", "frame": "34", "he
 
 
 def sort_diagnostics(diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
-    """By file and position; what belongs to no place comes first."""
+    """Sort by file and position; diagnostics without a position come first."""
 
     def key(diagnostic: Diagnostic) -> tuple[str, int, int, str]:
         span = diagnostic.span
@@ -40,7 +40,7 @@ def sort_diagnostics(diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
 
 
 def render_summary(diagnostics: Iterable[Diagnostic]) -> str:
-    """`2 errors, 1 warning`; empty where there are none."""
+    """Format `2 errors, 1 warning`; empty without diagnostics."""
     severities = [d.severity for d in diagnostics]
     counts = [(severities.count("error"), "error"), (severities.count("warning"), "warning")]
     return ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
@@ -51,7 +51,7 @@ def _is_warning(diagnostic: Diagnostic) -> bool:
 
 
 def needs_ascii(stream: TextIO) -> bool:
-    """Whether the stream can't print the frame and the carets' surroundings as they are."""
+    """Whether the stream can't encode the frame characters."""
     try:
         "".join(_BOX.values()).encode(stream.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
@@ -69,10 +69,11 @@ def render_full(
     width: int = 100,
     ascii: bool = False,
 ) -> str:
-    """Each diagnostic with its line of the file (`limits.SHOWN` at most), and how many there are.
+    """Format diagnostics (`limits.DIAGNOSTICS` at most) with their source lines, and their number.
 
-    width: columns of the terminal; longer lines of a file are cut around the place.
-    ascii: no frame characters, anything else outside ASCII escaped (see `needs_ascii`).
+    Args:
+        width: Columns of the terminal; longer lines of a file are cut around the position.
+        ascii: Use no frame characters, and escape other non-ASCII characters (see `needs_ascii`).
     """
     ordered = sort_diagnostics(diagnostics)
     if not ordered:
@@ -104,7 +105,7 @@ class _Painter:
             last = diagnostic.span.source.line_column(diagnostic.span.end)[0]
             gutter = len(str(last))
             lines += self._place(diagnostic, diagnostic.span, gutter)
-        elif diagnostic.label_text:  # without a line to stand beside, on one of its own
+        elif diagnostic.label_text:  # on a separate line, as there is no source line
             cause = _clean(diagnostic.label_text)
             lines.append(" " + self.paint("frame", "= cause:") + f" {cause}")
         if diagnostic.help_text:
@@ -119,7 +120,7 @@ class _Painter:
         first, column = source.line_column(span.start)
         last, end_column = source.line_column(span.end)
         if last > first and end_column == 1:
-            # A span that ends with a line break ends on the line before.
+            # A span that ends with a line break ends on the previous line.
             last -= 1
             end_column = len(source.line_text(last)) + 1
         corner, bar = self.signs["corner"], self.signs["bar"]
@@ -142,7 +143,8 @@ class _Painter:
         return lines
 
     def _window(self, text: str, start: int, end: int, gutter: int) -> tuple[str, int, int]:
-        """What is shown of a line, the columns before the carets, and how many carets."""
+        """Return the visible part of a line, the columns before the carets, and the carets'
+        number."""
         room = self.width - gutter - 3
         start, end = min(start, len(text)), min(end, len(text))
         before, marked, after = _shown(text[:start]), _shown(text[start:end]), _shown(text[end:])
@@ -156,18 +158,18 @@ class _Painter:
 
 
 def _clean(text: str, keep: str = "") -> str:
-    """The text on one line, without characters that steer a terminal."""
+    """Return the text on one line, without terminal control characters."""
     blanks = {ord(char): " " for char in "\n\t" if char not in keep}
     return escape_hidden(text.translate(blanks), keep)
 
 
 def _shown(text: str) -> str:
-    """A piece of a source line with its tabs as blanks."""
+    """Replace the tabs in a piece of a source line by blanks."""
     return escape_hidden(text.replace("\t", " " * TAB_WIDTH))
 
 
 def _columns(text: str) -> int:
-    """How many columns a terminal gives a text."""
+    """Return the number of terminal columns of a text."""
     return len(text) if text.isascii() else sum(map(_char_columns, text))
 
 
@@ -178,8 +180,8 @@ def _char_columns(char: str) -> int:
 
 
 def _head(text: str, room: int, cut: str) -> str:
-    """The beginning of a text, marked as cut where it is."""
-    # A line of two megabytes isn't measured character by character.
+    """Return the beginning of a text, with a mark if it is cut."""
+    # Avoids measuring a line of two megabytes character by character.
     if len(text) <= 4 * room and _columns(text) <= room:
         return text
     kept, used = "", _columns(cut)
@@ -192,7 +194,7 @@ def _head(text: str, room: int, cut: str) -> str:
 
 
 def _tail(text: str, room: int, cut: str) -> str:
-    """The end of a text, marked as cut where it is."""
+    """Return the end of a text, with a mark if it is cut."""
     if len(text) <= 4 * room and _columns(text) <= room:
         return text
     kept, used = "", _columns(cut)
@@ -208,7 +210,7 @@ def _tail(text: str, room: int, cut: str) -> str:
 
 
 def diagnostic_facts(diagnostic: Diagnostic) -> dict[str, Any]:
-    """What every machine-readable form says; lines and columns count from 1."""
+    """Return the content of every machine-readable form; lines and columns are 1-based."""
     found: dict[str, Any] = {
         "code": diagnostic.code,
         "severity": diagnostic.severity,
@@ -230,12 +232,12 @@ def diagnostic_facts(diagnostic: Diagnostic) -> dict[str, Any]:
 
 
 def render_json(diagnostics: Iterable[Diagnostic]) -> str:
-    """A list of objects, in the order of the text."""
+    """Format a list of objects, in source order."""
     return dump_json([diagnostic_facts(d) for d in sort_diagnostics(diagnostics)], indent=2)
 
 
 def render_github(diagnostics: Iterable[Diagnostic]) -> str:
-    """Workflow commands that annotate the lines of a pull request."""
+    """Format workflow commands that annotate the lines of a pull request."""
     lines: list[str] = []
     for diagnostic in sort_diagnostics(diagnostics):
         known = diagnostic_facts(diagnostic)
@@ -248,7 +250,7 @@ def render_github(diagnostics: Iterable[Diagnostic]) -> str:
             "title": diagnostic.code,
         }
         if known["end_line"] != known["line"]:
-            # Columns are only allowed for one line.
+            # Columns are only allowed for a single line.
             properties["col"] = properties["endColumn"] = None
         listed = ",".join(
             f"{key}={_github(str(value), ':,')}"
@@ -269,7 +271,7 @@ def _github(text: str, more: str = "") -> str:
 
 
 def render_sarif(diagnostics: Iterable[Diagnostic]) -> str:
-    """SARIF 2.1.0, for code scanning."""
+    """Format SARIF 2.1.0, for code scanning."""
     ordered = sort_diagnostics(diagnostics)
     classes = {d.code: type(d) for d in ordered}
     codes = sorted(classes)
@@ -291,7 +293,7 @@ def render_sarif(diagnostics: Iterable[Diagnostic]) -> str:
 
 
 def _sarif_rule(kind: type[Diagnostic]) -> str:
-    """What a code is about; dataclasses without a docstring get their signature as one."""
+    """Return the description of a code; a dataclass's default docstring is its signature."""
     written = (kind.__doc__ or "").split("\n")[0]
     return kind.title if not written or written.startswith(f"{kind.__name__}(") else written
 
@@ -340,22 +342,23 @@ DIAGNOSTIC_FORMATS: dict[DiagnosticFormat, Callable[[Iterable[Diagnostic]], str]
 
 
 class Diagnostics(list[Diagnostic]):
-    """Errors and warnings, a list. `print` shows them as the command line does."""
+    """A list of errors and warnings; `print` shows them as the command line does."""
 
     @property
     def errors(self) -> Diagnostics:
-        """Those because of which nothing runs."""
+        """The errors, which keep a file from running."""
         return Diagnostics(each for each in self if each.severity == "error")
 
     @property
     def warnings(self) -> Diagnostics:
-        """Those with which a file runs."""
+        """The warnings, with which a file runs."""
         return Diagnostics(each for each in self if each.severity == "warning")
 
     def render(self, format: DiagnosticFormat = "full") -> str:
-        """As text: what `mechdsl validate --format FORMAT` prints.
+        """Return the output of `mechdsl validate --format FORMAT`.
 
-        Raises ValueError for another format.
+        Raises:
+            ValueError: For another format.
         """
         if format not in DIAGNOSTIC_FORMATS:
             raise ValueError(
@@ -371,13 +374,13 @@ class Diagnostics(list[Diagnostic]):
 
 
 class MechdslError(Exception):
-    """A file, its data, its model or an argument is wrong.
+    """A file, its data, its model or an argument is invalid.
 
-    As text it is what the command line prints; `diagnostics` are the same as objects.
+    Its text is the output of the command line; `diagnostics` are the errors as objects.
     """
 
     def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
-        super().__init__(diagnostics)  # by which it can be sent from process to process
+        super().__init__(diagnostics)  # makes it picklable
         self.diagnostics = Diagnostics(diagnostics)
 
     def __str__(self) -> str:
@@ -385,7 +388,7 @@ class MechdslError(Exception):
 
 
 class MechdslWarning(UserWarning):
-    """A warning about a file that runs. `diagnostic` is the same as an object."""
+    """A warning about a file that runs; `diagnostic` is the object."""
 
     def __init__(self, diagnostic: Diagnostic) -> None:
         super().__init__(diagnostic)
@@ -396,7 +399,7 @@ class MechdslWarning(UserWarning):
 
 
 def render_one_line(diagnostic: Diagnostic) -> str:
-    """`W0730 at heads.mech:3:1: …; …; help: …`: code, place, message, cause and help."""
+    """Format `W0730 at heads.mech:3:1: …; …; help: …`: code, position, message, cause and help."""
     span = diagnostic.span
     place = "" if span is None else f" at {span.source.name}:{span.line}:{span.column}"
     helped = f"help: {diagnostic.help_text}" if diagnostic.help_text else ""
@@ -406,14 +409,14 @@ def render_one_line(diagnostic: Diagnostic) -> str:
 
 
 def warn_diagnostics(diagnostics: Iterable[Diagnostic]) -> None:
-    """Show each through `warnings`, as coming from the line that called this package."""
+    """Show each diagnostic through `warnings`, with the location of the call to this package."""
     level = _frames_of_ours()
     for each in sort_diagnostics(diagnostics):
         warnings.warn(MechdslWarning(each), stacklevel=level)
 
 
 def _frames_of_ours() -> int:
-    """How many frames up, seen from `warn`, the first one is that isn't of this package."""
+    """Return the stack level, as for `warnings.warn`, of the first frame outside this package."""
     # `skip_file_prefixes` does this from Python 3.12 on.
     package = __name__.partition(".")[0]
     level, frame = 0, sys._getframe(1)  # pyright: ignore[reportPrivateUsage]

@@ -89,9 +89,9 @@ class EmptyRange(Diagnostic):
     low: str
     high: str
     where: str = ""
-    """The values of loops that it is so for."""
+    """Values of the loops where the range is empty."""
     instead: str = ""
-    """What to write, where that isn't the ends the other way round."""
+    """The fix, if it isn't swapping the ends."""
 
     @property
     def help_text(self) -> str:
@@ -100,7 +100,7 @@ class EmptyRange(Diagnostic):
 
 
 def loop_hint(values: Mapping[str, object]) -> str:
-    """` where `a` is 5`; nothing without loops."""
+    """Format ` where `a` is 5`; empty without loops."""
     said = " and ".join(f"`{name}` is {value}" for name, value in values.items())
     return f" where {said}" if said else ""
 

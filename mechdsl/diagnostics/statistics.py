@@ -152,11 +152,11 @@ class TooFewPrompts(Diagnostic):
     label = "{reach}"
     help = "take more {unit}s, sweep fewer cells, or see the p values as a description only"
     about: str
-    """Which cells, and how few prompts they have."""
+    """The cells and their small numbers of prompts."""
     reach: str
-    """How small p can be with so many."""
+    """The smallest possible p with these numbers."""
     unit: str = "prompt"
-    """What a row is: a prompt or an image."""
+    """Name of a row: a prompt or an image."""
 
 
 @keyword_record
@@ -189,4 +189,4 @@ class SkewedFamily(Diagnostic):
     cells: int
     units: int
     unit: str = "prompt"
-    """What a row is: a prompt or an image."""
+    """Name of a row: a prompt or an image."""

@@ -1,5 +1,5 @@
-"""Runs a file: checks, computation, results, and the Python functions that do the same.
+"""Runs of a file from text to results, and the Python API.
 
-In: the text of a file and options, or the file and models that Python passes. Out: a `FileResult`,
-`Results`, text or diagnostics. Imports show and below: it calls each stage in turn.
+In: the text of a file and options, or a file and models passed from Python. Out: a `FileResult`,
+`Results`, text or diagnostics. Imports show and below; it calls each stage in turn.
 """

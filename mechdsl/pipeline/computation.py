@@ -1,4 +1,4 @@
-"""A checked file, computed: load, plan, execute, collect, finish."""
+"""Computation of a checked file: load, plan, execute, collect, finish."""
 
 from __future__ import annotations
 
@@ -90,13 +90,13 @@ from mechdsl.store.runs import OpenRun
 from mechdsl.syntax.frontend import parse
 
 MAX_LISTED_ROWS = 5
-"""Rows that a warning names."""
+"""Maximum number of rows that a warning lists."""
 
 
 @dataclass
 class FileRun:
-    """A file's experiments while they run, in waves. One that can't be computed costs itself and
-    those that pick from it."""
+    """The experiments of a file during the run, in waves. A failure affects only the experiment and
+    those that use its results."""
 
     checked: CheckedFile
     models: Mapping[str, LoadedModel]
@@ -104,26 +104,28 @@ class FileRun:
     sizes: PassSizer
     diagnostics: list[Diagnostic]
     kept: RunCache | None = None
-    """Where values are looked up and kept."""
+    """Cache of values."""
     counts: RowCounts | None = None
-    """Told how many rows were computed."""
+    """Counter of computed rows."""
     results: dict[str, ExperimentResult] = field(default_factory=dict[str, ExperimentResult])
     lost: dict[str, list[Diagnostic]] = field(default_factory=dict[str, list[Diagnostic]])
     findings: dict[str, Finding] = field(default_factory=dict[str, Finding])
     _replied: dict[tuple[object, ...], tuple[PromptTable, tuple[PromptTable, list[Diagnostic]]]] = (
         field(default_factory=dict[Any, Any])
     )
-    """By a table and whose replies stand behind its prompts: it itself, and the same with these."""
+    """By table and source of replies: the table, and the table with the replies."""
     failure: Exception | None = None
-    """The last that made an experiment break off."""
+    """The last exception that ended an experiment."""
     before: int = 0
-    """Rows of earlier waves, for the one bar over all of them."""
+    """Rows of earlier waves, for a single progress bar."""
 
     def wave(self, wave: Sequence[ResolvedExperiment], later: Sequence[ResolvedExperiment]) -> None:
-        """Run experiments whose results don't depend on one that is still to be run. Where that
-        breaks off, each is run by itself: one that breaks off then is lost (E0650).
+        """Run experiments whose results don't depend on pending ones. After a failure, each is run
+        separately; one that fails again is lost (E0650).
 
-        Raises OSError and StoreProblem, after which no experiment can be run.
+        Raises:
+            OSError: Then no experiment can be run.
+            StoreProblem: Then no experiment can be run.
         """
         try:
             self.together(wave, later)
@@ -140,7 +142,7 @@ class FileRun:
                 self._lose(experiment.name, [self.broke_off(experiment, failure)])
 
     def broke_off(self, experiment: ResolvedExperiment, failure: Exception) -> Diagnostic:
-        """E0650 for one that something unforeseen ended."""
+        """Return E0650 for an experiment that an unexpected exception ended."""
         self.failure = failure
         reason = f"{type(failure).__name__}: {failure}"
         return ExperimentFailed(
@@ -150,7 +152,7 @@ class FileRun:
     def together(
         self, wave: Sequence[ResolvedExperiment], later: Sequence[ResolvedExperiment]
     ) -> None:
-        """The same, which raises what breaks it off."""
+        """Run the experiments of a wave together; exceptions are passed on."""
         ready = [each for each in map(self._ready, wave) if each is not None]
         ready = [each for each in ready if each.name not in self.lost]
         if not ready:
@@ -182,8 +184,7 @@ class FileRun:
         own += [each for each in reasons if each not in own]
 
     def _ready(self, experiment: ResolvedExperiment) -> ResolvedExperiment | None:
-        """The experiment with what others have found in place of what stood in for it; None where
-        it is lost."""
+        """Return the experiment with results instead of placeholders; None if it is lost."""
         for name in experiment.spec.after:
             if name not in self.findings:
                 what = "its result" if name in self.lost else "its first measure"
@@ -209,15 +210,15 @@ class FileRun:
             self._lose(experiment.name, errors)
         if found is None and not errors:
             if experiment.spec.replies is not None and experiment.place is not None:
-                return None  # of a token that no reply has
+                return None  # the token occurs in no reply
             raise RuntimeError(f"nothing says why `{experiment.name}` can't be run")
         return None if errors else found
 
     def _with_replies(
         self, experiment: ResolvedExperiment
     ) -> tuple[ResolvedExperiment, list[Diagnostic]]:
-        """The experiment with what was written behind its prompts; variants that share a table
-        share these too."""
+        """Return the experiment with replies after its prompts, shared by variants with one
+        table."""
         named, table = experiment.spec.replies, experiment.table
         if named is None:
             return experiment, []
@@ -238,7 +239,7 @@ class FileRun:
         plans: Mapping[str, ExperimentPlan],
         execution: Execution,
     ) -> None:
-        """The result of one experiment, all variants together."""
+        """Compute the result of one experiment from all its variants."""
         first, measured = variants[0], execution.measured
         raw: list[ExperimentResult] = []
         for each in variants:
@@ -273,8 +274,8 @@ class FileRun:
         self.results[first.name] = result
 
     def _with_progress(self, later: Sequence[ResolvedExperiment]) -> ExecutionOptions:
-        """The options of one wave, for one bar over all waves; how many rows a later one has is
-        counted with stand-ins."""
+        """Return the options of one wave for a single progress bar; the rows of later waves are
+        counted with placeholders."""
         options = self.options.execution
         tell = options.on_progress
         if tell is None or (not later and not self.before):
@@ -293,7 +294,7 @@ class FileRun:
 def _run_together(
     variants: Sequence[ResolvedExperiment], raw: Sequence[ExperimentResult]
 ) -> ExperimentResult:
-    """The results of all variants as one, with what its rows stand for."""
+    """Combine the results of all variants, and add the population of their rows."""
     blocks: dict[object, list[int]] = {}
     for number, each in enumerate(variants):
         blocks.setdefault(dict(each.spec.variant).get(PROMPTS_AXIS), []).append(number)
@@ -309,7 +310,7 @@ def _run_together(
 
 
 def _rows_left_out(variants: Sequence[ResolvedExperiment], result: ExperimentResult) -> Diagnostic:
-    """W0750."""
+    """Return W0750."""
     experiment = variants[0]
     every = {(each.table.name, row) for each in variants for row in each.table.row_ids}
     out = list(result.left_out.items())
@@ -325,13 +326,13 @@ def _rows_left_out(variants: Sequence[ResolvedExperiment], result: ExperimentRes
 
 
 def _parameter_words(parameters: Mapping[str, object]) -> str:
-    """What every `param` is in this run: `--set` may have changed it."""
+    """Format the value of every `param`, which `--set` may have changed."""
     texts = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in parameters.items()}
     return ", ".join(f"{name} = {text}" for name, text in texts.items())
 
 
 def _nothing_left(experiment: ResolvedExperiment) -> Diagnostic:
-    """E0613 where each model has kept other rows."""
+    """Return E0613 if the models share no rows."""
     keep = experiment.spec.keep
     span = keep[0].span if keep else experiment.spec.span
     return NoRowsKept(span=span, rows=len(experiment.table))
@@ -340,8 +341,8 @@ def _nothing_left(experiment: ResolvedExperiment) -> Diagnostic:
 def _few_units(
     variants: Sequence[ResolvedExperiment], result: ExperimentResult
 ) -> list[Diagnostic]:
-    """W0720 where cells turn out to stand on so few prompts or groups; of all rows it was said
-    before."""
+    """Return W0720 for cells that turn out to have too few prompts or groups; checks before the run
+    cover all rows."""
     first = variants[0]
     tested = tested_measures(first)
     if not tested or check_reachable_p(variants):
@@ -357,7 +358,7 @@ def _few_units(
 def _too_skewed(
     variants: Sequence[ResolvedExperiment], result: ExperimentResult
 ) -> list[Diagnostic]:
-    """W0723 where no p is corrected."""
+    """Return W0723 if no p is corrected."""
     found = next((each for each in result.statistics if each.withheld == "skewed"), None)
     if found is None:
         return []
@@ -375,10 +376,11 @@ def _too_skewed(
 def iterate_waves(
     experiments: Sequence[ResolvedExperiment], *, one_by_one: bool = False
 ) -> Iterator[tuple[list[ResolvedExperiment], list[ResolvedExperiment]]]:
-    """(experiments whose results don't hang on one that is still to be run, those that come after
-    them), until all are run.
+    """Yield (experiments whose results don't depend on pending ones, the remaining experiments)
+    until all are run.
 
-    one_by_one: only the first of them each time, with all its variants.
+    Args:
+        one_by_one: Yield only the first of them each time, with all its variants.
     """
     left = list(experiments)
     while left:
@@ -386,7 +388,7 @@ def iterate_waves(
         wave = [each for each in left if names.isdisjoint(each.spec.after)]
         if one_by_one:
             wave = [each for each in wave if each.name == wave[0].name]
-        now = {each.name for each in wave}  # variants of one experiment wait together
+        now = {each.name for each in wave}  # keeps the variants of an experiment together
         later = [each for each in left if each.name not in now]
         yield wave, later
         left = later
@@ -395,7 +397,7 @@ def iterate_waves(
 def _with_findings(
     experiment: ResolvedExperiment, found: Mapping[str, Finding], program: spec.Program
 ) -> tuple[ResolvedExperiment | None, list[Diagnostic]]:
-    """An experiment with what others have found, in place of what stood in for it."""
+    """Replace an experiment's placeholders by other experiments' results."""
     own = {name: found[name] for name in experiment.spec.after}
     again, said = resolve_experiment(
         get_whole_spec(experiment), program, experiment.model, experiment.table, RULES, own
@@ -403,17 +405,17 @@ def _with_findings(
     if again is not None:
         parts = split_by_group(again)
         again = next((p for p in parts if p.spec.variant == experiment.spec.variant), None)
-    # Other warnings have been said.
+    # Other warnings are already reported.
     return again, [d for d in said if d.severity == "error" or isinstance(d, PickBySign)]
 
 
 class FailFastVerdicts:
-    """The verdicts of a file whose experiments run one by one, until one ends the run."""
+    """The verdicts of a file whose experiments run one by one, until a verdict ends the run."""
 
     def __init__(
         self, run: FileRun, experiments: Sequence[spec.Experiment], options: RunOptions
     ) -> None:
-        """experiments: those that are reported, in the order of the file, each once."""
+        """Store the state; `experiments` are the reported ones, once each, in source order."""
         self.run = run
         self.experiments = experiments
         self.ends = options.ends
@@ -421,8 +423,8 @@ class FailFastVerdicts:
         self.stopped = False
 
     def stop(self) -> bool:
-        """Decide what can be decided by now; whether that ends the run. False without
-        `fail_fast`."""
+        """Decide what can be decided now; return whether it ends the run (only with
+        `fail_fast`)."""
         if self.ends is None:
             return False
         for experiment in self.experiments:
@@ -438,7 +440,7 @@ class FailFastVerdicts:
         return self.stopped
 
     def _decide(self, experiment: spec.Experiment) -> None:
-        """Those of its expectations that could not be decided before."""
+        """Decide the experiment's expectations that could not be decided before."""
         known = self.decided.setdefault(experiment.name, {})
         waiting = self._waiting()
         labels = [measure.label for measure in experiment.measures]
@@ -448,7 +450,7 @@ class FailFastVerdicts:
             if number not in known and waiting.isdisjoint(expectation_experiments(each, labels))
         ]
         if experiment.statistics.verdicts != "none" and len(ready) < len(experiment.expects):
-            return  # they are decided together
+            return  # corrected verdicts are decided together
         asked = experiment.model_copy(
             update={"expects": tuple(experiment.expects[number] for number in ready)}
         )
@@ -457,7 +459,7 @@ class FailFastVerdicts:
         known.update(zip(ready, found.outcomes, strict=True))
 
     def _waiting(self) -> set[str]:
-        """Experiments of the file that haven't run so far."""
+        """Return the experiments of the file that haven't run yet."""
         every = {each.name for each in self.run.checked.experiments}
         return every - self.run.results.keys() - self.run.lost.keys()
 
@@ -466,7 +468,7 @@ class FailFastVerdicts:
         return tuple(known[number] for number in sorted(known))
 
     def results(self) -> tuple[ExperimentResult, ...]:
-        """What was found, with its verdicts."""
+        """Return the results with their verdicts."""
         run = self.run
         return tuple(
             replace(run.results[e.name], outcomes=self._of(e.name))
@@ -477,14 +479,14 @@ class FailFastVerdicts:
         )
 
     def lost(self) -> tuple[LostExperiment, ...]:
-        """What could not be computed."""
+        """Return the experiments that could not be computed."""
         lost = self.run.lost
         return tuple(
             build_lost_experiment(e, lost[e.name]) for e in self.experiments if e.name in lost
         )
 
     def not_run(self) -> tuple[SkippedExperiment, ...]:
-        """What the verdict that ended the run has left out."""
+        """Return what was skipped after the verdict that ended the run."""
         if not self.stopped:
             return ()
         waiting = self._waiting()
@@ -502,13 +504,13 @@ class FailFastVerdicts:
 
 
 VERSIONED_PACKAGES = ("torch", "transformers")
-"""Whose versions may change any number."""
+"""Packages whose version may affect any number."""
 
 
 def open_value_cache(
     run: OpenRun, checked: CheckedFile, models: Mapping[str, LoadedModel], options: RunOptions
 ) -> RunCache:
-    """Where a run's values are kept. A model that can't be told from others is left out."""
+    """Open the cache of a run's values. Models that can't be identified are excluded."""
     try:
         code = _code(checked)
     except CodeHashError:
@@ -535,8 +537,9 @@ def open_value_cache(
 
 
 def _code(checked: CheckedFile) -> dict[str, str]:
-    """The user's own code that may make numbers: modules that have added to the language, and what
-    the file's functions import. The functions themselves are in the keys of what hangs on them."""
+    """Hash the user's code that may affect numbers: modules that extend the language, and imports
+    of the file's functions. The functions themselves are in the keys of the values that depend on
+    them."""
     found = hash_imported_code(
         [each.path.read_bytes() for each in program_functions(checked.program)]
     )
@@ -548,20 +551,20 @@ def _code(checked: CheckedFile) -> dict[str, str]:
 def check_with_models(
     source: Source, settings: CheckSettings, models: GivenModels
 ) -> tuple[CheckedFile, dict[str, LoadedModel]]:
-    """Check a file with models of Python's in place of those that it declares by these names.
+    """Check a file with models from Python, which replace its own models of the same name.
 
-    Adds E0201 for names that the file doesn't define, and what is wrong with the models.
+    Adds E0201 for names that the file doesn't define, and errors of the models.
     """
     syntax, found = parse(source)
     declared = lower_program(syntax, source, settings.parameters)[0].models
-    # Before a model is proved, which takes a while; a broken line may be the one that defines it.
+    # Before the slow verification of a model. A broken line may be its definition.
     unknown = [name for name in models if name not in declared] if not found else []
     loaded, diagnostics = adopt_models({n: pair for n, pair in models.items() if n in declared})
     settings = replace(settings, build=build_model)
     checked = check_source(source, settings, build_model_contexts(source, loaded))
     refused = models.keys() - loaded.keys()
     said = [_no_such_model(name, declared) for name in unknown]
-    # What the file declares under the name of a model that is refused isn't missed.
+    # Errors of a rejected model suppress those of the file's own model of that name.
     own = [d for d in checked.diagnostics if getattr(d, "model", None) not in refused]
     checked.diagnostics = [*said, *diagnostics, *own]
     return checked, loaded
@@ -583,11 +586,13 @@ def run_checked(
     hashed: FileHasher | None = hash_file,
     notes: NoteStore | None = None,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
-    """Run a file that was checked. Its own diagnostics are not repeated.
+    """Run a checked file; its own diagnostics aren't repeated.
 
-    run: where values are looked up and kept. counts: told how many rows were computed. hashed:
-    SHA-256 of a file, None to hash no weights. notes: where outcomes of the self-check are kept,
-    besides the user's cache.
+    Args:
+        run: Cache of values.
+        counts: Counter of computed rows.
+        hashed: Computes SHA-256 of a file; None to hash no weights.
+        notes: Cache for outcomes of the self-check, besides the user's cache.
     """
     models, diagnostics = _models_of(checked, options, loaded, hashed, notes)
     if models is None:
@@ -599,8 +604,8 @@ def run_checked(
 def measure_unpatched(
     checked: CheckedFile, options: RunOptions, loaded: Mapping[str, LoadedModel] | None = None
 ) -> tuple[dict[str, MeasuredValues], list[Diagnostic]]:
-    """The metrics of tested experiments on their base and source runs, by the experiments' keys;
-    no rule is applied, and what can't be measured is left out."""
+    """Measure tested experiments on their base and source runs, by key. No rule is applied, and
+    what can't be measured is omitted."""
     unpatched = [_without_rules(e) for e in checked.experiments if e.rules]
     models, diagnostics = _models_of(checked, options, loaded)
     if models is None or not unpatched:
@@ -612,7 +617,7 @@ def measure_unpatched(
 
 
 def _without_rules(experiment: ResolvedExperiment) -> ResolvedExperiment:
-    """The same prompts and metrics, of the base run and, where there is one, of the source run."""
+    """Return an experiment with the same prompts and metrics on its base and source run only."""
     own = experiment.spec
     effect = "raw" if own.source is None else "total"
     measures = tuple(
@@ -642,7 +647,7 @@ def _models_of(
     hashed: FileHasher | None = hash_file,
     notes: NoteStore | None = None,
 ) -> tuple[dict[str, LoadedModel] | None, list[Diagnostic]]:
-    """The models of a checked file, with their weights; None where one can't be had."""
+    """Load the models of a checked file with their weights; None if one is unavailable."""
     diagnostics = check_options(options)
     if has_errors(diagnostics):
         return None, diagnostics
@@ -680,7 +685,7 @@ def _run(
     every = [variants[0] for variants in group_variants(checked.experiments)]
     known = {each.name for each in (*every, *checked.saving)}
     unsaid = [each.name for each in checked.reported if each.name not in known]
-    if unsaid:  # never leave one out without a word
+    if unsaid:  # an experiment must never be dropped silently
         raise RuntimeError(f"nothing says why `{unsaid[0]}` can't be run")
     reported = [e.spec for e in every if e.name not in checked.unreported]
     verdicts = FailFastVerdicts(file, reported, options)
@@ -700,10 +705,10 @@ def _run(
         saved += own
         file.diagnostics.extend(problems)
     if file.lost and not file.results and not not_run and not saved:
-        if file.failure is not None:  # there is nothing that it would take along
+        if file.failure is not None:  # no other experiment would be lost
             raise file.failure
         return None, file.diagnostics
-    # Verdicts last: an expectation may name an experiment that comes later in the file.
+    # Verdicts come last: an expectation may name a later experiment of the file.
     result = FileResult(
         file=checked.source.name,
         experiments=verdicts.results(),
@@ -718,12 +723,12 @@ def _run(
 
 
 def _only_saving(checked: CheckedFile) -> list[ResolvedExperiment]:
-    """Experiments that measure nothing."""
+    """Return the experiments without measures."""
     return [each for each in checked.saving if not each.measures]
 
 
 def check_options(options: RunOptions) -> list[Diagnostic]:
-    """E0208 for devices and passes that don't exist, and for what `check_folders` finds."""
+    """Report E0208 for unknown devices and passes, and problems found by `check_folders`."""
     found = check_pass_names(sorted(options.without))
     problem = explain_device_problem(options.device)
     if problem is not None:

@@ -1,4 +1,4 @@
-"""A checked file, run: from its store if nothing changed, else computed.
+"""Run of a checked file: from its store if nothing changed, otherwise computed.
 
 Torch is imported only if something must be computed.
 """
@@ -68,7 +68,7 @@ SETTINGS_FIELDS = (
 OPTIONS_FIELDS = ("dtype", "offload", "without")
 
 EXECUTION_FIELDS = ("side", "pass_tokens", "prompt_tokens", "allow_nan")
-"""Fields that go in as they are."""
+"""Fields that are part of the key unchanged."""
 
 EXCLUDED_FIELDS: Mapping[type, Mapping[str, str]] = {
     CheckSettings: {"build": "what it makes goes in as the models do"},
@@ -85,11 +85,11 @@ EXCLUDED_FIELDS: Mapping[type, Mapping[str, str]] = {
     },
     ExecutionOptions: {"on_progress": "only looks on"},
 }
-"""The other fields, and why they don't: `tests/pipeline/test_run_key.py` asks for all."""
+"""Excluded fields with reasons; `tests/pipeline/test_run_key.py` checks that all are listed."""
 
 
 class RunKeyError(Exception):
-    """A run can't be told from others; the text says why, in lower case."""
+    """A run can't be identified; the text gives the reason in lower case."""
 
 
 def run_key(
@@ -100,11 +100,16 @@ def run_key(
     device: str,
     hashed: FileHasher,
 ) -> str:
-    """SHA-256 of all that a run's results hang on.
+    """Return SHA-256 of everything that a run's results depend on.
 
-    loaded: models of Python, by name. device: the kind that `options.device` means here. hashed:
-    SHA-256 of a file.
-    Raises NoKey where that can't be told, OSError where a file can't be read.
+    Args:
+        loaded: Models from Python, by name.
+        device: Type of the device that `options.device` refers to.
+        hashed: Computes SHA-256 of a file.
+
+    Raises:
+        RunKeyError: If an input can't be identified.
+        OSError: If a file can't be read.
     """
     return json_digest(key_parts(checked, options, loaded, device=device, hashed=hashed))
 
@@ -117,7 +122,7 @@ def key_parts(
     device: str,
     hashed: FileHasher,
 ) -> dict[str, Any]:
-    """What goes into the key, as JSON has it. Arguments and exceptions as of `run_key`."""
+    """Return the content of the key as JSON. Arguments and exceptions as for `run_key`."""
     if checked.unchecked or checked.unrun:
         raise RunKeyError("a part of the file could not be checked")
     mode = active_torch_mode()
@@ -152,7 +157,7 @@ def key_parts(
 
 
 def _told(value: Any) -> Any:
-    """A setting as JSON: `1` isn't `1.0`, nor `"1"`."""
+    """Convert a setting to JSON that distinguishes `1`, `1.0` and `"1"`."""
     if isinstance(value, Mapping):
         return {str(name): _told(each) for name, each in value.items()}
     if isinstance(value, set | frozenset):
@@ -171,8 +176,8 @@ def _versions(checked: CheckedFile, options: RunOptions) -> dict[str, str]:
 
 
 def _python(checked: CheckedFile) -> dict[str, Any]:
-    """The user's own code: files that the file names, and modules that have added to the language,
-    with what they import of his."""
+    """Hash the user's code: files that the file names and modules that extend the language, each
+    with its imports of the user's code."""
     files: dict[str, str] = {}
     contents: list[bytes] = []
     for function in program_functions(checked.program):
@@ -188,7 +193,7 @@ def _python(checked: CheckedFile) -> dict[str, Any]:
 
 
 class _Models:
-    """What each model is, and where those run that Python has handed over."""
+    """Identities of the models, and the devices of models from Python."""
 
     def __init__(self, checked: CheckedFile, known: Mapping[str, Any], hashed: FileHasher) -> None:
         self._checked = checked
@@ -234,7 +239,7 @@ class _Models:
         return found
 
     def _snapshot(self, name: str) -> str:
-        """The commit of a snapshot in the library's cache, which results name."""
+        """Return the commit of a snapshot in the library's cache, which results contain."""
         model = self._checked.program.models[name]
         folder, _ = locate_model(model, model.span.source.folder)
         inside = folder is not None and folder.parent.name == "snapshots"
@@ -253,7 +258,7 @@ def _device_words(model: LoadedModel) -> str:
 
 
 def _tables(experiments: Iterable[ResolvedExperiment]) -> dict[str, str]:
-    """By experiment, the digest of all that its prompts are."""
+    """Return a digest of the prompts of each experiment."""
     done: dict[int, str] = {}
     found: dict[str, str] = {}
     for each in experiments:
@@ -305,13 +310,13 @@ _VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVIC
 
 
 def cached_device(store: Store, name: str) -> str | None:
-    """The kind of device that a name means, with the name of a GPU; None where nobody knows yet.
-    Raises StoreProblem, OSError."""
+    """Return the type of device that a name refers to, with the name of a GPU; None if not cached
+    yet. Raises StoreProblem, OSError."""
     return "cpu" if name == "cpu" else store.note(_place(name))
 
 
 def detect_device(store: Store, name: str) -> str:
-    """The same, asked of torch and kept. Raises what torch raises where there is no such device."""
+    """Determine the type of a device with torch, and cache it; torch's error if it is missing."""
     import torch
 
     from mechdsl.loading.devices import get_device
@@ -325,7 +330,7 @@ def detect_device(store: Store, name: str) -> str:
 
 
 def _place(name: str) -> str:
-    """What a note is kept under: all that a name of a device hangs on."""
+    """Return the key of a cached device: everything that the meaning of its name depends on."""
     parts = {
         "name": name,
         "host": platform.node(),
@@ -354,13 +359,13 @@ def _driver() -> str:
 
 
 StartCallback = Callable[[bool], None]
-"""Called before anything is computed, with whether the store keeps what is finished."""
+"""Called before the computation, with whether the store caches finished results."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 class StoreStopped(Exception):
-    """The store takes nothing more, and the run has ended for it."""
+    """The store can't be written any more, which ended the run."""
 
     def __init__(self, diagnostic: Diagnostic) -> None:
         super().__init__(diagnostic)
@@ -369,16 +374,16 @@ class StoreStopped(Exception):
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What came of a file."""
+    """The outcome of running a file."""
 
     result: FileResult | None
-    """None where it could not be run: then there are errors."""
+    """None if the file could not be run; then there are errors."""
     diagnostics: list[Diagnostic]
-    """Those of the run; what checking has found isn't repeated."""
+    """Diagnostics of the run; those of the check aren't repeated."""
     notes: tuple[str, ...] = ()
-    """What there is to say of the store, a line each."""
+    """Notes on the store, one per line."""
     run: str = ""
-    """Its id in the store; empty where it isn't there as a whole."""
+    """Id of the run in the store; empty if the store doesn't contain it completely."""
 
 
 def run_file(
@@ -387,21 +392,25 @@ def run_file(
     loaded: Mapping[str, LoadedModel] | None = None,
     starting: StartCallback | None = None,
 ) -> RunOutcome:
-    """Run a file that was checked without errors, or give again what its store has of it.
+    """Run a file that was checked without errors, or return its results from the store.
 
-    loaded: models of Python, by name. Raises StoreStopped, OSError where `options.out` can't be
-    written, and what computing raises.
+    Args:
+        loaded: Models from Python, by name.
+
+    Raises:
+        StoreStopped: If the store fails.
+        OSError: If `options.out` can't be written. Exceptions of the computation are passed on.
     """
     return _Run(checked, options, loaded or {}, starting).done()
 
 
 class _Unusable(Exception):
-    """The store isn't used, and why."""
+    """Raised with the reason why the store isn't used."""
 
 
 @contextmanager
 def _asking() -> Generator[None]:
-    """Whatever is wrong with the store before anything is computed costs the store alone."""
+    """Convert errors of the store before the computation, so that they only disable the store."""
     try:
         yield
     except StoreProblem as problem:
@@ -411,7 +420,7 @@ def _asking() -> Generator[None]:
 
 
 class _Run:
-    """One file on its way."""
+    """The run of one file."""
 
     def __init__(
         self,
@@ -453,7 +462,7 @@ class _Run:
 
     def _without(self) -> RunOutcome:
         """Compute without the store."""
-        # Each file once, although the hash of the weights and the model's identity both ask for it.
+        # Cached: hashes of weights and the model's identity both need each file's hash.
         result, found = self._computed(None, cache(hash_file) if self._options.hashes else None)
         results = self._results(result, found)
         if results is not None and self._options.out is not None and not results.files[0].not_run:
@@ -486,25 +495,25 @@ class _Run:
             return self._kept(store, key, device, run)
 
     def _device(self, store: Store) -> str | None:
-        """What the name of the device means; None where there is no such device."""
+        """Return the type of the device; None if it doesn't exist."""
         name = self._options.device
         found = cached_device(store, name)
         if found is None:
             from mechdsl.loading.devices import explain_device_problem
 
-            if explain_device_problem(name) is not None:  # which is said when it is to be computed
+            if explain_device_problem(name) is not None:  # reported when the run is computed
                 return None
             found = detect_device(store, name)
         return found
 
     def _key(self, store: Store, device: str) -> str:
-        """Raises NoKey, StoreProblem, OSError."""
+        """Return the run's key. Raises RunKeyError, StoreProblem, OSError."""
         return run_key(
             self._checked, self._options, self._loaded, device=device, hashed=store.file_hash
         )
 
     def _again(self, store: Store, key: str) -> tuple[StoredRun, Results] | None:
-        """What the store has of this very run; None where activations are to be written, too."""
+        """Return the stored results of this run; None if activations must be saved, too."""
         if self._checked.saving:
             return None
         stored = store.finished(key)
@@ -512,11 +521,11 @@ class _Run:
             return None
         try:
             return stored, unpack_results(store.content(stored), self._checked.source)
-        except (ArchiveError, StoreProblem):  # of another version, or torn since
+        except (ArchiveError, StoreProblem):  # of a different version, or damaged
             return None
 
     def _shown(self, stored: StoredRun, results: Results) -> RunOutcome:
-        """The same as a run would give: under the file's name of today."""
+        """Return stored results as a run would, under the file's current name."""
         result = replace(results.files[0], file=self._checked.source.name)
         found = [self._here(each) for each in results.diagnostics[stored.about["checked"] :]]
         now = self._results(result, found)
@@ -529,7 +538,7 @@ class _Run:
         return RunOutcome(result, found, tuple(self._notes), stored.id)
 
     def _here(self, diagnostic: Diagnostic) -> Diagnostic:
-        """A diagnostic whose span is in the files of today; they may lie elsewhere by now."""
+        """Move the span of a diagnostic to the current files, whose paths may have changed."""
         span = diagnostic.span
         if span is None:
             return diagnostic
@@ -547,7 +556,7 @@ class _Run:
     ) -> tuple[FileResult | None, list[Diagnostic]]:
         if self._starting is not None:
             self._starting(run is not None and bool(run.id))
-        import_module("torch")  # whose random numbers are kept, too
+        import_module("torch")  # its random state is restored, too
 
         with preserve_random_state():
             from mechdsl.loading.loader import import_library
@@ -566,7 +575,7 @@ class _Run:
             )
 
     def _kept(self, store: Store, key: str, device: str, run: OpenRun) -> RunOutcome:
-        """Compute, and keep what that gives."""
+        """Compute and store the results."""
         began = time.monotonic()
 
         def hashed(path: Path) -> str:
@@ -595,7 +604,7 @@ class _Run:
 
     @contextmanager
     def _until_full(self, run: OpenRun) -> Generator[None]:
-        """StoreStopped where the store fails while it is written to."""
+        """Raise StoreStopped if the store fails while it is written."""
         try:
             yield
         except (StoreProblem, OSError) as error:
@@ -629,7 +638,7 @@ class _Run:
         content: Mapping[str, bytes],
         about: Mapping[str, Any],
     ) -> str:
-        """The run's id, once it is kept under its key; empty where it can't be."""
+        """Return the run's id after storing it under its key; empty if that fails."""
         try:
             if self._key(store, device) != key:
                 raise RunKeyError("a file that it read has changed meanwhile")
@@ -637,7 +646,7 @@ class _Run:
             return run.id
         except RunKeyError as unknown:
             self._note(f"its results are not kept in the store: {unknown}")
-        except (StoreProblem, OSError) as error:  # what it gave is there all the same
+        except (StoreProblem, OSError) as error:  # the results exist regardless
             said = error.strerror if isinstance(error, OSError) else None
             self._warn(f"does not take the results: {(said or str(error)).lower()}")
         return ""
@@ -649,7 +658,7 @@ class _Run:
             (result,), package_versions(), Diagnostics([*self._checked.diagnostics, *found])
         )
 
-    # --- what the store says of it ----------------------------------------------------------------
+    # --- facts in the store -----------------------------------------------------------------------
 
     def _about(self) -> dict[str, Any]:
         source, options = self._checked.source, self._options
@@ -670,7 +679,7 @@ class _Run:
 
 
 def _given(checked: CheckedFile, options: RunOptions) -> dict[str, str]:
-    """The options that aren't as they are by themselves, by their names on the command line."""
+    """Return the options that differ from their defaults, by their command-line names."""
     found: dict[str, str] = {}
     for own, usual, names in (
         (checked.settings, CheckSettings(), ("limit", "only", "allow_outside", "untrusted")),

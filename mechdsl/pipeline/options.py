@@ -1,4 +1,4 @@
-"""Options of a run and of Python's arguments, and the checks on them; without torch."""
+"""Options of a run, arguments of the Python API, and their checks; without torch."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a file is run; nothing here changes what it means."""
+    """Options for running a file; none of them changes the file's meaning."""
 
     settings: CheckSettings = field(default_factory=CheckSettings)
     device: str = "auto"
     dtype: str | None = None
     offload: Path | None = None
-    """Folder for weights that fit into no device and not into memory, with accelerate."""
+    """Folder for weights that fit neither on the device nor in memory, with accelerate."""
     out: Path | None = None
     without: frozenset[str] = frozenset()
-    """Graph and plan passes that are switched off."""
+    """Disabled graph and plan passes."""
     execution: ExecutionOptions = field(default_factory=ExecutionOptions)
     ends: StopCondition | None = None
-    """With `fail_fast`; experiments run one by one then."""
+    """Stop condition of `fail_fast`; experiments then run one by one."""
     on_profile: Callable[[Plan, ExecutionProfile], None] | None = None
-    """Takes what was planned and what was done, after the run."""
+    """Called after the run with the plan and the measured work."""
     store: Path | None = None
-    """Folder of the store, None for a run without one."""
+    """Folder of the store; None for a run without one."""
     hashes: bool = True
-    """Whether the results need the hashes of weights. With a store they are computed regardless, as
-    its keys need them."""
+    """Whether the results need the hashes of weights. With a store they are always computed,
+    because its keys need them."""
     fresh: bool = False
-    """Compute all anew, and replace what the store has."""
+    """Recompute everything, and replace the stored values."""
 
 
 def to_names(names: Sequence[str]) -> frozenset[str]:
-    """A word alone is one name, not its letters."""
+    """Return names as a set; a single word is one name, not its letters."""
     return frozenset([names] if isinstance(names, str) else names)
 
 
@@ -97,7 +97,7 @@ def store_problem(store: object, fresh: bool) -> list[Diagnostic]:
 
 
 def check_folders(options: RunOptions) -> list[Diagnostic]:
-    """E0208 for those that can't be written to, and for a library that isn't installed."""
+    """Report E0208 for folders that can't be written, and for a missing library."""
     found: list[Diagnostic] = []
     for option, folder in (("--out", options.out), ("--offload", options.offload)):
         if folder is None:

@@ -1,5 +1,5 @@
-"""From the graph to rows of integers, and what of them need not be computed.
+"""The plan of a file: its intervention graph, its rows as integers, and the passes that save work.
 
-In: the graph. Out: a `Plan`: panels, rows, what each planner pass leaves out, what the rest costs.
-Imports graph and below; numpy, no torch.
+In: resolved experiments. Out: the intervention graph, and a `Plan`: panels, rows, savings of each
+planner pass, cost. Imports resolve and below; numpy and networkx, no torch.
 """

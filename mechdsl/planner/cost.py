@@ -1,6 +1,6 @@
 """The cost of a panel: rows, tokens per block, multiply-adds; shared rows count once.
 
-Costs are counted on the rows themselves, with the masks that the packed run computes by; only the
+Costs are counted on the actual rows, with the masks that the packed run computes with; only the
 size of an MLP is an estimate.
 """
 
@@ -48,11 +48,11 @@ class SharedRows:
     """The distinct rows of some experiments on the same prompts."""
 
     owner: Ints
-    """[distinct] number of the experiment that says what is written."""
+    """Index of the experiment that defines the writes, shape [distinct]."""
     rows: RowTable
-    """[distinct] as its experiment counts."""
+    """The rows, with the indices of their experiment, shape [distinct]."""
     members: tuple[tuple[Ints, RowTable], ...]
-    """Per experiment: for each of its rows, the distinct row that it is; and the rows."""
+    """Per experiment: the index of each row's distinct row, and the rows."""
 
     def __len__(self) -> int:
         return len(self.owner)
@@ -69,8 +69,12 @@ class RowSharer:
         cells: Sequence[Mapping[int, WholeCells]] | None = None,
         kept: Sequence[Ints] | None = None,
     ) -> None:
-        """cells: per plan, as `whole_cells` gives them; None where all rows are in them. kept: per
-        plan, the rows that means and donors are of; None where it is all."""
+        """Prepare the keys of rows.
+
+        Args:
+            cells: Per plan, the result of `collect_whole_cells`; None if all rows are in the cells.
+            kept: Per plan, the rows that means and donors are over; None for all rows.
+        """
         self.plans = plans
         self._cells = [_of_all(plan) for plan in plans] if cells is None else cells
         self.share = share
@@ -82,7 +86,7 @@ class RowSharer:
         ]
 
     def of(self, rows: Sequence[RowTable]) -> SharedRows:
-        """The rows of each experiment, equal ones once."""
+        """Return the rows of the experiments, with equal rows once."""
         owner = np.repeat(np.arange(len(rows)), [len(one) for one in rows])
         every = RowTable(
             *(
@@ -103,17 +107,17 @@ class RowSharer:
         )
 
     def _columns(self, number: int, rows: RowTable) -> list[Ints]:
-        """What makes a row of one experiment what it is."""
+        """Return the columns that identify a row of an experiment."""
         plan = self.plans[number]
         runs = np.array([self._number(id(run)) for run in plan.starting_runs], dtype=np.int64)
         draws = np.full(len(rows), plan.draws)
         found = [runs[plan.starting_run(rows)], draws, rows.prompt, self._drawn(plan, rows)]
         either: dict[str, int] = {}
         for place, rule in enumerate(plan.rules):
-            if rule.rule.does.changes == "nothing":  # whatever is looked at, the row is the same
+            if rule.rule.does.changes == "nothing":  # observations don't change the row
                 continue
             own = self._of_rule(number, place, rows)
-            if rule.rule.only is not None:  # each row has one of them, in the same columns
+            if rule.rule.only is not None:  # alternatives share columns, as each row has one
                 begin = either.setdefault(rule.rule.only.axis, len(found))
                 before = found[begin : begin + len(own)] or [np.full(len(rows), -1)] * len(own)
                 acts = rule.acts(rows)
@@ -124,7 +128,7 @@ class RowSharer:
         return found
 
     def _drawn(self, plan: ExperimentPlan, rows: RowTable) -> Ints:
-        """[row] what its reply is drawn by, beside the prompt."""
+        """Return a number for what seeds each row's sampling, besides the prompt. Shape [row]."""
         said = plan.experiment.generation
         if said is None or not said.sampled:
             return np.zeros(len(rows), dtype=np.int64)
@@ -133,7 +137,7 @@ class RowSharer:
         return np.array(found, dtype=np.int64)[inverse]
 
     def _of_rule(self, number: int, place: int, rows: RowTable) -> list[Ints]:
-        """What a rule does to each row."""
+        """Return the columns for a rule's effect on each row."""
         rule, key = self.plans[number].rules[place], self._keys[number][place]
         position = rule.position_of_cell[rows.cell]
         found = [
@@ -146,7 +150,7 @@ class RowSharer:
             found.append(key.read[run])
         else:
             found.append(key.whole[position])
-        # What the rule does, in front, says which of these follow.
+        # The first columns identify the rule and thus the columns that follow.
         if place in self._cells[number]:
             found.append(self._of_cell(rule, self._cells[number][place], rows))
         found.append(rule.follow(rows))
@@ -163,7 +167,7 @@ class RowSharer:
         return found
 
     def _of_cell(self, rule: RulePlan, cells: WholeCells, rows: RowTable) -> Ints:
-        """[row] the rows that its cell has."""
+        """Return a number for all rows of each row's cell. Shape [row]."""
         tokens = rule.read.tokens
         numbers = [
             self._number(
@@ -216,14 +220,14 @@ class RowSharer:
         )
 
     def _directions(self, rule: RulePlan) -> Ints | None:
-        """[cell]"""
+        """Return a number for each cell's direction. Shape [cell]."""
         if rule.direction_of_cell is None:
             return None
         numbers = [self._number(("direction", member.name)) for member in rule.directions]
         return np.array(numbers, dtype=np.int64)[rule.direction_of_cell]
 
     def _tokens(self, hits: TokenHits) -> Ints:
-        """[run] a number for its tokens: the token itself where there is one."""
+        """Return a number for each run's tokens: a single token itself. Shape [run]."""
         runs = np.arange(len(hits.tokens.offsets) - 1)
         found = hits.leftmost(runs) if len(runs) else runs
         for run in np.flatnonzero(hits.tokens.counts(runs) > 1):
@@ -244,25 +248,25 @@ def _of_all(plan: ExperimentPlan) -> Mapping[int, WholeCells]:
 
 @dataclass(frozen=True, eq=False)
 class _RuleKey:
-    """Numbers for what a rule writes; equal ones mean the same."""
+    """Numbers for what a rule writes; equal numbers mean equal content."""
 
     does: int
     points: Ints
-    """[site combination]"""
+    """Shape [site combination]."""
     written: Ints
-    """[run]"""
+    """Shape [run]."""
     read: Ints
-    """[run]"""
+    """Shape [run]."""
     whole: Ints | None
-    """[position], where what is written hangs on the positions of all rows."""
+    """Shape [position]; set if the written value depends on the positions of all rows."""
     keys: Ints | None
-    """[run of keys], of attention rules."""
+    """For attention rules; shape [run of keys]."""
     amounts: Ints
-    """[cell]"""
+    """Shape [cell]."""
     directions: Ints | None
-    """[cell], of rules that steer along one."""
+    """For rules that steer along a direction; shape [cell]."""
     receivers: Ints | None
-    """[pair of senders and receivers]"""
+    """Shape [pair of senders and receivers]."""
 
 
 def _list(ragged: RaggedColumn, key: int) -> list[int]:
@@ -270,9 +274,10 @@ def _list(ragged: RaggedColumn, key: int) -> list[int]:
 
 
 def combine_columns(columns: Sequence[Sequence[Ints]], lengths: Sequence[int]) -> Ints:
-    """[row] one number for all columns: equal where all of them are.
+    """Combine columns into one number per row, equal where all columns are equal. Shape [row].
 
-    columns: of several parts, side by side; a part that has fewer is filled up.
+    Args:
+        columns: Columns of several parts; parts with fewer columns are padded.
     """
     code = np.zeros(sum(lengths), dtype=np.int64)
     size = 1
@@ -294,20 +299,20 @@ def combine_columns(columns: Sequence[Sequence[Ints]], lengths: Sequence[int]) -
 
 @dataclass(frozen=True)
 class GradientWork:
-    """Of some prompts."""
+    """The work of gradients for some prompts."""
 
     forwards: int = 0
-    """Each prompt in passes of its own."""
+    """Number of forward passes with one prompt per pass."""
     backwards: int = 0
     joined_forwards: int = 0
-    """Several prompts in each pass."""
+    """Number of forward passes with several prompts per pass."""
     joined_backwards: int = 0
     tokens: int = 0
-    """Through each block, there and back."""
+    """Tokens through each block, forward and backward."""
     adds: float = 0.0
-    """Multiply-adds in each block, there and back."""
+    """Multiply-adds in each block, forward and backward."""
     logits: int = 0
-    """Tokens whose logits are computed, or come back."""
+    """Tokens whose logits are computed or differentiated."""
 
     def __add__(self, other: GradientWork) -> GradientWork:
         return GradientWork(
@@ -324,10 +329,14 @@ class GradientWork:
 def gradient_work(
     plan: ExperimentPlan, prompts: Ints, whole: Callable[[Ints], Ints], pass_tokens: int
 ) -> GradientWork:
-    """whole: multiply-adds of prompts of these lengths in one block. pass_tokens: of a pass over
-    rows, whose memory one that is gone back through shares among all blocks.
+    """Count the work of gradients.
 
-    A pass back takes as many as one forward: activations have gradients, weights have none.
+    A backward pass costs as much as a forward pass: activations have gradients, weights have none.
+
+    Args:
+        whole: Multiply-adds of prompts of given lengths in one block.
+        pass_tokens: Maximum tokens of a pass over rows; in a pass with a backward pass, all blocks
+            share its memory.
     """
     experiment, said = plan.experiment, plan.experiment.spec.estimator
     if said is None:
@@ -343,7 +352,7 @@ def gradient_work(
     for measure in experiment.measures:
         texts = [atom.behind for atom in measure.atoms if any(atom.behind)]
         behind = [np.repeat(np.array(text)[own], run.draws) for text in texts]
-        for more in behind:  # each has a pass of its own
+        for more in behind:  # each answer has a separate pass
             found += _pass(lengths + more, joined, whole, forwards=1, backwards=kinds)
         if len(texts) < len(measure.atoms):
             found += _pass(lengths, joined, whole, forwards=0 if plain else 1, backwards=kinds)
@@ -358,7 +367,7 @@ def gradient_work(
 def _pass(
     lengths: Ints, joined: int, whole: Callable[[Ints], Ints], *, forwards: int, backwards: int
 ) -> GradientWork:
-    """All prompts so often there, and so often back. joined: passes that they take together."""
+    """Count numbers of forward and backward passes over all prompts, in `joined` passes."""
     times = forwards + backwards
     return GradientWork(
         forwards * len(lengths),
@@ -372,18 +381,18 @@ def _pass(
 
 
 _RULES = ""
-"""The pass in which the rules of a row act; others have the name of a run without rules."""
+"""The pass with a row's rules; other passes have the name of a run without rules."""
 
 
 @dataclass(frozen=True)
 class ReplyWork:
-    """Steps of replies that a panel's rows write; the prefill is counted with the rows."""
+    """Generation steps of a panel's rows; the prefill is counted with the rows."""
 
     forwards: int
     tokens: int
-    """Through one block each."""
+    """Tokens times blocks."""
     keys: int
-    """Pairs of a query and a key, in one block each."""
+    """Pairs of a query and a key, times blocks."""
     logits: int
     """Distributions over the vocabulary."""
 
@@ -399,11 +408,13 @@ class ReplyWork:
 def reply_work(
     lengths: Ints, tokens: int, samples: int, *, kept: bool, pass_tokens: int
 ) -> ReplyWork:
-    """The work behind prompts of these lengths, [row].
+    """Count the work after prompts of these lengths, shape [row].
 
-    tokens: what a reply has at most. kept: keys and values of earlier tokens are, and `pass_tokens`
-    rows write together, each one token in a step; else each step of each row is a whole pass over
-    its prompt and its reply so far.
+    Args:
+        tokens: Maximum length of a reply.
+        kept: Whether keys and values of earlier tokens are cached, so that rows with `pass_tokens`
+            tokens generate together, one token per row and step. Otherwise each step of a row is a
+            full forward pass over its prompt and its reply so far.
     """
     steps = np.arange(1, tokens, dtype=np.int64)
     rows = len(lengths) * samples
@@ -420,8 +431,13 @@ def reply_work(
 
 
 def generation_lengths(plan: ExperimentPlan, rows: RowTable, *, unpatched: bool) -> Ints:
-    """[row] tokens of the prompts behind which an experiment writes, draws of noise included.
-    unpatched: those of its base and source run come to these rows."""
+    """Return the lengths, in tokens, of the prompts after which an experiment generates text.
+
+    There is one entry per row and noise draw.
+
+    Args:
+        unpatched: Append the prompts of the base and source runs.
+    """
     found = [np.repeat(plan.lengths(rows), plan.draws)]
     if unpatched:
         experiment = plan.experiment
@@ -432,10 +448,11 @@ def generation_lengths(plan: ExperimentPlan, rows: RowTable, *, unpatched: bool)
 
 
 def read_pass_work(lengths: Ints, logits: int, samples: int, pass_tokens: int | None) -> ReplyWork:
-    """Whole passes over prompts and replies, [row] so many tokens together.
+    """Count full forward passes over prompts and replies of these lengths, shape [row].
 
-    logits: distributions that are read, of all rows. pass_tokens: of passes that rows ride in; None
-    where each has its own.
+    Args:
+        logits: Number of distributions that are read, over all rows.
+        pass_tokens: Tokens of passes shared by rows; None if each row has its own pass.
     """
     rows, tokens = len(lengths), int(lengths.sum())
     passes = rows if pass_tokens is None else -(-tokens // pass_tokens)
@@ -445,12 +462,12 @@ def read_pass_work(lengths: Ints, logits: int, samples: int, pass_tokens: int | 
 
 @dataclass(frozen=True, eq=False)
 class ReadPasses:
-    """In which passes the rows of a panel's experiments are read behind their prompts."""
+    """The passes in which rows of a panel's experiments are read after their prompts."""
 
     passes: tuple[Mapping[str, Ints], ...]
-    """Per experiment: by pass, [row] how many places are read there; 0 where it isn't needed."""
+    """Per experiment, pass → number of read positions, 0 if the pass isn't needed. Shape [row]."""
     most: int
-    """Places that there are."""
+    """Number of positions."""
 
     @staticmethod
     def of(plans: Sequence[ExperimentPlan], rows: Sequence[RowTable]) -> ReadPasses:
@@ -463,13 +480,13 @@ class ReadPasses:
         )
 
     def take(self, index: Sequence[Ints]) -> ReadPasses:
-        """Of some rows of each experiment."""
+        """Select some rows of each experiment."""
         pairs = zip(self.passes, index, strict=True)
         passes = ({name: own[i] for name, own in each.items()} for each, i in pairs)
         return ReadPasses(tuple(passes), self.most)
 
     def shared(self, shared: SharedRows) -> ReadPasses:
-        """Of distinct rows, the same for each experiment: what any of their members reads."""
+        """Reduce to distinct rows, shared by all experiments: the union of their members' reads."""
         found: dict[str, Ints] = {}
         for passes, (which, _) in zip(self.passes, shared.members, strict=True):
             for name, own in passes.items():
@@ -486,7 +503,7 @@ class ReadPasses:
         *,
         unpatched: bool,
     ) -> ReplyWork:
-        """Of these rows of each experiment; unpatched: base and source runs come to them."""
+        """Count the work for rows of each experiment; `unpatched` adds base and source runs."""
         said = plans[0].experiment.generation
         found = ReplyWork(0, 0, 0, 0)
         if said is None:
@@ -505,7 +522,7 @@ class ReadPasses:
     def _lengths(
         self, plans: Sequence[ExperimentPlan], rows: Sequence[RowTable]
     ) -> Iterator[tuple[str, Ints, int]]:
-        """(pass, [row] tokens of the prompts, distributions that are read), with draws of noise."""
+        """Yield (pass, prompt lengths [row], number of read distributions), per noise draw."""
         for passes, plan, own in zip(self.passes, plans, rows, strict=True):
             for name, places in passes.items():
                 chosen = own.take(np.flatnonzero(places))
@@ -517,7 +534,7 @@ class ReadPasses:
 
 
 def _reads(plan: ExperimentPlan) -> Iterator[str]:
-    """The passes that an experiment reads behind its rows' prompts."""
+    """Yield the passes that an experiment reads after its rows' prompts."""
     experiment = plan.experiment
     looks = plan.observes is not None and reads_reply_tokens(plan.observes.rule)
     if looks or any(measure.in_reply is not None for measure in experiment.measures):
@@ -526,20 +543,20 @@ def _reads(plan: ExperimentPlan) -> Iterator[str]:
 
 
 def _references(plan: ExperimentPlan) -> Iterator[str]:
-    """The runs that what is measured in replies is set against."""
+    """Yield the runs that measures of replies compare with."""
     measured = (each for each in plan.experiment.measures if each.in_reply is not None)
     runs = (atom.run for measure in measured for atom in measure.atoms)
     yield from dict.fromkeys(run for run in runs if run is not None)
 
 
 def _places(plan: ExperimentPlan) -> set[ReplyPosition | None]:
-    """Of a reply, those that something is measured at, or else one: a pass gives some logits."""
+    """Return the measured positions of a reply, at least one, because a pass gives some logits."""
     found = {each.in_reply for each in plan.experiment.measures}
     return found - {None} or {None}
 
 
 def _unpatched(plans: Sequence[ExperimentPlan], places: int) -> list[tuple[str, Ints, int]]:
-    """The same of base and source runs, which are measured once behind what they write."""
+    """Return the passes of base and source runs, which are measured once after their replies."""
     found: dict[tuple[str, str], Ints] = {}
     for plan in plans:
         experiment = plan.experiment
@@ -563,15 +580,15 @@ class Cost:
     """Work of patched rows and unpatched prompts."""
 
     cells: int = 0
-    """Cells with a row to run."""
+    """Number of cells with at least one row to run."""
     rows: int = 0
     forwards: int = 0
-    """Calls of the model: one per row in a plain loop."""
+    """Number of forward passes; in a plain loop, one per row."""
     tokens: int = 0
-    """Tokens times the blocks that they pass through."""
+    """Sum over tokens of the number of blocks they pass through."""
     multiply_adds: float = 0.0
     backwards: int = 0
-    """Passes back, for gradients."""
+    """Number of backward passes, for gradients."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -595,7 +612,7 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Two per multiply-add."""
+        """Floating-point operations: two per multiply-add."""
         return 2 * self.multiply_adds
 
 
@@ -604,18 +621,18 @@ class Cost:
 
 @dataclass(frozen=True)
 class _BlockCost:
-    """Multiply-adds per token of the parts of a block."""
+    """Multiply-adds per token of a block's components."""
 
     project: int
     output: int
     mlp: int
     key: int
-    """Attention's, per key that a query sees."""
+    """Attention's multiply-adds per key that a query sees."""
 
     @staticmethod
     def of(shape: ModelShape) -> _BlockCost:
         heads = shape.n_heads * shape.d_head
-        # A hidden layer of four widths has no gate, as a rule; others have.
+        # An MLP of four widths usually has no gate; MLPs of other sizes do.
         matrices = 2 if shape.d_mlp == 4 * shape.d_model else 3
         return _BlockCost(
             project=shape.d_model * (heads + 2 * shape.n_kv_heads * shape.d_head),
@@ -625,12 +642,12 @@ class _BlockCost:
         )
 
     def whole(self, lengths: Ints) -> Ints:
-        """[row] all tokens of a prompt in one block."""
+        """Count all tokens of a prompt in one block. Shape [row]."""
         pairs = lengths * (lengths + 1) // 2
         return lengths * (self.project + self.output + self.mlp) + pairs * self.key
 
     def of_work(self, work: BlockWork, counts: Ints) -> tuple[int, int]:
-        """(tokens, multiply-adds) of rows, each counted so often."""
+        """Return (tokens, multiply-adds) of rows with the given multiplicities."""
         seen = np.arange(1, work.present.shape[1] + 1)
 
         def tokens(mask: TokenMask) -> int:
@@ -646,8 +663,8 @@ class _BlockCost:
 
 
 def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
-    """All prompts of a run, each in a pass of its own, through so many blocks; None is all, and the
-    logits of one token."""
+    """Return the cost of all prompts of a run, each in a separate pass through `stop` blocks (None:
+    all blocks and the logits of one token)."""
     lengths, draws = run.lengths, run.draws
     blocks = shape.n_layers if stop is None else min(stop, shape.n_layers)
     prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
@@ -657,7 +674,7 @@ def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
 
 
 def reply_cost(shape: ModelShape, work: ReplyWork, stop: int | None = None) -> Cost:
-    """Of what is computed behind prompts, through so many blocks; None is all."""
+    """Return the cost after the prompts, through `stop` blocks; None is all."""
     block, blocks = _BlockCost.of(shape), shape.n_layers if stop is None else stop
     each = block.project + block.output + block.mlp
     adds = blocks * float(work.tokens * each + work.keys * block.key)
@@ -669,7 +686,7 @@ def reply_cost(shape: ModelShape, work: ReplyWork, stop: int | None = None) -> C
 
 
 class PanelCount:
-    """What is counted once for a panel."""
+    """Counts that are computed once per panel."""
 
     def __init__(self, panel: Panel, pass_tokens: int, prompt_tokens: int) -> None:
         self.panel = panel
@@ -682,43 +699,43 @@ class PanelCount:
         self.sharer = RowSharer(self.plans, share=True)
 
     def chunks(self) -> Iterator[Ints]:
-        """Prompts whose rows can be laid out at a time."""
+        """Yield groups of prompts whose rows can be laid out together."""
         cells = max(1, sum(each.n_cells for each in self.plans))
         size = max(1, BATCH_ROWS // cells)
         every = np.arange(len(self.table), dtype=np.int64)
         return (every[i : i + size] for i in range(0, len(every), size))
 
     def unpatched(self, *, stopped: bool) -> Cost:
-        """All prompts of all unpatched runs, as often as they are gone through: whole, or those
-        that are only read stopped early."""
+        """Return the cost of all prompts of all unpatched runs, per sweep; with `stopped`, runs
+        that are only read stop early."""
         found = Cost()
         for name, times in self.sweeps.items():
             needs = self.panel.runs.get(name)
             stop = None if needs is None or not stopped else needs.stop
             found += times * run_cost(self.shape, self.panel.table.runs[name], stop)
-        for run, blocks in (*self.fitted, *self.beside):  # which are stopped in any case
+        for run, blocks in (*self.fitted, *self.beside):  # these always stop early
             found += run_cost(self.shape, run, blocks)
         return found
 
     @cached_property
     def sweeps(self) -> Counter[str]:
-        """By name, how often an unpatched run is computed on all prompts."""
+        """Number of times that each unpatched run is computed on all prompts, by name."""
         several = self.batch_count > 1
         return Counter() if is_read_only(self.panel) else count_sweeps(self.panel, several=several)
 
     @cached_property
     def batch_count(self) -> int:
-        """Batches of prompts."""
+        """Number of batches of prompts."""
         return -(-len(self.table) // batch_size(self.panel, self.prompt_tokens))
 
     @cached_property
     def beside(self) -> list[tuple[PromptRun, int]]:
-        """The runs of other blocks that are read, and how many blocks of them are run."""
+        """Runs of other blocks that are read, with the number of their blocks to run."""
         return [(run, self.shape.n_layers) for _, run in external_runs(self.panel)]
 
     @cached_property
     def fitted(self) -> list[tuple[PromptRun, int]]:
-        """The runs that directions are fitted on, and how many blocks of them are run."""
+        """Runs that directions are fitted on, with the number of their blocks to run."""
         plans = (*self.panel.derived.values(), *self.plans)
         members = {m.name: m for p in plans for rule in p.rules for m in rule.directions}
         found: dict[tuple[int, str | None], tuple[PromptRun, int]] = {}
@@ -734,7 +751,7 @@ class PanelCount:
         return list(found.values())
 
     def batches(self) -> int:
-        """Forward passes over batches of prompts that all unpatched runs take."""
+        """Return the number of forward passes over batches of prompts for all unpatched runs."""
         others = [*self.fitted, *self.beside]
         tokens = (int(run.lengths.sum()) for run, _ in others)
         return self.sweeps.total() * self.batch_count + sum(
@@ -743,8 +760,8 @@ class PanelCount:
 
 
 class PanelWork:
-    """The work of a panel on some prompts: of the plain loop first, then with more and more left
-    out of it. The panel's unpatched runs are counted with its first prompts."""
+    """The work of a panel on some prompts: initially that of the plain loop; each method applies
+    one optimisation. The panel's unpatched runs are counted with its first prompts."""
 
     def __init__(self, panel: PanelCount, prompts: Ints) -> None:
         self.panel = panel
@@ -763,11 +780,11 @@ class PanelWork:
 
     @property
     def cost(self) -> Cost:
-        """What is left."""
+        """The remaining cost."""
         return self.patched + self.unpatched + self._replies() + self._estimates()
 
     def _estimates(self) -> Cost:
-        """What takes the place of rows that are estimated."""
+        """Return the cost of the estimates that replace rows."""
         shape, found = self.panel.shape, self.gradients
         forwards, backwards = found.forwards, found.backwards
         if self.joins:
@@ -776,7 +793,7 @@ class PanelWork:
         return Cost(0, 0, forwards, found.tokens * shape.n_layers, adds, backwards)
 
     def _replies(self) -> Cost:
-        """What is computed behind the prefill. Unpatched runs are written once for a panel."""
+        """Return the cost after the prefill; unpatched runs generate once per panel."""
         said = self.panel.plans[0].experiment.generation
         if said is None:
             return Cost()
@@ -796,12 +813,12 @@ class PanelWork:
         return reply_cost(self.panel.shape, work + read)
 
     def keep_tokens(self) -> None:
-        """Of each step of a reply, only the newest token is computed."""
+        """Compute only the newest token in each step of a reply."""
         self.keeps_tokens = True
 
     @cached_property
     def shapes(self) -> list[_Shapes]:
-        """The rows that are left by what they compute; none are left out any more."""
+        """The remaining rows by their computation; no rows are dropped after this."""
         return [
             shape
             for plan, rows in zip(self.panel.plans, self.rows, strict=True)
@@ -809,12 +826,12 @@ class PanelWork:
         ]
 
     def stop_early(self) -> None:
-        """Unpatched runs that are only read stop above what is read."""
+        """Stop unpatched runs that are only read above their highest read."""
         if self.first:
             self.unpatched = self.panel.unpatched(stopped=True)
 
     def leave_inert_out(self) -> None:
-        """Rows that can't differ from the base run are not run."""
+        """Skip rows that can't differ from the base run."""
         plans = zip(self.panel.plans, self.rows, strict=True)
         left = [np.flatnonzero(~plan.is_inert(rows)) for plan, rows in plans]
         self.rows = [rows.take(own) for rows, own in zip(self.rows, left, strict=True)]
@@ -822,7 +839,7 @@ class PanelWork:
         self.patched = self._whole()
 
     def share(self) -> None:
-        """Equal rows are run once."""
+        """Run equal rows once."""
         shared = self.panel.sharer.of(self.rows)
         own = [np.flatnonzero(shared.owner == n) for n in range(len(self.panel.plans))]
         self.rows = [shared.rows.take(rows) for rows in own]
@@ -830,7 +847,7 @@ class PanelWork:
         self.patched = self._whole()
 
     def restart(self, **shortcuts: bool) -> None:
-        """Rows take one thing more over from the unpatched run."""
+        """Let rows reuse one more part of the unpatched run."""
         self.shortcuts = replace(self.shortcuts, **shortcuts)
         shape = self.panel.shape
         tokens = 0
@@ -842,8 +859,7 @@ class PanelWork:
         self.patched = replace(self.patched, tokens=tokens, multiply_adds=adds)
 
     def narrow(self) -> None:
-        """Two rows of the unembedding for every row instead of the vocabulary, where no metric
-        needs all."""
+        """Compute two rows of the unembedding per row where no metric needs all logits."""
         measures = [m for plan in self.panel.plans for m in plan.experiment.measures]
         if not all(atom.form.narrow for measure in measures for atom in measure.atoms):
             return
@@ -853,7 +869,7 @@ class PanelWork:
         self.patched = replace(self.patched, multiply_adds=left)
 
     def join(self) -> None:
-        """Rows ride in passes of a good size, prompts in batches."""
+        """Join rows into passes and prompts into batches."""
         self.joins = True
         if self.patched.rows:
             passes = -(-sum(one.width for one in self.shapes) // self.panel.pass_tokens)
@@ -863,7 +879,7 @@ class PanelWork:
             self.unpatched = replace(self.unpatched, forwards=self.panel.batches())
 
     def _whole(self) -> Cost:
-        """Every row a whole pass."""
+        """Return the cost of every row as a full forward pass."""
         count = tokens = 0
         adds = 0.0
         shape, block = self.panel.shape, self.panel.block
@@ -874,14 +890,14 @@ class PanelWork:
             tokens += int(lengths.sum()) * plan.draws * n
             adds += float(block.whole(lengths).sum()) * plan.draws * n
             adds += len(one) * plan.draws * float(logits)
-        # Cells are counted on the first prompts, as all have the same.
+        # The first prompts suffice, because all prompts have the same cells.
         cells = sum(len(np.unique(one.cell)) for one in self.rows) if self.first else 0
         return Cost(cells, count, count, tokens, adds)
 
 
 def _blocks(table: Sequence[SitePoint], points: RaggedColumn) -> Ints:
-    """[site combination] equal where the same sites of the same blocks are written, in whatever
-    heads or neurons."""
+    """Return numbers that are equal where the same sites of the same blocks are written, in any
+    heads or neurons. Shape [site combination]."""
     numbers: dict[frozenset[tuple[str, int | None]], int] = {}
     places = [(point.site, point.layer) for point in table]
     found: list[int] = []
@@ -892,8 +908,8 @@ def _blocks(table: Sequence[SitePoint], points: RaggedColumn) -> Ints:
 
 
 def _shapes(plan: ExperimentPlan, rows: RowTable) -> list[_Shapes]:
-    """The rows of an experiment; of path patching, those that record what receivers read too. Where
-    such rows are whole passes, what they hold is read in others."""
+    """Return the rows of an experiment; for path patching, also the rows that record the receivers'
+    inputs. If such rows are full forward passes, other passes read their frozen activations."""
     found = [_Shapes(plan, rows)]
     path = plan.path
     if path is not None and path.paths is not None and not path.paths.at_the_end:
@@ -904,15 +920,16 @@ def _shapes(plan: ExperimentPlan, rows: RowTable) -> list[_Shapes]:
         found.append(_Shapes(plan, rows.take(first), recording=True))
     if path is not None and plan.whole:
         found.append(found[-1])
-        if path.paths is not None and path.paths.also_at_the_end:  # what is there without it
+        if path.paths is not None and path.paths.also_at_the_end:  # inputs without it
             found.append(found[-1])
     return found
 
 
 class _Shapes:
-    """The rows of an experiment by what they compute: alike rows are counted together.
+    """The rows of an experiment by their computation; rows with equal costs are counted together.
 
-    recording: those of path patching in which all but the senders is held, and receivers are read.
+    recording: Whether they are rows of path patching that freeze everything except the senders and
+    record the receivers' inputs.
     """
 
     def __init__(self, plan: ExperimentPlan, rows: RowTable, *, recording: bool = False) -> None:
@@ -945,7 +962,7 @@ class _Shapes:
         self.width = int(np.maximum(1, self.lengths - begin) @ self.counts)
 
     def work(self, block: _BlockCost, shape: ModelShape, shortcuts: Shortcuts) -> tuple[int, int]:
-        """(tokens through blocks, multiply-adds)"""
+        """Return (tokens through blocks, multiply-adds)."""
         tokens = adds = 0
         shortcuts = FULL_PASS if self.plan.whole else shortcuts
         for each in block_work(
@@ -961,14 +978,14 @@ class _Shapes:
         return tokens, adds
 
     def _places(self, rule: RulePlan) -> tuple[Sequence[SitePoint], RaggedColumn, Ints]:
-        """What rows write: (points, combinations of them, combination of each cell)."""
+        """Return what rows write: (points, combinations of them, combination of each cell)."""
         paths = rule.paths
         if paths is not None and not paths.at_the_end and not self.recording:
             return paths.table, paths.points, paths.pair_of_cell
         return rule.point_table, rule.points, rule.site_of_cell
 
     def _masks(self, at: Sequence[Ints]) -> RowMasks:
-        """What the rows write and what is read of them."""
+        """Return the written and read positions of the rows."""
         rows, lengths = self.rows, self.lengths
         longest = int(lengths.max(initial=1))
         real = np.arange(longest)[None, :] < lengths[:, None]
@@ -977,7 +994,7 @@ class _Shapes:
         for rule in self.plan.rules:
             run = rule.written_runs(rows)
             row, token = rule.written.tokens.expand(run)
-            own = token < lengths[row]  # those of an answer are in no pass over the prompts
+            own = token < lengths[row]  # passes over prompts exclude the answer
             row, token = row[own], token[own]
             table, points, combination = self._places(rule)
             index, point = points.expand(combination[rows.cell][row])
@@ -987,7 +1004,7 @@ class _Shapes:
                 own = index[point == number]
                 mask = target.setdefault((place.site, place.layer), np.zeros_like(real))
                 mask[row[own], token[own]] = True
-                if rule.rule.does.mode == "step":  # what it is a step from is there too
+                if rule.rule.does.mode == "step":  # the start of the step is read too
                     mask = received.setdefault((place.site, place.layer), np.zeros_like(real))
                     mask[row[own], np.maximum(token[own] - 1, 0)] = True
             if self.recording and rule.paths is not None:

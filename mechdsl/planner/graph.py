@@ -1,7 +1,7 @@
 """The intervention graph: small frozen nodes, joined by data dependencies.
 
 A sweep is one node with axes, so a file's graph has tens of nodes whatever its number of cells.
-Nodes are compared by value: a node that two experiments have in common exists once.
+Nodes are compared by value: a node that two experiments share exists once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mechdsl.vocab.sites import SITES, stop_layer
 
 @dataclass(frozen=True)
 class EncodeNode:
-    """Text to tokens, masks and spans: one run of one block of prompts."""
+    """Converts text to tokens, masks and spans: one run of one prompt block."""
 
     prompts: str
     part: str | None
@@ -43,19 +43,19 @@ class EncodeNode:
     keep: tuple[str, ...]
     run: str
     behind: str = ""
-    """Whose replies stand behind the prompts."""
+    """Source of the replies that follow the prompts."""
     changed_by: tuple[str, ...] = ()
-    """Corruptions that are used and leave a row as it is, which isn't among these."""
+    """Used corruptions, each of which must change a row for the row to be included."""
     replaced: str | None = None
-    """`slot token with "thing"`: a change of the input that a rule makes."""
+    """`slot token with "thing"`: a rule's change of the input."""
     kept_by: tuple[ResolvedMeasure, ...] = field(default=(), compare=False, repr=False)
-    """What `keep` says."""
+    """Conditions of `keep`."""
     replaced_by: ResolvedRule | None = field(default=None, hash=False, repr=False)
     """The rule that changes the input."""
 
 
 def component_layers(points: Mapping[AxisIndices, tuple[SitePoint, ...]]) -> tuple[SiteLayer, ...]:
-    """Every component with its layer, in the order of a forward pass."""
+    """Return every component with its layer, in the order of a forward pass."""
     found = {(point.site, point.layer) for here in points.values() for point in here}
     return tuple(sorted(found, key=lambda place: (SITES[place[0]].order, place[1] or 0)))
 
@@ -66,13 +66,13 @@ class ReadNode:
 
     forward: ForwardNode
     at: str
-    """Where, as the file says it."""
+    """Positions as written in the source."""
     points: Mapping[AxisIndices, tuple[SitePoint, ...]] = field(compare=False, repr=False)
-    """What is read for every combination of the axes of the rule's sites."""
+    """Points to read, for every combination of the axes of the rule's sites."""
     positions: Mapping[AxisIndices, PositionCell] = field(compare=False, repr=False)
-    """Where, for every combination of the axes of its positions."""
+    """Positions, for every combination of their axes."""
     places: tuple[SiteLayer, ...] = field(init=False)
-    """Every component that is read, with its layer, in the order of a forward pass."""
+    """Every component to read, with its layer, in the order of a forward pass."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "places", component_layers(self.points))
@@ -89,8 +89,8 @@ class DirectionNode:
 
 @dataclass(frozen=True)
 class TransformNode:
-    """What is done to an activation before it is written: `mean`, `resample`, `noise`, `zero`; or
-    in its place: `add`, `scale`, `project out`."""
+    """An operation on an activation before it is written (`mean`, `resample`, `noise`, `zero`) or
+    at its site (`add`, `scale`, `project out`)."""
 
     kind: str
     inputs: tuple[ReadNode | DirectionNode, ...] = ()
@@ -99,14 +99,14 @@ class TransformNode:
 
 @dataclass(frozen=True)
 class WriteNode:
-    """A value that goes into a forward pass."""
+    """A value that is written in a forward pass."""
 
     by: ResolvedRule | RunNoise = field(hash=False, repr=False)
-    """The rule that says where it goes in every cell; or the corruption that adds it."""
+    """The rule that defines the targets in every cell, or the corruption that adds noise."""
     at: str
     value: ReadNode | TransformNode
     places: tuple[SiteLayer, ...] = field(init=False)
-    """Every component that is written, with its layer."""
+    """Every written component, with its layer."""
 
     def __post_init__(self) -> None:
         written: tuple[SiteLayer, ...]
@@ -119,7 +119,7 @@ class WriteNode:
 
     @property
     def read(self) -> ReadNode | None:
-        """What is read for it."""
+        """The read node of the value, if any."""
         if isinstance(self.value, ReadNode):
             return self.value
         return next((each for each in self.value.inputs if isinstance(each, ReadNode)), None)
@@ -131,22 +131,22 @@ class ForwardNode:
 
     model: str
     n_layers: int
-    """Blocks of the model."""
+    """Number of blocks of the model."""
     encode: EncodeNode
     run: str = field(compare=False)
-    """The unpatched run that it is, or starts from, as its experiment calls it."""
+    """The unpatched run that it is or starts from, under its experiment's name."""
     writes: tuple[WriteNode, ...] = ()
     axes: tuple[Axis, ...] = field(default=(), hash=False)
     nested: LoopCells | None = field(default=None, hash=False)
-    """Which values of loops go together, where not all do."""
+    """The existing combinations of loop values, if not all exist."""
     stop: int | None = None
-    """How many blocks have to run; None is the whole model."""
+    """Number of blocks to run; None is the whole model."""
     after: tuple[EffectNode, ...] = ()
-    """Of other experiments, which say where this one acts (`top 3 of cie`)."""
+    """Effects of other experiments that determine the targets (`top 3 of cie`)."""
     estimator: str = ""
-    """What stands in for its cells, which aren't run then (`using`)."""
+    """The estimator (`using`) that replaces running the cells."""
     on: ForwardNode | None = None
-    """The run that has rules itself, or that an experiment's own run with rules acts on."""
+    """The run with its own rules, or the run that an experiment's derived run starts from."""
 
     @property
     def cells(self) -> int:
@@ -155,7 +155,7 @@ class ForwardNode:
 
 @dataclass(frozen=True)
 class ReplyNode:
-    """What rows write behind their prompts, one pass for each token."""
+    """Text generated after the prompts, one pass per token."""
 
     forward: ForwardNode
     """The first of these passes, over the prompt."""
@@ -172,16 +172,16 @@ class MeasureNode:
     references: tuple[ForwardNode, ...] = ()
     """Runs that the metric compares with: `kl(clean)`."""
     reply: ReplyNode | None = None
-    """What it reads, where it reads a reply."""
+    """The reply that it reads, if any."""
     measure: ResolvedMeasure = field(kw_only=True, compare=False, repr=False)
-    """How it is computed, and at which token of every row."""
+    """Its computation and the measured token of every row."""
     observed: ResolvedRule | None = field(default=None, hash=False, repr=False)
-    """The rule that says what is looked at in every cell."""
+    """The rule that defines the observed targets in every cell."""
 
 
 @dataclass(frozen=True)
 class EffectNode:
-    """How the metric of the patched run is set against the base and the source run."""
+    """A comparison of the patched run's metric with the base and the source run."""
 
     kind: str
     patched: MeasureNode
@@ -192,18 +192,18 @@ class EffectNode:
 
 @dataclass(frozen=True)
 class ReportNode:
-    """What is shown of an experiment's effects."""
+    """A report of an experiment's effects."""
 
     experiment: str
     effects: tuple[EffectNode, ...]
     what: str
     of: ResolvedExperiment = field(compare=False, repr=False)
-    """What its results say beside their values: its names, its seed, its statistics."""
+    """Metadata of the results besides their values: names, seed, statistics."""
 
 
 @dataclass(frozen=True)
 class ExpectNode:
-    """What is expected of an experiment's effects."""
+    """An expectation of an experiment's effects."""
 
     experiment: str
     effects: tuple[EffectNode, ...]
@@ -214,7 +214,7 @@ class ExpectNode:
 
 @dataclass(frozen=True)
 class SaveNode:
-    """Activations that go to a file."""
+    """Activations that are written to a file."""
 
     experiment: str
     read: ReadNode
@@ -242,7 +242,7 @@ NodeT = TypeVar("NodeT", bound=Any)
 
 
 def node_inputs(node: Node) -> list[Node]:
-    """The nodes that a node's fields hold: what must be there before it."""
+    """Return the nodes in a node's fields, which must be computed before it."""
     found: list[Node] = []
     for f in fields(node):
         value: Any = getattr(node, f.name)
@@ -253,7 +253,7 @@ def node_inputs(node: Node) -> list[Node]:
 
 
 def graph_from_leaves(leaves: Sequence[Node]) -> Graph:
-    """The graph of everything that the leaves need."""
+    """Build the graph of everything that the leaves need."""
     graph: Graph = nx.DiGraph()
 
     def add(node: Node) -> None:
@@ -270,7 +270,7 @@ def graph_from_leaves(leaves: Sequence[Node]) -> Graph:
 
 
 def check_graph(graph: Graph) -> None:
-    """Check what every graph must satisfy; raises AssertionError, as only we can break it."""
+    """Check the invariants of every graph; an AssertionError is an internal error."""
     assert nx.is_directed_acyclic_graph(graph), "the graph has a cycle"
     for node in graph:
         assert set(graph.predecessors(node)) == set(node_inputs(node)), (
@@ -286,13 +286,13 @@ def check_graph(graph: Graph) -> None:
 
 
 def highest_read(read: ReadNode) -> int | None:
-    """How many blocks have to run before the read; None is the whole model."""
+    """Return the number of blocks to run before the read; None is the whole model."""
     needed = [stop_layer(*place, read.forward.n_layers) for place in read.places]
     return None if None in needed else max(n for n in needed if n is not None)
 
 
 def rebuild_node(node: NodeT, change: Callable[[Node], Node]) -> NodeT:
-    """The node with itself and all its inputs changed; the same one where nothing changes."""
+    """Apply a change to a node and all its inputs; an unchanged node is returned as is."""
 
     def swap(value: Any) -> Any:
         if isinstance(value, Node):
@@ -311,24 +311,24 @@ def rebuild_node(node: NodeT, change: Callable[[Node], Node]) -> NodeT:
 
 
 def graph_leaves(graph: Graph) -> list[ReportNode | ExpectNode]:
-    """What is asked for, in the order of the file."""
+    """Return the requested reports and expectations in source order."""
     return [node for node in graph if isinstance(node, (ReportNode, ExpectNode))]
 
 
 def graph_saves(graph: Graph) -> list[SaveNode]:
-    """What is written to files, in the order of the file."""
+    """Return the saves to files in source order."""
     return [node for node in graph if isinstance(node, SaveNode)]
 
 
 def map_nodes(graph: Graph, change: Callable[[Node], Node]) -> Graph:
-    """The graph with its nodes changed, and without those that nothing needs then."""
+    """Apply a change to all nodes and drop those that are no longer needed."""
     return graph_from_leaves(
         [rebuild_node(leaf, change) for leaf in (*graph_leaves(graph), *graph_saves(graph))]
     )
 
 
 def build_graph(experiments: Sequence[ResolvedExperiment]) -> Graph:
-    """The graph of a file's experiments."""
+    """Build the graph of a file's experiments."""
     known: dict[str, tuple[EffectNode, ...]] = {}
 
     def effects(experiment: ResolvedExperiment) -> tuple[EffectNode, ...]:
@@ -377,8 +377,8 @@ def report_text(report: spec.Report) -> str:
 
 
 def unpatched_forward(experiment: ResolvedExperiment, run: str) -> ForwardNode:
-    """A run without interventions of the experiment; a noised run writes its noise, one that has
-    rules what these say."""
+    """Return an unpatched run of the experiment. A run with noise writes its noise; a derived run
+    applies its rules."""
     there = experiment.table.runs[run]
     if there.derived is not None:
         return _derived(experiment, run, unpatched_forward(experiment, there.derived.base))
@@ -405,7 +405,7 @@ def unpatched_forward(experiment: ResolvedExperiment, run: str) -> ForwardNode:
 
 
 def _derived(experiment: ResolvedExperiment, run: str, base: ForwardNode) -> ForwardNode:
-    """A run of the experiment's own: its rules on another run."""
+    """Return a derived run of the experiment: its rules on another run."""
     defined = experiment.derived[run]
     writes = tuple(_write(experiment, rule) for rule in defined.rules)
     return replace(base, run=run, writes=writes, on=base)
@@ -414,9 +414,10 @@ def _derived(experiment: ResolvedExperiment, run: str, base: ForwardNode) -> For
 def patched_forward(
     experiment: ResolvedExperiment, after: tuple[EffectNode, ...] = ()
 ) -> ForwardNode:
-    """The pass with all rules of the experiment; without rules, the base run itself.
+    """Return the pass with all rules of the experiment; without rules, the base run itself.
 
-    after: the effects that say where it acts.
+    Args:
+        after: Effects that determine the targets.
     """
     base = unpatched_forward(experiment, experiment.spec.base)
     if not experiment.rules:
@@ -442,7 +443,7 @@ def patched_forward(
 
 
 def _at(rule: ResolvedRule) -> str:
-    """The positions as written; of a `replace` the text too."""
+    """Return the positions as written; for `replace`, with the text."""
     at = rule.spec.at.span.written
     if DRAW_AXIS in rule.positions.axes:
         at = f"random tokens, as many as of {at}"
@@ -459,7 +460,7 @@ def _write(experiment: ResolvedExperiment, rule: ResolvedRule) -> WriteNode:
 
 
 def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadNode | TransformNode:
-    """What a rule writes, and what it reads for it."""
+    """Return the value that a rule writes, with its reads."""
     assert rule.sites is not None
     does = rule.does
     detail = does.detail(rule)
@@ -479,7 +480,7 @@ def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadN
 
 
 def _direction(experiment: ResolvedExperiment, steered: DirectionTargets) -> DirectionNode:
-    """The direction with what is read for it, each run of rows once."""
+    """Return the direction with its reads; each run of rows is read once."""
     members = list(steered.members.values())
     fits = [fit for member in members for fit in iter_fitted_vectors(member.vector)]
     reads: dict[tuple[int, int], ReadNode] = {}
@@ -502,7 +503,7 @@ def _direction(experiment: ResolvedExperiment, steered: DirectionTargets) -> Dir
 
 
 def _implicit_detail(experiment: ResolvedExperiment, measure: ResolvedMeasure) -> str:
-    """Where a measure is read that doesn't say it."""
+    """Describe the default position of a measure."""
     if measure.reply is not None:
         return "reply"
     of_logits = any(atom.form.of_outputs for atom in measure.atoms)
@@ -532,7 +533,7 @@ def _effect(
             reply = ReplyNode(forward, experiment.generation.how)
         return MeasureNode(forward, *words, reply, measure=resolved, observed=observed)
 
-    # Base and source are measured whatever the effect needs: both ends are always printed.
+    # Base and source are always measured, because both are always printed.
     source = experiment.spec.source
     return EffectNode(
         entry.name,
@@ -548,16 +549,16 @@ class GraphExperiment:
     """One experiment of a graph."""
 
     experiment: ResolvedExperiment
-    """With the rules, axes, measures and runs that its nodes have."""
+    """The experiment with the rules, axes, measures and runs of its nodes."""
     clean: EncodeNode
-    """The clean run of its prompts: experiments that have it in common share their runs."""
+    """The clean run of its prompts; experiments with an equal one share their runs."""
     runs: tuple[ForwardNode, ...]
     """Every unpatched run that it reads, measures or starts from."""
 
 
 @dataclass(frozen=True)
 class RunNeeds:
-    """What an unpatched run has to give."""
+    """Required outputs of an unpatched run."""
 
     forward: ForwardNode
     reads: frozenset[SiteLayer] = frozenset()
@@ -566,7 +567,7 @@ class RunNeeds:
 
 
 def graph_experiments(graph: Graph) -> list[GraphExperiment]:
-    """The experiments of a graph, in the order of the file."""
+    """Return the experiments of a graph in source order."""
     by_key: dict[str, list[ReportNode | ExpectNode]] = {}
     for leaf in graph_leaves(graph):
         by_key.setdefault(leaf.experiment, []).append(leaf)
@@ -574,7 +575,7 @@ def graph_experiments(graph: Graph) -> list[GraphExperiment]:
 
 
 def run_needs(graph: Graph) -> dict[ForwardNode, RunNeeds]:
-    """By unpatched run, run to its end, what the nodes behind it need of it."""
+    """Map unpatched runs, without `stop`, to what dependent nodes need of them."""
     found: dict[ForwardNode, RunNeeds] = {}
     for node in graph:
         if not isinstance(node, ForwardNode) or node.axes:
@@ -595,7 +596,7 @@ def run_needs(graph: Graph) -> dict[ForwardNode, RunNeeds]:
 
 
 def _graph_experiment(own: Sequence[ReportNode | ExpectNode]) -> GraphExperiment:
-    """One experiment, from its leaves."""
+    """Build one experiment from its leaves."""
     said, effects = own[0].of, _effects(own)
     acting, base, source = effects[0].patched.forward, effects[0].base, effects[0].source
     rules = _rules(effects[0].patched)
@@ -606,7 +607,7 @@ def _graph_experiment(own: Sequence[ReportNode | ExpectNode]) -> GraphExperiment
         if isinstance(leaf, ExpectNode)
         for measure in leaf.accuracies
     }
-    # An axis is there if a rule has it.
+    # Only axes of remaining rules exist.
     used = frozenset(name for rule in rules for name in rule.axes)
     experiment = replace(
         said,
@@ -627,21 +628,21 @@ def _graph_experiment(own: Sequence[ReportNode | ExpectNode]) -> GraphExperiment
     runs = {
         each.run: each for forward in _runs(own, effects) for each in run_with_dependencies(forward)
     }
-    for name in _filtering(experiment):  # before the graph is run
+    for name in _filtering(experiment):  # `keep` is evaluated before the graph runs
         runs.setdefault(name, unpatched_forward(experiment, name))
     clean = replace(acting.encode, run="clean", replaced=None, replaced_by=None)
     return GraphExperiment(experiment, clean, tuple(runs.values()))
 
 
 def _effects(own: Sequence[ReportNode | ExpectNode]) -> tuple[EffectNode, ...]:
-    """What some leaf shows or expects, each line of the file once."""
+    """Return the effects that the leaves report or expect, without duplicates."""
     by_line = {id(effect.said): effect for leaf in own for effect in leaf.effects}
     return tuple(by_line.values())
 
 
 def _rules(measure: MeasureNode) -> tuple[ResolvedRule, ...]:
-    """The rules that act on what is measured: writes as they stand, the others in between where
-    the file has them."""
+    """Return the rules of a measured run: those of its writes in order, and the others at their
+    source positions."""
     forward = measure.forward
     found = [
         _rule(write, write.by) for write in forward.writes if not isinstance(write.by, RunNoise)
@@ -654,7 +655,7 @@ def _rules(measure: MeasureNode) -> tuple[ResolvedRule, ...]:
 
 
 def _rule(write: WriteNode, rule: ResolvedRule) -> ResolvedRule:
-    """The rule of a write, which reads what its node reads."""
+    """Return the rule of a write with the reads of its node."""
     read = write.read
     if read is None or rule.sites is None:
         return rule
@@ -670,7 +671,7 @@ def _rule(write: WriteNode, rule: ResolvedRule) -> ResolvedRule:
 def _runs(
     own: Sequence[ReportNode | ExpectNode], effects: Sequence[EffectNode]
 ) -> Iterator[ForwardNode]:
-    """The unpatched runs that nodes measure, read or compare with, in the order of the file."""
+    """Yield the unpatched runs that nodes measure, read or compare with, in source order."""
     yield effects[0].base.forward
     if effects[0].source is not None:
         yield effects[0].source.forward
@@ -683,7 +684,7 @@ def _runs(
 
 
 def run_with_dependencies(forward: ForwardNode) -> Iterator[ForwardNode]:
-    """A run, and before it those that its own rules read."""
+    """Yield a run after those that its own rules read."""
     ruled = forward
     while ruled.on is not None:
         for read in _read(ruled):
@@ -693,8 +694,8 @@ def run_with_dependencies(forward: ForwardNode) -> Iterator[ForwardNode]:
 
 
 def _read(forward: ForwardNode) -> Iterator[ForwardNode]:
-    """The runs of the sampled rows that what is written is read in; a mean of another block is
-    taken of rows of its own, in runs of their own."""
+    """Yield the runs of the sampled rows that values are read in. A mean of another block reads
+    separate rows in separate runs."""
     for write in forward.writes:
         apart = isinstance(write.by, ResolvedRule) and write.by.apart is not None
         if write.read is not None and not apart:
@@ -702,7 +703,7 @@ def _read(forward: ForwardNode) -> Iterator[ForwardNode]:
 
 
 def _filtering(experiment: ResolvedExperiment) -> Iterator[str]:
-    """The runs that `keep` reads."""
+    """Yield the runs that `keep` reads."""
     for measure in experiment.keep:
         yield from (atom.run for atom in measure.atoms if atom.run is not None)
     if experiment.keep:
@@ -710,7 +711,7 @@ def _filtering(experiment: ResolvedExperiment) -> Iterator[str]:
 
 
 def stop_early(graph: Graph) -> Graph:
-    """A pass that is only read, never measured, stops above its highest read."""
+    """Stop a pass that is only read, never measured, above its highest read."""
     stops: dict[Node, int] = {}
     for node in graph:
         if not isinstance(node, ForwardNode) or node.stop is not None:

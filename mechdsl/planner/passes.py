@@ -1,4 +1,4 @@
-"""From experiments to a plan: the planner passes in order, and what each of them saves."""
+"""Convert experiments to a plan: the planner passes in order, and the savings of each."""
 
 from __future__ import annotations
 
@@ -52,35 +52,35 @@ from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave
 
 @dataclass(frozen=True, kw_only=True)
 class PlannerPass:
-    """One way of leaving work out."""
+    """One optimisation of the planner."""
 
     name: str
-    """As `--no-pass` names it."""
+    """Name for `--no-pass`."""
     leaves_out: str
-    """Which work, as the table of docs/planner.md says it."""
+    """The skipped work, for the table in docs/planner.md."""
     why: str
-    """Why results stay what they are."""
+    """Why results don't change."""
     does: str
-    """In one line, below the table of `mechdsl plan`."""
+    """One line for the text below the table of `mechdsl plan`."""
     shown: Callable[[PanelWork], None] | None
-    """Takes what it leaves out off the work that `mechdsl plan` counts; None where none of the
-    figures there knows of it."""
+    """Subtracts its savings from the work that `mechdsl plan` counts; None if the counts don't
+    include that work."""
     of_replies: bool = False
-    """Whether it is about `generate` alone."""
+    """Whether it applies only to `generate`."""
     restarts: bool = False
-    """Whether rows take something over from the unpatched run, which not every model can."""
+    """Whether rows reuse activations of the unpatched run, which not every model supports."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphPass(PlannerPass):
     apply: Callable[[Graph], Graph]
-    """Gives an equal graph with less work, or the same one."""
+    """Returns an equivalent graph with less work, or the same graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanPass(PlannerPass):
     apply: Callable[[Plan], Plan]
-    """Switches on what the run then leaves out."""
+    """Enables the optimisation in the plan."""
 
 
 GRAPH_PASSES: tuple[GraphPass, ...] = (
@@ -199,11 +199,11 @@ PASSES: tuple[PlannerPass, ...] = (*GRAPH_PASSES, *PLAN_PASSES)
 PASS_NAMES = tuple(one.name for one in PASSES)
 
 RESTART_PASSES = tuple(one.name for one in PASSES if one.restarts)
-"""Without any of these, rows are whole passes."""
+"""Without these passes, rows are full forward passes."""
 
 
 def check_pass_names(names: Iterable[str]) -> list[Diagnostic]:
-    """E0208 for every `--no-pass` that names none."""
+    """Report E0208 for every unknown name of `--no-pass`."""
     return [
         BadCommandLine(
             reason=f"there is no pass called `{name}`",
@@ -216,7 +216,7 @@ def check_pass_names(names: Iterable[str]) -> list[Diagnostic]:
 
 @dataclass(frozen=True)
 class Saving:
-    """What stands after one pass."""
+    """Cost after one pass."""
 
     name: str
     after: Cost
@@ -225,25 +225,27 @@ class Saving:
 
 @dataclass(frozen=True)
 class PlanCost:
-    """A plain loop over a file, and what is left of it pass by pass."""
+    """Cost of a plain loop over a file, and the remaining cost after each pass."""
 
     plain: Cost
     savings: tuple[Saving, ...]
     blocks: int = 0
-    """Of the deepest model."""
+    """Number of blocks of the deepest model."""
 
     @property
     def planned(self) -> Cost:
-        """With all passes that are on."""
+        """Cost with all enabled passes."""
         return self.savings[-1].after if self.savings else self.plain
 
 
 def plan_cost(
     plan: Plan, pass_tokens: int = PASS_TOKENS, prompt_tokens: int = PROMPT_TOKENS
 ) -> PlanCost:
-    """Count a plan; rows are laid out in chunks of prompts and forgotten.
+    """Count the cost of a plan; rows are laid out per chunk of prompts and then discarded.
 
-    pass_tokens, prompt_tokens: most tokens of a pass over rows, and of a batch of prompts.
+    Args:
+        pass_tokens: Maximum number of tokens of a pass over rows.
+        prompt_tokens: Maximum number of tokens of a batch of prompts.
     """
     plain = Cost()
     writes = any(panel.experiments[0].experiment.generation for panel in plan.panels)
@@ -268,13 +270,18 @@ def plan_cost(
 
 
 def build_file_graph(experiments: Sequence[ResolvedExperiment]) -> Graph:
-    """The graph of experiments and of what they are set against, before any pass."""
+    """Build the graph of experiments and their comparisons, before any pass."""
     return build_graph(expand_controls(experiments))
 
 
 def add_save_nodes(graph: Graph, saving: Sequence[ResolvedExperiment]) -> Graph:
-    """The same with what goes to files; saving: the experiments with `save` lines. Those are run on
-    their own, behind all others: a plan has none."""
+    """Add the nodes of files to a graph.
+
+    Args:
+        saving: Experiments with `save` lines. They run separately after all others, because a plan
+            has
+            no saves.
+    """
     nodes = [node for experiment in saving for node in build_save_nodes(experiment)]
     return graph_from_leaves([*graph_leaves(graph), *nodes]) if nodes else graph
 
@@ -282,12 +289,12 @@ def add_save_nodes(graph: Graph, saving: Sequence[ResolvedExperiment]) -> Graph:
 def make_plan(
     experiments: Sequence[ResolvedExperiment], *, without: frozenset[str] = frozenset()
 ) -> Plan:
-    """The plan of a file; `without` names passes that are switched off."""
+    """Make the plan of a file; `without` names disabled passes."""
     return plan_graph(build_file_graph(experiments), without=without)
 
 
 def plan_graph(graph: Graph, *, without: frozenset[str] = frozenset()) -> Plan:
-    """The plan of what a graph asks for."""
+    """Make the plan of a graph."""
     graph, rewrites = rewrite_graph(graph, without=without)
     plan = build_plain_plan(graph)
     for one in PLAN_PASSES:
@@ -300,7 +307,7 @@ def plan_graph(graph: Graph, *, without: frozenset[str] = frozenset()) -> Plan:
 def rewrite_graph(
     graph: Graph, *, without: frozenset[str] = frozenset()
 ) -> tuple[Graph, tuple[GraphRewrite, ...]]:
-    """The graph after all graph passes but those switched off, and what each did."""
+    """Apply all enabled graph passes; return the graph and the changes of each pass."""
     rewrites: list[GraphRewrite] = []
     for one in GRAPH_PASSES:
         if one.name in without:
@@ -314,29 +321,29 @@ def rewrite_graph(
 
 @dataclass(frozen=True, eq=False)
 class SaveCost:
-    """Of one line."""
+    """Size and cost of one `save` line."""
 
     experiment: str
     save: ResolvedSave
     layout: SaveLayout
     bytes: int
-    """Of its file's tensors."""
+    """Size of the file's tensors."""
     cost: Cost
-    """Without cells or rows, as nothing is patched beyond what its run says."""
+    """Cost without cells or rows: a run only applies its own rules."""
 
 
 def save_costs(
     saving: Sequence[ResolvedExperiment], prompt_tokens: int = PROMPT_TOKENS
 ) -> list[SaveCost]:
-    """Of every line. saving: the experiments with `save` lines."""
+    """Return the size and cost of each line of the experiments with `save` lines."""
     return [each for experiment in saving for each in _of(experiment, prompt_tokens)]
 
 
 def _of_replies(
     said: Generation, run: PromptRun, shape: ModelShape, stop: int | None, batches: int
 ) -> Cost:
-    """All that a run writes, and a pass over prompts and replies that stops where nothing more is
-    read."""
+    """Return the cost of a run's generation and of a pass over prompts and replies that stops after
+    the last read block."""
     lengths = np.repeat(run.lengths, run.draws)
     first = replace(run_cost(shape, run, None), forwards=batches)
     given = (said.tokens, said.samples)

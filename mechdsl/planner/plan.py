@@ -73,10 +73,10 @@ from mechdsl.vocab.sites import SITES, sites_of_stage
 
 @dataclass(frozen=True, eq=False)
 class ExperimentPlan:
-    """Everything that is known of an experiment's rows before the model runs."""
+    """Everything known about an experiment's rows before the model runs."""
 
     experiment: ResolvedExperiment
-    """As the graph has it."""
+    """The graph's version of the experiment."""
     runs: tuple[str, ...]
     """Every unpatched run that it reads, measures or starts from."""
     coordinates: tuple[Ints, ...]
@@ -85,14 +85,14 @@ class ExperimentPlan:
     lowest: Ints
     """Per cell, the lowest block that it writes to or that a measure reads."""
     inert_runs: tuple[InertWrites, ...]
-    """Per rule, what it writes that can't change anything."""
+    """Per rule, its writes that have no effect."""
     inert: NDArray[np.bool_]
-    """Per cell: by structure none of its rows can differ from the base run."""
+    """Per cell, whether its structure makes all of its rows equal to the base run."""
     items: tuple[ItemNumber, ...]
-    """Per cell, its occurrence, where an axis runs over occurrences."""
+    """Per cell, its occurrence number, if an axis is over occurrences."""
     drawn: NDArray[np.bool_] | None = None
-    """Per cell, whether there is one: of a control, whether it has this draw; where measures name a
-    loop's variable, whether it has the value that they are read for. None for all."""
+    """Per cell, whether it exists; None if all do. A cell of a control exists if it has this draw;
+    if measures name a loop's variable, a cell exists if it has the value that they are read for."""
 
     @property
     def n_cells(self) -> int:
@@ -100,9 +100,11 @@ class ExperimentPlan:
 
     @property
     def whole(self) -> bool:
-        """Whether its rows are whole passes, whatever else is planned: a rule asks for it, they
-        start from a run that has rules, are estimated, or what a path holds isn't what that run
-        has."""
+        """Whether its rows are full forward passes under any plan.
+
+        Reasons: a rule requires it, the rows start from a run with rules, they are estimated, or a
+        path freezes activations that differ from those of its starting run.
+        """
         if any(run.derived is not None for run in self.starting_runs):
             return True
         if self.experiment.spec.estimator is not None:
@@ -113,25 +115,25 @@ class ExperimentPlan:
 
     @property
     def path(self) -> RulePlan | None:
-        """The rule that patches a path, if there is one."""
+        """The rule that patches a path, if any."""
         return next((plan for plan in self.rules if plan.paths is not None), None)
 
     @property
     def beside_path(self) -> tuple[RulePlan, ...]:
-        """The rules that act beside a path."""
+        """The rules that act in addition to a path."""
         others = (plan for plan in self.rules if plan.paths is None)
         return tuple(plan for plan in others if plan.rule.does.changes != "nothing")
 
     @property
     def _seen_in_mlps(self) -> bool:
-        """Whether measures read what MLPs compute, which aren't computed where they are held."""
+        """Whether measures read results of MLPs, which aren't computed in frozen MLPs."""
         points = (atom.point for m in self.experiment.measures for atom in m.atoms)
         return any(p is not None and p.site in sites_of_stage("in_mlp") for p in points)
 
     @cached_property
     def senders(self) -> Ints:
-        """[cell] equal where the senders of its path and the rules beside it are the same, so that
-        all receivers are read in one pass."""
+        """Numbers that are equal for cells with the same path senders and other rules, so that all
+        their receivers are read in one pass. Shape [cell]."""
         path = self.path
         assert path is not None
         assert path.rule.sites is not None
@@ -144,7 +146,7 @@ class ExperimentPlan:
         return found
 
     def replaced_blocks(self, cell: int) -> tuple[tuple[int, int | None], ...]:
-        """Blocks that don't do their own work in a cell, and which do it; None where none does."""
+        """Return (block, replacement) for the replaced blocks of a cell; None means identity."""
         found: dict[int, int | None] = {}
         for plan in self.rules:
             if plan.rule.does.changes == "blocks":
@@ -155,8 +157,8 @@ class ExperimentPlan:
         return tuple(sorted(found.items()))
 
     def content(self, cell: int) -> int:
-        """A number for what a cell does: its values along the axes of rules that act. It doesn't
-        depend on names, the cell's index, other cells or observations."""
+        """Return a number for a cell's effect: its values along the axes of active rules. It
+        doesn't depend on names, the cell's index, other cells or observations."""
         acting = (plan.rule.axes for plan in self.rules if plan.rule.does.changes != "nothing")
         names = frozenset[str]().union(*acting)
         labels = [
@@ -168,13 +170,12 @@ class ExperimentPlan:
 
     @property
     def behind(self) -> bool:
-        """Whether a rule acts on tokens of the answer, behind the prompt."""
+        """Whether a rule acts on tokens of the answer, after the prompt."""
         return any(plan.behind for plan in self.rules)
 
     @property
     def exists(self) -> NDArray[np.bool_]:
-        """[cell] whether there is such a cell: paths only lead forward, and there may be no more
-        targets to be drawn."""
+        """Whether a cell exists: paths lead forward, and targets may run out. Shape [cell]."""
         found = np.ones(self.n_cells, dtype=np.bool_)
         if self.drawn is not None:
             found &= self.drawn
@@ -186,14 +187,14 @@ class ExperimentPlan:
         return found
 
     def _along(self) -> Iterator[dict[str, int]]:
-        """Per cell, its index along each axis."""
+        """Yield each cell's index along each axis."""
         names = [axis.name for axis in self.experiment.axes]
         for cell in range(self.n_cells):
             yield {n: int(own[cell]) for n, own in zip(names, self.coordinates, strict=True)}
 
     @property
     def draws(self) -> int:
-        """Draws of noise that every row is run with, of all runs that it starts from or reads."""
+        """Number of noise draws per row, over all runs that it starts from or reads."""
         spec = self.experiment.spec
         names = [spec.base, spec.source, *(plan.rule.run for plan in self.rules)]
         runs = self.experiment.table.runs
@@ -201,23 +202,23 @@ class ExperimentPlan:
 
     @property
     def replaced(self) -> RulePlan | None:
-        """The rule that puts other text into the prompts, if there is one."""
+        """The rule that replaces text of the prompts, if any."""
         return next((plan for plan in self.rules if plan.rule.does.changes == "input"), None)
 
     @property
     def observes(self) -> RulePlan | None:
-        """The rule that is measured by what it looks at, if there is one."""
+        """The rule whose observation is measured, if any."""
         return next((plan for plan in self.rules if plan.rule.does.changes == "nothing"), None)
 
     @property
     def lists(self) -> int:
-        """How many tokens are listed of each cell, by what is seen of its rows."""
+        """Number of tokens listed per cell, from the observation of its rows."""
         rule = None if self.observes is None else self.observes.rule
         return rule.does.lists(rule) if rule and isinstance(rule.does, Observation) else 0
 
     @property
     def starting_runs(self) -> tuple[PromptRun, ...]:
-        """The runs that rows start from: the base run, or those with the text put in."""
+        """The runs that rows start from: the base run, or those with replaced text."""
         if not self.rules:
             return ()
         if self.replaced is not None:
@@ -225,13 +226,13 @@ class ExperimentPlan:
         return (self.experiment.table.runs[self.experiment.spec.base],)
 
     def starting_run(self, rows: RowTable) -> Ints:
-        """[row] index into `starting_runs`."""
+        """Return the index into `starting_runs`. Shape [row]."""
         if self.replaced is None:
             return np.zeros(len(rows), dtype=np.int64)
         return self.replaced.position_of_cell[rows.cell]
 
     def lengths(self, rows: RowTable) -> Ints:
-        """[row] tokens of the prompt that it starts from."""
+        """Return the number of prompt tokens of each row's starting run. Shape [row]."""
         which = self.starting_run(rows)
         found = np.zeros(len(rows), dtype=np.int64)
         for index, run in enumerate(self.starting_runs):
@@ -239,7 +240,7 @@ class ExperimentPlan:
         return found
 
     def leftmost(self, rows: RowTable) -> Ints:
-        """The first position that each row writes to."""
+        """Return the first position that each row writes to. Shape [row]."""
         first = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
         for plan in self.rules:
             own = plan.written.leftmost(plan.written_runs(rows))
@@ -247,11 +248,11 @@ class ExperimentPlan:
         return first
 
     def is_inert(self, rows: RowTable) -> NDArray[np.bool_]:
-        """Which rows can't differ from the base run, by structure."""
+        """Return whether a row's structure makes it equal to the base run. Shape [row]."""
         return inert_rows(self.inert_runs, self.rules, rows)
 
     def _runs(self, prompts: Ints) -> Ints:
-        """[cell, prompt]: how many runs there are, none where a rule has no position."""
+        """Return the number of runs, 0 if a rule has no position. Shape [cell, prompt]."""
         counts = np.ones((self.n_cells, len(prompts)), dtype=np.int64)
         for plan in self.rules:
             own = plan.run_counts(prompts)
@@ -261,19 +262,21 @@ class ExperimentPlan:
         return counts
 
     def present(self, prompts: Ints) -> NDArray[np.bool_]:
-        """[cell, prompt] whether the prompt is part of the cell: no rule lacks a position there."""
+        """Return whether every rule has a position in the prompt. Shape [cell, prompt]."""
         return self._runs(prompts) > 0
 
     def count(self, prompts: Ints | None = None) -> int:
-        """Patched rows on these prompts (or all), draws included: passes of the plain loop."""
+        """Count patched rows on some prompts, per noise draw: the plain loop's passes."""
         if prompts is None:
             prompts = np.arange(len(self.experiment.table), dtype=np.int64)
         return int(self._runs(prompts).sum()) * self.draws if self.rules else 0
 
     def passes(self, prompts: Ints) -> RowTable:
-        """The rows that are run: of what is observed of all rows at once, one for every position,
-        whose pass all cells read, or one of all positions; none of what is observed of weights,
-        and of estimates."""
+        """Return the rows to run.
+
+        An observation of all rows together has one row per position, whose pass all cells read, or
+        one for all positions. Observations of weights and estimates have no rows.
+        """
         run = self.rules and self.experiment.spec.estimator is None
         rows = self.rows(prompts) if run else RowTable.none()
         for plan in self.rules:
@@ -283,12 +286,12 @@ class ExperimentPlan:
                 rows = rows.take(np.flatnonzero(np.isin(rows.cell, read)))
             if isinstance(
                 plan.rule.does, TokenSetObservation
-            ):  # all of whose positions one pass has
+            ):  # one pass includes all their positions
                 rows = rows.take(np.unique(rows.prompt, return_index=True)[1])
         return rows
 
     def rows(self, prompts: Ints) -> RowTable:
-        """All rows on these prompts, ordered by cell and prompt."""
+        """Return all rows on these prompts, ordered by cell and prompt."""
         flat = self._runs(prompts).ravel()
         place, alternative = count_columns(flat)
         cell = np.repeat(np.arange(self.n_cells), len(prompts))[place]
@@ -297,7 +300,7 @@ class ExperimentPlan:
 
 
 def plan_experiment(each: GraphExperiment) -> ExperimentPlan:
-    """Lay the cells of one experiment out."""
+    """Lay out the cells of one experiment."""
     experiment = each.experiment
     shape = experiment.shape
     count = experiment.n_cells
@@ -336,7 +339,7 @@ def plan_experiment(each: GraphExperiment) -> ExperimentPlan:
 def _there(
     experiment: ResolvedExperiment, by_name: Mapping[str, Ints], count: int
 ) -> NDArray[np.bool_] | None:
-    """[cell] which of them there are; None where that is all."""
+    """Return whether each cell exists, shape [cell]; None if all do."""
     drawn = _drawn(experiment, by_name, count)
     nest = experiment.own_loops
     if nest is not None and nest.axes:
@@ -345,7 +348,7 @@ def _there(
         drawn = own if drawn is None else drawn & own
     fixed = {} if experiment.place is None else experiment.place.fixed
     for name, index in fixed.items():
-        if name not in by_name:  # without rules there is one cell for each of its values
+        if name not in by_name:  # without rules, each value has one cell
             continue
         own = by_name[name] == index
         drawn = own if drawn is None else drawn & own
@@ -355,7 +358,7 @@ def _there(
 def _drawn(
     experiment: ResolvedExperiment, by_name: Mapping[str, Ints], count: int
 ) -> NDArray[np.bool_] | None:
-    """[cell] which draws there are."""
+    """Return whether each cell's draw exists. Shape [cell]."""
     drawn = experiment.drawn
     if drawn is None:
         return None
@@ -384,7 +387,7 @@ def _rule_plan(
         ]
     donated = rule.does.reads == "donor"
     active = None
-    if rule.only is not None:  # elsewhere it has no sites
+    if rule.only is not None:  # it has no sites in other cells
         active = by_name[rule.only.axis] == rule.only.index
         site_of_cell = np.where(active, site_of_cell, len(lists))
         lists.append([])
@@ -436,7 +439,7 @@ def _rule_plan(
 
 
 def _follows(targets: PositionTargets | None) -> Ints:
-    """[position] what of a reply is meant."""
+    """Return the tokens of a reply that positions refer to. Shape [position]."""
     if targets is None:
         return np.zeros(0, dtype=np.int64)
     found = [
@@ -447,7 +450,7 @@ def _follows(targets: PositionTargets | None) -> Ints:
 
 
 def _is_behind(experiment: ResolvedExperiment, plan: RulePlan) -> bool:
-    """Whether a rule acts on tokens behind the prompts."""
+    """Whether a rule acts on tokens after the prompts."""
     runs, base = experiment.table.runs, experiment.spec.base
     places = [(plan.written, base)]
     places += [] if plan.keys is None else [(plan.keys, base)]
@@ -463,7 +466,7 @@ def _paths(
     *,
     parallel: bool,
 ) -> PathPlan | None:
-    """Every combination of senders and receivers that some cell has, and who is reached."""
+    """Return the existing combinations of senders and receivers, with the reachable receivers."""
     if rule.path is None:
         return None
     assert rule.sites is not None
@@ -494,7 +497,7 @@ def _paths(
 def _lookup(
     keys: Sequence[AxisIndices], axes: Sequence[str], by_name: Mapping[str, Ints], count: int
 ) -> Ints:
-    """Per cell, which of `keys` (all combinations along `axes`) it has."""
+    """Return the index of each cell's entry in `keys` (all combinations along `axes`)."""
     if not axes:
         return np.zeros(count, dtype=np.int64)
     sizes = [max(key[i] for key in keys) + 1 for i in range(len(axes))]
@@ -505,7 +508,7 @@ def _lookup(
 
 
 def _lowest(experiment: ResolvedExperiment, rules: tuple[RulePlan, ...], count: int) -> Ints:
-    """The lowest block that each cell writes to, or that a measure reads inside the model."""
+    """Return the lowest block that each cell writes to, or that a measure reads in the model."""
     n_layers = experiment.model.shape.n_layers
     lowest = np.full(count, n_layers, dtype=np.int64)
     for plan in rules:
@@ -531,21 +534,21 @@ def _list(ragged: RaggedColumn, key: int) -> Ints:
 
 
 def _block(point: SitePoint, n_layers: int) -> int:
-    """The block that a site lies in; the number of blocks for what lies behind them."""
+    """Return the block of a site; the number of blocks for sites after the last block."""
     if point.layer is not None:
         return point.layer
     return 0 if SITES[point.site].when == "embedding" else n_layers
 
 
 PROMPT_TOKENS = 4096
-"""Tokens of one batch of unpatched prompts, at most."""
+"""Maximum number of tokens of one batch of unpatched prompts."""
 
 PASS_TOKENS = 2048
-"""Of the first pass over rows. On two cores 1,000 to 4,000 are equally good; fewer read the weights
-too often, more fall out of the cache."""
+"""Maximum number of tokens of the first pass over rows. On two cores, 1,000 to 4,000 are equally
+fast; smaller passes read the weights too often, larger ones exceed the cache."""
 
 BATCH_ROWS = 1 << 18
-"""Rows that are laid out at a time: columns of integers, a hundred bytes a row."""
+"""Number of rows that are laid out together: columns of integers, a hundred bytes per row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -554,11 +557,11 @@ class Panel:
 
     model: str
     encode: EncodeNode
-    """Of the clean run."""
+    """The clean run's encoding."""
     experiments: tuple[ExperimentPlan, ...]
     runs: Mapping[str, RunNeeds]
     derived: Mapping[str, ExperimentPlan] = field(default_factory=dict[str, "ExperimentPlan"])
-    """Runs that have rules, each after those that it uses: of one cell."""
+    """One-cell plans of runs with rules; each run follows those it uses."""
 
     @cached_property
     def table(self) -> PromptTable:
@@ -569,13 +572,13 @@ class Panel:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The model that it runs on, and others that are read."""
+        """The model that the panel runs on, and others that it reads."""
         return tuple(dict.fromkeys(m for plan in self.experiments for m in plan.experiment.models))
 
 
 @dataclass(frozen=True)
 class GraphRewrite:
-    """What one pass did to the graph: its nodes before and after."""
+    """The effect of one pass on the graph: its nodes before and after."""
 
     name: str
     changed: bool
@@ -585,31 +588,31 @@ class GraphRewrite:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The whole file: what is run, and which work the planner passes leave out of it.
+    """The plan of a whole file: the experiments to run and the optimisations of the planner passes.
 
-    As it is made it is the plain loop; `mechdsl/planner/passes.py` lists the passes.
+    It is created as the plain loop; `mechdsl/planner/passes.py` lists the passes.
     """
 
     graph: Graph
     panels: tuple[Panel, ...]
     passes: tuple[str, ...] = ()
-    """Names of those that were applied."""
+    """Names of the applied passes."""
     rewrites: tuple[GraphRewrite, ...] = ()
-    """What those on the graph did."""
+    """Effects of the passes on the graph."""
     skips_inert: bool = False
-    """Rows that can't differ from the base run are not run."""
+    """Skip rows that can't differ from the base run."""
     shares_rows: bool = False
-    """Rows that are equal are run once."""
+    """Run equal rows once."""
     shortcuts: Shortcuts = FULL_PASS
-    """What a row takes over from the run that it starts from."""
+    """The parts that a row reuses of its starting run."""
     narrows_logits: bool = False
-    """Only logits that metrics name are computed, where they name all that they read."""
+    """Compute only the logits that metrics name, if they name all that they read."""
     joins_rows: bool = False
-    """Rows of all cells ride in one pass."""
+    """Run rows of all cells in shared passes."""
     keeps_tokens: bool = False
-    """Keys and values of tokens are kept while a model writes, and only the newest is computed."""
+    """Cache keys and values during generation, so that only the newest token is computed."""
     fuses_kernels: bool = False
-    """Activation functions written out step by step run in one kernel."""
+    """Fuse activation functions that consist of several operations into one kernel."""
 
     def does(self, name: str) -> bool:
         """Whether a pass was applied."""
@@ -617,15 +620,15 @@ class Plan:
 
     @property
     def restarts(self) -> bool:
-        """Whether rows take anything over; else they are whole passes."""
+        """Whether rows reuse parts of an unpatched run; otherwise they are full forward passes."""
         return self.shortcuts != FULL_PASS
 
 
 def build_plain_plan(graph: Graph) -> Plan:
-    """The plain loop over what a graph asks for."""
+    """Return the plan of the plain loop over a graph."""
     by_panel: dict[tuple[object, ...], list[GraphExperiment]] = {}
     for each in graph_experiments(graph):
-        # The same definitions give the same runs; others of the same name are other runs.
+        # Only equal definitions give equal runs; runs can share a name without being equal.
         defined = tuple(run.spec.span for run in each.experiment.derived.values())
         model, generation = each.experiment.model.key, each.experiment.generation
         written = None if generation is None else generation.key(each.experiment.seed)
@@ -639,7 +642,7 @@ def build_plain_plan(graph: Graph) -> Plan:
 
 
 def _on_the_same_runs(own: Sequence[GraphExperiment]) -> list[GraphExperiment]:
-    """Experiments that define the same runs, with those of the first of them."""
+    """Share derived runs: experiments with equal definitions get those of the first one."""
     derived = own[0].experiment.derived
     runs = {name: own[0].experiment.table.runs[name] for name in derived}
     if not runs or len(own) == 1:
@@ -659,7 +662,7 @@ def build_panel(
     own: Sequence[GraphExperiment],
     found: Mapping[ForwardNode, RunNeeds],
 ) -> Panel:
-    """Experiments on the same prompts, with what their runs have to give."""
+    """Build the panel of experiments on the same prompts with what their runs must provide."""
     derived = {
         name: plan_experiment(replace(own[0], experiment=run, runs=()))
         for name, run in own[0].experiment.derived.items()
@@ -670,20 +673,21 @@ def build_panel(
 def _needed_runs(
     own: Sequence[GraphExperiment], found: Mapping[ForwardNode, RunNeeds]
 ) -> dict[str, RunNeeds]:
-    """What the graph asks of every unpatched run of a panel, and what only rows need."""
+    """Return the needs of every unpatched run of a panel, including those of rows alone."""
     needed: dict[str, RunNeeds] = {}
     for each in own:
         for forward in each.runs:
             whole = replace(forward, stop=None)
             run = found.get(whole, RunNeeds(whole))
-            if forward.run == "clean" and each.experiment.keep:  # filters rows before that
+            if forward.run == "clean" and each.experiment.keep:  # the clean run filters rows first
                 run = replace(run, measured=True, stop=None)
             needed[forward.run] = run
     return needed
 
 
 def cell_sites(plan: ExperimentPlan) -> Ints:
-    """[cell] equal where cells write one site of one layer by one rule; a cell writes at one."""
+    """Return numbers that are equal for cells in which the same rule writes the same site and
+    layer; a cell writes one site. Shape [cell]."""
     codes: dict[tuple[int, SiteLayer | None], int] = {}
     found = np.zeros(plan.n_cells, dtype=np.int64)
     for number, rule in enumerate(plan.rules):
@@ -698,28 +702,28 @@ def cell_sites(plan: ExperimentPlan) -> Ints:
 
 @dataclass(frozen=True, eq=False)
 class WholeCell:
-    """What a rule is given at once: the same in all cells that differ elsewhere only."""
+    """The joint input of a rule, shared by cells that differ only in other rules."""
 
     site: int
     """Index of the site combination."""
     cell: int
-    """The first cell that has it."""
+    """The first cell with this input."""
     runs: Ints
-    """[row] indices into the rule's `written.tokens`, in the order of the data."""
+    """Indices into the rule's `written.tokens` in data order. Shape [row]."""
     prompts: Ints
-    """[row]: a prompt with several runs under one label stands there with each."""
+    """Prompt of each row; one with several runs under one label is repeated. Shape [row]."""
 
 
 @dataclass(frozen=True, eq=False)
 class WholeCells:
-    """The rows of every cell, for one rule."""
+    """The rows of every cell for one rule."""
 
     of_cell: Ints
-    """[cell] index into `cells`; −1 where a cell has no rows."""
+    """Index into `cells`, shape [cell]; −1 for a cell without rows."""
     cells: tuple[WholeCell, ...]
 
     def place(self, rule: RulePlan, rows: RowTable) -> tuple[Ints, Ints]:
-        """([row] index into `cells`, [row] which of its rows it is)."""
+        """Return (index into `cells`, index among that cell's rows), each of shape [row]."""
         cell, run = self.of_cell[rows.cell], rule.written_runs(rows)
         within = np.zeros(len(rows), dtype=np.int64)
         for index in np.unique(cell):
@@ -730,9 +734,10 @@ class WholeCells:
 
 
 def collect_whole_cells(plan: ExperimentPlan, rows: RowTable) -> Mapping[int, WholeCells]:
-    """By number of the rule, what it is given; of rules that read whole cells.
+    """Collect the inputs of the rules that read whole cells, by rule number.
 
-    rows: all rows of the experiment, in every cell
+    Args:
+        rows: All rows of the experiment, in every cell.
     """
     ids = np.array(plan.experiment.table.row_ids, dtype=np.int64)
     return {
@@ -743,7 +748,7 @@ def collect_whole_cells(plan: ExperimentPlan, rows: RowTable) -> Mapping[int, Wh
 
 
 def _of_rule(rule: RulePlan, rows: RowTable, count: int, ids: Ints) -> WholeCells:
-    """ids: [prompt] of its row in the data"""
+    """Collect the cells of one rule; `ids` are the row numbers in the data, shape [prompt]."""
     of_cell = np.full(count, -1, dtype=np.int64)
     found: dict[tuple[int, bytes], WholeCell] = {}
     numbers: dict[tuple[int, bytes], int] = {}
@@ -751,7 +756,7 @@ def _of_rule(rule: RulePlan, rows: RowTable, count: int, ids: Ints) -> WholeCell
     order = np.lexsort((run, rows.cell))
     cells, begins = np.unique(rows.cell[order], return_index=True)
     for cell, own in zip(cells.tolist(), np.split(order, begins[1:]), strict=True):
-        runs, first = np.unique(run[own], return_index=True)  # other rules may have more runs
+        runs, first = np.unique(run[own], return_index=True)  # other rules may multiply the rows
         key = (int(rule.site_of_cell[cell]), runs.tobytes())
         of_cell[cell] = numbers.setdefault(key, len(numbers))
         if key not in found:
@@ -762,7 +767,7 @@ def _of_rule(rule: RulePlan, rows: RowTable, count: int, ids: Ints) -> WholeCell
 
 
 READ_BATCH_BYTES = 1 << 28
-"""Of the activations that one batch of prompts may have in memory, all tokens and sites of it."""
+"""Memory limit for the read activations of one batch of prompts, over all tokens and sites."""
 
 
 def read_batches(
@@ -773,10 +778,12 @@ def read_batches(
     prompts: Ints | None = None,
     tokens: int = PROMPT_TOKENS,
 ) -> list[Ints]:
-    """Prompts, all by default, in the order of the table: of so many tokens at most, and of no more
-    than there is room for what is read of them.
+    """Split prompts (by default all, in table order) into batches.
 
-    itemsize: bytes of a number of the model.
+    A batch has at most `tokens` tokens, and its read activations fit into `READ_BATCH_BYTES`.
+
+    Args:
+        itemsize: Bytes per number of the model.
     """
     prompts = np.arange(len(run.rows), dtype=np.int64) if prompts is None else prompts
     if not len(prompts):
@@ -791,20 +798,20 @@ def read_batches(
 
 
 def site_size(shape: ModelShape, place: SiteLayer, keys: int) -> int:
-    """How many numbers there are of a site at one token; keys: that vectors over keys have."""
+    """Return the size of a site at one token; `keys` is the length of vectors over keys."""
     one = keys if SITES[place[0]].width == "key" else vector_width(shape, *place)
     return unit_count(shape, *place) * one
 
 
 def point_size(shape: ModelShape, point: SitePoint, keys: int) -> int:
-    """The same of one head or neuron, where the point names it."""
+    """Return the size of a point at one token, of one head or neuron if the point names it."""
     whole = site_size(shape, (point.site, point.layer), keys)
     return whole if point.unit is None else whole // unit_count(shape, point.site, point.layer)
 
 
 def is_read_only(panel: Panel) -> bool:
-    """Whether all that is wanted is seen in rows to which nothing is done: they are whole passes
-    then, one for each prompt. Runs with rules read others beside them."""
+    """Whether only unmodified rows are observed, so that each prompt is one full forward pass. Runs
+    with rules also read other runs."""
     return not panel.derived and all(map(_reads_only, panel.experiments))
 
 
@@ -822,11 +829,11 @@ def _reads_only(plan: ExperimentPlan) -> bool:
 
 
 SweepStage: TypeAlias = Sequence[tuple[str, bool]]
-"""Runs, and whether it is the donors of a batch that are run, which lie in others too."""
+"""Runs, each with whether it is run for a batch's donors, which may be in other batches."""
 
 
 def batch_size(panel: Panel, prompt_tokens: int) -> int:
-    """Prompts of one batch, of at most so many tokens where one has no more."""
+    """Return the number of prompts of one batch within the token limit, by the longest prompt."""
     draws = max((run.draws for run in panel.table.runs.values()), default=1)
     cells = sum(each.n_cells for each in panel.experiments)
     tokens = longest_prompt(panel) * draws
@@ -834,22 +841,22 @@ def batch_size(panel: Panel, prompt_tokens: int) -> int:
 
 
 def longest_prompt(panel: Panel) -> int:
-    """Its tokens, in any run."""
+    """Return the maximum number of tokens of a prompt in any run."""
     runs = panel.table.runs.values()
     return max((int(run.lengths.max(initial=1)) for run in runs), default=1)
 
 
 def count_sweeps(panel: Panel, *, several: bool) -> Counter[str]:
-    """By name, how often a run is computed on all prompts; several: in several batches."""
+    """Return how often each run is computed on all prompts; `several`: in several batches."""
     filtering = set(_filtering(panel))
     found = _counted(_stages(panel), panel, several=several)
     for name in panel.runs:
         found[name] = max(1, found[name])
-    return found + Counter(filtering)  # of which nothing is kept
+    return found + Counter(filtering)  # their results are not cached
 
 
 def count_save_sweeps(panel: Panel, run: str, *, several: bool) -> Counter[str]:
-    """The same where vectors of one run are all that is wanted."""
+    """Return how often each run is computed if only the vectors of one run are needed."""
     needed = set(_made_of(run, panel))
     stages: list[SweepStage] = [[(run, False)], *_averaged(panel, needed)]
     return _counted(stages, panel, several=several)
@@ -863,7 +870,7 @@ def _counted(stages: Iterable[SweepStage], panel: Panel, *, several: bool) -> Co
 
 
 def external_runs(panel: Panel) -> list[tuple[PromptTable, PromptRun]]:
-    """The runs of other blocks that means and donors are taken of, each on all rows of its own."""
+    """Return runs of other blocks that means and donors are taken from, each on all its rows."""
     found = {
         (id(rule.rule.apart.table), rule.rule.apart.run): rule.rule.apart
         for plan in (*panel.experiments, *panel.derived.values())
@@ -874,14 +881,14 @@ def external_runs(panel: Panel) -> list[tuple[PromptTable, PromptRun]]:
 
 
 def _filtering(panel: Panel) -> Iterator[str]:
-    """The runs that `keep` reads."""
+    """Yield the runs that `keep` reads."""
     keep = panel.experiments[0].experiment.keep
     yield from ("clean",) if keep else ()
     yield from (atom.run for measure in keep for atom in measure.atoms if atom.run is not None)
 
 
 def _stages(panel: Panel) -> Iterator[SweepStage]:
-    """The runs that each stage asks for."""
+    """Yield the runs that each stage needs."""
     yield [(name, False) for name, needs in panel.runs.items() if needs.measured]
     for plan in panel.experiments:
         yield from _gathered(plan.rules)
@@ -890,21 +897,21 @@ def _stages(panel: Panel) -> Iterator[SweepStage]:
 
 
 def _gathered(rules: Iterable[RulePlan]) -> Iterator[SweepStage]:
-    """Each run that is averaged or gathered whole for a rule."""
+    """Yield each run that is averaged or collected as a whole for a rule."""
     for rule in rules:
         if rule.rule.does.reads in ("mean", "cell") and rule.rule.apart is None:
             yield [(rule.rule.run, False)]
 
 
 def _averaged(panel: Panel, runs: Container[str]) -> Iterator[SweepStage]:
-    """The same of the rules of runs."""
+    """Yield each run that is averaged or collected as a whole for the rules of runs."""
     for name, plan in panel.derived.items():
         if name in runs:
             yield from _gathered(plan.rules)
 
 
 def _made_of(run: str, panel: Panel) -> Iterator[str]:
-    """A run, and all those whose rules have to be known for it."""
+    """Yield a run and all runs whose rules it depends on."""
     yield run
     if run in panel.derived:
         plan = panel.derived[run]
@@ -914,7 +921,7 @@ def _made_of(run: str, panel: Panel) -> Iterator[str]:
 
 
 def _row_sweeps(plan: ExperimentPlan) -> Iterator[tuple[str, bool]]:
-    """What rows start from, read and are compared with."""
+    """Yield the runs that rows start from, read and compare with."""
     yield plan.experiment.spec.base, False
     yield from _copied(plan.rules)
     for measure in plan.experiment.measures:
@@ -922,14 +929,14 @@ def _row_sweeps(plan: ExperimentPlan) -> Iterator[tuple[str, bool]]:
 
 
 def _copied(rules: Iterable[RulePlan]) -> Iterator[tuple[str, bool]]:
-    """The runs whose vectors rules write as they are."""
+    """Yield the runs whose vectors rules copy."""
     for rule in rules:
         if rule.rule.does.reads in ("run", "donor") and rule.rule.apart is None:
             yield rule.rule.run, rule.rule.does.reads == "donor"
 
 
 def _with_read(asked: SweepStage, panel: Panel) -> Iterator[tuple[str, bool]]:
-    """Runs, with those that their own rules read."""
+    """Yield runs together with those that their own rules read."""
     for name, donors in asked:
         yield name, donors
         within = name
@@ -939,22 +946,23 @@ def _with_read(asked: SweepStage, panel: Panel) -> Iterator[tuple[str, bool]]:
 
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of a number, by its type."""
+"""Bytes per number by dtype."""
 
 
 @dataclass(frozen=True, eq=False)
 class SaveLayout:
-    """What the file of a `save` line holds: it hangs on positions and the model's shape alone."""
+    """The content of a `save` line's file, which depends only on positions and the model's
+    shape."""
 
     counts: Ints
-    """[row of the run] how many vectors it has at each site."""
+    """Number of vectors per site, shape [row of the run]."""
     widths: Mapping[str, int]
-    """By tensor, the length of its vectors."""
+    """Length of the vectors of each tensor."""
     columns: tuple[str, ...]
-    """Tensors of whole numbers beside: which row, token, position, draw, sample a vector is of."""
+    """Additional integer tensors: the row, token, position, draw and sample of each vector."""
 
     at_most: bool = False
-    """Replies may be shorter, and then there are fewer."""
+    """Whether the counts are maxima, because replies may be shorter."""
 
     @staticmethod
     def of(
@@ -965,8 +973,14 @@ class SaveLayout:
         *,
         written: Generation | None = None,
     ) -> SaveLayout:
-        """run: the one that is saved; shape: of its model; also: more columns; written: replies
-        whose tokens are saved, and which aren't there yet."""
+        """Compute the layout of a `save` line.
+
+        Args:
+            run: The saved run.
+            shape: The shape of its model.
+            also: Additional columns.
+            written: Settings of replies whose tokens are saved but not generated yet.
+        """
         counts = np.zeros(len(run.rows), dtype=np.int64)
         for cell in save.cells:
             each = 1 if cell.reply is None or written is None else cell.reply.most(written.tokens)
@@ -979,23 +993,23 @@ class SaveLayout:
 
     @property
     def vectors(self) -> int:
-        """Of each site."""
+        """Number of vectors per site."""
         return int(self.counts.sum())
 
     @property
     def rows(self) -> int:
-        """Those that have a vector."""
+        """Number of rows with at least one vector."""
         return int((self.counts > 0).sum())
 
     def bytes(self, dtype: str) -> int:
-        """Of all tensors; the file's header comes to that."""
+        """Return the size of all tensors, without the file's header."""
         return self.vectors * (
             sum(self.widths.values()) * DTYPE_BYTES[dtype] + 8 * len(self.columns)
         )
 
 
 def plan_save_layout(experiment: ResolvedExperiment, save: ResolvedSave) -> SaveLayout:
-    """What a line will write. Models that are compared have the same sizes."""
+    """Compute what a line will write; compared models have the same sizes."""
     run, said = experiment.table.runs[save.run], experiment.generation
     written = said if save.in_reply else None
     also = ("sample",) if written and written.samples > 1 else ()
@@ -1003,18 +1017,18 @@ def plan_save_layout(experiment: ResolvedExperiment, save: ResolvedSave) -> Save
 
 
 def build_save_nodes(experiment: ResolvedExperiment) -> list[SaveNode]:
-    """The `save` lines of an experiment, as nodes of a graph."""
+    """Return the `save` lines of an experiment as graph nodes."""
     reads = zip(experiment.saves, build_save_reads(experiment), strict=True)
     return [SaveNode(experiment.key, read, save.spec.file) for save, read in reads]
 
 
 def build_save_reads(experiment: ResolvedExperiment) -> list[ReadNode]:
-    """What `save` lines read, as nodes of a graph."""
+    """Return the reads of `save` lines as graph nodes."""
     return [_read(experiment, save) for save in experiment.saves]
 
 
 def build_save_panel(experiment: ResolvedExperiment) -> Panel:
-    """The runs of an experiment that its `save` lines read. It has no cells."""
+    """Return the runs that an experiment's `save` lines read, as a panel without cells."""
     reads = build_save_reads(experiment)
     found = run_needs(graph_from_leaves(reads))
     runs = {each.run: each for read in reads for each in run_with_dependencies(read.forward)}

@@ -15,25 +15,25 @@ from mechdsl.resolve.types import DirectionMember, ResolvedExperiment, ResolvedR
 from mechdsl.vocab.sites import SITES
 
 ALL_UNITS = -1
-"""Stands for all units of a site, in columns of units."""
+"""In columns of units: all units of a site."""
 
 NO_FIRST_TOKEN = int(np.iinfo(np.int64).max)
-"""The first token of nothing."""
+"""The first token of an empty run."""
 
 
 def count_columns(counts: Ints) -> tuple[Ints, Ints]:
-    """(index into counts, 0..count-1) for each of so many, in order."""
+    """Return (index into counts, 0..count-1), repeated per count, in order."""
     index = np.repeat(np.arange(len(counts)), counts)
     return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def point_units(points: Sequence[SitePoint]) -> Ints:
-    """[point] head or neuron, `EVERY` where a point stands for all of them."""
+    """Return the head or neuron of each point, or `ALL_UNITS`. Shape [point]."""
     return np.array([ALL_UNITS if p.unit is None else p.unit for p in points], dtype=np.int64)
 
 
 def expand_units(unit: Ints, count: int) -> tuple[Ints, Ints]:
-    """(index into unit, head or neuron): `EVERY` once for each of `count` units."""
+    """Return (index into unit, head or neuron), with `ALL_UNITS` expanded to `count` units."""
     every = unit == ALL_UNITS
     index, within = count_columns(np.where(every, count, 1))
     return index, np.where(every[index], within, unit[index])
@@ -41,7 +41,7 @@ def expand_units(unit: Ints, count: int) -> tuple[Ints, Ints]:
 
 @dataclass(frozen=True, eq=False)
 class RaggedColumn:
-    """Lists of integers of different lengths, end to end."""
+    """Concatenated lists of integers of different lengths."""
 
     offsets: Ints
     values: Ints
@@ -57,7 +57,7 @@ class RaggedColumn:
         return self.offsets[keys + 1] - self.offsets[keys]
 
     def expand(self, keys: Ints) -> tuple[Ints, Ints]:
-        """(index into keys, value) for every value of every key, in order."""
+        """Return (index into keys, value) for every value of every key, in order."""
         index, within = count_columns(self.counts(keys))
         return index, self.values[self.offsets[keys][index] + within]
 
@@ -83,29 +83,30 @@ class TokenHits:
         return TokenHits(len(cells[0].hits), RaggedColumn.of(runs), RaggedColumn.of(tokens))
 
     def leftmost(self, runs: Ints) -> Ints:
-        """The first token of each run; behind all of them where it has none."""
+        """Return the first token of each run; `NO_FIRST_TOKEN` for an empty run."""
         index, token = self.tokens.expand(runs)
         found = np.full(len(runs), NO_FIRST_TOKEN, dtype=np.int64)
         np.minimum.at(found, index, token)
         return found
 
     def lie_behind(self, lengths: Ints) -> bool:
-        """Whether some token lies behind its prompt: it is one of the answer's.
+        """Whether any token lies after its prompt, in the answer.
 
-        lengths: [prompt]
+        Args:
+            lengths: Tokens of each prompt, shape [prompt].
         """
         key, run = self.runs.expand(np.arange(len(self.runs.offsets) - 1))
         row, token = self.tokens.expand(run)
         return bool((token >= lengths[key % self.prompts][row]).any())
 
     def run(self, position: Ints, prompt: Ints, alternative: Ints) -> Ints:
-        """The run of each row; rules with one run give it to every alternative."""
+        """Return the run of each row; a single run of a rule serves every alternative."""
         key = position * self.prompts + prompt
         return self.runs.offsets[key] + np.minimum(alternative, self.runs.counts(key) - 1)
 
 
 NO_TOKENS, NEWEST_TOKEN, ALL_TOKENS = range(3)
-"""Tokens of a reply that a rule acts at."""
+"""Tokens of a reply that a rule acts on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,29 +115,29 @@ class PathPlan:
 
     table: tuple[SitePoint, ...]
     points: RaggedColumn
-    """Pair of senders and receivers → indices into `table`, those that a sender reaches."""
+    """Pair of senders and receivers → indices into `table` of the reachable receivers."""
     pair_of_cell: Ints
     through_mlps: bool
     frozen_norms: bool
 
     @property
     def exists(self) -> NDArray[np.bool_]:
-        """[cell] whether any receiver lies behind a sender."""
+        """Whether any receiver comes after a sender. Shape [cell]."""
         return self.points.counts(self.pair_of_cell) > 0
 
     @property
     def at_the_end(self) -> bool:
-        """Whether paths lead to nothing but the end of the model, and nothing is recorded."""
+        """Whether paths lead only to the end of the model, so that nothing is recorded."""
         return bool(self.table) and bool(self.is_end.all())
 
     @property
     def also_at_the_end(self) -> bool:
-        """Whether the end of the model stands beside other receivers."""
+        """Whether the end of the model is one of several receivers."""
         return bool(self.is_end.any()) and not self.at_the_end
 
     @property
     def is_end(self) -> Bools:
-        """[point of `table`]"""
+        """Shape [point of `table`]."""
         return np.array([SITES[p.site].when == "output" for p in self.table], dtype=np.bool_)
 
 
@@ -151,42 +152,42 @@ class RulePlan:
     """Site combination → indices into `point_table`."""
     point_table: tuple[SitePoint, ...]
     source_table: tuple[SitePoint, ...]
-    """Per point, the one that is read: another where a rule writes into another layer."""
+    """The source of each point, which differs if a rule writes into another layer."""
     written: TokenHits
     read: TokenHits
     positions: tuple[PositionCell, ...]
-    """Where it writes, per value of `position_of_cell`."""
+    """Written positions, per value of `position_of_cell`."""
     sources: tuple[PositionCell, ...]
-    """Where it reads."""
+    """Read positions."""
     averaged: TokenHits
-    """What a mean is taken of: `read`, but for the rows of another block."""
+    """Positions of a mean: `read`, except for the rows of another block."""
     number: int = field(default=0, kw_only=True)
-    """Its place among the rules of its experiment."""
+    """Its index among the rules of its experiment."""
     amounts: Floats
-    """[cell] the number that is written, or that attention is multiplied with."""
+    """The written number, or the factor of attention. Shape [cell]."""
     directions: tuple[DirectionMember, ...] = ()
-    """What it steers along …"""
+    """The directions that it steers along."""
     direction_of_cell: Ints | None = None
-    """… [cell] which of them."""
+    """Index into `directions`, shape [cell]."""
     keys: TokenHits | None = None
-    """Attention rules: the keys; `written` are the queries."""
+    """Attention rules: the keys; `written` contains the queries."""
     key_of_cell: Ints | None = None
     paths: PathPlan | None = None
     behind: bool = False
-    """Whether it acts on tokens of the answer, which only passes have that are read there."""
+    """Whether it acts on tokens of the answer, which only some passes include."""
 
     follows: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """[position] what of a reply it acts at too, at each of its steps: `NOTHING`, `NEWEST`, or
-    `EVERY`, all tokens so far."""
+    """Tokens of a reply that it acts on at each step: `NO_TOKENS`, `NEWEST_TOKEN`, or `ALL_TOKENS`
+    so far. Shape [position]."""
     keys_follow: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """[position of keys] the same of the keys of attention rules."""
+    """Attention rules: the keys in a reply, like `follows`. Shape [position of keys]."""
     active: Bools | None = None
-    """[cell] whether it acts there; None where it does in all."""
+    """Whether it acts in a cell, shape [cell]; None if it acts in all."""
     steps: Ints | None = None
-    """[cell, 2] the first and the last step of a reply in which it acts; None in each step."""
+    """First and last step of a reply in which it acts, shape [cell, 2]; None for every step."""
 
     def follow(self, rows: RowTable) -> Ints:
-        """[row] what of a reply it is about, positions and keys together; 0 for nothing."""
+        """Return the tokens of a reply, as positions or keys, that it acts on. Shape [row]."""
         found = self.follows[self.position_of_cell[rows.cell]]
         if self.key_of_cell is None:
             return found
@@ -194,13 +195,13 @@ class RulePlan:
 
     @property
     def placed(self) -> Iterator[tuple[Sequence[PositionCell], Ints]]:
-        """(values, [cell] which of them) of its positions, and of its keys."""
+        """Yield (values, index of each cell's value) for its positions and for its keys."""
         yield self.positions, self.position_of_cell
         if self.rule.edge is not None and self.key_of_cell is not None:
             yield list(self.rule.edge.keys.written.values()), self.key_of_cell
 
     def within(self, cells: Bools) -> RulePlan:
-        """The rule in some cells, [cell]; it has no sites in others."""
+        """Restrict the rule to some cells (shape [cell]); it has no sites in the others."""
         ends = self.points.offsets
         return replace(
             self,
@@ -210,23 +211,24 @@ class RulePlan:
         )
 
     def acts(self, rows: RowTable) -> Bools:
-        """[row] whether it does anything."""
+        """Return whether it has an effect. Shape [row]."""
         if self.active is None:
             return np.ones(len(rows), dtype=np.bool_)
         return self.active[rows.cell]
 
     def written_runs(self, rows: RowTable) -> Ints:
-        """[row] the run that each row writes at: an index into `written.tokens`."""
+        """Return the written run of each row, as an index into `written.tokens`. Shape [row]."""
         return self.written.run(self.position_of_cell[rows.cell], rows.prompt, rows.alternative)
 
     def key_runs(self, rows: RowTable) -> Ints:
-        """[row] the run of each row's keys: an index into `keys.tokens`; attention rules only."""
+        """Return the run of each row's keys, as an index into `keys.tokens`; attention rules
+        only."""
         assert self.keys is not None
         assert self.key_of_cell is not None
         return self.keys.run(self.key_of_cell[rows.cell], rows.prompt, rows.alternative)
 
     def run_counts(self, prompts: Ints) -> Ints:
-        """[cell, prompt]: how many runs there are, none where the rule has no place in a cell."""
+        """Return the number of runs, 0 if the rule has no position. Shape [cell, prompt]."""
         counts = _counts(self.written, self.position_of_cell, prompts)
         if self.keys is not None and self.key_of_cell is not None:
             own = _counts(self.keys, self.key_of_cell, prompts)
@@ -251,14 +253,14 @@ class RowTable:
     prompt: Ints
     """Index into the table's rows."""
     alternative: Ints
-    """Which of several runs under one label (the middle tokens of a span), averaged later."""
+    """Index among several runs under one label (the middle tokens of a span), averaged later."""
 
     def __len__(self) -> int:
         return len(self.cell)
 
     @staticmethod
     def none() -> RowTable:
-        """No rows."""
+        """Return an empty table."""
         empty = np.zeros(0, dtype=np.int64)
         return RowTable(empty, empty, empty)
 
@@ -267,35 +269,35 @@ class RowTable:
 
 
 CARRIED_STAGES = ("stream", "norm", "key")
-"""Stages of a block that its attention carries to later positions; the rest stay where they are."""
+"""Stages of a block that its attention carries to later positions; other stages are local."""
 
 OWN_TOKEN_STAGES = (*CARRIED_STAGES, "query")
-"""Stages of the first block that hang on the position's own token."""
+"""Stages of the first block that depend only on the position's own token."""
 
 MIDDLE_BLOCKS, ABOVE_ATTENTION, BELOW_ATTENTION = range(3)
-"""Where writes lie: in the middle, above the last attention, below the first one."""
+"""Range of writes: middle blocks, above the last attention, below the first attention."""
 
 
 @dataclass(frozen=True, eq=False)
 class InertWrites:
-    """What one rule writes that can't change anything that is measured."""
+    """Writes of one rule that can't affect any measurement."""
 
     where: Ints
-    """[site combination] where its writes lie; `BETWEEN` unless all of them are elsewhere."""
+    """Range of the writes, shape [site combination]; `MIDDLE_BLOCKS` unless all are elsewhere."""
     runs: Bools
-    """[where, run of the rule's positions]"""
+    """Shape [range, run of the rule's positions]."""
     never: bool = False
-    """Whether rows are other ones than those of the base run whatever they write: their replies are
-    drawn by themselves, or it isn't effects that are asked for."""
+    """Whether rows always differ from the base run's, because their replies are sampled separately
+    or the results aren't effects."""
 
 
 def find_inert_writes(experiment: ResolvedExperiment, plan: RulePlan) -> InertWrites:
-    """Of every run of a rule's positions, whether writing there changes nothing."""
+    """Determine, for every run of a rule's positions, whether writes there have no effect."""
     runs = len(plan.written.tokens.offsets) - 1
     combinations = len(plan.points.offsets) - 1
     said = experiment.generation
     estimator = experiment.spec.estimator
-    # A gradient is there whatever is written.
+    # A gradient exists whatever is written.
     never = (said is not None and said.sampled) or (
         estimator is not None and estimator.name in NON_EFFECT_ESTIMATORS
     )
@@ -331,7 +333,7 @@ def find_inert_writes(experiment: ResolvedExperiment, plan: RulePlan) -> InertWr
         where[_all_points(plan, lambda point: _is_above_attention(point, last_layer))] = (
             ABOVE_ATTENTION
         )
-    elif plan.paths.at_the_end:  # all attention is held
+    elif plan.paths.at_the_end:  # all attention is frozen
         where[:] = ABOVE_ATTENTION
     where[_all_points(plan, is_below_attention)] = BELOW_ATTENTION
     tokens = (same | unread, same | elsewhere, alike | unread)
@@ -342,7 +344,7 @@ def find_inert_writes(experiment: ResolvedExperiment, plan: RulePlan) -> InertWr
 
 
 def inert_rows(inert: Sequence[InertWrites], rules: Sequence[RulePlan], rows: RowTable) -> Bools:
-    """[row] whether all that it writes changes nothing."""
+    """Return whether all writes of a row have no effect. Shape [row]."""
     found = np.full(len(rows), _may_be(inert), dtype=np.bool_)
     for one, plan in zip(inert, rules, strict=True):
         dead = one.runs[one.where[plan.site_of_cell[rows.cell]], plan.written_runs(rows)]
@@ -359,12 +361,12 @@ def _may_be(inert: Sequence[InertWrites]) -> bool:
 
 
 def _changes_edges(plan: RulePlan) -> bool:
-    """Whether it changes edges to keys, of which there may be none."""
+    """Whether it changes edges to keys, which may be absent."""
     return plan.rule.does.changes == "edges"
 
 
 def inert_cells(inert: Sequence[InertWrites], rules: Sequence[RulePlan], count: int) -> Bools:
-    """[cell] whether all that any of its rows writes changes nothing."""
+    """Return whether all writes of a cell's rows have no effect. Shape [cell]."""
     found = np.full(count, _may_be(inert), dtype=np.bool_)
     for one, plan in zip(inert, rules, strict=True):
         key, run = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
@@ -384,14 +386,14 @@ def inert_cells(inert: Sequence[InertWrites], rules: Sequence[RulePlan], count: 
 
 
 def _all_of(mask: Bools, group: Ints, count: int) -> Bools:
-    """[group] whether it holds for all of its members."""
+    """Return whether all members of a group satisfy the mask. Shape [group]."""
     found = np.ones(count, dtype=np.bool_)
     np.logical_and.at(found, group, mask)
     return found
 
 
 def _all_points(plan: RulePlan, holds: Callable[[SitePoint], bool]) -> Bools:
-    """[site combination] whether something holds for all its sites."""
+    """Return whether all sites of a combination satisfy a condition. Shape [site combination]."""
     found = np.array([holds(point) for point in plan.point_table], dtype=np.bool_)
     combinations = len(plan.points.offsets) - 1
     index, point = plan.points.expand(np.arange(combinations))
@@ -409,9 +411,9 @@ def is_below_attention(point: SitePoint) -> bool:
 
 
 def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
-    """[prompt, position] of the base run, what measures read; None for all of them."""
+    """Return the base run's measured positions, shape [prompt, position]; None for all."""
     if experiment.model.shape.output_at == "image":
-        return None  # a head may pool its patches
+        return None  # a classification head may pool the patches
     base = experiment.spec.base
     lengths = experiment.table.runs[base].lengths
     found = np.zeros((len(lengths), int(lengths.max())), dtype=np.bool_)
@@ -428,7 +430,7 @@ def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
 
 
 def _ends(experiment: ResolvedExperiment) -> Ints:
-    """[prompt] the first position behind all that go in."""
+    """Return the first position after each prompt. Shape [prompt]."""
     behind = np.zeros(len(experiment.table), dtype=np.int64)
     for measure in experiment.measures:
         for atom in measure.atoms:
@@ -438,17 +440,17 @@ def _ends(experiment: ResolvedExperiment) -> Ints:
 
 
 def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints | None:
-    """[prompt] how many leading tokens source and base share; None where the rule isn't a patch
-    between two plain prompts."""
+    """Return the number of leading tokens that source and base share, shape [prompt]; None if the
+    rule isn't a patch between two plain prompts."""
     source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
     if not rule.does.copies or source.noise is not None or base.noise is not None:
         return None
-    if rule.sites is not None and rule.sites.sources is not None:  # read in another layer
+    if rule.sites is not None and rule.sites.sources is not None:  # the source is in another layer
         return None
     if source.model != base.model:
         return None
     if source is not base and (source.derived is not None or base.derived is not None):
-        return None  # the same tokens, and rules
+        return None  # equal tokens, but with rules
     if source is base:
         return base.lengths
     shared: list[int] = []
@@ -463,7 +465,7 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
 
 
 def _equal_tokens(experiment: ResolvedExperiment, rule: ResolvedRule) -> Bools:
-    """[prompt, position] whether source and base have the same token there."""
+    """Return whether source and base have the same token. Shape [prompt, position]."""
     source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
     found = np.zeros((len(base.rows), max(len(row.ids) for row in base.rows)), dtype=np.bool_)
     for prompt, (a, b) in enumerate(zip(source.rows, base.rows, strict=True)):

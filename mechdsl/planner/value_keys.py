@@ -47,8 +47,8 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 
 
 def mix_numbers(numbers: KeyNumbers, more: KeyNumbers | Ints) -> KeyNumbers:
-    """Both in one, so that equal results mean equal pairs: splitmix64's finalizer (Steele et al.
-    2014, doi.org/10.1145/2660193.2660195) on the first, moved on, with the second."""
+    """Combine two keys so that equal results mean equal pairs: splitmix64's finalizer (Steele et
+    al. 2014, doi.org/10.1145/2660193.2660195) on the first, advanced, with the second."""
     with np.errstate(over="ignore"):
         found = (numbers + _STEP) ^ _scattered(np.asarray(more).astype(np.uint64) + _STEP)
         return _scattered(found)
@@ -61,12 +61,12 @@ def _scattered(numbers: KeyNumbers) -> KeyNumbers:
 
 
 def fill_numbers(number: int, count: int) -> KeyNumbers:
-    """One number so many times."""
+    """Repeat one number `count` times."""
     return np.full(count, number, dtype=np.uint64)
 
 
 def number_lists(lists: RaggedColumn) -> KeyNumbers:
-    """[list] a number for what is in it."""
+    """Return one number per list, for its content. Shape [list]."""
     every = np.arange(len(lists.offsets) - 1)
     counts = lists.counts(every)
     found = counts.astype(np.uint64)
@@ -78,7 +78,7 @@ def number_lists(lists: RaggedColumn) -> KeyNumbers:
 
 
 def digest_lists(lists: RaggedColumn, table: Sequence[bytes]) -> list[bytes]:
-    """A digest of each list of what stands in a table."""
+    """Return one digest per list, for the content of its table entries."""
     values = lists.values.tolist()
     return [
         digest(b"".join([table[i] for i in values[begin:end]]))
@@ -87,11 +87,16 @@ def digest_lists(lists: RaggedColumn, table: Sequence[bytes]) -> list[bytes]:
 
 
 class RunContents:
-    """What the rows of runs are, as numbers; the same for all experiments of a panel."""
+    """The content of the rows of runs as numbers, shared by all experiments of a panel."""
 
     def __init__(self, models: Mapping[str, bytes], model: str, seed: int) -> None:
-        """models: by name, a digest of each model and how it is run. model: of runs that name none.
-        seed: of noise."""
+        """Store the digests that keys start from.
+
+        Args:
+            models: Name → digest of each model and of how it is run.
+            model: Name of the model of runs that name none.
+            seed: Seed of noise.
+        """
         self.models = models
         self.model = model
         self.seed = seed
@@ -100,7 +105,7 @@ class RunContents:
         self._derived: dict[str, Callable[[], KeyNumbers]] = {}
 
     def of(self, run: PromptRun, table: PromptTable) -> KeyNumbers:
-        """[prompt] of a run: its tokens, the noise that is added to them, and its model."""
+        """Return the content of a run: tokens, added noise and model. Shape [prompt]."""
         if run.derived is not None:
             return self._derived[run.name]()
         if id(run) not in self._runs:
@@ -116,23 +121,33 @@ class RunContents:
         donors: Mapping[int, Ints],
         cells: Mapping[int, WholeCells],
     ) -> None:
-        """A run with rules: what these write in each row, into what. kept: rows that means are of.
-        donors, cells: as in `ExperimentKeys`. Asked for it, TypeError where that can't be
-        compared."""
+        """Register a run with rules by what they write, per row.
+
+        Args:
+            kept: Rows that means are taken over.
+            donors: As in `ExperimentKeys`.
+            cells: As in `ExperimentKeys`.
+
+        Raises:
+            TypeError: When the keys are requested, if the content can't be compared.
+        """
 
         @cache
         def numbers() -> KeyNumbers:
             keys = ExperimentKeys(plan, table, self, kept, donors, cells)
             every = np.zeros(len(run.rows), dtype=np.uint64)
             there = kept if cells else np.arange(len(run.rows), dtype=np.int64)
-            every[there] = keys.of_rules(there)  # of rows that a function isn't given, nothing is
+            every[there] = keys.of_rules(there)  # other rows have no content that a function reads
             return every
 
         self._derived[run.name] = numbers
 
     def given(self, atom: MetricTerm) -> KeyNumbers:
-        """[prompt] what a function of the user's is given beside logits; TypeError where that
-        can't be compared."""
+        """Return what a user's function receives besides logits. Shape [prompt].
+
+        Raises:
+            TypeError: If the content can't be compared.
+        """
         if id(atom) not in self._given:
             rows = [digest_number(_plain(row)) for row in atom.rows]
             self._given[id(atom)] = atom, np.array(rows, dtype=np.uint64)
@@ -165,7 +180,7 @@ class RunContents:
 
 
 def measure_digest(measure: ResolvedMeasure) -> bytes:
-    """What a measure reads, the texts of rows and the contents of runs aside."""
+    """Digest what a measure reads, except the texts of rows and the contents of runs."""
     atoms = [
         [
             *(atom.name, atom.form.takes, atom.form.function.__qualname__),
@@ -182,7 +197,7 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
 
 
 def _arithmetic(node: object, numbers: Mapping[ast.Expr, int]) -> object:
-    """An expression with the numbers of its atoms in their places: names in them may change."""
+    """Replace the atoms of an expression by their numbers, because names in them may change."""
     if not isinstance(node, ast.Node):
         return node
     if node in numbers:
@@ -198,9 +213,11 @@ def measure_row_keys(
     table: PromptTable,
     contents: RunContents,
 ) -> KeyNumbers:
-    """[prompt]: what a measure is given of each row, beside the run that it reads.
+    """Return the inputs of a measure for each row, except the measured run. Shape [prompt].
 
-    run: the one that rows start from. item: the occurrence of the cell.
+    Args:
+        run: The run that rows start from.
+        item: The occurrence number of the cell.
     """
     found = fill_numbers(0, len(table))
     for name in (run.name, *(atom.run for atom in measure.atoms if atom.run is not None)):
@@ -226,19 +243,19 @@ def measure_row_keys(
 
 
 def _texts(atom: MetricTerm, item: ItemNumber) -> Sequence[tuple[int, ...]]:
-    """[prompt] the tokens that it names."""
+    """Return the tokens that a term names. Shape [prompt]."""
     return atom.texts[item if atom.by_item else None]
 
 
 def _of_sets(sets: TokenSets) -> KeyNumbers:
-    """[prompt] the tokens that it names, and the numbers that they stand for."""
+    """Return the named tokens and the numbers that they represent. Shape [prompt]."""
     numbers = sets.numbers or ((),) * len(sets.tokens)
     kinds = map(digest_number, zip(sets.tokens, numbers, strict=True))
     return np.array(list(kinds), dtype=np.uint64)[list(sets.of_row)]
 
 
 def _plain(value: object) -> object:
-    """Functions of Python files by what they do: where a file lies changes no number."""
+    """Represent functions of Python files by their code, whatever the file's location."""
     if isinstance(value, PythonFunction):
         return ("python", value.name, value.digest)
     if isinstance(value, Mapping):
@@ -254,29 +271,29 @@ def _plain(value: object) -> object:
 
 @dataclass(frozen=True, eq=False)
 class _RuleNumbers:
-    """Numbers for what a rule reads and writes; equal ones mean the same content."""
+    """Numbers for what a rule reads and writes; equal numbers mean equal content."""
 
     plan: RulePlan
     source: KeyNumbers | None
-    """[prompt of the run that is read] its content; None where no row of its own is read."""
+    """Content of the source run, shape [its prompt]; None if no row is read individually."""
     written: KeyNumbers
-    """[run of `plan.written`]"""
+    """Shape [run of `plan.written`]."""
     read: KeyNumbers
-    """[run of `plan.read`]"""
+    """Shape [run of `plan.read`]."""
     keys: KeyNumbers | None
-    """[run of `plan.keys`]"""
+    """Shape [run of `plan.keys`]."""
     means: KeyNumbers | None
-    """[position] all that a mean over rows is of."""
+    """Content of all rows that a mean is over, shape [position]."""
     groups: KeyNumbers | None
-    """[prompt] the group whose mean fills it."""
+    """Group whose mean is the fill, shape [prompt]."""
     donors: Ints | None
-    """[prompt] the one whose activation replaces it."""
+    """Prompt whose activation is the replacement, shape [prompt]."""
     cells: WholeCells | None = None
     given: KeyNumbers | None = None
-    """[whole cell] all rows that a function is given at once."""
+    """Content of all rows that a function receives together, shape [whole cell]."""
 
     def of(self, rows: RowTable) -> KeyNumbers:
-        """[row]"""
+        """Return the number of each row. Shape [row]."""
         plan, found = self.plan, self.written[self.plan.written_runs(rows)]
         position = plan.position_of_cell[rows.cell]
         if self.source is not None:
@@ -288,7 +305,7 @@ class _RuleNumbers:
         if self.groups is not None:
             found = mix_numbers(found, self.groups[rows.prompt])
         if self.cells is not None and self.given is not None:
-            cell, within = self.cells.place(plan, rows)  # equal rows may be given different vectors
+            cell, within = self.cells.place(plan, rows)  # equal rows may receive different vectors
             found = mix_numbers(mix_numbers(found, self.given[cell]), within)
         if self.keys is not None:
             found = mix_numbers(found, self.keys[plan.key_runs(rows)])
@@ -302,10 +319,16 @@ class ExperimentKeys:
         self, plan: ExperimentPlan, table: PromptTable, contents: RunContents, kept: Ints,
         donors: Mapping[int, Ints], cells: Mapping[int, WholeCells],
     ) -> None:  # fmt: skip
-        """kept: rows that are in the experiment. donors, cells: by number of the rule, of those
-        that resample ([prompt]), or read whole cells.
+        """Compute the digests that cells share.
 
-        TypeError where a value hangs on what can't be compared."""
+        Args:
+            kept: Rows that are in the experiment.
+            donors: Number of a resampling rule → donors, shape [prompt].
+            cells: Number of a rule that reads whole cells → the cells.
+
+        Raises:
+            TypeError: If a value depends on content that can't be compared.
+        """
         self.plan = plan
         self.table = table
         self.contents = contents
@@ -326,15 +349,16 @@ class ExperimentKeys:
         found = [codes.setdefault(cell, len(codes)) for cell in self._cells()]
         self._codes = tuple(codes)
         self.code_of_cell: Ints = np.array(found, dtype=np.int64)
-        """[cell]: cells of one number differ by their positions alone, which rows tell apart."""
+        """Shape [cell]: cells with equal numbers differ only in positions, which are in row
+        keys."""
         self.cells = tuple(
             tuple(digest(b"".join([shared, measure, code])) for code in codes)
             for measure in map(measure_digest, plan.experiment.measures)
         )
-        """Per measure and number of `code_of_cell`, the key of such cells."""
+        """Per measure and number in `code_of_cell`, the key of such cells."""
 
     def of_rules(self, prompts: Ints) -> KeyNumbers:
-        """[prompt] all that the rules of an experiment of one cell do there, and to what."""
+        """Return what the rules of a one-cell experiment read and write. Shape [prompt]."""
         (cell,) = self._cells()
         none = np.zeros(len(prompts), dtype=np.int64)
         code = digest_number(digest("rules", self._shared(), cell))
@@ -343,7 +367,7 @@ class ExperimentKeys:
         )
 
     def of_rows(self, rows: RowTable, more: bytes) -> list[bytes]:
-        """[row] all that rules do to it, and to what, beside what else counts."""
+        """Return everything that rules do to each row, combined with `more`. Shape [row]."""
         shared = digest("rows", self._shared(), more)
         cells = [digest(shared, code) for code in self._codes]
         places = zip(
@@ -352,7 +376,7 @@ class ExperimentKeys:
         return [digest(cells[code], own) for code, own in places]
 
     def rows(self, number: int, rows: RowTable) -> KeyNumbers:
-        """[row] the keys of rows, for a measure."""
+        """Return the keys of rows for a measure. Shape [row]."""
         starting = self.plan.starting_run(rows)
         found = mix_numbers(self._written(rows), self._of_measure(number, rows, starting))
         said = self.plan.experiment.spec.estimator
@@ -362,7 +386,7 @@ class ExperimentKeys:
 
     @cached_property
     def _beside(self) -> KeyNumbers:
-        """[site, prompt] all that is written there, in whatever order."""
+        """Content of all writes to a site, in any order. Shape [site, prompt]."""
         rows = self.plan.rows(self.kept)
         codes = np.array([digest_number(code) for code in self._codes], dtype=np.uint64)
         own = mix_numbers(self._written(rows), codes[self.code_of_cell[rows.cell]])
@@ -375,7 +399,7 @@ class ExperimentKeys:
         return cell_sites(self.plan)
 
     def _written(self, rows: RowTable) -> KeyNumbers:
-        """[row] what it starts from, and what rules read and write there."""
+        """Return each row's start and what rules read and write in it. Shape [row]."""
         starting = self.plan.starting_run(rows)
         found = np.zeros(len(rows), dtype=np.uint64)
         for index, numbers in enumerate(self._starts):
@@ -385,7 +409,7 @@ class ExperimentKeys:
         return found
 
     def _of_measure(self, number: int, rows: RowTable, starting: Ints) -> KeyNumbers:
-        """[row] what the measure is given."""
+        """Return the inputs of a measure. Shape [row]."""
         measure = self.plan.experiment.measures[number]
         by_item = any(atom.by_item for atom in measure.atoms)
         items = self._items if by_item else np.full_like(self._items, -1)
@@ -405,17 +429,17 @@ class ExperimentKeys:
     # --- what all rows of a cell share ---
 
     def _shared(self) -> bytes:
-        """Of all cells."""
+        """Digest what all cells share."""
         said = self.plan.experiment.spec.estimator
         estimated = [] if said is None else ["estimated", said.text]
         return digest("patched", self._model(), self.plan.draws, self._whole, *estimated)
 
     def _cells(self) -> Iterator[bytes]:
-        """[cell] what the rules that act there do: equal where two alternatives of a rule differ
-        only in the rows that they read."""
+        """Yield the effect of the rules that act in each cell; alternatives of a rule that differ
+        only in the rows they read are equal."""
         parts: list[list[bytes]] = []
         said = self.plan.experiment.generation
-        if said is not None and said.sampled:  # by which tokens are drawn
+        if said is not None and said.sampled:  # determines the sampled tokens
             parts.append([digest(self.plan.content(cell)) for cell in range(self.plan.n_cells)])
         for rule in self.plan.rules:
             static = _static(rule.rule)
@@ -438,7 +462,7 @@ class ExperimentKeys:
             if rule.paths is not None:
                 ends = digest_lists(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
-            if rule.active is not None:  # where it doesn't act, the key is that without it
+            if rule.active is not None:  # where it doesn't act, the key omits it
                 acts = rule.active.tolist()
                 parts[begin:] = [
                     [part if own else b"" for part, own in zip(each, acts, strict=True)]
@@ -449,7 +473,7 @@ class ExperimentKeys:
         return map(b"".join, zip(*parts, strict=True))
 
     def _direction(self, vector: DirectionVector) -> bytes:
-        """All that a direction hangs on."""
+        """Digest everything that a direction depends on."""
         match vector:
             case FittedVector():
                 samples = [self._sample(each) for each in vector.samples]
@@ -468,7 +492,7 @@ class ExperimentKeys:
                 return digest("random", self._direction(vector.of), vector.draw, vector.seed)
 
     def _sample(self, sample: FitSample) -> list[int]:
-        """The rows that a fit reads, in whatever order."""
+        """Return the rows that a fit reads, independent of their order."""
         contents = self.contents.of(sample.run, sample.table).tolist()
         targets = sample.targets or (None,) * len(contents)
         rows = zip(contents, sample.cell.hits, targets, strict=True)
@@ -500,14 +524,14 @@ class ExperimentKeys:
         )
 
     def _given(self, plan: RulePlan, cells: WholeCells) -> KeyNumbers:
-        """[whole cell] all rows that a function is given at once, in their order."""
+        """Return the content of all rows that a function receives, in order. Shape [whole cell]."""
         contents = self.contents.of(self.table.runs[plan.rule.run], self.table)
         tokens = number_lists(plan.read.tokens)
         found = [digest_number(contents[each.prompts], tokens[each.runs]) for each in cells.cells]
         return np.array(found, dtype=np.uint64)
 
     def _means(self, plan: RulePlan) -> KeyNumbers:
-        """[position] the rows that its mean is over, with their tokens."""
+        """Return the rows of each mean with their tokens. Shape [position]."""
         rule, prompts = plan.rule, self.kept
         run, table = self.table.runs[rule.run], self.table
         if rule.apart is not None:
@@ -522,8 +546,8 @@ class ExperimentKeys:
         return np.array(found, dtype=np.uint64)
 
     def _all_rows(self) -> bytes:
-        """Of experiments in which a row hangs on others in ways that only they know: behind prompts
-        means, and what functions are given, have the answers' tokens."""
+        """Digest all rows if a row may depend on others: after prompts, means and inputs of
+        functions include tokens of the answers."""
         rules, kept = self.plan.rules, self.kept
         whole = any(rule.rule.does.of_all_rows for rule in rules)
         if not self.plan.behind or not whole:
@@ -539,7 +563,7 @@ class ExperimentKeys:
 
 
 def _static(rule: ResolvedRule) -> bytes:
-    """What a rule does, wherever it does it; what it reads is in the keys of rows, run by run."""
+    """Digest a rule without its targets; keys of rows contain what it reads in each run."""
     does = rule.does
     key = does.key(replace(rule, run="", apart=None, groups=None))
     return digest(
@@ -551,12 +575,12 @@ def _static(rule: ResolvedRule) -> bytes:
 
 
 def _written(point: SitePoint) -> bytes:
-    """A site as bytes; there may be tens of thousands (neurons)."""
+    """Encode a site, of which there may be tens of thousands (neurons)."""
     return f"{point.site} {point.layer} {point.unit};".encode()
 
 
 def _hits(hits: TokenHits, positions: int, prompts: Ints) -> Iterator[tuple[Ints, KeyNumbers]]:
-    """Per position, the runs of these prompts: which prompt each is of, and its tokens."""
+    """Yield, per position, the prompts of the runs for these prompts, and the runs' tokens."""
     tokens = number_lists(hits.tokens)
     for position in range(positions):
         index, run = hits.runs.expand(position * hits.prompts + prompts)

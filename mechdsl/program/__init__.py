@@ -1,5 +1,5 @@
-"""From syntax trees to the typed `Program`: imports, names of the file, what is not supported.
+"""The typed `Program` of a file: imports read, names bound, unsupported features reported.
 
-In: the syntax tree of a file and of those that it imports. Out: `spec.Program`, with every name of
-the file bound. Imports syntax and below.
+In: the syntax trees of a file and its imports. Out: `spec.Program`, with every name of the file
+bound. Imports syntax and below.
 """

@@ -1,8 +1,8 @@
 """Content hashes of Python code outside this package: files, and the modules that they import.
 
-Imports are found by reading the source, as far as it names them: `import x`, `from x import y`,
-`import_module("x")`. A module in a user's folder counts with its whole text, an installed one with
-the versions of the packages installed alongside it; Python's standard library doesn't count.
+Imports are found by reading the source: `import x`, `from x import y`, `import_module("x")`. A
+module in a user's folder is hashed with its whole text, an installed module by the versions of the
+packages installed alongside it. Python's standard library is excluded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 MAX_PACKAGE_FILES = 2000
-"""Of one package. What has more is no helper, but somebody's home folder."""
+"""Maximum number of files in a package; a larger folder may be, for instance, a home folder."""
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -28,13 +28,17 @@ _INSTALLED = ("site-packages", "dist-packages")
 
 
 class CodeHashError(Exception):
-    """Which code would run can't be told; the text says why, in lower case."""
+    """Can't determine which code would run; the text gives the reason in lower case."""
 
 
 def hash_imported_code(contents: Iterable[bytes]) -> dict[str, str]:
-    """Module, or folder of installed packages → SHA-256, of all that these texts import.
+    """Hash everything that these texts import.
 
-    Raises CodeUnknown where a module was imported earlier in this process and has changed since.
+    Returns:
+        Module, or folder of installed packages → SHA-256.
+
+    Raises:
+        CodeHashError: If a module was imported earlier in this process and has changed since.
     """
     found: dict[str, str] = {}
     left = [name for content in contents for name in _imports(content)]
@@ -51,9 +55,10 @@ def hash_imported_code(contents: Iterable[bytes]) -> dict[str, str]:
 
 
 def hash_module_code(name: str) -> dict[str, str]:
-    """The same of a module that is imported, itself included.
+    """Hash an imported module and everything that it imports, as `hash_imported_code` does.
 
-    Raises CodeUnknown where its source can't be had.
+    Raises:
+        CodeHashError: If the module's source is unavailable.
     """
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None)
@@ -62,17 +67,17 @@ def hash_module_code(name: str) -> dict[str, str]:
     path = Path(file)
     content = _package_content(path)
     digest = sha256(content).hexdigest()
-    if name != f"mechdsl_python_{digest[:16]}":  # which is run from the very bytes
+    if name != f"mechdsl_python_{digest[:16]}":  # such a module is run from the hashed bytes
         _unchanged(name, path, digest)
     return {name: digest, **hash_imported_code([content])}
 
 
 def _imports(content: bytes) -> Iterator[str]:
-    """Names before the first dot."""
+    """Yield the top-level package of each import."""
     try:
         tree = ast.parse(content)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return  # nor can it be imported
+        return  # an unparsable file can't be imported either
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
@@ -89,7 +94,7 @@ def _imports(content: bytes) -> Iterator[str]:
 
 
 def _of_module(name: str) -> Iterator[tuple[str, str, bytes]]:
-    """(key, digest, text) of all files of a module; of an installed one what stands for it."""
+    """Yield (key, digest, text) of a module's files; for an installed module, of its versions."""
     if name == _PACKAGE or name in sys.builtin_module_names:
         return
     try:
@@ -143,19 +148,19 @@ def _python_files(folder: Path, name: str) -> list[Path]:
 
 
 def _installed(path: Path) -> Path | None:
-    """The folder of installed packages that it lies in."""
+    """Return the folder of installed packages that contains a path."""
     return next((each for each in path.parents if each.name in _INSTALLED), None)
 
 
 @cache
 def is_installed(package: str) -> bool:
-    """Whether a package that was imported is an installed one."""
+    """Whether an imported package is an installed one."""
     file = getattr(sys.modules.get(package), "__file__", None)
     return file is not None and _installed(Path(file)) is not None
 
 
 def _versions(root: Path) -> str:
-    """Names and versions of what is installed there."""
+    """List names and versions of the packages installed in a folder."""
     names = sorted(each for each in os.listdir(root) if each.endswith((".dist-info", ".egg-info")))
     return sha256("\n".join(names).encode()).hexdigest()
 
@@ -165,14 +170,14 @@ def _standard() -> Path:
     return Path(sysconfig.get_path("stdlib")).resolve()
 
 
-# --- what was imported before ---------------------------------------------------------------------
+# --- earlier imports ------------------------------------------------------------------------------
 
 _IMPORTED: dict[tuple[str, Path], str] = {}
-"""What a module's file was when it wasn't imported yet, or was known to be unchanged since."""
+"""Digest of a module's file before its import, or when it was last known to be unchanged."""
 
 
 def _unchanged(module: str, path: Path, digest: str) -> None:
-    """CodeUnknown where the module in memory may be another one than the file now has."""
+    """Raise CodeHashError if the module in memory may differ from its file."""
     key = (module, path.resolve())
     if module not in sys.modules:
         _IMPORTED[key] = digest
@@ -185,8 +190,7 @@ def _unchanged(module: str, path: Path, digest: str) -> None:
 
 
 def _compiled_from(path: Path) -> bool:
-    """Whether the file is older than this process, or what Python compiled on importing it is of
-    the file as it stands."""
+    """Whether the file is older than this process, or matches Python's compiled cache."""
     try:
         now = path.stat()
         if now.st_mtime < _process_start():
@@ -200,7 +204,7 @@ def _compiled_from(path: Path) -> bool:
 
 @cache
 def _process_start() -> float:
-    """Seconds since the epoch; 0 where that can't be told."""
+    """Return the start time in seconds since the epoch; 0 if unknown."""
     with suppress(OSError, ValueError, IndexError, AttributeError):
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""`direction NAME = …` as typed data, with dependencies checked for circles."""
+"""`direction NAME = …` as typed data, with a check for dependency cycles."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ OperandKind = Literal["two", "block", "value and block", "texts", "file", "direc
 
 @dataclass(frozen=True)
 class DirectionMethod:
-    """A way to make a direction: `WORD(…)`."""
+    """A method that computes a direction: `WORD(…)`."""
 
     takes: OperandKind
     example: str
     options: tuple[str, ...] = ()
     at_a_site: bool = True
-    """Whether it is made of activations."""
+    """Whether the direction is computed from activations."""
 
 
 DIRECTION_METHODS: Mapping[str, DirectionMethod] = {
@@ -51,7 +51,7 @@ DIRECTION_METHODS: Mapping[str, DirectionMethod] = {
 def lower_direction(
     statement: ast.DirectionDef, parts: Definitions, scope: Namespace
 ) -> spec.Direction | None:
-    """The definition, with what is wrong with it whatever the model said; None then.
+    """Lower a definition and report errors that don't depend on the model; None after an error.
 
     Codes: E0201, E0203, E0207, E0341.
     """
@@ -85,14 +85,14 @@ def lower_direction(
 
 
 def method_calls(node: ast.Node) -> list[ast.Call]:
-    """The ways of an expression."""
+    """Return the calls of direction methods in an expression."""
     return [
         part for part in walk(node) if isinstance(part, ast.Call) and part.name in DIRECTION_METHODS
     ]
 
 
 def direction_names(node: ast.Node | None, directions: Container[str]) -> list[str]:
-    """Names of directions in an expression."""
+    """Return the names of directions in an expression."""
     if node is None:
         return []
     found: dict[str, None] = {}
@@ -108,7 +108,7 @@ def direction_names(node: ast.Node | None, directions: Container[str]) -> list[s
 def direction_dependencies(
     nodes: Iterable[ast.Node], directions: Mapping[str, spec.Direction]
 ) -> list[spec.Direction]:
-    """The definitions behind expressions, those that these are made of included."""
+    """Return the definitions that expressions use, directly or through other directions."""
     found: dict[str, spec.Direction] = {}
     todo = [name for node in nodes for name in direction_names(node, directions)]
     while todo:
@@ -120,13 +120,13 @@ def direction_dependencies(
 
 
 def used_directions(experiment: spec.Experiment, program: spec.Program) -> list[spec.Direction]:
-    """The directions that an experiment's rules use."""
+    """Return the directions that an experiment's rules use."""
     nodes = (rule.direction for rule in experiment.every_rule if rule.direction is not None)
     return direction_dependencies(nodes, program.directions)
 
 
 def fit_rows_of_experiment(experiment: spec.Experiment, program: spec.Program) -> list[FitRows]:
-    """What the fits behind an experiment's rules read, and those of its probes."""
+    """Return the rows that the fits for an experiment's rules and probes read."""
     calls = [
         call for each in used_directions(experiment, program) for call in method_calls(each.value)
     ]
@@ -139,28 +139,28 @@ def fit_rows_of_experiment(experiment: spec.Experiment, program: spec.Program) -
 
 
 def training_rows(call: ast.Call | None) -> ast.Node | None:
-    """What stands behind `train:`, the rows that a probe is fitted on."""
+    """Return the argument `train:`, the rows that a probe is fitted on."""
     named = () if call is None else call.arguments
     return next((argument.value for argument in named if argument.name == "train"), None)
 
 
 @dataclass(frozen=True)
 class FitRows:
-    """What a fit reads: a run of a block, or one model's run of it."""
+    """Rows of a fit: a run of a block, or one model's run of it."""
 
     block: str | None
-    """None for the rows of the experiment that uses it."""
+    """None for the rows of the experiment that uses the fit."""
     part: Literal["train", "test"] | None = None
     run: str = "clean"
     model: str | None = None
     limit: int | None = None
-    """As in `prompts fruit limit 64`."""
+    """The limit, as in `prompts fruit limit 64`."""
     used: frozenset[str] = frozenset()
-    """The corruptions of that block that the fit reads: each of them changes all of the rows."""
+    """Corruptions of the block that the fit reads; each of them changes all of the rows."""
 
     @property
     def key(self) -> str:
-        """What tables call its rows."""
+        """Name of the rows in tables."""
         part = f".{self.part}" if self.part else ""
         limit = f" limit {self.limit}" if self.limit else ""
         model = f" on {self.model}" if self.model else ""
@@ -169,7 +169,7 @@ class FitRows:
 
 
 def fit_rows_of_call(call: ast.Call, program: spec.Program) -> list[FitRows]:
-    """What a way reads; definitions that were refused aside, each name is known."""
+    """Return the rows that a method reads; names are known, except in rejected definitions."""
     given = {argument.name: argument.value for argument in call.arguments}
     own = given.get("prompts")
     values = [a.value for a in call.arguments if a.name is None]
@@ -183,7 +183,7 @@ def fit_rows_of_call(call: ast.Call, program: spec.Program) -> list[FitRows]:
 
 
 def _paired(fitted: Sequence[FitRows]) -> list[FitRows]:
-    """What one fit reads: of each block the rows that every run of it that is read changes."""
+    """Restrict the rows of one fit: of each block, those that every read run changes."""
     found: list[FitRows] = []
     for rows in fitted:
         named = {other.run for other in fitted if other.block == rows.block} - {"clean"}
@@ -192,7 +192,7 @@ def _paired(fitted: Sequence[FitRows]) -> list[FitRows]:
 
 
 def _limit(call: ast.Call, parameters: Mapping[str, Constant]) -> int | None:
-    """Of `limit: 64`; None where there is none, or no count."""
+    """Return the number of `limit: 64`; None without a valid one."""
     written = [a.value for a in call.arguments if a.name == "limit"]
     found = constant_value(written[0], parameters) if written else None
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
@@ -208,7 +208,7 @@ def _rows(value: ast.Node, shared: FitRows | None, program: spec.Program) -> Fit
 
 
 def parse_fit_rows(node: ast.Node, blocks: Mapping[str, spec.Prompts]) -> FitRows | None:
-    """`fruit`, `fruit.train`, `fruit.fewer`, `fewer of fruit.train`; None for what is no block."""
+    """Parse `fruit`, `fruit.train`, `fruit.fewer`, `fewer of fruit.train`; None if not a block."""
     match node:
         case ast.Name(id=name) if name in blocks:
             return FitRows(name)
@@ -235,7 +235,7 @@ def _of_run(rows: FitRows, run: str) -> FitRows:
     return FitRows(rows.block, rows.part, run, used=frozenset({run}) - {"clean"})
 
 
-# --- what is wrong with one -----------------------------------------------------------------------
+# --- checks of a definition -----------------------------------------------------------------------
 
 
 def _check(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
@@ -332,7 +332,7 @@ def _arguments(call: ast.Call, way: DirectionMethod, parts: Definitions, scope: 
 
 
 def _check_limit(call: ast.Call, limit: ast.Argument, parts: Definitions, scope: Namespace) -> None:
-    """E0207 where it is no count, or nothing names the block whose rows are counted."""
+    """Report E0207 for an invalid limit, and for a limit without a named block."""
     if isinstance(limit.value, ast.Name):
         scope.has("param", limit.value.id)
     reason = hint = ""
@@ -352,8 +352,8 @@ def _check_limit(call: ast.Call, limit: ast.Argument, parts: Definitions, scope:
 
 
 def _block(node: ast.Node, parts: Definitions, scope: Namespace, *, models: bool) -> None:
-    """E0201 where a name is neither a block's nor, of two, a model's; E0207 for a run that the
-    block doesn't have."""
+    """Report E0201 for a name that isn't a block's (or, with `models`, a model's), E0207 for a run
+    that the block doesn't have."""
     if models and isinstance(node, ast.Name) and scope.has("model", node.id):
         return
     name = node.name if isinstance(node, ast.Attribute) else None
@@ -391,7 +391,7 @@ def _bad(node: ast.Node, reason: str, hint: str, scope: Namespace) -> None:
 def drop_circular_directions(
     directions: Mapping[str, spec.Direction], scope: Namespace
 ) -> dict[str, spec.Direction]:
-    """The others; E0341 for directions that are made of themselves."""
+    """Return the other directions; E0341 for directions that depend on themselves."""
     found = dict(directions)
     for name, definition in directions.items():
         behind = direction_dependencies([definition.value], directions)
@@ -407,7 +407,7 @@ def drop_circular_directions(
 
 
 def split_factor(node: ast.Expr, directions: Container[str]) -> tuple[ast.Expr | None, ast.Expr]:
-    """`4.0 * refusal` as its number (None where it has none) and its direction."""
+    """Split `4.0 * refusal` into its number (None without one) and its direction."""
     one = ast.Number(1, span=node.span)
     match node:
         case ast.Negative(operand=operand):

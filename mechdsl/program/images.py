@@ -1,4 +1,4 @@
-"""`image` and `tiles` lines of a prompts block, as far as they need no row."""
+"""`image` and `tiles` lines of a prompts block, without the data of rows."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ IMAGE_SPAN = "image"
 """The span of all patches."""
 
 EXTRA_TOKEN_SPANS = ("cls", "distillation", "register")
-"""Spans of what may stand in front of them."""
+"""Spans of the tokens that may precede the patches."""
 
 IMAGE_SPANS = (IMAGE_SPAN, *EXTRA_TOKEN_SPANS)
-"""What images have by themselves."""
+"""Spans that every image has."""
 
 SHAPE_REGION = "mask"
-"""What a region of generated shapes is called that are drawn."""
+"""Name of the region of generated shapes."""
 
 BARE_IMAGES = ("gray", "noise")
 
 MEAN_IMAGE = "mean"
 
 IMAGE_CHANGES = ("blur", "mask")
-"""What is no image of its own, but a change of one."""
+"""Functions that change an image instead of creating one."""
 
 IMAGE_CALLS = {"shapes": ("n", "kind", "size", "colour", "texture"), "gray": ()}
 
@@ -37,7 +37,7 @@ _WORDS = ('"{file}"', *BARE_IMAGES, "mean of …", "shapes(…)")
 
 
 def image_problems(node: ast.Expr) -> list[Diagnostic]:
-    """E0203, E0207 for what no image can be made of."""
+    """Report expressions that aren't images (E0203, E0207)."""
     match node:
         case ast.String():
             return []
@@ -72,7 +72,7 @@ def image_problems(node: ast.Expr) -> list[Diagnostic]:
 
 
 def _changed(node: ast.Expr, word: str) -> Diagnostic:
-    """E0207 for what an image becomes by a corruption, row by row."""
+    """Return E0207 for a function that changes images row by row in a corruption."""
     line = f"{word} image radius 8" if word == "blur" else f"{word} image"
     hint = f"change a block's own images: `corrupt changed {{ {line} }}`, `from clean into changed`"
     reason = "is a change of images, and none by itself"
@@ -104,7 +104,7 @@ def _arguments(node: ast.Call, known: tuple[str, ...]) -> list[Diagnostic]:
 
 
 def image_expressions(node: ast.Expr) -> tuple[ast.Expr, ...]:
-    """The expressions in it, whose names are names of the row."""
+    """Return the expressions in an image; their names refer to the row."""
     match node:
         case ast.String():
             return (node,)
@@ -115,25 +115,25 @@ def image_expressions(node: ast.Expr) -> tuple[ast.Expr, ...]:
 
 
 def averaged_block(node: ast.Expr | None) -> ast.Ref | None:
-    """The block, or a part of one, whose mean an image is."""
+    """Return the block, or its part, whose mean an image is."""
     return node.of if isinstance(node, ast.QualifiedRef) and node.name == MEAN_IMAGE else None
 
 
 def is_random_image(node: ast.Expr) -> bool:
-    """Whether the same values can give several images."""
+    """Whether equal values can give different images."""
     return (isinstance(node, ast.Call) and node.name == "shapes") or (
         isinstance(node, ast.Name) and node.id == "noise"
     )
 
 
 TILE_VALUES = (TILE, IMAGE_SPAN)
-"""What each row of tiles has as values: which it is, and of which image."""
+"""Values of each row of tiles: the tile and its image."""
 
 
 def lower_tiles(
     line: ast.TilesLine, scope: Namespace, parameters: Mapping[str, Constant]
 ) -> Tiles | None:
-    """None after an error. Codes: E0201, E0207."""
+    """Lower a `tiles` line; None after an error (E0201, E0207)."""
 
     def refused(name: str, reason: str, hint: str) -> None:
         bad = BadArgument(span=line.span, name=name, reason=reason, hint=hint)
@@ -160,9 +160,11 @@ def lower_tiles(
 def check_tiles(
     line: ast.TilesLine, image: ast.Expr | None, names: Sequence[ast.Name]
 ) -> list[Diagnostic]:
-    """E0202 and E0207 for tiles of what has none, and for values that are called as theirs.
+    """Report images that can't have tiles, and values with names that tiles define (E0202, E0207).
 
-    image: what the images of the block are made of. names: what it calls its own values.
+    Args:
+        image: The image expression of the block.
+        names: The names of the block's own values.
     """
     first = f"what `tiles` {line_reference(line.span, line.span)} gives each row"
     found: list[Diagnostic] = [
@@ -180,7 +182,7 @@ def check_tiles(
 
 
 def check_tile_columns(tiles: Tiles, columns: Sequence[str]) -> list[Diagnostic]:
-    """E0207 for columns of a data file that are called as values of tiles."""
+    """Report E0207 for columns of a data file with names that tiles define."""
     reason = "is a column, and what `tiles` gives each row"
     return [
         BadArgument(

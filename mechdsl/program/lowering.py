@@ -1,4 +1,4 @@
-"""A file with its imports and experiments as one `Program`."""
+"""Convert a file with its imports and experiments to one `Program`."""
 
 from __future__ import annotations
 
@@ -92,9 +92,12 @@ from mechdsl.syntax.words import WEIGHT_OBSERVATIONS
 def lower_experiment(
     definition: ast.ExperimentDef, parts: Definitions, scope: Namespace
 ) -> tuple[spec.Experiment, ...]:
-    """The typed experiment, or one for each combination of what it compares. After an error it is
-    `broken`: checked for what else is wrong with it, and not run. None where it has no prompts, or
-    something that can't be executed yet. The reasons are in the scope."""
+    """Lower an experiment: one typed experiment for each combination that it compares.
+
+    After an error the experiment is `broken`: it is checked for further errors and not run. The
+    result is empty if the experiment has no prompts or a feature that can't be executed yet. The
+    reasons are in the scope.
+    """
     found: dict[str, list[spec.Experiment]] = {}
     number, blocks = 0, 1
     while number < blocks:
@@ -104,7 +107,7 @@ def lower_experiment(
         blocks = len(work.prompts[0].prompts) if work.prompts else 1
         for each in _on_block(work, number):
             found.setdefault(each.name, []).append(each)
-        # What is wrong on every block is said once.
+        # A problem that every block shares is reported once.
         scope.diagnostics[:] = said + [
             d for d in scope.diagnostics[len(said) :] if not number or d not in said
         ]
@@ -113,7 +116,7 @@ def lower_experiment(
 
 
 def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
-    """The experiment on one of the blocks that its `prompts` line names."""
+    """Lower the experiment for one block of its `prompts` line."""
     definition, parts, scope = work.definition, work.parts, work.scope
     before = len([d for d in scope.diagnostics if d.severity == "error"])
     use = work.prompts[0].prompts[number] if work.prompts else None
@@ -149,7 +152,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
     assign_reports(results, [lower_report(r, work) for r in work.reports], expects, acting, work)
     part, limit = _rows(work, prompts, use)
     broken = before != len([d for d in scope.diagnostics if d.severity == "error"])
-    if not combined:  # which has been refused
+    if not combined:  # already rejected
         source, base = (ends[0].run if ends else None for ends in (sources, bases))
         combined = [Variant("", source, base or CLEAN, prompts_labels(use, work), source)]
     whole = spec.Experiment(
@@ -186,7 +189,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
 def _part(
     experiment: spec.Experiment, part: ResultSpec, *, several: bool, saves: bool
 ) -> spec.Experiment:
-    """One result of the experiment; one of them `saves` what it keeps."""
+    """Reduce the experiment to one of its results; only one of them `saves` activations."""
     rules, seen = experiment.rules, part.observed
     changed: dict[str, object] = {}
     if seen is not None and seen.source is not None:
@@ -203,7 +206,7 @@ def _part(
         changed["loops"] = tuple(loop for loop in experiment.loops if loop.name in named)
     if not saves:
         changed["saves"] = ()
-    elif part.apart:  # `save` without a run is of the base run that the file says
+    elif part.apart:  # `save` without a run means the file's base run
         own = (
             each.model_copy(update={"run": each.run or experiment.base})
             for each in experiment.saves
@@ -221,7 +224,7 @@ def _part(
 
 
 def _shows_replies(work: Statements) -> bool:
-    """Whether what is written is all that is asked for."""
+    """Whether the generated text is the only requested result."""
     kinds = {report.kind.id for report in work.reports}
     return bool(work.generate) and bool(kinds) and kinds <= REPLY_REPORTS
 
@@ -235,7 +238,7 @@ def _measures_nothing(work: Statements) -> NoMeasure:
 
 
 def _without_sides(combined: Sequence[Variant]) -> list[Variant]:
-    """One variant per model: what is read is another run than those of `from … into …`."""
+    """Reduce to one variant per model, because the observed run isn't a side of `from … into …`."""
     found: dict[str, Variant] = {}
     for each in combined:
         labels = tuple(label for label in each.labels if label[0] in (PROMPTS_AXIS, "model"))
@@ -272,7 +275,7 @@ def _variant(
 
 
 def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
-    """The block that the experiment runs on; after an error that which is most likely meant."""
+    """Return the experiment's block; after an error, the one that was most likely meant."""
     known = work.scope.names("prompts")
     if ref is None and _of_weights(work):
         return work.parts.prompts.setdefault(spec.NO_PROMPTS, _no_prompts())
@@ -308,7 +311,7 @@ def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
 
 
 def _of_weights(work: Statements) -> bool:
-    """Whether it looks at weights and does nothing else, so that it needs no prompts."""
+    """Whether the experiment only observes weights and thus needs no prompts."""
     other = (work.measures, work.rules, work.from_into, work.keep, work.saves, work.derived,
              work.generate)  # fmt: skip
     lines = [line for line, _ in work.observed if isinstance(line, ast.Observe)]
@@ -323,7 +326,7 @@ def _of_weights(work: Statements) -> bool:
 
 
 def _no_prompts() -> spec.Prompts:
-    """What stands in for a block: one short text, which nothing hangs on."""
+    """Return a placeholder block with one short text, which doesn't affect the results."""
     text = spec.NO_TEXT
     span = Span(Source(text), 0, len(text))
     return spec.Prompts(span=span, name=spec.NO_PROMPTS, templates=(ast.String(text, span=span),))
@@ -332,7 +335,7 @@ def _no_prompts() -> spec.Prompts:
 def _rows(
     work: Statements, prompts: spec.Prompts, ref: ast.Ref | None
 ) -> tuple[Literal["train", "test"] | None, int | None]:
-    """The part of the block and how many of its rows, as the `prompts` line says."""
+    """Return the part of the block and the row limit given by the `prompts` line."""
     if ref is None:
         return None, None
     use = work.prompts[0]
@@ -370,13 +373,13 @@ def _rows(
 def _rules_of(
     work: Statements, prompts: spec.Prompts | None, sources: Sequence[RunSide]
 ) -> dict[str | None, tuple[spec.Rule, ...]]:
-    """The rules for every source, which patches read unless they say another."""
+    """Lower the rules once per source, which is the default run that patches read."""
     runs = [source.run for source in sources]
     found = {run: _rules(work, prompts, run) for run in (runs[:1] or [None])}
     for run in runs[1:]:
         said = len(work.diagnostics)
         found[run] = _rules(work, prompts, run)
-        del work.diagnostics[said:]  # it was said of the first one
+        del work.diagnostics[said:]  # already reported for the first source
     return found
 
 
@@ -392,7 +395,7 @@ def _rules(
 
 
 def check_averaged_images(parts: Definitions, scope: Namespace) -> None:
-    """E0201 and E0207 for what `image mean of BLOCK` can't be taken of."""
+    """Report blocks without a mean image for `image mean of BLOCK` (E0201, E0207)."""
     for block in parts.prompts.values():
         ref = averaged_block(block.image)
         if ref is not None and scope.use("prompts", ref.name, ref.span):
@@ -425,14 +428,14 @@ def _check_averaged(
 
 
 BASE_ARGUMENT = "base"
-"""The argument's name."""
+"""Name of the argument for an adapter's base model."""
 
 
 def check_bases(files: Iterable[ast.File], parts: Definitions, scope: Namespace) -> None:
-    """Refuse adapters whose base isn't one model of the file: they are no models any more.
+    """Reject adapters whose base isn't one model of the file, and remove them from the models.
 
-    Codes: E0201 for a name that isn't defined, E0207 for one that stands for several models, E0450
-    for adapters that are bases of one another.
+    Codes: E0201 for an undefined name, E0207 for a name of several models, E0450 for adapters that
+    are bases of one another.
     """
     for file in files:
         for statement in file.statements:
@@ -471,8 +474,7 @@ def _check_base(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -
 
 
 def _circle(name: str, parts: Definitions) -> list[str]:
-    """The bases that lead from a model back to itself; none where they don't, or into a circle that
-    it is no part of."""
+    """Return the chain of bases from a model back to itself; empty if the model is in no cycle."""
     chain = [name]
     while (model := parts.models.get(chain[-1])) is not None and model.base is not None:
         if model.base in chain:
@@ -493,17 +495,18 @@ _ARGUMENTS = {
     "local": ("dtype", "bos", "base"),
     "python": (),
 }
-"""What a source of models takes beside its path."""
+"""Arguments of each model source besides its path."""
 
 
 def lower_program(
     tree: ast.File, source: Source, settings: Mapping[str, str] | None = None
 ) -> tuple[spec.Program, list[Diagnostic]]:
-    """The typed program of a parsed file; `settings` are the `--set k=v` of the command line.
+    """Return the typed program of a parsed file; `settings` are the `--set k=v` of the command
+    line.
 
-    Codes: E0108 for what is not supported yet, E02xx for names, imports and parameters, E0532 and
-    E0535 for imports that may not be read, E06xx for experiments that lack a part, W0730 for unused
-    names, W0780 for paths of an untrusted file.
+    Codes: E0108 for unsupported features, E02xx for names, imports and parameters, E0532 and E0535
+    for imports that may not be read, E06xx for incomplete experiments, W0730 for unused names,
+    W0780 for paths of an untrusted file.
     """
     scope = Namespace()
     files = _with_imports(tree, source, scope.diagnostics)
@@ -512,7 +515,7 @@ def lower_program(
     if source.reach.reads is not None:
         trees = [file for file, _ in files]
         scope.diagnostics.extend(warn_named_paths(trees, parts.parameters))
-    # Definitions before experiments: a file may use a name before the line that defines it.
+    # Definitions before experiments: a file may use a name before its definition.
     for file, imported in files:
         for statement in file.statements:
             _define(statement, imported, parts, scope)
@@ -534,7 +537,7 @@ def lower_program(
                 if is_new:
                     parts.experiments.extend(found)
     parts.experiments = add_run_order(tree, parts, scope)
-    # What is not supported yet may be what uses a name.
+    # An unsupported statement may be the only user of a name.
     supported = not any(isinstance(d, NotSupported) for d in scope.diagnostics)
     if supported and any(isinstance(s, ast.ExperimentDef) for s in tree.statements):
         scope.warn_unused()
@@ -557,7 +560,7 @@ def lower_program(
     if any(
         isinstance(d, ImportFailed | ReadOutsideFolder | SpecialFile) for d in scope.diagnostics
     ):
-        # What seems to be missing may stand in the file that can't be read.
+        # Missing definitions may be in the file that can't be read.
         missing = (MissingLine, UnknownName, UnusedName)
         return whole, [d for d in scope.diagnostics if not isinstance(d, missing)]
     return whole, scope.diagnostics
@@ -566,7 +569,7 @@ def lower_program(
 def _with_imports(
     tree: ast.File, source: Source, diagnostics: list[Diagnostic]
 ) -> list[tuple[ast.File, bool]]:
-    """The file and everything it imports, imported files first, each once."""
+    """Return the file and everything it imports, imported files first, each once."""
     found: list[tuple[ast.File, bool]] = []
     done: set[Path] = set()
 
@@ -628,7 +631,7 @@ def _with_imports(
 
 
 def _why(problem: Diagnostic) -> str:
-    """Why a file can't be read, without its path, which the `use` line has."""
+    """Return why a file can't be read, without its path, which the `use` line contains."""
     if isinstance(problem, NotMechFile):
         return "it is no `.mech` file"
     return problem.reason if isinstance(problem, Unreadable | NotText) else problem.message
@@ -640,7 +643,7 @@ def _parameters(
     scope: Namespace,
     settings: Mapping[str, str],
 ) -> None:
-    """Parameters first: everything else may use them."""
+    """Define parameters before everything else, which may use them."""
     for file, imported in files:
         for statement in file.statements:
             if not isinstance(statement, ast.Param):
@@ -663,7 +666,7 @@ def _parameters(
 
 
 def _override(name: str, text: str, parts: Definitions, diagnostics: list[Diagnostic]) -> None:
-    """`--set name=text`: only parameters can be set, to a value of the same kind."""
+    """Apply `--set name=text`: only parameters can be set, to a value of the same type."""
     setting = f"{name}={text}"
     if name not in parts.parameters:
         known = name_list(parts.parameters)
@@ -735,7 +738,7 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
 
 
 def _scored_with(block: spec.Prompts, parts: Definitions, scope: Namespace) -> None:
-    """E0201 and E0207 for what texts can't be scored with."""
+    """Report invalid names of image blocks that texts are scored with (E0201, E0207)."""
     ref = block.scored_with
     if ref is None or not scope.use("prompts", ref.name, ref.span):
         return
@@ -751,7 +754,7 @@ def _scored_with(block: spec.Prompts, parts: Definitions, scope: Namespace) -> N
 
 
 def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
-    """Directions last: they name blocks, models and one another, in any order."""
+    """Define directions last: they refer to blocks, models and one another in any order."""
     found: list[ast.DirectionDef] = []
     for file, imported in files:
         for statement in file.statements:
@@ -770,7 +773,7 @@ def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: N
 
 
 def _later(name: ast.Name, kind: str, imported: bool, scope: Namespace) -> None:
-    """A definition that parses but cannot be used yet; its name is known all the same."""
+    """Register the name of a definition that parses but isn't supported yet."""
     if scope.define(kind, name, imported=imported):
         scope.definitions[name.id].used = True
     scope.diagnostics.append(NotSupported(span=name.span, what=f"`{kind}`"))
@@ -834,7 +837,7 @@ def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spe
 
 
 def _place_problem(name: str, kind: str, given: Collection[str]) -> tuple[str, str] | None:
-    """Why there can't be one more argument of this name, or without one."""
+    """Return why one more argument of this name (or without a name) is invalid, if it is."""
     if not name:
         ways = [f"`{each}: …`" for each in _ARGUMENTS[kind]]
         hint = f", or say what it is: {', '.join(ways[:-1])} or {ways[-1]}" if ways else ""
@@ -845,7 +848,7 @@ def _place_problem(name: str, kind: str, given: Collection[str]) -> tuple[str, s
 
 
 def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | None:
-    """Why an argument of `hf(…)` can't be taken, and what to write."""
+    """Return why an argument of `hf(…)` is invalid, and a fix."""
     allowed = ("path", *_ARGUMENTS[kind])
     if name not in allowed:
         if kind == "python":

@@ -25,25 +25,26 @@ if TYPE_CHECKING:
 
 
 TEST_WORDS = ("t", "flips", "bootstrap")
-"""What stands behind `stats test`: where p comes from."""
+"""Words after `stats test`: methods for p-values."""
 
 PATTERN_METRIC = "matches"
-"""The metric whose text is a regular expression, in which braces count."""
+"""The metric whose text is a regular expression and so may contain braces."""
 
 CORRECTION_WORDS = ("holm", "bh", "max", "none")
-"""What stands behind `stats correct`."""
+"""Words after `stats correct`."""
 
 VERDICT_CORRECTIONS = ("holm", "none")
-"""What stands behind `stats verdicts`."""
+"""Words after `stats verdicts`."""
 
 
 def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Namespace) -> ast.Expr:
-    """The expression with the names of metrics replaced by what they stand for."""
+    """Replace the names of metrics in an expression by their definitions."""
     written = expression
     reason = "is defined by itself"
     for step in range(len(parts.metrics) + 1):
         found = False
-        # What a metric is called with is a text, a run or a site, whatever its name.
+        # A name in a metric's argument is a text, a run or a site, even if a metric has the same
+        # name.
         arguments = {
             part.span
             for call in walk(expression)
@@ -105,7 +106,7 @@ def lower_measure(measure: ast.Measure, parts: Definitions, scope: Namespace) ->
                 and call.name == PATTERN_METRIC for part in walk(call.arguments)}  # fmt: skip
     for node in walk(expanded):
         if isinstance(node, ast.String) and id(node) not in patterns:
-            scope.diagnostics.extend(parse_template(node)[1])  # a brace too many rows would hide
+            scope.diagnostics.extend(parse_template(node)[1])  # rows would hide a superfluous brace
     return spec.Measure(
         span=measure.span,
         label=label,
@@ -120,8 +121,11 @@ def lower_measure(measure: ast.Measure, parts: Definitions, scope: Namespace) ->
 
 
 def label_by_position(measures: tuple[spec.Measure, ...]) -> tuple[spec.Measure, ...]:
-    """Measures that go by one name and are read at different places are called by these too:
-    `ld at item 1 token`. Where only one is read elsewhere than where the prompt ends, it alone."""
+    """Add positions to the labels of equally named measures: `ld at item 1 token`.
+
+    If only one of them is read at a position other than the end of the prompt, only its label
+    changes.
+    """
     places: dict[str, set[ast.Position | None]] = {}
     for measure in measures:
         places.setdefault(measure.label, set()).add(measure.at)
@@ -136,7 +140,7 @@ def label_by_position(measures: tuple[spec.Measure, ...]) -> tuple[spec.Measure,
 
 
 def reject_repeated_measures(measures: Sequence[spec.Measure], work: Statements) -> None:
-    """The same measure twice would only make the correction stricter."""
+    """Report repeated measures, which would only make the correction stricter."""
     seen: dict[tuple[object, ...], spec.Measure] = {}
     for measure in measures:
         key = (measure.metric, measure.effect, measure.at, measure.per_prompt, measure.over)
@@ -153,7 +157,7 @@ def reject_repeated_measures(measures: Sequence[spec.Measure], work: Statements)
 
 
 def lower_statistics(work: Statements) -> spec.Statistics:
-    """Tiles of one image count together, as they are no independent observations."""
+    """Lower the `stats` line; tiles of one image are grouped, as they aren't independent."""
     named = work.prompts[0].prompts if work.prompts else ()
     blocks = [work.parts.prompts.get(ref.name) for ref in named]
     tiles = bool(blocks) and all(each is not None and each.tiles is not None for each in blocks)
@@ -221,7 +225,7 @@ def lower_statistics(work: Statements) -> spec.Statistics:
 
 
 def _known(node: ast.Node, word: str, known: Sequence[str], reason: str, work: Statements) -> bool:
-    """Whether a word of a `stats` line is one that there is; E0207 where it isn't."""
+    """Whether a word of a `stats` line is valid; E0207 if it isn't."""
     if word in known:
         return True
     hint = did_you_mean(word, known, f"write one of {', '.join(known)}")
@@ -252,7 +256,7 @@ def lower_report(report: ast.Report, work: Statements) -> spec.Report:
 
 
 def _truths(condition: ast.Expr | None) -> Iterator[str]:
-    """Words that say what is true: `name_movers` of `auroc(recovery, name_movers)`."""
+    """Yield the names of ground truths: `name_movers` of `auroc(recovery, name_movers)`."""
     for call in walk(condition):
         if isinstance(call, ast.Call) and call.name == "auroc":
             for node in walk(call.arguments[1:2]):
@@ -292,7 +296,7 @@ CONTROL_KINDS = ("random",)
 
 
 def lower_control(work: Statements) -> spec.Control | None:
-    """The `against` of an experiment. Codes: E0203, E0630."""
+    """Lower the `against` line of an experiment. Codes: E0203, E0630."""
     if not work.against:
         return None
     call = work.against[0].control
@@ -333,7 +337,7 @@ def lower_control(work: Statements) -> spec.Control | None:
 
 
 def _what(values: Sequence[ast.Node], work: Statements) -> spec.ControlTarget | None:
-    """What is drawn, where that is said."""
+    """Return the type of drawn targets, if the line gives one."""
     if not values:
         return None
     word = values[0].span.written
@@ -359,14 +363,14 @@ def _bad_control(call: ast.Call, reason: str, hint: str, work: Statements) -> No
 
 
 PLANNED_ESTIMATORS = ("atp", "relp", "eap", "eap_ig")
-"""Estimators that the language has and no stage executes yet."""
+"""Estimators of the language that no stage executes yet."""
 
 DEFAULT_GRADIENT_STEPS = 32
-"""Of integrated gradients, where the file says no number."""
+"""Default number of steps of integrated gradients."""
 
 
 def lower_estimator(work: Statements) -> spec.Estimator | None:
-    """The `using` line of an experiment. Codes: E0108, E0203, E0207."""
+    """Lower the `using` line of an experiment. Codes: E0108, E0203, E0207."""
     if not work.using:
         return None
     line = work.using[0]
@@ -397,7 +401,7 @@ def lower_estimator(work: Statements) -> spec.Estimator | None:
 
 
 def _steps(argument: ast.Argument, work: Statements) -> int:
-    """How many points of the line gradients are taken at."""
+    """Return the number of points on the line at which gradients are taken."""
     value = constant_value(argument.value, work.parts.parameters)
     if isinstance(argument.value, ast.Name):
         work.scope.has("param", argument.value.id)

@@ -34,7 +34,7 @@ class Namespace:
     definitions: dict[str, DefinedName] = field(default_factory=dict)
 
     def define(self, kind: str, name: ast.Name, *, imported: bool) -> bool:
-        """Enter a name. False, with E0202, where it is taken."""
+        """Define a name; report E0202 and return False if it is taken."""
         first = self.definitions.get(name.id)
         if first is not None:
             self.diagnostics.append(
@@ -47,7 +47,7 @@ class Namespace:
         return True
 
     def use(self, kind: str, name: str, span: Span) -> bool:
-        """Mark a name as used. False, with E0201, where there is none of that kind."""
+        """Mark a name as used; report E0201 and return False if no name of that kind exists."""
         found = self.definitions.get(name)
         if found is not None and found.kind == kind:
             found.used = True
@@ -63,11 +63,11 @@ class Namespace:
         word = "block of prompts" if kind == "prompts" else kind
         self.diagnostics.append(UnknownName(span=span, kind=word, name=name, hint=hint))
         for other in self.definitions.values():
-            other.used = other.used or other.kind == kind  # any of them may have been meant
+            other.used = other.used or other.kind == kind  # each may have been meant
         return False
 
     def has(self, kind: str, name: str) -> bool:
-        """Whether a name of this kind exists; it counts as used."""
+        """Whether a name of this kind exists; marks it as used."""
         found = self.definitions.get(name)
         if found is None or found.kind != kind:
             return False
@@ -78,7 +78,7 @@ class Namespace:
         return [n for n, d in self.definitions.items() if d.kind == kind]
 
     def warn_unused(self) -> None:
-        """W0730 for every name of the file itself that nothing refers to."""
+        """Report W0730 for every unused name of the file itself."""
         self.diagnostics.extend(
             UnusedName(span=d.span, kind=d.kind, name=name)
             for name, d in self.definitions.items()
@@ -91,6 +91,6 @@ def with_article(noun: str) -> str:
 
 
 def line_reference(of: Span, seen_from: Span) -> str:
-    """`on line 3`, with the file where it is another one."""
+    """Return `on line 3`, with the file's name if it is a different file."""
     where = f"on line {of.line}"
     return where if of.source is seen_from.source else f"{where} of {of.source.name}"

@@ -1,4 +1,4 @@
-"""`observe` lines, and the results of an experiment that has some.
+"""`observe` lines, and the results of an experiment that has them.
 
 An experiment has one unnamed result: its measures and its unnamed `observe` line. A named
 `observe` line has a result with separate axes; reports, expectations and other experiments refer
@@ -41,31 +41,31 @@ class ResultSpec:
     """One result of an experiment."""
 
     observed: spec.Rule | None = None
-    """The line that it is of; None where it has measures alone."""
+    """The `observe` line of the result; None if it has only measures."""
     measures: list[spec.Measure] = field(default_factory=list[spec.Measure])
     own: bool = False
-    """Whether it is called by its observation's name, beside other results."""
+    """Whether the result is named after its observation, next to other results."""
     reports: list[spec.Report] = field(default_factory=list[spec.Report])
     expects: list[spec.Expectation] = field(default_factory=list[spec.Expectation])
 
     @property
     def name(self) -> str | None:
-        """That of its observation."""
+        """The name of the observation."""
         return None if self.observed is None else _lower_observed(self.observed).name
 
     @property
     def apart(self) -> bool:
-        """Whether it reads another run than the one that rules act on."""
+        """Whether the observed run differs from the one that rules act on."""
         return self.observed is not None and self.observed.source is not None
 
     @property
     def effects(self) -> set[str]:
-        """Of what is measured."""
+        """Effects of the measures."""
         return {measure.effect for measure in self.measures}
 
     @property
     def labels(self) -> set[str]:
-        """Words that mean it."""
+        """Words that refer to this result."""
         return {measure.label for measure in self.measures} | {self.name or ""} - {""}
 
 
@@ -83,7 +83,7 @@ def lower_observation(
     prompts: spec.Prompts | None,
     work: Statements,
 ) -> spec.Rule:
-    """The typed line; its name is entered among those of the file."""
+    """Lower an `observe` line and define its name."""
     name = None if statement.name is None else statement.name.id
     if statement.name is not None:
         work.scope.define("observation", statement.name, imported=False)
@@ -138,7 +138,7 @@ def lower_observation(
 def _beside(
     site: ast.Site | None, prompts: spec.Prompts | None, work: Statements
 ) -> ast.Site | None:
-    """What stands behind `with`: a site, or a run; of a block of prompts, the run that it is."""
+    """Lower the part after `with`: a site or a run; a block of prompts means its run."""
     name = None if site is None else site.bare
     if site is None or prompts is None or name is None or name.id not in work.parts.prompts:
         return site
@@ -147,7 +147,7 @@ def _beside(
 
 
 def _of_maps(statement: ast.ObserveMaps, name: str | None, loops: tuple[str, ...]) -> spec.Rule:
-    """The typed line of what other experiments made."""
+    """Lower an `observe` line over maps of other experiments."""
     share = statement.share
     return spec.Rule(
         span=statement.span,
@@ -168,7 +168,7 @@ def _of_maps(statement: ast.ObserveMaps, name: str | None, loops: tuple[str, ...
 
 
 def _last_token() -> ast.Positions:
-    """What stands in where no position is written; which observations take that, they say."""
+    """Return the placeholder for a missing position; each observation decides if it needs one."""
     span = Span(Source("last token"), 0, len("last token"))
     point = ast.Point(ast.EdgeToken("last", span=span), span=span)
     return ast.Positions((ast.Position(point, span=span),), span=span)
@@ -184,7 +184,7 @@ def split_results(
     work: Statements,
     parts: Definitions,
 ) -> list[ResultSpec]:
-    """The results of an experiment, that of its measures first."""
+    """Return the results of an experiment, that of its measures first."""
     unnamed = [rule for rule in observed if _lower_observed(rule).name is None]
     _named_where_several(unnamed, work)
     names = {name for rule in observed if (name := _lower_observed(rule).name) is not None}
@@ -227,7 +227,7 @@ def split_results(
 
 
 def _named_where_several(unnamed: Sequence[spec.Rule], work: Statements) -> None:
-    """E0209 for a second line that no name tells from the first."""
+    """Report E0209 for a second line without a name to distinguish it from the first."""
     for rule in unnamed[1:]:
         work.diagnostics.append(
             RepeatedStatement(
@@ -258,8 +258,8 @@ def _of_two(measure: spec.Measure, named: Sequence[str]) -> BadArgument:
 def _own_measures(
     rule: spec.Rule, beside: Sequence[spec.Measure], parts: Definitions
 ) -> list[spec.Measure]:
-    """An observation is a measure of what it looks at; its word alone may be the file's own. Its
-    controls stand behind it."""
+    """Return the measures of an observation: itself, labelled by its name or word (`observed WORD`
+    if the file uses the word otherwise), followed by its controls."""
     said = _lower_observed(rule)
     taken = {*parts.metrics, *(measure.label for measure in beside)}
     label = said.name or (f"observed {said.word}" if said.word in taken else said.word)
@@ -287,7 +287,7 @@ def _own_measures(
 
 
 def _written_out(measure: spec.Measure, rule: spec.Rule) -> spec.Measure:
-    """With the logits that its observation is of, where these stand behind `toward`."""
+    """Replace the measure's logits by those of the observation's `toward` clause."""
     said = _lower_observed(rule)
     toward = None if said.toward is None else _toward(said.toward)
 
@@ -299,7 +299,7 @@ def _written_out(measure: spec.Measure, rule: spec.Rule) -> spec.Measure:
 
 
 def _toward(expression: ast.Expr) -> ast.Expr:
-    """`answer - wrong` as logits: `logit(answer) - logit(wrong)`."""
+    """Convert `answer - wrong` to logits: `logit(answer) - logit(wrong)`."""
     match expression:
         case ast.Negative():
             return replace(expression, operand=_toward(expression.operand))
@@ -319,8 +319,8 @@ def _acts_elsewhere(
     plain: Sequence[spec.Measure],
     work: Statements,
 ) -> None:
-    """E0207 where nothing is measured of what rules do, as another run is looked at, and where
-    measures would be of that run."""
+    """Report E0207 for an unnamed observation of a run that the rules don't act on, if nothing
+    measures the rules' run, or if measures would read the observed run."""
     alone = len(observed) == 1 and observed[0].source is not None
     unnamed = [
         rule for rule in observed if rule.source is not None and _lower_observed(rule).name is None
@@ -338,7 +338,7 @@ def _acts_elsewhere(
     work.diagnostics.append(BadArgument(span=rule.span, name=named, reason=reason, hint=hint))
 
 
-# --- what goes to which ---------------------------------------------------------------------------
+# --- assignment of reports and expectations -------------------------------------------------------
 
 
 def assign_reports(
@@ -348,8 +348,8 @@ def assign_reports(
     rules: Sequence[spec.Rule],
     work: Statements,
 ) -> None:
-    """Give reports and expectations to the results that they are of: a report that names no
-    observation goes to all that have its axes."""
+    """Assign reports and expectations to results; a report without an observation goes to all
+    results that have its axes."""
     names = {part.name: part for part in parts if part.name is not None}
     for report in reports:
         if report.of is None:
@@ -359,7 +359,7 @@ def assign_reports(
                 part.reports.append(report)
         elif report.of in names:
             names[report.of].reports.append(report)
-        elif f"of {report.of}" in report.span.written:  # else it stands for a word that was none
+        elif f"of {report.of}" in report.span.written:  # otherwise `of` replaces an invalid word
             listed = name_list(names)
             hint = f"the experiment has {listed}" if listed else "leave `of …` out"
             hint = did_you_mean(report.of, names, hint)
@@ -376,7 +376,7 @@ def assign_reports(
 
 
 def _axes(part: ResultSpec, rules: Sequence[spec.Rule]) -> set[str]:
-    """Words that reports may call its axes by."""
+    """Return the words by which reports may refer to a result's axes."""
     acting = [] if part.apart else rules
     every = [*acting, *([] if part.observed is None else [part.observed])]
     found: set[str] = {"prompts", "model", "source", "base"}
@@ -391,7 +391,7 @@ def _axes(part: ResultSpec, rules: Sequence[spec.Rule]) -> set[str]:
 
 
 def _result_of(expect: spec.Expectation, parts: Sequence[ResultSpec]) -> ResultSpec:
-    """The first result whose measures it names, else whose effects, else the first of all."""
+    """Return the first result whose measures, or else effects, match; or the first of all."""
     words = list(_words(expect))
     for of_part in (lambda part: part.labels, lambda part: part.effects):
         for word in words:

@@ -1,7 +1,7 @@
 """Paths that a file names: their targets, and whether the file may read or write there.
 
-Code that opens a file named by a `.mech` file calls `path_to_read` or `path_to_write` first; no
-other code looks at a source's folder. `CONSTRUCTS` lists every construct that takes a path, and so
+Code that opens a file named by a `.mech` file first calls `path_to_read` or `path_to_write`; no
+other code uses a source's folder. `PATH_CONSTRUCTS` lists every construct that takes a path; so
 does the list of `--untrusted`.
 """
 
@@ -36,7 +36,7 @@ from mechdsl.syntax.traversal import walk
 
 @dataclass(frozen=True)
 class PathConstruct:
-    """Something that takes a path."""
+    """A construct of the language that takes a path."""
 
     name: str
     does: Literal["reads", "runs", "writes"]
@@ -85,8 +85,10 @@ _CALLS = {
 
 
 def source_reach(source: Source, *, outside: bool, untrusted: bool) -> AllowedFolders:
-    """Where a file may write, unless that is lifted (`outside`), and read, if it is untrusted: its
-    folder and the working directory, but a root of the file system only where the file lies in it.
+    """Return the folders where a file may write (unless `outside`) and, if untrusted, read.
+
+    These are the file's folder and the working directory; the root of a file system only if the
+    file is directly in it.
     """
     working = Path.cwd()
     here = {working} if working.parent != working else set[Path]()
@@ -97,13 +99,13 @@ def source_reach(source: Source, *, outside: bool, untrusted: bool) -> AllowedFo
     )
 
 
-# --- what a file names --------------------------------------------------------------------------
+# --- paths in a file -----------------------------------------------------------------------------
 
 
 def path_argument(
     node: ast.Node, parameters: Mapping[str, Constant]
 ) -> tuple[PathConstruct, str] | None:
-    """The path that a node names, as written; None where it names none."""
+    """Return the path that a node names, as written in the source; None if it names none."""
     match node:
         case ast.Use(path=ast.String(value=path)):
             return USE_PATH, path
@@ -126,7 +128,7 @@ def path_argument(
 def warn_named_paths(
     files: Sequence[ast.File], parameters: Mapping[str, Constant]
 ) -> Iterator[Diagnostic]:
-    """W0780 for each path that a file, or one that it imports, names."""
+    """Report W0780 for each path that a file or its imports name."""
     for file in files:
         for node in walk(file):
             found = path_argument(node, parameters)
@@ -153,15 +155,16 @@ def _in_words(construct: PathConstruct, path: str, span: Span) -> str:
     return "inside of the folder" if inside else f"leads to `{real}`"
 
 
-# --- where paths lead ---------------------------------------------------------------------------
+# --- targets of paths -----------------------------------------------------------------------------
 
 
 def path_to_read(
     construct: PathConstruct, written: str, span: Span, *, base: Path | None = None
 ) -> tuple[Path | None, list[Diagnostic]]:
-    """Where a path leads that is read; None where it may not be. Codes: E0532, E0535.
+    """Resolve a path for reading; None if it may not be read. Codes: E0532, E0535.
 
-    base: the folder that it starts from, by default that of its file.
+    Args:
+        base: Folder that relative paths start from; by default that of the file.
     """
     path = _from(span, written, base)
     allowed = span.source.reach.reads
@@ -180,7 +183,7 @@ def path_to_read(
 
 
 def path_to_write(construct: str, written: str, span: Span) -> tuple[Path | None, list[Diagnostic]]:
-    """Where a path leads that is written; None where it can't or may not be.
+    """Resolve a path for writing; None if it can't or may not be written.
 
     Codes: E0531, E0532, E0533.
     """
@@ -204,17 +207,17 @@ def path_to_write(construct: str, written: str, span: Span) -> tuple[Path | None
 
 
 def is_inside_reach(path: Path, span: Span) -> bool:
-    """Whether a file that is found, not named, may be read: one in a model's folder may be a link
-    out of it."""
+    """Whether a file that the source doesn't name may be read; one in a model's folder may be a
+    link to a file outside the folder."""
     allowed = span.source.reach.reads
     return allowed is None or _inside(path, allowed)
 
 
 def _from(span: Span, written: str, base: Path | None = None) -> Path:
-    """`~` is the user's folder, as shells have it, but for what is written."""
+    """Resolve a path relative to its file; `~` is the user's folder, except in an output path."""
     try:
         path = Path(written).expanduser()
-    except RuntimeError:  # `~name` of nobody
+    except RuntimeError:  # `~name` of an unknown user
         path = Path(written)
     return (span.source.folder if base is None else base) / path
 
@@ -222,7 +225,7 @@ def _from(span: Span, written: str, base: Path | None = None) -> Path:
 def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
-    except (OSError, ValueError, RuntimeError):  # a circle of links, a name that none can have
+    except (OSError, ValueError, RuntimeError):  # a cycle of links, an invalid name
         return path.absolute()
 
 
@@ -232,8 +235,8 @@ def _inside(path: Path, folders: Sequence[Path]) -> bool:
 
 
 def _where(path: Path, written: str, allowed: Sequence[Path]) -> str:
-    """What is wrong with the place, with the way there where that isn't written."""
-    if not allowed:  # a text that comes from no file
+    """Describe why a path is rejected, with the resolved path if it differs from the source."""
+    if not allowed:  # a text without a file
         return "the working directory is the root of the file system, which is too much to allow"
     told = "neither in the folder of this file nor in the working directory"
     if ".." in Path(written).parts or Path(written).is_absolute() or written.startswith("~"):
@@ -245,9 +248,9 @@ WILDCARD = "*"
 
 
 def expand_checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequence[spec.Model]:
-    """The models that a statement defines: itself, or what matches the `*` of its path.
+    """Expand the `*` in the path of a model; without one, return the model itself.
 
-    Codes: E0207 for a path with several stars, or one that is not of a folder; E0401 where nothing
+    Codes: E0207 for a path with several stars, or one that isn't a folder's; E0401 if nothing
     matches.
     """
     if WILDCARD in (model.revision or ""):
@@ -311,16 +314,18 @@ def expand_checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequ
 
 
 def _of_the_zoo(before: str, after: str) -> list[str]:
-    """What `*` stands for in names of the zoo."""
+    """Return the texts that `*` matches in names of the zoo."""
     pattern = re.compile(f"{re.escape(before)}([^/]+){re.escape(after)}")
     found = [match[1] for name in zoo.zoo_models() if (match := pattern.fullmatch(name))]
     return sorted(found, key=_natural)
 
 
 def match_folders(folder: Path, start: str, after: str) -> list[str]:
-    """What `*` stands for in the folders that match, as people count: `step-9` before `step-10`.
+    """Return the texts that `*` matches, in natural order: `step-9` before `step-10`.
 
-    start, after: what stands before `*` in a folder's name, and all behind it.
+    Args:
+        start: The beginning of the folder's name, before `*`.
+        after: The whole path after `*`.
     """
     end, slash, rest = after.partition("/")
     try:
@@ -338,6 +343,6 @@ def match_folders(folder: Path, start: str, after: str) -> list[str]:
 
 
 def _natural(text: str) -> list[tuple[int, int, str]]:
-    """Digits as numbers, so that 9 comes before 10."""
+    """Return a sort key with digits as numbers, so that 9 precedes 10."""
     parts = re.findall(r"[0-9]+|[^0-9]+", text)
     return [(0, int(p), p) if p[0].isdigit() and p.isascii() else (1, 0, p) for p in parts]

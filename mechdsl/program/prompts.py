@@ -1,4 +1,4 @@
-"""A `prompts` block as typed data, and the names in it that are unused or used."""
+"""A `prompts` block as typed data; used and unused names in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import field_names, walk
 
 _IN_TEXT = re.compile(r"\{\s*image\s*\}")
-"""Where an image stands in a prompt."""
+"""An image within a prompt."""
 
 NO_IMAGE_REASON = "has no line that says what its images are made of"
 
@@ -40,7 +40,7 @@ _OF_TEXTS: Mapping[type[ast.Node], str] = {
 
 
 class _BlockLines:
-    """Collects the lines of one block; each name once."""
+    """Collects the lines of one block; each name may occur once."""
 
     def __init__(self, definition: ast.PromptsDef, scope: Namespace) -> None:
         self.definition = definition
@@ -56,7 +56,7 @@ class _BlockLines:
         self.rows: ast.RowsLine | None = None
         self.rename: list[tuple[str, str]] = []
         self.renamed: dict[str, ast.Name] = {}
-        """Where a new name stands first."""
+        """First occurrence of each new name."""
         self.split: ast.SplitLine | None = None
         self.from_images = False
         self.image: ast.ImageLine | None = None
@@ -82,7 +82,7 @@ class _BlockLines:
         self.diagnostics.append(NotSupported(span=node.span, what=what))
 
     def _rows_from(self, source: ast.Expr) -> None:
-        """E0207 for what no rows can come from."""
+        """Report E0207 for an invalid source of rows."""
         if isinstance(source, ast.String):
             return
         name, reason = source.span.written, "names no rows"
@@ -235,7 +235,7 @@ class _BlockLines:
         self.rename.append((new.id, old.id))
 
     def _writes_rows(self, line: ast.Template | ast.DomainDef | ast.Chat) -> None:
-        """E0209, E0207: rows are written in one way."""
+        """Report rows that are defined by two methods (E0209, E0207)."""
         is_chat = isinstance(line, ast.Chat)
         first = self.chat or next(iter(self.templates), None)
         if first is not None and is_chat != isinstance(first, ast.Chat):
@@ -282,7 +282,7 @@ class _BlockLines:
         )
 
     def only_of_texts(self) -> None:
-        """E0207 and E0108 for what images don't have: text."""
+        """Report text lines in a block of images (E0207, E0108)."""
         for line in self.definition.lines:
             word = _OF_TEXTS.get(type(line))
             if isinstance(line, ast.DomainDef) and [n.id for n in line.names] == ["template"]:
@@ -301,7 +301,7 @@ class _BlockLines:
                 self.diagnostics.append(bad)
 
     def no_images_in_text(self) -> None:
-        """E0108 for images that stand in a prompt."""
+        """Report E0108 for images in a prompt."""
         written = list(self.templates)
         written += [turn.text for turn in self.chat.turns] if self.chat is not None else []
         line = self.scored_with
@@ -310,7 +310,7 @@ class _BlockLines:
             self.from_images, self.scored_with = True, None
 
     def no_template_changes(self) -> None:
-        """E0207 for corruptions that write rows of a chat with another template."""
+        """Report E0207 for corruptions with a different template for rows of a chat."""
         for change in (c for corruption in self.corruptions for c in corruption.changes):
             if isinstance(change, ast.ChangeLine) and change.word == "template":
                 bad = BadArgument(
@@ -323,14 +323,14 @@ class _BlockLines:
 
 
 def _turn(turn: ast.ChatTurn) -> ast.ChatTurn:
-    """One that a side says which there is: of others that has been said."""
+    """Replace an invalid role, which has already been reported."""
     return turn if turn.role in spec.CHAT_ROLES else replace(turn, role="user")
 
 
 def lower_prompts(
     definition: ast.PromptsDef, scope: Namespace, parameters: Mapping[str, Constant]
 ) -> spec.Prompts:
-    """The typed block. Codes: E0108, E0201 (`words(MODEL)`), E0202, E0207, E0209."""
+    """Lower a block. Codes: E0108, E0201 (`words(MODEL)`), E0202, E0207, E0209."""
     block = _BlockLines(definition, scope)
     for line in definition.lines:
         block.add(line)
@@ -351,10 +351,10 @@ def lower_prompts(
 def _images(
     block: _BlockLines, scope: Namespace, parameters: Mapping[str, Constant]
 ) -> spec.Prompts:
-    """The block with a template that stands in for none."""
+    """Lower a block of images, with a placeholder for its template."""
     block.only_of_texts()
     _names_used(block.definition, scope)
-    lines = (ast.ImageLine, ast.Template, ast.Chat)  # which have been refused, or will be
+    lines = (ast.ImageLine, ast.Template, ast.Chat)  # already rejected, or rejected later
     said = any(isinstance(line, lines) for line in block.definition.lines)
     at = block.definition.name.span
     if not said:
@@ -383,7 +383,7 @@ def _images(
 
 def _names_used(definition: ast.PromptsDef, scope: Namespace) -> None:
     for node in walk(definition.lines):
-        # `words(toy)` is the one place where a block refers to a model.
+        # Only `words(toy)` refers to a model in a block.
         if isinstance(node, ast.Call) and node.name == "words" and len(node.arguments) == 1:
             model = node.arguments[0].value
             if isinstance(model, ast.Name):
@@ -417,9 +417,9 @@ def _lowered(block: _BlockLines) -> spec.Prompts:
 
 
 def warn_unused_block_names(tree: ast.File) -> list[Diagnostic]:
-    """W0730 for runs of experiments, and for texts, spans and corruptions of the file's own blocks
-    (`answer` aside: accuracies and explanations read it). Values are looked at where rows are made
-    of them."""
+    """Report W0730 for unused runs of experiments and for unused texts, spans and corruptions of
+    the file's own blocks, except `answer`, which accuracies and explanations read. Values are
+    checked when rows are created from them."""
     defined = [
         (kind, name)
         for block in tree.statements
@@ -444,7 +444,7 @@ def warn_unused_block_names(tree: ast.File) -> list[Diagnostic]:
 
 
 def pool_names(tree: ast.File) -> Iterator[str]:
-    """What stands behind `from:` in blocks: a column, or a block whose records a list draws."""
+    """Yield the names after `from:` in blocks: columns, or blocks whose records a list samples."""
     for block in tree.statements:
         if isinstance(block, ast.PromptsDef):
             for node in walk(block):
@@ -466,7 +466,7 @@ def _definitions(block: ast.PromptsDef) -> Iterator[tuple[str, ast.Name]]:
 
 
 def _mentioned(node: ast.Node) -> Iterator[str]:
-    """Every word of a node that may be a name."""
+    """Yield every word of a node that may be a name."""
     match node:
         case ast.Name(id=word):
             yield word
@@ -488,9 +488,9 @@ def _mentioned(node: ast.Node) -> Iterator[str]:
 
 
 def used_corruptions(experiment: spec.Experiment, program: spec.Program) -> frozenset[str]:
-    """The corruptions of its block whose names are anywhere in an experiment, in one of its
-    variants, or in one of the results of the same block: its rows are those that each of them
-    changes. What directions are fitted on are rows of their own."""
+    """Return the corruptions of the experiment's block that the experiment, any of its variants or
+    any result of the same block refers to. Its rows are those that all of these change. The rows
+    used for fitting directions are separate."""
     block = experiment.within or experiment.name
     words: set[str] = set()
     for each in program.experiments:
@@ -501,7 +501,7 @@ def used_corruptions(experiment: spec.Experiment, program: spec.Program) -> froz
 
 
 def _words(part: Any) -> Iterator[str]:
-    """All texts within a part of a program, names among them."""
+    """Yield all texts within a part of a program, including names."""
     match part:
         case str():
             yield part

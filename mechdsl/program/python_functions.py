@@ -1,7 +1,7 @@
 """Functions of the user's Python files: found by reading, run only with permission.
 
-Finding a function neither imports nor runs its file. A later run executes the very bytes that were
-read then, so that the SHA-256 in the results is that of the code that produced them.
+Finding a function neither imports nor runs its file. A later run executes the bytes read at that
+time, so that the SHA-256 in the results is that of the code that produced them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 
 PYTHON_CALL = "python"
-"""`python("file.py:name")`."""
+"""The call `python("file.py:name")`."""
 
 PythonMode = Literal["refuse", "look", "run"]
-"""What becomes of Python in a file: an error, only looked at (`validate`), or run."""
+"""Treatment of Python in a file: rejected, only inspected (`validate`), or run."""
 
 FunctionUse = Literal["metric", "reply", "value", "fill", "model"]
-"""What a function is for, and so what it is called with."""
+"""Purpose of a function, which determines its arguments."""
 
 NESTED_CALL_REASON = "it can't stand inside a text or another metric"
 
@@ -53,51 +53,52 @@ FUNCTION_PARAMETERS: dict[FunctionUse, tuple[str, ...]] = {
 }
 
 TOKENIZER_PARAMETER = "tokenizer"
-"""What a metric is given too, if it takes a third argument, or one of this name."""
+"""Name of the parameter through which a metric receives the tokenizer; a third required
+parameter of any name has the same effect."""
 
 TokenizerArgument = Literal["nothing", "third", "named"]
 
 
 class PythonFailure(Exception):
-    """A function failed. Caught where its rows are known."""
+    """A function failed; caught where its rows are known."""
 
     def __init__(self, diagnostic: PythonFailed, row: int | None = None) -> None:
-        """row: which of those that it was called with made it fail, where that is known."""
+        """Store the failure; `row` is the index of the failing row among those passed, if known."""
         super().__init__(diagnostic.message)
         self.diagnostic = diagnostic
         self.row = row
 
 
 class PythonNotLoaded(PythonFailure):
-    """The file does not run, or leaves no such function: no row has to do with it."""
+    """The file doesn't run or doesn't define the function; no row is at fault."""
 
 
 @dataclass(frozen=True)
 class PythonFunction:
-    """A function that was found, and not run so far."""
+    """A function that was found but not yet run."""
 
     path: Path
     file: str
-    """The path as written."""
+    """The path as written in the source."""
     name: str
     digest: str
     """SHA-256 of the file."""
     line: int = field(compare=False)
-    """Where it is defined."""
+    """Line of the definition."""
     span: Span = field(compare=False, repr=False)
     tokenizer: TokenizerArgument = "nothing"
-    """Of a metric: how it is given the model's tokenizer."""
+    """How a metric receives the model's tokenizer."""
 
     @property
     def allowing(self) -> str:
-        """What lets it run. Of an untrusted file nothing does."""
+        """The option that allows it to run. An untrusted file has none."""
         untrusted = self.span.source.reach.reads is not None
         leave = " leave `--untrusted` out and" if untrusted else ""
         allow = "`--allow-python` (`allow_python=True` from Python)"
         return f"read `{self.file}`, then{leave} add {allow}"
 
     def call(self, *arguments: Any, **named: Any) -> Any:
-        """What it gives; PythonFailure for every exception."""
+        """Call the function; every exception becomes a PythonFailure."""
         function = self._load()
         try:
             return function(*arguments, **named)
@@ -112,7 +113,7 @@ class PythonFunction:
         error: BaseException | None = None,
         row: int | None = None,
     ) -> PythonFailure:
-        """What is wrong with it. row: as in PythonFailure."""
+        """Return the failure for a reason. `row`: as in PythonFailure."""
         where = self.where(error)
         said = PythonFailed(
             span=self.span, function=self.name, reason=reason, where=where, hint=hint
@@ -120,7 +121,7 @@ class PythonFunction:
         return PythonFailure(said, row)
 
     def where(self, error: BaseException | None = None) -> str:
-        """The line of its file that raised, or that defines it."""
+        """Describe the line of the file that raised, or that defines the function."""
         line = self._line(error)
         return f"defined at {self.file}:{self.line}" if line is None else f"at {self.file}:{line}"
 
@@ -133,7 +134,7 @@ class PythonFunction:
         return (f"correct `{self.name}`, or leave out what it can't take",)
 
     def _line(self, error: BaseException | None) -> int | None:
-        """The innermost line of the file that led to an exception."""
+        """Return the innermost line of the file in an exception's traceback."""
         if error is None:
             return None
         lines = [
@@ -157,21 +158,21 @@ class PythonFunction:
 
 
 def _told(error: BaseException) -> str:
-    """An exception on one line."""
+    """Format an exception on one line."""
     said = " ".join(str(error).split())
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 @cache
 def _module(path: Path, digest: str) -> ModuleType:
-    """The file as a module, run once; not among those that others can import by its name."""
+    """Run the file once as a module that others can't import by its name."""
     content = path.read_bytes()
     if sha256(content).hexdigest() != digest:
         raise RuntimeError("the file has changed since it was checked")
     name = f"mechdsl_python_{digest[:16]}"
     module = ModuleType(name)
     module.__file__ = str(path)
-    sys.modules[name] = module  # where dataclasses and pickle look for it
+    sys.modules[name] = module  # dataclasses and pickle look it up there
     try:
         exec(compile(content, str(path), "exec"), module.__dict__)
     except BaseException:
@@ -189,8 +190,8 @@ def is_python_call(node: object) -> bool:
 
 
 def metric_use(node: ast.Call) -> FunctionUse:
-    """What a function of a measure is given: `python("judge.py:refused", reply)` what the model
-    has written, others logits."""
+    """Return the purpose of a measure's function: `python("judge.py:refused", reply)` receives the
+    generated text, other functions receive logits."""
     second = node.arguments[1] if len(node.arguments) == 2 else None
     if second is None or second.name is not None or not isinstance(second.value, ast.Name):
         return "metric"
@@ -200,7 +201,7 @@ def metric_use(node: ast.Call) -> FunctionUse:
 def find_function(
     node: ast.Call, use: FunctionUse
 ) -> tuple[PythonFunction | None, list[Diagnostic]]:
-    """The function that `python("file.py:name")` means. Nothing of it runs.
+    """Find the function that `python("file.py:name")` refers to, without running any of it.
 
     Codes: E0222, E0532, E0535.
     """
@@ -274,7 +275,7 @@ def _content(path: Path, file: str) -> bytes:
 
 
 def _functions(content: bytes, file: str) -> dict[str, python.FunctionDef]:
-    """The functions that a file defines at its top, by name; of equal names the last one."""
+    """Return the top-level functions of a file by name; of equal names the last one."""
     try:
         tree = python.parse(content, filename=file)
     except SyntaxError as error:
@@ -303,8 +304,8 @@ def _functions(content: bytes, file: str) -> dict[str, python.FunctionDef]:
 def _tokenizer_as(
     function: python.FunctionDef, name: str, first: tuple[str, ...]
 ) -> TokenizerArgument:
-    """How a metric takes the tokenizer: by its name, or as a third argument that it can't do
-    without; one with two arguments doesn't."""
+    """Return how a metric receives the tokenizer: by its name, as a third required argument, or,
+    with two arguments, not at all."""
     own = function.args
     places = [each.arg for each in (*own.posonlyargs, *own.args)]
     if TOKENIZER_PARAMETER in places[:2]:
@@ -320,7 +321,7 @@ def _tokenizer_as(
 def _check_parameters(
     function: python.FunctionDef, name: str, use: FunctionUse, tokenizer: TokenizerArgument
 ) -> None:
-    """It must take what it will be called with."""
+    """Check that the function accepts its arguments."""
     own = function.args
     by_name = tokenizer == "named"
     most = len(own.posonlyargs) + len(own.args)
@@ -344,11 +345,11 @@ def _check_parameters(
     raise _Missing(reason, f"write `def {name}({', '.join(wanted)}):`")
 
 
-# --- in a file ------------------------------------------------------------------------------------
+# --- functions of a file --------------------------------------------------------------------------
 
 
 def prompt_functions(prompts: spec.Prompts) -> list[ast.Call]:
-    """All `python(…)` that rows of a block are made with."""
+    """Return all `python(…)` calls that create rows of a block."""
     parts: list[Any] = [value.value for value in prompts.values]
     parts += [text.value for text in prompts.texts]
     parts += list(prompts.where)
@@ -359,14 +360,17 @@ def prompt_functions(prompts: spec.Prompts) -> list[ast.Call]:
 def check_functions(
     program: spec.Program, mode: PythonMode, given: Collection[str] = ()
 ) -> list[Diagnostic]:
-    """E0221 for Python that isn't allowed, E0222 for what can't be called, W0740 for rows that
-    are not looked at because of it.
+    """Check the Python functions of a program.
 
-    given: models that are handed over, whose functions aren't asked.
+    Codes: E0221 for Python that isn't allowed, E0222 for invalid functions, W0740 for rows that
+    can't be checked because of them.
+
+    Args:
+        given: Models passed by the caller, whose functions aren't called.
     """
     if mode == "run":
-        _module.cache_clear()  # a function may count, and begins anew with every run
-        with suppress(CodeHashError, OSError):  # what is imported is looked at before it is run
+        _module.cache_clear()  # a function may keep state, which every run resets
+        with suppress(CodeHashError, OSError):  # imported modules are hashed before they run
             hash_imported_code(each.path.read_bytes() for each in program_functions(program))
     found: list[Diagnostic] = []
     seen: set[Span] = set()
@@ -403,7 +407,7 @@ def check_functions(
 
 
 def program_functions(program: spec.Program) -> Iterator[PythonFunction]:
-    """All functions of Python files that a file refers to and that can be found."""
+    """Yield all Python functions that a file refers to and that can be found."""
     for node, use in _uses(program):
         function = None if use is None else find_function(node, use)[0]
         if function is not None:
@@ -413,8 +417,8 @@ def program_functions(program: spec.Program) -> Iterator[PythonFunction]:
 def _uses(
     program: spec.Program, given: Collection[str] = ()
 ) -> Iterator[tuple[ast.Call, FunctionUse | None]]:
-    """Every `python(…)` of a file and what it is for; None where it can't stand. Of models that are
-    given none."""
+    """Yield every `python(…)` of a file with its purpose; None if it is invalid there. Functions of
+    `given` models are omitted."""
     for model in program.models.values():
         if model.function is not None and model.name not in given:
             yield model.function, "model"

@@ -1,4 +1,4 @@
-"""What names in statements refer to: results of observations, swept axes, numbers of a `for`."""
+"""Targets of names in statements: results of observations, swept axes, numbers of a `for`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mechdsl.syntax.words import OBSERVATION_AXES
 
 
 def results_by_observation(experiments: Sequence[spec.Experiment]) -> dict[str, str]:
-    """Observation → the result that it is in, as that is called."""
+    """Map observations to the names of their results."""
     return {
         rule.observed.name: experiment.name
         for experiment in experiments
@@ -24,8 +24,8 @@ def results_by_observation(experiments: Sequence[spec.Experiment]) -> dict[str, 
 
 
 def resolve_result_names(experiment: spec.Experiment, results: dict[str, str]) -> spec.Experiment:
-    """The experiment with names of results where it names observations of others, or of its own
-    that are other results."""
+    """Replace names of observations, of other experiments or of the experiment's other results, by
+    the names of the results."""
     own = {measure.label for measure in experiment.measures}
 
     rules = tuple(
@@ -48,7 +48,7 @@ def resolve_result_names(experiment: spec.Experiment, results: dict[str, str]) -
 
 
 def _observed_results(rule: spec.Rule, results: dict[str, str]) -> dict[str, spec.ObservedQuantity]:
-    """The same of maps that an `observe` line is of, and of what they are set against."""
+    """Resolve the results that an `observe` line over maps reads and compares with."""
     said = rule.observed
     if said is None or not said.maps:
         return {}
@@ -62,8 +62,12 @@ def _observed_results(rule: spec.Rule, results: dict[str, str]) -> dict[str, spe
 def resolve_expectation_results(
     expect: spec.Expectation, results: Mapping[str, str], own: Collection[str]
 ) -> spec.Expectation:
-    """The expectation with measures of other results as such. results: label of a measure → the
-    result that it is in; own: labels and effects of the one that expects."""
+    """Resolve measures of other results in an expectation.
+
+    Args:
+        results: Label of a measure → the result that contains it.
+        own: Labels and effects of the expecting result.
+    """
     if expect.condition is None:
         return expect
     there = {label: name for label, name in results.items() if label not in own}
@@ -96,7 +100,7 @@ def resolve_expectation_results(
                 return node
 
     def alone(node: Any) -> Any:
-        """A lone word reads as a group of sites too."""
+        """Convert a lone word, which also parses as a group of sites."""
         if isinstance(node, ast.Site) and len(node.names) == 1 and not node.axes:
             return node.names[0]
         return node
@@ -111,13 +115,13 @@ def resolve_expectation_results(
 
 
 def resolve_group_results(group: spec.Group, results: dict[str, str]) -> spec.Group:
-    """The same of a group's sites."""
+    """Replace names of observations in a group's sites by the names of their results."""
     sites = tuple(resolve_result_references(site, results) for site in group.sites)
     return group.model_copy(update={"sites": sites})
 
 
 def resolve_result_references(node: NodeT, results: dict[str, str]) -> NodeT:
-    """The tree with names of results where it names observations."""
+    """Replace names of observations in a tree by the names of their results."""
 
     def change(part: ast.Node) -> ast.Node:
         if isinstance(part, ast.RankedSelection | ast.MapOf) and part.of in results:
@@ -128,8 +132,8 @@ def resolve_result_references(node: NodeT, results: dict[str, str]) -> NodeT:
 
 
 def possible_axes(rule: spec.Rule) -> Iterator[str]:
-    """Names that reports and expectations may call them by."""
-    yield "layer"  # which may have been forgotten
+    """Yield the names by which reports and expectations may refer to a rule's axes."""
+    yield "layer"  # the file may omit it
     for site in (rule.site, rule.reading, rule.edge):
         yield from site_axes(site)
     yield from (f"to_{name}" for name in site_axes(rule.receiver))
@@ -143,7 +147,7 @@ def possible_axes(rule: spec.Rule) -> Iterator[str]:
 
 
 def observation_axes(observed: spec.ObservedQuantity) -> Iterator[str]:
-    """Those that an observation has by its kind."""
+    """Yield the axes given by the type of an observation."""
     if observed.word in OBSERVATION_AXES:
         yield OBSERVATION_AXES[observed.word]
     if len(observed.maps) > 1 and not observed.placed:
@@ -151,7 +155,7 @@ def observation_axes(observed: spec.ObservedQuantity) -> Iterator[str]:
 
 
 def position_axes(rule: spec.Rule) -> Iterator[str]:
-    """Those of its positions: how many there are hangs on the tokens of prompts."""
+    """Yield the axes of a rule's positions, whose size depends on the tokens of prompts."""
     if may_sweep(rule.at) or (rule.onto is not None and may_sweep(rule.onto)):
         yield "position"
         yield "item"
@@ -160,7 +164,7 @@ def position_axes(rule: spec.Rule) -> Iterator[str]:
 
 
 def site_axes(site: ast.Site | ast.Edge | None) -> Iterator[str]:
-    """Those of a site, or of attention."""
+    """Yield the axes of a site or of attention."""
     for axis in walk(site):
         if isinstance(axis, ast.Axis) and not axis.plural and _sweeps(axis):
             yield axis.word
@@ -173,12 +177,12 @@ def _sweeps(axis: ast.Axis) -> bool:
 
 
 def may_sweep(positions: ast.Positions) -> bool:
-    """Whether there may be more than one cell, whatever the prompts and their tokens are."""
+    """Whether positions may give more than one cell for some prompts and tokens."""
     return len(positions.items) > 1 or any(map(may_sweep_position, walk(positions)))
 
 
 def may_sweep_position(node: ast.Node) -> bool:
-    """The same of one part of a position."""
+    """Whether one item of a position may give more than one cell."""
     match node:
         case ast.TokenIndex():
             return not node.plural and (node.low is None or node.high is not None)
@@ -196,8 +200,8 @@ def may_sweep_position(node: ast.Node) -> bool:
 
 
 def measure_number_names(measure: spec.Measure) -> set[str]:
-    """Names in sites and positions of a measure, and in what its metrics are called with: ends of
-    numerals, entries of lists, placeholders of texts."""
+    """Return the names in a measure's sites, positions and metric arguments: bounds of ranges,
+    entries of lists, placeholders of texts."""
     found = {*number_names(measure.metric), *number_names(measure.at)}
     for call in walk(measure.metric):
         if isinstance(call, ast.Call):
@@ -206,7 +210,7 @@ def measure_number_names(measure: spec.Measure) -> set[str]:
 
 
 def argument_names(argument: ast.Node) -> Iterator[str]:
-    """Names in what a metric is called with. One alone is that of a text, or of a run."""
+    """Yield the names in a metric's argument. A lone name is that of a text or a run."""
     for node in () if isinstance(argument, ast.Name) else walk(argument):
         if isinstance(node, ast.Name):
             yield node.id

@@ -1,4 +1,4 @@
-"""Rules as typed data, and the runs that an experiment derives with rules of their own."""
+"""Rules as typed data, and the derived runs of an experiment with their rules."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from mechdsl.syntax.traversal import walk
 
 
 def lower_during(rule: ast.Rule, work: Statements) -> During | None:
-    """When a rule acts; None at each step, and after an error.
+    """Lower the `during` clause of a rule; None if it acts at every step, and after an error.
 
-    E0203 for a phase that there isn't, E0207 for steps that there are not; those that a `for` runs
-    over are looked at where its values are known.
+    Codes: E0203 for an unknown phase, E0207 for steps that don't exist. Steps from the variable of
+    a `for` are checked when its values are known.
     """
     node = rule.during
     if node is None or not _has_reply(node, work):
@@ -50,7 +50,7 @@ def lower_during(rule: ast.Rule, work: Statements) -> During | None:
 
 
 def _steps(node: ast.During, work: Statements) -> During | None:
-    """`during step 2..5`."""
+    """Lower `during step 2..5`."""
     steps = node.steps
     assert steps is not None
     if isinstance(steps, ast.Star):
@@ -69,7 +69,7 @@ def _steps(node: ast.During, work: Statements) -> During | None:
 
 
 def steps_problem(low: int, high: int, tokens: int | None) -> tuple[str, str] | None:
-    """(what is wrong with these steps of a reply of so many tokens, help), where something is."""
+    """Return (problem, help) for steps that a reply of this number of tokens doesn't have."""
     if low < 0:
         return "must be a number of a step, from 0", "step 0 is the prefill"
     if high < low:
@@ -82,8 +82,7 @@ def steps_problem(low: int, high: int, tokens: int | None) -> tuple[str, str] | 
 
 
 def _end(bound: ast.Bound, work: Statements) -> int | ast.Bound | None:
-    """One end of a range of steps: a number, or, where it hangs on a `for`, as it is written; None
-    after E0201."""
+    """Lower one end of a range of steps: a number, or syntax with a `for`; None after E0201."""
     if bound.percent is not None:
         return -1  # no step
     if bound.name is None:
@@ -97,7 +96,7 @@ def _end(bound: ast.Bound, work: Statements) -> int | ast.Bound | None:
 
 
 def _has_reply(node: ast.During, work: Statements) -> bool:
-    """E0207 where nothing is written, so that there are no steps."""
+    """Whether text is generated, so that there are steps; E0207 if it isn't."""
     if work.generate:
         return True
     said = " ".join(node.span.written.split())
@@ -112,7 +111,7 @@ def _has_reply(node: ast.During, work: Statements) -> bool:
 
 
 def reject_during_in_run(rule: ast.Rule, work: Statements) -> None:
-    """E0108 for a rule of a `run` that says when it acts: a run is of the prompts alone."""
+    """Report E0108 for a `during` clause in a `run`, which processes only the prompts."""
     if rule.during is not None:
         later = "write the rule in the experiment; a `run` is of the prompts, and writes no reply"
         said = " ".join(rule.during.span.written.split())
@@ -124,7 +123,7 @@ def reject_during_in_run(rule: ast.Rule, work: Statements) -> None:
 def lower_rules(
     rule: ast.Rule, source: str | None, prompts: spec.Prompts | None, work: Statements
 ) -> tuple[spec.Rule, ...]:
-    """As `lower_rule`; an ablation with several fills is a rule with each of them."""
+    """Lower a rule; an ablation with several fills becomes one rule per fill."""
     body = rule.body
     during = lower_during(rule, work)
     if not isinstance(body, ast.Ablate) or not body.more:
@@ -143,7 +142,7 @@ def lower_rules(
 
 
 def _label(fill: ast.Fill) -> str:
-    """`mean of fewer by item`, as it is written."""
+    """Return the label of a fill as written in the source: `mean of fewer by item`."""
     by = "" if fill.by is None else f" by {fill.by.id}"
     return " ".join(fill.fill.span.written.split()) + by
 
@@ -151,7 +150,7 @@ def _label(fill: ast.Fill) -> str:
 def lower_rule(
     rule: ast.Rule, source: str | None, prompts: spec.Prompts | None, work: Statements
 ) -> spec.Rule:
-    """The rule with the runs that it names; source: the run that patches read."""
+    """Lower a rule and the runs that it names; `source` is the run that patches read."""
     body = rule.body
     match body:
         case ast.Patch():
@@ -220,7 +219,7 @@ def lower_rule(
 
 
 def _all_tokens() -> ast.Positions:
-    """`tokens *`, where a rule doesn't say it."""
+    """Return `tokens *`, the default positions of a rule."""
     source = Source("tokens *")
     span = Span(source, 0, len(source.text))
     point = ast.Point(ast.TokenIndex(True, None, span=span), span=span)
@@ -236,7 +235,7 @@ def _at(
     by: str | None = None,
     onto: ast.Positions | None = None,
 ) -> spec.Rule:
-    """`VERB SITE at POSITIONS …`"""
+    """Build the rule of `VERB SITE at POSITIONS …`."""
     return spec.Rule(
         span=rule.span, verb=verb, site=body.site, at=body.at, fill=fill, by=by, onto=onto
     )
@@ -245,7 +244,7 @@ def _at(
 def _of_direction(
     rule: ast.Rule, verb: str, body: ast.AnySiteRule, value: ast.Expr, work: Statements
 ) -> spec.Rule:
-    """`VERB NUMBER * DIRECTION …`"""
+    """Build the rule of `VERB NUMBER * DIRECTION …`."""
     factor, direction = split_factor(value, work.scope.names("direction"))
     for name in walk(direction):
         if isinstance(name, ast.Name | ast.Index):
@@ -254,13 +253,13 @@ def _of_direction(
 
 
 def _known(direction: ast.Name | ast.Index, work: Statements) -> None:
-    """E0201 for a name that is no direction's."""
+    """Report E0201 for a name that isn't a direction."""
     name = direction.id if isinstance(direction, ast.Name) else direction.name
     work.scope.use("direction", name, direction.span)
 
 
 def _project_out(rule: ast.Rule, body: ast.ProjectOut, work: Statements) -> spec.Rule:
-    """`project out DIRECTION from SITE at POSITIONS`, or `from weights`."""
+    """Build the rule of `project out DIRECTION from SITE at POSITIONS` or `from weights`."""
     _known(body.direction, work)
     if body.site is not None and body.at is not None:
         lowered = spec.Rule(span=rule.span, verb="project out", site=body.site, at=body.at)
@@ -276,7 +275,7 @@ def _project_out(rule: ast.Rule, body: ast.ProjectOut, work: Statements) -> spec
 def _attention(
     rule: ast.Rule, verb: str, edge: ast.Edge, fill: ast.Expr | None = None
 ) -> spec.Rule:
-    """`VERB attention … from QUERIES to KEYS …`"""
+    """Build the rule of `VERB attention … from QUERIES to KEYS …`."""
     return spec.Rule(
         span=rule.span, verb=verb, edge=edge, at=edge.queries, onto=edge.keys, fill=fill
     )
@@ -289,7 +288,7 @@ def _patch(
     prompts: spec.Prompts | None,
     work: Statements,
 ) -> spec.Rule:
-    """`patch SITE at POSITIONS onto POSITIONS into layer L with RUN`"""
+    """Build the rule of `patch SITE at POSITIONS onto POSITIONS into layer L with RUN`."""
     if body.source is not None and prompts is not None:
         source = resolve_run_name(body.source, prompts, work)
     elif source is None and not work.from_into:
@@ -313,7 +312,7 @@ def _reading(
     prompts: spec.Prompts | None,
     work: Statements,
 ) -> spec.Rule:
-    """`VERB … NUMBER * value(SITE at POSITIONS) of RUN`"""
+    """Build the rule of `VERB … NUMBER * value(SITE at POSITIONS) of RUN`."""
     source = None
     if reading.of is not None and prompts is not None:
         source = resolve_run_name(reading.of, prompts, work)
@@ -348,7 +347,7 @@ def _path(
     prompts: spec.Prompts | None,
     work: Statements,
 ) -> spec.Rule:
-    """`path SENDER -> RECEIVER at POS through mlps with frozen norms`."""
+    """Build the rule of `path SENDER -> RECEIVER at POS through mlps with frozen norms`."""
     if source is None and not work.from_into:
         _without_source("path", rule, prompts, work)
     for word in body.through:
@@ -370,11 +369,10 @@ def _path(
 
 
 def lower_derived_runs(work: Statements, prompts: spec.Prompts) -> tuple[spec.DerivedRun, ...]:
-    """The runs that an experiment defines, in the order of the file, which is that in which they
-    may use each other. Their names are known from then on.
+    """Lower the runs that an experiment defines, in source order; a run may use those before it.
 
-    E0101 for statements that no run has, E0108 for another model, E0202 for names that are taken,
-    E0207 for lists of runs.
+    Defines their names. Codes: E0101 for statements that are invalid in a run, E0108 for another
+    model, E0202 for names that are taken, E0207 for lists of runs.
     """
     found: list[spec.DerivedRun] = []
     for definition in work.derived:
@@ -388,7 +386,7 @@ def lower_derived_runs(work: Statements, prompts: spec.Prompts) -> tuple[spec.De
 
 
 def _taken(name: ast.Name, work: Statements, prompts: spec.Prompts) -> str | None:
-    """Where another run of this name is from."""
+    """Return where another run of this name is defined."""
     if name.id in work.known_runs:
         return line_reference(work.known_runs[name.id], name.span)
     corruption = next((c for c in prompts.corruptions if c.name == name.id), None)
@@ -445,8 +443,11 @@ def _run(definition: ast.RunDef, work: Statements, prompts: spec.Prompts) -> spe
 
 
 def _before_it_is_made(definition: ast.RunDef, inner: Statements, said: int) -> None:
-    """The help of E0201 for runs that are defined further down, or by this very run; said: how many
-    diagnostics there were before it."""
+    """Replace the help of E0201 for runs that are defined later, or that refer to themselves.
+
+    Args:
+        said: Number of diagnostics before this run.
+    """
     later = {each.name.id: each for each in inner.derived if each.name.id not in inner.known_runs}
     for number, problem in enumerate(inner.diagnostics[said:], said):
         if not isinstance(problem, UnknownName) or problem.kind != "run":
@@ -460,7 +461,7 @@ def _before_it_is_made(definition: ast.RunDef, inner: Statements, said: int) -> 
 
 
 def _ends(inner: Statements, prompts: spec.Prompts) -> tuple[str | None, str]:
-    """(source, base) of the `from … into …` of a run."""
+    """Return (source, base) from the `from … into …` of a run."""
     if not inner.from_into:
         return None, CLEAN
     line = inner.from_into[0]

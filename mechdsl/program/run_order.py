@@ -1,4 +1,4 @@
-"""Which experiments must run before which: `top 10 of cie` needs the results of `cie`."""
+"""The order of experiments: `top 10 of cie` needs the results of `cie`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 ResultReference: TypeAlias = ast.RankedSelection | ast.MapOf | RepliesOf
-"""What names another experiment, `of`, whose results it needs."""
+"""A reference to an experiment (`of`) whose results are needed."""
 
 
 def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spec.Experiment]:
-    """The experiments, each with the names of those whose results it uses.
+    """Return the experiments, each with the names of those whose results it uses.
 
-    Codes: E0201 for experiments that there are not, E0210 for circles.
+    Codes: E0201 for unknown experiments, E0210 for cycles.
     """
     results = results_by_observation(parts.experiments)
     if results:
@@ -79,7 +79,7 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
 
 
 def _experiments(parts: Definitions, scope: Namespace) -> list[str]:
-    """All that results are called by."""
+    """Return all names of results."""
     several = {e.within for e in parts.experiments}
     known = [name for name in scope.names("experiment") if name not in several]
     return list(dict.fromkeys([*(e.name for e in parts.experiments), *known]))
@@ -88,8 +88,8 @@ def _experiments(parts: Definitions, scope: Namespace) -> list[str]:
 def _called(
     experiment: spec.Experiment, known: Collection[str], results: Mapping[str, str]
 ) -> dict[str, dict[str, ast.MapOf]]:
-    """`for` variables over words, where no experiment is called so: word → what it stands for as an
-    experiment, or as cells of one."""
+    """Return the `for` variables over words, except those named like an experiment: variable → word
+    → the experiment, or the cells of one, that the word refers to."""
     found: dict[str, dict[str, ast.MapOf]] = {}
     for loop in experiment.loops:
         listed = loop.domain.values
@@ -109,7 +109,7 @@ def _map_of(node: ast.Name | ast.Call, results: Mapping[str, str]) -> ast.MapOf:
 def _each_of(
     node: ResultReference, called: Mapping[str, Mapping[str, ast.MapOf]]
 ) -> list[ResultReference]:
-    """Of `top k of m`, one for each experiment that `m` runs over."""
+    """Expand `top k of m` to one reference per experiment in the domain of `m`."""
     if isinstance(node, RepliesOf) or node.of not in called:
         return [node]
     return [replace(node, of=each.of, span=each.span) for each in called[node.of].values()]
@@ -120,15 +120,15 @@ def _is_own(part: spec.Group | spec.Direction, tree: ast.File) -> bool:
 
 
 def _at_results(direction: spec.Direction, results: dict[str, str]) -> spec.Direction:
-    """The same of the sites that a direction is read at."""
+    """Replace names of observations in a direction's sites by the names of their results."""
     if direction.site is None:
         return direction
     return direction.model_copy(update={"site": resolve_result_references(direction.site, results)})
 
 
 def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ResultReference]:
-    """Every `top n of …` of an experiment, those in the groups and directions that it names
-    included, and the replies that stand behind its prompts."""
+    """Yield every `top n of …` of an experiment, including those in its groups and directions, and
+    the source of the replies after its prompts."""
     if experiment.replies is not None:
         yield experiment.replies
     for part in (*experiment.every_rule, *experiment.measures):
@@ -157,7 +157,7 @@ def _in_tree(
 
 
 def _circles(ranked: Mapping[str, Sequence[ResultReference]], scope: Namespace) -> None:
-    """E0210 once per circle, at the line of its first experiment that needs the next one."""
+    """Report E0210 once per cycle, at the line of its first experiment that needs the next one."""
     done: set[str] = set()
 
     def visit(name: str, chain: tuple[str, ...]) -> None:
@@ -184,8 +184,10 @@ def _circles(ranked: Mapping[str, Sequence[ResultReference]], scope: Namespace) 
 
 
 def sort_by_dependency(experiments: Sequence[spec.Experiment]) -> list[spec.Experiment]:
-    """Each behind those whose results it uses, else as in the file; without circles, and without
-    what uses experiments that are missing."""
+    """Order experiments after those whose results they use, otherwise in source order.
+
+    Experiments in cycles, and those that use missing experiments, are dropped.
+    """
     names = {e.name for e in experiments}
     left, found, done = list(experiments), list[spec.Experiment](), set[str]()
     while ready := [e for e in left if done.issuperset(e.after)]:
@@ -197,15 +199,16 @@ def sort_by_dependency(experiments: Sequence[spec.Experiment]) -> list[spec.Expe
 
 
 def compared_experiments(experiment: spec.Experiment) -> set[str]:
-    """Words of its expectations that may be names of other experiments, which they read."""
+    """Return words of an experiment's expectations that may be names of other experiments."""
     labels = {measure.label for measure in experiment.measures}
     return {name for each in experiment.expects for name in expectation_experiments(each, labels)}
 
 
 def expectation_experiments(expectation: spec.Expectation, labels: Collection[str]) -> set[str]:
-    """Words of an expectation that may be names of other experiments, which it reads.
+    """Return words of an expectation that may be names of other experiments.
 
-    labels: of its own experiment's measures.
+    Args:
+        labels: Labels of the measures of its own experiment.
     """
     found: set[str] = set()
     inner: set[int] = set()
@@ -226,7 +229,7 @@ def expectation_experiments(expectation: spec.Expectation, labels: Collection[st
 def add_dependencies(
     names: Collection[str], experiments: Sequence[spec.Experiment]
 ) -> list[spec.Experiment]:
-    """Experiments with everything that has to run before them, and what they are compared with."""
+    """Return experiments with everything that must run before them and their comparisons."""
     wanted = set(names)
     for experiment in experiments:
         if experiment.name in names:

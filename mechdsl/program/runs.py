@@ -1,7 +1,7 @@
 """The runs of an experiment: other prompt sets and models, generation, saved activations.
 
 An experiment that compares several models, sources or bases becomes one experiment per
-combination. Each is resolved, planned and run like any other; their results are joined at the end.
+combination. Each is resolved, planned and run like any other; the results are combined at the end.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class RunSide:
     """A run on one side of `from … into …`."""
 
     run: str
-    """As tables call it."""
+    """Its name in tables."""
     label: RunLabel
     model: str | None = None
-    """Where the file names a model."""
+    """Its model, if the file names one."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,22 @@ class Variant:
     source: str | None
     base: str
     labels: tuple[tuple[str, RunLabel], ...]
-    """Of what there are several."""
+    """Labels of the compared dimensions."""
     reads: str | None
-    """The source as written: where it is the variant's own model, that is its clean run."""
+    """The source as written in the source text; for the variant's own model, its clean run."""
 
 
 # --- both sides of `from … into …` -------------------------------------------------------------
 
 
 def lower_sides(work: Statements, prompts: spec.Prompts) -> tuple[list[RunSide], list[RunSide]]:
-    """(sources, bases) of `from … into …`; without one, no sources and the clean run."""
+    """Return (sources, bases) of `from … into …`; by default, no sources and the clean run."""
     if not work.from_into:
         return [], [RunSide(CLEAN, CLEAN)]
     line = work.from_into[0]
     sources = list(_ends(line.sources, prompts, work))
     bases = [
-        # What rules act on is a run of its own model, whichever that is.
+        # Rules act on a run of the experiment's own model.
         RunSide(CLEAN, end.label, end.model) if end.model is not None else end
         for end in _ends(line.bases, prompts, work)
     ]
@@ -139,7 +139,8 @@ def reject_repeated_names(written: Sequence[tuple[str, Span]], work: Statements)
 
 
 def model_labels(names: Sequence[str], work: Statements) -> list[RunLabel]:
-    """What tables call models: checkpoints by what the star stands for, numbers if all are."""
+    """Return the labels of models in tables: for checkpoints, the text that the star matches, as
+    numbers if all are numeric."""
     found = [work.parts.models[name].matched or name for name in names]
     if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in found):
         return [int(label) for label in found]
@@ -147,13 +148,13 @@ def model_labels(names: Sequence[str], work: Statements) -> list[RunLabel]:
 
 
 def experiment_models(work: Statements, bases: Sequence[RunSide]) -> list[tuple[str, RunLabel]]:
-    """The models that the experiment runs on; none after an error.
+    """Return the models that the experiment runs on; empty after an error.
 
-    `into tuned` names the model as well; a `model` line beside it may name both sides.
+    `into tuned` names the model as well; an additional `model` line may name both sides.
     """
     across = [(end.model, end.label) for end in bases if end.model is not None]
     if len(across) not in (0, len(bases)):
-        return []  # which has been refused
+        return []  # already rejected
     if across:
         line = work.from_into[0]
         named = {
@@ -190,7 +191,7 @@ def experiment_models(work: Statements, bases: Sequence[RunSide]) -> list[tuple[
 
 
 def _only_model(work: Statements) -> list[tuple[str, RunLabel]]:
-    """The file's only model, which needs no line."""
+    """Return the file's only model, for which no line is needed."""
     known = work.scope.names("model")
     if len(known) == 1:
         work.scope.use("model", known[0], work.definition.span)
@@ -221,10 +222,13 @@ def combine_variants(
     work: Statements,
     block: ast.Ref | None,
 ) -> list[Variant]:
-    """Every combination, the last one fastest. E0202 for loops called like them, E0530 for
-    combinations that no sampled row takes part in.
+    """Return every combination; the last dimension varies fastest.
 
-    block: of prompts, as the experiment names it
+    Codes: E0202 for loops with the name of a dimension, E0530 for combinations without sampled
+    rows.
+
+    Args:
+        block: The experiment's reference to a prompt block.
     """
     across = any(end.model is not None for end in bases)
     found: list[Variant] = []
@@ -258,7 +262,7 @@ def combine_variants(
 
 
 def prompts_labels(ref: ast.Ref | None, work: Statements) -> tuple[tuple[str, RunLabel], ...]:
-    """What tells a block from the others that the experiment runs on; nothing where it is one."""
+    """Return the label that distinguishes a block from the others of the experiment, if any."""
     if ref is None or len(work.prompts[0].prompts) == 1:
         return ()
     return ((PROMPTS_AXIS, ref.span.written),)
@@ -288,8 +292,8 @@ def variant_fields(
     derived: Sequence[spec.DerivedRun],
     work: Statements,
 ) -> dict[str, object]:
-    """The rules of a combination, the runs that it defines, and those of elsewhere that it has: its
-    own model's run is its clean one."""
+    """Return the fields of a combination: its rules, derived runs and external runs. A run of its
+    own model is its clean run."""
     own = {run.name for run in work.elsewhere.values() if run.model == variant.model}
 
     def here(rules: Sequence[spec.Rule]) -> tuple[spec.Rule, ...]:
@@ -307,7 +311,7 @@ def variant_fields(
 
 
 class SettingRange(NamedTuple):
-    """What may stand behind `with`."""
+    """Valid values of a setting after `with`."""
 
     whole: bool
     least: float
@@ -317,7 +321,7 @@ class SettingRange(NamedTuple):
 
 
 REPLY_REPORTS = frozenset({"texts", "json"})
-"""Reports that need no measure: they have the replies."""
+"""Reports that need no measure, because they print replies."""
 
 GENERATION_SETTINGS: Mapping[str, SettingRange] = {
     "temperature": SettingRange(False, 1e-6, 1e6, "must be a number above 0", "temperature 0.7"),
@@ -334,7 +338,7 @@ GENERATION_SETTINGS: Mapping[str, SettingRange] = {
 
 
 def lower_replies(work: Statements) -> RepliesOf | None:
-    """Whose replies stand behind the prompts, if any do; E0108 beside `generate`."""
+    """Return the experiment whose replies follow the prompts, if any; E0108 with `generate`."""
     said = work.prompts[0].replies if work.prompts else None
     if said is None:
         return None
@@ -353,7 +357,7 @@ def lower_replies(work: Statements) -> RepliesOf | None:
 
 
 def reply_length_measure(line: ast.Generate) -> ast.Measure:
-    """What an experiment measures that only writes."""
+    """Return the default measure of an experiment that only generates text."""
     source = Source("measure length as raw", line.span.source.path)
     length, raw = (
         ast.Name(word, span=Span(source, begin, begin + len(word)))
@@ -364,10 +368,10 @@ def reply_length_measure(line: ast.Generate) -> ast.Measure:
 
 
 def lower_generation(work: Statements) -> Generation | None:
-    """The `generate` line of an experiment; None where it has none. After an error another one
-    stands for it.
+    """Lower the `generate` line of an experiment; None without one. After an error, return a
+    placeholder.
 
-    E0201, E0203, E0207 for numbers that can't be taken, and for sampling without a seed.
+    Codes: E0201, E0203, E0207 for invalid numbers and for sampling without a seed.
     """
     if not work.generate:
         return None
@@ -377,7 +381,7 @@ def lower_generation(work: Statements) -> Generation | None:
 
 
 def _generation(line: ast.Generate, work: Statements) -> Generation | None:
-    """The line, None after an error."""
+    """Lower the line; None after an error."""
     tokens = whole_number_value(line.tokens, work.parts.parameters)
     if isinstance(line.tokens, str) and not work.scope.use("param", line.tokens, line.span):
         return None
@@ -415,7 +419,7 @@ def _generation(line: ast.Generate, work: Statements) -> Generation | None:
 
 
 def _settings(line: ast.Generate, work: Statements) -> dict[str, Any] | None:
-    """The numbers behind `with`, by name; None after an error."""
+    """Return the numbers after `with` by name; None after an error."""
     found: dict[str, Any] = {}
     before = len(work.diagnostics)
     for each in line.settings:
@@ -451,16 +455,16 @@ def _settings(line: ast.Generate, work: Statements) -> dict[str, Any] | None:
 
 
 SAVE_DTYPES = ("float16", "bfloat16", "float32")
-"""What activations can be saved as."""
+"""Dtypes of saved activations."""
 
 SAVE_SUFFIX = ".safetensors"
 
 
 def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...]:
-    """The `save` lines of an experiment.
+    """Lower the `save` lines of an experiment.
 
-    E0108 beside rules, where no run is named, and beside `keep`, E0201 for runs that there are
-    not, E0203 for types, E0207 for files of another kind.
+    Codes: E0108 with `keep`, and with rules unless a run is named; E0201 for unknown runs, E0203
+    for dtypes, E0207 for files of another type.
     """
     unsaid = [save for save in work.saves if save.run is None]
     for save in unsaid[:1] if work.rules else ():
@@ -505,7 +509,7 @@ def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...
 
 
 def reject_compared_saves(work: Statements, variants: Sequence[object]) -> None:
-    """E0108 where an experiment that saves compares several blocks, models, sources or bases."""
+    """Report E0108 for saves in an experiment that compares blocks, models, sources or bases."""
     blocks = len(work.prompts[0].prompts) if work.prompts else 1
     if len(variants) * blocks > 1 and work.saves:
         what = "a `save` in an experiment that compares several models, sources or bases"

@@ -9,7 +9,7 @@ from operator import neg
 from mechdsl.program import spec
 
 MAX_EXACT_FLIPS = 14
-"""Prompts with a non-zero delta up to which all sign flips are enumerated."""
+"""Maximum number of prompts with a non-zero delta for which all sign flips are enumerated."""
 
 CORRECTION_NAMES: Mapping[str, str] = {
     "holm": "Holm",
@@ -17,18 +17,21 @@ CORRECTION_NAMES: Mapping[str, str] = {
     "max": "max-statistic",
     "none": "none",
 }
-"""How `stats correct WORD` is called."""
+"""Names of the corrections of `stats correct WORD`."""
 
 MAX_RESAMPLES = 100_000
-"""Sign flips or resamples, unless the file asks for more of them."""
+"""Maximum default number of sign flips or resamples; a file can request more."""
 
 MIN_UNITS = 5
-"""Units below which a cell has neither an interval nor a p."""
+"""Minimum number of units for an interval or a p-value."""
 
 
 def smallest_p_value(units: int, settings: spec.Statistics) -> float:
-    """The least p that so many units can have: 2^(1 − n), as often all signs are equal by chance,
-    and no less than one flip or resample among all; 1 where units are too few for a test."""
+    """Return the smallest p-value that this number of units can have.
+
+    It is 2^(1 − n), the probability that all signs are equal by chance, and at least one flip or
+    resample among all; 1 if the units are too few for a test.
+    """
     if units < MIN_UNITS:
         return 1.0
     least = 2.0 ** (1 - units)
@@ -40,17 +43,19 @@ def smallest_p_value(units: int, settings: spec.Statistics) -> float:
 
 
 def unreachable_cells(units: Sequence[int], settings: spec.Statistics) -> list[int]:
-    """Places of the cells that can't survive the correction, however large their effects.
+    """Return the indices of cells that can't be significant after correction, whatever their
+    effect.
 
-    units: of every cell that is tested, prompts or groups.
+    Args:
+        units: Number of prompts or groups of each tested cell.
     """
     least = sorted((smallest_p_value(each, settings) for each in units), reverse=True)
     level = 1 - settings.confidence / 100
     found: list[int] = []
     for place, each in enumerate(units):
         own = smallest_p_value(each, settings)
-        # Holm multiplies by the cells that are left when all with a smaller p have been rejected;
-        # the others may leave it as it is
+        # Holm multiplies by the number of cells that remain after all with a smaller p are
+        # rejected; the other corrections may leave p unchanged.
         left = bisect_right(least, -own, key=neg) if settings.correction == "holm" else 1
         if own * left >= level:
             found.append(place)

@@ -1,6 +1,6 @@
 """The experiment as typed data: a file's content after its names are bound.
 
-Expressions, sites and positions stay syntax trees, because only data and models give them a
+Expressions, sites and positions remain syntax trees, because only data and models give them a
 meaning; in JSON they are the source text.
 """
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     Paths = tuple[Path, ...]
     Sources = tuple[Source, ...]
 else:
-    # Pydantic never looks into a tree: it would spend a quarter of a second on its schema.
+    # Skip Pydantic's validation of a tree, whose schema would take a quarter of a second to build.
     _AS_WRITTEN = Annotated[
         Any,
         PlainSerializer(_as_written, return_type=str | None),
@@ -74,7 +74,7 @@ class RepliesOf(Spec):
 
     of: str
     cell: tuple[ArgumentText, ...] = ()
-    """Which of its cells wrote them."""
+    """The selected cell, if not all cells are meant."""
 
     @property
     def text(self) -> str:
@@ -85,23 +85,23 @@ class Generation(Spec):
     """`generate 40 with temperature 0.7, samples 3 until "\\n"`."""
 
     tokens: int
-    """What a reply has at most."""
+    """Maximum length of a reply."""
     temperature: float | None = None
-    """None: the most likely token is taken, and nothing is drawn."""
+    """None: greedy decoding."""
     top_k: int | None = None
     top_p: float | None = None
     samples: int = 1
     stops: tuple[str, ...] = ()
-    """Texts in front of which a reply ends."""
+    """Texts that end a reply; excluded from it."""
 
     @property
     def sampled(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         return self.temperature is not None
 
     @property
     def drawn(self) -> tuple[str, ...]:
-        """How tokens are drawn, in words; nothing where they aren't."""
+        """Sampling settings in words; empty for greedy decoding."""
         if self.temperature is None:
             return ()
         said = [f"drawn at temperature {self.temperature:g}"]
@@ -111,7 +111,7 @@ class Generation(Spec):
 
     @property
     def how(self) -> str:
-        """All of it in a few words."""
+        """All settings in a few words."""
         said = [f"up to {count_noun(self.tokens, 'token')}", *self.drawn]
         said += [f"{self.samples:,} samples"] if self.samples > 1 else []
         if self.stops:
@@ -119,7 +119,7 @@ class Generation(Spec):
         return ", ".join(said)
 
     def key(self, seed: int) -> tuple[object, ...]:
-        """What replies hang on, beside the model, the prompts and the rules. seed: the file's."""
+        """Return what replies depend on besides model, prompts and rules; `seed`: the file's."""
         drawn = None if self.temperature is None else (self.temperature, seed, self.samples)
         return (self.tokens, drawn, self.top_k, self.top_p, self.stops)
 
@@ -128,15 +128,15 @@ class During(Spec):
     """`during step 2..5`: the steps of a reply in which a rule acts. Step 0 is the prefill."""
 
     first: int | EndText
-    """A number, or one that hangs on a `for`."""
+    """A number, or syntax that depends on a `for`."""
     last: int | EndText
     """Inclusive."""
     after_prefill: bool = False
-    """It edits what is kept of the prompt, between step 0 and step 1."""
+    """Whether it edits the cached prompt, between step 0 and step 1."""
 
 
 TILE = "tile"
-"""The value that says which tile a row is."""
+"""The value that names the tile of a row."""
 
 WHOLE = "whole"
 
@@ -147,18 +147,22 @@ class Tiles(Spec):
     rows: int
     cols: int
     whole: bool = False
-    """Whether the uncut image is one more row."""
+    """Whether the uncut image is an additional row."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the rows of one image are called, in the order of reading."""
+        """Names of the rows of one image, in reading order."""
         cut = [f"row {r + 1} col {c + 1}" for r in range(self.rows) for c in range(self.cols)]
         return (*cut, *([WHOLE] if self.whole else []))
 
     def box(self, name: str, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-        """Where a tile lies in an image of this size, (height, width): (left, top, right, bottom),
-        the ends exclusive; None of the whole image. Edges between two pixels go to the left and to
-        the top, so that each pixel is in one tile."""
+        """Return the bounds of a tile in an image of `size` (height, width).
+
+        Returns:
+            (left, top, right, bottom) with exclusive ends; None for the whole image. An edge
+            between two pixels is rounded to the left and to the top, so that each pixel is in one
+            tile.
+        """
         if name == WHOLE:
             return None
         height, width = size
@@ -172,7 +176,7 @@ class Tiles(Spec):
 
     @property
     def words(self) -> str:
-        """What becomes of an image."""
+        """Description of the rows that an image becomes."""
         cut = f"cut into {self.rows} x {self.cols} tiles"
         return f"{cut}, and whole" if self.whole else cut
 
@@ -183,21 +187,21 @@ class Model(Spec):
     name: str
     kind: Literal["zoo", "hf", "local", "python"]
     path: str
-    """As written; of `python("FILE:FUNCTION")` both."""
+    """The path as written; for `python("FILE:FUNCTION")`, file and function."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     bos: bool | None = None
-    """None: as the tokenizer does by itself."""
+    """None: the tokenizer's default."""
     matched: str | None = None
-    """What the `*` of its path stands for: one of several checkpoints."""
+    """Text that the `*` of the path matches, for one of several checkpoints."""
     base: str | None = None
-    """Of an adapter: the model whose weights it changes."""
+    """For an adapter: the model whose weights it changes."""
     function: CallText | None = None
-    """`python(…)`, where the model is what that gives."""
+    """The call `python(…)` that returns the model, if it has one."""
 
     @property
     def source(self) -> str:
-        """Where it comes from, as it is typed: `local("tuned", base: m)`."""
+        """The model's source as typed: `local("tuned", base: m)`."""
         base = "" if self.base is None else f", base: {self.base}"
         return f'{self.kind}("{self.path}"{base})'
 
@@ -223,10 +227,10 @@ class Corruption(Spec):
 
 
 NO_PROMPTS, NO_TEXT = "no prompts", "."
-"""The block of experiments that look at weights alone, and the text of its one row."""
+"""The block of experiments that observe only weights, and the text of its one row."""
 
 CHAT_ROLES = ("system", "user", "assistant")
-"""Whose turns a chat has."""
+"""Roles of the turns of a chat."""
 
 
 class RegionDef(Spec):
@@ -241,45 +245,45 @@ class Prompts(Spec):
 
     name: str
     image: ExprText | None = None
-    """Of images: what each is made of."""
+    """For images: the expression that creates each image."""
     tiles: Tiles | None = None
-    """Of images: into what each is cut, where each part is a row."""
+    """For images: the tiles that each image is cut into; every tile is a row."""
     regions: tuple[RegionDef, ...] = ()
     values: tuple[Value, ...] = ()
     templates: tuple[StringText, ...] = ()
     chat: tuple[ChatTurnText, ...] = ()
-    """Turns that the tokenizer's chat template writes, in place of templates."""
+    """Turns for the tokenizer's chat template, instead of templates."""
     rows: ExprText | None = None
     """The file's path as a string expression."""
     from_images: bool = False
-    """Whether it takes columns from images that aren't known."""
+    """Whether its columns come from unknown images."""
     distinct: bool = False
-    """Of equal records only the first."""
+    """Keep only the first of equal records."""
     rename: tuple[tuple[str, str], ...] = ()
     """(new name, column)."""
     where: tuple[ExprText, ...] = ()
     split: float | None = None
-    """Percent of the rows in `NAME.train`."""
+    """Percentage of the rows in `NAME.train`."""
     texts: tuple[TextDef, ...] = ()
     scored_with: RefText | None = None
-    """Of texts: the block of images that a model with two towers scores them with."""
+    """For texts: the block of images that a two-tower model compares them with."""
     classes: StringText | None = None
-    """Of images: what each of the texts says that a model with two towers chooses from."""
+    """For images: the template of the texts that a two-tower model chooses from."""
     spans: tuple[SpanDefText, ...] = ()
     corruptions: tuple[Corruption, ...] = ()
 
     @property
     def kind(self) -> Literal["prompts", "images"]:
-        """What its rows are."""
+        """Type of the rows."""
         return "prompts" if self.image is None else "images"
 
     @property
     def unit(self) -> str:
-        """What a row is."""
+        """Name of one row."""
         return "prompt" if self.image is None else "image"
 
     def has_part(self, name: str | None) -> bool:
-        """Whether `BLOCK.NAME` are rows of its split, and no corruption."""
+        """Whether `BLOCK.NAME` is a part of its split and not a corruption."""
         runs = {corruption.name for corruption in self.corruptions}
         return self.split is not None and name in ("train", "test") and name not in runs
 
@@ -288,23 +292,23 @@ class ObservedQuantity(Spec):
     """What an `observe` line looks at, beside the sites and positions of its rule."""
 
     word: str
-    """`norm`, `logit_lens`: what kind of observation it is."""
+    """Type of the observation: `norm`, `logit_lens`."""
     name: str | None = None
-    """What it is called: `as attn`."""
+    """Its name in the file: `as attn`."""
     call: CallText | None = None
     """The word with its arguments: `probe(count)`."""
     toward: ExprText | None = None
     top: int | None = None
     placed: bool = True
-    """Whether positions are written; else `at` says what stands in for them."""
+    """Whether the file gives positions; otherwise `at` is the placeholder."""
     maps: tuple[MapText, ...] = ()
-    """The experiments whose maps it is of, of a sum with their weights."""
+    """Experiments whose maps are observed; with weights in a sum."""
     region: str | None = None
-    """The region of images that maps are set against."""
+    """The region of images that maps are compared with."""
     others: tuple[MapText, ...] = ()
-    """The experiments that maps are set against."""
+    """Experiments whose maps are compared with `maps`."""
     share: float | None = None
-    """Of all patches, how many of the highest are taken."""
+    """Fraction of the patches, those with the highest values, that is selected."""
 
 
 class Direction(Spec):
@@ -313,52 +317,51 @@ class Direction(Spec):
     name: str
     value: ExprText
     site: SiteText | None = None
-    """Where activations are read, where it is made of some."""
+    """The site of the activations, if the direction is computed from activations."""
     at: PositionsText | None = None
-    """None: at the last token."""
+    """None: the last token."""
 
 
 class Rule(Spec):
     """One intervention. `loops` are the `for` variables around it, outermost first."""
 
     verb: str
-    """What kind of rule it is: its first words, but `set edge` where attention is set."""
+    """Type of the rule: its first words, or `set edge` if it sets attention."""
     site: SiteText | None = None
-    """What is written; of a path the sender. None for rules on the input, on attention and on
-    weights."""
+    """The written site; for a path, the sender. None for rules on input, attention, weights."""
     at: PositionsText
-    """Of attention rules the queries."""
+    """Positions; for attention rules, the queries."""
     source: str | None = None
-    """patch: the run that is read (`with RUN`, else the experiment's source)."""
+    """patch: the run to read (`with RUN`, or else the experiment's source)."""
     fill: ExprText | None = None
-    """ablate: zero, mean, resample, `mean of …`; replace: the text; others: the number."""
+    """ablate: zero, mean, resample, `mean of …`; replace: the text; other rules: the number."""
     direction: ExprText | None = None
-    """add, set, project out, clamp: the direction; what it is multiplied with is `fill`."""
+    """add, set, project out, clamp: the direction; its factor is `fill`."""
     by: str | None = None
     fills: tuple[str, ...] = ()
-    """ablate: the labels of an axis of fills, of which this rule is one."""
+    """ablate: labels of an axis of fills; this rule has one of them."""
     fill_index: int = 0
     reading: SiteText | None = None
-    """set … to value(…): the site that is read, in `source`, at `at`; written at `onto`."""
+    """set … to value(…): the site to read, in `source`, at `at`; written at `onto`."""
     stepped: NameText | None = None
-    """add step(…): the component that is added, as far as it is from the position before."""
+    """add step(…): the component whose difference from the previous position is added."""
     onto: PositionsText | None = None
-    """patch: where it is written; swap: the other positions; attention rules: the keys."""
+    """patch: the written positions; swap: the other positions; attention rules: the keys."""
     into_layer: BoundText | None = None
-    """patch: the layers that are written, where they aren't those that are read."""
+    """patch: the written layers, if they differ from the read layers."""
     source_block: BoundText | None = None
-    """replace block: the block that computes there; None: none does."""
+    """replace block: the block that replaces it; None: identity."""
     edge: EdgeText | None = None
     """Attention rules: layers and heads."""
     receiver: SiteText | None = None
     through_mlps: bool = False
-    """path: whether MLPs recompute, or are held too."""
+    """path: whether MLPs are recomputed or frozen too."""
     frozen_norms: bool = False
-    """path: whether norms divide by what they divide by on the base run."""
+    """path: whether norms use the divisors of the base run."""
     observed: ObservedQuantity | None = None
-    """observe: what is looked at; `source` is the run, where it isn't the one that rules act on."""
+    """observe: the quantity; `source` is the run, if it isn't the one that rules act on."""
     during: During | None = None
-    """None: at each step of a reply."""
+    """None: every step of a reply."""
     loops: tuple[str, ...] = ()
 
 
@@ -368,7 +371,7 @@ class Loop(Spec):
     name: str
     domain: DomainText
     within: tuple[str, ...] = ()
-    """The variables of the loops around it, outermost first, which its domain may name."""
+    """Variables of the enclosing loops, outermost first; the domain may use them."""
 
 
 class Measure(Spec):
@@ -382,15 +385,15 @@ class Measure(Spec):
     at: PositionText | None = None
     per_prompt: bool = False
     observed: bool = False
-    """Whether it is of what the experiment's `observe` line gives, not of the model's output."""
+    """Whether it measures the experiment's observation instead of the model's output."""
     over: str | None = None
-    """The axis that it is averaged over, row by row, or that it is a curve over."""
+    """The axis of the row-wise average or of the curve."""
     area: bool = False
-    """The area under that curve, and not the mean."""
+    """Report the area under the curve instead of the mean."""
 
     @property
     def place(self) -> str | None:
-        """The position as written, on one line."""
+        """The position as written in the source, on one line."""
         return None if self.at is None else " ".join(self.at.span.written.split())
 
 
@@ -399,7 +402,7 @@ class Statistics(Spec):
     confidence: float = 95.0
     correction: str = "holm"
     verdicts: Literal["none", "holm"] = "none"
-    """Whether `expect` lines share their level, and how."""
+    """Method by which `expect` lines share their level."""
     test: Literal["t", "flips", "bootstrap"] = "t"
     by: str | None = None
 
@@ -411,7 +414,7 @@ class Report(Spec):
     top: int | None = None
     file: str | None = None
     of: str | None = None
-    """The observation that is shown, where the experiment has several."""
+    """The reported observation, if the experiment has several."""
 
 
 class Group(Spec):
@@ -425,7 +428,7 @@ class Expectation(Spec):
     text: str
     condition: ExprText | None = None
     groups: tuple[Group, ...] = ()
-    """Of the file, those that it names (`auroc(recovery, name_movers)`)."""
+    """Groups of the file that it refers to (`auroc(recovery, name_movers)`)."""
     top: int | None = None
     contains: tuple[SiteText, ...] = ()
     on_mean: bool = False
@@ -440,9 +443,9 @@ class Control(Spec):
 
     draws: int
     what: ControlTarget | None = None
-    """None: the finest that the rules' sites have."""
+    """None: the finest unit of the rules' sites."""
     apart: tuple[SiteText, ...] = ()
-    """What is never drawn: sites, groups, `top 5 of X`."""
+    """Targets that are never drawn: sites, groups, `top 5 of X`."""
 
 
 GRADIENT, ATTENTION, INTEGRATED = "gradient", "gradient_attention", "integrated_gradients"
@@ -450,7 +453,7 @@ GRADIENT, ATTENTION, INTEGRATED = "gradient", "gradient_attention", "integrated_
 ESTIMATORS = (GRADIENT, "gradient_input", ATTENTION, INTEGRATED)
 
 NON_EFFECT_ESTIMATORS = {GRADIENT: "gradient", ATTENTION: "gradient × attention"}
-"""Those whose numbers are no effects of what a rule does → as people read them."""
+"""Estimators whose values aren't effects of a rule → their descriptions."""
 
 
 class Estimator(Spec):
@@ -459,11 +462,11 @@ class Estimator(Spec):
     name: str
     """One of `ESTIMATORS`."""
     steps: int | None = None
-    """Of integrated gradients: at how many points of the line gradients are taken."""
+    """Integrated gradients: number of points on the line at which gradients are taken."""
 
     @property
     def text(self) -> str:
-        """As it is written in full."""
+        """The full source text."""
         return self.name if self.steps is None else f"{self.name}(steps: {self.steps})"
 
 
@@ -471,15 +474,15 @@ class ExternalRunSpec(Spec):
     """A run that isn't one of the sampled block in the experiment's model."""
 
     name: str
-    """As tables call it: `fruit`, `listed.fewer`, `fruit shuffled`, `tuned`."""
+    """Name in tables: `fruit`, `listed.fewer`, `fruit shuffled`, `tuned`."""
     prompts: str | None = None
-    """The block that it is of, where that is another one."""
+    """Its block, if it isn't the experiment's."""
     run: str = "clean"
-    """Of that block."""
+    """The run of that block."""
     model: str | None = None
-    """The model that it runs on, where that is another one."""
+    """Its model, if it isn't the experiment's."""
     shuffled: bool = False
-    """Its rows are dealt to those of the sampled block, not paired by number."""
+    """Whether its rows are randomly assigned to those of the sampled block instead of by number."""
 
 
 class DerivedRun(Spec):
@@ -500,7 +503,7 @@ class Save(Spec):
     """None: the experiment's base run."""
     file: str
     dtype: str | None = None
-    """None: as computed."""
+    """None: the dtype of the computation."""
 
 
 class Experiment(Spec):
@@ -510,23 +513,23 @@ class Experiment(Spec):
     """
 
     name: str
-    """Of one of several results of a block, `BLOCK.OBSERVATION`."""
+    """Name of the block; for one of its several results, `BLOCK.OBSERVATION`."""
     within: str | None = None
-    """That block."""
+    """Name of the block, for one of its results."""
     variant: tuple[tuple[str, int | str], ...] = ()
-    """Which one of several: (`model`, `source` or `base`; its label), axes of the results."""
+    """The variant: (`model`, `source` or `base`; its label), which are axes of the results."""
     model: str
     prompts: str
     part: Literal["train", "test"] | None = None
     limit: int | None = None
     replies: RepliesOf | None = None
-    """What stands behind its prompts."""
+    """The replies that are appended to its prompts."""
     source: str | None = None
     base: str = "clean"
     elsewhere: tuple[ExternalRunSpec, ...] = ()
-    """Every other run that is read, written into or measured."""
+    """All external runs that it reads, writes or measures."""
     derived: tuple[DerivedRun, ...] = ()
-    """Runs that it defines, each after those that it uses."""
+    """Runs that it defines; each follows those it uses."""
     loops: tuple[Loop, ...] = ()
     rules: tuple[Rule, ...] = ()
     keep: tuple[ExprText, ...] = ()
@@ -535,38 +538,38 @@ class Experiment(Spec):
     statistics: Statistics
     against: Control | None = None
     estimator: Estimator | None = None
-    """What effects are estimated by; None: each cell is run."""
+    """The estimator of effects; None: every cell is run."""
     generation: Generation | None = None
-    """What each row writes behind its prompt, if anything."""
+    """The text generation after each prompt, if any."""
     reports: tuple[Report, ...] = ()
     expects: tuple[Expectation, ...] = ()
     broken: Annotated[bool, Field(exclude=True)] = False
-    """A statement of it was refused: it is checked for what else is wrong, and never run."""
+    """Whether a statement was rejected: the experiment is only checked for further errors."""
 
     @property
     def key(self) -> str:
-        """Its name, with what makes it this variant: `e (source: other, base: fewer)`."""
+        """Its name with its variant: `e (source: other, base: fewer)`."""
         said = ", ".join(f"{axis}: {label}" for axis, label in self.variant)
         return f"{self.name} ({said})" if said else self.name
 
     @property
     def every_rule(self) -> tuple[Rule, ...]:
-        """Its own, and those of the runs that it defines."""
+        """Its own rules and those of the runs that it defines."""
         return (*(rule for run in self.derived for rule in run.rules), *self.rules)
 
     after: tuple[str, ...] = ()
     """Experiments whose results it uses: `top 10 of cie`, `with replies of writes`."""
     called: Mapping[str, Mapping[str, MapText]] = Field(default_factory=dict)
-    """`for` variable that runs over experiments → word → the experiment, or some cells of it."""
+    """`for` variable over experiments → word → the experiment, or some of its cells."""
 
     @property
     def over(self) -> str | None:
-        """The axis that all its measures are averaged over, or are curves over."""
+        """The common axis of its measures' averages or curves."""
         return self.measures[0].over if self.measures else None
 
     @property
     def area(self) -> bool:
-        """Whether they are the areas under these curves."""
+        """Whether its measures are the areas under the curves."""
         return bool(self.measures) and self.measures[0].area
 
 
@@ -574,23 +577,23 @@ class Program(Spec):
     """A file with everything it imports."""
 
     files: Paths = ()
-    """The file itself, where it has a path, and those that it imports."""
+    """The file itself, if it has a path, and its imports."""
     sources: Sources = ()
-    """The same as they were read, with a text that has no path: those that it imports first."""
+    """Contents of the files, imports first; also of a text without a path."""
     models: dict[str, Model] = Field(default_factory=dict)
     checkpoints: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """What a model with a `*` in its path stands for: names of models."""
+    """Model with a `*` in its path → names of the matching models."""
     prompts: dict[str, Prompts] = Field(default_factory=dict)
     groups: dict[str, Group] = Field(default_factory=dict)
     directions: dict[str, Direction] = Field(default_factory=dict)
     metrics: dict[str, ExprText] = Field(default_factory=dict)
-    """Those that the file names; measures have them put in already."""
+    """Metrics that the file defines; measures contain their expansion."""
     parameters: dict[str, SkipValidation[int | float | str | bool]] = Field(default_factory=dict)
-    """As they are: a percentage stays one."""
+    """Values of parameters; a percentage remains a percentage."""
     experiments: tuple[Experiment, ...] = ()
     seed: int = 0
     lost: Losses = ()
-    """Statements of the file and of what it imports that can't be read."""
+    """Statements of the file and its imports that can't be parsed."""
 
 
 Constant: TypeAlias = int | float | str | bool
@@ -599,7 +602,7 @@ BOOLEAN_WORDS: Mapping[str, bool] = {"true": True, "false": False}
 
 
 def constant_value(node: object, parameters: Mapping[str, Constant]) -> Constant | None:
-    """The value of a literal, a parameter or a negative number; None where it is none of these."""
+    """Return the value of a literal, a parameter or a negative number; None for other nodes."""
     match node:
         case ast.Number(value=value) | ast.String(value=value):
             return value
@@ -617,7 +620,7 @@ def constant_value(node: object, parameters: Mapping[str, Constant]) -> Constant
 
 
 def whole_number_value(node: int | str | None, parameters: Mapping[str, Constant]) -> int | None:
-    """A count that is written as a number or as the name of a parameter."""
+    """Return a count given as a number or as the name of a parameter."""
     if isinstance(node, str):
         value = parameters.get(node)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
@@ -627,22 +630,22 @@ def whole_number_value(node: int | str | None, parameters: Mapping[str, Constant
 CLEAN = "clean"
 
 PROMPTS_AXIS = "prompts"
-"""The axis of several blocks of prompts."""
+"""The axis over several prompt blocks."""
 
 ONE_CELL_HINT = (
     "a `run` has one cell: let it name one layer, head and position, or join them (`layers`)"
 )
-"""What is to be done about a sweep in a run."""
+"""Hint for a sweep in a run."""
 
 
 @dataclass
 class Definitions:
-    """What the top-level statements of all files have defined so far."""
+    """Definitions by the top-level statements of all files so far."""
 
     parameters: dict[str, Constant] = field(default_factory=dict)
     models: dict[str, Model] = field(default_factory=dict)
     checkpoints: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Names of the models that one with a `*` in its path stands for."""
+    """Model with a `*` in its path → names of the matching models."""
     prompts: dict[str, Prompts] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     directions: dict[str, Direction] = field(default_factory=dict)
@@ -650,4 +653,4 @@ class Definitions:
     experiments: list[Experiment] = field(default_factory=list)
     seed: int = 0
     seeded: Span | None = None
-    """Where; a file's own seed comes after those of its imports and replaces them."""
+    """Location of the seed; a file's own seed follows and replaces those of its imports."""

@@ -1,4 +1,4 @@
-"""What a run found: in memory, as the JSON document, on disk; verdicts on expectations.
+"""Results of runs: in memory, as the JSON document, on disk; verdicts on expectations.
 
-In: measured values and statistics. Out: `Results`. Imports statistics and below.
+In: measured values and statistics. Out: `Results`. Imports statistics, execute, checks and below.
 """

@@ -106,7 +106,7 @@ class SeenImage(Record):
 
     title: str
     pixels: NDArray[np.uint8]
-    """Resized and cropped, not normalized. Shape [height, width, 3]."""
+    """Resized and cropped, not normalised. Shape [height, width, 3]."""
     front: int
     """Number of tokens before those of the patches."""
     rows: int
@@ -174,7 +174,7 @@ class ExperimentResult:
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     """Second names of axes that reports may use: `item` for `position`."""
     centres: tuple[str, ...] = ()
-    """Axes whose values are the centers of windows."""
+    """Axes whose values are the centres of windows."""
     cells: tuple[CellKey, ...]
     measures: tuple[MeasureData, ...]
     runs: Mapping[str, Mapping[str, Floats]] = field(
@@ -182,8 +182,7 @@ class ExperimentResult:
     )
     """Values of the unpatched runs: run name → label → value per prompt."""
     accuracy: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
-    """Run name → 1 or 0 per row, if the prompts have an answer; over all rows, regardless of
-    `keep`."""
+    """Run name → 1 or 0 per row, if the prompts have an answer; rows outside `keep` count too."""
     accuracy_rounding: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
     """Run name → 1 per row where rounding may decide the accuracy."""
     accuracy_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
@@ -331,8 +330,7 @@ class ExperimentResult:
         return list(_records(self))
 
     def to_csv(self) -> str:
-        """Return CSV with one line per cell and measure below a header; missing values are
-        empty."""
+        """Return CSV with a header and a line per cell and measure; missing values are empty."""
         return csv_text(self.records())
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -624,8 +622,7 @@ class VerdictComparison:
 
     @property
     def regressions(self) -> tuple[ExpectationChange, ...]:
-        """Expectations that held before and fail now, and results that can no longer be
-        computed."""
+        """Expectations that held before and fail now, and results that became uncomputable."""
         return self.of_kind("regression")
 
     @property
@@ -695,8 +692,7 @@ class EarlierRun:
 
 
 def stop_condition(earlier: EarlierRun | None) -> StopCondition:
-    """Return the stop condition of `fail_fast`: an expectation that fails, or that fails the
-    job."""
+    """Return the stop condition of `fail_fast`: an expectation fails, or fails the job."""
     if earlier is not None:
         return earlier.ends
     return lambda file, experiment, outcomes: not all(each.holds for each in outcomes)

@@ -1,8 +1,8 @@
-"""Results of a run: in memory, and packed as an archive that unpacks without running anything.
+"""Results of a run, in memory and in an archive that is safe to unpack.
 
-In an archive, `archive.json` holds results by the types of their fields, `arrays.safetensors`
-their arrays, and `file.mech` the text that was run. `results.json` is the JSON document of the
-run, for programs that don't read archives and for other versions of this package.
+In an archive, `archive.json` contains results by the types of their fields,
+`arrays.safetensors` their arrays, and `file.mech` the text of the run. `results.json` is the
+JSON document of the run, for programs that don't read archives and for other versions of mechdsl.
 """
 
 from __future__ import annotations
@@ -60,35 +60,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Results:
-    """What `mechdsl.run` returns: `results["name"]` is an experiment, iterating gives them all."""
+    """The results of `mechdsl.run`: `results["name"]` is an experiment; iterate for all of them."""
 
     files: tuple[FileResult, ...]
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of the packages that numbers depend on; `mechdsl` is among them."""
+    """Versions of the packages that the numbers depend on, including `mechdsl`."""
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
-    """The warnings of the run, and reports that could not be written."""
+    """Warnings of the run, and reports that could not be written."""
     written: tuple[Path, ...] = ()
-    """The files of reports (`report … to "x.png"`), in the order of the program."""
+    """Files of reports (`report … to "x.png"`), in source order."""
     profile: str = ""
-    """Estimated against measured work, with `profile=True`."""
+    """Estimated and measured work, with `profile=True`."""
     notes: tuple[str, ...] = ()
-    """What the store had to do with it: that nothing was run, or why nothing of it is kept."""
+    """Notes on the store: that nothing was run, or why nothing is cached."""
     against: VerdictComparison | None = None
-    """What has changed since an earlier run, with `against=…`."""
+    """Changes since an earlier run, with `against=…`."""
 
     @property
     def experiments(self) -> tuple[ExperimentResult, ...]:
-        """In the order of the program."""
+        """All experiments, in source order."""
         return tuple(each for file in self.files for each in file.experiments)
 
     @property
     def saved(self) -> tuple[SavedFile, ...]:
-        """The files that `save` lines have written, in the order of the program."""
+        """Files written by `save` lines, in source order."""
         return tuple(each for file in self.files for each in file.saved)
 
     @property
     def holds(self) -> bool:
-        """Whether every expectation of every experiment does, and was decided."""
+        """Whether every expectation of every experiment was decided and holds."""
         lost = [each for file in self.files for each in file.lost]
         left = any(each.expects for file in self.files for each in file.not_run)
         if left or any(each.outcomes for each in lost):
@@ -97,9 +97,10 @@ class Results:
 
     @property
     def regressions(self) -> tuple[ExpectationChange, ...]:
-        """What held, or was computed, in the run that this one is set against, and isn't now.
+        """Results that held, or were computed, in the earlier run, but not in this one.
 
-        Raises ValueError where it is set against none: no regression would be known.
+        Raises:
+            ValueError: If the run wasn't compared with an earlier one.
         """
         if self.against is None:
             raise ValueError(
@@ -109,12 +110,12 @@ class Results:
 
     @property
     def complete(self) -> bool:
-        """Whether every experiment and every measure was computed, and every expectation
-        decided."""
+        """Whether every experiment and measure was computed and every expectation decided."""
         return all(file.complete for file in self.files)
 
     def __getitem__(self, name: str) -> ExperimentResult:
-        """The experiment of this name (the first one, over several files); else KeyError."""
+        """Return the experiment of this name (over several files, the first); KeyError if
+        missing."""
         for each in self.experiments:
             if each.name == name:
                 return each
@@ -128,8 +129,8 @@ class Results:
         return len(self.experiments)
 
     def records(self) -> list[dict[str, Any]]:
-        """One flat record per cell and measure of every experiment, None where a number is
-        missing."""
+        """Return a flat record per cell and measure of every experiment, None for missing
+        numbers."""
         return [
             {"file": file.file, **record}
             for file in self.files
@@ -138,42 +139,44 @@ class Results:
         ]
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A frame with one row per cell and measure of every experiment.
+        """Return a data frame with one row per cell and measure of every experiment.
 
-        Raises ImportError without pandas, which the extra `mechdsl[frames]` installs.
+        Raises:
+            ImportError: Without pandas, which the extra `mechdsl[frames]` installs.
         """
         return data_frame(self.records())
 
     def to_csv(self) -> str:
-        """What `mechdsl run --format csv` prints: one line per cell and measure; an axis that an
-        experiment lacks is empty."""
+        """Return the CSV of `mechdsl run --format csv`: one line per cell and measure. An axis that
+        an experiment lacks is empty."""
         return csv_text(self.records())
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `mechdsl run --format json`."""
-        from mechdsl.results.document import results_document  # which takes a while to import
+        """Return the document of `mechdsl run --format json`."""
+        from mechdsl.results.document import results_document  # slow to import
 
         return results_document(self.files, self.versions, self.against).as_json()
 
     def to_json(self, path: str | Path | None = None, *, indent: int | None = 2) -> str:
-        """The document as text, also written to `path` if one is given."""
+        """Return the document as JSON text, and write it to `path` if given."""
         text = dump_json(self.to_dict(), indent)
         if path is not None:
             write_atomically(Path(path), text + "\n")
         return text
 
     def to_text(self, width: int = 100) -> str:
-        """What the command line prints, `width` columns wide: tables, figures, verdicts, and what
-        was saved."""
+        """Return the output of the command line, `width` columns wide: tables, figures, verdicts
+        and saved files."""
         texts = [each.to_text(width) for each in self.experiments]
         texts += [f"{each.line}\n" for each in self.saved]
         return "".join([*texts, "" if self.against is None else self.against.to_text(width)])
 
     def to_junit(self, path: str | Path | None = None) -> str:
-        """What `mechdsl run --junit` writes: JUnit XML with a test per expectation, also written to
-        `path` if one is given.
+        """Return the output of `mechdsl run --junit`: JUnit XML with a test per expectation. It is
+        also written to `path` if given.
 
-        Raises OSError where that can't be written.
+        Raises:
+            OSError: If the file can't be written.
         """
         text: str = load_renderer(JUNIT_RENDERER)(self)
         if path is not None:
@@ -200,15 +203,15 @@ class Results:
 
 
 _FILE_NAME = re.compile(r"\w[^/\\\0]*")
-"""What may be the name of a file, wherever that lies."""
+"""Pattern of a valid file name without a folder."""
 
 RESAMPLE_RANGE = range(100, 1_000_001)
-"""That a file can ask for."""
+"""Numbers of resamples that a file can request."""
 
 
 def check_file_result(file: FileResult) -> None:
-    """ValueError where an array has another shape than the cells and prompts that it is of, or
-    something refers to what isn't there."""
+    """Check the consistency of a result; ValueError for an array whose shape doesn't match its
+    cells and prompts, and for invalid references."""
     names = [each.name for each in file.experiments]
     if len({*names}) < len(names):
         raise ValueError("two experiments have one name")
@@ -278,7 +281,7 @@ def _overlay_checks(found: ExperimentResult) -> Iterator[bool]:
 
 
 def _image_checks(found: ExperimentResult) -> Iterator[bool]:
-    """Images are as large as they may be, and their tokens are those of the prompt."""
+    """Check that images are within the size limit and have the tokens of their prompt."""
     yield len(found.seen) in (0, found.prompts)
     for own, text in zip(found.seen, found.texts, strict=False):
         if own is not None:
@@ -291,7 +294,7 @@ def _image_checks(found: ExperimentResult) -> Iterator[bool]:
 
 
 def _reply_checks(found: ExperimentResult) -> Iterator[bool]:
-    """Every reply is of a prompt, and there is one at least where there is an entry."""
+    """Check that every reply has a prompt, and that every entry has at least one reply."""
     written = found.replies
     yield len(written.cells) in (0, len(found.cells))
     for texts in (*written.cells, *written.runs.values()):
@@ -307,8 +310,8 @@ def _array_fields(of: Any) -> Iterator[NDArray[Any]]:
 
 
 ARCHIVE_VERSION = 1
-"""Raised when what is kept means something else, or is kept in another way. A field that is new
-takes its default in older archives."""
+"""Version of the archive format; raised when the meaning or form of a field changes. A new field
+has its default in older archives."""
 
 RESULT_FILE, ARRAYS_FILE, SOURCE_FILE = "archive.json", "arrays.safetensors", "file.mech"
 
@@ -317,7 +320,7 @@ DOCUMENT_FILE = "results.json"
 MAX_JSON_BYTES = 500_000_000
 
 MAX_ARRAY_BYTES = 16_000_000_000
-"""Bytes that are read of an archive."""
+"""Maximum number of bytes read from an archive."""
 
 _FILES_CODEC = build_codec(tuple[FileResult, ...])
 
@@ -329,17 +332,24 @@ _INTERVALS_CODEC = build_codec(Mapping[str, Mapping[str, Interval]])
 
 
 class ArchiveError(ValueError):
-    """An archive can't be read; the text says why, in lower case."""
+    """An archive can't be read; the text gives the reason in lower case."""
 
 
 class ArchiveVersionError(ArchiveError):
-    """It was written by a version of the package that keeps results in another way."""
+    """The archive was written by a version of mechdsl with a different format."""
 
 
 def pack_results(results: Results, text: str) -> dict[str, bytes]:
-    """Results of a single file as an archive: name of a file → its bytes.
+    """Pack the results of a single file as an archive.
 
-    text: of the `.mech` file. Raises ArchiveProblem where they hold what can't be kept.
+    Args:
+        text: Text of the `.mech` file.
+
+    Returns:
+        File name → content.
+
+    Raises:
+        ArchiveError: If the results contain values that can't be stored.
     """
     (file,) = results.files
     kept = Attachments(sources=[_own_source(file.file, text)])
@@ -372,10 +382,13 @@ def pack_results(results: Results, text: str) -> dict[str, bytes]:
 
 
 def unpack_results(content: Mapping[str, bytes], source: Source | None = None) -> Results:
-    """The results of an archive, equal to what was packed in all that can be seen.
+    """Restore the results of an archive, with all public data equal to the packed results.
 
-    source: the file as it stands now; where its text is that of the archive, spans are in it.
-    Raises ArchiveProblem for whatever is wrong with the archive, which anybody may have written.
+    Args:
+        source: The current file; spans refer to it if its text is the archive's.
+
+    Raises:
+        ArchiveError: For any error in the archive, which may be untrusted.
     """
     for name, most in (
         (RESULT_FILE, MAX_JSON_BYTES),
@@ -390,7 +403,7 @@ def unpack_results(content: Mapping[str, bytes], source: Source | None = None) -
         return _unpack_content(content, source)
     except ArchiveError:
         raise
-    except Exception as error:  # of json, numpy, safetensors, pydantic: whatever it may hold
+    except Exception as error:  # errors of json, numpy, safetensors, pydantic
         said = str(error) or type(error).__name__
         raise ArchiveError(" ".join(said.split())[:200]) from error
 
@@ -425,7 +438,7 @@ def _unpack_content(content: Mapping[str, bytes], source: Source | None) -> Resu
 
 
 def _restore_intervals(file: FileResult, found: list[Any], kept: Attachments) -> None:
-    """Give experiments the intervals of their unpatched runs, which else are drawn anew."""
+    """Restore the intervals of unpatched runs, which would otherwise be resampled."""
     for experiment, parts in zip(file.experiments, found, strict=True):
         if parts is None:
             continue
@@ -436,7 +449,7 @@ def _restore_intervals(file: FileResult, found: list[Any], kept: Attachments) ->
         asked += [(run, "accuracy") for run in experiment.accuracy]
         if any(label not in intervals.get(run, {}) for run, label in asked):
             raise ArchiveError(f"intervals of `{experiment.name}` are missing")
-        vars(experiment)["run_intervals"] = intervals  # as the property itself keeps them
+        vars(experiment)["run_intervals"] = intervals  # the cache of the property
 
 
 def _contiguous(array: NDArray[Any]) -> NDArray[Any]:
@@ -455,8 +468,8 @@ def _source_parts(source: Source, *, own: bool) -> dict[str, Any]:
 
 
 def _read_source(parts: dict[str, Any], text: str | None) -> Source:
-    """A text of the archive; its file's own is kept beside. What it names is neither read nor
-    written: paths of an archive are another's."""
+    """Restore a text of the archive; the file's own text is stored separately. Its paths are
+    neither read nor written, because paths of an archive may belong to another machine."""
     path, origin = parts["path"], parts["origin"]
     text = parts["text"] if text is None else text
     if type(text) is not str or type(origin) is not str or type(path) not in (str, type(None)):
@@ -470,13 +483,13 @@ RESULT_PACKAGES = ("mechdsl", "torch", "transformers", "tokenizers", "numpy", "s
 
 
 def package_versions() -> dict[str, str]:
-    """Of the packages that numbers depend on."""
+    """Return the versions of the packages that numbers depend on."""
     return {package: package_version(package) for package in RESULT_PACKAGES}
 
 
 @cache
 def package_version(package: str) -> str:
-    """`unknown` where it isn't installed."""
+    """Return the version of a package; `unknown` if it isn't installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,9 +1,9 @@
 """Runs on disk: runs of a store, folders of exports, and the names that refer to them.
 
-`StoredRun.about` holds the facts of a run besides its results. When a run begins: `file` as it was
-given, `path` (absolute, links followed; null for a text), `settings` (option → value, of the given
-options), `parameters`, `versions` and `hashes` (name → text). When it finishes: the result of
-`about_results`.
+`StoredRun.about` contains the facts of a run besides its results. When a run begins: `file` (the
+path as given), `path` (absolute, links resolved; null for a text), `settings` (option → value, for
+the given options), `parameters`, `versions` and `hashes` (name → text). When it finishes: the
+result of `about_results`.
 """
 
 from __future__ import annotations
@@ -57,10 +57,12 @@ from mechdsl.store.store import STORE_OFF, STORE_VARIABLE, Store, store_folder
 def about_results(
     results: Results, *, computed: int, stored: int, seconds: float
 ) -> dict[str, Any]:
-    """What a finished run adds to what is said of it.
+    """Return the facts that a finished run adds.
 
-    computed, stored: rows that were run, and rows whose values the store had. seconds: that this
-    and earlier attempts took.
+    Args:
+        computed: Number of rows that were run.
+        stored: Number of rows with values from the store.
+        seconds: Duration of this and earlier attempts.
     """
     outcomes = [outcome for each in results for outcome in each.outcomes]
     lost = [outcome for file in results.files for each in file.lost for outcome in each.outcomes]
@@ -77,12 +79,12 @@ def about_results(
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What can be said of a run in a list; None where the store doesn't say it."""
+    """The listed facts of a run; None if the store doesn't have them."""
 
     id: str
     state: str
     began: datetime
-    """In the time zone of the reader."""
+    """Start in the reader's time zone."""
     file: str
     seconds: float | None
     experiments: int | None
@@ -95,11 +97,11 @@ class RunFacts:
     versions: Mapping[str, str]
     hashes: Mapping[str, str]
     size: int
-    """Bytes of its results."""
+    """Size of the results in bytes."""
 
     @property
     def verdict(self) -> str:
-        """`2 of 3 hold`; empty where nothing is expected."""
+        """`2 of 3 hold`; empty without expectations."""
         return f"{self.held} of {self.expectations}" if self.expectations else ""
 
     @property
@@ -110,12 +112,12 @@ class RunFacts:
         return f"{count_noun(self.computed, 'row')} computed, {self.stored:,} from the store"
 
     def as_json(self) -> dict[str, Any]:
-        """For programs: times as ISO 8601, what isn't known as null."""
+        """Return a JSON object: times as ISO 8601, unknown facts as null."""
         return {**vars(self), "began": self.began.isoformat(timespec="seconds")}
 
 
 def read_facts(run: StoredRun) -> RunFacts:
-    """The facts of a run; whoever wrote the store, what isn't of the right type isn't there."""
+    """Read the facts of a run from an untrusted store; values of a wrong type are dropped."""
     about: Mapping[str, Any] = run.about
 
     def number(name: str) -> int | None:
@@ -151,7 +153,7 @@ def read_facts(run: StoredRun) -> RunFacts:
 
 
 def add_hashes(facts: RunFacts, results: Results) -> RunFacts:
-    """The facts with the hashes of what the results were made of, each once."""
+    """Add the hashes of the results' inputs, each once."""
     found: dict[str, str] = {}
     for each in results:
         for name, value in each.hashes.items():
@@ -163,36 +165,45 @@ def add_hashes(facts: RunFacts, results: Results) -> RunFacts:
 TABLES_FILE = "tables.txt"
 
 TABLES_WIDTH = 100
-"""Its columns."""
+"""Width of the tables in columns."""
 
 EXPORT_FILES = (RESULT_FILE, ARRAYS_FILE, SOURCE_FILE, DOCUMENT_FILE, TABLES_FILE)
 
 LINES_SUFFIX = ".jsonl"
 
 LINES_SCHEMA_VERSION = 2
-"""Of the lines; raised when they mean something else."""
+"""Version of the lines; raised when their meaning changes."""
 
 STALE_SECONDS = 60.0
-"""Seconds after which a folder of a process that is no more is taken for left."""
+"""Seconds after which a folder of a terminated process is considered abandoned."""
 
 MAX_DOCUMENT_BYTES = 500_000_000
-"""Bytes of a document that is looked into for names of files."""
+"""Maximum size in bytes of a document that is searched for file names."""
 
 
 def export_results(results: Results, folder: Path, text: str) -> Path:
-    """Write results of a single file into a folder in `folder`, which is called like the file.
+    """Write results of a single file into a new folder in `folder`, named after the file.
 
-    text: of the `.mech` file. Returns the new folder. It holds what `pack` gives, the tables, and
-    `NAME.jsonl` of each experiment: a line on its axes and measures, one per unpatched run and one
-    per cell, with the values of every prompt. An earlier export of the same name gives way when the
-    new one is whole; other files in it stay. Raises OSError where it can't be written,
-    ArchiveProblem where results hold what can't be kept.
+    The folder contains the files of `pack_results`, the tables, and `NAME.jsonl` of each
+    experiment: a line on its axes and measures, one per unpatched run and one per cell, with the
+    values of every prompt. It replaces an earlier export of the same name when it is complete;
+    other files in that export are retained.
+
+    Args:
+        text: Text of the `.mech` file.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        OSError: If it can't be written.
+        ArchiveError: If results contain values that can't be stored.
     """
     return export_archive(pack_results(results, text), results, folder)
 
 
 def export_archive(content: Mapping[str, bytes], results: Results, folder: Path) -> Path:
-    """The same of results that are packed already."""
+    """Write results that are already packed, as `export_results` does."""
     target = (folder / export_stem(results.files[0].file)).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and not target.is_dir():
@@ -220,8 +231,11 @@ def export_archive(content: Mapping[str, bytes], results: Results, folder: Path)
 
 
 def export_stem(file: str) -> str:
-    """What the folder of a file's results is called; `text` for `<text>`. ArchiveProblem where no
-    folder can be called so."""
+    """Return the folder name for a file's results; `text` for `<text>`.
+
+    Raises:
+        ArchiveError: If no folder can have the name.
+    """
     stem = Path(file[1:-1] if file.startswith("<") and file.endswith(">") else file).stem
     if stem in ("", ".", ".."):
         raise ArchiveError(f"`{file}` is not the name of a file")
@@ -229,7 +243,7 @@ def export_stem(file: str) -> str:
 
 
 def read_export(folder: Path) -> Results:
-    """The results in a folder that `export` has written; ArchiveProblem where it holds none."""
+    """Read the results in a folder of `export_results`; ArchiveError if it contains none."""
     content: dict[str, bytes] = {}
     for name in (RESULT_FILE, ARRAYS_FILE, SOURCE_FILE):
         try:
@@ -243,7 +257,7 @@ def read_export(folder: Path) -> Results:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder looks like one that `export` has written."""
+    """Whether a folder looks like one of `export_results`."""
     return (folder / RESULT_FILE).is_file()
 
 
@@ -259,7 +273,7 @@ def _write_synced(path: Path, parts: Any) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """What was renamed in it is durable, where the system can say so of folders."""
+    """Make renamed files in a folder durable, if the system supports it for folders."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -269,8 +283,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _replace_folder(made: Path, target: Path) -> None:
-    """Put a whole folder in the place of an earlier one. Files in that which aren't of an export
-    are somebody's own, and go into the new one."""
+    """Replace an earlier folder by a complete one. Files in the earlier folder that aren't part of
+    an export are the user's and are moved to the new one."""
     if not target.exists():
         made.replace(target)
         _sync_folder(target.parent)
@@ -288,18 +302,18 @@ def _replace_folder(made: Path, target: Path) -> None:
 
 
 def _remove_replaced(before: Path, target: Path, ours: set[str]) -> None:
-    """Remove a folder that has given way, when other files of it are in the new one."""
+    """Remove a replaced folder if its other files are in the new one."""
     for path in before.iterdir():
         if path.name not in ours and not (target / path.name).exists():
             path.replace(target / path.name)
     for name in ours:
         (before / name).unlink(missing_ok=True)
-    with suppress(OSError):  # what is left has the name of a file of ours
+    with suppress(OSError):  # remaining files have the names of export files
         before.rmdir()
 
 
 def _remove_stale_folders(target: Path) -> None:
-    """End what processes that were killed between two renames have begun here."""
+    """Finish what processes killed between two renames have begun."""
     named = re.compile(rf"\.{re.escape(target.name)}-([0-9]+)-[0-9a-f]{{8}}\.(new|before)")
     for path in sorted(target.parent.iterdir()):
         found = named.fullmatch(path.name)
@@ -317,9 +331,9 @@ def _remove_stale_folders(target: Path) -> None:
 
 
 def _is_stale(folder: Path, process: int) -> bool:
-    """Whether the process that made a folder is no more, or had the number of this one. One of
-    another machine can't be asked, so the folder must have been at rest for a while too."""
-    if sys.platform == "win32":  # where asking would end it
+    """Whether the process that created a folder has ended, or had this process's number. A process
+    of another machine can't be checked, so the folder must also be unchanged for a while."""
+    if sys.platform == "win32":  # the check would end the process
         return False
     if process != os.getpid():
         try:
@@ -334,8 +348,8 @@ def _is_stale(folder: Path, process: int) -> bool:
 
 
 def _exported_names(folder: Path) -> set[str]:
-    """The files of an earlier export."""
-    names = {*EXPORT_FILES, "state.json"}  # which older versions wrote
+    """Return the files of an earlier export."""
+    names = {*EXPORT_FILES, "state.json"}  # written by older versions
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         path = folder / DOCUMENT_FILE
         if path.stat().st_size <= MAX_DOCUMENT_BYTES:
@@ -348,10 +362,11 @@ def _exported_names(folder: Path) -> set[str]:
 
 
 def experiment_lines(found: ExperimentResult) -> Iterator[dict[str, Any]]:
-    """The lines of an experiment: what it measures, its unpatched runs, its cells.
+    """Yield the lines of an experiment: its measures, its unpatched runs, its cells.
 
-    `rows` are ids of prompts, and `values` has a list per measure, one value per row; null where
-    there is none. Runs under one label are averaged, and a cell lists the rows that are part of it.
+    `rows` are ids of prompts, and `values` has a list per measure, one value per row; null for
+    missing values. Several runs under one label are averaged, and a cell lists the rows that are
+    part of it.
     """
     ids = list(range(found.prompts)) if found.row_ids is None else list(found.row_ids)
     yield {
@@ -390,12 +405,12 @@ def _json_numbers(values: Floats) -> list[float | None]:
 
 
 LAST_RUN = "last"
-"""The latest finished run."""
+"""Name of the latest finished run."""
 
 SOURCE_SUFFIX = ".mech"
 
 MAX_LISTED_RUNS = 5
-"""Runs that a message names."""
+"""Maximum number of runs that a message lists."""
 
 _NAMES = (
     "a run is its id or the beginning of one, `last`, a `.mech` file (its latest finished run), or "
@@ -404,13 +419,13 @@ _NAMES = (
 
 
 def raise_run_error(reason: str, hint: str) -> NoReturn:
-    """MechdslError (E0208)."""
+    """Raise MechdslError (E0208)."""
     raise MechdslError([BadCommandLine(reason=reason, hint=hint)])
 
 
 def find_store_folder(text: str | None, named: Path | None = None) -> Path:
-    """The store that a run called so is in: the one that is named, or beside the `.mech` file, or
-    in the working folder. Raises MechdslError where stores are switched off."""
+    """Return the store for a run's name: the given one, the one next to the `.mech` file, or the
+    one in the working directory. Raises MechdslError if stores are disabled."""
     file = (
         Path(text)
         if text is not None and text.endswith(SOURCE_SUFFIX)
@@ -424,12 +439,12 @@ def find_store_folder(text: str | None, named: Path | None = None) -> Path:
 
 
 def has_store(folder: Path) -> bool:
-    """Whether a store is there; opening one that isn't would make it."""
+    """Whether a store exists; opening a missing one would create it."""
     return (folder / INDEX_NAME).is_file()
 
 
 def open_store(folder: Path) -> Store:
-    """A store that is there. Raises MechdslError (E0208) where it isn't or can't be read."""
+    """Open an existing store. Raises MechdslError (E0208) if it is missing or unreadable."""
     if not has_store(folder):
         hint = "`mechdsl run FILE` makes one beside the file; `--store DIR` names another"
         raise_run_error(f"there is no store `{folder}`", hint)
@@ -440,7 +455,7 @@ def open_store(folder: Path) -> Store:
 
 
 def store_error(folder: Path, error: Exception) -> MechdslError:
-    """E0208 for what a store says."""
+    """Convert an error of a store to E0208."""
     strerror = error.strerror if isinstance(error, OSError) else None
     said = (strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
     hint = "name another with `--store DIR`; what it holds can be computed again"
@@ -449,9 +464,8 @@ def store_error(folder: Path, error: Exception) -> MechdslError:
 
 
 def find_run(store: Store, text: str) -> StoredRun:
-    """The run of a store that a text names: an id, the beginning of just one, `last`, or a `.mech`
-    file, which is its latest finished run. Raises MechdslError (E0208) where it is none or several.
-    """
+    """Find the run of a store by its id, a unique prefix of one, `last`, or a `.mech` file, which
+    means its latest finished run. Raises MechdslError (E0208) if no run, or several, match."""
     runs = fetch_runs(store)
     finished = [run for run in runs if run.state == "finished"]
     if text == LAST_RUN:
@@ -475,8 +489,8 @@ def find_run(store: Store, text: str) -> StoredRun:
 
 
 def _run_of_file(store: Store, finished: Sequence[StoredRun], file: Path) -> StoredRun:
-    """A store may have been moved with its files, or copied: then the path is another one, and the
-    name decides, if it is that of one file only."""
+    """Find the run of a file. If the store was moved or copied with its files, paths differ; then
+    the file's name decides if it is unique."""
     path = os.path.realpath(file)
     same = [run for run in finished if source_path(run) == path]
     if same:
@@ -495,7 +509,7 @@ def _run_of_file(store: Store, finished: Sequence[StoredRun], file: Path) -> Sto
 
 
 def source_path(run: StoredRun) -> str | None:
-    """The whole path of the file that was run, links followed; None of a text."""
+    """Return the absolute path of the run's file, links resolved; None for a text."""
     path = run.about.get("path")
     return path if isinstance(path, str) else None
 
@@ -506,13 +520,13 @@ def _run_list(runs: Sequence[StoredRun]) -> str:
 
 
 def is_export_name(text: str) -> bool:
-    """Whether it is a folder that `--out` or `export` has made; one called `last` is `./last`."""
+    """Whether a text names a folder of `--out` or `export`; a folder `last` must be `./last`."""
     return text not in ("", LAST_RUN) and is_export(Path(text))
 
 
 def find_export(folder: Path, file: str) -> Path:
-    """The export of a file in a folder that `--out` has made, or the only one; the folder itself
-    where it is an export or holds no such one."""
+    """Return the export of a file in a folder of `--out`, or the only export; the folder itself if
+    it is an export or contains none."""
     if not folder.is_dir() or is_export(folder):
         return folder
     inside = [each for each in folder.iterdir() if is_export(each)]
@@ -521,11 +535,13 @@ def find_export(folder: Path, file: str) -> Path:
 
 
 def load_results(text: str, store: Path | None = None) -> Results:
-    """The results that a text names: a folder that `--out` or `export` has made, or a run of a
-    store as `find_run` finds it.
+    """Load the results of a folder of `--out` or `export`, or of a run of a store (see `find_run`).
 
-    store: its folder; None: that of the `.mech` file, or of the working folder.
-    Raises MechdslError (E0208) where there is none, and where it can't be read.
+    Args:
+        store: Folder of the store; None: next to the `.mech` file, or in the working directory.
+
+    Raises:
+        MechdslError: E0208 if the results are missing or unreadable.
     """
     folder = Path(text)
     if is_export_name(text):
@@ -543,7 +559,7 @@ def load_results(text: str, store: Path | None = None) -> Results:
 
 
 def load_stored_results(store: Store, run: StoredRun) -> Results:
-    """The results of a run. Raises MechdslError (E0208) where there are none, or none that this
+    """Load the results of a run. Raises MechdslError (E0208) if it has none, or none that this
     version can read."""
     content = load_archive(store, run)
     try:
@@ -553,7 +569,7 @@ def load_stored_results(store: Store, run: StoredRun) -> Results:
 
 
 def load_archive(store: Store, run: StoredRun) -> dict[str, bytes]:
-    """The files of a run's archive. Raises MechdslError (E0208) where there are none."""
+    """Load the files of a run's archive. Raises MechdslError (E0208) if there are none."""
     if run.state != "finished":
         said = "is still running" if run.state == "running" else "was not finished"
         hint = "the command that began it goes on from where it stopped"
@@ -565,7 +581,7 @@ def load_archive(store: Store, run: StoredRun) -> dict[str, bytes]:
 
 
 def unreadable_run_error(run: StoredRun, error: Exception) -> MechdslError:
-    """E0208 for results that are torn, or those of another version."""
+    """Return E0208 for results that are damaged or of a different version."""
     if isinstance(error, ArchiveVersionError):
         hint = "`mechdsl runs show RUN --format json` prints its document; run its file again"
     else:
@@ -575,7 +591,7 @@ def unreadable_run_error(run: StoredRun, error: Exception) -> MechdslError:
 
 
 def fetch_runs(store: Store) -> list[StoredRun]:
-    """All of them, the newest first. Raises MechdslError (E0208)."""
+    """Return all runs, the newest first. Raises MechdslError (E0208)."""
     try:
         return store.runs()
     except (StoreProblem, OSError, ValueError) as error:
@@ -583,11 +599,11 @@ def fetch_runs(store: Store) -> list[StoredRun]:
 
 
 MAX_REPR_RUNS = 4 * MAX_REPR_ITEMS
-"""That a `repr` names."""
+"""Maximum number of runs in a `repr`."""
 
 
 class Run:
-    """A run that a store keeps."""
+    """A run in a store."""
 
     def __init__(self, folder: Path, stored: StoredRun) -> None:
         self._folder = folder
@@ -595,49 +611,54 @@ class Run:
 
     @property
     def id(self) -> str:
-        """What `mechdsl runs` calls it: `20261121-154210-3fa2`."""
+        """Id of the run, as in `mechdsl runs`: `20261121-154210-3fa2`."""
         return self._stored.id
 
     @property
     def state(self) -> str:
-        """`finished`, `running`, or `unfinished`, when the same command goes on with it. As it was
-        when the runs were listed."""
+        """State when the runs were listed: `finished`, `running`, or `unfinished`, which the same
+        command resumes."""
         return self._stored.state
 
     @property
     def file(self) -> str:
-        """The path of the file that was run, as it was given."""
+        """Path of the file that was run, as given."""
         return self.facts.file
 
     @property
     def began(self) -> datetime:
-        """When, in the local time zone."""
+        """Start in the local time zone."""
         return self.facts.began
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """Settings, versions, hashes, how many rows were computed: what the store says of it."""
+        """Facts in the store: settings, versions, hashes, number of computed rows."""
         return self._stored.about
 
     @cached_property
     def facts(self) -> RunFacts:
-        """The same with types, as `mechdsl runs` lists it."""
+        """Typed facts, as listed by `mechdsl runs`."""
         return read_facts(self._stored)
 
     @cached_property
     def results(self) -> Results:
-        """The results, read when they are first asked for.
+        """The results, read at first access.
 
-        Raises MechdslError (E0208) where the run isn't finished or can't be read.
+        Raises:
+            MechdslError: E0208 if the run isn't finished or can't be read.
         """
         with open_store(self._folder) as store:
             return load_stored_results(store, self._stored)
 
     def export(self, folder: str | Path) -> Path:
-        """Write the run into a folder in `folder`, which is called like its file, as `--out` does.
+        """Write the run into a folder in `folder`, named after its file, as `--out` does.
 
-        Returns the new folder. Raises MechdslError (E0208) where the run has no results or they
-        can't be read, OSError where they can't be written.
+        Returns:
+            The new folder.
+
+        Raises:
+            MechdslError: E0208 if the run has no results or they can't be read.
+            OSError: If they can't be written.
         """
         results = self.results
         with open_store(self._folder) as store:
@@ -645,9 +666,10 @@ class Run:
         return export_archive(content, results, Path(folder))
 
     def remove(self) -> None:
-        """Remove it from the store; values that it computed stay, for other runs.
+        """Remove the run from the store; the values that it computed remain for other runs.
 
-        Raises MechdslError (E0208) where it goes on, or the store can only be read.
+        Raises:
+            MechdslError: E0208 if the run is still running, or the store is read-only.
         """
         with open_store(self._folder) as store:
             try:
@@ -660,7 +682,7 @@ class Run:
 
 
 class Runs(list[Run]):
-    """What `mechdsl.runs` returns: a list of runs, the newest first."""
+    """The runs of `mechdsl.runs`: a list, the newest first."""
 
     def __init__(self, runs: Iterable[Run] = ()) -> None:
         super().__init__(runs)
@@ -674,7 +696,7 @@ class Runs(list[Run]):
 
 
 def run_line(facts: RunFacts) -> str:
-    """A run in one line."""
+    """Format a run in one line."""
     held = f"{facts.verdict} expectations hold" if facts.verdict else ""
     state = "" if facts.state == "finished" else facts.state
     began = f"{facts.began:%Y-%m-%d %H:%M}"
@@ -682,7 +704,7 @@ def run_line(facts: RunFacts) -> str:
 
 
 def load_runs(folder: Path) -> Runs:
-    """The runs of a store. Raises MechdslError (E0208) where there is none or it can't be read."""
+    """Load the runs of a store. Raises MechdslError (E0208) if it is missing or unreadable."""
     with open_store(folder) as store:
         return Runs(Run(folder, each) for each in fetch_runs(store))
 
@@ -692,15 +714,15 @@ class FileToRun:
     """A file that is about to run."""
 
     name: str
-    """As results call it."""
+    """Name of the file in results."""
     path: Path | None
     unasked: Collection[str] = ()
-    """Experiments of it that aren't run, by `only`."""
+    """Experiments that `only` excludes."""
     untrusted: bool = False
 
 
 def prepare_file(checked: CheckedFile) -> FileToRun:
-    """A file that was checked."""
+    """Convert a checked file."""
     asked = {each.name for each in checked.reported}
     unasked = {each.name for each in checked.program.experiments} - asked
     source = checked.source
@@ -710,12 +732,17 @@ def prepare_file(checked: CheckedFile) -> FileToRun:
 def find_earlier_run(
     named: str, files: Sequence[FileToRun], store: Path | None = None
 ) -> EarlierRun:
-    """The run that is named, for each of some files.
+    """Find the named earlier run for each of some files.
 
-    named: what `results_of` takes. `last` is the last run of each file, and a folder may hold the
-    exports of several. One file is set against whatever run is named, several against runs of files
-    that are called like them. store: the one that is named beside it; else each file has its own.
-    Raises MechdslError (E0208) where there is no such run, or it is one of none of these files.
+    One file is compared with any named run, several files with runs of files of the same name.
+
+    Args:
+        named: A name as for `load_results`. `last` is the last run of each file, and a folder may
+            contain the exports of several.
+        store: The given store; otherwise each file has its own.
+
+    Raises:
+        MechdslError: E0208 if no such run exists, or it is of none of these files.
     """
     folder = Path(named)
     if named == LAST_RUN and files and all(each.path is not None for each in files):
@@ -740,7 +767,7 @@ def find_earlier_run(
 def earlier_run_from_results(
     results: Results, files: Sequence[FileToRun], named: str = ""
 ) -> EarlierRun:
-    """The same of results in memory."""
+    """Return the earlier run of each file from results in memory."""
     before = results.files
     names = ", ".join(f"`{each.file}`" for each in before) or "no file"
     if len(files) == len(before) == 1:
@@ -756,7 +783,7 @@ def earlier_run_from_results(
 
 
 def _check_folder(folder: Path) -> None:
-    """E0208 for a folder that isn't there, beside some that are runs."""
+    """Raise E0208 for a missing folder if its parent contains exports."""
     if folder.name == str(folder) or folder.suffix == SOURCE_SUFFIX or folder.exists():
         return
     beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
@@ -767,8 +794,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _store_of(file: FileToRun, named: str, store: Path | None) -> Path | None:
-    """Where a file's runs are; None: wherever `results_of` looks. An untrusted file may have come
-    with a store of whoever made it."""
+    """Return the folder of a file's runs; None for the default of `load_results`. An untrusted file
+    may come with an untrusted store."""
     found = store_folder(file.path, store, untrusted=file.untrusted)
     if found is None and file.untrusted:
         hint = "name a folder that `--out` has made, or a store with `--store DIR`"
@@ -791,7 +818,7 @@ def _run_name(file: str) -> str:
 
 
 def _file_of_name(name: str, files: Sequence[FileResult]) -> FileResult | None:
-    """The file of this path, else the one that is called so."""
+    """Return the file with this path, or else with this name."""
     same = [each for each in files if each.file == name]
     called = [each for each in files if _run_name(each.file) == _run_name(name)]
     return next(iter([*same, *called]), None)

@@ -1,7 +1,7 @@
 """Conventions of statistics in words, and cells ranked by size.
 
-They state how means, intervals and p-values were computed, and which experiment selected sites on
-the same rows. Reports and expectations rank cells by size; `top n of` picks them by sign.
+They describe the computation of means, intervals and p-values, and which experiment selected sites
+on the same rows. Reports and expectations rank cells by size; `top n of` ranks them by sign.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _OF_GRADIENTS = {
 def statistics_conventions(
     result: ExperimentResult, effects: Registry[EffectKind]
 ) -> dict[str, str]:
-    """How means, intervals and p came about, in words, for the block under every table."""
+    """Describe the methods of means, intervals and p-values, for the text below every table."""
     settings = result.settings
     if settings is None or not result.statistics:
         return {}
@@ -95,7 +95,7 @@ def statistics_conventions(
 
 
 def selection_text(result: ExperimentResult) -> str:
-    """`heads picked sites from 16 cells on the same 32 rows`, of each experiment that picked."""
+    """Return `heads picked sites from 16 cells on the same 32 rows` per selecting experiment."""
     return "; ".join(
         f"`{each.of}` picked sites from {count_noun(each.cells, 'cell')} on "
         + (
@@ -108,7 +108,7 @@ def selection_text(result: ExperimentResult) -> str:
 
 
 def _effect_formula(data: MeasureData, effects: Registry[EffectKind]) -> str:
-    """What an effect is made of."""
+    """Return the formula of an effect."""
     effect = effects[data.effect]
     formula = effect.per_prompt_formula or "" if data.per_prompt else effect.formula
     if data.estimator in _OF_GRADIENTS:
@@ -121,7 +121,7 @@ def _effect_formula(data: MeasureData, effects: Registry[EffectKind]) -> str:
 
 
 def _interval_text(result: ExperimentResult) -> str:
-    """By the kinds of figures that there are."""
+    """Describe the intervals, by the types of values in the result."""
     settings, sampling = result.settings, result.sampling
     assert settings is not None
     every = [data for data in result.measures if data.kind == "number"]
@@ -148,14 +148,14 @@ def _interval_text(result: ExperimentResult) -> str:
 
 
 def rank_by_size(result: ExperimentResult, measure: int, count: int) -> list[int]:
-    """The cells with the largest means by absolute value; those without one aren't ranked."""
+    """Return the cells with the largest absolute means; cells without a mean are excluded."""
     means = result.statistics[measure].mean
     return sorted(_cells_with_mean(result, measure), key=lambda cell: -abs(means[cell]))[:count]
 
 
 def sign_ranking_note(result: ExperimentResult, measure: int, count: int) -> str | None:
-    """What `top n of` picks in place of some of those, as it ranks by sign; None where that makes
-    no difference."""
+    """Return a note on the cells that `top n of` selects instead, because it ranks by sign; None if
+    they are the same cells."""
     means = result.statistics[measure].mean
     by_sign = sorted(_cells_with_mean(result, measure), key=lambda cell: -means[cell])[:count]
     by_size = rank_by_size(result, measure, count)

@@ -1,8 +1,8 @@
-"""Frozen dataclasses and diagnostics as JSON and arrays, and back, without pickle.
+"""Conversion of frozen dataclasses and diagnostics to JSON and arrays and back, without pickle.
 
-Values are written by the types of their fields. The input may come from anybody: reading creates
-only the requested classes, with fields of the declared types, and raises ValueError for anything
-else. A diagnostic is read back as the same object, or as its text if its class has changed.
+Values are written by the types of their fields. The input may be untrusted: reading creates only
+the requested classes, with fields of the declared types, and raises ValueError for anything else.
+A diagnostic is read back as an equal object, or as its text if its class has changed.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ _BY_TEXT: dict[type, tuple[str, Callable[[Any], str], Callable[[str], Any]]] = {
     Decimal: ("decimal", str, Decimal),
     bytes: ("bytes", bytes.hex, bytes.fromhex),
 }
-"""Types of columns of parquet files: their tag, and how they are texts and again values."""
+"""Types of parquet columns: their tag, conversion to text, and conversion back."""
 
 _OF_TAG = {tag: made for tag, _, made in _BY_TEXT.values()}
 
 _NUMBERS = "biuf"
-"""Kinds of numpy's numbers: booleans, integers with a sign and without, floats."""
+"""Kinds of numpy's number types: boolean, signed and unsigned integer, float."""
 
 
 @dataclass
 class Attachments:
-    """What JSON refers to by a number: arrays, and the texts that spans are in."""
+    """Objects that JSON refers to: arrays, and the texts that contain spans."""
 
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict[str, NDArray[Any]])
     sources: list[Source] = field(default_factory=list[Source])
     _names: dict[int, str] = field(default_factory=dict[int, str])
 
     def add(self, array: NDArray[Any]) -> str:
-        """The name of an array; one that is there twice is kept once."""
+        """Add an array and return its name; a repeated array is stored once."""
         name = self._names.get(id(array))
         if name is None:
             name = self._names[id(array)] = str(len(self.arrays))
-            self.arrays[name] = array  # so that its id stays its own
+            self.arrays[name] = array  # keeps the array alive and so its id unique
         return name
 
     def source(self, source: Source) -> int:
-        """The number of a text."""
+        """Add a text and return its number."""
         for number, known in enumerate(self.sources):
             if known is source or (known.text, known.name) == (source.text, source.name):
                 return number
@@ -75,7 +75,7 @@ class Attachments:
 
 
 class Codec(NamedTuple):
-    """How values of one type are written as JSON, and read."""
+    """Conversion of one type's values to JSON and back."""
 
     write: Callable[[Any, Attachments], Any]
     read: Callable[[Any, Attachments], Any]
@@ -86,24 +86,24 @@ def _type_error(expected: str, found: Any) -> ValueError:
 
 
 def as_list(found: Any) -> list[Any]:
-    """A list of JSON; ValueError for anything else."""
+    """Check for a JSON list; ValueError for anything else."""
     if type(found) is not list:
         raise _type_error("a list", found)
     return cast("list[Any]", found)
 
 
 def as_object(found: Any) -> dict[str, Any]:
-    """An object of JSON; ValueError for anything else."""
+    """Check for a JSON object; ValueError for anything else."""
     if type(found) is not dict:
         raise _type_error("an object", found)
     return cast("dict[str, Any]", found)
 
 
-# --- values that say themselves what they are -----------------------------------------------------
+# --- self-describing values -----------------------------------------------------------------------
 
 
 def write_value(value: Any, kept: Attachments) -> Any:
-    """Anything that a row may hold. Raises ValueError for what can't be kept."""
+    """Convert any value that a row may contain; ValueError for values that can't be stored."""
     kind = type(value)
     if kind is float:
         return value if math.isfinite(value) else {"float": repr(value)}
@@ -134,7 +134,7 @@ def write_value(value: Any, kept: Attachments) -> Any:
 
 
 def read_value(found: Any, kept: Attachments) -> Any:
-    """The value again."""
+    """Restore a value that `write_value` has converted."""
     kind = type(found)
     if kind is list:
         return [read_value(each, kept) for each in found]
@@ -221,7 +221,7 @@ _READ: dict[str, Callable[[Any, Attachments], Any]] = {
 }
 
 
-# --- values whose type a field says ---------------------------------------------------------------
+# --- values of fields -----------------------------------------------------------------------------
 
 
 @cache
@@ -231,10 +231,11 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 @cache
 def build_codec(hint: Any) -> Codec:
-    """How values of a type are written and read.
+    """Return the conversion of a type's values.
 
-    Dataclasses, tuples, mappings, arrays, literals and what there is none of (`X | None`); records
-    of pydantic with a span; and for `Any`, sequences and plain values what `write_value` takes.
+    Supports dataclasses, tuples, mappings, arrays, literals, optional values (`X | None`), pydantic
+    records with a span and, for `Any`, sequences and plain values, everything that `write_value`
+    takes.
     """
     origin, args = get_origin(hint), get_args(hint)
     if isinstance(hint, type) and is_dataclass(hint):
@@ -269,7 +270,7 @@ def _is_class(found: Any, kind: type) -> bool:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether a plain value may stand in a field of this type: a number of numpy for ours too."""
+    """Whether a plain value is valid for a field of this type; numpy's numbers are too."""
     if kind is float:
         return isinstance(value, float | int | np.floating) and not isinstance(value, bool)
     if kind is int:
@@ -298,7 +299,7 @@ def _optional(own: Codec) -> Codec:
 
 def _tuple(inner: Any) -> Codec:
     own = build_codec(inner)
-    if inner in (str, int):  # many thousands of tokens
+    if inner in (str, int):  # fast path for many thousands of tokens
 
         def write_plain(value: Any, kept: Attachments) -> Any:
             plain = all(type(each) is inner for each in value)
@@ -316,10 +317,10 @@ def _tuple(inner: Any) -> Codec:
 
 
 def _repeated(own: Codec) -> Codec:
-    """Tuples of which many are equal: each once, and which stands where."""
+    """Return a conversion of tuples that stores equal items once, with an index per position."""
 
     def write(value: Any, kept: Attachments) -> Any:
-        known: dict[int, int] = {}  # those of equal positions are one object
+        known: dict[int, int] = {}  # items of equal positions are the same object
         numbers: dict[Any, int] = {}
         index: list[int] = []
         for each in value:
@@ -410,7 +411,7 @@ _RECORDED = ("severity", "message", "label_text", "help_text")
 
 @keyword_record
 class RecordedDiagnostic(Diagnostic):
-    """A diagnostic of another version, whose class is gone or words things differently."""
+    """A diagnostic of another version, whose class is missing or has a different text."""
 
     title = "{message_then}"
     label = "{label_then}"
@@ -421,7 +422,7 @@ class RecordedDiagnostic(Diagnostic):
 
 
 def write_diagnostic(diagnostic: Diagnostic, kept: Attachments) -> dict[str, Any]:
-    """Its class by its code, its facts, and what they say."""
+    """Convert a diagnostic: the code of its class, its facts and its texts."""
     facts = {each.name: getattr(diagnostic, each.name) for each in fields(diagnostic)}
     return {
         "code": diagnostic.code,
@@ -432,7 +433,7 @@ def write_diagnostic(diagnostic: Diagnostic, kept: Attachments) -> dict[str, Any
 
 
 def read_diagnostic(found: Any, kept: Attachments) -> Diagnostic:
-    """The diagnostic again; where its class doesn't say the same, as it was said."""
+    """Restore a diagnostic; if its class gives different texts, return the stored texts."""
     parts = as_object(found)
     said = {name: parts[name] for name in ("code", *_RECORDED)}
     if any(type(text) is not str for text in said.values()):
@@ -467,12 +468,12 @@ def _rebuild_diagnostic(
     try:
         made = kind(span=span, **facts)
         return made if all(getattr(made, name) == said[name] for name in _RECORDED) else None
-    except Exception:  # wordings are formatted with facts of any kind
+    except Exception:  # texts are formatted with arbitrary facts
         return None
 
 
 def _diagnostic_classes() -> dict[str, type[Diagnostic]]:
-    """Every code there is."""
+    """Return the classes of all codes."""
     for module in iter_modules(diagnostics.__path__):
         import_module(f"mechdsl.diagnostics.{module.name}")
     return CODES

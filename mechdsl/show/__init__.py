@@ -1,4 +1,4 @@
-"""Everything that draws or prints: reports, the graph, the plan, prompts, anatomy.
+"""Everything drawn or printed: reports, the graph, the plan, prompts, anatomy.
 
 In: results, plans, graphs, prompt tables. Out: text for the terminal, or files. Imports results and
 below.

@@ -1,4 +1,4 @@
-"""Output of `mechdsl sites`: blocks and sites, the checks, and the planner passes that apply."""
+"""Output of `mechdsl sites`: blocks and sites, checks, and applicable planner passes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 
 
 def print_sites(model: LoadedModel, found: Sequence[Diagnostic], console: Console) -> None:
-    """Blocks, heads, sites with their tensors, positions of norms, checks, planner passes."""
+    """Print blocks, heads, sites with their tensors, norms, checks and planner passes."""
     for name in ("", *model.others):
         stack = model.stack(name)
         title = f"{model.shape.architecture}, {name}" if name else model.shape.architecture
@@ -43,7 +43,7 @@ def print_sites(model: LoadedModel, found: Sequence[Diagnostic], console: Consol
 
 
 def sites_document(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str, Any]:
-    """The same for programs."""
+    """Return the output of `print_sites` as JSON."""
     return {
         "architecture": model.shape.architecture,
         "dtype": model.provenance["dtype"],
@@ -78,7 +78,7 @@ def sites_document(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str,
             {
                 "identity": one.identity,
                 "passed": one.passed,
-                # JSON knows no infinity.
+                # JSON has no infinity.
                 "error": one.error if one.error < float("inf") else None,
                 "tolerance": one.tolerance,
             }
@@ -110,7 +110,7 @@ def _sizes(stack: BlockStack) -> str:
 
 
 def _norms(anatomy: Anatomy) -> str:
-    """Where norms stand in the first block."""
+    """Describe the positions of norms in the first block."""
     block = anatomy.blocks[0]
     if anatomy.parallel:
         how = "attention and MLP side by side"
@@ -145,12 +145,12 @@ def _site_units(stack: BlockStack, site: str) -> int:
 
 
 def _site_width(stack: BlockStack, site: str) -> int | None:
-    """None for vectors over the tokens of a prompt."""
+    """Return the width of a site; None for vectors over the tokens of a prompt."""
     return None if SITES[site].width == "key" else vector_width(stack.shape, site)
 
 
 def _layers(stack: BlockStack, site: str) -> list[int]:
-    """Those that have it; within attention the config tells."""
+    """Return the layers with a site; the config determines those within attention."""
     if site not in ATTENTION_INTERNAL_SITES:
         return list(stack.anatomy.layers(site))
     return [layer for layer in range(stack.shape.n_layers) if stack.shape.has(site, layer)]
@@ -175,7 +175,7 @@ def _sites(stack: BlockStack) -> Table:
 
 
 def _tensor(anatomy: Anatomy, site: str) -> str:
-    """The module whose input or output it is, in the first block that has it."""
+    """Return the module whose input or output the site is, in the first block with the site."""
     if site in ATTENTION_INTERNAL_SITES:
         return "where attention is computed"
     layers = anatomy.layers(site)

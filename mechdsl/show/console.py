@@ -18,7 +18,7 @@ def visible_console(
     width: int | None = None,
     plain: bool = False,
 ) -> Console:
-    """A console whose texts can't steer the terminal. plain: without colours."""
+    """Return a console whose texts can't control the terminal. `plain`: without colours."""
     made = Console(
         file=file,
         stderr=stderr,
@@ -32,8 +32,8 @@ def visible_console(
 
 
 class _VisibleHook(RenderHook):
-    """Writes hidden characters out, behind all layout: what is laid out by width is made visible
-    before that, where it may hold any."""
+    """Replaces hidden characters after the layout. Text whose layout depends on its width is made
+    visible beforehand."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

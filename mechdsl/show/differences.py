@@ -1,4 +1,4 @@
-"""Output of `mechdsl diff`: inputs, verdicts, cells, and what only one of two runs has."""
+"""Output of `mechdsl diff`: inputs, verdicts, cells, and results of only one run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mechdsl.show.reports.text import (
 )
 
 MAX_SECTION_LINES = 20
-"""Lines of one section; all of it is in the JSON."""
+"""Maximum number of lines of a section; the JSON contains all."""
 
 HASH_PATTERN = re.compile(r"\b[0-9a-f]{64}\b")
 
@@ -48,12 +48,12 @@ STATE_TEXTS: Mapping[CellState, str] = {
 
 
 def differences_text(found: Differences, width: int) -> PrintedText:
-    """All of it, `width` columns wide."""
+    """Return the complete output, `width` columns wide."""
     return capture_text(lambda console: print_differences(found, console), width)
 
 
 def print_differences(found: Differences, console: Console) -> None:
-    """Everything but cells that didn't change; the counts have those."""
+    """Print all differences; unchanged cells are only counted."""
     for word, side in (("old", found.old), ("new", found.new)):
         note = f" ({side.note})" if side.note else ""
         console.print(Text(f"{word}  {side.name}{note}"), highlight=False, soft_wrap=True)
@@ -81,7 +81,7 @@ def _print_more(count: int, shown: int, noun: str, console: Console) -> None:
 
 
 def _print_line(text: str, console: Console, indent: int = 2, hanging: int = 4) -> None:
-    """One paragraph, its further lines further in."""
+    """Print a paragraph with a hanging indent."""
     lines = wrap(text, max(20, console.width - indent - hanging)) or [""]
     for number, line in enumerate(lines):
         start = " " * (indent + hanging * bool(number))
@@ -115,7 +115,7 @@ def _rows_text(rows: RowChange) -> str:
 
 
 def _shorten_hashes(text: str | None) -> str:
-    """Hashes by their beginning."""
+    """Shorten hashes to a prefix."""
     if text is None:
         return "not there"
     return HASH_PATTERN.sub(lambda found: found[0][:HASH_DIGITS] + "…", text) or "empty"
@@ -177,7 +177,7 @@ def _measure_text(each: CellDifference) -> str:
 
 
 def _move_text(cells: Sequence[CellDifference]) -> str:
-    """How far values of several cells moved, at most."""
+    """Describe the maximum change of values in several cells."""
     rows = max((each.rows_changed or 0 for each in cells), default=0)
     if not rows:
         return ""
@@ -188,7 +188,7 @@ def _move_text(cells: Sequence[CellDifference]) -> str:
 
 
 def _sort_weight(each: CellDifference) -> tuple[float, float]:
-    """The surest first, of equally sure ones the largest."""
+    """Sort by certainty, then by size, both descending."""
     p = 1.0 if each.p_corrected is None else each.p_corrected
     return p, -abs(each.difference or 0.0)
 
@@ -214,7 +214,7 @@ def _effect_text(each: CellDifference) -> str:
 
 
 def _number_texts(*numbers: float | None) -> list[str]:
-    """Alike, so that they can be compared by eye."""
+    """Format numbers alike, so that they are easy to compare."""
     write = number_format([value for value in numbers if value is not None])
     return [MISSING if value is None else write(value) for value in numbers]
 
@@ -230,11 +230,11 @@ def _value_text(each: CellDifference) -> str:
     return said
 
 
-# --- what there is more and less of, and counts ---------------------------------------------------
+# --- added and missing items, and counts ----------------------------------------------------------
 
 
 def _print_unmatched(title: str, places: Sequence[UnmatchedItem], console: Console) -> None:
-    """Cells of one experiment together, by the reason."""
+    """Print unmatched items; cells of one experiment are grouped by reason."""
     if not places:
         return
     _print_title(title, console)

@@ -47,7 +47,7 @@ COLOURS: Mapping[type, str] = {
 
 
 def describe_node(node: Node) -> list[str]:
-    """What a node says: its kind first, then a few short lines."""
+    """Describe a node: its type first, then a few short lines."""
     return [escape_hidden(line) for line in _describe(node)]
 
 
@@ -99,13 +99,13 @@ def _describe(node: Node) -> list[str]:
 
 
 def _step_text(node: WriteNode) -> list[str]:
-    """When it acts, where that isn't at each step."""
+    """Describe the steps in which a rule acts, unless it acts in every step."""
     during = node.by.spec.during if isinstance(node.by, ResolvedRule) else None
     return [] if during is None else [" ".join(during.span.written.split())]
 
 
 def _target_text(node: WriteNode) -> str:
-    """The first and the last of what its cells write: `L0H0.z … L3H3.z`."""
+    """Return the first and the last target of the cells: `L0H0.z … L3H3.z`."""
     if not isinstance(node.by, ResolvedRule):
         return _position_text(node.places)
     assert node.by.sites is not None
@@ -126,7 +126,7 @@ def _position_text(places: Sequence[SiteLayer]) -> str:
 
 
 def _node_names(graph: Graph) -> dict[Node, str]:
-    """A short name per node, in the order of the data."""
+    """Return a short name per node, in topological order."""
     order = nx.lexicographical_topological_sort(
         graph, key=lambda node: "\n".join(describe_node(node))
     )
@@ -134,7 +134,7 @@ def _node_names(graph: Graph) -> dict[Node, str]:
 
 
 def to_text(graph: Graph) -> str:
-    """Each node, indented, with what it waits for."""
+    """Format the graph as text: each node indented, with its inputs."""
     names = _node_names(graph)
     lines: list[str] = []
     for node, name in names.items():
@@ -145,7 +145,7 @@ def to_text(graph: Graph) -> str:
 
 
 def to_dot(graph: Graph) -> str:
-    """Graphviz DOT."""
+    """Format the graph as Graphviz DOT."""
     names = _node_names(graph)
     lines = ["digraph mechdsl {", "  rankdir=TB;", '  node [shape=box, style="rounded,filled"];']
     for node, name in names.items():
@@ -158,7 +158,7 @@ def to_dot(graph: Graph) -> str:
 
 
 def to_mermaid(graph: Graph) -> str:
-    """A Mermaid flow chart."""
+    """Format the graph as a Mermaid flow chart."""
     names = _node_names(graph)
     lines = ["flowchart TD"]
     for node, name in names.items():
@@ -189,7 +189,7 @@ WRAP_CHARACTERS = 32
 
 @dataclass(frozen=True)
 class _Bend:
-    """Where an edge passes a layer between two boxes instead of behind them."""
+    """The point where an edge passes a layer between two boxes instead of crossing them."""
 
     start: Node
     end: Node
@@ -207,11 +207,11 @@ class _Box:
     x: float = 0.0
     y: float = 0.0
     floor: float = 0.0
-    """Where its layer ends: edges bend below it."""
+    """Bottom of its layer; edges bend below it."""
 
 
 def to_svg(graph: Graph) -> str:
-    """Layers from top to bottom, each ordered by where its inputs stand."""
+    """Draw the graph as SVG: layers from top to bottom, each sorted by the position of inputs."""
     names = _node_names(graph)
     layers: list[list[_Position]] = [[*layer] for layer in _layers(graph, names)]
     routes = _routes(layers, _edges(graph, names))
@@ -251,7 +251,7 @@ def to_svg(graph: Graph) -> str:
 
 
 def _box(place: _Position) -> _Box:
-    """The size of a node with its text; an edge that passes needs little room."""
+    """Return the size of a node with its text; a passing edge needs little space."""
     if isinstance(place, _Bend):
         return _Box([], 0, 0)
     parts = describe_node(place)
@@ -265,7 +265,7 @@ def _wrap_text(text: str) -> list[str]:
 
 
 def _layers(graph: Graph, names: Mapping[Node, str]) -> list[list[Node]]:
-    """Nodes by depth, but as low as what waits for them allows, so that edges are short."""
+    """Sort nodes by depth, but as low as their dependents allow, so that edges are short."""
     layers: list[list[Node]] = list(nx.topological_generations(graph))
     level = {node: number for number, layer in enumerate(layers) for node in layer}
     for layer in reversed(layers):
@@ -281,7 +281,7 @@ def _layers(graph: Graph, names: Mapping[Node, str]) -> list[list[Node]]:
 
 
 def _routes(layers: list[list[_Position]], edges: list[tuple[Node, Node]]) -> list[list[_Position]]:
-    """The places that each edge passes; its bends are added to the layers in between."""
+    """Return the points that each edge passes, and add its bends to the layers in between."""
     level = {place: number for number, layer in enumerate(layers) for place in layer}
     routes: list[list[_Position]] = []
     for start, end in edges:
@@ -295,20 +295,20 @@ def _routes(layers: list[list[_Position]], edges: list[tuple[Node, Node]]) -> li
 def _reorder(
     layers: list[list[_Position]], neighbours: Mapping[_Position, list[_Position]]
 ) -> None:
-    """Sort each layer by the mean place of its neighbours in the layers before it."""
+    """Sort each layer by the mean position of its neighbours in the preceding layers."""
     where: dict[_Position, float] = {}
     for layer in layers:
         wanted: dict[_Position, float] = {}
         for number, place in enumerate(layer):
             known = [where[n] for n in neighbours[place] if n in where]
             wanted[place] = sum(known) / len(known) if known else number / len(layer)
-        layer.sort(key=wanted.__getitem__)  # which keeps the order of equals
+        layer.sort(key=wanted.__getitem__)  # stable for equal positions
         for number, place in enumerate(layer):
             where[place] = (number + 0.5) / len(layer)
 
 
 def _line(boxes: list[_Box]) -> str:
-    """An edge from the first box to the last, straight through the layers in between."""
+    """Draw an edge from the first box to the last, straight through the layers in between."""
     x, y = boxes[0].x + boxes[0].width / 2, boxes[0].floor
     path = f"M{x:.1f},{boxes[0].y + boxes[0].height:.1f} L{x:.1f},{y:.1f}"
     for box in boxes[1:]:
@@ -339,7 +339,7 @@ GRAPH_FORMATS: Mapping[str, Callable[[Graph], str]] = {
     "svg": to_svg,
     "text": to_text,
 }
-"""Formats of a drawing."""
+"""Drawing functions by format."""
 
 
 def draw_graph(
@@ -349,9 +349,11 @@ def draw_graph(
     *,
     before: bool,
 ) -> str:
-    """The graph of a file in one of `DRAWINGS`; before: without the planner's passes.
+    """Draw the graph of a file in one of `GRAPH_FORMATS`.
 
-    saving: the experiments with `save` lines.
+    Args:
+        saving: Experiments with `save` lines.
+        before: Draw the graph before the planner's passes.
     """
     made = add_save_nodes(build_file_graph(experiments), saving)
     if not before:

@@ -39,13 +39,13 @@ class JunitTest:
     outcome: Literal["passed", "failure", "error", "skipped"] = "passed"
     message: str = ""
     detail: str = ""
-    """Its type, as `E0604`; or what a test that passed has to say."""
+    """Type of the failure, such as `E0604`; or a note on a passed test."""
     line: int | None = None
 
 
 @dataclass(frozen=True)
 class JunitSuite:
-    """Tests of one experiment, or of a file as a whole."""
+    """Tests of one experiment, or of a whole file."""
 
     file: str
     experiment: str = ""
@@ -54,32 +54,32 @@ class JunitSuite:
 
     @property
     def name(self) -> str:
-        """`heads.mech: heads`."""
+        """Display name: `heads.mech: heads`."""
         return f"{self.file}: {self.experiment}" if self.experiment else self.file
 
     @property
     def classname(self) -> str:
-        """`heads.heads`, by which CI systems group tests."""
+        """Name by which CI systems group tests: `heads.heads`."""
         stem = PurePath(self.file).stem or self.file
         return f"{stem}.{self.experiment}" if self.experiment else stem
 
 
 def results_junit(results: Results) -> str:
-    """The verdicts of results."""
+    """Format the verdicts of results."""
     return junit_text(build_suites(results.files, results.against))
 
 
 def build_suites(
     files: Iterable[FileResult], against: VerdictComparison | None = None
 ) -> list[JunitSuite]:
-    """A suite per experiment of files that were run, in their order."""
+    """Return a suite per experiment of files that were run, in order."""
     changes = against.changes if against is not None else ()
     known = {id(each.now): each for each in changes if each.now is not None}
     return [suite for file in files for suite in _file_suites(file, known)]
 
 
 def diagnostic_suite(problem: Diagnostic) -> JunitTest:
-    """What is wrong with a file, or with the command."""
+    """Return a failed test for an error in a file or in the command."""
     line = None if problem.span is None else problem.span.line
     said = missing_reason(problem)
     return JunitTest(problem.code, "error", f"{said.code}: {said.reason}", problem.code, line)
@@ -149,7 +149,7 @@ def _verdict(outcome: ExpectOutcome, change: ExpectationChange | None) -> JunitT
 
 
 def _figure(outcome: ExpectOutcome) -> str:
-    """`0.41 [0.37, 0.45], effective n = 16`; empty where there is no number."""
+    """Format `0.41 [0.37, 0.45], effective n = 16`; empty without a number."""
     value = verdict_text(outcome)
     if not value or outcome.effective_n is None:
         return value
@@ -167,7 +167,7 @@ def _skipped_tests(left: SkippedExperiment, why: str) -> Iterator[JunitTest]:
 
 
 def junit_text(suites: Sequence[JunitSuite]) -> str:
-    """Suites as a document. What XML can't hold is written out, as `\\x1b`."""
+    """Format suites as a document. Characters that are invalid in XML are escaped as `\\x1b`."""
     every = [test for suite in suites for test in suite.tests]
     root = ElementTree.Element("testsuites", {"name": "mechdsl", **_counts(every)})
     for suite in suites:
@@ -182,7 +182,7 @@ def junit_text(suites: Sequence[JunitSuite]) -> str:
                 )
         names = Counter[str]()
         for test in suite.tests:
-            names[test.name] += 1  # CI systems take two tests of one name for one
+            names[test.name] += 1  # CI systems merge two tests of one name
             count = names[test.name]
             _add(one, suite, test, test.name if count == 1 else f"{test.name} ({count})")
     ElementTree.indent(root)

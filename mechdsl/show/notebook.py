@@ -1,4 +1,4 @@
-"""An experiment as HTML for notebooks: the tables that the command line prints."""
+"""An experiment as HTML for notebooks, with the tables of the command line."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mechdsl.show.reports.table import Column, apply_grouping, measure_table
 from mechdsl.show.reports.text import heading_facts, measure_name, verdict_text
 
 MAX_ROWS = 100
-"""Of a table that is displayed."""
+"""Maximum number of displayed rows of a table."""
 
 DEFAULT_TOP = 20
-"""Cells that are shown where the file asks for no table."""
+"""Number of displayed cells if the file requests no table."""
 
 QUIET_STYLE = 'style="color:#767676"'
 
 
 def experiment_html(result: ExperimentResult) -> str:
-    """Per `report table` of the file (or, without one, of the largest effects) a table for each
-    measure; then the conventions and the verdicts. Every text is escaped."""
+    """Return a table for each measure per `report table` of the file (by default, the largest
+    effects), then the conventions and the verdicts. Every text is escaped."""
     parts: list[str] = []
     shown = result
     for report in _tables(result):
@@ -48,7 +48,7 @@ def experiment_html(result: ExperimentResult) -> str:
 
 
 def _tables(result: ExperimentResult) -> list[spec.Report]:
-    """The tables that the file asks for, each once."""
+    """Return the tables that the file requests, without duplicates."""
     asked = [report for report in result.reports if report.kind == "table"]
     if asked:
         return list({(report.by, report.top): report for report in asked}.values())
@@ -78,7 +78,7 @@ def _table(columns: Sequence[Column]) -> str:
 
 
 def _paragraph(lines: Sequence[str]) -> list[str]:
-    """Lines that are HTML, below each other."""
+    """Join lines of HTML to a paragraph."""
     return [f"<p {QUIET_STYLE}>{'<br/>'.join(lines)}</p>"] if lines else []
 
 

@@ -33,37 +33,38 @@ from mechdsl.vocab.reports import REPORTS, ReportSignature, check_report, short_
 
 
 class _ReportModule(Protocol):
-    """What the module of a report defines."""
+    """The interface of a report's module."""
 
     def render(self, result: ExperimentResult, report: spec.Report, console: Console) -> None:
-        """Print it."""
+        """Print the report."""
         ...
 
     def save(self, result: ExperimentResult, report: spec.Report, path: Path) -> None:
-        """Write it to a file, whose ending says the format."""
+        """Write the report to a file; the extension determines the format."""
         ...
 
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """What became of a report that goes to a file."""
+    """The outcome of writing a report to a file."""
 
     experiment: str
     report: spec.Report
     path: Path | None
-    """None where it couldn't be written."""
+    """None if the file couldn't be written."""
     diagnostics: Sequence[Diagnostic]
 
 
 def show_report(result: ExperimentResult, report: spec.Report, console: Console) -> None:
-    """Print a report. Raises ValueError for one that `check_report` refuses as not drawn yet."""
+    """Print a report; ValueError for one that `check_report` rejects as not implemented."""
     _report_module(report).render(name_positions(result, report), report, console)
 
 
 def write_reports(experiments: Iterable[ExperimentResult]) -> list[WrittenReport]:
-    """Write all reports that go to a file, in their order.
+    """Write all reports with a file, in order.
 
-    One that can't be written is missing alone: its `diagnostics` say why, E0531 to E0533 and E0536.
+    A failure affects only its report, whose `diagnostics` give the reason (E0531 to E0533 and
+    E0536).
     """
     return [
         _write_report(result, report, report.file)
@@ -74,7 +75,7 @@ def write_reports(experiments: Iterable[ExperimentResult]) -> list[WrittenReport
 
 
 def _write_report(result: ExperimentResult, report: spec.Report, file: str) -> WrittenReport:
-    # Looked at before the run too, but links and folders may have changed since.
+    # Checked again, because links and folders may have changed since the check before the run.
     name = f"report {report.kind}"
     path, problems = path_to_write(name, file, report.span)
     if path is not None:
@@ -93,9 +94,10 @@ def _write_report(result: ExperimentResult, report: spec.Report, file: str) -> W
 
 
 def save_report(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """Write a report to a file, which is whole or not there. Folders are made.
+    """Write a report to a file atomically; folders are created.
 
-    Raises OSError where the file can't be written, and what drawing raises.
+    Raises:
+        OSError: If the file can't be written. Exceptions of the drawing are passed on.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as made:
@@ -110,7 +112,7 @@ def _report_module(report: spec.Report) -> _ReportModule:
 
 
 def _failure_text(error: Exception) -> tuple[str, str]:
-    """The reason, and what to do."""
+    """Return the reason and a fix."""
     if isinstance(error, OSError):
         reason = (error.strerror or str(error)).lower()
         return reason, "make room, or name a folder that may be written to, and run it again"
@@ -119,7 +121,7 @@ def _failure_text(error: Exception) -> tuple[str, str]:
 
 
 class PrintedText(str):
-    """A text that is shown as it is, by `print` and alone at the end of a notebook's cell."""
+    """A text that is displayed unquoted, by `print` and as the result of a notebook's cell."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -129,21 +131,21 @@ class PrintedText(str):
 
 
 class SvgText(PrintedText):
-    """A picture as SVG, which a notebook shows as a picture."""
+    """An SVG picture, which a notebook displays."""
 
     def _repr_html_(self) -> str:
         return str(self)
 
 
 def capture_text(show: Callable[[Console], None], width: int = 100) -> PrintedText:
-    """What a function prints to a console that has `width` columns and no colours."""
+    """Return what a function prints to a console of `width` columns without colours."""
     text = io.StringIO()
     show(Console(file=text, width=width, color_system=None))
     return PrintedText(text.getvalue())
 
 
 def experiment_text(result: ExperimentResult, width: int) -> PrintedText:
-    """All reports of an experiment but those that go to a file, and the verdicts."""
+    """Return all reports of an experiment without a file, and the verdicts."""
 
     def show(console: Console) -> None:
         for report in result.reports:
@@ -157,7 +159,7 @@ def experiment_text(result: ExperimentResult, width: int) -> PrintedText:
 def experiment_chart(
     result: ExperimentResult, kind: str, axis: str | None, by: str | None, top: int | None
 ) -> Any:
-    """The altair chart; see `ExperimentResult.plot`."""
+    """Return the altair chart; see `ExperimentResult.plot`."""
     entry = REPORTS.get(kind)
     if entry is None or not entry.picture:
         raise MechdslError([_unknown_picture(kind)])
@@ -198,12 +200,12 @@ def _unknown_picture(kind: str) -> Diagnostic:
 def _default_axes(
     result: ExperimentResult, signature: ReportSignature
 ) -> tuple[str | None, str | None]:
-    """The axis and the `by` of a picture where neither is said: the first that it could have."""
+    """Return the default axis and `by` of a picture: the first that it can have."""
     first, second, *_ = (*result.axes, None, None)
     if signature.by_category:
         names = [short_names(m.label, m.word) for m in result.measures if m.kind == "category"]
         values = next(iter(result.row_values), None)
-        # where none is a category, what is said of the first measure says so
+        # Without a category, the diagnostic about the first measure explains the problem.
         return first or values, names[0][-1] if names else result.measures[0].label
     if signature.variable is None:
         return None, None
@@ -211,7 +213,7 @@ def _default_axes(
 
 
 def _report_line(kind: str, axis: str | None, by: str | None, top: int | None) -> spec.Report:
-    """The report, with the line that would ask for it in a file as its place."""
+    """Build a report whose span is the line that would request it in a file."""
     words = ["report", kind, axis, *(["by", by] if by else []), *(["top", str(top)] if top else [])]
     line = " ".join(word for word in words if word)
     span = Span(Source(line), 0, len(line))

@@ -35,36 +35,36 @@ if TYPE_CHECKING:
 
 
 EFFICIENCY = 0.8
-"""Share of a large product's rate that passes over wide models reach, as measured on two cores."""
+"""Share of a large product's rate that passes over wide models reach, measured on two cores."""
 
 REFERENCE_PACE = 0.011
-"""Seconds of `host_pace` where `SECONDS` were measured."""
+"""Seconds of `measure_host_pace` on the machine of `SECONDS_PER_AMOUNT`."""
 
 PACE_STEPS = 100_000
 
 
 @dataclass(frozen=True)
 class WorkAmounts:
-    """What takes time in a run, next to large matrix products."""
+    """Work of a run besides large matrix products."""
 
     runs: float = 1.0
     """Runs of the command, each of which imports libraries and loads models."""
     prompts: float = 0.0
-    """Rows of all runs that are made and tokenised."""
+    """Rows of all runs that are created and tokenised."""
     calls: float = 0.0
     """Calls of blocks."""
     block_tokens: float = 0.0
-    """Tokens through blocks."""
+    """Tokens times blocks."""
     cells: float = 0.0
     """Cells that are laid out, measured and reported."""
     rows: float = 0.0
-    """Patched or observed."""
+    """Patched or observed rows."""
     numbers: float = 0.0
     """Logits, or numbers of vectors, that metrics and observations read."""
     drawn: float = 0.0
     """Units times resamples and sign flips."""
     summed: float = 0.0
-    """The same, times cells."""
+    """Units times resamples and sign flips times cells."""
     fitted: float = 0.0
     """Vectors that observations over rows fit, such as probes."""
 
@@ -81,21 +81,21 @@ SECONDS_PER_AMOUNT = WorkAmounts(
     summed=1.4e-10,
     fitted=1.4e-3,
 )
-"""Per unit of each amount. `benchmarks/estimates.py --fit` measures them."""
+"""Seconds per unit of each amount, measured by `benchmarks/estimates.py --fit`."""
 
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Estimated seconds of one run of a file, by what takes them."""
+    """Estimated seconds of one run of a file, by phase."""
 
     loading: float
     """Importing libraries and loading models."""
     prompts: float
-    """Making and tokenising prompts."""
+    """Creating and tokenising prompts."""
     passes: float
-    """Running the model, metrics and observations included."""
+    """Running the model, including metrics and observations."""
     statistics: float
-    """Resampling units for intervals and p values."""
+    """Resampling units for intervals and p-values."""
 
     @property
     def total(self) -> float:
@@ -103,10 +103,10 @@ class TimeEstimate:
 
 
 def measure_matmul_rate(size: int = 1024, repeats: int = 3) -> float:
-    """Multiply-adds per second of a product of square matrices in float32, the best of some."""
+    """Measure the multiply-adds per second of a square float32 matrix product, the best of some."""
     a = np.ones((size, size), dtype=np.float32)
     best = float("inf")
-    for _ in range(repeats + 1):  # the first one starts the threads
+    for _ in range(repeats + 1):  # the first repetition starts the threads
         start = perf_counter()
         np.matmul(a, a)
         best = min(best, perf_counter() - start)
@@ -114,7 +114,7 @@ def measure_matmul_rate(size: int = 1024, repeats: int = 3) -> float:
 
 
 def measure_host_pace() -> float:
-    """Processor seconds of a fixed loop in Python, the best of some."""
+    """Measure the processor seconds of a fixed loop in Python, the best of some."""
     best = float("inf")
     for _ in range(3):
         start = process_time()
@@ -126,12 +126,12 @@ def measure_host_pace() -> float:
 
 
 def count_work(plan: Plan, cost: Cost, blocks: int) -> WorkAmounts:
-    """Count what takes time in a run of a plan.
+    """Count the work of a plan's run.
 
     Args:
         plan: The plan of all experiments.
-        cost: The work that its passes leave, `save` lines included.
-        blocks: Blocks of the deepest model.
+        cost: The remaining cost after its passes, including `save` lines.
+        blocks: Number of blocks of the deepest model.
     """
     plans = [each for panel in plan.panels for each in panel.experiments]
     found = [_experiment_work(each) for each in plans]
@@ -159,7 +159,7 @@ def _experiment_work(plan: ExperimentPlan) -> WorkAmounts:
     written = 0 if experiment.generation is None else experiment.generation.tokens
     samples = 1 if experiment.generation is None else experiment.generation.samples
     draws = draw_count(settings, cells) + MULTIPLIER_DRAWS * (settings.correction == "max")
-    # simultaneous bounds, argmax and what isn't smooth are resampled
+    # Simultaneous bounds, argmax and non-smooth values are resampled.
     draws += settings.resamples * bool(experiment.spec.expects)
     over_rows = plan.observes is not None and isinstance(plan.observes.rule.does, RowSetObservation)
     return WorkAmounts(
@@ -179,10 +179,10 @@ def estimate_time(
     """Estimate the seconds of a run.
 
     Args:
-        work: As `amounts` counts it.
-        multiply_adds: Of all passes over the model.
-        rate: Multiply-adds per second, as `matmul_rate` measures it.
-        pace: Seconds, as `host_pace` measures it.
+        work: Result of `count_work`.
+        multiply_adds: Total of all passes over the model.
+        rate: Multiply-adds per second, from `measure_matmul_rate`.
+        pace: Seconds, from `measure_host_pace`.
     """
     slower = pace / REFERENCE_PACE
     loading, prompts, *passes, drawn, summed, fitted = (
@@ -194,11 +194,11 @@ def estimate_time(
 
 
 MeasuredByVariant: TypeAlias = "Mapping[str, MeasuredValues]"
-"""Experiment variant, by its key → what its base run and its source run gave."""
+"""Key of an experiment's variant → measurements of its base run and its source run."""
 
 
 def print_power(plan: Plan, console: Console, measured: MeasuredByVariant | None = None) -> None:
-    """A line per experiment that tests something; with what was measured, one per measure too."""
+    """Print a line per tested experiment and, with measurements, one per measure."""
     plans = {p.experiment.key: p for panel in plan.panels for p in panel.experiments}
     ordered = sorted((p.experiment for p in plans.values()), key=lambda e: e.spec.span.start)
     tested = {each[0].name: each for each in group_variants(ordered) if _tested_measures(each)}
@@ -247,9 +247,9 @@ def detectable_effects(
     plans: Mapping[str, ExperimentPlan],
     measured: MeasuredByVariant | None = None,
 ) -> tuple[DetectableEffect, DetectableEffect]:
-    """Of one experiment, all variants together: of its cells with the fewest and the most units.
-    Cells that can't differ aren't tested. Where the base run was measured, `keep` has left the rows
-    that there are."""
+    """Return the detectable effects of one experiment, with all its variants, for its cells with
+    the fewest and the most units. Cells that can't differ aren't tested. If the base run was
+    measured, only rows that satisfy `keep` count."""
     counts = [
         plan_measure_units(plans[v.key], number, _available_rows(v, measured), plans).counts
         for v in variants
@@ -266,12 +266,12 @@ def detectable_effects(
 def plan_measure_units(
     plan: ExperimentPlan, number: int, rows: Ints, plans: Mapping[str, ExperimentPlan]
 ) -> PlannedUnits:
-    """Of one measure, as the run counts them."""
+    """Return the units of one measure, as the run counts them."""
     shapes = {each.experiment.model.name: each.experiment.model.shape for each in plans.values()}
     own = plan.experiment.model
 
     def causal(name: str | None) -> bool:
-        """A model on which nothing is run isn't known; it is taken to be like the own one."""
+        """Return whether a model is causal; one that isn't run is assumed to be like the own."""
         return shapes.get(name or own.name, own.shape).causal
 
     return plan_units(plan, number, rows, causal)
@@ -283,12 +283,12 @@ def _available_rows(experiment: ResolvedExperiment, measured: MeasuredByVariant 
 
 
 def _range_text(ends: Sequence[str]) -> str:
-    """`4 to 16`, or one of them where they are the same."""
+    """Format `4 to 16`, or one number if they are equal."""
     return " to ".join(dict.fromkeys(ends))
 
 
 def _tested_measures(variants: Sequence[ResolvedExperiment]) -> list[int]:
-    """Numbers of the measures that are tested."""
+    """Return the indices of the tested measures."""
     first = variants[0]
     if not first.rules:
         return []
@@ -296,7 +296,7 @@ def _tested_measures(variants: Sequence[ResolvedExperiment]) -> list[int]:
 
 
 def _numeric_measures(experiment: ResolvedExperiment) -> list[int]:
-    """Those of them that have a standard deviation."""
+    """Return the indices of the tested measures that have a standard deviation."""
     return [n for n in _tested_measures([experiment]) if experiment.measures[n].kind == "number"]
 
 
@@ -321,8 +321,8 @@ def _level_text(settings: Sequence[spec.Statistics]) -> str:
 
 
 def _may_pass_correction(found: DetectableEffect, settings: spec.Statistics) -> bool:
-    """Whether an effect may survive though Bonferroni's level is out of reach: the maximum over
-    cells corrects p, and how large that is hangs on them."""
+    """Whether an effect may be significant although Bonferroni's level is out of reach: p is
+    corrected by the maximum over cells, whose size depends on the cells."""
     return settings.correction == "max" and found.smallest < 1 - settings.confidence / 100
 
 
@@ -336,7 +336,7 @@ def _detectable_text(found: DetectableEffect, settings: spec.Statistics) -> str:
 def _no_power_text(
     name: str, found: DetectableEffect, experiment: ResolvedExperiment, some: str
 ) -> str:
-    """some: in which cells, where it isn't all."""
+    """Explain why no effect is detectable; `some` names the cells, if not all."""
     settings = experiment.spec.statistics
     if found.units < 2:
         return f"{name}: {found.units} of them show nothing"
@@ -395,7 +395,7 @@ def _measured_lines(
     units: Ints,
     effect: float | None,
 ) -> list[tuple[str, str, str, str]]:
-    """Of the base run, and of source − base: what it is of, mean, SD and the effect."""
+    """Describe base run and source − base: (name, mean, SD, detectable effect)."""
     base, source = experiment.spec.base, experiment.spec.source
     kind = EFFECTS[experiment.spec.measures[number].effect]
     start = values.unpatched[base][number]
@@ -411,7 +411,7 @@ def _measured_lines(
     for what, rows in of.items():
         mean, spread = unit_moments(rows, units)
         part = f" of {kind.divisor}" if kind.denominator is not None else ""
-        # where no unit differs from another nothing is known of how effects will
+        # If no unit differs from another, the variation of effects is unknown.
         shown = "–"
         if effect is not None and divisor and spread:
             shown = f"{effect * spread / divisor:.3g}{part}"
@@ -420,11 +420,13 @@ def _measured_lines(
 
 
 def unit_moments(values: Floats, units: Ints) -> tuple[float, float]:
-    """Mean and standard deviation over the means of units.
+    """Return mean and standard deviation over the means of units.
 
-    values: [environment, row], where a metric names what an axis runs over; their variances are
-        averaged
-    units: [row]
+    Args:
+        values: Shape [environment, row], if a metric names the variable of an axis; the variances
+            of
+            environments are averaged.
+        units: Shape [row].
     """
     means: list[float] = []
     variances: list[float] = []
@@ -450,9 +452,13 @@ def print_plan(
     *,
     saving: Sequence[ResolvedExperiment] = (),
 ) -> None:
-    """The graph, the work per experiment, what effects its rows can show, what each pass saves, and
-    what `save` lines cost. measured: what base and source runs gave, if they were run; saving: the
-    experiments with `save` lines."""
+    """Print the graph, the work per experiment, the detectable effects, the savings of each pass,
+    and the cost of `save` lines.
+
+    Args:
+        measured: Measurements of base and source runs, if they were run.
+        saving: Experiments with `save` lines.
+    """
     console.print("intervention graph", style="bold")
     graph = to_text(add_save_nodes(plan.graph, saving))
     console.print(graph, highlight=False, markup=False, end="", soft_wrap=True)
@@ -533,7 +539,7 @@ def _is_estimated(plan: ExperimentPlan) -> bool:
 
 
 def _print_savings(cost: PlanCost, console: Console) -> None:
-    """A line per pass: what is left after it."""
+    """Print a line per pass with the remaining cost."""
     table = Table(box=None, padding=(0, 1), show_edge=False)
     table.add_column("left after", no_wrap=True)
     back = ("backward",) if cost.plain.backwards else ()
@@ -557,12 +563,12 @@ def _print_savings(cost: PlanCost, console: Console) -> None:
     counted = {saving.name for saving in cost.savings}
     for one in PASSES:
         if one.shown is not None and one.name not in counted:
-            continue  # of replies, where none are written
+            continue  # a pass for replies, but nothing is generated
         console.print(f"{one.name}: {one.does}", style="dim", highlight=False)
 
 
 def _print_saves(saves: Sequence[SaveCost], console: Console) -> None:
-    """A line per file that is written: each is made in passes of its own, behind all cells."""
+    """Print a line per saved file; each is computed in separate passes, after all cells."""
     if not saves:
         return
     table = Table(box=None, padding=(0, 1), show_edge=False)
@@ -582,7 +588,7 @@ def _print_saves(saves: Sequence[SaveCost], console: Console) -> None:
 
 
 def _cost_figures(cost: Cost, *, back: bool = False) -> list[str]:
-    """back: with the passes back."""
+    """Format the numbers of a cost; `back` includes backward passes."""
     return [
         f"{cost.cells:,}",
         f"{cost.rows:,}",
@@ -594,7 +600,7 @@ def _cost_figures(cost: Cost, *, back: bool = False) -> list[str]:
 
 
 def _print_estimate(plan: Plan, cost: PlanCost, saves: Cost, console: Console) -> None:
-    """Print the seconds of a run and of a plain loop. saves: the work of `save` lines, in both."""
+    """Print the estimated seconds of a run and of a plain loop; `saves`: work of `save` lines."""
     rate, pace = measure_matmul_rate(), measure_host_pace()
     plain, planned = (
         _seconds_text(plan, each + saves, cost.blocks, rate, pace)
@@ -629,7 +635,7 @@ def _time_text(seconds: float) -> str:
 def print_profile(
     plan: Plan, profile: ExecutionProfile, sizes: PassSizes, console: Console
 ) -> None:
-    """Estimated against measured, after a run."""
+    """Print estimates and measurements after a run."""
     cost = plan_cost(plan, sizes.pass_tokens, sizes.prompt_tokens)
     console.print("profile", style="bold")
     table = Table(box=None, padding=(0, 2), show_edge=False)
@@ -660,6 +666,6 @@ def print_profile(
 
 
 def count_unpatched_rows(plan: ExperimentPlan) -> int:
-    """Prompts of all unpatched runs of the experiment, draws included."""
+    """Count the prompts of all unpatched runs of the experiment, per noise draw."""
     table = plan.experiment.table
     return sum(len(table) * table.runs[name].draws for name in plan.runs)

@@ -1,4 +1,4 @@
-"""A progress bar on standard error, for terminals, notebooks and on request."""
+"""A progress bar on standard error for terminals, notebooks and on request."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def is_interactive() -> bool:
 
 
 class ProgressBar:
-    """Appears at the first pass; shows rows, speed and what is left."""
+    """Appears at the first pass; shows rows, speed and the remaining time."""
 
     def __init__(self, name: str, *, shown: bool | None = None) -> None:
-        """shown: None where somebody watches, in a terminal or a notebook."""
+        """Create a bar; `shown` None shows it only in a terminal or a notebook."""
         self.name = name
         self._shown = shown
         self._progress: Any = None
@@ -33,7 +33,7 @@ class ProgressBar:
             self._progress.stop()
 
     def advance(self, done: int, total: int) -> None:
-        """Called after every pass with the rows done so far."""
+        """Update the bar after a pass with the completed rows."""
         if self._shown is None:
             self._shown = is_interactive()
         if not self._shown:
@@ -56,7 +56,7 @@ class ProgressBar:
                 TextColumn("rows"),
                 TimeRemainingColumn(),
                 console=visible_console(stderr=True),
-                transient=is_interactive(),  # elsewhere one line is left: how far it came
+                transient=is_interactive(),  # elsewhere one line remains, with the final progress
             )
             self._progress.start()
             self._task = self._progress.add_task(self.name, total=total)

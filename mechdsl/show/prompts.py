@@ -1,4 +1,4 @@
-"""Output of `mechdsl explain`: prompts as tokens, and the tokens that each rule hits."""
+"""Output of `mechdsl explain`: prompts as tokens, and the tokens that rules hit."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from mechdsl.resolve.types import DRAW_AXIS, ResolvedExperiment, ResolvedRule
 HIT_MARK, OTHER_MARK = "■", "·"
 
 MAX_DRAWN_POSITIONS = 4
-"""Positions that are drawn; more are listed alone."""
+"""Maximum number of drawn positions; further ones are only listed."""
 
 
 def grid_lines(layout: PatchLayout, tokens: Iterable[int]) -> list[str]:
-    """One line for each row of patches; those that are hit are filled."""
+    """Return one line per row of patches; patches that are hit are filled."""
     hit = set(tokens)
     return [
         "".join(
@@ -41,7 +41,7 @@ def grid_lines(layout: PatchLayout, tokens: Iterable[int]) -> list[str]:
 
 
 def range_text(tokens: Iterable[int]) -> str:
-    """`0, 4..7`."""
+    """Format token numbers as ranges: `0, 4..7`."""
     found: list[list[int]] = []
     for token in sorted(tokens):
         if found and token == found[-1][-1] + 1:
@@ -57,7 +57,7 @@ MAX_SHOWN_CELLS = 24
 
 
 def span_tokens(row: RunRow, start: int, end: int) -> tuple[int, ...]:
-    """Token positions that overlap characters `start` to `end`."""
+    """Return the positions of tokens that overlap characters `start` to `end`."""
     return tuple(
         position
         for position, (low, high) in enumerate(row.offsets)
@@ -66,7 +66,7 @@ def span_tokens(row: RunRow, start: int, end: int) -> tuple[int, ...]:
 
 
 def print_prompts(checked: CheckedFile, console: Console) -> None:
-    """Print every experiment's prompts, token by token, and what its rules hit."""
+    """Print every experiment's prompts, token by token, and the tokens that its rules hit."""
     seen: set[tuple[int, ...]] = set()
     saving = {each.spec.span: each for each in checked.saving}
     for experiment, places in _whole_experiments(checked):
@@ -91,7 +91,7 @@ def print_prompts(checked: CheckedFile, console: Console) -> None:
         if len(places) > 1:
             _print_labels("read at", places, console)
         _control(experiment, console)
-        if experiment.spec.span in saving:  # once, where it has several results
+        if experiment.spec.span in saving:  # once per experiment with several results
             _saves(saving.pop(experiment.spec.span), console)
         for picked, said in experiment.picks.items():
             console.print(Text(f"  {picked}: {said}", style="dim"))
@@ -99,13 +99,13 @@ def print_prompts(checked: CheckedFile, console: Console) -> None:
 
 
 def _all_experiments(checked: CheckedFile) -> list[ResolvedExperiment]:
-    """All experiments in the order of the file, with those that only save."""
+    """Return all experiments in source order, including those that only save."""
     only = [each for each in checked.saving if not each.measures]
     return sorted([*checked.experiments, *only], key=lambda each: each.spec.span.start)
 
 
 def _whole_experiments(checked: CheckedFile) -> list[tuple[ResolvedExperiment, list[str]]]:
-    """Each once, with the places that its measures are read at, as far as there are several."""
+    """Return each experiment once, with the positions of its measures if there are several."""
     found: dict[str, tuple[ResolvedExperiment, list[str]]] = {}
     for each in _all_experiments(checked):
         places = found.setdefault(get_whole_spec(each).key, (each, []))[1]
@@ -164,7 +164,7 @@ def _count_text(tokens: int) -> str:
 
 
 def _print_grid(tokens: list[str], console: Console) -> None:
-    """Tokens under their positions, wrapped at the width of the console."""
+    """Print tokens below their positions, wrapped to the width of the console."""
     room = max(20, console.width - 6)
     line: list[tuple[str, str]] = []
 
@@ -186,7 +186,7 @@ def _print_grid(tokens: list[str], console: Console) -> None:
 
 
 def _named_spans(row: RunRow) -> list[tuple[str, list[tuple[int, ...]]]]:
-    """Each span's name with the tokens of all its occurrences."""
+    """Return each span's name with the tokens of all its occurrences."""
     found: dict[str, list[tuple[int, ...]]] = {}
     for span in row.spans:
         found.setdefault(span.name, []).append(span_tokens(row, span.start, span.end))
@@ -194,20 +194,20 @@ def _named_spans(row: RunRow) -> list[tuple[str, list[tuple[int, ...]]]]:
 
 
 def _token_ranges(groups: Iterable[tuple[int, ...]]) -> str:
-    """`4..6, 9`."""
+    """Format groups of tokens as ranges: `4..6, 9`."""
     texts = ["-" if not g else str(g[0]) if len(g) == 1 else f"{g[0]}..{g[-1]}" for g in groups]
     return ", ".join(texts)
 
 
 def _derived(experiment: ResolvedExperiment, console: Console) -> None:
-    """The runs that it defines, and what their rules hit."""
+    """Print the derived runs of an experiment and the tokens that their rules hit."""
     for name, run in experiment.derived.items():
         for rule in run.rules:
             _rule(run, rule, console, f"run {name}, on {run.spec.base}: ")
 
 
 def _saves(experiment: ResolvedExperiment, console: Console) -> None:
-    """What goes to which file."""
+    """Print the saved activations and their files."""
     for save in experiment.saves:
         console.print(Text("  " + save.spec.span.written, style="bold"))
         layout, run = plan_save_layout(experiment, save), experiment.table.runs[save.run]
@@ -232,7 +232,7 @@ def _rules(experiment: ResolvedExperiment, console: Console) -> None:
     if experiment.generation is not None:
         console.print(Text(f"  writes {experiment.generation.how} behind each prompt"))
     for rule in experiment.rules:
-        if not rule.spec.fill_index:  # else it stands there with its first fill
+        if not rule.spec.fill_index:  # otherwise it is printed with its first fill
             _rule(experiment, rule, console)
     if experiment.spec.estimator is not None:
         said, base = experiment.spec.estimator.text, experiment.spec.base
@@ -246,7 +246,7 @@ def _rules(experiment: ResolvedExperiment, console: Console) -> None:
 def _rule(
     experiment: ResolvedExperiment, rule: ResolvedRule, console: Console, within: str = ""
 ) -> None:
-    """One rule, with all that it hits."""
+    """Print one rule with everything that it hits."""
     console.print(Text(f"  {within}{rule.spec.span.written}", style="bold"))
     if rule.sites is not None:
         _print_labels("sites", list(dict.fromkeys(rule.sites.labels.values())), console)
@@ -262,7 +262,7 @@ def _rule(
 
 
 def _step_text(rule: ResolvedRule, last: int) -> str:
-    """In which steps of a reply a rule acts, where; last: the last step there is."""
+    """Describe the steps of a reply in which a rule acts; `last` is the last step."""
     if rule.after_prefill:
         return "behind the prefill, on what is kept of the prompt"
     if rule.steps is not None and rule.steps.axes:
@@ -285,7 +285,7 @@ def _print_labels(title: str, labels: list[str], console: Console) -> None:
 
 
 def _directions(rule: ResolvedRule, console: Console) -> None:
-    """What the rule's directions are made of, and on which rows."""
+    """Print the definition of a rule's directions and their rows."""
     members = [] if rule.direction is None else list(rule.direction.members.values())
     for member in members[:MAX_SHOWN_CELLS]:
         console.print(Text(f"    direction {member.name}: {member.made}"))
@@ -296,7 +296,7 @@ def _directions(rule: ResolvedRule, console: Console) -> None:
 def _hit_lists(
     experiment: ResolvedExperiment, rule: ResolvedRule
 ) -> Iterator[tuple[str, str, list[PositionCell]]]:
-    """(title, run, positions): where a rule writes, and where it reads if that is elsewhere."""
+    """Yield (title, run, positions): written positions, and read positions if they differ."""
     base = experiment.spec.base
     written = list(rule.positions.written.values())
     if rule.edge is not None:
@@ -314,7 +314,7 @@ def _hit_lists(
 def _positions(
     experiment: ResolvedExperiment, run: str, cells: list[PositionCell], console: Console
 ) -> None:
-    """What positions hit in the first rows of a run."""
+    """Print the tokens that positions hit in the first rows of a run."""
     table = Table(box=None, padding=(0, 2), show_edge=False)
     for column in ("position", "n", "tokens hit (row 0, row 1, …)"):
         table.add_column(column, justify="right" if column == "n" else "left")
@@ -339,7 +339,7 @@ def _positions(
 
 
 def _control(experiment: ResolvedExperiment, console: Console) -> None:
-    """What was drawn, for the first cell."""
+    """Print the targets drawn for the first cell."""
     control, asked = experiment.control, experiment.spec.against
     if control is None or asked is None:
         return
@@ -362,8 +362,8 @@ def _control(experiment: ResolvedExperiment, console: Console) -> None:
 
 
 def _hit_text(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int) -> str:
-    """`4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `9 answer 1` (behind it),
-    `—` where the row lacks it."""
+    """Format hits: `4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `9 answer 1` (after
+    the prompt), `—` for a row without the position."""
     own = experiment.table.runs[run].rows[row]
     if own.image is not None:
         return " | ".join(map(range_text, cell.hits[row])) or "—"
@@ -378,7 +378,7 @@ def _hit_text(experiment: ResolvedExperiment, run: str, cell: PositionCell, row:
 
 
 def prompts_document(checked: CheckedFile) -> dict[str, Any]:
-    """Every row of every run: text, tokens, offsets, spans, answers; and every rule's hits."""
+    """Return every row of every run (text, tokens, offsets, spans, answers) and all rule hits."""
     return {
         "schema": 1,
         "file": checked.source.name,
@@ -417,7 +417,7 @@ def _as_rule(rule: ResolvedRule) -> dict[str, Any]:
 
 
 def _as_derived(experiment: ResolvedExperiment) -> dict[str, Any]:
-    """The runs that it defines, where there are some."""
+    """Return the derived runs, if there are any."""
     found = [
         {"name": name, "base": run.spec.base, "rules": [_as_rule(r) for r in run.rules]}
         for name, run in experiment.derived.items()
@@ -426,7 +426,7 @@ def _as_derived(experiment: ResolvedExperiment) -> dict[str, Any]:
 
 
 def _as_saves(experiment: ResolvedExperiment, checked: CheckedFile) -> dict[str, Any]:
-    """Its `save` lines, where there are some."""
+    """Return the `save` lines, if there are any."""
     own = [each for each in checked.saving if each.spec.span == experiment.spec.span]
     found = [
         {

@@ -28,7 +28,7 @@ from mechdsl.show.reports.text import (
 
 
 def print_runs(runs: Sequence[RunFacts], console: Console) -> None:
-    """A line per run, in the order given."""
+    """Print a line per run, in the given order."""
     table = Table(box=None, padding=(0, 1), show_edge=False)
     table.add_column("run", no_wrap=True)
     table.add_column("began", no_wrap=True)
@@ -51,7 +51,7 @@ def print_runs(runs: Sequence[RunFacts], console: Console) -> None:
 
 
 def print_facts(run: RunFacts, console: Console) -> None:
-    """All that the store says of a run."""
+    """Print everything that the store contains on a run."""
     console.print(Text(f"run {run.id}: {run.state}", style="bold"), highlight=False)
     took = "" if run.seconds is None else f", {run.seconds:.1f} s"
     lines = {
@@ -79,7 +79,7 @@ def _fact_list(facts: Mapping[str, str]) -> str:
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Tables and verdicts, as they were printed by the run: reports that go to a file aren't."""
+    """Print tables and verdicts as the run printed them, without reports that go to a file."""
     for experiment in results:
         for report in experiment.reports:
             if report.file is None:
@@ -96,12 +96,12 @@ CHANGE_INDENT = " " * (max(map(len, CHANGE_TYPES)) + 2)
 
 
 def verdict_comparison_text(against: VerdictComparison, width: int) -> PrintedText:
-    """The comparison without colours."""
+    """Format the comparison without colours."""
     return capture_text(lambda console: print_verdict_comparison(against, console), width)
 
 
 def print_verdict_comparison(against: VerdictComparison, console: Console) -> None:
-    """How many verdicts changed, and each that did, with both figures."""
+    """Print the number of changed verdicts, and each change with both figures."""
     console.print()
     runs = ", ".join(against.runs)
     console.print(Text(f"against {runs}: {_count_text(against)}", style="bold"), highlight=False)
@@ -138,7 +138,7 @@ def _change_text(change: ExpectationChange) -> str:
 
 
 def _change_figures(change: ExpectationChange) -> list[str]:
-    """Both figures with their intervals, and why it fails now."""
+    """Format both figures with their intervals, and the reason for a failure."""
     if change.lost is not None:
         return [f"{change.lost.code}: {change.lost.reason}", "then it was"]
     now, before = change.now, change.before

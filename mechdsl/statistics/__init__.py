@@ -1,5 +1,5 @@
-"""From values of prompts to means, intervals and p.
+"""Statistics of measured values: means, intervals, p-values and null bands.
 
-In: arrays over cells and prompts. Out: `CellStatistics`, null bands, intervals. Imports validate
-and below; numpy and scipy.
+In: arrays over cells and prompts. Out: `CellStatistics`, null bands, intervals. Imports vocab and
+below; numpy and scipy.
 """

@@ -1,6 +1,6 @@
-"""Statistics of all cells and measures of an experiment, with interval and p by one method.
+"""Statistics of all cells and measures of an experiment, with interval and p-value by one method.
 
-An interval excludes 0 exactly where p is below the level.
+An interval excludes 0 exactly if p is below the level.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ _HALVINGS = 40
 
 @dataclass(frozen=True, eq=False)
 class Inference:
-    """Arrays over cells, NaN where there are too few units or no bound."""
+    """Inferences as arrays over cells, NaN for too few units or a missing bound."""
 
     low: Floats
     high: Floats
     p: Floats
-    """Two-sided, of the hypothesis that the figure is 0."""
+    """Two-sided, for the hypothesis that the value is 0."""
     floor: Bools
-    """Whether p is the least that so many flips or resamples give."""
+    """Whether p is the smallest value for this number of flips or resamples."""
 
     @classmethod
     def of(cls, low: Floats, high: Floats, p: Floats, floor: Bools, level: float) -> Inference:
-        """The interval of a figure that is tested: it includes 0 where p isn't below the level, and
-        p is missing where the interval is."""
+        """Return the inference of a tested value: the interval includes 0 if p isn't below the
+        level, and p is missing if the interval is."""
         includes_zero = ~np.isnan(p) & (p >= level)
         known = ~np.isnan(low) & ~np.isnan(high)
         with np.errstate(invalid="ignore"):
@@ -85,14 +85,14 @@ def infer(
     *,
     tested: bool = True,
 ) -> Inference:
-    """By the method that `stats test` names.
+    """Compute intervals and p-values with the method of `stats test`.
 
     Args:
-        sums: of the cells.
-        settings: the method, the confidence.
-        draws: the units, their strata, the seed, and how many resamples the file asks for.
-        tests: of how many cells the smallest p has to survive the correction.
-        tested: whether 0 means "no effect", so that the figure has a p.
+        sums: Effects of the cells.
+        settings: Method and confidence.
+        draws: Units, strata, seed, and the requested number of resamples.
+        tests: Number of cells over which the smallest p is corrected.
+        tested: Whether 0 means "no effect", so that the value has a p.
     """
     low, high, p, floor = _by_method(sums, settings, draws, tests)
     if tested:
@@ -102,7 +102,7 @@ def infer(
 
 
 def draw_count(settings: spec.Statistics, tests: int) -> int:
-    """How many flips or resamples the method takes; none by the formula of `t`."""
+    """Return the number of flips or resamples of the method; 0 for the formula of `t`."""
     level = 1 - settings.confidence / 100
     if settings.test == "t":
         return 0
@@ -137,14 +137,15 @@ def infer_shares(
     confidence: float,
     base_rows: Ints | None = None,
 ) -> Inference:
-    """Of the difference of two shares: p is the level at which its limits reach 0.
+    """Compute inferences for the difference of two shares; p is the level at which its limits reach
+    0.
 
     Args:
-        patched: 0 or 1 per row.
-        base: the same of the other run.
-        rows: [cell].
-        confidence: in percent.
-        base_rows: [cell], of the other run, if it has other rows.
+        patched: Sums of 0 or 1 per row.
+        base: Sums of the other run.
+        rows: Number of rows, shape [cell].
+        confidence: In percent.
+        base_rows: Number of rows of the other run, if it has different rows, shape [cell].
     """
     low, high = share_difference(patched, base, rows, confidence, base_rows)
     least, most = np.zeros(len(rows)), np.ones(len(rows))
@@ -154,7 +155,7 @@ def infer_shares(
         with np.errstate(invalid="ignore"):
             excludes = (ends[0] > 0) | (ends[1] < 0)
         least, most = np.where(excludes, least, middle), np.where(excludes, middle, most)
-    # units that both shares have differ in their sums; two samples have none in common
+    # Shared units differ in their sums; two samples share no units.
     unequal = np.count_nonzero(patched.top != base.top, axis=1)
     p = np.maximum(most, 2.0 ** (1.0 - unequal))
     p = np.where(patched.value == base.value, 1.0, np.minimum(p, 1.0))
@@ -166,11 +167,11 @@ SHARE_RUNS: Mapping[str, tuple[str, str | None]] = {
     "delta": ("patched", "base"),
     "total": ("source", "base"),
 }
-"""Effect of a share → the run whose share it is, and that which it is set against."""
+"""Effect of a share → the run with the share, and the run that it is compared with."""
 
 
 def _empty(cells: int) -> CellStatistics:
-    """Arrays to be filled, NaN so far."""
+    """Return arrays of NaN to be filled."""
     nothing = [np.full(cells, np.nan) for _ in range(11)]
     mean, low, high, p, p_corrected, base_mean, source_mean, commonest, share, error, bound = (
         nothing
@@ -208,14 +209,14 @@ class _UnitBlock:
 
     @property
     def n(self) -> Ints:
-        """[cell]: prompts."""
+        """Number of prompts, shape [cell]."""
         return np.count_nonzero(self.rows.present, axis=1)
 
 
 def _unit_blocks(
     data: MeasureData, effect: EffectKind, sampling: SamplingDesign
 ) -> Iterator[_UnitBlock]:
-    """All cells of a measure."""
+    """Yield all cells of a measure by their units."""
     for cells, seen in cells_by_view(data):
         units = sampling.units(seen)
         for block in cell_blocks(len(cells), max(sampling.settings.resamples, sampling.prompts)):
@@ -232,9 +233,10 @@ def _unit_blocks(
 def _numbers(
     data: MeasureData, effect: EffectKind, sampling: SamplingDesign, tests: int = 1
 ) -> CellStatistics:
-    """Everything but the corrected p.
+    """Compute everything except the corrected p.
 
-    tests: of how many cells the smallest p has to survive the correction
+    Args:
+        tests: Number of cells over which the smallest p is corrected.
     """
     data, sampling = reorder_rows(data, sampling.order), sampling.ordered
     found = _empty(data.patched.shape[0])
@@ -268,7 +270,7 @@ def _numbers(
 def _inference(
     data: MeasureData, effect: EffectKind, sampling: SamplingDesign, block: _UnitBlock, tests: int
 ) -> Inference:
-    """By the kind of the figure."""
+    """Compute the inference by the type of value."""
     settings, cells = sampling.settings, block.cells
     if data.spread != "rows":
         nothing = np.full(len(cells), np.nan)
@@ -278,7 +280,7 @@ def _inference(
         draws = sampling.draws(block.units, whole=block.whole)
         return infer(block.sums, settings, draws, tests, tested=effect.tested)
     runs = _share_sums(data, effect, cells, block.units)
-    if len(runs) == 1:  # a share is no difference: it has no p
+    if len(runs) == 1:  # a single share isn't a difference and has no p
         return Inference(*limits, np.full(len(cells), np.nan), np.zeros(len(cells), dtype=bool))
     patched, base = runs
     found = infer_shares(patched, base, block.n, settings.confidence)
@@ -296,9 +298,11 @@ def share_limits(
     confidence: float,
     of: int = 0,
 ) -> tuple[Floats, Floats] | None:
-    """[cell] each: exact limits of shares and of what lies between two; None of anything else.
+    """Return exact limits of shares and of differences of shares, shape [cell] each; None for
+    others.
 
-    of: the number of the experiment among those whose units these are
+    Args:
+        of: Index of the experiment among those of the units.
     """
     sums = _share_sums(data, effect, cells, units, of)
     if not sums:
@@ -315,7 +319,7 @@ def share_limits(
 def _share_sums(
     data: MeasureData, effect: EffectKind, cells: Ints, units: Units, of: int = 0
 ) -> list[EffectSums]:
-    """The one share, or the two, that an effect is made of; none of anything else."""
+    """Return the sums of the one or two shares in an effect; empty for other effects."""
     runs = _shares(data, effect, cells)
     if runs is None:
         return []
@@ -325,8 +329,8 @@ def _share_sums(
 
 
 def _shares(data: MeasureData, effect: EffectKind, cells: Ints) -> list[Floats] | None:
-    """[cell, prompt] of the one run, or the two, whose shares an effect is; None where it isn't of
-    shares."""
+    """Return the values of the one or two runs whose shares form an effect, each [cell, prompt];
+    None for other effects."""
     if data.unit != "share" or effect.name not in SHARE_RUNS:
         return None
     found: list[Floats] = []
@@ -344,8 +348,9 @@ def _shares(data: MeasureData, effect: EffectKind, cells: Ints) -> list[Floats] 
 def _zero_denominators(
     block: _UnitBlock, sampling: SamplingDesign
 ) -> dict[int, tuple[float, float, float]]:
-    """Cells of a block whose denominator can't be told from 0 → it and its interval: by Fieller's
-    condition their ratio has no bounds (Fieller 1954)."""
+    """Return the cells of a block whose denominator can't be distinguished from 0, each with the
+    denominator and its interval. Their ratio has no bounds by Fieller's condition (Fieller
+    1954)."""
     if block.rows.denominator is None:
         return {}
     bottom = np.broadcast_to(block.rows.denominator, block.rows.present.shape)
@@ -362,9 +367,9 @@ def _zero_denominators(
 def denominator_interval(
     sums: EffectSums, strata: Ints | None, confidence: float
 ) -> tuple[Floats, Floats]:
-    """[cell] each: the interval of a denominator, by the same rule as that of a ratio.
+    """Return the interval of a denominator, by the method for ratios. Shape [cell] each.
 
-    Below `FEWEST_UNITS`, where a ratio has no interval, it is Student's, and of one unit the value.
+    Below `MIN_UNITS`, where a ratio has no interval, it is Student's; for one unit, the value.
     """
     value = sums.value
     low, high = skewed_t(sums, strata).interval(confidence, MIN_UNITS)
@@ -376,15 +381,14 @@ def denominator_interval(
 def rounding_bound(
     data: MeasureData, effect: EffectKind, cells: Ints, present: Bools
 ) -> Floats | float:
-    """[cell]: how far rounding alone may move the mean; NaN where that isn't known or can't be."""
+    """Return the maximum effect of rounding on the mean, NaN if unknown. Shape [cell]."""
     if effect.tested:
         return np.where(data.inert[cells], np.nan, _rounding(data, effect, cells))
     return _mean_within(data.rounding, cells, present)
 
 
 def _rounding(data: MeasureData, effect: EffectKind, cells: CellIndex) -> Floats:
-    """[cell]: the effect of a change as large as rounding may be, in every prompt and in the same
-    direction."""
+    """Return the effect of maximum rounding in the same direction everywhere. Shape [cell]."""
     if data.rounding is None:
         return np.full(data.patched[cells].shape[0], np.nan)
     patched = data.patched[cells]
@@ -397,14 +401,14 @@ def _rounding(data: MeasureData, effect: EffectKind, cells: CellIndex) -> Floats
     source = data.source
     if source is not None and effect.of_intervention:
         source = rows(source)
-    elif source is not None:  # the change is that from one unpatched run to the other
+    elif source is not None:  # the change from one unpatched run to the other
         source = moved
     own = replace(data, patched=there, base=base, source=source)
     return np.abs(effect_parts(own, effect, slice(None)).mean())
 
 
 def _mean_within(values: Floats | None, cells: CellIndex, present: Bools) -> Floats | float:
-    """The mean of a run over the prompts of each cell."""
+    """Return the mean of a run over the prompts of each cell."""
     if values is None:
         return np.nan
     rows = values[cells] if values.shape[0] > 1 else values
@@ -422,7 +426,7 @@ def _reason(
     unit: str,
     zero: tuple[float, float, float] | None,
 ) -> str | None:
-    """Why something of a cell is null, in words."""
+    """Describe why a value of a cell is missing."""
     said: list[str] = []
     if data.missing is not None:
         return f"not computed ({data.missing.code}): {data.missing.reason}"
@@ -455,11 +459,12 @@ def _reason(
 def compute_category_statistics(
     values: Floats, truth: Floats | None, rounding: Floats | None = None
 ) -> CellStatistics:
-    """The commonest value of each cell, its share and the mean absolute error.
+    """Compute the most frequent value of each cell, its share and the mean absolute error.
 
-    values: [cell, prompt], NaN where a prompt is not part of the cell
-    truth: [1 or cell, prompt], the right numbers
-    rounding: [1 or cell, prompt], 1 where rounding may change the category
+    Args:
+        values: Shape [cell, prompt], NaN if a prompt isn't part of the cell.
+        truth: The correct numbers, shape [1 or cell, prompt].
+        rounding: 1 where rounding may change the category, shape [1 or cell, prompt].
     """
     found = _empty(len(values))
     reasons: list[str] = []
@@ -498,15 +503,20 @@ def compute_cell_statistics(
     blocks: Ints | None = None,
     picked: bool = False,
 ) -> list[CellStatistics]:
-    """Means, intervals, p and corrected p of every cell, one entry per measure.
+    """Compute means, intervals, p and corrected p of every cell.
 
-    p is corrected over the cells of all measures together; those that can't differ from the base
-    run, and measures without p, stay out of it.
+    p is corrected over the cells of all measures together, except cells that can't differ from the
+    base run and measures without p.
 
-    groups: [prompt], the values of `stats by`. ids: [prompt], hashes of the rows' contents; rows of
-    one are one unit. strata: [prompt], what is dealt out evenly.
-    blocks: [prompt], of which block it is, where several stand side by side.
-    picked: whether sites were picked on these rows.
+    Args:
+        groups: Values of `stats by`, shape [prompt].
+        ids: Hashes of the rows' contents, shape [prompt]; rows with equal hashes are one unit.
+        strata: Strata of evenly assigned values, shape [prompt].
+        blocks: Prompt block of each row, if there are several, shape [prompt].
+        picked: Whether sites were selected on these rows.
+
+    Returns:
+        One entry per measure.
     """
     if not measures:
         return []
@@ -531,9 +541,10 @@ def compute_cell_statistics(
 def run_interval(
     values: Floats, sampling: SamplingDesign, of: MeasureData | None = None
 ) -> Interval:
-    """The mean of a run's values [prompt] with its interval.
+    """Return the mean of a run's values, shape [prompt], with its interval.
 
-    of: the measure whose values they are; rows that it can't tell apart are one unit.
+    Args:
+        of: The measure of the values; rows that it can't distinguish are one unit.
     """
     data = MeasureData(
         label="",
@@ -561,9 +572,12 @@ def check_denominator(
     *,
     effect: EffectKind,
 ) -> list[Diagnostic]:
-    """E0604 where the effect's denominator can't be told from 0, so that no cell need be run.
+    """Report E0604 if the effect's denominator can't be distinguished from 0, so that no cell needs
+    to be run.
 
-    base, source: [1 or cell, prompt], as in `MeasureData`
+    Args:
+        base: Shape [1 or cell, prompt], as in `MeasureData`.
+        source: Like `base`.
     """
     if effect.denominator is None:
         return []

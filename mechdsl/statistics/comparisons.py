@@ -1,23 +1,23 @@
 """Comparisons of two runs or two experiments: differences and correlations of their effects.
 
-The difference of one effect in two runs is of its means, or of its ratios. Runs with the same rows
-are compared unit by unit; runs without common rows are two samples. Either way the difference is
-linearised (Binder 1983), and interval and p are those of Student's t corrected for skewness
+The difference of one effect in two runs is that of its means, or of its ratios. Runs with the same
+rows are compared unit by unit; runs without common rows are two samples. In both cases the
+difference is linearised (Binder 1983), with interval and p from Student's t corrected for skewness
 (`skewed_t`).
 
-The correlation is that of the true effects of two experiments, over cells that both have. Both
-sums are over the same units where rows are shared, so their noise is correlated, and a plain
-correlation of means is that of effects plus noise. Here the noise is subtracted: with θ and η the
-centred effects, and dᵤ and eᵤ the move of each by unit u,
+The correlation is that of the true effects of two experiments, over shared cells. Where rows are
+shared, both sums are over the same units, so their noise is correlated, and a plain correlation of
+means is that of effects plus noise. Here the noise is subtracted: with θ and η the centred
+effects, and dᵤ and eᵤ the change of each by unit u,
 
     C(θ, η) = θ·η − n / (n − 1) Σᵤ dᵤ·eᵤ
 
-doesn't depend on the noise on average, as no unit is multiplied by itself (a U-statistic:
-Hoeffding 1948), and the correlation is r = C(θ, η) / √(C(θ, θ) C(η, η)), corrected for attenuation
-and for shared noise at once (Spearman 1904). A number ρ is compatible with the units if C(θ, η) −
+doesn't depend on the noise on average, because no unit is multiplied by itself (a U-statistic:
+Hoeffding 1948). The correlation is r = C(θ, η) / √(C(θ, θ) C(η, η)), corrected for attenuation and
+for shared noise (Spearman 1904). A number ρ is compatible with the units if C(θ, η) −
 ρ √(C(θ, θ) C(η, η)) is compatible with 0 (Fieller 1954), by the jackknife's bias and variance
-(Efron and Stein 1981) plus the variance of the products of pairs of units, which counts where
-effects are small. Strata are not used: intervals are a little wider than necessary.
+(Efron and Stein 1981) plus the variance of the products of pairs of units, which matters for small
+effects. Strata are not used: intervals are slightly wider than necessary.
 
 References:
     Efron, B. and Stein, C. (1981). The jackknife estimate of variance. Ann. Stat. 9, 586-596.
@@ -40,28 +40,28 @@ from mechdsl.statistics.measurements import EffectSums
 from mechdsl.statistics.skewed_t import SkewedT, skewed_t_of_moves
 
 ROUNDING_SHARE = 1e-13
-"""Differences that are smaller than this share of both values are rounding."""
+"""Differences below this share of both values are rounding."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunPair:
-    """The same cells of two runs, over the same units."""
+    """The same cells of two runs over the same units."""
 
     old: EffectSums
     new: EffectSums
 
     @property
     def value(self) -> Floats:
-        """[cell]: new less old."""
+        """New minus old, shape [cell]."""
         return self.new.value - self.old.value
 
     def chosen(self, cells: CellIndex) -> RunPair:
-        """Some of its cells."""
+        """Select some cells."""
         return RunPair(self.old.chosen(cells), self.new.chosen(cells))
 
 
 def paired_difference(both: RunPair, strata: Ints | None) -> SkewedT:
-    """The difference, each unit set against itself. strata: [unit], as in `skewed_t`."""
+    """Compute the difference of paired units. `strata`: [unit], as in `skewed_t`."""
     held = np.minimum(both.new.held, both.old.held)
     new, old = _unit_moves(both.new), _unit_moves(both.old)
     found = skewed_t_of_moves(both.value, new - old, held, strata)
@@ -76,11 +76,12 @@ def paired_difference(both: RunPair, strata: Ints | None) -> SkewedT:
 
 
 def unpaired_difference(both: RunPair, of_new: Bools) -> SkewedT:
-    """The difference of two independent samples; degrees of freedom by Welch and Satterthwaite.
+    """Compute the difference of two independent samples; degrees of freedom by Welch and
+    Satterthwaite.
 
     Args:
-        both: the runs.
-        of_new: [unit], whether it is one of the new run.
+        both: The runs.
+        of_new: Whether a unit is of the new run, shape [unit].
     """
     new, old = (
         skewed_t_of_moves(each.value, _unit_moves(each)[:, own], each.held)
@@ -104,20 +105,19 @@ def unpaired_difference(both: RunPair, of_new: Bools) -> SkewedT:
 
 
 def _unit_moves(sums: EffectSums) -> Floats:
-    """[cell, unit]: how far each unit moves the value."""
+    """Return the change of the value by each unit. Shape [cell, unit]."""
     with np.errstate(divide="ignore", invalid="ignore"):
         left = sums.top - sums.value[:, None] * sums.bottom
         return np.nan_to_num(left / sums.bottom.sum(1, keepdims=True))
 
 
 MAX_PAIRED_UNITS = 1_000
-"""Units of whose pairs the products are looked at; of more, every k-th."""
+"""Maximum number of units whose pairwise products are computed; beyond that, every k-th is used."""
 
 
 @dataclass(frozen=True)
 class TrueCorrelation:
-    """r with its interval, NaN where the effects of either don't differ between cells by more than
-    chance."""
+    """r with its interval, NaN if either experiment's effects vary only by chance between cells."""
 
     value: float
     low: float
@@ -126,12 +126,12 @@ class TrueCorrelation:
 
 @dataclass(frozen=True, eq=False)
 class _Effects:
-    """Effects and how far units move them, both centred over cells.
+    """Effects and their changes by units, both centred over cells.
 
     Attributes:
-        value: [cell].
-        moves: [unit, cell].
-        held: [unit], whether the experiment has the unit.
+        value: Shape [cell].
+        moves: Shape [unit, cell].
+        held: Whether the experiment has the unit, shape [unit].
     """
 
     value: Floats
@@ -141,19 +141,19 @@ class _Effects:
 
 @dataclass(frozen=True, eq=False)
 class _Product:
-    """C of two experiments, and without each of the units: [unit]."""
+    """C of two experiments, and C without each of the units, shape [unit]."""
 
     value: float
     without: Floats
 
 
 def true_correlation(one: EffectSums, two: EffectSums, confidence: float) -> TrueCorrelation:
-    """The correlation of the effects of which these are samples.
+    """Estimate the correlation of true effects.
 
     Args:
-        one: of the cells of one experiment, over the units of both.
-        two: of the same cells of the other one.
-        confidence: in percent.
+        one: Cells of one experiment, over the units of both.
+        two: The same cells of the other experiment.
+        confidence: In percent.
     """
     x, y = _effects(one), _effects(two)
     nothing = TrueCorrelation(math.nan, math.nan, math.nan)
@@ -166,7 +166,7 @@ def true_correlation(one: EffectSums, two: EffectSums, confidence: float) -> Tru
         if not own.value - spread > 0 or (own.without <= 0).any():
             return nothing
     scale = _Product(math.sqrt(xx.value * yy.value), np.sqrt(xx.without * yy.without))
-    # (a − ρb)² ≤ q² (v₀ − 2ρv₁ + ρ²v₂), with the jackknife's bias taken off
+    # (a − ρb)² ≤ q² (v₀ − 2ρv₁ + ρ²v₂), corrected for the jackknife's bias
     a, b = _unbiased(xy), _unbiased(scale)
     left, right = math.sqrt(yy.value / xx.value), math.sqrt(xx.value / yy.value)
     joined = (left * size.xx_xy + right * size.yy_xy) / 2
@@ -201,7 +201,7 @@ def _product(x: _Effects, y: _Effects) -> _Product:
     n, total = int(shared.sum()), float(own.sum())
     noise = n / (n - 1) * total if n > 1 else 0.0
     value = float(x.value @ y.value) - noise
-    # a mean without unit u is θ − n / (n − 1) dᵤ
+    # A mean without unit u is θ − n / (n − 1) dᵤ.
     one, two = (each.held.sum() / max(each.held.sum() - 1, 1) * each.moves for each in (x, y))
     means = float(x.value @ y.value) - one @ y.value - two @ x.value + (one * two).sum(1)
     left = np.full(len(own), noise)
@@ -212,7 +212,7 @@ def _product(x: _Effects, y: _Effects) -> _Product:
 
 
 def _unbiased(of: _Product) -> float:
-    """The jackknife's correction of bias."""
+    """Return C corrected for bias by the jackknife."""
     count = len(of.without)
     return of.value - (count - 1) / count * float((of.without - of.value).sum())
 
@@ -240,7 +240,7 @@ class _Paired:
 
 
 def _paired(x: _Effects, y: _Effects) -> _Paired:
-    """2 Σᵤ≠ᵥ Kᵤᵥ Lᵤᵥ of the symmetric products K and L of moves."""
+    """Compute 2 Σᵤ≠ᵥ Kᵤᵥ Lᵤᵥ of the symmetric products K and L of moves."""
     count = len(x.moves)
     some = slice(None, None, -(-count // MAX_PAIRED_UNITS))
     one, two = x.moves[some], y.moves[some]

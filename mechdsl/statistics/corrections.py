@@ -24,11 +24,11 @@ from mechdsl.statistics.measurements import (
 from mechdsl.vocab.effects import EffectKind
 
 MULTIPLIER_DRAWS = 10_000
-"""Joint normal draws of `by_maximum`."""
+"""Number of joint normal draws of `correct_by_maximum`."""
 
 
 def holm(p: Floats) -> Floats:
-    """Holm's step-down correction: no false positive among all tests, with the chosen level."""
+    """Apply Holm's step-down correction, which controls the family-wise error rate."""
     order = np.argsort(p, kind="stable")
     steps = p[order] * np.arange(len(p), 0, -1)
     corrected = np.empty_like(p)
@@ -37,28 +37,28 @@ def holm(p: Floats) -> Floats:
 
 
 def benjamini_hochberg(p: Floats) -> Floats:
-    """Benjamini and Hochberg's step-up correction: the share of false positives."""
+    """Apply Benjamini and Hochberg's step-up correction of the false discovery rate."""
     from scipy.stats import false_discovery_control  # not at the top: slow to import
 
     return false_discovery_control(p)
 
 
 def correct_by_maximum(p: Floats, moves: Floats, seed: int) -> Floats:
-    """Step-down correction that takes into account how cells are correlated over units.
+    """Apply a step-down correction that accounts for the correlation of cells over units.
 
-    Each p is a normal score, and the scores of all cells are as correlated as their units: the
-    largest of them is drawn with Gaussian multipliers (Chernozhukov, Chetverikov and Kato 2013),
-    and each cell is set against the largest of those with no smaller p (Westfall and Young 1993,
-    algorithm 4.1). Few units make any cells look correlated, so that correlations are shrunk by
-    what chance explains of them (Schäfer and Strimmer 2005).
+    Each p is converted to a normal score, and the scores of cells are as correlated as their units.
+    The maximum is simulated with Gaussian multipliers (Chernozhukov, Chetverikov and Kato 2013),
+    and each cell is compared with the largest of those with no smaller p (Westfall and Young 1993,
+    algorithm 4.1). With few units any cells appear correlated, so correlations are shrunk by the
+    share that chance explains (Schäfer and Strimmer 2005).
 
     Args:
-        p: [cell].
-        moves: [cell, unit], how far each unit is from the cell's value.
-        seed: of the draws.
+        p: Shape [cell].
+        moves: Deviation of each unit from the cell's value, shape [cell, unit].
+        seed: Seed of the draws.
 
     Returns:
-        [cell], corrected p, no smaller than p.
+        Corrected p, no smaller than p. Shape [cell].
     """
     from scipy.special import ndtri  # not at the top: slow to import
 
@@ -83,7 +83,8 @@ def correct_by_maximum(p: Floats, moves: Floats, seed: int) -> Floats:
         extreme += np.count_nonzero(largest >= score, axis=0)
         done += len(drawn)
     joint = np.maximum.accumulate((extreme + 1) / (MULTIPLIER_DRAWS + 1))
-    # units that don't differ have no part in the draws: Bonferroni's for them
+    # Cells without variation between units are excluded from the draws; use Bonferroni's
+    # correction.
     joint = np.where(still, np.minimum(1.0, p[order] * len(p)), joint)
     corrected = np.empty_like(p)
     corrected[order] = np.maximum.accumulate(np.maximum(joint, p[order]))
@@ -91,10 +92,11 @@ def correct_by_maximum(p: Floats, moves: Floats, seed: int) -> Floats:
 
 
 def _due_to_chance(unit: Floats) -> float:
-    """The part of the squared correlations of cells that as many units give of cells that aren't
-    correlated, at most 1.
+    """Return the share of the squared correlations that uncorrelated cells with as many units would
+    have, at most 1.
 
-    unit: [cell, unit], rows of length 1.
+    Args:
+        unit: Rows of length 1, shape [cell, unit].
     """
     cells, units = unit.shape
     pairs = cells * (cells - 1)
@@ -109,10 +111,11 @@ CORRECTIONS: Mapping[str, Callable[[Floats], Floats]] = {
     "bh": benjamini_hochberg,
     "none": np.copy,
 }
-"""What `stats correct WORD` does to all p of an experiment; `max` needs more than p."""
+"""Corrections of `stats correct WORD` for all p of an experiment; `max` needs more than p."""
 
 MIN_SKEWED_CELLS = 8
-"""Of fewer, the smallest p isn't so far out that skewness decides, nor is skewness known well."""
+"""Minimum number of cells for the skewness check: with fewer, the smallest p isn't extreme enough
+for skewness to matter, and skewness is poorly known."""
 
 SKEWNESS_LIMITS: Mapping[str, tuple[float, float]] = {
     "t": (0.65, 0.4),
@@ -120,24 +123,24 @@ SKEWNESS_LIMITS: Mapping[str, tuple[float, float]] = {
     "bootstrap": (0.49, 0.2),
 }
 """`stats test` → (a, b): with n units and a median skewness above a nᵇ, more than 6 % of families
-without an effect have a survivor. By simulation (`benchmarks/coverage`)."""
+without an effect have a significant cell. From simulation (`benchmarks/coverage`)."""
 
 EFFECT_SIGN_SHARE = 0.7
-"""Share of the skewness that has the sign of its cell's effect, less the rest, from which on it is
-that of few rows that differ: those stand for an effect, and against it nothing is hidden."""
+"""Minimum share of the skewness with the sign of its cell's effect, minus the rest, that is
+attributed to an effect in few rows. Such skewness isn't counted against the level."""
 
 
 def is_too_skewed(moves: Floats, value: Floats, units: Ints, test: str) -> bool:
-    """Whether the level of a family isn't held.
+    """Whether the family's level isn't controlled.
 
-    A sample shows least of its skewness exactly where its mean misleads, so one cell can't be
+    A sample understates its skewness exactly where its mean is misleading, so one cell can't be
     judged by its own units; the family can.
 
     Args:
-        moves: [cell, unit], how far each unit is from the cell's value.
-        value: [cell], the effects.
-        units: [cell], how many units it has.
-        test: the word behind `stats test`.
+        moves: Deviation of each unit from the cell's value, shape [cell, unit].
+        value: The effects, shape [cell].
+        units: Number of units, shape [cell].
+        test: The word after `stats test`.
     """
     if len(moves) < MIN_SKEWED_CELLS:
         return False
@@ -159,8 +162,8 @@ def add_corrected_p(
     *,
     picked: bool,
 ) -> list[CellStatistics]:
-    """The same statistics with corrected p, of how many tests, and by which one; without where
-    sites were `picked` on the same rows, or effects are too skewed for it."""
+    """Add corrected p, the number of tests and the method; without p if sites were `picked` on the
+    same rows, or effects are too skewed for the method."""
     p = np.concatenate([each.p for each in found])
     known = ~np.isnan(p)
     corrected, tests = p.copy(), int(known.sum())
@@ -201,8 +204,8 @@ def _moves(
     sampling: SamplingDesign,
     effects: Registry[EffectKind],
 ) -> Floats:
-    """[cell that has a p, unit]: how far each unit is from the cell's value. All cells share their
-    units, so the coarsest are taken."""
+    """Return the deviation of each unit from the cell's value. Shape [cell that has a p, unit].
+    Cells must share their units, so the coarsest units are used."""
     tested = [np.flatnonzero(~np.isnan(each.p)) for each in found]
     ordered = [reorder_rows(data, sampling.order) for data in measures]
     own = sampling.ordered

@@ -2,15 +2,15 @@
 
 A cell's error is that of its linearised ratio (Cochran 1977, section 6), recomputed in every
 resample, so that a pivot is resampled: Efron and Tibshirani 1993, chapter 12; Hall 1988.
-Percentiles of the mean itself are too narrow for few units (at 8, 89 % instead of 95 %), and the
+Percentiles of the mean itself are too narrow for few units (at 8 units, 89 % instead of 95 %), and
 bootstrap-t alone is too narrow for heavy tails (t with 3 degrees of freedom: 93 %). So each end of
-an interval is the farther of the bootstrap-t's and Student's t's.
+an interval is the farther one of bootstrap-t's and Student's t's.
 
-Sign flips (Fisher 1935) are exact if the delta of a unit is as likely d as −d without an effect;
-`stats test t` doesn't assume that. The units whose sign a flip turns are a subset, and the sum of
-a flip is as far from 0 as the observed one where the mean of that subset has another sign. So the
-means of subsets are the ends of the intervals at all levels (Hartigan 1969), and p and interval
-agree.
+Sign flips (Fisher 1935) are exact if, without an effect, the delta of a unit is d or −d with equal
+probability; `stats test t` doesn't assume that. The units whose sign a flip changes are a subset,
+and the sum of a flip is as far from 0 as the observed one where the mean of that subset has another
+sign. So the means of subsets are the ends of the intervals at all levels (Hartigan 1969), and p and
+interval agree.
 """
 
 from __future__ import annotations
@@ -26,35 +26,36 @@ from mechdsl.program.significance import MAX_EXACT_FLIPS, MAX_RESAMPLES, MIN_UNI
 from mechdsl.statistics.measurements import BLOCK_NUMBERS, EffectSums, Resamples, cell_blocks
 
 MIN_RESAMPLED_UNITS = 8
-"""Units below which Student's t stands in: resamples of so few are too often of one unit."""
+"""Minimum number of units for resampling; below it, Student's t is used, because resamples of so
+few units are too often of a single one."""
 
 FLAT_VARIANCE = 1e-10
-"""Variances that are so small beside what they are of are rounding."""
+"""Variances below this share of the squared value are rounding."""
 
 
 @dataclass(frozen=True, eq=False)
 class StudentisedCells:
-    """Cells with their standard errors, and how far both moved in every resample."""
+    """Cells with their standard errors, and the changes of both in every resample."""
 
     value: Floats
-    """[cell]."""
+    """Shape [cell]."""
     error: Floats
-    """[cell]: the standard error; NaN for one unit, 0 where no unit differs."""
+    """Standard error, shape [cell]; NaN for one unit, 0 if all units are equal."""
     pivots: Floats
-    """[resample, cell]: (resampled − value) / resampled error; NaN where no drawn unit differs, as
-    that resample tells nothing of the error."""
+    """(resampled − value) / resampled error, shape [resample, cell]; NaN if all drawn units are
+    equal, because the resample has no information on the error."""
     held: Ints
-    """[cell]: units."""
+    """Number of units, shape [cell]."""
     strata: int = 1
-    """How many of them there are: each has a mean of its own."""
+    """Number of strata, each with a separate mean."""
 
     @property
     def freedom(self) -> Ints:
-        """[cell]: degrees of freedom."""
+        """Degrees of freedom, shape [cell]."""
         return self.held - self.strata
 
     def interval(self, confidence: float) -> tuple[Floats, Floats]:
-        """[cell] each: NaN below `FEWEST_UNITS`."""
+        """Return the interval, NaN below `MIN_UNITS`. Shape [cell] each."""
         tail = (100.0 - confidence) / 2
         lower, upper = percentiles(self.pivots, (tail, 100.0 - tail))
         t = student_quantile(confidence, self.freedom + 1)
@@ -67,19 +68,19 @@ class StudentisedCells:
         return np.where(few, np.nan, low), np.where(few, np.nan, high)
 
     def _farther(self, resampled: Floats, t: Floats) -> Floats:
-        """How many errors an end is away: by the resamples where these tell, at least by t."""
+        """Return the distance of an end in errors: by the resamples if available, at least by t."""
         known = np.isfinite(resampled) & (self.held >= MIN_RESAMPLED_UNITS)
         return np.where(known, np.maximum(resampled, t), t)
 
     @property
     def ratio(self) -> Floats:
-        """[cell]: the value in errors; 0 where it is 0."""
+        """The value divided by its error, shape [cell]; 0 for a value of 0."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(self.value == 0, 0.0, self.value / self.error)
 
     def p(self) -> tuple[Floats, Bools]:
-        """[cell]: two-sided, by inversion of the interval; and whether it is the least that so many
-        resamples give. 1 where the value is 0, and of one unit."""
+        """Return two-sided p by inversion of the interval, shape [cell], and whether it is the
+        smallest value for this number of resamples. p is 1 for a value of 0 and for one unit."""
         own = self.ratio
         known = np.count_nonzero(~np.isnan(self.pivots), axis=0)
         above = np.count_nonzero(self.pivots >= own, axis=0)
@@ -87,13 +88,13 @@ class StudentisedCells:
         return self.p_of(np.minimum(above, below), known)
 
     def p_of(self, beyond: Ints, known: Ints) -> tuple[Floats, Bools]:
-        """The same. beyond: [cell], how many pivots, of those `known`, are as far out."""
+        """Return p from `beyond`, how many of the `known` pivots are as extreme, shape [cell]."""
         from scipy.special import stdtr  # not at the top: slow to import
 
         resampled = np.where(self.held >= MIN_RESAMPLED_UNITS, (beyond + 1) / (known + 1), 0.0)
         by_t = stdtr(np.maximum(self.freedom, 1), -np.abs(self.ratio))
         p = np.minimum(1.0, 2 * np.maximum(resampled, by_t))
-        # so often all units have the same sign by chance, and no spread of theirs says otherwise
+        # The probability that all units have the same sign by chance, whatever their spread.
         by_sign = 2.0 ** (1.0 - self.held)
         least = (beyond == 0) & (resampled > by_t) & (p > by_sign) & (self.error != 0)
         p = np.maximum(by_sign, p)
@@ -102,25 +103,25 @@ class StudentisedCells:
 
 
 def percentiles(samples: Floats, ends: tuple[float, float]) -> tuple[Floats, Floats]:
-    """Over the first axis, NaN left out; NaN where nothing else is there, or where an end is
-    infinite."""
+    """Return percentiles over the first axis, ignoring NaN; NaN if nothing else exists, or if an
+    end is infinite."""
     if not len(samples):
         nothing = np.full(samples.shape[1:], np.nan)
         return nothing, nothing
-    columns = np.array(samples.T)  # a copy, by cell: partitioned in place, twice as fast
+    columns = np.array(samples.T)  # a copy by cell, partitioned in place: twice as fast
     missing = np.isnan(columns)
     with np.errstate(invalid="ignore"):
         if not missing.any():
             low, high = np.percentile(columns, ends, axis=-1, overwrite_input=True)
             return low, high
         none = missing.all(axis=-1)
-        columns[none] = 0.0  # numpy warns of cells without a number
+        columns[none] = 0.0  # avoids numpy's warning about cells without a number
         low, high = np.nanpercentile(columns, ends, axis=-1)
     return np.where(none, np.nan, low), np.where(none, np.nan, high)
 
 
 def student_quantile(confidence: float | Floats, units: Ints) -> Floats:
-    """[cell]: the quantile of Student's t for so many units, NaN for one."""
+    """Return the quantile of Student's t, NaN for one unit. Shape [cell]."""
     from scipy.special import stdtrit  # not at the top: slow to import
 
     freedom = np.maximum(units - 1, 1).astype(np.float64)
@@ -128,7 +129,7 @@ def student_quantile(confidence: float | Floats, units: Ints) -> Floats:
 
 
 def standard_error(sums: EffectSums, strata: Ints | None = None) -> Floats:
-    """[cell]: of the linearised ratio; NaN for one unit."""
+    """Return the standard error of the linearised ratio, NaN for one unit. Shape [cell]."""
     value = sums.value
     with np.errstate(divide="ignore", invalid="ignore"):
         left = sums.top - value[:, None] * sums.bottom
@@ -146,7 +147,7 @@ def standard_error(sums: EffectSums, strata: Ints | None = None) -> Floats:
 
 
 def studentise(sums: EffectSums, draws: Resamples) -> StudentisedCells:
-    """Bootstrap-t of cells: value, error, and their pivots under every resample."""
+    """Compute bootstrap-t of cells: value, error, and their pivots under every resample."""
     value, error = sums.value, standard_error(sums, draws.strata)
     found = list(resampled_pivots(sums, draws))
     every = np.concatenate(found) if found else np.zeros((0, len(value)))
@@ -154,7 +155,7 @@ def studentise(sums: EffectSums, draws: Resamples) -> StudentisedCells:
 
 
 def resampled_pivots(sums: EffectSums, draws: Resamples) -> Iterator[Floats]:
-    """[resample, cell] in blocks of resamples."""
+    """Yield pivots of shape [resample, cell] in blocks of resamples."""
     value, strata = sums.value, draws.strata
     error = standard_error(sums, strata)
     with np.errstate(invalid="ignore"):
@@ -174,7 +175,7 @@ def _pivots(
     strata: Ints | None,
     plain: bool,
 ) -> Floats:
-    """[resample, cell]."""
+    """Return pivots of shape [resample, cell]."""
     every = slice(None)
     members = (
         [every]
@@ -207,30 +208,31 @@ def _pivots(
 
 
 def studentised_pivot(moved: Floats, spread: Floats, error: Floats) -> Floats:
-    """[resample, cell]: NaN where no drawn unit differs; 0 where none differs at all, as nothing
-    moves then."""
+    """Return pivots of shape [resample, cell]: NaN if all drawn units are equal; 0 if all units
+    are, because nothing changes then."""
     flat = spread <= np.sqrt(FLAT_VARIANCE) * error
     return np.where(error == 0, 0.0, moved / np.where(flat, np.nan, spread))
 
 
 @dataclass(frozen=True, eq=False)
 class SimultaneousBounds:
-    """Cells with intervals of their own, and with bounds that hold for all of them together."""
+    """Cells with separate intervals, and with simultaneous bounds."""
 
     value: Floats
     low: Floats
     high: Floats
     low_together: Floats
-    """[cell]: all lie above theirs, with one-sided level (100 − confidence) / 2 %."""
+    """Shape [cell]: all cells exceed theirs, at a one-sided level of (100 − confidence) / 2 %."""
     high_together: Floats
 
 
 def simultaneous_bounds(
     sums: EffectSums, draws: Resamples, confidence: float
 ) -> SimultaneousBounds:
-    """Bounds by the largest and the smallest pivot of all cells in each resample, at least by
-    Student's t; by Bonferroni and Student's t where the resamples don't tell. A cell that no unit
-    moves has its value as bound; one below `FEWEST_UNITS` has none, and the others don't ask it."""
+    """Compute simultaneous bounds by the largest and the smallest pivot of all cells in each
+    resample, at least by Student's t. If the resamples are uninformative, Bonferroni and Student's
+    t are used. A cell without variation has its value as bound; one below `MIN_UNITS` has none
+    and doesn't affect the others."""
     cells = len(sums.top)
     greatest, least = np.full(draws.resamples, -np.inf), np.full(draws.resamples, np.inf)
     blind = np.zeros(draws.resamples, dtype=bool)
@@ -255,7 +257,7 @@ def simultaneous_bounds(
     if held.min() < MIN_RESAMPLED_UNITS:
         upper, lower = each, -each
     else:
-        # where too many resamples say nothing of some cell, Bonferroni's bound holds
+        # If too many resamples are uninformative for some cell, use Bonferroni's bound.
         least_t = each if 100 * blind.mean() > tail else alone
         upper = max(float(np.percentile(greatest, 100 - tail)), least_t)
         lower = min(float(np.percentile(least, tail)), -least_t)
@@ -269,8 +271,8 @@ def simultaneous_bounds(
 
 
 def clopper_pearson(right: Floats, n: Floats, confidence: float | Floats) -> tuple[Floats, Floats]:
-    """The exact interval of `right` out of `n` (Clopper and Pearson 1934). Neither needs to be a
-    whole number."""
+    """Return the exact interval of `right` out of `n` (Clopper and Pearson 1934); neither needs to
+    be a whole number."""
     from scipy.special import betaincinv  # not at the top: slow to import
 
     tail = (100.0 - confidence) / 200
@@ -283,11 +285,11 @@ def clopper_pearson(right: Floats, n: Floats, confidence: float | Floats) -> tup
 
 
 def effective_sample_size(sums: EffectSums, rows: Ints, confidence: float | Floats) -> Floats:
-    """[cell]: how many independent rows tell as much of a share as these units do.
+    """Return the number of independent rows with the same information on a share. Shape [cell].
 
-    Korn and Graubard 1998: p(1 − p) over the squared standard error, by the degrees of freedom of
-    rows and units; never more than there are rows, and the units themselves where all rows are the
-    same.
+    Korn and Graubard 1998: p(1 − p) over the squared standard error, adjusted by the degrees of
+    freedom of rows and units; at most the number of rows, and the number of units if all rows are
+    equal.
     """
     value, error = sums.value, standard_error(sums)
     alone = sums.held == rows
@@ -304,9 +306,14 @@ def effective_sample_size(sums: EffectSums, rows: Ints, confidence: float | Floa
 def share_interval(
     sums: EffectSums, rows: Ints, confidence: float | Floats
 ) -> tuple[Floats, Floats]:
-    """[cell]: of a share of rows; where units are several rows, none below `FEWEST_UNITS`.
+    """Return the interval of a share of rows; if units are several rows, none below `MIN_UNITS`.
 
-    sums: of 0 or 1 per row. rows: [cell].
+    Args:
+        sums: Sums of 0 or 1 per row.
+        rows: Number of rows, shape [cell].
+
+    Returns:
+        Shape [cell] each.
     """
     n = effective_sample_size(sums, rows, confidence)
     with np.errstate(invalid="ignore"):
@@ -322,9 +329,9 @@ def share_difference(
     confidence: float | Floats,
     base_rows: Ints | None = None,
 ) -> tuple[Floats, Floats]:
-    """[cell]: of one share less another on the same rows, from the limits of both and their
-    correlation (Newcombe 1998, method 10; Zou and Donner 2008), with exact limits. Of shares on
-    other rows (`base_rows`) the correlation is 0."""
+    """Return the interval of the difference of two shares on the same rows, from the exact limits
+    of both and their correlation (Newcombe 1998, method 10; Zou and Donner 2008). Shape [cell]
+    each. On different rows (`base_rows`) the correlation is 0."""
     low, high = share_interval(patched, rows, confidence)
     other_low, other_high = share_interval(
         base, rows if base_rows is None else base_rows, confidence
@@ -345,39 +352,39 @@ def share_difference(
 MIN_FLIPS = 10_000
 
 FLIPS_PER_TEST = 4
-"""Random flips for each cell, over the level: of so many, three may be as extreme as what was
-measured, and the cell still survives."""
+"""Number of random flips per test, divided by the level: a cell can have three flips as extreme as
+the observed sum and remain significant."""
 
 
 @dataclass(frozen=True, eq=False)
 class SignFlipResult:
-    """Arrays over cells."""
+    """Result of sign flips, as arrays over cells."""
 
     p: Floats
-    """In (0, 1]; 1 where the value is 0."""
+    """In (0, 1]; 1 for a value of 0."""
     floor: Bools
-    """Whether p is the smallest that so many flips give, so that it may be smaller."""
+    """Whether p is the smallest value for this number of flips, and may be smaller."""
     low: Floats
-    """−infinity where the flips give no bound."""
+    """−infinity if the flips give no bound."""
     high: Floats
 
 
 def flip_count(tests: int, level: float) -> int:
-    """Random flips for so many cells: enough that a p can be small enough, if that isn't more than
-    `MOST_DRAWN`."""
+    """Return the number of random flips for this number of cells, so that a p can be small enough,
+    up to `MAX_RESAMPLES`."""
     return min(MAX_RESAMPLES, max(MIN_FLIPS, ceil(FLIPS_PER_TEST * tests / level)))
 
 
 def sign_flip_inference(
     sums: EffectSums, flips: int, seed: int, confidence: float
 ) -> SignFlipResult:
-    """Two-sided p and interval of each cell.
+    """Compute two-sided p and interval of each cell.
 
     Args:
-        sums: of the cells; units that aren't part of one have sums of 0.
-        flips: random ones, for cells of more than `EXACT_UP_TO` units.
-        seed: of the random flips.
-        confidence: in percent.
+        sums: Effects of the cells; units that aren't part of a cell have sums of 0.
+        flips: Number of random flips, for cells with more than `MAX_EXACT_FLIPS` units.
+        seed: Seed of the random flips.
+        confidence: In percent.
     """
     cells = len(sums.top)
     found = SignFlipResult(
@@ -399,7 +406,7 @@ def sign_flip_inference(
 
 
 def _subset_means(chosen: Floats, top: Floats, bottom: Floats) -> Floats:
-    """[subset, cell]: NaN where the denominator of a subset isn't positive."""
+    """Return subset means, NaN if a subset's denominator isn't positive. Shape [subset, cell]."""
     below = chosen @ bottom.T
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(below > 0, chosen @ top.T / below, np.nan)
@@ -408,11 +415,11 @@ def _subset_means(chosen: Floats, top: Floats, bottom: Floats) -> Floats:
 def _fill(
     found: SignFlipResult, block: slice, means: Floats, value: Floats, tail: float, exact: bool
 ) -> None:
-    """means: [subset, cell]; one that is NaN is as far out as can be on both sides."""
-    count = len(means) + 1  # the flip that turns no sign
+    """Fill the results from `means` [subset, cell]; NaN is maximally extreme on both sides."""
+    count = len(means) + 1  # including the flip that changes no sign
     lowest = np.sort(np.nan_to_num(means, nan=-np.inf), axis=0)
     highest = np.sort(np.nan_to_num(means, nan=np.inf), axis=0)
-    # means that are equal by value differ by rounding, so the bound gives way a little
+    # Equal means may differ by rounding, so relax the bound.
     slack = 1e-9 * np.abs(value)
     below = np.count_nonzero(lowest <= slack, axis=0)
     above = np.count_nonzero(highest >= -slack, axis=0)
@@ -426,30 +433,30 @@ def _fill(
 
 
 def _every_subset(width: int) -> Iterator[Floats]:
-    """[subset, unit] of 0 and 1, but for the empty one."""
+    """Yield all subsets except the empty one as 0 and 1. Shape [subset, unit]."""
     codes = np.arange(1, 2**width)
     yield ((codes[:, None] >> np.arange(width)[None, :]) & 1).astype(np.float64)
 
 
 def _random_subsets(units: int, flips: int, seed: int) -> Iterator[Floats]:
     random = np.random.default_rng([2, seed % 2**63])
-    # numpy draws four small numbers at once and throws away what a call leaves of them
+    # numpy draws four small numbers at once and discards the rest of a call.
     step = max(4, BLOCK_NUMBERS // units // 4 * 4)
     for start in range(0, flips, step):
         yield random.integers(0, 2, (min(step, flips - start), units), dtype=np.int8).astype(float)
 
 
 def joint_sign_flip_p(deltas: Floats, flips: int, seed: int) -> Floats:
-    """p of several sums together: in how many flips the largest of them is as large.
+    """Compute p of several sums together: the share of flips whose largest sum is as large.
 
     Args:
-        deltas: [sum, unit].
-        flips: random ones, for more than `EXACT_UP_TO` units.
-        seed: of the random flips.
+        deltas: Shape [sum, unit].
+        flips: Number of random flips, for more than `MAX_EXACT_FLIPS` units.
+        seed: Seed of the random flips.
 
     Returns:
-        [sum], corrected by the distribution of the largest sum over its root of squares (Westfall
-        and Young 1993, algorithm 4.1).
+        p corrected by the distribution of the largest sum divided by its root of squares (Westfall
+        and Young 1993, algorithm 4.1). Shape [sum].
     """
     size = np.sqrt((deltas**2).sum(1))
     unit = deltas / np.where(size > 0, size, 1.0)[:, None]

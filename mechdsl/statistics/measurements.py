@@ -1,8 +1,8 @@
-"""Measured values as arrays over cells and prompts, and the statistics made of them.
+"""Measured values as arrays over cells and prompts, and the statistics computed from them.
 
 Numerators and denominators of effects are here too, per prompt and summed within sampling units,
-with the units themselves: a unit is a row of the prompts; or all rows that a measure can't
-distinguish; or, under `stats by`, all rows of one value. Estimates are over rows, intervals and
+with the units themselves. A unit is a row of the prompts, or all rows that a measure can't
+distinguish, or, with `stats by`, all rows of one value. Estimates are over rows, intervals and
 p-values over units.
 """
 
@@ -25,8 +25,8 @@ from mechdsl.vocab.effects import EffectKind
 WithheldReason: TypeAlias = Literal["", "skewed", "picked"]
 
 SpreadSource: TypeAlias = Literal["rows", "unknown", "none"]
-"""Where intervals come from: how rows differ; nowhere, as a cell has one number of all rows; or a
-number isn't of rows, so that others would change nothing."""
+"""Origin of intervals. rows: differences between rows. unknown: none, because a cell has one number
+for all rows. none: the number isn't computed from rows, so that other rows wouldn't change it."""
 
 NO_INTERVAL_REASONS: Mapping[SpreadSource, str] = {
     "unknown": "one number of all rows: no interval",
@@ -40,55 +40,55 @@ class MissingReason:
 
     code: str
     reason: str
-    """In words, without the code."""
+    """The reason in words, without the code."""
 
 
 @dataclass(frozen=True, eq=False)
 class MeasureData:
-    """What was measured: one value per cell and prompt, with the two runs it is set against."""
+    """Measured values: one per cell and prompt, with the two runs for comparison."""
 
     label: str
     metric: str
-    """As written."""
+    """The metric as written in the source."""
     effect: str
     kind: Literal["number", "category"]
     per_prompt: bool
     patched: Floats
-    """[cell, prompt], NaN where the prompt is not part of the cell."""
+    """Shape [cell, prompt], NaN if the prompt isn't part of the cell."""
     base: Floats
-    """[1 or cell, prompt]."""
+    """Shape [1 or cell, prompt]."""
     source: Floats | None
-    """[1 or cell, prompt]."""
+    """Shape [1 or cell, prompt]."""
     inert: Bools
-    """[cell]: by structure the same as the base run; stays in the table, out of the correction."""
+    """Whether a cell's structure makes it equal to the base run, shape [cell]; such a cell is
+    reported but excluded from the correction."""
     truth: Floats | None = None
-    """[1 or cell, prompt], for categories: the number that would be right."""
+    """For categories: the correct number, shape [1 or cell, prompt]."""
     unit: str = ""
     """The metric's unit, for axes of plots."""
     word: str = ""
-    """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
+    """The metric of a single term (`prob` of `prob(answer)`); empty for other expressions."""
     rounding: Floats | None = None
-    """[1 or cell, prompt]: how far rounding may move the metric; None where that isn't known."""
+    """Maximum effect of rounding on the metric, shape [1 or cell, prompt]; None if unknown."""
     gaps: tuple[str, ...] = ()
-    """[cell]: why it has no value of this one though it has of others, empty where it has."""
+    """Why a cell has no value of this measure but of others, shape [cell]; empty if it has one."""
     missing: MissingReason | None = None
-    """Why it could not be computed; then no cell has a value."""
+    """Why the measure could not be computed; then no cell has a value."""
     seen: Ints | None = None
-    """[1 or cell, prompt]: rows of one number are the same to this measure, as it sees the same
-    tokens of them; None where no two are."""
+    """Codes that are equal for rows whose visible tokens are equal for this measure, shape [1 or
+    cell, prompt]; None if all rows differ."""
     at: str | None = None
-    """The position that it is read at, as written; None where none is."""
+    """The position as written in the source, if any."""
     spread: SpreadSource = "rows"
     as_patched: bool = False
-    """Whether the base run is read behind the replies that patched rows wrote, not behind its own
-    prompts."""
+    """Whether the base run is read after replies of patched rows, not after its own prompts."""
     estimator: str = ""
-    """`gradient_input`: what the effects are estimated by; empty where each cell was run. `patched`
-    is the base run's value plus the estimate then; of `NO_EFFECTS` their number itself."""
+    """The estimator of the effects, such as `gradient_input`; empty if each cell was run. `patched`
+    is then the base run's value plus the estimate, or, for `NON_EFFECT_ESTIMATORS`, their value."""
 
     @property
     def called(self) -> str:
-        """The effect as people read it: `delta`, `estimated delta`, `gradient`."""
+        """Display name of the effect: `delta`, `estimated delta`, `gradient`."""
         if self.estimator in NON_EFFECT_ESTIMATORS:
             return NON_EFFECT_ESTIMATORS[self.estimator]
         return f"estimated {self.effect}" if self.estimator else self.effect
@@ -96,7 +96,7 @@ class MeasureData:
 
 @dataclass(frozen=True, eq=False)
 class CellStatistics:
-    """The statistics of one measure: arrays over cells, NaN where `reasons` says why."""
+    """Statistics of one measure: arrays over cells, NaN with a reason in `reasons`."""
 
     mean: Floats
     low: Floats
@@ -105,127 +105,126 @@ class CellStatistics:
     p_corrected: Floats
     n: Ints
     base_mean: Floats
-    """Over the same prompts as the cell's mean."""
+    """Mean of the base run over the prompts of the cell."""
     source_mean: Floats
     commonest: Floats
-    """Categories: the commonest value (of several, the smallest), its share of the prompts, and
-    the mean absolute error to the truth."""
+    """For categories: the most frequent value (of several, the smallest), its share of the prompts,
+    and the mean absolute error."""
     share: Floats
     mean_error: Floats
     reasons: tuple[str | None, ...]
     test: str | None
-    """How p was computed, in words; None where nothing was tested."""
+    """The method of p, in words; None if nothing was tested."""
     tests: int
-    """Over how many cells, of all measures, p was corrected."""
+    """Number of cells, over all measures, in the correction of p."""
     units: Ints
-    """How many independent units stand behind each cell: distinct prompts, or groups."""
+    """Number of independent units of each cell: distinct prompts, or groups."""
     floor: Bools
-    """[cell]: p is the least that so many flips or resamples give, and may be smaller."""
+    """Whether p is the smallest value for this number of flips or resamples, shape [cell]."""
     rounding: Floats
-    """How far rounding alone may move the mean, in the effect's own unit, or, of categories, the
-    share of the prompts whose category it may change; NaN where that isn't known or can't be."""
+    """Maximum effect of rounding on the mean, in the effect's unit, or, for categories, the share
+    of the prompts whose category it may change; NaN if unknown."""
     withheld: WithheldReason = ""
-    """Why no p is corrected: effects are too skewed for the level to hold over all cells, or sites
-    were picked on the same rows."""
+    """Why no p is corrected: effects are too skewed to control the level over all cells, or sites
+    were selected on the same rows."""
 
     @property
     def tested(self) -> Bools:
-        """[cell] whether there is a p."""
+        """Whether there is a p, shape [cell]."""
         return ~np.isnan(self.p)
 
     @property
     def at_rounding(self) -> Bools:
-        """[cell] whether rounding alone explains an effect of this size. Where nothing rounds, as
-        for a rank that no other token is close to, an effect of 0 is exact."""
+        """Whether rounding alone explains an effect of this size, shape [cell]. Without rounding,
+        as for a rank with no close tokens, an effect of 0 is exact."""
         return self.tested & (np.abs(self.mean) <= self.rounding) & (self.rounding > 0)
 
 
 def may_round_differently(data: MeasureData, found: CellStatistics) -> Bools:
-    """[cell] whether rounding alone may change what counts as right, or the category, in some
-    prompt of the base run."""
+    """Return whether rounding alone may change the correctness, or the category, in some prompt of
+    the base run. Shape [cell]."""
     counts = data.kind == "category" or data.unit == "share"
     return (found.rounding > 0) & ~found.tested & counts
 
 
 @dataclass(frozen=True, eq=False)
 class RandomControlValues:
-    """What `against random(n)` measured: the same experiment on targets drawn at random."""
+    """Measurements of `against random(n)`: the same experiment on random targets."""
 
     values: tuple[Floats, ...]
-    """Per measure [draw, cell, prompt]; NaN where a cell has no such draw."""
+    """Per measure, shape [draw, cell, prompt]; NaN if a cell has no such draw."""
     counts: Ints
-    """[cell]: how many different draws were made."""
+    """Number of different draws, shape [cell]."""
     asked: int
-    """How many the file asks for."""
+    """Number of draws that the file requests."""
     what: str
-    """What was drawn, in words: `random heads`."""
+    """The drawn targets in words: `random heads`."""
 
 
 @dataclass(frozen=True, eq=False)
 class NullBand:
-    """The same effect on targets that were drawn at random: arrays over cells, NaN where nothing
-    could be drawn."""
+    """The same effect on random targets: arrays over cells, NaN if there are no draws."""
 
     low: Floats
     """From the `rank`-th lowest to the `rank`-th highest draw; rank 1 is the whole range."""
     high: Floats
     mean: Floats
     draws: Ints
-    """How many draws have a value: k."""
+    """k, the number of draws with a value."""
     level: Floats
-    """With what probability the band holds a further draw: (k + 1 - 2 rank)/(k + 1)."""
+    """Probability that the band contains a further draw: (k + 1 - 2 rank)/(k + 1)."""
     rank: Ints
     p: Floats
-    """(1 + b)/(1 + k), b of the draws at least as large in size as the effect; NaN where the effect
-    has no 0 that means "no effect"."""
+    """(1 + b)/(1 + k), with b draws at least as large in absolute value as the effect; NaN if an
+    effect of 0 doesn't mean "no effect"."""
     inside: Bools
-    """Whether the effect lies in the band."""
+    """Whether the effect is in the band."""
     nearer: Bools
-    """Whether it lies between 0 and the band: random targets have more of it."""
+    """Whether the effect is between 0 and the band: random targets have more of it."""
     made: Ints
-    """How many different draws were made."""
+    """Number of different draws."""
     asked: int
-    """How many the file asks for; cells that have no more others have fewer."""
+    """Number of requested draws; cells with too few other targets have fewer."""
     what: str
-    """What was drawn, in words: `random heads`."""
+    """The drawn targets in words: `random heads`."""
     fewest: int
-    """Draws from which a band holds a further one with the confidence."""
+    """Minimum number of draws for a band that contains a further one with the confidence."""
 
     @property
     def decides(self) -> Bools:
-        """[cell] whether there are enough draws to say that the effect lies in the band, or not."""
+        """Whether there are enough draws to decide if the effect is in the band, shape [cell]."""
         return self.draws >= self.fewest
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over prompts with its interval, of an unpatched run."""
+    """A mean over prompts of an unpatched run, with its interval."""
 
     mean: float
     low: float
     high: float
     n: int
     rounding: float = 0.0
-    """How far rounding alone may move the mean."""
+    """Maximum effect of rounding on the mean."""
 
 
 BLOCK_NUMBERS = 1_000_000
-"""Numbers held at once by one intermediate array (8 MB)."""
+"""Maximum size of an intermediate array (8 MB)."""
 
 MIN_STRATUM_UNITS = 4
-"""Units below which a stratum says too little of its own spread."""
+"""Minimum number of units for estimating the spread of a stratum."""
 
 
 @dataclass(frozen=True, eq=False)
 class UnitRows:
-    """The rows of one experiment, as far as their units hang on them."""
+    """The properties of an experiment's rows that determine their units."""
 
     keys: Ints
-    """[prompt]: a row's content; rows of one key are one unit."""
+    """Key of each row's content, shape [prompt]; rows with equal keys are one unit."""
     seen: Sequence[Ints] = ()
-    """Each [prompt]: rows of one number can't be told apart."""
+    """Codes of shape [prompt] each; rows with equal codes can't be distinguished."""
     groups: NDArray[Any] | None = None
-    """[prompt]: the values of `stats by`."""
+    """Values of `stats by`, shape [prompt]."""
 
     @classmethod
     def of(
@@ -241,20 +240,20 @@ class UnitRows:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Which rows belong together."""
+    """Assignment of rows to units."""
 
     codes: tuple[Ints, ...]
-    """Per experiment [prompt]: the number of each row's unit. Numbers hang on the rows' contents
-    and not on their places."""
+    """Unit of each row per experiment, shape [prompt]. Numbers depend on the rows' contents, not on
+    their order."""
     count: int
     orders: tuple[Ints, ...]
-    """Per experiment, its rows by unit and within it by content, so that a sum of them is the same
-    in the last bit wherever they stand."""
+    """Per experiment, its rows sorted by unit and content, so that a sum is bit-identical for any
+    order of the rows."""
     strata: Ints | None = None
-    """[unit], where new rows have the same design."""
+    """Shape [unit], if new rows have the same design."""
 
     def total(self, values: Floats, of: int = 0) -> Floats:
-        """[cell, prompt] summed within units: [cell, unit]."""
+        """Sum values [cell, prompt] within units. Shape [cell, unit]."""
         order = self.orders[of]
         held = self.codes[of][order]
         ordered = values[:, order]
@@ -268,15 +267,17 @@ class Units:
         return found
 
     def held(self, present: Bools, of: int = 0) -> Ints:
-        """[cell]: how many units have a row in each cell."""
+        """Return the number of units with a row in each cell. Shape [cell]."""
         return np.count_nonzero(self.total(present.astype(np.float64), of), axis=1)
 
 
 def find_units(parts: Sequence[UnitRows], strata: Ints | None = None) -> Units:
-    """The units of the rows of several experiments together: equal rows are one unit in all.
+    """Return the units of the rows of several experiments together; equal rows are one unit.
 
-    strata: [prompt] of the first; used where every unit lies in one of them and each of them has
-    enough.
+    Args:
+        strata: Strata of the first experiment's rows, shape [prompt]. They are used if every unit
+            is in
+            one stratum and each stratum has enough units.
     """
     lengths = [len(part.keys) for part in parts]
     ends = np.cumsum([0, *lengths])
@@ -293,7 +294,7 @@ def find_units(parts: Sequence[UnitRows], strata: Ints | None = None) -> Units:
                 codes[start + place] = labels.setdefault(label, len(labels))
         partitions.append(np.unique(codes, return_inverse=True)[1].reshape(-1))
     joined = _join_partitions(partitions, len(keys))
-    # units are numbered by the least of their keys
+    # Units are numbered by their smallest key.
     least = np.full(len(keys), np.iinfo(np.int64).max)
     np.minimum.at(least, joined, keys)
     first = np.unique(joined)
@@ -312,7 +313,7 @@ def find_units(parts: Sequence[UnitRows], strata: Ints | None = None) -> Units:
 
 
 def _among(codes: Ints, start: int, size: int) -> Ints:
-    """A partition of some of all rows; each of the others is alone."""
+    """Extend a partition of some rows to all rows; each of the others is alone."""
     own = np.unique(codes, return_inverse=True)[1].reshape(-1)
     found = np.arange(size) + size
     found[start : start + len(own)] = own
@@ -320,7 +321,7 @@ def _among(codes: Ints, start: int, size: int) -> Ints:
 
 
 def _join_partitions(partitions: Sequence[Ints], size: int) -> Ints:
-    """The finest partition that joins what any of these does; its numbers are row numbers."""
+    """Return the finest partition coarser than all given ones, with row numbers as codes."""
     label = np.arange(size)
     while True:
         before = label
@@ -344,9 +345,10 @@ def _unit_strata(strata: Ints, codes: Ints, count: int) -> Ints | None:
 
 @dataclass(frozen=True, eq=False)
 class Resamples:
-    """New samples of units, drawn with replacement: the same draws whatever is computed from them.
+    """Samples of units, drawn with replacement; the draws don't depend on what is computed from
+    them.
 
-    With strata so many are drawn from each as there are.
+    With strata, the number of units per stratum is fixed.
     """
 
     units: int
@@ -356,12 +358,12 @@ class Resamples:
 
     @property
     def count(self) -> int:
-        """How many strata there are."""
+        """Number of strata."""
         return 1 if self.strata is None else int(self.strata.max()) + 1
 
     def weights(self, columns: int = 1) -> Iterator[Floats]:
-        """How often each unit was drawn: [resample, unit] in blocks that leave room for `columns`
-        numbers per resample."""
+        """Yield the counts of drawn units, shape [resample, unit], in blocks that leave room for
+        `columns` numbers per resample."""
         if not self.units:
             return
         left = self.resamples
@@ -371,7 +373,7 @@ class Resamples:
             if self.strata is None
             else [np.flatnonzero(self.strata == each) for each in range(self.strata.max() + 1)]
         )
-        # one generator each, or the draws would hang on the size of a block
+        # A single generator's draws would depend on the size of a block.
         seed = self.seed % 2**63
         randoms = [np.random.default_rng([1, seed, each]) for each in range(len(members))]
         while left > 0:
@@ -390,7 +392,7 @@ def _multinomial(random: np.random.Generator, rows: int, size: int) -> NDArray[n
 
 
 def cell_blocks(cells: int, width: int) -> Iterator[slice]:
-    """Cells in blocks whose arrays of `width` numbers per cell stay small."""
+    """Yield blocks of cells whose arrays of `width` numbers per cell are small."""
     step = max(1, 2 * BLOCK_NUMBERS // max(width, 1))
     for start in range(0, cells, step):
         yield slice(start, min(start + step, cells))
@@ -398,21 +400,20 @@ def cell_blocks(cells: int, width: int) -> Iterator[slice]:
 
 @dataclass(frozen=True, eq=False)
 class EffectParts:
-    """Numerator and denominator of an effect per prompt, 0 where a prompt is not in the cell."""
+    """Numerator and denominator of an effect per prompt, 0 if a prompt isn't in the cell."""
 
     effect: EffectKind
     numerator: Floats
-    """[cell, prompt]."""
+    """Shape [cell, prompt]."""
     denominator: Floats | None
-    """[1 or cell, prompt]."""
+    """Shape [1 or cell, prompt]."""
     present: Bools
-    """[cell, prompt]."""
+    """Shape [cell, prompt]."""
     undefined: Ints
-    """[cell]: prompts whose own denominator is 0 (`per prompt` only)."""
+    """Number of prompts whose own denominator is 0 (`per prompt` only), shape [cell]."""
 
     def mean(self) -> Floats:
-        """[cell]: the effect itself; NaN where no prompt is in the cell, or the denominator is
-        0."""
+        """Return the effect, NaN without prompts or with a denominator of 0. Shape [cell]."""
         with np.errstate(divide="ignore", invalid="ignore"):
             count = np.count_nonzero(self.present, axis=1)
             top = self.numerator.sum(1) / count
@@ -421,7 +422,7 @@ class EffectParts:
             return self.effect.divide(top, self.denominator.sum(1) / count)
 
     def sums(self, units: Units, of: int = 0) -> EffectSums:
-        """The same by unit."""
+        """Sum both within units."""
         if self.denominator is None:
             full = self.present.all()
             rows = self.present[:1] if full else self.present
@@ -436,34 +437,35 @@ class EffectParts:
 
 @dataclass(frozen=True, eq=False)
 class EffectSums:
-    """A mean, or a ratio of means, per cell: the sum of `top` over that of `bottom`."""
+    """A mean, or a ratio of means, per cell: the sum of `top` divided by that of `bottom`."""
 
     top: Floats
-    """[cell, unit]."""
+    """Shape [cell, unit]."""
     bottom: Floats
-    """[1 or cell, unit]."""
+    """Shape [1 or cell, unit]."""
     held: Ints
-    """[cell]: units that have a row in it."""
+    """Number of units with a row in the cell, shape [cell]."""
 
     @property
     def value(self) -> Floats:
-        """[cell]."""
+        """The effect, shape [cell]."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.top.sum(1) / self.bottom.sum(1)
 
     def under(self, weights: Floats) -> Floats:
-        """[resample, cell] of resamples [resample, unit]; NaN where none of a cell's is drawn."""
+        """Return the effect under resamples [resample, unit], NaN if no unit of a cell is drawn.
+        Shape [resample, cell]."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return (weights @ self.top.T) / (weights @ self.bottom.T)
 
     def chosen(self, cells: CellIndex) -> EffectSums:
-        """Some of its cells."""
+        """Select some cells."""
         bottom = self.bottom if len(self.bottom) == 1 else self.bottom[cells]
         return EffectSums(self.top[cells], bottom, self.held[cells])
 
 
 def effect_parts(data: MeasureData, effect: EffectKind, cells: CellIndex) -> EffectParts:
-    """The rows of some cells of a measure."""
+    """Return the effect parts of some cells of a measure."""
 
     def rows(values: Floats | None) -> Floats:
         if values is None:
@@ -483,32 +485,32 @@ def effect_parts(data: MeasureData, effect: EffectKind, cells: CellIndex) -> Eff
         ratios = effect.divide(numerator, denominator)
         undefined = np.count_nonzero(present & np.isnan(ratios), axis=1)
         return EffectParts(effect, np.where(present, ratios, 0.0), None, present, undefined)
-    if not present.all():  # a prompt outside the cell is outside its denominator too
+    if not present.all():  # the denominator also excludes prompts outside the cell
         denominator = np.where(present, denominator, 0.0)
     return EffectParts(effect, np.where(present, numerator, 0.0), denominator, present, undefined)
 
 
 def numerators(data: MeasureData, effect: EffectKind, cells: CellIndex) -> EffectParts:
-    """What the effect's test is about: its numerator alone."""
+    """Return the numerators alone, which the effect's test uses."""
     plain = EffectKind(name="", meaning="", formula="", numerator=effect.numerator)
     return effect_parts(data, plain, cells)
 
 
 @dataclass(frozen=True, eq=False)
 class SamplingDesign:
-    """What intervals and p of one experiment hang on beside its values."""
+    """The properties of an experiment, besides its values, that its intervals and p depend on."""
 
     prompts: int
     settings: spec.Statistics
     seed: int
     keys: Sequence[int] | None = None
-    """[prompt]: contents of rows; what is drawn hangs on them. Without them all rows differ."""
+    """Hashes of row contents for draws, shape [prompt]; without them all rows differ."""
     groups: NDArray[Any] | None = None
-    """[prompt]: the values of `stats by`."""
+    """Values of `stats by`, shape [prompt]."""
     strata: Ints | None = None
-    """[prompt]: what the block deals out evenly."""
+    """Strata of evenly assigned values, shape [prompt]."""
     blocks: Ints | None = None
-    """[prompt]: of which block it is, where several stand side by side."""
+    """Prompt block of each row, if there are several, shape [prompt]."""
 
     @cached_property
     def known(self) -> dict[bytes, Units]:
@@ -516,8 +518,8 @@ class SamplingDesign:
 
     @cached_property
     def order(self) -> Ints | None:
-        """Rows by content, so that sums of them are the same in the last bit wherever they stand;
-        None where they are in order."""
+        """Order of rows by content, so that sums are bit-identical for any order of the rows; None
+        if they are sorted."""
         if self.keys is None:
             return None
         order = np.argsort(np.asarray(self.keys), kind="stable")
@@ -525,7 +527,7 @@ class SamplingDesign:
 
     @cached_property
     def ordered(self) -> SamplingDesign:
-        """The same of the rows in order."""
+        """The design with sorted rows."""
         order = self.order
         if order is None or self.keys is None:
             return self
@@ -538,11 +540,11 @@ class SamplingDesign:
         )
 
     def rows(self, *seen: Ints) -> UnitRows:
-        """The rows, those of one number in any of `seen` being one unit."""
+        """Return the rows; those with equal codes in any of `seen` are one unit."""
         return UnitRows.of(self.prompts, self.keys, seen, self.groups)
 
     def units(self, seen: Ints | None = None) -> Units:
-        """The units of a measure that sees no difference between rows of one number."""
+        """Return the units of a measure that can't distinguish rows with equal codes."""
         key = b"" if seen is None else np.ascontiguousarray(seen).tobytes()
         if key not in self.known:
             own = self.rows() if seen is None else self.rows(seen)
@@ -551,8 +553,12 @@ class SamplingDesign:
         return self.known[key]
 
     def whole(self, present: Bools) -> Bools:
-        """[cell] whether it has all rows, of every block that it has any of, so that new samples
-        have as many of them. present: [cell, prompt]"""
+        """Return whether a cell has all rows of every block that it has any of, so that new samples
+        have the same numbers of rows. Shape [cell].
+
+        Args:
+            present: Shape [cell, prompt].
+        """
         if self.blocks is None or self.groups is not None:
             return np.asarray(present.all(1))
         found: Bools = np.asarray(present.any(1))
@@ -562,19 +568,19 @@ class SamplingDesign:
         return found
 
     def draws(self, units: Units, *, whole: bool = True, resamples: int = 0) -> Resamples:
-        """New samples; of cells that aren't `whole` without the design."""
+        """Return new samples; for cells that aren't `whole`, without strata."""
         count = resamples or self.settings.resamples
         return Resamples(units.count, count, self.seed, units.strata if whole else None)
 
     def unit_word(self, units: Units) -> str:
-        """What one unit is called."""
+        """Return the name of one unit."""
         if self.groups is not None:
             return f"value of {self.settings.by}" if self.settings.by else "group"
         return "prompt" if units.count == self.prompts else "distinct prompt"
 
 
 def reorder_rows(data: MeasureData, order: Ints | None) -> MeasureData:
-    """A measure with its rows in another order."""
+    """Reorder the rows of a measure."""
     if order is None:
         return data
     rows = ("patched", "base", "source", "truth", "rounding", "seen")
@@ -585,12 +591,12 @@ def reorder_rows(data: MeasureData, order: Ints | None) -> MeasureData:
 
 
 def cells_by_view(data: MeasureData) -> Iterator[tuple[Ints, Ints | None]]:
-    """(cells, [prompt] what the measure sees of rows there), of all cells."""
+    """Yield (cells, codes of rows that the measure distinguishes there, shape [prompt])."""
     return group_cells_by_view(len(data.patched), data.seen)
 
 
 def group_cells_by_view(count: int, seen: Ints | None) -> Iterator[tuple[Ints, Ints | None]]:
-    """The same of so many cells. seen: [1 or cell, prompt], as in `MeasureData`."""
+    """Group `count` cells by their codes `seen`, shape [1 or cell, prompt], as in `MeasureData`."""
     cells = np.arange(count)
     if seen is None or len(seen) == 1:
         yield cells, None if seen is None else seen[0]

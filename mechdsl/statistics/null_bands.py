@@ -1,9 +1,9 @@
 """Null bands: the effects of an experiment on randomly drawn targets.
 
-k draws are made without replacement, each target as likely as the next, so they and one further
-draw are exchangeable: any of the k + 1 is the r-th lowest with the same probability. So the range
-from the r-th lowest to the r-th highest of k holds a further draw with probability (k + 1 − 2r)/(k
-+ 1), and more where effects are equal (order statistics, Wilks 1941; the conformal prediction
+k draws are made without replacement with equal probability of each target, so they and one further
+draw are exchangeable: each of the k + 1 is the r-th lowest with the same probability. So the range
+from the r-th lowest to the r-th highest of k contains a further draw with probability
+(k + 1 − 2r)/(k + 1), and more with ties (order statistics, Wilks 1941; the conformal prediction
 interval of Vovk, Gammerman and Shafer 2005). The rank p is Phipson and Smyth's (2010).
 """
 
@@ -30,12 +30,15 @@ def compute_null_bands(
     confidence: float,
     effects: Registry[EffectKind],
 ) -> tuple[NullBand | None, ...]:
-    """Per measure the band of the draws of every cell; None where there is none: for categories,
-    and for effects that don't hang on the intervention.
+    """Compute the band of draws of every cell, per measure; None for categories, and for effects
+    that don't depend on the intervention.
 
-    measures: of the experiment itself. means: [cell] of each, as printed; where there is none (a
-    ratio of which the denominator can't be told from 0), draws have none either, and there is no
-    band. confidence: in percent.
+    Args:
+        measures: Measures of the experiment itself.
+        means: Printed means of each measure, shape [cell]. If one is missing (a ratio whose
+            denominator
+            can't be distinguished from 0), draws have none either, and there is no band.
+        confidence: In percent.
     """
     return tuple(
         _band(data, own, values, drawn, confidence, effects[data.effect])
@@ -46,14 +49,15 @@ def compute_null_bands(
 
 
 def band_rank(draws: int, confidence: float) -> int:
-    """r: the band runs from the r-th lowest to the r-th highest draw. The largest that holds a
-    further draw with the confidence, in percent; 1, the whole range, where none does."""
+    """Return r: the band is from the r-th lowest to the r-th highest draw. It is the largest rank
+    whose band contains a further draw with the confidence, in percent; 1, the whole range, if none
+    does."""
     return max(1, int(_outside(confidence) * (draws + 1) / 2))
 
 
 def min_draws(confidence: float) -> int:
-    """The smallest number of draws whose whole range holds a further one with the confidence, in
-    percent: 39 at 95 %."""
+    """Return the smallest number of draws whose whole range contains a further one with the
+    confidence, in percent: 39 at 95 %."""
     return ceil(2 / _outside(confidence)) - 1
 
 
@@ -62,13 +66,13 @@ def _outside(confidence: float) -> Fraction:
 
 
 def band_level(draws: int, rank: int) -> float:
-    """With what probability that band holds a further draw."""
+    """Return the probability that a band of this rank contains a further draw."""
     return max(0, draws + 1 - 2 * rank) / (draws + 1)
 
 
 def rank_p(own: float, draws: Floats) -> float:
-    """Two-sided by size: (1 + b)/(1 + k), where b of the k draws [k] are at least as far from 0 as
-    the effect. At least 1/(1 + k)."""
+    """Return two-sided p by absolute value: (1 + b)/(1 + k), where b of the k draws, shape [k], are
+    at least as far from 0 as the effect. At least 1/(1 + k)."""
     return (1 + int(np.count_nonzero(np.abs(draws) >= abs(own)))) / (1 + len(draws))
 
 
@@ -80,7 +84,7 @@ def _band(
     confidence: float,
     effect: EffectKind,
 ) -> NullBand:
-    """own: [cell]. values: [draw, cell, prompt]"""
+    """Compute one band. `own`: [cell]; `values`: [draw, cell, prompt]."""
     cells = len(data.patched)
 
     def means(patched: Floats) -> Floats:

@@ -16,50 +16,48 @@ from mechdsl.statistics.measurements import EffectSums
 from mechdsl.statistics.skewed_t import skewed_t
 
 TARGET_POWER = 0.8
-"""How often an effect of the stated size is found."""
+"""Probability of detecting an effect of the stated size."""
 
 _DRAWN = 2000
-"""Experiments that are simulated where sign flips are few: the power is known to 0.9 %."""
+"""Number of simulated experiments with few sign flips; the power is accurate to 0.9 %."""
 
 _MOST_DRAWN = 1000
-"""Units of a simulated experiment."""
+"""Maximum number of units of a simulated experiment."""
 
 _STEPS = 10
-"""Of a search between 0 and 4, down to less than 0.01."""
+"""Steps of a search between 0 and 4, to less than 0.01."""
 
 _FEW_PATTERNS = 100
-"""Of more patterns of signs below the level, sign flips find as much as Student's t."""
+"""With more patterns of signs below the level, sign flips have the power of Student's t."""
 
 
 @dataclass(frozen=True)
 class DetectableEffect:
-    """The smallest effect that one test among many finds in 80 % of experiments."""
+    """The smallest effect that one of many tests detects in 80 % of experiments."""
 
     units: int
     tests: int
     level: float
-    """What the p of one effect alone has to be below: the level over the number of tests, unless
-    nothing is corrected."""
+    """Threshold for the p of a single effect: the level divided by the number of tests, or the
+    level without a correction."""
     effect: float | None
-    """Mean of the per-unit deltas, in their standard deviations; None where no effect, however
-    large, is found."""
+    """Mean of the per-unit deltas, in standard deviations; None if no effect is detectable."""
     smallest: float
-    """The smallest p that can be reached."""
+    """The smallest possible p."""
 
 
 def detectable_effect(units: int, tests: int, settings: spec.Statistics) -> DetectableEffect:
-    """The smallest effect that can be shown by normal deltas of `units` rows or groups.
+    """Return the smallest detectable effect for normal deltas of `units` rows or groups.
 
-    By the corrected t it is found by simulation, to 1 % of the power. By resampling, and by flips
-    of more than `EXACT_UP_TO` units, the effect d solves P(|T| > t) = 0.8, T noncentral t with
-    n - 1 degrees of freedom and noncentrality d √n, t the quantile of Student's t at the level
-    (source: Cohen 1988, Statistical Power Analysis, ch. 2). Where all patterns of signs are
-    enumerated and few lie below the level, sign flips find less than t, and d is found by
-    simulating them, to 2 %.
+    For the corrected t it is simulated, to 1 % of the power. For resampling, and for flips of more
+    than `MAX_EXACT_FLIPS` units, the effect d solves P(|T| > t) = 0.8, with T noncentral t with n -
+    1 degrees of freedom and noncentrality d √n, and t the quantile of Student's t at the level
+    (source: Cohen 1988, Statistical Power Analysis, ch. 2). If all patterns of signs are enumerated
+    and few are below the level, sign flips have less power than t, and d is simulated, to 2 %.
 
-    The level is that of one effect alone. Holm's correction then takes all tests; that by the
-    maximum takes less where cells are correlated, and Benjamini and Hochberg's less where other
-    effects are there too, so d is an upper bound for them.
+    The level is that of a single effect. Holm's correction uses all tests; the correction by the
+    maximum is less strict for correlated cells, and Benjamini and Hochberg's if other effects
+    exist, so d is an upper bound for them.
     """
     level = 1 - settings.confidence / 100
     if settings.correction != "none":
@@ -70,7 +68,7 @@ def detectable_effect(units: int, tests: int, settings: spec.Statistics) -> Dete
     if settings.test == "t":
         effect = detectable_by_skewed_t(units, level)
     elif settings.test == "flips" and units <= MAX_EXACT_FLIPS:
-        patterns = ceil(level / smallest) - 1  # p is below the level, not at it
+        patterns = ceil(level / smallest) - 1  # p must be below the level, not equal to it
         effect = (
             detectable_by_flips(units, patterns)
             if patterns <= _FEW_PATTERNS
@@ -83,9 +81,11 @@ def detectable_effect(units: int, tests: int, settings: spec.Statistics) -> Dete
 
 @cache
 def detectable_by_skewed_t(units: int, level: float) -> float:
-    """The standardised mean that the corrected t finds in 80 % of experiments with normal deltas.
+    """Return the standardised mean that the corrected t detects in 80 % of experiments with normal
+    deltas.
 
-    Of more than `_MOST_DRAWN` units it is found for so many and scaled by the root of their share.
+    For more than `_MOST_DRAWN` units it is computed for that number and scaled by the root of the
+    ratio.
     """
     drawn = min(units, _MOST_DRAWN)
     noise = np.random.default_rng([5, drawn]).standard_normal((_DRAWN, drawn))
@@ -98,7 +98,7 @@ def detectable_by_skewed_t(units: int, level: float) -> float:
 
 
 def _least(power: Callable[[float], float]) -> float:
-    """The smallest effect whose power is `POWER`, up to 64."""
+    """Return the smallest effect whose power is `TARGET_POWER`, up to 64."""
     low, high = 0.0, 4.0
     while power(high) < TARGET_POWER and high < 64:
         high *= 2
@@ -109,7 +109,7 @@ def _least(power: Callable[[float], float]) -> float:
 
 
 def detectable_by_t(units: int, level: float) -> float:
-    """The standardised mean that a two-sided t test finds in 80 % of experiments."""
+    """Return the standardised mean that a two-sided t test detects in 80 % of experiments."""
     from scipy.special import nctdtrinc, stdtrit  # not at the top: slow to import
 
     t = stdtrit(units - 1, 1 - level / 2)
@@ -118,8 +118,10 @@ def detectable_by_t(units: int, level: float) -> float:
 
 @cache
 def detectable_by_flips(units: int, patterns: int) -> float:
-    """The same of a two-sided sign-flip test, whose p is small enough where at most `patterns` of
-    the 2^(units - 1) patterns of signs (up to a sign for all) have as large a sum as the one seen.
+    """Return the standardised mean that a two-sided sign-flip test detects in 80 % of experiments.
+
+    p is small enough if at most `patterns` of the 2^(units - 1) patterns of signs (up to a common
+    sign) have a sum as large as the observed one.
     """
     noise = np.random.default_rng([3, units]).standard_normal((_DRAWN, units))
     codes = np.arange(2 ** (units - 1))
@@ -128,7 +130,7 @@ def detectable_by_flips(units: int, patterns: int) -> float:
 
 
 def _power(signs: Floats, deltas: Floats, patterns: int) -> float:
-    """In how many rows of deltas [experiment, unit] at most `patterns` sums are as large."""
+    """Return the share of rows of deltas [experiment, unit] with at most `patterns` larger sums."""
     seen = np.abs(deltas.sum(1)) * (1 - 1e-9)
     reached = np.count_nonzero(np.abs(signs @ deltas.T) >= seen, axis=0)
     return float((reached <= patterns).mean())

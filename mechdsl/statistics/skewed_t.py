@@ -1,16 +1,16 @@
 """Student's t corrected for skewness: intervals and p of means and ratios, without resampling.
 
 A number θ is compatible with the units u of a cell if the mean of Aᵤ − θBᵤ is compatible with 0
-(Fieller 1954), A and B being the sums of numerator and denominator over the unit's rows. T is the
-t statistic of that mean and a its standardised third cumulant. Where q is a quantile of Student's
-t, T is compared with q + h (2q² + 1) / 6 + 0.4 h² q³: the quantile of a studentised mean of
-skewness h (Hall 1983), with a third term. h is the part of a that speaks against the effect,
-enlarged, as a sample of skewed units shows too little of its skewness exactly where its mean is
-misleading. The constants were chosen by simulation (`benchmarks/coverage`): from 16 units on, they
-hold the level of a family of 144 cells of lognormal units.
+(Fieller 1954), where A and B are the sums of numerator and denominator over the unit's rows. T is
+the t statistic of that mean and a its standardised third cumulant. For a quantile q of Student's t,
+T is compared with q + h (2q² + 1) / 6 + 0.4 h² q³: the quantile of a studentised mean of skewness h
+(Hall 1983), with a third term. h is the part of a that is evidence against the effect, enlarged,
+because a sample of skewed units understates its skewness exactly where its mean is misleading. The
+constants were chosen by simulation (`benchmarks/coverage`): from 16 units on, they control the
+level of a family of 144 cells of lognormal units.
 
-The interval is the set of all θ whose p is not below the level. p of θ = 0 is no smaller than 2^(1
-− k) for k units that aren't 0, as often all of them have the same sign by chance.
+The interval is the set of all θ whose p is not below the level. p of θ = 0 is at least 2^(1 − k)
+for k units that aren't 0, the probability that all of them have the same sign by chance.
 
 References:
     Fieller, E. C. (1954). Some problems in interval estimation. J. R. Stat. Soc. B 16, 175-185.
@@ -27,31 +27,31 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.statistics.measurements import EffectSums
 
 SKEWNESS_FACTOR = 1.4
-"""By how much the measured skewness is enlarged where it speaks against an effect."""
+"""Factor on the measured skewness where it is evidence against an effect."""
 
 BASE_SKEWNESS = 1.0
 """Skewness of the sum against every effect, times the number of units."""
 
 FREEDOM_SHARE = 0.45
-"""Share of the degrees of freedom of the quantiles that are corrected, from 16 units on; with fewer
-units, whose p can't be so small, it rises to 1 for 8."""
+"""Share of the degrees of freedom in the corrected quantiles, from 16 units on. With fewer units,
+whose p can't be so small, it rises to 1 at 8."""
 
 FREEDOM_RISE = 0.07
 
 CURVATURE = 0.4
-"""Of the third term of the corrected quantile."""
+"""Coefficient of the third term of the corrected quantile."""
 
 FLAT_ERROR = 1e-10
-"""Standard errors that are smaller than this share of the value are rounding."""
+"""Standard errors below this share of the value are rounding."""
 
 _DOUBLINGS = 60
 """Steps of the search for a number that isn't compatible with the units."""
 
 _HALVINGS = 64
-"""Steps of the search for the end of an interval, down to the precision of a float."""
+"""Steps of the search for the end of an interval, to the precision of a float."""
 
 _NEWTON_STEPS = 40
-"""Steps that find the quantile of a statistic: from above, as the function is convex."""
+"""Steps of the search for a statistic's quantile, from above, because the function is convex."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +59,15 @@ class SkewedT:
     """Means or ratios of cells, with central moments of numerators and denominators.
 
     Attributes:
-        value: [cell], the estimate.
-        held: [cell], units in the cell.
-        nonzero: [cell], units whose numerator isn't 0.
-        flat: [cell], whether all units agree on the value.
-        freedom: [cell], degrees of freedom.
-        slope: [cell], the sum of all denominators.
-        squares: [3, cell], Σ (l − δb)² as a polynomial in δ: coefficients of 1, δ, δ²; l the
-            numerators less value × denominators, both centred within strata.
-        cubes: [4, cell], the same of the third cumulant of Σ (l − δb).
+        value: The estimate, shape [cell].
+        held: Number of units in the cell, shape [cell].
+        nonzero: Number of units with a non-zero numerator, shape [cell].
+        flat: Whether all units agree on the value, shape [cell].
+        freedom: Degrees of freedom, shape [cell].
+        slope: Sum of all denominators, shape [cell].
+        squares: Σ (l − δb)² as a polynomial in δ: coefficients of 1, δ, δ², shape [3, cell]; l is
+            numerators minus value × denominators, b denominators, both centred within strata.
+        cubes: The third cumulant of Σ (l − δb) as a polynomial in δ, shape [4, cell].
     """
 
     value: Floats
@@ -80,13 +80,13 @@ class SkewedT:
     cubes: Floats
 
     def statistic(self, shift: Floats) -> tuple[Floats, Floats]:
-        """T and its standardised third cumulant for the hypothesis θ = value + shift.
+        """Return T and its standardised third cumulant for the hypothesis θ = value + shift.
 
         Args:
-            shift: [cell].
+            shift: Shape [cell].
 
         Returns:
-            [cell] each.
+            Shape [cell] each.
         """
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             spread = np.maximum(_polynomial(self.squares, shift), 0.0)
@@ -95,7 +95,8 @@ class SkewedT:
         return ratio, np.where(np.isfinite(skew), skew, 0.0)
 
     def p(self) -> Floats:
-        """[cell], two-sided p of θ = 0: 1 where the value is 0 or of one unit, NaN without one."""
+        """Return two-sided p of θ = 0, shape [cell]: 1 for a value of 0 or one unit, NaN for
+        none."""
         p = np.maximum(self.p_of(np.zeros_like(self.value)), 2.0 ** (1.0 - self.nonzero))
         p = np.where(self.flat, 2.0 ** (1.0 - self.held), p)
         unknown = (self.value == 0) | (self.held < 2)
@@ -103,7 +104,7 @@ class SkewedT:
         return np.where(np.isfinite(self.value), p, np.nan)
 
     def p_of(self, theta: Floats) -> Floats:
-        """[cell], two-sided p of the hypothesis θ. theta: [cell]."""
+        """Return two-sided p of the hypothesis `theta`, shape [cell]. Shape [cell]."""
         from scipy.special import stdtr  # not at the top: slow to import
 
         ratio, skew = self.statistic(theta - self.value)
@@ -115,15 +116,15 @@ class SkewedT:
         return np.where(np.isnan(ratio), 1.0, np.maximum(plain, corrected))
 
     def interval(self, confidence: float, fewest: int) -> tuple[Floats, Floats]:
-        """The numbers whose p isn't below the level.
+        """Return the numbers whose p isn't below the level.
 
         Args:
-            confidence: in percent.
-            fewest: units below which a cell has no interval.
+            confidence: In percent.
+            fewest: Minimum number of units for an interval.
 
         Returns:
-            [cell] each, the low and the high end: NaN where the cell has too few units, or where
-            the set has no bound, as with a denominator that may be 0.
+            The low and the high end, shape [cell] each: NaN if the cell has too few units, or if
+            the set is unbounded, as with a denominator that may be 0.
         """
         level = 1 - confidence / 100
         known = (self.held >= fewest) & np.isfinite(self.value)
@@ -133,7 +134,7 @@ class SkewedT:
         return np.where(known, low, np.nan), np.where(known, high, np.nan)
 
     def _end(self, side: float, level: float) -> Floats:
-        """[cell], one end; infinite where there is none."""
+        """Return one end, infinite if there is none. Shape [cell]."""
         end = self._straight_end(side, level)
         curved = np.flatnonzero(self.squares[1:].any(axis=0) | self.cubes[1:].any(axis=0))
         if len(curved):
@@ -141,8 +142,8 @@ class SkewedT:
         return end
 
     def _straight_end(self, side: float, level: float) -> Floats:
-        """[cell], where T is proportional to the shift and the skewness doesn't depend on it, as
-        where denominators are equal."""
+        """Return one end where T is proportional to the shift and the skewness doesn't depend on
+        it, as with equal denominators. Shape [cell]."""
         plain, tail = self._critical(level)
         with np.errstate(divide="ignore", invalid="ignore"):
             _, skew = self.statistic(np.full_like(self.value, side))
@@ -151,14 +152,14 @@ class SkewedT:
             return self.value + side * size * np.maximum(plain, _corrected(tail, against))
 
     def _of(self, cells: Ints) -> SkewedT:
-        """Some cells."""
+        """Select some cells."""
         columns = {each.name: getattr(self, each.name)[..., cells] for each in fields(self)}
         return SkewedT(**columns)
 
     def _searched_end(self, side: float, level: float) -> Floats:
-        """[cell], by halving what lies between a compatible number and one that isn't."""
+        """Return one end by bisection of a compatible and an incompatible number. Shape [cell]."""
         bounds = self._critical(level)
-        # 0 is inside exactly where it isn't rejected, also where a number nearer to the value is
+        # 0 is inside exactly if it isn't rejected, even if a number nearer to the value is.
         faces_zero, rejects_zero = side * self.value < 0, self._rejects(-self.value, bounds)
         inside = np.where(faces_zero & ~rejects_zero, -self.value, 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -181,7 +182,7 @@ class SkewedT:
             return np.where(rejected, self.value + inside, side * np.inf)
 
     def _critical(self, level: float) -> tuple[Floats, Floats]:
-        """[cell] each: Student's quantile, and the one that is corrected."""
+        """Return Student's quantile and the corrected quantile. Shape [cell] each."""
         from scipy.special import stdtrit  # not at the top: slow to import
 
         freedom = np.maximum(self.freedom, 1.0)
@@ -195,12 +196,13 @@ class SkewedT:
 
 
 def skewed_t(sums: EffectSums, strata: Ints | None = None) -> SkewedT:
-    """The statistic of cells that are sums over units.
+    """Return the statistic of cells that are sums over units.
 
     Args:
-        sums: numerators and denominators by unit.
-        strata: [unit], where new samples have the same number of units in each; every cell has all
-            units then.
+        sums: Numerators and denominators by unit.
+        strata: Shape [unit], if new samples have the same number of units in each; then every cell
+            has
+            all units.
     """
     value = sums.value
     with np.errstate(invalid="ignore"):
@@ -228,14 +230,14 @@ def skewed_t_of_moves(
     strata: Ints | None = None,
     freedom: Floats | None = None,
 ) -> SkewedT:
-    """The statistic of smooth numbers, linearised.
+    """Return the statistic of smooth numbers, linearised.
 
     Args:
-        value: [cell].
-        moves: [cell, unit], how far one unit moves the value; they sum to 0.
-        held: [cell], units.
-        strata: [unit], as in `skewed_t`.
-        freedom: [cell], degrees of freedom if they aren't units less strata.
+        value: Shape [cell].
+        moves: Change of the value by one unit, shape [cell, unit]; they sum to 0.
+        held: Number of units, shape [cell].
+        strata: Shape [unit], as in `skewed_t`.
+        freedom: Degrees of freedom, shape [cell], if they aren't units minus strata.
     """
     ones = np.zeros_like(moves)
     squares, cubes = _moments(moves, ones, held, strata)
@@ -254,24 +256,24 @@ def skewed_t_of_moves(
 
 
 def _tail_freedom(freedom: Floats) -> Floats:
-    """[cell], degrees of freedom of the corrected quantiles."""
+    """Return the degrees of freedom of the corrected quantiles. Shape [cell]."""
     share = FREEDOM_SHARE + FREEDOM_RISE * np.maximum(15 - freedom, 0.0)
     return freedom * np.minimum(share, 1.0)
 
 
 def _against(ratio: Floats, skew: Floats, freedom: Floats) -> Floats:
-    """[cell], the skewness h that speaks against an effect of this sign."""
+    """Return the skewness h that is evidence against an effect of this sign. Shape [cell]."""
     return SKEWNESS_FACTOR * np.maximum(-np.sign(ratio) * skew, 0.0) + BASE_SKEWNESS / (freedom + 1)
 
 
 def _corrected(quantile: Floats, against: Floats) -> Floats:
-    """What T is compared with, for a quantile of Student's t."""
+    """Return the number that T is compared with, for a quantile of Student's t."""
     second = against * (2 * quantile**2 + 1) / 6
     return quantile + second + CURVATURE * against**2 * quantile**3
 
 
 def _quantile(size: Floats, against: Floats) -> Floats:
-    """The inverse of `_corrected`; 0 below its smallest value."""
+    """Return the inverse of `_corrected`; 0 below its smallest value."""
     q = size.copy()
     with np.errstate(invalid="ignore", over="ignore"):
         for _ in range(_NEWTON_STEPS):
@@ -290,7 +292,7 @@ def _strata_count(strata: Ints | None) -> int:
 def _moments(
     left: Floats, bottom: Floats, held: Ints, strata: Ints | None
 ) -> tuple[Floats, Floats]:
-    """Unbiased second and third cumulants of Σ (left − δ bottom), as polynomials in δ."""
+    """Return unbiased second and third cumulants of Σ (left − δ bottom), as polynomials in δ."""
     if strata is None:
         return _cumulants(left, bottom, held.astype(np.float64))
     squares, cubes = np.zeros((3, len(left))), np.zeros((4, len(left)))
@@ -310,7 +312,7 @@ def _cumulants(left: Floats, bottom: Floats, held: Floats) -> tuple[Floats, Floa
     one, two = (v - mean[:, None] for v, mean in zip((left, bottom), means, strict=True))
 
     def power(i: int, j: int) -> Floats:
-        # units that aren't in the cell have sums of 0
+        # Units that aren't in the cell have sums of 0.
         away = absent * (-means[0]) ** i * (-means[1]) ** j
         return (one**i * two**j).sum(1) - away
 

@@ -1,5 +1,5 @@
-"""From text to the syntax tree and back.
+"""The syntax of a file: parser, syntax tree, formatter, and messages about syntax errors.
 
-In: the text of a file. Out: a tree of frozen records with spans, and diagnostics; a user's text
-never raises. Imports diagnostics and below.
+In: the text of a file. Out: a tree of frozen records with spans, and diagnostics; no text raises an
+exception. Imports diagnostics and below.
 """

@@ -33,7 +33,7 @@ class Ref(Node):
 
     @property
     def whole(self) -> str:
-        """With its part."""
+        """The name with its part."""
         return self.name if self.part is None else f"{self.name}.{self.part}"
 
 
@@ -77,8 +77,8 @@ class QualifiedRef(Node):
 
 @record
 class ExperimentMeasure(Node):
-    """`delta of ld of other`: a measure of another experiment. What only names an observation
-    becomes one, when it is known whose result that is."""
+    """`delta of ld of other`: a measure of another experiment. A name that only refers to an
+    observation is resolved to one when its experiment is known."""
 
     measure: Expr
     experiment: Name
@@ -102,7 +102,7 @@ class Index(Node):
 
 @record
 class Coordinate(Node):
-    """`layer 3`, `token -1`, `layer l`: a value of an axis, or the name of one."""
+    """`layer 3`, `token -1`, `layer l`: a value of an axis, or a name for a value."""
 
     word: str
     value: int | str
@@ -252,7 +252,7 @@ Expr = (
 
 @record
 class Domain(Node):
-    """What `x in …` and `for x in …` range over: `3..9`, `["a"]`, `0%..100% step 5%`."""
+    """The domain of `x in …` and `for x in …`: `3..9`, `["a"]`, `0%..100% step 5%`."""
 
     values: Expr | Range
     step: Expr | None = None
@@ -263,7 +263,7 @@ class Domain(Node):
 
 @record
 class Star(Node):
-    """`*`: every value there is."""
+    """`*`: every existing value."""
 
 
 @record
@@ -301,9 +301,9 @@ class Axis(Node):
 @record
 class Site(Node):
     """Component and axes. `names` are the words before the first axis that isn't `layer`-like:
-    one name is a component (`resid_post`) or a stack (`vision`), two are component and stack;
-    which is which, the registries say. `group` names (`name_movers`) stand here as a lone name,
-    behind a component where a path ends (`q name_movers`, `q of top 2 of cie`).
+    one name is a component (`resid_post`) or a stack (`vision`), two are component and stack; the
+    registries decide which. A `group` name (`name_movers`) is a lone name in `names`, after a
+    component at the end of a path (`q name_movers`, `q of top 2 of cie`).
     """
 
     names: tuple[Name, ...] = ()
@@ -314,7 +314,7 @@ class Site(Node):
 
     @property
     def bare(self) -> Name | None:
-        """The name that it is, where it is nothing else."""
+        """The name, if the site consists of one alone."""
         one = len(self.names) == 1 and not self.axes and self.short is None and self.ranked is None
         return self.names[0] if one else None
 
@@ -327,7 +327,7 @@ class RankedSelection(Node):
     amount: int | str | Percent | None
     of: str
     cell: tuple[Argument, ...] = ()
-    """Which of its cells, where not all are meant."""
+    """The selected cell, if not all cells are meant."""
 
 
 # --- positions ------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ class RankedSelection(Node):
 
 @record
 class Variable(Node):
-    """A number with a name, that of a `for` or of a `param`, in a position: `i`, `-i`, `i + 1`."""
+    """A named number (of a `for` or a `param`) in a position: `i`, `-i`, `i + 1`."""
 
     name: str
     negative: bool = False
@@ -381,7 +381,7 @@ class SpanTokens(Node):
     plural: bool
     each: bool = False
     low: int | None = None
-    """`reply token 3`, `reply tokens 2..4`: which of its tokens, counted from 1."""
+    """`reply token 3`, `reply tokens 2..4`: the 1-based numbers of the span's tokens."""
     high: int | None = None
 
 
@@ -417,7 +417,7 @@ class PositionUnion(Node):
 
 @record
 class EachStep(Node):
-    """`each step`: where each token of a reply is predicted."""
+    """`each step`: every position at which a token of a reply is predicted."""
 
 
 PointBase = (
@@ -452,7 +452,7 @@ class Except(Node):
 
 @record
 class Position(Node):
-    """One item of a position list. A bare number behind a `token` item is a `TokenIndex` too."""
+    """One item of a position list. A bare number after a `token` item is a `TokenIndex` too."""
 
     body: Point | Between | Except
     align: str | None = None
@@ -488,7 +488,7 @@ class ValueDef(Node):
 
 @record
 class Template(Node):
-    """`template "…"`. `template in […]` is a `Domained` of the name `template`."""
+    """`template "…"`. `template in […]` is a `DomainDef` of the name `template`."""
 
     text: String
 
@@ -508,7 +508,7 @@ class Chat(Node):
 class RowsLine(Node):
     source: Expr
     distinct: bool = False
-    """Of equal records only the first."""
+    """Keep only the first of equal records."""
 
 
 @record
@@ -550,18 +550,17 @@ class ChangeLine(Node):
     """A line of `corrupt` that begins with a word: `swap a, b`, `replace item tokens with "thing"`,
     `add gaussian(std: 3 sd) to embed at subject tokens`.
 
-    Which of its parts a word takes, and what it does with them, its entry in `vocab.corruptions`
-    says.
+    The word's entry in `vocab.corruptions` defines which parts it takes and their effect.
     """
 
     word: str
     values: tuple[ChangeValue, ...] = ()
     tokens: Positions | None = None
-    """Behind the word stand values or tokens."""
+    """Set if positions follow the word instead of values."""
     to: Site | None = None
     at: Positions | None = None
     given: Expr | None = None
-    """Behind `with`."""
+    """The value after `with`."""
     by: Expr | None = None
     radius: int | float | str | None = None
 
@@ -638,7 +637,7 @@ class Edge(Node):
     queries: Positions
     keys: Positions
     heads: Site | None = None
-    """A group, a short name or what another experiment found, in place of axes."""
+    """A group, a short name or another experiment's result, instead of axes."""
 
 
 @record
@@ -660,8 +659,8 @@ class Fill(Node):
 
 @record
 class Ablate(Node):
-    """`fill` is `zero`, `mean`, `resample` (a `Name`) or `mean of x` (an `OfRef`); `by` a name;
-    with `more` behind them they are an axis."""
+    """`fill` is `zero`, `mean`, `resample` (a `Name`) or `mean of x` (a `QualifiedRef`); `by` is a
+    name. With `more` fills, they form an axis."""
 
     site: Site
     at: Positions
@@ -723,7 +722,7 @@ class ObserveAttention(Node):
     run: Ref | None = None
     name: Name | None = None
     what: Name | None = None
-    """What else than attention leads from one place to the other: `rollout`."""
+    """A flow between positions other than attention: `rollout`."""
 
 
 @record
@@ -808,18 +807,18 @@ class Freeze(Node):
 
 @record
 class RegisteredRule(Node):
-    """`nudge SITE at POSITIONS by SUM`, of a kind that is registered for its verb."""
+    """`nudge SITE at POSITIONS by SUM`: a rule whose verb is registered."""
 
     verb: Name
     site: Site
     at: Positions
     before: Literal["", "to", "by"] = ""
-    """The word before the value; none without one."""
+    """The word before the value; empty without one."""
     value: Expr | None = None
 
 
 AnySiteRule = Ablate | SetSite | Add | Scale | Clamp | SwapSites | Freeze | RegisteredRule
-"""Rules that say at which site and positions they act, and something of their own."""
+"""Rules with a site, positions and their own fields."""
 
 RuleBody = (
     Patch
@@ -871,7 +870,7 @@ class UsePrompts(Node):
     prompts: tuple[Ref, ...]
     limit: int | str | None = None
     replies: Call | Name | None = None
-    """The experiment whose replies stand behind them: `with replies of writes(c: 1)`."""
+    """The experiment whose replies are appended to the prompts: `with replies of writes(c: 1)`."""
 
 
 @record
@@ -879,7 +878,7 @@ class FromInto(Node):
     sources: tuple[Ref, ...]
     bases: tuple[Ref, ...]
     shuffled: Name | None = None
-    """The word, where it stands behind the sources."""
+    """The word, if it follows the sources."""
 
 
 @record
@@ -896,7 +895,7 @@ class For(Node):
 
 @record
 class ControlLine(Node):
-    """`against random(39) apart from top 5 of X, movers`; `apart` is never drawn."""
+    """`against random(39) apart from top 5 of X, movers`; sites in `apart` are never drawn."""
 
     control: Call
     apart: tuple[Site, ...] = ()
@@ -921,7 +920,7 @@ class Generate(Node):
 
 @record
 class Pick(Node):
-    """`top 20`, `random 20` behind `verify`."""
+    """`top 20`, `random 20` after `verify`."""
 
     how: str
     amount: int | str
@@ -959,11 +958,11 @@ class ObserveFeatures(Node):
 
 @record
 class MapOf(Node):
-    """An experiment's number of each patch, one map for each row; `0.5 * caap` in a sum."""
+    """An experiment's value of each patch, one map per row; `0.5 * caap` in a sum."""
 
     of: str
     cell: tuple[Argument, ...] = ()
-    """Which of its cells, where not all are meant."""
+    """The selected cell, if not all cells are meant."""
     weight: Expr | None = None
 
 
@@ -975,7 +974,7 @@ class ObserveMaps(Node):
     what: Name
     maps: tuple[MapOf, ...]
     region: Name | None = None
-    """What they are set against: a region, or other experiments."""
+    """The comparison: a region or other experiments."""
     others: tuple[MapOf, ...] = ()
     share: Percent | None = None
     at: Positions | None = None
@@ -993,10 +992,10 @@ class Observe(Node):
     other: Positions | None = None
     top: int | str | None = None
     run: Ref | None = None
-    """What is looked at, where that isn't the run that the rules act on."""
+    """The observed run, if it isn't the run that the rules modify."""
     name: Name | None = None
     beside: Site | None = None
-    """The site that it is set against: `with attn_out layer *`."""
+    """The site to compare with: `with attn_out layer *`."""
 
 
 AnyObserve = ObserveAttention | ObserveMaps | Observe
@@ -1009,15 +1008,15 @@ class Measure(Node):
     at: Position | None = None
     per: Name | None = None
     over: Name | None = None
-    """The axis that it is averaged over, or that it is a curve over."""
+    """The axis of the average or of the curve."""
     area: bool = False
-    """The area under that curve, and not the mean."""
+    """Report the area under the curve instead of the mean."""
 
 
 @record
 class Stats(Node):
-    """`stats bootstrap(10000) test flips confidence 95% correct holm verdicts holm by template`,
-    each part optional."""
+    """`stats bootstrap(10000) test flips confidence 95% correct holm verdicts holm by template`;
+    every part is optional."""
 
     resampling: Call | None = None
     test: Call | None = None
@@ -1037,12 +1036,12 @@ class Report(Node):
     top: int | str | None = None
     file: String | None = None
     of: Name | None = None
-    """The observation that is shown, where the experiment has several."""
+    """The reported observation, if the experiment has several."""
 
 
 @record
 class Expect(Node):
-    """`expect COND` or `expect top 3 contains L9H9, L9H6`; `relaxed` is the word behind `on`."""
+    """`expect COND` or `expect top 3 contains L9H9, L9H6`; `relaxed` is the word after `on`."""
 
     condition: Expr | None = None
     top: int | str | None = None
@@ -1053,7 +1052,7 @@ class Expect(Node):
 
 @record
 class RunDef(Node):
-    """`run healed { from clean into noised  patch … }`: a run with rules, by a name."""
+    """`run healed { from clean into noised  patch … }`: a named run with rules."""
 
     name: Name
     statements: tuple[Statement, ...]
@@ -1151,7 +1150,7 @@ class BasisDef(Node):
 
 @record
 class GroupDef(Node):
-    """Joined sites, or what another experiment ranked highest (one `Site` with `ranked`)."""
+    """A union of sites, or another experiment's highest ranked ones (one `Site` with `ranked`)."""
 
     name: Name
     sites: tuple[Site, ...]
@@ -1185,7 +1184,7 @@ TopLevel = (
 
 @record
 class File(Node):
-    """A whole file. `comments` are (span, text) in order, for the formatter."""
+    """A whole file. `comments` are (span, text) in source order, for the formatter."""
 
     statements: tuple[TopLevel, ...]
     comments: tuple[Comment, ...] = field(default=(), compare=False)
@@ -1194,14 +1193,14 @@ class File(Node):
 
 @record
 class LostStatement(Node):
-    """A statement that can't be read, with the names that it may have defined."""
+    """A statement that can't be parsed, with the names that it may define."""
 
     names: frozenset[str] = frozenset()
 
 
 @record
 class Comment(Node):
-    """A comment with its `#`; `own_line` where nothing stands before it on its line."""
+    """A comment with its `#`; `own_line` if nothing precedes it on its line."""
 
     text: str
     own_line: bool
@@ -1213,5 +1212,5 @@ _ESCAPED = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
 
 
 def unescape(raw: str) -> str:
-    """The value of a text between its quotes; an unknown escape stands for itself."""
+    """Return the value of a text between its quotes; an unknown escape is left unchanged."""
     return _ESCAPE.sub(lambda m: _ESCAPED.get(m[1], m[0]), raw) if "\\" in raw else raw

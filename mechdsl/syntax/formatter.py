@@ -1,8 +1,8 @@
-"""The canonical text of a file: `mechdsl fmt`.
+"""The canonical text of a file, for `mechdsl fmt`.
 
-Indentation is two spaces per brace; each statement has its own line; words are separated by one
-space. Of the author's blank lines, at most one in a row remains, and none at either end of a
-block. A statement of several lines has a blank line before and after it.
+Indentation is two spaces per brace; each statement is on its own line; words are separated by one
+space. At most one of several consecutive blank lines remains, and none at either end of a block.
+A statement of several lines has a blank line before and after it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ MAX_WIDTH = 100
 
 
 class FormatError(RuntimeError):
-    """The formatted text doesn't mean what the tree means: a mistake of ours."""
+    """An internal error: the formatted text parses to a different tree."""
 
 
 def format_file(tree: ast.File) -> str:
-    """The canonical text of a file without syntax errors, every comment included.
+    """Format a file without syntax errors, including every comment.
 
-    Raises FormatError where the result, parsed again, isn't the same tree with the same comments.
+    Raises:
+        FormatError: If the result doesn't parse to the same tree with the same comments.
     """
     comments = sorted(tree.comments, key=lambda c: c.span.start)
     lines = _Writer().block(tree.statements, comments, 0)
@@ -51,7 +52,7 @@ def _check(tree: ast.File, text: str) -> None:
 
 @dataclass
 class _Item:
-    """A statement with the comment behind it, or a comment on lines of its own."""
+    """A statement with the comment after it, or a comment on separate lines."""
 
     node: ast.Node
     lines: list[str]
@@ -66,7 +67,7 @@ class _Item:
 
 @dataclass
 class _Placed:
-    """Where the comments of one statement go."""
+    """Positions of the comments of one statement."""
 
     before: list[ast.Comment] = field(default_factory=list[ast.Comment])
     inside: list[ast.Comment] = field(default_factory=list[ast.Comment])
@@ -77,7 +78,7 @@ class _Writer:
     def block(
         self, nodes: Sequence[ast.Node], comments: Sequence[ast.Comment], depth: int
     ) -> list[str]:
-        """The lines of the statements of one block and of the comments in it."""
+        """Format the statements and comments of one block."""
         items: list[_Item] = []
         used = 0
         for i, node in enumerate(nodes):
@@ -118,7 +119,11 @@ class _Writer:
 def _place(
     node: ast.Node, comments: Sequence[ast.Comment], used: int, following: int | None
 ) -> tuple[_Placed, int]:
-    """Which of the comments from number `used` on belong to a statement, and how."""
+    """Assign comments, from number `used` on, to a statement.
+
+    Returns:
+        The comments and the number of the first comment that belongs to a later statement.
+    """
     placed = _Placed()
     span = node.span
     opening = _brace(node) if format_header(node) is not None else span.end
@@ -137,7 +142,7 @@ def _place(
 
 
 def _brace(node: Any) -> int:
-    """The offset of the brace that opens the lines of a statement."""
+    """Return the offset of the brace that opens the lines of a statement."""
     text: str = node.span.source.text
     start: int = node.span.start
     nodes = statement_body(node)
@@ -157,7 +162,7 @@ def _brace(node: Any) -> int:
 
 
 def _after_brace(node: ast.Node, nodes: Sequence[ast.Node], comment: ast.Comment) -> bool:
-    """Whether a comment is the first thing behind the brace, on its line."""
+    """Whether a comment follows the brace on the same line."""
     if nodes and nodes[0].span.start < comment.span.start:
         return False
     between = node.span.source.text[_brace(node) + 1 : comment.span.start]
@@ -170,7 +175,7 @@ def _comment_item(comment: ast.Comment, depth: int) -> _Item:
 
 
 def _spaced(items: list[_Item], depth: int) -> list[str]:
-    """The lines of the items, with blank lines between them where they belong."""
+    """Join the lines of the items, with blank lines where the format requires them."""
     lines: list[str] = []
     before: _Item | None = None
     for item in items:
@@ -193,7 +198,7 @@ def _blank_between(before: _Item, item: _Item, depth: int) -> bool:
 
 
 def _flat(node: Any) -> str:
-    """A statement on one line, with what is in its braces."""
+    """Format a statement on one line, including its braces."""
     head = format_header(node)
     if head is None:
         return format_line(node)
@@ -202,7 +207,7 @@ def _flat(node: Any) -> str:
 
 
 def _fitted(node: Any, text: str, indent: str) -> list[str]:
-    """A line; a list at its end that makes it too long is broken up."""
+    """Format a line; break up a list at its end if the line would be too long."""
     if len(text) <= MAX_WIDTH:
         return [text]
     match node:

@@ -1,4 +1,4 @@
-"""From a file's text to its syntax tree; a user's text never raises an exception."""
+"""Parse a file's text into a syntax tree; a user's text never raises an exception."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ _FIRST_LINE = re.compile(r"mech\s+\d")
 
 
 def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
-    """The tree of a text and everything wrong with its syntax, in the order of the text.
+    """Parse a text.
 
-    A statement with an error is in the tree where it is clear what was meant (a misspelt word of
-    the language), otherwise among what is lost. Codes: E0101 to E0111 and E0114, without E0108.
+    A statement with an error stays in the tree if its meaning is clear (a misspelt word of the
+    language); otherwise it is one of the tree's lost statements.
+
+    Returns:
+        The tree and all syntax errors in source order (E0101 to E0111 and E0114, except E0108).
     """
     found = scan_text(source)
     if found.problem is not None:
@@ -30,7 +33,7 @@ def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
     try:
         file, diagnostics = run_parser(source, source.text)
     except ParserError as error:
-        # Half of this package is about wrong texts; right ones start faster without it.
+        # Half of this package handles syntax errors; valid files start faster without it.
         from mechdsl.syntax.mistakes.recovery import recover
 
         file, diagnostics = recover(source, error.offset)
@@ -38,9 +41,9 @@ def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
 
 
 def _reported(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
-    """By position, each once, and no more than anyone reads."""
+    """Sort diagnostics by position, remove duplicates and limit their number."""
     found = sorted(dict.fromkeys(diagnostics), key=lambda d: d.span.start if d.span else -1)
-    # A name that is refused where it is given is no news where it is used.
+    # A name rejected at its definition is not reported again at its uses.
     refused = {d.name: d for d in reversed(found) if isinstance(d, ReservedName)}
     found = [d for d in found if not isinstance(d, ReservedName) or refused[d.name] is d]
     if len(found) <= limits.SYNTAX_ERRORS:
@@ -55,7 +58,7 @@ def _reported(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
 
 
 def parse_setting(text: str) -> ast.Expr | None:
-    """The value of `--set name=VALUE`; None where it is no expression."""
+    """Parse the value of `--set name=VALUE`; None if it isn't an expression."""
     source = Source(text)
     if scan_text(source).problem is not None:
         return None
@@ -68,10 +71,9 @@ def parse_setting(text: str) -> ast.Expr | None:
 
 
 def read_source(path: Path) -> tuple[Source | None, list[Diagnostic]]:
-    """The text of a file.
+    """Read the text of a file.
 
-    Codes: E0112 where it can't be read, E0110 where it isn't text, E0534 where it is something
-    else.
+    Codes: E0112 if it can't be read, E0110 if it isn't text, E0534 if it isn't a mechdsl file.
     """
     try:
         data = path.read_bytes()
@@ -81,19 +83,19 @@ def read_source(path: Path) -> tuple[Source | None, list[Diagnostic]]:
     text, problems = _decoded(data, str(path))
     if text is None:
         return None, problems
-    if not _is_mech(path, text):  # so that nothing of it is quoted
+    if not _is_mech(path, text):  # no message may quote another file's content
         return None, [NotMechFile(path=str(path))]
     return Source(text, path), []
 
 
 def decode_stdin(data: bytes) -> tuple[Source | None, list[Diagnostic]]:
-    """The text of what standard input held; E0110 where it isn't text."""
+    """Decode the bytes of standard input; E0110 if they aren't text."""
     text, problems = _decoded(data, "<stdin>")
     return None if text is None else Source(text, origin="stdin"), problems
 
 
 def _decoded(data: bytes, name: str) -> tuple[str | None, list[Diagnostic]]:
-    """A text whose lines end as Python's do. `name`: how messages call it."""
+    """Decode a text and normalise its line endings. `name`: the file's name in messages."""
     if b"\0" in data:
         return None, [NotText(path=name, reason="it holds a NUL byte")]
     try:
@@ -104,7 +106,7 @@ def _decoded(data: bytes, name: str) -> tuple[str | None, list[Diagnostic]]:
 
 
 def _is_mech(path: Path, text: str) -> bool:
-    """By the name of what a link leads to, else by the first line."""
+    """Check the name of the file (of a link's target), or else its first line."""
     return (
         path.resolve().suffix.lower() == ".mech"
         or _FIRST_LINE.match(text, skip_space(text)) is not None

@@ -1,5 +1,5 @@
 # pyright: reportPrivateUsage=false
-"""The LALR parser, its lexer, checks of limits before parsing, and texts with placeholders."""
+"""The LALR parser, its lexer, limit checks before parsing, and templates with placeholders."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from mechdsl.syntax.tree_builder import PARSE_CONTEXT, ParseContext, TreeBuilder
 from mechdsl.syntax.words import CHANGE_WORDS, VERBS
 
 CONTEXTUAL_PRIORITY = 3
-"""Terminals of this priority and above are read only where the parser accepts them."""
+"""Priority from which on terminals are read only where the parser accepts them."""
 
 
 class MechLexer(Lexer):
-    """Lark's contextual lexer with four differences, none of which changes a right file.
+    """Lark's contextual lexer with four differences, none of which affects a valid file.
 
-    Literals, names and punctuation are read wherever they stand, so that a wrong one reaches the
-    parser and its message names the word; a keyword is only ever a whole word; one regular
-    expression serves all states, which saves compiling one for each. Words that the grammar itself
-    doesn't have are looked up: of changes in `CHANGE_WORDS`, of rules in `VERBS`. Where a name can
-    stand too, such a verb begins a rule only as the first word of its line.
+    Literals, names and punctuation are read everywhere, so that a misplaced one reaches the parser
+    and its message names the word. A keyword is always a whole word. One regular expression serves
+    all states, which saves compiling one per state. Words that the grammar doesn't contain are
+    looked up: changes in `CHANGE_WORDS`, rules in `VERBS`. Where a name is possible too, such a
+    verb begins a rule only as the first word of its line.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class MechLexer(Lexer):
                         kind = "CHANGE"
                     elif word in VERBS and "VERB" in accepted:
                         alone = "NAME" not in accepted or _first_of_line(text, position)
-                        alone = alone or "STAR" in accepted  # behind a span, no number's name
+                        alone = alone or "STAR" in accepted  # after a span, not a number
                         kind = "VERB" if alone else kind
             start, position = position, found.end()
             token = Token(kind or "", found.group(), start, end_pos=position)
@@ -106,8 +106,8 @@ def _first_of_line(text: str, position: int) -> bool:
 
 
 class MechParser(LALR_Parser):
-    """Lark's parser, made of saved tables in half the time: a rule is looked up once, not in each
-    of the twenty thousand places where it is reduced."""
+    """Lark's parser, built from saved tables in half the time: a rule is looked up once instead of
+    at each of its twenty thousand reductions in the tables."""
 
     @classmethod
     def deserialize(cls, data: Any, memo: Any, callbacks: Any, debug: bool = False) -> MechParser:
@@ -128,7 +128,7 @@ class MechParser(LALR_Parser):
 
 @cache
 def load_parser() -> Lark:
-    """The parser of this process, made at its first use."""
+    """Return the process's parser, built at first use."""
     loader: Any = Lark
     with pause_garbage_collection():
         tables = load_tables()
@@ -141,10 +141,10 @@ def load_parser() -> Lark:
 
 
 def _objects(memo: Mapping[int, Any]) -> dict[int, Rule | TerminalDef]:
-    """The rules and terminals of saved tables, which lark then takes as they are.
+    """Build the rules and terminals of saved tables, which lark then uses unchanged.
 
-    Lark would look up the class and the fields of each symbol again, in each of the thousands of
-    places where it occurs; here equal symbols and options become one object.
+    Lark would look up the class and the fields of a symbol at each of its thousands of occurrences;
+    here equal symbols and options become one object.
     """
     kinds: dict[str, Any] = {
         each.__name__: each for each in (Terminal, NonTerminal, RuleOptions, TerminalDef)
@@ -152,7 +152,7 @@ def _objects(memo: Mapping[int, Any]) -> dict[int, Rule | TerminalDef]:
     made: dict[int, Any] = {}
 
     def part(saved: Any) -> Any:
-        # By identity: `from_json` gives equal parts as one dictionary.
+        # By identity, because `from_json` shares one dictionary among equal parts.
         if id(saved) not in made:
             made[id(saved)] = kinds[saved["__type__"]].deserialize(saved, {})
         return made[id(saved)]
@@ -173,7 +173,7 @@ def _objects(memo: Mapping[int, Any]) -> dict[int, Rule | TerminalDef]:
 
 @cache
 def keywords() -> dict[str, str]:
-    """The words and signs of the language, by the names the parser gives them."""
+    """Return the words and signs of the language by terminal name."""
     return {
         terminal.name: terminal.pattern.value
         for terminal in load_parser().terminals
@@ -183,19 +183,19 @@ def keywords() -> dict[str, str]:
 
 @dataclass
 class ParserError(Exception):
-    """The parser met something it has no place for."""
+    """An unexpected token or character."""
 
     offset: int
-    """In the parsed text; its length where the text ends too early."""
+    """Offset in the parsed text; its length if the text ends too early."""
     terminal: str
-    """What the lexer took the place for: `$END` at the end, nothing for an unknown character."""
+    """Terminal of the unexpected token: `$END` at the end, empty for an unknown character."""
     length: int
     parser: Any
-    """Of lark, as it stands there."""
+    """Lark's interactive parser in the state of the error."""
 
     @cached_property
     def accepts(self) -> frozenset[str]:
-        """The terminals that could have stood there; each has to be tried, which takes long."""
+        """Terminals accepted instead; slow, because each one has to be tried."""
         return frozenset(self.parser.accepts() if self.parser else ())
 
 
@@ -206,11 +206,16 @@ def run_parser(
     start: str = "start",
     reading: WordSubstitution | None = None,
 ) -> tuple[Any, list[Diagnostic]]:
-    """Parse `text`, which stands in the source at offset `base`, one of its words perhaps read as
-    another one.
+    """Parse `text`, which begins at offset `base` of the source.
 
-    Returns what the start rule makes and what was refused although its shape is right.
-    Raises ParserStopped at the first error of syntax.
+    Args:
+        reading: A word to parse as a different one.
+
+    Returns:
+        The result of the start rule, and errors in statements of a valid shape.
+
+    Raises:
+        ParserError: At the first syntax error.
     """
     context = ParseContext(source, base, reading)
     if reading is not None:
@@ -246,20 +251,20 @@ _SPACE = re.compile(r"(?:\s|#[^\n]*)*")
 
 @dataclass(frozen=True)
 class TextScan:
-    """What the look found; with `problem` the text is not worth parsing."""
+    """Result of `scan_text`; a text with a `problem` is not parsed."""
 
     comments: tuple[ast.Comment, ...] = ()
     problem: Diagnostic | None = None
 
 
 def skip_space(text: str, start: int = 0) -> int:
-    """The offset of the first character that is neither white space nor comment."""
+    """Return the offset of the first character that is neither white space nor comment."""
     found = _SPACE.match(text, start)
     return found.end() if found else start
 
 
 def scan_text(source: Source) -> TextScan:
-    """Comments of a text, or the one reason not to read it (E0109, E0110, E0111)."""
+    """Collect the comments of a text, or the reason not to parse it (E0109, E0110, E0111)."""
     text = source.text
     if "\0" in text:
         return TextScan(problem=NotText(path=source.name, reason="it holds a NUL byte"))
@@ -308,7 +313,7 @@ def scan_text(source: Source) -> TextScan:
 
 
 def _too_long(source: Source) -> Diagnostic | None:
-    """E0109 for what can be told without reading."""
+    """Return E0109 if the text exceeds a limit that needs no lexing."""
     counts = (
         ("characters", len(source.text), limits.CHARACTERS),
         ("lines", source.text.count("\n"), limits.LINES),
@@ -333,9 +338,9 @@ def _comment(source: Source, start: int, end: int) -> ast.Comment:
 
 @dataclass(frozen=True)
 class Placeholder:
-    """`{x}`, `{s2 = s}`, `{count - 1}`: a value, and the name of the span it becomes.
+    """A placeholder such as `{x}`, `{s2 = s}` or `{count - 1}`: a value and its span's name.
 
-    `name` is None where the placeholder is an expression that no name was given to.
+    `name` is None for an expression without a name.
     """
 
     name: str | None
@@ -352,14 +357,14 @@ _TEXT = r'\\"(?:[^"\\]|\\[^"])*\\"|"[^"]*"'
 _QUOTED = re.compile(_TEXT)
 
 _INNER = re.compile(rf"(?:{_TEXT}|[^{{}}])*")
-"""Up to the brace that ends a placeholder; braces of texts within it don't."""
+"""Text up to the brace that ends a placeholder; braces in quoted texts are skipped."""
 
 
 def parse_template(text: ast.String) -> tuple[list[TemplatePiece], list[Diagnostic]]:
-    """Literal texts (escapes resolved) and placeholders of a text, in order.
+    """Split a template into literal texts (escapes resolved) and placeholders, in order.
 
-    Spans point into the file. Codes: E0113 for what is no placeholder, E0106 and E0114 for
-    expressions with a reserved name or a number that is too large. A wrong one is left out.
+    Spans point into the file. Codes: E0113 for an invalid placeholder, E0106 and E0114 for
+    expressions with a reserved name or too large a number. Invalid placeholders are omitted.
     """
     reader = _TemplateReader(*_raw(text))
     reader.read()
@@ -367,12 +372,12 @@ def parse_template(text: ast.String) -> tuple[list[TemplatePiece], list[Diagnost
 
 
 def _raw(text: ast.String) -> tuple[Source, str, int, bool]:
-    """The text as written in the file, where it starts, and whether it has escapes.
+    """Return the source, the text as written in it, its offset, and whether it has escapes.
 
-    A text that stands in no file (from Python) is its own source.
+    A text that isn't in a file (from Python) is its own source.
     """
     written = text.span.text
-    # The last character is a quote, or what stands in for one that is missing.
+    # The last character is a quote, or the replacement of a missing one.
     if len(written) >= 2 and written[0] == '"' and unescape(written[1:-1]) == text.value:
         return text.span.source, written[1:-1], text.span.start + 1, True
     return Source(text.value), text.value, 0, False
@@ -410,7 +415,7 @@ class _TemplateReader:
         self.diagnostics.append(BadPlaceholder(problem=problem, place=place, span=span))
 
     def _placeholder(self, start: int) -> int:
-        """Read the placeholder that opens at `start`; returns where the text goes on."""
+        """Read the placeholder that opens at `start`; return the offset after it."""
         found = _INNER.match(self.raw, start + 1)
         end = found.end() if found else start + 1
         if self.raw[end : end + 1] != "}":
@@ -444,7 +449,7 @@ class _TemplateReader:
         self.pieces.append(Placeholder(label, value, span))
 
     def _unquoted(self, inner: str) -> str:
-        """The expression with `\\"` as `"`, every character at its place."""
+        """Replace `\\"` by `"` in the expression; offsets don't change."""
 
         def quotes(match: re.Match[str]) -> str:
             return f' "{match[0][2:-2]}" ' if match[0].startswith("\\") else match[0]

@@ -1,9 +1,9 @@
-"""The tables of the LALR parser: built from the grammar once, then cached.
+"""Tables of the LALR parser: built from the grammar once, then cached.
 
 A wheel ships the tables, which `hatch_build.py` builds. A checkout builds them at first use and
 writes them next to this file. If that folder is read-only, or if the tables of a wheel come from
-another version of lark, the user's cache folder is used; if that fails too, each start builds
-them.
+another version of lark, the user's cache folder is used. If that fails too, every start rebuilds
+the tables.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ START_RULES = (
     "experiment_lines",
     "placeholder",
 )
-"""What can be parsed by itself: a file, the inside of each kind of block, one expression."""
+"""Units that can be parsed alone: a file, the body of each block type, one expression."""
 
 TABLES = files.PACKAGE_FOLDER / "syntax" / "tables.json"
 
 FORMAT_VERSION = 2
-"""Of the saved file."""
+"""Version of the saved file's format."""
 
 
 def grammar_file() -> Path:
-    """The grammar."""
+    """Return the path of the grammar."""
     return files.shipped_path("grammar/mech.lark", "grammar/mech.lark")
 
 
 def load_tables() -> dict[str, Any]:
-    """What lark makes its parser of: `data` and `memo`."""
+    """Load the input of lark's parser: `data` and `memo`."""
     grammar = grammar_file().read_text("utf-8")
     wanted = fingerprint(grammar)
     for path in _places():
@@ -56,13 +56,13 @@ def load_tables() -> dict[str, Any]:
 
 
 def fingerprint(grammar: str) -> str:
-    """What saved tables must have been made from: the grammar, by a lark of this kind."""
+    """Return the key of saved tables: a hash of the grammar and the version of lark."""
     lark_version = ".".join(lark.__version__.split(".")[:2])
     return hashlib.sha256(f"{FORMAT_VERSION}\n{lark_version}\n{grammar}".encode()).hexdigest()
 
 
 def build(grammar: str) -> dict[str, Any]:
-    """The tables of a grammar, in plain lists, dictionaries and strings. Takes a second."""
+    """Build the tables of a grammar as plain lists, dictionaries and strings. Takes a second."""
     built: Any = Lark(
         grammar,
         parser="lalr",
@@ -71,16 +71,16 @@ def build(grammar: str) -> dict[str, Any]:
         keep_all_tokens=True,
         maybe_placeholders=False,
     )
-    file = io.BytesIO()  # lark knows no other way out
+    file = io.BytesIO()  # lark can only save to a file
     built.save(file)
     return pickle.loads(file.getvalue())
 
 
 def as_json(tables: dict[str, Any], made_from: str) -> str:
-    """The tables as a file keeps them.
+    """Serialise the tables.
 
-    A state's row is [state, shifts, reductions]: shifts are tokens and next states in turn,
-    reductions pairs of a rule and the number of the list of tokens it is reduced before.
+    A state's row is [state, shifts, reductions]. Shifts alternate tokens and next states;
+    reductions are pairs of a rule and the number of its list of lookahead tokens.
     A rule is [number, origin, symbols, order, alias, options]; origin, symbols and options are
     indices into `parts`, because thousands of rules share a few hundred of them.
     """
@@ -123,7 +123,7 @@ def as_json(tables: dict[str, Any], made_from: str) -> str:
 
 
 def from_json(text: str, made_from: str) -> dict[str, Any] | None:
-    """The tables of such a file; None if they were made from something else."""
+    """Deserialise tables; None if they were built from a different grammar or lark version."""
     saved: dict[str, Any] = json.loads(text)
     if saved["made_from"] != made_from:
         return None
@@ -152,13 +152,13 @@ def from_json(text: str, made_from: str) -> dict[str, Any] | None:
 
 
 def _places() -> list[Path]:
-    """Where tables may lie, the best place first."""
+    """Return the possible paths of the tables, the preferred one first."""
     folder = cache_folder()
     return [TABLES] if folder is None else [TABLES, folder / "syntax" / TABLES.name]
 
 
 def _read(path: Path, wanted: str) -> dict[str, Any] | None:
-    """The tables of a file; None where they are missing, broken or stale."""
+    """Read the tables of a file; None if they are missing, damaged or stale."""
     try:
         return from_json(path.read_text("utf-8"), wanted)
     except (OSError, ValueError, LookupError, TypeError):
@@ -166,7 +166,7 @@ def _read(path: Path, wanted: str) -> dict[str, Any] | None:
 
 
 def _keep(text: str) -> None:
-    # What a wheel brought stays as it was installed.
+    # The files of an installed wheel are never overwritten.
     installed = grammar_file().is_relative_to(files.PACKAGE_FOLDER)
     for path in _places()[installed:]:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Functions that walk, measure and rewrite syntax trees."""
+"""Functions that traverse, measure and rewrite syntax trees."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mechdsl.syntax import ast
 NodeT = TypeVar("NodeT", bound=ast.Node)
 
 _BELOW = "_below"
-"""The attribute in which a node stores the nodes below it."""
+"""The attribute in which a node caches its descendants."""
 
 
 @cache
 def field_names(kind: type[ast.Node]) -> tuple[str, ...]:
-    """The fields of a kind of node that may hold nodes, in the order of the text."""
+    """Return the fields of a node type that may hold nodes, in source order."""
     return tuple(f.name for f in fields(kind) if f.name != "span")
 
 
 def walk(node: Any) -> Iterator[ast.Node]:
-    """The node and everything below it, in the order of the text."""
+    """Yield the node and all its descendants, in source order."""
     if isinstance(node, ast.Node):
         yield node
         yield from _below(node)
@@ -32,10 +32,10 @@ def walk(node: Any) -> Iterator[ast.Node]:
 
 
 def _below(node: ast.Node) -> tuple[ast.Node, ...]:
-    """All nodes below a node. The node stores them, because many checks walk the same trees.
+    """Return all descendants of a node, cached on the node: many checks traverse the same trees.
 
-    The node itself is left out: a reference cycle would never be freed while garbage collection is
-    disabled.
+    The node itself is excluded, because a reference cycle would never be freed while garbage
+    collection is disabled.
     """
     stored: tuple[ast.Node, ...] | None = node.__dict__.get(_BELOW)
     if stored is None:
@@ -53,13 +53,13 @@ def _below(node: ast.Node) -> tuple[ast.Node, ...]:
 
 
 def number_names(node: Any) -> Iterator[str]:
-    """Names that stand for numbers, of a `for` or a `param`, in sites, positions and members of
-    directions; among them those behind `top n of`, which may be of a `for`."""
+    """Yield the names used as numbers (from a `for` or a `param`) in sites, positions and members
+    of directions, including the name after `top n of`, which may come from a `for`."""
     for part in walk(node):
         match part:
             case ast.Bound(name=str(name)) | ast.Variable(name=name):
                 yield name
-            case ast.RankedSelection():  # `of`: of a `for` over experiments
+            case ast.RankedSelection():  # `of` may name the variable of a `for` over experiments
                 yield from (part.amount, part.of) if isinstance(part.amount, str) else (part.of,)
                 yield from (a.value.id for a in part.cell if isinstance(a.value, ast.Name))
             case ast.Coordinate(value=str(name)) | ast.Axis(window=str(name)):
@@ -69,7 +69,7 @@ def number_names(node: Any) -> Iterator[str]:
 
 
 def depth(node: ast.Node) -> int:
-    """How many nodes lie within one another at most."""
+    """Return the maximum nesting depth of a node."""
     deepest = 0
     left: list[tuple[Any, int]] = [(node, 0)]
     while left:
@@ -83,12 +83,12 @@ def depth(node: ast.Node) -> int:
 
 
 def rewrite(node: NodeT, change: Callable[[ast.Node], ast.Node]) -> NodeT:
-    """The tree with `change` applied to every node, from the leaves up."""
+    """Return the tree with `change` applied to every node, leaves first."""
     return _rewritten(node, change)
 
 
 def _rewritten(value: Any, change: Callable[[ast.Node], ast.Node]) -> Any:
-    # No comprehensions: each would take a further frame of a deep tree.
+    # A comprehension would take one more stack frame per level of a deep tree.
     if isinstance(value, ast.Node):
         changed: dict[str, Any] = {}
         for name in field_names(type(value)):

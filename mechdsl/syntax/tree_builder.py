@@ -1,8 +1,8 @@
-"""From the parser's reductions to the syntax tree, one method per grammar rule.
+"""Build the syntax tree from the parser's reductions, with one method per grammar rule.
 
-The grammar has one shape for all lines of `corrupt` blocks that begin with a word. The signature
-of the word says which of its parts are required or allowed; `vocab.corruptions` registers them
-here.
+All lines of `corrupt` blocks that begin with a word have the same shape in the grammar. The
+signature of the word defines which parts are required or allowed; `vocab.corruptions` registers
+the signatures here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mechdsl.syntax.ast import unescape
 from mechdsl.syntax.words import CHANGE_WORDS, RESERVED
 
 CHANGE_CLAUSES = {"to": "to", "at": "at", "given": "with", "by": "by", "radius": "radius"}
-"""Field of `ast.Change` -> the word in front of it, in the order of the text."""
+"""Field of `ast.ChangeLine` → the word before it, in source order."""
 
 _CLAUSE_EXAMPLES = {"radius": "such as `radius 8`, in pixels", "by": "such as `by 40`, of 255"}
 
@@ -51,21 +51,21 @@ _FIRST_TERMINALS: Mapping[type[ast.Node], frozenset[str]] = {
     ast.Number: frozenset({"INT", "FLOAT"}),
     ast.Percent: frozenset({"PERCENT"}),
 }
-"""The terminals that each kind of value begins with."""
+"""First terminals of each type of value."""
 
 _FOLLOWING_TERMINALS = frozenset(
     {"$END", "DEF", "CHANGE", "SWAP", "TEMPLATE", "ADD", "REPLACE", "BLUR"}
 )
-"""Behind a complete change."""
+"""Terminals that may follow a complete change."""
 
 
 @dataclass(frozen=True)
 class ChangeSignature:
-    """What stands behind the word of a change.
+    """The parts that follow the word of a change.
 
-    values: the kinds of node that it takes, in order; `repeated` lets the last one come again.
-    tokens: a position stands there instead; `either`: or may stand there.
-    needs, may: the clauses behind, by their field of `ast.Change` (`given` is `with`).
+    values: the node types of its values, in order; `repeated`: the last one may be repeated.
+    tokens: positions follow instead of values; `either`: positions or values follow.
+    needs, may: required and optional clauses, as fields of `ast.ChangeLine` (`given` is `with`).
     """
 
     values: tuple[type[ast.ChangeValue], ...] = ()
@@ -76,7 +76,7 @@ class ChangeSignature:
     may: tuple[str, ...] = ()
 
     def problem(self, change: ast.ChangeLine) -> Diagnostic | None:
-        """E0101 for the first part that is missing, of another kind or too many."""
+        """Return E0101 for the first part that is missing, of the wrong type or superfluous."""
         if self.tokens != (change.tokens is not None) and not (self.either and change.tokens):
             wrong = change.tokens or change.values[0]
             expected = (
@@ -105,8 +105,15 @@ class ChangeSignature:
         return None
 
     def accepts(self, before: Sequence[str], grammar: frozenset[str]) -> frozenset[str]:
-        """Of the terminals that the grammar accepts behind these words of a change (its own is the
-        first), those that this change accepts."""
+        """Filter the terminals that the grammar accepts after these words of a change.
+
+        Args:
+            before: The words so far; the first is the change's own.
+            grammar: The terminals that the grammar accepts next.
+
+        Returns:
+            The terminals that this change accepts.
+        """
         commas = before.count(",")
         if not (self.tokens or self.either) and (len(before) == 1 or before[-1] == ","):
             return grammar & _FIRST_TERMINALS[self.values[min(commas, len(self.values) - 1)]]
@@ -121,7 +128,7 @@ class ChangeSignature:
             and before.count("(") == before.count(")")
             and not (set(before) & set(CHANGE_CLAUSES.values()))
         ):
-            # Behind a value, where the grammar might still read a position.
+            # After a value the grammar might still read a position.
             more = commas + 1 < len(self.values)
             complete = complete and not more
             left &= (
@@ -134,17 +141,17 @@ class ChangeSignature:
 
 
 CHANGE_SIGNATURES: dict[str, ChangeSignature] = {}
-"""By the word that begins the change."""
+"""Signatures by the first word of a change."""
 
 
 def register_change(word: str, signature: ChangeSignature) -> None:
-    """From now on this word begins a change; it stays free as a name everywhere else."""
+    """Register a word that begins a change; the word stays a valid name everywhere else."""
     CHANGE_SIGNATURES[word] = signature
     CHANGE_WORDS.add(word)
 
 
 def check_change(change: ast.ChangeLine) -> Diagnostic | None:
-    """What is wrong with the parts of a change."""
+    """Return the first problem with the parts of a change."""
     signature = CHANGE_SIGNATURES.get(change.word)
     return None if signature is None else signature.problem(change)
 
@@ -164,25 +171,25 @@ LANGUAGE_VERSION = 1
 
 @dataclass(frozen=True)
 class WordSubstitution:
-    """A word of a text that is parsed as if another one stood there."""
+    """A word of a text that is parsed as a different word."""
 
     start: int
     end: int
     meant: str
 
     def put_into(self, text: str) -> str:
-        """The text that is parsed."""
+        """Return the text to parse."""
         return text[: self.start] + self.meant + text[self.end :]
 
     def written(self, offset: int) -> int:
-        """Where in the text itself lies what was parsed at an offset."""
+        """Map an offset of the parsed text to the original text."""
         longer = len(self.meant) - (self.end - self.start)
         return offset if offset <= self.start else max(self.start, offset - longer)
 
 
 @dataclass
 class ParseContext:
-    """Where the text being parsed comes from, and what was found wrong on the way."""
+    """The origin of the text being parsed, and the problems found in it."""
 
     source: Source
     base: int = 0
@@ -190,24 +197,24 @@ class ParseContext:
     reading: WordSubstitution | None = None
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
     depths: dict[int, int] = field(default_factory=dict[int, int])
-    """Depth of the expressions so far, by identity."""
+    """Depths of the expressions parsed so far, by identity."""
     brackets: dict[int, tuple[ast.Node, Span]] = field(
         default_factory=dict[int, tuple[ast.Node, Span]]
     )
-    """Expressions in brackets, by identity, and what stands from bracket to bracket: their own
-    span leaves the brackets out, that of what they are a part of doesn't."""
+    """Bracketed expressions by identity, each with the span from bracket to bracket. The
+    expression's own span excludes the brackets, but the span of its parent includes them."""
 
     def offset(self, parsed: int) -> int:
-        """Where in the source lies what was parsed at an offset."""
+        """Map an offset of the parsed text to the source."""
         return self.base + (parsed if self.reading is None else self.reading.written(parsed))
 
 
 PARSE_CONTEXT: ContextVar[ParseContext] = ContextVar("mech_parse")
-"""The parser is shared by all callers; what it parses just now is not."""
+"""State of the current parse; the parser itself is shared by all callers."""
 
 
 class Clause(NamedTuple):
-    """A part of a statement that has no node of its own."""
+    """A part of a statement without its own node."""
 
     kind: str
     value: Any
@@ -253,7 +260,7 @@ def _named(child: ast.Name | Token) -> ast.Name:
 
 
 def _defined(name: ast.Name, rename: str = "") -> ast.Name:
-    """A name that the file gives to something; words of the language are refused."""
+    """Read a name that the file defines; words of the language are rejected."""
     if name.id in RESERVED:
         _report(ReservedName(name=name.id, rename=rename, span=name.span))
     return name
@@ -283,7 +290,7 @@ def _count(token: Token) -> int | str:
 
 
 def _nested(node: Any, *parts: Any, instead: Any = None) -> Any:
-    """The node, or another where nesting passes the limit (reported once per file)."""
+    """Return the node, or a replacement if it is nested too deeply (reported once per file)."""
     context = PARSE_CONTEXT.get()
     depth = 1 + max((context.depths.get(id(part), 0) for part in parts), default=0)
     if depth <= limits.DEPTH:
@@ -317,12 +324,12 @@ def _second_amount(c: list[Any]) -> Any:
 
 
 def _as_call(node: ast.Call | ast.Name) -> ast.Call:
-    """Where only a call makes sense, a bare name is a call without arguments."""
+    """Convert a bare name to a call without arguments, where only a call is meaningful."""
     return node if isinstance(node, ast.Call) else ast.Call(node.id, (), span=node.span)
 
 
 def _index(c: Sequence[Any]) -> tuple[int | None, int | None]:
-    """Both ends of `*`, `3`, `2..6`."""
+    """Read both ends of `*`, `3`, `2..6`."""
     first = c[0]
     if isinstance(first, Token):
         return None, None
@@ -330,26 +337,26 @@ def _index(c: Sequence[Any]) -> tuple[int | None, int | None]:
 
 
 def _number_after_sign(c: Sequence[Any]) -> int:
-    """A number behind its sign."""
+    """Read a number after its sign."""
     return _integer(c[1]) * (-1 if c[0].type == "MINUS" else 1)
 
 
 def _counted(c: Sequence[Any]) -> int | ast.Variable:
-    """A number, or a name for one with a number behind it."""
+    """Read a number, or a name used as one followed by a number."""
     if c[0].type == "INT":
         return _integer(c[0])
     return ast.Variable(str(c[0]), offset=_number_after_sign(c[1:]) if c[1:] else 0, span=_span(c))
 
 
 def _signed(c: Sequence[Any]) -> int | ast.Variable:
-    """A number, or a name for one, behind its sign."""
+    """Read a number, or a name used as one, after its sign."""
     if c[1].type == "NAME":
         return ast.Variable(str(c[1]), c[0].type == "MINUS", span=_span(c))
     return _number_after_sign(c)
 
 
 class TreeBuilder(Transformer[Token, Any]):
-    """Called by the parser at each reduction, with every token of the rule kept."""
+    """Builds nodes; the parser calls a method at each reduction with all tokens of the rule."""
 
     # --- whole texts ---------------------------------------------------------------------------
 
@@ -598,7 +605,7 @@ class TreeBuilder(Transformer[Token, Any]):
     def observe_attention(self, c: list[Any]) -> ast.ObserveAttention:
         clauses = _clauses(c)
         children = [each for each in c[1:] if not isinstance(each, Clause)]
-        # Without the run, which stands in the middle, this is an edge like others.
+        # Without the run in its middle, the line is an ordinary edge.
         seen = self.edge(children)
         return ast.ObserveAttention(seen, clauses.get("run"), clauses.get("name"), span=_span(c))
 
@@ -1176,13 +1183,13 @@ def _axis(
 
 
 def _cells_of(node: ast.Call | ast.Name) -> tuple[str, tuple[ast.Argument, ...]]:
-    """An experiment, and which of its cells are meant."""
+    """Return an experiment and the selected cells."""
     return (node.id, ()) if isinstance(node, ast.Name) else (node.name, node.arguments)
 
 
 def _without_at(of: ast.SpanRef, whole: Span) -> ast.SpanRef:
-    """`image` in `replace at image tokens`: no span is called `at`, which was written as before the
-    positions of a site."""
+    """Undo a misread `image` in `replace at image tokens`: no span is called `at`; the word was
+    written as before the positions of a site."""
     place = Span(whole.source, of.span.start, of.span.start + len("at"))
     hint = f"leave it out: `{Span(whole.source, place.end, whole.end).written}`"
     _report(UnexpectedToken(found="`at`", expected="a position", hint=hint, span=place))
@@ -1191,7 +1198,7 @@ def _without_at(of: ast.SpanRef, whole: Span) -> ast.SpanRef:
 
 
 def _further_token(before: ast.Position, index: Clause) -> ast.Position:
-    """`3` in `token 0, 3`: what it is follows from the item before it."""
+    """Read `3` in `token 0, 3`; its type follows from the previous item."""
     body = before.body
     base = body.base if isinstance(body, ast.Point) else None
     if not isinstance(base, ast.TokenIndex):
@@ -1216,8 +1223,8 @@ def _short_number(digits: str, token: Token) -> int:
 
 
 def _without_misspelt(clauses: Sequence[Clause]) -> list[Clause]:
-    """The clauses of a `stats` line but `corect holm`, which reads as two ways of resampling; E0102
-    for the first of the two words."""
+    """Drop `corect holm` from the clauses of a `stats` line, which reads as two resampling methods,
+    and report E0102 for its first word."""
     kept: list[Clause] = []
     following = iter(clauses)
     for clause in following:
@@ -1232,7 +1239,7 @@ def _without_misspelt(clauses: Sequence[Clause]) -> list[Clause]:
 
 
 def _repeated(clauses: Sequence[Clause]) -> Clause:
-    """The first clause that says again what another one said."""
+    """Return the first clause that repeats an earlier one."""
     seen: set[str] = set()
     for clause in clauses:
         if clause.kind in seen:

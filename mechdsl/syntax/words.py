@@ -1,4 +1,4 @@
-"""The words of the language, and the words that registries add to it.
+"""Words of the language and words that registries add to it.
 
 The grammar knows only shapes. Rule kinds, observations and corruptions register their first word
 here, so that the parser can look it up.
@@ -16,7 +16,7 @@ def _words(text: str) -> frozenset[str]:
 TOP_WORDS = _words(
     "mech use param model prompts images metric direction basis group seed experiment"
 )
-"""First words of statements outside every brace."""
+"""First words of top-level statements."""
 
 DATA_WORDS = _words(
     "template chat rows rename where split answer wrong text span corrupt image tiles region"
@@ -25,8 +25,8 @@ DATA_WORDS = _words(
 """First words of lines in a `prompts` or `images` block."""
 
 CHANGE_WORDS = set(_words("swap template add replace blur"))
-"""First words of lines in a `corrupt` block: those of the grammar, and those that
-`syntax.changes.register` adds, which stay free as names everywhere else."""
+"""First words of lines in a `corrupt` block: those of the grammar and those that
+`tree_builder.register_change` adds. The latter stay valid names everywhere else."""
 
 RULE_WORDS = _words(
     "patch ablate replace block reweight set path add scale project clamp swap freeze"
@@ -39,7 +39,7 @@ EXPERIMENT_WORDS = RULE_WORDS | _words(
 """First words of statements in an `experiment` or `for` block."""
 
 SOFT_WORDS = _words("allow renumber run save")
-"""Those that begin a statement there only before what it holds, and may name anything elsewhere."""
+"""Words that begin such a statement only if its continuation follows; otherwise they are names."""
 
 BLOCK_WORDS = _words("experiment prompts images for corrupt run")
 """First words of statements whose braces hold lines."""
@@ -53,7 +53,7 @@ CONNECTING_WORDS = _words(
 )
 
 STACKS = ("vision", "text", "encoder", "decoder")
-"""Words before an axis that say which stack of a model is meant."""
+"""Words before an axis that select a stack of a model."""
 
 RESERVED = (
     (EXPERIMENT_WORDS - {"model", "prompts", "images"})
@@ -61,27 +61,27 @@ RESERVED = (
     | POSITION_WORDS
     | CONNECTING_WORDS
 )
-"""Words that no value may be called. First words of other places (`text`, `group`, `image`) may
-be: data sets have such columns, and no line becomes ambiguous by it."""
+"""Words that can't be names of values. First words of lines elsewhere (`text`, `group`, `image`)
+can: data sets have such columns, and no line becomes ambiguous."""
 
 CLAUSE_WORDS = CONNECTING_WORDS | _words(
     "verify until top contains on citing during limit step toward per test confidence correct"
     " verdicts window align radius over up distinct apart shuffled"
 )
-"""Words that go on with a statement, so a line may begin with one in the middle of it."""
+"""Words that continue a statement, so that a line within it may begin with one of them."""
 
 VERBS: Registry[str] = Registry("rule")
-"""Words → the word before the rule's number, or nothing."""
+"""Verb of a registered rule → the word before its number, or an empty string."""
 
 LENSES: set[str] = set()
-"""Words behind `observe` that give a distribution over tokens, which the measures of the experiment
-read in place of the model's own."""
+"""Words after `observe` that give a distribution over tokens, which the experiment's measures
+read instead of the model's own."""
 
 OBSERVATION_CONTROLS: dict[str, tuple[str, ...]] = {}
-"""Word behind `observe` → the controls that come with it, each a measure of its own."""
+"""Word after `observe` → its controls, each a separate measure."""
 
 WEIGHT_OBSERVATIONS: set[str] = set()
-"""Words behind `observe` that look at weights alone, for which no prompt matters."""
+"""Words after `observe` that read only weights, so that prompts have no effect."""
 
 OBSERVATION_AXES: dict[str, str] = {}
-"""Word behind `observe` whose values are several to a cell → the axis that they lie along."""
+"""Word after `observe` that gives several values per cell → the axis of these values."""

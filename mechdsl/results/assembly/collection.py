@@ -72,10 +72,12 @@ PromptHits = tuple[tuple[int, ...], ...]
 
 
 def overlay_data(experiment: ResolvedExperiment, kept: Ints, there: Bools) -> dict[str, Any]:
-    """The tokens of every prompt, and which of them each cell hits; of rows that are images, the
-    first of these too. Nothing where no report draws on them.
+    """Return the tokens of every prompt and the tokens that each cell hits; for image rows, also
+    the first images. Empty if no report shows them.
 
-    kept: the rows. there: [cell] whether there is one.
+    Args:
+        kept: Rows in the experiment.
+        there: Whether each cell exists, shape [cell].
     """
     asked = [
         report.top or DEFAULT_SHOWN_PROMPTS
@@ -94,7 +96,7 @@ def overlay_data(experiment: ResolvedExperiment, kept: Ints, there: Bools) -> di
 
 
 def _token_texts(row: RunRow, experiment: ResolvedExperiment) -> tuple[str, ...]:
-    """What each of its tokens is called."""
+    """Return the names of a row's tokens."""
     tokenizer = experiment.model.tokenizer
     if row.image is not None and isinstance(tokenizer, ImageTokenizer):
         return tuple(map(tokenizer.label, range(len(row.ids))))
@@ -108,7 +110,7 @@ def _token_texts(row: RunRow, experiment: ResolvedExperiment) -> tuple[str, ...]
 def _token_hits(
     experiment: ResolvedExperiment, lengths: Sequence[int], kept: Ints, there: Bools
 ) -> tuple[PromptHits, ...]:
-    """Per cell and prompt, the tokens that are hit."""
+    """Return the hit tokens per cell and prompt."""
     names = [axis.name for axis in experiment.axes]
     made: dict[tuple[object, ...], PromptHits] = {}
 
@@ -134,7 +136,7 @@ def _token_hits(
 def _shown_images(
     experiment: ResolvedExperiment, kept: Ints, hits: Sequence[PromptHits], count: int
 ) -> tuple[SeenImage | None, ...]:
-    """Per prompt its image; None behind the first `count` of those that any cell hits."""
+    """Return the image of each prompt; None after the first `count` prompts that any cell hits."""
     reader = experiment.model.tokenizer
     assert isinstance(reader, ImageTokenizer)
     rows = experiment.table.runs["clean"].rows
@@ -148,7 +150,7 @@ def _shown_images(
 
 
 def _read_image(picture: Picture, reader: ImageTokenizer) -> SeenImage | None:
-    """None of a file that can't be read any more."""
+    """Read an image; None for a file that has become unreadable."""
     from mechdsl.images.pixels import process_picture
 
     plain = replace(reader.processing, rescale=None, mean=None, std=None)
@@ -175,7 +177,7 @@ def collect_result(
     profile: ExecutionProfile,
     sizes: PassSizer,
 ) -> ExperimentResult:
-    """The result of one experiment, or of one variant of it, without statistics."""
+    """Build the result of one experiment, or of one variant, without statistics."""
     experiment = plan.experiment
     model, *read = (models[name] for name in experiment.models)
     table, kept = experiment.table, measured.kept
@@ -199,7 +201,7 @@ def collect_result(
             run: {
                 measure.label: values.mean(axis=0)
                 for measure, values in zip(experiment.measures, found, strict=True)
-                if not measure.observed  # has values in cells alone
+                if not measure.observed  # observations have values only in cells
             }
             for run, found in measured.unpatched.items()
         },
@@ -238,7 +240,7 @@ def collect_result(
 def _collect_replies(
     experiment: ResolvedExperiment, measured: MeasuredValues, there: NDArray[np.bool_]
 ) -> Replies:
-    """What was written behind the prompts that are in the experiment."""
+    """Return the text generated after the experiment's prompts."""
     if not measured.unpatched_replies and not measured.replies:
         return Replies()
     table, kept = experiment.table, measured.kept.tolist()
@@ -258,7 +260,7 @@ def _collect_replies(
 def _collect_measures(
     plan: ExperimentPlan, measured: MeasuredValues, seen: RowViews
 ) -> Iterator[MeasureData]:
-    """The values of each measure, in the cells that there are."""
+    """Yield the values of each measure in the existing cells."""
     experiment = plan.experiment
     kept, there, source = measured.kept, plan.exists, experiment.spec.source
     estimator = experiment.spec.estimator
@@ -284,7 +286,7 @@ def _collect_measures(
             inert=plan.inert[there],
             truth=truth,
             unit="" if estimator is not None and estimator.name == GRADIENT else resolved.unit,
-            # How far rounding moves an estimate isn't known: no cell's metric was computed.
+            # The effect of rounding on an estimate is unknown: no cell's metric was computed.
             rounding=None
             if estimator is not None
             else _select_cells(there, expand_to_cells(plan, measured, measured.rounding[number])),
@@ -300,7 +302,7 @@ def _collect_measures(
 def _collect_cells(
     experiment: ResolvedExperiment, measured: MeasuredValues, there: NDArray[np.bool_]
 ) -> Iterator[CellKey]:
-    """The cells that there are, with the tokens that are listed of them."""
+    """Yield the existing cells with their listed tokens."""
     text = experiment.model.tokenizer.token_text
     for key, cell in zip(name_cells(experiment), np.flatnonzero(there).tolist(), strict=True):
         listed = measured.listed.get(cell, ())
@@ -310,7 +312,7 @@ def _collect_cells(
 
 
 def _rounding_text(experiment: ResolvedExperiment, model: LoadedModel) -> str:
-    """What bounds of rounding come from."""
+    """Describe the origin of rounding bounds."""
     dtype = str(model.dtype).removeprefix("torch.")
     words = [
         f"{model.rounding:.2g} of the largest logit where a metric reads, by this model's "
@@ -324,7 +326,7 @@ def _rounding_text(experiment: ResolvedExperiment, model: LoadedModel) -> str:
 
 
 def rounding_unit_texts(forms: Sequence[MetricForm]) -> Iterator[str]:
-    """What bounds are of that are no numbers in logits."""
+    """Yield the units of bounds that aren't in logits."""
     if any(form.unit == "rank" for form in forms):
         yield "a rank moves over the tokens whose logits are within twice that"
     shares = {form.takes for form in forms if form.unit == "share"}
@@ -337,14 +339,14 @@ def rounding_unit_texts(forms: Sequence[MetricForm]) -> Iterator[str]:
 
 
 def _collect_accuracies(measured: MeasuredValues) -> dict[str, Any]:
-    """Of all rows, whatever `keep` keeps, but for those that can't be used."""
+    """Return accuracies over all usable rows, regardless of `keep`."""
     found, experiment = measured.accuracies, measured.experiment
     table, by = experiment.table, experiment.spec.statistics.by
     rows = [i for i in range(len(table)) if i not in measured.unusable]
     clean = table.runs["clean"].rows
 
     def unit(run: PromptRun, row: int) -> Hashable:
-        """Rows of one unit are right or wrong together."""
+        """Return the unit of a row; rows of one unit are right or wrong together."""
         if by is not None:
             return str(clean[row].values.get(by))
         if run.noise is not None:
@@ -366,7 +368,7 @@ def _collect_accuracies(measured: MeasuredValues) -> dict[str, Any]:
 
 
 def _accuracy_text(experiment: ResolvedExperiment, units: Mapping[str, Ints]) -> dict[str, str]:
-    """Which rows an accuracy is of, and where its interval comes from."""
+    """Describe the rows of accuracies and the origin of their intervals."""
     if not units:
         return {}
     said = f"of all {count_noun(len(next(iter(units.values()))), 'row')}"
@@ -391,7 +393,7 @@ def _accuracy_text(experiment: ResolvedExperiment, units: Mapping[str, Ints]) ->
 
 
 def _run_names(experiment: ResolvedExperiment) -> dict[str, str]:
-    """The clean run beside that of another block or model is called by its own."""
+    """Return display names: the clean run is named after its block or model if others occur too."""
     ends = (experiment.spec.base, experiment.spec.source or "clean")
     runs = [experiment.table.runs[name] for name in ends]
     if any(run.prompts is not None for run in runs):
@@ -402,14 +404,14 @@ def _run_names(experiment: ResolvedExperiment) -> dict[str, str]:
 
 
 def _mask_absent_rows(patched: Floats, measure: ResolvedMeasure, kept: Ints) -> Floats:
-    """[cell, kept row], without the rows that lack the position that is measured."""
+    """Mask rows without the measured position. Shape [cell, kept row]."""
     if not measure.absent:
         return patched
     return np.where(np.isin(kept, measure.absent), np.nan, patched)
 
 
 def _spread_source(experiment: ResolvedExperiment) -> SpreadSource:
-    """Where intervals of what is observed come from."""
+    """Return the origin of intervals of observations."""
     for rule in experiment.rules:
         if isinstance(rule.does, RowSetObservation):
             return rule.does.spread
@@ -417,14 +419,14 @@ def _spread_source(experiment: ResolvedExperiment) -> SpreadSource:
 
 
 def _select_cells(there: NDArray[np.bool_], values: Floats) -> Floats:
-    """Of [1 or cell, prompt], the cells that there are."""
+    """Select the existing cells of [1 or cell, prompt]."""
     return values[there] if len(values) == len(there) else values
 
 
 def add_control(
     result: ExperimentResult, plan: ExperimentPlan, measured: Mapping[str, MeasuredValues]
 ) -> ExperimentResult:
-    """The result with what its control measured, where it has one."""
+    """Add the measurements of an experiment's control, if it has one."""
     control = plan.experiment.control
     if control is None:
         return result
@@ -444,7 +446,7 @@ def add_base_observations(
     measured: Mapping[str, MeasuredValues],
     models: Mapping[str, LoadedModel],
 ) -> ExperimentResult:
-    """The result with what its observations see of the base run, where effects are asked for."""
+    """Add the observations of the base run, which effects of observations need."""
     bare = plan.experiment.bare
     if bare is None:
         return result
@@ -472,7 +474,7 @@ def add_base_observations(
 
 
 def _cells_without_rules(plan: ExperimentPlan, bare: ExperimentPlan) -> Ints:
-    """[cell] the one that is observed at the same places; axes of rules are none there."""
+    """Return the cell without rules that observes the same positions. Shape [cell]."""
     names = [axis.name for axis in plan.experiment.axes]
     found = np.zeros(plan.n_cells, dtype=np.int64)
     for axis in bare.experiment.axes:
@@ -481,7 +483,7 @@ def _cells_without_rules(plan: ExperimentPlan, bare: ExperimentPlan) -> Ints:
 
 
 def count_control_draws(control: ResolvedControl) -> Ints:
-    """[cell] of the experiment itself: how many different targets were drawn for it."""
+    """Return the number of distinct targets drawn for each cell of the experiment. Shape [cell]."""
     drawn, shape = control.experiment.drawn, control.experiment.shape[1:]
     assert drawn is not None
     names = [axis.name for axis in control.experiment.axes[1:]]
@@ -492,7 +494,7 @@ def count_control_draws(control: ResolvedControl) -> Ints:
 
 
 def drop_measures(result: ExperimentResult, missing: Mapping[int, Diagnostic]) -> ExperimentResult:
-    """The result without values of the measures that could not be computed."""
+    """Remove the values of measures that could not be computed."""
 
     def gone(data: MeasureData, problem: Diagnostic) -> MeasureData:
         nothing = np.full_like(data.patched, np.nan)
@@ -508,7 +510,7 @@ def drop_measures(result: ExperimentResult, missing: Mapping[int, Diagnostic]) -
 
 
 def _default_report(experiment: ResolvedExperiment) -> spec.Report:
-    """What is shown where the file asks for nothing."""
+    """Return the report that is shown if the file requests none."""
     return spec.Report(span=experiment.spec.span, kind="table")
 
 
@@ -528,7 +530,7 @@ def _result_hashes(experiment: ResolvedExperiment, model: LoadedModel) -> dict[s
             found.update({f"file {name}": d for name, d in rule.does.made_of.items()})
     for each in experiment.python:
         key = f"python {each.file}"
-        # Files that are called the same lie beside different `.mech` files.
+        # Different `.mech` files may have different Python files of the same name.
         found[key if found.get(key, each.digest) == each.digest else f"python {each.path}"] = (
             each.digest
         )
@@ -536,13 +538,13 @@ def _result_hashes(experiment: ResolvedExperiment, model: LoadedModel) -> dict[s
 
 
 def build_finding(experiment: ResolvedExperiment, result: ExperimentResult) -> VariantFinding:
-    """What a measured experiment found, by its first measure."""
+    """Return what other experiments may use of a result, by its first measure."""
     data = result.measures[0]
     ids = result.row_ids if result.row_ids is not None else experiment.table.row_ids
     name = data.label if data.called == "raw" else f"{data.called} of {data.label}"
     replies = tuple(result.replies.cells)
     found = VariantFinding(experiment, name, row_ids=ids, cells=result.cells, replies=replies)
-    if data.kind == "category":  # has no effect; picking by it is refused before anything runs
+    if data.kind == "category":  # no effect; selecting by it is rejected before the run
         none = np.full(len(data.patched), np.nan)
         return replace(found, means=none, values=data.patched)
     effect = EFFECTS[data.effect]
@@ -555,7 +557,7 @@ def build_finding(experiment: ResolvedExperiment, result: ExperimentResult) -> V
 def add_statistics(
     result: ExperimentResult, experiment: spec.Experiment, seed: int
 ) -> ExperimentResult:
-    """The result with means, intervals and p, and how they came about among its conventions."""
+    """Add means, intervals and p-values, and their methods as conventions."""
     measures = tuple(
         data
         if EFFECTS[data.effect].of_intervention
@@ -591,7 +593,7 @@ def add_statistics(
 
 
 def _verdict_level_text(experiment: spec.Experiment) -> dict[str, str]:
-    """At which level several `expect` lines are decided."""
+    """Describe the level of several `expect` lines."""
     count = sum(not each.on_mean for each in experiment.expects)
     if count < 2:
         return {}
@@ -604,7 +606,7 @@ def _verdict_level_text(experiment: spec.Experiment) -> dict[str, str]:
 
 
 def _null_bands(result: ExperimentResult) -> tuple[NullBand | None, ...]:
-    """The null band of every measure; empty where no targets were drawn."""
+    """Return the null band of every measure; empty if no targets were drawn."""
     if result.drawn is None or result.settings is None:
         return ()
     return compute_null_bands(
@@ -622,10 +624,12 @@ def add_verdicts(
     others: Mapping[str, ExperimentResult] | None = None,
     lost: Collection[str] = (),
 ) -> ExperimentResult:
-    """The result with verdicts on its expectations.
+    """Add verdicts on the experiment's expectations.
 
-    `others` are experiments with statistics, which an expectation may name
-    (`spearman(recovery, other)`); `lost` those that could not be computed.
+    Args:
+        others: Experiments with statistics, which an expectation may name
+            (`spearman(recovery, other)`).
+        lost: Experiments that could not be computed.
     """
     outcomes = tuple(decide_all_expectations(experiment.expects, result, others, lost))
     return replace(result, outcomes=outcomes)
@@ -634,7 +638,7 @@ def add_verdicts(
 def build_lost_experiment(
     experiment: spec.Experiment, reasons: Sequence[Diagnostic]
 ) -> LostExperiment:
-    """An experiment that could not be computed: its expectations fail."""
+    """Return an experiment that could not be computed; its expectations fail."""
     said = f"`{experiment.name}` could not be computed"
     outcomes = [
         ExpectOutcome(each.text, False, None, None, None, said, line=each.span.line, computed=False)
@@ -644,7 +648,7 @@ def build_lost_experiment(
 
 
 def check_denominators(measured: MeasuredValues) -> dict[int, Diagnostic]:
-    """By number, the measures whose ratio would be taken over something that may be 0: E0604."""
+    """Return E0604 for measures with a denominator that may be 0, by index of the measure."""
     experiment = measured.experiment
     found: dict[int, Diagnostic] = {}
     for number, measure in enumerate(experiment.spec.measures):
@@ -656,7 +660,7 @@ def check_denominators(measured: MeasuredValues) -> dict[int, Diagnostic]:
         other = measured.unpatched[source][number] if source is not None else None
         if effect.needs_source and other is None:
             continue
-        if experiment.spec.variant:  # which one of them
+        if experiment.spec.variant:  # name the variant
             effect = replace(effect, divisor=f"{effect.divisor} of {experiment.key}")
         problems = check_denominator(
             base,

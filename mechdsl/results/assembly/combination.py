@@ -33,10 +33,10 @@ NumberType = TypeVar("NumberType", np.float64, np.int64)
 
 
 def merge_variants(parts: Sequence[tuple[VariantLabels, ExperimentResult]]) -> ExperimentResult:
-    """One result with the cells of all variants, on the prompts that all of them have; of several
-    blocks, as `side_by_side` lays them out.
+    """Combine variants: one result with all their cells, on the prompts that all of them share.
 
-    Statistics come afterwards, over all cells.
+    Results of several blocks are laid out by `merge_prompt_sets`. Statistics are computed
+    afterwards, over all cells.
     """
     first = parts[0][1]
     if len(parts) == 1 and not parts[0][0]:
@@ -90,7 +90,7 @@ def merge_variants(parts: Sequence[tuple[VariantLabels, ExperimentResult]]) -> E
 
 
 def _common_rows(results: Sequence[ExperimentResult]) -> tuple[int, ...] | None:
-    """The numbers of the prompts that all variants have kept, in the order of the first."""
+    """Return the numbers of the prompts that all variants include, in the first one's order."""
     first = results[0].row_ids
     if first is None or all(result.row_ids == first for result in results):
         return first
@@ -99,7 +99,7 @@ def _common_rows(results: Sequence[ExperimentResult]) -> tuple[int, ...] | None:
 
 
 def _select_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> ExperimentResult:
-    """The result on some of its prompts."""
+    """Restrict a result to some of its prompts."""
     if ids is None or result.row_ids is None or result.row_ids == ids:
         return result
     places = {number: n for n, number in enumerate(result.row_ids)}
@@ -146,7 +146,7 @@ def _select_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> Exper
 
 
 def _accuracy_without(result: ExperimentResult, rows: Collection[int]) -> ExperimentResult:
-    """Accuracies are of all rows, but for those that are left out of everything."""
+    """Remove the excluded rows from accuracies, which are otherwise over all rows."""
     for run, ids in result.accuracy_rows.items():
         index = np.flatnonzero([row not in rows for row in ids])
         result = replace(
@@ -158,7 +158,7 @@ def _accuracy_without(result: ExperimentResult, rows: Collection[int]) -> Experi
 
 
 def _accuracy_at(result: ExperimentResult, index: Ints, runs: Sequence[str]) -> dict[str, Any]:
-    """The accuracies of these runs on some of their rows."""
+    """Restrict the accuracies of these runs to some of their rows."""
     found: dict[str, Any] = {}
     for name in ("accuracy", "accuracy_rounding", "accuracy_units"):
         own: Mapping[str, Any] = getattr(result, name)
@@ -170,7 +170,7 @@ def _accuracy_at(result: ExperimentResult, index: Ints, runs: Sequence[str]) -> 
 
 
 def _merge_measures(parts: Sequence[MeasureData]) -> MeasureData:
-    """One measure over the cells of all variants."""
+    """Combine one measure over the cells of all variants."""
     cells = [len(data.patched) for data in parts]
     gaps = [data.gaps or ("",) * len(data.patched) for data in parts]
     sources = [data.source for data in parts]
@@ -196,7 +196,7 @@ def _merge_measures(parts: Sequence[MeasureData]) -> MeasureData:
 def _merge_arrays(
     values: Sequence[NDArray[NumberType] | None], cells: Sequence[int]
 ) -> NDArray[NumberType]:
-    """[1 or cell, prompt] of each variant as one: a single row where all have the same one."""
+    """Combine arrays [1 or cell, prompt] of variants; one row if all have the same single row."""
     found = [value for value in values if value is not None]
     if all(len(v) == 1 and np.array_equal(v, found[0], equal_nan=True) for v in found):
         return found[0]
@@ -209,7 +209,8 @@ def _merge_runs(
     several: Sequence[str],
     of: Callable[[ExperimentResult], Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The unpatched runs of all variants; those of several blocks or models say which."""
+    """Combine the unpatched runs of all variants; with several blocks or models, their names
+    include the variant."""
     return {
         f"{run} ({which})" if which else run: values
         for result, which in zip(results, several, strict=True)
@@ -218,14 +219,14 @@ def _merge_runs(
 
 
 def _merge_names(results: Sequence[ExperimentResult]) -> dict[str, str]:
-    """Names for people that all variants agree on."""
+    """Return the display names that all variants share."""
     names = {run for result in results for run in (result.base, result.source) if run}
     every = {run: {result.shown(run) for result in results} for run in names}
     return {run: next(iter(found)) for run, found in every.items() if len(found) == 1}
 
 
 def _merge_drawn(results: Sequence[ExperimentResult]) -> RandomControlValues | None:
-    """The draws of all variants, as many as the one with the most."""
+    """Combine the draws of all variants, padded to the largest number."""
     known = [result.drawn for result in results if result.drawn is not None]
     if len(known) < len(results):
         return None
@@ -245,11 +246,11 @@ def _merge_drawn(results: Sequence[ExperimentResult]) -> RandomControlValues | N
     )
 
 
-# --- what is said ---------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 def _merge_conventions(parts: Sequence[tuple[VariantLabels, Mapping[str, str]]]) -> dict[str, str]:
-    """Conventions once where all variants have them, else with whose they are."""
+    """Combine conventions: once if all variants share one, otherwise with the names of variants."""
     found: dict[str, str] = {}
     for key in dict.fromkeys(key for _, said in parts for key in said):
         texts = [said.get(key) for _, said in parts]
@@ -266,7 +267,7 @@ def _merge_conventions(parts: Sequence[tuple[VariantLabels, Mapping[str, str]]])
 
 
 def _variant_names(labels: Sequence[VariantLabels], texts: Sequence[str | None]) -> list[str]:
-    """What tells the variants apart that differ here: the label of one axis if that is enough."""
+    """Return names that distinguish the differing variants: one axis's label if it suffices."""
     for axis in range(len(labels[0])):
         own = [str(each[axis][1]) for each in labels]
         if len(set(zip(own, texts, strict=True))) == len(set(own)):
@@ -275,7 +276,7 @@ def _variant_names(labels: Sequence[VariantLabels], texts: Sequence[str | None])
 
 
 def _merge_hashes(parts: Sequence[tuple[VariantLabels, ExperimentResult]]) -> dict[str, str]:
-    """Hashes by what they are of; those of several blocks or models say which."""
+    """Combine hashes by name; with several blocks or models, names include the variant."""
     found: dict[str, str] = {}
     for labels, result in parts:
         for key, value in result.hashes.items():
@@ -288,22 +289,22 @@ def _merge_hashes(parts: Sequence[tuple[VariantLabels, ExperimentResult]]) -> di
 
 @dataclass(frozen=True, eq=False)
 class PromptSetResult:
-    """The result on one block, or on a part of one."""
+    """The result on one block or a part of one."""
 
     label: VariantLabels
-    """Of the axis of blocks."""
+    """Label on the axis of blocks."""
     block: str
-    """Its name; two parts of one block may share rows."""
+    """Name of the block; two parts of one block may share rows."""
     result: ExperimentResult
 
 
 def merge_prompt_sets(
     parts: Sequence[PromptSetResult],
 ) -> list[tuple[VariantLabels, ExperimentResult]]:
-    """The results, each on the rows of all of them: NaN where a row isn't its own.
+    """Extend each result to the rows of all of them, with NaN in other results' rows.
 
-    Rows are numbered on from block to block, and each block's are a stratum of their own: they are
-    drawn by themselves, so many of each as there are.
+    Rows are numbered consecutively over the blocks. Each block's rows are a separate stratum: they
+    are resampled separately, with a fixed number per block.
     """
     starts = _first_rows(parts)
     own = [
@@ -317,7 +318,7 @@ def merge_prompt_sets(
     shared = [n for n in results[0].row_values if all(n in each.row_values for each in results)]
 
     def joined(columns: Sequence[Sequence[Any] | None]) -> tuple[Any, ...] | None:
-        """A value per row; None where not all results have them."""
+        """Join a value per row; None if some results have none."""
         found: list[Any] = [None] * len(every)
         for index, column in zip(where, columns, strict=True):
             if not column and len(index):
@@ -346,7 +347,7 @@ def merge_prompt_sets(
 
 
 def _first_rows(parts: Sequence[PromptSetResult]) -> dict[str, int]:
-    """The number of each block's first row."""
+    """Return the number of each block's first row."""
     sizes: dict[str, int] = {}
     for part in parts:
         result = part.result
@@ -357,7 +358,7 @@ def _first_rows(parts: Sequence[PromptSetResult]) -> dict[str, int]:
 
 
 def _result_of_rows(where: Sequence[Ints], size: int) -> Ints:
-    """[prompt]: which results a row is in."""
+    """Return a code of the results that contain each row. Shape [prompt]."""
     there = np.zeros((len(where), size), dtype=np.int64)
     for own, index in zip(there, where, strict=True):
         own[index] = 1
@@ -365,7 +366,7 @@ def _result_of_rows(where: Sequence[Ints], size: int) -> Ints:
 
 
 def _strata_of_rows(results: Sequence[ExperimentResult], where: Sequence[Ints], size: int) -> Ints:
-    """[prompt]: which results a row is in, and its stratum in each of them."""
+    """Return a code of each row's results and of its stratum in them. Shape [prompt]."""
     codes = np.full((len(results), size), -1, dtype=np.int64)
     for own, index, result in zip(codes, where, results, strict=True):
         own[index] = 0 if result.strata is None else result.strata
@@ -373,9 +374,11 @@ def _strata_of_rows(results: Sequence[ExperimentResult], where: Sequence[Ints], 
 
 
 def _pad_result(result: ExperimentResult, index: Ints, size: int, start: int) -> ExperimentResult:
-    """A result with its rows at their places among all, without what all have in common.
+    """Move a result's rows to their indices among all rows; shared fields are omitted.
 
-    index: [prompt] its place. start: what is added to its numbers of rows.
+    Args:
+        index: New index of each row, shape [prompt].
+        start: Offset of its row numbers.
     """
 
     def padded(values: Floats) -> Floats:
@@ -384,7 +387,7 @@ def _pad_result(result: ExperimentResult, index: Ints, size: int, start: int) ->
         return found
 
     of_cells: dict[int, tuple[tuple[int, ...], ...]] = {}
-    for hits in result.hits:  # cells of one position share them
+    for hits in result.hits:  # cells of one position share their hits
         if id(hits) not in of_cells:
             found: list[tuple[int, ...]] = [()] * size
             for place, tokens in zip(index.tolist(), hits, strict=True):
@@ -424,26 +427,27 @@ def _pad_measure(data: MeasureData, padded: Any, index: Ints, size: int) -> Meas
 
 
 def _pad_views(seen: Ints, index: Ints, size: int) -> NDArray[np.int64]:
-    """[1 or cell, prompt]: rows of other blocks are like no other."""
+    """Pad codes of shape [1 or cell, prompt]; every row of another block gets a unique code."""
     found = np.tile(np.arange(size, dtype=np.int64) + int(seen.max(initial=0)) + 1, (len(seen), 1))
     found[:, index] = seen
     return found
 
 
 CellGroups = Sequence[Sequence[int]]
-"""[cell of the result] the cells that it is the mean of."""
+"""The cells that each cell of the result averages. Shape [cell of the result]."""
 
 
 @dataclass(frozen=True)
 class CellAverages:
-    """Cells of the result, each made of several."""
+    """Cells of a result that each combine several cells."""
 
     groups: CellGroups
     numbers: Sequence[Callable[[Floats, Bools], Floats]]
-    """Per group, of its cells' values [cell, prompt] and where there are any, [prompt]."""
+    """Per group, the function of its cells' values and their presence, each [cell, prompt], that
+    returns [prompt]."""
 
     def of(self, values: Floats, there: Bools) -> Floats:
-        """[cell of the result, prompt]"""
+        """Combine values. Shape [cell of the result, prompt]."""
         pairs = zip(map(list, self.groups), self.numbers, strict=True)
         return np.stack([number(values[group], there[group]) for group, number in pairs])
 
@@ -451,9 +455,14 @@ class CellAverages:
 def average_over_axis(
     result: ExperimentResult, axis: str, *, area: bool = False
 ) -> ExperimentResult:
-    """The result with the mean along an axis in place of its cells: in each row over the cells that
-    the row is part of, of the patched run and of those that it is set against alike. area: the
-    area under the curve of each row that has all its cells."""
+    """Average a result along an axis instead of keeping its cells.
+
+    Each row is averaged over the cells that it is part of, equally for the patched run and the runs
+    it is compared with.
+
+    Args:
+        area: Compute the area under the curve of each row that is part of all cells.
+    """
     axis = result.aliases.get(axis, axis)
     cells, groups = average_cells(result.cells, axis)
     sizes = sorted({len(group) for group in groups})
@@ -502,22 +511,25 @@ def _average_measure(data: MeasureData, joined: CellAverages) -> MeasureData:
 
 
 def _row_means(values: Floats, there: Bools) -> Floats:
-    """[prompt]; NaN for one that is part of none of the cells."""
+    """Return the mean of each row, NaN for a row without cells. Shape [prompt]."""
     count = there.sum(0)
     total = np.where(there, values, 0.0).sum(0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _row_areas(at: Floats, values: Floats, there: Bools) -> Floats:
-    """[prompt]; NaN for one that isn't part of all cells. at: [cell] the numbers that they stand
-    at, in any order."""
+    """Return the area of each row, NaN for a row that isn't part of all cells. Shape [prompt].
+
+    Args:
+        at: Coordinates of the cells, in any order, shape [cell].
+    """
     order = np.argsort(at)
     whole = np.where(there.all(0), values, np.nan)
     return masks.area_under_curve(whole[order].T, at[order])
 
 
 def _average_views(seen: Ints, groups: CellGroups) -> Ints:
-    """[cell, prompt]: rows are alike where they are in every cell."""
+    """Return codes of shape [cell, prompt] that are equal for rows that are equal in every cell."""
     if len(seen) == 1:
         return seen
     codes = [np.unique(seen[list(group)], axis=1, return_inverse=True)[1] for group in groups]
@@ -525,7 +537,7 @@ def _average_views(seen: Ints, groups: CellGroups) -> Ints:
 
 
 def _average_drawn(drawn: RandomControlValues, joined: CellAverages) -> RandomControlValues:
-    """Of random targets: draw k of all cells."""
+    """Average values of random targets: draw k is averaged over all cells."""
     counts = np.array([drawn.counts[list(group)].min() for group in joined.groups])
 
     def joint(values: Floats) -> Floats:

@@ -1,7 +1,6 @@
 """Conventions of a run in words, by short key.
 
-They state what was defaulted, dropped or chosen, how text was generated, and how images are
-scored.
+They describe defaults, dropped data and choices, text generation, and the scoring of images.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 def reply_conventions(
     plan: ExperimentPlan, measured: MeasuredValues, model: LoadedModel
 ) -> Iterator[tuple[str, str]]:
-    """Nothing without `generate`."""
+    """Yield conventions on generation; empty without `generate`."""
     said, experiment = plan.experiment.generation, plan.experiment
     if said is None:
         return
@@ -76,7 +75,7 @@ def _reply_ends(said: Generation, experiment: ResolvedExperiment, model: LoadedM
 
 
 def _reply_lengths(plan: ExperimentPlan, measured: MeasuredValues) -> Iterator[str]:
-    """How long replies are, of each run and of all cells."""
+    """Yield the lengths of replies, for each run and for all cells."""
     of: dict[str, list[Reply]] = {}
     for (run, _), replies in measured.unpatched_replies.items():
         of.setdefault(run, []).extend(replies)
@@ -93,7 +92,7 @@ def _reply_lengths(plan: ExperimentPlan, measured: MeasuredValues) -> Iterator[s
 
 
 def _rule_steps(rules: Sequence[ResolvedRule]) -> Iterator[str]:
-    """In which passes rules act."""
+    """Yield the passes in which rules act."""
     yield "step 0 is the pass over the prompt, each later one that of one more token of the reply"
     if any(rule.acts_later for rule in rules):
         yield (
@@ -109,7 +108,7 @@ def _rule_steps(rules: Sequence[ResolvedRule]) -> Iterator[str]:
 
 
 def _is_newest_only(rule: ResolvedRule) -> bool:
-    """Whether all its positions are the newest token."""
+    """Whether all positions of a rule are the newest token."""
     positions = rule.positions
     return len(positions.newest) == len(positions.written) and not positions.every
 
@@ -118,7 +117,7 @@ _MAX_SHOWN_TEXTS = 4
 
 
 def tower_conventions(experiment: ResolvedExperiment) -> dict[str, str]:
-    """What an image is scored with, and what it chooses from."""
+    """Describe what an image is scored with and the texts that it chooses from."""
     shape = experiment.model.shape
     scale = "cosine times the model's scale"
     if shape.task == "many labels":
@@ -153,7 +152,7 @@ def model_text(model: LoadedModel) -> str:
 def run_conventions(
     plan: ExperimentPlan, measured: MeasuredValues, model: LoadedModel
 ) -> dict[str, str]:
-    """What was defaulted, dropped or chosen, in words."""
+    """Describe defaults, dropped data and choices."""
     experiment = plan.experiment
     return {
         "model": model_text(model),
@@ -174,11 +173,11 @@ def run_conventions(
 
 
 ConventionItems = Iterator[tuple[str, str]]
-"""Keys of conventions, each with its words."""
+"""Keys and texts of conventions."""
 
 
 def _of_rows(experiment: ResolvedExperiment, measured: MeasuredValues) -> ConventionItems:
-    """The functions of Python files, and the rows that aren't there."""
+    """Describe Python functions and missing rows."""
     if experiment.python:
         names: dict[tuple[str, str], dict[str, None]] = {}
         for each in experiment.python:
@@ -206,7 +205,7 @@ def _of_rows(experiment: ResolvedExperiment, measured: MeasuredValues) -> Conven
 
 
 def _of_runs(experiment: ResolvedExperiment, model: LoadedModel) -> ConventionItems:
-    """How much noise is, and the rules of runs that have some."""
+    """Describe the amount of noise and the rules of derived runs."""
     for name, run in experiment.table.runs.items():
         noise = run.noise if run.derived is None else None
         if noise is not None and noise.sds is not None:
@@ -237,7 +236,7 @@ _ESTIMATED = {
 
 
 def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
-    """What stands in for cells that aren't run."""
+    """Describe the estimator that replaces running cells."""
     said, base = experiment.spec.estimator, experiment.spec.base
     if said is None:
         return
@@ -253,7 +252,7 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
 
 
 def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
-    """Cells and rows of cells that aren't there, and how rules of one cell go together."""
+    """Describe missing cells and rows of cells, and the combination of rules in one cell."""
     if plan.path is not None and plan.beside_path:
         yield (
             "beside the path",
@@ -300,7 +299,7 @@ def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
 
 
 def _of_controls(plan: ExperimentPlan) -> ConventionItems:
-    """What the effects are set against."""
+    """Describe the controls that effects are compared with."""
     experiment = plan.experiment
     if experiment.control is not None:
         yield "controls", experiment.control.said
@@ -312,7 +311,7 @@ def _of_controls(plan: ExperimentPlan) -> ConventionItems:
 
 
 def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
-    """What needn't be run."""
+    """Describe rows that needn't be run."""
     if measured.inert:
         there, inert = int(plan.exists.sum()), int((plan.inert & plan.exists).sum())
         yield (
@@ -323,7 +322,7 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
 
 
 def _null_band(confidence: float) -> str:
-    """What a band and the p beside it state."""
+    """Describe the meaning of a null band and its p-value."""
     return (
         "from the r-th lowest to the r-th highest of k different draws, which holds one more like "
         "them with probability (k + 1 − 2r)/(k + 1); r is the largest for which that is at least "
@@ -334,7 +333,7 @@ def _null_band(confidence: float) -> str:
 
 
 def fallback_conventions(model: LoadedModel, profile: ExecutionProfile) -> dict[str, str]:
-    """Where the run did not go as planned."""
+    """Describe deviations of the run from its plan."""
     found: dict[str, str] = {}
     if not model.restartable:
         found["planner"] = "every row is a whole forward pass: the model can't be restarted"
@@ -345,7 +344,8 @@ def fallback_conventions(model: LoadedModel, profile: ExecutionProfile) -> dict[
 
 
 def pass_size_convention(sizes: PassSizes) -> dict[str, str]:
-    """What `--pass-tokens` and `--prompt-tokens` repeat, where it isn't what always stands."""
+    """Return the options `--pass-tokens` and `--prompt-tokens` that reproduce the run, if they
+    aren't the defaults."""
     if sizes.chosen == "default" and sizes.prompt_tokens == PROMPT_TOKENS:
         return {}
     passes, prompts = f"{sizes.pass_tokens:,}", f"{sizes.prompt_tokens:,}"
@@ -356,11 +356,11 @@ _PROBABILITY = {
     "one label": "of which one is right: `prob` is their softmax, `correct` that one is the best",
     "many labels": "each true or not by itself: `prob` is a sigmoid, `correct` that it is over 0.5",
 }
-"""What metrics mean of the labels of a classifier."""
+"""Meaning of metrics on the labels of a classifier."""
 
 
 def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
-    """What metrics count and where they look, where that isn't written beside them."""
+    """Describe the targets and positions of metrics, unless their labels include them."""
     found: dict[str, str] = {}
     every = [*experiment.measures, *experiment.keep]
     if any(atom.form.takes == "prompt" for measure in every for atom in measure.atoms):
@@ -407,7 +407,7 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
 
 
 def _of_sets(atom: MetricTerm, experiment: ResolvedExperiment) -> Iterator[str]:
-    """What a metric accepts, where that is more than a range of numerals for all rows."""
+    """Describe the tokens that a metric accepts, unless all rows have one range of numerals."""
     node, sets = atom.node, list(atom.sets.values())
     if not sets or not isinstance(node, ast.Call):
         return
@@ -431,7 +431,7 @@ def _of_sets(atom: MetricTerm, experiment: ResolvedExperiment) -> Iterator[str]:
 
 
 def _on_answers(plan: ExperimentPlan) -> Iterator[str]:
-    """What is done to the tokens of answers of several tokens, where that could be mistaken."""
+    """Describe rules on answers of several tokens, where they could be misunderstood."""
     left = [each.at.span.written for each in find_omitted_answers(plan.experiment)]
     if left:
         where = " and ".join(f"`{at}`" for at in dict.fromkeys(left))
@@ -453,7 +453,7 @@ def _several_answers(positions: Any) -> bool:
 
 
 def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, str]:
-    """How each direction was made, and its length, by which it is used."""
+    """Describe the computation and the norm of each direction."""
     found: dict[str, str] = {}
     used = [rule.direction for rule in plan.experiment.every_rule if rule.direction is not None]
     for every in (list(direction.members.values()) for direction in used):
@@ -470,8 +470,8 @@ def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, 
 
 
 def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
-    """What rules say of themselves, each once, those on edges first; and where attention is
-    written out for them."""
+    """Collect the notes of rules, each once, those on edges first; and where attention is computed
+    explicitly for them."""
     every = plan.experiment.every_rule
     edges = [rule for rule in every if rule.edge is not None]
     others = [rule for rule in every if rule.edge is None]
@@ -489,7 +489,7 @@ def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
 
 
 def _rule_notes(rules: Sequence[ResolvedRule], model: LoadedModel) -> dict[str, str]:
-    """Key → what rules have to say under it."""
+    """Return the notes of rules by key."""
     found: dict[str, dict[str, None]] = {}
     closing: dict[str, str] = {}
     for rule in rules:

@@ -1,7 +1,8 @@
 """The population that an experiment's rows represent, and warnings if they cover little of it.
 
-If one value of the prompts explains most of the variance between rows, rows of one value are
-nearly copies of each other: for other values, only the number of values counts as the sample size.
+If one value of the prompts explains most of the variance between rows, rows with an equal value are
+nearly copies of one another. For inference to other values, the sample size is the number of
+values.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from mechdsl.vocab.effects import EFFECTS
 def add_population(
     result: ExperimentResult, table: PromptTable, statistics: spec.Statistics
 ) -> ExperimentResult:
-    """The result with its strata, and with the population that its intervals are about among its
-    conventions; on the rows that are left, of all variants together.
+    """Add the strata and, to the conventions, the population of the intervals; for the remaining
+    rows of all variants together.
 
-    table: of the first variant. Where whole groups are drawn (`stats by`) there are no strata.
+    Args:
+        table: Prompts of the first variant. Resampling of whole groups (`stats by`) has no strata.
     """
     names: tuple[str, ...] = ()
     strata = None
@@ -52,10 +54,11 @@ def add_population(
 def find_strata(
     result: ExperimentResult, table: PromptTable
 ) -> tuple[Ints | None, tuple[str, ...]]:
-    """[prompt] the combination of the evenly dealt values, and their names.
+    """Return the strata, combinations of the evenly assigned values, shape [prompt], and their
+    names.
 
-    Each stratum has `FEWEST_IN_STRATUM` distinct rows: the variable of most values goes until it
-    is so, of equals the one that is defined last.
+    Each stratum needs `MIN_STRATUM_UNITS` distinct rows. Until then, the variable with the most
+    values is dropped, or the last defined one of several.
     """
     if not table.dealt or result.row_ids is None or result.row_keys is None:
         return None, ()
@@ -80,7 +83,7 @@ def _codes(columns: Sequence[Sequence[str]]) -> Ints:
 
 
 def population_text(table: PromptTable, strata: Sequence[str], by: str | None) -> str:
-    """What intervals and p are about."""
+    """Describe the population of intervals and p-values."""
     if by is not None:
         return f"new values of {by}"
     dealt = f"{_name_list(strata)} dealt evenly" if strata else ""
@@ -92,20 +95,20 @@ def population_text(table: PromptTable, strata: Sequence[str], by: str | None) -
 
 
 def _name_list(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Format `a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 WARNING_SHARE = 0.5
-"""The share from which it is said."""
+"""Share of explained variance from which a warning is given."""
 
 F_TEST_LEVEL = 0.01
-"""Of the F test over all values that are tried: few rows have a large share by chance too."""
+"""Level of the F test over all tested values; few rows have a large share by chance too."""
 
 
 @dataclass(frozen=True)
 class ExplainedVariance:
-    """How much of the variance between rows a value of the prompts explains."""
+    """Share of the variance between rows that a value of the prompts explains."""
 
     name: str
     share: float
@@ -115,19 +118,23 @@ class ExplainedVariance:
 def check_explained_variance(
     result: ExperimentResult, experiment: spec.Experiment, fixed: Sequence[str]
 ) -> list[Diagnostic]:
-    """W0722 for the measure and the value of the prompts of which it is most so.
+    """Report W0722 for the measure and the value of the prompts with the largest explained
+    variance.
 
-    It looks at the cell of the largest effect, whose rows claims are made of: others differ by less
-    than what anybody reads off the table, and to pick by the share would find it by chance.
+    Only the cell with the largest effect is tested, because claims rest on its rows. Other cells
+    differ by less than what readers take from the table, and selecting a cell by the share would
+    find a large one by chance.
 
-    fixed: values that aren't named, as they are all that the block declares: there are no others
-    that a claim could be about.
+    Args:
+        fixed: Values that aren't reported, because the block declares all possible ones; a claim
+            can't
+            be about others.
     """
     by = result.settings.by if result.settings else None
     found: list[tuple[ExplainedVariance, int, int]] = []
     for number, data in result.computed():
         if data.kind != "number" or not EFFECTS[data.effect].tested:
-            continue  # a value of the metric is expected to hang on the prompt
+            continue  # a metric's value is expected to depend on the prompt
         cell = _largest_cell(data, result.statistics[number])
         if cell is None:
             continue
@@ -171,13 +178,16 @@ def check_explained_variance(
 def largest_explained_variance(
     rows: Floats, columns: Mapping[str, Sequence[str]]
 ) -> ExplainedVariance | None:
-    """The column that explains the largest share of the variance of these rows, if that is more
-    than half of it; of equal ones the first.
+    """Return the column that explains the largest share of these rows' variance, if it is more than
+    half; of equal ones the first.
 
     The share is adjusted R² of the one-way analysis of variance, 1 − (SSW / (n − k)) / (SST / (n −
-    1)), which columns without meaning have 0 of on average, however many values they have; and its
-    F test is below `LEVEL`, divided by the number of columns. Columns of one value, and of half as
-    many as there are rows or more, are not tried. (Fisher 1925; Ezekiel 1930.)
+    1)). For meaningless columns it is 0 on average, however many values they have. The F test must
+    be below `F_TEST_LEVEL` divided by the number of columns. Columns with one value, or with at
+    least half as many values as rows, aren't tested.
+
+    References:
+        Fisher 1925; Ezekiel 1930.
     """
     n = len(rows)
     codes = {name: np.unique(column, return_inverse=True)[1] for name, column in columns.items()}
@@ -213,23 +223,23 @@ def _percent_text(share: float) -> str:
 
 
 def _renumber(codes: Ints) -> Iterator[int]:
-    """Codes in the order of their first row, so that equal partitions have equal ones."""
+    """Renumber codes in the order of their first row, so that equal partitions have equal codes."""
     numbers: dict[int, int] = {}
     for code in codes.tolist():
         yield numbers.setdefault(code, len(numbers))
 
 
 def _is_crossed(column: Sequence[str], by: Sequence[str] | None) -> bool:
-    """Whether it differs within groups, so that these can't be joined by it."""
+    """Whether a column differs within groups, so that it can't merge them."""
     return by is not None and len(set(zip(column, by, strict=True))) > len(set(by))
 
 
-# --- what rows there are --------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def _row_effects(data: MeasureData, cell: int) -> Floats:
-    """[prompt] of one cell: what the effect is a mean of; of a ratio what each row adds to its
-    error, as its numerator alone differs between rows that agree on the ratio."""
+    """Return the values whose mean is a cell's effect, shape [prompt]; for a ratio, the
+    contributions to its error, because rows that agree on the ratio differ in the numerator."""
     found = effect_parts(data, EFFECTS[data.effect], np.array([cell]))
     rows = found.numerator[0]
     if found.denominator is not None:
@@ -240,7 +250,7 @@ def _row_effects(data: MeasureData, cell: int) -> Floats:
 
 
 def _largest_cell(data: MeasureData, found: CellStatistics) -> int | None:
-    """The cell of the largest mean that is no rounding and not inert."""
+    """Return the cell with the largest mean that is neither rounding nor inert."""
     usable = ~data.inert & ~found.at_rounding
     sizes = np.where(usable & np.isfinite(found.mean), np.abs(found.mean), -1.0)
     cell = int(np.argmax(sizes)) if len(sizes) else 0
@@ -248,7 +258,7 @@ def _largest_cell(data: MeasureData, found: CellStatistics) -> int | None:
 
 
 def _distinct_rows(data: MeasureData, cell: int) -> tuple[Floats, Ints]:
-    """The rows of a cell, those that the measure can't tell apart once, and their numbers."""
+    """Return the distinguishable rows of a cell, each once, and their indices."""
     rows = _row_effects(data, cell)
     index = np.flatnonzero(np.isfinite(rows))
     if data.seen is not None:
@@ -259,11 +269,11 @@ def _distinct_rows(data: MeasureData, cell: int) -> tuple[Floats, Ints]:
         own = data.rounding[cell if len(data.rounding) > 1 else 0][index]
         rounding = float(np.nan_to_num(own).max())
     found = rows[index]
-    if not len(found) or float(found.std()) <= rounding:  # differences that are nobody's
+    if not len(found) or float(found.std()) <= rounding:  # the differences are only rounding
         return found[:0], index[:0]
     return found, index
 
 
 def _is_grouped_by(column: Sequence[str], by: Sequence[str] | None) -> bool:
-    """Whether `stats by` accounts for a column already: rows of one value are in one group."""
+    """Whether `stats by` already accounts for a column: rows of one value are in one group."""
     return by is not None and len(set(zip(column, by, strict=True))) == len(set(column))

@@ -1,9 +1,9 @@
 """Sampling units of an experiment: rows that a measure can't distinguish count once.
 
-A hundred prompts with an equal beginning are one observation of an activation in that beginning.
-Values aren't compared: rows are the same if the visible tokens of every relevant run are, and with
-them the positions that are read and written and the metric's own texts. Random draws for a row
-(noise, a donor) make no further observation of it. The units of each cell are known before a run.
+A hundred prompts with the same prefix are one observation of an activation in that prefix. Values
+aren't compared. Rows are equal if the visible tokens of every relevant run are equal, and so are
+the positions that are read and written and the metric's own texts. Random draws for a row (noise, a
+donor) aren't further observations of it. The units of each cell are known before a run.
 """
 
 from __future__ import annotations
@@ -30,18 +30,22 @@ from mechdsl.statistics.measurements import SamplingDesign, group_cells_by_view
 from mechdsl.vocab.effects import EFFECTS
 
 CellView = tuple[int, ...]
-"""What cells differ by, as far as rows can be told apart: per rule the number of its positions, of
-its keys, and whether it reads below the first attention; then the occurrence."""
+"""The properties of a cell that affect the comparison of rows: per rule, the indices of its
+positions and keys and whether it reads below the first attention; then the occurrence number."""
 
 
 class RowViews:
-    """The rows of one experiment, as its measures see them."""
+    """The rows of one experiment as its measures see them."""
 
     def __init__(
         self, plan: ExperimentPlan, kept: Ints, causal: Callable[[str | None], bool]
     ) -> None:
-        """kept: the rows that are in the experiment. causal: whether a token of this model (None is
-        the experiment's own) sees no later one."""
+        """Prepare the comparison of rows.
+
+        Args:
+            kept: Rows in the experiment.
+            causal: Whether tokens of a model (None: the experiment's) don't see later tokens.
+        """
         self.plan = plan
         self.experiment = plan.experiment
         self.kept: list[int] = kept.tolist()
@@ -54,8 +58,8 @@ class RowViews:
         ]
 
     def of(self, number: int, there: NDArray[np.bool_]) -> Ints | None:
-        """[1 or cell, prompt] of the cells that there are: equal numbers for rows that this measure
-        can't tell apart; None where no two are."""
+        """Return codes of shape [1 or cell, prompt] for the existing cells: equal for rows that a
+        measure can't distinguish; None if all rows differ."""
         measure = self.experiment.measures[number]
         runs = EFFECTS[self.experiment.spec.measures[number].effect].reads
         cells = np.flatnonzero(there).tolist()
@@ -80,7 +84,7 @@ class RowViews:
         return (*found, -1 if item is None else item)
 
     def _codes(self, cell: CellView, measure: ResolvedMeasure, runs: Sequence[str]) -> list[int]:
-        """Per kept row; those that aren't part of the cell are like no other."""
+        """Return the code of each kept row; rows that aren't part of the cell get unique codes."""
         numbers: dict[Hashable, int] = {}
         found: list[int] = []
         for row in self.kept:
@@ -94,7 +98,8 @@ class RowViews:
     def _view(
         self, cell: CellView, measure: ResolvedMeasure, runs: Sequence[str], row: int
     ) -> Hashable | None:
-        """All that the measure's value in a row hangs on; None where it isn't part of the cell."""
+        """Return everything that the measure's value of a row depends on; None if the row isn't
+        part of the cell."""
         spec, item = self.experiment.spec, None if cell[-1] < 0 else cell[-1]
         parts: list[Hashable] = [
             part for atom in measure.atoms for part in self._of_atom(atom, measure, item, row)
@@ -119,7 +124,7 @@ class RowViews:
         parts.append(self._prefix(start, row, last, ahead=ahead))
         visible = last if self.causal(base.model) and not ahead else None
         for n, rule in enumerate(self.plan.rules):
-            if cell[3 * n] < 0:  # it doesn't act there
+            if cell[3 * n] < 0:  # the rule isn't active in the cell
                 continue
             written = rule.positions[cell[3 * n]].hits[row]
             keys = self._keys[n]
@@ -140,7 +145,7 @@ class RowViews:
     def _of_atom(
         self, atom: MetricTerm, measure: ResolvedMeasure, item: ItemNumber, row: int
     ) -> Iterator[Hashable]:
-        """What a metric is given beside the run that it reads."""
+        """Yield the inputs of a metric besides the run that it reads."""
         if atom.texts:
             yield atom.texts[item if atom.by_item else None][row]
         if atom.sets:
@@ -153,7 +158,7 @@ class RowViews:
     def _read(
         self, rule: ResolvedRule, source: PositionCell, row: int, *, below: bool
     ) -> Iterator[Hashable]:
-        """What a rule reads for a row, beside what all rows share."""
+        """Yield what a rule reads for a row, besides what all rows share."""
         reads = rule.does.reads
         if reads == "mean" and rule.groups is not None:
             yield rule.groups[row]
@@ -176,11 +181,11 @@ class RowViews:
         return self.experiment.table.runs[name]
 
     def _measured(self, run: PromptRun, measure: ResolvedMeasure, row: int) -> Hashable:
-        """What an unpatched run shows where it is measured."""
+        """Return what an unpatched run shows at the measured position."""
         return self._prefix(run, row, self._last(run, measure, row, None))
 
     def _last(self, run: PromptRun, measure: ResolvedMeasure, row: int, looked: int | None) -> int:
-        """The last token that the measure reads."""
+        """Return the last token that the measure reads."""
         end = len(run.rows[row].ids) - 1
         found = -1 if looked is None else looked
         for atom in measure.atoms:
@@ -195,7 +200,7 @@ class RowViews:
         return found
 
     def _looked_at(self, cell: CellView, measure: ResolvedMeasure, row: int) -> int | None:
-        """The last token that the measure looks at."""
+        """Return the last token that the measure observes."""
         if not _reads_observation(measure):
             return None
         queries = [
@@ -208,9 +213,12 @@ class RowViews:
         return max(queries, default=None)
 
     def _prefix(self, run: PromptRun, row: int, last: int, *, ahead: bool = False) -> Hashable:
-        """The tokens of a run that can be seen from one of them, with where noise is added; all of
-        them in a model that sees the whole prompt, or where rules let tokens see later ones
-        (ahead). Beyond the prompt stands the metric's text."""
+        """Return the tokens of a run that are visible from token `last`, with the positions of
+        noise.
+
+        All tokens are visible in a model that isn't causal, or with `ahead`, where rules let tokens
+        see later ones. The metric's text follows the prompt.
+        """
         key = id(run)
         if key not in self._prefixes:
             self._prefixes[key] = _prefix_numbers([each.ids for each in run.rows])
@@ -231,9 +239,10 @@ class RowViews:
         return own or self._looks_ahead(self._run(run.derived.base))
 
     def _made(self, run: PromptRun, row: int, visible: int | None) -> Iterator[Hashable]:
-        """What the rules of a run write into a row, as far as it can be seen; none of one without.
+        """Yield the visible writes of a run's rules into a row; empty for a run without rules.
 
-        visible: the last token that is; None is all.
+        Args:
+            visible: The last visible token; None for all.
         """
         if run.derived is None:
             return
@@ -249,14 +258,14 @@ class RowViews:
 
 
 def keep_shared_views(seen: Ints | None) -> Ints | None:
-    """None where no two rows of any cell are the same."""
+    """Return the codes, or None if all rows of every cell differ."""
     if seen is None or all(len(np.unique(cell)) == len(cell) for cell in seen):
         return None
     return seen
 
 
 def _prefix_numbers(rows: Sequence[Sequence[int]]) -> Ints:
-    """[row, token] A number for all tokens up to it: equal for equal beginnings."""
+    """Return a number for each prefix, equal for equal prefixes. Shape [row, token]."""
     lengths = np.array([len(ids) for ids in rows])
     own = np.arange(lengths.max(initial=0)) < lengths[:, None]
     tokens = np.full(own.shape, -1)
@@ -272,17 +281,17 @@ def _prefix_numbers(rows: Sequence[Sequence[int]]) -> Ints:
 
 
 def _is_visible(tokens: Sequence[int], last: int | None) -> bool:
-    """Whether what is written there can be seen."""
+    """Whether a write at these tokens is visible."""
     return last is None or min(tokens) <= last
 
 
 def _reads_observation(measure: ResolvedMeasure) -> bool:
-    """Whether it reads what is observed."""
+    """Whether a measure reads an observation."""
     return measure.observed or any(a.form.takes == "observation" for a in measure.atoms)
 
 
 def _rule_is_below_attention(rule: ResolvedRule) -> bool:
-    """The same of a rule with one cell."""
+    """Whether a one-cell rule reads only values that depend on the position's own token."""
     if rule.sites is None:
         return False
     (points,) = (rule.sites.sources or rule.sites.points).values()
@@ -290,7 +299,7 @@ def _rule_is_below_attention(rule: ResolvedRule) -> bool:
 
 
 def _cell_is_below_attention(rule: RulePlan, cell: int) -> bool:
-    """Whether all that a rule reads in a cell hangs on the position's own token."""
+    """Whether everything that a rule reads in a cell depends only on the position's own token."""
     first, end = rule.points.offsets[rule.site_of_cell[cell] :][:2]
     points = [rule.source_table[point] for point in rule.points.values[first:end].tolist()]
     return bool(points) and all(map(is_below_attention, points))
@@ -298,19 +307,24 @@ def _cell_is_below_attention(rule: RulePlan, cell: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class PlannedUnits:
-    """Of one measure."""
+    """Units of one measure."""
 
     counts: Ints
-    """[cell] units of the cells that can differ from the base run."""
+    """Number of units of each cell that can differ from the base run. Shape [cell]."""
     codes: Ints
-    """[row] the number of its unit, where it has most of them."""
+    """Unit of each row, in a cell with the most units. Shape [row]."""
 
 
 def plan_units(
     plan: ExperimentPlan, number: int, kept: Ints, causal: Callable[[str | None], bool]
 ) -> PlannedUnits:
-    """number: of the measure. kept: the rows that are in the experiment. causal: whether a token of
-    this model (None is the experiment's own) sees no later one."""
+    """Compute the units of a measure before the run.
+
+    Args:
+        number: Index of the measure.
+        kept: Rows in the experiment.
+        causal: Whether tokens of a model (None: the experiment's) don't see later tokens.
+    """
     there = plan.exists
     sampling = plan_sampling(plan.experiment, kept)
     seen = RowViews(plan, kept, causal).of(number, there)
@@ -327,7 +341,7 @@ def plan_units(
 
 
 def plan_sampling(experiment: ResolvedExperiment, kept: Ints) -> SamplingDesign:
-    """What intervals of these rows hang on, but for their design."""
+    """Return the sampling design of these rows, which their intervals depend on."""
     keys = experiment.table.row_keys
     return SamplingDesign(
         len(kept),
@@ -339,7 +353,7 @@ def plan_sampling(experiment: ResolvedExperiment, kept: Ints) -> SamplingDesign:
 
 
 def _resampled_groups(experiment: ResolvedExperiment, kept: Ints) -> np.ndarray | None:
-    """The groups that `stats by` resamples."""
+    """Return the groups that `stats by` resamples."""
     by, rows = experiment.spec.statistics.by, experiment.table.runs["clean"].rows
     if by is None or not all(by in rows[i].values for i in kept):
         return None

@@ -1,4 +1,4 @@
-"""Cells of one measure in two runs: matched rows, differing values, difference of effects."""
+"""Cells of one measure in two runs: matched rows, differing values, differences of effects."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from mechdsl.vocab.effects import EFFECTS
 
 
 def index_by_occurrence(keys: Iterable[Hashable]) -> dict[Hashable, int]:
-    """Place by key; of equal keys the first, the second and so on are told apart."""
+    """Map keys to indices; equal keys are distinguished by their occurrence number."""
     counts: Counter[Hashable] = Counter()
     found: dict[Hashable, int] = {}
     for place, key in enumerate(keys):
@@ -56,8 +56,8 @@ def index_by_occurrence(keys: Iterable[Hashable]) -> dict[Hashable, int]:
 
 @dataclass(frozen=True, eq=False)
 class IndexMatch:
-    """Places of what is in both, side by side in the order of the new run, and of what is in one
-    alone."""
+    """Indices of the items in both runs, as pairs in the order of the new run, and of the items in
+    only one run."""
 
     old: Ints
     new: Ints
@@ -83,7 +83,7 @@ class IndexMatch:
 
 
 def match_rows(old: ExperimentResult, new: ExperimentResult) -> IndexMatch:
-    """Rows of equal content; by their numbers where contents aren't known."""
+    """Match rows by content, or by number if contents are unknown."""
     if old.row_keys is not None and new.row_keys is not None:
         return IndexMatch.of(old.row_keys, new.row_keys)
     return IndexMatch.of(_row_numbers(old), _row_numbers(new))
@@ -94,7 +94,7 @@ def _row_numbers(result: ExperimentResult) -> Sequence[int]:
 
 
 def match_measures(old: ExperimentResult, new: ExperimentResult) -> IndexMatch:
-    """Measures of one label and effect, read at one position, and estimated in one way."""
+    """Match measures by label, effect, position and estimator."""
     return IndexMatch.of(map(measure_key, old.measures), map(measure_key, new.measures))
 
 
@@ -103,7 +103,7 @@ def measure_key(data: MeasureData) -> Hashable:
 
 
 def match_cells(old: ExperimentResult, new: ExperimentResult) -> IndexMatch:
-    """Cells of equal coordinates at one site and position."""
+    """Match cells by coordinates, site and position."""
     return IndexMatch.of(map(_cell_key, old.cells), map(_cell_key, new.cells))
 
 
@@ -117,16 +117,16 @@ ROW_ARRAYS = ("patched", "base", "source", "truth", "rounding")
 
 @dataclass(frozen=True, eq=False)
 class AlignedRows:
-    """The rows on which two runs of an experiment are compared, with what intervals hang on."""
+    """The rows on which two runs of an experiment are compared, and their sampling design."""
 
     matched: IndexMatch
     sampling: SamplingDesign
     of_new: Bools
-    """[row]: all where rows are paired; else whether it is one of the new run."""
+    """Whether a row is of the new run, shape [row]; all True for paired rows."""
 
     @property
     def paired(self) -> bool:
-        """Whether the runs have rows in common; those alone are compared then."""
+        """Whether the runs share rows; then only shared rows are compared."""
         return len(self.matched) > 0
 
     @classmethod
@@ -150,7 +150,7 @@ class AlignedRows:
         of_new = np.arange(new.prompts + old.prompts) < new.prompts
         by = settings.by
         labels = None
-        if groups is not None:  # a value that both runs have is two draws of it: on the safe side
+        if groups is not None:  # a value in both runs counts as two draws, which is conservative
             theirs = old.row_values.get(by or "", range(old.prompts))
             labels = np.array([f"+{each}" for each in groups] + [f"-{each}" for each in theirs])
         own = np.concatenate([keys, _row_keys(old)])
@@ -172,15 +172,15 @@ class CellBlock:
     both: RunPair
     units: Units
     whole: bool
-    """Whether all rows are in them."""
+    """Whether the cells contain all rows."""
     of_new: Bools
-    """[unit]."""
+    """Shape [unit]."""
     n: tuple[Ints, Ints]
-    """[cell] each: rows of the old and of the new run."""
+    """Number of rows in the old and in the new run, each of shape [cell]."""
 
 
 class AlignedMeasure:
-    """One measure of both runs, over the cells and rows that are compared."""
+    """One measure of both runs over the compared cells and rows."""
 
     def __init__(
         self,
@@ -188,14 +188,14 @@ class AlignedMeasure:
         new: tuple[MeasureData, Ints],
         rows: AlignedRows,
     ) -> None:
-        """old, new: the measure, and its cells that the other run has too."""
+        """Align a measure; `old` and `new` are the measure and its matched cells."""
         self.rows = rows
         self.effect = EFFECTS[new[0].effect]
         self.old = _align_measure(*old, rows, of_new=False)
         self.new = _align_measure(*new, rows, of_new=True)
 
     def blocks(self, cells: Ints) -> Iterator[CellBlock]:
-        """These cells by their units, numerators and denominators summed within them."""
+        """Yield cells by their units, with numerators and denominators summed within units."""
         if not len(cells):
             return
         sampling = self.rows.sampling
@@ -219,7 +219,7 @@ class AlignedMeasure:
         return CellBlock(cells, RunPair(old.sums(units), new.sums(units)), units, whole, of_new, n)
 
     def parts(self, cells: Ints) -> tuple[EffectParts, EffectParts]:
-        """Of both runs; where rows are paired, of the rows that are in the cell in both."""
+        """Return the effect parts of both runs; for paired rows, of rows in both cells."""
         old, new = (effect_parts(data, self.effect, cells) for data in (self.old, self.new))
         if not self.rows.paired:
             return old, new
@@ -238,8 +238,7 @@ def _restrict_rows(own: EffectParts, present: Bools) -> EffectParts:
 def _align_measure(
     data: MeasureData, cells: Ints, rows: AlignedRows, *, of_new: bool
 ) -> MeasureData:
-    """The measure on these cells, and on the rows that are compared; NaN in those of the other
-    sample."""
+    """Restrict a measure to cells and compared rows, with NaN in rows of the other sample."""
     places = rows.matched.new if of_new else rows.matched.old
     there = rows.of_new if of_new or rows.paired else ~rows.of_new
 
@@ -258,7 +257,7 @@ def _align_measure(
         seen = seen[cells] if len(seen) > 1 else seen
         if rows.paired:
             seen = seen[:, places]
-        else:  # rows of the other run are like no other
+        else:  # rows of the other run get unique codes
             own = np.arange(len(there)) + int(seen.max(initial=0)) + 1
             wide = np.repeat(own[None], len(seen), axis=0)
             wide[:, there] = seen
@@ -268,7 +267,7 @@ def _align_measure(
 
 
 def _join_views(old: MeasureData, new: MeasureData, cells: Ints) -> Ints | None:
-    """[1 or cell, 2 × row]: what either run sees of rows."""
+    """Return the codes of rows in either run. Shape [1 or cell, 2 × row]."""
     if old.seen is None and new.seen is None:
         return None
     rows = old.patched.shape[1]
@@ -279,42 +278,44 @@ def _join_views(old: MeasureData, new: MeasureData, cells: Ints) -> Ints | None:
 
 
 CellState = Literal["equal", "rounding", "noise", "changed", "unclear", "lost", "found", "none"]
-"""What became of a cell. equal: every value is the same to the bit. rounding: rounding alone
-explains every difference. noise: values differ, the effect's difference can't be told from 0.
-changed: it can. unclear: values differ, and there is no test. lost, found, none: it has a number in
-the old run alone, in the new one alone, in neither."""
+"""Result of comparing a cell.
+
+equal: all values are bit-identical. rounding: rounding alone explains every difference. noise:
+values differ, but the difference of effects isn't significant. changed: it is significant. unclear:
+values differ, and there is no test. lost, found, none: the cell has a number only in the old run,
+only in the new run, in neither.
+"""
 
 
 @dataclass(eq=False)
 class ValueDifferences:
-    """How single rows differ: arrays over cells. Of two samples only `n` says something."""
+    """Differences of single rows, as arrays over cells. For two samples only `n` is meaningful."""
 
     n: Ints
-    """Rows that are in the cell in both runs; of two samples, those of the smaller one."""
+    """Number of rows in the cell in both runs; for two samples, of the smaller one."""
     changed: Ints
-    """Rows of which a value differs, or that are in the cell in one run alone."""
+    """Number of rows with a different value, or in the cell in only one run."""
     beyond: Ints
-    """Those of them that rounding doesn't explain."""
+    """Number of these rows that rounding doesn't explain."""
     largest: Floats
-    """The largest difference of a value; 0 where none differs, NaN of categories."""
+    """Largest difference of a value; 0 if none differs, NaN for categories."""
 
 
 @dataclass(eq=False)
 class MeasureComparison:
-    """One measure: arrays over the cells that both runs have, NaN where there is no number."""
+    """The comparison of one measure: arrays over the matched cells, NaN for missing numbers."""
 
     old: ExperimentResult
     new: ExperimentResult
     numbers: tuple[int, int]
-    """Of the measure, in the old and in the new run."""
+    """Indices of the measure in the old and in the new run."""
     cells: IndexMatch
     rows: AlignedRows
     states: list[CellState] = field(default_factory=list[CellState])
     reasons: list[str | None] = field(default_factory=list[str | None])
     values: ValueDifferences = field(init=False)
     before: Floats = field(init=False)
-    """The effect in the old run, on the rows that are compared; of categories the share of that
-    which was commonest."""
+    """The old run's effect on the compared rows; for categories, the largest share."""
     after: Floats = field(init=False)
     low: Floats = field(init=False)
     high: Floats = field(init=False)
@@ -322,10 +323,10 @@ class MeasureComparison:
     p_corrected: Floats = field(init=False)
     floor: Bools = field(init=False)
     bound: Floats = field(init=False)
-    """How far rounding alone may move the difference."""
+    """Maximum effect of rounding on the difference."""
     units: Ints = field(init=False)
     word: str = "prompt"
-    """What a unit is called."""
+    """Name of a unit."""
 
     def __post_init__(self) -> None:
         count = len(self.cells)
@@ -343,7 +344,7 @@ class MeasureComparison:
         self.states = [self._state(cell) for cell in range(count)]
         self._look()
 
-    # --- what is known without a test -------------------------------------------------------------
+    # --- results without a test -------------------------------------------------------------------
 
     @property
     def category(self) -> bool:
@@ -355,7 +356,7 @@ class MeasureComparison:
 
     @property
     def level(self) -> float:
-        """What a corrected p has to stay under."""
+        """Threshold for a corrected p-value."""
         return round(1 - self.settings.confidence / 100, 10)
 
     def _number(self, result: ExperimentResult, measure: int, cell: int) -> bool:
@@ -383,7 +384,7 @@ class MeasureComparison:
         return "noise" if self.values.beyond[cell] else "rounding"
 
     def _look(self) -> None:
-        """The effects of all cells that have one in both runs, and which can't be tested."""
+        """Compute the effects of cells with one in both runs, and find the untestable cells."""
         known = self.of_state("equal", "rounding", "noise", "unclear")
         if self.category:
             self._look_at_categories(known)
@@ -415,11 +416,12 @@ class MeasureComparison:
         return f"{count_noun(units, word)}{each}: no claim below {MIN_UNITS}"
 
     def _held(self, block: CellBlock) -> Ints:
-        """[cell]: units behind the difference; of two samples, of the smaller one."""
+        """Return the units of the difference; for two samples, of the smaller. Shape [cell]."""
         return np.minimum(block.both.old.held, block.both.new.held)
 
     def _unbounded(self, block: CellBlock) -> list[str | None]:
-        """[cell]: that a ratio's denominator can't be told from 0 on the rows that are compared."""
+        """Return a reason for ratios whose denominator can't be distinguished from 0 on the
+        compared rows. Shape [cell]."""
         found: list[str | None] = [None] * len(block.cells)
         effect = self.aligned.effect
         if effect.denominator is None or self.aligned.new.per_prompt:
@@ -439,7 +441,7 @@ class MeasureComparison:
     # --- categories -------------------------------------------------------------------------------
 
     def _look_at_categories(self, cells: Ints) -> None:
-        """The share of what was commonest, and how many units there are."""
+        """Compute the share of the most frequent category, and the number of units."""
         for cell in cells.tolist():
             rows = self._present(cell)
             old, new = self._shown(cell)
@@ -465,7 +467,7 @@ class MeasureComparison:
         return (own & other, own & other) if self.rows.paired else (own, other)
 
     def _category_p(self, cell: int, block: CellBlock, tests: int) -> tuple[float, bool]:
-        """Of all categories' shares together: the p of the share that moves most."""
+        """Test the shares of all categories together; return the p-value of the largest change."""
         rows = self._present(cell)
         shown = self._shown(cell)
         every = np.unique(np.concatenate([v[r] for v, r in zip(shown, rows, strict=True)]))
@@ -488,7 +490,7 @@ class MeasureComparison:
     # --- tests ------------------------------------------------------------------------------------
 
     def of_state(self, *states: CellState) -> Ints:
-        """Numbers of the cells of these states."""
+        """Return the indices of the cells with these states."""
         return np.array([i for i, s in enumerate(self.states) if s in states], dtype=np.int64)
 
     @property
@@ -499,7 +501,7 @@ class MeasureComparison:
         )
 
     def test(self, tests: int) -> None:
-        """Intervals and p of these cells. tests: of how many p the smallest has to survive."""
+        """Compute intervals and p-values; `tests` is the number of p-values in the correction."""
         for block in self.aligned.blocks(self.asked):
             if self.category:
                 for cell in block.cells.tolist():
@@ -524,7 +526,7 @@ class MeasureComparison:
         self.p[cells], self.floor[cells] = found.p, found.floor
 
     def _share_difference(self, block: CellBlock) -> Inference | None:
-        """Of the difference of two shares, from the exact limits of both."""
+        """Test the difference of two shares, with the exact limits of both."""
         confidence, effect = self.settings.confidence, self.aligned.effect
         if effect.name != "raw":
             return None
@@ -534,7 +536,7 @@ class MeasureComparison:
         return infer_shares(block.both.new, block.both.old, block.n[1], confidence, block.n[0])
 
     def decide(self, corrected: Floats) -> None:
-        """Which cells changed. corrected: p of the cells that are asked."""
+        """Decide which cells changed; `corrected` are the p-values of the tested cells."""
         cells = self.asked
         self.p_corrected[cells] = corrected
         difference = np.abs(self.after - self.before)
@@ -565,12 +567,12 @@ def _value_differences(aligned: AlignedMeasure) -> ValueDifferences:
     there = ~np.isnan(old.patched) & ~np.isnan(new.patched)
     for one, two in _run_values(aligned):
         alone = np.isnan(one) != np.isnan(two)
-        with np.errstate(invalid="ignore"):  # what is infinite in both runs
+        with np.errstate(invalid="ignore"):  # values that are infinite in both runs
             moved = np.abs(two - one)
         apart = np.where(np.isnan(moved), 0.0, moved)
         own = apart > 0
         differs |= own | alone
-        # a category that rounding may change may become any other
+        # A category that rounding may change may become any other one.
         beyond |= (own & (bound == 0) if new.kind == "category" else apart > bound) | alone
         size = np.maximum(size, np.broadcast_to(apart, size.shape))
     inside = there | (np.isnan(old.patched) != np.isnan(new.patched))
@@ -583,7 +585,7 @@ def _value_differences(aligned: AlignedMeasure) -> ValueDifferences:
 
 
 def _run_values(aligned: AlignedMeasure) -> Iterator[tuple[Floats, Floats]]:
-    """What the effect is made of, in the old and in the new run."""
+    """Yield the components of the effect in the old and in the new run."""
     names = ("patched",) if aligned.new.kind == "category" else aligned.effect.reads
     for name in names:
         one, two = getattr(aligned.old, name), getattr(aligned.new, name)
@@ -592,10 +594,11 @@ def _run_values(aligned: AlignedMeasure) -> Iterator[tuple[Floats, Floats]]:
 
 
 def decide_changes(measures: Sequence[MeasureComparison]) -> dict[str, str]:
-    """Test the differences, decide which cells changed, and say how in words.
+    """Test the differences, decide which cells changed, and describe the methods.
 
-    The family is every cell whose values differ by more than rounding. Of the others no sign can
-    be swapped, so that they can't be false positives and need no share of the level (Tarone 1990).
+    The family consists of the cells whose values differ by more than rounding. In other cells no
+    sign can be flipped, so they can't be false positives and need no share of the level (Tarone
+    1990).
     """
     asked = [len(each.asked) for each in measures]
     tests = sum(asked)
@@ -624,16 +627,16 @@ def decide_changes(measures: Sequence[MeasureComparison]) -> dict[str, str]:
 
 
 def shared_correction(settings: Sequence[spec.Statistics]) -> str:
-    """That of the file where all its experiments agree; else Holm's, as also for `max`, which is
-    about the cells of one experiment."""
+    """Return the common correction of all experiments, or Holm's; also for `max`, which applies
+    only within one experiment."""
     found = {each.correction for each in settings}
     only = found.pop() if len(found) == 1 else "holm"
     return only if only in CORRECTIONS else "holm"
 
 
 def _is_out_of_reach(measures: Sequence[MeasureComparison], correction: str) -> NDArray[np.bool_]:
-    """[cell that is asked]: whether all its units speak for a change, but are too few for any p to
-    survive."""
+    """Return whether a tested cell's units all indicate a change but are too few for a significant
+    p. Shape [tested cell]."""
     found = np.zeros(sum(len(each.asked) for each in measures), dtype=bool)
     units = [int(each.units[cell]) for each in measures for cell in each.asked.tolist()]
     settings = next(each.settings for each in measures if len(each.asked))

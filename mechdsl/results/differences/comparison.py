@@ -53,7 +53,7 @@ from mechdsl.syntax.frontend import read_source
 def match_files(
     old: Results, new: Results
 ) -> Iterator[tuple[FileResult | None, FileResult | None]]:
-    """Files of one name; where each run has one file, those two, whatever they are called."""
+    """Match files by name; if each run has one file, match them whatever their names."""
     if len(old.files) == len(new.files) == 1:
         yield old.files[0], new.files[0]
         return
@@ -79,33 +79,33 @@ STATISTICS_CONVENTIONS = frozenset(
         "seed",
     }
 )
-"""Conventions that say how numbers came about of what was measured, or that stand elsewhere."""
+"""Conventions that describe how numbers were computed, or that other sections contain."""
 
 
 @dataclass(frozen=True)
 class InputChange:
-    """Something that went into the runs; None where one of them has none of it."""
+    """A changed input of the runs; None for a run without it."""
 
     what: str
     old: str | None
     new: str | None
     experiments: tuple[str, ...] = ()
-    """Those that it is an input of; empty where it is one of all."""
+    """Experiments with this input; empty for an input of all experiments."""
 
 
 @dataclass(frozen=True)
 class RowChange:
-    """Rows of one experiment that are in one run alone, by their contents."""
+    """Rows of one experiment that are in only one run, by content."""
 
     experiment: str
     old: int
-    """Rows in the old run."""
+    """Number of rows in the old run."""
     new: int
     common: int
     added: tuple[int, ...]
-    """Numbers of the rows that the new run has more."""
+    """Numbers of the new run's additional rows."""
     removed: tuple[int, ...]
-    """The same of the old run."""
+    """Numbers of the rows that are missing in the new run."""
 
 
 def find_input_changes(
@@ -115,10 +115,11 @@ def find_input_changes(
     pairs: Sequence[tuple[str, ExperimentResult, ExperimentResult]],
     options: tuple[Mapping[str, str] | None, Mapping[str, str] | None],
 ) -> Iterator[InputChange]:
-    """Text, options, seed, pass sizes, what experiments read, versions.
+    """Yield changes of text, options, seed, pass sizes, inputs of experiments, and versions.
 
-    pairs: the name of an experiment, and its result in both runs. options: what both runs were
-    asked for beside the file (parameters, a limit); None where that isn't known.
+    Args:
+        pairs: Name of an experiment and its result in both runs.
+        options: Options of both runs besides the file (parameters, a limit); None if unknown.
     """
     for one, two in files:
         yield from _input_differences(_file_inputs(one), _file_inputs(two))
@@ -174,7 +175,7 @@ def _experiment_inputs(result: ExperimentResult) -> dict[str, str]:
 
 
 def find_row_change(name: str, old: ExperimentResult, new: ExperimentResult) -> RowChange | None:
-    """None where both runs have the same rows."""
+    """Return the changes of rows; None if both runs have the same rows."""
     found = match_rows(old, new)
     if not found.added and not found.removed:
         return None
@@ -197,7 +198,7 @@ VerdictChangeType = Literal["fails now", "holds now", "new", "gone"]
 
 @dataclass(frozen=True)
 class VerdictChange:
-    """One `expect`."""
+    """The change of one `expect`."""
 
     experiment: str
     turn: VerdictChangeType
@@ -206,7 +207,7 @@ class VerdictChange:
 
     @property
     def text(self) -> str:
-        """As written."""
+        """The expectation as written in the source."""
         found = self.new or self.old
         assert found is not None
         return found.text
@@ -215,7 +216,7 @@ class VerdictChange:
 def find_verdict_changes(
     experiment: str, old: Sequence[ExpectOutcome], new: Sequence[ExpectOutcome]
 ) -> Iterator[VerdictChange]:
-    """Expectations of equal text are one; of several such, in their order."""
+    """Match expectations by text; several equal ones in order."""
     found = IndexMatch.of([each.text for each in old], [each.text for each in new])
     for one, two in found:
         before, after = old[one], new[two]
@@ -234,30 +235,30 @@ COMPARED_STATES: tuple[CellState, ...] = ("equal", "rounding", "noise", "changed
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One of the two runs, as people call it."""
+    """One of the two runs, as displayed."""
 
     name: str
     note: str = ""
-    """What is to be known of it: that its file has changed since."""
+    """A note on the run: that its file has changed since."""
     options: Mapping[str, str] | None = None
-    """What it was asked for beside the file; None where that isn't known, as of a folder."""
+    """Options besides the file; None if unknown, as for a folder."""
 
 
 @dataclass(frozen=True)
 class UnmatchedItem:
-    """An experiment, a measure of one or a cell of one, that one of the runs alone has."""
+    """An experiment, or a measure or cell of one, that only one of the runs has."""
 
     experiment: str
     measure: str | None = None
-    """`recovery of logit(answer)`; None where all measures are meant."""
+    """`recovery of logit(answer)`; None for all measures."""
     cell: str | None = None
     reason: str | None = None
-    """Why the other run has no number of it, though its file has it."""
+    """Why the other run has no number for it, although its file contains it."""
 
 
 @dataclass(frozen=True)
 class CellDifference:
-    """One effect in one cell; None where there is no such number."""
+    """One effect in one cell; None for missing numbers."""
 
     experiment: str
     cell: str
@@ -270,20 +271,19 @@ class CellDifference:
     kind: str
     state: CellState
     paired: bool
-    """Whether both runs have rows in common, which alone are compared then."""
+    """Whether the runs share rows; then only shared rows are compared."""
     rows: int
-    """Rows behind the comparison: of both runs where it is paired, of the smaller sample else."""
+    """Number of compared rows; for two samples, of the smaller one."""
     units: int
-    """Independent units behind it."""
+    """Number of independent units."""
     rows_changed: int | None
-    """Rows of which a value differs; None where no rows are common."""
+    """Number of rows with a different value; None if no rows are shared."""
     rows_beyond: int | None
-    """Those of them that rounding doesn't explain."""
+    """Number of these rows that rounding doesn't explain."""
     largest: float | None
-    """The largest difference of a value, in the metric's unit; None of categories, and where no
-    rows are common."""
+    """Largest difference of a value, in the metric's unit; None for categories or unshared rows."""
     old: float | None
-    """The effect on the rows that are compared; of categories, the share of the commonest."""
+    """The effect on the compared rows; for categories, the share of the most frequent one."""
     new: float | None
     difference: float | None
     low: float | None
@@ -291,15 +291,15 @@ class CellDifference:
     p: float | None
     p_corrected: float | None
     p_at_most: bool
-    """Whether p is the least that so many flips give, and may be smaller."""
+    """Whether p is the smallest value for this number of flips, and may be smaller."""
     rounding: float | None
-    """How far rounding alone may move the difference."""
+    """Maximum effect of rounding on the difference."""
     reason: str | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Differences:
-    """What `mechdsl.diff` returns."""
+    """The result of `mechdsl.diff`."""
 
     old: ComparedRun
     new: ComparedRun
@@ -307,27 +307,27 @@ class Differences:
     rows: tuple[RowChange, ...]
     verdicts: tuple[VerdictChange, ...]
     cells: tuple[CellDifference, ...]
-    """Those that aren't equal to the bit."""
+    """Cells that aren't bit-identical."""
     added: tuple[UnmatchedItem, ...]
     removed: tuple[UnmatchedItem, ...]
     counts: Mapping[CellState, int]
-    """How many cells are in which state, each measure counted by itself."""
+    """Number of cells per state, separately for each measure."""
     conventions: Mapping[str, str]
-    """How the figures came about, in words."""
+    """Methods of the figures, in words."""
 
     @property
     def changed_cells(self) -> tuple[CellDifference, ...]:
-        """Those of which the effect changed beyond noise."""
+        """Cells whose effect changed beyond noise."""
         return tuple(each for each in self.cells if each.state == "changed")
 
     @property
     def compared(self) -> int:
-        """Cells that have a number in both runs."""
+        """Number of cells with a number in both runs."""
         return sum(self.counts.get(state, 0) for state in COMPARED_STATES)
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the exit status is 1, in words; empty where it is 0."""
+        """Why the exit status is 1, in words; empty if it is 0."""
         failing = sum(each.turn == "fails now" for each in self.verdicts)
         cells, gone = len(self.changed_cells), len(self.removed)
         return tuple(
@@ -343,23 +343,23 @@ class Differences:
     @property
     def changed(self) -> bool:
         """Whether the exit status is 1: an effect changed beyond noise, an expectation that held
-        fails, or something is gone."""
+        fails, or something is missing."""
         return bool(self.reasons)
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `mechdsl diff --format json`."""
+        """Return the document of `mechdsl diff --format json`."""
 
         return differences_document(self).as_json()
 
     def to_json(self, path: str | Path | None = None, *, indent: int | None = 2) -> str:
-        """The document as text, also written to `path` if one is given."""
+        """Return the document as JSON text, and write it to `path` if given."""
         text = dump_json(self.to_dict(), indent)
         if path is not None:
             write_atomically(Path(path), text + "\n")
         return text
 
     def to_text(self, width: int = 100) -> str:
-        """What the command line prints, `width` columns wide."""
+        """Return the output of the command line, `width` columns wide."""
         return load_renderer(DIFFERENCES_RENDERER)(self, width)
 
     def __repr__(self) -> str:
@@ -372,11 +372,13 @@ def compare_results(
     new: Results,
     sides: tuple[ComparedRun, ComparedRun] = (ComparedRun("old"), ComparedRun("new")),
 ) -> Differences:
-    """What changed from one run to another.
+    """Compare two runs.
 
-    sides: what both are called, and what they were asked for. Files are matched by name, or are the
-    two that there are; experiments by name; measures by label, effect and the position read at;
-    cells by coordinates, site and position; rows by content.
+    Files are matched by name, or as the only two; experiments by name; measures by label, effect
+    and position; cells by coordinates, site and position; rows by content.
+
+    Args:
+        sides: Names and options of both runs.
     """
     work = _Comparison(old, new)
     conventions = decide_changes([each for _, each in work.measures])
@@ -396,7 +398,7 @@ def compare_results(
 
 
 class _Comparison:
-    """Two runs side by side."""
+    """The comparison of two runs."""
 
     def __init__(self, old: Results, new: Results) -> None:
         self.files: list[tuple[FileResult, FileResult]] = []
@@ -448,7 +450,7 @@ class _Comparison:
             ]
 
     def without_number(self, state: CellState) -> Iterator[UnmatchedItem]:
-        """Cells of both runs that have a number in one of them alone."""
+        """Yield cells of both runs that have a number in only one of them."""
         for name, each in self.measures:
             said = measure_label(each.aligned.new)
             for cell in each.of_state(state).tolist():
@@ -456,7 +458,7 @@ class _Comparison:
                 yield UnmatchedItem(name, said, key.name, each.reasons[cell])
 
     def cells(self) -> Iterator[CellDifference]:
-        """Those that have a number in both runs and aren't equal to the bit."""
+        """Yield cells with a number in both runs that aren't bit-identical."""
         for name, each in self.measures:
             for cell in each.of_state("changed", "noise", "unclear", "rounding").tolist():
                 yield _cell_difference(name, each, cell)
@@ -627,7 +629,7 @@ class DifferencesDocument(DocumentPart):
 
 
 def differences_document(found: Differences) -> DifferencesDocument:
-    """All of it."""
+    """Convert the comparison to its document."""
     sides = [
         ComparedRunDocument(name=each.name, **({"note": each.note} if each.note else {}))
         for each in (found.old, found.new)
@@ -679,16 +681,16 @@ def _unmatched_documents(places: tuple[UnmatchedItem, ...]) -> list[UnmatchedIte
 
 
 def differences_schema() -> dict[str, Any]:
-    """The JSON schema of the document, `mechdsl schema differences`."""
+    """Return the JSON schema of the document, as printed by `mechdsl schema differences`."""
     schema = DifferencesDocument.model_json_schema(by_alias=True, mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 RunSource = Results | Run | str | Path
-"""Results, a run of a store, or what a run is called by: its id, a file, a folder."""
+"""Results, a run of a store, or the name of a run: its id, a file, a folder."""
 
 NON_INPUT_SETTINGS = frozenset({"fresh", "allow-outside", "untrusted", "allow-python"})
-"""Settings that no number hangs on."""
+"""Settings that don't affect numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -696,14 +698,19 @@ class _LoadedRun:
     side: ComparedRun
     results: Results
     id: str | None = None
-    """Of a run of a store."""
+    """Id of a run of a store."""
 
 
 def diff_runs(old: RunSource, new: RunSource, store: Path | None = None) -> Differences:
-    """What changed from one run to another.
+    """Compare two runs.
 
-    store: the folder that runs are in; None: that beside the `.mech` file, where one of both is
-    one, or of the working folder. Raises MechdslError (E0208) where a run can't be found or read.
+    Args:
+        store: Folder of the runs; None: next to the `.mech` file, if one of the runs is named by
+            one,
+            or in the working directory.
+
+    Raises:
+        MechdslError: E0208 if a run is missing or unreadable.
     """
     one, two = _load_run(old, new, store), _load_run(new, old, store)
     sides = [one.side, two.side]
@@ -724,7 +731,7 @@ def _join_notes(note: str, more: str) -> str:
 
 
 def _load_run(given: RunSource, beside: RunSource, store: Path | None) -> _LoadedRun:
-    """beside: the other one, in whose store a run is looked for by its id."""
+    """Load a run; an id is looked up in the store of `beside`, the other run."""
     if isinstance(given, Results):
         files = ", ".join(each.file for each in given.files) or "no file"
         return _LoadedRun(ComparedRun(files), given)
@@ -746,7 +753,7 @@ def _load_run(given: RunSource, beside: RunSource, store: Path | None) -> _Loade
 
 
 def _compared_run(facts: RunFacts, about: Mapping[str, Any]) -> ComparedRun:
-    """A run of a store, with its parameters, given or not, and what else it was asked for."""
+    """Describe a run of a store, with all its parameters and other options."""
     parameters = about.get("parameters")
     options = {name: v for name, v in facts.settings.items() if name not in NON_INPUT_SETTINGS}
     if isinstance(parameters, dict):
@@ -758,7 +765,7 @@ def _compared_run(facts: RunFacts, about: Mapping[str, Any]) -> ComparedRun:
 
 
 def _source_change_note(text: str, results: Results) -> str:
-    """That a file isn't any more what was run, where a file was named."""
+    """Return a note if a named file differs from the text that was run."""
     if not text.endswith(SOURCE_SUFFIX):
         return ""
     source, _ = read_source(Path(text))

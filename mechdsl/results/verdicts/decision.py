@@ -1,4 +1,4 @@
-"""Decisions on expectations, with intervals from the same resamples as the tables."""
+"""Decisions on expectations, with intervals from the resamples of the tables."""
 
 from __future__ import annotations
 
@@ -52,9 +52,11 @@ def known_results(
     others: Mapping[str, ExperimentResult],
     lost: Collection[str] = (),
 ) -> KnownNames:
-    """What an expectation of `result` may name.
+    """Return the names that an expectation of `result` may refer to.
 
-    others: finished experiments of the file by name; lost: those that could not be computed.
+    Args:
+        others: Finished experiments of the file by name.
+        lost: Experiments that could not be computed.
     """
     names = [name for name in (*others, *lost) if name != result.name]
     return replace(
@@ -104,11 +106,12 @@ def decide_all_expectations(
     others: Mapping[str, ExperimentResult] | None = None,
     lost: Collection[str] = (),
 ) -> list[ExpectOutcome]:
-    """The verdicts on the expectations of a finished experiment: each at its own level, or all
-    together at that of one (Holm 1979). What is decided on the mean alone has no level.
+    """Decide all expectations of a finished experiment, each at the full level or, with Holm's
+    correction (1979), all together at the level of one. Decisions on the mean alone have no level.
 
-    `others` are finished experiments by name, which correlations may read; `lost` those that could
-    not be computed.
+    Args:
+        others: Finished experiments by name, which correlations may read.
+        lost: Experiments that could not be computed.
     """
     confidence = result.settings.confidence if result.settings else 95.0
     found = [decide_expectation(each, result, others, lost, confidence) for each in expectations]
@@ -136,7 +139,7 @@ def decide_expectation(
     lost: Collection[str],
     confidence: float,
 ) -> ExpectOutcome:
-    """The verdict on one expectation, with intervals that hold so many percent."""
+    """Decide one expectation, with intervals of the given confidence in percent."""
     known = known_results(expectation, result, others or {}, lost)
     condition, diagnostics = read_expectation(expectation, known)
     line = expectation.span.line
@@ -209,8 +212,8 @@ class _Judge:
             return Verdict(False, reason=str(none), computed=not isinstance(none, NotComputed))
 
     def any_of(self, conditions: Sequence[Condition]) -> Verdict:
-        """The first that holds, each at its part of the level: else several would have several
-        chances (Bonferroni). The last, where none does."""
+        """Return the first condition that holds, each at a share of the level (Bonferroni), or the
+        last one. Several chances at the full level would inflate the error."""
         part = replace(self, confidence=100 - (100 - self.confidence) / len(conditions))
         found = [part.judge(each) for each in conditions]
         verdict = next((each for each in found if each.holds), found[-1])
@@ -222,7 +225,8 @@ class _Judge:
         )
 
     def negated(self, condition: Condition) -> Verdict:
-        """`not` moves inwards, so that what it denies must fail on the whole interval."""
+        """Negate a condition by moving `not` inwards, so that the inner condition must fail on the
+        whole interval."""
         match condition:
             case Comparison():
                 return self.judge(
@@ -281,7 +285,7 @@ class _Judge:
     def between(self, condition: BandCondition, inside: bool) -> Verdict:
         reader, (value,) = self.read(condition.value)
         value = reader.ended(value, self.confidence)
-        # the bounds are sums of decimal numbers, so they give way by a rounding error
+        # The bounds are sums of decimal numbers, so allow a rounding error.
         slack = 1e-12 * max(1.0, abs(condition.low), abs(condition.high))
 
         def holds(low: float, high: float) -> bool:
@@ -294,8 +298,8 @@ class _Judge:
         return replace(verdict, effective_n=reader.effective_n)
 
     def read(self, *values: ConditionValue) -> tuple[ValueReader, list[Estimate]]:
-        """The values, all over the same units. An interval that is put together from several has
-        each of them at a level that all hold together (Bonferroni)."""
+        """Read values over the same units. An interval composed of several intervals has each at a
+        level such that all hold together (Bonferroni)."""
         reader = ValueReader(self.cells, values)
         return reader, [reader.estimate(value, self.share(values)) for value in values]
 
@@ -306,7 +310,7 @@ class _Judge:
         return self.share((condition.left, condition.right))
 
     def two_tests(self) -> str | None:
-        """How a statement on two sides is tested (Schuirmann 1987)."""
+        """Return the description of a two-sided test (Schuirmann 1987), if it is one."""
         if self.on_mean:
             return None
         return f"two one-sided tests, each at {(100 - self.confidence) / 2:g} %"
@@ -318,7 +322,7 @@ class _Judge:
         holds: Callable[[float, float], bool],
         reason: str | None,
     ) -> Verdict:
-        """shown, decides: with their ends."""
+        """Decide an estimate; `shown` and `decides` include the ends of their intervals."""
         point, moved = decides.point, decides.rounding
         low, high = (point, point) if self.on_mean else (decides.low, decides.high)
         if not math.isfinite(point):
@@ -377,8 +381,8 @@ class _Judge:
         sign: float,
         said: list[str],
     ) -> bool:
-        """Whether the winner, of the cells that are meant, is ahead of each other one."""
-        # the winner was picked among those that are meant
+        """Whether the winner, one of the named cells, exceeds every other cell."""
+        # The winner was selected among the named cells.
         confidence = 100 - (100 - self.confidence) / int(mine.sum())
         next_ = compare_with_each_rival(space, of, winner, of.cells[~mine], sign, confidence)
         apart = f"{next_.value:.3g} [{next_.low:.3g}, {next_.high:.3g}]"
@@ -397,7 +401,7 @@ class _Judge:
         sign: float,
         said: list[str],
     ) -> bool:
-        """Whether one cell is ahead of all that are meant."""
+        """Whether one cell exceeds all named cells."""
         others = of.cells[~mine]
         place = int(np.flatnonzero(others == winner)[0])
         for rival in of.cells[mine].tolist():
@@ -448,7 +452,7 @@ class _Judge:
     def among(
         self, space: ComparisonSample, of: SelectedCells, own: int, top: int, name: str
     ) -> list[str]:
-        """Why a cell that is one of the first may not be."""
+        """Return why a cell among the first may not be one of them."""
         if space.too_few:
             return [f"{space.too_few}; `on mean` would decide it on the mean alone"]
         smaller = find_smaller_cells(space, of, own, self.confidence)
@@ -461,7 +465,7 @@ class _Judge:
     # --- cells
 
     def ranked(self, measure: int, cells: Ints) -> SelectedCells:
-        """Cells of which one may be the largest; NoNumber without any."""
+        """Return the cells of which one may be the largest; NoNumber if there are none."""
         if len(cells):
             return SelectedCells(self.result, measure, cells)
         missing = self.result.measures[measure].missing
@@ -472,7 +476,7 @@ class _Judge:
     def as_large(
         self, of: SelectedCells, cell: int, others: Ints, *, size: bool = True
     ) -> list[int]:
-        """Those of other cells whose effect, or its size, may be the same but for rounding."""
+        """Return other cells whose effect, or its size, may be equal up to rounding."""
         means = self.result.statistics[of.measure].mean
         sizes = np.abs(means) if size else means
         own = replace(of, cells=np.array([cell]))
@@ -487,7 +491,7 @@ class _Judge:
 
 
 def _alternatives(condition: Condition) -> list[Condition]:
-    """Those of `a or b or c`."""
+    """Return the alternatives of `a or b or c`."""
     match condition:
         case LogicalCondition(operator="or", left=left, right=right):
             return [*_alternatives(left), *_alternatives(right)]
@@ -500,7 +504,7 @@ def _alternatives(condition: Condition) -> list[Condition]:
 
 
 def _is_folded(value: ConditionValue) -> bool:
-    """Whether a size is compared."""
+    """Whether an absolute value is compared."""
     if isinstance(value, Arithmetic):
         return _is_folded(value.left) or _is_folded(value.right)
     return isinstance(value, Absolute)

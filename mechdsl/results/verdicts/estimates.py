@@ -1,7 +1,7 @@
 """Numbers that expectations compare, with their intervals.
 
-Arithmetic on means is smooth: it has an influence per unit, so that its error can be recomputed in
-every resample, as bootstrap-t needs it. Of numbers that aren't smooth (a largest cell, a rank, an
+Arithmetic on means is smooth: every unit has an influence, so that the error can be recomputed in
+every resample, as bootstrap-t requires. For numbers that aren't smooth (a largest cell, a rank, an
 absolute value) only the ends of the interval are known.
 """
 
@@ -30,7 +30,7 @@ OPERATIONS: Mapping[str, Callable[[Any, Any], Any]] = {
 }
 
 IntervalFunction: TypeAlias = Callable[[float], tuple[float, float]]
-"""Of a confidence, the ends."""
+"""Function of a confidence that returns the ends of an interval."""
 
 
 # --- smooth numbers -------------------------------------------------------------------------------
@@ -38,25 +38,25 @@ IntervalFunction: TypeAlias = Callable[[float], tuple[float, float]]
 
 @dataclass(frozen=True)
 class FixedNumber:
-    """A number that doesn't hang on the prompts."""
+    """A number that doesn't depend on the prompts."""
 
     value: float
 
 
 @dataclass(frozen=True, eq=False)
 class WeightedCells:
-    """Cells' effects, each by its share."""
+    """A weighted sum of cells' effects."""
 
     sums: EffectSums
     share: Floats
-    """[cell]."""
+    """Weight of each cell, shape [cell]."""
     limits: IntervalFunction | None = None
-    """Of cells whose intervals aren't the bootstrap's."""
+    """For cells whose intervals aren't from the bootstrap."""
 
 
 @dataclass(frozen=True, eq=False)
 class CombinedNumbers:
-    """Two numbers calculated together."""
+    """The result of an operation on two numbers."""
 
     sign: Operator
     left: SmoothNumber
@@ -67,8 +67,11 @@ SmoothNumber: TypeAlias = FixedNumber | WeightedCells | CombinedNumbers
 
 
 def evaluate_resamples(number: SmoothNumber, weights: Floats) -> tuple[Floats, Floats]:
-    """Under resamples [resample, unit]: its value [resample], and how far one unit more would move
-    it [resample, unit]."""
+    """Evaluate a number under resamples with weights of shape [resample, unit].
+
+    Returns:
+        Its value, shape [resample], and its change by one additional unit, shape [resample, unit].
+    """
     match number:
         case FixedNumber():
             return np.full(len(weights), number.value), np.zeros_like(weights)
@@ -91,7 +94,7 @@ def evaluate_resamples(number: SmoothNumber, weights: Floats) -> tuple[Floats, F
 
 
 def is_single_cell(number: SmoothNumber) -> bool:
-    """Whether it is one cell, moved and scaled by fixed numbers."""
+    """Whether a number is one cell, shifted and scaled by fixed numbers."""
     match number:
         case WeightedCells():
             return len(number.share) == 1
@@ -102,7 +105,7 @@ def is_single_cell(number: SmoothNumber) -> bool:
 
 
 def is_linear(number: SmoothNumber) -> bool:
-    """Whether it is a sum of cells, each times a fixed number."""
+    """Whether a number is a sum of cells, each times a fixed number."""
     match number:
         case CombinedNumbers("+" | "-", left, right):
             return is_linear(left) and is_linear(right)
@@ -119,8 +122,8 @@ def is_linear(number: SmoothNumber) -> bool:
 
 
 def exact_interval(number: SmoothNumber, confidence: float) -> tuple[float, float] | None:
-    """The ends of cells with limits of their own, moved and scaled by fixed numbers; None of
-    anything else."""
+    """Return the ends of a single cell with exact limits, shifted and scaled by fixed numbers; None
+    for other numbers."""
     match number:
         case WeightedCells() if number.limits is not None:
             return number.limits(confidence)
@@ -136,19 +139,19 @@ def exact_interval(number: SmoothNumber, confidence: float) -> tuple[float, floa
 
 
 def _weighted_sum(weight: Floats, bottom: Floats) -> Floats:
-    """[resample, cell] × [1 or cell, unit]."""
+    """Multiply [resample, cell] by [1 or cell, unit]."""
     return weight.sum(1, keepdims=True) @ bottom if len(bottom) == 1 else weight @ bottom
 
 
 def number_skewed_t(number: SmoothNumber, draws: Resamples, held: int) -> SkewedT:
-    """The corrected t of one number. held: units."""
+    """Return the corrected t of one number with `held` units."""
     with np.errstate(divide="ignore", invalid="ignore"):
         value, moves = evaluate_resamples(number, np.ones((1, draws.units)))
     return skewed_t_of_moves(value, moves, np.array([held], dtype=np.int64), draws.strata)
 
 
 def studentise_number(number: SmoothNumber, draws: Resamples, held: int) -> StudentisedCells:
-    """Bootstrap-t of one number, as `studentise` of cells. held: units behind it."""
+    """Return bootstrap-t of one number with `held` units, like `studentise` for cells."""
     with np.errstate(divide="ignore", invalid="ignore"):
         value, influence = evaluate_resamples(number, np.ones((1, draws.units)))
         error = np.sqrt(_squared_error(np.ones((1, draws.units)), influence, draws.strata, held))
@@ -167,7 +170,7 @@ def studentise_number(number: SmoothNumber, draws: Resamples, held: int) -> Stud
 
 
 def _squared_error(weights: Floats, influence: Floats, strata: Ints | None, held: int) -> Floats:
-    """[resample]: the squared standard error."""
+    """Return the squared standard error. Shape [resample]."""
     if strata is None:
         return (weights * influence**2).sum(1) * held / (held - 1)
     found = np.zeros(len(weights))
@@ -181,11 +184,11 @@ def _squared_error(weights: Floats, influence: Floats, strata: Ints | None, held
 
 
 class NoNumber(Exception):
-    """There is none, and why."""
+    """Raised with the reason why a number doesn't exist."""
 
 
 class NotComputed(NoNumber):
-    """There is none, because an experiment or a measure could not be computed."""
+    """Raised if an experiment or a measure could not be computed."""
 
 
 # --- estimates ------------------------------------------------------------------------------------
@@ -193,23 +196,23 @@ class NotComputed(NoNumber):
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A number, smooth or with its ends."""
+    """A number, smooth or with the ends of its interval."""
 
     point: float
     smooth: SmoothNumber | None = None
     low: float = math.nan
-    """Of what isn't smooth: its interval, at the confidence that it was asked for."""
+    """For non-smooth numbers: the interval at the requested confidence."""
     high: float = math.nan
     why: str | None = None
     """Why there is no number, or no interval."""
     rounding: float = 0.0
-    """How far rounding alone may move the number."""
+    """Maximum effect of rounding on the number."""
     as_in_base: bool = False
-    """That is how far it moves the base run's, as of shares of cells."""
+    """Whether `rounding` is the base run's, as for shares of cells."""
 
     @property
     def fixed(self) -> bool:
-        """Whether it hangs on no prompts."""
+        """Whether the number doesn't depend on prompts."""
         return isinstance(self.smooth, FixedNumber)
 
 
@@ -218,7 +221,7 @@ def constant_estimate(value: float) -> Estimate:
 
 
 def combine_estimates(sign: Operator, left: Estimate, right: Estimate) -> Estimate:
-    """Of two numbers: smooth where both are, else from their ends."""
+    """Combine two numbers: a smooth number if both are, otherwise an interval from their ends."""
     with np.errstate(divide="ignore", invalid="ignore"):
         point = float(OPERATIONS[sign](np.float64(left.point), right.point))
     zero = "it divides by 0" if sign == "/" and right.point == 0 else None
@@ -237,7 +240,7 @@ def combine_estimates(sign: Operator, left: Estimate, right: Estimate) -> Estima
 
 
 def _operation_interval(sign: Operator, left: Estimate, right: Estimate) -> tuple[float, float]:
-    """What the result lies between, if both lie between theirs."""
+    """Return bounds of the result if both operands are within their intervals."""
     if sign == "/" and right.low <= 0 <= right.high:
         return math.nan, math.nan
     compute = OPERATIONS[sign]
@@ -246,8 +249,9 @@ def _operation_interval(sign: Operator, left: Estimate, right: Estimate) -> tupl
 
 
 def absolute_estimate(inner: Estimate, low: float, high: float) -> Estimate:
-    """The size of a number whose interval is given: it lies between the least and the greatest size
-    in it, and not where resampled sizes do, which are never below 0."""
+    """Return the absolute value of a number with an interval: its bounds are the least and greatest
+    absolute value in the interval. Resampled absolute values are never below 0 and can't be
+    used."""
     nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
     farthest = max(abs(low), abs(high))
     if math.isnan(low) or math.isnan(high):
@@ -256,8 +260,7 @@ def absolute_estimate(inner: Estimate, low: float, high: float) -> Estimate:
 
 
 def _combined_rounding(sign: Operator, left: Estimate, right: Estimate) -> float:
-    """How far rounding moves what is calculated, to first order, both numbers in the worst
-    direction."""
+    """Return the first-order effect of rounding on a result, in the worst direction."""
     if sign in ("+", "-"):
         return left.rounding + right.rounding
     one, two = abs(left.point), abs(right.point)
@@ -266,11 +269,11 @@ def _combined_rounding(sign: Operator, left: Estimate, right: Estimate) -> float
     return (left.rounding + one / two * right.rounding) / two if two else 0.0
 
 
-# --- what is correlated ---------------------------------------------------------------------------
+# --- correlations ---------------------------------------------------------------------------------
 
 
 def pearson(left: Floats, right: Floats) -> Floats:
-    """Row by row."""
+    """Return Pearson's correlation of each row."""
     a = left - left.mean(1, keepdims=True)
     b = right - right.mean(1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -278,16 +281,23 @@ def pearson(left: Floats, right: Floats) -> Floats:
 
 
 def spearman(left: Floats, right: Floats) -> Floats:
-    """Row by row."""
+    """Return Spearman's correlation of each row."""
     from scipy.stats import rankdata  # not at the top: slow to import
 
     return pearson(rankdata(left, axis=1), rankdata(right, axis=1))
 
 
 def auroc(values: Floats, true: Floats) -> Floats:
-    """Row by row, [row, item]: how often an item that is true has the greater value, ties half.
+    """Return how often a positive item has the greater value, with ties as half.
 
-    true: [item] of 0 and 1. Mann and Whitney's U over the number of pairs.
+    It is Mann and Whitney's U divided by the number of pairs.
+
+    Args:
+        values: Shape [row, item].
+        true: 0 or 1, shape [item].
+
+    Returns:
+        Shape [row].
     """
     from scipy.stats import rankdata  # not at the top: slow to import
 
@@ -298,9 +308,12 @@ def auroc(values: Floats, true: Floats) -> Floats:
 
 
 def fisher_interval(point: float, resampled: Floats, confidence: float) -> tuple[float, float]:
-    """The interval of a correlation: as far to both sides, on Fisher's scale, as so many of the
-    resamples lie from it. Resampled correlations lie nearer to 0 than what they are of, as
-    resampling adds noise, so their percentiles needn't hold it; this does."""
+    """Return the interval of a correlation.
+
+    It extends equally to both sides on Fisher's scale and contains the required share of resamples.
+    Resampling adds noise, so resampled correlations are nearer to 0 than the estimate; their
+    percentiles may exclude it, but this interval never does.
+    """
     known = resampled[np.isfinite(resampled)]
     if not len(known) or not math.isfinite(point):
         return math.nan, math.nan

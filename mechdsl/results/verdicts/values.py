@@ -1,13 +1,12 @@
-"""Values that an expectation names: cells, effects, accuracies, correlations and ranks.
+"""Values of expectations: cells, effects, accuracies, correlations and ranks.
 
-`argmax(x) = L9H9` and `top 3 contains L9H9` test whether a cell leads. A cell is the largest if it
-is larger than each other one, so each difference is tested at the full level (an intersection-
-union test: Berger 1982); where any of several cells may be the larger one, their bounds hold
-together.
+`argmax(x) = L9H9` and `top 3 contains L9H9, L9H6` test whether a cell leads. A cell is the largest
+if it exceeds every other one, so each difference is tested at the full level (an intersection-union
+test: Berger 1982). Where any of several cells may be the larger one, their bounds are simultaneous.
 
-`auroc(effect, truth)` is how well an effect ranks the true cells, or the true rows of one cell.
-Its interval is the bootstrap's (`fisher_interval`) unless the order is perfect: then no resample
-has another order, and the bootstrap's interval would be a point.
+`auroc(effect, truth)` measures how well an effect ranks the positive cells, or the positive rows of
+one cell. Its interval is from the bootstrap (`fisher_interval`) unless the order is perfect: then
+no resample has another order, and the bootstrap's interval would be a point.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ from mechdsl.vocab.effects import EFFECTS
 
 @dataclass(frozen=True)
 class NearestRival:
-    """The cell that is hardest to tell from the leader, and the difference to it."""
+    """The cell that is hardest to distinguish from the leader, and the difference to it."""
 
     cell: int
     value: float
@@ -91,7 +90,8 @@ def compare_with_each_rival(
     sign: float,
     confidence: float,
 ) -> NearestRival:
-    """The difference to each rival has an interval of its own; the one with the lowest end."""
+    """Compute a separate interval of each rival's difference; return the one with the lowest
+    end."""
     low, high, value = (np.full(len(rivals), np.nan) for _ in range(3))
     sums = cell_differences(space, of, np.full(len(rivals), leader), rivals, sign, -sign)
     settings = space.mine.sampling.settings.model_copy(update={"confidence": confidence})
@@ -115,7 +115,7 @@ def compare_with_rival(
     sign: float,
     confidence: float,
 ) -> SimultaneousBounds:
-    """[leader]: the differences to one rival, with bounds that hold for all leaders together."""
+    """Return the differences to one rival with simultaneous bounds. Shape [leader]."""
     rivals = np.full(len(leaders), rival)
     sums = cell_differences(space, of, leaders, rivals, sign, -sign)
     return simultaneous_bounds(sums, space.draws, confidence)
@@ -124,7 +124,7 @@ def compare_with_rival(
 def find_smaller_cells(
     space: ComparisonSample, of: SelectedCells, leader: int, confidence: float
 ) -> Ints:
-    """The cells whose size is smaller than that of the leader, bounds holding for all together."""
+    """Return the cells with a smaller absolute value than the leader, by simultaneous bounds."""
     places = {int(cell): n for n, cell in enumerate(of.cells)}
     mine = space.sums(of).value[places[leader]]
     sign = -1.0 if mine < 0 else 1.0
@@ -144,7 +144,7 @@ def find_smaller_cells(
 def cell_differences(
     space: ComparisonSample, of: SelectedCells, left: Ints, right: Ints, sign: float, other: float
 ) -> EffectSums:
-    """[pair]: `sign` × the left cell's effect + `other` × the right one's."""
+    """Return `sign` × the left cell's effect + `other` × the right one's. Shape [pair]."""
     places = {int(cell): n for n, cell in enumerate(of.cells)}
     one = np.array([places[int(cell)] for cell in left], dtype=np.int64)
     two = np.array([places[int(cell)] for cell in right], dtype=np.int64)
@@ -152,7 +152,7 @@ def cell_differences(
     held = np.minimum(sums.held[one], sums.held[two])
     if len(sums.bottom) == 1:
         return EffectSums(sign * sums.top[one] + other * sums.top[two], sums.bottom, held)
-    # of means over different rows, or of different ratios: linearised, as pseudo-values
+    # Means over different rows and different ratios are linearised to pseudo-values.
     every = np.ones((1, sums.top.shape[1]))
     values: Floats = sums.value
     moves = sums.top - values[:, None] * sums.bottom
@@ -165,8 +165,8 @@ def cell_differences(
 def rank_true_cells(
     space: ComparisonSample, of: SelectedCells, truth: Sequence[CellSelection], confidence: float
 ) -> Estimate:
-    """How often a true cell has the greater effect. A perfect order is as sure as the pairs of
-    cells whose differences are, all together."""
+    """Estimate how often a positive cell has the greater effect. For a perfect order, the
+    confidence is that of the differences of all pairs of cells together."""
     true = np.array([any(each.matches(of.result.cells[i]) for each in truth) for i in of.cells])
     if not 0 < true.sum() < len(true):
         which = "none" if not true.sum() else "every one"
@@ -188,8 +188,8 @@ def rank_true_cells(
 def rank_true_rows(
     space: ComparisonSample, of: SelectedCells, column: str, confidence: float
 ) -> Estimate:
-    """How often a row where the column is true has the greater effect. In a perfect order all pairs
-    of units without one in common are right, and their exact limits hold."""
+    """Estimate how often a positive row has the greater effect. In a perfect order, all disjoint
+    pairs of units are correct, and the exact limits of their share apply."""
     if len(of.cells) != 1:
         raise NoNumber(f"{len(of.cells)} cells are meant, not one")
     data = of.result.measures[of.measure]
@@ -226,14 +226,14 @@ def _resampled_estimate(point: float, resampled: Floats, confidence: float) -> E
 
 
 def _perfect_estimate(point: float, sure: float) -> Estimate:
-    """sure: the share that the order is at least right, or wrong, in."""
+    """Return a perfect estimate; `sure` is the share of the order that is certain."""
     return Estimate(point, None, sure, 1.0) if point else Estimate(point, None, 0.0, 1 - sure)
 
 
 def match_effect_cells(
     mine: ExperimentResult, measure: int, other: ExperimentResult, other_measure: int
 ) -> tuple[Ints, Ints]:
-    """Cells of two experiments that have equal coordinates, and a value in both."""
+    """Return the cells of two experiments with equal coordinates and a value in both."""
     places = {tuple(sorted(cell.coords.items())): i for i, cell in enumerate(other.cells)}
     pairs = [
         (i, places[key])
@@ -248,7 +248,7 @@ def match_effect_cells(
 
 @dataclass(frozen=True, eq=False)
 class SelectedCells:
-    """Some cells of a measure of an experiment."""
+    """Some cells of one measure of an experiment."""
 
     result: ExperimentResult
     measure: int
@@ -256,14 +256,14 @@ class SelectedCells:
 
 
 class CellSelector:
-    """Finds the cells that an expectation names."""
+    """Selects the cells that an expectation names."""
 
     def __init__(self, result: ExperimentResult, others: Mapping[str, ExperimentResult]) -> None:
         self.result = result
         self.others = others
 
     def of(self, value: CellAggregate | Area | Ranking) -> SelectedCells:
-        """The cells that are meant and have a value; NoNumber where there is none."""
+        """Return the named cells that have a value; NoNumber if there are none."""
         result = self.result
         if isinstance(value, CellAggregate) and value.experiment is not None:
             result = self.other(value.experiment)
@@ -285,7 +285,7 @@ class CellSelector:
         return self.others[name]
 
     def pair(self, value: Correlation) -> tuple[SelectedCells, SelectedCells]:
-        """The cells that two experiments have in common, of measures of one effect."""
+        """Return the cells that two experiments share, for measures of one effect."""
         other = self.other(value.experiment)
         measure = self.result.measures[value.measure]
         same = [
@@ -312,7 +312,7 @@ class CellSelector:
         )
 
     def all_of(self, value: ConditionValue) -> Iterator[SelectedCells]:
-        """Everything that a value reads."""
+        """Yield all cells that a value reads."""
         match value:
             case ConstantValue() | Accuracy():
                 return
@@ -334,7 +334,7 @@ def is_selected(result: ExperimentResult, cell: int, where: Sequence[CellSelecti
 def select_value_cells(
     result: ExperimentResult, measure: int, where: Sequence[CellSelection]
 ) -> Ints:
-    """The cells that are meant and have a value."""
+    """Return the selected cells that have a value."""
     means = result.statistics[measure].mean
     found = [
         i for i in range(len(means)) if np.isfinite(means[i]) and is_selected(result, i, where)
@@ -343,19 +343,19 @@ def select_value_cells(
 
 
 def rounding_bounds(of: SelectedCells) -> Floats:
-    """[cell]: how far rounding alone may move them; 0 where that isn't known."""
+    """Return the maximum effect of rounding on each cell, 0 if unknown. Shape [cell]."""
     return np.nan_to_num(of.result.statistics[of.measure].rounding[of.cells])
 
 
 def has_base_run_bounds(result: ExperimentResult, measure: int) -> bool:
-    """Whether rounding may do something else to cells than to the base run, which its bounds are
-    of: `correct` and ranks change where two logits are close."""
+    """Whether rounding bounds are those of the base run, which may not hold in cells: `correct` and
+    ranks change where two logits are close."""
     return result.measures[measure].unit in ("share", "rank")
 
 
 class ComparisonSample:
-    """The units of all that one comparison reads, and their draws: rows of equal content are one
-    unit in all experiments, so that differences between experiments are paired."""
+    """The units of everything that one comparison reads, and their draws. Rows of equal content are
+    one unit in all experiments, so that differences between experiments are paired."""
 
     def __init__(self, mine: ExperimentResult, read: Sequence[SelectedCells]) -> None:
         self.mine = mine
@@ -408,7 +408,7 @@ class ComparisonSample:
 
     @cached_property
     def held(self) -> int:
-        """The fewest units that stand behind anything that is read."""
+        """Smallest number of units of any value that is read."""
         counts = [self._held(each) for each in self.read]
         return min(counts, default=0)
 
@@ -420,8 +420,7 @@ class ComparisonSample:
 
     @property
     def not_paired(self) -> str | None:
-        """What is said where experiments, or blocks of one, are set against each other that have
-        other rows."""
+        """A note on comparisons between experiments, or blocks of one, with different rows."""
         cells = [
             each.result.cells[n]
             for each in self.read
@@ -447,7 +446,7 @@ class ComparisonSample:
 
     @property
     def too_few(self) -> str | None:
-        """Why there is no interval."""
+        """Why there is no interval, if there is none."""
         if self.held >= MIN_UNITS:
             return None
         words = count_noun(self.held, self.mine.sampling.unit_word(self.units))
@@ -455,7 +454,7 @@ class ComparisonSample:
 
 
 class ValueReader:
-    """Reads the values of one comparison, all in one space."""
+    """Reads the values of one comparison over the same units."""
 
     def __init__(self, cells: CellSelector, values: Sequence[ConditionValue]) -> None:
         self.cells = cells
@@ -467,12 +466,12 @@ class ValueReader:
 
     @cached_property
     def effective_n(self) -> int | None:
-        """The fewest units behind anything that is read; None where nothing is."""
+        """Smallest number of units of any value that is read; None if none is read."""
         counts = [self.cells.result.accuracy_of(run).n for run in self.runs]
         return min([*counts, *([self.space.held] if self.space.read else [])], default=None)
 
     def estimate(self, value: ConditionValue, confidence: float) -> Estimate:
-        """confidence: of intervals of what isn't smooth."""
+        """Estimate a value; `confidence` is that of intervals of non-smooth values."""
         match value:
             case ConstantValue():
                 return constant_estimate(value.value)
@@ -504,7 +503,7 @@ class ValueReader:
                 return self.of_cells(value, confidence)
 
     def ended(self, estimate: Estimate, confidence: float) -> Estimate:
-        """With the ends of its interval."""
+        """Return the estimate with the ends of its interval."""
         if estimate.smooth is None or isinstance(estimate.smooth, FixedNumber):
             return estimate
         ends, few = exact_interval(estimate.smooth, confidence), self.space.too_few
@@ -553,8 +552,8 @@ class ValueReader:
             name = of.result.cells[int(of.cells[few[0]])].name
             reason = of.result.statistics[of.measure].reasons[int(of.cells[few[0]])]
             return replace(about, why=f"{name}: {reason}" if reason else "no interval")
-        # the largest is above every cell's bound that holds for all, and below the largest of
-        # bounds that each hold alone
+        # The largest value exceeds every cell's simultaneous bound and is below the largest of the
+        # separate bounds.
         low, high = (
             (found.low_together.max(), found.high.max())
             if largest
@@ -563,14 +562,14 @@ class ValueReader:
         return replace(about, low=float(low), high=float(high))
 
     def shares(self, of: SelectedCells, confidence: float) -> tuple[Floats, Floats] | None:
-        """[cell] each: the exact limits of cells that are shares; None where they aren't."""
+        """Return the exact limits of cells that are shares, shape [cell] each; otherwise None."""
         data = of.result.measures[of.measure]
         units, place = self.space.units, self.space.place(of.result)
         return share_limits(data, EFFECTS[data.effect], of.cells, units, confidence, place)
 
     def limits(self, of: SelectedCells, sums: EffectSums, share: Floats) -> IntervalFunction | None:
-        """Of a weighted mean of cells that are shares: exact of one cell, by Bonferroni of more. Of
-        one cell of anything else: those of its row in the table."""
+        """Return the limits of a weighted mean of cells. Cells that are shares have exact limits
+        (several: by Bonferroni); a single cell of another type has those of its table row."""
         if self.shares(of, 95.0) is None:
             effect = EFFECTS[of.result.measures[of.measure].effect]
             return self._row_limits(sums, effect.tested) if len(share) == 1 else None
@@ -595,8 +594,8 @@ class ValueReader:
     def together(
         self, of: SelectedCells, sums: EffectSums, confidence: float
     ) -> SimultaneousBounds:
-        """Bounds of cells that hold for all; of shares by Bonferroni, as resamples of a share that
-        is 1 never lie below."""
+        """Return simultaneous bounds of cells; for shares by Bonferroni, because no resample of a
+        share of 1 is below 1."""
         alone = self.shares(of, confidence)
         if alone is None:
             return simultaneous_bounds(sums, self.space.draws, confidence)
@@ -605,7 +604,7 @@ class ValueReader:
         return SimultaneousBounds(sums.value, *alone, *every)
 
     def area(self, value: Area) -> Estimate:
-        """Trapezoids, divided by the range of the axis."""
+        """Estimate an area by trapezoids, divided by the range of the axis."""
         of = self.cells.of(value)
         result, cells = of.result, of.cells
         lacking = [
@@ -622,7 +621,7 @@ class ValueReader:
         cells, places = cells[order], places[order]
         if len(np.unique(places)) < max(2, len(places)):
             raise NoNumber(f"the cells are not one curve over `{value.axis}`")
-        # Each point counts with half the way to either neighbour.
+        # Each point is weighted with half the distance to either neighbour.
         share = np.zeros(len(places))
         share[1:] += np.diff(places) / 2
         share[:-1] += np.diff(places) / 2
@@ -636,7 +635,7 @@ class ValueReader:
             as_in_base=has_base_run_bounds(result, value.measure),
         )
 
-    # --- what isn't smooth
+    # --- non-smooth values
 
     def accuracy(self, run: str, confidence: float) -> Estimate:
         found = self.cells.result.accuracy_of(run, confidence)
@@ -671,7 +670,7 @@ class ValueReader:
 
 
 def accuracy_runs(value: ConditionValue) -> Iterator[str]:
-    """The runs whose accuracies a value reads."""
+    """Yield the runs whose accuracies a value reads."""
     match value:
         case Accuracy():
             yield value.run
@@ -685,7 +684,7 @@ def accuracy_runs(value: ConditionValue) -> Iterator[str]:
 
 
 def count_intervals(value: ConditionValue) -> int:
-    """How many intervals of their own a value is put together from."""
+    """Count the separate intervals that a value is composed of."""
     if _is_smooth(value):
         return 0 if _is_fixed(value) else 1
     match value:

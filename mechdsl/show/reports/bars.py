@@ -1,4 +1,4 @@
-"""`report bars`: one bar per cell with its interval; of categories, the share of each."""
+"""`report bars`: one bar per cell with its interval; for categories, the share of each."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from mechdsl.show.reports.text import (
 from mechdsl.statistics.measurements import CellStatistics
 
 MAX_BAR, MIN_BAR = 40, 10
-"""Characters of a share of 1."""
+"""Characters of a bar for a share of 1."""
 
 SHARE_WIDTH = len("      n  commonest  share")
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
-    """One bar per value of the axis and, where there is one, of the series."""
+    """Print one bar per value of the axis and of the series, if there is one."""
     axes = drawn_axes(result, report)
     titles = [axis_title(result, axis) for axis in axes]
     values = [axis_values(result, axis) for axis in axes]
@@ -74,7 +74,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
 
 
 def _lines(panel: GridPanel, values: list[list[Coord]]) -> list[LabelledCell]:
-    """Cells with their labels, a label only where it changes."""
+    """Return cells with their labels; a label is printed only when it changes."""
     keys = [(first, second) for first in values[0] for second in values[1]] if values[1:] else None
     found: list[LabelledCell] = []
     last: Coord | None = None
@@ -89,7 +89,7 @@ def _lines(panel: GridPanel, values: list[list[Coord]]) -> list[LabelledCell]:
 
 @dataclass(frozen=True)
 class _Shares:
-    """The commonest value of every cell with a bar of its share."""
+    """The most frequent value of every cell with a bar for its share."""
 
     titles: Sequence[str]
     widths: Sequence[int]
@@ -114,14 +114,14 @@ class _Shares:
 
 
 def chart(result: ExperimentResult, report: spec.Report) -> Any:
-    """The altair chart."""
+    """Return the altair chart."""
     from mechdsl.show.reports.series_charts import bars_chart
 
     return bars_chart(result, report)
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """As SVG, PNG or a standalone HTML page."""
+    """Write the chart as SVG, PNG or a standalone HTML page."""
     from mechdsl.show.reports.charts import save_chart
 
     save_chart(chart(result, report), path)

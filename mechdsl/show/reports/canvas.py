@@ -17,7 +17,7 @@ NARROW_LETTERS, THIN_LETTERS, WIDE_LETTERS = (
 
 
 def text_width(text: str, size: float) -> float:
-    """About as wide as Helvetica sets it, in points of the picture; rather more than less."""
+    """Estimate the width of a text in Helvetica, in points, rounded up."""
     return size * sum(map(_letter_width, text))
 
 
@@ -41,22 +41,22 @@ TITLE_CHARACTERS, FACT_CHARACTERS = 80, 110
 """Characters per line above a chart."""
 
 CANVAS_WIDTH, CANVAS_MARGIN = 860, 20
-"""Of a picture at most; what stands in lines wraps to it."""
+"""Maximum width and margin of a picture; lines wrap to the width."""
 
 CANVAS_TITLE_SIZE = 12
-"""Size of the letters in front of a line and above a prompt."""
+"""Font size of text before a line and above a prompt."""
 
 
 @dataclass
 class Canvas:
-    """Shapes so far; `y` is where the next one goes."""
+    """Collects shapes; `y` is the top of the next one."""
 
     y: float = CANVAS_MARGIN / 2
     right: float = 0
     shapes: list[str] = field(default_factory=list[str])
 
     def words(self, text: str, size: int, ink: str, weight: str = "normal") -> None:
-        """A paragraph, in lines."""
+        """Add a paragraph, wrapped into lines."""
         for line in wrap(
             escape_hidden(text), FACT_CHARACTERS if size < CANVAS_TITLE_SIZE else TITLE_CHARACTERS
         ):
@@ -65,7 +65,7 @@ class Canvas:
             self.y += 3
 
     def heads(self, first: str, *facts: str) -> None:
-        """A title, and what stands below it."""
+        """Add a title and the facts below it."""
         self.words(first, 15, INK, "bold")
         for fact in facts:
             self.words(fact, 11, QUIET_INK)
@@ -73,7 +73,7 @@ class Canvas:
     def line(
         self, text: str, x: float, y: float, size: int, ink: str, weight: str = "normal"
     ) -> None:
-        """One line of text from x on."""
+        """Add one line of text that begins at x."""
         self.right = max(self.right, x + text_width(text, size))
         self.shapes.append(
             f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{ink}" '
@@ -81,7 +81,7 @@ class Canvas:
         )
 
     def svg(self) -> str:
-        """All of it."""
+        """Return the document."""
         width, height = self.right + CANVAS_MARGIN, self.y
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
@@ -90,7 +90,7 @@ class Canvas:
         )
 
     def save(self, path: Path) -> None:
-        """As SVG, or as PNG where the file ends so."""
+        """Write the picture as SVG, or as PNG by the file's extension."""
         if path.suffix.lower() == ".png":
             import vl_convert
 

@@ -48,41 +48,41 @@ from mechdsl.show.reports.text import (
 from mechdsl.statistics.measurements import MeasureData
 
 LABEL_SIZE = 11
-"""Of the letters of labels."""
+"""Font size of labels."""
 
 LABEL_LINE_HEIGHT = 13
-"""Height of a line of them."""
+"""Height of a line of a label."""
 
 LABEL_CHARACTERS = 14
 """Characters per line of a label under a chart."""
 
 MAX_LABEL_WIDTH = 320
-"""Width of a label beside a chart, or turned; vega cuts what is longer and says so by `…`."""
+"""Maximum width of a label next to a chart, or rotated; vega truncates longer ones with `…`."""
 
 MIN_SLANTED_STEP = 18
-"""Distance of labels from which they are slanted, not upright: closer ones would touch."""
+"""Minimum distance of slanted labels; closer ones would overlap and are vertical."""
 
 SPLIT_EXPRESSION = "split(datum.label, '\\n')"
-"""How vega breaks labels into lines."""
+"""Vega expression that splits labels into lines."""
 
 
 @dataclass(frozen=True)
 class ChartLabels:
-    """How the values of an axis are written."""
+    """Labels of the values of an axis."""
 
     texts: tuple[str, ...]
-    """Per value, in lines."""
+    """Text of each value, with line breaks."""
     step: float
-    """The distance of two values that leaves room for them."""
+    """Distance between two values that leaves room for the labels."""
     options: dict[str, Any] = field(default_factory=dict[str, Any])
-    """What an `alt.Axis` is to be told."""
+    """Arguments of `alt.Axis`."""
 
 
 def column_labels(values: Sequence[Coord], step: float, most: float) -> ChartLabels:
-    """Labels under a chart whose values are `step` apart.
+    """Lay out labels under a chart whose values are `step` apart.
 
-    Of numbers that don't fit every second, fifth and so on is written. Words are broken into lines
-    and get a wider step, up to `most` in all; beyond that they are turned.
+    If not all numbers fit, every second, fifth and so on is labelled. Words are wrapped and get a
+    wider step, up to `most` in total; beyond that they are rotated.
     """
     texts = tuple(map(value_text, values))
     widest = max((text_width(text, LABEL_SIZE) for text in texts), default=0.0)
@@ -100,7 +100,7 @@ def column_labels(values: Sequence[Coord], step: float, most: float) -> ChartLab
 
 
 def row_labels(values: Sequence[Coord], step: float) -> ChartLabels:
-    """Labels to the left of rows that are `step` apart: all words, and as many numbers as fit."""
+    """Lay out labels to the left of rows `step` apart: all words, and as many numbers as fit."""
     texts = tuple(map(value_text, values))
     if not is_numeric(values):
         return ChartLabels(texts, max(step, LABEL_LINE_HEIGHT), {"labelLimit": MAX_LABEL_WIDTH})
@@ -108,7 +108,7 @@ def row_labels(values: Sequence[Coord], step: float) -> ChartLabels:
 
 
 def _thinned_values(texts: Sequence[str], step: float, needed: float) -> dict[str, Any]:
-    """Which numbers are written where not all fit: 0, 5, 10 and so on."""
+    """Return the options that label every k-th number if not all fit: 0, 5, 10 and so on."""
     every = next((n for n in (1, 2, 5, 10, 20, 50, 100) if n * step >= needed), len(texts))
     return {} if every == 1 else {"values": list(texts[::every])}
 
@@ -116,23 +116,23 @@ def _thinned_values(texts: Sequence[str], step: float, needed: float) -> dict[st
 PALETTE = ["#2166ac", "#d6604d", "#1b7837", "#762a83", "#b8860b", "#4d4d4d", "#35978f", "#c51b7d"]
 
 FAINT_OPACITY = 0.35
-"""Opacity of what stands for a thin cell."""
+"""Opacity of marks for thin cells."""
 
 MAX_PANELS_WIDTH = 1500
-"""Of all panels in a row."""
+"""Maximum total width of panels in a row."""
 
 LEGEND_ROWS = 18
-"""Of a legend."""
+"""Maximum number of rows of a legend."""
 
 COUNT_SIZE, MAX_COUNTED_MARKS = 8.5, 80
-"""Size of n at marks with fewer prompts; how many of them there may be."""
+"""Font size of n at marks with fewer prompts; maximum number of such marks."""
 
 HEADER_SIZE = 12
-"""Of the letters above a panel."""
+"""Font size above a panel."""
 
 
 def add_title(chart: Any, result: ExperimentResult, data: MeasureData, *said: str | None) -> Any:
-    """The chart under what it shows; `said` are the remarks of its kind."""
+    """Add a title to a chart; `said` are the remarks of its type."""
     measure = next(n for n, each in enumerate(result.measures) if each is data)
     facts = [
         f"{result.model} · {result.direction} · {prompt_count_text(result, measure)}",
@@ -150,20 +150,20 @@ def add_title(chart: Any, result: ExperimentResult, data: MeasureData, *said: st
 
 
 def null_band_caption(result: ExperimentResult, data: MeasureData) -> str | None:
-    """What the grey of a chart is that draws the null band."""
+    """Explain the grey area of a chart with a null band."""
     measure = next(n for n, each in enumerate(result.measures) if each is data)
     null = null_band_text(result, measure)
     return f"grey: {null}" if null else None
 
 
 def faint_caption(result: ExperimentResult, data: MeasureData) -> str | None:
-    """What faint bars and points are."""
+    """Explain faint bars and points."""
     measure = next(n for n, each in enumerate(result.measures) if each is data)
     return thin_note(result, measure, "faint:")
 
 
 def hover_texts(result: ExperimentResult, measure: int) -> list[str]:
-    """Per cell what stands under the pointer: its name, its numbers, and of how many prompts."""
+    """Return the tooltip of each cell: its name, its numbers, and its number of prompts."""
     found, band = result.statistics[measure], result.control(measure)
     names = [escape_hidden(cell.name) for cell in result.cells]
     counts = [f"n = {int(n)}" for n in found.n]
@@ -191,13 +191,13 @@ def hover_texts(result: ExperimentResult, measure: int) -> list[str]:
 
 
 def add_hover(base: Any, field: str = "hover") -> Any:
-    """Marks with a field under the pointer: as a tooltip on pages, as a title in SVG."""
+    """Add a field to marks as a tooltip on pages and as a title in SVG."""
     return base.encode(tooltip=f"{field}:N", description=f"{field}:N")
 
 
 def stack_charts(charts: Sequence[Any], result: ExperimentResult) -> Any:
-    """The charts of all measures, each with colours and signs of its own. Where no measure that a
-    figure of this kind shows could be computed, that is all it says."""
+    """Stack the charts of all measures, each with its own colours and shapes. If none of the
+    drawable measures could be computed, the figure contains only that note."""
     if not charts:
         title = alt.TitleParams(
             escape_hidden(f"{result.name}: nothing to draw"),
@@ -206,7 +206,7 @@ def stack_charts(charts: Sequence[Any], result: ExperimentResult) -> Any:
         nothing = alt.Chart(alt.Data(values=[{}])).mark_point(opacity=0)
         charts = [nothing.properties(title=title, height=1)]
     own = alt.vconcat(*charts, spacing=36).resolve_scale(color="independent", shape="independent")
-    return apply_theme(own)  # a second call would take the place of the first
+    return apply_theme(own)  # a second call would replace the first
 
 
 def apply_theme(chart: Any) -> Any:
@@ -247,8 +247,8 @@ def value_title(data: MeasureData) -> str:
 
 
 def facet_chart(drawn: Any, titles: Sequence[str], width: float) -> Any:
-    """One small chart of a width per panel, where there are several. Layers with data of their own
-    would show all of it in every panel."""
+    """Split a chart into one small chart per panel, if there are several. Layers with their own
+    data would show all of it in every panel."""
     if len(titles) < 2:
         return drawn
     columns = _full_rows(len(titles), max(1, int(MAX_PANELS_WIDTH / (width + 60))))
@@ -260,13 +260,13 @@ def facet_chart(drawn: Any, titles: Sequence[str], width: float) -> Any:
 
 
 def _full_rows(count: int, most: int) -> int:
-    """How many panels stand in a row, as full as can be: places without one show an axis."""
+    """Return the number of panels per row that fills rows best: empty positions show an axis."""
     full = max(n for n in range(1, most + 1) if count % n == 0)
     return full if 2 * full >= min(most, count) else -(-count // -(-count // most))
 
 
 def panel_header(title: str, width: float) -> str:
-    """The title of a panel, in lines that are no wider than it."""
+    """Return the title of a panel, wrapped to its width."""
     room = max(8, int(width / max(text_width(title, HEADER_SIZE) / max(len(title), 1), 1.0)))
     return "\n".join(wrap(title, room)) or title
 
@@ -274,14 +274,14 @@ def panel_header(title: str, width: float) -> str:
 def fewer_prompts_caption(
     result: ExperimentResult, data: MeasureData, *, written: bool
 ) -> str | None:
-    """Where n stands of cells with fewer prompts; written: small, at their marks."""
+    """Explain where n of cells with fewer prompts is shown; `written`: at the marks."""
     measure = next(n for n, each in enumerate(result.measures) if each is data)
     return fewer_prompts_note(result, measure, "small" if written else "under the pointer")
 
 
 def count_labels(result: ExperimentResult, measure: int) -> list[str]:
-    """Per cell what is written at its mark: n where it is smaller than the largest, nothing at all
-    where there are too many such marks."""
+    """Return the text at each cell's mark: n if it is smaller than the largest; empty for all if
+    there are too many such marks."""
     less = has_fewer_prompts(result, measure)
     if np.count_nonzero(less) > MAX_COUNTED_MARKS:
         return [""] * len(less)
@@ -293,22 +293,22 @@ def count_labels(result: ExperimentResult, measure: int) -> list[str]:
 
 
 def count_marks(base: Any, y: str) -> Any:
-    """n above marks with fewer prompts."""
+    """Return labels with n above marks with fewer prompts."""
     few = base.transform_filter("datum.n != ''")
     texts = few.mark_text(fontSize=COUNT_SIZE, dy=-8, color=QUIET_INK)
     return texts.encode(y=f"{y}:Q", text="n:N", color=alt.value(QUIET_INK))
 
 
 def zero_rule() -> Any:
-    """A dashed line where there is no effect, once in every panel."""
+    """Return a dashed line at effect 0, once per panel."""
     rule = alt.Chart().transform_aggregate(n="count()").mark_rule
     return rule(color=QUIET_INK, strokeDash=[3, 3], strokeWidth=1).encode(y=alt.datum(0))
 
 
 def null_band_layer(base: Any, form: Literal["area", "bar"], lines: int = 1, **mark: Any) -> Any:
-    """What controls that were drawn at random do, in grey: along a line, or behind each point.
+    """Return the range of random controls in grey: along a line, or around each point.
 
-    Those of several lines lie on top of each other, so they are lighter.
+    Bands of several lines overlap, so they are lighter.
     """
     shade = max(0.07, 0.3 / lines)
     ends = {"y": alt.Y("null_low:Q"), "y2": "null_high:Q", "color": alt.value(QUIET_INK)}
@@ -318,23 +318,23 @@ def null_band_layer(base: Any, form: Literal["area", "bar"], lines: int = 1, **m
 
 
 def series_colours(lines: list[str]) -> Any:
-    """Distinct colours for words, a run of colours for numbers and for many; none is so light that
-    it can't be seen on white."""
+    """Return distinct colours for words and a gradient for numbers and for many values; every
+    colour is visible on white."""
     if len(lines) <= 4 or (len(lines) <= len(PALETTE) and not all(map(str.isdigit, lines))):
         return alt.Scale(domain=lines, range=PALETTE)
     return alt.Scale(domain=lines, scheme=alt.SchemeParams("viridis", extent=[0, 0.87]))
 
 
 def legend_position(width: float, panels: int) -> dict[str, Any]:
-    """Where a legend stands: at the side of a single panel, as vega would put it behind the end of
-    a title that is longer."""
+    """Return the position of a legend: next to a single panel, because vega would place it after
+    the end of a longer title."""
     if panels > 1:
         return {}
     return {"orient": "none", "direction": "vertical", "legendX": width + 18, "legendY": 0}
 
 
 def series_legend(title: str | None, lines: Sequence[str], place: Mapping[str, Any]) -> Any:
-    """Every series, in columns where there are many."""
+    """Return a legend with every series, in columns if there are many."""
     columns = -(-len(lines) // LEGEND_ROWS)
     plain: dict[str, Any] = {"labelLimit": 320, "symbolLimit": 0, "symbolOpacity": 1, **place}
     return alt.Legend(title=title, columns=columns, **plain)
@@ -344,14 +344,14 @@ def series_legend(title: str | None, lines: Sequence[str], place: Mapping[str, A
 
 
 class _ScriptEncoder(json.JSONEncoder):
-    """JSON inside of a page's script, which no text can end: `</script>` is written otherwise."""
+    """Encodes JSON in a page's script such that no text can end it: `</script>` is escaped."""
 
     def encode(self, o: Any) -> str:
         return super().encode(o).replace("<", "\\u003c")
 
 
 def save_chart(chart: Any, path: Path) -> None:
-    """Written in the format of the file's ending."""
+    """Write a chart in the format of the file's extension."""
     suffix = path.suffix.lower()
     if suffix == ".html":
         chart.save(str(path), format="html", inline=True, json_kwds={"cls": _ScriptEncoder})
@@ -365,11 +365,11 @@ def save_chart(chart: Any, path: Path) -> None:
 SVG_NAMESPACE = "http://www.w3.org/2000/svg"
 
 GUIDE_ROLES = {"axis", "legend", "title", "header"}
-"""What a drawing has besides its marks."""
+"""Roles of a drawing's elements besides its marks."""
 
 
 def _add_titles(svg: str) -> str:
-    """The drawing with its marks' descriptions as titles, which are shown under the pointer."""
+    """Convert the marks' descriptions to titles, which browsers show as tooltips."""
     ElementTree.register_namespace("", SVG_NAMESPACE)
     root = ElementTree.fromstring(svg)
     for mark in root.iter():
@@ -385,7 +385,7 @@ LINE_HEIGHT, LETTER_WIDTH, TEXT_MARGIN = 18, 7.85, 16
 
 
 def save_text_picture(text: str, path: Path) -> None:
-    """Lines of fixed-width text as a picture: SVG, or PNG by the ending."""
+    """Draw lines of fixed-width text as a picture: SVG, or PNG by the extension."""
     lines = [line.rstrip() for line in text.strip("\n").splitlines()]
     width = max((len(line) for line in lines), default=0) * LETTER_WIDTH + 2 * TEXT_MARGIN
     height = len(lines) * LINE_HEIGHT + 2 * TEXT_MARGIN

@@ -1,4 +1,4 @@
-"""`report confusion`: the share of each category for each value of an axis or of the prompts."""
+"""`report confusion`: the share of each category per value of an axis or of the prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mechdsl.show.reports.text import MISSING, print_conventions, print_heading,
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
-    """One matrix per measure and combination of the axes that aren't drawn."""
+    """Print one matrix per measure and combination of the remaining axes."""
     title = axis_title(result, report.variable or "")
     for measure, found in count_confusions(result, report).items():
         print_heading(result, result.measures[measure], console)
@@ -33,7 +33,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
 
 
 def _matrix(found: ConfusionCounts, report: spec.Report, title: str, width: int) -> Matrix:
-    """Shares, with counts where there is room for them."""
+    """Build a matrix of shares, with counts if there is room."""
     most = max(chain([0], *found.counts))
     counted = len(found.columns) * (len(f" 0.00 ({most})") + 2) + 24 <= width
 
@@ -57,14 +57,14 @@ def _matrix(found: ConfusionCounts, report: spec.Report, title: str, width: int)
 
 
 def chart(result: ExperimentResult, report: spec.Report) -> Any:
-    """The altair chart."""
+    """Return the altair chart."""
     from mechdsl.show.reports.map_charts import confusion_chart
 
     return confusion_chart(result, report)
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """As SVG, PNG or a standalone HTML page."""
+    """Write the chart as SVG, PNG or a standalone HTML page."""
     from mechdsl.show.reports.charts import save_chart
 
     save_chart(chart(result, report), path)

@@ -13,13 +13,13 @@ from mechdsl.results.experiment_result import ExperimentResult
 
 
 def experiment_json(result: ExperimentResult) -> str:
-    """The experiment as it stands in the results document."""
+    """Return the experiment's part of the results document."""
     document = experiment_document(result).as_json()
     return dump_json(document, indent=2) + "\n"
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
-    """Plain text, neither wrapped nor coloured, so that it can be piped on."""
+    """Print plain text, neither wrapped nor coloured, for use in pipes."""
     if report.kind == "json":
         text = escape_unencodable(experiment_json(result), console.encoding)
     else:
@@ -28,7 +28,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """In the format that the report names."""
+    """Write the file in the report's format."""
     if report.kind == "parquet":
         _write_parquet(result, path)
         return

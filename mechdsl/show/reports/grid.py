@@ -1,4 +1,4 @@
-"""Cells arranged along axes, and counts of categories, for the reports that draw them."""
+"""Cells arranged along axes, and counts of categories, for reports."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ DEPTH_PATTERN = re.compile(r"[0-9.]+%")
 
 @dataclass(frozen=True)
 class GridPanel:
-    """The cells that share every coordinate but those along the drawn axes."""
+    """The cells that share all coordinates except those along the drawn axes."""
 
     title: str
-    """The shared coordinates, empty where there are none."""
+    """The shared coordinates; empty if there are none."""
     cells: dict[tuple[Coord, ...], int]
-    """Coordinates along the drawn axes -> index of the cell."""
+    """Coordinates along the drawn axes → index of the cell."""
 
 
 def axis_name(result: ExperimentResult, word: str) -> str:
-    """The axis that a report's word means (`item` may stand for `position`)."""
+    """Return the axis that a report's word refers to (`item` may mean `position`)."""
     return word if word in result.axes else result.aliases.get(word, word)
 
 
 def axis_title(result: ExperimentResult, word: str) -> str:
-    """How an axis is called in a figure: `layer (centre)` where its values are those of windows."""
+    """Return an axis's title in a figure: `layer (centre)` if its values are centres of windows."""
     return f"{word} (centre)" if axis_name(result, word) in result.centres else word
 
 
 def axis_values(result: ExperimentResult, axis: str) -> list[Coord]:
-    """The values of an axis in order: numbers by size, words as they were written."""
+    """Return the values of an axis: numbers sorted by size, words in source order."""
     seen = dict.fromkeys(cell.coords[axis] for cell in result.cells)
     values = list(seen)
     return sorted(values, key=numeric_value) if is_numeric(values) else values
 
 
 def is_numeric(values: Sequence[Coord]) -> bool:
-    """Whether they are numbers, or layers by their relative depth such as `33.3%`."""
+    """Whether the values are numbers, or relative depths such as `33.3%`."""
     return not any(
         isinstance(value, str) and not DEPTH_PATTERN.fullmatch(value) for value in values
     )
 
 
 def numeric_value(value: Coord) -> float:
-    """Where a value of a numeric axis stands."""
+    """Return the coordinate of a value on a numeric axis."""
     return float(value.rstrip("%")) if isinstance(value, str) else value
 
 
 def grid_panels(result: ExperimentResult, drawn: Sequence[str]) -> list[GridPanel]:
-    """One panel per combination of the other axes' values."""
+    """Return one panel per combination of the other axes' values."""
     others = [axis for axis in result.axes if axis not in drawn]
     found: dict[tuple[Coord, ...], GridPanel] = {}
     for index, cell in enumerate(result.cells):
@@ -71,24 +71,24 @@ def grid_panels(result: ExperimentResult, drawn: Sequence[str]) -> list[GridPane
 
 
 def coordinate_text(axis: str, value: Coord) -> str:
-    """`head 3`; a position speaks for itself."""
+    """Format a coordinate: `head 3`; a position without its axis."""
     return value_text(value) if axis == "position" else f"{axis} {value_text(value)}"
 
 
 def value_text(value: Coord) -> str:
-    """A value of an axis as text, which may come from a prompt."""
+    """Format a value of an axis, which may be text from a prompt."""
     return escape_hidden(str(value))
 
 
 def hit_tokens_text(cell: CellKey, most: int) -> str:
-    """The commonest tokens that a cell hits; behind an arrow those of the source run, where tokens
-    of one number are others there."""
+    """Return the most frequent tokens that a cell hits; after an arrow those of the source run, if
+    its tokens at the same positions differ."""
     hit = _token_list(cell.tokens, most)
     return f"{hit} ← {_token_list(cell.read, most)}" if cell.read else hit
 
 
 def listed_tokens_text(cell: CellKey) -> str:
-    """The tokens that an observation lists of a cell."""
+    """Return the tokens that an observation lists for a cell."""
     if not cell.shares:
         return _token_list(cell.listed, len(cell.listed))
     parts = zip(cell.listed, cell.shares, strict=True)
@@ -108,9 +108,8 @@ def _commonest_token(tokens: Sequence[str]) -> str:
 
 
 def name_positions(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
-    """The result as a report draws it: along the axis of positions, a number says which tokens it
-    hits in each run, where those of the source run are others. Reports without axes have a column
-    of tokens instead."""
+    """Add tokens to the numbers of a position axis: those that a number hits in each run, if the
+    source run's differ. Reports without axes have a token column instead."""
     signature = REPORTS[report.kind].signature
     if signature is None or signature.variable is None or "position" not in result.axes:
         return result
@@ -135,26 +134,26 @@ UPWARD_AXES = {"layer", "to_layer"}
 
 
 def row_order(result: ExperimentResult, axis: str) -> list[Coord]:
-    """Values from the top of the map to its bottom."""
+    """Return the values from the top of the map to its bottom."""
     values = axis_values(result, axis)
     return values[::-1] if axis in UPWARD_AXES and is_numeric(values) else values
 
 
 def drawn_axes(result: ExperimentResult, report: spec.Report) -> tuple[str, ...]:
-    """The axis of the bars, and that of the series where there is one."""
+    """Return the axis of the bars, and that of the series if there is one."""
     words = [report.variable or "", *([report.by] if report.by else [])]
     return tuple(axis_name(result, word) for word in words)
 
 
 def sort_key(value: object) -> tuple[int, float, str]:
-    """Numbers by size, before words in their order."""
+    """Sort numbers by size before words."""
     if isinstance(value, int | float):
         return 0, float(value), ""
     return 1, 0.0, str(value)
 
 
 MAX_COLUMNS = 30
-"""Numbers between the least and the greatest category up to which all have a column."""
+"""Maximum number of integers between the smallest and largest category that all get a column."""
 
 
 @dataclass(frozen=True)
@@ -165,16 +164,16 @@ class ConfusionCounts:
     rows: tuple[Coord, ...]
     columns: tuple[float, ...]
     counts: tuple[tuple[int, ...], ...]
-    """[row][column]."""
+    """Shape [row][column]."""
     own: tuple[int | None, ...]
-    """Per row, the column of the number that the row is called by."""
+    """Per row, the column of the number in the row's name."""
 
     def total(self, row: int) -> int:
-        """The row's prompts."""
+        """Return the number of the row's prompts."""
         return sum(self.counts[row])
 
     def share(self, row: int, column: int) -> float:
-        """NaN in a row without prompts."""
+        """Return the share of a column, NaN in a row without prompts."""
         total = self.total(row)
         return self.counts[row][column] / total if total else float("nan")
 
@@ -182,9 +181,13 @@ class ConfusionCounts:
 def count_confusions(
     result: ExperimentResult, report: spec.Report
 ) -> Mapping[int, list[ConfusionCounts]]:
-    """Measure -> one table of counts per combination of the axes that aren't drawn, behind that of
-    the base run: what is there without intervention. Where the base run differs between these
-    (its rows are those of the cell), each has its own."""
+    """Count categories.
+
+    Returns:
+        Measure → one table per combination of the remaining axes, after that of the base run, which
+        shows the state without intervention. If the base runs differ (their rows are those of the
+        cell), each combination has its own.
+    """
     word = report.variable or ""
     axis = axis_name(result, word)
     found: dict[int, list[ConfusionCounts]] = {}
@@ -200,10 +203,10 @@ def count_confusions(
             titled = grid_panels(result, ())
         named = [(panel.title, split(data.patched, panel)) for panel in titled]
         acts = any(cell.site for cell in result.cells) and not data.inert.all()
-        if acts or not np.array_equal(base, data.patched, equal_nan=True):  # else it is the base
+        if acts or not np.array_equal(base, data.patched, equal_nan=True):  # else: the base run
             named = _add_base_run(named, [split(base, panel) for panel in titled], result)
         names = dict.fromkeys(name for _, rows in named for name in rows)
-        # a layer has a number too, but none that a category could be right about
+        # A layer has a number too, but a category can't be correct about it.
         counts = word not in result.axes
         numbers = {name: _row_number(name, word) if counts else None for name in names}
         shown = np.concatenate([values for _, rows in named for values in rows.values()] or [[]])
@@ -252,7 +255,7 @@ def _values_by_row(
 
 
 def _row_number(name: Coord, word: str) -> float | None:
-    """The number that a row is called by: 3, or `item 3 token` of the axis `item`."""
+    """Return the number in a row's name: 3, or `item 3 token` on the axis `item`."""
     if not isinstance(name, str):
         return float(name)
     found = re.match(rf"{re.escape(word)} (\d+)\b", name)
@@ -260,7 +263,7 @@ def _row_number(name: Coord, word: str) -> float | None:
 
 
 def _category_columns(seen: Sequence[float], rows: Sequence[float]) -> tuple[float, ...]:
-    """What was found and what rows are called by, with the whole numbers in between."""
+    """Return the observed categories and the numbers of rows, with the integers in between."""
     values = sorted({*seen, *rows})
     whole = all(value.is_integer() for value in values)
     if values and whole and values[-1] - values[0] < MAX_COLUMNS:

@@ -1,4 +1,4 @@
-"""`report heatmap`: a matrix of effects; layers run upwards, as in papers."""
+"""`report heatmap`: a matrix of effects with layer 0 at the bottom."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from mechdsl.show.reports.text import (
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
-    """One map per measure and combination of the axes that aren't drawn."""
+    """Print one map per measure and combination of the remaining axes."""
     rows_axis = axis_name(result, report.variable or "")
     columns_axis = axis_name(result, report.by or "")
     for measure, data in drawable_measures(result, console):
@@ -91,7 +91,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
 
 
 def _count_texts(result: ExperimentResult, measure: int) -> list[str]:
-    """Per cell its n where that is smaller than the largest, as wide in all."""
+    """Return n of each cell if it is smaller than the largest, padded to a common width."""
     pairs = zip(result.statistics[measure].n, has_fewer_prompts(result, measure), strict=True)
     texts = [subscript(int(n)) if less else "" for n, less in pairs]
     width = max(map(len, texts), default=0)
@@ -133,14 +133,14 @@ def _heatmap_notes(
 
 
 def chart(result: ExperimentResult, report: spec.Report) -> Any:
-    """The altair chart."""
+    """Return the altair chart."""
     from mechdsl.show.reports.map_charts import heatmap_chart
 
     return heatmap_chart(result, report)
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """As SVG, PNG or a standalone HTML page."""
+    """Write the chart as SVG, PNG or a standalone HTML page."""
     from mechdsl.show.reports.charts import save_chart
 
     save_chart(chart(result, report), path)

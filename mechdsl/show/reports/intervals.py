@@ -23,34 +23,34 @@ from mechdsl.show.reports.text import (
 )
 
 MIN_GAUGE, MAX_GAUGE = 12, 60
-"""Characters that the drawn intervals take at least (else only numbers are shown) and at most."""
+"""Minimum and maximum width of drawn intervals, in characters; below it only numbers are shown."""
 
 MIN_LABEL = 10
-"""Characters that labels wrap to at least."""
+"""Minimum width that labels wrap to, in characters."""
 
 COLUMN_GAP = 2
 
 MEAN_TITLE = "mean "
-"""With room for the mark of a number."""
+"""Column title, padded for the mark of a number."""
 
 
 @dataclass(frozen=True)
 class TextScale:
-    """Where numbers lie on a line of characters."""
+    """A scale of numbers on a line of characters."""
 
     left: float
     right: float
     width: int
 
     def at(self, value: float) -> int:
-        """The place of a number; those beyond the ends stand at the ends."""
+        """Return the column of a number; numbers outside the scale are at its ends."""
         place = (value - self.left) / (self.right - self.left) * (self.width - 1)
         return round(min(max(place, 0), self.width - 1))
 
 
 @dataclass(frozen=True)
 class IntervalEnds:
-    """What is drawn of a cell."""
+    """The drawn numbers of a cell."""
 
     mean: float
     low: float
@@ -61,11 +61,11 @@ class IntervalEnds:
 IntervalDrawer = Callable[[IntervalEnds, TextScale], str]
 
 LabelledCell = tuple[Sequence[str], int]
-"""Labels in front, and the cell."""
+"""Labels of a line, and its cell."""
 
 
 def _empty_gauge(ends: IntervalEnds, scale: TextScale) -> list[str]:
-    """An empty line with the null band, and 0 as a bar."""
+    """Return a line with only the null band and a bar at 0."""
     drawn = [" "] * scale.width
     if math.isfinite(sum(ends.null)):
         for place in range(scale.at(ends.null[0]), scale.at(ends.null[1]) + 1):
@@ -75,7 +75,7 @@ def _empty_gauge(ends: IntervalEnds, scale: TextScale) -> list[str]:
 
 
 def draw_point(ends: IntervalEnds, scale: TextScale) -> str:
-    """The interval as a line with its mean."""
+    """Draw the interval as a line with its mean."""
     if not math.isfinite(ends.mean) or scale.right <= scale.left:
         return ""
     drawn = _empty_gauge(ends, scale)
@@ -87,7 +87,7 @@ def draw_point(ends: IntervalEnds, scale: TextScale) -> str:
 
 
 def draw_bar(ends: IntervalEnds, scale: TextScale) -> str:
-    """A bar from 0 to the mean; the interval is light inside of it and a line beyond."""
+    """Draw a bar from 0 to the mean; the interval is light within the bar and a line beyond."""
     if not math.isfinite(ends.mean) or scale.right <= scale.left:
         return ""
     drawn = _empty_gauge(ends, scale)
@@ -110,20 +110,20 @@ def _max_length(texts: Iterable[str]) -> int:
 
 @dataclass(frozen=True)
 class IntervalLayout:
-    """Texts and widths of all cells of a measure, so that the lines of all panels line up."""
+    """Texts and widths for all cells of a measure, so that the lines of all panels are aligned."""
 
     titles: Sequence[str]
-    """Of the labels."""
+    """Titles of the labels."""
     widths: Sequence[int]
-    """Of the labels."""
+    """Widths of the labels."""
     means: list[str]
-    """Per cell, with a mark where it survives the correction."""
+    """Mean of each cell, with a mark if it is significant after correction."""
     counts: list[str]
-    """n per cell, empty where it is the same in all."""
+    """n of each cell; empty if all are equal."""
     intervals: list[str]
     interval_title: str
     nulls: list[str]
-    """Per cell, empty where there are none or they have no room."""
+    """Null band of each cell; empty without one or without room."""
     ends: list[IntervalEnds]
     scale: TextScale
     scale_texts: tuple[str, str]
@@ -139,7 +139,7 @@ class IntervalLayout:
         width: int,
         draw: IntervalDrawer,
     ) -> IntervalLayout:
-        """labels: per title, every label that occurs."""
+        """Lay out a measure; `labels` are all labels of each title."""
         found, band = result.statistics[measure], result.control(measure)
         null = np.full((2, len(found.mean)), np.nan) if band is None else [band.low, band.high]
         everything = np.concatenate([found.mean, found.low, found.high, *null])
@@ -171,14 +171,14 @@ class IntervalLayout:
         if nulls and taken + _max_length(nulls) > width:
             nulls = []
         room = min(MAX_GAUGE, width - taken - (_max_length(nulls) + COLUMN_GAP if nulls else 0))
-        # the scale runs over all panels alike, 0 included, so that they can be compared
+        # All panels share the scale, which includes 0, so that they can be compared.
         limits = float(np.nanmin([*everything, 0.0])), float(np.nanmax([*everything, 0.0]))
         scale = TextScale(*limits, room if room >= MIN_GAUGE and limits[0] < limits[1] else 0)
         texts = write(limits[0]), write(limits[1])
         return cls(titles, widths, means, counts, intervals, title, nulls, ends, scale, texts, draw)
 
     def print(self, lines: Sequence[LabelledCell], console: Console) -> None:
-        """One panel."""
+        """Print one panel."""
         second = _max_length([MEAN_TITLE, *self.means])
         third = _max_length([self.interval_title, *self.intervals])
         fourth = _max_length(["null", *self.nulls])
@@ -212,7 +212,7 @@ class IntervalLayout:
 
 
 def label_lines(labels: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Labels beside each other, wrapped to their widths."""
+    """Join labels side by side, wrapped to their widths."""
     parts = [wrap(text, width) or [""] for text, width in zip(labels, widths, strict=True)]
     return [
         "  ".join(
@@ -224,7 +224,7 @@ def label_lines(labels: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 
 def label_widths(titles: Sequence[str], labels: Sequence[Sequence[str]], room: int) -> list[int]:
-    """As wide as the labels are, or what there is room for."""
+    """Return the widths of the labels, or the available ones."""
     widths = [_max_length([title, *texts]) for title, texts in zip(titles, labels, strict=True)]
     each = max(MIN_LABEL, (room - COLUMN_GAP * (len(widths) - 1)) // len(widths))
     if sum(widths) + COLUMN_GAP * (len(widths) - 1) <= room:

@@ -22,7 +22,7 @@ from mechdsl.show.reports.text import (
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
-    """Per series one row per value: mean, interval, and the interval drawn to scale."""
+    """Print per series one row per value: mean, interval, and the interval drawn to scale."""
     axis = axis_name(result, report.variable or "")
     title = axis_title(result, axis)
     values = axis_values(result, axis)
@@ -47,14 +47,14 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
 
 
 def chart(result: ExperimentResult, report: spec.Report) -> Any:
-    """The altair chart."""
+    """Return the altair chart."""
     from mechdsl.show.reports.series_charts import lines_chart
 
     return lines_chart(result, report)
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """As SVG, PNG or a standalone HTML page."""
+    """Write the chart as SVG, PNG or a standalone HTML page."""
     from mechdsl.show.reports.charts import save_chart
 
     save_chart(chart(result, report), path)

@@ -80,27 +80,27 @@ from mechdsl.show.reports.text import (
 )
 
 MAX_NUMBERED_CELLS = 160
-"""Cells of a map up to which their numbers are written into them."""
+"""Maximum number of cells of a map with numbers."""
 
 MAX_NUMBER_SIZE, MIN_NUMBER_SIZE = 11.0, 8.0
-"""Of the numbers in cells; where they would have to be smaller there are none."""
+"""Font sizes of the numbers in cells; with a smaller size they are omitted."""
 
 MAX_MAP_WIDTH = 1000
-"""Of a map, up to which its cells grow for their numbers and labels."""
+"""Maximum width to which the cells of a map grow for their numbers and labels."""
 
 NO_VALUE_COLOUR = "#d4d4d4"
-"""What lies behind a map; as light as 0, a cell without a value would be taken for it."""
+"""Background of a map; if it were as light as 0, cells without a value would look like 0."""
 
 DOT_AREA = 9
 """Area of the dot that marks a cell without a number."""
 
 CORNER_COUNT_SIZE, CORNER_AREA, CORNER_LIFT = 7.5, 12, 4
-"""Size of n in the corner of a cell with fewer prompts; area of the mark where it has no room; how
-far it lifts the other number."""
+"""Font size of n in the corner of a cell with fewer prompts; area of the mark without room for n;
+upward shift of the cell's other number."""
 
 
 def heatmap_chart(result: ExperimentResult, report: spec.Report) -> Any:
-    """The effect over two axes, one map per measure and combination of the other axes."""
+    """Draw the effect over two axes, one map per measure and combination of the other axes."""
     rows, columns = report.variable or "", report.by or ""
     maps = [_heatmap_panel(result, measure, rows, columns) for measure, _ in result.computed()]
     return stack_charts(maps, result)
@@ -113,9 +113,9 @@ class _Layout:
     rows: ChartLabels
     columns: ChartLabels
     number: float | None
-    """Size of the numbers in cells, None where they have no room."""
+    """Font size of the numbers in cells; None without room."""
     lift: int = 0
-    """How far they stand above the middle."""
+    """Their upward shift from the middle."""
 
     @classmethod
     def of(
@@ -126,7 +126,7 @@ class _Layout:
         *,
         counted: bool,
     ) -> _Layout:
-        """counted: there is a second number in some cells, below the first."""
+        """Compute the sizes; `counted`: some cells have a second number below the first."""
         count = len(columns)
         step = 44.0 if count <= 8 else 34 if count <= 16 else 22 if count <= 40 else 13
         size = None
@@ -172,7 +172,7 @@ def _heatmap_panel(result: ExperimentResult, measure: int, rows: str, columns: s
     column_texts = dict(zip(places[1], layout.columns.texts, strict=True))
     finite = values[np.isfinite(values)]
     limit = float(np.abs(finite).max(initial=0.0)) or 1.0
-    least = float(finite.min(initial=limit)) if category else 0.0  # what has no colour
+    least = float(finite.min(initial=limit)) if category else 0.0  # the value without colour
     records = [
         {
             "row": row_texts[row],
@@ -239,8 +239,8 @@ def _heatmap_panel(result: ExperimentResult, measure: int, rows: str, columns: s
 
 
 def _number_layers(base: Any, layout: _Layout, ink: Any) -> list[Any]:
-    """The numbers, bold in cells that survive and are more than random targets have; where
-    numbers have no room, dots in these, and rings in the others that survive."""
+    """Return the numbers, bold in cells that are significant and exceed random targets. Without
+    room for numbers, these cells have dots, and other significant cells have rings."""
     if layout.number is None:
         dots = base.transform_filter("datum.survives").mark_circle(size=DOT_AREA, opacity=1)
         rings = base.transform_filter("datum.alike").mark_point(
@@ -253,7 +253,7 @@ def _number_layers(base: Any, layout: _Layout, ink: Any) -> list[Any]:
 
 
 def _count_layers(base: Any, layout: _Layout, ink: Any) -> Any:
-    """n in the corner of cells with fewer prompts; a mark there where it has no room."""
+    """Return n in the corner of cells with fewer prompts; a mark without room for n."""
     few = base.transform_filter("datum.fewer").encode(color=ink)
     right, below = layout.columns.step / 2, layout.rows.step / 2
     if layout.number is None:
@@ -267,17 +267,17 @@ def _count_layers(base: Any, layout: _Layout, ink: Any) -> Any:
 
 
 SHARE_SIZE, ENTRY_COUNT_SIZE = 11, 9
-"""Sizes of the two numbers of a cell."""
+"""Font sizes of the two numbers of a cell."""
 
 COUNT_COLUMN_GAP = 12
-"""Between a label and `n`."""
+"""Distance between a label and `n`."""
 
 COUNT_COLUMN = "n"
-"""The column behind the categories: the row's prompts."""
+"""The column after the categories, with the row's number of prompts."""
 
 
 def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:
-    """Shares on a map, counts below them; one's own category is framed."""
+    """Draw shares on a map with counts below them; a row's own category is framed."""
     maps: list[Any] = []
     for measure, found in count_confusions(result, report).items():
         own = any(column is not None for each in found for column in each.own)
@@ -289,8 +289,8 @@ def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:
 
 
 def _count_axis(below: ChartLabels) -> dict[str, Any]:
-    """How the axis is labelled with the column of n behind it. Where not all numbers are written,
-    the last one is left out if it would reach it."""
+    """Return the labels of the axis with the column of n after it. If not all numbers are labelled,
+    the last label is omitted if it would touch the column's."""
     if "values" not in below.options:
         return below.options
     written = list(below.options["values"])
@@ -386,7 +386,7 @@ PROMPT_TITLE_HEIGHT = 22
 
 
 def overlay_chart(result: ExperimentResult, report: spec.Report) -> Any:
-    """One chart per measure that is a number, the prompts below each other."""
+    """Draw one chart per numeric measure, with prompts below one another."""
     charts: list[Any] = []
     for measure, shown in build_overlays(result, report).items():
         drawn = _maps_chart(shown) if result.seen else _tokens_chart(shown)
@@ -440,7 +440,7 @@ def _tokens_chart(shown: Overlay) -> Any:
 
 
 def _maps_chart(shown: Overlay) -> Any:
-    """Images and their maps side by side, in lines; numbers under the pointer."""
+    """Draw images and their maps side by side, in lines, with numbers as tooltips."""
     write = map_format([shown.limit])
     images: list[dict[str, Any]] = []
     patches: list[dict[str, Any]] = []
@@ -506,7 +506,7 @@ def _drawn_maps(
     said: tuple[list[dict[str, Any]], list[dict[str, Any]]],
     size: tuple[float, float],
 ) -> Any:
-    """said: the titles of images, the captions of maps."""
+    """Combine the layers; `said` are the titles of images and the captions of maps."""
     x, y = _position_scales(size)
     pictures = [
         alt.Chart(alt.Data(values=[each]))
@@ -533,7 +533,7 @@ def _drawn_maps(
 
 
 def _place_layers(tokens: list[dict[str, Any]], titles: list[dict[str, Any]], size: Any) -> Any:
-    """Places are points of the picture, so both scales are as long as their sides."""
+    """Combine layers in points of the picture, so that both scales equal the side lengths."""
     x, y = _position_scales(size)
     placed = add_hover(alt.Chart(alt.Data(values=tokens)))
     shades = placed.mark_rect(cornerRadius=3).encode(
@@ -557,7 +557,7 @@ FieldEncoder = Callable[[str], Any]
 
 
 def _position_scales(size: tuple[float, float]) -> tuple[FieldEncoder, FieldEncoder]:
-    """How fields are places of the picture, across and down."""
+    """Return encoders of fields as horizontal and vertical points of the picture."""
     width, height = size
     across = alt.Scale(domain=[0, width], nice=False, zero=False)
     down = alt.Scale(domain=[height, 0], nice=False, zero=False)

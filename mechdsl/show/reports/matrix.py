@@ -1,4 +1,4 @@
-"""Matrices on coloured backgrounds, for the reports that print maps.
+"""Matrices on coloured backgrounds, for reports that print maps.
 
 The numbers are always printed, so that no information depends on colour.
 """
@@ -19,14 +19,14 @@ Colour = tuple[int, int, int]
 NEGATIVE_COLOUR, NEUTRAL_COLOUR, POSITIVE_COLOUR = (178, 24, 43), (247, 247, 247), (33, 102, 172)
 
 HEADER_WIDTH = 12
-"""Headers of columns wrap to this, or to their longest word."""
+"""Width that column headers wrap to, unless a word is longer."""
 
 MAX_DARK_LUMINANCE = 140
-"""Luminance up to which a background takes white letters."""
+"""Maximum luminance of a background with white text."""
 
 
 def diverging_colour(value: float, limit: float) -> Colour | None:
-    """A diverging scale: white at 0, full colour at `limit` and beyond."""
+    """Return a colour of a diverging scale: white at 0, full colour at `limit` and beyond."""
     if not math.isfinite(value) or limit <= 0:
         return None
     share = min(1.0, abs(value) / limit)
@@ -38,7 +38,7 @@ def diverging_colour(value: float, limit: float) -> Colour | None:
 
 
 def needs_white_text(background: Colour) -> bool:
-    """Whether white letters are read better on it than black ones."""
+    """Whether white text is more legible than black text on a background."""
     return (
         sum(w * c for w, c in zip((0.299, 0.587, 0.114), background, strict=True))
         <= MAX_DARK_LUMINANCE
@@ -46,7 +46,7 @@ def needs_white_text(background: Colour) -> bool:
 
 
 def cell_style(background: Colour | None) -> Style:
-    """Letters that can be read on it."""
+    """Return a style with legible text on a background."""
     if background is None:
         return Style()
     ink = "white" if needs_white_text(background) else "black"
@@ -56,7 +56,7 @@ def cell_style(background: Colour | None) -> Style:
 
 @dataclass(frozen=True)
 class MatrixEntry:
-    """One number, with a place for a mark behind it."""
+    """One number, with room for a mark after it."""
 
     text: str = ""
     colour: Colour | None = None
@@ -65,30 +65,30 @@ class MatrixEntry:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Entries under the names of columns, behind the names of rows."""
+    """Entries with names of columns above and names of rows before them."""
 
     rows: Sequence[str]
     columns: Sequence[str]
     entries: Sequence[Sequence[MatrixEntry]]
-    """[row][column]."""
+    """Shape [row][column]."""
     rows_title: str = ""
     columns_title: str = ""
     header_colours: Sequence[Colour | None] = field(default_factory=tuple)
-    """Per column, where its name is coloured too."""
+    """Colour of each column's name, if it has one."""
     number_width: int = 0
-    """At least; for several matrices that should line up."""
+    """Minimum width of numbers, to align several matrices."""
 
     def print(self, console: Console) -> None:
-        """The matrix in as many parts as the width asks for."""
+        """Print the matrix, split by columns to fit the width."""
         headers = [_wrap_header(name) for name in self.columns]
         longest = max(len(name) for name in (self.rows_title, *self.rows))
         label_width = min(longest, max(10, len(self.rows_title), console.width // 3))
-        # the place of the mark keeps numbers apart
+        # The column of the mark separates numbers.
         number_width = max(len(entry.text) for row in self.entries for entry in row)
         number_width = max(number_width, self.number_width)
         widths = [max(number_width, 1 + max(map(len, header))) for header in headers]
         room = console.width - label_width - 1
-        if sum(widths) + len(widths) <= room:  # a gap besides, where nothing is cut for it
+        if sum(widths) + len(widths) <= room:  # add a gap if it cuts nothing
             widths = [width + 1 for width in widths]
         for part in _split_columns(widths, room):
             if self.columns_title:
@@ -144,7 +144,7 @@ def _wrap_header(header: str) -> list[str]:
 
 
 def _split_columns(widths: Sequence[int], room: int) -> list[list[int]]:
-    """Columns that fit beside each other."""
+    """Split columns into groups that fit side by side."""
     parts: list[list[int]] = [[]]
     used = 0
     for column, width in enumerate(widths):

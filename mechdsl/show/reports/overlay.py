@@ -31,7 +31,7 @@ from mechdsl.show.reports.text import (
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
-    """Per prompt its tokens over the numbers, both shaded."""
+    """Print each prompt's tokens above the numbers, both shaded."""
     found = build_overlays(result, report)
     for measure, data in drawable_measures(result, console):
         print_heading(result, data, console)
@@ -53,7 +53,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
 def _patch_matrices(
     each: ImageMaps, limit: float, write: Callable[[float], str], console: Console
 ) -> None:
-    """The numbers of patches where these lie in the image."""
+    """Print the numbers of patches in the layout of the image."""
     for title, values in each.maps:
         said = f"{each.title} · {title}" if len(each.maps) > 1 else each.title
         console.print(Text(escape_hidden(said), style="bold"), highlight=False)
@@ -79,14 +79,14 @@ def _matrix(each: ShadedPrompt, limit: float, write: Callable[[float], str]) -> 
 
 
 def chart(result: ExperimentResult, report: spec.Report) -> Any:
-    """The altair chart."""
+    """Return the altair chart."""
     from mechdsl.show.reports.map_charts import overlay_chart
 
     return overlay_chart(result, report)
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """As a page whose text flows, or as a picture."""
+    """Write a page with flowing text, or a picture."""
     from mechdsl.show.reports.overlay_pages import write_overlay
 
     write_overlay(result, report, path)

@@ -1,6 +1,6 @@
 """Overlays: effects at the tokens or image patches of prompts, as pages and pictures.
 
-A patch is covered the more, the further its number is from 0: blue above, red below, as in all
+The colour over a patch is denser the further its number is from 0: blue above, red below, as in all
 maps. A patch without a number is hatched.
 """
 
@@ -61,19 +61,19 @@ class ShadedPrompt:
     prompt: int
     tokens: tuple[str, ...]
     rows: tuple[tuple[str, tuple[float, ...]], ...]
-    """(the coordinates along other axes, the numbers)."""
+    """(Coordinates along other axes, numbers)."""
     image: SeenImage | None = None
-    """What its tokens are of, where that isn't text."""
+    """The image of the tokens, if they aren't text."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageMaps:
-    """An image, and what cells give at its patches."""
+    """An image, and the numbers of cells at its patches."""
 
     title: str
     pixels: Pixels
     maps: tuple[tuple[str, Floats], ...]
-    """(what its cells are called, [row, col] a number for each patch, NaN without one)."""
+    """(Name of the cells, a number for each patch, NaN without one, shape [row, col])."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Overlay:
 
     prompts: tuple[ShadedPrompt, ...]
     limit: float
-    """The greatest absolute number, which has the full colour."""
+    """The largest absolute number, which has the full colour."""
 
 
 def build_overlays(result: ExperimentResult, report: spec.Report) -> Mapping[int, Overlay]:
-    """Measure -> its prompts; categories are left out."""
+    """Return the prompts of each measure except categories."""
     found: dict[int, Overlay] = {}
     for measure, data in result.computed():
         if data.kind == "category":
@@ -103,9 +103,9 @@ def build_overlays(result: ExperimentResult, report: spec.Report) -> Mapping[int
 
 
 def prompt_effects(result: ExperimentResult, measure: int) -> Floats:
-    """[cell, prompt]: each prompt's part in the cell's effect; their mean is the effect.
+    """Return each prompt's contribution to the cell's effect, their mean. Shape [cell, prompt].
 
-    The denominator is the mean one: that of a single prompt may be close to 0.
+    The denominator is the mean over prompts, because that of a single prompt may be close to 0.
     """
     data = result.measures[measure]
     effect = EFFECTS[data.effect]
@@ -122,7 +122,7 @@ def _shade_prompt(result: ExperimentResult, values: Floats, prompt: int) -> Shad
     tokens = result.texts[prompt]
     others = [axis for axis in result.axes if axis != "position"]
     found = grid_panels(result, ("position",))
-    if len(others) == 1 and others[0] in UPWARD_AXES:  # layer 0 is the lowest row, as in maps
+    if len(others) == 1 and others[0] in UPWARD_AXES:  # layer 0 is the bottom row, as in maps
         found.reverse()
     rows: list[tuple[str, tuple[float, ...]]] = []
     for panel in found:
@@ -130,13 +130,13 @@ def _shade_prompt(result: ExperimentResult, values: Floats, prompt: int) -> Shad
         for cell in panel.cells.values():
             for token in result.hits[cell][prompt]:
                 at[token].append(float(values[cell, prompt]))
-        # positions may overlap: a token has the mean of those that hit it
+        # Positions may overlap: a token has the mean over those that hit it.
         rows.append((panel.title, tuple(float(np.mean(x)) if x else math.nan for x in at)))
     return ShadedPrompt(prompt, tokens, tuple(rows), result.seen[prompt] if result.seen else None)
 
 
 def overlay_notes(result: ExperimentResult, measure: int, shown: Overlay) -> list[str]:
-    """What is shown, and why a prompt's number isn't its own ratio."""
+    """Describe the figure, and why a prompt's number isn't its own ratio."""
     images = bool(result.seen)
     if not shown.prompts:
         what = "images" if images else "tokens"
@@ -161,8 +161,8 @@ def overlay_notes(result: ExperimentResult, measure: int, shown: Overlay) -> lis
 
 
 def image_maps(each: ShadedPrompt, write: Callable[[float], str]) -> ImageMaps:
-    """The numbers at the patches of a prompt that is an image; what tokens in front of them have
-    stands beside the name of the map."""
+    """Return the numbers at the patches of a prompt that is an image; numbers of preceding tokens
+    are appended to the name of the map."""
     seen = each.image
     assert seen is not None
     maps: list[tuple[str, Floats]] = []
@@ -176,19 +176,19 @@ def image_maps(each: ShadedPrompt, write: Callable[[float], str]) -> ImageMaps:
 
 
 DRAWN_SIDE, MAX_DRAWN_SIDE = 154, 480
-"""Of an image that is drawn: its longer side, and that of one with many patches."""
+"""Longer side of a drawn image, and maximum for one with many patches."""
 
 MIN_PATCH_SIDE = 7
-"""Pixels of a patch, at least."""
+"""Minimum side of a patch in pixels."""
 
 IMAGE_GAP = 12
-"""Between two images."""
+"""Distance between two images."""
 
 MAX_COVER = 0.82
-"""How much a patch with the greatest number is covered."""
+"""Maximum opacity of the colour over a patch."""
 
 PALE_RANGE = (204, 244)
-"""The darkest and the brightest pixel below: a shade must hang on its number more than on these."""
+"""Darkest and brightest pixel of the image below, so that shades depend mostly on the numbers."""
 
 LUMINANCE_WEIGHTS = (0.299, 0.587, 0.114)
 
@@ -202,13 +202,13 @@ HATCH_PATTERN = (
 
 
 def patch_cover(value: float, limit: float) -> tuple[Colour, float]:
-    """The colour over a patch, and how much of the image it hides, 0 to 1."""
+    """Return the colour over a patch and its opacity, 0 to 1."""
     share = min(1.0, abs(value) / limit) if limit > 0 else 0.0
     return (POSITIVE_COLOUR if value > 0 else NEGATIVE_COLOUR), MAX_COVER * share
 
 
 def pale_image(pixels: Pixels) -> Pixels:
-    """The image in pale grey, so that colours on it are those of the scale."""
+    """Return the image in pale grey, so that colours over it match the scale."""
     grey = pixels.astype(np.float64) @ np.array(LUMINANCE_WEIGHTS)
     low, high = float(grey.min()), float(grey.max())
     pale = (
@@ -220,7 +220,7 @@ def pale_image(pixels: Pixels) -> Pixels:
 
 
 def drawn_size(each: ImageMaps) -> tuple[float, float]:
-    """(width, height) of an image as it is drawn."""
+    """Return the (width, height) of a drawn image."""
     patches = max((values.shape for _, values in each.maps), default=(1, 1))
     height, width = each.pixels.shape[:2]
     side = min(MAX_DRAWN_SIDE, max(DRAWN_SIDE, MIN_PATCH_SIDE * max(patches)))
@@ -231,7 +231,8 @@ def drawn_size(each: ImageMaps) -> tuple[float, float]:
 def patch_boxes(
     patches: tuple[int, int], size: tuple[float, float]
 ) -> Iterator[tuple[int, int, tuple[float, float, float, float]]]:
-    """(row, column, (x, y, width, height)) of each patch. size: (width, height) of the image."""
+    """Yield (row, column, (x, y, width, height)) per patch; `size` is the image's (width,
+    height)."""
     rows, cols = patches
     across, down = size[0] / cols, size[1] / rows
     for row in range(rows):
@@ -246,10 +247,13 @@ def image_figure(
     write: Callable[[float], str],
     size: tuple[float, float],
 ) -> str:
-    """The shapes of one image from (0, 0) on, in SVG; without values as it is.
+    """Draw one image at (0, 0) as SVG; without values it is unchanged.
 
-    pixels: [height, width, 3], 0 to 255. values: [row, col]. limit: the number that is covered
-    most. size: (width, height) in which it is drawn.
+    Args:
+        pixels: 0 to 255, shape [height, width, 3].
+        values: Shape [row, col].
+        limit: The number with maximum opacity.
+        size: (width, height) of the drawing.
     """
     width, height = size
     frame = f'width="{width:.1f}" height="{height:.1f}"'
@@ -272,7 +276,7 @@ def image_figure(
 
 
 def png_data_url(pixels: Pixels, size: tuple[float, float]) -> str:
-    """Pixels as PNG within the file. What is small is enlarged here: viewers would blur it."""
+    """Encode pixels as an embedded PNG; small images are enlarged, as viewers would blur them."""
     from PIL import Image
 
     times = max(1, math.ceil(2 * size[0] / pixels.shape[1]))
@@ -285,7 +289,7 @@ def png_data_url(pixels: Pixels, size: tuple[float, float]) -> str:
 def scale_legend(
     limit: float, write: Callable[[float], str], *, hatched: bool
 ) -> tuple[str, float]:
-    """The scale from (0, 0) on, and how wide it is; with what is hatched, if anything is."""
+    """Draw the scale at (0, 0), with a sample of hatching if used; return it with its width."""
     steps = 40
     parts: list[str] = []
     for step in range(steps):
@@ -321,17 +325,17 @@ def _svg_text(text: str, x: float, y: float, anchor: str) -> str:
 
 
 def is_hatched(shown: Sequence[ImageMaps]) -> bool:
-    """Whether a patch has no number."""
+    """Whether any patch has no number."""
     return any(np.isnan(values).any() for each in shown for _, values in each.maps)
 
 
 def image_figures(each: ImageMaps) -> list[tuple[str, Floats | None]]:
-    """The image as it is, then under each map."""
+    """Return the original image, then the image under each map."""
     return [("image", None), *each.maps]
 
 
 def figure_lines(each: ImageMaps) -> list[list[tuple[str, Floats | None]]]:
-    """The same in lines that are no wider than a picture may be."""
+    """Split the figures of an image into lines within the maximum width."""
     every, column = image_figures(each), max(drawn_size(each)[0], DRAWN_SIDE)
     count = max(1, int((CANVAS_WIDTH - 2 * CANVAS_MARGIN + IMAGE_GAP) // (column + IMAGE_GAP)))
     return [every[start : start + count] for start in range(0, len(every), count)]
@@ -343,7 +347,7 @@ def figure_lines(each: ImageMaps) -> list[list[tuple[str, Floats | None]]]:
 def draw_maps(
     canvas: Canvas, shown: Sequence[ImageMaps], limit: float, write: Callable[[float], str]
 ) -> None:
-    """Each image beside its maps, in lines, and the scale below all."""
+    """Draw each image next to its maps, in lines, and the scale below all."""
     canvas.shapes.append(f"<defs>{HATCH_PATTERN}</defs>")
     for each in shown:
         canvas.words(each.title, CANVAS_TITLE_SIZE, INK, "bold")
@@ -388,7 +392,7 @@ figcaption {{ font-size: 12px; margin-bottom: 3px; }}
 
 
 def maps_html(shown: Sequence[ImageMaps], limit: float, write: Callable[[float], str]) -> str:
-    """The same for a page, where images wrap to its width; numbers stand under the pointer."""
+    """Return the images for a page, where they wrap to its width and numbers are tooltips."""
     lines = [
         f'<svg width="0" height="0" style="position:absolute"><defs>{HATCH_PATTERN}</defs></svg>'
     ]
@@ -413,19 +417,19 @@ def maps_html(shown: Sequence[ImageMaps], limit: float, write: Callable[[float],
 
 
 TOKEN_LETTER_WIDTH, TOKEN_DIGIT_WIDTH = 8.0, 6.3
-"""Widths of a letter of a token and of a number."""
+"""Widths of a character of a token and of a number."""
 
 BOX_HEIGHT, TOKEN_LINE_HEIGHT = 24, 44
 """Heights of a token's box, and of a line with its numbers."""
 
 BOX_GAP = 2
-"""Between two boxes."""
+"""Distance between two boxes."""
 
 UNSHADED = (255, 255, 255)
 
 
 def write_overlay(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """In the format of the file's ending."""
+    """Write the overlay in the format of the file's extension."""
     found = build_overlays(result, report)
     if path.suffix.lower() == ".html":
         path.write_text(_page_html(result, found), encoding="utf-8")
@@ -434,7 +438,7 @@ def write_overlay(result: ExperimentResult, report: spec.Report, path: Path) -> 
 
 
 def _heading_lines(result: ExperimentResult, measure: int, shown: Overlay) -> Iterator[str]:
-    """The title, then what stands below it."""
+    """Yield the title, then the lines below it."""
     data = result.measures[measure]
     yield f"{result.name}: {measure_name(data)}"
     yield heading_facts(result, data)
@@ -445,17 +449,17 @@ def _heading_lines(result: ExperimentResult, measure: int, shown: Overlay) -> It
 
 
 def _empty_picture(result: ExperimentResult) -> tuple[str, str]:
-    """What a picture says where no measure that it shows could be computed."""
+    """Return the text of a picture if no measure could be computed."""
     return f"{result.name}: nothing to draw", missing_note(result) or ""
 
 
 def css_colour(shade: Colour | None) -> str:
-    """A background as HTML, SVG and charts write it."""
+    """Format a background colour for HTML, SVG and charts."""
     return f"rgb{shade or UNSHADED}".replace(" ", "")
 
 
 def text_colour(shade: Colour | None) -> str:
-    """The colour of letters on it."""
+    """Return the colour of text on a background."""
     return "white" if shade is not None and needs_white_text(shade) else INK
 
 
@@ -521,7 +525,7 @@ class TokenColumn:
 
 
 def token_columns(each: ShadedPrompt, write: Callable[[float], str]) -> list[TokenColumn]:
-    """As wide in every row, so that rows can be compared."""
+    """Return columns with the same width in every row, so that rows can be compared."""
     return [
         TokenColumn(
             shown_token(token),
@@ -534,20 +538,20 @@ def token_columns(each: ShadedPrompt, write: Callable[[float], str]) -> list[Tok
 
 
 def box_widths(columns: Sequence[TokenColumn]) -> list[float]:
-    """Of the tokens' boxes in a picture."""
+    """Return the widths of the tokens' boxes in a picture."""
     return [
         max(c.letters * TOKEN_LETTER_WIDTH + 10, c.digits * TOKEN_DIGIT_WIDTH + 4) for c in columns
     ]
 
 
 def first_box_x(each: ShadedPrompt) -> float:
-    """Where the first token of a line stands: behind the titles of the rows."""
+    """Return the left end of the first token, after the titles of the rows."""
     longest = max(text_width(title, CANVAS_TITLE_SIZE) for title, _ in each.rows)
     return longest + 12 if longest else 0
 
 
 def box_positions(widths: Sequence[float], left: float) -> list[tuple[int, float]]:
-    """Of each box the line that it stands in, and where it begins."""
+    """Return the line and the left end of each box."""
     places: list[tuple[int, float]] = []
     line, x = 0, left
     for width in widths:
@@ -559,7 +563,7 @@ def box_positions(widths: Sequence[float], left: float) -> list[tuple[int, float
 
 
 def hover_text(token: str, number: str) -> str:
-    """What stands under the pointer: the token with its spaces, and its number."""
+    """Return the tooltip: the token with its spaces, and its number."""
     return f"{escape_hidden(repr(token))} {number or 'no value'}"
 
 
@@ -600,7 +604,7 @@ def _picture(result: ExperimentResult, found: Mapping[int, Overlay]) -> Canvas:
 def _draw_prompt(
     canvas: Canvas, each: ShadedPrompt, limit: float, write: Callable[[float], str]
 ) -> None:
-    """Its tokens once per row of numbers, in columns that line up."""
+    """Draw the tokens once per row of numbers, in aligned columns."""
     columns = token_columns(each, write)
     widths = box_widths(columns)
     places = box_positions(widths, CANVAS_MARGIN + first_box_x(each))

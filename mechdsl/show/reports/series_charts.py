@@ -51,16 +51,16 @@ from mechdsl.show.reports.grid import (
 from mechdsl.show.reports.text import fewer_prompts_note, is_thin
 
 MIN_PANEL_WIDTH, MAX_LINES_WIDTH = 320, 640
-"""Of a panel along numbers."""
+"""Minimum and maximum width of a panel along numbers."""
 
 WORD_WIDTH, SERIES_POINT_WIDTH = 36, 8
-"""Width of a value that is a word, and of a point of one series in it."""
+"""Width of a word value, and of one series' point within it."""
 
 MAX_WORDS_WIDTH = 1200
-"""Of a panel along words, up to which its places grow for their labels."""
+"""Maximum width to which a panel along words grows for its labels."""
 
 POINT_BAND_WIDTH = 14
-"""Width of a null band that stands behind a single point."""
+"""Width of a null band around a single point."""
 
 LINE_DASHES = [[1, 0], [7, 4], [2, 3], [10, 3, 2, 3], [4, 2], [12, 5], [1, 2], [6, 2, 1, 2, 1, 2]]
 
@@ -68,7 +68,7 @@ POINT_SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle
 
 
 def lines_chart(result: ExperimentResult, report: spec.Report) -> Any:
-    """The effect along one axis with its interval as a band, one line per series."""
+    """Draw the effect along one axis with its interval as a band, one line per series."""
     axis = report.variable or ""
     series = None if report.by is None else axis_name(result, report.by)
     charts = [
@@ -90,7 +90,7 @@ def lines_chart(result: ExperimentResult, report: spec.Report) -> Any:
 def _lines_panel(
     result: ExperimentResult, measure: int, word: str, series: str | None
 ) -> tuple[Any, str | None]:
-    """The chart, and where n stands in it of cells with fewer prompts."""
+    """Return the chart, and where it shows n of cells with fewer prompts."""
     found, band = result.statistics[measure], result.control(measure)
     few, under, axis = (
         is_thin(result, measure),
@@ -161,8 +161,8 @@ def _count_lines(
     *,
     numbered: bool,
 ) -> tuple[list[str], str]:
-    """The names of the lines, with n where each line has its own; and where n is found. At points
-    it is written where the largest n isn't theirs, once for those above each other."""
+    """Add n to the names of lines if each line has its own n; return the names and where n is
+    shown. At points, n is shown if it is below the maximum, once for points above one another."""
     few, own = count_labels(result, measure), dict[str, set[int]]()
     at_place = dict[tuple[object, ...], list[dict[str, Any]]]()
     for record in records:
@@ -186,7 +186,7 @@ def _count_lines(
 
 
 def _number_axis(values: Sequence[Coord], title: str | None, step: float) -> Any:
-    """The axis, where each value stands on it, and its width."""
+    """Return an axis of numbers, the position of each value on it, and its width."""
     percent = all(str(value).endswith("%") for value in values)
     whole = all(isinstance(value, int) for value in values)
     width = min(MAX_LINES_WIDTH, max(MIN_PANEL_WIDTH, WORD_WIDTH * len(values)))
@@ -207,7 +207,7 @@ def _number_axis(values: Sequence[Coord], title: str | None, step: float) -> Any
 
 
 def _word_axis(values: Sequence[Coord], title: str | None, step: float) -> Any:
-    """The same of words."""
+    """Return an axis of words, the position of each value on it, and its width."""
     labels = column_labels(values, min(step, MAX_WORDS_WIDTH / len(values)), MAX_WORDS_WIDTH)
     x = alt.X(
         "x:N",
@@ -219,8 +219,8 @@ def _word_axis(values: Sequence[Coord], title: str | None, step: float) -> Any:
 
 
 def _line_styles(lines: list[str], series: str | None, place: dict[str, Any]) -> dict[str, Any]:
-    """Colour, dashes and points of their own for every line: one that lies on another leaves gaps
-    where that is seen, and its points are open."""
+    """Return separate colours, dashes and points for every line: a line covered by another is
+    visible through its gaps, and its points are open."""
     if len(lines) < 2:
         return {"color": alt.value(PALETTE[0])}
     legend = series_legend(series if series != "position" else None, lines, place)
@@ -230,17 +230,17 @@ def _line_styles(lines: list[str], series: str | None, place: dict[str, Any]) ->
     return {
         "color": alt.Color("line:N", sort=lines, scale=series_colours(lines), legend=legend),
         "shape": alt.Shape("line:N", sort=lines, scale=shape, legend=legend),
-        # without a legend, which would break the outlines of the points
+        # Without a legend, which would break the outlines of the points.
         "strokeDash": alt.StrokeDash("line:N", sort=lines, scale=dash, legend=None),
     }
 
 
 def _line_layers(base: Any, title: str, apart: dict[str, Any], numbered: bool) -> list[Any]:
-    """From the back to the front."""
+    """Return the layers from back to front."""
     dashes, shapes = ({key: apart[key]} if apart else {} for key in ("strokeDash", "shape"))
     y = alt.Y("mean:Q", axis=alt.Axis(title=title))
     ends = {"y": alt.Y("low:Q"), "y2": "high:Q"}
-    named = add_hover(base, "line")  # a line is one mark, which has no number of its own
+    named = add_hover(base, "line")  # a line is a single mark without a number
     interval = named.mark_area(opacity=0.18, line=False).encode(**ends)
     if not numbered:
         interval = add_hover(base).mark_rule(strokeWidth=2).encode(**ends)
@@ -251,11 +251,11 @@ def _line_layers(base: Any, title: str, apart: dict[str, Any], numbered: bool) -
 
 
 BAR_WIDTH = 26
-"""Width of a bar, less where there are many."""
+"""Width of a bar; smaller if there are many."""
 
 
 def bars_chart(result: ExperimentResult, report: spec.Report) -> Any:
-    """One chart per measure: bars with intervals, or the shares of categories as stacks."""
+    """Draw one chart per measure: bars with intervals, or the shares of categories as stacks."""
     axes = drawn_axes(result, report)
     charts = [
         add_title(
@@ -280,24 +280,24 @@ def bars_chart(result: ExperimentResult, report: spec.Report) -> Any:
 
 @dataclass(frozen=True)
 class _BarPositions:
-    """Where bars stand."""
+    """Positions of bars."""
 
     names: dict[Coord, str]
-    """Per value its label."""
+    """Label of each value."""
     series: list[str]
     x: Any
     step: float
-    """Width of a place, which the bars of a series share."""
+    """Width per value, which the bars of a series share."""
     bar: float
     """Width of a bar."""
 
     @property
     def width(self) -> float:
-        padding = 0.2 if self.series else 0.0  # what vega adds at the ends
+        padding = 0.2 if self.series else 0.0  # vega's padding at the ends
         return self.step * (len(self.names) + padding)
 
     def key(self, key: tuple[Coord, ...]) -> dict[str, str]:
-        """What a record says of its place."""
+        """Return the fields of a record that position its bar."""
         return {"x": self.names[key[0]], "series": value_text(key[1]) if key[1:] else " "}
 
 
@@ -380,7 +380,7 @@ def _bars_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -
 
 
 def _stacks_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
-    """The distribution over categories, one stack per value of the axis."""
+    """Draw the distribution over categories, one stack per value of the axis."""
     data = result.measures[measure]
     seen = [float(v) for v in np.unique(data.patched[np.isfinite(data.patched)])]
     shown, places = grid_panels(result, axes[:1]), _bar_positions(result, axes[:1])

@@ -1,7 +1,7 @@
 """`report table [by VAR] [top n]`: every cell with its effect, interval and p.
 
-On a narrow terminal, columns that repeat others are dropped first, then text wraps; numbers are
-never cut. A table that still doesn't fit is printed as one paragraph per cell.
+On a narrow terminal, redundant columns are dropped first, then text wraps; numbers are never
+truncated. A table that still doesn't fit is printed as one paragraph per cell.
 """
 
 from __future__ import annotations
@@ -48,26 +48,26 @@ from mechdsl.statistics.cell_statistics import compute_cell_statistics
 from mechdsl.vocab.effects import EFFECTS
 
 FILE_WIDTH = 120
-"""Characters per line of a table that is written to a file."""
+"""Width of a table in a file, in characters."""
 
 SHOWN_TOKENS = 6
-"""Distinct tokens of a position that a row shows; `explain` prints all."""
+"""Maximum number of distinct tokens of a position in a row; `explain` prints all."""
 
 COLUMN_GAP = 3
 """Characters between two columns."""
 
 SINGLE_ROW_COLUMNS = ("tokens hit", "n", "effective n")
-"""Columns that stand above a single row too, where room is short."""
+"""Columns that are also moved above a single row if there is little room."""
 
 MAX_RELATIVE_END = 10
-"""Times the largest effect: an interval's end beyond has no say in how numbers are written."""
+"""An interval's end beyond this multiple of the largest effect doesn't affect number formats."""
 
 NumberType = TypeVar("NumberType", np.float64, np.int64)
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column as text. Of those with `spare`, the highest goes first when room is short."""
+    """One column as text. Without room, the column with the highest `spare` is dropped first."""
 
     title: str
     cells: list[str]
@@ -75,11 +75,11 @@ class Column:
     spare: int = 0
     wraps: bool = False
     describes: bool = False
-    """Says which cell it is; where it is the same in all rows it can stand above them."""
+    """Whether it identifies the cell; if equal in all rows, it can be moved above them."""
 
     @property
     def least(self) -> int:
-        """The width that it can't go under."""
+        """The minimum width."""
         if not self.wraps:
             return max(len(text) for text in (*self.title.split("\n"), *self.cells))
         words = [word for text in self.cells for word in text.split()]
@@ -91,7 +91,7 @@ class Column:
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
-    """One table per measure, the conventions under the last."""
+    """Print one table per measure, and the conventions below the last."""
     shown = apply_grouping(result, report)
     for measure, _ in drawable_measures(shown, console):
         print_heading(result, result.measures[measure], console)
@@ -102,20 +102,20 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
 
 
 def apply_grouping(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
-    """The result by the values that the report asks for."""
+    """Group the result by the values that the report names."""
     return group_by_value(result, report.by) if report.by in result.row_values else result
 
 
 def measure_table(
     shown: ExperimentResult, measure: int, report: spec.Report
 ) -> tuple[list[Column], list[str]]:
-    """Of one measure of `by_report` the columns and the notes."""
+    """Return the columns and notes of one measure of a grouped result (see `apply_grouping`)."""
     order = _order(shown, measure, report)
     return _columns(shown, measure, order), _notes(shown, measure, order, report)
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """As plain text, as a picture of it, or all its rows as CSV."""
+    """Write plain text, a picture of it, or all rows as CSV."""
     suffix = path.suffix.lower()
     if suffix == ".csv":
         path.write_text(apply_grouping(result, report).to_csv(), encoding="utf-8")
@@ -131,7 +131,7 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
 
 
 def group_by_value(result: ExperimentResult, by: str | None) -> ExperimentResult:
-    """Every cell once for each value of the prompts: an axis more, corrected for as a whole."""
+    """Repeat every cell for each value of the prompts: a further axis, corrected as a whole."""
     if by is None or result.settings is None:
         return result
     labels = [str(value) for value in result.row_values[by]]
@@ -139,7 +139,7 @@ def group_by_value(result: ExperimentResult, by: str | None) -> ExperimentResult
     masks = [np.array([label == str(value) for label in labels]) for value in values]
 
     def rows(data: Floats) -> Floats:
-        # prompts of other values are not part of the cell: NaN leaves them out everywhere
+        # Prompts of other values aren't part of the cell: NaN excludes them everywhere.
         return np.concatenate([np.where(mask, data, np.nan) for mask in masks])
 
     measures = tuple(
@@ -176,7 +176,7 @@ def group_by_value(result: ExperimentResult, by: str | None) -> ExperimentResult
         cells=cells,
         measures=measures,
         statistics=tuple(statistics),
-        controls=(),  # drawn for whole cells
+        controls=(),  # draws are for whole cells
         hits=(),
     )
     said = {**result.conventions, **statistics_conventions(expanded, EFFECTS)}
@@ -239,7 +239,7 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
 
 
 def _in_sites(result: ExperimentResult, axis: str) -> bool:
-    """Whether the names of sites tell the values of an axis."""
+    """Whether the names of sites contain the values of an axis."""
     if axis.removeprefix("to_") not in ("layer", "head", "neuron"):
         return False
     named = "→" if axis.startswith("to_") else ""
@@ -283,7 +283,7 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
     ]
 
     def texts(p: Floats) -> list[str]:
-        # the max-statistic has flips of its own, which seldom end where those of single cells do
+        # The max-statistic has separate flips, whose minimum seldom matches that of single cells.
         most = found.floor & (p <= found.p) if correction == "max" else found.floor
         return [p_text(p[i], bool(most[i])) for i in order]
 
@@ -296,8 +296,8 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
 
 
 def _comparable_numbers(means: Floats, ends: Sequence[Floats]) -> list[float]:
-    """The numbers that places are for: an end of an interval far beyond all effects, as few units
-    of a skewed delta have, takes none from them."""
+    """Return the numbers that determine decimal places. An interval's end far beyond all effects,
+    as with few units of a skewed delta, is ignored."""
     finite = np.abs(means[np.isfinite(means)])
     far = MAX_RELATIVE_END * float(finite.max(initial=0.0)) or np.inf
     return [*means.tolist(), *(v for each in ends for v in np.clip(each, -far, far).tolist())]
@@ -323,7 +323,7 @@ def _notes(
     if len(order) < len(result.cells):
         size = "share" if result.measures[measure].kind == "category" else "absolute value"
         said.append(f"the {len(order)} largest of {len(result.cells)} cells by {size}")
-        picked = size != "share" and report.by not in result.row_values  # else no pick has them
+        picked = size != "share" and report.by not in result.row_values  # `top n of` can select
         other = sign_ranking_note(result, measure, len(order)) if picked else None
         said += [other] if other else []
         said += [_selection_note(result, measure)] if size != "share" else []
@@ -350,7 +350,7 @@ def _notes(
 
 
 def _selection_note(result: ExperimentResult, measure: int) -> str:
-    """What the numbers of cells hold for that were picked by these numbers."""
+    """Describe the validity of the numbers of cells that were selected by these numbers."""
     if result.statistics[measure].test is None:
         return "picked by size: intervals are for cells named beforehand"
     familywise = result.settings is not None and result.settings.correction not in ("none", "bh")
@@ -401,9 +401,9 @@ def _print(columns: list[Column], console: Console) -> None:
 
 
 def _widths(columns: Sequence[Column], width: int) -> list[int]:
-    """The width of every column; those that wrap share what the others leave.
+    """Return the width of every column; columns that wrap share the remaining width.
 
-    Fixed, because a column that is left to shrink may take the last one's letters with it.
+    Widths are fixed, because shrinking the last column could cut its characters.
     """
     found = [column.least for column in columns]
     left = width - sum(found) - COLUMN_GAP * (len(columns) - 1)
@@ -418,12 +418,12 @@ def _widths(columns: Sequence[Column], width: int) -> list[int]:
 
 
 def _has_room(columns: Sequence[Column], width: int) -> bool:
-    """Whether no column has to wrap."""
+    """Whether no column must wrap."""
     return sum(column.width + COLUMN_GAP for column in columns) - COLUMN_GAP <= width
 
 
 def _paragraphs(columns: Sequence[Column], console: Console) -> None:
-    """`title text` pairs, one paragraph per cell, for very narrow terminals."""
+    """Print `title text` pairs, one paragraph per cell, for very narrow terminals."""
     for index in range(len(columns[0].cells)):
         pairs = [f"{column.title} {column.cells[index]}" for column in columns]
         lines, line = list[str](), ""

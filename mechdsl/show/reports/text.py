@@ -1,4 +1,4 @@
-"""Text that terminal reports share: numbers, headings, notes, conventions and verdicts."""
+"""Shared text of terminal reports: numbers, headings, notes, conventions and verdicts."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from mechdsl.statistics.measurements import (
 MISSING = "–"
 
 THIN_SHARE = 0.5
-"""The share of the fullest cell's prompts below which a cell is thin."""
+"""Share of the fullest cell's prompts below which a cell is thin."""
 
 RANDOM_MARK = "°"
-"""Beside the number of a cell that survives, though random targets have as much."""
+"""Mark after the number of a significant cell whose effect random targets reach too."""
 
 THIN_MARK = "~"
 
 ROUNDED_ZERO = "≈0"
-"""A number that rounding alone explains."""
+"""Text of a number that rounding alone explains."""
 
 
 def number_format(values: Iterable[float], digits: int = 3) -> Callable[[float], str]:
-    """One way to write all numbers of a column, so that they can be compared by eye.
+    """Return a format for all numbers of a column, so that they are easy to compare.
 
-    `digits` is how many the greatest of them shows behind a leading zero.
+    `digits` is the number of digits after a leading zero of the largest number.
     """
     finite = [abs(float(v)) for v in values if math.isfinite(v)]
     greatest = max(finite, default=0.0)
@@ -53,7 +53,7 @@ def number_format(values: Iterable[float], digits: int = 3) -> Callable[[float],
         if not math.isfinite(value):
             return MISSING
         text = f"{value:.{places}f}"
-        # a rounded zero has no sign
+        # A rounded zero has no sign.
         return text.lstrip("-") if float(text) == 0 else text
 
     return write
@@ -62,14 +62,16 @@ def number_format(values: Iterable[float], digits: int = 3) -> Callable[[float],
 def interval_texts(
     write: Callable[[float], str], value: float, low: float, high: float, rounding: float = 0.0
 ) -> tuple[str, str]:
-    """A number and its interval, with digits that tell them from 0: see `_distinct`.
+    """Format a number and its interval with enough digits to distinguish them from 0.
+
+    See `_distinct_texts`.
 
     Args:
-        write: how numbers of the column are written.
-        value: the number.
-        low: the low end of its interval, NaN where it has none.
-        high: the high end.
-        rounding: the size up to which rounding alone may move the number.
+        write: Format of the column.
+        value: The number.
+        low: Low end of its interval, NaN without one.
+        high: High end.
+        rounding: Maximum effect of rounding on the number.
     """
     if not math.isfinite(low):
         return _distinct_texts(write, [value], rounding)[0], MISSING
@@ -80,9 +82,9 @@ def interval_texts(
 def _distinct_texts(
     write: Callable[[float], str], numbers: Sequence[float], rounding: float
 ) -> list[str]:
-    """Numbers of one row, the ends of an interval last: as powers of ten where an end would be
-    written as 0 and isn't. What is exactly 0 has no decimals, and no digits of rounding are
-    shown."""
+    """Format the numbers of one row, the ends of an interval last. If an end would be printed as 0
+    and isn't, powers of ten are used. An exact 0 has no decimals, and digits below the rounding
+    error are omitted."""
     texts = [write(each) for each in numbers]
     zero = [text != MISSING and float(text) == 0 for text in texts]
     rounded = rounding > 0 and abs(numbers[0]) <= rounding
@@ -97,7 +99,7 @@ def _distinct_texts(
 def mean_texts(
     result: ExperimentResult, measure: int, cells: Iterable[int], write: Callable[[float], str]
 ) -> list[tuple[str, str]]:
-    """The mean of each cell with its interval; a cell that can't differ has no rounding."""
+    """Format the mean of each cell with its interval; a cell that can't differ has no rounding."""
     found, inert = result.statistics[measure], result.measures[measure].inert
     rounding = np.where(inert, 0.0, found.rounding)
     every = (found.mean, found.low, found.high, rounding)
@@ -105,7 +107,7 @@ def mean_texts(
 
 
 def p_text(p: float, at_most: bool = False) -> str:
-    """p with four places, `< 0.0001` below that; `≤` where it may be smaller."""
+    """Format p with four decimals, `< 0.0001` below that; `≤` if it may be smaller."""
     if not math.isfinite(p):
         return MISSING
     if p < 0.0001:
@@ -114,13 +116,13 @@ def p_text(p: float, at_most: bool = False) -> str:
 
 
 def significance_level(result: ExperimentResult) -> float:
-    """The level that a corrected p has to stay under: 0.05 for intervals of 95 %."""
+    """Return the threshold for a corrected p: 0.05 for intervals of 95 %."""
     confidence = result.settings.confidence if result.settings else 95.0
     return round(1 - confidence / 100, 10)
 
 
 def measure_name(data: MeasureData) -> str:
-    """`recovery of ld`, per prompt where it is; `raw` is the metric itself."""
+    """Return `recovery of ld`, with `per prompt` if it applies; `raw` is the metric itself."""
     if data.called == "raw":
         return data.label
     each = " per prompt" if data.per_prompt else ""
@@ -128,7 +130,7 @@ def measure_name(data: MeasureData) -> str:
 
 
 def scale_note(result: ExperimentResult, data: MeasureData) -> str | None:
-    """`0 is fewer (-2.1), 1 is clean (3.4)`: the unpatched runs, as far as the effect has them."""
+    """Return `0 is fewer (-2.1), 1 is clean (3.4)`: the unpatched runs in the effect's scale."""
     from mechdsl.vocab.effects import EFFECTS
 
     effect = EFFECTS[data.effect]
@@ -140,7 +142,7 @@ def scale_note(result: ExperimentResult, data: MeasureData) -> str | None:
     unit = "" if effect.scale_free else _UNIT_TEXTS.get(data.unit, "")
 
     def shown(values: Sequence[float], unit: str) -> str:
-        """Empty where there is no value."""
+        """Format a mean; empty without a value."""
         ends = dict.fromkeys(write(value) for value in (min(values), max(values)))
         return "" if math.isnan(values[0]) else f"{' to '.join(ends)}{unit}"
 
@@ -159,11 +161,11 @@ def scale_note(result: ExperimentResult, data: MeasureData) -> str | None:
 
 
 _UNIT_TEXTS = {"nat": " nat", "logit": " logit", "token": " tokens"}
-"""Those that are said behind a number; shares, ranks and the like are plain ones."""
+"""Units that are printed after a number; shares, ranks and others are plain numbers."""
 
 
 def _run_means(values: Floats) -> list[float]:
-    """Over prompts, of every distinct run: cells may be set against runs of their own."""
+    """Return the mean over prompts of every distinct run; cells may have separate runs."""
     found = [float(np.nanmean(row)) if not np.isnan(row).all() else math.nan for row in values]
     return found if len(found) == 1 or not np.isnan(found).any() else [math.nan]
 
@@ -171,7 +173,7 @@ def _run_means(values: Floats) -> list[float]:
 def drawable_measures(
     result: ExperimentResult, console: Console
 ) -> Iterator[tuple[int, MeasureData]]:
-    """The measures that could be computed, with their numbers; of the others it is said why not."""
+    """Yield the computed measures with their indices; print why others are missing."""
     for measure, data in enumerate(result.measures):
         if data.missing is None:
             yield measure, data
@@ -185,7 +187,7 @@ def drawable_measures(
 
 
 def missing_note(result: ExperimentResult) -> str | None:
-    """The measures that could not be computed, for a figure of the others."""
+    """List the measures that could not be computed, for a figure of the others."""
     names = [
         f"{measure_name(data)} ({data.missing.code})"
         for data in result.measures
@@ -195,7 +197,7 @@ def missing_note(result: ExperimentResult) -> str | None:
 
 
 def print_heading(result: ExperimentResult, data: MeasureData, console: Console) -> None:
-    """Which experiment and measure, and its facts."""
+    """Print the experiment, the measure and its facts."""
     console.print()
     title = Text(f"{result.name}: ", style="bold")
     title.append(measure_name(data))
@@ -204,8 +206,8 @@ def print_heading(result: ExperimentResult, data: MeasureData, console: Console)
 
 
 def heading_facts(result: ExperimentResult, data: MeasureData) -> str:
-    """On which model, in which direction, how many prompts, against which ends, and who picked the
-    sites on the same prompts."""
+    """Describe model, direction, number of prompts, ends of the scale, and the experiments that
+    selected the sites on the same prompts."""
     measure = next(n for n, each in enumerate(result.measures) if each is data)
     facts = [result.model, result.direction, prompt_count_text(result, measure)]
     ends = scale_note(result, data)
@@ -218,19 +220,19 @@ def heading_facts(result: ExperimentResult, data: MeasureData) -> str:
 
 
 def selection_note(result: ExperimentResult) -> str | None:
-    """Who picked the sites on the same rows."""
+    """Name the experiments that selected the sites on the same rows."""
     return f"{selection_text(result)} (W0721)" if result.selected else None
 
 
 def print_notes(lines: Sequence[str], console: Console) -> None:
-    """Short remarks under a table."""
+    """Print short remarks below a table."""
     for line in lines:
         console.print(Text(line, style="dim"), highlight=False)
 
 
 def print_conventions(result: ExperimentResult, report: spec.Report, console: Console) -> None:
-    """Everything that was defaulted or worked out: under every table, and under the last figure
-    of an experiment (those before it are followed by it)."""
+    """Print all conventions: below every table, and below the last figure of an experiment, which
+    follows the other figures."""
     followed = report in result.reports and report != result.reports[-1]
     if not result.conventions or (followed and report.kind != "table"):
         return
@@ -243,7 +245,7 @@ def print_conventions(result: ExperimentResult, report: spec.Report, console: Co
 
 
 def print_hanging(lead: str, text: str, console: Console) -> None:
-    """Dim text behind a lead, its further lines below its first."""
+    """Print dim text after a lead, with a hanging indent."""
     lines = wrap(text, max(20, console.width - len(lead))) or [""]
     for number, line in enumerate(lines):
         start = " " * len(lead) if number else lead
@@ -251,14 +253,14 @@ def print_hanging(lead: str, text: str, console: Console) -> None:
 
 
 def is_significant(result: ExperimentResult, measure: int) -> Bools:
-    """[cell] whether the effect survives the correction, and is more than rounding may give."""
+    """Return whether a corrected effect is significant and exceeds rounding. Shape [cell]."""
     found = result.statistics[measure]
     with np.errstate(invalid="ignore"):
         return (found.p_corrected < significance_level(result)) & ~found.at_rounding
 
 
 def rounding_note(result: ExperimentResult, measure: int) -> str | None:
-    """How many cells are at the level of rounding and what that is, or depend on it."""
+    """Count the cells at the level of rounding, or affected by it, and give the level."""
     data, found = result.measures[measure], result.statistics[measure]
     changing = found.rounding[may_round_differently(data, found)]
     if len(changing):
@@ -278,20 +280,20 @@ def rounding_note(result: ExperimentResult, measure: int) -> str | None:
 
 
 def prompt_count_text(result: ExperimentResult, measure: int) -> str:
-    """`n = 64`, or the range where cells have different numbers of prompts."""
+    """Format `n = 64`, or the range if cells have different numbers of prompts."""
     n = result.statistics[measure].n
     ends = dict.fromkeys((int(n.min(initial=result.prompts)), int(n.max(initial=0))))
     return f"n = {' to '.join(map(str, ends))}" if len(n) else f"n = {result.prompts}"
 
 
 def has_fewer_prompts(result: ExperimentResult, measure: int) -> Bools:
-    """[cell] whether it has fewer prompts than the fullest cell: then its own n stands in it."""
+    """Return whether a cell has fewer prompts than the fullest, so it shows n. Shape [cell]."""
     n = result.statistics[measure].n
     return n < n.max(initial=0)
 
 
 def fewer_prompts_note(result: ExperimentResult, measure: int, where: str) -> str | None:
-    """`subscripts: n of cells with fewer than 64 prompts`; `where` is where n stands."""
+    """Return `subscripts: n of cells with fewer than 64 prompts`; `where` is the position of n."""
     if not has_fewer_prompts(result, measure).any():
         return None
     most = int(result.statistics[measure].n.max())
@@ -306,13 +308,13 @@ _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def is_thin(result: ExperimentResult, measure: int) -> Bools:
-    """[cell] whether it has fewer than `THIN` of the prompts that the fullest cell has."""
+    """Return whether a cell has less than `THIN_SHARE` of the most prompts. Shape [cell]."""
     n = result.statistics[measure].n
     return n < THIN_SHARE * n.max(initial=0)
 
 
 def thin_note(result: ExperimentResult, measure: int, mark: str = THIN_MARK) -> str | None:
-    """How many cells are thin, and what that means; `mark` is how they are shown."""
+    """Count the thin cells and explain them; `mark` is how they are shown."""
     count = int(np.count_nonzero(is_thin(result, measure)))
     if not count:
         return None
@@ -323,8 +325,9 @@ def thin_note(result: ExperimentResult, measure: int, mark: str = THIN_MARK) -> 
 
 
 def is_within_random(result: ExperimentResult, measure: int) -> Bools:
-    """[cell] whether the effect survives the correction, and random targets have as much of it: it
-    lies inside its null band, or between 0 and that. Bands of too few draws don't say."""
+    """Return whether the effect is significant after correction, but random targets reach it: it is
+    in its null band, or between 0 and the band. Bands of too few draws don't count. Shape
+    [cell]."""
     band, survived = result.control(measure), is_significant(result, measure)
     if band is None:
         return np.zeros_like(survived)
@@ -332,8 +335,8 @@ def is_within_random(result: ExperimentResult, measure: int) -> Bools:
 
 
 def significance_marks(result: ExperimentResult, measure: int) -> list[str]:
-    """[cell] `*` where the effect survives the correction, `°` where random targets have as much
-    of it all the same, else a blank."""
+    """Return `*` for an effect that is significant after correction, `°` if random targets
+    nevertheless reach it, otherwise a blank. Shape [cell]."""
     both = zip(is_significant(result, measure), is_within_random(result, measure), strict=True)
     return [RANDOM_MARK if random else "*" if survived else " " for survived, random in both]
 
@@ -341,8 +344,8 @@ def significance_marks(result: ExperimentResult, measure: int) -> list[str]:
 def significance_note(
     result: ExperimentResult, measure: int, mark: str = "", random: str = ""
 ) -> str | None:
-    """How many cells survive the correction, in words, and of how many of these random targets have
-    as much; behind the marks that stand for the two."""
+    """Count the cells that are significant after correction, and those of them that random targets
+    reach, after the marks for the two."""
     found, band = result.statistics[measure], result.control(measure)
     if not found.test or result.settings is None:
         return None
@@ -373,14 +376,14 @@ def significance_note(
 
 
 def centre_note(result: ExperimentResult) -> str | None:
-    """That the values of an axis are centres, where it runs over windows."""
+    """Explain that the values of an axis are centres, if it is over windows."""
     if not result.centres:
         return None
     return f"{', '.join(result.centres)} (centre): each value is the centre of a window"
 
 
 def inert_note(result: ExperimentResult, measure: int) -> str | None:
-    """How many cells were left out because they can't differ."""
+    """Count the cells that were omitted because they can't differ."""
     count = int(np.count_nonzero(result.measures[measure].inert))
     if not count:
         return None
@@ -389,7 +392,7 @@ def inert_note(result: ExperimentResult, measure: int) -> str | None:
 
 
 def zero_width_note(result: ExperimentResult, measure: int) -> str | None:
-    """How many cells have an interval of no width, as nothing differs between their rows."""
+    """Count the cells with an interval of zero width, because their rows are equal."""
     data, found = result.measures[measure], result.statistics[measure]
     count = int(np.count_nonzero((found.low == found.high) & ~data.inert))
     if not count:
@@ -399,14 +402,14 @@ def zero_width_note(result: ExperimentResult, measure: int) -> str | None:
 
 
 def map_format(values: Iterable[float]) -> Callable[[float], str]:
-    """One way to write all numbers of a map: two digits of the greatest, where colours end."""
+    """Return a format for all numbers of a map: two digits of the largest one, the colour limit."""
     greatest = max((abs(float(v)) for v in values if math.isfinite(v)), default=0.0)
     return number_format([greatest], 3 if 0.01 <= greatest < 0.1 else 2)
 
 
 def map_texts(result: ExperimentResult, measure: int, write: Callable[[float], str]) -> list[str]:
-    """[cell] of a map of means: a survivor that would be written as 0 is a power of ten, as
-    `4e-4`."""
+    """Format the means of a map; a significant one that would be printed as 0 is a power of ten
+    such as `4e-4`. Shape [cell]."""
     return [
         f"{value:.0e}".replace("e-0", "e-")
         if survived and not float(write(value))
@@ -420,7 +423,7 @@ def map_texts(result: ExperimentResult, measure: int, write: Callable[[float], s
 def null_texts(
     band: NullBand, found: CellStatistics, cells: Iterable[int], write: Callable[[float], str]
 ) -> list[str]:
-    """`[low, high]` of the controls of each cell."""
+    """Format the null band of each cell as `[low, high]`."""
 
     def range_text(cell: int) -> str:
         ends = _distinct_texts(write, [band.low[cell], band.high[cell]], found.rounding[cell])
@@ -430,7 +433,7 @@ def null_texts(
 
 
 def null_p_texts(band: NullBand, cells: Iterable[int]) -> list[str]:
-    """The rank p of each cell; `≤` where no draw is as large, as it can't be lower."""
+    """Format the rank p of each cell; with `≤` if no draw is as large, so that it is a minimum."""
     return [
         MISSING if math.isnan(p) else ("≤" if p * (1 + k) < 1.5 else "") + _short_p(p)
         for p, k in ((float(band.p[cell]), int(band.draws[cell])) for cell in cells)
@@ -442,7 +445,7 @@ def _short_p(p: float) -> str:
 
 
 def null_band_text(result: ExperimentResult, measure: int) -> str | None:
-    """What the null band is, and what it states."""
+    """Explain the null band and its meaning."""
     band = result.control(measure)
     if band is None:
         return None
@@ -472,8 +475,8 @@ def _null_ends(texts: Sequence[str]) -> str:
 
 
 def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list[str]:
-    """Remarks under a figure that marks survivors with a star and, where anything could be
-    drawn, shades the null band."""
+    """Return remarks for a figure with stars on significant cells and shaded null bands, if there
+    are draws."""
     survived = significance_note(result, measure, "*", RANDOM_MARK)
     null = null_band_text(result, measure)
     shade = "░ null" if drawn else "null"
@@ -485,7 +488,7 @@ def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list
 
 
 def print_lost_experiment(lost: LostExperiment, console: Console) -> None:
-    """That an experiment could not be computed and why, with its expectations, which fail."""
+    """Print why an experiment could not be computed, and its expectations, which fail."""
     console.print()
     console.print(Text(f"{lost.name}: not computed", style="bold"), highlight=False)
     for missing in lost.reasons:
@@ -494,7 +497,7 @@ def print_lost_experiment(lost: LostExperiment, console: Console) -> None:
 
 
 def print_verdicts(result: ExperimentResult | LostExperiment, console: Console) -> None:
-    """One line per expectation, with its value and interval; a reason below where it has one."""
+    """Print one line per expectation with its value and interval, and a reason below, if any."""
     if not result.outcomes:
         return
     console.print()
@@ -510,7 +513,7 @@ def print_verdicts(result: ExperimentResult | LostExperiment, console: Console) 
 
 
 def verdict_text(outcome: ExpectOutcome) -> str:
-    """The number that decides, with its interval; empty where there is none."""
+    """Return the decisive number with its interval; empty without one."""
     if outcome.value is None or isinstance(outcome.value, str):
         return outcome.value or ""
     ends = [math.nan if end is None else end for end in (outcome.low, outcome.high)]

@@ -27,23 +27,23 @@ from mechdsl.show.reports.text import print_conventions, print_notes
 from mechdsl.vocab.metrics import Reply
 
 _WORD = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
-"""A word or a sign with the white space in front of it: what is compared."""
+"""A word or sign with the preceding white space: the unit of comparison."""
 
 _MIN_EQUAL_SHARE = 0.5
-"""Share of equal words from which single words are marked, and not the whole text."""
+"""Minimum share of equal words for marking single words instead of the whole text."""
 
 _MAX_NAMED_CELLS = 3
-"""Cells that are named where several wrote the same."""
+"""Maximum number of cells named for a common reply."""
 
 LENGTH_MARK = "…"
-"""Behind a reply that is as long as it may be."""
+"""Mark after a reply of the maximum length."""
 
 BROKEN_MARK = " (NaN or infinite)"
-"""Behind one that could go on no further."""
+"""Mark after a reply that could not be continued."""
 
 
 class ReplyPart(NamedTuple):
-    """A piece of a reply: as in the base run, new, or gone from there."""
+    """A piece of a reply: the same as in the base run, new, or removed."""
 
     text: str
     kind: Literal["same", "new", "gone"] = "same"
@@ -51,27 +51,27 @@ class ReplyPart(NamedTuple):
 
 @dataclass(frozen=True)
 class ReplyLine:
-    """What a run or some cells wrote behind a prompt."""
+    """The replies of a run or of some cells to a prompt."""
 
     label: str
     replies: tuple[tuple[ReplyPart, ...], ...]
-    """One for each sample and draw of noise; none where all are those of the base run."""
+    """One per sample and draw of noise; empty if all equal those of the base run."""
     runs: bool
     """Whether it is an unpatched run."""
 
 
 @dataclass(frozen=True)
 class PromptReplies:
-    """A prompt with all that was written behind it."""
+    """A prompt with all its replies."""
 
     number: int
-    """From 1, in the order of the experiment."""
+    """1-based number in the order of the experiment."""
     text: str
     lines: tuple[ReplyLine, ...]
 
 
 def prompt_replies(result: ExperimentResult, report: spec.Report) -> list[PromptReplies]:
-    """The first prompts, `top n` of them."""
+    """Return the first prompts, `top n` of them."""
     rows = list(result.replies.prompts)[: report.top or DEFAULT_SHOWN_PROMPTS]
     return [
         PromptReplies(n, result.replies.prompts[row], tuple(_reply_lines(result, row)))
@@ -80,7 +80,7 @@ def prompt_replies(result: ExperimentResult, report: spec.Report) -> list[Prompt
 
 
 def reply_notes(result: ExperimentResult, shown: Sequence[PromptReplies]) -> list[str]:
-    """What is shown, and how."""
+    """Describe the content and marks of the report."""
     if not shown:
         return ["no replies to show: they weren't kept with these results"]
     count = f"{len(shown)} of {count_noun(len(result.replies.prompts), 'prompt')}, the first ones"
@@ -100,7 +100,7 @@ def reply_notes(result: ExperimentResult, shown: Sequence[PromptReplies]) -> lis
 
 
 def _reply_lines(result: ExperimentResult, row: int) -> Iterator[ReplyLine]:
-    """The unpatched runs, then the cells; those that wrote the same in one line."""
+    """Yield the unpatched runs, then the cells; those with equal replies share a line."""
     found = result.replies
     for run, texts in found.runs.items():
         if row in texts:
@@ -110,7 +110,7 @@ def _reply_lines(result: ExperimentResult, row: int) -> Iterator[ReplyLine]:
     first: dict[tuple[object, ...], tuple[Sequence[Reply], Sequence[Reply]]] = {}
     for cell, texts in zip(result.cells, found.cells, strict=False):
         if row not in texts or not (cell.site or cell.coords):
-            continue  # without rules the one cell is the base run
+            continue  # without rules the only cell is the base run
         base = _base_replies(result, row, cell)
         key = (tuple((each.text, each.ended) for each in texts[row]), id(base))
         alike.setdefault(key, []).append(cell)
@@ -140,8 +140,7 @@ def _end_mark(reply: Reply) -> tuple[ReplyPart, ...]:
 
 
 def _base_replies(result: ExperimentResult, row: int, cell: CellKey) -> Sequence[Reply]:
-    """What the cell's base run wrote; nothing where several stand side by side, and it can't be
-    told which of them is the cell's."""
+    """Return the replies of the cell's base run; empty if it can't be identified."""
     runs: Mapping[str, Mapping[int, tuple[Reply, ...]]] = result.replies.runs
     names = result.base.split(", ")
     there = [run for run in runs if run.partition(" (")[0] in names and row in runs[run]]
@@ -158,8 +157,8 @@ def _cells_label(cells: Sequence[CellKey]) -> str:
 
 
 def mark_differences(base: str | None, text: str) -> tuple[ReplyPart, ...]:
-    """A text with what is new in it, and what is gone; as a whole where less than half of the words
-    are those of the base run's."""
+    """Mark new and removed words in a text; the whole text if less than half of its words are those
+    of the base run."""
     if base is None or text == base:
         return (ReplyPart(text),) if text else ()
     before, now = _WORD.findall(base), _WORD.findall(text)
@@ -178,19 +177,19 @@ def mark_differences(base: str | None, text: str) -> tuple[ReplyPart, ...]:
 
 
 PROMPT_CHARACTERS = 160
-"""Characters of a prompt's end that are shown."""
+"""Maximum number of characters of a prompt's end."""
 
 FILE_WIDTH = 100
-"""Of a file of text."""
+"""Width of a text file."""
 
 PART_STYLES = {"same": "", "new": "bold green", "gone": "red"}
 
 PART_SIGNS = {"same": ("", ""), "new": ("{+", "+}"), "gone": ("[-", "-]")}
-"""What differs can be told without colours."""
+"""Signs of differing parts, so that they are recognisable without colours."""
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
-    """Per prompt the replies below each other."""
+    """Print each prompt with its replies below one another."""
     console.print()
     title = Text(f"{result.name}: ", style="bold").append("replies")
     console.print(title, highlight=False)
@@ -211,7 +210,7 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """As a page, or as plain text."""
+    """Write a page or plain text."""
     if path.suffix.lower() == ".html":
         path.write_text(texts_page(result, report), encoding="utf-8")
         return
@@ -259,7 +258,7 @@ _TAGS = {"same": "{}", "new": "<ins>{}</ins>", "gone": "<del>{}</del>"}
 
 
 def texts_page(result: ExperimentResult, report: spec.Report) -> str:
-    """HTML on its own: what the base run wrote, and beside each cell what differs from that."""
+    """Return a standalone HTML page: the base run's replies and each cell's differences."""
     shown = prompt_replies(result, report)
     title = escape_xml(f"{result.name}: replies")
     facts = escape_xml(f"{result.model} · {result.direction}")

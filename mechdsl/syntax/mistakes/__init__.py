@@ -1,5 +1,1 @@
-"""What is said about a text that doesn't parse.
-
-In: a text and the place where the parser stopped. Out: the statements that are good, and
-diagnostics that say what to write. Imports syntax and below.
-"""
+"""Diagnostics for text that doesn't parse, and recovery of the valid statements."""

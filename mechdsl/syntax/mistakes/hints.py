@@ -1,4 +1,4 @@
-"""Habits from other languages, and the syntax that mechdsl has for the same purpose."""
+"""Hints for syntax of other languages: the mechdsl syntax with the same purpose."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hint:
-    """Applies where `before` matches up to the place where the parser stopped and `after` from
-    there on; `{0}` and so on in `text` are their groups, in order."""
+    """A hint that applies if `before` matches up to the position where the parser stopped and
+    `after` from there on; `{0}`, `{1}`, … in `text` are their groups, in order."""
 
     before: str
     after: str
     text: str
     accepts: str = ""
-    """A terminal that has to be possible there."""
+    """A terminal that must be accepted at the position."""
 
 
 IMAGE_HINTS: tuple[Hint, ...] = (
@@ -147,7 +147,7 @@ IMAGE_HINTS: tuple[Hint, ...] = (
 
 HINTS: tuple[Hint, ...] = (
     *IMAGE_HINTS,
-    # Words of a rule in another order, or those of another rule.
+    # Words of a rule in the wrong order, or words of another rule.
     Hint(
         r"^patch\b.*\bat\b.*\binto\s*$",
         r"(?!layer|[0-9])",
@@ -330,7 +330,7 @@ HINTS: tuple[Hint, ...] = (
         r"([A-Za-z_]\w*)\s+from\b",
         "a group stands in place of layers and heads: `attention {0} from …`",
     ),
-    # What another experiment picks.
+    # Selections by another experiment.
     Hint(r"\btop\s+of\s+$", r"(\w+)", "say how many: `top 3 of {0}`"),
     Hint(r"\btop\s+([\w%]+)\s+$", r"(?:in|from)\s+(\w+)", "write `top {0} of {1}`"),
     Hint(r"\btop\s+([0-9]+)\s+$", r"percent\b", "write `{0}%`"),
@@ -372,7 +372,7 @@ HINTS: tuple[Hint, ...] = (
         "write `tokens except …`, or `each token except …` for one run each",
     ),
     Hint(r"\bbetween\b", r"to\b", "write `and`: `tokens between A and B`", "AND"),
-    # What `replace` puts somewhere.
+    # Targets and values of `replace`.
     Hint(
         r"^replace\b(?!\s+block\b)",
         r"\s*$",
@@ -529,7 +529,7 @@ HINTS: tuple[Hint, ...] = (
 
 
 def find_hint(before: str, after: str, accepts: frozenset[str]) -> str | None:
-    """What to write instead, for a place with this text before and after it."""
+    """Return the hint for a position with this text before and after it."""
     for known in HINTS:
         if known.accepts and known.accepts not in accepts:
             continue

@@ -1,4 +1,4 @@
-"""From the position where the parser stopped to a message that states the fix."""
+"""Explain syntax errors: from the position where the parser stopped to a message with a fix."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _HEADER = re.compile(
     r"|(param|model|metric|direction|basis|group)\s+\w+\s*=(?!=)"
     r'|use\s+"|seed\s+[0-9]+|mech\s+[0-9]+'
 )
-"""What begins a statement of the outermost level and nothing else."""
+"""The beginning of a statement that is only valid at the top level."""
 
 _BLOCK = re.compile(r"(?P<head>(?:experiment|prompts|images)[ \t]+\w+)[ \t]*\n\s*(?!\{|\s)")
 
@@ -54,18 +54,18 @@ _INNER_BLOCK = re.compile(
     r"|(?P<loop>for[ \t]+\w+[ \t]+in[ \t]+[^\n{}]*?[^\s{}])"
     rf"\s+(?:{'|'.join(sorted(EXPERIMENT_WORDS))})\b"
 )
-"""What stands before the brace of a block, where what the block holds follows without one."""
+"""The text before the brace of a block, followed by the block's lines without a brace."""
 
 _DEFINITION = re.compile(r"[A-Za-z_]\w*(?=(?:\s*,\s*[A-Za-z_]\w*)*\s*=(?!=)|\s+in(?!\w))")
 
 _DEFINERS = ("text", "span", "region", "where", "corrupt")
-"""Words of data lines behind which a name and a `=` begin no line of their own."""
+"""Words of data lines after which a name and `=` don't begin a new line."""
 
 _FROM_INTO = re.compile(
     r"from\s+(?!(?:last|first|each|tokens?|top)\b)[\w.]+(?:\s*,\s*[\w.]+)*"
     r"\s+(?!(?:tokens?|row|of|at|(?:layer|head|neuron|expert|feature)s?)\b)[a-z]"
 )
-"""`from RUN into RUN`, also with `into` misspelt, but no `from POSITION` or `from SITE`."""
+"""`from RUN into RUN`, also with a misspelt `into`, but not `from POSITION` or `from SITE`."""
 
 FIRST_WORDS: Mapping[str, Set[str]] = {
     "top_lines": TOP_WORDS,
@@ -73,11 +73,11 @@ FIRST_WORDS: Mapping[str, Set[str]] = {
     "change_lines": CHANGE_WORDS,
     "experiment_lines": EXPERIMENT_WORDS,
 }
-"""First words of the statements that each kind of block holds."""
+"""First words of the statements in each type of block."""
 
 
 def first_words(kind: str) -> Set[str]:
-    """The same, with soft words and the verbs of rules that were registered from outside."""
+    """Return the first words of a block's statements, with soft words and registered verbs."""
     own = FIRST_WORDS[kind]
     return own | SOFT_WORDS | frozenset(VERBS) if kind == "experiment_lines" else own
 
@@ -90,7 +90,7 @@ BLOCK_CONTENTS = {
     "images": "data_lines",
     "corrupt": "change_lines",
 }
-"""What the braces behind each word hold."""
+"""First word of a block → the start rule of its lines."""
 
 
 @dataclass
@@ -102,15 +102,15 @@ class Lexeme:
     start: int
     end: int
     first: bool
-    """It is the first on its line."""
+    """Whether it is the first on its line."""
     depth: int = 0
-    """How many brackets are open before it."""
+    """Number of open brackets before it."""
     partner: int | None = None
-    """For an opening bracket, the offset of its closing one."""
+    """For an opening bracket, the offset of its closing bracket."""
 
 
 def split_lexemes(text: str) -> list[Lexeme]:
-    """All pieces of a text, without brackets matched."""
+    """Split a text into lexemes, without matching brackets."""
     found: list[Lexeme] = []
     line_end = -1
     for match in _PIECE.finditer(text):
@@ -129,16 +129,19 @@ def split_lexemes(text: str) -> list[Lexeme]:
 
 
 def balance_brackets(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
-    """The text with brackets that match, and which ones didn't (E0103, E0101).
+    """Repair unmatched brackets and report them (E0103, E0101).
 
-    A closing bracket that is missing takes the place of white space before the word at which its
-    absence shows, one too many becomes a blank.
+    A missing closing bracket replaces white space before the word that reveals its absence; a
+    superfluous one becomes a blank.
+
+    Returns:
+        The repaired text, of the same length, and the diagnostics.
     """
     chars = list(text)
     diagnostics: list[Diagnostic] = []
     opened: list[Lexeme] = []
     early: list[Lexeme] = []
-    """Closing braces that aren't the first on their line, with an opening one on another line."""
+    """Closing braces that aren't the first on their line and that close a brace of another line."""
 
     def indent(offset: int) -> int:
         line = text[text.rfind("\n", 0, offset) + 1 : offset + 1]
@@ -179,14 +182,14 @@ def balance_brackets(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
         elif piece.text in "})]":
             matching = [i for i, o in enumerate(opened) if _CLOSERS[o.text] == piece.text]
             if not matching:
-                # It may be the right one, and one before it have taken its place.
+                # An earlier brace may be the stray one and have closed this one's block.
                 stray = early.pop() if early and piece.text == "}" else piece
                 chars[stray.start] = " "
                 diagnostics.append(_stray(source, stray))
                 continue
             index = matching[-1]
             if piece.first and piece.text == "}":
-                # Indentation says which of several open braces was meant.
+                # Indentation shows which of several open braces this one closes.
                 here = indent(piece.start)
                 aligned = [i for i in matching if indent(opened[i].start) == here]
                 if aligned and indent(opened[index].start) > here:
@@ -203,7 +206,7 @@ def balance_brackets(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
 
 
 def _headless(text: str, piece: Lexeme, depth: int) -> int:
-    """Where the brace is missing behind the words that open a block; 0 where none is."""
+    """Return where a block lacks its opening brace; 0 if none is missing."""
     head = (_BLOCK if depth == 0 else _INNER_BLOCK).match(text, piece.start)
     return head.end(head.lastgroup or 0) if head else 0
 
@@ -235,7 +238,7 @@ def _stray(source: Source, piece: Lexeme) -> Diagnostic:
 
 
 def match_brackets(text: str) -> list[Lexeme]:
-    """All pieces of a text whose brackets match, with their depths and partners."""
+    """Split a text with matching brackets into lexemes with depths and partners."""
     found = split_lexemes(text)
     opened: list[Lexeme] = []
     for piece in found:
@@ -248,7 +251,7 @@ def match_brackets(text: str) -> list[Lexeme]:
 
 
 def statement_starts(text: str, inside: list[Lexeme], kind: str, depth: int) -> list[int]:
-    """Indices of the pieces that begin a statement of a block."""
+    """Return the indices of the lexemes that begin a statement of a block."""
     found: list[int] = []
     words = FIRST_WORDS[kind]
     for i, piece in enumerate(inside):
@@ -280,13 +283,16 @@ def _defines(text: str, piece: Lexeme, before: Lexeme | None, goes_on: bool) -> 
 
 
 def _is_near_definer(piece: Lexeme) -> bool:
-    """`sapn bar = "|"`: the word that begins a line is a misspelt one."""
+    """Whether the first word of a line is a misspelt definer: `sapn bar = "|"`."""
     return piece.first and piece.kind == "word" and closest_name(piece.text, _DEFINERS) is not None
 
 
 def block_start(statement: list[Lexeme], first: str) -> Lexeme | None:
-    """The brace that opens the lines of a statement, if it has some; `first` is what its first word
-    is read as."""
+    """Return the brace that opens the lines of a statement, if it has one.
+
+    Args:
+        first: The word that the statement's first word is read as.
+    """
     if first not in BLOCK_WORDS:
         return None
     depth = statement[0].depth
@@ -311,12 +317,12 @@ _HOMES = (
 )
 
 _CHANGED = {("change_lines", "image"): "change the image that is there: `mask image` is gray"}
-"""What a word of another block is meant for."""
+"""A word of another block → the hint for the intended change."""
 
 _SHOWN = 4
 
 _VALUES = frozenset({"NAME", "STRING", "INT", "FLOAT", "PERCENT"})
-"""What the values of a change begin with."""
+"""First terminals of a change's values."""
 
 _AXES = frozenset(
     name + plural
@@ -327,31 +333,31 @@ _AXES = frozenset(
 
 @dataclass(frozen=True)
 class Mistake:
-    """Where the parser stopped, and in what."""
+    """The position where the parser stopped, and its statement."""
 
     source: Source
     kind: str
-    """Which lines it was reading."""
+    """Start rule of the parsed lines."""
     begin: int
     end: int
-    """The statement at fault."""
+    """Begin and end of the invalid statement."""
     offset: int
-    """Where the parser stopped; the end of the block if a statement is cut short by it."""
+    """Offset where the parser stopped, or the end of the block if the statement is incomplete."""
     token: Lexeme | None
     before: Lexeme | None
     statement: list[Lexeme]
     accepts: frozenset[str]
     lexed: str
-    """What the lexer took the token for."""
+    """The lexer's terminal for the token."""
 
     @property
     def cut_short(self) -> bool:
-        """The statement ends where something is still missing."""
+        """Whether the statement ends too early."""
         return self.offset >= self.end or self.token is None
 
     @property
     def span(self) -> Span:
-        """The token, or behind the one before where the next statement is innocent."""
+        """The token, or the end of the previous lexeme if the token begins the next statement."""
         innocent = self.cut_short or (self.token is not None and self.token.first)
         if innocent and self.before is not None and self.before.start >= self.begin:
             return Span(self.source, self.before.end, self.before.end)
@@ -361,7 +367,7 @@ class Mistake:
 
 
 def explain_mistake(mistake: Mistake) -> Diagnostic:
-    """The message for a mistake: the most telling that applies."""
+    """Return the most specific message that applies to a mistake."""
     return (
         _first_word(mistake)
         or _taken_for_position(mistake)
@@ -373,7 +379,7 @@ def explain_mistake(mistake: Mistake) -> Diagnostic:
 
 
 def _first_word(mistake: Mistake) -> Diagnostic | None:
-    """A statement that begins with something no statement of its block begins with."""
+    """Report a word that begins no statement of the block."""
     if not mistake.statement:
         return None
     word = mistake.statement[0]
@@ -413,8 +419,8 @@ def _is_definition(mistake: Mistake) -> bool:
 
 
 def _taken_for_position(mistake: Mistake) -> Diagnostic | None:
-    """`reverse first` in a `corrupt` block: where a change takes a value, the grammar of all
-    changes reads the word as the beginning of a position."""
+    """Report `reverse first` in a `corrupt` block: the shared grammar of all changes reads the
+    value of a change as the beginning of a position."""
     words = [piece.text for piece in mistake.statement]
     signature = (
         CHANGE_SIGNATURES.get(words[0]) if words and mistake.kind == "change_lines" else None
@@ -437,7 +443,7 @@ def _taken_for_position(mistake: Mistake) -> Diagnostic | None:
 
 
 def explain_habit(mistake: Mistake) -> Diagnostic | None:
-    """What people write by habit there."""
+    """Report syntax of other languages at the position."""
     found = find_hint(
         mistake.source.text[mistake.begin : mistake.offset],
         mistake.source.text[mistake.offset : mistake.end],
@@ -464,13 +470,13 @@ def _misspelt(mistake: Mistake) -> Diagnostic | None:
 
 
 def _reserved(mistake: Mistake) -> Diagnostic | None:
-    """A word of the language where a name is wanted."""
+    """Report a word of the language used as a name."""
     token = mistake.token
     if mistake.cut_short or token is None:
         return None
     before = mistake.before
     if before is not None and before.text in RESERVED and token.kind == "sign":
-        # `prob(head)`: read as an axis, whose number is missing.
+        # `prob(head)` is read as an axis without its number.
         if before.depth > mistake.statement[0].depth:
             return ReservedName(
                 name=before.text, span=Span(mistake.source, before.start, before.end)
@@ -486,7 +492,7 @@ def _reserved(mistake: Mistake) -> Diagnostic | None:
 def explain_misplaced(
     mistake: Mistake, hint: str = "", *, word: Lexeme | None = None
 ) -> Diagnostic:
-    """E0101: what stands where the parser stopped, or this word there, has no place."""
+    """Report E0101: the token where the parser stopped, or `word`, is misplaced."""
     span = Span(mistake.source, word.start, word.end) if word else mistake.span
     found, expected = _found(mistake), _expected(mistake)
     return UnexpectedToken(found=found, expected=expected, hint=hint, span=span)
@@ -530,8 +536,8 @@ _GROUPS: tuple[tuple[str, frozenset[str]], ...] = (
     ("a comparison", frozenset({"COMPARISON", "EQUAL", "IN", "NEAR"})),
     ("an axis such as `layer 3`", _AXES),
 )
-"""What several terminals together mean; a group is named when all of it is accepted (of the first
-three: all but what the place excludes)."""
+"""Descriptions of groups of terminals; a group is named if all its terminals are accepted (for
+the first three: all that the context allows)."""
 
 _SINGLES = {
     "NAME": "a name",
@@ -552,7 +558,7 @@ _SINGLES = {
 
 
 def _expected(mistake: Mistake) -> str:
-    """What could stand there, in a few words."""
+    """Describe the accepted terminals in a few words."""
     left = set(mistake.accepts)
     known = keywords()
     complete = "$END" in left

@@ -1,4 +1,4 @@
-"""Recovery from syntax errors: each error is reported and every valid statement is kept."""
+"""Recovery from syntax errors: every error is reported and every valid statement retained."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from mechdsl.syntax.parser import ParserError, keywords, run_parser, skip_space
 from mechdsl.syntax.tree_builder import CHANGE_SIGNATURES, LANGUAGE_VERSION, WordSubstitution
 
 _WORD_GUESSES = 8
-"""Words of the language that one word may have been; those of two letters are all alike."""
+"""Maximum number of suggestions for one word; words of two letters all resemble each other."""
 
 _EDGES = ("first", "last")
 
 
 def guess_words(mistake: Mistake) -> Iterator[tuple[Lexeme, str]]:
-    """A word of the statement and what it may have been, the likeliest first."""
+    """Yield words of the statement with their possible corrections, the likeliest first."""
     statement = mistake.statement
     stopped = next(
         (i for i, piece in enumerate(statement) if piece.start >= mistake.offset), len(statement)
     )
-    # The parser may have taken the word for a name, or have looked ahead.
+    # The parser may have read the word as a name or as its lookahead.
     order = [stopped, stopped - 1, stopped + 1, *range(stopped - 2, -1, -1)]
     known = frozenset(word for word in keywords().values() if word.isalpha())
     for at in order:
@@ -72,7 +72,7 @@ def _near(word: str, known: frozenset[str]) -> list[str]:
 
 
 def explain_misspelling(mistake: Mistake, word: Lexeme, meant: str) -> Diagnostic:
-    """What is said where the statement parses with another word in this one's place."""
+    """Return the message for a statement that parses with `meant` in place of `word`."""
     if word.text in keywords().values():
         found, said = f"`{word.text}`", f"did you mean `{meant}`?"
         span = Span(mistake.source, word.start, word.end)
@@ -124,13 +124,13 @@ def _letters(match: re.Match[str]) -> str:
 
 @dataclass(frozen=True)
 class Slip:
-    """What is matched, what to write instead, and what stands in for it meanwhile."""
+    """A pattern, the fix to report, and a replacement that lets parsing continue."""
 
     pattern: str
     hint: str
     stand_in: Callable[[re.Match[str]], str] = _blank
     shown: int | None = None
-    """How many characters are marked; all of them where None."""
+    """Number of marked characters; None marks all."""
 
 
 SLIPS: tuple[Slip, ...] = (
@@ -159,7 +159,7 @@ SLIPS: tuple[Slip, ...] = (
     Slip(r"![^=\S]|!(?=\w)", "write `not`", _blank, 1),
     Slip(r"""[^\s\w"#{}()\[\].,:=+\-*/<>!%]""", "leave it out"),
 )
-"""Tried in this order at each place outside texts and comments."""
+"""Patterns tried in this order at each position outside texts and comments."""
 
 _PATTERN = re.compile(
     rf'(?P<text>{STRING_PATTERN})|(?P<comment>#[^\n]*)|(?P<open>"(?:[^"\\\n]|\\[^\n]|\\$)*)|'
@@ -169,9 +169,10 @@ _PATTERN = re.compile(
 
 
 def replace_slips(source: Source) -> tuple[str, list[Diagnostic]]:
-    """The text with every slip replaced by something of the same length, and what they were.
+    """Replace every slip by text of the same length, and comments by blanks.
 
-    Comments become blanks.
+    Returns:
+        The text and the diagnostics of its slips.
     """
     diagnostics: list[Diagnostic] = []
 
@@ -194,7 +195,7 @@ def replace_slips(source: Source) -> tuple[str, list[Diagnostic]]:
 
 
 def _close(text: str, match: re.Match[str]) -> str:
-    """The text that never ends, closed before the brackets it has most likely swallowed."""
+    """Close an unterminated text before the brackets that it has most likely swallowed."""
     raw = match[0]
     line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
     missing = 0
@@ -205,7 +206,7 @@ def _close(text: str, match: re.Match[str]) -> str:
         tail -= 1
         missing -= raw[tail] in ")]"
     if tail == len(raw):
-        # No room but the last character of the text itself.
+        # No characters remain except the last one of the text itself.
         inner = raw[1:-1].replace("\\", " ")
         return f'"{inner}"' if len(raw) > 1 else " "
     inner = raw[1 : tail - 1].replace("\\", " ")
@@ -215,15 +216,15 @@ def _close(text: str, match: re.Match[str]) -> str:
 _PLACEHOLDER = re.compile(r"\{\s*([A-Za-z_]\w*)")
 
 _MADE = {"split": ("train", "test"), "answer": ("answer",), "wrong": ("wrong",)}
-"""Names that a line makes without writing them as names."""
+"""Names that a line defines implicitly."""
 
 
 def lost_statement(mistake: Mistake) -> ast.LostStatement:
-    """The statement as one that is lost, with the names that it may have defined: of whatever is
-    written like a definition, for the word that says so may be the one that is wrong."""
+    """Convert a statement to a lost one with the names that it may define. Anything that looks like
+    a definition counts, because the defining word may be the misspelt one."""
     words = mistake.statement
     names: set[str] = set()
-    if mistake.kind == "experiment_lines":  # names of loops, of runs, of what is observed
+    if mistake.kind == "experiment_lines":  # names of loops, runs and observations
         begin = ("for", "run", "as")
         names.update(after.text for word, after in pairwise(words) if word.text in begin)
     elif words:
@@ -232,7 +233,7 @@ def lost_statement(mistake: Mistake) -> ast.LostStatement:
         meant = words[0].text if begins else closest_name(words[0].text, known)
         if meant is not None:
             names.update(_MADE.get(meant, ()))
-        elif len(words) == 1 or words[1].text not in ("=", "in", ","):  # any of them is meant
+        elif len(words) == 1 or words[1].text not in ("=", "in", ","):  # each is possible
             names.update(*_MADE.values())
         names.update(piece.text for piece in words[begins:2] if piece.kind == "word")
         listed: list[str] = []
@@ -254,17 +255,20 @@ _VERSION = re.compile(r"mech\b[ \t]*(?P<number>[\w.]*)")
 _FIRST_WORD = re.compile(r"(?P<word>[A-Za-z]\w*)[ \t]+[0-9]+\b")
 
 MAX_GUESSES = 1000
-"""How many words of a file are tried in the place of others."""
+"""Maximum number of word substitutions tried per file."""
 
 MAX_GUESSED_LENGTH = 2000
-"""Characters of a statement in which no word is tried in the place of another."""
+"""Maximum length, in characters, of a statement in which words are substituted."""
 
 
 def recover(source: Source, stopped: int) -> tuple[ast.File, list[Diagnostic]]:
-    """The statements of a text that parse or where it is clear what was meant, and all that is
-    wrong.
+    """Parse the valid statements of a text and those whose meaning is clear.
 
-    stopped: the offset at which the parser gave up
+    Args:
+        stopped: The offset at which the parser stopped.
+
+    Returns:
+        The tree and the diagnostics of all errors.
     """
     text, diagnostics = replace_slips(source)
     text, unbalanced = balance_brackets(source, text)
@@ -272,7 +276,7 @@ def recover(source: Source, stopped: int) -> tuple[ast.File, list[Diagnostic]]:
     begin, version = reader.version()
     found = reader.lines("top_lines", begin, len(text))
     if not reader.diagnostics:
-        # Each part is right by itself, so the place is all that is known.
+        # Each part is valid by itself, so only the position is known.
         span = Span(source, stopped, min(stopped + 1, len(text)))
         reader.diagnostics.append(
             UnexpectedToken(found=f"`{span.text.strip()}`", expected="something else", span=span)
@@ -284,9 +288,11 @@ def recover(source: Source, stopped: int) -> tuple[ast.File, list[Diagnostic]]:
 
 
 def _causes(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
-    """Without what merely follows: an unclosed text has swallowed the rest of its line, what stands
-    behind a sign without meaning would be fine behind the right one, and where the parser goes on
-    in the middle of a line with an error, it knows less of the rest than the first error said.
+    """Drop errors that merely follow from others.
+
+    An unterminated text has swallowed the rest of its line. Tokens after a meaningless sign may be
+    valid after the correct one. Where the parser resumes in the middle of a line with an error, it
+    knows less about the rest than the first error reported.
     """
     open_texts = [d.span for d in diagnostics if isinstance(d, UnterminatedString) and d.span]
     swallowed = {span.line for span in open_texts}
@@ -304,7 +310,7 @@ def _causes(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
         if span.line in swallowed:
             first = min(s.start for s in open_texts if s.line == span.line)
             return span.start >= first
-        # White space at fault is where a missing bracket was put in.
+        # A white-space token is the position of an inserted bracket.
         return isinstance(diagnostic, UnexpectedToken) and (
             span.start in behind
             or span.text.isspace()
@@ -318,14 +324,14 @@ def _causes(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
 class _Recovery:
     source: Source
     text: str
-    """The source with slips replaced, offsets unchanged."""
+    """The source with slips replaced; offsets are unchanged."""
     pieces: list[Lexeme]
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
     lost: list[ast.LostStatement] = field(default_factory=list[ast.LostStatement])
     guesses_left: int = MAX_GUESSES
 
     def version(self) -> tuple[int, ast.Version | None]:
-        """Where the statements begin, and the version before them."""
+        """Return where the statements begin, and the version before them."""
         begin = skip_space(self.text)
         found = _VERSION.match(self.text, begin)
         other = _FIRST_WORD.match(self.text, begin)
@@ -351,7 +357,7 @@ class _Recovery:
             problem = "`mech` needs the version of the language behind it"
         place = f"this mechdsl reads version {LANGUAGE_VERSION}"
         self._wrong_version(problem, place, span)
-        # `mech model …` has lost its number, `mech v1` has a wrong one.
+        # In `mech model …` the number is missing; in `mech v1` it is wrong.
         return (found.end() if number[-1:].isdigit() else begin + len("mech")), None
 
     def _wrong_version(self, problem: str, place: str, span: Span) -> int:
@@ -359,7 +365,7 @@ class _Recovery:
         return span.start
 
     def lines(self, kind: str, begin: int, end: int, depth: int = 0) -> list[Any]:
-        """The good statements between two offsets, which hold statements of one kind."""
+        """Parse the valid statements of one type between two offsets."""
         found: list[Any] = []
         inside = self._between(begin, end)
         heads = [inside[i].start for i in statement_starts(self.text, inside, kind, depth)]
@@ -371,7 +377,7 @@ class _Recovery:
             try:
                 found += self._read(kind, begin, mistake.begin)
             except ParserError as error:
-                # The word that begins a statement was taken for a missing part of the one before.
+                # The first word of the next statement was read as a missing part of this one.
                 mistake = self._locate(kind, begin, mistake.begin, heads, error)
                 found += self._before(kind, begin, mistake.begin)
             found += self._mistaken(kind, depth, mistake)
@@ -388,7 +394,7 @@ class _Recovery:
         return list(nodes)
 
     def _before(self, kind: str, begin: int, end: int) -> list[Any]:
-        """What stands before a mistake is good, unless its beginning was misjudged."""
+        """Parse the text before a mistake, which is valid unless its beginning was misjudged."""
         try:
             return self._read(kind, begin, end)
         except ParserError:
@@ -398,19 +404,19 @@ class _Recovery:
     def _locate(
         self, kind: str, begin: int, end: int, heads: list[int], error: ParserError
     ) -> Mistake:
-        """The statement that an error belongs to; `heads` are where statements begin."""
+        """Find the statement that an error belongs to; `heads` are the starts of statements."""
         offset = begin + error.offset
         number = bisect_right(heads, offset) if offset < end else bisect_left(heads, end)
         own = heads[number - 1] if number and heads[number - 1] >= begin else begin
         following = min(heads[number], end) if number < len(heads) else end
         accepts = self._accepts(kind, own, offset, error)
         if own == offset and "$END" not in accepts and number > 1 and own > begin:
-            # A statement begins here, but the one before it isn't finished.
+            # A statement begins here, but the previous one is unfinished.
             own, following = max(heads[number - 2], begin), offset
         after = bisect_left(self.pieces, offset, key=_offset)
         token = self.pieces[after] if after < len(self.pieces) else None
         if own < offset < following and token is not None and token.first and "$END" in accepts:
-            own = offset  # what stands before is complete, so this line is at fault
+            own = offset  # the preceding text is complete
         before = self.pieces[after - 1] if after else None
         return Mistake(
             source=self.source,
@@ -426,14 +432,13 @@ class _Recovery:
         )
 
     def _accepts(self, kind: str, own: int, offset: int, error: ParserError) -> frozenset[str]:
-        """What could have stood there; of a change, what its own parts allow."""
+        """Return the terminals accepted at the error; for a change, filtered by its signature."""
         before = [piece.text for piece in self._between(own, offset)]
         signature = CHANGE_SIGNATURES.get(before[0]) if before and kind == "change_lines" else None
         return error.accepts if signature is None else signature.accepts(before, error.accepts)
 
     def _mistaken(self, kind: str, depth: int, mistake: Mistake) -> list[Any]:
-        """Report a mistake. The statement is kept where it is clear what was meant, and of a block
-        the good lines."""
+        """Report a mistake; return the statement if its meaning is clear, or a block's lines."""
         first = mistake.statement[0].text if mistake.statement else ""
         brace = block_start(mistake.statement, first)
         if brace is not None and brace.start < mistake.offset <= (brace.partner or 0):
@@ -469,9 +474,11 @@ class _Recovery:
         *,
         named: bool = False,
     ) -> list[Any] | None:
-        """The statement, or None where it doesn't parse; a block has its good lines.
+        """Parse the statement of a mistake; None if it is invalid. A block has its valid lines.
 
-        first: what its first word is read as. named: of what stands before a brace, the name alone.
+        Args:
+            first: The word that the statement's first word is read as.
+            named: Reduce the text before the brace to the block's name.
         """
         brace = block_start(mistake.statement, first)
         if brace is None or brace.partner is None:
@@ -505,7 +512,7 @@ def _offset(piece: Lexeme) -> int:
 
 
 def _filled(node: Any, body: tuple[Any, ...]) -> Any:
-    """A block with its lines put in."""
+    """Return a block with the given lines."""
     if isinstance(node, ast.PromptsDef):
         return replace(node, lines=body)
     if isinstance(node, ast.Corrupt):
