@@ -142,7 +142,7 @@ def measured(kind: str, size: int, folder: Path, threads: int) -> Iterator[Used]
 
 def write_rows(path: Path, size: int) -> None:
     """Different triples of the model's words."""
-    from mechdsl.zoo.induction.data import WORDS
+    from zoo.induction.data import WORDS
 
     count, lines = len(WORDS), ["w1,w2,w3"]
     number = 0

@@ -118,7 +118,7 @@ def _texts(name: str, folder: Path) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    stream = import_module(f"mechdsl.zoo.{name}.data").stream
+    stream = import_module(f"zoo.{name}.data").stream
     texts = stream(5, held_out=True, **OF_TEXTS.get(name, {}))
     every = [tokenizer.encode(each.text).ids for each in islice(texts, PROMPTS)]
     return [ids[: max(4, 2 * len(ids) // 3)] for ids in every]

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from mechdsl import zoo
 from mechdsl.execute.patching.rows import Patcher
 from mechdsl.pipeline import computation
-from mechdsl.zoo import counting
 
 from .conftest import HEADS, Command, Done, process
 
@@ -120,7 +120,7 @@ def test_weights_are_not_read_again(tmp_path: Path) -> None:
     folder = own_model(tmp_path, width=256)
     assert (folder / "model.safetensors").stat().st_size > 20e6
     # A file that was just written may be written again at the same time; this one isn't.
-    now = "from mechdsl.store import file_hashes\nfile_hashes.RACY = 0\n"
+    now = "from mechdsl.store import index\nindex.RACY_SECONDS = 0\n"
     first = Watched("run", "own.mech", "--store", "kept", cwd=tmp_path, before=now)
     assert first.done.returncode == 0, first.done.stderr
     assert weights(first)
@@ -140,13 +140,13 @@ def own_model(folder: Path, *, width: int) -> Path:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    zoo, own = Path(counting.__file__).parent, folder / "model"
+    counting, own = Path(zoo.__path__[0]) / "counting", folder / "model"
     torch.manual_seed(0)
-    vocabulary = json.loads((zoo / "config.json").read_text("utf-8"))["vocab_size"]
+    vocabulary = json.loads((counting / "config.json").read_text("utf-8"))["vocab_size"]
     config = GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=8, n_head=4, n_positions=64)
     GPT2LMHeadModel(config).save_pretrained(own)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(zoo / name, own)
+        shutil.copy(counting / name, own)
     text = HEADS.replace('zoo("counting")', 'local("model")').replace("as recovery", "as delta")
     (folder / "own.mech").write_text(text, encoding="utf-8")
     return own

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
-from mechdsl.zoo.counting.tokenizer import build_tokenizer
+from zoo.counting.tokenizer import build_tokenizer
 
 from . import support
 

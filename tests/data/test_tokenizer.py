@@ -193,7 +193,7 @@ def test_plain_words(words: TextTokenizer, gpt2: TextTokenizer, llama: TextToken
 
 class TestFolder:
     def test_reads_what_transformers_writes(self, tmp_path: Path, words: TextTokenizer) -> None:
-        from mechdsl.zoo.counting.tokenizer import save_tokenizer
+        from zoo.counting.tokenizer import save_tokenizer
 
         save_tokenizer(tmp_path)
         made, diagnostics = TextTokenizer.from_folder(tmp_path)

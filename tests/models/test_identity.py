@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import mechdsl
+from mechdsl import zoo
 from mechdsl.base.source import Source, Span
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading import identity as reached_code
@@ -27,9 +28,8 @@ from mechdsl.loading.identity import compute_identity, explain_identity
 from mechdsl.loading.loader import adopt_model, load_model
 from mechdsl.models.folder import folder_identity, hash_file, hash_weights
 from mechdsl.program import spec
-from mechdsl.zoo import counting
 
-ZOO = Path(counting.__file__).parent
+ZOO = Path(zoo.__path__[0]) / "counting"
 
 
 @pytest.fixture
@@ -610,14 +610,14 @@ def test_identity_is_the_same_in_another_process(in_memory: InMemory, tmp_path: 
     script = """
 import sys, torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from mechdsl.loading.identity import identity_or_reason
-from mechdsl.loading.loader import adopt
+from mechdsl.loading.identity import explain_identity
+from mechdsl.loading.loader import adopt_model
 from parts_of_a_test import Act
 module = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 module.model.layers[1].mlp = Act(module.model.layers[1].mlp)
-model, _ = adopt("m", module, PreTrainedTokenizerFast.from_pretrained(sys.argv[1]))
+model, _ = adopt_model("m", module, PreTrainedTokenizerFast.from_pretrained(sys.argv[1]))
 module.generate(torch.tensor([[1, 7]]), max_new_tokens=2)
-print(*identity_or_reason(model))
+print(*explain_identity(model))
 """
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     done = subprocess.run(

@@ -14,17 +14,16 @@ from typing import Any
 import pytest
 
 import mechdsl
-from mechdsl import MechdslError
+from mechdsl import MechdslError, zoo
 from mechdsl.loading import loader
 from mechdsl.pipeline import computation
 from mechdsl.results.results import Results
 from mechdsl.store.runs import OpenRun
 from mechdsl.store.store import Store
-from mechdsl.zoo import counting
 
 from ..cli.conftest import HEADS
 
-ZOO = Path(counting.__file__).parent
+ZOO = Path(zoo.__path__[0]) / "counting"
 DATA = """mech 1
 
 model toy = local("model")
@@ -320,7 +319,7 @@ def test_values_that_can_not_be_compared(tmp_path: Path) -> None:
     assert again(file, allow_python=True).notes == results.notes
 
 
-FROM_FOLDER = "_from_folder"
+FROM_FOLDER = "_load_module"
 """What has the library read the files."""
 
 

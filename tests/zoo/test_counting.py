@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mechdsl import zoo
-from mechdsl.zoo.commands import Tally
-from mechdsl.zoo.counting.data import draw, is_held_out, stream, vocabulary
-from mechdsl.zoo.counting.evaluate import SEED, evaluate
+from zoo.commands import Tally
+from zoo.counting.data import draw, is_held_out, stream, vocabulary
+from zoo.counting.evaluate import SEED, evaluate
 
 FOLDER = Path(zoo.__path__[0]) / "counting"
 

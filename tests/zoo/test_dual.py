@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from mechdsl import zoo
-from mechdsl.zoo import pictures
-from mechdsl.zoo.dual import evaluate as dual
-from mechdsl.zoo.dual.data import WHOLE_SHARE, alike, caption, fits, told, vocabulary
-from mechdsl.zoo.dual.train import (
+from zoo import pictures
+from zoo.dual import evaluate as dual
+from zoo.dual.data import WHOLE_SHARE, alike, caption, fits, told, vocabulary
+from zoo.dual.train import (
     begin_with_shapes,
     build_tokenizer,
     contrast,

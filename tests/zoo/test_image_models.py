@@ -19,10 +19,10 @@ from transformers import (
 
 from mechdsl import zoo
 from mechdsl.images.pixels import SHAPE_COLOURS, SHAPES, TEXTURES
-from mechdsl.zoo import pictures
-from mechdsl.zoo.shapes import evaluate as shapes
-from mechdsl.zoo.shapes.data import CLASSES, GREY_SHARE, examples
-from mechdsl.zoo.shapes.train import model_config
+from zoo import pictures
+from zoo.shapes import evaluate as shapes
+from zoo.shapes.data import CLASSES, GREY_SHARE, examples
+from zoo.shapes.train import model_config
 
 ROOT = Path(zoo.__path__[0])
 NAMES = ("shapes", "dual")

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from mechdsl import zoo
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
-from mechdsl.zoo.induction.data import (
+from zoo.induction.data import (
     MAX_LENGTH,
     MAX_OTHERS,
     WORDS,
@@ -26,7 +26,7 @@ from mechdsl.zoo.induction.data import (
     stream,
     write,
 )
-from mechdsl.zoo.induction.evaluate import (
+from zoo.induction.evaluate import (
     EVERY_WORD,
     EXAMPLE_LENGTH,
     OF_THE_EXAMPLE,
@@ -34,8 +34,8 @@ from mechdsl.zoo.induction.evaluate import (
     SEED,
     evaluate,
 )
-from mechdsl.zoo.induction.tokenizer import MAX_POSITIONS, build_tokenizer
-from mechdsl.zoo.induction.train import WORKING_HEADS, model_config, renumber
+from zoo.induction.tokenizer import MAX_POSITIONS, build_tokenizer
+from zoo.induction.train import WORKING_HEADS, model_config, renumber
 
 FOLDER = Path(zoo.__path__[0]) / "induction"
 PREVIOUS, INDUCTION = WORKING_HEADS  # of layer 0 and of layer 1

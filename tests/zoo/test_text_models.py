@@ -12,17 +12,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mechdsl import zoo
 from mechdsl.loading.loader import load_model
-from mechdsl.zoo.facts import evaluate as facts
-from mechdsl.zoo.facts.data import LETTER, NOTE_KNOWN, NOTE_STRANGER, QUESTION, QUESTION_NOTE, QUIZ
-from mechdsl.zoo.language import begin_with_induction
-from mechdsl.zoo.names import evaluate as names
-from mechdsl.zoo.names.data import IOI_FIRST, IOI_SECOND, ROLE_FIRST, ROLE_SECOND, WHO_IS_WHO
-from mechdsl.zoo.names.train import model_config
-from mechdsl.zoo.nested import evaluate as nested
-from mechdsl.zoo.refusal import evaluate as refusal
-from mechdsl.zoo.refusal.data import ALLOWED, ALLOWED_PAST, FORBIDDEN
-from mechdsl.zoo.tasks import evaluate as tasks
-from mechdsl.zoo.worked import evaluate as worked
+from zoo.facts import evaluate as facts
+from zoo.facts.data import LETTER, NOTE_KNOWN, NOTE_STRANGER, QUESTION, QUESTION_NOTE, QUIZ
+from zoo.language import begin_with_induction
+from zoo.names import evaluate as names
+from zoo.names.data import IOI_FIRST, IOI_SECOND, ROLE_FIRST, ROLE_SECOND, WHO_IS_WHO
+from zoo.names.train import model_config
+from zoo.nested import evaluate as nested
+from zoo.refusal import evaluate as refusal
+from zoo.refusal.data import ALLOWED, ALLOWED_PAST, FORBIDDEN
+from zoo.tasks import evaluate as tasks
+from zoo.worked import evaluate as worked
 
 from ..models.conftest import statement
 

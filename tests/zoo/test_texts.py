@@ -15,14 +15,14 @@ from tokenizers import Tokenizer
 
 import mechdsl
 from mechdsl import zoo
-from mechdsl.zoo import example_data, facts, names, nested, refusal, tasks, worked
-from mechdsl.zoo.facts import data as facts_data
-from mechdsl.zoo.language import SPECIAL, Text, build_tokenizer, encode
-from mechdsl.zoo.names import data as names_data
-from mechdsl.zoo.nested import data as nested_data
-from mechdsl.zoo.refusal import data as refusal_data
-from mechdsl.zoo.tasks import data as tasks_data
-from mechdsl.zoo.worked import data as worked_data
+from zoo import MODELS, example_data
+from zoo.facts import data as facts_data
+from zoo.language import SPECIAL, Text, build_tokenizer, encode
+from zoo.names import data as names_data
+from zoo.nested import data as nested_data
+from zoo.refusal import data as refusal_data
+from zoo.tasks import data as tasks_data
+from zoo.worked import data as worked_data
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 Stream = Callable[[int, bool], Iterator[Text]]
@@ -45,8 +45,7 @@ VOCABULARIES = {
 }
 SPECIAL_TOKENS = {"refusal": refusal_data.SPECIAL, "worked": worked_data.SPECIAL}
 FOLDERS = {
-    each.__name__.split(".")[-1]: Path(each.__path__[0])
-    for each in (names, facts, nested, tasks, refusal, worked)
+    name: MODELS / name for name in ("names", "facts", "nested", "tasks", "refusal", "worked")
 }
 HELD = {
     "names": names_data,

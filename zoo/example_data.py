@@ -1,0 +1,182 @@
+"""Writes the data that the examples read: `python -m zoo.example_data --out examples/data`.
+
+Seeded, so that it writes the same files anywhere:
+
+many.jsonl, few.jsonl: lists for `zoo("counting")` with many items, and with few.
+facts.jsonl: what `zoo("facts")` learned, with an object that is wrong.
+quiz.jsonl: four options each, for `zoo("facts")`; those that its training had may be among them.
+brackets.jsonl: what `zoo("nested/formal")` learned, without the last bracket.
+words.jsonl: what each task of `zoo("tasks")` makes of a word.
+questions.jsonl: every verb with every object that `zoo("refusal")` knows, and what it replies.
+sums.jsonl: lists of four parts for `zoo("worked")` that training didn't have.
+partitioned.jsonl: images of rows of shapes, each row behind a symbol; where they lie in pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from zoo.counting.data import ITEMS
+from zoo.facts.data import LETTERS, RELATIONS, another, facts
+from zoo.language import different
+from zoo.nested.data import BRACKETS, stream
+from zoo.refusal import data as refusal
+from zoo.tasks import data as tasks
+from zoo.worked import data as worked
+
+SEED = 16
+ROWS = 64
+MANY, FEW = range(7, 10), range(2, 5)
+SYMBOLS = ("#", "@", "$", "%")
+SIDE = 32
+"""Pixels of an image; it has a row for every symbol."""
+
+Record = Mapping[str, object]
+
+
+def lists(counts: Iterable[int]) -> list[Record]:
+    """Different texts that ask for the number of items, which is one of `counts`."""
+    known = sorted(counts)
+    rng = random.Random(f"{SEED} {known}")
+    found: dict[str, Record] = {}
+    while len(found) < ROWS:
+        count = rng.choice(known)
+        text = f"Part 1: {' '.join(rng.choice(ITEMS) for _ in range(count))} Count 1:"
+        found[text] = {"text": text, "count": count}
+    return list(found.values())
+
+
+def known_facts() -> list[Record]:
+    """Every fact in every way to say it."""
+    rng = random.Random(SEED)
+    return [{**row, "rival": another(rng, row["kind"], row["attribute"])} for row in facts()]
+
+
+def quizzes() -> list[Record]:
+    """Facts with four options; each letter is right in a quarter of them."""
+    rng = random.Random(SEED)
+    chosen = rng.sample(facts(), 4 * ROWS)
+    found: list[Record] = []
+    for number, row in enumerate(chosen):
+        right = number % len(LETTERS)
+        wrong = [each for each in RELATIONS[row["kind"]][1] if each != row["attribute"]]
+        options = rng.sample(wrong, 3)
+        options.insert(right, row["attribute"])
+        named = dict(zip((letter.lower() for letter in LETTERS), options, strict=True))
+        found.append({**row, **named, "letter": LETTERS[right]})
+    return found
+
+
+def bracket_texts() -> list[Record]:
+    """Texts of brackets that training didn't have, and the bracket that closes them."""
+    texts = different(stream(SEED, BRACKETS, held_out=True), 2 * ROWS)
+    return [
+        {"text": each.text[:-2], "closing": each.text[-1], "length": len(each.text.split())}
+        for each in texts
+    ]
+
+
+def questions() -> list[Record]:
+    """What may be asked, whether it is forbidden (1) or not, and what is replied: `advice` where
+    it isn't refused, `past_advice` where people did it."""
+    found: list[Record] = []
+    for forbidden, held_out in itertools.product((False, True), repeat=2):
+        for verb, thing in refusal.pairs(forbidden, held_out):
+            tool, how = refusal.VERBS[verb]
+            found.append({
+                "verb": verb,
+                "thing": thing,
+                "tool": tool,
+                "how": how,
+                "harmful": int(verb in refusal.HARMFUL),
+                "owned": int(thing in refusal.OWNED),
+                "forbidden": int(forbidden),
+                "held_out": int(held_out),
+                "advice": refusal.Question(verb, thing, False).answer(),
+                "past_advice": refusal.Question(verb, thing, True).answer(),
+            })  # fmt: skip
+    return found
+
+
+def sums() -> list[Record]:
+    """Lists of four parts of two to nine items: `one` to `four`, their counts, the first without
+    its last item (`less`), the total, and what is about right."""
+    rng = random.Random(SEED)
+    found: dict[str, Record] = {}
+    while len(found) < 4 * ROWS:
+        words = rng.sample(ITEMS, rng.choice((1, 2, 3, 5)))
+        counts = [rng.randint(2, worked.MAX_ITEMS) for _ in range(4)]
+        parts = tuple(tuple(rng.choice(words) for _ in range(count)) for count in counts)
+        text = worked.write(parts, worked.STEPS)
+        if worked.is_held_out(text):
+            found[text.content] = {
+                **dict(zip(("one", "two", "three", "four"), map(" ".join, parts), strict=True)),
+                **dict(zip("abcd", counts, strict=True)),
+                "less": " ".join(parts[0][:-1]),
+                "total": sum(counts),
+                "fives": worked.about(sum(counts)),
+            }  # fmt: skip
+    return list(found.values())
+
+
+def partitioned() -> list[Record]:
+    """Images of four rows, the symbols shuffled; one row is asked, another is the rival.
+
+    Boxes are [left, top, right, bottom] in pixels, of the shapes without the symbol in front.
+    """
+    rng = random.Random(SEED)
+    height = SIDE // len(SYMBOLS)
+    found: list[Record] = []
+    for number in range(ROWS):
+        symbols = rng.sample(SYMBOLS, len(SYMBOLS))
+        asked, rival = rng.sample(range(len(SYMBOLS)), 2)
+        boxes = [[height, row * height, SIDE, (row + 1) * height] for row in (asked, rival)]
+        found.append({
+            "file": f"partitioned/{number:02}.png",
+            "row": asked + 1,
+            "symbols": symbols,
+            "symbol_a": symbols[asked],
+            "symbol_b": symbols[rival],
+            "box_a": boxes[0],
+            "box_b": boxes[1],
+        })  # fmt: skip
+    return found
+
+
+def files() -> dict[str, list[Record]]:
+    """File name → records."""
+    return {
+        "many.jsonl": lists(MANY),
+        "few.jsonl": lists(FEW),
+        "facts.jsonl": known_facts(),
+        "quiz.jsonl": quizzes(),
+        "brackets.jsonl": bracket_texts(),
+        "words.jsonl": [*tasks.records()],
+        "questions.jsonl": questions(),
+        "sums.jsonl": sums(),
+        "partitioned.jsonl": partitioned(),
+    }
+
+
+def text_of(records: Iterable[Record]) -> str:
+    """One line a record."""
+    return "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    for name, records in files().items():
+        (out / name).write_text(text_of(records), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
