@@ -160,7 +160,7 @@ def test_what_cannot_be_read(what: str, said: str, tmp_path: Path) -> None:
     assert said in problem
 
 
-@pytest.mark.parametrize("limit", ["DATA_SET", "TRIED"])
+@pytest.mark.parametrize("limit", ["DATA_SET", "COMBINATIONS"])
 def test_too_much_is_not_read(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both(tmp_path / "pairs")
     monkeypatch.setattr(limits, limit, 5)

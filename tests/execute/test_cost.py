@@ -121,14 +121,13 @@ def test_whole_passes_of_paths_are_those_of_the_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     tokens: list[int] = []
-    for module in (rows, rows):
-        real = module.run_whole
+    real = rows.run_full
 
-        def counted(model: Any, batch: Batch, *given: Any, real: Any = real, **named: Any) -> Any:
-            tokens.append(int(batch.lengths.sum()) * model.shape.n_layers)
-            return real(model, batch, *given, **named)
+    def counted(model: Any, batch: Batch, *given: Any, **named: Any) -> Any:
+        tokens.append(int(batch.lengths.sum()) * model.shape.n_layers)
+        return real(model, batch, *given, **named)
 
-        monkeypatch.setattr(module, "run_whole", counted)
+    monkeypatch.setattr(rows, "run_full", counted)
     text = "group ends = L2H1.q, L2H3.q, logits\n"
     text += experiment("e", "prompts p", FROM, WHOLE[name], DIFFERENCE)
     planned, _ = costs(text, folder, monkeypatch, frozenset({"stop_early"}))

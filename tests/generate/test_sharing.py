@@ -33,7 +33,7 @@ class Passes:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     found = Passes()
-    for name in ("run_cached", "keep"):
+    for name in ("run_cached_pass", "store_keys"):
         before = getattr(module, name)
 
         def counted(model: Any, tokens: NewTokens, *rest: Any, run: Any = before) -> Any:

@@ -65,43 +65,43 @@ def _only_itself(mask: TokenMask) -> TokenMask:
     return mask
 
 
-_inputs: Any = packed.__dict__["text_inputs"]
+_inputs: Any = packed.__dict__["build_text_inputs"]
 _attend: Any = packed.__dict__["attend"]
 
-INPUTS = "packed.packed_pass.text_inputs packed.through_one_prompt.text_inputs"
+INPUTS = "forward.packed.packed_pass.build_text_inputs"
 
 FAULTS: dict[str, tuple[str, str, Any]] = {
     "kept keys shifted by a column": (
         "llama",
-        "packed.activation_cache.CachedAttention",
+        "forward.packed.activation_cache.CachedAttention",
         _shifted_keys,
     ),
     "kept values shifted by a column": (
         "gpt2",
-        "packed.activation_cache.CachedAttention",
+        "forward.packed.activation_cache.CachedAttention",
         _shifted_values,
     ),
     "kept keys of another lane": (
         "gpt2",
-        "packed.activation_cache.CachedAttention",
+        "forward.packed.activation_cache.CachedAttention",
         _keys_of_another_lane,
     ),
-    "the mask ignored": ("llama", "hooks.attention_functions.GroupMasks.of", lambda *args: None),
+    "the mask ignored": ("llama", "forward.hooks.attention.GroupMasks.of", lambda *args: None),
     "the window ignored": (
         "mistral",
-        "hooks.attention_functions.GroupMasks.of",
+        "forward.hooks.attention.GroupMasks.of",
         lambda *args: None,
     ),
-    "taken from the column before": ("gpt_neox", "packed.layout.ComputedTokens", _shifted_part),
+    "taken from the column before": ("gpt_neox", "forward.packed.packed_pass.ComputedTokens", _shifted_part),
     "the stream of the block below": (
         "qwen3",
-        "packed.activation_cache.ActivationCache",
+        "forward.packed.activation_cache.ActivationCache",
         _hidden_of_the_block_below,
     ),
-    "later tokens forgotten": ("gpt2", "plan.restart.later", _only_itself),
+    "later tokens forgotten": ("gpt2", "models.restart.mask_from_first", _only_itself),
     "rotary positions shifted": ("llama", INPUTS, _shifted_positions),
     "learned positions shifted": ("gpt2", INPUTS, _shifted_positions),
-    "heads of another group": ("qwen2", "packed.packed_pass.attend", _mixed_heads),
+    "heads of another group": ("qwen2", "forward.packed.packed_pass.attend", _mixed_heads),
 }
 """Family, what is replaced, by what."""
 

@@ -22,7 +22,8 @@ from mechdsl.loading import bench
 from mechdsl.loading.bench import get_image_token
 from mechdsl.loading.loader import adopt_model
 from mechdsl.loading.probe import build_sample
-from mechdsl.loading.verify.verification import checks, run_checks
+from mechdsl.loading.verify import checks
+from mechdsl.loading.verify.verification import run_checks
 from mechdsl.models.anatomy import Family
 from tests.families import build, tables
 from tests.families.parts import Architecture, Stack
@@ -242,7 +243,7 @@ def failed(model: LoadedModel) -> list[str]:
 def test_long_rows_are_proved_piece_by_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row, single heads in some layers, a few written rows in a pass: the same checks."""
     for module, constant, value in (
-        (bench, "_LONG", 8),
+        (bench, "_MAX_TOKENS", 8),
         (bench, "_MAX_LAYERS", 2),
         (checks, "TOKENS_PER_PASS", 20),
     ):

@@ -44,7 +44,7 @@ def test_all_errors_at_once_and_what_was_meant_kept() -> None:
     prompts, experiment = tree.statements[2:4]
     assert isinstance(prompts, ast.PromptsDef)
     assert [type(line).__name__ for line in prompts.lines] == [
-        "Domained",
+        "DomainDef",
         "Template",
         "Text",
         "Corrupt",
