@@ -92,7 +92,11 @@ FAULTS: dict[str, tuple[str, str, Any]] = {
         "forward.hooks.attention.GroupMasks.of",
         lambda *args: None,
     ),
-    "taken from the column before": ("gpt_neox", "forward.packed.packed_pass.ComputedTokens", _shifted_part),
+    "taken from the column before": (
+        "gpt_neox",
+        "forward.packed.packed_pass.ComputedTokens",
+        _shifted_part,
+    ),
     "the stream of the block below": (
         "qwen3",
         "forward.packed.activation_cache.ActivationCache",

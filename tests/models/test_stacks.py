@@ -245,7 +245,7 @@ def test_long_rows_are_proved_piece_by_piece(name: str, monkeypatch: pytest.Monk
     for module, constant, value in (
         (bench, "_MAX_TOKENS", 8),
         (bench, "_MAX_LAYERS", 2),
-        (checks, "TOKENS_PER_PASS", 20),
+        (checks, "MAX_CHECK_TOKENS", 20),
     ):
         monkeypatch.setattr(module, constant, value)
     model, found = adopt_model("m", build.model(ROWS[name]), tokenizer())
