@@ -248,7 +248,10 @@ def test_what_is_no_transformers_model_is_refused() -> None:
 
 @pytest.mark.slow
 def test_importing_and_loading_says_nothing(folders: dict[str, Path]) -> None:
-    code = "import sys\nfrom mechdsl.loading.loader import look\nassert look(sys.argv[1])[0]"
+    code = (
+        "import sys\nfrom mechdsl.loading.loader import inspect_model\n"
+        "assert inspect_model(sys.argv[1])[0]"
+    )
     root = Path(__file__).parents[2]
     ran = subprocess.run(
         [sys.executable, "-c", code, str(folders["gpt2"])],
