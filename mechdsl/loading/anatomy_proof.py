@@ -40,8 +40,7 @@ from mechdsl.forward.hooks.batch import Batch
 from mechdsl.forward.hooks.model import BlockStack, CallConvention, CheckOutcome, LoadedModel
 from mechdsl.images.picture import Picture
 from mechdsl.images.pixels import model_input
-from mechdsl.loading.bench import build_image_inputs
-from mechdsl.loading.bench import build_text_sample as text_batch
+from mechdsl.loading.bench import build_image_inputs, build_text_sample
 from mechdsl.loading.probe import OneOutputOnly, build_sample, probe_call
 from mechdsl.loading.verify.checks import (
     ATTENTION_IDENTITY,
@@ -847,7 +846,7 @@ def _check_tower_scores(
 ) -> Diagnostic | None:
     """Report E0410 if the towers' scores differ from the whole model's."""
     pixels = build_image_inputs(images)["pixel_values"]
-    ids = text_batch(texts).ids[:1]
+    ids = build_text_sample(texts).ids[:1]
     with torch.no_grad():
         own = module(pixel_values=pixels, input_ids=ids).logits_per_image
         of_texts = cast(TextTower, texts.module).vectors(ids)

@@ -39,9 +39,9 @@ from mechdsl.program.images import (
     SHAPE_REGION,
     averaged_block,
     check_tile_columns,
+    image_expressions,
     is_random_image,
 )
-from mechdsl.program.images import image_expressions as image_parts
 from mechdsl.program.python_functions import (
     NESTED_CALL_HINT,
     NESTED_CALL_REASON,
@@ -621,7 +621,7 @@ class PromptsBlock:
         for template in self.templates:
             yield from template.texts
         if self.spec.image is not None:
-            yield from image_parts(self.spec.image)
+            yield from image_expressions(self.spec.image)
         for region in self.spec.regions:
             if not is_drawn_mask(self.spec, region):
                 yield ast.Name(region.column, span=region.span)

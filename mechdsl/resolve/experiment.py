@@ -41,12 +41,12 @@ from mechdsl.resolve.runs import (
     check_accuracies,
     check_derived_base,
     check_generation,
+    check_reply_readers,
     define_runs,
     get_reply_tokens,
     resolve_saves,
     resolve_steps,
 )
-from mechdsl.resolve.runs import check_reply_readers as in_replies
 from mechdsl.resolve.sites import ExperimentContext, MeasureContext, SiteContext, report_unreadable
 from mechdsl.resolve.types import (
     Axis,
@@ -416,7 +416,7 @@ def outline_experiment(
     )
     problem = _too_many(resolved, program) or _too_many_listed(resolved)
     refused = [*check_runs_without_blocks(resolved), *([] if problem is None else [problem])]
-    refused += [*in_replies(resolved), *check_estimator(resolved)]
+    refused += [*check_reply_readers(resolved), *check_estimator(resolved)]
     if refused:
         return known, [*diagnostics, *refused]
     control, problems = _control(resolved, apart, draws_enough)

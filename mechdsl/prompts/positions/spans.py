@@ -43,8 +43,7 @@ from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import SPECIAL_ROLES, TextTokenizer
 from mechdsl.prompts.values import TextSpan
 from mechdsl.syntax import ast
-from mechdsl.syntax.printer import format_position as written_position
-from mechdsl.syntax.printer import format_span as written_span
+from mechdsl.syntax.printer import format_position, format_span
 from mechdsl.syntax.traversal import rewrite, walk
 
 
@@ -199,7 +198,7 @@ def position_label(item: ast.Position) -> str:
         ):
             return str(low)
         case _:
-            return written_position(item)
+            return format_position(item)
 
 
 def literal_number(written: int | ast.Variable | None) -> int | None:
@@ -515,7 +514,7 @@ class SpanFinder:
         self.diagnostics.append(
             AbsentOccurrence(
                 span=node.span,
-                position=written_span(ref),
+                position=format_span(ref),
                 run=self.run,
                 lacking=len(lacking),
                 total=self.total,
@@ -760,7 +759,7 @@ class CountedTokens:
         if not self.spans.drops_out(node):
             return node.span.written
         point = node if isinstance(node, ast.Point) else ast.Point(node, span=node.span)
-        return written_position(ast.Position(point, span=node.span))
+        return format_position(ast.Position(point, span=node.span))
 
     def _beyond(self, cell: PositionCell, *, special: bool, behind: bool) -> set[int]:
         """Return the rows in which a cell leaves the prompt."""

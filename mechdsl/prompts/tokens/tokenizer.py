@@ -21,8 +21,12 @@ from mechdsl.base.source import Span
 from mechdsl.base.text import quote
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.prompts import NoBosToken, TextSpacing, UnreadableTokenizer
-from mechdsl.prompts.tokens.chat import CHAT_TEMPLATE_FILES as CHAT_FILES
-from mechdsl.prompts.tokens.chat import ChatTemplate, parse_chat_template, read_chat_template
+from mechdsl.prompts.tokens.chat import (
+    CHAT_TEMPLATE_FILES,
+    ChatTemplate,
+    parse_chat_template,
+    read_chat_template,
+)
 
 SPECIAL_ROLES = ("bos", "cls", "sep", "eos")
 """Special tokens that positions can name."""
@@ -55,7 +59,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    *CHAT_FILES,
+    *CHAT_TEMPLATE_FILES,
 )
 """The files that `TextTokenizer.from_folder` reads."""
 
