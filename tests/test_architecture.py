@@ -1,64 +1,118 @@
-"""docs/architecture.md is true: its packages, its imports, its files and its functions."""
+"""docs/architecture.md matches the code: packages, layers, imports, files and functions."""
 
 from __future__ import annotations
 
 import ast
 import re
 import tomllib
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-LAYERS: list[str] = [
-    name
-    for layer in PROJECT["tool"]["importlinter"]["contracts"][0]["layers"][::-1]
-    for name in layer.split(" | ")[::-1]
+CONTRACTS = [
+    contract
+    for contract in PROJECT["tool"]["importlinter"]["contracts"]
+    if contract["type"] == "layers"
 ]
-"""From the bottom; packages of one layer don't import each other."""
+LAYERS: list[str] = [
+    name for layer in CONTRACTS[0]["layers"][::-1] for name in layer.split(" | ")[::-1]
+]
+"""From the lowest; packages of one layer don't import each other."""
 PACKAGES = [name for name in LAYERS if (ROOT / "mechdsl" / name).is_dir()]
 FILE = re.compile(r"`((?:mechdsl|tests|grammar|docs|benchmarks|examples)/[\w./]*)(?::([\w.]+))?`")
+MAX_FILES = 380
+MAX_CHAIN = 25
+"""Files in the longest chain of imports."""
 
 
 def section(title: str) -> str:
-    """What stands below a heading of the page."""
+    """The text under a heading of the page."""
     return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def table() -> list[list[str]]:
-    """The cells of the table of packages, without its head."""
-    rows = [line for line in section("The packages").splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows[1:]]
+def tables(title: str) -> list[list[list[str]]]:
+    """The tables of a section: the cells of each row, without the heading."""
+    blocks = re.findall(r"(?m)(?:^\|.*\n)+", section(title))
+    rows = [[line.strip("|").split(" | ") for line in block.splitlines()] for block in blocks]
+    return [[[cell.strip() for cell in row] for row in table[2:]] for table in rows]
 
 
-def said(package: str) -> tuple[str, ...]:
-    """What a package says of itself: what comes in, what goes out, what it imports."""
+def package_docstring(package: str) -> tuple[str, ...]:
+    """The input, output and imports that the docstring of a package names."""
     text = (ROOT / "mechdsl" / package / "__init__.py").read_text(encoding="utf-8")
     doc = ast.get_docstring(ast.parse(text)) or ""
-    assert len(doc.splitlines()) >= 3, f"{package} says too little of itself"
+    assert len(doc.splitlines()) >= 3, f"the docstring of {package} is too short"
     paragraph = " ".join(doc.split("\n\n")[1].split())
     found = re.fullmatch(r"In: (.+?)\. Out: (.+?)\. Imports (.+)\.", paragraph)
-    assert found is not None, f"{package} doesn't say In, Out and Imports: {paragraph}"
+    assert found is not None, f"{package} lacks In, Out or Imports: {paragraph}"
     return found.groups()
 
 
-def imported(package: str) -> set[str]:
-    """The other packages that the files of one import, wherever they do."""
-    found: set[str] = set()
-    for path in (ROOT / "mechdsl" / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            parts = [name.split(".") for name in names]
-            found.update(part[1] for part in parts if part[0] == "mechdsl" and len(part) > 1)
-    return found - {package}
+def subpackages() -> list[Path]:
+    every = (ROOT / "mechdsl").glob("*/*/__init__.py")
+    return [path.parent for path in every if "zoo" not in path.parts]
+
+
+def imported_names(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of every import from mechdsl, wherever it is in the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mechdsl":
+            yield from ((node.module or "", alias.name) for alias in node.names)
+        if isinstance(node, ast.Import):
+            names = (alias.name for alias in node.names)
+            yield from ((name, "") for name in names if name.split(".")[0] == "mechdsl")
+
+
+def imported_packages(package: str) -> set[str]:
+    files = (ROOT / "mechdsl" / package).rglob("*.py")
+    modules = (f"{module}.{name}" for path in files for module, name in imported_names(path))
+    return {module.split(".")[1] for module in modules} - {package}
+
+
+@cache
+def module_files() -> dict[str, Path]:
+    """Module → its file, without `zoo`."""
+    files = (ROOT / "mechdsl").rglob("*.py")
+    paths = [path.relative_to(ROOT) for path in files if "zoo" not in path.parts]
+    return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def find_module(module: str, name: str) -> str | None:
+    """The file that an import takes a name from; a package's `__init__` may pass it on."""
+    files = module_files()
+    if f"{module}.{name}" in files:
+        return f"{module}.{name}"
+    path = files.get(module)
+    if path is None or path.name != "__init__.py":
+        return module if path is not None else None
+    for source, passed_on in imported_names(ROOT / path):
+        if passed_on == name:
+            return find_module(source, name)
+    return None
+
+
+def import_graph() -> nx.DiGraph[str]:
+    """Module files and their imports; an `__init__` only passes names on."""
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for module, path in module_files().items():
+        if path.name == "__init__.py":
+            continue
+        graph.add_node(module)
+        found = {find_module(*each) for each in imported_names(ROOT / path)}
+        graph.add_edges_from((module, other) for other in found if other is not None)
+    packages = [module for module in graph if module_files()[module].name == "__init__.py"]
+    graph.remove_nodes_from(packages)
+    return graph
 
 
 def names_in(path: Path) -> set[str]:
-    """Functions, classes, methods and constants of a file: `Class.method` for the third."""
+    """Functions, classes, constants and methods (`Class.method`) of a file."""
     found: set[str] = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -72,44 +126,96 @@ def names_in(path: Path) -> set[str]:
     return found
 
 
-def test_the_packages_are_the_layers_in_their_order() -> None:
-    assert [row[0].strip("`") for row in table()] == LAYERS
+# --- packages and layers --------------------------------------------------------------------------
+
+
+def test_package_table_lists_layers_in_order() -> None:
+    [table] = tables("Packages")
+    assert [row[0].strip("`") for row in table] == LAYERS
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_says_what_it_is(package: str) -> None:
-    [row] = [row for row in table() if row[0] == f"`{package}`"]
-    assert tuple(row[1:]) == said(package)
+def test_package_table_repeats_docstring(package: str) -> None:
+    [table] = tables("Packages")
+    [row] = [row for row in table if row[0] == f"`{package}`"]
+    assert tuple(row[1:]) == package_docstring(package)
 
 
 @pytest.mark.parametrize("package", [name for name in PACKAGES if name != "cli"])
-def test_a_package_imports_what_it_says(package: str) -> None:
-    """The highest package that it names is the highest that it imports."""
-    highest = re.match(r"(\w+)", said(package)[2])
+def test_highest_import_of_package_is_named_first(package: str) -> None:
+    highest = re.match(r"(\w+)", package_docstring(package)[2])
     assert highest is not None
     named = "" if highest[1] == "nothing" else highest[1]
-    assert max(imported(package), key=LAYERS.index, default="") == named
+    others = imported_packages(package) & set(LAYERS)
+    assert max(others, key=LAYERS.index, default="") == named
+
+
+def test_layers_inside_packages_match_contracts() -> None:
+    table, _ = tables("Layers inside a package")
+    written = {
+        row[0].strip("`"): [re.findall(r"`(\w+)`", layer) for layer in row[1].split(" → ")]
+        for row in table
+    }
+    contracts = {
+        contract["containers"][0].removeprefix("mechdsl."): [
+            layer.split(" | ") for layer in contract["layers"][::-1]
+        ]
+        for contract in CONTRACTS[1:]
+    }
+    assert written == contracts
+
+
+def test_subpackage_table_repeats_docstrings() -> None:
+    _, table = tables("Layers inside a package")
+    found: dict[str, str] = {}
+    for folder in subpackages():
+        text = (folder / "__init__.py").read_text(encoding="utf-8")
+        [summary, *_] = (ast.get_docstring(ast.parse(text)) or "").splitlines()
+        found[f"`{folder.relative_to(ROOT).as_posix()}/`"] = summary.removesuffix(".")
+    assert {row[0]: row[1] for row in table} == found
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_imports_of_files_have_no_circle() -> None:
+    circles = [each for each in nx.strongly_connected_components(import_graph()) if len(each) > 1]
+    assert [sorted(circle) for circle in circles] == []
+
+
+def test_longest_chain_of_imports_is_within_limit() -> None:
+    chain: list[str] = nx.dag_longest_path(import_graph())
+    assert len(chain) <= MAX_CHAIN, chain
+
+
+def test_number_of_files_is_within_limit() -> None:
+    assert 200 < len(module_files()) <= MAX_FILES
+
+
+# --- names on the page ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted({"".join(each) for each in FILE.findall(PAGE)}))
-def test_what_is_named_exists(name: str) -> None:
+def test_named_file_and_definition_exist(name: str) -> None:
     [(file, inside)] = [each for each in FILE.findall(PAGE) if "".join(each) == name][:1]
     path = ROOT / file
     assert path.exists()
     assert not inside or inside in names_in(path)
 
 
-def test_every_name_of_a_file_is_looked_at() -> None:
-    """A name in backquotes that looks like a path is one that the tests above read."""
+def test_every_path_on_the_page_is_checked() -> None:
+    """A name in backticks that looks like a path is one that the test above reads."""
     written = re.findall(r"`[^`\s]*(?:/|\.py)[^`\s]*`", PAGE)
     assert [each for each in written if FILE.fullmatch(each) is None] == []
 
 
-def test_the_rule_is_followed_without_coming_back() -> None:
-    steps = re.findall(r"(?m)^\d+\. `mechdsl/(\w+)/", section("One rule, from text to table"))
-    assert len(steps) > 20
-    assert [LAYERS.index(each) for each in steps] == sorted(LAYERS.index(each) for each in steps)
-    # What all others stand on, what only calls them in turn, what only keeps, and what this rule
-    # doesn't need, has no step.
-    around = {"base", "images", "fits", "diagnostics", "store", "generate"}
-    assert set(steps) == set(PACKAGES) - around - {"pipeline", "api", "cli"}
+def test_steps_of_one_rule_follow_the_layers() -> None:
+    [steps, _] = section("One rule, from text to table").split("\n### ")
+    packages = re.findall(r"(?m)^\d+\. `mechdsl/(\w+)/", steps)
+    assert len(packages) > 20
+    places = [LAYERS.index(each) for each in packages]
+    assert places == sorted(places)
+    # Packages that every stage uses, those that only store data or call the others, and `fits` and
+    # `images`, which this rule doesn't need, have no step.
+    without = {"base", "images", "fits", "diagnostics", "store", "pipeline", "cli"}
+    assert set(packages) == set(PACKAGES) - without

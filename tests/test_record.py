@@ -103,7 +103,7 @@ def test_every_kind_is_rightly_defined() -> None:
     """What is wrong with a definition shows only when it is used: here at the latest."""
     for module in pkgutil.iter_modules(diagnostics.__path__, "mechdsl.diagnostics."):
         import_module(module.name)
-    others = ("syntax.ast", "prompts.prompt_table", "resolve.resolved", "validate.conditions")
+    others = ("syntax.ast", "prompts.runs", "resolve.types", "checks.conditions")
     for name in others:
         import_module(f"mechdsl.{name}")
     kinds = [kind for kind in _kinds(Record) if kind.__module__.startswith("mechdsl.")]

@@ -14,7 +14,7 @@ import pytest
 
 import mechdsl
 from mechdsl import zoo
-from mechdsl.cli.entry import COMMANDS, app
+from mechdsl.cli.entry import COMMANDS, MODULES, app
 from mechdsl.diagnostics.command_line import page_codes
 from mechdsl.models import folder as identity
 from mechdsl.pipeline import file_run
@@ -62,7 +62,7 @@ def imported_by(*arguments: str) -> set[str]:
 
 
 HEAVY = {"torch", "transformers", "altair", "pandas", "scipy", "networkx", "numpy"}
-ON_ERROR = {f"mechdsl.diagnostics.{name}" for name in ("pages", "raised", "render")}
+ON_ERROR = {"mechdsl.diagnostics.rendering"}
 
 
 def test_validate_stays_without_torch() -> None:
@@ -74,15 +74,11 @@ def test_validate_stays_without_torch() -> None:
 
 def test_validate_imports_what_a_plain_file_needs() -> None:
     found = imported_by("validate", str(EXAMPLES / "counting.mech"))
-    others = {f"mechdsl.cli.{name}" for name in (*app.commands, "completion")} - {
-        "mechdsl.cli.validate"
-    }
+    others = {f"mechdsl.cli.{name}" for name in MODULES.values()} - {"mechdsl.cli.validate"}
     for_few = {
         "mechdsl.pipeline.api",
         "mechdsl.pipeline.options",
         "mechdsl.models.adapter_folder",
-        "mechdsl.prompts.table",
-        "mechdsl.resolve.controls",
         "click.shell_completion",
     }
     assert not found & (HEAVY | ON_ERROR | others | for_few)
@@ -130,7 +126,7 @@ def test_run_hashes_weights_once_and_only_where_the_hash_is_used(
 @pytest.mark.parametrize("arguments", [("--help",), ()])
 def test_the_list_of_commands_imports_none(arguments: tuple[str, ...]) -> None:
     found = imported_by(*arguments)
-    allowed = {"entry", "interruption", "status", "streams"}
+    allowed = {"entry", "output"}
     ours = {name for name in found if name.startswith("mechdsl.")}
     assert ours <= {"mechdsl.cli", "mechdsl.base", "mechdsl.base.text"} | {
         f"mechdsl.cli.{name}" for name in allowed
@@ -172,14 +168,14 @@ def test_validate_says_the_same_of_many_files_on_any_number_of_cores(tmp_path: P
     assert (alone.stdout, alone.stderr) == (divided.stdout, divided.stderr)
 
 
-def test_each_file_raises_what_a_process_raises() -> None:
+def test_map_files_reraises_error_of_worker_process() -> None:
     done = cores(
         2,
         """
 import os
 from pathlib import Path
-from mechdsl.cli.arguments import each_file
-from mechdsl.checks.file_check import Settings
+from mechdsl.cli.arguments import map_files
+from mechdsl.checks.file_check import CheckSettings
 
 def failing(file, settings):
     if file.name == "5":
@@ -190,11 +186,11 @@ def ending(file, settings):
     os._exit(1)
 
 files = [Path(str(number)) for number in range(8)]
-each = each_file(failing, files, Settings())
+each = map_files(failing, files, CheckSettings())
 assert len({os.getpid(), *(next(each) for _ in range(5))}) == 3
 for work, kind in ((failing, ValueError), (ending, RuntimeError)):
     try:
-        list(each_file(work, files, Settings()))
+        list(map_files(work, files, CheckSettings()))
     except kind as error:
         print(kind.__name__)
 """,

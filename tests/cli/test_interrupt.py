@@ -36,10 +36,10 @@ def test_in_the_middle_of_a_run(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     program = (
         "import sys\nfrom pathlib import Path\nfrom mechdsl import cli\n"
-        "from mechdsl.show.progress import Bar\nadvance = Bar.advance\n"
+        "from mechdsl.show.progress import ProgressBar\nadvance = ProgressBar.advance\n"
         "def told(self, done, total):\n"
         "    Path('begun').touch()\n    advance(self, done, total)\n"
-        "Bar.advance = told\n"
+        "ProgressBar.advance = told\n"
         "sys.argv = ['mechdsl', 'run', 'long.mech', '--store', 'kept']\ncli.main()\n"
     )
     running = subprocess.Popen(

@@ -400,26 +400,25 @@ def test_every_construct_has_an_example() -> None:
 
 
 def test_nothing_else_looks_at_the_folder_of_a_file() -> None:
-    """Whatever opens a path of a file asks `named_paths`, with a construct that is listed."""
+    """Only `mechdsl/program/paths.py` resolves paths of a file, each with a listed construct."""
     uses = {
         (path.relative_to(PACKAGE).as_posix(), line.strip())
         for path in PACKAGE.rglob("*.py")
         for line in path.read_text(encoding="utf-8").splitlines()
         if re.search(r"\bsource\.folder\b|\.path\.parent\b", line)
     }
-    allowed = {"base/source.py", "program/named_paths.py"}
+    allowed = {"base/source.py", "program/paths.py"}
     # Models are looked for from a folder that is handed on to `path_to_read`.
     bases = {
-        "validate/model_contexts.py",
-        "loading/load.py",
-        "loading/merge.py",
-        "pipeline/run_key.py",
-        "models/locate.py",
-        "validate/written_files.py",
+        "checks/file_check.py",
+        "checks/models.py",
+        "loading/loader.py",
+        "models/folder.py",
+        "pipeline/file_run.py",
     }
     others = {use for use in uses if use[0] not in allowed}
     assert {name for name, _ in others} == bases
-    assert all("locate(model, model.span.source.folder" in line for _, line in others)
+    assert all("locate_model(model, model.span.source.folder" in line for _, line in others)
 
 
 STRINGS = {

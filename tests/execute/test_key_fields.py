@@ -1,7 +1,7 @@
-"""Each field of what a value is made of goes into its key, or it is said why it needn't.
+"""Each field that a value depends on is part of its key; other fields have a reason.
 
-A field that changes a number and isn't in the key gives a stale value for a new question, and no
-other test looks at fields that aren't there yet."""
+If a field changes a number and isn't in the key, the store returns a stale value. No other test
+notices a new field."""
 
 from __future__ import annotations
 
@@ -403,71 +403,71 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
 }  # fmt: skip
 """By field, an experiment in which it counts, and another value of it."""
 
-SHOWN = "only shown"
-PLACED = "which cell has what: the cell's own is in its key"
+SHOWN = "only displayed"
+PLACED = "assigns values to cells; the key of a cell contains the value itself"
 NOT_KEYED: dict[type, dict[str, str]] = {
     ResolvedRule: {
-        "spec": "as written; what it means is in the other fields. An intervention that makes "
-        "numbers of it names what it takes in its `key`, which goes in",
-        "beside": "of observations over all rows and of weights, whose values aren't kept by row",
+        "spec": "the rule as written; the other fields contain its meaning. An intervention that "
+        "computes numbers from it lists them in its `key`, which is part of the key",
+        "beside": "used by observations over all rows and of weights, which aren't stored by row",
     },
     SiteTargets: {"axes": PLACED, "labels": SHOWN},
     PositionTargets: {
         "axes": PLACED,
         "left_out": SHOWN,
-        "every": "of those in `newest`; `RulePlan.follows` has both",
+        "every": "a property of the positions in `newest`; `RulePlan.follows` contains both",
     },
     Amounts: {"axes": PLACED},
     StepRanges: {"axes": PLACED},
     EdgeTargets: {},
     PathTargets: {},
-    ExternalRun: {"part": "the rows of `table` are its"},
+    ExternalRun: {"part": "`table` contains its rows"},
     ResolvedMeasure: {
         "label": SHOWN,
         "text": SHOWN,
-        "unit": "only shown, and asked for by what is worked out of values",
-        "truth": "values are held against it when they are there",
-        "absent": "rows that are left out of the results; their values are of another place",
-        "item": "the text that it stands in is in `Atom.texts`",
+        "unit": "displayed, or used after the values are computed",
+        "truth": "compared with the values after they are computed",
+        "absent": "rows that the results leave out",
+        "item": "`MetricTerm.texts` contains the text that uses it",
     },
-    MetricTerm: {"points": "`point` is the one that is read", "axes": PLACED},
+    MetricTerm: {"points": "only `point` is read", "axes": PLACED},
     TokenSets: {},
     RunNoise: {
-        "drawn": "of rows that are saved, of which no value is kept",
-        "sd_images": "`sd_tokens` has a number for each",
+        "drawn": "used for saved rows, whose values aren't stored",
+        "sd_images": "`sd_tokens` has one number for each image",
     },
     PromptRun: {
-        "name": "what rules and measures call it; what it holds goes in",
-        "prompts": "the block that its rows are of; they go in as they are",
-        "chat": "its tokens go in as they are",
-        "derived": "its rules go in, as those of an experiment: `tests/execute/test_value_keys.py`",
+        "name": "a label; the key contains the run's rows",
+        "prompts": "the name of a block; the key contains its rows",
+        "chat": "the key contains the tokens of the chat",
+        "derived": "the key contains its rules (`tests/execute/test_value_keys.py`)",
     },
     RunRow: {
-        "text": "tokens are what the model sees",
-        "reply": "its tokens are among them",
-        "offsets": "positions are found with them, and go in",
-        "spans": "positions are found with them, and go in",
-        "places": "positions are found with them, and go in",
-        "regions": "what is made of them isn't kept value by value",
-        "image": "its tokens are a digest of all that its pixels are made of",
-        "values": "what a function is given of them is in `Atom.rows`, by which a mean is grouped "
-        "in `ResolvedRule.groups`",
-        "texts": "those that a metric names are in `Atom.texts`",
+        "text": "the model sees only the tokens",
+        "reply": "its tokens are part of the row's tokens",
+        "offsets": "only used to find positions, which are part of the key",
+        "spans": "only used to find positions, which are part of the key",
+        "places": "only used to find positions, which are part of the key",
+        "regions": "values computed from regions aren't stored by row",
+        "image": "its tokens are a digest of everything that determines its pixels",
+        "values": "`MetricTerm.rows` contains the values that a function receives, "
+        "`ResolvedRule.groups` those that group a mean",
+        "texts": "`MetricTerm.texts` contains those that a metric names",
     },
     RulePlan: {
-        "directions": "those of `direction`, in its order",
+        "directions": "the members of `direction`, in the same order",
         "direction_of_cell": "cells have the axes of `direction`",
-        "positions": "`written` is made of them",
-        "sources": "`read` and `averaged` are made of them",
-        "number": "rules are keyed in their order",
-        "behind": "the tokens in `written`, `read` and `keys` say it",
+        "positions": "`written` is computed from them",
+        "sources": "`read` and `averaged` are computed from them",
+        "number": "the order of the rules in the key contains it",
+        "behind": "the tokens in `written`, `read` and `keys` determine it",
     },
     PathPlan: {
-        "through_mlps": "`PathTargets.through_mlps` goes in",
-        "frozen_norms": "`PathTargets.frozen_norms` goes in",
+        "through_mlps": "`PathTargets.through_mlps` is part of the key",
+        "frozen_norms": "`PathTargets.frozen_norms` is part of the key",
     },
 }
-"""By field, why no number hangs on it beside what is in the key."""
+"""By field, why numbers don't depend on it, given the rest of the key."""
 
 
 @pytest.mark.parametrize("kind", KEYED, ids=lambda kind: kind.__name__)

@@ -34,7 +34,7 @@ is read; all values that rules read are those of unpatched runs, or of a `run` w
 own. Where two rules write one vector, the later one in the file stands; `add`, `scale`,
 `project out` and `clamp` change what those before them left.
 
-A kind of rule of your own is a Python class: [its steps](architecture.md#a-rule-kind-of-your-own).
+You can define a rule kind in Python: [the steps](architecture.md#add-a-custom-rule-kind).
 
 This page is written by `make language` from the registries in `mechdsl/vocab/` and from
 `tests/language/constructs.py`; [the limits](#limits) from `mechdsl/base/limits.py`.

@@ -49,7 +49,7 @@ def test_the_second_time_nothing_is_checked(
     folders: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = opened(folders["gemma3_text"])
-    monkeypatch.setattr(anatomy_proof, "verify", fail)
+    monkeypatch.setattr(anatomy_proof, "run_checks", fail)
     second = opened(folders["gemma3_text"])
     assert second.checks == first.checks
     assert second.anatomy == first.anatomy
@@ -80,7 +80,7 @@ def test_what_they_hang_on_may_not_change(
             monkeypatch.setenv("MECHDSL_CACHE", "")
         case _:
             kept.write_text(kept.read_text(encoding="utf-8")[:-20], encoding="utf-8")
-    monkeypatch.setattr(anatomy_proof, "verify", fail)
+    monkeypatch.setattr(anatomy_proof, "run_checks", fail)
     found, problems = load_model(statement(str(folder)), **fields)
     assert found is None
     assert [d.code for d in problems] == ["E0410"]  # what `fail` raised
@@ -99,7 +99,7 @@ def test_times_and_places_of_files_do_not_matter(
         return os.stat_result((*found[:7], 0, 0, 0)) if path.suffix == ".py" else found
 
     monkeypatch.setattr(Path, "stat", later)
-    monkeypatch.setattr(anatomy_proof, "verify", fail)
+    monkeypatch.setattr(anatomy_proof, "run_checks", fail)
     assert opened(tmp_path / "elsewhere").checks == first.checks
 
 
@@ -118,7 +118,7 @@ def test_changed_code_is_checked_again(
         other = tmp_path / "modeling_llama.py"
         other.write_text("# other\n", encoding="utf-8")
         monkeypatch.setattr(inspect, "getsourcefile", lambda _: str(other))
-    monkeypatch.setattr(anatomy_proof, "verify", fail)
+    monkeypatch.setattr(anatomy_proof, "run_checks", fail)
     assert load_model(statement(str(folders["llama"])))[0] is None
 
 
@@ -138,7 +138,7 @@ def test_the_store_alone_carries_the_proof(
     told = opened(folders["llama"], notes=store)
     store.close()
     shutil.rmtree(cache)
-    monkeypatch.setattr(anatomy_proof, "verify", fail)
+    monkeypatch.setattr(anatomy_proof, "run_checks", fail)
     with closing(Store(tmp_path / "store")) as again:
         assert opened(folders["llama"], notes=again).checks == told.checks
 
@@ -152,7 +152,7 @@ def test_a_run_keeps_the_proof_in_its_store(
     file.write_text(text, encoding="utf-8")
     mechdsl.run(file, store=tmp_path / "store")
     shutil.rmtree(cache)
-    monkeypatch.setattr(anatomy_proof, "verify", fail)
+    monkeypatch.setattr(anatomy_proof, "run_checks", fail)
     file.write_text(text.replace("limit 4", "limit 8"), encoding="utf-8")
     mechdsl.run(file, store=tmp_path / "store")
 
@@ -172,5 +172,5 @@ def test_models_from_python_are_always_checked(
     module = families.module("llama")
     assert adopt_model("m", module, families.tokenizer())[0] is not None
     assert not cache.exists()
-    monkeypatch.setattr(anatomy_proof, "verify", fail)
+    monkeypatch.setattr(anatomy_proof, "run_checks", fail)
     assert adopt_model("m", module, families.tokenizer())[0] is None

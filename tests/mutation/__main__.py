@@ -1,9 +1,9 @@
 """Changes the package in small ways and sees whether its tests notice.
 
     python -m tests.mutation --seed 1 --count 200 --write
-    python -m tests.mutation --target 'plan/plan.py' --count 20 --budget 120
+    python -m tests.mutation --target 'planner/plan.py' --count 20 --budget 120
     python -m tests.mutation --survivors --budget 600
-    python -m tests.mutation --target plan/cost.py --named 'block.key'
+    python -m tests.mutation --target planner/cost.py --named 'block.key'
 
 One operator, constant, condition, keyword, … at a time is changed, drawn from the modules below by
 the seed, and the tests that run the changed line are run: those first that together run most of
@@ -89,39 +89,26 @@ CHECKED = (
     "tests/messages/test_messages.py",
 )
 TARGETS: dict[str, tuple[str, ...]] = {
-    # plan
-    "plan/*.py": (
-        *PLANNER,
-        *VALUES,
-        *FILES,
-    ),
-    # packed
-    "packed/*.py": (
+    "planner/*.py models/restart.py": (*PLANNER, *VALUES, *FILES),
+    "forward/packed/*.py": (
         *MODELS,
         "tests/execute/test_masked.py",
         "tests/execute/test_savings.py",
         *VALUES,
         *FILES,
     ),
-    # hooks
-    "hooks/*.py": (*MODELS, *VALUES, *FILES),
-    "hooks/site_steps.py hooks/block_attention.py": ("tests/models/test_hooks.py", *VALUES),
-    # execute
+    "forward/hooks/*.py": (*MODELS, *VALUES, *FILES),
     "execute/*.py": (*PLANNER, *VALUES, *FILES, *NUMBERS),
-    "execute/not_finite.py": NUMBERS,
-    # statistics
-    "statistics/*.py results/variants.py vocab/effect_kind.py": (
+    "statistics/*.py results/assembly/combination.py vocab/effects.py": (
         *STATISTICS,
         *FILES,
         "tests/execute/test_effects.py",
     ),
-    # results
-    "results/estimates.py": ("tests/results/test_expectations.py", *FILES),
-    "results/denominators.py": ("tests/execute/test_effects.py", *FILES),
-    # what is said of a file
-    "validate/contexts.py validate/follow_ups.py": CHECKED,
-    "prompts/counted_tokens.py": ("tests/data/test_positions.py", *CHECKED),
-    "program/named_paths.py": ("tests/cli/test_paths.py", "tests/cli/test_written_files.py"),
+    "results/verdicts/estimates.py": ("tests/results/test_expectations.py", *FILES),
+    "results/assembly/collection.py": ("tests/execute/test_effects.py", *FILES),
+    "checks/prompt_tables.py checks/file_check.py": CHECKED,
+    "prompts/positions/spans.py": ("tests/data/test_positions.py", *CHECKED),
+    "program/paths.py": ("tests/cli/test_paths.py", "tests/cli/test_written_files.py"),
 }
 """Modules that are changed, as patterns below the package → files or folders of their tests."""
 

@@ -62,7 +62,7 @@ class Mutant:
 
     kind: str
     module: str
-    """Path below the package, as `plan/share.py`."""
+    """Path below the package, as `planner/cost.py`."""
     function: str
     """Qualified name; empty at the top of the module."""
     before: str

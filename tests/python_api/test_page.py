@@ -39,7 +39,7 @@ CLASSES = [
     mechdsl.Run,
     mechdsl.Diagnostics,
     mechdsl.Diagnostic,
-    mechdsl.Against,
+    mechdsl.VerdictComparison,
 ]
 
 

@@ -81,7 +81,7 @@ def test_a_run_is_written_and_removed(store: Path, results: mechdsl.Results) -> 
     assert mechdsl.runs(store) == []
     assert repr(mechdsl.runs(store)) == "<Runs: none>"
     with pytest.raises(mechdsl.MechdslError, match="can't be read"):
-        _ = mechdsl.results.kept_runs.Run(store, finished._stored).results
+        _ = mechdsl.results.runs.Run(store, finished._stored).results
 
 
 def test_a_run_that_goes_on_stays(store: Path) -> None:

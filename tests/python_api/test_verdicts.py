@@ -61,7 +61,7 @@ def test_against_results_and_a_folder(inside: Path) -> None:
     assert "\nagainst kept/text: 0 expectations hold as before, 2 regressions" in worse.to_text()
     assert worse.to_text().endswith(worse.against.to_text())
     said = "0 expectations hold as before, 2 regressions, 1 failed before"
-    assert repr(worse.against) == f"<Against kept/text: {said}>"
+    assert repr(worse.against) == f"<VerdictComparison kept/text: {said}>"
     assert worse.to_dict()["against"]["fails"]
     assert verdicts(junit(worse.to_junit()))["accuracy(clean) > 0.1"] == "failure"
 

@@ -309,7 +309,7 @@ def test_a_word_of_the_language_is_no_verb() -> None:
 def test_the_steps_of_the_page(tmp_path: Path) -> None:
     """The module and the command of `docs/architecture.md`, as they stand there."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    steps = page.split("\n## A rule kind of your own\n")[1].split("\n## ")[0]
+    steps = page.split("\n## Add a custom rule kind\n")[1].split("\n## ")[0]
     [module] = re.findall(r"```python\n(.*?)```", steps, re.DOTALL)
     [command] = re.findall(r"```sh\npython (.*?)\n```", steps, re.DOTALL)
     (tmp_path / "clip.py").write_text(module, encoding="utf-8")

@@ -418,7 +418,7 @@ def build_position_ids(
 
 @dataclass(frozen=True, eq=False)
 class _RuleVectors:
-    """Implementation of `mechdsl.resolve.types.Vectors` for one rule at one site."""
+    """Implementation of `mechdsl.resolve.types.VectorBatch` for one rule at one site."""
 
     plan: RulePlan
     place: SiteLayer
