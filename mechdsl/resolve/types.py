@@ -62,9 +62,10 @@ class FitSample(Record):
 
 @record
 class FittedVector(Record):
-    """`mean_difference(A, B)`, `mean(A)`, `pca(A)`, `probe(VALUE, A)` at one place."""
+    """A method fitted to activations at one site: `mean_difference(A, B)`, `pca(A)`."""
 
-    way: str
+    method: str
+    """Its name in `DIRECTION_METHODS`."""
     samples: tuple[FitSample, ...]
     points: tuple[SitePoint, ...]
     """One; heads of a `mean` go each through its slice of the output projection and are summed."""
