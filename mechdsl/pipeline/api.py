@@ -25,6 +25,7 @@ from mechdsl.pipeline.options import (
     to_names,
     word_problem,
 )
+from mechdsl.program.plugins import load_plugins
 
 if TYPE_CHECKING:
     import torch
@@ -186,6 +187,7 @@ def run(
     allow_python: bool = False,
     allow_outside: bool = False,
     untrusted: bool = False,
+    plugins: Sequence[str] = (),
     no_pass: Sequence[str] = (),
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
@@ -213,6 +215,8 @@ def run(
         notebooks only, as the command line.
     allow_python: run the Python files that the file refers to. allow_outside: let reports go
         anywhere. untrusted: list the paths that the file names, confine all of them, run no Python.
+    plugins: names of installed plugins to load, which add to the language. They stay loaded until
+        the process ends.
     no_pass: planner passes to switch off. pass_tokens, prompt_tokens: most tokens of a pass over
         patched rows, and of a batch of unpatched prompts.
     allow_nan: leave rows where the model gives NaN out of everything, and count them.
@@ -237,6 +241,7 @@ def run(
         from mechdsl.show.progress import ProgressBar
         from mechdsl.store.store import store_folder
 
+        raise_errors(load_plugins(plugins))
         source = read_file(file)
         found = size_problems(limit, pass_tokens, prompt_tokens)
         raise_errors(dtype_problem(dtype), found, store_problem(store, fresh))
@@ -394,19 +399,23 @@ def check(
     set: ParameterValues | None = None,
     allow_outside: bool = False,
     untrusted: bool = False,
+    plugins: Sequence[str] = (),
     require_models: bool = False,
 ) -> Diagnostics:
     """All errors and warnings of a file, as `mechdsl validate` finds them: without weights, and
     without torch but for models that are handed over.
 
     file: its path, or its text (what has a line break or begins with `mech `).
-    models, set, allow_outside, untrusted: as for `run`.
+    models, set, allow_outside, untrusted, plugins: as for `run`.
     require_models: whether a model that isn't on this machine, or has no weights, is an error; all
         that doesn't depend on it is checked either way.
     Returns a list of diagnostics, empty where nothing is wrong; raises nothing about the file.
     """
     from mechdsl.models.folder import report_missing_weights
 
+    found = load_plugins(plugins)
+    if found:
+        return Diagnostics(found)
     source, found = make_source(file)
     if source is None:
         return Diagnostics(found)
@@ -438,6 +447,7 @@ def plan_of(
     allow_python: bool = False,
     allow_outside: bool = False,
     untrusted: bool = False,
+    plugins: Sequence[str] = (),
     no_pass: Sequence[str] = (),
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
@@ -456,7 +466,7 @@ def plan_of(
     from mechdsl.show.output import capture_text
     from mechdsl.show.plan import print_plan
 
-    raise_errors(size_problems(limit, pass_tokens, prompt_tokens))
+    raise_errors(load_plugins(plugins), size_problems(limit, pass_tokens, prompt_tokens))
     without = to_names(no_pass)
     how = settings_from_arguments(
         set,
@@ -499,6 +509,7 @@ def graph_of(
     allow_python: bool = False,
     allow_outside: bool = False,
     untrusted: bool = False,
+    plugins: Sequence[str] = (),
 ) -> PrintedText:
     """What `mechdsl graph` prints: the intervention graph of a file, drawn.
 
@@ -509,7 +520,7 @@ def graph_of(
     from mechdsl.show.graph import GRAPH_FORMATS, draw_graph
     from mechdsl.show.output import PrintedText, SvgText
 
-    raise_errors(word_problem("format", format, GRAPH_FORMATS))
+    raise_errors(load_plugins(plugins), word_problem("format", format, GRAPH_FORMATS))
     checked = require_valid_source(
         file,
         models,
@@ -537,6 +548,7 @@ def explain(
     allow_python: bool = False,
     allow_outside: bool = False,
     untrusted: bool = False,
+    plugins: Sequence[str] = (),
 ) -> PrintedText:
     """What `mechdsl explain` prints: the prompts of a file, token by token, with the positions that
     rules hit; or the page of a code (`explain("E0301")`) or of the language
@@ -553,6 +565,7 @@ def explain(
         text, problems = find_page(str(what))
         raise_errors(problems)
         return PrintedText(text)
+    raise_errors(load_plugins(plugins))
     checked = require_valid_source(
         what,
         models,
