@@ -78,6 +78,24 @@ def format_option(default: str, *others: str) -> Callable[[Callable[..., int]], 
     )
 
 
+plugin_option = click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="NAME",
+    help="Load this installed plugin, which adds to the language.",
+)
+
+
+def load_plugins(names: Sequence[str]) -> list[Diagnostic]:
+    """Import the plugins that `--plugin` names. Codes: E0211."""
+    if not names:  # a start without plugins imports nothing
+        return []
+    from mechdsl.program import plugins
+
+    return plugins.load_plugins(names)
+
+
 allow_python_option = click.option(
     "--allow-python", is_flag=True, help="Run the Python files that the file refers to."
 )

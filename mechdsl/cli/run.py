@@ -24,7 +24,9 @@ from mechdsl.cli.arguments import (
     find_mech_files,
     format_option,
     limit_option,
+    load_plugins,
     pass_options,
+    plugin_option,
     python_mode,
     set_option,
     settings_from_options,
@@ -392,6 +394,7 @@ def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
 @allow_python_option
 @allow_outside_option
 @untrusted_option
+@plugin_option
 @pass_options
 @store_options
 @click.option(
@@ -414,6 +417,7 @@ def run(
     allow_python: bool,
     allow_outside: bool,
     untrusted: bool,
+    plugins: tuple[str, ...],
     passes: PassOptions,
     stores: StoreOptions,
     allow_nan: bool,
@@ -435,9 +439,11 @@ def run(
         untrusted=untrusted,
     )
     paths, problems = find_mech_files(files)
+    unloaded = load_plugins(plugins)
+    problems += unloaded
     # All files are checked before the first one runs (and before torch is imported).
     everything: list[CheckedFile] = []
-    for path in paths:
+    for path in paths if not unloaded else ():
         checked, found = check_mech_file(path, how)
         problems += found
         if checked is not None:

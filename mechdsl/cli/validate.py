@@ -21,7 +21,9 @@ from mechdsl.cli.arguments import (
     files_argument,
     find_mech_files,
     format_option,
+    load_plugins,
     map_files,
+    plugin_option,
     read_mech_file,
     set_option,
     settings_from_options,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="A model that isn't here, or has no weights, is an error.",
 )
+@plugin_option
 def validate(
     files: tuple[Path, ...],
     parameters: tuple[str, ...],
@@ -52,11 +55,16 @@ def validate(
     untrusted: bool,
     form: str,
     require_models: bool,
+    plugins: tuple[str, ...],
 ) -> int:
     """Check files without weights, as in CI. Exit status 2 where one has an error.
 
     `-` is standard input.
     """
+    problems = load_plugins(plugins)
+    if problems:
+        print_diagnostics(problems, form, out=form != "full")
+        return INVALID_INPUT
     how = settings_from_options(
         parameters,
         python="look",
@@ -119,8 +127,13 @@ def _without(experiments: list[str], what: str) -> str:
 @click.command()
 @files_argument
 @click.option("--check", is_flag=True, help="Change nothing; exit status 2 if it would.")
-def fmt(files: tuple[Path, ...], check: bool) -> int:
+@plugin_option
+def fmt(files: tuple[Path, ...], check: bool, plugins: tuple[str, ...]) -> int:
     """Bring files into canonical form. `-` is standard input, whose form is printed."""
+    problems = load_plugins(plugins)
+    if problems:
+        print_diagnostics(problems)
+        return INVALID_INPUT
     from mechdsl.syntax.formatter import format_file
     from mechdsl.syntax.frontend import parse
 

@@ -20,7 +20,9 @@ from mechdsl.cli.arguments import (
     file_argument,
     format_option,
     limit_option,
+    load_plugins,
     pass_options,
+    plugin_option,
     python_mode,
     set_option,
     settings_from_options,
@@ -48,6 +50,7 @@ def complete_page_or_file(
 @allow_python_option
 @allow_outside_option
 @untrusted_option
+@plugin_option
 def explain(
     what: str,
     parameters: tuple[str, ...],
@@ -56,6 +59,7 @@ def explain(
     allow_python: bool,
     allow_outside: bool,
     untrusted: bool,
+    plugins: tuple[str, ...],
 ) -> int:
     """Show each prompt's tokens with the positions marked.
 
@@ -64,6 +68,10 @@ def explain(
     """
     if is_page_name(what):
         return _print_page(what)
+    problems = load_plugins(plugins)
+    if problems:
+        print_diagnostics(problems)
+        return INVALID_INPUT
     how = settings_from_options(
         parameters,
         limit,
@@ -109,6 +117,7 @@ def _print_page(name: str) -> int:
 @allow_python_option
 @allow_outside_option
 @untrusted_option
+@plugin_option
 def graph(
     file: Path,
     parameters: tuple[str, ...],
@@ -118,8 +127,13 @@ def graph(
     allow_python: bool,
     allow_outside: bool,
     untrusted: bool,
+    plugins: tuple[str, ...],
 ) -> int:
     """Draw the intervention graph of a file. `-` is standard input."""
+    problems = load_plugins(plugins)
+    if problems:
+        print_diagnostics(problems)
+        return INVALID_INPUT
     checked, problems = check_mech_file(
         file,
         settings_from_options(
@@ -149,6 +163,7 @@ def graph(
 @allow_python_option
 @allow_outside_option
 @untrusted_option
+@plugin_option
 @pass_options
 @click.option(
     "--measure",
@@ -163,9 +178,14 @@ def plan(
     allow_python: bool,
     allow_outside: bool,
     untrusted: bool,
+    plugins: tuple[str, ...],
     passes: PassOptions,
 ) -> int:
     """Print the graph, cells, rows and passes of a file. `-` is standard input."""
+    problems = load_plugins(plugins)
+    if problems:
+        print_diagnostics(problems)
+        return INVALID_INPUT
     how = settings_from_options(
         parameters,
         limit,
@@ -212,9 +232,14 @@ def plan(
 @click.command(short_help="Take a model apart: its sites, the checks, the passes that apply.")
 @click.argument("model", metavar="MODEL")
 @format_option("text", "json")
-def sites(model: str, form: str) -> int:
+@plugin_option
+def sites(model: str, form: str, plugins: tuple[str, ...]) -> int:
     """Print a model's blocks and sites, the outcome of each check, and the planner passes that
     apply. MODEL is a name of the zoo, a folder, or `org/name` in the Hugging Face cache."""
+    problems = load_plugins(plugins)
+    if problems:
+        print_diagnostics(problems)
+        return INVALID_INPUT
     from mechdsl.loading.loader import import_library, inspect_model
 
     import_library()

@@ -20,6 +20,18 @@ class BadCommandLine(Diagnostic):
     hint: str
 
 
+@keyword_record
+class PluginNotLoaded(Diagnostic):
+    """A plugin that is not installed, or can't be imported."""
+
+    code = "E0211"
+    title = "plugin `{plugin}` {reason}"
+    help = "{hint}"
+    plugin: str
+    reason: str
+    hint: str
+
+
 def write_error(error: OSError) -> BadCommandLine:
     """Return E0208 for a file that can't be written."""
     said = (error.strerror or str(error)).lower()

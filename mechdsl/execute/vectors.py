@@ -20,8 +20,7 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import EmptyDirection
 from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
-from mechdsl.fits.geometry import pca
-from mechdsl.fits.regression import ConvergenceError, fit_logistic, fit_ridge
+from mechdsl.fits.regression import ConvergenceError
 from mechdsl.forward.hooks.batch import SiteRead, indices_to_device
 from mechdsl.forward.hooks.hook_points import get_head_weights, project_heads
 from mechdsl.forward.hooks.model import LoadedModel
@@ -29,6 +28,7 @@ from mechdsl.forward.hooks.module_exchange import load_weights
 from mechdsl.models.shape import ModelShape, PaddingSide
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan, read_batches
 from mechdsl.planner.rows import RulePlan, TokenHits
+from mechdsl.program.direction_methods import MethodError, fitted_method, fitted_vector
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.types import (
@@ -161,10 +161,6 @@ def split_prompts(
     return read_batches(model.shape, model.dtype.itemsize, run, points, prompts, tokens)
 
 
-ROUNDING_UNITS = 4.0
-"""Multiple of the rounding unit, relative to its operands, up to which a difference is zero."""
-
-
 @dataclass(eq=False)
 class FittedDirections:
     """Directions of one experiment, by name."""
@@ -201,8 +197,8 @@ class DirectionFits:
         self.passes = 0
         """Number of forward passes so far."""
         self._made: dict[str, Tensor] = {}
-        self._read: dict[int, list[list[_FitRows]]] = {}
-        """By identity of a fit: per sample and point."""
+        self._read: dict[int, list[list[_RowVectors]]] = {}
+        """By the identity of a fit: per sample and point."""
 
     def of(self, plan: ExperimentPlan) -> tuple[FittedDirections, list[Diagnostic]]:
         """Compute the directions of an experiment's rules; reports E0641 for empty ones."""
@@ -215,6 +211,10 @@ class DirectionFits:
             try:
                 with torch.no_grad():
                     self._made[member.name] = self._vector(member.vector)
+            except MethodError as mistake:
+                reason = f"can't be made: {mistake}"
+                problems.append(_empty_direction(plan, member, reason, mistake.hint))
+                continue
             except (ValueError, ConvergenceError) as error:
                 problems.append(_empty_direction(plan, member, f"can't be made: {error}"))
                 continue
@@ -248,11 +248,11 @@ class DirectionFits:
         for _, _, sample in wanted:
             if sample.cell not in cells:
                 cells.append(sample.cell)
-        takers: dict[tuple[int, int], list[_FitRows]] = {}
+        takers: dict[tuple[int, int], list[_RowVectors]] = {}
         for fit, number, sample in wanted:
             for point in fit.points:
-                whole = fit.way in ("pca", "probe")
-                rows = _FitRows(len(run.rows), gathers=whole)
+                needs_rows = fitted_method(fit.method).needs_rows
+                rows = _RowVectors(sample, self.model.dtype, needs_rows=needs_rows)
                 self._read[id(fit)][number].append(rows)
                 place = points.index(point), cells.index(sample.cell)
                 takers.setdefault(place, []).append(rows)
@@ -284,24 +284,17 @@ class DirectionFits:
                 return _draw_like(self._vector(of), draw, seed)
 
     def _fitted(self, fit: FittedVector) -> Tensor:
+        """[width] float64. Raises MethodError, and what the method raises."""
+        method = fitted_method(fit.method)
         samples = self._read[id(fit)]
-        match fit.way:
-            case "mean_difference":
-                a, b = samples[0][0], samples[1][0]
-                found = a.mean() - b.mean()
-                scale = max(float(a.mean().norm()), float(b.mean().norm()))
-                least = ROUNDING_UNITS * torch.finfo(self.model.dtype).eps * scale
-                small = float(found.norm()) <= least / min(a.count, b.count) ** 0.5
-                return torch.zeros_like(found) if small else found
-            case "mean":
-                parts = zip(fit.points, samples[0], strict=True)
-                return torch.stack([self._through(fit, p, rows.mean()) for p, rows in parts]).sum(0)
-            case "pca":
-                component = int(fit.options.get("component", 1))
-                components = pca(samples[0][0].matrix(), component)
-                return torch.from_numpy(np.ascontiguousarray(components[component - 1]))
-            case _:
-                return _fit_probe(fit, samples[0][0])
+        vectors = [
+            torch.from_numpy(fitted_vector(method, rows, fit.options, rows[0].width))
+            for rows in zip(*samples, strict=True)
+        ]
+        if not method.sums_heads:
+            return vectors[0]
+        parts = zip(fit.points, vectors, strict=True)
+        return torch.stack([self._through(fit, *part) for part in parts]).sum(0)
 
     def _through(self, fit: FittedVector, point: SitePoint, mean: Tensor) -> Tensor:
         """Return [d_model] of a head's mean, or the mean itself if it isn't added to others."""
@@ -321,15 +314,17 @@ class DirectionFits:
             return module.get_parameter("weight")[token].detach().double().cpu()
 
 
-class _FitRows:
-    """Vectors of one site at one position: their mean, or all of them."""
+class _RowVectors:
+    """The vectors of one site at one position, as `RowVectors` of a method describes them."""
 
-    def __init__(self, count: int, *, gathers: bool) -> None:
-        self.gathers = gathers
-        self.rows: list[Ints] = []
-        self.parts: list[Floats] = []
-        self.total: Tensor | None = None
+    def __init__(self, sample: FitSample, dtype: torch.dtype, *, needs_rows: bool) -> None:
+        self.sample = sample
+        self.needs_rows = needs_rows
+        self.rounding = torch.finfo(dtype).eps
         self.count = 0
+        self._rows: list[Ints] = []
+        self._parts: list[Floats] = []
+        self._total: Tensor | None = None
 
     def take(self, found: SiteVectors) -> None:
         """Add one vector per row: the mean over its tokens, runs and draws."""
@@ -341,41 +336,34 @@ class _FitRows:
         own.index_add_(0, torch.from_numpy(index), vectors)
         own /= torch.from_numpy(counts)[:, None]
         self.count += len(row)
-        if self.gathers:
-            self.rows.append(row)
-            self.parts.append(own.numpy())
-            return
         total = own.sum(0)
-        self.total = total if self.total is None else self.total + total
+        self._total = total if self._total is None else self._total + total
+        self._rows.append(row)
+        if self.needs_rows:
+            self._parts.append(own.numpy())
 
-    def mean(self) -> Tensor:
-        """Return [width]."""
-        assert self.total is not None
-        return self.total / self.count
+    @property
+    def width(self) -> int:
+        assert self._total is not None
+        return len(self._total)
+
+    @property
+    def targets(self) -> list[float | str]:
+        every = self.sample.targets
+        return [every[row] for rows in self._rows for row in rows.tolist()] if every else []
+
+    @property
+    def classes(self) -> list[float | str]:
+        return self.sample.classes if self.sample.targets else []
+
+    def mean(self) -> Floats:
+        assert self._total is not None
+        return (self._total / self.count).numpy()
 
     def matrix(self) -> Floats:
-        """Return [row, width]."""
-        return np.concatenate(self.parts)
-
-    def numbers(self) -> Ints:
-        """Return [row]: its number in the table."""
-        return np.concatenate(self.rows)
-
-
-def _fit_probe(fit: FittedVector, rows: _FitRows) -> Tensor:
-    """Return [width]: weights of a ridge regression, or the difference of two classes' weights.
-
-    The difference is the second class minus the first.
-    """
-    wanted = [fit.samples[0].targets[row] for row in rows.numbers().tolist()]
-    penalty = float(fit.options["penalty"])
-    if fit.options["kind"] == "ridge":
-        numbers = np.array(wanted, dtype=np.float64)
-        return torch.from_numpy(fit_ridge(rows.matrix(), numbers, penalty).weights[:, 0].copy())
-    names = fit.samples[0].classes
-    classes = np.array([names.index(each) for each in wanted], dtype=np.int64)
-    weights = fit_logistic(rows.matrix(), classes, penalty).logits.weights
-    return torch.from_numpy(weights[:, 1] - weights[:, 0])
+        if not self.needs_rows:
+            raise TypeError("`matrix` needs a method with `needs_rows = True`")
+        return np.concatenate(self._parts)
 
 
 def _load_vector(vector: SavedVector) -> Tensor:
@@ -395,11 +383,16 @@ def _draw_like(like: Tensor, draw: str, seed: int) -> Tensor:
     return drawn / drawn.norm() * like.norm()
 
 
-def _empty_direction(plan: ExperimentPlan, member: DirectionMember, reason: str) -> EmptyDirection:
+def _empty_direction(
+    plan: ExperimentPlan,
+    member: DirectionMember,
+    reason: str,
+    hint: str = "fit it on rows that differ, or at another site",
+) -> EmptyDirection:
     return EmptyDirection(
         span=plan.experiment.spec.span,
         name=member.name,
         reason=reason,
         made=member.made,
-        hint="fit it on rows that differ, or at another site",
+        hint=hint,
     )

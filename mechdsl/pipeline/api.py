@@ -25,6 +25,7 @@ from mechdsl.pipeline.options import (
     to_names,
     word_problem,
 )
+from mechdsl.program.plugins import load_plugins
 
 if TYPE_CHECKING:
     import torch
@@ -186,6 +187,7 @@ def run(
     allow_python: bool = False,
     allow_outside: bool = False,
     untrusted: bool = False,
+    plugins: Sequence[str] = (),
     no_pass: Sequence[str] = (),
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
@@ -225,6 +227,7 @@ def run(
         allow_python: Run the Python files that the file refers to.
         allow_outside: Allow reports outside the file's folder.
         untrusted: List the paths that the file names, restrict all of them, and run no Python.
+        plugins: Names of installed plugins to load. They stay loaded until the process ends.
         no_pass: Planner passes to disable.
         pass_tokens: Maximum number of tokens of a pass over patched rows.
         prompt_tokens: Maximum number of tokens of a batch of unpatched prompts.
@@ -248,6 +251,7 @@ def run(
         from mechdsl.show.progress import ProgressBar
         from mechdsl.store.store import store_folder
 
+        raise_errors(load_plugins(plugins))
         source = read_file(file)
         found = size_problems(limit, pass_tokens, prompt_tokens)
         raise_errors(dtype_problem(dtype), found, store_problem(store, fresh))
@@ -417,6 +421,7 @@ def check(
     set: ParameterValues | None = None,
     allow_outside: bool = False,
     untrusted: bool = False,
+    plugins: Sequence[str] = (),
     require_models: bool = False,
 ) -> Diagnostics:
     """Return all errors and warnings of a file, as `mechdsl validate` does: without weights, and
@@ -428,6 +433,7 @@ def check(
         set: As for `run`.
         allow_outside: As for `run`.
         untrusted: As for `run`.
+        plugins: As for `run`.
         require_models: Whether a model that isn't on this machine, or has no weights, is an error;
             everything that doesn't depend on it is checked either way.
 
@@ -436,6 +442,9 @@ def check(
     """
     from mechdsl.models.folder import report_missing_weights
 
+    found = load_plugins(plugins)
+    if found:
+        return Diagnostics(found)
     source, found = make_source(file)
     if source is None:
         return Diagnostics(found)
@@ -467,6 +476,7 @@ def plan_of(
     allow_python: bool = False,
     allow_outside: bool = False,
     untrusted: bool = False,
+    plugins: Sequence[str] = (),
     no_pass: Sequence[str] = (),
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
@@ -491,7 +501,7 @@ def plan_of(
     from mechdsl.show.output import capture_text
     from mechdsl.show.plan import print_plan
 
-    raise_errors(size_problems(limit, pass_tokens, prompt_tokens))
+    raise_errors(load_plugins(plugins), size_problems(limit, pass_tokens, prompt_tokens))
     without = to_names(no_pass)
     how = settings_from_arguments(
         set,
@@ -534,6 +544,7 @@ def graph_of(
     allow_python: bool = False,
     allow_outside: bool = False,
     untrusted: bool = False,
+    plugins: Sequence[str] = (),
 ) -> PrintedText:
     """Return the output of `mechdsl graph`: a drawing of a file's intervention graph.
 
@@ -551,7 +562,7 @@ def graph_of(
     from mechdsl.show.graph import GRAPH_FORMATS, draw_graph
     from mechdsl.show.output import PrintedText, SvgText
 
-    raise_errors(word_problem("format", format, GRAPH_FORMATS))
+    raise_errors(load_plugins(plugins), word_problem("format", format, GRAPH_FORMATS))
     checked = require_valid_source(
         file,
         models,
@@ -579,6 +590,7 @@ def explain(
     allow_python: bool = False,
     allow_outside: bool = False,
     untrusted: bool = False,
+    plugins: Sequence[str] = (),
 ) -> PrintedText:
     """Return the output of `mechdsl explain`: the prompts of a file, token by token, with the
     positions of rules; or the page of a code (`explain("E0301")`) or of the language
@@ -600,6 +612,7 @@ def explain(
         text, problems = find_page(str(what))
         raise_errors(problems)
         return PrintedText(text)
+    raise_errors(load_plugins(plugins))
     checked = require_valid_source(
         what,
         models,

@@ -48,6 +48,7 @@ from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code, hash_module_code
 from mechdsl.program.lowering import lower_program
+from mechdsl.program.plugins import hash_plugin_code
 from mechdsl.program.python_functions import program_functions
 from mechdsl.program.run_order import expectation_experiments
 from mechdsl.program.spec import PROMPTS_AXIS
@@ -545,7 +546,7 @@ def _code(checked: CheckedFile) -> dict[str, str]:
     )
     for module in sorted(EXTERNAL_MODULES):
         found |= hash_module_code(module)
-    return found
+    return found | hash_plugin_code()
 
 
 def check_with_models(

@@ -31,6 +31,7 @@ from mechdsl.execute.run_record import ExecutionOptions, RowCounts
 from mechdsl.models.folder import FileHasher, folder_identity, hash_file, json_digest, locate_model
 from mechdsl.pipeline.options import RunOptions, check_folders
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code, hash_module_code
+from mechdsl.program.plugins import LOADED_PLUGINS, hash_plugin_code
 from mechdsl.program.python_functions import program_functions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun, RunRow
@@ -152,6 +153,7 @@ def key_parts(
         "python": python,
         "models": {name: models.told(name) for name in needed_models(checked)},
         "versions": _versions(checked, options),
+        "plugins": _loaded_plugins(),
         "code": package_digest(),
     }
 
@@ -175,6 +177,12 @@ def _versions(checked: CheckedFile, options: RunOptions) -> dict[str, str]:
     return {**package_versions(), **{package: package_version(package) for package in more}}
 
 
+def _loaded_plugins() -> dict[str, list[str]]:
+    """Plugin → its module, package and version; `python` has the code."""
+    plugins = LOADED_PLUGINS.items()
+    return {name: [each.module, each.package, each.version] for name, each in plugins}
+
+
 def _python(checked: CheckedFile) -> dict[str, Any]:
     """Hash the user's code: files that the file names and modules that extend the language, each
     with its imports of the user's code."""
@@ -189,6 +197,7 @@ def _python(checked: CheckedFile) -> dict[str, Any]:
     beside = hash_imported_code(contents)
     for module in sorted(EXTERNAL_MODULES):
         beside |= hash_module_code(module)
+    beside |= hash_plugin_code()
     return {"files": files, "beside": beside}
 
 

@@ -478,7 +478,7 @@ class ExperimentKeys:
             case FittedVector():
                 samples = [self._sample(each) for each in vector.samples]
                 points = list(map(_written, vector.points))
-                return digest("fit", vector.way, vector.options, points, samples)
+                return digest("fit", vector.method, vector.options, points, samples)
             case UnembeddingVector():
                 return digest("unembedding", self._model(), vector.token, vector.less)
             case SavedVector():

@@ -72,6 +72,52 @@ def hash_module_code(name: str) -> dict[str, str]:
     return {name: digest, **hash_imported_code([content])}
 
 
+def hash_package_code(name: str) -> dict[str, str]:
+    """Hash all files of the package of an imported module, and what they import.
+
+    Unlike `hash_imported_code`, this hashes the files of an installed package too.
+    Raises CodeHashError if a source can't be read.
+    """
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        root = ".".join(parts[:end])
+        file = getattr(sys.modules.get(root), "__file__", None)
+        if file:  # a namespace package has none
+            break
+    else:
+        raise CodeHashError(f"the source of `{name}` can't be read")
+    read = [_read(*each) for each in _package_files(root, Path(file))]
+    digests = {module: digest for module, digest, _ in read}
+    return digests | hash_imported_code([content for _, _, content in read])
+
+
+def note_package_code(name: str) -> None:
+    """Record the files of a package before it is imported, so that `hash_package_code` can tell
+    that they have not changed since."""
+    root = name.partition(".")[0]
+    if root in sys.modules:
+        return
+    with suppress(ImportError, ValueError, CodeHashError):
+        spec = find_spec(root)
+        if spec is not None and spec.origin is not None and os.path.isfile(spec.origin):
+            for each in _package_files(root, Path(spec.origin)):
+                _read(*each)
+
+
+def _package_files(root: str, path: Path) -> list[tuple[str, Path]]:
+    """Name and path of the modules of a package, whose own file is `path`."""
+    if path.stem != "__init__":
+        return [(root, path)]
+    files = _python_files(path.parent, root)
+    return [(_module_name(root, path.parent, each), each) for each in files]
+
+
+def _module_name(package: str, folder: Path, path: Path) -> str:
+    inside = path.relative_to(folder).with_suffix("").parts
+    parts = inside[:-1] if inside[-1] == "__init__" else inside
+    return ".".join((package, *parts))
+
+
 def _imports(content: bytes) -> Iterator[str]:
     """Yield the top-level package of each import."""
     try:
@@ -117,9 +163,7 @@ def _of_module(name: str) -> Iterator[tuple[str, str, bytes]]:
             yield _read(name, path)
     for folder in folders:
         for path in _python_files(folder, name):
-            inside = path.relative_to(folder).with_suffix("").parts
-            parts = inside[:-1] if inside[-1] == "__init__" else inside
-            yield _read(".".join((name, *parts)), path)
+            yield _read(_module_name(name, folder, path), path)
 
 
 def _read(module: str, path: Path) -> tuple[str, str, bytes]:

@@ -10,6 +10,7 @@ from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownName, UnknownWord
 from mechdsl.diagnostics.rules import BadDirection
 from mechdsl.program import spec
+from mechdsl.program.direction_methods import DIRECTION_METHODS, DirectionMethod
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.syntax import ast
@@ -17,35 +18,6 @@ from mechdsl.syntax.traversal import walk
 
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
-
-
-OperandKind = Literal["two", "block", "value and block", "texts", "file", "direction"]
-
-
-@dataclass(frozen=True)
-class DirectionMethod:
-    """A method that computes a direction: `WORD(…)`."""
-
-    takes: OperandKind
-    example: str
-    options: tuple[str, ...] = ()
-    at_a_site: bool = True
-    """Whether the direction is computed from activations."""
-
-
-DIRECTION_METHODS: Mapping[str, DirectionMethod] = {
-    "mean_difference": DirectionMethod(
-        "two", "mean_difference(harmful, harmless)", ("prompts", "limit")
-    ),
-    "mean": DirectionMethod("block", "mean(fruit)", ("limit",)),
-    "pca": DirectionMethod("block", "pca(fruit, component: 1)", ("component", "limit")),
-    "probe": DirectionMethod(
-        "value and block", "probe(count, fruit)", ("kind", "penalty", "limit")
-    ),
-    "unembedding": DirectionMethod("texts", 'unembedding(" Mary", " John")', at_a_site=False),
-    "saved": DirectionMethod("file", 'saved("refusal.safetensors", "direction")', at_a_site=False),
-    "unit": DirectionMethod("direction", "unit(refusal)", at_a_site=False),
-}
 
 
 def lower_direction(
@@ -257,7 +229,7 @@ def _check(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
         case ast.Call(name=name) if name in DIRECTION_METHODS:
             _arguments(node, DIRECTION_METHODS[name], parts, scope)
         case ast.Call(name=name):
-            ways = ", ".join(f"`{way.example}`" for way in DIRECTION_METHODS.values())
+            ways = ", ".join(f"`{method.example}`" for _, method in DIRECTION_METHODS.items())
             hint = did_you_mean(name, DIRECTION_METHODS, f"ways are {ways}")
             scope.diagnostics.append(
                 UnknownWord(span=node.span, kind="way to make a direction", word=name, hint=hint)
@@ -282,34 +254,36 @@ def _number(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
             scope.has("param", part.id)
 
 
-def _arguments(call: ast.Call, way: DirectionMethod, parts: Definitions, scope: Namespace) -> None:
+def _arguments(
+    call: ast.Call, method: DirectionMethod, parts: Definitions, scope: Namespace
+) -> None:
     values = [a.value for a in call.arguments if a.name is None]
     for argument in call.arguments:
-        if argument.name is not None and argument.name not in way.options:
-            known = ", ".join(f"`{each}: …`" for each in way.options)
-            hint = did_you_mean(argument.name, way.options, f"it takes {known or 'none'}")
+        if argument.name is not None and argument.name not in method.options:
+            known = ", ".join(f"`{each}: …`" for each in method.options)
+            hint = did_you_mean(argument.name, method.options, f"it takes {known or 'none'}")
             reason = f"is no argument of `{call.name}`"
             scope.diagnostics.append(
                 BadArgument(span=argument.span, name=argument.name, reason=reason, hint=hint)
             )
     counts = {"two": (2,), "value and block": (2,), "texts": (1, 2), "file": (2,)}
-    if len(values) not in counts.get(way.takes, (1,)):
+    if len(values) not in counts.get(method.takes, (1,)):
         scope.diagnostics.append(
             BadArgument(
                 span=call.span,
                 name=call.name,
-                reason=f"is written `{way.example}`",
+                reason=f"is written `{method.example}`",
                 hint="write as many arguments",
             )
         )
         return
-    match way.takes:
+    match method.takes:
         case "direction":
             _check(values[0], parts, scope)
         case "two" | "block":
             models = [v for v in values if isinstance(v, ast.Name) and v.id in scope.names("model")]
             for value in values:
-                _block(value, parts, scope, models=way.takes == "two" and len(models) == 2)
+                _block(value, parts, scope, models=method.takes == "two" and len(models) == 2)
         case "value and block":
             _block(values[1], parts, scope, models=False)
         case _:
@@ -321,7 +295,7 @@ def _arguments(call: ast.Call, way: DirectionMethod, parts: Definitions, scope: 
                             span=value.span,
                             name=call.name,
                             reason=reason,
-                            hint=f"write `{way.example}`",
+                            hint=f"write `{method.example}`",
                         )
                     )
     for argument in call.arguments:

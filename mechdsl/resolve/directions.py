@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from math import isfinite
@@ -15,7 +15,17 @@ from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.rules import BadDirection
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
-from mechdsl.program.directions import DIRECTION_METHODS, FitRows, fit_rows_of_call
+from mechdsl.program.direction_methods import (
+    DIRECTION_METHODS,
+    MethodError,
+    RowSummary,
+    description,
+    fitted_method,
+    option_defaults,
+    option_problem,
+    sample_problem,
+)
+from mechdsl.program.directions import FitRows, fit_rows_of_call
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.prompts.positions.cells import resolve_positions
@@ -112,10 +122,6 @@ def combine_families(
     return DirectionFamily(text, tuple(axes.values()), members, width, tuple(definitions))
 
 
-MIN_ROWS: Mapping[str, int] = {"pca": 2, "probe": 2}
-"""Minimum number of rows for a method."""
-
-
 def resolve_fitted_family(
     call: ast.Call, definition: spec.Direction, work: ExperimentContext
 ) -> DirectionFamily | None:
@@ -154,10 +160,8 @@ def resolve_fitted_family(
         site_key, label = (key[:-1], labels[key[-1]]) if len(labels) > 1 else (key, labels[0])
         read = tuple(own[label] for own in by_label)
         _check_row_count(call, read, label)
-        if call.name == "probe":
-            _check_probe_kind(call, read[0], options)
+        made = _describe_fit(call, read, rows, options)
         fitted = FittedVector(call.name, read, points[site_key], options)
-        made = _describe_fit(call.name, read, rows, options)
         made += f", at {sites.labels[site_key]}, {describe_position(label)}"
         members[key] = DirectionMember(name_member(definition.name, swept, key), fitted, made)
     some = next(iter(points.values()))
@@ -177,7 +181,8 @@ def _points(
         what = "vectors over keys" if kind == "key" else "single numbers"
         raise DirectionError(site, f"it has {what}, in which there are no directions",
                          "name a site of vectors, such as `resid_post layer 2`")  # fmt: skip
-    summed = call.name == "mean" and all(point.site in ("z", "head_out") for point in points)
+    heads = all(point.site in ("z", "head_out") for point in points)
+    summed = heads and fitted_method(call.name).sums_heads
     if summed and all(point.unit is not None for point in points):
         return points
     if len(points) == 1 and (points[0].unit is not None or SITES[points[0].site].unit is None):
@@ -251,7 +256,7 @@ def _targets(call: ast.Call, rows: Sequence[object]) -> tuple[float | str, ...]:
 
 
 def _check_row_count(call: ast.Call, read: Sequence[FitSample], label: str) -> None:
-    fewest = MIN_ROWS.get(call.name, 1)
+    fewest = fitted_method(call.name).min_rows
     for sample in read:
         there = count_used_rows(sample.cell)
         if there < fewest:
@@ -261,29 +266,6 @@ def _check_row_count(call: ast.Call, read: Sequence[FitSample], label: str) -> N
                 f"{many} of `{sample.table.name}` has `{label}`",
                 f"it takes {fewest} at least: name a position that rows have",
             )
-
-
-def _check_probe_kind(call: ast.Call, sample: FitSample, options: dict[str, Constant]) -> None:
-    """Check the probe options and set default values.
-
-    By default, a probe is ridge for numbers and logistic for two classes.
-    """
-    numbers = all(isinstance(each, float) for each in sample.classes)
-    classes = len(sample.classes)
-    kind = options.setdefault("kind", "ridge" if numbers else "logistic")
-    options.setdefault("penalty", 1)
-    name = call.arguments[0].value.span.written
-    if classes < 2:
-        raise DirectionError(call, f"`{name}` is the same in all rows", "name a value that differs")
-    if kind == "ridge" and not numbers:
-        raise DirectionError(
-            call, f"`{name}` is no number", "write `kind: logistic`, for two classes"
-        )
-    if kind == "logistic" and classes > 2:
-        hint = "keep rows of two of them (`where`)" + ", or write `kind: ridge`" * numbers
-        raise DirectionError(call, f"`{name}` has {classes} values, not two classes", hint)
-    if kind == "logistic" and not float(options["penalty"]):
-        raise DirectionError(call, "without a penalty it may have no minimum", "write `penalty: 1`")
 
 
 def count_used_rows(cell: PositionCell) -> int:
@@ -298,54 +280,51 @@ def _options(call: ast.Call, work: ExperimentContext) -> dict[str, Constant]:
         DirectionError: If an option is invalid.
     """
     found: dict[str, Constant] = {}
+    method = fitted_method(call.name)
     for argument in call.arguments:
         if argument.name is None or argument.name in ("prompts", "limit"):
             continue
         value = argument.value
-        given = value.id if isinstance(value, ast.Name) else None
-        plain = given if argument.name == "kind" else constant_value(value, work.program.parameters)
-        if argument.name == "kind" and isinstance(value, ast.String):
-            plain = value.value
-        problem = _problem(argument.name, plain)
+        plain = constant_value(value, work.program.parameters)
+        if argument.name in method.words:
+            plain = value.id if isinstance(value, ast.Name) else None
+            plain = value.value if isinstance(value, ast.String) else plain
+        try:
+            problem = option_problem(method, argument.name, plain)
+        except MethodError as mistake:
+            raise DirectionError(value, str(mistake), mistake.hint) from mistake
         if problem is not None or plain is None:
             raise DirectionError(value, *(problem or ("it is no value", "write a number")))
         found[argument.name] = plain
     return found
 
 
-def _problem(name: str, value: Constant | None) -> tuple[str, str] | None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    match name:
-        case "component" if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            return "components are counted from 1", "write `component: 2`"
-        case "penalty" if not number or float(str(value)) < 0:
-            return "a penalty is a number from 0 on", "write `penalty: 1`"
-        case "kind" if value not in ("ridge", "logistic"):
-            return f"there is no probe of the kind `{value}`", "write `ridge` or `logistic`"
-        case _:
-            return None
-
-
 def _describe_fit(
-    way: str, read: Sequence[FitSample], rows: Sequence[FitRows], options: Mapping[str, Constant]
+    call: ast.Call,
+    read: Sequence[FitSample],
+    rows: Sequence[FitRows],
+    options: dict[str, Constant],
 ) -> str:
-    """Describe a fit: `mean over the 40 rows of many − mean over the 38 rows of few`."""
-    said = [_describe_rows(sample, own) for sample, own in zip(read, rows, strict=True)]
-    match way:
-        case "mean_difference":
-            return f"mean over {said[0]} − mean over {said[1]}"
-        case "mean":
-            return f"mean over {said[0]}"
-        case "pca":
-            number = options.get("component", 1)
-            return f"principal component {number} of {said[0]}, its largest coordinate positive"
-        case _:
-            to = ""
-            if options["kind"] == "logistic":
-                first, second = (f"{each:g}" if isinstance(each, float) else each
-                                 for each in read[0].classes)  # fmt: skip
-                to = f", from `{first}` to `{second}`"
-            return f"{options['kind']} probe{to}, penalty {options['penalty']}, on {said[0]}"
+    """Return the method's description of a fit, once it accepts the rows; add the default options.
+
+    Raises DirectionError.
+    """
+    method = fitted_method(call.name)
+    takes_value = method.takes == "value and block"
+    value = call.arguments[0].value.span.written if takes_value else ""
+    summaries = [
+        RowSummary(_describe_rows(sample, own), value, sample.classes if takes_value else ())
+        for sample, own in zip(read, rows, strict=True)
+    ]
+    try:
+        for name, default in option_defaults(method, summaries).items():
+            options.setdefault(name, default)
+        problem = sample_problem(method, summaries, options)
+        if problem is not None:
+            raise DirectionError(call, *problem)
+        return description(method, summaries, options)
+    except MethodError as mistake:
+        raise DirectionError(call, str(mistake), mistake.hint) from mistake
 
 
 def _describe_rows(sample: FitSample, rows: FitRows) -> str:

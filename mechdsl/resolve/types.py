@@ -62,9 +62,10 @@ class FitSample(Record):
 
 @record
 class FittedVector(Record):
-    """`mean_difference(A, B)`, `mean(A)`, `pca(A)` or `probe(VALUE, A)` of one cell."""
+    """A method fitted to activations of one cell: `mean_difference(A, B)`, `pca(A)`."""
 
-    way: str
+    method: str
+    """Its name in `DIRECTION_METHODS`."""
     samples: tuple[FitSample, ...]
     points: tuple[SitePoint, ...]
     """One point, or the heads of a `mean`: each head's mean is multiplied by the head's slice of

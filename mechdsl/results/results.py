@@ -29,6 +29,7 @@ from mechdsl.base.source import AllowedFolders, Source
 from mechdsl.base.text import count_noun, dump_json, name_list
 from mechdsl.diagnostics.rendering import Diagnostics
 from mechdsl.execute.run_record import SavedFile
+from mechdsl.program.plugins import plugin_versions
 from mechdsl.results.experiment_result import (
     HTML_RENDERER,
     JUNIT_RENDERER,
@@ -483,8 +484,9 @@ RESULT_PACKAGES = ("mechdsl", "torch", "transformers", "tokenizers", "numpy", "s
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that numbers depend on."""
-    return {package: package_version(package) for package in RESULT_PACKAGES}
+    """Return the versions of the packages that numbers depend on, loaded plugins included."""
+    packages = {package: package_version(package) for package in RESULT_PACKAGES}
+    return {**packages, **plugin_versions()}
 
 
 @cache

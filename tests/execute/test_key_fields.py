@@ -273,7 +273,7 @@ def other_table(table: PromptTable) -> PromptTable:
 def other_direction(targets: DirectionTargets) -> DirectionTargets:
     """Of the same name, made in another way."""
     (member,) = targets.members.values()
-    vector = replace(member.vector, way="pca")
+    vector = replace(member.vector, method="pca")
     return replace(targets, members={(): replace(member, vector=vector)})
 
 
@@ -545,7 +545,7 @@ def test_rows_that_differ_in_their_group_alone(tmp_path: Path) -> None:
 UNEMBEDDED = UnembeddingVector(3, None)
 VECTORS: dict[type, dict[str, Change]] = {
     FittedVector: {
-        "way": lambda way: "pca",
+        "method": lambda method: "pca",
         "samples": turned,
         "points": next_layer,
         "options": lambda options: {"component": 2},

@@ -25,6 +25,8 @@ from mechdsl.pipeline.file_run import (
     RunKeyError,
 )
 from mechdsl.pipeline.options import RunOptions
+from mechdsl.program import plugins
+from mechdsl.program.code_hashes import note_package_code
 from mechdsl.prompts.tokens.tokenizer import TOKENIZER_FILES
 from mechdsl.syntax.frontend import read_source
 
@@ -339,6 +341,32 @@ def test_modules_that_add_to_the_language(
     path.write_text(path.read_text("utf-8") + "# changed\n", encoding="utf-8")
     with pytest.raises(RunKeyError, match=r"`adds_an_entry.py` may have changed"):
         key(file)
+
+
+def test_run_key_contains_name_version_and_code_of_loaded_plugins(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: dict[str, plugins.Plugin] = {}
+    monkeypatch.setattr(plugins, "LOADED_PLUGINS", loaded)
+    monkeypatch.setattr(module, "LOADED_PLUGINS", loaded)
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = {key(file)}
+    for name in ("plugin_one", "plugin_two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "__init__.py").write_text("", encoding="utf-8")
+        (folder / "helper.py").write_text(f"a = {len(name)}\n", encoding="utf-8")
+        note_package_code(name)
+        __import__(name)
+        for version in ("1", "2"):
+            loaded["p"] = plugins.Plugin("p", name, "package", version)
+            keys.add(key(file))
+        assert {name, f"{name}.helper"} <= set(plugins.hash_plugin_code())
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "plugin_two" / "helper.py").write_text("a = 0\n", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "plugin_two", __import__("plugin_two"))
+    keys.add(key(file))
+    assert len(keys) == 6
 
 
 def test_own_entries_are_not_from_outside() -> None:

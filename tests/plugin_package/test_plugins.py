@@ -1,0 +1,290 @@
+"""A plugin that is installed from a wheel, loaded by `--plugin` and by `plugins=`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mechdsl.checks.file_check import check_source
+from mechdsl.syntax.frontend import read_source
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BROKEN = {
+    "unset": ("x = 1\ny = undefined\n", "NameError: name 'undefined' is not defined", "line 2"),
+    "absent": ("import nothing_of_that_name\n", "ModuleNotFoundError", "line 1"),
+    "syntax": ("def f(:\n", "SyntaxError: invalid syntax", "line 1"),
+    "twice": (
+        "from mechdsl.rules.kinds import SiteRule, rule_kind\n"
+        "@rule_kind('scale')\nclass Scale(SiteRule): pass\n",
+        "ValueError",
+        "line 2",
+    ),
+    "incomplete": (
+        "from mechdsl.program.direction_methods import FittedMethod, direction_method\n"
+        "@direction_method('median')\nclass Median(FittedMethod):\n    takes = 'block'\n",
+        "TypeError: direction method `median`: `example` must be a call",
+        "line 2",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the wheel of the plugin is installed into."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "mechdsl_example_plugin.py"):
+        (source / name).write_bytes((HERE / name).read_bytes())
+    target = folder / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    pip += ["--no-build-isolation", "--disable-pip-version-check", "--target", str(target)]
+    subprocess.run([*pip, str(source)], check=True)
+    return target
+
+
+@pytest.fixture
+def installed(built: Path, tmp_path: Path) -> Path:
+    """A folder with the installed plugin and `example.mech`."""
+    for path in built.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            copied = tmp_path / "lib" / path.relative_to(built)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            copied.write_bytes(path.read_bytes())
+    (tmp_path / "example.mech").write_bytes((HERE / "example.mech").read_bytes())
+    return tmp_path
+
+
+def environment(folder: Path) -> Mapping[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{folder / 'lib'}",
+        "PYDANTIC_DISABLE_PLUGINS": "1",  # as the command line
+        "MECHDSL_STORE": str(folder / "store"),
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+    }
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+    )
+
+
+def mechdsl(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return python(folder, "-m", "mechdsl", *arguments)
+
+
+def expected_delta(folder: Path) -> list[float]:
+    """Mean delta of `steered`, by hooks on the bare model and numpy's median."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = str(ROOT / "mechdsl" / "zoo" / "counting")
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    text = (folder / "example.mech").read_text("utf-8").split("experiment stretched")[0]
+    text = text.replace("median(", "mean(").replace("reverse said", 'said = "fig"')
+    (folder / "plain.mech").write_text(text, encoding="utf-8")
+    source, _ = read_source(folder / "plain.mech")
+    assert source is not None
+    (experiment,) = check_source(source).experiments
+    rows = experiment.table.runs["clean"].rows
+    added: list[torch.Tensor] = []
+    seen: list[np.ndarray] = []
+
+    def hook(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
+        found = output.clone()
+        seen.append(found[0, -1].double().numpy())
+        for vector in added:
+            found[0, -1] += vector
+        return found
+
+    handle = model.model.layers[2].register_forward_hook(hook)
+    answers = [tokenizer.encode(f" {row.values['count']}", add_special_tokens=False)[0]
+               for row in rows]  # fmt: skip
+
+    def logits() -> list[float]:
+        with torch.no_grad():
+            outputs = [model(torch.tensor([list(row.ids)])).logits[0, -1] for row in rows]
+        return [float(each[answer]) for each, answer in zip(outputs, answers, strict=True)]
+
+    before = logits()
+    added.append(torch.from_numpy(np.median(np.stack(seen), axis=0)).float())
+    after = logits()
+    handle.remove()
+    return [b - a for a, b in zip(before, after, strict=True)]
+
+
+def test_validate_with_plugin_accepts_the_file_and_without_it_rejects_the_file(
+    installed: Path,
+) -> None:
+    done = mechdsl(installed, "validate", "--plugin", "example", "example.mech")
+    assert (done.returncode, done.stdout) == (0, "1 file checked: no errors\n"), done.stderr
+    done = mechdsl(installed, "validate", "example.mech")
+    assert done.returncode == 2
+    for word in ("reverse", "median", "stretch", "centered_logit"):
+        assert f"`{word}`" in done.stderr
+
+
+def test_median_of_the_plugin_agrees_with_hooks_on_both_interfaces(installed: Path) -> None:
+    expected = expected_delta(installed)
+    done = mechdsl(installed, "run", "--plugin", "example", "--format", "json", "example.mech")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["versions"]["mechdsl-example-plugin"] == "0.1"
+    script = (
+        "import json, mechdsl\n"
+        "found = mechdsl.run('example.mech', plugins=('example',), store=False)\n"
+        "print(found.to_json())\n"
+    )
+    again = python(installed, "-W", "ignore", "-c", script)
+    assert again.returncode == 0, again.stderr
+    for each in (document, json.loads(again.stdout)):
+        steered = each["files"][0]["experiments"][0]
+        assert "median of 8 rows of fruit" in steered["conventions"]["direction middle"]
+        assert mean_delta(steered) == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+def mean_delta(experiment: dict[str, object]) -> float:
+    return experiment["cells"][0]["measures"][0]["mean"]  # type: ignore[index]
+
+
+def test_other_views_take_the_plugin(installed: Path) -> None:
+    for command in ("explain", "plan", "graph"):
+        done = mechdsl(installed, command, "--plugin", "example", "example.mech")
+        assert done.returncode == 0, done.stderr
+        assert "median of 8 rows of fruit" in done.stdout
+    done = mechdsl(installed, "fmt", "--check", "--plugin", "example", "example.mech")
+    assert done.returncode == 0, done.stderr
+    assert mechdsl(installed, "sites", "--plugin", "example", "counting").returncode == 0
+    script = (
+        "import mechdsl\n"
+        "given = dict(plugins='example')\n"
+        "assert not [d for d in mechdsl.check('example.mech', **given) if d.severity == 'error']\n"
+        "for view in (mechdsl.explain, mechdsl.plan_of, mechdsl.graph_of):\n"
+        "    assert 'median of 8 rows' in view('example.mech', **given)\n"
+    )
+    done = python(installed, "-W", "ignore", "-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def norm(table: str) -> float:
+    """The norm of the direction, as the conventions print it."""
+    return float(table.partition("; norm ")[2].split()[0])
+
+
+def test_changed_code_or_version_of_the_plugin_computes_again(installed: Path) -> None:
+    run = ("run", "--plugin", "example", "example.mech")
+    first = mechdsl(installed, *run)
+    assert "from the store" not in first.stderr
+    assert "from the store" in mechdsl(installed, *run).stderr
+    module = installed / "lib" / "mechdsl_example_plugin.py"
+    text = module.read_text("utf-8")
+    module.write_text(text.replace("axis=0)", "axis=0) * 2"), encoding="utf-8")
+    changed = mechdsl(installed, *run)
+    assert "from the store" not in changed.stderr
+    assert norm(changed.stdout) == pytest.approx(2 * norm(first.stdout), rel=1e-3)
+    assert "from the store" in mechdsl(installed, *run).stderr
+    (info,) = (installed / "lib").glob("*.dist-info")
+    metadata = info / "METADATA"
+    written = metadata.read_text("utf-8").replace("Version: 0.1", "Version: 0.2")
+    metadata.write_text(written, encoding="utf-8")
+    # The version is part of the run key alone: values depend on the code, which is the same.
+    assert "unchanged since" not in mechdsl(installed, *run).stderr
+
+
+def test_code_of_a_plugin_in_site_packages_is_hashed(installed: Path) -> None:
+    script = (
+        "import sys\n"
+        "sys.path.insert(0, 'site-packages')\n"
+        "from mechdsl.program.plugins import hash_plugin_code, load_plugins\n"
+        "assert not load_plugins(['example'])\n"
+        "print(hash_plugin_code()['mechdsl_example_plugin'])\n"
+    )
+    (installed / "lib").rename(installed / "site-packages")
+    first = python(installed, "-c", script)
+    assert first.returncode == 0, first.stderr
+    module = installed / "site-packages" / "mechdsl_example_plugin.py"
+    module.write_text(module.read_text("utf-8") + "# changed\n", encoding="utf-8")
+    assert python(installed, "-c", script).stdout not in ("", first.stdout)
+
+
+@pytest.mark.parametrize("command", ["validate", "run", "plan", "explain", "graph", "fmt"])
+def test_unknown_plugin_lists_installed_plugins_and_suggests_one(
+    command: str, installed: Path
+) -> None:
+    done = mechdsl(installed, command, "--plugin", "exmaple", "example.mech")
+    assert done.returncode == 2
+    assert "error[E0211]: plugin `exmaple` is not installed" in done.stderr
+    assert "did you mean `example`? Installed plugin: `example`" in done.stderr
+    assert "1 error" in done.stderr
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_exception_during_import_is_an_error_with_its_cause(name: str, tmp_path: Path) -> None:
+    text, message, line = BROKEN[name]
+    info = tmp_path / "lib" / "broken-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Name: broken\nVersion: 1.0\n", encoding="utf-8")
+    points = f"[mechdsl.plugins]\n{name} = broken_{name}\n"
+    (info / "entry_points.txt").write_text(points, encoding="utf-8")
+    (tmp_path / "lib" / f"broken_{name}.py").write_text(text, encoding="utf-8")
+    (tmp_path / "example.mech").write_bytes((HERE / "example.mech").read_bytes())
+    done = mechdsl(tmp_path, "validate", "--plugin", name, "example.mech")
+    assert done.returncode == 2
+    assert f"error[E0211]: plugin `{name}` can't be imported: {message}" in done.stderr
+    assert f"correct `broken_{name}.py`, {line}" in done.stderr
+    script = (
+        "import mechdsl\n"
+        f"(found,) = mechdsl.check('example.mech', plugins=['{name}'])\n"
+        "assert found.code == 'E0211'\n"
+        "try:\n"
+        f"    mechdsl.run('example.mech', plugins=['missing'])\n"
+        "except mechdsl.MechdslError as error:\n"
+        f"    assert 'Installed plugin' in str(error) or '`{name}`' in str(error)\n"
+    )
+    done = python(tmp_path, "-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_validate_imports_plugins_and_reads_metadata_only_if_asked(installed: Path) -> None:
+    script = (
+        "import sys\n"
+        "from importlib import metadata\n"
+        "def entry_points(**_): raise AssertionError('metadata is read')\n"
+        "metadata.entry_points = entry_points\n"
+        "from mechdsl.cli.entry import app\n"
+        "app(['validate', 'example.mech'], standalone_mode=False)\n"
+        "assert 'mechdsl_example_plugin' not in sys.modules\n"
+    )
+    done = python(installed, "-c", script)
+    assert done.returncode == 0, done.stderr
+    script = (
+        "import sys\n"
+        "from mechdsl.cli.entry import app\n"
+        "app(['validate', '--plugin', 'example', 'example.mech'], standalone_mode=False)\n"
+        "assert 'mechdsl_example_plugin' in sys.modules\n"
+        "assert 'numpy' not in sys.modules and 'torch' not in sys.modules\n"
+    )
+    done = python(installed, "-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_page_shows_the_files_of_the_package() -> None:
+    page = (ROOT / "docs" / "plugins.md").read_text("utf-8")
+    for name in ("pyproject.toml", "mechdsl_example_plugin.py"):
+        assert (HERE / name).read_text("utf-8") in page
