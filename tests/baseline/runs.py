@@ -40,7 +40,7 @@ def kept(results: Results) -> Document:
         del document[name]
     for file in document["files"]:
         file["file"] = Path(file["file"]).name
-        for saved in file["saved"]:
+        for saved in file.get("saved", ()):
             saved["file"] = Path(saved["file"]).name  # random files save into temporary folders
     document["values"] = {
         each.name: {

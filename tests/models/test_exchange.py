@@ -33,7 +33,7 @@ from ..quick import some
 from . import families
 from .clean import clean_model_check
 from .test_hooks import nothing_left
-from .test_packed import Side, kept_of, rows_of_whole_passes
+from .test_packed import PaddingSide, kept_of, rows_of_whole_passes
 
 _ALIBI: dict[str, Any] = {"alibi": True, "multi_query": False, "bias": True}
 
@@ -116,7 +116,7 @@ def counted(module: nn.Module) -> Generator[list[nn.Module]]:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("case", VARIANTS)
-def test_outputs_are_the_modules_own(case: str, side: Side) -> None:
+def test_outputs_are_the_modules_own(case: str, side: PaddingSide) -> None:
     for seed in (0, 1):
         module = build(case, seed)
         batch = Batch.of(ROWS, 0, side)
