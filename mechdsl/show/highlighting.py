@@ -17,6 +17,7 @@ from mechdsl.syntax.words import (
     SOFT_WORDS,
     TOP_WORDS,
 )
+from mechdsl.vocab.corruptions import CHANGES
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.reports import REPORTS
@@ -40,9 +41,8 @@ def clause_words() -> list[str]:
 
 def registered_names() -> list[str]:
     """Return the names of sites, metrics, effects, reports and changes, sorted."""
-    names = {
-        name for registry in (SITES, METRICS, EFFECTS, REPORTS) for name, _ in registry.items()
-    }
+    registries = (SITES, METRICS, EFFECTS, REPORTS, CHANGES)
+    names = {name for registry in registries for name, _ in registry.items()}
     return sorted(names - set(statement_words()) - set(clause_words()))
 
 
