@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pygments.lexer import RegexLexer, words
@@ -50,8 +51,8 @@ class MechLexer(RegexLexer):
     """The Pygments lexer of `.mech` files."""
 
     name = "mech"
-    aliases: ClassVar[list[str]] = ["mech", "mechdsl"]
-    filenames: ClassVar[list[str]] = ["*.mech"]
+    aliases: ClassVar[Sequence[str]] = ["mech", "mechdsl"]
+    filenames: ClassVar[Sequence[str]] = ["*.mech"]
     url = "https://example.org/mechdsl"
     tokens: ClassVar[dict[str, list[Any]]] = {
         "root": [

@@ -96,7 +96,7 @@ def test_action_steps_pass_a_valid_format() -> None:
     action = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
     assert action["runs"]["using"] == "composite"
     scripts = "\n".join(step.get("run", "") for step in action["runs"]["steps"])
-    assert re.findall(r"--format (\w+)", scripts) == ["github", "sarif"]
+    assert re.findall(r"--format (\w+)", scripts) == ["sarif", "github"]
 
 
 def test_issue_forms_are_valid() -> None:
