@@ -108,3 +108,9 @@ def test_issue_forms_are_valid() -> None:
         assert content["description"]
         identifiers = [item["id"] for item in content["body"]]
         assert len(identifiers) == len(set(identifiers))
+
+
+def test_llms_txt_lists_every_page_and_example() -> None:
+    links = set(re.findall(r"\]\((.*?)\)", (ROOT / "llms.txt").read_text(encoding="utf-8")))
+    pages = {*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.mech")}
+    assert links == {str(path.relative_to(ROOT)) for path in pages} | {"docs/errors"}
