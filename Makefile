@@ -17,7 +17,7 @@ OLDEST_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
 # Of benchmarks/run.py, for example `make bench BENCH_ARGS="--work W1 --write"`.
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all test-oldest lint families language systems bench clean
+.PHONY: demo test test-all test-oldest lint families language editors systems bench dist clean
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/mechdsl run examples/counting.mech
@@ -68,6 +68,10 @@ families: $(VENV)/.stamp-test
 language: $(VENV)/.stamp-test
 	$(BIN)/python -m tests.language --write
 
+# The TextMate grammar of editors/vscode, from the grammar and the registries.
+editors: $(VENV)/.stamp-test
+	$(BIN)/python -m tests.editors --write
+
 # Published experiments on the models of the package; writes docs/systems.md.
 systems: $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.systems --write
@@ -81,6 +85,11 @@ $(BENCH)/.stamp-peers: benchmarks/peers.txt constraints.txt
 
 bench: $(VENV)/.stamp-test $(BENCH)/.stamp-peers
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+# A wheel and an sdist.
+dist: $(VENV)/.stamp-test
+	rm -rf dist
+	$(BIN)/hatchling build -d dist
 
 clean:
 	rm -rf $(VENV) $(BENCH) $(OLDEST) build dist

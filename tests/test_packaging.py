@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -79,3 +80,47 @@ def test_the_wheel_has_what_it_needs_and_no_more(wheel: Path) -> None:
         Path("language.md")
     ]
     assert sum(p.stat().st_size for p in (package / "zoo").rglob("*")) < 25_000_000
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the sdist that `make dist` builds."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
+def test_distribution_in_a_clean_environment_runs_an_example(
+    distributions: Path, tmp_path: Path, pattern: str
+) -> None:
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    site = next(environment.glob("lib/python*/site-packages"))
+    # Dependencies come from the environment of the tests. Its `.pth` files aren't processed, so
+    # that its editable install of the checkout stays invisible.
+    (site / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n", encoding="utf-8")
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    python = environment / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    install += ["--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed"]
+    subprocess.run(
+        [*install, str(next(distributions.glob(pattern)))], check=True, env=variables, cwd=tmp_path
+    )
+    where = "import mechdsl; print(mechdsl.__file__)"
+    located = subprocess.run(
+        [python, "-c", where], check=True, env=variables, cwd=tmp_path, capture_output=True
+    )
+    assert Path(located.stdout.decode().strip()).is_relative_to(site)
+    command = environment / "bin" / "mechdsl"
+    subprocess.run([command, "examples", "copied"], check=True, env=variables, cwd=tmp_path)
+    ran = subprocess.run(
+        [command, "run", "copied/counting.mech"],
+        check=True,
+        env=variables,
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert b"which_heads_move_it" in ran.stdout

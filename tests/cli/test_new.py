@@ -1,0 +1,85 @@
+"""`mechdsl new`: options, questions, bad answers, and the files that it writes."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import mechdsl
+from mechdsl.cli import new as new_module
+from mechdsl.cli.new import MEASURES, POSITIONS, SITES, TASKS, experiment_text
+
+from .conftest import Command
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_combination_of_choices_validates(task: str, tmp_path: Path) -> None:
+    model = f'zoo("{TASKS[task].model}")'
+    for number, choices in enumerate(product(SITES, POSITIONS, MEASURES)):
+        file = tmp_path / f"{number}.mech"
+        file.write_text(experiment_text(TASKS[task], model, *choices), encoding="utf-8")
+        assert mechdsl.check(file) == [], choices
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_written_file_of_each_task_runs(command: Command, tmp_path: Path, task: str) -> None:
+    file = tmp_path / "first.mech"
+    assert command("new", file, "--task", task).status == 0
+    done = command("run", file)
+    assert (done.status, "recovery" in done.out) == (0, True), done.err
+
+
+def test_written_file_is_in_canonical_form(command: Command, tmp_path: Path) -> None:
+    for task in TASKS:
+        file = tmp_path / f"{task}.mech"
+        assert command("new", file, "--task", task).status == 0
+        assert command("fmt", "--check", file).status == 0
+
+
+def test_options_select_each_line(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "first.mech"
+    options = ("--patch", "heads", "--at", "changed", "--measure", "logit", "--model", "local:m")
+    assert command("new", file, *options).status == 0
+    text = file.read_text(encoding="utf-8")
+    assert 'model subject = local("m")' in text
+    assert "patch layer * head * at last-item token" in text
+    assert "measure logit(answer) as delta" in text
+
+
+def test_questions_repeat_after_a_bad_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechdsl.cli.new.is_terminal", lambda: True)
+    file = tmp_path / "first.mech"
+    answers = "poetry\nnames\nnonsense\nzoo:names\nmlp\nlast\nprobability\n"
+    done = CliRunner().invoke(new_module.new, [str(file)], input=answers)
+    assert done.exception is None
+    assert "'poetry' is not one of" in done.output
+    assert "`nonsense` is no model" in done.output
+    text = file.read_text(encoding="utf-8")
+    assert 'zoo("names")' in text
+    assert "patch mlp_out layer * at last token" in text
+    assert "measure prob(answer) as delta" in text
+
+
+def test_existing_file_is_not_overwritten(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "first.mech"
+    file.write_text("mine", encoding="utf-8")
+    done = command("new", file)
+    assert done.status == 2
+    assert "already exists" in done.err
+    assert file.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("options", [("--task", "poetry"), ("--model", "zoo"), ("--at", "here")])
+def test_bad_option_writes_nothing(
+    command: Command, tmp_path: Path, options: tuple[str, str]
+) -> None:
+    file = tmp_path / "first.mech"
+    done = command("new", file, *options)
+    assert (done.status, done.out) == (2, "")
+    assert "error[E0208]" in done.err
+    assert not file.exists()
