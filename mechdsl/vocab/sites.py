@@ -368,11 +368,10 @@ def unknown_component(word: str, span: Span, names: Iterable[str] = ()) -> Unkno
     hint = f"did you mean `{unit}`?" if unit else f"components are {known}"
     if unit is None and re.fullmatch(r"L\d*[HN]\d*", word):
         hint = "write both numbers: `L9H9` is head 9 of layer 9, `L9N9` a neuron"
-    before, rest = span.source.text[: span.start], span.source.text[span.end :]
-    layer, head = re.search(r"\bL([0-9]+)\.$", before), re.fullmatch(r"H([0-9]+)", word)
-    site = translate_word(word, rest)
-    if layer and head:
-        hint = f"write `L{layer[1]}H{head[1]}`"
+    head = re.fullmatch(r"(L[0-9]+)\.(H[0-9]+)", span.text)
+    site = translate_word(word, span.source.text[span.end :])
+    if head is not None:
+        hint = f"write `{head[1]}{head[2]}`"
     elif site is not None:
         hint = f"write `{site}`"
     else:

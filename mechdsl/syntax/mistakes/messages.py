@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mechdsl.base.records import closest_name
 from mechdsl.base.source import STRING_PATTERN, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.other_tools import find_foreign_path
+from mechdsl.diagnostics.other_tools import find_foreign_path, translate_word
 from mechdsl.diagnostics.syntax import (
     MisspeltWord,
     ReservedName,
@@ -420,6 +420,11 @@ def _first_word(mistake: Mistake) -> Diagnostic | None:
 
 def _foreign_path(mistake: Mistake) -> Diagnostic | None:
     """Report a path of another tool, such as `blocks.3.hook_resid_post`."""
+    before, token = mistake.before, mistake.token
+    if before is not None and token is not None and token.kind == "number":
+        meant = translate_word(before.text, f" {token.text}")  # `mlp 3`
+        if meant is not None:
+            return explain_misplaced(mistake, f"write `{meant}`")
     found = find_foreign_path(mistake.source.text[mistake.begin : mistake.end])
     if found is None:
         return None
