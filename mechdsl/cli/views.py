@@ -29,7 +29,13 @@ from mechdsl.cli.arguments import (
     untrusted_option,
 )
 from mechdsl.cli.output import INVALID_INPUT, SUCCESS, make_console, print_diagnostics, print_json
-from mechdsl.diagnostics.command_line import LANGUAGE_PAGE, find_page, is_page_name, language_words, page_codes
+from mechdsl.diagnostics.command_line import (
+    LANGUAGE_PAGE,
+    find_page,
+    is_page_name,
+    language_words,
+    page_codes,
+)
 from mechdsl.diagnostics.core import has_errors
 
 

@@ -77,6 +77,8 @@ _WORDS = {
 
 _WITHOUT_LAYER = frozenset({"embed", "final_norm", "logits"})
 
+_PER_HEAD = frozenset({"q", "k", "v", "q_rot", "k_rot", "z", "head_out", "pattern", "scores"})
+
 _PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+|\[\s*-?[0-9]+\s*\])+")
 
 _READ = re.compile(r"\.(?:output|input)(?:\.0)?$")
@@ -139,4 +141,9 @@ def translate_word(word: str, rest: str = "") -> str | None:
 
 
 def _written(kind: str, layer: str) -> str:
+    """Return a site with its axes; `attn layer 3 head 2` names the output of the head."""
+    if " head" in layer and kind not in _PER_HEAD:
+        if kind == "attn_out":
+            return f"head_out {layer}"
+        layer = layer.partition(" head")[0]
     return kind if kind in _WITHOUT_LAYER else f"{kind} {layer}"

@@ -55,6 +55,11 @@ def has_fix(slip: Slip) -> bool:
     return re.search(slip.fix, render_full(report(slip), width=400)) is not None
 
 
+def test_base_file_has_no_mistake() -> None:
+    base, _ = table()
+    assert not check_source(Source(base)).diagnostics
+
+
 @pytest.mark.parametrize("slip", table()[1], ids=lambda slip: slip.name)
 def test_mistake_is_reported_on_its_line(slip: Slip) -> None:
     lines = [each.span.line for each in report(slip) if each.span is not None]
