@@ -29,21 +29,30 @@ from mechdsl.cli.arguments import (
     untrusted_option,
 )
 from mechdsl.cli.output import INVALID_INPUT, SUCCESS, make_console, print_diagnostics, print_json
-from mechdsl.diagnostics.command_line import LANGUAGE_PAGE, find_page, is_page_name, page_codes
+from mechdsl.diagnostics.command_line import (
+    LANGUAGE_PAGE,
+    find_page,
+    is_page_name,
+    language_words,
+    page_codes,
+)
 from mechdsl.diagnostics.core import has_errors
 
 
 def complete_page_or_file(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem[str]]:
-    """Complete arguments of `mechdsl explain`; codes only after their first characters."""
-    pages = [LANGUAGE_PAGE, *(page_codes() if incomplete else [])]
+    """Complete arguments of `mechdsl explain`; codes and words only after their first
+    characters."""
+    pages = [LANGUAGE_PAGE]
+    if incomplete:
+        pages += [*page_codes(), *(word for word in language_words() if word != LANGUAGE_PAGE)]
     begun = [CompletionItem(name) for name in pages if name.startswith(incomplete)]
     return [*begun, *MechFile().shell_complete(ctx, param, incomplete)]
 
 
 @click.command(short_help="Show prompts token by token; or print the page of an error.")
-@click.argument("what", metavar="FILE|CODE|language", shell_complete=complete_page_or_file)
+@click.argument("what", metavar="FILE|CODE|WORD|language", shell_complete=complete_page_or_file)
 @set_option
 @limit_option
 @format_option("text", "json")
@@ -63,8 +72,9 @@ def explain(
 ) -> int:
     """Show each prompt's tokens with the positions marked.
 
-    Or print a page: `mechdsl explain E0301` says what an error means and how to mend it, `mechdsl
-    explain language` has every construct of the language. `-` is standard input.
+    Or print a page: `mechdsl explain E0301` describes an error and its fix, `mechdsl explain patch`
+    lists what a word of the language means, and `mechdsl explain language` has every construct of
+    the language. `-` is standard input.
     """
     if is_page_name(what):
         return _print_page(what)

@@ -593,8 +593,8 @@ def explain(
     plugins: Sequence[str] = (),
 ) -> PrintedText:
     """Return the output of `mechdsl explain`: the prompts of a file, token by token, with the
-    positions of rules; or the page of a code (`explain("E0301")`) or of the language
-    (`explain("language")`).
+    positions of rules; or the page of a code (`explain("E0301")`), of a word (`explain("patch")`)
+    or of the language (`explain("language")`).
 
     The other arguments are those of `run`.
 

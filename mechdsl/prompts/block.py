@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -324,6 +325,9 @@ def is_pixel_change(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
 def improve_hint(problem: UnknownValue, prompts: spec.Prompts) -> UnknownValue:
     """Improve the hint if a text lacks its quotes, or a mask of shapes is meant."""
     image, at, name = prompts.image, problem.span, problem.name
+    line = at.source.text[: at.start].rpartition("\n")[2] if at is not None else ""
+    if re.fullmatch(r"\s*(?:answer|wrong)\s+", line) and problem.hint.startswith("its names"):
+        return replace(problem, hint=f'{problem.hint}; a text stands in quotes: `" {name}"`')
     if image is None or at is None or problem.hint.startswith("did you mean"):
         return problem
     shapes = isinstance(image, ast.Call) and image.name == "shapes"

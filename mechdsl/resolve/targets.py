@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -678,6 +679,9 @@ def _resolve_named_heads(
         name = heads.names[0]
         known = ", ".join(context.groups)
         otherwise = f"the file has {known}" if known else "name heads: `group movers = L9H9, L9H6`"
+        short = re.fullmatch(r"L([0-9]+)H([0-9]+)", name.id)
+        if short is not None:  # `v L3H2`
+            otherwise = f"write `{kinds[0].name} layer {short[1]} head {short[2]}`"
         context.diagnostics.append(
             UnknownName(
                 span=name.span,

@@ -16,6 +16,8 @@ class Hint:
     text: str
     accepts: str = ""
     """A terminal that must be accepted at the position."""
+    exclusive: bool = False
+    """Whether the last group is the end of a range that excludes it, as in Python."""
 
 
 IMAGE_HINTS: tuple[Hint, ...] = (
@@ -145,8 +147,76 @@ IMAGE_HINTS: tuple[Hint, ...] = (
     ),
 )
 
+_AXIS = r"\b(layers?|heads?|neurons?|experts?|features?)"
+
+HABIT_HINTS: tuple[Hint, ...] = (
+    Hint(_AXIS + r"\s*[0-9]+\s*$", r"\.([0-9]+)", "a range has two dots: `..{1}`"),
+    Hint(
+        _AXIS + r"\s*$",
+        r"([0-9]+)\.([0-9]+)(?![0-9%])",
+        "a range has two dots: `{1}..{2}`; a share has a percent sign, such as `25%`",
+    ),
+    Hint(
+        _AXIS + r"\s+range\s*$",
+        r"\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)",
+        "a range includes both ends: write `{0} {1}..{2}`",
+        exclusive=True,
+    ),
+    Hint(
+        _AXIS + r"\s+range\s*$",
+        r"\(\s*([0-9]+)\s*\)",
+        "a range includes both ends: write `{0} 0..{1}`",
+        exclusive=True,
+    ),
+    Hint(
+        _AXIS + r"\s*([0-9]+)\s*$",
+        r": *([0-9]+)",
+        "a range includes both ends: write `{0} {1}..{2}`",
+        exclusive=True,
+    ),
+    Hint(
+        _AXIS + r"\s*$",
+        r"\[\s*([0-9]+(?:\s*,\s*[0-9]+)*)\s*\]",
+        "leave the brackets out: `{0} {1}`",
+    ),
+    Hint(
+        r"^(\w+)\s+at\s+([\w-]+)\s+$",
+        r"(tokens?)\s+(\S.*?)\s*$",
+        "the site comes first: `{0} {3} at {1} {2}`",
+    ),
+    Hint(r"\bat\s+position\s*$", r"(-?[0-9]+)", "write `token {0}`"),
+    Hint(r"", r"positions?\s+(-?[0-9]+)", "write `at token {0}`"),
+    Hint(
+        r"^$",
+        r"(zero|mean|resample)_?ablat(?:e|ion)\s+(\S.*?)\s*$",
+        "write `ablate {1} with {0}`",
+    ),
+    Hint(r"", r"(limit|seed|temperature)\s*=\s*([\w.]+)", "write `{0} {1}` without a sign between"),
+    Hint(r"^model\s*$", r'=?\s*("[^"]*")', "name the model and its source: `model m = hf({0})`"),
+    Hint(r"^model\s+(\w+)\s*=\s*$", r'("[^"]*")', "name the source: `model {0} = hf({1})`"),
+    Hint(
+        r"^(template|answer|wrong)\s*$",
+        r'[fr](?=")',
+        'leave the letter before the quote out: `{0} "…"` fills in `{{name}}` by itself',
+    ),
+    Hint(r"\[\s*$", r"\]", 'list at least one value: `["anna", "ben"]`'),
+    Hint(
+        r"^(experiment|prompts|images|corrupt)\s+(\w+)\s*$",
+        r":",
+        "write `{0} {1} {{` and close the block with `}}`",
+    ),
+    Hint(r"^generate\s+([0-9]+)\s*$", r"tokens?\b", "leave the unit out: `generate {0}`"),
+    Hint(
+        r"->\s*(\w+)\s*$",
+        r"L([0-9]+)H([0-9]+)",
+        "name the layer and the head: `{0} layer {1} head {2}`",
+    ),
+)
+"""Habits from Python, TransformerLens and other experiment libraries."""
+
 HINTS: tuple[Hint, ...] = (
     *IMAGE_HINTS,
+    *HABIT_HINTS,
     # Words of a rule in the wrong order, or words of another rule.
     Hint(
         r"^patch\b.*\bat\b.*\binto\s*$",
@@ -536,5 +606,8 @@ def find_hint(before: str, after: str, accepts: frozenset[str]) -> str | None:
         left = re.search(known.before, before)
         right = re.match(known.after, after)
         if left and right:
-            return known.text.format(*left.groups(), *right.groups())
+            groups = [*left.groups(), *right.groups()]
+            if known.exclusive:
+                groups[-1] = str(max(0, int(groups[-1]) - 1))
+            return known.text.format(*groups)
     return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from mechdsl.base.records import closest_name
 from mechdsl.base.source import STRING_PATTERN, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.other_tools import find_foreign_path, translate_word
 from mechdsl.diagnostics.syntax import (
     MisspeltWord,
     ReservedName,
@@ -55,6 +56,8 @@ _INNER_BLOCK = re.compile(
     rf"\s+(?:{'|'.join(sorted(EXPERIMENT_WORDS))})\b"
 )
 """The text before the brace of a block, followed by the block's lines without a brace."""
+
+_PATH_START = re.compile(r"model\.[A-Za-z_]")
 
 _DEFINITION = re.compile(r"[A-Za-z_]\w*(?=(?:\s*,\s*[A-Za-z_]\w*)*\s*=(?!=)|\s+in(?!\w))")
 
@@ -257,6 +260,8 @@ def statement_starts(text: str, inside: list[Lexeme], kind: str, depth: int) -> 
     for i, piece in enumerate(inside):
         if piece.kind != "word" or piece.depth != depth:
             continue
+        if _PATH_START.match(text, piece.start):  # `model.layers.3.mlp`
+            continue
         before = inside[i - 1] if i else None
         goes_on = before is not None and before.text in ("+", "-", "/", ",", "=", "->", "..")
         if piece.text in words:
@@ -370,6 +375,7 @@ def explain_mistake(mistake: Mistake) -> Diagnostic:
     """Return the most specific message that applies to a mistake."""
     return (
         _first_word(mistake)
+        or _foreign_path(mistake)
         or _taken_for_position(mistake)
         or _misspelt(mistake)
         or explain_habit(mistake)
@@ -409,6 +415,25 @@ def _first_word(mistake: Mistake) -> Diagnostic | None:
     said = find_hint("", mistake.source.text[word.start : mistake.end], mistake.accepts)
     return UnexpectedToken(
         found=f"`{_short(word.text)}`", expected=_BLOCKS[mistake.kind], hint=said or "", span=span
+    )
+
+
+def _foreign_path(mistake: Mistake) -> Diagnostic | None:
+    """Report a path of another tool, such as `blocks.3.hook_resid_post`."""
+    before, token = mistake.before, mistake.token
+    if before is not None and token is not None and token.kind == "number":
+        meant = translate_word(before.text, f" {token.text}")  # `mlp 3`
+        if meant is not None:
+            return explain_misplaced(mistake, f"write `{meant}`")
+    found = find_foreign_path(mistake.source.text[mistake.begin : mistake.end])
+    if found is None:
+        return None
+    start, end, site = found
+    span = Span(mistake.source, mistake.begin + start, mistake.begin + end)
+    if not span.start <= mistake.offset <= span.end:
+        return None
+    return UnexpectedToken(
+        found=f"`{span.text}`", expected="a site of mechdsl", hint=f"write `{site}`", span=span
     )
 
 

@@ -1,0 +1,149 @@
+"""Names of sites in other tools: TransformerLens, transformers, nnsight and pyvene."""
+
+from __future__ import annotations
+
+import re
+
+_HOOKS = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_post": "resid_post",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_out": "mlp_out",
+    "hook_q": "q",
+    "hook_k": "k",
+    "hook_v": "v",
+    "hook_rot_q": "q_rot",
+    "hook_rot_k": "k_rot",
+    "hook_z": "z",
+    "hook_result": "head_out",
+    "hook_pattern": "pattern",
+    "hook_attn_scores": "scores",
+    "hook_embed": "embed",
+    "hook_post": "mlp_hidden",
+    "ln1.hook_normalized": "attn_norm",
+    "ln2.hook_normalized": "mlp_norm",
+    "ln_final.hook_normalized": "final_norm",
+}
+"""TransformerLens hook → site."""
+
+_MODULES = {
+    "": "resid_post",
+    "attn": "attn_out",
+    "self_attn": "attn_out",
+    "attention": "attn_out",
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "mlp": "mlp_out",
+    "feed_forward": "mlp_out",
+    "mlp.act": "mlp_hidden",
+    "ln_1": "attn_norm",
+    "input_layernorm": "attn_norm",
+    "ln_2": "mlp_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "wte": "embed",
+    "embed_tokens": "embed",
+    "ln_f": "final_norm",
+    "norm": "final_norm",
+    "lm_head": "logits",
+}
+"""Module inside a block or a model of transformers → site of its output."""
+
+_WORDS = {
+    "block_input": "resid_pre",
+    "block_output": "resid_post",
+    "mlp_activation": "mlp_hidden",
+    "mlp_output": "mlp_out",
+    "attention_output": "attn_out",
+    "attention_value_output": "z",
+    "head_attention_value_output": "z",
+    "query_output": "q",
+    "head_query_output": "q",
+    "key_output": "k",
+    "head_key_output": "k",
+    "value_output": "v",
+    "head_value_output": "v",
+    "resid": "resid_post",
+    "residual": "resid_post",
+    "residual_stream": "resid_post",
+    "hidden_states": "resid_post",
+    "mlp": "mlp_out",
+    "attn": "attn_out",
+    "attention": "attn_out",
+    "unembed": "logits",
+}
+"""Component of pyvene, or a word of papers → site."""
+
+_WITHOUT_LAYER = frozenset({"embed", "final_norm", "logits"})
+
+_PER_HEAD = frozenset({"q", "k", "v", "q_rot", "k_rot", "z", "head_out", "pattern", "scores"})
+
+_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+|\[\s*-?[0-9]+\s*\])+")
+
+_READ = re.compile(r"\.(?:output|input)(?:\.0)?$")
+
+
+def find_foreign_path(text: str) -> tuple[int, int, str] | None:
+    """Find the first path of another tool in a statement, such as `blocks.3.hook_resid_post`.
+
+    Returns:
+        Start, end, and the site in mechdsl; None if there is no path with a known site.
+    """
+    for match in _PATH.finditer(text):
+        site = _translate_path(match[0])
+        if site is not None:
+            return match.start(), match.end(), site
+    return None
+
+
+def _translate_path(path: str) -> str | None:
+    """Return the site of a dotted path; a path without a layer names `layer *`."""
+    dotted = re.sub(r"\[\s*(-?[0-9]+)\s*\]", r".\1", path)
+    reads_input = re.search(r"\.input(?:\.0)?$", dotted) is not None
+    parts = _READ.sub("", dotted).split(".")
+    numbers = [n for n, part in enumerate(parts) if part.lstrip("-").isdigit()]
+    tail = parts[numbers[0] + 1 :] if numbers else parts
+    layer = parts[numbers[0]] if numbers else "*"
+    if reads_input:
+        kind = "resid_pre" if numbers and not tail else None
+    else:
+        kind = _kind_of(tail, inside=bool(numbers))
+    return None if kind is None else _written(kind, f"layer {layer}")
+
+
+def _kind_of(tail: list[str], *, inside: bool) -> str | None:
+    """Return the site of the last names of a path; `inside` a block, or outside every block."""
+    whole, last = ".".join(tail), tail[-1] if tail else ""
+    if inside:
+        return _HOOKS.get(whole) or _HOOKS.get(last) or _MODULES.get(whole) or _MODULES.get(last)
+    kind = _HOOKS.get(whole) or _HOOKS.get(last) or (_MODULES.get(last) if tail else None)
+    outside = kind in _WITHOUT_LAYER or last in _HOOKS
+    return kind if outside else None
+
+
+def translate_word(word: str, rest: str = "") -> str | None:
+    """Return the site that a single word of another tool names.
+
+    Args:
+        rest: The text after the word; an axis in it, such as `layer 3`, is kept.
+
+    Returns:
+        The site with its layer, such as `resid_post layer 3`; None for an unknown word.
+    """
+    kind = _HOOKS.get(word) or _WORDS.get(word)
+    if kind is None:
+        return None
+    axis = re.match(r"(?:\s+stream\b)?\s+(layers?\s+[\w.*%]+(?:\s+heads?\s+[\w.*%]+)?)", rest)
+    number = re.match(r"(?:\s+stream\b)?\s+([0-9]+)\b", rest)
+    layer = axis[1] if axis else f"layer {number[1] if number else '*'}"
+    return _written(kind, layer)
+
+
+def _written(kind: str, layer: str) -> str:
+    """Return a site with its axes; `attn layer 3 head 2` names the output of the head."""
+    if " head" in layer and kind not in _PER_HEAD:
+        if kind == "attn_out":
+            return f"head_out {layer}"
+        layer = layer.partition(" head")[0]
+    return kind if kind in _WITHOUT_LAYER else f"{kind} {layer}"
