@@ -1,4 +1,4 @@
-"""The Python API: `run`, `check`, `plan_of`, `graph_of`, `explain`, `runs` and `diff`."""
+"""The Python API: `run`, `validate`, `plan`, `graph`, `explain`, `runs` and `diff`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
+from mechdsl.base import limits
 from mechdsl.base.files import write_atomically
 from mechdsl.base.runtime import restores_random_state
 from mechdsl.base.source import Source
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from mechdsl.results.experiment_result import EarlierRun
     from mechdsl.results.results import Results
     from mechdsl.results.runs import Run, Runs
-    from mechdsl.show.output import PrintedText
+    from mechdsl.show.output import PlanText, PrintedText
     from mechdsl.show.progress import ProgressBar
 
 
@@ -414,7 +415,7 @@ def diff(
 
 
 @restores_random_state
-def check(
+def validate(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
@@ -456,6 +457,7 @@ def check(
             allow_outside=allow_outside,
             untrusted=untrusted,
         )
+        settings = replace(settings, prompts_enough=limits.CHECKED_PROMPTS)
         checked, _ = check_source_with(source, models, settings)
     except MechdslError as error:
         return error.diagnostics
@@ -467,7 +469,7 @@ def check(
 
 
 @restores_random_state
-def plan_of(
+def plan(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
@@ -481,7 +483,7 @@ def plan_of(
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
     measure: bool = False,
-) -> PrintedText:
+) -> PlanText:
     """Return the output of `mechdsl plan`: the intervention graph, the cells, rows and forward
     passes of a file, the detectable effects, the savings of each planner pass, and the duration of
     the rest. Nothing is run.
@@ -493,12 +495,16 @@ def plan_of(
             effects
             in the metric's units.
 
+    Returns:
+        The printed text; its `cells` count the cells of each experiment, its `passes` are the
+        planner passes that apply.
+
     Raises:
         MechdslError: If the file or an argument is invalid.
     """
     from mechdsl.planner.passes import check_pass_names, make_plan
     from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS
-    from mechdsl.show.output import capture_text
+    from mechdsl.show.output import PlanText, capture_text
     from mechdsl.show.plan import print_plan
 
     raise_errors(load_plugins(plugins), size_problems(limit, pass_tokens, prompt_tokens))
@@ -527,13 +533,17 @@ def plan_of(
         raise_errors([each for each in found if each.severity == "error"])
         warn_diagnostics(found)
     made = make_plan(checked.experiments, without=without)
-    return capture_text(
+    text = capture_text(
         lambda console: print_plan(made, console, *sizes, measured, saving=checked.saving)
     )
+    cells: dict[str, int] = {}
+    for each in checked.experiments:  # an experiment may have several parts
+        cells[each.name] = cells.get(each.name, 0) + each.n_there
+    return PlanText(text, cells, made.passes)
 
 
 @restores_random_state
-def graph_of(
+def graph(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
