@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 BorrowedModels = Mapping[str, tuple[Any, Any]]
 """Name in the file → (transformers model, fast tokenizer)."""
+
+MetricFunctions = Mapping[str, Callable[..., Any]]
+"""Name of a metric in the file → a function from logits [row, vocab] to [row]."""
 
 ParameterValues = Mapping[str, object]
 """Name of a `param` → its value."""
@@ -140,9 +143,13 @@ def settings_from_arguments(
     require_models: bool = True,
     allow_outside: bool,
     untrusted: bool,
+    metrics: MetricFunctions | None = None,
 ) -> CheckSettings:
     from mechdsl.checks.file_check import CheckSettings
+    from mechdsl.program.python_functions import callable_metric
 
+    if metrics is not None and not all(map(callable, metrics.values())):
+        raise TypeError('metrics are a dict of functions: `metrics={"margin": margin}`')
     given = {
         name: str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in (set or {}).items()
@@ -156,6 +163,7 @@ def settings_from_arguments(
         allow_outside,
         untrusted,
         build=build_lazily,
+        metrics={name: callable_metric(name, each) for name, each in (metrics or {}).items()},
     )
 
 
@@ -175,6 +183,7 @@ def run(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
+    metrics: MetricFunctions | None = None,
     set: ParameterValues | None = None,
     limit: int | None = None,
     only: str | None = None,
@@ -213,6 +222,9 @@ def run(
             model
             of that name. It runs where and as it is, so `device` and `dtype` don't apply, and is
             left exactly as it was.
+        metrics: Name in the file → a function that takes logits [row, vocab], and the rows if it
+            requires a second argument, and returns [row]. It replaces a `metric` line of that name.
+            A run with a function whose code can't be hashed isn't stored.
         set: Values of the file's `param` lines.
         limit: Maximum number of rows per experiment.
         only: The one experiment to run, with those that it needs.
@@ -267,6 +279,7 @@ def run(
                 python_mode_of(allow_python),
                 allow_outside=allow_outside,
                 untrusted=untrusted,
+                metrics=metrics,
             ),
             device=str(device),
             dtype=None if dtype is None else dtype_name(dtype),
