@@ -1,6 +1,6 @@
 """mechdsl: the language in which interpretability experiments are written.
 
-`run` runs a file, `check` finds what is wrong with it; `plan_of`, `graph_of` and `explain` show
+`run` runs a file, `validate` finds what is wrong with it; `plan`, `graph` and `explain` show
 what would be run, `runs` what was. docs/python.md has every name.
 """
 
@@ -21,19 +21,19 @@ __all__ = [
     "Run",
     "Runs",
     "VerdictComparison",
-    "check",
     "diff",
     "explain",
-    "graph_of",
-    "plan_of",
+    "graph",
+    "plan",
     "run",
     "runs",
+    "validate",
 ]
 
 if TYPE_CHECKING:
     from mechdsl.diagnostics.core import Diagnostic
     from mechdsl.diagnostics.rendering import Diagnostics, MechdslError, MechdslWarning
-    from mechdsl.pipeline.api import check, diff, explain, graph_of, plan_of, run, runs
+    from mechdsl.pipeline.api import diff, explain, graph, plan, run, runs, validate
     from mechdsl.results.differences.comparison import Differences
     from mechdsl.results.experiment_result import ExperimentResult, VerdictComparison
     from mechdsl.results.results import Results

@@ -25,7 +25,7 @@ assert tables.grammar_file().is_relative_to(Path(r"{site}"))
 def build(grammar):
     raise AssertionError("the wheel's tables aren't those of its grammar")
 tables.build = build
-assert mechdsl.check(Path(r"{file}")) == []
+assert mechdsl.validate(Path(r"{file}")) == []
 """
 
 

@@ -442,6 +442,8 @@ class CheckSettings:
     """Number of prompts to check per table, for a check without a run."""
     build: ModelBuilder | None = None
     """Builds models with functions of Python files, if these may run."""
+    metrics: Mapping[str, ast.Call] = field(default_factory=dict[str, ast.Call])
+    """Metrics passed from Python, which replace the file's metrics of the same name."""
 
 
 @dataclass
@@ -501,7 +503,7 @@ def _check_source(
         reach=source_reach(source, outside=settings.allow_outside, untrusted=settings.untrusted),
     )
     tree, syntax = parse(source)
-    program, lowered = lower_program(tree, source, settings.parameters)
+    program, lowered = lower_program(tree, source, settings.parameters, settings.metrics)
     broken = BrokenLines([*syntax, *lowered], tree, program.lost)
     checked = CheckedFile(source, program, settings, diagnostics=[*found, *lowered])
     experiments = list(program.experiments)

@@ -1,14 +1,15 @@
-"""The Python API: `run`, `check`, `plan_of`, `graph_of`, `explain`, `runs` and `diff`."""
+"""The Python API: `run`, `validate`, `plan`, `graph`, `explain`, `runs` and `diff`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
+from mechdsl.base import limits
 from mechdsl.base.files import write_atomically
 from mechdsl.base.runtime import restores_random_state
 from mechdsl.base.source import Source
@@ -40,12 +41,15 @@ if TYPE_CHECKING:
     from mechdsl.results.experiment_result import EarlierRun
     from mechdsl.results.results import Results
     from mechdsl.results.runs import Run, Runs
-    from mechdsl.show.output import PrintedText
+    from mechdsl.show.output import PlanText, PrintedText
     from mechdsl.show.progress import ProgressBar
 
 
 BorrowedModels = Mapping[str, tuple[Any, Any]]
 """Name in the file → (transformers model, fast tokenizer)."""
+
+MetricFunctions = Mapping[str, Callable[..., Any]]
+"""Name of a metric in the file → a function from logits [row, vocab] to [row]."""
 
 ParameterValues = Mapping[str, object]
 """Name of a `param` → its value."""
@@ -139,9 +143,13 @@ def settings_from_arguments(
     require_models: bool = True,
     allow_outside: bool,
     untrusted: bool,
+    metrics: MetricFunctions | None = None,
 ) -> CheckSettings:
     from mechdsl.checks.file_check import CheckSettings
+    from mechdsl.program.python_functions import callable_metric
 
+    if metrics is not None and not all(map(callable, metrics.values())):
+        raise TypeError('metrics are a dict of functions: `metrics={"margin": margin}`')
     given = {
         name: str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in (set or {}).items()
@@ -155,6 +163,7 @@ def settings_from_arguments(
         allow_outside,
         untrusted,
         build=build_lazily,
+        metrics={name: callable_metric(name, each) for name, each in (metrics or {}).items()},
     )
 
 
@@ -174,6 +183,7 @@ def run(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
+    metrics: MetricFunctions | None = None,
     set: ParameterValues | None = None,
     limit: int | None = None,
     only: str | None = None,
@@ -212,6 +222,9 @@ def run(
             model
             of that name. It runs where and as it is, so `device` and `dtype` don't apply, and is
             left exactly as it was.
+        metrics: Name in the file → a function that takes logits [row, vocab], and the rows if it
+            requires a second argument, and returns [row]. It replaces a `metric` line of that name.
+            A run with a function whose code can't be hashed isn't stored.
         set: Values of the file's `param` lines.
         limit: Maximum number of rows per experiment.
         only: The one experiment to run, with those that it needs.
@@ -266,6 +279,7 @@ def run(
                 python_mode_of(allow_python),
                 allow_outside=allow_outside,
                 untrusted=untrusted,
+                metrics=metrics,
             ),
             device=str(device),
             dtype=None if dtype is None else dtype_name(dtype),
@@ -414,7 +428,7 @@ def diff(
 
 
 @restores_random_state
-def check(
+def validate(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
@@ -456,6 +470,7 @@ def check(
             allow_outside=allow_outside,
             untrusted=untrusted,
         )
+        settings = replace(settings, prompts_enough=limits.CHECKED_PROMPTS)
         checked, _ = check_source_with(source, models, settings)
     except MechdslError as error:
         return error.diagnostics
@@ -467,7 +482,7 @@ def check(
 
 
 @restores_random_state
-def plan_of(
+def plan(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
@@ -481,7 +496,7 @@ def plan_of(
     pass_tokens: int | None = None,
     prompt_tokens: int | None = None,
     measure: bool = False,
-) -> PrintedText:
+) -> PlanText:
     """Return the output of `mechdsl plan`: the intervention graph, the cells, rows and forward
     passes of a file, the detectable effects, the savings of each planner pass, and the duration of
     the rest. Nothing is run.
@@ -493,12 +508,16 @@ def plan_of(
             effects
             in the metric's units.
 
+    Returns:
+        The printed text; its `cells` count the cells of each experiment, its `passes` are the
+        planner passes that apply.
+
     Raises:
         MechdslError: If the file or an argument is invalid.
     """
     from mechdsl.planner.passes import check_pass_names, make_plan
     from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS
-    from mechdsl.show.output import capture_text
+    from mechdsl.show.output import PlanText, capture_text
     from mechdsl.show.plan import print_plan
 
     raise_errors(load_plugins(plugins), size_problems(limit, pass_tokens, prompt_tokens))
@@ -527,13 +546,17 @@ def plan_of(
         raise_errors([each for each in found if each.severity == "error"])
         warn_diagnostics(found)
     made = make_plan(checked.experiments, without=without)
-    return capture_text(
+    text = capture_text(
         lambda console: print_plan(made, console, *sizes, measured, saving=checked.saving)
     )
+    cells: dict[str, int] = {}
+    for each in checked.experiments:  # an experiment may have several parts
+        cells[each.name] = cells.get(each.name, 0) + each.n_there
+    return PlanText(text, cells, made.passes)
 
 
 @restores_random_state
-def graph_of(
+def graph(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,

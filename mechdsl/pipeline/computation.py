@@ -541,9 +541,7 @@ def _code(checked: CheckedFile) -> dict[str, str]:
     """Hash the user's code that may affect numbers: modules that extend the language, and imports
     of the file's functions. The functions themselves are in the keys of the values that depend on
     them."""
-    found = hash_imported_code(
-        [each.path.read_bytes() for each in program_functions(checked.program)]
-    )
+    found = hash_imported_code([each.read_code() for each in program_functions(checked.program)])
     for module in sorted(EXTERNAL_MODULES):
         found |= hash_module_code(module)
     return found | hash_plugin_code()

@@ -72,7 +72,10 @@ EXECUTION_FIELDS = ("side", "pass_tokens", "prompt_tokens", "allow_nan")
 """Fields that are part of the key unchanged."""
 
 EXCLUDED_FIELDS: Mapping[type, Mapping[str, str]] = {
-    CheckSettings: {"build": "what it makes goes in as the models do"},
+    CheckSettings: {
+        "build": "what it makes goes in as the models do",
+        "metrics": "their code goes in with that of the file's functions",
+    },
     RunOptions: {
         "settings": "those that the file was checked with go in",
         "device": "what it means on this machine goes in",
@@ -189,11 +192,8 @@ def _python(checked: CheckedFile) -> dict[str, Any]:
     files: dict[str, str] = {}
     contents: list[bytes] = []
     for function in program_functions(checked.program):
-        content = function.path.read_bytes()
-        if sha256(content).hexdigest() != function.digest:
-            raise CodeHashError(f"`{function.file}` has changed since it was checked")
+        contents.append(function.read_code())
         files[function.file] = function.digest
-        contents.append(content)
     beside = hash_imported_code(contents)
     for module in sorted(EXTERNAL_MODULES):
         beside |= hash_module_code(module)

@@ -56,6 +56,7 @@ from mechdsl.program.paths import (
     warn_named_paths,
 )
 from mechdsl.program.prompts import lower_prompts, pool_names, warn_unused_block_names
+from mechdsl.program.python_functions import CallableSource
 from mechdsl.program.references import measure_number_names
 from mechdsl.program.rules import lower_derived_runs, lower_rules
 from mechdsl.program.run_order import add_run_order
@@ -499,10 +500,13 @@ _ARGUMENTS = {
 
 
 def lower_program(
-    tree: ast.File, source: Source, settings: Mapping[str, str] | None = None
+    tree: ast.File,
+    source: Source,
+    settings: Mapping[str, str] | None = None,
+    metrics: Mapping[str, ast.Call] | None = None,
 ) -> tuple[spec.Program, list[Diagnostic]]:
     """Return the typed program of a parsed file; `settings` are the `--set k=v` of the command
-    line.
+    line, `metrics` those passed from Python.
 
     Codes: E0108 for unsupported features, E02xx for names, imports and parameters, E0532 and E0535
     for imports that may not be read, E06xx for incomplete experiments, W0730 for unused names,
@@ -515,6 +519,9 @@ def lower_program(
     if source.reach.reads is not None:
         trees = [file for file, _ in files]
         scope.diagnostics.extend(warn_named_paths(trees, parts.parameters))
+    for name, call in (metrics or {}).items():
+        scope.define("metric", ast.Name(name, span=call.span), imported=False)
+        parts.metrics[name] = call
     # Definitions before experiments: a file may use a name before its definition.
     for file, imported in files:
         for statement in file.statements:
@@ -711,6 +718,9 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
             if scope.define("prompts", name, imported=imported):
                 parts.prompts[name.id] = lower_prompts(statement, scope, parts.parameters)
         case ast.MetricDef(name=name, value=value):
+            given = parts.metrics.get(name.id)
+            if given is not None and isinstance(given.span.source, CallableSource):
+                return  # replaced by a metric from Python
             if scope.define("metric", name, imported=imported):
                 parts.metrics[name.id] = value
         case ast.GroupDef(name=name, sites=sites):

@@ -14,16 +14,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
+from inspect import Parameter, signature
 from pathlib import Path
 from traceback import walk_tb
 from types import ModuleType
 from typing import Any, Literal
+from uuid import uuid4
 
-from mechdsl.base.source import Span
+from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import PythonFailed, PythonNotAllowed, PythonNotFound, PythonNotRun
 from mechdsl.program import spec
+from mechdsl.program.callables import hash_callable
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
 from mechdsl.program.paths import PYTHON_PATH, path_to_read
 from mechdsl.syntax import ast
@@ -88,6 +91,22 @@ class PythonFunction:
     span: Span = field(compare=False, repr=False)
     tokenizer: TokenizerArgument = "nothing"
     """How a metric receives the model's tokenizer."""
+
+    @property
+    def identity(self) -> str:
+        """The hash of its code, for conventions."""
+        return f"SHA-256 {self.digest[:12]}…"
+
+    def read_code(self) -> bytes:
+        """Return the bytes whose imports run with the function.
+
+        Raises:
+            CodeHashError: If the code has changed since it was checked, or can't be hashed.
+        """
+        content = self.path.read_bytes()
+        if sha256(content).hexdigest() != self.digest:
+            raise CodeHashError(f"`{self.file}` has changed since it was checked")
+        return content
 
     @property
     def allowing(self) -> str:
@@ -157,6 +176,102 @@ class PythonFunction:
         return found
 
 
+@dataclass(frozen=True)
+class CallableSource(Source):
+    """The source of a metric that is a Python callable; compared by identity."""
+
+    name_of_metric: str = ""
+    function: Callable[..., Any] = field(default=id, repr=False)
+    digest: str = ""
+    imports: bytes = b""
+    unhashed: str = ""
+    """Why the code can't be hashed; empty if it can."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @property
+    def name(self) -> str:
+        return f'metrics["{self.name_of_metric}"]'
+
+
+@dataclass(frozen=True)
+class CallableFunction(PythonFunction):
+    """A metric that the caller passes as a callable."""
+
+    source: CallableSource = field(kw_only=True, compare=False, repr=False)
+
+    @property
+    def identity(self) -> str:
+        reason = self.source.unhashed
+        return f"never stored: {reason}" if reason else super().identity
+
+    def read_code(self) -> bytes:
+        if self.source.unhashed:
+            raise CodeHashError(f"metric `{self.name}`: {self.source.unhashed}")
+        return self.source.imports
+
+    def where(self, error: BaseException | None = None) -> str:
+        return f"passed as {self.file}"
+
+    def _load(self) -> Callable[..., Any]:
+        function = self.source.function
+        if len(_required_parameters(function)) > 1:
+            return function
+        return lambda logits, rows, **named: function(logits, **named)
+
+
+def callable_metric(name: str, function: Callable[..., Any]) -> ast.Call:
+    """Return the definition of a metric that calls a Python callable.
+
+    Args:
+        name: Its name in the file.
+        function: Called as `function(logits)` with logits [row, vocab], as `function(logits, rows)`
+            if it requires two arguments, and with `tokenizer=` if it has a parameter of that name.
+            It returns [row].
+    """
+    try:
+        (digest, imports), unhashed = hash_callable(function), ""
+    except CodeHashError as unknown:  # unique, so that no cached value is taken for its own
+        digest, imports, unhashed = uuid4().hex, b"", str(unknown)
+    text = f"python({name})"
+    source = CallableSource(
+        text,
+        name_of_metric=name,
+        function=function,
+        digest=digest,
+        imports=imports,
+        unhashed=unhashed,
+    )
+    return ast.Call(PYTHON_CALL, (), span=Span(source, 0, len(text)))
+
+
+def _callable_function(source: CallableSource, span: Span) -> CallableFunction:
+    parameters = _parameters(source.function)
+    tokenizer = "named" if TOKENIZER_PARAMETER in parameters else "nothing"
+    name = source.name_of_metric
+    return CallableFunction(
+        Path(source.name), source.name, name, source.digest, 1, span, tokenizer, source=source
+    )
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
+    try:
+        return dict(signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin
+        return {}
+
+
+def _required_parameters(function: Callable[..., Any]) -> list[str]:
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return [
+        name
+        for name, each in _parameters(function).items()
+        if each.kind in positional and each.default is Parameter.empty
+        if name != TOKENIZER_PARAMETER
+    ]
+
+
 def _told(error: BaseException) -> str:
     """Format an exception on one line."""
     said = " ".join(str(error).split())
@@ -205,6 +320,8 @@ def find_function(
 
     Codes: E0222, E0532, E0535.
     """
+    if isinstance(node.span.source, CallableSource):
+        return _callable_function(node.span.source, node.span), []
     try:
         return _found(node, use), []
     except _Refused as refused:
@@ -371,7 +488,7 @@ def check_functions(
     if mode == "run":
         _module.cache_clear()  # a function may keep state, which every run resets
         with suppress(CodeHashError, OSError):  # imported modules are hashed before they run
-            hash_imported_code(each.path.read_bytes() for each in program_functions(program))
+            hash_imported_code(each.read_code() for each in program_functions(program))
     found: list[Diagnostic] = []
     seen: set[Span] = set()
     for node, use in _uses(program, given):
@@ -390,7 +507,8 @@ def check_functions(
             continue
         function, problems = find_function(node, use)
         found += problems
-        if function is not None and mode == "refuse":
+        allowed = mode != "refuse" or isinstance(function, CallableFunction)
+        if function is not None and not allowed:
             found.append(
                 PythonNotAllowed(
                     span=node.span,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import import_module
@@ -128,6 +128,20 @@ class PrintedText(str):
 
     def _repr_html_(self) -> str:
         return f'<pre style="line-height:1.2">{escape(self)}</pre>'
+
+
+class PlanText(PrintedText):
+    """The text that `mechdsl plan` prints, with the plan as data."""
+
+    cells: Mapping[str, int]
+    """Experiment → its number of cells, in the order of the file."""
+    passes: tuple[str, ...]
+    """Names of the planner passes that apply."""
+
+    def __new__(cls, text: str, cells: Mapping[str, int], passes: tuple[str, ...]) -> PlanText:
+        made = super().__new__(cls, text)
+        made.cells, made.passes = cells, passes
+        return made
 
 
 class SvgText(PrintedText):

@@ -243,11 +243,11 @@ def test_validate_reports_a_model_without_weights(command: Command, tmp_path: Pa
     done = command("validate", path)
     assert (done.status, done.err) == (0, "")
     assert done.out == "1 file checked: no errors, 1 model without weights on this machine\n"
-    assert [each.code for each in mechdsl.check(path)] == []
+    assert [each.code for each in mechdsl.validate(path)] == []
     done = command("validate", "--require-models", path)
     assert (done.status, done.out) == (2, "")
     assert "error[E0406]" in done.err
-    assert [each.code for each in mechdsl.check(path, require_models=True)] == ["E0406"]
+    assert [each.code for each in mechdsl.validate(path, require_models=True)] == ["E0406"]
 
 
 # --- plan ---

@@ -63,11 +63,11 @@ def test_reports_stay_in_the_folder(place: str, here: Path, command: Command) ->
         assert (done.status, done.out) == (2, ""), name
         assert "error[E0531]: `report csv` may not write to" in done.err
         assert "= help: " in done.err
-    assert [d.code for d in mechdsl.check(path)] == ["E0531"]
+    assert [d.code for d in mechdsl.validate(path)] == ["E0531"]
     with pytest.raises(MechdslError) as refused:
         mechdsl.run(path)
     assert [d.code for d in refused.value.diagnostics] == ["E0531"]
-    assert mechdsl.check(path, allow_outside=True) == []
+    assert mechdsl.validate(path, allow_outside=True) == []
     assert command("validate", "--allow-outside", path).status == 0
     assert not list((here.parent / "elsewhere").iterdir())
 

@@ -27,17 +27,17 @@ def model() -> tuple[Any, Any]:
 
 
 def test_check() -> None:
-    assert mechdsl.check(HEADS) == []
-    (found,) = mechdsl.check(HEADS.replace("head *", "head 14"))
+    assert mechdsl.validate(HEADS) == []
+    (found,) = mechdsl.validate(HEADS.replace("head *", "head 14"))
     assert (found.code, found.severity) == ("E0301", "error")
     assert found.span is not None
     assert found.span.text == "14"
 
 
 def test_check_a_path(heads: Path) -> None:
-    assert mechdsl.check(heads) == []
-    assert mechdsl.check(str(heads)) == []
-    assert [d.code for d in mechdsl.check(heads.parent / "missing.mech")] == ["E0112"]
+    assert mechdsl.validate(heads) == []
+    assert mechdsl.validate(str(heads)) == []
+    assert [d.code for d in mechdsl.validate(heads.parent / "missing.mech")] == ["E0112"]
 
 
 def test_run_with_a_model_at_hand(model: tuple[Any, Any], tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_the_plan_prices_what_is_saved(path: Path, command: Command) -> None:
     assert f"{head} acts.safetensors 4 32 66 kB 2 " in said, "clean is read for healed"
     assert "z.safetensors 8 16 8.6 kB 1 " in said
     assert "Save · keep · to z.safetensors" in said
-    assert words(mechdsl.plan_of(path)).partition("about")[0] == said.partition("about")[0]
+    assert words(mechdsl.plan(path)).partition("about")[0] == said.partition("about")[0]
 
 
 def test_more_batches_are_more_passes(path: Path, command: Command) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.pipeline.api import check
+from mechdsl.pipeline.api import validate
 
 from .conftest import Command
 
@@ -51,7 +51,7 @@ def folder_of(path: Path, *reports: str) -> Path:
 
 
 def said(file: Path) -> list[str]:
-    return [f"{each.code} {each.message}" for each in check(file)]
+    return [f"{each.code} {each.message}" for each in validate(file)]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_what_nothing_reads_is_written_again(tmp_path: Path) -> None:
     file = folder_of(tmp_path, 'csv to "cells.csv"', 'json to "toy/notes.json"')
     for name in ("cells.csv", "toy/notes.json"):
         (tmp_path / name).write_text("from the run before")
-    assert not has_errors(check(file))
+    assert not has_errors(validate(file))
 
 
 SECOND = """mech 1

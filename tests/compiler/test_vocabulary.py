@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.pipeline.api import check
+from mechdsl.pipeline.api import validate
 
 from ..fruit import head
 
@@ -36,7 +36,7 @@ def said(folder: Path, size: int, measure: str, first: str = "Part", *extra: str
     lines = f"prompts fruit limit 20\n  measure {measure} as raw"
     file = folder / "case.mech"
     file.write_text(f"{text}\nexperiment e {{\n  {lines}\n}}\n")
-    return [f"{d.code} {d.message}" for d in check(file)]
+    return [f"{d.code} {d.message}" for d in validate(file)]
 
 
 def test_it_has_them_all(tmp_path: Path) -> None:

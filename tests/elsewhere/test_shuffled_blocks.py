@@ -116,7 +116,7 @@ def warned(text: str, **written: str) -> list[str]:
     for name, value in {**written, "NAME": "count", "VALUE": "count"}.items():
         assert name in text or name not in written
         text = text.replace(name, value)
-    return [each.code for each in mechdsl.check(text) if each.code == "W0704"]
+    return [each.code for each in mechdsl.validate(text) if each.code == "W0704"]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def file(*lines: str, name: str = "e") -> str:
     ],
 )
 def test_a_divisor_that_is_zero_is_refused(measure: str, divisor: str) -> None:
-    (found,) = mechdsl.check(FRUIT + file(f"measure {measure} as raw")).errors
+    (found,) = mechdsl.validate(FRUIT + file(f"measure {measure} as raw")).errors
     assert found.code == "E0612"
     assert found.label_text == "it divides by 0"
     assert found.span is not None
@@ -47,10 +47,12 @@ def test_a_divisor_that_is_zero_is_refused(measure: str, divisor: str) -> None:
 
 def test_everywhere_that_metrics_stand() -> None:
     named = FRUIT.replace("\nprompts", "\nmetric half = entropy / 0\n\nprompts", 1)
-    assert [d.code for d in mechdsl.check(named + file("measure half as raw")).errors] == ["E0612"]
+    assert [d.code for d in mechdsl.validate(named + file("measure half as raw")).errors] == [
+        "E0612"
+    ]
     kept = file("keep entropy / 0 > 1", "measure entropy as raw")
-    assert [d.code for d in mechdsl.check(FRUIT + kept).errors] == ["E0612"]
-    assert mechdsl.check(FRUIT + file("measure entropy / (2 - 1) as raw")).errors == []
+    assert [d.code for d in mechdsl.validate(FRUIT + kept).errors] == ["E0612"]
+    assert mechdsl.validate(FRUIT + file("measure entropy / (2 - 1) as raw")).errors == []
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_everywhere_that_metrics_stand() -> None:
 )
 def test_an_expectation_that_divides_by_zero_is_refused(condition: str, divisor: str) -> None:
     lines = "ablate layer 0 head * at last token with zero", "measure entropy as delta"
-    (found,) = mechdsl.check(FRUIT + file(*lines, f"expect {condition}")).errors
+    (found,) = mechdsl.validate(FRUIT + file(*lines, f"expect {condition}")).errors
     assert found.code == "E0606"
     assert found.span is not None
     assert found.span.text == divisor

@@ -103,8 +103,8 @@ def test_an_untrusted_file_reads_images_in_its_folder_alone(folder: Path) -> Non
     Image.fromarray(support.image(0)).save(outside)
     text = (folder / "data.jsonl").read_text().replace("0.png", "../outside.png")
     (folder / "data.jsonl").write_text(text)
-    assert not mechdsl.check(folder / "file.mech").errors
-    found = mechdsl.check(folder / "file.mech", untrusted=True)
+    assert not mechdsl.validate(folder / "file.mech").errors
+    found = mechdsl.validate(folder / "file.mech", untrusted=True)
     assert "E0535" in [d.code for d in found.errors]
     assert "W0780" in [d.code for d in found.warnings]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl import check, run
+from mechdsl import run, validate
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import BlockStack, LoadedModel
@@ -431,7 +431,7 @@ experiment e {
 """,
         encoding="utf-8",
     )
-    assert "W0731" not in [d.code for d in check(file)]
+    assert "W0731" not in [d.code for d in validate(file)]
 
 
 class Nothing(nn.Module):

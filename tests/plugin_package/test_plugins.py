@@ -174,8 +174,8 @@ def test_other_views_take_the_plugin(installed: Path) -> None:
     script = (
         "import mechdsl\n"
         "given = dict(plugins='example')\n"
-        "assert not [d for d in mechdsl.check('example.mech', **given) if d.severity == 'error']\n"
-        "for view in (mechdsl.explain, mechdsl.plan_of, mechdsl.graph_of):\n"
+        "assert not mechdsl.validate('example.mech', **given).errors\n"
+        "for view in (mechdsl.explain, mechdsl.plan, mechdsl.graph):\n"
         "    assert 'median of 8 rows' in view('example.mech', **given)\n"
     )
     done = python(installed, "-W", "ignore", "-c", script)
@@ -250,7 +250,7 @@ def test_exception_during_import_is_an_error_with_its_cause(name: str, tmp_path:
     assert f"correct `broken_{name}.py`, {line}" in done.stderr
     script = (
         "import mechdsl\n"
-        f"(found,) = mechdsl.check('example.mech', plugins=['{name}'])\n"
+        f"(found,) = mechdsl.validate('example.mech', plugins=['{name}'])\n"
         "assert found.code == 'E0211'\n"
         "try:\n"
         f"    mechdsl.run('example.mech', plugins=['missing'])\n"

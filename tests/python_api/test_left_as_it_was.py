@@ -109,9 +109,7 @@ def test_by_a_run_that_is_refused(used: tuple[Any, Any]) -> None:
     assert state(used[0]) == before
 
 
-@pytest.mark.parametrize(
-    "call", [mechdsl.check, mechdsl.plan_of, mechdsl.graph_of, mechdsl.explain]
-)
+@pytest.mark.parametrize("call", [mechdsl.validate, mechdsl.plan, mechdsl.graph, mechdsl.explain])
 def test_by_a_look(call: Callable[..., object], used: tuple[Any, Any]) -> None:
     before = state(used[0])
     call(SHORT, {"toy": used})
@@ -130,7 +128,7 @@ def drawn(what, call):
     return found
 
 text = sys.stdin.read()
-functions = ("check", "plan_of", "graph_of", "explain", "run")
+functions = ("validate", "plan", "graph", "explain", "run")
 found = {name: drawn(name, lambda: getattr(mechdsl, name)(text)) for name in functions}
 others = {"diff", "runs"}
 assert {*functions, *others} == {n for n in mechdsl.__all__ if n.islower()}, mechdsl.__all__
@@ -140,7 +138,7 @@ for each in (found["run"], found["run"]["heads"]):
         drawn(show, getattr(each, show))
 drawn("to_json", found["run"].to_json)
 drawn("plot", lambda: found["run"]["heads"].plot("heatmap"))
-drawn("check", lambda: str(mechdsl.check(text)))
+drawn("validate", lambda: str(mechdsl.validate(text)))
 
 open("file.mech", "w", encoding="utf-8").write(text)
 for known in range(2):  # computed, and from the store

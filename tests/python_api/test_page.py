@@ -19,15 +19,15 @@ from ..markdown import fences
 PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
 COMMANDS = {
     "run": "run",
-    "check": "validate",
-    "plan_of": "plan",
-    "graph_of": "graph",
+    "validate": "validate",
+    "plan": "plan",
+    "graph": "graph",
     "explain": "explain",
 }
 """Function → command."""
 OTHERWISE = {
     ("run", "--format"),
-    ("check", "--format"),
+    ("validate", "--format"),
     ("run", "--junit"),
     ("run", "--no-store"),
 }

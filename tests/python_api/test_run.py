@@ -92,7 +92,7 @@ def test_warnings_are_shown_and_kept(ran: Ran) -> None:
 
 
 @pytest.mark.parametrize(
-    "call", [mechdsl.plan_of, mechdsl.graph_of, mechdsl.explain, lambda file: mechdsl.run(file)]
+    "call", [mechdsl.plan, mechdsl.graph, mechdsl.explain, lambda file: mechdsl.run(file)]
 )
 def test_a_warning_comes_from_the_line_of_the_caller(call: Any, inside: Path) -> None:
     text = FILE.replace("limit 16", "limit 2").replace("limit 8", "limit 2")
@@ -212,16 +212,16 @@ def test_the_profile_is_kept_where_it_is_asked_for(ran: Ran, inside: Path) -> No
 
 
 def test_check_takes_models(pair: tuple[Any, Any]) -> None:
-    found = mechdsl.check(AWAY.replace("head *", "head 14"), {"toy": pair})
+    found = mechdsl.validate(AWAY.replace("head *", "head 14"), {"toy": pair})
     assert [d.code for d in found.errors] == ["E0301", "E0607"]  # and so there is no axis `head`
-    assert mechdsl.check(FILE, {"toy": pair[0]})[0].code == "E0412"  # type: ignore[dict-item]
+    assert mechdsl.validate(FILE, {"toy": pair[0]})[0].code == "E0412"  # type: ignore[dict-item]
 
 
 def test_a_list_of_diagnostics_shows_itself() -> None:
-    found = mechdsl.check(FILE.replace("head *", "head 14"))
+    found = mechdsl.validate(FILE.replace("head *", "head 14"))
     assert repr(found) + "\n" == str(found) == render_full(found)
     assert '"code": "E0301"' in found.render("json")
-    assert repr(mechdsl.check("mech 1\n")) == "no errors, no warnings"
+    assert repr(mechdsl.validate("mech 1\n")) == "no errors, no warnings"
     with pytest.raises(ValueError, match="full, json, github, sarif"):
         found.render("yaml")  # type: ignore[arg-type]
 

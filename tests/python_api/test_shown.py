@@ -138,9 +138,9 @@ def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:
 
 
 def test_a_drawing_is_a_picture_and_a_text_is_a_text() -> None:
-    drawing = mechdsl.graph_of(FILE, format="svg")
+    drawing = mechdsl.graph(FILE, format="svg")
     assert drawing._repr_html_() == drawing
-    text = mechdsl.graph_of(FILE, format="text")
+    text = mechdsl.graph(FILE, format="text")
     assert repr(text) == str(text)
     assert text._repr_html_().startswith("<pre")
 
@@ -203,3 +203,12 @@ def test_charts_without_altair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "altair", None)
     with pytest.raises(ImportError, match="pip install altair"):
         finished(heads()).plot("heatmap")
+
+
+def test_plan_has_the_cells_and_passes_that_it_prints() -> None:
+    plan = mechdsl.plan(FILE)
+    assert plan.cells == {"heads": 8, "positions": 8}
+    assert plan.passes
+    assert "8 cells" in plan
+    fewer = mechdsl.plan(FILE, no_pass=[plan.passes[0]])
+    assert plan.passes[0] not in fewer.passes

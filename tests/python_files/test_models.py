@@ -94,7 +94,7 @@ def test_other_commands_make_it_too(name: str, tmp_path: Path, command: Command)
     done = command(name, path, "--allow-python")
     assert (done.status, "E0301" in done.err) == (2, True), done.err
     path = write(tmp_path, TEXT, BUILD)
-    show = {"plan": mechdsl.plan_of, "graph": mechdsl.graph_of, "explain": mechdsl.explain}[name]
+    show = {"plan": mechdsl.plan, "graph": mechdsl.graph, "explain": mechdsl.explain}[name]
     assert "heads" in show(path, allow_python=True)
 
 
@@ -104,7 +104,7 @@ def test_reports_go_to_files_but_not_over_the_function(tmp_path: Path) -> None:
     mechdsl.run(path, allow_python=True)
     assert (tmp_path / "heads.csv").is_file()
     path = write(tmp_path, TEXT.replace("  stats", report.format("own.py")), BUILD)
-    said = {problem.message for problem in mechdsl.check(path).errors}
+    said = {problem.message for problem in mechdsl.validate(path).errors}
     assert "`report csv` would write over `own.py`, which defines `build`" in said
 
 
@@ -113,8 +113,8 @@ def test_validate_calls_nothing(tmp_path: Path, command: Command) -> None:
     done = command("validate", path)
     assert done.status == 0
     assert "`toy` is made by Python, which isn't run here" in done.err
-    assert of_codes(mechdsl.check(path)) == ["W0710"]
-    assert of_codes(mechdsl.check(path, require_models=True)) == ["E0221"]
+    assert of_codes(mechdsl.validate(path)) == ["W0710"]
+    assert of_codes(mechdsl.validate(path, require_models=True)) == ["E0221"]
 
 
 @pytest.mark.parametrize("name", ["run", "plan", "graph", "explain"])
@@ -181,10 +181,10 @@ def test_the_line_that_raised_is_named(tmp_path: Path) -> None:
 
 def test_the_file_is_looked_for_beside_the_mech_file(tmp_path: Path) -> None:
     path = write(tmp_path, TEXT.replace("own.py", "lib/own.py"), BUILD)
-    assert of_codes(mechdsl.check(path)) == ["E0222"]
+    assert of_codes(mechdsl.validate(path)) == ["E0222"]
     (tmp_path / "lib").mkdir()
     (tmp_path / "own.py").rename(tmp_path / "lib" / "own.py")
-    assert of_codes(mechdsl.check(path)) == ["W0710"]
+    assert of_codes(mechdsl.validate(path)) == ["W0710"]
 
 
 def test_checking_without_such_models_needs_no_torch(tmp_path: Path) -> None:

@@ -372,7 +372,7 @@ def own(*all):
 def test_nothing_runs_without_a_word(text: str, tmp_path: Path, command: Command) -> None:
     path = write(tmp_path, text, MARK)
     mark = tmp_path / "it ran"
-    assert {d.code for d in mechdsl.check(path)} <= {"W0740"}
+    assert {d.code for d in mechdsl.validate(path)} <= {"W0740"}
     done = command("validate", path)
     assert done.status == 0
     for arguments in (("run",), ("plan",), ("explain",), ("graph",), ("run", "--only", "heads")):
@@ -389,7 +389,7 @@ def test_nothing_runs_without_a_word(text: str, tmp_path: Path, command: Command
 
 def test_validating_imports_neither_the_file_nor_torch(tmp_path: Path) -> None:
     path = write(tmp_path, METRIC, "import torch\n" + MARK)
-    code = "import sys, mechdsl; print(mechdsl.check(sys.argv[1]) == [], 'torch' in sys.modules)"
+    code = "import sys, mechdsl; print(mechdsl.validate(sys.argv[1]) == [], 'torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
@@ -432,7 +432,7 @@ def test_what_is_not_checked_is_said(tmp_path: Path, command: Command) -> None:
     ],
 )
 def test_functions_that_cannot_be_called(code: str, reason: str, tmp_path: Path) -> None:
-    (found,) = mechdsl.check(write(tmp_path, METRIC, code))
+    (found,) = mechdsl.validate(write(tmp_path, METRIC, code))
     assert isinstance(found, PythonNotFound)
     assert reason in found.reason
     assert found.span is not None
@@ -452,7 +452,7 @@ def test_functions_that_cannot_be_called(code: str, reason: str, tmp_path: Path)
 )
 def test_functions_that_can(code: str, tmp_path: Path) -> None:
     path = write(tmp_path, METRIC, code)
-    assert mechdsl.check(path) == []
+    assert mechdsl.validate(path) == []
     assert mechdsl.run(path, allow_python=True)["heads"].prompts == 8
 
 
@@ -664,7 +664,7 @@ def test_a_function_of_an_imported_file(tmp_path: Path) -> None:
     path.write_text(
         'mech 1\nuse "common/file.mech"\n' + METRIC[METRIC.index("experiment") :], encoding="utf-8"
     )
-    assert mechdsl.check(path) == []
+    assert mechdsl.validate(path) == []
     assert mechdsl.run(path, allow_python=True)["heads"].prompts == 8
 
 
@@ -770,6 +770,6 @@ def test_functions_of_another_block_are_kept_too(tmp_path: Path) -> None:
     )
     text = text.replace("from clean into fewer", "from other into fewer")
     path = write(tmp_path, text, "def own(row):\n    return 1\n")
-    assert {d.code for d in mechdsl.check(path)} == {"W0740"}
+    assert {d.code for d in mechdsl.validate(path)} == {"W0740"}
     found = mechdsl.run(path, allow_python=True)["heads"]
     assert found.hashes["python own.py"] == sha256((tmp_path / "own.py").read_bytes()).hexdigest()

@@ -147,7 +147,7 @@ def test_one_that_is_alone_of_its_name_and_effect_is_named() -> None:
 def test_the_same_at_the_same_place_is_still_refused() -> None:
     (found,) = [
         each
-        for each in mechdsl.check(text(**{"item  2 token": "item 1 token"}))
+        for each in mechdsl.validate(text(**{"item  2 token": "item 1 token"}))
         if each.severity == "error"
     ]
     assert isinstance(found, RepeatedStatement)

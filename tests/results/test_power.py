@@ -262,7 +262,7 @@ def test_it_is_said_in_the_metrics_units(
         text.replace("as raw", f"as {effect}").replace("  report", f"{stats}  report"),
     )
     done = command("plan", path, "--measure")
-    in_python = str(mechdsl.plan_of(path, measure=True))
+    in_python = str(mechdsl.plan(path, measure=True))
     assert measured_lines(in_python) == measured_lines(done.out)
     divisor, words = {
         "recovery": (abs(change.mean()), " of m(source) − m(base)"),

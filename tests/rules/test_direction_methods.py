@@ -16,7 +16,7 @@ import torch
 from mechdsl.base.records import EXTERNAL_MODULES
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
-from mechdsl.pipeline.api import explain, plan_of
+from mechdsl.pipeline.api import explain, plan
 from mechdsl.program.direction_methods import (
     DIRECTION_METHODS,
     FittedMethod,
@@ -90,7 +90,7 @@ def test_median_changes_values_as_reference_hooks(data: Path) -> None:
 def test_median_is_described_and_planned() -> None:
     text = TOY.format("median(fruit, factor: 2)")
     assert "median of 8 rows of fruit, factor 2, at L2.resid_post" in explain(text)
-    assert "median of 8 rows of fruit, factor 2" in plan_of(text)
+    assert "median of 8 rows of fruit, factor 2" in plan(text)
     assert "tests.rules.median_method" in EXTERNAL_MODULES
 
 

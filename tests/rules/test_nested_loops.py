@@ -387,8 +387,8 @@ def test_what_is_shown() -> None:
     assert "L0.mlp_out, L0-1.mlp_out, L0-2.mlp_out, L1.mlp_out, L1-2.mlp_out, L2.mlp_out" in (
         " ".join(told.split())
     )
-    assert "a 3 × b 3 = 6 cells" in str(mechdsl.graph_of(SHOWN))
-    plan = str(mechdsl.plan_of(SHOWN))
+    assert "a 3 × b 3 = 6 cells" in str(mechdsl.graph(SHOWN))
+    plan = str(mechdsl.plan(SHOWN))
     row = next(line.split() for line in plan.splitlines() if line.strip().startswith("e  "))
     assert row[:4] == ["e", "6", "4", "24"]
 
@@ -412,7 +412,7 @@ def test_what_is_counted(loops: str, key: str, said: str) -> None:
 def test_p_values_are_corrected_for_the_cells_that_there_are() -> None:
     (few,) = (
         found
-        for found in mechdsl.check(SHOWN.replace("limit 4", "limit 5"))
+        for found in mechdsl.validate(SHOWN.replace("limit 4", "limit 5"))
         if found.code == "W0720"
     )
     assert "Holm, 6 cells" in few.label_text
@@ -423,7 +423,7 @@ def test_a_model_that_is_not_at_hand_has_the_layers_that_loops_name() -> None:
     text = SHOWN.replace('zoo("counting")', 'hf("nobody/nothing")')
     lines = [loops if line.startswith("  for a") else line for line in text.splitlines()]
     lines[-1:] = ["expect delta(a: 40, b: 70) > 0", "expect delta(a: 40, b: 10) > 0", "}"]
-    wrong = [found for found in mechdsl.check("\n".join(lines)) if found.severity == "error"]
+    wrong = [found for found in mechdsl.validate("\n".join(lines)) if found.severity == "error"]
     assert [found.message.split(": ", 1)[1] for found in wrong] == ["no cell is at a: 40, b: 10"]
 
 

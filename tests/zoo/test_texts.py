@@ -312,8 +312,8 @@ def test_stages_of_training_are_models_of_the_zoo() -> None:
 
 
 def test_a_star_names_the_steps_of_a_training() -> None:
-    found = mechdsl.check('mech 1\nmodel steps = zoo("induction/step-*")\n')
+    found = mechdsl.validate('mech 1\nmodel steps = zoo("induction/step-*")\n')
     assert [each.code for each in found if each.severity == "error"] == []
     for wrong in ("induction/stop-*", "*/step-*", "../*"):
-        codes = [each.code for each in mechdsl.check(f'mech 1\nmodel steps = zoo("{wrong}")\n')]
+        codes = [each.code for each in mechdsl.validate(f'mech 1\nmodel steps = zoo("{wrong}")\n')]
         assert codes[:1] in (["E0401"], ["E0207"]), wrong

@@ -181,12 +181,11 @@ def _of_rows(experiment: ResolvedExperiment, measured: MeasuredValues) -> Conven
     if experiment.python:
         names: dict[tuple[str, str], dict[str, None]] = {}
         for each in experiment.python:
-            names.setdefault((each.file, each.digest), {})[f"`{each.name}`"] = None
+            names.setdefault((each.file, each.identity), {})[f"`{each.name}`"] = None
         yield (
             "python",
             "; ".join(
-                f"{', '.join(own)} of {file}, SHA-256 {digest[:12]}…"
-                for (file, digest), own in names.items()
+                f"{', '.join(own)} of {file}, {identity}" for (file, identity), own in names.items()
             ),
         )
     if experiment.keep:
