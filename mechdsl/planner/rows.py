@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, Floats, Ints
-from mechdsl.program.spec import NON_EFFECT_ESTIMATORS
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.types import DirectionMember, ResolvedExperiment, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -299,7 +298,7 @@ def find_inert_writes(experiment: ResolvedExperiment, plan: RulePlan) -> InertWr
     estimator = experiment.spec.estimator
     # A gradient exists whatever is written.
     never = (said is not None and said.sampled) or (
-        estimator is not None and estimator.name in NON_EFFECT_ESTIMATORS
+        estimator is not None and not estimator.kind.is_effect
     )
     if plan.rule.sites is None or plan.rule.does.changes == "nothing":
         none = np.zeros((3, runs), dtype=np.bool_)

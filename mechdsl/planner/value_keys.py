@@ -16,7 +16,6 @@ from mechdsl.base.hashing import digest, digest_number
 from mechdsl.planner.plan import ExperimentPlan, WholeCells, cell_sites
 from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits
 from mechdsl.program.python_functions import PythonFunction
-from mechdsl.program.spec import INTEGRATED
 from mechdsl.prompts.answers import TokenSets
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
@@ -380,7 +379,7 @@ class ExperimentKeys:
         starting = self.plan.starting_run(rows)
         found = mix_numbers(self._written(rows), self._of_measure(number, rows, starting))
         said = self.plan.experiment.spec.estimator
-        if said is None or said.name != INTEGRATED:
+        if said is None or said.steps is None:
             return found
         return mix_numbers(found, self._beside[self._sites[rows.cell], rows.prompt])
 

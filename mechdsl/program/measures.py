@@ -12,6 +12,7 @@ from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.experiments import BadControl
 from mechdsl.diagnostics.names import BadArgument, RepeatedStatement, UnknownWord
 from mechdsl.program import spec
+from mechdsl.program.estimators import ESTIMATORS, GradientEstimator
 from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import constant_value, whole_number_value
@@ -365,9 +366,6 @@ def _bad_control(call: ast.Call, reason: str, hint: str, work: Statements) -> No
 PLANNED_ESTIMATORS = ("atp", "relp", "eap", "eap_ig")
 """Estimators of the language that no stage executes yet."""
 
-DEFAULT_GRADIENT_STEPS = 32
-"""Default number of steps of integrated gradients."""
-
 
 def lower_estimator(work: Statements) -> spec.Estimator | None:
     """Lower the `using` line of an experiment. Codes: E0108, E0203, E0207."""
@@ -380,36 +378,63 @@ def lower_estimator(work: Statements) -> spec.Estimator | None:
     if name in PLANNED_ESTIMATORS:
         work.later(line.span, f"`using {name}`")
         return None
-    if name not in spec.ESTIMATORS:
-        known = (*spec.ESTIMATORS, *PLANNED_ESTIMATORS)
-        hint = did_you_mean(name, known, f"write one of {', '.join(spec.ESTIMATORS)}")
+    if name not in ESTIMATORS:
+        known = (*ESTIMATORS, *PLANNED_ESTIMATORS)
+        hint = did_you_mean(name, known, f"write one of {', '.join(ESTIMATORS)}")
         problem = UnknownWord(span=named.span, kind="estimator", word=name, hint=hint)
         work.diagnostics.append(problem)
         return None
     if line.verify:
         first, last = line.verify[0].span, line.verify[-1].span
         work.later(Span(first.source, first.start, last.end), "`verify`")
-    steps = DEFAULT_GRADIENT_STEPS if name == spec.INTEGRATED else None
+    kind = ESTIMATORS[name]
+    steps, options = kind.steps, dict(kind.options)
+    given: set[str | None] = set()
     for argument in arguments:
-        if steps is None or argument.name != "steps" or len(arguments) > 1:
-            reason = "takes no such argument"
-            hint = "write `integrated_gradients(steps: 32)`" if steps else f"write `using {name}`"
-            _bad_estimator(argument.span, name, reason, hint, work)
+        key = argument.name
+        if key == "steps" and steps is not None and key not in given:
+            steps = _steps(argument, kind.steps or 1, work)
+        elif key in options and key not in given:
+            options[key] = _option(argument, key, kind, work)
+        else:
+            hint = f"write `{kind.call}`" if "(" in kind.call else f"write `using {name}`"
+            _bad_estimator(argument.span, name, "takes no such argument", hint, work)
             return None
-        steps = _steps(argument, work)
-    return spec.Estimator(span=line.span, name=name, steps=steps)
+        given.add(key)
+    return spec.Estimator(span=line.span, name=name, steps=steps, options=tuple(options.items()))
 
 
-def _steps(argument: ast.Argument, work: Statements) -> int:
+def _steps(argument: ast.Argument, default: int, work: Statements) -> int:
     """Return the number of points on the line at which gradients are taken."""
-    value = constant_value(argument.value, work.parts.parameters)
-    if isinstance(argument.value, ast.Name):
-        work.scope.has("param", argument.value.id)
+    value = _argument_value(argument, work)
     if type(value) is int and 1 <= value <= limits.STEPS:
         return value
     reason = f"must be a whole number from 1 to {limits.STEPS:,}"
-    _bad_estimator(argument.span, "steps", reason, f"write `steps: {DEFAULT_GRADIENT_STEPS}`", work)
-    return DEFAULT_GRADIENT_STEPS
+    _bad_estimator(argument.span, "steps", reason, f"write `steps: {default}`", work)
+    return default
+
+
+def _option(
+    argument: ast.Argument, name: str, kind: GradientEstimator, work: Statements
+) -> int | float:
+    """Return the number of another argument."""
+    default, value = kind.options[name], _argument_value(argument, work)
+    whole = type(default) is int
+    if type(value) is int or (type(value) is float and not whole):
+        reason = kind.check_option(name, value)
+        if reason is None:
+            return value if whole else float(value)
+    else:
+        reason = "must be a whole number" if whole else "must be a number"
+    _bad_estimator(argument.span, name, reason, f"write `{name}: {default}`", work)
+    return default
+
+
+def _argument_value(argument: ast.Argument, work: Statements) -> spec.Constant | None:
+    """Return the constant of an argument, which may be a parameter; None if it isn't constant."""
+    if isinstance(argument.value, ast.Name):
+        work.scope.has("param", argument.value.id)
+    return constant_value(argument.value, work.parts.parameters)
 
 
 def _bad_estimator(span: Span, name: str, reason: str, hint: str, work: Statements) -> None:

@@ -17,6 +17,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import Percent, count_noun
+from mechdsl.program.estimators import ESTIMATORS, GradientEstimator, call_text
 from mechdsl.syntax import ast
 
 
@@ -448,26 +449,25 @@ class Control(Spec):
     """Targets that are never drawn: sites, groups, `top 5 of X`."""
 
 
-GRADIENT, ATTENTION, INTEGRATED = "gradient", "gradient_attention", "integrated_gradients"
-
-ESTIMATORS = (GRADIENT, "gradient_input", ATTENTION, INTEGRATED)
-
-NON_EFFECT_ESTIMATORS = {GRADIENT: "gradient", ATTENTION: "gradient × attention"}
-"""Estimators whose values aren't effects of a rule → their descriptions."""
-
-
 class Estimator(Spec):
     """`using integrated_gradients(steps: 32)`: effects are estimated from gradients, not run."""
 
     name: str
-    """One of `ESTIMATORS`."""
+    """Its name in `ESTIMATORS`."""
     steps: int | None = None
-    """Integrated gradients: number of points on the line at which gradients are taken."""
+    """Number of points on the line at which gradients are taken; None: only at the base run."""
+    options: tuple[tuple[str, int | float], ...] = ()
+    """Values of all other arguments."""
+
+    @property
+    def kind(self) -> GradientEstimator:
+        """The registered estimator."""
+        return ESTIMATORS[self.name]
 
     @property
     def text(self) -> str:
         """The full source text."""
-        return self.name if self.steps is None else f"{self.name}(steps: {self.steps})"
+        return call_text(self.name, self.steps, dict(self.options))
 
 
 class ExternalRunSpec(Spec):

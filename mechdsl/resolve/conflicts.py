@@ -10,6 +10,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.experiments import NO_GENERATION_REASON, NoEstimate
 from mechdsl.diagnostics.models import SiteNotInBlock
 from mechdsl.program import spec
+from mechdsl.program.estimators import first_of_place
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.types import (
@@ -73,7 +74,7 @@ def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[
     rules = experiment.rules
     if not rules:
         what = "an experiment without a rule"
-        hint = EDGE_RULE_HINT if said.name == spec.ATTENTION else SITE_RULE_HINT
+        hint = EDGE_RULE_HINT if said.kind.place == "attention" else SITE_RULE_HINT
         yield _no_estimate(said, said.span, what, NO_GENERATION_REASON, hint)
     for rule in rules:
         found = next(_of_rule(rule, experiment, said), None)
@@ -94,12 +95,13 @@ def _of_rule(
     """Yield the conflicts of a rule; callers report the first."""
     own = rule.spec
     verb = own.verb if own.observed is None else f"observe {own.observed.word}"
-    if said.name == spec.ATTENTION:
+    if said.kind.place == "attention":
         yield from _of_edges(rule, verb, experiment, said)
         return
     if own.verb not in ESTIMABLE_VERBS or rule.path is not None or rule.does.changes != "sites":
         reason = "what is written must be a vector of an unpatched run, or zero"
-        hint = f"write `using {spec.ATTENTION}`" if verb == "block" else SITE_RULE_HINT
+        of_edges = f"write `using {first_of_place('attention').name}`"
+        hint = of_edges if verb == "block" else SITE_RULE_HINT
         yield _no_estimate(said, own.span, f"`{verb}`", reason, hint)
         return
     assert rule.sites is not None
@@ -114,7 +116,7 @@ def _of_rule(
         what, reason = "several layers together", "a gradient is of one site of one layer"
         hint = "sweep the layers: `layer *`, or `for l in 0..5`"
         yield _no_estimate(said, site.span, what, reason, hint)
-    if said.name == spec.INTEGRATED:
+    if said.steps is not None:
         yield from _check_joint_moves(rule, said)
     yield from _of_answers(rule.positions, own.at.span, experiment, said)
 
@@ -171,12 +173,12 @@ def _overlap(cells: list[PositionCell]) -> bool:
 def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
     for measure, own in zip(experiment.measures, experiment.spec.measures, strict=True):
         raw = own.effect == "raw"
-        if raw != (said.name in spec.NON_EFFECT_ESTIMATORS):
+        if raw == said.kind.is_effect:
             what = f"`{measure.label} as {own.effect}`"
-            reason = "it gives the size of the gradient, which is no effect of a write"
+            reason = f"it gives {said.kind.value_said}, which is no effect of a write"
             hint = "measure `as raw`, or write `using gradient_input`"
-            if said.name == spec.ATTENTION:
-                reason = "it gives gradient × attention, which is no effect of a block"
+            if said.kind.place == "attention":
+                reason = f"it gives {said.kind.value_said}, which is no effect of a block"
                 hint = "measure `as raw`, or leave `using` out, so that each cell is run"
             if raw:
                 reason = "no patched run is measured"
@@ -208,7 +210,7 @@ def _without_gradient(
         if atom.point is not None and atom.point.site in SITES_WITHOUT_GRADIENT:
             return text, f"gradients of `{atom.point.site}` aren't taken", hint
         at_base = atom.run == experiment.spec.base and atom.name in _EXTREMAL_METRICS
-        if at_base and said.name != spec.INTEGRATED:
+        if at_base and said.steps is None:
             reason = f"it is compared with `{atom.run}`, where its gradient is 0"
             return text, reason, "compare with another run, or write `using integrated_gradients`"
     return None

@@ -13,8 +13,9 @@ import numpy as np
 
 from mechdsl.base.records import Registry
 from mechdsl.base.text import count_noun
+from mechdsl.program.estimators import find_estimator
 from mechdsl.program.significance import CORRECTION_NAMES
-from mechdsl.program.spec import ATTENTION, GRADIENT, PROMPTS_AXIS
+from mechdsl.program.spec import PROMPTS_AXIS
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.cell_statistics import SHARE_RUNS
 from mechdsl.statistics.measurements import (
@@ -38,12 +39,6 @@ WITHHELD_TEXTS: Mapping[str, str] = {
 }
 
 CHANGE_FORMULA = "m(patched) − m(base)"
-
-_OF_GRADIENTS = {
-    GRADIENT: "the length (L2) of ∂m/∂site in the base run",
-    ATTENTION: "Σ max(A · ∂m/∂A, 0) over keys and layers, the mean over heads and queries, of the "
-    "attention A in the base run",
-}
 
 
 def statistics_conventions(
@@ -111,8 +106,9 @@ def _effect_formula(data: MeasureData, effects: Registry[EffectKind]) -> str:
     """Return the formula of an effect."""
     effect = effects[data.effect]
     formula = effect.per_prompt_formula or "" if data.per_prompt else effect.formula
-    if data.estimator in _OF_GRADIENTS:
-        return _OF_GRADIENTS[data.estimator]
+    kind = find_estimator(data.estimator)
+    if kind is not None and not kind.is_effect:
+        return kind.formula
     if data.estimator and effect.of_intervention:
         return formula.replace("(m(patched) − m(base))", "estimate").replace(
             CHANGE_FORMULA, "estimate"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, CellIndex, Floats, Ints
 from mechdsl.program import spec
-from mechdsl.program.spec import NON_EFFECT_ESTIMATORS
+from mechdsl.program.estimators import find_estimator
 from mechdsl.vocab.effects import EffectKind
 
 WithheldReason: TypeAlias = Literal["", "skewed", "picked"]
@@ -84,13 +84,14 @@ class MeasureData:
     """Whether the base run is read after replies of patched rows, not after its own prompts."""
     estimator: str = ""
     """The estimator of the effects, such as `gradient_input`; empty if each cell was run. `patched`
-    is then the base run's value plus the estimate, or, for `NON_EFFECT_ESTIMATORS`, their value."""
+    is then the base run's value plus the estimate, or their value if that is no effect."""
 
     @property
     def called(self) -> str:
         """Display name of the effect: `delta`, `estimated delta`, `gradient`."""
-        if self.estimator in NON_EFFECT_ESTIMATORS:
-            return NON_EFFECT_ESTIMATORS[self.estimator]
+        kind = find_estimator(self.estimator)
+        if kind is not None and not kind.is_effect:
+            return kind.value_name
         return f"estimated {self.effect}" if self.estimator else self.effect
 
 

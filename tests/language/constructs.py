@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mechdsl.base.records import Registry
+from mechdsl.program.estimators import ESTIMATORS
 
 Group = Literal[
     "file", "prompts", "image", "image position", "image line", "position", "site", "rule",
@@ -28,7 +29,6 @@ SCOPES = "Ghandeharioun et al. 2024, arXiv 2401.06102"
 ACROSS = "Prakash et al. 2024, arXiv 2402.14811"
 VECTORS = "Todd et al. 2023, arXiv 2310.15213"
 DELETION = "Petsiuk et al. 2018, arXiv 1806.07421"
-SALIENCY = "Simonyan et al. 2014, arXiv 1312.6034"
 STEERING = "Turner et al. 2023, arXiv 2308.10248"
 REFUSAL = "Arditi et al. 2024, arXiv 2406.11717"
 MEAN_DIFFERENCE = "Marks & Tegmark 2023, arXiv 2310.06824"
@@ -1448,55 +1448,17 @@ _experiment(
     "them. `random(20, positions)` says what is drawn.",
     "tests/controls/test_controls.py",
 )
-_experiment(
-    "using gradient",
-    "using gradient",
-    "No cell is run: of each cell the length (L2) of the metric's gradient by all vectors that its "
-    "rule names, in the base run. It says how fast the metric changes there, and is no effect of "
-    "what the rule would write: `as raw` only, without p. A cell is one site of one layer, its "
-    "positions and heads may be joined; rules are `patch` and `ablate`. One pass forward and, for "
-    "each measure, one back are enough for all cells. What has no gradient (`rank`, `correct`, "
-    "replies, functions of Python) is refused (E0608).",
-    "tests/rules/test_estimates.py",
-    SALIENCY,
-    beside="measure logit(answer) as raw",
-)
-_experiment(
-    "using gradient_input",
-    "using gradient_input",
-    "No cell is run: to first order, what the rule writes less what is there in the base run, "
-    "times the gradient of the metric there, summed over the vectors of a cell. `delta`, "
-    "`recovery` and `relative` are estimates, and are called so. With `ablate … with zero` it is "
-    "minus gradient × input; with `patch` it is attribution patching. The base run says where the "
-    "gradient is taken: on images, `patch embed at each token of image` with `from neutral into "
-    "scenes` is minus gradient × (input − neutral) at the image itself; with `from scenes into "
-    "neutral` it is gradient × (input − neutral) at the neutral image.",
-    "tests/rules/test_estimates.py",
-    "Shrikumar et al. 2016, arXiv 1605.01713; Nanda 2023, Attribution patching",
-)
-_experiment(
-    "using gradient_attention",
-    "block attention layer * heads * from last token to each item token using gradient_attention",
-    "No cell is run, and no edge blocked: of each cell the weights of attention that the rule "
-    "names, each times the gradient of the metric by it and 0 where that is negative, averaged "
-    "over heads and queries, added up over keys and layers, in the base run. No effect: `as raw` "
-    "only, without p. On images, `from cls token to each token of image` is a map of each layer. "
-    "One pass forward and, for each measure, one back are enough for all cells.",
-    "tests/rules/test_gradient_attention.py",
-    "Chefer et al. 2021, arXiv 2103.15679, equation 5",
-    beside="measure logit(answer) as raw",
-)
-_experiment(
-    "using integrated_gradients",
-    "using integrated_gradients(steps: 16)",
-    "The same with the mean gradient at the midpoints of so many steps (32 where it doesn't say) "
-    "along the straight line from what is there in the base run to what is written. All cells of "
-    "one site and layer move together, so that their estimates add up to the effect of all of them "
-    "at once, but for the error of the steps; so not `onto`, not `into layer`, no positions that "
-    "overlap (E0608). One pass forward and one back for each step, site and layer.",
-    "tests/rules/test_estimates.py",
-    "Sundararajan et al. 2017, arXiv 1703.01365",
-)
+for _estimator in dict(ESTIMATORS.items()).values():
+    _experiment(
+        f"using {_estimator.name}",
+        _estimator.example,
+        _estimator.documentation,
+        "tests/rules/test_gradient_attention.py"
+        if _estimator.place == "attention"
+        else "tests/rules/test_estimates.py",
+        _estimator.source,
+        beside="" if _estimator.is_effect else "measure logit(answer) as raw",
+    )
 _experiment(
     "generate",
     'generate 8 until "Part", "Total"',

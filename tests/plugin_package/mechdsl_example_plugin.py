@@ -1,4 +1,4 @@
-"""A plugin: one rule kind, one metric, one corruption and one direction method.
+"""A plugin: a rule kind, a metric, a corruption, a direction method and an estimator.
 
 Modules that are slow to import (numpy, torch) are imported inside functions, so that `mechdsl
 validate --plugin example` starts without them.
@@ -7,9 +7,10 @@ validate --plugin example` starts without them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.program.direction_methods import FittedMethod, RowVectors, direction_method
+from mechdsl.program.estimators import GradientEstimator, estimator
 from mechdsl.program.spec import Constant
 from mechdsl.resolve.types import ResolvedRule, VectorBatch
 from mechdsl.rules.kinds import SiteRule, rule_kind
@@ -72,3 +73,26 @@ class Median(FittedMethod):
         import numpy as np
 
         return np.median(samples[0].matrix(), axis=0)
+
+
+@estimator("gradient_power")
+class GradientPower(GradientEstimator):
+    """`using gradient_power(power: NUMBER)`: powers of the absolute gradient, added up."""
+
+    example = "using gradient_power(power: 1)"
+    documentation = "The absolute gradient to a power, added up over the coordinates."
+    convention = "no effect: powers of the absolute gradient, added up over the vectors of a cell"
+    options: ClassVar[Mapping[str, int | float]] = {"power": 1}
+    value_name = "gradient power"
+    value_said = "powers of the gradient"
+    formula = "Σ |∂m/∂site|^power"
+    reads_written = False
+    keeps_unit = False
+
+    def check_option(self, name: str, value: float) -> str | None:
+        return None if value >= 1 else "must be at least 1"
+
+    def values(
+        self, written: Tensor, base: Tensor, gradient: Tensor, options: Mapping[str, int | float]
+    ) -> Tensor:
+        return gradient.abs().pow(options["power"]).sum(-1)

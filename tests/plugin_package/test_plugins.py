@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,12 @@ BROKEN = {
         "from mechdsl.program.direction_methods import FittedMethod, direction_method\n"
         "@direction_method('median')\nclass Median(FittedMethod):\n    takes = 'block'\n",
         "TypeError: direction method `median`: `example` must be a call",
+        "line 2",
+    ),
+    "unfinished": (
+        "from mechdsl.program.estimators import GradientEstimator, estimator\n"
+        "@estimator('power')\nclass Power(GradientEstimator):\n    example = 'using power'\n",
+        "TypeError: estimator `power`: `documentation` must be a text",
         "line 2",
     ),
 }
@@ -136,7 +143,7 @@ def test_validate_with_plugin_accepts_the_file_and_without_it_rejects_the_file(
     assert (done.returncode, done.stdout) == (0, "1 file checked: no errors\n"), done.stderr
     done = mechdsl(installed, "validate", "example.mech")
     assert done.returncode == 2
-    for word in ("reverse", "median", "stretch", "centered_logit"):
+    for word in ("reverse", "median", "stretch", "centered_logit", "gradient_power"):
         assert f"`{word}`" in done.stderr
 
 
@@ -161,6 +168,91 @@ def test_median_of_the_plugin_agrees_with_hooks_on_both_interfaces(installed: Pa
 
 def mean_delta(experiment: dict[str, object]) -> float:
     return experiment["cells"][0]["measures"][0]["mean"]  # type: ignore[index]
+
+
+def expected_power(folder: Path, power: int) -> float:
+    """Mean over prompts of Σ |gradient|^power of `sensitive`, by autograd on the bare model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = str(ROOT / "mechdsl" / "zoo" / "counting")
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    text = (folder / "example.mech").read_text("utf-8").split("direction middle")[0]
+    text = text.replace("reverse said", 'said = "fig"')
+    text += "experiment e {\n  model toy\n  prompts fruit\n  measure logit(answer) as raw\n}\n"
+    (folder / "plain.mech").write_text(text, encoding="utf-8")
+    source, _ = read_source(folder / "plain.mech")
+    assert source is not None
+    (experiment,) = check_source(source).experiments
+    found: list[float] = []
+    for row in experiment.table.runs["clean"].rows:
+        leaf = torch.zeros(model.config.hidden_size, requires_grad=True)
+
+        def hook(_: object, __: object, output: torch.Tensor, leaf: torch.Tensor = leaf) -> object:
+            at_last = torch.zeros(output.shape[1], 1)
+            at_last[-1] = 1
+            return output + at_last * leaf
+
+        handle = model.model.layers[2].register_forward_hook(hook)
+        answer = tokenizer.encode(f" {row.values['count']}", add_special_tokens=False)[0]
+        logit = model(torch.tensor([list(row.ids)])).logits[0, -1, answer]
+        (gradient,) = torch.autograd.grad(logit, leaf)
+        handle.remove()
+        found.append(float(gradient.double().abs().pow(power).sum()))
+    return float(np.mean(found))
+
+
+def sensitive(folder: Path) -> dict[str, Any]:
+    """The experiment `sensitive` of a run with the plugin, which the store keeps."""
+    done = mechdsl(folder, "run", "--plugin", "example", "--format", "json", "example.mech")
+    assert done.returncode == 0, done.stderr
+    every = json.loads(done.stdout)["files"][0]["experiments"]
+    return next(each for each in every if each["name"] == "sensitive")
+
+
+def test_estimator_of_the_plugin_agrees_with_autograd(installed: Path) -> None:
+    found = sensitive(installed)
+    assert mean_delta(found) == pytest.approx(expected_power(installed, 3), rel=1e-4)
+    said = found["conventions"]
+    assert said["estimates"].startswith("`gradient_power(power: 3)`: no effect: powers of the")
+    assert said["effect"] == "gradient power = Σ |∂m/∂site|^power"
+    assert "fill" in said
+    file = installed / "example.mech"
+    file.write_text(file.read_text("utf-8").replace("(power: 3)", ""), encoding="utf-8")
+    again = sensitive(installed)
+    assert mean_delta(again) == pytest.approx(expected_power(installed, 1), rel=1e-4)
+
+
+def test_changed_estimator_of_the_plugin_computes_again(installed: Path) -> None:
+    first = sensitive(installed)
+    module = installed / "lib" / "mechdsl_example_plugin.py"
+    text = module.read_text("utf-8")
+    changed = text.replace('pow(options["power"]).sum(-1)', 'pow(options["power"]).sum(-1) * 2')
+    assert changed != text
+    module.write_text(changed, encoding="utf-8")
+    double = sensitive(installed)
+    assert mean_delta(double) == pytest.approx(2 * mean_delta(first), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("written", "message", "hint"),
+    [
+        ("gradient_powr", "estimator called `gradient_powr`", "did you mean `gradient_power`?"),
+        ("gradient_power(power: 0)", "`power` must be at least 1", "write `power: 1`"),
+        ("gradient_power(power: 1.5)", "`power` must be a whole number", "write `power: 1`"),
+        ("gradient_power(steps: 4)", "takes no such argument", "write `gradient_power(power: 1)`"),
+    ],
+)
+def test_mistakes_in_an_estimator_of_the_plugin(
+    written: str, message: str, hint: str, installed: Path
+) -> None:
+    file = installed / "example.mech"
+    text = file.read_text("utf-8").replace("gradient_power(power: 3)", written)
+    file.write_text(text, encoding="utf-8")
+    done = mechdsl(installed, "validate", "--plugin", "example", "example.mech")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert hint in done.stderr
 
 
 def test_other_views_take_the_plugin(installed: Path) -> None:

@@ -42,7 +42,6 @@ from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.model import has_single_output
 from mechdsl.planner.plan import ExperimentPlan, cell_sites
 from mechdsl.planner.rows import RowTable
-from mechdsl.program.spec import ATTENTION, GRADIENT, NON_EFFECT_ESTIMATORS
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.types import ItemNumber
 
@@ -138,7 +137,7 @@ class GradientEstimates:
         said = plan.experiment.spec.estimator
         assert said is not None
         self.plan = plan
-        self.name, self.steps = said.name, said.steps
+        self.kind, self.steps, self.options = said.kind, said.steps, dict(said.options)
         self.readout = readout
         self.means_and_donors = means_and_donors
         self.runs = runs
@@ -162,7 +161,7 @@ class GradientEstimates:
     def of(self, rows: RowTable, base: Sequence[Floats]) -> ReadoutResult:
         """Estimate the measures: the base run's value plus the estimated effect.
 
-        The estimator `gradient` gives the size of the gradient instead.
+        An estimator whose values are no effects gives its value instead.
 
         Args:
             rows: All requested rows of their prompts.
@@ -176,7 +175,7 @@ class GradientEstimates:
         prompts = np.unique(drawn.prompt)
         lane_of_row = np.searchsorted(prompts, drawn.prompt) * draws + draw
         lanes = _RowLanes.of(self.runs.lanes(self.run, self.batch), prompts, draws)
-        if self.name == ATTENTION:
+        if self.kind.place == "attention":
             edges = build_edges(self.plan, drawn, self.model.shape)
             writes = [_select_keys(edge, lanes.batch.key_width) for edge in edges]
         else:
@@ -192,7 +191,7 @@ class GradientEstimates:
             groups = cell_sites(self.plan)[drawn.cell]
             sums = self._along(written, lanes, environments, groups)
         values = sums.reshape(len(sums), len(every), draws)[:, wanted].mean(axis=2)
-        own = [np.zeros_like(each) for each in base] if self.name in NON_EFFECT_ESTIMATORS else base
+        own = base if self.kind.is_effect else [np.zeros_like(each) for each in base]
         return _mark_gaps([one + value for one, value in zip(own, values, strict=True)])
 
     def _with_others(self, rows: RowTable) -> tuple[RowTable, Ints]:
@@ -231,7 +230,7 @@ class GradientEstimates:
             for each, base, gradient in zip(written, bases, gradients, strict=True):
                 sums = self._sums(each, base, gradient, len(environments))
                 found[number, own] += sums[own]
-        return np.sqrt(found) if self.name == GRADIENT else found
+        return self.kind.finish(found)
 
     def _along(
         self,
@@ -258,7 +257,7 @@ class GradientEstimates:
                     for number, own, gradients in self._gradients(reading, [leaf], environments):
                         sums = self._sums(each, base, gradients[0], len(environments))
                         found[number, own] += sums[own] / self.steps
-        return found
+        return self.kind.finish(found)
 
     def _zeros(self, written: _WrittenVectors) -> Tensor:
         count, width = len(written.lane), written.values.shape[1]
@@ -266,22 +265,17 @@ class GradientEstimates:
         return torch.zeros(count, width, dtype=dtype, device=self.model.device, requires_grad=True)
 
     def _sums(self, written: _WrittenVectors, base: Tensor, gradient: Tensor, rows: int) -> Floats:
-        """Return [row]: sums over the vectors of a row.
-
-        The summand is the gradient times the change by the write. For `gradient`, it is the squared
-        gradient. For `gradient_attention`, it is the positive part of gradient times current value,
-        summed over the selected keys and averaged over queries and heads.
-        """
+        """Return [row]: the estimator's numbers, summed or averaged over the vectors of a row."""
         spot = to_device(written.spot, gradient.device)
-        if self.name == GRADIENT:
-            parts = gradient.double().square().sum(-1)[spot]
-        elif self.name == ATTENTION:
-            positive = (base.double() * gradient.double()).clamp(min=0)
-            parts = (written.values.to(positive) * positive[spot]).sum(-1)
-            parts /= array_to_device(np.bincount(written.row)[written.row], parts.device)
-        else:
-            change = written.values.to(gradient.device).double() - base.double()[spot]
-            parts = (change * gradient.double()[spot]).sum(-1)
+        change = written.values.to(gradient.device).double()
+        parts = self.kind.values(change, base.double()[spot], gradient.double()[spot], self.options)
+        if parts.shape != (len(change),):
+            function = f"{type(self.kind).__name__}.values"
+            shape = list(parts.shape)
+            raise TypeError(f"`{function}` returned the shape {shape} instead of [{len(change)}]")
+        if self.kind.over_vectors == "mean":
+            counts = np.bincount(written.row)[written.row]
+            parts = parts / array_to_device(counts, parts.device)
         found = np.zeros(rows)
         np.add.at(found, written.row, parts.cpu().numpy())
         return found

@@ -28,7 +28,6 @@ from mechdsl.images.picture import Picture
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.program.significance import MIN_UNITS
-from mechdsl.program.spec import GRADIENT
 from mechdsl.prompts.runs import PromptRun, RunRow
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.cells import CellKey
@@ -285,7 +284,7 @@ def _collect_measures(
             else _select_cells(there, expand_base_values(plan, measured, source, number)),
             inert=plan.inert[there],
             truth=truth,
-            unit="" if estimator is not None and estimator.name == GRADIENT else resolved.unit,
+            unit=resolved.unit if estimator is None or estimator.kind.keeps_unit else "",
             # The effect of rounding on an estimate is unknown: no cell's metric was computed.
             rounding=None
             if estimator is not None

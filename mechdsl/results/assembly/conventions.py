@@ -19,7 +19,7 @@ from mechdsl.execute.unpatched_batch import compute_noise_scale
 from mechdsl.forward.generation.cached_pass import choose_method
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
-from mechdsl.program.spec import ATTENTION, GRADIENT, INTEGRATED, Generation
+from mechdsl.program.spec import Generation
 from mechdsl.resolve.class_outputs import describe_pooling
 from mechdsl.resolve.experiment import find_omitted_answers
 from mechdsl.resolve.findings import MAX_LISTED_SITES
@@ -218,34 +218,20 @@ def _of_runs(experiment: ResolvedExperiment, model: LoadedModel) -> ConventionIt
         yield f"run {name}", f"{own.spec.base} with {rules}{read}; what it writes {place}"
 
 
-_ESTIMATED = {
-    "gradient": "no effect: how fast the metric changes with what is there, the length of its "
-    "gradient at all vectors of a cell together (Simonyan et al. 2014, arXiv 1312.6034, saliency)",
-    "gradient_input": "estimates, no cell was run: to first order, what is written less what is "
-    "there, times the gradient of the metric, summed over all vectors of a cell (Shrikumar et al. "
-    "2016, arXiv 1605.01713, gradient × input; Nanda 2023, attribution patching)",
-    "gradient_attention": "no effect: each weight of attention times the gradient of the metric by "
-    "it, 0 where that is negative, averaged over heads and queries, added up over keys and layers "
-    "(Chefer et al. 2021, arXiv 2103.15679, equation 5, of each layer by itself)",
-    "integrated_gradients": "estimates, no cell was run: what is written less what is there, times "
-    "the mean gradient of the metric at {steps} midpoints of the line between, on which all cells "
-    "of a site and layer move together, so that their estimates add up to the effect of all of "
-    "them at once, but for the error of the steps (Sundararajan et al. 2017, arXiv 1703.01365)",
-}
-
-
 def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
     """Describe the estimator that replaces running cells."""
     said, base = experiment.spec.estimator, experiment.spec.base
     if said is None:
         return
     where = f"gradients of the {base} run"
-    if said.name == INTEGRATED:
+    if said.steps is not None:
         where = f"gradients between the {base} run and what is written"
-    text = _ESTIMATED[said.name].format(steps=said.steps)
-    if said.name == GRADIENT and any(rule.spec.fill is not None for rule in experiment.rules):
+    text = said.kind.convention.replace("{steps}", str(said.steps))
+    edges = said.kind.place == "attention"
+    filled = any(rule.spec.fill is not None for rule in experiment.rules)
+    if filled and not edges and not said.kind.reads_written:
         yield "fill", "not used: it says what would be written, and a gradient is of what is there"
-    if said.name == ATTENTION:
+    if edges:
         yield "edges", "none is blocked: the rule says which weights are looked at"
     yield "estimates", f"`{said.text}`: {text}; {where}, by autograd"
 

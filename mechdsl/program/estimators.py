@@ -1,0 +1,280 @@
+"""Registry of estimators: the words after `using`, which replace running the cells.
+
+An estimator is one class under `estimator`. It computes a cell's value from the gradient of the
+metric at the vectors that the cell's rule names. A module outside the package adds an estimator
+with such a class, when it is imported before a file is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+
+from mechdsl.base.records import Registry
+from mechdsl.syntax.words import RESERVED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mechdsl.base.arrays import Floats
+
+Place = Literal["sites", "attention"]
+"""What a cell's rule names: vectors of a site (`patch`, `ablate`), or attention weights (`block`).
+"""
+
+
+class GradientEstimator:
+    """A way to compute the values of cells from gradients."""
+
+    name: ClassVar[str]
+    example: ClassVar[str]
+    """A line, as documentation shows it."""
+    documentation: ClassVar[str]
+    """Description for the language reference."""
+    source: ClassVar[str] = ""
+    """The publication."""
+    convention: ClassVar[str]
+    """Description below results; `{steps}` stands for the number of steps."""
+    place: ClassVar[Place] = "sites"
+    options: ClassVar[Mapping[str, int | float]] = {}
+    """Arguments `NAME: NUMBER` → default value; if that is an int, only whole numbers are valid."""
+    steps: ClassVar[int | None] = None
+    """If set, gradients are taken at the midpoints of this number of steps on the line from the
+    base run's vectors to the written ones, and averaged. The argument `steps` changes the number.
+    """
+    value_name: ClassVar[str] = ""
+    """Column name of values that aren't effects of the rule; empty for estimates of effects."""
+    value_said: ClassVar[str] = ""
+    """The same in a sentence, such as `the size of the gradient`."""
+    formula: ClassVar[str] = ""
+    """Formula of values that aren't effects."""
+    reads_written: ClassVar[bool] = True
+    """Whether the value depends on what the rule writes."""
+    keeps_unit: ClassVar[bool] = True
+    """Whether the value has the metric's unit."""
+    over_vectors: ClassVar[Literal["sum", "mean"]] = "sum"
+    """How the values of a cell's vectors in one layer are combined."""
+
+    def check_option(self, name: str, value: float) -> str | None:
+        """Return what an option's value must be, as in `must be at least 1`, or None."""
+        return None
+
+    def values(
+        self, written: Tensor, base: Tensor, gradient: Tensor, options: Mapping[str, int | float]
+    ) -> Tensor:
+        """Compute one number per vector.
+
+        Args:
+            written: [vector, width] float64, what the rule writes; for attention, 1 at the keys
+                that the rule names, and 0 elsewhere.
+            base: [vector, width] float64, the base run's vectors.
+            gradient: [vector, width] float64, of the metric by `base`.
+            options: The values of `options`.
+
+        Returns:
+            [vector] float64.
+        """
+        raise NotImplementedError
+
+    def finish(self, combined: Floats) -> Floats:
+        """Compute values from the combined numbers of the vectors. [measure, row], both."""
+        return combined
+
+    @property
+    def is_effect(self) -> bool:
+        """Whether the value estimates an effect of the rule."""
+        return not self.value_name
+
+    @property
+    def call(self) -> str:
+        """The estimator with all arguments at their defaults, as messages show it."""
+        return call_text(self.name, self.steps, self.options)
+
+
+ESTIMATORS: Registry[GradientEstimator] = Registry("estimator")
+
+EstimatorT = TypeVar("EstimatorT", bound=GradientEstimator)
+
+
+def call_text(name: str, steps: int | None, options: Mapping[str, int | float]) -> str:
+    """Return the source text of an estimator with its arguments."""
+    given = {} if steps is None else {"steps": steps}
+    arguments = ", ".join(f"{key}: {value}" for key, value in {**given, **options}.items())
+    return f"{name}({arguments})" if arguments else name
+
+
+def estimator(name: str) -> Callable[[type[EstimatorT]], type[EstimatorT]]:
+    """Register a subclass of `GradientEstimator` as the word `name` after `using`.
+
+    Raises ValueError or TypeError for a class that can't be used.
+    """
+
+    def register(entry: type[EstimatorT]) -> type[EstimatorT]:
+        wrong = _class_problem(name, entry)
+        if wrong is not None:
+            raise TypeError(f"estimator `{name}`: {wrong}")
+        entry.name = name
+        ESTIMATORS.add(name, entry())
+        return entry
+
+    return register
+
+
+def _class_problem(name: str, entry: type[GradientEstimator]) -> str | None:
+    """Return the reason that a class can't be registered."""
+    if not name.isidentifier():
+        return "its name must be a word of letters, digits and `_`"
+    if name in RESERVED:
+        return "its name is a word of the language"
+    for attribute in ("example", "documentation", "convention"):
+        if not isinstance(getattr(entry, attribute, None), str):
+            return f"`{attribute}` must be a text"
+    if "steps" in entry.options:
+        return "`options` must not contain `steps`: set the attribute `steps`"
+    if entry.value_name and not (entry.formula and entry.value_said):
+        return "values that aren't effects need the texts `formula` and `value_said`"
+    if entry.values is GradientEstimator.values:
+        return "it has no `values(self, written, base, gradient, options)`"
+    return None
+
+
+def find_estimator(text: str) -> GradientEstimator | None:
+    """Return the estimator of a text such as `integrated_gradients(steps: 32)`.
+
+    None for an empty text, and for stored results of a plugin that isn't loaded.
+    """
+    return ESTIMATORS.get(text.partition("(")[0])
+
+
+def first_of_place(place: Place) -> GradientEstimator:
+    """Return the first registered estimator for rules of a kind."""
+    return next(each for _, each in ESTIMATORS.items() if each.place == place)
+
+
+# --- the estimators of the language ---------------------------------------------------------------
+
+
+@estimator("gradient")
+class Gradient(GradientEstimator):
+    """The length of the gradient."""
+
+    example = "using gradient"
+    documentation = (
+        "No cell is run: of each cell the length (L2) of the metric's gradient by all vectors "
+        "that its rule names, in the base run. It says how fast the metric changes there, and is "
+        "no effect of what the rule would write: `as raw` only, without p. A cell is one site of "
+        "one layer, its positions and heads may be joined; rules are `patch` and `ablate`. One "
+        "pass forward and, for each measure, one back are enough for all cells. What has no "
+        "gradient (`rank`, `correct`, replies, functions of Python) is refused (E0608)."
+    )
+    source = "Simonyan et al. 2014, arXiv 1312.6034"
+    convention = (
+        "no effect: how fast the metric changes with what is there, the length of its gradient "
+        "at all vectors of a cell together (Simonyan et al. 2014, arXiv 1312.6034, saliency)"
+    )
+    value_name = "gradient"
+    value_said = "the size of the gradient"
+    formula = "the length (L2) of ∂m/∂site in the base run"
+    reads_written = False
+    keeps_unit = False
+
+    def values(
+        self, written: Tensor, base: Tensor, gradient: Tensor, options: Mapping[str, int | float]
+    ) -> Tensor:
+        return gradient.square().sum(-1)
+
+    def finish(self, combined: Floats) -> Floats:
+        return combined**0.5
+
+
+class _GradientTimesChange(GradientEstimator):
+    """The gradient times what is written less what is there."""
+
+    def values(
+        self, written: Tensor, base: Tensor, gradient: Tensor, options: Mapping[str, int | float]
+    ) -> Tensor:
+        return ((written - base) * gradient).sum(-1)
+
+
+@estimator("gradient_input")
+class GradientInput(_GradientTimesChange):
+    """The first-order estimate of an effect."""
+
+    example = "using gradient_input"
+    documentation = (
+        "No cell is run: to first order, what the rule writes less what is there in the base "
+        "run, times the gradient of the metric there, summed over the vectors of a cell. "
+        "`delta`, `recovery` and `relative` are estimates, and are called so. With `ablate … "
+        "with zero` it is minus gradient × input; with `patch` it is attribution patching. The "
+        "base run says where the gradient is taken: on images, `patch embed at each token of "
+        "image` with `from neutral into scenes` is minus gradient × (input − neutral) at the "
+        "image itself; with `from scenes into neutral` it is gradient × (input − neutral) at the "
+        "neutral image."
+    )
+    source = "Shrikumar et al. 2016, arXiv 1605.01713; Nanda 2023, Attribution patching"
+    convention = (
+        "estimates, no cell was run: to first order, what is written less what is there, times "
+        "the gradient of the metric, summed over all vectors of a cell (Shrikumar et al. 2016, "
+        "arXiv 1605.01713, gradient × input; Nanda 2023, attribution patching)"
+    )
+
+
+@estimator("gradient_attention")
+class GradientAttention(GradientEstimator):
+    """The positive part of gradient times attention weight, at the keys that the rule names."""
+
+    example = (
+        "block attention layer * heads * from last token to each item token using "
+        "gradient_attention"
+    )
+    documentation = (
+        "No cell is run, and no edge blocked: of each cell the weights of attention that the "
+        "rule names, each times the gradient of the metric by it and 0 where that is negative, "
+        "averaged over heads and queries, added up over keys and layers, in the base run. No "
+        "effect: `as raw` only, without p. On images, `from cls token to each token of image` is "
+        "a map of each layer. One pass forward and, for each measure, one back are enough for "
+        "all cells."
+    )
+    source = "Chefer et al. 2021, arXiv 2103.15679, equation 5"
+    convention = (
+        "no effect: each weight of attention times the gradient of the metric by it, 0 where "
+        "that is negative, averaged over heads and queries, added up over keys and layers "
+        "(Chefer et al. 2021, arXiv 2103.15679, equation 5, of each layer by itself)"
+    )
+    place = "attention"
+    value_name = "gradient × attention"
+    value_said = "gradient × attention"
+    formula = (
+        "Σ max(A · ∂m/∂A, 0) over keys and layers, the mean over heads and queries, of the "
+        "attention A in the base run"
+    )
+    reads_written = False
+    over_vectors = "mean"
+
+    def values(
+        self, written: Tensor, base: Tensor, gradient: Tensor, options: Mapping[str, int | float]
+    ) -> Tensor:
+        return (written * (base * gradient).clamp(min=0)).sum(-1)
+
+
+@estimator("integrated_gradients")
+class IntegratedGradients(_GradientTimesChange):
+    """The estimate by the mean gradient on the line to what is written."""
+
+    example = "using integrated_gradients(steps: 16)"
+    documentation = (
+        "The same with the mean gradient at the midpoints of so many steps (32 where it doesn't "
+        "say) along the straight line from what is there in the base run to what is written. All "
+        "cells of one site and layer move together, so that their estimates add up to the effect "
+        "of all of them at once, but for the error of the steps; so not `onto`, not `into "
+        "layer`, no positions that overlap (E0608). One pass forward and one back for each step, "
+        "site and layer."
+    )
+    source = "Sundararajan et al. 2017, arXiv 1703.01365"
+    convention = (
+        "estimates, no cell was run: what is written less what is there, times the mean gradient "
+        "of the metric at {steps} midpoints of the line between, on which all cells of a site "
+        "and layer move together, so that their estimates add up to the effect of all of them at "
+        "once, but for the error of the steps (Sundararajan et al. 2017, arXiv 1703.01365)"
+    )
+    steps = 32
