@@ -21,7 +21,7 @@ def test_every_combination_of_choices_validates(task: str, tmp_path: Path) -> No
     for number, choices in enumerate(product(SITES, POSITIONS, MEASURES)):
         file = tmp_path / f"{number}.mech"
         file.write_text(experiment_text(TASKS[task], model, *choices), encoding="utf-8")
-        assert mechdsl.check(file) == [], choices
+        assert mechdsl.validate(file) == [], choices
 
 
 @pytest.mark.parametrize("task", TASKS)
