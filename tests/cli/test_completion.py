@@ -54,7 +54,11 @@ def test_commands_and_options(tab: Tab) -> None:
 
 @pytest.mark.parametrize("name", ["run", "validate", "plan", "graph", "fmt", "explain", "diff"])
 def test_files(name: str, tab: Tab) -> None:
-    assert tab(f"mechdsl {name} h") == ["plain,heads.mech", "dir,h"]
+    answers = tab(f"mechdsl {name} h")
+    assert [answer for answer in answers if "." in answer or answer.startswith("dir,")] == [
+        "plain,heads.mech",
+        "dir,h",
+    ]
     assert tab(f"mechdsl {name} below/") == ["plain,below/a.mech", "dir,below/"]
     assert tab(f"mechdsl {name} nowhere/") == ["dir,nowhere/"]
     assert tab(f"mechdsl {name} ~/") == ["file,~/"]
@@ -65,7 +69,10 @@ def test_pages(tab: Tab) -> None:
         *(f"plain,{path.stem}" for path in sorted((ROOT / "docs/errors").glob("E030*"))),
         "dir,E030",
     ]
-    assert tab("mechdsl explain la") == ["plain,language", "dir,la"]
+    answers = tab("mechdsl explain la")
+    assert answers[0] == "plain,language"
+    assert {"plain,last", "plain,layer"} <= set(answers)
+    assert answers[-1] == "dir,la"
 
 
 def test_other_shells_ask_the_same(tab: Tab) -> None:
