@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
-from functools import cache
+from functools import cache, cached_property
 from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,6 @@ from typing import Any, NoReturn, cast, overload
 
 from mechdsl.base import limits
 from mechdsl.base.hashing import Permutation, stable_hash
-from mechdsl.base.lazy import lazy_property
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import name_list
@@ -411,14 +410,14 @@ class ImageRow:
     image_changes: list[ast.ChangeLine]
     """The corruption's changes to the image."""
 
-    @lazy_property
+    @cached_property
     def uncut(self) -> Picture | None:
         """The description of a row's image before any change; None for a row of texts."""
         row = cast("Row", self)
         made_of = row.block.spec.image
         return None if made_of is None else row_picture(row, made_of)
 
-    @lazy_property
+    @cached_property
     def image(self) -> Picture | None:
         """The image after the changes, or the tile that the row stands for."""
         row, made = cast("Row", self), self.uncut
@@ -427,7 +426,7 @@ class ImageRow:
         made = cut_tile(row, made)
         return replace(made, changes=row_image_changes(row, made)) if self.image_changes else made
 
-    @lazy_property
+    @cached_property
     def regions(self) -> Mapping[str, tuple[Region, ...]]:
         """Regions of the image, by name."""
         return _NOTHING if self.image is None else row_regions(cast("Row", self), self.image)
@@ -567,7 +566,7 @@ class Row(ImageRow):
         """Drop intermediate values of the texts; they are recomputed on access."""
         self._cache = {}
 
-    @lazy_property
+    @cached_property
     def draw_key(self) -> int:
         """Key of the row's draws: its number or, in a data file, the record's content.
 
@@ -580,7 +579,7 @@ class Row(ImageRow):
         found, at = data.by_content, self.places[RECORD]
         return stable_hash(found.keys[at], found.copies[at], number // self.block.data_size)
 
-    @lazy_property
+    @cached_property
     def key(self) -> int:
         """Hash of the values, the text and the texts of metrics: rows of equal content have equal
         keys, wherever they are in the table."""
@@ -882,7 +881,7 @@ class Row(ImageRow):
         finally:
             self._tokenizer = None
 
-    @lazy_property
+    @cached_property
     def prompt(self) -> RichText:
         """The prompt with its spans, in text order; for an image, its text representation."""
         if self.image is not None:
@@ -896,7 +895,7 @@ class Row(ImageRow):
                 spans += [TextSpan(definition.name.id, *at) for at in found[-1:]]
         return RichText(rich.text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
 
-    @lazy_property
+    @cached_property
     def turns(self) -> tuple[Turn, ...]:
         """The turns of a chat."""
         turns = enumerate(self.template.turns)
@@ -929,7 +928,7 @@ class Row(ImageRow):
             raise bad_value(node.span, "it has no text in this row", "give a text or a number")
         return rich.text
 
-    @lazy_property
+    @cached_property
     def plain_values(self) -> Mapping[str, object]:
         """All values of the row, without spans."""
         names = dict.fromkeys(self.record) | dict.fromkeys(n for n, _ in self.block.axes)

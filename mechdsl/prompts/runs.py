@@ -10,7 +10,6 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from mechdsl.base.lazy import lazy_property
 from mechdsl.base.records import Record, record
 from mechdsl.images.picture import Picture, Region
 from mechdsl.prompts.values import TextSpan
@@ -105,20 +104,6 @@ class RunRow(Record):
     """Spans without text, such as those of images: by name, the tokens of each occurrence."""
     regions: Mapping[str, tuple[Region, ...]] = field(default_factory=lambda: _NOTHING)
     """Regions of the image by name, in pixels; `places` has their tokens."""
-
-    @lazy_property
-    def token_places(self) -> tuple[tuple[int, int], ...]:
-        """The characters of each token, trimmed; empty for special tokens and white space."""
-        text, special = self.text, self.special
-        return tuple(
-            (0, 0) if special[token] else trim_span(text, *at)
-            for token, at in enumerate(self.offsets)
-        )
-
-    @lazy_property
-    def tokens_of_range(self) -> dict[tuple[int, int], tuple[int, ...]]:
-        """The tokens of each range of characters that a position has needed so far."""
-        return {}
 
 
 @record
@@ -255,12 +240,19 @@ class TokenMap:
     def __init__(self, row: RunRow) -> None:
         self.row = row
 
-    @property
+    @cached_property
     def places(self) -> tuple[tuple[int, int], ...]:
         """The characters of each token, trimmed; empty for special tokens and white space."""
-        return self.row.token_places
+        return tuple(self._trimmed(token) for token in range(len(self.row.offsets)))
 
-    @lazy_property
+    def _trimmed(self, token: int) -> tuple[int, int]:
+        return (
+            (0, 0)
+            if self.row.special[token]
+            else trim_span(self.row.text, *self.row.offsets[token])
+        )
+
+    @cached_property
     def text_tokens(self) -> tuple[int, ...]:
         """The tokens of the prompt's text, without a leading space that the tokenizer added."""
         own = [i for i, special in enumerate(self.row.special) if not special]
@@ -273,14 +265,6 @@ class TokenMap:
         A range of white space only, such as a line break between items, hits the tokens that are
         white space only.
         """
-        known = self.row.tokens_of_range
-        found = known.get((start, end))
-        if found is None:
-            found = known[start, end] = self._overlapping(start, end)
-        return found
-
-    def _overlapping(self, start: int, end: int) -> tuple[int, ...]:
-        """Compute the tokens of a range."""
         low, high = trim_span(self.row.text, start, end)
         if low < high:
             return tuple(
@@ -307,7 +291,7 @@ class TokenMap:
 
     def token_text(self, token: int) -> str:
         """Return the text that a token covers, trimmed unless it is only white space."""
-        a, b = self.places[token]
+        a, b = self._trimmed(token)
         if a == b:
             a, b = self.row.offsets[token]
         return self.row.text[a:b]

@@ -812,12 +812,12 @@ def image_token_cells(
     """Return one cell per token of a span of images; images with fewer tokens drop out."""
     assert isinstance(tokenizer, ImageTokenizer)
     held = [frozenset(own) for own in tokens]
-    cells: list[PositionCell] = []
-    for token in sorted(frozenset().union(*held)):
-        there: Hits = ((token,),)
-        hits = tuple([there if token in own else () for own in held])
-        cells.append(PositionCell(tokenizer.label(token), hits))
-    return cells
+    return [
+        PositionCell(
+            tokenizer.label(token), tuple((((token,),) if token in own else ()) for own in held)
+        )
+        for token in sorted(frozenset().union(*held))
+    ]
 
 
 def _patches(
