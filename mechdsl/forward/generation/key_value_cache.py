@@ -227,11 +227,8 @@ class _CacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         rows, first = self.kept.rows_of(self.number), self.kept.first
         end = first + key_states.shape[2]
-        assert self.keys is not None
-        if self.kept.room[1] > self.keys.shape[2]:
-            # Only a step grows the cache, and it runs all rows that later steps can read.
-            self.filled = min(self.filled, rows.stop)
         self.fit(rows.stop, first, end)
+        assert self.keys is not None
         assert self.values is not None
         self.keys[rows, :, first:end] = key_states
         self.values[rows, :, first:end] = value_states
