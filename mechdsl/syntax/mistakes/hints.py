@@ -206,11 +206,6 @@ HABIT_HINTS: tuple[Hint, ...] = (
         "write `{0} {1} {{` and close the block with `}}`",
     ),
     Hint(r"^generate\s+([0-9]+)\s*$", r"tokens?\b", "leave the unit out: `generate {0}`"),
-    Hint(
-        r"->\s*(\w+)\s*$",
-        r"L([0-9]+)H([0-9]+)",
-        "name the layer and the head: `{0} layer {1} head {2}`",
-    ),
 )
 """Habits from Python, TransformerLens and other experiment libraries."""
 
