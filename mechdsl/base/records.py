@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
 from threading import Lock
-from typing import Any, Generic, TypeVar, dataclass_transform
+from typing import Any, Generic, TypeVar, cast, dataclass_transform
 
 RecordClass = TypeVar("RecordClass", bound="type[Record]")
 
@@ -108,6 +108,7 @@ def _waiting(kind: RecordClass, *, kw_only: bool) -> RecordClass:
 
 
 EntryT = TypeVar("EntryT")
+ClassT = TypeVar("ClassT")
 
 
 def closest_name(word: str, known: Iterable[str]) -> str | None:
@@ -186,6 +187,25 @@ class Registry(Generic[EntryT]):
         self._entries[name] = entry
         _note_outside()
         return entry
+
+    def class_decorator(
+        self, name: str, find_problem: Callable[[str, type[ClassT]], str | None]
+    ) -> Callable[[type[ClassT]], type[ClassT]]:
+        """Return a decorator that sets a class's `name` and registers an instance of it.
+
+        The decorator raises TypeError with the text of `find_problem` for a class that can't be
+        used, and ValueError for a duplicate name.
+        """
+
+        def register(entry: type[ClassT]) -> type[ClassT]:
+            problem = find_problem(name, entry)
+            if problem is not None:
+                raise TypeError(f"{self.kind} `{name}`: {problem}")
+            entry.name = name  # pyright: ignore[reportAttributeAccessIssue]
+            self.add(name, cast("EntryT", entry()))
+            return entry
+
+        return register
 
     def get(self, name: str) -> EntryT | None:
         return self._entries.get(name)

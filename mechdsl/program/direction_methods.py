@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cas
 from mechdsl.base.records import Registry
 from mechdsl.base.text import name_list
 from mechdsl.program.spec import Constant
-from mechdsl.syntax.words import RESERVED
+from mechdsl.syntax.words import name_problem
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
@@ -151,24 +151,14 @@ def direction_method(name: str) -> Callable[[type[MethodT]], type[MethodT]]:
 
     Raises ValueError or TypeError for a class that can't be used.
     """
-
-    def register(entry: type[MethodT]) -> type[MethodT]:
-        wrong = _class_problem(name, entry)
-        if wrong is not None:
-            raise TypeError(f"direction method `{name}`: {wrong}")
-        entry.name = name
-        DIRECTION_METHODS.add(name, entry())
-        return entry
-
-    return register
+    return DIRECTION_METHODS.class_decorator(name, _class_problem)
 
 
 def _class_problem(name: str, entry: object) -> str | None:
     """Return the reason that a class can't be registered."""
-    if not (isinstance(name, str) and name.isidentifier()):  # pyright: ignore[reportUnnecessaryIsInstance]
-        return "its name must be a word of letters, digits and `_`"
-    if name in RESERVED:
-        return "its name is a word of the language"
+    wrong = name_problem(name)
+    if wrong is not None:
+        return wrong
     if not (isinstance(entry, type) and issubclass(entry, FittedMethod)):
         return "it must be a subclass of `FittedMethod`"
     takes = getattr(entry, "takes", None)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from mechdsl.base.records import Registry
-from mechdsl.syntax.words import RESERVED
+from mechdsl.syntax.words import name_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,24 +108,14 @@ def estimator(name: str) -> Callable[[type[EstimatorT]], type[EstimatorT]]:
 
     Raises ValueError or TypeError for a class that can't be used.
     """
-
-    def register(entry: type[EstimatorT]) -> type[EstimatorT]:
-        wrong = _class_problem(name, entry)
-        if wrong is not None:
-            raise TypeError(f"estimator `{name}`: {wrong}")
-        entry.name = name
-        ESTIMATORS.add(name, entry())
-        return entry
-
-    return register
+    return ESTIMATORS.class_decorator(name, _class_problem)
 
 
 def _class_problem(name: str, entry: type[GradientEstimator]) -> str | None:
     """Return the reason that a class can't be registered."""
-    if not name.isidentifier():
-        return "its name must be a word of letters, digits and `_`"
-    if name in RESERVED:
-        return "its name is a word of the language"
+    wrong = name_problem(name)
+    if wrong is not None:
+        return wrong
     for attribute in ("example", "documentation", "convention"):
         if not isinstance(getattr(entry, attribute, None), str):
             return f"`{attribute}` must be a text"

@@ -64,6 +64,16 @@ RESERVED = (
 """Words that can't be names of values. First words of lines elsewhere (`text`, `group`, `image`)
 can: data sets have such columns, and no line becomes ambiguous."""
 
+
+def name_problem(name: object) -> str | None:
+    """Return the reason that a plugin can't register an entry under a name."""
+    if not (isinstance(name, str) and name.isidentifier()):
+        return "its name must be a word of letters, digits and `_`"
+    if name in RESERVED:
+        return "its name is a word of the language"
+    return None
+
+
 CLAUSE_WORDS = CONNECTING_WORDS | _words(
     "verify until top contains on citing during limit step toward per test confidence correct"
     " verdicts window align radius over up distinct apart shuffled"
