@@ -201,8 +201,8 @@ class Registry(Generic[EntryT]):
             problem = find_problem(name, entry)
             if problem is not None:
                 raise TypeError(f"{self.kind} `{name}`: {problem}")
-            entry.name = name  # pyright: ignore[reportAttributeAccessIssue]
             self.add(name, cast("EntryT", entry()))
+            entry.name = name  # pyright: ignore[reportAttributeAccessIssue]
             return entry
 
         return register

@@ -19,6 +19,7 @@ from mechdsl.diagnostics.statistics import AmbiguousMeasure, UnreadableExpectati
 from mechdsl.resolve.cells import COMPONENT_AXIS
 from mechdsl.resolve.types import AxisLabel
 from mechdsl.syntax import ast
+from mechdsl.vocab.aggregates import expectation_functions
 from mechdsl.vocab.sites import SHORT_WORDS, SITES, unknown_component
 
 if TYPE_CHECKING:
@@ -112,10 +113,11 @@ class ConstantValue(Record):
 
 
 @record
-class CellAggregate(Record):
-    """An aggregate over the cells of a measure; `only` and `cell` read a single cell."""
+class CellValue(Record):
+    """The value of cells of a measure: one cell's, or an aggregate of several."""
 
-    how: Literal["max", "min", "mean", "cell", "only"]
+    aggregate: str
+    """A name in `AGGREGATES`. Empty: the value of a single cell."""
     measure: int
     where: tuple[CellSelection, ...] = ()
     experiment: str | None = None
@@ -171,7 +173,7 @@ class Ranking(Record):
 
 
 ConditionValue = (
-    ConstantValue | CellAggregate | Accuracy | Correlation | Area | Ranking | Arithmetic | Absolute
+    ConstantValue | CellValue | Accuracy | Correlation | Area | Ranking | Arithmetic | Absolute
 )
 
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
@@ -406,13 +408,6 @@ def _short(node: ast.ShortSite, text: str) -> CellSelection:
     return CellSelection(text, ranges, component)
 
 
-EXPECTATION_FUNCTIONS = (
-    "max", "min", "mean", "abs", "auc", "auroc", "accuracy", "spearman", "pearson", "argmax",
-    "argmin",
-)  # fmt: skip
-"""Functions of expectations."""
-
-
 def _written(axis: str, value: AxisLabel) -> str:
     """Format a value of an axis: `layer: 2`, `position: "last token"`."""
     return f'{axis}: "{value}"' if isinstance(value, str) else f"{axis}: {value}"
@@ -489,7 +484,7 @@ class CellReader:
             listed = f"{self.whose} measures {name_list(words)}"
             short = [m.word for m in measures if m.word]
             hint = did_you_mean(
-                text, [*words, *short, *(EXPECTATION_FUNCTIONS if called else ())], listed
+                text, [*words, *short, *(expectation_functions() if called else ())], listed
             )
             kind = f"measure or effect of {self.whose}"
             raise RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))

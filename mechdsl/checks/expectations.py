@@ -8,7 +8,7 @@ from operator import add, mul, sub, truediv
 from typing import Any, Literal
 
 from mechdsl.base.records import closest_name
-from mechdsl.base.text import find_run, name_list
+from mechdsl.base.text import count_noun, find_run, name_list
 from mechdsl.checks.conditions import (
     Absolute,
     Accuracy,
@@ -16,9 +16,9 @@ from mechdsl.checks.conditions import (
     Arithmetic,
     BandCondition,
     BestCellCondition,
-    CellAggregate,
     CellReader,
     CellSelection,
+    CellValue,
     Comparison,
     Condition,
     ConditionValue,
@@ -56,6 +56,7 @@ from mechdsl.resolve.cells import (
 from mechdsl.resolve.expansion import name_cells, split_by_group
 from mechdsl.resolve.types import ExperimentOutline, ResolvedMeasure
 from mechdsl.syntax import ast
+from mechdsl.vocab.aggregates import AGGREGATES
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.reports import check_report
@@ -200,9 +201,8 @@ class _ConditionReader(CellReader):
 
     def call(self, node: ast.Call) -> ConditionValue:
         match node.name:
-            case "max" | "min" | "mean":
-                of, measure, where = self.cells(node)
-                return CellAggregate(node.name, measure, where, of.experiment)
+            case name if name in AGGREGATES:
+                return self.aggregate(node)
             case "accuracy":
                 return Accuracy(self.accuracy(node))
             case "spearman" | "pearson":
@@ -221,13 +221,27 @@ class _ConditionReader(CellReader):
             case _:
                 return self.one_cell(node, self)
 
-    def one_cell(self, node: ast.Call, of: CellReader) -> CellAggregate:
+    def aggregate(self, node: ast.Call) -> CellValue:
+        """Read `mean(recovery, layer 3)`."""
+        of, measure, where = self.cells(node)
+        needed = AGGREGATES[node.name].min_cells
+        if of.known.cells is not None and not of.known.open_axes:
+            count = len(of.find(where))
+            if 0 < count < needed:
+                raise unreadable_expectation(
+                    node.span,
+                    f"`{node.name}` needs {count_noun(needed, 'cell')}, and this is {count}",
+                    "name more cells, or write another function",
+                )
+        return CellValue(node.name, measure, where, of.experiment)
+
+    def one_cell(self, node: ast.Call, of: CellReader) -> CellValue:
         """Read `recovery(L9H9)`."""
         measure = of.measure(ast.Name(span=node.span, id=node.name), called=True)
         where = of.wheres(node.arguments)
         if where and of.known.cells is not None and len(of.find(where)) != 1:
             of.not_one(node.span, where, of.find(where))
-        return CellAggregate("cell" if where else "only", measure, where, of.experiment)
+        return CellValue("", measure, where, of.experiment)
 
     def only(self, node: ast.Expr) -> ConditionValue:
         """Read a measure without a selection, which is valid only for a single cell."""
@@ -239,7 +253,7 @@ class _ConditionReader(CellReader):
             cell = f"{text}({at})" if own else f"mean({text}, {at})"
             hint = f"say which: `max({text})`, `mean({text})`, or one cell, as in `{cell}`"
             raise unreadable_expectation(node.span, f"`{text}` has a value in every cell", hint)
-        return CellAggregate("only", measure, experiment=of.experiment)
+        return CellValue("", measure, experiment=of.experiment)
 
     def correlation(self, node: ast.Call, how: Literal["spearman", "pearson"]) -> ConditionValue:
         example = f"{how}(recovery, other_experiment)"

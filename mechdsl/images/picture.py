@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base.records import Record, record
+from mechdsl.images.baselines import IMAGE_BASELINES
 from mechdsl.images.processing import PatchLayout, Processing, crop_corner
 
 if TYPE_CHECKING:
@@ -93,11 +94,6 @@ def covered_tokens(cover: Image, how: Processing, layout: PatchLayout) -> tuple[
     return tuple(t for t, share in zip(layout.grid, of_patches, strict=True) if share > 0)
 
 
-PictureKind = Literal["file", "shapes", "gray", "noise", "mean"]
-
-GRAY_LEVEL = 128
-"""Level of gray, of 255."""
-
 RENDERING_VERSION = 1
 """Version of the pixels of generated images: a new version changes all generated images."""
 
@@ -134,7 +130,8 @@ class PictureChange(Record):
 class Picture(Record):
     """The description of an image that isn't rendered yet."""
 
-    how: PictureKind
+    how: str
+    """`file`, `shapes`, `mean` or a name in `IMAGE_BASELINES`."""
     path: Path | None = None
     """For a file, its path."""
     digest: str = ""
@@ -152,8 +149,8 @@ class Picture(Record):
     """For shapes and their background; empty if drawn at random."""
     size: tuple[int, int] = (0, 0)
     """(height, width) of a generated image, or the size stored in the file."""
-    level: int = GRAY_LEVEL
-    """For gray, the level, of 255."""
+    number: int | None = None
+    """For a baseline image, its number in parentheses, if a file has one."""
     seed: int = 0
     """The seed of random draws, 0..2^64-1."""
     changes: tuple[PictureChange, ...] = ()
@@ -169,16 +166,25 @@ class Picture(Record):
         match self.how:
             case "file" | "mean":
                 told += [self.digest]
-            case "gray":
-                told += [RENDERING_VERSION, self.level]
-            case "noise":
-                told += [RENDERING_VERSION, self.size, self.seed]
             case "shapes":
                 told += [RENDERING_VERSION, self.kind, self.count, self.size, self.seed]
                 told += [self.colour, self.texture]
+            case name:
+                entry = IMAGE_BASELINES[name]
+                told += [RENDERING_VERSION] if entry.is_uniform else [RENDERING_VERSION, self.size]
+                told += [] if entry.number is None else [self.baseline_number]
+                told += [self.seed] if entry.is_random else []
         told += [change.told() for change in self.changes]
         told += [] if self.cut is None else [["cut", *self.cut]]
         return blake2b(json.dumps(told).encode(), digest_size=_DIGITS).hexdigest()
+
+    @property
+    def baseline_number(self) -> int:
+        """For a baseline image, the number that its pixels depend on; 0 if it has none."""
+        if self.number is not None:
+            return self.number
+        default = IMAGE_BASELINES[self.how].number
+        return 0 if default is None else default.default
 
     @property
     def words(self) -> str:
@@ -192,14 +198,12 @@ class Picture(Record):
         match self.how:
             case "file":
                 return self.said
-            case "gray":
-                return "gray" if self.level == GRAY_LEVEL else f"gray {self.level}"
-            case "noise":
-                return "noise"
             case "mean":
                 return f"mean of {self.count:,} of {self.said}"
             case "shapes":
                 return f"{self.count} {self.kind}, {self.size[1]} x {self.size[0]}"
+            case name:
+                return IMAGE_BASELINES[name].shown(self.baseline_number)
 
     @cached_property
     def text(self) -> str:

@@ -16,8 +16,8 @@ from PIL import Image, ImageFilter
 
 from mechdsl.base.arrays import Bools
 from mechdsl.images import files
+from mechdsl.images.baselines import GRAY_LEVEL, IMAGE_BASELINES
 from mechdsl.images.picture import (
-    GRAY_LEVEL,
     HALF_COVERED,
     Picture,
     PictureChange,
@@ -256,16 +256,29 @@ def _rendered(picture: Picture) -> Pixels:
         case "file":
             assert picture.path is not None
             return np.asarray(files.read_image(picture.path, picture.digest))
-        case "gray":
-            height, width = picture.size
-            return np.full((max(1, height), max(1, width), 3), picture.level, np.uint8)
-        case "noise":
-            random = np.random.Generator(np.random.Philox(picture.seed))
-            return random.integers(0, 256, (*picture.size, 3), dtype=np.uint8)
         case "shapes":
             return _shapes_drawing(picture).pixels
         case "mean":
             raise AssertionError  # a mean exists only after preparation
+        case name:
+            return _baseline(name, picture)
+
+
+def _baseline(name: str, picture: Picture) -> Pixels:
+    """Render a baseline image. Raises UnreadableImage if its class fails."""
+    height, width = (max(1, side) for side in picture.size)
+    hint = f"correct the class of `{name}`"
+    try:
+        entry = IMAGE_BASELINES[name]
+        found = np.asarray(entry.pixels((height, width), picture.baseline_number, picture.seed))
+    except Exception as error:
+        reason = f"`pixels` of `{name}` failed: {type(error).__name__}: {error}"
+        raise files.UnreadableImage(reason, hint) from error
+    if found.shape != (height, width, 3) or found.dtype != np.uint8:
+        returned = f"{found.dtype} {list(found.shape)}"
+        reason = f"`pixels` of `{name}` returned {returned} instead of uint8 {[height, width, 3]}"
+        raise files.UnreadableImage(reason, hint)
+    return found
 
 
 def _shapes_drawing(picture: Picture) -> ShapesDrawing:

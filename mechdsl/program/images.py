@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from mechdsl.base import limits
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, UnknownWord
+from mechdsl.images.baselines import (
+    IMAGE_BASELINES,
+    BaselineNumber,
+    ImageBaseline,
+    baseline_problem,
+)
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import TILE, Constant, Tiles, whole_number_value
 from mechdsl.syntax import ast
+from mechdsl.syntax.words import name_problem
 
 IMAGE_SPAN = "image"
 """The span of all patches."""
@@ -24,16 +32,35 @@ IMAGE_SPANS = (IMAGE_SPAN, *EXTRA_TOKEN_SPANS)
 SHAPE_REGION = "mask"
 """Name of the region of generated shapes."""
 
-BARE_IMAGES = ("gray", "noise")
-
 MEAN_IMAGE = "mean"
 
 IMAGE_CHANGES = ("blur", "mask")
 """Functions that change an image instead of creating one."""
 
-IMAGE_CALLS = {"shapes": ("n", "kind", "size", "colour", "texture"), "gray": ()}
+SHAPES_CALL = "shapes"
 
-_WORDS = ('"{file}"', *BARE_IMAGES, "mean of …", "shapes(…)")
+SHAPES_ARGUMENTS = ("n", "kind", "size", "colour", "texture")
+
+BaselineT = TypeVar("BaselineT", bound=ImageBaseline)
+
+
+def image_baseline(name: str) -> Callable[[type[BaselineT]], type[BaselineT]]:
+    """Register a subclass of `ImageBaseline` as the image `name` of files.
+
+    Raises ValueError or TypeError for a class that can't be used.
+    """
+    return IMAGE_BASELINES.class_decorator(name, _class_problem)
+
+
+def _class_problem(name: str, entry: type[ImageBaseline]) -> str | None:
+    """Return the reason that a class can't be registered."""
+    if name in (SHAPES_CALL, MEAN_IMAGE, *IMAGE_CHANGES):
+        return "its name is an image of the language"
+    return name_problem(name) or baseline_problem(name, entry)
+
+
+def _known_images() -> str:
+    return name_list(('"{file}"', *IMAGE_BASELINES, "mean of …", "shapes(…)"))
 
 
 def image_problems(node: ast.Expr) -> list[Diagnostic]:
@@ -50,22 +77,21 @@ def image_problems(node: ast.Expr) -> list[Diagnostic]:
             name in IMAGE_CHANGES
         ):
             return [_changed(node, name)]
-        case ast.Name(id=name) if name in BARE_IMAGES:
+        case ast.Name(id=name) if name in IMAGE_BASELINES:
             return []
-        case ast.Call(name=name) if name in BARE_IMAGES and name not in IMAGE_CALLS:
-            reason, hint = "takes no arguments", f"write `image {name}`"
-            return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
-        case ast.Call(name=name) if name in IMAGE_CALLS:
-            return _arguments(node, IMAGE_CALLS[name])
+        case ast.Call(name=name) if name in IMAGE_BASELINES:
+            return _baseline_arguments(node, IMAGE_BASELINES[name].number)
+        case ast.Call(name=name) if name == SHAPES_CALL:
+            return _shapes_arguments(node)
         case ast.Name(id=name) | ast.Call(name=name) | ast.QualifiedRef(name=name):
-            if name in IMAGE_CALLS:
+            if name == SHAPES_CALL:
                 reason, hint = "needs a kind", f'write `{name}(n: 1, kind: "circle", size: 32)`'
                 return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
-            words = [*BARE_IMAGES, *IMAGE_CALLS, MEAN_IMAGE]
-            hint = did_you_mean(name, words, f"images are {name_list(_WORDS)}")
+            words = [*IMAGE_BASELINES, SHAPES_CALL, MEAN_IMAGE]
+            hint = did_you_mean(name, words, f"images are {_known_images()}")
             return [UnknownWord(span=node.span, kind="image", word=name, hint=hint)]
         case _:
-            hint = f"images are {name_list(_WORDS)}"
+            hint = f"images are {_known_images()}"
             reason = "names no image"
             name = node.span.written
             return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
@@ -79,13 +105,20 @@ def _changed(node: ast.Expr, word: str) -> Diagnostic:
     return BadArgument(span=node.span, name=word, reason=reason, hint=hint)
 
 
-def _arguments(node: ast.Call, known: tuple[str, ...]) -> list[Diagnostic]:
-    given = [each.name for each in node.arguments]
-    if not known:
-        if len(given) == 1 and given[0] is None:
+def _baseline_arguments(node: ast.Call, number: BaselineNumber | None) -> list[Diagnostic]:
+    if number is None:
+        reason, hint = "takes no arguments", f"write `image {node.name}`"
+    else:
+        if len(node.arguments) == 1 and node.arguments[0].name is None:
             return []
-        hint = f"write `{node.name}(100)`, a brightness from 0 to 255"
-        return [BadArgument(span=node.span, name=node.name, reason="takes one number", hint=hint)]
+        reason = "takes one number"
+        hint = f"write `{node.name}({number.example})`, {number.noun} from {number.low} "
+        hint += f"to {number.high}"
+    return [BadArgument(span=node.span, name=node.name, reason=reason, hint=hint)]
+
+
+def _shapes_arguments(node: ast.Call) -> list[Diagnostic]:
+    known, given = SHAPES_ARGUMENTS, [each.name for each in node.arguments]
     for argument in node.arguments:
         reason = ""
         if argument.name is None:
@@ -121,9 +154,11 @@ def averaged_block(node: ast.Expr | None) -> ast.Ref | None:
 
 def is_random_image(node: ast.Expr) -> bool:
     """Whether equal values can give different images."""
-    return (isinstance(node, ast.Call) and node.name == "shapes") or (
-        isinstance(node, ast.Name) and node.id == "noise"
-    )
+    if isinstance(node, ast.Call) and node.name == SHAPES_CALL:
+        return True
+    name = node.id if isinstance(node, ast.Name) else getattr(node, "name", "")
+    entry = IMAGE_BASELINES.get(name)
+    return entry is not None and entry.is_random
 
 
 TILE_VALUES = (TILE, IMAGE_SPAN)
@@ -174,7 +209,7 @@ def check_tiles(
     ]
     drawn = image.name if isinstance(image, ast.Call | ast.QualifiedRef) else None
     drawn = image.id if isinstance(image, ast.Name) else drawn
-    if drawn in ("gray", "noise", MEAN_IMAGE):
+    if drawn == MEAN_IMAGE or (drawn is not None and drawn in IMAGE_BASELINES):
         reason = f"cuts images that have a size of their own, and `image {drawn}` has the model's"
         hint = "leave it out: a block of one image is the other side of every tile"
         found.append(BadArgument(span=line.span, name="tiles", reason=reason, hint=hint))

@@ -1,8 +1,8 @@
 """Plugins: installed modules that add to the language, each loaded only if the user names it.
 
 A package offers a plugin as an entry point of the group `mechdsl.plugins`, which names a module.
-Importing the module registers its rule kinds, metrics, corruptions, direction methods and
-estimators.
+Importing the module registers its rule kinds, metrics, corruptions, direction methods,
+estimators, aggregates, statistics and baseline images.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from mechdsl.base.text import count_noun, quote
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoTokenFor
 from mechdsl.diagnostics.prompts import EmptyPrompt, PromptTooLong, UnknownWords
-from mechdsl.images.picture import GRAY_LEVEL, PictureChange
+from mechdsl.images.baselines import GRAY_LEVEL
+from mechdsl.images.picture import PictureChange
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.block import PromptsBlock
 from mechdsl.prompts.rows import PromptTable

@@ -25,7 +25,8 @@ from mechdsl.diagnostics.prompts import (
     UnreadableImage,
 )
 from mechdsl.images import files
-from mechdsl.images.picture import GRAY_LEVEL, Picture, PictureChange, Region, pixel_box
+from mechdsl.images.baselines import IMAGE_BASELINES
+from mechdsl.images.picture import Picture, PictureChange, Region, pixel_box
 from mechdsl.program import spec
 from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.program.paths import IMAGE_PATH, path_to_read
@@ -84,16 +85,23 @@ def row_picture(row: Row, node: ast.Expr) -> Picture:
         case ast.String():
             return _of_file(row, node)
         case ast.QualifiedRef():
-            return row.block.averaged or Picture("gray", level=GRAY_LEVEL)
-        case ast.Name(id="noise"):
-            return Picture("noise", seed=_seed(row))
-        case ast.Call(name="gray"):
-            level = _number(row, node, node.arguments[0].value, "a level", 0, 255)
-            return Picture("gray", level=level)
+            return row.block.averaged or Picture("gray")
+        case ast.Name(id=name) if name in IMAGE_BASELINES:
+            return _of_baseline(row, name)
+        case ast.Call(name=name) if name in IMAGE_BASELINES:
+            known, value = IMAGE_BASELINES[name].number, node.arguments[0].value
+            assert known is not None
+            number = _number(row, node, value, known.noun, known.low, known.high)
+            return _of_baseline(row, name, number)
         case ast.Call(name="shapes"):
             return _of_shapes(row, node)
         case _:
-            return Picture("gray", level=GRAY_LEVEL)
+            return Picture("gray")
+
+
+def _of_baseline(row: Row, name: str, number: int | None = None) -> Picture:
+    seed = _seed(row) if IMAGE_BASELINES[name].is_random else 0
+    return Picture(name, number=number, seed=seed)
 
 
 def _seed(row: Row) -> int:

@@ -249,6 +249,9 @@ class MeasureDocument(DocumentPart):
     mean_error: float | None = Field(
         default=None, description="categories: mean absolute difference to the right number"
     )
+    statistics: dict[str, float | None] | None = Field(
+        default=None, description="further statistics of the rows' effects, from plugins"
+    )
     null: NullDocument | None = Field(default=None, description="controls, where there are some")
     n: int | None = Field(default=None, description="prompts, where fewer than the cell has")
     effective_n: int | None = Field(
@@ -451,6 +454,8 @@ def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int)
         source=finite_number(found.source_mean[cell]),
         **category,
         **known_fields(
+            statistics={name: finite_number(each[cell]) for name, each in found.further.items()}
+            or None,
             null=_null_document(result, measure, cell),
             n=int(found.n[cell]) if int(found.n[cell]) != n else None,
             effective_n=int(found.units[cell])

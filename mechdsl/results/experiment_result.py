@@ -434,6 +434,7 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 "n": int(found.n[index]),
                 "effective_n": int(found.units[index]),
                 **{key: finite_number(getattr(found, key)[index]) for key in NUMBER_COLUMNS},
+                **{name: finite_number(each[index]) for name, each in found.further.items()},
                 **_null(result, measure, index),
                 "p_at_most": bool(found.floor[index]),
                 "inert": bool(data.inert[index]),

@@ -25,6 +25,7 @@ from mechdsl.statistics.measurements import (
     may_round_differently,
 )
 from mechdsl.vocab.effects import EffectKind
+from mechdsl.vocab.row_statistics import ROW_STATISTICS
 
 _METHODS = {
     "t": "Student's t corrected for skewness, over {over}",
@@ -59,6 +60,10 @@ def statistics_conventions(
     if said:
         found["effect"] = "; ".join(f"{name} = {formula}" for name, formula in said.items())
         found["interval"] = _interval_text(result)
+    for name, entry in ROW_STATISTICS.items():
+        failures = [each.failures[name] for each in result.statistics if name in each.failures]
+        if any(name in each.further for each in result.statistics):
+            found[name] = "; ".join([entry.documentation, *dict.fromkeys(failures)])
     test = next((each.test for each in result.statistics if each.test), None)
     tests = max(each.tests for each in result.statistics)
     if test and tests:

@@ -12,7 +12,8 @@ from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import AxisDoesNotFit
 from mechdsl.diagnostics.syntax import NotSupported
-from mechdsl.images.picture import GRAY_LEVEL, PictureChange
+from mechdsl.images.baselines import GRAY_LEVEL
+from mechdsl.images.picture import PictureChange
 from mechdsl.models.anatomy import has_additive_positions
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec

@@ -49,6 +49,7 @@ from mechdsl.statistics.measurements import (
 )
 from mechdsl.statistics.skewed_t import skewed_t
 from mechdsl.vocab.effects import EFFECTS, EffectKind
+from mechdsl.vocab.row_statistics import ROW_STATISTICS
 
 _HALVINGS = 40
 """Steps of the search for the level at which limits of shares reach 0."""
@@ -241,6 +242,8 @@ def _numbers(
     data, sampling = reorder_rows(data, sampling.order), sampling.ordered
     found = _empty(data.patched.shape[0])
     reasons: list[str | None] = [None] * len(found.mean)
+    further = {name: np.full(len(found.mean), np.nan) for name in ROW_STATISTICS}
+    failures: dict[str, str] = {}
     for block in _unit_blocks(data, effect, sampling):
         cells, rows, n = block.cells, block.rows, block.n
         found.n[cells], found.units[cells] = n, block.sums.held
@@ -253,6 +256,8 @@ def _numbers(
         found.base_mean[cells] = _mean_within(data.base, cells, rows.present)
         found.source_mean[cells] = _mean_within(data.source, cells, rows.present)
         found.rounding[cells] = rounding_bound(data, effect, cells, rows.present)
+        for name, values in further.items():
+            values[cells] = _row_statistic(name, rows, failures)
         zero = _zero_denominators(block, sampling)
         word = sampling.unit_word(block.units)
         for offset, cell in enumerate(cells.tolist()):
@@ -264,7 +269,28 @@ def _numbers(
             reasons[cell] = _reason(data, effect, found, cell, undefined, word, about)
     for values in (found.mean, found.low, found.high, found.base_mean, found.source_mean):
         values[~np.isfinite(values)] = np.nan
-    return replace(found, reasons=tuple(reasons))
+    return replace(found, reasons=tuple(reasons), further=further, failures=failures)
+
+
+def _row_statistic(name: str, rows: EffectParts, failures: dict[str, str]) -> Floats:
+    """Return a statistic of the rows' effects, shape [cell].
+
+    It is NaN for a ratio of means, as no row has one, and for a class that fails, whose exception
+    is noted in `failures`.
+    """
+    entry, found = ROW_STATISTICS[name], np.full(len(rows.present), np.nan)
+    if rows.denominator is not None:
+        failures[name] = f"`{rows.effect.name}` is a ratio of means: no row has one"
+        return found
+    for cell, present in enumerate(rows.present):
+        effects = rows.numerator[cell][present]
+        if len(effects) < entry.min_rows:
+            continue
+        try:
+            found[cell] = float(entry.compute(effects))
+        except Exception as error:
+            failures[name] = f"`compute` failed: {type(error).__name__}: {error}"
+    return found
 
 
 def _inference(

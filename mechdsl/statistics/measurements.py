@@ -9,7 +9,7 @@ p-values over units.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
@@ -128,6 +128,10 @@ class CellStatistics:
     withheld: WithheldReason = ""
     """Why no p is corrected: effects are too skewed to control the level over all cells, or sites
     were selected on the same rows."""
+    further: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
+    """The statistics of `ROW_STATISTICS` by name, shape [cell]; NaN if a cell has none."""
+    failures: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Why a statistic of `ROW_STATISTICS` couldn't be computed in some cell, by name."""
 
     @property
     def tested(self) -> Bools:

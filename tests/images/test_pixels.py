@@ -223,7 +223,7 @@ def test_gray_and_noise() -> None:
 
 def test_gray_is_gray_where_the_middle_is_cropped() -> None:
     how = Processing(None, crop=(8, 6))
-    found = model_input(Picture("gray", level=10).sized((8, 6)), how)
+    found = model_input(Picture("gray", number=10).sized((8, 6)), how)
     assert set(found.ravel()) == {np.float32(10 / 255)}
 
 
@@ -238,7 +238,7 @@ def test_what_is_drawn_hangs_on_all_that_is_said() -> None:
         Picture("shapes", kind="circle", size=(32, 32), seed=5, texture="plain"),
         Picture("noise", size=(32, 32), seed=5),
         Picture("gray"),
-        Picture("gray", level=7),
+        Picture("gray", number=7),
     ]
     assert len({each.content() for each in [plain, *others]}) == 10
     own = render_pixels(plain)
@@ -269,7 +269,7 @@ SHAPES = Picture("shapes", kind="ring", count=2, size=(24, 24), seed=5, colour="
 MASKED = PictureChange("mask", region=Region(box=(1, 1, 4, 5)))
 TOLD: list[Picture] = [
     *(Picture("noise", size=size, seed=seed) for size in ((12, 10), (10, 12)) for seed in (1, 2)),
-    *(Picture("gray", level=level) for level in (0, 40, 128)),
+    *(Picture("gray", number=level) for level in (0, 40, 128)),
     *(Picture("file", digest=digest, said="a.png") for digest in ("ab", "cd")),
     SHAPES,
     *(
@@ -321,6 +321,6 @@ def test_a_blur_is_as_wide_as_it_says(radius: float) -> None:
 @pytest.mark.parametrize("level", [0, 100, 255])
 def test_noise_is_rounded_and_cut_at_the_ends(level: int, seed: int) -> None:
     change = PictureChange("noise", 30.0, seed=seed)
-    found = render_pixels(Picture("gray", level=level, size=(20, 30), changes=(change,)))
+    found = render_pixels(Picture("gray", number=level, size=(20, 30), changes=(change,)))
     drawn = np.random.Generator(np.random.Philox(seed)).standard_normal((20, 30, 3))
     np.testing.assert_array_equal(found, np.rint(np.clip(level + 30 * drawn, 0, 255)))

@@ -1,4 +1,5 @@
-"""A plugin: a rule kind, a metric, a corruption, a direction method and an estimator.
+"""A plugin: a rule kind, a metric, a corruption, a direction method, an estimator, an
+aggregate, a baseline image and a statistic.
 
 Modules that are slow to import (numpy, torch) are imported inside functions, so that `mechdsl
 validate --plugin example` starts without them.
@@ -9,17 +10,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from mechdsl.images.baselines import BaselineNumber, ImageBaseline
 from mechdsl.program.direction_methods import FittedMethod, RowVectors, direction_method
 from mechdsl.program.estimators import GradientEstimator, estimator
+from mechdsl.program.images import image_baseline
 from mechdsl.program.spec import Constant
 from mechdsl.resolve.types import ResolvedRule, VectorBatch
 from mechdsl.rules.kinds import SiteRule, rule_kind
 from mechdsl.syntax import ast
 from mechdsl.syntax.tree_builder import ChangeSignature
+from mechdsl.vocab.aggregates import CellAggregate, aggregate
 from mechdsl.vocab.corruptions import CorruptibleRow, ValueChange, change
 from mechdsl.vocab.metrics import metric
+from mechdsl.vocab.row_statistics import RowStatistic, row_statistic
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from mechdsl.base.arrays import Floats
@@ -96,3 +103,43 @@ class GradientPower(GradientEstimator):
         self, written: Tensor, base: Tensor, gradient: Tensor, options: Mapping[str, int | float]
     ) -> Tensor:
         return gradient.abs().pow(options["power"]).sum(-1)
+
+
+@aggregate("rms")
+class RootMeanSquare(CellAggregate):
+    """`rms(delta, layer 3)`: the root of the mean square of the cells' effects."""
+
+    documentation = "The root of the mean square of the cells' effects."
+
+    def combine(self, values: Floats) -> Floats:
+        return (values**2).mean(1) ** 0.5
+
+
+@image_baseline("bands")
+class Bands(ImageBaseline):
+    """`image bands(8)`: black and white bands of this height in pixels."""
+
+    documentation = "Horizontal bands, black and white in turn."
+    number = BaselineNumber("a height in pixels", 1, 64, default=4, example=8)
+
+    def pixels(self, size: tuple[int, int], number: int, seed: int) -> NDArray[np.uint8]:
+        import numpy as np
+
+        white = np.arange(size[0]) // number % 2 == 1
+        return np.where(white[:, None, None], 255, 0).astype(np.uint8) * np.ones(
+            (1, size[1], 3), np.uint8
+        )
+
+
+@row_statistic("spread")
+class Spread(RowStatistic):
+    """The interquartile range of the rows' effects, as a column of the results."""
+
+    documentation = "interquartile range of the effects of the rows"
+    min_rows = 4
+
+    def compute(self, effects: Floats) -> float:
+        import numpy as np
+
+        low, high = np.quantile(effects, [0.25, 0.75])
+        return high - low

@@ -143,7 +143,7 @@ def test_validate_with_plugin_accepts_the_file_and_without_it_rejects_the_file(
     assert (done.returncode, done.stdout) == (0, "1 file checked: no errors\n"), done.stderr
     done = mechdsl(installed, "validate", "example.mech")
     assert done.returncode == 2
-    for word in ("reverse", "median", "stretch", "centered_logit", "gradient_power"):
+    for word in ("reverse", "median", "stretch", "centered_logit", "gradient_power", "rms"):
         assert f"`{word}`" in done.stderr
 
 
@@ -253,6 +253,144 @@ def test_mistakes_in_an_estimator_of_the_plugin(
     assert done.returncode == 2
     assert message in done.stderr
     assert hint in done.stderr
+
+
+def restored(folder: Path) -> dict[str, Any]:
+    """The experiment `restored` of a run with the plugin, whether or not its expectation holds."""
+    done = mechdsl(folder, "run", "--plugin", "example", "--format", "json", "example.mech")
+    assert done.returncode in (0, 1), done.stderr
+    every = json.loads(done.stdout)["files"][0]["experiments"]
+    return next(each for each in every if each["name"] == "restored")
+
+
+def test_aggregate_of_the_plugin_is_computed_from_the_cells(installed: Path) -> None:
+    found = restored(installed)
+    effects = [cell["measures"][0]["mean"] for cell in found["cells"]]
+    (verdict,) = found["expect"]
+    assert verdict["value"] == pytest.approx(np.sqrt(np.mean(np.square(effects))), rel=1e-6)
+    assert verdict["low"] < verdict["value"] < verdict["high"]
+
+
+def test_changed_aggregate_of_the_plugin_computes_again(installed: Path) -> None:
+    first = restored(installed)["expect"][0]
+    module = installed / "lib" / "mechdsl_example_plugin.py"
+    text = module.read_text("utf-8")
+    module.write_text(text.replace("mean(1) ** 0.5", "mean(1) ** 0.5 * 2"), encoding="utf-8")
+    assert restored(installed)["expect"][0]["value"] == pytest.approx(2 * first["value"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        ("values / undefined", "`combine` of `rms` failed: NameError: name 'undefined'"),
+        ("values", "`combine` of `rms` returned the shape [1, 4] instead of [1]"),
+    ],
+)
+def test_mistakes_in_an_aggregate_of_the_plugin_fail_only_the_expectation(
+    returned: str, reason: str, installed: Path
+) -> None:
+    module = installed / "lib" / "mechdsl_example_plugin.py"
+    text = module.read_text("utf-8")
+    module.write_text(text.replace("(values**2).mean(1) ** 0.5", returned), encoding="utf-8")
+    found = restored(installed)
+    assert len(found["cells"]) == 4
+    (verdict,) = found["expect"]
+    assert not verdict["holds"]
+    assert reason in verdict["reason"]
+
+
+def test_statistic_of_the_plugin_is_computed_from_the_rows(installed: Path) -> None:
+    """`spread` of one added vector, from the differences that hooks on the bare model give."""
+    expected = expected_delta(installed)
+    done = mechdsl(installed, "run", "--plugin", "example", "--format", "json", "example.mech")
+    steered = json.loads(done.stdout)["files"][0]["experiments"][0]
+    low, high = np.quantile(expected, [0.25, 0.75])
+    (measure,) = steered["cells"][0]["measures"]
+    assert measure["statistics"]["spread"] == pytest.approx(high - low, abs=1e-4)
+    assert steered["conventions"]["spread"] == "interquartile range of the effects of the rows"
+    done = mechdsl(installed, "run", "--plugin", "example", "example.mech")
+    header = next(line for line in done.stdout.splitlines() if "95 % interval" in line)
+    assert "spread" in header.split()
+    without = mechdsl(installed, "run", str(ROOT / "examples" / "counting.mech"))
+    assert "spread" not in without.stdout
+
+
+def test_exception_in_a_statistic_leaves_the_other_numbers(installed: Path) -> None:
+    module = installed / "lib" / "mechdsl_example_plugin.py"
+    text = module.read_text("utf-8")
+    module.write_text(text.replace("return high - low", "return undefined"), encoding="utf-8")
+    steered = restored(installed)
+    measure = steered["cells"][0]["measures"][0]
+    assert measure["statistics"] == {"spread": None}
+    assert measure["mean"] is not None
+    assert "`compute` failed: NameError: name 'undefined'" in steered["conventions"]["spread"]
+
+
+IMAGES = """mech 1
+
+model vit = zoo("shapes")
+
+images neutral {
+  image bands(8)
+  answer "circle"
+}
+
+experiment e {
+  images neutral
+  scale resid_post layer 0 at tokens * by 1
+  measure logit(answer) as raw
+}
+"""
+
+
+@pytest.mark.parametrize(("call", "height"), [("bands", 4), ("bands(8)", 8)])
+def test_baseline_image_of_the_plugin_agrees_with_the_bare_model(
+    call: str, height: int, installed: Path
+) -> None:
+    from transformers import AutoModelForImageClassification
+
+    (installed / "bands.mech").write_text(IMAGES.replace("bands(8)", call), encoding="utf-8")
+    done = mechdsl(installed, "run", "--plugin", "example", "--format", "json", "bands.mech")
+    assert done.returncode == 0, done.stderr
+    (experiment,) = json.loads(done.stdout)["files"][0]["experiments"]
+    path = str(ROOT / "mechdsl" / "zoo" / "shapes")
+    model = AutoModelForImageClassification.from_pretrained(path).eval()
+    image = np.zeros((32, 32, 3), np.uint8)
+    for row in range(32):
+        image[row] = 255 * (row // height % 2)
+    with torch.no_grad():
+        pixels = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
+        expected = model(pixels).logits[0, model.config.label2id["circle"]]
+    assert mean_delta(experiment) == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message", "hint"),
+    [
+        ("band", "there is no image called `band`", "did you mean `bands`?"),
+        ("bands(0)", "takes a height in pixels from 1 to 64, not 0", "write one from 1 to 64"),
+        ("bands(2, 3)", "takes one number", "write `bands(8)`, a height in pixels from 1 to 64"),
+    ],
+)
+def test_mistakes_in_a_baseline_image_of_the_plugin(
+    call: str, message: str, hint: str, installed: Path
+) -> None:
+    (installed / "bands.mech").write_text(IMAGES.replace("bands(8)", call), encoding="utf-8")
+    done = mechdsl(installed, "validate", "--plugin", "example", "bands.mech")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert hint in done.stderr
+
+
+def test_exception_in_a_baseline_image_is_an_error_with_its_cause(installed: Path) -> None:
+    (installed / "bands.mech").write_text(IMAGES, encoding="utf-8")
+    module = installed / "lib" / "mechdsl_example_plugin.py"
+    text = module.read_text("utf-8")
+    module.write_text(text.replace("np.arange(size[0])", "undefined"), encoding="utf-8")
+    done = mechdsl(installed, "run", "--plugin", "example", "bands.mech")
+    assert "`pixels` of `bands` failed: NameError: name 'undefined' is not defined" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode != 0
 
 
 def test_other_views_take_the_plugin(installed: Path) -> None:

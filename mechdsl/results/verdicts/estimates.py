@@ -19,6 +19,7 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.statistics.intervals import FLAT_VARIANCE, StudentisedCells, studentised_pivot
 from mechdsl.statistics.measurements import EffectSums, Resamples
 from mechdsl.statistics.skewed_t import SkewedT, skewed_t_of_moves
+from mechdsl.vocab.aggregates import CellAggregate
 
 Operator = Literal["+", "-", "*", "/"]
 
@@ -63,7 +64,48 @@ class CombinedNumbers:
     right: SmoothNumber
 
 
-SmoothNumber: TypeAlias = FixedNumber | WeightedCells | CombinedNumbers
+@dataclass(frozen=True, eq=False)
+class CombinedCells:
+    """An aggregate of cells' effects that is neither a weighted sum nor an extreme cell."""
+
+    sums: EffectSums
+    method: CellAggregate
+
+
+SmoothNumber: TypeAlias = FixedNumber | WeightedCells | CombinedCells | CombinedNumbers
+
+
+def combine_cells(method: CellAggregate, values: Floats) -> Floats:
+    """Return the aggregates, shape [resample], of effects of shape [resample, cell].
+
+    Raises NoNumber if the class fails or returns an array of another shape.
+    """
+    return _checked(method, "combine", values, values.shape[:1])
+
+
+def cell_slopes(method: CellAggregate, values: Floats) -> Floats:
+    """Return the partial derivatives by each cell, shape [resample, cell].
+
+    Raises NoNumber as `combine_cells` does.
+    """
+    return _checked(method, "slope", values, values.shape)
+
+
+def _checked(
+    method: CellAggregate,
+    function: Literal["combine", "slope"],
+    values: Floats,
+    shape: tuple[int, ...],
+) -> Floats:
+    try:
+        found = np.asarray(getattr(method, function)(values.copy()), dtype=np.float64)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise NoNumber(f"`{function}` of `{method.name}` failed: {said}") from error
+    if found.shape != shape:
+        sizes = f"the shape {list(found.shape)} instead of {list(shape)}"
+        raise NoNumber(f"`{function}` of `{method.name}` returned {sizes}")
+    return found
 
 
 def evaluate_resamples(number: SmoothNumber, weights: Floats) -> tuple[Floats, Floats]:
@@ -81,6 +123,12 @@ def evaluate_resamples(number: SmoothNumber, weights: Floats) -> tuple[Floats, F
             values = (weights @ sums.top.T) / scale
             weight = np.broadcast_to(share / scale, values.shape)
             return values @ share, weight @ sums.top - _weighted_sum(weight * values, sums.bottom)
+        case CombinedCells(sums, method):
+            scale = weights @ sums.bottom.T
+            values = (weights @ sums.top.T) / scale
+            weight = cell_slopes(method, values) / scale
+            influence = weight @ sums.top - _weighted_sum(weight * values, sums.bottom)
+            return combine_cells(method, values), influence
         case CombinedNumbers():
             one, by_one = evaluate_resamples(number.left, weights)
             two, by_two = evaluate_resamples(number.right, weights)
@@ -115,7 +163,7 @@ def is_linear(number: SmoothNumber) -> bool:
             | CombinedNumbers("*", FixedNumber(), left)
         ):
             return is_linear(left)
-        case CombinedNumbers():
+        case CombinedNumbers() | CombinedCells():
             return False
         case _:
             return True

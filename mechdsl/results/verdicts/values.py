@@ -25,8 +25,8 @@ from mechdsl.checks.conditions import (
     Accuracy,
     Area,
     Arithmetic,
-    CellAggregate,
     CellSelection,
+    CellValue,
     ConditionValue,
     ConstantValue,
     Correlation,
@@ -37,6 +37,7 @@ from mechdsl.program.significance import MIN_UNITS
 from mechdsl.program.spec import PROMPTS_AXIS
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.verdicts.estimates import (
+    CombinedCells,
     Estimate,
     FixedNumber,
     IntervalFunction,
@@ -45,6 +46,8 @@ from mechdsl.results.verdicts.estimates import (
     WeightedCells,
     absolute_estimate,
     auroc,
+    cell_slopes,
+    combine_cells,
     combine_estimates,
     constant_estimate,
     exact_interval,
@@ -69,6 +72,7 @@ from mechdsl.statistics.measurements import (
     effect_parts,
     find_units,
 )
+from mechdsl.vocab.aggregates import AGGREGATES
 from mechdsl.vocab.effects import EFFECTS
 
 
@@ -262,10 +266,10 @@ class CellSelector:
         self.result = result
         self.others = others
 
-    def of(self, value: CellAggregate | Area | Ranking) -> SelectedCells:
+    def of(self, value: CellValue | Area | Ranking) -> SelectedCells:
         """Return the named cells that have a value; NoNumber if there are none."""
         result = self.result
-        if isinstance(value, CellAggregate) and value.experiment is not None:
+        if isinstance(value, CellValue) and value.experiment is not None:
             result = self.other(value.experiment)
         found = select_value_cells(result, value.measure, value.where)
         if not len(found):
@@ -275,7 +279,7 @@ class CellSelector:
             if missing is not None:
                 raise NotComputed(f"not computed ({missing.code}): {missing.reason}")
             raise NoNumber((reasons[cells[0]] if cells else None) or "no such cell")
-        if isinstance(value, CellAggregate) and value.how in ("cell", "only") and len(found) > 1:
+        if isinstance(value, CellValue) and not value.aggregate and len(found) > 1:
             raise NoNumber(f"{len(found)} cells are meant, not one")
         return SelectedCells(result, value.measure, found)
 
@@ -499,7 +503,7 @@ class ValueReader:
                 return self.area(value)
             case Ranking():
                 return self.ranking(value, confidence)
-            case CellAggregate():
+            case CellValue():
                 return self.of_cells(value, confidence)
 
     def ended(self, estimate: Estimate, confidence: float) -> Estimate:
@@ -523,25 +527,32 @@ class ValueReader:
             low, high = corrected.interval(confidence, MIN_UNITS)
         return replace(estimate, low=float(low[0]), high=float(high[0]))
 
-    def of_cells(self, value: CellAggregate, confidence: float) -> Estimate:
+    def of_cells(self, value: CellValue, confidence: float) -> Estimate:
         of = self.cells.of(value)
+        method = AGGREGATES[value.aggregate or "mean"]
+        if len(of.cells) < method.min_cells:
+            raise NoNumber(f"{count_noun(len(of.cells), 'cell')}, and it needs {method.min_cells}")
         sums, rounding = self.space.sums(of), rounding_bounds(of)
         means = of.result.statistics[of.measure].mean[of.cells]
         spread = of.result.measures[of.measure].spread
         if spread != "rows":
-            over = {"max": np.max, "min": np.min}.get(value.how, np.mean)
-            point = float(over(means))
+            point = float(combine_cells(method, means[None])[0])
             return (
                 constant_estimate(point)
                 if spread == "none"
                 else Estimate(point, why=NO_INTERVAL_REASONS[spread])
             )
         about = Estimate(math.nan, as_in_base=has_base_run_bounds(of.result, of.measure))
-        if value.how not in ("max", "min"):
+        if value.aggregate in ("", "mean"):
             share = np.full(len(of.cells), 1 / len(of.cells))
             about = replace(about, point=float(means.mean()), rounding=float(rounding.mean()))
             return replace(about, smooth=WeightedCells(sums, share, self.limits(of, sums, share)))
-        largest = value.how == "max"
+        if not method.extreme:
+            point = float(combine_cells(method, means[None])[0])
+            slope = cell_slopes(method, means[None])[0]
+            about = replace(about, point=point, rounding=float(np.abs(slope) @ rounding))
+            return replace(about, smooth=CombinedCells(sums, method))
+        largest = method.extreme == "largest"
         point = float(means.max() if largest else means.min())
         about = replace(about, point=point, rounding=float(rounding.max()), why=self.space.too_few)
         if about.why:
@@ -706,8 +717,8 @@ def _is_smooth(value: ConditionValue) -> bool:
     match value:
         case ConstantValue() | Area():
             return True
-        case CellAggregate():
-            return value.how not in ("max", "min")
+        case CellValue():
+            return not value.aggregate or not AGGREGATES[value.aggregate].extreme
         case Arithmetic():
             return _is_smooth(value.left) and _is_smooth(value.right)
         case _:

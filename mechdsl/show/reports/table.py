@@ -258,6 +258,12 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         Column(result.measures[measure].called, [mean for mean, _ in shown], True),
         Column(f"{confidence:g} % interval", [interval for _, interval in shown], True),
     ]
+    columns += [
+        Column(
+            name, [write(value) if np.isfinite(value) else MISSING for value in each[order]], True
+        )
+        for name, each in found.further.items()
+    ]
     if band is not None:
         columns.append(Column("null", null_texts(band, found, order, write), True))
         if np.isfinite(band.p[order]).any():

@@ -1,0 +1,118 @@
+"""Registry of aggregates: functions of the selected cells' effects, such as `mean` in `expect`.
+
+An aggregate is one class under `aggregate`. A module outside the package adds one with such a
+class, when it is imported before a file is checked: then `expect rms(delta, layer 3) > 0.1` is
+valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+
+from mechdsl.base.records import Registry
+from mechdsl.syntax.words import name_problem
+
+if TYPE_CHECKING:
+    from mechdsl.base.arrays import Floats
+
+
+class CellAggregate:
+    """A number computed from the mean effects of several cells.
+
+    The interval of a smooth aggregate is that of a mean: bootstrap-t, with the aggregate's slope
+    in each cell. An aggregate is smooth if a small change of a cell changes it in proportion, as
+    in a mean or a root of squares, but not in a largest value or a count above a threshold.
+    """
+
+    name: ClassVar[str]
+    documentation: ClassVar[str]
+    """Description for the language reference."""
+    extreme: ClassVar[Literal["", "largest", "smallest"]] = ""
+    """For the value of one leading cell: which one. It has simultaneous bounds."""
+    min_cells: ClassVar[int] = 1
+    """Fewest cells that it is defined for."""
+
+    def combine(self, values: Floats) -> Floats:
+        """Return the aggregates, shape [resample], of effects of shape [resample, cell]."""
+        raise NotImplementedError
+
+    def slope(self, values: Floats) -> Floats:
+        """Return the partial derivatives of `combine` by each cell, shape [resample, cell].
+
+        The default are central differences, with two calls of `combine` per cell.
+        """
+        import numpy as np
+
+        found = np.empty(values.shape)
+        spread = np.abs(values).max(1, keepdims=True)
+        step = 1e-6 * np.where(spread > 0, spread, 1.0)
+        for cell in range(values.shape[1]):
+            moved = values.copy()
+            moved[:, cell] += step[:, 0]
+            above = self.combine(moved)
+            moved[:, cell] -= 2 * step[:, 0]
+            found[:, cell] = (above - self.combine(moved)) / (2 * step[:, 0])
+        return found
+
+
+AGGREGATES: Registry[CellAggregate] = Registry("aggregate")
+
+AggregateT = TypeVar("AggregateT", bound=CellAggregate)
+
+_OTHER_FUNCTIONS = ("abs", "auc", "auroc", "accuracy", "spearman", "pearson", "argmax", "argmin")
+
+
+def expectation_functions() -> tuple[str, ...]:
+    """Return the names of all functions of expectations."""
+    return (*AGGREGATES, *_OTHER_FUNCTIONS)
+
+
+def aggregate(name: str) -> Callable[[type[AggregateT]], type[AggregateT]]:
+    """Register a subclass of `CellAggregate` as the function `name` of expectations.
+
+    Raises ValueError or TypeError for a class that can't be used.
+    """
+    return AGGREGATES.class_decorator(name, _class_problem)
+
+
+def _class_problem(name: str, entry: type[CellAggregate]) -> str | None:
+    """Return the reason that a class can't be registered."""
+    wrong = name_problem(name)
+    if wrong is not None:
+        return wrong
+    if name in _OTHER_FUNCTIONS:
+        return "its name is a function of the language"
+    if not isinstance(getattr(entry, "documentation", None), str):
+        return "`documentation` must be a text"
+    if type(entry.min_cells) is not int or entry.min_cells < 1:
+        return f"`min_cells` must be a whole number of at least 1, not {entry.min_cells!r}"
+    if entry.combine is CellAggregate.combine:
+        return "it has no `combine(self, values)`"
+    return None
+
+
+@aggregate("max")
+class Largest(CellAggregate):
+    documentation = "The largest effect of the cells."
+    extreme = "largest"
+
+    def combine(self, values: Floats) -> Floats:
+        return values.max(1)
+
+
+@aggregate("min")
+class Smallest(CellAggregate):
+    documentation = "The smallest effect of the cells."
+    extreme = "smallest"
+
+    def combine(self, values: Floats) -> Floats:
+        return values.min(1)
+
+
+@aggregate("mean")
+class Mean(CellAggregate):
+    documentation = "The mean effect of the cells."
+
+    def combine(self, values: Floats) -> Floats:
+        return values.mean(1)
