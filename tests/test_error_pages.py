@@ -152,6 +152,8 @@ def _shell(script: str, folder: Path, mechdsl: cli.Command) -> str:
     }
     said = ""
     limited = "ulimit" in script
+    if limited:  # a limit on file sizes would truncate bytecode files for all later imports
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
     for ours, lines in groupby(
         script.splitlines(keepends=True), lambda line: line[:8] == "mechdsl " and not limited
     ):
