@@ -175,9 +175,9 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
     ),
     PlanPass(
         name="cache",
-        leaves_out="in each step of `generate`: all tokens except the newest, work on a prompt that "
-        "cells share, and duplicate rows; for rows with equal completions so far, the blocks below "
-        "the rules",
+        leaves_out="in each step of `generate`: all tokens except the newest, work on a prompt "
+        "that cells share, and duplicate rows; for rows with equal completions so far, the blocks "
+        "below the rules",
         why="keys and values of earlier tokens don't change during generation, and a block depends "
         "only on the blocks below it",
         does="while a model writes, keys and values are kept, and only newest tokens are computed",
