@@ -97,7 +97,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
 PLAN_PASSES: tuple[PlanPass, ...] = (
     PlanPass(
         name="inert",
-        leaves_out="rows that can't differ from the base run, by structure",
+        leaves_out="rows that structurally can't differ from the base run",
         why="every vector that they write equals the base run's, or no measure can depend on it; "
         "the test uses tokens and positions, never floats",
         does="rows that can't differ from the base run are not run",
