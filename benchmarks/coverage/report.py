@@ -60,8 +60,8 @@ def markdown(outcomes: Sequence[Outcome], sentences: Sequence[str], seed: int) -
     """The section of `docs/statistics.md`."""
     head = (
         f"{date.today().isoformat()}, seed {seed}; Python {platform.python_version()}, "
-        f"numpy {np.__version__}, scipy {scipy.__version__}. Per cent of the repetitions, with the "
-        f"{SURE:g} % interval of that figure; *none*: repetitions in which nothing is printed."
+        f"numpy {np.__version__}, scipy {scipy.__version__}. Percentages of repetitions with their "
+        f"{SURE:g} % intervals; *none*: repetitions in which mechdsl prints nothing."
     )
     parts = [head]
     for group, members in groupby(outcomes, lambda each: each.setting.group):

@@ -87,7 +87,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     GraphPass(
         name="stop_early",
         leaves_out="blocks of a source run above the highest site that is read",
-        why="a block computes from those below it alone",
+        why="a block depends only on the blocks below it",
         does="an unpatched run that is only read stops above the highest read",
         shown=PanelWork.stop_early,
         apply=stop_early,
@@ -97,17 +97,18 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
 PLAN_PASSES: tuple[PlanPass, ...] = (
     PlanPass(
         name="inert",
-        leaves_out="rows that can't differ from the base run, by structure",
-        why="all that they write is equal to what stands there, or out of sight of all that is "
-        "measured; tokens and positions say so, never floats",
+        leaves_out="rows that structurally can't differ from the base run",
+        why="every vector that they write equals the base run's, or no measure can depend on it; "
+        "the test uses tokens and positions, never floats",
         does="rows that can't differ from the base run are not run",
         shown=PanelWork.leave_inert_out,
         apply=lambda plan: replace(plan, skips_inert=True),
     ),
     PlanPass(
         name="share",
-        leaves_out="rows that are equal, in one experiment or in several",
-        why="they start from the same run of the same prompt and write the same to the same places",
+        leaves_out="duplicate rows, within and across experiments",
+        why="they start from the same run of the same prompt and write the same vectors to the "
+        "same positions",
         does="rows that several cells or experiments have in common are run once",
         shown=PanelWork.share,
         apply=lambda plan: replace(plan, shares_rows=True),
@@ -115,7 +116,7 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
     PlanPass(
         name="resume",
         leaves_out="blocks below a row's lowest write",
-        why="what enters them is what enters them on the unpatched run, so what leaves them is too",
+        why="their inputs equal those of the unpatched run, so their outputs do too",
         does="a row starts at its lowest write, with what the unpatched run had there",
         shown=lambda tally: tally.restart(resume=True),
         apply=lambda plan: replace(plan, shortcuts=replace(plan.shortcuts, resume=True)),
@@ -123,8 +124,8 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
     ),
     PlanPass(
         name="prefix",
-        leaves_out="tokens before its leftmost write",
-        why="in a causal model no token sees a later one; in others nothing is left out",
+        leaves_out="tokens before a row's leftmost write",
+        why="in a causal model no token sees a later one; in other models no token is skipped",
         does="it computes its leftmost write and what follows, on keys and values that are kept",
         shown=lambda tally: tally.restart(prefix=True),
         apply=lambda plan: replace(plan, shortcuts=replace(plan.shortcuts, prefix=True)),
@@ -132,11 +133,11 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
     ),
     PlanPass(
         name="inside",
-        leaves_out="of the block where it joins: queries, keys and values of tokens that still "
-        "enter unchanged; attention before a write of `z`, attention and MLP before a write of "
-        "`mlp_out`, and so on",
-        why="only attention mixes tokens, so the rest of a block changes at changed tokens alone, "
-        "and what a write replaces is not needed",
+        leaves_out="in a row's first block: queries, keys and values of unchanged tokens, and "
+        "components before the write, such as attention before `z`, or attention and MLP before "
+        "`mlp_out`",
+        why="only attention mixes tokens, so the rest of a block changes only at changed tokens; "
+        "values that a write replaces aren't needed",
         does="it starts inside that block, and projects queries, keys, values only of changes",
         shown=lambda tally: tally.restart(inside=True),
         apply=lambda plan: replace(plan, shortcuts=replace(plan.shortcuts, inside=True)),
@@ -144,10 +145,10 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
     ),
     PlanPass(
         name="last",
-        leaves_out="tokens behind the last one that a measure reads, and in the last block all "
-        "that none reads",
-        why="in a causal model no token that is read sees them, nor, behind the last attention, in "
-        "any model",
+        leaves_out="tokens after the last token that a measure reads, and unread tokens in the "
+        "last block",
+        why="in a causal model no token that is read sees later tokens; after the last attention, "
+        "no token sees another in any model",
         does="nothing is computed that no measure reads: in the last block few tokens, behind the "
         "last one read none",
         shown=lambda tally: tally.restart(last=True),
@@ -156,17 +157,17 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
     ),
     PlanPass(
         name="unembed",
-        leaves_out="logits of tokens that no metric names; `prob`, `kl`, `entropy` and other "
-        "metrics with a softmax get all",
-        why="a logit is a product with its own row of the unembedding",
+        leaves_out="logits of tokens that no metric names; metrics with a softmax, such as `prob`, "
+        "`kl` and `entropy`, need all logits",
+        why="each logit depends only on one row of the unembedding",
         does="only the logits that metrics read are computed, where they need no softmax",
         shown=PanelWork.narrow,
         apply=lambda plan: replace(plan, narrows_logits=True),
     ),
     PlanPass(
         name="join",
-        leaves_out="passes: rows of all layers, sites, rules and experiments ride in one",
-        why="only attention mixes tokens, and its masks keep rows apart",
+        leaves_out="separate passes: rows of all layers, sites, rules and experiments share a pass",
+        why="only attention mixes tokens, and its masks separate rows",
         does="rows of all layers, sites, rules and experiments ride in one pass, and join it where "
         "they start",
         shown=PanelWork.join,
@@ -174,11 +175,11 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
     ),
     PlanPass(
         name="cache",
-        leaves_out="all tokens but the newest, in each step of `generate`; what cells have in "
-        "common of a prompt; rows that are equal so far; of rows that wrote the same, the blocks "
-        "below what acts on them",
-        why="keys and values of earlier tokens don't change while later ones are written, and what "
-        "enters a block hangs on the blocks below it alone",
+        leaves_out="in each step of `generate`: all tokens except the newest, work on a prompt "
+        "that cells share, and duplicate rows; for rows with equal completions so far, the blocks "
+        "below the rules",
+        why="keys and values of earlier tokens don't change during generation, and a block depends "
+        "only on the blocks below it",
         does="while a model writes, keys and values are kept, and only newest tokens are computed",
         shown=PanelWork.keep_tokens,
         of_replies=True,

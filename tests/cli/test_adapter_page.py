@@ -15,7 +15,7 @@ from .conftest import Command
 
 PAGE = Path(__file__).parents[2] / "docs" / "own-models.md"
 RUN = "mechdsl run twos.mech"
-HEADINGS = ("A LoRA adapter", "A model that a function makes")
+HEADINGS = ("Use a LoRA adapter", "Build a model in a function")
 
 
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:

@@ -15,7 +15,7 @@ from mechdsl.planner.plan import Plan
 from .support import DELTA, FROM, HEAD, experiment, resolved
 
 DOCS = Path(__file__).parents[2] / "docs" / "planner.md"
-HEADING = "| pass | what it leaves out | why results stay |\n|---|---|---|\n"
+HEADING = "| pass | skipped work | why results don't change |\n|---|---|---|\n"
 
 
 def switches(plan: Plan) -> dict[str, Any]:

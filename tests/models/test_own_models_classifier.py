@@ -25,7 +25,7 @@ def test_from_a_state_dict_to_a_table(
     names: dict[str, object] = {}
     printed = ""
     for fence in fences(PAGE.read_text(encoding="utf-8")):
-        if fence.heading != "A classifier":
+        if fence.heading != "Use a classifier":
             continue
         if fence.file is not None:
             Path(fence.file).write_text(fence.content, encoding="utf-8")

@@ -25,16 +25,16 @@ from ..quick import some
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "own-models.md"
 KINDS = {
-    "4. The table": True,
-    "Attention alone": True,
-    "Bidirectional": True,
-    "Without norms": True,
-    "Attention by hand": False,
+    "4. Run the experiment": True,
+    "Use an attention-only model": True,
+    "Use a bidirectional model": True,
+    "Use a model without norms": True,
+    "Keep custom attention code": False,
 }
 """Heading → whether attention is seen."""
-ELSEWHERE = ("A classifier", "A LoRA adapter", "A model that a function makes")
+ELSEWHERE = ("Use a classifier", "Use a LoRA adapter", "Build a model in a function")
 """What has tests of its own: `test_own_models_classifier.py`, `test_adapter_page.py`."""
-VARIANTS = ("Attention alone", "Bidirectional", "Without norms")
+VARIANTS = ("Use an attention-only model", "Use a bidirectional model", "Use a model without norms")
 """Sections that train again; the others have all kinds of blocks."""
 WORDS = ["[MASK]", "|", *"abcdefgh"]
 
