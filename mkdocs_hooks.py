@@ -1,8 +1,8 @@
 """MkDocs hooks: pages generated at build time, and Markdown as GitHub reads it.
 
 The site has pages for files outside `docs/` that the documentation links to: each example, the
-changelog, the benchmarks. Links between Markdown files stay relative to the repository, so that they
-work on GitHub and on the site.
+changelog, the benchmarks. Links between Markdown files stay relative to the repository, so that
+they work on GitHub and on the site.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ LANGUAGES = {
 _LINK = re.compile(r"\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"^ *(`{3,}|~{3,})")
 _FILE_FENCE = re.compile(r"^( *`{3,})(\w+) (?:(add) )?(\S+)$")
+_BARE_FENCE = re.compile(r"^ *`{3,}$")
+_MECH = re.compile(r"(?:mech \d|(?:experiment|prompts|images|direction|group|model|metric) \S)")
+_CODE = re.compile(r"`[^`]+`")
 _ITEM = re.compile(r"^(?:[-*+]|\d+\.) ")
 
 
@@ -143,7 +146,7 @@ def example_index() -> str:
     lines = [
         "# Examples",
         "",
-        "The package contains these files. `mechdsl examples` copies them into a folder, with their",
+        "The package contains these files. `mechdsl examples` copies them into a folder with their",
         "data. [Published experiments](../systems.md) lists the files of `systems`, each with its",
         "claim and result.",
         "",
@@ -198,8 +201,9 @@ def rewrite_links(line: str, path: str, page: str) -> str:
 def convert(text: str, path: str, page: str) -> str:
     """Return Markdown that Python-Markdown reads as GitHub reads `text`.
 
-    The name of a file after a fence's language becomes the title of the block, and a list may follow
-    its paragraph without a blank line.
+    The name of a file after a fence's language becomes the title of the block, a list may follow
+    its paragraph without a blank line, and code in a table may have an escaped `|`. An unlabelled
+    block that begins with a statement of the language is highlighted as such.
     """
     lines: list[str] = []
     in_list = False
@@ -213,9 +217,13 @@ def convert(text: str, path: str, page: str) -> str:
             in_list = False
         if is_prose:
             line = rewrite_links(line, path, page)
+            if line.startswith("|"):
+                line = _CODE.sub(lambda code: code[0].replace(r"\|", "|"), line)
         elif found := _FILE_FENCE.match(line):
             title = f"{found[4]}, appended" if found[3] else found[4]
             line = f'{found[1]}{found[2]} title="{title}"'
+        elif _MECH.match(line) and _BARE_FENCE.match(above):
+            lines[-1] = f"{above}mech"
         lines.append(line)
     return "\n".join(lines) + "\n"
 

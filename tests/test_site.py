@@ -75,6 +75,9 @@ def test_example_index_lists_every_example_with_a_page() -> None:
         ("[c](../CHANGELOG.md#x)\n", "[c](changelog.md#x)\n"),
         ("[e](../examples/ioi.mech)\n", "[e](examples/ioi.mech.md)\n"),
         ("```text\n[e](../README.md)\n```\n", "```text\n[e](../README.md)\n```\n"),
+        ("| `a \\| b` | c \\| d |\n", "| `a | b` | c \\| d |\n"),
+        ("```\nexperiment e {\n}\n```\n", "```mech\nexperiment e {\n}\n```\n"),
+        ("```\nmechdsl run\n```\n", "```\nmechdsl run\n```\n"),
         ("[e](https://example.org/a)\n", "[e](https://example.org/a)\n"),
     ],
 )

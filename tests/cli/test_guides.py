@@ -1,5 +1,5 @@
-"""README.md, docs/tutorial.md, docs/cookbook.md and other guides: their files and commands run, as a
-reader would run them, and print what the page shows.
+"""README.md, docs/tutorial.md, docs/cookbook.md and other guides: their files and commands run, as
+a reader would run them, and print what the page shows.
 
 Fences are read so: `mech FILE` is a file, `mech add FILE` goes to its end; lines of `sh` are
 commands; `text` is a part of what the last one printed; `python` and the steps of `yaml` run too.
@@ -190,7 +190,7 @@ def test_readme_picture_is_the_one_its_file_draws(command: Command, update: bool
     with Image.open("heads.png") as picture:
         drawn = picture.convert("RGB")
     if update:
-        drawn.quantize(64).save(PICTURE, optimize=True)
+        drawn.quantize(256).save(PICTURE, optimize=True)
     with Image.open(PICTURE) as picture:
         shown = picture.convert("RGB")
     assert shown.size == drawn.size
