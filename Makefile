@@ -47,7 +47,7 @@ lint: $(VENV)/.stamp-test
 test: $(VENV)/.stamp-test
 	$(ENVIRONMENT) $(BIN)/python $(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.stamp-test
+test-all: $(VENV)/.stamp-test $(VENV)/.stamp-docs
 	$(ENVIRONMENT) $(BIN)/python $(PYTEST)
 
 $(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
