@@ -100,9 +100,9 @@ def source_page(path: str) -> str:
     files = [
         file
         for file in sorted(target.rglob("*"))
-        if file.suffix in LANGUAGES and "__pycache__" not in file.parts
+        if file.suffix in LANGUAGES and file.stat().st_size and "__pycache__" not in file.parts
     ]
-    parts = [f"## {file.relative_to(target)}\n\n{code_block(file)}" for file in files]
+    parts = [f"## `{file.relative_to(target)}`\n\n{code_block(file)}" for file in files]
     return "\n".join([f"# {target.name}\n\n`{path}`\n", *parts])
 
 
@@ -138,7 +138,7 @@ def first_comment(path: Path) -> str:
         elif comments:
             break
     text = " ".join(comments).partition("  ")[0]
-    return re.split(r"(?<=[.?!])\s", text, maxsplit=1)[0].replace("|", "\\|")
+    return re.split(r"(?<=[.?!])(?<! al\.)\s", text, maxsplit=1)[0].replace("|", "\\|")
 
 
 def example_index() -> str:
@@ -246,4 +246,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Convert the Markdown of a page."""
     uri = page.file.src_uri
     path = _generated[uri][0] if uri in _generated else f"docs/{uri}"
-    return convert(markdown, path, uri)
+    text = convert(markdown, path, uri)
+    for folder, name in (("errors", "Errors and warnings"), ("examples", "Examples")):
+        index = f"{folder}/index.md"
+        if uri.startswith(f"{folder}/") and uri != index:
+            up = os.path.relpath(index, posixpath.dirname(uri))
+            text = f"{text}\nBack to [{name}]({up}).\n"
+    return text
