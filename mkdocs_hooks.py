@@ -247,6 +247,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     uri = page.file.src_uri
     path = _generated[uri][0] if uri in _generated else f"docs/{uri}"
     text = convert(markdown, path, uri)
+    if uri.startswith(("examples/", "source/")):
+        page.meta["search"] = {"boost": 0.1}  # guides come first in search results
     for folder, name in (("errors", "Errors and warnings"), ("examples", "Examples")):
         index = f"{folder}/index.md"
         if uri.startswith(f"{folder}/") and uri != index:
