@@ -17,7 +17,7 @@ OLDEST_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
 # Of benchmarks/run.py, for example `make bench BENCH_ARGS="--work W1 --write"`.
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all test-oldest lint families language editors systems bench dist clean
+.PHONY: demo test test-all test-oldest lint docs families language editors systems bench dist clean
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/mechdsl run examples/counting.mech
@@ -47,7 +47,7 @@ lint: $(VENV)/.stamp-test
 test: $(VENV)/.stamp-test
 	$(ENVIRONMENT) $(BIN)/python $(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.stamp-test
+test-all: $(VENV)/.stamp-test $(VENV)/.stamp-docs
 	$(ENVIRONMENT) $(BIN)/python $(PYTEST)
 
 $(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
@@ -59,6 +59,15 @@ $(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST)/.stamp-test
 	$(ENVIRONMENT) $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS)
 	$(OLDEST)/bin/mechdsl run examples/counting.mech
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+# The documentation site in build/site; a warning, such as a broken link, fails the build.
+docs: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo 'Built build/site; read it with: $(BIN)/python -m http.server -d build/site'
 
 # Every architecture of tests/families against the reference; writes docs/models.md.
 families: $(VENV)/.stamp-test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.chart import CHART, RESULTS, bars, draw
 from benchmarks.data import make
 from benchmarks.measure import CLOSE, EXPERT, REFERENCE
 from benchmarks.tools.names import TOOLS
@@ -54,3 +56,15 @@ def test_expert_loop_gives_the_values_of_the_plain_loop(name: str, tmp_path: Pat
     assert np.isfinite(plain).all()
     assert np.nanstd(plain) > 100 * CLOSE
     np.testing.assert_allclose(expert, plain, rtol=0, atol=CLOSE)
+
+
+def test_chart_and_readme_state_the_stored_results() -> None:
+    results = RESULTS.read_text(encoding="utf-8")
+    assert CHART.read_text(encoding="utf-8") == draw(results), "run `python -m benchmarks.chart`"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    seconds = {bar.name: bar.seconds for bar in bars(results)}
+    assert f"mechdsl {seconds['mechdsl']}" in readme
+    assert f"TransformerLens {seconds['TransformerLens']}" in readme
+    ratios = [float(n) for n in re.findall(r"([\d.]+)× the fastest other library", results)]
+    assert f"In\nthe {len(ratios)} sweeps".replace("6", "six") in readme
+    assert f"{min(ratios)} to {max(ratios)} times as fast as the fastest other library" in readme
