@@ -150,13 +150,13 @@ def page(found: Sequence[Walked], rows: Mapping[str, Architecture | Refused]) ->
     taken = [walked for walked in found if not walked.refused]
     by_kind = {kind: [walked for walked in taken if walked.kind == kind] for kind in KINDS}
     whole = sum(bool(walked.whole) for walked in taken)
-    counts = ", ".join(f"{len(each)} {kind}" for kind, each in by_kind.items())
+    *most, last = (f"{len(each)} {kind}" for kind, each in by_kind.items())
     refused = [walked for walked in found if walked.refused]
     opened = sum(walked.opened for walked in taken)
     parts = [
         INTRO,
-        f"The page lists {counts}. Of these {len(taken)}, {whole} need full forward passes, and "
-        f"{opened} have editable attention edges. mechdsl rejects {len(refused)} more. A suffix "
+        f"The page lists {', '.join(most)} and {last}. Of these {len(taken)}, {whole} need full "
+        f"forward passes, and {opened} support rules on attention edges. mechdsl rejects {len(refused)} more. A suffix "
         f"after `/` marks a variant of an architecture. Tested with torch {version('torch')} and "
         f"transformers {version('transformers')}.\n",
     ]

@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "language.md"
 INTRO = """\
 # Language reference
 
-Use this page to look up every construct that mechdsl runs. `mechdsl explain WORD` prints the rows
+Use this page to look up a construct of the language. `mechdsl explain WORD` prints the rows
 whose example contains a word:
 
 ```sh
@@ -43,7 +43,8 @@ subspaces, `feature` sites, more estimators, circuits, search, and images in pro
 
 These terms and rules apply throughout the page:
 
-- The **base run** is the run that rules act on. The **source run** is the run that they read.
+- The **base run** is the run that rules act on. The **source run** is the run that
+  they read from.
 - A **row** is one prompt or image. A **cell** is one combination of the values of all axes.
 - A singular word sweeps and a plural word joins: `layer 0..2` is one run per layer, and
   `layers 0..2` is one run with all three layers. Ranges include both ends.
@@ -637,7 +638,7 @@ def sections() -> list[Section]:
         ),
         Section(
             "Results of other experiments",
-            "`top n of EXPERIMENT` in place of a site or of tokens.",
+            "Use `top n of EXPERIMENT` in place of a site or a token.",
             tuple(of_group("onward")),
         ),
         Section("Experiments", "All other lines of an experiment.", tuple(of_group("experiment"))),
