@@ -204,8 +204,8 @@ class GradientInput(_GradientTimesChange):
     documentation = (
         "Estimates the effect of each cell to first order, without running the cells. The "
         "estimate is the difference between written and base value, times the gradient of the "
-        "metric in the base run. It is summed over the vectors of a cell. `delta`, `recovery` and `relative` are "
-        "labelled as estimates. With `ablate … with zero`, it is minus gradient × input; with "
+        "metric in the base run. It is summed over the vectors of a cell. `delta`, `recovery` and "
+        "`relative` are labelled as estimates. With `ablate … with zero`, it is minus gradient × input; with "
         "`patch`, it is attribution patching. The base run determines where the gradient is "
         "taken. On images, `patch embed at each token of image` with `from neutral into scenes` "
         "is minus gradient × (input − neutral) at the image. With `from scenes into neutral`, it "
@@ -264,8 +264,8 @@ class IntegratedGradients(_GradientTimesChange):
     documentation = (
         "Estimates the effect like `gradient_input`, but with a mean gradient. It averages over "
         "the midpoints of this number of steps (32 by default) on the straight line from the base "
-        "value to the written value. All cells of one site and layer move together, so their estimates sum "
-        "to their joint effect, up to the error of the steps. `onto`, `into layer` and overlapping "
+        "value to the written value. All cells of one site and layer move together, so their "
+        "estimates sum to their joint effect, up to the error of the steps. `onto`, `into layer` and overlapping "
         "positions are therefore rejected (E0608). Each step, site and layer needs one forward "
         "and one backward pass."
     )

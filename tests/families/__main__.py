@@ -156,8 +156,8 @@ def page(found: Sequence[Walked], rows: Mapping[str, Architecture | Refused]) ->
     parts = [
         INTRO,
         f"The page lists {', '.join(most)} and {last}. Of these {len(taken)}, {whole} need full "
-        f"forward passes, and {opened} support rules on attention edges. mechdsl rejects {len(refused)} more. A suffix "
-        f"after `/` marks a variant of an architecture. Tested with torch {version('torch')} and "
+        f"forward passes, and {opened} support rules on attention edges. mechdsl "
+        f"rejects {len(refused)} more. A suffix after `/` marks a variant of an architecture. Tested with torch {version('torch')} and "
         f"transformers {version('transformers')}.\n",
     ]
     head = ("architecture", "sites", "edges", "planner passes", "checks", "largest difference")

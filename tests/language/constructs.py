@@ -214,11 +214,12 @@ _file(
     "`path SENDER -> ends at POSITIONS` patches the edges to all of these receivers at once. "
     "If the group contains other receivers and the end of the model (`logits` or "
     "`final_norm`), each unpatched edge carries the value that its node computes in that run. "
-    "The receivers read their input with all else held, components after them are recomputed, "
-    "and the sender's own change of the final residual stream is added. The other receivers "
-    "must be in the attention of one layer or in one MLP, and all senders must precede them. "
-    "`through mlps` and `with frozen norms` aren't allowed (E0334). Models with norms after "
-    "the sums, such as BERT, aren't supported (E0108). Each row is a full forward pass.",
+    "The receivers read their input with all else held, and components after them are "
+    "recomputed. The sender's own change of the final residual stream is added. The other "
+    "receivers must be in the attention of one layer or in one MLP, and all senders must "
+    "precede them. `through mlps` and `with frozen norms` aren't allowed (E0334). Models with "
+    "norms after the sums, such as BERT, aren't supported (E0108). Each row is a full forward "
+    "pass.",
     "tests/rules/test_paths_to_end.py",
     "Conmy et al. 2023, arXiv 2304.14997; Goldowsky-Dill et al. 2023, arXiv 2304.05969",
 )
@@ -413,10 +414,10 @@ _prompts(
 _prompts(
     "rows of a data set of the hub",
     'rows hf_dataset("facts", split: "train")',
-    "One split of a dataset on the local disk. The dataset is a folder written by "
-    "`save_to_disk` of the `datasets` package, a folder of files, or the name of a snapshot in "
-    "the Hugging Face cache. `config:` and `revision:` select a version. mechdsl downloads "
-    "nothing. Arrow and Parquet need `pip install 'mechdsl[frames]'`.",
+    "One split of a dataset on the local disk. The dataset is a folder of files, a folder "
+    "written by `save_to_disk` (`datasets` package), or the name of a snapshot in the Hugging "
+    "Face cache. `config:` and `revision:` select a version. mechdsl downloads nothing. Arrow "
+    "and Parquet need `pip install 'mechdsl[frames]'`.",
     "tests/data/test_hub_datasets.py",
 )
 _prompts(
@@ -563,7 +564,7 @@ _answer_position(
     "answer tokens",
     "The tokens, after the prompt, of the text that a measure reads; also `answer token`, "
     "`first token of answer + 1` and `each token of answer`. A measure with several texts runs "
-    "a separate forward pass for each text, and `answer` refers to the tokens of that text. "
+    "a separate forward pass for each text. There, `answer` refers to the tokens of that text. "
     "All runs have the same text after the prompt, so a patch copies each of its tokens to the "
     "same token. Means and resampling use rows with their own texts. If a prompt has a span "
     "named `answer`, the span takes precedence.",
@@ -936,8 +937,8 @@ _rule(
     "path … with frozen norms",
     "path layer * head * -> logits at last token with frozen norms",
     "In the pass with patched senders, every norm divides by its value in the base run. Direct "
-    "effects are then linear: the effects of senders that sum to the stream sum too (before a "
-    "cap on logits). If `through mlps` is present, this clause follows it.",
+    "effects are then linear: the effects of senders add up if the senders add up to the "
+    "stream (before a cap on logits). If `through mlps` is present, this clause follows it.",
     "Elhage et al. 2021 (transformer-circuits.pub/2021/framework)",
     "tests/rules/test_paths_beside.py",
 )
@@ -1221,8 +1222,8 @@ _rule(
 _rule(
     "observe singular_values",
     "observe singular_values(ov) at layer 0 head * top 5 as sizes",
-    "The largest singular values of a head's W_V W_O, or of its W_Q W_Kᵀ (`qk`), along an axis "
-    "`value` that starts at 1. Gains of norms are folded in.",
+    "The largest singular values of a head's W_V W_O, or of its W_Q W_Kᵀ (`qk`). The axis "
+    "`value` starts at 1. Gains of norms are folded in.",
     "Millidge and Black 2022, “The singular value decompositions of transformer weight matrices "
     "are highly interpretable”",
     _WEIGHTS_IN_FILES,
@@ -1416,7 +1417,7 @@ _experiment(
 _experiment(
     "a run with rules",
     "run healed { from fewer into clean  patch resid_post layer 1 at last token }",
-    "Defines a run by rules, within the experiment. Use its name wherever a run is named: "
+    "Defines a run with rules, within the experiment. Use its name wherever a run is named: "
     "`from healed into clean`, `from clean into healed`, `patch … with healed`, `kl(healed)`, "
     "`accuracy(healed)`, `mean of healed`, `observe … of healed`, `save … of healed`. Its "
     "rules form one cell and act in one forward pass; without `from`, they act on the clean "
@@ -1847,8 +1848,9 @@ _image(
     "A part of each image as a span. `object tokens` are the patches with at least one pixel, "
     "as the model receives it, of which half or more lies in the region. For generated shapes, "
     "`mask` is the area of the shapes. Otherwise, a column contains a box `[left, top, right, "
-    "bottom]` in pixels of the file, a list of boxes, or the path of an image of the same size "
-    "that is black outside the region. Regions are resized and cropped with the image.",
+    "bottom]` in pixels of the file, a list of boxes, or the path of a mask. A mask is an "
+    "image of the same size that is black outside the region. Regions are resized and cropped "
+    "with the image.",
     "tests/images/test_regions.py",
 )
 _image(
@@ -2012,9 +2014,9 @@ _on_image(
     "observe random embed at each token of image as chance",
     "A uniform random number between 0 and 1 per row and position: an uninformative map and a "
     "random order of tokens. It depends on the seed, the observed image or text, and the "
-    "position, so observe the images themselves, not a baseline image that all rows share. "
-    "`random(20)` draws twenty along an axis `draw`, for random sets of patches: `for d in "
-    "1..20 { replace top 8 of chance(draw: d) tokens with gray }`.",
+    "position. Therefore, observe the images themselves, not a baseline image that all rows "
+    "share. `random(20)` draws twenty along an axis `draw`, for random sets of patches: `for d "
+    "in 1..20 { replace top 8 of chance(draw: d) tokens with gray }`.",
     OWN,
     _MAPS,
 )
