@@ -160,12 +160,13 @@ class Gradient(GradientEstimator):
 
     example = "using gradient"
     documentation = (
-        "Computes, without running the cells, the L2 norm of the metric's gradient with respect "
-        "to all vectors of a cell, in the base run. It measures the sensitivity of the metric, not "
-        "the effect of the rule, so it needs `as raw` and has no p. A cell is one site of one "
-        "layer, with joined positions and heads if any; the rule is `patch` or `ablate`. One "
-        "forward pass, and one backward pass per measure, serve all cells. Metrics without a "
-        "gradient (`rank`, `correct`, replies, Python functions) are rejected (E0608)."
+        "Computes, without running the cells, the L2 norm of the metric's gradient with "
+        "respect to all vectors of a cell, in the base run. It measures the sensitivity of the "
+        "metric, not the effect of the rule, so it needs `as raw` and has no p. A cell is one "
+        "site of one layer, with joined positions and heads if any; the rule is `patch` or "
+        "`ablate`. One forward pass, and one backward pass per measure, serve all cells. "
+        "Metrics without a gradient (`rank`, `correct`, replies, Python functions) are "
+        "rejected (E0608)."
     )
     source = "Simonyan et al. 2014, arXiv 1312.6034"
     convention = (
@@ -204,12 +205,12 @@ class GradientInput(_GradientTimesChange):
     documentation = (
         "Estimates the effect of each cell to first order, without running the cells. The "
         "estimate is the difference between written and base value, times the gradient of the "
-        "metric in the base run. It is summed over the vectors of a cell. `delta`, `recovery` and "
-        "`relative` are labelled as estimates. With `ablate … with zero`, it is minus gradient × input; with "
-        "`patch`, it is attribution patching. The base run determines where the gradient is "
-        "taken. On images, `patch embed at each token of image` with `from neutral into scenes` "
-        "is minus gradient × (input − neutral) at the image. With `from scenes into neutral`, it "
-        "is gradient × (input − neutral) at the neutral image."
+        "metric in the base run. It is summed over the vectors of a cell. `delta`, `recovery` "
+        "and `relative` are labelled as estimates. With `ablate … with zero`, it is minus "
+        "gradient × input; with `patch`, it is attribution patching. The base run determines "
+        "where the gradient is taken. On images, `patch embed at each token of image` with "
+        "`from neutral into scenes` is minus gradient × (input − neutral) at the image. With "
+        "`from scenes into neutral`, it is gradient × (input − neutral) at the neutral image."
     )
     source = "Shrikumar et al. 2016, arXiv 1605.01713; Nanda 2023, Attribution patching"
     convention = (
@@ -228,11 +229,12 @@ class GradientAttention(GradientEstimator):
         "gradient_attention"
     )
     documentation = (
-        "Computes attention weight × gradient of the metric in the base run, without running the "
-        "cells or blocking an edge. Negative products count as 0. The value of a cell is the mean "
-        "over heads and queries, summed over keys and layers. It is not an effect, so it needs "
-        "`as raw` and has no p. On images, `from cls token to each token of image` gives one map "
-        "per layer. One forward pass, and one backward pass per measure, serve all cells."
+        "Computes attention weight × gradient of the metric in the base run, without running "
+        "the cells or blocking an edge. Negative products count as 0. The value of a cell is "
+        "the mean over heads and queries, summed over keys and layers. It is not an effect, so "
+        "it needs `as raw` and has no p. On images, `from cls token to each token of image` "
+        "gives one map per layer. One forward pass, and one backward pass per measure, serve "
+        "all cells."
     )
     source = "Chefer et al. 2021, arXiv 2103.15679, equation 5"
     convention = (
@@ -262,12 +264,12 @@ class IntegratedGradients(_GradientTimesChange):
 
     example = "using integrated_gradients(steps: 16)"
     documentation = (
-        "Estimates the effect like `gradient_input`, but with a mean gradient. It averages over "
-        "the midpoints of this number of steps (32 by default) on the straight line from the base "
-        "value to the written value. All cells of one site and layer move together, so their "
-        "estimates sum to their joint effect, up to the error of the steps. `onto`, `into layer` and overlapping "
-        "positions are therefore rejected (E0608). Each step, site and layer needs one forward "
-        "and one backward pass."
+        "Estimates the effect like `gradient_input`, but with a mean gradient. It averages "
+        "over the midpoints of this number of steps (32 by default) on the straight line from "
+        "the base value to the written value. All cells of one site and layer move together, "
+        "so their estimates sum to their joint effect, up to the error of the steps. `onto`, "
+        "`into layer` and overlapping positions are therefore rejected (E0608). Each step, "
+        "site and layer needs one forward and one backward pass."
     )
     source = "Sundararajan et al. 2017, arXiv 1703.01365"
     convention = (

@@ -157,8 +157,8 @@ def page(found: Sequence[Walked], rows: Mapping[str, Architecture | Refused]) ->
         INTRO,
         f"The page lists {', '.join(most)} and {last}. Of these {len(taken)}, {whole} need full "
         f"forward passes, and {opened} support rules on attention edges. mechdsl "
-        f"rejects {len(refused)} more. A suffix after `/` marks a variant of an architecture. Tested with torch {version('torch')} and "
-        f"transformers {version('transformers')}.\n",
+        f"rejects {len(refused)} more. A suffix after `/` marks a variant of an architecture. "
+        f"Tested with torch {version('torch')} and transformers {version('transformers')}.\n",
     ]
     head = ("architecture", "sites", "edges", "planner passes", "checks", "largest difference")
     for kind, each in by_kind.items():
