@@ -183,9 +183,9 @@ class _Finder:
     def _whole(self) -> str:
         """Return the reason that rows can't start at a middle block."""
         if self.hybrid:
-            return "some of its blocks don't attend, and what they carry on isn't kept"
+            return "some of its blocks don't use attention, and mechdsl doesn't cache their state"
         if any(last_name(path) == "indexer" for path in self.within(self.block_path(0))):
-            return "an indexer picks the tokens that are attended to"
+            return "an indexer selects the tokens to attend to"
         return self.family.whole(self.shape.config)
 
     def _checked(self, blocks: Sequence[BlockAnatomy]) -> Sequence[BlockAnatomy]:

@@ -150,12 +150,13 @@ class Gradient(GradientEstimator):
 
     example = "using gradient"
     documentation = (
-        "No cell is run: of each cell the length (L2) of the metric's gradient by all vectors "
-        "that its rule names, in the base run. It says how fast the metric changes there, and is "
-        "no effect of what the rule would write: `as raw` only, without p. A cell is one site of "
-        "one layer, its positions and heads may be joined; rules are `patch` and `ablate`. One "
-        "pass forward and, for each measure, one back are enough for all cells. What has no "
-        "gradient (`rank`, `correct`, replies, functions of Python) is refused (E0608)."
+        "Computes, without running the cells, the L2 norm of the metric's gradient with "
+        "respect to all vectors of a cell, in the base run. It measures the sensitivity of the "
+        "metric, not the effect of the rule, so it needs `as raw` and has no p. A cell is one "
+        "site of one layer, with joined positions and heads if any; the rule is `patch` or "
+        "`ablate`. One forward pass, and one backward pass per measure, serve all cells. "
+        "Metrics without a gradient (`rank`, `correct`, replies, Python functions) are "
+        "rejected (E0608)."
     )
     source = "Simonyan et al. 2014, arXiv 1312.6034"
     convention = (
@@ -192,14 +193,14 @@ class GradientInput(_GradientTimesChange):
 
     example = "using gradient_input"
     documentation = (
-        "No cell is run: to first order, what the rule writes less what is there in the base "
-        "run, times the gradient of the metric there, summed over the vectors of a cell. "
-        "`delta`, `recovery` and `relative` are estimates, and are called so. With `ablate … "
-        "with zero` it is minus gradient × input; with `patch` it is attribution patching. The "
-        "base run says where the gradient is taken: on images, `patch embed at each token of "
-        "image` with `from neutral into scenes` is minus gradient × (input − neutral) at the "
-        "image itself; with `from scenes into neutral` it is gradient × (input − neutral) at the "
-        "neutral image."
+        "Estimates the effect of each cell to first order, without running the cells. The "
+        "estimate is the difference between written and base value, times the gradient of the "
+        "metric in the base run. It is summed over the vectors of a cell. `delta`, `recovery` "
+        "and `relative` are labelled as estimates. With `ablate … with zero`, it is minus "
+        "gradient × input; with `patch`, it is attribution patching. The base run determines "
+        "where the gradient is taken. On images, `patch embed at each token of image` with "
+        "`from neutral into scenes` is minus gradient × (input − neutral) at the image. With "
+        "`from scenes into neutral`, it is gradient × (input − neutral) at the neutral image."
     )
     source = "Shrikumar et al. 2016, arXiv 1605.01713; Nanda 2023, Attribution patching"
     convention = (
@@ -218,11 +219,11 @@ class GradientAttention(GradientEstimator):
         "gradient_attention"
     )
     documentation = (
-        "No cell is run, and no edge blocked: of each cell the weights of attention that the "
-        "rule names, each times the gradient of the metric by it and 0 where that is negative, "
-        "averaged over heads and queries, added up over keys and layers, in the base run. No "
-        "effect: `as raw` only, without p. On images, `from cls token to each token of image` is "
-        "a map of each layer. One pass forward and, for each measure, one back are enough for "
+        "Computes attention weight × gradient of the metric in the base run, without running "
+        "the cells or blocking an edge. Negative products count as 0. The value of a cell is "
+        "the mean over heads and queries, summed over keys and layers. It is not an effect, so "
+        "it needs `as raw` and has no p. On images, `from cls token to each token of image` "
+        "gives one map per layer. One forward pass, and one backward pass per measure, serve "
         "all cells."
     )
     source = "Chefer et al. 2021, arXiv 2103.15679, equation 5"
@@ -253,12 +254,12 @@ class IntegratedGradients(_GradientTimesChange):
 
     example = "using integrated_gradients(steps: 16)"
     documentation = (
-        "The same with the mean gradient at the midpoints of so many steps (32 where it doesn't "
-        "say) along the straight line from what is there in the base run to what is written. All "
-        "cells of one site and layer move together, so that their estimates add up to the effect "
-        "of all of them at once, but for the error of the steps; so not `onto`, not `into "
-        "layer`, no positions that overlap (E0608). One pass forward and one back for each step, "
-        "site and layer."
+        "Estimates the effect like `gradient_input`, but with a mean gradient. It averages "
+        "over the midpoints of this number of steps (32 by default) on the straight line from "
+        "the base value to the written value. All cells of one site and layer move together, "
+        "so their estimates sum to their joint effect, up to the error of the steps. `onto`, "
+        "`into layer` and overlapping positions are therefore rejected (E0608). Each step, "
+        "site and layer needs one forward and one backward pass."
     )
     source = "Sundararajan et al. 2017, arXiv 1703.01365"
     convention = (

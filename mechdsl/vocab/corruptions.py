@@ -205,7 +205,7 @@ class SetChange(ValueChange[ast.ValueDef]):
 
     name = "set"
     usage = "count = count - 1"
-    meaning = "a value is another one; what is derived from it follows"
+    meaning = "assigns another value; values derived from it change with it"
 
     def writes(self, change: ast.ValueDef) -> tuple[ast.Name, ...]:
         return change.names
@@ -221,8 +221,8 @@ SET = CHANGES.add(SetChange.name, SetChange())
 class SwapChange(ValueChange[ast.ChangeLine]):
     usage = "swap count, number"
     meaning = (
-        "two values change places; of images also two regions, each a box: what lies in one is "
-        "resized to the other (bilinear)"
+        "exchanges two values; for images, also two regions, each a box, with their contents "
+        "resized to fit (bilinear)"
     )
     signature = ChangeSignature((ast.Name, ast.Name))
 
@@ -234,7 +234,7 @@ class SwapChange(ValueChange[ast.ChangeLine]):
 @change("template")
 class TemplateChange(ValueChange[ast.ChangeLine]):
     usage = 'template "{fruits}"'
-    meaning = "the same values in another text"
+    meaning = "inserts the same values into another template"
     signature = ChangeSignature((ast.String,))
 
     def templates(self, change: ast.ChangeLine) -> tuple[ast.String, ...]:
@@ -248,8 +248,8 @@ class TemplateChange(ValueChange[ast.ChangeLine]):
 class BlurChange(ImageChange):
     usage = "blur image radius 8"
     meaning = (
-        "an image, or a region of it, is blurred, with a Gaussian of this radius, in pixels of the "
-        "file; rows are images"
+        "blurs an image or a region with a Gaussian of this radius, in pixels of the file; the "
+        "rows must be images"
     )
     signature = ChangeSignature((ast.Name,), either=True, needs=("radius",))
     of = "blur"
@@ -263,9 +263,10 @@ class BlurChange(ImageChange):
 class MaskChange(ImageChange):
     usage = "mask object"
     meaning = (
-        "a region of an image, or all of it (`mask image`), is gray: 128 of 255; "
-        "`mask image row 3..5 col 2..4 tokens` is of patches, as is `blur` or `noise` of them: of "
-        "the image as the model gets it, with a radius in its pixels, behind all other changes"
+        "makes a region of an image, or the whole image (`mask image`), gray: 128 of 255. "
+        "`mask image row 3..5 col 2..4 tokens` masks patches of the image as the model receives "
+        "it, after all other changes; `blur` and `noise` accept patches too, with a radius in "
+        "pixels of that image"
     )
     signature = ChangeSignature((ast.Name,), either=True)
     of = "mask"
@@ -275,8 +276,8 @@ class MaskChange(ImageChange):
 class NoiseChange(ImageChange):
     usage = "noise image by 40"
     meaning = (
-        "noise is added to each number of each pixel of an image or a region: normal, of this "
-        "standard deviation of 255, drawn for each row"
+        "adds normal noise with this standard deviation of 255 to each channel of each pixel of an "
+        "image or a region, drawn for each row"
     )
     signature = ChangeSignature((ast.Name,), either=True, needs=("by",))
     of = "noise"
@@ -293,8 +294,8 @@ class NoiseChange(ImageChange):
 class ReplaceChange(TokenChange):
     usage = 'replace item tokens with "thing"'
     meaning = (
-        "the text of these tokens is another one: a span that is named becomes it once, "
-        "`fruits tokens` as a whole, `item tokens` every item"
+        "replaces the text of these tokens: `fruits tokens` replaces the whole span once, "
+        "`item tokens` every item"
     )
     signature = ChangeSignature(tokens=True, needs=("given",))
 
@@ -325,7 +326,7 @@ class NoiseSettings:
 @change("add")
 class AddChange(ActivationChange):
     usage = "add gaussian(std: 3 sd) to embed at fruits tokens"
-    meaning = "noise is added to an activation; the text, or the image, stays"
+    meaning = "adds noise to an activation and leaves the text or image unchanged"
     signature = ChangeSignature((ast.Call,), needs=("to", "at"))
 
     def refusals(self, change: ast.ChangeLine, parameters: Parameters) -> list[Diagnostic]:
@@ -421,7 +422,7 @@ GAUSSIAN = NOISES.add(
     NoiseKind(
         name="gaussian",
         usage="gaussian(std: 3 sd, samples: 10)",
-        meaning="independent normal noise on every dimension",
+        meaning="independent normal noise in every dimension",
         standard=lambda generator, shape: generator.standard_normal(shape),
     ),
 )

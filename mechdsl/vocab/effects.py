@@ -86,7 +86,7 @@ RAW = _effect(
 TOTAL = _effect(
     EffectKind(
         name="total",
-        meaning="what separates the two runs, without any intervention",
+        meaning="the difference between the two runs, without an intervention",
         formula="m(source) − m(base)",
         numerator=lambda patched, base, source: source - base,
         of_intervention=False,
@@ -98,7 +98,7 @@ TOTAL = _effect(
 DELTA = _effect(
     EffectKind(
         name="delta",
-        meaning="what the intervention changes",
+        meaning="the change caused by the intervention",
         formula="m(patched) − m(base)",
         numerator=lambda patched, base, source: patched - base,
         zero="base run",
@@ -108,7 +108,7 @@ DELTA = _effect(
 RECOVERY = _effect(
     EffectKind(
         name="recovery",
-        meaning="what part of the way from the base to the source run the intervention goes",
+        meaning="the share of the difference between base and source run that the rules restore",
         formula="(m(patched) − m(base)) / (m(source) − m(base)), of the means",
         numerator=lambda patched, base, source: patched - base,
         denominator=lambda patched, base, source: source - base,
@@ -123,7 +123,7 @@ RECOVERY = _effect(
 RELATIVE = _effect(
     EffectKind(
         name="relative",
-        meaning="what the intervention changes, as a part of the base run's value",
+        meaning="the change caused by the intervention, relative to the base run's value",
         formula="(m(patched) − m(base)) / |m(base)|, of the means",
         numerator=lambda patched, base, source: patched - base,
         denominator=lambda patched, base, source: base,

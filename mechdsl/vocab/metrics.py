@@ -136,7 +136,7 @@ def logit(logits: Tensor, target: Tensor) -> Tensor:
 
 @metric("prob", takes="target", unit="probability")
 def prob(logits: Tensor, target: Tensor) -> Tensor:
-    """The probability of a token, under the softmax over the whole vocabulary.
+    """The probability of a token under the softmax over the whole vocabulary.
 
     logits: [row, vocab], at the measured position
     target: [row], token ids
@@ -148,7 +148,7 @@ def prob(logits: Tensor, target: Tensor) -> Tensor:
 
 @metric("rank", takes="target", unit="rank")
 def rank(logits: Tensor, target: Tensor) -> Tensor:
-    """The rank of a token, 1 is the best; tokens that tie share the better rank.
+    """The rank of a token; 1 is the best, and tied tokens share the better rank.
 
     logits: [row, vocab], at the measured position
     target: [row], token ids
@@ -160,7 +160,7 @@ def rank(logits: Tensor, target: Tensor) -> Tensor:
 
 @metric("correct", takes="target", unit="share", default="answer")
 def correct(logits: Tensor, target: Tensor) -> Tensor:
-    """Whether the most likely token is this one (`correct` alone: the answer).
+    """Whether this token is the most likely one; `correct` alone uses the answer.
 
     logits: [row, vocab], at the measured position
     target: [row], token ids
@@ -180,7 +180,7 @@ def _of_sets(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 @metric("prob", takes="any", unit="probability")
 def prob_of_any(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The probability that one of several tokens comes next; equal ones count once.
+    """The probability that one of several tokens is next; equal tokens count once.
 
     logits: [row, vocab], at the measured position
     ids: [row, token], the different tokens of each row, padded
@@ -193,7 +193,7 @@ def prob_of_any(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 @metric("rank", takes="any", unit="rank")
 def rank_of_any(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The rank of the best of several tokens, 1 is the best.
+    """The rank of the best of several tokens; 1 is the best.
 
     logits: [row, vocab], at the measured position
     ids: [row, token], the tokens of each row, padded
@@ -218,7 +218,7 @@ def correct_of_any(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 @metric("logprob", takes="any", unit="nat")
 def logprob_of_any(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The log of the probability that one of several tokens comes next; equal ones count once.
+    """The log probability that one of several tokens is next; equal tokens count once.
 
     logits: [row, vocab], at the measured position
     ids: [row, token], the different tokens of each row, padded
@@ -249,7 +249,7 @@ def logprob(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 @metric("expected", takes="numerals", unit="count", narrow=True)
 def expected(logits: Tensor, ids: Tensor, mask: Tensor, values: Tensor) -> Tensor:
-    """The mean number under the distribution restricted to the numerals.
+    """The expected number under the distribution restricted to the numerals.
 
     logits: [row, vocab], at the measured position
     ids: [row, numeral], token ids of the numerals of each row, spelt as in the answer, padded
@@ -277,7 +277,7 @@ def argmax(logits: Tensor, ids: Tensor, mask: Tensor, values: Tensor) -> Tensor:
 
 @metric("prob", takes="numerals", unit="probability")
 def prob_of_numerals(logits: Tensor, ids: Tensor, mask: Tensor, values: Tensor) -> Tensor:
-    """The probability of all numerals of the range together, out of the whole vocabulary.
+    """The total probability of the numerals in a range, under the softmax over the vocabulary.
 
     logits: [row, vocab], at the measured position
     ids: [row, numeral], token ids of the numerals of each row, spelt as in the answer, padded
@@ -325,7 +325,7 @@ def js(logits: Tensor, reference: Tensor) -> Tensor:
 
 @metric("output", takes="nothing", unit="number")
 def output(logits: Tensor) -> Tensor:
-    """The number that a regression model gives.
+    """The output of a regression model.
 
     logits: [row, 1]
     returns: [row], in the unit that the model was trained on
@@ -348,7 +348,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 @metric("top_margin", takes="nothing", unit="logit", logits=2)
 def top_margin(logits: Tensor) -> Tensor:
-    """How far the best token's logit is above that of the second best.
+    """The difference between the two largest logits.
 
     logits: [row, vocab], at the measured position
     returns: [row], at least 0; infinite where there is one token only that isn't excluded
@@ -359,7 +359,7 @@ def top_margin(logits: Tensor) -> Tensor:
 
 @metric("loss", takes="prompt", unit="nat")
 def loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The mean negative log-likelihood of the prompt's tokens; the first counts behind a BOS.
+    """The mean negative log-likelihood of the prompt; its first token counts only after a BOS.
 
     Each is predicted from what stands before it: the first one from the special token in front of
     the text, and where the tokenizer puts none there, nothing predicts it and it isn't counted. So
@@ -377,7 +377,7 @@ def loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 @metric("loss", takes="own", unit="nat")
 def loss_of_token(logits: Tensor, target: Tensor) -> Tensor:
-    """The negative log-likelihood of the token that stands at the measure's own `at`.
+    """The negative log-likelihood of the token at the measure's position.
 
     logits: [row, vocab], in front of the token, where it is predicted
     target: [row], the ids of the tokens, those of each run's own text
@@ -388,7 +388,7 @@ def loss_of_token(logits: Tensor, target: Tensor) -> Tensor:
 
 @metric("cosine", takes="activations", unit="cosine")
 def cosine(activations: Tensor, reference: Tensor) -> Tensor:
-    """The cosine of an activation with that of another run, at the measure's own `at`.
+    """The cosine similarity of an activation in two runs, at the measure's position.
 
     activations: [row, position, width], of this run
     reference: [row, position, width], of the named run
@@ -403,7 +403,7 @@ def cosine(activations: Tensor, reference: Tensor) -> Tensor:
 
 @metric("loss", takes="class", unit="nat")
 def loss_of_class(logits: Tensor, target: Tensor) -> Tensor:
-    """The cross-entropy of a label, as it is trained on.
+    """The cross-entropy of a label, as in training.
 
     logits: [row, label]
     target: [row], numbers of labels
@@ -414,7 +414,7 @@ def loss_of_class(logits: Tensor, target: Tensor) -> Tensor:
 
 @metric("score", takes="class", unit="logit", narrow=True)
 def score(logits: Tensor, target: Tensor) -> Tensor:
-    """How well a text fits an image, of a model with a tower for each.
+    """The similarity score of an image and a text, from a model with an encoder for each.
 
     logits: [row, text], the model's own `logits_per_image`: cosines times its scale, plus its bias
         if it has one
@@ -427,7 +427,7 @@ def score(logits: Tensor, target: Tensor) -> Tensor:
 
 @metric("output", takes="class", unit="number", narrow=True)
 def output_of_class(logits: Tensor, target: Tensor) -> Tensor:
-    """One of the numbers that a regression model gives.
+    """One of several outputs of a regression model.
 
     logits: [row, output]
     target: [row], numbers of outputs
@@ -438,7 +438,7 @@ def output_of_class(logits: Tensor, target: Tensor) -> Tensor:
 
 @metric("prob", takes="label", unit="probability")
 def prob_of_label(logits: Tensor, target: Tensor) -> Tensor:
-    """The probability of a label that holds or not by itself (multi-label): a sigmoid.
+    """The probability of an independent label (multi-label), a sigmoid.
 
     logits: [row, label]
     target: [row], numbers of labels
@@ -449,7 +449,7 @@ def prob_of_label(logits: Tensor, target: Tensor) -> Tensor:
 
 @metric("correct", takes="label", unit="share", default="answer")
 def correct_of_label(logits: Tensor, target: Tensor) -> Tensor:
-    """Whether a label that holds or not by itself is more likely than not.
+    """Whether an independent label has a probability above 0.5.
 
     logits: [row, label]
     target: [row], numbers of labels
@@ -460,7 +460,7 @@ def correct_of_label(logits: Tensor, target: Tensor) -> Tensor:
 
 @metric("logprob", takes="label", unit="nat")
 def logprob_of_label(logits: Tensor, target: Tensor) -> Tensor:
-    """The log probability of a label that holds or not by itself.
+    """The log probability of an independent label.
 
     logits: [row, label]
     target: [row], numbers of labels
@@ -472,7 +472,7 @@ def logprob_of_label(logits: Tensor, target: Tensor) -> Tensor:
 
 @metric("loss", takes="label", unit="nat")
 def loss_of_label(logits: Tensor, target: Tensor) -> Tensor:
-    """The binary cross-entropy of a label that holds.
+    """The binary cross-entropy of an independent label that is true.
 
     logits: [row, label]
     target: [row], numbers of labels
@@ -486,7 +486,7 @@ def loss_of_label(logits: Tensor, target: Tensor) -> Tensor:
 
 @metric("attention", takes="observation", unit="share of attention", narrow=True)
 def attention(weights: Tensor) -> Tensor:
-    """The weight that the keys of an `observe attention` line get together.
+    """The total weight on the keys of an `observe attention` line.
 
     weights: [row], averaged over the queries, heads and layers that are joined
     returns: [row], 0..1
@@ -522,7 +522,7 @@ _NUMBER = re.compile(r"(?:(?<![\w.,)])-)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\
 
 @metric("exact_match", takes="reply", unit="share", default="answer")
 def exact_match(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
-    """Whether the reply is this text, or one of these, white space at its ends aside.
+    """Whether the reply equals one of these texts, ignoring surrounding white space.
 
     replies, wanted: [row]
     returns: [row], 1.0 or 0.0; its mean is the accuracy
@@ -536,7 +536,7 @@ def exact_match(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
 
 @metric("contains", takes="reply", unit="share")
 def contains(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
-    """Whether one of these texts stands in the reply, letter by letter.
+    """Whether the reply contains one of these texts, letter for letter.
 
     replies, wanted: [row]
     returns: [row], 1.0 or 0.0
@@ -550,7 +550,7 @@ def contains(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
 
 @metric("matches", takes="reply", unit="share")
 def matches(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
-    """Whether the regular expression is found in the reply, as Python's `re.search` does.
+    """Whether the reply contains a match of the regular expression, as in Python's `re.search`.
 
     replies, wanted: [row], of `wanted` the pattern
     returns: [row], 1.0 or 0.0
@@ -620,7 +620,7 @@ def reply_number(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]
 
 @metric("length", takes="reply", unit="token")
 def reply_length(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
-    """How many tokens the reply has, without what ended it.
+    """The number of tokens in the reply, without the end token or stop text.
 
     replies: [row]. wanted: [row] (not used)
     returns: [row], from 0 to the number behind `generate`

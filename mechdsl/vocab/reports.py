@@ -124,7 +124,7 @@ _report(
 _report(
     ReportKind(
         name="heatmap",
-        meaning="the effect over two axes",
+        meaning="the effect along two axes",
         example="report heatmap layer by head",
         module="mechdsl.show.reports.heatmap",
         signature=ReportSignature(variable=ReportWord(), by=ReportWord(), to=CHART_FILES),
@@ -157,7 +157,7 @@ _report(
 _report(
     ReportKind(
         name="json",
-        meaning="the experiment as in `run --format json`",
+        meaning="the experiment in the format of `run --format json`",
         example='report json to "cells.json"',
         module="mechdsl.show.reports.files",
         signature=ReportSignature(to=OutputFile((".json",))),
@@ -189,7 +189,7 @@ _report(
 _report(
     ReportKind(
         name="confusion",
-        meaning="how often each category is found for each value of an axis or of the prompts",
+        meaning="the frequency of each category for each value of an axis or of the prompts",
         example="report confusion item by argmax",
         module="mechdsl.show.reports.confusion",
         signature=ReportSignature(
@@ -202,8 +202,8 @@ _report(
 _report(
     ReportKind(
         name="overlay",
-        meaning="the effect at each token, on the tokens of the first prompts; at each patch, on "
-        "the first images",
+        meaning="the effect at each token of the first prompts, or at each patch of the first "
+        "images, drawn over the text or image",
         example="report overlay top 5",
         module="mechdsl.show.reports.overlay",
         signature=ReportSignature(by=None, top=True, to=OutputFile((".html", ".svg", ".png"))),
@@ -216,8 +216,8 @@ _report(
 _report(
     ReportKind(
         name="texts",
-        meaning="what rows wrote behind the first prompts: the base run and each cell, with what "
-        "differs marked; an experiment that asks for nothing else needs no `measure`",
+        meaning="the replies to the first prompts in the base run and in each cell, with "
+        "differences marked; an experiment that reports only texts needs no `measure`",
         example="report texts top 5",
         module="mechdsl.show.reports.texts",
         signature=ReportSignature(by=None, top=True, to=OutputFile((".html", ".txt"))),

@@ -106,8 +106,8 @@ site(
     "embedding",
     "outside",
     0,
-    "what the token embedding, or the patch projection of an image, returns, before position "
-    "embeddings; a class or register token of an image is as the embedding returns it",
+    "the output of the token embedding, or of the patch projection of an image, before position "
+    "embeddings; class and register tokens of an image are as the embedding returns them",
 )
 
 site(
@@ -120,7 +120,7 @@ site(
     "the residual stream that enters the block",
 )
 
-site("attn_norm", _LAYER, "d_model", "inside", "norm", 20, "what attention reads, after its norm")
+site("attn_norm", _LAYER, "d_model", "inside", "norm", 20, "the input of attention, after its norm")
 
 site(
     "q",
@@ -175,11 +175,13 @@ site(
     "inside",
     "weight",
     40,
-    "attention before softmax, scaled, capped and masked",
+    "attention scores before softmax: scaled, capped and masked",
     unit="head",
 )
 
-site("pattern", _HEAD, "key", "inside", "weight", 41, "attention after softmax", unit="head")
+site(
+    "pattern", _HEAD, "key", "inside", "weight", 41, "attention weights after softmax", unit="head"
+)
 
 site(
     "z",
@@ -211,11 +213,13 @@ site(
     "inside",
     "middle",
     60,
-    "what attention adds to the residual stream",
+    "the output of attention, which is added to the residual stream",
     short="attn",
 )
 
-site("mixer_norm", _LAYER, "d_model", "inside", "norm", 61, "what the mixer reads, after its norm")
+site(
+    "mixer_norm", _LAYER, "d_model", "inside", "norm", 61, "the input of the mixer, after its norm"
+)
 
 site(
     "mixer_out",
@@ -224,8 +228,8 @@ site(
     "inside",
     "middle",
     62,
-    "what the mixer adds to the stream: attention, or the state-space, convolution or recurrent "
-    "layer in its place",
+    "the output of the mixer, which is added to the residual stream; the mixer is attention, or a "
+    "state-space, convolution or recurrent layer in its place",
 )
 
 site(
@@ -238,7 +242,7 @@ site(
     "the residual stream between attention and MLP",
 )
 
-site("mlp_norm", _LAYER, "d_model", "inside", "mlp", 80, "what the MLP reads, after its norm")
+site("mlp_norm", _LAYER, "d_model", "inside", "mlp", 80, "the input of the MLP, after its norm")
 
 site(
     "router",
@@ -247,7 +251,7 @@ site(
     "inside",
     "in_mlp",
     81,
-    "the weight of each expert's output, 0 for those that the router doesn't choose",
+    "the weight of each expert's output, 0 for experts that the router doesn't select",
 )
 
 site(
@@ -257,7 +261,7 @@ site(
     "inside",
     "in_mlp",
     82,
-    "what one expert adds to the experts' sum, its weight included",
+    "the output of one expert times its weight, which is added to the sum of experts",
     unit="expert",
 )
 
@@ -280,7 +284,7 @@ site(
     "inside",
     "end",
     100,
-    "what the MLP adds to the residual stream",
+    "the output of the MLP, which is added to the residual stream",
     short="mlp",
 )
 
@@ -302,7 +306,7 @@ site(
     "output",
     "outside",
     120,
-    "what the unembedding reads, after the last norm",
+    "the input of the unembedding, after the final norm",
 )
 
 site(

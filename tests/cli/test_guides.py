@@ -47,7 +47,7 @@ METHODS = [
     "Induction heads",
     "Checkpoints",
     "Controls",
-    "In CI",
+    "Check experiments in CI",
 ]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 

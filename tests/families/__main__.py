@@ -30,30 +30,47 @@ from .walk import (
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 PROCESSES = 2
 
-INTRO = f"""\
-# Models
+INTRO = """\
+# Supported models
 
-Which architectures of transformers mechdsl takes apart, and how far each was checked. Any other one
-may load as well: a model is taken apart by what its modules are, and refused unless what was found
-passes the checks.
+Use this page to look up whether mechdsl supports an architecture of the transformers library, and
+which sites it offers. The name is the `model_type` in the model's `config.json`. Architectures that
+aren't listed may load too: mechdsl analyses the modules of a model, and rejects the model if its
+checks fail.
 
-Of every architecture below there is a tiny model with wide random weights, and a table written by
-hand from its modeling file that says where every site lies (`tests/families/rows_*.py`). A
-reference that shares no code with the package applies the table with plain hooks, to one unpadded
-prompt at a time. The package gets ragged prompts in one padded batch (on both sides where the model
-allows it), and, where the planner's passes apply, rows that compute only what changes, of all sites
-and layers in one pass, with all tokens' outputs read and with one token's. Every site that the
-package offers is read, patched from other prompts and ablated, in every layer of every stack.
+| column | meaning |
+| --- | --- |
+| sites | `all`, or the sites that mechdsl doesn't offer although the architecture has them |
+| edges | whether `q_rot`, `k_rot`, `scores`, `pattern` and attention rules are available |
+| planner passes | `all`, or why every row needs a full forward pass |
+| checks | number of comparisons with the reference |
+| largest difference | largest error of outputs and reads, relative to the largest output |
+"""
 
-Outputs and reads may differ by {DIFFERENCE:.0e} of the largest output (at least 1), effects on a
-difference of two logits by {EFFECT_ERROR:.0e} of the effect, and every write has to change the
-output by at least {SMALLEST:.0e}. “All” sites are those of the table; what else an architecture
-could have is in its comments. “Edges” says whether attention, computed from its queries, keys,
-values and masks, gives what the model's own does in every block: then there are `q_rot`, `k_rot`,
-`scores`, `pattern` and rules on edges (held to a reference in `tests/rules`). Architectures that
-compute parts in ways that rounding shows in are compared in float64 (marked so).
+METHOD = f"""\
+## How architectures are tested
 
-`make families` runs it all and writes this page; `python -m tests.families NAME…` compares some.
+For each architecture, the tests build a tiny model with large random weights. A manually written
+table, derived from the modeling file, gives the location of every site
+(`tests/families/rows_*.py`). A reference that shares no code with mechdsl uses the table with plain
+hooks, on one unpadded prompt at a time.
+
+mechdsl receives prompts of different lengths in one padded batch, with padding on both sides if
+the model allows it. The tests read every site, patch it from other prompts and ablate it, in every
+layer of every stack. If the planner's passes apply, the tests also run rows that compute only what
+changes. Such a pass covers all sites and layers, and returns the outputs of all tokens or of one.
+
+Outputs and reads may differ by {DIFFERENCE:.0e} of the largest output (at least 1). Effects on a
+logit difference may differ by {EFFECT_ERROR:.0e} of the effect. Every write must change the output
+by at least {SMALLEST:.0e}. Architectures in which rounding is visible are compared in float64 and
+marked.
+
+Edges are available if attention, recomputed from its queries, keys, values and masks, matches the
+model in every block. `tests/rules` compares rules on edges with a reference. Comments in the tables
+list sites that an architecture could have in addition.
+
+`make families` runs all tests and builds this page. `python -m tests.families NAME…` tests some
+architectures.
 """
 
 
@@ -109,7 +126,7 @@ def line(walked: Walked, row: Architecture | Refused) -> str:
             f"effects {walked.effect_error:.0e}, smallest {walked.smallest:.0e}"
         )
         if walked.whole:
-            said += f"; whole passes: {walked.whole}"
+            said += f"; full passes only: {walked.whole}"
     more = [f"    {text}" for text in (*sites_left(walked, row), *walked.wrong())]
     return "\n".join([f"{walked.name} ({walked.seconds:.0f} s): {said}", *more])
 
@@ -133,21 +150,23 @@ def page(found: Sequence[Walked], rows: Mapping[str, Architecture | Refused]) ->
     taken = [walked for walked in found if not walked.refused]
     by_kind = {kind: [walked for walked in taken if walked.kind == kind] for kind in KINDS}
     whole = sum(bool(walked.whole) for walked in taken)
-    counts = ", ".join(f"{len(each)} {kind}" for kind, each in by_kind.items())
+    *most, last = (f"{len(each)} {kind}" for kind, each in by_kind.items())
     refused = [walked for walked in found if walked.refused]
     opened = sum(walked.opened for walked in taken)
     parts = [
         INTRO,
-        f"{counts}; {whole} of these {len(taken)} run whole passes alone, edges of {opened} can be "
-        f"changed, {len(refused)} more are refused. Variants of an architecture stand behind `/`. "
-        f"Run with torch {version('torch')} and transformers {version('transformers')}.\n",
+        f"The page lists {', '.join(most)} and {last}. Of these {len(taken)}, {whole} need full "
+        f"forward passes, and {opened} support rules on attention edges. mechdsl "
+        f"rejects {len(refused)} more. A suffix after `/` marks a variant of an architecture. "
+        f"Tested with torch {version('torch')} and transformers {version('transformers')}.\n",
     ]
     head = ("architecture", "sites", "edges", "planner passes", "checks", "largest difference")
     for kind, each in by_kind.items():
         body = [cells(walked, rows[walked.name]) for walked in each]
         parts.append(f"## {kind.capitalize()}\n\n{table(head, body)}")
     reasons = [(f"`{walked.name}`", reason(walked.refused)) for walked in refused]
-    parts.append(f"## Refused\n\n{table(('architecture', 'reason'), reasons)}")
+    parts.append(f"## Rejected architectures\n\n{table(('architecture', 'reason'), reasons)}")
+    parts.append(METHOD)
     return "\n".join(parts)
 
 
@@ -159,7 +178,7 @@ def cells(walked: Walked, row: Architecture | Refused) -> tuple[str, ...]:
         f"`{walked.name}`",
         "; ".join(sites_left(walked, row)) or "all",
         "yes" if walked.opened else "no",
-        f"whole passes: {reason(walked.whole)}" if walked.whole else "all",
+        f"full passes only: {reason(walked.whole)}" if walked.whole else "all",
         str(walked.checks),
         "; ".join([difference, *walked.wrong()]),
     )

@@ -535,7 +535,7 @@ DOGE = Architecture("doge", {**CONFIG, "keep_window_size": 16}, stack(DOGE_BLOCK
 REFUSED = [
     Refused(
         "doge/moe",
-        "its router takes the scores of all tokens apart, so that a token's experts depend on "
+        "its router splits the scores of all tokens, so the experts of a token depend on "
         "later tokens",
     ),
     Refused(
@@ -545,8 +545,8 @@ REFUSED = [
     ),
     Refused(
         "cpmant",
-        "it puts prompt vectors of its own before the tokens, so that positions in its blocks are "
-        "not those of the tokens",
+        "it inserts its own prompt vectors before the tokens, so positions in its blocks differ "
+        "from token positions",
     ),
 ]
 

@@ -636,7 +636,7 @@ GPT = Architecture(
 
 UNUSUAL: list[Architecture | Refused] = [
     Refused("xlnet", "its blocks take activations as [position, prompt, feature]"),
-    Refused("reformer", "its blocks carry two streams, within a function of its own"),
+    Refused("reformer", "its blocks carry two streams inside a custom autograd function"),
     Architecture(
         "xlstm",
         {

@@ -200,12 +200,16 @@ TABLE: list[Architecture | Refused] = [
     classifier("beit/unscaled", stack("beit", VIT), UNSCALED),
     # The norm is behind the average of the patches then.
     bare("beit/average", stack("", scaled(VIT), None), {**BEIT_CONFIG, "use_mean_pooling": True}),
-    Refused("convnext", "it has no attention, and stages of several widths"),
-    Refused("resnet", "it has no attention, and stages of several widths"),
+    Refused("convnext", "it has no attention, and its stages differ in width"),
+    Refused("resnet", "it has no attention, and its stages differ in width"),
     Refused(
-        "siglip2_vision_model", "it takes patches with a mask and sizes, no pixel values alone"
+        "siglip2_vision_model", "it needs patches with a mask and sizes, not only pixel values"
     ),
-    Refused("swin", "it has stages of several widths, and attention in windows of the image"),
-    Refused("swinv2", "it has stages of several widths, and attention in windows of the image"),
-    Refused("vit_mae", "it leaves out patches at random in every run"),
+    Refused(
+        "swin", "its stages differ in width, and its attention is limited to windows of the image"
+    ),
+    Refused(
+        "swinv2", "its stages differ in width, and its attention is limited to windows of the image"
+    ),
+    Refused("vit_mae", "it drops random patches in every run"),
 ]

@@ -33,7 +33,7 @@ LEAST: dict[str, int] = dict(zip(KINDS, (60, 8, 3, 6, 4), strict=True))
 """Architectures of each kind that there have to be, variants not counted."""
 
 REFUSED: dict[str, str] = dict.fromkeys(
-    ("convbert", "fnet", "nystromformer", "yoso"), "padding changes what it returns"
+    ("convbert", "fnet", "nystromformer", "yoso"), "padding changes its output"
 )
 """Architectures that are in the tables with all their sites and that the package doesn't take, and
 what it says of them."""

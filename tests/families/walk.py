@@ -545,7 +545,7 @@ class _Walk:
         seeing = row.takes == "image and text"
         packs = restarts_images(loaded) if seeing else loaded.restartable
         if seeing and loaded.restartable and not packs:
-            self.found.whole = "where there is an image"
+            self.found.whole = "for prompts with an image"
         if self.change is not None:
             loaded = self.change(loaded)
         spots = self._spots(loaded)

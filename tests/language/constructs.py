@@ -133,88 +133,93 @@ def _expectation(
 _LOWER = "tests/compiler/test_lower.py"
 _ROWS = "tests/data/test_rows.py"
 
-_file("version", "mech 1", "The first line: the version of the language.", _LOWER)
+_file("version", "mech 1", "The first line of a file: the version of the language.", _LOWER)
 _file(
     "use",
     'use "common/fruit.mech"',
-    "Everything that another file defines; its experiments don't run. The path is relative to the "
-    "file that has the line.",
+    "Imports all definitions of another file. Its experiments don't run. The path is relative "
+    "to the file that contains the line.",
     _LOWER,
 )
 _file(
     "param",
     "param depth = 2",
-    "A value with a name. `--set depth=3` changes it, and nothing else can be set from outside.",
+    "A named value. `--set depth=3` overrides it; no other value can be set from outside.",
     "tests/execute/test_effects.py",
 )
 _file(
     "model",
     'model toy = zoo("counting")',
-    'A model: of the package (`zoo`), of the Hugging Face cache (`hf("org/name", revision: "…", '
-    'dtype: float32, bos: true)`) or of a folder (`local("…")`).',
+    'A model from the package (`zoo`), the Hugging Face cache (`hf("org/name", revision: "…", '
+    'dtype: float32, bos: true)`) or a folder (`local("…")`).',
     "tests/models/test_load.py",
 )
 _file(
     "adapter",
     'model base = zoo("counting") model tuned = local("adapter", base: base)',
-    "A LoRA adapter as peft saves it, in a folder or in the cache (`hf`), merged into a copy of "
-    "another model of the file, which may be an adapter too; needs `mechdsl[adapters]` to run. "
-    "Shape and precision are the base's, and the tokenizer, unless the folder has one.",
+    "A LoRA adapter in the format of peft, from a folder or from the cache (`hf`). mechdsl "
+    "merges it into a copy of another model of the file, which may itself be an adapter. "
+    "Running it needs `mechdsl[adapters]`. It has the shape and precision of the base model, "
+    "and its tokenizer unless the folder contains one.",
     "tests/models/test_adapters.py",
 )
 _file(
     "model of Python",
     'model toy = python("functions.py:build")',
-    "The model and the tokenizer that a function gives, which takes nothing. It is called once a "
-    "run, with `--allow-python`; `validate` never calls it.",
+    "The model and tokenizer returned by a function without arguments. mechdsl calls the "
+    "function once per run, and only with `--allow-python`. `validate` never calls it.",
     "tests/python_files/test_models.py",
 )
 _file(
     "checkpoints",
     'model runs = local("runs/step-*")',
-    "One model for every folder that the `*` matches, in natural order; where it is used, the "
-    "experiment runs on each, an axis `model` with what the `*` stands for. With `base:` they are "
-    'adapters. `zoo("induction/step-*")` are those of a training that come with the package.',
+    "One model per folder that matches `*`, in natural order. An experiment on it runs on each "
+    "model, along an axis `model` whose values are the text that `*` matches. With `base:`, "
+    'the folders are adapters. `zoo("induction/step-*")` are training checkpoints from the '
+    "package.",
     "tests/elsewhere/test_models.py",
 )
 _file(
     "prompts block",
     'prompts colours { x in ["red", "blue"] template "Part 1: {x} Count 1:" }',
-    "Rows of text with named spans and values; its lines are below.",
+    "A set of text rows with named spans and values. Its lines are listed below.",
     _ROWS,
 )
 _file(
     "metric",
     "metric ld = logit(answer) - logit(wrong)",
-    "A name for an expression that measures may use.",
+    "A named expression for use in measures.",
     "tests/execute/test_metrics.py",
 )
 _file(
     "metric in Python",
     'metric margin = python("functions.py:margin")',
-    "A function of a Python file, called as `margin(logits, rows)`: the logits where the measure "
-    "is read, [row, vocab], and the values of each row. It gives one number per row, and runs with "
-    "`--allow-python` only; the file's hash is kept. With a third argument, or one called "
-    "`tokenizer`, it is given the model's, a `tokenizers.Tokenizer`: "
-    '`tokenizer.encode(" yes", add_special_tokens=False).ids`.',
+    "A function from a Python file, called as `margin(logits, rows)`. `logits` has shape [row, "
+    "vocab], at the position of the measure, and `rows` holds the values of each row. It "
+    "returns one number per row. A third parameter, or one named `tokenizer`, receives the "
+    'model\'s `tokenizers.Tokenizer`: `tokenizer.encode(" yes", '
+    "add_special_tokens=False).ids`. It runs only with `--allow-python`, and the results store "
+    "the file's hash.",
     "tests/python_files/test_python_files.py",
 )
 _file(
     "group",
     "group counters = L0H1, L1H2",
-    "Sites that a rule intervenes on together.",
+    "A set of sites that a rule intervenes on jointly.",
     "tests/execute/test_coordinates.py",
 )
 _file(
     "group of receivers",
     "group ends = L2H1.q, L2H3.q, logits",
-    "With `path SENDER -> ends at POSITIONS` the edges to all of these are patched at once. To "
-    "the end of the model beside other receivers, every other edge carries what its own node "
-    "computes in that run: the receivers get what they read where all else is held, what lies "
-    "behind them recomputes, and what the sender alone changes in the stream behind the last "
-    "block is added to it. There the others read in the attention of one layer or in one MLP, "
-    "all senders come before them, and it is neither `through mlps` nor `with frozen norms` "
-    "(E0334); not where norms stand behind the sums, as in BERT (E0108). Rows are whole passes.",
+    "`path SENDER -> ends at POSITIONS` patches the edges to all of these receivers at once. "
+    "If the group contains other receivers and the end of the model (`logits` or "
+    "`final_norm`), each unpatched edge carries the value that its node computes in that run. "
+    "The receivers read their input with all else held, and components after them are "
+    "recomputed. The sender's own change of the final residual stream is added. The other "
+    "receivers must be in the attention of one layer or in one MLP, and all senders must "
+    "precede them. `through mlps` and `with frozen norms` aren't allowed (E0334). Models with "
+    "norms after the sums, such as BERT, aren't supported (E0108). Each row is a full forward "
+    "pass.",
     "tests/rules/test_paths_to_end.py",
     "Conmy et al. 2023, arXiv 2304.14997; Goldowsky-Dill et al. 2023, arXiv 2304.05969",
 )
@@ -225,43 +230,43 @@ _file(
     "direction: difference of means",
     "direction d = mean_difference(fruit.train, fewer of fruit.train) at resid_post layer 2 at "
     "last token",
-    "The mean over the rows of one run less that of another: of a block, a part (`fruit.train`), "
-    "a corruption (`fruit.fewer`, `fewer of fruit.train`). One vector of each row that has the "
-    "position; several tokens of a row are averaged. Without a position it is the last token. All"
-    " rows of the block are read, whatever the experiment's `limit`. The conventions say what was"
-    " read and the norm.",
+    "The mean over the rows of one run minus the mean over those of another. A run is a block, "
+    "a part (`fruit.train`) or a corruption (`fruit.fewer`, `fewer of fruit.train`). Each row "
+    "that has the position contributes one vector, averaged over its tokens. The default "
+    "position is the last token. All rows of the block are used, whatever the experiment's "
+    "`limit`. The conventions report the rows and the norm.",
     _STEERING,
     MEAN_DIFFERENCE,
 )
 _file(
     "direction: how many rows",
     "direction d = mean_difference(fruit, fruit.fewer, limit: 64) at resid_post layer 2",
-    "The first 64 rows of each block, the same that `prompts fruit limit 64` takes. A block with "
-    "lists has more rows than combinations of its values: further ones draw other lists. All ways "
-    "that read rows take `limit:`.",
+    "Uses the first 64 rows of each block, the same rows as `prompts fruit limit 64`. A block "
+    "with lists can have more rows than combinations of its values, with different list draws. "
+    "Every direction that reads rows accepts `limit:`.",
     _FITTED,
     OWN,
 )
 _file(
     "direction: two models",
     "direction d = mean_difference(toy, twin, prompts: fruit) at resid_post layer 2 at last token",
-    "The same rows in two models of one shape; without `prompts:` the rows of the experiment that"
-    " uses it.",
+    "The same rows in two models of equal shape. Without `prompts:`, the rows of the "
+    "experiment that uses the direction.",
     _STEERING,
     OWN,
 )
 _file(
     "direction: mean",
     "direction d = mean(fruit) at head_out layer 1 heads 0..2 at last token",
-    "The mean over rows. Joined heads, or a group of heads, go each through its slice of the "
-    "output projection and are summed: a function vector.",
+    "The mean over rows. The outputs of joined heads, or of a group of heads, pass through the "
+    "heads' slices of the output projection and are summed. The result is a function vector.",
     _STEERING,
     VECTORS,
 )
 _file(
     "direction: component",
     "direction d = pca(fruit, component: 2) at resid_post layer 2 at last token",
-    "A principal component of the rows, of length 1; its coordinate of the largest size is "
+    "A principal component of the rows, with length 1. Its coordinate of largest magnitude is "
     "positive.",
     _STEERING,
     "Zou et al. 2023, arXiv 2310.01405",
@@ -269,37 +274,37 @@ _file(
 _file(
     "direction: probe",
     "direction d = probe(count, fruit) at resid_post layer 2 at last token",
-    "The weights of a ridge regression on a value that is a number, or of a logistic regression "
-    "between the two words that a value has (`kind:`), with the `penalty:` 1 unless it is said. It "
-    "points to larger numbers, or from the first word of the alphabet to the other.",
+    "The weights of a ridge regression on a numeric value, or of a logistic regression on a "
+    "value with two words; `kind:` overrides this. `penalty:` is 1 by default. The direction "
+    "points toward larger numbers, or from the first word in alphabetical order to the second.",
     _FITTED,
     OWN,
 )
 _file(
     "direction: unembedding",
     'direction d = unembedding(" 3", " 2")',
-    "The unembedding's row of a token, less that of another, without the last norm.",
+    "The unembedding row of a token minus that of another token, without the final norm.",
     _STEERING,
     OWN,
 )
 _file(
     "direction: saved",
     'direction d = saved("directions.safetensors", "d")',
-    "A vector of a safetensors file, whose hash is kept with the results.",
+    "A vector from a safetensors file. The results store the file's hash.",
     _STEERING,
     OWN,
 )
 _file(
     "direction: arithmetic",
     "direction d = unit(more) - 0.5 * by_layer[layer 1, token -1]",
-    "Sums of directions, times numbers; `unit(…)` has length 1.",
+    "A weighted sum of directions. `unit(…)` has length 1.",
     _STEERING,
     OWN,
 )
 _file(
     "direction: a family",
     "direction d = mean_difference(fruit, fruit.fewer) at resid_pre layer * at token -2..-1",
-    "One for every layer, head and position that is swept.",
+    "One direction for each layer, head and position in the sweep.",
     _STEERING,
     REFUSAL,
 )
@@ -313,17 +318,17 @@ _file(
 _file(
     "seed",
     "seed 7",
-    "Where all randomness begins: rows, noise, resampling, random targets. 0 without this line. "
-    "What is drawn for a row hangs on what is in it, not on its place: a data file whose lines are "
-    "sorted otherwise gives the same table.",
+    "The seed of all random numbers: rows, noise, resampling and random targets. The default "
+    "is 0. Random draws depend on a row's content, not on its order in the file, so sorting a "
+    "data file doesn't change the table.",
     "tests/data/test_sampling.py",
 )
 _file(
     "experiment",
     "experiment heads { model toy prompts fruit limit 16 "
     "ablate layer * head * at last token with zero measure logit(answer) as delta }",
-    "Rules, measures and reports. All its rules act in one run; their sweeps are the axes of its "
-    "table, one run for every combination.",
+    "Rules, measures and reports. All rules act in one run. Their sweeps are the axes of the "
+    "table, with one run per combination.",
     "tests/execute/test_coordinates.py",
 )
 
@@ -332,46 +337,51 @@ _file(
 _prompts(
     "template",
     'template "Part 1: {fruits} Count 1:"',
-    "The text. Each placeholder is a span with that name; `{s2 = s}` is a second span of its own.",
+    "The text. Each placeholder is a span with that name; `{s2 = s}` is a second, separate span.",
     _ROWS,
 )
 _prompts(
     "several templates",
     'template in ["Part 1: {fruits} Count 1:", "Part 2: {fruits} Count 2:"]',
-    "Each is combined with all values; `template` is a value like others.",
+    "Combines each template with all values. `template` is a value like any other.",
     _ROWS,
 )
 _prompts(
     "chat",
     'chat { system "Count 1:" user "Part 1: {fruits} Count 1:" assistant "There are" }',
-    "Turns, written by the chat template of the model's tokenizer; each is a span of its role "
-    "(`last-user token`, `user 2 tokens`). A last turn of the assistant is a reply that has begun; "
-    "without one the template opens a reply. Special tokens are the template's own: a row whose "
-    "text holds one is refused. Templates know no time: today is 26 July 2024.",
+    "Chat turns, formatted with the chat template of the model's tokenizer. Each turn is a "
+    "span named after its role (`last-user token`, `user 2 tokens`). A final assistant turn is "
+    "the beginning of the reply; otherwise the template opens a reply. The template adds the "
+    "special tokens, and a row whose text contains one is rejected. For templates that print "
+    "the date, it is 26 July 2024.",
     "tests/data/test_chats.py",
     "transformers, `apply_chat_template`",
 )
-_prompts("values", "count in 3..9", "The values of a name; every combination is a row.", _ROWS)
+_prompts(
+    "values", "count in 3..9", "The values of a name. Each combination of values is a row.", _ROWS
+)
 _prompts(
     "derived value",
     "half = count / 2",
-    "Worked out of other values: arithmetic, `other(x)` (another value of the same domain; several "
-    "different ones: `a, b = others(x)`), `choice(…)`, `shuffle(column)`, `if … then … else …`.",
+    "A value computed from other values. Expressions are arithmetic, `other(x)` (another value "
+    "of the same domain), `choice(…)`, `shuffle(column)` and `if … then … else …`. `a, b = "
+    "others(x)` gives several different values.",
     _ROWS,
 )
 _prompts(
     "list",
     'fruits = list(item, count, sep: " ")',
-    "`count` draws of `item`, joined by `sep`; each draw is a span `item`, each separator a span "
-    "`sep of fruits`.",
+    "`count` draws of `item`, joined by `sep`. Each draw is a span `item`, and each separator "
+    "is a span `sep of fruits`.",
     _ROWS,
 )
 _prompts(
     "list of records",
     'shots = list("{prompt} {n}", 1, from: example)',
-    "Each item is a text about a whole record of a block with `rows`, this one or another: the "
-    "shots of a few-shot prompt. The row's own record is never among them, nor one twice with "
-    "`distinct: true`. Their placeholders are spans: `each n of shots token`.",
+    "A list whose items are texts about records of a block with `rows`, this one or another: "
+    "the examples of a few-shot prompt. The row's own record is never an example, and with "
+    "`distinct: true` no record appears twice. Their placeholders are spans: `each n of shots "
+    "token`.",
     "tests/data/test_shots.py",
     VECTORS,
     beside='rows "facts.jsonl"',
@@ -379,8 +389,9 @@ _prompts(
 _prompts(
     "shuffled shots",
     "corrupt mixed { shots = shuffle(shots, colour) }",
-    "The same shots with one of their values dealt out anew among them, so that it fits no "
-    "longer; what follows them stays. Where any two differ, at least one text changes.",
+    "The same examples with one of their values shuffled among them, so that it no longer "
+    "matches. The rest of the prompt doesn't change. If any two values differ, at least one "
+    "text changes.",
     "tests/data/test_shots.py",
     VECTORS,
     beside='template "{shots} Count 1:" colour in ["red", "green"] '
@@ -389,73 +400,80 @@ _prompts(
 _prompts(
     "value in Python",
     'size = python("functions.py:total")',
-    "A function of a Python file, called as `total(row)` with the values of the row, a `dict`. In "
-    "a corruption it makes the new value. It runs with `--allow-python` only.",
+    "A function from a Python file, called as `total(row)` with a `dict` of the row's values. "
+    "In a corruption, it computes the new value. It runs only with `--allow-python`.",
     "tests/python_files/test_python_files.py",
 )
 _prompts(
     "rows",
     'rows "facts.jsonl"',
-    "One row per record of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file; its columns "
+    "One row per record of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file. The columns "
     "are values.",
     "tests/data/test_files.py",
 )
 _prompts(
     "rows of a data set of the hub",
     'rows hf_dataset("facts", split: "train")',
-    "One split of a data set that is on this disk: a folder that `save_to_disk` of the package "
-    "`datasets` wrote, a folder of files, or, by its name, a snapshot in the Hugging Face cache; "
-    "`config:` and `revision:` say which one. Nothing is downloaded. Arrow and parquet need "
-    "`pip install 'mechdsl[frames]'`.",
+    "One split of a dataset on the local disk. The dataset is a folder of files, a folder "
+    "written by `save_to_disk` (`datasets` package), or the name of a snapshot in the Hugging "
+    "Face cache. `config:` and `revision:` select a version. mechdsl downloads nothing. Arrow "
+    "and Parquet need `pip install 'mechdsl[frames]'`.",
     "tests/data/test_hub_datasets.py",
 )
 _prompts(
     "distinct rows",
     'rows "facts.jsonl" distinct',
-    "Of equal records the first; without it each counts, and W0781 says how many there are. "
-    "Generated rows that are equal count once anyhow. `split` keeps equal records together.",
+    "Removes duplicate records. Without it, each duplicate counts, and W0781 reports their "
+    "number. Generated rows are always deduplicated. `split` assigns equal records to the same "
+    "part.",
     "tests/data/test_rows.py",
 )
 _prompts(
     "rename",
     "rename { thing = object }",
-    "New name = column.",
+    "Renames columns: new name = column.",
     "tests/data/test_files.py",
     beside='rows "facts.jsonl"',
 )
-_prompts("where", "where count > 3", "Only rows for which this holds.", _ROWS)
+_prompts("where", "where count > 3", "Keeps only rows that satisfy the condition.", _ROWS)
 _prompts(
     "where tokens",
     "where tokens(answer) = 1",
-    "How many tokens a text has behind the prompt, or a span in it (`tokens(subject)`), for the "
-    "tokenizer of the model that runs. A space of its own in front of a text isn't counted.",
+    "The number of tokens of a text that follows the prompt, or of a span in the prompt "
+    "(`tokens(subject)`). It uses the tokenizer of the experiment's model. A separate space "
+    "token before a text isn't counted.",
     "tests/data/test_tokens_counted.py",
 )
 _prompts(
     "split",
     "split 50%",
-    "Deals the rows out into `NAME.train`, which gets this share, and `NAME.test`; a row is in the "
-    "same part for every experiment.",
+    "Divides the rows into `NAME.train`, which receives this share, and `NAME.test`. A row "
+    "belongs to the same part in every experiment.",
     "tests/execute/test_effects.py",
 )
 _prompts(
     "answer",
     'answer " {count}"',
-    "The text that should come next. It is tokenised as a continuation of the prompt; a leading "
-    "token that all answers share is moved into the prompt.",
+    "The expected continuation of the prompt. It is tokenized as a continuation of the prompt. "
+    "If all answers share a leading token, that token becomes part of the prompt.",
     "tests/data/test_answers.py",
 )
-_prompts("wrong", 'wrong " {count - 1}"', "A text to compare with.", "tests/data/test_answers.py")
+_prompts(
+    "wrong",
+    'wrong " {count - 1}"',
+    "A text to compare with the answer.",
+    "tests/data/test_answers.py",
+)
 _prompts(
     "text",
     'text rival = " {count + 1}"',
-    "Any other text that measures name.",
+    "Another named text for use in measures.",
     "tests/data/test_answers.py",
 )
 _prompts(
     "span in a column",
     "span object in prompt",
-    "Where the text of one column lies inside that of another.",
+    "The position of the text of one column within that of another.",
     "tests/data/test_positions.py",
     beside='rows "facts.jsonl"',
 )
@@ -468,89 +486,94 @@ _prompts(
 _prompts(
     "corrupt",
     "corrupt fewer { count = count - 1 }",
-    "The same row with something changed, a second run of it. What is derived from the value "
-    "follows; a list keeps its draws and is cut or extended at its end. Rows that it leaves as "
-    "they are drop out of experiments and fits that use it, and of no others; how many is "
-    "said below the table.",
+    "A second run of each row with a change. Values derived from the changed value change with "
+    "it, and a list keeps its draws and is truncated or extended at its end. Experiments and "
+    "fits that use the corruption exclude rows that it doesn't change; others keep them. A "
+    "note after the table reports their number.",
     _ROWS,
 )
 
 # --- positions ------------------------------------------------------------------------------------
 
-_position("last token", "last token", "The last token of the prompt's own text.")
-_position("first token", "first token", "The first token of the prompt's own text.")
-_position("special token", "bos token", "A special token by its name: `bos`, `cls`, `sep`.")
+_position("last token", "last token", "The last token of the prompt text.")
+_position("first token", "first token", "The first token of the prompt text.")
+_position("special token", "bos token", "A special token: `bos`, `cls` or `sep`.")
 _position(
     "token 5",
     "token 5",
-    "The token of this number in the model's input, special tokens included; negative numbers "
-    "count from the end.",
+    "The token with this index in the model's input, including special tokens. Negative "
+    "indices count from the end.",
 )
-_position("range of tokens", "token 2..6", "A sweep, one run per token; both ends included.")
-_position("tokens 2..6", "tokens 2..6", "All of them in one run.")
+_position(
+    "range of tokens", "token 2..6", "A sweep with one run per token. Both ends are included."
+)
+_position("tokens 2..6", "tokens 2..6", "All of these tokens in one run.")
 _position(
     "token *",
     "token * align left",
-    "A sweep over every token. Prompts of different lengths are lined up at the `left` or the "
+    "A sweep over every token. Prompts of different lengths are aligned on the `left` or the "
     "`right`.",
 )
 _position("tokens *", "tokens *", "All tokens in one run.")
 _position("NAME token", "fruits token", "The last token of a span that occurs once.")
-_position("NAME tokens", "fruits tokens", "All tokens of a span, of all its occurrences, joined.")
+_position("NAME tokens", "fruits tokens", "All tokens of all occurrences of a span, joined.")
 _position(
     "each token of",
     "each token of fruits",
-    "One run per token of the span; spans of several lengths are labelled first, middle, last.",
+    "One run per token of the span. If the span's length varies, the tokens are labelled "
+    "first, middle and last.",
 )
 _position("first token of", "first token of fruits", "The first token of a span.")
-_position("offset", "last-item token + 1", "So many tokens later, or earlier with `-`.")
 _position(
-    "last-NAME", "last-item token", "The last occurrence of a span that occurs several times."
+    "offset", "last-item token + 1", "A position this number of tokens later, or earlier with `-`."
 )
+_position("last-NAME", "last-item token", "The last occurrence of a repeated span.")
 _position("NAME number", "item 3 token", "The third occurrence, counted from 1.")
 _position(
     "each NAME",
     "each item token",
-    "One run per occurrence, at its last token; prompts with fewer occurrences drop out of that "
-    "cell, and n tells. The axis is called `position` and `item`, and the JSON's coordinates have "
-    "both, `item` as a number (`expect prob(item: 3) > 0.5`); `{item.index}` in the text that a "
-    'metric names, as in `prob(" {item.index}")`, is the number of the occurrence.',
+    "One run per occurrence, at its last token. A cell excludes prompts with fewer "
+    "occurrences, and n counts the others. The axis has the names `position` and `item`, and "
+    "the JSON coordinates have both, with `item` as a number (`expect prob(item: 3) > 0.5`). "
+    'In the text of a metric, `{item.index}` is the number of the occurrence, as in `prob(" '
+    '{item.index}")`.',
 )
 _position(
     "separators",
     "each sep of fruits token",
-    "The separators of a list, one run each.",
+    "The separators of a list, with one run each.",
     beside="prompts commas limit 4",
 )
 _position("literal", '"Count" token', "The last occurrence of a literal text.")
-_position("inside another", "last-item of fruits token", "An occurrence inside another span.")
+_position("inside another", "last-item of fruits token", "An occurrence within another span.")
 _position("A, B", "last-item token, last token", "A sweep over positions.")
-_position("{A, B}", "{last-item token, last token}", "Both in one run.")
+_position("{A, B}", "{last-item token, last token}", "Both positions in one run.")
 _position(
     "tokens between",
     "tokens between first-item token and last token",
-    "All tokens from one to the other, both included, in one run; `each token between …` sweeps.",
+    "All tokens between two positions, both included, in one run; `each token between …` "
+    "sweeps over them.",
 )
 _position(
     "tokens except",
     "tokens except fruits tokens",
-    "All others of the prompt's own text in one run; `each token except …` sweeps.",
+    "All other tokens of the prompt text in one run; `each token except …` sweeps over them.",
 )
 _answer_position(
     "answer tokens",
     "answer tokens",
-    "The tokens of the text that a measure reads, behind the prompt; also `answer token`, `first "
-    "token of answer + 1`, `each token of answer`. A measure of several texts has passes of its "
-    "own for each, and its tokens are those of the text there. The same text stands behind the "
-    "prompts of all runs, so a patch goes from each of its tokens to the same one; means and "
-    "resamplings are over rows, each with its own text. Where a prompt has a span called `answer`, "
-    "that is meant.",
+    "The tokens, after the prompt, of the text that a measure reads; also `answer token`, "
+    "`first token of answer + 1` and `each token of answer`. A measure with several texts runs "
+    "a separate forward pass for each text. There, `answer` refers to the tokens of that text. "
+    "All runs have the same text after the prompt, so a patch copies each of its tokens to the "
+    "same token. Means and resampling use rows with their own texts. If a prompt has a span "
+    "named `answer`, the span takes precedence.",
 )
 _answer_position(
     "and answer",
     "tokens * and answer",
-    "The prompt and the answer behind it: `tokens *` is the prompt alone. `token * and answer` "
-    "sweeps over both.",
+    "The prompt and the answer that follows it; `tokens *` is the prompt alone. `token * and "
+    "answer` sweeps over both.",
 )
 
 # --- sites: how they are written; the components are in `sites.py` --------------------------------
@@ -560,33 +583,35 @@ _COORDINATES = "tests/execute/test_coordinates.py"
 _site(
     "layer 0..2",
     "resid_post layer 0..2",
-    "A sweep, one run per layer; both ends included.",
+    "A sweep with one run per layer. Both ends are included.",
     _COORDINATES,
 )
-_site("layers 0..2", "resid_post layers 0..2", "All of them in one run.", _COORDINATES)
+_site("layers 0..2", "resid_post layers 0..2", "All of these layers in one run.", _COORDINATES)
 _site(
     "layer *",
     "layer * head *",
-    "Every value there is. A head without a component is `z`, a neuron `mlp_hidden`.",
+    "Every value. `head` without a component refers to `z`, and `neuron` to `mlp_hidden`.",
     _COORDINATES,
 )
 _site(
     "relative depth",
     "resid_post layer 25%..75%",
-    "0% is the first layer and 100% the last, rounded half up; the table shows percentages.",
+    "Relative depth: 0% is the first layer and 100% the last, rounded half up. The table shows "
+    "percentages.",
     "tests/elsewhere/test_models.py",
 )
 _site(
     "window",
     "resid_post layer * window 3",
-    "One run per centre l, which joins the layers l − ⌊w/2⌋ to l + ⌈w/2⌉ − 1, cut at the ends.",
+    "One run per centre l, which joins the layers l − ⌊w/2⌋ to l + ⌈w/2⌉ − 1. Windows are "
+    "truncated at the first and last layer.",
     _COORDINATES,
     TRACING,
 )
 _site(
     "short name",
     "L1H2",
-    "Layer 1, head 2: its `z`. Also `L1H2.q`, `L3.mlp`, `L3.resid`, `L3N5`.",
+    "Layer 1, head 2: its `z`. Also `L1H2.q`, `L3.mlp`, `L3.resid` and `L3N5`.",
     _COORDINATES,
 )
 
@@ -604,77 +629,81 @@ _PATHS = "tests/rules/test_paths.py"
 _rule(
     "patch",
     "patch layer * head * at last-item token",
-    "The source run's vector is written into the base run, at the position of that name in each.",
+    "Copies the vector of the source run into the base run. The position is located separately "
+    "in each run.",
     f"{TRACING}; {PATCHING}",
     "tests/execute/test_sites.py",
 )
 _rule(
     "patch … onto",
     "patch resid_post layer * at last-item token onto last token",
-    "Read at the first position in the source run, written at the second in the base run. A sweep "
-    "on both sides goes pair by pair.",
+    "Reads at the first position in the source run and writes at the second position in the "
+    "base run. If both sides sweep, they advance together.",
     SCOPES,
     _TRANSPLANTS,
 )
 _rule(
     "patch … into layer",
     "patch resid_post layer 1 at last token into layer *",
-    "Read at the layers that the site names, written at these; several are an axis `to_layer`.",
+    "Reads at the layers of the site and writes at these layers. Several target layers form an "
+    "axis `to_layer`.",
     SCOPES,
     _TRANSPLANTS,
 )
 _rule(
     "patch … with RUN",
     "patch resid_post layer * at last token with other",
-    "Another source for this rule alone.",
+    "Uses another source run for this rule only.",
     PATCHING,
     _TRANSPLANTS,
 )
 _rule(
     "ablate with zero",
     "ablate layer * head * at last token with zero",
-    "The vector becomes zero.",
+    "Sets the vector to zero.",
     CIRCUIT,
     "tests/execute/test_sites.py",
 )
 _rule(
     "ablate with mean",
     "ablate layer * head * at last token with mean",
-    "It becomes the mean at that position over the clean rows that `limit` and `keep` leave; "
-    "`mean of fewer` takes another run, `mean of listed` another block of prompts with rows of its "
-    "own, `mean of fruit.train` a part of a split, `mean by count` the rows of the same value.",
+    "Sets the vector to the mean at that position over the clean rows that remain after "
+    "`limit` and `keep`. `mean of fewer` uses another run, `mean of listed` another prompt "
+    "set, and `mean of fruit.train` a part of a split. `mean by count` uses the rows with the "
+    "same value of `count`.",
     CIRCUIT,
     "tests/execute/test_effects.py",
 )
 _rule(
     "ablate with resample",
     "ablate layer * head * at last token with resample",
-    "It becomes that of another clean row of those that `limit` and `keep` leave, drawn once with "
-    "the seed; with `resample of listed` that of a row of another block, drawn for each row by its "
-    "content, with repetition.",
+    "Sets the vector to that of another clean row, chosen once with the seed among the rows "
+    "that remain after `limit` and `keep`. With `resample of listed`, it uses a row of another "
+    "prompt set, sampled with replacement for each row from the row's content.",
     CIRCUIT,
     "tests/execute/test_sites.py",
 )
 _rule(
     "replace",
     'replace last-item token with "plum"',
-    "The text of these tokens is another one, before the model. A span that is named becomes it "
-    "once: `fruits tokens` as a whole, `item tokens` every one, `each item tokens` one in each "
-    "run. Beside other rules or positions it must have as many tokens.",
+    "Replaces the text of these tokens before the model runs. `fruits tokens` replaces the "
+    "whole span once, `item tokens` replaces every item, and `each item tokens` replaces one "
+    "item per run. With other rules or positions in the experiment, the new text must have the "
+    "same number of tokens.",
     OWN,
     "tests/execute/test_effects.py",
 )
 _rule(
     "swap",
     "swap resid_post layer * at first-item token with last-item token",
-    "The base run's vectors at the two positions change places.",
+    "Exchanges the base run's vectors at the two positions.",
     OWN,
     _TRANSPLANTS,
 )
 _rule(
     "freeze",
     "freeze mlp_out layers * at tokens *",
-    "Holds the base run's own value while other rules change what comes before it.",
+    "Holds the value of the base run while other rules change preceding components.",
     MEDIATION,
     _TRANSPLANTS,
     beside="patch layer 0 head 1 at last-item token",
@@ -682,92 +711,95 @@ _rule(
 _rule(
     "set to a number",
     "set resid_post layer * at last token to 0.5",
-    "Every component of the vector becomes this number; also a `param` or a `for` variable.",
+    "Sets every component of the vector to this number, which may be a `param` or a `for` "
+    "variable.",
     OWN,
     _TRANSPLANTS,
 )
 _rule(
     "set to a direction",
     "set resid_post layer 2 at last token to 2 * more",
-    "The vector becomes the direction, times the number.",
+    "Sets the vector to the direction times the number.",
     OWN,
     _STEERING,
 )
 _rule(
     "add",
     "add 4.0 * more to resid_post layer 2 at tokens *",
-    "The direction, as long as it is (the conventions print its norm; `unit(more)` has length 1), "
-    "times the number, which may be a `param` or a `for` variable. Like `scale`, `project out` and "
-    "`clamp` it acts on what is there when the pass comes by, as a hook does: on what rules at "
-    "sites below have left, and at one site on what rules before it in the file have left.",
+    "Adds the direction times the number, which may be a `param` or a `for` variable. The "
+    "direction isn't normalised: the conventions report its norm, and `unit(more)` has length "
+    "1. Like a hook, `add`, `scale`, `project out` and `clamp` act on the value in the current "
+    "forward pass. This value includes the changes of rules at earlier sites and, at the same "
+    "site, of preceding rules in the file.",
     STEERING,
     _STEERING,
 )
 _rule(
     "scale",
     "scale attn_out layers * at last token by 0.5",
-    "What is there is multiplied.",
+    "Multiplies the vector by a number.",
     OWN,
     _STEERING,
 )
 _rule(
     "project out",
     "project out more from resid_post layer * at tokens *",
-    "What is there loses its component along the direction: x − (x · u) u, u of length 1.",
+    "Removes the component along the direction: x − (x · u) u, with u of length 1.",
     REFUSAL,
     _STEERING,
 )
 _rule(
     "project out of weights",
     "project out more from weights",
-    "The direction is taken out of embeddings (those of positions too) and of what every attention "
-    "and MLP adds, at all tokens: as if the weights that write into the residual stream couldn't "
-    "write it. Refused for models with norms between these weights and the stream.",
+    "Removes the direction from the embeddings, including position embeddings, and from the "
+    "output of every attention and MLP, at all tokens. This has the same effect as removing it "
+    "from all weights that write to the residual stream. Models with norms between these "
+    "weights and the stream are rejected.",
     REFUSAL,
     _STEERING,
 )
 _rule(
     "clamp a neuron",
     "clamp mlp_hidden layer 2 neuron 5 at last token to 5",
-    "The neuron has this value.",
+    "Sets the neuron to this value.",
     OWN,
     _STEERING,
 )
 _rule(
     "clamp along a direction",
     "clamp more of resid_post layer 2 at last token to 5",
-    "The component along the direction, x · u with u of length 1, is set to the number; the rest "
-    "stays.",
+    "Sets the component along the direction, x · u with u of length 1, to the number. The rest "
+    "of the vector doesn't change.",
     OWN,
     _STEERING,
 )
 _rule(
     "a member of a family",
     "add by_layer[layer 1, token -1] to resid_post layer * at last token",
-    "Coordinates are numbers, or variables of a `for` (`by_layer[layer l]`). Axes that aren't "
-    "named "
-    "stay. Without brackets, axes that the rule sweeps under the same name are shared (each layer "
-    "with the direction of that layer), others become axes of the experiment.",
+    "Selects directions of a family. Coordinates are numbers or `for` variables "
+    "(`by_layer[layer l]`), and unnamed axes remain. Without brackets, the rule and the family "
+    "share axes of the same name: each layer uses the direction of that layer. Other axes "
+    "become axes of the experiment.",
     OWN,
     _STEERING,
 )
 _rule(
     "the best member",
     "project out by_layer[best of select] from resid_post layer * at tokens *",
-    "The one whose cell has the largest mean, signed, of the first measure of an experiment that "
-    "sweeps the family.",
+    "Selects the direction whose cell has the largest signed mean of the first measure. The "
+    "experiment in brackets must sweep the family.",
     REFUSAL,
     _STEERING,
 )
 _rule(
     "set in Python",
     'set resid_post layer * at last token to python("functions.py:halved")',
-    "A function of a Python file is given the base run's vectors of one cell at a time, [rows, "
-    "positions, width], and gives the same shape, which is written. Rows are those of the "
-    "experiment that have the position, after `limit` and `keep`, in the order of the data; joined "
-    "positions lie along the second dimension, and rows with fewer are filled up with NaN; joined "
-    "heads or neurons lie side by side, and with several layers it is called once for each. What "
-    "it gives hangs on no other cell, batch or pass. It runs with `--allow-python` only.",
+    "Sets the vectors to the return value of a Python function, which receives the base run's "
+    "vectors of one cell as [rows, positions, width]. It must return the same shape. The rows "
+    "are those of the experiment that have the position, after `limit` and `keep`, in data "
+    "order. Joined positions are in the second dimension, padded with NaN. Joined heads or "
+    "neurons are concatenated, and each of several layers is a separate call. The values don't "
+    "depend on other cells or on batches. It runs only with `--allow-python`.",
     OWN,
     "tests/rules/test_whole_cells.py",
 )
@@ -775,169 +807,175 @@ _rule(
     "set to what is elsewhere",
     "set resid_post layer 2 at last token "
     "to 0.5 * value(mlp_out layer 1 at last-item token) of fewer",
-    "The vector of another site of an unpatched run, the base run where none is named, times a "
-    "number if there is one; at the position that is written, where none is named. Both must be of "
-    "one width.",
+    "Sets the vector to that of another site, times an optional number. The value comes from "
+    "an unpatched run, by default the base run, and by default from the position that is "
+    "written. Both sites must have the same width.",
     OWN,
     "tests/rules/test_readings.py",
 )
 _rule(
     "add what is elsewhere",
     "add 0.3 * value(attn_out layer 1) of clean to resid_post layer 2 at last token",
-    "The row's own vector of an unpatched run, the base run where none is named, times the number, "
-    "is added to what is there when the pass comes by. Both must be of one width.",
+    "Adds the row's own vector from an unpatched run, by default the base run, times the "
+    "number. It is added to the value in the current forward pass. Both sites must have the "
+    "same width.",
     OWN,
     "tests/rules/test_readings.py",
 )
 _rule(
     "add steps",
     "add 2 * step(q) to q layer 1 head * at tokens *",
-    "The vector minus that of the position before, times the number, is added: `token - 1` means "
-    "the last token. Both are those of the running pass, as they are before this rule writes. "
-    "The first position gets nothing. `q` is what is written; so are `k`, `v`, `z`, the stream and "
-    "what is added to it. Rotary embeddings come behind `q` and `k`.",
+    "Adds the number times the difference between the vector and that of the preceding "
+    "position. Both are values of the current forward pass, before this rule. The first "
+    "position doesn't change. The argument is the component that is written: `q`, `k`, `v`, "
+    "`z`, the residual stream, or an output added to it. Rotary embeddings are applied after "
+    "`q` and `k`.",
     OWN,
     "tests/rules/test_steps.py",
 )
 _rule(
     "several fills",
     "ablate layer * head * at last token with zero, mean, mean of fewer by count, resample",
-    "Fills in a list are an axis, `fill`, named as they are written: each cell is what the rule is "
-    "with that fill alone.",
+    "A list of replacement values is an axis, `fill`, labelled as in the file. Each cell "
+    "equals the rule with that value alone.",
     OWN,
     "tests/rules/test_fills.py",
 )
 _rule(
     "block attention",
     "block attention layer * window 3 from last token to fruits tokens",
-    "The queries may not attend to the keys: their scores are −∞ before the softmax, the rest, "
-    "sinks included, is renormalised. Without a head axis all heads.",
+    "Prevents the queries from attending to the keys: their scores become −∞ before the "
+    "softmax. The other weights, including sinks, are renormalised. Without a head axis, it "
+    "applies to all heads.",
     KNOCKOUT,
     _EDGES,
 )
 _rule(
     "reweight attention",
     "reweight attention layer * head * from last token to first-item token by 1.5",
-    "The weight of the edge is multiplied, then the row is renormalised to 1; `by 0` is `block`.",
+    "Multiplies the weight of the edge, then renormalises the row to sum to 1. `by 0` is the "
+    "same as `block`.",
     OWN,
     _EDGES,
 )
 _rule(
     "set attention to a weight",
     "set attention layer * head * from last token to first-item token to 0.2",
-    "Every visible edge gets this weight; the rest of the row is scaled so that it sums to 1. A "
-    "query that sees no other key shares its row evenly among these.",
+    "Sets every visible edge to this weight and rescales the rest of the row, so that it sums "
+    "to 1. If a query sees no other key, its weight is divided evenly among these keys.",
     OWN,
     _EDGES,
 )
 _rule(
     "set attention to uniform",
     "set attention layer * head * from last token to fruits tokens to uniform",
-    "The weight that the visible keys have together is spread evenly over them.",
+    "Distributes the total weight of the visible keys evenly over them.",
     OWN,
     _EDGES,
 )
 _rule(
     "allow attention",
     "allow attention layers * from first-item token to last-item token",
-    "The queries see these keys too, later ones or those behind a window, with the scores that the "
-    "model gives them; the softmax goes over all that is seen then. Other rules on edges act on "
-    "the enlarged set. Rows are whole passes. Not where positions are added to scores (ALiBi).",
+    "Lets the queries attend to these keys too, including later keys and keys outside a "
+    "window, with the model's scores. The softmax then covers all visible keys, and other "
+    "attention rules act on this larger set. Each row is a full forward pass. Models that add "
+    "positions to scores (ALiBi) aren't supported.",
     "Wang et al. 2024, arXiv 2407.01100",
     "tests/rules/test_allowed.py",
 )
 _rule(
     "replace block",
     "replace block layer * with block layer 1",
-    "Another block computes in that place, with its own weights on what enters there. Several, "
-    "`layers 2..3`, are replaced together; a `for` may say `layer l with block layer l + 1`. Sites "
-    "of a layer are what is computed in its place. Blocks of another kind can't stand in. Rows are "
-    "whole passes.",
+    "Runs another block, with its own weights, in place of this one. `layers 2..3` replaces "
+    "several blocks together; a `for` loop can use `layer l with block layer l + 1`. Sites of "
+    "the layer refer to the replacement. Both blocks must be of the same type. Each row is a "
+    "full forward pass.",
     OWN,
     "tests/rules/test_blocks.py",
 )
 _rule(
     "replace block with identity",
     "replace block layers 1..2 with identity",
-    "The blocks hand on what enters them.",
+    "Skips the blocks: their output is their input.",
     OWN,
     "tests/rules/test_blocks.py",
 )
 _rule(
     "renumber",
     "renumber last-item token from 5",
-    "These tokens get the position ids 5, 6, …, in their order in the text; a prompt's first token "
-    "has 0. All others keep theirs, and what a token sees goes by its place as before. Rows are "
-    "whole passes. Not where the model counts by itself, or adds positions to scores.",
+    "Gives these tokens the position ids 5, 6, … in text order; the first token of a prompt "
+    "has id 0. Other tokens keep their ids, and the attention mask doesn't change. Each row is "
+    "a full forward pass. Models that compute position ids themselves, or add positions to "
+    "scores, aren't supported.",
     "Wang et al. 2024, arXiv 2407.01100",
     "tests/rules/test_allowed.py",
 )
 _rule(
     "path",
     "path layer 0..1 head * -> q layer 2 head * at last token",
-    "The sender gets the source run's value, every other head and every MLP is held at the base "
-    "run's; what the receiver reads then is written into the base run. Receivers are `resid_pre`, "
-    "`attn_norm`, `q`, `k`, `v`, `mlp_norm`, `mlp_hidden`, `final_norm` and `logits`; their axes "
-    "are `to_layer`, `to_head` and `to_neuron`. Pairs in the wrong order are left out. Receivers "
-    "of a group are patched at once. A neuron that receives gets the activation that its MLP gives "
-    "it there.",
+    "Gives the sender its source value while every other head and MLP is held at its base "
+    "value. The resulting input of the receiver is then written into the base run. Receivers "
+    "are `resid_pre`, `attn_norm`, `q`, `k`, `v`, `mlp_norm`, `mlp_hidden`, `final_norm` and "
+    "`logits`, with the axes `to_layer`, `to_head` and `to_neuron`. Pairs in which the sender "
+    "doesn't precede the receiver are omitted. Receivers in a group are patched at once. For a "
+    "neuron, the resulting activation is written.",
     PATHS,
     _PATHS,
 )
 _rule(
     "path beside rules",
     "ablate L1H2 at last token with zero  path layer 0 head * -> q layer 2 head * at last token",
-    "The other rules make the model in which the path is patched: they act in the pass that gives "
-    "what is held, in that in which the senders are patched, and in the last one. The source run "
-    "that the senders' values are of is without them. A run with rules as the base "
-    "(`from clean into ablated`) gives the same values, and effects against it. One path stands in "
-    "an experiment.",
+    "The other rules define the model in which the path is patched. They act in the pass that "
+    "provides the held values, in the pass with the patched senders, and in the final pass. "
+    "They don't act in the source run, which provides the senders' values. A run with rules as "
+    "the base (`from clean into ablated`) gives the same values, with effects relative to that "
+    "run. An experiment can have one path.",
     PATHS,
     "tests/rules/test_paths_beside.py",
 )
 _rule(
     "path … with frozen norms",
     "path layer * head * -> logits at last token with frozen norms",
-    "In the pass in which the senders are patched, every norm divides by what it divides by on the "
-    "base run; so direct effects are linear, and those of senders that add up to the stream add up "
-    "(before a cap on logits). Behind `through mlps`, where both stand.",
+    "In the pass with patched senders, every norm divides by its value in the base run. Direct "
+    "effects are then linear: the effects of senders add up if the senders add up to the "
+    "stream (before a cap on logits). If `through mlps` is present, this clause follows it.",
     "Elhage et al. 2021 (transformer-circuits.pub/2021/framework)",
     "tests/rules/test_paths_beside.py",
 )
 _rule(
     "path to neurons",
     "path layer 0 head * -> mlp_hidden layer 2 neurons 3, 7 at last token",
-    "What the senders add to what these neurons read, and only these: their activations in the "
-    "pass in which all else is held are written into the base run. Neurons send too: "
-    "`path L0N3 -> L2N7`.",
+    "Patches only what the senders add to the input of these neurons. The neurons' "
+    "activations, with all else held, are written into the base run. Neurons can also be "
+    "senders: `path L0N3 -> L2N7`.",
     PATHS,
     "tests/rules/test_paths_beside.py",
 )
 _rule(
     "path … through mlps",
     "path layer * head * -> logits at last token through mlps",
-    "MLPs recompute instead of being held. To `logits` or `final_norm` the measure is read off "
-    "this very run.",
+    "Recomputes MLPs instead of holding them. For the receivers `logits` and `final_norm`, the "
+    "metric reads this pass directly.",
     PATHS,
     _PATHS,
 )
 _rule(
     "observe attention",
     "observe attention layer * head * from last token to first-item token",
-    "The weight that the keys get together, averaged over the queries, and without a head axis "
-    "over all heads; a measure `attention` with the effect `raw`, of the patched run where rules "
-    "stand beside it.",
+    "The total weight on the keys, averaged over the queries and, without a head axis, over "
+    "all heads. It is a measure `attention` with the effect `raw`. With rules in the "
+    "experiment, it reads the patched run.",
     ATTENTION,
     _EDGES,
 )
 _rule(
     "observe",
     "observe norm resid_post layer * at last token as lengths",
-    "Looks and changes nothing: what is seen is measured, with the effect `raw`, of the patched "
-    "run where rules stand beside it. With a name the line has a result of its own, with its own "
-    "axes, beside that of the measures; `top 3 of lengths`, `expect max(lengths) > mean(attn)` and "
-    "`report lines layer of lengths` call it. The name is one of the whole file: observations of "
-    "two experiments have different ones. `norm` is the length of the vector (L2).",
+    "Reads a run without changing it. The value is a measure with the effect `raw`; with rules "
+    "in the experiment, it reads the patched run. A named line has a separate result with its "
+    "own axes. Use the name in `top 3 of lengths`, `expect max(lengths) > mean(attn)` and "
+    "`report lines layer of lengths`. Names of observations must be unique in the file. `norm` "
+    "is the L2 norm of the vector.",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -946,15 +984,16 @@ _rule(
     "measure OBSERVATION as delta",
     "patch layer 1 head 2 at last token "
     "observe entropy pattern layer 2 head * at last token as spread measure spread as delta",
-    "What the rules change of what is observed: the base run is observed at the same places "
-    "without them. Other effects than `raw` and `delta` aren't known of observations.",
+    "The change of the observation caused by the rules. The base run is observed at the same "
+    "positions without rules. Observations support only the effects `raw` and `delta`.",
     OWN,
     _OBSERVED,
 )
 _rule(
     "observe … of RUN",
     "observe norm resid_post layer * of fewer at last token as lengths",
-    "Of another run than the one that rules act on, whose texts positions are found in.",
+    "Observes another run than the one that rules act on. Positions are located in that run's "
+    "text.",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -962,7 +1001,7 @@ _rule(
 _rule(
     "observe value",
     "observe value mlp_hidden layer 1 neuron 0..3 at last token",
-    "The activation of one neuron; of neurons that are joined, their mean.",
+    "The activation of one neuron, or the mean activation of joined neurons.",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -970,7 +1009,7 @@ _rule(
 _rule(
     "observe entropy",
     "observe entropy pattern layer * head * at last token",
-    "The entropy of what the query attends to, in nats.",
+    "The entropy of the query's attention, in nats.",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -978,9 +1017,9 @@ _rule(
 _rule(
     "observe distance",
     "observe distance pattern layer * head * at last token",
-    "How many tokens back the query attends, on average over its attention. `distance(8)` counts "
-    "keys that are further back as 8 tokens back. In models that see both sides it is how far "
-    "away keys are, and in images how many patches, from middle to middle.",
+    "The mean distance, in tokens, to the keys that the query attends to. `distance(8)` counts "
+    "keys further back as 8 tokens. Bidirectional models use the absolute distance, and images "
+    "use the distance between the centres of patches.",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -988,10 +1027,9 @@ _rule(
 _rule(
     "observe received",
     "observe received pattern layer * head * at each item token as paid",
-    "How much attention each later token pays to this one, on average over all tokens behind it; "
-    "`received(4..20)` is of those that lie 4 to 20 tokens behind it (future attention "
-    "influence). Rows in which none lies there aren't part of the cell. In models that see both "
-    "sides all other tokens pay.",
+    "The mean attention that later tokens pay to this token. `received(4..20)` uses the tokens "
+    "4 to 20 positions later (future attention influence). A cell excludes rows without such "
+    "tokens. Bidirectional models use all other tokens.",
     "Li et al. 2025, arXiv 2510.13554",
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -999,10 +1037,10 @@ _rule(
 _rule(
     "observe logit_lens",
     "observe logit_lens resid_post layer * at last token",
-    "The vector through the model's own final norm and unembedding, as if its layer were the last. "
-    "Measures of the experiment read what comes out; without one, it is the probability of its "
-    "most likely token. Of `attn_out`, `mlp_out` and `head_out` the norm has the scale of that "
-    "vector alone.",
+    "The vector after the model's final norm and unembedding, as if its layer were the last. "
+    "Metrics of the experiment read these logits. Without a measure, the value is the "
+    "probability of the most likely token. For `attn_out`, `mlp_out` and `head_out`, the norm "
+    "uses the scale of that vector alone.",
     'nostalgebraist 2020, "interpreting GPT: the logit lens"',
     _OBSERVED,
     "measure prob(answer) as raw",
@@ -1010,9 +1048,9 @@ _rule(
 _rule(
     "observe logit_lens … top",
     "observe logit_lens resid_post layer * at last token top 5",
-    "Lists the five tokens of the largest mean probability over the rows of a cell, each with that "
-    "and the share of rows in which it is the most likely one, in the table and the JSON "
-    "(`listed`, `listed_mean`, `listed_first`). `tuned_lens` does so too.",
+    "Lists the five tokens with the largest mean probability over the rows of a cell. Each has "
+    "its mean and the share of rows in which it is the most likely token, in the table and in "
+    "the JSON (`listed`, `listed_mean`, `listed_first`). `tuned_lens` supports this too.",
     OWN,
     _OBSERVED,
     "measure prob(answer) as raw",
@@ -1020,9 +1058,9 @@ _rule(
 _rule(
     "observe tuned_lens",
     'observe tuned_lens("lens.safetensors") resid_post layer * at last token',
-    "As the logit lens, of h + A h + b: `layer.N.weight` [d_model, d_model] and `layer.N.bias` "
-    "[d_model] of the file are A and b for `resid_post layer N`. The last layer needs none, and "
-    "goes as it is then. The file's hash is kept with the results.",
+    "The logit lens of h + A h + b. For `resid_post layer N`, the file provides A as "
+    "`layer.N.weight` [d_model, d_model] and b as `layer.N.bias` [d_model]. The last layer "
+    "needs no entry; without one it is used unchanged. The results store the file's hash.",
     "Belrose et al. 2023, arXiv 2303.08112",
     _OBSERVED,
     "measure prob(answer) as raw",
@@ -1030,11 +1068,11 @@ _rule(
 _rule(
     "observe direct_logit",
     "observe direct_logit layer * head * toward answer - wrong at last token",
-    "What a component adds to the logits behind `toward` by itself: through the final norm, whose "
-    "scale is held at that of the stream, and the unembedding. Heads, `attn_out`, `mlp_out`, "
-    "neurons, and `resid_pre layer 0` for the embeddings; with the biases of norm and unembedding, "
-    "which no part has, all parts add up to the logit (before a cap on logits). Joined sites are "
-    "added up.",
+    "The direct contribution of a component to the logits after `toward`: through the final "
+    "norm, with its scale fixed at that of the stream, and the unembedding. Components are "
+    "heads, `attn_out`, `mlp_out`, neurons, and `resid_pre layer 0` for the embeddings. "
+    "Together with the biases of norm and unembedding, which belong to no component, they sum "
+    "to the logit (before a cap on logits). Joined sites are summed.",
     "Elhage et al. 2021, transformer-circuits.pub/2021/framework; Wang et al. 2022, "
     "arXiv 2211.00593",
     _OBSERVED,
@@ -1043,11 +1081,11 @@ _rule(
 _rule(
     "observe rollout",
     "observe rollout from last token to each item token as rolled",
-    "What of the one token is mixed into the other by attention through all layers: the product "
-    "over layers of (pattern averaged over heads + identity) / 2, each query's weights adding up "
-    "to 1. Several tokens that it leads to are added up, those that it is looked at from averaged. "
-    "Of images from `cls token`, or from `image tokens` where the model has none and pools its "
-    "patches.",
+    "The share of one token that attention through all layers mixes into another. It is the "
+    "product over layers of (mean pattern over heads + identity) / 2, with each query's "
+    "weights summing to 1. Several key tokens are summed, several query tokens averaged. For "
+    "images, start from `cls token`, or from `image tokens` if the model pools its patches and "
+    "has no class token.",
     "Abnar and Zuidema 2020, arXiv 2005.00928",
     "tests/rules/test_rollout.py",
     "measure logit(answer) as raw",
@@ -1055,14 +1093,15 @@ _rule(
 _rule(
     "observe probe",
     "observe probe(count, folds: 5) at resid_post layer * at last-item token as told",
-    "What a linear map of the vectors tells of a value, in rows that it wasn't fitted to: ridge "
-    "regression (R²) of numbers and lists of numbers, logistic regression (share right) of texts, "
-    "truths and two values; `kind: logistic` or `kind: ridge` says it. Rows that look alike at the "
-    "position are in one fold. Beside it stands `told shuffled`, with the values dealt to other "
-    "rows. `penalty` is that of Σ weights² on standardised vectors; without it, ridge takes the "
-    "best of 0.01 to 10,000 on folds within the rows of each fit, logistic 1. `train: fruit.train` "
-    "in place of `folds` fits it once, on another block, a part of a split or a run of it, at the "
-    "same position; no row of the experiment may be among these.",
+    "How well a linear map of the vectors predicts a value on held-out rows. Numbers and lists "
+    "of numbers use ridge regression (R²). Texts, booleans and two-valued values use logistic "
+    "regression (accuracy). `kind: logistic` or `kind: ridge` overrides this. Rows with the "
+    "same content at the position are in the same fold. The control `told shuffled` uses "
+    "shuffled values. `penalty` weights Σ weights² on standardised vectors. By default, ridge "
+    "selects the best of 0.01 to 10,000 on inner folds of the training rows, and logistic uses "
+    "1. `train: fruit.train`, in place of `folds`, fits the probe once at the same position on "
+    "another block, a part of a split, or a run. Those rows must not include rows of the "
+    "experiment.",
     "Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368",
     _TOGETHER,
     "measure logit(answer) as raw",
@@ -1070,12 +1109,13 @@ _rule(
 _rule(
     "observe routed_probe",
     "observe routed_probe(count, folds: 5) at resid_post layer * at item tokens as told",
-    "A probe of numbers, or of lists of numbers, that takes more from some tokens than from "
-    "others: ridge regression on Σ softmax(x · query) x over the tokens of each row, one query for "
-    "all rows, fitted with it from equal weights on. What a row's tokens hold says what is taken, "
-    "so that it may be elsewhere in each row. R² in rows that it wasn't fitted to, as of a probe, "
-    "whose `folds`, `train` and control it has; `penalty` is that of Σ weights² + Σ query² on "
-    "standardised vectors and numbers, 1 unless it is said.",
+    "A probe of numbers, or lists of numbers, that weights the tokens of a position. It is a "
+    "ridge regression on Σ softmax(x · query) x over the tokens of each row. One query is "
+    "fitted for all rows together with the weights, starting from equal token weights. The "
+    "weights depend on the content of the tokens, so relevant tokens may be at different "
+    "positions in each row. The value is R² on held-out rows. `folds`, `train` and the control "
+    "are those of `probe`. `penalty` weights Σ weights² + Σ query² on standardised vectors and "
+    "numbers, and is 1 by default.",
     "Adeli, Sun and Kriegeskorte 2025, arXiv 2505.17329",
     _TOKENS,
     "measure logit(answer) as raw",
@@ -1083,8 +1123,8 @@ _rule(
 _rule(
     "observe routing",
     "observe routing(count, folds: 5) at resid_post layer 2 at each item token as looked",
-    "How much such a probe takes from each token, by the fit that hasn't seen the row: a map, "
-    "whose numbers add up to 1 over the tokens of the line.",
+    "The weight that `routed_probe` gives to each token, from the fit that excludes the row. "
+    "It is a map whose values sum to 1 over the tokens of the line.",
     "Adeli, Sun and Kriegeskorte 2025, arXiv 2505.17329",
     _TOKENS,
     "measure logit(answer) as raw",
@@ -1092,11 +1132,12 @@ _rule(
 _rule(
     "observe clusters",
     "observe clusters(4) resid_post layer 2 at each item token as concept",
-    "How likely a token's vector is of each of four clusters, along an axis `cluster` from 1, the "
-    "largest: k-means (the best of 5 starts, drawn by the seed) of the standardised vectors of all "
-    "tokens of the line, whose clusters count as Gaussians of one variance. Joined tokens have "
-    "their mean: what share of an image is of a cluster. `clusters(4, train: fruit.train)` fits it "
-    "on other rows, as of a probe.",
+    "The probability that a token's vector belongs to each of four clusters, along an axis "
+    "`cluster`; cluster 1 is the largest. The clusters come from k-means (the best of 5 seeded "
+    "starts) on the standardised vectors of all tokens of the line. The probabilities treat "
+    "them as Gaussians of equal variance. Joined tokens have their mean: the share of an image "
+    "that belongs to a cluster. `clusters(4, train: fruit.train)` fits on other rows, as for "
+    "`probe`.",
     "Lloyd 1982, “Least squares quantization in PCM”; of patches: Wang, Tan and Wang 2024, "
     "arXiv 2406.12649",
     _TOKENS,
@@ -1105,7 +1146,7 @@ _rule(
 _rule(
     "observe clusters … with RUN",
     "observe clusters(4) resid_post layer 2 with fewer at first-item token as kept",
-    "Whether the likeliest cluster of a token is the same at the same place of another run.",
+    "Whether the most likely cluster of a token is the same at that position of another run.",
     OWN,
     _TOKENS,
     "measure logit(answer) as raw",
@@ -1113,8 +1154,8 @@ _rule(
 _rule(
     "observe similarity",
     "observe similarity resid_post layer * at first-item token with last-item token as alike",
-    "The cosine of a row's vectors, the mean over pairs of different tokens, one at either "
-    "position; without `with`, of the tokens of one position with each other.",
+    "The mean cosine similarity over pairs of different tokens of a row, one from each "
+    "position. Without `with`, pairs are formed within one position.",
     OWN,
     _TOGETHER,
     "measure logit(answer) as raw",
@@ -1122,8 +1163,8 @@ _rule(
 _rule(
     "observe similarity … with SITE",
     "observe similarity resid_pre layer * with resid_post layer * at last token as alike",
-    "The cosine of a row's vectors at two sites, one token at a time; the second site's axes are "
-    "`to_layer`, `to_head`.",
+    "The cosine similarity of a row's vectors at two sites, one token at a time. The axes of "
+    "the second site are `to_layer` and `to_head`.",
     OWN,
     _TOGETHER,
     "measure logit(answer) as raw",
@@ -1131,8 +1172,8 @@ _rule(
 _rule(
     "observe similarity … with RUN",
     "observe similarity resid_post layer * of clean with fewer at last token as alike",
-    "The cosine with the vector at the same position of another run, one token at a time; the run "
-    "may be one with rules (`run healed { … }`), or another block.",
+    "The cosine similarity with the vector at the same position of another run, one token at a "
+    "time. The run may have rules (`run healed { … }`) or belong to another block.",
     OWN,
     _TOGETHER,
     "measure logit(answer) as raw",
@@ -1140,9 +1181,9 @@ _rule(
 _rule(
     "observe cka",
     "observe cka resid_post layer * with attn_out layer * at last token as alike",
-    "Linear CKA of two sites over all distinct rows, by the estimator without bias for few rows; "
-    "the second site's axes are `to_layer`, `to_head`; `with fewer` is of the same site in two "
-    "runs. Its interval is that of the jackknife.",
+    "Linear CKA of two sites over all distinct rows, with the unbiased estimator for few rows. "
+    "The axes of the second site are `to_layer` and `to_head`. `with fewer` compares the same "
+    "site in two runs. The interval comes from the jackknife.",
     "Kornblith et al. 2019, arXiv 1905.00414; Song et al. 2012",
     _TOGETHER,
     "measure logit(answer) as raw",
@@ -1150,9 +1191,9 @@ _rule(
 _rule(
     "observe rank, effective_rank",
     "observe effective_rank resid_post layer * at last token as spread",
-    "How many dimensions the rows' vectors take up around their mean: singular values above "
-    "rounding (`rank`), or the exponential of their entropy. One number of all rows, without an "
-    "interval.",
+    "The dimension of the rows' vectors around their mean. `rank` counts the singular values "
+    "above rounding, and `effective_rank` is the exponential of their entropy. Each is one "
+    "number for all rows, without an interval.",
     "Roy and Vetterli 2007",
     _TOGETHER,
     "measure logit(answer) as raw",
@@ -1160,10 +1201,10 @@ _rule(
 _rule(
     "observe copying, matching",
     "observe copying layer * head * as copies",
-    "Of a head's weights alone: Σ λ / Σ |λ| over the eigenvalues of embedding → OV → unembedding, "
-    "or of embedding → QK ← embedding (`matching`), from −1 to 1. Gains of norms are folded in; "
-    "their scales, biases and rotary are not. An experiment that looks at weights alone needs no "
-    "`prompts` line.",
+    "A property of a head's weights alone: Σ λ / Σ |λ| over the eigenvalues of embedding → OV "
+    "→ unembedding. `matching` uses embedding → QK ← embedding. Values range from −1 to 1. "
+    "Gains of norms are folded in; norm scales, biases and rotary embeddings aren't. An "
+    "experiment on weights alone needs no `prompts` line.",
     "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
     _WEIGHTS,
     "measure logit(answer) as raw",
@@ -1171,8 +1212,9 @@ _rule(
 _rule(
     "observe composition",
     "observe composition(q) at layer 0 head * with layer 1 head * as read",
-    "How much of what a head writes a head of a later layer reads by its queries, keys (`k`) or "
-    "values (`v`): ‖AB‖ / (‖A‖ ‖B‖), Frobenius, of the first one's OV and the other's QK or OV.",
+    "The degree to which a later head reads the output of a head through its queries (`q`), "
+    "keys (`k`) or values (`v`). It is ‖AB‖ / (‖A‖ ‖B‖) in Frobenius norms, for the first "
+    "head's OV and the second head's QK or OV.",
     "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
     _WEIGHTS,
     "measure logit(answer) as raw",
@@ -1180,8 +1222,8 @@ _rule(
 _rule(
     "observe singular_values",
     "observe singular_values(ov) at layer 0 head * top 5 as sizes",
-    "The largest singular values of a head's W_V W_O, or of its W_Q W_Kᵀ (`qk`), along an axis "
-    "`value` from 1; gains of norms are folded in.",
+    "The largest singular values of a head's W_V W_O, or of its W_Q W_Kᵀ (`qk`). The axis "
+    "`value` starts at 1. Gains of norms are folded in.",
     "Millidge and Black 2022, “The singular value decompositions of transformer weight matrices "
     "are highly interpretable”",
     _WEIGHTS_IN_FILES,
@@ -1190,9 +1232,9 @@ _rule(
 _rule(
     "observe value_vectors … top",
     "observe value_vectors layer 1 neuron 0..3 top 10 as says",
-    "A neuron's output weights through the final norm's gain and the unembedding: what it adds to "
-    "the logit of the token that it raises most, per unit of its activation. `top 10` lists the "
-    "first ten tokens in the table and the JSON (`listed`).",
+    "A neuron's output weights after the final norm's gain and the unembedding. The value is "
+    "the contribution to the logit of the token that it raises most, per unit of activation. "
+    "`top 10` lists the first ten tokens in the table and the JSON (`listed`).",
     "Geva et al. 2022, arXiv 2203.14680",
     _WEIGHTS_IN_FILES,
     "measure logit(answer) as raw",
@@ -1200,8 +1242,8 @@ _rule(
 _rule(
     "observe value_vectors … toward",
     "observe value_vectors layer 1 neuron * toward answer - wrong as writes",
-    "What a neuron adds to the logits of each row's own tokens, per unit of its activation; the "
-    "mean is over rows.",
+    "The contribution of a neuron to the logits of each row's own tokens, per unit of "
+    "activation, averaged over rows.",
     "Geva et al. 2022, arXiv 2203.14680",
     _WEIGHTS_IN_FILES,
     "measure logit(answer) as raw",
@@ -1209,9 +1251,10 @@ _rule(
 _rule(
     "observe successor",
     'observe successor(" 1", " 2", " 3") at layer 1 head * as counts',
-    "The share of texts whose next one a head raises most of all that are listed, and beside it "
-    "`counts rank`, its mean rank: token embedding → norm and MLP of the first block → OV → final "
-    "norm's gain → unembedding. The first text again at the end closes a circle.",
+    "The share of the listed texts for which the head raises the following text most. `counts "
+    "rank` is the mean rank of the following text. The path is token embedding → norm and MLP "
+    "of the first block → OV → final norm's gain → unembedding. To close the cycle, repeat the "
+    "first text at the end.",
     "Gould et al. 2023, arXiv 2312.09230",
     _WEIGHTS_IN_FILES,
     "measure logit(answer) as raw",
@@ -1219,35 +1262,35 @@ _rule(
 _rule(
     "for",
     "for l in 0..2 { patch attn_out layer l at last token patch mlp_out layer l at last token }",
-    "An axis that several rules share. Also over numbers (`[0, 1, 4]`, `0%..100% step 5%`) and "
-    "components (`[attn_out, mlp_out]`).",
+    "An axis that several rules share. It can also range over numbers (`[0, 1, 4]`, `0%..100% "
+    "step 5%`) and components (`[attn_out, mlp_out]`).",
     OWN,
     _COORDINATES,
 )
 _rule(
     "both ends",
     "for a in 0..2 { for b in a..2 { patch mlp_out layers a..b at last token } }",
-    "Variables stand at either end of what is joined: `layers a..b`, `heads 0..a + 1`. A loop's "
-    "values may hang on those around it (`a + 1..5`, `[a, 5]`, `a..1 step 0.1`): there are only "
-    "the cells whose values go together, here six, and `heatmap a by b` is a triangle. A range "
-    "that is empty for some of them is an error.",
+    "Variables can be the ends of a joined range: `layers a..b`, `heads 0..a + 1`. The values "
+    "of an inner loop can depend on outer loops (`a + 1..5`, `[a, 5]`, `a..1 step 0.1`). The "
+    "experiment has only the valid combinations, here six, and `heatmap a by b` is a triangle. "
+    "An empty range is an error.",
     OWN,
     "tests/rules/test_nested_loops.py",
 )
 _rule(
     "window w",
     "for w in [1, 3] { patch mlp_out layer * window w at last token }",
-    "How wide a window is, as an axis; each is cut at the ends.",
+    "The window width as an axis. Windows are truncated at the first and last layer.",
     OWN,
     "tests/rules/test_nested_loops.py",
 )
 _rule(
     "for i",
     "for i in 2..3 { block attention layers * from item i token to item i - 1 token }",
-    "Its variable counts in positions: `item i token`, `item i + 1 token`, `token i`, `token -i`, "
-    "`last token - i`, of rules, queries, keys and measures. With `from token i to token i - 11` "
-    "they are those of a diagonal, one cell for each query. Rows without a position drop out of "
-    "its cell, as of `each item token`, and n is told; that no row has it is an error.",
+    "Uses the variable in positions of rules, queries, keys and measures: `item i token`, "
+    "`item i + 1 token`, `token i`, `token -i`, `last token - i`. `from token i to token i - "
+    "11` selects a diagonal, with one cell per query. A cell excludes rows without the "
+    "position, and n counts the others. If no row has the position, it is an error.",
     OWN,
     "tests/rules/test_loop_positions.py",
 )
@@ -1257,84 +1300,85 @@ _rule(
 _onward(
     "top n of",
     "patch top 3 of cie at last token",
-    "The three cells of `cie` with the largest signed mean effect of its first measure, joined; "
-    "`top 25% of cie` is a share of them. Where falls matter, as under an ablation, let `cie` "
-    "measure the negative: `measure -logprob(answer) as delta`.",
+    "The three cells of `cie` with the largest signed mean effect of its first measure, "
+    "joined; `top 25% of cie` selects a share. If decreases matter, as under an ablation, "
+    "measure the negative in `cie`: `measure -logprob(answer) as delta`.",
     VECTORS,
     "tests/onward/test_sites.py",
 )
 _onward(
     "against random apart from",
     "patch L0H0 at last token against random(2) apart from L0H1, top 3 of cie",
-    "Sites, groups and what another experiment ranked are never drawn as controls.",
+    "Excludes sites, groups, and the sites that another experiment ranks highest from the "
+    "random controls.",
     OWN,
     "tests/controls/test_apart.py",
 )
 _onward(
     "best of",
     "patch best of cie at last token",
-    "The highest cell of `cie`, signed.",
+    "The cell of `cie` with the largest signed mean effect.",
     OWN,
     "tests/onward/test_sites.py",
 )
 _onward(
     "cells of",
     "patch top 3 of cie(layer: 1) at last token",
-    "Only of the cells of `cie` that have these values along its axes: numbers, words in quotes "
-    '(`base: "fewer"`), a `param` or a `for` variable. So each cell of a loop may have the order '
-    "of tokens of its own map: `for a in 0..3 { for b in a..3 { for k in 0%..100% step 10% { patch "
-    "embed at top k of ranges(a: a, b: b) tokens } } }`. Maps are named alike: `observe pointing "
-    "of ranges(a: 1, b: 3), deleted in object`.",
+    "Selects only cells of `cie` with these values along its axes: numbers, quoted texts "
+    '(`base: "fewer"`), a `param` or a `for` variable. In a loop, each cell can thus use the '
+    "token order of its own map: `for a in 0..3 { for b in a..3 { for k in 0%..100% step 10% { "
+    "patch embed at top k of ranges(a: a, b: b) tokens } } }`. Observations of maps use the "
+    "same syntax: `observe pointing of ranges(a: 1, b: 3), deleted in object`.",
     OWN,
     "tests/onward/test_some_cells.py",
 )
 _onward(
     "heads of edges",
     "reweight attention top 3 of cie from last token to first-item token by 1.5",
-    "The heads that `cie` ranks highest, joined, in place of layers and heads; so may a `group` "
-    "stand there. Sites of heads stand for their heads: `L1H0` (that is `z`) and `L1H0.q` are the "
-    "same one, `k` and `v` all heads that read them.",
+    "The heads that `cie` ranks highest, joined, in place of layers and heads; a `group` works "
+    "too. A head site stands for its head: `L1H0` (its `z`) and `L1H0.q` are the same head. "
+    "`k` and `v` stand for all heads that read them.",
     OWN,
     "tests/onward/test_heads.py",
 )
 _onward(
     "receivers of heads",
     "path layer 0 head * -> q of top 2 of cie at last token",
-    "Paths end where these heads read their queries, joined (`k`, `v`: those of their key-value "
-    "heads). Of a group: `-> q counters`.",
+    "Paths end at the queries of these heads, joined; with `k` or `v`, at the keys or values "
+    "that they read. For a group: `-> q counters`.",
     PATHS,
     "tests/onward/test_heads.py",
 )
 _onward(
     "top n% of … tokens",
     "ablate embed at top 25% of places tokens with zero",
-    "In every row the tokens that `places`, which sweeps tokens, ranks highest in this row; "
-    "signed, as above; of equal ones the earlier.",
+    "In each row, the tokens with the highest signed effect in this row, according to "
+    "`places`, an experiment that sweeps tokens. Ties select the earlier token.",
     DELETION,
     "tests/onward/test_tokens.py",
 )
 _onward(
     "tokens of an observation",
     "ablate embed at top 2 of look tokens with zero",
-    "In every row the keys that the observation `look` ranks highest in this row: the keys of "
-    "`observe attention … to each …`, or the positions that another one sweeps. Several in one "
-    "experiment have names: `as attn`, then `top 2 of attn tokens`.",
+    "In each row, the keys that the observation `look` ranks highest in this row: the keys of "
+    "`observe attention … to each …`, or the positions that another observation sweeps. If an "
+    "experiment has several observations, name them: `as attn`, then `top 2 of attn tokens`.",
     OWN,
     "tests/onward/test_observed_tokens.py",
 )
 _onward(
     "curve",
     "for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero }",
-    "More and more of them: an axis of percentages.",
+    "A growing share of the tokens, along an axis of percentages.",
     DELETION,
     "tests/onward/test_curves.py",
 )
 _onward(
     "for over experiments",
     "for m in [places, look] { ablate embed at top 2 of m tokens with zero }",
-    "A `for` over words may be over experiments and observations of the file, in the order of "
-    "which tokens or sites are taken: an axis whose cells are of the same rows. Of an experiment "
-    "with several maps, each is a value: `for m in [ranges(a: 1, b: 3), places]`.",
+    "Loops over experiments and observations of the file that rank tokens or sites. The axis "
+    "compares them on the same rows. If an experiment has several maps, each can be a value: "
+    "`for m in [ranges(a: 1, b: 3), places]`.",
     OWN,
     "tests/images/test_maps.py",
 )
@@ -1344,40 +1388,43 @@ _onward(
 _experiment(
     "model line",
     "model toy",
-    "What the experiment runs on; may be left out where the file has one model.",
+    "The model of the experiment. It is optional if the file has one model.",
     _LOWER,
 )
 _experiment(
     "several models",
     "model toy, twin",
-    "Runs on each, an axis `model`.",
+    "Runs the experiment on each model, along an axis `model`.",
     "tests/elsewhere/test_models.py",
 )
 _experiment(
     "prompts line",
     "prompts fruit limit 16",
-    "The block whose rows are sampled and whose texts the measures read; `limit` takes the first "
-    "16 of one seeded permutation. `fruit.train` and `fruit.test` are the parts of a `split`.",
+    "The block whose rows are sampled and whose texts the measures read. `limit` takes the "
+    "first 16 rows of a seeded permutation. `fruit.train` and `fruit.test` are the parts of a "
+    "`split`.",
     "tests/execute/test_effects.py",
 )
 _experiment(
     "several blocks",
     "prompts fruit, listed limit 16",
-    "An axis, `prompts`: the experiment on each block, or part of one (`fruit.train, fruit.test`), "
-    "`limit` rows of each. Texts, runs and positions are the block's own. Cells of two blocks have "
-    "no rows in common: for a difference of them each block's rows are drawn by themselves.",
+    "Runs the experiment on each block, or part of one (`fruit.train, fruit.test`), with "
+    "`limit` rows each, along an axis `prompts`. Each block uses its own texts, runs and "
+    "positions. Cells of two blocks share no rows, so for a difference each block is resampled "
+    "separately.",
     "tests/elsewhere/test_several_blocks.py",
 )
 _experiment(
     "a run with rules",
     "run healed { from fewer into clean  patch resid_post layer 1 at last token }",
-    "Defines a run by rules, within the experiment: wherever a run is named, `healed` is that run, "
-    "as in `from healed into clean`, `from clean into healed`, `patch … with healed`, "
-    "`kl(healed)`, `accuracy(healed)`, `mean of healed`, `observe … of healed`, `save … of "
-    "healed`. Its rules have one cell, all in one pass; without `from` they act on the clean run. "
-    "What they write stays in place where other rules act on it, which act behind them. A run may "
-    "use those before it. Rows that start there are whole passes. All rules may stand in it but "
-    "`path` and `replace POSITIONS with TEXT`; a Python function is given all rows that are kept.",
+    "Defines a run with rules, within the experiment. Use its name wherever a run is named: "
+    "`from healed into clean`, `from clean into healed`, `patch … with healed`, `kl(healed)`, "
+    "`accuracy(healed)`, `mean of healed`, `observe … of healed`, `save … of healed`. Its "
+    "rules form one cell and act in one forward pass; without `from`, they act on the clean "
+    "run. If other rules act on this run, its own rules act first and their changes remain. A "
+    "run can use preceding runs. Rows that start from it are full forward passes. It can "
+    "contain all rules except `path` and `replace POSITIONS with TEXT`. A Python function "
+    "receives all rows that remain after `keep`.",
     "tests/rules/test_derived_runs.py",
     "McGrath et al. 2023 (arXiv 2307.15771)",
     beside="expect accuracy(healed) > 0",
@@ -1385,36 +1432,37 @@ _experiment(
 _experiment(
     "save",
     'save resid_post layer * of clean at last token to "acts.safetensors" as float16',
-    "Writes activations to a safetensors file while batches run, so that it may be larger than "
-    "memory; `of RUN` behind the site takes another run than the base run, also one with rules. A "
-    "tensor for each site, `resid_post.layer3`, [vectors, width], all heads or neurons side by "
-    "side where none is named; with it `row`, `token` and `position` (a number in the list "
-    "`positions` of the metadata), and beside the file `acts.jsonl` with the rows' numbers, texts, "
-    "tokens and values. `safetensors.torch.load_file` reads it. Without `as` numbers are as "
-    "computed. An experiment may consist of it. Beside rules the run is named; beside `keep` it is "
-    "refused. Each run writes the file again.",
+    "Writes activations to a safetensors file batch by batch, so the file can be larger than "
+    "memory. `of RUN` after the site selects another run than the base run, also one with "
+    "rules. Each site has a tensor such as `resid_post.layer3` with shape [vectors, width], "
+    "with all heads or neurons concatenated unless one is named. The tensors `row`, `token` "
+    "and `position` (an index into `positions` in the metadata) identify the vectors. "
+    "`acts.jsonl`, in the same folder, has the numbers, texts, tokens and values of the rows. "
+    "Read the file with `safetensors.torch.load_file`. Without `as`, numbers have the computed "
+    "precision. An experiment can consist of `save` lines alone. In an experiment with rules, "
+    "name the run; `keep` isn't allowed. Each run overwrites the file.",
     "tests/execute/test_save.py",
 )
 _experiment(
     "from … into",
     "from clean into fewer",
-    "Source run and base run: rules act on the base run, and `patch` reads the source. Effects "
-    "are 0 at the base and 1 at the source.",
+    "Source run and base run. Rules act on the base run, and `patch` reads the source run. "
+    "`recovery` is 0 at the base run and 1 at the source run.",
     "tests/execute/test_effects.py",
     PATCHING,
 )
 _experiment(
     "several sources or bases",
     "from clean, other into fewer",
-    "Every combination is run, axes `source` and `base`; effects are against that combination's "
-    "own runs.",
+    "Runs every combination, along the axes `source` and `base`. Effects are relative to the "
+    "runs of the same combination.",
     "tests/elsewhere/test_variants.py",
 )
 _experiment(
     "from block into block",
     "from fruit into blank",
-    "Runs of two blocks. Rows are paired by their number, or the one row of a block serves all of "
-    "the other.",
+    "Runs of two blocks. Rows are paired by number. If a block has one row, it is paired with "
+    "every row of the other.",
     "tests/elsewhere/test_blocks.py",
     SCOPES,
     beside="patch resid_post layer * at last-item token onto last token",
@@ -1422,30 +1470,32 @@ _experiment(
 _experiment(
     "from block shuffled into block",
     "from fruit shuffled into listed",
-    "Rows are dealt to each other by a seeded shuffle, each once. Where both blocks run over the "
-    "same values, pairs by number are equal in them, and nothing shows which run is heard (W0704).",
+    "Pairs the rows of two blocks by a seeded shuffle without repetition. If both blocks use "
+    "the same values, rows paired by number have equal values, and the result can't show which "
+    "run determines the output (W0704).",
     "tests/elsewhere/test_shuffled_blocks.py",
     beside="patch resid_post layer * at last-item token",
 )
 _experiment(
     "from model into model",
     "from twin into toy",
-    "Activations of one model are written into another of the same shape.",
+    "Writes activations of one model into another model of the same shape.",
     "tests/elsewhere/test_models.py",
     ACROSS,
 )
 _experiment(
     "keep",
     "keep correct",
-    "Only rows of which this holds in the clean run; kept and dropped are printed.",
+    "Keeps only rows that satisfy the condition in the clean run. The numbers of kept and "
+    "dropped rows are printed.",
     "tests/execute/test_effects.py",
 )
 _experiment(
     "against random",
     "against random(3)",
-    "The same rules on matched random targets, all different, drawn once with the seed: beside the "
-    "effect the range of the draws, how likely one more lies in it, and the effect's rank among "
-    "them. `random(20, positions)` says what is drawn.",
+    "Repeats the rules with distinct random targets that match the original, drawn with the "
+    "seed. The table adds the range of their effects, the probability that another draw falls "
+    "in it, and the rank of the effect. `random(20, positions)` selects the type of target.",
     "tests/controls/test_controls.py",
 )
 for _estimator in dict(ESTIMATORS.items()).values():
@@ -1462,23 +1512,24 @@ for _estimator in dict(ESTIMATORS.items()).values():
 _experiment(
     "generate",
     'generate 8 until "Part", "Total"',
-    "Each row of each cell, and of the base and the source run, writes up to 8 tokens behind its "
-    "prompt, each time the most likely one. A reply ends in front of a text behind `until`, and in "
-    "front of the model's own end of a text; neither is a part of it. Step 0, the prefill, is the "
-    "pass over the prompt, which predicts the first token; step s has the reply's token s as the "
-    "newest one. Rules act at each step, as long as they say nothing else: in the prefill at their "
-    "positions; `last token` and `tokens *` then go on to the newest token, where a rule writes "
-    "what it writes at the prompt's last one (scaling, projecting, clamping and adding act on what "
-    "is there then). Metrics that read logits stay those of the prompt's last token. Not beside "
-    "`path`, and not for base and source runs with rules.",
+    "Lets the model continue each prompt by up to 8 tokens in every cell and in the base and "
+    "source runs. It selects the most likely token each time. A reply ends before a text after "
+    "`until` and before the end-of-text token; it includes neither. `generate N until … with "
+    "…` accepts `until` and `with` in either order. Step 0, the prefill, is the pass over the "
+    "prompt and predicts the first token. Step s processes token s of the reply. Rules act at "
+    "every step by default, in the prefill at their positions. `last token` and `tokens *` "
+    "then apply to the newest token, which receives the value written at the last prompt "
+    "token. `scale`, `project out`, `clamp` and `add` act on the current value. Metrics of "
+    "logits still read the last prompt token. `path`, and base or source runs with rules, "
+    "aren't allowed.",
     _REPLIES,
 )
 _experiment(
     "python of reply",
     'measure python("functions.py:words", reply) as raw',
-    "A function of a Python file, called as `words(replies, rows)` with the texts that were "
-    "written, without what ended them, in place of logits; as a third argument, or one called "
-    "`tokenizer`, it is given the model's.",
+    "A function from a Python file, called as `words(replies, rows)` with the generated texts, "
+    "without stop texts, in place of logits. A third parameter, or one named `tokenizer`, "
+    "receives the model's tokenizer.",
     "tests/python_files/test_replies.py",
     OWN,
     "generate 8",
@@ -1486,20 +1537,21 @@ _experiment(
 _experiment(
     "generate with",
     "generate 8 with temperature 0.7, top_k 50, top_p 0.9, samples 3",
-    "Tokens are drawn: of the 50 likeliest, of the fewest that have 0.9 of the probability, at a "
-    "temperature (1 where it isn't said). A measure of a row is the mean over its samples. Only in "
-    "a file with a `seed`: what is drawn hangs on it, on what is in the row, on the cell, the "
-    "sample and the step, and not on the place in a batch.",
+    "Samples tokens at a temperature (1 by default) from the 50 most likely tokens and from "
+    "the smallest set with probability 0.9. The measure of a row is the mean over its samples. "
+    "The file needs a `seed` line. A sample depends on the seed, the row's content, the cell, "
+    "the sample number and the step, and not on the batch.",
     "tests/execute/test_kept_replies.py",
 )
 _rule(
     "during",
     "patch resid_post layer 1 at last token during step 2..5",
-    "The rule acts in these steps of a reply, both ends included; `during prefill` in step 0 "
-    "alone, `during each step` says what holds without it. Steps behind the prefill have their "
-    "newest token only, so other positions than `last token` and `tokens *` take `during prefill` "
-    "or nothing. `for s in 0..7 { … during step s }`, or `during step s..s + 2`, makes steps an "
-    "axis. `pattern`, `scores`, `allow` and `renumber` go no further than the prefill.",
+    "Limits the rule to these steps of a reply, both ends included. `during prefill` is step 0 "
+    "alone, and `during each step` is the default. Steps after the prefill process only the "
+    "newest token. Positions other than `last token` and `tokens *` therefore need `during "
+    "prefill` or no clause. `for s in 0..7 { … during step s }`, or `during step s..s + 2`, "
+    "makes the step an axis. `pattern`, `scores`, `allow` and `renumber` apply only to the "
+    "prefill.",
     OWN,
     _REPLIES,
     "generate 8",
@@ -1507,8 +1559,9 @@ _rule(
 _rule(
     "after prefill",
     "patch k layers * at last-item token with clean after prefill",
-    "Edits the keys or values that are kept of the prompt, between the prefill and the first step: "
-    "the first token of the reply is predicted without it, later ones attend to it.",
+    "Edits cached keys or values of the prompt between the prefill and the first step. The "
+    "first token of the reply is predicted without the edit, and later tokens attend to the "
+    "edited values.",
     OWN,
     _REPLIES,
     "generate 8",
@@ -1516,91 +1569,92 @@ _rule(
 _experiment(
     "positions in a reply",
     "measure entropy at each step as raw",
-    "Measures and observations read tokens of the reply too: `each step` (where token s + 1 is "
-    "predicted, along the axis `step`; step 0 is the prompt's last token), `each reply token`, "
-    '`reply token 3`, `first token of reply`, `last token of reply`, `"Answer:" of reply token` '
-    "(the last token of its last occurrence), and `observe attention … from each reply token to "
-    "subject tokens`. They are read in whole passes over prompt and reply, in which rules act "
-    "where they acted. Rows whose reply has no such token leave the cell. `delta`, and `kl(RUN)`, "
-    "are set against the base run, or that run, behind the same reply without rules. Other "
-    "effects, texts of several tokens and what is made of all rows aren't known there. `save` "
-    "writes vectors at these tokens of what a run without rules writes, of each sample.",
+    "Reads tokens of the reply in measures and observations. `each step` is the position that "
+    "predicts token s + 1, along the axis `step`; step 0 is the last prompt token. Also `each "
+    'reply token`, `reply token 3`, `first token of reply`, `last token of reply`, `"Answer:" '
+    "of reply token` (the last token of its last occurrence) and `observe attention … from "
+    "each reply token to subject tokens`. mechdsl reads them in full forward passes over "
+    "prompt and reply, with the rules active in the same steps. A cell excludes rows whose "
+    "reply has no such token. `delta` and `kl(RUN)` compare with the base run, or the named "
+    "run, on the same reply without rules. Other effects, texts of several tokens and "
+    "statistics over all rows aren't available. `save` writes the vectors of a run without "
+    "rules, for each sample.",
     "tests/rules/test_in_replies.py",
     beside="generate 8",
 )
 _experiment(
     "replies behind prompts",
     "prompts fruit limit 4 with replies of writer",
-    "Behind each prompt stands what `writer`, another experiment with `generate`, wrote there: the "
-    "same tokens in all runs, whatever their text would be tokenised to. With rules it is what its "
-    "one cell wrote, or the one that is named: `replies of writer(c: 1)`. `last token` is the "
-    "reply's, and answers are read behind it. Rules, measures, observations and `save` name its "
-    "tokens in the words above: `patch resid_post layer * at each reply token`. Rows without a "
-    "reply there are left out, and said; `writer` runs first, on the same block, and with a model "
-    "of the same tokenizer.",
+    "Appends to each prompt the reply of `writer`, another experiment with `generate`. All "
+    "runs have the same tokens, without tokenizing the text again. If `writer` has several "
+    "cells, name one: `replies of writer(c: 1)`. `last token` is the last token of the reply, "
+    "and answers are read after it. Rules, measures, observations and `save` can use positions "
+    "in the reply: `patch resid_post layer * at each reply token`. Rows without a reply are "
+    "excluded and reported. `writer` runs first; it needs the same block and a model with the "
+    "same tokenizer.",
     "tests/rules/test_written_text.py",
 )
 _experiment(
     "measure",
     "measure prob(answer) at last-item token as delta",
-    "A metric, the position that it is read at (the last token where there is none) and the "
-    "effect. Metrics are expressions of the metrics below. Two that differ by the position alone "
-    "have it in their names: `prob(answer) at item 1 token`.",
+    "A metric, its position (the last token by default) and the effect. Metrics are "
+    "expressions of those [below](#metrics). Two metrics that differ only in position have it "
+    "in their names: `prob(answer) at item 1 token`.",
     "tests/execute/test_metrics.py",
 )
 _experiment(
     "answers that differ by row",
     "measure prob(count + 1..12) as raw",
-    "The bounds of numerals are worked out in each row (greater-than: `prob(label + 1..99, "
-    "digits: 2)`), and so are lists: `prob([count, count + 2])`, `expected(around)` where `around` "
-    "is a value that is a list. Numerals are spelt as in `answer`, with as many `digits` as are "
-    "asked for; a row without any is an error. The variable of a `for` may be part of them "
-    '(`prob(label + i..99)`) and of texts (`logit(" {i}")`); a value of the rows that is called '
-    "like it goes first.",
+    "Evaluates the bounds of numerals in each row (greater-than: `prob(label + 1..99, digits: "
+    "2)`). Lists work too: `prob([count, count + 2])`, or `expected(around)` for a value "
+    "`around` that is a list. Numerals are formatted as in `answer`, with the requested number "
+    "of `digits`. A row without numerals is an error. A `for` variable can appear in them "
+    '(`prob(label + i..99)`) and in texts (`logit(" {i}")`). A row value of the same name '
+    "takes precedence.",
     "tests/execute/test_metrics.py",
     "Hanna et al. 2023, arXiv 2305.00586",
 )
 _experiment(
     "any of several answers",
     "measure correct(answer, answer of fewer) as raw",
-    "`correct`, `prob`, `logprob` and `rank` take several texts of one token each: whether the "
-    "best token is one of them, the sum of their probabilities, its logarithm, the best rank. A "
-    'value that is a list stands for its entries: `accepted = list(" {alias}", from: aliases)`, '
-    "then `correct(accepted)`, and where these have several tokens, "
-    "`correct(first token of accepted)`. Equal tokens count once.",
+    "`correct`, `prob`, `logprob` and `rank` accept several texts of one token each. They "
+    "return whether the most likely token is one of them, the sum of their probabilities, its "
+    'logarithm, and the best rank. A list value expands to its entries: `accepted = list(" '
+    '{alias}", from: aliases)`, then `correct(accepted)`. If the entries have several tokens, '
+    "use `correct(first token of accepted)`. Equal tokens count once.",
     "tests/execute/test_metrics.py",
 )
 _experiment(
     "measure at each",
     "measure entropy at each item token as raw",
-    "Read at each of several places, an axis `measured` (`item` for occurrences); all measures of "
-    "an experiment are read at the same ones. Rows that lack a place drop out of it. "
-    "`{item.index}` in a text is the number of the occurrence that is measured.",
+    "Reads the metric at each of several positions, along an axis `measured` (`item` for "
+    "occurrences). All measures of an experiment use the same positions. A cell excludes rows "
+    "without the position. In a text, `{item.index}` is the number of the measured occurrence.",
     "tests/execute/test_measured_places.py",
 )
 _experiment(
     "loss at each",
     "measure loss at token * align right as raw",
-    "The loss of the token that stands at a place, each run's own, read where it is predicted; the "
-    "first token of an input has none.",
+    "The loss of the token at each position, in each run's own text, read where it is "
+    "predicted. The first token of an input has no loss.",
     "tests/execute/test_measured_places.py",
 )
 _experiment(
     "mean over",
     "measure entropy at each item token as raw mean over item",
-    "Averaged over an axis, in each row over the cells that it is part of, before statistics: "
-    "intervals and p are of the means. All measures of an experiment are averaged alike.",
+    "Averages over an axis, within each row over its cells, before the statistics. Intervals "
+    "and p refer to these means. All measures of an experiment use the same average.",
     "tests/execute/test_averaged.py",
 )
 _experiment(
     "auc over",
     "measure prob(answer) as raw auc over k",
-    "The area under each row's curve over an axis of numbers, by trapezoids and divided by the "
-    "range, in place of a mean: a number of each row, with an interval over rows, and paired where "
-    'areas are compared (`expect raw(m: "caap") - raw(m: "chance") > 0`). Insertion and '
-    "deletion of images are `patch embed at top k of caap tokens` in a `for k`, `from scenes into "
-    "neutral` and `from neutral into scenes`; `report lines k` draws the curve where the axis "
-    "stays.",
+    "Replaces the mean by the area under each row's curve over a numeric axis (trapezoidal "
+    "rule), divided by the range. Each row has one number, so intervals are over rows, and "
+    'comparisons of areas are paired (`expect raw(m: "caap") - raw(m: "chance") > 0`). For '
+    "insertion and deletion of patches, use `patch embed at top k of caap tokens` in a `for k` "
+    "loop, with `from scenes into neutral` and `from neutral into scenes`. `report lines k` "
+    "plots the curve of a measure without `auc`.",
     "tests/images/test_maps.py",
     DELETION,
     beside="for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero }",
@@ -1609,27 +1663,28 @@ _experiment(
     "loop in measure",
     "for l in 0..2 { ablate mlp_out layer l at last token with zero "
     "measure cosine(resid_post layer l, clean) at last token as raw }",
-    "Measures may name a loop's variable, in sites and positions (`at token l`): they are read in "
-    "the cells of that value. `cosine(resid_post layer *, clean)` is a sweep of its own.",
+    "Uses a loop variable in the sites and positions of a measure (`at token l`). The measure "
+    "is read in the cells of that value. `cosine(resid_post layer *, clean)` sweeps "
+    "independently.",
     "tests/execute/test_measured_places.py",
 )
 _experiment(
     "stats",
     "stats bootstrap(2000) test flips confidence 90% correct bh verdicts holm by count",
-    "Overrides resampling, where intervals and p come from (`t`, Student's t corrected for "
-    "skewness, where nothing is said; `flips` of signs; `bootstrap`), confidence and the "
-    "correction for many cells (`holm`, `bh`, `max` for the max-statistic, `none`). With `verdicts "
-    "holm` the `expect` lines of an experiment share one level; `by` takes all rows of one value "
-    "for one draw: intervals and p are about new values then, not about new "
-    "rows. W0722 says where one value explains most of what rows differ by. All figures: "
-    "`docs/statistics.md`.",
+    "Overrides the statistics: resampling, the test for intervals and p, the confidence level "
+    "and the correction. Tests are `t` (Student's t corrected for skewness, the default), "
+    "`flips` (sign flips) and `bootstrap`. Corrections are `holm`, `bh`, `max` (max-statistic) "
+    "and `none`. With `verdicts holm`, the `expect` lines of an experiment share one "
+    "significance level. `by` treats all rows of one value as one sampling unit, so intervals "
+    "and p generalise to new values, not to new rows. W0722 reports a value that explains most "
+    "of the variance between rows. `docs/statistics.md` lists all values.",
     "tests/results/test_statistics.py",
 )
 _experiment(
     "report",
     "report table top 10",
-    "Shows the results; its kinds are below. `top n` ranks by absolute value, and says that its "
-    "rows were picked by what they show.",
+    "Shows the results in one of the formats [below](#reports). `top n` ranks by absolute "
+    "value and notes that rows were selected by effect size.",
     "tests/results/test_reports.py",
 )
 
@@ -1638,28 +1693,28 @@ _experiment(
 _class(
     "class of the answer",
     "measure prob(class answer) as raw",
-    "The label that the answer names, as the config has it (`id2label`); on a classifier texts are "
-    "names of labels and no tokens. A text that is a number is that of an output where labels have "
-    "no names of their own (`LABEL_0`), and so is an answer `token_id(column)` always. Token "
-    "classifiers are read at a position; those of prompts have one output, made of token 0 "
-    "(encoders) or of the last one that isn't the pad token (decoders).",
+    "The label that the answer names, as in the config (`id2label`). In a classifier, texts "
+    "are label names, not tokens. If labels have no names of their own (`LABEL_0`), a numeric "
+    "text is the index of an output; an answer `token_id(column)` always is. Token classifiers "
+    "are read at a position. Sequence classifiers have one output, from token 0 (encoders) or "
+    "from the last token that isn't padding (decoders).",
 )
 _class(
     "class by its name",
     'measure logit(class "positive") - logit(class "negative") as raw',
-    "Labels by their names.",
+    "Labels by name.",
 )
 _class(
     "class by its number",
     "measure logit(class 2) as raw",
-    "An output by its number, from 0; also of a language model from Python that has others than "
-    "its tokens, which no config says.",
+    "An output by index, from 0. This also applies to a language model from Python whose "
+    "outputs aren't tokens and whose config doesn't say so.",
 )
 _class(
     "correct of a label",
     "measure correct as raw",
-    "Whether the answer is the best label, or, of labels that hold or not each by itself "
-    "(`multi_label_classification`), whether its probability is over 0.5.",
+    "Whether the answer is the most likely label. For independent labels "
+    "(`multi_label_classification`): whether its probability is above 0.5.",
 )
 
 # --- expectations ---------------------------------------------------------------------------------
@@ -1667,30 +1722,33 @@ _class(
 _expectation(
     "expect",
     "expect max(delta) > 0.3",
-    "Must hold on the near end of the confidence interval; the exit status says whether all do.",
+    "An expectation that must hold for the bound of the confidence interval nearer to the "
+    "threshold. The exit status shows whether all expectations hold.",
 )
-_expectation("expect on mean", "expect max(delta) > 0.3 on mean", "Must hold for the mean alone.")
+_expectation(
+    "expect on mean", "expect max(delta) > 0.3 on mean", "An expectation on the mean alone."
+)
 _expectation(
     "expect of a cell", "expect delta(L1H2) < 0.1", "The effect of the cell with these coordinates."
 )
 _expectation("expect mean", "expect mean(delta, layer 0..1) < 0.05", "The mean over cells.")
-_expectation("expect argmax", "expect argmax(delta) = L1H2", "Which cell is the highest.")
+_expectation("expect argmax", "expect argmax(delta) = L1H2", "The cell with the largest effect.")
 _expectation(
     "expect top n contains",
     "expect top 5 contains L1H2, L0H1",
-    "Whether these are among the cells with the largest absolute effects.",
+    "Whether these sites are among the cells with the largest absolute effects.",
 )
 _expectation(
     "expect accuracy",
     "expect accuracy(clean) > 0.9",
-    "The share of rows whose answer is the most likely token, in an unpatched run: of all rows, "
-    "also of those that `keep` drops.",
+    "The share of rows whose answer is the most likely token in an unpatched run. It includes "
+    "rows that `keep` drops.",
     "tests/execute/test_accuracies.py",
 )
 _expectation(
     "expect accuracy of a model",
     "expect accuracy(clean, model: toy) > 0.9",
-    "The same where the experiment runs on several models: each has one of its own.",
+    "The same for one model of an experiment on several models. Each model has its own accuracy.",
     "tests/execute/test_accuracies.py",
     beside="model toy, twin",
 )
@@ -1698,37 +1756,38 @@ _expectation(
     "expect pearson",
     "expect pearson(delta, cie) > 0.5",
     "The correlation of the true effects with those of another experiment, over the cells that "
-    "both have: what the noise of the rows adds or takes off is taken out. `spearman`, of ranks, "
-    "has no interval and needs `on mean`.",
+    "both have. It is corrected for the noise of the rows. `spearman` uses ranks, has no "
+    "interval and needs `on mean`.",
 )
 _expectation(
     "expect of another experiment",
     "expect max(delta) - max(delta of cie) < 1",
-    "A measure of another experiment of the file, which may come later. `delta of ld of cie` where "
-    "several fit; cells are named by the axes of that experiment (`mean(delta of cie, layer 2)`). "
-    "Where a measure is called as the experiment is, the measure is meant.",
+    "A measure of another experiment of the file, which may follow this one. If several "
+    "measures match, write `delta of ld of cie`. Axes of that experiment select its cells "
+    "(`mean(delta of cie, layer 2)`). If a measure and an experiment have the same name, the "
+    "name refers to the measure.",
     "tests/results/test_what_expectations_name.py",
 )
 _expectation(
     "expect auroc",
     "expect auroc(delta, [L1H2, L0H1]) > 0.5",
-    "How well an effect ranks cells: the share of pairs of a cell that is true and one that isn't "
-    "in which the true one has the larger effect. What is true is a `group` of sites, a list, or a "
-    "site; all other cells are not, of those that further arguments choose (`layer 0..1`). With a "
-    "variable of the prompts that is 0 or 1, as in `auroc(delta, large, L1H2)`, the rows of one "
-    "cell are ranked.",
+    "How well an effect separates positive from negative cells: the share of pairs in which "
+    "the positive cell has the larger effect. The positive cells are a `group` of sites, a "
+    "list or a site; all other cells that further arguments select (`layer 0..1`) are "
+    "negative. With a prompt variable that is 0 or 1, as in `auroc(delta, large, L1H2)`, the "
+    "rows of one cell are ranked.",
     "tests/results/test_what_expectations_name.py",
 )
 _expectation(
     "expect near",
     'expect delta(L1H2) near -0.67 within 0.5 citing "a paper"',
-    "Within a distance of a published value.",
+    "Within a given distance of a published value.",
 )
 _expectation(
     "expect auc",
     "expect auc(prob, k) < 0.4",
-    "The area under the curve of a measure over an axis of numbers (trapezoids), divided by the "
-    "axis's range.",
+    "The area under the curve of a measure over a numeric axis (trapezoidal rule), divided by "
+    "the range of the axis.",
     "tests/onward/test_curves.py",
     DELETION,
     beside="for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero } "
@@ -1740,136 +1799,141 @@ _expectation(
 _image(
     "images block",
     'images circles { kind in ["circle"] image shapes(n: 1, kind: kind) answer "{kind}" }',
-    "Rows that are images, for vision transformers. Values, `rows`, `rename`, `where`, `split`, "
-    "`answer` and other texts, and corruptions of values are those of a `prompts` block; texts are "
-    "names of labels. Each image is made ready by the model's image processor "
-    "(`preprocessor_config.json`).",
+    "Rows that are images, for vision transformers. Values, `rows`, `rename`, `where`, "
+    "`split`, `answer` and other texts, and corruptions of values work as in a `prompts` "
+    "block. Texts are label names. The model's image processor (`preprocessor_config.json`) "
+    "prepares each image.",
 )
 _image(
     "image file",
     'image "{kind}.png"',
-    "A file, its path relative to the `.mech` file: PNG, JPEG, WebP or BMP. Upright, in RGB, "
-    "transparent parts on white. A record may have several: a corruption names another, "
-    '`corrupt other { file = second }` where the image is `"{file}"`, and so one goes into the '
-    "other.",
+    "A PNG, JPEG, WebP or BMP file; its path is relative to the `.mech` file. mechdsl applies "
+    "the EXIF orientation, converts to RGB and puts transparent parts on white. A record may "
+    'name several files. With `"{file}"` as the image, `corrupt other { file = second }` '
+    "selects another, so you can patch from one image into the other.",
     "tests/images/test_pixels.py",
 )
 _image(
     "image shapes",
     "image shapes(n: 1, kind: kind, size: 32)",
-    "Shapes at random places on a texture: `n` of them (1), of a `kind`, in a square of `size` "
-    "pixels (32); with `colour:` and `texture:` these aren't drawn. Each row is drawn by itself, "
-    "so that a `limit` takes more rows than there are combinations; a corruption of a value keeps "
-    "the draw.",
+    "`n` shapes (1 by default) of a `kind` at random positions on a texture, in a square of "
+    "`size` pixels (32 by default). `colour:` and `texture:` fix values that are otherwise "
+    "random. Each row is drawn separately, so a `limit` can exceed the number of combinations. "
+    "A corruption of a value keeps the other draws.",
 )
 _image(
     "image gray",
     "image gray",
-    "All pixels 128 of 255; `gray(100)` is darker.",
+    "An image with all pixels at 128 of 255; `gray(100)` is darker.",
     "tests/images/test_pixels.py",
 )
 _image(
     "image noise",
     "image noise",
-    "Every number of every pixel drawn by itself, of the size that the model reads.",
+    "An image at the model's input size with an independent random value for each channel of "
+    "each pixel.",
     "tests/images/test_pixels.py",
 )
 _image(
     "image mean",
     "image mean of scenes",
-    "The mean, number by number, of the images of another block, or of `scenes.train`: of all its "
-    "rows before any `limit` (of images that are drawn 1,000), as the model gets them.",
+    "The mean of the images of another block, or of `scenes.train`, for each pixel and "
+    "channel. It uses all rows before any `limit` (1,000 for generated images), after the "
+    "image processor.",
     "tests/images/test_means.py",
 )
 _image(
     "region",
     "region object = mask",
-    "A part of each image as a span: `object tokens` are the patches with a pixel, as the model "
-    "gets it, of which half or more lies in it. Of shapes that are drawn `mask` is where they lie; "
-    "else a column has a box, `[left, top, right, bottom]` in pixels of the file, a list of boxes, "
-    "or the path of an image of the same size that isn't black there. They go through resizing and "
-    "cropping with the image.",
+    "A part of each image as a span. `object tokens` are the patches with at least one pixel, "
+    "as the model receives it, of which half or more lies in the region. For generated shapes, "
+    "`mask` is the area of the shapes. Otherwise, a column contains a box `[left, top, right, "
+    "bottom]` in pixels of the file, a list of boxes, or the path of a mask. A mask is an "
+    "image of the same size that is black outside the region. Regions are resized and cropped "
+    "with the image.",
     "tests/images/test_regions.py",
 )
 _image(
     "tiles",
     "tiles 2 by 3 and whole",
-    "Each image is cut into two rows and three columns of tiles, each of which is a row of the "
-    "block, with the values and texts of its image; with `and whole` the uncut image is one more. "
-    "It is cut as it is opened and as a corruption leaves it (a blur crosses edges, noise and "
-    "shapes are drawn once for all tiles), in front of the processor's resizing and cropping. "
-    "Edges between two pixels go to the left and to the top. Each row has the values `tile` "
-    '(`"row 1 col 2"`, `"whole"`) and `image`: `where tile != "whole"`, `corrupt seen { tile = '
-    '"whole" }` (another tile of the same image), `report table by tile`. Of a region, a tile has '
-    "the part that lies in it; cells at `object tokens` are of the tiles that have a part of it. "
-    "Tiles of one image are no independent rows: `stats by image` holds where nothing else is "
-    "said, they are in one part of a split and one fold of a probe, and a `limit` takes one image "
-    "after the other. Rows of another block go by tile and image, where that is cut alike; a block "
-    "of one image is the other side of every tile. For gray, noise and means there are none.",
+    "Cuts each image into two rows and three columns of tiles. Each tile is a row of the "
+    "block, with the values and texts of its image; `and whole` adds the uncut image. The cut "
+    "precedes resizing and cropping but follows corruptions: a blur crosses edges, and noise "
+    "and shapes are drawn once per image. A cut between pixels is rounded to the left and to "
+    'the top. Each row has the values `tile` (`"row 1 col 2"`, `"whole"`) and `image`: `where '
+    'tile != "whole"`, `corrupt seen { tile = "whole" }` (another tile of the same image), '
+    "`report table by tile`. A tile has the part of a region that lies in it, and cells at "
+    "`object tokens` contain only tiles with such a part. Tiles of one image aren't "
+    "independent: the default is `stats by image`, they share a part of a split and a fold of "
+    "a probe, and `limit` takes complete images in order. Rows of another block with the same "
+    "tiles are paired by tile and image. A block of one image is paired with every tile. "
+    "`gray`, `noise` and `mean` images have no tiles.",
     "tests/images/test_tiles.py",
 )
 _image(
     "transplants of images",
     "from scenes into neutral",
-    "A block of one row is the other side of every row: each image's vectors go into the one gray "
-    "image. Where that has no regions, `object tokens` are where each image has them.",
+    "Pairs a block of one row with every row: the vectors of each image are written into the "
+    "one gray image. If that image has no regions, `object tokens` are the positions in each "
+    "source image.",
     "tests/images/test_rules.py",
 )
 _image(
     "label of an answer",
     "measure logit(answer) as delta",
-    "Of images, a text names a label (`id2label`): `logit(class answer)` is the same.",
+    "For images, a text names a label (`id2label`). `logit(class answer)` is the same.",
 )
 _image(
     "scores of texts",
     'measure score("a photo of a {kind}") as delta',
-    "Of a model with a tower for images and one for texts (CLIP, SigLIP, MetaCLIP 2): its own "
-    "logit of the image and a text, the cosine of what both become, times the model's scale, plus "
-    "its bias if it has one. `score(answer)` is of the row's text; `logit(…)` is the same. Rules "
-    "act in the image tower, whose layers may be written `vision layer 3`; each text is encoded "
-    "once, as it is, padded as the model's processor does.",
+    "For a model with an image encoder and a text encoder (CLIP, SigLIP, MetaCLIP 2): the "
+    "model's logit of the image and a text. It is the cosine of the two embeddings times the "
+    "model's scale, plus its bias if it has one. `score(answer)` uses the row's text; "
+    "`logit(…)` is the same. Rules act in the image encoder, whose layers can be written "
+    "`vision layer 3`. Each text is encoded once, without rules, with the padding of the "
+    "model's processor.",
     "tests/images/test_towers.py",
     "Radford et al. 2021, arXiv 2103.00020; Zhai et al. 2023, arXiv 2303.15343",
 )
 _image(
     "zero-shot classes",
     'classes "a photo of a {kind}"',
-    "The texts that such a model chooses from: with all values of the names in it, declared ones "
-    "and those of columns, whichever rows are run. `correct`, `rank` and `accuracy` are among "
-    "them; `prob` is their softmax, or of SigLIP the sigmoid of one text, which needs no classes.",
+    "The texts from which such a model chooses: all values of the names in the text, declared "
+    "or from columns, independent of the rows that run. `correct`, `rank` and `accuracy` "
+    "compare these texts. `prob` is their softmax; for SigLIP, it is the sigmoid of one text "
+    "and needs no classes.",
     "tests/images/test_towers.py",
 )
 _image(
     "images for texts",
     "image from scenes",
-    "In a block of `prompts`, for such a model: its text tower reads the rows, and rules act there "
-    "(`text layer 3` says so); each text is scored with the image of the same row of `scenes`, or "
-    "with its only one. `score` alone is of that image, and `rank(image)`, `prob(image)` and "
-    "`correct` are among all images of the block.",
+    "Use in a `prompts` block for such a model: the text encoder reads the rows, and rules act "
+    "there (optionally `text layer 3`). Each text is scored with the image of the same row of "
+    "`scenes`, or with its only image. `score` refers to that image; `rank(image)`, "
+    "`prob(image)` and `correct` compare all images of the block.",
     "tests/images/test_text_towers.py",
 )
 _in_image(
     "a patch",
     "image row 3 col 4 token",
-    "The token of a patch; rows and columns count from 1, from the top left.",
+    "The token of a patch. Rows and columns count from 1 at the top left.",
 )
 _on_image(
     "a patch in an expectation",
     'expect delta(position: "image row 3 col 4") < 1',
-    "The effect at a patch, as tables call it.",
+    "The effect at a patch, with its name from the table.",
     OWN,
     "tests/images/test_blocks.py",
 )
 _in_image(
     "several patches",
     "image row 1..2 col * tokens",
-    "A rectangle of patches, joined; with `token` one run for each.",
+    "A rectangle of patches, joined; with `token`, one run for each patch.",
 )
 _on_image(
     "windows of patches",
     "for r in 1..3 { ablate embed at image row r..r + 1 col 2 tokens with zero }",
-    "A window that moves: the ends of both ranges may be a `for` variable, or a number more or "
-    "less.",
+    "A sliding window. Both bounds of a range can be a `for` variable plus or minus a number.",
     OWN,
     "tests/images/test_rules.py",
 )
@@ -1881,14 +1945,14 @@ _in_image(
 _in_image(
     "each patch",
     "each token of image",
-    "One run for each patch, called by its row and column.",
+    "One run per patch, labelled by row and column.",
 )
 _in_image(
     "class token",
     "cls token",
-    "The class token in front of the patches. There may be a `distillation token` and registers "
-    "behind it (`register 2 token`, `each register token`): they are in `tokens *`, and `first "
-    "token` is the first patch.",
+    "The class token, which precedes the patches. A `distillation token` and registers "
+    "(`register 2 token`, `each register token`) may follow it. `tokens *` includes them all, "
+    "and `first token` is the first patch.",
 )
 
 # --- experiments on images ------------------------------------------------------------------------
@@ -1897,61 +1961,62 @@ _MAPS = "tests/images/test_maps.py"
 _on_image(
     "observe pointing",
     "observe pointing of caap, deleted in object",
-    "Whether a map is highest in the region: in a patch of which half or more lies in it; of "
-    "several that are highest, the share. Maps are experiments of the file that sweep patches "
-    "(`at each token of image`), each by its first measure in the same row, signed; several are an "
-    "axis `map`, and of one, its other axes are axes here too (`for a in … { for b in … }`: one "
-    "value for each range of layers). The region is that of the block, in pixels of the image as "
-    "the model gets it; rows without it drop out, which is said. Beside it stands `pointing "
-    "chance`, the share of patches that lie in it.",
+    "The pointing game: whether a map has its maximum in the region, in a patch of which at "
+    "least half lies in it. For tied maxima, it is the share of them in the region. Maps are "
+    "experiments of the file that sweep patches (`at each token of image`); the value of a map "
+    "is its signed first measure in the same row. Several maps form an axis `map`. For one "
+    "map, its other axes become axes here (`for a in … { for b in … }`: one value per range of "
+    "layers). The region is that of the block, in pixels as the model receives them. Rows "
+    "without the region are excluded and reported. `pointing chance` is the share of patches "
+    "in the region.",
     "Zhang et al. 2018, Top-down neural attention by excitation backprop",
     _MAPS,
 )
 _on_image(
     "observe mass",
     "observe mass of caap in object as inside",
-    "Which share of what is above 0 in a map lies in the region; a patch that is partly in it "
-    "counts by its share of pixels. Beside it stands the region's share of the image.",
+    "The share of a map's positive values in the region. A patch partly in the region counts "
+    "by its share of pixels. The table also shows the region's share of the image.",
     "Arras et al. 2022, arXiv 2003.07258",
     _MAPS,
 )
 _on_image(
     "observe iou",
     "observe iou of caap in object top 25%",
-    "Pixels that both the region and the highest patches have, over those that either has. Without "
-    "`top`, as many patches as the region's share of the image.",
+    "Intersection over union of the region and the highest patches, in pixels. Without `top`, "
+    "the number of patches matches the region's share of the image.",
     OWN,
     _MAPS,
 )
 _on_image(
     "map of windows",
     "for r in 1..3 { replace image row r..r + 1 col * tokens with gray }",
-    "A window of several patches that moves makes a map too, where maps are named: its number is "
-    "shared evenly among its patches, and a patch that several windows have gets the mean of its "
-    "shares.",
+    "A sliding window of several patches is also a map, wherever an experiment is used as one. "
+    "Each window's value is divided equally among its patches, and a patch in several windows "
+    "gets the mean of its shares.",
     OWN,
     "tests/images/test_sum_of_maps.py",
 )
 _on_image(
     "observe sum",
     "observe sum of caap, 0.5 * deleted at each token of image as both",
-    "One map of several, patch by patch added up, each times the number in front of it: of windows "
-    "of several sizes, say, or of layers. The number may be worked out, of a `param` or a `for` "
-    "variable: `(1 - c) * deleted`. Of an experiment that has several maps (one for each "
-    "layer) all are added. It is a map as others are: `observe pointing of both in object`, `top "
-    "25% of both tokens`. A patch that one of them has no number of has none, and rows that one of "
-    "them lacks drop out, which is said.",
+    "A weighted sum of maps, patch by patch, for example of windows of several sizes or of "
+    "layers. A weight can be an expression of a `param` or a `for` variable: `(1 - c) * "
+    "deleted`. If an experiment has several maps, such as one per layer, all are added. The "
+    "result is a map: `observe pointing of both in object`, `top 25% of both tokens`. A patch "
+    "without a value in one map has none in the sum. Rows that are missing in one map are "
+    "excluded and reported.",
     OWN,
     "tests/images/test_sum_of_maps.py",
 )
 _on_image(
     "observe random",
     "observe random embed at each token of image as chance",
-    "A number drawn for each row and position, even between 0 and 1: a map that knows nothing, and "
-    "an order of tokens that is random. It hangs on the seed, the image or text that is looked at, "
-    "and the position; so look at the images themselves, not at a neutral one that all rows have. "
-    "`random(20)` draws twenty, an axis `draw`, for random sets of patches: `for d in 1..20 { "
-    "replace top 8 of chance(draw: d) tokens with gray }`.",
+    "A uniform random number between 0 and 1 per row and position: an uninformative map and a "
+    "random order of tokens. It depends on the seed, the observed image or text, and the "
+    "position. Therefore, observe the images themselves, not a baseline image that all rows "
+    "share. `random(20)` draws twenty along an axis `draw`, for random sets of patches: `for d "
+    "in 1..20 { replace top 8 of chance(draw: d) tokens with gray }`.",
     OWN,
     _MAPS,
 )
@@ -1959,35 +2024,37 @@ _AGAINST = "tests/images/test_maps_to_others.py"
 _on_image(
     "observe infidelity",
     "observe infidelity of caap, deleted to taken as wrong",
-    "How far the sum of a map over a set of patches is from how far the output falls without them, "
-    "squared, the mean over sets. The sets and the falls are those of `taken`, an experiment that "
-    "takes patches out of the images (`replace`, `ablate`, `patch`) and measures `as delta`; each "
-    "of its cells is a set. As a map has no scale of its own, it is multiplied, in each row, with "
-    "the number that makes this least, and with no negative one: what says the opposite is worth "
-    "no more than zeros. Beside it stands `wrong chance`, what a map has that is the same "
-    "everywhere: of sets that are equally large it tells how far the output falls on average.",
+    "The mean squared difference between the sum of a map over a set of patches and the "
+    "decrease of the output without these patches. The sets and decreases come from `taken`, "
+    "an experiment that removes patches (`replace`, `ablate`, `patch`) and measures `as "
+    "delta`; each cell is a set. Maps have no scale of their own, so each row uses the "
+    "non-negative factor that minimises the value: a map with the opposite sign is no better "
+    "than zeros. `wrong chance` is the value of a constant map, which for sets of equal size "
+    "predicts the average decrease.",
     "Yeh et al. 2019, arXiv 1901.09392, definition 2.1 and the optimal scaling of its section 2",
     _AGAINST,
 )
 _on_image(
     "observe sensitivity",
     "observe sensitivity of caap to near_caap as moves",
-    "How far a map moves where its image moves little: the largest ‖map of an image nearby − map‖ "
-    "/ ‖map‖. `near_caap` is the same experiment on other runs, one or several (`from near_1, "
-    "near_2 into neutral`, with `corrupt near_1 { noise image by 4 }` in the block; each of these "
-    "has noise of its own). Of several maps there are as many behind `to`, in their order.",
+    "The largest relative change of a map under small changes of its image: ‖map of a nearby "
+    "image − map‖ / ‖map‖. `near_caap` is the same experiment on one or several other runs "
+    "(`from near_1, near_2 into neutral`, with `corrupt near_1 { noise image by 4 }` in the "
+    "block; each run has independent noise). For several maps, list the same number of "
+    "experiments after `to`, in the same order.",
     "Yeh et al. 2019, arXiv 1901.09392, max-sensitivity, which isn't divided there",
     _AGAINST,
 )
 _on_image(
     "replace patches",
     "replace each token of image with gray",
-    "Occlusion: patches are painted in the image as the model gets it, before it is normalised: "
-    "`gray` (128 of 255), `blur(4)` (a Gaussian of this radius in pixels), `noise(40)` (normal "
-    "noise of this standard deviation of 255, drawn for each row). Rectangles and regions go "
-    "together: `replace image row 3..5 col 2..4 tokens with gray`, `replace object tokens with "
-    "blur(4)`. `patch embed at each token of image` pastes a patch of the other image: what the "
-    "model reads of it, in front of position embeddings.",
+    "Occlusion: replaces patches in the image as the model receives it, before normalisation. "
+    "Fills are `gray` (128 of 255), `blur(4)` (a Gaussian of this radius in pixels) and "
+    "`noise(40)` (normal noise with this standard deviation of 255, drawn per row). Rectangles "
+    "and regions are replaced as a whole: `replace image row 3..5 col 2..4 tokens with gray`, "
+    "`replace object tokens with blur(4)`. To paste a patch of the other image, use `patch "
+    "embed at each token of image`, which copies the patch embedding before position "
+    "embeddings.",
     "Zeiler and Fergus 2014, arXiv 1311.2901",
     "tests/images/test_replace.py",
 )

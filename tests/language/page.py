@@ -21,29 +21,48 @@ from .constructs import CIRCUIT, CONSTRUCTS, OWN, PATCHING, TRACING, Construct, 
 PAGE = Path(__file__).parents[2] / "docs" / "language.md"
 
 INTRO = """\
-# The language
+# Language reference
 
-Every construct that is executed: an example, what it means, where the definition comes from, and
-the test that holds it. What the language has beyond that (bases and subspaces, `feature` sites,
-more estimators, circuits, search, images in prompts) parses, and is refused with
-[E0108](errors/E0108.md).
+Use this page to look up a construct of the language. `mechdsl explain WORD` prints the rows
+whose example contains a word:
 
-Singular sweeps, plural joins: `layer 0..2` is one run per layer, `layers 0..2` one run with all
-three. Ranges include both ends. “Base run” is the run that rules act on, “source run” the one that
-is read; all values that rules read are those of unpatched runs, or of a `run` with rules of its
-own. Where two rules write one vector, the later one in the file stands; `add`, `scale`,
-`project out` and `clamp` change what those before them left.
+```sh
+mechdsl explain freeze
+```
 
-You can define a rule kind in Python: [the steps](architecture.md#add-a-custom-rule-kind).
+```text
+# `freeze`: Rules
 
-This page is written by `make language` from the registries in `mechdsl/vocab/` and from
-`tests/language/constructs.py`; [the limits](#limits) from `mechdsl/base/limits.py`.
+`freeze mlp_out layers * at tokens *`
+    Holds the value of the base run while other rules change preceding components.
+```
+
+Each row has an example, its meaning, the source of the definition, and the test that checks it.
+mechdsl parses some further constructs but rejects them with [E0108](errors/E0108.md): bases and
+subspaces, `feature` sites, more estimators, circuits, search, and images in prompts.
+
+These terms and rules apply throughout the page:
+
+- The **base run** is the run that rules act on. The **source run** is the run that
+  they read from.
+- A **row** is one prompt or image. A **cell** is one combination of the values of all axes.
+- A singular word sweeps and a plural word joins: `layer 0..2` is one run per layer, and
+  `layers 0..2` is one run with all three layers. Ranges include both ends.
+- Rules read values of unpatched runs, or of a `run` that has separate rules.
+- If two rules write the same vector, the later one in the file takes precedence. `add`, `scale`,
+  `project out` and `clamp` change the value that preceding rules wrote.
+
+You can [define a rule kind in Python](architecture.md#add-a-custom-rule-kind).
+
+`make language` builds this page from the registries in `mechdsl/vocab/` and from
+`tests/language/constructs.py`. The [limits](#limits) come from `mechdsl/base/limits.py`.
 """
 
 LIMITS_INTRO = """\
-Sizes have limits (`mechdsl/base/limits.py`). Beyond one of them a single error names it. Within
-them `mechdsl validate` takes about two seconds and less than 500 MB; of large tables it looks at
-the first rows and says so. Reading data files or tokenizers of tens of megabytes takes longer."""
+mechdsl limits the size of files, tables and models (`mechdsl/base/limits.py`). A single error
+reports the limit that a file exceeds. Within the limits, `mechdsl validate` needs about two seconds
+and less than 500 MB. It checks only the first rows of a large table and reports this. Data files
+or tokenizers of tens of megabytes take longer."""
 
 OTHER = "corrupt other { item = other(item) }"
 BASE = (
@@ -479,10 +498,10 @@ def metrics() -> Iterator[Line]:
             classified = number or form.takes in ("class", "label")
             observed = example.startswith("observe")
             line = example if observed else f"measure {example} as raw"
-            kind = "; a category" if form.kind == "category" else ""
+            kind = " (a category)" if form.kind == "category" else ""
             yield Line(
                 example,
-                f"{_sentence(form.meaning)} In {form.unit}{kind}.",
+                f"{_sentence(form.meaning)} Unit: {form.unit}{kind}.",
                 _of_docstring(form),
                 "tests/rules/test_attention.py"
                 if observed
@@ -590,44 +609,48 @@ def _sentence(text: str) -> str:
 
 def sections() -> list[Section]:
     return [
-        Section("The file", "Statements at the outermost level.", tuple(of_group("file"))),
+        Section("Top-level statements", "Statements outside all blocks.", tuple(of_group("file"))),
         Section("Prompts", "Lines of a `prompts` block.", tuple(of_group("prompts"))),
         Section(
             "Images",
-            "Blocks of `images`, for vision transformers: ViT, DeiT, DINOv2 and DINOv3 with "
-            "registers, BEiT, and the encoders of CLIP and SigLIP, with a classifier or without.",
+            "Lines of an `images` block. Supported models are ViT, DeiT, DINOv2 and DINOv3 with "
+            "registers, BEiT, and the encoders of CLIP and SigLIP, with or without a classifier.",
             tuple(of_group("image")),
         ),
         Section(
             "Positions in images",
-            "What stands behind `at` where rows are images.",
+            "Positions after `at` if the rows are images.",
             tuple(of_group("image position")),
         ),
         Section(
             "Experiments on images",
-            "Lines of an experiment whose rows are images.",
+            "Lines of experiments whose rows are images.",
             tuple(of_group("image line")),
         ),
-        Section("Changes", "Lines of a `corrupt` block.", tuple(changes())),
-        Section("Positions", "What stands behind `at`.", tuple(of_group("position"))),
-        Section("Coordinates", "How sites are written.", tuple(of_group("site"))),
-        Section("Sites", "The components.", tuple(sites())),
-        Section("Rules", "What an experiment does.", tuple(of_group("rule"))),
+        Section("Corruptions", "Lines of a `corrupt` block.", tuple(changes())),
+        Section("Positions", "Positions after `at`.", tuple(of_group("position"))),
+        Section("Coordinates", "Layers, heads and neurons of a site.", tuple(of_group("site"))),
+        Section(
+            "Sites", "Activations that rules and observations can read or write.", tuple(sites())
+        ),
+        Section(
+            "Rules", "Rules, observations and loops of an experiment.", tuple(of_group("rule"))
+        ),
         Section(
             "Results of other experiments",
-            "Where a site or tokens can stand, `top n of EXPERIMENT` can too.",
+            "Use `top n of EXPERIMENT` in place of a site or a token.",
             tuple(of_group("onward")),
         ),
-        Section("Experiments", "The other lines.", tuple(of_group("experiment"))),
-        Section("Metrics", "What `measure` and `keep` read.", tuple(metrics())),
+        Section("Experiments", "All other lines of an experiment.", tuple(of_group("experiment"))),
+        Section("Metrics", "Metrics for `measure` and `keep`.", tuple(metrics())),
         Section(
             "Classifiers",
-            "What metrics are of, where outputs are those of labels.",
+            "Labels in the metrics of classifiers.",
             tuple(of_group("class")),
         ),
-        Section("Effects", "What stands behind `as`.", tuple(effects())),
-        Section("Reports", "What stands behind `report`.", tuple(reports())),
-        Section("Expectations", "What has to hold.", tuple(of_group("expectation"))),
+        Section("Effects", "Effects after `as`.", tuple(effects())),
+        Section("Reports", "Formats after `report`.", tuple(reports())),
+        Section("Expectations", "Conditions after `expect`.", tuple(of_group("expectation"))),
     ]
 
 
@@ -636,7 +659,7 @@ def page() -> str:
 
 
 def _limits() -> str:
-    rows = [("limit", "at most", "beyond it"), ("---",) * 3]
+    rows = [("limit", "maximum", "error beyond the maximum"), ("---",) * 3]
     rows += [
         (limit.of, f"{limit.most:,}", ", ".join(f"[{c}](errors/{c}.md)" for c in limit.codes))
         for limit in LIMITS

@@ -401,7 +401,7 @@ def test_some_tokens_logits_are_those_of_all(name: str) -> None:
 def test_models_that_padding_changes_are_refused(name: str) -> None:
     model, found = adopt_model(name, build.model(ROWS[name]), tokenizer())
     assert model is None
-    assert "padding changes what it returns" in found[0].label_text
+    assert "padding changes its output" in found[0].label_text
 
 
 @pytest.mark.parametrize(

@@ -20,16 +20,22 @@ from .files import System, systems
 PAGE = Path(__file__).parents[2] / "docs" / "systems.md"
 
 INTRO = """\
-# Published experiments as files
+# Published experiments
 
-Each row is an experiment on the inside of a model that somebody published, as a file of
-`examples/systems/`, run on a tiny model that comes with the package. The numbers are those of a
-longer list of systems. A tiny model that was trained for something else needn't show what a large
-one did: the verdict says whether this one does, and nothing was tuned until it did. A file's
-expectations hold what it found, whichever way it came out; the results are their values, with
-intervals of 95 % where there are any.
+This page lists published interpretability experiments as files that you can run. Each row is a
+file of `examples/systems/` that applies the experiment to a tiny model of the package:
 
-`make systems` runs them all and writes this page; `python -m tests.systems NN…` runs some.
+```sh
+mechdsl run examples/systems/03-countscope.mech
+```
+
+Each row gives the claim of the publication, the results, and a verdict on the tiny model. A tiny
+model, trained for another task, needn't behave like a large one: nothing was tuned to confirm a
+claim. The `expect` lines of a file state its results, whether they confirm the claim or not. The
+page shows their values, with 95 % intervals if available. The row numbers come from a longer list
+of publications.
+
+`make systems` runs all files and builds this page. `python -m tests.systems NN…` runs some.
 
 | system | claim | file | model | result | verdict |
 | --- | --- | --- | --- | --- | --- |

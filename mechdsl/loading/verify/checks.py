@@ -640,7 +640,9 @@ def check_packed_rows(bench: CheckBench) -> Iterator[CheckOutcome]:
     try:
         encodes = bench.model.shape.takes in ("two texts", "audio")
         if encodes and "cross" not in bench.model.others:
-            raise CannotPack("its decoder attends to its own tokens and an encoder's at once")
+            raise CannotPack(
+                "its decoder attends to its own tokens and the encoder's in one operation"
+            )
         if bench.anatomy.whole:
             raise CannotPack(bench.anatomy.whole)
         yield _compare_packed_rows(bench)

@@ -15,7 +15,9 @@ from mechdsl.models.anatomy import (
     family,
 )
 
-_PADDING = "padding changes what it returns, as {}; prompts of several lengths can't be run at once"
+_PADDING = (
+    "padding changes its output, because {}; it can't run prompts of different lengths in one batch"
+)
 
 
 @family("convbert")
@@ -24,7 +26,7 @@ class ConvBERT(Family):
 
     @staticmethod
     def refused(config: ModelConfig) -> str:
-        return _PADDING.format("a convolution beside attention reads the tokens of padding")
+        return _PADDING.format("a convolution parallel to attention reads padding tokens")
 
 
 @family("fnet")
@@ -33,7 +35,7 @@ class FNet(Family):
 
     @staticmethod
     def refused(config: ModelConfig) -> str:
-        return _PADDING.format("its Fourier transform is over all tokens, without a mask")
+        return _PADDING.format("its Fourier transform covers all tokens, without a mask")
 
 
 @family("nystromformer")
@@ -42,7 +44,7 @@ class Nystromformer(Family):
 
     @staticmethod
     def refused(config: ModelConfig) -> str:
-        return _PADDING.format("a convolution over values reads the tokens of padding")
+        return _PADDING.format("a convolution over values reads padding tokens")
 
 
 @family("yoso")
@@ -51,7 +53,7 @@ class YOSO(Family):
 
     @staticmethod
     def refused(config: ModelConfig) -> str:
-        return _PADDING.format("its attention doesn't look at the mask")
+        return _PADDING.format("its attention ignores the mask")
 
 
 @family("albert")
@@ -62,7 +64,7 @@ class ALBERT(Family):
     def refused(config: ModelConfig) -> str:
         shared = config.get("num_hidden_groups", 1) < config["num_hidden_layers"]
         if shared or config.get("inner_group_num", 1) > 1:
-            return "its blocks are one module, which is called again for every layer"
+            return "all of its layers call the same module"
         return ""
 
     @staticmethod
@@ -172,7 +174,7 @@ class DeBERTa2(Family):
     @staticmethod
     def whole(config: ModelConfig) -> str:
         convolved = config.get("conv_kernel_size")
-        return "a convolution beside its first block changes the stream" if convolved else ""
+        return "a convolution parallel to its first block changes the stream" if convolved else ""
 
     @staticmethod
     def parts(config: ModelConfig) -> Mapping[str, str]:
@@ -213,7 +215,7 @@ class Switch(T5):
 
     @staticmethod
     def whole(config: ModelConfig) -> str:
-        return "each expert takes a fixed number of the tokens that stand side by side"
+        return "each expert takes a fixed number of the tokens processed together"
 
 
 @family("nllb-moe")

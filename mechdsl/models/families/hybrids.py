@@ -67,11 +67,13 @@ class Gemma3n(_Front):
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        return dict.fromkeys(_STREAM, "its blocks hand on several streams, which each mixes anew")
+        return dict.fromkeys(
+            _STREAM, "its blocks pass on several residual streams, which each block mixes"
+        )
 
     @staticmethod
     def whole(config: ModelConfig) -> str:
-        return "its blocks hand on several streams"
+        return "its blocks pass on several residual streams"
 
 
 @family("diffllama")
@@ -85,7 +87,7 @@ class DiffLlama(_Front):
 
     @staticmethod
     def whole(config: ModelConfig) -> str:
-        return "its blocks attend twice"
+        return "its blocks compute attention twice"
 
 
 @family("gemma4_text")
@@ -100,7 +102,7 @@ class Gemma4(_Front):
     @staticmethod
     def whole(config: ModelConfig) -> str:
         shared = config.get("num_kv_shared_layers")
-        return "late blocks attend to keys and values of earlier ones" if shared else ""
+        return "later blocks attend to keys and values of earlier ones" if shared else ""
 
 
 @family("doge")
@@ -122,7 +124,7 @@ class Doge(_Front):
 
     @staticmethod
     def whole(config: ModelConfig) -> str:
-        return "values decide which tokens are attended to"
+        return "values determine which tokens are attended to"
 
 
 @family("minimax")
@@ -186,7 +188,7 @@ class Zaya(_Front):
 
     @staticmethod
     def whole(config: ModelConfig) -> str:
-        return "queries, keys and values of a token are made of its neighbours too"
+        return "queries, keys and values of a token also depend on its neighbours"
 
 
 @family("jetmoe")
@@ -213,11 +215,11 @@ class _Streams(_Front):
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        return dict.fromkeys(_STREAM, "its blocks hand on several streams")
+        return dict.fromkeys(_STREAM, "its blocks pass on several residual streams")
 
     @staticmethod
     def whole(config: ModelConfig) -> str:
-        return "its blocks hand on several streams"
+        return "its blocks pass on several residual streams"
 
 
 @family("deepseek_v4")
@@ -393,7 +395,7 @@ class MiniMaxM3(_Front):
     @staticmethod
     def whole(config: ModelConfig) -> str:
         sparse = "minimax_m3_sparse" in config.get("layer_types", ())
-        return "an indexer picks the tokens that are attended to" if sparse else ""
+        return "an indexer selects the tokens to attend to" if sparse else ""
 
 
 @family("reformer")
@@ -402,4 +404,4 @@ class Reformer(Family):
 
     @staticmethod
     def refused(config: ModelConfig) -> str:
-        return "its blocks carry two streams, within a function of its own"
+        return "its blocks carry two streams inside a custom autograd function"

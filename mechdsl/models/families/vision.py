@@ -127,7 +127,7 @@ class LayerScaleEncoder(ClassTokenEncoder):
 class Swin(Family):
     """Patches merge from stage to stage: what is a token in one layer is none in another."""
 
-    staged = "it has stages of several widths, and attention in windows of the image"
+    staged = "its stages differ in width, and its attention is limited to windows of the image"
 
 
 @family("beit", "data2vec-vision")
