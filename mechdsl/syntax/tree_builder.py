@@ -1184,15 +1184,11 @@ def _range_of_decimal(values: ast.Expr | ast.Range) -> ast.Expr | ast.Range:
     if is_range:
         hint = f"a range has two dots: `{low}..{high}`; {hint}"
     _report(
-        UnexpectedToken(
-            found=f"`{span.text}`", expected="a list or a range", hint=hint, span=span
-        )
+        UnexpectedToken(found=f"`{span.text}`", expected="a list or a range", hint=hint, span=span)
     )
     if not is_range:
         return values
-    return ast.Range(
-        ast.Number(int(low), span=span), ast.Number(int(high), span=span), span=span
-    )
+    return ast.Range(ast.Number(int(low), span=span), ast.Number(int(high), span=span), span=span)
 
 
 def _axis(

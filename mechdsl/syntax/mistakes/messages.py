@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mechdsl.base.records import closest_name
 from mechdsl.base.source import STRING_PATTERN, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.other_tools import find_foreign_path, translate_word
+from mechdsl.diagnostics.other_tools import METRIC_NAMES, find_foreign_path, translate_word
 from mechdsl.diagnostics.syntax import (
     MisspeltWord,
     ReservedName,
@@ -49,7 +49,6 @@ _HEADER = re.compile(
 """The beginning of a statement that is only valid at the top level."""
 
 
-
 def _any_of(words: Iterable[str]) -> str:
     return "|".join(sorted(words))
 
@@ -69,6 +68,12 @@ _INNER_BLOCK = re.compile(
     rf"\s+(?:{_any_of(EXPERIMENT_WORDS)})\b"
 )
 """The text before the brace of a block, followed by the block's lines without a brace."""
+
+_COLON = re.compile(
+    r"(?P<head>(?:(?:experiment|prompts|images|corrupt|run)[ \t]+\w+)"
+    r"|for[ \t]+\w+[ \t]+in[ \t]+[^\n{}:]*?)[ \t]*(?P<colon>:)[ \t]*(?:\n|\Z)"
+)
+"""A block that begins with a colon, as in Python."""
 
 _LINE = re.compile(r"^(?P<indent>[ \t]*)(?P<first>[^\s#])[^\n]*", re.MULTILINE)
 """A line that is neither blank nor a comment."""
@@ -171,10 +176,13 @@ def balance_brackets(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
     def close(piece: Lexeme, before: int, place: str) -> None:
         closer = _CLOSERS[piece.text]
         span = Span(source, piece.start, piece.end)
+        # Of a block that begins with a colon, the missing braces are one mistake.
+        is_reported = text[piece.start] == ":"
         if piece.text == "{" and (end := _block_end(text, piece, before)):
             before = end
             place = f", before line {source.line_column(end)[0]}"
-        diagnostics.append(Unclosed(opener=piece.text, closer=closer, place=place, span=span))
+        if not is_reported:
+            diagnostics.append(Unclosed(opener=piece.text, closer=closer, place=place, span=span))
         slot = before - 1
         while slot > piece.end and chars[slot].isspace() and chars[slot - 1].isspace():
             slot -= 1
@@ -196,7 +204,12 @@ def balance_brackets(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
             while opened and opened[-1].text != "{" and _begins(text, piece):
                 close(opened.pop(), piece.start, f", before line {line}")
         inside = piece.first or (bool(opened) and not text[opened[-1].end : piece.start].strip())
-        if piece.kind == "word" and inside and (end := _headless(text, piece, len(opened))):
+        if piece.kind == "word" and piece.first and (colon := _COLON.match(text, piece.start)):
+            at = colon.start("colon")
+            chars[at] = "{"
+            opened.append(Lexeme("sign", "{", at, at + 1, first=False))
+            diagnostics.append(_colon(source, colon["head"], at))
+        elif piece.kind == "word" and inside and (end := _headless(text, piece, len(opened))):
             chars[end] = "{"
             opened.append(Lexeme("sign", "{", end, end + 1, first=False))
             diagnostics.append(_no_brace(source, piece, end))
@@ -259,6 +272,12 @@ def _no_brace(source: Source, piece: Lexeme, end: int) -> Diagnostic:
     span = Span(source, end, end)
     hint = f"the lines of `{piece.text}` stand between `{{` and `}}`"
     return UnexpectedToken(found=found, expected="`{`", hint=hint, span=span)
+
+
+def _colon(source: Source, head: str, at: int) -> Diagnostic:
+    hint = f"write `{head} {{` and close the block with `}}`"
+    span = Span(source, at, at + 1)
+    return UnexpectedToken(found="`:`", expected="`{`", hint=hint, span=span)
 
 
 def _begins(text: str, piece: Lexeme) -> bool:
@@ -514,7 +533,7 @@ def _taken_for_position(mistake: Mistake) -> Diagnostic | None:
 
 def explain_habit(mistake: Mistake) -> Diagnostic | None:
     """Report syntax of other languages at the position."""
-    found = find_hint(
+    found = _foreign_metric(mistake) or find_hint(
         mistake.source.text[mistake.begin : mistake.offset],
         mistake.source.text[mistake.offset : mistake.end],
         mistake.accepts,
@@ -522,6 +541,15 @@ def explain_habit(mistake: Mistake) -> Diagnostic | None:
     if found is None:
         return None
     return explain_misplaced(mistake, found)
+
+
+def _foreign_metric(mistake: Mistake) -> str | None:
+    """Return the hint for `measure accuracy`, a metric of other libraries without an effect."""
+    words = [piece.text for piece in mistake.statement]
+    if not (mistake.cut_short and words[:1] == ["measure"] and len(words) == 2):
+        return None
+    metric = METRIC_NAMES.get(words[1])
+    return f"write `measure {metric} as raw`" if metric else None
 
 
 def _misspelt(mistake: Mistake) -> Diagnostic | None:

@@ -252,7 +252,10 @@ def lost_statement(mistake: Mistake) -> ast.LostStatement:
 
 _VERSION = re.compile(r"mech\b[ \t]*(?P<number>[\w.]*)")
 
-_ONE_DOT = re.compile(r"(?<![\w.\"])\w+\.\w+(?![\w.%(\"])")
+_ONE_DOT = re.compile(
+    r"\b(?:in|layers?|heads?|neurons?|experts?|features?|tokens?|row|col)[ \t]+"
+    r"(?P<range>\w+\.\w+)(?![\w.%(\"])"
+)
 
 _FIRST_WORD = re.compile(r"(?P<word>[A-Za-z]\w*)[ \t]+[0-9]+\b")
 
@@ -464,9 +467,10 @@ class _Recovery:
     def _two_dots(self, mistake: Mistake) -> WordSubstitution | None:
         """Read `layers 1.4` as `layers 1..4`, if the parser stopped there."""
         for match in _ONE_DOT.finditer(self.text, mistake.begin, mistake.end):
-            if match.start() <= mistake.offset < match.end():
-                start, end = match.start() - mistake.begin, match.end() - mistake.begin
-                low, high = match[0].split(".")
+            start, end = match.span("range")
+            if start <= mistake.offset < end:
+                start, end = start - mistake.begin, end - mistake.begin
+                low, high = match["range"].split(".")
                 # `layer 0.5` may also be a share, whose upper end isn't layer 5.
                 is_share = low.isdecimal() and high.isdecimal()
                 return WordSubstitution(start, end, low if is_share else f"{low}..{high}")
