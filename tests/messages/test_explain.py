@@ -42,7 +42,7 @@ def test_explain_word_or_phrase_prints_its_page(asked: str, heading: str) -> Non
     ("asked", "fix"),
     [
         ("ptach", "did you mean `patch`?"),
-        ("E0999", "did you mean `E0,
+        ("E0999", "did you mean `E0"),
         ("hook_z", "write `z layer *`; `mechdsl explain z` describes it"),
         ("blocks.3.hook_resid_post", "write `resid_post layer 3`"),
         ("transformer.h[3].attn", "write `attn_out layer 3`"),
