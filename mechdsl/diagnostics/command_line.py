@@ -193,6 +193,13 @@ def _hint(word: str, plain: str) -> str:
     return did_you_mean(word, language_words(), general)
 
 
+def agent_page() -> str:
+    """Return the summary of the language for agents, from the rows of the language page."""
+    from mechdsl.diagnostics.agent_page import write_agent_page
+
+    return write_agent_page(_language_rows())
+
+
 def find_page(name: str) -> tuple[str, list[Diagnostic]]:
     """Find the page of the language, of a code in any case, or of a word; E0208 if there is
     none."""
