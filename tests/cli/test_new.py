@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from itertools import product
 from pathlib import Path
 
@@ -131,3 +132,14 @@ def test_missing_model_is_a_warning(command: Command, tmp_path: Path) -> None:
     done = command("new", file, "--model", "hf:org/not-downloaded")
     assert (done.status, file.exists()) == (0, True)
     assert "warning[W0710]" in done.err
+
+
+def test_end_of_input_in_a_question_writes_nothing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechdsl.cli.new.is_terminal", lambda: True)
+    monkeypatch.setattr("sys.stdin", io.StringIO("counting\n"))
+    file = tmp_path / "first.mech"
+    done = command("new", file)
+    assert (done.status, file.exists()) == (130, False)
+    assert "Traceback" not in done.err
