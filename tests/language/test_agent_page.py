@@ -95,3 +95,16 @@ def test_for_agents_without_the_language_is_rejected(command: Command) -> None:
     done = command("explain", "patch", "--for-agents")
     assert done.status == 2
     assert "`mechdsl explain language`" in done.err
+
+
+def test_agent_page_names_commands_that_work(command: Command, tmp_path: Path) -> None:
+    file = written(0, tmp_path)
+    lines = [line for line in agent_page().splitlines() if line.startswith("    mechdsl ")]
+    assert len(lines) == 7
+    values = {"FILE": str(file), "WORD": "patch", "counting": "counting"}
+    for line in lines:
+        words = [values.get(word, word) for word in line.split("#")[0].split()[1:]]
+        if words[0] == "new":
+            words[1] = str(tmp_path / "new.mech")
+        done = command(*words, *(("--limit", "8") if words[0] == "run" else ()))
+        assert done.status == 0, (line, done.err)
