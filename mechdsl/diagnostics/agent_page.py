@@ -28,7 +28,7 @@ statistics. Write a file, then use these commands:
     mechdsl run FILE --format json        # results; --limit 8 for a quick try, --set name=VALUE
     mechdsl explain FILE                  # tokens of each prompt, with positions marked
     mechdsl explain WORD                  # every construct with a word, or a code such as E0301
-    mechdsl sites counting                # layers, heads and sites: of the zoo, a folder or ORG/NAME
+    mechdsl sites counting                # layers, heads, sites: zoo name, folder or ORG/NAME
     mechdsl new FILE --task counting      # a file that runs
 
 Rules of the notation:
