@@ -79,6 +79,11 @@ def test_the_wheel_has_what_it_needs_and_no_more(wheel: Path) -> None:
     assert [path.relative_to(package) for path in wheel.rglob("language.md")] == [
         Path("language.md")
     ]
+    folders = {path.name for path in package.iterdir() if path.is_dir()}
+    assert folders.isdisjoint({"editors", "tests", "benchmarks", "docs"})
+    outside = [path.name for path in wheel.iterdir() if path != package]
+    assert len(outside) == 1, outside
+    assert outside[0].endswith(".dist-info")
     assert sum(p.stat().st_size for p in (package / "zoo").rglob("*")) < 25_000_000
 
 
@@ -124,3 +129,17 @@ def test_distribution_in_a_clean_environment_runs_an_example(
         capture_output=True,
     )
     assert b"which_heads_move_it" in ran.stdout
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments in (
+        ("new", "first"),
+        ("validate", "first.mech"),
+        ("run", "first.mech"),
+        ("explain", "first.mech"),
+        ("explain", "patch"),
+        ("explain", "E0301"),
+        ("explain", "language", "--for-agents"),
+    ):
+        done = subprocess.run([command, *arguments], env=variables, cwd=empty, capture_output=True)
+        assert done.returncode == 0, (arguments, done.stderr)
+        assert done.stdout

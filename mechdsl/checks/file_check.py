@@ -124,6 +124,8 @@ class BrokenLines:
         self.source = tree.span.source
         self.starts = [each.span.start for each in tree.statements if isinstance(each, kinds)]
         self.names = {name for each in lost for name in each.names}
+        self.lost_words = {words[0] for each in lost if (words := each.span.text.split(None, 1))}
+        """First words of the lost statements."""
         self.refused = [each.name for each in syntax if isinstance(each, ReservedName)]
         """Words of the language that the file uses as names."""
         self.torn: dict[int, set[str]] = defaultdict(set)
@@ -186,6 +188,8 @@ class BrokenLines:
                 return not self.unfinished.isdisjoint(_quoted(reason))
             case NotInReply(reason=reason) if reason == NO_REPLY_REASON:
                 return block in self.wrong
+            case MissingLine(what=what) if what in self.lost_words:
+                return True  # `model gpt = "gpt2"`
             case _ if isinstance(diagnostic, _MISSING):
                 return block in self.wrong
             case _:

@@ -139,6 +139,8 @@ def _status() -> int | str | None:
         return error.exit_code
     except KeyboardInterrupt as error:
         return report_interruption(error)
+    except click.exceptions.Abort:  # Ctrl-C or the end of input in a question
+        return report_interruption(KeyboardInterrupt())
     except click.ClickException as error:
         from mechdsl.cli.output import print_diagnostics
 

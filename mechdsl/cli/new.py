@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,10 @@ from pathlib import Path
 import click
 
 from mechdsl.base.files import write_atomically
-from mechdsl.cli.output import SUCCESS, print_line
+from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
+from mechdsl.cli.output import INVALID_INPUT, SUCCESS, print_diagnostics, print_line
+from mechdsl.diagnostics.core import has_errors
 
 
 @dataclass(frozen=True)
@@ -111,10 +116,25 @@ def model_expression(answer: str) -> str:
     """
     origin, _, name = answer.partition(":")
     if origin not in ("zoo", "hf", "local") or not name or set(name) & set('"\\\n{}'):
-        raise click.BadParameter(
-            f"`{answer}` is no model; write `zoo:NAME`, `hf:ORG/NAME` or `local:FOLDER`"
-        )
+        fix = "write `zoo:NAME`, `hf:ORG/NAME` or `local:FOLDER`"
+        if re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", answer):
+            known = [task.model for task in TASKS.values()]
+            fix = f"did you mean `{'zoo' if answer in known else 'hf'}:{answer}`?"
+        raise click.BadParameter(f"`{answer}` is no model; {fix}")
     return f'{origin}("{name}")'
+
+
+def mech_path(file: Path) -> Path:
+    """Return the path with the extension `.mech`, which is added if there is none.
+
+    Raises:
+        click.BadParameter: If the path has another extension.
+    """
+    if file.suffix == ".mech":
+        return file
+    if file.suffix:
+        raise click.BadParameter(f"`{file}` has another extension; write `{file.stem}.mech`")
+    return file.with_name(f"{file.name}.mech") if file.name else file
 
 
 def is_terminal() -> bool:
@@ -147,8 +167,10 @@ def new(
     """Write a first experiment to FILE.
 
     Without options, the command asks five questions. With an option, or if standard input is not
-    a terminal, it asks nothing and uses defaults for the rest. It never overwrites a file.
+    a terminal, it asks nothing and uses defaults for the rest. It checks the file first and
+    never overwrites one. The extension `.mech` is added if it is missing.
     """
+    file = mech_path(file)
     if os.path.lexists(file):
         raise click.UsageError(f"`{file}` already exists; choose another name")
     interactive = is_terminal() and not any((task, model, patch, at, measure))
@@ -161,6 +183,12 @@ def new(
     site = _ask("What to patch", patch, list(SITES), interactive)
     position = _ask("Where to patch", at, list(POSITIONS), interactive)
     measured = _ask("What to measure", measure, list(MEASURES), interactive)
-    write_atomically(file, experiment_text(chosen, expression, site, position, measured))
-    print_line(f"wrote {file}; run it with `mechdsl run {file}`")
+    text = experiment_text(chosen, expression, site, position, measured)
+    found = check_source(Source(text, file)).diagnostics
+    print_diagnostics(found)
+    if has_errors(found):
+        print_line(f"`{file}` was not written, because it would not run", out=False)
+        return INVALID_INPUT
+    write_atomically(file, text)
+    print_line(f"wrote {file}; run it with `mechdsl run {shlex.quote(str(file))}`")
     return SUCCESS

@@ -31,6 +31,7 @@ from mechdsl.cli.arguments import (
 from mechdsl.cli.output import INVALID_INPUT, SUCCESS, make_console, print_diagnostics, print_json
 from mechdsl.diagnostics.command_line import (
     LANGUAGE_PAGE,
+    agent_page,
     find_page,
     is_page_name,
     language_words,
@@ -56,6 +57,11 @@ def complete_page_or_file(
 @set_option
 @limit_option
 @format_option("text", "json")
+@click.option(
+    "--for-agents",
+    is_flag=True,
+    help="With `language`: the whole language in at most 8,000 tokens, with ten examples.",
+)
 @allow_python_option
 @allow_outside_option
 @untrusted_option
@@ -65,6 +71,7 @@ def explain(
     parameters: tuple[str, ...],
     limit: int | None,
     form: str,
+    for_agents: bool,
     allow_python: bool,
     allow_outside: bool,
     untrusted: bool,
@@ -76,6 +83,11 @@ def explain(
     lists what a word of the language means, and `mechdsl explain language` has every construct of
     the language. `-` is standard input.
     """
+    if for_agents:
+        if what != LANGUAGE_PAGE:
+            raise click.UsageError("`--for-agents` is an option of `mechdsl explain language`")
+        sys.stdout.write(agent_page())
+        return SUCCESS
     if is_page_name(what):
         return _print_page(what)
     problems = load_plugins(plugins)

@@ -8,8 +8,15 @@ from pathlib import Path
 
 from mechdsl.base.files import shipped_path
 from mechdsl.base.records import keyword_record
+from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.diagnostics.other_tools import translate_word
+from mechdsl.diagnostics.other_tools import (
+    METRIC_NAMES,
+    TERMS,
+    TOOLS,
+    find_foreign_path,
+    translate_word,
+)
 
 
 @keyword_record
@@ -67,17 +74,26 @@ _CODE = re.compile(r"[EWew][0-9]+")
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
+_FILE = re.compile(r"[/\\]|\.\w*[A-Za-z]\w*$")
+"""A part of a path, or the extension of a file."""
+
 _LANGUAGE_ROW = re.compile(r"\| (?P<example>`.*?`) \| (?P<meaning>.*?) \|")
 
 
 def is_page_name(text: str) -> bool:
-    """Whether a text is `language`, a word, or has the form of a code: `E0301`, `w0710`.
+    """Whether a text is `language`, a code in any case, or words: `patch`, `last token`.
 
-    A file or folder of that name takes precedence over a word.
+    A file of that name takes precedence over a word.
     """
     if text == LANGUAGE_PAGE or _CODE.fullmatch(text):
         return True
-    return _WORD.fullmatch(text) is not None and not Path(text).exists()
+    if find_foreign_path(text) is not None:
+        return not Path(text).is_file()
+    if _WORD.search(text) is None or _FILE.search(text):
+        return False
+    if Path(text).is_dir():
+        return _WORD.fullmatch(text) is not None and bool(_word_page(text))
+    return not Path(text).exists()
 
 
 @cache
@@ -106,30 +122,82 @@ def _language_rows() -> list[tuple[str, str, str]]:
     return rows
 
 
-def _word_page(word: str) -> str:
-    """Return the rows of the language page whose example contains a word.
+_SHOWN_ROWS = 12
+"""Maximum number of rows of a word's page."""
 
-    Rows whose example begins with the word replace the others, if there are any.
+
+def _word_page(word: str) -> str:
+    """Return the rows of the language page whose example contains a word or a phrase.
+
+    Rows whose example begins with the word replace the others, if there are any; otherwise rows
+    with the word near their beginning come first.
     """
-    whole = re.compile(rf"\b{re.escape(word)}\b")
-    rows = [row for row in _language_rows() if whole.search(re.sub(r'"[^"]*"', "", row[1]))]
-    rows = [row for row in rows if whole.match(row[1].lstrip("`"))] or rows
+    whole = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
+    found = [
+        (match.start(), row)
+        for row in _language_rows()
+        if (match := whole.search(_without_texts(row[1]))) is not None
+    ]
+    first = min((start for start, _ in found), default=0)
+    if first <= 1:  # the example is in backticks
+        found = [each for each in found if each[0] == first]
+    rows = [row for _, row in sorted(found, key=lambda each: each[0])]
     lines: list[str] = []
-    for n, (section, example, meaning) in enumerate(rows):
+    for n, (section, example, meaning) in enumerate(rows[:_SHOWN_ROWS]):
         if n == 0 or section != rows[n - 1][0]:
             lines += [f"# `{word}`: {section}", ""]
         lines += [example, f"    {meaning}", ""]
+    if (more := len(rows) - _SHOWN_ROWS) > 0:
+        lines += [f"{count_noun(more, 'more row')} in `mechdsl explain {LANGUAGE_PAGE}`.", ""]
     return "\n".join(lines)
 
 
-def _find_word(word: str) -> tuple[str, list[Diagnostic]]:
-    text = _word_page(word)
-    if text:
-        return text, []
-    site = translate_word(word)
+def _without_texts(example: str) -> str:
+    return re.sub(r'"[^"]*"', lambda text: " " * len(text[0]), example)
+
+
+def _find_word(text: str) -> tuple[str, list[Diagnostic]]:
+    word = " ".join(text.split())
+    plain = re.sub(r"[_\s-]+", " ", word).strip().lower()
+    for spelling in dict.fromkeys((word, word.lower(), plain, plain.replace(" ", "_"))):
+        page = _word_page(spelling) if spelling else ""
+        if page:
+            return page, []
+    return "", [
+        BadCommandLine(reason=f"`{word}` is no word, code or file", hint=_hint(word, plain))
+    ]
+
+
+def _hint(word: str, plain: str) -> str:
+    """Return the hint for an unknown word.
+
+    Args:
+        plain: The word in lower case, with spaces for other separators.
+    """
+    path = find_foreign_path(word)
+    site = path[2] if path is not None else translate_word(word.split(" ")[0])
+    if site:
+        return f"write `{site}`; `mechdsl explain {site.split(' ')[0]}` describes it"
+    term = TERMS.get(plain) or TERMS.get(plain.removesuffix("s"))
+    if term:
+        return f"see `{term}`: `mechdsl explain {term}`"
+    metric = METRIC_NAMES.get(plain.replace(" ", "_"))
+    if metric:
+        return f"write `{metric}`; `mechdsl explain {metric.split('(')[0]}` describes it"
+    if plain in TOOLS:
+        return "name a hook or module of it: `mechdsl explain hook_z`"
+    parts = [part for part in _WORD.findall(word) if _word_page(part)]
+    if parts and " " in word:
+        return f"one word is enough: `mechdsl explain {parts[0]}`"
     general = "`mechdsl explain language` lists every construct; a file ends in `.mech`"
-    hint = f"write `{site}`" if site else did_you_mean(word, language_words(), general)
-    return "", [BadCommandLine(reason=f"`{word}` is no word, code or file", hint=hint)]
+    return did_you_mean(word, language_words(), general)
+
+
+def agent_page() -> str:
+    """Return the summary of the language for agents, from the rows of the language page."""
+    from mechdsl.diagnostics.agent_page import write_agent_page
+
+    return write_agent_page(_language_rows())
 
 
 def find_page(name: str) -> tuple[str, list[Diagnostic]]:

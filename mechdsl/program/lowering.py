@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -486,6 +487,9 @@ def _circle(name: str, parts: Definitions) -> list[str]:
 
 MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
+_LISTED = 1000
+"""Maximum number of entries of a folder in which an import's file is searched for."""
+
 _MANY = f"more than {limits.FILES} files are imported"
 
 MODEL_KINDS = ("zoo", "hf", "local", "python")
@@ -618,14 +622,7 @@ def _with_imports(
         done.add(real)
         imported, problems = read_source(path)
         if imported is None:
-            diagnostics.append(
-                ImportFailed(
-                    span=use.path.span,
-                    path=use.path.value,
-                    reason=_why(problems[0]),
-                    hint="paths are relative to the file that has the `use` line",
-                )
-            )
+            diagnostics.append(_import_failed(use, path, problems[0]))
             return
         imported = replace(imported, reach=origin.reach)
         file, problems = parse(imported)
@@ -635,6 +632,38 @@ def _with_imports(
     start = (Path(os.path.realpath(source.path)),) if source.path is not None else ()
     visit(tree, source, start)
     return found
+
+
+def _import_failed(use: ast.Use, path: Path, problem: Diagnostic) -> ImportFailed:
+    written = use.path.value
+    reason, hint = _why(problem), "paths are relative to the file that has the `use` line"
+    if not path.exists() and not path.is_symlink():
+        reason = "there is no such file"
+        hint = _near_file(written, path) or hint
+    return ImportFailed(span=use.path.span, path=written, reason=reason, hint=hint)
+
+
+def _near_file(written: str, path: Path) -> str:
+    """Return a hint with the `.mech` file whose path or name is most similar, or an empty text."""
+    if os.path.isabs(written):
+        return ""
+    origin = Path(os.path.normpath(str(path)[: -len(written)] or "."))
+    folders = dict.fromkeys((path.parent, origin, origin / "common"))
+    folders.update(dict.fromkeys(sorted(p for p in _entries(origin) if p.is_dir())))
+    files = [p for folder in folders for p in _entries(folder) if p.suffix == ".mech"]
+    names = {Path(os.path.relpath(p, origin)).as_posix(): p.name for p in files}
+    same = [name for name, file in names.items() if file == path.name]
+    near = closest_name(written, names) or next(iter(same), None)
+    if near is None and (alike := closest_name(path.name, names.values())) is not None:
+        near = next(name for name, file in names.items() if file == alike)
+    return f"did you mean `{near}`?" if near else ""
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(islice(folder.iterdir(), _LISTED))
+    except OSError:
+        return []
 
 
 def _why(problem: Diagnostic) -> str:

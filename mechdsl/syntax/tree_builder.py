@@ -1065,7 +1065,9 @@ class TreeBuilder(Transformer[Token, Any]):
     # --- expressions ---------------------------------------------------------------------------
 
     def domain(self, c: list[Any]) -> ast.Domain:
-        return ast.Domain(c[0], _clauses(c).get("step"), span=_span(c))
+        step = _clauses(c).get("step")
+        values = c[0] if step is not None else _range_of_decimal(c[0])
+        return ast.Domain(values, step, span=_span(c))
 
     step = _clause("step", _second)
 
@@ -1167,6 +1169,26 @@ class TreeBuilder(Transformer[Token, Any]):
 
     def string(self, c: list[Any]) -> ast.String:
         return ast.String(unescape(c[0][1:-1]), span=_span(c))
+
+
+def _range_of_decimal(values: ast.Expr | ast.Range) -> ast.Expr | ast.Range:
+    """Report `x in 2.9`, and return `2..9` so that dependent checks continue."""
+    if not isinstance(values, ast.Number):
+        return values
+    span = values.span
+    low, dot, high = span.text.partition(".")
+    if not (dot and low.isdecimal() and high.isdecimal()):
+        return values
+    is_range = high == str(int(high))
+    hint = f"for one value write `[{span.text}]`"
+    if is_range:
+        hint = f"a range has two dots: `{low}..{high}`; {hint}"
+    _report(
+        UnexpectedToken(found=f"`{span.text}`", expected="a list or a range", hint=hint, span=span)
+    )
+    if not is_range:
+        return values
+    return ast.Range(ast.Number(int(low), span=span), ast.Number(int(high), span=span), span=span)
 
 
 def _axis(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from itertools import product
 from pathlib import Path
 
@@ -83,3 +84,62 @@ def test_bad_option_writes_nothing(
     assert (done.status, done.out) == (2, "")
     assert "error[E0208]" in done.err
     assert not file.exists()
+
+
+def test_missing_extension_is_added(command: Command, tmp_path: Path) -> None:
+    done = command("new", tmp_path / "first try")
+    assert done.status == 0, done.err
+    assert (tmp_path / "first try.mech").is_file()
+    assert "mechdsl run '" in done.out
+
+
+def test_other_extension_is_rejected(command: Command, tmp_path: Path) -> None:
+    done = command("new", tmp_path / "first.txt")
+    assert done.status == 2
+    assert "write `first.mech`" in done.err
+
+
+@pytest.mark.parametrize(
+    ("model", "fix"),
+    [
+        ("gpt2", "did you mean `hf:gpt2`?"),
+        ("counting", "did you mean `zoo:counting`?"),
+        ("EleutherAI/pythia-70m", "did you mean `hf:EleutherAI/pythia-70m`?"),
+        ("hub:gpt2", "`zoo:NAME`, `hf:ORG/NAME` or `local:FOLDER`"),
+        ("zoo:nothing", "it has `counting`"),
+    ],
+)
+def test_wrong_model_names_the_fix(command: Command, tmp_path: Path, model: str, fix: str) -> None:
+    file = tmp_path / "first.mech"
+    done = command("new", file, "--model", model)
+    assert done.status == 2
+    assert fix in done.err
+    assert not file.exists()
+
+
+def test_model_that_does_not_know_the_words_writes_nothing(
+    command: Command, tmp_path: Path
+) -> None:
+    file = tmp_path / "first.mech"
+    done = command("new", file, "--task", "counting", "--model", "zoo:names")
+    assert (done.status, file.exists()) == (2, False)
+    assert "error[E0519]" in done.err
+    assert "was not written" in done.err
+
+
+def test_missing_model_is_a_warning(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "first.mech"
+    done = command("new", file, "--model", "hf:org/not-downloaded")
+    assert (done.status, file.exists()) == (0, True)
+    assert "warning[W0710]" in done.err
+
+
+def test_end_of_input_in_a_question_writes_nothing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechdsl.cli.new.is_terminal", lambda: True)
+    monkeypatch.setattr("sys.stdin", io.StringIO("counting\n"))
+    file = tmp_path / "first.mech"
+    done = command("new", file)
+    assert (done.status, file.exists()) == (130, False)
+    assert "Traceback" not in done.err

@@ -150,7 +150,9 @@ IMAGE_HINTS: tuple[Hint, ...] = (
 _AXIS = r"\b(layers?|heads?|neurons?|experts?|features?)"
 
 HABIT_HINTS: tuple[Hint, ...] = (
-    Hint(_AXIS + r"\s*[0-9]+\s*$", r"\.([0-9]+)", "a range has two dots: `..{1}`"),
+    Hint(_AXIS + r"\s*[0-9]+\s*$", r"\.(\w+)", "a range has two dots: `..{1}`"),
+    Hint(_AXIS + r"\s+([A-Za-z_]\w*)\s*$", r"\.(\w+)", "a range has two dots: `{1}..{2}`"),
+    Hint(r"\bin\s+([A-Za-z_]\w*)\.$", r"([0-9]+)", "a range has two dots: `{0}..{1}`"),
     Hint(
         _AXIS + r"\s*$",
         r"([0-9]+)\.([0-9]+)(?![0-9%])",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mechdsl.base.records import closest_name
 from mechdsl.base.source import STRING_PATTERN, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.other_tools import find_foreign_path, translate_word
+from mechdsl.diagnostics.other_tools import METRIC_NAMES, find_foreign_path, translate_word
 from mechdsl.diagnostics.syntax import (
     MisspeltWord,
     ReservedName,
@@ -48,14 +48,37 @@ _HEADER = re.compile(
 )
 """The beginning of a statement that is only valid at the top level."""
 
-_BLOCK = re.compile(r"(?P<head>(?:experiment|prompts|images)[ \t]+\w+)[ \t]*\n\s*(?!\{|\s)")
+
+def _any_of(words: Iterable[str]) -> str:
+    return "|".join(sorted(words))
+
+
+_BLOCK = re.compile(
+    r"(?P<head>(?:experiment|prompts|images)[ \t]+\w+)[ \t]*\n\s*(?!\{|\s)"
+    rf"|(?P<statements>experiment[ \t]+\w+)[ \t]+(?:{_any_of(EXPERIMENT_WORDS)})\b"
+    rf"|(?P<data>(?:prompts|images)[ \t]+\w+)[ \t]+"
+    rf"(?:(?:{_any_of(DATA_WORDS)})\b|\w+[ \t]*=(?!=)|\w+[ \t]+in\b)"
+)
 
 _INNER_BLOCK = re.compile(
     r"(?P<head>corrupt[ \t]+\w+)\s+(?:\w+\s*[=,]|(?:swap|template|add|replace|blur)\b)"
+    r"|(?P<run>run[ \t]+\w+)[ \t]*\n\s*(?=[A-Za-z_])"
+    rf"|(?P<short>run[ \t]+\w+)[ \t]+(?:{_any_of(EXPERIMENT_WORDS)})\b"
     r"|(?P<loop>for[ \t]+\w+[ \t]+in[ \t]+[^\n{}]*?[^\s{}])"
-    rf"\s+(?:{'|'.join(sorted(EXPERIMENT_WORDS))})\b"
+    rf"\s+(?:{_any_of(EXPERIMENT_WORDS)})\b"
 )
 """The text before the brace of a block, followed by the block's lines without a brace."""
+
+_COLON = re.compile(
+    r"(?P<head>(?:(?:experiment|prompts|images|corrupt|run)[ \t]+\w+)"
+    r"|for[ \t]+\w+[ \t]+in[ \t]+[^\n{}:]*?)[ \t]*(?P<colon>:)[ \t]*(?:\n|\Z)"
+)
+"""A block that begins with a colon, as in Python."""
+
+_LINE = re.compile(r"^(?P<indent>[ \t]*)(?P<first>[^\s#])[^\n]*", re.MULTILINE)
+"""A line that is neither blank nor a comment."""
+
+_RANGE_START = re.compile(r"\b(?:in|layers?|heads?|neurons?|experts?|features?)\s+\Z")
 
 _PATH_START = re.compile(r"model\.[A-Za-z_]")
 
@@ -153,7 +176,13 @@ def balance_brackets(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
     def close(piece: Lexeme, before: int, place: str) -> None:
         closer = _CLOSERS[piece.text]
         span = Span(source, piece.start, piece.end)
-        diagnostics.append(Unclosed(opener=piece.text, closer=closer, place=place, span=span))
+        # Of a block that begins with a colon, the missing braces are one mistake.
+        is_reported = text[piece.start] == ":"
+        if piece.text == "{" and (end := _block_end(text, piece, before)):
+            before = end
+            place = f", before line {source.line_column(end)[0]}"
+        if not is_reported:
+            diagnostics.append(Unclosed(opener=piece.text, closer=closer, place=place, span=span))
         slot = before - 1
         while slot > piece.end and chars[slot].isspace() and chars[slot - 1].isspace():
             slot -= 1
@@ -174,7 +203,13 @@ def balance_brackets(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
                     close(opened.pop(), piece.start, f", before line {line}")
             while opened and opened[-1].text != "{" and _begins(text, piece):
                 close(opened.pop(), piece.start, f", before line {line}")
-        if piece.kind == "word" and piece.first and (end := _headless(text, piece, len(opened))):
+        inside = piece.first or (bool(opened) and not text[opened[-1].end : piece.start].strip())
+        if piece.kind == "word" and piece.first and (colon := _COLON.match(text, piece.start)):
+            at = colon.start("colon")
+            chars[at] = "{"
+            opened.append(Lexeme("sign", "{", at, at + 1, first=False))
+            diagnostics.append(_colon(source, colon["head"], at))
+        elif piece.kind == "word" and inside and (end := _headless(text, piece, len(opened))):
             chars[end] = "{"
             opened.append(Lexeme("sign", "{", end, end + 1, first=False))
             diagnostics.append(_no_brace(source, piece, end))
@@ -208,6 +243,24 @@ def balance_brackets(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
     return "".join(chars), diagnostics
 
 
+def _block_end(text: str, opener: Lexeme, before: int) -> int:
+    """Return where the indentation shows that a block ends; 0 if it doesn't show it.
+
+    Args:
+        before: The offset before which the block must end.
+    """
+    begin = text.rfind("\n", 0, opener.start) + 1
+    lines = list(_LINE.finditer(text, begin, before))
+    if not lines or lines[0].start() != begin:
+        return 0
+    edge, *rest = lines
+    is_indented = edge.end() > opener.end and text[opener.end : edge.end()].strip()
+    if not is_indented and not (rest and len(rest[0]["indent"]) > len(edge["indent"])):
+        return 0
+    ends = (line.start("first") for line in rest if len(line["indent"]) <= len(edge["indent"]))
+    return next(ends, 0)
+
+
 def _headless(text: str, piece: Lexeme, depth: int) -> int:
     """Return where a block lacks its opening brace; 0 if none is missing."""
     head = (_BLOCK if depth == 0 else _INNER_BLOCK).match(text, piece.start)
@@ -219,6 +272,12 @@ def _no_brace(source: Source, piece: Lexeme, end: int) -> Diagnostic:
     span = Span(source, end, end)
     hint = f"the lines of `{piece.text}` stand between `{{` and `}}`"
     return UnexpectedToken(found=found, expected="`{`", hint=hint, span=span)
+
+
+def _colon(source: Source, head: str, at: int) -> Diagnostic:
+    hint = f"write `{head} {{` and close the block with `}}`"
+    span = Span(source, at, at + 1)
+    return UnexpectedToken(found="`:`", expected="`{`", hint=hint, span=span)
 
 
 def _begins(text: str, piece: Lexeme) -> bool:
@@ -268,6 +327,8 @@ def statement_starts(text: str, inside: list[Lexeme], kind: str, depth: int) -> 
             inner = piece.text == "from" and not _FROM_INTO.match(text, piece.start)
             if piece.text == "using" and found and inside[found[-1]].text == "discover":
                 inner = True
+            if piece.text == "block" and before is not None and not piece.first:
+                inner = before.text in ("replace", "with")
             if not inner and not (goes_on and not piece.first):
                 found.append(i)
         elif (
@@ -432,6 +493,9 @@ def _foreign_path(mistake: Mistake) -> Diagnostic | None:
     span = Span(mistake.source, mistake.begin + start, mistake.begin + end)
     if not span.start <= mistake.offset <= span.end:
         return None
+    is_range = _RANGE_START.search(mistake.source.text, mistake.begin, span.start)
+    if is_range and span.text.count(".") == 1:  # `for b in a.5`, `layers a.5`
+        return None
     return UnexpectedToken(
         found=f"`{span.text}`", expected="a site of mechdsl", hint=f"write `{site}`", span=span
     )
@@ -469,7 +533,7 @@ def _taken_for_position(mistake: Mistake) -> Diagnostic | None:
 
 def explain_habit(mistake: Mistake) -> Diagnostic | None:
     """Report syntax of other languages at the position."""
-    found = find_hint(
+    found = _foreign_metric(mistake) or find_hint(
         mistake.source.text[mistake.begin : mistake.offset],
         mistake.source.text[mistake.offset : mistake.end],
         mistake.accepts,
@@ -477,6 +541,15 @@ def explain_habit(mistake: Mistake) -> Diagnostic | None:
     if found is None:
         return None
     return explain_misplaced(mistake, found)
+
+
+def _foreign_metric(mistake: Mistake) -> str | None:
+    """Return the hint for `measure accuracy`, a metric of other libraries without an effect."""
+    words = [piece.text for piece in mistake.statement]
+    if not (mistake.cut_short and words[:1] == ["measure"] and len(words) == 2):
+        return None
+    metric = METRIC_NAMES.get(words[1])
+    return f"write `measure {metric} as raw`" if metric else None
 
 
 def _misspelt(mistake: Mistake) -> Diagnostic | None:
