@@ -36,8 +36,13 @@ from mechdsl.show.reports.canvas import (
     MONO_FONT,
     QUIET_INK,
     Canvas,
+    PageLayout,
+    drawn_for,
+    page_layout,
+    page_width,
     text_width,
 )
+from mechdsl.show.reports.colour_scales import effect_scale
 from mechdsl.show.reports.grid import UPWARD_AXES, grid_panels
 from mechdsl.show.reports.matrix import (
     NEGATIVE_COLOUR,
@@ -287,24 +292,35 @@ def png_data_url(pixels: Pixels, size: tuple[float, float]) -> str:
 
 
 def scale_legend(
-    limit: float, write: Callable[[float], str], *, hatched: bool
+    limit: float,
+    write: Callable[[float], str],
+    *,
+    hatched: bool,
+    ends: tuple[float, float] | None = None,
 ) -> tuple[str, float]:
-    """Draw the scale at (0, 0), with a sample of hatching if used; return it with its width."""
-    steps = 40
+    """Draw the scale at (0, 0), with a sample of hatching if used; return it with its width.
+
+    Args:
+        limit: The number with maximum opacity.
+        write: Format of the numbers.
+        hatched: Whether patches without a number are hatched.
+        ends: The smallest and largest number; by default both are `limit` away from 0.
+    """
+    scale = effect_scale(*(ends or (-limit, limit)))
+    steps, span = 40, scale.high - scale.low
     parts: list[str] = []
     for step in range(steps):
-        (red, green, blue), opacity = patch_cover((2 * (step + 0.5) / steps - 1) * limit, limit)
+        value = scale.low + (step + 0.5) / steps * span
+        (red, green, blue), opacity = patch_cover(value, limit)
         parts.append(
             f'<rect x="{step * LEGEND_WIDTH / steps:.2f}" '
             f'width="{LEGEND_WIDTH / steps + 0.05:.2f}" height="10" '
             f'fill="rgb({red},{green},{blue})" fill-opacity="{opacity:.3f}"/>'
         )
-    for text, x, anchor in (
-        (write(-limit), 0, "start"),
-        ("0", LEGEND_WIDTH / 2, "middle"),
-        (write(limit), LEGEND_WIDTH, "end"),
-    ):
-        parts.append(_svg_text(text, x, 22, anchor))
+    for value in scale.labels:
+        x = LEGEND_WIDTH * (value - scale.low) / span
+        anchor = "start" if value == scale.low else "end" if value == scale.high else "middle"
+        parts.append(_svg_text(write(value) if value else "0", x, 22, anchor))
     width = float(LEGEND_WIDTH)
     if hatched:
         said = "no number there"
@@ -324,6 +340,13 @@ def _svg_text(text: str, x: float, y: float, anchor: str) -> str:
     )
 
 
+def _number_range(shown: Sequence[ImageMaps]) -> tuple[float, float]:
+    """Return the smallest and the largest number of all maps."""
+    every = np.concatenate([values.ravel() for each in shown for _, values in each.maps])
+    finite = every[np.isfinite(every)]
+    return float(finite.min(initial=0.0)), float(finite.max(initial=0.0))
+
+
 def is_hatched(shown: Sequence[ImageMaps]) -> bool:
     """Whether any patch has no number."""
     return any(np.isnan(values).any() for each in shown for _, values in each.maps)
@@ -337,7 +360,8 @@ def image_figures(each: ImageMaps) -> list[tuple[str, Floats | None]]:
 def figure_lines(each: ImageMaps) -> list[list[tuple[str, Floats | None]]]:
     """Split the figures of an image into lines within the maximum width."""
     every, column = image_figures(each), max(drawn_size(each)[0], DRAWN_SIDE)
-    count = max(1, int((CANVAS_WIDTH - 2 * CANVAS_MARGIN + IMAGE_GAP) // (column + IMAGE_GAP)))
+    room = page_layout().room(CANVAS_WIDTH) - 2 * CANVAS_MARGIN
+    count = max(1, int((room + IMAGE_GAP) // (column + IMAGE_GAP)))
     return [every[start : start + count] for start in range(0, len(every), count)]
 
 
@@ -354,7 +378,9 @@ def draw_maps(
         canvas.y += 4
         _draw_line(canvas, each, limit, write)
     if any(each.maps for each in shown):
-        scale, width = scale_legend(limit, write, hatched=is_hatched(shown))
+        scale, width = scale_legend(
+            limit, write, hatched=is_hatched(shown), ends=_number_range(shown)
+        )
         canvas.shapes.append(
             f'<g transform="translate({CANVAS_MARGIN},{canvas.y + 4:.1f})">{scale}</g>'
         )
@@ -408,7 +434,9 @@ def maps_html(shown: Sequence[ImageMaps], limit: float, write: Callable[[float],
             )
         lines.append("</div>")
     if any(each.maps for each in shown):
-        scale, width = scale_legend(limit, write, hatched=is_hatched(shown))
+        scale, width = scale_legend(
+            limit, write, hatched=is_hatched(shown), ends=_number_range(shown)
+        )
         lines.append(
             f'<svg width="{width:.0f}" height="26" font-family="{FONT}" '
             f'style="margin-top:10px" role="img" aria-label="scale">{scale}</svg>'
@@ -434,7 +462,11 @@ def write_overlay(result: ExperimentResult, report: spec.Report, path: Path) -> 
     if path.suffix.lower() == ".html":
         path.write_text(_page_html(result, found), encoding="utf-8")
         return
-    _picture(result, found).save(path)
+    if report.width is None:
+        _picture(result, found).save(path)
+        return
+    with drawn_for(PageLayout(page_width(report.width))):
+        _picture(result, found).save(path, report.width)
 
 
 def _heading_lines(result: ExperimentResult, measure: int, shown: Overlay) -> Iterator[str]:
@@ -553,9 +585,9 @@ def first_box_x(each: ShadedPrompt) -> float:
 def box_positions(widths: Sequence[float], left: float) -> list[tuple[int, float]]:
     """Return the line and the left end of each box."""
     places: list[tuple[int, float]] = []
-    line, x = 0, left
+    line, x, right = 0, left, page_layout().room(CANVAS_WIDTH) - CANVAS_MARGIN
     for width in widths:
-        if x > left and x + width > CANVAS_WIDTH - CANVAS_MARGIN:
+        if x > left and x + width > right:
             line, x = line + 1, left
         places.append((line, x))
         x += width + BOX_GAP
