@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Literal, Protocol
 
 from mechdsl.base.records import Registry
-from mechdsl.base.text import measure_names, name_list
+from mechdsl.base.text import count_noun, measure_names, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.statistics import BadReport
@@ -393,13 +393,12 @@ def _wrong_width(report: spec.Report) -> ReportProblem:
         return None
     if not 1 <= report.width <= MAX_COLUMNS:
         return (
-            f"is {report.width} columns wide, but papers have one or two",
+            f"has a width of {count_noun(report.width, 'column')}, but a paper has one or two",
             "write `width 1 column` or `width 2 columns`",
         )
-    if report.file is None or PurePath(report.file).suffix.lower() not in PAPER_SUFFIXES:
+    if report.file is None:
+        return "has a width but no file", 'write it as in `to "heads.pdf" width 1 column`'
+    if PurePath(report.file).suffix.lower() not in PAPER_SUFFIXES:
         endings = " or ".join(f"`{suffix}`" for suffix in PAPER_SUFFIXES)
-        return (
-            "has a width, but its file is no picture of a fixed width",
-            f"its file ends in {endings}",
-        )
+        return f"has a width, but `{report.file}` is no picture", f"its file ends in {endings}"
     return None

@@ -27,6 +27,7 @@ from mechdsl.results.experiment_result import (
     ExperimentResult,
     SeenImage,
 )
+from mechdsl.show.reports.axis_titles import value_title
 from mechdsl.show.reports.canvas import (
     CANVAS_MARGIN,
     CANVAS_TITLE_SIZE,
@@ -297,6 +298,7 @@ def scale_legend(
     *,
     hatched: bool,
     ends: tuple[float, float] | None = None,
+    title: str = "",
 ) -> tuple[str, float]:
     """Draw the scale at (0, 0), with a sample of hatching if used; return it with its width.
 
@@ -305,6 +307,7 @@ def scale_legend(
         write: Format of the numbers.
         hatched: Whether patches without a number are hatched.
         ends: The smallest and largest number; by default both are `limit` away from 0.
+        title: What the numbers are, with their unit.
     """
     scale = effect_scale(*(ends or (-limit, limit)))
     steps, span = 40, scale.high - scale.low
@@ -322,12 +325,15 @@ def scale_legend(
         anchor = "start" if value == scale.low else "end" if value == scale.high else "middle"
         parts.append(_svg_text(write(value) if value else "0", x, 22, anchor))
     width = float(LEGEND_WIDTH)
+    if title:
+        parts.append(_svg_text(title, width + 12, 9, "start"))
+        width += 12 + text_width(title, 10)
     if hatched:
         said = "no number there"
         parts.append(
-            f'<rect x="{LEGEND_WIDTH + 20}" width="16" height="10" fill="url(#hatch)" '
+            f'<rect x="{width + 20:.1f}" width="16" height="10" fill="url(#hatch)" '
             f'stroke="#bbbbbb" stroke-width="0.6"/>'
-            f"{_svg_text(said, LEGEND_WIDTH + 42, 9, 'start')}"
+            f"{_svg_text(said, width + 42, 9, 'start')}"
         )
         width += 42 + text_width(said, 10)
     return "".join(parts), width
@@ -369,9 +375,13 @@ def figure_lines(each: ImageMaps) -> list[list[tuple[str, Floats | None]]]:
 
 
 def draw_maps(
-    canvas: Canvas, shown: Sequence[ImageMaps], limit: float, write: Callable[[float], str]
+    canvas: Canvas,
+    shown: Sequence[ImageMaps],
+    limit: float,
+    write: Callable[[float], str],
+    title: str = "",
 ) -> None:
-    """Draw each image next to its maps, in lines, and the scale below all."""
+    """Draw each image next to its maps, in lines, and the scale with its title below all."""
     canvas.shapes.append(f"<defs>{HATCH_PATTERN}</defs>")
     for each in shown:
         canvas.words(each.title, CANVAS_TITLE_SIZE, INK, "bold")
@@ -379,7 +389,7 @@ def draw_maps(
         _draw_line(canvas, each, limit, write)
     if any(each.maps for each in shown):
         scale, width = scale_legend(
-            limit, write, hatched=is_hatched(shown), ends=_number_range(shown)
+            limit, write, hatched=is_hatched(shown), ends=_number_range(shown), title=title
         )
         canvas.shapes.append(
             f'<g transform="translate({CANVAS_MARGIN},{canvas.y + 4:.1f})">{scale}</g>'
@@ -417,7 +427,9 @@ figcaption {{ font-size: 12px; margin-bottom: 3px; }}
 """
 
 
-def maps_html(shown: Sequence[ImageMaps], limit: float, write: Callable[[float], str]) -> str:
+def maps_html(
+    shown: Sequence[ImageMaps], limit: float, write: Callable[[float], str], title: str = ""
+) -> str:
     """Return the images for a page, where they wrap to its width and numbers are tooltips."""
     lines = [
         f'<svg width="0" height="0" style="position:absolute"><defs>{HATCH_PATTERN}</defs></svg>'
@@ -435,7 +447,7 @@ def maps_html(shown: Sequence[ImageMaps], limit: float, write: Callable[[float],
         lines.append("</div>")
     if any(each.maps for each in shown):
         scale, width = scale_legend(
-            limit, write, hatched=is_hatched(shown), ends=_number_range(shown)
+            limit, write, hatched=is_hatched(shown), ends=_number_range(shown), title=title
         )
         lines.append(
             f'<svg width="{width:.0f}" height="26" font-family="{FONT}" '
@@ -525,11 +537,12 @@ def _page_html(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
 
 def _measure_html(result: ExperimentResult, measure: int, shown: Overlay) -> str:
     first, *facts = _heading_lines(result, measure, shown)
+    data = result.measures[measure]
     write = map_format([shown.limit])
     lines = [f"<h1>{escape_xml(first)}</h1>", *(f"<p>{escape_xml(fact)}</p>" for fact in facts)]
     if result.seen:
         maps = [image_maps(each, write) for each in shown.prompts]
-        return "\n".join([*lines, maps_html(maps, shown.limit, write)])
+        return "\n".join([*lines, maps_html(maps, shown.limit, write, value_title(data))])
     for each in shown.prompts:
         lines.append(f"<h2>prompt {each.prompt + 1}</h2>")
         columns = token_columns(each, write)
@@ -619,9 +632,9 @@ def _picture(result: ExperimentResult, found: Mapping[int, Overlay]) -> Canvas:
         canvas.y += 8
         write = map_format([shown.limit])
         if result.seen:
-            draw_maps(
-                canvas, [image_maps(each, write) for each in shown.prompts], shown.limit, write
-            )
+            maps = [image_maps(each, write) for each in shown.prompts]
+            title = value_title(result.measures[measure])
+            draw_maps(canvas, maps, shown.limit, write, title)
         for each in () if result.seen else shown.prompts:
             canvas.words(f"prompt {each.prompt + 1}", CANVAS_TITLE_SIZE, INK, "bold")
             canvas.y += 4
