@@ -29,7 +29,6 @@ from mechdsl.planner.graph import (
 )
 from mechdsl.planner.passes import add_save_nodes, build_file_graph, rewrite_graph
 from mechdsl.resolve.types import ResolvedExperiment, ResolvedRule, SiteLayer
-from mechdsl.show.reports.canvas import FONT
 
 COLOURS: Mapping[type, str] = {
     EncodeNode: "#e8eef7",
@@ -241,7 +240,7 @@ def to_svg(graph: Graph) -> str:
     shapes += [_rectangle(node, boxes[node]) for node in names]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="{FONT}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="Liberation Sans, Arial, Helvetica, sans-serif" '
         'font-size="12">\n'
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
         'markerHeight="7" orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="#888"/></marker></defs>\n'
