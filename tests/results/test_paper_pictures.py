@@ -209,7 +209,7 @@ def lab(colour: Sequence[int], seen: list[list[float]]) -> Floats:
 def test_colours_are_distinct_for_colour_blind_readers(seen: list[list[float]]) -> None:
     named = [tuple(bytes.fromhex(colour[1:])) for colour in PALETTE]
     ends = [NEGATIVE_COLOUR, NEUTRAL_COLOUR, POSITIVE_COLOUR]
-    for colours, least in ((named, 17), (named[:4], 45), (ends, 40)):
+    for colours, least in ((named, 17), (named[:4], 24), (ends, 40)):
         for one, other in itertools.combinations(colours, 2):
             distance = np.linalg.norm(lab(one, seen) - lab(other, seen))
             assert distance > least, (one, other)

@@ -137,7 +137,7 @@ def _thinned_values(texts: Sequence[str], step: float, needed: float) -> dict[st
     return {} if every == 1 else {"values": list(texts[::every])}
 
 
-PALETTE = ["#0072b2", "#e69f00", "#009e73", "#000000", "#56b4e9", "#d55e00", "#cc79a7"]
+PALETTE = ["#0072b2", "#e69f00", "#009e73", "#56b4e9", "#d55e00", "#cc79a7", "#000000"]
 """Colours of series, distinct for colour-blind readers (Okabe and Ito 2008), the most distinct ones
 first. Yellow is omitted, because it is hardly visible on white."""
 
