@@ -27,7 +27,7 @@ from mechdsl.show.reports.map_charts import confusion_chart, heatmap_chart
 from mechdsl.show.reports.matrix import NEGATIVE_COLOUR, NEUTRAL_COLOUR, POSITIVE_COLOUR
 from mechdsl.show.reports.series_charts import bars_chart, lines_chart
 
-from .svg_text import overlaps, texts_of
+from .svg_text import outside, overlaps, texts_of
 from .synthetic import finished, heads, measure, read_tokens, report, swept
 
 
@@ -395,3 +395,4 @@ def test_labels_on_a_page_have_7_points_and_do_not_overlap(
     points = 11 * 72 * COLUMN_WIDTHS[columns] / float(found[1])
     assert points == pytest.approx(7.0, abs=0.1)
     assert overlaps(texts_of(svg)) == []
+    assert outside(svg) == []
