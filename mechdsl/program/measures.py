@@ -253,6 +253,7 @@ def lower_report(report: ast.Report, work: Statements) -> spec.Report:
         top=top,
         file=None if report.file is None else report.file.value,
         of=None if report.of is None else report.of.id,
+        width=report.width,
     )
 
 

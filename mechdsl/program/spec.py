@@ -416,6 +416,8 @@ class Report(Spec):
     file: str | None = None
     of: str | None = None
     """The reported observation, if the experiment has several."""
+    width: int | None = None
+    """Columns of a paper that a picture spans; None: its own size."""
 
 
 class Group(Spec):

@@ -240,8 +240,8 @@ def to_svg(graph: Graph) -> str:
     shapes += [_rectangle(node, boxes[node]) for node in names]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="Helvetica, Arial, sans-serif" '
-        'font-size="12">\n'
+        f'viewBox="0 0 {width:.0f} {height:.0f}" '
+        'font-family="Liberation Sans, Arial, Helvetica, sans-serif" font-size="12">\n'
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
         'markerHeight="7" orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="#888"/></marker></defs>\n'
         f'<rect width="{width:.0f}" height="{height:.0f}" fill="white"/>\n'

@@ -101,7 +101,8 @@ def save_report(result: ExperimentResult, report: spec.Report, path: Path) -> No
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as made:
-        _report_module(report).save(name_positions(result, report), report, made)
+        named = result if REPORTS[report.kind].picture else name_positions(result, report)
+        _report_module(report).save(named, report, made)
 
 
 def _report_module(report: spec.Report) -> _ReportModule:
@@ -200,7 +201,7 @@ def experiment_chart(
         raise ImportError(
             "charts need altair, which is usually installed with mechdsl: pip install altair"
         ) from error
-    return import_module(entry.module).chart(name_positions(result, report), report)
+    return import_module(entry.module).chart(result, report)
 
 
 def _unknown_picture(kind: str) -> Diagnostic:

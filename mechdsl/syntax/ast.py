@@ -1028,7 +1028,7 @@ class Stats(Node):
 
 @record
 class Report(Node):
-    """`report heatmap layer by head of attn top 5 to "file"`."""
+    """`report heatmap layer by head of attn top 5 to "file" width 1 column`."""
 
     kind: Name
     variable: Name | None = None
@@ -1037,6 +1037,8 @@ class Report(Node):
     file: String | None = None
     of: Name | None = None
     """The reported observation, if the experiment has several."""
+    width: int | None = None
+    """Columns of a paper that the picture spans."""
 
 
 @record

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
+from mechdsl.base.text import count_noun
 from mechdsl.syntax import ast
 from mechdsl.syntax.ast import unescape
 
@@ -415,6 +416,10 @@ def _sum(node: ast.Expr) -> str:
     return format_operand(node, SUM)
 
 
+def _columns(count: int) -> str:
+    return count_noun(count, "column")
+
+
 def _percent(node: ast.Percent) -> str:
     return format_percentage(node.value)
 
@@ -717,6 +722,7 @@ def _statement(node: Any) -> str | None:
                 + _of("of", node.of, _id)
                 + _optional("top", node.top)
                 + _of("to", node.file, _text)
+                + _of("width", node.width, _columns)
             )
         case ast.Save():
             where = f"{format_site(node.site)}{_of('of', node.run, format_ref)}"

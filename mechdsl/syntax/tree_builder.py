@@ -720,6 +720,7 @@ class TreeBuilder(Transformer[Token, Any]):
             clauses.get("top"),
             clauses.get("file"),
             clauses.get("of"),
+            clauses.get("width"),
             span=_span(c),
         )
 
@@ -729,6 +730,7 @@ class TreeBuilder(Transformer[Token, Any]):
     by_variable = _clause("by", _second)
     of_observation = _clause("of", _second)
     to_file = _clause("file", _second)
+    page_width = _clause("width", lambda c: int(c[1]))
 
     def expect(self, c: list[Any]) -> ast.Expect:
         clauses = _clauses(c)

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Literal, Protocol
 
 from mechdsl.base.records import Registry
-from mechdsl.base.text import measure_names, name_list
+from mechdsl.base.text import count_noun, measure_names, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.statistics import BadReport
@@ -100,7 +100,7 @@ class ReportKind:
 
 REPORTS: Registry[ReportKind] = Registry("report")
 
-CHART_FILES = OutputFile((".svg", ".png", ".html"))
+CHART_FILES = OutputFile((".pdf", ".svg", ".png", ".html"))
 
 
 def _report(entry: ReportKind) -> None:
@@ -116,7 +116,7 @@ _report(
         signature=ReportSignature(
             by=ReportWord(("axis", "value"), needed=False),
             top=True,
-            to=OutputFile((".txt", ".csv", ".svg", ".png")),
+            to=OutputFile((".txt", ".csv", ".pdf", ".svg", ".png")),
         ),
     )
 )
@@ -206,7 +206,9 @@ _report(
         "images, drawn over the text or image",
         example="report overlay top 5",
         module="mechdsl.show.reports.overlay",
-        signature=ReportSignature(by=None, top=True, to=OutputFile((".html", ".svg", ".png"))),
+        signature=ReportSignature(
+            by=None, top=True, to=OutputFile((".html", ".pdf", ".svg", ".png"))
+        ),
         along="position",
         numbers_only=True,
         picture=True,
@@ -267,6 +269,7 @@ def check_report(
         or (None if axes is None else _wrong_axes(kind, signature, report, axes, values, measures))
         or (None if measures is None else _wrong_measures(kind, signature, report, measures))
         or _wrong_file(kind, signature.to, report)
+        or _wrong_width(report)
     )
     if wrong is None:
         return []
@@ -376,4 +379,26 @@ def _wrong_file(kind: ReportKind, to: OutputFile | None, report: spec.Report) ->
     if report.file is not None and PurePath(report.file).suffix.lower() not in to.suffixes:
         endings = " or ".join(f"`{suffix}`" for suffix in to.suffixes)
         return f"cannot be written to `{report.file}`", f"its file ends in {endings}"
+    return None
+
+
+PAPER_SUFFIXES = (".pdf", ".svg", ".png")
+"""Files whose width can be that of a paper's columns."""
+
+MAX_COLUMNS = 2
+
+
+def _wrong_width(report: spec.Report) -> ReportProblem:
+    if report.width is None:
+        return None
+    if not 1 <= report.width <= MAX_COLUMNS:
+        return (
+            f"has a width of {count_noun(report.width, 'column')}, but a paper has one or two",
+            "write `width 1 column` or `width 2 columns`",
+        )
+    if report.file is None:
+        return "has a width but no file", 'write it as in `to "heads.pdf" width 1 column`'
+    if PurePath(report.file).suffix.lower() not in PAPER_SUFFIXES:
+        endings = " or ".join(f"`{suffix}`" for suffix in PAPER_SUFFIXES)
+        return f"has a width, but `{report.file}` is no picture", f"its file ends in {endings}"
     return None

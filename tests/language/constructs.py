@@ -1687,6 +1687,14 @@ _experiment(
     "value and notes that rows were selected by effect size.",
     "tests/results/test_reports.py",
 )
+_experiment(
+    "report width",
+    'report heatmap layer by head to "heads.pdf" width 1 column',
+    "The picture has the width of one column of a paper (`width 1 column`, 3.25 inches) or of two "
+    "(`width 2 columns`, 6.75 inches), with labels of 7 points. The file ends in `.pdf` (fonts "
+    "embedded), `.svg` or `.png` (300 dpi). A picture that needs more room is scaled down.",
+    "tests/results/test_paper_pictures.py",
+)
 
 # --- classifiers ----------------------------------------------------------------------------------
 

@@ -72,7 +72,8 @@ def overlaps(texts: list[Text], least: float = 0.5) -> list[tuple[str, str]]:
 def outside(svg: str) -> list[str]:
     """Texts that the picture's edge cuts."""
     root = ElementTree.fromstring(svg)
-    width, height = (float(root.attrib[side]) for side in ("width", "height"))
+    shown = root.get("viewBox") or f"0 0 {root.attrib['width']} {root.attrib['height']}"
+    width, height = map(float, shown.split()[2:])  # with a width in inches, pixels are scaled
     return [
         each.text
         for each in texts_of(svg)

@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mechdsl.base.arrays import Floats
-from mechdsl.show.reports.canvas import CANVAS_MARGIN, CANVAS_WIDTH, PNG_SCALE, Canvas
+from mechdsl.show.reports.canvas import (
+    CANVAS_MARGIN,
+    CANVAS_WIDTH,
+    PIXELS_PER_INCH,
+    PNG_DPI,
+    Canvas,
+)
 from mechdsl.show.reports.matrix import NEGATIVE_COLOUR, POSITIVE_COLOUR
 from mechdsl.show.reports.overlay_pages import (
     DRAWN_SIDE,
@@ -134,6 +140,8 @@ def test_the_scale_goes_from_the_least_to_the_greatest() -> None:
     )
     assert found[5, LEGEND_WIDTH // 2].min() > 245
     assert re.findall(">([^<]+)</text>", shapes) == ["-2.00", "0", "2.00"]
+    _, texts = scale_legend(2.0, write, hatched=False, ends=(-0.5, 2.0))[0].split("<text", 1)
+    assert re.findall(">([^<]+)</text>", texts) == ["-0.50", "0", "2.00"]
     assert "no number there" in scale_legend(2.0, write, hatched=True)[0]
 
 
@@ -168,5 +176,6 @@ def test_images_stand_side_by_side_in_lines(tmp_path: Path) -> None:
     assert min(high - low for low, high in pairwise(tops)) > 100
     canvas.save(tmp_path / "maps.png")
     height, width = np.asarray(Image.open(tmp_path / "maps.png")).shape[:2]
-    assert width == round(canvas.right + CANVAS_MARGIN) * PNG_SCALE
-    assert height == pytest.approx(canvas.y * PNG_SCALE, abs=2)
+    scale = PNG_DPI / PIXELS_PER_INCH
+    assert width == pytest.approx(round(canvas.right + CANVAS_MARGIN) * scale, abs=1)
+    assert height == pytest.approx(canvas.y * scale, abs=2)

@@ -352,7 +352,7 @@ def test_windows_are_named_by_their_centre(tmp_path: Path) -> None:
     for kind in ("heatmap", "lines", "bars"):
         line = report(kind, variable="layer", by="head")
         texts = checked(drawn(result, line, tmp_path))
-        assert "layer (centre)" in texts
+        assert "Layer (centre of the window)" in texts
         assert "layer (centre): each value is the centre of a window" in texts
         out = io.StringIO()
         show_report(result, line, Console(file=out, width=60, color_system=None))

@@ -287,7 +287,7 @@ def test_categories_in_a_heatmap(tmp_path: Path) -> None:
     assert "the commonest value of every cell" in text
     line = report("heatmap", variable="layer", by="head", file="x.svg")
     path = saved(result, line, tmp_path)
-    assert "commonest" in path.read_text(encoding="utf-8")
+    assert "Most frequent" in path.read_text(encoding="utf-8")
     assert "write `report bars layer`" in printed(result, report("lines", variable="layer"), 80)
 
 

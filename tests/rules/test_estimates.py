@@ -20,7 +20,7 @@ from mechdsl.results.differences.cells import match_measures
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.graph import to_text
-from mechdsl.show.reports.charts import value_title
+from mechdsl.show.reports.axis_titles import value_title
 
 from ..execute.support import MODES as WAYS
 from ..execute.support import (
@@ -448,8 +448,10 @@ def test_what_is_said(tmp_path: Path) -> None:
     assert not any("estimator" in each for each in run.records())
     (cell,) = experiment_document(ig).cells
     assert cell.measures[0].estimator == "integrated_gradients(steps: 32)"
-    assert value_title(ig.measures[0]) == "estimated delta (logit)"
-    assert value_title(size.measures[0]) == "gradient"  # and not in logits
+    assert value_title(ig.measures[0]) == "Estimated change in logit difference (logits)"
+    assert (
+        value_title(size.measures[0]) == "Gradient of logit(answer) - logit(wrong)"
+    )  # and not in logits
     assert len(match_measures(ig, ig)) == 1
     assert len(match_measures(ig, run)) == 0  # an estimate isn't set against what was run
     assert ig.measures[0].rounding is None

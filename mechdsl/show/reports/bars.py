@@ -124,4 +124,4 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     """Write the chart as SVG, PNG or a standalone HTML page."""
     from mechdsl.show.reports.charts import save_chart
 
-    save_chart(chart(result, report), path)
+    save_chart(lambda: chart(result, report), path, report.width)

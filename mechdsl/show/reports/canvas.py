@@ -1,7 +1,15 @@
-"""An SVG canvas, with the colours, fonts and text widths that all drawings share."""
+"""An SVG canvas, with the colours, fonts, widths and file formats that all drawings share.
+
+A pixel of a drawing is 1/96 inch in every format, as in browsers. Fonts come with vl-convert
+(Liberation Sans); PDF embeds them, and SVG names fonts with equal letter widths.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
@@ -33,9 +41,132 @@ def _letter_width(char: str) -> float:
 
 INK, QUIET_INK = "#222222", "#666666"
 
-FONT = "Helvetica Neue, Helvetica, Arial, sans-serif"
+FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
 
-PNG_SCALE = 2.0
+PIXELS_PER_INCH, POINTS_PER_INCH = 96, 72
+
+PNG_DPI = 300
+
+COLUMN_WIDTHS = {1: 3.25, 2: 6.75}
+"""Width of a picture in a paper, in inches, by the number of columns that it spans."""
+
+PAGE_SCALE = 0.85
+"""Scale of pictures in a paper, where labels of 11 pixels have 7 points."""
+
+NARROW_PAGE = 500
+"""Page width in unscaled pixels below which a legend is under its chart."""
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """The width that a picture may have, in unscaled pixels; None: any width."""
+
+    width: float | None = None
+    margin: float = 0.0
+    """Width of axes, legends and white space, which is not available to marks."""
+
+    @property
+    def is_narrow(self) -> bool:
+        return self.width is not None and self.width < NARROW_PAGE
+
+    def room(self, most: float) -> float:
+        """Return the width for marks, at most `most`."""
+        return most if self.width is None else max(MIN_ROOM, min(most, self.width - self.margin))
+
+    def characters(self, most: int, size: float) -> int:
+        """Return the number of characters of a font size in a line, at most `most`."""
+        return most if self.width is None else min(most, int(self.width / (0.56 * size)))
+
+
+MIN_ROOM = 120
+"""Minimum width for marks; a picture that needs more is scaled down."""
+
+_ANY_WIDTH = PageLayout()
+
+_LAYOUT: ContextVar[PageLayout] = ContextVar("_LAYOUT", default=_ANY_WIDTH)
+
+
+def page_layout() -> PageLayout:
+    """Return the layout of the picture that is being drawn."""
+    return _LAYOUT.get()
+
+
+@contextmanager
+def drawn_for(layout: PageLayout) -> Generator[None]:
+    """Draw with a layout in this context."""
+    token = _LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
+
+
+def page_width(columns: int) -> float:
+    """Return the width of a picture over one or two columns, in unscaled pixels."""
+    return COLUMN_WIDTHS[columns] * PIXELS_PER_INCH / PAGE_SCALE
+
+
+SVG_SIZE = re.compile(r'(?<=\s)(width|height|viewBox)="([^"]*)"')
+
+
+def svg_size(svg: str) -> tuple[float, float]:
+    """Return the width and the height of a drawing in pixels."""
+    found = dict(SVG_SIZE.findall(svg[: svg.index(">")]))
+    return float(found["width"]), float(found["height"])
+
+
+def write_picture(svg: str, path: Path, columns: int | None = None) -> None:
+    """Write a drawing as SVG, or as PNG or PDF by the file's extension.
+
+    On a page of a paper, a narrower drawing keeps the page's font size, with white space to the
+    right; a wider one is scaled down.
+
+    Args:
+        svg: The drawing, with a width and a height in pixels.
+        path: The file.
+        columns: Columns of a paper that the picture spans; None: its own size.
+    """
+    suffix, inch = path.suffix.lower(), 1 / PIXELS_PER_INCH
+    width, height = svg_size(svg)
+    if columns is not None:
+        width = max(width, page_width(columns))
+        inch = COLUMN_WIDTHS[columns] / width
+        background = f'<rect width="{width:.2f}" height="{height:.2f}" fill="white"/>'
+        svg = _resize(svg, (width, height), inch, "in", background)
+    if suffix not in (".png", ".pdf"):
+        path.write_text(svg, encoding="utf-8")
+        return
+    import vl_convert
+
+    if suffix == ".png":
+        scale = POINTS_PER_INCH / PIXELS_PER_INCH
+        path.write_bytes(vl_convert.svg_to_png(svg, scale=scale, ppi=PNG_DPI))
+        return
+    # In a PDF, vl-convert takes a pixel for a point.
+    sized = _resize(svg, (width, height), POINTS_PER_INCH * inch, "")
+    path.write_bytes(vl_convert.svg_to_pdf(sized))
+
+
+def _resize(
+    svg: str, size: tuple[float, float], scale: float, unit: str, background: str = ""
+) -> str:
+    """Return a drawing of `size` pixels that is displayed at another size.
+
+    Args:
+        svg: The drawing.
+        size: Its width and height in pixels, all of which are visible.
+        scale: The displayed size of a pixel in `unit`.
+        unit: `in`, or empty for pixels.
+        background: A shape below all others.
+    """
+    end = svg.index(">")
+    width, height = size
+    return (
+        f'{SVG_SIZE.sub("", svg[:end])} width="{width * scale:.6g}{unit}" '
+        f'height="{height * scale:.6g}{unit}" viewBox="0 0 {width:.2f} {height:.2f}">'
+        f"{background}{svg[end + 1 :]}"
+    )
+
 
 TITLE_CHARACTERS, FACT_CHARACTERS = 80, 110
 """Characters per line above a chart."""
@@ -58,7 +189,10 @@ class Canvas:
     def words(self, text: str, size: int, ink: str, weight: str = "normal") -> None:
         """Add a paragraph, wrapped into lines."""
         for line in wrap(
-            escape_hidden(text), FACT_CHARACTERS if size < CANVAS_TITLE_SIZE else TITLE_CHARACTERS
+            escape_hidden(text),
+            page_layout().characters(
+                FACT_CHARACTERS if size < CANVAS_TITLE_SIZE else TITLE_CHARACTERS, size
+            ),
         ):
             self.y += size + 4
             self.line(line, CANVAS_MARGIN, self.y, size, ink, weight)
@@ -89,14 +223,9 @@ class Canvas:
             f"{''.join(self.shapes)}</svg>"
         )
 
-    def save(self, path: Path) -> None:
-        """Write the picture as SVG, or as PNG by the file's extension."""
-        if path.suffix.lower() == ".png":
-            import vl_convert
-
-            path.write_bytes(vl_convert.svg_to_png(self.svg(), scale=PNG_SCALE))
-        else:
-            path.write_text(self.svg(), encoding="utf-8")
+    def save(self, path: Path, columns: int | None = None) -> None:
+        """Write the picture; see `write_picture`."""
+        write_picture(self.svg(), path, columns)
 
 
 MONO_FONT = "DejaVu Sans Mono, Menlo, Consolas, monospace"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, Literal
@@ -20,10 +21,16 @@ from mechdsl.show.reports.canvas import (
     FACT_CHARACTERS,
     FONT,
     INK,
-    PNG_SCALE,
+    MONO_FONT,
     QUIET_INK,
     TITLE_CHARACTERS,
+    PageLayout,
+    drawn_for,
+    page_layout,
+    page_width,
+    svg_size,
     text_width,
+    write_picture,
 )
 from mechdsl.show.reports.grid import is_numeric, value_text
 from mechdsl.show.reports.text import (
@@ -78,16 +85,22 @@ class ChartLabels:
     """Arguments of `alt.Axis`."""
 
 
-def column_labels(values: Sequence[Coord], step: float, most: float) -> ChartLabels:
+def column_labels(
+    values: Sequence[Coord],
+    step: float,
+    most: float,
+    names: Mapping[Coord, str] | None = None,
+) -> ChartLabels:
     """Lay out labels under a chart whose values are `step` apart.
 
     If not all numbers fit, every second, fifth and so on is labelled. Words are wrapped and get a
-    wider step, up to `most` in total; beyond that they are rotated.
+    wider step, up to `most` in total; beyond that they are rotated. `names` are the texts of
+    values, if they differ from the values.
     """
-    texts = tuple(map(value_text, values))
+    texts = _label_texts(values, names)
     widest = max((text_width(text, LABEL_SIZE) for text in texts), default=0.0)
     level: dict[str, Any] = {"labelAngle": 0, "labelLimit": 0}
-    if is_numeric(values) or widest + 8 <= step:
+    if _are_numbers(values, texts) or widest + 8 <= step:
         return ChartLabels(texts, step, {**level, **_thinned_values(texts, step, widest + 8)})
     lines = [wrap(text, LABEL_CHARACTERS) or [text] for text in texts]
     broken = max(text_width(line, LABEL_SIZE) for each in lines for line in each) + 8
@@ -99,12 +112,23 @@ def column_labels(values: Sequence[Coord], step: float, most: float) -> ChartLab
     return ChartLabels(texts, step, {"labelAngle": angle, "labelLimit": MAX_LABEL_WIDTH})
 
 
-def row_labels(values: Sequence[Coord], step: float) -> ChartLabels:
+def row_labels(
+    values: Sequence[Coord], step: float, names: Mapping[Coord, str] | None = None
+) -> ChartLabels:
     """Lay out labels to the left of rows `step` apart: all words, and as many numbers as fit."""
-    texts = tuple(map(value_text, values))
-    if not is_numeric(values):
+    texts = _label_texts(values, names)
+    if not _are_numbers(values, texts):
         return ChartLabels(texts, max(step, LABEL_LINE_HEIGHT), {"labelLimit": MAX_LABEL_WIDTH})
     return ChartLabels(texts, step, _thinned_values(texts, step, LABEL_LINE_HEIGHT))
+
+
+def _label_texts(values: Sequence[Coord], names: Mapping[Coord, str] | None) -> tuple[str, ...]:
+    return tuple(names[value] if names else value_text(value) for value in values)
+
+
+def _are_numbers(values: Sequence[Coord], texts: Sequence[str]) -> bool:
+    """Whether labels are plain numbers, so that some of them may be omitted."""
+    return is_numeric(values) and all(map(str.__eq__, texts, map(value_text, values)))
 
 
 def _thinned_values(texts: Sequence[str], step: float, needed: float) -> dict[str, Any]:
@@ -113,7 +137,9 @@ def _thinned_values(texts: Sequence[str], step: float, needed: float) -> dict[st
     return {} if every == 1 else {"values": list(texts[::every])}
 
 
-PALETTE = ["#2166ac", "#d6604d", "#1b7837", "#762a83", "#b8860b", "#4d4d4d", "#35978f", "#c51b7d"]
+PALETTE = ["#0072b2", "#e69f00", "#009e73", "#56b4e9", "#d55e00", "#cc79a7", "#000000"]
+"""Colours of series, distinct for colour-blind readers (Okabe and Ito 2008), the most distinct ones
+first. Yellow is omitted, because it is hardly visible on white."""
 
 FAINT_OPACITY = 0.35
 """Opacity of marks for thin cells."""
@@ -121,11 +147,17 @@ FAINT_OPACITY = 0.35
 MAX_PANELS_WIDTH = 1500
 """Maximum total width of panels in a row."""
 
+SYMBOL_WIDTH = 34
+"""Width of a legend's symbol with the space around it."""
+
 LEGEND_ROWS = 18
 """Maximum number of rows of a legend."""
 
 COUNT_SIZE, MAX_COUNTED_MARKS = 8.5, 80
 """Font size of n at marks with fewer prompts; maximum number of such marks."""
+
+TITLE_SIZE = 15
+"""Font size of the title of a chart."""
 
 HEADER_SIZE = 12
 """Font size above a panel."""
@@ -144,8 +176,13 @@ def add_title(chart: Any, result: ExperimentResult, data: MeasureData, *said: st
         zero_width_note(result, measure),
         missing_note(result),
     ]
-    title = wrap(escape_hidden(f"{result.name}: {measure_name(data)}"), TITLE_CHARACTERS)
-    below = [line for fact in facts if fact for line in wrap(escape_hidden(fact), FACT_CHARACTERS)]
+    layout = page_layout()
+    title = wrap(
+        escape_hidden(f"{result.name}: {measure_name(data)}"),
+        layout.characters(TITLE_CHARACTERS, TITLE_SIZE),
+    )
+    wide = layout.characters(FACT_CHARACTERS, LABEL_SIZE)
+    below = [line for fact in facts if fact for line in wrap(escape_hidden(fact), wide)]
     return chart.properties(title=alt.TitleParams(title, subtitle=below))
 
 
@@ -211,11 +248,13 @@ def stack_charts(charts: Sequence[Any], result: ExperimentResult) -> Any:
 
 def apply_theme(chart: Any) -> Any:
     return (
-        chart.configure(background="white", font=FONT, padding=16)
+        chart.configure(
+            background="white", font=FONT, padding=16 if page_layout().width is None else 4
+        )
         .configure_view(stroke=None)
         .configure_title(
             anchor="start",
-            fontSize=15,
+            fontSize=TITLE_SIZE,
             color=INK,
             subtitleColor=QUIET_INK,
             subtitleFontSize=11,
@@ -238,20 +277,16 @@ def apply_theme(chart: Any) -> Any:
     )
 
 
-def value_title(data: MeasureData) -> str:
-    from mechdsl.vocab.effects import EFFECTS
-
-    if EFFECTS[data.effect].scale_free or not data.unit:
-        return data.called
-    return f"{data.called} ({data.unit})"
-
-
-def facet_chart(drawn: Any, titles: Sequence[str], width: float) -> Any:
+def facet_chart(drawn: Any, titles: Sequence[str], width: float, *, upward: bool = False) -> Any:
     """Split a chart into one small chart per panel, if there are several. Layers with their own
-    data would show all of it in every panel."""
+    data would show all of it in every panel. `upward`: panels above one another begin at the
+    bottom."""
     if len(titles) < 2:
         return drawn
-    columns = _full_rows(len(titles), max(1, int(MAX_PANELS_WIDTH / (width + 60))))
+    room = page_layout().room(MAX_PANELS_WIDTH)
+    columns = _full_rows(len(titles), max(1, int(room / (width + 60))))
+    if upward and columns == 1:
+        titles = titles[::-1]
     header = alt.Header(title=None, labelLimit=0, labelAnchor="start", labelExpr=SPLIT_EXPRESSION)
     facet = alt.Facet(
         "panel:N", sort=[panel_header(title, width) for title in titles], header=header
@@ -327,17 +362,26 @@ def series_colours(lines: list[str]) -> Any:
 
 def legend_position(width: float, panels: int) -> dict[str, Any]:
     """Return the position of a legend: next to a single panel, because vega would place it after
-    the end of a longer title."""
+    the end of a longer title; under the chart on a narrow page."""
+    if page_layout().is_narrow:
+        return {"orient": "bottom", "direction": "horizontal"}
     if panels > 1:
         return {}
     return {"orient": "none", "direction": "vertical", "legendX": width + 18, "legendY": 0}
 
 
-def series_legend(title: str | None, lines: Sequence[str], place: Mapping[str, Any]) -> Any:
-    """Return a legend with every series, in columns if there are many."""
+def series_legend(
+    title: str | None, lines: Sequence[str], place: Mapping[str, Any], *, upward: bool = False
+) -> Any:
+    """Return a legend with every series, in columns if there are many; `upward`: the first one is
+    at the bottom."""
     columns = -(-len(lines) // LEGEND_ROWS)
+    if page_layout().is_narrow:
+        widest = max((text_width(line, LABEL_SIZE) for line in lines), default=0.0)
+        columns = max(1, int(page_layout().room(MAX_PANELS_WIDTH) / (widest + SYMBOL_WIDTH)))
+    order: Any = list(lines[::-1]) if upward and columns == 1 else alt.Undefined
     plain: dict[str, Any] = {"labelLimit": 320, "symbolLimit": 0, "symbolOpacity": 1, **place}
-    return alt.Legend(title=title, columns=columns, **plain)
+    return alt.Legend(title=title, columns=columns, values=order, **plain)
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -350,16 +394,50 @@ class _ScriptEncoder(json.JSONEncoder):
         return super().encode(o).replace("<", "\\u003c")
 
 
-def save_chart(chart: Any, path: Path) -> None:
-    """Write a chart in the format of the file's extension."""
-    suffix = path.suffix.lower()
-    if suffix == ".html":
+def save_chart(build: Callable[[], Any], path: Path, columns: int | None = None) -> None:
+    """Write a chart in the format of the file's extension.
+
+    Args:
+        build: Makes the chart, for the layout of the page.
+        path: The file.
+        columns: Columns of a paper that the picture spans; None: its own size.
+    """
+    if path.suffix.lower() == ".html":
+        chart = build()
         chart.save(str(path), format="html", inline=True, json_kwds={"cls": _ScriptEncoder})
-    elif suffix == ".png":
-        chart.save(str(path), format="png", scale_factor=PNG_SCALE)
-    else:
-        chart.save(str(path), format="svg")
-        path.write_text(_add_titles(path.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    svg = _chart_svg(build()) if columns is None else _page_svg(build, page_width(columns))
+    write_picture(_add_titles(svg), path, columns)
+
+
+def _chart_svg(chart: Any) -> str:
+    written = StringIO()
+    chart.save(written, format="svg")
+    return written.getvalue()
+
+
+FIRST_MARGIN = 100.0
+"""Width of axes and legends in the first attempt at a page's layout."""
+
+MAX_ATTEMPTS = 4
+"""Maximum number of layouts of a chart for a page."""
+
+
+def _page_svg(build: Callable[[], Any], width: float) -> str:
+    """Draw a chart repeatedly until the marks, axes and legends together fill the page's width, or
+    as narrow as they become."""
+    margin, drawn = FIRST_MARGIN, list[tuple[float, str]]()
+    for _ in range(MAX_ATTEMPTS):
+        with drawn_for(PageLayout(width, margin)):
+            svg = _chart_svg(build())
+        found = svg_size(svg)[0]
+        settled = bool(drawn) and abs(found - drawn[-1][0]) < 1
+        drawn.append((found, svg))
+        if settled or abs(found - width) < 1:
+            break
+        margin += found - width
+    fitting = [each for each in drawn if each[0] < width + 1]
+    return max(fitting)[1] if fitting else min(drawn)[1]
 
 
 SVG_NAMESPACE = "http://www.w3.org/2000/svg"
@@ -384,8 +462,8 @@ def _add_titles(svg: str) -> str:
 LINE_HEIGHT, LETTER_WIDTH, TEXT_MARGIN = 18, 7.85, 16
 
 
-def save_text_picture(text: str, path: Path) -> None:
-    """Draw lines of fixed-width text as a picture: SVG, or PNG by the extension."""
+def save_text_picture(text: str, path: Path, columns: int | None = None) -> None:
+    """Draw lines of fixed-width text as a picture; see `write_picture`."""
     lines = [line.rstrip() for line in text.strip("\n").splitlines()]
     width = max((len(line) for line in lines), default=0) * LETTER_WIDTH + 2 * TEXT_MARGIN
     height = len(lines) * LINE_HEIGHT + 2 * TEXT_MARGIN
@@ -398,12 +476,7 @@ def save_text_picture(text: str, path: Path) -> None:
     )
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" '
-        f'font-family="DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="13" fill="{INK}">'
+        f'font-family="{MONO_FONT}" font-size="13" fill="{INK}">'
         f'<rect width="100%" height="100%" fill="white"/>{rows}</svg>'
     )
-    if path.suffix.lower() == ".png":
-        import vl_convert
-
-        path.write_bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))
-    else:
-        path.write_text(svg, encoding="utf-8")
+    write_picture(svg, path, columns)

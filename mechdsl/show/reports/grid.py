@@ -58,14 +58,21 @@ def numeric_value(value: Coord) -> float:
     return float(value.rstrip("%")) if isinstance(value, str) else value
 
 
-def grid_panels(result: ExperimentResult, drawn: Sequence[str]) -> list[GridPanel]:
-    """Return one panel per combination of the other axes' values."""
+def grid_panels(
+    result: ExperimentResult, drawn: Sequence[str], names: Mapping[Coord, str] | None = None
+) -> list[GridPanel]:
+    """Return one panel per combination of the other axes' values; `names` are those of positions,
+    if they differ from the values."""
     others = [axis for axis in result.axes if axis not in drawn]
+
+    def text(axis: str, value: Coord) -> str:
+        return names[value] if names and axis == "position" else coordinate_text(axis, value)
+
     found: dict[tuple[Coord, ...], GridPanel] = {}
     for index, cell in enumerate(result.cells):
         key = tuple(cell.coords[axis] for axis in others)
         if key not in found:
-            found[key] = GridPanel(", ".join(map(coordinate_text, others, key)), {})
+            found[key] = GridPanel(", ".join(map(text, others, key)), {})
         found[key].cells[tuple(cell.coords[axis] for axis in drawn)] = index
     return list(found.values())
 
@@ -107,6 +114,50 @@ def _commonest_token(tokens: Sequence[str]) -> str:
     return _token_list(tokens[:1], 1) + "…" * (len(tokens) > 1)
 
 
+COUNTED_TOKEN = re.compile(r"(token )?-?[0-9]+")
+"""Positions that count tokens instead of naming them."""
+
+MAX_TOKEN_LENGTH = 14
+"""Maximum number of characters of a token in a label."""
+
+
+def token_label(token: str) -> str:
+    """Return a token for a label: spaces as `·`, other white space by name, at most
+    `MAX_TOKEN_LENGTH` characters."""
+    text = escape_hidden(token.replace(" ", "·")) or "∅"
+    return text if len(text) <= MAX_TOKEN_LENGTH else text[: MAX_TOKEN_LENGTH - 1] + "…"
+
+
+def position_names(result: ExperimentResult) -> dict[Coord, str]:
+    """Return the names of positions in charts: a numbered token has its text, `4: ·plum`, or the
+    most frequent one if prompts differ, `4: ·plum, …`; after an arrow, that of the source run."""
+    hit: dict[Coord, dict[str, None]] = {}
+    read: dict[Coord, dict[str, None]] = {}
+    for cell in result.cells:
+        value = cell.coords.get("position")
+        if value is not None:
+            hit.setdefault(value, {}).update(dict.fromkeys(cell.tokens))
+            read.setdefault(value, {}).update(dict.fromkeys(cell.read))
+
+    def listed(tokens: Sequence[str]) -> str:
+        return token_label(tokens[0]) + ", …" * (len(tokens) > 1)
+
+    def name(value: Coord) -> str:
+        if not hit[value] or not COUNTED_TOKEN.fullmatch(str(value)):
+            return value_text(value)
+        source = f" ← {listed(list(read[value]))}" if read[value] else ""
+        return f"{value}: {listed(list(hit[value]))}{source}"
+
+    return {value: name(value) for value in hit}
+
+
+def value_names(result: ExperimentResult, axis: str) -> dict[Coord, str]:
+    """Return the text of each value of an axis in charts."""
+    if axis == "position":
+        return position_names(result)
+    return {value: value_text(value) for value in axis_values(result, axis)}
+
+
 def name_positions(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
     """Add tokens to the numbers of a position axis: those that a number hits in each run, if the
     source run's differ. Reports without axes have a token column instead."""
@@ -133,10 +184,15 @@ UPWARD_AXES = {"layer", "to_layer"}
 """Axes drawn with 0 at the bottom."""
 
 
+def is_upward(result: ExperimentResult, axis: str) -> bool:
+    """Whether the first value of an axis belongs at the bottom."""
+    return axis in UPWARD_AXES and is_numeric(axis_values(result, axis))
+
+
 def row_order(result: ExperimentResult, axis: str) -> list[Coord]:
     """Return the values from the top of the map to its bottom."""
     values = axis_values(result, axis)
-    return values[::-1] if axis in UPWARD_AXES and is_numeric(values) else values
+    return values[::-1] if is_upward(result, axis) else values
 
 
 def drawn_axes(result: ExperimentResult, report: spec.Report) -> tuple[str, ...]:
@@ -196,7 +252,7 @@ def count_confusions(
             continue
         base = np.where(np.isfinite(data.patched), data.base, np.nan)
         if axis in result.axes:
-            values = axis_values(result, axis)
+            values = row_order(result, axis)
             split, titled = partial(_values_by_axis, values), grid_panels(result, (axis,))
         else:
             split = partial(_values_by_row, result.row_values.get(word, ()))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import altair as alt
@@ -13,8 +14,15 @@ import numpy as np
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.canvas import INK, MONO_FONT, QUIET_INK, text_width
+from mechdsl.show.reports.axis_titles import (
+    capitalise,
+    chart_axis_title,
+    quantity_name,
+    value_title,
+)
+from mechdsl.show.reports.canvas import INK, MONO_FONT, QUIET_INK, page_layout, text_width
 from mechdsl.show.reports.charts import (
+    LABEL_LINE_HEIGHT,
     LABEL_SIZE,
     ChartLabels,
     add_hover,
@@ -27,16 +35,18 @@ from mechdsl.show.reports.charts import (
     panel_header,
     row_labels,
     stack_charts,
-    value_title,
 )
+from mechdsl.show.reports.colour_scales import ColourScale, measure_scale, scale_format
 from mechdsl.show.reports.grid import (
     ConfusionCounts,
     axis_name,
-    axis_title,
     axis_values,
     count_confusions,
     grid_panels,
+    is_upward,
+    position_names,
     row_order,
+    value_names,
     value_text,
 )
 from mechdsl.show.reports.matrix import diverging_colour
@@ -125,20 +135,23 @@ class _Layout:
         numbers: Sequence[str],
         *,
         counted: bool,
+        names: tuple[Mapping[Any, str], Mapping[Any, str]],
     ) -> _Layout:
-        """Compute the sizes; `counted`: some cells have a second number below the first."""
+        """Compute the sizes; `counted`: some cells have a second number below the first. `names`
+        are the texts of rows and columns."""
         count = len(columns)
+        room = page_layout().room(MAX_MAP_WIDTH)
         step = 44.0 if count <= 8 else 34 if count <= 16 else 22 if count <= 40 else 13
-        size = None
+        step, size = min(step, room / count), None
         if len(rows) * count <= MAX_NUMBERED_CELLS:
             longest = max((text_width(number, 1) for number in numbers), default=1.0)
-            step = max(step, min(MAX_NUMBER_SIZE * longest + 6, MAX_MAP_WIDTH / count))
+            step = max(step, min(MAX_NUMBER_SIZE * longest + 6, room / count))
             fitting = min(MAX_NUMBER_SIZE, (step - 6) / longest)
             size = fitting if fitting >= MIN_NUMBER_SIZE else None
-        below = column_labels(columns, step, MAX_MAP_WIDTH)
+        below = column_labels(columns, step, room, names[1])
         height = 26 if size or len(rows) <= 16 else 16 if len(rows) <= 40 else 10
         lift = CORNER_LIFT if size and counted else 0
-        return cls(row_labels(rows, height + 2 * lift), below, size, lift)
+        return cls(row_labels(rows, height + 2 * lift, names[0]), below, size, lift)
 
     @property
     def width(self) -> float:
@@ -165,21 +178,20 @@ def _heatmap_panel(result: ExperimentResult, measure: int, rows: str, columns: s
         for value, text, mark, random in zip(values, texts, few, alike, strict=True)
     ]
     axes = axis_name(result, rows), axis_name(result, columns)
-    shown = grid_panels(result, axes)
+    shown = grid_panels(result, axes, position_names(result))
     places = row_order(result, axes[0]), axis_values(result, axes[1])
-    layout = _Layout.of(*places, numbers, counted=bool(less.any()))
+    names = value_names(result, axes[0]), value_names(result, axes[1])
+    layout = _Layout.of(*places, numbers, counted=bool(less.any()), names=names)
     row_texts = dict(zip(places[0], layout.rows.texts, strict=True))
     column_texts = dict(zip(places[1], layout.columns.texts, strict=True))
-    finite = values[np.isfinite(values)]
-    limit = float(np.abs(finite).max(initial=0.0)) or 1.0
-    least = float(finite.min(initial=limit)) if category else 0.0  # the value without colour
+    scale = measure_scale(data, values)
     records = [
         {
             "row": row_texts[row],
             "column": column_texts[column],
             "value": float(values[cell]),
             "text": numbers[cell],
-            "strong": bool(abs(values[cell] - least) > 0.6 * (limit - least)),
+            "strong": scale.is_dark(float(values[cell])),
             "survives": bool(clear[cell]),
             "alike": bool(alike[cell]),
             "n": str(int(found.n[cell])),
@@ -191,30 +203,24 @@ def _heatmap_panel(result: ExperimentResult, measure: int, rows: str, columns: s
         for (row, column), cell in panel.cells.items()
         if np.isfinite(values[cell])
     ]
-    scale = alt.Scale(scheme="blues")
-    if not category:
-        colours = ["#b2182b", "#f7f7f7", "#2166ac"]
-        scale = alt.Scale(domain=[-limit, 0, limit], range=colours, clamp=True)
-    legend = alt.Legend(
-        title="commonest" if category else value_title(data),
-        gradientLength=min(160, max(60, layout.rows.step * len(places[0]) - 20)),
-        format=".2~g",
-        **legend_position(layout.width, len(shown)),
+    title = f"Most frequent {quantity_name(data)}" if category else value_title(data)
+    legend = _scale_legend(
+        title, scale, layout.rows.step * len(places[0]), layout.width, len(shown)
     )
     plain: dict[str, Any] = {"ticks": False, "domain": False}
     below = alt.Axis(
-        title=None if axes[1] == "position" else axis_title(result, columns),
+        title=chart_axis_title(result, columns),
         orient="bottom",
         **plain,
         **layout.columns.options,
     )
-    at_side = alt.Axis(title=axis_title(result, rows), **plain, **layout.rows.options)
+    at_side = alt.Axis(title=chart_axis_title(result, rows), **plain, **layout.rows.options)
     base = add_hover(alt.Chart()).encode(
         x=alt.X("column:N", scale=alt.Scale(domain=layout.columns.texts), axis=below),
         y=alt.Y("row:N", scale=alt.Scale(domain=layout.rows.texts), axis=at_side),
     )
     cells = base.mark_rect(stroke="white", strokeWidth=1.5 if layout.number else 0.4).encode(
-        color=alt.Color("value:Q", scale=scale, legend=legend)
+        color=alt.Color("value:Q", scale=_altair_scale(scale), legend=legend)
     )
     ink = alt.condition("datum.strong", alt.value("white"), alt.value(INK))
     layers = [cells, *_number_layers(base, layout, ink)]
@@ -226,7 +232,8 @@ def _heatmap_panel(result: ExperimentResult, measure: int, rows: str, columns: s
         height=alt.Step(layout.rows.step),
         view=alt.ViewConfig(fill=NO_VALUE_COLOUR),
     )
-    several = facet_chart(drawn, [panel.title for panel in shown], layout.width)
+    upward = [is_upward(result, axis) for axis in result.axes if axis not in axes] == [True]
+    several = facet_chart(drawn, [panel.title for panel in shown], layout.width, upward=upward)
     gaps = len(records) < len(shown) * len(places[0]) * len(places[1])
     signs = ("bold", RANDOM_MARK) if layout.number else ("dot", "ring")
     null = null_band_text(result, measure)
@@ -236,6 +243,30 @@ def _heatmap_panel(result: ExperimentResult, measure: int, rows: str, columns: s
     lines.append(fewer_prompts_note(result, measure, where))
     lines += [thin_note(result, measure)] if layout.number else []
     return add_title(several, result, data, *lines)
+
+
+def _altair_scale(scale: ColourScale) -> Any:
+    return alt.Scale(domain=scale.domain, range=scale.colours, clamp=True)
+
+
+LEGEND_TITLE_CHARACTERS = 18
+"""Characters per line of the title of a colour scale."""
+
+
+def _scale_legend(title: str, scale: ColourScale, height: float, width: float, panels: int) -> Any:
+    """Return the colour scale next to a map of a given height and width."""
+    narrow = page_layout().is_narrow
+    lines = [title] if narrow else wrap(title, LEGEND_TITLE_CHARACTERS)
+    free = max(100, width) if narrow else height - 12 - LABEL_LINE_HEIGHT * len(lines)
+    return alt.Legend(
+        title=lines if len(lines) > 1 else title,
+        titlePadding=10,
+        titleLimit=0,
+        gradientLength=min(160, max(60, free)),
+        values=scale.labels,
+        format=scale_format(scale),
+        **legend_position(width, panels),
+    )
 
 
 def _number_layers(base: Any, layout: _Layout, ink: Any) -> list[Any]:
@@ -282,8 +313,9 @@ def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:
     for measure, found in count_confusions(result, report).items():
         own = any(column is not None for each in found for column in each.own)
         framed = f"framed: the category is the row's own {report.variable}" if own else None
-        row_title = axis_title(result, report.variable or "")
-        drawn = _confusion_panel(found, row_title, report.by or "")
+        row_title = chart_axis_title(result, report.variable or "")
+        column_title = capitalise(quantity_name(result.measures[measure]))
+        drawn = _confusion_panel(found, row_title, column_title)
         maps.append(add_title(drawn, result, result.measures[measure], framed))
     return apply_theme(alt.vconcat(*maps, spacing=36))
 
@@ -305,9 +337,12 @@ def _confusion_panel(found: list[ConfusionCounts], row_title: str, column_title:
     columns = list(dict.fromkeys(column for each in found for column in each.columns))
     numbered = len(rows) * len(columns) <= MAX_NUMBERED_CELLS
     most = max((count for each in found for row in each.counts for count in row), default=0)
-    step = max(40.0, text_width(str(most), ENTRY_COUNT_SIZE) + 6) if numbered else 18.0
+    room = page_layout().room(MAX_MAP_WIDTH) / (len(columns) + 1)
+    needed = max(text_width("0.00", SHARE_SIZE), text_width(str(most), ENTRY_COUNT_SIZE)) + 6
+    numbered = numbered and room >= needed
+    step = min(room, max(40.0, needed) if numbered else 18.0)
     shown = [int(c) if c.is_integer() else float(f"{c:g}") for c in columns]
-    below = column_labels(shown, step, MAX_MAP_WIDTH)
+    below = column_labels(shown, step, room * len(columns))
     names_of_rows = row_labels(rows, 34 if numbered else 18)
     width = below.step * (len(columns) + 1)
     names = dict(zip(columns, below.texts, strict=True))
@@ -352,15 +387,15 @@ def _confusion_panel(found: list[ConfusionCounts], row_title: str, column_title:
             axis=alt.Axis(title=row_title, **plain, **names_of_rows.options),
         ),
     )
-    scale = alt.Scale(domain=[0, 1], range=["#f7f7f7", "#2166ac"])
-    legend = alt.Legend(
-        title="share", gradientLength=120, format=".1f", **legend_position(width, len(found))
+    scale = ColourScale(0.0, 1.0, diverges=False)
+    legend = _scale_legend(
+        "Share of the row's prompts", scale, names_of_rows.step * len(rows), width, len(found)
     )
     layers: list[Any] = [
         base.transform_filter(f"datum.column != '{COUNT_COLUMN}'")
         .mark_rect(stroke="white", strokeWidth=1.5)
         .encode(
-            color=alt.Color("share:Q", scale=scale, legend=legend),
+            color=alt.Color("share:Q", scale=_altair_scale(scale), legend=legend),
         ),
         base.transform_filter("datum.own").mark_rect(filled=False, stroke=INK, strokeWidth=1.2),
         base.transform_filter(f"datum.column == '{COUNT_COLUMN}'")

@@ -27,6 +27,7 @@ from mechdsl.results.experiment_result import (
     ExperimentResult,
     SeenImage,
 )
+from mechdsl.show.reports.axis_titles import value_title
 from mechdsl.show.reports.canvas import (
     CANVAS_MARGIN,
     CANVAS_TITLE_SIZE,
@@ -36,8 +37,13 @@ from mechdsl.show.reports.canvas import (
     MONO_FONT,
     QUIET_INK,
     Canvas,
+    PageLayout,
+    drawn_for,
+    page_layout,
+    page_width,
     text_width,
 )
+from mechdsl.show.reports.colour_scales import effect_scale
 from mechdsl.show.reports.grid import UPWARD_AXES, grid_panels
 from mechdsl.show.reports.matrix import (
     NEGATIVE_COLOUR,
@@ -287,31 +293,47 @@ def png_data_url(pixels: Pixels, size: tuple[float, float]) -> str:
 
 
 def scale_legend(
-    limit: float, write: Callable[[float], str], *, hatched: bool
+    limit: float,
+    write: Callable[[float], str],
+    *,
+    hatched: bool,
+    ends: tuple[float, float] | None = None,
+    title: str = "",
 ) -> tuple[str, float]:
-    """Draw the scale at (0, 0), with a sample of hatching if used; return it with its width."""
-    steps = 40
+    """Draw the scale at (0, 0), with a sample of hatching if used; return it with its width.
+
+    Args:
+        limit: The number with maximum opacity.
+        write: Format of the numbers.
+        hatched: Whether patches without a number are hatched.
+        ends: The smallest and largest number; by default both are `limit` away from 0.
+        title: What the numbers are, with their unit.
+    """
+    scale = effect_scale(*(ends or (-limit, limit)))
+    steps, span = 40, scale.high - scale.low
     parts: list[str] = []
     for step in range(steps):
-        (red, green, blue), opacity = patch_cover((2 * (step + 0.5) / steps - 1) * limit, limit)
+        value = scale.low + (step + 0.5) / steps * span
+        (red, green, blue), opacity = patch_cover(value, limit)
         parts.append(
             f'<rect x="{step * LEGEND_WIDTH / steps:.2f}" '
             f'width="{LEGEND_WIDTH / steps + 0.05:.2f}" height="10" '
             f'fill="rgb({red},{green},{blue})" fill-opacity="{opacity:.3f}"/>'
         )
-    for text, x, anchor in (
-        (write(-limit), 0, "start"),
-        ("0", LEGEND_WIDTH / 2, "middle"),
-        (write(limit), LEGEND_WIDTH, "end"),
-    ):
-        parts.append(_svg_text(text, x, 22, anchor))
+    for value in scale.labels:
+        x = LEGEND_WIDTH * (value - scale.low) / span
+        anchor = "start" if value == scale.low else "end" if value == scale.high else "middle"
+        parts.append(_svg_text(write(value) if value else "0", x, 22, anchor))
     width = float(LEGEND_WIDTH)
+    if title:
+        parts.append(_svg_text(title, width + 12, 9, "start"))
+        width += 12 + text_width(title, 10)
     if hatched:
         said = "no number there"
         parts.append(
-            f'<rect x="{LEGEND_WIDTH + 20}" width="16" height="10" fill="url(#hatch)" '
+            f'<rect x="{width + 20:.1f}" width="16" height="10" fill="url(#hatch)" '
             f'stroke="#bbbbbb" stroke-width="0.6"/>'
-            f"{_svg_text(said, LEGEND_WIDTH + 42, 9, 'start')}"
+            f"{_svg_text(said, width + 42, 9, 'start')}"
         )
         width += 42 + text_width(said, 10)
     return "".join(parts), width
@@ -322,6 +344,13 @@ def _svg_text(text: str, x: float, y: float, anchor: str) -> str:
         f'<text x="{x:.1f}" y="{y:.1f}" font-size="10" text-anchor="{anchor}" fill="{QUIET_INK}">'
         f"{escape_xml(text)}</text>"
     )
+
+
+def _number_range(shown: Sequence[ImageMaps]) -> tuple[float, float]:
+    """Return the smallest and the largest number of all maps."""
+    every = np.concatenate([values.ravel() for each in shown for _, values in each.maps])
+    finite = every[np.isfinite(every)]
+    return float(finite.min(initial=0.0)), float(finite.max(initial=0.0))
 
 
 def is_hatched(shown: Sequence[ImageMaps]) -> bool:
@@ -337,7 +366,8 @@ def image_figures(each: ImageMaps) -> list[tuple[str, Floats | None]]:
 def figure_lines(each: ImageMaps) -> list[list[tuple[str, Floats | None]]]:
     """Split the figures of an image into lines within the maximum width."""
     every, column = image_figures(each), max(drawn_size(each)[0], DRAWN_SIDE)
-    count = max(1, int((CANVAS_WIDTH - 2 * CANVAS_MARGIN + IMAGE_GAP) // (column + IMAGE_GAP)))
+    room = page_layout().room(CANVAS_WIDTH) - 2 * CANVAS_MARGIN
+    count = max(1, int((room + IMAGE_GAP) // (column + IMAGE_GAP)))
     return [every[start : start + count] for start in range(0, len(every), count)]
 
 
@@ -345,16 +375,22 @@ def figure_lines(each: ImageMaps) -> list[list[tuple[str, Floats | None]]]:
 
 
 def draw_maps(
-    canvas: Canvas, shown: Sequence[ImageMaps], limit: float, write: Callable[[float], str]
+    canvas: Canvas,
+    shown: Sequence[ImageMaps],
+    limit: float,
+    write: Callable[[float], str],
+    title: str = "",
 ) -> None:
-    """Draw each image next to its maps, in lines, and the scale below all."""
+    """Draw each image next to its maps, in lines, and the scale with its title below all."""
     canvas.shapes.append(f"<defs>{HATCH_PATTERN}</defs>")
     for each in shown:
         canvas.words(each.title, CANVAS_TITLE_SIZE, INK, "bold")
         canvas.y += 4
         _draw_line(canvas, each, limit, write)
     if any(each.maps for each in shown):
-        scale, width = scale_legend(limit, write, hatched=is_hatched(shown))
+        scale, width = scale_legend(
+            limit, write, hatched=is_hatched(shown), ends=_number_range(shown), title=title
+        )
         canvas.shapes.append(
             f'<g transform="translate({CANVAS_MARGIN},{canvas.y + 4:.1f})">{scale}</g>'
         )
@@ -391,7 +427,9 @@ figcaption {{ font-size: 12px; margin-bottom: 3px; }}
 """
 
 
-def maps_html(shown: Sequence[ImageMaps], limit: float, write: Callable[[float], str]) -> str:
+def maps_html(
+    shown: Sequence[ImageMaps], limit: float, write: Callable[[float], str], title: str = ""
+) -> str:
     """Return the images for a page, where they wrap to its width and numbers are tooltips."""
     lines = [
         f'<svg width="0" height="0" style="position:absolute"><defs>{HATCH_PATTERN}</defs></svg>'
@@ -408,7 +446,9 @@ def maps_html(shown: Sequence[ImageMaps], limit: float, write: Callable[[float],
             )
         lines.append("</div>")
     if any(each.maps for each in shown):
-        scale, width = scale_legend(limit, write, hatched=is_hatched(shown))
+        scale, width = scale_legend(
+            limit, write, hatched=is_hatched(shown), ends=_number_range(shown), title=title
+        )
         lines.append(
             f'<svg width="{width:.0f}" height="26" font-family="{FONT}" '
             f'style="margin-top:10px" role="img" aria-label="scale">{scale}</svg>'
@@ -434,7 +474,11 @@ def write_overlay(result: ExperimentResult, report: spec.Report, path: Path) -> 
     if path.suffix.lower() == ".html":
         path.write_text(_page_html(result, found), encoding="utf-8")
         return
-    _picture(result, found).save(path)
+    if report.width is None:
+        _picture(result, found).save(path)
+        return
+    with drawn_for(PageLayout(page_width(report.width))):
+        _picture(result, found).save(path, report.width)
 
 
 def _heading_lines(result: ExperimentResult, measure: int, shown: Overlay) -> Iterator[str]:
@@ -493,11 +537,12 @@ def _page_html(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
 
 def _measure_html(result: ExperimentResult, measure: int, shown: Overlay) -> str:
     first, *facts = _heading_lines(result, measure, shown)
+    data = result.measures[measure]
     write = map_format([shown.limit])
     lines = [f"<h1>{escape_xml(first)}</h1>", *(f"<p>{escape_xml(fact)}</p>" for fact in facts)]
     if result.seen:
         maps = [image_maps(each, write) for each in shown.prompts]
-        return "\n".join([*lines, maps_html(maps, shown.limit, write)])
+        return "\n".join([*lines, maps_html(maps, shown.limit, write, value_title(data))])
     for each in shown.prompts:
         lines.append(f"<h2>prompt {each.prompt + 1}</h2>")
         columns = token_columns(each, write)
@@ -553,9 +598,9 @@ def first_box_x(each: ShadedPrompt) -> float:
 def box_positions(widths: Sequence[float], left: float) -> list[tuple[int, float]]:
     """Return the line and the left end of each box."""
     places: list[tuple[int, float]] = []
-    line, x = 0, left
+    line, x, right = 0, left, page_layout().room(CANVAS_WIDTH) - CANVAS_MARGIN
     for width in widths:
-        if x > left and x + width > CANVAS_WIDTH - CANVAS_MARGIN:
+        if x > left and x + width > right:
             line, x = line + 1, left
         places.append((line, x))
         x += width + BOX_GAP
@@ -587,9 +632,9 @@ def _picture(result: ExperimentResult, found: Mapping[int, Overlay]) -> Canvas:
         canvas.y += 8
         write = map_format([shown.limit])
         if result.seen:
-            draw_maps(
-                canvas, [image_maps(each, write) for each in shown.prompts], shown.limit, write
-            )
+            maps = [image_maps(each, write) for each in shown.prompts]
+            title = value_title(result.measures[measure])
+            draw_maps(canvas, maps, shown.limit, write, title)
         for each in () if result.seen else shown.prompts:
             canvas.words(f"prompt {each.prompt + 1}", CANVAS_TITLE_SIZE, INK, "bold")
             canvas.y += 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,13 @@ from mechdsl.base.text import escape_hidden
 from mechdsl.program import spec
 from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.canvas import INK, text_width
+from mechdsl.show.reports.axis_titles import (
+    capitalise,
+    chart_axis_title,
+    quantity_name,
+    value_title,
+)
+from mechdsl.show.reports.canvas import INK, page_layout, text_width
 from mechdsl.show.reports.charts import (
     FAINT_OPACITY,
     LABEL_SIZE,
@@ -35,18 +41,18 @@ from mechdsl.show.reports.charts import (
     series_colours,
     series_legend,
     stack_charts,
-    value_title,
     zero_rule,
 )
 from mechdsl.show.reports.grid import (
     axis_name,
-    axis_title,
     axis_values,
     drawn_axes,
     grid_panels,
     is_numeric,
+    is_upward,
     numeric_value,
-    value_text,
+    position_names,
+    value_names,
 )
 from mechdsl.show.reports.text import fewer_prompts_note, is_thin
 
@@ -99,18 +105,31 @@ def _lines_panel(
     )
     values = axis_values(result, axis)
     numbered = is_numeric(values)
-    shown = grid_panels(result, (axis,) if series is None else (axis, series))
+    drawn = (axis,) if series is None else (axis, series)
+    shown = grid_panels(result, drawn, position_names(result))
+    series_names = {} if series is None else value_names(result, series)
 
     def line_of(panel_title: str, key: tuple[Coord, ...]) -> str:
-        return (panel_title if series is None else value_text(key[1])) or " "
+        return (panel_title if series is None else series_names[key[1]]) or " "
 
-    seen = [line_of(panel.title, key) for panel in shown for key in panel.cells]
-    lines = list(dict.fromkeys(seen))
+    # A series without a number isn't drawn, so it isn't in the legend.
+    seen = {
+        line_of(panel.title, key)
+        for panel in shown
+        for key, cell in panel.cells.items()
+        if np.isfinite(found.mean[cell])
+    }
+    every = [line_of(panel.title, key) for panel in shown for key in panel.cells]
     if series is not None:
-        lines = [value_text(value) or " " for value in axis_values(result, series)]
-    title = axis_title(result, word) if axis != "position" else None
+        every = [series_names[value] or " " for value in axis_values(result, series)]
+    lines = [line for line in dict.fromkeys(every) if line in seen]
+    title = chart_axis_title(result, word)
     step = max(WORD_WIDTH, SERIES_POINT_WIDTH * len(lines))
-    x, names, width = (_number_axis if numbered else _word_axis)(values, title, step)
+    labels = value_names(result, axis)
+    facets = len(shown) if series is not None else 1
+    x, names, width = (_number_axis if numbered else _word_axis)(
+        values, title, step, labels, _panel_room(facets)
+    )
 
     def end(ends: Any, cell: int) -> float | None:
         return float(ends[cell]) if np.isfinite(ends[cell]) else None
@@ -136,7 +155,11 @@ def _lines_panel(
     ]
     lines, where = _count_lines(result, measure, records, lines, numbered=numbered)
     place = legend_position(width, len(shown) if series is not None else 1)
-    base, apart = alt.Chart().encode(x=x), _line_styles(lines, series, place)
+    others = [other for other in result.axes if other not in drawn]
+    varied = [series] if series is not None else others
+    upward = len(varied) == 1 and is_upward(result, varied[0])
+    legend = None if series is None else chart_axis_title(result, series)
+    base, apart = alt.Chart().encode(x=x), _line_styles(lines, legend, place, upward=upward)
     base = base.encode(color=apart.pop("color"))
     if not numbered and len(lines) > 1:
         base = base.encode(xOffset=alt.XOffset("line:N", sort=lines))
@@ -147,9 +170,12 @@ def _lines_panel(
         wide = {} if numbered else {"size": min(POINT_BAND_WIDTH, width / len(values) / len(lines))}
         form = "area" if numbered else "bar"
         layers.insert(0, null_band_layer(base, form, len(lines), **wide))
-    plot = alt.layer(*layers, data=alt.Data(values=records)).properties(width=width, height=280)
+    plot = alt.layer(*layers, data=alt.Data(values=records)).properties(
+        width=width, height=_panel_height(280, width)
+    )
     if series is not None:
-        plot = facet_chart(plot, [panel.title for panel in shown], width)
+        stacked = len(others) == 1 and is_upward(result, others[0])
+        plot = facet_chart(plot, [panel.title for panel in shown], width, upward=stacked)
     return plot, fewer_prompts_note(result, measure, where)
 
 
@@ -185,12 +211,31 @@ def _count_lines(
     return lines, "small" if written else "under the pointer"
 
 
-def _number_axis(values: Sequence[Coord], title: str | None, step: float) -> Any:
+def _panel_room(panels: int) -> float | None:
+    """Return the width of a panel on a page of a paper; None for any width."""
+    layout = page_layout()
+    if layout.width is None:
+        return None
+    room = layout.room(MAX_WORDS_WIDTH)
+    return room if panels == 1 or layout.is_narrow else room / 2 - 60
+
+
+def _panel_height(height: float, width: float) -> float:
+    return height if page_layout().width is None else min(height, 0.75 * width)
+
+
+def _number_axis(
+    values: Sequence[Coord],
+    title: str,
+    step: float,
+    names: Mapping[Coord, str],
+    room: float | None,
+) -> Any:
     """Return an axis of numbers, the position of each value on it, and its width."""
     percent = all(str(value).endswith("%") for value in values)
     whole = all(isinstance(value, int) for value in values)
-    width = min(MAX_LINES_WIDTH, max(MIN_PANEL_WIDTH, WORD_WIDTH * len(values)))
-    widest = max(text_width(value_text(value), LABEL_SIZE) for value in values)
+    width = room or min(MAX_LINES_WIDTH, max(MIN_PANEL_WIDTH, WORD_WIDTH * len(values)))
+    widest = max(text_width(names[value], LABEL_SIZE) for value in values)
     every = int(np.ceil((widest + 8) * len(values) / width))
     ticks: Any = values[::every] if whole else alt.Undefined
     axis = alt.Axis(
@@ -206,24 +251,33 @@ def _number_axis(values: Sequence[Coord], title: str | None, step: float) -> Any
     return alt.X("x:Q", scale=scale, axis=axis), {v: numeric_value(v) for v in values}, width
 
 
-def _word_axis(values: Sequence[Coord], title: str | None, step: float) -> Any:
+def _word_axis(
+    values: Sequence[Coord],
+    title: str,
+    step: float,
+    names: Mapping[Coord, str],
+    room: float | None,
+) -> Any:
     """Return an axis of words, the position of each value on it, and its width."""
-    labels = column_labels(values, min(step, MAX_WORDS_WIDTH / len(values)), MAX_WORDS_WIDTH)
+    most = room or MAX_WORDS_WIDTH
+    labels = column_labels(values, min(step, most / len(values)), most, names)
     x = alt.X(
         "x:N",
         scale=alt.Scale(domain=labels.texts),
         axis=alt.Axis(title=title, **labels.options),
     )
-    names = dict(zip(values, labels.texts, strict=True))
-    return x, names, max(MIN_PANEL_WIDTH, labels.step * len(values))
+    positions = dict(zip(values, labels.texts, strict=True))
+    return x, positions, max(min(MIN_PANEL_WIDTH, most), labels.step * len(values))
 
 
-def _line_styles(lines: list[str], series: str | None, place: dict[str, Any]) -> dict[str, Any]:
+def _line_styles(
+    lines: list[str], title: str | None, place: dict[str, Any], *, upward: bool
+) -> dict[str, Any]:
     """Return separate colours, dashes and points for every line: a line covered by another is
     visible through its gaps, and its points are open."""
     if len(lines) < 2:
         return {"color": alt.value(PALETTE[0])}
-    legend = series_legend(series if series != "position" else None, lines, place)
+    legend = series_legend(title, lines, place, upward=upward)
     dashes = [*LINE_DASHES, *([6 + n, 3] for n in range(len(lines)))][: len(lines)]
     shapes = [POINT_SHAPES[n % len(POINT_SHAPES)] for n in range(len(lines))]
     dash, shape = (alt.Scale(domain=lines, range=looks) for looks in (dashes, shapes))
@@ -249,6 +303,9 @@ def _line_layers(base: Any, title: str, apart: dict[str, Any], numbered: bool) -
     drawn = [named.mark_line(strokeWidth=2).encode(y=y, **dashes)] if numbered else []
     return [zero_rule(), interval, *drawn, points]
 
+
+BAR_GAP = 14
+"""Distance between the bars of two values."""
 
 BAR_WIDTH = 26
 """Width of a bar; smaller if there are many."""
@@ -284,7 +341,8 @@ class _BarPositions:
 
     names: dict[Coord, str]
     """Label of each value."""
-    series: list[str]
+    series: dict[Coord, str]
+    """Label of each drawn value of the second axis."""
     x: Any
     step: float
     """Width per value, which the bars of a series share."""
@@ -298,17 +356,27 @@ class _BarPositions:
 
     def key(self, key: tuple[Coord, ...]) -> dict[str, str]:
         """Return the fields of a record that position its bar."""
-        return {"x": self.names[key[0]], "series": value_text(key[1]) if key[1:] else " "}
+        return {"x": self.names[key[0]], "series": self.series[key[1]] if key[1:] else " "}
 
 
-def _bar_positions(result: ExperimentResult, axes: tuple[str, ...]) -> _BarPositions:
+def _bar_positions(
+    result: ExperimentResult, axes: tuple[str, ...], drawn: Iterable[Coord] = ()
+) -> _BarPositions:
+    """Lay out the bars; `drawn` are the values of the second axis that have any."""
     values = axis_values(result, axes[0])
-    series = [value_text(value) for value in axis_values(result, axes[1])] if axes[1:] else []
+    series: dict[Coord, str] = {}
+    if axes[1:]:
+        names, there = value_names(result, axes[1]), set(drawn)
+        series = {value: names[value] for value in axis_values(result, axes[1]) if value in there}
     beside = max(1, len(series))
-    bar = _bar_width(len(values) * beside)
-    labels: ChartLabels = column_labels(values, bar * beside + 14, MAX_WORDS_WIDTH)
-    title = None if axes[0] == "position" else axis_title(result, axes[0])
-    axis = alt.Axis(title=title, **labels.options)
+    room = page_layout().room(MAX_WORDS_WIDTH)
+    bar: float = _bar_width(len(values) * beside)
+    if page_layout().width is not None:
+        bar = max(1.0, min(bar, (room / len(values) - BAR_GAP) / beside))
+    labels: ChartLabels = column_labels(
+        values, bar * beside + BAR_GAP, room, value_names(result, axes[0])
+    )
+    axis = alt.Axis(title=chart_axis_title(result, axes[0]), **labels.options)
     x = alt.X("x:N", scale=alt.Scale(domain=labels.texts), axis=axis)
     names = dict(zip(values, labels.texts, strict=True))
     return _BarPositions(names, series, x, labels.step, bar)
@@ -322,11 +390,17 @@ def _bar_width(count: int) -> float:
 def _bars_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
     found, band = result.statistics[measure], result.control(measure)
     shown, few, under = (
-        grid_panels(result, axes),
+        grid_panels(result, axes, position_names(result)),
         is_thin(result, measure),
         hover_texts(result, measure),
     )
-    places, counts = _bar_positions(result, axes), count_labels(result, measure)
+    drawn = {
+        key[1]
+        for panel in shown
+        for key, cell in panel.cells.items()
+        if key[1:] and np.isfinite(found.mean[cell])
+    }
+    places, counts = _bar_positions(result, axes, drawn), count_labels(result, measure)
 
     def number(values: Any, cell: int) -> float | None:
         return float(values[cell]) if np.isfinite(values[cell]) else None
@@ -347,14 +421,19 @@ def _bars_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -
         }
         for panel in shown
         for key, cell in panel.cells.items()
+        if not key[1:] or key[1] in places.series
     ]
-    series = places.series
+    series = list(places.series.values())
     base = add_hover(alt.Chart()).encode(x=places.x)
     colour: Any = alt.value(PALETTE[0])
     if series:
         base = base.encode(xOffset=alt.XOffset("series:N", sort=series))
-        title = axes[1] if axes[1] != "position" else None
-        legend = series_legend(title, series, legend_position(places.width, len(shown)))
+        legend = series_legend(
+            chart_axis_title(result, axes[1]),
+            series,
+            legend_position(places.width, len(shown)),
+            upward=is_upward(result, axes[1]),
+        )
         colour = alt.Color("series:N", sort=series, scale=series_colours(series), legend=legend)
     y = alt.Y("mean:Q", axis=alt.Axis(title=value_title(result.measures[measure])))
     bars = base.mark_bar().encode(
@@ -375,15 +454,23 @@ def _bars_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -
         *([count_marks(base, "top")] if any(counts) else []),
     ]
     step = alt.Step(places.step, **{"for": "position"} if series else {})
-    drawn = alt.layer(*layers, data=alt.Data(values=records)).properties(width=step, height=260)
-    return facet_chart(drawn, [panel.title for panel in shown], places.width)
+    chart = alt.layer(*layers, data=alt.Data(values=records)).properties(width=step, height=260)
+    return facet_chart(
+        chart, [panel.title for panel in shown], places.width, upward=_is_stack(result, axes)
+    )
+
+
+def _is_stack(result: ExperimentResult, axes: Sequence[str]) -> bool:
+    """Whether panels above one another have layers, so that they begin at the bottom."""
+    return [is_upward(result, axis) for axis in result.axes if axis not in axes] == [True]
 
 
 def _stacks_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
     """Draw the distribution over categories, one stack per value of the axis."""
     data = result.measures[measure]
     seen = [float(v) for v in np.unique(data.patched[np.isfinite(data.patched)])]
-    shown, places = grid_panels(result, axes[:1]), _bar_positions(result, axes[:1])
+    shown = grid_panels(result, axes[:1], position_names(result))
+    places = _bar_positions(result, axes[:1])
     counts = count_labels(result, measure)
     records = [
         {
@@ -407,16 +494,21 @@ def _stacks_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...])
     place = legend_position(places.width, len(shown))
     base = add_hover(alt.Chart()).encode(x=places.x)
     bars = base.mark_bar().encode(
-        y=alt.Y("share:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title="share")),
+        y=alt.Y("share:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title="Share of prompts")),
         color=alt.Color(
             "value:N",
             sort=values,
             scale=alt.Scale(domain=values, scheme="viridis"),
-            legend=series_legend(escape_hidden(data.label), values, place),
+            legend=series_legend(capitalise(quantity_name(data)), values, place),
         ),
         order=alt.Order("order:Q"),
     )
     layers = [bars, *([count_marks(base, "full")] if any(counts) else [])]
     drawn = alt.layer(*layers, data=alt.Data(values=records))
     drawn = drawn.properties(width=alt.Step(places.step), height=220)
-    return facet_chart(drawn, [panel.title for panel in shown], places.width)
+    return facet_chart(
+        drawn,
+        [panel.title for panel in shown],
+        places.width,
+        upward=_is_stack(result, axes[:1]),
+    )

@@ -122,10 +122,10 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
         return
     text = io.StringIO()
     render(result, report, visible_console(file=text, width=FILE_WIDTH, plain=True))
-    if suffix in (".svg", ".png"):
+    if suffix in (".svg", ".png", ".pdf"):
         from mechdsl.show.reports.charts import save_text_picture
 
-        save_text_picture(text.getvalue(), path)
+        save_text_picture(text.getvalue(), path, report.width)
     else:
         path.write_text(text.getvalue(), encoding="utf-8")
 

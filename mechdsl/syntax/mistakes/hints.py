@@ -571,6 +571,11 @@ HINTS: tuple[Hint, ...] = (
         r"of\s+([\w.]+)",
         "`of` comes first: `report {0} of {2} {1}`",
     ),
+    Hint(
+        r'^report\b.*\bto\s+".*"\s*$',
+        r"(?:width|columns?)\b",
+        "write `width 1 column` or `width 2 columns`",
+    ),
     Hint(r"\beach\s+token\s*$", r"", "each of all tokens is `token *`", "BETWEEN"),
     Hint(
         r"^$",
