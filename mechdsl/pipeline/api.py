@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     from mechdsl.forward.hooks.model import LoadedModel
     from mechdsl.pipeline.options import RunOptions
     from mechdsl.planner.plan import Plan
-    from mechdsl.program.python_functions import PythonMode
+    from mechdsl.program.python_functions import CallableKind, PythonMode
     from mechdsl.results.differences.comparison import Differences
     from mechdsl.results.experiment_result import EarlierRun
     from mechdsl.results.results import Results
     from mechdsl.results.runs import Run, Runs
     from mechdsl.show.output import PlanText, PrintedText
     from mechdsl.show.progress import ProgressBar
+    from mechdsl.syntax import ast
 
 
 BorrowedModels = Mapping[str, tuple[Any, Any]]
@@ -50,6 +51,10 @@ BorrowedModels = Mapping[str, tuple[Any, Any]]
 
 MetricFunctions = Mapping[str, Callable[..., Any]]
 """Name of a metric in the file → a function from logits [row, vocab] to [row]."""
+
+RuleFunctions = Mapping[str, Callable[..., Any]]
+"""Name after `set … to` in the file → a function from vectors [row, position, width] to vectors of
+the same shape."""
 
 ParameterValues = Mapping[str, object]
 """Name of a `param` → its value."""
@@ -144,12 +149,10 @@ def settings_from_arguments(
     allow_outside: bool,
     untrusted: bool,
     metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
 ) -> CheckSettings:
     from mechdsl.checks.file_check import CheckSettings
-    from mechdsl.program.python_functions import callable_metric
 
-    if metrics is not None and not all(map(callable, metrics.values())):
-        raise TypeError('metrics are a dict of functions: `metrics={"margin": margin}`')
     given = {
         name: str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in (set or {}).items()
@@ -163,8 +166,29 @@ def settings_from_arguments(
         allow_outside,
         untrusted,
         build=build_lazily,
-        metrics={name: callable_metric(name, each) for name, each in (metrics or {}).items()},
+        callables=(*_definitions("metrics", metrics), *_definitions("rules", rules)),
     )
+
+
+def _definitions(kind: CallableKind, functions: Any) -> list[ast.Call]:
+    """Return the definitions of functions passed as `metrics=` or `rules=`; TypeError for anything
+    but a dict of functions."""
+    from mechdsl.program.python_functions import callable_definition
+
+    if functions is None:
+        return []
+    example = "margin" if kind == "metrics" else "halve"
+    if not isinstance(functions, Mapping):
+        raise TypeError(f'{kind} are a dict of functions: `{kind}={{"{example}": {example}}}`')
+    found: list[ast.Call] = []
+    for name, function in cast("Mapping[object, Any]", functions).items():
+        if not isinstance(name, str) or not callable(function):
+            reason = f"`{name}` is a `{type(function).__name__}`"
+            raise TypeError(
+                f'{kind} are a dict of functions: `{kind}={{"{example}": {example}}}`; {reason}'
+            )
+        found.append(callable_definition(kind, name, function))
+    return found
 
 
 def python_mode_of(allow_python: bool) -> PythonMode:
@@ -184,6 +208,7 @@ def run(
     models: BorrowedModels | None = None,
     *,
     metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
     set: ParameterValues | None = None,
     limit: int | None = None,
     only: str | None = None,
@@ -224,7 +249,10 @@ def run(
             left exactly as it was.
         metrics: Name in the file → a function that takes logits [row, vocab], and the rows if it
             requires a second argument, and returns [row]. It replaces a `metric` line of that name.
-            A run with a function whose code can't be hashed isn't stored.
+            If its first parameter is called `replies`, it takes the generated texts instead of
+            logits. A run with a function that can't be hashed isn't stored.
+        rules: Name after `set … to` in the file → a function that takes vectors [row, position,
+            width] of one cell, and returns the vectors to write, of the same shape.
         set: Values of the file's `param` lines.
         limit: Maximum number of rows per experiment.
         only: The one experiment to run, with those that it needs.
@@ -280,6 +308,7 @@ def run(
                 allow_outside=allow_outside,
                 untrusted=untrusted,
                 metrics=metrics,
+                rules=rules,
             ),
             device=str(device),
             dtype=None if dtype is None else dtype_name(dtype),
@@ -432,6 +461,8 @@ def validate(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
+    metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
     set: ParameterValues | None = None,
     allow_outside: bool = False,
     untrusted: bool = False,
@@ -444,6 +475,8 @@ def validate(
     Args:
         file: Its path, or its text (with a line break or beginning with `mech `).
         models: As for `run`.
+        metrics: As for `run`; they aren't called.
+        rules: As for `run`; they aren't called.
         set: As for `run`.
         allow_outside: As for `run`.
         untrusted: As for `run`.
@@ -469,6 +502,8 @@ def validate(
             require_models=require_models,
             allow_outside=allow_outside,
             untrusted=untrusted,
+            metrics=metrics,
+            rules=rules,
         )
         settings = replace(settings, prompts_enough=limits.CHECKED_PROMPTS)
         checked, _ = check_source_with(source, models, settings)
@@ -486,6 +521,8 @@ def plan(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
+    metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
     set: ParameterValues | None = None,
     limit: int | None = None,
     allow_python: bool = False,
@@ -528,6 +565,8 @@ def plan(
         python=python_mode_of(allow_python),
         allow_outside=allow_outside,
         untrusted=untrusted,
+        metrics=metrics,
+        rules=rules,
     )
     sizes = pass_tokens or PASS_TOKENS, prompt_tokens or PROMPT_TOKENS
     if not measure:
@@ -560,6 +599,8 @@ def graph(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
+    metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
     set: ParameterValues | None = None,
     format: Literal["dot", "mermaid", "svg", "text"] = "mermaid",
     to: str | Path | None = None,
@@ -594,6 +635,8 @@ def graph(
             python=python_mode_of(allow_python),
             allow_outside=allow_outside,
             untrusted=untrusted,
+            metrics=metrics,
+            rules=rules,
         ),
     )
     text = draw_graph(checked.experiments, checked.saving, format, before=before)
@@ -607,6 +650,8 @@ def explain(
     what: str | Path,
     models: BorrowedModels | None = None,
     *,
+    metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
     set: ParameterValues | None = None,
     limit: int | None = None,
     format: Literal["text", "json"] = "text",
@@ -645,6 +690,8 @@ def explain(
             python=python_mode_of(allow_python),
             allow_outside=allow_outside,
             untrusted=untrusted,
+            metrics=metrics,
+            rules=rules,
         ),
     )
     from mechdsl.show import prompts
