@@ -351,23 +351,25 @@ class ExperimentResult:
         axis: str | None = None,
         by: str | None = None,
         *,
+        measure: str | None = None,
         top: int | None = None,
     ) -> altair.TopLevelMixin:
         """Return the chart of `report KIND AXIS by BY top TOP` as an altair chart.
 
         Args:
             kind: `heatmap`, `lines`, `bars`, `confusion` or `overlay`.
-            axis: First axis. Without `axis` and `by`, the axes are those of the file's own report
-                of this
-                kind, or the first that fit.
+            axis: First axis. Without `axis` and `by`, the axes are those of the file's report of
+                this kind, or the first that fit.
             by: Second axis.
+            measure: The measure to draw, as in tables (`recovery of ld`), or by its label (`ld`) or
+                effect (`recovery`) if no other measure has it. None draws all measures.
             top: Number of entries.
 
         Raises:
-            MechdslError: For another kind and for what the experiment doesn't have (E0203, E0607).
-            ImportError: Without altair.
+            MechdslError: If the kind of chart, an axis or the measure doesn't exist (E0203, E0607).
+            ImportError: If altair isn't installed.
         """
-        return load_renderer(CHART_RENDERER)(self, kind, axis, by, top)
+        return load_renderer(CHART_RENDERER)(self, kind, axis, by, top, measure)
 
     @property
     def summary(self) -> str:

@@ -56,6 +56,7 @@ from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.reports import REPORTS
 
 if TYPE_CHECKING:
+    import altair
     import pandas
 
 
@@ -183,6 +184,29 @@ class Results:
         if path is not None:
             write_atomically(Path(path), text)
         return text
+
+    def plot(
+        self,
+        kind: str,
+        axis: str | None = None,
+        by: str | None = None,
+        *,
+        measure: str | None = None,
+        top: int | None = None,
+    ) -> altair.TopLevelMixin:
+        """Return a chart of the only experiment, as `ExperimentResult.plot` does.
+
+        The arguments and the other exceptions are those of `ExperimentResult.plot`.
+
+        Raises:
+            ValueError: If there isn't exactly one experiment.
+        """
+        if len(self) == 1:
+            return self.experiments[0].plot(kind, axis, by, measure=measure, top=top)
+        if not self.experiments:
+            raise ValueError("these results have no experiment to plot")
+        known = ", ".join(f'results["{each.name}"].plot(…)' for each in self.experiments)
+        raise ValueError(f"these results have {len(self)} experiments; plot one of them: {known}")
 
     def __repr__(self) -> str:
         count = count_noun(len(self), "experiment")
