@@ -356,7 +356,8 @@ _prompts(
     "derived value",
     "half = count / 2",
     "Worked out of other values: arithmetic, `other(x)` (another value of the same domain; several "
-    "different ones: `a, b = others(x)`), `choice(…)`, `shuffle(column)`, `if … then … else …`.",
+    "different ones: `a, b = others(x)`), `choice(…)`, `shuffle(column)`, `if … then … else …`, "
+    "`number(column)` (the number that a text spells).",
     _ROWS,
 )
 _prompts(
@@ -397,7 +398,9 @@ _prompts(
     "rows",
     'rows "facts.jsonl"',
     "One row per record of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file; its columns "
-    "are values.",
+    "are values. A table whose first line has no comma may be separated by `;`, tabs or `|`. Text "
+    "is UTF-8, or UTF-16 with a byte order mark. White space around the names of CSV columns is "
+    "ignored.",
     "tests/data/test_files.py",
 )
 _prompts(
@@ -421,6 +424,13 @@ _prompts(
     "rename { thing = object }",
     "New name = column.",
     "tests/data/test_files.py",
+    beside='rows "facts.jsonl"',
+)
+_prompts(
+    "rename a quoted column",
+    'rename { thing = "object" }',
+    "A column in quotes may have spaces, signs or any other characters in its name.",
+    "tests/data/test_odd_tables.py",
     beside='rows "facts.jsonl"',
 )
 _prompts("where", "where count > 3", "Only rows for which this holds.", _ROWS)
