@@ -163,20 +163,23 @@ class ExpectOutcome:
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ExperimentResult:
-    """The result of one experiment: `measures` have every prompt's value, `statistics` the rest.
-
-    `collect_result` sets the first fields, `add_statistics` the others.
-    """
+    """The result of one experiment: `measures` have every prompt's value, `statistics` the rest."""
 
     name: str
+    """Name of the experiment in the file."""
     model: str
+    """Name of the model in the file."""
     axes: tuple[str, ...]
+    """Names of the swept axes."""
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     """Second names of axes that reports may use: `item` for `position`."""
     centres: tuple[str, ...] = ()
     """Axes whose values are the centres of windows."""
     cells: tuple[CellKey, ...]
+    """Cells of the sweep: `coords` (axis → value), `site`, `position`, and the `tokens` hit."""
     measures: tuple[MeasureData, ...]
+    """Measures in the order of the file: `label`, `metric`, `effect`, and every prompt's values:
+    `patched` [cell, prompt], `base` and `source` [1 or cell, prompt]."""
     runs: Mapping[str, Mapping[str, Floats]] = field(
         default_factory=dict[str, Mapping[str, Floats]]
     )
@@ -191,16 +194,20 @@ class ExperimentResult:
     """Run name → unit of each row in `accuracy`: rows of one unit are right or wrong together (one
     text, one value of `stats by`). For a missing run, each row is a unit."""
     base: str = "clean"
+    """Run that rules are applied to."""
     source: str | None = None
+    """Run that rules read from; None if there is none."""
     called: Mapping[str, str] = field(default_factory=dict[str, str])
     """Display names of base and source: a block's or a model's name for its clean run."""
     conventions: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Defaults and derived settings, in words."""
     selected: tuple[Selection, ...] = ()
     """Selections that it tests on the rows they were made on."""
     left_out: Mapping[int, str] = field(default_factory=dict[int, str])
     """Ids of rows that `--allow-nan` excluded from everything → where they can't be used."""
     hashes: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Hashes of `model` and `data`."""
+    """SHA-256 of the model, the tokenizer, data files, and Python functions. A function that can't
+    be hashed is missing."""
     row_ids: tuple[int, ...] | None = None
     """Id of each prompt; a prompt has the same id in every experiment."""
     row_keys: tuple[int, ...] | None = None
@@ -230,10 +237,17 @@ class ExperimentResult:
     """For images: the image of each prompt, None if it isn't shown."""
 
     reports: tuple[spec.Report, ...] = ()
+    """Report lines of the file."""
     settings: spec.Statistics | None = None
+    """Settings of `stats`."""
     seed: int = 0
+    """Seed of intervals and random draws."""
     statistics: tuple[CellStatistics, ...] = ()
+    """Statistics of each measure, as arrays over cells: `mean`, `low`, `high`, `p`, `p_corrected`,
+    `n`, `units` (effective sample size), `floor` (p may be smaller), and `reasons`."""
     outcomes: tuple[ExpectOutcome, ...] = ()
+    """Expectations: `text`, `holds`, `value`, `low`, `high`, `effective_n`, `reason`, `line`, and
+    whether their values were `computed`."""
 
     def computed(self) -> Iterator[tuple[int, MeasureData]]:
         """Yield the computed measures with their indices."""

@@ -65,6 +65,8 @@ class Results:
     """The results of `mechdsl.run`: `results["name"]` is an experiment; iterate for all of them."""
 
     files: tuple[FileResult, ...]
+    """Results of each file: `file`, `hash`, `seed`, `sizes`, `experiments`, `lost` experiments,
+    experiments that `fail_fast` left `not_run`, and `saved` files."""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     """Versions of the packages that the numbers depend on, including `mechdsl`."""
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
