@@ -229,11 +229,6 @@ def settings_from_options(
     )
 
 
-def python_mode(allow_python: bool) -> PythonMode:
-    """Return the treatment of Python files for commands with `--allow-python`."""
-    return "run" if allow_python else "refuse"
-
-
 ResultT = TypeVar("ResultT")
 
 STDIN = Path("-")

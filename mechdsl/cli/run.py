@@ -27,7 +27,6 @@ from mechdsl.cli.arguments import (
     load_plugins,
     pass_options,
     plugin_option,
-    python_mode,
     set_option,
     settings_from_options,
     store_options,
@@ -430,6 +429,8 @@ def run(
     is standard input. A file that is unchanged isn't run again: its results come from the store
     beside it.
     """
+    from mechdsl.program.python_functions import python_mode
+
     how = settings_from_options(
         parameters,
         limit,

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 from mechdsl.base import limits
 from mechdsl.base.files import write_atomically
@@ -27,6 +27,7 @@ from mechdsl.pipeline.options import (
     word_problem,
 )
 from mechdsl.program.plugins import load_plugins
+from mechdsl.program.python_functions import python_mode
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from mechdsl.results.experiment_result import EarlierRun
     from mechdsl.results.results import Results
     from mechdsl.results.runs import Run, Runs
-    from mechdsl.show.output import PlanText, PrintedText
+    from mechdsl.show.output import PlanText, PrintedText, SvgText
     from mechdsl.show.progress import ProgressBar
     from mechdsl.syntax import ast
 
@@ -49,14 +50,14 @@ if TYPE_CHECKING:
 BorrowedModels = Mapping[str, tuple[Any, Any]]
 """Name in the file → (transformers model, fast tokenizer)."""
 
-MetricFunctions = Mapping[str, Callable[..., Any]]
+MetricFunctions = Mapping[str, Callable[..., object]]
 """Name of a metric in the file → a function from logits [row, vocab] to [row]."""
 
-RuleFunctions = Mapping[str, Callable[..., Any]]
+RuleFunctions = Mapping[str, Callable[["torch.Tensor"], object]]
 """Name after `set … to` in the file → a function from vectors [row, position, width] to vectors of
 the same shape."""
 
-ParameterValues = Mapping[str, object]
+ParameterValues = Mapping[str, str | int | float | bool]
 """Name of a `param` → its value."""
 
 
@@ -191,10 +192,6 @@ def _definitions(kind: CallableKind, functions: Any) -> list[ast.Call]:
     return found
 
 
-def python_mode_of(allow_python: bool) -> PythonMode:
-    return "run" if allow_python else "refuse"
-
-
 def raise_errors(*found: Sequence[Diagnostic]) -> None:
     """Raise MechdslError if anything was found."""
     problems = [each for some in found for each in some]
@@ -304,7 +301,7 @@ def run(
                 set,
                 limit,
                 only,
-                python_mode_of(allow_python),
+                python_mode(allow_python),
                 allow_outside=allow_outside,
                 untrusted=untrusted,
                 metrics=metrics,
@@ -562,7 +559,7 @@ def plan(
     how = settings_from_arguments(
         set,
         limit,
-        python=python_mode_of(allow_python),
+        python=python_mode(allow_python),
         allow_outside=allow_outside,
         untrusted=untrusted,
         metrics=metrics,
@@ -592,6 +589,42 @@ def plan(
     for each in checked.experiments:  # an experiment may have several parts
         cells[each.name] = cells.get(each.name, 0) + each.n_there
     return PlanText(text, cells, made.passes)
+
+
+@overload
+def graph(
+    file: str | Path,
+    models: BorrowedModels | None = None,
+    *,
+    metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
+    set: ParameterValues | None = None,
+    format: Literal["dot", "mermaid", "text"] = "mermaid",
+    to: str | Path | None = None,
+    before: bool = False,
+    allow_python: bool = False,
+    allow_outside: bool = False,
+    untrusted: bool = False,
+    plugins: Sequence[str] = (),
+) -> PrintedText: ...
+
+
+@overload
+def graph(
+    file: str | Path,
+    models: BorrowedModels | None = None,
+    *,
+    metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
+    set: ParameterValues | None = None,
+    format: Literal["svg"],
+    to: str | Path | None = None,
+    before: bool = False,
+    allow_python: bool = False,
+    allow_outside: bool = False,
+    untrusted: bool = False,
+    plugins: Sequence[str] = (),
+) -> SvgText: ...
 
 
 @restores_random_state
@@ -632,7 +665,7 @@ def graph(
         models,
         settings_from_arguments(
             set,
-            python=python_mode_of(allow_python),
+            python=python_mode(allow_python),
             allow_outside=allow_outside,
             untrusted=untrusted,
             metrics=metrics,
@@ -667,6 +700,7 @@ def explain(
     The other arguments are those of `run`.
 
     Args:
+        what: A file, as for `run`, or the name of a page.
         format: `json` includes every row of every run.
 
     Raises:
@@ -687,7 +721,7 @@ def explain(
         settings_from_arguments(
             set,
             limit,
-            python=python_mode_of(allow_python),
+            python=python_mode(allow_python),
             allow_outside=allow_outside,
             untrusted=untrusted,
             metrics=metrics,

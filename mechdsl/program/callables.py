@@ -91,19 +91,22 @@ def hash_callable(function: Callable[..., Any]) -> tuple[str, bytes]:
     Raises:
         CodeHashError: If it reads anything whose code or value can't be hashed.
     """
-    looked_up: frozenset[str] | None = None
-    reader = _Reader(frozenset())
-    parts: object = None
-    while looked_up != reader.looked_up:  # code that is read later may look up further names
-        looked_up = frozenset(reader.looked_up)
-        reader = _Reader(looked_up)
-        try:
-            parts = reader.read_callable(function)
-        except RecursionError:
-            raise CodeHashError("what it reads is nested too deeply") from None
+    try:
+        reader, parts = _read(function, frozenset())
+        before: set[str] = set()
+        while before != reader.looked_up:  # code that is read later may look up further names
+            before = reader.looked_up
+            reader, parts = _read(function, frozenset(before))
+    except RecursionError:
+        raise CodeHashError("what it reads is nested too deeply") from None
     imports = "".join(f"import {name}\n" for name in sorted(reader.modules))
     text = f"{sys.version_info[:3]}\n{parts!r}\n{imports}"
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), imports.encode()
+
+
+def _read(function: object, looked_up: frozenset[str]) -> tuple[_Reader, object]:
+    reader = _Reader(looked_up)
+    return reader, reader.read_callable(function)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class _Reader:
         if isinstance(function, FunctionType | BuiltinFunctionType | type(partial(int))):
             return self._value("it", function)
         if isinstance(function, MethodType):
-            owner = type(cast("object", function.__self__)).__name__
+            owner = type(function.__self__).__name__
             raise CodeHashError(f"it is a method of a `{owner}`, whose state can't be hashed")
         raise CodeHashError(f"a `{type(function).__name__}` isn't a plain function")
 

@@ -38,6 +38,12 @@ PYTHON_CALL = "python"
 PythonMode = Literal["refuse", "look", "run"]
 """Treatment of Python in a file: rejected, only inspected (`validate`), or run."""
 
+
+def python_mode(allow_python: bool) -> PythonMode:
+    """Return the treatment of Python files by commands and functions that can run them."""
+    return "run" if allow_python else "refuse"
+
+
 FunctionUse = Literal["metric", "reply", "value", "fill", "model"]
 """Purpose of a function, which determines its arguments."""
 

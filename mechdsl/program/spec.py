@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     Losses = tuple[ast.LostStatement, ...]
     Where = Span
     Paths = tuple[Path, ...]
+    Names = tuple[str, ...]
     Sources = tuple[Source, ...]
 else:
     # Skip Pydantic's validation of a tree, whose schema would take a quarter of a second to build.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,6 +130,10 @@ REPR_WIDTH = 100
 
 MAX_REPR_ITEMS = 5
 """Maximum number of experiments, or measures, in a `repr`."""
+
+
+PlotKind = Literal["heatmap", "lines", "bars", "confusion", "overlay"]
+"""Charts that `plot` draws."""
 
 
 @restores_random_state
@@ -359,9 +363,24 @@ class ExperimentResult:
         """Return the tables, figures and verdicts of the command line, `width` columns wide."""
         return load_renderer(TEXT_RENDERER)(self, width)
 
+    @overload
     def plot(
         self,
-        kind: str,
+        kind: Literal["heatmap", "lines", "bars", "confusion"],
+        axis: str | None = None,
+        by: str | None = None,
+        *,
+        measure: str | None = None,
+    ) -> altair.TopLevelMixin: ...
+
+    @overload
+    def plot(
+        self, kind: Literal["overlay"], *, measure: str | None = None, top: int | None = None
+    ) -> altair.TopLevelMixin: ...
+
+    def plot(
+        self,
+        kind: PlotKind,
         axis: str | None = None,
         by: str | None = None,
         *,

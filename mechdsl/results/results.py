@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from hashlib import sha256
@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ from mechdsl.results.experiment_result import (
     ExpectationChange,
     ExperimentResult,
     FileResult,
+    PlotKind,
     VerdictComparison,
     csv_text,
     data_frame,
@@ -187,9 +188,24 @@ class Results:
             write_atomically(Path(path), text)
         return text
 
+    @overload
     def plot(
         self,
-        kind: str,
+        kind: Literal["heatmap", "lines", "bars", "confusion"],
+        axis: str | None = None,
+        by: str | None = None,
+        *,
+        measure: str | None = None,
+    ) -> altair.TopLevelMixin: ...
+
+    @overload
+    def plot(
+        self, kind: Literal["overlay"], *, measure: str | None = None, top: int | None = None
+    ) -> altair.TopLevelMixin: ...
+
+    def plot(
+        self,
+        kind: PlotKind,
         axis: str | None = None,
         by: str | None = None,
         *,
@@ -204,7 +220,8 @@ class Results:
             ValueError: If there isn't exactly one experiment.
         """
         if len(self) == 1:
-            return self.experiments[0].plot(kind, axis, by, measure=measure, top=top)
+            draw: Callable[..., altair.TopLevelMixin] = self.experiments[0].plot
+            return draw(kind, axis, by, measure=measure, top=top)
         if not self.experiments:
             raise ValueError("these results have no experiment to plot")
         known = ", ".join(f'results["{each.name}"].plot(…)' for each in self.experiments)

@@ -40,8 +40,20 @@ class _ReportModule(Protocol):
         """Print the report."""
         ...
 
+
+class _FileModule(_ReportModule, Protocol):
+    """The interface of a module with its own file formats; others save their chart."""
+
     def save(self, result: ExperimentResult, report: spec.Report, path: Path) -> None:
         """Write the report to a file; the extension determines the format."""
+        ...
+
+
+class _ChartModule(_ReportModule, Protocol):
+    """The interface of a module that draws a chart."""
+
+    def chart(self, result: ExperimentResult, report: spec.Report) -> Any:
+        """Return the altair chart."""
         ...
 
 
@@ -102,7 +114,18 @@ def save_report(result: ExperimentResult, report: spec.Report, path: Path) -> No
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as made:
-        _report_module(report).save(name_positions(result, report), report, made)
+        _save(name_positions(result, report), report, made)
+
+
+def _save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
+    """Write a report in the formats of its module, or its chart as SVG, PNG or HTML page."""
+    module = _report_module(report)
+    if hasattr(module, "save"):
+        cast(_FileModule, module).save(result, report, path)
+        return
+    from mechdsl.show.reports.charts import save_chart
+
+    save_chart(cast(_ChartModule, module).chart(result, report), path)
 
 
 def _report_module(report: spec.Report) -> _ReportModule:
