@@ -429,13 +429,11 @@ def run(
     is standard input. A file that is unchanged isn't run again: its results come from the store
     beside it.
     """
-    from mechdsl.program.python_functions import python_mode
-
     how = settings_from_options(
         parameters,
         limit,
         only,
-        python_mode(allow_python),
+        allow_python=allow_python,
         allow_outside=allow_outside,
         untrusted=untrusted,
     )

@@ -28,7 +28,13 @@ from mechdsl.results.experiment_result import (
     finite_number,
 )
 from mechdsl.statistics.cell_statistics import compute_category_statistics
-from mechdsl.statistics.measurements import Interval, MeasureData, may_round_differently
+from mechdsl.statistics.measurements import (
+    CellStatistics,
+    Interval,
+    MeasureData,
+    NullBand,
+    may_round_differently,
+)
 from mechdsl.vocab.metrics import Reply
 
 

@@ -63,7 +63,7 @@ def rejected(path: Path, results: mechdsl.Results) -> None:
     mechdsl.run(path, set={"depth": [1]})  # pyright: ignore[reportArgumentType]
     mechdsl.run(path, store=True)  # pyright: ignore[reportArgumentType]
     mechdsl.run(path, alow_python=True)  # pyright: ignore[reportCallIssue]
-    mechdsl.graph(path, format="png")  # pyright: ignore[reportArgumentType]
+    mechdsl.graph(path, format="png")  # pyright: ignore[reportCallIssue, reportArgumentType]
     mechdsl.explain(path, format="svg")  # pyright: ignore[reportArgumentType]
     results.plot("heatmp")  # pyright: ignore[reportCallIssue, reportArgumentType]
     results["heads"].plot("heatmap", top=3)  # pyright: ignore[reportCallIssue, reportArgumentType]
