@@ -66,5 +66,5 @@ def rejected(path: Path, results: mechdsl.Results) -> None:
     mechdsl.graph(path, format="png")  # pyright: ignore[reportCallIssue, reportArgumentType]
     mechdsl.explain(path, format="svg")  # pyright: ignore[reportArgumentType]
     results.plot("heatmp")  # pyright: ignore[reportCallIssue, reportArgumentType]
-    results["heads"].plot("heatmap", top=3)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    results["heads"].plot("overlay", "layer")  # pyright: ignore[reportCallIssue, reportArgumentType]
+    results["heads"].plot("heatmap", top=3)  # pyright: ignore[reportArgumentType]
+    results["heads"].plot("overlay", "layer")  # pyright: ignore[reportArgumentType]
