@@ -585,7 +585,8 @@ def _is_unknown_function(fill: ast.Expr | None, work: ExperimentContext) -> bool
         f"`{fill.id}` is neither a `for` variable around this rule, nor a `param`, nor a function "
         "passed from Python"
     )
-    hint = f'write a number, or pass the function: `mechdsl.run(…, rules={{"{fill.id}": …}})`'
+    passed = f'`mechdsl.run(…, rules={{"{fill.id}": …}})`'
+    hint = f"write a number, for example `0.5`, or pass a function from Python: {passed}"
     work.diagnostics.append(
         BadAmount(
             span=fill.span,
