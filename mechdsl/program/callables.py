@@ -97,8 +97,12 @@ def hash_callable(function: Callable[..., Any]) -> tuple[str, bytes]:
         while before != reader.looked_up:  # code that is read later may look up further names
             before = reader.looked_up
             reader, parts = _read(function, frozenset(before))
+    except CodeHashError:
+        raise
     except RecursionError:
         raise CodeHashError("what it reads is nested too deeply") from None
+    except Exception as error:  # from the user's objects
+        raise CodeHashError(f"what it reads can't be hashed: {type(error).__name__}") from None
     imports = "".join(f"import {name}\n" for name in sorted(reader.modules))
     text = f"{sys.version_info[:3]}\n{parts!r}\n{imports}"
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), imports.encode()

@@ -320,6 +320,11 @@ class Config:
     scale: float = 1.0
 
 
+class Broken:
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
 UNHASHABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "an object": ("f = lambda x: x * c.scale", {"c": Config()}),
     "a method of an object": ("f = lambda x: g(x)", {"g": Callable_().method}),
@@ -350,6 +355,7 @@ UNHASHABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "evaluated text": ("k = 1\nf = lambda x: eval('k')", {}),
     "a module that isn't imported yet": ("def f(x):\n  import not_imported_yet\n  return x", {}),
     "the module of the notebook": ("import __main__ as m\nf = lambda x: m.k", {}),
+    "an object that raises": ("f = lambda x: k", {"k": Broken()}),
     "a callable object": ("f = lambda x: g(x)", {"g": Callable_()}),
 }
 
