@@ -17,7 +17,7 @@ OLDEST_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
 # Of benchmarks/run.py, for example `make bench BENCH_ARGS="--work W1 --write"`.
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all test-oldest lint docs families language editors systems bench dist clean
+.PHONY: demo test test-all test-oldest lint docs families language python-page editors systems bench dist clean
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/mechdsl run examples/counting.mech
@@ -76,6 +76,10 @@ families: $(VENV)/.stamp-test
 # The language as far as it is executed, from the registries; writes docs/language.md.
 language: $(VENV)/.stamp-test
 	$(BIN)/python -m tests.language --write
+
+# The reference of docs/python.md, from the docstrings.
+python-page: $(VENV)/.stamp-test
+	$(BIN)/python -m tests.python_api --write
 
 # The TextMate grammar of editors/vscode, from the grammar and the registries.
 editors: $(VENV)/.stamp-test

@@ -40,6 +40,10 @@ class Source:
         """The name in messages: the path as the user wrote it, else `<text>` or `<stdin>`."""
         return str(self.path) if self.path is not None else f"<{self.origin}>"
 
+    def describe_line(self, line: int) -> str:
+        """Return a line's location for messages in other files."""
+        return f"on line {line} of {self.name}"
+
     @property
     def stem(self) -> str:
         """A folder name for the file's results."""

@@ -69,7 +69,12 @@ from mechdsl.program.directions import fit_rows_of_experiment
 from mechdsl.program.lowering import lower_program
 from mechdsl.program.paths import ROWS_PATH, path_to_read, path_to_write, source_reach
 from mechdsl.program.prompts import NO_IMAGE_REASON
-from mechdsl.program.python_functions import PythonMode, check_functions, program_functions
+from mechdsl.program.python_functions import (
+    CallableFunction,
+    PythonMode,
+    check_functions,
+    program_functions,
+)
 from mechdsl.program.run_order import add_dependencies, sort_by_dependency
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.table import add_stand_in_runs
@@ -403,6 +408,8 @@ def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
             if path is not None:
                 yield path, f"`{written}`, the rows of prompts `{prompts.name}`"
     for function in program_functions(program):
+        if isinstance(function, CallableFunction):
+            continue
         yield function.path, f"`{function.file}`, which defines `{function.name}`"
     for model in program.models.values():
         if model.function is not None:  # its file is listed with the functions
@@ -446,8 +453,9 @@ class CheckSettings:
     """Number of prompts to check per table, for a check without a run."""
     build: ModelBuilder | None = None
     """Builds models with functions of Python files, if these may run."""
-    metrics: Mapping[str, ast.Call] = field(default_factory=dict[str, ast.Call])
-    """Metrics passed from Python, which replace the file's metrics of the same name."""
+    callables: tuple[ast.Call, ...] = ()
+    """Definitions of functions passed from Python. A metric replaces the file's metric of the same
+    name."""
 
 
 @dataclass
@@ -507,7 +515,7 @@ def _check_source(
         reach=source_reach(source, outside=settings.allow_outside, untrusted=settings.untrusted),
     )
     tree, syntax = parse(source)
-    program, lowered = lower_program(tree, source, settings.parameters, settings.metrics)
+    program, lowered = lower_program(tree, source, settings.parameters, settings.callables)
     broken = BrokenLines([*syntax, *lowered], tree, program.lost)
     checked = CheckedFile(source, program, settings, diagnostics=[*found, *lowered])
     experiments = list(program.experiments)

@@ -198,15 +198,21 @@ def settings_from_options(
     parameters: tuple[str, ...],
     limit: int | None = None,
     only: str | None = None,
-    python: PythonMode = "refuse",
+    python: PythonMode | None = None,
     *,
+    allow_python: bool = False,
     require_models: bool = True,
     allow_outside: bool,
     untrusted: bool,
 ) -> CheckSettings:
-    """Return the settings of the check. Raises `MalformedSetting`."""
+    """Return the settings of the check. Raises `MalformedSetting`.
+
+    Args:
+        python: Treatment of Python files; None: that of commands with `--allow-python`.
+    """
     from mechdsl.checks.file_check import CheckSettings
     from mechdsl.pipeline.lazy_builder import build_lazily
+    from mechdsl.program.python_functions import python_mode
 
     given: dict[str, str] = {}
     for text in parameters:
@@ -221,17 +227,12 @@ def settings_from_options(
         given,
         limit,
         only,
-        python,
+        python or python_mode(allow_python),
         require_models,
         allow_outside,
         untrusted,
         build=build_lazily,
     )
-
-
-def python_mode(allow_python: bool) -> PythonMode:
-    """Return the treatment of Python files for commands with `--allow-python`."""
-    return "run" if allow_python else "refuse"
 
 
 ResultT = TypeVar("ResultT")

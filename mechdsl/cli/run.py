@@ -27,7 +27,6 @@ from mechdsl.cli.arguments import (
     load_plugins,
     pass_options,
     plugin_option,
-    python_mode,
     set_option,
     settings_from_options,
     store_options,
@@ -434,7 +433,7 @@ def run(
         parameters,
         limit,
         only,
-        python_mode(allow_python),
+        allow_python=allow_python,
         allow_outside=allow_outside,
         untrusted=untrusted,
     )

@@ -23,7 +23,6 @@ from mechdsl.cli.arguments import (
     load_plugins,
     pass_options,
     plugin_option,
-    python_mode,
     set_option,
     settings_from_options,
     untrusted_option,
@@ -97,7 +96,7 @@ def explain(
     how = settings_from_options(
         parameters,
         limit,
-        python=python_mode(allow_python),
+        allow_python=allow_python,
         allow_outside=allow_outside,
         untrusted=untrusted,
     )
@@ -160,7 +159,7 @@ def graph(
         file,
         settings_from_options(
             parameters,
-            python=python_mode(allow_python),
+            allow_python=allow_python,
             allow_outside=allow_outside,
             untrusted=untrusted,
         ),
@@ -211,7 +210,7 @@ def plan(
     how = settings_from_options(
         parameters,
         limit,
-        python=python_mode(allow_python),
+        allow_python=allow_python,
         allow_outside=allow_outside,
         untrusted=untrusted,
     )

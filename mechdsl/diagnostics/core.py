@@ -30,20 +30,26 @@ CODES: dict[str, type[Diagnostic]] = {}
 
 @keyword_record
 class Diagnostic(Record):
-    """Base class: a subclass fixes `code` and the message texts; its fields are the facts.
+    """An error or a warning. Each code has a subclass, whose fields are the facts of the message.
 
     `title`, `label` and `help` are format strings over the fields. `span` is None if the error
     isn't at a position in a file (such as an unknown option of the command line).
     """
 
     code: ClassVar[str] = ""
+    """Code of the error or warning, such as `E0301`. `mechdsl.explain` returns its page."""
     title: ClassVar[str] = ""
+    """Format string of `message`."""
     label: ClassVar[str] = ""
+    """Format string of `label_text`."""
     help: ClassVar[str] = ""
+    """Format string of `help_text`."""
     hangs_on: ClassVar[frozenset[UnknownFact]] = frozenset()
     """Facts that must be known for this to be certain; with placeholders it isn't reported."""
 
     span: Span | None = None
+    """Position in a file: `span.source.name`, `span.line`, `span.column`, `span.text`; None if the
+    problem isn't in a file."""
     by_text: bool = False
     """Whether this instance depends only on the text, regardless of `hangs_on`."""
 

@@ -376,8 +376,11 @@ class Diagnostics(list[Diagnostic]):
 class MechdslError(Exception):
     """A file, its data, its model or an argument is invalid.
 
-    Its text is the output of the command line; `diagnostics` are the errors as objects.
+    Its text is the output of the command line.
     """
+
+    diagnostics: Diagnostics
+    """The errors and warnings as objects."""
 
     def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
         super().__init__(diagnostics)  # makes it picklable
@@ -388,7 +391,10 @@ class MechdslError(Exception):
 
 
 class MechdslWarning(UserWarning):
-    """A warning about a file that runs; `diagnostic` is the object."""
+    """A warning about a file that runs."""
+
+    diagnostic: Diagnostic
+    """The warning as an object."""
 
     def __init__(self, diagnostic: Diagnostic) -> None:
         super().__init__(diagnostic)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 from mechdsl.base import limits
 from mechdsl.base.files import write_atomically
@@ -27,6 +27,7 @@ from mechdsl.pipeline.options import (
     word_problem,
 )
 from mechdsl.program.plugins import load_plugins
+from mechdsl.program.python_functions import python_mode
 
 if TYPE_CHECKING:
     import torch
@@ -36,22 +37,27 @@ if TYPE_CHECKING:
     from mechdsl.forward.hooks.model import LoadedModel
     from mechdsl.pipeline.options import RunOptions
     from mechdsl.planner.plan import Plan
-    from mechdsl.program.python_functions import PythonMode
+    from mechdsl.program.python_functions import CallableKind, PythonMode
     from mechdsl.results.differences.comparison import Differences
     from mechdsl.results.experiment_result import EarlierRun
     from mechdsl.results.results import Results
     from mechdsl.results.runs import Run, Runs
-    from mechdsl.show.output import PlanText, PrintedText
+    from mechdsl.show.output import PlanText, PrintedText, SvgText
     from mechdsl.show.progress import ProgressBar
+    from mechdsl.syntax import ast
 
 
 BorrowedModels = Mapping[str, tuple[Any, Any]]
 """Name in the file → (transformers model, fast tokenizer)."""
 
-MetricFunctions = Mapping[str, Callable[..., Any]]
+MetricFunctions = Mapping[str, Callable[..., object]]
 """Name of a metric in the file → a function from logits [row, vocab] to [row]."""
 
-ParameterValues = Mapping[str, object]
+RuleFunctions = Mapping[str, Callable[["torch.Tensor"], object]]
+"""Name after `set … to` in the file → a function from vectors [row, position, width] to vectors of
+the same shape."""
+
+ParameterValues = Mapping[str, str | int | float | bool]
 """Name of a `param` → its value."""
 
 
@@ -144,12 +150,10 @@ def settings_from_arguments(
     allow_outside: bool,
     untrusted: bool,
     metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
 ) -> CheckSettings:
     from mechdsl.checks.file_check import CheckSettings
-    from mechdsl.program.python_functions import callable_metric
 
-    if metrics is not None and not all(map(callable, metrics.values())):
-        raise TypeError('metrics are a dict of functions: `metrics={"margin": margin}`')
     given = {
         name: str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in (set or {}).items()
@@ -163,12 +167,29 @@ def settings_from_arguments(
         allow_outside,
         untrusted,
         build=build_lazily,
-        metrics={name: callable_metric(name, each) for name, each in (metrics or {}).items()},
+        callables=(*_definitions("metrics", metrics), *_definitions("rules", rules)),
     )
 
 
-def python_mode_of(allow_python: bool) -> PythonMode:
-    return "run" if allow_python else "refuse"
+def _definitions(kind: CallableKind, functions: Any) -> list[ast.Call]:
+    """Return the definitions of functions passed as `metrics=` or `rules=`; TypeError for anything
+    but a dict of functions."""
+    from mechdsl.program.python_functions import callable_definition
+
+    if functions is None:
+        return []
+    example = "margin" if kind == "metrics" else "halve"
+    if not isinstance(functions, Mapping):
+        raise TypeError(f'{kind} are a dict of functions: `{kind}={{"{example}": {example}}}`')
+    found: list[ast.Call] = []
+    for name, function in cast("Mapping[object, Any]", functions).items():
+        if not isinstance(name, str) or not callable(function):
+            reason = f"`{name}` is a `{type(function).__name__}`"
+            raise TypeError(
+                f'{kind} are a dict of functions: `{kind}={{"{example}": {example}}}`; {reason}'
+            )
+        found.append(callable_definition(kind, name, function))
+    return found
 
 
 def raise_errors(*found: Sequence[Diagnostic]) -> None:
@@ -184,6 +205,7 @@ def run(
     models: BorrowedModels | None = None,
     *,
     metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
     set: ParameterValues | None = None,
     limit: int | None = None,
     only: str | None = None,
@@ -224,7 +246,10 @@ def run(
             left exactly as it was.
         metrics: Name in the file → a function that takes logits [row, vocab], and the rows if it
             requires a second argument, and returns [row]. It replaces a `metric` line of that name.
-            A run with a function whose code can't be hashed isn't stored.
+            If its first parameter is called `replies`, it takes the generated texts instead of
+            logits. A run with a function that can't be hashed isn't stored.
+        rules: Name after `set … to` in the file → a function that takes vectors [row, position,
+            width] of one cell, and returns the vectors to write, of the same shape.
         set: Values of the file's `param` lines.
         limit: Maximum number of rows per experiment.
         only: The one experiment to run, with those that it needs.
@@ -276,10 +301,11 @@ def run(
                 set,
                 limit,
                 only,
-                python_mode_of(allow_python),
+                python_mode(allow_python),
                 allow_outside=allow_outside,
                 untrusted=untrusted,
                 metrics=metrics,
+                rules=rules,
             ),
             device=str(device),
             dtype=None if dtype is None else dtype_name(dtype),
@@ -432,6 +458,8 @@ def validate(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
+    metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
     set: ParameterValues | None = None,
     allow_outside: bool = False,
     untrusted: bool = False,
@@ -444,6 +472,8 @@ def validate(
     Args:
         file: Its path, or its text (with a line break or beginning with `mech `).
         models: As for `run`.
+        metrics: As for `run`; they aren't called.
+        rules: As for `run`; they aren't called.
         set: As for `run`.
         allow_outside: As for `run`.
         untrusted: As for `run`.
@@ -469,6 +499,8 @@ def validate(
             require_models=require_models,
             allow_outside=allow_outside,
             untrusted=untrusted,
+            metrics=metrics,
+            rules=rules,
         )
         settings = replace(settings, prompts_enough=limits.CHECKED_PROMPTS)
         checked, _ = check_source_with(source, models, settings)
@@ -486,6 +518,8 @@ def plan(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
+    metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
     set: ParameterValues | None = None,
     limit: int | None = None,
     allow_python: bool = False,
@@ -525,9 +559,11 @@ def plan(
     how = settings_from_arguments(
         set,
         limit,
-        python=python_mode_of(allow_python),
+        python=python_mode(allow_python),
         allow_outside=allow_outside,
         untrusted=untrusted,
+        metrics=metrics,
+        rules=rules,
     )
     sizes = pass_tokens or PASS_TOKENS, prompt_tokens or PROMPT_TOKENS
     if not measure:
@@ -555,11 +591,49 @@ def plan(
     return PlanText(text, cells, made.passes)
 
 
+@overload
+def graph(
+    file: str | Path,
+    models: BorrowedModels | None = None,
+    *,
+    metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
+    set: ParameterValues | None = None,
+    format: Literal["dot", "mermaid", "text"] = "mermaid",
+    to: str | Path | None = None,
+    before: bool = False,
+    allow_python: bool = False,
+    allow_outside: bool = False,
+    untrusted: bool = False,
+    plugins: Sequence[str] = (),
+) -> PrintedText: ...
+
+
+@overload
+def graph(
+    file: str | Path,
+    models: BorrowedModels | None = None,
+    *,
+    metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
+    set: ParameterValues | None = None,
+    format: Literal["svg"],
+    to: str | Path | None = None,
+    before: bool = False,
+    allow_python: bool = False,
+    allow_outside: bool = False,
+    untrusted: bool = False,
+    plugins: Sequence[str] = (),
+) -> SvgText: ...
+
+
 @restores_random_state
 def graph(
     file: str | Path,
     models: BorrowedModels | None = None,
     *,
+    metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
     set: ParameterValues | None = None,
     format: Literal["dot", "mermaid", "svg", "text"] = "mermaid",
     to: str | Path | None = None,
@@ -591,9 +665,11 @@ def graph(
         models,
         settings_from_arguments(
             set,
-            python=python_mode_of(allow_python),
+            python=python_mode(allow_python),
             allow_outside=allow_outside,
             untrusted=untrusted,
+            metrics=metrics,
+            rules=rules,
         ),
     )
     text = draw_graph(checked.experiments, checked.saving, format, before=before)
@@ -607,6 +683,8 @@ def explain(
     what: str | Path,
     models: BorrowedModels | None = None,
     *,
+    metrics: MetricFunctions | None = None,
+    rules: RuleFunctions | None = None,
     set: ParameterValues | None = None,
     limit: int | None = None,
     format: Literal["text", "json"] = "text",
@@ -622,6 +700,7 @@ def explain(
     The other arguments are those of `run`.
 
     Args:
+        what: A file, as for `run`, or the name of a page.
         format: `json` includes every row of every run.
 
     Raises:
@@ -642,9 +721,11 @@ def explain(
         settings_from_arguments(
             set,
             limit,
-            python=python_mode_of(allow_python),
+            python=python_mode(allow_python),
             allow_outside=allow_outside,
             untrusted=untrusted,
+            metrics=metrics,
+            rules=rules,
         ),
     )
     from mechdsl.show import prompts

@@ -74,7 +74,7 @@ EXECUTION_FIELDS = ("side", "pass_tokens", "prompt_tokens", "allow_nan")
 EXCLUDED_FIELDS: Mapping[type, Mapping[str, str]] = {
     CheckSettings: {
         "build": "what it makes goes in as the models do",
-        "metrics": "their code goes in with that of the file's functions",
+        "callables": "their code goes in with that of the file's functions",
     },
     RunOptions: {
         "settings": "those that the file was checked with go in",
@@ -586,6 +586,8 @@ class _Run:
     def _kept(self, store: Store, key: str, device: str, run: OpenRun) -> RunOutcome:
         """Compute and store the results."""
         began = time.monotonic()
+        functions = list(program_functions(self._checked.program))
+        run.is_valid = lambda: all(each.is_stable for each in functions)
 
         def hashed(path: Path) -> str:
             with suppress(StoreProblem):

@@ -507,10 +507,10 @@ def lower_program(
     tree: ast.File,
     source: Source,
     settings: Mapping[str, str] | None = None,
-    metrics: Mapping[str, ast.Call] | None = None,
+    callables: Sequence[ast.Call] = (),
 ) -> tuple[spec.Program, list[Diagnostic]]:
     """Return the typed program of a parsed file; `settings` are the `--set k=v` of the command
-    line, `metrics` those passed from Python.
+    line, `callables` the definitions of functions passed from Python.
 
     Codes: E0108 for unsupported features, E02xx for names, imports and parameters, E0532 and E0535
     for imports that may not be read, E06xx for incomplete experiments, W0730 for unused names,
@@ -523,9 +523,8 @@ def lower_program(
     if source.reach.reads is not None:
         trees = [file for file, _ in files]
         scope.diagnostics.extend(warn_named_paths(trees, parts.parameters))
-    for name, call in (metrics or {}).items():
-        scope.define("metric", ast.Name(name, span=call.span), imported=False)
-        parts.metrics[name] = call
+    for call in callables:
+        _define_callable(call, parts, scope)
     # Definitions before experiments: a file may use a name before its definition.
     for file, imported in files:
         for statement in file.statements:
@@ -565,6 +564,7 @@ def lower_program(
         metrics=parts.metrics,
         parameters=parts.parameters,
         experiments=tuple(parts.experiments),
+        rule_functions=tuple(parts.rule_functions),
         seed=parts.seed,
         lost=tuple(lost for file, _ in files for lost in file.lost),
     )
@@ -732,6 +732,18 @@ def _override(name: str, text: str, parts: Definitions, diagnostics: list[Diagno
         )
         return
     parts.parameters[name] = value
+
+
+def _define_callable(call: ast.Call, parts: Definitions, scope: Namespace) -> None:
+    source = call.span.source
+    assert isinstance(source, CallableSource)
+    name, is_metric = ast.Name(source.key, span=call.span), source.kind == "metrics"
+    if not scope.define("metric" if is_metric else "rule", name, imported=False):
+        return
+    if is_metric:
+        parts.metrics[name.id] = call
+    else:
+        parts.rule_functions[name.id] = call
 
 
 def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: Namespace) -> None:

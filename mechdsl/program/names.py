@@ -92,5 +92,6 @@ def with_article(noun: str) -> str:
 
 def line_reference(of: Span, seen_from: Span) -> str:
     """Return `on line 3`, with the file's name if it is a different file."""
-    where = f"on line {of.line}"
-    return where if of.source is seen_from.source else f"{where} of {of.source.name}"
+    if of.source is seen_from.source:
+        return f"on line {of.line}"
+    return of.source.describe_line(of.line)

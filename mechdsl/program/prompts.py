@@ -224,7 +224,7 @@ class _BlockLines:
         if not found:
             self.image = self.image or line
 
-    def _rename(self, new: ast.Name, old: ast.Name) -> None:
+    def _rename(self, new: ast.Name, old: ast.Name | ast.String) -> None:
         first = self.renamed.setdefault(new.id, new)
         if first is not new:
             self.diagnostics.append(
@@ -232,7 +232,7 @@ class _BlockLines:
                     span=new.span, name=new.id, first=line_reference(first.span, new.span)
                 )
             )
-        self.rename.append((new.id, old.id))
+        self.rename.append((new.id, old.id if isinstance(old, ast.Name) else old.value))
 
     def _writes_rows(self, line: ast.Template | ast.DomainDef | ast.Chat) -> None:
         """Report rows that are defined by two methods (E0209, E0207)."""

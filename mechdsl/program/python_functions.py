@@ -38,6 +38,12 @@ PYTHON_CALL = "python"
 PythonMode = Literal["refuse", "look", "run"]
 """Treatment of Python in a file: rejected, only inspected (`validate`), or run."""
 
+
+def python_mode(allow_python: bool) -> PythonMode:
+    """Return the treatment of Python files by commands and functions that can run them."""
+    return "run" if allow_python else "refuse"
+
+
 FunctionUse = Literal["metric", "reply", "value", "fill", "model"]
 """Purpose of a function, which determines its arguments."""
 
@@ -58,6 +64,12 @@ FUNCTION_PARAMETERS: dict[FunctionUse, tuple[str, ...]] = {
 TOKENIZER_PARAMETER = "tokenizer"
 """Name of the parameter through which a metric receives the tokenizer; a third required
 parameter of any name has the same effect."""
+
+REPLIES_PARAMETER = "replies"
+"""Name of a callable's first parameter through which it receives generated texts, not logits."""
+
+REPLY_WORD = "reply"
+"""Second argument of a function that receives generated texts: `python("judge.py:f", reply)`."""
 
 TokenizerArgument = Literal["nothing", "third", "named"]
 
@@ -91,6 +103,16 @@ class PythonFunction:
     span: Span = field(compare=False, repr=False)
     tokenizer: TokenizerArgument = "nothing"
     """How a metric receives the model's tokenizer."""
+
+    @property
+    def content_hash(self) -> str | None:
+        """SHA-256 of its code; None if it can't be hashed."""
+        return self.digest
+
+    @property
+    def is_stable(self) -> bool:
+        """Whether its values don't depend on the order of its calls, as far as is known."""
+        return True
 
     @property
     def identity(self) -> str:
@@ -176,83 +198,172 @@ class PythonFunction:
         return found
 
 
+CallableKind = Literal["metrics", "rules"]
+"""The argument of the Python interface through which a callable is passed."""
+
+
 @dataclass(frozen=True)
 class CallableSource(Source):
-    """The source of a metric that is a Python callable; compared by identity."""
+    """The source of a function that the caller passes; compared by identity."""
 
-    name_of_metric: str = ""
+    kind: CallableKind = "metrics"
+    key: str = ""
+    """Its name in the file."""
     function: Callable[..., Any] = field(default=id, repr=False)
     digest: str = ""
+    """SHA-256 of its code and of what it reads; if that can't be hashed, a unique text."""
     imports: bytes = b""
     unhashed: str = ""
     """Why the code can't be hashed; empty if it can."""
+    watch: CallableWatch = field(default_factory=lambda: CallableWatch(), repr=False)
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     @property
     def name(self) -> str:
-        return f'metrics["{self.name_of_metric}"]'
+        return f'{self.kind}["{self.key}"]'
+
+    def describe_line(self, line: int) -> str:
+        return f"passed as `{self.name}`"
+
+
+@dataclass
+class CallableWatch:
+    """Whether what a callable reads has changed since it was hashed, so that its values depend on
+    the order of its calls."""
+
+    changed: bool = False
 
 
 @dataclass(frozen=True)
 class CallableFunction(PythonFunction):
-    """A metric that the caller passes as a callable."""
+    """A function that the caller passes as a callable."""
 
     source: CallableSource = field(kw_only=True, compare=False, repr=False)
+
+    @property
+    def content_hash(self) -> str | None:
+        return None if self.source.unhashed else self.digest
 
     @property
     def identity(self) -> str:
         reason = self.source.unhashed
         return f"never stored: {reason}" if reason else super().identity
 
+    @property
+    def is_stable(self) -> bool:
+        return not self.source.watch.changed
+
     def read_code(self) -> bytes:
         if self.source.unhashed:
-            raise CodeHashError(f"metric `{self.name}`: {self.source.unhashed}")
+            raise CodeHashError(f"`{self.file}` can't be hashed: {self.source.unhashed}")
+        self._compare()
+        if self.source.watch.changed:
+            raise CodeHashError(f"what `{self.file}` reads has changed since the run began")
         return self.source.imports
 
+    def call(self, *arguments: Any, **named: Any) -> Any:
+        """Call the function, then check that it hasn't changed what it reads."""
+        found = super().call(*arguments, **named)
+        if not self.source.unhashed:
+            self._compare()
+        return found
+
+    def _compare(self) -> None:
+        try:
+            unchanged = hash_callable(self.source.function)[0] == self.digest
+        except CodeHashError:
+            unchanged = False
+        self.source.watch.changed |= not unchanged
+
     def where(self, error: BaseException | None = None) -> str:
-        return f"passed as {self.file}"
+        return f"passed as `{self.file}`"
 
     def _load(self) -> Callable[..., Any]:
         function = self.source.function
-        if len(_required_parameters(function)) > 1:
+        if self.source.kind == "rules" or len(_required_parameters(function)) > 1:
             return function
-        return lambda logits, rows, **named: function(logits, **named)
+        return lambda values, rows, **named: function(values, **named)
 
 
-def callable_metric(name: str, function: Callable[..., Any]) -> ast.Call:
-    """Return the definition of a metric that calls a Python callable.
+def callable_definition(kind: CallableKind, name: str, function: Callable[..., Any]) -> ast.Call:
+    """Return the definition of a metric or a rule that calls a Python callable.
 
     Args:
+        kind: The argument that it was passed through.
         name: Its name in the file.
-        function: Called as `function(logits)` with logits [row, vocab], as `function(logits, rows)`
-            if it requires two arguments, and with `tokenizer=` if it has a parameter of that name.
-            It returns [row].
+        function: A metric is called as `function(logits)` with logits [row, vocab], as
+            `function(logits, rows)` if it requires two arguments, and with `tokenizer=` if it has a
+            parameter of that name. If its first parameter is called `replies`, it receives the
+            generated texts. It returns [row]. A rule is called as `function(vectors)` with vectors
+            [row, position, width], and returns the same shape.
     """
     try:
         (digest, imports), unhashed = hash_callable(function), ""
     except CodeHashError as unknown:  # unique, so that no cached value is taken for its own
         digest, imports, unhashed = uuid4().hex, b"", str(unknown)
-    text = f"python({name})"
     source = CallableSource(
-        text,
-        name_of_metric=name,
+        name,
+        kind=kind,
+        key=name,
         function=function,
         digest=digest,
         imports=imports,
         unhashed=unhashed,
     )
-    return ast.Call(PYTHON_CALL, (), span=Span(source, 0, len(text)))
+    span = Span(source, 0, len(name))
+    arguments: tuple[ast.Argument, ...] = ()
+    if kind == "metrics" and next(iter(_parameters(function)), "") == REPLIES_PARAMETER:
+        words = (name, REPLY_WORD)
+        arguments = tuple(
+            ast.Argument(None, ast.Name(each, span=span), span=span) for each in words
+        )
+    return ast.Call(PYTHON_CALL, arguments, span=span)
 
 
-def _callable_function(source: CallableSource, span: Span) -> CallableFunction:
+def _callable_function(
+    node: ast.Call, source: CallableSource, use: FunctionUse
+) -> CallableFunction:
     parameters = _parameters(source.function)
-    tokenizer = "named" if TOKENIZER_PARAMETER in parameters else "nothing"
-    name = source.name_of_metric
+    named = TOKENIZER_PARAMETER in parameters and use in ("metric", "reply")
+    _check_callable(source, use)
     return CallableFunction(
-        Path(source.name), source.name, name, source.digest, 1, span, tokenizer, source=source
+        Path(source.name),
+        source.name,
+        source.key,
+        source.digest,
+        1,
+        node.span,
+        "named" if named else "nothing",
+        source=source,
     )
+
+
+def _check_callable(source: CallableSource, use: FunctionUse) -> None:
+    """Check that a callable accepts its arguments."""
+    try:
+        accepted = signature(source.function)
+    except (TypeError, ValueError):  # a builtin
+        return
+    wanted = FUNCTION_PARAMETERS[use]
+    required = _required_parameters(source.function)
+    given = wanted if use == "fill" or len(required) > 1 else wanted[:1]
+    named = (
+        [TOKENIZER_PARAMETER]
+        if use != "fill" and TOKENIZER_PARAMETER in accepted.parameters
+        else []
+    )
+    try:
+        accepted.bind(*given, **dict.fromkeys(named))
+    except TypeError as error:
+        fitting = f"`def {source.key}({', '.join(wanted)}):`"
+        if len(wanted) > 1:
+            fitting = f"`def {source.key}({wanted[0]}):` or {fitting}"
+        raise _Missing(
+            f"it is called with {name_list(given)}, and Python reports: {error}",
+            f"write {fitting}",
+        ) from None
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
@@ -310,7 +421,7 @@ def metric_use(node: ast.Call) -> FunctionUse:
     second = node.arguments[1] if len(node.arguments) == 2 else None
     if second is None or second.name is not None or not isinstance(second.value, ast.Name):
         return "metric"
-    return "reply" if second.value.id == "reply" else "metric"
+    return "reply" if second.value.id == REPLY_WORD else "metric"
 
 
 def find_function(
@@ -320,9 +431,10 @@ def find_function(
 
     Codes: E0222, E0532, E0535.
     """
-    if isinstance(node.span.source, CallableSource):
-        return _callable_function(node.span.source, node.span), []
+    source = node.span.source
     try:
+        if isinstance(source, CallableSource):
+            return _callable_function(node, source, use), []
         return _found(node, use), []
     except _Refused as refused:
         return None, refused.diagnostics

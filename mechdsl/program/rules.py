@@ -186,7 +186,10 @@ def lower_rule(
                 return _reading(rule, "set", body, body.value, prompts, work)
             if direction_names(body.value, work.scope.names("direction")):
                 return _of_direction(rule, "set", body, body.value, work)
-            return _at(rule, "set", body, fill=body.value)
+            fill = body.value
+            if isinstance(fill, ast.Name) and work.scope.has("rule", fill.id):
+                fill = work.parts.rule_functions[fill.id]
+            return _at(rule, "set", body, fill=fill)
         case ast.Scale():
             return _at(rule, "scale", body, fill=body.factor)
         case ast.Clamp():

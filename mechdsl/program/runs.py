@@ -19,6 +19,7 @@ from mechdsl.diagnostics.names import BadArgument, DuplicateName, MissingLine, U
 from mechdsl.diagnostics.prompts import UnsampledRuns
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
+from mechdsl.program.names import line_reference
 from mechdsl.program.spec import (
     CLEAN,
     PROMPTS_AXIS,
@@ -257,6 +258,16 @@ def combine_variants(
         )
         for loop in work.loops
         if loop.name in compared
+    )
+    passed = work.parts.rule_functions
+    work.diagnostics.extend(
+        DuplicateName(
+            span=loop.span,
+            name=loop.name,
+            first=line_reference(passed[loop.name].span, loop.span),
+        )
+        for loop in work.loops
+        if loop.name in passed
     )
     return found
 

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     Losses = tuple[ast.LostStatement, ...]
     Where = Span
     Paths = tuple[Path, ...]
+    Names = tuple[str, ...]
     Sources = tuple[Source, ...]
 else:
     # Skip Pydantic's validation of a tree, whose schema would take a quarter of a second to build.
@@ -60,7 +61,7 @@ else:
     )
     EndText = ArgumentText = MapText = RefText = _AS_WRITTEN
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
-    Losses = Where
+    Losses = Names = Where
 
 
 class Spec(BaseModel):
@@ -593,6 +594,8 @@ class Program(Spec):
     parameters: dict[str, SkipValidation[int | float | str | bool]] = Field(default_factory=dict)
     """Values of parameters; a percentage remains a percentage."""
     experiments: tuple[Experiment, ...] = ()
+    rule_functions: Names = ()
+    """Names of functions that the caller passes for rules."""
     seed: int = 0
     lost: Losses = ()
     """Statements of the file and its imports that can't be parsed."""
@@ -652,6 +655,8 @@ class Definitions:
     groups: dict[str, Group] = field(default_factory=dict)
     directions: dict[str, Direction] = field(default_factory=dict)
     metrics: dict[str, ast.Expr] = field(default_factory=dict)
+    rule_functions: dict[str, ast.Call] = field(default_factory=dict)
+    """Functions that the caller passes for rules."""
     experiments: list[Experiment] = field(default_factory=list)
     seed: int = 0
     seeded: Span | None = None

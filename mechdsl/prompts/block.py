@@ -68,6 +68,7 @@ from mechdsl.prompts.tokens.chat import ChatTemplate
 from mechdsl.prompts.values import Refusal, RowValue, to_hashable, to_plain
 from mechdsl.syntax import ast
 from mechdsl.syntax.parser import Placeholder, parse_template
+from mechdsl.syntax.printer import format_string
 from mechdsl.syntax.traversal import depth, walk
 from mechdsl.vocab.corruptions import (
     ActivationChange,
@@ -868,7 +869,15 @@ class PromptsBlock:
         return self._pools[name]
 
 
+def _as_name(column: str) -> str:
+    """Return the letters and digits of a column's name, in lower case."""
+    return "".join(char for char in column.lower() if char.isalnum())
+
+
 def _hint(name: str, known: Iterable[str], what: str) -> str:
     names = list(known)
+    same = [each for each in names if not each.isidentifier() and _as_name(each) == _as_name(name)]
+    if what == "names" and len(same) == 1:
+        return f"write `rename {{ {name} = {format_string(same[0])} }}` for this column"
     listed = name_list(names)
     return did_you_mean(name, names, f"its {what} are {listed}" if names else "define it")

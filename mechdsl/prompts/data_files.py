@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,10 +125,14 @@ def _hint(file: Path) -> str:
 
 
 def _text(content: bytes) -> str:
+    """Decode UTF-8, with or without a byte order mark, or UTF-16 with one."""
+    encoding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        return content.decode("utf-8-sig")
+        return content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise MalformedData(f"byte {error.start} is not UTF-8", "save the file in UTF-8") from None
+        name = encoding.removesuffix("-sig").upper()
+        hint = "save the file in UTF-8 (in Excel: `CSV UTF-8`)"
+        raise MalformedData(f"byte {error.start} is not {name}", hint) from None
 
 
 def _refuse_repeated(names: Sequence[str], said: str) -> None:
@@ -203,23 +208,46 @@ def _is_table(value: object) -> bool:
 
 def _separated(delimiter: str) -> Callable[[bytes], list[DataRecord]]:
     def read(content: bytes) -> list[DataRecord]:
-        lines = csv.reader(io.StringIO(_text(content), newline=""), delimiter=delimiter)
-        try:
-            table = [line for line in lines if line]
-        except csv.Error as error:
-            raise MalformedData(f"line {lines.line_num}: {error}", "correct the file") from None
+        text = _text(content)
+        table = _split_fields(text, delimiter)
         if not table:
             return []
+        if len(table[0]) == 1:  # the file may be separated by another character
+            tables = (_split_fields(text, other) for other in DELIMITERS if other in table[0][0])
+            table = next((each for each in tables if len({len(line) for line in each}) == 1), table)
         header, *body = table
-        _refuse_repeated(header, DUPLICATE_COLUMNS)
+        header = [name.strip() for name in header]
         for number, line in enumerate(body):
             if len(line) != len(header):
                 reason = f"record {number} has {len(line)} fields, the header {len(header)}"
                 raise MalformedData(reason, "quote fields that contain the separator")
+        empty = [n for n, name in enumerate(header) if not name and not any(r[n] for r in body)]
+        if body and empty:  # from a separator at the end of each line
+            header, *body = [
+                [field for n, field in enumerate(line) if n not in empty]
+                for line in (header, *body)
+            ]
+        if header.count("") > 1:
+            reason = f"{header.count('')} of its columns have no name"
+            raise MalformedData(reason, "name them in the first line")
+        _refuse_repeated(header, DUPLICATE_COLUMNS)
         columns = [_typed(column) for column in zip(*body, strict=True)]
         return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)]
 
     return read
+
+
+DELIMITERS = ";\t|"
+"""Separators of a file whose first line contains no expected separator."""
+
+
+def _split_fields(text: str, delimiter: str) -> list[list[str]]:
+    """Return the fields of each line that isn't empty."""
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        return [line for line in lines if line]
+    except csv.Error as error:
+        raise MalformedData(f"line {lines.line_num}: {error}", "correct the file") from None
 
 
 def _typed(column: Sequence[str]) -> Sequence[RowValue]:

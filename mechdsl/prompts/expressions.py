@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -201,6 +202,30 @@ def draw_others(call: CallSite, amount: int) -> list[RowValue]:
         found.append(call.draw_other(domain, without, call.key.item(n)))
         without.add(to_hashable(to_plain(found[-1])))
     return found
+
+
+@_function("number", "number(x)", "the number that a text spells", draws=False)
+def _number(call: CallSite) -> RowValue:
+    (node,) = call.expect(1, 1)
+    value = to_plain(call.value(node))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    found = parse_number(value) if isinstance(value, str) else None
+    if found is None:
+        hint = "leave these rows out with `where`, or correct the data: `1234.5`"
+        raise call.bad(f"{value!r} is not a number", hint, node.span)
+    return found
+
+
+def parse_number(text: str) -> int | float | None:
+    """Return the number that a text spells in digits, with or without white space around it."""
+    plain = text.strip()
+    if not _NUMERAL.fullmatch(plain):
+        return None
+    return int(plain) if plain.lstrip("+-").isdecimal() else float(plain)
+
+
+_NUMERAL = re.compile(r"[+-]?(\d{1,400}|\d{0,400}\.\d{1,400})([eE][+-]?\d{1,2})?", re.ASCII)
 
 
 @_function("others", "a, b = others(x, y)", "different values of the same domain, none of these")
@@ -566,6 +591,8 @@ def evaluate_number(node: ast.Expr, scope: Scope, key: DrawKey) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         shown = to_plain(value)
         hint = 'numbers are written without quotes; texts are put together in quotes: `"{a} {b}"`'
+        if isinstance(shown, str) and parse_number(shown) is not None:
+            hint = f"the data have it as text: write `number({node.span.written})`"
         raise bad_value(node.span, f"it is {shown!r}, not a number", hint)
     return value
 
@@ -646,6 +673,12 @@ def _condition(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
             except TypeError:
                 reason = f"{a!r} and {b!r} have no order"
                 hint = "compare numbers with numbers and texts with texts"
+                text = left if isinstance(a, str) else right
+                if {type(a), type(b)} in ({str, int}, {str, float}) and isinstance(text, ast.Name):
+                    hint = (
+                        f"`{text.id}` holds texts; if all of them are numbers, write "
+                        f"`number({text.id})`"
+                    )
                 raise bad_value(node.span, reason, hint) from None
         case ast.InRange(value=inner, within=ast.Range() as within):
             number = evaluate_number(inner, scope, key)

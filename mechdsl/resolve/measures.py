@@ -219,9 +219,8 @@ def resolve_set_metric(
             long = None
         if long is not None and name == "logprob":
             reason = f"`{long[1].text}` is several tokens, and texts of several are read one by one"
-            report_unreadable(
-                context, node.span, reason, "measure `logprob(…)` of each text by itself"
-            )
+            hint = "measure `logprob(…)` of each text separately, or `logprob(first token of …)`"
+            report_unreadable(context, node.span, reason, hint)
             return None
         if long is not None:
             context.diagnostics.append(report_multi_token(parts, name, *long, context))

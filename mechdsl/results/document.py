@@ -28,7 +28,13 @@ from mechdsl.results.experiment_result import (
     finite_number,
 )
 from mechdsl.statistics.cell_statistics import compute_category_statistics
-from mechdsl.statistics.measurements import Interval, MeasureData, may_round_differently
+from mechdsl.statistics.measurements import (
+    CellStatistics,
+    Interval,
+    MeasureData,
+    NullBand,
+    may_round_differently,
+)
 from mechdsl.vocab.metrics import Reply
 
 
@@ -439,20 +445,15 @@ class ResultsDocument(DocumentPart):
 def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int) -> MeasureDocument:
     data, found = result.measures[measure], result.statistics[measure]
     keys = ("commonest", "share", "mean_error") if data.kind == "category" else ()
-    category = {key: finite_number(getattr(found, key)[cell]) for key in keys}
     return MeasureDocument(
         label=data.label,
         metric=data.metric,
         effect=data.effect,
         **known_fields(estimator=data.estimator or None, at=data.at),
-        mean=finite_number(found.mean[cell]),
-        low=finite_number(found.low[cell]),
-        high=finite_number(found.high[cell]),
-        p=finite_number(found.p[cell]),
-        p_corrected=finite_number(found.p_corrected[cell]),
+        **_cell_numbers(found, cell, "mean", "low", "high", "p", "p_corrected"),
         base=finite_number(found.base_mean[cell]),
         source=finite_number(found.source_mean[cell]),
-        **category,
+        **_cell_numbers(found, cell, *keys),
         **known_fields(
             statistics={name: finite_number(each[cell]) for name, each in found.further.items()}
             or None,
@@ -471,17 +472,18 @@ def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int)
     )
 
 
+def _cell_numbers(arrays: CellStatistics | NullBand, cell: int, *names: str) -> dict[str, Any]:
+    """Return numbers of a cell by name; None for missing ones."""
+    return {name: finite_number(getattr(arrays, name)[cell]) for name in names}
+
+
 def _null_document(result: ExperimentResult, measure: int, cell: int) -> NullDocument | None:
     band = result.control(measure)
     if band is None:
         return None
     return NullDocument(
-        mean=finite_number(band.mean[cell]),
-        low=finite_number(band.low[cell]),
-        high=finite_number(band.high[cell]),
-        level=finite_number(band.level[cell]),
+        **_cell_numbers(band, cell, "mean", "low", "high", "level", "p"),
         draws=int(band.draws[cell]),
-        p=finite_number(band.p[cell]),
         inside=bool(band.inside[cell]) if band.decides[cell] else None,
         what=band.what,
     )

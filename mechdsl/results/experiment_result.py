@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,6 +132,10 @@ MAX_REPR_ITEMS = 5
 """Maximum number of experiments, or measures, in a `repr`."""
 
 
+PlotKind = Literal["heatmap", "lines", "bars", "confusion", "overlay"]
+"""Charts that `plot` draws."""
+
+
 @restores_random_state
 def load_renderer(place: str) -> Callable[..., Any]:
     """Import the function `module:name`."""
@@ -163,20 +167,23 @@ class ExpectOutcome:
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ExperimentResult:
-    """The result of one experiment: `measures` have every prompt's value, `statistics` the rest.
-
-    `collect_result` sets the first fields, `add_statistics` the others.
-    """
+    """The result of one experiment: `measures` have every prompt's value, `statistics` the rest."""
 
     name: str
+    """Name of the experiment in the file."""
     model: str
+    """Name of the model in the file."""
     axes: tuple[str, ...]
+    """Names of the swept axes."""
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     """Second names of axes that reports may use: `item` for `position`."""
     centres: tuple[str, ...] = ()
     """Axes whose values are the centres of windows."""
     cells: tuple[CellKey, ...]
+    """Cells of the sweep: `coords` (axis → value), `site`, `position`, and the `tokens` hit."""
     measures: tuple[MeasureData, ...]
+    """Measures in the order of the file: `label`, `metric`, `effect`, and every prompt's values:
+    `patched` [cell, prompt], `base` and `source` [1 or cell, prompt]."""
     runs: Mapping[str, Mapping[str, Floats]] = field(
         default_factory=dict[str, Mapping[str, Floats]]
     )
@@ -191,16 +198,20 @@ class ExperimentResult:
     """Run name → unit of each row in `accuracy`: rows of one unit are right or wrong together (one
     text, one value of `stats by`). For a missing run, each row is a unit."""
     base: str = "clean"
+    """Run that rules are applied to."""
     source: str | None = None
+    """Run that rules read from; None if there is none."""
     called: Mapping[str, str] = field(default_factory=dict[str, str])
     """Display names of base and source: a block's or a model's name for its clean run."""
     conventions: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Defaults and derived settings, in words."""
     selected: tuple[Selection, ...] = ()
     """Selections that it tests on the rows they were made on."""
     left_out: Mapping[int, str] = field(default_factory=dict[int, str])
     """Ids of rows that `--allow-nan` excluded from everything → where they can't be used."""
     hashes: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Hashes of `model` and `data`."""
+    """SHA-256 of the model, the tokenizer, data files, and Python functions. A function that can't
+    be hashed is missing."""
     row_ids: tuple[int, ...] | None = None
     """Id of each prompt; a prompt has the same id in every experiment."""
     row_keys: tuple[int, ...] | None = None
@@ -230,10 +241,17 @@ class ExperimentResult:
     """For images: the image of each prompt, None if it isn't shown."""
 
     reports: tuple[spec.Report, ...] = ()
+    """Report lines of the file."""
     settings: spec.Statistics | None = None
+    """Settings of `stats`."""
     seed: int = 0
+    """Seed of intervals and random draws."""
     statistics: tuple[CellStatistics, ...] = ()
+    """Statistics of each measure, as arrays over cells: `mean`, `low`, `high`, `p`, `p_corrected`,
+    `n`, `units` (effective sample size), `floor` (p may be smaller), and `reasons`."""
     outcomes: tuple[ExpectOutcome, ...] = ()
+    """Expectations: `text`, `holds`, `value`, `low`, `high`, `effective_n`, `reason`, `line`, and
+    whether their values were `computed`."""
 
     def computed(self) -> Iterator[tuple[int, MeasureData]]:
         """Yield the computed measures with their indices."""
@@ -345,29 +363,46 @@ class ExperimentResult:
         """Return the tables, figures and verdicts of the command line, `width` columns wide."""
         return load_renderer(TEXT_RENDERER)(self, width)
 
+    @overload
     def plot(
         self,
-        kind: str,
+        kind: Literal["heatmap", "lines", "bars", "confusion"],
         axis: str | None = None,
         by: str | None = None,
         *,
+        measure: str | None = None,
+    ) -> altair.TopLevelMixin: ...
+
+    @overload
+    def plot(
+        self, kind: Literal["overlay"], *, measure: str | None = None, top: int | None = None
+    ) -> altair.TopLevelMixin: ...
+
+    def plot(
+        self,
+        kind: PlotKind,
+        axis: str | None = None,
+        by: str | None = None,
+        *,
+        measure: str | None = None,
         top: int | None = None,
     ) -> altair.TopLevelMixin:
         """Return the chart of `report KIND AXIS by BY top TOP` as an altair chart.
 
         Args:
             kind: `heatmap`, `lines`, `bars`, `confusion` or `overlay`.
-            axis: First axis. Without `axis` and `by`, the axes are those of the file's own report
-                of this
-                kind, or the first that fit.
+            axis: First axis. Without `axis` and `by`, the axes are those of the file's report of
+                this kind, or the first that fit.
             by: Second axis.
+            measure: The measure to draw, as in tables (`recovery of ld`), or by its label (`ld`) or
+                effect (`recovery`) if no other measure has it. None draws all measures.
             top: Number of entries.
 
         Raises:
-            MechdslError: For another kind and for what the experiment doesn't have (E0203, E0607).
-            ImportError: Without altair.
+            MechdslError: If the kind of chart, an axis or the measure doesn't exist (E0203, E0607).
+            ImportError: If altair isn't installed.
         """
-        return load_renderer(CHART_RENDERER)(self, kind, axis, by, top)
+        return load_renderer(CHART_RENDERER)(self, kind, axis, by, top, measure)
 
     @property
     def summary(self) -> str:

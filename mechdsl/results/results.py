@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from hashlib import sha256
@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ from mechdsl.results.experiment_result import (
     ExpectationChange,
     ExperimentResult,
     FileResult,
+    PlotKind,
     VerdictComparison,
     csv_text,
     data_frame,
@@ -56,6 +57,7 @@ from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.reports import REPORTS
 
 if TYPE_CHECKING:
+    import altair
     import pandas
 
 
@@ -64,6 +66,8 @@ class Results:
     """The results of `mechdsl.run`: `results["name"]` is an experiment; iterate for all of them."""
 
     files: tuple[FileResult, ...]
+    """Results of each file: `file`, `hash`, `seed`, `sizes`, `experiments`, `lost` experiments,
+    experiments that `fail_fast` left `not_run`, and `saved` files."""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     """Versions of the packages that the numbers depend on, including `mechdsl`."""
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
@@ -183,6 +187,45 @@ class Results:
         if path is not None:
             write_atomically(Path(path), text)
         return text
+
+    @overload
+    def plot(
+        self,
+        kind: Literal["heatmap", "lines", "bars", "confusion"],
+        axis: str | None = None,
+        by: str | None = None,
+        *,
+        measure: str | None = None,
+    ) -> altair.TopLevelMixin: ...
+
+    @overload
+    def plot(
+        self, kind: Literal["overlay"], *, measure: str | None = None, top: int | None = None
+    ) -> altair.TopLevelMixin: ...
+
+    def plot(
+        self,
+        kind: PlotKind,
+        axis: str | None = None,
+        by: str | None = None,
+        *,
+        measure: str | None = None,
+        top: int | None = None,
+    ) -> altair.TopLevelMixin:
+        """Return a chart of the only experiment, as `ExperimentResult.plot` does.
+
+        The arguments and the other exceptions are those of `ExperimentResult.plot`.
+
+        Raises:
+            ValueError: If there isn't exactly one experiment.
+        """
+        if len(self) == 1:
+            draw: Callable[..., altair.TopLevelMixin] = self.experiments[0].plot
+            return draw(kind, axis, by, measure=measure, top=top)
+        if not self.experiments:
+            raise ValueError("these results have no experiment to plot")
+        known = ", ".join(f'results["{each.name}"].plot(…)' for each in self.experiments)
+        raise ValueError(f"these results have {len(self)} experiments; plot one of them: {known}")
 
     def __repr__(self) -> str:
         count = count_noun(len(self), "experiment")

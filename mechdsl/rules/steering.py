@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, ClassVar
 
+from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.rules import BadAmount, BadDirection
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
@@ -573,6 +574,30 @@ NUMBER_ASSIGNMENT, PYTHON_ASSIGNMENT, VALUE_ASSIGNMENT = (
 )
 
 
+def _is_unknown_function(fill: ast.Expr | None, work: ExperimentContext) -> bool:
+    """Report E0337 for a name that is neither a number nor a function passed from Python."""
+    if not isinstance(fill, ast.Name) or fill.id in ("zero", "mean"):
+        return False
+    known = (*work.loops, *work.program.parameters, *work.program.rule_functions)
+    if fill.id in known:
+        return False
+    reason = (
+        f"`{fill.id}` is neither a `for` variable around this rule, nor a `param`, nor a function "
+        "passed from Python"
+    )
+    passed = f'`mechdsl.run(…, rules={{"{fill.id}": …}})`'
+    hint = f"write a number, for example `0.5`, or pass a function from Python: {passed}"
+    work.diagnostics.append(
+        BadAmount(
+            span=fill.span,
+            text=fill.span.written,
+            reason=reason,
+            hint=did_you_mean(fill.id, known, hint),
+        )
+    )
+    return True
+
+
 @rule_kind("set")
 class SetRule(RuleKind):
     """Vectors of the base run are replaced."""
@@ -591,7 +616,7 @@ class SetRule(RuleKind):
             does = PYTHON_ASSIGNMENT
             python, problems = find_function(rule.fill, "fill")
             work.diagnostics.extend(problems)
-        else:
+        elif not _is_unknown_function(rule.fill, work):
             amounts = resolve_amounts(rule.fill, work)
         if sites is None or positions is None or (python is None and amounts is None):
             return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,8 @@ from rich.console import Console
 from mechdsl.base.files import replace_file
 from mechdsl.base.records import closest_name
 from mechdsl.base.source import Source, Span
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.files import ReportNotWritten
 from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.rendering import MechdslError
@@ -28,7 +29,7 @@ from mechdsl.program import spec
 from mechdsl.program.paths import path_to_write
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import name_positions
-from mechdsl.show.reports.text import print_verdicts
+from mechdsl.show.reports.text import measure_name, print_verdicts
 from mechdsl.vocab.reports import REPORTS, ReportSignature, check_report, short_names
 
 
@@ -39,8 +40,20 @@ class _ReportModule(Protocol):
         """Print the report."""
         ...
 
+
+class _FileModule(_ReportModule, Protocol):
+    """The interface of a module with its own file formats; others save their chart."""
+
     def save(self, result: ExperimentResult, report: spec.Report, path: Path) -> None:
         """Write the report to a file; the extension determines the format."""
+        ...
+
+
+class _ChartModule(_ReportModule, Protocol):
+    """The interface of a module that draws a chart."""
+
+    def chart(self, result: ExperimentResult, report: spec.Report) -> Any:
+        """Return the altair chart."""
         ...
 
 
@@ -102,7 +115,19 @@ def save_report(result: ExperimentResult, report: spec.Report, path: Path) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as made:
         named = result if REPORTS[report.kind].picture else name_positions(result, report)
-        _report_module(report).save(named, report, made)
+        _save(named, report, made)
+
+
+def _save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
+    """Write a report in the formats of its module, or its chart as a picture or HTML page."""
+    module = _report_module(report)
+    if hasattr(module, "save"):
+        cast(_FileModule, module).save(result, report, path)
+        return
+    from mechdsl.show.reports.charts import save_chart
+
+    draw = cast(_ChartModule, module).chart
+    save_chart(lambda: draw(result, report), path, report.width)
 
 
 def _report_module(report: spec.Report) -> _ReportModule:
@@ -172,7 +197,12 @@ def experiment_text(result: ExperimentResult, width: int) -> PrintedText:
 
 
 def experiment_chart(
-    result: ExperimentResult, kind: str, axis: str | None, by: str | None, top: int | None
+    result: ExperimentResult,
+    kind: str,
+    axis: str | None,
+    by: str | None,
+    top: int | None,
+    measure: str | None = None,
 ) -> Any:
     """Return the altair chart; see `ExperimentResult.plot`."""
     entry = REPORTS.get(kind)
@@ -180,6 +210,8 @@ def experiment_chart(
         raise MechdslError([_unknown_picture(kind)])
     assert entry.module is not None
     assert entry.signature is not None
+    if measure is not None:
+        result = _with_measure(result, kind, measure)
     if axis is None and by is None:
         asked = next((each for each in result.reports if each.kind == kind), None)
         axis, by = (
@@ -202,6 +234,32 @@ def experiment_chart(
             "charts need altair, which is usually installed with mechdsl: pip install altair"
         ) from error
     return import_module(entry.module).chart(result, report)
+
+
+def _with_measure(result: ExperimentResult, kind: str, measure: str) -> ExperimentResult:
+    """Return the result with only the named measure; MechdslError if it isn't exactly one."""
+    names = [
+        (measure_name(each), each.label, each.metric, each.called, each.word)
+        for each in result.measures
+    ]
+    whole = [n for n, own in enumerate(names) if measure == own[0]]
+    found = whole or [n for n, own in enumerate(names) if measure in own]
+    listed = f"measures are {name_list(own[0] for own in names)}"
+    if not found:
+        every = [name for own in names for name in own if name]
+        hint = did_you_mean(measure, every, listed)
+        raise MechdslError([UnknownWord(kind="measure", word=measure, hint=hint)])
+    if len(found) > 1:
+        span = _report_line(kind, None, None, None).span
+        reason = f"draws one measure, and `{measure}` names {len(found)}"
+        raise MechdslError([BadReport(span=span, kind=kind, reason=reason, hint=listed)])
+    chosen = slice(found[0], found[0] + 1)
+    return replace(
+        result,
+        measures=result.measures[chosen],
+        statistics=result.statistics[chosen],
+        controls=result.controls[chosen],
+    )
 
 
 def _unknown_picture(kind: str) -> Diagnostic:

@@ -250,6 +250,8 @@ class OpenRun:
         self.resumed = resumed
         self._fresh = fresh
         self._tidy = tidy
+        self.is_valid: Callable[[], bool] = lambda: True
+        """Whether values may still be stored."""
         self.sizes: Mapping[str, Any] | None = None if sizes is None else index.read_json(sizes)
 
     def __enter__(self) -> OpenRun:
@@ -284,7 +286,8 @@ class OpenRun:
         self.sizes = json.loads(text)
 
     def keep(self, block: ValueBlock) -> None:
-        """Store the values of a pass; durable on return, all or nothing.
+        """Store the values of a pass; durable on return, all or nothing. Values of a run that is no
+        longer valid are dropped.
 
         Existing values stay. Other runs read the first values written, or those of the latest fresh
         run; this run reads its own first.
@@ -294,7 +297,7 @@ class OpenRun:
             StoreProblem: The index can't be written.
             ValueError: The shapes of the block are wrong.
         """
-        if not self._keeps or not block.cells:
+        if not self._keeps or not block.cells or not self.is_valid():
             return
         staged = self._blobs.stage(pack_values(block), VALUES_SUFFIX)
         try:

@@ -513,9 +513,9 @@ class RowsLine(Node):
 
 @record
 class RenameLine(Node):
-    """`rename { subj = subject }`: (new name, column)."""
+    """`rename { subj = subject, obj = "the object" }`: (new name, column)."""
 
-    pairs: tuple[tuple[Name, Name], ...]
+    pairs: tuple[tuple[Name, Name | String], ...]
 
 
 @record

@@ -155,6 +155,10 @@ def format_string(value: str) -> str:
     return f'"{text}"'
 
 
+def _column(column: ast.Name | ast.String) -> str:
+    return column.id if isinstance(column, ast.Name) else format_string(column.value)
+
+
 def _short(node: ast.ShortSite) -> str:
     unit = f"{node.unit}{node.index}" if node.unit else ""
     return f"L{node.layer}{unit}" + (f".{node.component}" if node.component else "")
@@ -518,7 +522,7 @@ def _data(node: Any) -> str | None:
         case ast.RowsLine():
             return f"rows {format_operand(node.source, SUM)}" + " distinct" * node.distinct
         case ast.RenameLine():
-            pairs = ", ".join(f"{new.id} = {old.id}" for new, old in node.pairs)
+            pairs = ", ".join(f"{new.id} = {_column(old)}" for new, old in node.pairs)
             return f"rename {{ {pairs} }}"
         case ast.WhereLine():
             return f"where {format_operand(node.condition, CONDITION)}"

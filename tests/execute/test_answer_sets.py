@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
@@ -116,6 +119,43 @@ def test_first_tokens_of_a_list_are_summed_like_texts_of_one_token() -> None:
     assert np.array_equal(firsts, texts)
     assert np.array_equal(lasts, others)
     assert not np.array_equal(firsts, lasts)
+
+
+def test_sets_of_texts_of_several_tokens_equal_a_plain_forward_pass() -> None:
+    """P(first token of any member) and the last one's, under an ablation, one prompt at a time."""
+    lines = [
+        "ablate mlp_out layer 0 at last token with zero",
+        "measure prob(first token of whole) as raw",
+        "measure prob(last token of whole) as raw",
+    ]
+    text = FILE.replace("  measure {} as raw\n", "".join(f"  {line}\n" for line in lines))
+    ran, found = run_source(Source(text.format()))
+    assert ran is not None, found
+    result = ran.experiments[0]
+    folder = files("mechdsl") / "zoo" / "counting"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def zeroed(module: object, given: object, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, -1] = 0
+        return output
+
+    hook = model.model.layers[0].mlp.register_forward_hook(zeroed)
+    expected: list[list[float]] = []
+    with torch.no_grad():
+        for row in range(result.prompts):
+            count = result.row_values["count"][row]
+            fruits = " ".join(result.row_values["fruits"][row])
+            ids = tokenizer(f"Part 1: {fruits} Count 1:", return_tensors="pt").input_ids
+            probabilities = model(ids).logits[0, -1].double().softmax(-1)
+            whole = [f" {count - 1}", f" {count - 1} plum", " 1"]
+            members = [tokenizer(each, add_special_tokens=False).input_ids for each in whole]
+            edges = {each[0] for each in members}, {each[-1] for each in members}
+            expected.append([float(probabilities[list(own)].sum()) for own in edges])
+    hook.remove()
+    values = np.stack([measure.patched[0] for measure in result.measures], axis=1)
+    np.testing.assert_allclose(values, expected, atol=1e-6)
 
 
 @pytest.mark.skipif("MECHDSL_DATA" not in os.environ, reason="no published data")

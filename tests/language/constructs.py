@@ -364,8 +364,9 @@ _prompts(
     "derived value",
     "half = count / 2",
     "A value computed from other values. Expressions are arithmetic, `other(x)` (another value "
-    "of the same domain), `choice(…)`, `shuffle(column)` and `if … then … else …`. `a, b = "
-    "others(x)` gives several different values.",
+    "of the same domain), `choice(…)`, `shuffle(column)`, `if … then … else …` and "
+    "`number(column)` (the number that a text spells). `a, b = others(x)` gives several different "
+    "values.",
     _ROWS,
 )
 _prompts(
@@ -408,7 +409,9 @@ _prompts(
     "rows",
     'rows "facts.jsonl"',
     "One row per record of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file. The columns "
-    "are values.",
+    "are values. If the first line of a table has no comma, it may be separated by `;`, tabs or "
+    "`|`. Text is UTF-8, or UTF-16 with a byte order mark. White space around the names of CSV "
+    "columns is ignored.",
     "tests/data/test_files.py",
 )
 _prompts(
@@ -433,6 +436,13 @@ _prompts(
     "rename { thing = object }",
     "Renames columns: new name = column.",
     "tests/data/test_files.py",
+    beside='rows "facts.jsonl"',
+)
+_prompts(
+    "rename a quoted column",
+    'rename { thing = "object" }',
+    "A column in quotes may have spaces, signs or any other characters in its name.",
+    "tests/data/test_odd_tables.py",
     beside='rows "facts.jsonl"',
 )
 _prompts("where", "where count > 3", "Keeps only rows that satisfy the condition.", _ROWS)

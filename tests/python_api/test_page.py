@@ -15,6 +15,8 @@ import mechdsl
 from mechdsl.cli.entry import app
 
 from ..markdown import fences
+from .page import CLASSES as CLASSES_OF_THE_PAGE
+from .page import FUNCTIONS, page
 
 PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
 COMMANDS = {
@@ -52,6 +54,7 @@ def section(title: str) -> str:
 def rows(title: str) -> list[list[str]]:
     """The cells of the table below a heading, without its head."""
     lines = [line for line in section(title).splitlines() if line.startswith("|")]
+    lines = [line.replace("\\|", "/") for line in lines]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
@@ -71,6 +74,21 @@ def test_its_code_runs(inside: Path) -> None:
     written.add("verdicts.xml")
     assert {path.name for path in inside.iterdir()} == written
     assert (inside / "graph.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_the_reference_is_that_of_the_docstrings() -> None:
+    assert page() == PAGE, "run `make python-page`"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_of_a_function_is_described(name: str) -> None:
+    arguments = set(inspect.signature(getattr(mechdsl, name)).parameters)
+    assert {row[0].strip("`") for row in rows(f"`{name}`")} == arguments
+
+
+@pytest.mark.parametrize("name", CLASSES_OF_THE_PAGE)
+def test_every_name_of_a_class_is_described(name: str) -> None:
+    assert [row[0] for row in rows(f"`{name}`") if not row[1]] == []
 
 
 def test_every_name_of_the_package() -> None:

@@ -174,6 +174,35 @@ def test_a_picture_without_axes_is_that_of_the_file() -> None:
     assert result.plot("heatmap").to_dict() != result.plot("heatmap", "layer", "head").to_dict()
 
 
+def test_a_picture_of_one_measure() -> None:
+    one, other = finished(heads()), finished(heads())
+    second = replace(other.measures[0], label="second", metric="second")
+    both = replace(
+        one,
+        measures=(*one.measures, second),
+        statistics=(*one.statistics, *other.statistics),
+    )
+    first = both.measures[0]
+    for name in (f"{first.called} of {first.label}", first.label):
+        assert both.plot("heatmap", measure=name).to_dict() == one.plot("heatmap").to_dict()
+    assert both.plot("heatmap").to_dict() != one.plot("heatmap").to_dict()
+    assert "second" in str(both.plot("lines", "layer", measure="second").to_dict())
+    with pytest.raises(mechdsl.MechdslError, match=r"(?s)E0203.*did you mean `second`"):
+        both.plot("heatmap", measure="secund")
+    with pytest.raises(mechdsl.MechdslError, match=f"(?s)E0607.*`{first.called}` names 2"):
+        both.plot("heatmap", measure=first.called)
+
+
+def test_results_with_one_experiment_can_be_plotted(results: mechdsl.Results) -> None:
+    (file,) = results.files
+    one = replace(results, files=(replace(file, experiments=(results["heads"],)),))
+    assert one.plot("lines", "head").to_dict() == results["heads"].plot("lines", "head").to_dict()
+    with pytest.raises(ValueError, match=r'2 experiments; plot one of them: results\["heads"\]'):
+        results.plot("heatmap")
+    with pytest.raises(ValueError, match="no experiment"):
+        replace(results, files=()).plot("heatmap")
+
+
 @pytest.mark.parametrize(
     ("given", "code", "said"),
     [

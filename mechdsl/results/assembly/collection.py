@@ -528,11 +528,10 @@ def _result_hashes(experiment: ResolvedExperiment, model: LoadedModel) -> dict[s
         if isinstance(rule.does, Observation):
             found.update({f"file {name}": d for name, d in rule.does.made_of.items()})
     for each in experiment.python:
-        key = f"python {each.file}"
-        # Different `.mech` files may have different Python files of the same name.
-        found[key if found.get(key, each.digest) == each.digest else f"python {each.path}"] = (
-            each.digest
-        )
+        key, own = f"python {each.file}", each.content_hash
+        if own is not None:
+            # Different `.mech` files may have different Python files of the same name.
+            found[key if found.get(key, own) == own else f"python {each.path}"] = own
     return found
 
 

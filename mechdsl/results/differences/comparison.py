@@ -302,14 +302,23 @@ class Differences:
     """The result of `mechdsl.diff`."""
 
     old: ComparedRun
+    """The old run: its `name`, a `note`, and its `options`."""
     new: ComparedRun
+    """The new run, like `old`."""
     inputs: tuple[InputChange, ...]
+    """Inputs that differ: `what`, `old`, `new`, and the `experiments` if not all are affected."""
     rows: tuple[RowChange, ...]
+    """Per experiment, the numbers of `old`, `new` and `common` rows, and the ids of rows that were
+    `added` and `removed`."""
     verdicts: tuple[VerdictChange, ...]
+    """Expectations that changed, are new or are gone: `experiment`, `text`, `turn`, and both
+    outcomes."""
     cells: tuple[CellDifference, ...]
     """Cells that aren't bit-identical."""
     added: tuple[UnmatchedItem, ...]
+    """Experiments, measures and cells that only the new run has numbers for."""
     removed: tuple[UnmatchedItem, ...]
+    """Experiments, measures and cells that only the old run has numbers for."""
     counts: Mapping[CellState, int]
     """Number of cells per state, separately for each measure."""
     conventions: Mapping[str, str]
@@ -348,7 +357,6 @@ class Differences:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document of `mechdsl diff --format json`."""
-
         return differences_document(self).as_json()
 
     def to_json(self, path: str | Path | None = None, *, indent: int | None = 2) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -118,10 +117,3 @@ def chart(result: ExperimentResult, report: spec.Report) -> Any:
     from mechdsl.show.reports.series_charts import bars_chart
 
     return bars_chart(result, report)
-
-
-def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """Write the chart as SVG, PNG or a standalone HTML page."""
-    from mechdsl.show.reports.charts import save_chart
-
-    save_chart(lambda: chart(result, report), path, report.width)

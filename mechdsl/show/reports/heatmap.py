@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,10 +136,3 @@ def chart(result: ExperimentResult, report: spec.Report) -> Any:
     from mechdsl.show.reports.map_charts import heatmap_chart
 
     return heatmap_chart(result, report)
-
-
-def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """Write the chart as SVG, PNG or a standalone HTML page."""
-    from mechdsl.show.reports.charts import save_chart
-
-    save_chart(lambda: chart(result, report), path, report.width)

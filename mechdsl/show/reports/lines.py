@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -51,10 +50,3 @@ def chart(result: ExperimentResult, report: spec.Report) -> Any:
     from mechdsl.show.reports.series_charts import lines_chart
 
     return lines_chart(result, report)
-
-
-def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
-    """Write the chart as SVG, PNG or a standalone HTML page."""
-    from mechdsl.show.reports.charts import save_chart
-
-    save_chart(lambda: chart(result, report), path, report.width)
