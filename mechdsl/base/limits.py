@@ -29,58 +29,58 @@ CHARACTERS = _limit(1_000_000, "characters of a file", "E0109")
 
 LINES = _limit(20_000, "lines of a file", "E0109")
 
-WORDS = _limit(10_000, "words and signs of a file, without comments and texts", "E0109")
+WORDS = _limit(10_000, "tokens of a file, without comments and quoted texts", "E0109")
 
 PLACEHOLDERS = _limit(500, "placeholders in the texts of a file", "E0109")
 
 NAME = _limit(200, "characters of a name", "E0109")
 
-BRACKETS = _limit(100, "brackets within one another", "E0109")
+BRACKETS = _limit(100, "levels of nested brackets", "E0109")
 
-DEPTH = _limit(200, "operators, calls or positions within one another", "E0109")
+DEPTH = _limit(200, "levels of nested operators, calls or positions", "E0109")
 
-FILES = _limit(100, "files that a file imports, and those that they import", "E0204")
+FILES = _limit(100, "files that a file imports, directly or indirectly", "E0204")
 
-SYNTAX_ERRORS = _limit(500, "errors of syntax that are looked for", "E0109")
+SYNTAX_ERRORS = _limit(500, "syntax errors reported for a file", "E0109")
 
-DIAGNOSTICS = _limit(1_000, "errors and warnings that are printed")
+DIAGNOSTICS = _limit(1_000, "errors and warnings printed")
 
 # --- what a file defines --------------------------------------------------------------------------
 
-CHAIN = _limit(50, "definitions that hang on one another", "E0506", "E0207")
+CHAIN = _limit(50, "definitions in a chain of dependencies", "E0506", "E0207")
 
-PARTS = _limit(10_000, "parts of a measure, with its metrics written out", "E0207")
+PARTS = _limit(10_000, "terms of a measure after its metrics are expanded", "E0207")
 
 DOMAIN = _limit(10**12, "values of a domain", "E0506")
 
 ROWS = _limit(200_000, "rows of a table", "E0506")
 
-CHECKED_PROMPTS = _limit(10_000, "prompts of a table that `validate` looks at", "W0790")
+CHECKED_PROMPTS = _limit(10_000, "prompts of a table that `validate` checks", "W0790")
 
 CHECKED_WORK = _limit(
-    200_000, "prompts that `validate` looks at, each times what the file says about it", "W0790"
+    200_000, "prompts that `validate` checks, times the statements about each", "W0790"
 )
 
 CHECKED_TEXT = _limit(
-    500_000, "characters of the prompts of a table that `validate` looks at", "W0790"
+    500_000, "characters of the prompts of a table that `validate` checks", "W0790"
 )
 
 CHECKED_DRAWS = 5
 """Random draws that `validate` makes; they show whether a draw is possible."""
 
-COMBINATIONS = _limit(500_000, "combinations that are looked at to find rows", "E0506")
+COMBINATIONS = _limit(500_000, "combinations tried to find rows", "E0506")
 
-CLASSES = _limit(10_000, "texts of a line `classes`", "E0506")
+CLASSES = _limit(10_000, "texts of a `classes` line", "E0506")
 
 ITEMS = _limit(10_000, "items of a list", "E0506")
 
 TEXT = _limit(100_000, "characters of one text of a row", "E0506")
 
-DIGITS = _limit(300, "digits of a number that is worked out", "E0503")
+DIGITS = _limit(300, "digits of a computed number", "E0503")
 
-DATA_SET = _limit(2**30, "bytes of a data set of the hub", "E0506")
+DATA_SET = _limit(2**30, "bytes of a data set from the hub", "E0506")
 
-DATA_DEPTH = _limit(50, "lists and objects within one another in a data file", "E0505")
+DATA_DEPTH = _limit(50, "levels of nested lists and objects in a data file", "E0505")
 
 SAMPLES = _limit(10_000, "samples of noise", "E0515")
 
@@ -100,13 +100,13 @@ REPLY_TOKENS = _limit(10_000, "tokens of a reply", "E0207")
 
 REPLY_SAMPLES = _limit(1_000, "samples of a reply", "E0207")
 
-REPEATS = _limit(100_000, "repetitions in a regular expression, multiplied", "E0612")
+REPEATS = _limit(100_000, "product of the repetition counts in a regular expression", "E0612")
 
-SEARCH_SECONDS = _limit(5, "seconds in which a regular expression is searched in a reply", "E0612")
+SEARCH_SECONDS = _limit(5, "seconds to search a reply for a regular expression", "E0612")
 
 CHAT_TEMPLATE = _limit(200_000, "characters of a chat template", "E0551")
 
-CHAT_STEPS = _limit(500_000, "steps of a chat template for one prompt", "E0552")
+CHAT_STEPS = _limit(500_000, "steps of a chat template per prompt", "E0552")
 
 IMAGE_FILE = _limit(50_000_000, "bytes of an image in a file", "E0560")
 
@@ -114,11 +114,11 @@ IMAGE_PIXELS = _limit(50_000_000, "pixels of an image", "E0560")
 
 TILES = _limit(1_000, "tiles of an image", "E0207")
 
-IMAGE_SIDE = _limit(2_048, "pixels of a side of an image that is generated", "E0207")
+IMAGE_SIDE = _limit(2_048, "pixels along a side of a generated image", "E0207")
 
-DIRECTION_FILE = _limit(100_000_000, "bytes of a file with a direction", "E0341")
+DIRECTION_FILE = _limit(100_000_000, "bytes of a direction file", "E0341")
 
-LENS_FILE = _limit(8_000_000_000, "bytes of a file with a tuned lens", "E0207")
+LENS_FILE = _limit(8_000_000_000, "bytes of a tuned-lens file", "E0207")
 
 # --- a model --------------------------------------------------------------------------------------
 
@@ -129,9 +129,9 @@ HEADS = _limit(10_000, "heads of a layer", "E0430")
 # Configs of Doge contain 16,384 even for models without experts.
 EXPERTS = _limit(100_000, "experts of a layer", "E0430")
 
-SIZE = _limit(1_000_000, "any other size of a model, such as its width", "E0430")
+SIZE = _limit(1_000_000, "any other dimension of a model, such as its width", "E0430")
 
-MODEL_FILE = _limit(50_000_000, "bytes of a JSON file of a model", "E0432")
+MODEL_FILE = _limit(50_000_000, "bytes of a model's JSON file", "E0432")
 
 CHAT_DATE = date(2024, 7, 26)
 """The current date in chat templates (`strftime_now`), whenever they run: Llama's fallback date."""

@@ -40,7 +40,7 @@ def write_error(error: OSError) -> BadCommandLine:
     said = (error.strerror or str(error)).lower()
     return BadCommandLine(
         reason=f"cannot write `{error.filename}`: {said}",
-        hint="name a file in a folder that exists and may be written to",
+        hint="choose a path in an existing, writable folder",
     )
 
 
@@ -129,7 +129,9 @@ def _find_word(word: str) -> tuple[str, list[Diagnostic]]:
     site = translate_word(word)
     general = "`mechdsl explain language` lists every construct; a file ends in `.mech`"
     hint = f"write `{site}`" if site else did_you_mean(word, language_words(), general)
-    return "", [BadCommandLine(reason=f"`{word}` is no word, code or file", hint=hint)]
+    return "", [
+        BadCommandLine(reason=(f"`{word}` is not a keyword, an error code or a file"), hint=hint)
+    ]
 
 
 def find_page(name: str) -> tuple[str, list[Diagnostic]]:

@@ -1486,10 +1486,10 @@ _experiment(
 _experiment(
     "generate with",
     "generate 8 with temperature 0.7, top_k 50, top_p 0.9, samples 3",
-    "Tokens are drawn: of the 50 likeliest, of the fewest that have 0.9 of the probability, at a "
-    "temperature (1 where it isn't said). A measure of a row is the mean over its samples. Only in "
-    "a file with a `seed`: what is drawn hangs on it, on what is in the row, on the cell, the "
-    "sample and the step, and not on the place in a batch.",
+    "Tokens are drawn: from the 50 most likely tokens, of the fewest that have 0.9 of the "
+    "probability, at a temperature (1 where it isn't said). A measure of a row is the mean over "
+    "its samples. Only in a file with a `seed`: what is drawn hangs on it, on what is in the "
+    "row, on the cell, the sample and the step, and not on the place in a batch.",
     "tests/execute/test_kept_replies.py",
 )
 _rule(
