@@ -45,12 +45,37 @@ def test_no_message_holds_a_long_name_in_full_beside_the_one_that_is_wrong() -> 
 @pytest.mark.parametrize(
     ("units", "by", "message", "label"),
     [
-        ([1], None, "with 1 prompt no cell can survive the correction", "below 5"),
-        ([5], None, "with 5 prompts no cell can survive the correction", "(Holm, 1 cell)"),
-        ([6, 6], None, "with 6 prompts no cell can survive the correction", "(Holm, 2 cells)"),
-        ([1], "count", "with 1 value of count no cell can survive the correction", "below 5"),
-        ([5, 5], "count", "with 5 values of count no cell can survive the correction", "2 cells)"),
-        ([5, 30], None, "1 of 2 cells have 5 prompts, and can't survive the correction", "2 cells"),
+        ([1], None, "with 1 prompt, no cell can be significant after correction", "below 5"),
+        (
+            [5],
+            None,
+            ("with 5 prompts, no cell can be significant after correction"),
+            "(Holm, 1 cell)",
+        ),
+        (
+            [6, 6],
+            None,
+            ("with 6 prompts, no cell can be significant after correction"),
+            "(Holm, 2 cells)",
+        ),
+        (
+            [1],
+            "count",
+            ("with 1 value of count, no cell can be significant after correction"),
+            "below 5",
+        ),
+        (
+            [5, 5],
+            "count",
+            ("with 5 values of count, no cell can be significant after correction"),
+            "2 cells)",
+        ),
+        (
+            [5, 30],
+            None,
+            ("1 of 2 cells have only 5 prompts and can't be significant after correction"),
+            "2 cells",
+        ),
         ([1, 5, 30], None, "2 of 3 cells have 1 to 5 prompts, and can't", "3 cells"),
     ],
 )

@@ -109,16 +109,18 @@ def numeric_settings() -> dict[str, str]:
     now = {
         "matmul precision": torch.get_float32_matmul_precision(),
         "tf32 in convolutions": torch.backends.cudnn.allow_tf32,
-        "reduced sums in float16": (
+        "reduced-precision reductions in float16": (
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
         ),
-        "reduced sums in bfloat16": (
+        "reduced-precision reductions in bfloat16": (
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
         ),
         "default dtype": str(torch.get_default_dtype()),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "cudnn benchmark": torch.backends.cudnn.benchmark,
-        "sums in float16": getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False),
+        "accumulation in float16": getattr(
+            torch.backends.cuda.matmul, "allow_fp16_accumulation", False
+        ),
         "mkldnn": getattr(torch.backends.mkldnn, "enabled", True),
         "flash attention": torch.backends.cuda.flash_sdp_enabled(),
         "efficient attention": torch.backends.cuda.mem_efficient_sdp_enabled(),
@@ -152,12 +154,12 @@ def active_torch_mode() -> str | None:
 _USUAL: dict[str, object] = {
     "matmul precision": "highest",
     "tf32 in convolutions": True,
-    "reduced sums in float16": True,
-    "reduced sums in bfloat16": True,
+    "reduced-precision reductions in float16": True,
+    "reduced-precision reductions in bfloat16": True,
     "default dtype": "torch.float32",
     "deterministic": False,
     "cudnn benchmark": False,
-    "sums in float16": False,
+    "accumulation in float16": False,
     "mkldnn": True,
     "flash attention": True,
     "efficient attention": True,

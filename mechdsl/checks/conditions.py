@@ -274,13 +274,13 @@ def naming_hint(measures: Sequence[KnownMeasure], found: Sequence[int], of: str 
     named = [(each.effect, each.metric) for each in measures]
     for effect, metric in (named[i] for i in found):
         if metric.isidentifier() and named.count((effect, metric)) == 1:
-            return f"name one, as in `{effect} of {metric}{of}`"
+            return f"name a metric, as in `{effect} of {metric}{of}`"
     effect, metric = named[found[0]]
     taken = {name for _, name in named}
     own = next(name for n in count(1) if (name := f"m{n}") not in taken)
     return (
-        f"give one a name: with `metric {own} = {metric}` above and `measure {own} …` for it, "
-        f"`{effect} of {own}{of}` is that one"
+        f"name one of them: add `metric {own} = {metric}` and `measure {own} …`, then write "
+        f"`{effect} of {own}{of}`"
     )
 
 
@@ -348,7 +348,7 @@ def parse_selection(node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> Cel
     if isinstance(node, ast.String):
         hint += f", or the value of an axis: `position: {text}`"
     if isinstance(node, ast.EdgeTokenOf):
-        hint = f'a position is a value of its axis, in quotes: `position: "{text}"`'
+        hint = f'write a position as a quoted value of its axis: `position: "{text}"`'
     if isinstance(node, ast.Name):
         node = ast.Site(names=(node,), span=node.span)
     if not isinstance(node, ast.Site):
@@ -395,7 +395,7 @@ def _bound(bound: ast.Bound) -> int:
     if bound.value is None or bound.value < 0:
         text = bound.span.text
         raise unreadable_expectation(
-            bound.span, f"`{text}` is not an index", "write the number, from 0"
+            bound.span, f"`{text}` is not an index", "write the number, counted from 0"
         )
     return bound.value
 
@@ -526,10 +526,10 @@ class CellReader:
         if not found:
             axes = name_list(self.known.axes) or "none"
             hint = f"name a cell of {self.whose}; its axes are {axes}"
-            raise unreadable_expectation(span, f"no cell is at {text}", hint)
+            raise unreadable_expectation(span, f"no cell matches {text}", hint)
         count = "several" if self.known.open_axes else len(found)
-        example = f"say which with `{self._apart(found)}` beside it, or `max(…)` over them"
-        raise unreadable_expectation(span, f"{count} cells are at {text}", example)
+        example = f"add `{self._apart(found)}` to select one, or take `max(…)` over them"
+        raise unreadable_expectation(span, f"{text} matches {count} cells", example)
 
     def _apart(self, found: Sequence[int]) -> str:
         """Describe what distinguishes these cells."""
@@ -563,7 +563,7 @@ class CellReader:
         number, axis = axis, self.known.aliases.get(axis, axis)  # `item: 3` is a number
         if axis not in self.known.axes:
             listed = name_list(self.known.axes) or "none"
-            hint = did_you_mean(axis, self.known.axes, f"its axes are: {listed}")
+            hint = did_you_mean(axis, self.known.axes, f"its axes are {listed}")
             kind = f"axis of {self.whose}"
             raise RefusedCondition(UnknownWord(span=argument.span, kind=kind, word=axis, hint=hint))
         value = argument.value
@@ -585,7 +585,7 @@ class CellReader:
             case _:
                 hint = f'write `{axis}: 2`, `{axis}: 2..4` or `{axis}: "…"`'
                 if isinstance(value, ast.Name):
-                    hint = f'write words in quotes: `{axis}: "{value.id}"`'
+                    hint = f'put words in quotes: `{axis}: "{value.id}"`'
                 raise unreadable_expectation(argument.span, "not a value of an axis", hint)
 
     def label(self, value: ast.String, axis: str) -> None:
@@ -645,25 +645,25 @@ def truth_column(argument: ast.Argument, of: CellReader) -> str | None:
             return None
         words = (*groups, *columns)
         variables = name_list(columns) or "none"
-        listed = f"write sites as a list, `[L9H9]`; variables of the prompts are {variables}"
-        kind = "group or variable of the prompts"
+        listed = f"write sites as a list, such as `[L9H9]`; the prompt variables are {variables}"
+        kind = "group or prompt variable"
         hint = did_you_mean(name, words, listed)
         raise RefusedCondition(UnknownName(span=span, kind=kind, name=name, hint=hint))
     if a_site:
         other = "a group" if name in groups else "a component"
-        reason = f"`{name}` is {other} and a variable of the prompts"
-        raise unreadable_expectation(span, reason, "give one of them another name")
+        reason = f"`{name}` is both {other} and a prompt variable"
+        raise unreadable_expectation(span, reason, "rename one of them")
     _check_values(name, columns[name], span, all_rows=of.known.all_rows)
     return name
 
 
 def _check_values(name: str, values: Sequence[object], span: Span, *, all_rows: bool) -> None:
     """Report E0606 for a variable that isn't both true and false."""
-    hint = "take one that is 0 or 1, such as `large = if count > 5 then 1 else 0`"
+    hint = "use a variable that is 0 or 1, such as `large = if count > 5 then 1 else 0`"
     other = next((value for value in values if truth_value(value) is None), None)
     if other is not None:
         raise unreadable_expectation(
-            span, f"`{name}` is neither true nor false: it is `{other}` in a row", hint
+            span, f"`{name}` is neither true nor false: it is `{other}` in one row", hint
         )
     if all_rows and len({truth_value(value) for value in values}) == 1:
         raise unreadable_expectation(span, f"`{name}` is {values[0]} in every row", hint)
@@ -689,8 +689,8 @@ def true_cells(
     true = [i for i in ranked if any(each.matches(cells[i]) for each in found)]
     if len(true) in (0, len(ranked)):
         which = "every" if true else "no"
-        reason = f"{which} cell that is ranked is at `{span.written}`"
-        hint = "it compares cells that are true with others: rank more cells, or name fewer"
+        reason = f"{which} ranked cell is at `{span.written}`"
+        hint = "`auroc` compares cells in the list with all others: rank more cells, or list fewer"
         raise unreadable_expectation(span, reason, hint)
     return found
 
@@ -700,7 +700,7 @@ def _sites(
 ) -> Iterator[ast.Expr | ast.Range | ast.Quantity | ast.Site]:
     value = argument.value
     if argument.name is not None:
-        reason = f"`{argument.span.written}` doesn't say what is true"
+        reason = f"`{argument.span.written}` doesn't define the positive cells"
         hint = f"write a group or a list of sites, as in `{of.true_example}`"
         raise unreadable_expectation(argument.span, reason, hint)
     listed = value.items if isinstance(value, ast.ListLiteral) else (value,)

@@ -116,18 +116,18 @@ class _ConditionReader(CellReader):
                 middle, tolerance = self.constant(node.target), self.constant(node.tolerance)
                 if tolerance < 0:
                     raise unreadable_expectation(
-                        node.tolerance.span, "no number is within less than 0", "leave out the `-`"
+                        node.tolerance.span, "a tolerance can't be negative", "remove the `-`"
                     )
                 return BandCondition(self.value(node.value), middle - tolerance, middle + tolerance)
             case ast.InRange():
                 if not isinstance(node.within, ast.Range):
                     raise unreadable_expectation(
-                        node.within.span, "not a range", "write both ends: `in 0.2..0.4`"
+                        node.within.span, "not a range", "write both bounds: `in 0.2..0.4`"
                     )
                 low, high = self.constant(node.within.low), self.constant(node.within.high)
                 if high < low:
                     span, text = node.within.span, f"{high:g}..{low:g}"
-                    raise unreadable_expectation(span, "no number is in it", f"write `{text}`")
+                    raise unreadable_expectation(span, "the range is empty", f"write `{text}`")
                 return BandCondition(self.value(node.value), low, high)
             case _:
                 raise unreadable_expectation(
@@ -158,14 +158,18 @@ class _ConditionReader(CellReader):
         span = expectation.span
         if expectation.top is None:
             raise unreadable_expectation(
-                span, "it says nothing", "write a condition, or `top 3 contains L9H9`"
+                span, "it states no condition", "write a condition, or `top 3 contains L9H9`"
             )
         numbers = [i for i, each in enumerate(self.known.measures) if each.kind == "number"]
         if len(numbers) > 1:
-            hint = "`contains` can't name one: give the other measures an experiment of their own"
+            hint = (
+                "`contains` can't name a measure: move the other measures to a separate experiment"
+            )
             raise RefusedCondition(self.which(span, f"top {expectation.top}", numbers, hint))
         if not numbers:
-            raise unreadable_expectation(span, "no measure is a number", "categories have no order")
+            raise unreadable_expectation(
+                span, "no measure is a number", ("categories can't be ranked")
+            )
         sites = tuple(self.one_of(site) for site in expectation.contains)
         return TopCellsCondition(expectation.top, numbers[0], sites)
 
@@ -184,7 +188,7 @@ class _ConditionReader(CellReader):
             case ast.Binary():
                 left, right = self.value(node.left), self.value(node.right)
                 if node.operator == "/" and isinstance(right, ConstantValue) and right.value == 0:
-                    hint = "write a divisor that isn't 0"
+                    hint = "use a nonzero divisor"
                     raise unreadable_expectation(node.right.span, "it divides by 0", hint)
                 return _joined(node.operator, left, right)
             case ast.Call():
@@ -251,8 +255,11 @@ class _ConditionReader(CellReader):
             at = of.example if of.of_other else "L9H9"
             own = isinstance(node, ast.Name)
             cell = f"{text}({at})" if own else f"mean({text}, {at})"
-            hint = f"say which: `max({text})`, `mean({text})`, or one cell, as in `{cell}`"
-            raise unreadable_expectation(node.span, f"`{text}` has a value in every cell", hint)
+            hint = (
+                f"reduce it to one number: `max({text})`, `mean({text})`, or one cell, as "
+                f"in `{cell}`"
+            )
+            raise unreadable_expectation(node.span, f"`{text}` has one value per cell", hint)
         return CellValue("", measure, experiment=of.experiment)
 
     def correlation(self, node: ast.Call, how: Literal["spearman", "pearson"]) -> ConditionValue:
@@ -271,8 +278,10 @@ class _ConditionReader(CellReader):
             raise RefusedCondition(found)
         if how == "spearman" and not self.on_mean:
             name = self.argument(node, 0, example).span.written
-            hint = f"write `pearson({name}, {other.id})`, which has one, or add `on mean` to "
-            hint += "compare the number alone"
+            hint = (
+                f"write `pearson({name}, {other.id})`, which has an interval, or add `on mean` to "
+            )
+            hint += "compare the estimate alone"
             raise unreadable_expectation(node.span, "a rank correlation has no interval", hint)
         return Correlation(how, measure, other.id)
 
@@ -285,15 +294,15 @@ class _ConditionReader(CellReader):
         if first.span.written in axes and named.span.written not in axes:
             exchanged = f"auc({named.span.written}, {first.span.written})"
             raise unreadable_expectation(
-                first.span, "`auc` takes the measure first", f"write `{exchanged}`"
+                first.span, "the first argument of `auc` is the measure", f"write `{exchanged}`"
             )
         measure = self.own_measure(node, example)
         axis = named.id if isinstance(named, ast.Name) else named.span.written
         axis = self.known.aliases.get(axis, axis)
         if axis not in self.known.axes:
             listed = name_list(self.known.axes)
-            sweep = "sweep over something, for example `for k in 0%..100% step 5% { … }`"
-            otherwise = f"its axes are: {listed}" if listed else sweep
+            sweep = "add a sweep, for example `for k in 0%..100% step 5% { … }`"
+            otherwise = f"its axes are {listed}" if listed else sweep
             hint = did_you_mean(axis, self.known.axes, otherwise)
             kind = "axis of this experiment"
             raise RefusedCondition(UnknownWord(span=named.span, kind=kind, word=axis, hint=hint))
@@ -312,23 +321,25 @@ class _ConditionReader(CellReader):
         at = [cell.coords[axis] for cell in cells]
         word = next((value for value in at if isinstance(value, str)), None)
         if word is not None:
-            reason = f"`{axis}` runs over words, such as `{word}`, and a curve over numbers"
-            hint = "name an axis of numbers, or write `mean(…)` for the mean over cells"
+            reason = f"values of `{axis}` are words, such as `{word}`, but a curve needs numbers"
+            hint = "name a numeric axis, or write `mean(…)` for the mean over cells"
             raise unreadable_expectation(named.span, reason, hint)
         if any(each in self.known.axes for each in self.known.open_axes):
             return
         distinct = set(at)
         if len(distinct) < 2:
             raise unreadable_expectation(
-                named.span, f"`{axis}` has one value, and a curve two or more", "sweep it"
+                named.span, f"`{axis}` has one value, but a curve needs at least two", "sweep it"
             )
         if len(distinct) < len(at):
             others = [name for name in self.known.axes if name != axis]
             sized = name_list(others) or "none"
             count = len(at) // len(distinct)
-            hint = f"say which one beside it, as in `auc({node.arguments[0].value.span.written}, "
+            hint = f"select one, as in `auc({node.arguments[0].value.span.written}, "
             hint += f"{axis}, {others[0] if others else axis}: …)`; the other axes are {sized}"
-            raise unreadable_expectation(node.span, f"it has {count} curves over `{axis}`", hint)
+            raise unreadable_expectation(
+                node.span, (f"it matches {count} curves over `{axis}`"), hint
+            )
 
     def ranking(self, node: ast.Call) -> Ranking:
         """Read `auroc(recovery, name_movers)`, `auroc(delta, large, L9H9)`: a measure, the positive
@@ -337,22 +348,22 @@ class _ConditionReader(CellReader):
         text = node.arguments[0].value.span.written
         if len(node.arguments) < 2:
             hint = f"write `auroc({text}, {self.true_example})`"
-            raise unreadable_expectation(node.span, "`auroc` is given too little", hint)
+            raise unreadable_expectation(node.span, "`auroc` needs more arguments", hint)
         where = self.wheres(node.arguments[2:])
         column = truth_column(node.arguments[1], self)
         if column is None:
             return Ranking(measure, where, truth=true_cells(node.arguments[1], where, self))
         example = f"`auroc({text}, {column}, {self.example})`"
         if not where and not self.known.one_cell:
-            hint = f"say whose rows are ranked, as in {example}"
+            hint = f"name the cell whose rows are ranked, as in {example}"
             raise unreadable_expectation(node.span, "every cell has a value in each row", hint)
         if where and self.known.cells is not None:
             found = self.find(where)
             if len(found) > 1:
                 count = "several" if self.known.open_axes else len(found)
                 at = ", ".join(each.text for each in where)
-                hint = f"rows are ranked in one cell: say which, as in {example}"
-                raise unreadable_expectation(node.span, f"{count} cells are at {at}", hint)
+                hint = f"rows are ranked within one cell: name it, as in {example}"
+                raise unreadable_expectation(node.span, f"{at} matches {count} cells", hint)
             if not found:
                 self.not_one(node.span, where, found)
         return Ranking(measure, where, column=column)
@@ -391,8 +402,8 @@ class _ConditionReader(CellReader):
             first = own[0].removesuffix(")").partition(" (")[2]
             words = [w for w in ACCURACY_ARGUMENTS if w in self.known.axes] or ["model"]
             of = ", ".join(f"{w}: {x}" for w, x in zip(words, first.split(", "), strict=False))
-            hint = f"ask it of one: `accuracy({run.id}, {of})`"
-            reason = f"each {ACCURACY_ARGUMENTS[words[0]]} has an accuracy of its own"
+            hint = f"name one: `accuracy({run.id}, {of})`"
+            reason = f"each {ACCURACY_ARGUMENTS[words[0]]} has a separate accuracy"
             raise unreadable_expectation(run.span, reason, hint)
         if found is None:
             known = name_list(self.known.runs)
@@ -408,20 +419,20 @@ class _ConditionReader(CellReader):
         if len(node.arguments) > most:
             span = node.arguments[most].span
             raise unreadable_expectation(
-                span, f"`{node.name}` is given too much", f"write `{example}`"
+                span, f"`{node.name}` has too many arguments", f"write `{example}`"
             )
 
     def argument(self, node: ast.Call, index: int, example: str) -> ast.Expr:
         if index >= len(node.arguments):
             raise unreadable_expectation(
-                node.span, f"`{node.name}` is given too little", f"write `{example}`"
+                node.span, f"`{node.name}` needs more arguments", f"write `{example}`"
             )
         value = node.arguments[index].value
         if isinstance(value, ast.Site) and len(value.names) == 1 and not value.axes:
             return value.names[0]  # a lone word also parses as a group of sites
         if isinstance(value, ast.Range | ast.Quantity | ast.Site):
             raise unreadable_expectation(
-                value.span, f"`{node.name}` can't read this", f"write `{example}`"
+                value.span, f"`{node.name}` doesn't accept this argument", f"write `{example}`"
             )
         return value
 
@@ -469,14 +480,16 @@ class _ConditionReader(CellReader):
         if name in known.others:
             return CellReader(known.others[name], of_other=True)
         if name in known.experiments:
-            hint = "see what is said of that experiment"
+            hint = "see the message about that experiment"
             raise unreadable_expectation(node.span, f"`{name}` could not be computed", hint)
         if name == known.name:
             raise unreadable_expectation(
-                node.span, f"`{name}` is this experiment", f"write `{measure}`"
+                node.span, f"`{name}` is the experiment itself", f"write `{measure}`"
             )
         listed = name_list(known.experiments)
-        otherwise = f"other experiments are {listed}" if listed else "the file has no other one"
+        otherwise = (
+            f"other experiments are {listed}" if listed else ("the file has no other experiment")
+        )
         if labels:
             otherwise = f"this experiment measures {name_list(labels)}; {otherwise}"
         hint = did_you_mean(name, [*labels, *known.experiments], otherwise)
@@ -492,9 +505,9 @@ class _ConditionReader(CellReader):
     def must_be_own(self, node: ast.Call, of: CellReader) -> None:
         if of.of_other:
             span = node.arguments[0].value.span
-            hint = f"write this line in the experiment {of.whose}"
+            hint = f"move this line to the experiment {of.whose}"
             raise unreadable_expectation(
-                span, f"`{node.name}` reads measures of its own experiment", hint
+                span, f"`{node.name}` reads only measures of its own experiment", hint
             )
 
 
@@ -542,7 +555,7 @@ def _against_axes(
                 UnreadableMeasure(
                     span=each.span,
                     text=each.metric.span.written,
-                    reason="it is a category, which has no differences",
+                    reason="it is categorical, so differences are undefined",
                     hint="measure it `as raw`, or use `expected(…)`, which is a number",
                 )
             )
@@ -596,8 +609,8 @@ def _of_several_images(
             for image, row in zip(table.cut_from, rows, strict=False)
         }
         if by is not None and len(pairs) > len({image for image, _ in pairs}):
-            reason = "differs between tiles of one image, which are no independent observations"
-            hint = "leave it out: then tiles of one image count together"
+            reason = "differs between tiles of one image, which are not independent observations"
+            hint = "remove it: tiles of one image then count as one unit"
             yield BadArgument(span=said.statistics.span, name=by, reason=reason, hint=hint)
             return
 
@@ -638,11 +651,11 @@ def _averaged(variants: Sequence[ExperimentOutline]) -> Iterator[Diagnostic]:
     for measure, kind in zip(said.measures, kinds, strict=True):
         reason = hint = ""
         if (measure.over, measure.area) != (said.over, said.area):
-            reason = f"`{said.measures[0].label}` is averaged otherwise, and both share one table"
-            hint = "average all measures of an experiment over one axis, or none of them"
+            reason = f"`{said.measures[0].label}` is averaged differently, and both share one table"
+            hint = "average all measures of an experiment over the same axis, or none of them"
         elif measure.over == PROMPTS_AXIS and PROMPTS_AXIS in every:
-            reason = "rows of several blocks have no mean row by row"
-            hint = 'set cells of two blocks against each other: `expect prob(prompts: "a") - …`'
+            reason = "rows of several blocks can't be averaged row by row"
+            hint = 'compare cells of two blocks: `expect prob(prompts: "a") - …`'
         elif measure.over is not None and kind == "category":
             what = "area" if measure.area else "mean"
             reason, hint = f"categories have no {what}", "use `expected(…)`, which is a number"
@@ -665,10 +678,10 @@ def _no_curve(variants: Sequence[ExperimentOutline], named: str) -> tuple[str, s
     word = next((v for axis in axes for v in axis.labels if isinstance(v, str)), None)
     if over is None or word is not None:
         said = f", such as `{word}`" if word is not None else ""
-        reason = f"`{named}` runs over words{said}, and a curve over numbers"
-        return reason, "name an axis of numbers, or write `mean over`"
+        reason = f"values of `{named}` are words{said}, but a curve needs numbers"
+        return reason, "name a numeric axis, or write `mean over`"
     if len(over) < 2:
-        return f"`{named}` has one value, and a curve two at least", "sweep over more values"
+        return f"`{named}` has one value, but a curve needs at least two", "sweep over more values"
     return "", ""
 
 

@@ -213,8 +213,8 @@ def _quoted(message: str) -> list[str]:
 
 SKIPPED_CHECK_KINDS = (
     "layers, heads and sites",
-    "positions as tokens",
-    "answers as tokens",
+    "positions of tokens",
+    "tokens of answers",
     "cells",
 )
 
@@ -245,7 +245,7 @@ def _skipped_checks(model: str, program: spec.Program, source: Source) -> str:
     listed = [
         f"{kind} ({_listed(sorted(lines[kind]))})" for kind in SKIPPED_CHECK_KINDS if kind in lines
     ]
-    return f"; then these are checked too: {', '.join(listed)}" if listed else ""
+    return f"; `validate` then also checks {', '.join(listed)}" if listed else ""
 
 
 def _depends_on(name: str | None, program: spec.Program) -> Iterator[str]:
@@ -339,13 +339,16 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
         if path in read:
             what, reader = read[path]
             where = "" if reader is program else f" in `{reader.span.source.name}`"
-            reason = f"would write over {what}{where}"
+            reason = f"would overwrite {what}{where}"
         elif other is not report:
             where = "" if of is program else f" of `{of.span.source.name}`"
-            reason = f"goes to `{report.file}`, as the report on line {other.span.line}{where} does"
+            reason = (
+                f"has the same path, `{report.file}`, as the report on line "
+                f"{other.span.line}{where}"
+            )
         else:
             continue
-        hint = "give each report a file of its own"
+        hint = "use a separate file for each report"
         found.append(BadReport(span=report.span, kind=report.kind, reason=reason, hint=hint))
     taken = {path: f"the report on line {each.span.line}" for path, (each, _) in first.items()}
     taken |= {path: what for path, (what, _) in read.items()}
@@ -373,12 +376,14 @@ def _saved(
                 yield BadArgument(
                     span=save.span,
                     name=written,
-                    reason=f"would write over {taken[path]}",
-                    hint="give each `save` a file of its own; its rows stand beside it, in "
-                    "`.jsonl`",
+                    reason=f"would overwrite {taken[path]}",
+                    hint=(
+                        "use a separate file for each `save`; its rows are saved next to "
+                        "it in a `.jsonl` file"
+                    ),
                 )
                 break
-            taken[path] = f"what the `save` on line {save.span.line} writes"
+            taken[path] = f"the file of the `save` on line {save.span.line}"
 
 
 def find_overwritten(path: Path, files: Sequence[ReportedFile]) -> str | None:
@@ -400,7 +405,7 @@ def find_overwritten(path: Path, files: Sequence[ReportedFile]) -> str | None:
 def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
     """Yield every path that running a file reads, with its description."""
     for path in program.files:
-        yield path, f"`{path.name}`, a `.mech` file that is read"
+        yield path, f"`{path.name}`, a `.mech` file that the run reads"
     for prompts in program.prompts.values():
         if isinstance(prompts.rows, ast.String):
             written = prompts.rows.value
@@ -498,9 +503,9 @@ def check_source(
         nowhere = Span(source, 0, 0)
         program, _ = lower_program(ast.File((), span=nowhere), source)
         problem = TooLarge(
-            what="what this file says is nested too deeply",
+            what="this file is nested too deeply",
             place="somewhere in this file",
-            hint="nest expressions and definitions less, for example by half",
+            hint="reduce the nesting of expressions and definitions, for example by half",
             span=nowhere,
         )
         return CheckedFile(source, program, settings or CheckSettings(), diagnostics=[problem])
@@ -584,7 +589,7 @@ def _without_contradiction(settings: CheckSettings) -> tuple[CheckSettings, list
     found: list[Diagnostic] = [
         BadCommandLine(
             reason=f"`--untrusted` and `{option}` contradict each other",
-            hint=f"leave `{option}` out; or read the file, and leave `--untrusted` out",
+            hint=f"remove `{option}`; or review the file and remove `--untrusted`",
         )
         for option, given in allowed.items()
         if given
@@ -653,7 +658,7 @@ def _outline(
     model, *read = (contexts.models.context(name) for name in (experiment.model, *others))
     model = contexts.towers.reading(experiment.prompts, model)
     if read and any(each.shape.side for each in (model, *read)):
-        what = "another model beside one with two towers"
+        what = "another model together with one with two towers"
         checked.diagnostics.append(NotSupported(span=experiment.span, what=what))
     if any(each.stands_in for each in (model, *read)):
         _skip(checked.unchecked, experiment)
@@ -779,8 +784,8 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
                 UnknownWord(span=measure.effect_span, kind="effect", word=measure.effect, hint=hint)
             )
         elif measure.observed and effect.name not in ("raw", "delta"):
-            reason = f"`{effect.name}` isn't known of what is observed"
-            hint = "write `as raw`, or `as delta` for what the rules change of it"
+            reason = f"`{effect.name}` isn't available for observations"
+            hint = "write `as raw`, or `as delta` for the change caused by the rules"
             text = measure.span.written
             found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
         elif experiment.broken:

@@ -96,9 +96,9 @@ def check_python_model(
         span=model.span,
         model=model.name,
         path=model.path,
-        absence="made by Python, which isn't run here",
-        where="what makes it",
-        advice="`mechdsl plan --allow-python` makes it",
+        absence="created by Python code, which doesn't run here",
+        where="the function that creates it",
+        advice="`mechdsl plan --allow-python` runs the function",
     )
 
 
@@ -137,7 +137,7 @@ def _all_there(ids: Iterable[int], model: ModelContext, what: str) -> list[Diagn
     if largest < model.shape.vocab_size:
         return []
     token = model.tokenizer.token_text(largest)
-    return [_too_small(model, f"puts token {largest:,} (`{token}`) into {what}")]
+    return [_too_small(model, f"uses token {largest:,} (`{token}`) in {what}")]
 
 
 def _too_small(model: ModelContext, more: str) -> Diagnostic:
@@ -338,7 +338,7 @@ def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic |
         reads=reads,
         block=prompts.name,
         given=f"of {given}",
-        hint=f"write a block of `{'prompts' if images else 'images'}` for it",
+        hint=f"define a `{'prompts' if images else 'images'}` block for it",
     )
 
 
@@ -364,10 +364,10 @@ def check_image_support(experiment: ResolvedExperiment) -> list[Diagnostic]:
 def _of_logits(points: Iterable[SitePoint], span: Span) -> list[Diagnostic]:
     if all(point.site != "logits" for point in points):
         return []
-    return [NotSupported(span=span, what="`logits` at a token of a model of images")]
+    return [NotSupported(span=span, what="`logits` at a token of an image model")]
 
 
 def _bare(model: ModelContext) -> Diagnostic:
-    reason = "it was handed over with a tokenizer, and no image processor"
-    hint = f'hand its processor over: `models={{"{model.name}": (model, processor)}}`'
+    reason = "it was passed with a tokenizer instead of an image processor"
+    hint = f'pass its processor: `models={{"{model.name}": (model, processor)}}`'
     return NoImageProcessor(span=model.spec.span, model=model.name, reason=reason, hint=hint)

@@ -120,15 +120,21 @@ def check_cell_units(
     several = "s" if have != "1" else ""
     word = f"value{several} of {settings.by}" if settings.by is not None else f"{unit}{several}"
     have = f"{have} {word}"
-    about = f"{where}with {have} no cell can survive the correction"
+    about = f"{where}with {have}, no cell can be significant after correction"
     if len(lost) < len(units):
-        about = f"{len(lost)} of {len(units)} cells have {have}, and can't survive the correction"
+        about = (
+            f"{len(lost)} of {len(units)} cells have only {have} and can't be significant "
+            "after correction"
+        )
     smallest = smallest_p_value(few[-1], settings)
     corrected = smallest * (len(units) if settings.correction == "holm" else 1)
     name, cells = CORRECTION_NAMES[settings.correction], count_noun(len(units), "cell")
-    reach = f"the smallest p is {smallest:.3g}, corrected ({name}, {cells}) {min(1, corrected):.3g}"
+    reach = (
+        f"the smallest possible p is {smallest:.3g}, or {min(1, corrected):.3g} after "
+        f"correction ({name}, {cells})"
+    )
     if few[-1] < MIN_UNITS:
-        reach = f"below {MIN_UNITS} there is neither an interval nor a p"
+        reach = f"intervals and p-values need at least {MIN_UNITS}"
     return [
         TooFewPrompts(
             span=span,

@@ -115,12 +115,12 @@ class TowerModels:
             return replace(model, shape=replace(model.shape, side="text", task="one label"))
         if texts is None:
             if block.scored_with is not None:
-                what = f"`image` in prompts for `{model.name}`, which has no tower for images,"
+                what = f"`image` in prompts for `{model.name}`, which has no image tower,"
                 self.diagnostics.append(NotSupported(span=block.scored_with.span, what=what))
             return model
         if block.scored_with is None and not block.from_images and name != spec.NO_PROMPTS:
-            reason = f"has no images that `{model.name}` scores its texts with"
-            hint = "add a line to it: `image from scenes`, a block of images"
+            reason = f"has no images for `{model.name}` to score its texts with"
+            hint = "add an images block to it: `image from scenes`"
             bad = BadArgument(span=block.span, name=name, reason=reason, hint=hint)
             self.diagnostics.append(bad)
         if model.name not in self._texts:
@@ -288,27 +288,29 @@ def _check(
     """Check that it generates one reply after each of these prompts, in these models' tokens."""
     own, of = part.experiment, f"`{named.of}`"
     if own.generation is None:
-        raise PickError(f"{of} writes none", f"let {of} write some: `generate 40`")
+        raise PickError(f"{of} generates no replies", f"add a line such as `generate 40` to {of}")
     if own.table.name != table.name:
         raise PickError(
-            f"{of} writes behind prompts of `{own.table.name}`, and these are of `{table.name}`",
-            "let both name one block of prompts",
+            f"{of} generates replies for prompts of `{own.table.name}`, but this experiment "
+            f"runs on `{table.name}`",
+            "use the same prompts block in both",
         )
     if own.generation.samples > 1:
         raise PickError(
-            f"{of} writes {own.generation.samples} behind each prompt", "let it write one sample"
+            f"{of} generates {own.generation.samples} replies per prompt", "set it to one sample"
         )
     draws = own.table.runs[own.spec.base].draws
     if draws > 1:
         raise PickError(
-            f"{of} writes one for each of {draws} draws of noise", "let it run with one draw"
+            f"{of} generates one reply for each of {draws} noise draws", "run it with one draw"
         )
     known = [model for model in models if not model.tokenizer.stands_in]
     other = next((m for m in known if m.tokenizer.hash != own.model.tokenizer.hash), None)
     if other is not None and not own.model.tokenizer.stands_in:
         raise PickError(
-            f"{of} writes tokens of `{own.model.name}`, and `{other.name}` has another tokenizer",
-            "read them with a model of the same tokenizer",
+            f"{of} generates tokens of `{own.model.name}`, but `{other.name}` has a different "
+            "tokenizer",
+            "use a model with the same tokenizer",
         )
 
 
@@ -318,13 +320,13 @@ def _check_fits(experiment: spec.Experiment, program: spec.Program) -> None:
         rows.block is None and rows.model for rows in fit_rows_of_experiment(experiment, program)
     ):
         raise PickError(
-            "a direction is fitted on another model's runs of these rows, without the replies",
-            "name the rows that it is fitted on",
+            "a direction is fitted on another model's runs of these rows without the replies",
+            "name the rows to fit it on",
         )
     if any(rule.verb == "replace" and rule.source_block is None for rule in experiment.every_rule):
         raise PickError(
-            "a rule replaces text of the prompts, whose tokens are made anew then",
-            "replace it in a corruption of the block, and run that: `into CORRUPTION`",
+            "a rule replaces text of the prompts, which are then tokenised again",
+            "replace it in a corruption of the block and run that: `into CORRUPTION`",
         )
 
 
@@ -358,12 +360,12 @@ def _not_one(
             for axis, value in cells[0].coords.items()
         )
         return PickError(
-            f"{found} cells of `{named.of}` write some"
-            + (" there" if named.cell else ", each its own"),
-            f"say which cell wrote them: `replies of {named.of}({said})`",
+            f"{found} cells of `{named.of}` generate replies"
+            + (" there" if named.cell else ", each different"),
+            f"select one cell: `replies of {named.of}({said})`",
         )
     return PickError(
-        f"no cell of `{named.of}` is there",
+        f"no cell of `{named.of}` matches",
         f"its axes are {name_list(axes)}" if axes else f"it has one cell: `replies of {named.of}`",
     )
 
@@ -387,8 +389,8 @@ def _room(named: RepliesOf, part: VariantFinding, table: PromptTable, model: Mod
     longest = max(len(row.ids) for run in table.runs.values() for row in run.rows)
     if longest >= most:
         raise PickError(
-            f"the longest prompt has {count_noun(longest, 'token')}, "
-            f"and `{model.name}` reads {most:,}",
+            f"the longest prompt has {count_noun(longest, 'token')}, but `{model.name}` reads "
+            f"at most {most:,}",
             "shorten the prompts",
         )
     return min(tokens, most - longest)
@@ -403,16 +405,16 @@ def _check_lengths(table: PromptTable, model: ModelContext, named: RepliesOf) ->
     """Check that there are rows and that none is too long."""
     if not len(table):
         raise PickError(
-            f"`{named.of}` has none of the rows that this experiment runs on",
-            "let both run on the same part and limit of their prompts",
+            f"`{named.of}` shares no rows with this experiment",
+            "use the same part and limit of the prompts in both",
         )
     most = model.shape.max_positions
     longest = max(len(row.ids) for run in table.runs.values() for row in run.rows)
     if most is not None and longest > most:
         raise PickError(
-            f"the longest prompt with its reply has {longest:,} tokens, and `{model.name}` reads "
-            f"{most:,}",
-            f"let `{named.of}` write fewer tokens, or shorten the prompts",
+            f"the longest prompt with its reply has {longest:,} tokens, but `{model.name}` "
+            f"reads at most {most:,}",
+            f"generate fewer tokens in `{named.of}`, or shorten the prompts",
         )
 
 

@@ -63,7 +63,7 @@ limit_option = click.option(
     "--limit",
     type=click.IntRange(min=1),
     metavar="N",
-    help="At most this many rows per experiment.",
+    help="Use at most this many rows per experiment.",
 )
 
 
@@ -83,7 +83,7 @@ plugin_option = click.option(
     "plugins",
     multiple=True,
     metavar="NAME",
-    help="Load this installed plugin, which adds to the language.",
+    help="Load an installed plugin that extends the language.",
 )
 
 
@@ -97,19 +97,19 @@ def load_plugins(names: Sequence[str]) -> list[Diagnostic]:
 
 
 allow_python_option = click.option(
-    "--allow-python", is_flag=True, help="Run the Python files that the file refers to."
+    "--allow-python", is_flag=True, help="Allow the Python files that the file refers to to run."
 )
 
 allow_outside_option = click.option(
     "--allow-outside",
     is_flag=True,
-    help="Let reports go anywhere, not only to the file's folder or below.",
+    help="Allow reports outside the file's folder and the working directory.",
 )
 
 untrusted_option = click.option(
     "--untrusted",
     is_flag=True,
-    help="List the paths that the file names, confine all of them, run no Python.",
+    help="List the paths that the file names, reject those outside its folder, and run no Python.",
 )
 
 
@@ -130,19 +130,21 @@ def pass_options(command: Callable[..., int]) -> Callable[..., int]:
         "no_pass",
         multiple=True,
         metavar="NAME",
-        help="Switch a pass off; `plan` lists them.",
+        help="Switch off a planner pass; `mechdsl plan` lists them.",
     )
     @click.option(
         "--pass-tokens",
         type=click.IntRange(min=1),
         metavar="N",
-        help="At most this many tokens in a pass over patched rows; else it is chosen.",
+        help=(
+            "Limit the tokens of a forward pass over patched rows.  [default: chosen automatically]"
+        ),
     )
     @click.option(
         "--prompt-tokens",
         type=click.IntRange(min=1),
         metavar="N",
-        help="At most this many tokens in a batch of unpatched prompts.",
+        help="Limit the tokens of a batch of unpatched prompts.",
     )
     @wraps(command)
     def told(
@@ -173,10 +175,10 @@ def store_options(command: Callable[..., int]) -> Callable[..., int]:
         "--store",
         type=click.Path(path_type=Path),
         metavar="DIR",
-        help="Keep what is computed here.  [default: .mechdsl beside the file]",
+        help="Store results in this folder.  [default: .mechdsl next to the file]",
     )
-    @click.option("--no-store", is_flag=True, help="Neither read nor write a store.")
-    @click.option("--fresh", is_flag=True, help="Compute all anew, and keep that.")
+    @click.option("--no-store", is_flag=True, help="Don't read or write a store.")
+    @click.option("--fresh", is_flag=True, help="Recompute everything and store the results.")
     @wraps(command)
     def told(*args: Any, store: Path | None, no_store: bool, fresh: bool, **others: Any) -> int:
         for option, given in (("--store", store is not None), ("--fresh", fresh)):
@@ -252,7 +254,7 @@ def find_mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnosti
         problems.append(
             BadCommandLine(
                 reason="`-` is given twice, and standard input can be read only once",
-                hint="give it once; what was piped in is one file",
+                hint="give it once; standard input holds one file",
             )
         )
     for path in paths:
@@ -264,7 +266,7 @@ def find_mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnosti
                 problems.append(
                     BadCommandLine(
                         reason=f"there is no `.mech` file in `{path}`",
-                        hint="name a file, or a folder that has some",
+                        hint="name a `.mech` file, or a folder that contains one",
                     )
                 )
             found.extend(inside)
@@ -288,7 +290,7 @@ def read_mech_file(path: Path) -> tuple[Source | None, list[Diagnostic]]:
         return decode_stdin(sys.stdin.buffer.read())
     except OSError as error:
         reason = f"cannot read standard input: {(error.strerror or str(error)).lower()}"
-        hint = "pipe a file in, as in `cat FILE | mechdsl validate -`, or name it"
+        hint = "pipe a file, as in `cat FILE | mechdsl validate -`, or give its path"
         return None, [BadCommandLine(reason=reason, hint=hint)]
 
 
@@ -346,7 +348,7 @@ def _divided(
             try:
                 one = found[number % processes].recv()
             except EOFError as error:
-                raise RuntimeError(f"the process that checked {file} ended") from error
+                raise RuntimeError(f"the process checking {file} ended unexpectedly") from error
             if isinstance(one, Exception):
                 raise one
             yield one

@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 
 COMMANDS = {
-    "completion": "Print what makes the Tab key complete commands in a shell.",
+    "completion": "Print the shell script for command completion.",
     "diff": "Show what changed between two runs.",
     "examples": "Copy the examples that come with mechdsl into a folder.",
-    "explain": "Show prompts token by token; or print the page of an error.",
-    "fmt": "Bring files into canonical form.",
+    "explain": "Show prompts token by token, or explain an error code or keyword.",
+    "fmt": "Format files.",
     "graph": "Draw the intervention graph of a file.",
-    "new": "Write a first experiment from five answers.",
-    "plan": "Print the graph, and how much there is to run.",
+    "new": "Write a first experiment from five questions.",
+    "plan": "Print the graph and the estimated cost.",
     "run": "Run files and print their tables.",
-    "runs": "List, show, export or remove the runs that are kept.",
+    "runs": "List, show, export or remove stored runs.",
     "schema": "Print a JSON schema.",
-    "sites": "Take a model apart: its sites, the checks, the passes that apply.",
-    "validate": "Check files without weights, as in CI.",
+    "sites": "Inspect a model: its sites, self-checks and planner passes.",
+    "validate": "Check files without loading weights.",
     "version": "Print the version.",
 }
 """The first line of each command's help."""
@@ -165,7 +165,7 @@ def _usage(error: click.ClickException) -> Diagnostic:
     if context is None or context.parent is None:
         hint = "`mechdsl --help` lists the commands"
     else:
-        hint = f"`{context.command_path} --help` lists what it takes"
+        hint = f"`{context.command_path} --help` lists its arguments and options"
     if isinstance(error, click.NoSuchOption) and context is not None:
         options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
         hint = did_you_mean(error.option_name, options, hint)

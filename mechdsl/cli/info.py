@@ -52,7 +52,7 @@ def complete(app: click.Command, asked: str) -> int:
     return shell_complete(app, {}, "mechdsl", COMPLETION_VARIABLE, asked)
 
 
-@click.command(short_help="Print what makes the Tab key complete commands in a shell.")
+@click.command(short_help="Print the shell script for command completion.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> int:
@@ -84,7 +84,7 @@ _SENTENCE = re.compile(r".*?[.?](?=\s|$)")
 
 @click.command(short_help="Copy the examples that come with mechdsl into a folder.")
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
-@click.option("--list", "listed", is_flag=True, help="Copy nothing; say what there is.")
+@click.option("--list", "listed", is_flag=True, help="List the examples without copying them.")
 def examples(folder: Path | None, listed: bool) -> int:
     """Copy the examples that come with mechdsl into FOLDER, by default `mechdsl-examples`.
 
@@ -93,7 +93,7 @@ def examples(folder: Path | None, listed: bool) -> int:
     origin = shipped_path("examples", "examples")
     if listed:
         if folder is not None:
-            raise click.UsageError("`--list` copies nothing, so it takes no folder")
+            raise click.UsageError("`--list` copies nothing and takes no folder")
         return _list(origin)
     return _copy(origin, DEFAULT_FOLDER if folder is None else folder)
 
@@ -126,7 +126,7 @@ def _copy(origin: Path, folder: Path) -> int:
             write_atomically(target, path.read_text(encoding="utf-8"))
             copied += 1
     for target in there:
-        print_line(f"{target} is there already, and was left as it is", out=False)
+        print_line(f"{target} already exists and was left unchanged", out=False)
     print_line(f"copied {count_noun(copied, 'file')} to {folder}")
     return SUCCESS
 

@@ -120,7 +120,7 @@ def model_expression(answer: str) -> str:
         if re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", answer):
             known = [task.model for task in TASKS.values()]
             fix = f"did you mean `{'zoo' if answer in known else 'hf'}:{answer}`?"
-        raise click.BadParameter(f"`{answer}` is no model; {fix}")
+        raise click.BadParameter(f"`{answer}` is not a model; {fix}")
     return f'{origin}("{name}")'
 
 
@@ -149,13 +149,13 @@ def _ask(question: str, answer: str | None, choices: list[str], interactive: boo
     return click.prompt(question, default=choices[0], type=click.Choice(choices))
 
 
-@click.command(short_help="Write a first experiment from five answers.")
+@click.command(short_help="Write a first experiment from five questions.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--task", type=click.Choice(list(TASKS)), help="The prompts.")
-@click.option("--model", help="zoo:NAME, hf:ORG/NAME or local:FOLDER.")
-@click.option("--patch", type=click.Choice(list(SITES)), help="What to patch.")
-@click.option("--at", type=click.Choice(POSITIONS), help="Where to patch.")
-@click.option("--measure", type=click.Choice(list(MEASURES)), help="What to measure.")
+@click.option("--model", help="Model to study: zoo:NAME, hf:ORG/NAME or local:FOLDER.")
+@click.option("--patch", type=click.Choice(list(SITES)), help="Site to patch.")
+@click.option("--at", type=click.Choice(POSITIONS), help="Position to patch.")
+@click.option("--measure", type=click.Choice(list(MEASURES)), help="Metric to measure.")
 def new(
     file: Path,
     task: str | None,

@@ -81,8 +81,8 @@ def report_failure(what: str, error: Exception) -> int:
     reason = f"{type(error).__name__}: {error}"
     if isinstance(error, OSError):  # for instance, a full disk
         reason = (error.strerror or str(error)).lower()
-    print_line(f"{what} broke off: {reason}", out=False)
-    print_line("set MECHDSL_DEBUG=1 for the traceback", out=False)
+    print_line(f"{what} failed: {reason}", out=False)
+    print_line("set MECHDSL_DEBUG=1 to see the traceback", out=False)
     return INCOMPLETE
 
 
@@ -188,7 +188,7 @@ def _reason(error: OSError) -> str:
     """Return why output was lost; empty for a pipe whose reader closed it."""
     if isinstance(error, BrokenPipeError):
         return ""
-    return f"takes nothing more: {(error.strerror or str(error)).lower()}"
+    return f"can't be written to: {(error.strerror or str(error)).lower()}"
 
 
 def prepare_streams() -> None:
@@ -243,7 +243,7 @@ _WORDS = {
     if hasattr(signal, name)
 }
 
-RESUME_NOTE = "what is finished is kept; the same command goes on from there"
+RESUME_NOTE = "finished results are stored; run the same command to resume"
 
 
 class Terminated(KeyboardInterrupt):

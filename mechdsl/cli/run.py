@@ -80,18 +80,18 @@ def verdict_options(command: Callable[..., int]) -> Callable[..., int]:
         "--junit",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Write verdicts here as JUnit XML, for CI.",
+        help="Write verdicts to this JUnit XML file, for CI.",
     )
     @click.option(
         "--against",
         metavar="RUN",
         type=click.Path(),  # Tab completes folders of runs, and files
-        help="Fail only where an expectation held in that run, or is new: a run's id, `last`, "
-        "a .mech file or a folder of `--out`.",
+        help=(
+            "Fail only for expectations that held in this earlier run or are new. Takes a "
+            "run id, `last`, a .mech file or a folder written by `--out`."
+        ),
     )
-    @click.option(
-        "--fail-fast", is_flag=True, help="Stop at the first expectation that fails the job."
-    )
+    @click.option("--fail-fast", is_flag=True, help="Stop at the first failed expectation.")
     @wraps(command)
     def told(
         *args: Any, junit: Path | None, against: str | None, fail_fast: bool, **others: Any
@@ -151,7 +151,7 @@ class VerdictReporter:
             if each.severity == "error":
                 name = "mechdsl" if each.span is None else each.span.source.name
                 names.setdefault(name, []).append(diagnostic_suite(each))
-        left = JunitTest("the file is run", "skipped", "not run, as something else is wrong")
+        left = JunitTest("the file runs", "skipped", "not run because of other errors")
         self.done = [JunitSuite(name, tests=tests or [left]) for name, tests in names.items()]
         self._write()
 
@@ -193,7 +193,7 @@ class VerdictReporter:
             return
         from mechdsl.show.junit import JunitSuite, JunitTest
 
-        test = JunitTest("the run is whole", "error", reason, "broke off")
+        test = JunitTest("the run completes", "error", reason, "broke off")
         self.waiting = [each for each in self.waiting if each is not checked]
         self.done.append(JunitSuite(checked.source.name, tests=[test]))
         self._write()
@@ -213,7 +213,7 @@ class VerdictReporter:
         unrun, undecided = _left_out(self._results())
         for what, names in (("not run", unrun), ("not decided", undecided)):
             if names:
-                told = f"{what}, as an expectation fails: {', '.join(names)}"
+                told = f"{what} after a failed expectation: {', '.join(names)}"
                 print_line(told, out=form == "table")
         return True
 
@@ -255,7 +255,7 @@ class VerdictReporter:
         failed = against.fails if against is not None else not results.holds
         return EXPECTATION_FAILED if failed else SUCCESS
 
-    def _write(self, why: str = "the run did not come to it") -> bool:
+    def _write(self, why: str = "the run ended before it") -> bool:
         """Write the report with the results so far; return whether that succeeded."""
         if not self.writable:
             return True
@@ -267,7 +267,7 @@ class VerdictReporter:
         suites: list[JunitSuite] = []
         for each in self.done:
             suites += [each] if isinstance(each, JunitSuite) else build_suites([each], against)
-        unfinished = JunitTest("the file is run", "error", why, "not finished")
+        unfinished = JunitTest("the file runs", "error", why, "not finished")
         suites += [JunitSuite(each.source.name, tests=[unfinished]) for each in self.waiting]
         try:
             write_atomically(self.asked.junit, junit_text(suites))
@@ -281,7 +281,7 @@ class VerdictReporter:
 def _unwritten(path: Path, reason: str) -> BadCommandLine:
     return BadCommandLine(
         reason=f"`--junit {path}`: {reason.lower()}",
-        hint="name a file in a folder that may be written to",
+        hint="choose a path in a writable folder",
     )
 
 
@@ -291,24 +291,24 @@ def _unfit(
     """Return why a report can't be written to a path, if so."""
     what = special_file_kind(path, stream=True)
     if what is not None:
-        return _unwritten(path, f"it is {what}, and the report goes to a plain file")
+        return _unwritten(path, f"it is {what}; reports are written to regular files")
     reason = write_obstacle(path)
     if reason is not None:
         return _unwritten(path, reason)
     from mechdsl.checks.file_check import find_overwritten
 
     over = find_overwritten(path, [(each.program, each.reported) for each in files])
-    said = None if over is None else f"would write over {over}"
+    said = None if over is None else f"would overwrite {over}"
     kept: dict[Path, str] = {}
     if against is not None:
         from mechdsl.results.runs import is_export
 
         folders = [Path(against), *(Path(against) / each.source.stem for each in files)]
-        its = "the run that this one is set against"
+        its = "the run given by `--against`"
         kept = {folder: its for folder in folders if is_export(folder)}
     if out is not None:
         kept |= {
-            out / each.source.stem: f"which `--out` writes of {each.source.name}" for each in files
+            out / each.source.stem: f"the `--out` folder of {each.source.name}" for each in files
         }
     real = path.resolve()
     for folder, its in kept.items():
@@ -316,7 +316,7 @@ def _unfit(
             said = f"lies in `{folder}`, {its}"
     if said is None:
         return None
-    return BadCommandLine(reason=f"`--junit {path}` {said}", hint="give it a file of its own")
+    return BadCommandLine(reason=f"`--junit {path}` {said}", hint="choose another path")
 
 
 def _not_run(checked: CheckedFile) -> FileResult:
@@ -370,26 +370,30 @@ def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
 @files_argument
 @set_option
 @limit_option
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+@click.option(
+    "--device", default="auto", show_default=True, help=("Device: auto, cpu, cuda or cuda:1.")
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
-    help="Instead of what the file says.",
+    help="Override the file's dtype.",
 )
 @click.option(
     "--offload",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Spread the model over devices, memory and this folder, with accelerate.",
+    help="Spread the model over devices, memory and this folder with accelerate.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Write results and every prompt's values into a folder in this one.",
+    help="Write results and per-prompt values into a subfolder of this folder.",
 )
 @format_option("table", "json", "csv")
-@click.option("--only", metavar="EXPERIMENT", help="Run this experiment, and what it needs.")
-@click.option("--profile", is_flag=True, help="Afterwards, estimated against measured work.")
+@click.option(
+    "--only", metavar="EXPERIMENT", help=("Run only this experiment and those it depends on.")
+)
+@click.option("--profile", is_flag=True, help="After the run, compare estimated and measured cost.")
 @allow_python_option
 @allow_outside_option
 @untrusted_option
@@ -399,7 +403,7 @@ def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
 @click.option(
     "--allow-nan",
     is_flag=True,
-    help="Leave rows where the model gives NaN out of everything, and count them.",
+    help="Exclude and count rows where the model returns NaN or infinity.",
 )
 @verdict_options
 def run(
@@ -545,7 +549,10 @@ def _run_all(
         if verdicts.stop(form):
             break
     if not_run:
-        print_line(f"not run, as they keep nothing: {', '.join(not_run)}", out=False)
+        print_line(
+            (f"not run because output is lost and nothing would be saved: {', '.join(not_run)}"),
+            out=False,
+        )
     if not found and failed:
         verdicts.tell(form)
         return max(failed)
@@ -572,7 +579,7 @@ class _Keeping:
     @property
     def said(self) -> str:
         """Message about cached values for an interrupted run."""
-        return f"; {RESUME_NOTE}" if self.kept else "; nothing of this file is kept"
+        return f"; {RESUME_NOTE}" if self.kept else "; nothing of this file was stored"
 
     def start(self, kept: bool) -> None:
         """Record the state before the computation."""
@@ -620,11 +627,11 @@ def _run_file(
         with bar:
             ran = run_file(checked, options, starting=keeping.start)
     except StoreStopped as stopped:
-        verdicts.trouble(checked, f"the run broke off: {stopped.diagnostic.message}")
+        verdicts.trouble(checked, f"the run failed: {stopped.diagnostic.message}")
         print_diagnostics([stopped.diagnostic])
         return INCOMPLETE
     except Exception as error:
-        verdicts.trouble(checked, f"the run broke off: {type(error).__name__}: {error}")
+        verdicts.trouble(checked, f"the run failed: {type(error).__name__}: {error}")
         status = report_failure(f"the run of {source.name}", error)
         if keeping.kept:
             print_line(RESUME_NOTE, out=False)
@@ -638,9 +645,11 @@ def _run_file(
         return INVALID_INPUT
     verdicts.add(checked, result)
     if options.out is not None and result.not_run:
-        print_line(f"nothing is written to {options.out}, as {source.name} was stopped", out=False)
+        print_line(
+            (f"nothing was written to {options.out} because {source.name} was stopped"), out=False
+        )
     if not (result.experiments or result.lost or result.saved):
-        print_line(f"{source.name} has no experiments: nothing was run", out=False)
+        print_line(f"{source.name} has no experiments, so nothing was run", out=False)
     shown = _show(result, tables=form == "table")
     for saved in result.saved:
         print_line(saved.line, out=form == "table")

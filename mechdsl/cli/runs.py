@@ -92,13 +92,13 @@ store_option = click.option(
     type=click.Path(path_type=Path),
     metavar="DIR",
     is_eager=True,  # available to completion
-    help="The store's folder.  [default: .mechdsl of the working folder, or beside the .mech file]",
+    help="Store folder.  [default: .mechdsl in the working directory, or next to the .mech file]",
 )
 
 run_argument = click.argument("run", type=RunNameType())
 
 
-@click.group(cls=RunCommands, short_help="List, show, export or remove the runs that are kept.")
+@click.group(cls=RunCommands, short_help="List, show, export or remove stored runs.")
 def runs() -> None:
     """The runs that a store keeps; alone, a list of them.
 
@@ -125,7 +125,7 @@ def list_runs(store: Path | None, form: str) -> int:
 
         print_runs([each.facts for each in found], make_console())
     else:
-        print_line(f"no runs are kept in {folder}", out=False)
+        print_line(f"{folder} has no stored runs", out=False)
     return SUCCESS
 
 
@@ -214,13 +214,16 @@ def remove(run: tuple[str, ...], store: Path | None) -> int:
     return SUCCESS
 
 
-@runs.command(short_help="Remove what nothing refers to any more.")
+@runs.command(short_help="Remove unreferenced data.")
 @store_option
 @click.option(
     "--limit",
     type=SizeType(),
     metavar="SIZE",
-    help="Remove what wasn't used for longest, until this much is left: 5GB.",
+    help=(
+        "Remove the least recently used data until the store is no larger than this, for "
+        "example 5GB."
+    ),
 )
 def gc(store: Path | None, limit: int | None) -> int:
     """Remove what nothing refers to any more, and unfinished runs that are a month old."""
@@ -236,11 +239,11 @@ def gc(store: Path | None, limit: int | None) -> int:
             raise store_error(folder, error) from error
     passes = "1 pass" if swept.blocks == 1 else f"{swept.blocks:,} passes"
     went = f"{count_noun(swept.runs, 'run')} and the values of {passes}"
-    print_line(f"removed {went}: {format_size(swept.bytes)}; {format_size(swept.left)} are left")
+    print_line(f"removed {went} ({format_size(swept.bytes)}); {format_size(swept.left)} remain")
     return SUCCESS
 
 
-@runs.command(short_help="Write a run into a folder, as `run --out` does.")
+@runs.command(short_help="Write a run to a folder in the format of `run --out`.")
 @run_argument
 @click.argument("folder", type=click.Path(path_type=Path))
 @store_option

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--require-models",
     is_flag=True,
-    help="A model that isn't here, or has no weights, is an error.",
+    help="Report models that are missing or have no weights as errors.",
 )
 @plugin_option
 def validate(
@@ -126,7 +126,9 @@ def _without(experiments: list[str], what: str) -> str:
 
 @click.command()
 @files_argument
-@click.option("--check", is_flag=True, help="Change nothing; exit status 2 if it would.")
+@click.option(
+    "--check", is_flag=True, help=("Change nothing; exit with status 2 if a file would change.")
+)
 @plugin_option
 def fmt(files: tuple[Path, ...], check: bool, plugins: tuple[str, ...]) -> int:
     """Bring files into canonical form. `-` is standard input, whose form is printed."""

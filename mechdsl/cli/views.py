@@ -51,7 +51,7 @@ def complete_page_or_file(
     return [*begun, *MechFile().shell_complete(ctx, param, incomplete)]
 
 
-@click.command(short_help="Show prompts token by token; or print the page of an error.")
+@click.command(short_help="Show prompts token by token, or explain an error code or keyword.")
 @click.argument("what", metavar="FILE|CODE|WORD|language", shell_complete=complete_page_or_file)
 @set_option
 @limit_option
@@ -131,9 +131,10 @@ def _print_page(name: str) -> int:
     default="mermaid",
     show_default=True,
 )
-@click.option("--to", type=click.Path(path_type=Path), help="Write it to this file.")
+@click.option("--to", type=click.Path(path_type=Path), help="Write the graph to this file.")
 @click.option(
-    "--before/--after", help="Before the planner's passes, or as it is run.  [default: after]"
+    "--before/--after",
+    help=("Show the graph before or after the planner's passes.  [default: after]"),
 )
 @allow_python_option
 @allow_outside_option
@@ -177,7 +178,7 @@ def graph(
     return SUCCESS
 
 
-@click.command(short_help="Print the graph, and how much there is to run.")
+@click.command(short_help="Print the graph and the estimated cost.")
 @file_argument
 @set_option
 @limit_option
@@ -189,7 +190,7 @@ def graph(
 @click.option(
     "--measure",
     is_flag=True,
-    help="Run base and source runs, and say in the metric's units what can be shown.",
+    help="Run the base and source runs, and report detectable effects in the metric's units.",
 )
 def plan(
     file: Path,
@@ -250,7 +251,7 @@ def plan(
     return SUCCESS
 
 
-@click.command(short_help="Take a model apart: its sites, the checks, the passes that apply.")
+@click.command(short_help="Inspect a model: its sites, self-checks and planner passes.")
 @click.argument("model", metavar="MODEL")
 @format_option("text", "json")
 @plugin_option

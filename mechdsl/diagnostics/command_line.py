@@ -47,7 +47,7 @@ def write_error(error: OSError) -> BadCommandLine:
     said = (error.strerror or str(error)).lower()
     return BadCommandLine(
         reason=f"cannot write `{error.filename}`: {said}",
-        hint="name a file in a folder that exists and may be written to",
+        hint="choose a path in an existing, writable folder",
     )
 
 
@@ -164,7 +164,9 @@ def _find_word(text: str) -> tuple[str, list[Diagnostic]]:
         if page:
             return page, []
     return "", [
-        BadCommandLine(reason=f"`{word}` is no word, code or file", hint=_hint(word, plain))
+        BadCommandLine(
+            reason=f"`{word}` is not a keyword, an error code or a file", hint=_hint(word, plain)
+        )
     ]
 
 

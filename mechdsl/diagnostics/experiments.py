@@ -28,7 +28,7 @@ class NoMeasure(Diagnostic):
     label = "no `measure` line in this experiment"
     help = "{hint}"
     experiment: str
-    hint: str = "add what to read, for example `measure logit(answer) as raw`"
+    hint: str = "add a measure, for example `measure logit(answer) as raw`"
 
 
 @keyword_record
@@ -36,8 +36,8 @@ class PatchWithoutSource(Diagnostic):
     """A `patch` or a `path` without a run that it reads."""
 
     code = "E0602"
-    title = "`{verb}` doesn't say where the activation comes from"
-    label = "patched from which run?"
+    title = "`{verb}` has no source run to read the activation from"
+    label = "no source run is named"
     help = "add a line such as `from clean into {base}`{otherwise}"
     verb: str
     base: str
@@ -50,7 +50,7 @@ class EffectNeedsSource(Diagnostic):
 
     code = "E0603"
     title = "`{effect}` needs a source run"
-    label = "the effect is a share of the way from the base run to the source run"
+    label = "this effect is a fraction of the difference between the source run and the base run"
     help = "add a line such as `from clean into {base}`, or measure `as delta`"
     effect: str
     base: str
@@ -62,7 +62,7 @@ class EffectWithoutRule(Diagnostic):
 
     code = "E0611"
     title = "`{effect}` is always 0 in an experiment without a rule"
-    label = "nothing is changed in this experiment"
+    label = "no rule changes this experiment's runs"
     help = "add a rule such as `patch layer * head * at last token`, or measure `as {instead}`"
     effect: str
     instead: str
@@ -83,7 +83,7 @@ class UnreadableMeasure(Diagnostic):
     """After a comma, the run or cell and the row, if it occurs only there."""
 
 
-NO_GENERATION_REASON = "nothing is written"
+NO_GENERATION_REASON = "no rule writes anything"
 """Why an experiment without a rule can't be estimated."""
 
 
@@ -106,9 +106,9 @@ class NoRowsKept(Diagnostic):
     """A `keep` that leaves no row."""
 
     code = "E0613"
-    title = "`keep` leaves none of the {rows} rows"
-    label = "holds for no row of the clean run"
-    help = "the model may not do this task: measure `correct as raw` first"
+    title = "`keep` removes all {rows} rows"
+    label = "no row of the clean run meets this condition"
+    help = "check that the model can do this task: measure `correct as raw`"
     rows: int
 
 
@@ -117,11 +117,11 @@ class ExperimentFailed(Diagnostic):
     """An experiment that something unforeseen ended."""
 
     code = "E0650"
-    title = "`{experiment}` broke off: {reason}"
-    label = "the other experiments were run without it"
+    title = "`{experiment}` failed: {reason}"
+    label = "the other experiments still ran"
     help = (
-        "`--only {experiment}` runs it alone, and with MECHDSL_DEBUG=1 in the environment prints "
-        "the traceback; if nothing there is yours, please report it with the file"
+        "run it alone with `--only {experiment}` and MECHDSL_DEBUG=1 in the environment to see "
+        "the traceback; if the cause isn't in your code, please report it with the file"
     )
     experiment: str
     reason: str
@@ -146,11 +146,11 @@ class SelectionRowsReused(Diagnostic):
 
     code = "W0721"
     hangs_on = frozenset({"rows"})
-    title = "`{experiment}` tests what `{of}` picked on the same rows"
-    label = "{shared} of its {rows} rows are rows of `{of}`"
+    title = "`{experiment}` tests selections of `{of}` on the rows used to select them"
+    label = "{shared} of its {rows} rows are also rows of `{of}`"
     help = (
-        "use split: with `split 50%` in `prompts {block}`, let `{of}` run on `{block}.train` and "
-        "`{experiment}` on `{block}.test`"
+        "split the rows: add `split 50%` to `prompts {block}`, then run `{of}` on "
+        "`{block}.train` and `{experiment}` on `{block}.test`"
     )
     experiment: str
     of: str

@@ -14,8 +14,8 @@ class WriteOutsideFolder(Diagnostic):
     title = "`{construct}` may not write to `{path}`"
     label = "{where}"
     help = (
-        "name a file in the folder of this file, in the working directory, or below; "
-        "`--allow-outside` (`allow_outside=True` from Python) allows any"
+        "choose a path in or below this file's folder or the working directory; "
+        "`--allow-outside` (`allow_outside=True` from Python) allows any path"
     )
     construct: str
     path: str
@@ -42,8 +42,8 @@ class ReportNotWritable(Diagnostic):
 
     code = "E0533"
     title = "`{construct}` can't write `{path}`: {reason}"
-    label = "looked at before anything runs"
-    help = "name a file in a folder that may be written to; folders that are missing are made"
+    label = "checked before anything runs"
+    help = "choose a path in a writable folder; missing folders are created"
     construct: str
     path: str
     reason: str
@@ -54,9 +54,9 @@ class NotMechFile(Diagnostic):
     """A file of another kind, which is neither parsed nor quoted."""
 
     code = "E0534"
-    title = "`{path}` is not a `.mech` file, so it isn't read as one"
+    title = "`{path}` is not a `.mech` file, so it was not read"
     label = "its name doesn't end in `.mech`, and its first line isn't `mech 1`"
-    help = "name a file that ends in `.mech`, or that begins with the line `mech 1`"
+    help = "name a file that ends in `.mech` or begins with the line `mech 1`"
     path: str
 
 
@@ -68,8 +68,8 @@ class ReadOutsideFolder(Diagnostic):
     title = "`{construct}` names `{path}`, which `--untrusted` doesn't let it read"
     label = "{where}"
     help = (
-        "put what it needs into the folder of the `.mech` file; or, where you know the file, "
-        "leave `--untrusted` out"
+        "move the file into the folder of the `.mech` file, or omit `--untrusted` if you trust "
+        "the `.mech` file"
     )
     construct: str
     path: str
@@ -81,8 +81,8 @@ class ReportNotWritten(Diagnostic):
     """A report that couldn't be written after all. It alone is missing."""
 
     code = "E0536"
-    title = "`{construct}` wasn't written to `{path}`: {reason}"
-    label = "this report alone is missing"
+    title = "`{construct}` could not be written to `{path}`: {reason}"
+    label = "only this report is missing"
     help = "{hint}"
     construct: str
     path: str
@@ -97,7 +97,7 @@ class NamedPath(Diagnostic):
     code = "W0780"
     title = "`{construct}` {does} `{path}`"
     label = "{where}"
-    help = "every path that the file names is listed; what leads out of the folder is refused"
+    help = "every path that the file names is listed; paths outside its folder are rejected"
     construct: str
     does: str
     path: str
@@ -110,7 +110,10 @@ class StoreNotUsed(Diagnostic):
 
     code = "W0782"
     title = "the store `{folder}` {reason}"
-    help = "nothing to change for this run; `--store DIR` names another folder, `--no-store` none"
+    help = (
+        "this run needs no change; use `--store DIR` to choose another folder, or "
+        "`--no-store` to run without a store"
+    )
 
     folder: str
     reason: str

@@ -14,7 +14,7 @@ class ModelNotFound(Diagnostic):
 
     code = "E0401"
     title = "there is no model at `{path}`"
-    label = "`{model}` is looked for in {place}"
+    label = "`{model}` was expected in {place}"
     help = "{advice}"
 
     model: str
@@ -30,8 +30,8 @@ class NoResidMid(Diagnostic):
     code = "E0402"
     hangs_on = frozenset({"shape"})
     title = "`{model}` has no `resid_mid`"
-    label = "attention and MLP run side by side in each of its blocks"
-    help = "write `resid_pre`, which both read, or `attn_out`, what attention adds"
+    label = "attention and MLP run in parallel in each of its blocks"
+    help = "use `resid_pre`, the input of both, or `attn_out`, the output of attention"
 
     model: str
 
@@ -54,14 +54,14 @@ class NoConfig(Diagnostic):
     """A model folder without a readable `config.json`, or an adapter's without its own."""
 
     code = "E0404"
-    title = "`{model}` has no readable `{file}`"
+    title = "`{file}` of `{model}` can't be read"
     label = "{reason}"
     help = "{hint}"
 
     model: str
     reason: str
     file: str = "config.json"
-    hint: str = "point at a folder that `save_pretrained` wrote"
+    hint: str = "name a folder written by `save_pretrained`"
 
 
 @keyword_record
@@ -69,8 +69,8 @@ class PickledWeights(Diagnostic):
     """Weights only in a format that runs code when it is read."""
 
     code = "E0405"
-    title = "the weights of `{model}` are pickled; only safetensors are read"
-    label = "`{file}` can run any code when it is opened"
+    title = "the weights of `{model}` are pickled, and mechdsl reads only safetensors"
+    label = "opening `{file}` can run arbitrary code"
     help = "save them again with `model.save_pretrained(folder)`, which writes safetensors"
 
     model: str
@@ -83,7 +83,7 @@ class NoWeights(Diagnostic):
 
     code = "E0406"
     title = "`{model}` has no weights"
-    label = "no {what} beside its `{config}`"
+    label = "no {what} next to its `{config}`"
     help = "{advice}"
 
     model: str
@@ -97,10 +97,13 @@ class NotATextModel(Diagnostic):
     """A model that can't be called with a prompt alone, or an image alone."""
 
     code = "E0407"
-    title = "`{model}` is a `{architecture}`, which reads neither prompts nor images alone"
-    label = "files run language models (causal, masked or vision-language) and vision transformers"
+    title = "`{model}` is a `{architecture}`, which can't run on prompts or images alone"
+    label = (
+        "`.mech` files support language models (causal, masked or vision-language) and "
+        "vision transformers"
+    )
     help = (
-        "run encoder-decoders and other encoders from Python, with "
+        "run encoder-decoders and other encoders from Python with "
         "`mechdsl.forward.hooks.full_pass.run_full`"
     )
 
@@ -149,8 +152,8 @@ class ModelTooLarge(Diagnostic):
     """A number of `config.json` that no model has."""
 
     code = "E0430"
-    title = "the `config.json` of `{model}` says {number:,} for `{key}`, beyond {most:,}"
-    label = "no model is as large"
+    title = "the `config.json` of `{model}` sets `{key}` to {number:,}, above the limit of {most:,}"
+    label = "no known model is this large"
     help = "correct the number; the limits are listed in docs/language.md"
 
     model: str
@@ -164,9 +167,9 @@ class WeightsElsewhere(Diagnostic):
     """A file of weights that lies outside of the model's folder, by what another file says."""
 
     code = "E0431"
-    title = "the weights of `{model}` are not all in its folder"
+    title = "some weights of `{model}` are outside its folder"
     label = "its `{file}` names `{name}`"
-    help = "put the file into the folder, and write its name alone"
+    help = "move the file into the folder and refer to it by name alone"
 
     model: str
     file: str
@@ -178,8 +181,8 @@ class ModelFileTooLarge(Diagnostic):
     """A JSON file of a model that is larger than any."""
 
     code = "E0432"
-    title = "`{file}` of `{model}` has {size:,} bytes, beyond {most:,}"
-    label = "no model's is as large"
+    title = "`{file}` of `{model}` has {size:,} bytes, above the limit of {most:,}"
+    label = "no known model's is this large"
     help = "save the model again with `save_pretrained`; the limits are listed in docs/language.md"
 
     model: str
@@ -193,11 +196,9 @@ class ModelRunsCode(Diagnostic):
     """A config that takes a kernel from a repository, which is a program."""
 
     code = "E0433"
-    title = "the `config.json` of `{model}` asks for `{value}`, which is not run"
-    label = "its `{key}` names a repository with code"
-    help = (
-        "take `{key}` out of `config.json`; it changes how attention is computed, not what it gives"
-    )
+    title = "the `config.json` of `{model}` asks for `{value}`, which mechdsl doesn't run"
+    label = "its `{key}` names a code repository"
+    help = "remove `{key}` from `config.json`; it changes how attention is computed, not its result"
 
     model: str
     key: str
@@ -225,8 +226,8 @@ class VocabularyTooSmall(Diagnostic):
     code = "E0421"
     hangs_on = frozenset({"shape", "tokens"})
     title = "`{model}` has {size:,} tokens, and its tokenizer {more}"
-    label = "the tokenizer is another model's, or `vocab_size` is wrong"
-    help = "put the tokenizer beside it that the model was trained with, or correct `config.json`"
+    label = "the tokenizer belongs to another model, or `vocab_size` is wrong"
+    help = "add the tokenizer that the model was trained with, or correct `config.json`"
 
     model: str
     size: int
@@ -241,7 +242,7 @@ class NoTokenFor(Diagnostic):
     hangs_on = frozenset({"tokens"})
     title = "the tokenizer has no token for {words}, and none for unknown words"
     label = "in {rows} of {total} rows of `{run}`"
-    help = "use words that the model's vocabulary holds, or give its tokenizer an unknown token"
+    help = "use words in the model's vocabulary, or give its tokenizer an unknown token"
 
     words: str
     rows: int
@@ -255,8 +256,11 @@ class NoLogits(Diagnostic):
 
     code = "E0437"
     hangs_on = frozenset({"shape"})
-    title = "`{text}` reads logits, and `{model}` gives none"
-    label = "a `{architecture}` has no head: it ends with the vectors of its last block"
+    title = "`{text}` reads logits, but `{model}` has none"
+    label = (
+        "a `{architecture}` has no language-model head; its outputs are the vectors of its "
+        "last block"
+    )
     help = (
         "measure its vectors, as in `cosine(resid_post layer 1, clean)`, or load the model with a "
         "head, such as a class that ends in `ForCausalLM` or `ForMaskedLM`"
@@ -273,7 +277,7 @@ class NoSuchOutput(Diagnostic):
 
     code = "E0438"
     hangs_on = frozenset({"shape", "tokens"})
-    title = "`{text}` asks for the logit of token {token}, and `{model}` gives {outputs}"
+    title = "`{text}` asks for the logit of token {token}, but `{model}` has {outputs}"
     label = "a `{architecture}` has fewer outputs than tokens"
     help = "name one of its outputs by its number, as in `class 0`"
 
@@ -289,7 +293,7 @@ class SingleOutput(Diagnostic):
     """A model with one output for a whole prompt that isn't a classifier's, made of one token."""
 
     code = "E0439"
-    title = "`{model}` is a `{architecture}`, whose one output for a whole prompt can't be measured"
+    title = "`{model}` is a `{architecture}`, whose single output per prompt can't be measured"
     label = "{reason}"
     help = (
         "load its weights as a classifier that reads one token (`…ForSequenceClassification`), a "
@@ -312,7 +316,7 @@ class AdapterFolder(Diagnostic):
 
     path: str
     base: str
-    beside: str = "and no model"
+    beside: str = "not a model"
     files: str = "and no `config.json`"
     hint: str
 
@@ -324,7 +328,7 @@ class QuantizedModel(Diagnostic):
     code = "E0441"
     title = "`{model}` is quantized, which isn't supported yet"
     label = "`{part}` is a `{kind}`"
-    help = "hand over the model as it was before it was quantized"
+    help = "use the model from before quantization"
 
     model: str
     part: str
@@ -339,7 +343,7 @@ class LayerCountMismatch(Diagnostic):
     title = "the `config.json` of `{model}` has {blocks} layers, its weights {more}"
     label = "the weights have `{key}`, which no parameter takes"
     help = (
-        "correct the number of layers in `config.json`, or put the weights there that belong to it"
+        "correct the number of layers in `config.json`, or replace the weights with matching ones"
     )
 
     model: str
@@ -377,9 +381,7 @@ class IdentityBroken(Diagnostic):
     architecture: str
     identity: str
     reason: str
-    hint: str = (
-        "its modules are not what the finder took them for; register the family with `@family`"
-    )
+    hint: str = "its modules were identified wrongly; register the family with `@family`"
 
 
 @keyword_record
@@ -393,7 +395,7 @@ class LoadFailed(Diagnostic):
 
     model: str
     reason: str
-    hint: str = "it has to load with `AutoModelForCausalLM.from_pretrained`"
+    hint: str = "it must load with `AutoModelForCausalLM.from_pretrained`"
 
 
 @keyword_record
@@ -407,7 +409,10 @@ class NoTokenizer(Diagnostic):
 
     model: str
     reason: str
-    hint: str = "positions are found by offsets: save a fast tokenizer (`tokenizer.json`) beside it"
+    hint: str = (
+        "positions need character offsets: save a fast tokenizer (`tokenizer.json`) in the "
+        "model's folder"
+    )
 
 
 @keyword_record
@@ -431,8 +436,8 @@ class InputKindMismatch(Diagnostic):
     """Images for a model of texts, or prompts for one of images."""
 
     code = "E0455"
-    title = "`{model}` is a `{architecture}`, which reads {reads}, and `{block}` is {given}"
-    label = "an experiment gives it `{block}`"
+    title = "`{model}` is a `{architecture}`, which reads {reads}, but `{block}` is {given}"
+    label = "an experiment passes it `{block}`"
     help = "{hint}"
 
     model: str
@@ -448,13 +453,13 @@ class NoImageProcessor(Diagnostic):
     """A vision model without a description of how images are made ready for it."""
 
     code = "E0456"
-    title = "`{model}` doesn't say how images are made ready for it"
+    title = "`{model}` has no image processor configuration"
     label = "{reason}"
     help = "{hint}"
 
     model: str
     reason: str
-    hint: str = "save its processor beside it: `processor.save_pretrained(folder)`"
+    hint: str = "save its processor in the same folder: `processor.save_pretrained(folder)`"
 
 
 @keyword_record
@@ -462,9 +467,9 @@ class AdapterCircle(Diagnostic):
     """Adapters whose bases lead back to themselves."""
 
     code = "E0450"
-    title = "`{model}` is an adapter for itself: {circle}"
+    title = "`{model}` is an adapter of itself: {circle}"
     label = "leads back to `{model}`"
-    help = "name the model that was trained first, in a line without `base:`"
+    help = "name the original model in a line without `base:`"
 
     model: str
     circle: str
@@ -475,7 +480,7 @@ class OtherAdapter(Diagnostic):
     """An adapter that isn't LoRA, or is none of weights."""
 
     code = "E0451"
-    title = "`{model}` is an adapter of the kind {kind}, which {what}"
+    title = "`{model}` is an adapter of type {kind}, which {what}"
     label = "{reason}"
     help = "{hint}"
 
@@ -523,7 +528,7 @@ class NoPeft(Diagnostic):
 
     code = "E0454"
     title = "the adapter `{model}` needs peft, which isn't installed"
-    label = "its weights are merged into those of `{base}` by peft"
+    label = "peft merges its weights into those of `{base}`"
     help = "`pip install 'mechdsl[adapters]'` installs it"
 
     model: str
@@ -552,7 +557,7 @@ class ClassOnLanguageModel(Diagnostic):
 
     code = "E0443"
     hangs_on = frozenset({"shape"})
-    title = "`{text}` asks for a class, and the outputs of `{model}` are tokens"
+    title = "`{text}` asks for a class, but the outputs of `{model}` are tokens"
     label = "a `{architecture}` has no labels"
     help = "{hint}"
 
@@ -568,7 +573,7 @@ class TokenOnClassifier(Diagnostic):
 
     code = "E0444"
     hangs_on = frozenset({"shape"})
-    title = "`{text}` asks for a token, and the outputs of `{model}` are labels"
+    title = "`{text}` asks for a token, but the outputs of `{model}` are labels"
     label = "{labels}"
     help = "{hint}"
 
@@ -600,9 +605,9 @@ class PositionedOutput(Diagnostic):
 
     code = "E0446"
     hangs_on = frozenset({"shape"})
-    title = "`{model}` has one output for a whole {unit}, and none at `{at}`"
-    label = "it is made of {made_of}"
-    help = "leave `at {at}` out"
+    title = "`{model}` has one output per {unit}, and none at `{at}`"
+    label = "it is computed from {made_of}"
+    help = "remove `at {at}`"
 
     model: str
     at: str
@@ -617,7 +622,7 @@ class ModelShapeMismatch(Diagnostic):
 
     code = "E0415"
     hangs_on = frozenset({"shape"})
-    title = "`{source}` and `{base}` are not of one shape"
+    title = "`{source}` and `{base}` have different shapes"
     label = "{differences}"
     help = "{hint}"
     source: str
@@ -636,7 +641,7 @@ class ModelTokenMismatch(Diagnostic):
         "`{source}` and `{base}` tokenise the prompts differently, in {rows:,} of {total:,} rows"
     )
     label = "{example}"
-    help = "positions must be the same in both: use models with one tokenizer, and the same `bos`"
+    help = "positions must agree in both: use models with the same tokenizer and the same `bos`"
     source: str
     base: str
     rows: int
@@ -650,7 +655,7 @@ class ModelNotLocal(Diagnostic):
     would make."""
 
     code = "W0710"
-    title = "`{model}` is {absence}, so what hangs on it was not checked"
+    title = "`{model}` is {absence}, so checks that need the model were skipped"
     label = "`{path}` is {where}{place}"
     help = "{advice}{waiting}"
 
@@ -670,9 +675,9 @@ class NotRestartable(Diagnostic):
     """Rows of the model can't take anything over from the unpatched run."""
 
     code = "W0711"
-    title = "`{model}` can't be restarted in the middle; every row is a whole forward pass"
+    title = "`{model}` can't restart from a middle layer, so every row is a full forward pass"
     label = "{reason}"
-    help = "nothing to change: results are the same, they take longer"
+    help = "no change is needed: the results are the same but take longer"
 
     model: str
     reason: str
@@ -683,9 +688,9 @@ class StackSkipped(Diagnostic):
     """A stack beside the main one whose sites can't be had."""
 
     code = "W0712"
-    title = "`{model}` is taken without the sites of its stack `{stack}`"
+    title = "the sites in stack `{stack}` of `{model}` are not available"
     label = "{reason}"
-    help = "the other sites are as they are on any model"
+    help = "all other sites work as usual"
 
     model: str
     stack: str
@@ -698,9 +703,9 @@ class IdleComponents(Diagnostic):
     weights."""
 
     code = "W0770"
-    title = "parts of `{model}` have no effect"
-    label = "whatever is written there, its output stays as it is: {parts}"
-    help = "nothing to change where they are meant to be empty: effects of patching them are 0"
+    title = "components of `{model}` have no effect"
+    label = "writing to these components doesn't change the output: {parts}"
+    help = "no change is needed if they are meant to be empty; the effect of patching them is 0"
 
     model: str
     parts: str
@@ -711,9 +716,12 @@ class UnusedWeights(Diagnostic):
     """Weights in the folder that play no part in the model."""
 
     code = "W0761"
-    title = "some of the weights of `{model}` are not used"
+    title = "some weights of `{model}` are unused"
     label = "{what}"
-    help = "nothing to change where they belong to another part or format; else correct the folder"
+    help = (
+        "no change is needed if they belong to another component or format; otherwise "
+        "correct the folder"
+    )
 
     model: str
     what: str
@@ -724,9 +732,11 @@ class BaseModelMismatch(Diagnostic):
     """An adapter that was trained on another model than the one it is put on."""
 
     code = "W0773"
-    title = "the adapter `{model}` was trained on `{trained}`, and `{base}` is {given}"
+    title = "the adapter `{model}` was trained on `{trained}`, but `{base}` is {given}"
     label = "`base_model_name_or_path` of its `adapter_config.json`"
-    help = "nothing to change where both are the same model; else name its own with `base:`"
+    help = (
+        "no change is needed if both are the same model; otherwise name the right one with `base:`"
+    )
 
     model: str
     trained: str

@@ -26,7 +26,7 @@ class DuplicateName(Diagnostic):
     code = "E0202"
     title = "`{name}` is defined twice"
     label = "the first definition is {first}"
-    help = "give one of them another name"
+    help = "rename one of them"
     name: str
     first: str
 
@@ -102,7 +102,7 @@ class CircularExperiments(Diagnostic):
     code = "E0210"
     title = "`{experiment}` needs its own results: {chain}"
     label = "picked by `{of}`"
-    help = "let one of them name its sites or tokens itself"
+    help = "name the sites or tokens of one of them explicitly"
     experiment: str
     of: str
     chain: str
@@ -126,7 +126,7 @@ class RepeatedStatement(Diagnostic):
     """A statement that may stand once."""
 
     code = "E0209"
-    title = "`{what}` stands twice in `{block}`"
+    title = "`{what}` appears twice in `{block}`"
     label = "the first one is on line {first}"
     help = "{hint}"
     what: str
@@ -140,7 +140,7 @@ class PythonNotAllowed(Diagnostic):
     """Code that nobody has said may run."""
 
     code = "E0221"
-    title = "`{function}` is Python, which runs only where you allow it"
+    title = "`{function}` is Python code, which runs only if you allow it"
     label = "would run `{file}`"
     help = "{hint}"
     function: str
@@ -194,9 +194,9 @@ class ShadowedMetric(Diagnostic):
     """A metric of the file has the name of one of the language, and takes its place."""
 
     code = "W0734"
-    title = "metric `{name}` has the name of a metric of the language"
-    label = "`{name}` alone means this in the file"
-    help = "give it another name, unless it shall take the place of the other"
+    title = "metric `{name}` has the same name as a built-in metric"
+    label = "in this file, `{name}` now means this metric"
+    help = "choose another name, unless you want to replace the built-in metric"
     name: str
 
 
@@ -208,7 +208,7 @@ class FirstTokenWrite(Diagnostic):
     hangs_on = frozenset({"tokens"})
     title = "this rule writes at token 0, which may be the attention sink"
     label = "hits `{token}`"
-    help = "an effect there may come from the sink alone: name a later token, or compare with one"
+    help = "an effect there may come from the sink alone: patch a later token, or compare with one"
     token: str
 
 
@@ -218,7 +218,7 @@ class SelfPatch(Diagnostic):
 
     code = "W0732"
     title = "this rule patches `{run}` into itself"
-    label = "writes what is there already"
+    label = "writes values that are already there"
     help = "name two runs, as in `from clean into CORRUPTION`, unless this is a control"
     run: str
 
@@ -228,11 +228,11 @@ class UnequalIndexTokens(Diagnostic):
     """Tokens counted alike in prompts of different lengths, which are other words there."""
 
     code = "W0760"
-    title = "`{position}` means other tokens in `{source}` than in `{base}`"
+    title = "`{position}` refers to different tokens in `{source}` and `{base}`"
     label = "token {number} is `{theirs}` in `{source}` and `{own}` in `{base}`, in {rows} rows"
     help = (
-        "the prompts differ in length: name tokens by their span, as in `last-item token`, or "
-        "count from the end where they agree"
+        "the prompts differ in length: refer to tokens by span, as in `last-item token`, or "
+        "count from the end, where they agree"
     )
     position: str
     source: str
@@ -248,7 +248,9 @@ class PythonNotRun(Diagnostic):
     """Rows that only Python can make."""
 
     code = "W0740"
-    title = "prompts `{prompts}` need Python, which isn't run here: their rows are not checked"
+    title = (
+        "prompts `{prompts}` need Python, which doesn't run here, so their rows were not checked"
+    )
     label = "not run"
-    help = "`mechdsl plan --allow-python` checks them too"
+    help = "`mechdsl plan --allow-python` also checks them"
     prompts: str

@@ -10,10 +10,10 @@ from mechdsl.diagnostics.core import Diagnostic
 class RaggedPositions(Diagnostic):
     code = "E0305"
     hangs_on = frozenset({"tokens"})
-    title = "`{position}` means different places in prompts of different lengths"
+    title = "`{position}` is ambiguous in prompts of different lengths"
     label = "prompts of `{run}` have {shortest} to {longest} tokens"
     help = (
-        "write `{position} align left` or `{position} align right`, or name the positions "
+        "write `{position} align left` or `{position} align right`, or refer to tokens by name "
         "(`last token`, `each token of NAME`)"
     )
     position: str
@@ -26,7 +26,7 @@ class RaggedPositions(Diagnostic):
 class AmbiguousSpan(Diagnostic):
     code = "E0306"
     hangs_on = frozenset({"rows"})
-    title = "`{name}` {several}, which one?"
+    title = "`{name}` is ambiguous: it {several}"
     label = "in {rows} of {total} rows of `{run}`, as in {example}"
     help = "write {ways}"
     name: str
@@ -42,11 +42,11 @@ class AmbiguousSpan(Diagnostic):
 class UnequalUnion(Diagnostic):
     code = "E0307"
     hangs_on = frozenset({"tokens"})
-    title = "joined positions have different numbers of tokens in the two runs"
+    title = "the the joined positions have different numbers of tokens in the two runs"
     label = "{source} in the source run, {base} in the base run, in {rows} of {total} rows"
     help = (
-        "use a position that is one token in both (`NAME token`), or values of the same number "
-        "of tokens"
+        "use a position with one token in both runs (`NAME token`), or values with the same "
+        "number of tokens"
     )
     source: str
     base: str
@@ -107,7 +107,7 @@ class ReversedBetween(Diagnostic):
     hangs_on = frozenset({"tokens"})
     title = "the second position comes before the first in {lacking} of {total} rows of `{run}`"
     label = "as in {example}"
-    help = "`between` goes from left to right: exchange the two positions"
+    help = "`between` goes from left to right: swap the two positions"
     run: str
     lacking: int
     total: int
@@ -118,8 +118,8 @@ class ReversedBetween(Diagnostic):
 class SpanWithoutToken(Diagnostic):
     code = "E0312"
     hangs_on = frozenset({"tokens"})
-    title = "`{name}` has no token of its own in {lacking} of {total} rows of `{run}`"
-    label = "its text is {text}, and white space belongs to the token beside it"
+    title = "`{name}` has no separate token in {lacking} of {total} rows of `{run}`"
+    label = "its text is {text}, and the tokenizer merges white space into the next token"
     help = "{hint}"
     name: str
     run: str
@@ -145,7 +145,7 @@ class NoSuchSpecial(Diagnostic):
 @keyword_record
 class NotOnePosition(Diagnostic):
     code = "E0314"
-    title = "`between` goes from one token to another, `{position}` is not one token"
+    title = "`between` needs single tokens, and `{position}` covers several"
     label = "{reason}"
     help = "write a single position, such as `first token of NAME` or `NAME token`"
     position: str
@@ -156,9 +156,9 @@ class NotOnePosition(Diagnostic):
 class NoPositionLeft(Diagnostic):
     code = "E0315"
     hangs_on = frozenset({"tokens"})
-    title = "`{position}` leaves no token in {lacking} of {total} rows of `{run}`"
+    title = "`{position}` excludes every token in {lacking} of {total} rows of `{run}`"
     label = "as in {example}"
-    help = "except fewer tokens"
+    help = "exclude fewer tokens"
     position: str
     run: str
     lacking: int
@@ -173,7 +173,7 @@ class NoAnswerTokens(Diagnostic):
     code = "E0540"
     hangs_on = frozenset({"columns"})
     title = "`{position}` has no tokens here: {reason}"
-    label = "tokens of the answer stand behind the prompt, where a measure reads them"
+    label = "answer tokens come after the prompt, where a measure reads them"
     help = "{hint}"
     position: str
     reason: str
@@ -186,11 +186,11 @@ class AnswersDiffer(Diagnostic):
 
     code = "E0541"
     hangs_on = frozenset({"tokens"})
-    title = "`{position}` is not the same token in all texts that measures read"
+    title = "`{position}` is not the same token in all measured texts"
     label = "in {rows} of {total} rows; in row {row}, {lengths}"
     help = (
-        "count from the first (`first token of answer`, `first token of answer + 1`), or take all "
-        "of them: `answer tokens`"
+        "count from the first token (`first token of answer`, `first token of answer + 1`), or "
+        "use all of them: `answer tokens`"
     )
     position: str
     rows: int
@@ -204,7 +204,7 @@ class NotInAnswer(Diagnostic):
     """Ways to name tokens of a span that the answer, behind the prompt, doesn't have."""
 
     code = "E0542"
-    title = "tokens of the answer can't be named by `{position}`"
+    title = "`{position}` can't refer to answer tokens"
     label = "{reason}"
     help = "{hint}"
     position: str
@@ -212,7 +212,7 @@ class NotInAnswer(Diagnostic):
     hint: str
 
 
-NO_REPLY_REASON = "the experiment writes none"
+NO_REPLY_REASON = "the experiment generates no reply"
 
 
 @keyword_record
@@ -220,8 +220,8 @@ class NotInReply(Diagnostic):
     """Tokens of a reply that can't be named so, or where none is written."""
 
     code = "E0545"
-    title = "`{position}` can't be had of a reply: {reason}"
-    label = "the reply stands behind the prompt, where `generate` writes one"
+    title = "`{position}` can't be used in a reply: {reason}"
+    label = "a reply comes after the prompt and needs `generate`"
     help = "{hint}"
     position: str
     reason: str
@@ -233,7 +233,7 @@ class RepliesNotUsable(Diagnostic):
     """Replies of another experiment that can't stand behind these prompts."""
 
     code = "E0546"
-    title = "`{text}` can't stand behind these prompts: {reason}"
+    title = "`{text}` can't follow these prompts: {reason}"
     label = "{reason}"
     help = "{hint}"
     text: str
@@ -247,9 +247,9 @@ class AnswerNotCovered(Diagnostic):
 
     code = "W0741"
     hangs_on = frozenset({"tokens"})
-    title = "this rule leaves the answer's own tokens as they are"
-    label = "all of the prompt; `{measure}` reads up to {tokens} tokens behind it"
-    help = "to act on them too, write `{instead}`"
+    title = "this rule doesn't change the answer's tokens"
+    label = "covers the prompt; `{measure}` reads up to {tokens} tokens after it"
+    help = "to change them as well, write `{instead}`"
     measure: str
     tokens: int
     instead: str

@@ -23,9 +23,9 @@ class UnknownValue(Diagnostic):
 @keyword_record
 class CyclicValue(Diagnostic):
     code = "E0502"
-    title = "`{name}` depends on itself: {path}"
-    label = "part of the circle"
-    help = "give one of them values of its own, such as `{name} in 1..9`"
+    title = "`{name}` is defined in terms of itself: {path}"
+    label = "part of the cycle"
+    help = "give one of them independent values, such as `{name} in 1..9`"
     name: str
     path: str
 
@@ -34,7 +34,7 @@ class CyclicValue(Diagnostic):
 class BadValue(Diagnostic):
     code = "E0503"
     hangs_on = frozenset({"rows"})
-    title = "`{expression}` can't be worked out: {reason}"
+    title = "`{expression}` can't be evaluated: {reason}"
     label = "in {rows}"
     help = "{hint}"
     expression: str
@@ -57,7 +57,7 @@ class UnreadableData(Diagnostic):
 @keyword_record
 class DataFormat(Diagnostic):
     code = "E0505"
-    title = "`{path}` is not data that can be read: {reason}"
+    title = "`{path}` has no readable data: {reason}"
     label = "this file"
     help = "{hint}"
     path: str
@@ -69,7 +69,7 @@ class DataFormat(Diagnostic):
 class TooManyValues(Diagnostic):
     code = "E0506"
     hangs_on = frozenset({"rows"})
-    title = "{what}: {amount} are more than {most:,}"
+    title = "{what}: {amount} exceed the limit of {most:,}"
     label = "too many"
     help = "{hint}"
     what: str
@@ -82,8 +82,8 @@ class TooManyValues(Diagnostic):
 class MultiTokenText(Diagnostic):
     code = "E0507"
     hangs_on = frozenset({"tokens"})
-    title = "`{metric}` needs a text of one token, `{text}` has more"
-    label = "read as {tokens}"
+    title = "`{metric}` needs a one-token text, but `{text}` has several tokens"
+    label = "tokenised as {tokens}"
     help = "{hint}"
     text: str
     tokens: str
@@ -94,11 +94,11 @@ class MultiTokenText(Diagnostic):
 @keyword_record
 class UnreadableTokenizer(Diagnostic):
     code = "E0508"
-    title = "`{path}` has no tokenizer that can be read: {reason}"
+    title = "the tokenizer of `{path}` can't be read: {reason}"
     label = "this model"
     help = (
-        "positions need the offsets that a `tokenizer.json` gives; transformers writes one with "
-        "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`"
+        "positions need the character offsets of a `tokenizer.json`; transformers writes one "
+        "with `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`"
     )
     path: str
     reason: str
@@ -122,8 +122,8 @@ class NoRows(Diagnostic):
 class CorruptionWithoutEffect(Diagnostic):
     code = "E0510"
     hangs_on = frozenset({"rows"})
-    title = "the corrupted {unit} of `{run}` equals the clean one in every row"
-    label = "changes nothing in the {shown}"
+    title = "the corrupted {unit} of `{run}` is the same as the clean one in every row"
+    label = "has no effect on the {shown}"
     help = "{hint}"
     run: str
     hint: str
@@ -137,8 +137,8 @@ class PromptTooLong(Diagnostic):
     code = "E0511"
     hangs_on = frozenset({"tokens"})
     title = "{rows} of {total} prompts of `{run}` are longer than the model's context"
-    label = "the longest has {longest:,} tokens, the model reads {most:,}"
-    help = "shorten the template or the lists, or keep short rows with `where`"
+    label = "the longest has {longest:,} tokens, and the model reads at most {most:,}"
+    help = "shorten the template or the lists, or select short rows with `where`"
     run: str
     rows: int
     total: int
@@ -150,9 +150,9 @@ class PromptTooLong(Diagnostic):
 class EmptyDraw(Diagnostic):
     code = "E0512"
     hangs_on = frozenset({"rows"})
-    title = "`{expression}` has nothing left to draw: {reason}"
+    title = "`{expression}` has no values left to sample: {reason}"
     label = "in {rows}"
-    help = "give it more values, or draw fewer"
+    help = "give it more values, or sample fewer"
     expression: str
     reason: str
     rows: str
@@ -161,8 +161,8 @@ class EmptyDraw(Diagnostic):
 @keyword_record
 class NoDomain(Diagnostic):
     code = "E0513"
-    title = "`{name}` has no set of values to draw another one from"
-    label = "drawn from here"
+    title = "`{name}` has no set of values to sample from"
+    label = "sampled here"
     help = "{hint}"
     name: str
     hint: str
@@ -171,7 +171,7 @@ class NoDomain(Diagnostic):
 @keyword_record
 class UnknownFunction(Diagnostic):
     code = "E0514"
-    title = "prompts know no function `{name}`"
+    title = "prompts have no function `{name}`"
     label = "unknown"
     help = "{hint}"
     name: str
@@ -207,9 +207,9 @@ class UnknownText(Diagnostic):
 class SharedFirstToken(Diagnostic):
     code = "E0517"
     hangs_on = frozenset({"tokens"})
-    title = "the {which} token of {text} is also that of {rival}"
-    label = "`{token}` doesn't tell them apart, in {rows} of {total} rows"
-    help = "measure `logprob(…)`, which reads all tokens, or choose other answers"
+    title = "{text} and {rival} share their {which} token"
+    label = "`{token}` is the same in both, in {rows} of {total} rows"
+    help = "measure `logprob(…)`, which reads all tokens, or choose different answers"
     which: str
     text: str
     rival: str
@@ -222,7 +222,7 @@ class SharedFirstToken(Diagnostic):
 class MultiTokenNumeral(Diagnostic):
     code = "E0518"
     hangs_on = frozenset({"tokens"})
-    title = "{amount} of the numerals {low}..{high} are more than one token"
+    title = "{amount} of the numerals {low}..{high} have several tokens"
     label = "{text} is {tokens} tokens: {pieces}"
     help = "{hint}"
     amount: int
@@ -238,7 +238,7 @@ class MultiTokenNumeral(Diagnostic):
 class AnswerNotInVocabulary(Diagnostic):
     code = "E0519"
     hangs_on = frozenset({"tokens"})
-    title = "the tokenizer doesn't know {text}, it is read as `{unknown}`"
+    title = "the tokenizer doesn't know {text} and reads it as `{unknown}`"
     label = "in {rows} of {total} rows"
     help = "{hint}"
     text: str
@@ -252,9 +252,9 @@ class AnswerNotInVocabulary(Diagnostic):
 class OtherSpelling(Diagnostic):
     code = "E0520"
     hangs_on = frozenset({"tokens"})
-    title = "{text} is not spelt like the answers, which begin with {moved}"
+    title = "{text} begins differently from the answers, which begin with {moved}"
     label = "{moved} was moved into the prompt"
-    help = "write it with the same beginning"
+    help = "give it the same beginning"
     text: str
     moved: str
 
@@ -264,7 +264,7 @@ class TextNotInside(Diagnostic):
     code = "E0521"
     title = "the text of `{name}` doesn't occur in `{within}`"
     label = "in {rows}"
-    help = "keep only rows in which it does, or correct the data"
+    help = "select only rows where it does, or correct the data"
     name: str
     within: str
     rows: str
@@ -284,7 +284,7 @@ class NotATokenId(Diagnostic):
     hangs_on = frozenset({"tokens"})
     title = "`token_id({name})`: {value} is not a token id"
     label = "the vocabulary has ids 0 to {last}"
-    help = "give a column that holds token ids of this tokenizer"
+    help = "use a column with token ids of this tokenizer"
     name: str
     value: str
     last: int
@@ -294,7 +294,7 @@ class NotATokenId(Diagnostic):
 class EmptyText(Diagnostic):
     code = "E0524"
     title = "the text `{name}` is empty in {rows} of {total} rows"
-    label = "no token to measure"
+    label = "there is there is no token to measure"
     help = "leave these rows out with `where`"
     name: str
     rows: int
@@ -305,7 +305,7 @@ class EmptyText(Diagnostic):
 class NoTemplate(Diagnostic):
     code = "E0525"
     title = "prompts `{prompts}` have no template"
-    label = "no text to give to the model"
+    label = "the model has no text to read"
     help = 'add a line such as `template "{{prompt}}"`'
     prompts: str
 
@@ -314,7 +314,7 @@ class NoTemplate(Diagnostic):
 class EmptyPrompt(Diagnostic):
     code = "E0526"
     title = "`{run}` has {rows} prompts without text"
-    label = "no token to read"
+    label = "there is no token to read"
     help = "leave these rows out with `where`"
     run: str
     rows: int
@@ -341,7 +341,7 @@ class ImageTooSmall(Diagnostic):
     code = "E0561"
     title = "the image `{image}` has {size} pixels, too few for {tiles} of tiles"
     label = "in {rows}"
-    help = "write fewer of them, or leave such rows out with `where`"
+    help = "use fewer tiles, or exclude these rows with `where`"
     image: str
     size: str
     tiles: str
@@ -353,11 +353,11 @@ class NoChatTemplate(Diagnostic):
     """A chat for a model whose tokenizer says nothing of chats."""
 
     code = "E0550"
-    title = "the model has no chat template, so nothing says how it reads turns"
-    label = "for a tokenizer with a `chat_template`"
+    title = "the model has no chat template, so turns can't be written for it"
+    label = "needs a tokenizer with a `chat_template`"
     help = (
-        "write the turns in a text as the model was trained on them: "
-        '`template "User: {{question}}\\nAssistant:"`'
+        'write the turns as text in the format the model was trained on: `template "User: '
+        '{{question}}\\nAssistant:"`'
     )
 
 
@@ -367,7 +367,7 @@ class BadChatTemplate(Diagnostic):
 
     code = "E0551"
     title = "the model's chat template can't be used: {reason}"
-    label = "turns for it to write"
+    label = "these turns need the template"
     help = "{hint}"
     reason: str
     hint: str
@@ -379,7 +379,7 @@ class ChatRefused(Diagnostic):
 
     code = "E0552"
     hangs_on = frozenset({"tokens"})
-    title = "the model's chat template can't write this: {reason}"
+    title = "the model's chat template can't render these turns: {reason}"
     label = "in {rows}"
     help = "{hint}"
     reason: str
@@ -393,9 +393,9 @@ class MarkerInText(Diagnostic):
 
     code = "E0553"
     hangs_on = frozenset({"tokens"})
-    title = "the text {text} holds `{marker}`, which is a special token in a chat"
-    label = "the model would read the end of a turn in it"
-    help = "put in another text"
+    title = "the text {text} contains `{marker}`, a special token in chats"
+    label = "the model would read it as the end of a turn"
+    help = "use a text without it"
     text: str
     marker: str
 
@@ -406,7 +406,7 @@ class RowsNotPaired(Diagnostic):
 
     code = "E0527"
     hangs_on = frozenset({"rows"})
-    title = "the rows of `{other}` and of `{prompts}` can't be paired: {others:,} and {rows:,}"
+    title = "the rows of `{other}` ({others:,}) and `{prompts}` ({rows:,}) can't be paired"
     label = "`{other}` has {others:,} rows before `where` and `limit`"
     help = "{hint}"
     other: str
@@ -423,7 +423,7 @@ class PartnerMissing(Diagnostic):
     code = "E0528"
     hangs_on = frozenset({"rows"})
     title = "{lacking:,} of {total:,} rows of `{prompts}` have no partner in `{other}`"
-    label = "`{other}` leaves out its row {row:,}: {reason}"
+    label = "`{other}` excludes its row {row:,}: {reason}"
     help = "{hint}"
     other: str
     prompts: str
@@ -441,10 +441,10 @@ class EndingMismatch(Diagnostic):
     code = "E0529"
     hangs_on = frozenset({"tokens"})
     title = "prompts of `{other}` end in {theirs}, those of `{prompts}` in {own}"
-    label = "what all answers of a block begin with stands at the end of its prompts"
+    label = "the common beginning of a block's answers is moved to the end of its prompts"
     help = (
-        "spell the answers of both alike, or leave those of `{other}` out: measures read the "
-        "texts of `{prompts}`"
+        "spell the answers of both blocks alike, or remove those of `{other}`: measures read "
+        "the texts of `{prompts}`"
     )
     other: str
     prompts: str
@@ -457,8 +457,8 @@ class UnsampledRuns(Diagnostic):
     """`from A into B` where the `prompts` line names a third block."""
 
     code = "E0530"
-    title = "neither `{source}` nor `{base}` is a run of `{prompts}`, whose rows are sampled"
-    label = "both are of other prompts"
+    title = "neither `{source}` nor `{base}` is a run of `{prompts}`, which defines the rows"
+    label = "both belong to other prompts"
     help = "write `prompts {instead}`, or `clean` on one side"
     source: str
     base: str
@@ -470,9 +470,9 @@ class UnsampledRuns(Diagnostic):
 class TokenCoversMore(Diagnostic):
     code = "W0701"
     hangs_on = frozenset({"tokens"})
-    title = "tokens of `{name}` also cover text beside it"
+    title = "tokens of `{name}` also cover adjacent text"
     label = "{tokens}, in {rows} of {total} rows"
-    help = "put a space between them in the template, or read the result as that of both"
+    help = "put a space between them in the template, or interpret the result as that of both"
     name: str
     tokens: str
     rows: int
@@ -483,9 +483,9 @@ class TokenCoversMore(Diagnostic):
 class UnknownWords(Diagnostic):
     code = "W0702"
     hangs_on = frozenset({"tokens"})
-    title = "the tokenizer doesn't know {words}"
+    title = "words missing from the tokenizer's vocabulary: {words}"
     label = "read as `{unknown}` in {rows} of {total} rows of `{run}`"
-    help = "use words that the model's vocabulary holds"
+    help = "use words in the model's vocabulary"
     words: str
     unknown: str
     rows: int
@@ -498,7 +498,7 @@ class AnswerChangesPrompt(Diagnostic):
     code = "W0703"
     hangs_on = frozenset({"tokens"})
     title = "the end of the prompt and {text} share a token"
-    label = "in {rows} of {total} rows the prompt is tokenised otherwise with the answer behind it"
+    label = "in {rows} of {total} rows, appending the answer changes how the prompt is tokenised"
     help = "{hint}"
     text: str
     rows: int
@@ -514,7 +514,7 @@ class TextSpacing(Diagnostic):
     hangs_on = frozenset({"tokens"})
     title = "there {spaces} between the prompt and {text}"
     label = "the model reads `{joined}` in {rows} of {total} rows"
-    help = "{hint}, unless it is meant so"
+    help = "{hint}, unless you meant it"
     spaces: str
     text: str
     joined: str
@@ -529,8 +529,10 @@ class EqualPairedValues(Diagnostic):
 
     code = "W0704"
     title = "rows of `{source}` and `{base}` that are paired have the same `{name}`"
-    label = "says `{name}` on its diagonal, whichever of the two runs is heard"
-    help = "write `from {source} shuffled into {base}`: then rows are dealt to each other"
+    label = (
+        "both runs of a pair have the same `{name}`, so a confusion matrix can't distinguish them"
+    )
+    help = "write `from {source} shuffled into {base}` to pair the rows at random"
     source: str
     base: str
     name: str
@@ -542,8 +544,11 @@ class RowsNotChecked(Diagnostic):
 
     code = "W0790"
     title = "only the first {rows:,} rows of {unit}s `{prompts}` were checked"
-    label = "has more rows than `validate` looks at"
-    help = "a run checks every row before it starts; `limit {rows}` takes as many as were checked"
+    label = "has more rows than `validate` checks"
+    help = (
+        "a run checks every row before it starts; `limit {rows}` restricts it to the rows "
+        "checked here"
+    )
     prompts: str
     rows: int
     unit: str = "prompt"
@@ -555,9 +560,9 @@ class EqualRecords(Diagnostic):
     """Rows of a file that say the same count as often as they stand there."""
 
     code = "W0781"
-    title = "{equal:,} of {rows:,} rows of {unit}s `{prompts}` are equal to another"
-    label = "these records are there more than once, and each of them counts"
-    help = "write `rows {file} distinct` for one of each: intervals take rows as independent"
+    title = "{equal:,} of {rows:,} rows of {unit}s `{prompts}` are duplicates"
+    label = "these records occur more than once, and each occurrence counts"
+    help = "write `rows {file} distinct` to remove duplicates: intervals treat rows as independent"
     prompts: str
     file: str
     equal: int
@@ -573,8 +578,8 @@ class TemplateUnchanged(Diagnostic):
     code = "W0791"
     hangs_on = frozenset({"rows"})
     title = "`{run}` changes nothing in the rows of {templates}"
-    label = "leaves {rows} unchanged, which are left out"
-    help = "let every template show a value that `{run}` changes, or remove those that don't"
+    label = "leaves {rows} unchanged, which are excluded"
+    help = "use a value that `{run}` changes in every template, or remove the other templates"
     run: str
     templates: str
     """`template 2 (line 9)`, or several."""

@@ -81,7 +81,7 @@ def render_full(
     painter = _Painter(color, max(width, MIN_TEXT_WIDTH), _ASCII if ascii else _BOX)
     last = render_summary(ordered)
     if len(ordered) > limits.DIAGNOSTICS:
-        last += f"; {limits.DIAGNOSTICS:,} of them are shown, errors first"
+        last += f"; showing the first {limits.DIAGNOSTICS:,}, errors first"
         ordered = sort_diagnostics(sorted(ordered, key=_is_warning)[: limits.DIAGNOSTICS])
     text = "\n\n".join([*(painter.one(d) for d in ordered), last]) + "\n"
     return text.encode("ascii", "backslashreplace").decode("ascii") if ascii else text

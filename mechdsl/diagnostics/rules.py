@@ -44,8 +44,8 @@ class NoComponent(Diagnostic):
     """A rule that says where, but not what."""
 
     code = "E0303"
-    title = "the rule names neither a component nor a head"
-    label = "what of this layer?"
+    title = "the rule names no component and no head"
+    label = "which component of this layer?"
     help = "write one of {components}, or add `head *`"
     components: str
 
@@ -70,7 +70,7 @@ class AxesCollide(Diagnostic):
     code = "E0320"
     title = "two sweeps of this experiment are both called `{axis}`"
     label = "the other one is on line {first}"
-    help = "share one axis: `{shared}`, or join one of them: `{plural}`"
+    help = "use one axis, `{shared}`, or join one of them: `{plural}`"
     axis: str
     shared: str
     plural: str
@@ -84,7 +84,7 @@ class EmptyRange(Diagnostic):
     code = "E0321"
     title = "the range `{text}` is empty{where}"
     label = "nothing to sweep over"
-    help = "ranges are inclusive and go upwards: write `{low}..{high}`"
+    help = "ranges are inclusive and ascending: write `{low}..{high}`"
     text: str
     low: str
     high: str
@@ -142,9 +142,14 @@ class UnevenPositions(Diagnostic):
 
     code = "E0324"
     hangs_on = frozenset({"tokens"})
-    title = "`{position}` covers {least} to {most} tokens, so its rows don't correspond"
-    label = "a mean or a resampling goes over rows"
-    help = "name single tokens, such as `first token of …`, or positions that are equally long"
+    title = (
+        "`{position}` covers {least} to {most} tokens, so tokens of different rows don't correspond"
+    )
+    label = "`mean` and `resample` combine rows"
+    help = (
+        "name single tokens, such as `first token of …`, or positions with the same number "
+        "of tokens in every row"
+    )
     position: str
     least: int
     most: int
@@ -183,12 +188,12 @@ class UnpairedPositions(Diagnostic):
 
     code = "E0331"
     hangs_on = frozenset({"tokens"})
-    title = "{first} don't pair with {second}"
+    title = "{first} can't be paired with {second}"
     label = "{second} here"
     help = "{hint}"
     first: str
     second: str
-    hint: str = "write one position here, or as many as there are on the other side"
+    hint: str = "write one position here, or the same number as on the other side"
 
 
 @keyword_record
@@ -210,7 +215,7 @@ class UnequalPrompts(Diagnostic):
 
     code = "E0333"
     hangs_on = frozenset({"tokens"})
-    title = "`{site}` is a vector over the tokens of a prompt, and {what} differ in length"
+    title = "`{site}` is a vector over the tokens of a prompt, but {what} differ in length"
     label = "row {row} has {first} tokens and {second}"
     help = "{hint}"
     site: str
@@ -256,8 +261,8 @@ class OverlappingPositions(Diagnostic):
     code = "E0336"
     hangs_on = frozenset({"tokens"})
     title = "`{first}` and `{second}` share a token in row {row}"
-    label = "{token} can't change places with itself"
-    help = "name positions that have no token in common"
+    label = "{token} can't be swapped with itself"
+    help = "name positions without a common token"
     first: str
     second: str
     row: int

@@ -14,8 +14,8 @@ class NotFinite(Diagnostic):
     title = "`{model}` gives NaN or infinity in the {run}, row {row} of `{prompts}`"
     label = "{where}"
     help = (
-        "half precision may be too narrow: try `--dtype float32`; `--allow-nan` leaves such rows "
-        "out of everything and counts them"
+        "half precision may have too small a range: try `--dtype float32`, or use `--allow-nan` "
+        "to exclude and count these rows"
     )
     model: str
     run: str
@@ -31,7 +31,7 @@ class MissingPickResult(Diagnostic):
     code = "E0622"
     title = "`{experiment}` uses the results of `{of}`, which could not be computed"
     label = "needs {what}"
-    help = "mend `{of}`, whose error stands above"
+    help = "fix the error in `{of}` above"
     experiment: str
     of: str
     what: str
@@ -42,9 +42,9 @@ class RowsLeftOut(Diagnostic):
     """Rows that `--allow-nan` has left out."""
 
     code = "W0750"
-    title = "{count} of {rows} rows of `{experiment}` are left out: NaN or infinity"
+    title = "{count} of {rows} rows of `{experiment}` are excluded because of NaN or infinity"
     label = "{listed}"
-    help = "find out why: results on the rows that are left say nothing about these"
+    help = "find the cause: results on the remaining rows say nothing about these"
     experiment: str
     count: int
     rows: int
@@ -56,11 +56,11 @@ class PickBySign(Diagnostic):
     """A pick by sign that would be another one by size."""
 
     code = "W0751"
-    title = "`{text}` picks by sign; by size it would be others"
-    label = "picked: {picked}; by absolute value: {by_size}"
+    title = "`{text}` ranks by signed value; ranking by absolute value gives a different selection"
+    label = "selected: {picked}; by absolute value: {by_size}"
     help = (
-        "where falls matter, let `{of}` measure the negative first: `measure -logit(answer) as "
-        "delta`"
+        "if decreases matter, make the negative the first measure of `{of}`: `measure "
+        "-logit(answer) as delta`"
     )
     text: str
     picked: str
@@ -75,7 +75,7 @@ class UndefinedMeasure(Diagnostic):
     code = "E0631"
     title = "`{text}` has no value in {place}"
     label = "{reason}"
-    help = "leave such rows out with `keep`, or measure what has a value in every row"
+    help = "exclude these rows with `keep`, or use a measure that has a value in every row"
     text: str
     place: str
     reason: str
@@ -88,7 +88,7 @@ class UndefinedCells(Diagnostic):
     code = "W0762"
     title = "`{text}` has no value in {count} of {cells} cells of `{experiment}`"
     label = "{reason}: first in the {place}"
-    help = "measure what has a value in every row; in tables these cells are `–`"
+    help = "use a measure that has a value in every row; tables show these cells as `–`"
     text: str
     count: int
     cells: int
@@ -100,9 +100,12 @@ class UndefinedCells(Diagnostic):
 @keyword_record
 class ZeroDenominator(Diagnostic):
     code = "E0604"
-    title = "the denominator of `{effect}` cannot be told from 0"
-    label = "{divisor} is {mean} over {n} rows, {confidence} % interval {low} to {high}"
-    help = "measure `as delta`, take more rows, or a metric and a corruption that separate the runs"
+    title = "the denominator of `{effect}` is not significantly different from 0"
+    label = "{divisor} is {mean} over {n} rows, with a {confidence} % interval from {low} to {high}"
+    help = (
+        "measure `as delta`, use more rows, or choose a metric and a corruption that "
+        "separate the runs"
+    )
     effect: str
     divisor: str
     mean: str
@@ -115,8 +118,8 @@ class ZeroDenominator(Diagnostic):
 @keyword_record
 class AmbiguousMeasure(Diagnostic):
     code = "E0605"
-    title = "which of the {count} measures is meant by `{text}`?"
-    label = "could be {candidates}"
+    title = "`{text}` is ambiguous: it matches {count} measures"
+    label = "it could mean {candidates}"
     help = "{hint}"
     text: str
     count: int
@@ -150,7 +153,7 @@ class TooFewPrompts(Diagnostic):
     hangs_on = frozenset({"shape", "tokens", "rows", "count"})
     title = "{about}"
     label = "{reach}"
-    help = "take more {unit}s, sweep fewer cells, or see the p values as a description only"
+    help = "use more {unit}s, sweep fewer cells, or treat the p-values as descriptive only"
     about: str
     """The cells and their small numbers of prompts."""
     reach: str
@@ -164,9 +167,12 @@ class ExplainedByValues(Diagnostic):
     """Rows that differ by one value of the prompts more than by all the rest."""
 
     code = "W0722"
-    title = "`{name}` explains {share} of what rows of `{label_of}` differ by"
-    label = "for values that weren't run, effective n is {values} values of `{name}`, not {n} rows"
-    help = "{line}, so that intervals and p hold for new values; without it they hold for new rows "
+    title = "`{name}` explains {share} of the variance between rows of `{label_of}`"
+    label = "for new values, the effective sample size is {values} values of `{name}`, not {n} rows"
+    help = (
+        "{line} to make intervals and p-values hold for new values; otherwise they hold "
+        "for new rows "
+    )
     help += "with these {values}"
     name: str
     share: str
@@ -181,10 +187,13 @@ class SkewedFamily(Diagnostic):
     """Effects whose corrected p would be below the level too often."""
 
     code = "W0723"
-    title = "effects of `{experiment}` are too skewed to say which of {cells} cells survive"
-    label = "over {units} {unit}s, more than 1 in 20 such experiments would find one by chance"
-    help = "take more {unit}s, measure a difference of logits in place of a probability or a loss, "
-    help += "or write `expect max(…) > 0`, whose bounds hold"
+    title = "effects of `{experiment}` are too skewed to say which of {cells} cells are significant"
+    label = (
+        "with {units} {unit}s, more than 1 in 20 such experiments would find a significant "
+        "cell by chance"
+    )
+    help = "use more {unit}s, measure a difference of logits instead of a probability or a loss, "
+    help += "or write `expect max(…) > 0`, whose bounds remain valid"
     experiment: str
     cells: int
     units: int

@@ -25,8 +25,8 @@ class MisspeltWord(Diagnostic):
     """A word of the language with a slip in it."""
 
     code = "E0102"
-    title = "`{word}` is not a word of the language"
-    label = "no such word"
+    title = "`{word}` is not a keyword"
+    label = "unknown keyword"
     help = "did you mean `{meant}`?"
 
     word: str
@@ -40,7 +40,7 @@ class Unclosed(Diagnostic):
     code = "E0103"
     title = "this `{opener}` is never closed"
     label = "opened here"
-    help = "write the `{closer}` that belongs to it{place}"
+    help = "add the matching `{closer}`{place}"
 
     opener: str
     closer: str
@@ -67,7 +67,7 @@ class UnterminatedString(Diagnostic):
     code = "E0105"
     title = "this text has no closing quote"
     label = "the text starts here"
-    help = 'close it with `"` on the same line; `\\n` in it is a line break and `\\"` a quote'
+    help = 'close it with `"` on the same line; `\\n` stands for a line break and `\\"` for a quote'
 
 
 @keyword_record
@@ -75,7 +75,7 @@ class ReservedName(Diagnostic):
     """A value is called like a word of the language."""
 
     code = "E0106"
-    title = "`{name}` is a word of the language and cannot name a value"
+    title = "`{name}` is a keyword and cannot name a value"
     label = "reserved word"
     help = "choose another name, such as `{name}_1`{rename}"
 
@@ -106,7 +106,7 @@ class NotSupported(Diagnostic):
     help = "{later}"
 
     what: str
-    later: str = "docs/language.md has a row for everything that this version runs"
+    later: str = "docs/language.md lists everything that this version supports"
 
 
 @keyword_record
@@ -151,7 +151,7 @@ class Unreadable(Diagnostic):
 
     code = "E0112"
     title = "cannot read `{path}`: {reason}"
-    help = "check the path; it is relative to the folder the command runs in"
+    help = "check the path; it is relative to the working directory"
 
     path: str
     reason: str
@@ -168,10 +168,7 @@ class BadPlaceholder(Diagnostic):
 
     problem: str
     place: str
-    hint: str = (
-        "write `{name}`, `{new = name}` or `{count - 1}`;"
-        " a brace that belongs to the text is doubled: `{{`"
-    )
+    hint: str = "write `{name}`, `{new = name}` or `{count - 1}`; double a literal brace: `{{`"
 
 
 @keyword_record
@@ -180,5 +177,5 @@ class NumberTooLarge(Diagnostic):
 
     code = "E0114"
     title = "this number is too large"
-    label = "beyond what a computation can hold"
+    label = "outside the range of floating-point numbers"
     help = "numbers go up to about 1e308"

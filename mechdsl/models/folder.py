@@ -79,7 +79,7 @@ def _refused(path: Path, model: Model, *, by_name: bool) -> Diagnostic | None:
             construct=model.kind,
             path=f"{model.path}/{path.name}",
             what=what,
-            hint="point at a folder that `save_pretrained` wrote",
+            hint="name a folder written by `save_pretrained`",
         )
     if path.suffix == ".json" and path.is_file():
         size = os.path.getsize(path)
@@ -300,7 +300,7 @@ def _not_a_model(folder: Path, model: Model) -> Diagnostic | None:
             span=model.span,
             path=model.path,
             base=of,
-            beside="and a model too",
+            beside="as well as a model",
             files="and a `config.json` beside it",
             hint="put the files of the adapter, whose names begin with `adapter_`, into a folder "
             'of their own: `model tuned = local("adapter", base: m)` reads it from there',

@@ -235,7 +235,7 @@ def _measures_nothing(work: Statements) -> NoMeasure:
     name = work.definition.name
     if not work.generate:
         return NoMeasure(span=name.span, experiment=name.id)
-    hint = "add `report texts` alone to see what is written, or what to read of it, for example "
+    hint = "add `report texts` alone to see the replies, or a measure, for example "
     return NoMeasure(span=name.span, experiment=name.id, hint=f"{hint}`measure length as raw`")
 
 
@@ -306,7 +306,7 @@ def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
     if found is not None and first is not None and (found.tiles is None) != (first.tiles is None):
         kinds = ("whole images", "tiles")
         own, others = kinds if first.tiles is not None else kinds[::-1]
-        reason = f"is of {own}, and `{first.name}` of {others}"
+        reason = f"has {own}, but `{first.name}` has {others}"
         hint = "write the same `tiles` in both blocks"
         work.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
     return found
@@ -410,9 +410,9 @@ def _check_averaged(
     other = parts.prompts[ref.name]
     reason, hint = "", "write a block of images: `image mean of scenes`"
     if other.kind != "images":
-        reason = f"takes images, and `{other.name}` is of prompts"
+        reason = f"needs images, but `{other.name}` is a prompts block"
     elif averaged_block(other.image) is not None:
-        reason = f"takes rows, and `{other.name}` is a mean itself"
+        reason = f"needs rows, but `{other.name}` is already a mean"
     elif ref.part is not None and not other.has_part(ref.part):
         halves = f"`{other.name}.train` and `{other.name}.test`"
         known = (
@@ -422,8 +422,8 @@ def _check_averaged(
         scope.diagnostics.append(problem)
         return
     elif block.regions:
-        reason = "has no regions: those of its images lie elsewhere in each"
-        hint = "leave the region out: `image row 1..2 col * tokens` names patches"
+        reason = "has no regions: their locations differ between its images"
+        hint = "name patches instead of the region: `image row 1..2 col * tokens`"
     if reason:
         bad = BadArgument(span=ref.span, name=MEAN_IMAGE, reason=reason, hint=hint)
         scope.diagnostics.append(bad)
@@ -462,8 +462,8 @@ def _check_base(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -
             BadArgument(
                 span=span,
                 name=base,
-                reason="stands for several models, and an adapter has one base",
-                hint='give the one that is meant a line: `model m = local("runs/step-9")`',
+                reason="refers to several models, but an adapter has one base",
+                hint='define the base on a separate line: `model m = local("runs/step-9")`',
             )
         )
     elif circle:
@@ -602,7 +602,7 @@ def _with_imports(
                     span=use.path.span,
                     path=use.path.value,
                     reason="it imports this file",
-                    hint="move what both need into a third file",
+                    hint="move the shared definitions into a third file",
                 )
             )
             return
@@ -615,7 +615,7 @@ def _with_imports(
                         span=use.path.span,
                         path=use.path.value,
                         reason=_MANY,
-                        hint="put what several files define into one",
+                        hint="merge some of the imported files",
                     )
                 )
             return
@@ -669,7 +669,7 @@ def _entries(folder: Path) -> list[Path]:
 def _why(problem: Diagnostic) -> str:
     """Return why a file can't be read, without its path, which the `use` line contains."""
     if isinstance(problem, NotMechFile):
-        return "it is no `.mech` file"
+        return "it is not a `.mech` file"
     return problem.reason if isinstance(problem, Unreadable | NotText) else problem.message
 
 
@@ -691,7 +691,7 @@ def _parameters(
                         span=statement.value.span,
                         name=statement.name.id,
                         reason="must be a number, a text, or true or false",
-                        hint="write a plain value: `param depth = 12`",
+                        hint="write a literal value: `param depth = 12`",
                     )
                 )
                 value = 0
@@ -795,10 +795,10 @@ def _scored_with(block: spec.Prompts, parts: Definitions, scope: Namespace) -> N
         return
     images = parts.prompts[ref.name]
     if ref.part is not None or images.kind != "images" or images.tiles is not None:
-        reason = "is a part of a block" if ref.part is not None else "is no block of images"
-        hint = "name a block of images, all of it: `image from scenes`"
+        reason = "is only part of a block" if ref.part is not None else "is not an images block"
+        hint = "name a complete images block: `image from scenes`"
         if ref.part is None and images.tiles is not None:
-            reason = "has several tiles of each image, and a text is scored with one image"
+            reason = "has several tiles per image, but a text is scored with one image"
             hint = "name a block without `tiles`, or score the tiles: `measure score(answer)`"
         name = ref.span.written
         scope.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
@@ -836,9 +836,7 @@ def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spe
         known = 'write `zoo("…")`, `hf("…")`, `local("…")` or `python("…")`'
         hint = did_you_mean(call.name, MODEL_KINDS, known)
         scope.diagnostics.append(
-            BadArgument(
-                span=call.span, name=call.name, reason="is not a source of models", hint=hint
-            )
+            BadArgument(span=call.span, name=call.name, reason="is not a model source", hint=hint)
         )
         return None
     values: dict[str, object] = {}
@@ -875,8 +873,8 @@ def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spe
             BadArgument(
                 span=call.span,
                 name=own,
-                reason="stands beside `base:`, and is that of the base",
-                hint=f"write it in the line of `{values[BASE_ARGUMENT]}`",
+                reason="can't be combined with `base:`; the base determines it",
+                hint=f"move it to the line of `{values[BASE_ARGUMENT]}`",
             )
         )
         return None
@@ -891,10 +889,10 @@ def _place_problem(name: str, kind: str, given: Collection[str]) -> tuple[str, s
     """Return why one more argument of this name (or without a name) is invalid, if it is."""
     if not name:
         ways = [f"`{each}: …`" for each in _ARGUMENTS[kind]]
-        hint = f", or say what it is: {', '.join(ways[:-1])} or {ways[-1]}" if ways else ""
-        return "takes one argument without a name", f"leave it out{hint}"
+        hint = f", or name it: {', '.join(ways[:-1])} or {ways[-1]}" if ways else ""
+        return "takes only one unnamed argument", f"leave it out{hint}"
     if name in given:
-        return "is given twice", "leave one of them out"
+        return "is given twice", "remove one of them"
     return None
 
 
@@ -905,10 +903,10 @@ def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | 
         if kind == "python":
             return (
                 "is not an argument of `python`",
-                "leave it out: the function gives the model and the tokenizer as they are to be",
+                "remove it: the function must return the final model and tokenizer",
             )
         if name == "quantize":
-            return "can't be done yet", "leave it out: weights are used as they were saved"
+            return "is not supported yet", "remove it: weights are used as saved"
         return (
             f"is not an argument of `{kind}`",
             did_you_mean(name, allowed, f"arguments are {', '.join(allowed[1:])}"),

@@ -41,7 +41,7 @@ VERDICT_CORRECTIONS = ("holm", "none")
 def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Namespace) -> ast.Expr:
     """Replace the names of metrics in an expression by their definitions."""
     written = expression
-    reason = "is defined by itself"
+    reason = "is defined in terms of itself"
     for step in range(len(parts.metrics) + 1):
         found = False
         # A name in a metric's argument is a text, a run or a site, even if a metric has the same
@@ -68,13 +68,15 @@ def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Namespace) -
         if not found:
             return expression
         if sum(1 for _ in walk(expression)) > limits.PARTS:
-            reason = f"has more than {limits.PARTS:,} parts when its metrics are written out"
+            reason = f"has more than {limits.PARTS:,} terms after its metrics are expanded"
             break
         if depth(expression) > limits.DEPTH + 1:
-            reason = f"is nested more than {limits.DEPTH} deep when its metrics are written out"
+            reason = (
+                f"is nested more than {limits.DEPTH} levels deep after its metrics are expanded"
+            )
             break
         if step >= limits.CHAIN:
-            reason = f"hangs on more than {limits.CHAIN} metrics, one behind the other"
+            reason = f"depends on a chain of more than {limits.CHAIN} metrics"
             break
     for name in parts.metrics:
         scope.has("metric", name)
@@ -83,7 +85,7 @@ def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Namespace) -
             span=written.span,
             name=written.span.written,
             reason=reason,
-            hint="a metric may use other metrics, but not in a circle or without end",
+            hint="a metric may use other metrics, but not in a cycle",
         )
     )
     return written
@@ -98,7 +100,7 @@ def lower_measure(measure: ast.Measure, parts: Definitions, scope: Namespace) ->
             BadArgument(
                 span=measure.per.span,
                 name=f"per {measure.per.id}",
-                reason="is not a way of averaging",
+                reason="is not a type of average",
                 hint="only `as relative per prompt` averages ratios",
             )
         )
@@ -181,7 +183,7 @@ def lower_statistics(work: Statements) -> spec.Statistics:
         if line.resampling.name != "bootstrap" or not good:
             name = line.resampling.name
             own = name == "bootstrap"
-            reason = "takes one whole number" if own else "is not a resampling that is supported"
+            reason = "takes one whole number" if own else "is not a supported resampling method"
             hint = "write `bootstrap(n)` with n from 100 to 1,000,000"
             if not own:
                 hint = did_you_mean(name, ("bootstrap",), hint)
@@ -190,8 +192,8 @@ def lower_statistics(work: Statements) -> spec.Statistics:
             )
         values["resamples"] = count if good else 10_000
     if line.test is not None and line.test.arguments:
-        hint = "write `stats bootstrap(10000) test bootstrap`: resamples stand in front of it"
-        reason = "takes no number behind `test`"
+        hint = "write the number of resamples first: `stats bootstrap(10000) test bootstrap`"
+        reason = "takes no number after `test`"
         found = BadArgument(span=line.test.span, name=line.test.name, reason=reason, hint=hint)
         work.diagnostics.append(found)
     elif line.test is not None and _known(
@@ -204,18 +206,18 @@ def lower_statistics(work: Statements) -> spec.Statistics:
                 BadArgument(
                     span=line.confidence.span,
                     name="confidence",
-                    reason="must lie between 50% and 100%",
+                    reason="must be between 50% and 100%",
                     hint="write `confidence 95%`",
                 )
             )
         else:
             values["confidence"] = line.confidence.value
-    reason = "is not a correction for many comparisons"
+    reason = "is not a correction for multiple comparisons"
     if line.correction is not None and _known(
         line.correction, line.correction.id, CORRECTION_WORDS, reason, work
     ):
         values["correction"] = line.correction.id
-    reason = "is not a correction for several verdicts"
+    reason = "is not a correction for multiple verdicts"
     if line.verdicts is not None and _known(
         line.verdicts, line.verdicts.id, VERDICT_CORRECTIONS, reason, work
     ):
@@ -274,8 +276,8 @@ def lower_expectation(expect: ast.Expect, work: Statements) -> spec.Expectation:
                 BadArgument(
                     span=expect.relaxed.span,
                     name=f"on {expect.relaxed.id}",
-                    reason="is not a way of comparing",
-                    hint="`on mean` compares the mean alone, without its interval",
+                    reason="is not a comparison method",
+                    hint="write `on mean` to compare the mean alone, without its interval",
                 )
             )
         relaxed = "mean"
@@ -317,7 +319,7 @@ def lower_control(work: Statements) -> spec.Control | None:
     if not 1 <= len(values) <= 2 or any(argument.name for argument in call.arguments):
         _bad_control(
             call,
-            "it takes a number, and what is drawn",
+            "it takes a number and the type of target to sample",
             "write `random(39)` or `random(39, heads)`",
             work,
         )
@@ -326,10 +328,10 @@ def lower_control(work: Statements) -> spec.Control | None:
     if isinstance(values[0], ast.Name):
         work.scope.has("param", values[0].id)
     if not isinstance(draws, int) or isinstance(draws, bool) or not 0 < draws <= limits.DRAWS:
-        reason = f"how many must be a whole number from 1 to {limits.DRAWS:,}"
+        reason = f"the number of draws must be a whole number from 1 to {limits.DRAWS:,}"
         hint = "write `random(39)`"
         if values[0].span.written in get_args(spec.ControlTarget):
-            hint = f"the number stands first: `random(20, {values[0].span.written})`"
+            hint = f"write the number first: `random(20, {values[0].span.written})`"
         _bad_control(call, reason, hint, work)
         return None
     apart = work.against[0].apart
@@ -348,7 +350,7 @@ def _what(values: Sequence[ast.Node], work: Statements) -> spec.ControlTarget | 
         if word == each:
             return each
     hint = f"write one of {', '.join(known)}"
-    _unknown("kind of target", word, values[0].span, known, hint, work)
+    _unknown("type of target", word, values[0].span, known, hint, work)
     return None
 
 

@@ -54,7 +54,7 @@ class Namespace:
             return True
         if found is not None:
             plural = found.kind == "prompts"
-            hint = f"`{name}` is {'a block of prompts' if plural else with_article(found.kind)}"
+            hint = f"`{name}` is {'a prompts block' if plural else with_article(found.kind)}"
         else:
             names = [n for n, d in self.definitions.items() if d.kind == kind]
             known = name_list(names)

@@ -235,8 +235,10 @@ def _named_where_several(unnamed: Sequence[spec.Rule], work: Statements) -> None
                 what="observe",
                 block=work.definition.name.id,
                 first=unnamed[0].span.line,
-                hint="give each a name, and it has a result of its own: `observe … as "
-                f"{_lower_observed(rule).word}_2`",
+                hint=(
+                    "name each observation to get separate results: `observe … as "
+                    f"{_lower_observed(rule).word}_2`"
+                ),
             )
         )
 
@@ -250,8 +252,8 @@ def _of_two(measure: spec.Measure, named: Sequence[str]) -> BadArgument:
     return BadArgument(
         span=measure.span,
         name=measure.span.written,
-        reason="is made of two observations, whose cells are others",
-        hint=f"measure each by itself: `measure {named[0]} as {measure.effect}`",
+        reason="combines two observations with different cells",
+        hint=f"measure each separately: `measure {named[0]} as {measure.effect}`",
     )
 
 
@@ -326,11 +328,11 @@ def _acts_elsewhere(
         rule for rule in observed if rule.source is not None and _lower_observed(rule).name is None
     ]
     if alone and rules and not plain:
-        reason = "is another run than the one that the rules act on, which nothing measures"
-        hint = "leave it out, or write the rules as a run of their own"
+        reason = "is not the run that the rules act on, and nothing measures that run"
+        hint = "remove it, or define a separate run with the rules"
     elif unnamed and (plain or rules):
-        reason = "is another run than the one that is measured"
-        hint = "give the observation a name, and it has a result of its own: `… as seen`"
+        reason = "is not the measured run"
+        hint = "name the observation to get a separate result: `… as seen`"
     else:
         return
     rule = observed[0] if alone else unnamed[0]
@@ -361,7 +363,7 @@ def assign_reports(
             names[report.of].reports.append(report)
         elif f"of {report.of}" in report.span.written:  # otherwise `of` replaces an invalid word
             listed = name_list(names)
-            hint = f"the experiment has {listed}" if listed else "leave `of …` out"
+            hint = f"the experiment has {listed}" if listed else "remove `of …`"
             hint = did_you_mean(report.of, names, hint)
             found = UnknownName(span=report.span, kind="observation", name=report.of, hint=hint)
             work.diagnostics.append(found)

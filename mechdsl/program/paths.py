@@ -146,7 +146,7 @@ def warn_named_paths(
 
 def _in_words(construct: PathConstruct, path: str, span: Span) -> str:
     if construct in (HF_PATH, HF_DATASET_PATH) and not _from(span, path).is_dir():
-        return "looked for in the Hugging Face cache"
+        return "searched in the Hugging Face cache"
     if construct is PYTHON_PATH:
         path = path.rpartition(":")[0]
     real = _resolved(_from(span, path))
@@ -175,7 +175,7 @@ def path_to_read(
         ]
     what = special_file_kind(path)
     if what is not None:
-        hint = "name a file that can be read twice: it is looked at before it is used"
+        hint = "name a regular file: it is read twice"
         return None, [
             SpecialFile(span=span, construct=construct.name, path=written, what=what, hint=hint)
         ]
@@ -190,7 +190,7 @@ def path_to_write(construct: str, written: str, span: Span) -> tuple[Path | None
     path = span.source.folder / written
     what = special_file_kind(path, stream=True)
     if what is not None:
-        hint = "reports go to plain files; without `to` they are printed"
+        hint = "write reports to regular files, or remove `to` to print them"
         return None, [
             SpecialFile(span=span, construct=construct, path=written, what=what, hint=hint)
         ]
@@ -237,7 +237,10 @@ def _inside(path: Path, folders: Sequence[Path]) -> bool:
 def _where(path: Path, written: str, allowed: Sequence[Path]) -> str:
     """Describe why a path is rejected, with the resolved path if it differs from the source."""
     if not allowed:  # a text without a file
-        return "the working directory is the root of the file system, which is too much to allow"
+        return (
+            "the working directory is the root of the file system, which can't be allowed "
+            "as a whole"
+        )
     told = "neither in the folder of this file nor in the working directory"
     if ".." in Path(written).parts or Path(written).is_absolute() or written.startswith("~"):
         return told
@@ -258,8 +261,10 @@ def expand_checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequ
             BadArgument(
                 span=model.span,
                 name=f"{model.revision}",
-                reason="has a `*`, which only folders may have",
-                hint='write one revision, or the folder of several: `local("runs/step-*")`',
+                reason="has a `*`, which is allowed only in folders",
+                hint=(
+                    'write one revision, or a pattern for several folders: `local("runs/step-*")`'
+                ),
             )
         )
         return []
@@ -273,8 +278,8 @@ def expand_checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequ
                 name=model.path,
                 reason="has more than one `*`"
                 if only
-                else "has a `*`, which only folders may have",
-                hint='write one, for the part that differs: `local("runs/step-*")`',
+                else "has a `*`, which is allowed only in folders",
+                hint='write one `*` for the part that differs: `local("runs/step-*")`',
             )
         )
         return []
@@ -295,10 +300,12 @@ def expand_checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequ
                 model=model.name,
                 path=model.path,
                 place="the zoo" if model.kind == "zoo" else "the folder of the file",
-                advice=f"no folder matches; it has {name_list(zoo.zoo_models())}"
+                advice=f"no folder matches; the zoo has {name_list(zoo.zoo_models())}"
                 if model.kind == "zoo"
-                else "no folder matches; write the path from the `.mech` file, with `*` for the "
-                "part that differs",
+                else (
+                    "no folder matches; write the path relative to the `.mech` file, with "
+                    "`*` for the part that differs"
+                ),
             )
         )
     return [

@@ -67,11 +67,11 @@ def _choice_problem(
         packages = name_list([_package(each)[0] for each in entries])
         return PluginNotLoaded(
             plugin=name,
-            reason=f"is offered by {packages}",
+            reason=f"is provided by {packages}",
             hint="uninstall all but one of these packages",
         )
     if not installed:
-        hint = "no plugin is installed; install the package that offers it"
+        hint = "no plugin is installed; install the package that provides it"
     else:
         noun = "plugin" if len(installed) == 1 else "plugins"
         known = f"installed {noun}: {name_list(installed)}"

@@ -30,7 +30,7 @@ from mechdsl.syntax.traversal import field_names, walk
 _IN_TEXT = re.compile(r"\{\s*image\s*\}")
 """An image within a prompt."""
 
-NO_IMAGE_REASON = "has no line that says what its images are made of"
+NO_IMAGE_REASON = "has no `image` line"
 
 _OF_TEXTS: Mapping[type[ast.Node], str] = {
     ast.Template: "template",
@@ -99,9 +99,12 @@ class _BlockLines:
             elif len(set(given)) < len(given) or not texts:
                 reason = "takes texts in quotes, each once"
             elif "path" not in given or split is None:
-                reason = "needs a folder or a name, and a split"
+                reason = "needs a folder or name and a split"
             elif isinstance(split, ast.String) and "[" in split.value:
-                reason, hint = "takes whole splits", "write `limit` in the experiment, or `where`"
+                reason, hint = (
+                    "takes whole splits",
+                    ("use `where`, or write `limit` in the experiment"),
+                )
             else:
                 return
         bad = BadArgument(span=source.span, name=name, reason=reason, hint=hint)
@@ -192,7 +195,7 @@ class _BlockLines:
             return
         self.name(line.name)
         if line.name.id in IMAGE_SPANS:
-            reason, hint = "is what images have by themselves", "give the region another name"
+            reason, hint = "is a built-in region of images", "choose another name for the region"
             at, name = line.name.span, line.name.id
             self.diagnostics.append(BadArgument(span=at, name=name, reason=reason, hint=hint))
             return
@@ -210,15 +213,19 @@ class _BlockLines:
             self.from_images = True
             return
         if line.value is None:
-            reason, hint = "is of prompts that hold images", "write what each row is made of"
+            reason, hint = "applies to prompts with images", "write the content of each row"
             name = line.span.written
             bad = BadArgument(
                 span=line.span, name=name, reason=reason, hint=f"{hint}: `image gray`"
             )
             self.diagnostics.append(bad)
             return
-        hint = "keep one: a row is one image; one with several is a prompt that holds them, for a "
-        self.once(line, self.image, "image", hint + "vision-language model, which comes later")
+        hint = (
+            "keep one: a row is one image; several images need a prompt that contains them, for a "
+        )
+        self.once(
+            line, self.image, "image", hint + ("vision-language model, which is not supported yet")
+        )
         found = image_problems(line.value)
         self.diagnostics.extend(found)
         if not found:
@@ -239,7 +246,7 @@ class _BlockLines:
         is_chat = isinstance(line, ast.Chat)
         first = self.chat or next(iter(self.templates), None)
         if first is not None and is_chat != isinstance(first, ast.Chat):
-            reason = "stands beside `template`: both say how rows are written"
+            reason = "conflicts with `template`: both define the text of rows"
             hint = "keep one of them"
             at = line.span if is_chat else first.span
             self.diagnostics.append(BadArgument(span=at, name="chat", reason=reason, hint=hint))
@@ -252,7 +259,7 @@ class _BlockLines:
         for turn in line.turns:
             if turn.role not in spec.CHAT_ROLES:
                 known = spec.CHAT_ROLES
-                hint = did_you_mean(turn.role, known, f"turns are of {name_list(known)}")
+                hint = did_you_mean(turn.role, known, f"roles are {name_list(known)}")
                 unknown = UnknownWord(span=turn.span, kind="role", word=turn.role, hint=hint)
                 self.diagnostics.append(unknown)
 
@@ -272,7 +279,7 @@ class _BlockLines:
                 DuplicateName(
                     span=line.name.span,
                     name=CLEAN,
-                    first="the uncorrupted run, which has this name",
+                    first="the uncorrupted run",
                 )
             )
             return
@@ -288,15 +295,15 @@ class _BlockLines:
             if isinstance(line, ast.DomainDef) and [n.id for n in line.names] == ["template"]:
                 word = "template"
             if word is not None:
-                hint = "leave it out: rows of this block are images, and have no text"
+                hint = "remove it: rows of this block are images and have no text"
                 if self.image is None and word != "span":
-                    hint = "write `image` in place of it: rows of this block are images"
-                reason = "is of texts, and these are images"
+                    hint = "write `image` instead: rows of this block are images"
+                reason = "applies to texts, but this block has images"
                 bad = BadArgument(span=line.span, name=word, reason=reason, hint=hint)
                 self.diagnostics.append(bad)
         for node in walk(self.definition.lines):
             if isinstance(node, ast.Call) and node.name == "tokens":
-                reason, hint = "counts tokens of a text, and these are images", "leave it out"
+                reason, hint = "counts tokens of a text, but this block has images", "leave it out"
                 bad = BadArgument(span=node.span, name="tokens", reason=reason, hint=hint)
                 self.diagnostics.append(bad)
 
@@ -316,8 +323,8 @@ class _BlockLines:
                 bad = BadArgument(
                     span=change.span,
                     name="template",
-                    reason="writes a whole prompt, and these are chats",
-                    hint="change a value that stands in a turn, or write a block of its own",
+                    reason="writes a whole prompt, but this block has chats",
+                    hint="change a value used in a turn, or write a separate block",
                 )
                 self.diagnostics.append(bad)
 
@@ -340,7 +347,10 @@ def lower_prompts(
         return _images(block, scope, parameters)
     for line, name in ((block.classes, "classes"), (block.tiles, "tiles")):
         if line is not None:
-            reason, hint = "are of images, and these are texts", "write it in a block of `images`"
+            reason, hint = (
+                ("apply to images, but this block has texts"),
+                "move it to an `images` block",
+            )
             bad = BadArgument(span=line.span, name=name, reason=reason, hint=hint)
             scope.diagnostics.append(bad)
     block.no_images_in_text()

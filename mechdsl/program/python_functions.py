@@ -47,10 +47,10 @@ def python_mode(allow_python: bool) -> PythonMode:
 FunctionUse = Literal["metric", "reply", "value", "fill", "model"]
 """Purpose of a function, which determines its arguments."""
 
-NESTED_CALL_REASON = "it can't stand inside a text or another metric"
+NESTED_CALL_REASON = "it can't be used inside a text or another metric"
 
 NESTED_CALL_HINT = (
-    "give it a name (`x = python(…)`, `metric refused = python(…)`), and write that name there"
+    "give it a name (`x = python(…)`, `metric refused = python(…)`) and use that name"
 )
 
 FUNCTION_PARAMETERS: dict[FunctionUse, tuple[str, ...]] = {
@@ -134,9 +134,9 @@ class PythonFunction:
     def allowing(self) -> str:
         """The option that allows it to run. An untrusted file has none."""
         untrusted = self.span.source.reach.reads is not None
-        leave = " leave `--untrusted` out and" if untrusted else ""
+        leave = " remove `--untrusted` and" if untrusted else ""
         allow = "`--allow-python` (`allow_python=True` from Python)"
-        return f"read `{self.file}`, then{leave} add {allow}"
+        return f"review `{self.file}`, then{leave} add {allow}"
 
     def call(self, *arguments: Any, **named: Any) -> Any:
         """Call the function; every exception becomes a PythonFailure."""
@@ -169,10 +169,10 @@ class PythonFunction:
     def _hint(self, error: BaseException) -> tuple[str]:
         if isinstance(error, ImportError):
             return (
-                "what is installed can be imported, what lies beside the file can't: its hash "
-                "stands for all of the code",
+                "import installed packages only, not modules next to the file: the file's hash "
+                "must cover all of its code",
             )
-        return (f"correct `{self.name}`, or leave out what it can't take",)
+        return (f"correct `{self.name}`, or exclude rows that it can't process",)
 
     def _line(self, error: BaseException | None) -> int | None:
         """Return the innermost line of the file in an exception's traceback."""
@@ -193,7 +193,7 @@ class PythonFunction:
             failed = self.failure(_told(error), *self._hint(error), error=error)
             raise PythonNotLoaded(failed.diagnostic) from error
         if not callable(found):
-            gone = "the file leaves no function of that name"
+            gone = "the file defines no function with that name"
             raise PythonNotLoaded(self.failure(gone, "define it with `def`").diagnostic)
         return found
 
@@ -470,7 +470,7 @@ def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
     if not colon or not name.isidentifier():
         raise _Missing("it names no function", example)
     if not file.endswith(".py"):
-        raise _Missing(f"`{file}` is no Python file", "its name must end in `.py`")
+        raise _Missing(f"`{file}` is not a Python file", "its name must end in `.py`")
     path, problems = path_to_read(PYTHON_PATH, file, node.span)
     if path is None:
         raise _Refused(problems)
@@ -538,7 +538,7 @@ def _tokenizer_as(
     own = function.args
     places = [each.arg for each in (*own.posonlyargs, *own.args)]
     if TOKENIZER_PARAMETER in places[:2]:
-        told = f"`{name}` takes `{TOKENIZER_PARAMETER}` in the place of the {first[0]} or the rows"
+        told = f"`{name}` takes `{TOKENIZER_PARAMETER}` as the {first[0]} or the rows"
         raise _Missing(told, f"write `def {name}({', '.join(first)}, {TOKENIZER_PARAMETER}):`")
     by_name = (each.arg for each in (*own.args, *own.kwonlyargs))
     if TOKENIZER_PARAMETER in by_name:
@@ -568,9 +568,9 @@ def _check_parameters(
     if fits and not forced:
         return
     plural = "argument" if most == 1 else "arguments"
-    reason = f"`{name}` takes {most} {plural}, and is called with {len(wanted)}"
+    reason = f"`{name}` takes {most} {plural}, but is called with {len(wanted)}"
     if fits:
-        reason = f"`{name}` has arguments that must be given by name"
+        reason = f"`{name}` has required keyword-only arguments"
     raise _Missing(reason, f"write `def {name}({', '.join(wanted)}):`")
 
 

@@ -71,13 +71,13 @@ def _steps(node: ast.During, work: Statements) -> During | None:
 def steps_problem(low: int, high: int, tokens: int | None) -> tuple[str, str] | None:
     """Return (problem, help) for steps that a reply of this number of tokens doesn't have."""
     if low < 0:
-        return "must be a number of a step, from 0", "step 0 is the prefill"
+        return "must be a step number, counted from 0", "step 0 is the prefill"
     if high < low:
-        return "has no step in it", f"write the smaller one first: `step {high}..{low}`"
+        return "has no step in it", f"write the smaller number first: `step {high}..{low}`"
     if tokens is not None and 0 < tokens <= high:
         there = f"`generate {tokens}` has steps 0 to {tokens - 1}"
-        hint = "step 0 is the prefill, and the last token needs no step"
-        return f"has steps that no reply has: {there}", hint
+        hint = "step 0 is the prefill, and the last token needs no further step"
+        return f"has steps beyond the reply: {there}", hint
     return None
 
 
@@ -103,8 +103,8 @@ def _has_reply(node: ast.During, work: Statements) -> bool:
     reject_argument(
         node,
         said,
-        "is of a reply, and this experiment writes none",
-        "add a line such as `generate 40`, or leave it out",
+        "applies to a reply, but this experiment generates none",
+        "add a line such as `generate 40`, or remove it",
         work,
     )
     return False
@@ -113,7 +113,7 @@ def _has_reply(node: ast.During, work: Statements) -> bool:
 def reject_during_in_run(rule: ast.Rule, work: Statements) -> None:
     """Report E0108 for a `during` clause in a `run`, which processes only the prompts."""
     if rule.during is not None:
-        later = "write the rule in the experiment; a `run` is of the prompts, and writes no reply"
+        later = "move the rule to the experiment; a `run` generates no reply"
         said = " ".join(rule.during.span.written.split())
         work.diagnostics.append(
             NotSupported(span=rule.during.span, what=f"`{said}` in a `run`", later=later)
@@ -337,7 +337,7 @@ def _without_source(
     corruption = "RUN"
     if prompts is not None and prompts.corruptions:
         corruption = prompts.corruptions[0].name
-    otherwise = ", or name a run behind it: `with RUN`" if verb == "patch" else ""
+    otherwise = ", or add a run: `with RUN`" if verb == "patch" else ""
     work.diagnostics.append(
         PatchWithoutSource(span=rule.span, verb=verb, base=corruption, otherwise=otherwise)
     )
@@ -355,7 +355,7 @@ def _path(
         _without_source("path", rule, prompts, work)
     for word in body.through:
         if word.id != "mlps":
-            hint = did_you_mean(word.id, ["mlps"], "only `mlps` can be let through")
+            hint = did_you_mean(word.id, ["mlps"], "`through` accepts only `mlps`")
             work.diagnostics.append(
                 UnknownWord(span=word.span, kind="part of a path", word=word.id, hint=hint)
             )
@@ -427,7 +427,7 @@ def _run(definition: ast.RunDef, work: Statements, prompts: spec.Prompts) -> spe
                 span=definition.name.span,
                 name=definition.name.id,
                 reason="has no rule",
-                hint="write one: `patch SITE at POSITION`; without rules it is its base run",
+                hint="add one: `patch SITE at POSITION`; without rules it equals its base run",
             )
         )
     said = len(inner.diagnostics)
@@ -457,9 +457,9 @@ def _before_it_is_made(definition: ast.RunDef, inner: Statements, said: int) -> 
             continue
         if problem.name not in later or problem.span is None:
             continue
-        hint = f"a run is made of those before it: define `{problem.name}` above this one"
+        hint = f"a run can use only runs defined before it: define `{problem.name}` above this one"
         if later[problem.name] is definition:
-            hint = "a run can't be made of itself: name another one"
+            hint = "a run can't use itself: name another one"
         inner.diagnostics[number] = replace(problem, hint=hint)
 
 

@@ -86,8 +86,8 @@ def lower_sides(work: Statements, prompts: spec.Prompts) -> tuple[list[RunSide],
             BadArgument(
                 span=line.shuffled.span,
                 name="shuffled",
-                reason="is for runs of another block of prompts",
-                hint="leave it out: runs of one block are of the same rows",
+                reason="is for runs of a different prompts block",
+                hint="remove it: runs of one block have the same rows",
             )
         )
     kinds = {end.model is not None for end in bases}
@@ -96,8 +96,8 @@ def lower_sides(work: Statements, prompts: spec.Prompts) -> tuple[list[RunSide],
             BadArgument(
                 span=line.bases[1].span,
                 name=line.bases[1].span.written,
-                reason="stands beside a base of another kind",
-                hint="let all bases be runs of one model, or all be models",
+                reason="can't be combined with a base of another type",
+                hint="use only runs of one model, or only models, as bases",
             )
         )
     return sources, bases
@@ -129,8 +129,8 @@ def reject_repeated_names(written: Sequence[tuple[str, Span]], work: Statements)
                 BadArgument(
                     span=span,
                     name=name,
-                    reason="stands twice in one list",
-                    hint="every combination is run once: name each of them once",
+                    reason="appears twice in one list",
+                    hint="name each one once: every combination runs once",
                 )
             )
         seen.add(name)
@@ -172,8 +172,10 @@ def experiment_models(work: Statements, bases: Sequence[RunSide]) -> list[tuple[
                         BadArgument(
                             span=ref.span,
                             name=ref.name,
-                            reason="is neither the model that is read nor the one that is patched",
-                            hint=f"write `model {across[0][0]}`, or leave the line out",
+                            reason=(
+                                "is neither the model that rules read nor the one that they patch"
+                            ),
+                            hint=f"write `model {across[0][0]}`, or remove the line",
                         )
                     )
         return across
@@ -254,7 +256,7 @@ def combine_variants(
         DuplicateName(
             span=loop.span,
             name=loop.name,
-            first=f"the axis of the {loop.name.removesuffix('s')}s that are compared",
+            first=f"the axis of the compared {loop.name.removesuffix('s')}s",
         )
         for loop in work.loops
         if loop.name in compared
@@ -357,9 +359,11 @@ def lower_replies(work: Statements) -> RepliesOf | None:
         work.diagnostics.append(
             NotSupported(
                 span=work.generate[0].span,
-                what="`generate` behind replies",
-                later="write the whole text in one experiment, with more tokens, or name the "
-                "replies in another one",
+                what="`generate` after replies",
+                later=(
+                    "generate the whole text in one experiment, with more tokens, or move "
+                    "`generate` to another experiment"
+                ),
             )
         )
     if isinstance(said, ast.Name):
@@ -401,7 +405,7 @@ def _generation(line: ast.Generate, work: Statements) -> Generation | None:
             line,
             "generate",
             f"must be a whole number of tokens, 1 to {limits.REPLY_TOKENS:,}",
-            "write how many tokens a reply has at most: `generate 40`",
+            "give the maximum number of tokens of a reply: `generate 40`",
             work,
         )
     stops: list[str] = []
@@ -419,9 +423,9 @@ def _generation(line: ast.Generate, work: Statements) -> Generation | None:
         return reject_argument(
             line.settings[0],
             line.settings[0].name.id,
-            "draws tokens at random, and the file has no seed",
-            "add a line such as `seed 7` at the top of the file: the same seed gives the same "
-            "replies; without `with …` the most likely token is taken",
+            "samples tokens, but the file has no seed",
+            "add a line such as `seed 7` at the top of the file, or remove `with …` to take the "
+            "most likely token",
             work,
         )
     if given:
@@ -458,7 +462,7 @@ def _settings(line: ast.Generate, work: Statements) -> dict[str, Any] | None:
         ):
             hint = f"for example `{known.example}`"
             if name == "temperature" and number == 0:
-                hint = "leave it out: without `with …` the most likely token is taken"
+                hint = "remove it: without `with …` the most likely token is taken"
             reject_argument(each, name, known.says, hint, work)
             continue
         found[name] = int(number) if known.whole else float(number)
@@ -479,14 +483,16 @@ def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...
     """
     unsaid = [save for save in work.saves if save.run is None]
     for save in unsaid[:1] if work.rules else ():
-        later = "say which run: `save SITE of clean at …`; rules of a `run NAME { … }` count too"
+        later = (
+            "name the run: `save SITE of clean at …`; it can also be a `run NAME { … }` with rules"
+        )
         what = "a `save` of the run that rules act on"
         work.diagnostics.append(NotSupported(span=save.span, what=what, later=later))
     for save in work.saves[:1]:
         if work.keep:
-            later = "leave rows out by a `where` in the prompts block"
+            later = "exclude rows with a `where` in the prompts block"
             work.diagnostics.append(
-                NotSupported(span=save.span, what="a `save` beside `keep`", later=later)
+                NotSupported(span=save.span, what="a `save` together with `keep`", later=later)
             )
     found: list[spec.Save] = []
     for save in work.saves:
@@ -496,8 +502,8 @@ def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...
                 BadArgument(
                     span=save.file.span,
                     name=file,
-                    reason="is no name of a safetensors file",
-                    hint=f"let it end in `{SAVE_SUFFIX}`",
+                    reason="is not the name of a safetensors file",
+                    hint=f"use a name that ends in `{SAVE_SUFFIX}`",
                 )
             )
         if dtype is not None and dtype.id not in SAVE_DTYPES:
@@ -526,5 +532,5 @@ def reject_compared_saves(work: Statements, variants: Sequence[object]) -> None:
         what = "a `save` in an experiment that compares several models, sources or bases"
         if blocks > 1:
             what = "a `save` in an experiment on several blocks of prompts"
-        later = "write an experiment for each, with a file of its own"
+        later = "write a separate experiment and file for each"
         work.diagnostics.append(NotSupported(span=work.saves[0].span, what=what, later=later))

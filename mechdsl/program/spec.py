@@ -106,9 +106,13 @@ class Generation(Spec):
         """Sampling settings in words; empty for greedy decoding."""
         if self.temperature is None:
             return ()
-        said = [f"drawn at temperature {self.temperature:g}"]
-        said += [f"of the {self.top_k:,} likeliest"] if self.top_k is not None else []
-        said += [f"of those with {100 * self.top_p:.4g} % in all"] if self.top_p is not None else []
+        said = [f"sampled at temperature {self.temperature:g}"]
+        said += [f"from the {self.top_k:,} most likely tokens"] if self.top_k is not None else []
+        said += (
+            [(f"from the tokens that make up {100 * self.top_p:.4g} % of the probability")]
+            if self.top_p is not None
+            else []
+        )
         return tuple(said)
 
     @property
@@ -637,9 +641,7 @@ CLEAN = "clean"
 PROMPTS_AXIS = "prompts"
 """The axis over several prompt blocks."""
 
-ONE_CELL_HINT = (
-    "a `run` has one cell: let it name one layer, head and position, or join them (`layers`)"
-)
+ONE_CELL_HINT = "a `run` has one cell: name one layer, head and position, or join them (`layers`)"
 """Hint for a sweep in a run."""
 
 

@@ -173,7 +173,7 @@ class Statements:
         span, found = body.span, f"end of the `{verb}` statement"
         if body.value is not None:
             span, found = body.value.span, f"`{body.before} {body.value.span.text}`"
-        expected = f"`{takes}` and a number" if takes else f"no number behind `{verb}`"
+        expected = f"`{takes}` and a number" if takes else f"no number after `{verb}`"
         self.unsupported = True
         self.diagnostics.append(UnexpectedToken(span=span, found=found, expected=expected))
 
@@ -209,8 +209,8 @@ def resolve_run_name(
             first = work.scope.definitions[ref.name]
             what = "model" if first.kind == "model" else "block of prompts"
             where = (
-                f"the {what} {line_reference(first.span, ref.span)}; "
-                f"it is a run of `{prompts.name}` too"
+                f"the {what} {line_reference(first.span, ref.span)}; it is also a run of "
+                f"`{prompts.name}`"
             )
             work.diagnostics.append(DuplicateName(span=ref.span, name=ref.name, first=where))
         return ref.name
@@ -256,7 +256,7 @@ def _unknown_run(
         hint += "; other runs are " + name_list(others)
     written = ref.name if ref.part is None else f"{ref.name}.{ref.part}"
     if written in ("zero", "mean", "resample"):
-        hint = f"`ablate … with {written}` writes that; a `patch` reads a run: " + runs
+        hint = f"write `ablate … with {written}` for that; a `patch` reads a run: " + runs
         return UnknownName(span=ref.span, kind="run", name=written, hint=hint)
     own_part = ref.part is not None and ref.name == prompts.name
     hint = did_you_mean(

@@ -99,7 +99,7 @@ def tokenise_texts(
                 unknown=tokenizer.token_text(tokenizer.unknown_id or 0),
                 rows=len(unknown.rows),
                 total=total,
-                hint=meant.advice if meant else "use words that the model's vocabulary holds",
+                hint=meant.advice if meant else "use words in the model's vocabulary",
             )
         )
     if changed.rows:

@@ -729,7 +729,7 @@ def _select_members(
                 each, f"`{family.name}` doesn't sweep `{name}`", f"what it sweeps is {has}"
             )
         if name in wanted:
-            raise DirectionError(each, f"`{each.word}` is named twice", "leave one of them out")
+            raise DirectionError(each, f"`{each.word}` is named twice", "remove one of them")
         wanted[name] = _values(each, axis, work)
     axes: list[Axis] = []
     for axis in family.axes:

@@ -441,7 +441,7 @@ def read_coordinates(
             reason = f"`{text}` doesn't say along which axis"
             raise PickError(reason, f"name it: `{node.of}(layer: {text})`")
         if axis in found:
-            raise PickError(f"`{axis}` is named twice", "leave one of them out")
+            raise PickError(f"`{axis}` is named twice", "remove one of them")
         found[axis] = _value(argument, values)
     return tuple(found.items())
 
@@ -592,7 +592,7 @@ def check_rankable_tokens(
         raise PickError(
             f"`{name}` ranks tokens of `{experiment.table.name}`, this experiment runs on "
             f"`{table.name}`",
-            "let both name one block of prompts: tokens are ranked row by row",
+            "use the same prompts block in both: tokens are ranked row by row",
         )
     theirs = experiment.model.tokenizer
     known = not theirs.stands_in and not tokenizer.stands_in
@@ -878,7 +878,7 @@ class FindingPicker:
         if not orders:
             raise PickError(
                 f"`{name}` has none of the {len(table)} rows that this experiment runs on",
-                "let both run on the same part and limit of their prompts",
+                "use the same part and limit of the prompts in both",
             )
         self._same_tokens(base, finding, run, orders)
         counts = _counts(node, values, orders, name)

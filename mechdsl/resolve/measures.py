@@ -1064,7 +1064,7 @@ def _not_zero(divisor: ast.Expr, expression: ast.Expr, context: MeasureContext) 
     except ZeroDivisionError:
         return  # the inner division by 0 is reported separately
     if zero:
-        hint = "write a divisor that isn't 0"
+        hint = "use a nonzero divisor"
         report_unreadable(context, divisor.span, "it divides by 0", hint, of=expression.span)
 
 

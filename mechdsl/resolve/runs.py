@@ -283,7 +283,7 @@ def _check_samples(
             reason = f"categories of {samples} samples have no mean"
         elif measure in keep:
             reason = f"a row has {samples} samples, of which some may be kept and some not"
-            hint = "write one sample, or leave rows out by a `where` in the prompts block"
+            hint = "write one sample, or exclude rows with a `where` in the prompts block"
         if reason:
             span = measure.expression.span
             yield UnreadableMeasure(span=span, text=span.written, reason=reason, hint=hint)
@@ -509,7 +509,7 @@ def check_reply_readers(experiment: ResolvedExperiment) -> list[Diagnostic]:
             continue
         if said.effect not in ("raw", "delta"):
             reason = f"`{said.effect}` isn't known there"
-            hint = "write `as raw`, or `as delta` for what the rules change of it"
+            hint = "write `as raw`, or `as delta` for the change caused by the rules"
             found.append(_not_in_reply(said.span, reason, hint))
         elif said.effect != "raw" and experiment.spec.against is not None:
             reason = "random targets write replies of their own"

@@ -143,7 +143,7 @@ def _failure_text(error: Exception) -> tuple[str, str]:
         reason = (error.strerror or str(error)).lower()
         return reason, "make room, or name a folder that may be written to, and run it again"
     said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}", "set MECHDSL_DEBUG=1 for the traceback"
+    return f"{type(error).__name__}: {said}", "set MECHDSL_DEBUG=1 to see the traceback"
 
 
 class PrintedText(str):

@@ -49,8 +49,8 @@ def _reported(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
     if len(found) <= limits.SYNTAX_ERRORS:
         return found
     more = TooLarge(
-        what=f"more than {limits.SYNTAX_ERRORS} errors of syntax",
-        place="more from here on",
+        what=f"more than {limits.SYNTAX_ERRORS} syntax errors",
+        place="further errors start here",
         hint="is this a `.mech` file?",
         span=found[limits.SYNTAX_ERRORS].span,
     )
@@ -97,7 +97,7 @@ def decode_stdin(data: bytes) -> tuple[Source | None, list[Diagnostic]]:
 def _decoded(data: bytes, name: str) -> tuple[str | None, list[Diagnostic]]:
     """Decode a text and normalise its line endings. `name`: the file's name in messages."""
     if b"\0" in data:
-        return None, [NotText(path=name, reason="it holds a NUL byte")]
+        return None, [NotText(path=name, reason="it contains a NUL byte")]
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

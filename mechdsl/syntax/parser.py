@@ -244,7 +244,7 @@ _MARKS = re.compile(rf"{STRING_PATTERN}|#[^\n]*|\w+|[^\w\s]")
 
 _PLACEHOLDER = re.compile(r"(?<!\{)(?:\{\{)*\{(?!\{)")
 
-_SPLIT = "keep data in a file of its own and name it with `rows`, or write several files"
+_SPLIT = "move data to a separate file and name it with `rows`, or split the file"
 
 _SPACE = re.compile(r"(?:\s|#[^\n]*)*")
 
@@ -267,7 +267,7 @@ def scan_text(source: Source) -> TextScan:
     """Collect the comments of a text, or the reason not to parse it (E0109, E0110, E0111)."""
     text = source.text
     if "\0" in text:
-        return TextScan(problem=NotText(path=source.name, reason="it holds a NUL byte"))
+        return TextScan(problem=NotText(path=source.name, reason="it contains a NUL byte"))
     if (problem := _too_long(source)) is not None:
         return TextScan(problem=problem)
     comments: list[ast.Comment] = []
@@ -292,18 +292,18 @@ def scan_text(source: Source) -> TextScan:
             )
         elif len(piece) > limits.NAME and (piece[0].isalpha() or piece[0] == "_"):
             passed = (
-                f"this name has {len(piece):,} characters, the limit is {limits.NAME}",
+                f"this name has {len(piece):,} characters; the limit is {limits.NAME}",
                 "choose a shorter name",
             )
         elif words > limits.WORDS:
-            passed = f"the file has more than {limits.WORDS:,} words and signs", _SPLIT
+            passed = f"the file has more than {limits.WORDS:,} tokens", _SPLIT
         elif placeholders > limits.PLACEHOLDERS:
             passed = (
                 f"the texts of the file have more than {limits.PLACEHOLDERS:,} placeholders",
-                "make a list with `list(…)`, or keep the texts in a file that `rows` names",
+                "build a list with `list(…)`, or move the texts to a file and name it with `rows`",
             )
         if passed is not None:
-            place = "the limit is passed here"
+            place = "the limit is exceeded here"
             span = Span(source, mark.start(), mark.end())
             problem = TooLarge(what=passed[0], place=place, hint=passed[1], span=span)
             return TextScan(problem=problem)
@@ -321,8 +321,8 @@ def _too_long(source: Source) -> Diagnostic | None:
     for what, count, most in counts:
         if count > most:
             return TooLarge(
-                what=f"the file has {count:,} {what}, the limit is {most:,}",
-                place="a file this large is not read",
+                what=f"the file has {count:,} {what}; the limit is {most:,}",
+                place="mechdsl doesn't read larger files",
                 hint=_SPLIT,
                 span=Span(source, 0, 0),
             )
@@ -432,7 +432,9 @@ class _TemplateReader:
         base = self.base + start + 1
         text = self._unquoted(inner) if self.escaped else inner
         if scan_text(Source(text)).problem is not None or "#" in _QUOTED.sub("", inner):
-            self._refuse("this placeholder is no expression", "not an expression", start, end + 1)
+            self._refuse(
+                ("this placeholder is not an expression"), "not an expression", start, end + 1
+            )
             return
         try:
             clause, diagnostics = run_parser(self.source, text, base, "placeholder")
@@ -460,8 +462,8 @@ class _TemplateReader:
         offset = error.offset
         if offset >= len(inner.rstrip()):
             end = base + len(inner)
-            return "the expression of this placeholder breaks off", "incomplete", end, end
+            return "the expression in this placeholder is incomplete", "incomplete", end, end
         length = error.length
         found = inner[offset : offset + length]
         problem = f"unexpected `{found}` in this placeholder"
-        return problem, "no part of an expression", base + offset, base + offset + length
+        return problem, "not part of an expression", base + offset, base + offset + length

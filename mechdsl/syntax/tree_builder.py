@@ -300,8 +300,8 @@ def _nested(node: Any, *parts: Any, instead: Any = None) -> Any:
         _report(
             TooLarge(
                 what=f"this expression is nested more than {limits.DEPTH} deep",
-                place="the limit is passed here",
-                hint="name its parts and write it in several lines",
+                place="the limit is exceeded here",
+                hint="define names for its parts and split it into several lines",
                 span=node.span,
             )
         )
@@ -381,7 +381,7 @@ class TreeBuilder(Transformer[Token, Any]):
         if number != LANGUAGE_VERSION:
             _report(
                 WrongVersion(
-                    problem=f"version {c[1]} of the language is not known",
+                    problem=f"version {c[1]} of the language is not supported",
                     place=f"this mechdsl reads version {LANGUAGE_VERSION}",
                     span=_span([c[1]]),
                 )
@@ -689,7 +689,7 @@ class TreeBuilder(Transformer[Token, Any]):
                 UnexpectedToken(
                     found=f"second `{again.span.text}`",
                     expected="it once",
-                    hint="a `stats` line says each thing once",
+                    hint="a `stats` line sets each option once",
                     span=again.span,
                 )
             )
@@ -1269,4 +1269,4 @@ def _repeated(clauses: Sequence[Clause]) -> Clause:
         if clause.kind in seen:
             return clause
         seen.add(clause.kind)
-    raise AssertionError("no clause is repeated")
+    raise AssertionError("each clause can appear only once")

@@ -215,7 +215,7 @@ LINES: dict[str, tuple[str, str]] = {
     "run FILE --ony heads": ("E0208", "did you mean `--only`?"),
     "frobnicate FILE": ("E0208", "`mechdsl --help` lists the commands"),
     "runn FILE": ("E0208", "did you mean `run`?"),
-    "run": ("E0208", "`mechdsl run --help` lists what it takes"),
+    "run": ("E0208", "`mechdsl run --help` lists its arguments and options"),
     "run FILE --format xml": ("E0208", "'table', 'json', 'csv'"),
     "run FILE --limit 0": ("E0208", "0 is not in the range"),
     "run FILE --pass-tokens 0": ("E0208", "0 is not in the range"),

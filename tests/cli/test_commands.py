@@ -203,7 +203,7 @@ def test_a_file_without_experiments_says_so(command: Command, tmp_path: Path) ->
     path.write_text("mech 1\n", encoding="utf-8")
     done = command("run", path)
     assert (done.status, done.out) == (0, "")
-    assert "common.mech has no experiments: nothing was run" in done.err
+    assert "common.mech has no experiments, so nothing was run" in done.err
 
 
 # --- a model that isn't at hand ---

@@ -40,7 +40,7 @@ def test_writes_over_nothing(command: Command, tmp_path: Path) -> None:
     assert done.status == 0
     assert done.out == f"copied {len(FILES) - 2} files to {tmp_path}\n"
     assert done.err.splitlines() == [
-        f"{tmp_path / name} is there already, and was left as it is"
+        f"{tmp_path / name} already exists and was left unchanged"
         for name in ("counting.mech", "system2.mech")
     ]
     assert (tmp_path / "counting.mech").read_text(encoding="utf-8") == "mine"

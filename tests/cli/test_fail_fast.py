@@ -68,7 +68,7 @@ def test_it_stops_at_the_first_that_fails(command: Command, ran: list[str]) -> N
     done = command("run", *files, "--fail-fast", "--junit", "r.xml")
     assert done.status == 1
     assert ran == ["one", "two"]
-    assert done.out.endswith("\nnot run, as an expectation fails: a.mech: three, b.mech\n")
+    assert done.out.endswith("\nnot run after a failed expectation: a.mech: three, b.mech\n")
     assert done.out.count("\nholds  expect ") == 2  # the other one of `two` too
     suites = [
         (suite.get("name"), suite.get("skipped")) for suite in junit(Path("r.xml").read_text())
@@ -111,7 +111,7 @@ def test_an_expectation_waits_for_what_it_names(command: Command, ran: list[str]
     assert done.status == 1
     assert ran == ["one", "two", "three"]
     assert f"fails  expect {later}" in done.out
-    assert done.out.endswith("not run, as an expectation fails: four\n")
+    assert done.out.endswith("not run after a failed expectation: four\n")
 
 
 def test_what_it_names_is_not_run(command: Command, ran: list[str]) -> None:
@@ -122,8 +122,8 @@ def test_what_it_names_is_not_run(command: Command, ran: list[str]) -> None:
     assert done.status == 1
     assert ran == ["one"]
     assert done.err.endswith(
-        "not run, as an expectation fails: two\n"
-        f"not decided, as an expectation fails: one: expect {later}\n"
+        "not run after a failed expectation: two\nnot decided after a failed expectation: one: "
+        f"expect {later}\n"
     )
     document = json.loads(done.out)
     assert ResultsDocument.model_validate(document)
@@ -162,7 +162,7 @@ def test_one_that_can_not_be_computed(command: Command, ran: list[str]) -> None:
     assert done.status == 3
     assert ran == ["lost"]
     assert "lost: not computed" in done.out
-    assert done.out.endswith("not run, as an expectation fails: two\n")
+    assert done.out.endswith("not run after a failed expectation: two\n")
     found = verdicts(junit(Path("r.xml").read_text()))
     assert found == {"lost is computed": "error", FAILS: "error", HOLDS: "skipped"}
     ran.clear()
@@ -214,12 +214,12 @@ def test_nothing_is_kept_of_a_run_that_stopped(command: Command) -> None:
     written("a.mech", experiment("one", FAILS), experiment("two", HOLDS))
     done = command("run", file, "--out", "kept", "--fail-fast")
     assert done.status == 1
-    assert "nothing is written to kept, as a.mech was stopped" in done.err
+    assert "no rule writes anything to kept, as a.mech was stopped" in done.err
     assert Path("kept/a/results.json").read_bytes() == before
     # where it fails at its very end, it is whole
     written("a.mech", experiment("one", HOLDS), experiment("two", FAILS))
     done = command("run", file, "--out", "kept", "--fail-fast")
-    assert (done.status, "nothing is written" in done.err) == (1, False)
+    assert (done.status, "no rule writes anything" in done.err) == (1, False)
     assert Path("kept/a/results.json").read_bytes() != before
 
 

@@ -75,7 +75,10 @@ def test_explain_names_all_that_follows(command: Command, file: Path) -> None:
 
 def test_the_graph_has_a_node_for_what_is_written(command: Command, drawn: Path) -> None:
     said = command("graph", drawn, "--format", "text").out
-    how = "up to 6 tokens, drawn at temperature 0.5, of the 9 likeliest, of those with 80 % in all"
+    how = (
+        "up to 6 tokens, sampled at temperature 0.5, from the 9 most likely tokens, from "
+        "the tokens that make up 80 % of the probability"
+    )
     nodes = re.findall(r"(n\d+)  Generate · (.*)  ← ", said)
     assert {how + ', 2 samples, until "Part" or "\\n"'} == {text for _, text in nodes}
     assert len(nodes) == 3, "of the cells, of base and source"
@@ -111,7 +114,9 @@ def test_a_plan_of_files_that_write_nothing_has_no_such_line(command: Command, f
 
 def test_a_table_says_how_replies_were_written(command: Command, drawn: Path) -> None:
     said = flat(command("run", drawn, "--no-store").out)
-    assert "generate up to 6 tokens behind each prompt, drawn at temperature 0.5, of the 9" in said
+    assert (
+        "generate up to 6 tokens behind each prompt, sampled at temperature 0.5, of the 9"
+    ) in said
     assert "by seed 3: other draws for each prompt" in said
     assert 'replies end in front of "Part" or "\\n", or behind 6 tokens' in said
     assert "samples 2 to a row, whose value is their mean" in said

@@ -63,7 +63,7 @@ def test_in_the_middle_of_a_run(tmp_path: Path) -> None:
         running.kill()
     assert running.returncode == 130
     assert err.endswith(
-        "interrupted; what is finished is kept; the same command goes on from there\n"
+        "interrupted; finished results are stored; run the same command to resume\n"
     )
     assert out == ""
     with Store(tmp_path / "kept") as store:
@@ -91,7 +91,7 @@ def test_without_a_store(
         done = command("run", tmp_path / "long.mech", "--out", tmp_path / "kept")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert done == Done(status, "", f"{word}; nothing of this file is kept\n")
+    assert done == Done(status, "", f"{word}; nothing of this file was stored\n")
     assert list((tmp_path / "kept").iterdir()) == []
 
 

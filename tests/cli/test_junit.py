@@ -132,7 +132,7 @@ def test_a_file_that_is_wrong(command: Command) -> None:
     assert command("run", wrong, written("b.mech", HOLDS), "--junit", "r.xml").status == 2
     root = report()
     assert [suite.get("name") for suite in root] == ["a.mech", "b.mech"]
-    assert verdicts(root) == {"E0301": "error", "the file is run": "skipped"}
+    assert verdicts(root) == {"E0301": "error", "the file runs": "skipped"}
     assert "head 14" in message(root, "E0301")
     case = next(root.iter("testcase"))
     assert int(case.get("line", "0")) > 1
@@ -147,7 +147,7 @@ def test_a_command_that_is_wrong(command: Command) -> None:
     done = command("run", written("a.mech", HOLDS), "--only", "hold", "--junit", "r.xml")
     assert done.status == 2
     root = report()
-    assert verdicts(root) == {"the file is run": "skipped", "E0208": "error"}
+    assert verdicts(root) == {"the file runs": "skipped", "E0208": "error"}
     assert "no experiment of that name" in message(root, "E0208")
 
 
@@ -167,7 +167,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: str = "b.
 
     def ran(checked: Any, *arguments: Any, **named: Any) -> Any:
         if checked.source.name == at:
-            assert verdicts(report())["the file is run"] == "error"
+            assert verdicts(report())["the file runs"] == "error"
             raise error
         return run(checked, *arguments, **named)
 
@@ -180,7 +180,7 @@ def test_a_run_that_breaks_off(command: Command, monkeypatch: pytest.MonkeyPatch
     assert command("run", *files, "--junit", "r.xml").status == 3
     root = report()
     assert [suite.get("errors") for suite in root] == ["0", "1", "0"]
-    assert "no room" in message(root, "the run is whole")
+    assert "no room" in message(root, "the run completes")
 
 
 def test_a_run_that_is_interrupted(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +203,8 @@ def test_a_report_that_can_not_be_made(command: Command, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(computation, "run_checked", ran)
     assert command("run", file, "--junit", "r.xml").status == 3
-    assert verdicts(report())["the run is whole"] == "error"
-    assert message(report(), "the run is whole") == "a report could not be made"
+    assert verdicts(report())["the run completes"] == "error"
+    assert message(report(), "the run completes") == "a report could not be made"
 
 
 def test_when_nobody_reads_what_is_printed(
@@ -222,7 +222,9 @@ def test_when_nobody_reads_what_is_printed(
     done = command("run", *files, "--junit", "r.xml")
     assert (done.status, "not run" in done.err) == (3, False)
     assert [suite.get("name") for suite in report()] == ["a.mech: holds", "b.mech: holds"]
-    assert "not run, as they keep nothing: b.mech" in command("run", *files).err
+    assert ("not run because output is lost and nothing would be saved: b.mech") in command(
+        "run", *files
+    ).err
 
 
 def test_a_disk_that_is_full_at_the_end(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +242,7 @@ def test_a_disk_that_is_full_at_the_end(command: Command, monkeypatch: pytest.Mo
     assert done.err.count("E0208") == 1
     assert "`--junit r.xml`: no space left on device" in done.err
     assert "holds  expect accuracy" in done.out
-    assert verdicts(report()) == {"the file is run": "error"}
+    assert verdicts(report()) == {"the file runs": "error"}
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -251,12 +253,12 @@ def test_a_disk_that_is_full_at_the_end(command: Command, monkeypatch: pytest.Mo
     [
         ("below", "it is a folder"),
         ("a.mech/r.xml", "`a.mech` is not a folder"),
-        ("/dev/zero", "it is a device, and the report goes to a plain file"),
-        ("a.mech", "`--junit a.mech` would write over `a.mech`, a `.mech` file that is read"),
-        ("below/../a.mech", "would write over `a.mech`, a `.mech` file that is read"),
-        ("rows.csv", "would write over `rows.csv`, the rows of prompts `own`"),
-        ("holds.csv", "would write over `holds.csv`, the report on line"),
-        ("kept/a/results.json", "lies in `kept/a`, which `--out` writes of a.mech"),
+        ("/dev/zero", "it is a device; reports are written to regular files"),
+        ("a.mech", "`--junit a.mech` would overwrite `a.mech`, a `.mech` file that the run reads"),
+        ("below/../a.mech", "would overwrite `a.mech`, a `.mech` file that the run reads"),
+        ("rows.csv", "would overwrite `rows.csv`, the rows of prompts `own`"),
+        ("holds.csv", "would overwrite `holds.csv`, the report on line"),
+        ("kept/a/results.json", "lies in `kept/a`, the `--out` folder of a.mech"),
     ],
 )
 def test_paths(path: str, reason: str, command: Command) -> None:
@@ -287,7 +289,7 @@ def test_a_link_to_what_is_read(command: Command) -> None:
     Path("r.xml").symlink_to(file)
     done = command("run", file, "--junit", "r.xml")
     assert done.status == 2
-    assert "would write over `a.mech`" in done.err
+    assert "would overwrite `a.mech`" in done.err
     assert Path(file).read_text().startswith("mech 1")
 
 

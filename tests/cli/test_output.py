@@ -143,7 +143,7 @@ def test_a_report_that_cannot_be_written_is_missing_alone(
     monkeypatch.setattr("mechdsl.results.experiment_result.csv_text", fails)
     done = command("run", path)
     assert done.status == 3
-    assert f"error[E0536]: `report csv` wasn't written to `lost.csv`: {said}" in done.err
+    assert f"error[E0536]: `report csv` could not be written to `lost.csv`: {said}" in done.err
     assert "= help: " in done.err
     assert "Traceback" not in done.err
     assert "L1H3.z" in done.out, "the table is printed"
@@ -328,8 +328,8 @@ def in_bash(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-FULL = "standard output takes nothing more: no space left on device\n"
-TOO_LARGE = "standard output takes nothing more: file too large\n"
+FULL = "standard output can't be written to: no space left on device\n"
+TOO_LARGE = "standard output can't be written to: file too large\n"
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_output_lost_at_close_exits_with_3(
             patch.setattr(os, "close", close_of_a_full_disk)
             done = command("explain", both)
     assert done.status == 3
-    assert done.err == "standard output takes nothing more: disk quota exceeded\n"
+    assert done.err == "standard output can't be written to: disk quota exceeded\n"
 
 
 def test_later_files_are_run_where_they_keep_something(tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_later_files_are_run_where_they_keep_something(tmp_path: Path) -> None:
     assert done.returncode == 3
     for name in ("a.csv", "b.csv"):
         assert (tmp_path / name).read_text(encoding="utf-8").count("\n") == 9
-    assert done.stderr == "not run, as they keep nothing: c.mech\n"
+    assert done.stderr == "not run because output is lost and nothing would be saved: c.mech\n"
 
 
 ASCII = {

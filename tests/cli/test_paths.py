@@ -462,7 +462,7 @@ def test_a_file_of_another_kind_is_not_quoted(here: Path, command: Command) -> N
             assert "[E0534]" in done.err
             assert "hunter2" not in done.err + done.out
         done = command("validate", written(here, f'mech 1\nuse "{name}"\n'))
-        assert f"`{name}` cannot be imported: it is no `.mech` file" in done.err
+        assert f"`{name}` cannot be imported: it is not a `.mech` file" in done.err
         assert "hunter2" not in done.err
 
 

@@ -334,7 +334,7 @@ def test_a_full_disk(heads: Path, command: Command, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(computation, "run_checked", full)
     done = command("run", heads, "--store", heads.parent / "kept")
     assert done.status == 3
-    assert "takes nothing more: no space left on device" in done.err
+    assert "can't be written to: no space left on device" in done.err
     assert "the same command goes on from there; `--no-store` runs without a store" in done.err
     done = command("run", heads, "--no-store")
     assert done.status == 3
@@ -350,6 +350,6 @@ def test_broken_off(heads: Path, command: Command, monkeypatch: pytest.MonkeyPat
     done = command("run", heads, "--store", heads.parent / "kept")
     assert done.status == 3
     assert done.err.splitlines()[-1] == (
-        "what is finished is kept; the same command goes on from there"
+        "finished results are stored; run the same command to resume"
     )
     assert "goes on" not in command("run", heads, "--no-store").err

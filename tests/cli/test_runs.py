@@ -80,7 +80,7 @@ def test_without_a_store(command: Command, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("MECHDSL_STORE", raising=False)
     monkeypatch.chdir(tmp_path)
     done = command("runs")
-    assert (done.status, done.out, done.err) == (0, "", "no runs are kept in .mechdsl\n")
+    assert (done.status, done.out, done.err) == (0, "", ".mechdsl has no stored runs\n")
     assert command("runs", "--format", "json").out == "[]\n"
     for arguments in (("--store", "none"), ("show", "last"), ("gc",), ("rm", "last")):
         done = command("runs", *arguments)
@@ -195,7 +195,7 @@ def test_no_size(command: Command, size: str) -> None:
     done = command("runs", "gc", "--limit", size)
     assert done.status == 2
     assert "isn't a size such as `5GB`" in done.err
-    assert "`mechdsl runs gc --help` lists what it takes" in done.err
+    assert "`mechdsl runs gc --help` lists its arguments and options" in done.err
 
 
 def test_a_command_that_is_mistyped(command: Command) -> None:

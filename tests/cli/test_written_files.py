@@ -66,7 +66,7 @@ def said(file: Path) -> list[str]:
 )
 def test_what_is_read(tmp_path: Path, report: str, what: str) -> None:
     kind = report.split()[0]
-    assert said(folder_of(tmp_path, report)) == [f"E0607 `report {kind}` would write over {what}"]
+    assert said(folder_of(tmp_path, report)) == [f"E0607 `report {kind}` would overwrite {what}"]
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_what_is_read(tmp_path: Path, report: str, what: str) -> None:
     [
         ("data.csv", "`data.csv`, the rows of prompts `facts`"),
         ("functions.py", "`functions.py`, which defines `own`"),
-        ("case.mech", "`case.mech`, a `.mech` file that is read"),
-        ("common.mech", "`common.mech`, a `.mech` file that is read"),
+        ("case.mech", "`case.mech`, a `.mech` file that the run reads"),
+        ("common.mech", "`common.mech`, a `.mech` file that the run reads"),
     ],
 )
 @pytest.mark.parametrize("hard", [False, True])
@@ -88,7 +88,7 @@ def test_through_links(tmp_path: Path, target: str, what: str, hard: bool) -> No
         link.hardlink_to(tmp_path / target)
     else:
         link.symlink_to(Path("..") / target)
-    assert said(file) == [f"E0607 `report csv` would write over {what}"]
+    assert said(file) == [f"E0607 `report csv` would overwrite {what}"]
 
 
 def test_two_reports_in_one_file(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_two_reports_in_one_file(tmp_path: Path) -> None:
     file = folder_of(tmp_path, *reports)
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to("real")
-    expected = "goes to `./real/../out/cells.csv`, as the report on line 18 does"
+    expected = "has the same path, `./real/../out/cells.csv`, as the report on line 18"
     assert said(file) == [f"E0607 `report table` {expected}"]
 
 
@@ -130,7 +130,7 @@ experiment e {{
     ("first", "second", "message"),
     [
         ("b.csv", "c.csv", "over `b.csv`, the rows of prompts `facts` in `second.mech`"),
-        ("c.csv", "c.csv", "goes to `c.csv`, as the report on line 15 of `first.mech` does"),
+        ("c.csv", "c.csv", "has the same path, `c.csv`, as the report on line 15 of `first.mech`"),
     ],
 )
 def test_across_the_files_of_a_command(

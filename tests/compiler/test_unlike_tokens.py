@@ -45,7 +45,7 @@ def warned(base: str, rule: str) -> list[str]:
 )
 def test_counted_tokens(at: str) -> None:
     rule = f"patch resid_post layer 1 at {at}"
-    assert warned("fewer", rule) == [f"`{at}` means other tokens in `clean` than in `fewer`"]
+    assert warned("fewer", rule) == [f"`{at}` refers to different tokens in `clean` and `fewer`"]
     assert warned("other", rule) == []  # of one length: other tokens are what is asked for
 
 

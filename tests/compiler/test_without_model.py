@@ -280,8 +280,8 @@ def test_what_waits_for_the_model_is_said_by_line(tmp_path: Path) -> None:
         (warning,) = (d for d in found if d.code == "W0710")
         assert warning.help_text.endswith(
             "then these are checked too: layers, heads and sites (lines 25, 40, 48 to 49), "
-            "positions as tokens (lines 25, 40, 48 to 49), answers as tokens (line 16), "
-            "cells (line 32)"
+            "positions of tokens (lines 25, 40, 48 to 49), tokens of answers (line 16), cells "
+            "(line 32)"
         )
 
 

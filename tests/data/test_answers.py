@@ -168,7 +168,7 @@ class TestNumerals:
         found, (error,) = numeral_tokens(made, range(1, 13), tokenizer=qwen)
         assert not found
         assert error.code == "E0518"
-        assert error.message == "3 of the numerals 1..12 are more than one token"
+        assert error.message == "3 of the numerals 1..12 have several tokens"
 
     def test_leading_zeros(self, gpt2: TextTokenizer) -> None:
         made = table('y in ["02", "41"] template "{y}:" answer "{y}"', gpt2)

@@ -196,8 +196,8 @@ def test_an_untrusted_file_stays_in_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ('hf_dataset("d")', "needs a folder or a name, and a split"),
-        ('hf_dataset(split: "train")', "needs a folder or a name, and a split"),
+        ('hf_dataset("d")', "needs a folder or name and a split"),
+        ('hf_dataset(split: "train")', "needs a folder or name and a split"),
         ('hf_dataset("d", split: train)', "takes texts in quotes, each once"),
         ('hf_dataset("d", "e", split: "train")', "takes texts in quotes, each once"),
         ('hf_dataset("d", splt: "train")', "did you mean `split`"),

@@ -266,7 +266,7 @@ class TestCorruptions:
         assert every is not None
         assert sorted(texts(every)) == ["1", "1", "1", "1", "3"]
         assert every.conventions["rows"] == "5 of 5 records, 2 of them equal to another, seed 0"
-        assert [d.message for d in found] == ["2 of 5 rows of prompts `p` are equal to another"]
+        assert [d.message for d in found] == ["2 of 5 rows of prompts `p` are duplicates"]
         once, found = build(f"{rows} distinct {rest}", words)
         assert once is not None
         assert found == []
@@ -572,8 +572,8 @@ class TestRefusedRows:
         made, diagnostics = build(text, words)
         assert made is None
         assert sorted(d.message for d in diagnostics) == [
-            "`1 / a` can't be worked out: it divides by zero",
-            "`xs[3]` can't be worked out: `xs` has 2 items",
+            "`1 / a` can't be evaluated: it divides by zero",
+            "`xs[3]` can't be evaluated: `xs` has 2 items",
         ]
         assert all(d.label_text.startswith("in the row with a = ") for d in diagnostics)
 

@@ -373,7 +373,7 @@ def test_tokens_that_cover_more_are_named(
         (_,), (warning,) = found(kind, made, position)
         assert warning.code == "W0701"
         assert warning.severity == "warning"
-        assert warning.message == "tokens of `w` also cover text beside it"
+        assert warning.message == "tokens of `w` also cover adjacent text"
         assert warning.label_text == f"`{covers}`, in 1 of 1 rows"
         assert warning.help_text
 

@@ -141,7 +141,7 @@ def test_every_pass_has_a_line_and_none_costs(
     planned, done = costs(text, folder, monkeypatch)
     names = [saving.name for saving in planned.savings]
     of_rows = (one.name for one in PASSES if one.shown is not None)
-    assert names == [name for name in of_rows if name != "cache"], "nothing is written"
+    assert names == [name for name in of_rows if name != "cache"], "no rule writes anything"
     before = planned.plain
     for saving in planned.savings:
         assert saving.after.multiply_adds <= before.multiply_adds, saving.name

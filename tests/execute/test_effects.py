@@ -362,7 +362,7 @@ def test_few_rows_that_are_kept_are_warned_of_as_few_that_are_taken(
     kept = found.experiments[0].prompts
     assert kept == 9
     said = [(d.code, d.message) for d in diagnostics]
-    wanted = ("W0720", f"with {kept} prompts no cell can survive the correction")
+    wanted = ("W0720", f"with {kept} prompts, no cell can be significant after correction")
     assert said == ([wanted] if warned else [])
     spans = [d.span.text for d in diagnostics if d.span is not None]
     assert spans == (["expected(1..9) < 3.5"] if warned else [])

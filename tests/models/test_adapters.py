@@ -532,7 +532,9 @@ def test_a_model_with_an_adapter_beside_it_is_not_taken(copy: Path) -> None:
     text = program(experiment("e", *LINES), 'model m = local("base")\n')
     found = check_source(Source(text, copy / "file.mech")).diagnostics
     assert besides(found) == ["E0440"]
-    assert "`base` is an adapter for another model, and a model too" in {d.message for d in found}
+    assert ("`base` is an adapter for another model, as well as a model") in {
+        d.message for d in found
+    }
 
 
 def test_an_adapter_in_the_cache(

@@ -68,8 +68,8 @@ def test_it_is_said_where() -> None:
         "m", own_models.silenced("gpt2", "mlp", layers=(1,)), families.tokenizer()
     )
     assert found[0].label_text == (
-        "whatever is written there, its output stays as it is: "
-        "`mlp_norm` (layer 1), `mlp_hidden` (layer 1)"
+        "writing to these components doesn't change the output: `mlp_norm` (layer 1), "
+        "`mlp_hidden` (layer 1)"
     )
 
 

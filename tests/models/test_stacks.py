@@ -289,7 +289,7 @@ def test_a_stack_that_cannot_be_had_is_left_out() -> None:
     (left,) = found
     assert (left.code, left.message, left.label_text) == (
         "W0712",
-        "`m` is taken without the sites of its stack `encoder`",
+        "the sites in stack `encoder` of `m` are not available",
         "its encoder fills prompts up to whole blocks, and has global tokens beside them",
     )
 

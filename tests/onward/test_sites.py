@@ -140,7 +140,7 @@ def test_same_rows_are_warned_of() -> None:
     assert warning.span.text == "top 3 of which"
     shown = warning.label_text
     ids = [set(e.table.row_ids) for e in checked(patch("a", "best of which") + same).experiments]
-    assert shown == f"{len(ids[0] & ids[1])} of its 8 rows are rows of `which`"
+    assert shown == f"{len(ids[0] & ids[1])} of its 8 rows are also rows of `which`"
     assert "W0721" not in {d.code for d in checked(patch("a", "best of which") + WHICH).diagnostics}
 
 

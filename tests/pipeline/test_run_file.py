@@ -470,7 +470,7 @@ def test_a_full_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (said,) = found.value.diagnostics
     folder = here.parent / "Kept"
     assert said.code == "E0208"
-    assert said.message == f"the store `{folder}` takes nothing more: no space left on device"
+    assert said.message == f"the store `{folder}` can't be written to: no space left on device"
     assert "the same command goes on from there" in said.help_text
     assert "`--no-store` runs without" in said.help_text
 

@@ -105,14 +105,14 @@ def test_reports_go_to_files_but_not_over_the_function(tmp_path: Path) -> None:
     assert (tmp_path / "heads.csv").is_file()
     path = write(tmp_path, TEXT.replace("  stats", report.format("own.py")), BUILD)
     said = {problem.message for problem in mechdsl.validate(path).errors}
-    assert "`report csv` would write over `own.py`, which defines `build`" in said
+    assert "`report csv` would overwrite `own.py`, which defines `build`" in said
 
 
 def test_validate_calls_nothing(tmp_path: Path, command: Command) -> None:
     path = write(tmp_path, TEXT, BUILD + "\nraise RuntimeError('imported')\n")
     done = command("validate", path)
     assert done.status == 0
-    assert "`toy` is made by Python, which isn't run here" in done.err
+    assert "`toy` is created by Python code, which doesn't run here" in done.err
     assert of_codes(mechdsl.validate(path)) == ["W0710"]
     assert of_codes(mechdsl.validate(path, require_models=True)) == ["E0221"]
 

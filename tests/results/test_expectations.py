@@ -103,13 +103,13 @@ def test_these_hold(line: str, result: ExperimentResult) -> None:
         ("not max(recovery) > 0.3", None),
         # neither the bound nor its opposite is sure
         ("not recovery(L2H1) > 0.6", "it holds on the mean, but"),
-        ("recovery(L9H9) > 0", "no cell is at L9H9"),
-        ("recovery(layer 2) > 0", "4 cells are at layer 2"),
-        ("recovery(L2H1.q) > 0", "no cell is at L2H1.q"),
-        ("argmax(recovery) = L9H9", "no cell is at L9H9"),
-        ("not argmax(recovery) = L9H9", "no cell is at L9H9"),
-        ("argmin(recovery, layer 0) != L1H0", "no cell is at L1H0, layer 0"),
-        ("top 12 contains L2H1, L9H9", "no cell is at L9H9"),
+        ("recovery(L9H9) > 0", "no cell matches L9H9"),
+        ("recovery(layer 2) > 0", "layer matches 4 cells 2"),
+        ("recovery(L2H1.q) > 0", "no cell matches L2H1.q"),
+        ("argmax(recovery) = L9H9", "no cell matches L9H9"),
+        ("not argmax(recovery) = L9H9", "no cell matches L9H9"),
+        ("argmin(recovery, layer 0) != L1H0", "no cell matches L1H0, layer 0"),
+        ("top 12 contains L2H1, L9H9", "no cell matches L9H9"),
     ],
 )
 def test_these_do_not(line: str, reason: str | None, result: ExperimentResult) -> None:
@@ -367,7 +367,7 @@ def test_several_measures(line: str) -> None:
     (found,) = check_expectation(expectation("max(delta) > 0"), replace(KNOWN, measures=same))
     assert found.code == "E0605"
     assert "`delta of ld` or `delta of entropy`" in found.label_text
-    assert found.help_text == "name one, as in `delta of ld`"
+    assert found.help_text == "name a metric, as in `delta of ld`"
     refused = check_expectation(expectation(line), replace(KNOWN, measures=same))
     assert [each.code for each in refused] == (["E0605"] if "top" in line else [])
 
@@ -393,7 +393,7 @@ def test_known_cells_are_checked_before_running() -> None:
     ]
     known = replace(KNOWN, cells=cells)
     (found,) = check_expectation(expectation("recovery(L9H9) > 0"), known)
-    assert "no cell is at L9H9" in found.message
+    assert "no cell matches L9H9" in found.message
     assert check_expectation(expectation("recovery(L2H3) > 0"), known) == []
     (found,) = check_expectation(expectation("recovery(layer 1) > 0"), known)
     assert "4 cells" in found.message

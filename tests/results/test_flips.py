@@ -169,15 +169,15 @@ def test_too_few_prompts_are_warned_of() -> None:
     assert check_cell_units([8], statistics(), SPAN) == []
     (found,) = check_cell_units([8] * 48, statistics(), SPAN)
     assert found.code == "W0720"
-    assert found.message == "with 8 prompts no cell can survive the correction"
+    assert found.message == "with 8 prompts, no cell can be significant after correction"
     assert "0.0078" in found.label_text
     assert check_cell_units([8] * 48, statistics(correction="bh"), SPAN) == []
     assert check_cell_units([8] * 48, statistics(correction="max"), SPAN) == []
     (found,) = check_cell_units([4] * 48, statistics(test="bootstrap"), SPAN)
-    assert found.message == "with 4 prompts no cell can survive the correction"
+    assert found.message == "with 4 prompts, no cell can be significant after correction"
     assert check_cell_units([30] * 9000, statistics(), SPAN) == []
     (found,) = check_cell_units([1] * 3, statistics(by="a"), SPAN)
-    assert found.message == "with 1 value of a no cell can survive the correction"
+    assert found.message == "with 1 value of a, no cell can be significant after correction"
 
 
 @pytest.mark.parametrize(("units", "warned"), [(15, True), (16, False)])
@@ -193,5 +193,7 @@ def test_cells_that_have_too_few_are_counted() -> None:
     assert unreachable_cells(units, statistics()) == [3]
     assert unreachable_cells(units, statistics(confidence=97)) == [0, 3, 4]
     (found,) = check_cell_units(units, statistics(confidence=97), SPAN)
-    assert found.message == "3 of 5 cells have 5 to 7 prompts, and can't survive the correction"
+    assert found.message == (
+        "3 of 5 cells have only 5 to 7 prompts and can't be significant after correction"
+    )
     assert unreachable_cells(units, statistics(confidence=90)) == []

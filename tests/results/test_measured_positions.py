@@ -133,7 +133,7 @@ def test_what_the_message_says_works(expect: str, metric: str, line: str) -> Non
 def test_one_that_is_alone_of_its_name_and_effect_is_named() -> None:
     """Before item 2 stand more than five distinct beginnings, before item 1 only four."""
     mixed = text("max(ld) > -50", **{"item 1 token as raw": "item 1 token as delta"})
-    assert refused(mixed) == "name one, as in `delta of ld`"
+    assert refused(mixed) == "name a metric, as in `delta of ld`"
     for effect, value in (("delta", 0.0), ("raw", None)):
         named = mixed.replace("max(ld)", f"max({effect} of ld)")
         found = mechdsl.run(named).files[0].experiments[0]

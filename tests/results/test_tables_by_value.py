@@ -42,14 +42,19 @@ def said(rows: int, correction: str = "holm") -> list[str]:
         (
             24,
             "holm",
-            "in the table by count, with 7 to 9 prompts no cell can survive the correction",
+            "in the table by count, with 7 to 9 prompts, no cell can be significant after "
+            "correction",
         ),
         (30, "holm", None),  # 11 of one count
         (24, "bh", None),
         (24, "none", None),
         # 16 cells for all rows: 2^(1 − n) · 16 is below 0.05 from 10 rows on
-        (12, "holm", "in the table by count, with 4 prompts no cell can survive the correction"),
-        (9, "holm", "with 9 prompts no cell can survive the correction"),
+        (
+            12,
+            "holm",
+            ("in the table by count, with 4 prompts, no cell can be significant after correction"),
+        ),
+        (9, "holm", "with 9 prompts, no cell can be significant after correction"),
     ],
 )
 def test_a_table_in_which_nothing_can_survive(

@@ -126,7 +126,7 @@ def test_cells_are_those_of_the_other_experiment(
     assert isinstance(found, CellAggregate)
     assert len([cell for cell in there.cells if found.where[0].matches(cell)]) == 4
     said = refusal("mean(recovery of there, head 1) > 0", here, there=there)
-    assert said.endswith("no cell is at head 1")
+    assert said.endswith("no cell matches head 1")
 
 
 def test_a_measure_of_this_experiment_comes_first(here: ExperimentResult) -> None:
@@ -168,10 +168,10 @@ def test_cells_that_are_ranked(here: ExperimentResult) -> None:
     assert isinstance(found, Ranking)
     assert sum(found.where[0].matches(cell) for cell in here.cells) == 8
     assert refusal("auroc(recovery, L2H1, layer 2, L2H1) > 0", here).endswith(
-        "every cell that is ranked is at `L2H1`"
+        "every ranked cell is at `L2H1`"
     )
     assert refusal("auroc(recovery, movers, layer 0) > 0", here).endswith(
-        "no cell that is ranked is at `movers`"
+        "no ranked cell is at `movers`"
     )
 
 
@@ -187,12 +187,12 @@ def test_rows_that_are_true(column: str, here: ExperimentResult) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        ("auroc(recovery, pair, L2H1)", "`pair` is a group and a variable of the prompts"),
-        ("auroc(recovery, count, L2H1)", "`count` is neither true nor false: it is `2` in a row"),
+        ("auroc(recovery, pair, L2H1)", "`pair` is both a group and a prompt variable"),
+        ("auroc(recovery, count, L2H1)", "`count` is neither true nor false: it is `2` in one row"),
         ("auroc(recovery, large)", "every cell has a value in each row"),
-        ("auroc(recovery, large, layer 2)", "4 cells are at layer 2"),
-        ("auroc(recovery, large, L9H9)", "no cell is at L9H9"),
-        ("auroc(recovery, [L2H1, L9H9])", "no cell is at L9H9"),
+        ("auroc(recovery, large, layer 2)", "layer matches 4 cells 2"),
+        ("auroc(recovery, large, L9H9)", "no cell matches L9H9"),
+        ("auroc(recovery, [L2H1, L9H9])", "no cell matches L9H9"),
         ("auroc(recovery, [1..3])", "`1..3` is not a site"),
         ("auroc(recovery, 3)", "`3` is not a site"),
     ],

@@ -79,4 +79,4 @@ def test_a_reason_is_given_once() -> None:
         BadControl(span=span, text="random(5)", reason="why not", hint="")
     ).reason == ("`random(5)` can't be drawn: why not")
     kept = missing_reason(NoRowsKept(span=span, rows=12)).reason
-    assert kept == "`keep` leaves none of the 12 rows: holds for no row of the clean run"
+    assert kept == "`keep` removes all 12 rows: no row of the clean run meets this condition"

@@ -258,7 +258,7 @@ def test_a_new_verb_is_soft(clip: None) -> None:
     [
         ("clip layer 1 at last token by 2", "`to` and a number"),
         ("clip layer 1 at last token", "`to` and a number"),
-        ("flip layer 1 at last token to 2", "no number behind `flip`"),
+        ("flip layer 1 at last token to 2", "no number after `flip`"),
     ],
 )
 def test_a_verb_says_which_word_stands_before_its_number(

@@ -424,7 +424,7 @@ def test_a_model_that_is_not_at_hand_has_the_layers_that_loops_name() -> None:
     lines = [loops if line.startswith("  for a") else line for line in text.splitlines()]
     lines[-1:] = ["expect delta(a: 40, b: 70) > 0", "expect delta(a: 40, b: 10) > 0", "}"]
     wrong = [found for found in mechdsl.validate("\n".join(lines)) if found.severity == "error"]
-    assert [found.message.split(": ", 1)[1] for found in wrong] == ["no cell is at a: 40, b: 10"]
+    assert [found.message.split(": ", 1)[1] for found in wrong] == ["no cell matches a: 40, b: 10"]
 
 
 def test_one_cell_is_expected(data: Path) -> None:

@@ -38,13 +38,9 @@ def alone(diagnostic: Diagnostic, width: int = 100) -> str:
 
 def test_form_of_the_language_page() -> None:
     assert render_full([wrong(TEXT, "pach")]) == (
-        "error[E0102]: `pach` is not a word of the language\n"
-        " ┌─ a.mech:4:3\n"
-        "4 │   pach layer 0..2 head 14 at last-item token\n"
-        "  │   ^^^^ no such word\n"
-        "  = help: did you mean `patch`?\n"
-        "\n"
-        "1 error\n"
+        "error[E0102]: `pach` is not a keyword\n ┌─ a.mech:4:3\n4 │   pach layer 0..2 head 14 "
+        "at last-item token\n  │   ^^^^ no such word\n  = help: did you mean `patch`?\n\n1 "
+        "error\n"
     )
 
 
@@ -63,7 +59,7 @@ def test_without_a_place() -> None:
     text = render_full([Unreadable(path="a.mech", reason="no such file")])
     assert text.splitlines()[:2] == [
         "error[E0112]: cannot read `a.mech`: no such file",
-        " = help: check the path; it is relative to the folder the command runs in",
+        " = help: check the path; it is relative to the working directory",
     ]
 
 
@@ -158,7 +154,7 @@ def test_json() -> None:
     assert found == {
         "code": "E0102",
         "severity": "error",
-        "message": "`pach` is not a word of the language",
+        "message": "`pach` is not a keyword",
         "label": "no such word",
         "help": "did you mean `patch`?",
         "file": "a.mech",
@@ -174,10 +170,10 @@ def test_json() -> None:
 def test_github() -> None:
     text = render_github([wrong(TEXT, "pach", "a,b:c%.mech"), Unreadable(path="x", reason="100%")])
     assert text.splitlines() == [
-        "::error title=E0112::cannot read `x`: 100%25%0A"
-        "check the path; it is relative to the folder the command runs in",
-        "::error file=a%2Cb%3Ac%25.mech,line=4,col=3,endLine=4,endColumn=7,title=E0102::"
-        "`pach` is not a word of the language%0Ano such word%0Adid you mean `patch`?",
+        "::error title=E0112::cannot read `x`: 100%25%0Acheck the path; it is relative to the "
+        "working directory",
+        "::error file=a%2Cb%3Ac%25.mech,line=4,col=3,endLine=4,endColumn=7,title=E0102::`pach` "
+        "is not a keyword%0Ano such word%0Adid you mean `patch`?",
     ]
 
 

@@ -429,7 +429,7 @@ class _Judge:
                 i + 1 for i, cell in enumerate(ranked) if site.matches(self.result.cells[cell])
             ]
             if not ranks:
-                said.append(f"no cell is at {site.text}")
+                said.append(f"no cell matches {site.text}")
                 continue
             worst = max(worst, ranks[0])
             beside = ranked[condition.top - (ranks[0] > condition.top) :][:1]

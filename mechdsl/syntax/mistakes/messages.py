@@ -270,7 +270,7 @@ def _headless(text: str, piece: Lexeme, depth: int) -> int:
 def _no_brace(source: Source, piece: Lexeme, end: int) -> Diagnostic:
     found = f"end of the `{piece.text}` statement"
     span = Span(source, end, end)
-    hint = f"the lines of `{piece.text}` stand between `{{` and `}}`"
+    hint = f"put the lines of `{piece.text}` between `{{` and `}}`"
     return UnexpectedToken(found=found, expected="`{`", hint=hint, span=span)
 
 
@@ -376,13 +376,13 @@ _BLOCKS = {
 }
 
 _HOMES = (
-    (TOP_WORDS, "at the outermost level of the file, outside every brace"),
+    (TOP_WORDS, "at the top level of the file, outside all braces"),
     (EXPERIMENT_WORDS, "in an `experiment` block"),
     (DATA_WORDS, "in a `prompts` or `images` block"),
     (CHANGE_WORDS, "in a `corrupt` block"),
 )
 
-_CHANGED = {("change_lines", "image"): "change the image that is there: `mask image` is gray"}
+_CHANGED = {("change_lines", "image"): "change the existing image: `mask image` makes it gray"}
 """A word of another block → the hint for the intended change."""
 
 _SHOWN = 4
@@ -453,7 +453,7 @@ def _first_word(mistake: Mistake) -> Diagnostic | None:
     span = Span(mistake.source, word.start, word.end)
     if word.text == "mech" and mistake.kind == "top_lines":
         return WrongVersion(
-            problem="`mech` stands a second time", place="the version is known", span=span
+            problem="`mech` appears twice", place="the version is already set", span=span
         )
     if word.kind != "word":
         if mistake.offset > word.start:

@@ -134,17 +134,17 @@ class Slip:
 
 
 SLIPS: tuple[Slip, ...] = (
-    Slip(r'[“”„«»][^“”„«»"\n]*[“”„«»]', 'texts stand between straight quotes: `"…"`', _quoted, 1),
-    Slip(r"[‘’'][^‘’'\"\n]*[‘’']", 'texts stand between straight quotes: `"…"`', _quoted, 1),
-    Slip(r"[“”„«»‘’']", 'texts stand between straight quotes: `"…"`'),
-    Slip(r";", "leave it out: a statement ends where the next one begins"),
+    Slip(r'[“”„«»][^“”„«»"\n]*[“”„«»]', 'put texts in straight quotes: `"…"`', _quoted, 1),
+    Slip(r"[‘’'][^‘’'\"\n]*[‘’']", 'put texts in straight quotes: `"…"`', _quoted, 1),
+    Slip(r"[“”„«»‘’']", 'put texts in straight quotes: `"…"`'),
+    Slip(r";", "remove it: a statement ends where the next one begins"),
     Slip(r"//[^\n]*", "a comment starts with `#`", _blank, 2),
-    Slip(r"/\*.*?\*/", "a comment starts with `#` and ends with its line", _blank, 2),
-    Slip(r":=", "a definition is written with `=`", _padded("=")),
-    Slip(r"==", "equality is a single `=`", _padded("=")),
+    Slip(r"/\*.*?\*/", "a comment starts with `#` and ends at the end of the line", _blank, 2),
+    Slip(r":=", "write `=` in a definition", _padded("=")),
+    Slip(r"==", "write a single `=` for equality", _padded("=")),
     Slip(r"&&?", "write `and`", _padded("or")),
     Slip(r"\|\|?", "write `or`", _padded("or")),
-    Slip(r"[0-9]+[ \t]+%", "write the percent sign right behind its number: `50%`", _percent),
+    Slip(r"[0-9]+[ \t]+%", "write the percent sign right after the number: `50%`", _percent),
     Slip(r"[0-9]+[ \t]*[–—][ \t]*[0-9]+", "a range is written `10..20`", _first_number),
     Slip(r"[0-9]+[ \t]*…[ \t]*[0-9]+", "a range is written `10..20`", _first_number),
     Slip(r"…", "a range is written `10..20`"),
@@ -155,7 +155,7 @@ SLIPS: tuple[Slip, ...] = (
     Slip(r"÷", "write `/`", _padded("/")),
     Slip(r"[−–—]", "write `-`", _padded("-")),
     Slip(r"[→⟶] ?", "write `->`", _arrow, 1),
-    Slip(r"[^\W\dA-Za-z_]\w*", "names are made of the letters a to z, digits and `_`", _letters, 1),
+    Slip(r"[^\W\dA-Za-z_]\w*", "use only the letters a to z, digits and `_` in names", _letters, 1),
     Slip(r"![^=\S]|!(?=\w)", "write `not`", _blank, 1),
     Slip(r"""[^\s\w"#{}()\[\].,:=+\-*/<>!%]""", "leave it out"),
 )
@@ -357,9 +357,9 @@ class _Recovery:
         number = found["number"]
         if number == str(LANGUAGE_VERSION):
             return found.end(), ast.Version(LANGUAGE_VERSION, span=span)
-        problem = f"version {number} of the language is not known"
+        problem = f"version {number} of the language is not supported"
         if not number.isdigit():
-            problem = "`mech` needs the version of the language behind it"
+            problem = "`mech` must be followed by the version of the language"
         place = f"this mechdsl reads version {LANGUAGE_VERSION}"
         self._wrong_version(problem, place, span)
         # In `mech model …` the number is missing; in `mech v1` it is wrong.
