@@ -26,7 +26,7 @@ from mechdsl.diagnostics.rendering import render_full
         ("logit lens", "# `logit_lens`: Rules"),
         ("Patch", "# `patch`: Rules"),
         ("RECOVERY", "# `recovery`: Effects"),
-        ("mech 1", "# `mech 1`: The file"),
+        ("mech 1", "# `mech 1`: Top-level statements"),
         ("logit(answer)", "# `logit(answer)`: Metrics"),
         ("e0301", "# E0301:"),
     ],
