@@ -535,6 +535,20 @@ def _undecided(variants: Sequence[ExperimentOutline], program: spec.Program) -> 
     return {axis for e in variants for axis in find_open_axes(e.spec, program.groups, e.unknown)}
 
 
+def _effects_of_categories(
+    measures: Sequence[KnownMeasure], experiment: spec.Experiment
+) -> Iterator[UnreadableMeasure]:
+    """Yield a problem for each category that is measured with an effect."""
+    for measure, each in zip(measures, experiment.measures, strict=True):
+        if measure.kind == "category" and each.effect != "raw":
+            yield UnreadableMeasure(
+                span=each.span,
+                text=each.metric.span.written,
+                reason="it is categorical, so differences are undefined",
+                hint="measure it `as raw`, or use `expected(…)`, which is a number",
+            )
+
+
 def _against_axes(
     variants: Sequence[ExperimentOutline], program: spec.Program, every: ExperimentVariants
 ) -> list[Diagnostic]:
@@ -548,17 +562,7 @@ def _against_axes(
     values = [n for n in rows[0].values if all(n in row.values for row in rows)] if rows else []
     columns_unknown = any(table.columns_unknown for table in tables)
     measures = _measures(experiment)
-    found: list[Diagnostic] = []
-    for measure, each in zip(measures, said.measures, strict=True):
-        if measure.kind == "category" and each.effect != "raw":
-            found.append(
-                UnreadableMeasure(
-                    span=each.span,
-                    text=each.metric.span.written,
-                    reason="it is categorical, so differences are undefined",
-                    hint="measure it `as raw`, or use `expected(…)`, which is a number",
-                )
-            )
+    found: list[Diagnostic] = [*_effects_of_categories(measures, said)]
     all_known = None not in experiment.measures
     for report in said.reports:
         writes = said.generation is not None

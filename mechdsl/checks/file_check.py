@@ -511,6 +511,19 @@ def check_source(
         return CheckedFile(source, program, settings or CheckSettings(), diagnostics=[problem])
 
 
+def _collect_resolved(outlines: Iterable[ExperimentOutline], checked: CheckedFile) -> None:
+    """Add the experiments that can run to the checked file."""
+    skipped = {*checked.unchecked, *checked.unrun}
+    resolved = [
+        each.resolved
+        for each in outlines
+        if each.resolved is not None and each.spec.name not in skipped
+    ]
+    measured = (each for each in resolved if each.measures)
+    checked.experiments.extend(part for each in measured for part in split_by_group(each))
+    checked.saving.extend(each for each in resolved if each.saves)
+
+
 def _check_source(
     source: Source, settings: CheckSettings, models: Mapping[str, ModelContext]
 ) -> CheckedFile:
@@ -551,15 +564,7 @@ def _check_source(
     every = {v[0].name: v for v in group_variants([outlines[e.key] for e in experiments])}
     for variants in every.values():
         checked.diagnostics.extend(check_results(variants, program, every))
-    whole = [
-        resolved
-        for each in experiments
-        if each.name not in (*checked.unchecked, *checked.unrun)
-        and (resolved := outlines[each.key].resolved) is not None
-    ]
-    measured = (each for each in whole if each.measures)
-    checked.experiments.extend(part for each in measured for part in split_by_group(each))
-    checked.saving.extend(each for each in whole if each.saves)
+    _collect_resolved([outlines[each.key] for each in experiments], checked)
     for name, prompts in program.prompts.items():
         if prompts.span.source is source:
             contexts.table_alone(name)

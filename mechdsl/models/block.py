@@ -452,15 +452,7 @@ class BlockComponents:
         beside = self._beside(mlp)
         down = self._down(mlp) if mlp and not beside else None
         if mlp:
-            if not beside:
-                taps["mlp_norm"] = HookPoint(self._at(mlp[0]), "in", whole)
-            if down is not None:
-                neurons = self._linear(down)[0]
-                taps["mlp_hidden"] = HookPoint(self._at(down), "in", TensorLayout.neurons(neurons))
-            taps |= self._experts(mlp)
-            if not beside or behind_m:
-                returned = self._given("mlp_out", behind_m or mlp[-1])
-                taps["mlp_out"] = self._tap(returned, "mlp_out")
+            taps |= self._mlp_taps(mlp, down, behind_m, beside=beside)
         taps["resid_post"] = HookPoint(self.path, "out", whole)
         if self.arrangement == "parallel" and mlp and front_m is None:
             front_m = front_a
@@ -592,6 +584,28 @@ class BlockComponents:
         """Return whether the block has no linear maps outside attention."""
         beside = (m for p, m in self.inside.items() if p != first and not p.startswith(first + "."))
         return all(linear_sizes(module) is None for module in beside)
+
+    def _mlp_taps(
+        self, mlp: tuple[str, ...], down: str | None, norm: str | None, *, beside: bool
+    ) -> dict[str, HookPoint]:
+        """Return the hook points of the MLP.
+
+        Args:
+            down: The linear map that reads the neurons.
+            norm: The norm after the MLP.
+            beside: Whether another MLP reads the same stream.
+        """
+        taps: dict[str, HookPoint] = {}
+        if not beside:
+            whole = TensorLayout.whole(self.shape.d_model)
+            taps["mlp_norm"] = HookPoint(self._at(mlp[0]), "in", whole)
+        if down is not None:
+            neurons = self._linear(down)[0]
+            taps["mlp_hidden"] = HookPoint(self._at(down), "in", TensorLayout.neurons(neurons))
+        taps |= self._experts(mlp)
+        if not beside or norm:
+            taps["mlp_out"] = self._tap(self._given("mlp_out", norm or mlp[-1]), "mlp_out")
+        return taps
 
     def _beside(self, mlp: tuple[str, ...]) -> bool:
         """Return whether another MLP or experts read the same stream: no module returns the sum."""

@@ -710,7 +710,7 @@ def explain(
     from mechdsl.show.output import PrintedText, capture_text
 
     raise_errors(word_problem("format", format, ("text", "json")), size_problems(limit))
-    if is_page_name(str(what)):
+    if "\n" not in str(what) and is_page_name(str(what)):
         text, problems = find_page(str(what))
         raise_errors(problems)
         return PrintedText(text)

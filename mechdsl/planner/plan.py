@@ -66,6 +66,7 @@ from mechdsl.resolve.types import (
     ResolvedSave,
     SiteLayer,
     SitePoint,
+    SiteTargets,
     select_reached,
 )
 from mechdsl.vocab.sites import SITES, sites_of_stage
@@ -367,24 +368,34 @@ def _drawn(
     return None if there.all() else there
 
 
+def _list_points(
+    sites: SiteTargets | None, by_name: Mapping[str, Ints], count: int
+) -> tuple[Ints, dict[tuple[SitePoint, SitePoint], int], list[list[int]]]:
+    """Number the points that a rule writes and reads.
+
+    Returns:
+        [cell] index into the lists; the number of each pair of a written and a read point; lists of
+        these numbers.
+    """
+    if sites is None:
+        return np.zeros(count, dtype=np.int64), {}, [[]]
+    table: dict[tuple[SitePoint, SitePoint], int] = {}
+    keys = list(sites.points)
+    sources = sites.points if sites.sources is None else sites.sources
+    lists = [
+        [
+            table.setdefault(pair, len(table))
+            for pair in zip(sites.points[key], sources[key], strict=True)
+        ]
+        for key in keys
+    ]
+    return _lookup(keys, sites.axes, by_name, count), table, lists
+
+
 def _rule_plan(
     rule: ResolvedRule, by_name: Mapping[str, Ints], count: int, *, parallel: bool
 ) -> RulePlan:
-    site_of_cell = np.zeros(count, dtype=np.int64)
-    table: dict[tuple[SitePoint, SitePoint], int] = {}
-    lists: list[list[int]] = [[]]
-    if rule.sites is not None:
-        sites = rule.sites
-        keys = list(sites.points)
-        site_of_cell = _lookup(keys, sites.axes, by_name, count)
-        sources = sites.points if sites.sources is None else sites.sources
-        lists = [
-            [
-                table.setdefault(pair, len(table))
-                for pair in zip(sites.points[key], sources[key], strict=True)
-            ]
-            for key in keys
-        ]
+    site_of_cell, table, lists = _list_points(rule.sites, by_name, count)
     donated = rule.does.reads == "donor"
     active = None
     if rule.only is not None:  # it has no sites in other cells

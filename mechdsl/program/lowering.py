@@ -63,6 +63,7 @@ from mechdsl.program.rules import lower_derived_runs, lower_rules
 from mechdsl.program.run_order import add_run_order
 from mechdsl.program.runs import (
     REPLY_REPORTS,
+    RunLabel,
     RunSide,
     Variant,
     combine_variants,
@@ -117,6 +118,42 @@ def lower_experiment(
     return tuple(each for variants in found.values() for each in variants)
 
 
+def _lower_measures(work: Statements, observed: Sequence[spec.Rule]) -> tuple[spec.Measure, ...]:
+    """Lower the measures; the length of replies if an experiment measures nothing else."""
+    parts, scope = work.parts, work.scope
+    if work.measures or observed:
+        return tuple(lower_measure(each, parts, scope) for each in work.measures)
+    if _shows_replies(work):
+        return (lower_measure(reply_length_measure(work.generate[0]), parts, scope),)
+    if not work.saves and not work.unsupported:
+        scope.diagnostics.append(_measures_nothing(work))
+    return ()
+
+
+def _list_results(
+    observed: Sequence[spec.Rule],
+    measures: tuple[spec.Measure, ...],
+    rules: Sequence[spec.Rule],
+    work: Statements,
+) -> list[ResultSpec]:
+    """Return the results of an experiment, at least one, and check the measures of each."""
+    measures = label_by_position(measures)
+    results = split_results(observed, measures, rules, work, work.parts) or [ResultSpec()]
+    for result in results:
+        reject_repeated_measures(result.measures, work)
+    return results
+
+
+def _rejected_variant(
+    sources: Sequence[RunSide],
+    bases: Sequence[RunSide],
+    labels: tuple[tuple[str, RunLabel], ...],
+) -> Variant:
+    """Return a variant of an experiment whose combinations were rejected."""
+    source, base = (ends[0].run if ends else None for ends in (sources, bases))
+    return Variant("", source, base or CLEAN, labels, source)
+
+
 def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
     """Lower the experiment for one block of its `prompts` line."""
     definition, parts, scope = work.definition, work.parts, work.scope
@@ -128,23 +165,15 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
     models = experiment_models(work, bases)
     rules = _rules_of(work, prompts, sources)
     observed = [_observation(line, loops, prompts, work) for line, loops in work.observed]
-    measures = tuple(lower_measure(m, parts, scope) for m in work.measures)
+    measures = _lower_measures(work, observed)
     saves = () if prompts is None else lower_saves(work, prompts)
-    if not measures and not observed and _shows_replies(work):
-        measures = (lower_measure(reply_length_measure(work.generate[0]), parts, scope),)
-    if not measures and not observed and not work.saves and not work.unsupported:
-        scope.diagnostics.append(_measures_nothing(work))
     statistics = lower_statistics(work)
     against = lower_control(work)
     generation, replies = lower_generation(work), lower_replies(work)
     estimator = lower_estimator(work)
     expects = tuple(lower_expectation(e, work) for e in work.expects)
     acting = next(iter(rules.values()))
-    results = split_results(observed, label_by_position(measures), acting, work, parts) or [
-        ResultSpec()
-    ]
-    for part in results:
-        reject_repeated_measures(part.measures, work)
+    results = _list_results(observed, measures, acting, work)
     combined = (
         [] if prompts is None else combine_variants(models, sources, bases, prompts, work, use)
     )
@@ -154,9 +183,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
     assign_reports(results, [lower_report(r, work) for r in work.reports], expects, acting, work)
     part, limit = _rows(work, prompts, use)
     broken = before != len([d for d in scope.diagnostics if d.severity == "error"])
-    if not combined:  # already rejected
-        source, base = (ends[0].run if ends else None for ends in (sources, bases))
-        combined = [Variant("", source, base or CLEAN, prompts_labels(use, work), source)]
+    combined = combined or [_rejected_variant(sources, bases, prompts_labels(use, work))]
     whole = spec.Experiment(
         span=definition.name.span,
         name=definition.name.id,
@@ -538,14 +565,8 @@ def lower_program(
         _scored_with(block, parts, scope)
     _directions(files, parts, scope)
     for file, imported in files:
-        if imported:
-            continue
-        for statement in file.statements:
-            if isinstance(statement, ast.ExperimentDef):
-                is_new = scope.define("experiment", statement.name, imported=False)
-                found = lower_experiment(statement, parts, scope)
-                if is_new:
-                    parts.experiments.extend(found)
+        if not imported:
+            _lower_experiments(file, parts, scope)
     parts.experiments = add_run_order(tree, parts, scope)
     # An unsupported statement may be the only user of a name.
     supported = not any(isinstance(d, NotSupported) for d in scope.diagnostics)
@@ -568,13 +589,30 @@ def lower_program(
         seed=parts.seed,
         lost=tuple(lost for file, _ in files for lost in file.lost),
     )
-    if any(
-        isinstance(d, ImportFailed | ReadOutsideFolder | SpecialFile) for d in scope.diagnostics
-    ):
-        # Missing definitions may be in the file that can't be read.
-        missing = (MissingLine, UnknownName, UnusedName)
-        return whole, [d for d in scope.diagnostics if not isinstance(d, missing)]
-    return whole, scope.diagnostics
+    return whole, _without_missing_names(scope.diagnostics)
+
+
+def _lower_experiments(file: ast.File, parts: Definitions, scope: Namespace) -> None:
+    """Lower the experiments of a file, and keep the first one of each name."""
+    for statement in file.statements:
+        if isinstance(statement, ast.ExperimentDef):
+            is_new = scope.define("experiment", statement.name, imported=False)
+            found = lower_experiment(statement, parts, scope)
+            if is_new:
+                parts.experiments.extend(found)
+
+
+def _without_missing_names(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
+    """Drop diagnostics of missing definitions if these may be in a file that can't be read."""
+    if not any(isinstance(d, ImportFailed | ReadOutsideFolder | SpecialFile) for d in diagnostics):
+        return diagnostics
+    missing = (MissingLine, UnknownName, UnusedName)
+    return [d for d in diagnostics if not isinstance(d, missing)]
+
+
+def _import_failed(use: ast.Use, reason: str, hint: str) -> ImportFailed:
+    """Report that the file of a `use` line can't be imported."""
+    return ImportFailed(span=use.path.span, path=use.path.value, reason=reason, hint=hint)
 
 
 def _with_imports(
@@ -597,32 +635,20 @@ def _with_imports(
             return
         real = path.resolve()
         if real in chain:
-            diagnostics.append(
-                ImportFailed(
-                    span=use.path.span,
-                    path=use.path.value,
-                    reason="it imports this file",
-                    hint="move the shared definitions into a third file",
-                )
-            )
+            hint = "move the shared definitions into a third file"
+            diagnostics.append(_import_failed(use, "it imports this file", hint))
             return
         if real in done:
             return
         if len(done) == limits.FILES:
             if not any(isinstance(d, ImportFailed) and d.reason == _MANY for d in diagnostics):
-                diagnostics.append(
-                    ImportFailed(
-                        span=use.path.span,
-                        path=use.path.value,
-                        reason=_MANY,
-                        hint="merge some of the imported files",
-                    )
-                )
+                hint = "merge some of the imported files"
+                diagnostics.append(_import_failed(use, _MANY, hint))
             return
         done.add(real)
         imported, problems = read_source(path)
         if imported is None:
-            diagnostics.append(_import_failed(use, path, problems[0]))
+            diagnostics.append(_unreadable_import(use, path, problems[0]))
             return
         imported = replace(imported, reach=origin.reach)
         file, problems = parse(imported)
@@ -634,13 +660,13 @@ def _with_imports(
     return found
 
 
-def _import_failed(use: ast.Use, path: Path, problem: Diagnostic) -> ImportFailed:
+def _unreadable_import(use: ast.Use, path: Path, problem: Diagnostic) -> ImportFailed:
     written = use.path.value
     reason, hint = _why(problem), "paths are relative to the file that has the `use` line"
     if not path.exists() and not path.is_symlink():
         reason = "there is no such file"
         hint = _near_file(written, path) or hint
-    return ImportFailed(span=use.path.span, path=written, reason=reason, hint=hint)
+    return _import_failed(use, reason, hint)
 
 
 def _near_file(written: str, path: Path) -> str:

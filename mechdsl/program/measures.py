@@ -159,6 +159,28 @@ def reject_repeated_measures(measures: Sequence[spec.Measure], work: Statements)
             )
 
 
+def _count_resamples(call: ast.Call, work: Statements) -> int:
+    """Return the number of resamples that `bootstrap(n)` asks for; the default for an invalid one,
+    which is reported."""
+    count = (
+        constant_value(call.arguments[0].value, work.parts.parameters)
+        if len(call.arguments) == 1
+        else None
+    )
+    resamples = count if isinstance(count, int) and 100 <= count <= 1_000_000 else None
+    is_bootstrap = call.name == "bootstrap"
+    if not is_bootstrap or resamples is None:
+        reason = "is not a supported resampling method"
+        reason = "takes one whole number" if is_bootstrap else reason
+        hint = "write `bootstrap(n)` with n from 100 to 1,000,000"
+        if not is_bootstrap:
+            hint = did_you_mean(call.name, ("bootstrap",), hint)
+        work.diagnostics.append(
+            BadArgument(span=call.span, name=call.name, reason=reason, hint=hint)
+        )
+    return 10_000 if resamples is None else resamples
+
+
 def lower_statistics(work: Statements) -> spec.Statistics:
     """Lower the `stats` line; tiles of one image are grouped, as they aren't independent."""
     named = work.prompts[0].prompts if work.prompts else ()
@@ -173,24 +195,7 @@ def lower_statistics(work: Statements) -> spec.Statistics:
     line = work.stats[0]
     values["span"] = line.span
     if line.resampling is not None:
-        arguments = line.resampling.arguments
-        count = (
-            constant_value(arguments[0].value, work.parts.parameters)
-            if len(arguments) == 1
-            else None
-        )
-        good = isinstance(count, int) and 100 <= count <= 1_000_000
-        if line.resampling.name != "bootstrap" or not good:
-            name = line.resampling.name
-            own = name == "bootstrap"
-            reason = "takes one whole number" if own else "is not a supported resampling method"
-            hint = "write `bootstrap(n)` with n from 100 to 1,000,000"
-            if not own:
-                hint = did_you_mean(name, ("bootstrap",), hint)
-            work.diagnostics.append(
-                BadArgument(span=line.resampling.span, name=name, reason=reason, hint=hint)
-            )
-        values["resamples"] = count if good else 10_000
+        values["resamples"] = _count_resamples(line.resampling, work)
     if line.test is not None and line.test.arguments:
         hint = "write the number of resamples first: `stats bootstrap(10000) test bootstrap`"
         reason = "takes no number after `test`"

@@ -250,39 +250,40 @@ def _where(path: Path, written: str, allowed: Sequence[Path]) -> str:
 WILDCARD = "*"
 
 
+def _wildcard_problem(model: spec.Model) -> BadArgument | None:
+    """Report a `*` in a revision, in a path that isn't a folder's, or a second one."""
+    if WILDCARD in (model.revision or ""):
+        return BadArgument(
+            span=model.span,
+            name=f"{model.revision}",
+            reason="has a `*`, which is allowed only in folders",
+            hint='write one revision, or a pattern for several folders: `local("runs/step-*")`',
+        )
+    is_folder = model.kind in ("local", "zoo")
+    if model.path.count(WILDCARD) > (1 if is_folder else 0):
+        return BadArgument(
+            span=model.span,
+            name=model.path,
+            reason="has more than one `*`"
+            if is_folder
+            else "has a `*`, which is allowed only in folders",
+            hint='write one `*` for the part that differs: `local("runs/step-*")`',
+        )
+    return None
+
+
 def expand_checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequence[spec.Model]:
     """Expand the `*` in the path of a model; without one, return the model itself.
 
     Codes: E0207 for a path with several stars, or one that isn't a folder's; E0401 if nothing
     matches.
     """
-    if WILDCARD in (model.revision or ""):
-        diagnostics.append(
-            BadArgument(
-                span=model.span,
-                name=f"{model.revision}",
-                reason="has a `*`, which is allowed only in folders",
-                hint=(
-                    'write one revision, or a pattern for several folders: `local("runs/step-*")`'
-                ),
-            )
-        )
+    problem = _wildcard_problem(model)
+    if problem is not None:
+        diagnostics.append(problem)
         return []
     if WILDCARD not in model.path:
         return [model]
-    if model.path.count(WILDCARD) > 1 or model.kind not in ("local", "zoo"):
-        only = model.kind in ("local", "zoo")
-        diagnostics.append(
-            BadArgument(
-                span=model.span,
-                name=model.path,
-                reason="has more than one `*`"
-                if only
-                else "has a `*`, which is allowed only in folders",
-                hint='write one `*` for the part that differs: `local("runs/step-*")`',
-            )
-        )
-        return []
     before, _, after = model.path.partition(WILDCARD)
     parent, slash, start = before.rpartition("/")
     if model.kind == "zoo":

@@ -124,6 +124,22 @@ class _BlockLines:
                 )
             )
 
+    def _split_rows(self, line: ast.SplitLine) -> None:
+        self.once(line, self.split, "split")
+        if 0 < line.percent.value < 100:
+            self.split = line
+            return
+        self.diagnostics.append(
+            BadArgument(
+                span=line.percent.span,
+                name="split",
+                reason="must leave rows on both sides",
+                hint="write a share between 0% and 100%, such as `split 50%`",
+            )
+        )
+        half = replace(line.percent, value=50.0)
+        self.split = self.split or replace(line, percent=half)
+
     def add(self, line: ast.DataLine) -> None:
         match line:
             case ast.DomainDef(names=names, domain=domain):
@@ -161,20 +177,7 @@ class _BlockLines:
                 for new, old in pairs:
                     self._rename(new, old)
             case ast.SplitLine():
-                self.once(line, self.split, "split")
-                if 0 < line.percent.value < 100:
-                    self.split = line
-                else:
-                    self.diagnostics.append(
-                        BadArgument(
-                            span=line.percent.span,
-                            name="split",
-                            reason="must leave rows on both sides",
-                            hint="write a share between 0% and 100%, such as `split 50%`",
-                        )
-                    )
-                    half = replace(line.percent, value=50.0)
-                    self.split = self.split or replace(line, percent=half)
+                self._split_rows(line)
             case ast.Chat():
                 self._chat(line)
             case ast.ImageLine():

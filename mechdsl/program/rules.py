@@ -147,6 +147,32 @@ def _label(fill: ast.Fill) -> str:
     return " ".join(fill.fill.span.written.split()) + by
 
 
+def _set(
+    rule: ast.Rule, body: ast.SetSite, prompts: spec.Prompts | None, work: Statements
+) -> spec.Rule:
+    """Lower a rule that sets a site to an activation, a direction, a number or a function."""
+    if isinstance(body.value, ast.ActivationRead):
+        return _reading(rule, "set", body, body.value, prompts, work)
+    if direction_names(body.value, work.scope.names("direction")):
+        return _of_direction(rule, "set", body, body.value, work)
+    fill = body.value
+    if isinstance(fill, ast.Name) and work.scope.has("rule", fill.id):
+        fill = work.parts.rule_functions[fill.id]
+    return _at(rule, "set", body, fill=fill)
+
+
+def _add(
+    rule: ast.Rule, body: ast.Add, prompts: spec.Prompts | None, work: Statements
+) -> spec.Rule:
+    """Lower a rule that adds an activation, a fraction of a step or a direction."""
+    if isinstance(body.value, ast.ActivationRead):
+        return _reading(rule, "add", body, body.value, prompts, work)
+    if isinstance(body.value, ast.StepFraction):
+        lowered = _at(rule, "add", body, fill=body.value.factor)
+        return lowered.model_copy(update={"stepped": body.value.component})
+    return _of_direction(rule, "add", body, body.value, work)
+
+
 def lower_rule(
     rule: ast.Rule, source: str | None, prompts: spec.Prompts | None, work: Statements
 ) -> spec.Rule:
@@ -182,14 +208,7 @@ def lower_rule(
         case ast.Freeze():
             return _at(rule, "freeze", body)
         case ast.SetSite():
-            if isinstance(body.value, ast.ActivationRead):
-                return _reading(rule, "set", body, body.value, prompts, work)
-            if direction_names(body.value, work.scope.names("direction")):
-                return _of_direction(rule, "set", body, body.value, work)
-            fill = body.value
-            if isinstance(fill, ast.Name) and work.scope.has("rule", fill.id):
-                fill = work.parts.rule_functions[fill.id]
-            return _at(rule, "set", body, fill=fill)
+            return _set(rule, body, prompts, work)
         case ast.Scale():
             return _at(rule, "scale", body, fill=body.factor)
         case ast.Clamp():
@@ -199,12 +218,7 @@ def lower_rule(
             _known(body.direction, work)
             return lowered.model_copy(update={"direction": body.direction})
         case ast.Add():
-            if isinstance(body.value, ast.ActivationRead):
-                return _reading(rule, "add", body, body.value, prompts, work)
-            if isinstance(body.value, ast.StepFraction):
-                lowered = _at(rule, "add", body, fill=body.value.factor)
-                return lowered.model_copy(update={"stepped": body.value.component})
-            return _of_direction(rule, "add", body, body.value, work)
+            return _add(rule, body, prompts, work)
         case ast.ProjectOut():
             return _project_out(rule, body, work)
         case ast.RegisteredRule():

@@ -90,32 +90,42 @@ def tokenise_texts(
     if empty.rows:
         diagnostics.append(EmptyText(span=span, name=name, rows=len(empty.rows), total=total))
     if unknown.rows:
-        prompt, text = unknown.most_common()
-        meant = respell(prompt, text, tokenizer)
-        diagnostics.append(
-            AnswerNotInVocabulary(
-                span=span,
-                text=quote(text),
-                unknown=tokenizer.token_text(tokenizer.unknown_id or 0),
-                rows=len(unknown.rows),
-                total=total,
-                hint=meant.advice if meant else "use words in the model's vocabulary",
-            )
-        )
+        diagnostics.append(_report_unknown(unknown, total, tokenizer, span))
     if changed.rows:
-        prompt, text = changed.most_common()
-        meant = respell(prompt, text, tokenizer)
-        general = "let the template end without a space, and the answers begin with one"
-        diagnostics.append(
-            AnswerChangesPrompt(
-                span=span,
-                text=quote(text),
-                rows=len(changed.rows),
-                total=total,
-                hint=meant.advice if meant else general,
-            )
-        )
+        diagnostics.append(_report_changed(changed, total, tokenizer, span))
     return out, diagnostics
+
+
+def _report_unknown(
+    unknown: _Rows, total: int, tokenizer: TextTokenizer, span: Span
+) -> AnswerNotInVocabulary:
+    """Report rows whose text contains the tokenizer's token for unknown text."""
+    prompt, text = unknown.most_common()
+    meant = respell(prompt, text, tokenizer)
+    return AnswerNotInVocabulary(
+        span=span,
+        text=quote(text),
+        unknown=tokenizer.token_text(tokenizer.unknown_id or 0),
+        rows=len(unknown.rows),
+        total=total,
+        hint=meant.advice if meant else "use words in the model's vocabulary",
+    )
+
+
+def _report_changed(
+    changed: _Rows, total: int, tokenizer: TextTokenizer, span: Span
+) -> AnswerChangesPrompt:
+    """Report rows whose text changes the tokens of the prompt."""
+    prompt, text = changed.most_common()
+    meant = respell(prompt, text, tokenizer)
+    general = "let the template end without a space, and the answers begin with one"
+    return AnswerChangesPrompt(
+        span=span,
+        text=quote(text),
+        rows=len(changed.rows),
+        total=total,
+        hint=meant.advice if meant else general,
+    )
 
 
 @dataclass

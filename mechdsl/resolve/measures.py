@@ -823,6 +823,21 @@ def resolve_measure(
     return None if found is None else found[0][1]
 
 
+def _without_categories(
+    expression: ast.Expr, terms: Sequence[MetricTerm], context: MeasureContext
+) -> bool:
+    """Return whether no term is a category, and report one that is."""
+    if not any(term.form.kind == "category" for term in terms):
+        return True
+    report_unreadable(
+        context,
+        expression.span,
+        "categories can't be calculated with",
+        "measure it alone, or use `expected(…)`, which is a number",
+    )
+    return False
+
+
 def resolve_measure_positions(
     expression: ast.Expr,
     context: MeasureContext,
@@ -848,9 +863,7 @@ def resolve_measure_positions(
     read = dict.fromkeys((*runs, *(a.run for a in atoms.values() if a.run is not None)))
     places = find_read_positions(at, context, tuple(read) if runs else ())
     shape, model = context.sites.shape, context.sites.model
-    if len(context.diagnostics) > before and any(
-        d.severity == "error" for d in context.diagnostics[before:]
-    ):
+    if has_errors(context.diagnostics[before:]):
         return None
     found = tuple(atoms.values())
     if not _can_be_read(expression, found, at, context):
@@ -864,15 +877,8 @@ def resolve_measure_positions(
     elif not shape.causal and not _without_next_token(expression, found, at, context):
         return None
     category = expression in atoms and atoms[expression].form.kind == "category"
-    if not category and any(a.form.kind == "category" for a in found):
-        report_unreadable(
-            context,
-            expression.span,
-            "categories can't be calculated with",
-            "measure it alone, or use `expected(…)`, which is a number",
-        )
-        return None
-    if not _read_alike(expression, found, context):
+    alone = category or _without_categories(expression, found, context)
+    if not alone or not _read_alike(expression, found, context):
         return None
     units = {a.form.unit for a in found}
     whole = ResolvedMeasure(

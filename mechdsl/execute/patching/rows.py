@@ -504,9 +504,7 @@ class Patcher:
                 prompts=many.rows.prompt,
                 items=[self.plans[member.number].items[cell] for cell in many.rows.cell],
                 logits=want.spots(own),
-                continued={
-                    n: self._continued(rows, many, readout, n) for n in readout.continuations
-                },
+                continued=self._read_continuations(rows, many, readout),
                 loss=want.loss(own, readout, many, rows.draw, lanes, run),
                 activations=read,
                 references=self.runs.references(
@@ -740,20 +738,7 @@ class Patcher:
             np.concatenate([want.final[0] for want in wanted]),
             np.concatenate([want.final[1] for want in wanted]),
         )
-        inside: dict[SiteRead, list[RowPositions]] = {}
-        parts: list[dict[int, tuple[SiteRead, int]]] = []
-        looks: list[dict[SiteRead, int]] = []
-        for want in wanted:
-            parts.append({})
-            looks.append({})
-            for atom, (place, where) in want.inside.items():
-                own = inside.setdefault(place, [])
-                parts[-1][atom] = place, len(own)
-                own.append(where)
-            for place, where in (want.look.places if want.look is not None else {}).items():
-                own = inside.setdefault(place, [])
-                looks[-1][place] = len(own)
-                own.append(where)
+        inside, parts, looks = _join_reads(wanted)
         ends = np.cumsum([len(want.final[0]) for want in wanted])[:-1].tolist()
         if not len(final[0]) and not inside:  # texts of several tokens have separate passes
             none = torch.zeros(0)
@@ -872,6 +857,12 @@ class Patcher:
             return result.logits[row], found
         return result.logits[row, columns], found
 
+    def _read_continuations(
+        self, rows: PassRows, many: PassMember, readout: Readout
+    ) -> dict[int, Tensor]:
+        """Return the logits of each continuation that the metric reads, by its number."""
+        return {n: self._continued(rows, many, readout, n) for n in readout.continuations}
+
     def _continued(
         self, rows: PassRows, member: PassMember, readout: Readout, number: int
     ) -> Tensor:
@@ -958,3 +949,33 @@ def _describe_first(reads: Mapping[SiteRead, Tensor]) -> str:
             of = "" if read.layer is None else f" of layer {read.layer}"
             return f"in `{read.site}`{of}"
     return ""
+
+
+def _join_reads(
+    wanted: Sequence[PassReads],
+) -> tuple[
+    dict[SiteRead, list[RowPositions]],
+    list[dict[int, tuple[SiteRead, int]]],
+    list[dict[SiteRead, int]],
+]:
+    """Collect the positions that the members of a pass read at each site.
+
+    Returns:
+        By site, the positions of all members; then per member, where its positions are in that
+        list: by atom of its metric, and by site that it observes.
+    """
+    inside: dict[SiteRead, list[RowPositions]] = {}
+    parts: list[dict[int, tuple[SiteRead, int]]] = []
+    looks: list[dict[SiteRead, int]] = []
+    for want in wanted:
+        parts.append({})
+        looks.append({})
+        for atom, (place, where) in want.inside.items():
+            own = inside.setdefault(place, [])
+            parts[-1][atom] = place, len(own)
+            own.append(where)
+        for place, where in (want.look.places if want.look is not None else {}).items():
+            own = inside.setdefault(place, [])
+            looks[-1][place] = len(own)
+            own.append(where)
+    return inside, parts, looks

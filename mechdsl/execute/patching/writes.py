@@ -287,25 +287,7 @@ def build_writes(
         if rule.rule.does.changes != "sites" or (rule.paths is not None and not senders):
             continue
         entries = _list_entries(plan, rule, rows, means_and_donors, text)
-        pairs = [
-            ((to.site, to.layer), (of.site, of.layer))
-            for to, of in zip(rule.point_table, rule.source_table, strict=True)
-        ]
-        places = sorted(set(pairs), key=str)
-        place_of_point = np.array([places.index(pair) for pair in pairs], dtype=np.int64)
-        unit_of_point, unit_of_source = (
-            point_units(rule.point_table),
-            point_units(rule.source_table),
-        )
-        own = place_of_point[entries.point]
-        for index in np.unique(own):
-            to, of = places[index]
-            chosen = np.flatnonzero(own == index)
-            unit = unit_of_point[entries.point[chosen]]
-            again, unit = expand_units(unit, unit_count(shape, *to))
-            chosen = chosen[again]
-            read = unit_of_source[entries.point[chosen]]
-            read = np.where(read == ALL_UNITS, unit, read)
+        for to, of, chosen, unit, read in _group_by_site(rule, entries.point, shape):
             asked = _RuleVectors(
                 rule,
                 of,
@@ -331,6 +313,35 @@ def build_writes(
         for place, found in parts.items()
         for write in _merge_in_order(place, found, apart=apart)
     ]
+
+
+def _group_by_site(
+    rule: RulePlan, points: Ints, shape: ModelShape
+) -> Iterator[tuple[SiteLayer, SiteLayer, Ints, Ints, Ints]]:
+    """Group the entries of a rule by the site that they write and the site that they read.
+
+    Args:
+        points: [entry] index of the point.
+
+    Yields:
+        The written site, the read site, the entries, once per unit, and the written and the read
+        unit of each.
+    """
+    pairs = [
+        ((to.site, to.layer), (of.site, of.layer))
+        for to, of in zip(rule.point_table, rule.source_table, strict=True)
+    ]
+    places = sorted(set(pairs), key=str)
+    place_of_point = np.array([places.index(pair) for pair in pairs], dtype=np.int64)
+    unit_of_point, unit_of_source = point_units(rule.point_table), point_units(rule.source_table)
+    own = place_of_point[points]
+    for index in np.unique(own):
+        to, of = places[index]
+        chosen = np.flatnonzero(own == index)
+        again, unit = expand_units(unit_of_point[points[chosen]], unit_count(shape, *to))
+        chosen = chosen[again]
+        read = unit_of_source[points[chosen]]
+        yield to, of, chosen, unit, np.where(read == ALL_UNITS, unit, read)
 
 
 def build_edges(

@@ -551,13 +551,19 @@ class PanelRunner:
             self._finish_batch()
         for plan, sums_and_counts in zip(plans, totals, strict=True):
             if plan.rules:
-                patched = self.measured[plan.experiment.key].patched
-                for found, (sums, counts) in zip(patched, sums_and_counts, strict=True):
-                    with np.errstate(invalid="ignore"):
-                        found[:] = np.where(counts > 0, sums / counts, np.nan)
-                self.measured[plan.experiment.key].empty_gaps()
+                self._average_draws(plan, sums_and_counts)
         self.runs.forget()
         self._drop_unusable()
+
+    def _average_draws(
+        self, plan: ExperimentPlan, sums_and_counts: Sequence[tuple[Floats, Floats]]
+    ) -> None:
+        """Set the patched values of each measure to their means over draws; NaN without any."""
+        measured = self.measured[plan.experiment.key]
+        for found, (sums, counts) in zip(measured.patched, sums_and_counts, strict=True):
+            with np.errstate(invalid="ignore"):
+                found[:] = np.where(counts > 0, sums / counts, np.nan)
+        measured.empty_gaps()
 
     def _drop_unusable(self) -> None:
         """Drop the rows that can't be used in some cell from all cells, and from those of what an

@@ -355,24 +355,28 @@ def build_attention_hooks(
         )
         work.changes.append(change)
     for edge in edges:
-        first, second, there = frame.locate("pattern", layer, "", edge.rows, edge.queries)
-        if not bool(there.all()):  # some queries are irrelevant to measures
-            edge = edge.some(there.cpu())
-            first, second = first[there], second[there]
-        work.due += len(edge.rows)
-        columns = frame.columns(edge.rows[edge.entries], edge.keys).cpu()
-        token = (first * tokens + second).cpu()
-        work.changes.append(
-            _AttentionChange(
-                token,
-                edge.heads.cpu(),
-                edge.change,
-                edge.entries.cpu(),
-                columns,
-                edge.amounts.cpu(),
-            )
-        )
+        change = _build_edge_change(edge, layer, frame, tokens)
+        work.due += len(change.token)
+        work.changes.append(change)
     return work
+
+
+def _build_edge_change(
+    edge: EdgeWrite, layer: int, frame: TokenFrame, tokens: int
+) -> _AttentionChange:
+    """Build the change of an edge's pattern; see `build_attention_hooks` for the arguments."""
+    first, second, there = frame.locate("pattern", layer, "", edge.rows, edge.queries)
+    if not bool(there.all()):  # some queries are irrelevant to measures
+        edge = edge.some(there.cpu())
+        first, second = first[there], second[there]
+    return _AttentionChange(
+        (first * tokens + second).cpu(),
+        edge.heads.cpu(),
+        edge.change,
+        edge.entries.cpu(),
+        frame.columns(edge.rows[edge.entries], edge.keys).cpu(),
+        edge.amounts.cpu(),
+    )
 
 
 def _is_visible(scores: Tensor) -> Tensor:

@@ -116,14 +116,7 @@ def pack_block(
     Rows with tokens in the same columns are adjacent, ordered by lane, so that attention needs one
     call for many of them.
     """
-    rows = np.flatnonzero(work.present.any(axis=1))
-    pattern = np.packbits(np.hstack([work.present[rows], work.attend[rows]]), axis=1)
-    _, which = np.unique(pattern, axis=0, return_inverse=True)
-    on_lane = which.reshape(-1) * (int(lanes.max()) + 1) + lanes[rows]
-    _, slot, counts = np.unique(on_lane, return_inverse=True, return_counts=True)
-    count = counts[slot.reshape(-1)]
-    order = np.lexsort((rows, lanes[rows], count, which.reshape(-1)))
-    rows, which, count = rows[order], which.reshape(-1)[order], count[order]
+    rows, which, count = _order_rows(work, lanes)
     present = work.present[rows]
     row, column = np.nonzero(present)
     token_rows = rows[row]
@@ -172,6 +165,23 @@ def pack_block(
         output=part(work.output),
         mlp=part(work.mlp),
     )
+
+
+def _order_rows(work: BlockWork, lanes: Ints) -> tuple[Ints, Ints, Ints]:
+    """Order the rows that a block computes by their columns, then by lane.
+
+    Returns:
+        The rows; for each, the number of its pattern of columns, and the number of rows with this
+        pattern on its lane.
+    """
+    rows = np.flatnonzero(work.present.any(axis=1))
+    pattern = np.packbits(np.hstack([work.present[rows], work.attend[rows]]), axis=1)
+    _, which = np.unique(pattern, axis=0, return_inverse=True)
+    on_lane = which.reshape(-1) * (int(lanes.max()) + 1) + lanes[rows]
+    _, slot, counts = np.unique(on_lane, return_inverse=True, return_counts=True)
+    count = counts[slot.reshape(-1)]
+    order = np.lexsort((rows, lanes[rows], count, which.reshape(-1)))
+    return rows[order], which.reshape(-1)[order], count[order]
 
 
 def build_block_input(
@@ -525,6 +535,44 @@ class PackedResult:
     """Number of tokens that passed through each block."""
 
 
+def _build_row_masks(
+    columns: PromptColumns,
+    writes: Sequence[SiteWrite],
+    edges: Sequence[EdgeWrite],
+    reads: Mapping[SiteRead, tuple[Ints, Ints]],
+    final: tuple[Ints, Ints],
+    held: HeldSublayers | None,
+) -> RowMasks:
+    """Mark the tokens that rows write, read and give logits of.
+
+    Args:
+        reads: Rows and columns that are read, by site.
+        final: Rows and columns whose logits are requested.
+    """
+    written: list[tuple[tuple[str, int | None], Ints, Ints]] = [
+        ((w.site, w.layer), w.rows.cpu().numpy(), columns.of(w.rows, w.positions)) for w in writes
+    ]
+    written += [
+        (("pattern", e.layer), e.rows.cpu().numpy(), columns.of(e.rows, e.queries)) for e in edges
+    ]
+    looked_at = [((r.site, r.layer), *tokens) for r, tokens in reads.items()]
+    looked_at += [
+        ((w.site, w.layer), *_previous_positions(w, columns)) for w in writes if w.mode == "step"
+    ]
+    outputs = np.zeros_like(columns.real)
+    outputs[final] = True
+    for read, tokens in reads.items():
+        if read.site == "final_norm":
+            outputs[tokens] = True
+    return RowMasks(
+        real=columns.real,
+        writes=build_masks(written, outputs.shape),
+        reads=build_masks(looked_at, outputs.shape),
+        final=outputs,
+        held=held,
+    )
+
+
 def run_packed(
     model: LoadedModel,
     kept: ActivationCache,
@@ -559,34 +607,13 @@ def run_packed(
     end = choose_output(model)
     final = end.made_of(final, columns.ids, columns.real)
     read_columns = {r: (places[0], columns.of(*places)) for r, places in reads.items()}
-    looked_at = [((r.site, r.layer), *places) for r, places in read_columns.items()]
-    looked_at += [
-        ((w.site, w.layer), *_previous_positions(w, columns)) for w in writes if w.mode == "step"
-    ]
-    shape = (len(lanes), kept.columns)
-    written = [
-        ((w.site, w.layer), w.rows.cpu().numpy(), columns.of(w.rows, w.positions)) for w in writes
-    ]
-    written += [
-        (("pattern", e.layer), e.rows.cpu().numpy(), columns.of(e.rows, e.queries)) for e in edges
-    ]
     final_columns = columns.of(*final)
-    read_behind = np.zeros(shape, dtype=np.bool_)
-    read_behind[final[0], final_columns] = True
-    for read, (rows, at) in read_columns.items():
-        if read.site == "final_norm":
-            read_behind[rows, at] = True
+    output_tokens = final[0], final_columns
     frame = PackedFrame(
         model,
         kept,
         lanes,
-        RowMasks(
-            real=columns.real,
-            writes=build_masks(written, shape),
-            reads=build_masks(looked_at, shape),
-            final=read_behind,
-            held=held,
-        ),
+        _build_row_masks(columns, writes, edges, read_columns, output_tokens, held),
         shortcuts or Shortcuts(),
         end,
     )

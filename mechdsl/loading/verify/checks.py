@@ -669,14 +669,19 @@ def retry_with_one_prompt(
     return (other, outcome) if outcome.passed else None
 
 
-def _compare_packed_rows(bench: CheckBench) -> CheckOutcome:
+def _list_starts(bench: CheckBench, *, seeing: bool) -> list[tuple[str, int | None, int, int]]:
+    """List the writes that packed rows start from: site, layer, lane and which of two tokens.
+
+    Args:
+        seeing: Whether the prompts contain images, which leave out some layers.
+    """
     model = bench.model
-    # Rows with images try fewer positions, and compare the last tokens only.
-    seeing = has_images(bench.batch)
     # From the last block backwards: the first rows compute the least.
     streams = [*(bench.some("resid_pre") if seeing else bench.with_sites("resid_pre"))][::-1]
     places = [(lane, which) for which in range(2) for lane in range(len(bench.batch))]
-    starts = [("resid_pre", at, *places[n % len(places)]) for n, at in enumerate(streams[:-1])]
+    starts: list[tuple[str, int | None, int, int]] = [
+        ("resid_pre", at, *places[n % len(places)]) for n, at in enumerate(streams[:-1])
+    ]
     # Where the whole prompt may matter, try every position.
     starts += [("resid_pre", layer, *place) for layer in streams[-1:] for place in places]
     starts += [("embed", None, *place) for place in places if "embed" in list_sites(model, "")]
@@ -684,6 +689,14 @@ def _compare_packed_rows(bench: CheckBench) -> CheckOutcome:
         layers = list_layers(model.anatomy, name) if SITES[name].has_layer else (None,)
         if name not in ("embed", "logits"):
             starts.append((name, layers[len(layers) // 2], *places[len(starts) % len(places)]))
+    return starts
+
+
+def _compare_packed_rows(bench: CheckBench) -> CheckOutcome:
+    model = bench.model
+    # Rows with images try fewer positions, and compare the last tokens only.
+    seeing = has_images(bench.batch)
+    starts = _list_starts(bench, seeing=seeing)
     lanes = np.array([lane for _, _, lane, _ in starts])
     lengths = bench.batch.lengths.numpy()[lanes]
     writes: list[SiteWrite] = []

@@ -362,23 +362,23 @@ def _record_attention(
     if reads is not None:
         reads.update(found)
 
-    def joined(parts: list[Tensor], site: str) -> Tensor:
-        """Join to [token, head, width]; calls may split images, or repeat all of them."""
-        mask = bench.batch.of_site(site, bench.stack).mask.bool()
-        if parts[0].shape[0] * parts[0].shape[2] == mask.numel():
-            parts = parts[:1]
-        tokens = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
-        return tokens[mask.flatten()] if len(tokens) == mask.numel() else tokens
-
-    sites = ("q", "k", "v")
     return {
         layer: (
-            joined([one[0] for one in made], sites[0]),
-            joined([one[1] for one in made], sites[1]),
-            joined([one[2] for one in made], sites[2]),
+            _join_calls([one[0] for one in made], "q", bench),
+            _join_calls([one[1] for one in made], "k", bench),
+            _join_calls([one[2] for one in made], "v", bench),
         )
         for layer, made in calls.items()
     }
+
+
+def _join_calls(parts: list[Tensor], site: str, bench: CheckBench) -> Tensor:
+    """Join to [token, head, width]; calls may split images, or repeat all of them."""
+    mask = bench.batch.of_site(site, bench.stack).mask.bool()
+    if parts[0].shape[0] * parts[0].shape[2] == mask.numel():
+        parts = parts[:1]
+    tokens = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
+    return tokens[mask.flatten()] if len(tokens) == mask.numel() else tokens
 
 
 def check_head_writes(bench: CheckBench) -> Iterator[CheckOutcome]:

@@ -169,6 +169,20 @@ WEIGHTS_ONLY_TEXT = (
 UNLISTED_TEXT = "not listed: rows that can't be used are among those that they were made of"
 
 
+def _average_runs(
+    experiment: ResolvedExperiment, measured: MeasuredValues
+) -> dict[str, dict[str, Floats]]:
+    """Return each measure of each unpatched run [prompt], averaged over draws."""
+    return {
+        run: {
+            measure.label: values.mean(axis=0)
+            for measure, values in zip(experiment.measures, found, strict=True)
+            if not measure.observed  # observations have values only in cells
+        }
+        for run, found in measured.unpatched.items()
+    }
+
+
 def collect_result(
     plan: ExperimentPlan,
     measured: MeasuredValues,
@@ -196,14 +210,7 @@ def collect_result(
         centres=tuple(axis.name for axis in experiment.axes if axis.of_windows),
         cells=tuple(_collect_cells(experiment, measured, there)),
         measures=tuple(_collect_measures(plan, measured, seen)),
-        runs={
-            run: {
-                measure.label: values.mean(axis=0)
-                for measure, values in zip(experiment.measures, found, strict=True)
-                if not measure.observed  # observations have values only in cells
-            }
-            for run, found in measured.unpatched.items()
-        },
+        runs=_average_runs(experiment, measured),
         **accuracies,
         base=experiment.spec.base,
         source=experiment.spec.source,

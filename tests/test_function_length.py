@@ -1,0 +1,80 @@
+"""Functions of the package are short, above all those on the path of one rule."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from .value_path import PACKAGE, long_functions
+
+MAX_CHANGING_FILES = 60
+
+LONG_ON_PATH = {
+    # Mostly signature and docstring: each option of the command or of the table is a parameter.
+    "cli/run.py:run",
+    "prompts/table.py:build_table",
+    # One sequence of steps that share most of their values; extracted steps would pass all of them.
+    "cli/run.py:_run_file",
+    "loading/anatomy_proof.py:prove_anatomy",
+    "loading/loader.py:load_model",
+    "models/config.py:_shape",
+    "models/restart.py:block_work",
+    "resolve/experiment.py:outline_experiment",
+}
+"""Functions above the limit that the run of one rule calls. Remove entries; don't add any."""
+
+LONG_ELSEWHERE = {
+    "execute/measurement/readout.py:build_observer",
+    "execute/patching/rows.py:compute_receiver_writes",
+    "execute/run/vector_files.py:select_rows_to_save",
+    "fits/regression.py:fit_logistic",
+    "forward/generation/replies.py:__init__",
+    "forward/generation/replies.py:generate_replies",
+    "loading/loader.py:adopt_model",
+    "loading/loader.py:load_adapter",
+    "pipeline/api.py:plan",
+    "pipeline/api.py:run",
+    "prompts/other_runs.py:pair_run",
+    "resolve/controls.py:_rules",
+    "resolve/findings.py:check_rankable_tokens",
+    "resolve/loops.py:_numbers",
+    "resolve/targets.py:resolve_later_positions",
+    "rules/observations/probes.py:resolve_probe",
+    "show/reports/map_charts.py:_confusion_panel",
+    "show/reports/map_charts.py:_heatmap_panel",
+    "show/reports/series_charts.py:_lines_panel",
+    "syntax/mistakes/messages.py:balance_brackets",
+    "syntax/printer.py:_rule",
+    "syntax/printer.py:_statement",
+}
+"""The other functions above the limit. Remove entries; don't add any."""
+
+
+def test_functions_above_limit_are_those_listed() -> None:
+    found = {name for name, _ in long_functions().values()}
+    assert found == LONG_ON_PATH | LONG_ELSEWHERE
+
+
+@pytest.mark.slow
+def test_path_of_one_rule_is_within_limits() -> None:
+    command = [sys.executable, "-m", "tests.value_path", "--json"]
+    done = subprocess.run(
+        command, capture_output=True, cwd=PACKAGE.parent, encoding="utf-8", check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    # Both ends of the path and a stage of each kind, so that an empty recording fails.
+    assert {
+        "syntax/tree_builder.py",
+        "program/rules.py",
+        "rules/patching.py",
+        "planner/plan.py",
+        "forward/packed/packed_pass.py",
+        "statistics/cell_statistics.py",
+        "results/assembly/collection.py",
+    } <= found["changing"].keys()
+    assert len(found["changing"]) <= MAX_CHANGING_FILES, sorted(found["changing"])
+    assert set(found["long"]) == LONG_ON_PATH
