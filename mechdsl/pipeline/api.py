@@ -688,6 +688,7 @@ def explain(
     set: ParameterValues | None = None,
     limit: int | None = None,
     format: Literal["text", "json"] = "text",
+    for_agents: bool = False,
     allow_python: bool = False,
     allow_outside: bool = False,
     untrusted: bool = False,
@@ -702,14 +703,26 @@ def explain(
     Args:
         what: A file, as for `run`, or the name of a page.
         format: `json` includes every row of every run.
+        for_agents: With `explain("language")`, the language in at most 8,000 tokens.
 
     Raises:
         MechdslError: If the file or an argument is invalid.
     """
-    from mechdsl.diagnostics.command_line import find_page, is_page_name
+    from mechdsl.diagnostics.command_line import (
+        LANGUAGE_PAGE,
+        BadCommandLine,
+        agent_page,
+        find_page,
+        is_page_name,
+    )
     from mechdsl.show.output import PrintedText, capture_text
 
     raise_errors(word_problem("format", format, ("text", "json")), size_problems(limit))
+    if for_agents:
+        if what != LANGUAGE_PAGE:
+            reason, hint = "`for_agents` needs the page `language`", 'write `explain("language")`'
+            raise_errors([BadCommandLine(reason=reason, hint=hint)])
+        return PrintedText(agent_page())
     if "\n" not in str(what) and is_page_name(str(what)):
         text, problems = find_page(str(what))
         raise_errors(problems)

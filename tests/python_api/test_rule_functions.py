@@ -213,6 +213,14 @@ def test_a_file_with_passed_functions_can_be_checked_and_drawn() -> None:
             check(BOTH)
 
 
+def test_explain_for_agents_returns_the_page_of_the_command() -> None:
+    page = mechdsl.explain("language", for_agents=True)
+    assert "mech 1" in page
+    assert len(page) < len(mechdsl.explain("language"))
+    with pytest.raises(mechdsl.MechdslError, match="`for_agents` needs the page `language`"):
+        mechdsl.explain("patch", for_agents=True)
+
+
 def test_an_untrusted_file_may_use_functions_of_the_caller() -> None:
     found = mechdsl.run(TEXT, rules={"halved": halved}, untrusted=True)
     assert np.array_equal(values(found), values(mechdsl.run(TEXT, rules={"halved": halved})))
