@@ -57,7 +57,7 @@ def validate(
     require_models: bool,
     plugins: tuple[str, ...],
 ) -> int:
-    """Check files without weights, as in CI. Exit status 2 where one has an error.
+    """Check files without loading weights. Exit status 2 where one has an error.
 
     `-` is standard input.
     """
@@ -131,7 +131,7 @@ def _without(experiments: list[str], what: str) -> str:
 )
 @plugin_option
 def fmt(files: tuple[Path, ...], check: bool, plugins: tuple[str, ...]) -> int:
-    """Bring files into canonical form. `-` is standard input, whose form is printed."""
+    """Format files. `-` is standard input, whose form is printed."""
     problems = load_plugins(plugins)
     if problems:
         print_diagnostics(problems)

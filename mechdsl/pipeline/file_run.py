@@ -623,10 +623,10 @@ class _Run:
             if not run.id or not full:
                 raise
             said = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            reason = f"the store `{self._options.store}` takes nothing more: {said.lower()}"
+            reason = f"the store `{self._options.store}` can't be written to: {said.lower()}"
             hint = (
-                "what is finished is kept: make room, and the same command goes on from there; "
-                "`--no-store` runs without a store"
+                "free some space; the same command then resumes, and finished values stay in the "
+                "store. `--no-store` runs without a store"
             )
             raise StoreStopped(BadCommandLine(reason=reason, hint=hint)) from error
 

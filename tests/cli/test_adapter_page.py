@@ -44,7 +44,7 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Comm
             said[line] = done.err
             if as_json:
                 printed = done.out
-    assert said.pop("mechdsl validate made.mech").startswith("warning[W0710]: `toy` is made by")
+    assert said.pop("mechdsl validate made.mech").startswith("warning[W0710]: `toy` is created by")
     assert said[RUN] == ""
     found = json.loads(printed)
     both, moved = found["files"][0]["experiments"]

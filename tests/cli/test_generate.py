@@ -115,11 +115,11 @@ def test_a_plan_of_files_that_write_nothing_has_no_such_line(command: Command, f
 def test_a_table_says_how_replies_were_written(command: Command, drawn: Path) -> None:
     said = flat(command("run", drawn, "--no-store").out)
     assert (
-        "generate up to 6 tokens behind each prompt, sampled at temperature 0.5, of the 9"
+        "generate up to 6 tokens after each prompt, sampled at temperature 0.5, from the 9"
     ) in said
-    assert "by seed 3: other draws for each prompt" in said
-    assert 'replies end in front of "Part" or "\\n", or behind 6 tokens' in said
-    assert "samples 2 to a row, whose value is their mean" in said
+    assert "seed 3: separate draws for each prompt" in said
+    assert 'replies end before "Part" or "\\n", or after 6 tokens' in said
+    assert "samples 2 per row; the value of a row is their mean" in said
     assert "`last token` and `tokens *` go on to the newest token" in said
     assert "positions of the prompt are written in step 0" in said
     edit = "`scale k layer 2 head 0 at last-item token by 3 after prefill` edits what is kept"
@@ -140,7 +140,7 @@ def test_a_table_of_likeliest_tokens_says_less(command: Command, file: Path) -> 
     text = re.sub(r"  (scale|block) .*\n", "", text)
     file.write_text(text, "utf-8")
     said = flat(command("run", file, "--no-store").out)
-    assert "up to 6 tokens behind each prompt, each the most likely one" in said
+    assert "up to 6 tokens after each prompt, each the most likely token" in said
     for absent in ("samples 2", "prompt end", "newest token", "edits what is kept"):
         assert absent not in said
 

@@ -52,7 +52,7 @@ def errors(text: str, folder: Path | None = None) -> list[str]:
         (program(rule="patch L0 at " + "tokens except " * 600 + "last token"), "E0109", "200 deep"),
         (chain(400), "E0207", "more than 50 metrics"),
         (chain(400, " + 1"), "E0207", "more than 50 metrics"),
-        (chain(40, f" + {'1 + ' * 60}1"), "E0207", "nested more than 200 deep"),
+        (chain(40, f" + {'1 + ' * 60}1"), "E0207", "nested more than 200 levels deep"),
         (program(f"item in 0..3\n v0 = item\n{NESTED_VALUES}"), "E0506", "within one another"),
         (program("item in 2..9\n x = item" + " * 9" * 150 + " * x0\n x0 = item" + " * 9" * 190),
          "E0503", "more than 300 digits"),
@@ -251,7 +251,7 @@ def test_only_so_many_are_printed() -> None:
     found = check("mech 1\n" + "\n".join(f"param a{n} = 1" for n in range(1500)) + program()[7:])
     text = render_full(found)
     assert text.count("warning[") == limits.DIAGNOSTICS
-    assert "1,000 of them are shown, errors first" in text.splitlines()[-1]
+    assert "showing the first 1,000, errors first" in text.splitlines()[-1]
 
 
 def test_no_command_breaks_off(tmp_path: Path) -> None:

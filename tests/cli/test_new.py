@@ -59,7 +59,7 @@ def test_questions_repeat_after_a_bad_answer(
     done = CliRunner().invoke(new_module.new, [str(file)], input=answers)
     assert done.exception is None
     assert "'poetry' is not one of" in done.output
-    assert "`nonsense` is no model" in done.output
+    assert "`nonsense` is not a model" in done.output
     text = file.read_text(encoding="utf-8")
     assert 'zoo("names")' in text
     assert "patch mlp_out layer * at last token" in text

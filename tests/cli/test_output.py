@@ -164,7 +164,7 @@ def test_a_report_that_cannot_be_printed_is_missing_alone(
     monkeypatch.setattr("mechdsl.results.experiment_result.csv_text", fails)
     done = command("run", path)
     assert done.status == 3
-    assert "report csv of heads broke off: ValueError: a mistake of ours" in done.err
+    assert "report csv of heads failed: ValueError: a mistake of ours" in done.err
     assert "L1H3.z" in done.out
 
 

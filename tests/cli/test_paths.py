@@ -371,7 +371,8 @@ def test_untrusted_runs_no_python(here: Path, command: Command) -> None:
     assert command("validate", path).status == 0
     done = command("validate", "--untrusted", path)
     assert "error[E0221]" in done.err
-    assert "leave `--untrusted` out and add `--allow-python`" in done.err
+    assert "`own` is Python code, which runs only if you allow it" in done.err
+    assert "add `--allow-python`" in done.err and "--untrusted" in done.err
     done = command("run", "--untrusted", "--allow-python", path)
     assert "[E0208]: `--untrusted` and `--allow-python` contradict each other" in done.err
     assert "error[E0221]" in done.err
@@ -428,6 +429,7 @@ STRINGS = {
     "turn": False,
     "template": False,
     "classes": False,
+    "renamed": False,
     "span_def": False,
     "span_text": False,
     "_change_value": False,

@@ -335,7 +335,10 @@ def test_a_full_disk(heads: Path, command: Command, monkeypatch: pytest.MonkeyPa
     done = command("run", heads, "--store", heads.parent / "kept")
     assert done.status == 3
     assert "can't be written to: no space left on device" in done.err
-    assert "the same command goes on from there; `--no-store` runs without a store" in done.err
+    assert (
+        "the same command then resumes, and finished values stay in the store. `--no-store` runs"
+        in done.err
+    )
     done = command("run", heads, "--no-store")
     assert done.status == 3
     assert "broke off: no space left on device" in done.err

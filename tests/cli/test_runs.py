@@ -183,10 +183,10 @@ def test_a_run_that_goes_on_is_not_removed(command: Command, store: tuple[str, P
 def test_making_room(command: Command, id: str, store: tuple[str, Path]) -> None:
     done = command("runs", "gc", *store)
     assert done.status == 0
-    assert done.out.startswith("removed 0 runs and the values of 0 passes: 0 bytes; ")
+    assert done.out.startswith("removed 0 runs and the values of 0 passes (0 bytes); ")
     done = command("runs", "gc", "--limit", "1 kB", *store)
-    assert done.out.startswith("removed 1 run and the values of 0 passes: ")
-    assert done.out.endswith("; 0 bytes are left\n")
+    assert done.out.startswith("removed 1 run and the values of 0 passes (")
+    assert done.out.endswith("; 0 bytes remain\n")
     assert command("runs", *store).err == f"no runs are kept in {store[1]}\n"
 
 

@@ -129,7 +129,7 @@ experiment e {{
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        ("b.csv", "c.csv", "over `b.csv`, the rows of prompts `facts` in `second.mech`"),
+        ("b.csv", "c.csv", "overwrite `b.csv`, the rows of prompts `facts` in `second.mech`"),
         ("c.csv", "c.csv", "has the same path, `c.csv`, as the report on line 15 of `first.mech`"),
     ],
 )

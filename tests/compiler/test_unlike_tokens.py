@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 
 import pytest
@@ -112,7 +113,8 @@ def test_both_tokens_label_the_axis(kind: str) -> None:
 
 def test_a_chart_from_python_names_them_too() -> None:
     drawn = finished(APART).plot("bars", "position").to_json()
-    assert "last token (apple… ← fig…)" in drawn.replace("\\n", " ")
+    text = json.dumps(json.loads(drawn), ensure_ascii=False)
+    assert "last token: apple, … ← fig, …" in text.replace("\\n", " ")
 
 
 def test_white_space_is_a_token_that_can_be_seen() -> None:

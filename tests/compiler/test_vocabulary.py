@@ -62,6 +62,6 @@ def test_tokens_that_were_added_count_where_they_are_used(
     tmp_path: Path, first: str, measure: str, where: str | None
 ) -> None:
     token = "token 69 (`gizmo`)"
-    message = f"E0421 `toy` has 69 tokens, and its tokenizer puts {token} into {where}"
+    message = f"E0421 `toy` has 69 tokens, and its tokenizer uses {token} in {where}"
     found = said(tmp_path, 69, measure, first, "gizmo")
     assert found == ([] if where is None else [message])

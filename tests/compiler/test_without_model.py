@@ -279,7 +279,7 @@ def test_what_waits_for_the_model_is_said_by_line(tmp_path: Path) -> None:
         found = checked(FILE, tmp_path, MODELS[name]).diagnostics
         (warning,) = (d for d in found if d.code == "W0710")
         assert warning.help_text.endswith(
-            "then these are checked too: layers, heads and sites (lines 25, 40, 48 to 49), "
+            "`validate` then also checks layers, heads and sites (lines 25, 40, 48 to 49), "
             "positions of tokens (lines 25, 40, 48 to 49), tokens of answers (line 16), cells "
             "(line 32)"
         )

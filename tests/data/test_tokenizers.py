@@ -663,7 +663,7 @@ def test_slow_tokenizers_are_refused_until_converted(
     SLOW[name](model)
     status, shown = validated(model, capsys)
     assert status == 2
-    assert "error[E0508]: `model` has no tokenizer that can be read" in shown
+    assert "error[E0508]: the tokenizer of `model` can't be read" in shown
     assert f"there is no `tokenizer.json` in the folder, only `{name}`" in shown
     advice = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
     assert advice in shown.partition("= help: ")[2]

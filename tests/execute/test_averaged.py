@@ -76,7 +76,7 @@ def test_over_measured_places_and_draws(folder: Path) -> None:
     [
         ("measure entropy as raw mean over head", "no axis `head`"),
         ("measure argmax(1..2) as raw mean over item", "categories have no mean"),
-        ("measure entropy as raw mean over item measure loss as raw", "averaged otherwise"),
+        ("measure entropy as raw mean over item measure loss as raw", "averaged differently"),
     ],
 )
 def test_refused(folder: Path, measure: str, words: str) -> None:

@@ -366,7 +366,7 @@ def test_random_maps_differ_by_row_and_patch_and_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "code", "said"),
     [
-        (("patch embed at top k of m tokens",), "E0612", "`m` runs over words, such as `caap`"),
+        (("patch embed at top k of m tokens",), "E0612", "values of `m` are words, such as `caap`"),
         (("patch embed at top 2 of m tokens",), "E0612", "no axis `k`"),
     ],
 )

@@ -39,25 +39,25 @@ def reply_conventions(
     said, experiment = plan.experiment.generation, plan.experiment
     if said is None:
         return
-    chosen = "each the most likely one"
+    chosen = "each the most likely token"
     if said.sampled:
         chosen = (
-            f"{', '.join(said.drawn)}, by seed {experiment.seed}: other draws for each prompt, "
-            "cell, run, sample and step, wherever they are computed"
+            f"{', '.join(said.drawn)}, seed {experiment.seed}: separate draws for each prompt, "
+            "cell, run, sample and step, independent of the batch"
         )
-    yield "generate", f"up to {count_noun(said.tokens, 'token')} behind each prompt, {chosen}"
+    yield "generate", f"up to {count_noun(said.tokens, 'token')} after each prompt, {chosen}"
     yield "replies end", _reply_ends(said, experiment, model)
     yield "lengths", "; ".join(_reply_lengths(plan, measured))
     way = choose_method(model)
     if way.kind == "whole":
-        yield "kept keys", f"none: each token takes a whole pass, as {way.reason}"
+        yield "kept keys", f"none: each token needs a full forward pass, because {way.reason}"
     if said.samples > 1:
-        yield "samples", f"{said.samples:,} to a row, whose value is their mean"
+        yield "samples", f"{said.samples:,} per row; the value of a row is their mean"
     each = ["draws of noise"] if plan.draws > 1 else []
     each += ["samples"] if said.samples > 1 else []
     if each and reads_any_reply(experiment):
-        several = f"the mean over its {' and '.join(each)} whose reply has the place"
-        yield "places", f"a row's value is {several}; a row where none has it leaves the cell"
+        several = f"the mean over its {' and '.join(each)} whose reply has the position"
+        yield "places", f"a row's value is {several}; a cell excludes rows without one"
     rules = [r.rule for r in plan.rules if r.rule.does.changes not in ("nothing", "input")]
     if rules:
         yield "steps", "; ".join(_rule_steps(rules))
@@ -69,9 +69,9 @@ def _reply_ends(said: Generation, experiment: ResolvedExperiment, model: LoadedM
     text = experiment.model.tokenizer.token_text
     own = " or ".join(f"`{text(token)}`" for token in sorted(find_end_tokens(model)))
     stops = " or ".join(map(json.dumps, said.stops))
-    found = [f"in front of {stops}"] if stops else []
-    found += [f"in front of the model's {own}"] if own else []
-    return ", or ".join([*found, f"behind {count_noun(said.tokens, 'token')}"])
+    found = [f"before {stops}"] if stops else []
+    found += [f"before the model's {own}"] if own else []
+    return ", or ".join([*found, f"after {count_noun(said.tokens, 'token')}"])
 
 
 def _reply_lengths(plan: ExperimentPlan, measured: MeasuredValues) -> Iterator[str]:

@@ -130,7 +130,8 @@ def token_label(token: str) -> str:
 
 def position_names(result: ExperimentResult) -> dict[Coord, str]:
     """Return the names of positions in charts: a numbered token has its text, `4: ·plum`, or the
-    most frequent one if prompts differ, `4: ·plum, …`; after an arrow, that of the source run."""
+    most frequent one if prompts differ, `4: ·plum, …`; after an arrow, that of the source run. Other
+    positions have tokens only if those of the source run differ."""
     hit: dict[Coord, dict[str, None]] = {}
     read: dict[Coord, dict[str, None]] = {}
     for cell in result.cells:
@@ -143,7 +144,8 @@ def position_names(result: ExperimentResult) -> dict[Coord, str]:
         return token_label(tokens[0]) + ", …" * (len(tokens) > 1)
 
     def name(value: Coord) -> str:
-        if not hit[value] or not COUNTED_TOKEN.fullmatch(str(value)):
+        counted = COUNTED_TOKEN.fullmatch(str(value))
+        if not hit[value] or not (counted or read[value]):
             return value_text(value)
         source = f" ← {listed(list(read[value]))}" if read[value] else ""
         return f"{value}: {listed(list(hit[value]))}{source}"
