@@ -522,7 +522,7 @@ def test_an_adapter_for_another_base(copy: Path, named: str | None, warned: bool
     assert besides(found) == ["W0773"] * warned
     if warned:
         (warning,) = (each for each in found if each.code == "W0773")
-        assert 'trained on `org/other`, and `m` is `local("base")`' in warning.message
+        assert 'trained on `org/other`, but `m` is `local("base")`' in warning.message
 
 
 def test_a_model_with_an_adapter_beside_it_is_not_taken(copy: Path) -> None:

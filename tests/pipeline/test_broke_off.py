@@ -45,7 +45,7 @@ def test_other_experiments_have_their_results() -> None:
     )
     assert [(each.name, each.reasons[0].code) for each in result.lost] == [("first", "E0650")]
     (said,) = [each for each in found if each.code == "E0650"]
-    assert said.message == f"`first` broke off: ValueError: {SAID}"
+    assert said.message == f"`first` failed: ValueError: {SAID}"
 
 
 def test_what_picks_from_it_is_lost_with_it() -> None:
@@ -90,7 +90,7 @@ def test_command_line_prints_the_others(
     assert done.status == 3
     assert "first: delta of logit(answer)" in done.out
     assert "second: not computed" in done.out
-    assert "error[E0650]: `second` broke off: ZeroDivisionError: a mistake of ours" in done.err
+    assert "error[E0650]: `second` failed: ZeroDivisionError: a mistake of ours" in done.err
     assert (tmp_path / "first.csv").stat().st_size
     assert "a mistake of ours" in (tmp_path / "tests.xml").read_text(encoding="utf-8")
     done = command("run", path, "--no-store", "--format", "json")

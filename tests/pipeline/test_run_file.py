@@ -471,7 +471,7 @@ def test_a_full_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = here.parent / "Kept"
     assert said.code == "E0208"
     assert said.message == f"the store `{folder}` can't be written to: no space left on device"
-    assert "the same command goes on from there" in said.help_text
+    assert "the same command then resumes" in said.help_text
     assert "`--no-store` runs without" in said.help_text
 
 

@@ -83,8 +83,8 @@ def test_warnings_are_shown_and_kept(ran: Ran) -> None:
     assert warning.message.diagnostic is results.diagnostics[0]
     text = str(warning.message)
     line = FILE[: FILE.rindex("measure logit")].count("\n") + 1
-    assert text.startswith(f"{WARNED} at {folder / 'heads.mech'}:{line}:3: with 8 prompts no cell")
-    assert "; help: take more prompts" in text
+    assert text.startswith(f"{WARNED} at {folder / 'heads.mech'}:{line}:3: with 8 prompts, no cell")
+    assert "; help: use more prompts" in text
     assert "\n" not in text
     assert [d.code for d in results.diagnostics] == [WARNED]
     assert results.diagnostics.warnings == results.diagnostics

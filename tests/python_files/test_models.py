@@ -120,7 +120,7 @@ def test_validate_calls_nothing(tmp_path: Path, command: Command) -> None:
 @pytest.mark.parametrize("name", ["run", "plan", "graph", "explain"])
 def test_nothing_runs_without_a_word(name: str, tmp_path: Path, command: Command) -> None:
     path = write(tmp_path, TEXT, BUILD)
-    for options, hint in (((), "add `--allow-python`"), (("--untrusted",), "`--untrusted` out")):
+    for options, hint in (((), "add `--allow-python`"), (("--untrusted",), "remove `--untrusted`")):
         done = command(name, path, *options)
         assert done.status == 2
         assert "error[E0221]: `build` is Python" in done.err

@@ -418,12 +418,12 @@ def test_what_is_not_checked_is_said(tmp_path: Path, command: Command) -> None:
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("def own(logits):\n    return 0\n", "takes 1 argument, and is called with 2"),
+        ("def own(logits):\n    return 0\n", "takes 1 argument, but is called with 2"),
         ("def own(a, b, c, d):\n    return 0\n", "takes 4 arguments"),
-        ("def own(logits, tokenizer):\n    return 0\n", "in the place of the logits or the rows"),
+        ("def own(logits, tokenizer):\n    return 0\n", "as the logits or the rows"),
         ("def own(logits, *, tokenizer):\n    return 0\n", "takes 1 argument"),
-        ("def own(a, b, *, tokenizer, c):\n    return 0\n", "must be given by name"),
-        ("def own(a, b, *, c):\n    return 0\n", "must be given by name"),
+        ("def own(a, b, *, tokenizer, c):\n    return 0\n", "has required keyword-only arguments"),
+        ("def own(a, b, *, c):\n    return 0\n", "has required keyword-only arguments"),
         ("own = 3\n", "defines no function `own`"),
         ("async def own(a, b):\n    return 0\n", "defines no function `own`"),
         ("class A:\n    def own(a, b):\n        return 0\n", "defines no function `own`"),
@@ -517,7 +517,7 @@ def test_a_file_that_fails_as_it_is_loaded(tmp_path: Path) -> None:
 
 def test_a_function_that_is_gone_when_the_file_is_loaded(tmp_path: Path) -> None:
     code = "def own(logits, rows):\n    return logits[:, 0]\n\ndel own\n"
-    assert "leaves no function" in failure(write(tmp_path, METRIC, code)).reason
+    assert "defines no function" in failure(write(tmp_path, METRIC, code)).reason
 
 
 def test_the_line_is_that_of_the_users_file(tmp_path: Path) -> None:

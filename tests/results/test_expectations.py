@@ -104,7 +104,7 @@ def test_these_hold(line: str, result: ExperimentResult) -> None:
         # neither the bound nor its opposite is sure
         ("not recovery(L2H1) > 0.6", "it holds on the mean, but"),
         ("recovery(L9H9) > 0", "no cell matches L9H9"),
-        ("recovery(layer 2) > 0", "layer matches 4 cells 2"),
+        ("recovery(layer 2) > 0", "layer 2 matches 4 cells"),
         ("recovery(L2H1.q) > 0", "no cell matches L2H1.q"),
         ("argmax(recovery) = L9H9", "no cell matches L9H9"),
         ("not argmax(recovery) = L9H9", "no cell matches L9H9"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mechdsl.checks.conditions import Arithmetic, CellAggregate, ConstantValue
+from mechdsl.checks.conditions import Arithmetic, CellValue, ConstantValue
 from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.verdicts.decision import decide_all_expectations
@@ -233,8 +233,8 @@ def read(
 
 
 def difference() -> Arithmetic:
-    mine = CellAggregate(how="mean", measure=0)
-    theirs = CellAggregate(how="mean", measure=0, experiment="other")
+    mine = CellValue(aggregate="mean", measure=0)
+    theirs = CellValue(aggregate="mean", measure=0, experiment="other")
     return Arithmetic(operator="-", left=mine, right=theirs)
 
 

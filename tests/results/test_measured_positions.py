@@ -101,9 +101,7 @@ def refused(source: str) -> str:
     return problem.help_text
 
 
-NAMED = re.compile(
-    r"with `(metric (\w+) = .*?)` above and `measure \2 …` for it, `(.*?)` is that one"
-)
+NAMED = re.compile(r"add `(metric (\w+) = .*?)` and `measure \2 …`, then write `(.*?)`")
 
 
 RATIOS = "logprob(answer) as relative\n  measure logprob(answer) as relative per prompt"

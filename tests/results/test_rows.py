@@ -394,7 +394,7 @@ def test_one_value_that_explains_most_is_warned_of(
         return
     (said,) = found
     assert said.message.startswith("`count` explains ")
-    assert "effective n is 4 values of `count`, not" in said.label_text
+    assert "the effective sample size is 4 values of `count`, not" in said.label_text
     assert line in said.help_text
 
 

@@ -10,7 +10,7 @@ import pytest
 from mechdsl.base.source import Source
 from mechdsl.checks.conditions import (
     Arithmetic,
-    CellAggregate,
+    CellValue,
     Comparison,
     ConditionValue,
     ExpectStatement,
@@ -104,8 +104,8 @@ def test_a_measure_of_another_experiment(
 ) -> None:
     """Its number is that of the measure there, whatever its number here."""
     found = value(written, here, there=there)
-    assert isinstance(found, CellAggregate)
-    assert (found.how, found.measure, found.experiment) == (how, number, "there")
+    assert isinstance(found, CellValue)
+    assert (found.aggregate, found.measure, found.experiment) == (how, number, "there")
     assert bool(found.where) == ("layer" in written)
 
 
@@ -114,16 +114,16 @@ def test_a_difference_to_another_experiment(here: ExperimentResult) -> None:
     found = value("recovery(L2H1) - recovery of one", here, one=one)
     assert isinstance(found, Arithmetic)
     left, right = found.left, found.right
-    assert isinstance(left, CellAggregate)
-    assert isinstance(right, CellAggregate)
-    assert (left.experiment, right.experiment, right.how) == (None, "one", "only")
+    assert isinstance(left, CellValue)
+    assert isinstance(right, CellValue)
+    assert (left.experiment, right.experiment, right.aggregate) == (None, "one", "")
 
 
 def test_cells_are_those_of_the_other_experiment(
     here: ExperimentResult, there: ExperimentResult
 ) -> None:
     found = value('mean(recovery of there, position: "last token")', here, there=there)
-    assert isinstance(found, CellAggregate)
+    assert isinstance(found, CellValue)
     assert len([cell for cell in there.cells if found.where[0].matches(cell)]) == 4
     said = refusal("mean(recovery of there, head 1) > 0", here, there=there)
     assert said.endswith("no cell matches head 1")
@@ -132,7 +132,7 @@ def test_cells_are_those_of_the_other_experiment(
 def test_a_measure_of_this_experiment_comes_first(here: ExperimentResult) -> None:
     """An experiment may be called as a measure is; what was valid means what it did."""
     found = value("max(recovery of ld)", here, ld=one_cell("ld"))
-    assert isinstance(found, CellAggregate)
+    assert isinstance(found, CellValue)
     assert found.experiment is None
     said = refusal("max(delta of ld) > 0", here, ld=one_cell("ld"))
     assert said == "E0203: there is no measure or effect of this experiment called `delta of ld`"
@@ -190,7 +190,7 @@ def test_rows_that_are_true(column: str, here: ExperimentResult) -> None:
         ("auroc(recovery, pair, L2H1)", "`pair` is both a group and a prompt variable"),
         ("auroc(recovery, count, L2H1)", "`count` is neither true nor false: it is `2` in one row"),
         ("auroc(recovery, large)", "every cell has a value in each row"),
-        ("auroc(recovery, large, layer 2)", "layer matches 4 cells 2"),
+        ("auroc(recovery, large, layer 2)", "layer 2 matches 4 cells"),
         ("auroc(recovery, large, L9H9)", "no cell matches L9H9"),
         ("auroc(recovery, [L2H1, L9H9])", "no cell matches L9H9"),
         ("auroc(recovery, [1..3])", "`1..3` is not a site"),

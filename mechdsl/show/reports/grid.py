@@ -129,9 +129,12 @@ def token_label(token: str) -> str:
 
 
 def position_names(result: ExperimentResult) -> dict[Coord, str]:
-    """Return the names of positions in charts: a numbered token has its text, `4: ·plum`, or the
-    most frequent one if prompts differ, `4: ·plum, …`; after an arrow, that of the source run. Other
-    positions have tokens only if those of the source run differ."""
+    """Return the names of positions in charts.
+
+    A numbered token has its text, `4: ·plum`, or the most frequent one if prompts differ,
+    `4: ·plum, …`; after an arrow, that of the source run. Other positions have tokens only if
+    those of the source run differ.
+    """
     hit: dict[Coord, dict[str, None]] = {}
     read: dict[Coord, dict[str, None]] = {}
     for cell in result.cells:
