@@ -68,7 +68,7 @@ def test_without_weights_what_was_not_checked_is_said() -> None:
     told = render_full(checked.diagnostics, color=False, width=100)
     if checked.unchecked:  # nobody has downloaded it
         assert len(checked.unchecked) == 4
-        assert "then these are checked too: layers, heads and sites (line" in told
+        assert "also checks layers, heads and sites (line" in told
 
 
 def test_three_ways_find_one_induction_circuit() -> None:

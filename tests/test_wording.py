@@ -45,7 +45,7 @@ def test_no_message_holds_a_long_name_in_full_beside_the_one_that_is_wrong() -> 
 @pytest.mark.parametrize(
     ("units", "by", "message", "label"),
     [
-        ([1], None, "with 1 prompt, no cell can be significant after correction", "below 5"),
+        ([1], None, "with 1 prompt, no cell can be significant after correction", "at least 5"),
         (
             [5],
             None,
@@ -62,7 +62,7 @@ def test_no_message_holds_a_long_name_in_full_beside_the_one_that_is_wrong() -> 
             [1],
             "count",
             ("with 1 value of count, no cell can be significant after correction"),
-            "below 5",
+            "at least 5",
         ),
         (
             [5, 5],
@@ -76,7 +76,7 @@ def test_no_message_holds_a_long_name_in_full_beside_the_one_that_is_wrong() -> 
             ("1 of 2 cells have only 5 prompts and can't be significant after correction"),
             "2 cells",
         ),
-        ([1, 5, 30], None, "2 of 3 cells have 1 to 5 prompts, and can't", "3 cells"),
+        ([1, 5, 30], None, "2 of 3 cells have only 1 to 5 prompts and can't", "3 cells"),
     ],
 )
 def test_one_of_a_thing_is_said_in_the_singular(

@@ -39,7 +39,7 @@ def alone(diagnostic: Diagnostic, width: int = 100) -> str:
 def test_form_of_the_language_page() -> None:
     assert render_full([wrong(TEXT, "pach")]) == (
         "error[E0102]: `pach` is not a keyword\n ┌─ a.mech:4:3\n4 │   pach layer 0..2 head 14 "
-        "at last-item token\n  │   ^^^^ no such word\n  = help: did you mean `patch`?\n\n1 "
+        "at last-item token\n  │   ^^^^ unknown keyword\n  = help: did you mean `patch`?\n\n1 "
         "error\n"
     )
 
@@ -50,7 +50,7 @@ def test_numbers_of_two_digits_move_the_frame() -> None:
     assert lines[1:] == [
         "  ┌─ a.mech:18:3",
         "18 │   pach",
-        "   │   ^^^^ no such word",
+        "   │   ^^^^ unknown keyword",
         "   = help: did you mean `patch`?",
     ]
 
@@ -86,13 +86,13 @@ def test_order_and_summary() -> None:
 @pytest.mark.parametrize(
     ("text", "marked", "line", "carets"),
     [
-        ("\tpach", "pach", "1 │     pach", "  │     ^^^^ no such word"),
-        ("pa\tch x", "pa\tch", "1 │ pa    ch x", "  │ ^^^^^^^^ no such word"),
-        ('"数量" pach', "pach", '1 │ "数量" pach', "  │        ^^^^ no such word"),
-        ("é pach", "pach", "1 │ é pach", "  │   ^^^^ no such word"),
-        ("e\u0301 pach", "pach", "1 │ e\u0301 pach", "  │   ^^^^ no such word"),
-        ("\x1b[31m pach", "pach", "1 │ \\x1b[31m pach", "  │          ^^^^ no such word"),
-        ("pach", "", "1 │ pach", "  │ ^ no such word"),
+        ("\tpach", "pach", "1 │     pach", "  │     ^^^^ unknown keyword"),
+        ("pa\tch x", "pa\tch", "1 │ pa    ch x", "  │ ^^^^^^^^ unknown keyword"),
+        ('"数量" pach', "pach", '1 │ "数量" pach', "  │        ^^^^ unknown keyword"),
+        ("é pach", "pach", "1 │ é pach", "  │   ^^^^ unknown keyword"),
+        ("e\u0301 pach", "pach", "1 │ e\u0301 pach", "  │   ^^^^ unknown keyword"),
+        ("\x1b[31m pach", "pach", "1 │ \\x1b[31m pach", "  │          ^^^^ unknown keyword"),
+        ("pach", "", "1 │ pach", "  │ ^ unknown keyword"),
     ],
 )
 def test_columns(text: str, marked: str, line: str, carets: str) -> None:
@@ -114,7 +114,7 @@ def test_several_lines() -> None:
         "  │ ^^^",
         "  │ …",
         "4 │ } d",
-        "  │ ^ no such word",
+        "  │ ^ unknown keyword",
     ]
     assert "│ …" not in alone(wrong(text, "b\n  c"))
 
@@ -155,7 +155,7 @@ def test_json() -> None:
         "code": "E0102",
         "severity": "error",
         "message": "`pach` is not a keyword",
-        "label": "no such word",
+        "label": "unknown keyword",
         "help": "did you mean `patch`?",
         "file": "a.mech",
         "line": 4,
@@ -173,7 +173,7 @@ def test_github() -> None:
         "::error title=E0112::cannot read `x`: 100%25%0Acheck the path; it is relative to the "
         "working directory",
         "::error file=a%2Cb%3Ac%25.mech,line=4,col=3,endLine=4,endColumn=7,title=E0102::`pach` "
-        "is not a keyword%0Ano such word%0Adid you mean `patch`?",
+        "is not a keyword%0Aunknown keyword%0Adid you mean `patch`?",
     ]
 
 
