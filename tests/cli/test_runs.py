@@ -187,7 +187,7 @@ def test_making_room(command: Command, id: str, store: tuple[str, Path]) -> None
     done = command("runs", "gc", "--limit", "1 kB", *store)
     assert done.out.startswith("removed 1 run and the values of 0 passes (")
     assert done.out.endswith("; 0 bytes remain\n")
-    assert command("runs", *store).err == f"no runs are kept in {store[1]}\n"
+    assert command("runs", *store).err == f"{store[1]} has no stored runs\n"
 
 
 @pytest.mark.parametrize("size", ["much", "-1GB", "5XB", ""])
