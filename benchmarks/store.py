@@ -38,7 +38,7 @@ from mechdsl.store.store import Store
 SHARE, SECONDS = 0.02, 0.05
 """What it may cost."""
 CALLS = (
-    (PanelRunner, ("_unmeasured", "_look_up", "_due", "_own", "_keep_pass")),
+    (PanelRunner, ("_unmeasured", "_look_up", "_due", "_own", "_store_pass")),
     (PanelCache, ("of", "own_unpatched", "measured", "flush")),
     (RunCache, ("settle",)),
     (Store, ("__init__", "begin", "close")),

@@ -141,6 +141,6 @@ class SavedFile:
 
 
 NUMERIC_VERSION = 5
-"""Version of results, which is raised manually with every change that alters some file's numbers
-beyond the last bits; older values are then not read from a store. A test of the store detects such
-changes."""
+"""Version of results. Raise it with every change that alters some file's numbers beyond the last
+bits. Until then, a run reads values from the store that the previous code computed.
+`tests/execute/test_numeric_version.py` detects such changes."""

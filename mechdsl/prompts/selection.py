@@ -227,7 +227,7 @@ class _Collector:
                 break
             result.tried += 1
             try:
-                new = self._take(row)
+                new = self._add_if_selected(row)
             except Refusal as refusal:
                 new = True
                 self.failing += 1
@@ -284,8 +284,12 @@ class _Collector:
                 return
             turn += 1
 
-    def _take(self, row: Row) -> bool:
-        """Add a row if it qualifies; return whether it was a new one."""
+    def _add_if_selected(self, row: Row) -> bool:
+        """Add a row, or count why it is dropped; return whether it was a new one.
+
+        `where`, an equal earlier row and a corruption without effect drop a row. A row of the
+        other part of a split is not added either. `rows_convention` describes the counts.
+        """
         result = self.result
         if not row.passes(self.block.spec.where, self.tokenizer):
             result.filtered += 1
@@ -480,6 +484,9 @@ def rows_convention(
     unchanged: Mapping[str, int],
 ) -> dict[str, str]:
     """Describe the table's rows (`rows`) and the dropped ones (`dropped`).
+
+    `keep` drops further rows when the experiment runs; `results.assembly.conventions` describes
+    them.
 
     unchanged: by used corruption, the number of rows that it left unchanged.
     """

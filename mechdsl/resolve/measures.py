@@ -337,7 +337,7 @@ def resolve_metric(node: ast.Name | ast.Call, context: MeasureContext) -> Metric
     if wanted is not None:
         form = select_class_form(metric, shape)
     else:
-        form = _form(metric.forms, arguments, context)
+        form = _select_form(metric.forms, arguments, context)
     if form is None:
         report_unreadable(
             context,
@@ -374,7 +374,7 @@ def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
     return did_you_mean(name, [*METRICS, *context.metrics], f"metrics are {known}")
 
 
-def _form(
+def _select_form(
     forms: Mapping[MetricArgument, MetricForm],
     arguments: tuple[ast.Argument, ...],
     context: MeasureContext,
@@ -652,6 +652,8 @@ _BUILDERS: Mapping[MetricArgument, MetricBuilder] = {
     "observation": _of_attention,
     "activations": _of_activations,
 }
+"""By argument, the function that resolves the arguments of a metric. Classes, replies and Python
+functions have separate ones."""
 
 MEASURED_AXIS = "measured"
 """Axis of the positions at which measures are read."""

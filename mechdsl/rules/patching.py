@@ -107,7 +107,9 @@ class ZeroFill(Intervention):
 @fill_kind("mean")
 class MeanFill(Intervention):
     """`with mean of RUN by VALUE`: the mean over the rows of a run, or over those of a group; `with
-    mean of BLOCK`, over the rows of another block."""
+    mean of BLOCK`, over the rows of another block.
+
+    `execute.patching.rule_inputs.compute_means` computes the mean."""
 
     name = "mean"
     reads = "mean"

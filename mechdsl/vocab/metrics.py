@@ -32,7 +32,11 @@ MetricArgument = Literal[
     "observation",
     "reply",
 ]
-"""Argument of a metric. The docstring of each form specifies the shapes."""
+"""Argument of a metric. The docstring of each form specifies the shapes.
+
+`resolve.measures` resolves an argument and `execute.measurement.readout` passes it to the function,
+so a new argument needs an entry in both.
+"""
 
 MetricKind = Literal["number", "category"]
 """Numbers are averaged; for categories, tables show the most frequent one."""
@@ -86,7 +90,23 @@ def metric(
     narrow: bool = False,
     logits: int = 1,
 ) -> Callable[[MetricFunction], MetricFunction]:
-    """Register a function as one form of the metric `name`; its docstring's first line is shown."""
+    """Register a function as one form of the metric `name`, here or in a plugin.
+
+    The first line of the function's docstring is the description that users see.
+
+    Args:
+        name: The name in a file. A metric with several forms registers one function for each.
+        takes: What the function receives. The named argument `digits` only selects numerals; no
+            named argument reaches the function.
+        unit: The unit in tables, which also determines how rounding is estimated.
+        kind: Whether values are numbers or categories.
+        default: See `MetricForm.default`.
+        narrow: See `MetricForm.narrow`.
+        logits: See `MetricForm.logits`.
+
+    Raises:
+        ValueError: If the metric already has a form with this argument.
+    """
 
     def register(function: MetricFunction) -> MetricFunction:
         entry = METRICS.get(name) or METRICS.add(name, Metric(name))

@@ -174,7 +174,7 @@ class PanelRunner:
         )
         if not over_rows:  # accuracies are of rows too that a `keep` drops
             self._define_runs()
-        unusable = self._keep()
+        unusable = self._apply_keep_conditions()
         if over_rows:
             self._define_runs()
         for plan in self._sound:
@@ -378,9 +378,13 @@ class PanelRunner:
             self.values.measured(readout, run, batch, item, relative, found)
         return found
 
-    def _keep(self) -> dict[int, UnusableRow]:
-        """Leave the rows that a `keep` keeps, and, with `allow_nan`, drop those that it can't be
-        decided on."""
+    def _apply_keep_conditions(self) -> dict[int, UnusableRow]:
+        """Drop the rows that a `keep` line excludes: `self.kept` becomes the remaining rows.
+
+        Returns:
+            The rows whose condition has no value. With `allow_nan` they are dropped too; otherwise
+            the experiments are lost.
+        """
         if not self.keep.measures:
             return {}
         good = np.ones(len(self.table), dtype=np.bool_)
@@ -718,7 +722,7 @@ class PanelRunner:
                     self.profile.halved += 1
                     continue
                 self.profile.passed(tokens, seconds[0])
-                self._keep_pass([(member, found) for _, member, found in passed])
+                self._store_pass([(member, found) for _, member, found in passed])
                 for rows, member, found in passed:
                     if found.broken.any():
                         self._saw_unusable(patcher, shared, rows, batch, run, member, found.broken)
@@ -767,7 +771,7 @@ class PanelRunner:
                 self._lose(plan, _report_autograd_failure(plan, str(refused)))
                 return
             self.profile.passed(tokens, seconds[0])
-            self._keep_pass([(member, found)])
+            self._store_pass([(member, found)])
             self._saw_no_value(member, found)
             yield own, found.values
             due = due[len(prompts) :]
@@ -790,8 +794,8 @@ class PanelRunner:
             read.append((member, found))
         return read
 
-    def _keep_pass(self, passed: Sequence[tuple[PassMember, ReadoutResult]]) -> None:
-        """Keep what a pass gave."""
+    def _store_pass(self, passed: Sequence[tuple[PassMember, ReadoutResult]]) -> None:
+        """Store the values of a pass in the cache."""
         if self.values is None:
             return
         known = self.patched_values
