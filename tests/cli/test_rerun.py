@@ -341,7 +341,7 @@ def test_a_full_disk(heads: Path, command: Command, monkeypatch: pytest.MonkeyPa
     )
     done = command("run", heads, "--no-store")
     assert done.status == 3
-    assert "broke off: no space left on device" in done.err
+    assert "failed: no space left on device" in done.err
     assert "goes on" not in done.err
 
 
