@@ -37,7 +37,7 @@ def noised(name: str, n: int, draw: int) -> Reply:
 def test_each_draw_counts_by_itself(
     name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row's value is the mean over the draws whose reply has the place, with the rules and behind
+    """A row's value is the mean over the draws whose reply has the position, with the rules and behind
     the same replies without."""
     keyed_by_number(monkeypatch)
     write_data(tmp_path)
@@ -56,6 +56,6 @@ def test_each_draw_counts_by_itself(
             patched[step, n] = np.mean([entropy(reply.run.logits[at]) for reply in there])
             base[step, n] = np.mean([entropy(run.logits[at]) for run in bare])
     compare(found.measures[0], patched, base, most=False)
-    assert "the mean over its draws of noise whose reply has the place" in " ".join(
+    assert "the mean over its draws of noise whose reply has the position" in " ".join(
         found.conventions.values()
     )
