@@ -37,8 +37,8 @@ def noised(name: str, n: int, draw: int) -> Reply:
 def test_each_draw_counts_by_itself(
     name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row's value is the mean over the draws whose reply has the position, with the rules and behind
-    the same replies without."""
+    """A row's value is the mean over the draws whose reply has the position, with the rules, and
+    without them after the same replies."""
     keyed_by_number(monkeypatch)
     write_data(tmp_path)
     lines = ("from noised into clean", "patch embed at subject tokens", GENERATE)

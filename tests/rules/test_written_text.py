@@ -325,7 +325,7 @@ def test_too_long_for_the_model(data: Path) -> None:
     assert [each.name for each in result.experiments] == ["w"]
     (error,) = [each for each in problems if each.severity == "error"]
     assert error.code == "E0546"
-    assert "65 tokens, and `m` reads 64" in error.message
+    assert "65 tokens, but `m` reads at most 64" in error.message
 
 
 TWO = """
@@ -362,8 +362,8 @@ experiment e {
     ("model", "base", "said"),
     [
         ("bot", "", ""),
-        ("toy", "", "another tokenizer"),
-        ("bot", "from clean into noised", "one for each of 2 draws of noise"),
+        ("toy", "", "a different tokenizer"),
+        ("bot", "from clean into noised", "one reply for each of 2 noise draws"),
     ],
 )
 def test_one_reply_in_the_same_tokens(model: str, base: str, said: str) -> None:
