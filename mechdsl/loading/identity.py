@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.folder import json_digest
-from mechdsl.program.code_hashes import CodeHashError, hash_module_code, is_installed
+from mechdsl.program.code_hashes import CodeHashError, code_digest, hash_module_code, is_installed
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 IDENTIFIED_LIBRARIES = ("torch", "transformers", "huggingface_hub", "peft", "accelerate")
@@ -157,7 +157,7 @@ class ReachedCode:
                 if value is not _MISSING:
                     told = self._of(value, f"`{name}`, which {where} reads,", own, names)
                     values[f"global {name}"] = told
-        self._functions[function] = [self.add_function(function), _code_digest(code), values]
+        self._functions[function] = [self.add_function(function), code_digest(code), values]
 
     def _look_up(self, kind: type) -> None:
         """Read the attributes of a class and its bases that some function names."""
@@ -360,31 +360,6 @@ def _list_texts(code: CodeType) -> frozenset[str]:
     texts = {each for each in code.co_consts if isinstance(each, str) and each.isidentifier()}
     inner = (_list_texts(value) for value in code.co_consts if isinstance(value, CodeType))
     return frozenset(texts).union(*inner)
-
-
-@lru_cache(maxsize=8192)
-def _code_digest(code: CodeType) -> str:
-    """Return the SHA-256 of code's behavior, independent of its location."""
-    parts = (
-        *(code.co_code, code.co_exceptiontable, code.co_flags, code.co_names, code.co_varnames),
-        *(code.co_freevars, code.co_cellvars, code.co_argcount, code.co_kwonlyargcount),
-        *(code.co_posonlyargcount, _describe_constant(code.co_consts)),
-    )
-    return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _describe_constant(value: object) -> str:
-    """Describe a constant of code, equally in every process."""
-    match value:
-        case CodeType():
-            return _code_digest(value)
-        case tuple():
-            return f"({', '.join(map(_describe_constant, cast('tuple[object, ...]', value)))})"
-        case frozenset():
-            parts = sorted(map(_describe_constant, cast("frozenset[object]", value)))
-            return f"{{{', '.join(parts)}}}"
-        case _:
-            return f"{type(value).__name__} {value!r}"
 
 
 _MODULE_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules", "training"})

@@ -28,7 +28,7 @@ from types import (
 )
 from typing import Any, cast
 
-from mechdsl.program.code_hashes import CodeHashError, is_installed
+from mechdsl.program.code_hashes import CodeHashError, code_digest, is_installed
 
 MAX_ARRAY_BYTES = 16 * 2**20
 """Maximum total size of the arrays and tensors that a callable reads. They are hashed after every
@@ -177,7 +177,7 @@ class _Reader:
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
         read = sorted(each for each in names.read if each in function.__globals__)
         return (
-            _describe_code(code),
+            code_digest(code),
             self._value("a default value", function.__defaults__),
             self._value("a default value", function.__kwdefaults__),
             self._value("an attribute", vars(function)),
@@ -508,24 +508,3 @@ def _constants(constants: Iterable[object]) -> set[str]:
         elif isinstance(each, tuple | frozenset):
             found |= _constants(cast("Iterable[object]", each))
     return found
-
-
-def _describe_code(code: CodeType) -> object:
-    return (
-        code.co_code,
-        code.co_exceptiontable,
-        (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags),
-        (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars),
-        [_describe_constant(each) for each in code.co_consts],
-    )
-
-
-def _describe_constant(constant: object) -> object:
-    if isinstance(constant, CodeType):
-        return _describe_code(constant)
-    if isinstance(constant, tuple):
-        return ("tuple", [_describe_constant(each) for each in cast("tuple[object]", constant)])
-    if isinstance(constant, frozenset):
-        items = cast("frozenset[object]", constant)
-        return ("frozenset", sorted((_describe_constant(each) for each in items), key=repr))
-    return (type(constant).__name__, repr(constant))

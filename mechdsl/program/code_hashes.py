@@ -14,10 +14,12 @@ import sysconfig
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from importlib.util import cache_from_source, find_spec
 from pathlib import Path
+from types import CodeType
+from typing import cast
 
 MAX_PACKAGE_FILES = 2000
 """Maximum number of files in a package; a larger folder may be, for instance, a home folder."""
@@ -254,3 +256,28 @@ def _process_start() -> float:
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         return time.time() - age
     return 0.0
+
+
+@lru_cache(maxsize=8192)
+def code_digest(code: CodeType) -> str:
+    """Return the SHA-256 of code's behavior, independent of its location."""
+    parts = (
+        *(code.co_code, code.co_exceptiontable, code.co_flags, code.co_names, code.co_varnames),
+        *(code.co_freevars, code.co_cellvars, code.co_argcount, code.co_kwonlyargcount),
+        *(code.co_posonlyargcount, _describe_constant(code.co_consts)),
+    )
+    return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _describe_constant(value: object) -> str:
+    """Describe a constant of code, equally in every process."""
+    match value:
+        case CodeType():
+            return code_digest(value)
+        case tuple():
+            return f"({', '.join(map(_describe_constant, cast('tuple[object, ...]', value)))})"
+        case frozenset():
+            parts = sorted(map(_describe_constant, cast("frozenset[object]", value)))
+            return f"{{{', '.join(parts)}}}"
+        case _:
+            return f"{type(value).__name__} {value!r}"
