@@ -54,6 +54,10 @@ class WeightedCells:
     limits: IntervalFunction | None = None
     """For cells whose intervals aren't from the bootstrap."""
 
+    def combine(self, values: Floats) -> tuple[Floats, Floats]:
+        """Return the sums, shape [resample], and their derivatives by each cell."""
+        return values @ self.share, self.share
+
 
 @dataclass(frozen=True, eq=False)
 class CombinedNumbers:
@@ -70,6 +74,10 @@ class CombinedCells:
 
     sums: EffectSums
     method: CellAggregate
+
+    def combine(self, values: Floats) -> tuple[Floats, Floats]:
+        """Return the aggregates, shape [resample], and their derivatives by each cell."""
+        return combine_cells(self.method, values), cell_slopes(self.method, values)
 
 
 SmoothNumber: TypeAlias = FixedNumber | WeightedCells | CombinedCells | CombinedNumbers
@@ -117,18 +125,12 @@ def evaluate_resamples(number: SmoothNumber, weights: Floats) -> tuple[Floats, F
     match number:
         case FixedNumber():
             return np.full(len(weights), number.value), np.zeros_like(weights)
-        case WeightedCells():
-            sums, share = number.sums, number.share
+        case WeightedCells(sums=sums) | CombinedCells(sums=sums):
             scale = weights @ sums.bottom.T
             values = (weights @ sums.top.T) / scale
-            weight = np.broadcast_to(share / scale, values.shape)
-            return values @ share, weight @ sums.top - _weighted_sum(weight * values, sums.bottom)
-        case CombinedCells(sums, method):
-            scale = weights @ sums.bottom.T
-            values = (weights @ sums.top.T) / scale
-            weight = cell_slopes(method, values) / scale
-            influence = weight @ sums.top - _weighted_sum(weight * values, sums.bottom)
-            return combine_cells(method, values), influence
+            combined, slope = number.combine(values)
+            weight = np.broadcast_to(slope / scale, values.shape)
+            return combined, weight @ sums.top - _weighted_sum(weight * values, sums.bottom)
         case CombinedNumbers():
             one, by_one = evaluate_resamples(number.left, weights)
             two, by_two = evaluate_resamples(number.right, weights)
