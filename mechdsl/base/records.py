@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
@@ -171,6 +171,26 @@ def _note_outside() -> None:
         if not ours or frame.f_code.co_name == "<module>":
             return
         frame = frame.f_back
+
+
+def attribute_problem(
+    entry: object, *, texts: Sequence[str] = (), counts: Sequence[str] = ()
+) -> str | None:
+    """Return the reason that a class can't be registered, by the types of its attributes.
+
+    Args:
+        entry: The class.
+        texts: Attributes that must be texts.
+        counts: Attributes that must be whole numbers of at least 1.
+    """
+    for name in texts:
+        if not isinstance(getattr(entry, name, None), str):
+            return f"`{name}` must be a text"
+    for name in counts:
+        value = getattr(entry, name, None)
+        if type(value) is not int or value < 1:
+            return f"`{name}` must be a whole number of at least 1, not {value!r}"
+    return None
 
 
 class Registry(Generic[EntryT]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Registry, attribute_problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,10 +66,9 @@ IMAGE_BASELINES: Registry[ImageBaseline] = Registry("baseline image")
 
 def baseline_problem(name: str, entry: type[ImageBaseline]) -> str | None:
     """Return the reason that a class can't be registered."""
-    if not name.isidentifier():
-        return "its name must be a word of letters, digits and `_`"
-    if not isinstance(getattr(entry, "documentation", None), str):
-        return "`documentation` must be a text"
+    wrong = attribute_problem(entry, texts=("documentation",))
+    if wrong is not None:
+        return wrong
     if not isinstance(entry.number, BaselineNumber | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         return "`number` must be None or a `BaselineNumber`"
     if entry.pixels is ImageBaseline.pixels:

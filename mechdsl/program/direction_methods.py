@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cast
 
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Registry, attribute_problem
 from mechdsl.base.text import name_list
 from mechdsl.program.spec import Constant
 from mechdsl.syntax.words import name_problem
@@ -172,8 +172,9 @@ def _class_problem(name: str, entry: object) -> str | None:
         names: object = getattr(entry, attribute)
         if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):
             return f'`{attribute}` must be a tuple of names: `{attribute} = ("{name}",)`'
-    if type(entry.min_rows) is not int or entry.min_rows < 1:
-        return f"`min_rows` must be a whole number of at least 1, not {entry.min_rows!r}"
+    wrong = attribute_problem(entry, counts=("min_rows",))
+    if wrong is not None:
+        return wrong
     if entry.fit is FittedMethod.fit:
         return "it has no `fit(self, samples, options)`"
     return None

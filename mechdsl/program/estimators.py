@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Registry, attribute_problem
 from mechdsl.syntax.words import name_problem
 
 if TYPE_CHECKING:
@@ -113,12 +113,10 @@ def estimator(name: str) -> Callable[[type[EstimatorT]], type[EstimatorT]]:
 
 def _class_problem(name: str, entry: type[GradientEstimator]) -> str | None:
     """Return the reason that a class can't be registered."""
-    wrong = name_problem(name)
+    texts = ("example", "documentation", "convention")
+    wrong = name_problem(name) or attribute_problem(entry, texts=texts)
     if wrong is not None:
         return wrong
-    for attribute in ("example", "documentation", "convention"):
-        if not isinstance(getattr(entry, attribute, None), str):
-            return f"`{attribute}` must be a text"
     if "steps" in entry.options:
         return "`options` must not contain `steps`: set the attribute `steps`"
     if entry.value_name and not (entry.formula and entry.value_said):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Registry, attribute_problem
 from mechdsl.syntax.words import name_problem
 
 if TYPE_CHECKING:
@@ -78,15 +78,13 @@ def aggregate(name: str) -> Callable[[type[AggregateT]], type[AggregateT]]:
 
 def _class_problem(name: str, entry: type[CellAggregate]) -> str | None:
     """Return the reason that a class can't be registered."""
-    wrong = name_problem(name)
-    if wrong is not None:
-        return wrong
     if name in _OTHER_FUNCTIONS:
         return "its name is a function of the language"
-    if not isinstance(getattr(entry, "documentation", None), str):
-        return "`documentation` must be a text"
-    if type(entry.min_cells) is not int or entry.min_cells < 1:
-        return f"`min_cells` must be a whole number of at least 1, not {entry.min_cells!r}"
+    wrong = name_problem(name) or attribute_problem(
+        entry, texts=("documentation",), counts=("min_cells",)
+    )
+    if wrong is not None:
+        return wrong
     if entry.combine is CellAggregate.combine:
         return "it has no `combine(self, values)`"
     return None

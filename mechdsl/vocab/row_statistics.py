@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Registry, attribute_problem
 from mechdsl.syntax.words import name_problem
 
 if TYPE_CHECKING:
@@ -46,13 +46,11 @@ def row_statistic(name: str) -> Callable[[type[StatisticT]], type[StatisticT]]:
 
 def _class_problem(name: str, entry: type[RowStatistic]) -> str | None:
     """Return the reason that a class can't be registered."""
-    wrong = name_problem(name)
+    wrong = name_problem(name) or attribute_problem(
+        entry, texts=("documentation",), counts=("min_rows",)
+    )
     if wrong is not None:
         return wrong
-    if not isinstance(getattr(entry, "documentation", None), str):
-        return "`documentation` must be a text"
-    if type(entry.min_rows) is not int or entry.min_rows < 1:
-        return f"`min_rows` must be a whole number of at least 1, not {entry.min_rows!r}"
     if entry.compute is RowStatistic.compute:
         return "it has no `compute(self, effects)`"
     return None
