@@ -44,6 +44,7 @@ from mechdsl.show.reports.charts import (
     zero_rule,
 )
 from mechdsl.show.reports.grid import (
+    GridPanel,
     axis_name,
     axis_values,
     drawn_axes,
@@ -387,25 +388,21 @@ def _bar_width(count: int) -> float:
     return next((width for most, width in narrower.items() if count <= most), 1)
 
 
-def _bars_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
+def _bar_records(
+    result: ExperimentResult,
+    measure: int,
+    panels: Sequence[GridPanel],
+    places: _BarPositions,
+    counts: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Return the data of the bars, one record per cell of a drawn series."""
     found, band = result.statistics[measure], result.control(measure)
-    shown, few, under = (
-        grid_panels(result, axes, position_names(result)),
-        is_thin(result, measure),
-        hover_texts(result, measure),
-    )
-    drawn = {
-        key[1]
-        for panel in shown
-        for key, cell in panel.cells.items()
-        if key[1:] and np.isfinite(found.mean[cell])
-    }
-    places, counts = _bar_positions(result, axes, drawn), count_labels(result, measure)
+    few, under = is_thin(result, measure), hover_texts(result, measure)
 
     def number(values: Any, cell: int) -> float | None:
         return float(values[cell]) if np.isfinite(values[cell]) else None
 
-    records = [
+    return [
         {
             **places.key(key),
             "panel": panel_header(panel.title, places.width),
@@ -419,10 +416,23 @@ def _bars_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -
             "null_low": number(band.low, cell) if band else None,
             "null_high": number(band.high, cell) if band else None,
         }
-        for panel in shown
+        for panel in panels
         for key, cell in panel.cells.items()
         if not key[1:] or key[1] in places.series
     ]
+
+
+def _bars_panel(result: ExperimentResult, measure: int, axes: tuple[str, ...]) -> Any:
+    found, band = result.statistics[measure], result.control(measure)
+    shown = grid_panels(result, axes, position_names(result))
+    drawn = {
+        key[1]
+        for panel in shown
+        for key, cell in panel.cells.items()
+        if key[1:] and np.isfinite(found.mean[cell])
+    }
+    places, counts = _bar_positions(result, axes, drawn), count_labels(result, measure)
+    records = _bar_records(result, measure, shown, places, counts)
     series = list(places.series.values())
     base = add_hover(alt.Chart()).encode(x=places.x)
     colour: Any = alt.value(PALETTE[0])
