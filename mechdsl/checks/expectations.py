@@ -168,7 +168,7 @@ class _ConditionReader(CellReader):
             raise RefusedCondition(self.which(span, f"top {expectation.top}", numbers, hint))
         if not numbers:
             raise unreadable_expectation(
-                span, "no measure is a number", ("categories can't be ranked")
+                span, "no measure is a number", "categories can't be ranked"
             )
         sites = tuple(self.one_of(site) for site in expectation.contains)
         return TopCellsCondition(expectation.top, numbers[0], sites)
@@ -338,7 +338,7 @@ class _ConditionReader(CellReader):
             hint = f"select one, as in `auc({node.arguments[0].value.span.written}, "
             hint += f"{axis}, {others[0] if others else axis}: …)`; the other axes are {sized}"
             raise unreadable_expectation(
-                node.span, (f"it matches {count} curves over `{axis}`"), hint
+                node.span, f"it matches {count} curves over `{axis}`", hint
             )
 
     def ranking(self, node: ast.Call) -> Ranking:
@@ -488,7 +488,7 @@ class _ConditionReader(CellReader):
             )
         listed = name_list(known.experiments)
         otherwise = (
-            f"other experiments are {listed}" if listed else ("the file has no other experiment")
+            f"other experiments are {listed}" if listed else "the file has no other experiment"
         )
         if labels:
             otherwise = f"this experiment measures {name_list(labels)}; {otherwise}"

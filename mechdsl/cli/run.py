@@ -371,7 +371,7 @@ def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
 @set_option
 @limit_option
 @click.option(
-    "--device", default="auto", show_default=True, help=("Device: auto, cpu, cuda or cuda:1.")
+    "--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:1."
 )
 @click.option(
     "--dtype",
@@ -391,7 +391,7 @@ def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
 )
 @format_option("table", "json", "csv")
 @click.option(
-    "--only", metavar="EXPERIMENT", help=("Run only this experiment and those it depends on.")
+    "--only", metavar="EXPERIMENT", help="Run only this experiment and those it depends on."
 )
 @click.option("--profile", is_flag=True, help="After the run, compare estimated and measured cost.")
 @allow_python_option

@@ -127,7 +127,7 @@ def _without(experiments: list[str], what: str) -> str:
 @click.command()
 @files_argument
 @click.option(
-    "--check", is_flag=True, help=("Change nothing; exit with status 2 if a file would change.")
+    "--check", is_flag=True, help="Change nothing; exit with status 2 if a file would change."
 )
 @plugin_option
 def fmt(files: tuple[Path, ...], check: bool, plugins: tuple[str, ...]) -> int:

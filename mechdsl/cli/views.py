@@ -30,13 +30,13 @@ from mechdsl.cli.arguments import (
 from mechdsl.cli.output import INVALID_INPUT, SUCCESS, make_console, print_diagnostics, print_json
 from mechdsl.diagnostics.command_line import (
     LANGUAGE_PAGE,
-    agent_page,
+    find_agent_page,
     find_page,
     is_page_name,
     language_words,
     page_codes,
 )
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.core import Diagnostic, has_errors
 
 
 def complete_page_or_file(
@@ -82,13 +82,8 @@ def explain(
     lists what a word of the language means, and `mechdsl explain language` has every construct of
     the language. `-` is standard input.
     """
-    if for_agents:
-        if what != LANGUAGE_PAGE:
-            raise click.UsageError("`--for-agents` is an option of `mechdsl explain language`")
-        sys.stdout.write(agent_page())
-        return SUCCESS
-    if is_page_name(what):
-        return _print_page(what)
+    if for_agents or is_page_name(what):
+        return _print_page(*(find_agent_page if for_agents else find_page)(what))
     problems = load_plugins(plugins)
     if problems:
         print_diagnostics(problems)
@@ -113,9 +108,8 @@ def explain(
     return SUCCESS
 
 
-def _print_page(name: str) -> int:
-    """Print the page of a code, or that of the language."""
-    text, problems = find_page(name)
+def _print_page(text: str, problems: list[Diagnostic]) -> int:
+    """Print a page, or the reasons why there is none."""
     print_diagnostics(problems)
     sys.stdout.write(text)
     return INVALID_INPUT if problems else SUCCESS
@@ -134,7 +128,7 @@ def _print_page(name: str) -> int:
 @click.option("--to", type=click.Path(path_type=Path), help="Write the graph to this file.")
 @click.option(
     "--before/--after",
-    help=("Show the graph before or after the planner's passes.  [default: after]"),
+    help="Show the graph before or after the planner's passes.  [default: after]",
 )
 @allow_python_option
 @allow_outside_option

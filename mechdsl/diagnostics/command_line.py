@@ -83,8 +83,10 @@ _LANGUAGE_ROW = re.compile(r"\| (?P<example>`.*?`) \| (?P<meaning>.*?) \|")
 def is_page_name(text: str) -> bool:
     """Whether a text is `language`, a code in any case, or words: `patch`, `last token`.
 
-    A file of that name takes precedence over a word.
+    A file of that name takes precedence over a word. A text of several lines is a `.mech` file.
     """
+    if "\n" in text:
+        return False
     if text == LANGUAGE_PAGE or _CODE.fullmatch(text):
         return True
     if find_foreign_path(text) is not None:
@@ -200,6 +202,15 @@ def agent_page() -> str:
     from mechdsl.diagnostics.agent_page import write_agent_page
 
     return write_agent_page(_language_rows())
+
+
+def find_agent_page(name: str) -> tuple[str, list[Diagnostic]]:
+    """Return the summary of the language for agents; E0208 for another page than `language`."""
+    if name == LANGUAGE_PAGE:
+        return agent_page(), []
+    reason = "`--for-agents` is an option of `mechdsl explain language`"
+    hint = 'from Python, write `mechdsl.explain("language", for_agents=True)`'
+    return "", [BadCommandLine(reason=reason, hint=hint)]
 
 
 def find_page(name: str) -> tuple[str, list[Diagnostic]]:

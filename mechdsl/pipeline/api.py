@@ -708,23 +708,12 @@ def explain(
     Raises:
         MechdslError: If the file or an argument is invalid.
     """
-    from mechdsl.diagnostics.command_line import (
-        LANGUAGE_PAGE,
-        BadCommandLine,
-        agent_page,
-        find_page,
-        is_page_name,
-    )
+    from mechdsl.diagnostics.command_line import find_agent_page, find_page, is_page_name
     from mechdsl.show.output import PrintedText, capture_text
 
     raise_errors(word_problem("format", format, ("text", "json")), size_problems(limit))
-    if for_agents:
-        if what != LANGUAGE_PAGE:
-            reason, hint = "`for_agents` needs the page `language`", 'write `explain("language")`'
-            raise_errors([BadCommandLine(reason=reason, hint=hint)])
-        return PrintedText(agent_page())
-    if "\n" not in str(what) and is_page_name(str(what)):
-        text, problems = find_page(str(what))
+    if for_agents or is_page_name(str(what)):
+        text, problems = (find_agent_page if for_agents else find_page)(str(what))
         raise_errors(problems)
         return PrintedText(text)
     raise_errors(load_plugins(plugins))

@@ -227,7 +227,7 @@ class _BlockLines:
             "keep one: a row is one image; several images need a prompt that contains them, for a "
         )
         self.once(
-            line, self.image, "image", hint + ("vision-language model, which is not supported yet")
+            line, self.image, "image", hint + "vision-language model, which is not supported yet"
         )
         found = image_problems(line.value)
         self.diagnostics.extend(found)

@@ -109,7 +109,7 @@ class Generation(Spec):
         said = [f"sampled at temperature {self.temperature:g}"]
         said += [f"from the {self.top_k:,} most likely tokens"] if self.top_k is not None else []
         said += (
-            [(f"from the tokens that make up {100 * self.top_p:.4g} % of the probability")]
+            [f"from the tokens that make up {100 * self.top_p:.4g} % of the probability"]
             if self.top_p is not None
             else []
         )

@@ -217,7 +217,7 @@ def test_explain_for_agents_returns_the_page_of_the_command() -> None:
     page = mechdsl.explain("language", for_agents=True)
     assert "mech 1" in page
     assert len(page) < len(mechdsl.explain("language"))
-    with pytest.raises(mechdsl.MechdslError, match="`for_agents` needs the page `language`"):
+    with pytest.raises(mechdsl.MechdslError, match="is an option of `mechdsl explain language`"):
         mechdsl.explain("patch", for_agents=True)
 
 
