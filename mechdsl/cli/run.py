@@ -550,7 +550,7 @@ def _run_all(
             break
     if not_run:
         print_line(
-            (f"not run because output is lost and nothing would be saved: {', '.join(not_run)}"),
+            f"not run because output is lost and nothing would be saved: {', '.join(not_run)}",
             out=False,
         )
     if not found and failed:
@@ -646,7 +646,7 @@ def _run_file(
     verdicts.add(checked, result)
     if options.out is not None and result.not_run:
         print_line(
-            (f"nothing was written to {options.out} because {source.name} was stopped"), out=False
+            f"nothing was written to {options.out} because {source.name} was stopped", out=False
         )
     if not (result.experiments or result.lost or result.saved):
         print_line(f"{source.name} has no experiments, so nothing was run", out=False)

@@ -103,7 +103,7 @@ class _BlockLines:
             elif isinstance(split, ast.String) and "[" in split.value:
                 reason, hint = (
                     "takes whole splits",
-                    ("use `where`, or write `limit` in the experiment"),
+                    "use `where`, or write `limit` in the experiment",
                 )
             else:
                 return
@@ -351,7 +351,7 @@ def lower_prompts(
     for line, name in ((block.classes, "classes"), (block.tiles, "tiles")):
         if line is not None:
             reason, hint = (
-                ("apply to images, but this block has texts"),
+                "apply to images, but this block has texts",
                 "move it to an `images` block",
             )
             bad = BadArgument(span=line.span, name=name, reason=reason, hint=hint)

@@ -433,7 +433,7 @@ class _TemplateReader:
         text = self._unquoted(inner) if self.escaped else inner
         if scan_text(Source(text)).problem is not None or "#" in _QUOTED.sub("", inner):
             self._refuse(
-                ("this placeholder is not an expression"), "not an expression", start, end + 1
+                "this placeholder is not an expression", "not an expression", start, end + 1
             )
             return
         try:

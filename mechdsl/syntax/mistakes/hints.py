@@ -63,7 +63,7 @@ IMAGE_HINTS: tuple[Hint, ...] = (
     Hint(
         r"\b(?:row|col)\s*$",
         r"-\s*[0-9]",
-        ("rows and columns are counted from 1, starting at the top left"),
+        "rows and columns are counted from 1, starting at the top left",
     ),
     Hint(
         r"\b(?:at|onto|from|to)\s+(?:each\s+)?row\s+(\S+)\s*$",
@@ -200,7 +200,7 @@ HABIT_HINTS: tuple[Hint, ...] = (
     Hint(
         r"",
         r"(limit|seed|temperature)\s*=\s*([\w.]+)",
-        ("write `{0} {1}` without a sign in between"),
+        "write `{0} {1}` without a sign in between",
     ),
     Hint(r"^model\s*$", r'=?\s*("[^"]*")', "name the model and its source: `model m = hf({0})`"),
     Hint(r"^model\s+(\w+)\s*=\s*$", r'("[^"]*")', "name the source: `model {0} = hf({1})`"),
@@ -233,7 +233,7 @@ HINTS: tuple[Hint, ...] = (
     Hint(
         r"^patch\b.*\bonto\b.*$",
         r"onto\s+layers?\b",
-        ("write `into` to name a layer; `onto` names tokens"),
+        "write `into` to name a layer; `onto` names tokens",
     ),
     Hint(
         r"^patch\b.*\b(?:into\s+layer|with)\b.*$",
@@ -399,7 +399,7 @@ HINTS: tuple[Hint, ...] = (
     Hint(
         r"^against\b.*\bapart\s*$",
         r"",
-        ("name the targets to exclude: `apart from top 5 of X`"),
+        "name the targets to exclude: `apart from top 5 of X`",
         "FROM",
     ),
     Hint(
