@@ -435,7 +435,7 @@ class Store:
         Raises OSError, StoreProblem.
         """
         if not self.writable:
-            return self._open_run((-1, "", 0 if fresh else self._newest(), None), None)
+            return self._read_run(key, fresh)
         if not fresh:
             query = "SELECT id FROM runs WHERE key = ? AND seal IS NULL ORDER BY number DESC"
             for (id,) in self._index.ask((str,), query, key):
@@ -445,6 +445,21 @@ class Store:
                     if resumed is not None:
                         return resumed
         return self._begin(key, json.dumps(dict(about)), fresh)
+
+    def _read_run(self, key: str, fresh: bool) -> OpenRun:
+        """Open a run of a read-only store.
+
+        It uses the pass layout of the newest unfinished run of this key, because passes of other
+        sizes round differently.
+        """
+        query = (
+            "SELECT number, '', baseline, sizes FROM runs "
+            "WHERE key = ? AND seal IS NULL AND fresh = 0 ORDER BY number DESC LIMIT 1"
+        )
+        rows = [] if fresh else self._index.ask((int, str, int, MAYBE_TEXT), query, key)
+        if rows:
+            return self._open_run(rows[0], None, resumed=True)
+        return self._open_run((-1, "", 0 if fresh else self._newest(), None), None)
 
     def _resume(self, id: str, lock: FileLock) -> OpenRun | None:
         """Resume a run; None if it was finished or removed before its lock was taken."""

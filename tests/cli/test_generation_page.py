@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..markdown import fences
 from .conftest import Command
+from .test_guides import part_of, same
 
 PAGE = Path(__file__).parents[2] / "docs" / "generation.md"
 
@@ -16,7 +17,10 @@ def test_the_page(tmp_path: Path, command: Command) -> None:
     for fence in fences(PAGE.read_text(encoding="utf-8")):
         if fence.file is None:
             shown += 1
-            assert fence.content.strip() in printed
+            expected = fence.content.strip()
+            lines = part_of(printed, expected).splitlines()
+            pairs = zip(expected.splitlines(), lines, strict=True)
+            assert all(same(*pair) for pair in pairs), printed
             continue
         path = tmp_path / fence.file
         path.write_text(fence.content, encoding="utf-8")

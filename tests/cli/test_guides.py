@@ -89,6 +89,9 @@ def same(said: str, printed: str) -> bool:
     if NUMBER.sub("0", said).split() != NUMBER.sub("0", printed).split():
         return False
     pairs = zip(NUMBER.findall(said), NUMBER.findall(printed), strict=True)
+    if re.match(r"\d+ of \d+ cells survive", said):
+        # Whether a cell exceeds the rounding bound may depend on the CPU.
+        return all(abs(int(float(a)) - int(float(b))) <= 1 for a, b in list(pairs)[:2])
     return all(abs(float(a) - float(b)) <= max(0.01, 0.02 * abs(float(b))) for a, b in pairs)
 
 

@@ -354,7 +354,7 @@ def test_baseline_image_of_the_plugin_agrees_with_the_bare_model(
     assert done.returncode == 0, done.stderr
     (experiment,) = json.loads(done.stdout)["files"][0]["experiments"]
     path = str(ROOT / "mechdsl" / "zoo" / "shapes")
-    model = AutoModelForImageClassification.from_pretrained(path).eval()
+    model = AutoModelForImageClassification.from_pretrained(path).float().eval()
     image = np.zeros((32, 32, 3), np.uint8)
     for row in range(32):
         image[row] = 255 * (row // height % 2)

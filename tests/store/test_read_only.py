@@ -45,8 +45,9 @@ def read_only(memory: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
                 run.keep(writer.block_of(number))
         with store.begin(writer.KEY, {"file": "a.mech"}) as run:
             run.finish(writer.CONTENT, {})
-        with store.begin(writer.KEY, {}):
-            pass
+        with store.begin(writer.KEY, {}) as run:
+            run.settle(writer.SIZES)
+            run.keep(writer.block_of(BLOCKS))
         store.take_note("device", "cpu")
     yield folder
     subprocess.run(["umount", str(folder)], capture_output=True)
@@ -86,19 +87,23 @@ def read_all(store: Store) -> None:
     assert [run.state for run in store.runs()] == ["unfinished", "finished", "unfinished"]
     assert store.note("device") == "cpu"
     with store.begin(writer.KEY, {}) as run:
-        assert (run.id, run.resumed, run.sizes) == ("", False, None)
-        wanted = writer.cells_of(BLOCKS + 1)
-        assert writer.blocks_in(run.earlier(wanted), BLOCKS + 1) == set(range(BLOCKS))
-        run.settle(writer.SIZES)
-        run.keep(writer.block_of(BLOCKS))
-        assert not run.own(wanted)
-        assert writer.blocks_in(run.earlier(wanted), BLOCKS + 1) == set(range(BLOCKS))
+        assert (run.id, run.resumed, run.sizes) == ("", True, writer.SIZES)
+        wanted = writer.cells_of(BLOCKS + 2)
+        for _ in ("before writing", "after writing"):
+            assert writer.blocks_in(run.earlier(wanted), BLOCKS + 2) == set(range(BLOCKS))
+            assert writer.blocks_in(run.own(wanted), BLOCKS + 2) == {BLOCKS}
+            run.settle(writer.SIZES)
+            run.keep(writer.block_of(BLOCKS + 1))
         assert run.sizes == writer.SIZES
         with pytest.raises(ValueError, match="can't be the name"):
             run.finish({"../a": b""}, {})
         run.finish(writer.CONTENT, {})
     with store.begin(writer.KEY, {}, fresh=True) as run:
+        assert (run.resumed, run.sizes) == (False, None)
         assert not run.earlier(wanted)
+    with store.begin("other key", {}) as run:
+        assert (run.resumed, run.sizes) == (False, None)
+        assert writer.blocks_in(run.earlier(wanted), BLOCKS + 2) == set(range(BLOCKS + 1))
 
 
 def test_it_is_read(read_only: Path, request: pytest.FixtureRequest) -> None:
