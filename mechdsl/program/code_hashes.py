@@ -120,8 +120,19 @@ def _module_name(package: str, folder: Path, path: Path) -> str:
     return ".".join((package, *parts))
 
 
-def _imports(content: bytes) -> Iterator[str]:
-    """Yield the top-level package of each import."""
+_IMPORTS: dict[bytes, tuple[str, ...]] = {}
+"""SHA-256 of a source → the packages that it imports. One run hashes the same files repeatedly."""
+
+
+def _imports(content: bytes) -> tuple[str, ...]:
+    """Return the top-level package of each import, once each."""
+    digest = sha256(content).digest()
+    if digest not in _IMPORTS:
+        _IMPORTS[digest] = tuple(dict.fromkeys(_parsed_imports(content)))
+    return _IMPORTS[digest]
+
+
+def _parsed_imports(content: bytes) -> Iterator[str]:
     try:
         tree = ast.parse(content)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
