@@ -169,6 +169,18 @@ class BadDirection(Diagnostic):
 
 
 @keyword_record
+class BadBasis(Diagnostic):
+    """A basis that can't be made as it is written, or doesn't fit where it is used."""
+
+    code = "E0342"
+    title = "invalid basis: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    reason: str
+    hint: str
+
+
+@keyword_record
 class EmptyDirection(Diagnostic):
     """A fit that gave no direction."""
 

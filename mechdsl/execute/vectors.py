@@ -19,9 +19,15 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.hashing import stable_hash
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import EmptyDirection
+from mechdsl.execute.bases import compute_system, read_written_weights
 from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
 from mechdsl.fits.regression import ConvergenceError
 from mechdsl.forward.hooks.batch import SiteRead, indices_to_device
+from mechdsl.forward.hooks.coordinates import (
+    CoordinateOperation,
+    CoordinateSystem,
+    CoordinateWrite,
+)
 from mechdsl.forward.hooks.hook_points import get_head_weights, project_heads
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import load_weights
@@ -32,15 +38,20 @@ from mechdsl.program.direction_methods import MethodError, fitted_method, fitted
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.types import (
+    BasisMember,
     DirectionMember,
     DirectionVector,
+    DrawnBasis,
     FitSample,
+    FittedBasis,
     FittedVector,
     RandomVector,
     SavedVector,
     SitePoint,
+    TokenBasis,
     UnembeddingVector,
     UnitVector,
+    WeightBasis,
     WeightedSum,
     iter_fitted_vectors,
 )
@@ -163,10 +174,26 @@ def split_prompts(
 
 @dataclass(eq=False)
 class FittedDirections:
-    """Directions of one experiment, by name."""
+    """Directions and bases of one experiment, by name."""
 
     vectors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """[width] float64 each, on the CPU."""
+    systems: dict[str, CoordinateSystem] = field(default_factory=dict[str, CoordinateSystem])
+    _modes: dict[tuple[str, str, int], CoordinateWrite] = field(
+        default_factory=dict[tuple[str, str, int], CoordinateWrite]
+    )
+
+    def mode(
+        self, member: BasisMember, operation: CoordinateOperation, count: int
+    ) -> CoordinateWrite:
+        """Return the mode of writes that change `count` named coordinates (0: all) of a basis.
+
+        Equal arguments return the same object, so that writes of several rows can be merged.
+        """
+        key = member.name, operation, count
+        if key not in self._modes:
+            self._modes[key] = CoordinateWrite(self.systems[member.name], operation)
+        return self._modes[key]
 
     def of(self, plan: RulePlan, cells: Ints) -> Tensor:
         """Return [K, width]: the rule's direction in each of these cells."""
@@ -181,7 +208,7 @@ class FittedDirections:
 
 
 class DirectionFits:
-    """Fits of a panel's directions, each computed once."""
+    """Fits of a panel's directions and bases, each computed once."""
 
     def __init__(
         self,
@@ -197,16 +224,28 @@ class DirectionFits:
         self.passes = 0
         """Number of forward passes so far."""
         self._made: dict[str, Tensor] = {}
+        self._systems: dict[str, CoordinateSystem] = {}
         self._read: dict[int, list[list[_RowVectors]]] = {}
         """By the identity of a fit: per sample and point."""
 
     def of(self, plan: ExperimentPlan) -> tuple[FittedDirections, list[Diagnostic]]:
-        """Compute the directions of an experiment's rules; reports E0641 for empty ones."""
+        """Compute the directions and bases of an experiment's rules; reports E0641 for empty
+        ones."""
         members = {m.name: m for rule in plan.rules for m in rule.directions}
         due = [member for name, member in members.items() if name not in self._made]
-        fits = {id(fit): fit for member in due for fit in iter_fitted_vectors(member.vector)}
+        fits: dict[int, _Fit] = {
+            id(fit): fit for member in due for fit in iter_fitted_vectors(member.vector)
+        }
+        bases = {
+            member.name: member
+            for rule in plan.rules
+            if rule.rule.basis is not None
+            for member in rule.rule.basis.members.values()
+        }
+        operands = [m.operand for name, m in bases.items() if name not in self._systems]
+        fits |= {id(own): own for own in operands if isinstance(own, FittedBasis)}
         self._gather([fit for key, fit in fits.items() if key not in self._read])
-        problems: list[Diagnostic] = []
+        problems = self._compute_bases(plan, bases)
         for member in due:
             try:
                 with torch.no_grad():
@@ -225,13 +264,55 @@ class DirectionFits:
             # One of several may be 0, for example if all rows have the same token.
             if rule.directions and not any(made[m.name].any() for m in rule.directions):
                 problems.append(_empty_direction(plan, rule.directions[0], "is 0 everywhere"))
-        return FittedDirections(made), problems
+        systems = {name: self._systems[name] for name in bases if name in self._systems}
+        return FittedDirections(made, systems), problems
+
+    def _compute_bases(
+        self, plan: ExperimentPlan, bases: Mapping[str, BasisMember]
+    ) -> list[Diagnostic]:
+        """Compute the bases; returns E0641 for those that can't be computed."""
+        problems: list[Diagnostic] = []
+        for name, member in bases.items():
+            if name in self._systems:
+                continue
+            try:
+                self._systems[name] = compute_system(member, self._operand(member))
+            except (ValueError, MethodError, np.linalg.LinAlgError) as error:
+                problems.append(
+                    EmptyDirection(
+                        span=plan.experiment.spec.span,
+                        name=name,
+                        reason=f"can't be computed: {error}",
+                        made=member.made,
+                        hint="compute it from other rows, or with fewer dimensions",
+                    )
+                )
+        return problems
+
+    def _operand(self, member: BasisMember) -> Callable[[], Tensor]:
+        """Return a function that reads what a basis is computed from: [row, width] float64."""
+
+        def read() -> Tensor:
+            match member.operand:
+                case FittedBasis() as own:
+                    ((vectors,),) = self._read[id(own)]
+                    return torch.from_numpy(vectors.matrix())
+                case TokenBasis(tokens=tokens):
+                    return torch.stack([self._unembedding(token) for token in tokens])
+                case SavedVector() as saved:
+                    return _load_vector(saved)
+                case WeightBasis(site=site, layer=layer):
+                    return read_written_weights(self.model, site, layer)
+                case DrawnBasis():
+                    return torch.zeros(0, member.width, dtype=torch.float64)
+
+        return read
 
     # --- reading ----------------------------------------------------------------------------------
 
-    def _gather(self, fits: Sequence[FittedVector]) -> None:
+    def _gather(self, fits: Sequence[_Fit]) -> None:
         """Read the samples of fits, each run of rows once."""
-        runs: dict[tuple[int, int, str | None], list[tuple[FittedVector, int, FitSample]]] = {}
+        runs: dict[tuple[int, int, str | None], list[tuple[_Fit, int, FitSample]]] = {}
         for fit in fits:
             self._read[id(fit)] = [[] for _ in fit.samples]
             for number, sample in enumerate(fit.samples):
@@ -240,7 +321,7 @@ class DirectionFits:
         for wanted in runs.values():
             self._read_run(wanted)
 
-    def _read_run(self, wanted: Sequence[tuple[FittedVector, int, FitSample]]) -> None:
+    def _read_run(self, wanted: Sequence[tuple[_Fit, int, FitSample]]) -> None:
         table, run = wanted[0][2].table, wanted[0][2].run
         model = self.model if run.model is None else self.others[run.model]
         points = list(dict.fromkeys(point for fit, _, _ in wanted for point in fit.points))
@@ -251,8 +332,7 @@ class DirectionFits:
         takers: dict[tuple[int, int], list[_RowVectors]] = {}
         for fit, number, sample in wanted:
             for point in fit.points:
-                needs_rows = fitted_method(fit.method).needs_rows
-                rows = _RowVectors(sample, self.model.dtype, needs_rows=needs_rows)
+                rows = _RowVectors(sample, self.model.dtype, needs_rows=_needs_rows(fit))
                 self._read[id(fit)][number].append(rows)
                 place = points.index(point), cells.index(sample.cell)
                 takers.setdefault(place, []).append(rows)
@@ -312,6 +392,14 @@ class DirectionFits:
         module = self.model.module.get_submodule(path)
         with load_weights(module):
             return module.get_parameter("weight")[token].detach().double().cpu()
+
+
+_Fit = FittedVector | FittedBasis
+
+
+def _needs_rows(fit: _Fit) -> bool:
+    """Whether a fit needs each vector, not only the mean."""
+    return isinstance(fit, FittedBasis) or fitted_method(fit.method).needs_rows
 
 
 class _RowVectors:

@@ -36,7 +36,7 @@ from mechdsl.planner.plan import (
     external_runs,
     is_read_only,
 )
-from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits
+from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits, iter_fitted_bases
 from mechdsl.prompts.runs import PromptRun, ReplyPosition
 from mechdsl.resolve.runs import reads_reply_tokens
 from mechdsl.resolve.types import SitePoint, iter_fitted_vectors
@@ -162,6 +162,8 @@ class RowSharer:
             found += list(rule.steps[rows.cell].T)
         if key.directions is not None:
             found.append(key.directions[rows.cell])
+        if key.coordinates is not None:
+            found.append(key.coordinates[rows.cell])
         if rule.paths is not None and key.receivers is not None:
             found.append(key.receivers[rule.paths.pair_of_cell[rows.cell]])
         return found
@@ -216,6 +218,7 @@ class RowSharer:
             None if rule.keys is None else self._tokens(rule.keys),
             np.array([self._number(("amount", one)) for one in rule.amounts.tolist()]),
             self._directions(rule),
+            self._coordinates(rule),
             receivers,
         )
 
@@ -225,6 +228,15 @@ class RowSharer:
             return None
         numbers = [self._number(("direction", member.name)) for member in rule.directions]
         return np.array(numbers, dtype=np.int64)[rule.direction_of_cell]
+
+    def _coordinates(self, rule: RulePlan) -> Ints | None:
+        """Return a number for the coordinates that each cell changes. Shape [cell]."""
+        basis = rule.rule.basis
+        if basis is None or rule.coordinates_of_cell is None:
+            return None
+        names = tuple((key, member.name) for key, member in basis.members.items())
+        numbers = [self._number(("coordinates", names, own)) for own in rule.coordinates]
+        return np.array(numbers, dtype=np.int64)[rule.coordinates_of_cell]
 
     def _tokens(self, hits: TokenHits) -> Ints:
         """Return a number for each run's tokens: a single token itself. Shape [run]."""
@@ -265,6 +277,8 @@ class _RuleKey:
     """Shape [cell]."""
     directions: Ints | None
     """For rules that steer along a direction; shape [cell]."""
+    coordinates: Ints | None
+    """For rules in a basis; shape [cell]."""
     receivers: Ints | None
     """Shape [pair of senders and receivers]."""
 
@@ -735,16 +749,18 @@ class PanelCount:
 
     @cached_property
     def fitted(self) -> list[tuple[PromptRun, int]]:
-        """Runs that directions are fitted on, with the number of their blocks to run."""
+        """Runs that directions and bases are fitted on, with the number of their blocks to run."""
         plans = (*self.panel.derived.values(), *self.plans)
-        members = {m.name: m for p in plans for rule in p.rules for m in rule.directions}
+        rules = [rule for p in plans for rule in p.rules]
+        members = {m.name: m for rule in rules for m in rule.directions}
+        vectors = (fit for m in members.values() for fit in iter_fitted_vectors(m.vector))
+        fits = [(fit.points, fit.samples) for fit in vectors]
+        fits += [(own.points, own.samples) for own in iter_fitted_bases(rules)]
         found: dict[tuple[int, str | None], tuple[PromptRun, int]] = {}
-        for fit in (
-            fit for member in members.values() for fit in iter_fitted_vectors(member.vector)
-        ):
+        for points, samples in fits:
             layers = self.shape.n_layers
-            stops = [stop_layer(p.site, p.layer, layers) or layers for p in fit.points]
-            for sample in fit.samples:
+            stops = [stop_layer(p.site, p.layer, layers) or layers for p in points]
+            for sample in samples:
                 key = id(sample.run.rows), sample.run.model
                 before = found.get(key, (sample.run, 0))
                 found[key] = sample.run, max(before[1], *(min(stop, layers) for stop in stops))

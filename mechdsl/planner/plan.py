@@ -415,6 +415,12 @@ def _rule_plan(
         directions = tuple(rule.direction.members.values())
         members = list(rule.direction.members)
         direction_of_cell = _lookup(members, rule.direction.axes, by_name, count)
+    coordinates: tuple[tuple[int, ...], ...] = ()
+    coordinates_of_cell = None
+    if rule.basis is not None:
+        coordinates = tuple(rule.basis.coordinates.values())
+        named = list(rule.basis.coordinates)
+        coordinates_of_cell = _lookup(named, rule.basis.axes, by_name, count)
     steps = None
     if rule.steps is not None:
         ends = np.array(list(rule.steps.values.values()), dtype=np.int64)
@@ -439,6 +445,8 @@ def _rule_plan(
         amounts=amounts,
         directions=directions,
         direction_of_cell=direction_of_cell,
+        coordinates=coordinates,
+        coordinates_of_cell=coordinates_of_cell,
         keys=keys_hit,
         key_of_cell=key_of_cell,
         follows=_follows(rule.positions),

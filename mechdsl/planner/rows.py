@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.prompts.runs import PositionCell
-from mechdsl.resolve.types import DirectionMember, ResolvedExperiment, ResolvedRule, SitePoint
+from mechdsl.resolve.types import (
+    DirectionMember,
+    FittedBasis,
+    ResolvedExperiment,
+    ResolvedRule,
+    SitePoint,
+)
 from mechdsl.vocab.sites import SITES
 
 ALL_UNITS = -1
@@ -168,6 +174,10 @@ class RulePlan:
     """The directions that it steers along."""
     direction_of_cell: Ints | None = None
     """Index into `directions`, shape [cell]."""
+    coordinates: tuple[tuple[int, ...], ...] = ()
+    """Sets of coordinates that it changes in its basis; an empty one is all of them."""
+    coordinates_of_cell: Ints | None = None
+    """Index into `coordinates`, shape [cell]."""
     keys: TokenHits | None = None
     """Attention rules: the keys; `written` contains the queries."""
     key_of_cell: Ints | None = None
@@ -471,3 +481,14 @@ def _equal_tokens(experiment: ResolvedExperiment, rule: ResolvedRule) -> Bools:
         equal = [x == y for x, y in zip(a.ids, b.ids, strict=False)]
         found[prompt, : len(equal)] = equal
     return found
+
+
+def iter_fitted_bases(rules: Iterable[RulePlan]) -> Iterator[FittedBasis]:
+    """Yield what the bases of rules are fitted on, once each."""
+    members = {
+        member.name: member.operand
+        for rule in rules
+        if rule.rule.basis is not None
+        for member in rule.rule.basis.members.values()
+    }
+    yield from (own for own in members.values() if isinstance(own, FittedBasis))

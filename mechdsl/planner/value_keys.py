@@ -20,8 +20,11 @@ from mechdsl.prompts.answers import TokenSets
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.types import (
+    BasisMember,
     DirectionVector,
+    DrawnBasis,
     FitSample,
+    FittedBasis,
     FittedVector,
     ItemNumber,
     MetricTerm,
@@ -30,8 +33,10 @@ from mechdsl.resolve.types import (
     ResolvedRule,
     SavedVector,
     SitePoint,
+    TokenBasis,
     UnembeddingVector,
     UnitVector,
+    WeightBasis,
     WeightedSum,
 )
 from mechdsl.syntax import ast
@@ -458,6 +463,10 @@ class ExperimentKeys:
             if rule.direction_of_cell is not None:
                 steered = [self._direction(member.vector) for member in rule.directions]
                 parts.append([steered[which] for which in rule.direction_of_cell.tolist()])
+            if rule.coordinates_of_cell is not None:
+                basis = self._basis(rule)
+                own = [digest(basis, each) for each in rule.coordinates]
+                parts.append([own[which] for which in rule.coordinates_of_cell.tolist()])
             if rule.paths is not None:
                 ends = digest_lists(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
@@ -489,6 +498,29 @@ class ExperimentKeys:
                 return digest("unit", self._direction(vector.of))
             case RandomVector():
                 return digest("random", self._direction(vector.of), vector.draw, vector.seed)
+
+    def _basis(self, rule: RulePlan) -> bytes:
+        """Digest everything that a rule's basis depends on."""
+        assert rule.rule.basis is not None
+        parts = [
+            [key, member.method, member.options, member.size, *self._operand(member)]
+            for key, member in rule.rule.basis.members.items()
+        ]
+        return digest("basis", parts)
+
+    def _operand(self, member: BasisMember) -> list[object]:
+        operand = member.operand
+        match operand:
+            case FittedBasis():
+                return ["fit", *map(_written, operand.points), *map(self._sample, operand.samples)]
+            case TokenBasis():
+                return ["tokens", self._model(), operand.tokens]
+            case SavedVector():
+                return ["saved", operand.key, operand.digest]
+            case WeightBasis():
+                return ["weights", self._model(), operand.site, operand.layer]
+            case DrawnBasis():
+                return ["drawn", member.width, operand.draw, operand.seed]
 
     def _sample(self, sample: FitSample) -> list[int]:
         """Return the rows that a fit reads, independent of their order."""
@@ -566,7 +598,7 @@ def _static(rule: ResolvedRule) -> bytes:
     does = rule.does
     key = does.key(replace(rule, run="", apart=None, groups=None))
     return digest(
-        type(does), does.name, vars(does), _plain(key), _plain(rule.python),
+        *does.identity, _plain(key), _plain(rule.python),
         None if rule.edge is None else rule.edge.change,
         None if rule.path is None else (rule.path.through_mlps, rule.path.frozen_norms),
         *([rule.after_prefill] if rule.after_prefill else []),

@@ -193,13 +193,14 @@ def fitted_method(name: str) -> FittedMethod:
 class MethodError(Exception):
     """A mistake in a registered class from outside the package."""
 
-    def __init__(self, method: FittedMethod, function: str, reason: str) -> None:
+    def __init__(self, method: object, function: str, reason: str) -> None:
         kind = type(method)
         super().__init__(f"`{kind.__name__}.{function}` {reason}")
         self.hint = f"correct `{kind.__name__}.{function}` in the module `{kind.__module__}`"
 
 
-def _call(method: FittedMethod, function: str, *arguments: object) -> Any:
+def call_method(method: object, function: str, *arguments: object) -> Any:
+    """Call a method of a registered class. Raises MethodError for one from outside the package."""
     try:
         return getattr(method, function)(*arguments)
     except Exception as error:
@@ -210,7 +211,7 @@ def _call(method: FittedMethod, function: str, *arguments: object) -> Any:
 
 
 def _problem(method: FittedMethod, function: str, *arguments: object) -> Problem | None:
-    found: object = _call(method, function, *arguments)
+    found: object = call_method(method, function, *arguments)
     if found is None:
         return None
     pair = cast("tuple[object, ...]", found) if isinstance(found, tuple) else ()
@@ -236,7 +237,7 @@ def sample_problem(
 
 def option_defaults(method: FittedMethod, samples: Sequence[RowSummary]) -> Mapping[str, Constant]:
     """Return values of options that a call leaves out. Raises MethodError."""
-    found: object = _call(method, "default_options", samples)
+    found: object = call_method(method, "default_options", samples)
     if not isinstance(found, Mapping):
         raise MethodError(method, "default_options", f"returned {found!r}; it must return a dict")
     values = cast("Mapping[object, object]", found)
@@ -251,7 +252,7 @@ def description(
     method: FittedMethod, samples: Sequence[RowSummary], options: Mapping[str, Constant]
 ) -> str:
     """Return the description of a fit. Raises MethodError."""
-    found: object = _call(method, "describe", samples, options)
+    found: object = call_method(method, "describe", samples, options)
     if not isinstance(found, str) or not found:
         raise MethodError(method, "describe", f"returned {found!r}; it must return a text")
     return found
@@ -261,7 +262,7 @@ def fitted_vector(
     method: FittedMethod, samples: Sequence[RowVectors], options: Mapping[str, Constant], width: int
 ) -> Floats:
     """Return the vector of a fit, [width] float64. Raises MethodError and what `fit` raises."""
-    found: object = _call(method, "fit", samples, options)
+    found: object = call_method(method, "fit", samples, options)
     import numpy as np
 
     if not isinstance(found, np.ndarray) or not np.issubdtype(found.dtype, np.floating):

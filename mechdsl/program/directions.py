@@ -10,6 +10,7 @@ from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownName, UnknownWord
 from mechdsl.diagnostics.rules import BadDirection
 from mechdsl.program import spec
+from mechdsl.program.basis_methods import BASIS_METHODS
 from mechdsl.program.direction_methods import DIRECTION_METHODS, DirectionMethod
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
@@ -98,16 +99,36 @@ def used_directions(experiment: spec.Experiment, program: spec.Program) -> list[
 
 
 def fit_rows_of_experiment(experiment: spec.Experiment, program: spec.Program) -> list[FitRows]:
-    """Return the rows that the fits for an experiment's rules and probes read."""
+    """Return the rows that the fits for an experiment's rules, bases and probes read."""
     calls = [
         call for each in used_directions(experiment, program) for call in method_calls(each.value)
     ]
     found = [rows for call in calls for rows in fit_rows_of_call(call, program)]
+    bases = (fit_rows_of_basis(basis, program) for basis in used_bases(experiment, program))
+    found += [rows for rows in bases if rows is not None]
     for rule in experiment.every_rule:
         train = None if rule.observed is None else training_rows(rule.observed.call)
         rows = None if train is None else parse_fit_rows(train, program.prompts)
         found += [] if rows is None else [rows]
     return list(dict.fromkeys(found))
+
+
+def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.Basis]:
+    """Return the bases that an experiment's rules use, once each."""
+    sites = (rule.site for rule in experiment.every_rule if rule.site is not None)
+    names = dict.fromkeys(site.basis_name for site in sites)
+    return [program.bases[name] for name in names if name in program.bases]
+
+
+def fit_rows_of_basis(basis: spec.Basis, program: spec.Program) -> FitRows | None:
+    """Return the rows that a basis is fitted on; None for a method without rows."""
+    method = BASIS_METHODS.get(basis.method.name)
+    if method is None or method.takes != "block":
+        return None
+    (value,) = (a.value for a in basis.method.arguments if a.name is None)
+    rows = parse_fit_rows(value, program.prompts)
+    limit = _limit(basis.method, program.parameters)
+    return None if rows is None else replace(rows, limit=limit)
 
 
 def training_rows(call: ast.Call | None) -> ast.Node | None:
@@ -283,9 +304,11 @@ def _arguments(
         case "two" | "block":
             models = [v for v in values if isinstance(v, ast.Name) and v.id in scope.names("model")]
             for value in values:
-                _block(value, parts, scope, models=method.takes == "two" and len(models) == 2)
+                check_fit_rows(
+                    value, parts, scope, models=method.takes == "two" and len(models) == 2
+                )
         case "value and block":
-            _block(values[1], parts, scope, models=False)
+            check_fit_rows(values[1], parts, scope, models=False)
         case _:
             for value in values:
                 if not isinstance(constant_value(value, parts.parameters), str):
@@ -300,12 +323,14 @@ def _arguments(
                     )
     for argument in call.arguments:
         if argument.name == "prompts":
-            _block(argument.value, parts, scope, models=False)
+            check_fit_rows(argument.value, parts, scope, models=False)
         if argument.name == "limit":
-            _check_limit(call, argument, parts, scope)
+            check_row_limit(call, argument, parts, scope)
 
 
-def _check_limit(call: ast.Call, limit: ast.Argument, parts: Definitions, scope: Namespace) -> None:
+def check_row_limit(
+    call: ast.Call, limit: ast.Argument, parts: Definitions, scope: Namespace
+) -> None:
     """Report E0207 for an invalid limit, and for a limit without a named block."""
     if isinstance(limit.value, ast.Name):
         scope.has("param", limit.value.id)
@@ -325,7 +350,9 @@ def _check_limit(call: ast.Call, limit: ast.Argument, parts: Definitions, scope:
         )
 
 
-def _block(node: ast.Node, parts: Definitions, scope: Namespace, *, models: bool) -> None:
+def check_fit_rows(
+    node: ast.Node, parts: Definitions, scope: Namespace, *, models: bool = False
+) -> None:
     """Report E0201 for a name that isn't a block's (or, with `models`, a model's), E0207 for a run
     that the block doesn't have."""
     if models and isinstance(node, ast.Name) and scope.has("model", node.id):

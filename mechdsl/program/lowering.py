@@ -28,6 +28,7 @@ from mechdsl.diagnostics.names import (
 )
 from mechdsl.diagnostics.syntax import NotSupported, NotText, Unreadable
 from mechdsl.program import spec
+from mechdsl.program.bases import lower_basis
 from mechdsl.program.directions import drop_circular_directions, lower_direction
 from mechdsl.program.images import MEAN_IMAGE, averaged_block
 from mechdsl.program.measures import (
@@ -564,6 +565,7 @@ def lower_program(
     for block in parts.prompts.values():
         _scored_with(block, parts, scope)
     _directions(files, parts, scope)
+    _bases(files, parts, scope)
     for file, imported in files:
         if not imported:
             _lower_experiments(file, parts, scope)
@@ -582,6 +584,7 @@ def lower_program(
         prompts=parts.prompts,
         groups=parts.groups,
         directions=parts.directions,
+        bases=parts.bases,
         metrics=parts.metrics,
         parameters=parts.parameters,
         experiments=tuple(parts.experiments),
@@ -808,8 +811,6 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
                     )
                 )
             parts.seed, parts.seeded = value, statement.span
-        case ast.BasisDef(name=name):
-            _later(name, "basis", imported, scope)
         case _:
             pass
 
@@ -849,11 +850,16 @@ def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: N
     parts.directions = drop_circular_directions(parts.directions, scope)
 
 
-def _later(name: ast.Name, kind: str, imported: bool, scope: Namespace) -> None:
-    """Register the name of a definition that parses but isn't supported yet."""
-    if scope.define(kind, name, imported=imported):
-        scope.definitions[name.id].used = True
-    scope.diagnostics.append(NotSupported(span=name.span, what=f"`{kind}`"))
+def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
+    """Define bases, which may refer to any block."""
+    for file, imported in files:
+        for statement in file.statements:
+            if isinstance(statement, ast.BasisDef) and scope.define(
+                "basis", statement.name, imported=imported
+            ):
+                basis = lower_basis(statement, parts, scope)
+                if basis is not None:
+                    parts.bases[basis.name] = basis
 
 
 def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spec.Model | None:

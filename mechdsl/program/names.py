@@ -14,6 +14,7 @@ DEFINITION_EXAMPLES = {
     "model": 'model {} = zoo("counting")',
     "prompts": "prompts {} {{ … }}",
     "param": "param {} = 12",
+    "basis": "basis {} = pca(fruit, dims: 8) at resid_post layer 2 at last token",
     "direction": "direction {} = mean_difference(A, B) at resid_post layer 2 at last token",
 }
 

@@ -170,6 +170,9 @@ def _add(
     if isinstance(body.value, ast.StepFraction):
         lowered = _at(rule, "add", body, fill=body.value.factor)
         return lowered.model_copy(update={"stepped": body.value.component})
+    names = work.scope.names("direction")
+    if body.site.basis_name is not None and not direction_names(body.value, names):
+        return _at(rule, "add", body, fill=body.value)
     return _of_direction(rule, "add", body, body.value, work)
 
 
@@ -212,7 +215,9 @@ def lower_rule(
         case ast.Scale():
             return _at(rule, "scale", body, fill=body.factor)
         case ast.Clamp():
-            lowered = _at(rule, "clamp", body, fill=body.value)
+            # Of coordinates, a clamp sets the number.
+            verb = "clamp" if body.site.basis_name is None else "set"
+            lowered = _at(rule, verb, body, fill=body.value)
             if body.direction is None:
                 return lowered
             _known(body.direction, work)

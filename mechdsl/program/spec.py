@@ -328,6 +328,16 @@ class Direction(Spec):
     """None: the last token."""
 
 
+class Basis(Spec):
+    """`basis NAME = METHOD(…) at SITE at POSITIONS`."""
+
+    name: str
+    method: CallText
+    site: SiteText
+    at: PositionsText | None = None
+    """Position of the activations that it is computed from; None: the last token."""
+
+
 class Rule(Spec):
     """One intervention. `loops` are the `for` variables around it, outermost first."""
 
@@ -593,6 +603,7 @@ class Program(Spec):
     prompts: dict[str, Prompts] = Field(default_factory=dict)
     groups: dict[str, Group] = Field(default_factory=dict)
     directions: dict[str, Direction] = Field(default_factory=dict)
+    bases: dict[str, Basis] = Field(default_factory=dict)
     metrics: dict[str, ExprText] = Field(default_factory=dict)
     """Metrics that the file defines; measures contain their expansion."""
     parameters: dict[str, SkipValidation[int | float | str | bool]] = Field(default_factory=dict)
@@ -656,6 +667,7 @@ class Definitions:
     prompts: dict[str, Prompts] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     directions: dict[str, Direction] = field(default_factory=dict)
+    bases: dict[str, Basis] = field(default_factory=dict)
     metrics: dict[str, ast.Expr] = field(default_factory=dict)
     rule_functions: dict[str, ast.Call] = field(default_factory=dict)
     """Functions that the caller passes for rules."""

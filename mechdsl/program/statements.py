@@ -28,6 +28,10 @@ UNSUPPORTED_NODES: dict[type[ast.Node], str] = {
     ast.ObserveFeatures: "`observe features`",
 }
 
+BASIS_HINT = (
+    "use a basis in `patch`, `ablate`, `set`, `add`, `scale` and `clamp`, at the written site"
+)
+
 # Lists of which a statement takes one item.
 LIST_HINTS: dict[type[ast.Node], str] = {
     ast.FromInto: "keep one of them; several runs are a list: `from A, B into C`",
@@ -69,9 +73,9 @@ class Statements:
     def diagnostics(self) -> list[Diagnostic]:
         return self.scope.diagnostics
 
-    def later(self, span: Span, what: str) -> None:
+    def later(self, span: Span, what: str, hint: str = NotSupported.later) -> None:
         self.unsupported = True
-        self.diagnostics.append(NotSupported(span=span, what=what))
+        self.diagnostics.append(NotSupported(span=span, what=what, later=hint))
 
     def collect(self, statements: Sequence[ast.Statement], loops: tuple[str, ...] = ()) -> None:
         for statement in statements:
@@ -159,10 +163,12 @@ class Statements:
         for node in walk(statement):
             if type(node) in UNSUPPORTED_NODES:
                 self.later(node.span, UNSUPPORTED_NODES[type(node)])
-            elif isinstance(node, ast.Site) and node.basis is not None:
-                self.later(node.span, "a subspace")
-            elif isinstance(node, ast.Axis) and node.word == "feature":
-                self.later(node.span, f"`{node.word}` sites")
+            elif isinstance(node, ast.Site) and (name := node.basis_name) is not None:
+                if isinstance(statement, ast.Rule) and _takes_basis(statement, node):
+                    self.scope.use("basis", name, node.span)
+                else:
+                    self.scope.has("basis", name)
+                    self.later(node.span, "a basis in this statement", BASIS_HINT)
         return len(self.diagnostics) == before
 
     def _amount(self, body: ast.RegisteredRule) -> None:
@@ -176,6 +182,22 @@ class Statements:
         expected = f"`{takes}` and a number" if takes else f"no number after `{verb}`"
         self.unsupported = True
         self.diagnostics.append(UnexpectedToken(span=span, found=found, expected=expected))
+
+
+def _takes_basis(rule: ast.Rule, site: ast.Site) -> bool:
+    """Whether the site of a rule may be coordinates of a basis."""
+    match rule.body:
+        case (
+            ast.Patch(site=own)
+            | ast.Ablate(site=own)
+            | ast.SetSite(site=own)
+            | ast.Add(site=own)
+            | ast.Scale(site=own)
+            | ast.Clamp(site=own, direction=None)
+        ):
+            return own is site
+        case _:
+            return False
 
 
 def mark_names_used(node: ast.Node, work: Statements) -> None:

@@ -140,7 +140,7 @@ def resolve_fitted_family(
         return None
     points = {key: _points(call, definition, key, sites) for key in sites.points}
     rows = fit_rows_of_call(call, work.program)
-    samples = [_samples(call, each, definition, work) for each in rows]
+    samples = [resolve_samples(call, each, definition.at, work) for each in rows]
     if any(each is None for each in samples):
         return None
     by_label = [each for each in samples if each is not None]
@@ -199,8 +199,8 @@ def _width(points: Sequence[SitePoint], work: ExperimentContext) -> int:
     return vector_width(work.model.shape, first.site, first.layer)
 
 
-def _samples(
-    call: ast.Call, rows: FitRows, definition: spec.Direction, work: ExperimentContext
+def resolve_samples(
+    call: ast.Call, rows: FitRows, at: ast.Positions | None, work: ExperimentContext
 ) -> dict[str, FitSample] | None:
     """Resolve the rows of a fit, by position label; None after an error."""
     table = work.table if rows.key == "" else work.table.beside.get(rows.key)
@@ -209,7 +209,7 @@ def _samples(
     run = table.runs[rows.run]
     if rows.model is not None and rows.model != work.model.name:
         run = replace(run, model=rows.model)
-    at = definition.at or _last_token(call)
+    at = at or _last_token(call)
     parameters = {
         name: value
         for name, value in work.program.parameters.items()
@@ -235,7 +235,8 @@ def _last_token(call: ast.Call) -> ast.Positions:
 
 def _targets(call: ast.Call, rows: Sequence[object]) -> tuple[float | str, ...]:
     """Return the value of each row that a probe is fitted to; empty for other methods."""
-    if DIRECTION_METHODS[call.name].takes != "value and block":
+    method = DIRECTION_METHODS.get(call.name)
+    if method is None or method.takes != "value and block":
         return ()
     value = call.arguments[0].value
     name = value.id if isinstance(value, ast.Name) else ""
@@ -313,7 +314,7 @@ def _describe_fit(
     takes_value = method.takes == "value and block"
     value = call.arguments[0].value.span.written if takes_value else ""
     summaries = [
-        RowSummary(_describe_rows(sample, own), value, sample.classes if takes_value else ())
+        RowSummary(describe_rows(sample, own), value, sample.classes if takes_value else ())
         for sample, own in zip(read, rows, strict=True)
     ]
     try:
@@ -327,7 +328,8 @@ def _describe_fit(
         raise DirectionError(call, str(mistake), mistake.hint) from mistake
 
 
-def _describe_rows(sample: FitSample, rows: FitRows) -> str:
+def describe_rows(sample: FitSample, rows: FitRows) -> str:
+    """Describe the rows of a fit: `40 rows of fruit (fewer)`."""
     used, every = count_used_rows(sample.cell), len(sample.table)
     count = count_noun(used, "row") if used == every else f"{used} of {count_noun(every, 'row')}"
     part = f".{rows.part}" if rows.part else ""
@@ -348,7 +350,7 @@ def resolve_unfitted_family(
     if call.name == "saved":
         written, key = texts
         return _saved_family(call, definition, written, key, work)
-    tokens = [_token(call, text, work) for text in texts]
+    tokens = find_tokens(call, texts, work)
     words = " − ".join(f'"{text}"' for text in texts)
     vector = UnembeddingVector(tokens[0], tokens[1] if len(tokens) > 1 else None)
     member = DirectionMember(definition.name, vector, f"unembedding of {words}")
@@ -379,6 +381,11 @@ def _saved_family(
     made = f"`{key}` of {written}, SHA-256 {saved.digest[:12]}…"
     member = DirectionMember(definition.name, SavedVector(path, key, saved.digest), made)
     return DirectionFamily(definition.name, (), {(): member}, shapes[key][0], (definition.name,))
+
+
+def find_tokens(call: ast.Call, texts: Sequence[str], work: ExperimentContext) -> tuple[int, ...]:
+    """Return the token of each text. Raises DirectionError for a text of several tokens."""
+    return tuple(_token(call, text, work) for text in texts)
 
 
 def _token(call: ast.Call, text: str, work: ExperimentContext) -> int:

@@ -18,6 +18,7 @@ from mechdsl.program.spec import PROMPTS_AXIS
 from mechdsl.prompts.positions.spans import NO_ANSWERS, AnswerTokens, refers_to_answer
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import ANSWER_SPAN, PositionCell, RunRow
+from mechdsl.resolve.bases import resolve_rule
 from mechdsl.resolve.cells import find_open_axes, has_open_positions
 from mechdsl.resolve.conflicts import (
     check_estimator,
@@ -446,7 +447,7 @@ def _rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> list[ResolvedR
         kind = kinds[rule.verb]
         work.replies = replies if kind.reads_replies else RULE_REPLIES
         work.answers = behind if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
-        found = kind.resolve(rule, work)
+        found = resolve_rule(kind.resolve, rule, work)
         rules.append(None if found is None else resolve_steps(found, work))
     return rules
 

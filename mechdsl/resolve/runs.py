@@ -22,6 +22,7 @@ from mechdsl.prompts.positions.cells import ReplyTokens, resolve_positions
 from mechdsl.prompts.positions.spans import AnswerTokens, refers_to_answer
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import DerivedRun, ReplyPosition
+from mechdsl.resolve.bases import resolve_rule
 from mechdsl.resolve.observations import Observation, RowSetObservation
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.types import (
@@ -128,7 +129,7 @@ def _rules(
     inner = ExperimentContext(alone, work.program, work.model, work.table, sites)
     found: list[ResolvedRule] = []
     for rule in run.rules:
-        resolved = kinds[rule.verb].resolve(rule, inner)
+        resolved = resolve_rule(kinds[rule.verb].resolve, rule, inner)
         if resolved is None:
             continue
         problems = list(_check_run_rule(resolved, inner.table, run))

@@ -123,12 +123,21 @@ class AxisValues:
 
 
 def resolve_axis(
-    axis: ast.Axis | None, kinds: list[SiteKind], context: SiteContext
+    axis: ast.Axis | None,
+    kinds: list[SiteKind],
+    context: SiteContext,
+    *,
+    size: int | None = None,
 ) -> AxisValues | None:
-    """Resolve the coordinates of one axis of a site; None after an error."""
+    """Resolve the coordinates of one axis of a site; None after an error.
+
+    Args:
+        kinds: The sites that the axis belongs to; none for coordinates of a basis.
+        size: Number of coordinates, if the model doesn't determine it.
+    """
     if axis is None:
         return AxisValues()
-    return _AxisReader(axis, kinds, context).values()
+    return _AxisReader(axis, kinds, context, size).values()
 
 
 LoopValues = Mapping[str, AxisLabel]
@@ -138,12 +147,16 @@ LoopValues = Mapping[str, AxisLabel]
 class _AxisReader:
     """Resolver for one axis of a site."""
 
-    def __init__(self, axis: ast.Axis, kinds: list[SiteKind], context: SiteContext) -> None:
+    def __init__(
+        self, axis: ast.Axis, kinds: list[SiteKind], context: SiteContext, size: int | None
+    ) -> None:
         self.axis = axis
         self.kinds = kinds
         self.context = context
         shape = context.shape
-        self.size = shape.n_layers if axis.word == "layer" else unit_count(shape, kinds[0].name)
+        if size is None:
+            size = shape.n_layers if axis.word == "layer" else unit_count(shape, kinds[0].name)
+        self.size = size
         self.count = 0
         """Number of coordinates so far, over all loop values."""
 
@@ -208,7 +221,8 @@ class _AxisReader:
     def _bound(self, bound: ast.Bound, at: LoopValues) -> int | None:
         """Return the coordinate at one end of a range; None after an error."""
         if bound.name is None or bound.name not in at:
-            return _bound(bound, self.axis, self.kinds, self.size, self.context)
+            index = _bound(bound, self.axis, self.size, self.context)
+            return index if index is not None and self._exists(index, bound.span) else None
         value = at[bound.name]
         if not isinstance(value, int):
             self._bad(
@@ -219,8 +233,29 @@ class _AxisReader:
             )
             return None
         index = value + bound.offset
-        there = _exists(index, self.axis.word, self.kinds, bound.span, self.context)
-        return index if there else None
+        return index if self._exists(index, bound.span) else None
+
+    def _exists(self, value: int, span: Span) -> bool:
+        """Check that a coordinate exists; report E0301 or E0302 otherwise."""
+        word = self.axis.word
+        if word == "layer":
+            return check_layer(value, span, self.context)
+        if word != "feature":
+            return all(check_unit(kind, value, span, self.context) for kind in self.kinds)
+        if 0 <= value < self.size:
+            return True
+        self.context.diagnostics.append(
+            UnitOutOfRange(
+                span=span,
+                unit=word,
+                units=f"{word}s",
+                index=value,
+                last=self.size - 1,
+                where="",
+                model=self.axis.of or "",
+            )
+        )
+        return False
 
     def _width(self, at: LoopValues) -> int | None:
         """Return the width of the windows, 1 without windows; None after an error."""
@@ -313,9 +348,8 @@ def _loops_named(value: ast.Star | ast.AxisRange, context: SiteContext) -> list[
     return [end.name for end in ends if end is not None and end.name in context.loops and end.name]
 
 
-def _bound(
-    bound: ast.Bound, axis: ast.Axis, kinds: list[SiteKind], size: int, context: SiteContext
-) -> int | None:
+def _bound(bound: ast.Bound, axis: ast.Axis, size: int, context: SiteContext) -> int | None:
+    """Return the coordinate of a bound, which may not exist; None after an error."""
     if bound.percent is not None:
         if axis.word != "layer" or not 0 <= bound.percent <= 100:
             reason = "only layers have a relative depth" if axis.word != "layer" else "beyond 100%"
@@ -344,9 +378,7 @@ def _bound(
             return None
         value = given + bound.offset
     assert value is not None
-    if value < 0:
-        value = size + value if -value <= size else value
-    return value if _exists(value, axis.word, kinds, bound.span, context) else None
+    return size + value if -size <= value < 0 else value
 
 
 def _unknown_name(name: str, context: SiteContext) -> tuple[str, str]:
@@ -356,12 +388,6 @@ def _unknown_name(name: str, context: SiteContext) -> tuple[str, str]:
     otherwise = f"known here: {name_list(known)}" if known else otherwise
     reason = "is neither a `for` variable around this rule nor a `param`"
     return reason, did_you_mean(name, known, otherwise)
-
-
-def _exists(value: int, word: str, kinds: list[SiteKind], span: Span, context: SiteContext) -> bool:
-    if word == "layer":
-        return check_layer(value, span, context)
-    return all(check_unit(kind, value, span, context) for kind in kinds)
 
 
 _MOST = {

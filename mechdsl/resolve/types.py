@@ -117,6 +117,79 @@ DirectionVector: TypeAlias = (
 
 
 @record
+class FittedBasis(Record):
+    """A basis computed from activations of one site: `pca(fruit, dims: 8)`."""
+
+    samples: tuple[FitSample, ...]
+    points: tuple[SitePoint, ...]
+    """The site of the activations."""
+
+
+@record
+class TokenBasis(Record):
+    """A basis computed from rows of the unembedding."""
+
+    tokens: tuple[int, ...]
+
+
+@record
+class WeightBasis(Record):
+    """A basis computed from the weights that write to a site."""
+
+    site: str
+    layer: int
+
+
+@record
+class DrawnBasis(Record):
+    """A basis computed from the width of the vectors, and from random numbers."""
+
+    draw: str
+    """Identifier of the draw."""
+    seed: int
+
+
+BasisOperand: TypeAlias = FittedBasis | TokenBasis | SavedVector | WeightBasis | DrawnBasis
+
+
+@record
+class BasisMember(Record):
+    """A basis for the vectors of one site."""
+
+    name: str
+    """`axes[layer 3]`. Within one panel, equal names denote equal bases."""
+    method: str
+    """Its name in `BASIS_METHODS`."""
+    options: Mapping[str, Constant]
+    operand: BasisOperand
+    width: int
+    """Numbers of a vector."""
+    size: int
+    """Number of coordinates."""
+    made: str
+    """Description of how the basis was computed."""
+
+
+@record
+class BasisTargets(Record):
+    """Coordinates that a rule changes."""
+
+    definition: str
+    """Name of the `basis` line."""
+    members: Mapping[tuple[int | None, int | None] | None, BasisMember]
+    """By layer and head of the written point; the key None is for all points."""
+    axes: tuple[str, ...]
+    coordinates: Mapping[AxisIndices, tuple[int, ...]]
+    """By the indices along `axes`; empty for all coordinates."""
+
+    def at(self, point: SitePoint) -> BasisMember:
+        """Return the basis for the vectors of a point."""
+        if None in self.members:
+            return self.members[None]
+        return self.members[point.layer, point.unit]
+
+
+@record
 class DirectionMember(Record):
     """One member of a direction family."""
 
@@ -336,12 +409,13 @@ class Intervention:
     """Source of `VectorBatch.read`: the rule's run at the same prompt ("run"), that run at a
     different prompt by a seeded permutation ("donor"), its mean over all prompts ("mean"), or the
     result of `of_cell` for all rows of a cell ("cell"). None if nothing is read."""
-    mode: ClassVar[Literal["set", "add", "scale", "along", "step"]] = "set"
+    mode: ClassVar[Literal["set", "add", "scale", "along", "step", "coordinates"]] = "set"
     """How the result of `values` is combined with the current activation.
 
     "set" replaces it and "add" is added to it. "scale" multiplies it by [K, 1]. "along" sets only
     the component along unit directions, to the rule's number or to 0 without one. "step" adds
     [K, 1] times the difference between the activation and the one at the preceding position.
+    "coordinates" changes coordinates in a basis.
     """
     copies: ClassVar[bool] = False
     """Whether it writes the vectors of the rule's run unchanged. Rows whose source and base run
@@ -350,6 +424,11 @@ class Intervention:
     """Whether cells are only pairs whose `beside` sites are in a later layer."""
     drawn_positions: ClassVar[bool] = True
     """Whether `against random(…, positions)` can move it to random positions."""
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Class, name and settings: interventions with equal identities have the same effect."""
+        return type(self), self.name, vars(self)
 
     @property
     def reads_weights_only(self) -> bool:
@@ -438,6 +517,8 @@ class ResolvedRule(Record):
     """The number that it writes or computes with."""
     direction: DirectionTargets | None = None
     """Direction that it steers along."""
+    basis: BasisTargets | None = None
+    """Coordinates that it changes; None if it changes whole vectors."""
     apart: ExternalRun | None = None
     """`mean of BLOCK`, `resample of BLOCK`: the run that is read. `positions.read` then refers to
     its rows."""
@@ -481,7 +562,8 @@ class ResolvedRule(Record):
     @property
     def axes(self) -> frozenset[str]:
         """Names of the axes that any of its fields depends on."""
-        parts = [self.sites, self.positions, self.amounts, self.direction, self.steps]
+        parts: list[Any] = [self.sites, self.positions, self.amounts, self.direction, self.steps]
+        parts += [self.basis]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
         parts += [] if self.beside is None else [self.beside]

@@ -356,6 +356,8 @@ class AddRule(DirectionRule):
             return resolve_value(rule, VALUE_ADDITION, work)
         if rule.stepped is not None:
             return resolve_step(rule, work)
+        if rule.direction is None:
+            return resolve_number(rule, NUMBER_ADDITION, work)
         return super().resolve(rule, work)
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -363,6 +365,40 @@ class AddRule(DirectionRule):
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
         return scale_directions(vectors)
+
+
+class NumberAddition(Intervention):
+    """Addition of a number to coordinates: `add 4 to feature 12 of b`."""
+
+    name = "add number"
+    mode = "add"
+
+    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return amounts == 0
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return vectors.amounts[:, None].expand(-1, vectors.width)
+
+
+NUMBER_ADDITION = NumberAddition()
+
+
+def resolve_number(
+    rule: spec.Rule, does: Intervention, work: ExperimentContext
+) -> ResolvedRule | None:
+    """Resolve a rule with a number at sites of the base run; None after an error."""
+    sites, positions = resolve_targets(rule, work.experiment.base, work)
+    amounts = resolve_amounts(rule.fill, work)
+    if sites is None or positions is None or amounts is None:
+        return None
+    return ResolvedRule(
+        spec=rule,
+        does=does,
+        run=work.experiment.base,
+        sites=sites,
+        positions=positions,
+        amounts=amounts,
+    )
 
 
 class DirectionAssignment(DirectionRule):
@@ -389,18 +425,7 @@ class ScaleRule(RuleKind, Steering):
     mode = "scale"
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        sites, positions = resolve_targets(rule, work.experiment.base, work)
-        amounts = resolve_amounts(rule.fill, work)
-        if sites is None or positions is None or amounts is None:
-            return None
-        return ResolvedRule(
-            spec=rule,
-            does=self,
-            run=work.experiment.base,
-            sites=sites,
-            positions=positions,
-            amounts=amounts,
-        )
+        return resolve_number(rule, self, work)
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
         return amounts == 1

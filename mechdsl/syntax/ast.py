@@ -318,6 +318,11 @@ class Site(Node):
         one = len(self.names) == 1 and not self.axes and self.short is None and self.ranked is None
         return self.names[0] if one else None
 
+    @property
+    def basis_name(self) -> str | None:
+        """The basis whose coordinates it names: `resid_post in basis b`, `feature 3 of b`."""
+        return next((axis.of for axis in self.axes if axis.of is not None), self.basis)
+
 
 @record
 class RankedSelection(Node):

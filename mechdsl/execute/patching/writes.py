@@ -26,7 +26,9 @@ from mechdsl.forward.hooks.batch import (
     array_to_device,
     arrays_to_device,
     gather_vectors,
+    to_device,
 )
+from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.plan import ExperimentPlan, WholeCells
 from mechdsl.planner.rows import (
@@ -40,7 +42,8 @@ from mechdsl.planner.rows import (
     expand_units,
     point_units,
 )
-from mechdsl.resolve.types import SiteLayer
+from mechdsl.resolve.bases import CoordinateChange
+from mechdsl.resolve.types import BasisMember, BasisTargets, SiteLayer, SitePoint
 from mechdsl.vocab.sites import SITES
 
 
@@ -302,9 +305,12 @@ def build_writes(
                 means_and_donors,
                 shape,
             )
-            values = rule.rule.does.values(rule.rule, asked)
             spots = entries.row[chosen], entries.written[chosen], unit
             mode = rule.rule.does.mode
+            if mode == "coordinates":
+                parts[to] += _write_coordinates(asked, spots, to, rows)
+                continue
+            values = rule.rule.does.values(rule.rule, asked)
             where = asked.amounts if mode == "along" else None
             parts[to].append(RuleWrite(*spots, values, mode, where, rule.number))
     apart = any(rule.does.mode == "step" for rule in plan.experiment.rules)
@@ -313,6 +319,73 @@ def build_writes(
         for place, found in parts.items()
         for write in _merge_in_order(place, found, apart=apart)
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Coordinates:
+    """Implementation of `mechdsl.resolve.types.VectorBatch` for some coordinates of vectors."""
+
+    of: _RuleVectors
+    system: CoordinateSystem
+    which: Tensor | None
+    """[K, m]; None for all."""
+
+    @property
+    def amounts(self) -> Tensor:
+        return self.of.amounts
+
+    @property
+    def width(self) -> int:
+        return self.system.size if self.which is None else self.which.shape[1]
+
+    def direction(self) -> Tensor:
+        raise TypeError("rules in a basis have no direction")
+
+    def read(self) -> Tensor:
+        """Return the coordinates of the vectors that are read: [K, m]."""
+        vectors = self.of.read()
+        wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        which = None if self.which is None else to_device(self.which, wide.device)
+        return self.system.encode(wide, which)
+
+
+def _write_coordinates(
+    asked: _RuleVectors, spots: tuple[Ints, Ints, Ints], place: SiteLayer, rows: RowTable
+) -> Iterator[RuleWrite]:
+    """Yield the writes of a rule in a basis, by basis and number of coordinates."""
+    plan = asked.plan
+    basis, does = plan.rule.basis, plan.rule.does
+    assert basis is not None
+    assert plan.coordinates_of_cell is not None
+    assert isinstance(does, CoordinateChange)
+    members = list(basis.members.values())
+    units, inverse = np.unique(spots[2], return_inverse=True)
+    points = [SitePoint(*place, int(unit)) for unit in units]
+    point_of = [_find_member(basis, point) for point in points]
+    member_of = np.array([members.index(own) for own in point_of], dtype=np.int64)[inverse]
+    named = plan.coordinates_of_cell[rows.cell[asked.row]]
+    counts = np.array([len(own) for own in plan.coordinates], dtype=np.int64)
+    kinds = np.stack([member_of, counts[named]])
+    for number, count in np.unique(kinds, axis=1).T.tolist():
+        own = np.flatnonzero((kinds[0] == number) & (kinds[1] == count))
+        which = None
+        if count:
+            table = np.array([plan.coordinates[n] for n in np.unique(named[own])], dtype=np.int64)
+            which = torch.from_numpy(table[np.unique(named[own], return_inverse=True)[1]])
+        system = asked.means_and_donors.directions.systems[members[number].name]
+        part = _Coordinates(asked.part(own), system, which)
+        values = does.values(plan.rule, part)
+        values = values.expand(-1, part.width)
+        mode = asked.means_and_donors.directions.mode(members[number], does.operation, count)
+        row, position, unit = (each[own] for each in spots)
+        yield RuleWrite(row, position, unit, values, mode, which, plan.number)
+
+
+def _find_member(basis: BasisTargets, point: SitePoint) -> BasisMember:
+    """Return the basis of a point; a site without heads has unit 0 in writes and none in rules."""
+    if None in basis.members or (point.layer, point.unit) in basis.members:
+        return basis.at(point)
+    return basis.members[point.layer, None]
 
 
 def _group_by_site(
@@ -446,6 +519,10 @@ class _RuleVectors:
     made: CellVectors | None
     means_and_donors: RuleInputs
     shape: ModelShape
+
+    def part(self, own: Ints) -> _RuleVectors:
+        """Select some of the vectors."""
+        return replace(self, chosen=self.chosen[own], unit=self.unit[own])
 
     @property
     def row(self) -> Ints:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.models.shape import PaddingSide
 from mechdsl.vocab.sites import EdgeChange, stop_layer
 
@@ -259,10 +260,10 @@ def gather_vectors(
     return read[indices_to_device(index, read.device)]
 
 
-WriteMode = Literal["set", "add", "scale", "along", "step"]
+WriteMode = Literal["set", "add", "scale", "along", "step"] | CoordinateWrite
 """How written values combine with existing ones: `set` replaces, `add` adds and `scale` multiplies;
 `along` sets the component along directions of length 1; `step` adds a multiple of the difference
-to the preceding position."""
+to the preceding position; `CoordinateWrite` changes coordinates in a basis."""
 
 
 class WriteMismatch(RuntimeError):
@@ -291,10 +292,11 @@ class SiteWrite:
     """[K] long, head or neuron; 0 for whole vectors."""
     values: Tensor
     """[K, width], cast to the activation's dtype and device; for `scale` and `step` [K, 1]
-    factors."""
+    factors; for coordinates [K, m] or [K, 1]."""
     mode: WriteMode = "set"
     to: Tensor | None = None
-    """[K] for `along`: the resulting component along `values`."""
+    """[K] for `along`: the resulting component along `values`; [K, m] long for coordinates: which
+    ones, None for all."""
     stack: str = ""
     """Name of the stack; the main one's is empty."""
     rule: int = -1
@@ -343,6 +345,8 @@ def apply_write(
             prompt's first position.
     """
     match mode:
+        case CoordinateWrite():
+            return mode.apply(now, values, to)
         case "set":
             return values.to(now).expand_as(now)
         case "add":

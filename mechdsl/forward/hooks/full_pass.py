@@ -30,6 +30,7 @@ from mechdsl.forward.hooks.batch import (
     indices_to_device,
     to_device,
 )
+from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.hook_points import (
     HookStep,
     InputHook,
@@ -480,6 +481,8 @@ class SiteHooks:
             site_width = write.values.shape[1]
         if write.mode in ("scale", "step"):
             site_width = 1
+        elif isinstance(write.mode, CoordinateWrite):
+            site_width = write.values.shape[1]
         if write.values.shape != (count, site_width):
             raise ValueError(f"values for {name} must be [{count}, {site_width}]")
         if write.positions.shape != (count,) or write.units.shape != (count,):

@@ -1,0 +1,126 @@
+"""Changes of coordinates in a basis, within a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+CoordinateOperation = Literal["set", "add", "scale"]
+
+
+class CoordinateSystem(Protocol):
+    """Coordinates of vectors, and the vectors of changed coordinates. All tensors are in float32 or
+    float64, on the device of the vectors."""
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates."""
+        ...
+
+    def encode(self, vectors: Tensor, which: Tensor | None) -> Tensor:
+        """Compute coordinates.
+
+        Args:
+            vectors: [K, width].
+            which: [K, m] long, the coordinates of each vector; None for all.
+
+        Returns:
+            [K, m], or [K, size].
+        """
+        ...
+
+    def shift(self, vectors: Tensor, change: Tensor, which: Tensor | None) -> Tensor:
+        """Return [K, width]: the vectors after their coordinates have changed.
+
+        Args:
+            vectors: [K, width].
+            change: [K, m], or [K, size]: new coordinates minus the current ones.
+            which: As in `encode`.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class LinearBasis:
+    """Independent directions. The coordinates of x are those of the projection of x − center onto
+    their span: (x − center) D⁺, with the pseudo-inverse D⁺ of the directions D."""
+
+    directions: Tensor
+    """[size, width] float64."""
+    center: Tensor
+    """[width] float64."""
+    inverse: Tensor
+    """[width, size] float64."""
+    _moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = field(
+        default_factory=dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]]
+    )
+
+    @staticmethod
+    def of(directions: Tensor, center: Tensor | None = None) -> LinearBasis:
+        """Create a basis. Raises ValueError if the directions depend on each other.
+
+        Args:
+            directions: [size, width].
+            center: [width], 0 by default.
+        """
+        directions = directions.double()
+        rank = int(torch.linalg.matrix_rank(directions))
+        if rank < len(directions):
+            raise ValueError(f"its {len(directions)} directions span only {rank} dimensions")
+        center = directions.new_zeros(directions.shape[1]) if center is None else center.double()
+        return LinearBasis(directions, center, torch.linalg.pinv(directions))
+
+    @property
+    def size(self) -> int:
+        return len(self.directions)
+
+    def _like(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key = vectors.device, vectors.dtype
+        if key not in self._moved:
+            parts = self.directions, self.center, self.inverse
+            first, second, third = (part.to(vectors) for part in parts)
+            self._moved[key] = first, second, third
+        return self._moved[key]
+
+    def encode(self, vectors: Tensor, which: Tensor | None) -> Tensor:
+        _, center, inverse = self._like(vectors)
+        if which is None:
+            return (vectors - center) @ inverse
+        return torch.einsum("kw,kmw->km", vectors - center, inverse.T[which])
+
+    def shift(self, vectors: Tensor, change: Tensor, which: Tensor | None) -> Tensor:
+        directions, _, _ = self._like(vectors)
+        if which is None:
+            return vectors + change @ directions
+        return vectors + torch.einsum("km,kmw->kw", change, directions[which])
+
+
+@dataclass(frozen=True, eq=False)
+class CoordinateWrite:
+    """Mode of a write whose values are coordinates: `set` replaces them, `add` adds to them, and
+    `scale` multiplies them."""
+
+    system: CoordinateSystem
+    operation: CoordinateOperation
+
+    def apply(self, now: Tensor, values: Tensor, which: Tensor | None) -> Tensor:
+        """Return [K, width]: the new vectors, in the precision of `now`.
+
+        Args:
+            now: [K, width] current vectors.
+            values: [K, m] or [K, 1] numbers; [K, size] for all coordinates.
+            which: [K, m] coordinates; None for all.
+        """
+        wide = now.to(torch.promote_types(now.dtype, torch.float32))
+        current, values = self.system.encode(wide, which), values.to(wide)
+        match self.operation:
+            case "set":
+                change = values - current
+            case "add":
+                change = values.expand_as(current)
+            case "scale":
+                change = (values - 1) * current
+        return self.system.shift(wide, change, which).to(now)

@@ -1,0 +1,160 @@
+"""`basis NAME = …` as typed data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import BadArgument, UnknownWord
+from mechdsl.diagnostics.rules import BadBasis
+from mechdsl.program import spec
+from mechdsl.program.basis_methods import BASIS_METHODS, BasisMethod
+from mechdsl.program.directions import check_fit_rows, check_row_limit
+from mechdsl.program.names import Namespace
+from mechdsl.program.spec import constant_value
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+
+if TYPE_CHECKING:
+    from mechdsl.program.spec import Definitions
+
+
+def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -> spec.Basis | None:
+    """Lower a definition and report errors that don't depend on the model; None after an error.
+
+    Codes: E0201, E0203, E0207, E0342.
+    """
+    call = statement.source
+    method = BASIS_METHODS.get(call.name)
+    if method is None:
+        known = ", ".join(f"`{each.example}`" for _, each in BASIS_METHODS.items())
+        hint = did_you_mean(call.name, BASIS_METHODS, f"methods are {known}")
+        scope.diagnostics.append(
+            UnknownWord(span=call.span, kind="basis method", word=call.name, hint=hint)
+        )
+        return None
+    before = len(scope.diagnostics)
+    _check_arguments(call, method, parts, scope)
+    if statement.site is None:
+        scope.diagnostics.append(
+            BadBasis(
+                span=call.span,
+                reason=f"`{statement.name.id}` has no site",
+                hint=f"add the site: `basis {statement.name.id} = {call.span.written} at "
+                "resid_post layer 2`",
+            )
+        )
+    elif statement.at is not None and method.takes != "block":
+        scope.diagnostics.append(
+            BadBasis(
+                span=statement.at.span,
+                reason=f"`{call.name}` reads no activations, so it has no position",
+                hint=f"remove `at {statement.at.span.written}`",
+            )
+        )
+    for axis in () if statement.site is None else statement.site.axes:
+        if axis.word == "feature" or axis.plural:
+            scope.diagnostics.append(
+                BadBasis(
+                    span=axis.span,
+                    reason="a basis has one site, or one per layer or head",
+                    hint="write the singular: `layer *` makes a basis of each layer",
+                )
+            )
+    if len(scope.diagnostics) > before or statement.site is None:
+        return None
+    return spec.Basis(
+        span=statement.span,
+        name=statement.name.id,
+        method=call,
+        site=statement.site,
+        at=statement.at,
+    )
+
+
+def _check_arguments(
+    call: ast.Call, method: BasisMethod, parts: Definitions, scope: Namespace
+) -> None:
+    values = [a.value for a in call.arguments if a.name is None]
+    given = [a.name for a in call.arguments if a.name is not None]
+    for argument in call.arguments:
+        if argument.name is None:
+            continue
+        if argument.name not in method.options:
+            known = ", ".join(f"`{each}: …`" for each in method.options)
+            hint = did_you_mean(argument.name, method.options, f"it takes {known or 'none'}")
+            reason = f"is no argument of `{call.name}`"
+            scope.diagnostics.append(
+                BadArgument(span=argument.span, name=argument.name, reason=reason, hint=hint)
+            )
+        elif argument.name == "limit":
+            check_row_limit(call, argument, parts, scope)
+        elif argument.name != "weights":
+            value = constant_value(argument.value, parts.parameters)
+            problem = method.check_option(argument.name, value)
+            if problem is not None:
+                scope.diagnostics.append(
+                    BadBasis(span=argument.span, reason=problem[0], hint=problem[1])
+                )
+        for part in walk(argument.value):
+            if isinstance(part, ast.Name):
+                scope.has("param", part.id)
+    wanted = {"block": 1, "file": 2, "tokens": None}.get(method.takes, 0)
+    enough = len(values) >= 2 if wanted is None else len(values) == wanted
+    missing = [each for each in method.required if each not in given]
+    if not enough or missing:
+        scope.diagnostics.append(
+            BadArgument(
+                span=call.span,
+                name=call.name,
+                reason=f"needs `{missing[0]}: …`" if enough else f"is written `{method.example}`",
+                hint=f"write `{method.example}`",
+            )
+        )
+        return
+    if method.takes == "block":
+        check_fit_rows(values[0], parts, scope)
+    if method.takes == "tokens":
+        _check_matrix_rows(call, method, values, parts, scope)
+    if method.takes == "file":
+        _check_texts(call, method, values, parts, scope)
+
+
+def _check_matrix_rows(
+    call: ast.Call,
+    method: BasisMethod,
+    values: Sequence[ast.Node],
+    parts: Definitions,
+    scope: Namespace,
+) -> None:
+    """Report E0207 unless the arguments are `unembed` and texts."""
+    if not (isinstance(values[0], ast.Name) and values[0].id == "unembed"):
+        scope.diagnostics.append(
+            BadArgument(
+                span=values[0].span,
+                name=call.name,
+                reason=f"has no matrix `{values[0].span.written}`",
+                hint=f"write `{method.example}`",
+            )
+        )
+    _check_texts(call, method, values[1:], parts, scope)
+
+
+def _check_texts(
+    call: ast.Call,
+    method: BasisMethod,
+    values: Sequence[ast.Node],
+    parts: Definitions,
+    scope: Namespace,
+) -> None:
+    for value in values:
+        if not isinstance(constant_value(value, parts.parameters), str):
+            scope.diagnostics.append(
+                BadArgument(
+                    span=value.span,
+                    name=call.name,
+                    reason="takes texts in quotes",
+                    hint=f"write `{method.example}`",
+                )
+            )

@@ -1,0 +1,341 @@
+"""Registry of basis methods: the functions of a file that make a basis, `NAME(…)`.
+
+A method is one class under `basis_method`. A module outside the package adds a method with such a
+class, when it is imported before a file is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
+
+from mechdsl.base.records import Registry, attribute_problem
+from mechdsl.base.text import name_list
+from mechdsl.program.direction_methods import MethodError, Problem, call_method
+from mechdsl.program.spec import Constant
+from mechdsl.syntax.words import name_problem
+
+if TYPE_CHECKING:
+    from mechdsl.base.arrays import Floats
+
+BasisOperand = Literal["block", "tokens", "file", "weights", "nothing"]
+"""What a method computes the basis from: activations of a prompt set, rows of the unembedding, a
+tensor of a file, a weight matrix of the site's layer, or nothing but the width."""
+
+BASIS_OPERANDS: tuple[BasisOperand, ...] = ("block", "tokens", "file", "weights", "nothing")
+
+
+class BasisInput(Protocol):
+    """The numbers that `build` may read."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of a vector at the site."""
+        ...
+
+    def matrix(self) -> Floats:
+        """The operand, float64.
+
+        [row, width] activations, [token, width] rows of the unembedding, a tensor of the file, or
+        [width, input] the weight matrix that writes to the site.
+        """
+        ...
+
+    def normal(self, rows: int) -> Floats:
+        """[rows, width] standard normal numbers that depend on the seed and the basis's name."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """Directions of a basis. The coordinates of x are those of x − center along them."""
+
+    directions: Floats
+    """[coordinate, width], linearly independent."""
+    center: Floats | None = None
+    """[width]; None for 0."""
+
+
+class BasisMethod:
+    """A function that makes a basis of independent directions."""
+
+    name: ClassVar[str]
+    takes: ClassVar[BasisOperand]
+    example: ClassVar[str]
+    """A call, as messages show it."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Names of the arguments that are written `NAME: VALUE`, with a constant each."""
+    required: ClassVar[tuple[str, ...]] = ()
+    """Options that a call must have."""
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        """Return the problem with an option's value, or None.
+
+        Args:
+            name: One of `options`.
+            value: None if the file has no constant there.
+        """
+        return None
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        """Return the number of coordinates, or the reason that there is no such basis.
+
+        Args:
+            width: Numbers of a vector at the site.
+            rows: Rows of the operand: prompts, tokens or rows of a tensor; the inputs of a weight
+                matrix.
+            options: Values of the call.
+        """
+        raise NotImplementedError
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        """Return the description that results and `explain` print.
+
+        Args:
+            operand: `40 rows of fruit`
+        """
+        given = "".join(f", {name} {value}" for name, value in options.items())
+        return f"{self.name} of {operand}{given}" if operand else f"{self.name}{given}"
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        """Compute the basis, with `size` coordinates."""
+        raise NotImplementedError
+
+
+BASIS_METHODS: Registry[BasisMethod] = Registry("basis method")
+
+MethodT = TypeVar("MethodT", bound=BasisMethod)
+
+
+def basis_method(name: str) -> Callable[[type[MethodT]], type[MethodT]]:
+    """Register a subclass of `BasisMethod` as the function `name` of files.
+
+    Raises ValueError or TypeError for a class that can't be used.
+    """
+    return BASIS_METHODS.class_decorator(name, _class_problem)
+
+
+def _class_problem(name: str, entry: object) -> str | None:
+    """Return the reason that a class can't be registered."""
+    wrong = name_problem(name)
+    if wrong is not None:
+        return wrong
+    if not (isinstance(entry, type) and issubclass(entry, BasisMethod)):
+        return "it must be a subclass of `BasisMethod`"
+    takes = getattr(entry, "takes", None)
+    if takes not in BASIS_OPERANDS:
+        return f"`takes` must be one of {name_list(BASIS_OPERANDS)}, not `{takes}`"
+    example: object = getattr(entry, "example", None)
+    if not isinstance(example, str) or not example.startswith(name):
+        return f'`example` must be a call: `example = "{name}(dims: 8)"`'
+    for attribute in ("options", "required"):
+        names: object = getattr(entry, attribute)
+        if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):
+            return f'`{attribute}` must be a tuple of names: `{attribute} = ("dims",)`'
+    wrong = attribute_problem(entry, counts=())
+    if wrong is not None:
+        return wrong
+    if entry.build is BasisMethod.build or entry.size is BasisMethod.size:
+        return "it needs `size(self, width, rows, options)` and `build(self, given, options, size)`"
+    return None
+
+
+def basis_size(
+    method: BasisMethod, width: int, rows: int, options: Mapping[str, Constant]
+) -> int | Problem:
+    """Return the number of coordinates, or the problem. Raises MethodError."""
+    found: object = call_method(method, "size", width, rows, options)
+    match found:
+        case int() if not isinstance(found, bool) and 1 <= found <= width:
+            return found
+        case (str(reason), str(hint)):
+            return reason, hint
+        case _:
+            said = f"it must return a number from 1 to {width}, or the problem and the fix"
+            raise MethodError(method, "size", f"returned {found!r}; {said}")
+
+
+def linear_map(
+    method: BasisMethod, given: BasisInput, options: Mapping[str, Constant], size: int
+) -> LinearMap:
+    """Compute a basis. Raises MethodError and what `build` raises."""
+    found: object = call_method(method, "build", given, options, size)
+    import numpy as np
+
+    if not isinstance(found, LinearMap):
+        said = f"it must return a `LinearMap`, not a `{type(found).__name__}`"
+        raise MethodError(method, "build", said)
+    directions = np.asarray(found.directions, dtype=np.float64)
+    if directions.shape != (size, given.width):
+        said = f"it must return [{size}, {given.width}], one direction per coordinate"
+        raise MethodError(method, "build", f"returned {list(directions.shape)}; {said}")
+    center = None if found.center is None else np.asarray(found.center, dtype=np.float64)
+    if center is not None and center.shape != (given.width,):
+        said = f"returned a center of {list(center.shape)}, not [{given.width}]"
+        raise MethodError(method, "build", said)
+    if not np.isfinite(directions).all() or (center is not None and not np.isfinite(center).all()):
+        raise ValueError("it has NaN or infinity")
+    return LinearMap(directions, center)
+
+
+# --- the methods of the language ------------------------------------------------------------------
+
+
+class _WithDims(BasisMethod):
+    """A method with the option `dims`."""
+
+    options = ("dims",)
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name == "limit":  # checked with the rows
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            return "`dims` is a whole number from 1 on", "write `dims: 8`"
+        return None
+
+    def _most(self, most: int, what: str, options: Mapping[str, Constant]) -> int | Problem:
+        dims = int(options.get("dims", most))
+        if dims > most:
+            return f"`dims: {dims}` is more than {most}, {what}", f"write `dims: {most}` or less"
+        return dims
+
+
+@basis_method("pca")
+class PrincipalComponents(_WithDims):
+    """Principal components of the rows, the largest first, centred at the mean of the rows."""
+
+    takes = "block"
+    example = "pca(fruit, dims: 8)"
+    options = ("dims", "limit")
+    required = ("dims",)
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        if rows < 2:
+            return "principal components need at least 2 rows", "name a block with more rows"
+        most = min(width, rows - 1)
+        what = f"the most that {rows} rows of {width} numbers can span"
+        return self._most(most, what, options)
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        return f"{options['dims']} principal components of {operand}, centred at their mean"
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        from mechdsl.fits.geometry import pca
+
+        rows = given.matrix()
+        return LinearMap(pca(rows, size)[:size], rows.mean(axis=0))
+
+
+@basis_method("random")
+class RandomDirections(_WithDims):
+    """Orthonormal directions that span a uniformly distributed random subspace."""
+
+    takes = "nothing"
+    example = "random(dims: 16)"
+    required = ("dims",)
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        return self._most(width, "the numbers of a vector", options)
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        return f"{options['dims']} random orthonormal directions"
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        import numpy as np
+
+        columns, upper = np.linalg.qr(given.normal(size).T)
+        # With signs of the diagonal, the distribution is uniform (Mezzadri 2007).
+        return LinearMap((columns * np.sign(np.diag(upper))).T)
+
+
+class StandardBasis(BasisMethod):
+    """The numbers of the vector themselves."""
+
+    name = "neurons"
+    takes = "nothing"
+    example = "neurons"
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        return width
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        return "the numbers of the vector"
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        import numpy as np
+
+        return LinearMap(np.eye(size))
+
+
+BASIS_METHODS.add("neurons", StandardBasis())  # also a word of sites, unlike names of plugins
+
+
+@basis_method("rows")
+class UnembeddingRows(BasisMethod):
+    """Rows of the unembedding, one for each token."""
+
+    takes = "tokens"
+    example = 'rows(unembed, " 3", " 2")'
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        if rows > width:
+            reason = f"{rows:,} rows of {width} numbers depend on each other"
+            return f"{reason}, so that coordinates aren't unique", f"name at most {width} tokens"
+        return rows
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        return f"rows of the unembedding: {operand}"
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        return LinearMap(given.matrix())
+
+
+@basis_method("svd")
+class SingularVectors(_WithDims):
+    """Left singular vectors of the weights that write to the site, the largest values first."""
+
+    takes = "weights"
+    example = "svd(weights: mlp_out)"
+    options = ("weights", "dims")
+    required = ("weights",)
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        return None if name == "weights" else super().check_option(name, value)
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        return self._most(min(width, rows), "the rank of the weights", options)
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        dims = f"the first {options['dims']} " if "dims" in options else ""
+        return f"{dims}left singular vectors of {operand}"
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        import numpy as np
+
+        vectors = np.linalg.svd(given.matrix(), full_matrices=False)[0].T[:size]
+        # The sign of a singular vector is arbitrary: its largest number is positive.
+        largest = np.abs(vectors).argmax(axis=1)
+        return LinearMap(vectors * np.sign(vectors[np.arange(size), largest])[:, None])
+
+
+@basis_method("saved")
+class SavedDirections(BasisMethod):
+    """The rows of a matrix in a safetensors file, such as a learned rotation."""
+
+    takes = "file"
+    example = 'saved("rotation.safetensors", "rotation")'
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        if rows > width:
+            reason = f"it has {rows:,} directions for vectors of {width} numbers"
+            return f"{reason}, so that coordinates aren't unique", (
+                f"save at most {width} directions; `sae(…)` reads larger dictionaries"
+            )
+        return rows
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        return operand
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        return LinearMap(given.matrix())

@@ -1,0 +1,434 @@
+"""Resolve bases, and rules on their coordinates: `SITE in basis b`, `feature 3 of b`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+from mechdsl.base import limits
+from mechdsl.base.text import count_noun, name_list
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.rules import BadBasis
+from mechdsl.models.shape import unit_count, vector_width
+from mechdsl.program import spec
+from mechdsl.program.basis_methods import BASIS_METHODS, BasisMethod, basis_size
+from mechdsl.program.directions import fit_rows_of_basis
+from mechdsl.program.paths import SAVED_PATH, path_to_read
+from mechdsl.program.spec import Constant, constant_value
+from mechdsl.resolve.directions import (
+    DirectionError,
+    count_used_rows,
+    describe_rows,
+    find_tokens,
+    resolve_samples,
+)
+from mechdsl.resolve.safetensors_files import UnreadableFile, inspect_safetensors
+from mechdsl.resolve.sites import ExperimentContext, resolve_axis, resolve_site
+from mechdsl.resolve.types import (
+    BasisMember,
+    BasisOperand,
+    BasisTargets,
+    Convention,
+    DrawnBasis,
+    FittedBasis,
+    Intervention,
+    ResolvedRule,
+    SavedVector,
+    SitePoint,
+    SiteTargets,
+    TokenBasis,
+    VectorBatch,
+    WeightBasis,
+)
+from mechdsl.syntax import ast
+from mechdsl.vocab.sites import SITES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+WEIGHT_SITES = ("mlp_out", "attn_out")
+"""Sites whose weights `svd(weights: …)` can take apart."""
+
+
+class BasisError(Exception):
+    """Error for an invalid basis, with a hint on what to write instead."""
+
+    def __init__(self, node: ast.Node, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.reason = reason
+        self.hint = hint
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+class CoordinateChange(Intervention):
+    """An intervention on coordinates in a basis; the rest of the vector doesn't change.
+
+    x becomes x + decode(f′) − decode(f), where f are the current coordinates of x, and f′ those
+    after the inner intervention. What the basis doesn't represent stays, such as the
+    reconstruction error of a dictionary.
+    """
+
+    def __init__(self, inner: Intervention) -> None:
+        self._inner = inner
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return f"{self._inner.name} in a basis"
+
+    @property
+    def reads(self) -> Literal["run", "donor", "mean", "cell"] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._inner.reads
+
+    @property
+    def copies(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._inner.copies
+
+    @property
+    def operation(self) -> Literal["set", "add", "scale"]:
+        """How the inner intervention's result is combined with the current coordinates."""
+        assert self._inner.mode in ("set", "add", "scale")
+        return self._inner.mode
+
+    mode = "coordinates"
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        return type(self), *self._inner.identity
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        return self._inner.mode, self._inner.key(rule)
+
+    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return self._inner.unchanged(amounts)
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        assert rule.basis is not None
+        said = self._inner.detail(rule)
+        return f"{said} in {rule.basis.definition}" if said else f"in {rule.basis.definition}"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from self._inner.conventions(rule, n_layers)
+        yield Convention(
+            "basis",
+            "rules in a basis change the named coordinates of the current vector; the rest of the "
+            "vector stays",
+        )
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return self._inner.values(rule, vectors)
+
+
+@cache
+def change_coordinates(inner: Intervention) -> CoordinateChange:
+    """Return the intervention on coordinates that corresponds to one on vectors."""
+    return CoordinateChange(inner)
+
+
+def resolve_rule(
+    resolve: Callable[[spec.Rule, ExperimentContext], ResolvedRule | None],
+    rule: spec.Rule,
+    work: ExperimentContext,
+) -> ResolvedRule | None:
+    """Resolve a rule, in a basis if its site names one; None after an error.
+
+    Args:
+        resolve: Resolves a rule that changes whole vectors.
+    """
+    name = None if rule.site is None else rule.site.basis_name
+    if name is None:
+        return resolve(rule, work)
+    definition = work.program.bases.get(name)
+    if definition is None:  # rejected
+        return None
+    assert rule.site is not None
+    before = len(work.diagnostics)
+    features = next((axis for axis in rule.site.axes if axis.of is not None), None)
+    site = replace(rule.site, basis=None) if features is None else definition.site
+    found = resolve(rule.model_copy(update={"site": site}), work)
+    if found is None or found.sites is None or has_errors(work.diagnostics[before:]):
+        return None
+    try:
+        members = _members(definition, found.sites, rule.site, work)
+        if members is None:
+            return None
+        _check_rule(rule, found)
+        axes, coordinates = _coordinates(rule, features, members, work)
+    except BasisError as problem:
+        work.diagnostics.append(
+            BadBasis(span=problem.node.span, reason=problem.reason, hint=problem.hint)
+        )
+        return None
+    if coordinates is None:
+        return None
+    labels = {key: f"{label} in {name}" for key, label in found.sites.labels.items()}
+    return replace(
+        found,
+        spec=rule,
+        does=change_coordinates(found.does),
+        sites=replace(found.sites, labels=labels),
+        basis=BasisTargets(name, members, axes, coordinates),
+    )
+
+
+def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:
+    """Check that coordinates can be changed in this way."""
+    does = found.does
+    assert rule.site is not None
+    if does.mode not in ("set", "add", "scale") or does.reads == "cell" or found.direction:
+        raise BasisError(
+            rule.site,
+            f"`{rule.verb}` with a vector or a function doesn't act on coordinates",
+            "write a number, or name the site without a basis",
+        )
+    assert found.sites is not None
+    if found.sites.sources is not None:
+        raise BasisError(
+            rule.site,
+            "a rule in a basis reads and writes the same layer",
+            "remove `into layer`",
+        )
+
+
+def _coordinates(
+    rule: spec.Rule,
+    features: ast.Axis | None,
+    members: Mapping[tuple[int | None, int | None] | None, BasisMember],
+    work: ExperimentContext,
+) -> tuple[tuple[str, ...], dict[tuple[int, ...], tuple[int, ...]] | None]:
+    """Resolve the named coordinates, by axis; () for all. None after an error."""
+    if features is None:
+        return (), {(): ()}
+    sizes = sorted({member.size for member in members.values()})
+    found = resolve_axis(features, [], work.sites, size=sizes[0])
+    if found is None:
+        return (), None
+    if found.sweep is not None:
+        if not rule.fill_index:  # the fills of an ablation share their axes
+            work.add_axis(found.sweep)
+        return (*found.loops, found.sweep.name), dict(found.choices)
+    return found.loops, dict(found.choices)
+
+
+# --- definitions ----------------------------------------------------------------------------------
+
+
+def _members(
+    definition: spec.Basis, written: SiteTargets, site: ast.Site, work: ExperimentContext
+) -> dict[tuple[int | None, int | None] | None, BasisMember] | None:
+    """Resolve the basis of each written point; None if a required fact isn't available.
+
+    Raises BasisError.
+    """
+    points = {point for here in written.points.values() for point in here}
+    for point in points:
+        _check_site(point, site, work)
+    family = _family(definition, work)
+    if family is None:
+        return None
+    if len(family) == 1:
+        ((_, member),) = family.items()
+        members: dict[tuple[int | None, int | None] | None, BasisMember] = {None: member}
+    else:
+        members = {(point.layer, point.unit): member for point, member in family.items()}
+    for point in points:
+        key = None if None in members else (point.layer, point.unit)
+        if key not in members:
+            layers = ", ".join(map(str, sorted({own.layer or 0 for own in family})))
+            raise BasisError(
+                site,
+                f"`{definition.name}` has no basis for layer {point.layer}",
+                f"it has layers {layers}",
+            )
+        width = vector_width(work.model.shape, point.site, point.layer)
+        if members[key].width != width:
+            raise BasisError(
+                site,
+                f"`{definition.name}` is for vectors of {members[key].width} numbers, those of "
+                f"`{point.site}` have {width}",
+                "use it at a site as wide as the one that it was made at",
+            )
+    return members
+
+
+def _check_site(point: SitePoint, node: ast.Node, work: ExperimentContext) -> None:
+    """Check that a point is one vector."""
+    kind = SITES[point.site]
+    if kind.width in ("key", "one"):
+        what = "vectors over keys" if kind.width == "key" else "single numbers"
+        raise BasisError(
+            node,
+            f"`{point.site}` has {what}, which no basis describes",
+            "name a site of vectors, such as `resid_post layer 2`",
+        )
+    if point.unit is None and unit_count(work.model.shape, point.site, point.layer) > 1:
+        raise BasisError(
+            node,
+            f"`{point.site}` has a vector for each head, and no head is named",
+            "name one, or sweep them: `head *`",
+        )
+
+
+def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, BasisMember] | None:
+    """Resolve a definition: a basis for each point of its site; None after other errors.
+
+    Raises BasisError.
+    """
+    before = len(work.diagnostics)
+    sites, axes = resolve_site(definition.site, replace(work.sites, loops={}))
+    if sites is None or has_errors(work.diagnostics[before:]):
+        return None
+    call = definition.method
+    method = BASIS_METHODS[call.name]
+    options = _options(call, method, work)
+    found: dict[SitePoint, BasisMember] = {}
+    for key, here in sites.points.items():
+        if len(here) != 1:
+            raise BasisError(
+                definition.site,
+                "a basis has one site, or one per layer or head",
+                "write the singular: `layer *` makes a basis of each layer",
+            )
+        (point,) = here
+        _check_site(point, definition.site, work)
+        operand = _operand(definition, method, point, options, work)
+        if operand is None:
+            return None
+        said = [f"{axis.name} {axis.labels[i]}" for axis, i in zip(axes, key, strict=True)]
+        name = f"{definition.name}[{', '.join(said)}]" if said else definition.name
+        width = vector_width(work.model.shape, point.site, point.layer)
+        what, rows, text = operand
+        size = basis_size(method, width, rows, options)
+        if not isinstance(size, int):
+            raise BasisError(call, *size)
+        made = f"{method.describe(text, options)}, at {sites.labels[key]}"
+        made += f"; {count_noun(size, 'coordinate')}"
+        found[point] = BasisMember(name, call.name, options, what, width, size, made)
+    return found
+
+
+def _options(call: ast.Call, method: BasisMethod, work: ExperimentContext) -> dict[str, Constant]:
+    """Return the constants of a call, other than `limit`."""
+    found: dict[str, Constant] = {}
+    for argument in call.arguments:
+        if argument.name in (None, "limit"):
+            continue
+        if argument.name == "weights":
+            found["weights"] = argument.value.span.written
+            continue
+        value = constant_value(argument.value, work.program.parameters)
+        assert value is not None
+        found[argument.name] = value
+    return found
+
+
+def _operand(
+    definition: spec.Basis,
+    method: BasisMethod,
+    point: SitePoint,
+    options: Mapping[str, Constant],
+    work: ExperimentContext,
+) -> tuple[BasisOperand, int, str] | None:
+    """Return what a basis is computed from, the rows of it, and its description.
+
+    None if a required fact isn't available. Raises BasisError.
+    """
+    call = definition.method
+    try:
+        match method.takes:
+            case "block":
+                return _fitted(definition, point, work)
+            case "tokens":
+                return _unembedding(call, work)
+            case "file":
+                return _saved(call, point, work)
+            case "weights":
+                return _weights(call, point, options, work)
+            case "nothing":
+                # By the order of definitions: a new name doesn't change the draw.
+                number = list(work.program.bases).index(definition.name)
+                draw = f"{number} {point.site} {point.layer} {point.unit}"
+                return DrawnBasis(draw, work.program.seed), 0, ""
+    except DirectionError as problem:
+        raise BasisError(problem.node, problem.reason, problem.hint) from problem
+
+
+def _fitted(
+    definition: spec.Basis, point: SitePoint, work: ExperimentContext
+) -> tuple[BasisOperand, int, str] | None:
+    rows = fit_rows_of_basis(definition, work.program)
+    if rows is None:
+        return None
+    samples = resolve_samples(definition.method, rows, definition.at, work)
+    if samples is None:
+        return None
+    if len(samples) != 1:
+        assert definition.at is not None
+        raise BasisError(
+            definition.at, "a basis is computed at one position", "join them: `{A, B}`"
+        )
+    ((label, sample),) = samples.items()
+    used = count_used_rows(sample.cell)
+    return FittedBasis((sample,), (point,)), used, f"{describe_rows(sample, rows)} at {label}"
+
+
+def _unembedding(call: ast.Call, work: ExperimentContext) -> tuple[BasisOperand, int, str] | None:
+    values = [a.value for a in call.arguments if a.name is None][1:]
+    texts = [str(constant_value(value, work.program.parameters)) for value in values]
+    if work.model.tokenizer.stands_in:
+        return None
+    tokens = find_tokens(call, texts, work)
+    return TokenBasis(tokens), len(tokens), ", ".join(f'"{text}"' for text in texts)
+
+
+def _weights(
+    call: ast.Call, point: SitePoint, options: Mapping[str, Constant], work: ExperimentContext
+) -> tuple[BasisOperand, int, str] | None:
+    site = str(options["weights"])
+    if site not in WEIGHT_SITES:
+        raise BasisError(
+            call,
+            f"`{site}` has no weights that can be taken apart",
+            f"name one of {name_list(WEIGHT_SITES)}",
+        )
+    if point.layer is None:
+        raise BasisError(
+            call, f"`{point.site}` has no layer whose weights could be read",
+            "name a site of a layer, such as `mlp_out layer 2`",
+        )  # fmt: skip
+    shape = work.model.shape
+    rows = shape.d_mlp if site == "mlp_out" else shape.n_heads * shape.d_head
+    return WeightBasis(site, point.layer), rows, f"the weights of {site} layer {point.layer}"
+
+
+def _saved(
+    call: ast.Call, point: SitePoint, work: ExperimentContext
+) -> tuple[BasisOperand, int, str] | None:
+    """Resolve a matrix from a file, whose header specifies its shape."""
+    values = [a.value for a in call.arguments if a.name is None]
+    written, key = (str(constant_value(value, work.program.parameters)) for value in values)
+    path, problems = path_to_read(SAVED_PATH, written, call.span)
+    work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
+    if path is None:
+        return None
+    try:
+        saved = inspect_safetensors(path, written, limits.DIRECTION_FILE, "save it by itself")
+    except UnreadableFile as problem:
+        raise BasisError(call, problem.reason, problem.hint) from None
+    if key not in saved.shapes:
+        known = name_list(list(saved.shapes)) or "none"
+        raise BasisError(call, f"`{written}` has no tensor `{key}`", f"it has {known}")
+    shape = saved.shapes[key]
+    width = vector_width(work.model.shape, point.site, point.layer)
+    if len(shape) != 2 or shape[1] != width:
+        reason = f"`{key}` has the shape {list(shape)}, and directions at `{point.site}` need "
+        hint = "save one direction per row; transpose a matrix of columns"
+        raise BasisError(call, f"{reason}[directions, {width}]", hint)
+    text = f"`{key}` of {written}, SHA-256 {saved.digest[:12]}…"
+    return SavedVector(path, key, saved.digest), shape[0], text
