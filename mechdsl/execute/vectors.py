@@ -179,20 +179,23 @@ class FittedDirections:
     vectors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """[width] float64 each, on the CPU."""
     systems: dict[str, CoordinateSystem] = field(default_factory=dict[str, CoordinateSystem])
-    _modes: dict[tuple[str, str, int], CoordinateWrite] = field(
-        default_factory=dict[tuple[str, str, int], CoordinateWrite]
+    _modes: dict[tuple[str, str, int, bool], CoordinateWrite] = field(
+        default_factory=dict[tuple[str, str, int, bool], CoordinateWrite]
     )
 
     def mode(
-        self, member: BasisMember, operation: CoordinateOperation, count: int
+        self, member: BasisMember, operation: CoordinateOperation, count: int, *, joins_units: bool
     ) -> CoordinateWrite:
         """Return the mode of writes that change `count` named coordinates (0: all) of a basis.
 
         Equal arguments return the same object, so that writes of several rows can be merged.
+
+        Args:
+            joins_units: As in `CoordinateWrite`.
         """
-        key = member.name, operation, count
+        key = member.name, operation, count, joins_units
         if key not in self._modes:
-            self._modes[key] = CoordinateWrite(self.systems[member.name], operation)
+            self._modes[key] = CoordinateWrite(self.systems[member.name], operation, joins_units)
         return self._modes[key]
 
     def of(self, plan: RulePlan, cells: Ints) -> Tensor:

@@ -274,7 +274,8 @@ def _tables(experiments: Iterable[ResolvedExperiment]) -> dict[str, str]:
         if id(each.table) not in done:
             done[id(each.table)] = _table(each.table)
         steered = [rule.direction for rule in each.every_rule if rule.direction is not None]
-        saved = [vector.digest for direction in steered for vector in direction.saved]
+        bases = [rule.basis for rule in each.every_rule if rule.basis is not None]
+        saved = [vector.digest for made in (*steered, *bases) for vector in made.saved]
         saved += [] if each.model.opposite is None else [each.model.opposite.digest]
         for rule in each.rules:
             if isinstance(rule.does, Observation):

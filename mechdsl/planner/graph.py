@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import networkx as nx
 
@@ -19,7 +19,10 @@ from mechdsl.resolve.types import (
     DRAW_AXIS,
     Axis,
     AxisIndices,
+    BasisTargets,
     DirectionTargets,
+    FittedBasis,
+    FittedVector,
     LoopCells,
     ResolvedExperiment,
     ResolvedMeasure,
@@ -80,11 +83,12 @@ class ReadNode:
 
 @dataclass(frozen=True)
 class DirectionNode:
-    """A direction, or a family of them, fitted before the cells that use it."""
+    """A direction or a basis, or a family of them, computed before the cells that use it."""
 
     name: str
     made: str
     inputs: tuple[ReadNode, ...] = ()
+    what: Literal["direction", "basis"] = "direction"
 
 
 @dataclass(frozen=True)
@@ -464,9 +468,10 @@ def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadN
     assert rule.sites is not None
     does = rule.does
     detail = does.detail(rule)
+    bases = () if rule.basis is None else (_basis(experiment, rule.basis),)
     if does.reads is None:
         steered = () if rule.direction is None else (_direction(experiment, rule.direction),)
-        return TransformNode(does.name, steered, detail or "")
+        return TransformNode(does.name, (*steered, *bases), detail or "")
     points = rule.sites.points if rule.sites.sources is None else rule.sites.sources
     forward = unpatched_forward(experiment, rule.run)
     if rule.apart is not None:
@@ -476,13 +481,30 @@ def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadN
         )
         forward = ForwardNode(experiment.model.key, forward.n_layers, other, rule.apart.run)
     read = ReadNode(forward, at, points, rule.positions.read)
-    return read if detail is None else TransformNode(does.name, (read,), detail)
+    return read if detail is None else TransformNode(does.name, (read, *bases), detail)
 
 
 def _direction(experiment: ResolvedExperiment, steered: DirectionTargets) -> DirectionNode:
-    """Return the direction with its reads; each run of rows is read once."""
+    """Return the direction with its reads."""
     members = list(steered.members.values())
     fits = [fit for member in members for fit in iter_fitted_vectors(member.vector)]
+    made = members[0].made if len(members) == 1 else f"{len(members)} directions"
+    name = " and ".join(steered.families) or members[0].name
+    return DirectionNode(name, made, _fit_reads(experiment, fits))
+
+
+def _basis(experiment: ResolvedExperiment, basis: BasisTargets) -> DirectionNode:
+    """Return the basis with its reads."""
+    members = list(basis.members.values())
+    fits = [own.operand for own in members if isinstance(own.operand, FittedBasis)]
+    made = members[0].made if len(members) == 1 else f"{len(members)} bases"
+    return DirectionNode(basis.definition, made, _fit_reads(experiment, fits), "basis")
+
+
+def _fit_reads(
+    experiment: ResolvedExperiment, fits: Sequence[FittedVector | FittedBasis]
+) -> tuple[ReadNode, ...]:
+    """Return the reads of fits; each run of rows is read once."""
     reads: dict[tuple[int, int], ReadNode] = {}
     for number, fit in enumerate(fits):
         for sample in fit.samples:
@@ -497,9 +519,7 @@ def _direction(experiment: ResolvedExperiment, steered: DirectionTargets) -> Dir
             points = {} if before is None else dict(before.points)
             points[number,] = fit.points
             reads[key] = ReadNode(forward, sample.cell.label, points, {(): sample.cell})
-    made = members[0].made if len(members) == 1 else f"{len(members)} directions"
-    name = " and ".join(steered.families) or members[0].name
-    return DirectionNode(name, made, tuple(reads.values()))
+    return tuple(reads.values())
 
 
 def _implicit_detail(experiment: ResolvedExperiment, measure: ResolvedMeasure) -> str:

@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.types import (
     DirectionMember,
     FittedBasis,
     ResolvedExperiment,
     ResolvedRule,
+    SiteLayer,
     SitePoint,
 )
 from mechdsl.vocab.sites import SITES
@@ -217,6 +219,14 @@ class RulePlan:
             active=cells if self.active is None else self.active & cells,
             site_of_cell=np.where(cells, self.site_of_cell, len(ends) - 1),
             points=RaggedColumn(np.append(ends, ends[-1]), self.points.values),
+        )
+
+    def joins_units(self, place: SiteLayer, shape: ModelShape) -> bool:
+        """Return whether it writes all heads or neurons of a site as one vector."""
+        return (
+            self.rule.basis is not None
+            and SitePoint(*place, None) in self.point_table
+            and unit_count(shape, *place) > 1
         )
 
     def acts(self, rows: RowTable) -> Bools:

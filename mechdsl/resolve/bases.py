@@ -11,7 +11,7 @@ from mechdsl.base import limits
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.rules import BadBasis
-from mechdsl.models.shape import unit_count, vector_width
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, BasisMethod, basis_size
 from mechdsl.program.directions import fit_rows_of_basis
@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+
+JOINED_SITES = ("z", "mlp_hidden")
+"""Sites whose heads or neurons may be one vector: `z layer 5`."""
 
 WEIGHT_SITES = ("mlp_out", "attn_out")
 """Sites whose weights `svd(weights: …)` can take apart."""
@@ -167,7 +170,10 @@ def resolve_rule(
         return None
     if coordinates is None:
         return None
-    labels = {key: f"{label} in {name}" for key, label in found.sites.labels.items()}
+    within = f"in {name}"
+    if features is not None and not any(axis not in work.loops for axis in axes):
+        within = " ".join(features.span.written.split())
+    labels = {key: f"{label} {within}" for key, label in found.sites.labels.items()}
     return replace(
         found,
         spec=rule,
@@ -246,7 +252,7 @@ def _members(
                 f"`{definition.name}` has no basis for layer {point.layer}",
                 f"it has layers {layers}",
             )
-        width = vector_width(work.model.shape, point.site, point.layer)
+        width = _width(point, work.model.shape)
         if members[key].width != width:
             raise BasisError(
                 site,
@@ -260,19 +266,23 @@ def _members(
 def _check_site(point: SitePoint, node: ast.Node, work: ExperimentContext) -> None:
     """Check that a point is one vector."""
     kind = SITES[point.site]
-    if kind.width in ("key", "one"):
+    if kind.width == "key" or (kind.width == "one" and point.unit is not None):
         what = "vectors over keys" if kind.width == "key" else "single numbers"
-        raise BasisError(
-            node,
-            f"`{point.site}` has {what}, which no basis describes",
-            "name a site of vectors, such as `resid_post layer 2`",
-        )
-    if point.unit is None and unit_count(work.model.shape, point.site, point.layer) > 1:
+        hint = "leave the neuron out" if kind.width == "one" else "name `resid_post layer 2`"
+        raise BasisError(node, f"`{point.site}` has {what}, which no basis describes", hint)
+    several = point.unit is None and unit_count(work.model.shape, point.site, point.layer) > 1
+    if several and point.site not in JOINED_SITES:
         raise BasisError(
             node,
             f"`{point.site}` has a vector for each head, and no head is named",
             "name one, or sweep them: `head *`",
         )
+
+
+def _width(point: SitePoint, shape: ModelShape) -> int:
+    """Return the numbers of a vector; all heads or neurons together if none is named."""
+    units = 1 if point.unit is not None else unit_count(shape, point.site, point.layer)
+    return units * vector_width(shape, point.site, point.layer)
 
 
 def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, BasisMember] | None:
@@ -302,7 +312,7 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
             return None
         said = [f"{axis.name} {axis.labels[i]}" for axis, i in zip(axes, key, strict=True)]
         name = f"{definition.name}[{', '.join(said)}]" if said else definition.name
-        width = vector_width(work.model.shape, point.site, point.layer)
+        width = _width(point, work.model.shape)
         what, rows, text = operand
         size = basis_size(method, width, rows, options)
         if not isinstance(size, int):
@@ -425,7 +435,7 @@ def _saved(
         known = name_list(list(saved.shapes)) or "none"
         raise BasisError(call, f"`{written}` has no tensor `{key}`", f"it has {known}")
     shape = saved.shapes[key]
-    width = vector_width(work.model.shape, point.site, point.layer)
+    width = _width(point, work.model.shape)
     if len(shape) != 2 or shape[1] != width:
         reason = f"`{key}` has the shape {list(shape)}, and directions at `{point.site}` need "
         hint = "save one direction per row; transpose a matrix of columns"

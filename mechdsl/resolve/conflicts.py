@@ -107,6 +107,9 @@ def _of_rule(
     assert rule.sites is not None
     assert own.site is not None
     site = own.site
+    if rule.basis is not None:
+        reason = "gradients are taken of whole vectors, not of coordinates"
+        yield _no_estimate(said, site.span, "a basis", reason, NO_ESTIMATE_HINT)
     points = [here for here in rule.sites.points.values() if here]
     flat = sorted({p.site for here in points for p in here} & {*SITES_WITHOUT_GRADIENT})
     if flat:

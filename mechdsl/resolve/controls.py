@@ -323,6 +323,15 @@ def resolve_control(
                 hint = "leave `apart from` out"
                 return None, [BadControl(span=span, text=span.written, reason=reason, hint=hint)]
             return build_direction_control(experiment, asked, draws), []
+        in_basis = next((r for r in experiment.rules if r.basis is not None), None)
+        if in_basis is not None and asked.what != "positions":
+            reason = "sites and coordinates of rules in a basis aren't drawn"
+            hint = (
+                f"write `against random({asked.draws}, positions)`, or measure a basis "
+                "`random(dims: …)` in a second experiment"
+            )
+            span = asked.span
+            return None, [BadControl(span=span, text=span.written, reason=reason, hint=hint)]
         control = _Draws(experiment, asked, apart, draws).control()
         _check_draws_outside_removed(control.experiment.rules, experiment.model.name)
         return control, []

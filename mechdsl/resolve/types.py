@@ -182,6 +182,12 @@ class BasisTargets(Record):
     coordinates: Mapping[AxisIndices, tuple[int, ...]]
     """By the indices along `axes`; empty for all coordinates."""
 
+    @property
+    def saved(self) -> Iterator[SavedVector]:
+        """Matrices from files that the members use."""
+        operands = (member.operand for member in self.members.values())
+        yield from (own for own in operands if isinstance(own, SavedVector))
+
     def at(self, point: SitePoint) -> BasisMember:
         """Return the basis for the vectors of a point."""
         if None in self.members:

@@ -75,7 +75,7 @@ def _describe(node: Node) -> list[str]:
         case ReadNode():
             return ["Read", _position_text(node.places), f"at {node.at}"]
         case DirectionNode():
-            return ["Direction", node.name, node.made]
+            return [node.what.capitalize(), node.name, node.made]
         case TransformNode():
             return ["Transform", f"{node.kind} {node.detail}".strip()]
         case WriteNode():

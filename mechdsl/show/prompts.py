@@ -291,6 +291,11 @@ def _directions(rule: ResolvedRule, console: Console) -> None:
         console.print(Text(f"    direction {member.name}: {member.made}"))
     if len(members) > MAX_SHOWN_CELLS:
         console.print(f"    … ({len(members)} directions in all)", highlight=False)
+    bases = [] if rule.basis is None else list(rule.basis.members.values())
+    for member in bases[:MAX_SHOWN_CELLS]:
+        console.print(Text(f"    basis {member.name}: {member.made}"))
+    if len(bases) > MAX_SHOWN_CELLS:
+        console.print(f"    … ({len(bases)} bases in all)", highlight=False)
 
 
 def _hit_lists(
@@ -409,6 +414,7 @@ def _as_rule(rule: ResolvedRule) -> dict[str, Any]:
         "rule": rule.spec.span.written,
         "sites": [] if rule.sites is None else list(rule.sites.labels.values()),
         "directions": _as_directions(rule),
+        **_as_bases(rule),
         "receivers": [] if path is None else list(path.receivers.labels.values()),
         "positions": _as_hits(rule.positions.written.values()),
         "reads": _as_hits(rule.positions.read.values()),
@@ -448,6 +454,17 @@ def _as_saves(experiment: ResolvedExperiment, checked: CheckedFile) -> dict[str,
 def _as_directions(rule: ResolvedRule) -> list[dict[str, str]]:
     members = () if rule.direction is None else rule.direction.members.values()
     return [{"name": member.name, "made": member.made} for member in members]
+
+
+def _as_bases(rule: ResolvedRule) -> dict[str, Any]:
+    """Return the bases and coordinates of a rule, if it has any."""
+    if rule.basis is None:
+        return {}
+    members = rule.basis.members.values()
+    return {
+        "bases": [{"name": m.name, "made": m.made, "coordinates": m.size} for m in members],
+        "coordinates": [list(own) or "all" for own in rule.basis.coordinates.values()],
+    }
 
 
 def _as_hits(cells: Iterable[PositionCell]) -> list[dict[str, Any]]:

@@ -376,7 +376,9 @@ def _write_coordinates(
         part = _Coordinates(asked.part(own), system, which)
         values = does.values(plan.rule, part)
         values = values.expand(-1, part.width)
-        mode = asked.means_and_donors.directions.mode(members[number], does.operation, count)
+        mode = asked.means_and_donors.directions.mode(
+            members[number], does.operation, count, joins_units=asked.joins_units
+        )
         row, position, unit = (each[own] for each in spots)
         yield RuleWrite(row, position, unit, values, mode, which, plan.number)
 
@@ -411,6 +413,10 @@ def _group_by_site(
     for index in np.unique(own):
         to, of = places[index]
         chosen = np.flatnonzero(own == index)
+        if rule.joins_units(to, shape):
+            none = np.zeros_like(chosen)
+            yield to, of, chosen, none, none
+            continue
         again, unit = expand_units(unit_of_point[points[chosen]], unit_count(shape, *to))
         chosen = chosen[again]
         read = unit_of_source[points[chosen]]
@@ -530,6 +536,11 @@ class _RuleVectors:
         return self.entries.row[self.chosen]
 
     @property
+    def joins_units(self) -> bool:
+        """Whether a vector is that of all units of the site."""
+        return self.plan.joins_units(self.place, self.shape)
+
+    @property
     def amounts(self) -> Tensor:
         return torch.from_numpy(self.plan.amounts[self.rows.cell[self.row]])
 
@@ -555,14 +566,19 @@ class _RuleVectors:
             self.entries.slot[self.chosen],
             self.unit,
         )
+        if self.joins_units:
+            return values[arrays_to_device(index[:3], values.device)].flatten(1)
         return values[arrays_to_device(index, values.device)]
 
     def _activation(self) -> Tensor:
         lanes = self.lanes_of(self.plan)
         prompts = find_read_prompts(self.plan, self.rows, self.means_and_donors)
         lane = lanes.lane(prompts[self.row], self.draws[self.row])
+        read = lanes.reads[SiteRead(*self.place)]
+        if self.joins_units:
+            read = read.flatten(2).unsqueeze(2)
         return gather_vectors(
-            lanes.reads[SiteRead(*self.place)],
+            read,
             lanes.batch,
             torch.from_numpy(lane),
             torch.from_numpy(self.entries.read[self.chosen]),

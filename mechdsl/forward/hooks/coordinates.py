@@ -105,6 +105,8 @@ class CoordinateWrite:
 
     system: CoordinateSystem
     operation: CoordinateOperation
+    joins_units: bool = False
+    """Whether the vectors are those of all heads or neurons of a site, one after the other."""
 
     def apply(self, now: Tensor, values: Tensor, which: Tensor | None) -> Tensor:
         """Return [K, width]: the new vectors, in the precision of `now`.

@@ -94,8 +94,16 @@ class PlacedWrite:
         """Return indices into the first three dimensions of a view, on its device."""
         return tuple(self._moved[name].to(view.device) for name in ("first", second, "units"))
 
+    @property
+    def _joins_units(self) -> bool:
+        return isinstance(self.write.mode, CoordinateWrite) and self.write.mode.joins_units
+
     def put(self, view: Tensor, values: Tensor, *, add: bool) -> None:
         """Write `values` [K, width] into a [B, T, units, width] view."""
+        if self._joins_units:
+            values = values.unflatten(1, view.shape[2:])
+            view.index_put_(self._index(view)[:2], values, accumulate=add)
+            return
         view.index_put_(self._index(view), values, accumulate=add)
 
     def mark(self, there: Tensor) -> None:
@@ -104,6 +112,8 @@ class PlacedWrite:
 
     def get(self, view: Tensor) -> Tensor:
         """Return [K, width] of a [B, T, units, width] view."""
+        if self._joins_units:
+            return view[self._index(view)[:2]].flatten(1)
         return view[self._index(view)]
 
     def values_like(self, view: Tensor) -> Tensor:

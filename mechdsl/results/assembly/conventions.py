@@ -162,6 +162,7 @@ def run_conventions(
         **dict(_of_runs(experiment, model)),
         **experiment.picks,
         **_of_directions(plan, measured),
+        **_of_bases(plan),
         **_of_rules(plan, model),
         **dict(_of_estimates(experiment)),
         **_of_measures(experiment),
@@ -451,6 +452,19 @@ def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, 
         more = len(every) - len(members)
         if more:
             found["directions"] = f"and {more} more, made in the same way"
+    return found
+
+
+def _of_bases(plan: ExperimentPlan) -> dict[str, str]:
+    """Describe the computation of each basis."""
+    found: dict[str, str] = {}
+    used = [rule.basis for rule in plan.experiment.every_rule if rule.basis is not None]
+    members = {member.name: member for basis in used for member in basis.members.values()}
+    for member in list(members.values())[:MAX_LISTED_SITES]:
+        found[f"basis {member.name}"] = member.made
+    more = len(members) - MAX_LISTED_SITES
+    if more > 0:
+        found["bases"] = f"and {more} more, computed in the same way"
     return found
 
 
