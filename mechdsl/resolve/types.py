@@ -188,11 +188,21 @@ class BasisTargets(Record):
         operands = (member.operand for member in self.members.values())
         yield from (own for own in operands if isinstance(own, SavedVector))
 
-    def at(self, point: SitePoint) -> BasisMember:
-        """Return the basis for the vectors of a point."""
+    def find(self, point: SitePoint) -> BasisMember | None:
+        """Return the basis for the vectors of a point, None if it has none.
+
+        The unit is ignored at sites where the rule names none.
+        """
         if None in self.members:
             return self.members[None]
-        return self.members[point.layer, point.unit]
+        whole = self.members.get((point.layer, None))
+        return self.members.get((point.layer, point.unit), whole)
+
+    def at(self, point: SitePoint) -> BasisMember:
+        """Return the basis for the vectors of a point, which has one."""
+        found = self.find(point)
+        assert found is not None
+        return found
 
 
 @record

@@ -28,13 +28,14 @@ from mechdsl.execute.unpatched_batch import Continuation, UnpatchedBatch, count_
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import DirectionFits, FittedDirections
 from mechdsl.forward.hooks.batch import RuleWrites, SiteRead, indices_to_device
+from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.plan import ExperimentPlan, WholeCell, WholeCells, collect_whole_cells
 from mechdsl.planner.rows import RowTable, RulePlan, count_columns, expand_units, point_units
 from mechdsl.program.python_functions import PythonFailure, PythonNotLoaded
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
-from mechdsl.resolve.types import ExternalRun, SiteLayer
+from mechdsl.resolve.types import BasisTargets, ExternalRun, SiteLayer, SitePoint
 from mechdsl.vocab.sites import SITES
 
 MAX_MEMORY_BYTES = 1 << 28
@@ -254,12 +255,17 @@ def _choose_external_donors(
 
 
 def compute_means(
-    plan: ExperimentPlan, runs: UnpatchedRuns, batches: Sequence[Ints], readout: Readout
+    plan: ExperimentPlan,
+    runs: UnpatchedRuns,
+    batches: Sequence[Ints],
+    readout: Readout,
+    directions: FittedDirections,
 ) -> tuple[dict[int, RuleMeans], dict[int, dict[int, RuleMeans]]]:
     """Compute the means of `RuleInputs` over the kept rows, in batches of prompts.
 
     Args:
         batches: Batches of prompts.
+        directions: Directions and bases of the rules.
         readout: Readout whose continuations matter if rules act on them.
 
     Returns:
@@ -267,11 +273,12 @@ def compute_means(
     """
     averaging = {n: rule for n, rule in enumerate(plan.rules) if rule.rule.does.reads == "mean"}
     means = {
-        number: _compute_rule_means(rule, runs, batches, None) for number, rule in averaging.items()
+        number: _compute_rule_means(rule, runs, batches, None, directions)
+        for number, rule in averaging.items()
     }
     behind = {
         text.number: {
-            number: _compute_rule_means(rule, runs, batches, text)
+            number: _compute_rule_means(rule, runs, batches, text, directions)
             for number, rule in averaging.items()
             if rule.behind
         }
@@ -297,10 +304,64 @@ def _permute_rows(kept: Ints, keys: Sequence[int], seed: int) -> Ints:
     return donors
 
 
+@dataclass(frozen=True, eq=False)
+class _CoordinateEncoder:
+    """Encoder of activations whose coordinates are averaged: the mean of coordinates isn't the
+    coordinates of the mean if the encoder isn't affine."""
+
+    rule: RulePlan
+    basis: BasisTargets
+    directions: FittedDirections
+    shape: ModelShape
+
+    @staticmethod
+    def of(
+        rule: RulePlan, directions: FittedDirections, shape: ModelShape
+    ) -> _CoordinateEncoder | None:
+        """Return the encoder of a rule; None if vectors are averaged."""
+        basis = rule.rule.basis
+        if basis is None:
+            return None
+        systems = [directions.systems[member.name] for member in basis.members.values()]
+        if all(system.is_affine for system in systems):
+            return None
+        return _CoordinateEncoder(rule, basis, directions, shape)
+
+    def _systems(self, place: SiteLayer) -> list[CoordinateSystem | None]:
+        """Return the basis of each vector at a site; None for heads that the rule doesn't write."""
+        if self.rule.joins_units(place, self.shape):
+            return [self.directions.systems[self.basis.at(SitePoint(*place, None)).name]]
+        members = [
+            self.basis.find(SitePoint(*place, unit))
+            for unit in range(unit_count(self.shape, *place))
+        ]
+        return [None if own is None else self.directions.systems[own.name] for own in members]
+
+    def extent(self, place: SiteLayer) -> tuple[int, int]:
+        """Return the vectors at a site, and the largest number of their coordinates."""
+        systems = self._systems(place)
+        return len(systems), max(0 if system is None else system.size for system in systems)
+
+    def encode(self, place: SiteLayer, vectors: Tensor) -> Tensor:
+        """Return [K, unit, coordinate] for vectors [K, unit, width]."""
+        systems, (count, size) = self._systems(place), self.extent(place)
+        parts = vectors.flatten(1)[:, None] if count == 1 else vectors
+        wide = parts.to(torch.promote_types(parts.dtype, torch.float32))
+        found = wide.new_zeros(len(parts), count, size)
+        for unit, system in enumerate(systems):
+            if system is not None:
+                found[:, unit, : system.size] = system.encode(wide[:, unit], None)
+        return found
+
+
 def _compute_rule_means(
-    rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints], text: Continuation | None
+    rule: RulePlan,
+    runs: UnpatchedRuns,
+    batches: Sequence[Ints],
+    text: Continuation | None,
+    directions: FittedDirections,
 ) -> RuleMeans:
-    """Average activations over all kept rows, in batches of prompts."""
+    """Average activations, or their coordinates, over all kept rows, in batches of prompts."""
     names = rule.rule.groups or ("",) * len(runs.table)
     codes = np.unique(names, return_inverse=True)[1].astype(np.int64)
     tokens = rule.averaged.tokens
@@ -312,16 +373,13 @@ def _compute_rule_means(
     run = runs.named(rule.rule.run) if apart is None else apart.table.runs[apart.run]
     every = np.arange(len(run.rows), dtype=np.int64)
     longest = int((run.lengths + count_fed_tokens(text, every)).max())
-    sums = {
-        place: torch.zeros(
-            *size,
-            slots,
-            unit_count(shape, *place),
-            longest if SITES[place[0]].width == "key" else vector_width(shape, *place),
-            dtype=torch.float64,
-        )
-        for place in places
-    }
+    encoder = _CoordinateEncoder.of(rule, directions, shape)
+    sums: dict[SiteLayer, Tensor] = {}
+    for place in places:
+        width = longest if SITES[place[0]].width == "key" else vector_width(shape, *place)
+        extent = unit_count(shape, *place), width
+        extent = extent if encoder is None else encoder.extent(place)
+        sums[place] = torch.zeros(*size, slots, *extent, dtype=torch.float64)
     counts = torch.zeros(*size, slots, dtype=torch.float64)
     read = codes if apart is None else np.zeros(len(apart.table), dtype=np.int64)
     if apart is not None:
@@ -336,11 +394,12 @@ def _compute_rule_means(
         ends = None
         if rule.behind:
             ends = lanes.lengths + np.repeat(count_fed_tokens(text, batch), lanes.draws)
-        _add_to_sums(rule, batch, lanes, read, sums, counts, ends)
+        _add_to_sums(rule, batch, lanes, read, sums, counts, ends, encoder)
         if len(batches) > 1:
             runs.forget()
     divisor = counts.clamp(min=1)[..., None, None]
-    return RuleMeans({place: total / divisor for place, total in sums.items()}, codes)
+    means = {place: total / divisor for place, total in sums.items()}
+    return RuleMeans(means, codes, encoder is not None)
 
 
 def _add_to_sums(
@@ -351,8 +410,9 @@ def _add_to_sums(
     sums: dict[SiteLayer, Tensor],
     counts: Tensor,
     ends: Ints | None,
+    encoder: _CoordinateEncoder | None,
 ) -> None:
-    """Add activations of these prompts to the sums of a `mean` ablation.
+    """Add activations of these prompts, or their coordinates, to the sums of a `mean` ablation.
 
     Args:
         lanes: Their lanes.
@@ -381,6 +441,8 @@ def _add_to_sums(
             at = torch.from_numpy(lane[row])
             places = at, lanes.batch.columns(at, torch.from_numpy(token))
             vectors = read[indices_to_device(places, read.device)]
+            if encoder is not None:
+                vectors = encoder.encode(place, vectors)
             vectors = vectors[..., : total.shape[-1]]  # vectors over keys may be padded
             total.index_put_(added, vectors.to(total), accumulate=True)
         counts.index_put_(added, torch.ones(len(slot), dtype=counts.dtype), accumulate=True)
@@ -458,9 +520,9 @@ class DerivedRuns:
         """
         if name not in self._written:
             plan, cells, readout = self.plans[name], self.cells[name], Readout.of(())
-            means, behind = compute_means(plan, self.runs, self.batches, readout)
-            made = compute_cell_vectors(plan, cells, self.runs, self.batches, readout)
             directions = self.directions[name]
+            means, behind = compute_means(plan, self.runs, self.batches, readout, directions)
+            made = compute_cell_vectors(plan, cells, self.runs, self.batches, readout)
             self._written[name] = RuleInputs(means, behind, self.donors[name], made, directions)
         return self._written[name]
 

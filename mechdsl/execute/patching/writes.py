@@ -43,7 +43,7 @@ from mechdsl.planner.rows import (
     point_units,
 )
 from mechdsl.resolve.bases import CoordinateChange
-from mechdsl.resolve.types import BasisMember, BasisTargets, SiteLayer, SitePoint
+from mechdsl.resolve.types import SiteLayer, SitePoint
 from mechdsl.vocab.sites import SITES
 
 
@@ -97,6 +97,9 @@ class RuleMeans:
     """[position, group, token of the position, unit, width]."""
     groups: Ints
     """[prompt] its group."""
+    of_coordinates: bool = False
+    """Whether they are means of coordinates, of all units of a site as one if the rule joins
+    them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,7 +349,10 @@ class _Coordinates:
         vectors = self.of.read()
         wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         which = None if self.which is None else to_device(self.which, wide.device)
-        return self.system.encode(wide, which)
+        if not self.of.reads_coordinates:
+            return self.system.encode(wide, which)
+        wide = wide[:, : self.system.size]
+        return wide if which is None else wide.gather(1, which)
 
 
 def _write_coordinates(
@@ -361,8 +367,7 @@ def _write_coordinates(
     members = list(basis.members.values())
     units, inverse = np.unique(spots[2], return_inverse=True)
     points = [SitePoint(*place, int(unit)) for unit in units]
-    point_of = [_find_member(basis, point) for point in points]
-    member_of = np.array([members.index(own) for own in point_of], dtype=np.int64)[inverse]
+    member_of = np.array([members.index(basis.at(point)) for point in points])[inverse]
     named = plan.coordinates_of_cell[rows.cell[asked.row]]
     counts = np.array([len(own) for own in plan.coordinates], dtype=np.int64)
     kinds = np.stack([member_of, counts[named]])
@@ -381,13 +386,6 @@ def _write_coordinates(
         )
         row, position, unit = (each[own] for each in spots)
         yield RuleWrite(row, position, unit, values, mode, which, plan.number)
-
-
-def _find_member(basis: BasisTargets, point: SitePoint) -> BasisMember:
-    """Return the basis of a point; a site without heads has unit 0 in writes and none in rules."""
-    if None in basis.members or (point.layer, point.unit) in basis.members:
-        return basis.at(point)
-    return basis.members[point.layer, None]
 
 
 def _group_by_site(
@@ -566,9 +564,14 @@ class _RuleVectors:
             self.entries.slot[self.chosen],
             self.unit,
         )
-        if self.joins_units:
+        if self.joins_units and not means.of_coordinates:
             return values[arrays_to_device(index[:3], values.device)].flatten(1)
         return values[arrays_to_device(index, values.device)]
+
+    @property
+    def reads_coordinates(self) -> bool:
+        """Whether `read` returns all coordinates instead of vectors."""
+        return self.plan.rule.does.reads == "mean" and self.means[self.plan.number].of_coordinates
 
     def _activation(self) -> Tensor:
         lanes = self.lanes_of(self.plan)

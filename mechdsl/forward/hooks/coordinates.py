@@ -20,6 +20,11 @@ class CoordinateSystem(Protocol):
         """Number of coordinates."""
         ...
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether the coordinates of a mean are the mean of the coordinates."""
+        ...
+
     def encode(self, vectors: Tensor, which: Tensor | None) -> Tensor:
         """Compute coordinates.
 
@@ -76,6 +81,10 @@ class LinearBasis:
     @property
     def size(self) -> int:
         return len(self.directions)
+
+    @property
+    def is_affine(self) -> bool:
+        return True
 
     def _like(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         key = vectors.device, vectors.dtype
