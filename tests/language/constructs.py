@@ -301,6 +301,64 @@ _file(
     _STEERING,
     OWN,
 )
+_BASES = "tests/rules/test_bases.py"
+_file(
+    "basis: principal components",
+    "basis b = pca(fruit, dims: 4) at resid_post layer 2 at last token",
+    "The first principal components of the rows, which are averaged over the tokens of the "
+    "position. Coordinates are those of x minus the mean of the rows, so 0 is the mean. The site "
+    "may be any site of vectors, one head's `z`, or all heads or neurons as one vector "
+    "(`z layer 2`, `mlp_hidden layer 2`). The conventions report how each basis was computed.",
+    _BASES,
+    OWN,
+)
+_file(
+    "basis: random",
+    "basis b = random(dims: 8) at resid_post layer 2",
+    "Random orthonormal directions. The subspace depends on the seed and the site, not on the name "
+    "of the basis.",
+    _BASES,
+    "Mezzadri 2007, arXiv math-ph/0609050",
+)
+_file(
+    "basis: unembedding rows",
+    'basis b = rows(unembed, " 3", " 2") at resid_post layer 3',
+    "The rows of the unembedding for these tokens, without the final norm. Coordinates of directions "
+    "that aren't orthogonal are those of the projection onto their span, by the pseudo-inverse.",
+    _BASES,
+    OWN,
+)
+_file(
+    "basis: singular vectors",
+    "basis b = svd(weights: mlp_out, dims: 8) at mlp_out layer 2",
+    "The left singular vectors of the weights that write to the site, with the gain of a norm "
+    "between them and the residual stream: `mlp_out` or `attn_out`.",
+    _BASES,
+    OWN,
+)
+_file(
+    "basis: saved",
+    'basis b = saved("rotation.safetensors", "rotation") at resid_post layer 2',
+    "The rows of a matrix in a safetensors file, such as a learned rotation. The results store the "
+    "file's hash.",
+    _BASES,
+    "Geiger et al. 2024, arXiv 2303.02536",
+)
+_file(
+    "basis: neurons",
+    "basis b = neurons at mlp_hidden layer 2",
+    "The numbers of the vector themselves: coordinate 5 is neuron 5.",
+    _BASES,
+    OWN,
+)
+_file(
+    "basis: a family",
+    "basis b = pca(fruit, dims: 2) at resid_post layer *",
+    "One basis for each layer or head in the sweep. A rule uses the basis of the layer and head "
+    "that it writes.",
+    _BASES,
+    OWN,
+)
 _file(
     "direction: a family",
     "direction d = mean_difference(fruit, fruit.fewer) at resid_pre layer * at token -2..-1",
@@ -782,6 +840,37 @@ _rule(
     "of the vector doesn't change.",
     OWN,
     _STEERING,
+)
+_rule(
+    "a subspace",
+    "patch resid_post layer 2 in basis axes at last token",
+    "Patches all coordinates of a basis: x becomes x + decode(f(source)) − decode(f(x)). The part of "
+    "x outside the subspace doesn't change. `ablate`, `set`, `add` (a number), `scale` and `clamp` "
+    "act on coordinates in the same way. Means are means of coordinates.",
+    "Geiger et al. 2024, arXiv 2303.02536",
+    _BASES,
+)
+_rule(
+    "a coordinate",
+    "patch feature * of axes at last token",
+    "Patches one coordinate per run, at the site of the basis. `features 0..3 of axes` patches four "
+    "in one run.",
+    "Geiger et al. 2024, arXiv 2303.02536",
+    _BASES,
+)
+_rule(
+    "clamp a coordinate",
+    "clamp feature 0 of axes at last token to 5",
+    "Sets the coordinate to the number, in units of the basis's direction.",
+    OWN,
+    _BASES,
+)
+_rule(
+    "add to a coordinate",
+    "add 2 to features 0..1 of axes at last token",
+    "Adds the number to each coordinate: x + 2 d₀ + 2 d₁.",
+    OWN,
+    _BASES,
 )
 _rule(
     "a member of a family",

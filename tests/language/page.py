@@ -38,8 +38,7 @@ mechdsl explain freeze
 ```
 
 Each row has an example, its meaning, the source of the definition, and the test that checks it.
-mechdsl parses some further constructs but rejects them with [E0108](errors/E0108.md): bases and
-subspaces, `feature` sites, more estimators, circuits, search, and images in prompts.
+mechdsl parses some further constructs but rejects them with [E0108](errors/E0108.md): more estimators, circuits, search, and images in prompts.
 
 These terms and rules apply throughout the page:
 
@@ -85,6 +84,7 @@ prompts blank {
     + fruit.block(OTHER).replace("prompts fruit", "prompts listed")
     + """
 direction more = mean_difference(fruit, fruit.fewer) at resid_post layer 2 at last token
+basis axes = pca(fruit, dims: 4) at resid_post layer 2 at last token
 direction by_layer = mean_difference(fruit, fruit.fewer) at resid_post layer * at token -2..-1
 
 experiment select {
@@ -326,6 +326,9 @@ def on_top(example: str) -> str:
             for line in lines
         )
         file = file.replace(MODELS[0], "\n".join(MODELS), 1)
+    if example.startswith("basis b ="):
+        used = "patch feature 0 of b at last token"
+        lines = tuple(used if line.startswith("patch") else line for line in lines)
     return file.replace("BODY", "\n".join(f"  {line}" for line in lines))
 
 
