@@ -118,6 +118,8 @@ IMAGE_SIDE = _limit(2_048, "pixels along a side of a generated image", "E0207")
 
 DIRECTION_FILE = _limit(100_000_000, "bytes of a direction file", "E0341")
 
+DICTIONARY_FILE = _limit(8_000_000_000, "bytes of a dictionary's weights", "E0342")
+
 LENS_FILE = _limit(8_000_000_000, "bytes of a tuned-lens file", "E0207")
 
 # --- a model --------------------------------------------------------------------------------------

@@ -181,6 +181,19 @@ class BadBasis(Diagnostic):
 
 
 @keyword_record
+class DictionaryElsewhere(Diagnostic):
+    """A dictionary that was trained at another site than that of the basis."""
+
+    code = "W0733"
+    title = "the dictionary was trained at `{hook}`, which is `{own}`"
+    label = "used at `{site}`"
+    help = "write `at {own}`, unless the transfer is the experiment"
+    hook: str
+    site: str
+    own: str
+
+
+@keyword_record
 class EmptyDirection(Diagnostic):
     """A fit that gave no direction."""
 

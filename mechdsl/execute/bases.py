@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Floats
 from mechdsl.base.hashing import stable_hash
+from mechdsl.dictionaries.features import load_dictionary
+from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.forward.hooks.coordinates import CoordinateSystem, LinearBasis
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import load_weights
@@ -52,6 +54,8 @@ def compute_system(member: BasisMember, rows: Callable[[], Tensor]) -> Coordinat
         MethodError: A class from outside the package fails.
         ValueError: The operand has no such basis.
     """
+    if isinstance(member.operand, DictionaryFile):
+        return load_dictionary(member.operand)
     arrays = _BasisArrays(member, rows)
     found = linear_map(BASIS_METHODS[member.method], arrays, member.options, member.size)
     center = None if found.center is None else torch.from_numpy(found.center)

@@ -19,6 +19,7 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.hashing import stable_hash
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import EmptyDirection
+from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.execute.bases import compute_system, read_written_weights
 from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
 from mechdsl.fits.regression import ConvergenceError
@@ -306,7 +307,7 @@ class DirectionFits:
                     return _load_vector(saved)
                 case WeightBasis(site=site, layer=layer):
                     return read_written_weights(self.model, site, layer)
-                case DrawnBasis():
+                case DrawnBasis() | DictionaryFile():
                     return torch.zeros(0, member.width, dtype=torch.float64)
 
         return read

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.hashing import digest, digest_number
+from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.planner.plan import ExperimentPlan, WholeCells, cell_sites
 from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits
 from mechdsl.program.python_functions import PythonFunction
@@ -519,6 +520,8 @@ class ExperimentKeys:
                 return ["saved", operand.key, operand.digest]
             case WeightBasis():
                 return ["weights", self._model(), operand.site, operand.layer]
+            case DictionaryFile():
+                return ["dictionary", operand.digest]
             case DrawnBasis():
                 return ["drawn", member.width, operand.draw, operand.seed]
 

@@ -100,7 +100,7 @@ def _check_arguments(
         for part in walk(argument.value):
             if isinstance(part, ast.Name):
                 scope.has("param", part.id)
-    wanted = {"block": 1, "file": 2, "tokens": None}.get(method.takes, 0)
+    wanted = {"block": 1, "file": 2, "tokens": None, "dictionary": 1}.get(method.takes, 0)
     enough = len(values) >= 2 if wanted is None else len(values) == wanted
     missing = [each for each in method.required if each not in given]
     if not enough or missing:
@@ -117,7 +117,7 @@ def _check_arguments(
         check_fit_rows(values[0], parts, scope)
     if method.takes == "tokens":
         _check_matrix_rows(call, method, values, parts, scope)
-    if method.takes == "file":
+    if method.takes in ("file", "dictionary"):
         _check_texts(call, method, values, parts, scope)
 
 

@@ -19,11 +19,12 @@ from mechdsl.syntax.words import name_problem
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
 
-BasisOperand = Literal["block", "tokens", "file", "weights", "nothing"]
+BasisOperand = Literal["block", "tokens", "file", "weights", "nothing", "dictionary"]
 """What a method computes the basis from: activations of a prompt set, rows of the unembedding, a
-tensor of a file, a weight matrix of the site's layer, or nothing but the width."""
+tensor of a file, a weight matrix of the site's layer, nothing but the width, or a dictionary."""
 
 BASIS_OPERANDS: tuple[BasisOperand, ...] = ("block", "tokens", "file", "weights", "nothing")
+"""Operands that classes from outside the package can take."""
 
 
 class BasisInput(Protocol):
@@ -124,7 +125,7 @@ def _class_problem(name: str, entry: object) -> str | None:
     if not (isinstance(entry, type) and issubclass(entry, BasisMethod)):
         return "it must be a subclass of `BasisMethod`"
     takes = getattr(entry, "takes", None)
-    if takes not in BASIS_OPERANDS:
+    if takes not in BASIS_OPERANDS and entry.__module__ != __name__:
         return f"`takes` must be one of {name_list(BASIS_OPERANDS)}, not `{takes}`"
     example: object = getattr(entry, "example", None)
     if not isinstance(example, str) or not example.startswith(name):
@@ -339,3 +340,20 @@ class SavedDirections(BasisMethod):
 
     def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
         return LinearMap(given.matrix())
+
+
+@basis_method("sae")
+class SparseAutoencoder(BasisMethod):
+    """The features of a sparse autoencoder, from a folder of SAELens or sparsify or a file."""
+
+    takes = "dictionary"
+    example = 'sae("path/to/sae")'
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        return rows
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        return operand
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        raise TypeError("the features of a dictionary aren't linear")

@@ -58,6 +58,8 @@ PYTHON_PATH = PathConstruct("python", "runs")
 
 SAVED_PATH = PathConstruct("saved", "reads")
 
+DICTIONARY_PATH = PathConstruct("sae", "reads")
+
 TUNED_LENS_PATH = PathConstruct("tuned_lens", "reads")
 
 REPORT_PATH = PathConstruct("report", "writes")
@@ -73,6 +75,7 @@ PATH_CONSTRUCTS = (
     HF_DATASET_PATH,
     PYTHON_PATH,
     SAVED_PATH,
+    DICTIONARY_PATH,
     TUNED_LENS_PATH,
     REPORT_PATH,
     SAVE_PATH,

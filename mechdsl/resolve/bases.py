@@ -8,14 +8,22 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base import limits
+from mechdsl.base.safetensors_files import UnreadableFile, inspect_safetensors
 from mechdsl.base.text import count_noun, name_list
-from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.rules import BadBasis
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.rules import BadBasis, DictionaryElsewhere
+from mechdsl.dictionaries.folder import (
+    TRANSCODERS,
+    DictionaryFile,
+    read_dictionary,
+    site_of_hook,
+)
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, BasisMethod, basis_size
+from mechdsl.program.direction_methods import MethodError
 from mechdsl.program.directions import fit_rows_of_basis
-from mechdsl.program.paths import SAVED_PATH, path_to_read
+from mechdsl.program.paths import DICTIONARY_PATH, SAVED_PATH, path_to_read
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.resolve.directions import (
     DirectionError,
@@ -24,7 +32,6 @@ from mechdsl.resolve.directions import (
     find_tokens,
     resolve_samples,
 )
-from mechdsl.resolve.safetensors_files import UnreadableFile, inspect_safetensors
 from mechdsl.resolve.sites import ExperimentContext, resolve_axis, resolve_site
 from mechdsl.resolve.types import (
     BasisMember,
@@ -167,6 +174,10 @@ def resolve_rule(
         work.diagnostics.append(
             BadBasis(span=problem.node.span, reason=problem.reason, hint=problem.hint)
         )
+        return None
+    except MethodError as mistake:
+        span = definition.method.span
+        work.diagnostics.append(BadBasis(span=span, reason=str(mistake), hint=mistake.hint))
         return None
     if coordinates is None:
         return None
@@ -314,7 +325,8 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
         name = f"{definition.name}[{', '.join(said)}]" if said else definition.name
         width = _width(point, work.model.shape)
         what, rows, text = operand
-        size = basis_size(method, width, rows, options)
+        independent = not isinstance(what, DictionaryFile)
+        size = basis_size(method, width, rows, options) if independent else rows
         if not isinstance(size, int):
             raise BasisError(call, *size)
         made = f"{method.describe(text, options)}, at {sites.labels[key]}"
@@ -360,6 +372,8 @@ def _operand(
                 return _saved(call, point, work)
             case "weights":
                 return _weights(call, point, options, work)
+            case "dictionary":
+                return _dictionary(call, point, work)
             case "nothing":
                 # By the order of definitions: a new name doesn't change the draw.
                 number = list(work.program.bases).index(definition.name)
@@ -415,6 +429,60 @@ def _weights(
     shape = work.model.shape
     rows = shape.d_mlp if site == "mlp_out" else shape.n_heads * shape.d_head
     return WeightBasis(site, point.layer), rows, f"the weights of {site} layer {point.layer}"
+
+
+def _dictionary(
+    call: ast.Call, point: SitePoint, work: ExperimentContext
+) -> tuple[BasisOperand, int, str] | None:
+    """Resolve a sparse autoencoder; warns if it was trained at another site."""
+    values = [a.value for a in call.arguments if a.name is None]
+    written = str(constant_value(values[0], work.program.parameters))
+    path, problems = path_to_read(DICTIONARY_PATH, written, call.span)
+    work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
+    if path is None:
+        return None
+    try:
+        file = read_dictionary(path, written)
+    except UnreadableFile as problem:
+        raise BasisError(call, problem.reason, problem.hint) from None
+    if file.architecture in TRANSCODERS:
+        reason = (
+            f"`{written}` is a transcoder, whose features aren't those of the vectors it writes"
+        )
+        raise BasisError(call, reason, "use a sparse autoencoder of this site")
+    width = _width(point, work.model.shape)
+    if file.width_in != width:
+        reason = f"`{written}` has vectors of {file.width_in} numbers, `{point.site}` has {width}"
+        hint = "use the site and the model that it was trained on"
+        hint += f": `{file.hook}`" if file.hook else ""
+        raise BasisError(call, reason, hint)
+    warning = _trained_elsewhere(call, file, point)
+    if warning is not None and warning not in work.diagnostics:
+        work.diagnostics.append(warning)
+    kind = f"{file.architecture} SAE" + (f" with k {file.k}" if file.k is not None else "")
+    text = f"{kind} {written} ({file.layout}), SHA-256 {file.digest[:12]}…"
+    return file, file.features, text
+
+
+def _trained_elsewhere(call: ast.Call, file: DictionaryFile, point: SitePoint) -> Diagnostic | None:
+    """Return W0733 if the recorded hook point is another site of the stream."""
+    if file.hook is None:
+        return None
+    named = site_of_hook(file.hook)
+    same = {(point.site, point.layer)}
+    if point.layer is not None and point.site in ("resid_pre", "resid_post"):
+        # The stream between two blocks has two names.
+        after = point.site == "resid_post"
+        same.add(("resid_pre", point.layer + 1) if after else ("resid_post", point.layer - 1))
+    if named is None or named in same:
+        return None
+    site, layer = named
+    return DictionaryElsewhere(
+        span=call.span,
+        hook=file.hook,
+        site=f"{point.site} layer {point.layer}",
+        own=f"{site} layer {layer}",
+    )
 
 
 def _saved(

@@ -8,6 +8,7 @@ from itertools import product
 from math import isfinite
 
 from mechdsl.base import limits
+from mechdsl.base.safetensors_files import UnreadableFile, inspect_safetensors
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import has_errors
@@ -32,7 +33,6 @@ from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.findings import Finding, PickError, VariantFinding
 from mechdsl.resolve.loops import evaluate_arithmetic
-from mechdsl.resolve.safetensors_files import UnreadableFile, inspect_safetensors
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.types import (
     Axis,

@@ -19,6 +19,7 @@ from mechdsl.base.hashing import digest
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import UNKNOWN_FACTS, UnknownFact
+from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.images.picture import Picture
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
@@ -149,7 +150,9 @@ class DrawnBasis(Record):
     seed: int
 
 
-BasisOperand: TypeAlias = FittedBasis | TokenBasis | SavedVector | WeightBasis | DrawnBasis
+BasisOperand: TypeAlias = (
+    FittedBasis | TokenBasis | SavedVector | WeightBasis | DrawnBasis | DictionaryFile
+)
 
 
 @record
@@ -183,10 +186,10 @@ class BasisTargets(Record):
     """By the indices along `axes`; empty for all coordinates."""
 
     @property
-    def saved(self) -> Iterator[SavedVector]:
-        """Matrices from files that the members use."""
+    def saved(self) -> Iterator[SavedVector | DictionaryFile]:
+        """Matrices and dictionaries from files that the members use."""
         operands = (member.operand for member in self.members.values())
-        yield from (own for own in operands if isinstance(own, SavedVector))
+        yield from (own for own in operands if isinstance(own, SavedVector | DictionaryFile))
 
     def find(self, point: SitePoint) -> BasisMember | None:
         """Return the basis for the vectors of a point, None if it has none.

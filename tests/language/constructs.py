@@ -345,6 +345,18 @@ _file(
     "Geiger et al. 2024, arXiv 2303.02536",
 )
 _file(
+    "basis: sparse autoencoder",
+    'basis b = sae("sae") at resid_post layer 1',
+    "The features of a dictionary: a folder of SAELens (standard, top-k, batch top-k, JumpReLU, gated "
+    "and matching pursuit) or of sparsify (top-k), or a safetensors file with `W_enc`, `b_enc`, "
+    "`W_dec`, `b_dec` and, for JumpReLU, `threshold`. Rules change features of the current vector "
+    "and keep its reconstruction error: x becomes x + (f′ − f) W_dec, in units of x if the dictionary "
+    "normalises its input. A recorded hook point of another site is a warning. The results store the "
+    "hash of the files.",
+    "tests/dictionaries/test_features.py",
+    "Bricken et al. 2023; Gao et al. 2024, arXiv 2406.04093",
+)
+_file(
     "basis: neurons",
     "basis b = neurons at mlp_hidden layer 2",
     "The numbers of the vector themselves: coordinate 5 is neuron 5.",

@@ -63,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(("many", "classifier"), ("vit", "vit")),
     ):
         shutil.copytree(data / source, folder / name)
+    shutil.copytree(data / "sae", folder / "sae")
     for kind in ("circle", "square"):
         Image.new("RGB", (30, 20), "red").save(folder / f"{kind}.png")
     config = json.loads((folder / "many" / "config.json").read_text(encoding="utf-8"))

@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from mechdsl.base import limits
+from mechdsl.base.safetensors_files import (
+    SafetensorsFile,
+    UnreadableFile,
+    compute_digest,
+    inspect_safetensors,
+)
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.syntax import NotSupported
@@ -17,12 +23,6 @@ from mechdsl.program import spec
 from mechdsl.program.paths import TUNED_LENS_PATH, path_to_read
 from mechdsl.program.spec import constant_value
 from mechdsl.resolve.observations import ObservedVectors
-from mechdsl.resolve.safetensors_files import (
-    SafetensorsFile,
-    UnreadableFile,
-    compute_digest,
-    inspect_safetensors,
-)
 from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.types import Convention, ResolvedRule, SiteLayer, SiteTargets
 from mechdsl.rules.observations.registry import (

@@ -33,6 +33,8 @@ class SafetensorsFile(Record):
     """SHA-256 of the file."""
     shapes: Mapping[str, tuple[int, ...]]
     """Shapes of its floating-point tensors."""
+    dtypes: Mapping[str, str]
+    """Their types: `F32`, `BF16`."""
 
 
 def inspect_safetensors(path: Path, written: str, most: int, alone: str) -> SafetensorsFile:
@@ -57,15 +59,17 @@ def inspect_safetensors(path: Path, written: str, most: int, alone: str) -> Safe
         reason = f"`{written}` can't be read: {error.strerror or error}"
         raise UnreadableFile(reason, "paths start from the folder of the file") from None
     found: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     try:
         for name, entry in load_json(header.decode("utf-8")).items():
             if name != "__metadata__" and entry["dtype"] in ("F16", "BF16", "F32", "F64"):
                 found[name] = tuple(int(size) for size in entry["shape"])
+                dtypes[name] = entry["dtype"]
     except (ValueError, KeyError, TypeError, AttributeError):
         reason = f"`{written}` is no safetensors file"
         hint = 'write it with `safetensors.torch.save_file({"d": vector}, path)`'
         raise UnreadableFile(reason, hint) from None
-    return SafetensorsFile(path, digest, found)
+    return SafetensorsFile(path, digest, found, dtypes)
 
 
 def compute_digest(path: Path) -> str:

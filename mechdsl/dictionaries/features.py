@@ -1,0 +1,279 @@
+"""Features of vectors in a dictionary, and vectors with changed features.
+
+Features and reconstructions are those of the SAELens package. Architectures: Bricken et al. 2023
+and Cunningham et al. 2023, arXiv 2309.08600 (standard); Gao et al. 2024, arXiv 2406.04093 (top-k);
+Bussmann et al. 2024, arXiv 2412.06410 (batch top-k, saved as JumpReLU); Rajamanoharan et al. 2024,
+arXiv 2407.14435 (JumpReLU) and arXiv 2404.16014 (gated); Dunefsky et al. 2024, arXiv 2406.11944
+(transcoders).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from mechdsl.base.records import Registry
+from mechdsl.dictionaries.folder import SPARSIFY_NAMES, DictionaryFile
+
+NORM_EPSILON = 1e-5
+"""Added to the standard deviation of a vector by `layer_norm`."""
+
+
+@dataclass(frozen=True, eq=False)
+class DictionaryWeights:
+    """Tensors of a dictionary on one device, in one precision."""
+
+    file: DictionaryFile
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+class Encoder:
+    """The encoder of one architecture."""
+
+    is_separate: ClassVar[bool] = True
+    """Whether a feature depends on no other one, so that some can be computed alone."""
+
+    def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
+        """Return [K, feature], or [K, m] of the features `which` if the encoder is separate.
+
+        Args:
+            vectors: [K, width] normalised, without the decoder's bias if it is subtracted.
+            which: [K, m] long.
+        """
+        raise NotImplementedError
+
+
+ENCODERS: Registry[Encoder] = Registry("architecture of a dictionary")
+
+
+def encoder(name: str) -> Callable[[type[Encoder]], type[Encoder]]:
+    """Register a subclass of `Encoder` under the name of an architecture."""
+
+    def register(entry: type[Encoder]) -> type[Encoder]:
+        ENCODERS.add(name, entry())
+        return entry
+
+    return register
+
+
+def _project(
+    weights: DictionaryWeights, vectors: Tensor, which: Tensor | None, bias: str
+) -> Tensor:
+    """Return x W_enc + b, of all features or of some."""
+    if which is None:
+        return vectors @ weights["W_enc"] + weights[bias]
+    columns = weights["W_enc"].T[which]
+    return torch.einsum("kw,kmw->km", vectors, columns) + weights[bias][which]
+
+
+@encoder("standard")
+@encoder("transcoder")
+@encoder("skip_transcoder")
+class ReluEncoder(Encoder):
+    """ReLU of a linear map."""
+
+    def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
+        return _project(weights, vectors, which, "b_enc").relu()
+
+
+@encoder("jumprelu")
+class JumpReluEncoder(Encoder):
+    """ReLU of a linear map, where it exceeds a threshold."""
+
+    def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
+        found = _project(weights, vectors, which, "b_enc")
+        threshold = weights["threshold"] if which is None else weights["threshold"][which]
+        return found.relu() * (found > threshold)
+
+
+@encoder("gated")
+class GatedEncoder(Encoder):
+    """A gate and a magnitude that share a linear map."""
+
+    def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
+        zero = torch.zeros_like(weights["b_gate"])
+        shared = DictionaryWeights(weights.file, {**weights.tensors, "zero": zero})
+        found = _project(shared, vectors, which, "zero")
+        parts = (weights["b_gate"], weights["r_mag"].exp(), weights["b_mag"])
+        gate, scale, bias = (part if which is None else part[which] for part in parts)
+        return (found * scale + bias).relu() * (found + gate > 0)
+
+
+@encoder("topk")
+class TopKEncoder(Encoder):
+    """The k largest features of a linear map, where they are positive."""
+
+    is_separate = False
+
+    def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
+        file = weights.file
+        assert file.k is not None
+        found = _project(weights, vectors, None, "b_enc")
+        if file.scales_by_decoder:
+            found = found * weights["W_dec"].norm(dim=-1)
+        values, index = found.topk(min(file.k, file.features), dim=-1, sorted=False)
+        return torch.zeros_like(found).scatter(-1, index, values.relu())
+
+
+@encoder("matching_pursuit")
+class MatchingPursuitEncoder(Encoder):
+    """Features that are chosen one after the other, each for the remaining residual."""
+
+    is_separate = False
+
+    def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
+        file, decoder = weights.file, weights["W_dec"]
+        residual = vectors.clone()
+        found = vectors.new_zeros(len(vectors), file.features)
+        done = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
+        before = found != 0
+        for _ in range(file.most_steps or file.width_in):
+            index = (residual @ decoder.T).relu().argmax(dim=1)
+            rows = decoder[index]
+            values = (residual * rows).sum(-1).relu() * ~done
+            found.scatter_add_(1, index[:, None], values[:, None])
+            residual = residual - values[:, None] * rows
+            support = found != 0
+            if file.stops_on_same_support:
+                done = done | (support == before).all(dim=1)
+            if file.residual_threshold > 0:
+                done = done | (residual.norm(dim=-1) < file.residual_threshold)
+            before = support
+            if bool(done.all()):
+                break
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """A dictionary, as coordinates of vectors."""
+
+    file: DictionaryFile
+    _loaded: DictionaryWeights
+    _moved: dict[tuple[torch.device, torch.dtype], DictionaryWeights] = field(
+        default_factory=dict[tuple[torch.device, torch.dtype], DictionaryWeights]
+    )
+
+    @property
+    def size(self) -> int:
+        """Number of features."""
+        return self.file.features
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether features are an affine map of vectors."""
+        return False
+
+    def _like(self, vectors: Tensor) -> DictionaryWeights:
+        key = vectors.device, vectors.dtype
+        if key not in self._moved:
+            moved = {name: each.to(vectors) for name, each in self._loaded.tensors.items()}
+            self._moved[key] = DictionaryWeights(self.file, moved)
+        return self._moved[key]
+
+    def _normalised(self, vectors: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return normalised vectors, and the scale and shift that undo it: [K, 1] each."""
+        match self.file.normalization:
+            case "none":
+                return vectors, None, None
+            case "layer_norm":
+                mean = vectors.mean(dim=-1, keepdim=True)
+                centred = vectors - mean
+                scale = centred.std(dim=-1, keepdim=True)
+                return centred / (scale + NORM_EPSILON), scale, mean
+            case "constant_norm_rescale":
+                norm = vectors.norm(dim=-1, keepdim=True)
+                scale = norm / vectors.shape[-1] ** 0.5
+                return vectors / scale, scale, None
+
+    def encode(self, vectors: Tensor, which: Tensor | None = None) -> Tensor:
+        """Return features: [K, feature], or [K, m] of those in `which`.
+
+        Args:
+            vectors: [K, width].
+            which: [K, m] long.
+        """
+        weights, own = self._like(vectors), ENCODERS[self.file.architecture]
+        given, _, _ = self._normalised(vectors)
+        if self.file.subtracts_bias:
+            given = given - weights["b_dec"]
+        if which is None or own.is_separate:
+            return own.encode(weights, given, which)
+        return own.encode(weights, given, None).gather(1, which)
+
+    def _rows(self, weights: DictionaryWeights) -> Tensor:
+        """Return [feature, width]: what a feature of 1 adds to the reconstruction."""
+        if self.file.scales_by_decoder:
+            return weights["W_dec"] / weights["W_dec"].norm(dim=-1, keepdim=True)
+        return weights["W_dec"]
+
+    def _undone(self, change: Tensor, scale: Tensor | None) -> Tensor:
+        """Undo the normalisation of a change; transcoders don't normalise outputs."""
+        if scale is None or self.file.width_in != self.file.width_out:
+            return change
+        return change * scale
+
+    def decode(self, features: Tensor, vectors: Tensor) -> Tensor:
+        """Return [K, width] reconstructions.
+
+        Args:
+            features: [K, feature].
+            vectors: [K, width] the encoded vectors, whose norms the reconstruction may use.
+        """
+        weights = self._like(features)
+        found = features @ self._rows(weights)
+        tied = self.file.architecture == "matching_pursuit" and not self.file.subtracts_bias
+        found = found if tied else found + weights["b_dec"]
+        if self.file.architecture == "skip_transcoder":
+            return found + vectors @ weights["W_skip"].T
+        if self.file.architecture == "transcoder":
+            return found
+        _, scale, shift = self._normalised(vectors)
+        found = self._undone(found, scale)
+        return found if shift is None else found + shift
+
+    def shift(self, vectors: Tensor, change: Tensor, which: Tensor | None) -> Tensor:
+        """Return [K, width]: vectors whose features have changed; the rest of them stays.
+
+        Args:
+            vectors: [K, width].
+            change: [K, m] or [K, feature]: new features minus current ones.
+            which: [K, m] long; None for all.
+        """
+        rows = self._rows(self._like(vectors))
+        named = rows if which is None else rows[which]
+        found = torch.einsum("km,mw->kw" if which is None else "km,kmw->kw", change, named)
+        return vectors + self._undone(found, self._normalised(vectors)[1])
+
+
+def load_dictionary(file: DictionaryFile) -> Dictionary:
+    """Load the weights of a dictionary, in float32 or float64 on the CPU.
+
+    Raises:
+        ValueError: The file has changed since it was read, or has NaN or infinity.
+    """
+    content = Path(file.path).read_bytes()
+    if sha256(content).hexdigest() != file.weights_digest:
+        raise ValueError(f"{file.path.name} has changed since it was checked")
+    every = load(content)
+    names = SPARSIFY_NAMES if file.layout == "sparsify" else {}
+    originals = {names.get(name, name): name for name in ("W_enc", "b_enc")}
+    tensors: dict[str, Tensor] = {}
+    for written in file.tensors:
+        tensor = every[written]
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"`{written}` has NaN or infinity")
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        name = originals.get(written, written)
+        tensors[name] = wide.T if written == "encoder.weight" else wide
+    return Dictionary(file, DictionaryWeights(file, tensors))

@@ -1,0 +1,186 @@
+"""Features and reconstructions, against those that SAELens computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mechdsl.base.safetensors_files import UnreadableFile
+from mechdsl.dictionaries.features import Dictionary, load_dictionary
+from mechdsl.dictionaries.folder import TRANSCODERS, read_dictionary
+
+DATA = Path(__file__).parent / "data"
+CASES = sorted(path.name for path in DATA.iterdir())
+
+
+def case(name: str) -> tuple[Dictionary, dict[str, Tensor]]:
+    dictionary = load_dictionary(read_dictionary(DATA / name, name))
+    return dictionary, load_file(DATA / name / "expected.safetensors")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_features_are_those_of_sae_lens(name: str) -> None:
+    dictionary, expected = case(name)
+    found = dictionary.encode(expected["vectors"])
+    assert (expected["features"] > 0).float().mean() > 0.05
+    torch.testing.assert_close(found, expected["features"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reconstructions_are_those_of_sae_lens(name: str) -> None:
+    dictionary, expected = case(name)
+    found = dictionary.decode(expected["features"], expected["vectors"])
+    torch.testing.assert_close(found, expected["decoded"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_named_features_equal_those_of_the_whole_encoder(name: str) -> None:
+    dictionary, expected = case(name)
+    vectors = expected["vectors"]
+    which = torch.stack([torch.randperm(dictionary.size)[:5] for _ in range(len(vectors))])
+    found = dictionary.encode(vectors, which)
+    torch.testing.assert_close(found, expected["features"].gather(1, which), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "transcoder" not in name])
+def test_a_shift_is_the_difference_of_two_reconstructions(name: str) -> None:
+    dictionary, expected = case(name)
+    vectors, features = expected["vectors"], expected["features"]
+    change = torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
+    moved = dictionary.decode(features + change, vectors)
+    difference = moved - dictionary.decode(features, vectors)
+    found = dictionary.shift(vectors, change, None)
+    torch.testing.assert_close(found, vectors + difference, atol=1e-4, rtol=1e-4)
+    which = torch.tensor([[2, 7]] * len(vectors))
+    some = torch.zeros_like(change).scatter(1, which, change.gather(1, which))
+    named = dictionary.shift(vectors, change.gather(1, which), which)
+    torch.testing.assert_close(named, dictionary.shift(vectors, some, None), atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_of_tensors_is_a_dictionary(tmp_path: Path) -> None:
+    weights = load_file(DATA / "jumprelu" / "sae_weights.safetensors")
+    save_file(weights, tmp_path / "sae.safetensors")
+    file = read_dictionary(tmp_path / "sae.safetensors", "sae.safetensors")
+    assert (file.layout, file.architecture, file.features) == ("tensors", "jumprelu", 24)
+    expected = load_file(DATA / "jumprelu" / "expected.safetensors")
+    found = load_dictionary(file).encode(expected["vectors"])
+    torch.testing.assert_close(found, expected["features"], atol=1e-5, rtol=1e-5)
+
+
+def test_sparsify_folders_have_transposed_encoders(tmp_path: Path) -> None:
+    weights = load_file(DATA / "topk" / "sae_weights.safetensors")
+    names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
+    written = {
+        names.get(name, name): (each.T if name == "W_enc" else each).contiguous()
+        for name, each in weights.items()
+    }
+    save_file(written, tmp_path / "sae.safetensors")
+    config = {"activation": "topk", "num_latents": 24, "k": 5, "d_in": 8}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    file = read_dictionary(tmp_path, "folder")
+    assert (file.layout, file.architecture, file.k) == ("sparsify", "topk", 5)
+    expected = load_file(DATA / "topk" / "expected.safetensors")
+    found = load_dictionary(file).encode(expected["vectors"])
+    torch.testing.assert_close(found, expected["features"], atol=1e-5, rtol=1e-5)
+
+
+def test_facts_are_read_from_the_configuration() -> None:
+    file = read_dictionary(DATA / "transcoder", "transcoder")
+    assert file.architecture in TRANSCODERS
+    assert (file.width_in, file.width_out, file.features) == (8, 6, 24)
+    assert (file.model, file.hook) == ("toy", "blocks.1.hook_resid_post")
+    assert file.dtype == "F32"
+
+
+def test_configurations_before_version_6_are_read(tmp_path: Path) -> None:
+    weights = load_file(DATA / "topk" / "sae_weights.safetensors")
+    save_file(weights, tmp_path / "sae_weights.safetensors")
+    old = {
+        "d_in": 8,
+        "d_sae": 24,
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": 5},
+        "hook_point": "blocks.1.hook_resid_pre",
+        "normalize_activations": False,
+        "model_name": "gpt2-small",
+    }
+    (tmp_path / "cfg.json").write_text(json.dumps(old))
+    file = read_dictionary(tmp_path, "old")
+    assert (file.architecture, file.k, file.hook) == ("topk", 5, "blocks.1.hook_resid_pre")
+
+
+def changed(folder: Path, tensors: dict[str, Tensor] | None = None, **facts: Any) -> Path:
+    """A copy of a dictionary with other facts or tensors."""
+    config = json.loads((DATA / "standard" / "cfg.json").read_text()) | facts
+    (folder / "cfg.json").write_text(json.dumps(config))
+    weights = load_file(DATA / "standard" / "sae_weights.safetensors") | (tensors or {})
+    save_file(weights, folder / "sae_weights.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("facts", "message", "hint"),
+    [
+        ({"architecture": "crosscoder"}, "the architecture `crosscoder`", "`jumprelu`"),
+        ({"architecture": "gated"}, "no tensor `b_gate`", "it has `W_dec`"),
+        ({"architecture": "topk", "k": 0}, "`k` of `here` is 0", "at least 1"),
+        ({"activation_fn": "tanh-relu"}, "activation function `tanh-relu`", "`relu`"),
+        ({"normalize_activations": "covariance_whitening"}, "`covariance_whitening`", "`none`"),
+        (
+            {"normalize_activations": "expected_average_only_in"},
+            "a fixed average norm",
+            "fold_activation_norm_scaling_factor",
+        ),
+    ],
+)
+def test_unreadable_configurations_name_the_fix(
+    facts: dict[str, Any], message: str, hint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UnreadableFile) as caught:
+        read_dictionary(changed(tmp_path, **facts), "here")
+    assert message in caught.value.reason
+    assert hint in caught.value.hint
+
+
+def test_wrong_shapes_name_the_tensor(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableFile, match=r"`b_enc` of `here` has the shape \[7\], not \[24\]"):
+        read_dictionary(changed(tmp_path, {"b_enc": torch.zeros(7)}), "here")
+
+
+@pytest.mark.parametrize("name", ["sae.pt", "ae.pkl", "sae.bin"])
+def test_pickles_are_rejected_with_the_conversion(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(UnreadableFile, match="pickle") as caught:
+            read_dictionary(path, "here")
+        assert "weights_only=True" in caught.value.hint
+        assert name in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("cfg.json", "has no `cfg.json`"), ("sae_weights.safetensors", "has no weights")],
+)
+def test_missing_files_are_named(missing: str, message: str, tmp_path: Path) -> None:
+    (changed(tmp_path) / missing).unlink()
+    with pytest.raises(UnreadableFile, match=message):
+        read_dictionary(tmp_path, "here")
+
+
+def test_a_file_that_changed_after_its_check_is_not_loaded(tmp_path: Path) -> None:
+    file = read_dictionary(changed(tmp_path), "here")
+    changed(tmp_path, {"b_enc": torch.ones(24)})
+    with pytest.raises(ValueError, match="has changed since it was checked"):
+        load_dictionary(file)
+
+
+def test_weights_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
+    file = read_dictionary(changed(tmp_path, {"b_enc": torch.full((24,), torch.nan)}), "here")
+    with pytest.raises(ValueError, match="`b_enc` has NaN or infinity"):
+        load_dictionary(file)
