@@ -323,8 +323,8 @@ _file(
 _file(
     "basis: unembedding rows",
     'basis b = rows(unembed, " 3", " 2") at resid_post layer 3',
-    "The rows of the unembedding for these tokens, without the final norm. Coordinates of directions "
-    "that aren't orthogonal are those of the projection onto their span, by the pseudo-inverse.",
+    "The rows of the unembedding for these tokens, without the final norm. Coordinates of "
+    "directions that aren't orthogonal are those of the projection onto their span, by the pseudo-inverse.",
     _BASES,
     OWN,
 )
@@ -347,12 +347,12 @@ _file(
 _file(
     "basis: sparse autoencoder",
     'basis b = sae("sae") at resid_post layer 1',
-    "The features of a dictionary: a folder of SAELens (standard, top-k, batch top-k, JumpReLU, gated "
-    "and matching pursuit) or of sparsify (top-k), or a safetensors file with `W_enc`, `b_enc`, "
-    "`W_dec`, `b_dec` and, for JumpReLU, `threshold`. Rules change features of the current vector "
-    "and keep its reconstruction error: x becomes x + (f′ − f) W_dec, in units of x if the dictionary "
-    "normalises its input. A recorded hook point of another site is a warning. The results store the "
-    "hash of the files.",
+    "The features of a dictionary: a folder of SAELens (standard, top-k, batch top-k, JumpReLU, "
+    "gated and matching pursuit) or of sparsify (top-k), or a safetensors file with `W_enc`, "
+    "`b_enc`, `W_dec`, `b_dec` and, for JumpReLU, `threshold`. Rules change features of the "
+    "current vector and keep its reconstruction error: x becomes x + (f′ − f) W_dec, in units of x "
+    "if the dictionary normalises its input. A recorded hook point of another site is a warning. "
+    "The results store the hash of the files.",
     "tests/dictionaries/test_features.py",
     "Bricken et al. 2023; Gao et al. 2024, arXiv 2406.04093",
 )
@@ -856,17 +856,17 @@ _rule(
 _rule(
     "a subspace",
     "patch resid_post layer 2 in basis axes at last token",
-    "Patches all coordinates of a basis: x becomes x + decode(f(source)) − decode(f(x)). The part of "
-    "x outside the subspace doesn't change. `ablate`, `set`, `add` (a number), `scale` and `clamp` "
-    "act on coordinates in the same way. Means are means of coordinates.",
+    "Patches all coordinates of a basis: x becomes x + decode(f(source)) − decode(f(x)). The part "
+    "of x outside the subspace doesn't change. `ablate`, `set`, `add` (a number), `scale` and "
+    "`clamp` act on coordinates in the same way. Means are means of coordinates.",
     "Geiger et al. 2024, arXiv 2303.02536",
     _BASES,
 )
 _rule(
     "a coordinate",
     "patch feature * of axes at last token",
-    "Patches one coordinate per run, at the site of the basis. `features 0..3 of axes` patches four "
-    "in one run.",
+    "Patches one coordinate per run, at the site of the basis. `features 0..3 of axes` patches "
+    "four in one run.",
     "Geiger et al. 2024, arXiv 2303.02536",
     _BASES,
 )

@@ -38,7 +38,8 @@ mechdsl explain freeze
 ```
 
 Each row has an example, its meaning, the source of the definition, and the test that checks it.
-mechdsl parses some further constructs but rejects them with [E0108](errors/E0108.md): more estimators, circuits, search, and images in prompts.
+mechdsl parses some further constructs but rejects them with [E0108](errors/E0108.md):
+more estimators, circuits, search, and images in prompts.
 
 These terms and rules apply throughout the page:
 
