@@ -324,7 +324,8 @@ _file(
     "basis: unembedding rows",
     'basis b = rows(unembed, " 3", " 2") at resid_post layer 3',
     "The rows of the unembedding for these tokens, without the final norm. Coordinates of "
-    "directions that aren't orthogonal are those of the projection onto their span, by the pseudo-inverse.",
+    "directions that aren't orthogonal are those of the projection onto their span, by the "
+    "pseudo-inverse.",
     _BASES,
     OWN,
 )
