@@ -242,6 +242,10 @@ class Dictionary:
         found = self._undone(found, scale)
         return found if shift is None else found + shift
 
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """Return [K, width]: the reconstructions of vectors [K, width]."""
+        return self.decode(self.encode(vectors), vectors)
+
     def shift(self, vectors: Tensor, change: Tensor, which: Tensor | None) -> Tensor:
         """Return [K, width]: vectors whose features have changed; the rest of them stays.
 

@@ -8,6 +8,7 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.experiments import PatchWithoutSource
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, UnknownName, UnknownWord
+from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
 from mechdsl.program import spec
 from mechdsl.program.directions import direction_names, split_factor
@@ -156,9 +157,31 @@ def _set(
     if direction_names(body.value, work.scope.names("direction")):
         return _of_direction(rule, "set", body, body.value, work)
     fill = body.value
+    match fill:
+        case ast.QualifiedRef(name="reconstruction", of=ast.Ref(name=basis, part=None)):
+            return _reconstruction(rule, body, fill, basis, work)
+        case _:
+            pass
     if isinstance(fill, ast.Name) and work.scope.has("rule", fill.id):
         fill = work.parts.rule_functions[fill.id]
     return _at(rule, "set", body, fill=fill)
+
+
+def _reconstruction(
+    rule: ast.Rule, body: ast.SetSite, fill: ast.QualifiedRef, basis: str, work: Statements
+) -> spec.Rule:
+    """Lower `set SITE at POSITIONS to reconstruction of BASIS`; E0342 for a site with a basis."""
+    work.scope.use("basis", basis, fill.of.span)
+    if body.site.basis_name is not None:
+        work.diagnostics.append(
+            BadBasis(
+                span=body.site.span,
+                reason="a reconstruction is of whole vectors, and the site names coordinates",
+                hint=f"name the site alone: `set resid_post layer 2 … reconstruction of {basis}`",
+            )
+        )
+    site = replace(body.site, basis=basis)
+    return _at(rule, "set", body, fill=fill).model_copy(update={"site": site})
 
 
 def _add(

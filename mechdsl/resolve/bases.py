@@ -77,6 +77,30 @@ class BasisError(Exception):
 # --- rules ----------------------------------------------------------------------------------------
 
 
+class Reconstruction(Intervention):
+    """`set SITE at POSITIONS to reconstruction of BASIS`: what the basis represents of the current
+    vector."""
+
+    name = "reconstruction"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention(
+            "reconstruction",
+            "the current vector is replaced by what the basis represents of it, without the error",
+        )
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return vectors.amounts[:, None]
+
+
+RECONSTRUCTION = Reconstruction()
+
+
+def is_reconstruction(fill: ast.Node | None) -> bool:
+    """Return whether a rule sets vectors to `reconstruction of BASIS`."""
+    return isinstance(fill, ast.QualifiedRef) and fill.name == "reconstruction"
+
+
 class CoordinateChange(Intervention):
     """An intervention on coordinates in a basis; the rest of the vector doesn't change.
 
@@ -101,8 +125,10 @@ class CoordinateChange(Intervention):
         return self._inner.copies
 
     @property
-    def operation(self) -> Literal["set", "add", "scale"]:
+    def operation(self) -> Literal["set", "add", "scale", "reconstruct"]:
         """How the inner intervention's result is combined with the current coordinates."""
+        if isinstance(self._inner, Reconstruction):
+            return "reconstruct"
         assert self._inner.mode in ("set", "add", "scale")
         return self._inner.mode
 
@@ -125,6 +151,8 @@ class CoordinateChange(Intervention):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from self._inner.conventions(rule, n_layers)
+        if isinstance(self._inner, Reconstruction):
+            return
         yield Convention(
             "basis",
             "rules in a basis change the named coordinates of the current vector; the rest of the "

@@ -16,6 +16,7 @@ from mechdsl.diagnostics.rules import BadAmount, BadDirection
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.python_functions import find_function, is_python_call
+from mechdsl.resolve.bases import RECONSTRUCTION, is_reconstruction
 from mechdsl.resolve.directions import resolve_direction
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext, label_points, resolve_site
@@ -634,6 +635,10 @@ class SetRule(RuleKind):
             return DIRECTION_ASSIGNMENT.resolve(rule, work)
         base = work.experiment.base
         sites, positions = resolve_targets(rule, base, work)
+        if is_reconstruction(rule.fill) and sites is not None and positions is not None:
+            return ResolvedRule(
+                spec=rule, does=RECONSTRUCTION, run=base, sites=sites, positions=positions
+            )
         does, python = NUMBER_ASSIGNMENT, None
         amounts: Amounts | None = None
         if is_python_call(rule.fill):

@@ -380,7 +380,8 @@ def _write_coordinates(
         system = asked.means_and_donors.directions.systems[members[number].name]
         part = _Coordinates(asked.part(own), system, which)
         values = does.values(plan.rule, part)
-        values = values.expand(-1, part.width)
+        if values.shape[1] > 1 and values.stride(1) == 0:  # one number for all coordinates
+            values = values[:, :1]
         mode = asked.means_and_donors.directions.mode(
             members[number], does.operation, count, joins_units=asked.joins_units
         )

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-CoordinateOperation = Literal["set", "add", "scale"]
+CoordinateOperation = Literal["set", "add", "scale", "reconstruct"]
 
 
 class CoordinateSystem(Protocol):
@@ -35,6 +35,10 @@ class CoordinateSystem(Protocol):
         Returns:
             [K, m], or [K, size].
         """
+        ...
+
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """Return [K, width]: what the basis represents of vectors [K, width]."""
         ...
 
     def shift(self, vectors: Tensor, change: Tensor, which: Tensor | None) -> Tensor:
@@ -100,6 +104,10 @@ class LinearBasis:
             return (vectors - center) @ inverse
         return torch.einsum("kw,kmw->km", vectors - center, inverse.T[which])
 
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        directions, center, _ = self._like(vectors)
+        return center + self.encode(vectors, None) @ directions
+
     def shift(self, vectors: Tensor, change: Tensor, which: Tensor | None) -> Tensor:
         directions, _, _ = self._like(vectors)
         if which is None:
@@ -110,7 +118,7 @@ class LinearBasis:
 @dataclass(frozen=True, eq=False)
 class CoordinateWrite:
     """Mode of a write whose values are coordinates: `set` replaces them, `add` adds to them, and
-    `scale` multiplies them."""
+    `scale` multiplies them; `reconstruct` drops what the basis doesn't represent."""
 
     system: CoordinateSystem
     operation: CoordinateOperation
@@ -126,6 +134,8 @@ class CoordinateWrite:
             which: [K, m] coordinates; None for all.
         """
         wide = now.to(torch.promote_types(now.dtype, torch.float32))
+        if self.operation == "reconstruct":
+            return self.system.reconstruct(wide).to(now)
         current, values = self.system.encode(wide, which), values.to(wide)
         match self.operation:
             case "set":
