@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mechdsl.base.records import Registry
 from mechdsl.dictionaries.folder import SPARSIFY_NAMES, DictionaryFile
+from mechdsl.dictionaries.products import combine_some, project_some
 
 NORM_EPSILON = 1e-5
 """Added to the standard deviation of a vector by `layer_norm`."""
@@ -70,10 +71,8 @@ def _project(
     weights: DictionaryWeights, vectors: Tensor, which: Tensor | None, bias: str
 ) -> Tensor:
     """Return x W_enc + b, of all features or of some."""
-    if which is None:
-        return vectors @ weights["W_enc"] + weights[bias]
-    columns = weights["W_enc"].T[which]
-    return torch.einsum("kw,kmw->km", vectors, columns) + weights[bias][which]
+    found = project_some(vectors, weights["W_enc"], which)
+    return found + (weights[bias] if which is None else weights[bias][which])
 
 
 @encoder("standard")
@@ -255,8 +254,7 @@ class Dictionary:
             which: [K, m] long; None for all.
         """
         rows = self._rows(self._like(vectors))
-        named = rows if which is None else rows[which]
-        found = torch.einsum("km,mw->kw" if which is None else "km,kmw->kw", change, named)
+        found = combine_some(change, rows, which)
         return vectors + self._undone(found, self._normalised(vectors)[1])
 
 

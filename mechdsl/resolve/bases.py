@@ -254,11 +254,13 @@ def _coordinates(
     found = resolve_axis(features, [], work.sites, size=sizes[0])
     if found is None:
         return (), None
+    whole = tuple(range(sizes[0])) if len(sizes) == 1 else None
+    choices = {key: () if own == whole else own for key, own in found.choices.items()}
     if found.sweep is not None:
         if not rule.fill_index:  # the fills of an ablation share their axes
             work.add_axis(found.sweep)
-        return (*found.loops, found.sweep.name), dict(found.choices)
-    return found.loops, dict(found.choices)
+        return (*found.loops, found.sweep.name), choices
+    return found.loops, choices
 
 
 # --- definitions ----------------------------------------------------------------------------------

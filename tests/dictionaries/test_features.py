@@ -14,6 +14,7 @@ from torch import Tensor
 from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.dictionaries.features import Dictionary, load_dictionary
 from mechdsl.dictionaries.folder import TRANSCODERS, read_dictionary
+from mechdsl.dictionaries.products import MAX_GATHERED
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted(path.name for path in DATA.iterdir())
@@ -39,11 +40,12 @@ def test_reconstructions_are_those_of_sae_lens(name: str) -> None:
     torch.testing.assert_close(found, expected["decoded"], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [5, MAX_GATHERED + 4])
 @pytest.mark.parametrize("name", CASES)
-def test_named_features_equal_those_of_the_whole_encoder(name: str) -> None:
+def test_named_features_equal_those_of_the_whole_encoder(name: str, count: int) -> None:
     dictionary, expected = case(name)
     vectors = expected["vectors"]
-    which = torch.stack([torch.randperm(dictionary.size)[:5] for _ in range(len(vectors))])
+    which = torch.stack([torch.randperm(dictionary.size)[:count] for _ in range(len(vectors))])
     found = dictionary.encode(vectors, which)
     torch.testing.assert_close(found, expected["features"].gather(1, which), atol=1e-5, rtol=1e-5)
 
@@ -57,10 +59,12 @@ def test_a_shift_is_the_difference_of_two_reconstructions(name: str) -> None:
     difference = moved - dictionary.decode(features, vectors)
     found = dictionary.shift(vectors, change, None)
     torch.testing.assert_close(found, vectors + difference, atol=1e-4, rtol=1e-4)
-    which = torch.tensor([[2, 7]] * len(vectors))
-    some = torch.zeros_like(change).scatter(1, which, change.gather(1, which))
-    named = dictionary.shift(vectors, change.gather(1, which), which)
-    torch.testing.assert_close(named, dictionary.shift(vectors, some, None), atol=1e-5, rtol=1e-5)
+    for count in (2, MAX_GATHERED + 4):
+        which = torch.arange(count).expand(len(vectors), -1)
+        some = torch.zeros_like(change).scatter(1, which, change.gather(1, which))
+        named = dictionary.shift(vectors, change.gather(1, which), which)
+        whole = dictionary.shift(vectors, some, None)
+        torch.testing.assert_close(named, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_a_file_of_tensors_is_a_dictionary(tmp_path: Path) -> None:

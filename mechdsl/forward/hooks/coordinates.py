@@ -8,7 +8,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from mechdsl.dictionaries.products import MAX_GATHERED, combine_some, project_some
+
 CoordinateOperation = Literal["set", "add", "scale", "reconstruct"]
+
+
+MAX_NUMBERS = 1 << 24
+"""Numbers of coordinates, or of gathered directions, that are computed together."""
 
 
 class CoordinateSystem(Protocol):
@@ -100,9 +106,7 @@ class LinearBasis:
 
     def encode(self, vectors: Tensor, which: Tensor | None) -> Tensor:
         _, center, inverse = self._like(vectors)
-        if which is None:
-            return (vectors - center) @ inverse
-        return torch.einsum("kw,kmw->km", vectors - center, inverse.T[which])
+        return project_some(vectors - center, inverse, which)
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
         directions, center, _ = self._like(vectors)
@@ -110,9 +114,7 @@ class LinearBasis:
 
     def shift(self, vectors: Tensor, change: Tensor, which: Tensor | None) -> Tensor:
         directions, _, _ = self._like(vectors)
-        if which is None:
-            return vectors + change @ directions
-        return vectors + torch.einsum("km,kmw->kw", change, directions[which])
+        return vectors + combine_some(change, directions, which)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +135,20 @@ class CoordinateWrite:
             values: [K, m] or [K, 1] numbers; [K, size] for all coordinates.
             which: [K, m] coordinates; None for all.
         """
+        each = self.system.size
+        if which is not None and which.shape[1] <= MAX_GATHERED:
+            each = which.shape[1] * now.shape[1]
+        count = max(1, MAX_NUMBERS // each)
+        if len(now) <= count:
+            return self._apply(now, values, which)
+        parts = (slice(begin, begin + count) for begin in range(0, len(now), count))
+        found = [
+            self._apply(now[part], values[part], None if which is None else which[part])
+            for part in parts
+        ]
+        return torch.cat(found)
+
+    def _apply(self, now: Tensor, values: Tensor, which: Tensor | None) -> Tensor:
         wide = now.to(torch.promote_types(now.dtype, torch.float32))
         if self.operation == "reconstruct":
             return self.system.reconstruct(wide).to(now)
