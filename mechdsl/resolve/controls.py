@@ -442,10 +442,10 @@ class _Draws:
         if fewest == self.draws:
             return count_noun(most, "draw")
         if fewest == most:
-            return f"{count_noun(most, 'draw')}, all there are"
+            return f"{count_noun(most, 'draw')}, all that exist"
         return (
             f"{fewest:,} to {count_noun(most, 'draw')}, "
-            f"all there are where fewer than {self.draws:,}"
+            f"all that exist where fewer than {self.draws:,}"
         )
 
     def _apart_is_drawn(self, kinds: Sequence[spec.ControlTarget | None]) -> None:

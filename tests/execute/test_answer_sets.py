@@ -104,8 +104,8 @@ def test_what_is_told_of_the_sets() -> None:
     ran, found = run_source(Source(text))
     assert ran is not None, found
     assert ran.experiments[0].conventions["answer sets"] == (
-        "`prob(count + 1..9)` over 3 to 7 numerals in a row (`3` to `9`); "
-        "`correct(answer, wrong, answer)` over 2 tokens in a row; equal tokens count once"
+        "`prob(count + 1..9)` over 3 to 7 numerals per row (`3` to `9`); "
+        "`correct(answer, wrong, answer)` over 2 tokens per row; equal tokens count once"
     )
 
 

@@ -347,7 +347,7 @@ def test_insertion_and_deletion_by_hand(name: str, tmp_path: Path) -> None:
     assert told == ["caap", "chance"]
     named = [cell.coords["m"] for cell in found["inserted_area"].cells]
     assert named == ["caap", "chance"]
-    assert found["inserted_area"].conventions["auc"].startswith("over k, row by row, of 5 cells")
+    assert found["inserted_area"].conventions["auc"].startswith("over k, per row, of 5 cells")
 
 
 def test_random_maps_differ_by_row_and_patch_and_seed(tmp_path: Path) -> None:

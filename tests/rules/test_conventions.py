@@ -15,7 +15,7 @@ from ..models import families
 
 EDGES = "block attention layer * head * from last token to subject token"
 PATTERN = "patch pattern layer 1 head * at last token with turned"
-SDPA = "written out (eager) in layers 0 to 2 (the model's own is `sdpa`)"
+SDPA = "computed explicitly (eager) in layers 0 to 2 (the model uses `sdpa`)"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
@@ -33,7 +33,7 @@ def test_eager_and_fused_attention_agree(tmp_path: Path, family: str, rule: str)
     assert np.nanmax(np.abs(one.measures[0].patched - one.measures[0].base)) > 0.1
     if rule == EDGES:
         assert one.conventions["attention"] == SDPA
-        assert other.conventions["attention"] == "written out (eager) in layers 0 to 2"
+        assert other.conventions["attention"] == "computed explicitly (eager) in layers 0 to 2"
         assert one.conventions["edges"].startswith("blocked keys get no weight")
     with torch.no_grad():  # and the model is as it was
         ids = torch.tensor([support.prompt(support.ROWS[0]).ids])
@@ -82,7 +82,7 @@ def test_what_is_averaged_and_compared_is_said(tmp_path: Path) -> None:
     )
     found = support.run_file(text, tmp_path, support.bare("llama"))
     said = {name: each.conventions for name, each in found.items()}
-    where = "compared at `{}`, where it is measured, not where rules write"
+    where = "compared at `{}`, where the metric reads, not where rules write"
     assert said["last"]["cosine"] == where.format("last token")
     assert said["there"]["cosine"] == where.format("subject token")
     assert said["mean"]["fill"] == f"mean over {rows}, per position"
