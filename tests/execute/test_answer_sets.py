@@ -38,14 +38,14 @@ experiment e {{
 }}
 """
 REFUSED = {
-    "prob(count + 3..5)": ("E0503", "7..5 has no numerals", "in the row with count = 4"),
-    "prob(9..count - 1)": ("E0503", "has no numerals", "in the row with count = "),
+    "prob(count + 3..5)": ("E0503", "7..5 contains no numerals", "in the row with count = 4"),
+    "prob(9..count - 1)": ("E0503", "contains no numerals", "in the row with count = "),
     "prob(count / 2..9)": ("E0503", "1.5 is not a whole number", "in the row with count = 3"),
     "prob(count..20000)": ("E0503", "numerals are more than 10,000", "in the row with count = "),
     "prob(count..x)": ("E0501", "no value or column `x`", ""),
     "prob(9..1)": ("E0612", "the smaller one first", ""),
-    "prob([0.5])": ("E0503", "0.5 in it is no text", ""),
-    "prob(count)": ("E0503", "it is a value, 4, and no text", ""),
+    "prob([0.5])": ("E0503", "0.5 in the list is not a text", ""),
+    "prob(count)": ("E0503", "it is a value, 4, not a text", ""),
     "expected(words)": ("E0612", "not all of it are whole numbers", ""),
     "expected(answer)": ("E0612", "its argument doesn't fit", ""),
     "prob(answer, digits: 2)": ("E0612", "`digits` is for numerals", ""),

@@ -454,7 +454,7 @@ def test_cells_that_loops_leave_out_are_not_counted(
 def test_answers_that_differ_are_counted(tmp_path: Path) -> None:
     folder_of(tmp_path)
     said = table_of(tmp_path, RULE.format("cls token")).conventions["answer"]
-    assert said.endswith("` and 3 others: each the name of a label, and no token")
+    assert said.endswith("` and 3 others: each the name of a label, not a token")
 
 
 def test_a_patch_in_an_expectation(tmp_path: Path) -> None:

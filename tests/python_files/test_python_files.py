@@ -490,12 +490,12 @@ def test_a_metric_that_fails(body: str, reason: str, where: str, tmp_path: Path)
 VALUES = [
     ("    return 1 / 0\n", "ZeroDivisionError: division by zero", "at own.py:2"),
     ("    return row['cuont']\n", "KeyError: 'cuont'", "at own.py:2"),
-    ("    return None\n", "it gave `NoneType`, not a number or a text", "defined at own.py:1"),
-    ("    return [1]\n", "it gave `list`, not a number or a text", "defined at own.py:1"),
-    ("    return float('nan')\n", "it gave NaN, not a number or a text", "defined at own.py:1"),
+    ("    return None\n", "it returned `NoneType`, not a number or a text", "defined at own.py:1"),
+    ("    return [1]\n", "it returned `list`, not a number or a text", "defined at own.py:1"),
+    ("    return float('nan')\n", "it returned NaN, not a number or a text", "defined at own.py:1"),
     (
         "    import torch; return torch.zeros(3)\n",
-        "it gave `Tensor`, not a number",
+        "it returned `Tensor`, not a number",
         "defined at own.py:1",
     ),
 ]
