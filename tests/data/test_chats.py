@@ -468,7 +468,7 @@ def test_the_date_is_said() -> None:
     said = table("llama", CHATS["one"]).conventions["chat"]
     assert "the template's date is 26 July 2024" in said
     assert "start of a reply" in said
-    assert "begun" in table("chatml", CHATS["begun"]).conventions["chat"]
+    assert "unfinished reply" in table("chatml", CHATS["begun"]).conventions["chat"]
     assert "July" not in table("chatml", CHATS["begun"]).conventions["chat"]
     assert "26 Jul 2024" in table("llama", CHATS["one"]).runs["clean"].rows[0].text
 

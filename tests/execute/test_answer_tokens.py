@@ -454,8 +454,8 @@ def test_tokens_of_an_answer_are_not_picked(tmp_path: Path) -> None:
     assert result is None
     errors = [d.message for d in problems if d.severity == "error"]
     assert errors == [
-        "`top 1 of ranked tokens` can't be picked: the cell `answer first` of `ranked` is of the "
-        "answer, behind the prompt"
+        "`top 1 of ranked tokens` can't be picked: the cell `answer first` of `ranked` is "
+        "in the answer, after the prompt"
     ]
 
 

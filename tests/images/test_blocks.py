@@ -448,7 +448,7 @@ def test_cells_that_loops_leave_out_are_not_counted(
     assert found.code == "E0323"
     assert "has 72 cells, more than 71" in found.message
     assert "a (3) × b (3)" in found.label_text
-    assert "without 36 that loops leave out" in found.label_text
+    assert "without 36 that loops exclude" in found.label_text
 
 
 def test_answers_that_differ_are_counted(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_rows_that_the_map_lacks_are_said(tmp_path: Path) -> None:
     text += looking("at", "observe pointing of caap in object")
     found = run("vit", tmp_path, text)
     assert np.isfinite(found["at"].measures[0].patched).sum() == 3
-    assert "2 of 5 rows dropped, `caap` lacks them" in found["at"].conventions["observed"]
+    assert "2 of 5 rows dropped, because `caap` lacks them" in found["at"].conventions["observed"]
 
 
 def test_rows_that_only_the_map_has_are_left_out(tmp_path: Path) -> None:

@@ -227,7 +227,9 @@ def test_rows_whose_image_has_none_nearby(tmp_path: Path) -> None:
     assert len(few) == 3
     here = np.isin(range(ROWS), few)
     np.testing.assert_allclose(some, np.where(here, whole, np.nan), rtol=1e-5)
-    assert "2 of 5 rows dropped, `few` lacks them" in found["to_few"].conventions["observed"]
+    assert ("2 of 5 rows dropped, because `few` lacks them") in found["to_few"].conventions[
+        "observed"
+    ]
     assert "dropped" not in found["to_near"].conventions["observed"]
 
 
@@ -321,7 +323,7 @@ OTHERS = (
         ("infidelity of caap to drawn", "`drawn` takes no patches out: it has `observe`"),
         ("infidelity of caap, chance to taken", "`drawn` has a map for each draw"),
         ("infidelity of caap(l: 1) to taken", "`caap` has no axis `l`"),
-        ("infidelity of caap(l: n) to taken", "`n` is no value of an axis"),
+        ("infidelity of caap(l: n) to taken", "`n` is not a value of an axis"),
         ("sensitivity of caap, left to near", "has 1 behind `to` for 2 maps"),
         ("sensitivity of caap to far", "`far` isn't made as `caap` is"),
         ("sensitivity of caap to left", "`left` isn't made as `caap` is"),
@@ -352,7 +354,7 @@ def test_maps_in_loops(tmp_path: Path) -> None:
     five = support.experiment("f", "from scenes into neutral", nested)
     four = looking("f", "for m in [caap, left] { observe pointing of m in object }")
     for text, code, reason in (
-        (one, "E0620", "`3` is no experiment"),
+        (one, "E0620", "`3` is not an experiment"),
         (two, "E0620", "`drawn` has no `draw: 4`"),
         (three, "E0207", "`d` is the variable of a `for`"),
         (four, "E0207", "`m` is the variable of a `for`"),

@@ -98,7 +98,7 @@ def test_plan_says_that_it_counts_stand_ins(tmp_path: Path) -> None:
     said = "a is counted with placeholders: its inputs are known only after heads has run"
     assert said in shown.output
     shown = CliRunner().invoke(app, ["explain", str(path)])
-    assert "top 3 of heads: known when `heads` has run" in shown.output
+    assert "top 3 of heads: known only after `heads` has run" in shown.output
 
 
 def test_only_runs_what_it_needs_and_reports_itself() -> None:

@@ -134,8 +134,8 @@ def test_one_of_several_bases() -> None:
         ("places(l: 2, m: 1)", "`places` has no cell there"),
         ("places(1)", "`1` doesn't say along which axis"),
         ("places(l: 1, l: 2)", "`l` is named twice"),
-        ("places(l: n)", "`n` is no value of an axis"),
-        ("places(l: 0..1)", "`0..1` is no value of an axis"),
+        ("places(l: n)", "`n` is not a value of an axis"),
+        ("places(l: 0..1)", "`0..1` is not a value of an axis"),
         ('places(position: "1")', "each position is ranked"),
     ],
 )

@@ -618,7 +618,7 @@ def test_the_tuned_lens_without_the_planner(data: Path) -> None:
         ("tuned_lens", "needs a file"),
         ("tuned_lens(3)", "needs a file"),
         ('tuned_lens("nowhere.safetensors")', "can't be read"),
-        ('tuned_lens("text")', "is no safetensors file"),
+        ('tuned_lens("text")', "is not a safetensors file"),
         ('tuned_lens("one")', "has no `layer.1.weight`"),
         ('tuned_lens("narrow")', "has the shape [5] in `layer.1.bias`"),
         ('tuned_lens("half")', "has no `layer.2.weight`"),
