@@ -1053,7 +1053,7 @@ def build_model(
     pair = cast("tuple[Any, ...]", given) if isinstance(given, tuple) else ()
     if len(pair) != 2:
         kind = "nothing" if given is None else f"a `{type(given).__name__}`"
-        reason = f"it gave {kind}, not a model and its tokenizer"
+        reason = f"it returned {kind}, not a model and its tokenizer"
         return None, [function.failure(reason, _BUILD_HINT).diagnostic]
     module, tokenizer = pair
     return adopt_model(

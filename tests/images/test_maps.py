@@ -267,7 +267,7 @@ def test_a_map_with_nothing_above_0(tmp_path: Path) -> None:
     assert np.isfinite(both).all(1).tolist() == [False, True]
     said = {name: found[name].conventions["observed"] for name in ("both", "named")}
     assert "dropped" not in said["both"]
-    assert "5 of 5 rows dropped, where `grown(k: 1)` is nowhere above 0" in said["named"]
+    assert "5 of 5 rows dropped, where `grown(k: 1)` has no value above 0" in said["named"]
     assert "`grown(k: 2)` is" not in said["named"]
 
 
@@ -465,11 +465,15 @@ def test_loops_over_experiments_that_there_are_not(tmp_path: Path) -> None:
         (looking("e", "observe pointing of nothing in object"), "E0201", "nothing"),
         (looking("e", "observe pointing of caap in object top 25%"), "E0207", "takes no `top`"),
         (looking("e", "observe iou of caap in object top 0%"), "E0207", "0% of the patches"),
-        (looking("e", "observe norm of caap in object"), "E0207", "is of a site"),
-        (looking("e", "observe pointing resid_post layer 0"), "E0207", "is of maps"),
+        (looking("e", "observe norm of caap in object"), "E0207", "needs a site"),
+        (looking("e", "observe pointing resid_post layer 0"), "E0207", "reads maps"),
         (looking("e", "observe pointing of caap, over in object"), "E0207", "a map for each layer"),
         (looking("e", "observe pointing of whole in object"), "E0207", "doesn't sweep positions"),
-        (looking("e", "observe pointing of front in object"), "E0207", "`cls`, which is no patch"),
+        (
+            looking("e", "observe pointing of front in object"),
+            "E0207",
+            "`cls`, which isn't a patch",
+        ),
         (
             looking(
                 "e",

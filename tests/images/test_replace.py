@@ -115,7 +115,7 @@ def test_noise_differs_between_rows(tmp_path: Path) -> None:
         ("blur(0)", "E0207", "above 0"),
         ("noise(300)", "E0207", "up to 255"),
         ("gray(3)", "E0207", "takes no number"),
-        ("mean", "E0207", "of several images"),
+        ("mean", "E0207", "applies to several images"),
         ("grey", "E0203", "grey"),
         ('"thing"', "E0108", "a text in an image"),
     ],

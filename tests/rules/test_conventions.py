@@ -50,13 +50,14 @@ def test_what_a_path_holds_is_said(tmp_path: Path) -> None:
     )
     found = support.run_file(text, tmp_path, support.bare("llama"))
     assert found["e"].conventions["path"] == (
-        "beside the senders, the heads (z) of layers 0 to 2 and the MLPs (mlp_out) of layers 0 to "
+        "except for the senders, the heads (z) of layers 0 to 2 and the MLPs (mlp_out) of "
+        "layers 0 to "
         "2 are held at the base run, norms recomputed; receivers are then written into the base run"
     )
     assert found["e"].conventions["pairs"].startswith("48 of 144; ")
     assert len(found["e"].cells) == 48
     assert found["f"].conventions["path"] == (
-        "beside the senders, the heads (z) of layers 0 to 2 are held at the base run, MLPs and "
+        "except for the senders, the heads (z) of layers 0 to 2 are held at the base run, MLPs and "
         "norms recomputed"
     )
     assert "pairs" not in found["f"].conventions
@@ -86,8 +87,8 @@ def test_what_is_averaged_and_compared_is_said(tmp_path: Path) -> None:
     assert said["last"]["cosine"] == where.format("last token")
     assert said["there"]["cosine"] == where.format("subject token")
     assert said["mean"]["fill"] == f"mean over {rows}, per position"
-    assert "those after `limit` and `keep`" in said["resample"]["fill"]
-    weight = "the weight that the keys get together"
+    assert "the rows after `limit` and `keep`" in said["resample"]["fill"]
+    weight = "the total weight of the keys"
     assert said["heads"]["observed"] == weight
     assert said["all"]["observed"] == f"{weight}, averaged over all heads"
     assert said["joined"]["observed"] == f"{weight}, averaged over these layers and these heads"

@@ -597,7 +597,7 @@ def test_what_is_said(data: Path) -> None:
     assert "the other rules act in each of its passes" in said
     assert "outside the path" not in conventions("a_head_to_a_neuron")
     frozen = conventions("to_logits_with_frozen_norms")["path"]
-    assert "norms divide by what they divide by" in frozen
+    assert "norms divide by their values" in frozen
 
 
 REFUSED: dict[tuple[str, ...], str] = {

@@ -132,7 +132,7 @@ def test_what_is_said_of_successors(tmp_path: Path) -> None:
     found = run(tmp_path, "gpt2", 'observe successor(" w1", " w2", " w3") at layer 1 head 0')
     said = found.conventions["observed"]
     assert 'of " w1", " w2", " w3"' in said
-    assert "through the first block's MLP behind its own norm" in said
+    assert "through the first block's norm and MLP" in said
 
 
 @pytest.mark.parametrize("name", FAMILIES)

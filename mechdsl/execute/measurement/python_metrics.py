@@ -99,18 +99,20 @@ def _read_numbers(atom: MetricTerm, own: Tensor | list[str], prompts: Ints, hint
     try:
         found = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise function.failure(f"it gave {_describe_type(given)}, not numbers", hint) from None
+        raise function.failure(f"it returned {_describe_type(given)}, not numbers", hint) from None
     if found.shape != (len(prompts),):
         shape = list(found.shape)
-        raise function.failure(f"it gave the shape {shape}, not [{len(prompts)}]", hint)
+        raise function.failure(f"it returned the shape {shape}, not [{len(prompts)}]", hint)
     if found.is_complex():
-        raise function.failure("it gave complex numbers", hint)
+        raise function.failure("it returned complex numbers", hint)
     found = found.detach().double().cpu()
     if found.isnan().any():
         first = int(found.isnan().nonzero()[0])
         row = atom.rows[prompts[first]]
         told = ", ".join(f"{name} = {value!r}" for name, value in row.items() if "." not in name)
-        raise function.failure(f"it gave NaN, in the row with {_shorten(told)}", hint, row=first)
+        raise function.failure(
+            f"it returned NaN, in the row with {_shorten(told)}", hint, row=first
+        )
     return found
 
 
