@@ -684,7 +684,7 @@ class PromptsBlock:
         )
         for call in find_calls(elsewhere, self.placeholders):
             if counts_tokens(call):
-                reason, usage = "can only stand in `where`", "where tokens(answer) = 1"
+                reason, usage = "can only be used in `where`", "where tokens(answer) = 1"
                 bad = BadCall(span=call.span, name="tokens", reason=reason, usage=usage)
                 self.diagnostics.append(bad)
 

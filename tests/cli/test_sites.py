@@ -31,7 +31,7 @@ def test_a_model_of_the_zoo(command: Command) -> None:
         "LlamaForCausalLM",
         "4 blocks of width 128, 4 heads of 32",
         "before attention `input_layernorm`",
-        "rows restarted at a block and token = whole passes",
+        "rows restarted at a block and token = full forward passes",
         "planner passes: all",
     ):
         assert said in text

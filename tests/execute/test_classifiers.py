@@ -126,7 +126,7 @@ def test_nothing_is_read_between_the_last_block_and_the_choice_of_a_token() -> N
     model, _ = adopt_model("m", module, classifiers.tokenizer())
     assert model is not None
     assert "final_norm" not in model.shape.sites
-    assert "goes on by itself" in model.anatomy.without["final_norm"]
+    assert "only the token for the output is processed" in model.anatomy.without["final_norm"]
 
 
 def test_passes_of_the_planner_serve_them() -> None:

@@ -68,7 +68,7 @@ def test_patches_are_painted(name: str, mode: str, tmp_path: Path) -> None:
             ]
             np.testing.assert_allclose(data.patched[:, number], expected, atol=1e-4)
             assert np.abs(data.patched[:, number] - data.base[..., number]).max() > 0.01
-    assert "as the model gets it" in found["e0"].conventions["patches"]
+    assert "in the model's input image" in found["e0"].conventions["patches"]
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip"])

@@ -89,7 +89,7 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
         lambda a: with_blocks(
             a, q=HookPoint("model.layers.{layer}.self_attn.q_proj", "out", TensorLayout.heads(4, 6))
         ),
-        "a hundredfold value",
+        "a value 100 times as large",
     ),
     (
         "llama",
@@ -125,13 +125,13 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
         "gpt_neox",
         "a parallel block taken for a sequential one",
         lambda a: with_blocks(replace(a, parallel=False), resid_mid=in_all(a, "attn_out")),
-        "mlp_norm = the norm in front of it, of resid_mid",
+        "mlp_norm = the preceding norm, of resid_mid",
     ),
     (
         "gpt_neox_sequential",
         "a sequential block taken for a parallel one",
         lambda a: replace(a, parallel=True),
-        "mlp_norm = the norm in front of it, of resid_pre",
+        "mlp_norm = the preceding norm, of resid_pre",
     ),
     (
         "qwen3",

@@ -159,7 +159,7 @@ FAILS = {
     "one": ("def build():\n    return 3\n", "E0223", "it returned a `int`, not a model"),
     "three": ("def build():\n    return 1, 2, 3\n", "E0223", "it returned a `tuple`, not a model"),
     "no model": (f"{BUILD}\n".replace(RETURN, "    return 3, AutoModel").replace(
-        "AutoModelForCausalLM.from_pretrained(folder), ", ""), "E0411", "`int` is no model"),
+        "AutoModelForCausalLM.from_pretrained(folder), ", ""), "E0411", "`int` isn't a model"),
     "no tokenizer": ("def build():\n    return 1, None\n", "E0412", "`NoneType`"),
 }  # fmt: skip
 

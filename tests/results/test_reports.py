@@ -383,7 +383,7 @@ def test_a_report_may_be_for_the_terminal_only(monkeypatch: pytest.MonkeyPatch) 
     assert check_report(report("printed")) == []
     (found,) = check_report(report("printed", file="a.txt"))
     assert found.code == "E0607"
-    assert 'is printed only, but `to "a.txt"`' in found.message
+    assert 'can only be printed, but `to "a.txt"`' in found.message
 
 
 def test_parquet_is_for_files() -> None:
@@ -647,7 +647,7 @@ class Named:
         (
             report("confusion", variable="layer", by="argmx"),
             [Named("ld", "logit"), Named("argmax(1..9)", "argmax", "category")],
-            "`argmx`, which is none of its measures",
+            "`argmx`, which isn't one of its measures",
             "write `by argmax`",
         ),
         (

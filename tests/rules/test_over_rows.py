@@ -315,7 +315,7 @@ def test_a_probe_that_is_fitted_on_other_rows(tmp_path: Path, name: str) -> None
         control = fitted_once(x, y, 2.0, dealt_out)
         np.testing.assert_allclose(found.measures[1].patched[layer], control, rtol=2e-3, atol=5e-3)
     said = found.conventions["observed"]
-    assert "R² in rows not used for fitting" in said
+    assert "R² on rows not used for fitting" in said
     assert "fitted on `q` (16 rows)" in said
     assert "folds" not in said.replace("penalty chosen on folds", "")
 
@@ -496,7 +496,7 @@ def test_a_cell_that_the_model_has_no_map_for_has_no_value(tmp_path: Path) -> No
     """Queries that are normed behind their projection."""
     found = run(tmp_path, "qwen3", "observe matching L1H0")
     assert np.isnan(found.measures[0].patched).all()
-    assert "of layer 1 isn't what a linear map of the stream returns" in (
+    assert "of layer 1 isn't the output of a linear map of the stream" in (
         found.statistics[0].reasons[0] or ""
     )
 

@@ -340,7 +340,7 @@ def test_norms_of_the_sums_stand_in_the_way(tmp_path: Path) -> None:
             mechdsl.run(file, models=given)
     with pytest.raises(mechdsl.MechdslError, match="E0108") as found:
         mechdsl.run(file, models=given)
-    assert "the sum of what blocks add" in " ".join(str(found.value).split())
+    assert "the sum of the outputs of blocks" in " ".join(str(found.value).split())
 
 
 def test_what_is_observed_is_the_last_pass(data: Path) -> None:

@@ -325,7 +325,7 @@ def test_what_is_said_of_it(folder: Path) -> None:
     assert "norm" in said["of_added"].conventions["direction d"]
     assert "numbered consecutively" in said["of_counted"].conventions["position ids"]
     assert "a different block" in said["of_repeated"].conventions["blocks"]
-    assert "`away` is given the clean run of all rows" in said["of_made"].conventions["set"]
+    assert "`away` receives the clean run of all rows" in said["of_made"].conventions["set"]
     assert "allowed keys" in said["of_ahead"].conventions["edges"]
 
 

@@ -148,7 +148,7 @@ def test_weights_need_no_prompts(tmp_path: Path, name: str) -> None:
         values = found.measures[0].patched
         np.testing.assert_allclose(values[:, 0], beside.measures[0].patched[:, 0], atol=1e-6)
         assert values.shape[1] == 1
-        assert found.conventions["rows"].startswith("none: of weights alone")
+        assert found.conventions["rows"].startswith("none: read from weights only")
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from mechdsl.program.python_functions import TOKENIZER_PARAMETER, PythonFailure,
 from mechdsl.resolve.types import ItemNumber, MetricTerm
 from mechdsl.vocab.metrics import PatternTimeout, Reply
 
-REPLY_ARGUMENT = "it takes `replies`, n texts, and `rows`, n of them, and gives n numbers"
+REPLY_ARGUMENT = "it takes `replies`, n texts, and `rows`, n of them, and returns n numbers"
 
-RETURN_HINT = "it takes `logits`, [n, vocab], and `rows`, n of them, and gives n numbers"
+RETURN_HINT = "it takes `logits`, [n, vocab], and `rows`, n of them, and returns n numbers"
 
 
 def call_python_metric(atom: MetricTerm, logits: Tensor, prompts: Ints, usable: Bools) -> Tensor:
@@ -189,8 +189,8 @@ def _search_timeout(atom: MetricTerm, reply: Reply) -> UnreadableMeasure:
     return UnreadableMeasure(
         span=span,
         text=span.written,
-        reason=f"in a reply of {len(reply.text):,} letters it takes more than "
+        reason=f"in a reply of {len(reply.text):,} letters the search takes more than "
         f"{limits.SEARCH_SECONDS:g} s",
-        hint="the same letters can be repeated in too many ways: write `a+` for `(a+)+`, or "
-        "`(…)++`, which doesn't try others",
+        hint="nested repetitions match the same letters in too many ways: write `a+` for "
+        "`(a+)+`, or `(…)++`, which doesn't backtrack",
     )

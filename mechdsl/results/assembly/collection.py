@@ -162,8 +162,10 @@ def _read_image(picture: Picture, reader: ImageTokenizer) -> SeenImage | None:
     return SeenImage(picture.words, levels, len(layout.front), layout.rows, layout.cols)
 
 
-WEIGHTS_ONLY_TEXT = f"none: read from weights only; the text `{spec.NO_TEXT}` is a placeholder and "
-"affects no number"
+WEIGHTS_ONLY_TEXT = (
+    f"none: read from weights only; the text `{spec.NO_TEXT}` is a placeholder and affects no "
+    "number"
+)
 
 UNLISTED_TEXT = "not listed: unusable rows are among those they were computed from"
 
@@ -473,8 +475,10 @@ def add_base_observations(
     said = "base run: the observations without the rules, in the same rows and cells"
     told = {"effects of observations": said}
     if bare.experiment.as_base:
-        said = "base run: without the rules, after the same prompts and the replies generated "
-        "with the rules"
+        said = (
+            "base run: without the rules, after the same prompts and the replies generated with "
+            "the rules"
+        )
         told = {"effects in replies": said}
     return replace(result, measures=tuple(measures), conventions={**result.conventions, **told})
 
