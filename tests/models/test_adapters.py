@@ -418,7 +418,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "activated": (config(alora_invocation_tokens=[3]), "E0452", "alora_invocation_tokens"),
     "slow pattern": (config(alpha_pattern={"(a+)+$": 1}), "E0452", "not other patterns"),
     "rank 0": (config(r=0), "E0452", "a whole number above 0"),
-    "alpha of text": (config(lora_alpha="8"), "E0452", "no number"),
+    "alpha of text": (config(lora_alpha="8"), "E0452", "can't have this number"),
     "a switch": (config(use_dora="yes"), "E0452", "true or false"),
     "bias": (config(bias="some"), "E0452", "one of none, all, lora_only"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{") and None, "E0404", "JSON"),
@@ -431,7 +431,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "E0453",
         "size mismatch",
     ),
-    "a rank below": (config(r=3), "E0453", "`model.layers.0.mlp.down_proj` are of rank 4, and"),
+    "a rank below": (config(r=3), "E0453", "`model.layers.0.mlp.down_proj` are of rank 4, but"),
     "a rank above": (config(r=16), "E0453", "its config says 16"),
     "a rank above by a pattern": (
         config(rank_pattern={"layers.1.self_attn.q_proj": 5, "k_proj": 9}), "E0453",

@@ -48,8 +48,8 @@ def test_a_full_disk(harness: Harness, most: int, status: int) -> None:
             assert full.out == harness.whole.out
             assert "W0782" in full.err
             return
-        assert "takes nothing more" in full.err
-        assert "the same command goes on from there" in full.err
+        assert "can't be written to" in full.err
+        assert "the same command then resumes" in full.err
         assert 0 < full.passes < harness.whole.passes
         assert full.passes + after.passes <= harness.whole.passes + 1
 
@@ -104,7 +104,7 @@ def test_a_store_that_can_only_be_read(harness: Harness) -> None:
         finally:
             subprocess.run(["umount", str(store)], check=True)
         assert (read.status, read.out) == (0, harness.whole.out), read.err
-        assert "can only be read" in read.err
+        assert "is read-only" in read.err
         after = attempt(place)
         assert (after.status, after.out) == (0, harness.whole.out), after.err
         assert after.passes < harness.whole.passes
