@@ -446,5 +446,5 @@ def test_what_is_measured_on_both_needs_equal_outputs(other: Any, tmp_path: Path
     (tmp_path / "file.mech").write_text(text, encoding="utf-8")
     own = classifier("gpt2", OF_PROMPTS["gpt2"])[1]
     models = {"m": (own, classifiers.tokenizer()), "tuned": (other(), classifiers.tokenizer())}
-    with pytest.raises(mechdsl.MechdslError, match=r"(?s)E0415.*behind `patch`"):
+    with pytest.raises(mechdsl.MechdslError, match=r"(?s)E0415.*after `patch`"):
         mechdsl.run(tmp_path / "file.mech", models=models)
