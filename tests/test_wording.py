@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.checks.file_check import check_source
 from mechdsl.checks.p_values import check_cell_units
+from mechdsl.cli.entry import app
 from mechdsl.program.spec import Statistics
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +25,10 @@ ONE = re.compile(
     r"(?:cell|draw|experiment|head|item|layer|model|position|prompt|row|token)s\b"
 )
 LONG = "a" * 150
+TRANSLATED = re.compile(
+    r"\b(hangs? on|behind|beside|is said|are said|told apart|made anew|taken up again|so often)\b"
+)
+CODE = re.compile(r"^(```+|~~~+).*?^\1|(`+)(?!`).+?\2", re.M | re.S)
 
 
 def test_lists_of_names_are_cut() -> None:
@@ -97,3 +106,47 @@ def test_no_page_says_1_rows() -> None:
         for found in ONE.finditer(page.read_text(encoding="utf-8"))
     ]
     assert wrong == []
+
+
+def test_messages_have_no_translated_phrase() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in sorted((ROOT / "mechdsl").rglob("*.py"))
+        for line, text in literals(path.read_text(encoding="utf-8"))
+        if TRANSLATED.search(text)
+    ]
+    assert found == []
+
+
+def literals(text: str) -> Iterator[tuple[int, str]]:
+    """Yield line and value of strings, without docstrings and identifiers such as keys."""
+    tree = ast.parse(text)
+    alone = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+            continue
+        if node not in alone and not node.value.strip().isidentifier():
+            yield node.lineno, node.value
+
+
+def test_pages_have_no_translated_phrase() -> None:
+    package = [p for p in (ROOT / "mechdsl").rglob("*") if p.suffix in {".md", ".txt", ".j2"}]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *package]
+    assert len(pages) > 200
+    found = [
+        f"{page.relative_to(ROOT)}: {match[0]}"
+        for page in pages
+        for match in TRANSLATED.finditer(CODE.sub("", page.read_text(encoding="utf-8")))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("words", [(), *((name,) for name in sorted(app.commands))], ids=" ".join)
+def test_help_has_no_translated_phrase(words: tuple[str, ...]) -> None:
+    command = app.commands[words[0]] if words else app
+    nested = command.commands if isinstance(command, click.Group) and words else ()
+    for further in [(), *((name,) for name in nested)]:
+        done = CliRunner().invoke(app, [*words, *further, "--help"])
+        assert done.exit_code == 0
+        assert "Usage" in done.output
+        assert not TRANSLATED.findall(done.output)

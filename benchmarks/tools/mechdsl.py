@@ -1,4 +1,4 @@
-"""mechdsl: a `.mech` file on a model that is handed over from Python.
+"""mechdsl: a `.mech` file on a model that is passed from Python.
 
 Loading, verifying and checking the file are not timed; planning and running are.
 """

@@ -57,7 +57,7 @@ def inspect_safetensors(path: Path, written: str, most: int, alone: str) -> Safe
         digest = compute_digest(path)
     except OSError as error:
         reason = f"`{written}` can't be read: {error.strerror or error}"
-        raise UnreadableFile(reason, "paths start from the folder of the file") from None
+        raise UnreadableFile(reason, "paths are relative to the folder of the file") from None
     found: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     try:
@@ -66,7 +66,7 @@ def inspect_safetensors(path: Path, written: str, most: int, alone: str) -> Safe
                 found[name] = tuple(int(size) for size in entry["shape"])
                 dtypes[name] = entry["dtype"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        reason = f"`{written}` is no safetensors file"
+        reason = f"`{written}` is not a safetensors file"
         hint = 'write it with `safetensors.torch.save_file({"d": vector}, path)`'
         raise UnreadableFile(reason, hint) from None
     return SafetensorsFile(path, digest, found, dtypes)

@@ -313,7 +313,7 @@ def _unfit(
     real = path.resolve()
     for folder, its in kept.items():
         if real.is_relative_to(folder.resolve()):
-            said = f"lies in `{folder}`, {its}"
+            said = f"is in `{folder}`, {its}"
     if said is None:
         return None
     return BadCommandLine(reason=f"`--junit {path}` {said}", hint="choose another path")
@@ -431,7 +431,7 @@ def run(
     Exit status 0 when every expectation holds, 1 when one doesn't (with --against: when one fails
     that held there, or is new), 2 when something is wrong, 3 when a part could not be computed. `-`
     is standard input. A file that is unchanged isn't run again: its results come from the store
-    beside it.
+    next to it.
     """
     how = settings_from_options(
         parameters,

@@ -307,16 +307,16 @@ class SingleOutput(Diagnostic):
 
 @keyword_record
 class AdapterFolder(Diagnostic):
-    """A folder with an adapter (LoRA), and not with a model alone."""
+    """A folder with an adapter (LoRA), rather than only a model."""
 
     code = "E0440"
-    title = "`{path}` is an adapter for {base}, {beside}"
+    title = "`{path}` is an adapter for {base}, {kind}"
     label = "it has an `adapter_config.json`, {files}"
     help = "{hint}"
 
     path: str
     base: str
-    beside: str = "not a model"
+    kind: str = "not a model"
     files: str = "and no `config.json`"
     hint: str
 

@@ -294,8 +294,8 @@ class NotATokenId(Diagnostic):
 class EmptyText(Diagnostic):
     code = "E0524"
     title = "the text `{name}` is empty in {rows} of {total} rows"
-    label = "there is there is no token to measure"
-    help = "leave these rows out with `where`"
+    label = "there is no token to measure"
+    help = "exclude these rows with `where`"
     name: str
     rows: int
     total: int
@@ -315,7 +315,7 @@ class EmptyPrompt(Diagnostic):
     code = "E0526"
     title = "`{run}` has {rows} prompts without text"
     label = "there is no token to read"
-    help = "leave these rows out with `where`"
+    help = "exclude these rows with `where`"
     run: str
     rows: int
 

@@ -255,11 +255,11 @@ class DirectionFits:
                 with torch.no_grad():
                     self._made[member.name] = self._vector(member.vector)
             except MethodError as mistake:
-                reason = f"can't be made: {mistake}"
+                reason = f"can't be computed: {mistake}"
                 problems.append(_empty_direction(plan, member, reason, mistake.hint))
                 continue
             except (ValueError, ConvergenceError) as error:
-                problems.append(_empty_direction(plan, member, f"can't be made: {error}"))
+                problems.append(_empty_direction(plan, member, f"can't be computed: {error}"))
                 continue
             if not self._made[member.name].isfinite().all():
                 problems.append(_empty_direction(plan, member, "has NaN or infinity"))
@@ -479,7 +479,7 @@ def _empty_direction(
     plan: ExperimentPlan,
     member: DirectionMember,
     reason: str,
-    hint: str = "fit it on rows that differ, or at another site",
+    hint: str = "fit it on rows that differ, or at a different site",
 ) -> EmptyDirection:
     return EmptyDirection(
         span=plan.experiment.spec.span,

@@ -218,7 +218,8 @@ def _draw_parameter(part: nn.Module, weight: Tensor, noise: Tensor) -> Tensor:
 
 _UNSUPPORTED_ADAPTERS = {
     "XLORA": "runs the model twice, to weigh its adapters",
-    "ALORA": "begins to work at certain tokens, which it looks for outside of the model's modules",
+    "ALORA": "is active only at certain tokens, which it searches for outside of the model's "
+    "modules",
 }
 
 
@@ -242,8 +243,8 @@ def explain_adapters(module: Any) -> str | None:
     """Return advice about adapters if they probably cause failed checks; else None."""
     if not has_adapters(module):
         return None
-    merge = "merge its adapters first, and hand over what `model.merge_and_unload()` gives"
-    return f"adapters that aren't merged change what its modules compute: {merge}"
+    merge = "merge its adapters first, and pass the result of `model.merge_and_unload()`"
+    return f"unmerged adapters change the computation of its modules: {merge}"
 
 
 def check_adapters(module: Any, name: str, span: Span | None) -> Diagnostic | None:
@@ -264,7 +265,7 @@ def check_adapters(module: Any, name: str, span: Span | None) -> Diagnostic | No
                 kind=f"`{kind}`",
                 what=_UNSUPPORTED_ADAPTERS.get(kind, PROMPT_ADAPTER_REASON),
                 reason=f"a `{type(module).__name__}` of peft",
-                hint="hand over a model whose adapters are part of its weights, such as LoRA, or "
+                hint="pass a model whose adapters are part of its weights, such as LoRA, or "
                 "the one below: `model.get_base_model()`",
             )
     return None
@@ -429,7 +430,7 @@ def _report_missing_module(
                         model=name,
                         architecture=own.shape.architecture,
                         part=f"`{site}`",
-                        reason=f"its entry names `{tap.path}`, which is no module of the model",
+                        reason=f"its entry names `{tap.path}`, which isn't a module of the model",
                     )
     return None
 
@@ -607,7 +608,7 @@ def _verify_random_copy(
                     if not outcome.passed:
                         own = [outcome if o.identity == outcome.identity else o for o in own]
                 elif not outcome.passed:
-                    reason = f"with random weights in place of its own: {_explain_outcome(outcome)}"
+                    reason = f"with random weights: {_explain_outcome(outcome)}"
                     refused = _report_broken_identity(model, outcome.identity, reason, span)
                     return ProofAttempt(len(checks), (refused,), stack=stack)
                 elif outcome.asks_effect:
@@ -690,7 +691,7 @@ def _explain_user_hooks(module: nn.Module) -> str | None:
             home = str(getattr(own, "__module__", None) or type(own).__module__)
             if home.partition(".")[0] not in _HOOK_LIBRARIES:
                 where = f"`{path}`" if path else "the model"
-                said = f"a hook of yours on {where} changes what the model computes"
+                said = f"a hook of yours on {where} changes the model's computation"
                 return f"{said}: remove it first, with its `handle.remove()`"
     return None
 

@@ -118,7 +118,7 @@ def get_image_token(model: LoadedModel) -> int:
     for key in ("image_token_id", "image_token_index"):
         if isinstance(token := config.get(key), int):
             return token
-    raise ValueError("its config doesn't say which token stands for an image")
+    raise ValueError("its config doesn't state the token that represents an image")
 
 
 def _count_image_tokens(model: LoadedModel, extra: Mapping[str, Tensor]) -> int:
@@ -128,7 +128,9 @@ def _count_image_tokens(model: LoadedModel, extra: Mapping[str, Tensor]) -> int:
         (found for part in parts if (found := getattr(part, "get_image_features", None))), None
     )
     if features_of is None:
-        raise ValueError("it has no `get_image_features` that tells how many tokens an image takes")
+        raise ValueError(
+            "it has no `get_image_features` that returns the number of tokens of an image"
+        )
     known = inspect.signature(features_of).parameters
     with torch.inference_mode():
         features = features_of(**{name: value for name, value in extra.items() if name in known})

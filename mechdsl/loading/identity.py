@@ -445,7 +445,7 @@ class _ModuleDescription:
         held = vars(part)
         where = f"`{path or type(part).__name__}`"
         if "forward" in held:
-            raise CodeHashError(f"{where} has a `forward` of its own, which isn't its class's")
+            raise CodeHashError(f"{where} has a `forward` that differs from that of its class")
         for table in _HOOKS:
             if not all(map(self._is_hook_of_library, held[f"_{table}"].values())):
                 raise CodeHashError(f"{where} has {table.partition('_')[0]} hooks")

@@ -197,7 +197,7 @@ def report_changed_files(model: spec.Model) -> Diagnostic:
         span=model.span,
         model=model.name,
         reason="its files changed while they were read",
-        hint="run it again when they are written",
+        hint="run it again when the files are complete",
     )
 
 
@@ -239,7 +239,7 @@ def adopt_model(
     config = getattr(module, "config", None)
     if not hasattr(config, "to_dict"):
         it = "" if isinstance(cast(object, module), nn.Module) else type(module).__name__
-        reason = f"`{it}` is no model of transformers" if it else "it has no transformers config"
+        reason = f"`{it}` isn't a model of transformers" if it else "it has no transformers config"
         return None, [LoadFailed(span=span, model=name, reason=reason)]
     values: dict[str, Any] = dict(cast(Any, config).to_dict())
     values["architectures"] = [type(module).__name__]
@@ -260,7 +260,7 @@ def adopt_model(
         return None, [LoadFailed(span=span, model=name, reason=str(error))]
     provenance = {
         "weights": weights,
-        "source": "handed over from Python",
+        "source": "passed from Python",
         "tokenizer": text.hash,
         **(provenance or {}),
     }
@@ -479,8 +479,8 @@ def _adopt_texts(
     span: Span | None,
 ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
     if tokenizer is None:
-        reason = "it was handed over with an image processor alone, and has a tower for texts"
-        hint = f'hand over both: `models={{"{name}": (model, (image_processor, tokenizer))}}`'
+        reason = "it was passed with only an image processor, but it has a text tower"
+        hint = f'pass both: `models={{"{name}": (model, (image_processor, tokenizer))}}`'
         return None, [NoTokenizer(span=span, model=name, reason=reason, hint=hint)]
     own, found = _adopt_tokenizer(name, tokenizer, bos, span)
     if own is None:
@@ -529,7 +529,7 @@ def _fetch_weight(module: nn.Module, name: str) -> Tensor:
     with load_weights(part):
         weight = cast(Tensor, getattr(part, own))
     if weight.is_meta:
-        raise ValueError(f"`{name}` is on the meta device, where there are no values")
+        raise ValueError(f"`{name}` is on the meta device, which holds no values")
     return weight
 
 
@@ -619,13 +619,13 @@ def _merge_adapter(base: nn.Module, file: Path, scaling: AdapterScaling) -> nn.M
         _AdapterMismatch: The adapter doesn't fit; peft and safetensors raise errors too.
     """
     if any("_hf_hook" in part.__dict__ for part in base.modules()):
-        reason = "the weights of the base are spread over devices, memory or a folder"
+        reason = "the weights of the base are distributed over devices, memory or a folder"
         raise _AdapterMismatch(
-            reason, "merge it from Python, save that, and load it with `--offload`"
+            reason, "merge it in Python, save the result, and load it with `--offload`"
         )
     if has_adapters(base):
         hint = "merge that one first, with `merge_and_unload()`"
-        raise _AdapterMismatch("the base has an adapter of its own, which isn't merged", hint)
+        raise _AdapterMismatch("the base itself has an unmerged adapter", hint)
     import_library()
     with silence_libraries():
         from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -674,10 +674,10 @@ def _match_weights(weights: Iterable[str], base: nn.Module) -> dict[str, tuple[s
     for key in weights:
         named = _WEIGHT_KEY.fullmatch(key)
         if named is None:
-            raise _AdapterMismatch(f"its weights have `{key}`, which is none of an adapter's")
+            raise _AdapterMismatch(f"its weights have `{key}`, which isn't a key of an adapter")
         path, whole = named["module"], named["whole"] or ""
         if path not in modules:
-            raise _AdapterMismatch(f"its weights change `{path}`, and the base has no such module")
+            raise _AdapterMismatch(f"its weights change `{path}`, but the base has no such module")
         if whole and whole not in dict(modules[path].named_parameters(recurse=False)):
             raise _AdapterMismatch(
                 f"its weights change `{path}.{whole}`, which the base doesn't have"
@@ -701,7 +701,7 @@ def _copy_modules(module: nn.Module, changed: Iterable[str]) -> nn.Module:
         copy = deepcopy(module, known)
     except Exception as error:  # the model may contain arbitrary objects
         reason = f"`copy.deepcopy` can't copy the base: {summarize_error(error)}"
-        hint = "merge it from Python, with `merge_and_unload()`, and hand over what that gives"
+        hint = "merge it in Python with `merge_and_unload()`, and pass the result"
         raise _AdapterMismatch(reason, hint) from None
     for path in changed:
         part = copy.get_submodule(path)
@@ -726,7 +726,7 @@ def _iter_foreign_hooks(module: nn.Module) -> Iterator[object]:
 def _put_parameter(part: nn.Module, name: str, value: Tensor, key: str) -> None:
     old = part.get_parameter(name)
     if old.shape != value.shape:
-        sizes = f"{list(value.shape)}, and the base has {list(old.shape)}"
+        sizes = f"{list(value.shape)}, but the base has {list(old.shape)}"
         raise _AdapterMismatch(f"`{key}` is {sizes}")
     with torch.no_grad():
         old.copy_(value)
@@ -748,7 +748,7 @@ def _check_ranks(
         path, rank = found[key][0], len(tensor) if tensor.ndim else 0
         said = scaling.rank_pattern.get(get_pattern_key([*scaling.rank_pattern], path), scaling.r)
         if said != rank:
-            reason = f"its weights for `{path}` are of rank {rank}, and its config says {said}"
+            reason = f"its weights for `{path}` are of rank {rank}, but its config says {said}"
             raise _AdapterMismatch(
                 reason, f"correct `r` or `rank_pattern` in its `{ADAPTER_CONFIG}`"
             )
@@ -924,12 +924,12 @@ def _check_unembedding(
     elif model.anatomy.final_norm is None:
         reason = "of a model whose final norm isn't found"
     elif "head_out" in sites and any(block.attn_behind for block in blocks):
-        reason = "of heads with a norm behind them"
+        reason = "of heads followed by a norm"
     elif "mlp_hidden" in sites and any(
         block.mlp_behind or block.down is None or block.taps["mlp_out"].scaled_by
         for block in blocks
     ):
-        reason = "of neurons with a norm behind them"
+        reason = "of neurons followed by a norm"
     elif not ModelUnembedding(model).folds:
         reason = "through a final norm that isn't a scale times a linear map"
     if not reason:
@@ -942,14 +942,14 @@ def _check_position_ids(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | 
     """Report E0108 if the model takes no position ids, E0207 for ids beyond its last position."""
     first, last = model.calling.first_position, model.shape.max_positions
     if first is None:
-        what = f"`renumber` in a model that counts positions by itself, as `{model.name}` does,"
+        what = f"`renumber` in a model that computes its own positions, as `{model.name}` does,"
         return NotSupported(span=rule.spec.span, what=what)
     assert rule.amounts is not None
     hits = [row for cell in rule.positions.written.values() for rows in cell.hits for row in rows]
     end = int(max(rule.amounts.values.values())) + max(map(len, hits), default=1)
     if last is None or end + first <= last:
         return None
-    reason = f"counts to {end - 1}, and the last position is {last - first - 1}"
+    reason = f"counts to {end - 1}, but the last position is {last - first - 1}"
     hint = "count from a smaller number"
     return BadArgument(span=rule.spec.span, name="from", reason=reason, hint=hint)
 
@@ -966,8 +966,9 @@ def _check_end_receiver(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | 
     ):
         return None
     what = (
-        f"a path to the end beside other receivers in `{model.name}`, whose residual stream isn't "
-        "the sum of what blocks add,"
+        f"a path to the end together with other receivers in `{model.name}`, whose residual "
+        "stream isn't "
+        "the sum of the outputs of blocks,"
     )
     return NotSupported(span=rule.spec.span, what=what)
 
@@ -977,9 +978,7 @@ def _check_frozen_norms(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | 
     path = find_nonlinear_norm(model.module, model.shape.d_model)
     if path is None:
         return None
-    what = (
-        f"a path with frozen norms in `{model.name}`, whose `{path}` isn't linear but for a scale"
-    )
+    what = f"a path with frozen norms in `{model.name}`, whose `{path}` isn't linear up to a scale"
     return NotSupported(span=rule.spec.span, what=what)
 
 
@@ -1012,27 +1011,32 @@ def _check_output_token(experiment: ResolvedExperiment, model: LoadedModel) -> D
     expected, found = experiment.model.shape, model.shape
     if found.output_at != expected.output_at:
         reason = (
-            f"it is made of its {found.output_at}, and by its class of its {expected.output_at}"
+            f"it is computed from its {found.output_at}, but according to its class from "
+            f"its {expected.output_at}"
         )
         return SingleOutput(span=span, model=model.name, architecture=named, reason=reason)
     ends_in_pad = any(measure.at for measure in experiment.measures)
     if model.calling.reads == "last token" and model.calling.skips is None and ends_in_pad:
-        reason = "prompts end in the pad token, and it is made of that, not of the one before"
+        reason = (
+            "prompts end in the pad token, and the output is computed from that token, not "
+            "from the preceding one"
+        )
         return SingleOutput(span=span, model=model.name, architecture=named, reason=reason)
     if expected.causal and not found.causal:
         return IdentityBroken(
             span=span,
             model=model.name,
             architecture=named,
-            identity="another last token leaves earlier outputs alone",
-            reason=f"it sees later tokens, which its kind `{expected.family}` doesn't tell",
+            identity="a different last token doesn't change earlier outputs",
+            reason=f"it sees later tokens, which its family `{expected.family}` doesn't declare",
             hint="register the family with `@family` and `encodes = True`",
         )
     return None
 
 
 _BUILD_HINT = (
-    "it takes nothing, and gives a model of transformers and its tokenizer: `return model, tok`"
+    "it takes no arguments and returns a model of transformers and its tokenizer: `return "
+    "model, tok`"
 )
 
 
@@ -1053,7 +1057,7 @@ def build_model(
     pair = cast("tuple[Any, ...]", given) if isinstance(given, tuple) else ()
     if len(pair) != 2:
         kind = "nothing" if given is None else f"a `{type(given).__name__}`"
-        reason = f"it gave {kind}, not a model and its tokenizer"
+        reason = f"it returned {kind}, not a model and its tokenizer"
         return None, [function.failure(reason, _BUILD_HINT).diagnostic]
     module, tokenizer = pair
     return adopt_model(

@@ -58,7 +58,9 @@ def probe_classifier(model: LoadedModel, ids: Tensor) -> LoadedModel:
         model = replace(model, shape=replace(model.shape, output_at="every token"))
         return model if model.shape.task == "tokens" else _probe_causality(model, ids)
     if model.shape.task == "tokens":
-        raise OneOutputOnly("classifiers have a class that ends in `ForSequenceClassification`")
+        raise OneOutputOnly(
+            "classifiers have a class name that ends in `ForSequenceClassification`"
+        )
     model = _drop_unembedding(model)
     places: tuple[tuple[OutputPosition, int], ...] = (("last token", -1), ("first token", 0))
     for at, place in sorted(places, key=lambda each: each[0] != model.shape.output_at):
@@ -74,7 +76,7 @@ def probe_classifier(model: LoadedModel, ids: Tensor) -> LoadedModel:
             calling = replace(model.calling, reads=at, skips=skips)
             shape = replace(model.shape, output_at=at, causal=False)
             return _drop_final_norm(replace(model, calling=calling, shape=shape))
-    raise OneOutputOnly("it is made of several tokens at once")
+    raise OneOutputOnly("it is computed from several tokens jointly")
 
 
 def _record_outputs(model: LoadedModel, ids: Tensor) -> tuple[Any, dict[str, Tensor]]:
@@ -116,7 +118,7 @@ def _drop_final_norm(model: LoadedModel) -> LoadedModel:
     if "final_norm" not in anatomy.taps:
         return model
     taps = {site: own for site, own in anatomy.taps.items() if site != "final_norm"}
-    reason = "behind the last block the token that the output is made of goes on by itself"
+    reason = "after the last block, only the token for the output is processed"
     without = {**anatomy.without, "final_norm": reason}
     return replace(
         model,
@@ -405,7 +407,7 @@ def _probe_visibility(own: BlockStack, calls: Mapping[str, int], first: Set[str]
         )
         for block in blocks
     ]
-    reason = "the module that makes it is called several times in one pass"
+    reason = "the module that computes it is called several times in one pass"
     without = {**own.anatomy.without, **dict.fromkeys(sorted(twice), reason)}
     outer = {site: tap for site, tap in own.anatomy.taps.items() if site not in twice}
     anatomy = replace(own.anatomy, blocks=tuple(kept), taps=outer, without=without)

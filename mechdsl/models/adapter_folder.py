@@ -34,7 +34,7 @@ PROMPT_ADAPTERS = frozenset(
 )
 """Types of peft that prepend vectors to the model's input and leave its weights unchanged."""
 
-PROMPT_ADAPTER_REASON = "puts something of its own in front of what the model reads"
+PROMPT_ADAPTER_REASON = "prepends its own vectors to the model's input"
 """Description of their effect."""
 
 _PASSED_OVER = frozenset(
@@ -155,9 +155,9 @@ def check_adapter_task(
             span=model.span,
             model=model.name,
             base=base.name,
-            reason=f"its `task_type` is {task}: its base {what}, and `{base.name}` {given}",
-            hint=f"let {made} be the base, to which the adapter brings its head: saved as a "
-            f'folder, or made by a function, `model {base.name} = python("own.py:build")`',
+            reason=f"its `task_type` is {task}: its base {what}, but `{base.name}` {given}",
+            hint=f"use {made} as the base, whose head the adapter replaces: saved as a "
+            f'folder, or returned by a function, `model {base.name} = python("own.py:build")`',
         )
     ]
 
@@ -184,16 +184,17 @@ def _other(kind: str, model: Model) -> Diagnostic:
         model=model.name,
         kind=f"`{kind[:40]}`",
         what=PROMPT_ADAPTER_REASON if reads else "isn't read from a folder",
-        reason=f"by its `{ADAPTER_CONFIG}`; those that are read are LoRA",
-        hint="rules hit tokens of prompts, which it adds to: use an adapter of weights (LoRA)"
+        reason=f"by its `{ADAPTER_CONFIG}`; only LoRA adapters are supported",
+        hint="rules act on tokens of prompts, to which it adds tokens: use an adapter of weights "
+        "(LoRA)"
         if reads
-        else f"merge it from Python and load what that saves, if peft can: {merge}",
+        else f"merge it in Python and load the saved model, if peft supports that: {merge}",
     )
 
 
 def _refused(config: Mapping[str, Any], model: Model) -> Iterator[Diagnostic]:
     """Yield E0452 for the entries that aren't supported."""
-    merge = "merge it from Python, and load what that saves"
+    merge = "merge it in Python and load the saved model"
 
     def refuse(key: str, reason: str, hint: str) -> AdapterConfig:
         value = json.dumps(config[key])
@@ -215,7 +216,7 @@ def _refused(config: Mapping[str, Any], model: Model) -> Iterator[Diagnostic]:
                 reason = "such an adapter has changed the weights of its base before training"
                 yield refuse(key, reason, f"convert it to plain LoRA with peft, or {merge}")
         elif value:
-            yield refuse(key, "it changes what the adapter computes, and isn't followed", merge)
+            yield refuse(key, "it changes the adapter's computation and isn't supported", merge)
 
 
 def _rank(value: Any) -> str | None:
@@ -225,7 +226,7 @@ def _rank(value: Any) -> str | None:
 
 def _number(value: Any) -> str | None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return None if number and abs(value) < 1e6 else "it is no number that an adapter could have"
+    return None if number and abs(value) < 1e6 else "an adapter can't have this number"
 
 
 def _switch(value: Any) -> str | None:
@@ -235,9 +236,9 @@ def _switch(value: Any) -> str | None:
 def _pattern(value: Any) -> str | None:
     entries = cast("Mapping[Any, Any]", value if value is not None else {})
     if not isinstance(value, Mapping | None):
-        return "it is a list of modules with a number for each"
+        return "it must be a mapping from modules to numbers"
     if any(not isinstance(key, str) or not _PATTERN.fullmatch(key) for key in entries):
-        return "only names and paths of modules are looked for, no other patterns"
+        return "only names and paths of modules are supported, not other patterns"
     return next((_number(each) for each in entries.values() if _number(each)), None)
 
 

@@ -173,8 +173,8 @@ class Anatomy:
         yield from dict.fromkeys([*self.taps, *(site for b in self.blocks for site in b.taps)])
 
 
-BlockArrangement = Literal["front", "behind the sum", "parallel"]
-"""`front`: norms before the sublayers, perhaps also after them, before the sum. `behind the sum`:
+BlockArrangement = Literal["front", "after the sum", "parallel"]
+"""`front`: norms before the sublayers, perhaps also after them, before the sum. `after the sum`:
 norms of the sums. `parallel`: attention and MLP read the same stream."""
 
 ModelConfig = Mapping[str, Any]

@@ -425,7 +425,7 @@ class BlockComponents:
             raise MissingComponent("attention", f"no such module in `{self.path}`")
         mlp = self._mlp(first)
         front_a, front_m, behind_a, behind_m = self._norms(first, mlp)
-        if self.arrangement == "behind the sum" and front_a is None and front_m is None:
+        if self.arrangement == "after the sum" and front_a is None and front_m is None:
             front_a, front_m, behind_a, behind_m = behind_a, behind_m, None, None
         whole = TensorLayout.whole(self.shape.d_model)
         taps = {"resid_pre": HookPoint(self.path, "in", whole)}
@@ -442,7 +442,7 @@ class BlockComponents:
             taps |= heads
         taps[f"{name}_out"] = added
         middle = end = None
-        if self.arrangement == "behind the sum":
+        if self.arrangement == "after the sum":
             middle, end = self._given("middle", front_a), self._given("end", front_m)
             front_a = front_m = None
         if mlp and self.arrangement != "parallel":
@@ -481,7 +481,7 @@ class BlockComponents:
         heads, projections, output = self._heads(cross)
         front, behind = self._cross_norms()
         middle = None
-        if self.arrangement == "behind the sum":
+        if self.arrangement == "after the sum":
             front, middle = None, front
         taps = {
             "attn_norm": HookPoint(self._at(cross), "in", TensorLayout.whole(self.shape.d_model)),

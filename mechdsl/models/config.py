@@ -161,7 +161,7 @@ def explain_missing_blocks(
     """
     if not staged or not all(isinstance(each, ShapeUnknown) for each in refused):
         return refused
-    hint = "take a vision transformer whose blocks are alike: ViT, DeiT, DINOv2, BEiT, CLIP"
+    hint = "use a vision transformer with uniform blocks: ViT, DeiT, DINOv2, BEiT, CLIP"
     span, part = refused[0].span, "list of blocks"
     return [
         ComponentNotFound(
@@ -589,7 +589,7 @@ def shape_of_folder_config(
                 return shape_from_config(whole, model=model, span=span)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         # A key may hold any value, and each family reads other keys.
-        reason = f"one of its entries is not what it should be ({error})"
+        reason = f"one of its entries has a wrong value ({error})"
         return None, [NoConfig(span=span, model=model, reason=reason)]
     return shape, found
 

@@ -121,11 +121,11 @@ class _Finder:
             return (known,)
         inside = self.within(self.block_path(0))
         if bert_components(inside):
-            return ("behind the sum", "front", "parallel")
+            return ("after the sum", "front", "parallel")
         norms = [p for p in inside if "." not in p and is_norm(inside[p])]
         if len(norms) == 1:
-            return ("parallel", "front", "behind the sum")
-        return ("front", "behind the sum", "parallel")
+            return ("parallel", "front", "after the sum")
+        return ("front", "after the sum", "parallel")
 
     def anatomy(self, arrangement: BlockArrangement) -> Anatomy:
         main = not self.stack
@@ -147,7 +147,7 @@ class _Finder:
         )
         without = dict(self.without)
         if self.hybrid:
-            reason = "its blocks don't all attend; `mixer_out` is what stands in attention's place"
+            reason = "not all of its blocks use attention; `mixer_out` is the layer in its place"
             attending = (
                 "q",
                 "k",
@@ -264,7 +264,7 @@ class _Finder:
     def _named(self, module: Any, part: str) -> str:
         path = next((p for p, m in self.modules.items() if m is module), None)
         if path is None:
-            raise MissingComponent(part, "the model names a module that is not in its tree")
+            raise MissingComponent(part, "the model names a module that isn't in its module tree")
         return path
 
     def _embedding(self) -> str | None:

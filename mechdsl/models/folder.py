@@ -62,7 +62,7 @@ def check_folder_files(folder: Path, model: Model, *, by_name: bool) -> Diagnost
         return ModelRunsCode(span=model.span, model=model.name, key=kernel[0], value=kernel[1])
     for file, name in referenced_weights(folder, config):
         if not by_name and not is_inside_reach(folder / name, model.span):
-            return _elsewhere(model, name, f"`{file}` names it, and it leads out of the folder")
+            return _elsewhere(model, name, f"`{file}` refers to it, but it is outside the folder")
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             return WeightsElsewhere(span=model.span, model=model.name, file=file, name=name)
     return None
@@ -71,7 +71,7 @@ def check_folder_files(folder: Path, model: Model, *, by_name: bool) -> Diagnost
 def _refused(path: Path, model: Model, *, by_name: bool) -> Diagnostic | None:
     """Return the problem of one of the files."""
     if not by_name and not is_inside_reach(path, model.span):
-        return _elsewhere(model, path.name, "a link that leads out of the folder")
+        return _elsewhere(model, path.name, "a link to a file outside the folder")
     what = special_file_kind(path)
     if what is not None:
         return SpecialFile(
@@ -165,7 +165,7 @@ def locate_model(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic
         case "hf":
             return _hub(model, base)
         case "python":
-            raise ValueError("a model that a function makes lies in no folder")
+            raise ValueError("a model returned by a function has no folder")
 
 
 def weight_files(folder: Path, *, adapter: bool = False) -> list[Path]:
@@ -257,8 +257,8 @@ def _error(missing: ModelNotLocal) -> ModelNotFound:
         model=missing.model,
         path=missing.path,
         place=missing.place,
-        advice=f"{missing.advice}; without it nothing can be planned or run. From Python it can be "
-        f'handed over: `models={{"{missing.model}": (model, tokenizer)}}`',
+        advice=f"{missing.advice}; without it nothing can be planned or run. From Python, pass it "
+        f'as `models={{"{missing.model}": (model, tokenizer)}}`',
     )
 
 
@@ -300,10 +300,10 @@ def _not_a_model(folder: Path, model: Model) -> Diagnostic | None:
             span=model.span,
             path=model.path,
             base=of,
-            beside="as well as a model",
-            files="and a `config.json` beside it",
-            hint="put the files of the adapter, whose names begin with `adapter_`, into a folder "
-            'of their own: `model tuned = local("adapter", base: m)` reads it from there',
+            kind="as well as a model",
+            files="and a `config.json` next to it",
+            hint="put the files of the adapter, whose names begin with `adapter_`, into a "
+            'separate folder: `model tuned = local("adapter", base: m)` reads it from there',
         )
     name = model.name if model.name.isidentifier() else "tuned"  # `mechdsl sites` has a path here
     here = named.startswith(("/", ".", "~")) or "\\" in named
@@ -322,9 +322,9 @@ def _not_an_adapter(folder: Path, model: Model) -> Diagnostic | None:
     config, adapter = map(os.path.isfile, _configs(folder))
     if adapter:
         return None
-    reason, hint = f"no such file in `{model.path}`", "point at a folder that peft wrote"
+    reason, hint = f"no such file in `{model.path}`", "name a folder that peft has written"
     if config:
-        reason, hint = "it has a `config.json`: it is a model, and no adapter", "leave `base:` out"
+        reason, hint = "it has a `config.json`: it is a model, not an adapter", "remove `base:`"
     return NoConfig(
         span=model.span, model=model.name, reason=reason, file=ADAPTER_CONFIG, hint=hint
     )

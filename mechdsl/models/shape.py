@@ -268,7 +268,7 @@ def check_site(
     if site in ATTENTION_INTERNAL_SITES and "z" in shape.sites:
         reason = "its attention is computed outside of transformers' attention registry"
         hint = (
-            "let its attention class call `ALL_ATTENTION_FUNCTIONS` (`attention_interface`), as "
+            "make its attention class call `ALL_ATTENTION_FUNCTIONS` (`attention_interface`), as "
             "transformers' own models do: docs/own-models.md"
         )
     return SiteNotOnModel(span=span, model=model, site=site, reason=reason, hint=hint)

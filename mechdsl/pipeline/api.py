@@ -128,13 +128,13 @@ def model_pairs(models: Any) -> BorrowedModels:
     for name, pair in cast("Mapping[str, Any]", models).items():
         hint = f'write `models={{"{name}": (model, tokenizer)}}`'
         if not isinstance(pair, tuple | list) or len(cast("Sequence[Any]", pair)) != 2:
-            reason = "it was handed over alone"
+            reason = "it was passed without a tokenizer"
             found.append(NoTokenizer(model=name, reason=reason, hint=hint))
         elif pair[1] is None:
-            reason = "`None` stands where the tokenizer should"
+            reason = "`None` is in the place of the tokenizer"
             found.append(NoTokenizer(model=name, reason=reason, hint=hint))
         elif hasattr(pair[0], "encode") and hasattr(pair[1], "forward"):
-            reason = "the model stands where the tokenizer should"
+            reason = "the model is in the place of the tokenizer"
             found.append(NoTokenizer(model=name, reason=reason, hint=hint))
     raise_errors(found)
     return cast("BorrowedModels", models)

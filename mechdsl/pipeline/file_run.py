@@ -235,7 +235,7 @@ class _Models:
 
             found, reason = explain_identity(self._known[name])
             if found is None:
-                raise RunKeyError(f"it can't be told what model `{name}` is: {reason}")
+                raise RunKeyError(f"model `{name}` can't be identified: {reason}")
             return found
         model = self._checked.program.models[name]
         folder, _ = locate_model(model, model.span.source.folder)
@@ -489,7 +489,7 @@ class _Run:
             try:
                 key = self._key(store, device)
             except RunKeyError as unknown:
-                self._note(f"nothing of it is kept in the store: {unknown}")
+                self._note(f"nothing of it is stored: {unknown}")
                 return self._without()
             again = None
             if not self._options.fresh and self._options.on_profile is None:
@@ -501,7 +501,7 @@ class _Run:
         assert run is not None
         with run:
             if not store.writable:
-                self._warn("can only be read, so nothing is kept")
+                self._warn("is read-only, so nothing is stored")
             return self._kept(store, key, device, run)
 
     def _device(self, store: Store) -> str | None:
@@ -608,7 +608,7 @@ class _Run:
             if self._options.out is not None and not results.files[0].not_run:
                 export_archive(content or self._pack(results), results, self._options.out)
         for name, reason in self._counts.not_kept.items():
-            self._note(f"patched values of `{name}` are not kept in the store: {reason}")
+            self._note(f"patched values of `{name}` are not stored: {reason}")
         if self._counts.stored:
             total = self._counts.stored + self._counts.computed
             self._note(f"{self._counts.stored:,} of {total:,} rows from the store")
@@ -635,7 +635,7 @@ class _Run:
         try:
             return self._pack(results)
         except ArchiveError as problem:
-            self._note(f"its results are not kept in the store: {problem}")
+            self._note(f"its results are not stored: {problem}")
             return None
 
     def _pack(self, results: Results) -> dict[str, bytes]:
@@ -653,14 +653,14 @@ class _Run:
         """Return the run's id after storing it under its key; empty if that fails."""
         try:
             if self._key(store, device) != key:
-                raise RunKeyError("a file that it read has changed meanwhile")
+                raise RunKeyError("a file that it read changed during the run")
             run.finish(content, about)
             return run.id
         except RunKeyError as unknown:
-            self._note(f"its results are not kept in the store: {unknown}")
+            self._note(f"its results are not stored: {unknown}")
         except (StoreProblem, OSError) as error:  # the results exist regardless
             said = error.strerror if isinstance(error, OSError) else None
-            self._warn(f"does not take the results: {(said or str(error)).lower()}")
+            self._warn(f"rejects the results: {(said or str(error)).lower()}")
         return ""
 
     def _results(self, result: FileResult | None, found: list[Diagnostic]) -> Results | None:

@@ -78,8 +78,8 @@ def size_problems(
     given = {"limit": limit, "pass_tokens": pass_tokens, "prompt_tokens": prompt_tokens}
     return [
         BadCommandLine(
-            reason=f"`{name}={value!r}`: it is a whole number from 1 on",
-            hint="leave it out where there is to be no limit",
+            reason=f"`{name}={value!r}`: it must be a whole number of at least 1",
+            hint="omit it for no limit",
         )
         for name, value in given.items()
         if value is not None and (type(value) is not int or value < 1)
@@ -89,11 +89,11 @@ def size_problems(
 def store_problem(store: object, fresh: bool) -> list[Diagnostic]:
     if store is False and fresh:
         said = "`store=False` and `fresh=True` contradict each other"
-        return [BadCommandLine(reason=said, hint="without a store all is computed anew")]
+        return [BadCommandLine(reason=said, hint="without a store, everything is recomputed")]
     if store is None or store is False or isinstance(store, str | Path):
         return []
-    hint = "name a folder; `False` is no store, and `None` the one beside the file"
-    return [BadCommandLine(reason=f"`store={store!r}`: it is a folder", hint=hint)]
+    hint = "name a folder; `False` disables the store, and `None` uses the store next to the file"
+    return [BadCommandLine(reason=f"`store={store!r}`: it must be a folder", hint=hint)]
 
 
 def check_folders(options: RunOptions) -> list[Diagnostic]:
@@ -107,7 +107,7 @@ def check_folders(options: RunOptions) -> list[Diagnostic]:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             reason = f"`{option} {folder}`: {(error.strerror or str(error)).lower()}"
-            hint = "name a folder that may be written to; it is made where there is none"
+            hint = "name a writable folder; a missing folder is created"
             found.append(BadCommandLine(reason=reason, hint=hint))
     if options.offload is not None and find_spec("accelerate") is None:
         reason = "`--offload` needs accelerate, which isn't installed"

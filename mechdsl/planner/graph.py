@@ -282,7 +282,7 @@ def check_graph(graph: Graph) -> None:
         )
     acting: dict[str, set[ForwardNode]] = {}
     for leaf in graph_leaves(graph):
-        assert leaf.effects, f"{leaf.experiment} shows nothing"
+        assert leaf.effects, f"{leaf.experiment} has no output"
         found = acting.setdefault(leaf.experiment, set())
         found.update(effect.patched.forward for effect in leaf.effects)
     for experiment, passes in acting.items():
@@ -450,7 +450,7 @@ def _at(rule: ResolvedRule) -> str:
     """Return the positions as written; for `replace`, with the text."""
     at = rule.spec.at.span.written
     if DRAW_AXIS in rule.positions.axes:
-        at = f"random tokens, as many as of {at}"
+        at = f"random tokens, the same number as of {at}"
     if rule.spec.onto is not None and rule.edge is None:
         at += f" onto {rule.spec.onto.span.written}"
     if rule.does.changes == "input" and rule.spec.fill is not None:

@@ -97,7 +97,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
 PLAN_PASSES: tuple[PlanPass, ...] = (
     PlanPass(
         name="inert",
-        leaves_out="rows that structurally can't differ from the base run",
+        leaves_out="rows that can't differ from the base run",
         why="every vector that they write equals the base run's, or no measure can depend on it; "
         "the test uses tokens and positions, never floats",
         does="rows that can't differ from the base run are not run",
@@ -109,7 +109,7 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         leaves_out="duplicate rows, within and across experiments",
         why="they start from the same run of the same prompt and write the same vectors to the "
         "same positions",
-        does="rows that several cells or experiments have in common are run once",
+        does="rows shared by several cells or experiments are run once",
         shown=PanelWork.share,
         apply=lambda plan: replace(plan, shares_rows=True),
     ),
@@ -117,7 +117,7 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         name="resume",
         leaves_out="blocks below a row's lowest write",
         why="their inputs equal those of the unpatched run, so their outputs do too",
-        does="a row starts at its lowest write, with what the unpatched run had there",
+        does="a row starts at its lowest write, from the values of the unpatched run",
         shown=lambda tally: tally.restart(resume=True),
         apply=lambda plan: replace(plan, shortcuts=replace(plan.shortcuts, resume=True)),
         restarts=True,
@@ -126,7 +126,7 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         name="prefix",
         leaves_out="tokens before a row's leftmost write",
         why="in a causal model no token sees a later one; in other models no token is skipped",
-        does="it computes its leftmost write and what follows, on keys and values that are kept",
+        does="a row computes its leftmost write and later tokens, using cached keys and values",
         shown=lambda tally: tally.restart(prefix=True),
         apply=lambda plan: replace(plan, shortcuts=replace(plan.shortcuts, prefix=True)),
         restarts=True,
@@ -138,7 +138,8 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         "`mlp_out`",
         why="only attention mixes tokens, so the rest of a block changes only at changed tokens; "
         "values that a write replaces aren't needed",
-        does="it starts inside that block, and projects queries, keys, values only of changes",
+        does="a row starts inside that block and projects queries, keys and values only for "
+        "changed tokens",
         shown=lambda tally: tally.restart(inside=True),
         apply=lambda plan: replace(plan, shortcuts=replace(plan.shortcuts, inside=True)),
         restarts=True,
@@ -147,10 +148,10 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         name="last",
         leaves_out="tokens after the last token that a measure reads, and unread tokens in the "
         "last block",
-        why="in a causal model no token that is read sees later tokens; after the last attention, "
-        "no token sees another in any model",
-        does="nothing is computed that no measure reads: in the last block few tokens, behind the "
-        "last one read none",
+        why="in a causal model no token that is read sees later tokens; after the last "
+        "attention layer, no token sees another token in any model",
+        does="only values that a measure reads are computed: few tokens in the last block, none "
+        "after the last token that is read",
         shown=lambda tally: tally.restart(last=True),
         apply=lambda plan: replace(plan, shortcuts=replace(plan.shortcuts, last=True)),
         restarts=True,
@@ -160,7 +161,7 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         leaves_out="logits of tokens that no metric names; metrics with a softmax, such as `prob`, "
         "`kl` and `entropy`, need all logits",
         why="each logit depends only on one row of the unembedding",
-        does="only the logits that metrics read are computed, where they need no softmax",
+        does="only the logits that metrics read are computed, unless they need a softmax",
         shown=PanelWork.narrow,
         apply=lambda plan: replace(plan, narrows_logits=True),
     ),
@@ -168,8 +169,8 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         name="join",
         leaves_out="separate passes: rows of all layers, sites, rules and experiments share a pass",
         why="only attention mixes tokens, and its masks separate rows",
-        does="rows of all layers, sites, rules and experiments ride in one pass, and join it where "
-        "they start",
+        does="rows of all layers, sites, rules and experiments share one pass and join it at "
+        "their first block",
         shown=PanelWork.join,
         apply=lambda plan: replace(plan, joins_rows=True),
     ),
@@ -180,16 +181,16 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         "below the rules",
         why="keys and values of earlier tokens don't change during generation, and a block depends "
         "only on the blocks below it",
-        does="while a model writes, keys and values are kept, and only newest tokens are computed",
+        does="during generation, keys and values are cached, and only newest tokens are computed",
         shown=PanelWork.keep_tokens,
         of_replies=True,
         apply=lambda plan: replace(plan, keeps_tokens=True),
     ),
     PlanPass(
         name="fuse",
-        leaves_out="memory traffic of activation functions that are written out step by step",
+        leaves_out="memory traffic of activation functions that are written step by step",
         why="the kernel computes the same formula",
-        does="activation functions written out step by step run in one kernel",
+        does="activation functions written step by step run in one kernel",
         shown=None,
         apply=lambda plan: replace(plan, fuses_kernels=True),
     ),

@@ -37,15 +37,15 @@ def lower_direction(
     if fits and statement.site is None:
         _bad(
             fits[0],
-            f"`{word}` is made of activations, and no site is named",
+            f"`{word}` is computed from activations, but the line names no site",
             f"write where: `{DIRECTION_METHODS[word].example} at resid_post layer 2 at last token`",
             scope,
         )
     site = statement.site
     free = any(c.name in ("unembedding", "saved") for c in method_calls(statement.value))
     if site is not None and not fits and not free:
-        hint = f"leave `at {site.span.written}` out: it lies where they lie"
-        _bad(statement.value, "it is made of directions that have a site", hint, scope)
+        hint = f"leave `at {site.span.written}` out: its site is that of the other directions"
+        _bad(statement.value, "it is computed from directions that have a site", hint, scope)
     if len(scope.diagnostics) > before:
         return None
     return spec.Direction(
@@ -294,7 +294,7 @@ def _arguments(
                 span=call.span,
                 name=call.name,
                 reason=f"is written `{method.example}`",
-                hint="write as many arguments",
+                hint="write the same number of arguments",
             )
         )
         return
@@ -398,8 +398,8 @@ def drop_circular_directions(
         behind = direction_dependencies([definition.value], directions)
         if any(each.name == name for each in behind):
             text = definition.value.span.written
-            reason = f"`{name}` is made of itself"
-            hint = "name what it is made of, down to a fit"
+            reason = f"`{name}` is defined by itself"
+            hint = "name directions that end in a fit"
             scope.diagnostics.append(
                 BadDirection(span=definition.value.span, text=text, reason=reason, hint=hint)
             )

@@ -281,13 +281,13 @@ def _named(
     if run not in table.runs:
         runs = name_list(table.runs)
         hint = did_you_mean(
-            run, table.runs, f"there are runs {runs}", written=lambda near: f"{name} of {near}"
+            run, table.runs, f"the runs are {runs}", written=lambda near: f"{name} of {near}"
         )
         shown = f"{name} of {run}"
     elif name not in known and rows and name in rows[0].values:
         value = rows[0].values[name]
-        reason = f"it is a value, {value!r}, and no text"
-        hint = f'write a text, with the space that stands in front of it if any: `" {{{name}}}"`'
+        reason = f"it is a value, {value!r}, not a text"
+        hint = f'write a text, with its leading space if it has one: `" {{{name}}}"`'
         hint = f'write it as a text: `"{{{name}}}"`' if images else hint
         refusal = bad_value(expr.span, reason, hint)
         return (), [refusal.diagnostic(table.sources[0].describe())]
@@ -755,7 +755,7 @@ def _entries(table: PromptTable, number: int, row: Row, part: SetExpression) -> 
             evaluate_whole_number(part.high, row, key),
         )
         if low > high:
-            reason, hint = f"{low}..{high} has no numerals", "leave these rows out with `where`"
+            reason, hint = f"{low}..{high} contains no numerals", "exclude these rows with `where`"
             raise bad_value(part.span, reason, hint)
         if high - low >= limits.NUMERALS:
             reason = f"{high - low + 1:,} numerals are more than {limits.NUMERALS:,}"
@@ -763,7 +763,7 @@ def _entries(table: PromptTable, number: int, row: Row, part: SetExpression) -> 
         return list(range(low, high + 1))
     found = list(_flat(_listed(table, number, row, part), part))
     if not found:
-        hint = "leave these rows out with `where`"
+        hint = "exclude these rows with `where`"
         raise bad_value(part.span, "the list is empty, so no answer is right", hint)
     return found
 
@@ -791,4 +791,6 @@ def _flat(value: object, part: ast.Expr) -> Iterator[SetEntry]:
         yield int(own)
     else:
         shown = "nothing" if own is None else repr(own)
-        raise bad_value(part.span, f"{shown} in it is no text", "give texts, or whole numbers")
+        raise bad_value(
+            part.span, f"{shown} in the list is not a text", "give texts, or whole numbers"
+        )

@@ -153,7 +153,7 @@ class PythonCalls:
             PythonFailed,
             node.span,
             function=function.name,
-            reason=f"it gave {given}, not a number or a text",
+            reason=f"it returned {given}, not a number or a text",
             where=function.where(),
             hint="a value is one number or one text for each row",
         )
@@ -260,7 +260,10 @@ def _not_of_texts(change: ast.CorruptLine) -> Diagnostic | None:
     kind = change_kind(change)
     if not isinstance(kind, ImageChange):
         return None
-    hint, reason = "change a value that stands in the template", "is of images, and these are texts"
+    hint, reason = (
+        "change a value that the template contains",
+        ("changes images, but these prompts are texts"),
+    )
     return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
 
 
@@ -274,7 +277,7 @@ def _not_of_images(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic
             return None
         return _of_other_things(change)
     if averaged is not None:
-        reason = "is of single images, and these are a mean"
+        reason = "changes single images, but this is a mean image"
         hint = f"change the images of `{averaged.name}`"
         return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
     assert isinstance(change, ast.ChangeLine)
@@ -293,7 +296,7 @@ def _of_other_things(change: ast.CorruptLine) -> Diagnostic:
     hint = "change a value that the `image` line names, or the image: `mask image`, `blur image …`"
     if isinstance(change, ast.ChangeLine) and change.tokens is not None:
         hint = f"write `mask {change.tokens.span.written}` for gray"
-    reason = "writes a text, and these are images"
+    reason = "writes a text, but these prompts are images"
     return BadArgument(span=change.span, name=name, reason=reason, hint=hint)
 
 
@@ -303,8 +306,8 @@ def _too_late(
     """Return E0207 for a pixel change after a patch change, which is always applied last."""
     if not is_pixel_change(change, prompts) or not patch_changes(before):
         return None
-    reason = "stands behind a change of patches, which is made when all pixels are changed"
-    hint = "write it in front of that"
+    reason = "follows a change of patches, but patches are changed after all pixels"
+    hint = "write it before the change of patches"
     return BadArgument(span=change.span, name=change_kind(change).name, reason=reason, hint=hint)
 
 
@@ -328,19 +331,19 @@ def improve_hint(problem: UnknownValue, prompts: spec.Prompts) -> UnknownValue:
     image, at, name = prompts.image, problem.span, problem.name
     line = at.source.text[: at.start].rpartition("\n")[2] if at is not None else ""
     if re.fullmatch(r"\s*(?:answer|wrong)\s+", line) and problem.hint.startswith("its names"):
-        return replace(problem, hint=f'{problem.hint}; a text stands in quotes: `" {name}"`')
+        return replace(problem, hint=f'{problem.hint}; write a text in quotes: `" {name}"`')
     if image is None or at is None or problem.hint.startswith("did you mean"):
         return problem
     shapes = isinstance(image, ast.Call) and image.name == "shapes"
     if any(region.span == at for region in prompts.regions):
-        meant = f"did you mean `{SHAPE_REGION}`, where the shapes lie?"
+        meant = f"did you mean `{SHAPE_REGION}`, the pixels of the shapes?"
         return (
             replace(problem, hint=meant)
             if shapes and closest_name(name, [SHAPE_REGION])
             else problem
         )
     if shapes and image.span.start <= at.start and at.end <= image.span.end:
-        return replace(problem, hint=f'{problem.hint}; a text stands in quotes: `"{name}"`')
+        return replace(problem, hint=f'{problem.hint}; write a text in quotes: `"{name}"`')
     return problem
 
 
@@ -411,7 +414,7 @@ def check_definitions(
         within[name] = deepest + depth(graph[name].value)
         bounds = (
             (steps, limits.CHAIN, f"steps from which `{name}` is derived"),
-            (within, 2 * limits.DEPTH, f"parts of `{name}` within one another"),
+            (within, 2 * limits.DEPTH, f"nested parts of `{name}`"),
         )
         for found, most, what in bounds:
             if found[name] > most:
@@ -681,7 +684,7 @@ class PromptsBlock:
         )
         for call in find_calls(elsewhere, self.placeholders):
             if counts_tokens(call):
-                reason, usage = "can only stand in `where`", "where tokens(answer) = 1"
+                reason, usage = "can only be used in `where`", "where tokens(answer) = 1"
                 bad = BadCall(span=call.span, name="tokens", reason=reason, usage=usage)
                 self.diagnostics.append(bad)
 
@@ -743,7 +746,7 @@ class PromptsBlock:
     def unknown(self, name: str, span: Span) -> Refusal:
         """Return E0501 for a name that a row doesn't have."""
         if name in self.domains:
-            hint = f"a row has many: `{name}` is only drawn by a list; `xs[1]` is one of them"
+            hint = f"a row has several values: only a list draws `{name}`; `xs[1]` is one of them"
         else:
             hint = self._unknown(name, span).hint
         return Refusal(

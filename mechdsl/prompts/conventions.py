@@ -31,13 +31,14 @@ def token_conventions(
         out = {"images": tokenizer.convention()}
         if block.spec.tiles is not None:
             said = (
-                "each a row; those of one image count together, in one part of a split, in one fold"
+                "each tile is a row; tiles of one image count as one unit and share a part "
+                "of a split and a fold"
             )
             out["tiles"] = f"{block.spec.tiles.words}: {said}"
         if block.spec.regions:
             names = ", ".join(f"`{region.name}`" for region in block.spec.regions)
-            said = "patches with a pixel, as the model gets it, that lies in it by half or more"
-            said += "" if block.spec.tiles is None else "; tiles without any drop out"
+            said = "patches with a model-input pixel of which at least half is in the region"
+            said += "" if block.spec.tiles is None else "; tiles without such patches are dropped"
             out["regions"] = f"{names}: {said}"
     if block.spec.chat:
         out = _chat_conventions(block, rows, tokenizer)
@@ -48,16 +49,16 @@ def token_conventions(
             others = len({row.texts[name].text for row in rows}) - 1
             shown = quote(first.text) + (f" and {count_noun(others, 'other')}" if others else "")
             each = "each " if others else ""
-            said = f"{describe_output(first)}, and no token"
+            said = f"{describe_output(first)}, not a token"
             if isinstance(tokenizer, ImageTokenizer) and tokenizer.texts is not None:
                 said = "a text that the image is scored with"
             out[name] = f"{shown}: {each}{said}"
             continue
         sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         tokens = "one token" if lengths == [1] else f"{sizes} tokens"
-        out[name] = f"{quote(rows[0].texts[name].text)}: {tokens}, read behind the prompt"
+        out[name] = f"{quote(rows[0].texts[name].text)}: {tokens}, read after the prompt"
         if table.moved and not block.is_token_id(name):
-            out[name] += f"; its first token {quote(table.moved_text)} stands in the prompt"
+            out[name] += f"; its first token {quote(table.moved_text)} is part of the prompt"
     return out
 
 
@@ -69,10 +70,10 @@ def _chat_conventions(
     there = any(row.special[:1] == (True,) for row in rows)
     by = "the chat template" if tokenizer.bos is None else f"bos: {str(tokenizer.bos).lower()}"
     begun = block.spec.chat[-1].role == ASSISTANT
-    said = "turns as the model's chat template writes them, "
-    said += "the last one a reply that has begun" if begun else "and its opening of a reply"
+    said = "turns formatted by the model's chat template, "
+    said += "the last one an unfinished reply" if begun else "followed by its start of a reply"
     if chat is not None and chat.tells_time:
-        said += f"; today is {CHAT_DATE.day} {CHAT_DATE:%B %Y} for it"
+        said += f"; the template's date is {CHAT_DATE.day} {CHAT_DATE:%B %Y}"
     return {"bos": f"`{bos}` in front ({by})" if there else f"none in front ({by})", "chat": said}
 
 
@@ -106,7 +107,7 @@ def image_conventions(table: PromptTable) -> dict[str, str]:
         image = images[0] if images else None
         if image is not None and image.how == "mean":
             rows = f"{count_noun(image.count, 'image')} of `{image.said}`"
-            said = f"mean of {rows}, before any `limit`, as the model gets them"
+            said = f"mean of {rows}, before any `limit`, in model-input pixels"
             out[f"image of {table.name if name == CLEAN else name}"] = said
     return out
 
@@ -124,7 +125,7 @@ def _changes_in_words(changes: Sequence[PictureChange]) -> str:
     amounts = sorted({change.amount for change in changes})
     shown = f"{amounts[0]:g}" if len(amounts) == 1 else f"{amounts[0]:g} to {amounts[-1]:g}"
     said = _UNITS[changes[0].how].format(shown)
-    return said if changes[0].patches is None else f"{said}, of patches as the model gets them"
+    return said if changes[0].patches is None else f"{said}, on patches of the model's input"
 
 
 def check_empty_prompts(

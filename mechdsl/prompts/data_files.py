@@ -50,7 +50,7 @@ class RecordOrder:
 
 DUPLICATE_COLUMNS = "two columns are called"
 
-RENAME_COLUMNS_HINT = "give each of them a name of its own"
+RENAME_COLUMNS_HINT = "give each column a different name"
 
 
 @dataclass(frozen=True)
@@ -176,13 +176,13 @@ def _json_lines(content: bytes) -> list[DataRecord]:
 
 def _json(content: bytes) -> list[DataRecord]:
     try:
-        value = _parsed(_text(content), "an object of it")
+        value = _parsed(_text(content), "one of its objects")
     except ValueError as error:
         raise MalformedData(f"it is not JSON ({error})", "correct the file") from None
     if isinstance(value, dict):
         return _inner_records(cast("dict[str, Any]", value))
     if not isinstance(value, list):
-        raise MalformedData("it holds neither a list nor an object", "write a list of objects")
+        raise MalformedData("it contains neither a list nor an object", "write a list of objects")
     entries = cast("list[Any]", value)
     return [_object(entry, f"record {n}") for n, entry in enumerate(entries)]
 
@@ -191,12 +191,12 @@ def _inner_records(whole: Mapping[str, Any]) -> list[DataRecord]:
     """Return the records of an object's one list of objects, each with the object's other keys."""
     lists = [k for k, v in whole.items() if _is_table(v)]
     if len(lists) != 1:
-        reason = "it is an object without a list of records in it"
+        reason = "it is an object that contains no list of records"
         raise MalformedData(reason, "write a list of objects")
     shared = {k: v for k, v in whole.items() if k != lists[0]}
     both = next((k for k in shared if any(k in entry for entry in whole[lists[0]])), None)
     if both is not None:
-        reason = f"`{both}` stands beside the list `{lists[0]}` and in its records"
+        reason = f"`{both}` is a key next to the list `{lists[0]}` and also a key of its records"
         raise MalformedData(reason, RENAME_COLUMNS_HINT)
     return [cast("DataRecord", shared | entry) for entry in whole[lists[0]]]
 
@@ -403,7 +403,7 @@ def _about(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise MalformedData(f"`{file.name}` is not understood", "save the data set again")
+        raise MalformedData(f"`{file.name}` can't be read", "save the data set again")
     return cast("dict[str, Any]", found)
 
 

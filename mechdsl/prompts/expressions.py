@@ -123,7 +123,7 @@ class CallSite:
             return default
         rich = render_value(self.value(node))
         if rich is None:
-            raise self.bad("it is no text", 'write a text: `sep: ", "`', node.span)
+            raise self.bad("it isn't a text", 'write a text: `sep: ", "`', node.span)
         return rich.text
 
     def empty(self, reason: str) -> Refusal:
@@ -155,7 +155,7 @@ class CallSite:
             if to_hashable(to_plain(value)) not in without:
                 return value
         if len(values) > limits.ITEMS:
-            raise self.empty(f"{_TRIES} draws gave only excluded values")
+            raise self.empty(f"{_TRIES} samples gave only excluded values")
         left = [v for v in values if to_hashable(to_plain(v)) not in without]
         if not left:
             raise self.empty(f"none of its {len(values)} values is allowed")
@@ -185,7 +185,7 @@ def check_length(length: int, span: Span) -> None:
         )
 
 
-@_function("other", "other(x)", "another value of the same domain, none of these")
+@_function("other", "other(x)", "another value of the same domain, other than these")
 def _other(call: CallSite) -> RowValue:
     nodes = call.expect(1)
     without = {to_hashable(to_plain(call.value(node))) for node in nodes}
@@ -212,7 +212,7 @@ def _number(call: CallSite) -> RowValue:
         return value
     found = parse_number(value) if isinstance(value, str) else None
     if found is None:
-        hint = "leave these rows out with `where`, or correct the data: `1234.5`"
+        hint = "exclude these rows with `where`, or correct the data: `1234.5`"
         raise call.bad(f"{value!r} is not a number", hint, node.span)
     return found
 
@@ -228,7 +228,7 @@ def parse_number(text: str) -> int | float | None:
 _NUMERAL = re.compile(r"[+-]?(\d{1,400}|\d{0,400}\.\d{1,400})([eE][+-]?\d{1,2})?", re.ASCII)
 
 
-@_function("others", "a, b = others(x, y)", "different values of the same domain, none of these")
+@_function("others", "a, b = others(x, y)", "different values of the same domain, other than these")
 def _others(call: CallSite) -> RowValue:
     return draw_others(call, 1)[0]
 
@@ -250,8 +250,8 @@ def _choice(call: CallSite) -> RowValue:
 @_function(
     "shuffle",
     "shuffle(column)",
-    "a list in another order, a column in another row's value; of texts one value, as of `shots`: "
-    "`shuffle(shots, output)`",
+    "a list in a different order, or a column's value from a different row; for a list of "
+    "texts, one of their values: `shuffle(shots, output)`",
 )
 def _shuffle(call: CallSite) -> RowValue:
     node, *more = call.expect(1, 2)
@@ -276,11 +276,11 @@ def _dealt(call: CallSite, value: RowValue, what: ast.Expr) -> RowValue:
     The assignment differs from the original one if any two values differ.
     """
     if not isinstance(value, ItemList) or value.text is None:
-        raise call.wrong("deals out values of a list of texts", usage="shuffle(shots, output)")
+        raise call.wrong("reassigns values within a list of texts", usage="shuffle(shots, output)")
     if not isinstance(what, ast.Name) or any(what.id not in item.drawn for item in value.items):
         known = name_list(value.items[0].drawn) if value.items else "nothing"
         shown = what.span.written
-        raise call.bad(f"its texts draw no `{shown}`", f"they draw {known}", what.span)
+        raise call.bad(f"its texts don't draw `{shown}`", f"they draw {known}", what.span)
     given = [item.drawn[what.id] for item in value.items]
     count = len(given)
     order = call.scope.order(call.key, max(1, count))
@@ -296,22 +296,22 @@ def _dealt(call: CallSite, value: RowValue, what: ast.Expr) -> RowValue:
     return replace(value, items=tuple(items))
 
 
-@_function("tokens", "tokens(answer)", "how many tokens a text or a span has", draws=False)
+@_function("tokens", "tokens(answer)", "the number of tokens of a text or span", draws=False)
 def _tokens(call: CallSite) -> RowValue:
     (node,) = call.expect(1, 1)
     return call.scope.tokens(node, call.value(node))
 
 
-@_function("token_id", "token_id(column)", "a column that holds ids of tokens", draws=False)
+@_function("token_id", "token_id(column)", "a column of token ids", draws=False)
 def _token_id(call: CallSite) -> RowValue:
     (node,) = call.expect(1, 1)
     value = call.value(node)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise call.bad(f"{to_plain(value)!r} is no token id", "give a column of whole numbers")
+        raise call.bad(f"{to_plain(value)!r} isn't a token id", "give a column of whole numbers")
     return TokenId(value)
 
 
-@_function("python", 'python("file.py:name")', "what a Python function gives", draws=False)
+@_function("python", 'python("file.py:name")', "the result of a Python function", draws=False)
 def _python(call: CallSite) -> RowValue:
     return call.scope.python(call.node)
 
@@ -322,7 +322,7 @@ def _python(call: CallSite) -> RowValue:
 @_function(
     "list",
     'list(item, count, sep: ", ")',
-    "draws of a value behind one another",
+    "several samples of a value, joined",
     named=("from", "sep", "last", "distinct"),
 )
 def _list(call: CallSite) -> RowValue:
@@ -349,9 +349,9 @@ def _list(call: CallSite) -> RowValue:
 def _count(call: CallSite, node: ast.Expr) -> int:
     value = call.value(node)
     if isinstance(value, bool) or not isinstance(value, int | float) or not is_whole_number(value):
-        raise call.bad(f"{to_plain(value)!r} is no count", "give a whole number", node.span)
+        raise call.bad(f"{to_plain(value)!r} isn't a count", "give a whole number", node.span)
     if value < 0:
-        hint = "leave these rows out with `where`, or begin the values higher"
+        hint = "exclude these rows with `where`, or begin the values higher"
         raise call.bad(f"a list can't have {int(value)} items", hint, node.span)
     check_length(int(value), call.node.span)
     return int(value)
@@ -390,7 +390,9 @@ def _picks(
                 seen.add(own)
                 yield index
         if len(seen) < count:
-            raise call.empty(f"{count} different ones are asked for, there are {len(seen)}")
+            raise call.empty(
+                f"{count} different entries are needed, but there are only {len(seen)}"
+            )
         return
     for n in range(count):
         for attempt in range(_TRIES if size else 0):
@@ -399,7 +401,7 @@ def _picks(
                 yield index
                 break
         else:
-            raise call.empty("there is nothing but the row's own record" if size else "it is empty")
+            raise call.empty("the only record is the row's own" if size else "it is empty")
 
 
 def _item(
@@ -454,7 +456,7 @@ def _from_pool(
 ) -> Iterator[ListItem]:
     """Yield entries of a column of lists, or records of a block of prompts."""
     if not isinstance(source, ast.Name):
-        raise call.wrong("takes the name of a column or of prompts behind `from:`", source.span)
+        raise call.wrong("takes the name of a column or of prompts after `from:`", source.span)
     fields = _fields(call, what)
     pool = _pool(call, source, drawn=count is not None)
 
@@ -574,7 +576,7 @@ def evaluate(node: ast.Expr, scope: Scope, key: DrawKey) -> RowValue:
             | ast.EdgeTokenOf()
             | ast.ClassOutput()
         ):
-            raise bad_value(node.span, "prompts have no such thing", "write a value of the row")
+            raise bad_value(node.span, "prompts have no such value", "write a value of the row")
 
 
 def is_condition_true(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
@@ -590,9 +592,9 @@ def evaluate_number(node: ast.Expr, scope: Scope, key: DrawKey) -> int | float:
     value = evaluate(node, scope, key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         shown = to_plain(value)
-        hint = 'numbers are written without quotes; texts are put together in quotes: `"{a} {b}"`'
+        hint = 'numbers are written without quotes; join texts in quotes: `"{a} {b}"`'
         if isinstance(shown, str) and parse_number(shown) is not None:
-            hint = f"the data have it as text: write `number({node.span.written})`"
+            hint = f"the data contain it as text: write `number({node.span.written})`"
         raise bad_value(node.span, f"it is {shown!r}, not a number", hint)
     return value
 
@@ -628,9 +630,7 @@ def _calculated(node: ast.Binary, scope: Scope, key: DrawKey) -> int | float:
             return left * right
         case "/":
             if right == 0:
-                raise bad_value(
-                    node.span, "it divides by zero", "leave these rows out with `where`"
-                )
+                raise bad_value(node.span, "it divides by zero", "exclude these rows with `where`")
             exact = isinstance(left, int) and isinstance(right, int) and left % right == 0
             return left // right if exact else left / right
 
@@ -643,10 +643,10 @@ def _index(node: ast.Index, scope: Scope, key: DrawKey) -> RowValue:
     at = evaluate_whole_number(node.index, scope, key)
     entries = [i.value for i in value.items] if isinstance(value, ItemList) else value
     if not isinstance(entries, list):
-        raise bad_value(node.span, f"`{node.name}` is not a list", "index what `list(…)` gives")
+        raise bad_value(node.span, f"`{node.name}` is not a list", "index the result of `list(…)`")
     if not 1 <= at <= len(entries):
         reason = f"`{node.name}` has {count_noun(len(entries), 'item')}"
-        raise bad_value(node.span, reason, "items count from 1; leave short rows out with `where`")
+        raise bad_value(node.span, reason, "items count from 1; exclude short rows with `where`")
     return entries[at - 1]
 
 
@@ -671,7 +671,7 @@ def _condition(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
             try:
                 return bool(_COMPARE[sign](a, b))
             except TypeError:
-                reason = f"{a!r} and {b!r} have no order"
+                reason = f"{a!r} and {b!r} can't be ordered"
                 hint = "compare numbers with numbers and texts with texts"
                 text = left if isinstance(a, str) else right
                 if {type(a), type(b)} in ({str, int}, {str, float}) and isinstance(text, ast.Name):
@@ -695,7 +695,7 @@ def _condition(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
             values = to_plain(evaluate(cast("ast.Expr", within), scope, key))
             if not isinstance(values, list):
                 raise bad_value(
-                    node.span, "what stands behind `in` is no list", "write `x in [1, 2]`"
+                    node.span, "the right side of `in` isn't a list", "write `x in [1, 2]`"
                 )
             return to_plain(evaluate(inner, scope, key)) in values
         case ast.Near(value=inner, target=target, tolerance=tolerance):
@@ -896,7 +896,7 @@ def make_domain(
     except _RefusedDomain as refused:
         return (), [refused.diagnostic]
     if not len(values):
-        hint = "ranges go upwards and include both ends"
+        hint = "ranges ascend and include both ends"
         return (), [
             NoRows(span=domain.span, prompts=prompts, reason="this range is empty", hint=hint)
         ]
@@ -931,7 +931,7 @@ class _Maker:
         by = 1 if step is None else self.number(step)
         if by <= 0:
             assert step is not None
-            raise self.bad(step, "steps go upwards", "write a step above 0")
+            raise self.bad(step, "steps are positive", "write a step above 0")
         count = (high - low) / by + 1
         if count > limits.DOMAIN:
             raise _RefusedDomain(
@@ -979,7 +979,7 @@ class _Maker:
                 hint = "a domain is fixed for all rows: write numbers, texts or parameters"
                 if isinstance(node, ast.Call):
                     hint = did_you_mean(node.name, ["words"], hint)
-                raise self.bad(node, "it isn't fixed", hint)
+                raise self.bad(node, "it isn't constant", hint)
 
     def words_of(self, node: ast.Call) -> Sequence[RowValue]:
         usage = "words(MODEL)"
@@ -988,7 +988,7 @@ class _Maker:
             reason = "takes one argument, the name of a model"
             raise _RefusedDomain(BadCall(span=node.span, name="words", reason=reason, usage=usage))
         if self.words is None:
-            reason = "the model's tokenizer isn't at hand"
+            reason = "the model's tokenizer isn't available here"
             raise self.bad(node, reason, "write the words in a list")
         found = self.words(model.id)
         if found is None:

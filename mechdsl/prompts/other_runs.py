@@ -67,8 +67,8 @@ def pair_run(
     other = others.block
     single = _single(others, own, tokenizer)
     if shuffled and single is not None:
-        reason = f"has nothing to deal out: `{other.name}` has one row"
-        hint = "leave it out: the one row serves all"
+        reason = f"has nothing to shuffle: `{other.name}` has one row"
+        hint = "remove it: the single row is used for all rows"
         return None, [BadArgument(span=span, name="shuffled", reason=reason, hint=hint)]
     if single is None and _cut(other) != _cut(own):
         reason = f"are {_cut(other) or 'whole'}, and those of `{own.name}` {_cut(own) or 'whole'}"
@@ -109,12 +109,16 @@ def pair_run(
             ),
         ]
     index = [there[number] for number in wanted]
-    how = "its only row beside each" if single is not None else "by their number, beside those"
-    how = "dealt by a seeded shuffle to those" if shuffled else how
+    how = (
+        "its only row, paired with each row"
+        if single is not None
+        else ("paired by row number with those")
+    )
+    how = "paired by a seeded shuffle with those" if shuffled else how
     there_run = _aligned(found, table, run, name, index)
     if single is not None and own.spec.regions and not other.spec.regions:
         there_run = _with_regions(there_run, table)
-        how = "its only row, with the regions of each, beside those"
+        how = "its only row, with the regions of each paired row, paired with those"
     return PairedRun(there_run, how, found.python, found.data_hash), diagnostics
 
 
@@ -146,7 +150,7 @@ def _missing(
 ) -> PartnerMissing:
     where = other.spec.where
     by_where = f"by `where {where[0].span.written}`" if where else "its tokens are left unchanged"
-    hint = "make their values the same, so that all rows are kept"
+    hint = "make their values the same, so that all rows have a partner"
     if where:
         hint = f"write the same `where` in `{own.name}`"
     return PartnerMissing(
@@ -169,10 +173,10 @@ def _cut(block: PromptsBlock) -> str:
 def _pairing(own: PromptsBlock, other: PromptsBlock) -> str:
     """Return a hint on how to pair the rows of two blocks."""
     if own.combinations == 1:
-        served = f"then the one row of `{own.name}` serves all of them"
+        served = f"then the single row of `{own.name}` is paired with all of them"
         return f"write `{other.spec.kind} {other.name}` in the experiment: {served}"
-    values = f"the values of `{own.name}`, so that rows go by their number"
-    return f"give `{other.name}` a single row, which serves all of them, or {values}"
+    values = f"the values of `{own.name}`, so that rows are paired by number"
+    return f"give `{other.name}` a single row, which is paired with all of them, or {values}"
 
 
 def _has_texts(table: PromptTable) -> bool:
@@ -185,7 +189,7 @@ def _ends_otherwise(found: PromptTable, table: PromptTable) -> bool:
 
 
 def _ending(table: PromptTable) -> str:
-    return quote(table.moved_text) if table.moved else "nothing that answers begin with"
+    return quote(table.moved_text) if table.moved else "no token that all answers begin with"
 
 
 def _aligned(
@@ -243,7 +247,7 @@ def add_stand_in_replies(table: PromptTable, said: str, tokens: int) -> PromptTa
         name: replace(run, rows=tuple(map(longer, run.rows))) for name, run in table.runs.items()
     }
     words = (
-        f"up to {count_noun(tokens, 'token')} behind each prompt, {said}: known when that has run"
+        f"up to {count_noun(tokens, 'token')} after each prompt, {said}: known only after that run"
     )
     conventions = {**table.conventions, "replies": words}
     return replace(table, runs=runs, alone=table, behind=said, conventions=conventions)
@@ -271,9 +275,11 @@ def add_replies(
     lengths = [len(reply.ids) for reply in own]
     low, high = min(lengths, default=0), max(lengths, default=0)
     tokens = count_noun(high, "token") if low == high else f"{low} to {count_noun(high, 'token')}"
-    words = f"behind each prompt, {said}: {tokens}, the same in all runs"
+    words = f"after each prompt, {said}: {tokens}, the same in all runs"
     if len(own) < len(table):
-        words += f"; {len(table) - len(own):,} of {len(table):,} rows have none, and are left out"
+        words += (
+            f"; {len(table) - len(own):,} of {len(table):,} rows have no reply and are excluded"
+        )
     longer = replace(
         table,
         row_ids=tuple(compress(table.row_ids, keep)),

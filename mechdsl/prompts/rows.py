@@ -132,8 +132,8 @@ def inspect_row_image(row: Row, written: str, span: Span) -> tuple[Path, str, tu
 def _of_file(row: Row, node: ast.String) -> Picture:
     written = row.text(node, DrawKey("image")).text
     if not written.strip():
-        hint = "leave rows without an image out with `where`"
-        raise image_refusal(node.span, written, "the row names none", hint)
+        hint = "exclude rows without an image with `where`"
+        raise image_refusal(node.span, written, "the row names no image", hint)
     path, digest, size = inspect_row_image(row, written, node.span)
     return Picture("file", path=path, digest=digest, said=written, size=size)
 
@@ -141,7 +141,7 @@ def _of_file(row: Row, node: ast.String) -> Picture:
 def _of_shapes(row: Row, node: ast.Call) -> Picture:
     given = {each.name: each.value for each in node.arguments}
     if "kind" not in given:
-        raise _wrong(node, "needs a kind", 'write `shapes(n: 1, kind: "circle", size: 32)`')
+        raise _wrong(node, "needs a `kind`", 'write `shapes(n: 1, kind: "circle", size: 32)`')
     told: dict[str, str] = {}
     for name in ("kind", "colour", "texture"):
         value = (
@@ -223,7 +223,7 @@ def cut_tile(row: Row, picture: Picture) -> Picture:
     if not isinstance(tile, str) or tile not in names:
         hint = f"tiles are {name_list(names)}"
         hint = did_you_mean(tile, names, hint) if isinstance(tile, str) else hint
-        raise bad_value(tiles.span, f"`tile` is {tile!r}, which is none of them", hint)
+        raise bad_value(tiles.span, f"`tile` is {tile!r}, which isn't one of the tiles", hint)
     height, width = picture.size
     if height < tiles.rows or width < tiles.cols:
         raise Refusal(
@@ -284,7 +284,7 @@ def _regions(row: Row, region: spec.RegionDef, picture: Picture) -> list[Region]
     if isinstance(value, str):
         return [_mask(row, region, value, picture)]
     if not isinstance(value, list):
-        raise bad_value(region.span, f"a {type(value).__name__} is no region", _HINT)
+        raise bad_value(region.span, f"a {type(value).__name__} isn't a region", _HINT)
     boxes = cast("list[object]", value)
     if boxes and all(isinstance(each, list) for each in boxes):
         return [_box(region, cast("list[object]", each)) for each in boxes]
@@ -294,10 +294,10 @@ def _regions(row: Row, region: spec.RegionDef, picture: Picture) -> list[Region]
 def _box(region: spec.RegionDef, value: list[object]) -> Region:
     numbers = [each for each in value if isinstance(each, (int, float)) and isfinite(each)]
     if len(numbers) != 4 or len(value) != 4:
-        raise bad_value(region.span, f"{value!r} is no box", _HINT)
+        raise bad_value(region.span, f"{value!r} isn't a box", _HINT)
     left, top, right, bottom = map(float, numbers)
     if right <= left or bottom <= top:
-        raise bad_value(region.span, f"the box {value!r} has no inside", _HINT)
+        raise bad_value(region.span, f"the box {value!r} is empty", _HINT)
     return Region(box=(left, top, right, bottom))
 
 
@@ -305,8 +305,8 @@ def _mask(row: Row, region: spec.RegionDef, written: str, picture: Picture) -> R
     path, digest, size = inspect_row_image(row, written, region.span)
     if picture.how == "file" and size != picture.size:
         sizes = (f"{width} x {height}" for height, width in (size, picture.size))
-        reason = "the mask has {} pixels, and the image {}".format(*sizes)
-        raise image_refusal(region.span, written, reason, "make them equal")
+        reason = "the mask has {} pixels, but the image has {}".format(*sizes)
+        raise image_refusal(region.span, written, reason, "use a mask and an image of equal size")
     return Region(mask=path, digest=digest)
 
 
@@ -385,11 +385,11 @@ def _apart(first: Region, second: Region, change: ast.ChangeLine, picture: Pictu
     boxes = [pixel_box(each, size) for each in (first, second)]
     for (left, top, right, bottom), part in zip(boxes, change.values, strict=True):
         if left >= right or top >= bottom:
-            reason = f"`{part.span.written}` has no pixel of the image"
-            raise bad_value(part.span, reason, "leave such rows out with `where`")
+            reason = f"`{part.span.written}` contains no pixel of the image"
+            raise bad_value(part.span, reason, "exclude such rows with `where`")
     (left, top, right, bottom), other = boxes
     if left < other[2] and other[0] < right and top < other[3] and other[1] < bottom:
-        raise bad_value(change.span, "the boxes overlap", "leave such rows out with `where`")
+        raise bad_value(change.span, "the boxes overlap", "exclude such rows with `where`")
 
 
 def _amount(row: Row, kind: ImageChange, change: ast.ChangeLine) -> float:
@@ -656,7 +656,7 @@ class Row(ImageRow):
         value = evaluate(node, self, key)
         entries = [i.value for i in value.items] if isinstance(value, ItemList) else value
         if not isinstance(entries, list) or len(entries) != len(names):
-            hint = "write `others(…)`, or a list of as many values"
+            hint = "write `others(…)`, or a list with the same number of values"
             raise bad_value(node.span, f"it doesn't give {len(names)} values", hint)
         return dict(zip(names, entries, strict=True))
 
@@ -677,7 +677,7 @@ class Row(ImageRow):
                 what="this text",
                 amount=f"{len(whole.text):,} characters",
                 most=limits.TEXT,
-                hint="no model reads so much; shorten what stands in it",
+                hint="this exceeds the context of any model; shorten its contents",
             )
         return whole
 
@@ -750,7 +750,7 @@ class Row(ImageRow):
     def tokens(self, node: ast.Expr, value: RowValue) -> int:
         tokenizer = self._tokenizer
         if tokenizer is None:
-            raise bad_value(node.span, "tokens are counted in `where` alone", "write it there")
+            raise bad_value(node.span, "tokens are counted only in `where`", "write it there")
         if isinstance(value, TokenId):
             return 1
         tokenizer = tokenizer.reading(written=bool(self.turns))
@@ -776,8 +776,8 @@ class Row(ImageRow):
         counts = dict.fromkeys(len(places.tokens(span.start, span.end)) for span in spans)
         if len(counts) > 1:
             shown = " and ".join(map(str, sorted(counts)))
-            reason = f"it has {shown} tokens in different places of the prompt"
-            hint = "give one of them a name of its own: `{s2 = s}`, then `tokens(s2)`"
+            reason = f"it has {shown} tokens at different positions of the prompt"
+            hint = "give one of them a different name: `{s2 = s}`, then `tokens(s2)`"
             raise bad_value(node.span, reason, hint)
         return next(iter(counts))
 
@@ -813,7 +813,7 @@ class Row(ImageRow):
         for axis, values in self.block.axes:
             if axis == name:
                 return values[Permutation(len(values), *key)[self.places[name]]]
-        raise bad_value(span, f"`{name}` is no column", "shuffle a column or a list")
+        raise bad_value(span, f"`{name}` isn't a column", "shuffle a column or a list")
 
     def with_values(self, values: Mapping[str, RowValue]) -> Row:
         copy = self._copy()

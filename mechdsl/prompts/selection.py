@@ -356,10 +356,10 @@ class _Collector:
         kept = len(self.result.rows)
         return TooManyValues(
             span=where[0].span if where else self.block.spec.span,
-            what=f"combinations looked at for {self.limit or limits.ROWS:,} rows ({kept:,} found)",
+            what=f"combinations checked for {self.limit or limits.ROWS:,} rows ({kept:,} found)",
             amount=f"{self.block.combinations:,}",
             most=limits.COMBINATIONS,
-            hint="narrow the values themselves, so that fewer have to be left out",
+            hint="narrow the values themselves, so that fewer are excluded",
         )
 
     def _check_result(self) -> None:
@@ -372,12 +372,12 @@ class _Collector:
             result.diagnostics.extend(self._all_unchanged())
         elif not result.rows:
             where = block.spec.where
-            reason, hint = "nothing is left", "give it values"
+            reason, hint = "no row is left", "give it values"
             if where:
                 reason = "no combination fulfils `where`"
                 hint = "change the condition, or give more values"
             elif self.part is not None:
-                reason = f"too few for a part `{self.part}`"
+                reason = f"too few rows for the part `{self.part}`"
             span = where[0].span if where else block.spec.span
             result.diagnostics.append(
                 NoRows(
@@ -404,7 +404,7 @@ class _Collector:
                 span=corruptions[0].span,
                 prompts=self.block.name,
                 reason=f"{names} leaves each of them unchanged",
-                hint="rows need a change by every corruption: take another value as the clean one",
+                hint="every corruption must change each row: choose a different clean value",
                 unit=self.block.spec.unit,
             )
         ]
@@ -498,12 +498,12 @@ def rows_convention(
     if part is not None and block.spec.split is not None:
         text += f", part `{part}` of a {block.spec.split:g}% split"
     if limit is not None and kept < limit:
-        text += f" (limit {limit:,}, there are no more)"
+        text += f" (limit {limit:,}, no more exist)"
     if found.repeated:
-        text += f", {found.repeated:,} of them equal to another"
+        text += f", {found.repeated:,} of them duplicates"
     out = {"rows": f"{text}, seed {block.seed}"}
     dropped = [f"{n:,} by `where`" for n in (found.filtered,) if n]
-    dropped += [f"{n:,} that were there already" for n in (found.equal,) if n]
+    dropped += [f"{n:,} duplicates" for n in (found.equal,) if n]
     dropped += [f"{n:,} that `{run}` leaves unchanged" for run, n in unchanged.items()]
     if dropped:
         out["dropped"] = ", ".join(dropped)
@@ -572,7 +572,11 @@ def expand_class_texts(block: PromptsBlock, row: Row) -> tuple[tuple[str, ...], 
     hint = "name values with a domain (`kind in [...]`) and columns"
     try:
         if odd is not None or is_random(node, block.placeholders):
-            reason = f"`{odd}` is made of other values" if odd else "it is drawn row by row"
+            reason = (
+                f"`{odd}` is derived from other values"
+                if odd
+                else ("it is drawn separately for each row")
+            )
             raise bad_value(node.span, reason, hint)
         found: dict[str, None] = {}
         for values in _combinations(block, names, node.span.text):
@@ -600,7 +604,7 @@ def _combinations(
             what=f"`{text}`",
             amount=f"{amount:,} classes",
             most=limits.CLASSES,
-            hint="name values with fewer different ones",
+            hint="name values with fewer distinct entries",
         )
     for each in product(*values):
         yield dict(zip(names, each, strict=True))

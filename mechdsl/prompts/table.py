@@ -258,7 +258,7 @@ def change_patches(
     for place, (old, row) in enumerate(zip(before.rows, rows, strict=True)):
         tokens = sorted({t for cell in cells for hit in cell.hits[place] for t in hit})
         if any(tokenizer.layout.place(token) is None for token in tokens):
-            reason, hint = "is of patches alone", "write `image tokens` for all of them"
+            reason, hint = "applies only to patches", "write `image tokens` for all of them"
             return before, [BadArgument(span=at.span, name=change.word, reason=reason, hint=hint)]
         try:
             made = resolve_image_change(row, change, number)

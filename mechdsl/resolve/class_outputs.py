@@ -81,7 +81,7 @@ def check_class(
         return None
     text = node.span.written
     if name == "score" and not shape.side:
-        reason = "it has no towers for images and texts that score each other"
+        reason = "it has no image and text towers that score each other"
         hint = f"write `logit({wanted.span.written})`"
         return TaskMismatch(span=node.span, text=text, model=model, reason=reason, hint=hint)
     if "logits" not in shape.sites:
@@ -90,8 +90,8 @@ def check_class(
         named = wanted.of.span.written
         hint = f"write `{name}({named})`, the token of a text"
         if isinstance(wanted.of, ast.Number):
-            hint = f"write `{name}(answer)`, the token of a text; outputs that are no tokens are "
-            hint += "known of a model that Python hands over"
+            hint = f"write `{name}(answer)`, the token of a text; outputs that aren't tokens are "
+            hint += "known for a model passed from Python"
         return ClassOnLanguageModel(
             span=node.span, text=text, model=model, architecture=shape.architecture, hint=hint
         )
@@ -114,7 +114,7 @@ def check_form(
     if shape.task == "tokens" or name == "output":
         return None
     if form.takes in _OF_TOKENS and shape.side:
-        reason = "its outputs are scores of images and texts, and no logits of tokens"
+        reason = "its outputs are scores of images and texts, not logits of tokens"
         hint = f"write `score({'answer' if shape.side == 'vision' else IMAGE_SPAN})`"
         return TaskMismatch(span=node.span, text=text, model=model, reason=reason, hint=hint)
     if form.takes in _OF_TOKENS:
@@ -126,10 +126,10 @@ def check_form(
         labels = f"its labels are {list_labels(shape)}"
         return TokenOnClassifier(span=node.span, text=text, model=model, labels=labels, hint=hint)
     if form.takes in _OF_THE_WHOLE and shape.task != "one label":
-        reason = "each of its labels holds or not by itself, so they have no distribution"
-        hint = f"measure them one by one: `prob(class {_example(shape)})`"
+        reason = "its labels are independently true or false, so they have no distribution"
+        hint = f"measure them separately: `prob(class {_example(shape)})`"
         if shape.task == "number":
-            reason = "it is a regression: its outputs are numbers, and have no distribution"
+            reason = "it is a regression: its outputs are numbers, which have no distribution"
             hint = f"write `{_of_number(shape)}`"
         return TaskMismatch(span=node.span, text=text, model=model, reason=reason, hint=hint)
     return None
@@ -153,7 +153,7 @@ def check_classes_exist(
         span=node.span,
         text=node.span.written,
         model=model,
-        reason="it scores any text, and nothing says which ones there are to choose from",
+        reason="it scores any text, and no line lists the texts to choose from",
         hint='add a line to the block of images, such as `classes "a photo of a {kind}"`',
     )
 
@@ -182,7 +182,7 @@ def check_class_members(
 
 def report_missing_score_text(node: ast.Expr, model: str) -> Diagnostic:
     """Create E0445 for `score` without a text, which it needs in parentheses."""
-    reason = "it scores an image with a text, and here is none"
+    reason = "it scores an image with a text, but there is no text here"
     hint = 'write one: `score(answer)`, `score("a photo of a cat")`'
     return TaskMismatch(
         span=node.span, text=node.span.written, model=model, reason=reason, hint=hint
@@ -195,7 +195,7 @@ def _no_logits(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
         span=node.span,
         text=node.span.written,
         model=model,
-        reason="it is a regression: its outputs are numbers, and no logits",
+        reason="it is a regression: its outputs are numbers, not logits",
         hint=f"write `{_of_number(shape)}`",
     )
 
@@ -203,11 +203,13 @@ def _no_logits(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
 def _no_number(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
     """Create E0445 for `output` on a model that doesn't have a single numeric output."""
     if shape.task == "number":
-        reason = f"it gives {shape.outputs} numbers"
-        hint = f"say which, as in `{_of_number(shape)}`"
+        reason = f"it outputs {shape.outputs} numbers"
+        hint = f"name one, as in `{_of_number(shape)}`"
     else:
         tokens = shape.task == "tokens"
-        reason = f"its outputs are logits of {'tokens' if tokens else 'labels'}, and not one number"
+        reason = (
+            f"its outputs are logits of {'tokens' if tokens else 'labels'}, not a single number"
+        )
         hint = f"write `logit({'answer' if tokens else 'class answer'})`"
     return TaskMismatch(
         span=node.span, text=node.span.written, model=model, reason=reason, hint=hint
@@ -251,7 +253,7 @@ def resolve_class_numbers(
     if shape.stands_in:
         return (0,) * count, []
     if shape.side and any(text.of_output for text in texts):
-        where = "its outputs are texts, and have no numbers"
+        where = "its outputs are texts without numbers"
         hint = "write the text, in quotes"
         what = f"output {of.span.written}"
         return (), [UnknownLabel(span=of.span, model=model, what=what, where=where, hint=hint)]
@@ -281,7 +283,7 @@ def _unknown(
         where = f"in {of_rows:,} of {rows:,} rows; {where}"
     hint = f"write a number from 0 to {last}"
     if shape.side == "text":
-        where, hint = "it scores texts with images", "write `image`, that of the row"
+        where, hint = "it scores texts with images", "write `image`, the image of the row"
     elif not numbered:
         otherwise = "write one of its labels, as its config has them (`id2label`)"
         if isinstance(of, ast.String):

@@ -34,7 +34,7 @@ SITE_RULE_HINT = "write `patch SITE at POSITIONS` or `ablate SITE at POSITIONS w
 
 EDGE_RULE_HINT = "write `block attention layer * heads * from QUERIES to KEYS`"
 
-NO_ESTIMATE_HINT = "leave `using` out, so that each cell is run"
+NO_ESTIMATE_HINT = "remove `using`, so that each cell is run"
 
 FLAT_UNITS = ("rank", "share")
 """Units of metrics that are piecewise constant."""
@@ -60,14 +60,14 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
     own = experiment.spec
     if own.against is not None:
         reason = "random targets would have to be estimated too"
-        yield _no_estimate(said, own.against.span, "`against`", reason, "leave `against` out")
+        yield _no_estimate(said, own.against.span, "`against`", reason, "remove `against`")
     if own.generation is not None:
-        span, reason = own.generation.span, "a token that is chosen has no gradient"
-        yield _no_estimate(said, span, "what rows write", reason, NO_ESTIMATE_HINT)
+        span, reason = own.generation.span, "a sampled or selected token has no gradient"
+        yield _no_estimate(said, span, "generated text", reason, NO_ESTIMATE_HINT)
     if experiment.derived:
         what = f"an experiment with the run `{next(iter(experiment.derived))}`"
         span = own.derived[0].span
-        yield _no_estimate(said, span, what, "it has rules itself", NO_ESTIMATE_HINT)
+        yield _no_estimate(said, span, what, "the run has rules", NO_ESTIMATE_HINT)
 
 
 def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
@@ -83,7 +83,7 @@ def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[
             return
     second = next((rule for rule in rules[1:] if rule.only is None), None)
     if second is not None:
-        what, reason = "several rules together", "a gradient is of one site of one layer"
+        what, reason = "several rules together", "a gradient is for one site of one layer"
         yield _no_estimate(
             said, second.spec.span, what, reason, "write an experiment for each rule"
         )
@@ -99,7 +99,7 @@ def _of_rule(
         yield from _of_edges(rule, verb, experiment, said)
         return
     if own.verb not in ESTIMABLE_VERBS or rule.path is not None or rule.does.changes != "sites":
-        reason = "what is written must be a vector of an unpatched run, or zero"
+        reason = "the written value must be a vector of an unpatched run, or zero"
         of_edges = f"write `using {first_of_place('attention').name}`"
         hint = of_edges if verb == "block" else SITE_RULE_HINT
         yield _no_estimate(said, own.span, f"`{verb}`", reason, hint)
@@ -113,10 +113,10 @@ def _of_rule(
     points = [here for here in rule.sites.points.values() if here]
     flat = sorted({p.site for here in points for p in here} & {*SITES_WITHOUT_GRADIENT})
     if flat:
-        reason = "gradients aren't taken there"
+        reason = "gradients aren't computed there"
         yield _no_estimate(said, site.span, f"`{flat[0]}`", reason, NO_ESTIMATE_HINT)
     if any(len({(p.site, p.layer) for p in here}) > 1 for here in points):
-        what, reason = "several layers together", "a gradient is of one site of one layer"
+        what, reason = "several layers together", "a gradient is for one site of one layer"
         hint = "sweep the layers: `layer *`, or `for l in 0..5`"
         yield _no_estimate(said, site.span, what, reason, hint)
     if said.steps is not None:
@@ -130,7 +130,7 @@ def _of_edges(
     """Yield the conflicts of a rule on attention weights."""
     own = rule.spec
     if own.verb != "block":
-        reason = "its gradients are by weights of attention"
+        reason = "its gradients are with respect to attention weights"
         yield _no_estimate(said, own.span, f"`{verb}`", reason, EDGE_RULE_HINT)
         return
     assert rule.edge is not None
@@ -144,8 +144,8 @@ def _of_answers(
 ) -> Iterator[Diagnostic]:
     rows = experiment.table.runs[experiment.spec.base].rows
     if any(is_after_prompts(cell, rows) for cell in positions.written.values()):
-        what, reason = "tokens of the answer", "they stand behind the prompt"
-        hint = "name tokens of the prompt, or leave `using` out"
+        what, reason = "tokens of the answer", "they follow the prompt"
+        hint = "name tokens of the prompt, or remove `using`"
         yield _no_estimate(said, span, what, reason, hint)
 
 
@@ -155,7 +155,7 @@ def _check_joint_moves(rule: ResolvedRule, said: spec.Estimator) -> Iterator[Dia
     All cells of a site move together along the path of integration, so each vector needs one value.
     """
     reason = "all cells of a site move together, so each vector must have one value"
-    hint = "write `using gradient_input`, which takes each cell by itself"
+    hint = "write `using gradient_input`, which estimates each cell separately"
     own = rule.spec
     for part, word in ((own.into_layer, "into layer"), (own.onto, "onto")):
         if part is not None:
@@ -178,11 +178,11 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
         raw = own.effect == "raw"
         if raw == said.kind.is_effect:
             what = f"`{measure.label} as {own.effect}`"
-            reason = f"it gives {said.kind.value_said}, which is no effect of a write"
+            reason = f"it returns {said.kind.value_said}, which isn't an effect of a write"
             hint = "measure `as raw`, or write `using gradient_input`"
             if said.kind.place == "attention":
-                reason = f"it gives {said.kind.value_said}, which is no effect of a block"
-                hint = "measure `as raw`, or leave `using` out, so that each cell is run"
+                reason = f"it returns {said.kind.value_said}, which isn't an effect of a block"
+                hint = "measure `as raw`, or remove `using`, so that each cell is run"
             if raw:
                 reason = "no patched run is measured"
                 hint = "measure `as delta`, `as recovery` or `as relative`"
@@ -205,13 +205,13 @@ def _without_gradient(
     for atom in measure.atoms:
         text = atom.node.span.written
         if atom.python is not None or atom.form.takes == "rows":
-            return text, "a function of Python is given numbers, without gradients", hint
+            return text, "a Python function receives numbers without gradients", hint
         if atom.form.takes == "reply":
             return text, "a text has no gradient", hint
         if atom.form.kind == "category" or atom.form.unit in FLAT_UNITS:
-            return text, "it jumps, and its gradient is 0 in between", hint
+            return text, "it is a step function, whose gradient is 0", hint
         if atom.point is not None and atom.point.site in SITES_WITHOUT_GRADIENT:
-            return text, f"gradients of `{atom.point.site}` aren't taken", hint
+            return text, f"gradients of `{atom.point.site}` aren't computed", hint
         at_base = atom.run == experiment.spec.base and atom.name in _EXTREMAL_METRICS
         if at_base and said.steps is None:
             reason = f"it is compared with `{atom.run}`, where its gradient is 0"
@@ -321,7 +321,7 @@ def _site_in_removed_block(point: SitePoint, model: str, span: Span) -> Diagnost
         site=point.site,
         layer=point.layer or 0,
         reason="that block is replaced with identity",
-        layers="blocks that stay as they are",
+        layers="blocks that aren't replaced",
     )
 
 

@@ -247,9 +247,9 @@ def build_direction_control(
     )
     parts = [
         f"random directions, {count_noun(draws, 'draw')}, seed {experiment.seed}",
-        "of the same norm, drawn evenly over all directions, at the same sites and tokens",
+        "of the same norm, drawn uniformly over all directions, at the same sites and tokens",
         *(
-            f"`{rule.spec.span.written}` as it is"
+            f"`{rule.spec.span.written}` unchanged"
             for rule in experiment.rules
             if rule.direction is None and rule.does.changes != "nothing"
         ),
@@ -264,7 +264,7 @@ def _with_random_directions(
         (draw, *key): DirectionMember(
             f"random {draw} like {member.name}",
             RandomVector(member.vector, f"{member.name} {draw}", experiment.seed),
-            f"random, of the norm of {member.name}",
+            f"random, with the norm of {member.name}",
         )
         for draw, (key, member) in product(range(draws), own.members.items())
     }
@@ -319,8 +319,8 @@ def resolve_control(
         if asked.what in (None, "directions") and any(r.direction for r in experiment.rules):
             if apart:
                 span = apart[0].site.span
-                reason = "directions are drawn, and sites stay as they are"
-                hint = "leave `apart from` out"
+                reason = "directions are drawn, and sites don't change"
+                hint = "remove `apart from`"
                 return None, [BadControl(span=span, text=span.written, reason=reason, hint=hint)]
             return build_direction_control(experiment, asked, draws), []
         in_basis = next((r for r in experiment.rules if r.basis is not None), None)
@@ -357,8 +357,8 @@ def _check_draws_outside_removed(rules: Sequence[ResolvedRule], model: str) -> N
     for found in check_removed_blocks(rules, (), model):
         written = "" if found.span is None else found.span.written
         raise _NoDraws(
-            f"a draw for `{written}` lies in a block that is replaced with identity",
-            "name blocks with `apart from` so that neither rule is drawn in the other's",
+            f"a draw for `{written}` is in a block that is replaced with identity",
+            "name blocks with `apart from` so that neither rule is drawn in the other's block",
         )
 
 
@@ -417,7 +417,7 @@ class _Draws:
         rules, counts = self._rules(kinds)
         draws = max(counts.counts.values())
         kept = [
-            f"`{rule.spec.span.written}` as it is"
+            f"`{rule.spec.span.written}` unchanged"
             for rule, kind in zip(self.experiment.rules, kinds, strict=True)
             if kind is None and rule.does.changes != "nothing"
         ]
@@ -451,10 +451,10 @@ class _Draws:
         if fewest == self.draws:
             return count_noun(most, "draw")
         if fewest == most:
-            return f"{count_noun(most, 'draw')}, all there are"
+            return f"{count_noun(most, 'draw')}, all that exist"
         return (
             f"{fewest:,} to {count_noun(most, 'draw')}, "
-            f"all there are where fewer than {self.draws:,}"
+            f"all that exist where fewer than {self.draws:,}"
         )
 
     def _apart_is_drawn(self, kinds: Sequence[spec.ControlTarget | None]) -> None:
@@ -472,44 +472,50 @@ class _Draws:
                 hint = f"leave out {words}"
                 if other is not None:
                     hint += f", or draw {other}: `random({self.asked.draws}, {other})`"
-                reason = f"`{text}` has none of the {words} that are drawn"
+                reason = f"`{text}` contains none of the drawn {words}"
                 raise _NoDraws(reason, hint, part.site.span)
 
     def _nothing(self) -> _NoDraws:
         what = self.asked.what
         if what is None:
-            reason = "no rule of this experiment has targets that could be others"
+            reason = "no rule of this experiment has targets that can be drawn at random"
             return _NoDraws(reason, "sites, layers and positions of rules can be drawn")
         if what == "positions" and any(map(self._is_behind, self.experiment.rules)):
-            reason = "tokens of an answer have no others that could stand for them"
+            reason = "tokens of an answer have no alternatives"
             return _NoDraws(reason, "draw sites or layers, or name positions of the prompt")
         if what == "positions" and any(rule.acts_later for rule in self.experiment.rules):
-            reason = "the newest token of a reply has no others that could stand for it"
+            reason = "the newest token of a reply has no alternatives"
             return _NoDraws(reason, "draw sites or layers, or act `during prefill`")
         reason = f"no rule of this experiment has {what}"
-        return _NoDraws(reason, "leave out what is drawn, or name what the rules have")
+        return _NoDraws(reason, "remove the type of target, or name one that the rules have")
 
     def _say_alone(self, whole: int, some: int) -> None:
         """Note how many cells have no alternatives."""
         cells = f"{self.experiment.n_there:,}"
         if whole:
-            has = "has no others, and no band" if whole == 1 else "have no others, and no band"
+            has = (
+                "has no alternatives and no band"
+                if whole == 1
+                else ("have no alternatives and no band")
+            )
             self.notes[f"{whole:,} of {cells} cells {has}"] = None
         if some:
-            stays = "a rule has no others and stays as it is"
+            stays = "a rule has no alternatives and doesn't change"
             self.notes[f"in {some:,} of {cells} cells {stays}"] = None
 
     def _nothing_else(self, kinds: Sequence[spec.ControlTarget | None]) -> _NoAlternatives:
         if not self.like:
             reason = "no cell of this experiment writes anything"
-            return _NoAlternatives(reason, "let it write something: `top 3`, say, not `top 0`")
+            return _NoAlternatives(
+                reason, "let it write something: for example `top 3` instead of `top 0`"
+            )
         has = {word for rule in self.experiment.rules for word in self._has(rule)}
         word = next((each for each in DRAWN_KINDS if each in has and each not in kinds), None)
         hint = "leave out fewer targets" if self.apart else "join fewer targets"
         if word is not None:
             hint += f", or draw something else: `random({self.asked.draws}, {word})`"
-        but = " but what is left out" if self.apart else ""
-        return _NoAlternatives(f"there is nothing else like {self.like[0]}{but}", hint)
+        but = " except those left out" if self.apart else ""
+        return _NoAlternatives(f"there is no alternative to {self.like[0]}{but}", hint)
 
     # --- what is drawn ----------------------------------------------------------------------------
 
@@ -669,9 +675,9 @@ class _Draws:
         rule = self.experiment.rules[n]
         own = _targets(rule)
         if kind == "layers":
-            self.matched["the same component, in as many layers"] = None
+            self.matched["the same component, in the same number of layers"] = None
         else:
-            self.matched["of the same component, as many in each layer"] = None
+            self.matched["of the same component, the same number in each layer"] = None
         points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
         sources: dict[AxisIndices, tuple[SitePoint, ...]] = {}
         labels: dict[AxisIndices, str] = {}
@@ -715,10 +721,10 @@ class _Draws:
             ]
             found[key] = TokenOptions(rows)
             if any(row.among for row in rows):
-                self.notes["own tokens among them in rows that have too few others"] = None
+                self.notes["including the cell's tokens in rows with too few others"] = None
             stay = any(any(row.hits) and row.alone for row in rows)
             if stay and not all(row.alone for row in rows):
-                self.notes["rows without others as they are"] = None
+                self.notes["rows without alternatives unchanged"] = None
         return found
 
     def _positions(
@@ -729,7 +735,7 @@ class _Draws:
         cells: Mapping[AxisIndices, _CellDraws],
     ) -> ResolvedRule:
         """Replace the tokens of a rule by others of the same rows."""
-        self.matched["as many tokens of the same row, special tokens excluded"] = None
+        self.matched["the same number of tokens of the same row, special tokens excluded"] = None
         rule = self.experiment.rules[n]
         own, across = rule.positions, _reads_elsewhere(rule)
         written: dict[AxisIndices, PositionCell] = {}

@@ -99,13 +99,13 @@ def combine_families(
             raise DirectionError(
                 node,
                 f"its parts sweep different values of `{axis.name}`",
-                "let them sweep the same ones, or name a member of each",
+                "sweep the same values, or name a member of each",
             )
     widths = {part.width for part in parts if part.width is not None}
     if len(widths) > 1:
         several = " and ".join(map(str, sorted(widths)))
         raise DirectionError(
-            node, f"its parts have {several} numbers", "combine directions of sites of one width"
+            node, f"its parts have {several} numbers", "combine directions of sites of equal width"
         )
     names = list(axes)
     members: dict[AxisIndices, DirectionMember] = {}
@@ -147,9 +147,7 @@ def resolve_fitted_family(
     labels = [label for label in by_label[0] if all(label in own for own in by_label[1:])]
     if not labels:
         at = "last token" if definition.at is None else definition.at.span.written
-        raise DirectionError(
-            call, f"no row has `{at}` in all that is read", "name another position"
-        )
+        raise DirectionError(call, f"no row has `{at}` in all inputs", "name another position")
     swept = list(axes)
     if len(labels) > 1:
         assert definition.at is not None
@@ -179,7 +177,7 @@ def _points(
     if any(SITES[point.site].width in ("key", "one") for point in points):
         kind = SITES[points[0].site].width
         what = "vectors over keys" if kind == "key" else "single numbers"
-        raise DirectionError(site, f"it has {what}, in which there are no directions",
+        raise DirectionError(site, f"it has {what}, which have no directions",
                          "name a site of vectors, such as `resid_post layer 2`")  # fmt: skip
     heads = all(point.site in ("z", "head_out") for point in points)
     summed = heads and fitted_method(call.name).sums_heads
@@ -188,8 +186,8 @@ def _points(
     if len(points) == 1 and (points[0].unit is not None or SITES[points[0].site].unit is None):
         return points
     several = "heads" if SITES[points[0].site].unit is not None else "layers"
-    hint = f"name one, or sweep them: `{several.removesuffix('s')} *` makes a direction of each"
-    raise DirectionError(site, f"it joins {several}, and a direction lies in one place", hint)
+    hint = f"name one, or sweep them: `{several.removesuffix('s')} *` computes a direction for each"
+    raise DirectionError(site, f"it joins {several}, but a direction belongs to one site", hint)
 
 
 def _width(points: Sequence[SitePoint], work: ExperimentContext) -> int:
@@ -244,12 +242,12 @@ def _targets(call: ast.Call, rows: Sequence[object]) -> tuple[float | str, ...]:
     if not every or name not in every[0]:
         known = ", ".join(f"`{each}`" for each in (every[0] if every else ()))
         raise DirectionError(
-            value, f"`{value.span.written}` is no value of its rows", f"values are {known}"
+            value, f"`{value.span.written}` is not a value of its rows", f"values are {known}"
         )
     found = [own[name] for own in every]
     if not all(isinstance(each, int | float | str) for each in found):
         raise DirectionError(
-            value, f"`{name}` is no number or word in every row", "name another value"
+            value, f"`{name}` is not a number or word in every row", "name another value"
         )
     if any(isinstance(each, str) for each in found):
         return tuple(map(str, found))
@@ -265,7 +263,7 @@ def _check_row_count(call: ast.Call, read: Sequence[FitSample], label: str) -> N
             raise DirectionError(
                 call,
                 f"{many} of `{sample.table.name}` has `{label}`",
-                f"it takes {fewest} at least: name a position that rows have",
+                f"at least {fewest} are needed: name a position that more rows have",
             )
 
 
@@ -295,7 +293,7 @@ def _options(call: ast.Call, work: ExperimentContext) -> dict[str, Constant]:
         except MethodError as mistake:
             raise DirectionError(value, str(mistake), mistake.hint) from mistake
         if problem is not None or plain is None:
-            raise DirectionError(value, *(problem or ("it is no value", "write a number")))
+            raise DirectionError(value, *(problem or ("it is not a value", "write a number")))
         found[argument.name] = plain
     return found
 
@@ -368,7 +366,7 @@ def _saved_family(
     if path is None:
         return None
     try:
-        saved = inspect_safetensors(path, written, limits.DIRECTION_FILE, "save it by itself")
+        saved = inspect_safetensors(path, written, limits.DIRECTION_FILE, "save it separately")
     except UnreadableFile as problem:
         raise DirectionError(call, problem.reason, problem.hint) from None
     shapes = saved.shapes
@@ -377,7 +375,7 @@ def _saved_family(
         raise DirectionError(call, f"`{written}` has no `{key}`", f"it has {known}")
     if len(shapes[key]) != 1:
         reason = f"`{key}` has the shape {list(shapes[key])}, not [width]"
-        raise DirectionError(call, reason, "save one vector under a name of its own")
+        raise DirectionError(call, reason, "save each vector under a separate name")
     made = f"`{key}` of {written}, SHA-256 {saved.digest[:12]}…"
     member = DirectionMember(definition.name, SavedVector(path, key, saved.digest), made)
     return DirectionFamily(definition.name, (), {(): member}, shapes[key][0], (definition.name,))
@@ -393,7 +391,7 @@ def _token(call: ast.Call, text: str, work: ExperimentContext) -> int:
     if len(ids) != 1:
         raise DirectionError(
             call,
-            f'"{text}" is {len(ids)} tokens, and each has a row of its own in the unembedding',
+            f'"{text}" is {len(ids)} tokens, each with a separate row in the unembedding',
             "name texts of one token; a leading space is part of most words",
         )
     return ids[0]
@@ -437,7 +435,7 @@ def _best_of_variant(
 
     means = np.where(np.isfinite(part.means), part.means, -np.inf)
     if not isfinite(float(means.max())):
-        raise PickError(f"`{picked.of}` has no cell with a value", "look at what it measures")
+        raise PickError(f"`{picked.of}` has no cell with a value", "check its measure")
     cell, place = max(part.grid(), key=lambda each: means[each[0]])
     key: list[int] = []
     for axis, own in zip(axes, family.axes, strict=True):
@@ -463,7 +461,7 @@ def _family_axes(
         what = f"`{name}` doesn't sweep `{family.name}`"
         if using:
             what = f"`{name}` doesn't sweep every `{missing[0]}` of `{family.name}`"
-        raise PickError(what, f"let a rule of `{name}` name the family as it is: `{family.name}`")
+        raise PickError(what, f"let a rule of `{name}` name the whole family: `{family.name}`")
     if experiment.measures and experiment.measures[0].kind == "category":
         raise PickError(
             f"the first measure of `{name}` is a category, which has no order",
@@ -481,7 +479,7 @@ def _index_label(
     if label not in labels:
         raise PickError(
             f"`{picked.of}` found `{label}`, which `{family.name}` doesn't have",
-            "let both sweep the same values",
+            "sweep the same values in both",
         )
     return labels.index(label)
 
@@ -497,7 +495,9 @@ def _note_pick(
     value, key = best
     text = node.span.written
     if finding.stands_in:
-        picks[text] = f"known when `{finding.name}` has run; the first member stands in"
+        picks[text] = (
+            f"known only after `{finding.name}` has run; the first member is a placeholder"
+        )
         return
     picks[text] = f"{family.members[key].name} ({value:.3g}); by mean {finding.measure}, signed"
 
@@ -546,7 +546,7 @@ def _fits(
         if family.width is not None and there != family.width:
             raise DirectionError(
                 node, f"it has {family.width} numbers, vectors of `{point.site}` have {there}",
-                "use it at a site as wide as the one that it was made at",
+                "use it at a site of the same width as the one it was computed at",
             )  # fmt: skip
 
 
@@ -618,8 +618,8 @@ def _family(
         case _:
             raise DirectionError(
                 node,
-                "it is made here, and has no name",
-                f"give it one: `direction d = {node.span.written} at …`",
+                "it is defined here and has no name",
+                f"give it a name: `direction d = {node.span.written} at …`",
             )
 
 
@@ -684,7 +684,7 @@ def _arithmetic(
                 return True
         reason = "directions are multiplied with numbers"
         raise DirectionError(
-            part, reason, "a `for` variable stands in front: `add c * (a - b) to …`"
+            part, reason, "write a `for` variable as a factor: `add c * (a - b) to …`"
         )
 
     if not add(node, 1.0):
@@ -723,7 +723,7 @@ def _select_members(
     if not isinstance(index, ast.Coordinates):
         raise DirectionError(
             node,
-            f"`{node.span.written}` says no coordinates of `{family.name}`",
+            f"`{node.span.written}` contains no coordinates of `{family.name}`",
             f"write them by name: `{_example(family)}`",
         )
     wanted: dict[str, tuple[str | None, list[int]]] = {}
@@ -733,7 +733,7 @@ def _select_members(
         if axis is None:
             has = name_list([a.name for a in family.axes]) or "none: it is one direction"
             raise DirectionError(
-                each, f"`{family.name}` doesn't sweep `{name}`", f"what it sweeps is {has}"
+                each, f"`{family.name}` doesn't sweep `{name}`", f"its axes: {has}"
             )
         if name in wanted:
             raise DirectionError(each, f"`{each.word}` is named twice", "remove one of them")

@@ -125,8 +125,8 @@ def _have_same_positions(
     places = [[labels for labels, _ in each] for each in found]
     for said, own in zip(experiment.measures, places, strict=True):
         if own != places[0]:
-            reason = f"it isn't read at the same places as `{experiment.measures[0].label}`"
-            hint = "write an experiment of its own for it, or read both at the same places"
+            reason = f"it isn't read at the same positions as `{experiment.measures[0].label}`"
+            hint = "write a separate experiment for it, or read both at the same positions"
             report_unreadable(context, said.span, reason, hint)
             return False
     return True
@@ -193,9 +193,11 @@ def find_answer_tokens(work: ExperimentContext) -> AnswerTokens:
     shape, name = work.model.shape, work.model.name
     if shape.task != "tokens":
         outputs = "numbers" if shape.task == "number" else "labels"
-        return AnswerTokens(reason=f"`{name}` gives {outputs}, and no text is read behind a prompt")
+        return AnswerTokens(
+            reason=f"`{name}` outputs {outputs}, and no text is read after a prompt"
+        )
     if not shape.causal:
-        return AnswerTokens(reason=f"`{name}` predicts no text behind its prompts")
+        return AnswerTokens(reason=f"`{name}` predicts no text after its prompts")
     before = len(work.diagnostics)
     context = MeasureContext(
         work.table,
@@ -233,7 +235,7 @@ def find_answer_tokens(work: ExperimentContext) -> AnswerTokens:
         )
     return AnswerTokens(
         tuple((_text_of_metric(atom), atom.lengths) for atom in behind),
-        reason="no measure of this experiment reads a text behind the prompt",
+        reason="no measure of this experiment reads a text after the prompt",
         hint="measure one, such as `logprob(answer)`, or name a position of the prompt",
     )
 
@@ -507,7 +509,7 @@ def _too_many(resolved: ResolvedExperiment, program: spec.Program) -> Diagnostic
         cells=cells,
         most=limits.CELLS,
         axes=" × ".join(f"{axis.name} ({len(axis)})" for axis in axes)
-        + (f", without {left_out:,} that loops leave out" if left_out else ""),
+        + (f", without {left_out:,} that loops exclude" if left_out else ""),
         by_text=not resolved.table.stands_in and undecided.isdisjoint(axis.name for axis in axes),
     )
 
@@ -524,7 +526,7 @@ def _too_many_listed(resolved: ResolvedExperiment) -> Diagnostic | None:
                 name="top",
                 reason=f"would hold {numbers:,} numbers, more than {limits.TOKEN_LISTS:,}: "
                 "one for each cell and token of the vocabulary",
-                hint="sweep fewer layers or positions, or leave `top` out",
+                hint="sweep fewer layers or positions, or remove `top`",
             )
     return None
 
@@ -585,7 +587,7 @@ def _check_loops_used(work: ExperimentContext) -> None:
                     span=loop.span,
                     name=loop.name,
                     reason=UNUSED_LOOP,
-                    hint=f"write it where it should stand, for example `layer {loop.name}`",
+                    hint=f"use it in a rule, for example `layer {loop.name}`",
                 )
             )
 

@@ -413,7 +413,7 @@ def _by_label(
     if has_errors(problems):
         raise PickError(
             f"the positions of `{own.name}` aren't in `{run}`: {problems[0].message}",
-            f"let `{own.name}` run on `{run}` too",
+            f"run `{own.name}` on `{run}`, too",
         )
     return {cell.label: dict(zip(table.row_ids, cell.hits, strict=True)) for cell in cells}
 
@@ -454,7 +454,7 @@ def _value(argument: ast.Argument, values: Mapping[str, Any]) -> AxisLabel:
             hint = did_you_mean(
                 text, values, f'write a word in quotes: `{argument.name}: "{text}"`'
             )
-        raise PickError(f"`{text}` is no value of an axis", hint)
+        raise PickError(f"`{text}` is not a value of an axis", hint)
     return value
 
 
@@ -480,7 +480,7 @@ def select_cells(finding: Finding, at: AxisLabels, groups: Mapping[str, spec.Gro
             raise PickError(reason, f"along `{axis}` it has {name_list(labels)}")
     parts = tuple(part for part in parts if any(True for _ in part.grid()))
     if not parts:
-        raise PickError(f"`{finding.name}` has no cell there", "its loops leave it out")
+        raise PickError(f"`{finding.name}` has no cell there", "its loops exclude it")
     return Finding(parts)
 
 
@@ -499,7 +499,11 @@ def _select_along(
     names = [each.name for each in own.axes]
     if axis not in names:
         known = [*variant, *names]
-        hint = f"its axes are {name_list(known)}" if known else "it has one cell: leave it out"
+        hint = (
+            f"its axes are {name_list(known)}"
+            if known
+            else ("it has only one cell: remove the index")
+        )
         raise PickError(f"`{own.name}` has no axis `{axis}`", did_you_mean(axis, known, hint))
     labels = own.axes[names.index(axis)].labels
     if own.model.stands_in and axis in find_open_axes(own.spec, groups, ("shape", "tokens")):
@@ -522,13 +526,13 @@ def _check_first_measure(experiment: ResolvedExperiment) -> None:
     name = experiment.name
     if not experiment.rules:
         raise PickError(
-            f"`{name}` intervenes nowhere, so it has nothing to rank",
+            f"`{name}` has no intervention, so it has nothing to rank",
             "name an experiment with a rule that sweeps",
         )
     first = experiment.measures[0]
     if experiment.spec.over is not None:
         raise PickError(
-            f"`{name}` averages over `{experiment.spec.over}`, and ranks no single cells",
+            f"`{name}` averages over `{experiment.spec.over}`, so it ranks no single cells",
             f"rank an experiment without `mean over {experiment.spec.over}`",
         )
     if first.kind == "category":
@@ -547,14 +551,14 @@ def check_rankable_sites(experiment: ResolvedExperiment, node: ast.RankedSelecti
     if without:
         some = "" if len(without) == len(rules) else "some rules of "
         raise PickError(
-            f"{some}`{name}` change{'' if some else 's'} the input, which is no site",
+            f"{some}`{name}` change{'' if some else 's'} the input, which isn't a site",
             f"name its tokens, `{tokens}`, or an experiment that sweeps sites",
         )
     words = {"positions": "position ids", "blocks": "blocks"}
     other = next((words[r.does.changes] for r in rules if r.does.changes in words), None)
     if other is not None:
         raise PickError(
-            f"`{name}` changes {other}, which are no sites",
+            f"`{name}` changes {other}, which aren't sites",
             "name an experiment that writes at sites",
         )
     swept = {axis for rule in rules for axis in require_site_targets(rule).axes}
@@ -590,16 +594,16 @@ def check_rankable_tokens(
     name = experiment.name
     if experiment.table.name != table.name:
         raise PickError(
-            f"`{name}` ranks tokens of `{experiment.table.name}`, this experiment runs on "
-            f"`{table.name}`",
-            "use the same prompts block in both: tokens are ranked row by row",
+            f"`{name}` ranks tokens of `{experiment.table.name}`, but this experiment runs "
+            f"on `{table.name}`",
+            "use the same prompts block in both: tokens are ranked within each row",
         )
     theirs = experiment.model.tokenizer
     known = not theirs.stands_in and not tokenizer.stands_in
     if known and theirs.hash != tokenizer.hash:
         raise PickError(
-            f"`{name}` ranks tokens of `{experiment.model.name}`, which has another tokenizer",
-            "let both run on one model",
+            f"`{name}` ranks tokens of `{experiment.model.name}`, which has a different tokenizer",
+            "run both on the same model",
         )
     rules = select_ranked_rules(experiment)
     sweeping = [rule for rule in rules if "position" in select_ranked_positions(rule)[0].axes]
@@ -616,7 +620,7 @@ def check_rankable_tokens(
     rule = sweeping[0]
     if rule.spec.onto is not None and rule.edge is None:
         raise PickError(
-            f"a cell of `{name}` has tokens in two places",
+            f"a cell of `{name}` has tokens at two positions",
             "let it sweep single tokens, for example `at each token of …`",
         )
     if experiment.model.tokenizer.stands_in or moving:
@@ -625,14 +629,13 @@ def check_rankable_tokens(
     for cell in select_ranked_positions(rule)[0].written.values():
         if is_after_prompts(cell, rows):
             raise PickError(
-                f"the cell `{cell.label}` of `{name}` is of the answer, behind the prompt",
-                "let it sweep tokens of the prompt alone: `token *`",
+                f"the cell `{cell.label}` of `{name}` is in the answer, after the prompt",
+                "let it sweep only tokens of the prompt: `token *`",
             )
         if any(row and (len(row) != 1 or len(row[0]) != 1) for row in cell.hits):
             raise PickError(
                 f"the cell `{cell.label}` of `{name}` covers several tokens",
-                "let it sweep single tokens: `each token …` or `token *`, on spans that are "
-                "equally long",
+                "let it sweep single tokens: `each token …` or `token *`, on spans of equal length",
             )
 
 
@@ -706,19 +709,21 @@ class FindingPicker:
         if words is None:
             return node
         if node.of not in values:
-            reason = f"`{node.of}` runs over experiments, and which is meant isn't known here"
+            reason = (
+                f"`{node.of}` loops over experiments, and it isn't known here which one is meant"
+            )
             raise PickError(reason, "name one experiment")
         word = str(values[node.of])
         if word not in words:
-            raise PickError(f"`{word}` is no experiment", "let the `for` run over names alone")
+            raise PickError(f"`{word}` is not an experiment", "let the `for` loop over names only")
         meant = words[word]
         names = (own.value.id for own in meant.cell if isinstance(own.value, ast.Name))
         unknown = next((name for name in names if name not in values), None)
         if unknown is not None:
             raise PickError(
                 f"`{unknown}` in `{word}` is neither a number nor a `param`",
-                f"a `for` variable stands where cells are picked, `top 2 of {word}`, and a word in "
-                "quotes",
+                f"use a `for` variable to select cells, as in `top 2 of {word}`, and write "
+                "a word in quotes",
             )
         named = replace(node, of=meant.of, cell=(*meant.cell, *node.cell))
         shown = replace(named, of=word.partition("(")[0])
@@ -787,7 +792,9 @@ class FindingPicker:
     ) -> None:
         key = self._written(node)
         if finding.stands_in:
-            self.picks[key] = f"known when `{finding.name}` has run; its first cells stand in"
+            self.picks[key] = (
+                f"known only after `{finding.name}` has run; its first cells are placeholders"
+            )
             return
         least, most = self._longest.get(key, (len(chosen), -1))
         self._longest[key] = (min(least, len(chosen)), max(most, len(chosen)))
@@ -803,7 +810,7 @@ class FindingPicker:
         said += ", signed"
         lowest = finding.sites[-1]
         if chosen and lowest not in chosen and -lowest.value > abs(chosen[0].value):
-            said += f": {lowest.label} ({lowest.value:.3g}) is larger, but below 0"
+            said += f": {lowest.label} ({lowest.value:.3g}) is larger in size, but below 0"
         if finding.cells > len(finding.sites):
             said += f", each of the {len(finding.sites)} sites by the best of its cells"
         self.picks[key] = said
@@ -830,7 +837,7 @@ class FindingPicker:
             if finding is None:
                 return []
             if "position" in dict(at):
-                raise PickError("each position is ranked", "leave `position` out")
+                raise PickError("each position is ranked", "remove `position`")
             label = f"{self.said(node, values)} {'tokens' if base.plural else 'token'}"
             named = replace(base, ranked=node)
             found = self._hits(named, label, finding, run, values, table, tokenizer)
@@ -865,7 +872,7 @@ class FindingPicker:
     ) -> list[tuple[str, list[Hits]]]:
         node, name = base.ranked, finding.name
         if name not in self._checked:
-            hint = f"pick its sites: `{node.span.written}`"
+            hint = f"select its sites: `{node.span.written}`"
             hint = f"let it sweep single tokens, for example `at each token of …`, or {hint}"
             for part in finding.parts:
                 check_rankable_tokens(part.experiment, table, tokenizer, hint)
@@ -938,18 +945,19 @@ class FindingPicker:
         self._longest[key] = (least, most)
         sizes = [len(order) for order in orders.values()]
         if finding.stands_in:
-            said = f"known when `{finding.name}` has run; its first tokens stand in"
+            said = f"known only after `{finding.name}` has run; its first tokens are placeholders"
         else:
             said = (
                 f"{_range_text(least, most)} of {_range_text(min(sizes), max(sizes))} tokens "
-                f"in each row, by the row's own {finding.measure}, signed"
+                f"in each row, by {finding.measure} of the row, signed"
             )
             axes = finding.parts[0].experiment.axes
             if finding.cells > next(len(a.labels) for a in axes if a.name == "position"):
-                said += ", each token by the best of its cells"
+                said += ", each token ranked by the best of its cells"
         if lacking:
             said += (
-                f"; {lacking} of {lacking + len(orders)} rows dropped, `{finding.name}` lacks them"
+                f"; {lacking} of {lacking + len(orders)} rows dropped, because "
+                f"`{finding.name}` lacks them"
             )
         self.picks[key] = said
 
@@ -983,7 +991,7 @@ def _amount(node: ast.RankedSelection, values: Mapping[str, Any]) -> int | Perce
     if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
         raise PickError(
             f"{name} is neither a whole number nor a percentage",
-            "count them (`top 10 of …`) or name a share (`top 25% of …`)",
+            "write a count (`top 10 of …`) or a share (`top 25% of …`)",
         )
     return amount
 

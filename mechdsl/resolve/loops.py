@@ -307,7 +307,7 @@ def _numbers(
             loop,
             "it mixes percentages and numbers",
             diagnostics,
-            f"write all with their sign: `for {loop.name} in 0%..100% step 5%`",
+            f"write all of them with the percent sign: `for {loop.name} in 0%..100% step 5%`",
         )
         return None
     if width <= 0:
@@ -317,7 +317,9 @@ def _numbers(
     if high < low:
         span, instead = loop.domain.span, ""
         if around:
-            instead = f"it is `{low}..{high}` there; end the loops around it earlier, or it later"
+            instead = (
+                f"there it is `{low}..{high}`; end the enclosing loops earlier, or this range later"
+            )
         diagnostics.append(
             EmptyRange(
                 span=span,
@@ -341,8 +343,10 @@ def _unknown(node: ast.Name, loop: spec.Loop, parameters: Mapping[str, Any]) -> 
     """Create the error for a name at the end of a range that isn't a number."""
     known = [*loop.within, *(name for name in parameters if name not in loop.within)]
     otherwise = "a range goes from number to number: `0..11`"
-    reason = "is neither the variable of a `for` around this one nor a `param`"
-    hint = did_you_mean(node.id, known, f"known here: {name_list(known)}" if known else otherwise)
+    reason = "is neither the variable of an enclosing `for` nor a `param`"
+    hint = did_you_mean(
+        node.id, known, f"names known here: {name_list(known)}" if known else otherwise
+    )
     return BadLoopValue(span=node.span, name=node.id, reason=reason, hint=hint)
 
 

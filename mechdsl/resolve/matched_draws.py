@@ -118,9 +118,9 @@ def find_site_options(
         for slot in slots
     }
     tiers = (
-        ("none that a rule names", everywhere),
-        ("none of the cell's own", own),
-        ("the cell's own among them where there are too few others", {}),
+        ("none named by a rule", everywhere),
+        ("none of the cell's targets", own),
+        ("including the cell's targets if there are too few others", {}),
     )
     chosen: SiteOptions | None = None
     for note, without in tiers if own else ():

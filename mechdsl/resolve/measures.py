@@ -91,7 +91,7 @@ def resolve_reply_metric(
         which = _numeral_end(given)
         if which is None:
             return _report_reply_usage(
-                node, name, "`first` or `last` number is all that can be asked", context
+                node, name, "only the `first` or `last` number can be read", context
             )
         return MetricTerm(node, name, form, wanted={None: ((which,),) * rows})
     if name == "matches":
@@ -110,7 +110,7 @@ def check_reply(node: ast.Expr, context: MeasureContext) -> bool:
     """Check that the experiment generates a reply; otherwise report E0612."""
     if context.reply is not None:
         return True
-    reason = "it reads a reply, and this experiment writes none"
+    reason = "it reads a reply, and this experiment generates none"
     report_unreadable(context, node.span, reason, "add a line such as `generate 40`")
     return False
 
@@ -138,7 +138,7 @@ def _pattern(node: ast.Expr, given: Sequence[object], context: MeasureContext) -
         check_pattern(text.value)
     except ValueError as error:
         reason = f"its regular expression is invalid: {error}"
-        hint = 'write a character that stands for itself with a backslash: `matches("\\(yes\\)")`'
+        hint = 'escape special characters with a backslash: `matches("\\(yes\\)")`'
         report_unreadable(context, text.span, reason, hint, of=node.span)
         return None
     return text.value
@@ -152,7 +152,7 @@ def _of_texts(
     parts = parts or [ast.Name(form.default or "answer", span=node.span)]
     for part in parts:
         if isinstance(part, ast.ClassOutput | ast.Site | ast.Quantity | ast.EdgeTokenOf):
-            reason = f"`{part.span.written}` is no text that a reply could have"
+            reason = f"`{part.span.written}` is not a text that a reply could contain"
             report_unreadable(
                 context, part.span, reason, f"write {_REPLY_USAGE[name]}", of=node.span
             )
@@ -169,7 +169,11 @@ def _of_texts(
             return None
         empty = any(not text.strip() for row in wanted[env] for text in row)
         if empty and not context.table.stands_in:
-            every = "every reply has it" if name == "contains" else "no more than an empty reply is"
+            every = (
+                "every reply contains it"
+                if name == "contains"
+                else ("which is true only of an empty reply")
+            )
             report_unreadable(
                 context, node.span, f"one of its texts is empty, and {every}", "name a text"
             )
@@ -210,7 +214,10 @@ def resolve_set_metric(
             return None
         if form.takes == "numerals" and any(each.number is None for row in rows for each in row):
             report_unreadable(
-                context, node.span, "not all of it are whole numbers", f"write `{name}(1..9)`"
+                context,
+                node.span,
+                "not all of its entries are whole numbers",
+                f"write `{name}(1..9)`",
             )
             return None
         every = ((n, e.text) for n, row in enumerate(rows) for e in row)
@@ -218,7 +225,9 @@ def resolve_set_metric(
         if context.tokenizer.stands_in and name == "logprob":
             long = None
         if long is not None and name == "logprob":
-            reason = f"`{long[1].text}` is several tokens, and texts of several are read one by one"
+            reason = (
+                f"`{long[1].text}` is several tokens, and such texts must be measured separately"
+            )
             hint = "measure `logprob(…)` of each text separately, or `logprob(first token of …)`"
             report_unreadable(context, node.span, reason, hint)
             return None
@@ -232,7 +241,7 @@ def resolve_set_metric(
 def _fits_in_set(part: SetExpression, node: ast.Expr, name: str, context: MeasureContext) -> bool:
     """Check that an argument can be one of several; report E0612 if it never is."""
     if isinstance(part, ast.ClassOutput | ast.Site | ast.Quantity):
-        reason = f"`{part.span.written}` can't be one of several"
+        reason = f"`{part.span.written}` can't be an entry of a list"
         report_unreadable(
             context, part.span, reason, f"write `{name}(answer, wrong)`: texts", of=node.span
         )
@@ -279,9 +288,9 @@ def _digits(
         )
         return None
     if not any(isinstance(part, ast.Range | ast.ListLiteral) for part in parts):
-        reason = "`digits` is for numerals, and it has none"
+        reason = "`digits` applies to numerals, but there are none"
         report_unreadable(
-            context, given.span, reason, "leave it out: texts are written out", of=node.span
+            context, given.span, reason, "remove it: texts are given in full", of=node.span
         )
         return None
     return number
@@ -320,7 +329,7 @@ def resolve_metric(node: ast.Name | ast.Call, context: MeasureContext) -> Metric
         return None  # its definition has an error that is already reported
     if metric is None:
         if isinstance(node, ast.Name) and name in context.parameters:
-            hint = "parameters can't stand in a measure"
+            hint = "parameters can't be used in a measure"
         else:
             hint = _other_word(node, name, context)
         context.diagnostics.append(UnknownWord(span=node.span, kind="metric", word=name, hint=hint))
@@ -365,7 +374,9 @@ def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
     if name in context.metrics:
         return f"`{name}` is defined in this file: write it alone, without brackets"
     if isinstance(node, ast.Name) and rows and name in rows[0].values:
-        return f"`{name}` is a value of the prompts, and metrics are read off the model's output"
+        return (
+            f"`{name}` is a value of the prompts, but metrics are computed from the model's output"
+        )
     if name == "auc":
         return "the area under a curve is an expectation: `expect auc(prob, k) < 0.4`"
     if name in METRIC_NAMES:
@@ -413,7 +424,7 @@ def _explain_misfit(forms: Mapping[MetricArgument, MetricForm], given: int) -> s
     if not given:
         return "it has no argument"
     if given <= most or not {"any", "numerals"}.isdisjoint(forms):
-        return "its argument doesn't fit"
+        return "its argument has the wrong type"
     return f"it takes {count_noun(most, 'argument') if most else 'no argument'}, not {given}"
 
 
@@ -429,7 +440,7 @@ _USAGE: Mapping[MetricArgument, str] = {
     "prompt": "`{}`",
     "own": "`{}`, with `at`",
     "activations": "`{}(L3.resid, clean)`",
-    "observation": "`{}`, beside a line `observe attention …`",
+    "observation": "`{}`, together with a line `observe attention …`",
 }
 
 
@@ -461,7 +472,9 @@ def _of_attention(
 ) -> MetricTerm | None:
     if context.observed is None or context.observed.word != name:
         hint = "add a line `observe attention layer * head * from last token to …`"
-        report_unreadable(context, node.span, "nothing says which attention", hint)
+        report_unreadable(
+            context, node.span, "no `observe attention` line selects the attention", hint
+        )
         return None
     return MetricTerm(node, name, form)
 
@@ -573,7 +586,7 @@ def _of_activations(
             AxisDoesNotFit(
                 span=site.span,
                 site=site.span.written,
-                reason="joins several sites",
+                reason="combines several sites",
                 hint="name one layer (and one head or neuron), or sweep: `layer *`",
             )
         )
@@ -834,8 +847,8 @@ def _without_categories(
     report_unreadable(
         context,
         expression.span,
-        "categories can't be calculated with",
-        "measure it alone, or use `expected(…)`, which is a number",
+        "arithmetic doesn't apply to categories",
+        "measure it alone, or use `expected(…)`, which is numeric",
     )
     return False
 
@@ -897,7 +910,7 @@ def resolve_measure_positions(
     )
     everywhere = list(expand_read_positions(whole, places, context))
     if not everywhere:
-        reason = "no prompt has a token there that another one stands in front of"
+        reason = "no prompt has a token there with a preceding token"
         report_unreadable(context, expression.span, reason, "name a later position")
     return everywhere or None
 
@@ -918,7 +931,7 @@ def _can_be_read(
     if context.reads_observed and not _of_one_token(expression, atoms, at, context):
         return False
     if at is not None and any(atom.form.takes == "reply" for atom in atoms):
-        reason, hint = "a reply is measured as a whole", "leave `at …` out"
+        reason, hint = "a reply is measured as a whole", "remove `at …`"
         report_unreadable(context, expression.span, reason, hint)
         return False
     unread = check_readable(expression, atoms, context.sites.shape, context.sites.model)
@@ -934,7 +947,7 @@ def _read_alike(expression: ast.Expr, atoms: Sequence[MetricTerm], context: Meas
     """
     if len({atom.form.takes == "own" for atom in atoms}) == 1:
         return True
-    reason = "the loss of a token is read in front of it, the rest at the token itself"
+    reason = "the loss of a token is read at the preceding token, the others at the token itself"
     report_unreadable(context, expression.span, reason, "measure them in two lines")
     return False
 
@@ -951,7 +964,7 @@ def _of_one_token(
         return True
     several = any(any(atom.behind) for atom in atoms if atom.texts)
     if at is not None:
-        reason, hint = "what is observed says itself where it is", "leave `at …` out"
+        reason, hint = "an observation has its own position", "remove `at …`"
     elif any(atom.form.takes in ("prompt", "own", "activations", "reply") for atom in atoms):
         reason = "it reads more than one distribution over next tokens"
         hint = "measure it in an experiment without `observe`"
@@ -1016,20 +1029,22 @@ def _without_next_token(
     elif shape.task != "tokens":
         return True
     elif logits and next_token and not shape.masked:
-        reason = f"the config of `{shape.architecture}` doesn't say that it predicts the next token"
-        hint = "take a model whose `architectures` end in `ForCausalLM`, or write where one token "
+        reason = (
+            f"the config of `{shape.architecture}` doesn't state that it predicts the next token"
+        )
+        hint = "use a model whose `architectures` end in `ForCausalLM`, or write where one token "
         hint += 'is read: `at "…" token`'
     elif logits and at is None:
-        reason = "a masked language model predicts tokens in their own place"
-        hint = 'write where: `at "[MASK]" token`, with the tokenizer\'s own mask in the template'
+        reason = "a masked language model predicts tokens at their own position"
+        hint = 'write where: `at "[MASK]" token`, with the tokenizer\'s mask token in the template'
     elif any(a.form.takes in ("prompt", "own") for a in logits):
-        reason = "a masked language model has no loss of tokens that it sees"
+        reason = "a masked language model has no loss for tokens that it sees"
         hint = 'measure `logprob(answer) at "[MASK]" token`'
     elif any(
         a.form.takes == "continuation" and any(len(ids) > 1 for t in a.texts.values() for ids in t)
         for a in logits
     ):
-        reason = "without a next token, one token is predicted in one place"
+        reason = "without next-token prediction, one position predicts one token"
         hint = "use answers of one token"
     else:
         return True

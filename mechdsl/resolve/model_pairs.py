@@ -109,9 +109,9 @@ def check_model_pair(
     if not differences and outputs:
         differences = _other_outputs(base.shape, source.shape)
         hint = (
-            f"write `with {run.name}` behind `patch`, without `from {run.name}`: then its vectors "
+            f"write `with {run.name}` after `patch`, without `from {run.name}`: then its vectors "
         )
-        hint += f"are read, and the measure of `{base.name}` alone"
+        hint += f"are read, and only `{base.name}` is measured"
     if not differences or source.shape.stands_in or base.shape.stands_in:
         return None
     return ModelShapeMismatch(
@@ -138,10 +138,14 @@ def _differences(base: ModelShape, source: ModelShape) -> list[str]:
 def _other_outputs(base: ModelShape, source: ModelShape) -> list[str]:
     """Return the outputs that don't have the same meaning in both models."""
     if "logits" in base.sites ^ source.sites:
-        return ["what is measured is read on both, and only one of them has `logits`"]
+        return ["the metric is read from both models, but only one of them has `logits`"]
     if (base.task, base.labels) != (source.task, source.labels):
-        kinds = "labels of a classifier and tokens" if base.task != source.task else "other labels"
-        return [f"what is measured is read on both, and their outputs differ: {kinds}"]
+        kinds = (
+            "labels of a classifier and tokens"
+            if base.task != source.task
+            else ("different labels")
+        )
+        return [f"the metric is read from both models, but their outputs differ: {kinds}"]
     return []
 
 
@@ -268,8 +272,8 @@ def _check_own_labels(model: ModelContext, table: PromptTable) -> Diagnostic | N
     said = table.sources[0].block.spec.classes if table.sources else None
     if said is None or model.shape.stands_in:
         return None
-    reason = f"says what texts images are told apart by, and `{model.name}` has labels of its own"
-    hint = "leave it out: `answer` names a label"
+    reason = f"lists texts to classify images, but `{model.name}` has its own labels"
+    hint = "remove it: `answer` names a label"
     return BadArgument(span=said.span, name="classes", reason=reason, hint=hint)
 
 
@@ -342,7 +346,7 @@ def attach_tokenizer(
     if shape.padded:
         padded = tokenizer.padded_to(shape.max_positions or 0)
         if padded is None:
-            reason = "it has no token for padding, and the model was trained on padded texts"
+            reason = "it has no padding token, but the model was trained on padded texts"
             hint = "name one in its `tokenizer_config.json` (`pad_token`)"
             return None, [NoTokenizer(span=span, model=model, reason=reason, hint=hint)]
         tokenizer = padded

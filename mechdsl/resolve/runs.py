@@ -171,8 +171,8 @@ def _check_run_rule(
                 lacking=len(lacking),
                 total=len(rows),
                 example=f'"{rows[lacking[0]].text}"',
-                hint=f"every row needs it, or `{run.name}` is no run of all rows: leave the others "
-                "out by a `where` in the prompts block",
+                hint=f"every row needs it, because `{run.name}` must be a run of all rows: "
+                "exclude the other rows with a `where` in the prompts block",
             )
 
 
@@ -199,7 +199,11 @@ def check_accuracies(
         run = name
         while run in derived:
             if any(rule.does.of_all_rows for rule in derived[run].rules):
-                what = f"`accuracy({name})` beside `keep`, as `{run}` is made of the rows it keeps,"
+                what = (
+                    f"`accuracy({name})` together with `keep`, because `{run}` is computed "
+                    "from "
+                    "the kept rows,"
+                )
                 yield NotSupported(span=experiment.keep[0].span, what=what)
                 break
             run = derived[run].spec.base
@@ -259,9 +263,9 @@ def check_generation(
         if refers_to_answer(rule.at) or refers_to_answer(rule.onto):
             yield _not_supported(
                 rule,
-                "a rule on tokens of the answer beside `generate`",
-                "the model writes its own reply: name `last token`, which is the newest one at "
-                "each step, or write an experiment without `generate`",
+                "a rule on tokens of the answer together with `generate`",
+                "the model generates its own reply: name `last token`, which is the newest "
+                "token at each step, or write an experiment without `generate`",
             )
     for rule in rules:
         if rule is not None:
@@ -283,7 +287,7 @@ def _check_samples(
         if measure.kind == "category":
             reason = f"categories of {samples} samples have no mean"
         elif measure in keep:
-            reason = f"a row has {samples} samples, of which some may be kept and some not"
+            reason = f"a row has {samples} samples, of which only some may be kept"
             hint = "write one sample, or exclude rows with a `where` in the prompts block"
         if reason:
             span = measure.expression.span
@@ -300,7 +304,7 @@ def _check_model(generation: Generation, work: ExperimentContext) -> Iterator[Di
         yield NotSupported(
             span=generation.span,
             what=f"`generate` with `{name}`, {reason},",
-            later="take a model that predicts the next token of a text, such as GPT-2 or Llama",
+            later="use a model that predicts the next token of a text, such as GPT-2 or Llama",
         )
         return
     most = shape.max_positions
@@ -326,7 +330,7 @@ def _explain_no_text(shape: ModelShape) -> str | None:
     if shape.task != "tokens" or "logits" not in shape.sites:
         return "which predicts no tokens"
     if not shape.causal:
-        return "in which tokens see later ones"
+        return "in which tokens see later tokens"
     return None
 
 
@@ -357,14 +361,14 @@ def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Di
     if rule.path is not None:
         yield _not_supported(
             said,
-            "a `path` beside `generate`",
+            "a `path` together with `generate`",
             "write an experiment without `generate`: paths are patched in one pass",
         )
         return
     if said.during is not None and does.changes == "input":
         yield _bad_steps(
             said.during,
-            "can't stand behind `replace`, which changes the prompt before anything is run",
+            "can't follow `replace`, which changes the prompt before the model runs",
             "leave it out",
         )
         return
@@ -378,9 +382,9 @@ def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Di
         assert said.during is not None
         yield _bad_steps(
             said.during,
-            f"has no place to act: `{said.at.span.written}` is a token of the prompt, which goes "
-            "in with the prefill, and stays as it is then",
-            "name `last token`, the newest one at each step, or write `during prefill`",
+            f"has no position to act on: `{said.at.span.written}` is a token of the prompt, "
+            "which is processed in the prefill and doesn't change later",
+            "name `last token`, the newest token at each step, or write `during prefill`",
         )
         return
     if does.changes == "blocks" and rule.steps is not None and rule.steps.axes:
@@ -397,9 +401,9 @@ def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Di
         assert said.during is not None
         yield _bad_steps(
             said.during,
-            "leaves out a block that attends again later, to tokens that it has no keys of",
-            f"leave it out up to the last step, `during step {steps[0][0]}..{last}`, or put "
-            "another block in its place: `with block layer 1`",
+            "omits a block that attends again in later steps, without keys for the skipped tokens",
+            f"omit it until the last step, `during step {steps[0][0]}..{last}`, or "
+            "substitute a different block: `with block layer 1`",
         )
         return
     if rule.acts_later:
@@ -414,15 +418,15 @@ def _check_cache_edit(rule: ResolvedRule, generation: Generation) -> Iterator[Di
     if rule.does.changes != "sites" or not sites <= set(CACHED_SITES):
         yield _bad_steps(
             during,
-            "is for rules on `k` and `v`: keys and values are all that is kept of the prompt",
+            "applies only to rules on `k` and `v`: only keys and values of the prompt are cached",
             "write `patch k layer 2 at subject token with clean after prefill`; or "
-            "`during prefill`, for what acts while the prompt is read",
+            "`during prefill`, for edits during the pass over the prompt",
         )
     elif rule.does.mode == "step":
         yield _not_supported(rule.spec, "a `step` `after prefill`", "write `during prefill`")
     elif generation.tokens == 1:
         yield _bad_steps(
-            during, "has nothing behind it: the only token is predicted by the prefill",
+            during, "has no later step: the prefill predicts the only token",
             "write more tokens: `generate 40`",
         )  # fmt: skip
 
@@ -439,12 +443,12 @@ def _check_after_prefill(rule: ResolvedRule) -> Iterator[Diagnostic]:
     if over_keys:
         what = f"a rule on `{over_keys[0]}` at newest tokens, which have more keys than the prompt,"
     elif rule.does.looks_ahead:
-        what = "`allow` at newest tokens, which see all others as it is,"
+        what = "`allow` at newest tokens, which already see all other tokens,"
     elif rule.does.changes == "positions":
         what = "`renumber` at newest tokens"
     if what:
         yield _not_supported(
-            rule.spec, what, "add `during prefill`, or name positions of the prompt alone"
+            rule.spec, what, "add `during prefill`, or name only positions of the prompt"
         )
 
 
@@ -458,8 +462,8 @@ def _bad_steps(during: During, reason: str, hint: str) -> Diagnostic:
 
 
 RULE_REPLIES = ReplyTokens(
-    reason="rules act while the reply is written",
-    hint="write `at last token`, which is the newest one, and when: `during step 3`",
+    reason="rules act during generation",
+    hint="write `at last token`, which is the newest token, and the steps: `during step 3`",
 )
 
 
@@ -469,7 +473,8 @@ def get_reply_tokens(experiment: spec.Experiment) -> ReplyTokens:
     if written is None:
         return ReplyTokens(
             reason=NO_REPLY_REASON,
-            hint="let it write one: `generate 40`; or read what another one has written: `prompts "
+            hint="generate one: `generate 40`; or read the replies of a different experiment: "
+            "`prompts "
             f"{experiment.prompts} with replies of NAME`",
         )
     return ReplyTokens(written.tokens)
@@ -513,10 +518,8 @@ def check_reply_readers(experiment: ResolvedExperiment) -> list[Diagnostic]:
             hint = "write `as raw`, or `as delta` for the change caused by the rules"
             found.append(_not_in_reply(said.span, reason, hint))
         elif said.effect != "raw" and experiment.spec.against is not None:
-            reason = "random targets write replies of their own"
-            found.append(
-                _not_in_reply(said.span, reason, "write `as raw`, or leave `against …` out")
-            )
+            reason = "random targets generate separate replies"
+            found.append(_not_in_reply(said.span, reason, "write `as raw`, or remove `against …`"))
         found += _check_measured_reply(measure, said, experiment)
     if reads_any_reply(experiment):
         found += [problem for rule in experiment.rules for problem in _check_repeatable(rule)]
@@ -528,10 +531,12 @@ def _check_observed_reply(rule: ResolvedRule) -> Iterator[Diagnostic]:
     if not reads_reply_tokens(rule):
         return
     if isinstance(rule.does, RowSetObservation):
-        reason = f"`{rule.does.name}` is made of vectors of all rows, at tokens of the prompt"
+        reason = f"`{rule.does.name}` is computed from vectors of all rows at prompt tokens"
         yield _not_in_reply(rule.spec.span, reason, "observe single rows: `observe norm …`")
     elif isinstance(rule.does, Observation) and rule.does.lists(rule):
-        yield _not_in_reply(rule.spec.span, "tokens are listed of prompts", "leave `top …` out")
+        yield _not_in_reply(
+            rule.spec.span, "only tokens of prompts are listed", "leave `top …` out"
+        )
 
 
 def _check_measured_reply(
@@ -543,18 +548,18 @@ def _check_measured_reply(
         text, takes = atom.node.span.written, atom.form.takes
         run = None if atom.run is None else experiment.table.runs[atom.run]
         if measure.in_reply is None and not (measure.observed or takes == "observation"):
-            reason = f"`{text}` isn't of what is observed"
-            yield _not_in_reply(span, reason, "measure it by itself, in a line of its own")
+            reason = f"`{text}` isn't computed from the observation"
+            yield _not_in_reply(span, reason, "measure it in a separate line")
         elif measure.in_reply is None and run is not None:
             yield _not_in_reply(span, f"`{text}` compares tokens of prompts", "leave it out")
         elif takes == "activations":
             reason = f"`{text}` compares tokens of prompts"
             yield _not_in_reply(span, reason, "measure logits there, or observe the site")
         elif any(atom.behind):
-            reason = f"`{text}` reads a text of several tokens of its own"
+            reason = f"`{text}` reads a separate text of several tokens"
             yield _not_in_reply(span, reason, "name a text of one token")
         elif takes in ("prompt", "reply"):
-            yield _not_in_reply(span, f"`{text}` reads no single token", "leave `at …` out")
+            yield _not_in_reply(span, f"`{text}` doesn't read a single token", "leave `at …` out")
         elif run is not None and run.derived is not None:
             reason = f"`{run.name}` has rules, which don't act on tokens of a reply"
             yield _not_in_reply(span, reason, "compare with a run without rules")
@@ -563,13 +568,13 @@ def _check_measured_reply(
 def _check_repeatable(rule: ResolvedRule) -> Iterator[Diagnostic]:
     """Check that a single pass over prompt and reply can reproduce the effect of a rule."""
     if rule.after_prefill:
-        reason = "the prompt saw its keys and values without the edit, the reply with it"
+        reason = "the prompt used its keys and values without the edit, the reply uses them with it"
     elif rule.does.changes == "blocks" and rule.steps is not None:
-        reason = "blocks are exchanged for some of the tokens"
+        reason = "blocks are replaced for some of the tokens"
     else:
         return
     yield _not_in_reply(
-        rule.spec.span, reason, "measure what is written, or the prompt's last token"
+        rule.spec.span, reason, "measure the generated text, or the final prompt token"
     )
 
 
@@ -631,7 +636,7 @@ def _as_raw(measures: Iterable[spec.Measure]) -> Iterable[spec.Measure]:
     return (each.model_copy(update={"effect": RAW.name, "over": None}) for each in measures)
 
 
-_PROMPT_ONLY = "`save` reads the prompt alone"
+_PROMPT_ONLY = "`save` reads only the prompt"
 
 
 def resolve_saves(work: ExperimentContext) -> tuple[ResolvedSave, ...]:
@@ -668,7 +673,7 @@ def _save(save: spec.Save, work: ExperimentContext) -> ResolvedSave | None:
     _one_width(save, run, points, work)
     found = ResolvedSave(save, run, points, tuple(cells))
     if found.in_reply and any(SITES[point.site].width == "key" for point in points):
-        reason = "vectors over the keys of texts of different lengths aren't equally wide"
+        reason = "vectors over the keys of texts of different lengths have different widths"
         problem = NotInReply(
             span=save.at.span, position=save.at.span.written, reason=reason, hint="save `z`"
         )
@@ -682,7 +687,7 @@ def _replies(run: str, work: ExperimentContext) -> ReplyTokens:
     if work.experiment.generation is None or found is None:
         return written
     if found.derived is not None:
-        reason = f"`{run}` has rules, which don't act while a reply is written"
+        reason = f"`{run}` has rules, which don't act during generation"
         return ReplyTokens(reason=reason, hint="save a run without rules")
     return written
 
@@ -703,7 +708,7 @@ def _one_width(
                 row=other,
                 first=lengths[other],
                 second=f"row 0 has {lengths[0]}",
-                hint="save `z`, or use prompts of one length",
+                hint="save `z`, or use prompts of equal length",
             )
         )
 

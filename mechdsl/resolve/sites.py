@@ -229,7 +229,7 @@ class _AxisReader:
                 bound.span,
                 bound.name,
                 f"`{value}` is not a {self.axis.word}",
-                f"let it run over whole numbers: `for {bound.name} in 0..{self.size - 1}`",
+                f"loop over whole numbers: `for {bound.name} in 0..{self.size - 1}`",
             )
             return None
         index = value + bound.offset
@@ -267,7 +267,7 @@ class _AxisReader:
             return width
         hint = "write `window 9`"
         if isinstance(asked, str) and asked in at:
-            hint = f"let `{asked}` run over whole numbers above 0: `for {asked} in [1, 3, 5]`"
+            hint = f"loop `{asked}` over whole numbers above 0: `for {asked} in [1, 3, 5]`"
         reason = "must be a whole number above 0"
         if isinstance(asked, str) and width is not None:
             reason = f"`{asked}` is {width}, and it {reason}"
@@ -301,18 +301,18 @@ class _AxisReader:
     def _other_loops(self, low: ast.Bound, high: ast.Bound, named: LoopValues) -> str:
         """Suggest loops whose values never make the range empty."""
         if low.name not in named or high.name not in named or low.offset or high.offset:
-            return "let the loops give it a start that isn't behind its end"
+            return "choose loops in which its start isn't greater than its end"
         first, last = (self.context.loops[end.name or ""] for end in (low, high))
         loops = list(self.context.loops)
         if loops.index(low.name or "") < loops.index(high.name or ""):
-            return f"let the inner loop begin there: `for {high.name} in {low.name}..{last[-1]}`"
-        return f"let the inner loop end there: `for {low.name} in {first[0]}..{high.name}`"
+            return f"start the inner loop there: `for {high.name} in {low.name}..{last[-1]}`"
+        return f"end the inner loop there: `for {low.name} in {first[0]}..{high.name}`"
 
     def _no_sweep(self, value: ast.Star | ast.AxisRange) -> None:
         """Report E0322 for a sweep whose values depend on a loop."""
         word, text = self.axis.word, value.span.written
         name = _loops_named(value, self.context)[0]
-        reason = "the values of a sweep can't hang on the variable of a `for`"
+        reason = "the values of a sweep can't depend on the variable of a `for`"
         hint = f"join them, `{word}s {text}`, or write a loop inside: "
         inside = next(letter for letter in "bcdefg" if letter not in self.context.loops)
         hint += f"`for {inside} in {text} {{ … {word} {inside} … }}`"
@@ -385,7 +385,7 @@ def _unknown_name(name: str, context: SiteContext) -> tuple[str, str]:
     """Return the reason and the hint for a name that isn't a number."""
     known = [*context.loops, *context.parameters]
     otherwise = f"write a number, or add a line `param {name} = 3`"
-    otherwise = f"known here: {name_list(known)}" if known else otherwise
+    otherwise = f"names known here: {name_list(known)}" if known else otherwise
     reason = "is neither a `for` variable around this rule nor a `param`"
     return reason, did_you_mean(name, known, otherwise)
 
@@ -678,7 +678,7 @@ def find_missing_point(
                 model=model,
                 site=site,
                 layer=layer or 0,
-                reason="its blocks are not all built alike",
+                reason="its blocks have different structures",
                 layers=f"layer {', '.join(map(str, own))}",
             )
     for point in points:
@@ -856,10 +856,10 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
         return True
     elif side and word.id in ("vision", "text"):
         rows, other = ("images", "prompts") if side == "vision" else ("prompts", "images")
-        hint = f"leave `{word.id}` out; an experiment on {other} acts in its {word.id} tower"
+        hint = f"remove `{word.id}`; an experiment on {other} acts in its {word.id} tower"
         if word.id == "text":
             hint += ", with a line `image from …` in its block"
-        reason = f"isn't where rules act here: the rows are {rows}"
+        reason = f"isn't the tower that rules act in here: the rows are {rows}"
         bad = BadArgument(span=word.span, name=f"{word.id} layer", reason=reason, hint=hint)
         context.diagnostics.append(bad)
     else:
@@ -870,7 +870,7 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
 
 def report_unknown_stack(word: ast.Name, context: SiteContext) -> None:
     """Report E0203 for a word between a component and its axes that is no stack."""
-    hint = did_you_mean(word.id, STACKS, f"leave `{word.id}` out: the axes come next")
+    hint = did_you_mean(word.id, STACKS, f"remove `{word.id}`: the axes come next")
     context.diagnostics.append(UnknownWord(span=word.span, kind="stack", word=word.id, hint=hint))
 
 
@@ -895,8 +895,8 @@ def resolve_into_layer(
             AxisDoesNotFit(
                 span=into.span,
                 site=kinds[0].name,
-                reason="has no layers to be written into",
-                hint="leave `into layer …` out",
+                reason="has no layers to write to",
+                hint="remove `into layer …`",
             )
         )
         return None, ()
@@ -906,8 +906,8 @@ def resolve_into_layer(
                 AxisDoesNotFit(
                     span=into.span,
                     site=label_points(own),
-                    reason="is read in several layers at once, which can't all go into one",
-                    hint="sweep with `layer`, the singular, or leave `into layer …` out",
+                    reason="is read in several layers at once, which can't all be written to one",
+                    hint="sweep with the singular `layer`, or remove `into layer …`",
                 )
             )
             return None, ()
@@ -972,7 +972,7 @@ def resolve_swept_site(
                 of=f"`{site.span.written}`",
                 cells=cells,
                 most=limits.CELLS,
-                axes=" × ".join(counts) or "it joins as many points",
+                axes=" × ".join(counts) or "points that it joins",
                 by_text=not any(is_open(value) for axis in site.axes for value in axis.values),
             )
         )

@@ -67,7 +67,7 @@ NamedValues: TypeAlias = Mapping[str, Any]
 
 PositionFinder: TypeAlias = Callable[[NamedValues], PositionMatch | None]
 
-_NO_ANSWERS_REASON = "rows of another block have no text behind them"
+_NO_ANSWERS_REASON = "rows of a different prompt set have no text after them"
 
 
 def resolve_rule_positions(
@@ -158,7 +158,7 @@ def resolve_later_positions(
         if not there:
             problem = OutsidePrompt(
                 span=positions.span,
-                position=f"a token {low} or more behind {positions.span.written}",
+                position=f"a token {low} or more after {positions.span.written}",
                 run=base.name,
                 lacking=len(work.table),
                 total=len(work.table),
@@ -224,7 +224,7 @@ def lay_out_positions(
                 BadLoopValue(
                     span=nodes[0].span,
                     name=loops[0],
-                    reason="it can't stand beside another sweep of positions",
+                    reason="it can't be combined with another sweep of positions",
                     hint="name one position: `token " + loops[0] + "`",
                 )
             )
@@ -342,7 +342,7 @@ def _match_external(
                 lacking=len(apart.table),
                 total=len(apart.table),
                 example=f'"{run.rows[0].text}"',
-                hint=f"name a position that rows of `{apart.name}` have too",
+                hint=f"name a position that rows of `{apart.name}` have, too",
             )
         )
         return None
@@ -399,7 +399,7 @@ def _suggest_exchange(
     del work.diagnostics[now:]
     first = next((d for d in work.diagnostics[said:] if isinstance(d, AbsentOccurrence)), None)
     if fits and first is not None:
-        hint = f"`{run}` is read here and `{base}` is written: exchange the positions, or the runs"
+        hint = f"here `{run}` is read and `{base}` is written: swap the positions or the runs"
         work.diagnostics[said:] = [replace(first, hint=hint)]
 
 
@@ -415,7 +415,7 @@ def _match_exchanged(
                     span=second.span,
                     first=said.source,
                     second=said.base,
-                    hint="write positions of equally many tokens on both sides",
+                    hint="write positions with the same number of tokens on both sides",
                 )
         return None
     same = first.span.written == second.span.written
@@ -543,7 +543,7 @@ def _explain(
         if isinstance(part, ast.Name) and part.id not in values:
             return (
                 f"`{part.id}` is neither a `for` variable around this rule nor a `param`",
-                f"known here are {known}" if known else "write a number, for example `0.5`",
+                f"names known here are {known}" if known else "write a number, for example `0.5`",
             )
     return "only numbers can be written here", "for example `0.5`, a `param`, or a `for` variable"
 
@@ -646,7 +646,7 @@ def resolve_receivers(site: ast.Site, context: SiteContext) -> ResolvedSites:
         return None, ()
     without = next((kind for kind in kinds if kind.unit not in _HEADS), None)
     if without is not None:
-        hint = "write `q`, `k` or `v`, or the site alone"
+        hint = "write `q`, `k` or `v`, or only the site"
         if without.has_layer:
             hint += f": `{without.name} layer 3`"
         context.diagnostics.append(
@@ -702,7 +702,7 @@ def _resolve_named_heads(
             AxisDoesNotFit(
                 span=heads.span,
                 site=written,
-                reason=f"is not made of heads alone: it has `{wrong[0]}`",
+                reason=f"doesn't consist of heads only: it contains `{wrong[0]}`",
                 hint="name heads, such as `L9H9`, or an experiment that sweeps them",
             )
         )

@@ -63,8 +63,8 @@ class SkippedDocument(DocumentPart):
 
     experiment: str
     expect: list[str] = Field(
-        description="expectations without a verdict; where the experiment itself was run, they "
-        "name one that wasn't"
+        description="expectations without a verdict; if the experiment itself was run, they name "
+        "one that wasn't"
     )
 
 
@@ -76,9 +76,15 @@ class ExpectationChangeDocument(DocumentPart):
     fails: bool = Field(description="whether it fails the job")
     file: str
     experiment: str
-    now: ExpectDocument | None = Field(default=None, description="not of what is gone")
-    before: ExpectDocument | None = Field(default=None, description="not of what is new")
-    measure: str | None = Field(default=None, description="what can't be computed; else all of it")
+    now: ExpectDocument | None = Field(
+        default=None, description="absent if the expectation or result is gone"
+    )
+    before: ExpectDocument | None = Field(
+        default=None, description="absent if the expectation or result is new"
+    )
+    measure: str | None = Field(
+        default=None, description="the measure that can't be computed; absent: the whole experiment"
+    )
     code: str | None = None
     reason: str | None = None
 
@@ -86,10 +92,12 @@ class ExpectationChangeDocument(DocumentPart):
 class VerdictComparisonDocument(DocumentPart):
     """What has changed since an earlier run (`--against`)."""
 
-    runs: list[str] = Field(description="the earlier run, as it was named; one per file")
+    runs: list[str] = Field(
+        description="the earlier run as named on the command line; one per file"
+    )
     fails: bool = Field(description="whether the job fails")
-    unchanged: int = Field(description="expectations that held there and hold now")
-    without: list[str] = Field(description="files that are in none of these runs")
+    unchanged: int = Field(description="expectations that held in the earlier run and hold now")
+    without: list[str] = Field(description="files that the earlier runs don't contain")
     changes: list[ExpectationChangeDocument]
 
 
@@ -151,18 +159,18 @@ def _change_document(change: ExpectationChange) -> ExpectationChangeDocument:
 
 
 class ReplyDocument(DocumentPart):
-    """What was written once behind a prompt."""
+    """One reply to a prompt."""
 
-    text: str = Field(description="without a stop text, and without the token that ends it")
-    tokens: int = Field(description="its length")
+    text: str = Field(description="the text without the stop text and the end token")
+    tokens: int = Field(description="length in tokens")
     ended: Literal["end", "stop", "length", "broken"] = Field(
-        description="by a token that ends it, by a stop text, as long as it may be, or where a "
-        "number was NaN or infinite"
+        description="why generation ended: an end token, a stop text, the length limit, or a "
+        "number that is NaN or infinite"
     )
 
 
 class RowRepliesDocument(DocumentPart):
-    """What was written behind one prompt, once for each sample and draw of noise."""
+    """The replies to one prompt, one per sample and draw of noise."""
 
     row: int = Field(description="id of the prompt")
     replies: list[ReplyDocument]
@@ -176,7 +184,7 @@ class PromptDocument(DocumentPart):
 
 
 class RepliesDocument(DocumentPart):
-    """What the rows of an experiment wrote (`generate n`)."""
+    """The replies of an experiment (`generate n`)."""
 
     prompts: list[PromptDocument]
     runs: dict[str, list[RowRepliesDocument]] = Field(description="unpatched runs by name")
@@ -209,23 +217,25 @@ SCHEMA_VERSION: Literal[2] = 2
 
 
 class NullDocument(DocumentPart):
-    """The same effect on targets drawn at random (`against random(n)`)."""
+    """The same effect on random targets (`against random(n)`)."""
 
     mean: float | None
-    low: float | None = Field(description="the band; null where nothing could be drawn")
+    low: float | None = Field(
+        description="lower end of the null band; null if no target could be drawn"
+    )
     high: float | None
     level: float | None = Field(
-        description="with what probability the band holds a further random target, 0 to 1"
+        description="probability that a further random target falls in the band, 0 to 1"
     )
-    draws: int = Field(description="different targets that were drawn and have a value")
+    draws: int = Field(description="different random targets that have a value")
     p: float | None = Field(
-        description="rank p, (1 + b)/(1 + draws): b of them are at least as large in size"
+        description="rank p, (1 + b)/(1 + draws), where b draws are at least as large in size"
     )
     inside: bool | None = Field(
-        description="whether the cell's own mean lies in the band; null where the draws are too "
-        "few for a band at the experiment's confidence (39 at 95 %)"
+        description="whether the cell's mean is in the band; null if the draws are too few for a "
+        "band at the experiment's confidence (39 at 95 %)"
     )
-    what: str = Field(description="what was drawn")
+    what: str = Field(description="the type of random target")
 
 
 class MeasureDocument(DocumentPart):
@@ -236,12 +246,12 @@ class MeasureDocument(DocumentPart):
     effect: str
     estimator: str | None = Field(
         default=None,
-        description="what the effect is estimated by (`using`), where no cell was run: "
-        "`gradient_input`, `integrated_gradients(steps: 32)`; of `gradient` the mean is the length "
-        "of the gradient, and no effect, nor is that of `gradient_attention`",
+        description="the estimator (`using`) if no cell was run: `gradient_input`, "
+        "`integrated_gradients(steps: 32)`; for `gradient` the mean is the norm of the "
+        "gradient and not an effect, and neither is that of `gradient_attention`",
     )
     at: str | None = Field(
-        default=None, description="position that it is read at, where one is written"
+        default=None, description="position at which the metric is read, if the file states one"
     )
     mean: float | None
     low: float | None
@@ -250,32 +260,35 @@ class MeasureDocument(DocumentPart):
     p_corrected: float | None
     base: float | None = Field(description="mean of the metric on the base run, the effect's 0")
     source: float | None = Field(description="mean of the metric on the source run")
-    commonest: float | None = Field(default=None, description="categories: commonest value")
+    commonest: float | None = Field(default=None, description="categories: most common value")
     share: float | None = Field(default=None, description="categories: its share of the prompts")
     mean_error: float | None = Field(
-        default=None, description="categories: mean absolute difference to the right number"
+        default=None, description="categories: mean absolute difference from the correct number"
     )
     statistics: dict[str, float | None] | None = Field(
         default=None, description="further statistics of the rows' effects, from plugins"
     )
-    null: NullDocument | None = Field(default=None, description="controls, where there are some")
-    n: int | None = Field(default=None, description="prompts, where fewer than the cell has")
+    null: NullDocument | None = Field(default=None, description="controls, if any")
+    n: int | None = Field(default=None, description="prompts, if fewer than the cell has")
     effective_n: int | None = Field(
         default=None,
-        description="independent units behind it, where fewer than prompts: distinct prompts, or "
-        "values of what `stats by` names",
+        description="effective sample size, if smaller than the number of prompts: distinct "
+        "prompts, or values of the `stats by` column",
     )
     p_at_most: Literal[True] | None = Field(
-        default=None, description="p is the least that so many flips give, and may be smaller"
+        default=None,
+        description="p is the smallest value that this number of sign flips can give; the true p "
+        "may be smaller",
     )
     inert: Literal[True] | None = Field(
-        default=None, description="by structure equal to the base run, out of the correction"
+        default=None,
+        description="the cell can't differ from the base run and isn't part of the correction",
     )
     rounding: float | None = Field(
         default=None,
-        description="rounding alone explains an effect of up to this size; given where the mean is "
-        "no larger. Of shares and categories: the share of prompts that it may change, "
-        "if there are some",
+        description="rounding alone explains an effect of up to this size; present if the mean is "
+        "no larger. For shares and categories: the share of prompts that rounding may "
+        "change, if any",
     )
     reason: str | None = Field(default=None, description="why a number is null")
 
@@ -286,7 +299,8 @@ class TargetDocument(DocumentPart):
     position: str | None
     tokens: list[str]
     read: list[str] | None = Field(
-        default=None, description="tokens of the source run, where the same number is another token"
+        default=None,
+        description="tokens of the source run, if the same position has a different token",
     )
 
 
@@ -299,13 +313,14 @@ class CellDocument(DocumentPart):
     at: TargetDocument
     n: int
     listed: list[str] | None = Field(
-        default=None, description="tokens that an observation lists (`top 10`), the first one first"
+        default=None, description="tokens that an observation lists (`top 10`), in order of rank"
     )
     listed_mean: list[float] | None = Field(
-        default=None, description="the mean probability of each of them over the rows"
+        default=None, description="the mean probability of each listed token over the rows"
     )
     listed_first: list[float] | None = Field(
-        default=None, description="the share of rows in which each of them is the most likely token"
+        default=None,
+        description="the share of rows in which each listed token is the most likely one",
     )
     measures: list[MeasureDocument]
 
@@ -316,37 +331,38 @@ class RunDocument(DocumentPart):
     label: str
     metric: str
     at: str | None = Field(
-        default=None, description="position that it is read at, where one is written"
+        default=None, description="position at which the metric is read, if the file states one"
     )
     mean: float | None
     low: float | None
     high: float | None
     n: int
-    commonest: float | None = Field(default=None, description="categories: commonest value")
+    commonest: float | None = Field(default=None, description="categories: most common value")
     share: float | None = Field(default=None, description="categories: its share of the prompts")
     mean_error: float | None = Field(
-        default=None, description="categories: mean absolute difference to the right number"
+        default=None, description="categories: mean absolute difference from the correct number"
     )
     rounding: float | None = Field(
-        default=None, description="of accuracies: how far rounding alone may move it, if at all"
+        default=None,
+        description="accuracies: how far rounding alone may change the value, if at all",
     )
     reason: str | None = None
 
 
 class LeftOutDocument(DocumentPart):
-    """A row that `--allow-nan` left out of everything."""
+    """A row that `--allow-nan` left out of every result."""
 
     row: int
     where: str = Field(description="the run or the cell whose output is NaN or infinite")
 
 
 class SelectionDocument(DocumentPart):
-    """Sites that were picked on rows that they are tested on."""
+    """Sites that were selected on rows on which they are tested."""
 
-    of: str = Field(description="the experiment that picked")
-    cells: int = Field(description="how many it picked of")
-    shared: int = Field(description="rows that it picked on, of those that are tested")
-    rows: int = Field(description="all rows that are tested")
+    of: str = Field(description="the experiment that selected the sites")
+    cells: int = Field(description="the number of cells it selected from")
+    shared: int = Field(description="tested rows that were also used for the selection")
+    rows: int = Field(description="all tested rows")
 
 
 class ExperimentDocument(DocumentPart):
@@ -363,19 +379,20 @@ class ExperimentDocument(DocumentPart):
     hashes: dict[str, str]
     expect: list[ExpectDocument]
     left_out: list[LeftOutDocument] | None = Field(
-        default=None, description="rows left out of everything, where there are some"
+        default=None, description="rows left out of every result, if any"
     )
     selected: list[SelectionDocument] | None = Field(
         default=None,
-        description="whose picks it tests on the same rows, where it does: then no p is corrected",
+        description="experiments whose selected sites are tested on the same rows; if present, no "
+        "p is corrected",
     )
     replies: RepliesDocument | None = Field(
-        default=None, description="what rows wrote, where the experiment has `generate`"
+        default=None, description="generated text, if the experiment has `generate`"
     )
 
 
 class SizesDocument(DocumentPart):
-    """What the run was laid out by; given both numbers, two runs are equal bit for bit."""
+    """Pass sizes of the run; runs with equal sizes are equal bit for bit."""
 
     pass_tokens: int = Field(description="most tokens of a pass over patched rows")
     prompt_tokens: int = Field(description="most tokens of a batch of unpatched prompts")
@@ -386,12 +403,14 @@ class MissingDocument(DocumentPart):
     """An experiment that could not be computed, or one measure of an experiment."""
 
     experiment: str
-    label: str | None = Field(default=None, description="of the measure; all where there is none")
+    label: str | None = Field(
+        default=None, description="label of the measure; absent: the whole experiment"
+    )
     effect: str | None = None
     code: str
     reason: str
     expect: list[ExpectDocument] | None = Field(
-        default=None, description="expectations of a whole experiment, which fail"
+        default=None, description="expectations of the whole experiment, all of which fail"
     )
 
 
@@ -399,14 +418,16 @@ class SavedDocument(DocumentPart):
     """A file of activations that a `save` line has written."""
 
     experiment: str
-    site: str = Field(description="as the line says it, and so are `at` and `run`")
+    site: str = Field(description="as written in the `save` line, like `at` and `run`")
     at: str
     run: str
     file: str = Field(description="path of the safetensors file")
-    rows_file: str = Field(description="path of the JSON lines beside it, one for each row")
+    rows_file: str = Field(
+        description="path of the JSON lines file next to it, with one line per row"
+    )
     dtype: str
-    tensors: int = Field(description="sites: the tensors of vectors")
-    vectors: int = Field(description="of each site")
+    tensors: int = Field(description="sites: tensors of vectors")
+    vectors: int = Field(description="vectors per site")
     rows: int = Field(description="rows that have a vector")
     bytes: int = Field(description="size of the safetensors file")
 
@@ -417,16 +438,16 @@ class FileDocument(DocumentPart):
     file: str
     hash: str
     seed: int
-    sizes: SizesDocument | None = Field(default=None, description="where something was run")
+    sizes: SizesDocument | None = Field(default=None, description="pass sizes, if anything was run")
     experiments: list[ExperimentDocument]
     missing: list[MissingDocument] | None = Field(
-        default=None, description="what could not be computed, where there is something"
+        default=None, description="experiments and measures that could not be computed, if any"
     )
     not_run: list[SkippedDocument] | None = Field(
-        default=None, description="what `--fail-fast` left out, where it did"
+        default=None, description="what `--fail-fast` skipped, if anything"
     )
     saved: list[SavedDocument] | None = Field(
-        default=None, description="files of activations, where `save` lines have written some"
+        default=None, description="files of activations that `save` lines have written, if any"
     )
 
 
@@ -438,7 +459,7 @@ class ResultsDocument(DocumentPart):
     versions: dict[str, str]
     files: list[FileDocument]
     against: VerdictComparisonDocument | None = Field(
-        default=None, description="what has changed since an earlier run, with `--against`"
+        default=None, description="changes since an earlier run, with `--against`"
     )
 
 

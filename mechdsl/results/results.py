@@ -109,7 +109,8 @@ class Results:
         """
         if self.against is None:
             raise ValueError(
-                "these results are set against no other run: `mechdsl.run(…, against=…)` does that"
+                "these results aren't compared with another run: `mechdsl.run(…, "
+                "against=…)` compares them"
             )
         return self.against.regressions
 
@@ -258,11 +259,11 @@ def check_file_result(file: FileResult) -> None:
     cells and prompts, and for invalid references."""
     names = [each.name for each in file.experiments]
     if len({*names}) < len(names):
-        raise ValueError("two experiments have one name")
+        raise ValueError("two experiments have the same name")
     for experiment in file.experiments:
         for right in _experiment_checks(experiment):
             if not right:
-                raise ValueError(f"the parts of `{experiment.name:.100}` don't fit together")
+                raise ValueError(f"the parts of `{experiment.name:.100}` are inconsistent")
 
 
 def _experiment_checks(found: ExperimentResult) -> Iterator[bool]:
@@ -456,7 +457,7 @@ def _unpack_content(content: Mapping[str, bytes], source: Source | None) -> Resu
     whole = as_object(json.loads(content[RESULT_FILE]))
     if whole.get("archive") != ARCHIVE_VERSION:
         by = whole.get("mechdsl")
-        raise ArchiveVersionError(f"it is an archive of another version (mechdsl {by!s:.40})")
+        raise ArchiveVersionError(f"it is an archive of a different version (mechdsl {by!s:.40})")
     text = content[SOURCE_FILE].decode("utf-8", "surrogatepass")
     kept = Attachments(load(content[ARRAYS_FILE]), [])
     for number, parts in enumerate(as_list(whole["sources"])):

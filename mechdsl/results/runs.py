@@ -414,7 +414,7 @@ MAX_LISTED_RUNS = 5
 
 _NAMES = (
     "a run is its id or the beginning of one, `last`, a `.mech` file (its latest finished run), or "
-    "a folder that `--out` has made"
+    "a folder written by `--out`"
 )
 
 
@@ -446,7 +446,7 @@ def has_store(folder: Path) -> bool:
 def open_store(folder: Path) -> Store:
     """Open an existing store. Raises MechdslError (E0208) if it is missing or unreadable."""
     if not has_store(folder):
-        hint = "`mechdsl run FILE` makes one beside the file; `--store DIR` names another"
+        hint = "`mechdsl run FILE` creates one next to the file; `--store DIR` names another"
         raise_run_error(f"there is no store `{folder}`", hint)
     try:
         return Store(folder)
@@ -458,7 +458,7 @@ def store_error(folder: Path, error: Exception) -> MechdslError:
     """Convert an error of a store to E0208."""
     strerror = error.strerror if isinstance(error, OSError) else None
     said = (strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
-    hint = "name another with `--store DIR`; what it holds can be computed again"
+    hint = "name another with `--store DIR`; its contents can be recomputed"
     reason = f"the store `{folder}` can't be used: {said}"
     return MechdslError([BadCommandLine(reason=reason, hint=hint)])
 
@@ -481,7 +481,7 @@ def find_run(store: Store, text: str) -> StoredRun:
     if exact or len(begun) == 1:
         return (exact or begun)[0]
     if begun:
-        hint = f"write more of it: {_run_list(begun)}"
+        hint = f"write more of the id: {_run_list(begun)}"
         raise_run_error(f"`{text}` is the beginning of {len(begun)} runs", hint)
     near = did_you_mean(text, [run.id for run in runs], "")
     hint = near or f"{_NAMES}; `mechdsl runs` lists them"
@@ -499,12 +499,12 @@ def _run_of_file(store: Store, finished: Sequence[StoredRun], file: Path) -> Sto
     if len({source_path(run) for run in called}) == 1:
         return called[0]
     if called:
-        hint = f"give the id of the one that is meant: {_run_list(called)}"
+        hint = f"give the id of one of them: {_run_list(called)}"
         raise_run_error(
-            f"the store has runs of several files called `{file.name}`, none of this path", hint
+            f"the store has runs of several files called `{file.name}`, none with this path", hint
         )
     others = [str(run.about.get("file", "")) for run in finished]
-    hint = did_you_mean(str(file), others, "`mechdsl runs` lists what there is")
+    hint = did_you_mean(str(file), others, "`mechdsl runs` lists the runs")
     raise_run_error(f"no finished run of `{file}` is in `{store.folder}`", hint)
 
 
@@ -553,7 +553,7 @@ def load_results(text: str, store: Path | None = None) -> Results:
     if text not in ("", LAST_RUN) and folder.is_dir():
         inside = sorted(f"`{each}`" for each in folder.iterdir() if is_export(each))
         hint = f"did you mean {' or '.join(inside[:MAX_LISTED_RUNS])}?" if inside else _NAMES
-        raise_run_error(f"the folder `{folder}` holds no run", hint)
+        raise_run_error(f"the folder `{folder}` contains no run", hint)
     with open_store(find_store_folder(text, store)) as opened:
         return load_stored_results(opened, find_run(opened, text))
 
@@ -572,7 +572,7 @@ def load_archive(store: Store, run: StoredRun) -> dict[str, bytes]:
     """Load the files of a run's archive. Raises MechdslError (E0208) if there are none."""
     if run.state != "finished":
         said = "is still running" if run.state == "running" else "was not finished"
-        hint = "the command that began it goes on from where it stopped"
+        hint = "run the same command again; it resumes where it stopped"
         raise_run_error(f"run `{run.id}` {said}: it has no results", hint)
     try:
         return store.content(run)
@@ -585,7 +585,7 @@ def unreadable_run_error(run: StoredRun, error: Exception) -> MechdslError:
     if isinstance(error, ArchiveVersionError):
         hint = "`mechdsl runs show RUN --format json` prints its document; run its file again"
     else:
-        hint = "run its file again: what the store still has isn't computed again"
+        hint = "run its file again: results still in the store aren't recomputed"
     said = f"the results of run `{run.id}` can't be read: {error}"
     return MechdslError([BadCommandLine(reason=said, hint=hint)])
 
@@ -798,8 +798,10 @@ def _store_of(file: FileToRun, named: str, store: Path | None) -> Path | None:
     may come with an untrusted store."""
     found = store_folder(file.path, store, untrusted=file.untrusted)
     if found is None and file.untrusted:
-        hint = "name a folder that `--out` has made, or a store with `--store DIR`"
-        raise_run_error(f"`--against {named}`: the store beside an untrusted file isn't read", hint)
+        hint = "name a folder written by `--out`, or a store with `--store DIR`"
+        raise_run_error(
+            f"`--against {named}`: the store next to an untrusted file isn't read", hint
+        )
     return found
 
 

@@ -35,7 +35,7 @@ _METHODS = {
 }
 
 WITHHELD_TEXTS: Mapping[str, str] = {
-    "skewed": "effects are too skewed for it to hold (W0723)",
+    "skewed": "effects are too skewed for a valid correction (W0723)",
     "picked": "sites were picked on the same rows (W0721)",
 }
 
@@ -77,14 +77,15 @@ def statistics_conventions(
     said = []
     if small:
         said.append(
-            f"{count_noun(small, 'cell')} no larger than what rounding alone may give, "
-            "not counted as surviving"
+            f"{count_noun(small, 'cell')} no larger than rounding alone can produce, not "
+            "counted as significant"
         )
     pairs = zip(result.measures, result.statistics, strict=True)
     changing = sum(int(np.count_nonzero(may_round_differently(*pair))) for pair in pairs)
     if changing:
         said.append(
-            f"{count_noun(changing, 'cell')} in which it may change single prompts of the base run"
+            f"{count_noun(changing, 'cell')} in which rounding may change single prompts of "
+            "the base run"
         )
     moved = {run: result.accuracy_bound(run) for run in result.accuracy}
     said += [f"the accuracy of {run} by up to {by:.2g}" for run, by in moved.items() if by]
@@ -136,7 +137,7 @@ def _interval_text(result: ExperimentResult) -> str:
         count_noun(count, sampling.unit_word(most) if count == most.count else "distinct prompt")
         for count in counts
     )
-    by_block = ", each block's by themselves" if PROMPTS_AXIS in result.axes else ""
+    by_block = ", separately for each block" if PROMPTS_AXIS in result.axes else ""
     within = most.strata is not None and settings.test != "flips"
     design = (by_block or ", within the values that are dealt evenly") if within else ""
     exact = [data.unit == "share" and data.effect in SHARE_RUNS for data in numbers]
@@ -144,7 +145,7 @@ def _interval_text(result: ExperimentResult) -> str:
     if not all(exact):
         kinds.append(_METHODS[settings.test].format(over=f"{over}{design}", n=settings.resamples))
     if any(exact):
-        kinds.append("of shares by the exact limits of Clopper and Pearson")
+        kinds.append("shares: the exact limits of Clopper and Pearson")
     return f"{settings.confidence:g} % {'; '.join(kinds)}"
 
 
@@ -164,7 +165,7 @@ def sign_ranking_note(result: ExperimentResult, measure: int, count: int) -> str
     if not others:
         return None
     pick = f"`top {count} of {result.name}`"
-    return f"{pick} ranks by sign, and would have {', '.join(others)} among them"
+    return f"{pick} ranks by sign and would include {', '.join(others)}"
 
 
 def _cells_with_mean(result: ExperimentResult, measure: int) -> list[int]:

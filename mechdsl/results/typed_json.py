@@ -130,7 +130,7 @@ def write_value(value: Any, kept: Attachments) -> Any:
         return {"numpy": [code, write_value(value.item(), kept)]}
     if isinstance(value, np.ndarray):
         return {"array": kept.add(value)}
-    raise ValueError(f"a value of type {kind.__module__}.{kind.__qualname__} can't be kept")
+    raise ValueError(f"a value of type {kind.__module__}.{kind.__qualname__} can't be stored")
 
 
 def read_value(found: Any, kept: Attachments) -> Any:
@@ -141,18 +141,18 @@ def read_value(found: Any, kept: Attachments) -> Any:
     if kind is not dict:
         return found
     if len(found) != 1:
-        raise ValueError("a value has one kind")
+        raise ValueError("a value has exactly one type")
     ((tag, content),) = found.items()
     if tag in _OF_TAG and type(content) is str and len(content) < _MOST_TEXT:
         return _OF_TAG[tag](content)
     if tag not in _READ:
-        raise ValueError(f"there is no kind of value `{tag}`")
+        raise ValueError(f"there is no value type `{tag}`")
     return _READ[tag](content, kept)
 
 
 def _read_float(found: Any, kept: Attachments) -> float:
     if found not in ("nan", "inf", "-inf"):
-        raise ValueError("a number that JSON has is written as one")
+        raise ValueError("a number that JSON supports must be a JSON number")
     return float(found)
 
 
@@ -174,7 +174,7 @@ def _read_numpy(found: Any, kept: Attachments) -> Any:
     if code == "U" and type(value) is str:
         return np.str_(value)
     if type(code) is not str or code[1:2] not in tuple(_NUMBERS) or len(code) > 4:
-        raise ValueError("there is no such kind of number")
+        raise ValueError("there is no such number type")
     if type(value) not in (bool, int, float):
         raise _type_error("a number", value)
     return np.dtype(code).type(value)
@@ -199,13 +199,13 @@ def _write_span(span: Span, kept: Attachments) -> list[int]:
 def _read_span(found: Any, kept: Attachments) -> Span:
     parts = as_list(found)
     if len(parts) != 3 or any(type(part) is not int for part in parts):
-        raise ValueError("a span is the number of a text and two places in it")
+        raise ValueError("a span is the index of a text and two offsets in it")
     number, start, end = parts
     if not 0 <= number < len(kept.sources):
         raise ValueError("a span is in a text that is missing")
     source = kept.sources[number]
     if not 0 <= start <= end <= len(source.text):
-        raise ValueError("a span ends behind its text")
+        raise ValueError("a span ends after the end of its text")
     return Span(source, start, end)
 
 
@@ -387,7 +387,7 @@ def _dataclass(kind: Any) -> Codec:
         given = as_object(found)
         if not needed <= given.keys() <= forms.keys():
             unknown = sorted({*given} ^ {*forms})
-            raise ValueError(f"{kind.__name__} has other parts: {', '.join(unknown)[:100]}")
+            raise ValueError(f"{kind.__name__} has unknown fields: {', '.join(unknown)[:100]}")
         return kind(**{name: forms[name].read(part, kept) for name, part in given.items()})
 
     return Codec(write, read)
@@ -437,16 +437,16 @@ def read_diagnostic(found: Any, kept: Attachments) -> Diagnostic:
     parts = as_object(found)
     said = {name: parts[name] for name in ("code", *_RECORDED)}
     if any(type(text) is not str for text in said.values()):
-        raise ValueError("what a diagnostic says is text")
+        raise ValueError("the message of a diagnostic must be text")
     span = read_value(parts["span"], kept)
     if span is not None and type(span) is not Span:
-        raise ValueError("a diagnostic stands at a span")
+        raise ValueError("a diagnostic must have a span")
     facts = {name: read_value(fact, kept) for name, fact in as_object(parts["facts"]).items()}
     made = _rebuild_diagnostic(said, span, facts)
     if made is not None:
         return made
     if said["severity"] != ("warning" if said["code"].startswith("W") else "error"):
-        raise ValueError("a code says how severe it is")
+        raise ValueError("the severity must be that of the code")
     stands = RecordedDiagnostic(
         span=span,
         message_then=said["message"],

@@ -62,7 +62,7 @@ class EdgeIntervention(Intervention):
         return f"to {keys} {super().detail(rule)}".strip()
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        yield Convention("edges", self.said, closing="sinks count among the rest")
+        yield Convention("edges", self.said, closing="sinks count as part of the rest")
 
     def possible(
         self, rule: spec.Rule, amounts: Amounts, keys: PositionTargets, work: ExperimentContext
@@ -70,7 +70,9 @@ class EdgeIntervention(Intervention):
         """Report E0332 for weights that attention can't have."""
         low = min(amounts.values.values())
         if low < 0:
-            _bad_weight(rule, work, "attention can't be negative", f"this is {low:g}", self.least)
+            _bad_weight(
+                rule, work, "attention weights can't be negative", f"this is {low:g}", self.least
+            )
         return low >= 0
 
     def fits(
@@ -83,7 +85,7 @@ class EdgeIntervention(Intervention):
         """Check that the change is possible for edges to hidden keys."""
         return True
 
-    least: ClassVar[str] = "0 takes the edge out, 1 leaves it as it is, 2 doubles it"
+    least: ClassVar[str] = "0 removes the edge, 1 leaves it unchanged, 2 doubles it"
     """Hint for a negative number."""
 
 
@@ -178,7 +180,7 @@ class ReweightRule(EdgeRule, EdgeIntervention):
     """`reweight attention … from Q to K by NUMBER`."""
 
     change = "reweight"
-    said = "weights are multiplied, then the query's weights add up to 1 again"
+    said = "weights are multiplied, then the query's weights are normalised to sum to 1"
 
     def edit(
         self, rule: spec.Rule, work: ExperimentContext
@@ -196,8 +198,8 @@ class AllowRule(EdgeRule, EdgeIntervention):
 
     change = "allow"
     said = (
-        "allowed keys join those that a query sees, with the scores that the model gives them; "
-        "other rules act on all of these"
+        "allowed keys are added to the keys that a query sees, with the model's scores; "
+        "other rules act on all of them"
     )
     whole = True
     looks_ahead = True
@@ -209,7 +211,7 @@ class AllowRule(EdgeRule, EdgeIntervention):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from super().conventions(rule, n_layers)
-        yield Convention("passes", "rows of `allow` are whole passes")
+        yield Convention("passes", "rows of `allow` are full forward passes")
 
     def fits(
         self,
@@ -232,16 +234,16 @@ class AllowRule(EdgeRule, EdgeIntervention):
                 return True
         assert rule.onto is not None
         first = rule.at.span.written
-        hint = f"name keys behind their queries: `from {rule.onto.span.written} to {first}`"
+        hint = f"name keys after their queries: `from {rule.onto.span.written} to {first}`"
         if not shape.causal:
             hint = "`allow` is for models in which no token sees a later one"
         work.diagnostics.append(
             BadEdit(
                 span=rule.onto.span,
-                reason="these keys are seen already",
-                what=f"`{first}` comes behind them"
+                reason="the queries already see these keys",
+                what=f"`{first}` comes after them"
                 if shape.causal
-                else f"every token of `{work.model.name}` sees all others",
+                else f"every token of `{work.model.name}` sees all other tokens",
                 hint=hint,
             )
         )
@@ -252,15 +254,15 @@ class UniformWeights(EdgeIntervention):
     """Uniform weights: `to uniform`."""
 
     name = change = "uniform"
-    said = "the keys share evenly what they have together, the others keep theirs"
+    said = "the keys share their total weight equally, all other keys keep their weights"
 
 
 class GivenWeight(EdgeIntervention):
     """A given weight: `to 0.2`."""
 
     name = change = "weight"
-    said = "each key gets the weight, the others share what is left as they did before"
-    least = "a weight lies between 0 and 1"
+    said = "each key gets the weight, all other keys share the rest in proportion to their weights"
+    least = "a weight is between 0 and 1"
 
     def possible(
         self, rule: spec.Rule, amounts: Amounts, keys: PositionTargets, work: ExperimentContext
@@ -278,7 +280,7 @@ class GivenWeight(EdgeIntervention):
             rule,
             work,
             f"the weights of a query would add up to {high * most:g}",
-            f"more than 1 in all{each}",
+            f"more than 1 in total{each}",
             f"write at most {1 / most:.4g}, or `uniform`",
         )
         return False
@@ -337,9 +339,10 @@ def _check_keys_visible(
     work.diagnostics.append(
         BadEdit(
             span=rule.onto.span,
-            reason="these tokens come later than all that would attend to them",
+            reason="these tokens come after all tokens that could attend to them",
             what=f"`{rule.at.span.written}` sees earlier tokens only",
-            hint=f"attention goes back: `from {rule.onto.span.written} to {rule.at.span.written}`",
+            hint=f"attention reads earlier tokens: `from {rule.onto.span.written} to "
+            f"{rule.at.span.written}`",
         )
     )
     return False
@@ -388,9 +391,9 @@ def _check_keys_left(
         work.diagnostics.append(
             BadEdit(
                 span=rule.span,
-                reason="a query would have nothing left to attend to",
-                what=f"in row {row}, all that token {token} ({text}) sees is blocked",
-                hint="leave it a key, its own token for example: `tokens except …`",
+                reason="a query would have no key left to attend to",
+                what=f"in row {row}, all keys of token {token} ({text}) are blocked",
+                hint="leave it one key, such as its own token: `tokens except …`",
             )
         )
         return False

@@ -52,11 +52,14 @@ def check_equal_lengths(
         lengths = [*base, *other]
         row = next((n for n, length in enumerate(lengths) if length != other[0]), None)
         second = f"row 0 has {other[0]}"
-        what, hint = "rows", "ablate `z`, or use prompts of one length"
+        what, hint = "rows", "ablate `z`, or use prompts of equal length"
     else:
         row = next((n for n, (a, b) in enumerate(zip(base, other, strict=True)) if a != b), None)
         second = f"{other[row]} in `{read.run}`" if row is not None else ""
-        what, hint = "the two runs", "patch `z`, or let the corruption keep the number of tokens"
+        what, hint = (
+            "the two runs",
+            ("patch `z`, or use a corruption that keeps the number of tokens"),
+        )
     if row is not None:
         work.diagnostics.append(
             UnequalPrompts(
@@ -84,8 +87,8 @@ def check_even_positions(
             BadPick(
                 span=ranked.span,
                 text=ranked.span.written,
-                reason="every row has tokens of its own, so a mean or a resampling over rows has "
-                "nothing to go over",
+                reason="each row has different tokens here, so there is nothing to average or "
+                "resample over rows",
                 hint="write `with zero`, or name positions that are the same in every row",
             )
         )
@@ -114,9 +117,7 @@ def check_even_positions(
             return
 
 
-CURRENT_STATE_NOTE = (
-    "acts on what is there when the pass comes by, whatever other rules have done below"
-)
+CURRENT_STATE_NOTE = "acts on the values of the patched pass, after the rules on lower layers"
 """Note on rules that change the current activation."""
 
 RULES: Registry[RuleKind] = Registry("rule")
@@ -129,7 +130,7 @@ def rule_kind(words: str) -> Callable[[type[RuleKind]], type[RuleKind]]:
         ValueError: If the first word has another use.
     """
     if words in RESERVED and words not in (*RULE_WORDS, "observe"):
-        raise ValueError(f"`{words}` is a word of the language")
+        raise ValueError(f"`{words}` is a keyword")
 
     def register(entry: type[RuleKind]) -> type[RuleKind]:
         if issubclass(entry, Intervention) and not hasattr(entry, "name"):

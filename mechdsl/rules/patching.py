@@ -143,11 +143,11 @@ class ResampleFill(Intervention):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         if rule.apart is not None:
             rows = f"one of the {len(rule.apart.table):,} rows of {rule.apart.name}"
-            how = "drawn for each row by its content and the seed, with repetition"
+            how = "drawn for each row from its content and the seed, with replacement"
             yield Convention("fill", f"{rows}, {how}")
             return
-        how = "a seeded permutation of those after `limit` and `keep`, without fixed points"
-        yield Convention("fill", f"{rule.run} run of another row ({how})")
+        how = "a seeded permutation of the rows after `limit` and `keep`, without fixed points"
+        yield Convention("fill", f"{rule.run} run of a different row ({how})")
 
 
 @rule_kind("ablate")
@@ -198,7 +198,7 @@ def _check_same_axes(rule: spec.Rule, own: ExperimentContext, work: ExperimentCo
     """Report E0108 for a fill with other positions than the first, because its rows lack some."""
     if any(work.axes.get(name) != axis for name, axis in own.axes.items()):
         assert rule.fill is not None
-        what = f"`{rule.fills[rule.fill_index]}` beside a fill that has other positions"
+        what = f"`{rule.fills[rule.fill_index]}` together with a fill that has other positions"
         work.diagnostics.append(NotSupported(span=rule.fill.span, what=what))
 
 
@@ -259,7 +259,7 @@ def _of_block(
     noised = table.runs[apart.run].noise is not None
     if rule.by is not None or (noised and does.reads == "donor"):
         what = "a mean within groups" if rule.by is not None else "`resample` of noise"
-        what = f"{what} of another block of prompts"
+        what = f"{what} of a different prompt set"
         work.diagnostics.append(NotSupported(span=word.of.span, what=what))
         return None, base, None
     return does, "clean", apart
@@ -268,9 +268,7 @@ def _of_block(
 def _no_such_run(word: ast.QualifiedRef, table: PromptTable, work: ExperimentContext) -> None:
     others = [f"{table.name}.{name}" for name in table.runs if name != "clean"]
     known = name_list(others)
-    hint = did_you_mean(
-        word.of.span.written, others, f"it has {known}" if known else "leave it out"
-    )
+    hint = did_you_mean(word.of.span.written, others, f"it has {known}" if known else "remove it")
     work.diagnostics.append(
         UnknownName(span=word.of.span, kind="run", name=word.of.span.written, hint=hint)
     )

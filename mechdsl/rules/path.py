@@ -53,24 +53,24 @@ def find_end_conflict(
     whole = next((p for p in inner if p.site == "resid_pre"), None)
     if whole is not None:
         return (
-            f"{_describe_point(whole)} carries the senders on to the end by itself",
-            "leave the end out, or name what reads in that block: `attn_norm`, `mlp_norm`",
+            f"{_describe_point(whole)} already carries the senders to the end",
+            "remove the end, or name a site that reads in that block: `attn_norm`, `mlp_norm`",
         )
     inner = sorted(inner, key=lambda p: _sublayer(p, parallel=parallel))
     first, last = inner[0], inner[-1]
     if _sublayer(first, parallel=parallel) != _sublayer(last, parallel=parallel):
         return (
-            f"{_describe_point(last)} reads behind {_describe_point(first)}: "
-            "it would not see what that changes, and the end would",
-            "beside the end, name receivers in the attention of one layer, or in one MLP",
+            f"{_describe_point(last)} reads after {_describe_point(first)}: unlike the end, "
+            "it would not see that receiver's change",
+            "with the end, name receivers in the attention of one layer or in one MLP",
         )
     pairs = ((of, to) for of in senders for to in inner)
     late = next((pair for pair in pairs if not precedes(*pair, parallel=parallel)), None)
     if late is not None:
         return (
-            f"{_describe_point(late[0])} isn't before {_describe_point(late[1])}, "
-            "which may change what it sends",
-            "beside the end, send from what comes before all other receivers",
+            f"{_describe_point(late[0])} isn't before {_describe_point(late[1])}, which may "
+            "change its output",
+            "with the end, use senders that precede all other receivers",
         )
     return None
 
@@ -122,8 +122,8 @@ class PathPatching(RuleKind, Intervention):
 
     once = True
     once_because = (
-        "whether the senders of one would see what the other writes is not defined: join senders, "
-        "or receivers, in a `group`, or write two experiments"
+        "it is undefined whether the senders of one see the writes of the other: join "
+        "senders or receivers in a `group`, or write two experiments"
     )
     reads = "run"
     copies = True
@@ -178,13 +178,13 @@ class PathPatching(RuleKind, Intervention):
         free = ["MLPs"] if path.through_mlps else []
         free += [] if path.frozen_norms else ["norms"]
         how = f", {' and '.join(free)} recomputed" if free else ""
-        how += ", norms divide by what they divide by there" if path.frozen_norms else ""
+        how += ", norms divide by their values in the base run" if path.frozen_norms else ""
         ends = {SITES[p.site].when for here in path.receivers.points.values() for p in here}
         after = "" if ends == {"output"} else "; receivers are then written into the base run"
         if path.also_at_the_end:
             after += (
-                ", and what the senders alone change in the stream behind the last block is added "
-                "to it there"
+                ", and the change that only the senders cause in the stream after the last "
+                "block is added there"
             )
         to = rule.spec.receiver
         named = to is not None and to.names and (to.ranked is not None or len(to.names) > 1)
@@ -194,7 +194,7 @@ class PathPatching(RuleKind, Intervention):
             after += "; keys and values of a head are those of its key-value head"
         yield Convention(
             "path",
-            f"beside the senders, {' and '.join(held)} are held at the base run{how}{after}",
+            f"except for the senders, {' and '.join(held)} are held at the base run{how}{after}",
         )
 
 
@@ -211,7 +211,7 @@ class FullPassPath(PathPatching, Intervention):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from super().conventions(rule, n_layers)
-        yield Convention("passes", "rows of this `path` are whole passes")
+        yield Convention("passes", "rows of this `path` are full forward passes")
 
 
 def _path_targets(rule: ResolvedRule) -> PathTargets:
@@ -238,9 +238,9 @@ def _check_components(
         return True
     listed = ", ".join(f"`{name}`" for name in allowed if name in work.sites.shape.sites)
     if verb == "start":
-        reason = "it adds nothing to the residual stream by itself"
+        reason = "it doesn't add to the residual stream directly"
     else:
-        reason = "a receiver is what a block, a head or an MLP reads"
+        reason = "a receiver is an input of a block, a head or an MLP"
     work.diagnostics.append(
         NotOnAPath(
             span=site.span, verb=verb, site=wrong[0], reason=reason, hint=f"write one of {listed}"
@@ -260,14 +260,15 @@ def _check_sums_at_end(
     why = None
     if path.through_mlps:
         why = (
-            "an MLP would see the senders in one pass, and what other receivers change in another",
-            "leave `through mlps` out, or write an experiment for each",
+            "an MLP would see the senders in one pass and the changes of other receivers in "
+            "another",
+            "remove `through mlps`, or write a separate experiment for each",
         )
     elif path.frozen_norms:
         why = (
-            "the norm in front of it would be frozen for the senders, and recomputed for what "
-            "other receivers change",
-            "leave `with frozen norms` out, or write an experiment for each",
+            "its norm would be frozen for the senders but recomputed for the changes of "
+            "other receivers",
+            "remove `with frozen norms`, or write a separate experiment for each",
         )
     elif not work.sites.shape.stands_in and not _awaits_finding(rule, work):
         parallel = work.sites.shape.parallel_block
@@ -306,8 +307,9 @@ def _check_no_observation(rule: spec.Rule, work: ExperimentContext) -> bool:
                 span=rule.receiver.span,
                 verb="end",
                 site=rule.receiver.span.written,
-                reason=f"`{looks[0].verb}` would look at a pass in which all else is held",
-                hint="leave the observation out, or name what reads there: `q`, `mlp_norm`",
+                reason=f"`{looks[0].verb}` would read a pass in which all other activations are "
+                "held",
+                hint="remove the observation, or name a site that reads there: `q`, `mlp_norm`",
             )
         )
     return not looks
@@ -362,7 +364,7 @@ def _check_path_exists(
             span=rule.receiver.span,
             sender=rule.site.span.written,
             receiver=rule.receiver.span.written,
-            reason="every receiver reads before, or where, the sender writes"
+            reason="every receiver reads before or at the site that the sender writes"
             if all(picked)
             else "one of them is nothing",
             example=example,

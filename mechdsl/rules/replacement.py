@@ -45,7 +45,7 @@ class ReplaceRule(RuleKind, Intervention):
 
     once = True
     """A second rule would change the text that the positions of the first refer to."""
-    within_prompt = "`replace` puts text into the prompt"
+    within_prompt = "`replace` inserts text into the prompt"
     name = "text"
     changes = "input"
 
@@ -69,7 +69,7 @@ class ReplaceRule(RuleKind, Intervention):
         if not isinstance(rule.spec.fill, ast.String) and rule.spec.fill is not None:
             said = rule.spec.fill.span.written
             said = f"gray: {GRAY_LEVEL} of 255" if said == "gray" else said
-            yield Convention("patches", f"{said}, in the image as the model gets it")
+            yield Convention("patches", f"{said}, in the model's input image")
 
 
 def _inputs(
@@ -97,7 +97,7 @@ def _inputs(
         for new, old in zip(run.rows, rows, strict=True)
     )
     if moved or work.table.runs[base].noise is not None:
-        what = "a replacement of another number of tokens beside other positions"
+        what = "a replacement with a different number of tokens together with other positions"
         later = (
             "write it as a run: `corrupt NAME { replace … with … }`, then `from clean into NAME`"
         )
@@ -121,8 +121,8 @@ PAINT_AMOUNTS: Mapping[str, tuple[PaintMethod, str]] = {
 MAX_PAINT_AMOUNT = 255.0
 
 _MEAN_HINT = (
-    "of a block of images with `image mean of …`, `from` that block, patches of the image are "
-    "`patch embed at …`"
+    "of a block of images with `image mean of …`, `from` that block, patches of the image "
+    "are `patch embed at …`"
 )
 
 
@@ -154,7 +154,7 @@ def resolve_paint(rule: spec.Rule, work: ExperimentContext) -> PictureChange | N
     elif word == "gray":
         reason, hint = "takes no number", "write `gray`"
     elif word == "mean":
-        reason, hint = "is of several images", _MEAN_HINT
+        reason, hint = "applies to several images", _MEAN_HINT
     else:
         hint = did_you_mean(
             word, ("gray", *PAINT_AMOUNTS), "write `gray`, `blur(4)` or `noise(40)`"
@@ -183,7 +183,7 @@ def _painted(
             tokens = sorted({token for hit in hits for token in hit})
             other = next((t for t in tokens if reader.layout.place(t) is None), None)
             if other is not None and not reader.stands_in:
-                reason, hint = "is no patch", "write `image tokens` for all of them"
+                reason, hint = "isn't a patch", "write `image tokens` for all of them"
                 name = reader.label(other)
                 problem = BadArgument(span=rule.at.span, name=name, reason=reason, hint=hint)
                 work.diagnostics.append(problem)
@@ -248,14 +248,15 @@ class ReplaceBlockRule(RuleKind, Intervention):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         if rule.spec.source_block is None:
-            said = "a block that is replaced with identity hands on what enters it"
+            said = "a block that is replaced with identity returns its input"
         else:
             said = (
-                "another block computes there, with its own weights, on what enters; it stays in "
-                "its own place too, and sites of a layer are what is computed in that place"
+                "a different block, with its weights, processes the input there; it also "
+                "remains at its own position, and sites of a layer refer to the position, "
+                "not to the block"
             )
         yield Convention("blocks", said)
-        yield Convention("passes", "rows of `replace block` are whole passes")
+        yield Convention("passes", "rows of `replace block` are full forward passes")
 
 
 def _block_label(label: str) -> str:
@@ -275,7 +276,7 @@ def _by_block(
             AxisDoesNotFit(
                 span=source.span,
                 site=f"block layer {source.span.written}",
-                reason="is several blocks, and one computes there",
+                reason="is several blocks, but only one can be used",
                 hint="name one, or sweep it: `for l in 0..2 { replace block layer 3 with block "
                 "layer l }`",
             )
@@ -308,7 +309,7 @@ def _check_same_kind(rule: spec.Rule, targets: SiteTargets, work: ExperimentCont
         for to, of in zip(points, targets.sources[key], strict=True):
             if isinstance(kinds, list) and kinds[to.layer or 0] != kinds[of.layer or 0]:
                 what = f"block {of.layer} (`{kinds[of.layer or 0]}`) in place of block {to.layer} "
-                what += f"(`{kinds[to.layer or 0]}`), which is of another kind,"
+                what += f"(`{kinds[to.layer or 0]}`), which is of a different type,"
     if what:
         work.diagnostics.append(NotSupported(span=rule.span, what=what))
     return not what
@@ -319,7 +320,7 @@ def _explain_tied_blocks(config: Mapping[str, Any]) -> str:
     if config.get("num_kv_shared_layers"):
         return "`replace block` in a model whose blocks share keys and values"
     if config.get("scale_attn_by_inverse_layer_idx"):
-        return "`replace block` in a model that scales attention by the number of the block"
+        return "`replace block` in a model that scales attention by the index of the block"
     return ""
 
 
@@ -356,10 +357,11 @@ class RenumberRule(RuleKind, Intervention):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield Convention(
             "position ids",
-            "these tokens count on from the number, in their order (a prompt's first is 0); all "
-            "others keep theirs, and what a token sees goes by its place as before",
+            "these tokens are numbered consecutively from the number (a prompt's first "
+            "token is 0); all other tokens keep their position ids, and which tokens a "
+            "token sees doesn't change",
         )
-        yield Convention("passes", "rows of `renumber` are whole passes")
+        yield Convention("passes", "rows of `renumber` are full forward passes")
 
 
 def count_positions(shape: ModelShape) -> int | None:
@@ -399,9 +401,7 @@ def _check_position_ids(
         if amount < 0 or amount != int(amount):
             reason = f"must be a position, a whole number from 0, not {amount:g}"
         elif most is not None and amount + longest > most:
-            reason = (
-                f"counts {longest} tokens from {amount:g} on, and the last position is {most - 1}"
-            )
+            reason = f"counts {longest} tokens from {amount:g}, but the last position is {most - 1}"
         if reason:
             work.diagnostics.append(
                 BadArgument(

@@ -55,8 +55,8 @@ class StepAddition(Intervention):
         assert rule.spec.stepped is not None
         yield Convention(
             "step",
-            f"`step({rule.spec.stepped.id})` is the vector that is there when the pass comes by, "
-            "minus that of the position before, as both are before this rule writes; at the first "
+            f"`step({rule.spec.stepped.id})` is the vector in the patched pass minus the "
+            "vector of the preceding position, both before this rule writes; at the first "
             "position it is 0",
         )
 
@@ -99,13 +99,13 @@ def _check_own_component(rule: spec.Rule, sites: SiteTargets, work: ExperimentCo
     there = sorted({point.site for points in sites.points.values() for point in points})
     written = next((site for site in there if site != name), None)
     if written is not None:
-        reason = f"what is written is `{written}`, and steps are those of what is written"
+        reason = f"the rule writes `{written}`, and steps are those of the written site"
         hint = f"write `step({written})`"
     elif name in SITES_WITHOUT_STEPS and there:
-        reason = f"no steps are taken of `{name}`"
+        reason = f"`{name}` has no steps"
         can = (s for s in SITES if s in work.sites.shape.sites and s not in SITES_WITHOUT_STEPS)
         own = ", ".join(f"`{site}`" for site in can)
-        hint = f"steps can be taken of {own}"
+        hint = f"steps exist for {own}"
     else:
         return True
     work.diagnostics.append(BadDirection(span=span, text=f"step({name})", reason=reason, hint=hint))
@@ -134,7 +134,7 @@ def resolve_weight_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTarget
                 span=rule.span,
                 text=rule.span.written,
                 reason=reason,
-                hint=f"take it out of activations: `project out {rule.direction.span.written} from "
+                hint=f"remove it from activations: `project out {rule.direction.span.written} from "
                 "resid_post layers * at tokens *`",
             )
         )
@@ -155,8 +155,8 @@ def _explain_norms(work: ExperimentContext) -> str | None:
     if shape.stands_in or shape.family in FAMILIES_WITHOUT_OUTPUT_NORM:
         return None
     return (
-        f"`{name}` ({shape.family}) may have norms between its weights and the stream, which turn "
-        "what they write"
+        f"`{name}` ({shape.family}) may have norms between its weights and the stream, "
+        "which rotate the written vectors"
     )
 
 
@@ -172,7 +172,7 @@ class ValueAssignment(Intervention):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         assert rule.spec.reading is not None
         site = rule.spec.reading.span.written
-        yield Convention("value", f"`{site}` is what the unpatched run {rule.run} has there")
+        yield Convention("value", f"`{site}` is the value of the unpatched run {rule.run} there")
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
         read = vectors.read()
@@ -251,7 +251,7 @@ def _check_widths(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) 
         reason = _misfit(points, sites.sources[key], work)
         if reason is not None:
             text = rule.reading.span.written
-            hint = "name sites of one width, and as many to be read as to be written, or one"
+            hint = "name sites of equal width; read either one site or the same number as you write"
             work.diagnostics.append(
                 BadAmount(span=rule.reading.span, text=text, reason=reason, hint=hint)
             )
@@ -264,7 +264,7 @@ def _misfit(
 ) -> str | None:
     """Explain why the vectors of the sources can't be written at the points; None if they can."""
     if len(points) != len(sources):
-        return f"{len(sources)} vectors are read, and {len(points)} are written"
+        return f"{len(sources)} vectors are read, but {len(points)} are written"
     shape = work.sites.shape
     for to, of in zip(points, sources, strict=True):
         if "key" in (SITES[to.site].width, SITES[of.site].width):
@@ -466,8 +466,9 @@ class ProjectOutOfWeightsRule(DirectionRule):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield Convention(
             "weights",
-            "the direction is taken out of embeddings, position embeddings included, and of what "
-            "every attention and MLP adds, at all tokens: as if their weights couldn't write it",
+            "the direction is removed from embeddings (including position embeddings) and "
+            "from the outputs of every attention and MLP, at all tokens, as if their "
+            "weights couldn't write it",
         )
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
@@ -523,7 +524,7 @@ def _has_vectors(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -
             BadDirection(
                 span=rule.fill.span,
                 text=rule.fill.span.written,
-                reason=f"`{wide[0]}` has vectors, and one number doesn't say which",
+                reason=f"`{wide[0]}` has vectors, which one number can't specify",
                 hint=f"clamp a neuron, or a component: `clamp DIRECTION of {wide[0]} …`",
             )
         )
@@ -556,7 +557,7 @@ class PythonAssignment(Intervention):
         assert rule.python is not None
         yield Convention(
             "set",
-            f"`{rule.python.name}` is given the {rule.run} run of all rows of a cell at once, "
+            f"`{rule.python.name}` receives the {rule.run} run of all rows of a cell at once, "
             "[rows, positions, width], in the order of the data",
         )
 
@@ -574,22 +575,22 @@ class PythonAssignment(Intervention):
         own = given.clone()
         with torch.no_grad():
             made = function.call(own)
-        hint = "it takes `vectors`, [rows, positions, width], and gives the same shape"
+        hint = "it takes `vectors`, [rows, positions, width], and returns the same shape"
         try:
             found = torch.as_tensor(made).detach()
         except (TypeError, ValueError, RuntimeError, OverflowError):
             kind = "nothing" if made is None else f"a `{type(made).__name__}`"
-            raise function.failure(f"it gave {kind}, not numbers", hint) from None
+            raise function.failure(f"it returned {kind}, not numbers", hint) from None
         if found.shape != given.shape:
-            shapes = f"it gave the shape {list(found.shape)}, not {list(given.shape)}"
+            shapes = f"it returned the shape {list(found.shape)}, not {list(given.shape)}"
             raise function.failure(shapes, hint)
         if found.is_complex():
-            raise function.failure("it gave complex numbers", hint)
+            raise function.failure("it returned complex numbers", hint)
         found, lacking = found.to(given), given.isnan()
         if not (found.isfinite() | lacking).all():
             if lacking.any():
-                hint = "rows with fewer positions than others are filled up with NaN: leave it out"
-            raise function.failure("it gave NaN or infinity", hint)
+                hint = "rows with fewer positions are padded with NaN: ignore it"
+            raise function.failure("it returned NaN or infinity", hint)
         return found.masked_fill(lacking, 0.0)
 
 

@@ -113,16 +113,16 @@ def _norms(anatomy: Anatomy) -> str:
     """Describe the positions of norms in the first block."""
     block = anatomy.blocks[0]
     if anatomy.parallel:
-        how = "attention and MLP side by side"
+        how = "attention and MLP in parallel"
     elif block.middle is not None:
         how = "norms of the sums"
     else:
         how = "attention, then the MLP"
     places = {
-        "in front of attention": block.attn_norm,
-        "in front of the MLP": block.mlp_norm,
-        "behind attention": block.attn_behind,
-        "behind the MLP": block.mlp_behind,
+        "before attention": block.attn_norm,
+        "before the MLP": block.mlp_norm,
+        "after attention": block.attn_behind,
+        "after the MLP": block.mlp_behind,
         "of resid_pre + attn_out": block.middle,
         "of resid_mid + mlp_out": block.end,
         "last": anatomy.final_norm,
@@ -177,7 +177,7 @@ def _sites(stack: BlockStack) -> Table:
 def _tensor(anatomy: Anatomy, site: str) -> str:
     """Return the module whose input or output the site is, in the first block with the site."""
     if site in ATTENTION_INTERNAL_SITES:
-        return "where attention is computed"
+        return "inside the computation of attention"
     layers = anatomy.layers(site)
     tap = anatomy.tap(site, layers[0] if layers else None)
     if tap is None:
@@ -193,7 +193,7 @@ def _tensor(anatomy: Anatomy, site: str) -> str:
 def _tensor_note(site: str, tap: HookPoint, path: str, anatomy: Anatomy) -> str:
     side = "input" if tap.side == "in" else "output"
     if site == "head_out":
-        return f"heads' shares of the {side} of {path}"
+        return f"per-head contributions to the {side} of {path}"
     if site == "resid_mid" and anatomy.blocks[0].middle is None:
         return f"resid_pre + the {side} of {path}"
     factor = f"{tap.scale:g} × " if tap.scale != 1 else ""
@@ -221,4 +221,4 @@ def _passes(model: LoadedModel, found: Sequence[Diagnostic]) -> str:
     failed = next((one for one in model.checks if one.identity == PACKED_IDENTITY), None)
     reason = reason or (failed.failure if failed is not None else "")
     lost = ", ".join(RESTART_PASSES)
-    return f"planner passes: every row is a whole pass ({reason}); {lost} do not apply"
+    return f"planner passes: every row is a full forward pass ({reason}); {lost} do not apply"

@@ -39,11 +39,11 @@ HASH_PATTERN = re.compile(r"\b[0-9a-f]{64}\b")
 HASH_DIGITS = 12
 
 STATE_TEXTS: Mapping[CellState, str] = {
-    "equal": "equal to the bit",
+    "equal": "equal bit for bit",
     "rounding": "within rounding",
     "noise": "different within noise",
     "changed": "changed beyond noise",
-    "unclear": "different, but too little to say more",
+    "unclear": "different, but with too few prompts or no test",
 }
 
 
@@ -94,7 +94,7 @@ def _print_line(text: str, console: Console, indent: int = 2, hanging: int = 4) 
 def _print_inputs(found: Differences, console: Console) -> None:
     _print_title("changed inputs", console)
     if not found.inputs and not found.rows:
-        _print_line("none that is known", console)
+        _print_line("none known", console)
         return
     for each in found.inputs:
         where = f" of {_name_list(each.experiments)}" if each.experiments else ""
@@ -165,7 +165,7 @@ def _print_cells(found: Differences, console: Console) -> None:
             key = each.experiment, _measure_text(each), each.reason or ""
             groups.setdefault(key, []).append(each)
     if groups:
-        _print_title("different, but too little to say more", console)
+        _print_title("different, but with too few prompts or no test", console)
     for (experiment, measure, reason), cells in groups.items():
         named = f"{count_noun(len(cells), 'cell')} ({_name_list(each.cell for each in cells)})"
         _print_line(f"{experiment}: {measure}: {named}; {reason}{_move_text(cells)}", console)
@@ -206,7 +206,7 @@ def _effect_text(each: CellDifference) -> str:
         ends = (math.nan if end is None else end for end in (each.low, each.high))
         known = [v for v in (each.difference, each.low, each.high) if v is not None]
         difference = " ".join(interval_texts(number_format(known), each.difference, *ends))
-    what = "mean effect" if each.kind == "number" else "share of the old run's commonest"
+    what = "mean effect" if each.kind == "number" else "share of the old run's most common category"
     said = f"{what} {old} → {new}, difference {difference}"
     if each.p_corrected is not None:
         said += f", p corrected {p_text(each.p_corrected, each.p_at_most)}"
@@ -254,7 +254,7 @@ def _print_unmatched(title: str, places: Sequence[UnmatchedItem], console: Conso
 
 def _print_counts(found: Differences, console: Console) -> None:
     common = any(each.common for each in found.rows)
-    where = ", where rows differ on those of both runs" if common else ""
+    where = "; if rows differ, on those of both runs" if common else ""
     _print_title(f"{count_noun(found.compared, 'cell')} compared{where}", console)
     counts = Counter(found.counts)
     for state, words in STATE_TEXTS.items():

@@ -26,9 +26,9 @@ from mechdsl.results.statistics_conventions import selection_text
 from mechdsl.show.reports.text import measure_name, verdict_text
 from mechdsl.statistics.measurements import MissingReason
 
-SKIPPED_TEXT = "not run, as an earlier expectation fails (--fail-fast)"
+SKIPPED_TEXT = "not run, because an earlier expectation fails (--fail-fast)"
 
-UNDECIDED_TEXT = "not decided: it names an experiment that was not run (--fail-fast)"
+UNDECIDED_TEXT = "no verdict: it names an experiment that was not run (--fail-fast)"
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _verdict(outcome: ExpectOutcome, change: ExpectationChange | None) -> JunitT
         before = _figure(change.before)
         message += f"; it held before{f': {before}' if before else ''}"
     elif change is not None and change.kind == "new":
-        message += "; it is not in the earlier run"
+        message += "; it isn't in the earlier run"
     return JunitTest(outcome.text, "failure", message, "expect", outcome.line)
 
 

@@ -133,7 +133,7 @@ def _save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
 def _report_module(report: spec.Report) -> _ReportModule:
     module = REPORTS[report.kind].module
     if module is None:
-        raise ValueError(f"`report {report.kind}` isn't drawn yet: `check_report` refuses it")
+        raise ValueError(f"`report {report.kind}` isn't drawn yet: `check_report` rejects it")
     return cast(_ReportModule, import_module(module))
 
 
@@ -141,7 +141,7 @@ def _failure_text(error: Exception) -> tuple[str, str]:
     """Return the reason and a fix."""
     if isinstance(error, OSError):
         reason = (error.strerror or str(error)).lower()
-        return reason, "make room, or name a folder that may be written to, and run it again"
+        return reason, "free disk space, or name a writable folder, and run it again"
     said = " ".join(str(error).split())
     return f"{type(error).__name__}: {said}", "set MECHDSL_DEBUG=1 to see the traceback"
 
@@ -251,7 +251,7 @@ def _with_measure(result: ExperimentResult, kind: str, measure: str) -> Experime
         raise MechdslError([UnknownWord(kind="measure", word=measure, hint=hint)])
     if len(found) > 1:
         span = _report_line(kind, None, None, None).span
-        reason = f"draws one measure, and `{measure}` names {len(found)}"
+        reason = f"draws one measure, but `{measure}` names {len(found)}"
         raise MechdslError([BadReport(span=span, kind=kind, reason=reason, hint=listed)])
     chosen = slice(found[0], found[0] + 1)
     return replace(

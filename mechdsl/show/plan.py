@@ -221,16 +221,16 @@ def print_power(plan: Plan, console: Console, measured: MeasuredByVariant | None
     console.print()
     console.print(table)
     console.print(
-        f"effect: the smallest mean delta, in standard deviations of the delta from unit to unit, "
-        f"that one test finds in {TARGET_POWER:.0%} of such experiments, were deltas normal; "
-        f"its p has to be below the level, "
+        "effect: the smallest mean delta, in standard deviations of the delta between "
+        f"units, that one test finds in {TARGET_POWER:.0%} of such experiments if deltas "
+        "are normal; its p must be below the level, "
         f"{_level_text([e[0].spec.statistics for e in tested.values()])}",
         style="dim",
         highlight=False,
     )
     if any(each[0].spec.statistics.test == "bootstrap" for each in tested.values()):
         console.print(
-            "≥: of Student's t; the bootstrap-t finds as much or less",
+            "≥: computed for Student's t; the bootstrap-t has equal or lower power",
             style="dim",
             highlight=False,
         )
@@ -339,17 +339,18 @@ def _no_power_text(
     """Explain why no effect is detectable; `some` names the cells, if not all."""
     settings = experiment.spec.statistics
     if found.units < 2:
-        return f"{name}: {found.units} of them show nothing"
+        return f"{name}: {found.units} of them can't show an effect"
     if _may_pass_correction(found, settings):
         return (
-            f"{name}: what can survive{some} hangs on how cells are correlated: the smallest p of "
-            f"{found.units} is {found.smallest:.3g}, corrected by the maximum too"
+            f"{name}: which effects can survive{some} depends on the correlation of cells: "
+            f"the smallest p of {found.units} is {found.smallest:.3g}, also after "
+            "correction by the maximum"
         )
     many = settings.correction == "bh"
     alone = f"one effect alone{some} can't" if many else f"no effect{some} can"
     return (
-        f"{name}: {alone} survive: the smallest p of {found.units} is {found.smallest:.3g}, and it "
-        f"has to be below {found.level:.3g}"
+        f"{name}: {alone} survive: the smallest p of {found.units} is {found.smallest:.3g}, "
+        f"but it must be below {found.level:.3g}"
     )
 
 
@@ -380,9 +381,9 @@ def _print_measured(
     console.print()
     console.print(table)
     console.print(
-        "effect: the same in the metric's units in cells with the most units, if the effect varies "
-        "between units as the metric itself does (or as what separates the two runs); of a ratio, "
-        "as a part of its divisor's mean",
+        "effect: the same effect in the metric's units, for cells with the most units, if "
+        "the effect varies between units as the metric itself does (or as the difference of "
+        "the two runs); for a ratio, as a fraction of its divisor's mean",
         style="dim",
         highlight=False,
     )
@@ -488,7 +489,7 @@ def _print_experiments(plan: Plan, console: Console) -> None:
     for each in sorted(planned, key=lambda each: each.experiment.spec.span.start):
         parts.setdefault(get_whole_spec(each.experiment).key, []).append(each)
     for name, own in parts.items():
-        said = f"{name}, read at {len(own):,} places" if own[0].experiment.place else name
+        said = f"{name}, read at {len(own):,} positions" if own[0].experiment.place else name
         table.add_row(
             said,
             f"{sum(each.experiment.n_there for each in own):,}",
@@ -508,27 +509,27 @@ def _print_experiments(plan: Plan, console: Console) -> None:
     for what, names in writing.items():
         its = "its" if len(names) == 1 else "their"
         console.print(
-            f"each row of {' and '.join(names)}, and of {its} base and source run, writes up to "
-            f"{what}: counted as if all did",
+            f"each row of {' and '.join(names)}, and of {its} base and source run, "
+            f"generates up to {what}; the plan counts the maximum",
             highlight=False,
         )
     for each in planned:
         if said := each.experiment.spec.estimator:
             console.print(
-                f"{each.experiment.name} runs no row: `{said.text}` takes passes forward and back "
-                "over its prompts",
+                f"{each.experiment.name} runs no row: `{said.text}` runs forward and "
+                "backward passes over its prompts",
                 highlight=False,
             )
     if whole:
         console.print(
-            f"rows of {', '.join(dict.fromkeys(whole))} are whole passes: what is kept of "
-            "unpatched runs can't stand in them",
+            f"rows of {', '.join(dict.fromkeys(whole))} are full forward passes: they can't "
+            "reuse values cached from unpatched runs",
             highlight=False,
         )
     waiting = {e.experiment.name: e.experiment.stand_ins for e in planned if e.experiment.stand_ins}
     for name, others in waiting.items():
         console.print(
-            f"{name} is counted with stand-ins: what it uses is known when "
+            f"{name} is counted with placeholders: its inputs are known only after "
             f"{' and '.join(others)} {'has' if len(others) == 1 else 'have'} run",
             highlight=False,
         )
@@ -608,13 +609,13 @@ def _print_estimate(plan: Plan, cost: PlanCost, saves: Cost, console: Console) -
     )
     console.print(
         f"about {_time_text(planned.total)} on this CPU, {_time_text(plain.total)} "
-        f"as a plain loop, at {2 * rate / 1e9:.0f} GFLOP/s in a large product",
+        f"as a plain loop, at {2 * rate / 1e9:.0f} GFLOP/s in a large matrix product",
         highlight=False,
     )
     console.print(
         f"of these {_time_text(planned.loading)} to import libraries and load models, "
-        f"{_time_text(planned.prompts)} to make prompts, "
-        f"{_time_text(planned.passes)} to run the model and "
+        f"{_time_text(planned.prompts)} to build prompts, {_time_text(planned.passes)} to "
+        "run the model and "
         f"{_time_text(planned.statistics)} for statistics",
         highlight=False,
     )
@@ -653,7 +654,7 @@ def print_profile(
         f"{profile.unpatched_seconds:.3g} s for unpatched runs, means and checks, "
         f"{profile.patched_seconds:.3g} s for {profile.rows:,} patched rows, of which "
         f"{profile.distinct:,} are distinct"
-        + (f", and {profile.estimated:,} that were estimated" if profile.estimated else ""),
+        + (f", and {profile.estimated:,} estimated rows" if profile.estimated else ""),
         highlight=False,
     )
     if profile.tokens:

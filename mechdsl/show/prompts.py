@@ -135,7 +135,7 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
                 where = (
                     _token_ranges(positions)
                     if any(positions)
-                    else "white space, no token of its own"
+                    else "white space without a separate token"
                 )
                 if row.image is not None:
                     where = " | ".join(map(range_text, positions)) or "not in this row"
@@ -143,7 +143,9 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
             for label, text in row.texts.items():
                 if not text.ids:
                     scored = experiment.model.shape.side
-                    words = "what it is scored with" if scored else describe_output(text)
+                    words = (
+                        "the text or image it is scored with" if scored else describe_output(text)
+                    )
                     said = Text(f" = {text.text!r}, {words}")
                     console.print(Text("    ") + Text(label, style="magenta") + said)
                     continue
@@ -230,13 +232,13 @@ def _saves(experiment: ResolvedExperiment, console: Console) -> None:
 
 def _rules(experiment: ResolvedExperiment, console: Console) -> None:
     if experiment.generation is not None:
-        console.print(Text(f"  writes {experiment.generation.how} behind each prompt"))
+        console.print(Text(f"  generates {experiment.generation.how} after each prompt"))
     for rule in experiment.rules:
         if not rule.spec.fill_index:  # otherwise it is printed with its first fill
             _rule(experiment, rule, console)
     if experiment.spec.estimator is not None:
         said, base = experiment.spec.estimator.text, experiment.spec.base
-        console.print(Text(f"  no cell is run: `{said}` takes gradients, starting from `{base}`"))
+        console.print(Text(f"  no cell is run: `{said}` computes gradients from `{base}`"))
     cells = " × ".join(f"{axis.name} {len(axis)}" for axis in experiment.axes)
     console.print(
         f"  cells: {experiment.n_there}" + (f" ({cells})" if cells else ""), highlight=False
@@ -264,7 +266,7 @@ def _rule(
 def _step_text(rule: ResolvedRule, last: int) -> str:
     """Describe the steps of a reply in which a rule acts; `last` is the last step."""
     if rule.after_prefill:
-        return "behind the prefill, on what is kept of the prompt"
+        return "after the prefill, on the prompt's cache"
     if rule.steps is not None and rule.steps.axes:
         assert rule.spec.during is not None
         return " ".join(rule.spec.during.span.written.split())
@@ -274,7 +276,7 @@ def _step_text(rule: ResolvedRule, last: int) -> str:
         positions = rule.positions
         labels = sorted({f"`{positions.written[key].label}`" for key in positions.newest})
         steps = f"step {end}" if end == max(first, 1) else f"steps {max(first, 1)} to {end}"
-        found.append(f"in {steps} at the newest token, which goes on from {' and '.join(labels)}")
+        found.append(f"in {steps} at the newest token, which extends {' and '.join(labels)}")
     return ", then ".join(found)
 
 
@@ -328,7 +330,7 @@ def _positions(
             _hit_text(experiment, run, cell, row) for row in range(min(4, len(experiment.table)))
         ]
         if cell.reply is not None:
-            hits = ["found when the reply is written"]
+            hits = ["found during generation"]
         n = sum(1 for row in cell.hits if row)
         table.add_row(*map(Text, (cell.label, str(n), "   ".join(hits))))
     console.print(table)

@@ -106,7 +106,7 @@ def print_verdict_comparison(against: VerdictComparison, console: Console) -> No
     runs = ", ".join(against.runs)
     console.print(Text(f"against {runs}: {_count_text(against)}", style="bold"), highlight=False)
     for file in against.without:
-        print_hanging("", f"{file} is not in that run: all its expectations are new", console)
+        print_hanging("", f"{file} isn't in that run: all its expectations are new", console)
     several = len({each.file for each in against.changes}) > 1
     for change in against.changes:
         failing = "bold red" if change.fails else ""
@@ -118,7 +118,7 @@ def print_verdict_comparison(against: VerdictComparison, console: Console) -> No
         for line in _change_figures(change):
             print_hanging(CHANGE_INDENT, line, console)
     if against.of_kind("failed before"):
-        print_hanging("", "what failed before doesn't fail the job", console)
+        print_hanging("", "expectations that failed before don't fail the job", console)
 
 
 def _count_text(against: VerdictComparison) -> str:
@@ -140,7 +140,7 @@ def _change_text(change: ExpectationChange) -> str:
 def _change_figures(change: ExpectationChange) -> list[str]:
     """Format both figures with their intervals, and the reason for a failure."""
     if change.lost is not None:
-        return [f"{change.lost.code}: {change.lost.reason}", "then it was"]
+        return [f"{change.lost.code}: {change.lost.reason}", "in the earlier run it was"]
     now, before = change.now, change.before
     said = "; ".join(
         f"{when} {_verdict_text(outcome)}"

@@ -79,7 +79,7 @@ def aggregate(name: str) -> Callable[[type[AggregateT]], type[AggregateT]]:
 def _class_problem(name: str, entry: type[CellAggregate]) -> str | None:
     """Return the reason that a class can't be registered."""
     if name in _OTHER_FUNCTIONS:
-        return "its name is a function of the language"
+        return "its name is already a function of the language"
     wrong = name_problem(name) or attribute_problem(
         entry, texts=("documentation",), counts=("min_cells",)
     )

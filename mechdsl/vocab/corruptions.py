@@ -349,7 +349,7 @@ class AddChange(ActivationChange):
         kind = NOISES.get(call.name)
         if kind is None:
             known = ", ".join(f"`{name}`" for name in NOISES)
-            hint = did_you_mean(call.name, NOISES, f"there is {known}")
+            hint = did_you_mean(call.name, NOISES, f"the types are {known}")
             return None, [UnknownWord(span=call.span, kind="noise", word=call.name, hint=hint)]
         wrong: list[Diagnostic] = []
         site = change.to
@@ -385,7 +385,7 @@ class AddChange(ActivationChange):
                         return refused(f"takes 1 to {limits.SAMPLES:,} samples", argument)
                     samples = int(number)
                 case None:
-                    return refused("takes arguments with names", argument)
+                    return refused("takes named arguments", argument)
                 case name:
                     return refused(f"has no argument `{name}`", argument)
         if (std is None and sds is None) or (sds is not None and sds <= 0):

@@ -605,7 +605,7 @@ def check_pattern(pattern: str) -> None:
             raise ValueError(str(error)) from error
     counts = [int(most or least) for least, most in _REPEATED.findall(pattern)]
     if math.prod(max(1, count) for count in counts) > limits.REPEATS:
-        raise ValueError(f"its repetitions multiply to more than {limits.REPEATS:,}")
+        raise ValueError(f"its nested repetitions exceed {limits.REPEATS:,}")
 
 
 def _found(pattern: str, text: str, row: int) -> bool:

@@ -287,23 +287,25 @@ def _wrong_words(
     example = f"write it as in `{kind.example}`"
     variable, by = signature.variable, signature.by
     if variable is not None and report.variable is None:
-        return "doesn't say along which axis", example
+        return "names no axis", example
     if by is not None and by.needed and report.by is None:
-        return f"doesn't say by which {'measure' if signature.by_category else 'axis'}", example
+        return f"names no `by` {'measure' if signature.by_category else 'axis'}", example
     if variable is not None and report.variable == report.by:
         return f"has `{report.by}` twice", example
     if variable is None and report.variable is not None:
-        return f"takes no axis, but `{report.variable}` stands behind it", example
+        return f"takes no axis, but `{report.variable}` follows it", example
     if report.top is not None and not signature.top:
-        return f"shows everything, but `top {report.top}` stands behind it", example
+        return f"shows everything, but `top {report.top}` follows it", example
     if by is None and report.by is not None:
-        return f"takes no `by`, but `by {report.by}` stands behind it", example
+        return f"takes no `by`, but `by {report.by}` follows it", example
     return None
 
 
 def _wrong_experiment(kind: ReportKind, writes: bool | None) -> ReportProblem:
     if kind.of_replies and writes is False:
-        return "shows replies, and this experiment writes none", "add a line such as `generate 40`"
+        return "shows replies, but this experiment generates none", (
+            "add a line such as `generate 40`"
+        )
     return None
 
 
@@ -321,21 +323,21 @@ def _wrong_axes(
     names = [name for each in measures or () for name in short_names(each.label, each.word)]
     if signature.by_category and report.variable in names and report.by in (*axes, *values):
         exchanged = f"`report {kind.name} {report.by} by {report.variable}`"
-        return f"is by a measure, and `{report.by}` is none", f"write {exchanged}"
+        return f"needs a measure after `by`, but `{report.by}` isn't one", f"write {exchanged}"
     for word, too in zip((report.variable, by), value_too, strict=True):
         if word is None or word in axes or (too and word in values):
             continue
         hint = f"the experiment's axes are {listed}"
         if not axes:
-            hint = "the experiment sweeps nothing: its one cell is shown by `report table`"
+            hint = "the experiment has no sweep: `report table` shows its only cell"
         if value_too[0] and values:
             listed = name_list(values)
             hint = f"{hint}; values of the prompts are {listed}"
         hint = did_you_mean(word, [*axes, *(values if too else ())], hint)
-        return f"has no axis `{word}` to run along", hint
+        return f"has no axis `{word}`", hint
     if kind.along is not None and kind.along not in axes:
         return (
-            f"needs the axis `{kind.along}`, and this experiment has no sweep over positions",
+            f"needs the axis `{kind.along}`, but this experiment has no sweep over positions",
             "sweep them: `at token *`, `at each token of NAME`, or `at A token, B token`",
         )
     return None
@@ -353,7 +355,7 @@ def _wrong_measures(
         if any(report.by in names for names in known):
             return None
         number = any(report.by in short_names(each.label, each.word) for each in measures)
-        what = "is a number, not a category" if number else "is none of its measures"
+        what = "is a number, not a category" if number else "isn't one of its measures"
         if not known:
             return f"is by `{report.by}`, which {what}", "add `measure argmax(1..9) as raw`"
         ways = " or ".join(f"`by {names[-1]}`" for names in dict.fromkeys(known))
@@ -370,9 +372,9 @@ def _wrong_file(kind: ReportKind, to: OutputFile | None, report: spec.Report) ->
     if to is None:
         if report.file is None:
             return None
-        return f'is printed only, but `to "{report.file}"` stands behind it', "leave it out"
+        return f'can only be printed, but `to "{report.file}"` follows it', "remove it"
     if to.needed and report.file is None:
-        return "is nothing that can be printed", f"write it as in `{kind.example}`"
+        return "can't be printed", f"write it as in `{kind.example}`"
     missing = [module for module in kind.needs if find_spec(module) is None]
     if missing:
         return f"needs {' and '.join(missing)}", 'pip install "mechdsl[frames]"'
@@ -400,5 +402,5 @@ def _wrong_width(report: spec.Report) -> ReportProblem:
         return "has a width but no file", 'write it as in `to "heads.pdf" width 1 column`'
     if PurePath(report.file).suffix.lower() not in PAPER_SUFFIXES:
         endings = " or ".join(f"`{suffix}`" for suffix in PAPER_SUFFIXES)
-        return f"has a width, but `{report.file}` is no picture", f"its file ends in {endings}"
+        return f"has a width, but `{report.file}` isn't a picture", f"its file ends in {endings}"
     return None

@@ -62,7 +62,7 @@ def test_what_failed_before_fails_no_job(command: Command) -> None:
     assert said[1] == "failed before  heads: expect max(recovery) > 5"
     figure = done.out.partition("expect max(recovery) > 5  ")[2].partition("\n")[0]
     assert said[2].strip() == f"now fails: {figure}; then fails: {figure}"
-    assert said[3:] == ["what failed before doesn't fail the job"]
+    assert said[3:] == ["expectations that failed before don't fail the job"]
     root = junit(Path("r.xml").read_text())
     assert verdicts(root) == {HELD: "passed", FAILED: "skipped"}
     assert message(root, FAILED).startswith("failed before (")
@@ -146,11 +146,11 @@ def test_several_files(command: Command) -> None:
     assert "against kept: 2 expectations hold as before, 1 failed before" in done.out
     done = command("run", "a.mech", "c.mech", "--against", "kept")
     assert done.status == 1
-    assert "c.mech is not in that run: all its expectations are new" in done.out
+    assert "c.mech isn't in that run: all its expectations are new" in done.out
     assert "new            c.mech: heads: expect max(recovery) > 5" in done.out
     # a run of one file
     done = command("run", "a.mech", "c.mech", "--against", "kept/a")
-    assert "c.mech is not in that run" in done.out
+    assert "c.mech isn't in that run" in done.out
     done = command("run", "b.mech", "c.mech", "--against", "kept/a")
     assert (done.status, done.out) == (2, "")
     assert "`--against kept/a`: it is a run of `a.mech`, which isn't run now" in done.err
@@ -175,7 +175,7 @@ def test_it_is_read_before_it_is_replaced(command: Command) -> None:
         ("lst", "there is no store"),
         ("last", "there is no store"),
         ("kept/a.mech", "there is no store"),
-        (".", "the folder `.` holds no run"),
+        (".", "the folder `.` contains no run"),
         ("", "there is no store"),
     ],
 )
@@ -246,7 +246,7 @@ def test_an_untrusted_file(command: Command, monkeypatch: pytest.MonkeyPatch) ->
     for named in ("last", "2026"):
         done = command("run", "a.mech", "--untrusted", "--against", named)
         assert (done.status, done.out) == (2, "")
-        assert "the store beside an untrusted file isn't read" in done.err
+        assert "the store next to an untrusted file isn't read" in done.err
 
 
 def test_typos(command: Command) -> None:

@@ -56,12 +56,12 @@ def flat(text: str) -> str:
 
 def test_explain_says_when_rules_act(command: Command, file: Path) -> None:
     said = flat(command("explain", file).out)
-    assert "writes up to 6 tokens behind each prompt" in said
+    assert "generates up to 6 tokens after each prompt" in said
     rules = [part.partition(" patch ")[0] for part in said.split(" acts ")[1:]]
     assert rules[0].startswith("in the prefill scale z")
-    newest = "at the newest token, which goes on from `last token`"
+    newest = "at the newest token, which extends `last token`"
     assert rules[1].startswith(f"in steps 2 to 3 {newest} scale k")
-    assert rules[2].startswith("behind the prefill, on what is kept of the prompt block")
+    assert rules[2].startswith("after the prefill, on the prompt's cache block")
     assert rules[3].startswith("in the prefill cells: 2")
 
 
@@ -69,7 +69,7 @@ def test_explain_names_all_that_follows(command: Command, file: Path) -> None:
     text = file.read_text("utf-8").replace(" during prefill", "")
     file.write_text(text, "utf-8")
     said = flat(command("explain", file).out)
-    newest = "in steps 1 to 5 at the newest token, which goes on from `tokens *`"
+    newest = "in steps 1 to 5 at the newest token, which extends `tokens *`"
     assert f"acts in the prefill, then {newest}" in said
 
 
@@ -91,7 +91,7 @@ def test_the_graph_has_a_node_for_what_is_written(command: Command, drawn: Path)
 
 def test_the_plan_prices_each_token(command: Command, file: Path) -> None:
     said = command("plan", file).out
-    assert "writes up to 6 tokens" in flat(said)
+    assert "generates up to 6 tokens" in flat(said)
     rows = {line.split()[0]: line.split() for line in said.splitlines() if line.strip()}
     tokens = {name: int(rows[name][4].replace(",", "")) for name in ("join", "cache")}
     (experiment,) = json.loads(command("explain", file, "--format", "json").out)["experiments"]
@@ -108,8 +108,8 @@ def test_a_plan_of_files_that_write_nothing_has_no_such_line(command: Command, f
     file.write_text(text, "utf-8")
     done = command("plan", file)
     assert done.status == 0, done.err
-    assert "cache" not in done.out
-    assert "writes" not in done.out
+    assert not re.search(r"^ *cache:", done.out, re.M)
+    assert "generates" not in done.out
 
 
 def test_a_table_says_how_replies_were_written(command: Command, drawn: Path) -> None:
@@ -119,19 +119,19 @@ def test_a_table_says_how_replies_were_written(command: Command, drawn: Path) ->
     ) in said
     assert "seed 3: separate draws for each prompt" in said
     assert 'replies end before "Part" or "\\n", or after 6 tokens' in said
-    assert "samples 2 per row; the value of a row is their mean" in said
-    assert "`last token` and `tokens *` go on to the newest token" in said
+    assert "samples 2 per row; a row's value is their mean" in said
+    assert "`last token` and `tokens *` extend to the newest token" in said
     assert "positions of the prompt are written in step 0" in said
-    edit = "`scale k layer 2 head 0 at last-item token by 3 after prefill` edits what is kept"
+    edit = "`scale k layer 2 head 0 at last-item token by 3 after prefill` edits the prompt's cache"
     assert edit in said
-    assert "prompt end what isn't read off the reply is measured in step 0" in said
+    assert "prompt end metrics that don't read the reply are measured in step 0" in said
 
 
 def test_a_table_does_not_say_what_no_rule_does_in_step_0(command: Command, file: Path) -> None:
     text = re.sub(r"\n  (patch|scale k|block) .*", "", file.read_text("utf-8"))
     file.write_text(text.replace("at last token by 2", "at tokens * by 2"), "utf-8")
     said = flat(command("run", file, "--no-store").out)
-    assert "go on to the newest token" in said
+    assert "extend to the newest token" in said
     assert "are written in step 0" not in said
 
 
@@ -140,8 +140,8 @@ def test_a_table_of_likeliest_tokens_says_less(command: Command, file: Path) -> 
     text = re.sub(r"  (scale|block) .*\n", "", text)
     file.write_text(text, "utf-8")
     said = flat(command("run", file, "--no-store").out)
-    assert "up to 6 tokens after each prompt, each the most likely token" in said
-    for absent in ("samples 2", "prompt end", "newest token", "edits what is kept"):
+    assert "up to 6 tokens after each prompt, the most likely token at each step" in said
+    for absent in ("samples 2", "prompt end", "newest token", "edits the prompt's cache"):
         assert absent not in said
 
 
@@ -206,7 +206,7 @@ def test_what_saved_replies_cost(command: Command, tmp_path: Path) -> None:
     said = flat(command("explain", path).out)
     assert f"up to {len(lengths) * 6 * 3} vectors of 1 site of `clean`" in said
     assert "3 samples of each" in said
-    assert "found when the reply is written" in said
+    assert "found during generation" in said
 
 
 SEARCHED = ALONE.replace(
@@ -227,7 +227,7 @@ def test_a_search_without_an_end_is_an_error(
     done = command("run", path, "--no-store")
     assert done.status, "a measure is missing"
     assert "E0612" in done.err
-    assert "letters it takes more than 0.05 s, in the run `clean`, row" in flat(done.err)
+    assert "letters the search takes more than 0.05 s, in the run `clean`, row" in flat(done.err)
     assert "e: length" in done.out
 
 
@@ -238,8 +238,8 @@ def test_the_heading_says_what_an_effect_is_set_against(command: Command, tmp_pa
     lines = {
         "length": "0 is clean (3.000 tokens)",
         "exact_match": "0 is clean (0.000)",
-        "entropy at reply token 2": r"0 is clean behind the same replies \(\S+ nat\)",
-        'entropy at "x" of reply token': "0 is clean behind the same replies",
+        "entropy at reply token 2": r"0 is clean after the same replies \(\S+ nat\)",
+        'entropy at "x" of reply token': "0 is clean after the same replies",
     }
     path = tmp_path / "file.mech"
     text = ALONE[: ALONE.index("experiment")]

@@ -53,7 +53,7 @@ def errors(text: str, folder: Path | None = None) -> list[str]:
         (chain(400), "E0207", "more than 50 metrics"),
         (chain(400, " + 1"), "E0207", "more than 50 metrics"),
         (chain(40, f" + {'1 + ' * 60}1"), "E0207", "nested more than 200 levels deep"),
-        (program(f"item in 0..3\n v0 = item\n{NESTED_VALUES}"), "E0506", "within one another"),
+        (program(f"item in 0..3\n v0 = item\n{NESTED_VALUES}"), "E0506", "nested parts"),
         (program("item in 2..9\n x = item" + " * 9" * 150 + " * x0\n x0 = item" + " * 9" * 190),
          "E0503", "more than 300 digits"),
         (program(rule="patch layer 0 neuron 0..9 at token 0..99999999999"), "E0310", "outside"),

@@ -305,7 +305,7 @@ def test_divided_weights_may_be_links(here: Path, command: Command) -> None:
     (here / "model" / "more" / "2.safetensors").symlink_to(here.parent / "elsewhere" / "blob")
     done = command("validate", "--untrusted", path)
     assert "[E0535]: `local` names `model/more/2.safetensors`" in done.err
-    assert "`model.safetensors.index.json` names it" in done.err
+    assert "`model.safetensors.index.json` refers to it" in done.err
 
 
 def test_a_cached_model_of_links_is_read(

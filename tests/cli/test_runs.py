@@ -148,7 +148,7 @@ def test_a_run_of_another_version(
     for form in ("table", "csv"):
         done = command("runs", "show", id, "--format", form, *store)
         assert (done.status, done.out) == (2, "")
-        assert "archive of another version" in done.err
+        assert "archive of a different version" in done.err
         assert "`mechdsl runs show RUN --format json` prints its document" in done.err
 
 

@@ -30,8 +30,8 @@ def test_a_model_of_the_zoo(command: Command) -> None:
     for said in (
         "LlamaForCausalLM",
         "4 blocks of width 128, 4 heads of 32",
-        "in front of attention `input_layernorm`",
-        "rows restarted at a block and token = whole passes",
+        "before attention `input_layernorm`",
+        "rows restarted at a block and token = full forward passes",
         "planner passes: all",
     ):
         assert said in text
@@ -54,7 +54,7 @@ def test_whole_passes_say_why(command: Command, tmp_path: Path) -> None:
     text = " ".join(done.out.split())
     assert "mixer_out" in text
     assert "no `z`:" in text
-    assert "planner passes: every row is a whole pass (" in text
+    assert "planner passes: every row is a full forward pass (" in text
 
 
 def test_a_model_that_takes_images(command: Command, tmp_path: Path) -> None:

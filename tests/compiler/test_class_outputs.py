@@ -106,7 +106,7 @@ def test_what_an_answer_is_is_said(
 ) -> None:
     found = checked(tmp_path, labels, answer, "0")
     (experiment,) = found.experiments
-    assert experiment.table.conventions["answer"].endswith(f"{said}, and no token")
+    assert experiment.table.conventions["answer"].endswith(f"{said}, not a token")
     shown = io.StringIO()
     print_prompts(found, Console(file=shown, width=200))
     assert re.search(rf"answer = '[^']*', {said}", shown.getvalue())

@@ -296,8 +296,8 @@ def test_of_an_unknown_architecture_nothing_wrong_is_said(tmp_path: Path) -> Non
     own = Path(zoo.__path__[0]) / "counting"
     config = json.loads((own / "config.json").read_text(encoding="utf-8"))
     for name, said_of_it in {
-        "WeirdNet": "doesn't say that it predicts the next token",
-        "BertForMaskedLM": "a masked language model predicts tokens in their own place",
+        "WeirdNet": "doesn't state that it predicts the next token",
+        "BertForMaskedLM": "a masked language model predicts tokens at their own position",
     }.items():
         folder = tmp_path / name
         folder.mkdir()

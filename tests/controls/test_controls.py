@@ -116,7 +116,7 @@ def test_a_draw_in_a_replaced_block_is_refused(rule: str) -> None:
     removed = ("replace block layer 1 with identity", "measure logit(answer) as delta")
     found = check(rule, *removed, "against random(5)")
     (wrong,) = [each for each in found.diagnostics if each.code == "E0630"]
-    assert f"`{rule}` lies in a block that is replaced with identity" in wrong.message
+    assert f"`{rule}` is in a block that is replaced with identity" in wrong.message
     assert not has_errors(check(rule, *removed).diagnostics)
 
 
@@ -302,7 +302,7 @@ def test_what_has_no_others_stays() -> None:
     rules = ('replace first token of fruits with "fig"', "ablate L0H1 at last token with zero")
     found = control("e", check("measure logit(answer) as delta", *rules, "against random(2)"))
     assert found.what == "random heads"
-    assert '`replace first token of fruits with "fig"` as it is' in found.said
+    assert '`replace first token of fruits with "fig"` unchanged' in found.said
 
 
 def test_few_others() -> None:
@@ -312,7 +312,7 @@ def test_few_others() -> None:
     assert {frozenset(p.unit for p in points) for points in drawn(found).values()} == {
         frozenset(each) for each in combinations(range(4), 3) if each != (0, 1, 2)
     }
-    assert "own among them" in found.said
+    assert "including the cell's targets" in found.said
 
 
 def test_fewer_others_than_draws() -> None:
@@ -326,8 +326,8 @@ def test_fewer_others_than_draws() -> None:
     assert len(by_cell) == 16
     for (_, head), units in by_cell.items():
         assert sorted(units) == sorted(set(range(4)) - {head})
-    assert found.said.startswith("random heads, 3 draws, all there are, seed 3;")
-    assert "none of the cell's own" in found.said
+    assert found.said.startswith("random heads, 3 draws, all that exist, seed 3;")
+    assert "none of the cell's targets" in found.said
 
     values = effects(explicit([f"patch L1H{head} at last-item token" for head in range(4)], *PATCH))
     body = "".join(f"  {line}\n" for line in (*PATCH, rule, "against random(20)"))
@@ -337,17 +337,17 @@ def test_fewer_others_than_draws() -> None:
         same_band(result, 4 + head, np.delete(values, head))
     printed = result.to_text(120)
     assert (
-        "null: range of 3 draws of random heads, all there are; one more like them lies in it"
+        "null: range of 3 draws of random heads, all that exist; a further draw falls in this range"
         in printed
     )
-    assert "lies in it with 50 %" in printed
+    assert "with probability 50 %" in printed
 
 
 def test_as_many_draws_as_there_are_others() -> None:
     rule = "patch L1H2 at last-item token"
     few, more = (control("e", check(*PATCH, rule, f"against random({n})")) for n in (3, 4))
-    assert "all there are" not in few.said
-    assert "3 draws, all there are" in more.said
+    assert "all that exist" not in few.said
+    assert "3 draws, all that exist" in more.said
     assert drawn(more) == drawn(few)
 
 
@@ -366,9 +366,9 @@ def test_cells_with_more_and_with_fewer_others() -> None:
     assert band is not None
     # L2H0 and L1H2: 3 others of the one, 3 × 3 pairs of others of both
     assert band.draws.tolist() == [3, 4]
-    assert "3 to 4 draws, all there are where fewer than 4" in picked.conventions["controls"]
+    assert "3 to 4 draws, all that exist where fewer than 4" in picked.conventions["controls"]
     assert (
-        "range of 3 to 4 draws of random heads, all there are where fewer than 4"
+        "range of 3 to 4 draws of random heads, all that exist where fewer than 4"
         in picked.to_text(140)
     )
     others = [f"patch L2H{head} at last-item token" for head in (1, 2, 3)]
@@ -400,8 +400,8 @@ def test_the_most_different_ones() -> None:
     assert [{p.unit for p in points} for points in drawn(one).values()] == [{2, 3}]
     sets = Counter(frozenset(p.unit for p in points) for points in drawn(many).values())
     assert sets == {frozenset(s): 1 for s in combinations(range(4), 2) if s != (0, 1)}
-    assert "5 draws, all there are" in many.said
-    assert "the cell's own among them" in many.said
+    assert "5 draws, all that exist" in many.said
+    assert "including the cell's targets" in many.said
 
 
 def test_a_rule_without_others_beside_one_that_has_some() -> None:
@@ -451,7 +451,7 @@ def test_ends_of_a_curve_have_no_others(rule: str, picked: str, what: str) -> No
     )
     found = mechdsl.run(START + picked + curve)["curve"]
     said = found.conventions["controls"]
-    assert "2 of 5 cells have no others, and no band" in said
+    assert "2 of 5 cells have no alternatives and no band" in said
     band = found.control(0)
     assert band is not None
     for end in (0, 4):
@@ -492,13 +492,13 @@ def test_few_other_tokens_of_one_row() -> None:
     others = row.special.count(False) - 1
     assert set(counts.values()) == {1}
     assert len(counts) == found.draws == others
-    assert f"{others} draws, all there are" in found.said
+    assert f"{others} draws, all that exist" in found.said
 
 
 def test_cells_in_which_one_rule_has_others() -> None:
     said = mechdsl.run(BOTH)["e"].conventions["controls"]
-    assert said.startswith("random heads and positions, 3 to 5 draws, all there are where fewer")
-    assert "in 1 of 3 cells a rule has no others and stays as it is" in said
+    assert said.startswith("random heads and positions, 3 to 5 draws, all that exist where fewer")
+    assert "in 1 of 3 cells a rule has no alternatives and doesn't change" in said
     assert "no band" not in said
 
 

@@ -95,7 +95,7 @@ class TestMovedToken:
                 assert [len(t.ids) for t in row.texts.values()] == [1, 1]
         assert len(made.runs["clean"].rows[0].ids) == len(plain.ids) + 1
         assert made.moved == plain.ids[1:2] or qwen.token_text(made.moved[0]) == " "
-        assert made.conventions["answer"].endswith("its first token ` ` stands in the prompt")
+        assert made.conventions["answer"].endswith("its first token ` ` is part of the prompt")
         count = made.runs["clean"].rows[0].values["count"]
         assert ids(made, '" {count + 1}"', qwen)[0][0] == [str(count + 1)]
 

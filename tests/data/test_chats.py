@@ -248,7 +248,7 @@ def test_a_text_that_would_end_its_turn_is_refused(shape: str, text: str) -> Non
             continue
         code, message = refused(shape, f'x in ["plum", "{text}"]\nchat {{ {turns} }}')
         assert code == "E0552"
-        assert "a special token or mark of turns" in message
+        assert "a special token or a turn marker" in message
 
 
 def test_what_a_template_refuses_is_said() -> None:
@@ -273,7 +273,7 @@ def test_what_a_template_refuses_is_said() -> None:
 def test_a_turn_that_is_changed_or_left_out_is_refused(template: str) -> None:
     code, message = refused("chatml", 'chat { system "one two" user "plum" }', template)
     assert code == "E0552"
-    assert "can't be found" in message
+    assert "doesn't appear in" in message
 
 
 def test_a_reply_that_has_begun_stands_at_the_end() -> None:
@@ -466,9 +466,9 @@ def test_a_model_that_is_not_here_is_not_asked() -> None:
 
 def test_the_date_is_said() -> None:
     said = table("llama", CHATS["one"]).conventions["chat"]
-    assert "today is 26 July 2024" in said
-    assert "opening of a reply" in said
-    assert "begun" in table("chatml", CHATS["begun"]).conventions["chat"]
+    assert "the template's date is 26 July 2024" in said
+    assert "start of a reply" in said
+    assert "unfinished reply" in table("chatml", CHATS["begun"]).conventions["chat"]
     assert "July" not in table("chatml", CHATS["begun"]).conventions["chat"]
     assert "26 Jul 2024" in table("llama", CHATS["one"]).runs["clean"].rows[0].text
 

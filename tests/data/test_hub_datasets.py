@@ -143,7 +143,7 @@ def test_the_digest_is_of_what_is_read(tmp_path: Path) -> None:
         ('hf_dataset("empty", split: "train")', "it has no data files"),
         ('hf_dataset("broken", split: "train")', "E0505"),
         ('hf_dataset("gone", split: "train")', "files that `state.json` names are missing"),
-        ('hf_dataset("odd", split: "train")', "`state.json` is not understood"),
+        ('hf_dataset("odd", split: "train")', "`state.json` can't be read"),
     ],
 )
 def test_what_cannot_be_read(what: str, said: str, tmp_path: Path) -> None:

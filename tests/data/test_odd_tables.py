@@ -89,7 +89,11 @@ def test_an_index_without_a_name_is_kept(tmp_path: Path) -> None:
     ("content", "message", "hint"),
     [
         (b",item,\n0,apple,x\n", "2 of its columns have no name", "name them in the first line"),
-        (b"item, item\na,b\n", "two columns are called `item`", "give each of them"),
+        (
+            b"item, item\na,b\n",
+            "two columns are called `item`",
+            "give each column a different name",
+        ),
         (b"item\nb\xe9\n", "byte 6 is not UTF-8", "in Excel: `CSV UTF-8`"),
         (b"\xff\xfei\x00t\x00e", "byte 6 is not UTF-16", "save the file in UTF-8"),
     ],

@@ -102,7 +102,7 @@ class TestLimit:
     def test_without_draws_there_are_no_more(self, words: TextTokenizer) -> None:
         made = table('a in 1..3 template "{a}"', words, limit=200)
         assert len(made) == 3
-        assert "there are no more" in made.conventions["rows"]
+        assert "no more exist" in made.conventions["rows"]
 
     def test_draws_that_run_out(self, words: TextTokenizer) -> None:
         text = 'item in ["apple", "pear"] xs = list(item, 2, sep: " ") template "{xs}"'
@@ -265,13 +265,13 @@ class TestCorruptions:
         every, found = build(f"{rows} {rest}", words)
         assert every is not None
         assert sorted(texts(every)) == ["1", "1", "1", "1", "3"]
-        assert every.conventions["rows"] == "5 of 5 records, 2 of them equal to another, seed 0"
+        assert every.conventions["rows"] == "5 of 5 records, 2 of them duplicates, seed 0"
         assert [d.message for d in found] == ["2 of 5 rows of prompts `p` are duplicates"]
         once, found = build(f"{rows} distinct {rest}", words)
         assert once is not None
         assert found == []
         assert sorted(texts(once)) == ["1", "1", "3"]
-        assert once.conventions["dropped"] == "2 that were there already"
+        assert once.conventions["dropped"] == "2 duplicates"
         assert (
             once.row_ids
             == tuple(  # the same rows, but for the copies
@@ -640,4 +640,4 @@ class TestConventions:
     def test_tokens(self, words: TextTokenizer) -> None:
         made = table(FRUIT, words, limit=5)
         assert made.conventions["bos"] == "`<s>` in front (by the tokenizer)"
-        assert made.conventions["answer"].endswith("one token, read behind the prompt")
+        assert made.conventions["answer"].endswith("one token, read after the prompt")

@@ -138,8 +138,8 @@ def test_parts_of_shots_are_positions(
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
-        ("shots = shuffle(shots, outptu)", "E0503", "draw no `outptu`"),
-        ("shots = shuffle(output, input)", "E0515", "deals out values of a list of texts"),
+        ("shots = shuffle(shots, outptu)", "E0503", "don't draw `outptu`"),
+        ("shots = shuffle(output, input)", "E0515", "reassigns values within a list of texts"),
         ("shots = shuffle(shots, output, input)", "E0515", "has too many arguments"),
     ],
 )

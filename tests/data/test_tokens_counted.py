@@ -101,7 +101,7 @@ def test_places_that_differ_have_to_be_told_apart(spaced: TextTokenizer) -> None
     made, found = build(text, spaced)
     assert made is None
     assert {d.code for d in found} == {"E0503"}
-    assert "tokens in different places of the prompt" in found[0].message
+    assert "tokens at different positions of the prompt" in found[0].message
     assert len(table(text.replace('{x}"', '{y = x}"').replace("(x)", "(y)"), spaced)) == 3
 
 

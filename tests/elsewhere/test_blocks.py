@@ -25,7 +25,7 @@ def test_row_by_row(folder: Path, family: str, mode: str) -> None:
         DIFFERENCE,
     )  # fmt: skip
     found = run(text, folder, models(family), MODES[mode])["e"]
-    assert found.conventions["rows of q"] == "by their number, beside those of `p`"
+    assert found.conventions["rows of q"] == "paired by row number with those of `p`"
     assert found.hashes["data of q"] == found.hashes["data"]
     sources, bases = [q(record) for record in ROWS], prompts()
     where = [(s.subject[-1:], b.subject[-1:]) for s, b in zip(sources, bases, strict=True)]
@@ -56,7 +56,7 @@ def test_into_a_block_of_one_row(folder: Path, family: str, mode: str) -> None:
         DIFFERENCE,
     )  # fmt: skip
     found = run(text, folder, models(family), MODES[mode])["e"]
-    assert found.conventions["rows of blank"] == "its only row beside each of `p`"
+    assert found.conventions["rows of blank"] == "its only row, paired with each row of `p`"
     from ..reference.points import Point
 
     sources, bases = prompts(), [BLANK] * len(ROWS)

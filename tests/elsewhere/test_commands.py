@@ -103,7 +103,7 @@ def test_run_one_of_them(file: Path) -> None:
 def test_run_of_what_comes_from_elsewhere(file: Path) -> None:
     shown = call("run", file, "--only", "other").stdout
     assert "toy · fruit → blank" in shown
-    assert "its only row beside each of `fruit`" in " ".join(shown.split())
+    assert "its only row, paired with each row of `fruit`" in " ".join(shown.split())
     shown = call("run", file, "--only", "across").stdout
     assert "toy · twin → toy" in shown
     assert "model twin" in shown

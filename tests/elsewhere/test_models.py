@@ -187,7 +187,7 @@ def test_rows_that_only_some_models_keep(folder: Path) -> None:
     assert found.row_ids is not None
     assert set(found.row_ids) == kept[0] & kept[1]
     assert found.prompts == len(kept[0] & kept[1])
-    assert "that all have" in found.conventions["prompts"]
+    assert "that all results have" in found.conventions["prompts"]
 
 
 def _kept(family: str, model: str) -> set[int]:

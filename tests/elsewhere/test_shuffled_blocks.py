@@ -30,7 +30,7 @@ def test_what_is_read_is_the_row_that_is_dealt(folder: Path, family: str, mode: 
     found = run(text, folder, models(family), MODES[mode])
     assert (found["paired"].source, found["shuffled"].source) == ("q", "q shuffled")
     said = found["shuffled"].conventions
-    assert said["rows of q shuffled"] == "dealt by a seeded shuffle to those of `p`"
+    assert said["rows of q shuffled"] == "paired by a seeded shuffle with those of `p`"
     assert "rows of q" not in said
     number = list(range(len(ROWS)))
     content = RecordOrder(ROWS)

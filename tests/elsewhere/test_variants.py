@@ -73,7 +73,7 @@ def test_models_and_sources_multiply(folder: Path) -> None:
             expected = by_prompt("llama", cells, sources, bases, where, read=name, model=name)
             same(found.measures[0], expected, slice(number, number + 2))
             number += 2
-    assert found.conventions["model"] == "LlamaForCausalLM, handed over from Python"
+    assert found.conventions["model"] == "LlamaForCausalLM, passed from Python"
 
 
 def test_what_is_kept_on_disk_is_one_file(folder: Path) -> None:

@@ -38,28 +38,28 @@ experiment e {{
 }}
 """
 REFUSED = {
-    "prob(count + 3..5)": ("E0503", "7..5 has no numerals", "in the row with count = 4"),
-    "prob(9..count - 1)": ("E0503", "has no numerals", "in the row with count = "),
+    "prob(count + 3..5)": ("E0503", "7..5 contains no numerals", "in the row with count = 4"),
+    "prob(9..count - 1)": ("E0503", "contains no numerals", "in the row with count = "),
     "prob(count / 2..9)": ("E0503", "1.5 is not a whole number", "in the row with count = 3"),
     "prob(count..20000)": ("E0503", "numerals are more than 10,000", "in the row with count = "),
     "prob(count..x)": ("E0501", "no value or column `x`", ""),
     "prob(9..1)": ("E0612", "the smaller one first", ""),
-    "prob([0.5])": ("E0503", "0.5 in it is no text", ""),
-    "prob(count)": ("E0503", "it is a value, 4, and no text", ""),
-    "expected(words)": ("E0612", "not all of it are whole numbers", ""),
-    "expected(answer)": ("E0612", "its argument doesn't fit", ""),
-    "prob(answer, digits: 2)": ("E0612", "`digits` is for numerals", ""),
+    "prob([0.5])": ("E0503", "0.5 in the list is not a text", ""),
+    "prob(count)": ("E0503", "it is a value, 4, not a text", ""),
+    "expected(words)": ("E0612", "not all of its entries are whole numbers", ""),
+    "expected(answer)": ("E0612", "its argument has the wrong type", ""),
+    "prob(answer, digits: 2)": ("E0612", "`digits` applies to numerals", ""),
     "prob(0..9, digits: 0)": ("E0612", "`digits` must be a whole number from 1", ""),
-    "prob(digits: 2)": ("E0612", "its argument doesn't fit", ""),
+    "prob(digits: 2)": ("E0612", "its argument has the wrong type", ""),
     "prob(0..count, digits: 2)": ("E0519", "` 00`", ""),
     "logit(answer, wrong)": ("E0612", "it takes 1 argument, not 2", ""),
     "kl(clean, answer)": ("E0612", "it takes 1 argument, not 2", ""),
-    "prob(class answer, wrong)": ("E0612", "can't be one of several", ""),
-    'logprob(answer, " plum fig")': ("E0612", "texts of several are read one by one", ""),
+    "prob(class answer, wrong)": ("E0612", "can't be an entry of a list", ""),
+    'logprob(answer, " plum fig")': ("E0612", "such texts must be measured separately", ""),
     'prob(answer, " plum fig")': ("E0507", "needs a one-token text", ""),
-    "logit(whole)": ("E0612", "its argument doesn't fit", ""),
+    "logit(whole)": ("E0612", "its argument has the wrong type", ""),
     "prob(whole)": ("E0507", "needs a one-token text", ""),
-    "expected(first token of whole)": ("E0612", "not all of it are whole numbers", ""),
+    "expected(first token of whole)": ("E0612", "not all of its entries are whole numbers", ""),
     "prob(first token of rivals)": ("E0517", "share their first token", "in 5 of 5 rows"),
     "prob([29, 31, 32])": ("E0519", "` 31`", "in 5 of 5 rows"),
     'prob([" papaya", " mango"])': ("E0519", "` papaya`", "in 5 of 5 rows"),
@@ -104,8 +104,8 @@ def test_what_is_told_of_the_sets() -> None:
     ran, found = run_source(Source(text))
     assert ran is not None, found
     assert ran.experiments[0].conventions["answer sets"] == (
-        "`prob(count + 1..9)` over 3 to 7 numerals in a row (`3` to `9`); "
-        "`correct(answer, wrong, answer)` over 2 tokens in a row; equal tokens count once"
+        "`prob(count + 1..9)` over 3 to 7 numerals per row (`3` to `9`); "
+        "`correct(answer, wrong, answer)` over 2 tokens per row; equal tokens count once"
     )
 
 

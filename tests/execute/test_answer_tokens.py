@@ -381,7 +381,7 @@ def test_answers(family: str, mode: str, folder: Path) -> None:
 
 
 def check(result: ExperimentResult, family: str, case: Case) -> None:
-    dropped = "2 rows of cells left out: they read a token of the answer that goes in nowhere"
+    dropped = "2 rows of cells left out: they read an answer token that isn't an input of the model"
     said = dropped if second_onto_first in case.cells.values() else None
     assert result.conventions.get("left out") == said
     measure = case.lines[-1]
@@ -439,7 +439,7 @@ def test_what_is_done_to_answers_is_said(tmp_path: Path) -> None:
     text = "\n".join(experiment(name, "prompts p", rule, TWO) for name, rule in lines.items())
     found = run_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)
     said = {name: each.conventions.get("answer tokens") for name, each in found.items()}
-    assert said["left"] == "`tokens *` is all of the prompt; the answer behind it is left alone"
+    assert said["left"] == "`tokens *` covers only the prompt; the answer after it isn't edited"
     assert said["both"] is not None
     assert said["both"].startswith("rules act on the text that each measure reads")
     assert said["one"] is None
@@ -454,8 +454,8 @@ def test_tokens_of_an_answer_are_not_picked(tmp_path: Path) -> None:
     assert result is None
     errors = [d.message for d in problems if d.severity == "error"]
     assert errors == [
-        "`top 1 of ranked tokens` can't be picked: the cell `answer first` of `ranked` is of the "
-        "answer, behind the prompt"
+        "`top 1 of ranked tokens` can't be picked: the cell `answer first` of `ranked` is "
+        "in the answer, after the prompt"
     ]
 
 

@@ -51,7 +51,7 @@ def test_over_items(folder: Path, measure: str, mode: str) -> None:
     if measure == "relative":
         point /= abs(base.mean())
     np.testing.assert_allclose(mean.statistics[0].mean, point, atol=1e-9)
-    assert "over position, row by row" in mean.conventions["mean"]
+    assert "over position, per row" in mean.conventions["mean"]
 
 
 def test_over_measured_places_and_draws(folder: Path) -> None:

@@ -126,7 +126,7 @@ def test_nothing_is_read_between_the_last_block_and_the_choice_of_a_token() -> N
     model, _ = adopt_model("m", module, classifiers.tokenizer())
     assert model is not None
     assert "final_norm" not in model.shape.sites
-    assert "goes on by itself" in model.anatomy.without["final_norm"]
+    assert "only the token for the output is processed" in model.anatomy.without["final_norm"]
 
 
 def test_passes_of_the_planner_serve_them() -> None:
@@ -446,5 +446,5 @@ def test_what_is_measured_on_both_needs_equal_outputs(other: Any, tmp_path: Path
     (tmp_path / "file.mech").write_text(text, encoding="utf-8")
     own = classifier("gpt2", OF_PROMPTS["gpt2"])[1]
     models = {"m": (own, classifiers.tokenizer()), "tuned": (other(), classifiers.tokenizer())}
-    with pytest.raises(mechdsl.MechdslError, match=r"(?s)E0415.*behind `patch`"):
+    with pytest.raises(mechdsl.MechdslError, match=r"(?s)E0415.*after `patch`"):
         mechdsl.run(tmp_path / "file.mech", models=models)

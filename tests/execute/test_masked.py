@@ -126,8 +126,8 @@ def test_effects_are_those_of_plain_hooks(
 @pytest.mark.parametrize(
     ("measure", "said"),
     [
-        ("logit(answer)", "predicts tokens in their own place"),
-        ('loss at "[MASK]" token', "no loss of tokens that it sees"),
+        ("logit(answer)", "predicts tokens at their own position"),
+        ('loss at "[MASK]" token', "no loss for tokens that it sees"),
     ],
 )
 def test_what_needs_a_next_token_is_refused(

@@ -396,9 +396,9 @@ def test_the_loss_is_that_of_the_library(shared: Path, family: str, mode: str, b
             expected.append(float(model(family)(ids, labels=ids).loss))
     assert np.abs(found.measures[0].base[0] - expected).max() <= 1e-5
     assert found.conventions["loss"] == "mean over the prompt's own tokens " + (
-        "with the first, which `<s>` predicts"
+        "including the first, which `<s>` predicts"
         if bos
-        else "but the first, which nothing predicts: no special token stands in front"
+        else "except the first, which nothing predicts: no special token precedes it"
     )
 
 

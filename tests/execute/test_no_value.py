@@ -95,7 +95,7 @@ def test_an_unpatched_run_without_a_value_costs_the_measure(
     assert done.status == 3
     assert "error[E0631]" in done.err
     assert "has no value in run `clean`, row 2 of `fruit`" in done.err
-    assert "`rank(answer) - 1`, which it divides by, is 0" in done.err
+    assert "`rank(answer) - 1`, the divisor, is 0" in done.err
     assert "e: entropy\n" in done.out
 
 
@@ -143,7 +143,7 @@ def test_one_row_is_enough() -> None:
         count = int(np.count_nonzero(correct[cell] == 0))
         rows = "1 row" if count == 1 else f"{count} rows"
         said = found.statistics[1].reasons[cell] or ""
-        assert said.startswith(f"`correct`, which it divides by, is 0, in {rows}, first in row ")
+        assert said.startswith(f"`correct`, the divisor, is 0, in {rows}, first in row ")
 
 
 def test_infinity_by_way_of_size_is_told() -> None:
@@ -152,7 +152,7 @@ def test_infinity_by_way_of_size_is_told() -> None:
     found = mechdsl.run(FRUIT + file(*lines))
     problem = found.diagnostics.errors[0]
     assert problem.code == "E0631"
-    assert problem.label_text == "it is too large for a number"
+    assert problem.label_text == "it exceeds the range of numbers"
 
 
 def values(found: Any) -> Any:

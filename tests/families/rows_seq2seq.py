@@ -454,6 +454,6 @@ TABLE = [
         conv_channels=12,
     ),
     MOONSHINE,
-    Refused("fsmt", "its blocks have positions before the batch"),
+    Refused("fsmt", "its tensors have the position dimension before the batch dimension"),
     Refused("prophetnet", "its decoder runs several streams as one sequence"),
 ]

@@ -134,7 +134,7 @@ def test_blocks(name: str, case: tuple[Pairs, Pairs, int], cached: bool) -> None
 
 def test_a_block_that_was_left_out_has_nothing_to_attend_to() -> None:
     prefill = RuleWrites(blocks=((1, None),))
-    with pytest.raises(ValueError, match="block 1 is left out, and attends in step 1"):
+    with pytest.raises(ValueError, match="block 1 was omitted earlier but attends in step 1"):
         generate_replies(model_of("gpt2"), PROMPTS, greedy(2), prefill=prefill)
     # One token is the prefill's alone.
     assert generate_replies(model_of("gpt2"), PROMPTS, greedy(1), prefill=prefill)

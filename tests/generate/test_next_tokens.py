@@ -232,7 +232,7 @@ def test_rows_that_go_on_beside_others() -> None:
     ],
 )
 def test_decoding_that_isnt(how: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"a reply has|temperature is|top_k is|top_p is"):
+    with pytest.raises(ValueError, match=r"a reply must|temperature must|top_k must|top_p must"):
         Decoding(**{"tokens": 3, "decode": decode, **how})  # pyright: ignore
 
 

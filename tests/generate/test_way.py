@@ -78,7 +78,7 @@ def test_a_model_that_looks_at_its_call(monkeypatch: pytest.MonkeyPatch) -> None
     odd.transformer.wte.register_forward_hook(lambda part, args, out: out + 0.3 * out.cumsum(1))
     way = choose_method(model)
     assert way.kind == "whole"
-    assert way.reason.startswith("with kept keys and values its logits are off by ")
+    assert way.reason.startswith("with cached keys and values its logits are off by ")
     whole_only(model, monkeypatch)
     assert written(model, PROMPTS, greedy(2)).replies
 
@@ -98,7 +98,7 @@ def test_long_texts_that_turn_otherwise() -> None:
     model = shared(odd)
     odd.model.rotary_emb.rope_type = "dynamic"
     assert choose_method(model) == GenerationMethod(
-        "whole", "its rotary embedding hangs on how long the text is"
+        "whole", "its rotary embedding depends on the length of the text"
     )
     odd.model.rotary_emb.rope_type = {"full_attention": "default", "sliding": "longrope"}
     assert _test_methods(model, False).kind == "whole"
@@ -224,7 +224,7 @@ def test_a_model_without_keys() -> None:
     model, _ = adopt_model("m", module.eval(), word_tokenizer())
     assert model is not None
     assert choose_method(model) == GenerationMethod(
-        "whole", "it takes no keys and values of earlier tokens"
+        "whole", "it doesn't accept cached keys and values"
     )
     act = Act(0, "resid_post", 0, "add", (3.0,) * 24, position=2)
     found = written(model, PROMPTS, greedy(4), Rules([act]))

@@ -448,13 +448,13 @@ def test_cells_that_loops_leave_out_are_not_counted(
     assert found.code == "E0323"
     assert "has 72 cells, more than 71" in found.message
     assert "a (3) × b (3)" in found.label_text
-    assert "without 36 that loops leave out" in found.label_text
+    assert "without 36 that loops exclude" in found.label_text
 
 
 def test_answers_that_differ_are_counted(tmp_path: Path) -> None:
     folder_of(tmp_path)
     said = table_of(tmp_path, RULE.format("cls token")).conventions["answer"]
-    assert said.endswith("` and 3 others: each the name of a label, and no token")
+    assert said.endswith("` and 3 others: each the name of a label, not a token")
 
 
 def test_a_patch_in_an_expectation(tmp_path: Path) -> None:

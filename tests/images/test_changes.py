@@ -249,7 +249,7 @@ def test_what_is_done_to_images_is_said(tmp_path: Path) -> None:
     assert not problems
     assert experiment.table.conventions["image of other"] == (
         "swap of two boxes, each resized to the other (bilinear), then blur with a Gaussian of "
-        "radius 6 to 8 pixels, then mask with 128 of 255, of patches as the model gets them"
+        "radius 6 to 8 pixels, then mask with 128 of 255, on patches of the model's input"
     )
 
 

@@ -92,4 +92,4 @@ def test_vectors_that_change_before_positions_are_refused() -> None:
     assert model is None
     (refused,) = found
     assert refused.code == "E0410"
-    assert "what is added to embed of patches is the same for every image" in refused.message
+    assert "the addition to embed of patches is the same for every image" in refused.message

@@ -241,7 +241,7 @@ def test_rows_that_the_map_lacks_are_said(tmp_path: Path) -> None:
     text += looking("at", "observe pointing of caap in object")
     found = run("vit", tmp_path, text)
     assert np.isfinite(found["at"].measures[0].patched).sum() == 3
-    assert "2 of 5 rows dropped, `caap` lacks them" in found["at"].conventions["observed"]
+    assert "2 of 5 rows dropped, because `caap` lacks them" in found["at"].conventions["observed"]
 
 
 def test_rows_that_only_the_map_has_are_left_out(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_map_with_nothing_above_0(tmp_path: Path) -> None:
     assert np.isfinite(both).all(1).tolist() == [False, True]
     said = {name: found[name].conventions["observed"] for name in ("both", "named")}
     assert "dropped" not in said["both"]
-    assert "5 of 5 rows dropped, where `grown(k: 1)` is nowhere above 0" in said["named"]
+    assert "5 of 5 rows dropped, where `grown(k: 1)` has no value above 0" in said["named"]
     assert "`grown(k: 2)` is" not in said["named"]
 
 
@@ -347,7 +347,7 @@ def test_insertion_and_deletion_by_hand(name: str, tmp_path: Path) -> None:
     assert told == ["caap", "chance"]
     named = [cell.coords["m"] for cell in found["inserted_area"].cells]
     assert named == ["caap", "chance"]
-    assert found["inserted_area"].conventions["auc"].startswith("over k, row by row, of 5 cells")
+    assert found["inserted_area"].conventions["auc"].startswith("over k, per row, of 5 cells")
 
 
 def test_random_maps_differ_by_row_and_patch_and_seed(tmp_path: Path) -> None:
@@ -465,11 +465,15 @@ def test_loops_over_experiments_that_there_are_not(tmp_path: Path) -> None:
         (looking("e", "observe pointing of nothing in object"), "E0201", "nothing"),
         (looking("e", "observe pointing of caap in object top 25%"), "E0207", "takes no `top`"),
         (looking("e", "observe iou of caap in object top 0%"), "E0207", "0% of the patches"),
-        (looking("e", "observe norm of caap in object"), "E0207", "is of a site"),
-        (looking("e", "observe pointing resid_post layer 0"), "E0207", "is of maps"),
+        (looking("e", "observe norm of caap in object"), "E0207", "needs a site"),
+        (looking("e", "observe pointing resid_post layer 0"), "E0207", "reads maps"),
         (looking("e", "observe pointing of caap, over in object"), "E0207", "a map for each layer"),
         (looking("e", "observe pointing of whole in object"), "E0207", "doesn't sweep positions"),
-        (looking("e", "observe pointing of front in object"), "E0207", "`cls`, which is no patch"),
+        (
+            looking("e", "observe pointing of front in object"),
+            "E0207",
+            "`cls`, which isn't a patch",
+        ),
         (
             looking(
                 "e",

@@ -116,7 +116,8 @@ def test_infidelity_by_hand(name: str, tmp_path: Path) -> None:
     assert min(anywhere) < 0.9
     said = found["told"].conventions["observed"]
     assert (
-        "6 sets of patches and how far `logit(answer) - logit(wrong)` falls are `taken`'s" in said
+        "the 6 sets of patches and the decrease of `logit(answer) - logit(wrong)` are those "
+        "of `taken`" in said
     )
     assert found["told"].measures[0].unit == "logit²"
 
@@ -198,7 +199,7 @@ def test_sets_of_patches_that_rows_have(tmp_path: Path) -> None:
     np.testing.assert_allclose(told["to_objects"][0], expected, rtol=1e-3)
     assert np.nanmin(expected) > 0.1
     np.testing.assert_array_equal(np.isnan(told["to_beside"][0]), np.isnan(expected))
-    lacks = "2 of 5 rows dropped, which `objects` takes no two sets of patches out of"
+    lacks = "2 of 5 rows dropped, which `objects` doesn't remove two different sets of patches from"
     assert lacks in found["to_objects"].conventions["observed"]
     for name in ("kept", "few"):
         assert found[name].row_ids == (2, 3, 4)
@@ -207,7 +208,7 @@ def test_sets_of_patches_that_rows_have(tmp_path: Path) -> None:
             told[f"to_{name}"][0], np.where(here, expected, np.nan), rtol=1e-3
         )
     np.testing.assert_allclose(told["to_more"], told["to_some"], rtol=1e-4)
-    blank = "1 of 5 rows dropped, where `part` has no number for a patch that is taken out"
+    blank = "1 of 5 rows dropped, where `part` has no number for a removed patch"
     assert blank in found["of_part"].conventions["observed"]
     for measure in found["of_part"].measures:
         assert np.isfinite(measure.patched[0]).tolist() == [True, False, False, False, True]
@@ -227,7 +228,9 @@ def test_rows_whose_image_has_none_nearby(tmp_path: Path) -> None:
     assert len(few) == 3
     here = np.isin(range(ROWS), few)
     np.testing.assert_allclose(some, np.where(here, whole, np.nan), rtol=1e-5)
-    assert "2 of 5 rows dropped, `few` lacks them" in found["to_few"].conventions["observed"]
+    assert ("2 of 5 rows dropped, because `few` lacks them") in found["to_few"].conventions[
+        "observed"
+    ]
     assert "dropped" not in found["to_near"].conventions["observed"]
 
 
@@ -310,22 +313,25 @@ OTHERS = (
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("infidelity of caap in object", "is set against another experiment, not against a region"),
-        ("pointing of caap to taken", "is set against a region"),
-        ("infidelity of caap to taken, put", "has 2 behind `to`"),
-        ("infidelity of caap to put", "`put` puts patches into `neutral`"),
-        ("infidelity of caap to single", "`single` takes one set of patches out"),
-        ("infidelity of caap to whole", "`whole` changes `cls`, which is no patch"),
-        ("infidelity of caap to grown", "`grown` takes no patches out: it has `scale`"),
-        ("infidelity of caap to raw", "`raw` doesn't measure what taking patches out changes"),
-        ("infidelity of caap to drawn", "`drawn` takes no patches out: it has `observe`"),
+        (
+            "infidelity of caap in object",
+            "is compared with a different experiment, not with a region",
+        ),
+        ("pointing of caap to taken", "is compared with a region"),
+        ("infidelity of caap to taken, put", "has 2 after `to`"),
+        ("infidelity of caap to put", "`put` inserts patches into `neutral`"),
+        ("infidelity of caap to single", "`single` removes only one set of patches"),
+        ("infidelity of caap to whole", "`whole` changes `cls`, which isn't a patch"),
+        ("infidelity of caap to grown", "`grown` removes no patches: it has `scale`"),
+        ("infidelity of caap to raw", "`raw` doesn't measure the effect of removing patches"),
+        ("infidelity of caap to drawn", "`drawn` removes no patches: it has `observe`"),
         ("infidelity of caap, chance to taken", "`drawn` has a map for each draw"),
         ("infidelity of caap(l: 1) to taken", "`caap` has no axis `l`"),
-        ("infidelity of caap(l: n) to taken", "`n` is no value of an axis"),
-        ("sensitivity of caap, left to near", "has 1 behind `to` for 2 maps"),
-        ("sensitivity of caap to far", "`far` isn't made as `caap` is"),
-        ("sensitivity of caap to left", "`left` isn't made as `caap` is"),
-        ("sensitivity of caap to caap", "`caap` is of the same runs as `caap`"),
+        ("infidelity of caap(l: n) to taken", "`n` is not a value of an axis"),
+        ("sensitivity of caap, left to near", "has 1 after `to` for 2 maps"),
+        ("sensitivity of caap to far", "`far` isn't computed like `caap`"),
+        ("sensitivity of caap to left", "`left` isn't computed like `caap`"),
+        ("sensitivity of caap to caap", "`caap` uses the same runs as `caap`"),
         ("random(0) embed at each token of image", "takes one whole number of draws, above 0"),
         ("random(2, 3) embed at each token of image", "takes one whole number of draws, above 0"),
     ],
@@ -352,7 +358,7 @@ def test_maps_in_loops(tmp_path: Path) -> None:
     five = support.experiment("f", "from scenes into neutral", nested)
     four = looking("f", "for m in [caap, left] { observe pointing of m in object }")
     for text, code, reason in (
-        (one, "E0620", "`3` is no experiment"),
+        (one, "E0620", "`3` is not an experiment"),
         (two, "E0620", "`drawn` has no `draw: 4`"),
         (three, "E0207", "`d` is the variable of a `for`"),
         (four, "E0207", "`m` is the variable of a `for`"),

@@ -68,7 +68,7 @@ def test_patches_are_painted(name: str, mode: str, tmp_path: Path) -> None:
             ]
             np.testing.assert_allclose(data.patched[:, number], expected, atol=1e-4)
             assert np.abs(data.patched[:, number] - data.base[..., number]).max() > 0.01
-    assert "as the model gets it" in found["e0"].conventions["patches"]
+    assert "in the model's input image" in found["e0"].conventions["patches"]
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip"])
@@ -115,7 +115,7 @@ def test_noise_differs_between_rows(tmp_path: Path) -> None:
         ("blur(0)", "E0207", "above 0"),
         ("noise(300)", "E0207", "up to 255"),
         ("gray(3)", "E0207", "takes no number"),
-        ("mean", "E0207", "of several images"),
+        ("mean", "E0207", "applies to several images"),
         ("grey", "E0203", "grey"),
         ('"thing"', "E0108", "a text in an image"),
     ],

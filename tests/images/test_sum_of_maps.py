@@ -162,7 +162,7 @@ def test_rows_that_a_map_lacks(tmp_path: Path) -> None:
     text += looking("added", "observe sum of caap, two at each token of image")
     found = run("vit", tmp_path, text)["added"]
     assert (np.isfinite(found.measures[0].patched).sum(1) == 3).all()
-    assert "2 of 5 rows dropped, a map lacks them" in found.conventions["observed"]
+    assert "2 of 5 rows dropped, because a map lacks them" in found.conventions["observed"]
 
 
 def test_a_patch_that_no_window_has(tmp_path: Path) -> None:
@@ -178,11 +178,11 @@ def test_a_patch_that_no_window_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("observe sum of caap, two in object", "is a map itself"),
-        ("observe sum resid_post layer 0 at each token of image", "is of maps"),
+        ("observe sum of caap, two in object", "is itself a map"),
+        ("observe sum resid_post layer 0 at each token of image", "reads maps"),
         ("observe pointing of caap at each token of image", "region"),
-        ("observe pointing of 2 * caap in object", "no number in front of a map"),
-        ("observe sum of caap at cls token", "`cls token` is no patch"),
+        ("observe pointing of 2 * caap in object", "no factor before a map"),
+        ("observe sum of caap at cls token", "`cls token` isn't a patch"),
         ("observe sum of caap at image tokens", "covers several tokens"),
         ("observe sum of ordered at each token of image", "doesn't sweep positions"),
     ],

@@ -251,7 +251,7 @@ def test_no_probe_is_fitted_on_the_image_of_a_tile_that_it_is_told_on(
     text = support.experiment("e", line, measure="").replace("images scenes", f"images {blocks[0]}")
     [found] = [each for each in told(HALVES + text) if each.severity == "error"]
     rows = 16 if blocks[0] == "scenes" else 8
-    assert f"is told on {rows} rows that it is fitted on" in found.message
+    assert f"is evaluated on {rows} rows that it is fitted on" in found.message
 
 
 # --- what is said ---------------------------------------------------------------------------------

@@ -337,4 +337,4 @@ def test_tiles_of_one_image_count_together() -> None:
     np.testing.assert_allclose(one.mean, two.mean, atol=1e-6)
     np.testing.assert_allclose(one.p, two.p)
     assert own.conventions["population"] == "new values of image"
-    assert "of one image count together" in own.conventions["tiles"]
+    assert "of one image count as one unit" in own.conventions["tiles"]

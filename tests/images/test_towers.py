@@ -264,7 +264,7 @@ images scenes {
     assert said["score"] == score + ", plus its bias" * (name in duals.PADDED)
     assert said["texts"] == "5, each encoded once by the text tower, where no rule acts"
     assert said["classes"].startswith(
-        "5 texts: `a circle`, `a square`, `a triangle`, `a cross` and 1 more; `correct` is"
+        "5 texts: `a circle`, `a square`, `a triangle`, `a cross` and 1 more; `correct`:"
     )
     assert ("softmax" in said["classes"]) == (name not in duals.PADDED)
     assert ("sigmoid" in said.get("prob", "")) == (name in duals.PADDED)

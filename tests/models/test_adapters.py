@@ -409,16 +409,16 @@ def renamed(found: dict[str, Any]) -> None:
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "another kind": (config(peft_type="LOHA"), "E0451", "`LOHA`, which isn't read from a folder"),
-    "of inputs": (config(peft_type="PREFIX_TUNING"), "E0451", "in front of what the model reads"),
+    "of inputs": (config(peft_type="PREFIX_TUNING"), "E0451", "to the model's input"),
     "no kind": (config(peft_type=None), "E0451", "`None`"),
     "replicated layers": (config(layer_replication=[[0, 3], [1, 3]]), "E0452", "layer_replication"),
     "an unknown key": (config(use_more=True), "E0452", "`use_more`: true"),
     "PiSSA": (config(init_lora_weights="pissa"), "E0452", "before training"),
     "megatron": (config(megatron_config={"a": 1}), "E0452", "megatron_config"),
     "activated": (config(alora_invocation_tokens=[3]), "E0452", "alora_invocation_tokens"),
-    "slow pattern": (config(alpha_pattern={"(a+)+$": 1}), "E0452", "no other patterns"),
+    "slow pattern": (config(alpha_pattern={"(a+)+$": 1}), "E0452", "not other patterns"),
     "rank 0": (config(r=0), "E0452", "a whole number above 0"),
-    "alpha of text": (config(lora_alpha="8"), "E0452", "no number"),
+    "alpha of text": (config(lora_alpha="8"), "E0452", "can't have this number"),
     "a switch": (config(use_dora="yes"), "E0452", "true or false"),
     "bias": (config(bias="some"), "E0452", "one of none, all, lora_only"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{") and None, "E0404", "JSON"),
@@ -431,11 +431,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "E0453",
         "size mismatch",
     ),
-    "a rank below": (config(r=3), "E0453", "`model.layers.0.mlp.down_proj` are of rank 4, and"),
+    "a rank below": (config(r=3), "E0453", "`model.layers.0.mlp.down_proj` are of rank 4, but"),
     "a rank above": (config(r=16), "E0453", "its config says 16"),
     "a rank above by a pattern": (
         config(rank_pattern={"layers.1.self_attn.q_proj": 5, "k_proj": 9}), "E0453",
-        "`model.layers.1.self_attn.q_proj` are of rank 4, and its config says 5",
+        "`model.layers.1.self_attn.q_proj` are of rank 4, but its config says 5",
     ),
     "a part is gone": (weights(lambda w: w.pop(f"{Q}.lora_B.weight")), "E0453", "lack"),
     "a part too many": (
@@ -449,7 +449,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a whole of another size": (
         weights(lambda w: w.update({"base_model.model.model.norm.weight": torch.zeros(2)})),
         "E0453",
-        "[2], and the base has [20]",
+        "[2], but the base has [20]",
     ),
     "no adapter's": (weights(lambda w: w.update({"x": torch.zeros(2)})), "E0453", "`x`"),
     "nothing": (weights(lambda w: w.clear()), "E0453", "empty"),
@@ -686,7 +686,7 @@ def test_a_base_that_is_spread_is_refused(copy: Path) -> None:
     vars(model.module.get_submodule("model.layers.1"))["_hf_hook"] = object()
     _, found = load_adapter(statement(str(copy / "tuned"), base="m"), model)
     assert [d.code for d in found] == ["E0453"]
-    assert "are spread over devices" in found[0].label_text
+    assert "are distributed over devices" in found[0].label_text
 
 
 def test_adapters_that_break_a_check_are_named(copy: Path) -> None:

@@ -411,7 +411,7 @@ def test_models_that_padding_changes_are_refused(name: str) -> None:
         (
             "ModernBertForSequenceClassification",
             {"classifier_pooling": "mean"},
-            "made of several tokens at once",
+            "computed from several tokens jointly",
         ),
     ],
 )

@@ -333,7 +333,7 @@ def keeps_results(module: Any) -> None:
     [
         (hooked, "`model.layers.0` has forward hooks"),
         (hooked_before, "`model.layers.0` has forward hooks"),
-        (own_forward, "`model.layers.0.mlp` has a `forward` of its own"),
+        (own_forward, "`model.layers.0.mlp` has a `forward` that differs"),
         (an_object, "is a `object`, which can't be told"),
         (hidden_module, "is a module that isn't among its own"),
         (partly, "is a `SimpleNamespace`, which can't be told"),

@@ -227,7 +227,7 @@ def test_a_model_from_python_is_taken_over(family: str) -> None:
     assert model is not None
     assert model.module is module
     assert not module.training
-    assert model.provenance["source"] == "handed over from Python"
+    assert model.provenance["source"] == "passed from Python"
 
 
 def test_a_fast_tokenizer_of_transformers_is_taken_over(folders: dict[str, Path]) -> None:

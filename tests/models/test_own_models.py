@@ -58,7 +58,7 @@ def test_mlps_of_zeros_are_named_and_cost_nothing_else(family: str) -> None:
     assert set(model.idle) == idle(*EMPTY, layers=range(3))
     assert model.restartable
     assert all(outcome.passed for outcome in model.checks)
-    assert "a hundredfold value changes the logits (of a copy with random weights)" in {
+    assert "a value 100 times as large changes the logits (of a copy with random weights)" in {
         outcome.identity for outcome in model.checks
     }
 
@@ -411,7 +411,7 @@ def test_a_site_at_no_module_is_said_to_be_there() -> None:
         known=None,
     )
     assert [d.code for d in tried.problems] == ["E0409"]
-    assert "`transformer.h.0.nothing`, which is no module" in tried.problems[0].label_text
+    assert "`transformer.h.0.nothing`, which isn't a module" in tried.problems[0].label_text
 
 
 def test_looking_at_the_first_token_writes_nothing(tmp_path: Path) -> None:

@@ -207,9 +207,9 @@ def test_both_attentions_are_proved(name: str) -> None:
     identities = {check.identity: check for check in at.model.checks}
     assert all(check.passed for check in identities.values())
     for identity in (
-        "mlp_norm = the norm in front of it, of resid_mid",
-        "attn_norm = the norm in front of it, of resid_mid (cross)",
-        "v of cross attention is made of the encoder's final_norm (cross)",
+        "mlp_norm = the preceding norm, of resid_mid",
+        "attn_norm = the preceding norm, of resid_mid (cross)",
+        "v of cross attention is computed from the encoder's final_norm (cross)",
         "the sum of head_out and the bias = attn_out (encoder)",
     ):
         assert identity in identities
@@ -225,7 +225,7 @@ def test_a_norm_taken_for_another_is_noticed() -> None:
         anatomy = replace(cross.anatomy, blocks=tuple(blocks))
         changed = replace(model, others={**model.others, "cross": replace(cross, anatomy=anatomy)})
         failing = failed(changed)
-        assert any("the norm" in identity for identity in failing), failing
+        assert any("norm" in identity for identity in failing), failing
 
 
 def failed(model: LoadedModel) -> list[str]:
@@ -259,7 +259,7 @@ def test_long_rows_are_proved_piece_by_piece(name: str, monkeypatch: pytest.Monk
 def test_heads_of_an_encoder_with_attention_of_its_own(one: str, other: str) -> None:
     """No attention function is called in GOT-OCR's: what is written tells heads apart."""
     model = case("got_ocr2").model
-    assert "a query matters to its own token and head alone (vision)" in {
+    assert "a query affects only its own token and head (vision)" in {
         check.identity for check in model.checks
     }
     vision = model.stack("vision")
@@ -290,7 +290,7 @@ def test_a_stack_that_cannot_be_had_is_left_out() -> None:
     assert (left.code, left.message, left.label_text) == (
         "W0712",
         "the sites in stack `encoder` of `m` are not available",
-        "its encoder fills prompts up to whole blocks, and has global tokens beside them",
+        "its encoder pads prompts to whole blocks and adds global tokens",
     )
 
 
@@ -348,7 +348,7 @@ def test_rows_start_in_the_middle(name: str) -> None:
         columns = batch.columns(torch.arange(4), torch.from_numpy(last))
         assert off(result.logits, logits[torch.arange(4), columns]) <= CLOSE, (site, layer)
         other = replace(write, stack=next(iter(at.model.others)))
-        with pytest.raises(ValueError, match="are whole passes"):
+        with pytest.raises(ValueError, match="are full forward passes"):
             run_packed(at.model, kept, lanes, writes=[other], final=(np.arange(4), last))
     assert clean_model_check(at.module) == []
 

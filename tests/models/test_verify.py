@@ -89,19 +89,19 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
         lambda a: with_blocks(
             a, q=HookPoint("model.layers.{layer}.self_attn.q_proj", "out", TensorLayout.heads(4, 6))
         ),
-        "a hundredfold value",
+        "a value 100 times as large",
     ),
     (
         "llama",
         "norms off by one",
         lambda a: parts(a, lambda b: replace(b, attn_norm=b.mlp_norm, mlp_norm=b.attn_norm)),
-        "attn_norm = the norm",
+        "attn_norm = the preceding norm",
     ),
     (
         "llama",
         "inputs of the sublayers swapped",
         swap("attn_norm", "mlp_norm"),
-        "attn_norm = the norm",
+        "attn_norm = the preceding norm",
     ),
     ("llama", "outputs of the sublayers swapped", swap("attn_out", "mlp_out"), "mlp_norm ="),
     (
@@ -125,13 +125,13 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
         "gpt_neox",
         "a parallel block taken for a sequential one",
         lambda a: with_blocks(replace(a, parallel=False), resid_mid=in_all(a, "attn_out")),
-        "mlp_norm = the norm in front of it, of resid_mid",
+        "mlp_norm = the preceding norm, of resid_mid",
     ),
     (
         "gpt_neox_sequential",
         "a sequential block taken for a parallel one",
         lambda a: replace(a, parallel=True),
-        "mlp_norm = the norm in front of it, of resid_pre",
+        "mlp_norm = the preceding norm, of resid_pre",
     ),
     (
         "qwen3",
@@ -207,7 +207,7 @@ def reordered(site: str, layer: int, order: list[int]) -> Callable[[LoadedModel]
         (exchanged("q", 0, 7), "whose q is zero"),
         (exchanged("k", 2, 6), "whose k are zero"),
         (exchanged("v", 1, 5), "z = v"),
-        (exchanged("attn_norm", 3, 4), "attn_norm = the norm"),
+        (exchanged("attn_norm", 3, 4), "attn_norm = the preceding norm"),
         (exchanged("mlp_hidden", 3, 4), "mlp_hidden through the down projection"),
         (reordered("q", 5, [0, 2, 1, 3]), "whose q is zero"),
         (reordered("q", 7, [3, 1, 2, 0]), "whose q is zero"),

@@ -84,7 +84,7 @@ def test_the_best_one_is_called_by_its_name() -> None:
     (best,) = best_sites(found["direct"], 1)
     assert found["a"].cells[0].site == f"{best}.attention"
     assert found["b"].cells[0].site == f"L0H0.z → {best}.q"
-    assert found["a"].conventions["observed"] == "the weight that the keys get together"
+    assert found["a"].conventions["observed"] == "the total weight of the keys"
 
 
 @pytest.mark.parametrize("mode", some(MODES, ["planned"]))

@@ -95,10 +95,10 @@ def test_plan_says_that_it_counts_stand_ins(tmp_path: Path) -> None:
     path.write_text(HEAD + ablate("a", "top 3 of heads") + HEADS, encoding="utf-8")
     shown = CliRunner().invoke(app, ["plan", str(path)])
     assert shown.exit_code == 0, shown.output
-    said = "a is counted with stand-ins: what it uses is known when heads has run"
+    said = "a is counted with placeholders: its inputs are known only after heads has run"
     assert said in shown.output
     shown = CliRunner().invoke(app, ["explain", str(path)])
-    assert "top 3 of heads: known when `heads` has run" in shown.output
+    assert "top 3 of heads: known only after `heads` has run" in shown.output
 
 
 def test_only_runs_what_it_needs_and_reports_itself() -> None:

@@ -119,8 +119,8 @@ def test_rows_that_it_lacks_drop_out() -> None:
     there = set(found["places"].row_ids or ())
     assert [np.isnan(v) for v in patched(found["a"])[0]] == [row not in there for row in ids]
     said = found["a"].conventions["top 25% of places tokens"]
-    assert said.endswith(f"; {10 - len(there)} of 10 rows dropped, `places` lacks them")
-    assert "in each row, by the row's own delta of prob(answer)" in said
+    assert said.endswith(f"; {10 - len(there)} of 10 rows dropped, because `places` lacks them")
+    assert "in each row, by delta of prob(answer) of the row" in said
 
 
 def test_rows_that_it_did_not_keep_drop_out() -> None:

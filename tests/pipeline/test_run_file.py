@@ -293,7 +293,7 @@ def test_a_file_that_changes_meanwhile(
     monkeypatch.setattr(computation, "run_checked", meanwhile)
     results = again(here, limit=8)
     note, counts = results.notes
-    assert "not kept in the store: a file that it read has changed meanwhile" in note
+    assert "not stored: a file that it read changed during the run" in note
     assert counts == f"{here}: 32 of 32 rows from the store"
     with Store(here.parent / ".mechdsl") as store:
         assert [run.state for run in store.runs()] == ["unfinished", "finished"]
@@ -313,7 +313,7 @@ def test_values_that_can_not_be_compared(tmp_path: Path) -> None:
     file = tmp_path / "heads.mech"
     file.write_text(text, encoding="utf-8")
     (note,) = (results := again(file, allow_python=True)).notes
-    assert note.endswith("values of `heads` are not kept in the store: a date has no digest")
+    assert note.endswith("values of `heads` are not stored: a date has no digest")
     assert (results["heads"].measures[0].patched == 9).all()
     file.write_text(text + "# another\n", encoding="utf-8")
     assert again(file, allow_python=True).notes == results.notes
@@ -454,7 +454,7 @@ def test_a_read_only_store(
     assert warned(again(here)) == []
     assert computed == []
     folder = here.parent / ".mechdsl"
-    said = [f"the store `{folder}` can only be read, so nothing is kept"]
+    said = [f"the store `{folder}` is read-only, so nothing is stored"]
     assert warned(again(here, limit=8)) == said
     assert warned(again(here, limit=8)) == said
     assert len(computed) == 2
@@ -484,7 +484,7 @@ def test_full_at_the_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mechdsl.store.runs.OpenRun.finish", full)
     results = again(here, limit=8)
     (said,) = warned(results)
-    assert said.endswith("does not take the results: no space left on device")
+    assert said.endswith("rejects the results: no space left on device")
     assert results["heads"].prompts == 8
 
 
@@ -543,7 +543,7 @@ def test_an_untrusted_file_brings_no_store(
 
 @pytest.mark.parametrize("store", [True, 3])
 def test_what_is_no_folder(store: Any, here: Path) -> None:
-    with pytest.raises(MechdslError, match="it is a folder"):
+    with pytest.raises(MechdslError, match="it must be a folder"):
         mechdsl.run(here, store=store)
 
 
@@ -572,7 +572,7 @@ def test_models_that_are_handed_over(here: Path, computed: list[str]) -> None:
     for _ in range(2):
         results = again(here, models=own)
         (note,) = results.notes
-        assert "nothing of it is kept in the store: it can't be told what model `toy` is" in note
+        assert "nothing of it is stored: model `toy` can't be identified" in note
         assert note.endswith("`model.layers.0` has forward hooks")
     assert len(computed) == 4
     hook.remove()

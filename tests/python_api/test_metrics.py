@@ -92,7 +92,7 @@ def test_a_number_in_a_closure_is_part_of_the_hash(file: Path) -> None:
 def test_a_metric_that_cannot_be_hashed_is_never_stored(file: Path) -> None:
     for _ in range(2):
         results = mechdsl.run(file, metrics={"spread": Scaled()}, store=file.parent / "store")
-        assert any("nothing of it is kept" in note for note in results.notes)
+        assert any("nothing of it is stored" in note for note in results.notes)
         assert "never stored" in results["heads"].conventions["python"]
     assert mechdsl.runs(file.parent / "store") == []
 

@@ -131,10 +131,10 @@ def test_a_metric_with_a_wrong_signature_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        (lambda vectors: None, "it gave nothing"),
-        (lambda vectors: "text", "it gave a `str`"),
-        (lambda vectors: vectors[:, 0], "it gave the shape"),
-        (lambda vectors: vectors * float("nan"), "it gave NaN or infinity"),
+        (lambda vectors: None, "it returned nothing"),
+        (lambda vectors: "text", "it returned a `str`"),
+        (lambda vectors: vectors[:, 0], "it returned the shape"),
+        (lambda vectors: vectors * float("nan"), "it returned NaN or infinity"),
         (lambda vectors: vectors.nothing, "AttributeError"),
     ],
 )

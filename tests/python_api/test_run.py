@@ -136,7 +136,7 @@ def test_an_error_prints_what_the_command_line_prints(inside: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "code", "said"),
     [
-        ({"limit": 0}, "E0208", "`limit=0`: it is a whole number from 1 on"),
+        ({"limit": 0}, "E0208", "`limit=0`: it must be a whole number of at least 1"),
         ({"limit": "4"}, "E0208", "`limit='4'`"),
         ({"pass_tokens": -1}, "E0208", "`pass_tokens=-1`"),
         ({"prompt_tokens": 1.5}, "E0208", "`prompt_tokens=1.5`"),
@@ -147,7 +147,7 @@ def test_an_error_prints_what_the_command_line_prints(inside: Path) -> None:
         ({"set": {"dept": 3}}, "E0205", "did you mean `depth`?"),
         ({"set": {"depth": "deep"}}, "E0205", "`depth` is a number"),
         ({"models": {"toy": "model"}}, "E0412", 'write `models={"toy": (model, tokenizer)}`'),
-        ({"models": {"toy": ("model", None)}}, "E0412", "`None` stands where the tokenizer"),
+        ({"models": {"toy": ("model", None)}}, "E0412", "`None` is in the place of the tokenizer"),
         ({"models": {"tyo": ("m", "t")}}, "E0201", "did you mean `toy`?"),
     ],
 )
@@ -159,12 +159,12 @@ def test_arguments_that_are_wrong(given: dict[str, Any], code: str, said: str) -
 
 def test_models_that_are_wrong(pair: tuple[Any, Any]) -> None:
     model, tokenizer = pair
-    assert "the model stands where the tokenizer should" in str(
+    assert "the model is in the place of the tokenizer" in str(
         refused(FILE, {"toy": (tokenizer, model)})
     )
     error = refused(FILE, {"toy": ("gpt2", tokenizer)})
     assert [d.code for d in error.diagnostics.errors] == ["E0411"]
-    assert "`str` is no model of transformers" in str(error)
+    assert "`str` isn't a model of transformers" in str(error)
     with pytest.raises(TypeError, match="models are a dict"):
         mechdsl.run(FILE, pair)  # type: ignore[arg-type]
 

@@ -68,7 +68,7 @@ def test_against_results_and_a_folder(inside: Path) -> None:
 
 def test_against_nothing() -> None:
     results = mechdsl.run(TEXT)
-    with pytest.raises(ValueError, match="set against no other run"):
+    with pytest.raises(ValueError, match="aren't compared with another run"):
         _ = results.regressions
 
 

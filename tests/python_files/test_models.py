@@ -155,11 +155,11 @@ FAILS = {
     "arguments": ("def build(folder):\n    pass\n", "E0222", "is called with 0"),
     "it raises": ("def build():\n    raise OSError('gone')\n", "E0223", "OSError: gone"),
     "it ends": ("def build():\n    raise SystemExit(3)\n", "E0223", "SystemExit: 3"),
-    "nothing": ("def build():\n    pass\n", "E0223", "it gave nothing, not a model"),
-    "one": ("def build():\n    return 3\n", "E0223", "it gave a `int`, not a model"),
-    "three": ("def build():\n    return 1, 2, 3\n", "E0223", "it gave a `tuple`, not a model"),
+    "nothing": ("def build():\n    pass\n", "E0223", "it returned nothing, not a model"),
+    "one": ("def build():\n    return 3\n", "E0223", "it returned a `int`, not a model"),
+    "three": ("def build():\n    return 1, 2, 3\n", "E0223", "it returned a `tuple`, not a model"),
     "no model": (f"{BUILD}\n".replace(RETURN, "    return 3, AutoModel").replace(
-        "AutoModelForCausalLM.from_pretrained(folder), ", ""), "E0411", "`int` is no model"),
+        "AutoModelForCausalLM.from_pretrained(folder), ", ""), "E0411", "`int` isn't a model"),
     "no tokenizer": ("def build():\n    return 1, None\n", "E0412", "`NoneType`"),
 }  # fmt: skip
 

@@ -69,10 +69,11 @@ def test_a_function_is_given_replies_rows_and_the_tokenizer(tmp_path: Path) -> N
 
 
 FAILING = {
-    "it gave the shape [1], not [": "def own(replies, rows):\n    return [1.0]\n",
-    "it gave a `list`, not numbers": "def own(replies, rows):\n    return list(replies)\n",
+    "it returned the shape [1], not [": "def own(replies, rows):\n    return [1.0]\n",
+    "it returned a `list`, not numbers": "def own(replies, rows):\n    return list(replies)\n",
     "ValueError: three": "def own(replies, rows):\n    raise ValueError('three')\n",
-    "it gave NaN, in the row": "def own(replies, rows):\n    return [float('nan') for _ in rows]\n",
+    "it returned NaN, in the row": "def own(replies, rows):\n    return [float('nan') for _ in "
+    "rows]\n",
 }
 
 

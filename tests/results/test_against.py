@@ -195,7 +195,7 @@ def test_as_text() -> None:
         "               now fails: 0.250 [0.150, 0.350]; then holds: 2.500 [2.400, 2.600]\n"
         "failed before  where: expect c > 1\n"
         "               now fails: 0.500 [0.400, 0.600]; then fails: 0.500 [0.400, 0.600]\n"
-        "what failed before doesn't fail the job\n"
+        "expectations that failed before don't fail the job\n"
     )
 
 

@@ -84,8 +84,8 @@ def test_interval_of_a_root_mean_square_covers_at_its_level() -> None:
     ("name", "attributes", "reason"),
     [
         ("r m", {}, "its name must be a word"),
-        ("layer", {}, "its name is a word of the language"),
-        ("auroc", {}, "its name is a function of the language"),
+        ("layer", {}, "its name is a keyword"),
+        ("auroc", {}, "its name is already a function of the language"),
         ("rms", {"documentation": None}, "`documentation` must be a text"),
         ("rms", {"min_cells": 0}, "`min_cells` must be a whole number of at least 1, not 0"),
         ("rms", {"combine": CellAggregate.combine}, "it has no `combine"),

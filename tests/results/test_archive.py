@@ -367,7 +367,7 @@ def test_any_byte_changed_is_refused_or_read() -> None:
 
 
 def test_another_version_is_told() -> None:
-    with pytest.raises(ArchiveVersionError, match=r"another version \(mechdsl 9\)"):
+    with pytest.raises(ArchiveVersionError, match=r"different version \(mechdsl 9\)"):
         unpack_results(changed("plain", lambda found: found.update(archive=2, mechdsl="9")))
 
 
@@ -380,5 +380,5 @@ def test_what_can_not_be_kept_is_said() -> None:
     results = run("plain")
     (file,) = results.files
     odd = replace(file.experiments[0], row_values={"x": [object()] * 8})
-    with pytest.raises(ArchiveError, match=r"builtins\.object can't be kept"):
+    with pytest.raises(ArchiveError, match=r"builtins\.object can't be stored"):
         pack_results(replace(results, files=(replace(file, experiments=(odd,)),)), TEXTS["plain"])

@@ -1,4 +1,4 @@
-"""Results whose parts don't fit together are refused, whichever part it is."""
+"""Results whose parts are inconsistent are refused, whichever part it is."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_parts_that_do_not_fit(part: str) -> None:
     (file,) = results(name).files
     check_file_result(file)
     experiment = file.experiments[0 if part.startswith("accuracy") else -1]
-    with pytest.raises(ValueError, match=f"the parts of `{experiment.name}` don't fit together"):
+    with pytest.raises(ValueError, match=f"the parts of `{experiment.name}` are inconsistent"):
         check_file_result(replace(file, experiments=(replace(experiment, **change(experiment)),)))
 
 
@@ -131,11 +131,11 @@ def test_parts_that_do_not_fit(part: str) -> None:
 def test_more_than_a_file_can_have(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (file,) = results("plain").files
     monkeypatch.setattr(limits, limit, 3)
-    with pytest.raises(ValueError, match="don't fit together"):
+    with pytest.raises(ValueError, match="are inconsistent"):
         check_file_result(file)
 
 
 def test_names_are_told_apart() -> None:
     (file,) = results("plain").files
-    with pytest.raises(ValueError, match="two experiments have one name"):
+    with pytest.raises(ValueError, match="two experiments have the same name"):
         check_file_result(replace(file, experiments=file.experiments * 2))

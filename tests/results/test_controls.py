@@ -244,20 +244,24 @@ def test_the_words_of_a_band() -> None:
     def said(**values: np.ndarray | int) -> str | None:
         return null_band_text(banded(**values), 0)
 
-    whole = "range of 39 draws of random heads; one more like them lies in it with 95 %"
+    whole = (
+        "range of 39 draws of random heads; a further draw falls in this range with "
+        "probability 95 %"
+    )
     assert said() == whole
     few = np.array([3] + [39] * (cells - 1))
     level = (few - 1) / (few + 1)
     ragged = said(draws=few, made=few, level=level)
     assert ragged == (
-        "range of 3 to 39 draws of random heads, all there are where fewer than 39; one more like "
-        "them lies in it with 50 % to 95 %; a verdict at 95 % needs 39 draws"
+        "range of 3 to 39 draws of random heads, all that exist where fewer than 39; a "
+        "further draw falls in this range with probability 50 % to 95 %; a verdict at 95 % "
+        "needs 39 draws"
     )
     assert said(made=np.full(cells, 40)) == f"{whole}; {cells} draws without a value left out"
     some = np.array([0] + [17] * (cells - 1))
     gone = said(draws=some, made=some, level=np.array([np.nan] + [16 / 18] * (cells - 1)))
     assert gone is not None
-    assert gone.startswith("range of 17 draws of random heads, all there are; ")
+    assert gone.startswith("range of 17 draws of random heads, all that exist; ")
     trimmed = said(rank=np.full(cells, 2))
     assert trimmed is not None
     assert "39 draws of random heads without the 1 lowest and highest; " in trimmed

@@ -193,16 +193,16 @@ def test_measures_have_colours_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("correction", "said"),
     [
-        ("holm", "interval and p are for cells named beforehand, corrected p for these too\n"),
-        ("bh", "interval and p are for cells named beforehand\n"),
-        ("none", "interval and p are for cells named beforehand\n"),
+        ("holm", "only the corrected p-values account for that\n"),
+        ("bh", "intervals and p-values don't account for that\n"),
+        ("none", "intervals and p-values don't account for that\n"),
     ],
 )
 def test_rows_that_were_picked_say_so(correction: str, said: str) -> None:
     result = finished(heads(), correction=correction)
     assert said in printed(result, report("table", top=3), 140)
-    assert "named beforehand" not in printed(result, report("table"), 140)
-    assert "named beforehand" not in printed(result, report("table", top=12), 140)
+    assert "selected by effect size" not in printed(result, report("table"), 140)
+    assert "selected by effect size" not in printed(result, report("table", top=12), 140)
 
 
 def test_rows_that_were_picked_without_a_test() -> None:
@@ -210,4 +210,4 @@ def test_rows_that_were_picked_without_a_test() -> None:
     raw = measure(result.measures[0].patched, result.measures[0].base, effect="raw")
     result = finished(replace(result, measures=(raw,)))
     said = printed(result, report("table", top=3), 140)
-    assert "picked by size: intervals are for cells named beforehand\n" in said
+    assert "cells were selected by effect size; the intervals don't account for that\n" in said

@@ -105,7 +105,7 @@ def test_too_few_units_are_no_claim(prompts: int, state: str) -> None:
     cell = only(found, state)
     wanted = {
         4: "4 prompts: no claim below 5",
-        5: "5 prompts: no p can survive the correction",
+        5: "5 prompts: too few for a significant p after correction",
         8: None,
     }
     assert cell.reason == wanted[prompts]
@@ -123,7 +123,7 @@ def test_few_units_that_disagree_are_noise_and_those_that_agree_unclear() -> Non
     found = two(measure(old, base), measure(old + moved, base))
     assert states(found) == {"unclear": 5, "noise": 15}
     assert {each.reason for each in found.cells} == {
-        "8 prompts: no p can survive the correction",
+        "8 prompts: too few for a significant p after correction",
         None,
     }
 
@@ -174,7 +174,9 @@ def test_a_cell_that_can_not_differ_from_the_base_run_is_not_tested() -> None:
     found = two(measure(base, BASE, **still), measure(base + 1, BASE + 1, **still))
     assert states(found) == {"noise": 4}
     assert all(each.p is None and each.difference == 0 for each in found.cells)
-    assert all(each.reason == "it can't differ from the base run in either" for each in found.cells)
+    assert all(
+        each.reason == "in neither run can it differ from the base run" for each in found.cells
+    )
 
 
 def test_a_cell_that_can_not_differ_in_one_run_alone_is_tested() -> None:
@@ -206,7 +208,9 @@ def test_a_ratio_whose_divisor_can_not_be_told_from_0_has_no_claim() -> None:
     old, new = measure(OLD, BASE, source), measure(OLD + 1, BASE, source)
     found = two(old, new, keys=(*range(100, 106), *range(500, 518)))
     assert states(found) == {"unclear": 4}
-    assert found.cells[0].reason == "m(source) − m(base) can't be told from 0 on these rows"
+    assert (
+        found.cells[0].reason == "m(source) − m(base) can't be distinguished from 0 on these rows"
+    )
     assert found.cells[0].rows == 6
 
 

@@ -98,5 +98,5 @@ def test_it_is_said_in_every_form() -> None:
     assert cell["p"] is not None
     text = io.StringIO()
     show_report(found, report("table"), Console(file=text, width=120))
-    assert "no cell is said to survive, as effects are too skewed" in text.getvalue()
+    assert "no cell is reported as significant: effects are too skewed" in text.getvalue()
     assert " yes" not in text.getvalue()

@@ -312,7 +312,7 @@ def test_the_text_says_both_facts() -> None:
     assert "difference 0.500 [0.500, 0.500], p corrected" in line
     assert "values changed in 24 of 24 rows, by at most 0.500" in line
     assert "1 cell changed beyond noise" in text
-    assert "equal to the bit: 3" in text
+    assert "equal bit for bit: 3" in text
 
 
 def test_files_are_matched_by_name_where_there_are_several() -> None:

@@ -142,7 +142,7 @@ def test_the_scale_goes_from_the_least_to_the_greatest() -> None:
     assert re.findall(">([^<]+)</text>", shapes) == ["-2.00", "0", "2.00"]
     _, texts = scale_legend(2.0, write, hatched=False, ends=(-0.5, 2.0))[0].split("<text", 1)
     assert re.findall(">([^<]+)</text>", texts) == ["-0.50", "0", "2.00"]
-    assert "no number there" in scale_legend(2.0, write, hatched=True)[0]
+    assert "no number here" in scale_legend(2.0, write, hatched=True)[0]
 
 
 def maps(count: int) -> list[ImageMaps]:

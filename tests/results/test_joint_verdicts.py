@@ -124,11 +124,11 @@ def test_what_is_decided_on_the_mean_takes_no_part() -> None:
 @pytest.mark.parametrize(
     ("verdicts", "said"),
     [
-        ("holm", "2 `expect` lines share the level of one, by Holm's correction"),
+        ("holm", "2 `expect` lines share one level, by Holm's correction"),
         (
             "none",
-            "each of 2 `expect` lines at a level of its own; with `stats verdicts holm` they share"
-            " one",
+            "each of 2 `expect` lines has a separate level; with `stats verdicts holm` they "
+            "share one",
         ),
     ],
 )

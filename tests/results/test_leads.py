@@ -124,7 +124,10 @@ def _close_third() -> ExperimentResult:
 def test_top_k_is_left_by_a_cell_that_k_others_may_exceed(close_third: ExperimentResult) -> None:
     found = verdict("top 2 contains L0H1", close_third)
     assert not found.holds
-    assert found.reason == "L0H1 is on the mean, but 2 other cells may be at least as large"
+    assert (
+        found.reason
+        == "L0H1 is in the top 2 by its mean, but 2 other cells may be at least as large"
+    )
     assert verdict("top 3 contains L0H1", close_third).holds
     assert verdict("top 1 contains L0H0", close_third).holds
 
@@ -138,7 +141,7 @@ def test_top_of_all_cells_needs_no_interval() -> None:
 def test_top_k_names_as_many_cells_and_the_rank_of_one_below(clear: ExperimentResult) -> None:
     found = verdict("top 2 contains L0H2", clear)
     assert found.value == 3.0
-    assert (found.reason or "").startswith("L0H2 is number 3; top 2: L0H1.z, L0H0.z; ")
+    assert (found.reason or "").startswith("L0H2 has rank 3; top 2: L0H1.z, L0H0.z; ")
 
 
 @pytest.mark.parametrize(("named", "other"), [("L0H1", "L0H2"), ("L0H2", "L0H1")])
@@ -147,7 +150,7 @@ def test_top_k_reports_a_neighbour_within_rounding(named: str, other: str) -> No
     values = rows - rows.mean() + np.array([[3.0], [1.0], [1.0 - 1e-7], [0.0]])
     rounding = np.full((1, 30), 1e-6)
     found = verdict(f"top 2 contains {named} on mean", cells_of(values, rounding=rounding))
-    assert f"no more than that is between it and {other}" in (found.reason or "")
+    assert f"the difference from {other}" in (found.reason or "")
 
 
 def test_a_leader_is_told_from_each_by_their_difference(clear: ExperimentResult) -> None:
@@ -221,7 +224,7 @@ def test_one_of_many_that_is_ahead_was_picked_among_them() -> None:
     assert (alone.holds, alone.value) == (True, "L0H1.z")
     among = verdict("argmax(delta) != L0H0", cells_of(rows))
     assert (among.holds, among.value) == (False, "L0H9.z")
-    assert "can't be told from L0H0.z" in (among.reason or "")
+    assert "can't be distinguished from L0H0.z" in (among.reason or "")
 
 
 def read(
@@ -266,7 +269,7 @@ def test_a_value_less_itself_is_nothing(clear: ExperimentResult) -> None:
 def test_a_quotient_over_what_may_be_zero_is_none(clear: ExperimentResult) -> None:
     found = verdict("delta(L0H0) / delta(L0H3) > 0", clear)
     assert (found.holds, found.value) == (False, None)
-    assert "it divides by what can't be told from 0" in (found.reason or "")
+    assert "it divides by a value that can't be distinguished from 0" in (found.reason or "")
     good = verdict("delta(L0H0) / delta(L0H2) > 1", clear)
     assert good.holds
     rows = clear.measures[0].patched

@@ -125,7 +125,7 @@ def test_a_folder_that_was_exported(results: Results, tmp_path: Path) -> None:
     made = export_results(results, tmp_path / "out", TEXTS["plain"])
     same_results(results, load_results(str(made)))
     said = refused(str(tmp_path / "out"))
-    assert "holds no run" in said
+    assert "contains no run" in said
     assert f"did you mean `{made}`?" in said
     (made / "arrays.safetensors").write_bytes(b"torn")
     assert "can't be read" in refused(str(made))

@@ -19,11 +19,11 @@ MINE = cells_of(RANDOM.normal(2, 1, (2, 12)), keys=list(range(12)))
         (list(range(6, 12)), "not all paired: `there` has 6 of these 12 prompts"),
         (
             list(range(8, 20)),
-            "not all paired: `there` has 4 of these 12 prompts and 8 of its own",
+            "not all paired: `there` has 4 of these 12 prompts and 8 others",
         ),
         (
             list(range(20, 32)),
-            "not all paired: `there` has none of these 12 prompts and 12 of its own",
+            "not all paired: `there` has none of these 12 prompts and 12 others",
         ),
     ],
 )

@@ -157,7 +157,7 @@ def test_a_plan_says_it(command: Command, tmp_path: Path) -> None:
         "0.0063",
         f"{effect:.2f} SD",
     ]
-    assert "its p has to be below the level, over the number of tests (Holm)" in plain(done.out)
+    assert "its p must be below the level, over the number of tests (Holm)" in plain(done.out)
 
 
 def plain(text: str) -> str:
@@ -186,7 +186,7 @@ def test_units_and_corrections(
     (line,) = lines_of(done.out, "power")
     said = "none" if effect is None else f"{effect:.2f} SD"
     assert [line[1].strip(), line[2].strip(), line[-1].strip()] == [units, str(tests), said]
-    nothing = "no effect can survive: the smallest p of 7 is 0.0156, and it has to be below 0.00625"
+    nothing = "no effect can survive: the smallest p of 7 is 0.0156, but it must be below 0.00625"
     assert (nothing in plain(done.out)) == (effect is None)
 
 
@@ -195,7 +195,9 @@ def test_of_the_bootstrap_a_least_effect_is_printed(command: Command, tmp_path: 
     done = command("plan", file(tmp_path, text))
     (line,) = lines_of(done.out, "power")
     assert line[-1].strip() == f"≥ {detectable_by_t(16, 0.05 / 8):.2f} SD"
-    assert "≥: of Student's t; the bootstrap-t finds as much or less" in plain(done.out)
+    assert ("≥: computed for Student's t; the bootstrap-t has equal or lower power") in plain(
+        done.out
+    )
     assert "≥" not in command("plan", file(tmp_path, HEADS)).out
 
 
@@ -363,13 +365,13 @@ def test_units_are_those_of_the_run(
         (
             "stats by count correct max",
             "unknown",
-            "what can survive hangs on how cells are correlated: the smallest p of 7 is 0.0156, "
-            "corrected by the maximum too",
+            "which effects can survive depends on the correlation of cells: the smallest p of 7 is "
+            "0.0156, also after correction by the maximum",
         ),
         (
             "stats by count correct max confidence 99%",
             "none",
-            "no effect can survive: the smallest p of 7 is 0.0156, and it has to be below 0.00125",
+            "no effect can survive: the smallest p of 7 is 0.0156, but it must be below 0.00125",
         ),
         (
             "stats by count correct bh",

@@ -71,8 +71,8 @@ INVALID = {
     "look-behind of any width": ("(?<=a+)b", "fixed-width"),
     "class of characters": ("[[:alpha:]]", "nested set"),
     "large count": ("a{4294967296}", "too large"),
-    "long repetition": ("(a){1000000000}", "multiply to more than 100,000"),
-    "nested repetition": ("((a{100}){100}){100}", "multiply to more than 100,000"),
+    "long repetition": ("(a){1000000000}", "repetitions exceed 100,000"),
+    "nested repetition": ("((a{100}){100}){100}", "repetitions exceed 100,000"),
     "nested groups": ("(" * 500 + ")" * 500, "recursion"),
 }
 

@@ -284,7 +284,7 @@ def test_categories_in_a_heatmap(tmp_path: Path) -> None:
     data = measure(values, values[:1], effect="raw", kind="category", label="argmax(1..9)")
     result = finished(replace(result, measures=(data,), runs={}))
     text = printed(result, report("heatmap", variable="layer", by="head"), 80)
-    assert "the commonest value of every cell" in text
+    assert "the most common value of every cell" in text
     line = report("heatmap", variable="layer", by="head", file="x.svg")
     path = saved(result, line, tmp_path)
     assert "Most frequent" in path.read_text(encoding="utf-8")
@@ -383,7 +383,7 @@ def test_a_report_may_be_for_the_terminal_only(monkeypatch: pytest.MonkeyPatch) 
     assert check_report(report("printed")) == []
     (found,) = check_report(report("printed", file="a.txt"))
     assert found.code == "E0607"
-    assert 'is printed only, but `to "a.txt"`' in found.message
+    assert 'can only be printed, but `to "a.txt"`' in found.message
 
 
 def test_parquet_is_for_files() -> None:
@@ -619,10 +619,10 @@ def test_tokens_that_no_cell_hits_have_no_number() -> None:
 
 def test_an_overlay_without_tokens_says_so(tmp_path: Path) -> None:
     result = finished(replace(read_tokens(), hits=(), texts=()))
-    assert "weren't kept" in printed(result, report("overlay"), 80)
+    assert "these results don't contain them" in printed(result, report("overlay"), 80)
     line = report("overlay", file="a.html")
     path = saved(result, line, tmp_path)
-    assert "weren&#x27;t kept" in path.read_text(encoding="utf-8")
+    assert "these results don&#x27;t contain them" in path.read_text(encoding="utf-8")
 
 
 def test_tokens_are_shown_token() -> None:
@@ -647,7 +647,7 @@ class Named:
         (
             report("confusion", variable="layer", by="argmx"),
             [Named("ld", "logit"), Named("argmax(1..9)", "argmax", "category")],
-            "`argmx`, which is none of its measures",
+            "`argmx`, which isn't one of its measures",
             "write `by argmax`",
         ),
         (
@@ -691,7 +691,8 @@ def test_cells_in_which_no_row_differs_are_counted() -> None:
     patched[5], patched[7] = data.base[0] + 0.5, data.base[0]
     alike = finished(replace(result, measures=(replace(data, patched=patched, effect="delta"),)))
     said = (
-        "2 cells have one value in all rows: their interval says nothing of rows that would differ"
+        "2 cells have the same value in all rows: their interval doesn't cover rows with "
+        "other values"
     )
     assert zero_width_note(alike, 0) == said
     assert zero_width_note(finished(result), 0) is None, "inert cells aren't tested"

@@ -247,14 +247,14 @@ def close() -> ExperimentResult:
 
 
 DECIDED_BY_ROUNDING = {
-    "accuracy(clean) > 0.92 on mean": "it moves this by 3.1e-02",
-    "accuracy(clean) < 0.93 on mean": "it moves this by 3.1e-02",
-    "not accuracy(clean) > 0.94 on mean": "it moves this by 3.1e-02",
-    "accuracy(clean) in 0.93..1 on mean": "it moves this by 3.1e-02",
-    "accuracy(clean) - accuracy(fewer) > -0.07 on mean": "it moves this by 3.1e-02",
-    "2 * accuracy(clean) > 1.85 on mean": "it moves this by 6.2e-02",
+    "accuracy(clean) > 0.92 on mean": "it can change the value by 3.1e-02",
+    "accuracy(clean) < 0.93 on mean": "it can change the value by 3.1e-02",
+    "not accuracy(clean) > 0.94 on mean": "it can change the value by 3.1e-02",
+    "accuracy(clean) in 0.93..1 on mean": "it can change the value by 3.1e-02",
+    "accuracy(clean) - accuracy(fewer) > -0.07 on mean": "it can change the value by 3.1e-02",
+    "2 * accuracy(clean) > 1.85 on mean": "it can change the value by 6.2e-02",
     "recovery(L2H1) > recovery(L1H1)": "",
-    "recovery(FIRST) - recovery(SECOND) > 0 on mean": "it moves this by 4.0e-06",
+    "recovery(FIRST) - recovery(SECOND) > 0 on mean": "it can change the value by 4.0e-06",
     "abs(recovery(FIRST) - recovery(SECOND)) < 0.1": "",
     "accuracy(clean) > 0.5": "",
     "accuracy(fewer) = 1": "",
@@ -324,8 +324,8 @@ def test_shares_that_rounding_may_change_are_marked() -> None:
     accuracies = {run: values[-1].get("rounding") for run, values in document["runs"].items()}
     assert accuracies == {"clean": 2 / 64, "fewer": None}
     said = statistics_conventions(done, EFFECTS)["rounding"]
-    assert "24 cells in which it may change single prompts of the base run" in said
-    assert "as far as the base run tells" in (rounding_note(done, 0) or "")
+    assert "24 cells in which rounding may change single prompts of the base run" in said
+    assert "estimated from the base run" in (rounding_note(done, 0) or "")
     assert "the accuracy of clean by up to 0.031" in said
     assert "fewer" not in said
 
@@ -338,7 +338,7 @@ def test_accuracies_of_a_file_have_a_bound() -> None:
     (result,) = found.experiments
     assert result.accuracy_rounding["clean"].shape == result.accuracy["clean"].shape
     assert (result.accuracy_rounding["clean"] == result.measures[0].rounding).all()
-    assert "a category changes in rows" in result.rounding
+    assert "a category can change in rows" in result.rounding
 
 
 def test_ranks_and_shares_of_a_file_have_a_bound() -> None:
@@ -353,8 +353,8 @@ def test_ranks_and_shares_of_a_file_have_a_bound() -> None:
         exact = (data.rounding == 0).all()
         assert statistics_of.rounding[0] == pytest.approx(data.rounding.mean())
         assert not (exact and statistics_of.at_rounding[0])
-    assert "a rank moves over the tokens" in result.rounding
-    assert "`correct` changes in rows" in result.rounding
+    assert "a rank can change by the tokens" in result.rounding
+    assert "`correct` can change in rows" in result.rounding
 
 
 def test_a_mean_of_what_is_the_same_in_all_rows_changes_nothing() -> None:
@@ -377,7 +377,7 @@ def test_a_mean_of_what_is_the_same_in_all_rows_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("takes", "said", "unsaid"),
-    [("target", "two best logits", "of 0"), ("label", "a logit within that of 0", "two best")],
+    [("target", "two largest logits", "of 0"), ("label", "a logit within that of 0", "two best")],
 )
 def test_what_bounds_come_from_is_said_of_each_kind_of_label(
     takes: MetricArgument, said: str, unsaid: str

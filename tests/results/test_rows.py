@@ -317,7 +317,7 @@ experiment design { model toy  prompts all  measure logit(" 3") as raw }
     found = run(text, tmp_path)
     assert found["file"].population == "new rows like these"
     assert found["file"].strata is None
-    assert found["design"].population == "new rows like these, which are all of the design"
+    assert found["design"].population == "new rows like these, which cover the whole design"
 
 
 # --- what values explain --------------------------------------------------------------------------

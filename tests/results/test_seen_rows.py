@@ -146,7 +146,7 @@ CASES = {
         'measure logit(" 3") at token -2 as raw',
         lambda row: 0,
     ),
-    "a run in which tokens see later ones": (
+    "a run in which tokens see later tokens": (
         "run held { allow attention layers * from first-item token to last-item token } "
         'from held into clean  patch resid_post layer 3 at first-item token  measure logit(" 3") '
         "at first-item token as raw",

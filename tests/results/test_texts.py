@@ -197,5 +197,5 @@ def test_the_document_has_all_of_them() -> None:
 def test_replies_that_fit_nothing_are_refused(wrong: Callable[[Replies], Replies]) -> None:
     made = finished(wrote())
     check_file_result(FileResult("f", (made,)))
-    with pytest.raises(ValueError, match="don't fit together"):
+    with pytest.raises(ValueError, match="are inconsistent"):
         check_file_result(FileResult("f", (replace(made, replies=wrong(made.replies)),)))

@@ -70,7 +70,7 @@ def test_values_of_the_prompts_that_all_have() -> None:
     assert found.runs["clean"]["n"].tolist() == (1000 + row).tolist()
     assert found.accuracy["clean"].tolist() == [0, 1, 0]
     assert list(found.row_values["row"]) == [4, 5, 8]
-    assert found.conventions["prompts"] == "3 that all have"
+    assert found.conventions["prompts"] == "3 that all results have"
 
 
 def with_units(result: ExperimentResult, number: int) -> ExperimentResult:

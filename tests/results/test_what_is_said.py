@@ -49,7 +49,7 @@ def found() -> ExperimentResult:
 
 def test_the_accuracy_of_another_block_is_against_the_answers_of_this_one() -> None:
     said = found().conventions["accuracy"]
-    assert said.endswith("; `others` set against the answers of `rows`")
+    assert said.endswith("; `others` compared with the answers of `rows`")
 
 
 def test_values_of_a_name_are_several() -> None:

@@ -409,7 +409,7 @@ def test_encoders_see_all_keys_already(data: Path) -> None:
     line = "allow attention layers * from subject tokens to last token"
     found, *_ = errors(checked(data, line, causal=False))
     assert found.code == "E0332"
-    assert found.label_text == "every token of `m` sees all others"
+    assert found.label_text == "every token of `m` sees all other tokens"
 
 
 def test_a_model_that_counts_by_itself(data: Path) -> None:

@@ -15,7 +15,7 @@ from ..models import families
 
 EDGES = "block attention layer * head * from last token to subject token"
 PATTERN = "patch pattern layer 1 head * at last token with turned"
-SDPA = "written out (eager) in layers 0 to 2 (the model's own is `sdpa`)"
+SDPA = "computed explicitly (eager) in layers 0 to 2 (the model uses `sdpa`)"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
@@ -33,7 +33,7 @@ def test_eager_and_fused_attention_agree(tmp_path: Path, family: str, rule: str)
     assert np.nanmax(np.abs(one.measures[0].patched - one.measures[0].base)) > 0.1
     if rule == EDGES:
         assert one.conventions["attention"] == SDPA
-        assert other.conventions["attention"] == "written out (eager) in layers 0 to 2"
+        assert other.conventions["attention"] == "computed explicitly (eager) in layers 0 to 2"
         assert one.conventions["edges"].startswith("blocked keys get no weight")
     with torch.no_grad():  # and the model is as it was
         ids = torch.tensor([support.prompt(support.ROWS[0]).ids])
@@ -50,13 +50,14 @@ def test_what_a_path_holds_is_said(tmp_path: Path) -> None:
     )
     found = support.run_file(text, tmp_path, support.bare("llama"))
     assert found["e"].conventions["path"] == (
-        "beside the senders, the heads (z) of layers 0 to 2 and the MLPs (mlp_out) of layers 0 to "
+        "except for the senders, the heads (z) of layers 0 to 2 and the MLPs (mlp_out) of "
+        "layers 0 to "
         "2 are held at the base run, norms recomputed; receivers are then written into the base run"
     )
     assert found["e"].conventions["pairs"].startswith("48 of 144; ")
     assert len(found["e"].cells) == 48
     assert found["f"].conventions["path"] == (
-        "beside the senders, the heads (z) of layers 0 to 2 are held at the base run, MLPs and "
+        "except for the senders, the heads (z) of layers 0 to 2 are held at the base run, MLPs and "
         "norms recomputed"
     )
     assert "pairs" not in found["f"].conventions
@@ -82,12 +83,12 @@ def test_what_is_averaged_and_compared_is_said(tmp_path: Path) -> None:
     )
     found = support.run_file(text, tmp_path, support.bare("llama"))
     said = {name: each.conventions for name, each in found.items()}
-    where = "compared at `{}`, where it is measured, not where rules write"
+    where = "compared at `{}`, where the metric reads, not where rules write"
     assert said["last"]["cosine"] == where.format("last token")
     assert said["there"]["cosine"] == where.format("subject token")
     assert said["mean"]["fill"] == f"mean over {rows}, per position"
-    assert "those after `limit` and `keep`" in said["resample"]["fill"]
-    weight = "the weight that the keys get together"
+    assert "the rows after `limit` and `keep`" in said["resample"]["fill"]
+    weight = "the total weight of the keys"
     assert said["heads"]["observed"] == weight
     assert said["all"]["observed"] == f"{weight}, averaged over all heads"
     assert said["joined"]["observed"] == f"{weight}, averaged over these layers and these heads"

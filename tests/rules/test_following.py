@@ -285,7 +285,7 @@ CLASSIFIER = Path(__file__).parents[2] / "docs" / "errors" / "data" / "classifie
 @pytest.mark.parametrize(
     ("architecture", "why"),
     [
-        ("BertForMaskedLM", "in which tokens see later ones"),
+        ("BertForMaskedLM", "in which tokens see later tokens"),
         ("BertForSequenceClassification", "which predicts no tokens"),
     ],
 )

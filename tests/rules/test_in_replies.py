@@ -415,7 +415,7 @@ SEEN: dict[str, tuple[str, bool, Callable[[Run, Text, int], float]]] = {
 
 @pytest.mark.parametrize(("name", "mode"), FEW)
 def test_what_is_observed(data: Path, name: str, mode: str) -> None:
-    """With rules, and, for `delta`, without them behind the same replies."""
+    """With rules, and, for `delta`, without them after the same replies."""
     text = "".join(
         experiment(
             f"e{n}", GENERATE, SET, f"{line} as seen{n}", measure=f"measure seen{n} as delta"

@@ -297,7 +297,7 @@ def test_without_a_kind_the_word_is_no_verb() -> None:
 
 
 def test_a_word_of_the_language_is_no_verb() -> None:
-    with pytest.raises(ValueError, match="`token` is a word of the language"):
+    with pytest.raises(ValueError, match="`token` is a keyword"):
         rule_kind("token")
     with pytest.raises(ValueError, match="`patch` is registered twice"):
         rule_kind("patch")(SiteRule)

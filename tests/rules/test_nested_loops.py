@@ -335,7 +335,7 @@ def test_random_targets_are_drawn_for_cells_that_there_are(data: Path) -> None:
     assert drawn is not None
     assert len(drawn.low) == len(found.cells) == 6
     whole = found.conventions["controls"]
-    assert "1 of 6 cells has no others, and no band" in whole  # all layers have no others
+    assert "1 of 6 cells has no alternatives and no band" in whole  # all layers have no others
     assert np.isfinite(drawn.mean).sum() == 5
 
 

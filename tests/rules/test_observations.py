@@ -600,7 +600,7 @@ def hold_tuned(data: Path, name: str, mode: str) -> None:
     digest = sha256((data / written).read_bytes()).hexdigest()
     assert seen["alone"].hashes[f"file {written}"] == digest
     assert digest[:12] in " ".join(seen["alone"].conventions.values())
-    assert "goes as it is" in seen["alone"].conventions["last layer"]
+    assert "is used unchanged" in seen["alone"].conventions["last layer"]
 
 
 @pytest.mark.parametrize("name", LENS)
@@ -618,7 +618,7 @@ def test_the_tuned_lens_without_the_planner(data: Path) -> None:
         ("tuned_lens", "needs a file"),
         ("tuned_lens(3)", "needs a file"),
         ('tuned_lens("nowhere.safetensors")', "can't be read"),
-        ('tuned_lens("text")', "is no safetensors file"),
+        ('tuned_lens("text")', "is not a safetensors file"),
         ('tuned_lens("one")', "has no `layer.1.weight`"),
         ('tuned_lens("narrow")', "has the shape [5] in `layer.1.bias`"),
         ('tuned_lens("half")', "has no `layer.2.weight`"),

@@ -315,7 +315,7 @@ def test_a_probe_that_is_fitted_on_other_rows(tmp_path: Path, name: str) -> None
         control = fitted_once(x, y, 2.0, dealt_out)
         np.testing.assert_allclose(found.measures[1].patched[layer], control, rtol=2e-3, atol=5e-3)
     said = found.conventions["observed"]
-    assert "R² in rows that it wasn't fitted on" in said
+    assert "R² on rows not used for fitting" in said
     assert "fitted on `q` (16 rows)" in said
     assert "folds" not in said.replace("penalty chosen on folds", "")
 
@@ -337,14 +337,14 @@ def test_classes_that_are_fitted_on_a_run_of_other_rows(tmp_path: Path, name: st
 
 def test_a_probe_isnt_told_on_rows_that_it_is_fitted_on(tmp_path: Path) -> None:
     line = "observe probe(size, train: q) at resid_post layer 1 at last token"
-    with pytest.raises(AssertionError, match="is told on 2 rows that it is fitted on"):
+    with pytest.raises(AssertionError, match="is evaluated on 2 rows that it is fitted on"):
         trained(tmp_path, "gpt2", line, fitted=18)
     said = PROMPTS.replace("prompts p", "prompts q").replace('answer " {a}"', 'answer " w9"')
     write(tmp_path)
     text = f"experiment e {{ model m prompts p {line} }}"  # whose texts are the same
     result, diagnostics = try_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS + said)
     assert result is None
-    assert "is told on 26 rows" in render_full(diagnostics, color=False, width=200)
+    assert "is evaluated on 26 rows" in render_full(diagnostics, color=False, width=200)
 
 
 # --- what all rows have together ------------------------------------------------------------------
@@ -496,7 +496,7 @@ def test_a_cell_that_the_model_has_no_map_for_has_no_value(tmp_path: Path) -> No
     """Queries that are normed behind their projection."""
     found = run(tmp_path, "qwen3", "observe matching L1H0")
     assert np.isnan(found.measures[0].patched).all()
-    assert "of layer 1 isn't what a linear map of the stream returns" in (
+    assert "of layer 1 isn't the output of a linear map of the stream" in (
         found.statistics[0].reasons[0] or ""
     )
 
@@ -656,16 +656,16 @@ def test_cka_of_a_run_with_rules(tmp_path: Path, name: str) -> None:
 
 AT = "resid_post layer 0 at last token"
 REFUSED = {
-    f"observe probe {AT}": "doesn't say what is to be told",
+    f"observe probe {AT}": "doesn't name the value to predict",
     f"observe probe(nothing) {AT}": "nothing",
-    f"observe probe(size, fold: 3) {AT}": "is no option of a probe",
+    f"observe probe(size, fold: 3) {AT}": "isn't an option of a probe",
     f"observe probe(size, folds: 1) {AT}": "can't be `1`",
     f"observe probe(size, penalty: 0) {AT}": "can't be `0`",
     f"observe probe(size, kind: linear) {AT}": "can't be `linear`",
-    f"observe probe(kind, kind: ridge) {AT}": "is no number",
-    f"observe probe(pair, kind: logistic) {AT}": "is a list, which is no class",
+    f"observe probe(kind, kind: ridge) {AT}": "isn't a number",
+    f"observe probe(pair, kind: logistic) {AT}": "is a list, which isn't a class",
     f"observe probe(a) {AT}": "is the same in all rows",
-    f"observe probe(size, folds: 30) {AT}": "can't be dealt out",
+    f"observe probe(size, folds: 30) {AT}": "can't be split",
     "observe probe(size) at resid_post layer 0": "needs a position",
     f"observe probe(size, train: many) {AT}": "can't be fitted on `many`",
     f"observe probe(size, train: p) {AT}": "rows that it is fitted on",
@@ -675,25 +675,26 @@ REFUSED = {
     f"observe cka {AT}": "compares two sites",
     "observe cka resid_post layer 0 with turnd at last token": "no site or run called `turnd`",
     f"observe rank {AT} with left token": "takes no `with`",
-    "observe copying layer 0 head 0 at last token": "of the weights, not of a token",
-    "observe copying resid_post layer 0": "of one head at a time",
-    "observe copying layer 0 heads 0..1": "of one head at a time",
-    "observe composition(x) at layer 0 head * with layer 1 head *": "is no way in which heads",
-    "observe composition at layer 0 head * with layer 1 head *": "says none of its ways",
-    "observe singular_values(ok) at layer 0 head * top 2": "is no map of a head",
-    "observe singular_values(qk) at layer 0 head *": "doesn't say how many",
-    "observe singular_values(qk) at layer 0 head * top 7": "has no 7 values: a head has 6",
-    "observe singular_values(qk) at layer 0 heads * top 2": "of one head at a time",
-    "observe value_vectors layer 0 head 0 top 2": "of one neuron at a time",
-    "observe value_vectors layer 0 neurons 0..1 top 2": "of one neuron at a time",
-    "observe value_vectors layer 0 neuron 0 at last token": "of the weights, not of a token",
+    "observe copying layer 0 head 0 at last token": "reads weights, not a token",
+    "observe copying resid_post layer 0": "reads one head at a time",
+    "observe copying layer 0 heads 0..1": "reads one head at a time",
+    "observe composition(x) at layer 0 head * with layer 1 head *": "isn't a type of composition",
+    "observe composition at layer 0 head * with layer 1 head *": "names no type of composition",
+    "observe singular_values(ok) at layer 0 head * top 2": "isn't a map of a head",
+    "observe singular_values(qk) at layer 0 head *": "doesn't state how many",
+    "observe singular_values(qk) at layer 0 head * top 7": "doesn't have 7 values: a head has 6",
+    "observe singular_values(qk) at layer 0 heads * top 2": "reads one head at a time",
+    "observe value_vectors layer 0 head 0 top 2": "reads one neuron at a time",
+    "observe value_vectors layer 0 neurons 0..1 top 2": "reads one neuron at a time",
+    "observe value_vectors layer 0 neuron 0 at last token": "reads weights, not a token",
     "observe value_vectors layer 0 neuron 0 toward nothing": "nothing",
     'observe successor(" w1", " w2", " w1") at layer 0 head *': "at least 3 different texts",
     'observe successor(" w1", " w2", 3) at layer 0 head *': "at least 3 different texts",
     'observe successor(" w1", " w2", " w3 w4") at layer 0 head *': "has several tokens: `w3` `w4`",
-    'observe successor(" w1", " w2", " w3") at layer 0 neuron 0': "of one head at a time",
-    "observe composition(q) at layer 0 head *": "is of two heads",
-    f"ablate attn_out layer 0 at last token with zero  observe rank {AT}": "reads no run in which",
+    'observe successor(" w1", " w2", " w3") at layer 0 neuron 0': "reads one head at a time",
+    "observe composition(q) at layer 0 head *": "compares two heads",
+    f"ablate attn_out layer 0 at last token with zero  observe rank {AT}": "doesn't read a run in "
+    "which",
 }
 
 
@@ -720,9 +721,9 @@ def test_what_is_said_of_a_probe(tmp_path: Path) -> None:
     for words in (
         "logistic regression, 3 classes (high, low, mid)",
         "penalty 1 / 2 · Σ weights²",
-        "5 folds, in which rows that look alike there (equal tokens) are together",
+        "5 folds; rows with equal tokens there are in the same fold",
         "values are the clean row's",
-        "shuffled: the same with the values dealt to other rows",
+        "shuffled: the same with the values permuted between rows",
     ):
         assert words in said
 

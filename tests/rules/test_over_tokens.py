@@ -306,20 +306,20 @@ def test_the_order_of_rows_makes_no_clusters() -> None:
 # --- what is refused, and what is said ------------------------------------------------------------
 
 REFUSED = {
-    f"observe routed_probe {WHERE}": "doesn't say what is to be told",
-    f"observe routed_probe(kind) {WHERE}": "is no number",
-    f"observe routed_probe(size, kind: ridge) {WHERE}": "is no option of a probe",
-    "observe routed_probe(size) embed at each token of left": "several tokens together",
-    f"observe routing(size) {WHERE}": "a number of each token",
+    f"observe routed_probe {WHERE}": "doesn't name the value to predict",
+    f"observe routed_probe(kind) {WHERE}": "isn't a number",
+    f"observe routed_probe(size, kind: ridge) {WHERE}": "isn't an option of a probe",
+    "observe routed_probe(size) embed at each token of left": "several tokens jointly",
+    f"observe routing(size) {WHERE}": "a number per token",
     f"observe routing(size) {WHERE} with left token": "takes no `with`",
-    f"observe clusters {WHERE}": "doesn't say how many clusters",
+    f"observe clusters {WHERE}": "doesn't state the number of clusters",
     f"observe clusters(1) {WHERE}": "write a number from 2 to 64",
     f"observe clusters(2.5) {WHERE}": "write a number from 2 to 64",
-    f"observe clusters(3, folds: 2) {WHERE}": "is no option",
+    f"observe clusters(3, folds: 2) {WHERE}": "isn't an option",
     f"observe clusters(65) {WHERE}": "write a number from 2 to 64",
     "observe clusters(3) resid_post layer 0 with attn_out layer 0 at last token": "name one",
-    "observe clusters(3) embed with moved at token 3, right tokens": "in another order",
-    "observe clusters(3) embed with moved at token 4, right token": "in another order",
+    "observe clusters(3) embed with moved at token 3, right tokens": "in a different order",
+    "observe clusters(3) embed with moved at token 4, right token": "in a different order",
     f"observe clusters(3, train: p) {WHERE}": "rows that it is fitted on",
 }
 

@@ -593,11 +593,11 @@ def test_what_is_said(data: Path) -> None:
     def conventions(key: str) -> dict[str, str]:
         return results(data, TURN[key], "planned", True)[key].conventions
 
-    said = conventions("to_logits_beside_a_held_head")["beside the path"]
+    said = conventions("to_logits_beside_a_held_head")["outside the path"]
     assert "the other rules act in each of its passes" in said
-    assert "beside the path" not in conventions("a_head_to_a_neuron")
+    assert "outside the path" not in conventions("a_head_to_a_neuron")
     frozen = conventions("to_logits_with_frozen_norms")["path"]
-    assert "norms divide by what they divide by" in frozen
+    assert "norms divide by their values" in frozen
 
 
 REFUSED: dict[tuple[str, ...], str] = {

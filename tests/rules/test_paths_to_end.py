@@ -298,8 +298,10 @@ def test_on_a_run_with_rules(data: Path, mode: str) -> None:
 def test_what_is_said(data: Path) -> None:
     found = results(data, "llama", "planned")
     said = found["a_query"].conventions
-    assert "what the senders alone change in the stream behind the last block" in said["path"]
-    assert "whole passes" in said["passes"]
+    assert ("the change that only the senders cause in the stream after the last block") in said[
+        "path"
+    ]
+    assert "full forward passes" in said["passes"]
     for kind in ("alone", "end"):
         assert "alone change" not in found[f"a_query_{kind}"].conventions["path"]
 
@@ -307,9 +309,9 @@ def test_what_is_said(data: Path) -> None:
 REFUSED: dict[tuple[str, str], str] = {
     ("q layer 2 head 1", "L0H1 -> ends at last token through mlps"): "an MLP would see",
     ("q layer 2 head 1", "L0H1 -> ends at last token with frozen norms"): "would be frozen",
-    ("resid_pre layer 2", "L0H1 -> ends at last token"): "by itself",
-    ("q layer 1 head 1, q layer 2 head 1", "L0H1 -> ends at last token"): "reads behind",
-    ("q layer 1 head 1, mlp_norm layer 1", "L0H1 -> ends at last token"): "reads behind",
+    ("resid_pre layer 2", "L0H1 -> ends at last token"): "already carries",
+    ("q layer 1 head 1, q layer 2 head 1", "L0H1 -> ends at last token"): "reads after",
+    ("q layer 1 head 1, mlp_norm layer 1", "L0H1 -> ends at last token"): "reads after",
     ("q layer 1 head 1", "layers 0..1 head * -> ends at last token"): "isn't before",
 }
 
@@ -338,7 +340,7 @@ def test_norms_of_the_sums_stand_in_the_way(tmp_path: Path) -> None:
             mechdsl.run(file, models=given)
     with pytest.raises(mechdsl.MechdslError, match="E0108") as found:
         mechdsl.run(file, models=given)
-    assert "the sum of what blocks add" in " ".join(str(found.value).split())
+    assert "the sum of the outputs of blocks" in " ".join(str(found.value).split())
 
 
 def test_what_is_observed_is_the_last_pass(data: Path) -> None:

@@ -323,9 +323,9 @@ def test_what_is_said_of_it(folder: Path) -> None:
     said = results(folder, "llama", "planned")
     assert "3 * d" in said["of_added"].conventions["run added"]
     assert "norm" in said["of_added"].conventions["direction d"]
-    assert "count on" in said["of_counted"].conventions["position ids"]
-    assert "another block computes" in said["of_repeated"].conventions["blocks"]
-    assert "`away` is given the clean run of all rows" in said["of_made"].conventions["set"]
+    assert "numbered consecutively" in said["of_counted"].conventions["position ids"]
+    assert "a different block" in said["of_repeated"].conventions["blocks"]
+    assert "`away` receives the clean run of all rows" in said["of_made"].conventions["set"]
     assert "allowed keys" in said["of_ahead"].conventions["edges"]
 
 

@@ -132,7 +132,7 @@ def test_what_is_said_of_successors(tmp_path: Path) -> None:
     found = run(tmp_path, "gpt2", 'observe successor(" w1", " w2", " w3") at layer 1 head 0')
     said = found.conventions["observed"]
     assert 'of " w1", " w2", " w3"' in said
-    assert "through the first block's MLP behind its own norm" in said
+    assert "through the first block's norm and MLP" in said
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -148,7 +148,7 @@ def test_weights_need_no_prompts(tmp_path: Path, name: str) -> None:
         values = found.measures[0].patched
         np.testing.assert_allclose(values[:, 0], beside.measures[0].patched[:, 0], atol=1e-6)
         assert values.shape[1] == 1
-        assert found.conventions["rows"].startswith("none: of weights alone")
+        assert found.conventions["rows"].startswith("none: read from weights only")
 
 
 @pytest.mark.parametrize(

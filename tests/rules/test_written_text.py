@@ -254,7 +254,7 @@ def test_only_rows_that_have_a_reply(data: Path, sign: str) -> None:
     assert 0 < len(own) < len(rows())
     assert found["e"].row_ids == own
     left = len(rows()) - len(own)
-    said = f"{left} of {len(rows())} rows have none, and are left out"
+    said = f"{left} of {len(rows())} rows have no reply and are excluded"
     assert said in found["e"].conventions["replies"]
     patched, base = by_hand("gpt2", None, [(0,)], in_the_prompt)
     kept = [row for row in range(len(rows())) if row in own]

@@ -16,9 +16,9 @@ from mechdsl.program.python_functions import TOKENIZER_PARAMETER, PythonFailure,
 from mechdsl.resolve.types import ItemNumber, MetricTerm
 from mechdsl.vocab.metrics import PatternTimeout, Reply
 
-REPLY_ARGUMENT = "it takes `replies`, n texts, and `rows`, n of them, and gives n numbers"
+REPLY_ARGUMENT = "it takes `replies`, n texts, and `rows`, n of them, and returns n numbers"
 
-RETURN_HINT = "it takes `logits`, [n, vocab], and `rows`, n of them, and gives n numbers"
+RETURN_HINT = "it takes `logits`, [n, vocab], and `rows`, n of them, and returns n numbers"
 
 
 def call_python_metric(atom: MetricTerm, logits: Tensor, prompts: Ints, usable: Bools) -> Tensor:
@@ -99,18 +99,20 @@ def _read_numbers(atom: MetricTerm, own: Tensor | list[str], prompts: Ints, hint
     try:
         found = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise function.failure(f"it gave {_describe_type(given)}, not numbers", hint) from None
+        raise function.failure(f"it returned {_describe_type(given)}, not numbers", hint) from None
     if found.shape != (len(prompts),):
         shape = list(found.shape)
-        raise function.failure(f"it gave the shape {shape}, not [{len(prompts)}]", hint)
+        raise function.failure(f"it returned the shape {shape}, not [{len(prompts)}]", hint)
     if found.is_complex():
-        raise function.failure("it gave complex numbers", hint)
+        raise function.failure("it returned complex numbers", hint)
     found = found.detach().double().cpu()
     if found.isnan().any():
         first = int(found.isnan().nonzero()[0])
         row = atom.rows[prompts[first]]
         told = ", ".join(f"{name} = {value!r}" for name, value in row.items() if "." not in name)
-        raise function.failure(f"it gave NaN, in the row with {_shorten(told)}", hint, row=first)
+        raise function.failure(
+            f"it returned NaN, in the row with {_shorten(told)}", hint, row=first
+        )
     return found
 
 
@@ -187,8 +189,8 @@ def _search_timeout(atom: MetricTerm, reply: Reply) -> UnreadableMeasure:
     return UnreadableMeasure(
         span=span,
         text=span.written,
-        reason=f"in a reply of {len(reply.text):,} letters it takes more than "
+        reason=f"in a reply of {len(reply.text):,} letters the search takes more than "
         f"{limits.SEARCH_SECONDS:g} s",
-        hint="the same letters can be repeated in too many ways: write `a+` for `(a+)+`, or "
-        "`(…)++`, which doesn't try others",
+        hint="nested repetitions match the same letters in too many ways: write `a+` for "
+        "`(a+)+`, or `(…)++`, which doesn't backtrack",
     )

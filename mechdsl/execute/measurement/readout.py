@@ -802,7 +802,7 @@ def _find_gap(
     causes: list[tuple[Bools, str]] = []
     for divisor in iter_divisors(measure.expression):
         zero = evaluate_arithmetic(divisor, values.__getitem__) == 0
-        causes.append((zero, f"`{divisor.span.written}`, which it divides by, is 0"))
+        causes.append((zero, f"`{divisor.span.written}`, the divisor, is 0"))
     whole = np.ones_like(usable)
     for atom in measure.atoms:
         value = values[atom.node]
@@ -810,7 +810,7 @@ def _find_gap(
         if atom.form.takes == "activations":
             said = f"a vector of `{atom.node.span.written}` is 0"
             causes.append((np.isnan(value), said))
-    causes.append((whole & ~np.isfinite(result), "it is too large for a number"))
+    causes.append((whole & ~np.isfinite(result), "it exceeds the range of numbers"))
     masks = [np.broadcast_to(mask, usable.shape) & usable for mask, _ in causes]
     rows = np.flatnonzero(np.any(masks, axis=0))
     if not len(rows):

@@ -108,7 +108,7 @@ class WeightObserver:
         reading = ReadoutInput(self.run, self.prompts, env, None, {}, None, {}, {}, seen)
         found = self.readout.read(reading)
         if found.broken.any():
-            raise ValueError("its logits are no numbers")
+            raise ValueError("its logits aren't numbers")
         for gap in found.gaps.values():
             raise ValueError(gap.reason)
         return found.values

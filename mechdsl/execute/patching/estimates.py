@@ -416,7 +416,7 @@ def _mark_gaps(values: list[Floats]) -> ReadoutResult:
     for number, own in enumerate(values):
         rows = np.flatnonzero(~np.isfinite(own))
         if len(rows):
-            gaps[number] = ValueGap(rows, "its gradient is no number")
+            gaps[number] = ValueGap(rows, "its gradient isn't a number")
             own[rows] = np.nan
     count = len(values[0])
     broken = np.zeros(count, dtype=np.bool_)

@@ -923,7 +923,7 @@ def locate_in_cell(
 
 def _describe_later_site(runs: UnpatchedRuns) -> str:
     """Describe the location of an unusable value that no site of the prompt shows."""
-    return "behind the last block" if runs.writer is None else "while it writes"
+    return "after the last block" if runs.writer is None else "during generation"
 
 
 def list_stream_reads(model: LoadedModel) -> list[SiteRead]:

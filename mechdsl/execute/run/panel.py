@@ -337,7 +337,7 @@ class PanelRunner:
         if self.stored is None or not plan.rules:
             return
         if self.measured[plan.experiment.key].tokens.top:
-            said = "the tokens that it lists are made of all of its rows"
+            said = "its listed tokens are computed from all of its rows"
             self.profile.not_kept[plan.experiment.key] = said
             return
         try:
@@ -863,7 +863,7 @@ def _report_autograd_failure(plan: ExperimentPlan, said: str) -> NoEstimate:
         using=estimator.name,
         what=f"cells of `{plan.experiment.name}`",
         reason=f"autograd can't follow `{plan.experiment.model.name}` ({said[:200]})",
-        hint="leave `using` out, so that each cell is run",
+        hint="remove `using`, so that each cell is run",
     )
 
 

@@ -296,13 +296,13 @@ def _open_attention(
     def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         mine = kept.handed(call.layer, call.key, call.value)
         if kept.marked and not mine:
-            raise ValueError(f"`{model.name}` makes something else of the keys that it keeps")
+            raise ValueError(f"`{model.name}` transforms its cached keys")
         layer = work.layer(call.layer, call.query)
         if layer is None and newest and mine and (found := one.attend(call)) is not None:
             return found, None
         if layer is not None and layer.rotated.get("k_rot"):
             if not mine:
-                raise ValueError(f"`{model.name}` keeps its keys in a form that can't be written")
+                raise ValueError(f"`{model.name}` caches its keys in a form that can't be edited")
             own = kept.newest(call.layer, tokens.count)
             turned = layer.turned("k_rot", own.transpose(0, 1).flatten(1, 2))
             own.copy_(turned.unflatten(1, (len(own), -1)).transpose(0, 1))
@@ -358,12 +358,13 @@ def choose_method(model: LoadedModel, *, inside: bool = False) -> GenerationMeth
 def _test_methods(model: LoadedModel, inside: bool) -> GenerationMethod:
     if model.calling.side != "left":
         return GenerationMethod(
-            "whole", "it counts columns, so that prompts can't end in the same one"
+            "whole",
+            "its positions are columns of the batch, so prompts can't be aligned at their ends",
         )
     if "past_key_values" not in model.calling.accepts:
-        return GenerationMethod("whole", "it takes no keys and values of earlier tokens")
+        return GenerationMethod("whole", "it doesn't accept cached keys and values")
     if any(_depends_on_length(getattr(part, "rope_type", "")) for part in model.module.modules()):
-        return GenerationMethod("whole", "its rotary embedding hangs on how long the text is")
+        return GenerationMethod("whole", "its rotary embedding depends on the length of the text")
     generator = torch.Generator().manual_seed(0)
     size = model.shape.vocab_size
     prompts = [torch.randint(size, (n,), generator=generator).tolist() for n in _TRIAL_LENGTHS]
@@ -372,14 +373,14 @@ def _test_methods(model: LoadedModel, inside: bool) -> GenerationMethod:
         try:
             cached = _run_cached_passes(model, prompts, inside, shares=shares)
         except Exception as error:
-            way = GenerationMethod("whole", f"it fails with kept keys and values: {error}")
+            way = GenerationMethod("whole", f"it fails with cached keys and values: {error}")
             continue
         off = _relative_error(cached, whole)
         if off <= _get_tolerance(model):
             places = _find_row_arguments(model, prompts, inside, whole, shares)
             return GenerationMethod("cached", shares=shares, places=places)
         way = GenerationMethod(
-            "whole", f"with kept keys and values its logits are off by {off:.1g}"
+            "whole", f"with cached keys and values its logits are off by {off:.1g}"
         )
     return way
 

@@ -38,13 +38,13 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
-            raise ValueError("a reply has at least one token to be")
+            raise ValueError("a reply must have at least one token")
         if self.temperature is not None and not self.temperature > 0:
-            raise ValueError("a temperature is above 0")
+            raise ValueError("the temperature must be above 0")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError("top_k is at least 1")
+            raise ValueError("top_k must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError("top_p is above 0 and at most 1")
+            raise ValueError("top_p must be above 0 and at most 1")
 
 
 NO_TOKEN = -1

@@ -182,7 +182,7 @@ class FullPasses:
         layers = [layer for layer in range(shape.n_layers) if blocks.get(layer, True)]
         every = [SiteRead(site, layer) for layer in layers for site in ("k", "v")]
         if not all(shape.has(read.site, read.layer) for read in every):
-            raise ValueError(f"`{self.model.name}` has blocks without keys and values to keep")
+            raise ValueError(f"`{self.model.name}` has blocks without keys and values to cache")
         return [*self._stepped, *every]
 
     def _before(self, states: RowStates, chosen: RowChoice, step: int) -> list[StoredVectors]:
@@ -729,7 +729,9 @@ class _GivenRules:
             blocks = collect_blocks(self.steps, step) if step else dict(self.prefill.blocks)
             now = {block for block, of in blocks.items() if of is None}
             if out - now:
-                raise ValueError(f"block {min(out - now)} is left out, and attends in step {step}")
+                raise ValueError(
+                    f"block {min(out - now)} was omitted earlier but attends in step {step}"
+                )
             out |= now
 
     def merged(self, count: int) -> _GivenRules:

@@ -133,14 +133,12 @@ class AttentionHooks:
         if not allowed:
             return mask
         if not isinstance(mask, Tensor):
-            raise WriteMismatch("attention has no mask, so that no key can be allowed")
+            raise WriteMismatch("attention has no mask, so no key can be allowed")
         sees = mask if mask.dtype == torch.bool else mask == 0
         if mask.dtype != torch.bool and bool(
             (~sees & (mask > torch.finfo(mask.dtype).min / 2)).any()
         ):
-            raise WriteMismatch(
-                "a mask holds more than what is seen, so that no key can be allowed"
-            )
+            raise WriteMismatch("a mask contains more than visibility, so no key can be allowed")
         mask = mask.expand(len(self.starts), heads, -1, -1).clone()
         count = mask.shape[2]
         for change in allowed:

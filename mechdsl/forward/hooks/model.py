@@ -179,7 +179,7 @@ class LoadedModel:
         if not name:
             return BlockStack(self.anatomy, self.shape)
         if name not in self.others:
-            there = ", ".join(f"`{other}`" for other in self.others) or "none beside the main one"
+            there = ", ".join(f"`{other}`" for other in self.others) or "none except the main one"
             raise ValueError(f"`{self.name}` has no stack `{name}`; it has {there}")
         return self.others[name]
 
@@ -379,14 +379,14 @@ def explain_block_mismatch(model: LoadedModel, to: int, of: int | None) -> str:
     block = _get_block(model, to)
     every = [block] if of is None else [block, _get_block(model, of)]
     if any("_hf_hook" in part.__dict__ for each in every for part in each.modules()):
-        return "its weights are kept elsewhere while a block isn't running"
+        return "its weights are stored elsewhere while a block isn't running"
     if of is None:
         return ""
     for part, other in zip(*(_describe_parts(each) for each in every), strict=False):
         if part != other:
-            return f"`{other[0] or 'the block'}` of block {of} is built in another way"
+            return f"`{other[0] or 'the block'}` of block {of} has a different structure"
     if len(list(every[0].modules())) != len(list(every[1].modules())):
-        return f"block {of} is built in another way"
+        return f"block {of} has a different structure"
     return ""
 
 

@@ -59,7 +59,7 @@ class WeightMaps:
         """Return [neuron, d_model]: what a neuron of activation 1 adds to the stream."""
         block = self._block(layer)
         if block.down is None:
-            raise NoLinearMap(f"layer {layer} has no neurons with a map of their own")
+            raise NoLinearMap(f"layer {layer} has no neurons with a separate map")
         module = self._module(block.down)
         found = self._map(module, self.model.tap("mlp_hidden", layer).layout.end, block.down)
         return self._behind(found, block.mlp_behind)
@@ -71,7 +71,7 @@ class WeightMaps:
         """
         block = self._block(0)
         if "mlp_out" not in block.taps or len(block.mlp) != 1:
-            raise NoLinearMap("the first block has no MLP that is a part of its own")
+            raise NoLinearMap("the first block has no MLP as a separate component")
         found = vectors.to(self.model.dtype)
         for path in (block.mlp_norm, *block.mlp, block.mlp_behind):
             found = found if path is None else self._module(path)(found)
@@ -163,7 +163,7 @@ class WeightMaps:
         tap = self.model.tap(site, layer)
         if tap.path not in self._block(layer).projections or tap.side != "out":
             raise NoLinearMap(
-                f"`{site}` of layer {layer} isn't what a linear map of the stream returns"
+                f"`{site}` of layer {layer} isn't the output of a linear map of the stream"
             )
         whole = self._map(self._module(tap.path), self.shape.d_model, tap.path)
         return _split_units(whole.T, tap.layout).transpose(1, 2)
@@ -188,7 +188,7 @@ class WeightMaps:
         tried = torch.linspace(-1, 1, width, dtype=kind, device=device)[None]
         got = module(tried).float() - zero
         if not torch.allclose(got, tried.float() @ found, atol=self._close(got)):
-            raise NoLinearMap(f"`{path}` is no linear map")
+            raise NoLinearMap(f"`{path}` isn't a linear map")
         return found
 
     @lru_cache(maxsize=4)  # noqa: B019

@@ -603,7 +603,7 @@ def run_packed(
     columns = PromptColumns(kept, lanes)
     reads = reads or {}
     if stack := next((one.stack for one in (*writes, *reads) if one.stack), ""):
-        raise ValueError(f"rows of sites of the stack `{stack}` are whole passes")
+        raise ValueError(f"rows of sites of the stack `{stack}` are full forward passes")
     end = choose_output(model)
     final = end.made_of(final, columns.ids, columns.real)
     read_columns = {r: (places[0], columns.of(*places)) for r, places in reads.items()}
@@ -836,7 +836,9 @@ class _PackedRun:
             out[pack.attend.taken] = self.kept.z[layer][pack.attend.taken_from]
         kept = self.kept.attention.get(layer)
         if kept is None:
-            raise CannotPack("a block attends in another way than the one before")
+            raise CannotPack(
+                "a block uses a different attention implementation than the preceding block"
+            )
         attend(
             query[0],
             given.key[0],

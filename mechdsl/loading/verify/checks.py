@@ -66,8 +66,8 @@ def check_writes(bench: CheckBench) -> Iterator[CheckOutcome]:
         same, back = writing.tried(rows[first : first + at_once])
         outcomes.append(
             (
-                bench.equal("writing a site's own values changes nothing", same),
-                bench.equal("what is written is read back", back),
+                bench.equal("writing a site's current values changes nothing", same),
+                bench.equal("written values are read back", back),
             )
         )
     for found in zip(*outcomes, strict=True):
@@ -76,11 +76,11 @@ def check_writes(bench: CheckBench) -> Iterator[CheckOutcome]:
     unread = _find_unread(still, changed) if writing.seen else set[int]()
     idle = [label_site(name, layer) for name, layer in still if layer not in unread]
     yield CheckOutcome(
-        "a hundredfold value changes the logits",
+        "a value 100 times as large changes the logits",
         error=float(len(idle)),
         tolerance=0.5,
         detail=", ".join(idle),
-        failure="they stay as they are",
+        failure="they don't change",
         asks_effect=True,
     )
 
@@ -171,7 +171,7 @@ def _find_unread(
 def check_logits(bench: CheckBench) -> Iterator[CheckOutcome]:
     bare = call_with_batch(bench.model, bench.batch)
     pairs = [("", bench.output(bench.logits), bench.output(bare))]
-    yield bench.equal("logits with hooks = logits without", pairs)
+    yield bench.equal("logits with hooks = logits without hooks", pairs)
 
 
 def check_padding(bench: CheckBench) -> Iterator[CheckOutcome]:
@@ -204,7 +204,7 @@ def check_causality(bench: CheckBench) -> Iterator[CheckOutcome]:
     other[-1] = ids[-2]
     both = Batch.of([ids.tolist(), other.tolist()], 0, "left", bench.model.device)
     was, now = call_with_batch(bench.model, both)[:, :-1]
-    yield bench.equal("another last token leaves earlier logits alone", [("", now, was)])
+    yield bench.equal("a different last token doesn't change earlier logits", [("", now, was)])
 
 
 def check_sublayer_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
@@ -258,7 +258,9 @@ def check_gains(bench: CheckBench) -> Iterator[CheckOutcome]:
             gained = found[-1] - own("resid_post", layer)[-1]
             yield f"layer {layer}", gained, own("mlp_out", layer)[0]
 
-    yield bench.equal("what mlp_out gains, resid_post gains", pairs(), bench.tolerance * 10)
+    yield bench.equal(
+        "a change of mlp_out changes resid_post equally", pairs(), bench.tolerance * 10
+    )
 
 
 def check_norms_of_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
@@ -327,18 +329,18 @@ def check_norm_positions(bench: CheckBench) -> Iterator[CheckOutcome]:
     for site in ("attn_norm", "mixer_norm"):
         pairs = list(of(site, "attn_norm", before))
         if pairs:
-            yield bench.equal(f"{site} = the norm in front of it, of {read}", pairs)
+            yield bench.equal(f"{site} = the preceding norm, of {read}", pairs)
     between = "resid_pre" if anatomy.parallel else "resid_mid"
     if bench.stack != "cross":
         pairs = list(of("mlp_norm", "mlp_norm", bench.between))
-        yield bench.equal(f"mlp_norm = the norm in front of it, of {between}", pairs)
+        yield bench.equal(f"mlp_norm = the preceding norm, of {between}", pairs)
         # Several MLPs read that norm, so mlp_norm isn't a site of any of them.
         others = set(bench.with_sites("resid_mid")) - set(bench.with_sites("mlp_norm"))
         paths = {n: path for n in sorted(others) if (path := anatomy.blocks[n].mlp_norm)}
         if paths:
             read = _read_stream(bench, paths)
             pairs = [(f"layer {n}", bench.vectors("resid_mid", n), read[n]) for n in paths]
-            yield bench.equal("the norm behind attention reads resid_mid", pairs)
+            yield bench.equal("the norm after attention reads resid_mid", pairs)
 
 
 def _read_stream(bench: CheckBench, paths: Mapping[int, str]) -> dict[int, Tensor]:
@@ -373,7 +375,7 @@ def check_image_merge(bench: CheckBench) -> Iterator[CheckOutcome]:
             if compute_difference(seen[:, 0], blind.expand(len(seen), -1)) > 1e-2
             else 1.0,
             tolerance=0.5,
-            failure="it is, so the image is put in behind it",
+            failure="it is, so the image is inserted after it",
         )
     generator = torch.Generator(seen.device).manual_seed(0)
     noise = torch.randn(seen.shape, generator=generator, device=seen.device) * seen.std()
@@ -385,7 +387,7 @@ def check_image_merge(bench: CheckBench) -> Iterator[CheckOutcome]:
         "noise at an image's tokens of embed changes the logits",
         error=0.0 if moved else 1.0,
         tolerance=0.5,
-        failure="they stay as they are",
+        failure="they don't change",
     )
 
 
@@ -403,7 +405,7 @@ def check_position_embedding(bench: CheckBench) -> Iterator[CheckOutcome]:
     in_front = bench.reads[SiteRead("embed", None)][:, :, 0]
     first, *others = get_first(behind[0]).to(in_front) - in_front
     pairs = [(f"image {n}", other, first, in_front) for n, other in enumerate(others, 2)]
-    yield bench.equal("what is added to embed of patches is the same for every image", pairs)
+    yield bench.equal("the addition to embed of patches is the same for every image", pairs)
 
 
 def check_cross_attention(bench: CheckBench) -> Iterator[CheckOutcome]:
@@ -420,7 +422,7 @@ def check_cross_attention(bench: CheckBench) -> Iterator[CheckOutcome]:
             values = view_layout(bench.module(tap.path)(normed[None]), tap.layout)[0]
             yield f"layer {layer}", bench.read("v", layer), values
 
-    yield bench.equal("v of cross attention is made of the encoder's final_norm", pairs())
+    yield bench.equal("v of cross attention is computed from the encoder's final_norm", pairs())
 
 
 def check_final_norm(bench: CheckBench) -> Iterator[CheckOutcome]:
@@ -455,7 +457,7 @@ def check_unembedding_order(bench: CheckBench) -> Iterator[CheckOutcome]:
         "final_norm through the unembedding orders tokens as logits do",
         error=float(off.float().mean()),
         tolerance=0.0,
-        failure="the likeliest token is another one",
+        failure="the most likely token differs",
     )
 
 
@@ -478,7 +480,7 @@ def check_head_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
             heads = bench.scaled(block.taps["attn_out"], heads)
             yield f"layer {layer}", total, bench.vectors("attn_out", layer), heads
 
-    behind = "the norm behind attention of " if anatomy.blocks[0].attn_behind else ""
+    behind = "the norm after attention of " if anatomy.blocks[0].attn_behind else ""
     yield bench.equal(f"{behind}the sum of head_out and the bias = attn_out", pairs())
 
 
@@ -571,7 +573,7 @@ def _is_same(after: Tensor, before: Tensor) -> bool:
     return bool(((after - before).abs() <= room).all())
 
 
-ATTENTION_IDENTITY = "attention, opened = the model's own"
+ATTENTION_IDENTITY = "attention, computed explicitly = the model's attention"
 """An identity that a model may break; it then has no sites within attention."""
 
 
@@ -619,10 +621,10 @@ def add_attention_sites(model: LoadedModel) -> LoadedModel:
     )
 
 
-PACKED_IDENTITY = "rows restarted at a block and token = whole passes"
+PACKED_IDENTITY = "rows restarted at a block and token = full forward passes"
 """An identity that a model may break; every row is then a full pass."""
 
-PACKED_IMAGE_IDENTITY = "rows restarted at a block and token = whole passes (with an image)"
+PACKED_IMAGE_IDENTITY = "rows restarted at a block and token = full forward passes (with an image)"
 """Counterpart of `PACKED_IDENTITY` for rows with an image."""
 
 _RESTART_TOKENS = ((2, 4), (1, 2))
@@ -641,7 +643,7 @@ def check_packed_rows(bench: CheckBench) -> Iterator[CheckOutcome]:
         encodes = bench.model.shape.takes in ("two texts", "audio")
         if encodes and "cross" not in bench.model.others:
             raise CannotPack(
-                "its decoder attends to its own tokens and the encoder's in one operation"
+                "its decoder attends to its own and the encoder's tokens in one operation"
             )
         if bench.anatomy.whole:
             raise CannotPack(bench.anatomy.whole)

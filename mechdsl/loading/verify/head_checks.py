@@ -142,14 +142,14 @@ def _check_silenced(
             elif (twin := silent.get((layer, row.bit, "q"))) is not None:
                 found["k"].append((where, z[number][hit], twin[hit]))
             silent[layer, row.bit, row.site] = z[number]
-    what = "attends uniformly, and no other does"
+    what = "attends uniformly, and no other head does"
     yield bench.equal(f"a head whose q is zero {what}", iter(found["q"]))
     yield bench.equal(f"a head whose k are zero {what}", iter(found["k"]))
     yield CheckOutcome(
         "k of an earlier token matters",
         error=0.0 if moved else 1.0,
         tolerance=0.5,
-        failure="z of the second token stays as it is without the first one's key",
+        failure="z of the second token doesn't change without the first token's key",
         asks_effect=True,
     )
 
@@ -273,9 +273,9 @@ def check_attention_inputs(bench: CheckBench) -> Iterator[CheckOutcome]:
             yield f"layer {layer}", z, z.new_zeros(1, query.shape[1], value.shape[2])
 
     yield bench.equal("z has a slice for each head that attends", slices())
-    yield bench.equal("attention is handed v", both("v", 2))
-    yield bench.equal("attention is handed q, turned", lengths("q", 0), bench.tolerance * 10)
-    yield bench.equal("attention is handed k, turned", lengths("k", 1), bench.tolerance * 10)
+    yield bench.equal("attention receives v", both("v", 2))
+    yield bench.equal("attention receives q after rotary", lengths("q", 0), bench.tolerance * 10)
+    yield bench.equal("attention receives k after rotary", lengths("k", 1), bench.tolerance * 10)
 
     def silent() -> Iterator[tuple[str, Tensor, Tensor]]:
         for head in (0, -1):
@@ -291,7 +291,7 @@ def check_attention_inputs(bench: CheckBench) -> Iterator[CheckOutcome]:
                 yield where, z[:, head], torch.zeros_like(z[:, head])
                 yield where, still.float(), torch.zeros(len(others), device=z.device)
 
-    yield bench.equal("z of a head that attends to nothing is zero, and no other", silent())
+    yield bench.equal("only z of a head that attends to nothing is zero", silent())
 
 
 def _drop_repeats(handed: Tensor, units: int) -> Tensor:
@@ -432,13 +432,13 @@ def check_head_writes(bench: CheckBench) -> Iterator[CheckOutcome]:
     if not layers:
         return
     yield bench.equal("a head without values returns nothing, and no other changes", found["v"])
-    yield bench.equal("a query matters to its own token and head alone", found["q"])
-    yield bench.equal("a key matters to its own head alone", found["k"])
+    yield bench.equal("a query affects only its own token and head", found["q"])
+    yield bench.equal("a key affects only its own head", found["k"])
     yield CheckOutcome(
-        "a query matters to its token, a key to others",
+        "a query affects its token, a key affects others",
         error=0.0 if moved else 1.0,
         tolerance=0.5,
-        failure="z stays as it is",
+        failure="z doesn't change",
         asks_effect=True,
     )
 
@@ -472,4 +472,4 @@ def check_rotary_order(bench: CheckBench) -> Iterator[CheckOutcome]:
         if compute_difference(stream[here], stream[there]) > bench.tolerance:
             return
     pairs = [(s, reads[SiteRead(s, 0)][0, here], reads[SiteRead(s, 0)][0, there]) for s in sites]
-    yield bench.equal("q and k of one token are alike at two places", pairs)
+    yield bench.equal("q and k of one token are equal at two positions", pairs)

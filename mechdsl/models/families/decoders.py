@@ -138,7 +138,7 @@ class CTRL(Family):
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        return {"attn_norm": "attention is handed it three times, for queries, keys and values"}
+        return {"attn_norm": "attention receives it three times, for queries, keys and values"}
 
 
 @family("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "phi3")

@@ -82,7 +82,7 @@ class ALBERT(Family):
 
     @staticmethod
     def arrangement(config: ModelConfig) -> BlockArrangement | None:
-        return "behind the sum"
+        return "after the sum"
 
 
 @family("xmod")
@@ -120,7 +120,7 @@ class MPNet(Family):
 
     @staticmethod
     def arrangement(config: ModelConfig) -> BlockArrangement | None:
-        return "behind the sum"
+        return "after the sum"
 
 
 @family("esmc")
@@ -199,7 +199,7 @@ class IBERT(Family):
     @staticmethod
     def refused(config: ModelConfig) -> str:
         quantized = config.get("quant_mode")
-        return "its activations are whole numbers with scales beside them" if quantized else ""
+        return "its activations are whole numbers with separate scales" if quantized else ""
 
 
 @family("t5", "mt5", "umt5", "longt5")
@@ -226,7 +226,7 @@ class NLLBMoE(Family):
     def refused(config: ModelConfig) -> str:
         if config.get("moe_eval_capacity_token_fraction", 1.0) >= 1:
             return ""
-        return "its experts take a part of a pass's tokens, so that prompts change one another"
+        return "its experts process only some tokens of a pass, so prompts affect one another"
 
 
 @family("bigbird_pegasus")
@@ -244,7 +244,7 @@ class LED(Family):
 
     @staticmethod
     def lost(config: ModelConfig) -> Mapping[str, str]:
-        return {"encoder": "its encoder fills prompts up to whole windows by itself"}
+        return {"encoder": "its encoder pads prompts to whole windows"}
 
 
 @family("pegasus_x")
@@ -253,7 +253,7 @@ class PegasusX(Family):
 
     @staticmethod
     def lost(config: ModelConfig) -> Mapping[str, str]:
-        reason = "its encoder fills prompts up to whole blocks, and has global tokens beside them"
+        reason = "its encoder pads prompts to whole blocks and adds global tokens"
         return {"encoder": reason}
 
 
@@ -281,7 +281,7 @@ class FSMT(Family):
 
     @staticmethod
     def refused(config: ModelConfig) -> str:
-        return "its blocks have positions before the batch"
+        return "its tensors have the position dimension before the batch dimension"
 
 
 @family("prophetnet")

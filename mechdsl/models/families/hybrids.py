@@ -41,7 +41,7 @@ class FalconH1(_Front):
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        reason = "attention and a state-space layer stand side by side, and their sum is added"
+        reason = "attention and a state-space layer run in parallel, and their sum is added"
         return dict.fromkeys(("mixer_norm", "mixer_out", "resid_mid"), reason)
 
 
@@ -68,12 +68,12 @@ class Gemma3n(_Front):
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
         return dict.fromkeys(
-            _STREAM, "its blocks pass on several residual streams, which each block mixes"
+            _STREAM, "its blocks carry several residual streams, which each block mixes"
         )
 
     @staticmethod
     def whole(config: ModelConfig) -> str:
-        return "its blocks pass on several residual streams"
+        return "its blocks carry several residual streams"
 
 
 @family("diffllama")
@@ -82,7 +82,10 @@ class DiffLlama(_Front):
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        reason = "a head's output is the difference of two attention heads', twice as wide"
+        reason = (
+            "a head's output is the difference of the outputs of two attention heads of "
+            "twice the width"
+        )
         return {"z": reason, "head_out": reason, "v": "each value is read by heads of all groups"}
 
     @staticmethod
@@ -114,7 +117,7 @@ class Doge(_Front):
     @staticmethod
     def refused(config: ModelConfig) -> str:
         mixed = (
-            "a token's experts depend on later tokens: its router takes all tokens' scores apart"
+            "a token's experts depend on later tokens: its router ranks the scores of all tokens"
         )
         return mixed if config.get("is_moe") else ""
 
@@ -174,8 +177,8 @@ class Zaya(_Front):
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        added = "what is added is scaled and shifted, feature by feature"
-        made = "keys and values of a token are made of its neighbours too"
+        added = "the addition to the stream is scaled and shifted, feature by feature"
+        made = "keys and values of a token also depend on its neighbours"
         return {"attn_out": added, "mlp_out": added, "k": made, "v": made}
 
     @staticmethod
@@ -197,7 +200,7 @@ class JetMoE(_Front):
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        reason = "a token's queries and outputs come from the experts that it is sent to"
+        reason = "a token's queries and outputs come from the experts that it is routed to"
         return dict.fromkeys(("q", "z", "head_out"), reason)
 
     @staticmethod
@@ -215,11 +218,11 @@ class _Streams(_Front):
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        return dict.fromkeys(_STREAM, "its blocks pass on several residual streams")
+        return dict.fromkeys(_STREAM, "its blocks carry several residual streams")
 
     @staticmethod
     def whole(config: ModelConfig) -> str:
-        return "its blocks pass on several residual streams"
+        return "its blocks carry several residual streams"
 
 
 @family("deepseek_v4")
@@ -228,13 +231,13 @@ class DeepSeekV4(_Streams):
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        one = "keys are values, with tokens of compressed windows among them"
+        one = "keys are also values, and some are tokens of compressed windows"
         return {
             **_Streams.without(config),
             "k": one,
             "v": one,
-            "z": "the output projection is made of two, in groups of heads",
-            "head_out": "the output projection is made of two, in groups of heads",
+            "z": "the output projection consists of two maps, in groups of heads",
+            "head_out": "the output projection consists of two maps, in groups of heads",
         }
 
 
@@ -244,7 +247,7 @@ class HunyuanV4(_Streams):
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        weighed = "what a sublayer returns is weighed for each stream"
+        weighed = "the output of a sublayer is weighted for each stream"
         return {**_Streams.without(config), "attn_out": weighed, "mlp_out": weighed}
 
 
@@ -254,19 +257,19 @@ class Qwen4(_Streams):
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        weighed = "what a sublayer returns is weighed for each stream"
+        weighed = "the output of a sublayer is weighted for each stream"
         return {**_Streams.without(config), "mixer_out": weighed, "mlp_out": weighed}
 
 
 @family("longcat_flash")
 class LongCat(_Front):
-    """Each block has two attention sublayers, two MLPs and experts beside them."""
+    """Each block has two attention sublayers, two MLPs and additional experts."""
 
     adds_up = False
 
     @staticmethod
     def without(config: ModelConfig) -> Mapping[str, str]:
-        reason = "each block has two attention sublayers, two MLPs and experts beside them"
+        reason = "each block has two attention sublayers, two MLPs and additional experts"
         inside = (*_HEADS, "attn_norm", "attn_out", "resid_mid", "mlp_norm", "mlp_hidden")
         return dict.fromkeys((*inside, "router", "expert_out", "mlp_out"), reason)
 
@@ -331,7 +334,7 @@ class MiMo(_Front):
     def without(config: ModelConfig) -> Mapping[str, str]:
         if config.get("attention_value_scale") in (None, 1):
             return {}
-        return {"v": "values are multiplied with a constant behind their projection"}
+        return {"v": "values are multiplied by a constant after their projection"}
 
 
 @family("roformer")

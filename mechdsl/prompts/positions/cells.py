@@ -225,7 +225,7 @@ def reply_cells(
             last = tuple(single_token_hit(len(row.ids) - 1) for row in rows)
             cells.append(PositionCell(label, last, reply=place))
     if found and not cells:
-        problem = places.bad("no reply has it", "name another one; `report texts` shows them")
+        problem = places.bad("no reply contains it", "name another one; `report texts` shows them")
     diagnostics += [] if problem is None else [problem]
     return cells
 
@@ -264,14 +264,14 @@ class _Places:
         body, said = self.position.body, self.position
         if not isinstance(body, ast.Point) or said.align or said.and_answer:
             return [], self.bad(
-                "its tokens are named by themselves",
+                "each of its tokens must be named individually",
                 "write `last token of reply`, `reply token 3` or `each reply token`",
             )
         assert not isinstance(body.offset, ast.Variable)
         cells = list(self._cells(body.base))
         if not cells:
             return [], self.bad(
-                "there is one reply behind a prompt, and nothing of it is known before",
+                "a prompt has one reply, which is unknown before generation",
                 "write `last token of reply`, `reply token 3`, `each reply token` or "
                 '`"Answer:" of reply token`',
             )
@@ -282,8 +282,8 @@ class _Places:
             sign = "+" if body.offset > 0 else "-"
             cells = [(f"{label} {sign} {abs(body.offset)}", place) for label, place in cells]
         if not any(self._may_be(place) for _, place in cells):
-            tokens = f"a reply has {self.most} tokens at most, counted from 1"
-            return [], self.bad(tokens, "let it write more (`generate`), or name an earlier one")
+            tokens = f"a reply has at most {self.most} tokens, counted from 1"
+            return [], self.bad(tokens, "raise the limit of `generate`, or name an earlier token")
         return cells, None
 
     def _cells(self, base: ast.PointBase) -> Iterator[tuple[str, ReplyPosition]]:
@@ -539,7 +539,7 @@ class _Resolver:
             ]
             # Special tokens are hit only if they are named or counted.
             counted = isinstance(point.base, ast.TokenIndex)
-            hint = "the offset leads out of the text; choose a smaller one"
+            hint = "the offset points outside the text; choose a smaller one"
             behind = self._answer_in(point.base)
             return self.counted.inside(cells, point, hint, special=counted, behind=behind)
         return cells
@@ -731,7 +731,7 @@ class _Resolver:
                 NotInAnswer(
                     span=position.span,
                     position=position.span.written,
-                    reason="`and answer` can only stand behind `tokens *` and `token *`",
+                    reason="`and answer` can only follow `tokens *` and `token *`",
                     hint=f"join them: `{{{body.span.written}, answer tokens}}`",
                 )
             )
@@ -835,7 +835,7 @@ class _Resolver:
                 NotInAnswer(
                     span=body.span,
                     position=body.span.written,
-                    reason="`except` leaves tokens of the prompt out, and has none of the answer's",
+                    reason="`except` excludes tokens of the prompt and contains no answer tokens",
                     hint="join them: `{tokens except …, answer tokens}`",
                 )
             )

@@ -57,9 +57,9 @@ def unknown_span_hint(name: str, spans: Iterable[str], table: PromptTable) -> st
         )
     defined = table.sources[0].block.spec.spans if table.sources else ()
     if any(each.name.id == name and each.literal is not None for each in defined):
-        return f"`span {name} = …` looks for its text in the prompts, and finds it in none"
+        return f"`span {name} = …` searches the prompts for its text, and no prompt contains it"
     listed = name_list(spans)
-    otherwise = f"there is {listed}" if spans else "write a placeholder: `{name}`"
+    otherwise = f"the spans are {listed}" if spans else "write a placeholder: `{name}`"
     return did_you_mean(name, [*spans, "first", "last"], otherwise)
 
 
@@ -82,7 +82,7 @@ def occurrence_hint(ref: ast.SpanRef, least: int, table: PromptTable, run: str) 
         default=0,
     )
     each = f"`each {ref.name} token`"
-    return f"write `where {count} >= {least + gap}`, or {each}, from which short rows drop out"
+    return f"write `where {count} >= {least + gap}`, or {each}, which excludes short rows"
 
 
 def _count_of(ref: ast.SpanRef, table: PromptTable) -> str | None:
@@ -158,11 +158,11 @@ class NamedNumbers:
         if isinstance(value, int) and not isinstance(value, bool):
             return (-value if node.negative else value) + node.offset
         example = f"`for {node.name} in 1..5`"
-        reason, hint = "positions are whole numbers", f"let it run over whole numbers: {example}"
+        reason, hint = "positions are whole numbers", f"loop over whole numbers: {example}"
         if value is None:
             reason = "is neither a `for` variable around this position nor a `param`"
             known = name_list(self.values)
-            otherwise = f"known here: {known}" if known else f"write {example} around it"
+            otherwise = f"names known here: {known}" if known else f"write {example} around it"
             hint = did_you_mean(node.name, list(self.values), otherwise)
         self.diagnostics.append(
             BadLoopValue(span=node.span, name=node.name, reason=reason, hint=hint)
@@ -383,7 +383,7 @@ class SpanFinder:
                 NotInAnswer(
                     span=node.span,
                     position=node.span.written,
-                    reason="one text stands behind a prompt, so there are no occurrences to count",
+                    reason="a prompt has one answer, so it has no occurrences to count",
                     hint="write `each token of answer` for one run per token, `first token of "
                     "answer + 1` for the second one",
                 )
@@ -419,7 +419,7 @@ class SpanFinder:
         if special is not None:
             if any(special in m.row.ids for m in self.maps):
                 return True
-            self._no_special(ref, "the tokenizer has one, but doesn't put it into these prompts")
+            self._no_special(ref, "the tokenizer has one, but doesn't insert it into these prompts")
             return False
         wanted = [ref.of] if ref.literal is not None else [ref.name, ref.of]
         for name in wanted:
@@ -458,7 +458,7 @@ class SpanFinder:
                 name=name,
                 prompts=self.table.runs[self.run].prompts or self.table.name,
                 hint=hint,
-                what="nothing of an image",
+                what="not a position of an image",
                 unit="image",
             )
         )
@@ -494,7 +494,7 @@ class SpanFinder:
         if bare:
             place = next(p for p in found[bare[0]] if not p.tokens)
             text = self.maps[bare[0]].row.text[place.start : place.end]
-            hint = 'name the token beside it, or choose a separator such as ", "'
+            hint = 'name the token next to it, or choose a separator such as ", "'
             self.diagnostics.append(
                 SpanWithoutToken(
                     span=ref.span,
@@ -504,7 +504,7 @@ class SpanFinder:
                     total=self.total,
                     text=repr(text),
                     by_text=not text and not self.table.stands_in,
-                    hint=hint if text else "leave rows where it is empty out with `where`",
+                    hint=hint if text else "exclude rows in which it is empty with `where`",
                 )
             )
             return None

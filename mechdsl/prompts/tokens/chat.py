@@ -72,11 +72,13 @@ class ChatTemplate:
         """The reason that the template can't be used at all."""
         if len(self.text) > limits.CHAT_TEMPLATE:
             size = f"{len(self.text):,} characters are more than {limits.CHAT_TEMPLATE:,}"
-            return ChatProblem(size, "no chat template of a model is as long; look at what it is")
+            return ChatProblem(size, "no model's chat template is that long; check the file")
         try:
             _ = self._render
         except Exception as error:  # Jinja's exceptions, and those of Python's compiler
-            return ChatProblem(f"it is no template ({_said(error)})", "correct it in the folder")
+            return ChatProblem(
+                f"it is not a valid template ({_said(error)})", "correct it in the folder"
+            )
         return None
 
     @cached_property
@@ -133,9 +135,10 @@ class ChatTemplate:
         if marker is not None:
             role, shown = turns[number].role, " ".join(marker.split())
             raise ChatProblem(
-                f"the text of a turn of `{role}` holds `{shown}`, a special token or mark of turns",
-                "leave these rows out with `where`, or write it otherwise: the model would read "
-                "more than text in it",
+                f"the text of a turn of `{role}` contains `{shown}`, a special token or a "
+                "turn marker",
+                "exclude these rows with `where`, or rephrase the text: the model would "
+                "read this as more than text",
                 number,
             )
 
@@ -153,12 +156,12 @@ class ChatTemplate:
         try:
             text = self._render(names)
         except Exception as error:  # templates can raise anything
-            hint = "write other turns, or the text itself with `template`"
+            hint = "change the turns, or write the whole text with `template`"
             raise ChatProblem(_said(error), hint) from error
         if len(text) > limits.TEXT:
             raise ChatProblem(
                 f"it writes {len(text):,} characters, more than {limits.TEXT:,}",
-                "no model reads so much; shorten the turns",
+                "this exceeds the context of any model; shorten the turns",
             )
         return text
 
@@ -254,7 +257,7 @@ def _inner(text: str, mark: str, close: str) -> str:
 def _free_marks(texts: Sequence[str]) -> tuple[str, str]:
     free = [mark for mark in _MARKS if not any(mark in text for text in texts)]
     if len(free) < 2:
-        raise ChatProblem("a turn has code points that are no characters", "take them away")
+        raise ChatProblem("a turn contains code points that aren't characters", "remove them")
     return free[0], free[1]
 
 
@@ -262,10 +265,11 @@ def _lost(turns: Sequence[Turn], found: _Found, number: int | None = None) -> No
     """Raise `ChatProblem` for a turn whose text isn't in the formatted text."""
     if number is None:
         number = next((n for n in range(len(turns)) if n not in found.places), None)
-    role = "one of them" if number is None else f"`{turns[number].role}`"
+    role = "one turn" if number is None else f"`{turns[number].role}`"
     raise ChatProblem(
-        f"the text of {role} can't be found in what it writes",
-        "it leaves the turn out or changes its text; write the whole text with `template`",
+        f"the text of {role} doesn't appear in the formatted text",
+        "the chat template omits the turn or changes its text; write the whole text with "
+        "`template`",
         number,
     )
 

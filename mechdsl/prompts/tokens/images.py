@@ -82,7 +82,7 @@ class ImageTokenizer(TextTokenizer):
             count = len(layout.named(name))
             front.append(f"`{name}`" if count == 1 else f"{count} `{name}` tokens")
         said = f"{self.processing.words}; {layout.rows} x {layout.cols} patches, counted from 1"
-        return f"{said}, behind {' and '.join(front)}" if front else said
+        return f"{said}, after {' and '.join(front)}" if front else said
 
     def _raw(self, texts: Sequence[str], add_special: bool = False) -> list[EncodedText]:
         return [self._encoded(text) for text in texts]
@@ -170,7 +170,7 @@ def read_processing(
         reason = f"`{name}` can't be read ({error})"
         return None, [NoImageProcessor(span=span, model=model, reason=reason)]
     if config is None:
-        reason = f"there is no `{PREPROCESSOR_FILE}` beside its `config.json`"
+        reason = f"there is no `{PREPROCESSOR_FILE}` next to its `config.json`"
         return None, [NoImageProcessor(span=span, model=model, reason=reason)]
     return make_image_tokenizer(config, layout, model=model, span=span)
 
@@ -203,14 +203,14 @@ def make_image_tokenizer(
     made = processing.size
     if made is None:
         hint = 'crop images (`"do_center_crop": true`), or give both sides of `size`'
-        return refused("its images have the sides of their files, and the model one size", hint)
+        return refused("it keeps the image size of each file, but the model has a fixed size", hint)
     if layout.any_size:
         layout = replace(layout, size=made)
         if layout.rows < 1 or layout.cols < 1:
             return refused("its images are smaller than a patch")
     elif made != layout.size:
         sizes = (
-            f"{made[1]} x {made[0]} pixels, and the model reads {layout.size[1]} x {layout.size[0]}"
+            f"{made[1]} x {made[0]} pixels, but the model reads {layout.size[1]} x {layout.size[0]}"
         )
         return refused(f"it makes images of {sizes}", "give it the `image_size` of the model")
     return ImageTokenizer(layout, processing), []

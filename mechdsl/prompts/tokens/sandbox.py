@@ -86,7 +86,7 @@ class _Budget:
                 waiting += cast("Sequence[Any]", each)
                 characters += 1
             if characters > limits.TEXT or len(waiting) > limits.TEXT:
-                _fail(f"it makes a text or list of more than {limits.TEXT:,} parts")
+                _fail(f"it builds a text or list of more than {limits.TEXT:,} parts")
         self.spend(1 + characters // _CHARACTERS_PER_STEP)
         return value
 
@@ -135,16 +135,16 @@ def _replaced(text: Any, old: Any, new: Any, count: int | None = None) -> str:
     text, old, new = str(text), str(old), str(new)
     times = text.count(old)
     if len(text) + times * len(new) > limits.TEXT:
-        _fail(f"it makes a text of more than {limits.TEXT:,} characters")
+        _fail(f"it builds a text of more than {limits.TEXT:,} characters")
     return text.replace(old, new, -1 if count is None else count)
 
 
 def _joined(parts: Iterable[Any], sep: str = "", attribute: object = None) -> str:
     if attribute is not None:
-        _fail("it joins attributes")
+        _fail("it uses `join` with an attribute")
     texts = [str(part) for part in parts]
     if sum(map(len, texts)) + len(texts) * len(sep) > limits.TEXT:
-        _fail(f"it makes a text of more than {limits.TEXT:,} characters")
+        _fail(f"it builds a text of more than {limits.TEXT:,} characters")
     return str(sep).join(texts)
 
 
@@ -178,7 +178,7 @@ def _now(form: str) -> str:
 def _numbers(first: int, *more: int) -> range:
     found = range(first, *more)
     if len(found) > limits.CHAT_STEPS:
-        _fail("it counts too far")
+        _fail("its range is too long")
     return found
 
 
@@ -273,14 +273,14 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             size = len(left) if isinstance(left, texts) else len(right)
             times = right if isinstance(left, texts) else left
             if size * times > limits.TEXT:
-                _fail(f"it makes a text or list of more than {limits.TEXT:,} parts")
+                _fail(f"it builds a text or list of more than {limits.TEXT:,} parts")
         elif operator in ("**", "%") and not numbers:
-            raise SecurityError(f"`{operator}` works on numbers alone")
+            raise SecurityError(f"`{operator}` works only on numbers")
         elif operator == "**" and (abs(left) > _LARGE or abs(right) > 64):
-            _fail("it makes a number that is too large")
+            _fail("it computes a number that is too large")
         found = super().call_binop(context, operator, left, right)
         if isinstance(found, int) and abs(found) > _LARGE**64:
-            _fail("it makes a number that is too large")
+            _fail("it computes a number that is too large")
         return self.bounds.whole(found)
 
 

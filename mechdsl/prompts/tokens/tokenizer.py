@@ -141,7 +141,7 @@ class TextTokenizer:
         try:
             backend, made_unknown = _backend_of(content)
         except Exception as error:  # the library raises plain `Exception`
-            return refused(f"`tokenizer.json` is not understood ({error})")
+            return refused(f"`tokenizer.json` can't be read ({error})")
         config = _read_config(path / "tokenizer_config.json")
         config = _read_config(path / "special_tokens_map.json") | config
         # `add_bos_token` of the config is ignored, as in transformers if there is a

@@ -163,10 +163,11 @@ def _read_image(picture: Picture, reader: ImageTokenizer) -> SeenImage | None:
 
 
 WEIGHTS_ONLY_TEXT = (
-    f"none: of weights alone; the text `{spec.NO_TEXT}` stands in, which nothing hangs on"
+    f"none: read from weights only; the text `{spec.NO_TEXT}` is a placeholder and affects no "
+    "number"
 )
 
-UNLISTED_TEXT = "not listed: rows that can't be used are among those that they were made of"
+UNLISTED_TEXT = "not listed: unusable rows are among those they were computed from"
 
 
 def _average_runs(
@@ -326,7 +327,7 @@ def _rounding_text(experiment: ResolvedExperiment, model: LoadedModel) -> str:
     ]
     measures = (*experiment.measures, *experiment.accuracies.values())
     if experiment.bare is not None:
-        words.append("of what is observed, as much of its size, or of 1 where it is smaller")
+        words.append("for observations, the same share of their size, or of 1 if that is larger")
     words += rounding_unit_texts([atom.form for measure in measures for atom in measure.atoms])
     return "; ".join(words)
 
@@ -334,14 +335,14 @@ def _rounding_text(experiment: ResolvedExperiment, model: LoadedModel) -> str:
 def rounding_unit_texts(forms: Sequence[MetricForm]) -> Iterator[str]:
     """Yield the units of bounds that aren't in logits."""
     if any(form.unit == "rank" for form in forms):
-        yield "a rank moves over the tokens whose logits are within twice that"
+        yield "a rank can change by the tokens whose logits are within twice that"
     shares = {form.takes for form in forms if form.unit == "share"}
     if shares - {"label"}:
-        yield "`correct` changes in rows whose two best logits are within twice that"
+        yield "`correct` can change in rows whose two largest logits are within twice that"
     if "label" in shares:
-        yield "`correct` changes in rows whose label has a logit within that of 0"
+        yield "`correct` can change in rows whose label has a logit within that of 0"
     if any(form.kind == "category" for form in forms):
-        yield "a category changes in rows whose two best numerals are within twice that"
+        yield "a category can change in rows whose two likeliest numerals are within twice that"
 
 
 def _collect_accuracies(measured: MeasuredValues) -> dict[str, Any]:
@@ -394,7 +395,7 @@ def _accuracy_text(experiment: ResolvedExperiment, units: Mapping[str, Ints]) ->
     table = experiment.table
     others = [f"`{run}`" for run in units if table.runs[run].prompts not in (None, table.name)]
     if others:
-        said += f"; {' and '.join(others)} set against the answers of `{table.name}`"
+        said += f"; {' and '.join(others)} compared with the answers of `{table.name}`"
     return {"accuracy": said}
 
 
@@ -471,10 +472,13 @@ def add_base_observations(
         rounding = relative * np.maximum(np.abs(base), 1)
         given = {"base": base, "source": None, "rounding": rounding, "gaps": gaps}
         measures[number] = replace(own, **given, as_patched=bare.experiment.as_base)
-    said = "base run: what is observed there without the rules, in the same rows and cells"
+    said = "base run: the observations without the rules, in the same rows and cells"
     told = {"effects of observations": said}
     if bare.experiment.as_base:
-        said = "base run: without the rules, behind the same prompts and the replies made with them"
+        said = (
+            "base run: without the rules, after the same prompts and the replies generated with "
+            "the rules"
+        )
         told = {"effects in replies": said}
     return replace(result, measures=tuple(measures), conventions={**result.conventions, **told})
 
@@ -603,9 +607,9 @@ def _verdict_level_text(experiment: spec.Experiment) -> dict[str, str]:
     if count < 2:
         return {}
     if experiment.statistics.verdicts == "holm":
-        return {"verdicts": f"{count} `expect` lines share the level of one, by Holm's correction"}
+        return {"verdicts": f"{count} `expect` lines share one level, by Holm's correction"}
     return {
-        "verdicts": f"each of {count} `expect` lines at a level of its own; with `stats verdicts "
+        "verdicts": f"each of {count} `expect` lines has a separate level; with `stats verdicts "
         "holm` they share one"
     }
 

@@ -49,7 +49,7 @@ def merge_variants(parts: Sequence[tuple[VariantLabels, ExperimentResult]]) -> E
     results = [result for _, result in parts]
     axes = join_axes([(labels, result.axes) for labels, result in parts])
     several = distinguish_variants([(labels, result.model) for labels, result in parts])
-    fewer = "" if ids is None or len(ids) == first.prompts else f"{len(ids)} that all have"
+    fewer = "" if ids is None or len(ids) == first.prompts else f"{len(ids)} that all results have"
     return replace(
         results[0],
         model=", ".join(dict.fromkeys(result.model for result in results)),
@@ -341,7 +341,7 @@ def merge_prompt_sets(
     for part, index in zip(parts, where, strict=True):
         result = _pad_result(part.result, index, len(every), starts[part.block])
         result = replace(result, **beside, hits=result.hits if beside["texts"] else ())
-        conventions = {**result.conventions, "rows": f"numbered on: {said}"}
+        conventions = {**result.conventions, "rows": f"numbered consecutively: {said}"}
         found.append((part.label, replace(result, conventions=conventions)))
     return found
 
@@ -467,12 +467,12 @@ def average_over_axis(
     cells, groups = average_cells(result.cells, axis)
     sizes = sorted({len(group) for group in groups})
     count = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
-    said = f"over {axis}, row by row, of {count} cells"
+    said = f"over {axis}, per row, of {count} cells"
     numbers: list[Callable[[Floats, Bools], Floats]] = [_row_means] * len(groups)
     if area:
         places = [[float(result.cells[n].coords[axis]) for n in group] for group in groups]
         numbers = [partial(_row_areas, np.array(each)) for each in places]
-        said += ", by trapezoids, divided by the range"
+        said += ", by the trapezoidal rule, divided by the range"
     joined = CellAverages(groups, numbers)
     return replace(
         result,

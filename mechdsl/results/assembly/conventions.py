@@ -39,7 +39,7 @@ def reply_conventions(
     said, experiment = plan.experiment.generation, plan.experiment
     if said is None:
         return
-    chosen = "each the most likely token"
+    chosen = "the most likely token at each step"
     if said.sampled:
         chosen = (
             f"{', '.join(said.drawn)}, seed {experiment.seed}: separate draws for each prompt, "
@@ -52,7 +52,7 @@ def reply_conventions(
     if way.kind == "whole":
         yield "kept keys", f"none: each token needs a full forward pass, because {way.reason}"
     if said.samples > 1:
-        yield "samples", f"{said.samples:,} per row; the value of a row is their mean"
+        yield "samples", f"{said.samples:,} per row; a row's value is their mean"
     each = ["draws of noise"] if plan.draws > 1 else []
     each += ["samples"] if said.samples > 1 else []
     if each and reads_any_reply(experiment):
@@ -62,7 +62,10 @@ def reply_conventions(
     if rules:
         yield "steps", "; ".join(_rule_steps(rules))
     if any(measure.reply is None for measure in experiment.measures):
-        yield "prompt end", "what isn't read off the reply is measured in step 0, before it"
+        yield (
+            "prompt end",
+            "metrics that don't read the reply are measured in step 0, before it begins",
+        )
 
 
 def _reply_ends(said: Generation, experiment: ResolvedExperiment, model: LoadedModel) -> str:
@@ -93,18 +96,18 @@ def _reply_lengths(plan: ExperimentPlan, measured: MeasuredValues) -> Iterator[s
 
 def _rule_steps(rules: Sequence[ResolvedRule]) -> Iterator[str]:
     """Yield the passes in which rules act."""
-    yield "step 0 is the pass over the prompt, each later one that of one more token of the reply"
+    yield "step 0 is the pass over the prompt; each later step adds one token of the reply"
     if any(rule.acts_later for rule in rules):
         yield (
-            "`last token` and `tokens *` go on to the newest token, where a rule writes what it "
-            "writes at the prompt's last one"
+            "`last token` and `tokens *` extend to the newest token; there a rule writes "
+            "what it writes at the final prompt token"
         )
     if any(rule.in_prefill and not _is_newest_only(rule) for rule in rules):
-        yield "positions of the prompt are written in step 0, and later tokens attend to that"
+        yield "positions of the prompt are written in step 0, and later tokens attend to the result"
     for rule in rules:
         if rule.after_prefill:
             text = " ".join(rule.spec.span.written.split())
-            yield f"`{text}` edits what is kept of the prompt behind step 0, which doesn't see it"
+            yield f"`{text}` edits the prompt's cache after step 0, which doesn't see the edit"
 
 
 def _is_newest_only(rule: ResolvedRule) -> bool:
@@ -136,12 +139,12 @@ def tower_conventions(experiment: ResolvedExperiment) -> dict[str, str]:
         )
         more = shape.classes - _MAX_SHOWN_TEXTS
         said = f"{count_noun(shape.classes, other)}: {first}" + (f" and {more} more" * (more > 0))
-        said += "; `correct` is that the best of them is this one, `rank` its place among them"
+        said += "; `correct`: this one scores highest; `rank`: its position among them"
         if shape.task == "one label":
-            said += ", `prob` their softmax"
+            said += "; `prob`: their softmax"
         found["classes"] = said
     if shape.task == "many labels":
-        found["prob"] = "a sigmoid, as the model was trained: each text holds or not by itself"
+        found["prob"] = "a sigmoid, as in training: each text is scored independently"
     return found
 
 
@@ -199,8 +202,8 @@ def _of_rows(experiment: ResolvedExperiment, measured: MeasuredValues) -> Conven
     if measured.unusable:
         yield (
             "left out",
-            f"{len(measured.unusable)} of {len(experiment.table)} rows, of everything: NaN or "
-            "infinity (`--allow-nan`)",
+            f"{len(measured.unusable)} of {len(experiment.table)} rows, from every result: "
+            "NaN or infinity (`--allow-nan`)",
         )
 
 
@@ -215,8 +218,8 @@ def _of_runs(experiment: ResolvedExperiment, model: LoadedModel) -> ConventionIt
     for name, own in experiment.derived.items():
         rules = "; ".join(" ".join(rule.spec.span.written.split()) for rule in own.rules)
         read = "" if own.spec.source is None else f", from {own.spec.source}"
-        place = "stays in place under the experiment's rules"
-        yield f"run {name}", f"{own.spec.base} with {rules}{read}; what it writes {place}"
+        place = "its writes stay in place under the experiment's rules"
+        yield f"run {name}", f"{own.spec.base} with {rules}{read}; {place}"
 
 
 def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
@@ -226,14 +229,17 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
         return
     where = f"gradients of the {base} run"
     if said.steps is not None:
-        where = f"gradients between the {base} run and what is written"
+        where = f"gradients between the {base} run and the written values"
     text = said.kind.convention.replace("{steps}", str(said.steps))
     edges = said.kind.place == "attention"
     filled = any(rule.spec.fill is not None for rule in experiment.rules)
     if filled and not edges and not said.kind.reads_written:
-        yield "fill", "not used: it says what would be written, and a gradient is of what is there"
+        yield (
+            "fill",
+            "not used: a gradient is taken at the base activations, not at a written value",
+        )
     if edges:
-        yield "edges", "none is blocked: the rule says which weights are looked at"
+        yield "edges", "none is blocked: the rule only selects attention weights"
     yield "estimates", f"`{said.text}`: {text}; {where}, by autograd"
 
 
@@ -241,9 +247,10 @@ def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
     """Describe missing cells and rows of cells, and the combination of rules in one cell."""
     if plan.path is not None and plan.beside_path:
         yield (
-            "beside the path",
-            "the other rules act in each of its passes, also where the rest is held; what the "
-            f"senders have is of the {plan.path.rule.run} run, without them; rows are whole passes",
+            "outside the path",
+            "the other rules act in each of its passes, also where other activations are "
+            f"held; senders take their values from the {plan.path.rule.run} run, without "
+            "these rules; each row is a full forward pass",
         )
     leading = [rule.paths.exists for rule in plan.rules if rule.paths is not None]
     there = np.ones(plan.n_cells, dtype=np.bool_) if plan.drawn is None else plan.drawn
@@ -251,12 +258,11 @@ def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
     if missing:
         yield (
             "pairs",
-            f"{there.sum() - missing} of {there.sum()}; in the others no receiver lies "
-            "behind a sender",
+            f"{there.sum() - missing} of {there.sum()}; in the others no receiver follows a sender",
         )
     if measured.dropped:
         of_donors = any(rule.rule.does.reads == "donor" for rule in plan.rules)
-        why = "they read a token of the answer that goes in nowhere"
+        why = "they read an answer token that isn't an input of the model"
         yield (
             "resample" if of_donors else "left out",
             f"{count_noun(measured.dropped, 'row')} of cells left out: "
@@ -266,16 +272,17 @@ def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
     if len(acting) > 1:
         yield (
             "rules",
-            "together in one run, in the order of the file; where two set the same vector, the "
-            "later one stands",
+            "together in one run, in the order of the file; if two set the same vector, the "
+            "later one applies",
         )
     if any(_window_text(rule.rule.spec) for rule in plan.rules):
         yield (
             "window",
-            "of w, named by its centre: from centre − ⌊w/2⌋ to centre + ⌈w/2⌉ − 1, cut at the ends",
+            "of w, named by its centre: from centre − ⌊w/2⌋ to centre + ⌈w/2⌉ − 1, clipped "
+            "at the ends",
         )
     if any(_several_answers(rule.positions) for rule in plan.rules):
-        yield "tokens", "several tokens under one label are separate runs, averaged per row"
+        yield "tokens", "several tokens with one label are run separately and averaged per row"
     answers = "; ".join(_on_answers(plan))
     if answers:
         yield ANSWER_TOKENS_KEY, answers
@@ -310,11 +317,12 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
 def _null_band(confidence: float) -> str:
     """Describe the meaning of a null band and its p-value."""
     return (
-        "from the r-th lowest to the r-th highest of k different draws, which holds one more like "
-        "them with probability (k + 1 − 2r)/(k + 1); r is the largest for which that is at least "
-        f"{confidence:g} %, else 1, the whole range; `p null` is (1 + b)/(1 + k), b of the draws "
-        "at least as large in size as the cell, each cell by itself, and never below 1/(1 + k); "
-        f"with k below {min_draws(confidence)} no effect is said to lie in its band"
+        "from the r-th lowest to the r-th highest of k different draws; a further draw falls "
+        "in this range with probability (k + 1 − 2r)/(k + 1); r is the largest for which that "
+        f"is at least {confidence:g} %, else 1 (the whole range); `p null` is (1 + b)/(1 + k), "
+        "where b draws are at least as large in size as the cell; each cell is compared "
+        "separately, and its `p null` is at least 1/(1 + k); with k below "
+        f"{min_draws(confidence)}, no effect is reported as inside its band"
     )
 
 
@@ -322,7 +330,7 @@ def fallback_conventions(model: LoadedModel, profile: ExecutionProfile) -> dict[
     """Describe deviations of the run from its plan."""
     found: dict[str, str] = {}
     if not model.restartable:
-        found["planner"] = "every row is a whole forward pass: the model can't be restarted"
+        found["planner"] = "every row is a full forward pass: the model can't be restarted"
     if profile.halved:
         times = "once" if profile.halved == 1 else f"{profile.halved} times"
         found["memory"] = f"ran out {times}; passes were halved and run again"
@@ -339,8 +347,9 @@ def pass_size_convention(sizes: PassSizes) -> dict[str, str]:
 
 
 _PROBABILITY = {
-    "one label": "of which one is right: `prob` is their softmax, `correct` that one is the best",
-    "many labels": "each true or not by itself: `prob` is a sigmoid, `correct` that it is over 0.5",
+    "one label": "of which one is right; `prob`: their softmax; `correct`: this label scores "
+    "highest",
+    "many labels": "each independently true or false; `prob`: a sigmoid; `correct`: it is over 0.5",
 }
 """Meaning of metrics on the labels of a classifier."""
 
@@ -351,11 +360,11 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
     every = [*experiment.measures, *experiment.keep]
     if any(atom.form.takes == "prompt" for measure in every for atom in measure.atoms):
         row = experiment.table.runs[experiment.spec.base].rows[0]
-        counted = "but the first, which nothing predicts: no special token stands in front"
+        counted = "except the first, which nothing predicts: no special token precedes it"
         if row.special[0]:
             before = row.ids[row.special.index(False) - 1]
             token = experiment.model.tokenizer.token_text(before)
-            counted = f"with the first, which `{token}` predicts"
+            counted = f"including the first, which `{token}` predicts"
         found["loss"] = f"mean over the prompt's own tokens {counted}"
     said = [
         said for measure in every for atom in measure.atoms for said in _of_sets(atom, experiment)
@@ -365,9 +374,9 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
     shape = experiment.model.shape
     logits = any(atom.form.of_outputs for measure in every for atom in measure.atoms)
     if logits and shape.output_at != "every token":
-        found["output"] = f"one for a whole prompt, made of {describe_pooling(shape)}"
+        found["output"] = f"one per prompt, computed from {describe_pooling(shape)}"
         if shape.output_at == "image":
-            found["output"] = "one for a whole image"
+            found["output"] = "one per image"
     if logits and shape.side:
         found |= tower_conventions(experiment)
     elif logits and shape.task in _PROBABILITY:
@@ -388,7 +397,7 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
     ]
     if compared:
         where = " and ".join(f"`{at}`" for at in dict.fromkeys(compared))
-        found["cosine"] = f"compared at {where}, where it is measured, not where rules write"
+        found["cosine"] = f"compared at {where}, where the metric reads, not where rules write"
     return found
 
 
@@ -409,11 +418,11 @@ def _of_sets(atom: MetricTerm, experiment: ResolvedExperiment) -> Iterator[str]:
         for number, token in zip(own, tokens, strict=True)
     }
     if not token_of:
-        yield f"`{node.span.written}` over {many} tokens in a row"
+        yield f"`{node.span.written}` over {many} tokens per row"
         return
     text = experiment.model.tokenizer.token_text
     spelt = " to ".join(f"`{text(token_of[end])}`" for end in (min(token_of), max(token_of)))
-    yield f"`{node.span.written}` over {many} numerals in a row ({spelt})"
+    yield f"`{node.span.written}` over {many} numerals per row ({spelt})"
 
 
 def _on_answers(plan: ExperimentPlan) -> Iterator[str]:
@@ -421,11 +430,11 @@ def _on_answers(plan: ExperimentPlan) -> Iterator[str]:
     left = [each.at.span.written for each in find_omitted_answers(plan.experiment)]
     if left:
         where = " and ".join(f"`{at}`" for at in dict.fromkeys(left))
-        yield f"{where} is all of the prompt; the answer behind it is left alone"
+        yield f"{where} covers only the prompt; the answer after it isn't edited"
     if plan.behind:
         yield (
-            "rules act on the text that each measure reads, which stands behind the prompt of "
-            "every run; its last token is predicted and goes in nowhere"
+            "rules act on the text that each measure reads, which follows the prompt of "
+            "every run; its last token is predicted and isn't an input"
         )
 
 
@@ -447,7 +456,7 @@ def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, 
         for member in members:
             length = measured.lengths.get(member.name)
             norm = "" if length is None else f"; norm {length:.4g}"
-            norm = norm if length else "; 0, so that nothing changes"
+            norm = norm if length else "; norm 0, so nothing changes"
             found[f"direction {member.name}"] = f"{member.made}{norm}"
         more = len(every) - len(members)
         if more:
@@ -482,8 +491,8 @@ def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
     own = model.provenance.get("attention", "")
     if layers:
         where = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
-        by_itself = f" (the model's own is `{own}`)" if own not in ("", "eager") else ""
-        found["attention"] = f"written out (eager) in {where}{by_itself}"
+        by_itself = f" (the model uses `{own}`)" if own not in ("", "eager") else ""
+        found["attention"] = f"computed explicitly (eager) in {where}{by_itself}"
     return {**found, **_rule_notes(others, model)}
 
 

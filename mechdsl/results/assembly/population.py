@@ -90,7 +90,7 @@ def population_text(table: PromptTable, strata: Sequence[str], by: str | None) -
     if table.data_hash:
         return "new rows like these"
     if table.whole:
-        return "; ".join(filter(None, ["new rows like these, which are all of the design", dealt]))
+        return "; ".join(filter(None, ["new rows like these, which cover the whole design", dealt]))
     return ": ".join(filter(None, ["new rows of this design", dealt]))
 
 

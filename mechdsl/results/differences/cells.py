@@ -377,7 +377,7 @@ class MeasureComparison:
         if not self.rows.paired:
             return "noise"
         if not self.values.n[cell] and self.values.changed[cell] == 0:
-            self.reasons[cell] = "no row of both runs is part of this cell"
+            self.reasons[cell] = "this cell has no row of both runs"
             return "unclear"
         if not self.values.changed[cell]:
             return "equal"
@@ -405,7 +405,7 @@ class MeasureComparison:
             for place, cell in enumerate(block.cells.tolist()):
                 why = self._few(int(self.units[cell]), word) or unbounded[place]
                 if still[cell]:
-                    self.reasons[cell] = "it can't differ from the base run in either"
+                    self.reasons[cell] = "in neither run can it differ from the base run"
                 elif why is not None:
                     self.states[cell], self.reasons[cell] = "unclear", why
 
@@ -435,7 +435,7 @@ class MeasureComparison:
             with np.errstate(invalid="ignore"):
                 bounded = (low > 0) | (high < 0)
             for place in np.flatnonzero(~bounded).tolist():
-                found[place] = f"{effect.divisor} can't be told from 0 on these rows"
+                found[place] = f"{effect.divisor} can't be distinguished from 0 on these rows"
         return found
 
     # --- categories -------------------------------------------------------------------------------
@@ -622,7 +622,7 @@ def decide_changes(measures: Sequence[MeasureComparison]) -> dict[str, str]:
             if each.states[cell] == "noise":
                 each.states[cell] = "unclear"
                 units = count_noun(int(each.units[cell]), each.word)
-                each.reasons[cell] = f"{units}: no p can survive the correction"
+                each.reasons[cell] = f"{units}: too few for a significant p after correction"
     return dict(_correction_texts(measures, correction, tests))
 
 
@@ -656,17 +656,17 @@ def _correction_texts(
     confidence = " or ".join(dict.fromkeys(f"{each.settings.confidence:g} %" for each in tested))
     yield (
         "difference",
-        "new less old, on the rows that both runs have; each row is set against itself",
+        "new minus old, on the rows that both runs have, paired by row",
     )
     yield (
         "interval",
-        f"{confidence}, Student's t corrected for skewness over distinct rows or values of `stats "
-        "by`; of shares from the exact limits of both; of categories none",
+        f"{confidence}, Student's t corrected for skewness over distinct rows or values of "
+        "`stats by`; shares: from the exact limits of both; categories: none",
     )
     yield (
         "p",
-        "two-sided, the level at which the interval would end at 0; of categories by sign flips: "
-        "without a change, old and new could be swapped in each",
+        "two-sided, the level at which the interval would end at 0; categories: by sign "
+        "flips, because without a change, old and new are exchangeable in each",
     )
     if apart:
         names = ", ".join(dict.fromkeys(f"`{each.new.name}`" for each in apart))
@@ -678,6 +678,6 @@ def _correction_texts(
     yield (
         "correction",
         f"{CORRECTION_NAMES[correction]}, over {count_noun(tests, 'cell')} whose values differ "
-        "by more than rounding; a cell changed where p corrected is below "
+        "by more than rounding; a cell is changed if p corrected is below "
         + " or ".join(dict.fromkeys(f"{each.level:g}" for each in tested)),
     )

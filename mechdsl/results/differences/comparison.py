@@ -540,7 +540,7 @@ class ComparedRunDocument(DocumentPart):
     """One of the two runs."""
 
     name: str
-    note: str | None = Field(default=None, description="what is to be known of it")
+    note: str | None = Field(default=None, description="a remark on the run")
 
 
 class InputDocument(DocumentPart):
@@ -549,7 +549,9 @@ class InputDocument(DocumentPart):
     what: str
     old: str | None
     new: str | None
-    experiments: list[str] = Field(description="those it is an input of; empty: of all")
+    experiments: list[str] = Field(
+        description="experiments that use this input; empty: all of them"
+    )
 
 
 class RowsDocument(DocumentPart):
@@ -585,26 +587,29 @@ class CellDifferenceDocument(DocumentPart):
     at: str | None
     kind: Literal["number", "category"]
     state: CellState = Field(
-        description="changed: beyond noise; noise: the difference can't be told from 0; rounding: "
+        description="changed: beyond noise; noise: the difference can't be distinguished from 0; "
+        "rounding: "
         "rounding explains every difference; unclear: there is no test"
     )
     paired: bool = Field(description="whether both runs have rows in common, which are compared")
     rows: int = Field(description="rows compared; of two samples, those of the smaller one")
-    units: int = Field(description="independent units behind the difference")
-    rows_changed: int | None = Field(description="rows of which a value differs")
-    rows_beyond: int | None = Field(description="those of them that rounding doesn't explain")
+    units: int = Field(description="independent units of the difference")
+    rows_changed: int | None = Field(description="rows in which a value differs")
+    rows_beyond: int | None = Field(description="rows whose difference rounding doesn't explain")
     largest: float | None = Field(description="largest difference of a value")
     old: float | None = Field(
-        description="the effect on the rows compared; of categories the share of that which was "
-        "commonest"
+        description="the effect on the rows compared; for categories, the share of the category "
+        "that was most common"
     )
     new: float | None
-    difference: float | None = Field(description="new less old")
+    difference: float | None = Field(description="new minus old")
     low: float | None
     high: float | None
     p: float | None
     p_corrected: float | None
-    p_at_most: bool = Field(description="p is the least that so many flips give")
+    p_at_most: bool = Field(
+        description="p is the smallest value that this number of sign flips can give"
+    )
     rounding: float | None = Field(description="how far rounding may move the difference")
     reason: str | None = Field(description="why there is no test")
 
@@ -615,7 +620,7 @@ class UnmatchedItemDocument(DocumentPart):
     experiment: str
     measure: str | None
     cell: str | None
-    reason: str | None = Field(description="why the other run has no number of it")
+    reason: str | None = Field(description="why the other run has no such number")
 
 
 class DifferencesDocument(DocumentPart):
@@ -625,14 +630,16 @@ class DifferencesDocument(DocumentPart):
     old: ComparedRunDocument
     new: ComparedRunDocument
     changed: bool = Field(description="whether the exit status is 1")
-    reasons: list[str] = Field(description="why it is")
+    reasons: list[str] = Field(description="reasons for exit status 1")
     inputs: list[InputDocument]
     rows: list[RowsDocument]
     verdicts: list[VerdictDocument]
     cells: list[CellDifferenceDocument]
     added: list[UnmatchedItemDocument]
     removed: list[UnmatchedItemDocument]
-    counts: dict[CellState, int] = Field(description="cells by state, each measure by itself")
+    counts: dict[CellState, int] = Field(
+        description="cells by state, counted separately for each measure"
+    )
     conventions: dict[str, str]
 
 

@@ -255,7 +255,7 @@ class _Judge:
         elif left.fixed:
             shown = right
         else:
-            reason = "the value is the left side less the right side"
+            reason = "the value is the left side minus the right side"
         if _is_folded(condition.left) or _is_folded(condition.right):
             said = self.two_tests()
             reason = reason if said is None else _join_reasons(reason, said)
@@ -331,15 +331,15 @@ class _Judge:
         numbers = (_is_finite(shown.point), _is_finite(ends[0]), _is_finite(ends[1]))
         if math.isnan(low) or math.isnan(high):
             why = shown.why or decides.why or "no interval"
-            return Verdict(False, *numbers, f"{why}; `on mean` would decide it on the mean alone")
+            return Verdict(False, *numbers, f"{why}; `on mean` would test the mean alone")
         good = holds(low, high)
         if not good and holds(point, point):
-            on = "it holds on the mean, but not on the interval's near end"
+            on = "it holds for the mean, but not for the whole interval"
             reason = on if reason is None else f"{on}; {reason}"
         elif shown.why and None in numbers:
             reason = shown.why
         if moved and any(holds(low + by, high + by) != good for by in (-moved, moved)):
-            by = f"it moves this by {moved:.1e}"
+            by = f"it can change the value by {moved:.1e}"
             by += ", in the base run" if decides.as_in_base else ""
             reason = _join_reasons(reason, f"rounding alone may decide it: {by}")
         return Verdict(good, *numbers, reason)
@@ -360,7 +360,7 @@ class _Judge:
         if good and not self.on_mean and not mine.all() and mine.any():
             space = ComparisonSample(self.result, [of])
             if space.too_few:
-                said.append(f"{space.too_few}; `on mean` would decide it on the mean alone")
+                said.append(f"{space.too_few}; `on mean` would test the mean alone")
                 good = False
             elif condition.equal:
                 good = self.leads(space, of, winner, mine, sign, said)
@@ -388,7 +388,7 @@ class _Judge:
         apart = f"{next_.value:.3g} [{next_.low:.3g}, {next_.high:.3g}]"
         name = self.result.cells[next_.cell].name
         good = next_.low > 0
-        word = "ahead of" if good else "on the mean, but can't be told from"
+        word = "ahead of" if good else "by the mean, but can't be distinguished from"
         said.append(f"{word} {name}: {apart}")
         return good
 
@@ -408,7 +408,7 @@ class _Judge:
             found = compare_with_rival(space, of, others, rival, sign, self.confidence)
             if not found.low_together[place] > 0:
                 name = self.result.cells[rival].name
-                said.append(f"on the mean, but can't be told from {name}")
+                said.append(f"by the mean, but can't be distinguished from {name}")
                 return False
         return True
 
@@ -436,7 +436,7 @@ class _Judge:
             own = int(ranked[ranks[0] - 1])
             unsure += self.as_large(of, own, np.array(beside, dtype=np.int64))
             if ranks[0] > condition.top:
-                said.append(f"{site.text} is number {ranks[0]}")
+                said.append(f"{site.text} has rank {ranks[0]}")
             elif len(of.cells) > condition.top and not self.on_mean:
                 doubts += self.among(space, of, own, condition.top, site.text)
         if said:
@@ -454,13 +454,13 @@ class _Judge:
     ) -> list[str]:
         """Return why a cell among the first may not be one of them."""
         if space.too_few:
-            return [f"{space.too_few}; `on mean` would decide it on the mean alone"]
+            return [f"{space.too_few}; `on mean` would test the mean alone"]
         smaller = find_smaller_cells(space, of, own, self.confidence)
         larger = len(of.cells) - 1 - len(smaller)
         if larger < top:
             return []
         others = count_noun(larger, "other cell")
-        return [f"{name} is on the mean, but {others} may be at least as large"]
+        return [f"{name} is in the top {top} by its mean, but {others} may be at least as large"]
 
     # --- cells
 
@@ -486,7 +486,9 @@ class _Judge:
 
     def too_close(self, measure: int, cell: int) -> str:
         name = self.result.cells[cell].name
-        said = f"rounding alone may decide it: no more than that is between it and {name}"
+        said = (
+            f"rounding alone may decide it: the difference from {name} is no larger than rounding"
+        )
         return f"{said}, in the base run" if has_base_run_bounds(self.result, measure) else said
 
 

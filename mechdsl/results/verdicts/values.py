@@ -174,7 +174,7 @@ def rank_true_cells(
     true = np.array([any(each.matches(of.result.cells[i]) for each in truth) for i in of.cells])
     if not 0 < true.sum() < len(true):
         which = "none" if not true.sum() else "every one"
-        raise NoNumber(f"{which} of the {len(true)} cells is one of the true ones")
+        raise NoNumber(f"{which} of the {len(true)} cells is a true one")
     sums = space.sums(of)
     point = float(auroc(sums.value[None], true)[0])
     if space.too_few:
@@ -195,11 +195,11 @@ def rank_true_rows(
     """Estimate how often a positive row has the greater effect. In a perfect order, all disjoint
     pairs of units are correct, and the exact limits of their share apply."""
     if len(of.cells) != 1:
-        raise NoNumber(f"{len(of.cells)} cells are meant, not one")
+        raise NoNumber(f"{len(of.cells)} cells match, not one")
     data = of.result.measures[of.measure]
     found = effect_parts(data, EFFECTS[data.effect], of.cells)
     if found.denominator is not None:
-        raise NoNumber(f"`{data.effect}` is a ratio of means: no row has one")
+        raise NoNumber(f"`{data.effect}` is a ratio of means, which single rows don't have")
     truths = [truth_value(each) for each in of.result.row_values[column]]
     known = found.present[0] & np.array([each is not None for each in truths])
     true: Bools = np.array([bool(each) for each in truths]) & known
@@ -280,7 +280,7 @@ class CellSelector:
                 raise NotComputed(f"not computed ({missing.code}): {missing.reason}")
             raise NoNumber((reasons[cells[0]] if cells else None) or "no such cell")
         if isinstance(value, CellValue) and not value.aggregate and len(found) > 1:
-            raise NoNumber(f"{len(found)} cells are meant, not one")
+            raise NoNumber(f"{len(found)} cells match, not one")
         return SelectedCells(result, value.measure, found)
 
     def other(self, name: str) -> ExperimentResult:
@@ -442,7 +442,7 @@ class ComparisonSample:
         unit = "prompt" if self.mine.groups is None else self.mine.sampling.unit_word(self.units)
         words = [
             f"`{name}` has {len(own & theirs) or 'none'} of these {count_noun(len(own), unit)}"
-            + f" and {len(theirs - own)} of its own" * bool(theirs - own)
+            + f" and {len(theirs - own)} others" * bool(theirs - own)
             for name, theirs in others
             if theirs != own
         ]
@@ -487,7 +487,9 @@ class ValueReader:
                     if divisor.why is None and divisor.low <= 0 <= divisor.high:
                         ends = f"{divisor.point:.3g} [{divisor.low:.3g}, {divisor.high:.3g}]"
                         known = divisor.low == divisor.high
-                        zero = "0" if known else f"what can't be told from 0: {ends}"
+                        zero = (
+                            "0" if known else f"a value that can't be distinguished from 0: {ends}"
+                        )
                         raise NoNumber(f"it divides by {zero}")
                 if left.smooth is None or right.smooth is None:
                     left, right = self.ended(left, confidence), self.ended(right, confidence)
@@ -531,7 +533,9 @@ class ValueReader:
         of = self.cells.of(value)
         method = AGGREGATES[value.aggregate or "mean"]
         if len(of.cells) < method.min_cells:
-            raise NoNumber(f"{count_noun(len(of.cells), 'cell')}, and it needs {method.min_cells}")
+            raise NoNumber(
+                f"{count_noun(len(of.cells), 'cell')}, but at least {method.min_cells} are needed"
+            )
         sums, rounding = self.space.sums(of), rounding_bounds(of)
         means = of.result.statistics[of.measure].mean[of.cells]
         spread = of.result.measures[of.measure].spread
@@ -665,7 +669,9 @@ class ValueReader:
         if not math.isfinite(measured):
             raise NoNumber("the effects don't differ between cells")
         if value.how == "spearman":
-            return Estimate(measured, why="a rank correlation is of the effects as measured")
+            return Estimate(
+                measured, why="a rank correlation has no interval: it uses the measured effects"
+            )
         if self.space.too_few:
             return Estimate(measured, why=self.space.too_few)
         found = true_correlation(one, two, confidence)

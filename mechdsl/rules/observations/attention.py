@@ -53,7 +53,7 @@ class PatternObservation(SiteObservation):
         assert rule.site is not None
         if all(point.site == "pattern" for point in iter_points(sites)):
             return True
-        reason, hint = "is no attention pattern", "write `pattern layer * head *`"
+        reason, hint = "isn't an attention pattern", "write `pattern layer * head *`"
         name, span = rule.site.span.written, rule.site.span
         work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
         return False
@@ -142,10 +142,10 @@ class AttentionDistance(PatternObservation):
         tokens, side = "tokens", "back" if self.causal else "away"
         if self.grid is not None:
             tokens = "patches"
-            said = "between the middles of patches, in patches, averaged over attention to patches"
+            said = "between the centres of patches, in patches, averaged over attention to patches"
             yield Convention("distance", said)
         elif not self.causal:
-            yield Convention("distance", "in tokens, to either side")
+            yield Convention("distance", "in tokens, in both directions")
         if self.window is not None:
             far = f"{self.window} {tokens}"
             yield Convention("window", f"keys further {side} than {far} count as {far} {side}")
@@ -162,7 +162,7 @@ def _read_distance(rule: spec.Rule, work: ExperimentContext) -> tuple[int | None
     window = constant_value(node, work.program.parameters)
     if isinstance(window, int) and not isinstance(window, bool) and window >= 1:
         return window, True
-    reason, hint = "takes one whole number of tokens, above 0", "write `distance(8)`"
+    reason, hint = "takes one whole number of tokens above 0", "write `distance(8)`"
     name = "observe distance"
     work.diagnostics.append(BadArgument(span=call.span, name=name, reason=reason, hint=hint))
     return None, False
@@ -176,7 +176,10 @@ def _check_patches(
     tokens = {token for cell in cells for row in cell.hits for hit in row for token in hit}
     if all(layout.place(token) is not None for token in tokens):
         return True
-    reason, hint = "is between patches, and other tokens have no place", "write `at image tokens`"
+    reason, hint = (
+        "is between patches, but other tokens have no row and column",
+        ("write `at image tokens`"),
+    )
     name, span = "observe distance", rule.at.span
     work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
     return False
@@ -202,9 +205,9 @@ class AttentionWeight(ObservationKind, EdgeIntervention):
         work.diagnostics.append(
             BadEdit(
                 span=rule.span,
-                reason="there would be nothing to look at",
-                what="no head is picked in one of its cells",
-                hint="pick at least one: `top 1 of …`",
+                reason="there would be nothing to observe",
+                what="one of its cells selects no head",
+                hint="select at least one: `top 1 of …`",
             )
         )
         return None
@@ -225,7 +228,7 @@ class AttentionWeight(ObservationKind, EdgeIntervention):
         if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
             over.append("the queries")
         averaged = f", averaged over {' and '.join(over)}" if over else ""
-        yield Convention("observed", f"the weight that the keys get together{averaged}")
+        yield Convention("observed", f"the total weight of the keys{averaged}")
 
 
 def sum_key_weights(seen: ObservedVectors) -> Tensor:
@@ -247,7 +250,7 @@ LATER_LABEL, OTHER_LABEL = "later tokens", "other tokens"
 class ReceivedAttention(PatternObservation):
     """How much attention each later token pays to this one, on average.
 
-    Over all tokens behind it, or, with `received(LOW..HIGH)`, those that lie LOW to HIGH tokens
+    Over all later tokens, or, with `received(LOW..HIGH)`, those that lie LOW to HIGH tokens
     behind it (future attention influence). In models that see both sides over all other tokens, or
     those that lie so far away.
     returns: 0..1, averaged over these tokens, heads and layers that are joined; rows in which no
@@ -293,11 +296,11 @@ class ReceivedAttention(PatternObservation):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         assert rule.sites is not None
-        behind = "all tokens behind it" if self.causal else "all other tokens"
+        behind = "all later tokens" if self.causal else "all other tokens"
         if (self.low, self.high) != (1, None):
-            side = "behind it" if self.causal else "away from it, to either side"
-            behind = f"the tokens that lie {self.low} to {self.high} {side}"
-        said = f"received: the attention that a token gets, averaged over {behind}"
+            side = "after it" if self.causal else "away from it in both directions"
+            behind = f"the tokens {self.low} to {self.high} {side}"
+        said = f"received: the attention to a token, averaged over {behind}"
         points = [point for here in rule.sites.points.values() for point in here]
         if any(point.unit is None for point in points):
             said += " and all heads"
@@ -313,7 +316,7 @@ def _read_range(rule: spec.Rule, work: ExperimentContext) -> tuple[int, int | No
     if call is None:
         return 1, None
     if isinstance(work.model.tokenizer, ImageTokenizer):
-        reason = "counts tokens along a text, and images have rows and columns"
+        reason = "counts tokens of a text, but images have rows and columns"
         report_bad_observation(rule, work, reason, "write `received` for all other tokens")
         return None
     one = call.arguments[0] if len(call.arguments) == 1 else None
@@ -323,7 +326,7 @@ def _read_range(rule: spec.Rule, work: ExperimentContext) -> tuple[int, int | No
         whole = [end for end in (low, high) if isinstance(end, int) and not isinstance(end, bool)]
         if len(whole) == 2 and 1 <= whole[0] <= whole[1]:
             return whole[0], whole[1]
-    reason = "takes a range of distances in tokens, from 1 on"
+    reason = "takes a range of distances in tokens, starting at 1 or more"
     report_bad_observation(
         rule, work, reason, "write `received(1..8)`, or `received` for all later tokens"
     )
@@ -335,7 +338,7 @@ def _check_single_tokens(rule: spec.Rule, keys: PositionTargets, work: Experimen
     hits = (hit for cell in keys.written.values() for hit in cell.hits)
     if all(sum(map(len, hit)) <= 1 for hit in hits):
         return True
-    reason = "is of one token at a time"
+    reason = "observes one token at a time"
     report_bad_observation(rule, work, reason, "sweep them: `at each SPAN token`, `at token *`")
     return False
 
@@ -355,7 +358,7 @@ class AttentionRollout(RowSetObservation, ObservationKind):
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.edge is not None
         assert rule.onto is not None
-        alone = check_no_rules(rule, work, "reads no run in which rules act")
+        alone = check_no_rules(rule, work, "doesn't read a run in which rules act")
         shape = work.sites.shape
         points = list_pattern_points(shape)
         missing = find_missing_point(points, shape, work.model.name, rule.span)
@@ -378,11 +381,12 @@ class AttentionRollout(RowSetObservation, ObservationKind):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         said = (
             f"rollout: the product over {n_layers} layers of (pattern averaged over heads + "
-            "identity) / 2, each query's weights adding up to 1; MLPs and norms aren't in it"
+            "identity) / 2, with each query's weights normalised to sum to 1; MLPs and norms "
+            "aren't included"
         )
         cells = rule.positions.written.values()
         if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
-            said += "; averaged over the tokens that it is looked at from"
+            said += "; averaged over the query tokens"
         yield Convention("observed", said)
 
 

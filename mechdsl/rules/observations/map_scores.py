@@ -34,7 +34,7 @@ class RegionObservation(MapObservation):
     """`observe WORD of MAPS in REGION`: a comparison of maps with a region of the image."""
 
     example = "caap in object"
-    blank = "is nowhere above 0"
+    blank = "has no value above 0"
     shares: ClassVar[bool] = False
     """Whether the observation accepts `top 25%`."""
 
@@ -61,11 +61,11 @@ class RegionObservation(MapObservation):
         assert said is not None
         if said.region is None:
             hint = f"name one: `observe {self.word} of {said.maps[0].of} in object`"
-            report_bad_observation(rule, work, "is set against a region", hint)
+            report_bad_observation(rule, work, "is compared with a region", hint)
             return False
         ready = _check_region(rule, work)
         if said.share is not None and not self.shares:
-            report_bad_observation(rule, work, "takes no `top`", "leave it out")
+            report_bad_observation(rule, work, "takes no `top`", "remove it")
             return False
         if said.share is not None and not 0 < said.share <= 1:
             reason = f"can't take {100 * said.share:g}% of the patches"
@@ -81,7 +81,7 @@ class RegionObservation(MapObservation):
         def score(cell: int, number: int, values: Floats) -> Sequence[float]:
             return self.score(values, masks[number], share)
 
-        return [MapReference(masks, f"whose image has nothing of `{region}`", score)] * len(
+        return [MapReference(masks, f"whose image contains no part of `{region}`", score)] * len(
             given.maps
         )
 
@@ -98,7 +98,7 @@ def _check_region(rule: spec.Rule, work: ExperimentContext) -> bool:
     if name in known or block.kind != "images":
         return True
     listed = f"`images {block.name}` has {name_list(known)}" if known else ""
-    hint = listed or f"say where it is: `region {name} = box` in `images {block.name}`"
+    hint = listed or f"define it: `region {name} = box` in `images {block.name}`"
     hint = did_you_mean(name, known, hint)
     problem = UnknownName(span=rule.span, kind="region", name=name, hint=hint)
     work.diagnostics.append(problem)
@@ -196,12 +196,12 @@ class MapComparison(MapObservation):
         assert said is not None
         wanted = len(said.maps) if self.several else 1
         if not said.others:
-            reason = "is set against another experiment, not against a region"
+            reason = "is compared with a different experiment, not with a region"
             report_bad_observation(
                 rule, work, reason, f"write `observe {self.word} of {self.example}`"
             )
         elif len(said.others) != wanted:
-            found = f"{len(said.others)} behind `to`"
+            found = f"{len(said.others)} after `to`"
             reason = f"has {found} for {len(said.maps)} maps" if self.several else f"has {found}"
             each = "for each map, in the same order" if self.several else "experiment"
             report_bad_observation(rule, work, reason, f"name one {each}")
@@ -221,7 +221,7 @@ class Infidelity(MapComparison):
     """
 
     example = "caap to taken"
-    blank = "has no number for a patch that is taken out"
+    blank = "has no number for a removed patch"
     controls = ("chance",)
 
     def form_of(self, name: str) -> MetricForm:
@@ -236,7 +236,7 @@ class Infidelity(MapComparison):
             return None
         part, *more = finding.parts
         if more:
-            raise PickError(f"`{finding.name}` runs more than once", "let it have one base")
+            raise PickError(f"`{finding.name}` runs more than once", "give it a single base")
         _check_removal(part, given.work)
         return ((part,),)
 
@@ -253,7 +253,9 @@ class Infidelity(MapComparison):
             same = infidelity(np.ones_like(values), *found[number])
             return own, same if own == own else own
 
-        lacking = f"which `{part.experiment.name}` takes no two sets of patches out of"
+        lacking = (
+            f"which `{part.experiment.name}` doesn't remove two different sets of patches from"
+        )
         return [MapReference(found, lacking, score)] * len(given.maps)
 
     def unit_of(self, given: MapLine) -> str:
@@ -262,8 +264,13 @@ class Infidelity(MapComparison):
     def details(self, given: MapLine) -> Iterator[str]:
         part = _compared_variant(given)
         sets, measure = sum(1 for _ in part.grid()), part.experiment.measures[0].text
-        yield f"{sets} sets of patches and how far `{measure}` falls are `{part.experiment.name}`'s"
-        yield "each map times the number, 0 or more, that fits these best in the row"
+        yield (
+            f"the {sets} sets of patches and the decrease of `{measure}` are those of "
+            f"`{part.experiment.name}`"
+        )
+        yield (
+            "each map is scaled by the nonnegative factor that fits these decreases best in the row"
+        )
 
 
 def _compared_variant(given: MapLine) -> VariantFinding:
@@ -281,25 +288,27 @@ def _check_removal(part: VariantFinding, work: ExperimentContext) -> None:
     own = part.experiment
     name, first = f"`{own.name}`", own.spec.measures[:1]
     if own.table.name != work.table.name:
-        reason = f"{name} is of `{own.table.name}`, and this experiment of `{work.table.name}`"
-        raise PickError(reason, "let both name one block of images")
+        reason = (
+            f"{name} runs on `{own.table.name}`, but this experiment runs on `{work.table.name}`"
+        )
+        raise PickError(reason, "use the same block of images in both")
     if own.spec.base != work.experiment.base:
-        reason = f"{name} puts patches into `{own.spec.base}`, and takes none out of the images"
-        raise PickError(reason, f"take them out: `from {own.spec.base} into {work.table.name}`")
+        reason = f"{name} inserts patches into `{own.spec.base}` and removes none from the images"
+        raise PickError(reason, f"remove them: `from {own.spec.base} into {work.table.name}`")
     other = next((rule for rule in own.rules if rule.spec.verb not in REMOVAL_VERBS), None)
     if other is not None or not own.rules:
         does = "nothing" if other is None else f"`{other.spec.verb}`"
         hint = "write such a rule: `replace top 4 of chance(draw: d) tokens with gray`"
-        raise PickError(f"{name} takes no patches out: it has {does}", hint)
+        raise PickError(f"{name} removes no patches: it has {does}", hint)
     if not first or first[0].effect != "delta" or own.spec.estimator is not None:
         raise PickError(
-            f"{name} doesn't measure what taking patches out changes",
+            f"{name} doesn't measure the effect of removing patches",
             "measure it: `measure logit(answer) as delta`, without `using`",
         )
     if own.n_there < 2:
         raise PickError(
-            f"{name} takes one set of patches out, and any one number can be met by scaling",
-            "let it take several: `for d in 1..20 { … }`",
+            f"{name} removes only one set of patches, and scaling can match any single number",
+            "remove several sets: `for d in 1..20 { … }`",
         )
     reader = work.model.tokenizer
     if reader.stands_in or not isinstance(reader, ImageTokenizer):
@@ -308,8 +317,8 @@ def _check_removal(part: VariantFinding, work: ExperimentContext) -> None:
     tokens = {token for cell in cells for row in cell.hits for hit in row for token in hit}
     beside = next((token for token in sorted(tokens) if reader.layout.place(token) is None), None)
     if beside is not None:
-        reason = f"{name} changes `{reader.label(beside)}`, which is no patch"
-        raise PickError(reason, "let it take patches out alone")
+        reason = f"{name} changes `{reader.label(beside)}`, which isn't a patch"
+        raise PickError(reason, "let it remove only patches")
 
 
 def _read_removals(
@@ -354,7 +363,7 @@ def _read_removals(
 # --- sensitivity ----------------------------------------------------------------------------------
 
 
-@observation("sensitivity", unit="of its length")
+@observation("sensitivity", unit="of its norm")
 class Sensitivity(MapComparison):
     """How far maps move at most where their images move little.
 
@@ -386,7 +395,7 @@ class Sensitivity(MapComparison):
         names = [part.experiment.name for part in chain(*given.others)]
         counts = {name: names.count(name) for name in names}
         said = ", ".join(f"`{name}` ({n})" for name, n in counts.items())
-        yield f"‖map of an image nearby − map‖ / ‖map‖, the largest of those of {said}"
+        yield f"‖map of a nearby image − map‖ / ‖map‖, the largest value of {said}"
 
 
 def _check_same_map(part: VariantFinding, near: VariantFinding) -> None:
@@ -399,13 +408,13 @@ def _check_same_map(part: VariantFinding, near: VariantFinding) -> None:
     axes = [[(axis.name, axis.labels) for axis in each.beside] for each in (part, near)]
     if _map_recipe(own) != _map_recipe(other) or axes[0] != axes[1]:
         raise PickError(
-            f"`{other.name}` isn't made as `{own.name}` is",
-            f"write the rules and the measure of `{own.name}` there, on other runs",
+            f"`{other.name}` isn't computed like `{own.name}`",
+            f"use the rules and the measure of `{own.name}` there, but other runs",
         )
     if _map_runs(own) == _map_runs(other):
         raise PickError(
-            f"`{other.name}` is of the same runs as `{own.name}`",
-            "let it run on images nearby: `corrupt near_1 { noise image by 4 }`, `from near_1 …`",
+            f"`{other.name}` uses the same runs as `{own.name}`",
+            "run it on nearby images: `corrupt near_1 { noise image by 4 }`, `from near_1 …`",
         )
 
 
@@ -441,4 +450,4 @@ def _nearby_reference(group: Sequence[VariantFinding], work: ExperimentContext) 
     def score(cell: int, number: int, values: Floats) -> Sequence[float]:
         return (sensitivity(values, np.stack([grid[ids[number]][cell] for grid in grids])),)
 
-    return MapReference(rows, f"`{group[0].experiment.name}` lacks them", score)
+    return MapReference(rows, f"because `{group[0].experiment.name}` lacks them", score)

@@ -36,7 +36,8 @@ PLACEHOLDER_POINT = SitePoint("embed", None, None)
 """Point of a rule that needs a site but neither reads nor writes it."""
 
 WINDOW_NOTE = (
-    "a window shares its number evenly among its patches, a patch has the mean of its shares"
+    "the number of a window is divided equally among its patches, and a patch has the mean "
+    "of its shares"
 )
 """Note on maps of windows."""
 
@@ -130,7 +131,7 @@ class MapObservation(RowSetObservation, ObservationKind):
         assert rule.observed is not None
         if not rule.observed.maps:
             report_bad_observation(
-                rule, work, "is of maps", f"write `observe {self.word} of {self.example}`"
+                rule, work, "reads maps", f"write `observe {self.word} of {self.example}`"
             )
             return None
         ready = [check_map_line(rule, work), self.fits(rule, work)]
@@ -169,7 +170,7 @@ class MapObservation(RowSetObservation, ObservationKind):
         waits = [part.experiment.name for part in every if part.values is None]
         if waits or work.table.stands_in:
             names = name_list(dict.fromkeys(waits))
-            return self._told(given, f"known when {names} has run" if waits else "")
+            return self._told(given, f"known only after {names} has run" if waits else "")
         import numpy as np
 
         cells: list[Floats] = []
@@ -182,7 +183,7 @@ class MapObservation(RowSetObservation, ObservationKind):
                 raise _no_rows(part, work)
             found = self._of_map(grids, setting, work)
             dropped[setting.lacking] = len(work.table) - len(setting.rows)
-            dropped[f"`{name}` lacks them"] = len(work.table) - len(grids)
+            dropped[f"because `{name}` lacks them"] = len(work.table) - len(grids)
             blank = [
                 np.isnan(found[0, :, number]).all()
                 for number, row in enumerate(work.table.row_ids)
@@ -191,7 +192,7 @@ class MapObservation(RowSetObservation, ObservationKind):
             dropped[f"where `{own}` {self.blank}"] = sum(map(bool, blank))
             cells.append(found)
         measures = dict.fromkeys(part.measure for part in maps)
-        parts = [f"by each row's own {' or '.join(measures)}, signed", *self.details(given)]
+        parts = [f"by each row's {' or '.join(measures)}, signed", *self.details(given)]
         parts += [WINDOW_NOTE] * any(part.of_windows for part in maps)
         parts += [
             f"{n} of {len(work.table)} rows dropped, {why}" for why, n in dropped.items() if n
@@ -235,18 +236,18 @@ def check_map_line(rule: spec.Rule, work: ExperimentContext, *, by_position: boo
     said = rule.observed
     weighed = next((each for each in (*said.maps, *said.others) if each.weight is not None), None)
     if weighed is not None and not by_position:
-        hint = f"leave it out, or add maps up first: `observe sum of {weighed.span.written} …`"
-        report_bad_observation(rule, work, "takes no number in front of a map", hint)
+        hint = f"remove it, or add the maps first: `observe sum of {weighed.span.written} …`"
+        report_bad_observation(rule, work, "takes no factor before a map", hint)
         fits = False
     if any(each.verb != "observe" for each in work.experiment.rules):
-        reason = "is of maps that have been made, which rules don't change"
+        reason = "reads finished maps, which rules don't change"
         report_bad_observation(
-            rule, work, reason, "write the rules into the experiment that makes the map"
+            rule, work, reason, "write the rules in the experiment that computes the map"
         )
         fits = False
     if block.kind != "images":
         report_bad_observation(
-            rule, work, f"is of images, and `{block.name}` has texts", "name images"
+            rule, work, f"needs images, but `{block.name}` has texts", "name images"
         )
         fits = False
     return fits
@@ -280,14 +281,12 @@ def find_map_finding(named: ast.MapOf, work: ExperimentContext) -> Finding | Non
     looped = [each.value.id for each in named.cell if isinstance(each.value, ast.Name)]
     loop = next((name for name in (named.of, *looped) if name in work.loops), None)
     if loop is not None:
-        reason = f"`{loop}` is the variable of a `for`, and maps are no cells of a loop"
-        hint = f"leave it out: `{named.of}` has an axis for it here too"
-        raise PickError(reason, hint if loop in looped else "leave the loop out, and list the maps")
+        reason = f"`{loop}` is the variable of a `for`, but maps aren't cells of a loop"
+        hint = f"remove it: here, too, `{named.of}` has an axis for it"
+        raise PickError(reason, hint if loop in looped else "remove the loop, and list the maps")
     finding, at = work.sites.onward.finding(named, work.program.parameters)
     if "position" in dict(at):
-        raise PickError(
-            "a map has all positions", f"leave `position` out of `{named.span.written}`"
-        )
+        raise PickError("a map has all positions", f"remove `position` from `{named.span.written}`")
     return finding
 
 
@@ -303,7 +302,7 @@ def check_map(part: VariantFinding, work: ExperimentContext) -> None:
     fixed = part.window_axes.intersection(part.chosen)
     if fixed:
         name = part.experiment.name
-        raise PickError(f"a map of `{name}` has all of its windows", f"leave `{min(fixed)}` out")
+        raise PickError(f"a map of `{name}` contains all of its windows", f"remove `{min(fixed)}`")
     if reader.stands_in or not isinstance(reader, ImageTokenizer):
         return
     places = part.places(work.experiment.base)
@@ -312,8 +311,8 @@ def check_map(part: VariantFinding, work: ExperimentContext) -> None:
     other = next((token for token in every if reader.layout.place(token) is None), None)
     if other is not None:
         name = part.experiment.name
-        reason = f"`{name}` has a number for `{reader.label(other)}`, which is no patch"
-        raise PickError(reason, "let it sweep patches alone: `at each token of image`")
+        reason = f"`{name}` has a number for `{reader.label(other)}`, which isn't a patch"
+        raise PickError(reason, "let it sweep only patches: `at each token of image`")
 
 
 def _map_sites(
@@ -336,7 +335,7 @@ def _map_sites(
             others = [axis.name for axis in swept.beside]
             reason = f"`{swept.experiment.name}` has a map for each {' and '.join(others)}"
             one = ", ".join(f"{axis.name}: {axis.labels[0]}" for axis in swept.beside)
-            hint = f"observe it by itself, or name one: `{swept.experiment.name}({one})`"
+            hint = f"observe it separately, or name one: `{swept.experiment.name}({one})`"
             report_bad_observation(rule, work, reason, hint)
             return None
         axes = (Axis("map", tuple(names), rule.observed.span),)
@@ -399,7 +398,7 @@ def _no_rows(part: VariantFinding, work: ExperimentContext) -> PickError:
     return PickError(
         f"`{part.experiment.name}` has none of the {len(work.table)} rows that this experiment "
         "runs on",
-        "let both run on the same part and limit of their images",
+        "use the same part and limit of the images in both",
     )
 
 
@@ -431,7 +430,7 @@ class MapSum(MapObservation):
         assert said is not None
         if not said.maps:
             report_bad_observation(
-                rule, work, "is of maps", f"write `observe {self.word} of {self.example}`"
+                rule, work, "reads maps", f"write `observe {self.word} of {self.example}`"
             )
             return None
         ready = [check_map_line(rule, work, by_position=True), self.fits(rule, work)]
@@ -467,7 +466,10 @@ class MapSum(MapObservation):
         assert rule.observed is not None
         if not rule.observed.placed:
             report_bad_observation(
-                rule, work, "is a map itself, of no region and against no other", SWEEP_HINT
+                rule,
+                work,
+                "is itself a map, so it takes neither a region nor a second map",
+                SWEEP_HINT,
             )
         return rule.observed.placed
 
@@ -483,7 +485,7 @@ class MapSum(MapObservation):
         waits = [part.experiment.name for part in maps if part.values is None]
         if waits or work.table.stands_in:
             names = name_list(dict.fromkeys(waits))
-            return MapSum(f"known when {names} has run" if waits else "")
+            return MapSum(f"known only after {names} has run" if waits else "")
         import numpy as np
 
         rows = {row: number for number, row in enumerate(work.table.row_ids)}
@@ -497,7 +499,7 @@ class MapSum(MapObservation):
             raise PickError(
                 f"{name_list([part.experiment.name for part in maps])} have no row in common that "
                 "this experiment runs on",
-                "let all run on the same part and limit of their images",
+                "use the same part and limit of the images in all of them",
             )
         reader = work.model.tokenizer
         assert isinstance(reader, ImageTokenizer)
@@ -508,11 +510,13 @@ class MapSum(MapObservation):
                     place = reader.layout.place(hit[0])
                     assert place is not None
                     values[:, number, rows[row]] = own[:, place[0] - 1, place[1] - 1]
-        parts = [f"by each row's own {' or '.join(dict.fromkeys(part.measure for part in maps))}"]
+        parts = [f"by each row's {' or '.join(dict.fromkeys(part.measure for part in maps))}"]
         parts += [f"{self.word} of {', '.join(each.span.written for each in said.maps)}"]
         lacking = len(work.table) - len(total)
         parts += [WINDOW_NOTE] * any(part.of_windows for part in maps)
-        parts += [f"{lacking} of {len(work.table)} rows dropped, a map lacks them"] * bool(lacking)
+        parts += [f"{lacking} of {len(work.table)} rows dropped, because a map lacks them"] * bool(
+            lacking
+        )
         return MapSum("; ".join(parts), MapScores({self.word: values}))
 
 
@@ -554,4 +558,4 @@ def _check_single_patches(positions: PositionTargets, work: ExperimentContext) -
             if len(tokens) > 1:
                 raise PickError(f"`{cell.label}` covers several tokens", SWEEP_HINT)
             if tokens and reader.layout.place(tokens[0]) is None:
-                raise PickError(f"`{cell.label}` is no patch", SWEEP_HINT)
+                raise PickError(f"`{cell.label}` isn't a patch", SWEEP_HINT)

@@ -107,7 +107,7 @@ def resolve_probe(
     targets, classes = _classes(values) if kind == "logistic" else (_numbers(values), ())
     few = len(set(targets if train is None else targets[own:])) < 2
     if few and not table.stands_in:
-        reason = "is the same in all rows, so there is nothing to be told"
+        reason = "is the same in all rows, so there is nothing to predict"
         _bad_probe_argument(
             diagnostics, span, span.written, reason, "a value that differs between rows"
         )
@@ -115,9 +115,9 @@ def resolve_probe(
     if train is not None:
         told = next(each.value.span.written for each in call.arguments if each.name == "train")
         if "folds" in options:
-            reason = "has nothing to be held out: the probe is fitted on other rows"
+            reason = "has nothing to hold out: the probe is fitted on other rows"
             _bad_probe_argument(
-                diagnostics, call.span, "folds", reason, "leave `folds` or `train` out", bare=True
+                diagnostics, call.span, "folds", reason, "remove `folds` or `train`", bare=True
             )
             return None
         penalty = options.get("penalty")
@@ -125,7 +125,7 @@ def resolve_probe(
     folds, rows = options.get("folds", DEFAULT_FOLDS), len(set(table.cut_from or table.row_keys))
     if rows < folds and not table.stands_in and not table.cut:
         unit = "image" if table.cut_from else "distinct row"
-        reason = f"can't be dealt out: there are {count_noun(rows, unit)} for {folds} folds"
+        reason = f"can't be split: there are {count_noun(rows, unit)} for {folds} folds"
         _bad_probe_argument(
             diagnostics,
             call.span,
@@ -153,7 +153,7 @@ def evaluate_rows(
             what = "value" if rows else "run"
             diagnostics.append(
                 BadArgument(
-                    span=expr.span, name=expr.span.written, reason=f"is no {what}", hint=hint
+                    span=expr.span, name=expr.span.written, reason=f"isn't a {what}", hint=hint
                 )
             )
             return None
@@ -184,7 +184,7 @@ def _options(
         if word not in known:
             hint = did_you_mean(word, known, f"there is {', '.join([*known, 'train'])}")
             _bad_probe_argument(
-                diagnostics, each.span, word, "is no option of a probe", hint, bare=True
+                diagnostics, each.span, word, "isn't an option of a probe", hint, bare=True
             )
             continue
         number = value.id if isinstance(value, ast.Name) else None
@@ -229,23 +229,23 @@ def _explain_misfit(
     """
     none = sum(value is None for value in values)
     if none:
-        return f"has no value in {count_noun(none, 'row')}", "`where` to leave these rows out"
+        return f"has no value in {count_noun(none, 'row')}", "`where` to exclude these rows"
     lists = [cast("list[object]", value) for value in values if isinstance(value, list)]
     if kind == "logistic":
         if any(isinstance(value, list | Mapping) for value in values):
-            return "is a list, which is no class", "`kind: ridge` for lists of numbers"
+            return "is a list, which isn't a class", "`kind: ridge` for lists of numbers"
         return None
     if lists and len(lists) < len(values):
-        return "is a list in some rows and none in others", "lists of equally many numbers"
+        return "is a list in only some of the rows", "lists of equal length"
     lengths = {len(each) for each in lists}
     if len(lengths) > 1:
         least, most = min(lengths), max(lengths)
-        return f"has {least} to {most} numbers", "lists of equally many numbers"
+        return f"has {least} to {most} numbers", "lists of equal length"
     if lengths == {0}:
         return "is an empty list", "lists of numbers"
     entries = [entry for each in lists for entry in each] if lists else values
     if not all(_is_number(entry) for entry in entries):
-        return "is no number", otherwise
+        return "isn't a number", otherwise
     return None
 
 
@@ -309,7 +309,7 @@ class ProbeObservation(SiteRowSetObservation):
         assert said is not None
         if said.call is None:
             report_bad_observation(
-                rule, work, "doesn't say what is to be told", "name a value: `probe(count)`"
+                rule, work, "doesn't name the value to predict", "name a value: `probe(count)`"
             )
             return None
         parameters, before = work.program.parameters, len(work.diagnostics)
@@ -370,7 +370,7 @@ def _score_fitted(
 
     distinct = len(set(training.keys))
     if distinct < 2:
-        raise ValueError("the rows that it is fitted on look alike there")
+        raise ValueError("the rows used for fitting are equal there")
     if probe.kind == "ridge":
         inner = assign_folds(training.keys, min(probe.folds, distinct), seed)
         predict = RidgeProbe(probe.penalty)(training.vectors, own, inner)
@@ -398,9 +398,9 @@ def _describe_probe(probe: Probe) -> Iterator[str]:
     """Describe the fit in notes for tables."""
     if probe.kind == "ridge":
         several = len(probe.targets[0])
-        of = f"{several} numbers together" if several > 1 else "a number"
-        held = "rows of other folds" if probe.train is None else "rows that it wasn't fitted on"
-        yield f"ridge regression of {of}, R² in {held}"
+        of = f"{several} numbers jointly" if several > 1 else "a number"
+        held = "rows of other folds" if probe.train is None else "rows not used for fitting"
+        yield f"ridge regression of {of}, R² on {held}"
         penalty = "on folds within the rows of each fit, of 0.01 to 10,000 by tens"
         yield f"penalty {probe.penalty:g}" if probe.penalty else f"penalty chosen {penalty}"
     else:
@@ -410,18 +410,21 @@ def _describe_probe(probe: Probe) -> Iterator[str]:
             counts[int(number)] += 1
         commonest = max(counts) / len(probe.targets)
         yield f"logistic regression, {len(probe.classes):,} classes ({names})"
-        yield f"the commonest is {commonest:.3g} of the rows"
+        yield f"the most common class has {commonest:.3g} of the rows"
         penalty = DEFAULT_PENALTY if probe.penalty is None else probe.penalty
         yield f"penalty {penalty:g} / 2 · Σ weights²"
     if probe.train is None:
         yield (
-            f"vectors standardised by the rows of each fit; {probe.folds} folds, in which rows that"
-            " look alike there (equal tokens) are together"
+            f"vectors standardised by the rows of each fit; {probe.folds} folds; rows with "
+            "equal tokens there are in the same fold"
         )
     else:
-        yield f"fitted on `{probe.trained_on}` ({len(probe.train):,} rows), which standardise"
+        yield (
+            f"fitted on `{probe.trained_on}` ({len(probe.train):,} rows), which define the "
+            "standardisation"
+        )
     yield "values are the clean row's"
-    yield "shuffled: the same with the values dealt to other rows (Hewitt and Liang 2019)"
+    yield "shuffled: the same with the values permuted between rows (Hewitt and Liang 2019)"
 
 
 class _RoutedObservation(SiteTokenSetObservation):
@@ -443,7 +446,7 @@ class _RoutedObservation(SiteTokenSetObservation):
         assert said is not None
         if said.call is None:
             example = f"name a value: `{self.word}(count)`"
-            report_bad_observation(rule, work, "doesn't say what is to be told", example)
+            report_bad_observation(rule, work, "doesn't name the value to predict", example)
             return None
         before = len(work.diagnostics)
         train = None if found is None else resolve_training_rows(rule, found, work)
@@ -458,8 +461,10 @@ class _RoutedObservation(SiteTokenSetObservation):
 
     def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: ExperimentContext) -> bool:
         if ("position" in found.positions.axes) != self.swept:
-            of = "a number of each token" if self.swept else "made of several tokens together"
-            report_bad_observation(rule, work, f"is {of}", f"write where: `{self.as_written}`")
+            of = "a number per token" if self.swept else "computed from several tokens jointly"
+            report_bad_observation(
+                rule, work, f"is {of}", f"write the position: `{self.as_written}`"
+            )
             return False
         return super().positions_fit(rule, found, work)
 
@@ -510,19 +515,22 @@ class _RoutedObservation(SiteTokenSetObservation):
         probe = self.probe
         assert probe is not None
         several = len(probe.targets[0])
-        of = f"{several} numbers together" if several > 1 else "a number"
+        of = f"{several} numbers jointly" if several > 1 else "a number"
         yield (
-            f"ridge regression of {of} on Σ softmax(x · query) x over the tokens of the line, the "
-            "query fitted with it, from equal weights on"
+            f"ridge regression of {of} on Σ softmax(x · query) x over the tokens of the "
+            "line, the query fitted jointly, starting from equal weights"
         )
         yield f"penalty {self._penalty:g} · (Σ weights² + Σ query²)"
         if probe.train is None:
             yield (
                 "vectors and numbers standardised by the tokens and rows of each fit; "
-                f"{probe.folds} folds of rows, in which those that look alike are together"
+                f"{probe.folds} folds of rows; equal rows are in the same fold"
             )
         else:
-            yield f"fitted on `{probe.trained_on}` ({len(probe.train):,} rows), which standardise"
+            yield (
+                f"fitted on `{probe.trained_on}` ({len(probe.train):,} rows), which define the "
+                "standardisation"
+            )
         yield "values are the clean row's"
 
 
@@ -539,7 +547,7 @@ class RoutedProbe(_RoutedObservation):
     controls: ClassVar[tuple[str, ...]] = ("shuffled",)
     swept = False
     as_written = "at image tokens"
-    of_several: ClassVar[str] = "of all tokens of a row together"
+    of_several: ClassVar[str] = "of all tokens of a row jointly"
 
     def per_token(self, seen: ObservedTokens, seed: int) -> Sequence[Floats]:
         import numpy as np
@@ -568,7 +576,7 @@ class RoutedProbe(_RoutedObservation):
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         yield from super().said(rule)
-        yield "shuffled: the same with the values dealt to other rows (Hewitt and Liang 2019)"
+        yield "shuffled: the same with the values permuted between rows (Hewitt and Liang 2019)"
 
 
 @observation("routing", unit="weight")

@@ -58,10 +58,10 @@ class ObservationKind(Observation):
         for clause, there in given.items():
             if there and clause not in self.takes:
                 words = "arguments" if clause == "arguments" else f"`{clause}`"
-                report_bad_observation(rule, work, f"takes no {words}", "leave them out")
+                report_bad_observation(rule, work, f"takes no {words}", "remove them")
         if not said.placed and self.unplaced == "refused":
             report_bad_observation(
-                rule, work, "needs a position", "say where, for example `at last token`"
+                rule, work, "needs a position", "name one, for example `at last token`"
             )
         return len(work.diagnostics) == before
 
@@ -147,8 +147,8 @@ def _names_logits(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) 
     assert rule.site is not None
     found = any(point.site == "logits" for point in iter_points(sites))
     if found:
-        reason = "is the model's output, and an observation is of what lies in front of it"
-        hint = "measure it: `measure logit(answer) as raw`; `final_norm` is what it is made of"
+        reason = "is the model's output, but observations read earlier activations"
+        hint = "measure it: `measure logit(answer) as raw`; it is computed from `final_norm`"
         name, span = rule.site.span.written, rule.site.span
         work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
     return found
@@ -172,7 +172,7 @@ def iter_points(sites: SiteTargets) -> Iterator[SitePoint]:
 class ObserveRule(RuleKind):
     """`observe WORD …`: looks, and changes nothing."""
 
-    within_prompt = "`observe` looks at the prompt alone"
+    within_prompt = "`observe` reads only the prompt"
     reads_replies = True
 
     def observes(self, rule: spec.Rule) -> Observation | None:
@@ -185,12 +185,12 @@ class ObserveRule(RuleKind):
         entry = OBSERVATIONS.get(word)
         if entry is not None and rule.observed.maps and not entry.of_maps:
             report_bad_observation(
-                rule, work, "is of a site", f"write `observe {word} resid_post layer 1 at …`"
+                rule, work, "needs a site", f"write `observe {word} resid_post layer 1 at …`"
             )
             return None
         if entry is not None and rule.edge is not None and not entry.leads:
             report_bad_observation(
-                rule, work, "is of a site", f"write `observe {word} resid_post layer 1 at …`"
+                rule, work, "needs a site", f"write `observe {word} resid_post layer 1 at …`"
             )
             return None
         if entry is not None:
@@ -206,8 +206,8 @@ def _check_name_free(rule: spec.Rule, said: spec.ObservedQuantity, work: Experim
     kind = "an effect" if said.name in EFFECTS else "a metric" if said.name in METRICS else ""
     if not kind:
         return
-    hint = "an observation is shown as it is: leave `as …` out, or name it otherwise"
-    reason = f"names the observation, and `{said.name}` is {kind}"
+    hint = "an observation has no effects: remove `as …`, or choose a different name"
+    reason = f"names the observation, but `{said.name}` is {kind}"
     found = BadArgument(span=rule.span, name=f"as {said.name}", reason=reason, hint=hint)
     work.diagnostics.append(found)
 

@@ -70,7 +70,7 @@ class SiteRowSetObservation(RowSetObservation, SiteObservation):
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         found = super().resolve(rule, work)
-        made = "is made of vectors of all rows, and reads no run in which rules act"
+        made = "is computed from vectors of all rows and doesn't read a run in which rules act"
         return found if check_no_rules(rule, work, made) else None
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
@@ -78,9 +78,11 @@ class SiteRowSetObservation(RowSetObservation, SiteObservation):
         for points in sites.points.values():
             over_keys = [point.site for point in points if SITES[point.site].width == "key"]
             if over_keys:
-                reason = f"can't be made of `{over_keys[0]}`, whose width is that of each prompt"
+                reason = (
+                    f"can't be computed from `{over_keys[0]}`, whose width depends on the prompt"
+                )
                 report_bad_observation(
-                    rule, work, reason, "name a site whose vectors are equally wide: `z`"
+                    rule, work, reason, "name a site with vectors of equal width: `z`"
                 )
                 return False
             numbers = len(work.table) * sum(
@@ -89,7 +91,7 @@ class SiteRowSetObservation(RowSetObservation, SiteObservation):
             if numbers > MAX_ROW_NUMBERS:
                 reason = f"would hold {numbers:,} numbers at a time, more than {MAX_ROW_NUMBERS:,}"
                 report_bad_observation(
-                    rule, work, reason, "write a smaller `limit` behind `prompts`"
+                    rule, work, reason, "write a smaller `limit` after `prompts`"
                 )
                 return False
         return True
@@ -99,7 +101,7 @@ class SiteRowSetObservation(RowSetObservation, SiteObservation):
         assert rule.sites is not None
         parts = [f"{self.word}: {said}"]
         if any(len(points) > 1 for points in rule.sites.points.values()):
-            parts.append("joined sites are one vector, side by side")
+            parts.append("joined sites are concatenated into one vector")
         cells = rule.positions.written.values()
         several = any(sum(map(len, row)) > 1 for cell in cells for row in cell.hits)
         if several and not self.of_directions:
@@ -246,9 +248,9 @@ def resolve_training_rows(
         for key, row in pairs
     )
     if shared:
-        reason = f"is told on {count_noun(shared, 'row')} that it is fitted on"
+        reason = f"is evaluated on {count_noun(shared, 'row')} that it is fitted on"
         report_bad_observation(
-            rule, work, reason, "take parts of a split: `train: fruit.train` on `fruit.test`"
+            rule, work, reason, "use parts of a split: `train: fruit.train` on `fruit.test`"
         )
         return None
     cells, problems = resolve_external_positions(rule.at, table, rows.run, work)
@@ -258,7 +260,7 @@ def resolve_training_rows(
     lacking = [label for label in labels if label not in by_label]
     if lacking and not has_errors(problems):
         reason = f"is fitted on rows without `{lacking[0]}`"
-        report_bad_observation(rule, work, reason, "name a position that both have")
+        report_bad_observation(rule, work, reason, "name a position that both blocks have")
         return None
     if has_errors(problems):
         return None
@@ -290,14 +292,14 @@ class Similarity(SiteRowSetObservation):
         run = work.table.runs[work.experiment.base]
         if run.draws > 1:
             report_bad_observation(
-                rule, work, "has no meaning over draws of noise", "take one draw: `samples: 1`"
+                rule, work, "has no meaning over draws of noise", "use one draw: `samples: 1`"
             )
             return None
         if rule.receiver is None:
             return self._of_positions(rule, work)
         if rule.onto is not None:
-            reason = "is of two positions, or of one at two sites or in two runs"
-            report_bad_observation(rule, work, reason, "leave one `with …` out")
+            reason = "compares two positions, or one position at two sites or in two runs"
+            report_bad_observation(rule, work, reason, "remove one `with …`")
             return None
         other = match_run(rule.receiver, work)
         found = self._of_runs(rule, other, work) if other else self._of_sites(rule, work)
@@ -321,7 +323,7 @@ class Similarity(SiteRowSetObservation):
         if both:
             reason = "can't sweep at both positions"
             report_bad_observation(
-                rule, work, reason, "sweep at one, and name the other or join it: `{A, B}`"
+                rule, work, reason, "sweep at one of them, and name or join the other: `{A, B}`"
             )
             return None
         others = resolve_base_positions(rule.onto, work)
@@ -341,7 +343,9 @@ class Similarity(SiteRowSetObservation):
             for points in sites.points.values()
         }
         if len(widths) > 1 and not shape.stands_in:
-            reason = f"is of vectors of one width, not of {' and '.join(map(str, sorted(widths)))}"
+            reason = (
+                f"needs vectors of equal width, not of {' and '.join(map(str, sorted(widths)))}"
+            )
             report_bad_observation(rule, work, reason, "name sites of the same space, or `cka`")
             return None
         return replace(found, beside=others)
@@ -349,7 +353,7 @@ class Similarity(SiteRowSetObservation):
     def _of_runs(self, rule: spec.Rule, other: str, work: ExperimentContext) -> ResolvedRule | None:
         if work.table.runs[other].draws > 1:
             report_bad_observation(
-                rule, work, "has no meaning over draws of noise", "take one draw: `samples: 1`"
+                rule, work, "has no meaning over draws of noise", "use one draw: `samples: 1`"
             )
             return None
         found = super().resolve(rule, work)
@@ -366,14 +370,14 @@ class Similarity(SiteRowSetObservation):
         different, same = seen.pairs.T
         total = (seen.vectors * other).sum(axis=1) - same
         if np.isnan(total).any():
-            raise ValueError("a vector is 0, which has no direction")
+            raise ValueError("a vector is 0, so it has no direction")
         return [np.divide(total, different, out=np.full(len(total), np.nan), where=different > 0)]
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         if rule.beside is not None:
             yield "of the same token at two sites"
             return
-        yield "the mean over pairs of different tokens, one at either position"
+        yield "the mean over pairs of different tokens, one from each position"
         yield "rows without such a pair aren't part of the cell"
 
 
@@ -399,7 +403,7 @@ def is_unknown_name(site: ast.Site, work: ExperimentContext) -> bool:
         return False
     blocks = (block for block in work.program.prompts if block != work.table.name)
     runs = dict.fromkeys((*work.table.runs, *blocks))
-    known = f"runs are {name_list(runs)}, and a site is such as `resid_post layer *`"
+    known = f"runs are {name_list(runs)}, and a site is, for example, `resid_post layer *`"
     hint = did_you_mean(name.id, [*runs, *SITES], known)
     found = UnknownWord(span=name.span, kind="site or run", word=name.id, hint=hint)
     work.diagnostics.append(found)
@@ -424,9 +428,9 @@ class Cka(SiteRowSetObservation):
             report_bad_observation(rule, work, "compares two sites", hint)
             return None
         if len(work.table) > MAX_CKA_ROWS:
-            reason = f"of {len(work.table):,} rows is too large: it holds all pairs of rows"
+            reason = f"of {len(work.table):,} rows is too large: it stores all pairs of rows"
             report_bad_observation(
-                rule, work, reason, f"write `limit {MAX_CKA_ROWS}` behind `prompts`"
+                rule, work, reason, f"write `limit {MAX_CKA_ROWS}` after `prompts`"
             )
             return None
         if match_run(rule.receiver, work) is not None:
@@ -548,7 +552,7 @@ class Clusters(SiteTokenSetObservation):
         before = len(work.diagnostics)
         train = None if found is None else resolve_training_rows(rule, found, work)
         if rule.receiver is not None and match_run(rule.receiver, work) is None:
-            report_bad_observation(rule, work, "is set against a run", "name one: `with noised`")
+            report_bad_observation(rule, work, "is compared with a run", "name one: `with noised`")
         if count is None or found is None or found.sites is None or len(work.diagnostics) > before:
             return None
         named = None if train is None else training_rows(said.call)
@@ -568,7 +572,7 @@ class Clusters(SiteTokenSetObservation):
         for row in range(len(work.table)):
             pairs = sorted(_token_pairs(found.positions, row))
             if any(a == c or b >= d for (a, b), (c, d) in pairwise(pairs)):
-                reason = "has tokens that stand in another order in the other run"
+                reason = "has tokens in a different order in the other run"
                 report_bad_observation(rule, work, reason, "write a line for each position")
                 return False
         return super().positions_fit(rule, found, work)
@@ -597,7 +601,7 @@ class Clusters(SiteTokenSetObservation):
 
     def told(self) -> Iterator[str]:
         """Yield notes on the meaning of its number."""
-        yield "its probability is that of Gaussians around the centres, of one variance in all"
+        yield "its probability is that of Gaussians around the centres with equal variance"
 
 
 class ClusterAgreement(Clusters):
@@ -613,7 +617,7 @@ class ClusterAgreement(Clusters):
         return [(own == other).astype(float)[None]]
 
     def told(self) -> Iterator[str]:
-        yield "whether the likeliest is the same at the same place of the other run"
+        yield "whether the most likely cluster is the same at the same position of the other run"
 
 
 def _token_pairs(positions: PositionTargets, row: int) -> set[tuple[int, int]]:
@@ -642,12 +646,12 @@ def _read_count(rule: spec.Rule, work: ExperimentContext) -> int | None:
     if other is not None:
         hint = "there is train"
         work.diagnostics.append(
-            BadArgument(span=other.span, name=other.name or "", reason="is no option", hint=hint)
+            BadArgument(span=other.span, name=other.name or "", reason="isn't an option", hint=hint)
         )
         return None
     number = constant_value(plain[0], work.program.parameters) if len(plain) == 1 else None
     if not isinstance(number, int) or isinstance(number, bool) or not 2 <= number <= MAX_CLUSTERS:
         hint = f"write a number from 2 to {MAX_CLUSTERS}: `clusters(6)`"
-        report_bad_observation(rule, work, "doesn't say how many clusters", hint)
+        report_bad_observation(rule, work, "doesn't state the number of clusters", hint)
         return None
     return number

@@ -66,8 +66,8 @@ class NeuronValue(SiteObservation):
             kind = SITES[point.site]
             if kind.width == "one":
                 continue
-            reason = f"is a vector ({kind.shape}), and no single number"
-            hint = "name neurons: `mlp_hidden layer * neuron 5`; `observe norm` is of vectors"
+            reason = f"is a vector ({kind.shape}), not a single number"
+            hint = "name neurons: `mlp_hidden layer * neuron 5`; `observe norm` needs vectors"
             name, span = rule.site.span.written, rule.site.span
             work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
             return False
@@ -111,7 +111,7 @@ def check_stream_sites(
             reason = f"is not in the residual stream, and isn't added to it ({kind.shape})"
             hint = "name `resid_post`, `attn_out`, `mlp_out` or `head_out`"
         elif kind.unit is not None and point.unit is None:
-            reason = "stands for all of them together"
+            reason = "includes all of them"
             hint = f"name one: `{point.site} layer * {kind.axes[-1]} *`"
         else:
             continue
@@ -162,11 +162,11 @@ class LogitLens(SiteObservation):
         return seen.unembedding.logits(seen.vectors, seen.tokens)
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        said = "the vector through the model's own final norm and unembedding"
+        said = "the vector through the model's final norm and unembedding"
         assert rule.sites is not None
         sites = {point.site for point in iter_points(rule.sites)}
         if sites - {"resid_pre", "resid_mid", "resid_post"}:
-            said += "; the norm has the scale of this vector alone, not that of the stream"
+            said += "; the norm uses the scale of this vector, not that of the stream"
         yield Convention("observed", f"logit lens: {said}; measures read that")
         yield from self.said_of_list(rule)
 
@@ -174,8 +174,8 @@ class LogitLens(SiteObservation):
         """Yield the note on how a list of tokens is computed."""
         if self.lists(rule):
             said = (
-                "those of the largest mean probability over rows, which stands behind each; in "
-                "brackets the share of rows in which it is the most likely one"
+                "those with the largest mean probability over rows, given after each token; "
+                "in brackets the share of rows in which it is the most likely token"
             )
             yield Convention("top tokens", said)
 
@@ -223,7 +223,7 @@ class TunedLens(LogitLens):
         other = next((p.site for p in iter_points(sites) if p.site != "resid_post"), None)
         if other is None:
             return True
-        reason = f"is of the stream behind each block, not of `{other}`"
+        reason = f"reads the stream after each block, not `{other}`"
         report_bad_observation(rule, work, reason, "write `resid_post layer *`")
         return False
 
@@ -239,12 +239,12 @@ class TunedLens(LogitLens):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         assert rule.sites is not None
-        said = "h + A h + b of its layer through the model's own final norm and unembedding"
+        said = "h + A h + b of its layer through the model's final norm and unembedding"
         file = f"{Path(self.path).name}, SHA-256 {self.digest[:12]}…"
         yield Convention("observed", f"tuned lens: {said}; A and b from {file}; measures read that")
         layers = {point.layer for point in iter_points(rule.sites)}
         if n_layers - 1 in layers.difference(self.layers):
-            yield Convention("last layer", "has no A and b in the file, and goes as it is")
+            yield Convention("last layer", "has no A and b in the file and is used unchanged")
         yield from self.said_of_list(rule)
 
 
@@ -301,7 +301,7 @@ def _check_translators(
                 reason, hint = f"has no `{names[part]}` in its file", f"the file has {known}"
             else:
                 reason = f"has the shape {list(found)} in `{names[part]}`, not {list(size)}"
-                hint = "name the lens of this model"
+                hint = "name the lens file of this model"
             report_bad_observation(rule, work, reason, hint)
             return False
     return True
@@ -348,7 +348,7 @@ class DirectLogit(SiteObservation):
         assert rule.observed is not None
         there = check_unembedding(rule, work)
         if rule.observed.toward is None:
-            reason, hint = "doesn't say which logit", "write `toward answer - wrong`"
+            reason, hint = "doesn't name a logit", "write `toward answer - wrong`"
             name = f"observe {self.word}"
             span = rule.observed.span
             work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
@@ -377,16 +377,15 @@ class DirectLogit(SiteObservation):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         assert rule.spec.observed is not None
         said = (
-            "direct logit attribution: what is added to the stream, through the final norm with "
-            "its scale held at the stream's and its gain folded in, and the unembedding"
+            "direct logit attribution: the contribution to the stream, through the final "
+            "norm (its scale fixed at the stream's, its gain folded in) and the unembedding"
         )
         closing = (
-            "biases of the final norm and of the unembedding are in no part; before any cap on "
-            "logits"
+            "biases of the final norm and of the unembedding are excluded; before any cap on logits"
         )
         yield Convention("observed", said, closing)
         if not rule.spec.observed.placed:
-            yield Convention("observed at", "the last token, as no position is written")
+            yield Convention("observed at", "the last token, because the line names no position")
 
 
 def _use_head_outputs(sites: SiteTargets) -> SiteTargets:

@@ -21,8 +21,8 @@ from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import MetricForm
 
 FOLDED_NOTE = (
-    "gains of norms are folded in; their scales, biases and rotary are not, so queries meet keys "
-    "at distance 0"
+    "gains of norms are folded in; their scales, biases and rotary embeddings are not, so "
+    "queries and keys are at distance 0"
 )
 
 
@@ -43,9 +43,7 @@ class WeightObservation(RowSetObservation, ObservationKind):
         assert rule.observed is not None
         fits = self.clauses_fit(rule, work)
         if rule.observed.placed:
-            report_bad_observation(
-                rule, work, "is of the weights, not of a token", "leave `at …` out"
-            )
+            report_bad_observation(rule, work, "reads weights, not a token", "remove `at …`")
             fits = False
         sites, axes = resolve_site(rule.site, work.sites)
         for axis in axes:
@@ -53,7 +51,7 @@ class WeightObservation(RowSetObservation, ObservationKind):
         others = None
         if self.compares and rule.receiver is None:
             report_bad_observation(
-                rule, work, "is of two heads", "name the later one: `with layer * head *`"
+                rule, work, "compares two heads", "name the later head: `with layer * head *`"
             )
             fits = False
         elif rule.receiver is not None:
@@ -94,7 +92,7 @@ def check_single_units(
     """Report E0207 for cells that aren't a single unit of a site."""
     for points in sites.points.values():
         if [(point.site, point.unit is None) for point in points] != [(site, False)]:
-            report_bad_observation(rule, work, f"is of one {unit} at a time", hint)
+            report_bad_observation(rule, work, f"reads one {unit} at a time", hint)
             return False
     return True
 
@@ -137,7 +135,7 @@ def read_option_word(
     usage = " or ".join(f"`{said.word}({word})`" for word in words)
     hint = did_you_mean(by.id if isinstance(by, ast.Name) else "", words, f"write {usage}")
     span, name = (said.span, said.word) if by is None else (by.span, by.span.written)
-    reason = reason if by is not None else "says none of its ways"
+    reason = reason if by is not None else "names no type of composition"
     work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
     return None
 
@@ -163,14 +161,14 @@ class Composition(WeightObservation):
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         found = super().resolve(rule, work)
-        by = read_option_word(rule, COMPOSITIONS, "is no way in which heads compose", work)
+        by = read_option_word(rule, COMPOSITIONS, "isn't a type of composition", work)
         return None if found is None or by is None else replace(found, does=Composition(by))
 
     def said(self) -> Iterator[str]:
         maps = "OV" if self.by == "v" else "QK"
         of = COMPOSITIONS[self.by]
         yield f"‖AB‖ / (‖A‖ ‖B‖) of the first head's OV and the later one's {maps}, by its {of}"
-        yield "pairs of which the second head isn't in a later layer are left out"
+        yield "pairs whose second head isn't in a later layer are excluded"
 
 
 CIRCUITS: Mapping[str, str] = {"ov": "W_V W_O", "qk": "W_Q W_Kᵀ, not divided by the root of width"}
@@ -197,9 +195,9 @@ class SingularValues(WeightObservation):
         found = super().resolve(rule, work)
         said = rule.observed
         assert said is not None
-        of = read_option_word(rule, CIRCUITS, "is no map of a head", work)
+        of = read_option_word(rule, CIRCUITS, "isn't a map of a head", work)
         if said.top is None:
-            report_bad_observation(rule, work, "doesn't say how many", "write `top 5`")
+            report_bad_observation(rule, work, "doesn't state how many", "write `top 5`")
         if found is None or found.sites is None or of is None or said.top is None:
             return None
         site, shape = ("z" if of == "ov" else "q"), work.sites.shape
@@ -207,7 +205,10 @@ class SingularValues(WeightObservation):
         most = min(min(vector_width(shape, site, n), shape.d_model) for n in layers)
         if said.top > most and not shape.stands_in:
             report_bad_observation(
-                rule, work, f"has no {said.top} values: a head has {most}", f"write `top {most}`"
+                rule,
+                work,
+                f"doesn't have {said.top} values: a head has {most}",
+                f"write `top {most}`",
             )
             return None
         work.add_axis(Axis(self.counts, tuple(range(1, said.top + 1)), said.span))
@@ -234,8 +235,7 @@ class Successor(WeightObservation):
     takes: ClassVar = ("arguments",)
     controls: ClassVar[tuple[str, ...]] = ("rank",)
     folded: ClassVar = (
-        "through the first block's MLP behind its own norm, then gains of norms, without scales "
-        "and biases"
+        "through the first block's norm and MLP, then gains of norms, without scales and biases"
     )
 
     def __init__(self, tokens: Sequence[int] = (), texts: Sequence[str] = ()) -> None:
@@ -329,7 +329,7 @@ class ValueVectors(WeightObservation):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from super().conventions(rule, n_layers)
         if self.top:
-            yield Convention("top tokens", "those whose logits the neuron raises most")
+            yield Convention("top tokens", "the tokens whose logits the neuron raises most")
 
 
 class TokenValueVectors(ValueVectors):
@@ -339,7 +339,7 @@ class TokenValueVectors(ValueVectors):
     spread: Literal["rows", "unknown", "none"] = "rows"
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        said = "what a neuron of activation 1 adds to the logits that are named"
+        said = "the contribution of the neuron at activation 1 to the named logits"
         yield Convention("observed", f"{self.word}: {said}; {self.folded}")
         if self.top:
-            yield Convention("top tokens", "those whose logits the neuron raises most")
+            yield Convention("top tokens", "the tokens whose logits the neuron raises most")

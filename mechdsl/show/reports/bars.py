@@ -65,9 +65,11 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
                 layout.print(lines, console)
         drawn = layout.scale.width > 0
         if category:
-            print_notes(["the commonest value of every cell and its share of the prompts"], console)
+            print_notes(
+                ["the most common value of every cell and its share of the prompts"], console
+            )
             continue
-        legend = ["▒ and ─ are the interval, on either side of the mean"] if drawn else []
+        legend = ["▒ and ─: the interval on either side of the mean"] if drawn else []
         print_notes([*legend, *figure_notes(result, measure, drawn=drawn)], console)
     print_conventions(result, report, console)
 

@@ -24,9 +24,9 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
             if each.title:
                 console.print(Text(each.title, style="bold"), highlight=False)
             _matrix(each, report, title, console.width).print(console)
-        said = [f"share of the row's n prompts; {MISSING} is none of them"]
+        said = [f"share of the row's n prompts; {MISSING}: none of them"]
         if any(own is not None for each in found for own in each.own):
-            said.append(f"* where the category is the row's own {report.variable}")
+            said.append(f"*: the category equals the row's {report.variable}")
         print_notes(said, console)
     print_conventions(result, report, console)
 

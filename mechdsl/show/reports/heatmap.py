@@ -112,7 +112,7 @@ def _heatmap_notes(
 ) -> list[str]:
     said: list[str] = []
     if result.measures[measure].kind == "category":
-        said.append("the commonest value of every cell")
+        said.append("the most common value of every cell")
     elif np.isfinite(values).any():
         said.append(f"from {write(np.nanmin(values))} to {write(np.nanmax(values))}")
     survived, null = (

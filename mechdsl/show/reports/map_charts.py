@@ -312,7 +312,7 @@ def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:
     maps: list[Any] = []
     for measure, found in count_confusions(result, report).items():
         own = any(column is not None for each in found for column in each.own)
-        framed = f"framed: the category is the row's own {report.variable}" if own else None
+        framed = f"framed: the category equals the row's {report.variable}" if own else None
         row_title = chart_axis_title(result, report.variable or "")
         column_title = capitalise(quantity_name(result.measures[measure]))
         drawn = _confusion_panel(found, row_title, column_title)
@@ -428,7 +428,7 @@ def overlay_chart(result: ExperimentResult, report: spec.Report) -> Any:
         chart = add_title(drawn, result, result.measures[measure])
         said = overlay_notes(result, measure, shown)
         if result.seen:
-            said.append(f"full colour at {map_format([shown.limit])(shown.limit)} either way")
+            said.append(f"full colour at ±{map_format([shown.limit])(shown.limit)}")
         chart.title.subtitle = [*chart.title.subtitle, *said]
         charts.append(chart)
     return stack_charts(charts, result)

@@ -146,23 +146,26 @@ def overlay_notes(result: ExperimentResult, measure: int, shown: Overlay) -> lis
     images = bool(result.seen)
     if not shown.prompts:
         what = "images" if images else "tokens"
-        return [f"no {what} to show: they weren't kept with these results"]
+        return [f"no {what} to show: these results don't contain them"]
     count = f"{len(shown.prompts)} of {result.prompts}"
     said = [
-        f"{count} prompts, each by itself; tokens of {result.base}, without a number where "
-        "nothing was done"
+        f"{count} prompts, each shown separately; tokens of {result.base}; tokens without a "
+        "number belong to no cell"
     ]
     if images:
         said = [
-            f"{count} images as the model sees them, each by itself, with numbers of patches of "
-            f"{result.base}"
+            f"{count} images as the model sees them, each shown separately; numbers are of "
+            f"patches of {result.base}"
         ]
     data = result.measures[measure]
     effect = EFFECTS[data.effect]
     if ANSWER_TOKENS_KEY in result.conventions:
-        said.append("only tokens of the prompts, not those of the answer behind them")
+        said.append("only tokens of the prompts, not those of the answer after them")
     if effect.denominator is not None and not data.per_prompt:
-        said.append(f"{effect.name} of a prompt: over the mean of {effect.divisor}, not its own")
+        said.append(
+            f"{effect.name} of a prompt: divided by the mean of {effect.divisor}, not by "
+            "the prompt's own value"
+        )
     return said
 
 
@@ -329,7 +332,7 @@ def scale_legend(
         parts.append(_svg_text(title, width + 12, 9, "start"))
         width += 12 + text_width(title, 10)
     if hatched:
-        said = "no number there"
+        said = "no number here"
         parts.append(
             f'<rect x="{width + 20:.1f}" width="16" height="10" fill="url(#hatch)" '
             f'stroke="#bbbbbb" stroke-width="0.6"/>'

@@ -200,7 +200,7 @@ def _count_lines(
         names = {line: f"{line} (n = {min(each)})" for line, each in own.items()}
         for record in records:
             record["line"], record["n"] = names[record["line"]], ""
-        return [names.get(line, line) for line in lines], "beside the names"
+        return [names.get(line, line) for line in lines], "next to the names"
     alike = all(len({r["n"] for r in each}) == 1 for each in at_place.values())
     written = any(few) and (alike or not numbered or len(lines) < 2)
     for each in at_place.values():

@@ -358,10 +358,14 @@ def _notes(
 def _selection_note(result: ExperimentResult, measure: int) -> str:
     """Describe the validity of the numbers of cells that were selected by these numbers."""
     if result.statistics[measure].test is None:
-        return "picked by size: intervals are for cells named beforehand"
+        return "cells were selected by effect size; the intervals don't account for that"
     familywise = result.settings is not None and result.settings.correction not in ("none", "bh")
-    picked = ", corrected p for these too" if familywise else ""
-    return f"picked by size: interval and p are for cells named beforehand{picked}"
+    only = (
+        "only the corrected p-values account"
+        if familywise
+        else "intervals and p-values don't account"
+    )
+    return f"cells were selected by effect size; {only} for that"
 
 
 # --- printing -----------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def scale_note(result: ExperimentResult, data: MeasureData) -> str | None:
         found = shown(values, unit)
         return f"{name} ({found})" if found else name
 
-    behind = " behind the same replies" if data.as_patched else ""
+    behind = " after the same replies" if data.as_patched else ""
     zero = f"0 is {with_value(result.shown(result.base) + behind, base, unit)}"
     if data.source is None or data.effect == "relative":
         return zero
@@ -264,19 +264,19 @@ def rounding_note(result: ExperimentResult, measure: int) -> str | None:
     data, found = result.measures[measure], result.statistics[measure]
     changing = found.rounding[may_round_differently(data, found)]
     if len(changing):
-        what = "the category" if data.kind == "category" else "what is correct"
+        what = "the category" if data.kind == "category" else "correctness"
         cells = count_noun(len(changing), "cell")
         share = f"{100 * changing.max():.2g} %"
         return (
-            f"rounding alone may change {what} in up to {share} of the prompts of {cells}, as far "
-            "as the base run tells"
+            f"rounding alone may change {what} in up to {share} of the prompts of {cells}, "
+            "estimated from the base run"
         )
     bounds = found.rounding[found.at_rounding]
     if not len(bounds):
         return None
     upto = " to ".join(dict.fromkeys(f"{end:.1e}" for end in (bounds.min(), bounds.max())))
     cells = "1 cell is" if len(bounds) == 1 else f"{len(bounds)} cells are"
-    return f"{cells} at the level of rounding (up to {upto}): not counted as surviving"
+    return f"{cells} at the level of rounding (up to {upto}): not counted as significant"
 
 
 def prompt_count_text(result: ExperimentResult, measure: int) -> str:
@@ -321,7 +321,7 @@ def thin_note(result: ExperimentResult, measure: int, mark: str = THIN_MARK) -> 
     most = int(result.statistics[measure].n.max())
     cells = "1 cell has" if count == 1 else f"{count} cells have"
     share = f"{100 * THIN_SHARE:g} %"
-    return f"{mark} {cells} fewer than {share} of the {most} prompts of the fullest cell"
+    return f"{mark} {cells} fewer than {share} of the {most} prompts of the largest cell"
 
 
 def is_within_random(result: ExperimentResult, measure: int) -> Bools:
@@ -350,15 +350,22 @@ def significance_note(
     if not found.test or result.settings is None:
         return None
     if found.withheld:
-        return f"no cell is said to survive, as {WITHHELD_TEXTS[found.withheld]}"
+        return f"no cell is reported as significant: {WITHHELD_TEXTS[found.withheld]}"
     tested = int(np.count_nonzero(~np.isnan(found.p_corrected)))
     good = int(np.count_nonzero(is_significant(result, measure)))
     name = CORRECTION_NAMES[result.settings.correction]
-    how = {"none": "no correction", "max": f"the {name} correction"}.get(
-        result.settings.correction, f"{name}'s correction"
-    )
-    cells = "cell survives" if tested == 1 else "cells survive"
-    said = f"{good} of {tested} {cells} {how} at p < {significance_level(result):g}"
+    level = f"p < {significance_level(result):g}"
+    if result.settings.correction == "none":
+        cells = "cell is" if tested == 1 else "cells are"
+        said = f"{good} of {tested} {cells} significant at {level} before correction"
+    else:
+        cells = "cell survives" if tested == 1 else "cells survive"
+        how = (
+            f"the {name} correction"
+            if result.settings.correction == "max"
+            else f"{name}'s correction"
+        )
+        said = f"{good} of {tested} {cells} {how} at {level}"
     alike = is_within_random(result, measure)
     signs = f"{mark} or {random}" if mark and alike.any() else mark
     lead = f"{signs}: " if len(mark) > 1 else f"{signs} " if mark else ""
@@ -387,8 +394,12 @@ def inert_note(result: ExperimentResult, measure: int) -> str | None:
     count = int(np.count_nonzero(result.measures[measure].inert))
     if not count:
         return None
-    cells = "1 cell is" if count == 1 else f"{count} cells are"
-    return f"{cells} inert: by structure the same as {result.base}, so not tested or corrected for"
+    cells, they = ("1 cell is", "it") if count == 1 else (f"{count} cells are", "they")
+    verb = "is" if count == 1 else "are"
+    return (
+        f"{cells} inert: {they} can't differ from {result.base}, so {they} {verb} neither tested "
+        "nor corrected for"
+    )
 
 
 def zero_width_note(result: ExperimentResult, measure: int) -> str | None:
@@ -398,7 +409,9 @@ def zero_width_note(result: ExperimentResult, measure: int) -> str | None:
     if not count:
         return None
     cells, their = ("1 cell has", "its") if count == 1 else (f"{count} cells have", "their")
-    return f"{cells} one value in all rows: {their} interval says nothing of rows that would differ"
+    return (
+        f"{cells} the same value in all rows: {their} interval doesn't cover rows with other values"
+    )
 
 
 def map_format(values: Iterable[float]) -> Callable[[float], str]:
@@ -453,7 +466,7 @@ def null_band_text(result: ExperimentResult, measure: int) -> str | None:
     if not some.any():
         return f"none of the {band.what} has a value"
     fewer = band.made[some] < band.asked
-    there = ", all there are" if fewer.any() else ""
+    there = ", all that exist" if fewer.any() else ""
     if fewer.any() and not fewer.all():
         there += f" where fewer than {band.asked:,}"
     empty = np.isnan(result.statistics[measure].mean)
@@ -463,7 +476,7 @@ def null_band_text(result: ExperimentResult, measure: int) -> str | None:
     level = _null_ends([f"{100 * level:.3g} %" for level in sorted(band.level[some].tolist())])
     cut = sorted((band.rank[some] - 1).tolist())
     but = f" without the {_null_ends([f'{n}' for n in cut])} lowest and highest" if cut[-1] else ""
-    states = f"one more like them lies in it with {level}"
+    states = f"a further draw falls in this range with probability {level}"
     needs = ""
     if not band.decides[some].all() and result.settings is not None:
         needs = f"; a verdict at {result.settings.confidence:g} % needs {band.fewest:,} draws"

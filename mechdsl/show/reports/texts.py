@@ -82,20 +82,20 @@ def prompt_replies(result: ExperimentResult, report: spec.Report) -> list[Prompt
 def reply_notes(result: ExperimentResult, shown: Sequence[PromptReplies]) -> list[str]:
     """Describe the content and marks of the report."""
     if not shown:
-        return ["no replies to show: they weren't kept with these results"]
+        return ["no replies to show: these results don't contain them"]
     count = f"{len(shown)} of {count_noun(len(result.replies.prompts), 'prompt')}, the first ones"
     said = [count]
     if not all(line.runs for each in shown for line in each.lines):
         base = result.shown(result.base)
         said = [
-            f"{count}; what differs from {base} is marked, word by word where half of the words "
-            "are the same"
+            f"{count}; differences from {base} are marked, word by word if at least half of "
+            "the words are equal"
         ]
     if any(len(line.replies) > 1 for each in shown for line in each.lines):
-        said.append("below each other: one reply for each sample, and each draw of noise")
+        said.append("one line for each sample and each draw of noise")
     if any(part.text == LENGTH_MARK for each in shown for line in each.lines
            for reply in line.replies for part in reply):  # fmt: skip
-        said.append(f"{LENGTH_MARK} behind a reply that is as long as it may be")
+        said.append(f"{LENGTH_MARK} after a reply that reached the length limit")
     return said
 
 
