@@ -83,7 +83,15 @@ PATH_CONSTRUCTS = (
 
 _CALLS = {
     each.name: each
-    for each in (LOCAL_PATH, HF_PATH, HF_DATASET_PATH, PYTHON_PATH, SAVED_PATH, TUNED_LENS_PATH)
+    for each in (
+        LOCAL_PATH,
+        HF_PATH,
+        HF_DATASET_PATH,
+        PYTHON_PATH,
+        SAVED_PATH,
+        DICTIONARY_PATH,
+        TUNED_LENS_PATH,
+    )
 }
 
 

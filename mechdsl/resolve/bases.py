@@ -13,7 +13,9 @@ from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.rules import BadBasis, DictionaryElsewhere
 from mechdsl.dictionaries.folder import (
+    CONFIG_FILE,
     TRANSCODERS,
+    WEIGHT_FILES,
     DictionaryFile,
     read_dictionary,
     site_of_hook,
@@ -468,8 +470,11 @@ def _dictionary(
     values = [a.value for a in call.arguments if a.name is None]
     written = str(constant_value(values[0], work.program.parameters))
     path, problems = path_to_read(DICTIONARY_PATH, written, call.span)
+    if path is not None and path.is_dir():  # its files may be links to other folders
+        for name in (CONFIG_FILE, *WEIGHT_FILES.values()):
+            problems += path_to_read(DICTIONARY_PATH, f"{written}/{name}", call.span)[1]
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
-    if path is None:
+    if path is None or problems:
         return None
     try:
         file = read_dictionary(path, written)

@@ -204,7 +204,7 @@ def test_no_report_is_written_into_it(command: Command) -> None:
     before = Path("kept/a/results.json").read_bytes()
     done = command("run", "a.mech", "--against", "kept/a", "--junit", "kept/a/results.json")
     assert done.status == 2
-    assert "lies in `kept/a`, the run given by `--against`" in done.err
+    assert "is in `kept/a`, the run given by `--against`" in done.err
     assert Path("kept/a/results.json").read_bytes() == before
 
 

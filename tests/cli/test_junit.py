@@ -258,7 +258,7 @@ def test_a_disk_that_is_full_at_the_end(command: Command, monkeypatch: pytest.Mo
         ("below/../a.mech", "would overwrite `a.mech`, a `.mech` file that the run reads"),
         ("rows.csv", "would overwrite `rows.csv`, the rows of prompts `own`"),
         ("holds.csv", "would overwrite `holds.csv`, the report on line"),
-        ("kept/a/results.json", "lies in `kept/a`, the `--out` folder of a.mech"),
+        ("kept/a/results.json", "is in `kept/a`, the `--out` folder of a.mech"),
     ],
 )
 def test_paths(path: str, reason: str, command: Command) -> None:

@@ -148,6 +148,7 @@ def test_a_link_that_was_put_there_during_the_run(here: Path, command: Command) 
 
 # --- reading ---
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = 'prompts p {\n  rows "PLACE"\n  template "{a}"\n}\n'
 PATCH = "patch layer 0..1 head * at last-item token"
 EXAMPLES = {
@@ -171,6 +172,12 @@ EXAMPLES = {
         HEADS.replace("experiment ", 'direction d = saved("PLACE", "d")\nexperiment ', 1).replace(
             "  measure", "  add d to resid_post layer 1 at last token\n  measure", 1
         ),
+    ),
+    "sae": (
+        "dictionary",
+        HEADS.replace(
+            "experiment ", 'basis b = sae("PLACE") at resid_post layer 1\nexperiment ', 1
+        ).replace(PATCH, "patch feature 0..1 of b at last-item token"),
     ),
     "tuned_lens": (
         "vectors.safetensors",
@@ -205,6 +212,7 @@ def filled(folder: Path) -> None:
     square, vector = np.zeros((128, 128), np.float32), np.ones(128, np.float32)
     lens = {"d": vector, "layer.0.weight": square, "layer.0.bias": vector}
     save_file(lens, folder / "vectors.safetensors")
+    shutil.copytree(ROOT / "docs" / "errors" / "data" / "sae", folder / "dictionary")
     zoo = Path(str(files("mechdsl") / "zoo" / "counting"))
     shutil.copytree(zoo, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
 
@@ -252,6 +260,19 @@ def test_links_in_a_folder_of_a_model_are_followed(here: Path, command: Command)
     assert (
         "[E0535]: `local` names `model/config.json`" in command("validate", "--untrusted", path).err
     )
+    assert command("validate", path).status == 0
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_links_in_a_folder_of_a_dictionary_are_followed(
+    name: str, here: Path, command: Command
+) -> None:
+    filled(here)
+    shutil.move(here / "dictionary" / name, here.parent / "elsewhere" / name)
+    (here / "dictionary" / name).symlink_to(here.parent / "elsewhere" / name)
+    path = written(here, EXAMPLES["sae"][1].replace("PLACE", "dictionary"))
+    done = command("validate", "--untrusted", path)
+    assert f"[E0535]: `sae` names `dictionary/{name}`" in done.err
     assert command("validate", path).status == 0
 
 

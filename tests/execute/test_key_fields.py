@@ -33,8 +33,12 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun, RunNoise, RunRow
 from mechdsl.resolve.types import (
     Amounts,
+    BasisMember,
+    BasisOperand,
+    BasisTargets,
     DirectionTargets,
     DirectionVector,
+    DrawnBasis,
     EdgeTargets,
     ExternalRun,
     FitSample,
@@ -51,8 +55,10 @@ from mechdsl.resolve.types import (
     SitePoint,
     SiteTargets,
     StepRanges,
+    TokenBasis,
     UnembeddingVector,
     UnitVector,
+    WeightBasis,
     WeightedSum,
 )
 from mechdsl.rules.patching import FILLS
@@ -74,6 +80,8 @@ EXPERIMENTS = {
     "number": one("set z layer 1 head 1 at subject token to 0.5"),
     "steered": "direction d = mean(apart) at resid_post layer 1\n"
     + one("add d to resid_post layer 1 at subject token"),
+    "in a basis": "basis b = pca(apart, dims: 2) at resid_post layer 1\n"
+    + one("patch feature 0..1 of b at subject token", ends="from other into clean"),
     "loop": one("for k in 1..2 { set z layer 1 head 1 at subject token to k }"),
     "swept steps": one(
         "for k in 1..2 { set z layer 1 at last token to 2 during step k }\n  generate 5"
@@ -277,6 +285,20 @@ def other_direction(targets: DirectionTargets) -> DirectionTargets:
     return replace(targets, members={(): replace(member, vector=vector)})
 
 
+def other_basis(targets: BasisTargets) -> BasisTargets:
+    """Of the same name, computed in another way."""
+    return in_members(targets, "method", lambda method: "random")
+
+
+def in_members(targets: BasisTargets, field: str, change: Change) -> BasisTargets:
+    """With another value in a field of each basis."""
+    members = {
+        key: replace(member, **{field: change(getattr(member, field))})
+        for key, member in targets.members.items()
+    }
+    return replace(targets, members=members)
+
+
 def longer(lists: RaggedColumn) -> RaggedColumn:
     """The first list has its first number twice."""
     return RaggedColumn(
@@ -300,6 +322,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "path": ("paths", lambda path: replace(path, through_mlps=True)),
         "only": ("fills", lambda only: replace(only, index=1)),
         "direction": ("steered", other_direction),
+        "basis": ("in a basis", other_basis),
         "steps": ("patch", lambda steps: StepRanges((), {(): (0, 0)})),
         "after_prefill": ("patch", lambda after: True),
     },
@@ -387,6 +410,8 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "read": ("patch", moved_hits),
         "averaged": ("mean", moved_hits),
         "amounts": ("number", lambda amounts: amounts + 1),
+        "coordinates": ("in a basis", lambda every: tuple((*own, 5) for own in every)),
+        "coordinates_of_cell": ("in a basis", turned),
         "keys": ("edges", moved_hits),
         "key_of_cell": ("edges", turned),
         "follows": ("patch", lambda follows: follows + 1),
@@ -540,6 +565,76 @@ def test_rows_that_differ_in_their_group_alone(tmp_path: Path) -> None:
         found = keys(planned(checked.experiments[0]))
         kinds = {key for (cell, *_), key in found.items() if cell == 0}
         assert len(kinds) == (3 if apart else 2)
+
+
+OPERANDS: dict[type, tuple[BasisOperand, dict[str, Change]]] = {
+    TokenBasis: (TokenBasis((3, 4)), {"tokens": lambda tokens: (3, 5)}),
+    WeightBasis: (
+        WeightBasis("mlp_out", 1),
+        {"site": lambda site: "attn_out", "layer": lambda layer: 0},
+    ),
+    DrawnBasis: (DrawnBasis("0", 0), {"draw": lambda draw: "1", "seed": lambda seed: 1}),
+    SavedVector: (
+        SavedVector(Path("a.safetensors"), "d", "0" * 64),
+        {"key": lambda key: "e", "digest": lambda digest: "1" * 64},
+    ),
+}
+"""What bases are computed from, by class; by field, another value of it."""
+
+
+def basis_keys(change: Callable[[BasisTargets], BasisTargets]) -> dict[Any, Any]:
+    return keys(planned(changed(resolved("in a basis"), ResolvedRule, "basis", change)))
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("method", lambda method: "random"),
+        ("options", lambda options: {"dims": 3}),
+        ("operand", lambda operand: replace(operand, points=next_layer(operand.points))),
+        ("operand", lambda operand: replace(operand, samples=other_samples(operand.samples))),
+        ("size", lambda size: size + 1),
+    ],
+)
+def test_basis_with_another_value_in_a_field_has_another_key(field: str, change: Change) -> None:
+    before = basis_keys(lambda targets: targets)
+    after = basis_keys(lambda targets: in_members(targets, field, change))
+    assert all(before[place] != after[place] for place in before)
+
+
+@pytest.mark.parametrize("kind", OPERANDS, ids=lambda kind: kind.__name__)
+def test_basis_of_another_operand_has_another_key(kind: type) -> None:
+    operand, every = OPERANDS[kind]
+
+    def found(own: object) -> dict[Any, Any]:
+        return basis_keys(lambda targets: in_members(targets, "operand", lambda _: own))
+
+    before = found(operand)
+    assert found(operand) == before
+    for field, change in every.items():
+        after = found(replace(operand, **{field: change(getattr(operand, field))}))
+        assert all(before[place] != after[place] for place in before), field
+
+
+@pytest.mark.parametrize("field", ["name", "made"])
+def test_name_of_a_basis_is_not_keyed(field: str) -> None:
+    before = basis_keys(lambda targets: replace(targets, definition="other"))
+    after = basis_keys(lambda targets: in_members(targets, field, lambda text: "other"))
+    assert before == after == basis_keys(lambda targets: targets)
+
+
+def test_fields_of_bases_are_all_thought_of() -> None:
+    keyed = {"method", "options", "operand", "size"}
+    shown = {"name", "made", "width"}  # the width belongs to the site, and is part of a draw
+    assert {each.name for each in fields(BasisMember)} == keyed | shown
+    assert {each.name for each in fields(BasisTargets)} == {
+        *("definition", "axes"),  # displayed, and assigned to cells
+        *("members", "coordinates"),
+    }
+
+
+def other_samples(samples: tuple[FitSample, ...]) -> tuple[FitSample, ...]:
+    return tuple(replace(sample, cell=moved(sample.cell)) for sample in samples)
 
 
 UNEMBEDDED = UnembeddingVector(3, None)
