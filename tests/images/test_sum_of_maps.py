@@ -122,7 +122,7 @@ def test_maps_are_added(tmp_path: Path) -> None:
         assert changed == pytest.approx(in_gray(values[row], row, tmp_path), abs=1e-4)
     said = result.conventions["observed"]
     assert "sum of caap, 0.5 * two, -2 * layers" in said
-    assert "evenly" in said
+    assert "equally" in said
 
 
 def test_numbers_in_front_are_worked_out(tmp_path: Path) -> None:
