@@ -144,19 +144,19 @@ def test_steps_read_unwritten_vectors_in_replies(data: Path, name: str, mode: st
     )
     found = run_file(text, data, name, mode)
     for number, (_, acts) in enumerate(CASES.values()):
-        replies = [write(name, text.ids, partial(_changes, acts, text)) for text in rows()]
-        values = np.array([_entropies(name, n, reply) for n, reply in enumerate(replies)])
+        replies = [write(name, text.ids, partial(changes_of, acts, text)) for text in rows()]
+        values = np.array([entropies(name, n, reply) for n, reply in enumerate(replies)])
         values = values.transpose(2, 1, 0)
         own = found[f"e{number}"]
         assert [cell.coords["step"] for cell in own.cells] == list(range(MOST))
         compare(own.measures[0], values[0], values[1], large=0.02, most=False)
 
 
-def _changes(acts: Sequence[Act], text: Text, written: int) -> Changes:
+def changes_of(acts: Sequence[Act], text: Text, written: int) -> Changes:
     return [write for act in acts for write in act.writes(text, written)], []
 
 
-def _entropies(name: str, n: int, reply: Reply) -> list[tuple[float, float]]:
+def entropies(name: str, n: int, reply: Reply) -> list[tuple[float, float]]:
     """(with rules, without) in front of each token of a reply; NaN where it has ended."""
     bare = behind(name, rows()[n].ids, reply)
     places = [reply.at(step) for step in range(MOST)]
