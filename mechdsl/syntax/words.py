@@ -70,7 +70,7 @@ def name_problem(name: object) -> str | None:
     if not (isinstance(name, str) and name.isidentifier()):
         return "its name must be a word of letters, digits and `_`"
     if name in RESERVED:
-        return "its name is a word of the language"
+        return "its name is a keyword of the language"
     return None
 
 

@@ -132,7 +132,7 @@ def test_one_of_several_bases() -> None:
         ("places(m: 1, k: 1)", "`places` has no axis `k`"),
         ("places(l: 7)", "`places` has no `l: 7`"),
         ("places(l: 2, m: 1)", "`places` has no cell there"),
-        ("places(1)", "`1` names no axis"),
+        ("places(1)", "`1` doesn't say along which axis"),
         ("places(l: 1, l: 2)", "`l` is named twice"),
         ("places(l: n)", "`n` is not a value of an axis"),
         ("places(l: 0..1)", "`0..1` is not a value of an axis"),

@@ -78,7 +78,7 @@ def test_against_an_earlier_run() -> None:
     figure = "0.250 [0.100, 0.400]"
     assert f"{figure}; it held before: {figure}" in message(root, "a > 1")
     assert message(root, "b > 1") == f"failed before ({figure}), and fails now: {figure}"
-    assert "it is not in the earlier run" in message(root, "c > 1")
+    assert "it isn't in the earlier run" in message(root, "c > 1")
 
 
 def test_what_was_not_run() -> None:
