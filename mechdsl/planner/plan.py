@@ -392,6 +392,16 @@ def _list_points(
     return _lookup(keys, sites.axes, by_name, count), table, lists
 
 
+def _coordinates(
+    rule: ResolvedRule, by_name: Mapping[str, Ints], count: int
+) -> tuple[tuple[tuple[int, ...], ...], Ints | None]:
+    """Return the sets of coordinates that a rule changes in its basis, and [cell] their index."""
+    if rule.basis is None:
+        return (), None
+    named = rule.basis.coordinates
+    return tuple(named.values()), _lookup(list(named), rule.basis.axes, by_name, count)
+
+
 def _rule_plan(
     rule: ResolvedRule, by_name: Mapping[str, Ints], count: int, *, parallel: bool
 ) -> RulePlan:
@@ -415,12 +425,7 @@ def _rule_plan(
         directions = tuple(rule.direction.members.values())
         members = list(rule.direction.members)
         direction_of_cell = _lookup(members, rule.direction.axes, by_name, count)
-    coordinates: tuple[tuple[int, ...], ...] = ()
-    coordinates_of_cell = None
-    if rule.basis is not None:
-        coordinates = tuple(rule.basis.coordinates.values())
-        named = list(rule.basis.coordinates)
-        coordinates_of_cell = _lookup(named, rule.basis.axes, by_name, count)
+    coordinates, coordinates_of_cell = _coordinates(rule, by_name, count)
     steps = None
     if rule.steps is not None:
         ends = np.array(list(rule.steps.values.values()), dtype=np.int64)

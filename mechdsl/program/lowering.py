@@ -564,17 +564,12 @@ def lower_program(
             scope.has("prompts", name)
     for block in parts.prompts.values():
         _scored_with(block, parts, scope)
-    _directions(files, parts, scope)
-    _bases(files, parts, scope)
+    _directions_and_bases(files, parts, scope)
     for file, imported in files:
         if not imported:
             _lower_experiments(file, parts, scope)
     parts.experiments = add_run_order(tree, parts, scope)
-    # An unsupported statement may be the only user of a name.
-    supported = not any(isinstance(d, NotSupported) for d in scope.diagnostics)
-    if supported and any(isinstance(s, ast.ExperimentDef) for s in tree.statements):
-        scope.warn_unused()
-        scope.diagnostics.extend(warn_unused_block_names(tree))
+    _warn_unused_names(tree, scope)
     whole = spec.Program(
         span=tree.span,
         files=tuple(path for file, _ in files if (path := file.span.source.path) is not None),
@@ -593,6 +588,14 @@ def lower_program(
         lost=tuple(lost for file, _ in files for lost in file.lost),
     )
     return whole, _without_missing_names(scope.diagnostics)
+
+
+def _warn_unused_names(tree: ast.File, scope: Namespace) -> None:
+    """Report W0730, unless an unsupported statement may be the only user of a name."""
+    supported = not any(isinstance(d, NotSupported) for d in scope.diagnostics)
+    if supported and any(isinstance(s, ast.ExperimentDef) for s in tree.statements):
+        scope.warn_unused()
+        scope.diagnostics.extend(warn_unused_block_names(tree))
 
 
 def _lower_experiments(file: ast.File, parts: Definitions, scope: Namespace) -> None:
@@ -848,6 +851,14 @@ def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: N
         if direction is not None:
             parts.directions[direction.name] = direction
     parts.directions = drop_circular_directions(parts.directions, scope)
+
+
+def _directions_and_bases(
+    files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace
+) -> None:
+    """Define directions and bases after the blocks and models that they refer to."""
+    _directions(files, parts, scope)
+    _bases(files, parts, scope)
 
 
 def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:

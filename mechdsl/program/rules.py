@@ -238,13 +238,7 @@ def lower_rule(
         case ast.Scale():
             return _at(rule, "scale", body, fill=body.factor)
         case ast.Clamp():
-            # Of coordinates, a clamp sets the number.
-            verb = "clamp" if body.site.basis_name is None else "set"
-            lowered = _at(rule, verb, body, fill=body.value)
-            if body.direction is None:
-                return lowered
-            _known(body.direction, work)
-            return lowered.model_copy(update={"direction": body.direction})
+            return _clamp(rule, body, work)
         case ast.Add():
             return _add(rule, body, prompts, work)
         case ast.ProjectOut():
@@ -301,6 +295,17 @@ def _known(direction: ast.Name | ast.Index, work: Statements) -> None:
     """Report E0201 for a name that isn't a direction."""
     name = direction.id if isinstance(direction, ast.Name) else direction.name
     work.scope.use("direction", name, direction.span)
+
+
+def _clamp(rule: ast.Rule, body: ast.Clamp, work: Statements) -> spec.Rule:
+    """Build the rule of `clamp [DIRECTION of] SITE at POSITIONS to NUMBER`."""
+    # Of coordinates, a clamp sets the number.
+    verb = "clamp" if body.site.basis_name is None else "set"
+    lowered = _at(rule, verb, body, fill=body.value)
+    if body.direction is None:
+        return lowered
+    _known(body.direction, work)
+    return lowered.model_copy(update={"direction": body.direction})
 
 
 def _project_out(rule: ast.Rule, body: ast.ProjectOut, work: Statements) -> spec.Rule:

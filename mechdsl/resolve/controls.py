@@ -281,6 +281,16 @@ DRAWN_KINDS: tuple[spec.ControlTarget, ...] = (
 )
 
 
+def _check_no_basis(experiment: ResolvedExperiment, asked: spec.Control) -> None:
+    """Check that only positions are drawn for rules in a basis. Raises _NoDraws."""
+    if asked.what != "positions" and any(rule.basis is not None for rule in experiment.rules):
+        raise _NoDraws(
+            "sites and coordinates of rules in a basis aren't drawn",
+            f"write `against random({asked.draws}, positions)`, or measure a basis "
+            "`random(dims: …)` in a second experiment",
+        )
+
+
 def resolve_control(
     experiment: ResolvedExperiment,
     apart: Sequence[ExcludedSite],
@@ -323,15 +333,7 @@ def resolve_control(
                 hint = "remove `apart from`"
                 return None, [BadControl(span=span, text=span.written, reason=reason, hint=hint)]
             return build_direction_control(experiment, asked, draws), []
-        in_basis = next((r for r in experiment.rules if r.basis is not None), None)
-        if in_basis is not None and asked.what != "positions":
-            reason = "sites and coordinates of rules in a basis aren't drawn"
-            hint = (
-                f"write `against random({asked.draws}, positions)`, or measure a basis "
-                "`random(dims: …)` in a second experiment"
-            )
-            span = asked.span
-            return None, [BadControl(span=span, text=span.written, reason=reason, hint=hint)]
+        _check_no_basis(experiment, asked)
         control = _Draws(experiment, asked, apart, draws).control()
         _check_draws_outside_removed(control.experiment.rules, experiment.model.name)
         return control, []
