@@ -176,7 +176,8 @@ def find_foreign_path(text: str) -> tuple[int, int, str] | None:
     Returns:
         Start, end, and the site in mechdsl; None if there is no path with a known site.
     """
-    for match in _PATH.finditer(text):
+    unquoted = re.sub(r'"[^"\n]*"', lambda quoted: " " * len(quoted[0]), text)
+    for match in _PATH.finditer(unquoted):
         site = _translate_path(match[0])
         if site is not None:
             return match.start(), match.end(), site

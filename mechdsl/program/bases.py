@@ -20,6 +20,30 @@ if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
 
 
+_TRAINED = (
+    "mechdsl trains no bases: save the directions of a trained one, and load them with "
+    '`saved("rotation.safetensors", "rotation")`'
+)
+
+OTHER_METHODS = {
+    "das": _TRAINED,
+    "fit": _TRAINED,
+    "boundless_das": _TRAINED,
+    "rotation": _TRAINED,
+    "transcoder": "features of a transcoder aren't coordinates of the vectors that it writes; "
+    "`sae(…)` reads a sparse autoencoder",
+    "dictionary": 'write `sae("path/to/sae")`',
+    "identity": "write `neurons`",
+    "standard": "write `neurons`",
+}
+"""Methods of other tools → hint."""
+
+OTHER_OPTIONS: dict[str, str] = dict.fromkeys(
+    ("n_components", "components", "component", "k", "n", "rank", "dim", "size"), "dims"
+)
+"""Names of an option in other tools → the option."""
+
+
 def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -> spec.Basis | None:
     """Lower a definition and report errors that don't depend on the model; None after an error.
 
@@ -30,6 +54,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
     if method is None:
         known = ", ".join(f"`{each.example}`" for _, each in BASIS_METHODS.items())
         hint = did_you_mean(call.name, BASIS_METHODS, f"methods are {known}")
+        hint = OTHER_METHODS.get(call.name, hint)
         scope.diagnostics.append(
             UnknownWord(span=call.span, kind="basis method", word=call.name, hint=hint)
         )
@@ -84,6 +109,8 @@ def _check_arguments(
         if argument.name not in method.options:
             known = ", ".join(f"`{each}: …`" for each in method.options)
             hint = did_you_mean(argument.name, method.options, f"it takes {known or 'none'}")
+            meant = OTHER_OPTIONS.get(argument.name)
+            hint = f"write `{meant}: …`" if meant in method.options else hint
             reason = f"is no argument of `{call.name}`"
             scope.diagnostics.append(
                 BadArgument(span=argument.span, name=argument.name, reason=reason, hint=hint)
@@ -102,7 +129,8 @@ def _check_arguments(
                 scope.has("param", part.id)
     wanted = {"block": 1, "file": 2, "tokens": None, "dictionary": 1}.get(method.takes, 0)
     enough = len(values) >= 2 if wanted is None else len(values) == wanted
-    missing = [each for each in method.required if each not in given]
+    renamed = {OTHER_OPTIONS.get(each, each) for each in given}
+    missing = [each for each in method.required if each not in renamed]
     if not enough or missing:
         scope.diagnostics.append(
             BadArgument(

@@ -165,7 +165,8 @@ class Statements:
                 self.later(node.span, UNSUPPORTED_NODES[type(node)])
             elif isinstance(node, ast.Site) and (name := node.basis_name) is not None:
                 if isinstance(statement, ast.Rule) and _takes_basis(statement, node):
-                    self.scope.use("basis", name, node.span)
+                    known = self.scope.use("basis", name, node.span)
+                    self.unsupported = self.unsupported or not known
                 else:
                     self.scope.has("basis", name)
                     self.later(node.span, "a basis in this statement", BASIS_HINT)

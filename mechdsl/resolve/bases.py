@@ -190,7 +190,11 @@ def resolve_rule(
     assert rule.site is not None
     before = len(work.diagnostics)
     features = next((axis for axis in rule.site.axes if axis.of is not None), None)
-    site = replace(rule.site, basis=None) if features is None else definition.site
+    site = replace(
+        rule.site, basis=None, axes=tuple(axis for axis in rule.site.axes if axis.of is None)
+    )
+    if not site.names and not site.axes and site.short is None and site.ranked is None:
+        site = definition.site
     found = resolve(rule.model_copy(update={"site": site}), work)
     if found is None or found.sites is None or has_errors(work.diagnostics[before:]):
         return None
@@ -199,6 +203,7 @@ def resolve_rule(
         if members is None:
             return None
         _check_rule(rule, found)
+        _check_all_features(rule, features, members)
         axes, coordinates = _coordinates(rule, features, members, work)
     except BasisError as problem:
         work.diagnostics.append(
@@ -240,6 +245,24 @@ def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:
             rule.site,
             "a rule in a basis reads and writes the same layer",
             "remove `into layer`",
+        )
+
+
+def _check_all_features(
+    rule: spec.Rule,
+    features: ast.Axis | None,
+    members: Mapping[tuple[int | None, int | None] | None, BasisMember],
+) -> None:
+    """Check that a number isn't written into all features of a dictionary."""
+    if features is None or not features.plural or rule.verb not in ("add", "set"):
+        return
+    every = any(isinstance(value, ast.Star) for value in features.values)
+    if every and any(isinstance(each.operand, DictionaryFile) for each in members.values()):
+        raise BasisError(
+            features,
+            "one number in all features is no vector that the dictionary describes",
+            f"name the features: `{rule.verb} … features 3, 12 of {features.of}`; "
+            "`ablate … with zero` sets all to 0",
         )
 
 

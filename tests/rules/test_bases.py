@@ -215,6 +215,14 @@ CASES: dict[str, Case] = {
             )
         ],
     ),
+    "at another site": Case(
+        "clamp resid_post layer 0, 2 feature 0 of b at last token to 3",
+        ("layer",),
+        [(0,), (2,)],
+        lambda name, n, layer: at_tokens(
+            n, LAST, pca(name).moved(lambda f: put(f, [0], 3.0)), layer=layer
+        ),
+    ),
     "reconstruction": Case(
         "set resid_post layer 1 at tokens * to reconstruction of b",
         (),
@@ -463,6 +471,18 @@ def test_random_bases_depend_on_seed_and_place_not_on_the_name(data: Path) -> No
             "E0342",
             "has no basis for layer 0",
         ),
+        *(
+            ("random(dims: 3) at resid_post layer 1", line, "E0101", hint)
+            for line, hint in (
+                ("patch feature 1 at last token", "name the basis: `feature 1 of b`"),
+                ("patch feature 1 in basis b at last token", "write `feature 1 of b`"),
+                ("patch latent 1 of b at last token", "`feature 1 of b`"),
+                ("project out feature 1 of b from resid_post layer 1 at last token", "with zero"),
+            )
+        ),
+        ("das(dims: 3) at resid_post layer 1", "", "E0203", '`saved("rotation.safetensors"'),
+        ("pca(p, n_components: 3) at resid_post layer 1", "", "E0207", "write `dims: …`"),
+        ('sae("x") at blocks.1.hook_resid_post', "", "E0101", "write `resid_post layer 1`"),
         (
             "random(dims: 3) at resid_post layer 1",
             "path resid_post layer 1 in basis b -> logits at last token",

@@ -256,6 +256,7 @@ def test_a_reconstruction_drops_the_error(architecture: str, mode: str, data: Pa
         ("patch attn_out layer 0 in basis wide at last token", "E0342"),
         ("observe norm feature 0 of f at last token", "E0108"),
         ("set features 0..1 of f at last token to reconstruction of f", "E0342"),
+        ("add 2 to features * of f at last token", "E0342"),
         ("using gradient  patch feature 0 of f at last token", "E0608"),
     ],
 )

@@ -219,8 +219,34 @@ HABIT_HINTS: tuple[Hint, ...] = (
 )
 """Habits from Python, TransformerLens and other experiment libraries."""
 
+BASIS_HINTS: tuple[Hint, ...] = (
+    Hint(
+        r"\bfeatures?\s+([\w.,* ]*[\w*])\s*$",
+        r"in\s+(?:basis\s+)?(\w+)",
+        "write `feature {0} of {1}`",
+    ),
+    Hint(
+        r"\bfeatures?\s+([\w.,* ]*[\w*])\s*$",
+        r"(?:at|with|by|to)\b",
+        "name the basis: `feature {0} of b`",
+        "OF",
+    ),
+    Hint(
+        r"\b(?:latents?|sae_features?|sae)\s*$",
+        r"\[?\s*([0-9]+|\*)\s*\]?(?:\s+of\s+(\w+))?",
+        "features are coordinates of a basis: `feature {0} of b`",
+    ),
+    Hint(
+        r"^project\s+out\s+features?\s*$",
+        r"([\w.,* ]*[\w*])\s+of\s+(\w+)",
+        "set the feature to 0: `ablate feature {0} of {1} at last token with zero`",
+    ),
+)
+"""Hints for rules on coordinates of a basis."""
+
 HINTS: tuple[Hint, ...] = (
     *IMAGE_HINTS,
+    *BASIS_HINTS,
     *HABIT_HINTS,
     # Words of a rule in the wrong order, or words of another rule.
     Hint(
