@@ -371,11 +371,17 @@ class ExperimentResult:
         by: str | None = None,
         *,
         measure: str | None = None,
+        width: int | None = None,
     ) -> altair.TopLevelMixin: ...
 
     @overload
     def plot(
-        self, kind: Literal["overlay"], *, measure: str | None = None, top: int | None = None
+        self,
+        kind: Literal["overlay"],
+        *,
+        measure: str | None = None,
+        top: int | None = None,
+        width: int | None = None,
     ) -> altair.TopLevelMixin: ...
 
     def plot(
@@ -386,6 +392,7 @@ class ExperimentResult:
         *,
         measure: str | None = None,
         top: int | None = None,
+        width: int | None = None,
     ) -> altair.TopLevelMixin:
         """Return the chart of `report KIND AXIS by BY top TOP` as an altair chart.
 
@@ -397,12 +404,14 @@ class ExperimentResult:
             measure: The measure to draw, as in tables (`recovery of ld`), or by its label (`ld`) or
                 effect (`recovery`) if no other measure has it. None draws all measures.
             top: Number of entries.
+            width: Columns of a paper that the chart spans, 1 or 2; None: its own size.
 
         Raises:
             MechdslError: If the kind of chart, an axis or the measure doesn't exist (E0203, E0607).
+            ValueError: If the width isn't 1 or 2.
             ImportError: If altair isn't installed.
         """
-        return load_renderer(CHART_RENDERER)(self, kind, axis, by, top, measure)
+        return load_renderer(CHART_RENDERER)(self, kind, axis, by, top, measure, width)
 
     @property
     def summary(self) -> str:

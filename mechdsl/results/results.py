@@ -197,11 +197,17 @@ class Results:
         by: str | None = None,
         *,
         measure: str | None = None,
+        width: int | None = None,
     ) -> altair.TopLevelMixin: ...
 
     @overload
     def plot(
-        self, kind: Literal["overlay"], *, measure: str | None = None, top: int | None = None
+        self,
+        kind: Literal["overlay"],
+        *,
+        measure: str | None = None,
+        top: int | None = None,
+        width: int | None = None,
     ) -> altair.TopLevelMixin: ...
 
     def plot(
@@ -212,6 +218,7 @@ class Results:
         *,
         measure: str | None = None,
         top: int | None = None,
+        width: int | None = None,
     ) -> altair.TopLevelMixin:
         """Return a chart of the only experiment, as `ExperimentResult.plot` does.
 
@@ -222,7 +229,7 @@ class Results:
         """
         if len(self) == 1:
             draw: Callable[..., altair.TopLevelMixin] = self.experiments[0].plot
-            return draw(kind, axis, by, measure=measure, top=top)
+            return draw(kind, axis, by, measure=measure, top=top, width=width)
         if not self.experiments:
             raise ValueError("these results have no experiment to plot")
         known = ", ".join(f'results["{each.name}"].plot(…)' for each in self.experiments)

@@ -30,7 +30,7 @@ from mechdsl.program.paths import path_to_write
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import name_positions
 from mechdsl.show.reports.text import measure_name, print_verdicts
-from mechdsl.vocab.reports import REPORTS, ReportSignature, check_report, short_names
+from mechdsl.vocab.reports import MAX_COLUMNS, REPORTS, ReportSignature, check_report, short_names
 
 
 class _ReportModule(Protocol):
@@ -203,6 +203,7 @@ def experiment_chart(
     by: str | None,
     top: int | None,
     measure: str | None = None,
+    width: int | None = None,
 ) -> Any:
     """Return the altair chart; see `ExperimentResult.plot`."""
     entry = REPORTS.get(kind)
@@ -227,13 +228,20 @@ def experiment_chart(
     problems = _report_problems(result, report, entry.signature)
     if problems:
         raise MechdslError(problems)
+    if width is not None and not 1 <= width <= MAX_COLUMNS:
+        raise ValueError(f"a paper has 1 or 2 columns, so a chart can't span {width}")
     try:
         import_module("altair")
     except ImportError as error:
         raise ImportError(
             "charts need altair, which is usually installed with mechdsl: pip install altair"
         ) from error
-    return import_module(entry.module).chart(result, report)
+    draw = import_module(entry.module).chart
+    if width is None:
+        return draw(result, report)
+    from mechdsl.show.reports.charts import fit_chart
+
+    return fit_chart(lambda: draw(result, report), width)
 
 
 def _with_measure(result: ExperimentResult, kind: str, measure: str) -> ExperimentResult:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.show.output import capture_text
 from mechdsl.show.reports import table
+from mechdsl.show.reports.canvas import page_width, svg_size
 
 from ..results.synthetic import finished, heads, positions, report
 from .conftest import FILE
@@ -191,6 +193,19 @@ def test_a_picture_of_one_measure() -> None:
         both.plot("heatmap", measure="secund")
     with pytest.raises(mechdsl.MechdslError, match=f"(?s)E0607.*`{first.called}` names 2"):
         both.plot("heatmap", measure=first.called)
+
+
+def test_width_of_a_plot_is_that_of_the_columns_of_a_paper() -> None:
+    result = finished(heads())
+    widths = []
+    for columns in (1, 2):
+        drawn = StringIO()
+        result.plot("lines", "head", "layer", width=columns).save(drawn, format="svg")
+        widths.append(svg_size(drawn.getvalue())[0])
+        assert widths[-1] <= page_width(columns) + 1
+    assert widths[0] < widths[1]
+    with pytest.raises(ValueError, match="a chart can't span 3"):
+        result.plot("heatmap", width=3)
 
 
 def test_results_with_one_experiment_can_be_plotted(results: mechdsl.Results) -> None:

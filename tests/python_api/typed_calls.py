@@ -51,6 +51,7 @@ def accepted(path: Path, model: Any, tokenizer: Any) -> None:
     assert_type(mechdsl.diff("last", results), mechdsl.Differences)
     assert_type(mechdsl.runs()[0].results, mechdsl.Results)
     results.plot("heatmap", measure="recovery")
+    results.plot("heatmap", width=1)
     results["heads"].plot("heatmap", "layer", by="head")
     results["heads"].plot("lines", "layer", measure="recovery")
     results["heads"].plot("overlay", top=3)

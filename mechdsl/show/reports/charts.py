@@ -423,21 +423,42 @@ MAX_ATTEMPTS = 4
 """Maximum number of layouts of a chart for a page."""
 
 
+def fit_chart(build: Callable[[], Any], columns: int) -> Any:
+    """Return a chart that is as wide as one or two columns of a paper, or as narrow as it becomes.
+
+    Args:
+        build: Makes the chart, for the layout of the page.
+        columns: 1 or 2.
+    """
+    width = page_width(columns)
+    with drawn_for(PageLayout(width, _page_attempts(build, width)[1])):
+        return build()
+
+
 def _page_svg(build: Callable[[], Any], width: float) -> str:
+    """Draw a chart that fills the page's width."""
+    return _page_attempts(build, width)[2]
+
+
+def _page_attempts(build: Callable[[], Any], width: float) -> tuple[float, float, str]:
     """Draw a chart repeatedly until the marks, axes and legends together fill the page's width, or
-    as narrow as they become."""
-    margin, drawn = FIRST_MARGIN, list[tuple[float, str]]()
+    as narrow as they become.
+
+    Returns:
+        The drawing's width, the margin of its layout, and the drawing as SVG.
+    """
+    margin, drawn = FIRST_MARGIN, list[tuple[float, float, str]]()
     for _ in range(MAX_ATTEMPTS):
         with drawn_for(PageLayout(width, margin)):
             svg = _chart_svg(build())
         found = svg_size(svg)[0]
         settled = bool(drawn) and abs(found - drawn[-1][0]) < 1
-        drawn.append((found, svg))
+        drawn.append((found, margin, svg))
         if settled or abs(found - width) < 1:
             break
         margin += found - width
     fitting = [each for each in drawn if each[0] < width + 1]
-    return max(fitting)[1] if fitting else min(drawn)[1]
+    return max(fitting) if fitting else min(drawn)
 
 
 SVG_NAMESPACE = "http://www.w3.org/2000/svg"

@@ -221,14 +221,14 @@ HABIT_HINTS: tuple[Hint, ...] = (
 
 BASIS_HINTS: tuple[Hint, ...] = (
     Hint(
-        r"\bfeatures?\s+([\w.,* ]*[\w*])\s*$",
+        r"\b(features?)\s+([\w.,* ]*[\w*])\s*$",
         r"in\s+(?:basis\s+)?(\w+)",
-        "write `feature {0} of {1}`",
+        "write `{0} {1} of {2}`",
     ),
     Hint(
-        r"\bfeatures?\s+([\w.,* ]*[\w*])\s*$",
+        r"\b(features?)\s+([\w.,* ]*[\w*])\s*$",
         r"(?:at|with|by|to)\b",
-        "name the basis: `feature {0} of b`",
+        "name the basis: `{0} {1} of b`",
         "OF",
     ),
     Hint(
