@@ -195,16 +195,17 @@ class DictionaryElsewhere(Diagnostic):
 
 @keyword_record
 class EmptyDirection(Diagnostic):
-    """A fit that gave no direction."""
+    """A fit that gave no direction or no basis."""
 
     code = "E0641"
-    title = "direction `{name}` {reason}"
+    title = "{kind} `{name}` {reason}"
     label = "{made}"
     help = "{hint}"
     name: str
     reason: str
     made: str
     hint: str
+    kind: str = "direction"
 
 
 @keyword_record

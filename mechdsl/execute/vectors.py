@@ -289,6 +289,7 @@ class DirectionFits:
                         reason=f"can't be computed: {error}",
                         made=member.made,
                         hint="compute it from other rows, or with fewer dimensions",
+                        kind="basis",
                     )
                 )
         return problems
