@@ -49,6 +49,7 @@ from mechdsl.resolve.types import (
     RandomVector,
     SavedVector,
     SitePoint,
+    SpannedBasis,
     TokenBasis,
     UnembeddingVector,
     UnitVector,
@@ -246,8 +247,8 @@ class DirectionFits:
             if rule.rule.basis is not None
             for member in rule.rule.basis.members.values()
         }
-        operands = [m.operand for name, m in bases.items() if name not in self._systems]
-        fits |= {id(own): own for own in operands if isinstance(own, FittedBasis)}
+        used = [rule.rule.basis for rule in plan.rules if rule.rule.basis is not None]
+        fits |= {id(fit): fit for basis in used for fit in basis.fits}
         self._gather([fit for key, fit in fits.items() if key not in self._read])
         problems = self._compute_bases(plan, bases)
         for member in due:
@@ -300,8 +301,10 @@ class DirectionFits:
         def read() -> Tensor:
             match member.operand:
                 case FittedBasis() as own:
-                    ((vectors,),) = self._read[id(own)]
-                    return torch.from_numpy(vectors.matrix())
+                    ((read_rows,),) = self._read[id(own)]
+                    return torch.from_numpy(read_rows.matrix())
+                case SpannedBasis(vectors=vectors):
+                    return torch.stack([self._vector(each) for each in vectors])
                 case TokenBasis(tokens=tokens):
                     return torch.stack([self._unembedding(token) for token in tokens])
                 case SavedVector() as saved:

@@ -36,7 +36,7 @@ from mechdsl.planner.plan import (
     external_runs,
     is_read_only,
 )
-from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits, iter_fitted_bases
+from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits, iter_basis_fits
 from mechdsl.prompts.runs import PromptRun, ReplyPosition
 from mechdsl.resolve.runs import reads_reply_tokens
 from mechdsl.resolve.types import SitePoint, iter_fitted_vectors
@@ -755,7 +755,7 @@ class PanelCount:
         members = {m.name: m for rule in rules for m in rule.directions}
         vectors = (fit for m in members.values() for fit in iter_fitted_vectors(m.vector))
         fits = [(fit.points, fit.samples) for fit in vectors]
-        fits += [(own.points, own.samples) for own in iter_fitted_bases(rules)]
+        fits += [(own.points, own.samples) for own in iter_basis_fits(rules)]
         found: dict[tuple[int, str | None], tuple[PromptRun, int]] = {}
         for points, samples in fits:
             layers = self.shape.n_layers

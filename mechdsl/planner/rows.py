@@ -14,6 +14,7 @@ from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.types import (
     DirectionMember,
     FittedBasis,
+    FittedVector,
     ResolvedExperiment,
     ResolvedRule,
     SiteLayer,
@@ -493,12 +494,8 @@ def _equal_tokens(experiment: ResolvedExperiment, rule: ResolvedRule) -> Bools:
     return found
 
 
-def iter_fitted_bases(rules: Iterable[RulePlan]) -> Iterator[FittedBasis]:
+def iter_basis_fits(rules: Iterable[RulePlan]) -> Iterator[FittedVector | FittedBasis]:
     """Yield what the bases of rules are fitted on, once each."""
-    members = {
-        member.name: member.operand
-        for rule in rules
-        if rule.rule.basis is not None
-        for member in rule.rule.basis.members.values()
-    }
-    yield from (own for own in members.values() if isinstance(own, FittedBasis))
+    bases = (rule.rule.basis for rule in rules if rule.rule.basis is not None)
+    fits = {id(fit): fit for basis in bases for fit in basis.fits}
+    yield from fits.values()

@@ -34,6 +34,7 @@ from mechdsl.resolve.types import (
     ResolvedRule,
     SavedVector,
     SitePoint,
+    SpannedBasis,
     TokenBasis,
     UnembeddingVector,
     UnitVector,
@@ -514,6 +515,8 @@ class ExperimentKeys:
         match operand:
             case FittedBasis():
                 return ["fit", *map(_written, operand.points), *map(self._sample, operand.samples)]
+            case SpannedBasis():
+                return ["span", *map(self._direction, operand.vectors)]
             case TokenBasis():
                 return ["tokens", self._model(), operand.tokens]
             case SavedVector():

@@ -127,8 +127,9 @@ def _check_arguments(
         for part in walk(argument.value):
             if isinstance(part, ast.Name):
                 scope.has("param", part.id)
-    wanted = {"block": 1, "file": 2, "tokens": None, "dictionary": 1}.get(method.takes, 0)
-    enough = len(values) >= 2 if wanted is None else len(values) == wanted
+    wanted = {"block": 1, "file": 2, "dictionary": 1}.get(method.takes, 0)
+    fewest = {"tokens": 2, "directions": 1}.get(method.takes)
+    enough = len(values) == wanted if fewest is None else len(values) >= fewest
     renamed = {OTHER_OPTIONS.get(each, each) for each in given}
     missing = [each for each in method.required if each not in renamed]
     if not enough or missing:
@@ -143,6 +144,9 @@ def _check_arguments(
         return
     if method.takes == "block":
         check_fit_rows(values[0], parts, scope)
+    for value in values if method.takes == "directions" else ():
+        name = value.id if isinstance(value, ast.Name) else value.span.written
+        scope.use("direction", name, value.span)
     if method.takes == "tokens":
         _check_matrix_rows(call, method, values, parts, scope)
     if method.takes in ("file", "dictionary"):

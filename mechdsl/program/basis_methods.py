@@ -19,9 +19,10 @@ from mechdsl.syntax.words import name_problem
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
 
-BasisOperand = Literal["block", "tokens", "file", "weights", "nothing", "dictionary"]
-"""What a method computes the basis from: activations of a prompt set, rows of the unembedding, a
-tensor of a file, a weight matrix of the site's layer, nothing but the width, or a dictionary."""
+BasisOperand = Literal["block", "directions", "tokens", "file", "weights", "nothing", "dictionary"]
+"""What a method computes the basis from: activations of a prompt set, directions of the file, rows
+of the unembedding, a tensor of a file, a weight matrix of the site's layer, nothing but the width,
+or a dictionary."""
 
 BASIS_OPERANDS: tuple[BasisOperand, ...] = ("block", "tokens", "file", "weights", "nothing")
 """Operands that classes from outside the package can take."""
@@ -38,8 +39,9 @@ class BasisInput(Protocol):
     def matrix(self) -> Floats:
         """The operand, float64.
 
-        [row, width] activations, [token, width] rows of the unembedding, a tensor of the file, or
-        [width, input] the weight matrix that writes to the site.
+        [row, width] activations, [direction, width] directions, [token, width] rows of the
+        unembedding, a tensor of the file, or [width, input] the weight matrix that writes to the
+        site.
         """
         ...
 
@@ -318,6 +320,29 @@ class SingularVectors(_WithDims):
         # The sign of a singular vector is arbitrary: its largest number is positive.
         largest = np.abs(vectors).argmax(axis=1)
         return LinearMap(vectors * np.sign(vectors[np.arange(size), largest])[:, None])
+
+
+@basis_method("directions")
+class NamedDirections(BasisMethod):
+    """Directions of the file, such as differences of means."""
+
+    takes = "directions"
+    example = "directions(more, less)"
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        if rows > width:
+            reason = f"{rows:,} directions of {width} numbers depend on each other"
+            return (
+                f"{reason}, so that coordinates aren't unique",
+                f"name at most {width} directions",
+            )
+        return rows
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        return f"directions {operand}"
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        return LinearMap(given.matrix())
 
 
 @basis_method("saved")

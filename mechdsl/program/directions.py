@@ -93,8 +93,11 @@ def direction_dependencies(
 
 
 def used_directions(experiment: spec.Experiment, program: spec.Program) -> list[spec.Direction]:
-    """Return the directions that an experiment's rules use."""
-    nodes = (rule.direction for rule in experiment.every_rule if rule.direction is not None)
+    """Return the directions that an experiment's rules and bases use."""
+    nodes: list[ast.Node] = [
+        rule.direction for rule in experiment.every_rule if rule.direction is not None
+    ]
+    nodes += [basis.method for basis in used_bases(experiment, program)]
     return direction_dependencies(nodes, program.directions)
 
 

@@ -32,6 +32,7 @@ from mechdsl.resolve.directions import (
     count_used_rows,
     describe_rows,
     find_tokens,
+    resolve_named_family,
     resolve_samples,
 )
 from mechdsl.resolve.sites import ExperimentContext, resolve_axis, resolve_site
@@ -40,6 +41,7 @@ from mechdsl.resolve.types import (
     BasisOperand,
     BasisTargets,
     Convention,
+    DirectionVector,
     DrawnBasis,
     FittedBasis,
     Intervention,
@@ -47,6 +49,7 @@ from mechdsl.resolve.types import (
     SavedVector,
     SitePoint,
     SiteTargets,
+    SpannedBasis,
     TokenBasis,
     VectorBatch,
     WeightBasis,
@@ -421,6 +424,8 @@ def _operand(
         match method.takes:
             case "block":
                 return _fitted(definition, point, work)
+            case "directions":
+                return _spanned(call, point, work)
             case "tokens":
                 return _unembedding(call, work)
             case "file":
@@ -455,6 +460,42 @@ def _fitted(
     ((label, sample),) = samples.items()
     used = count_used_rows(sample.cell)
     return FittedBasis((sample,), (point,)), used, f"{describe_rows(sample, rows)} at {label}"
+
+
+def _spanned(
+    call: ast.Call, point: SitePoint, work: ExperimentContext
+) -> tuple[BasisOperand, int, str] | None:
+    """Resolve directions of the file; of a family, the member of the point's layer and head."""
+    vectors: list[DirectionVector] = []
+    names: list[str] = []
+    for argument in call.arguments:
+        node = argument.value
+        assert isinstance(node, ast.Name)
+        family = resolve_named_family(node.id, node, work)
+        if family is None:
+            return None
+        at = {"layer": point.layer, "head": point.unit}
+        key: list[int] = []
+        for axis in family.axes:
+            if at.get(axis.name) not in axis.labels:
+                has = ", ".join(map(str, axis.labels))
+                raise BasisError(
+                    node,
+                    f"`{node.id}` has no direction for {axis.name} {at.get(axis.name, 'alone')}",
+                    f"it has {axis.name} {has}; define it with one position, and for the layers "
+                    "of the basis",
+                )
+            key.append(axis.labels.index(at[axis.name]))
+        if family.width is not None and family.width != _width(point, work.model.shape):
+            raise BasisError(
+                node,
+                f"`{node.id}` has {family.width} numbers, vectors of `{point.site}` have "
+                f"{_width(point, work.model.shape)}",
+                "use directions that were made at a site of the same width",
+            )
+        vectors.append(family.members[tuple(key)].vector)
+        names.append(node.id)
+    return SpannedBasis(tuple(vectors)), len(vectors), ", ".join(names)
 
 
 def _unembedding(call: ast.Call, work: ExperimentContext) -> tuple[BasisOperand, int, str] | None:

@@ -598,13 +598,13 @@ def _family(
     """Resolve an expression in a rule, or in the definition `within`."""
     match node:
         case ast.Name(id=name):
-            return _named(name, node, work)
+            return resolve_named_family(name, node, work)
         case ast.Index(name=name, index=ast.RankedSelection() as picked):
-            family = _named(name, node, work)
+            family = resolve_named_family(name, node, work)
             key = None if family is None else find_best_member(node, picked, family, work)
             return None if family is None or key is None else _member(family, key)
         case ast.Index(name=name, index=index):
-            family = _named(name, node, work)
+            family = resolve_named_family(name, node, work)
             return None if family is None else _select_members(node, family, index, work)
         case ast.Call(name="unit", arguments=(argument,)):
             part = _family(_expression(argument.value), work, within)
@@ -627,7 +627,10 @@ def _expression(node: ast.Node) -> ast.Expr:
     return node  # pyright: ignore[reportReturnType]
 
 
-def _named(name: str, node: ast.Expr, work: ExperimentContext) -> DirectionFamily | None:
+def resolve_named_family(
+    name: str, node: ast.Expr, work: ExperimentContext
+) -> DirectionFamily | None:
+    """Resolve a definition, once per experiment; None after an error."""
     if name not in work.families:
         definition = work.program.directions.get(name)
         work.families[name] = None

@@ -150,8 +150,21 @@ class DrawnBasis(Record):
     seed: int
 
 
+@record
+class SpannedBasis(Record):
+    """A basis of directions of the file."""
+
+    vectors: tuple[DirectionVector, ...]
+
+
 BasisOperand: TypeAlias = (
-    FittedBasis | TokenBasis | SavedVector | WeightBasis | DrawnBasis | DictionaryFile
+    FittedBasis
+    | SpannedBasis
+    | TokenBasis
+    | SavedVector
+    | WeightBasis
+    | DrawnBasis
+    | DictionaryFile
 )
 
 
@@ -187,9 +200,23 @@ class BasisTargets(Record):
 
     @property
     def saved(self) -> Iterator[SavedVector | DictionaryFile]:
-        """Matrices and dictionaries from files that the members use."""
-        operands = (member.operand for member in self.members.values())
-        yield from (own for own in operands if isinstance(own, SavedVector | DictionaryFile))
+        """Vectors, matrices and dictionaries from files that the members use."""
+        for member in self.members.values():
+            own = member.operand
+            leaves = iter_leaf_vectors(own) if isinstance(own, SpannedBasis) else (own,)
+            yield from (each for each in leaves if isinstance(each, SavedVector | DictionaryFile))
+
+    @property
+    def fits(self) -> Iterator[FittedVector | FittedBasis]:
+        """What the members are fitted on."""
+        for member in self.members.values():
+            match member.operand:
+                case FittedBasis() as own:
+                    yield own
+                case SpannedBasis(vectors=vectors):
+                    yield from (fit for each in vectors for fit in iter_fitted_vectors(each))
+                case _:
+                    pass
 
     def find(self, point: SitePoint) -> BasisMember | None:
         """Return the basis for the vectors of a point, None if it has none.
@@ -245,10 +272,13 @@ class DirectionTargets(Record):
 
 
 def iter_leaf_vectors(
-    vector: DirectionVector,
+    vector: DirectionVector | SpannedBasis,
 ) -> Iterator[FittedVector | UnembeddingVector | SavedVector]:
     """Yield the vectors from which a vector is computed and which aren't computed from others."""
     match vector:
+        case SpannedBasis(vectors=vectors):
+            for part in vectors:
+                yield from iter_leaf_vectors(part)
         case WeightedSum(parts=parts):
             for _, part in parts:
                 yield from iter_leaf_vectors(part)
@@ -950,6 +980,9 @@ class ResolvedExperiment(Record):
         """The model that it runs on, and other models that it reads."""
         others = [run.model for run in self.spec.elsewhere if run.model is not None]
         others += [m for rule in self.every_rule if rule.direction for m in rule.direction.models]
+        fits = (fit for rule in self.every_rule if rule.basis for fit in rule.basis.fits)
+        runs = (sample.run for fit in fits for sample in fit.samples)
+        others += [run.model for run in runs if run.model is not None]
         return tuple(dict.fromkeys((self.model.key, *others)))
 
     @property

@@ -54,6 +54,7 @@ from mechdsl.resolve.types import (
     SavedVector,
     SitePoint,
     SiteTargets,
+    SpannedBasis,
     StepRanges,
     TokenBasis,
     UnembeddingVector,
@@ -569,6 +570,10 @@ def test_rows_that_differ_in_their_group_alone(tmp_path: Path) -> None:
 
 OPERANDS: dict[type, tuple[BasisOperand, dict[str, Change]]] = {
     TokenBasis: (TokenBasis((3, 4)), {"tokens": lambda tokens: (3, 5)}),
+    SpannedBasis: (
+        SpannedBasis((UnembeddingVector(3, None),)),
+        {"vectors": lambda vectors: (UnembeddingVector(4, None),)},
+    ),
     WeightBasis: (
         WeightBasis("mlp_out", 1),
         {"site": lambda site: "attn_out", "layer": lambda layer: 0},

@@ -321,6 +321,13 @@ _file(
     "Mezzadri 2007, arXiv math-ph/0609050",
 )
 _file(
+    "basis: directions",
+    "basis b = directions(more) at resid_post layer 2",
+    "Directions of the file. Of a family, a basis uses the direction of its layer and head.",
+    _BASES,
+    OWN,
+)
+_file(
     "basis: unembedding rows",
     'basis b = rows(unembed, " 3", " 2") at resid_post layer 3',
     "The rows of the unembedding for these tokens, without the final norm. Coordinates of "

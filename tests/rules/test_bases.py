@@ -297,6 +297,40 @@ def test_other_bases(family: str, method: str, data: Path) -> None:
     agree(found, ("feature",), expected, unpatched(family), large=1e-3, most=False)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_directions_of_the_file_span_a_basis(family: str, data: Path) -> None:
+    """A family has a member for each layer; a direction without one is the same in all."""
+    text = (
+        "direction d = mean_difference(p.other, p) at resid_post layer * at last token\n"
+        'direction u = unembedding(" w3", " w9")\n'
+        "basis b = directions(d, u) at resid_post layer *\n"
+        + experiment("e", "set resid_post layer * at last token to reconstruction of b")
+        + experiment("f", f"{SOURCE}patch feature 0..1 of b at last token")
+    )
+    weight = double(family).get_output_embeddings().weight.detach()
+
+    def basis(layer: int) -> Basis:
+        here = [vectors(family, "resid_post", layer, run=run).mean(0) for run in ("other", "clean")]
+        rows_ = torch.stack([here[0] - here[1], weight[token("w3")] - weight[token("w9")]])
+        return Basis(rows_, torch.zeros(rows_.shape[1]).double())
+
+    def reconstructed(n: int, layer: int) -> list[Changes]:
+        own = basis(layer)
+        act = at_tokens(n, LAST, lambda x: own.encode(x) @ own.directions, layer=layer)
+        return [(act, ())]
+
+    def patched(n: int, layer: int, i: int) -> list[Changes]:
+        own = basis(layer)
+        there = read(family, own, n, LAST, layer=layer)[0]
+        return [(at_tokens(n, LAST, own.moved(lambda f: put(f, [i], there)), layer=layer), ())]
+
+    found = run_file(text, data, family, "planned")
+    expected = worked_out(family, product(LAYERS), reconstructed, rows(), records())
+    agree(found["e"], ("layer",), expected, unpatched(family), most=False)
+    expected = worked_out(family, product(LAYERS, (0, 1)), patched, rows(), records())
+    agree(found["f"], ("layer", "feature"), expected, unpatched(family), large=1e-3, most=False)
+
+
 @pytest.mark.parametrize("site", ["mlp_out", "attn_out"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_singular_vectors_of_weights(family: str, site: str, data: Path) -> None:
