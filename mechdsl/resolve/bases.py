@@ -69,14 +69,8 @@ WEIGHT_SITES = ("mlp_out", "attn_out")
 """Sites whose weights `svd(weights: …)` can take apart."""
 
 
-class BasisError(Exception):
+class BasisError(DirectionError):
     """Error for an invalid basis, with a hint on what to write instead."""
-
-    def __init__(self, node: ast.Node, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.node = node
-        self.reason = reason
-        self.hint = hint
 
 
 # --- rules ----------------------------------------------------------------------------------------
