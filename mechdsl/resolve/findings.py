@@ -561,6 +561,12 @@ def check_rankable_sites(experiment: ResolvedExperiment, node: ast.RankedSelecti
             f"`{name}` changes {other}, which aren't sites",
             "name an experiment that writes at sites",
         )
+    basis = next((rule.basis for rule in rules if rule.basis is not None), None)
+    if basis is not None:
+        raise PickError(
+            f"`{name}` ranks coordinates of `{basis.definition}`, and a pick is of whole sites",
+            f"name the coordinates: `features 0, 3 of {basis.definition}`",
+        )
     swept = {axis for rule in rules for axis in require_site_targets(rule).axes}
     if not swept and experiment.n_cells > 1:
         site = next(iter(require_site_targets(rules[0]).labels.values()))

@@ -450,6 +450,18 @@ def test_units_of_a_site_are_one_vector(family: str, site: str, data: Path) -> N
     agree(found["means"], (), expected, unpatched(family), large=1e-3, most=False)
 
 
+def test_coordinates_are_not_picked_as_whole_sites(data: Path) -> None:
+    text = (
+        "basis b = random(dims: 3) at resid_post layer *\n"
+        + experiment("ranked", f"{SOURCE}patch feature 0 of b at last token")
+        + experiment("picked", f"{SOURCE}patch top 2 of ranked at last token")
+    )
+    _, diagnostics = try_file(text, data, "llama")
+    (found,) = [each for each in diagnostics if each.code == "E0620"]
+    assert "`ranked` ranks coordinates of `b`" in found.message
+    assert "features 0, 3 of b" in found.help_text
+
+
 def test_random_bases_depend_on_seed_and_place_not_on_the_name(data: Path) -> None:
     def effect(name: str, top: str = "", before: str = "") -> np.ndarray:
         text = before + f"basis {name} = random(dims: 4) at resid_post layer 1\n"
