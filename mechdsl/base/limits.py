@@ -90,6 +90,8 @@ CELLS = _limit(1_000_000, "cells of an experiment, or of one site", "E0323")
 
 TOKEN_LISTS = _limit(2**27, "cells whose tokens are listed, times the vocabulary", "E0207")
 
+ALTERNATIVES = _limit(128, "accepted texts of several tokens in a row", "E0612")
+
 NUMERALS = _limit(10_000, "numerals of a measure", "E0612")
 
 DRAWS = _limit(10_000, "random draws of `against`", "E0630")

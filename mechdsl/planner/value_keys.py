@@ -204,6 +204,8 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
 
 def _arithmetic(node: object, numbers: Mapping[ast.Expr, int]) -> object:
     """Replace the atoms of an expression by their numbers, because names in them may change."""
+    if isinstance(node, tuple):
+        return [_arithmetic(part, numbers) for part in cast("tuple[object, ...]", node)]
     if not isinstance(node, ast.Node):
         return node
     if node in numbers:
@@ -232,6 +234,7 @@ def measure_row_keys(
     for atom in measure.atoms:
         if atom.texts:
             found = mix_numbers(found, number_lists(RaggedColumn.of(_texts(atom, item))))
+            found = mix_numbers(found, np.isin(np.arange(len(table)), atom.lacking))
         if atom.sets:
             found = mix_numbers(found, _of_sets(atom.sets[item if atom.by_item else None]))
         if atom.own:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from mechdsl.base import limits
 from mechdsl.base.text import Percent, name_list
@@ -49,6 +52,9 @@ def evaluate_arithmetic(expression: ast.Expr, value: Callable[[ast.Expr], Any]) 
         case ast.Logical(operator=operator, left=left, right=right):
             a, b = evaluate_arithmetic(left, value) != 0, evaluate_arithmetic(right, value) != 0
             return ((a & b) if operator == "and" else (a | b)) * 1.0
+        case ast.Call(name=name, arguments=arguments) if name in _COMBINATIONS:
+            terms = (evaluate_arithmetic(cast("ast.Expr", a.value), value) for a in arguments)
+            return reduce(_COMBINATIONS[name], terms)
         case _:
             return value(expression)
 
@@ -72,6 +78,20 @@ _ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
     "/": lambda a, b: a / b,
+}
+
+SUM, LOG_SUM_EXP = "sum", "log_sum_exp"
+"""Calls that combine the terms of several accepted texts; files can't contain them."""
+
+
+def _log_add(a: Any, b: Any) -> Any:
+    """Return log(exp(a) + exp(b)) of arrays, or of tensors with their gradients."""
+    return np.logaddexp(a, b) if isinstance(a, np.ndarray) else a.logaddexp(b)
+
+
+_COMBINATIONS: Mapping[str, Callable[[Any, Any], Any]] = {
+    SUM: lambda a, b: a + b,
+    LOG_SUM_EXP: _log_add,
 }
 
 _COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {

@@ -29,7 +29,7 @@ from mechdsl.prompts.answers import (
 )
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.runs import PositionCell, ReplyPosition
+from mechdsl.prompts.runs import PositionCell, ReplyPosition, TextTokens
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.class_outputs import (
     check_class,
@@ -44,17 +44,18 @@ from mechdsl.resolve.class_outputs import (
     resolve_class_numbers,
     select_class_form,
 )
-from mechdsl.resolve.loops import evaluate_arithmetic, iter_divisors
+from mechdsl.resolve.loops import LOG_SUM_EXP, SUM, evaluate_arithmetic, iter_divisors
 from mechdsl.resolve.sites import (
     MeasureContext,
     find_item_numbers,
+    report_misspelt_token,
     report_multi_token,
     report_unreadable,
     resolve_site,
 )
 from mechdsl.resolve.types import AxisLabels, ItemNumber, MetricTerm, ResolvedMeasure
 from mechdsl.syntax import ast
-from mechdsl.syntax.traversal import walk
+from mechdsl.syntax.traversal import rewrite, walk
 from mechdsl.vocab.metrics import FIRST, LAST, METRICS, MetricArgument, MetricForm, check_pattern
 
 _REPLY_USAGE = {
@@ -222,20 +223,104 @@ def resolve_set_metric(
             return None
         every = ((n, e.text) for n, row in enumerate(rows) for e in row)
         long = next((each for each in every if len(each[1].ids) != 1), None)
-        if context.tokenizer.stands_in and name == "logprob":
-            long = None
-        if long is not None and name == "logprob":
-            reason = (
-                f"`{long[1].text}` is several tokens, and such texts must be measured separately"
-            )
-            hint = "measure `logprob(…)` of each text separately, or `logprob(first token of …)`"
-            report_unreadable(context, node.span, reason, hint)
+        if long is not None and not _sums_tokens(parts, name, *long, context):
             return None
-        if long is not None:
-            context.diagnostics.append(report_multi_token(parts, name, *long, context))
-            return None
+        if long is not None and not context.tokenizer.stands_in:
+            by_item = env is not None or any(_differs_by_cell(part, context) for part in parts)
+            if not _reads_whole_texts(node, by_item, context):
+                return None
+            texts = [tuple(each.text.ids for each in row) for row in rows]
+            return _of_alternatives(node, name, texts, context)
         sets[env] = TokenSets.made_of(rows)
     return MetricTerm(node, name, form, sets=sets)
+
+
+def _sums_tokens(
+    parts: Sequence[ast.Node], name: str, row: int, long: TextTokens, context: MeasureContext
+) -> bool:
+    """Return whether a metric reads texts of several tokens; report E0507 otherwise.
+
+    Also reports a text that is one token with another spelling, such as a space before it.
+    """
+    problem = None
+    if "continuation" not in METRICS[name].forms:
+        problem = report_multi_token(parts, name, row, long, context)
+    elif name != "logprob" and not context.tokenizer.stands_in:
+        problem = report_misspelt_token(parts, name, row, long, context)
+    if problem is not None:
+        context.diagnostics.append(problem)
+    return problem is None
+
+
+def _of_alternatives(
+    node: ast.Expr,
+    name: str,
+    rows: Sequence[tuple[tuple[int, ...], ...]],
+    context: MeasureContext,
+) -> MetricTerm | None:
+    """Resolve a metric of any of several texts, of which some have several tokens.
+
+    The n-th term reads the n-th text of each row. Texts of one token are one term if every row has
+    some.
+    """
+    forms = METRICS[name].forms
+    texts = [_without_extensions(row) for row in rows]
+    singles = [[ids for ids in row if len(ids) == 1] for row in texts]
+    terms: list[MetricTerm] = []
+    if all(singles):
+        texts = [[ids for ids in row if len(ids) > 1] for row in texts]
+        sets = TokenSets(*_number_sets([tuple(ids[0] for ids in row) for row in singles]))
+        term = MetricTerm(_part(node, 0), name, forms["any"], sets={None: sets}, part_of=node)
+        terms.append(term)
+    count = max(map(len, texts))
+    if count > limits.ALTERNATIVES:
+        reason = f"{count:,} texts of a row are more than {limits.ALTERNATIVES:,}"
+        hint = f"name fewer texts, or measure `{name}(first token of …)`"
+        report_unreadable(context, node.span, reason, hint)
+        return None
+    longest_first = [sorted(row, key=len, reverse=True) for row in texts]
+    for number in range(count):
+        own = [row[number] if number < len(row) else () for row in longest_first]
+        filler = next(ids for ids in own if ids)[:1]
+        term = MetricTerm(
+            _part(node, len(terms)),
+            name,
+            forms["continuation"],
+            texts={None: tuple(ids or filler for ids in own)},
+            lacking=tuple(n for n, ids in enumerate(own) if not ids),
+            part_of=node,
+        )
+        terms.append(term)
+    return MetricTerm(node, name, forms["any"], alternatives=tuple(terms))
+
+
+def _without_extensions(row: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the distinct texts of a row, without those that begin with another one.
+
+    A continuation that begins with such a text also begins with the shorter one.
+    """
+    own = set(row)
+    return [
+        ids
+        for ids in dict.fromkeys(row)
+        if not any(ids[:length] in own for length in range(1, len(ids)))
+    ]
+
+
+def _number_sets(
+    rows: Sequence[tuple[int, ...]],
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """Return the distinct sets, and the index of each row's set."""
+    numbers = {own: n for n, own in enumerate(dict.fromkeys(rows))}
+    return tuple(numbers), tuple(numbers[own] for own in rows)
+
+
+def _part(node: ast.Expr, number: int) -> ast.Expr:
+    """Return the expression of one of several accepted texts."""
+    index = ast.Argument("text", ast.Number(number, span=node.span), span=node.span)
+    arguments = node.arguments if isinstance(node, ast.Call) else ()
+    name = node.name if isinstance(node, ast.Call) else node.span.written
+    return ast.Call(name, (*arguments, index), span=node.span)
 
 
 def _fits_in_set(part: SetExpression, node: ast.Expr, name: str, context: MeasureContext) -> bool:
@@ -503,23 +588,32 @@ def _of_text(
             return None
         if form.takes == "target":
             long = next(((n, t) for n, t in enumerate(found) if len(t.ids) != 1), None)
-            if long is not None:
-                context.diagnostics.append(report_multi_token([text], name, *long, context))
+            if long is not None and not _sums_tokens([text], name, *long, context):
                 return None
+            if long is not None:
+                form = METRICS[name].forms["continuation"]
         texts[env] = tuple(t.ids for t in found)
     several = any(len(ids) != 1 for rows in texts.values() for ids in rows)
     several = several and not context.tokenizer.stands_in
-    by_item = by_item or not context.names_of(None).keys().isdisjoint(argument_names(text))
-    if several and (by_item or context.at is not None):
-        context.diagnostics.append(
-            NotSupported(
-                span=text.span,
-                what="a text of several tokens "
-                + ("that differs by cell" if by_item else "read before the end of the prompt"),
-            )
-        )
+    by_item = by_item or _differs_by_cell(text, context)
+    if several and not _reads_whole_texts(text, by_item, context):
         return None
     return MetricTerm(node, name, form, texts=texts)
+
+
+def _differs_by_cell(text: ast.Node, context: MeasureContext) -> bool:
+    """Return whether a text contains a variable of a loop over cells."""
+    return not context.names_of(None).keys().isdisjoint(argument_names(text))
+
+
+def _reads_whole_texts(node: ast.Node, by_item: bool, context: MeasureContext) -> bool:
+    """Return whether a measure can read texts of several tokens; report E0108 otherwise."""
+    if not by_item and context.at is None:
+        return True
+    what = "that differs by cell" if by_item else "read before the end of the prompt"
+    problem = NotSupported(span=node.span, what=f"a text of several tokens {what}")
+    context.diagnostics.append(problem)
+    return False
 
 
 def _of_class(
@@ -875,6 +969,7 @@ def resolve_measure_positions(
     _collect_terms(expression, context, atoms)
     for divisor in iter_divisors(expression):
         _not_zero(divisor, expression, context)
+    expression = _with_alternatives(expression, atoms)
     read = dict.fromkeys((*runs, *(a.run for a in atoms.values() if a.run is not None)))
     places = find_read_positions(at, context, tuple(read) if runs else ())
     shape, model = context.sites.shape, context.sites.model
@@ -1076,6 +1171,24 @@ def _collect_terms(
                 "it is not a metric",
                 "metrics are written as `logit(answer)`, and can be added and subtracted",
             )
+
+
+def _with_alternatives(expression: ast.Expr, atoms: dict[ast.Expr, MetricTerm]) -> ast.Expr:
+    """Replace each term of several accepted texts by the terms of its texts.
+
+    Returns:
+        The expression that adds their probabilities.
+    """
+    for node, atom in list(atoms.items()):
+        if not atom.alternatives:
+            continue
+        del atoms[node]
+        atoms.update((part.node, part) for part in atom.alternatives)
+        combine = LOG_SUM_EXP if atom.form.unit == "nat" else SUM
+        arguments = tuple(ast.Argument(None, p.node, span=node.span) for p in atom.alternatives)
+        total = ast.Call(combine, arguments, span=node.span)
+        expression = rewrite(expression, lambda n, old=node, new=total: new if n == old else n)
+    return expression
 
 
 def _not_zero(divisor: ast.Expr, expression: ast.Expr, context: MeasureContext) -> None:

@@ -615,17 +615,31 @@ def report_multi_token(
     parts: Sequence[ast.Node], name: str, row: int, long: TextTokens, context: MeasureContext
 ) -> Diagnostic:
     """Create E0507 for a text of several tokens in a row, among the `parts` of a metric."""
+    misspelt = report_misspelt_token(parts, name, row, long, context)
+    if misspelt is not None:
+        return misspelt
+    hint = f"`{name}({', '.join(map(_first_token, parts))})`"
+    if len(parts) == 1 and not is_list(context.table, parts[0]):
+        hint = f"`logprob({parts[0].span.written})`, which is summed over its tokens, or {hint}"
+    return _report_tokens(parts, name, long, f"write {hint}", context)
+
+
+def report_misspelt_token(
+    parts: Sequence[ast.Node], name: str, row: int, long: TextTokens, context: MeasureContext
+) -> Diagnostic | None:
+    """Create E0507 for a text that is one token in another spelling; None for other texts."""
+    if isinstance(parts[0], ast.EdgeTokenOf):
+        return None
     tokenizer = context.tokenizer.reading(written=context.table.runs[CLEAN].chat)
-    meant = None
-    if not isinstance(parts[0], ast.EdgeTokenOf):
-        meant = single_token_spelling(answer_context(context.table, row), long.text, tokenizer)
-    if meant is not None:
-        hint = f"{meant.advice}: then it is one token"
-    else:
-        hint = f"`{name}({', '.join(map(_first_token, parts))})`"
-        if len(parts) == 1 and not is_list(context.table, parts[0]):
-            hint = f"`logprob({parts[0].span.written})`, which is summed over its tokens, or {hint}"
-        hint = f"write {hint}"
+    meant = single_token_spelling(answer_context(context.table, row), long.text, tokenizer)
+    if meant is None:
+        return None
+    return _report_tokens(parts, name, long, f"{meant.advice}: then it is one token", context)
+
+
+def _report_tokens(
+    parts: Sequence[ast.Node], name: str, long: TextTokens, hint: str, context: MeasureContext
+) -> Diagnostic:
     return MultiTokenText(
         span=parts[0].span.to(parts[-1].span),
         text=long.text,

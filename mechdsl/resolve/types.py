@@ -805,6 +805,14 @@ class MetricTerm(Record):
     """Tokenizer that the Python function receives."""
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     """Token at the measured position (`loss at …`), by run and row."""
+    lacking: tuple[int, ...] = ()
+    """Rows without this text, if it is one of several accepted texts; its probability is 0
+    there."""
+    part_of: ast.Expr | None = None
+    """The metric of several accepted texts, if this is the term of one of them."""
+    alternatives: tuple[MetricTerm, ...] = ()
+    """The accepted texts, each of one or more tokens, whose probabilities are added. A measure
+    contains these terms instead of this one."""
 
     @property
     def by_item(self) -> bool:

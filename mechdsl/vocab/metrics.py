@@ -264,6 +264,30 @@ def logprob(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return tokens.where(mask, tokens.new_zeros(())).sum(-1)
 
 
+@metric("prob", takes="continuation", unit="probability")
+def prob_of_continuation(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The probability of a text of several tokens: the product over its tokens.
+
+    logits: [row, token, vocab], those that predict each token of the text
+    ids: [row, token], token ids of the text, padded
+    mask: [row, token], true where a token is part of the text
+    returns: [row], 0..1
+    """
+    return logprob(logits, ids, mask).exp()
+
+
+@metric("correct", takes="continuation", unit="share")
+def correct_continuation(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Whether greedy decoding generates a text of several tokens.
+
+    logits: [row, token, vocab], those that predict each token of the text
+    ids: [row, token], token ids of the text, padded
+    mask: [row, token], true where a token is part of the text
+    returns: [row], 1.0 or 0.0; its mean is the accuracy
+    """
+    return ((logits.argmax(-1) == ids) | ~mask).all(-1).float()
+
+
 # --- over a range of numerals -------------------------------------------------------------------
 
 

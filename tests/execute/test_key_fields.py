@@ -364,6 +364,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "node": ("patch", lambda node: text(node, "loss")),
         "name": ("patch", lambda name: "prob"),
         "form": ("patch", lambda form: replace(form, takes="nothing")),
+        "lacking": ("patch", lambda rows: (1,)),
         "texts": ("item", lambda texts: one_more(texts, lambda rows: ((9,),) * 4)),
         "of_class": ("patch", lambda of: not of),
         "classes": ("patch", lambda count: count + 1),
@@ -456,7 +457,12 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "absent": "rows that the results leave out",
         "item": "`MetricTerm.texts` contains the text that uses it",
     },
-    MetricTerm: {"points": "only `point` is read", "axes": PLACED},
+    MetricTerm: {
+        "points": "only `point` is read",
+        "axes": PLACED,
+        "part_of": "only read for the conventions",
+        "alternatives": "a measure contains the terms instead",
+    },
     TokenSets: {},
     RunNoise: {
         "drawn": "used for saved rows, whose values aren't stored",

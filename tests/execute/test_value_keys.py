@@ -163,6 +163,17 @@ DIFFERENT: dict[str, list[str]] = {
         one("patch resid_post layer 1 at subject token", 'measure prob("w3") as raw'),
         one("patch resid_post layer 1 at subject token", 'measure logprob("w3 w9") as raw'),
         one("patch resid_post layer 1 at subject token", 'measure logprob("w9 w3") as raw'),
+        *(
+            one("patch resid_post layer 1 at subject token", f"measure {texts} as raw")
+            for texts in (
+                'prob("w9 w3")',
+                'correct("w9 w3")',
+                'prob("w3", "w9 w3")',
+                'prob("w3", "w9 w5")',
+                'prob("w3", "w9 w5", "w5 w9")',
+                'logprob("w3", "w9 w3")',
+            )
+        ),
         one("patch resid_post layer 1 at subject token", f"{PROB[:20]} at subject token as raw"),
         *(
             one("patch resid_post layer 1 at subject token", f"measure {a} {sign} {b} * {c} as raw")

@@ -1736,11 +1736,14 @@ _experiment(
 _experiment(
     "any of several answers",
     "measure correct(answer, answer of fewer) as raw",
-    "`correct`, `prob`, `logprob` and `rank` accept several texts of one token each. They "
-    "return whether the most likely token is one of them, the sum of their probabilities, its "
-    'logarithm, and the best rank. A list value expands to its entries: `accepted = list(" '
-    '{alias}", from: aliases)`, then `correct(accepted)`. If the entries have several tokens, '
-    "use `correct(first token of accepted)`. Equal tokens count once.",
+    "`correct`, `prob`, `logprob` and `rank` accept several texts. They return whether the most "
+    "likely token is one of them, the sum of their probabilities, its logarithm, and the best "
+    'rank. A list value expands to its entries: `accepted = list(" {alias}", from: aliases)`, '
+    "then `correct(accepted)`. Equal tokens count once. All but `rank` also accept texts of "
+    "several tokens: `correct` returns whether greedy decoding generates one of them, and `prob` "
+    "the probability that the continuation begins with one. A text that begins with another "
+    "one isn't added to it. Each text of several tokens needs forward passes of its own; to "
+    "read only first tokens, write `prob(first token of accepted)`.",
     "tests/execute/test_metrics.py",
 )
 _experiment(

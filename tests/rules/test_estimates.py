@@ -125,10 +125,15 @@ def metrics(family: str) -> Mapping[str, Metric]:
     def product(logits: Tensor, own: Prompt, record: Record, other: Tensor) -> Tensor:
         return logits[own.last, token(record["a"])] * prob(logits, own, record, other) / 2
 
+    def either(logits: Tensor, own: Prompt, record: Record, other: Tensor) -> Tensor:
+        single = logits[own.last].log_softmax(-1)[token(word)]
+        return single.logaddexp(_long(logits, own, record, other))
+
     return {
         ONE: ((), _difference),
         f'prob(" {word}")': ((), prob),
         f'logprob(" {LONG}")': (ids_of(LONG.split())[1:3], _long),
+        f'logprob(" {word}", " {LONG}")': (ids_of(LONG.split())[1:3], either),
         "kl(other)": ((), _kl),
         "loss": ((), _loss),
         f'logit(answer) * prob(" {word}") / 2': ((), product),

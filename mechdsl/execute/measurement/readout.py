@@ -607,7 +607,7 @@ class Readout:
             for atom in measure.atoms:
                 number = next(numbers)
                 value = _atom_value(atom, number, self.atoms[number][0], reading, usable)
-                values[atom.node] = value.double()
+                values[atom.node] = _without_lacking(atom, value, reading.prompts).double()
             found.append(evaluate_arithmetic(measure.expression, values.__getitem__))
         return found
 
@@ -620,6 +620,7 @@ class Readout:
                 value = _observed_value(atom, number, reading, usable)
             else:
                 value = _atom_value(atom, number, spot, reading, usable)
+            value = _without_lacking(atom, value, reading.prompts)
             found.append(value.detach().double())
         nodes = (self.atoms[number][1].node for number in numbers)
         on_host = (value.numpy() for value in tensors_to_host(found))
@@ -745,6 +746,8 @@ def _bound_rounding(
         return (own <= moved).astype(np.float64)
     if atom.form.kind == "category":
         return _has_close_best(logits, 2 * moved)
+    if takes == "continuation" and unit == "share":
+        return _has_close_token(atom, logits, reading, 2 * moved)
     if unit in ("rank", "share"):
         if atom.sets:
             ids, mask = pad_token_sets(atom, reading)[:2]
@@ -789,6 +792,24 @@ def _has_close_best(logits: Tensor, within: Floats) -> Floats:
         return np.zeros(len(logits))
     best, second = logits.double().topk(2).values.unbind(-1)
     return ((best - second).cpu().numpy() <= within).astype(np.float64)
+
+
+def _has_close_token(
+    atom: MetricTerm, logits: Tensor, reading: ReadoutInput, within: Floats
+) -> Floats:
+    """Return [row]: 1 where a token of the text and the best other one may swap, else 0.
+
+    Args:
+        logits: [row, token, vocab], or [row, vocab] for texts of one token.
+        within: [row] the largest difference of two logits that may swap.
+    """
+    ids, mask = _pad_continuations(atom, reading.prompts)
+    logits = logits if logits.dim() == 3 else logits[:, None]
+    ids, mask = to_device(ids, logits.device), to_device(mask, logits.device)
+    own = logits.gather(-1, ids[..., None])
+    others = logits.double().scatter(-1, ids[..., None], -torch.inf).amax(-1)
+    near = (own[..., 0].double() - others).abs() <= array_to_device(within, logits.device)[:, None]
+    return (near & mask).any(-1).double().cpu().numpy()
 
 
 _UNIT_BOUNDS = {"rank": (1.0, np.inf), "share": (0.0, 1.0)}
@@ -931,6 +952,14 @@ def _atom_value(
             return call_python_metric(atom, logits, reading.prompts, usable)
 
 
+def _without_lacking(atom: MetricTerm, values: Tensor, prompts: Ints) -> Tensor:
+    """Set the probability of a text to 0 in the rows that lack it."""
+    if not atom.lacking:
+        return values
+    lacking = array_to_device(np.isin(prompts, atom.lacking), values.device)
+    return values.masked_fill(lacking, -torch.inf if atom.form.unit == "nat" else 0.0)
+
+
 def _class_logits(atom: MetricTerm, logits: Tensor) -> Tensor:
     """Return [row, class]: class logits, without the further texts that are scored."""
     return logits[..., : atom.classes] if atom.classes else logits
@@ -938,13 +967,18 @@ def _class_logits(atom: MetricTerm, logits: Tensor) -> Tensor:
 
 def _continuation_value(atom: MetricTerm, logits: Tensor, prompts: Ints) -> Tensor:
     """Compute the metric of a text of several tokens from [row, token, vocab], ragged over rows."""
-    texts = [get_continuation_ids(atom, int(p)) for p in prompts]
-    width = logits.shape[1]
-    ids = torch.tensor([t + (0,) * (width - len(t)) for t in texts])
-    lengths = torch.tensor([len(t) for t in texts])
-    mask = torch.arange(width)[None, :] < lengths[:, None]
+    ids, mask = _pad_continuations(atom, prompts)
     device = logits.device
     return atom.form.function(logits, to_device(ids, device), to_device(mask, device))
+
+
+def _pad_continuations(atom: MetricTerm, prompts: Ints) -> tuple[Tensor, Tensor]:
+    """Return [row, token] each: the tokens of the texts, padded with 0, and where there is one."""
+    texts = [get_continuation_ids(atom, int(p)) for p in prompts]
+    width = max(map(len, texts))
+    ids = torch.tensor([t + (0,) * (width - len(t)) for t in texts])
+    lengths = torch.tensor([len(t) for t in texts])
+    return ids, torch.arange(width)[None, :] < lengths[:, None]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mechdsl.base.text import count_noun, measure_names, quote
 from mechdsl.execute.measurement.values import MeasuredValues
@@ -24,7 +25,12 @@ from mechdsl.resolve.class_outputs import describe_pooling
 from mechdsl.resolve.experiment import find_omitted_answers
 from mechdsl.resolve.findings import MAX_LISTED_SITES
 from mechdsl.resolve.runs import reads_any_reply
-from mechdsl.resolve.types import MetricTerm, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.types import (
+    MetricTerm,
+    ResolvedExperiment,
+    ResolvedMeasure,
+    ResolvedRule,
+)
 from mechdsl.results.experiment_result import ANSWER_TOKENS_KEY
 from mechdsl.statistics.null_bands import min_draws
 from mechdsl.syntax import ast
@@ -369,8 +375,11 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
     said = [
         said for measure in every for atom in measure.atoms for said in _of_sets(atom, experiment)
     ]
-    if said:
-        found["answer sets"] = "; ".join([*dict.fromkeys(said), "equal tokens count once"])
+    texts = [said for measure in every for said in _of_texts(measure)]
+    if said or texts:
+        once = ["equal tokens count once"] if said else []
+        once += ["a text that begins with another one isn't added to it"] if texts else []
+        found["answer sets"] = "; ".join(dict.fromkeys([*said, *texts, *once]))
     shape = experiment.model.shape
     logits = any(atom.form.of_outputs for measure in every for atom in measure.atoms)
     if logits and shape.output_at != "every token":
@@ -404,7 +413,7 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
 def _of_sets(atom: MetricTerm, experiment: ResolvedExperiment) -> Iterator[str]:
     """Describe the tokens that a metric accepts, unless all rows have one range of numerals."""
     node, sets = atom.node, list(atom.sets.values())
-    if not sets or not isinstance(node, ast.Call):
+    if not sets or not isinstance(node, ast.Call) or atom.part_of is not None:
         return
     plain = len(node.arguments) == 1 and len(sets) == len(sets[0].tokens) == 1
     if plain and isinstance(node.arguments[0].value, ast.Range):
@@ -423,6 +432,28 @@ def _of_sets(atom: MetricTerm, experiment: ResolvedExperiment) -> Iterator[str]:
     text = experiment.model.tokenizer.token_text
     spelt = " to ".join(f"`{text(token_of[end])}`" for end in (min(token_of), max(token_of)))
     yield f"`{node.span.written}` over {many} numerals per row ({spelt})"
+
+
+def _of_texts(measure: ResolvedMeasure) -> Iterator[str]:
+    """Describe the metrics that accept several texts, of which some have several tokens."""
+    parts: dict[ast.Expr, list[MetricTerm]] = {}
+    for atom in measure.atoms:
+        if atom.part_of is not None:
+            parts.setdefault(atom.part_of, []).append(atom)
+    for node, own in parts.items():
+        counts = sum(map(_texts_per_row, own))
+        least, most = int(np.min(counts)), int(np.max(counts))
+        many = f"{least} to {most}" if least < most else f"{most}"
+        yield f"`{node.span.written}` over {many} texts of one or more tokens per row"
+
+
+def _texts_per_row(term: MetricTerm) -> NDArray[np.int64]:
+    """Return how many of the accepted texts a term reads in each row."""
+    if term.sets:
+        return np.array([len(term.sets[None].of(n)) for n in range(len(term.sets[None].of_row))])
+    present = np.ones(len(term.texts[None]), int)
+    present[list(term.lacking)] = 0
+    return present
 
 
 def _on_answers(plan: ExperimentPlan) -> Iterator[str]:
