@@ -234,7 +234,9 @@ def measure_row_keys(
     for atom in measure.atoms:
         if atom.texts:
             found = mix_numbers(found, number_lists(RaggedColumn.of(_texts(atom, item))))
-            found = mix_numbers(found, np.isin(np.arange(len(table)), atom.lacking))
+            found = mix_numbers(
+                found, np.isin(np.arange(len(table)), atom.lacking).astype(np.int64)
+            )
         if atom.sets:
             found = mix_numbers(found, _of_sets(atom.sets[item if atom.by_item else None]))
         if atom.own:

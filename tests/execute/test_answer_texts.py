@@ -257,19 +257,33 @@ def test_what_is_refused(line: str, code: str, tmp_path: Path) -> None:
 
 def test_nearly_equal_tokens_count_as_rounding(tmp_path: Path) -> None:
     """`correct` of a text is 1 or 0; a tie at its second token may come out as either."""
-    model = bare("gpt2")
     rows = records("gpt2")
-    of = prompt(rows[2])
-    tied = copy.deepcopy(model)
-    best = ids_of(rows[2]["long"].split())[1:]
-    logits = forward("gpt2", model, [*of.ids, *best[:1]]).logits[-1]
-    second = int(logits.masked_fill(torch.arange(len(logits)) == best[1], -torch.inf).argmax())
-    with torch.no_grad():
-        weights = tied.get_output_embeddings().weight
-        weights[second] = weights[best[1]]
+    first, second, *_ = ids_of(rows[2]["long"].split())[1:]
+    model = copy.deepcopy(bare("gpt2"))
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    logits = model(torch.tensor([[*prompt(rows[2]).ids, first]])).logits[0, -1]
+    rival = int(logits.index_fill(0, torch.tensor([first, second]), -torch.inf).argmax())
     write_rows(tmp_path, rows)
     line = "expect accuracy(clean) > 0.1"
     text = experiment("e", "prompts p", "measure correct(answer) as raw", line)
-    for each, expected in ((model, 0), (tied, 1)):
-        found = run_file(text, tmp_path, each, prompts=PROMPTS)["e"]
-        assert found.accuracy_rounding["clean"].sum() == expected
+    for tied in (False, True):
+        if tied:
+            with torch.no_grad():
+                model.lm_head.weight[rival] = model.lm_head.weight[second]
+        found = run_file(text, tmp_path, model, prompts=PROMPTS)["e"]
+        near = np.flatnonzero(found.accuracy_rounding["clean"])
+        assert [found.accuracy_rows["clean"][n] for n in near] == [2] * tied
+
+
+@pytest.mark.parametrize("name", ["prob(accepted)", "logprob(accepted)"])
+def test_integrated_gradients_add_up_to_the_effect(name: str, tmp_path: Path) -> None:
+    """Sundararajan et al. 2017: the estimates add up to the difference of the metric."""
+    write_rows(tmp_path, records("gpt2"))
+    lines = ("using integrated_gradients(steps: 128)", f"measure {name} as delta")
+    text = experiment("e", "prompts p", *RULES["patched"][0], *lines)
+    found = run_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)["e"]
+    effect = values("gpt2", name, from_longer) - values("gpt2", name, unchanged)
+    data = found.measures[0]
+    estimated = data.patched[0] - data.base[0]
+    np.testing.assert_allclose(estimated, effect, atol=1e-5, rtol=1e-2)

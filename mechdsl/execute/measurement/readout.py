@@ -653,6 +653,7 @@ class Readout:
                 error = _bound_rounding(atom, number, spot, reading, value, own)
             else:
                 error = np.full(len(value), relative)
+            error = np.where(np.isin(reading.prompts, atom.lacking), 0.0, error)
             least, most = _UNIT_BOUNDS.get(atom.form.unit, (-np.inf, np.inf))
             ways: list[Floats] = []
             for other in (np.maximum(value - error, least), np.minimum(value + error, most)):
@@ -747,7 +748,7 @@ def _bound_rounding(
     if atom.form.kind == "category":
         return _has_close_best(logits, 2 * moved)
     if takes == "continuation" and unit == "share":
-        return _has_close_token(atom, logits, reading, 2 * moved)
+        return _may_round_to_greedy(atom, logits, reading, 2 * moved)
     if unit in ("rank", "share"):
         if atom.sets:
             ids, mask = pad_token_sets(atom, reading)[:2]
@@ -794,22 +795,24 @@ def _has_close_best(logits: Tensor, within: Floats) -> Floats:
     return ((best - second).cpu().numpy() <= within).astype(np.float64)
 
 
-def _has_close_token(
+def _may_round_to_greedy(
     atom: MetricTerm, logits: Tensor, reading: ReadoutInput, within: Floats
 ) -> Floats:
-    """Return [row]: 1 where a token of the text and the best other one may swap, else 0.
+    """Return [row]: 1 where rounding decides whether greedy decoding generates a text, else 0.
 
     Args:
+        atom: The metric of the text.
         logits: [row, token, vocab], or [row, vocab] for texts of one token.
+        reading: The values to read from.
         within: [row] the largest difference of two logits that may swap.
     """
     ids, mask = _pad_continuations(atom, reading.prompts)
     logits = logits if logits.dim() == 3 else logits[:, None]
     ids, mask = to_device(ids, logits.device), to_device(mask, logits.device)
-    own = logits.gather(-1, ids[..., None])
-    others = logits.double().scatter(-1, ids[..., None], -torch.inf).amax(-1)
-    near = (own[..., 0].double() - others).abs() <= array_to_device(within, logits.device)[:, None]
-    return (near & mask).any(-1).double().cpu().numpy()
+    own = logits.gather(-1, ids[..., None])[..., 0].double()
+    best_other = logits.double().scatter(-1, ids[..., None], -torch.inf).amax(-1)
+    lead = (own - best_other).masked_fill(~mask, torch.inf).amin(-1)
+    return (lead.abs().cpu().numpy() <= within).astype(np.float64)
 
 
 _UNIT_BOUNDS = {"rank": (1.0, np.inf), "share": (0.0, 1.0)}
