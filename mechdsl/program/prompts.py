@@ -54,7 +54,7 @@ class _BlockLines:
         self.corruptions: list[spec.Corruption] = []
         self.where: list[ast.Expr] = []
         self.rows: ast.RowsLine | None = None
-        self.rename: list[tuple[str, str]] = []
+        self.rename: list[spec.RenamedColumn] = []
         self.renamed: dict[str, ast.Name] = {}
         """First occurrence of each new name."""
         self.split: ast.SplitLine | None = None
@@ -242,7 +242,8 @@ class _BlockLines:
                     span=new.span, name=new.id, first=line_reference(first.span, new.span)
                 )
             )
-        self.rename.append((new.id, old.id if isinstance(old, ast.Name) else old.value))
+        column = old.id if isinstance(old, ast.Name) else old.value
+        self.rename.append(spec.RenamedColumn(span=old.span, name=new.id, column=column))
 
     def _writes_rows(self, line: ast.Template | ast.DomainDef | ast.Chat) -> None:
         """Report rows that are defined by two methods (E0209, E0207)."""

@@ -246,6 +246,13 @@ class RegionDef(Spec):
     column: str
 
 
+class RenamedColumn(Spec):
+    """`rename { name = column }`; its span is the column's."""
+
+    name: str
+    column: str
+
+
 class Prompts(Spec):
     """One `prompts` block, or one of `images`."""
 
@@ -265,8 +272,7 @@ class Prompts(Spec):
     """Whether its columns come from unknown images."""
     distinct: bool = False
     """Keep only the first of equal records."""
-    rename: tuple[tuple[str, str], ...] = ()
-    """(new name, column)."""
+    rename: tuple[RenamedColumn, ...] = ()
     where: tuple[ExprText, ...] = ()
     split: float | None = None
     """Percentage of the rows in `NAME.train`."""

@@ -516,22 +516,24 @@ class PromptsBlock:
         self.diagnostics += diagnostics
         if data is None or not self.spec.rename:
             return data
-        new_names = {old: new for new, old in self.spec.rename}
-        for old in new_names:
-            if old not in data.columns:
-                self.diagnostics.append(
-                    UnknownValue(
-                        span=source.span,
-                        prompts=self.name,
-                        name=old,
-                        hint=_hint(old, data.columns, "columns"),
-                    )
+        unknown = [each for each in self.spec.rename if each.column not in data.columns]
+        for each in unknown:
+            self.diagnostics.append(
+                UnknownValue(
+                    span=each.span,
+                    prompts=self.name,
+                    name=each.column,
+                    hint=_hint(each.column, data.columns, "columns"),
                 )
-        for new in new_names.values():
-            if new in data.columns and new not in new_names:
+            )
+        if unknown:
+            return None
+        new_names = {each.column: each.name for each in self.spec.rename}
+        for each in self.spec.rename:
+            if each.name in data.columns and each.name not in new_names:
                 shown = source.value if isinstance(source, ast.String) else source.span.written
-                first = f"the column `{new}` of `{shown}`"
-                self.diagnostics.append(DuplicateName(span=source.span, name=new, first=first))
+                first = f"the column `{each.name}` of `{shown}`"
+                self.diagnostics.append(DuplicateName(span=each.span, name=each.name, first=first))
         records = tuple({new_names.get(k, k): v for k, v in r.items()} for r in data.records)
         columns = tuple(new_names.get(c, c) for c in data.columns)
         return DataFile(records, columns, data.digest)

@@ -244,7 +244,62 @@ BASIS_HINTS: tuple[Hint, ...] = (
 )
 """Hints for rules on coordinates of a basis."""
 
+_QUOTE = "put a column with spaces or signs in quotes"
+
+RENAME_HINTS: tuple[Hint, ...] = tuple(
+    Hint(rf"^rename\b{before}", after, f"{text}: `rename {{{{ {fix} }}}}`", accepts)
+    for before, after, text, fix, accepts in (
+        (
+            r"\s*$",
+            r'"([^"]*)"\s*(?:to\b|as\b|->|=>|[=:])\s*"?(\w+)',
+            "the new name comes first",
+            '{1} = "{0}"',
+            "",
+        ),
+        (
+            r"\s*$",
+            r"\s*([\w.-][\w .-]*?)\s*(?:\bto\b|\bas\b|->|=>)\s*\"?(\w+)",
+            "the new name comes first",
+            '{1} = "{0}"',
+            "",
+        ),
+        (
+            r".*[{,]\s*$",
+            r'"([^"]*)"\s*[=:]\s*"?(\w+)',
+            "the new name comes first",
+            '{1} = "{0}"',
+            "",
+        ),
+        (
+            r".*[{,]\s*(\w+)\s+$",
+            r"(\w+)\s*[=:]\s*(\w+)",
+            "the new name comes first",
+            '{2} = "{0} {1}"',
+            "",
+        ),
+        (
+            r".*[{,]\s*(\w+)\s*$",
+            r':\s*"?([^",}]*[^",}\s])"?',
+            "write `=` before the column",
+            '{0} = "{1}"',
+            "",
+        ),
+        (r".*[{,]\s*(\w+)\s*=\s*(\w+)$", r"([.-][\w.-]*)", _QUOTE, '{0} = "{1}{2}"', ""),
+        (r".*[{,]\s*(\w+)\s*=\s*$", r"([0-9][\w.-]*)", _QUOTE, '{0} = "{1}"', ""),
+        (
+            r".*[{,]\s*(\w+)\s*=\s*(\w+)\s+(\w+)\s*$",
+            r"",
+            _QUOTE,
+            '{0} = "{1} {2}"',
+            "EQUAL",
+        ),
+        (r"\s*$", r"", "put the names in braces, the new one first", "name = column", "LBRACE"),
+    )
+)
+"""Names of columns with spaces, signs or digits, and the two names in another order."""
+
 HINTS: tuple[Hint, ...] = (
+    *RENAME_HINTS,
     *IMAGE_HINTS,
     *BASIS_HINTS,
     *HABIT_HINTS,
