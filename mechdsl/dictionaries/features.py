@@ -21,7 +21,12 @@ from torch import Tensor
 
 from mechdsl.base.records import Registry
 from mechdsl.dictionaries.folder import SPARSIFY_NAMES, DictionaryFile
-from mechdsl.dictionaries.products import combine_some, project_some
+from mechdsl.dictionaries.products import (
+    MAX_GATHERED,
+    combine_some,
+    distinct_rows,
+    project_some,
+)
 
 NORM_EPSILON = 1e-5
 """Added to the standard deviation of a vector by `layer_norm`."""
@@ -202,13 +207,23 @@ class Dictionary:
             vectors: [K, width].
             which: [K, m] long.
         """
-        weights, own = self._like(vectors), ENCODERS[self.file.architecture]
+        own = ENCODERS[self.file.architecture]
+        if which is not None and which.shape[1] <= MAX_GATHERED and own.is_separate:
+            return self._encode(vectors, which)
+        repeated = distinct_rows(vectors)
+        if repeated is None:
+            found = self._encode(vectors, None)
+            return found if which is None else found.gather(1, which)
+        distinct, number = repeated
+        found = self._encode(distinct, None)
+        return found[number] if which is None else found[number[:, None], which]
+
+    def _encode(self, vectors: Tensor, which: Tensor | None) -> Tensor:
+        weights = self._like(vectors)
         given, _, _ = self._normalised(vectors)
         if self.file.subtracts_bias:
             given = given - weights["b_dec"]
-        if which is None or own.is_separate:
-            return own.encode(weights, given, which)
-        return own.encode(weights, given, None).gather(1, which)
+        return ENCODERS[self.file.architecture].encode(weights, given, which)
 
     def _rows(self, weights: DictionaryWeights) -> Tensor:
         """Return [feature, width]: what a feature of 1 adds to the reconstruction."""

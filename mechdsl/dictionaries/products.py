@@ -1,4 +1,4 @@
-"""Products with all or with named rows and columns of a matrix."""
+"""Products with all or with named rows and columns of a matrix, and distinct vectors."""
 
 from __future__ import annotations
 
@@ -38,3 +38,25 @@ def combine_some(numbers: Tensor, rows: Tensor, which: Tensor | None) -> Tensor:
         every = numbers.new_zeros(len(numbers), len(rows))
         return every.scatter_add(1, which, numbers) @ rows
     return torch.einsum("km,kmw->kw", numbers, rows[which])
+
+
+def distinct_rows(vectors: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the rows that differ in any bit, and [K] the number of each row among them.
+
+    None if all rows are different.
+
+    Args:
+        vectors: [K, width] float32 or float64.
+    """
+    if len(vectors) < 2:
+        return None
+    bits = vectors.contiguous().view(torch.int32 if vectors.element_size() == 4 else torch.int64)
+    random = torch.Generator().manual_seed(0)
+    factors = torch.randint(1 << 62, (bits.shape[1],), generator=random).to(bits.device)
+    _, number = torch.unique((bits * factors).sum(1), return_inverse=True)
+    rows = torch.arange(len(bits), device=bits.device)
+    count = int(number.max()) + 1
+    first = rows.new_full((count,), len(bits)).scatter_reduce(0, number, rows, "amin")
+    if count == len(bits) or not torch.equal(bits[first][number], bits):
+        return None
+    return vectors[first], number

@@ -8,7 +8,7 @@ pass and not by its rows, because equal rows in several passes differ in their l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -186,6 +186,41 @@ def _is_usable(found: ReadoutResult, number: int) -> Bools:
     return good
 
 
+class ActivityCache:
+    """Cached numbers of rows of one experiment: 1 if all features that the rules change are
+    inactive, else 0."""
+
+    def __init__(self, run: OpenRun, keys: ExperimentKeys) -> None:
+        self._run = run
+        self._keys = keys
+        self._cells = keys.cells_of_rules
+
+    def earlier(self, rows: RowTable) -> tuple[Bools, Bools]:
+        """Return [row] whether a row was decided before the run, and whether it is inactive."""
+        return self._find(self._run.earlier(self._cells), rows)
+
+    def own(self, rows: RowTable) -> tuple[Bools, Bools]:
+        """Return the same of an interrupted attempt of this run."""
+        return self._find(self._run.own(self._cells) if self._run.resumed else {}, rows)
+
+    def _find(
+        self, found: Mapping[bytes, tuple[KeyNumbers, Floats]], rows: RowTable
+    ) -> tuple[Bools, Bools]:
+        known = _KeyedValues.of(found, {cell: code for code, cell in enumerate(self._cells)})
+        codes = self._keys.code_of_cell[rows.cell]
+        there, values = known.find(_mix_cell(codes, self._keys.of_writes(rows)))
+        return there, values[:, 0] == 1
+
+    def parts(self, rows: RowTable, inactive: Bools) -> Iterator[CachedCell]:
+        """Yield what is stored of decided rows."""
+        codes, keys = self._keys.code_of_cell[rows.cell], self._keys.of_writes(rows)
+        order = np.argsort(codes, kind="stable")
+        for each in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1):
+            if len(each):
+                values = inactive[each, None].astype(np.float64)
+                yield self._cells[int(codes[each[0]])], keys[each], values
+
+
 class PanelCache:
     """Cached values of the experiments of one panel."""
 
@@ -249,6 +284,10 @@ class PanelCache:
     def patched(self, keys: ExperimentKeys) -> PatchedCache:
         """Open the cached values of an experiment."""
         return PatchedCache(self._run, keys)
+
+    def activity(self, keys: ExperimentKeys) -> ActivityCache:
+        """Open what is known of the activity of an experiment's features."""
+        return ActivityCache(self._run, keys)
 
     def replies(self, settings: tuple[object, ...], ends: frozenset[int]) -> ReplyCache:
         """Open cached replies with these settings; ends: tokens that end a reply."""

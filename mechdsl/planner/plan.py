@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.hashing import digest_number
+from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.models.restart import FULL_PASS, Shortcuts
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.graph import (
@@ -53,6 +54,7 @@ from mechdsl.planner.rows import (
 from mechdsl.program.spec import Generation
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.bases import CoordinateChange
 from mechdsl.resolve.observations import Observation, RowSetObservation, TokenSetObservation
 from mechdsl.resolve.runs import name_tensor
 from mechdsl.resolve.types import (
@@ -200,6 +202,23 @@ class ExperimentPlan:
         names = [spec.base, spec.source, *(plan.rule.run for plan in self.rules)]
         runs = self.experiment.table.runs
         return max((runs[name].draws for name in names if name is not None), default=1)
+
+    @cached_property
+    def watched_sites(self) -> frozenset[SiteLayer]:
+        """The sites whose features may be inactive: where rules change only features of
+        dictionaries, and keep those that are 0. None if rows must be run for other reasons."""
+        acting = [plan for plan in self.rules if plan.rule.does.changes != "nothing"]
+        runs = self.starting_runs
+        is_plain = (
+            self.experiment.generation is None
+            and self.experiment.spec.estimator is None
+            and self.draws == 1
+            and not self.behind
+            and [run.derived for run in runs] == [None]
+        )
+        if not is_plain or not all(_keeps_inactive_features(plan.rule) for plan in acting):
+            return frozenset()
+        return frozenset((point.site, point.layer) for plan in acting for point in plan.point_table)
 
     @property
     def replaced(self) -> RulePlan | None:
@@ -837,6 +856,15 @@ def is_read_only(panel: Panel) -> bool:
     """Whether only unmodified rows are observed, so that each prompt is one full forward pass. Runs
     with rules also read other runs."""
     return not panel.derived and all(map(_reads_only, panel.experiments))
+
+
+def _keeps_inactive_features(rule: ResolvedRule) -> bool:
+    """Return whether a rule changes features of dictionaries, and keeps those that are 0."""
+    if rule.basis is None or not isinstance(rule.does, CoordinateChange):
+        return False
+    members = rule.basis.members.values()
+    are_dictionaries = all(isinstance(member.operand, DictionaryFile) for member in members)
+    return are_dictionaries and rule.does.keeps_zeros
 
 
 def _reads_only(plan: ExperimentPlan) -> bool:

@@ -368,6 +368,15 @@ class ExperimentKeys:
         )
         """Per measure and number in `code_of_cell`, the key of such cells."""
 
+    @cached_property
+    def cells_of_rules(self) -> tuple[bytes, ...]:
+        """Per number in `code_of_cell`, the key of what the rules do, without a measure."""
+        return tuple(digest("rules", self._shared(), code) for code in self._codes)
+
+    def of_writes(self, rows: RowTable) -> KeyNumbers:
+        """Return the start and everything that rules read and write, without a measure. [row]"""
+        return self._written(rows)
+
     def of_rules(self, prompts: Ints) -> KeyNumbers:
         """Return what the rules of a one-cell experiment read and write. Shape [prompt]."""
         (cell,) = self._cells()

@@ -134,6 +134,11 @@ class CoordinateChange(Intervention):
     mode = "coordinates"
 
     @property
+    def keeps_zeros(self) -> bool:
+        """Whether it changes nothing where a coordinate is 0 and its new value is 0."""
+        return self.operation in ("set", "scale") and self.reads != "cell"
+
+    @property
     def identity(self) -> tuple[object, ...]:
         return type(self), *self._inner.identity
 

@@ -965,11 +965,7 @@ def resolve_measure_positions(
     if not context.items:  # the measured position determines `{item.index}`
         items = (place.item for place in find_read_positions(at, context, runs[:1]))
         context = replace(context, items=tuple(item for item in items if item is not None))
-    atoms: dict[ast.Expr, MetricTerm] = {}
-    _collect_terms(expression, context, atoms)
-    for divisor in iter_divisors(expression):
-        _not_zero(divisor, expression, context)
-    expression = _with_alternatives(expression, atoms)
+    expression, atoms = _resolve_terms(expression, context)
     read = dict.fromkeys((*runs, *(a.run for a in atoms.values() if a.run is not None)))
     places = find_read_positions(at, context, tuple(read) if runs else ())
     shape, model = context.sites.shape, context.sites.model
@@ -1171,6 +1167,17 @@ def _collect_terms(
                 "it is not a metric",
                 "metrics are written as `logit(answer)`, and can be added and subtracted",
             )
+
+
+def _resolve_terms(
+    expression: ast.Expr, context: MeasureContext
+) -> tuple[ast.Expr, dict[ast.Expr, MetricTerm]]:
+    """Return the expression that combines the terms, and the terms by their nodes in it."""
+    atoms: dict[ast.Expr, MetricTerm] = {}
+    _collect_terms(expression, context, atoms)
+    for divisor in iter_divisors(expression):
+        _not_zero(divisor, expression, context)
+    return _with_alternatives(expression, atoms), atoms
 
 
 def _with_alternatives(expression: ast.Expr, atoms: dict[ast.Expr, MetricTerm]) -> ast.Expr:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.statistics import NotFinite, UndefinedCells, UndefinedMeasure
@@ -172,6 +172,13 @@ class MeasuredValues:
     """Number of rows of cells, run or not."""
     inert: int = 0
     """Number of these rows that can't differ from the base run by structure."""
+    inactive: int = 0
+    """Number of these rows whose changed features are 0 before and after, so that they equal the
+    base run."""
+    with_inactive: Bools | None = None
+    """[cell] whether a cell has such rows; None where features aren't watched."""
+    with_changes: Bools | None = None
+    """[cell] whether a cell has rows that may differ from the base run; None likewise."""
     rounding: list[Floats] = field(default_factory=list[Floats])
     """Per measure, [environment, kept row]: how far rounding may move the base run's value."""
     refused: dict[int, Diagnostic] = field(default_factory=dict[int, Diagnostic])
@@ -222,6 +229,21 @@ class MeasuredValues:
             rounding=[unknown(len(environments), n_rows) for _ in experiment.measures],
             tokens=TokenMeans(plan.lists),
         )
+
+    def watch(self, cells: int, inactive: Ints, changing: Ints) -> None:
+        """Record the cells of rows with inactive features, and of those that may change."""
+        if self.with_inactive is None or self.with_changes is None:
+            self.with_inactive = np.zeros(cells, dtype=np.bool_)
+            self.with_changes = np.zeros(cells, dtype=np.bool_)
+        self.with_inactive[inactive] = True
+        self.with_changes[changing] = True
+        self.inactive += len(inactive)
+
+    def find_inert_cells(self, plan: ExperimentPlan) -> Bools:
+        """Return [cell] whether all rows of a cell equal the base run."""
+        if self.with_inactive is None or self.with_changes is None:
+            return plan.inert
+        return plan.inert | (self.with_inactive & ~self.with_changes)
 
     def saw(self, found: Iterable[UnusableRow]) -> None:
         """Record unusable rows; the first report of a row stays."""

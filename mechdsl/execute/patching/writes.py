@@ -288,6 +288,32 @@ def build_writes(
         text: Continuation of the prompts.
         senders: Whether to include senders of paths.
     """
+    parts = list_rule_writes(
+        plan, rows, draws, lanes_of, means_and_donors, shape, text, senders=senders
+    )
+    apart = any(rule.does.mode == "step" for rule in plan.experiment.rules)
+    return [
+        write
+        for place, found in parts.items()
+        for write in _merge_in_order(place, found, apart=apart)
+    ]
+
+
+def list_rule_writes(
+    plan: ExperimentPlan,
+    rows: RowTable,
+    draws: Ints,
+    lanes_of: RuleReader,
+    means_and_donors: RuleInputs,
+    shape: ModelShape,
+    text: Continuation | None = None,
+    *,
+    senders: bool = True,
+) -> Mapping[SiteLayer, list[RuleWrite]]:
+    """Return what each rule writes at each site, in the order of the file.
+
+    Args: as for `build_writes`.
+    """
     parts: dict[SiteLayer, list[RuleWrite]] = defaultdict(list)
     for rule in plan.rules:
         if rule.rule.does.changes != "sites" or (rule.paths is not None and not senders):
@@ -316,12 +342,7 @@ def build_writes(
             values = rule.rule.does.values(rule.rule, asked)
             where = asked.amounts if mode == "along" else None
             parts[to].append(RuleWrite(*spots, values, mode, where, rule.number))
-    apart = any(rule.does.mode == "step" for rule in plan.experiment.rules)
-    return [
-        write
-        for place, found in parts.items()
-        for write in _merge_in_order(place, found, apart=apart)
-    ]
+    return parts
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,6 +37,7 @@ from mechdsl.execute.pass_layout import (
     measure_seconds,
 )
 from mechdsl.execute.patching.estimates import AutogradFailed, GradientEstimates
+from mechdsl.execute.patching.inactive import FeatureActivity, find_inactive_rows
 from mechdsl.execute.patching.rows import Patcher, locate_in_cell, locate_in_run
 from mechdsl.execute.patching.rule_inputs import (
     CellFunctionFailed,
@@ -46,7 +47,12 @@ from mechdsl.execute.patching.rule_inputs import (
     compute_means,
     report_cell_failure,
 )
-from mechdsl.execute.patching.writes import CellVectors, RuleInputs, select_readable_rows
+from mechdsl.execute.patching.writes import (
+    CellVectors,
+    RuleInputs,
+    RuleReader,
+    select_readable_rows,
+)
 from mechdsl.execute.replies import find_end_tokens
 from mechdsl.execute.run_record import ExecutionOptions, ExecutionProfile
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
@@ -88,7 +94,11 @@ class RowSelection:
     dropped: int
     """How many don't find what they read."""
     inert: int
-    """How many can't differ, left out or not."""
+    """How many can't differ by structure, left out or not."""
+    inactive: Ints
+    """Cells of the other rows that can't differ, because all features that they change are 0."""
+    changing: Ints
+    """Cells of the rows that may differ."""
 
 
 def get_owner_key(plan: ExperimentPlan) -> str:
@@ -151,6 +161,8 @@ class PanelRunner:
         """What is observed of all rows at once, by the key of an experiment."""
         self.patched_values: dict[str, PatchedCache] = {}
         """By the key of an experiment; without those that can't be told apart by their content."""
+        self.activity: dict[str, FeatureActivity] = {}
+        """By the key of an experiment, the rows whose features are inactive."""
 
     @property
     def _sound(self) -> tuple[ExperimentPlan, ...]:
@@ -211,6 +223,7 @@ class PanelRunner:
             together = observe_jointly(plan, self.runs, self.measured[key], self.values)
             if together is None:
                 self._look_up(plan, kept, donors)
+                self._look_up_activity(plan, kept)
             else:
                 self.together[key] = together
         due = self._due()
@@ -350,6 +363,38 @@ class PanelRunner:
             self.runs.writer.kept.keys[plan.experiment.key] = keys
         else:
             self.patched_values[plan.experiment.key] = self.stored.patched(keys)
+            if plan.watched_sites:
+                found = FeatureActivity(plan, len(self.table), self.stored.activity(keys))
+                self.activity[plan.experiment.key] = found
+
+    def _look_up_activity(self, plan: ExperimentPlan, kept: Ints) -> None:
+        """What there is of the activity of an experiment's features."""
+        if not plan.watched_sites:
+            return
+        unstored = FeatureActivity(plan, len(self.table), None)
+        found = self.activity.setdefault(plan.experiment.key, unstored)
+        for batch in self._batches(kept):
+            found.look_up(plan.rows(batch))
+
+    def _decide_activity(self, plan: ExperimentPlan, batch: Ints, lanes_of: RuleReader) -> None:
+        """Find the rows on a batch whose features are inactive, where that isn't known."""
+        key = plan.experiment.key
+        found = self.activity.get(key)
+        if found is None:
+            return
+        rows = plan.rows(self.measured[key].among(batch))
+        inputs = self.means_and_donors[key]
+        good = select_readable_rows(plan, rows, inputs, self.readouts[key].passes)
+        rows = rows.take(good)
+        found.look_up(rows.take(np.flatnonzero(found.is_unknown(rows))), own=True)
+        rows = rows.take(np.flatnonzero(found.is_unknown(rows)))
+        if len(rows):
+            (start,) = plan.starting_runs
+            base = self.runs.lanes(start, batch, None)
+            inactive = find_inactive_rows(plan, rows, base, lanes_of, inputs, self.runs.model.shape)
+            stored = list(found.decide(rows, inactive))
+            if self.stored is not None:
+                self.stored.keep(stored)
 
     def _due(self) -> Ints:
         """The prompts of which some row has to be run; all, where nothing is known."""
@@ -482,7 +527,11 @@ class PanelRunner:
         )
         rows = every.take(good)
         inert = plan.is_inert(rows)
-        out = inert if self.plan.skips_inert else np.zeros_like(inert)
+        activity = self.activity.get(key)
+        inactive = np.zeros_like(inert)
+        if activity is not None:
+            inactive = ~inert & activity.is_inactive(rows)
+        out = inert | inactive if self.plan.skips_inert else np.zeros_like(inert)
         live, known, values = rows.take(np.flatnonzero(~out)), RowTable.none(), list[Floats]()
         if key in self.together:
             known, values, live = live, self.together[key].of(live), RowTable.none()
@@ -497,7 +546,23 @@ class PanelRunner:
             left_out=rows.take(np.flatnonzero(out)),
             dropped=len(every) - len(rows),
             inert=int(inert.sum()),
+            inactive=rows.cell[inactive],
+            changing=rows.cell[~inert & ~inactive],
         )
+
+    def _sorted_and_counted(
+        self, plan: ExperimentPlan, batch: Ints, lanes_of: RuleReader
+    ) -> RowSelection:
+        """The rows of a batch that have to be run, now that activities can be decided; counts the
+        others."""
+        self._decide_activity(plan, batch, lanes_of)
+        found, measured = self.sorted_out(plan, batch), self.measured[plan.experiment.key]
+        if plan.experiment.key in self.activity:
+            measured.watch(plan.n_cells, found.inactive, found.changing)
+        measured.dropped += found.dropped
+        measured.rows += len(found.live) + len(found.known) + len(found.left_out)
+        measured.inert += found.inert
+        return found
 
     # --- cells ------------------------------------------------------------------------------------
 
@@ -525,10 +590,7 @@ class PanelRunner:
                     continue
                 if not plan.rules:
                     measured.copy_base()
-                found = self.sorted_out(plan, batch)
-                measured.dropped += found.dropped
-                measured.rows += len(found.live) + len(found.known) + len(found.left_out)
-                measured.inert += found.inert
+                found = self._sorted_and_counted(plan, batch, patcher.lanes_of(number, batch, None))
                 rows.append(found.live)
                 if len(found.left_out):
                     values = measured.base_of(plan, found.left_out)
@@ -672,7 +734,9 @@ class PanelRunner:
             return
         if not self.batches or self.due_rows() * longest_prompt(self.panel) < enough:
             return
-        plans, batch = self.running, self.batches[0]
+        plans, batch, patcher = self.running, self.batches[0], self._patcher()
+        for number, plan in enumerate(plans):
+            self._decide_activity(plan, batch, patcher.lanes_of(number, batch, None))
         live = [self.sorted_out(plan, batch).live for plan in plans]
         run = [plan.experiment.spec.estimator is None for plan in plans]
         shared = self._sharer().of(
@@ -685,7 +749,6 @@ class PanelRunner:
             group_rows(shared, self.plan, plans, widths),
             key=lambda each: int(widths[each[1]].sum()),
         )
-        patcher = self._patcher()
 
         def one_pass(chosen: Ints) -> None:
             list(patcher.values(shared, chosen, list_members(shared, chosen), run, batch))

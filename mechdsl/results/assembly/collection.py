@@ -290,7 +290,7 @@ def _collect_measures(
             source=None
             if source is None
             else _select_cells(there, expand_base_values(plan, measured, source, number)),
-            inert=plan.inert[there],
+            inert=measured.find_inert_cells(plan)[there],
             truth=truth,
             unit=resolved.unit if estimator is None or estimator.kind.keeps_unit else "",
             # The effect of rounding on an estimate is unknown: no cell's metric was computed.

@@ -318,6 +318,15 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
             f"{inert} of {there} cells, and {measured.inert:,} of "
             f"{measured.rows:,} rows in all, can't differ from the base run",
         )
+    if measured.with_inactive is not None:
+        there = int(plan.exists.sum())
+        still = int((measured.find_inert_cells(plan) & ~plan.inert & plan.exists).sum())
+        yield (
+            "inactive",
+            f"{still:,} of {there:,} cells, and {measured.inactive:,} of {measured.rows:,} rows in "
+            "all, change only features that are 0 before and after, so they equal the base run; "
+            "these cells are left out of the correction",
+        )
 
 
 def _null_band(confidence: float) -> str:
