@@ -6,8 +6,9 @@
 
 The file patches each of 2,000 features at the last token of layer 6 of a model of GPT-2 small's
 shape, on 4 prompts of 16 tokens. The plain loop makes one pass per feature over the 4 prompts, with
-the source's features computed beforehand. `batched` puts 32 features into one pass. `--sae-lens`
-times both loops with the classes of SAELens. All must agree; checking and loading aren't timed,
+the source's features computed beforehand. `batched` puts 32 features into one pass. "All rows run"
+is without the pass that leaves out rows of inactive features. `--sae-lens` times the loop with the
+classes of SAELens. All must agree; checking and loading aren't timed,
 planning is.
 """
 
@@ -172,13 +173,17 @@ class MechdslTask:
         if has_errors(self.checked.diagnostics):
             raise RuntimeError(str(self.checked.diagnostics))
 
-    def run(self) -> Tensor:
-        """Return [feature, prompt] patched values, prompts in the order of the data."""
+    def run(self, without: frozenset[str] = frozenset()) -> Tensor:
+        """Return [feature, prompt] patched values, prompts in the order of the data.
+
+        Args:
+            without: Passes of the planner that are switched off.
+        """
         from mechdsl.execute.run.panel import execute
         from mechdsl.planner.passes import make_plan
         from mechdsl.results.assembly.collection import check_denominators
 
-        plan = make_plan(self.checked.experiments)
+        plan = make_plan(self.checked.experiments, without=without)
         found = execute(plan, {"m": self.model}, check=check_denominators)
         if found.diagnostics:
             raise RuntimeError(str(found.diagnostics))
@@ -297,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plain = Loop(Inputs(folder), module, *own_encoder(folder))
         ways = {
             "mechdsl": task.run,
+            "mechdsl, all rows run": lambda: task.run(frozenset({"inert"})),
             "plain": lambda: plain.run(given.features, 1),
             "plain, batched": lambda: plain.run(given.features, AT_ONCE),
         }

@@ -245,6 +245,10 @@ def lower_rule(
             return _project_out(rule, body, work)
         case ast.RegisteredRule():
             return _at(rule, body.verb.id, body, fill=body.value)
+        case ast.ProjectOnto():
+            _known(body.direction, work)
+            lowered = _at(rule, "project onto", body)
+            return lowered.model_copy(update={"direction": body.direction})
         case ast.BlockEdge():
             return _attention(rule, "block", body.edge)
         case ast.Reweight():

@@ -35,6 +35,7 @@ from mechdsl.resolve.measures import (
     resolve_run,
 )
 from mechdsl.resolve.observations import Observation
+from mechdsl.resolve.own_layers import expand_own_layers
 from mechdsl.resolve.runs import (
     RULE_REPLIES,
     RuleKind,
@@ -361,6 +362,7 @@ def outline_experiment(
         program.groups,
     )
     work = _build_context(experiment, program, model, table, onward, diagnostics)
+    experiment = work.experiment
     derived = define_runs(work, kinds)
     table = work.table
     rules = _rules(work, kinds)
@@ -486,6 +488,8 @@ def _build_context(
             if isinstance(node, ast.Name)
         },
     )
+    experiment, problems = expand_own_layers(experiment, sites)
+    diagnostics.extend(problems)
     work = ExperimentContext(experiment, program, model, table, sites)
     centres = _centres(experiment)
     for loop in experiment.loops:

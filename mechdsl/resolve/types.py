@@ -458,11 +458,12 @@ class Intervention:
     """Source of `VectorBatch.read`: the rule's run at the same prompt ("run"), that run at a
     different prompt by a seeded permutation ("donor"), its mean over all prompts ("mean"), or the
     result of `of_cell` for all rows of a cell ("cell"). None if nothing is read."""
-    mode: ClassVar[Literal["set", "add", "scale", "along", "step", "coordinates"]] = "set"
+    mode: ClassVar[Literal["set", "add", "scale", "along", "onto", "step", "coordinates"]] = "set"
     """How the result of `values` is combined with the current activation.
 
     "set" replaces it and "add" is added to it. "scale" multiplies it by [K, 1]. "along" sets only
-    the component along unit directions, to the rule's number or to 0 without one. "step" adds
+    the component along unit directions, to the rule's number or to 0 without one. "onto" keeps
+    only the component along unit directions. "step" adds
     [K, 1] times the difference between the activation and the one at the preceding position.
     "coordinates" changes coordinates in a basis.
     """

@@ -446,6 +446,17 @@ class ProjectOutRule(DirectionRule):
         return normalize_directions(vectors)
 
 
+@rule_kind("project onto")
+class ProjectOntoRule(DirectionRule):
+    """`project SITE at POSITIONS onto DIRECTION`: (x · u) u, u of length 1. Only the component
+    along the direction stays."""
+
+    mode = "onto"
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return normalize_directions(vectors)
+
+
 @rule_kind("project out of weights")
 class ProjectOutOfWeightsRule(DirectionRule):
     """`project out DIRECTION from weights`: nothing that is added to the residual stream has a

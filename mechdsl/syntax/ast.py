@@ -788,6 +788,13 @@ class ProjectOut(Node):
 
 
 @record
+class ProjectOnto(Node):
+    site: Site
+    at: Positions
+    direction: Name | Index
+
+
+@record
 class Clamp(Node):
     """`clamp SITE …`, or `clamp DIRECTION of SITE …`."""
 
@@ -822,7 +829,9 @@ class RegisteredRule(Node):
     value: Expr | None = None
 
 
-AnySiteRule = Ablate | SetSite | Add | Scale | Clamp | SwapSites | Freeze | RegisteredRule
+AnySiteRule = (
+    Ablate | SetSite | Add | Scale | ProjectOnto | Clamp | SwapSites | Freeze | RegisteredRule
+)
 """Rules with a site, positions and their own fields."""
 
 RuleBody = (
@@ -840,6 +849,7 @@ RuleBody = (
     | Add
     | Scale
     | ProjectOut
+    | ProjectOnto
     | Clamp
     | SwapSites
     | Freeze

@@ -617,6 +617,9 @@ def _rule(node: Any) -> str | None:
             if node.site is not None and node.at is not None:
                 place = f"{format_site(node.site)} at {format_positions(node.at)}"
             return f"project out {format_operand(node.direction, SUM)} from {place}"
+        case ast.ProjectOnto():
+            place = f"{format_site(node.site)} at {format_positions(node.at)}"
+            return f"project {place} onto {format_operand(node.direction, SUM)}"
         case ast.Clamp():
             direction = f"{format_operand(node.direction, SUM)} of " if node.direction else ""
             place = f"{format_site(node.site)} at {format_positions(node.at)}"

@@ -854,6 +854,9 @@ class TreeBuilder(Transformer[Token, Any]):
         site, at = (c[4], c[6]) if len(c) > 5 else (None, None)
         return ast.ProjectOut(c[2], site, at, span=_span(c))
 
+    def project_onto(self, c: list[Any]) -> ast.ProjectOnto:
+        return ast.ProjectOnto(c[1], c[3], c[5], span=_span(c))
+
     def clamp(self, c: list[Any]) -> ast.Clamp:
         direction = c[1] if len(c) > 6 else None
         return ast.Clamp(c[-5], c[-3], c[-1], direction, span=_span(c))

@@ -837,6 +837,14 @@ _rule(
     _STEERING,
 )
 _rule(
+    "project onto",
+    "project resid_post layer * at last token onto more",
+    "Keeps only the component along the direction: (x · u) u, with u of length 1. For several "
+    "directions, write `set … to reconstruction of` a basis of them.",
+    OWN,
+    _STEERING,
+)
+_rule(
     "project out of weights",
     "project out more from weights",
     "Removes the direction from the embeddings, including position embeddings, and from the "
@@ -899,6 +907,14 @@ _rule(
     "(`by_layer[layer l]`), and unnamed axes remain. Without brackets, the rule and the family "
     "share axes of the same name: each layer uses the direction of that layer. Other axes "
     "become axes of the experiment.",
+    OWN,
+    _STEERING,
+)
+_rule(
+    "each layer its own direction",
+    "add 2 * by_layer[layer own, token -1] to resid_post layers * at tokens *",
+    "Adds to each layer the direction of that layer, to all layers in one run. For a sweep over "
+    "layers (`layer *`), `by_layer` alone does this.",
     OWN,
     _STEERING,
 )

@@ -64,6 +64,11 @@ def without(direction: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda here: here - (here @ u)[:, None] * u
 
 
+def only(direction: Tensor) -> Callable[[Tensor], Tensor]:
+    u = unit(direction)
+    return lambda here: (here @ u)[:, None] * u
+
+
 def plus(vector: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda here: here + vector
 
@@ -161,6 +166,22 @@ CASES: dict[str, Case] = {
         ("layer",),
         EACH,
         one_place("resid_post", "tokens *", lambda name: without(D(name))),
+    ),
+    "project onto": Case(
+        "project resid_post layer * at {cue token, last token} onto d",
+        ("layer",),
+        EACH,
+        one_place("resid_post", "{cue token, last token}", lambda name: only(D(name))),
+    ),
+    "project onto, then add": Case(
+        "project attn_out layers * at tokens * onto d  add d to attn_out layer 1 at last token",
+        (),
+        [()],
+        lambda name, n: [
+            *writes("attn_out", [0, 2], "tokens *", only(D(name)))(n),
+            *writes("attn_out", [1], "tokens *", only(D(name)))(n),
+            *writes("attn_out", [1], "last token", plus(D(name)))(n),
+        ],
     ),
     "project out of all layers": Case(
         "project out d from resid_pre layers * at tokens *",
@@ -361,6 +382,38 @@ FAMILIES_OF_DIRECTIONS: dict[str, Case] = {
         ("k",),
         EACH,
         lambda name, n, k: writes("resid_post", [k], "tokens *", without(member(name, k, -1)))(n),
+    ),
+    "own layers": Case(
+        "add 2 * d[layer own, token -1] to resid_post layers 0..2 at last token",
+        (),
+        [()],
+        lambda name, n: [
+            each
+            for layer in LAYERS
+            for each in writes(
+                "resid_post", [layer], "last token", plus(2 * member(name, layer, -1))
+            )(n)
+        ],
+    ),
+    "own layers, other axes swept": Case(
+        "for c in [1, 3] { project out d[layer own] from resid_pre layers 1, 2 at tokens * }"
+        "  add c * d[layer own, token -2] to attn_out layers 0, 2 at cue token",
+        ("c", "position"),
+        product((1, 3), ("-2", "-1")),
+        lambda name, n, c, token: [
+            *writes("resid_pre", [1], "tokens *", without(member(name, 1, int(token))))(n),
+            *writes("resid_pre", [2], "tokens *", without(member(name, 2, int(token))))(n),
+            *writes("attn_out", [0], "cue token", plus(c * member(name, 0, -2)))(n),
+            *writes("attn_out", [2], "cue token", plus(c * member(name, 2, -2)))(n),
+        ],
+    ),
+    "own layer of a sweep": Case(
+        "project resid_post layer 1..2 at last token onto d[layer own, token -1]",
+        ("layer",),
+        product((1, 2)),
+        lambda name, n, layer: writes(
+            "resid_post", [layer], "last token", only(member(name, layer, -1))
+        )(n),
     ),
     "arithmetic": Case(
         "add 8 * (unit(d[layer 0, token -1]) - 0.5 * d[layer 2, token -1]) to resid_post layer 1 "

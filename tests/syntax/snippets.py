@@ -184,6 +184,9 @@ set resid_post layer 3 at last token to refusal
 scale resid_post layer 3 at last token by 0.5
 project out refusal from resid_post layer * at last token
 project out refusal[best of select] from resid_post layer * at tokens *
+project resid_post layer * at last token onto refusal
+project attn_out layers 2..4 at tokens * onto refusal[layer own]
+add 2 * refusal[layer own] to resid_post layers * at tokens *
 clamp feature 12 of res8 at last token to 5
 clamp features 12, 55 of res8 at tokens * to 0
 swap resid_post layer * at object_a tokens with object_b tokens

@@ -260,10 +260,11 @@ def gather_vectors(
     return read[indices_to_device(index, read.device)]
 
 
-WriteMode = Literal["set", "add", "scale", "along", "step"] | CoordinateWrite
+WriteMode = Literal["set", "add", "scale", "along", "onto", "step"] | CoordinateWrite
 """How written values combine with existing ones: `set` replaces, `add` adds and `scale` multiplies;
-`along` sets the component along directions of length 1; `step` adds a multiple of the difference
-to the preceding position; `CoordinateWrite` changes coordinates in a basis."""
+`along` sets the component along directions of length 1, `onto` keeps only it; `step` adds a
+multiple of the difference to the preceding position; `CoordinateWrite` changes coordinates in a
+basis."""
 
 
 class WriteMismatch(RuntimeError):
@@ -360,6 +361,10 @@ def apply_write(
             along = values.to(wide)
             left = to.to(wide)[:, None] - (wide * along).sum(-1, keepdim=True)
             return (wide + left * along).to(now)
+        case "onto":
+            wide = now.to(torch.promote_types(now.dtype, torch.float32))
+            along = values.to(wide)
+            return ((wide * along).sum(-1, keepdim=True) * along).to(now)
         case "step":
             assert before is not None
             wide = now.to(torch.promote_types(now.dtype, torch.float32))

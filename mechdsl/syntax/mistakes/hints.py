@@ -686,6 +686,13 @@ HINTS: tuple[Hint, ...] = (
         "write the rows in parentheses, then the site and position: `mean_difference(A, B) at "
         "resid_post layer 2 at last token`",
     ),
+    Hint(
+        r"^project\s+(\w+)\s*$",
+        r"from\b",
+        "write `project out {0} from SITE at POSITIONS` to remove a direction, or `project SITE at "
+        "POSITIONS onto {0}` to keep only it",
+    ),
+    Hint(r"^project\b.*\bonto\s*$", r"", "name a direction of the file: `onto d`"),
     Hint(r"^measure\b", r"", "name the effect: `as recovery`, `as delta` or `as raw`", "AS"),
     Hint(
         r"^(?:patch|ablate|freeze|scale|clamp|path|set|swap)\b",
