@@ -42,7 +42,7 @@ class AmbiguousSpan(Diagnostic):
 class UnequalUnion(Diagnostic):
     code = "E0307"
     hangs_on = frozenset({"tokens"})
-    title = "the the joined positions have different numbers of tokens in the two runs"
+    title = "the joined positions have different numbers of tokens in the two runs"
     label = "{source} in the source run, {base} in the base run, in {rows} of {total} rows"
     help = (
         "use a position with one token in both runs (`NAME token`), or values with the same "

@@ -49,6 +49,10 @@ group ends = L2H1.q, L2H0.v, logits
 group mlp_and_end = mlp_norm layer 1, final_norm
 direction d = mean_difference(p.other, elsewhere) at resid_post layer 1 at last token
 direction by_layer = mean_difference(p, p.longer) at resid_pre layer 1..2 at last token
+basis parts = pca(p, dims: 3) at resid_post layer 1 at last token
+basis axes = random(dims: 4) at resid_pre layer *
+basis sparse = sae("sae.safetensors") at resid_post layer 1
+basis head_axes = random(dims: 2) at z layer 2 head 1
 """
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "mistral", "bloom")
 RUNS = ("clean", "other", "longer", "turned", "noised")
@@ -156,7 +160,7 @@ def rules(draw: Any, *, swept: bool) -> str:
             [
                 *("patch", "patch", "onto", "into", "ablate", "swap", "freeze", "set", "edge"),
                 *("observe", "allow", "renumber", "block"),
-                *("add", "scale", "project out", "clamp"),
+                *("add", "scale", "project out", "clamp", "project", "basis", "basis"),
             ]
         )
     )
@@ -177,6 +181,8 @@ def rules(draw: Any, *, swept: bool) -> str:
         return f"replace block {which} with {what}"
     if verb == "renumber":
         return f"renumber {draw(positions(swept=swept))} from {draw(st.integers(0, 40))}"
+    if verb == "basis":
+        return draw(in_bases(swept=swept))
     if verb == "observe":
         where = f"layer {draw(st.integers(0, LAYERS - 1))} at {draw(positions(swept=swept))}"
         others = [
@@ -204,6 +210,8 @@ def rules(draw: Any, *, swept: bool) -> str:
         case "project out":
             where = draw(st.sampled_from([f"{site} at {at}", "weights"]))
             return f"project out d from {where}"
+        case "project":
+            return f"project {site} at {at} onto d"
         case "clamp":
             return f"clamp {draw(st.sampled_from(['d', 'by_layer']))} of {site} at {at} to 2"
         case "onto":
@@ -225,6 +233,36 @@ def rules(draw: Any, *, swept: bool) -> str:
             return f"set {site} at {at} to {what}"
         case _:
             return f"{verb} {site} at {at}"
+
+
+@st.composite
+def in_bases(draw: Any, *, swept: bool) -> str:
+    """A rule on coordinates in a basis, or on features of a dictionary."""
+    at = draw(positions(swept=swept))
+    name, size = draw(
+        st.sampled_from([("parts", 3), ("sparse", 12), ("head_axes", 2), ("sparse", 12)])
+    )
+    target = draw(axis("feature", size, swept=swept)) + f" of {name}"
+    if draw(st.sampled_from([False, False, True])):
+        target = f"resid_pre {draw(axis('layer', LAYERS, swept=swept))} in basis axes"
+    elif "*" in target and draw(st.booleans()):
+        target = "resid_post layer 1 in basis sparse"
+    fill = draw(st.sampled_from(["zero", "mean", "resample", "mean of turned"]))
+    number = draw(st.sampled_from(["0", "1", "-2.5"]))
+    return draw(
+        st.sampled_from(
+            [
+                f"patch {target} at {at}",
+                f"patch {target} at {at} onto {draw(st.sampled_from(ONE))}",
+                f"ablate {target} at {at} with {fill}",
+                f"clamp {target} at {at} to {number}",
+                f"scale {target} at {at} by {number}",
+                f"add {number} to {target} at {at}",
+                f"set resid_post layer 1 at {at} to reconstruction of sparse",
+                f"set resid_pre layers * at {at} to reconstruction of axes",
+            ]
+        )
+    )
 
 
 @st.composite
@@ -489,6 +527,7 @@ def compare(case: Case, tmp_path: Path) -> None:
     model = support.bare(family)
     (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
     save_file(LENS[model.config.hidden_size], tmp_path / "lens.safetensors")
+    save_file(DICTIONARIES[model.config.hidden_size], tmp_path / "sae.safetensors")
 
     def run(options: RunOptions) -> tuple[FileResult | None, list[Diagnostic]]:
         return support.try_file(text, tmp_path, model, options, prompts=PROMPTS)
@@ -532,6 +571,29 @@ LENS = {
     for width in (20, 24)
 }
 """Of models of these widths."""
+DICTIONARIES = {
+    width: {
+        name: torch.from_numpy(np.random.default_rng(width).normal(mean, 0.5, shape)).float()
+        for name, mean, shape in (
+            ("W_enc", 0, (width, 12)),
+            ("b_enc", -4, (12,)),
+            ("W_dec", 0, (12, width)),
+            ("b_dec", 0, (width,)),
+        )
+    }
+    for width in LENS
+}
+"""Of which few features are active."""
+
+
+def test_definitions_are_valid(tmp_path: Path) -> None:
+    """Otherwise every drawn file would be refused, and no comparison made."""
+    model = support.bare("llama")
+    save_file(DICTIONARIES[model.config.hidden_size], tmp_path / "sae.safetensors")
+    rules = [f"clamp feature 0 of {basis} at last token to 1" for basis in ("parts", "sparse")]
+    text = MORE + support.experiment("e", "prompts p", *rules, MEASURES[0])
+    result, problems = support.try_file(text, tmp_path, model, prompts=PROMPTS)
+    assert result is not None, problems
 
 
 test_plan_is_whole_passes = few(cases(), 24)(compare)
