@@ -13,7 +13,7 @@ from mechdsl.base.arrays import Floats
 from mechdsl.base.hashing import stable_hash
 from mechdsl.dictionaries.features import load_dictionary
 from mechdsl.dictionaries.folder import DictionaryFile
-from mechdsl.forward.hooks.coordinates import CoordinateSystem, LinearBasis
+from mechdsl.forward.hooks.coordinates import CoordinateSystem, LinearBasis, StandardBasis
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import load_weights
 from mechdsl.forward.hooks.weight_maps import NoLinearMap, WeightMaps
@@ -56,6 +56,8 @@ def compute_system(member: BasisMember, rows: Callable[[], Tensor]) -> Coordinat
     """
     if isinstance(member.operand, DictionaryFile):
         return load_dictionary(member.operand)
+    if member.method == "neurons":
+        return StandardBasis(member.size)
     arrays = _BasisArrays(member, rows)
     found = linear_map(BASIS_METHODS[member.method], arrays, member.options, member.size)
     center = None if found.center is None else torch.from_numpy(found.center)

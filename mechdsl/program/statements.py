@@ -32,6 +32,8 @@ BASIS_HINT = (
     "use a basis in `patch`, `ablate`, `set`, `add`, `scale` and `clamp`, at the written site"
 )
 
+DIMS_HINT = "use `dims` in `patch`, `ablate`, `set`, `add`, `scale` and `clamp`"
+
 # Lists of which a statement takes one item.
 LIST_HINTS: dict[type[ast.Node], str] = {
     ast.FromInto: "keep one of them; several runs are a list: `from A, B into C`",
@@ -165,8 +167,10 @@ class Statements:
                 self.later(node.span, UNSUPPORTED_NODES[type(node)])
             elif isinstance(node, ast.Site) and (name := node.basis_name) is not None:
                 if isinstance(statement, ast.Rule) and _takes_basis(statement, node):
-                    known = self.scope.use("basis", name, node.span)
+                    known = name == ast.STANDARD_BASIS or self.scope.use("basis", name, node.span)
                     self.unsupported = self.unsupported or not known
+                elif name == ast.STANDARD_BASIS:
+                    self.later(node.span, "`dims` in this statement", DIMS_HINT)
                 else:
                     self.scope.has("basis", name)
                     self.later(node.span, "a basis in this statement", BASIS_HINT)

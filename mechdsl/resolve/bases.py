@@ -187,21 +187,21 @@ def resolve_rule(
     if name is None:
         return resolve(rule, work)
     definition = work.program.bases.get(name)
-    if definition is None:  # rejected
+    is_standard = name == ast.STANDARD_BASIS
+    if definition is None and not is_standard:  # rejected
         return None
     assert rule.site is not None
     before = len(work.diagnostics)
-    features = next((axis for axis in rule.site.axes if axis.of is not None), None)
-    site = replace(
-        rule.site, basis=None, axes=tuple(axis for axis in rule.site.axes if axis.of is None)
-    )
-    if not site.names and not site.axes and site.short is None and site.ranked is None:
-        site = definition.site
+    features = rule.site.coordinates
+    site = _written_site(rule.site, definition)
     found = resolve(rule.model_copy(update={"site": site}), work)
     if found is None or found.sites is None or has_errors(work.diagnostics[before:]):
         return None
     try:
-        members = _members(definition, found.sites, rule.site, work)
+        if definition is None or is_standard:
+            members = _standard_members(found.sites, rule.site, work)
+        else:
+            members = _members(definition, found.sites, rule.site, work)
         if members is None:
             return None
         _check_rule(rule, found)
@@ -213,15 +213,17 @@ def resolve_rule(
         )
         return None
     except MethodError as mistake:
+        assert definition is not None
         span = definition.method.span
         work.diagnostics.append(BadBasis(span=span, reason=str(mistake), hint=mistake.hint))
         return None
     if coordinates is None:
         return None
-    within = f"in {name}"
-    if features is not None and not any(axis not in work.loops for axis in axes):
-        within = " ".join(features.span.written.split())
-    labels = {key: f"{label} {within}" for key, label in found.sites.labels.items()}
+    within = "" if is_standard else f" in {name}"
+    if features is not None and all(axis in work.loops for axis in axes):
+        own = f" {' '.join(features.span.written.split())}"
+        within = own if features.of is not None else within + own
+    labels = {key: f"{label}{within}" for key, label in found.sites.labels.items()}
     return replace(
         found,
         spec=rule,
@@ -229,6 +231,14 @@ def resolve_rule(
         sites=replace(found.sites, labels=labels),
         basis=BasisTargets(name, members, axes, coordinates),
     )
+
+
+def _written_site(site: ast.Site, definition: spec.Basis | None) -> ast.Site:
+    """Return the site without coordinates; that of the basis if only these are named."""
+    axes = tuple(axis for axis in site.axes if axis is not site.coordinates)
+    if definition and not (site.names or axes or site.short or site.ranked):
+        return definition.site
+    return replace(site, basis=None, axes=axes)
 
 
 def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:
@@ -291,6 +301,26 @@ def _coordinates(
 
 
 # --- definitions ----------------------------------------------------------------------------------
+
+
+def _standard_members(
+    written: SiteTargets, site: ast.Site, work: ExperimentContext
+) -> dict[tuple[int | None, int | None] | None, BasisMember]:
+    """Return the standard basis of each written point. Raises BasisError."""
+    points = {point for here in written.points.values() for point in here}
+    widths: set[int] = set()
+    for point in points:
+        _check_site(point, site, work)
+        widths.add(_width(point, work.model.shape))
+    if len(widths) != 1:
+        raise BasisError(
+            site, "the sites have vectors of different widths", "write a rule for each width"
+        )
+    (width,) = widths
+    method = BASIS_METHODS["neurons"]
+    made = method.describe("", {})
+    operand = DrawnBasis("", 0)
+    return {None: BasisMember(f"dims of {width}", "neurons", {}, operand, width, width, made)}
 
 
 def _members(

@@ -240,7 +240,7 @@ class _AxisReader:
         word = self.axis.word
         if word == "layer":
             return check_layer(value, span, self.context)
-        if word != "feature":
+        if word not in ("feature", "dim"):
             return all(check_unit(kind, value, span, self.context) for kind in self.kinds)
         if 0 <= value < self.size:
             return True
@@ -252,7 +252,7 @@ class _AxisReader:
                 index=value,
                 last=self.size - 1,
                 where="",
-                model=self.axis.of or "",
+                model=self.axis.of or self.context.model,
             )
         )
         return False

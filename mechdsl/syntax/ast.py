@@ -284,12 +284,15 @@ class AxisRange(Node):
     high: Bound | None = None
 
 
-AxisWord = Literal["layer", "head", "neuron", "expert", "feature"]
+AxisWord = Literal["layer", "head", "neuron", "expert", "feature", "dim"]
+
+STANDARD_BASIS = "the standard basis"
+"""Name of the basis of `dims 0..7` without another one: the numbers of the vector."""
 
 
 @record
 class Axis(Node):
-    """`layer 10..20`, `heads 0, 3`, `layer * window 9`, `feature 12, 55 of res8`."""
+    """`layer 10..20`, `heads 0, 3`, `layer * window 9`, `feature 12, 55 of res8`, `dims 0..7`."""
 
     word: AxisWord
     plural: bool
@@ -321,7 +324,13 @@ class Site(Node):
     @property
     def basis_name(self) -> str | None:
         """The basis whose coordinates it names: `resid_post in basis b`, `feature 3 of b`."""
-        return next((axis.of for axis in self.axes if axis.of is not None), self.basis)
+        named = next((axis.of for axis in self.axes if axis.of is not None), self.basis)
+        return STANDARD_BASIS if named is None and self.coordinates is not None else named
+
+    @property
+    def coordinates(self) -> Axis | None:
+        """The axis that names coordinates: `feature 3 of b`, `dims 0..7`."""
+        return next((each for each in self.axes if each.word in ("feature", "dim")), None)
 
 
 @record

@@ -211,7 +211,9 @@ def format_domain(node: ast.Domain) -> str:
 
 def format_site(node: ast.Site) -> str:
     """Format a site: `resid_post layer 3 in basis b`."""
-    parts = [name.id for name in node.names] + [format_axis(a) for a in node.axes]
+    dims = [axis for axis in node.axes if axis.word == "dim"]
+    parts = [name.id for name in node.names]
+    parts += [format_axis(axis) for axis in node.axes if axis.word != "dim"]
     if node.short is not None:
         parts.append(_short(node.short))
     if node.ranked is not None:
@@ -220,7 +222,7 @@ def format_site(node: ast.Site) -> str:
         )
     if node.basis is not None:
         parts.append(f"in basis {node.basis}")
-    return " ".join(parts)
+    return " ".join([*parts, *map(format_axis, dims)])
 
 
 def format_axis(node: ast.Axis) -> str:

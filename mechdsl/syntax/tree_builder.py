@@ -921,7 +921,11 @@ class TreeBuilder(Transformer[Token, Any]):
     def axis_word(self, c: list[Any]) -> Token:
         return c[0]
 
-    feature_word = axis_word
+    feature_word = dim_word = axis_word
+
+    def dims(self, c: list[Any]) -> ast.Axis:
+        values = tuple(child for child in c if isinstance(child, (ast.Star, ast.AxisRange)))
+        return _axis(c[0], values, _span(c))
 
     def axis_range(self, c: list[Any]) -> ast.AxisRange:
         return ast.AxisRange(c[0], c[2] if len(c) == 3 else None, span=_span(c))

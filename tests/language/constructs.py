@@ -901,6 +901,14 @@ _rule(
     _BASES,
 )
 _rule(
+    "numbers of a vector",
+    "scale resid_post layer 2 dims 0..7 at last token by 0",
+    "Changes numbers of the vectors, `dims` together and `dim` in one run each, along the axis "
+    "`dim`. After `in basis b`, they are coordinates of the basis.",
+    OWN,
+    _BASES,
+)
+_rule(
     "a member of a family",
     "add by_layer[layer 1, token -1] to resid_post layer * at last token",
     "Selects directions of a family. Coordinates are numbers or `for` variables "

@@ -185,6 +185,9 @@ scale resid_post layer 3 at last token by 0.5
 project out refusal from resid_post layer * at last token
 project out refusal[best of select] from resid_post layer * at tokens *
 project resid_post layer * at last token onto refusal
+patch resid_post layer 3 dims 0..7, 12 at last token
+ablate z layer 1 head * dim * at tokens * with zero
+clamp resid_post layer 3 in basis res8 dim 4 at last token to 5
 project attn_out layers 2..4 at tokens * onto refusal[layer own]
 add 2 * refusal[layer own] to resid_post layers * at tokens *
 clamp feature 12 of res8 at last token to 5

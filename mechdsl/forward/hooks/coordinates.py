@@ -117,6 +117,26 @@ class LinearBasis:
         return vectors + combine_some(change, directions, which)
 
 
+@dataclass(frozen=True)
+class StandardBasis:
+    """The numbers of a vector as its coordinates."""
+
+    size: int
+
+    @property
+    def is_affine(self) -> bool:
+        return True
+
+    def encode(self, vectors: Tensor, which: Tensor | None) -> Tensor:
+        return vectors if which is None else vectors.gather(1, which)
+
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        return vectors
+
+    def shift(self, vectors: Tensor, change: Tensor, which: Tensor | None) -> Tensor:
+        return vectors + change if which is None else vectors.scatter_add(1, which, change)
+
+
 @dataclass(frozen=True, eq=False)
 class CoordinateWrite:
     """Mode of a write whose values are coordinates: `set` replaces them, `add` adds to them, and

@@ -508,7 +508,8 @@ def _of_bases(plan: ExperimentPlan) -> dict[str, str]:
     """Describe the computation of each basis."""
     found: dict[str, str] = {}
     used = [rule.basis for rule in plan.experiment.every_rule if rule.basis is not None]
-    members = {member.name: member for basis in used for member in basis.members.values()}
+    named = [basis for basis in used if basis.definition != ast.STANDARD_BASIS]
+    members = {member.name: member for basis in named for member in basis.members.values()}
     for member in list(members.values())[:MAX_LISTED_SITES]:
         found[f"basis {member.name}"] = member.made
     more = len(members) - MAX_LISTED_SITES

@@ -151,7 +151,7 @@ IMAGE_HINTS: tuple[Hint, ...] = (
     ),
 )
 
-_AXIS = r"\b(layers?|heads?|neurons?|experts?|features?)"
+_AXIS = r"\b(layers?|heads?|neurons?|experts?|features?|dims?)"
 
 HABIT_HINTS: tuple[Hint, ...] = (
     Hint(_AXIS + r"\s*[0-9]+\s*$", r"\.(\w+)", "write two dots in a range: `..{1}`"),
@@ -685,6 +685,17 @@ HINTS: tuple[Hint, ...] = (
         r"(?:at|layers?|heads?|token)\b",
         "write the rows in parentheses, then the site and position: `mean_difference(A, B) at "
         "resid_post layer 2 at last token`",
+    ),
+    Hint(
+        r"",
+        r"(?:dimensions?|coord(?:inate)?s?|indices|index)\s+([0-9]\S*)",
+        "write `dim {0}`, or `dims {0}` to change several numbers together",
+        "DIM",
+    ),
+    Hint(
+        r"\bdims?\s+(\S+)\s*$",
+        r"((?:layer|head)s?)\s+(\S+)",
+        "write `dims` after the layer and the head: `resid_post {1} {2} dims {0}`",
     ),
     Hint(
         r"^project\s+(\w+)\s*$",
