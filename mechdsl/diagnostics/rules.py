@@ -181,6 +181,20 @@ class BadBasis(Diagnostic):
 
 
 @keyword_record
+class BadException(Diagnostic):
+    """An exception that leaves out nothing, or everything."""
+
+    code = "E0343"
+    hangs_on = frozenset({"shape"})
+    title = "`except {text}` {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    text: str
+    reason: str
+    hint: str
+
+
+@keyword_record
 class DictionaryElsewhere(Diagnostic):
     """A dictionary that was trained at another site than that of the basis."""
 

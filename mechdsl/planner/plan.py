@@ -185,6 +185,7 @@ class ExperimentPlan:
         for plan in self.rules:
             if plan.paths is not None:
                 found &= plan.paths.exists
+            found &= ~plan.without_sites
             if plan.rule.beside is not None:
                 found &= np.array([plan.rule.leads(at) for at in self._along()])
         return found

@@ -255,9 +255,19 @@ class RulePlan:
             counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
         if self.paths is not None:
             counts = np.where(self.paths.exists[:, None], counts, 0)
+        counts = np.where(self.without_sites[:, None], 0, counts)
         if self.active is not None:
             counts = np.where(self.active[:, None], counts, 1)
         return counts
+
+    @property
+    def without_sites(self) -> Bools:
+        """Cells whose sites `except` leaves out, so that they don't exist. Shape [cell]."""
+        sites = self.rule.sites
+        if sites is None or not sites.missing:
+            return np.zeros(len(self.site_of_cell), dtype=np.bool_)
+        empty = [key in sites.missing for key in sites.points]
+        return np.array([*empty, False])[self.site_of_cell]  # the last one: where it doesn't act
 
 
 def _counts(hits: TokenHits, position: Ints, prompts: Ints) -> Ints:

@@ -35,7 +35,7 @@ from mechdsl.resolve.directions import (
     resolve_named_family,
     resolve_samples,
 )
-from mechdsl.resolve.sites import ExperimentContext, resolve_axis, resolve_site
+from mechdsl.resolve.sites import ExperimentContext, exclude_values, resolve_axis, resolve_site
 from mechdsl.resolve.types import (
     BasisMember,
     BasisOperand,
@@ -236,9 +236,11 @@ def resolve_rule(
 def _written_site(site: ast.Site, definition: spec.Basis | None) -> ast.Site:
     """Return the site without coordinates; that of the basis if only these are named."""
     axes = tuple(axis for axis in site.axes if axis is not site.coordinates)
+    excluded = tuple(each for each in site.excluded if isinstance(each, ast.Site))
     if definition and not (site.names or axes or site.short or site.ranked):
-        return definition.site
-    return replace(site, basis=None, axes=axes)
+        return replace(definition.site, excluded=excluded)
+    own = excluded if site.coordinates is not None else site.excluded
+    return replace(site, basis=None, axes=axes, excluded=own)
 
 
 def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:
@@ -289,6 +291,10 @@ def _coordinates(
         return (), {(): ()}
     sizes = sorted({member.size for member in members.values()})
     found = resolve_axis(features, [], work.sites, size=sizes[0])
+    assert rule.site is not None
+    numbers = [each for each in rule.site.excluded if isinstance(each, ast.AxisRange)]
+    if found is not None and numbers:
+        found = exclude_values(found, numbers, work.sites)
     if found is None:
         return (), None
     whole = tuple(range(sizes[0])) if len(sizes) == 1 else None

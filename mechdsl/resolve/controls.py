@@ -55,7 +55,7 @@ from mechdsl.vocab.sites import SITES
 
 @dataclass(frozen=True)
 class ExcludedSite:
-    """One site of `apart from`, with all points that it names."""
+    """One site of `except`, with all points that it names."""
 
     site: ast.Site
     points: tuple[SitePoint, ...]
@@ -64,7 +64,7 @@ class ExcludedSite:
 def resolve_exclusions(
     control: spec.Control | None, context: SiteContext
 ) -> tuple[ExcludedSite, ...]:
-    """Resolve the sites of `apart from`, which are never drawn.
+    """Resolve the sites of `except`, which are never drawn.
 
     Picks here don't count as picks that the experiment tests. Errors are added to the diagnostics
     of the context. Codes: E0203, E0301 to E0313, E0402, E0620.
@@ -73,7 +73,7 @@ def resolve_exclusions(
         return ()
     whole = context.onward
     apart = FindingPicker(whole.found, whole.called, whole.groups, whole.picks)
-    # `apart from` is outside every `for`, so loop variables are undefined here.
+    # `except` is outside every `for`, so loop variables are undefined here.
     here = replace(context, loops={}, onward=apart)
     found: list[ExcludedSite] = []
     for site in control.apart:
@@ -330,7 +330,7 @@ def resolve_control(
             if apart:
                 span = apart[0].site.span
                 reason = "directions are drawn, and sites don't change"
-                hint = "remove `apart from`"
+                hint = "remove `except`"
                 return None, [BadControl(span=span, text=span.written, reason=reason, hint=hint)]
             return build_direction_control(experiment, asked, draws), []
         _check_no_basis(experiment, asked)
@@ -360,7 +360,7 @@ def _check_draws_outside_removed(rules: Sequence[ResolvedRule], model: str) -> N
         written = "" if found.span is None else found.span.written
         raise _NoDraws(
             f"a draw for `{written}` is in a block that is replaced with identity",
-            "name blocks with `apart from` so that neither rule is drawn in the other's block",
+            "name blocks with `except` so that neither rule is drawn in the other's block",
         )
 
 
@@ -442,7 +442,7 @@ class _Draws:
         )
         what = f"random {' and '.join(self.drawn)}"
         drawn = f"{what}, {self._how_many(counts)}, seed {self.experiment.seed}"
-        apart = [f"apart from {', '.join(f'`{p.site.span.written}`' for p in self.apart)}"]
+        apart = [f"except {', '.join(f'`{p.site.span.written}`' for p in self.apart)}"]
         parts = [drawn, *self.matched, *self.notes, *(apart if self.apart else []), *kept]
         return ResolvedControl(shadow, draws, self.asked.draws, what, "; ".join(parts))
 

@@ -7,7 +7,7 @@ resolved.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
@@ -24,6 +24,7 @@ from mechdsl.diagnostics.prompts import MultiTokenText
 from mechdsl.diagnostics.rules import (
     AxesCollide,
     AxisDoesNotFit,
+    BadException,
     BadLoopValue,
     EmptyRange,
     LayerOutOfRange,
@@ -659,6 +660,139 @@ def resolve_site(
     site: ast.Site, context: SiteContext
 ) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
     """Resolve the targets of a site and the axes that it adds; None after an error."""
+    targets, axes = _resolve_named_site(site, context)
+    if targets is None or not site.excluded:
+        return targets, axes
+    remaining = _leave_out(targets, site, context)
+    return remaining, () if remaining is None else axes
+
+
+def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> SiteTargets | None:
+    """Leave out the points that `except` names; reports E0343 for an exception without effect."""
+    gone: set[SitePoint] = set()
+    every = list(dict.fromkeys(point for points in targets.points.values() for point in points))
+    for item in site.excluded:
+        matches = _exception(item, site, context)
+        if matches is None:
+            return None
+        own = {point for point in every if matches(point)}
+        if not own:
+            _report_exception(item, "names no site of the rule", context)
+            return None
+        gone |= own
+    if len(gone) == len(every):
+        _report_exception(site.excluded[0], "leaves no site", context)
+        return None
+    names = ", ".join(" ".join(item.span.written.split()) for item in site.excluded)
+    points = {
+        key: tuple(each for each in own if each not in gone) for key, own in targets.points.items()
+    }
+    labels = {
+        key: label if points[key] == targets.points[key] else f"{label} except {names}"
+        for key, label in targets.labels.items()
+    }
+    missing = frozenset(key for key, own in points.items() if not own)
+    return replace(targets, points=points, labels=labels, left_out=len(gone), missing=missing)
+
+
+def _exception(
+    item: ast.Site | ast.AxisRange, site: ast.Site, context: SiteContext
+) -> Callable[[SitePoint], bool] | None:
+    """Return whether a point is one that an exception names; None after an error.
+
+    A number is a value of the site's last axis. A head names this head at any site of heads, and
+    a layer without a component all of the layer.
+    """
+    if isinstance(item, ast.AxisRange):
+        return _numbered_exception(item, site, context)
+    words = {axis.word for axis in item.axes}
+    if words == {"layer"} and not item.names:
+        numbers = resolve_axis(item.axes[0], [SITES["resid_post"]], context)
+        own = None if numbers is None else numbers.choices.get(())
+        if own is None:
+            return None
+        return lambda point: point.layer in own
+    found, axes = _resolve_named_site(item, context)
+    if found is None:
+        return None
+    if axes or found.axes:
+        reason = "isn't the same in all cells"
+        _report_exception(item, reason, context)
+        return None
+    named = set(found.points[()])
+    heads = {
+        (p.layer, p.unit) for p in named if SITES[p.site].unit == "head" and p.unit is not None
+    }
+    of_heads = not item.names or item.names[0].id in context.groups or item.short is not None
+
+    def matches(point: SitePoint) -> bool:
+        if point in named:
+            return True
+        is_head = SITES[point.site].unit == "head"
+        return of_heads and is_head and (point.layer, point.unit) in heads
+
+    return matches
+
+
+def _numbered_exception(
+    item: ast.AxisRange, site: ast.Site, context: SiteContext
+) -> Callable[[SitePoint], bool] | None:
+    """Return the test for values of the site's last axis; None after an error."""
+    axis = site.axes[-1] if site.axes else None
+    if axis is None or axis.word not in ("layer", "head", "neuron", "expert"):
+        _report_exception(item, "is a number, and the site has no axis for it", context)
+        return None
+    low = item.low.value or 0
+    high = low if item.high is None else item.high.value or 0
+    if axis.word == "layer":
+        return lambda point: point.layer is not None and low <= point.layer <= high
+    return lambda point: point.unit is not None and low <= point.unit <= high
+
+
+def exclude_values(
+    found: AxisValues, numbers: Sequence[ast.AxisRange], context: SiteContext
+) -> AxisValues | None:
+    """Leave out coordinates of an axis; None after E0343."""
+    gone: set[int] = set()
+    every = {value for own in found.choices.values() for value in own}
+    for each in numbers:
+        low = each.low.value or 0
+        high = low if each.high is None else each.high.value or 0
+        own = every & set(range(low, high + 1))
+        if not own:
+            _report_exception(each, "names no coordinate of the rule", context)
+            return None
+        gone |= own
+    if gone == every:
+        _report_exception(numbers[0], "leaves no coordinate", context)
+        return None
+    if found.sweep is None:
+        choices = {
+            key: tuple(value for value in own if value not in gone)
+            for key, own in found.choices.items()
+        }
+        return replace(found, choices=choices)
+    kept = [n for n, label in enumerate(found.sweep.labels) if label not in gone]
+    sweep = replace(found.sweep, labels=tuple(found.sweep.labels[n] for n in kept))
+    choices = {
+        (*key[:-1], kept.index(key[-1])): own
+        for key, own in found.choices.items()
+        if key[-1] in kept
+    }
+    return replace(found, choices=choices, sweep=sweep)
+
+
+def _report_exception(item: ast.Site | ast.AxisRange, reason: str, context: SiteContext) -> None:
+    hint = "name sites that the rule writes, such as `except L0H1`"
+    context.diagnostics.append(
+        BadException(span=item.span, text=item.span.written, reason=reason, hint=hint)
+    )
+
+
+def _resolve_named_site(
+    site: ast.Site, context: SiteContext
+) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
+    """Resolve a site without its exceptions."""
     if site.short is not None:
         targets, axes = _resolve_joined(site, (site,), context)
     elif site.ranked is not None:

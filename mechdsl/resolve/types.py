@@ -319,6 +319,10 @@ class SiteTargets(Record):
     """Name of the site in tables: `L2H0.z`."""
     sources: Mapping[AxisIndices, tuple[SitePoint, ...]] | None = None
     """Points that are read, if they differ from the points that are written (`into layer`)."""
+    left_out: int = 0
+    """Number of points that `except` leaves out."""
+    missing: frozenset[AxisIndices] = frozenset()
+    """Keys of which `except` leaves no point."""
 
 
 @record
@@ -602,7 +606,12 @@ class ResolvedRule(Record):
         return self.steps is None or any(first == 0 for first, _ in self.steps.values.values())
 
     def leads(self, at: Mapping[str, int]) -> bool:
-        """Return whether `leads_on` permits a cell with these indices along the axes."""
+        """Return whether `leads_on` and `except` permit a cell with these indices along the
+        axes."""
+        if self.sites is not None and self.sites.missing:
+            key = tuple(at[axis] for axis in self.sites.axes)
+            if key in self.sites.missing:
+                return False
         if not self.does.leads_on or self.beside is None or self.sites is None:
             return True
         own = self.sites.points[tuple(at[axis] for axis in self.sites.axes)]

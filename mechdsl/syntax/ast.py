@@ -314,6 +314,8 @@ class Site(Node):
     short: ShortSite | None = None
     ranked: RankedSelection | None = None
     basis: str | None = None
+    excluded: tuple[Site | AxisRange, ...] = ()
+    """Sites that are left out; numbers are values of the last axis."""
 
     @property
     def bare(self) -> Name | None:
@@ -919,7 +921,7 @@ class For(Node):
 
 @record
 class ControlLine(Node):
-    """`against random(39) apart from top 5 of X, movers`; sites in `apart` are never drawn."""
+    """`against random(39) except top 5 of X, movers`; sites in `apart` are never drawn."""
 
     control: Call
     apart: tuple[Site, ...] = ()

@@ -222,7 +222,14 @@ def format_site(node: ast.Site) -> str:
         )
     if node.basis is not None:
         parts.append(f"in basis {node.basis}")
-    return " ".join([*parts, *map(format_axis, dims)])
+    parts += map(format_axis, dims)
+    if node.excluded:
+        parts.append(f"except {join_items(map(_exception, node.excluded))}")
+    return " ".join(parts)
+
+
+def _exception(node: ast.Site | ast.AxisRange) -> str:
+    return format_site(node) if isinstance(node, ast.Site) else format_axis_value(node)
 
 
 def format_axis(node: ast.Axis) -> str:
@@ -673,7 +680,7 @@ def _statement(node: Any) -> str | None:
         case ast.Keep():
             return f"keep {format_operand(node.condition, CONDITION)}"
         case ast.ControlLine():
-            apart = f" apart from {', '.join(map(format_site, node.apart))}" if node.apart else ""
+            apart = f" except {', '.join(map(format_site, node.apart))}" if node.apart else ""
             return f"against {format_call(node.control)}{apart}"
         case ast.Generate():
             return _generate(node)

@@ -567,7 +567,7 @@ class TreeBuilder(Transformer[Token, Any]):
     def against(self, c: list[Any]) -> ast.ControlLine:
         return ast.ControlLine(_as_call(c[1]), _clauses(c).get("apart", ()), span=_span(c))
 
-    apart_from = _clause("apart", lambda c: tuple(_nodes(c)))
+    except_targets = _clause("apart", lambda c: tuple(_nodes(c)))
 
     def generate(self, c: list[Any]) -> ast.Generate:
         clauses = _clauses(c)
@@ -899,8 +899,16 @@ class TreeBuilder(Transformer[Token, Any]):
             next((child for child in c if isinstance(child, ast.ShortSite)), None),
             next((child for child in c if isinstance(child, ast.RankedSelection)), None),
             _clauses(c).get("basis"),
+            _clauses(c).get("excluded", ()),
             span=_span(c),
         )
+
+    except_sites = _clause("excluded", lambda c: tuple(_nodes(c)))
+
+    def numbers(self, c: list[Any]) -> ast.AxisRange:
+        tokens = [each for each in c if each is not None and each.type == "INT"]
+        low, *high = (ast.Bound(_integer(each), span=_span([each])) for each in tokens)
+        return ast.AxisRange(low, high[0] if high else None, span=_span(c))
 
     flat_site = flat_axes = edge_heads = heads_of = site
     basis = _clause("basis", lambda c: c[2].id)

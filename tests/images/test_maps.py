@@ -386,7 +386,7 @@ def test_no_curves(lines: tuple[str, ...], code: str, said: str, tmp_path: Path)
 
 def test_a_loop_over_experiments_means_nothing_behind_it(tmp_path: Path) -> None:
     rule = "for m in [some, others] { ablate top 1 of m at cls token with zero }"
-    lines = (rule, "against random(2) apart from top 1 of m")
+    lines = (rule, "against random(2) except top 1 of m")
     sweep = "ablate z layer * head * at cls token with zero"
     text = "".join(support.experiment(name, sweep) for name in ("some", "others"))
     write_boxes(tmp_path, "vit")

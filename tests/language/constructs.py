@@ -909,6 +909,16 @@ _rule(
     _BASES,
 )
 _rule(
+    "all sites except some",
+    "ablate layers * heads * except L2H0, top 3 of cie at tokens * with zero",
+    "Leaves out sites: heads, groups, the sites that another experiment ranks highest, whole "
+    "layers (`layer 3`), or values of the last axis (`layer * except 3`, `features * of b except "
+    "12`). A head is left out at any site of heads. Of a sweep, the cells without a site don't "
+    "exist. An exception without effect is an error.",
+    OWN,
+    "tests/rules/test_except.py",
+)
+_rule(
     "a member of a family",
     "add by_layer[layer 1, token -1] to resid_post layer * at last token",
     "Selects directions of a family. Coordinates are numbers or `for` variables "
@@ -1450,12 +1460,12 @@ _onward(
     "tests/onward/test_sites.py",
 )
 _onward(
-    "against random apart from",
-    "patch L0H0 at last token against random(2) apart from L0H1, top 3 of cie",
+    "against random except",
+    "patch L0H0 at last token against random(2) except L0H1, top 3 of cie",
     "Excludes sites, groups, and the sites that another experiment ranks highest from the "
     "random controls.",
     OWN,
-    "tests/controls/test_apart.py",
+    "tests/controls/test_exceptions.py",
 )
 _onward(
     "best of",

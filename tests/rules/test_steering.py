@@ -588,7 +588,7 @@ def test_random_directions_are_as_long(data: Path) -> None:
     assert codes(
         DIRECTION
         + experiment(
-            "e", "add d to resid_post layer 1 at last token", "against random(4) apart from L0H1"
+            "e", "add d to resid_post layer 1 at last token", "against random(4) except L0H1"
         ),
         data,
     ) == ["E0630"]

@@ -185,6 +185,9 @@ scale resid_post layer 3 at last token by 0.5
 project out refusal from resid_post layer * at last token
 project out refusal[best of select] from resid_post layer * at tokens *
 project resid_post layer * at last token onto refusal
+ablate layers * heads * except movers, top 20 of cie, L9H9 at tokens * with mean
+patch resid_post layer * except 3, 5..6 at last token
+ablate feature * of res8 except 3, 7 at tokens * with zero
 patch resid_post layer 3 dims 0..7, 12 at last token
 ablate z layer 1 head * dim * at tokens * with zero
 clamp resid_post layer 3 in basis res8 dim 4 at last token to 5
@@ -287,8 +290,8 @@ for k in 0%..100% step 5% { ablate layer k head * at last token with zero }
 for l in 0..3 { for m in 0..3 { patch layer l, m head 0 at last token } }
 for l in 0..3 { }
 against random(20)
-against random(20) apart from top 5 of cie
-against random(20, layers) apart from movers, L9H9, layer 3 head 1, best of cie
+against random(20) except top 5 of cie
+against random(20, layers) except movers, L9H9, layer 3 head 1, best of cie
 against random
 generate 40
 generate n

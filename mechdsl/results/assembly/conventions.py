@@ -525,6 +525,9 @@ def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
     edges = [rule for rule in every if rule.edge is not None]
     others = [rule for rule in every if rule.edge is None]
     found = _rule_notes(edges, model)
+    left = list(_exceptions(others))
+    if left:
+        found["except"] = "; ".join(left)
     points = {p for rule in plan.rules for p in (*rule.point_table, *rule.source_table)}
     layers = sorted(
         {p.layer for p in points if p.site in ATTENTION_INTERNAL_SITES and p.layer is not None}
@@ -535,6 +538,16 @@ def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
         by_itself = f" (the model uses `{own}`)" if own not in ("", "eager") else ""
         found["attention"] = f"computed explicitly (eager) in {where}{by_itself}"
     return {**found, **_rule_notes(others, model)}
+
+
+def _exceptions(rules: Sequence[ResolvedRule]) -> Iterator[str]:
+    """Describe how many sites `except` leaves out of each rule."""
+    for rule in rules:
+        if rule.sites is None or not rule.sites.left_out or rule.spec.site is None:
+            continue
+        kept = {point for points in rule.sites.points.values() for point in points}
+        said, gone = " ".join(rule.spec.site.span.written.split()), rule.sites.left_out
+        yield f"`{said}`: {gone} of {gone + len(kept)} sites"
 
 
 def _rule_notes(rules: Sequence[ResolvedRule], model: LoadedModel) -> dict[str, str]:

@@ -478,15 +478,19 @@ HINTS: tuple[Hint, ...] = (
     ),
     Hint(r"^against\s+(\w+)\s*$", r"([0-9]+)", "write `against {0}({1})`"),
     Hint(
-        r"^against\b.*\bapart\s*$",
+        r"^against\b.*\bexcept\s*$",
         r"",
-        "name the targets to exclude: `apart from top 5 of X`",
-        "FROM",
+        "name the targets to exclude: `except top 5 of X`",
     ),
     Hint(
         r"^against\b.*\)\s*$",
-        r"(?:without|except|excluding|but)\b",
-        "name the targets to exclude after `apart from`",
+        r"(?:apart(?:\s+from)?|without|excluding|but)\b",
+        "name the targets to exclude after `except`",
+    ),
+    Hint(
+        r"^(?:patch|ablate|set|add|scale|clamp|project|freeze)\b.*[\w*]\s*$",
+        r"(?:apart\s+from|without|excluding|but(?:\s+not)?)\s+(?!error)(\S.*?)\s+at\b",
+        "leave sites out with `except`: `except {0}`",
     ),
     Hint(r"\b(at|onto|from|to|with)\s*$", r"\s*$", "name tokens: `{0} last token`", "TOKEN"),
     Hint(

@@ -659,7 +659,8 @@ def _expected(mistake: Mistake) -> str:
     """Describe the accepted terminals in a few words."""
     left = set(mistake.accepts)
     known = keywords()
-    left -= {"DIM", "DIMS"}  # they may follow every site
+    if {"AT", "DIM", "ARROW"} & left:  # `dims` and `except` may follow every site
+        left -= {"DIM", "DIMS", "EXCEPT"}
     complete = "$END" in left
     if complete:
         left -= {name for name in left if known.get(name, "") in FIRST_WORDS[mistake.kind]}

@@ -1,4 +1,4 @@
-"""`against random(n) apart from …`: what is known to matter is no control."""
+"""`against random(n) except …`: what is known to matter is no control."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_what_is_named_is_never_drawn(written: str) -> None:
     apart = {(0, 1), (1, 2)}
     if "heads" in written:
         apart |= {(0, 2), (1, 1)}
-    for (layer, head), others in units(HEADS, f"against random(20) apart from {written}").items():
+    for (layer, head), others in units(HEADS, f"against random(20) except {written}").items():
         left = {unit for unit in range(4) if unit != head and (layer, unit) not in apart}
         assert others == left
 
 
 def test_what_another_experiment_found_is_never_drawn() -> None:
     """It stands below and runs first; the band is that of explicit experiments on the others."""
-    lines = (*PATCH, "patch L1H1 at last-item token", "against random(9) apart from top 2 of which")
+    lines = (*PATCH, "patch L1H1 at last-item token", "against random(9) except top 2 of which")
     body = "".join(f"  {line}\n" for line in lines)
     text = f"{START}experiment e {{\n  prompts fruit limit 12\n{body}}}\n"
     text += WHICH.replace("limit 6", "limit 12")
@@ -63,7 +63,7 @@ def test_what_another_experiment_found_is_never_drawn() -> None:
     assert band.draws[0] == 2
     assert [band.low[0], band.high[0]] == pytest.approx([values.min(), values.max()], rel=1e-3)
     conventions = results["e"].conventions
-    assert conventions["controls"].endswith("apart from `top 2 of which`")
+    assert conventions["controls"].endswith("except `top 2 of which`")
     assert conventions["top 2 of which"].startswith("L2H0.z (")
     only = mechdsl.run(text, only="e")["e"].control(0)
     assert only is not None
@@ -74,7 +74,7 @@ def test_joined_heads_are_drawn_from_the_others() -> None:
     """Of four heads two are joined and one is left out: pairs of the others, the cell's own among
     them as there is only one other."""
     rule = "ablate layer 0 heads 0, 1 at last token with zero"
-    lines = (*PATCH, rule, "against random(20) apart from L0H3")
+    lines = (*PATCH, rule, "against random(20) except L0H3")
     sets = {
         frozenset(p.unit for p in points) for points in drawn(control("e", check(*lines))).values()
     }
@@ -82,18 +82,18 @@ def test_joined_heads_are_drawn_from_the_others() -> None:
 
 
 def test_layers() -> None:
-    lines = ("patch resid_post layer 0 at last-item token", "against random(9) apart from ")
+    lines = ("patch resid_post layer 0 at last-item token", "against random(9) except ")
     found = check(*PATCH, lines[0], f"{lines[1]}mlp_out layer 2")
     assert {p.layer for (p,) in drawn(control("e", found)).values()} == {1, 3}
     rule = "ablate L1H2 at last-item token with zero"
-    found = check(*PATCH, rule, "against random(9, layers) apart from L3H2, L2H1")
+    found = check(*PATCH, rule, "against random(9, layers) except L3H2, L2H1")
     assert {(p.layer, p.unit) for (p,) in drawn(control("e", found)).values()} == {(0, 2), (2, 2)}
 
 
 def test_neurons() -> None:
     rule = "ablate layer 1 neurons 0..4 at last token with mean"
     last = checked().experiments[0].model.shape.d_mlp - 1
-    apart = f"against random(21) apart from layer 1 neurons 12..{last}, layer 0 neuron 7"
+    apart = f"against random(21) except layer 1 neurons 12..{last}, layer 0 neuron 7"
     found = control("e", check(*PATCH, rule, apart))
     sets = {frozenset(p.unit for p in points) for points in drawn(found).values()}
     assert sets == {frozenset(each) for each in combinations(range(5, 12), 5)}, "all 21 there are"
@@ -123,12 +123,12 @@ def test_it_is_written_in_one_way() -> None:
     text = (
         f"{START}experiment e {{\n  prompts fruit\n  {HEADS} with clean\n"
         "  measure logit(answer) as delta\n"
-        "  against random( 20 )  apart\n from top 25% of which,counters , L1H2,\n"
+        "  against random( 20 )  except\n top 25% of which,counters , L1H2,\n"
         "   layer 3 head 1\n}\n"
     )
     tree, _ = parse(Source(text))
     once = format_file(tree)
-    line = "  against random(20) apart from top 25% of which, counters, L1H2, layer 3 head 1\n"
+    line = "  against random(20) except top 25% of which, counters, L1H2, layer 3 head 1\n"
     assert line in once
     again, _ = parse(Source(once))
     assert format_file(again) == once
@@ -149,10 +149,10 @@ def test_apart_stays_a_name() -> None:
 
 
 def test_explain_says_it(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = (*PATCH, "patch L0H0 at last-item token", "against random(20) apart from counters")
+    lines = (*PATCH, "patch L0H0 at last-item token", "against random(20) except counters")
     print_prompts(check(*lines), visible_console(width=120))
-    shown = capsys.readouterr().out
-    assert "against random(20) apart from counters" in shown
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "none named by a rule; except `counters`" in shown
     assert "draws: L0H2.z, L0H3.z" in shown or "draws: L0H3.z, L0H2.z" in shown
 
 
@@ -161,12 +161,12 @@ def test_what_cannot_be_left_out() -> None:
         return [f"{d.code} {d.span.written}" for d in check(*PATCH, *lines).diagnostics if d.span]
 
     one = "patch L0H0 at last-item token"
-    none_left = "against random(20) apart from layer 0 head *"
+    none_left = "against random(20) except layer 0 head *"
     assert "E0630 random(20)" in codes(one, none_left)
-    layers = "against random(20) apart from resid_post layer 1"
+    layers = "against random(20) except resid_post layer 1"
     assert "E0630 resid_post layer 1" in codes(one, layers)
-    positions = "against random(20, positions) apart from counters"
+    positions = "against random(20, positions) except counters"
     assert "E0630 counters" in codes(one, positions)
-    assert "E0201 top 2 of wich" in codes(one, "against random(20) apart from top 2 of wich")
-    assert "E0210 top 2 of e" in codes(one, "against random(20) apart from top 2 of e")
-    assert "E0302 L9H0" in codes(one, "against random(20) apart from L9H0")
+    assert "E0201 top 2 of wich" in codes(one, "against random(20) except top 2 of wich")
+    assert "E0210 top 2 of e" in codes(one, "against random(20) except top 2 of e")
+    assert "E0302 L9H0" in codes(one, "against random(20) except L9H0")
