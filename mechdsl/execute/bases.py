@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,63 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import load_weights
 from mechdsl.forward.hooks.weight_maps import NoLinearMap, WeightMaps
 from mechdsl.program.basis_methods import BASIS_METHODS, linear_map
-from mechdsl.resolve.types import BasisMember, DrawnBasis
+from mechdsl.program.python_functions import PythonFunction
+from mechdsl.resolve.types import BasisMember, DrawnBasis, PythonBasis
+
+
+@dataclass(frozen=True, eq=False)
+class PythonCoordinates:
+    """Features of a Python object with `encode` and `decode`."""
+
+    encoder: Any
+    size: int
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether features are an affine map of vectors, as far as is known."""
+        return False
+
+    def encode(self, vectors: Tensor, which: Tensor | None) -> Tensor:
+        """Return features: [K, size], or [K, m] of those in `which`."""
+        found = self.encoder.encode(vectors).to(vectors)
+        return found if which is None else found.gather(1, which)
+
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """Return [K, width]: the reconstructions of vectors [K, width]."""
+        return self.encoder.decode(self.encode(vectors, None)).to(vectors)
+
+    def shift(self, vectors: Tensor, change: Tensor, which: Tensor | None) -> Tensor:
+        """Return [K, width]: vectors whose features have changed; the rest of them stays."""
+        now = self.encode(vectors, None)
+        new = now + change if which is None else now.scatter_add(1, which, change)
+        decode = self.encoder.decode
+        return vectors + decode(new).to(vectors) - decode(now).to(vectors)
+
+
+def load_encoder(function: PythonFunction, width: int, size: int) -> PythonCoordinates:
+    """Create the object of a Python file, and check the shapes that it returns.
+
+    Raises:
+        PythonFailure: It can't be created, or doesn't encode and decode vectors.
+    """
+    made = PythonCoordinates(function.call(), size)
+    vectors = torch.linspace(-1, 1, 3 * width).view(3, width)
+    for name, given, shape in (
+        ("encode", vectors, [3, size]),
+        ("decode", torch.zeros(3, size), [3, width]),
+    ):
+        try:
+            with torch.no_grad():
+                found = getattr(made.encoder, name)(given)
+        except Exception as error:
+            reason = f"`{name}` raised {type(error).__name__}: {error}"
+            hint = f"`{name}` must accept a tensor of {list(given.shape)}"
+            raise function.failure(reason, hint, error=error) from error
+        if not isinstance(found, Tensor) or list(found.shape) != shape:
+            own = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            reason = f"`{name}` returned {own} for {list(given.shape)}"
+            raise function.failure(reason, f"it must return a tensor of {shape}")
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +113,8 @@ def compute_system(member: BasisMember, rows: Callable[[], Tensor]) -> Coordinat
     """
     if isinstance(member.operand, DictionaryFile):
         return load_dictionary(member.operand)
+    if isinstance(member.operand, PythonBasis):
+        return load_encoder(member.operand.function, member.width, member.size)
     if member.method == "neurons":
         return StandardBasis(member.size)
     arrays = _BasisArrays(member, rows)

@@ -36,6 +36,7 @@ from mechdsl.models.shape import ModelShape, PaddingSide
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan, read_batches
 from mechdsl.planner.rows import RulePlan, TokenHits
 from mechdsl.program.direction_methods import MethodError, fitted_method, fitted_vector
+from mechdsl.program.python_functions import PythonFailure
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.types import (
@@ -46,6 +47,7 @@ from mechdsl.resolve.types import (
     FitSample,
     FittedBasis,
     FittedVector,
+    PythonBasis,
     RandomVector,
     SavedVector,
     SitePoint,
@@ -282,6 +284,8 @@ class DirectionFits:
                 continue
             try:
                 self._systems[name] = compute_system(member, self._operand(member))
+            except PythonFailure as failed:
+                problems.append(failed.diagnostic)
             except (ValueError, MethodError, np.linalg.LinAlgError) as error:
                 problems.append(
                     EmptyDirection(
@@ -311,7 +315,7 @@ class DirectionFits:
                     return _load_vector(saved)
                 case WeightBasis(site=site, layer=layer):
                     return read_written_weights(self.model, site, layer)
-                case DrawnBasis() | DictionaryFile():
+                case DrawnBasis() | DictionaryFile() | PythonBasis():
                     return torch.zeros(0, member.width, dtype=torch.float64)
 
         return read

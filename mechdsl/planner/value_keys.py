@@ -29,6 +29,7 @@ from mechdsl.resolve.types import (
     FittedVector,
     ItemNumber,
     MetricTerm,
+    PythonBasis,
     RandomVector,
     ResolvedMeasure,
     ResolvedRule,
@@ -539,6 +540,8 @@ class ExperimentKeys:
                 return ["weights", self._model(), operand.site, operand.layer]
             case DictionaryFile():
                 return ["dictionary", operand.digest]
+            case PythonBasis(function=function):
+                return ["python", function.name, function.digest]
             case DrawnBasis():
                 return ["drawn", member.width, operand.draw, operand.seed]
 

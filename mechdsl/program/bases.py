@@ -127,7 +127,7 @@ def _check_arguments(
         for part in walk(argument.value):
             if isinstance(part, ast.Name):
                 scope.has("param", part.id)
-    wanted = {"block": 1, "file": 2, "dictionary": 1}.get(method.takes, 0)
+    wanted = {"block": 1, "file": 2, "dictionary": 1, "python": 1}.get(method.takes, 0)
     fewest = {"tokens": 2, "directions": 1}.get(method.takes)
     enough = len(values) == wanted if fewest is None else len(values) >= fewest
     renamed = {OTHER_OPTIONS.get(each, each) for each in given}

@@ -19,10 +19,12 @@ from mechdsl.syntax.words import name_problem
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
 
-BasisOperand = Literal["block", "directions", "tokens", "file", "weights", "nothing", "dictionary"]
+BasisOperand = Literal[
+    "block", "directions", "tokens", "file", "weights", "nothing", "dictionary", "python"
+]
 """What a method computes the basis from: activations of a prompt set, directions of the file, rows
 of the unembedding, a tensor of a file, a weight matrix of the site's layer, nothing but the width,
-or a dictionary."""
+a dictionary, or a Python file."""
 
 BASIS_OPERANDS: tuple[BasisOperand, ...] = ("block", "tokens", "file", "weights", "nothing")
 """Operands that classes from outside the package can take."""
@@ -382,3 +384,27 @@ class SparseAutoencoder(BasisMethod):
 
     def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
         raise TypeError("the features of a dictionary aren't linear")
+
+
+@basis_method("python")
+class PythonEncoder(BasisMethod):
+    """An object of the user's own with `encode` and `decode`, from a Python file."""
+
+    takes = "python"
+    example = 'python("mp.py:MPSAE", features: 512)'
+    options = ("features",)
+    required = ("features",)
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            return "`features` is a whole number from 1 on", "write `features: 512`"
+        return None
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        return int(options["features"])
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        return operand
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        raise TypeError("the features of a Python object aren't linear")

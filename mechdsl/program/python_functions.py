@@ -44,7 +44,7 @@ def python_mode(allow_python: bool) -> PythonMode:
     return "run" if allow_python else "refuse"
 
 
-FunctionUse = Literal["metric", "reply", "value", "fill", "model"]
+FunctionUse = Literal["metric", "reply", "value", "fill", "model", "basis"]
 """Purpose of a function, which determines its arguments."""
 
 NESTED_CALL_REASON = "it can't be used inside a text or another metric"
@@ -59,6 +59,7 @@ FUNCTION_PARAMETERS: dict[FunctionUse, tuple[str, ...]] = {
     "value": ("row",),
     "fill": ("vectors",),
     "model": (),
+    "basis": (),
 }
 
 TOKENIZER_PARAMETER = "tokenizer"
@@ -460,9 +461,9 @@ class _Refused(Exception):
 
 
 def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
-    shown = "toy.py:build" if use == "model" else "metrics.py:refused"
+    shown = {"model": "toy.py:build", "basis": "mp.py:MPSAE"}.get(use, "metrics.py:refused")
     example = f'write the file and the function: `python("{shown}")`'
-    own = node.arguments[:1] if use == "reply" else node.arguments
+    own = node.arguments[:1] if use in ("reply", "basis") else node.arguments
     value = own[0].value if len(own) == 1 else None
     if not isinstance(value, ast.String) or node.arguments[0].name is not None:
         raise _Missing("it takes one text in quotes", example)
@@ -475,7 +476,7 @@ def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
     if path is None:
         raise _Refused(problems)
     content = _content(path, file)
-    functions = _functions(content, file)
+    functions = _functions(content, file, classes=use == "basis")
     if name not in functions:
         known = name_list(functions)
         hint = did_you_mean(
@@ -503,8 +504,14 @@ def _content(path: Path, file: str) -> bytes:
         raise _Missing(f"`{file}`: {reason}", "name a file that can be read") from None
 
 
-def _functions(content: bytes, file: str) -> dict[str, python.FunctionDef]:
-    """Return the top-level functions of a file by name; of equal names the last one."""
+def _functions(
+    content: bytes, file: str, *, classes: bool = False
+) -> dict[str, python.FunctionDef]:
+    """Return the top-level functions of a file by name; of equal names the last one.
+
+    Args:
+        classes: Whether to include classes, as functions with the arguments of `__init__`.
+    """
     try:
         tree = python.parse(content, filename=file)
     except SyntaxError as error:
@@ -521,6 +528,8 @@ def _functions(content: bytes, file: str) -> dict[str, python.FunctionDef]:
             match statement:
                 case python.FunctionDef(name=name):
                     found[name] = statement
+                case python.ClassDef(name=name) if classes:
+                    found[name] = _creation(statement)
                 case python.If() | python.Try():
                     look([*statement.body, *statement.orelse])
                 case _:
@@ -528,6 +537,19 @@ def _functions(content: bytes, file: str) -> dict[str, python.FunctionDef]:
 
     look(tree.body)
     return found
+
+
+def _creation(statement: python.ClassDef) -> python.FunctionDef:
+    """Return the function that creates an object of a class."""
+    for each in statement.body:
+        if isinstance(each, python.FunctionDef) and each.name == "__init__":
+            each.args.args[:1] = []
+            each.lineno = statement.lineno
+            return each
+    (made,) = python.parse(f"def {statement.name}(): ...").body
+    assert isinstance(made, python.FunctionDef)
+    made.lineno = statement.lineno
+    return made
 
 
 def _tokenizer_as(
@@ -652,6 +674,9 @@ def _uses(
     for model in program.models.values():
         if model.function is not None and model.name not in given:
             yield model.function, "model"
+    for basis in program.bases.values():
+        if basis.method.name == PYTHON_CALL:
+            yield basis.method, "basis"
     for prompts in program.prompts.values():
         for node in prompt_functions(prompts):
             yield node, "value"

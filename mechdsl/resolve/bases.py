@@ -26,6 +26,7 @@ from mechdsl.program.basis_methods import BASIS_METHODS, BasisMethod, basis_size
 from mechdsl.program.direction_methods import MethodError
 from mechdsl.program.directions import fit_rows_of_basis
 from mechdsl.program.paths import DICTIONARY_PATH, SAVED_PATH, path_to_read
+from mechdsl.program.python_functions import find_function
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.resolve.directions import (
     DirectionError,
@@ -45,6 +46,7 @@ from mechdsl.resolve.types import (
     DrawnBasis,
     FittedBasis,
     Intervention,
+    PythonBasis,
     ResolvedRule,
     SavedVector,
     SitePoint,
@@ -271,7 +273,8 @@ def _check_all_features(
     if features is None or not features.plural or rule.verb not in ("add", "set"):
         return
     every = any(isinstance(value, ast.Star) for value in features.values)
-    if every and any(isinstance(each.operand, DictionaryFile) for each in members.values()):
+    overcomplete = DictionaryFile | PythonBasis
+    if every and any(isinstance(each.operand, overcomplete) for each in members.values()):
         raise BasisError(
             features,
             "one number in all features is no vector that the dictionary describes",
@@ -418,7 +421,7 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
         name = f"{definition.name}[{', '.join(said)}]" if said else definition.name
         width = _width(point, work.model.shape)
         what, rows, text = operand
-        independent = not isinstance(what, DictionaryFile)
+        independent = not isinstance(what, DictionaryFile | PythonBasis)
         size = basis_size(method, width, rows, options) if independent else rows
         if not isinstance(size, int):
             raise BasisError(call, *size)
@@ -469,6 +472,8 @@ def _operand(
                 return _weights(call, point, options, work)
             case "dictionary":
                 return _dictionary(call, point, work)
+            case "python":
+                return _python(call, options, work)
             case "nothing":
                 # By the order of definitions: a new name doesn't change the draw.
                 number = list(work.program.bases).index(definition.name)
@@ -560,6 +565,18 @@ def _weights(
     shape = work.model.shape
     rows = shape.d_mlp if site == "mlp_out" else shape.n_heads * shape.d_head
     return WeightBasis(site, point.layer), rows, f"the weights of {site} layer {point.layer}"
+
+
+def _python(
+    call: ast.Call, options: Mapping[str, Constant], work: ExperimentContext
+) -> tuple[BasisOperand, int, str] | None:
+    """Resolve an object of a Python file, whose code isn't run here."""
+    function, problems = find_function(call, "basis")
+    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
+    if function is None:
+        return None
+    text = f"{function.name} of {function.file}, {function.identity}"
+    return PythonBasis(function), int(options["features"]), text
 
 
 def _dictionary(

@@ -10,8 +10,6 @@ from itertools import pairwise
 from math import prod
 from typing import Any, cast
 
-import numpy as np
-
 from mechdsl.base import limits
 from mechdsl.base.text import Percent, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -86,7 +84,11 @@ SUM, LOG_SUM_EXP = "sum", "log_sum_exp"
 
 def _log_add(a: Any, b: Any) -> Any:
     """Return log(exp(a) + exp(b)) of arrays, or of tensors with their gradients."""
-    return np.logaddexp(a, b) if isinstance(a, np.ndarray) else a.logaddexp(b)
+    if hasattr(a, "logaddexp"):
+        return a.logaddexp(b)
+    import numpy as np
+
+    return np.logaddexp(a, b)
 
 
 _COMBINATIONS: Mapping[str, Callable[[Any, Any], Any]] = {

@@ -157,6 +157,14 @@ class SpannedBasis(Record):
     vectors: tuple[DirectionVector, ...]
 
 
+@record
+class PythonBasis(Record):
+    """A basis whose encoder and decoder are an object of a Python file."""
+
+    function: PythonFunction
+    """Creates the object."""
+
+
 BasisOperand: TypeAlias = (
     FittedBasis
     | SpannedBasis
@@ -165,6 +173,7 @@ BasisOperand: TypeAlias = (
     | WeightBasis
     | DrawnBasis
     | DictionaryFile
+    | PythonBasis
 )
 
 
@@ -1008,6 +1017,9 @@ class ResolvedExperiment(Record):
         """Functions of Python files that its results depend on."""
         measured = [atom.python for m in (*self.measures, *self.keep) for atom in m.atoms]
         written = [rule.python for rule in self.every_rule]
+        bases = (rule.basis for rule in self.every_rule if rule.basis is not None)
+        operands = (member.operand for basis in bases for member in basis.members.values())
+        written += [each.function for each in operands if isinstance(each, PythonBasis)]
         own = (each for each in (*measured, *written) if each is not None)
         found = [*self.table.python, *own]
         return tuple(dict.fromkeys(found))

@@ -438,7 +438,12 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "computes numbers from it lists them in its `key`, which is part of the key",
         "beside": "used by observations over all rows and of weights, which aren't stored by row",
     },
-    SiteTargets: {"axes": PLACED, "labels": SHOWN},
+    SiteTargets: {
+        "axes": PLACED,
+        "labels": SHOWN,
+        "left_out": SHOWN,
+        "missing": "its cells don't exist, so they have no rows",
+    },
     PositionTargets: {
         "axes": PLACED,
         "left_out": SHOWN,

@@ -353,6 +353,15 @@ _file(
     "Geiger et al. 2024, arXiv 2303.02536",
 )
 _file(
+    "basis: your own encoder",
+    'basis b = python("functions.py:Wavelets", features: 12) at resid_post layer 1',
+    "The features of an object that a class or function of a Python file creates. `encode` maps "
+    "vectors [K, width] to features, [K, 12], and `decode` maps these to vectors. The code runs "
+    "only with `--allow-python`, and both shapes are checked first. The results store the file's "
+    "hash.",
+    "tests/rules/test_python_bases.py",
+)
+_file(
     "basis: sparse autoencoder",
     'basis b = sae("sae") at resid_post layer 1',
     "The features of a dictionary: a folder of SAELens (standard, top-k, batch top-k, JumpReLU, "
