@@ -183,12 +183,18 @@ class FittedDirections:
     vectors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """[width] float64 each, on the CPU."""
     systems: dict[str, CoordinateSystem] = field(default_factory=dict[str, CoordinateSystem])
-    _modes: dict[tuple[str, str, int, bool], CoordinateWrite] = field(
-        default_factory=dict[tuple[str, str, int, bool], CoordinateWrite]
+    _modes: dict[tuple[str, str, int, bool, bool], CoordinateWrite] = field(
+        default_factory=dict[tuple[str, str, int, bool, bool], CoordinateWrite]
     )
 
     def mode(
-        self, member: BasisMember, operation: CoordinateOperation, count: int, *, joins_units: bool
+        self,
+        member: BasisMember,
+        operation: CoordinateOperation,
+        count: int,
+        *,
+        joins_units: bool,
+        drops_error: bool,
     ) -> CoordinateWrite:
         """Return the mode of writes that change `count` named coordinates (0: all) of a basis.
 
@@ -196,10 +202,12 @@ class FittedDirections:
 
         Args:
             joins_units: As in `CoordinateWrite`.
+            drops_error: As in `CoordinateWrite`.
         """
-        key = member.name, operation, count, joins_units
+        key = member.name, operation, count, joins_units, drops_error
         if key not in self._modes:
-            self._modes[key] = CoordinateWrite(self.systems[member.name], operation, joins_units)
+            system = self.systems[member.name]
+            self._modes[key] = CoordinateWrite(system, operation, joins_units, drops_error)
         return self._modes[key]
 
     def of(self, plan: RulePlan, cells: Ints) -> Tensor:

@@ -121,14 +121,32 @@ def reject_during_in_run(rule: ast.Rule, work: Statements) -> None:
         )
 
 
+def _check_error_dropped(rule: ast.Rule, work: Statements) -> None:
+    """Report E0342 for `without error` in a rule without a basis."""
+    site = getattr(rule.body, "site", None)
+    name = site.basis_name if isinstance(site, ast.Site) else None
+    if name is not None and name != ast.STANDARD_BASIS:
+        return
+    fill = getattr(rule.body, "value", None)
+    is_reconstruction = isinstance(fill, ast.QualifiedRef) and fill.name == "reconstruction"
+    reason = "`without error` applies to rules in a basis"
+    hint = "remove it, or name the basis: `clamp feature 3 of b at last token to 5 without error`"
+    if is_reconstruction:
+        reason, hint = "a reconstruction has no error", "remove `without error`"
+    work.diagnostics.append(BadBasis(span=rule.span, reason=reason, hint=hint))
+
+
 def lower_rules(
     rule: ast.Rule, source: str | None, prompts: spec.Prompts | None, work: Statements
 ) -> tuple[spec.Rule, ...]:
     """Lower a rule; an ablation with several fills becomes one rule per fill."""
     body = rule.body
     during = lower_during(rule, work)
+    if rule.drops_error:
+        _check_error_dropped(rule, work)
     if not isinstance(body, ast.Ablate) or not body.more:
-        return (lower_rule(rule, source, prompts, work).model_copy(update={"during": during}),)
+        changes = {"during": during, "drops_error": rule.drops_error}
+        return (lower_rule(rule, source, prompts, work).model_copy(update=changes),)
     fills = [ast.Fill(body.fill, body.by, span=body.fill.span), *body.more]
     labels = tuple(_label(fill) for fill in fills)
     return tuple(
@@ -137,7 +155,14 @@ def lower_rules(
             source,
             prompts,
             work,
-        ).model_copy(update={"fills": labels, "fill_index": number, "during": during})
+        ).model_copy(
+            update={
+                "fills": labels,
+                "fill_index": number,
+                "during": during,
+                "drops_error": rule.drops_error,
+            }
+        )
         for number, fill in enumerate(fills)
     )
 

@@ -383,6 +383,8 @@ class Rule(Spec):
     observed: ObservedQuantity | None = None
     """observe: the quantity; `source` is the run, if it isn't the one that rules act on."""
     during: During | None = None
+    drops_error: bool = False
+    """In a basis: what it doesn't represent is dropped."""
     """None: every step of a reply."""
     loops: tuple[str, ...] = ()
 

@@ -110,8 +110,10 @@ class CoordinateChange(Intervention):
     reconstruction error of a dictionary.
     """
 
-    def __init__(self, inner: Intervention) -> None:
+    def __init__(self, inner: Intervention, *, drops_error: bool = False) -> None:
         self._inner = inner
+        self.drops_error = drops_error
+        """Whether what the basis doesn't represent is dropped."""
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -138,17 +140,19 @@ class CoordinateChange(Intervention):
     @property
     def keeps_zeros(self) -> bool:
         """Whether it changes nothing where a coordinate is 0 and its new value is 0."""
-        return self.operation in ("set", "scale") and self.reads != "cell"
+        changes = self.drops_error or self.reads == "cell"
+        return self.operation in ("set", "scale") and not changes
 
     @property
     def identity(self) -> tuple[object, ...]:
-        return type(self), *self._inner.identity
+        return type(self), self.drops_error, *self._inner.identity
 
     def key(self, rule: ResolvedRule) -> Hashable:
-        return self._inner.mode, self._inner.key(rule)
+        return self._inner.mode, self.drops_error, self._inner.key(rule)
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
-        return self._inner.unchanged(amounts)
+        found = self._inner.unchanged(amounts)
+        return found & False if self.drops_error else found
 
     def detail(self, rule: ResolvedRule) -> str | None:
         assert rule.basis is not None
@@ -162,7 +166,8 @@ class CoordinateChange(Intervention):
         yield Convention(
             "basis",
             "rules in a basis change the named coordinates of the current vector; the rest of the "
-            "vector stays",
+            "vector stays"
+            + (", except the reconstruction error, which is dropped" if self.drops_error else ""),
         )
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
@@ -170,9 +175,9 @@ class CoordinateChange(Intervention):
 
 
 @cache
-def change_coordinates(inner: Intervention) -> CoordinateChange:
+def change_coordinates(inner: Intervention, *, drops_error: bool = False) -> CoordinateChange:
     """Return the intervention on coordinates that corresponds to one on vectors."""
-    return CoordinateChange(inner)
+    return CoordinateChange(inner, drops_error=drops_error)
 
 
 def resolve_rule(
@@ -229,7 +234,7 @@ def resolve_rule(
     return replace(
         found,
         spec=rule,
-        does=change_coordinates(found.does),
+        does=change_coordinates(found.does, drops_error=rule.drops_error),
         sites=replace(found.sites, labels=labels),
         basis=BasisTargets(name, members, axes, coordinates),
     )

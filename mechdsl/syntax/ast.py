@@ -881,6 +881,8 @@ class During(Node):
 class Rule(Node):
     body: RuleBody
     during: During | None = None
+    drops_error: bool = False
+    """`without error`: what the basis doesn't represent is dropped."""
 
 
 @record

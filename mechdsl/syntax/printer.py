@@ -576,9 +576,9 @@ def _change(node: ast.ChangeLine) -> str:
 def _rule(node: Any) -> str | None:
     match node:
         case ast.Rule():
-            return format_line(node.body) + (
-                "" if node.during is None else f" {_during(node.during)}"
-            )
+            error = " without error" if node.drops_error else ""
+            during = "" if node.during is None else f" {_during(node.during)}"
+            return f"{format_line(node.body)}{error}{during}"
         case ast.Patch():
             return (
                 f"patch {format_site(node.site)} at {format_positions(node.at)}"

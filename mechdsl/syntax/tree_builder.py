@@ -762,7 +762,10 @@ class TreeBuilder(Transformer[Token, Any]):
     # --- rules ---------------------------------------------------------------------------------
 
     def rule(self, c: list[Any]) -> ast.Rule:
-        return ast.Rule(c[0], c[1] if len(c) > 1 else None, span=_span(c))
+        during = next((child for child in c if isinstance(child, ast.During)), None)
+        return ast.Rule(c[0], during, "error" in _clauses(c), span=_span(c))
+
+    without_error = _clause("error", lambda _: True)
 
     def during(self, c: list[Any]) -> ast.During:
         if isinstance(c[-1], ast.Star | ast.AxisRange):

@@ -910,6 +910,14 @@ _rule(
     _BASES,
 )
 _rule(
+    "without the reconstruction error",
+    "clamp feature 0 of axes at last token to 5 without error",
+    "Replaces the vector by what the basis represents with the changed coordinates: decode(f′). "
+    "Without these words, the rest of the vector stays.",
+    OWN,
+    "tests/rules/test_dictionaries.py",
+)
+_rule(
     "numbers of a vector",
     "scale resid_post layer 2 dims 0..7 at last token by 0",
     "Changes numbers of the vectors, `dims` together and `dim` in one run each, along the axis "

@@ -119,10 +119,11 @@ Change = Callable[[Tensor], Tensor]
 """Of current features, the new ones."""
 
 
-def moved(of: Reference, change: Change) -> Callable[[Tensor], Tensor]:
+def moved(of: Reference, change: Change, *, keeps_error: bool = True) -> Callable[[Tensor], Tensor]:
     def act(x: Tensor) -> Tensor:
         features = of.encode(x)
-        return x + of.decode(change(features), x) - of.decode(features, x)
+        new = of.decode(change(features), x)
+        return x + new - of.decode(features, x) if keeps_error else new
 
     return act
 
@@ -142,6 +143,7 @@ class Case:
     change: Callable[..., Change]
     """Of the model, the dictionary, the row, and the coordinates of the cell."""
     at: str = "last token"
+    keeps_error: bool = True
 
 
 def source(name: str, of: Reference, n: int) -> Tensor:
@@ -188,6 +190,35 @@ CASES: dict[str, Case] = {
         lambda name, of, n, i: lambda f: replaced(f, [i], 3.0),
         "tokens *",
     ),
+    "with error": Case(
+        "clamp features 1..3 of f at tokens * to 2",
+        (),
+        [()],
+        lambda name, of, n: lambda f: replaced(f, [1, 2, 3], 2.0),
+        "tokens *",
+    ),
+    "without error": Case(
+        "clamp features 1..3 of f at tokens * to 2 without error",
+        (),
+        [()],
+        lambda name, of, n: lambda f: replaced(f, [1, 2, 3], 2.0),
+        "tokens *",
+        keeps_error=False,
+    ),
+    "nothing but the error": Case(
+        "scale features * of f at last token by 1 without error",
+        (),
+        [()],
+        lambda name, of, n: lambda f: f,
+        keeps_error=False,
+    ),
+    "each feature without error": Case(
+        "from other into clean  patch feature 0..3 of f at last token without error",
+        ("feature",),
+        EVERY[:4],
+        lambda name, of, n, i: lambda f: replaced(f, [i], source(name, of, n)),
+        keeps_error=False,
+    ),
     "add": Case(
         "for c in [-2, 0.5, 4] { add c to features 3..4 of f at last token }",
         ("c",),
@@ -218,7 +249,8 @@ def test_rules_on_features(family: str, architecture: str, mode: str, data: Path
     for key, case in CASES.items():
 
         def changes(n: int, *cell: Coord, case: Case = case) -> list[Changes]:
-            act = moved(of, case.change(family, of, n, *cell))
+            change = case.change(family, of, n, *cell)
+            act = moved(of, change, keeps_error=case.keeps_error)
             at = tokens(rows()[n], case.at)
             return [([Write("resid_post", LAYER, act, position) for position in at], ())]
 
@@ -258,6 +290,10 @@ def test_a_reconstruction_drops_the_error(architecture: str, mode: str, data: Pa
         ("set features 0..1 of f at last token to reconstruction of f", "E0342"),
         ("add 2 to features * of f at last token", "E0342"),
         ("using gradient  patch feature 0 of f at last token", "E0608"),
+        ("patch resid_post layer 1 at last token without error", "E0342"),
+        ("ablate resid_post layer 1 dims 0..3 at last token with zero without error", "E0342"),
+        ("set resid_post layer 1 at last token to reconstruction of f without error", "E0342"),
+        ("patch feature 0 of f at last token without", "E0101"),
     ],
 )
 def test_mistakes_with_features(line: str, code: str, data: Path) -> None:

@@ -185,6 +185,8 @@ scale resid_post layer 3 at last token by 0.5
 project out refusal from resid_post layer * at last token
 project out refusal[best of select] from resid_post layer * at tokens *
 project resid_post layer * at last token onto refusal
+clamp feature 12 of res8 at last token to 5 without error
+clamp feature 12 of res8 at last token to 5 without error during prefill
 ablate layers * heads * except movers, top 20 of cie, L9H9 at tokens * with mean
 patch resid_post layer * except 3, 5..6 at last token
 ablate feature * of res8 except 3, 7 at tokens * with zero

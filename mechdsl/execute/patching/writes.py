@@ -404,7 +404,11 @@ def _write_coordinates(
         if values.shape[1] > 1 and values.stride(1) == 0:  # one number for all coordinates
             values = values[:, :1]
         mode = asked.means_and_donors.directions.mode(
-            members[number], does.operation, count, joins_units=asked.joins_units
+            members[number],
+            does.operation,
+            count,
+            joins_units=asked.joins_units,
+            drops_error=does.drops_error,
         )
         row, position, unit = (each[own] for each in spots)
         yield RuleWrite(row, position, unit, values, mode, which, plan.number)

@@ -146,6 +146,8 @@ class CoordinateWrite:
     operation: CoordinateOperation
     joins_units: bool = False
     """Whether the vectors are those of all heads or neurons of a site, one after the other."""
+    drops_error: bool = False
+    """Whether what the basis doesn't represent is dropped."""
 
     def apply(self, now: Tensor, values: Tensor, which: Tensor | None) -> Tensor:
         """Return [K, width]: the new vectors, in the precision of `now`.
@@ -180,4 +182,7 @@ class CoordinateWrite:
                 change = values.expand_as(current)
             case "scale":
                 change = (values - 1) * current
-        return self.system.shift(wide, change, which).to(now)
+        found = self.system.shift(wide, change, which)
+        if self.drops_error:
+            found = found - (wide - self.system.reconstruct(wide))
+        return found.to(now)

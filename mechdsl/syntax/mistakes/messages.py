@@ -664,7 +664,7 @@ def _expected(mistake: Mistake) -> str:
     complete = "$END" in left
     if complete:
         left -= {name for name in left if known.get(name, "") in FIRST_WORDS[mistake.kind]}
-        left -= {"$END", "DEF"}
+        left -= {"$END", "DEF", "WITHOUT"}
     texts: list[str] = []
     for text, group in _GROUPS:
         core = group - {"NOT", "IF", "TOP", "BEST"}
