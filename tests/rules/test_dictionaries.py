@@ -262,6 +262,27 @@ def test_rules_on_features(family: str, architecture: str, mode: str, data: Path
 
 
 @pytest.mark.parametrize("mode", MANY)
+def test_one_rule_keeps_the_error_and_another_drops_it(mode: str, data: Path) -> None:
+    width = plain("llama", rows()[0])["resid_post", LAYER].shape[-1]
+    of = make(data, "standard", width)
+    rules = "clamp feature 1 of f at cue token to 2  clamp feature 1 of f at last token to 2"
+    text = f'basis f = sae("sae") at resid_post layer {LAYER}\n'
+    text += experiment("e", f"{rules} without error")
+
+    def changes(n: int) -> list[Changes]:
+        def change(features: Tensor) -> Tensor:
+            return replaced(features, [1], 2.0)
+
+        (cue,), last = tokens(rows()[n], "cue token"), rows()[n].last
+        kept, dropped = (moved(of, change, keeps_error=keeps) for keeps in (True, False))
+        first = Write("resid_post", LAYER, kept, cue)
+        return [([first, Write("resid_post", LAYER, dropped, last)], ())]
+
+    expected = worked_out("llama", [()], changes, rows(), records())
+    agree(run_file(text, data, "llama", mode)["e"], (), expected, unpatched("llama"), most=False)
+
+
+@pytest.mark.parametrize("mode", MANY)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_reconstruction_drops_the_error(architecture: str, mode: str, data: Path) -> None:
     width = plain("llama", rows()[0])["resid_post", LAYER].shape[-1]

@@ -11,12 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from mechdsl.base.source import Source
+from mechdsl.execute.run_record import ExecutionProfile
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.resolve.cells import Coord
 
-from ..execute.support import MODES
+from ..execute.support import MODES, by_name, run_on, shared
 from ..quick import in_turn
 from ..reference.forward import Changes, Write
+from .models import bare
 from .support import (
+    BLOCKS,
     agree,
     codes,
     experiment,
@@ -189,8 +194,14 @@ def test_what_another_experiment_ranks_is_left_out(data: Path) -> None:
 
 
 def test_a_sweep_has_only_the_other_cells(data: Path) -> None:
-    text = GROUPS + experiment("e", f"{SOURCE}patch layer * head * except circuit at {LAST}")
-    found = run_file(text, data, "gpt2", "planned")["e"]
+    """Rows of the others aren't run either."""
+    profiles: list[ExecutionProfile] = []
+    options = RunOptions(on_profile=lambda _, profile: profiles.append(profile))
+    text = experiment("e", f"{SOURCE}patch layer * head * except circuit at {LAST}")
+    whole = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{GROUPS}{text}'
+    source = Source(whole, data / "file.mech")
+    found = by_name(*run_on(source, {"m": shared(bare("gpt2"))}, options))["e"]
+    assert sum(profile.rows for profile in profiles) == 9 * len(rows())
     cells = [(cell.coords["layer"], cell.coords["head"]) for cell in found.cells]
     assert cells == [(layer, head) for _, layer, head in heads(CIRCUIT)]
 
