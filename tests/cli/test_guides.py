@@ -45,6 +45,7 @@ METHODS = [
     "Ablations",
     "Transplant",
     "Induction heads",
+    "Faithfulness of a circuit",
     "Checkpoints",
     "Controls",
     "Check experiments in CI",

@@ -163,17 +163,6 @@ DIFFERENT: dict[str, list[str]] = {
         one("patch resid_post layer 1 at subject token", 'measure prob("w3") as raw'),
         one("patch resid_post layer 1 at subject token", 'measure logprob("w3 w9") as raw'),
         one("patch resid_post layer 1 at subject token", 'measure logprob("w9 w3") as raw'),
-        *(
-            one("patch resid_post layer 1 at subject token", f"measure {texts} as raw")
-            for texts in (
-                'prob("w9 w3")',
-                'correct("w9 w3")',
-                'prob("w3", "w9 w3")',
-                'prob("w3", "w9 w5")',
-                'prob("w3", "w9 w5", "w5 w9")',
-                'logprob("w3", "w9 w3")',
-            )
-        ),
         one("patch resid_post layer 1 at subject token", f"{PROB[:20]} at subject token as raw"),
         *(
             one("patch resid_post layer 1 at subject token", f"measure {a} {sign} {b} * {c} as raw")
@@ -191,6 +180,17 @@ DIFFERENT: dict[str, list[str]] = {
             "measure cosine(L2.resid, other) at subject token as raw",
         ),
         one("patch resid_post layer 1 at subject token", "measure loss as raw"),
+        *(
+            one("patch resid_post layer 1 at subject token", f"measure {texts} as raw")
+            for texts in (
+                'prob("w9 w3")',
+                'correct("w9 w3")',
+                'prob("w3", "w9 w3")',
+                'prob("w3", "w9 w5")',
+                'prob("w3", "w9 w5", "w5 w9")',
+                'logprob("w3", "w9 w3")',
+            )
+        ),
     ],
     "estimates": [
         PATCH,
@@ -213,8 +213,8 @@ DIFFERENT: dict[str, list[str]] = {
     ],
     "which rows": [
         ablated("mean"),
-        ablated("mean", "keep prob(answer) > prob(wrong)"),
-        ablated("resample", "keep prob(answer) > prob(wrong)"),
+        ablated("mean", 'keep prob("w3") > prob("w5")'),
+        ablated("resample", 'keep prob("w3") > prob("w5")'),
     ],
     "noise": [
         one("patch resid_post layer 1 at subject token", ends="from clean into noised"),
