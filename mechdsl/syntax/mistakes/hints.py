@@ -577,6 +577,18 @@ HINTS: tuple[Hint, ...] = (
     ),
     Hint(r"^for\b", r"by\b", "write `step`: `for k in 0%..100% step 5%`", "STEP"),
     Hint(
+        r"^report\s+(\w+)\s+of\s+(\w+)\s*$",
+        r"(?:by\s+)?(\w+)\b(?!\s+by\b)",
+        "write the axis first: `report {0} {2} of {1}`",
+        "TO",
+    ),
+    Hint(
+        r"^report\s+(\w+)\s+(?:of\s+)?(\w+)\s*$",
+        r"(\w+)\s+by\s+(\w+)",
+        "write the axes first: `report {0} {2} by {3} of {1}`",
+        "TO",
+    ),
+    Hint(
         r"^report\s+(\w+)\s+(\w+)\s+$",
         r"(?:over\s+|per\s+|on\s+)?(?!top\b|to\b|by\b|x\b|vs\b|against\b|and\b)([a-z_]\w*)",
         "write `report {0} {1} by {2}`",
