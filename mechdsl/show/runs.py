@@ -122,6 +122,8 @@ def print_verdict_comparison(against: VerdictComparison, console: Console) -> No
 
 
 def _count_text(against: VerdictComparison) -> str:
+    if not against.unchanged and not against.changes:
+        return "nothing to compare, no file has expectations; `mechdsl diff` compares cells"
     hold = "holds" if against.unchanged == 1 else "hold"
     said = [f"{count_noun(against.unchanged, 'expectation')} {hold} as before"]
     for kind in CHANGE_TYPES:

@@ -136,6 +136,13 @@ def test_other_experiments_are_not_gone(command: Command) -> None:
     assert comparison(done.out) == "against kept/a: 1 expectation holds as before\n"
 
 
+def test_files_without_expectations_have_nothing_to_compare(command: Command) -> None:
+    assert command("run", file("plain.mech"), "--out", "kept").status == 0
+    done = command("run", "plain.mech", "--against", "kept/plain")
+    said = "nothing to compare, no file has expectations; `mechdsl diff` compares cells"
+    assert comparison(done.out) == f"against kept/plain: {said}\n"
+
+
 def test_several_files(command: Command) -> None:
     """Each against its own run in a folder of exports; one that has none is new."""
     file("b.mech", HELD)
