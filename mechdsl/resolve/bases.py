@@ -36,7 +36,14 @@ from mechdsl.resolve.directions import (
     resolve_named_family,
     resolve_samples,
 )
-from mechdsl.resolve.sites import ExperimentContext, exclude_values, resolve_axis, resolve_site
+from mechdsl.resolve.sites import (
+    ExperimentContext,
+    exclude_values,
+    number_exceptions,
+    read_exceptions,
+    resolve_axis,
+    resolve_site,
+)
 from mechdsl.resolve.types import (
     BasisMember,
     BasisOperand,
@@ -200,7 +207,7 @@ def resolve_rule(
     assert rule.site is not None
     before = len(work.diagnostics)
     features = rule.site.coordinates
-    site = _written_site(rule.site, definition)
+    site = _written_site(rule.site, definition, work)
     found = resolve(rule.model_copy(update={"site": site}), work)
     if found is None or found.sites is None or has_errors(work.diagnostics[before:]):
         return None
@@ -228,7 +235,7 @@ def resolve_rule(
         return None
     within = "" if is_standard else f" in {name}"
     if features is not None and all(axis in work.loops for axis in axes):
-        own = f" {' '.join(features.span.written.split())}"
+        own = f" {_coordinate_names(rule.site, features, work)}"
         within = own if features.of is not None else within + own
     labels = {key: f"{label}{within}" for key, label in found.sites.labels.items()}
     return replace(
@@ -240,12 +247,22 @@ def resolve_rule(
     )
 
 
-def _written_site(site: ast.Site, definition: spec.Basis | None) -> ast.Site:
+def _coordinate_names(site: ast.Site, features: ast.Axis, work: ExperimentContext) -> str:
+    """Return the joined coordinates as written: `dims 0..7 except 3`."""
+    own = " ".join(features.span.written.split())
+    numbers = ", ".join(each.span.written for each in number_exceptions(site, work.sites))
+    return f"{own} except {numbers}" if numbers else own
+
+
+def _written_site(
+    site: ast.Site, definition: spec.Basis | None, work: ExperimentContext
+) -> ast.Site:
     """Return the site without coordinates; that of the basis if only these are named."""
     axes = tuple(axis for axis in site.axes if axis is not site.coordinates)
-    excluded = tuple(each for each in site.excluded if isinstance(each, ast.Site))
+    read = read_exceptions(site, work.sites)
+    excluded = tuple(each for each in read if isinstance(each, ast.Site))
     if definition and not (site.names or axes or site.short or site.ranked):
-        return replace(definition.site, excluded=excluded)
+        return replace(definition.site, excluded=(*definition.site.excluded, *excluded))
     own = excluded if site.coordinates is not None else site.excluded
     return replace(site, basis=None, axes=axes, excluded=own)
 
@@ -300,7 +317,7 @@ def _coordinates(
     sizes = sorted({member.size for member in members.values()})
     found = resolve_axis(features, [], work.sites, size=sizes[0])
     assert rule.site is not None
-    numbers = [each for each in rule.site.excluded if isinstance(each, ast.AxisRange)]
+    numbers = number_exceptions(rule.site, work.sites)
     if found is not None and numbers:
         found = exclude_values(found, numbers, work.sites)
     if found is None:
@@ -411,6 +428,8 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
     options = _options(call, method, work)
     found: dict[SitePoint, BasisMember] = {}
     for key, here in sites.points.items():
+        if key in sites.missing:
+            continue
         if len(here) != 1:
             raise BasisError(
                 definition.site,

@@ -346,7 +346,8 @@ def _cells(experiment: ResolvedExperiment) -> Iterator[AxisIndices]:
             [each.points[tuple(at[name] for name in each.axes)] for each in pair if each]
             for pair in paths
         ]
-        if experiment.has(index) and all(select_reached(*pair, parallel=parallel) for pair in ends):
+        exists = experiment.has(index) and all(rule.leads(at) for rule in experiment.rules)
+        if exists and all(select_reached(*pair, parallel=parallel) for pair in ends):
             yield index
 
 

@@ -667,38 +667,95 @@ def resolve_site(
     return remaining, () if remaining is None else axes
 
 
+@dataclass(frozen=True)
+class _Exception:
+    """Test for the points that one item of `except` names, for every value of its loops."""
+
+    loops: tuple[str, ...]
+    matches: Mapping[AxisIndices, Callable[[SitePoint], bool]]
+    is_open: bool = False
+    """Whether the named points are still placeholders, because a pick hasn't run or the model
+    isn't available."""
+    is_pick: bool = False
+    """Whether the named points depend on the results of another experiment."""
+
+    def gone(self, points: Collection[SitePoint], at: Mapping[str, int]) -> set[SitePoint]:
+        """Return the named ones of the points, at these indices along the loops."""
+        matches = self.matches[tuple(at[name] for name in self.loops)]
+        return {point for point in points if matches(point)}
+
+
+def read_exceptions(site: ast.Site, context: SiteContext) -> tuple[ast.Site | ast.AxisRange, ...]:
+    """Return what `except` names; the name of a `for` variable or of a `param` is a number."""
+
+    def read(item: ast.Site | ast.AxisRange) -> ast.Site | ast.AxisRange:
+        if isinstance(item, ast.AxisRange) or len(item.names) != 1 or item.axes:
+            return item
+        name = item.names[0].id
+        if name in context.groups or name not in {*context.loops, *context.parameters}:
+            return item
+        return ast.AxisRange(ast.Bound(name=name, span=item.span), span=item.span)
+
+    return tuple(map(read, site.excluded))
+
+
+def number_exceptions(site: ast.Site, context: SiteContext) -> list[ast.AxisRange]:
+    """Return the numbers that `except` names."""
+    return [each for each in read_exceptions(site, context) if isinstance(each, ast.AxisRange)]
+
+
 def _leave_out(targets: SiteTargets, site: ast.Site, context: SiteContext) -> SiteTargets | None:
     """Leave out the points that `except` names; reports E0343 for an exception without effect."""
-    gone: set[SitePoint] = set()
-    every = list(dict.fromkeys(point for points in targets.points.values() for point in points))
-    for item in site.excluded:
-        matches = _exception(item, site, context)
-        if matches is None:
+    exceptions: list[tuple[ast.Site | ast.AxisRange, _Exception]] = []
+    for item in read_exceptions(site, context):
+        found = _exception(item, site, context)
+        if found is None:
             return None
-        own = {point for point in every if matches(point)}
-        if not own:
-            _report_exception(item, "names no site of the rule", context)
-            return None
-        gone |= own
-    if len(gone) == len(every):
+        exceptions.append((item, found))
+    named = {name for _, each in exceptions for name in each.loops}
+    loops = tuple(name for name in context.loops if name in named and name not in targets.axes)
+    axes = (*targets.axes, *loops)
+    every = {point for points in targets.points.values() for point in points}
+    written = ", ".join(" ".join(item.span.written.split()) for item in site.excluded)
+    points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+    labels: dict[AxisIndices, str] = {}
+    counts: set[int] = set()
+    for inner, values in context.combinations(named):
+        chosen = dict(zip((name for name in context.loops if name in named), inner, strict=True))
+        gone: set[SitePoint] = set()
+        for item, each in exceptions:
+            own = each.gone(every, chosen)
+            if not own and not (each.is_open or each.is_pick):
+                _report_exception(item, f"names no site of the rule{loop_hint(values)}", context)
+                return None
+            gone |= own
+        counts.add(len(gone))
+        for key, own in targets.points.items():
+            at = dict(zip(targets.axes, key, strict=True))
+            if any(at.get(name, index) != index for name, index in chosen.items()):
+                continue
+            full = (*key, *(chosen[name] for name in loops))
+            kept = tuple(point for point in own if point not in gone)
+            if not kept and any(each.is_open for _, each in exceptions):
+                kept = own  # placeholders must not remove a cell
+            points[full] = kept
+            same = kept == own or not kept
+            labels[full] = (
+                targets.labels[key] if same else f"{targets.labels[key]} except {written}"
+            )
+    if not any(points.values()):
         _report_exception(site.excluded[0], "leaves no site", context)
         return None
-    names = ", ".join(" ".join(item.span.written.split()) for item in site.excluded)
-    points = {
-        key: tuple(each for each in own if each not in gone) for key, own in targets.points.items()
-    }
-    labels = {
-        key: label if points[key] == targets.points[key] else f"{label} except {names}"
-        for key, label in targets.labels.items()
-    }
+    least, most = min(counts), max(counts)
+    said = f"{least} of {len(every)}" if least == most else f"{least} to {most} of {len(every)}"
     missing = frozenset(key for key, own in points.items() if not own)
-    return replace(targets, points=points, labels=labels, left_out=len(gone), missing=missing)
+    return SiteTargets(axes, points, labels, left_out=said, missing=missing)
 
 
 def _exception(
     item: ast.Site | ast.AxisRange, site: ast.Site, context: SiteContext
-) -> Callable[[SitePoint], bool] | None:
-    """Return whether a point is one that an exception names; None after an error.
+) -> _Exception | None:
+    """Resolve an item of `except`; None after an error.
 
     A number is a value of the site's last axis. A head names this head at any site of heads, and
     a layer without a component all of the layer.
@@ -706,84 +763,158 @@ def _exception(
     if isinstance(item, ast.AxisRange):
         return _numbered_exception(item, site, context)
     words = {axis.word for axis in item.axes}
+    shape = context.shape
     if words == {"layer"} and not item.names:
         numbers = resolve_axis(item.axes[0], [SITES["resid_post"]], context)
-        own = None if numbers is None else numbers.choices.get(())
-        if own is None:
+        if numbers is None:
             return None
-        return lambda point: point.layer in own
+        if numbers.sweep is None:
+            layers = {
+                key: lambda point, own=own: point.layer in own
+                for key, own in numbers.choices.items()
+            }
+            return _Exception(numbers.loops, layers, is_open=shape.stands_in)
     found, axes = _resolve_named_site(item, context)
     if found is None:
         return None
-    if axes or found.axes:
-        reason = "isn't the same in all cells"
-        _report_exception(item, reason, context)
+    if axes:
+        _report_exception(item, "is a sweep", context, hint="write the plural: `heads *`")
         return None
-    named = set(found.points[()])
+    group = context.groups.get(item.names[0].id) if len(item.names) == 1 else None
+    members = (item,) if group is None else group.sites
+    picks = [each.ranked for each in members if each.ranked is not None]
+    of_heads = not item.names or group is not None or item.short is not None
+    matches = {
+        key: _match_points(frozenset(points), shape, of_heads=of_heads)
+        for key, points in found.points.items()
+    }
+    is_open = shape.stands_in or bool(picks and context.onward.stand_ins)
+    return _Exception(found.axes, matches, is_open=is_open, is_pick=bool(picks))
+
+
+def _match_points(
+    named: frozenset[SitePoint], shape: ModelShape, *, of_heads: bool
+) -> Callable[[SitePoint], bool]:
+    """Return the test for named points.
+
+    Args:
+        of_heads: Whether a head stands for itself at any site of heads, and for the keys and
+            values that it reads.
+    """
     heads = {
         (p.layer, p.unit) for p in named if SITES[p.site].unit == "head" and p.unit is not None
     }
-    of_heads = not item.names or item.names[0].id in context.groups or item.short is not None
 
     def matches(point: SitePoint) -> bool:
-        if point in named:
-            return True
-        is_head = SITES[point.site].unit == "head"
-        return of_heads and is_head and (point.layer, point.unit) in heads
+        if point in named or not of_heads or point.unit is None:
+            return point in named
+        match SITES[point.site].unit:
+            case "head":
+                return (point.layer, point.unit) in heads
+            case "kv_head":
+                size = unit_count(shape, "q", point.layer)
+                size //= unit_count(shape, point.site, point.layer)
+                first = point.unit * size
+                return any((point.layer, unit) in heads for unit in range(first, first + size))
+            case _:
+                return False
 
     return matches
 
 
 def _numbered_exception(
     item: ast.AxisRange, site: ast.Site, context: SiteContext
-) -> Callable[[SitePoint], bool] | None:
-    """Return the test for values of the site's last axis; None after an error."""
+) -> _Exception | None:
+    """Resolve values of the site's last axis; None after an error."""
     axis = site.axes[-1] if site.axes else None
     if axis is None or axis.word not in ("layer", "head", "neuron", "expert"):
         _report_exception(item, "is a number, and the site has no axis for it", context)
         return None
-    low = item.low.value or 0
-    high = low if item.high is None else item.high.value or 0
-    if axis.word == "layer":
-        return lambda point: point.layer is not None and low <= point.layer <= high
-    return lambda point: point.unit is not None and low <= point.unit <= high
+    ranges = _number_ranges(item, context)
+    if ranges is None:
+        return None
+    loops, choices = ranges
+    by_layer = axis.word == "layer"
+    matches = {
+        key: lambda point, own=own: (point.layer if by_layer else point.unit) in own
+        for key, own in choices.items()
+    }
+    return _Exception(loops, matches, is_open=context.shape.stands_in)
+
+
+def _number_ranges(
+    item: ast.AxisRange, context: SiteContext
+) -> tuple[tuple[str, ...], dict[AxisIndices, range]] | None:
+    """Return the numbers of a range for every value of the loop that it names.
+
+    None after E0343.
+    """
+    loops = tuple(name for name in context.loops if name == item.low.name)
+    found: dict[AxisIndices, range] = {}
+    for key, values in context.combinations(loops):
+        name = item.low.name
+        low = item.low.value if name is None else {**context.parameters, **values}.get(name)
+        if not isinstance(low, int):
+            _report_exception(item, f"is `{low}`, not a number", context)
+            return None
+        high = low if item.high is None else item.high.value or 0
+        found[key] = range(low, high + 1)
+    return loops, found
 
 
 def exclude_values(
     found: AxisValues, numbers: Sequence[ast.AxisRange], context: SiteContext
 ) -> AxisValues | None:
     """Leave out coordinates of an axis; None after E0343."""
-    gone: set[int] = set()
-    every = {value for own in found.choices.values() for value in own}
+    read: list[tuple[tuple[str, ...], dict[AxisIndices, range]]] = []
     for each in numbers:
-        low = each.low.value or 0
-        high = low if each.high is None else each.high.value or 0
-        own = every & set(range(low, high + 1))
-        if not own:
-            _report_exception(each, "names no coordinate of the rule", context)
+        ranges = _number_ranges(each, context)
+        if ranges is None:
             return None
-        gone |= own
-    if gone == every:
-        _report_exception(numbers[0], "leaves no coordinate", context)
-        return None
+        if found.sweep is not None and ranges[0]:
+            reason = "differs by cell, and the rule sweeps its coordinates"
+            _report_exception(each, reason, context, hint="join the coordinates with the plural")
+            return None
+        read.append(ranges)
+    named = {*found.loops, *(name for loops, _ in read for name in loops)}
+    loops = tuple(name for name in context.loops if name in named)
+    choices: dict[AxisIndices, tuple[int, ...]] = {}
+    for key, values in context.combinations(loops):
+        at = dict(zip(loops, key, strict=True))
+        first = tuple(at[name] for name in found.loops)
+        own = {k: chosen for k, chosen in found.choices.items() if k[: len(first)] == first}
+        every = {value for chosen in own.values() for value in chosen}
+        gone: set[int] = set()
+        for each, (names, ranges) in zip(numbers, read, strict=True):
+            left = every & set(ranges[tuple(at[name] for name in names)])
+            if not left:
+                reason = f"names no coordinate of the rule{loop_hint(values)}"
+                _report_exception(each, reason, context)
+                return None
+            gone |= left
+        if gone == every:
+            _report_exception(numbers[0], f"leaves no coordinate{loop_hint(values)}", context)
+            return None
+        for k, chosen in own.items():
+            kept = tuple(value for value in chosen if value not in gone)
+            choices[(*key, *k[len(first) :])] = kept
     if found.sweep is None:
-        choices = {
-            key: tuple(value for value in own if value not in gone)
-            for key, own in found.choices.items()
-        }
-        return replace(found, choices=choices)
-    kept = [n for n, label in enumerate(found.sweep.labels) if label not in gone]
+        return AxisValues(loops, None, choices)
+    kept = sorted({each[-1] for each, own in choices.items() if own})
     sweep = replace(found.sweep, labels=tuple(found.sweep.labels[n] for n in kept))
-    choices = {
-        (*key[:-1], kept.index(key[-1])): own
-        for key, own in found.choices.items()
-        if key[-1] in kept
+    numbered = {
+        (*each[:-1], kept.index(each[-1])): own for each, own in choices.items() if each[-1] in kept
     }
-    return replace(found, choices=choices, sweep=sweep)
+    return AxisValues(loops, sweep, numbered)
 
 
-def _report_exception(item: ast.Site | ast.AxisRange, reason: str, context: SiteContext) -> None:
-    hint = "name sites that the rule writes, such as `except L0H1`"
+def _report_exception(
+    item: ast.Site | ast.AxisRange,
+    reason: str,
+    context: SiteContext,
+    *,
+    hint: str = "name sites that the rule writes, such as `except L0H1`",
+) -> None:
     context.diagnostics.append(
         BadException(span=item.span, text=item.span.written, reason=reason, hint=hint)
     )
@@ -1079,7 +1210,8 @@ def resolve_into_layer(
             points[key] = tuple(replace(p, layer=layer) for p in own)
             sources[key] = own
             labels[key] = f"{read.labels[before]} → L{layer}"
-    return SiteTargets(names, points, labels, sources), axes
+    missing = frozenset(key for key, own in points.items() if not own)
+    return SiteTargets(names, points, labels, sources, read.left_out, missing), axes
 
 
 def resolve_swept_site(

@@ -328,8 +328,8 @@ class SiteTargets(Record):
     """Name of the site in tables: `L2H0.z`."""
     sources: Mapping[AxisIndices, tuple[SitePoint, ...]] | None = None
     """Points that are read, if they differ from the points that are written (`into layer`)."""
-    left_out: int = 0
-    """Number of points that `except` leaves out."""
+    left_out: str = ""
+    """How many points `except` leaves out: `3 of 12`; empty without it."""
     missing: frozenset[AxisIndices] = frozenset()
     """Keys of which `except` leaves no point."""
 
@@ -1045,19 +1045,29 @@ class ResolvedExperiment(Record):
 
     def cells_along(self, names: Sequence[str]) -> Counter[AxisIndices]:
         """Count its cells for each combination of indices along some axes."""
-        nest = self.nested or LoopCells((), frozenset({()}))
+        holes = [
+            (rule.sites.axes, rule.sites.missing)
+            for rule in self.rules
+            if rule.sites is not None and rule.sites.missing
+        ]
+        wide = dict.fromkeys((*names, *(name for axes, _ in holes for name in axes)))
+        nest = self.own_loops or LoopCells((), frozenset({()}))
         free = [axis for axis in self.axes if axis.name not in nest.axes]
-        times = prod(len(axis) for axis in free if axis.name not in names)
-        free = [axis for axis in free if axis.name in names]
+        times = prod(len(axis) for axis in free if axis.name not in wide)
+        free = [axis for axis in free if axis.name in wide]
         found: Counter[AxisIndices] = Counter()
         for key, own in product(nest.keys, product(*(range(len(axis)) for axis in free))):
             at = dict(zip((*nest.axes, *(axis.name for axis in free)), (*key, *own), strict=True))
-            found[tuple(at[name] for name in names)] += times
+            if not any(tuple(at[name] for name in axes) in gone for axes, gone in holes):
+                found[tuple(at[name] for name in names)] += times
         return found
 
     @property
     def n_there(self) -> int:
-        """Number of its cells, without combinations of loop values that don't exist."""
+        """Number of its cells, without combinations of loop values that don't exist and those of
+        which `except` leaves no site."""
+        if any(rule.sites is not None and rule.sites.missing for rule in self.rules):
+            return self.cells_along(()).total()
         return count_cells(self.axes, self.own_loops)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mechdsl.base.source import Source
 from mechdsl.execute.run_record import ExecutionProfile
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.resolve.cells import Coord
+from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES, by_name, run_on, shared
 from ..quick import in_turn
@@ -40,6 +42,7 @@ LAYERS, HEADS = range(3), range(4)
 GROUPS = "group circuit = L0H1, L2H0, L1H3\ngroup few = L0H1, L2H0, L1H3, mlp_out layer 1\n"
 SOURCE = "from other into clean  "
 LAST = "last token"
+SOURCE_AT = f"at {LAST} with other"
 
 
 def zero(x: Tensor) -> Tensor:
@@ -57,12 +60,16 @@ def zeroed(
 
 
 def from_other(
-    name: str, n: int, points: Sequence[tuple[str, int, int]], at: str = LAST
+    name: str,
+    n: int,
+    points: Sequence[tuple[str, int, int]],
+    at: str = LAST,
+    to: int | None = None,
 ) -> Iterator[Write]:
     source = rows("other")[n]
     for site, layer, unit in points:
         vector = plain(name, source)[site, layer][tokens(source, at)[-1], unit]
-        yield Write(site, layer, vector, tokens(rows()[n], at)[-1], unit)
+        yield Write(site, layer if to is None else to, vector, tokens(rows()[n], at)[-1], unit)
 
 
 def heads(without: Sequence[tuple[int, int]], site: str = "z") -> list[tuple[str, int, int]]:
@@ -137,6 +144,38 @@ CASES = {
         [()],
         lambda m, n: [Write("resid_post", 1, without([0, 1, 2, 4, 7, 8, 9]), rows()[n].last, 0)],
     ),
+    "the layer of a loop": Case(
+        "for l in [0, 2] { ablate layers * heads * except layer l, L1H1 at tokens * with zero }",
+        ("l",),
+        product((0, 2)),
+        lambda m, n, own: zeroed(n, heads([(1, 1), *((own, head) for head in HEADS)])),
+    ),
+    "the number of a loop": Case(
+        f"for l in 0..2 {{ patch resid_post layer * except l {SOURCE_AT} }}",
+        ("l", "layer"),
+        [(own, layer) for own in LAYERS for layer in LAYERS if own != layer],
+        lambda m, n, own, layer: list(from_other(m, n, [("resid_post", layer, 0)])),
+    ),
+    "heads that a loop leaves out in its own layer": Case(
+        "for l in 0..2 { ablate layer l heads * except 1, layer 2 at tokens * with zero }",
+        ("l",),
+        product((0, 1)),
+        lambda m, n, own: zeroed(n, [("z", own, head) for head in (0, 2, 3)]),
+    ),
+    "dimensions of a loop": Case(
+        "for k in 0..2 { ablate resid_post layer 1 dims 0..3 except k at last token with zero }",
+        ("k",),
+        product(range(3)),
+        lambda m, n, k: [
+            Write("resid_post", 1, without([d for d in range(4) if d != k]), rows()[n].last, 0)
+        ],
+    ),
+    "written into another layer": Case(
+        f"{SOURCE}patch layer 0..1 head 0..1 except L0H1 at {LAST} into layer 2",
+        ("layer", "head"),
+        [(0, 0), (1, 0), (1, 1)],
+        lambda m, n, layer, head: list(from_other(m, n, [("z", layer, head)], to=2)),
+    ),
     "swept dimensions": Case(
         "ablate resid_post layer 1 dim 0..3 except 1..2 at last token with zero",
         ("dim",),
@@ -193,6 +232,92 @@ def test_what_another_experiment_ranks_is_left_out(data: Path) -> None:
     assert found["rest"].conventions["except"] == f"{said}: {left} of 12 sites"
 
 
+def kept_of(found: ExperimentResult, count: int) -> list[tuple[int, int]]:
+    """Layer and head of the cells with the largest means."""
+    means = (found.measures[0].patched - found.measures[0].base).mean(axis=1)
+    cells = [found.cells[n].coords for n in np.argsort(-means)[:count]]
+    return [(int(cell["layer"] or 0), int(cell["head"] or 0)) for cell in cells]
+
+
+def test_picks_of_a_loop_and_of_a_sweep_with_holes(data: Path) -> None:
+    """A ranked experiment that leaves out cells has fewer cells than its axes have."""
+    zeros = "at tokens * with zero"
+    first = experiment("ranked", f"ablate layer * head * {zeros}")
+    first += experiment("holed", f"ablate layer * head * except circuit {zeros}")
+    rules = {
+        "loop": f"for k in [1, 2] {{ ablate layers * heads * except top k of ranked {zeros} }}",
+        "holes": f"ablate layers * heads * except top 3 of holed {zeros}",
+        "picked": f"ablate top 2 of holed {zeros}",
+        "away": f"ablate layers 0..2 heads * except top 0 of ranked, L0H0 {zeros}",
+    }
+    text = GROUPS + first + "".join(experiment(name, rule) for name, rule in rules.items())
+    found = run_file(text, data, "gpt2", "planned")
+    assert len(found["holed"].cells) == 9
+    ranked, holed = kept_of(found["ranked"], 2), kept_of(found["holed"], 3)
+    assert not set(holed) & set(CIRCUIT)
+    written = {
+        "loop": {(1,): heads(ranked[:1]), (2,): heads(ranked)},
+        "holes": {(): heads(holed)},
+        "picked": {(): [("z", *each) for each in holed[:2]]},
+        "away": {(): heads([(0, 0)])},
+    }
+    for name, cells in written.items():
+
+        def changes(n: int, *cell: Coord, cells: Any = cells) -> list[Changes]:
+            return [(zeroed(n, cells[cell]), ())]
+
+        expected = worked_out("gpt2", list(cells), changes, rows(), records())
+        axes = ("k",) if name == "loop" else ()
+        agree(found[name], axes, expected, unpatched("gpt2"), most=False)
+    assert found["loop"].conventions["except"].endswith(": 1 to 2 of 12 sites")
+
+
+def test_placeholders_of_picks_leave_nothing_out(data: Path) -> None:
+    """Until the ranked experiment has run, its first cells stand for the best ones."""
+    first = experiment("ranked", "ablate layer * head * at tokens * with zero")
+    lines = (
+        "ablate layer 2 heads * except top 2 of ranked at tokens * with zero",
+        "ablate layer 0 heads * except top 4 of ranked at tokens * with zero",
+        "ablate layer 0 head * except top 4 of ranked at tokens * with zero",
+    )
+    text = first + "".join(experiment(f"e{n}", line) for n, line in enumerate(lines))
+    found = run_file(text, data, "llama", "planned")
+    best = kept_of(found["ranked"], 4)
+    assert {layer for layer, _ in best} > {0}
+    rest = [head for head in HEADS if (0, head) not in best]
+    assert [cell.coords["head"] for cell in found["e2"].cells] == rest
+    gone = len({each for each in best[:2] if each[0] == 2})
+    assert found["e0"].conventions["except"].endswith(f": {gone} of 4 sites")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_keys_that_a_head_reads_are_left_out(family: str, data: Path) -> None:
+    """In the second family two heads share a key."""
+    text = experiment("e", "ablate k layers * heads * except L0H0, L2H3 at last token with zero")
+    found = run_file(text, data, family, "planned")["e"]
+    gone = [(0, 0), (2, 3 if family == "gpt2" else 1)]
+    own = range(4 if family == "gpt2" else 2)
+    points = [("k", layer, unit) for layer in LAYERS for unit in own if (layer, unit) not in gone]
+
+    def changes(n: int) -> list[Changes]:
+        return [(zeroed(n, points, LAST), ())]
+
+    expected = worked_out(family, [()], changes, rows(), records())
+    agree(found, (), expected, unpatched(family), most=False, large=0.01)
+
+
+def test_controls_of_a_sweep_with_holes(data: Path) -> None:
+    """Cells that don't exist aren't counted among those without a band."""
+    text = GROUPS + experiment(
+        "e", f"{SOURCE}patch layer * head * except circuit at {LAST}", "against random(2)"
+    )
+    found = run_file(text, data, "gpt2", "planned")["e"]
+    band = found.control(0)
+    assert band is not None
+    assert band.draws.tolist() == [2] * 9
+    assert "no band" not in found.conventions["controls"]
+
+
 def test_a_sweep_has_only_the_other_cells(data: Path) -> None:
     """Rows of the others aren't run either."""
     profiles: list[ExecutionProfile] = []
@@ -219,6 +344,22 @@ def test_a_sweep_has_only_the_other_cells(data: Path) -> None:
         ("patch layers * heads * except layer * head 1 at last token", "E0343"),
         ("patch resid_post layer 1 dims 0..3 except 7 at last token", "E0343"),
         ("patch resid_post layer 1 dims 0..3 except 0..3 at last token", "E0343"),
+        (
+            "for k in 0..1 { ablate resid_post layer 1 dims 0..k except 0 at tokens * with zero }",
+            "E0343",
+        ),
+        (
+            "for k in 0..1 { ablate resid_post layer 1 dim 0..3 except k at tokens * with zero }",
+            "E0343",
+        ),
+        (
+            "for l in 0..2 { ablate layers 0..1 heads * except layer l at tokens * with zero }",
+            "E0343",
+        ),
+        (
+            "for s in [early, late] { ablate resid_post layer * except s at tokens * with zero }",
+            "E0343",
+        ),
         ("patch layers * heads * apart from L0H1 at last token", "E0101"),
         ("patch layers * heads * except at last token", "E0101"),
         ("patch layer 1 head 0 at last token against random(3) apart from L0H1", "E0101"),
@@ -226,3 +367,18 @@ def test_a_sweep_has_only_the_other_cells(data: Path) -> None:
 )
 def test_mistakes_with_exceptions(line: str, code: str, data: Path) -> None:
     assert code in codes(experiment("e", SOURCE + line), data)
+
+
+def test_a_basis_is_left_out_of_its_definition(data: Path) -> None:
+    basis = "basis b = random(dims: 20) at resid_post layer * except 1\n"
+    rule = f"{SOURCE}patch features * of b at {LAST}"
+    found = run_file(basis + experiment("e", rule), data, "llama", "planned")["e"]
+    assert [cell.coords["layer"] for cell in found.cells] == [0, 2]
+
+    def changes(n: int, layer: int) -> list[Changes]:
+        return [(list(from_other("llama", n, [("resid_post", layer, 0)])), ())]
+
+    expected = worked_out("llama", [(0,), (2,)], changes, rows(), records())
+    agree(found, ("layer",), expected, unpatched("llama"), most=False)
+    of_layer = "ablate resid_post layer 1 in basis b at last token with zero"
+    assert codes(basis + experiment("e", of_layer), data) == ["E0342"]

@@ -543,11 +543,10 @@ def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
 def _exceptions(rules: Sequence[ResolvedRule]) -> Iterator[str]:
     """Describe how many sites `except` leaves out of each rule."""
     for rule in rules:
-        if rule.sites is None or not rule.sites.left_out or rule.spec.site is None:
-            continue
-        kept = {point for points in rule.sites.points.values() for point in points}
-        said, gone = " ".join(rule.spec.site.span.written.split()), rule.sites.left_out
-        yield f"`{said}`: {gone} of {gone + len(kept)} sites"
+        receivers = None if rule.path is None else rule.path.receivers
+        for written, targets in ((rule.spec.site, rule.sites), (rule.spec.receiver, receivers)):
+            if written is not None and targets is not None and targets.left_out:
+                yield f"`{' '.join(written.span.written.split())}`: {targets.left_out} sites"
 
 
 def _rule_notes(rules: Sequence[ResolvedRule], model: LoadedModel) -> dict[str, str]:
