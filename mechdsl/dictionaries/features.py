@@ -3,7 +3,8 @@
 Features and reconstructions are those of the SAELens package. Architectures: Bricken et al. 2023
 and Cunningham et al. 2023, arXiv 2309.08600 (standard); Gao et al. 2024, arXiv 2406.04093 (top-k);
 Bussmann et al. 2024, arXiv 2412.06410 (batch top-k, saved as JumpReLU); Rajamanoharan et al. 2024,
-arXiv 2407.14435 (JumpReLU) and arXiv 2404.16014 (gated); Dunefsky et al. 2024, arXiv 2406.11944
+arXiv 2407.14435 (JumpReLU) and arXiv 2404.16014 (gated); Costa et al. 2025, arXiv 2506.03093
+(matching pursuit); arXiv 2510.00404 (top-k by size); Dunefsky et al. 2024, arXiv 2406.11944
 (transcoders).
 """
 
@@ -20,7 +21,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from mechdsl.base.records import Registry
-from mechdsl.dictionaries.folder import SPARSIFY_NAMES, DictionaryFile
+from mechdsl.dictionaries.folder import SKIP, DictionaryFile
 from mechdsl.dictionaries.products import (
     MAX_GATHERED,
     combine_some,
@@ -81,8 +82,6 @@ def _project(
 
 
 @encoder("standard")
-@encoder("transcoder")
-@encoder("skip_transcoder")
 class ReluEncoder(Encoder):
     """ReLU of a linear map."""
 
@@ -125,8 +124,20 @@ class TopKEncoder(Encoder):
         found = _project(weights, vectors, None, "b_enc")
         if file.scales_by_decoder:
             found = found * weights["W_dec"].norm(dim=-1)
-        values, index = found.topk(min(file.k, file.features), dim=-1, sorted=False)
+        return self._largest(found, min(file.k, file.features))
+
+    def _largest(self, found: Tensor, count: int) -> Tensor:
+        values, index = found.topk(count, dim=-1, sorted=False)
         return torch.zeros_like(found).scatter(-1, index, values.relu())
+
+
+@encoder("abstopk")
+class AbsTopKEncoder(TopKEncoder):
+    """The k features of a linear map that are largest in size, with their signs."""
+
+    def _largest(self, found: Tensor, count: int) -> Tensor:
+        index = found.abs().topk(count, dim=-1, sorted=False).indices
+        return torch.zeros_like(found).scatter(-1, index, found.gather(-1, index))
 
 
 @encoder("matching_pursuit")
@@ -231,29 +242,22 @@ class Dictionary:
             return weights["W_dec"] / weights["W_dec"].norm(dim=-1, keepdim=True)
         return weights["W_dec"]
 
-    def _undone(self, change: Tensor, scale: Tensor | None) -> Tensor:
-        """Undo the normalisation of a change; transcoders don't normalise outputs."""
-        if scale is None or self.file.width_in != self.file.width_out:
-            return change
-        return change * scale
-
     def decode(self, features: Tensor, vectors: Tensor) -> Tensor:
         """Return [K, width] reconstructions.
 
         Args:
             features: [K, feature].
-            vectors: [K, width] the encoded vectors, whose norms the reconstruction may use.
+            vectors: [K, width] the encoded vectors, whose norms the reconstruction may use; a
+                transcoder with a skip connection adds a linear function of them.
         """
         weights = self._like(features)
         found = features @ self._rows(weights)
         tied = self.file.architecture == "matching_pursuit" and not self.file.subtracts_bias
         found = found if tied else found + weights["b_dec"]
-        if self.file.architecture == "skip_transcoder":
-            return found + vectors @ weights["W_skip"].T
-        if self.file.architecture == "transcoder":
-            return found
+        if self.file.transcodes:
+            return found + vectors @ weights[SKIP].T if self.file.skips else found
         _, scale, shift = self._normalised(vectors)
-        found = self._undone(found, scale)
+        found = found if scale is None else found * scale
         return found if shift is None else found + shift
 
     def reconstruct(self, vectors: Tensor) -> Tensor:
@@ -264,13 +268,14 @@ class Dictionary:
         """Return [K, width]: vectors whose features have changed; the rest of them stays.
 
         Args:
-            vectors: [K, width].
+            vectors: [K, width]: for a transcoder, those that it reconstructs.
             change: [K, m] or [K, feature]: new features minus current ones.
             which: [K, m] long; None for all.
         """
         rows = self._rows(self._like(vectors))
         found = combine_some(change, rows, which)
-        return vectors + self._undone(found, self._normalised(vectors)[1])
+        scale = None if self.file.transcodes else self._normalised(vectors)[1]
+        return vectors + (found if scale is None else found * scale)
 
 
 def load_dictionary(file: DictionaryFile) -> Dictionary:
@@ -283,14 +288,11 @@ def load_dictionary(file: DictionaryFile) -> Dictionary:
     if sha256(content).hexdigest() != file.weights_digest:
         raise ValueError(f"{file.path.name} has changed since it was checked")
     every = load(content)
-    names = SPARSIFY_NAMES if file.layout == "sparsify" else {}
-    originals = {names.get(name, name): name for name in ("W_enc", "b_enc")}
     tensors: dict[str, Tensor] = {}
-    for written in file.tensors:
+    for name, written in file.tensors.items():
         tensor = every[written]
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"`{written}` has NaN or infinity")
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        name = originals.get(written, written)
-        tensors[name] = wide.T if written == "encoder.weight" else wide
+        tensors[name] = wide.T if name == "W_enc" and file.transposed else wide
     return Dictionary(file, DictionaryWeights(file, tensors))

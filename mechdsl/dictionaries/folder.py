@@ -1,7 +1,8 @@
 """Facts about a dictionary on disk, read without torch.
 
 Layouts: folders of SAELens (`cfg.json`, `sae_weights.safetensors`), folders of sparsify
-(`cfg.json`, `sae.safetensors`), and a safetensors file with `W_enc`, `W_dec` and biases.
+(`cfg.json`, `sae.safetensors`), and a safetensors file with `W_enc`, `W_dec` and biases, whose
+encoder may be transposed, as circuit-tracer writes it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from mechdsl.base.text import name_list
 
 Layout = Literal["SAELens", "sparsify", "tensors"]
 
-Architecture = Literal[
-    "standard", "topk", "jumprelu", "gated", "matching_pursuit", "transcoder", "skip_transcoder"
-]
+Architecture = Literal["standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit"]
 
 Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
 
@@ -44,22 +43,35 @@ CONVERSION = (
 TENSORS: Mapping[Architecture, tuple[str, ...]] = {
     "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
     "topk": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "abstopk": ("W_enc", "b_enc", "W_dec", "b_dec"),
     "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
     "gated": ("W_enc", "b_gate", "r_mag", "b_mag", "W_dec", "b_dec"),
     "matching_pursuit": ("W_dec", "b_dec"),
-    "transcoder": ("W_enc", "b_enc", "W_dec", "b_dec"),
-    "skip_transcoder": ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip"),
 }
 """Tensors of each architecture."""
 
-TRANSCODERS: tuple[Architecture, ...] = ("transcoder", "skip_transcoder")
+SKIP = "W_skip"
+"""[out, in]: the map of a transcoder that adds a linear function of its input."""
 
 SAVED_AS: Mapping[str, Architecture] = {
     "batchtopk": "jumprelu",
     "matryoshka_batchtopk": "jumprelu",
-    "jumprelu_transcoder": "transcoder",
 }
 """Architectures whose files contain a different one for inference."""
+
+TRANSCODERS: Mapping[str, Architecture] = {
+    "transcoder": "standard",
+    "skip_transcoder": "standard",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+"""Names of transcoders in SAELens, by the architecture of their encoder."""
+
+OTHER_ARCHITECTURES: Mapping[str, str] = {
+    "temporal": "a temporal SAE, whose features depend on the preceding tokens too",
+    "crosscoder": "a crosscoder, whose features belong to several layers",
+}
+"""Architectures whose features aren't a function of one vector."""
 
 
 @record
@@ -80,9 +92,17 @@ class DictionaryFile(Record):
     """SHA-256 over the digests of its files."""
     weights_digest: str
     """SHA-256 of the weights."""
-    tensors: tuple[str, ...]
+    tensors: Mapping[str, str]
+    """Tensors by name → their names in the file."""
     k: int | None = None
     """Number of active features, for `topk`."""
+    transcodes: bool = False
+    """Whether it reads one site and reconstructs another one: the output of an MLP from its
+    input."""
+    skips: bool = False
+    """Whether a transcoder adds a linear function of its input."""
+    transposed: bool = False
+    """Whether the encoder is saved as [feature, width]."""
     subtracts_bias: bool = True
     """Whether the decoder's bias is subtracted from the input."""
     normalization: Normalization = "none"
@@ -96,15 +116,24 @@ class DictionaryFile(Record):
     model: str | None = None
     """Name of the model that it was trained on, if recorded."""
     hook: str | None = None
-    """Name of the hook point that it was trained at, if recorded: `blocks.8.hook_resid_pre`."""
+    """Name of the hook point that it encodes, if recorded: `blocks.8.hook_resid_pre`."""
+    hook_out: str | None = None
+    """Name of the hook point that a transcoder reconstructs, if recorded."""
+
+    @property
+    def kind(self) -> str:
+        """Its type, as messages name it: `jumprelu SAE`, `topk transcoder with k 32`."""
+        what = ("skip transcoder" if self.skips else "transcoder") if self.transcodes else "SAE"
+        return f"{self.architecture} {what}" + (f" with k {self.k}" if self.k is not None else "")
 
 
-def read_dictionary(path: Path, written: str) -> DictionaryFile:
+def read_dictionary(path: Path, written: str, *, transcodes: bool = False) -> DictionaryFile:
     """Read the facts of a dictionary.
 
     Args:
         path: A folder, or a safetensors file.
         written: The path as the user wrote it.
+        transcodes: Whether a file of tensors alone is a transcoder.
 
     Raises:
         UnreadableFile: If it is missing, has another form, or is too large.
@@ -117,7 +146,7 @@ def read_dictionary(path: Path, written: str) -> DictionaryFile:
     if path.is_dir():
         return _read_folder(path, written)
     if path.suffix == ".safetensors":
-        return _read_tensors(path, written)
+        return _read_tensors(path, written, transcodes=transcodes)
     reason = "is no safetensors file" if path.exists() else "does not exist"
     raise UnreadableFile(
         f"`{written}` {reason}",
@@ -128,6 +157,11 @@ def read_dictionary(path: Path, written: str) -> DictionaryFile:
 
 def _read_folder(path: Path, written: str) -> DictionaryFile:
     config_path = path / CONFIG_FILE
+    if any(path.glob("W_enc_*.safetensors")):  # the layout of circuit-tracer
+        raise UnreadableFile(
+            f"`{written}` is a cross-layer transcoder, whose features write to several layers",
+            "use transcoders of single layers: one basis for each",
+        )
     present: list[Layout] = [name for name, file in WEIGHT_FILES.items() if (path / file).exists()]
     layout = present[0] if present else None
     if layout is None:
@@ -180,7 +214,8 @@ def _of_sae_lens(
             f"`{written}` has the activation function `{activation}`",
             "mechdsl reads `relu` and `topk`",
         )
-    architecture = _architecture(SAVED_AS.get(name, name), written)
+    transcodes = name in TRANSCODERS
+    architecture = _architecture(TRANSCODERS.get(name, SAVED_AS.get(name, name)), written)
     normalization = config.get("normalize_activations", "none")
     if isinstance(normalization, bool) or normalization is None:
         normalization = "expected_average_only_in" if normalization else "none"
@@ -197,9 +232,7 @@ def _of_sae_lens(
             f"`{written}` normalises activations by `{normalization}`",
             "mechdsl reads `none`, `layer_norm` and `constant_norm_rescale`",
         )
-    if architecture == "topk":
-        k = _count(k, "k", written)
-    transcodes = architecture in TRANSCODERS
+    ranked = architecture in ("topk", "abstopk")
     hook = facts.get("hook_name", facts.get("hook_point"))
     steps = config.get("max_iterations")
     return _checked(
@@ -208,7 +241,9 @@ def _of_sae_lens(
         layout="SAELens",
         architecture=architecture,
         digest=digest,
-        k=k if architecture == "topk" else None,
+        k=_count(k, "k", written) if ranked else None,
+        transcodes=transcodes,
+        skips="skip" in name and transcodes,
         subtracts_bias=bool(config.get("apply_b_dec_to_input", True)) and not transcodes,
         normalization=normalization,
         scales_by_decoder=bool(config.get("rescale_acts_by_decoder_norm", False)),
@@ -217,6 +252,7 @@ def _of_sae_lens(
         stops_on_same_support=bool(config.get("stop_on_duplicate_support", True)),
         model=_text(facts.get("model_name")),
         hook=_text(hook),
+        hook_out=_text(facts.get("hook_name_out", facts.get("out_hook_point"))),
     )
 
 
@@ -230,11 +266,7 @@ def _of_sparsify(
         raise UnreadableFile(
             f"`{written}` is a `{said}` dictionary of sparsify", "mechdsl reads its `topk` ones"
         )
-    transcodes = bool(config.get("transcode", False)) or bool(config.get("skip_connection", False))
-    if transcodes:
-        raise UnreadableFile(
-            f"`{written}` is a transcoder of sparsify", "mechdsl reads transcoders of SAELens"
-        )
+    transcodes = bool(config.get("transcode", False))
     return _checked(
         file,
         written,
@@ -242,26 +274,49 @@ def _of_sparsify(
         architecture="topk",
         digest=digest,
         k=_count(config.get("k"), "k", written),
-        subtracts_bias=True,
+        transcodes=transcodes,
+        skips=bool(config.get("skip_connection", False)),
+        transposed=True,
+        subtracts_bias=not transcodes,
     )
 
 
-def _read_tensors(path: Path, written: str) -> DictionaryFile:
-    """Read a file of named tensors, as an SAE with ReLU or JumpReLU."""
+def _read_tensors(path: Path, written: str, *, transcodes: bool) -> DictionaryFile:
+    """Read a file of named tensors, as a dictionary with ReLU or JumpReLU."""
     file = inspect_safetensors(path, written, limits.DICTIONARY_FILE, "use a smaller dictionary")
-    architecture = "jumprelu" if "threshold" in file.shapes else "standard"
-    return _checked(file, written, layout="tensors", architecture=architecture, digest=file.digest)
+    thresholds = {"threshold", OTHER_NAMES["threshold"]} & file.shapes.keys()
+    encoder, decoder = (file.shapes.get(name, ()) for name in ("W_enc", "W_dec"))
+    return _checked(
+        file,
+        written,
+        layout="tensors",
+        architecture="jumprelu" if thresholds else "standard",
+        digest=file.digest,
+        transcodes=transcodes,
+        skips=SKIP in file.shapes,
+        transposed=encoder[:1] == decoder[:1] and encoder[1:] != decoder[:1],
+        subtracts_bias=not transcodes,
+    )
 
 
-SPARSIFY_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
+OTHER_NAMES = {
+    "W_enc": "encoder.weight",
+    "b_enc": "encoder.bias",
+    "threshold": "activation_function.threshold",
+}
+"""Names of tensors in sparsify and circuit-tracer."""
 
 
 def _checked(file: SafetensorsFile, written: str, **facts: Any) -> DictionaryFile:
     """Check the shapes of the tensors, and create the record."""
     architecture: Architecture = facts["architecture"]
-    names = SPARSIFY_NAMES if facts["layout"] == "sparsify" else {}
-    wanted = [names.get(name, name) for name in TENSORS[architecture]]
-    missing = [name for name in wanted if name not in file.shapes]
+    wanted = (*TENSORS[architecture], *([SKIP] if facts.get("skips") else []))
+    names = {
+        name: OTHER_NAMES[name]
+        for name in wanted
+        if name not in file.shapes and OTHER_NAMES.get(name) in file.shapes
+    }
+    missing = [name for name in wanted if names.get(name, name) not in file.shapes]
     if missing:
         known = name_list(sorted(file.shapes)) or "none"
         raise UnreadableFile(
@@ -276,16 +331,16 @@ def _checked(file: SafetensorsFile, written: str, **facts: Any) -> DictionaryFil
         )
     features, out = decoder
     encoder = file.shapes.get(names.get("W_enc", "W_enc"), (out, features))
-    if facts["layout"] == "sparsify":
+    if facts.get("transposed"):
         encoder = encoder[::-1]
     width = encoder[0] if len(encoder) == 2 else 0
     expected: dict[str, tuple[int, ...]] = {
         "W_enc": (width, features),
         "W_dec": (features, out),
         "b_dec": (out,),
-        "W_skip": (out, width),
+        SKIP: (out, width),
     }
-    for name in TENSORS[architecture]:
+    for name in wanted:
         shape = encoder if name == "W_enc" else file.shapes[names.get(name, name)]
         there = expected.get(name, (features,))
         if shape != there:
@@ -294,11 +349,8 @@ def _checked(file: SafetensorsFile, written: str, **facts: Any) -> DictionaryFil
                 f"{list(there)}",
                 "all tensors must have the same number of features and widths",
             )
-    if architecture not in TRANSCODERS and width != out:
-        raise UnreadableFile(
-            f"`{written}` reads vectors of {width} numbers and writes {out}",
-            "only a transcoder does; set `architecture` in its `cfg.json`",
-        )
+    if not facts.get("transcodes"):
+        _check_autoencoder(written, width, out, skips=bool(facts.get("skips")))
     return DictionaryFile(
         path=file.path,
         features=features,
@@ -306,14 +358,33 @@ def _checked(file: SafetensorsFile, written: str, **facts: Any) -> DictionaryFil
         width_out=out,
         dtype=file.dtypes["W_dec"],
         weights_digest=file.digest,
-        tensors=tuple(wanted),
+        tensors={name: names.get(name, name) for name in wanted},
         **facts,
     )
 
 
+def _check_autoencoder(written: str, width: int, out: int, *, skips: bool) -> None:
+    """Check that a dictionary reconstructs the vectors that it reads. Raises UnreadableFile."""
+    if width != out:
+        raise UnreadableFile(
+            f"`{written}` reads vectors of {width} numbers and writes {out}",
+            "only a transcoder does; set `architecture` in its `cfg.json`",
+        )
+    if skips:
+        raise UnreadableFile(
+            f"`{written}` has `{SKIP}`, which only transcoders have",
+            'write `transcoder("…") at mlp_out layer 3`',
+        )
+
+
 def _architecture(name: str, written: str) -> Architecture:
+    if name in OTHER_ARCHITECTURES:
+        raise UnreadableFile(
+            f"`{written}` is {OTHER_ARCHITECTURES[name]}",
+            "use a dictionary that encodes one vector at a time",
+        )
     if name not in TENSORS:
-        known = name_list([*TENSORS, *SAVED_AS])
+        known = name_list([*TENSORS, *SAVED_AS, *TRANSCODERS])
         raise UnreadableFile(f"`{written}` has the architecture `{name}`", f"mechdsl reads {known}")
     return cast("Architecture", name)
 

@@ -207,7 +207,9 @@ class FittedDirections:
         key = member.name, operation, count, joins_units, drops_error
         if key not in self._modes:
             system = self.systems[member.name]
-            self._modes[key] = CoordinateWrite(system, operation, joins_units, drops_error)
+            self._modes[key] = CoordinateWrite(
+                system, operation, joins_units, drops_error, member.reads
+            )
         return self._modes[key]
 
     def of(self, plan: RulePlan, cells: Ints) -> Tensor:

@@ -219,7 +219,9 @@ class ExperimentPlan:
         )
         if not is_plain or not all(_keeps_inactive_features(plan.rule) for plan in acting):
             return frozenset()
-        return frozenset((point.site, point.layer) for plan in acting for point in plan.point_table)
+        return frozenset(
+            (point.site, point.layer) for plan in acting for point in plan.source_table
+        )
 
     @property
     def replaced(self) -> RulePlan | None:

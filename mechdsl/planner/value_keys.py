@@ -520,7 +520,7 @@ class ExperimentKeys:
         """Digest everything that a rule's basis depends on."""
         assert rule.rule.basis is not None
         parts = [
-            [key, member.method, member.options, member.size, *self._operand(member)]
+            [key, member.method, member.options, member.size, member.reads, *self._operand(member)]
             for key, member in rule.rule.basis.members.items()
         ]
         return digest("basis", parts)

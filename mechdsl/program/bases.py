@@ -30,9 +30,8 @@ OTHER_METHODS = {
     "fit": _TRAINED,
     "boundless_das": _TRAINED,
     "rotation": _TRAINED,
-    "transcoder": "features of a transcoder aren't coordinates of the vectors that it writes; "
-    "`sae(…)` reads a sparse autoencoder",
-    "dictionary": 'write `sae("path/to/sae")`',
+    "dictionary": 'write `sae("path/to/sae")` or `transcoder("path/to/transcoder")`',
+    "clt": "cross-layer transcoders can't be written; `transcoder(…)` reads one of a single layer",
     "identity": "write `neurons`",
     "standard": "write `neurons`",
 }

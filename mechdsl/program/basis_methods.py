@@ -386,6 +386,13 @@ class SparseAutoencoder(BasisMethod):
         raise TypeError("the features of a dictionary aren't linear")
 
 
+@basis_method("transcoder")
+class Transcoder(SparseAutoencoder):
+    """The features of a transcoder, which reconstructs the output of an MLP from its input."""
+
+    example = 'transcoder("path/to/transcoder")'
+
+
 @basis_method("python")
 class PythonEncoder(BasisMethod):
     """An object of the user's own with `encode` and `decode`, from a Python file."""

@@ -14,7 +14,6 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.rules import BadBasis, DictionaryElsewhere
 from mechdsl.dictionaries.folder import (
     CONFIG_FILE,
-    TRANSCODERS,
     WEIGHT_FILES,
     DictionaryFile,
     read_dictionary,
@@ -39,6 +38,7 @@ from mechdsl.resolve.directions import (
 from mechdsl.resolve.sites import (
     ExperimentContext,
     exclude_values,
+    find_missing_point,
     number_exceptions,
     read_exceptions,
     resolve_axis,
@@ -94,7 +94,9 @@ class Reconstruction(Intervention):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield Convention(
             "reconstruction",
-            "the current vector is replaced by what the basis represents of it, without the error",
+            "the current vector is replaced by what the basis represents of it, without the error"
+            if rule.basis is None or not any(each.reads for each in rule.basis.members.values())
+            else "the output of the MLP is replaced by that of the transcoder",
         )
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
@@ -168,6 +170,12 @@ class CoordinateChange(Intervention):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from self._inner.conventions(rule, n_layers)
+        reads = {each.reads for each in rule.basis.members.values()} if rule.basis else {""}
+        if reads != {""}:
+            said = (
+                f"features are those of the current `{', '.join(sorted(reads))}` of the same block"
+            )
+            yield Convention("transcoder", said)
         if isinstance(self._inner, Reconstruction):
             return
         yield Convention(
@@ -242,9 +250,24 @@ def resolve_rule(
         found,
         spec=rule,
         does=change_coordinates(found.does, drops_error=rule.drops_error),
-        sites=replace(found.sites, labels=labels),
+        sites=replace(found.sites, labels=labels, sources=_encoded_points(found.sites, members)),
         basis=BasisTargets(name, members, axes, coordinates),
     )
+
+
+def _encoded_points(
+    written: SiteTargets, members: Mapping[tuple[int | None, int | None] | None, BasisMember]
+) -> dict[tuple[int, ...], tuple[SitePoint, ...]] | None:
+    """Return the points whose coordinates are written at others; None if they are the same."""
+    reads = {member.reads for member in members.values()}
+    if reads == {""}:
+        return None
+    assert len(reads) == 1
+    (site,) = reads
+    return {
+        key: tuple(replace(point, site=site) for point in here)
+        for key, here in written.points.items()
+    }
 
 
 def _coordinate_names(site: ast.Site, features: ast.Axis, work: ExperimentContext) -> str:
@@ -381,6 +404,13 @@ def _members(
                 f"`{definition.name}` has no basis for layer {point.layer}",
                 f"it has layers {layers}",
             )
+        if members[key].reads and point.site != "mlp_out":
+            raise BasisError(
+                site,
+                f"`{definition.name}` is a transcoder, which reconstructs `mlp_out`, not "
+                f"`{point.site}`",
+                f"write `mlp_out layer {point.layer or 0}`",
+            )
         width = _width(point, work.model.shape)
         if members[key].width != width:
             raise BasisError(
@@ -451,7 +481,8 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
             raise BasisError(call, *size)
         made = f"{method.describe(text, options)}, at {sites.labels[key]}"
         made += f"; {count_noun(size, 'coordinate')}"
-        found[point] = BasisMember(name, call.name, options, what, width, size, made)
+        reads = find_encoded_site(what) if isinstance(what, DictionaryFile) else ""
+        found[point] = BasisMember(name, call.name, options, what, width, size, made, reads)
     return found
 
 
@@ -606,7 +637,7 @@ def _python(
 def _dictionary(
     call: ast.Call, point: SitePoint, work: ExperimentContext
 ) -> tuple[BasisOperand, int, str] | None:
-    """Resolve a sparse autoencoder; warns if it was trained at another site."""
+    """Resolve a sparse autoencoder or a transcoder; warns if it was trained at another site."""
     values = [a.value for a in call.arguments if a.name is None]
     written = str(constant_value(values[0], work.program.parameters))
     path, problems = path_to_read(DICTIONARY_PATH, written, call.span)
@@ -616,48 +647,89 @@ def _dictionary(
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     if path is None or problems:
         return None
+    wanted = call.name == "transcoder"
     try:
-        file = read_dictionary(path, written)
+        file = read_dictionary(path, written, transcodes=wanted)
     except UnreadableFile as problem:
         raise BasisError(call, problem.reason, problem.hint) from None
-    if file.architecture in TRANSCODERS:
-        reason = (
-            f"`{written}` is a transcoder, whose features aren't those of the vectors it writes"
-        )
-        raise BasisError(call, reason, "use a sparse autoencoder of this site")
-    width = _width(point, work.model.shape)
-    if file.width_in != width:
-        reason = f"`{written}` has vectors of {file.width_in} numbers, `{point.site}` has {width}"
-        hint = "use the site and the model that it was trained on"
-        hint += f": `{file.hook}`" if file.hook else ""
+    if file.transcodes != wanted:
+        reason = f"`{written}` is a {file.kind}"
+        hint = f'write `sae("{written}")`'
+        if file.transcodes:
+            reason += ", whose features aren't those of the vectors it writes"
+            hint = f'write `transcoder("{written}") at mlp_out layer {point.layer or 0}`'
         raise BasisError(call, reason, hint)
-    warning = _trained_elsewhere(call, file, point)
-    if warning is not None and warning not in work.diagnostics:
-        work.diagnostics.append(warning)
-    kind = f"{file.architecture} SAE" + (f" with k {file.k}" if file.k is not None else "")
-    text = f"{kind} {written} ({file.layout}), SHA-256 {file.digest[:12]}…"
+    shape, reads = work.model.shape, find_encoded_site(file)
+    _check_transcoder(call, file, point, work)
+    widths = [(file.width_in, vector_width(shape, reads) if reads else _width(point, shape))]
+    widths += [(file.width_out, _width(point, shape))] if reads else []
+    for (own, width), site in zip(widths, (reads or point.site, point.site), strict=False):
+        if own != width:
+            reason = f"`{written}` has vectors of {own} numbers, `{site}` has {width}"
+            hint = "use the site and the model that it was trained on"
+            hint += f": `{file.hook}`" if file.hook else ""
+            raise BasisError(call, reason, hint)
+    for warning in _trained_elsewhere(call, file, point):
+        if warning not in work.diagnostics:
+            work.diagnostics.append(warning)
+    text = f"{file.kind} {written} ({file.layout}), SHA-256 {file.digest[:12]}…"
+    text += f", of {reads}" if reads else ""
     return file, file.features, text
 
 
-def _trained_elsewhere(call: ast.Call, file: DictionaryFile, point: SitePoint) -> Diagnostic | None:
-    """Return W0733 if the recorded hook point is another site of the stream."""
-    if file.hook is None:
-        return None
-    named = site_of_hook(file.hook)
-    same = {(point.site, point.layer)}
-    if point.layer is not None and point.site in ("resid_pre", "resid_post"):
-        # The stream between two blocks has two names.
-        after = point.site == "resid_post"
-        same.add(("resid_pre", point.layer + 1) if after else ("resid_post", point.layer - 1))
-    if named is None or named in same:
-        return None
-    site, layer = named
-    return DictionaryElsewhere(
-        span=call.span,
-        hook=file.hook,
-        site=f"{point.site} layer {point.layer}",
-        own=f"{site} layer {layer}",
-    )
+ENCODED_SITES = ("mlp_norm", "resid_mid")
+"""Sites that a transcoder may encode: the input of the MLP after its norm, or before it."""
+
+
+def find_encoded_site(file: DictionaryFile) -> str:
+    """Return the site that a transcoder encodes, by default the MLP's input; "" for others."""
+    if not file.transcodes:
+        return ""
+    named = None if file.hook is None else site_of_hook(file.hook)
+    return named[0] if named is not None and named[0] in ENCODED_SITES else ENCODED_SITES[0]
+
+
+def _check_transcoder(
+    call: ast.Call, file: DictionaryFile, point: SitePoint, work: ExperimentContext
+) -> None:
+    """Check that a transcoder has the sites that it reads and writes. Raises BasisError."""
+    if not file.transcodes:
+        return
+    if point.site != "mlp_out":
+        raise BasisError(
+            call,
+            f"a transcoder reconstructs the output of an MLP, not `{point.site}`",
+            f"write `at mlp_out layer {point.layer or 0}`",
+        )
+    reads = SitePoint(find_encoded_site(file), point.layer, None)
+    missing = find_missing_point([reads], work.model.shape, work.model.name, call.span)
+    if missing is not None:
+        reason = (
+            f"the model has no `{reads.site}` in layer {point.layer}, which the transcoder reads"
+        )
+        raise BasisError(call, reason, "use a model whose MLP has an input of its own")
+
+
+def _trained_elsewhere(
+    call: ast.Call, file: DictionaryFile, point: SitePoint
+) -> Iterator[Diagnostic]:
+    """Yield W0733 for each recorded hook point that is another site of the stream."""
+    own = SitePoint(find_encoded_site(file) or point.site, point.layer, None)
+    for hook, read in ((file.hook, own), (file.hook_out, point)):
+        named = None if hook is None else site_of_hook(hook)
+        same = {(read.site, read.layer)}
+        if read.layer is not None and read.site in ("resid_pre", "resid_post"):
+            # The stream between two blocks has two names.
+            after = read.site == "resid_post"
+            same.add(("resid_pre", read.layer + 1) if after else ("resid_post", read.layer - 1))
+        if hook is None or named is None or named in same:
+            continue
+        yield DictionaryElsewhere(
+            span=call.span,
+            hook=hook,
+            site=f"{read.site} layer {read.layer}",
+            own=f"{named[0]} layer {named[1]}",
+        )
 
 
 def _saved(

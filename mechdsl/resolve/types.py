@@ -193,6 +193,9 @@ class BasisMember(Record):
     """Number of coordinates."""
     made: str
     """Description of how the basis was computed."""
+    reads: str = ""
+    """Site of the same block whose vectors have these coordinates, if they are written at another
+    one: a transcoder encodes the input of the MLP."""
 
 
 @record

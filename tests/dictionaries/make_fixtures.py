@@ -41,6 +41,18 @@ CASES = {
         "d_out": OUT,
         "apply_b_dec_to_input": False,
     },
+    "jumprelu transcoder": {
+        "architecture": "jumprelu_transcoder",
+        "d_out": OUT,
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "layer_norm",
+    },
+    "jumprelu skip transcoder": {
+        "architecture": "jumprelu_skip_transcoder",
+        "d_out": WIDTH,
+        "apply_b_dec_to_input": False,
+    },
+    "abstopk": {"architecture": "abstopk", "k": 5},
 }
 
 
@@ -60,7 +72,7 @@ def main() -> None:
         sae.save_model(folder)
         with torch.no_grad():
             features = sae.encode(vectors)
-            if facts["architecture"] == "skip_transcoder":
+            if "skip_transcoder" in str(facts["architecture"]):
                 decoded = sae(vectors)
             else:
                 decoded = sae.decode(features)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.dictionaries.features import Dictionary, load_dictionary
-from mechdsl.dictionaries.folder import TRANSCODERS, read_dictionary
+from mechdsl.dictionaries.folder import read_dictionary
 from mechdsl.dictionaries.products import MAX_GATHERED
 
 DATA = Path(__file__).parent / "data"
@@ -94,9 +94,51 @@ def test_sparsify_folders_have_transposed_encoders(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected["features"], atol=1e-5, rtol=1e-5)
 
 
+def test_transcoders_of_sparsify_keep_the_bias_and_add_a_linear_map(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder, bias, decoder = torch.randn(24, 8), torch.randn(24), torch.randn(24, 8)
+    out, skip = torch.randn(8), torch.randn(8, 8)
+    written = {"encoder.weight": encoder, "encoder.bias": bias, "W_dec": decoder, "b_dec": out}
+    save_file({**written, "W_skip": skip}, tmp_path / "sae.safetensors")
+    config = {"activation": "topk", "k": 5, "transcode": True, "skip_connection": True}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    dictionary = load_dictionary(read_dictionary(tmp_path, "folder"))
+    assert dictionary.file.kind == "topk skip transcoder with k 5"
+    vectors = torch.randn(6, 8)
+    expected = torch.zeros(6, 8)
+    for row, x in enumerate(vectors):
+        features = (encoder @ x + bias).relu()
+        kept = features.argsort(descending=True)[:5]
+        expected[row] = features[kept] @ decoder[kept] + out + skip @ x
+    torch.testing.assert_close(dictionary.reconstruct(vectors), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_of_tensors_may_be_a_transcoder_with_a_transposed_encoder(tmp_path: Path) -> None:
+    """The layout of circuit-tracer."""
+    torch.manual_seed(0)
+    encoder, bias, decoder = torch.randn(24, 8), torch.randn(24), torch.randn(24, 8)
+    threshold, out = torch.rand(24), torch.randn(8)
+    written = {"W_enc": encoder, "b_enc": bias, "W_dec": decoder, "b_dec": out}
+    written["activation_function.threshold"] = threshold
+    save_file(written, tmp_path / "layer_3.safetensors")
+    file = read_dictionary(tmp_path / "layer_3.safetensors", "layer_3", transcodes=True)
+    assert file.kind == "jumprelu transcoder"
+    vectors = torch.randn(6, 8)
+    features = vectors @ encoder.T + bias
+    expected = (features * (features > threshold)) @ decoder + out
+    found = load_dictionary(file).reconstruct(vectors)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cross_layer_transcoders_are_recognised(tmp_path: Path) -> None:
+    save_file({"W_enc_0": torch.zeros(4, 8)}, tmp_path / "W_enc_0.safetensors")
+    with pytest.raises(UnreadableFile, match="is a cross-layer transcoder"):
+        read_dictionary(tmp_path, "clt", transcodes=True)
+
+
 def test_facts_are_read_from_the_configuration() -> None:
     file = read_dictionary(DATA / "transcoder", "transcoder")
-    assert file.architecture in TRANSCODERS
+    assert file.kind == "standard transcoder"
     assert (file.width_in, file.width_out, file.features) == (8, 6, 24)
     assert (file.model, file.hook) == ("toy", "blocks.1.hook_resid_post")
     assert file.dtype == "F32"
@@ -131,7 +173,9 @@ def changed(folder: Path, tensors: dict[str, Tensor] | None = None, **facts: Any
 @pytest.mark.parametrize(
     ("facts", "message", "hint"),
     [
-        ({"architecture": "crosscoder"}, "the architecture `crosscoder`", "`jumprelu`"),
+        ({"architecture": "stochastic"}, "the architecture `stochastic`", "`jumprelu`"),
+        ({"architecture": "crosscoder"}, "features belong to several layers", "one vector"),
+        ({"architecture": "temporal"}, "depend on the preceding tokens", "one vector"),
         ({"architecture": "gated"}, "no tensor `b_gate`", "it has `W_dec`"),
         ({"architecture": "topk", "k": 0}, "`k` of `here` is 0", "at least 1"),
         ({"activation_fn": "tanh-relu"}, "activation function `tanh-relu`", "`relu`"),

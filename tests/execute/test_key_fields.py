@@ -610,6 +610,7 @@ def basis_keys(change: Callable[[BasisTargets], BasisTargets]) -> dict[Any, Any]
         ("operand", lambda operand: replace(operand, points=next_layer(operand.points))),
         ("operand", lambda operand: replace(operand, samples=other_samples(operand.samples))),
         ("size", lambda size: size + 1),
+        ("reads", lambda reads: "mlp_norm"),
     ],
 )
 def test_basis_with_another_value_in_a_field_has_another_key(field: str, change: Change) -> None:
@@ -640,7 +641,7 @@ def test_name_of_a_basis_is_not_keyed(field: str) -> None:
 
 
 def test_fields_of_bases_are_all_thought_of() -> None:
-    keyed = {"method", "options", "operand", "size"}
+    keyed = {"method", "options", "operand", "size", "reads"}
     shown = {"name", "made", "width"}  # the width belongs to the site, and is part of a draw
     assert {each.name for each in fields(BasisMember)} == keyed | shown
     assert {each.name for each in fields(BasisTargets)} == {

@@ -364,14 +364,25 @@ _file(
 _file(
     "basis: sparse autoencoder",
     'basis b = sae("sae") at resid_post layer 1',
-    "The features of a dictionary: a folder of SAELens (standard, top-k, batch top-k, JumpReLU, "
-    "gated and matching pursuit) or of sparsify (top-k), or a safetensors file with `W_enc`, "
-    "`b_enc`, `W_dec`, `b_dec` and, for JumpReLU, `threshold`. Rules change features of the "
+    "The features of a dictionary: a folder of SAELens (standard, top-k, batch top-k, top-k by "
+    "size, JumpReLU, gated and matching pursuit) or of sparsify (top-k), or a safetensors file "
+    "with `W_enc`, `b_enc`, `W_dec`, `b_dec` and, for JumpReLU, `threshold`. Rules change features of the "
     "current vector and keep its reconstruction error: x becomes x + (f′ − f) W_dec, in units of x "
     "if the dictionary normalises its input. A recorded hook point of another site is a warning. "
     "The results store the hash of the files.",
     "tests/dictionaries/test_features.py",
     "Bricken et al. 2023; Gao et al. 2024, arXiv 2406.04093",
+)
+_file(
+    "basis: transcoder",
+    'basis t = transcoder("tc") at mlp_out layer 1',
+    "The features of a transcoder, in the layouts of `sae`, or in a `layer_1.safetensors` of "
+    "circuit-tracer. They are computed from the current `mlp_norm` of the block, or from "
+    "`resid_mid` if the configuration records it, and rules change `mlp_out` by (f′ − f) W_dec. "
+    "`set mlp_out layer 1 at tokens * to reconstruction of t` replaces the MLP. Cross-layer "
+    "transcoders are an error.",
+    "tests/rules/test_transcoders.py",
+    "Dunefsky et al. 2024, arXiv 2406.11944",
 )
 _file(
     "basis: neurons",
@@ -930,8 +941,10 @@ _rule(
     "ablate layers * heads * except L2H0, top 3 of cie at tokens * with zero",
     "Leaves out sites: heads, groups, the sites that another experiment ranks highest, whole "
     "layers (`layer 3`), or values of the last axis (`layer * except 3`, `features * of b except "
-    "12`). A head is left out at any site of heads. Of a sweep, the cells without a site don't "
-    "exist. An exception without effect is an error.",
+    "12`). A head is left out at any site of heads, and at `k` and `v` the key-value head that it "
+    "reads. Numbers, layers and picks may use `for` variables: `except top k of cie`, `layer * "
+    "except l`. Of a sweep, the cells without a site don't exist. An exception without effect is "
+    "an error, unless it is a pick.",
     OWN,
     "tests/rules/test_except.py",
 )

@@ -106,7 +106,8 @@ def _changes(place: SiteLayer, write: RuleWrite, rows: RowTable, base: Unpatched
     """Return [vector]: whether a feature is active before or after a write to the base run."""
     mode = write.mode
     assert isinstance(mode, CoordinateWrite)
-    read = base.reads[SiteRead(*place)]
+    site, layer = place
+    read = base.reads[SiteRead(mode.reads or site, layer)]
     if mode.joins_units:
         read = read.flatten(2).unsqueeze(2)
     lane = base.lane(rows.prompt[write.row], np.zeros_like(write.row))

@@ -334,6 +334,7 @@ def apply_write(
     values: Tensor,
     to: Tensor | None = None,
     before: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> Tensor:
     """Return [K, width]: the new values, in the precision of `now`.
 
@@ -344,10 +345,11 @@ def apply_write(
         to: As in `SiteWrite`, on the device of `now`.
         before: [K, width] for `step`, the values one position before; the current values at a
             prompt's first position.
+        inputs: [K, …] for coordinates of another site, its current values.
     """
     match mode:
         case CoordinateWrite():
-            return mode.apply(now, values, to)
+            return mode.apply(now, values, to, inputs)
         case "set":
             return values.to(now).expand_as(now)
         case "add":

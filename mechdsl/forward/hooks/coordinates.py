@@ -51,7 +51,7 @@ class CoordinateSystem(Protocol):
         """Return [K, width]: the vectors after their coordinates have changed.
 
         Args:
-            vectors: [K, width].
+            vectors: [K, width] vectors of the written site.
             change: [K, m], or [K, size]: new coordinates minus the current ones.
             which: As in `encode`.
         """
@@ -148,33 +148,48 @@ class CoordinateWrite:
     """Whether the vectors are those of all heads or neurons of a site, one after the other."""
     drops_error: bool = False
     """Whether what the basis doesn't represent is dropped."""
+    reads: str = ""
+    """Site of the same block whose vectors have these coordinates: a transcoder encodes the input
+    of the MLP. Empty for the written site."""
 
-    def apply(self, now: Tensor, values: Tensor, which: Tensor | None) -> Tensor:
+    def apply(
+        self,
+        now: Tensor,
+        values: Tensor,
+        which: Tensor | None = None,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
         """Return [K, width]: the new vectors, in the precision of `now`.
 
         Args:
             now: [K, width] current vectors.
             values: [K, m] or [K, 1] numbers; [K, size] for all coordinates.
             which: [K, m] coordinates; None for all.
+            inputs: [K, width of `reads`] current vectors of this site; None for `now`.
         """
+        inputs = now if inputs is None else inputs
         each = self.system.size
         if which is not None and which.shape[1] <= MAX_GATHERED:
             each = which.shape[1] * now.shape[1]
         count = max(1, MAX_NUMBERS // each)
         if len(now) <= count:
-            return self._apply(now, values, which)
+            return self._apply(now, values, which, inputs)
         parts = (slice(begin, begin + count) for begin in range(0, len(now), count))
         found = [
-            self._apply(now[part], values[part], None if which is None else which[part])
+            self._apply(
+                now[part], values[part], None if which is None else which[part], inputs[part]
+            )
             for part in parts
         ]
         return torch.cat(found)
 
-    def _apply(self, now: Tensor, values: Tensor, which: Tensor | None) -> Tensor:
-        wide = now.to(torch.promote_types(now.dtype, torch.float32))
+    def _apply(self, now: Tensor, values: Tensor, which: Tensor | None, inputs: Tensor) -> Tensor:
+        wide, inputs = (
+            each.to(torch.promote_types(now.dtype, torch.float32)) for each in (now, inputs)
+        )
         if self.operation == "reconstruct":
-            return self.system.reconstruct(wide).to(now)
-        current, values = self.system.encode(wide, which), values.to(wide)
+            return self.system.reconstruct(inputs).to(now)
+        current, values = self.system.encode(inputs, which), values.to(wide)
         match self.operation:
             case "set":
                 change = values - current
@@ -184,5 +199,5 @@ class CoordinateWrite:
                 change = (values - 1) * current
         found = self.system.shift(wide, change, which)
         if self.drops_error:
-            found = found - (wide - self.system.reconstruct(wide))
+            found = found - (wide - self.system.reconstruct(inputs))
         return found.to(now)

@@ -74,6 +74,11 @@ class PlacedWrite:
     before: Tensor | None = None
     """[K] for `step`: index into the second dimension of the preceding position; the first
     position's own index if there is none."""
+    source: SiteRead | None = None
+    """Site whose coordinates are written here, if it is another one."""
+    source_first: Tensor | None = None
+    source_second: Tensor | None = None
+    """[K]: indices into its tapped tensor."""
     _moved: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Indices on the device, after a call of `move`."""
 
@@ -83,7 +88,7 @@ class PlacedWrite:
         named = [
             (place, name, index)
             for place in places
-            for name in ("first", "second", "units", "before")
+            for name in ("first", "second", "units", "before", "source_first", "source_second")
             if (index := getattr(place, name)) is not None
         ]
         moved = indices_to_device([index for _, _, index in named], device)
@@ -126,12 +131,27 @@ class PlacedWrite:
             return None
         return view[self._index(view, "before")]
 
-    def changed(self, now: Tensor, before: Tensor | None = None) -> Tensor:
-        """Return [K, width]: the new values, from current ones and those one position before."""
-        to = None if self.to is None else to_device(self.to, now.device)
-        return apply_write(self.write.mode, now, to_device(self.values, now.device), to, before)
+    def get_source(self, view: Tensor) -> Tensor:
+        """Return [K, width] of the [B, T, 1, width] view of `source`."""
+        index = (self._moved[name].to(view.device) for name in ("source_first", "source_second"))
+        return view[(*index, 0)]
 
-    def change(self, view: Tensor, scale: float | Tensor = 1.0) -> None:
+    def changed(
+        self, now: Tensor, before: Tensor | None = None, inputs: Tensor | None = None
+    ) -> Tensor:
+        """Return [K, width]: the new values, from current ones and those one position before.
+
+        Args:
+            inputs: [K, width] current values of `source`.
+        """
+        to = None if self.to is None else to_device(self.to, now.device)
+        inputs = None if inputs is None else inputs.to(now.device)
+        values = to_device(self.values, now.device)
+        return apply_write(self.write.mode, now, values, to, before, inputs)
+
+    def change(
+        self, view: Tensor, scale: float | Tensor = 1.0, inputs: Tensor | None = None
+    ) -> None:
         """Write into a [B, T, units, width] view; the view times `scale` is the site."""
         match self.write.mode:
             case "set" | "add" as mode:
@@ -139,7 +159,7 @@ class PlacedWrite:
             case _:
                 now, before = apply_scale(self.get(view), scale), self.get_before(view)
                 before = None if before is None else apply_scale(before, scale)
-                self.put(view, undo_scale(self.changed(now, before), scale), add=False)
+                self.put(view, undo_scale(self.changed(now, before, inputs), scale), add=False)
 
 
 class SiteSteps:
@@ -154,6 +174,10 @@ class SiteSteps:
         """Path of a tapped module → the stream that enters its block, for `resid_mid`."""
         self.patches: dict[str, Tensor] = {}
         """Path of the module that embeds patches → its output."""
+        self.sources: dict[SiteRead, Tensor | None] = {}
+        """Site whose coordinates are written elsewhere → its current values, once passed."""
+        self.asked: set[SiteRead] = set()
+        """Sites whose values are returned."""
 
     def begin(self) -> None:
         """Start a further pass, in which nothing is read."""
@@ -164,9 +188,22 @@ class SiteSteps:
 
     def _keep(self, reads: list[SiteRead], view: Tensor) -> None:
         for read in reads:
+            if read in self.sources:
+                self.sources[read] = view.clone()
+            if read not in self.asked:
+                continue
             if read in self.found:
                 raise ReadMismatch(f"{read.quoted} was passed twice in one run")
             self.found[read] = view.clone(memory_format=torch.contiguous_format)
+
+    def _inputs(self, place: PlacedWrite) -> Tensor | None:
+        """Return [K, width]: the vectors whose coordinates are written; None for the site's own."""
+        if place.source is None:
+            return None
+        view = self.sources[place.source]
+        if view is None:
+            raise WriteMismatch(f"{place.source.quoted} wasn't passed before it was needed")
+        return place.get_source(view)
 
     def direct(
         self,
@@ -182,7 +219,7 @@ class SiteSteps:
                 value = value.clone(memory_format=torch.contiguous_format)
             view = view_layout(value, layout)
             for place in places:
-                place.change(view, scale)
+                place.change(view, scale, self._inputs(place))
                 self._done(place)
             if places:
                 put_layout(value, layout, view)
@@ -431,6 +468,7 @@ class SiteHooks:
         self._wanted = [int(write.rows.numel()) for write in writes]
         self._writes = list(writes)
         self._reads = list(dict.fromkeys(reads))
+        self._sites.asked.update(self._reads)
         self._logits: tuple[list[PlacedWrite], list[SiteRead]] = ([], [])
         self._kept: Callable[[Tensor], Tensor] | None = None
         """Selects the requested positions from logits, if that can't happen before the
@@ -455,12 +493,14 @@ class SiteHooks:
         )
         for read in self._reads:
             self._require(read, ReadMismatch)
-        for where in dict.fromkeys([*writes, *self._reads]):
+        sources = [p.source for places in writes.values() for p in places if p.source is not None]
+        self._sites.sources.update(dict.fromkeys(sources))
+        for where in dict.fromkeys([*writes, *self._reads, *sources]):
             if where.site in ATTENTION_INTERNAL_SITES:
                 self._set_once(where, writes[where])
                 continue
             self._set_once(where, writes[where])
-            self._add_site(where, writes[where], where in self._reads)
+            self._add_site(where, writes[where], where in (*self._reads, *sources))
 
     def _require(self, where: SiteRead, problem: type[Exception]) -> None:
         """Check that the model has the site, and that the pass reaches it."""
@@ -515,7 +555,29 @@ class SiteHooks:
             values = values[to_device(index, values.device)]
             to = None if to is None else to[to_device(index, to.device)]
             self._wanted[number] = len(index)
-        return PlacedWrite(number, write, values, first, second, units, to, before)
+        place = PlacedWrite(number, write, values, first, second, units, to, before)
+        self._place_source(place, there)
+        return place
+
+    def _place_source(self, place: PlacedWrite, there: Tensor) -> None:
+        """Add the site whose coordinates are written at another one, with its indices.
+
+        Args:
+            there: Whether each position is in the pass.
+
+        Raises:
+            WriteMismatch: A position isn't computed there.
+        """
+        write = place.write
+        if not isinstance(write.mode, CoordinateWrite) or not write.mode.reads:
+            return
+        source = replace(write.where, site=write.mode.reads)
+        at = write.rows[there], write.positions[there]
+        first, second, found = self.frame.locate(source.site, source.layer, source.stack, *at)
+        if not bool(found.all()):
+            written = write.where.quoted
+            raise WriteMismatch(f"{source.quoted} isn't computed where {written} is written")
+        place.source, place.source_first, place.source_second = source, first, second
 
     def _before(self, where: SiteRead, write: SiteWrite, there: Tensor) -> Tensor | None:
         """Return [K] for a step: index of the preceding position, or of the first position itself.
@@ -725,6 +787,7 @@ class SiteHooks:
             for handle in handles:
                 handle.remove()
             self._sites.streams.clear()
+            self._sites.sources.update(dict.fromkeys(self._sites.sources))
 
     def _keep_patches(self, path: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:

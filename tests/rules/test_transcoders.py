@@ -1,0 +1,395 @@
+"""Rules on features of transcoders, against forward passes of the bare model.
+
+A feature is read from the MLP's input and changes the MLP's output in the same pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mechdsl.resolve.cells import Coord
+
+from ..reference.forward import Changes, Write
+from .support import (
+    MANY,
+    agree,
+    codes,
+    experiment,
+    plain,
+    records,
+    rows,
+    run_file,
+    tokens,
+    try_file,
+    unpatched,
+    worked_out,
+)
+from .test_generation import TOKENS, replies, written
+from .test_generation import Case as GenerationCase
+
+FEATURES, K, LAYER = 12, 4, 1
+HERE = ("gpt2", "llama", "gpt_neox", "gemma2")
+KINDS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "sparsify")
+BASIS = f'basis t = transcoder("of_mlp") at mlp_out layer {LAYER}\n'
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A transcoder computed from its formulas."""
+
+    kind: str
+    weights: dict[str, Tensor]
+
+    def encode(self, x: Tensor) -> Tensor:
+        before = x @ self.weights["W_enc"] + self.weights["b_enc"]
+        if self.kind == "sparsify":
+            least = before.sort(descending=True).values[..., K - 1 : K]
+            return torch.where(before >= least, before, 0.0).clamp(min=0)
+        if self.kind == "jumprelu_transcoder":
+            before = torch.where(before > self.weights["threshold"], before, 0.0)
+        return before.clamp(min=0)
+
+    def decode(self, features: Tensor, x: Tensor) -> Tensor:
+        found = features @ self.weights["W_dec"] + self.weights["b_dec"]
+        return found + x @ self.weights["W_skip"].T if "skip" in self.kind else found
+
+
+def make(folder: Path, kind: str, width: int, **metadata: str) -> Reference:
+    """Write a transcoder, with about half of its features active."""
+    random = torch.Generator().manual_seed(len(kind))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    weights = {
+        "W_enc": draw(width, FEATURES) / 2,
+        "b_enc": draw(FEATURES) / 4,
+        "W_dec": draw(FEATURES, width),
+        "b_dec": draw(width) / 4,
+        "threshold": draw(FEATURES).abs() / 2,
+        "W_skip": draw(width, width) / 4,
+    }
+    unused = {"threshold": "jumprelu", "W_skip": "skip"}
+    kept = {k: v for k, v in weights.items() if unused.get(k, kind) in kind}
+    target = folder / "of_mlp"
+    target.mkdir(exist_ok=True)
+    for old in target.iterdir():
+        old.unlink()
+    if kind == "sparsify":
+        config: dict[str, Any] = {"activation": "topk", "k": K, "transcode": True}
+        kept["encoder.weight"] = kept.pop("W_enc").T.contiguous()
+        kept["encoder.bias"] = kept.pop("b_enc")
+        save_file(kept, target / "sae.safetensors")
+    else:
+        config = {"architecture": kind, "metadata": metadata}
+        save_file(kept, target / "sae_weights.safetensors")
+    (target / "cfg.json").write_text(json.dumps(config), encoding="utf-8")
+    return Reference(kind, {name: each.double() for name, each in weights.items()})
+
+
+def width_of(family: str) -> int:
+    return plain(family, rows()[0])["mlp_out", LAYER].shape[-1]
+
+
+def features_of(name: str, of: Reference, run: str, n: int, site: str = "mlp_norm") -> Tensor:
+    """[feature] at the last token of one row."""
+    text = rows(run)[n]
+    return of.encode(plain(name, text)[site, LAYER][text.last, 0])
+
+
+def mean_features(name: str, of: Reference) -> Tensor:
+    found = [features_of(name, of, "clean", n) for n in range(len(rows()))]
+    return torch.stack(found).mean(0)
+
+
+Change = Callable[[Tensor], Tensor]
+"""Of current features, the new ones."""
+
+
+def writes(
+    of: Reference,
+    change: Change,
+    positions: Sequence[int],
+    *,
+    keeps_error: bool = True,
+    reads: str = "mlp_norm",
+    layer: int = LAYER,
+) -> list[Write]:
+    """A write at the MLP's input notes it and changes nothing; one at the output uses it."""
+    found: list[Write] = []
+    for position in positions:
+        seen: list[Tensor] = []
+
+        def note(x: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(x.clone())
+            return x
+
+        def act(out: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            x = seen[-1]
+            features = of.encode(x)
+            new = of.decode(change(features), x)
+            return out + new - of.decode(features, x) if keeps_error else new
+
+        found += [Write(reads, layer, note, position), Write("mlp_out", layer, act, position)]
+    return found
+
+
+def replaced(features: Tensor, which: Sequence[int], value: Tensor | float) -> Tensor:
+    features = features.clone()
+    index = list(which)
+    features[..., index] = value[..., index] if isinstance(value, Tensor) else value
+    return features
+
+
+@dataclass(frozen=True)
+class Case:
+    rule: str
+    axes: tuple[str, ...]
+    cells: Sequence[tuple[Coord, ...]]
+    change: Callable[..., Change]
+    """Of the model, the transcoder, the row, and the coordinates of the cell."""
+    at: str = "last token"
+    keeps_error: bool = True
+    before: Callable[[str, int], list[Write]] = lambda name, n: []
+    """What other rules write, of the model and the row."""
+
+
+def source(name: str, of: Reference, n: int) -> Tensor:
+    return features_of(name, of, "other", n)
+
+
+def attention_of_other(name: str, n: int) -> list[Write]:
+    text, other = rows()[n], rows("other")[n]
+    return [Write("attn_out", LAYER, plain(name, other)["attn_out", LAYER][other.last], text.last)]
+
+
+EVERY: list[tuple[Coord, ...]] = [(feature,) for feature in range(FEATURES)]
+CASES: dict[str, Case] = {
+    "each feature": Case(
+        "from other into clean  patch feature * of t at last token",
+        ("feature",),
+        EVERY,
+        lambda name, of, n, i: lambda f: replaced(f, [i], source(name, of, n)),
+    ),
+    "joined features": Case(
+        "from other into clean  patch features 2, 5..7 of t at last token",
+        (),
+        [()],
+        lambda name, of, n: lambda f: replaced(f, [2, 5, 6, 7], source(name, of, n)),
+    ),
+    "all features": Case(
+        f"from other into clean  patch mlp_out layer {LAYER} in basis t at last token",
+        (),
+        [()],
+        lambda name, of, n: lambda f: source(name, of, n).expand_as(f),
+    ),
+    "zero": Case(
+        "ablate features 0..5 of t at tokens * with zero",
+        (),
+        [()],
+        lambda name, of, n: lambda f: replaced(f, range(6), 0.0),
+        "tokens *",
+    ),
+    "mean": Case(
+        "ablate features * of t at last token with mean",
+        (),
+        [()],
+        lambda name, of, n: lambda f: mean_features(name, of).expand_as(f),
+    ),
+    "clamp": Case(
+        "for i in 0..3 { clamp feature i of t at tokens * to 3 }",
+        ("i",),
+        EVERY[:4],
+        lambda name, of, n, i: lambda f: replaced(f, [i], 3.0),
+        "tokens *",
+    ),
+    "without error": Case(
+        "clamp features 1..3 of t at tokens * to 2 without error",
+        (),
+        [()],
+        lambda name, of, n: lambda f: replaced(f, [1, 2, 3], 2.0),
+        "tokens *",
+        keeps_error=False,
+    ),
+    "in the place of the MLP": Case(
+        f"set mlp_out layer {LAYER} at tokens * to reconstruction of t",
+        (),
+        [()],
+        lambda name, of, n: lambda f: f,
+        "tokens *",
+        keeps_error=False,
+    ),
+    "add": Case(
+        "for c in [-2, 0.5] { add c to features 3..4 of t at last token }",
+        ("c",),
+        [(-2,), (0.5,)],
+        lambda name, of, n, c: lambda f: replaced(f, [3, 4], f + c),
+    ),
+    "scale": Case(
+        "for c in [-1, 3] { scale features * of t at tokens * by c }",
+        ("c",),
+        [(-1,), (3,)],
+        lambda name, of, n, c: lambda f: f * c,
+        "tokens *",
+    ),
+    "beside a rule that changes the input": Case(
+        f"from other into clean  patch attn_out layer {LAYER} at last token  "
+        "ablate feature 0..3 of t at last token with zero",
+        ("feature",),
+        EVERY[:4],
+        lambda name, of, n, i: lambda f: replaced(f, [i], 0.0),
+        before=attention_of_other,
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", HERE)
+def test_rules_on_features(family: str, kind: str, mode: str, data: Path) -> None:
+    of = make(data, kind, width_of(family))
+    names = {key: f"e{number}" for number, key in enumerate(CASES)}
+    text = BASIS + "".join(experiment(names[key], case.rule) for key, case in CASES.items())
+    found = run_file(text, data, family, mode)
+    for key, case in CASES.items():
+
+        def changes(n: int, *cell: Coord, case: Case = case) -> list[Changes]:
+            change = case.change(family, of, n, *cell)
+            at = tokens(rows()[n], case.at)
+            own = writes(of, change, at, keeps_error=case.keeps_error)
+            return [([*case.before(family, n), *own], ())]
+
+        expected = worked_out(family, case.cells, changes, rows(), records())
+        try:
+            base = unpatched(family)
+            agree(found[names[key]], case.axes, expected, base, most=False, large=0.02)
+        except AssertionError as error:
+            raise AssertionError(f"{key}: {error}") from error
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_transcoder_may_read_the_stream_before_the_norm(
+    family: str, mode: str, data: Path
+) -> None:
+    """The recorded hook point says so; the stream is a sum and not the output of a module."""
+    hook = f"blocks.{LAYER}.hook_resid_mid"
+    of = make(data, "transcoder", width_of(family), hook_name=hook)
+    text = BASIS + experiment("e", "from other into clean  patch feature * of t at last token")
+    found = run_file(text, data, family, mode)["e"]
+
+    def changes(n: int, i: int) -> list[Changes]:
+        value = features_of(family, of, "other", n, "resid_mid")
+        own = writes(of, lambda f: replaced(f, [i], value), [rows()[n].last], reads="resid_mid")
+        return [(own, ())]
+
+    expected = worked_out(family, EVERY, changes, rows(), records())
+    agree(found, ("feature",), expected, unpatched(family), most=False)
+    assert "resid_mid" in found.conventions["transcoder"]
+
+
+@pytest.mark.parametrize("mode", MANY)
+def test_transcoders_of_all_layers_act_together(mode: str, data: Path) -> None:
+    """Each reads the input that those of lower layers have changed."""
+    of = make(data, "transcoder", width_of("llama"))
+    text = 'basis t = transcoder("of_mlp") at mlp_out layer *\n'
+    rule = "set mlp_out layers * at tokens * to reconstruction of t"
+    text += experiment("e", rule) + experiment("f", rule.replace("layers *", "layer *"))
+    found = run_file(text, data, "llama", mode)
+
+    def changes(n: int, *only: int) -> list[Changes]:
+        at = tokens(rows()[n], "tokens *")
+        layers = only or range(3)
+        own = [writes(of, lambda f: f, at, keeps_error=False, layer=each) for each in layers]
+        return [([write for each in own for write in each], ())]
+
+    for name, cells in (("e", [()]), ("f", [(0,), (1,), (2,)])):
+        axes = ("layer",) if name == "f" else ()
+        expected = worked_out("llama", cells, changes, rows(), records())
+        agree(found[name], axes, expected, unpatched("llama"), most=False)
+
+
+def test_inactive_features_are_decided_by_the_input(data: Path) -> None:
+    of = make(data, "jumprelu_transcoder", width_of("llama"))
+    text = BASIS + experiment("e", "ablate feature * of t at last token with zero")
+    found = run_file(text, data, "llama", "planned")["e"]
+    active = torch.stack([features_of("llama", of, "clean", n) for n in range(len(rows()))]) > 0
+    never = (~active.any(0)).sum().item()
+    measure = found.measures[0]
+    assert measure.inert is not None
+    assert measure.inert.sum() == never
+    written = measure.patched != measure.base
+    assert (written == active.T.numpy()).mean() > 0.95
+    count = int((~active).sum())
+    assert str(count) in found.conventions["inactive"]
+
+
+@pytest.mark.parametrize(
+    ("basis", "line", "code"),
+    [
+        (BASIS, "patch feature 12 of t at last token", "E0301"),
+        (BASIS, f"patch attn_out layer {LAYER} in basis t at last token", "E0342"),
+        (BASIS, "set attn_out layer 1 at last token to reconstruction of t", "E0342"),
+        (BASIS, "add 2 to features * of t at last token", "E0342"),
+        (BASIS.replace("mlp_out", "resid_post"), "patch feature 1 of t at last token", "E0342"),
+        (BASIS.replace("mlp_out", "mlp_norm"), "patch feature 1 of t at last token", "E0342"),
+        (BASIS.replace("transcoder(", "sae("), "patch feature 1 of t at last token", "E0342"),
+        (BASIS.replace("of_mlp", "nothing"), "patch feature 1 of t at last token", "E0342"),
+        (BASIS.replace("transcoder(", "clt("), "patch feature 1 of t at last token", "E0203"),
+    ],
+)
+def test_mistakes_with_transcoders(basis: str, line: str, code: str, data: Path) -> None:
+    make(data, "transcoder", width_of("llama"))
+    assert code in codes(basis + experiment("e", f"from other into clean  {line}"), data)
+
+
+def test_a_sparse_autoencoder_is_no_transcoder(data: Path) -> None:
+    make(data, "transcoder", width_of("llama"))
+    config = data / "of_mlp" / "cfg.json"
+    config.write_text(json.dumps({"architecture": "standard"}), encoding="utf-8")
+    rule = "from other into clean  patch feature 1 of t at last token"
+    assert codes(BASIS + experiment("e", rule), data) == ["E0342"]
+
+
+@pytest.mark.parametrize(
+    ("hooks", "said"),
+    [
+        ({"hook_name": "blocks.1.ln2.hook_normalized"}, 0),
+        ({"hook_name": "blocks.0.ln2.hook_normalized"}, 1),
+        ({"hook_name": "blocks.1.hook_resid_post"}, 1),
+        ({"hook_name_out": "blocks.1.hook_mlp_out"}, 0),
+        ({"hook_name_out": "blocks.2.hook_mlp_out"}, 1),
+    ],
+)
+def test_other_hook_points_are_reported(hooks: dict[str, str], said: int, data: Path) -> None:
+    make(data, "transcoder", width_of("llama"), **hooks)
+    rule = "from other into clean  patch feature 1 of t at last token"
+    _, found = try_file(BASIS + experiment("e", rule), data, "llama")
+    assert [each.code for each in found].count("W0733") == said
+
+
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+def test_features_change_at_each_newest_token(mode: str, data: Path) -> None:
+    """Beside whole passes, one for each token of the reply."""
+    of = make(data, "jumprelu_transcoder", width_of("llama"))
+    rule = "clamp features 1..3 of t at last token to 30"
+    lines = (rule, f"generate {TOKENS}")
+    text = BASIS + experiment("e", *lines, measure="measure length as raw")
+    found = run_file(text, data, "llama", mode, precise=True)["e"]
+
+    def act(name: str, n: int, at: int) -> Changes:
+        return writes(of, lambda f: replaced(f, [1, 2, 3], 30.0), [at]), []
+
+    case = GenerationCase(rule, "last token", act)
+    wanted = [written("llama", n, [case]) for n in range(len(rows()))]
+    assert replies(found) == wanted
+    assert wanted != [written("llama", n, []) for n in range(len(rows()))]
