@@ -18,7 +18,7 @@ from mechdsl.base.hashing import digest
 from mechdsl.execute.measurement.readout import Readout, ReadoutResult
 from mechdsl.execute.pass_layout import PassMember, PassSizer
 from mechdsl.execute.replies import ReplyCache
-from mechdsl.planner.plan import ExperimentPlan, Panel, WholeCells
+from mechdsl.planner.plan import ExperimentPlan, Panel, ReconstructedSpot, WholeCells
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.planner.value_keys import (
     ExperimentKeys,
@@ -221,6 +221,28 @@ class ActivityCache:
                 yield self._cells[int(codes[each[0]])], keys[each], values
 
 
+class ErrorCache:
+    """Cached errors of the bases of one experiment: per prompt, their sum and number of vectors."""
+
+    def __init__(self, run: OpenRun, keys: ExperimentKeys) -> None:
+        self._run = run
+        self._keys = keys
+
+    def earlier(self, spot: ReconstructedSpot) -> Floats:
+        """Return [prompt of the table, 2] errors from before the run or an interrupted attempt of
+        it, NaN if missing."""
+        cell, rows = self._keys.of_spot(spot)
+        found = dict(self._run.own([cell]) if self._run.resumed else {})
+        known = _KeyedValues.of(found or self._run.earlier([cell]), {cell: 0})
+        there, values = known.find(_mix_cell(0, rows))
+        return np.where(there[:, None], values, np.nan)
+
+    def part(self, spot: ReconstructedSpot, prompts: Ints, values: Floats) -> CachedCell:
+        """Return what is stored of measured errors; values: [prompt, 2]."""
+        cell, rows = self._keys.of_spot(spot)
+        return cell, rows[prompts], values
+
+
 class PanelCache:
     """Cached values of the experiments of one panel."""
 
@@ -288,6 +310,10 @@ class PanelCache:
     def activity(self, keys: ExperimentKeys) -> ActivityCache:
         """Open what is known of the activity of an experiment's features."""
         return ActivityCache(self._run, keys)
+
+    def errors(self, keys: ExperimentKeys) -> ErrorCache:
+        """Open the cached errors of an experiment's bases."""
+        return ErrorCache(self._run, keys)
 
     def replies(self, settings: tuple[object, ...], ends: frozenset[int]) -> ReplyCache:
         """Open cached replies with these settings; ends: tokens that end a reply."""

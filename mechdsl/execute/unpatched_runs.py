@@ -759,7 +759,7 @@ class UnpatchedRuns:
         measured = own and (needs is None or needs.measured or needs.stop is None)
         reads = set(needs.reads) if needs is not None else set[SiteLayer]()
         reads |= self._gauge_reads() if own else set[SiteLayer]()
-        reads |= set[SiteLayer]().union(*(plan.watched_sites for plan in self._starting(run)))
+        reads |= set[SiteLayer]().union(*(plan.observed_sites for plan in self._starting(run)))
         return UnpatchedRequest(
             reads=frozenset(reads if continuation is None or self.behind else ()),
             lowest=lowest,

@@ -63,6 +63,7 @@ from mechdsl.resolve.types import (
     DirectionMember,
     ItemNumber,
     PositionTargets,
+    PythonBasis,
     ResolvedExperiment,
     ResolvedRule,
     ResolvedSave,
@@ -72,6 +73,18 @@ from mechdsl.resolve.types import (
     select_reached,
 )
 from mechdsl.vocab.sites import SITES, sites_of_stage
+
+
+@dataclass(frozen=True)
+class ReconstructedSpot:
+    """Sites and a position at which a rule changes coordinates."""
+
+    rule: int
+    """Number of the rule."""
+    points: tuple[int, ...]
+    """Numbers of its written points."""
+    position: int
+    """Number of its position."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +235,41 @@ class ExperimentPlan:
         return frozenset(
             (point.site, point.layer) for plan in acting for point in plan.source_table
         )
+
+    @cached_property
+    def reconstructed(self) -> tuple[ReconstructedSpot, ...]:
+        """Where rules change coordinates of dictionaries, whose errors are measured there.
+
+        None for rows with noise or replaced text, for runs with rules, and for replies.
+        """
+        runs = self.starting_runs
+        is_plain = (
+            self.experiment.generation is None
+            and self.draws == 1
+            and not self.behind
+            and [run.derived for run in runs] == [None]
+        )
+        found: dict[ReconstructedSpot, None] = {}
+        for plan in self.rules if is_plain else ():
+            if not _changes_features(plan.rule):
+                continue
+            there = self.exists if plan.active is None else self.exists & plan.active
+            places = np.stack([plan.site_of_cell[there], plan.position_of_cell[there]])
+            for site, position in np.unique(places, axis=1).T.tolist():
+                points = tuple(_list(plan.points, site).tolist())
+                found[ReconstructedSpot(plan.number, points, position)] = None
+        return tuple(found)
+
+    @cached_property
+    def observed_sites(self) -> frozenset[SiteLayer]:
+        """The sites of the base run from which the activity and the errors of features follow."""
+        points = {
+            point
+            for spot in self.reconstructed
+            for table in (self.rules[spot.rule].point_table, self.rules[spot.rule].source_table)
+            for point in (table[number] for number in spot.points)
+        }
+        return self.watched_sites | {(point.site, point.layer) for point in points}
 
     @property
     def replaced(self) -> RulePlan | None:
@@ -859,6 +907,15 @@ def is_read_only(panel: Panel) -> bool:
     """Whether only unmodified rows are observed, so that each prompt is one full forward pass. Runs
     with rules also read other runs."""
     return not panel.derived and all(map(_reads_only, panel.experiments))
+
+
+def _changes_features(rule: ResolvedRule) -> bool:
+    """Return whether a rule changes coordinates of a dictionary, which leaves out a part of a
+    vector."""
+    if rule.basis is None or not isinstance(rule.does, CoordinateChange):
+        return False
+    operands = [member.operand for member in rule.basis.members.values()]
+    return all(isinstance(each, DictionaryFile | PythonBasis) for each in operands)
 
 
 def _keeps_inactive_features(rule: ResolvedRule) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Ints
 from mechdsl.base.hashing import digest, digest_number
 from mechdsl.dictionaries.folder import DictionaryFile
-from mechdsl.planner.plan import ExperimentPlan, WholeCells, cell_sites
+from mechdsl.planner.plan import ExperimentPlan, ReconstructedSpot, WholeCells, cell_sites
 from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.prompts.answers import TokenSets
@@ -377,6 +377,20 @@ class ExperimentKeys:
     def of_writes(self, rows: RowTable) -> KeyNumbers:
         """Return the start and everything that rules read and write, without a measure. [row]"""
         return self._written(rows)
+
+    def of_spot(self, spot: ReconstructedSpot) -> tuple[bytes, KeyNumbers]:
+        """Return the key of a basis at some sites, and that of the base run at a position.
+
+        The latter has the shape [prompt of the table].
+        """
+        rule = self.plan.rules[spot.rule]
+        pairs = [(rule.point_table[n], rule.source_table[n]) for n in spot.points]
+        points = [_written(to) + _written(of) for to, of in pairs]
+        cell = digest("error", self._model(), self._basis(rule), *points)
+        (start,) = self._starts
+        hits = rule.positions[spot.position].hits
+        tokens = np.array([digest_number(hit) for hit in hits], dtype=np.uint64)
+        return cell, mix_numbers(start, tokens)
 
     def of_rules(self, prompts: Ints) -> KeyNumbers:
         """Return what the rules of a one-cell experiment read and write. Shape [prompt]."""

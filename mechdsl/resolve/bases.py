@@ -147,6 +147,11 @@ class CoordinateChange(Intervention):
     mode = "coordinates"
 
     @property
+    def leaves_no_error(self) -> bool:
+        """Whether what the basis doesn't represent is dropped."""
+        return self.drops_error or self.operation == "reconstruct"
+
+    @property
     def keeps_zeros(self) -> bool:
         """Whether it changes nothing where a coordinate is 0 and its new value is 0."""
         changes = self.drops_error or self.reads == "cell"

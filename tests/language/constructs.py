@@ -366,10 +366,10 @@ _file(
     'basis b = sae("sae") at resid_post layer 1',
     "The features of a dictionary: a folder of SAELens (standard, top-k, batch top-k, top-k by "
     "size, JumpReLU, gated and matching pursuit) or of sparsify (top-k), or a safetensors file "
-    "with `W_enc`, `b_enc`, `W_dec`, `b_dec` and, for JumpReLU, `threshold`. Rules change features of the "
-    "current vector and keep its reconstruction error: x becomes x + (f′ − f) W_dec, in units of x "
-    "if the dictionary normalises its input. A recorded hook point of another site is a warning. "
-    "The results store the hash of the files.",
+    "with `W_enc`, `b_enc`, `W_dec`, `b_dec` and, for JumpReLU, `threshold`. Rules change features "
+    "of the current vector and keep its reconstruction error: x becomes x + (f′ − f) W_dec, in "
+    "units of x if the dictionary normalises its input. The size of the error is printed. A "
+    "recorded hook point of another site is a warning. The results store the hash of the files.",
     "tests/dictionaries/test_features.py",
     "Bricken et al. 2023; Gao et al. 2024, arXiv 2406.04093",
 )

@@ -179,6 +179,9 @@ class MeasuredValues:
     """[cell] whether a cell has such rows; None where features aren't watched."""
     with_changes: Bools | None = None
     """[cell] whether a cell has rows that may differ from the base run; None likewise."""
+    errors: Mapping[str, tuple[float, int]] = field(default_factory=dict[str, tuple[float, int]])
+    """Basis → mean of ‖x − x̂‖ / ‖x‖ over the vectors x that rules change in the base run, and the
+    number of vectors."""
     rounding: list[Floats] = field(default_factory=list[Floats])
     """Per measure, [environment, kept row]: how far rounding may move the base run's value."""
     refused: dict[int, Diagnostic] = field(default_factory=dict[int, Diagnostic])

@@ -38,6 +38,7 @@ from mechdsl.execute.pass_layout import (
 )
 from mechdsl.execute.patching.estimates import AutogradFailed, GradientEstimates
 from mechdsl.execute.patching.inactive import FeatureActivity, find_inactive_rows
+from mechdsl.execute.patching.reconstruction import ReconstructionErrors
 from mechdsl.execute.patching.rows import Patcher, locate_in_cell, locate_in_run
 from mechdsl.execute.patching.rule_inputs import (
     CellFunctionFailed,
@@ -163,6 +164,8 @@ class PanelRunner:
         """By the key of an experiment; without those that can't be told apart by their content."""
         self.activity: dict[str, FeatureActivity] = {}
         """By the key of an experiment, the rows whose features are inactive."""
+        self.errors: dict[str, ReconstructionErrors] = {}
+        """By the key of an experiment, the reconstruction errors of its bases."""
 
     @property
     def _sound(self) -> tuple[ExperimentPlan, ...]:
@@ -366,9 +369,15 @@ class PanelRunner:
             if plan.watched_sites:
                 found = FeatureActivity(plan, len(self.table), self.stored.activity(keys))
                 self.activity[plan.experiment.key] = found
+            if plan.reconstructed:
+                found = ReconstructionErrors.of(plan, len(self.table), self.stored.errors(keys))
+                self.errors[plan.experiment.key] = found
 
     def _look_up_activity(self, plan: ExperimentPlan, kept: Ints) -> None:
-        """What there is of the activity of an experiment's features."""
+        """What there is of the activity of an experiment's features, and of their errors."""
+        key = plan.experiment.key
+        if plan.reconstructed and key not in self.errors:
+            self.errors[key] = ReconstructionErrors.of(plan, len(self.table), None)
         if not plan.watched_sites:
             return
         unstored = FeatureActivity(plan, len(self.table), None)
@@ -396,6 +405,27 @@ class PanelRunner:
             if self.stored is not None:
                 self.stored.keep(stored)
 
+    def _without_errors(self, plan: ExperimentPlan, batch: Ints) -> Ints:
+        """The prompts on which the errors of an experiment's bases aren't known."""
+        found = self.errors.get(plan.experiment.key)
+        prompts = self.measured[plan.experiment.key].among(batch)
+        return prompts[:0] if found is None else prompts[found.is_unknown(prompts)]
+
+    def _measure_errors(self, plan: ExperimentPlan, batch: Ints) -> None:
+        """Measure the errors of an experiment's bases on a batch, where they aren't known."""
+        prompts = self._without_errors(plan, batch)
+        if not len(prompts):
+            return
+        key = plan.experiment.key
+        (start,) = plan.starting_runs
+        base, directions = (
+            self.runs.lanes(start, batch, None),
+            self.means_and_donors[key].directions,
+        )
+        stored = list(self.errors[key].measure(prompts, base, directions))
+        if self.stored is not None and self.errors[key].cache is not None:
+            self.stored.keep(stored)
+
     def _due(self) -> Ints:
         """The prompts of which some row has to be run; all, where nothing is known."""
         if not any(found.any_earlier for found in self.patched_values.values()):
@@ -404,6 +434,7 @@ class PanelRunner:
         due: list[Ints] = [self.kept[:0]]
         for batch in self._batches(self.kept):
             due += [self.sorted_out(plan, batch).live.prompt for plan in self.running]
+            due += [self._without_errors(plan, batch) for plan in self.running]
         return np.unique(np.concatenate(due))
 
     def _values(
@@ -556,6 +587,7 @@ class PanelRunner:
         """The rows of a batch that have to be run, now that activities can be decided; counts the
         others."""
         self._decide_activity(plan, batch, lanes_of)
+        self._measure_errors(plan, batch)
         found, measured = self.sorted_out(plan, batch), self.measured[plan.experiment.key]
         if plan.experiment.key in self.activity:
             measured.watch(plan.n_cells, found.inactive, found.changing)
@@ -620,6 +652,9 @@ class PanelRunner:
         for plan, sums_and_counts in zip(plans, totals, strict=True):
             if plan.rules:
                 self._average_draws(plan, sums_and_counts)
+            measured = self.measured[plan.experiment.key]
+            if plan.experiment.key in self.errors:
+                measured.errors = self.errors[plan.experiment.key].mean(measured.kept)
         self.runs.forget()
         self._drop_unusable()
 

@@ -21,6 +21,7 @@ from mechdsl.forward.generation.cached_pass import choose_method
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
 from mechdsl.program.spec import Generation
+from mechdsl.resolve.bases import CoordinateChange
 from mechdsl.resolve.class_outputs import describe_pooling
 from mechdsl.resolve.experiment import find_omitted_answers
 from mechdsl.resolve.findings import MAX_LISTED_SITES
@@ -178,6 +179,7 @@ def run_conventions(
         **dict(reply_conventions(plan, measured, model)),
         **dict(_of_cells(plan, measured)),
         **dict(_of_controls(plan)),
+        **dict(_of_errors(plan, measured)),
         **dict(_of_inert(plan, measured)),
     }
 
@@ -307,6 +309,21 @@ def _of_controls(plan: ExperimentPlan) -> ConventionItems:
         yield "controls", "none: random targets aren't estimated"
     elif any(rule.rule.does.changes != "nothing" for rule in plan.rules):
         yield "controls", "none (`against random(39)` adds matched random targets)"
+
+
+def _of_errors(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
+    """Describe what dictionaries leave out of the vectors that rules change."""
+    for name, (error, count) in measured.errors.items():
+        rules = [rule.rule for rule in plan.rules if rule.rule.basis is not None]
+        own = [rule.does for rule in rules if rule.basis and rule.basis.definition == name]
+        drops = [isinstance(does, CoordinateChange) and does.leaves_no_error for does in own]
+        kept = "some rules keep it" if not all(drops) and any(drops) else "rules keep it"
+        kept = "it is dropped" if all(drops) else kept
+        vectors = f"{count_noun(count, 'vector')} of {plan.experiment.spec.base} that rules change"
+        yield (
+            f"error of {name}",
+            f"{error:.3g} of a vector's length, the mean over {vectors}; {kept}",
+        )
 
 
 def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
