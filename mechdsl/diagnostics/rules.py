@@ -208,6 +208,18 @@ class DictionaryElsewhere(Diagnostic):
 
 
 @keyword_record
+class DictionaryOfAnotherModel(Diagnostic):
+    """A dictionary that was trained on another model."""
+
+    code = "W0735"
+    title = "the dictionary was trained on `{own}`, the model is `{model}`"
+    label = "used on `{model}`"
+    help = "use a dictionary of this model, unless the transfer is the experiment"
+    own: str
+    model: str
+
+
+@keyword_record
 class EmptyDirection(Diagnostic):
     """A fit that gave no direction or no basis."""
 

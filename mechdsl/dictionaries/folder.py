@@ -74,6 +74,9 @@ OTHER_ARCHITECTURES: Mapping[str, str] = {
 """Architectures whose features aren't a function of one vector."""
 
 
+_PRECISIONS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
 @record
 class DictionaryFile(Record):
     """A dictionary on disk."""
@@ -119,6 +122,11 @@ class DictionaryFile(Record):
     """Name of the hook point that it encodes, if recorded: `blocks.8.hook_resid_pre`."""
     hook_out: str | None = None
     """Name of the hook point that a transcoder reconstructs, if recorded."""
+
+    @property
+    def precision(self) -> str:
+        """Precision of its weights: `bfloat16`. It computes in float32."""
+        return _PRECISIONS[self.dtype]
 
     @property
     def kind(self) -> str:

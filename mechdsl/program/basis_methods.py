@@ -218,9 +218,8 @@ class PrincipalComponents(_WithDims):
     def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
         if rows < 2:
             return "principal components need at least 2 rows", "name a block with more rows"
-        most = min(width, rows - 1)
-        what = f"the most that {rows} rows of {width} numbers can span"
-        return self._most(most, what, options)
+        what = "the numbers of a vector" if width < rows else f"the most that {rows} rows can span"
+        return self._most(min(width, rows - 1), what, options)
 
     def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
         return f"{options['dims']} principal components of {operand}, centred at their mean"

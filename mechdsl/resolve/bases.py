@@ -11,7 +11,7 @@ from mechdsl.base import limits
 from mechdsl.base.safetensors_files import UnreadableFile, inspect_safetensors
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.rules import BadBasis, DictionaryElsewhere
+from mechdsl.diagnostics.rules import BadBasis, DictionaryElsewhere, DictionaryOfAnotherModel
 from mechdsl.dictionaries.folder import (
     CONFIG_FILE,
     WEIGHT_FILES,
@@ -73,6 +73,9 @@ if TYPE_CHECKING:
 
 JOINED_SITES = ("z", "mlp_hidden")
 """Sites whose heads or neurons may be one vector: `z layer 5`."""
+
+_UNKNOWN_WIDTH = 1 << 16
+"""Width of a vector whose model isn't available; a basis may have up to as many coordinates."""
 
 WEIGHT_SITES = ("mlp_out", "attn_out")
 """Sites whose weights `svd(weights: …)` can take apart."""
@@ -417,7 +420,7 @@ def _members(
                 f"write `mlp_out layer {point.layer or 0}`",
             )
         width = _width(point, work.model.shape)
-        if members[key].width != width:
+        if members[key].width != width and not work.model.shape.stands_in:
             raise BasisError(
                 site,
                 f"`{definition.name}` is for vectors of {members[key].width} numbers, those of "
@@ -481,9 +484,12 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
         width = _width(point, work.model.shape)
         what, rows, text = operand
         independent = not isinstance(what, DictionaryFile | PythonBasis)
-        size = basis_size(method, width, rows, options) if independent else rows
+        stands_in = work.model.shape.stands_in
+        most = _UNKNOWN_WIDTH if stands_in else width
+        size = basis_size(method, most, rows, options) if independent else rows
         if not isinstance(size, int):
             raise BasisError(call, *size)
+        size = width if stands_in and size == most else size
         made = f"{method.describe(text, options)}, at {sites.labels[key]}"
         made += f"; {count_noun(size, 'coordinate')}"
         reads = find_encoded_site(what) if isinstance(what, DictionaryFile) else ""
@@ -586,7 +592,8 @@ def _spanned(
                     "of the basis",
                 )
             key.append(axis.labels.index(at[axis.name]))
-        if family.width is not None and family.width != _width(point, work.model.shape):
+        known = family.width is not None and not work.model.shape.stands_in
+        if known and family.width != _width(point, work.model.shape):
             raise BasisError(
                 node,
                 f"`{node.id}` has {family.width} numbers, vectors of `{point.site}` have "
@@ -624,6 +631,7 @@ def _weights(
         )  # fmt: skip
     shape = work.model.shape
     rows = shape.d_mlp if site == "mlp_out" else shape.n_heads * shape.d_head
+    rows = _UNKNOWN_WIDTH if shape.stands_in else rows
     return WeightBasis(site, point.layer), rows, f"the weights of {site} layer {point.layer}"
 
 
@@ -669,15 +677,15 @@ def _dictionary(
     widths = [(file.width_in, vector_width(shape, reads) if reads else _width(point, shape))]
     widths += [(file.width_out, _width(point, shape))] if reads else []
     for (own, width), site in zip(widths, (reads or point.site, point.site), strict=False):
-        if own != width:
+        if own != width and not shape.stands_in:
             reason = f"`{written}` has vectors of {own} numbers, `{site}` has {width}"
             hint = "use the site and the model that it was trained on"
             hint += f": `{file.hook}`" if file.hook else ""
             raise BasisError(call, reason, hint)
-    for warning in _trained_elsewhere(call, file, point):
+    for warning in (*_trained_elsewhere(call, file, point), *_trained_on_other(call, file, work)):
         if warning not in work.diagnostics:
             work.diagnostics.append(warning)
-    text = f"{file.kind} {written} ({file.layout}), SHA-256 {file.digest[:12]}…"
+    text = f"{file.kind} {written} ({file.layout}, {file.precision}), SHA-256 {file.digest[:12]}…"
     text += f", of {reads}" if reads else ""
     return file, file.features, text
 
@@ -737,6 +745,27 @@ def _trained_elsewhere(
         )
 
 
+OTHER_MODEL_NAMES = {
+    "gpt2-small": "gpt2",
+    "mistral-7b": "mistral-7b-v0.1",
+    "mixtral": "mixtral-8x7b-v0.1",
+}
+"""Names of models in TransformerLens that differ from those on the Hugging Face hub."""
+
+
+def _trained_on_other(
+    call: ast.Call, file: DictionaryFile, work: ExperimentContext
+) -> Iterator[Diagnostic]:
+    """Yield W0735 if the recorded model isn't the model of the file, as far as both have names."""
+    model = work.model.spec
+    if file.model is None or model.kind not in ("hf", "zoo") or model.base is not None:
+        return
+    path = model.path.replace("*", model.matched or "*")
+    own, here = (name.lower().rstrip("/").rpartition("/")[2] for name in (file.model, path))
+    if OTHER_MODEL_NAMES.get(own, own) != here:
+        yield DictionaryOfAnotherModel(span=call.span, own=file.model, model=path)
+
+
 def _saved(
     call: ast.Call, point: SitePoint, work: ExperimentContext
 ) -> tuple[BasisOperand, int, str] | None:
@@ -756,7 +785,7 @@ def _saved(
         raise BasisError(call, f"`{written}` has no tensor `{key}`", f"it has {known}")
     shape = saved.shapes[key]
     width = _width(point, work.model.shape)
-    if len(shape) != 2 or shape[1] != width:
+    if len(shape) != 2 or (shape[1] != width and not work.model.shape.stands_in):
         reason = f"`{key}` has the shape {list(shape)}, and directions at `{point.site}` need "
         hint = "save one direction per row; transpose a matrix of columns"
         raise BasisError(call, f"{reason}[directions, {width}]", hint)

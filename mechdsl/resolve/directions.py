@@ -543,7 +543,7 @@ def _fits(
                 "name a site of vectors, such as `resid_post layer 2`",
             )  # fmt: skip
         there = vector_width(shape, point.site, point.layer)
-        if family.width is not None and there != family.width:
+        if family.width is not None and there != family.width and not shape.stands_in:
             raise DirectionError(
                 node, f"it has {family.width} numbers, vectors of `{point.site}` have {there}",
                 "use it at a site of the same width as the one it was computed at",

@@ -658,7 +658,7 @@ class SetRule(RuleKind):
             does = PYTHON_ASSIGNMENT
             python, problems = find_function(rule.fill, "fill")
             work.diagnostics.extend(problems)
-        elif not _is_unknown_function(rule.fill, work):
+        elif not (is_reconstruction(rule.fill) or _is_unknown_function(rule.fill, work)):
             amounts = resolve_amounts(rule.fill, work)
         if sites is None or positions is None or (python is None and amounts is None):
             return None
