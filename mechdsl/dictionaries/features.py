@@ -14,16 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
 from mechdsl.base.records import Registry
-from mechdsl.dictionaries.folder import SKIP, DictionaryFile
+from mechdsl.dictionaries.folder import MAX_GATHERED, SKIP, DictionaryFile
 from mechdsl.dictionaries.products import (
-    MAX_GATHERED,
     combine_some,
     distinct_rows,
     project_some,
@@ -47,11 +45,8 @@ class DictionaryWeights:
 class Encoder:
     """The encoder of one architecture."""
 
-    is_separate: ClassVar[bool] = True
-    """Whether a feature depends on no other one, so that some can be computed alone."""
-
     def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
-        """Return [K, feature], or [K, m] of the features `which` if the encoder is separate.
+        """Return [K, feature], or [K, m] of the features `which` if they are separate.
 
         Args:
             vectors: [K, width] normalised, without the decoder's bias if it is subtracted.
@@ -116,8 +111,6 @@ class GatedEncoder(Encoder):
 class TopKEncoder(Encoder):
     """The k largest features of a linear map, where they are positive."""
 
-    is_separate = False
-
     def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
         file = weights.file
         assert file.k is not None
@@ -143,8 +136,6 @@ class AbsTopKEncoder(TopKEncoder):
 @encoder("matching_pursuit")
 class MatchingPursuitEncoder(Encoder):
     """Features that are chosen one after the other, each for the remaining residual."""
-
-    is_separate = False
 
     def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
         file, decoder = weights.file, weights["W_dec"]
@@ -218,8 +209,7 @@ class Dictionary:
             vectors: [K, width].
             which: [K, m] long.
         """
-        own = ENCODERS[self.file.architecture]
-        if which is not None and which.shape[1] <= MAX_GATHERED and own.is_separate:
+        if which is not None and which.shape[1] <= MAX_GATHERED and self.file.is_separate:
             return self._encode(vectors, which)
         repeated = distinct_rows(vectors)
         if repeated is None:

@@ -31,6 +31,12 @@ WEIGHT_FILES: Mapping[Layout, str] = {
     "sparsify": "sae.safetensors",
 }
 
+MAX_GATHERED = 16
+"""Named coordinates of a vector up to which only their own directions are used."""
+
+SEPARATE: tuple[Architecture, ...] = ("standard", "jumprelu", "gated")
+"""Architectures whose features don't depend on each other, so that some can be computed alone."""
+
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".npz")
 """Endings of files that may run code when they are loaded, or that need another reader."""
 
@@ -122,6 +128,11 @@ class DictionaryFile(Record):
     """Name of the hook point that it encodes, if recorded: `blocks.8.hook_resid_pre`."""
     hook_out: str | None = None
     """Name of the hook point that a transcoder reconstructs, if recorded."""
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether a feature depends on no other one."""
+        return self.architecture in SEPARATE
 
     @property
     def precision(self) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX_GATHERED = 16
-"""Named coordinates of a vector up to which only their own directions are used."""
+from mechdsl.dictionaries.folder import MAX_GATHERED
 
 
 def project_some(vectors: Tensor, columns: Tensor, which: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from mechdsl.models.restart import (
     block_work,
 )
 from mechdsl.models.shape import ModelShape
+from mechdsl.planner.encoding import encoding_adds
 from mechdsl.planner.plan import (
     BATCH_ROWS,
     ExperimentPlan,
@@ -793,11 +794,18 @@ class PanelWork:
         given = prompts, panel.block.whole, panel.pass_tokens
         every = (gradient_work(plan, *given) for plan in panel.plans)
         self.gradients = sum(every, GradientWork())
+        self.encoding = self._encoding()
 
     @property
     def cost(self) -> Cost:
         """The remaining cost."""
-        return self.patched + self.unpatched + self._replies() + self._estimates()
+        return self.patched + self.unpatched + self.encoding + self._replies() + self._estimates()
+
+    def _encoding(self) -> Cost:
+        """Return the cost of coordinates in bases."""
+        plans = zip(self.panel.plans, self.rows, strict=True)
+        adds = (encoding_adds(plan, rows, joined=self.joins) for plan, rows in plans)
+        return Cost(multiply_adds=sum(adds))
 
     def _estimates(self) -> Cost:
         """Return the cost of the estimates that replace rows."""
@@ -853,6 +861,7 @@ class PanelWork:
         self.rows = [rows.take(own) for rows, own in zip(self.rows, left, strict=True)]
         self.readings = self.readings.take(left)
         self.patched = self._whole()
+        self.encoding = self._encoding()
 
     def share(self) -> None:
         """Run equal rows once."""
@@ -861,6 +870,7 @@ class PanelWork:
         self.rows = [shared.rows.take(rows) for rows in own]
         self.readings = self.readings.shared(shared).take(own)
         self.patched = self._whole()
+        self.encoding = self._encoding()
 
     def restart(self, **shortcuts: bool) -> None:
         """Let rows reuse one more part of the unpatched run."""
@@ -887,6 +897,7 @@ class PanelWork:
     def join(self) -> None:
         """Join rows into passes and prompts into batches."""
         self.joins = True
+        self.encoding = self._encoding()
         if self.patched.rows:
             passes = -(-sum(one.width for one in self.shapes) // self.panel.pass_tokens)
             forwards = min(self.patched.forwards, max(passes, self.batches))

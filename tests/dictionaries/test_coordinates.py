@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mechdsl.dictionaries.products import MAX_GATHERED
+from mechdsl.dictionaries.folder import MAX_GATHERED
 from mechdsl.forward.hooks import coordinates
 from mechdsl.forward.hooks.coordinates import CoordinateWrite, LinearBasis
 

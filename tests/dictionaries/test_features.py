@@ -13,8 +13,7 @@ from torch import Tensor
 
 from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.dictionaries.features import Dictionary, load_dictionary
-from mechdsl.dictionaries.folder import read_dictionary
-from mechdsl.dictionaries.products import MAX_GATHERED
+from mechdsl.dictionaries.folder import MAX_GATHERED, read_dictionary
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted(path.name for path in DATA.iterdir())

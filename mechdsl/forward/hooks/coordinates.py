@@ -8,7 +8,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from mechdsl.dictionaries.products import MAX_GATHERED, combine_some, project_some
+from mechdsl.dictionaries.folder import MAX_GATHERED
+from mechdsl.dictionaries.products import combine_some, project_some
 
 CoordinateOperation = Literal["set", "add", "scale", "reconstruct"]
 

@@ -1,0 +1,95 @@
+"""Cost of the coordinates that rules change: encoding, decoding, and errors of dictionaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.dictionaries.folder import MAX_GATHERED, DictionaryFile
+from mechdsl.planner.plan import ExperimentPlan
+from mechdsl.planner.rows import RowTable, RulePlan
+from mechdsl.resolve.bases import CoordinateChange
+from mechdsl.resolve.types import PythonBasis
+
+
+@dataclass(frozen=True)
+class _BasisCost:
+    """Multiply-adds for one vector of a basis."""
+
+    size: int
+    width: int
+    by_feature: bool
+    """Whether named coordinates are computed alone."""
+    overcomplete: bool
+    """Whether the basis leaves out a part of a vector, whose size is measured."""
+
+    @staticmethod
+    def of(rule: RulePlan) -> _BasisCost:
+        """Return the cost of a rule's largest basis."""
+        assert rule.rule.basis is not None
+        member = max(rule.rule.basis.members.values(), key=lambda each: each.size)
+        operand = member.operand
+        width = operand.width_in if isinstance(operand, DictionaryFile) else member.width
+        by_feature = not isinstance(operand, PythonBasis)
+        if isinstance(operand, DictionaryFile):
+            by_feature = operand.is_separate
+        overcomplete = isinstance(operand, DictionaryFile | PythonBasis)
+        return _BasisCost(member.size, width, by_feature, overcomplete)
+
+    @property
+    def whole(self) -> int:
+        """All coordinates of a vector, or a vector from all of them."""
+        return self.size * self.width
+
+
+def encoding_adds(plan: ExperimentPlan, rows: RowTable, *, joined: bool) -> float:
+    """Return the multiply-adds of all coordinates that rows read and write.
+
+    Args:
+        joined: Whether rows share passes, so that equal vectors are encoded once.
+    """
+    return sum(
+        _rule_adds(plan, rule, rows.take(np.flatnonzero(rule.acts(rows))), joined=joined)
+        for rule in plan.rules
+        if rule.rule.basis is not None and isinstance(rule.rule.does, CoordinateChange)
+    )
+
+
+def _rule_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable, *, joined: bool) -> float:
+    does, basis = rule.rule.does, _BasisCost.of(rule)
+    assert isinstance(does, CoordinateChange)
+    assert rule.coordinates_of_cell is not None
+    vectors = _vector_counts(rule, rows)
+    counts = np.array([len(own) for own in rule.coordinates], dtype=np.int64)
+    named = counts[rule.coordinates_of_cell[rows.cell]]
+    alone = (named > 0) & (named <= MAX_GATHERED)
+    times = 2 if does.reads in ("run", "donor") else 1
+    distinct = _distinct(rule, rows, vectors) if joined else vectors.astype(np.float64)
+    if does.operation == "reconstruct":
+        found = 2.0 * basis.whole * float(distinct.sum())
+    else:
+        encoded = np.where(alone & basis.by_feature, 0.0, basis.whole * distinct)
+        encoded += np.where(alone & basis.by_feature, named * basis.width * vectors, 0)
+        decoded = np.where(alone, named * basis.width, basis.whole) * vectors
+        found = float((times * encoded + decoded).sum())
+        found += 2.0 * basis.whole * float(distinct.sum()) if does.drops_error else 0.0
+    if basis.overcomplete and plan.reconstructed:
+        found += 2.0 * basis.whole * float(_distinct(rule, rows, vectors).sum())
+    return found * plan.draws
+
+
+def _vector_counts(rule: RulePlan, rows: RowTable) -> Ints:
+    """Return the number of vectors that each row changes. Shape [row]."""
+    tokens = rule.written.tokens.counts(rule.written_runs(rows))
+    points = np.diff(rule.points.offsets)[rule.site_of_cell[rows.cell]]
+    return tokens * points
+
+
+def _distinct(rule: RulePlan, rows: RowTable, vectors: Ints) -> Floats:
+    """Divide the vectors of a row by the number of rows with the same vectors. Shape [row]."""
+    places = [rule.site_of_cell[rows.cell], rule.position_of_cell[rows.cell], rows.prompt]
+    both = np.stack([*places, rows.alternative])
+    _, same, count = np.unique(both, axis=1, return_inverse=True, return_counts=True)
+    return vectors / count[same.ravel()]

@@ -1,0 +1,76 @@
+"""The multiply-adds that `plan` counts for coordinates, against counts by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mechdsl.base.source import Source
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.encoding import encoding_adds
+from mechdsl.planner.plan import Plan
+
+from ..execute.support import run_on, shared
+from .models import bare
+from .support import BLOCKS, experiment, rows, tokens
+from .test_dictionaries import FEATURES, LAYER, make
+from .test_inactive_features import BASIS, width_of
+
+ROWS = len(rows())
+EVERY = sum(len(tokens(text, "tokens *")) for text in rows())
+SWEEP = "from other into clean  patch feature * of f at last token"
+
+
+def counted(rule: str, architecture: str, folder: Path, basis: str = BASIS) -> tuple[float, float]:
+    """Multiply-adds of separate rows and of joined ones, in units of one feature of one vector."""
+    width = width_of("gpt2")
+    make(folder, architecture, width)
+    plans: list[Plan] = []
+    options = RunOptions(on_profile=lambda plan, _: plans.append(plan))
+    text = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{basis}{experiment("e", rule)}'
+    run_on(Source(text, folder / "file.mech"), {"m": shared(bare("gpt2"))}, options)
+    (plan,) = plans[0].panels[0].experiments
+    work = plan.passes(np.arange(ROWS))
+    found = [encoding_adds(plan, work, joined=joined) / width for joined in (False, True)]
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "architecture", "separate", "joined"),
+    [
+        # encode and decode one feature
+        ("clamp feature 1 of f at last token to 2", "standard", 2 * ROWS, 2 * ROWS),
+        # encode one feature of two runs, and decode it
+        (SWEEP, "standard", 3 * FEATURES * ROWS, 3 * FEATURES * ROWS),
+        # encode all features of two runs, and decode one; joined rows share vectors
+        (SWEEP, "topk", FEATURES * ROWS * (2 * FEATURES + 1), FEATURES * ROWS * (2 + 1)),
+        (
+            f"set resid_post layer {LAYER} at tokens * to reconstruction of f",
+            "standard",
+            2 * FEATURES * EVERY,
+            2 * FEATURES * EVERY,
+        ),
+        (
+            f"scale resid_post layer {LAYER} in basis f at tokens * by 2 without error",
+            "jumprelu",
+            4 * FEATURES * EVERY,
+            4 * FEATURES * EVERY,
+        ),
+    ],
+)
+def test_coordinates_are_priced(
+    rule: str, architecture: str, separate: float, joined: float, data: Path
+) -> None:
+    """Besides, each vector is reconstructed once for the size of the error."""
+    vectors = EVERY if "tokens *" in rule else ROWS
+    error = 2 * FEATURES * vectors
+    found = counted(rule, architecture, data)
+    assert found == pytest.approx((separate + error, joined + error))
+
+
+def test_linear_bases_have_no_error(data: Path) -> None:
+    basis = "basis b = random(dims: 3) at resid_post layer 1\n"
+    rule = "from other into clean  patch resid_post layer 1 in basis b at last token"
+    assert counted(rule, "standard", data, basis) == pytest.approx((9 * ROWS, 9 * ROWS))
