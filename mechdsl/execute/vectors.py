@@ -257,7 +257,7 @@ class DirectionFits:
             member.name: member
             for rule in plan.rules
             if rule.rule.basis is not None
-            for member in rule.rule.basis.members.values()
+            for member in rule.rule.basis.members
         }
         used = [rule.rule.basis for rule in plan.rules if rule.rule.basis is not None]
         fits |= {id(fit): fit for basis in used for fit in basis.fits}

@@ -235,8 +235,12 @@ class RowSharer:
         basis = rule.rule.basis
         if basis is None or rule.coordinates_of_cell is None:
             return None
-        names = tuple((key, member.name) for key, member in basis.members.items())
-        numbers = [self._number(("coordinates", names, own)) for own in rule.coordinates]
+        names = [
+            tuple((key, member.name) for key, member in bases.items()) for bases in basis.bases
+        ]
+        numbers = [
+            self._number(("coordinates", names[own.basis], own.which)) for own in rule.coordinates
+        ]
         return np.array(numbers, dtype=np.int64)[rule.coordinates_of_cell]
 
     def _tokens(self, hits: TokenHits) -> Ints:

@@ -29,7 +29,7 @@ class _BasisCost:
     def of(rule: RulePlan) -> _BasisCost:
         """Return the cost of a rule's largest basis."""
         assert rule.rule.basis is not None
-        member = max(rule.rule.basis.members.values(), key=lambda each: each.size)
+        member = max(rule.rule.basis.members, key=lambda each: each.size)
         operand = member.operand
         width = operand.width_in if isinstance(operand, DictionaryFile) else member.width
         by_feature = not isinstance(operand, PythonBasis)
@@ -62,7 +62,7 @@ def _rule_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable, *, joined: 
     assert isinstance(does, CoordinateChange)
     assert rule.coordinates_of_cell is not None
     vectors = _vector_counts(rule, rows)
-    counts = np.array([len(own) for own in rule.coordinates], dtype=np.int64)
+    counts = np.array([len(own.which) for own in rule.coordinates], dtype=np.int64)
     named = counts[rule.coordinates_of_cell[rows.cell]]
     alone = (named > 0) & (named <= MAX_GATHERED)
     times = 2 if does.reads in ("run", "donor") else 1

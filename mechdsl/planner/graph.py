@@ -495,7 +495,7 @@ def _direction(experiment: ResolvedExperiment, steered: DirectionTargets) -> Dir
 
 def _basis(experiment: ResolvedExperiment, basis: BasisTargets) -> DirectionNode:
     """Return the basis with its reads."""
-    members = list(basis.members.values())
+    members = basis.members
     fits = list(basis.fits)
     made = members[0].made if len(members) == 1 else f"{len(members)} bases"
     return DirectionNode(basis.definition, made, _fit_reads(experiment, fits), "basis")

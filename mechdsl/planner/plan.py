@@ -60,6 +60,7 @@ from mechdsl.resolve.runs import name_tensor
 from mechdsl.resolve.types import (
     DRAW_AXIS,
     AxisIndices,
+    Coordinates,
     DirectionMember,
     ItemNumber,
     PositionTargets,
@@ -85,6 +86,8 @@ class ReconstructedSpot:
     """Numbers of its written points."""
     position: int
     """Number of its position."""
+    basis: int
+    """Number of its basis."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,13 +254,19 @@ class ExperimentPlan:
         )
         found: dict[ReconstructedSpot, None] = {}
         for plan in self.rules if is_plain else ():
-            if not _changes_features(plan.rule):
+            dictionaries = _dictionaries(plan.rule)
+            if not dictionaries:
                 continue
             there = self.exists if plan.active is None else self.exists & plan.active
-            places = np.stack([plan.site_of_cell[there], plan.position_of_cell[there]])
-            for site, position in np.unique(places, axis=1).T.tolist():
+            assert plan.coordinates_of_cell is not None
+            numbers = np.array([each.basis for each in plan.coordinates])
+            basis = numbers[plan.coordinates_of_cell]
+            places = np.stack([plan.site_of_cell, plan.position_of_cell, basis])[:, there]
+            for site, position, number in np.unique(places, axis=1).T.tolist():
+                if number not in dictionaries:
+                    continue
                 points = tuple(_list(plan.points, site).tolist())
-                found[ReconstructedSpot(plan.number, points, position)] = None
+                found[ReconstructedSpot(plan.number, points, position, number)] = None
         return tuple(found)
 
     @cached_property
@@ -464,7 +473,7 @@ def _list_points(
 
 def _coordinates(
     rule: ResolvedRule, by_name: Mapping[str, Ints], count: int
-) -> tuple[tuple[tuple[int, ...], ...], Ints | None]:
+) -> tuple[tuple[Coordinates, ...], Ints | None]:
     """Return the sets of coordinates that a rule changes in its basis, and [cell] their index."""
     if rule.basis is None:
         return (), None
@@ -909,20 +918,22 @@ def is_read_only(panel: Panel) -> bool:
     return not panel.derived and all(map(_reads_only, panel.experiments))
 
 
-def _changes_features(rule: ResolvedRule) -> bool:
-    """Return whether a rule changes coordinates of a dictionary, which leaves out a part of a
-    vector."""
+def _dictionaries(rule: ResolvedRule) -> set[int]:
+    """Return the numbers of a rule's bases that leave out a part of a vector."""
     if rule.basis is None or not isinstance(rule.does, CoordinateChange):
-        return False
-    operands = [member.operand for member in rule.basis.members.values()]
-    return all(isinstance(each, DictionaryFile | PythonBasis) for each in operands)
+        return set()
+    return {
+        number
+        for number, points in enumerate(rule.basis.bases)
+        if any(isinstance(m.operand, DictionaryFile | PythonBasis) for m in points.values())
+    }
 
 
 def _keeps_inactive_features(rule: ResolvedRule) -> bool:
     """Return whether a rule changes features of dictionaries, and keeps those that are 0."""
     if rule.basis is None or not isinstance(rule.does, CoordinateChange):
         return False
-    members = rule.basis.members.values()
+    members = rule.basis.members
     are_dictionaries = all(isinstance(member.operand, DictionaryFile) for member in members)
     return are_dictionaries and rule.does.keeps_zeros
 

@@ -12,6 +12,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.types import (
+    Coordinates,
     DirectionMember,
     FittedBasis,
     FittedVector,
@@ -177,8 +178,8 @@ class RulePlan:
     """The directions that it steers along."""
     direction_of_cell: Ints | None = None
     """Index into `directions`, shape [cell]."""
-    coordinates: tuple[tuple[int, ...], ...] = ()
-    """Sets of coordinates that it changes in its basis; an empty one is all of them."""
+    coordinates: tuple[Coordinates, ...] = ()
+    """Sets of coordinates that it changes in its bases."""
     coordinates_of_cell: Ints | None = None
     """Index into `coordinates`, shape [cell]."""
     keys: TokenHits | None = None

@@ -29,6 +29,7 @@ from mechdsl.resolve.types import (
     FittedVector,
     ItemNumber,
     MetricTerm,
+    PointBases,
     PythonBasis,
     RandomVector,
     ResolvedMeasure,
@@ -386,7 +387,9 @@ class ExperimentKeys:
         rule = self.plan.rules[spot.rule]
         pairs = [(rule.point_table[n], rule.source_table[n]) for n in spot.points]
         points = [_written(to) + _written(of) for to, of in pairs]
-        cell = digest("error", self._model(), self._basis(rule), *points)
+        assert rule.rule.basis is not None
+        basis = self._basis(rule.rule.basis.bases[spot.basis])
+        cell = digest("error", self._model(), basis, *points)
         (start,) = self._starts
         hits = rule.positions[spot.position].hits
         tokens = np.array([digest_number(hit) for hit in hits], dtype=np.uint64)
@@ -495,8 +498,9 @@ class ExperimentKeys:
                 steered = [self._direction(member.vector) for member in rule.directions]
                 parts.append([steered[which] for which in rule.direction_of_cell.tolist()])
             if rule.coordinates_of_cell is not None:
-                basis = self._basis(rule)
-                own = [digest(basis, each) for each in rule.coordinates]
+                assert rule.rule.basis is not None
+                bases = [self._basis(each) for each in rule.rule.basis.bases]
+                own = [digest(bases[each.basis], each.which) for each in rule.coordinates]
                 parts.append([own[which] for which in rule.coordinates_of_cell.tolist()])
             if rule.paths is not None:
                 ends = digest_lists(rule.paths.points, list(map(_written, rule.paths.table)))
@@ -530,12 +534,11 @@ class ExperimentKeys:
             case RandomVector():
                 return digest("random", self._direction(vector.of), vector.draw, vector.seed)
 
-    def _basis(self, rule: RulePlan) -> bytes:
-        """Digest everything that a rule's basis depends on."""
-        assert rule.rule.basis is not None
+    def _basis(self, bases: PointBases) -> bytes:
+        """Digest everything that the bases of a rule's points depend on."""
         parts = [
             [key, member.method, member.options, member.size, member.reads, *self._operand(member)]
-            for key, member in rule.rule.basis.members.items()
+            for key, member in bases.items()
         ]
         return digest("basis", parts)
 

@@ -120,6 +120,9 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
     """Return the bases that an experiment's rules use, once each."""
     sites = (rule.site for rule in experiment.every_rule if rule.site is not None)
     names = dict.fromkeys(site.basis_name for site in sites)
+    looped = [loop for loop in experiment.loops if loop.name in names]
+    for loop in looped:  # `for b in [more, less] { patch SITE in basis b }`
+        names |= dict.fromkeys(p.id for p in walk(loop.domain) if isinstance(p, ast.Name))
     return [program.bases[name] for name in names if name in program.bases]
 
 

@@ -461,7 +461,9 @@ class Expectation(Spec):
     citing: str | None = None
 
 
-ControlTarget = Literal["heads", "neurons", "experts", "layers", "positions", "directions"]
+ControlTarget = Literal[
+    "heads", "neurons", "experts", "layers", "positions", "directions", "subspaces"
+]
 
 
 class Control(Spec):

@@ -167,7 +167,8 @@ class Statements:
                 self.later(node.span, UNSUPPORTED_NODES[type(node)])
             elif isinstance(node, ast.Site) and (name := node.basis_name) is not None:
                 if isinstance(statement, ast.Rule) and _takes_basis(statement, node):
-                    known = name == ast.STANDARD_BASIS or self.scope.use("basis", name, node.span)
+                    known = name == ast.STANDARD_BASIS or name in {each.name for each in self.loops}
+                    known = known or self.scope.use("basis", name, node.span)
                     self.unsupported = self.unsupported or not known
                 elif name == ast.STANDARD_BASIS:
                     self.later(node.span, "`dims` in this statement", DIMS_HINT)
@@ -209,7 +210,8 @@ def mark_names_used(node: ast.Node, work: Statements) -> None:
     """Mark groups and parameters that a rule refers to as used."""
     for part in walk(node):
         if isinstance(part, ast.Name):
-            _ = any(work.scope.has(kind, part.id) for kind in ("group", "param", "direction"))
+            kinds = ("group", "param", "direction", "basis")
+            _ = any(work.scope.has(kind, part.id) for kind in kinds)
         elif isinstance(part, ast.Index):
             work.scope.has("direction", part.name)
     for name in number_names(node):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base import limits
@@ -49,10 +50,12 @@ from mechdsl.resolve.types import (
     BasisOperand,
     BasisTargets,
     Convention,
+    Coordinates,
     DirectionVector,
     DrawnBasis,
     FittedBasis,
     Intervention,
+    PointBases,
     PythonBasis,
     ResolvedRule,
     SavedVector,
@@ -98,7 +101,7 @@ class Reconstruction(Intervention):
         yield Convention(
             "reconstruction",
             "the current vector is replaced by what the basis represents of it, without the error"
-            if rule.basis is None or not any(each.reads for each in rule.basis.members.values())
+            if rule.basis is None or not any(each.reads for each in rule.basis.members)
             else "the output of the MLP is replaced by that of the transcoder",
         )
 
@@ -178,7 +181,7 @@ class CoordinateChange(Intervention):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from self._inner.conventions(rule, n_layers)
-        reads = {each.reads for each in rule.basis.members.values()} if rule.basis else {""}
+        reads = {each.reads for each in rule.basis.members} if rule.basis else {""}
         if reads != {""}:
             said = (
                 f"features are those of the current `{', '.join(sorted(reads))}` of the same block"
@@ -216,55 +219,104 @@ def resolve_rule(
     name = None if rule.site is None else rule.site.basis_name
     if name is None:
         return resolve(rule, work)
-    definition = work.program.bases.get(name)
-    is_standard = name == ast.STANDARD_BASIS
-    if definition is None and not is_standard:  # rejected
-        return None
     assert rule.site is not None
+    names, definitions = _named_bases(name, rule.site, work)
+    if definitions is None:  # rejected
+        return None
     before = len(work.diagnostics)
     features = rule.site.coordinates
-    site = _written_site(rule.site, definition, work)
+    site = _written_site(rule.site, definitions[0], work)
     found = resolve(rule.model_copy(update={"site": site}), work)
     if found is None or found.sites is None or has_errors(work.diagnostics[before:]):
         return None
     try:
-        if definition is None or is_standard:
-            members = _standard_members(found.sites, rule.site, work)
-        else:
+        bases: list[PointBases] = []
+        for definition in definitions:
             members = _members(definition, found.sites, rule.site, work)
-        if members is None:
-            return None
+            if members is None:
+                return None
+            bases.append(members)
         _check_rule(rule, found)
-        _check_all_features(rule, features, members)
-        axes, coordinates = _coordinates(rule, features, members, work)
+        _check_all_features(rule, features, bases)
+        _check_bases(rule, found, bases)
+        axes, coordinates = _coordinates(rule, features, bases[0], work)
     except BasisError as problem:
         work.diagnostics.append(
             BadBasis(span=problem.node.span, reason=problem.reason, hint=problem.hint)
         )
         return None
-    except MethodError as mistake:
-        assert definition is not None
-        span = definition.method.span
-        work.diagnostics.append(BadBasis(span=span, reason=str(mistake), hint=mistake.hint))
-        return None
     if coordinates is None:
         return None
-    within = "" if is_standard else f" in {name}"
+    every = {key: Coordinates(which) for key, which in coordinates.items()}
+    within = "" if name == ast.STANDARD_BASIS else f" in {name}"
     if features is not None and all(axis in work.loops for axis in axes):
         own = f" {_coordinate_names(rule.site, features, work)}"
         within = own if features.of is not None else within + own
+    if len(names) > 1:
+        axes = (name, *axes)
+        numbered = product(range(len(names)), every.items())
+        every = {(n, *key): Coordinates(own.which, n) for n, (key, own) in numbered}
     labels = {key: f"{label}{within}" for key, label in found.sites.labels.items()}
     return replace(
         found,
         spec=rule,
         does=change_coordinates(found.does, drops_error=rule.drops_error),
-        sites=replace(found.sites, labels=labels, sources=_encoded_points(found.sites, members)),
-        basis=BasisTargets(name, members, axes, coordinates),
+        sites=replace(found.sites, labels=labels, sources=_encoded_points(found.sites, bases[0])),
+        basis=BasisTargets(name, names, tuple(bases), axes, every),
     )
 
 
+def _named_bases(
+    name: str, node: ast.Site, work: ExperimentContext
+) -> tuple[tuple[str, ...], tuple[spec.Basis | None, ...] | None]:
+    """Return the bases that a name stands for, several for a `for` variable; None for one that was
+    rejected. The definition of the standard basis is None."""
+    names = tuple(map(str, work.sites.loops.get(name, (name,))))
+    if names == (ast.STANDARD_BASIS,):
+        return names, (None,)
+    found: list[spec.Basis] = []
+    for each in names:
+        definition = work.program.bases.get(each)
+        if definition is not None:
+            found.append(definition)
+            continue
+        if name in work.sites.loops:
+            span = work.sites.words.get((name, each), node.span)
+            reason, hint = f"`{each}` is no basis", "let the `for` loop over bases only"
+            work.diagnostics.append(BadBasis(span=span, reason=reason, hint=hint))
+        return names, None
+    return names, tuple(found)
+
+
+def _check_bases(rule: spec.Rule, found: ResolvedRule, bases: Sequence[PointBases]) -> None:
+    """Check that one rule can use several bases."""
+    if len(bases) == 1:
+        return
+    assert rule.site is not None
+    members = [member for points in bases for member in points.values()]
+    if rule.site.coordinates is not None and len({member.size for member in members}) > 1:
+        raise BasisError(
+            rule.site,
+            "the bases have different numbers of coordinates",
+            "leave out the coordinates: `SITE in basis b` changes all of them",
+        )
+    if len({member.reads for member in members}) > 1:
+        raise BasisError(
+            rule.site,
+            "the bases read vectors of different sites",
+            "write a rule for transcoders, and one for the others",
+        )
+    nonlinear = any(isinstance(each.operand, DictionaryFile | PythonBasis) for each in members)
+    if found.does.reads == "mean" and nonlinear:
+        raise BasisError(
+            rule.site,
+            "means of features of several dictionaries aren't computed in one rule",
+            "write an experiment for each",
+        )
+
+
 def _encoded_points(
-    written: SiteTargets, members: Mapping[tuple[int | None, int | None] | None, BasisMember]
+    written: SiteTargets, members: PointBases
 ) -> dict[tuple[int, ...], tuple[SitePoint, ...]] | None:
     """Return the points whose coordinates are written at others; None if they are the same."""
     reads = {member.reads for member in members.values()}
@@ -320,14 +372,15 @@ def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:
 def _check_all_features(
     rule: spec.Rule,
     features: ast.Axis | None,
-    members: Mapping[tuple[int | None, int | None] | None, BasisMember],
+    bases: Sequence[PointBases],
 ) -> None:
     """Check that a number isn't written into all features of a dictionary."""
     if features is None or not features.plural or rule.verb not in ("add", "set"):
         return
     every = any(isinstance(value, ast.Star) for value in features.values)
     overcomplete = DictionaryFile | PythonBasis
-    if every and any(isinstance(each.operand, overcomplete) for each in members.values()):
+    members = (member for points in bases for member in points.values())
+    if every and any(isinstance(each.operand, overcomplete) for each in members):
         raise BasisError(
             features,
             "one number in all features is no vector that the dictionary describes",
@@ -339,7 +392,7 @@ def _check_all_features(
 def _coordinates(
     rule: spec.Rule,
     features: ast.Axis | None,
-    members: Mapping[tuple[int | None, int | None] | None, BasisMember],
+    members: PointBases,
     work: ExperimentContext,
 ) -> tuple[tuple[str, ...], dict[tuple[int, ...], tuple[int, ...]] | None]:
     """Resolve the named coordinates, by axis; () for all. None after an error."""
@@ -365,9 +418,7 @@ def _coordinates(
 # --- definitions ----------------------------------------------------------------------------------
 
 
-def _standard_members(
-    written: SiteTargets, site: ast.Site, work: ExperimentContext
-) -> dict[tuple[int | None, int | None] | None, BasisMember]:
+def _standard_members(written: SiteTargets, site: ast.Site, work: ExperimentContext) -> PointBases:
     """Return the standard basis of each written point. Raises BasisError."""
     points = {point for here in written.points.values() for point in here}
     widths: set[int] = set()
@@ -386,12 +437,27 @@ def _standard_members(
 
 
 def _members(
-    definition: spec.Basis, written: SiteTargets, site: ast.Site, work: ExperimentContext
-) -> dict[tuple[int | None, int | None] | None, BasisMember] | None:
+    definition: spec.Basis | None, written: SiteTargets, site: ast.Site, work: ExperimentContext
+) -> PointBases | None:
     """Resolve the basis of each written point; None if a required fact isn't available.
 
-    Raises BasisError.
+    Args:
+        definition: None for the standard basis.
+
+    Raises:
+        BasisError: A point has no basis, or one of another width.
     """
+    if definition is None:
+        return _standard_members(written, site, work)
+    try:
+        return _defined_members(definition, written, site, work)
+    except MethodError as mistake:
+        raise BasisError(definition.method, str(mistake), mistake.hint) from mistake
+
+
+def _defined_members(
+    definition: spec.Basis, written: SiteTargets, site: ast.Site, work: ExperimentContext
+) -> PointBases | None:
     points = {point for here in written.points.values() for point in here}
     for point in points:
         _check_site(point, site, work)
@@ -400,7 +466,7 @@ def _members(
         return None
     if len(family) == 1:
         ((_, member),) = family.items()
-        members: dict[tuple[int | None, int | None] | None, BasisMember] = {None: member}
+        members: PointBases = {None: member}
     else:
         members = {(point.layer, point.unit): member for point, member in family.items()}
     for point in points:

@@ -16,10 +16,12 @@ from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import BadControl
 from mechdsl.diagnostics.rules import TooManyCells
+from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import Hits, PositionCell
+from mechdsl.resolve.bases import CoordinateChange
 from mechdsl.resolve.conflicts import check_removed_blocks
 from mechdsl.resolve.findings import FindingPicker
 from mechdsl.resolve.matched_draws import (
@@ -38,10 +40,16 @@ from mechdsl.resolve.types import (
     DRAW_AXIS,
     Axis,
     AxisIndices,
+    BasisMember,
+    BasisTargets,
+    Coordinates,
     DirectionMember,
     DirectionTargets,
     DrawCounts,
+    DrawnBasis,
+    PointBases,
     PositionTargets,
+    PythonBasis,
     RandomVector,
     ResolvedControl,
     ResolvedExperiment,
@@ -228,6 +236,41 @@ def build_direction_control(
         else _with_random_directions(rule, rule.direction, draws, experiment)
         for rule in experiment.rules
     ]
+    like = "of the same norm, drawn uniformly over all directions, at the same sites and tokens"
+    return _drawn_control(experiment, asked, rules, draws, ("random directions", like))
+
+
+def build_subspace_control(
+    experiment: ResolvedExperiment, asked: spec.Control, draws: int
+) -> ResolvedControl:
+    """Create a control with random subspaces, at the same sites and tokens.
+
+    Each named set of coordinates is replaced by a subspace of as many dimensions, distributed
+    uniformly. Cells that share a subspace also share it in each draw.
+
+    Raises:
+        _NoDraws: A rule changes something else in another basis.
+    """
+    rules = [
+        rule if rule.basis is None else _with_random_subspaces(rule, rule.basis, draws, experiment)
+        for rule in experiment.rules
+    ]
+    like = "of as many dimensions, drawn uniformly, at the same sites and tokens"
+    return _drawn_control(experiment, asked, rules, draws, ("random subspaces", like))
+
+
+def _drawn_control(
+    experiment: ResolvedExperiment,
+    asked: spec.Control,
+    rules: Sequence[ResolvedRule],
+    draws: int,
+    said: tuple[str, str],
+) -> ResolvedControl:
+    """Create a control whose rules have a further axis of draws, the same for all cells.
+
+    Args:
+        said: What is drawn, and what the draws share with it.
+    """
     own = experiment.spec
     shadow = replace(
         experiment,
@@ -245,16 +288,17 @@ def build_direction_control(
         control_of=experiment.key,
         drawn=DrawCounts((), {(): draws}),
     )
+    what, like = said
     parts = [
-        f"random directions, {count_noun(draws, 'draw')}, seed {experiment.seed}",
-        "of the same norm, drawn uniformly over all directions, at the same sites and tokens",
+        f"{what}, {count_noun(draws, 'draw')}, seed {experiment.seed}",
+        like,
         *(
             f"`{rule.spec.span.written}` unchanged"
-            for rule in experiment.rules
-            if rule.direction is None and rule.does.changes != "nothing"
+            for rule, drawn in zip(experiment.rules, rules, strict=True)
+            if rule is drawn and rule.does.changes != "nothing"
         ),
     ]
-    return ResolvedControl(shadow, draws, asked.draws, "random directions", "; ".join(parts))
+    return ResolvedControl(shadow, draws, asked.draws, what, "; ".join(parts))
 
 
 def _with_random_directions(
@@ -271,24 +315,72 @@ def _with_random_directions(
     return replace(rule, direction=DirectionTargets((DRAW_AXIS, *own.axes), members, own.families))
 
 
+def _with_random_subspaces(
+    rule: ResolvedRule, own: BasisTargets, draws: int, experiment: ResolvedExperiment
+) -> ResolvedRule:
+    _check_drawn_subspaces(rule, own, experiment)
+    sets = list(dict.fromkeys(own.coordinates.values()))
+    bases: list[PointBases] = []
+    for draw, named in product(range(draws), sets):
+        which = " ".join(map(str, named.which))
+        points: dict[tuple[int | None, int | None] | None, BasisMember] = {}
+        for key, member in own.bases[named.basis].items():
+            size = len(named.which) or member.size
+            name = f"random {draw} like {member.name} {which}"
+            operand = DrawnBasis(f"{named.basis} {key} {which} {draw}", experiment.seed)
+            made = f"random, with {count_noun(size, 'dimension')}"
+            options = {"dims": size}
+            points[key] = BasisMember(name, "random", options, operand, member.width, size, made)
+        bases.append(points)
+    numbers = {named: number for number, named in enumerate(sets)}
+    coordinates = {
+        (draw, *key): Coordinates(basis=draw * len(sets) + numbers[named])
+        for draw, (key, named) in product(range(draws), own.coordinates.items())
+    }
+    names = tuple(own.names[named.basis] for _, named in product(range(draws), sets))
+    axes = (DRAW_AXIS, *own.axes)
+    return replace(rule, basis=BasisTargets(own.definition, names, tuple(bases), axes, coordinates))
+
+
+_ORTHONORMAL = ("random", "svd", "neurons")
+"""Methods whose directions are orthonormal and not centred."""
+
+
+def _check_drawn_subspaces(
+    rule: ResolvedRule, own: BasisTargets, experiment: ResolvedExperiment
+) -> None:
+    """Check that a random subspace is comparable. Raises _NoDraws."""
+    does, members = rule.does, own.members
+    asked = experiment.spec.against
+    draws = 39 if asked is None else asked.draws
+    hint = f"write `against random({draws}, positions)`"
+    if any(isinstance(each.operand, DictionaryFile | PythonBasis) for each in members):
+        reason = "features of dictionaries aren't drawn: most are inactive"
+        raise _NoDraws(reason, hint, rule.spec.span)
+    plain = isinstance(does, CoordinateChange) and not does.leaves_no_error
+    copies = does.reads in ("run", "donor", "mean")
+    if not plain or not (copies or all(each.method in _ORTHONORMAL for each in members)):
+        raise _NoDraws(
+            f"`{rule.spec.verb}` in `{own.definition}` depends on its directions' lengths and "
+            "centre, which a random subspace doesn't share",
+            f"{hint}, or patch the coordinates",
+            rule.spec.span,
+        )
+    whole = [each for each in members if each.size == each.width]
+    if whole and any(not named.which for named in own.coordinates.values()):
+        reason = f"`{own.definition}` spans all {whole[0].width} numbers of a vector"
+        raise _NoAlternatives(reason, hint, rule.spec.span)
+
+
 DRAWN_KINDS: tuple[spec.ControlTarget, ...] = (
     "directions",
+    "subspaces",
     "heads",
     "neurons",
     "experts",
     "layers",
     "positions",
 )
-
-
-def _check_no_basis(experiment: ResolvedExperiment, asked: spec.Control) -> None:
-    """Check that only positions are drawn for rules in a basis. Raises _NoDraws."""
-    if asked.what != "positions" and any(rule.basis is not None for rule in experiment.rules):
-        raise _NoDraws(
-            "sites and coordinates of rules in a basis aren't drawn",
-            f"write `against random({asked.draws}, positions)`, or measure a basis "
-            "`random(dims: …)` in a second experiment",
-        )
 
 
 def resolve_control(
@@ -326,14 +418,19 @@ def resolve_control(
         ]
     try:
         draws = asked.draws if draws_enough is None else min(asked.draws, draws_enough)
-        if asked.what in (None, "directions") and any(r.direction for r in experiment.rules):
-            if apart:
-                span = apart[0].site.span
-                reason = "directions are drawn, and sites don't change"
-                hint = "remove `except`"
-                return None, [BadControl(span=span, text=span.written, reason=reason, hint=hint)]
+        with_directions = any(rule.direction is not None for rule in experiment.rules)
+        with_bases = any(rule.basis is not None for rule in experiment.rules)
+        if asked.what in (None, "directions") and with_directions:
+            _check_no_exceptions(apart, "directions")
             return build_direction_control(experiment, asked, draws), []
-        _check_no_basis(experiment, asked)
+        if asked.what in (None, "subspaces") and with_bases:
+            _check_no_exceptions(apart, "subspaces")
+            return build_subspace_control(experiment, asked, draws), []
+        if asked.what != "positions" and with_bases:
+            raise _NoDraws(
+                "sites of rules in a basis aren't drawn",
+                f"write `against random({asked.draws}, subspaces)`, or `positions`",
+            )
         control = _Draws(experiment, asked, apart, draws).control()
         _check_draws_outside_removed(control.experiment.rules, experiment.model.name)
         return control, []
@@ -344,6 +441,13 @@ def resolve_control(
         return None, []  # the final picks or the real model may have alternatives
     text = asked.span.written
     return None, [BadControl(span=span, text=text, reason=reason, hint=hint)]
+
+
+def _check_no_exceptions(apart: Sequence[ExcludedSite], drawn: str) -> None:
+    """Check that no sites are excluded where none are drawn. Raises _NoDraws."""
+    if apart:
+        reason = f"{drawn} are drawn, and sites don't change"
+        raise _NoDraws(reason, "remove `except`", apart[0].site.span)
 
 
 class _NoDraws(Exception):

@@ -581,6 +581,7 @@ def _check_loops_used(work: ExperimentContext) -> None:
     }
     for rule in work.experiment.rules:
         used.update(number_names(_rule_nodes(rule)))
+        used.update([rule.site.basis_name or ""] if rule.site is not None else [])
     used.update(find_measured_loops(work))
     if has_errors(work.diagnostics):
         return  # an earlier error may be why a variable looks unused

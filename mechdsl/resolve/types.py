@@ -198,22 +198,43 @@ class BasisMember(Record):
     one: a transcoder encodes the input of the MLP."""
 
 
+PointBases = Mapping[tuple[int | None, int | None] | None, BasisMember]
+"""Bases by layer and head of the written point; the key None is for all points."""
+
+
+@record
+class Coordinates(Record):
+    """Coordinates that a rule changes in a cell."""
+
+    which: tuple[int, ...] = ()
+    """Empty for all."""
+    basis: int = 0
+    """Number of the basis, if a rule uses several."""
+
+
 @record
 class BasisTargets(Record):
-    """Coordinates that a rule changes."""
+    """Coordinates that a rule changes, in the basis of each cell."""
 
     definition: str
-    """Name of the `basis` line."""
-    members: Mapping[tuple[int | None, int | None] | None, BasisMember]
-    """By layer and head of the written point; the key None is for all points."""
+    """The basis as written: the name of a `basis` line, or of a `for` variable over several."""
+    names: tuple[str, ...]
+    """Names of the `basis` lines."""
+    bases: tuple[PointBases, ...]
+    """The same for each of them."""
     axes: tuple[str, ...]
-    coordinates: Mapping[AxisIndices, tuple[int, ...]]
-    """By the indices along `axes`; empty for all coordinates."""
+    coordinates: Mapping[AxisIndices, Coordinates]
+    """By the indices along `axes`."""
+
+    @property
+    def members(self) -> tuple[BasisMember, ...]:
+        """All bases."""
+        return tuple(member for points in self.bases for member in points.values())
 
     @property
     def saved(self) -> Iterator[SavedVector | DictionaryFile]:
         """Vectors, matrices and dictionaries from files that the members use."""
-        for member in self.members.values():
+        for member in self.members:
             own = member.operand
             leaves = iter_leaf_vectors(own) if isinstance(own, SpannedBasis) else (own,)
             yield from (each for each in leaves if isinstance(each, SavedVector | DictionaryFile))
@@ -221,7 +242,7 @@ class BasisTargets(Record):
     @property
     def fits(self) -> Iterator[FittedVector | FittedBasis]:
         """What the members are fitted on."""
-        for member in self.members.values():
+        for member in self.members:
             match member.operand:
                 case FittedBasis() as own:
                     yield own
@@ -230,19 +251,23 @@ class BasisTargets(Record):
                 case _:
                     pass
 
-    def find(self, point: SitePoint) -> BasisMember | None:
+    def find(self, point: SitePoint, number: int = 0) -> BasisMember | None:
         """Return the basis for the vectors of a point, None if it has none.
 
         The unit is ignored at sites where the rule names none.
-        """
-        if None in self.members:
-            return self.members[None]
-        whole = self.members.get((point.layer, None))
-        return self.members.get((point.layer, point.unit), whole)
 
-    def at(self, point: SitePoint) -> BasisMember:
+        Args:
+            number: As in `Coordinates.basis`.
+        """
+        bases = self.bases[number]
+        if None in bases:
+            return bases[None]
+        whole = bases.get((point.layer, None))
+        return bases.get((point.layer, point.unit), whole)
+
+    def at(self, point: SitePoint, number: int = 0) -> BasisMember:
         """Return the basis for the vectors of a point, which has one."""
-        found = self.find(point)
+        found = self.find(point, number)
         assert found is not None
         return found
 
@@ -1021,7 +1046,7 @@ class ResolvedExperiment(Record):
         measured = [atom.python for m in (*self.measures, *self.keep) for atom in m.atoms]
         written = [rule.python for rule in self.every_rule]
         bases = (rule.basis for rule in self.every_rule if rule.basis is not None)
-        operands = (member.operand for basis in bases for member in basis.members.values())
+        operands = (member.operand for basis in bases for member in basis.members)
         written += [each.function for each in operands if isinstance(each, PythonBasis)]
         own = (each for each in (*measured, *written) if each is not None)
         found = [*self.table.python, *own]

@@ -293,7 +293,7 @@ def _directions(rule: ResolvedRule, console: Console) -> None:
         console.print(Text(f"    direction {member.name}: {member.made}"))
     if len(members) > MAX_SHOWN_CELLS:
         console.print(f"    … ({len(members)} directions in all)", highlight=False)
-    bases = [] if rule.basis is None else list(rule.basis.members.values())
+    bases = [] if rule.basis is None else list(rule.basis.members)
     for member in bases[:MAX_SHOWN_CELLS]:
         console.print(Text(f"    basis {member.name}: {member.made}"))
     if len(bases) > MAX_SHOWN_CELLS:
@@ -462,10 +462,10 @@ def _as_bases(rule: ResolvedRule) -> dict[str, Any]:
     """Return the bases and coordinates of a rule, if it has any."""
     if rule.basis is None:
         return {}
-    members = rule.basis.members.values()
+    members = rule.basis.members
     return {
         "bases": [{"name": m.name, "made": m.made, "coordinates": m.size} for m in members],
-        "coordinates": [list(own) or "all" for own in rule.basis.coordinates.values()],
+        "coordinates": [list(own.which) or "all" for own in rule.basis.coordinates.values()],
     }
 
 

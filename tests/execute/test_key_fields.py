@@ -36,6 +36,7 @@ from mechdsl.resolve.types import (
     BasisMember,
     BasisOperand,
     BasisTargets,
+    Coordinates,
     DirectionTargets,
     DirectionVector,
     DrawnBasis,
@@ -286,6 +287,10 @@ def other_direction(targets: DirectionTargets) -> DirectionTargets:
     return replace(targets, members={(): replace(member, vector=vector)})
 
 
+def with_another_coordinate(every: tuple[Coordinates, ...]) -> tuple[Coordinates, ...]:
+    return tuple(replace(own, which=(*own.which, 5)) for own in every)
+
+
 def other_basis(targets: BasisTargets) -> BasisTargets:
     """Of the same name, computed in another way."""
     return in_members(targets, "method", lambda method: "random")
@@ -293,11 +298,12 @@ def other_basis(targets: BasisTargets) -> BasisTargets:
 
 def in_members(targets: BasisTargets, field: str, change: Change) -> BasisTargets:
     """With another value in a field of each basis."""
+    (points,) = targets.bases
     members = {
         key: replace(member, **{field: change(getattr(member, field))})
-        for key, member in targets.members.items()
+        for key, member in points.items()
     }
-    return replace(targets, members=members)
+    return replace(targets, bases=(members,))
 
 
 def longer(lists: RaggedColumn) -> RaggedColumn:
@@ -412,7 +418,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "read": ("patch", moved_hits),
         "averaged": ("mean", moved_hits),
         "amounts": ("number", lambda amounts: amounts + 1),
-        "coordinates": ("in a basis", lambda every: tuple((*own, 5) for own in every)),
+        "coordinates": ("in a basis", with_another_coordinate),
         "coordinates_of_cell": ("in a basis", turned),
         "keys": ("edges", moved_hits),
         "key_of_cell": ("edges", turned),
@@ -640,13 +646,32 @@ def test_name_of_a_basis_is_not_keyed(field: str) -> None:
     assert before == after == basis_keys(lambda targets: targets)
 
 
+def test_the_number_of_a_basis_has_another_key() -> None:
+    """Of two bases that a rule uses, each cell's counts."""
+
+    def with_number(targets: BasisTargets, number: int) -> BasisTargets:
+        bases = (*targets.bases, *other_basis(targets).bases)
+        coordinates = {key: replace(own, basis=number) for key, own in targets.coordinates.items()}
+        return replace(targets, bases=bases, names=targets.names * 2, coordinates=coordinates)
+
+    first, second, alone = (
+        basis_keys(lambda targets: with_number(targets, 0)),
+        basis_keys(lambda targets: with_number(targets, 1)),
+        basis_keys(other_basis),
+    )
+    assert first == basis_keys(lambda targets: targets)
+    assert second == alone
+    assert all(first[place] != second[place] for place in first)
+
+
 def test_fields_of_bases_are_all_thought_of() -> None:
+    assert {each.name for each in fields(Coordinates)} == {"which", "basis"}
     keyed = {"method", "options", "operand", "size", "reads"}
     shown = {"name", "made", "width"}  # the width belongs to the site, and is part of a draw
     assert {each.name for each in fields(BasisMember)} == keyed | shown
     assert {each.name for each in fields(BasisTargets)} == {
-        *("definition", "axes"),  # displayed, and assigned to cells
-        *("members", "coordinates"),
+        *("definition", "names", "axes"),  # displayed, and assigned to cells
+        *("bases", "coordinates"),
     }
 
 

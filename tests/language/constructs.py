@@ -907,6 +907,13 @@ _rule(
     _BASES,
 )
 _rule(
+    "several bases",
+    "for b in [axes, chance] { patch resid_post layer 2 in basis b at last token }",
+    "One cell for each basis. `feature 0 of b` needs bases with the same number of coordinates.",
+    OWN,
+    "tests/rules/test_bases_of_a_loop.py",
+)
+_rule(
     "clamp a coordinate",
     "clamp feature 0 of axes at last token to 5",
     "Sets the coordinate to the number, in units of the basis's direction.",
@@ -1678,7 +1685,9 @@ _experiment(
     "against random(3)",
     "Repeats the rules with distinct random targets that match the original, drawn with the "
     "seed. The table adds the range of their effects, the probability that another draw falls "
-    "in it, and the rank of the effect. `random(20, positions)` selects the type of target.",
+    "in it, and the rank of the effect. `random(20, positions)` selects the type of target. Rules "
+    "along directions are compared with random directions of the same norm, rules in bases with "
+    "random subspaces of as many dimensions.",
     "tests/controls/test_controls.py",
 )
 for _estimator in dict(ESTIMATORS.items()).values():

@@ -86,6 +86,7 @@ prompts blank {
     + """
 direction more = mean_difference(fruit, fruit.fewer) at resid_post layer 2 at last token
 basis axes = pca(fruit, dims: 4) at resid_post layer 2 at last token
+basis chance = random(dims: 4) at resid_post layer 2
 direction by_layer = mean_difference(fruit, fruit.fewer) at resid_post layer * at token -2..-1
 
 experiment select {

@@ -543,9 +543,9 @@ def test_random_bases_depend_on_seed_and_place_not_on_the_name(data: Path) -> No
         ),
         (
             "random(dims: 3) at resid_post layer 1",
-            "against random(39)  patch feature 0 of b at last token",
+            "against random(39, layers)  patch feature 0 of b at last token",
             "E0630",
-            "random(dims: …)",
+            "random(39, subspaces)",
         ),
     ],
 )

@@ -79,7 +79,7 @@ def find_inactive_rows(
     named = np.ones(len(rows), dtype=np.bool_)
     for rule in plan.rules:
         if rule.coordinates_of_cell is not None:
-            counts = np.array([len(own) for own in rule.coordinates])
+            counts = np.array([len(own.which) for own in rule.coordinates])
             named &= (counts[rule.coordinates_of_cell[rows.cell]] > 0) | ~rule.acts(rows)
     found = np.zeros(len(rows), dtype=np.bool_)
     for part in _parts(plan, np.flatnonzero(named)):
@@ -96,7 +96,7 @@ def find_inactive_rows(
 
 def _parts(plan: ExperimentPlan, rows: Ints) -> Iterator[Ints]:
     """Divide rows so that the features of the vectors of a part fit in memory."""
-    sizes = [m.size for r in plan.rules if r.rule.basis for m in r.rule.basis.members.values()]
+    sizes = [m.size for r in plan.rules if r.rule.basis for m in r.rule.basis.members]
     count = max(1, MAX_NUMBERS // max(sizes))
     for begin in range(0, len(rows), count):
         yield rows[begin : begin + count]

@@ -78,7 +78,7 @@ class ReconstructionErrors:
             vectors[each.point] = each.vectors
             if each.point % 2 == 0:
                 continue
-            system = directions.systems[basis.at(points[each.point - 1]).name]
+            system = directions.systems[basis.at(points[each.point - 1], spot.basis).name]
             errors = relative_errors(system, vectors.pop(each.point - 1), vectors.pop(each.point))
             at = np.searchsorted(base.prompts, each.prompts)
             np.add.at(sums[:, 0], at, errors)
@@ -92,7 +92,8 @@ class ReconstructionErrors:
             basis = self.plan.rules[spot.rule].rule.basis
             assert basis is not None
             own = np.nansum(values[prompts], axis=0)
-            sums[basis.definition] = sums.get(basis.definition, 0) + own
+            name = basis.names[spot.basis]
+            sums[name] = sums.get(name, 0) + own
         return {name: (own[0] / own[1], int(own[1])) for name, own in sums.items() if own[1]}
 
 

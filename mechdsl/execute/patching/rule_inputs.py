@@ -322,7 +322,7 @@ class _CoordinateEncoder:
         basis = rule.rule.basis
         if basis is None:
             return None
-        systems = [directions.systems[member.name] for member in basis.members.values()]
+        systems = [directions.systems[member.name] for member in basis.members]
         if all(system.is_affine for system in systems):
             return None
         return _CoordinateEncoder(rule, basis, directions, shape)

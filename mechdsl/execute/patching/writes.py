@@ -385,18 +385,20 @@ def _write_coordinates(
     assert basis is not None
     assert plan.coordinates_of_cell is not None
     assert isinstance(does, CoordinateChange)
-    members = list(basis.members.values())
-    units, inverse = np.unique(spots[2], return_inverse=True)
-    points = [SitePoint(*place, int(unit)) for unit in units]
-    member_of = np.array([members.index(basis.at(point)) for point in points])[inverse]
+    members = basis.members
     named = plan.coordinates_of_cell[rows.cell[asked.row]]
-    counts = np.array([len(own) for own in plan.coordinates], dtype=np.int64)
+    numbers = np.array([own.basis for own in plan.coordinates], dtype=np.int64)
+    pairs, inverse = np.unique(np.stack([spots[2], numbers[named]]), axis=1, return_inverse=True)
+    bases = [basis.at(SitePoint(*place, unit), number) for unit, number in pairs.T.tolist()]
+    member_of = np.array([members.index(each) for each in bases])[inverse.ravel()]
+    counts = np.array([len(own.which) for own in plan.coordinates], dtype=np.int64)
     kinds = np.stack([member_of, counts[named]])
     for number, count in np.unique(kinds, axis=1).T.tolist():
         own = np.flatnonzero((kinds[0] == number) & (kinds[1] == count))
         which = None
         if count:
-            table = np.array([plan.coordinates[n] for n in np.unique(named[own])], dtype=np.int64)
+            every = [plan.coordinates[n].which for n in np.unique(named[own])]
+            table = np.array(every, dtype=np.int64)
             which = torch.from_numpy(table[np.unique(named[own], return_inverse=True)[1]])
         system = asked.means_and_donors.directions.systems[members[number].name]
         part = _Coordinates(asked.part(own), system, which)

@@ -315,7 +315,7 @@ def _of_errors(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItem
     """Describe what dictionaries leave out of the vectors that rules change."""
     for name, (error, count) in measured.errors.items():
         rules = [rule.rule for rule in plan.rules if rule.rule.basis is not None]
-        own = [rule.does for rule in rules if rule.basis and rule.basis.definition == name]
+        own = [rule.does for rule in rules if rule.basis and name in rule.basis.names]
         drops = [isinstance(does, CoordinateChange) and does.leaves_no_error for does in own]
         kept = "some rules keep it" if not all(drops) and any(drops) else "rules keep it"
         kept = "it is dropped" if all(drops) else kept
@@ -526,7 +526,7 @@ def _of_bases(plan: ExperimentPlan) -> dict[str, str]:
     found: dict[str, str] = {}
     used = [rule.basis for rule in plan.experiment.every_rule if rule.basis is not None]
     named = [basis for basis in used if basis.definition != ast.STANDARD_BASIS]
-    members = {member.name: member for basis in named for member in basis.members.values()}
+    members = {member.name: member for basis in named for member in basis.members}
     for member in list(members.values())[:MAX_LISTED_SITES]:
         found[f"basis {member.name}"] = member.made
     more = len(members) - MAX_LISTED_SITES

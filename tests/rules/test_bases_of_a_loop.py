@@ -1,0 +1,141 @@
+"""`for b in [more, less] { patch SITE in basis b … }`, against an experiment for each basis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mechdsl.base.source import Source
+from mechdsl.execute.run_record import ExecutionProfile
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.store.store import Store
+
+from ..execute.support import by_name, run_on, shared
+from .models import bare
+from .support import BLOCKS, MANY, codes, experiment, run_file
+from .test_dictionaries import make
+from .test_inactive_features import width_of
+
+BASES = {
+    "a": "pca(p, dims: 3) at resid_post layer 1 at last token",
+    "b": "random(dims: 3) at resid_post layer 1",
+    "c": 'saved("r.safetensors", "r") at resid_post layer 1',
+    "d": 'sae("sae") at resid_post layer 1',
+    "g": "random(dims: 4) at resid_post layer *",
+}
+DEFINED = "".join(f"basis {name} = {made}\n" for name, made in BASES.items())
+FROM = "from other into clean  "
+RULES = {
+    "whole": (FROM + "patch resid_post layer 1 in basis {} at last token", "abcdg"),
+    "features": (FROM + "patch feature 0..2 of {} at last token", "abc"),
+    "joined": (FROM + "patch features 0, 2 of {} at cue token, last token", "abc"),
+    "mean": ("ablate resid_post layer 1 in basis {} at last token with mean", "abc"),
+    "zero": ("ablate resid_post layer 1 in basis {} at tokens * with zero", "abcd"),
+    "scale": (
+        "for c in [-1, 2] {{ scale resid_post layer 1 in basis {} at last token by c }}",
+        "ad",
+    ),
+    "layers": (FROM + "patch resid_post layer * in basis {} at last token", "bg"),
+    "both": (
+        FROM + "patch mlp_out layer 0 in basis b at last token  "
+        "patch resid_post layer 1 in basis {} at last token",
+        "abd",
+    ),
+}
+
+
+def write_files(folder: Path, family: str) -> None:
+    width = width_of(family)
+    make(folder, "jumprelu", width)
+    torch.manual_seed(0)
+    save_file({"r": torch.randn(3, width)}, folder / "r.safetensors")
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_each_cell_is_that_of_its_basis(family: str, mode: str, data: Path) -> None:
+    write_files(data, family)
+    text = DEFINED
+    for key, (rule, names) in RULES.items():
+        loop = f"for v in [{', '.join(names)}] {{ {rule.format('v')} }}"
+        if rule.startswith(FROM):
+            loop = FROM + loop.replace(FROM, "")
+        text += experiment(f"all_{key}", loop)
+        text += "".join(experiment(f"{key}_{name}", rule.format(name)) for name in names)
+    found = run_file(text, data, family, mode)
+    for key, (_, names) in RULES.items():
+        whole = found[f"all_{key}"]
+        assert whole.axes[0] == "v"
+        cells = [cell.coords["v"] for cell in whole.cells]
+        effects = []
+        for name in names:
+            own = found[f"{key}_{name}"].measures[0].patched
+            mine = whole.measures[0].patched[[each == name for each in cells]]
+            np.testing.assert_allclose(mine, own, atol=2e-5)
+            effects.append(own)
+        differ = max(np.abs(one - effects[0]).max() for one in effects[1:])
+        assert differ > 0.01, key
+
+
+def ran(text: str, folder: Path) -> tuple[ExperimentResult, int]:
+    """The result of one experiment with a store, and the rows that were run."""
+    profiles: list[ExecutionProfile] = []
+    options = RunOptions(on_profile=lambda _, profile: profiles.append(profile))
+    whole = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{DEFINED}{text}'
+    source, models = Source(whole, folder / "file.mech"), {"m": shared(bare("gpt2"))}
+    with Store(folder / "store") as kept, kept.begin(whole, {}) as opened:
+        found = by_name(*run_on(source, models, options, opened))
+        opened.finish({}, {})
+    (result,) = found.values()
+    return result, sum(profile.distinct for profile in profiles)
+
+
+def test_the_store_tells_bases_apart(data: Path) -> None:
+    """A cell of the loop is stored as that of the basis alone."""
+    write_files(data, "gpt2")
+    rule = "patch resid_post layer 1 in basis {} at last token"
+    first, count = ran(experiment("e", FROM + rule.format("a")), data)
+    assert count > 0
+    loop = FROM + f"for v in [b, a] {{ {rule.format('v')} }}"
+    both, more = ran(experiment("e", loop), data)
+    assert more == count
+    np.testing.assert_array_equal(both.measures[0].patched[1], first.measures[0].patched[0])
+    assert np.abs(both.measures[0].patched[0] - first.measures[0].patched[0]).max() > 0.01
+    again, none = ran(experiment("e", loop), data)
+    assert none == 0
+    np.testing.assert_array_equal(again.measures[0].patched, both.measures[0].patched)
+
+
+def test_each_dictionary_has_an_error(data: Path) -> None:
+    write_files(data, "llama")
+    second = 'basis f = sae("sae") at resid_post layer 1\n'
+    rule = "for v in [d, f, a] { patch resid_post layer 1 in basis v at last token }"
+    found = run_file(DEFINED + second + experiment("x", FROM + rule), data, "llama", "planned")["x"]
+    said = {key: text for key, text in found.conventions.items() if key.startswith("error of")}
+    assert said.keys() == {"error of d", "error of f"}
+    assert len(set(said.values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("loop", "code"),
+    [
+        ("for v in [a, nothing] { patch resid_post layer 1 in basis v at last token }", "E0342"),
+        ("for v in [1, 2] { patch resid_post layer 1 in basis v at last token }", "E0342"),
+        ("for v in [a, b] { patch resid_post layer 1 in basis w at last token }", "E0201"),
+        ("for v in [a, d] { patch feature 0 of v at last token }", "E0342"),
+        (
+            "for v in [a, d] { ablate resid_post layer 1 in basis v at last token with mean }",
+            "E0342",
+        ),
+        ("for v in [a, b] { patch mlp_hidden layer 1 in basis v at last token }", "E0342"),
+        ("for v in [a, g] { patch resid_post layer 5 in basis v at last token }", "E0302"),
+    ],
+)
+def test_mistakes_with_loops_of_bases(loop: str, code: str, data: Path) -> None:
+    write_files(data, "llama")
+    assert code in codes(DEFINED + experiment("e", FROM + loop), data)
