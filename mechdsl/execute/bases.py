@@ -18,9 +18,17 @@ from mechdsl.forward.hooks.coordinates import CoordinateSystem, LinearBasis, Sta
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import load_weights
 from mechdsl.forward.hooks.weight_maps import NoLinearMap, WeightMaps
+from mechdsl.models.shape import vector_width
 from mechdsl.program.basis_methods import BASIS_METHODS, linear_map
 from mechdsl.program.python_functions import PythonFunction
-from mechdsl.resolve.types import BasisMember, DrawnBasis, PythonBasis
+from mechdsl.resolve.bases import NEXT_MAPS
+from mechdsl.resolve.types import (
+    BasisMember,
+    DrawnBasis,
+    PythonBasis,
+    SitePoint,
+    SpannedBasis,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +92,7 @@ class _BasisArrays:
 
     member: BasisMember
     rows: Callable[[], Tensor]
+    weights: Callable[[], Tensor]
 
     @property
     def width(self) -> int:
@@ -91,6 +100,12 @@ class _BasisArrays:
 
     def matrix(self) -> Floats:
         return self.rows().double().numpy()
+
+    def next_map(self) -> Floats:
+        operand = self.member.operand
+        if not isinstance(operand, SpannedBasis) or operand.next_map is None:
+            raise TypeError("`next_map` needs a method with `reads_next_map = True`")
+        return self.weights().double().numpy()
 
     def normal(self, rows: int) -> Floats:
         operand = self.member.operand
@@ -101,11 +116,14 @@ class _BasisArrays:
         return random.standard_normal((rows, self.width))
 
 
-def compute_system(member: BasisMember, rows: Callable[[], Tensor]) -> CoordinateSystem:
+def compute_system(
+    member: BasisMember, rows: Callable[[], Tensor], weights: Callable[[], Tensor]
+) -> CoordinateSystem:
     """Compute a basis.
 
     Args:
         rows: Returns the operand, [row, width].
+        weights: Returns [output, width], the map that reads the site.
 
     Raises:
         MethodError: A class from outside the package fails.
@@ -117,7 +135,7 @@ def compute_system(member: BasisMember, rows: Callable[[], Tensor]) -> Coordinat
         return load_encoder(member.operand.function, member.width, member.size)
     if member.method == "neurons":
         return StandardBasis(member.size)
-    arrays = _BasisArrays(member, rows)
+    arrays = _BasisArrays(member, rows, weights)
     found = linear_map(BASIS_METHODS[member.method], arrays, member.options, member.size)
     center = None if found.center is None else torch.from_numpy(found.center)
     return LinearBasis.of(torch.from_numpy(found.directions), center)
@@ -135,3 +153,16 @@ def read_written_weights(model: LoadedModel, site: str, layer: int) -> Tensor:
     except NoLinearMap as error:
         raise ValueError(str(error)) from error
     return found.T.double().cpu()
+
+
+def read_next_weights(model: LoadedModel, point: SitePoint) -> Tensor:
+    """Return [output, width]: the map that reads a point, with the gain of a norm after it.
+
+    For one head of `z`, it is the head's part of the map. Raises ValueError if it isn't linear.
+    """
+    assert point.layer is not None
+    found = read_written_weights(model, NEXT_MAPS[point.site], point.layer)
+    if point.unit is None:
+        return found
+    size = vector_width(model.shape, point.site, point.layer)
+    return found[:, point.unit * size : (point.unit + 1) * size]

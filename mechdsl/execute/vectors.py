@@ -20,7 +20,7 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import EmptyDirection
 from mechdsl.dictionaries.folder import DictionaryFile
-from mechdsl.execute.bases import compute_system, read_written_weights
+from mechdsl.execute.bases import compute_system, read_next_weights, read_written_weights
 from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
 from mechdsl.fits.regression import ConvergenceError
 from mechdsl.forward.hooks.batch import SiteRead, indices_to_device
@@ -293,7 +293,8 @@ class DirectionFits:
             if name in self._systems:
                 continue
             try:
-                self._systems[name] = compute_system(member, self._operand(member))
+                rows, weights = self._operand(member), self._next_weights(member)
+                self._systems[name] = compute_system(member, rows, weights)
             except PythonFailure as failed:
                 problems.append(failed.diagnostic)
             except (ValueError, MethodError, np.linalg.LinAlgError) as error:
@@ -308,6 +309,17 @@ class DirectionFits:
                     )
                 )
         return problems
+
+    def _next_weights(self, member: BasisMember) -> Callable[[], Tensor]:
+        """Return a function that reads the weights after a basis's site: [output, width]."""
+
+        def read() -> Tensor:
+            operand = member.operand
+            assert isinstance(operand, SpannedBasis)
+            assert operand.next_map is not None
+            return read_next_weights(self.model, operand.next_map)
+
+        return read
 
     def _operand(self, member: BasisMember) -> Callable[[], Tensor]:
         """Return a function that reads what a basis is computed from: [row, width] float64."""

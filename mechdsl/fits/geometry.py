@@ -259,3 +259,19 @@ def _squares(x: Floats, centres: Floats) -> Floats:
     """Compute squared distances: [vector, cluster]."""
     off = (x**2).sum(axis=1)[:, None] - 2 * x @ centres.T + (centres**2).sum(axis=1)
     return np.maximum(off, 0.0)
+
+
+def split_by_rows(vectors: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """Split vectors into their parts in the row space and in the null space of a matrix.
+
+    Args:
+        vectors: [K, width].
+        weights: [output, width].
+
+    Returns:
+        Two arrays [K, width], whose sum is `vectors`.
+    """
+    _, values, rows = np.linalg.svd(weights, full_matrices=False)
+    rows = rows[: matrix_rank(values, weights.shape)]
+    read = (vectors @ rows.T) @ rows
+    return read, vectors - read

@@ -547,8 +547,9 @@ class ExperimentKeys:
         match operand:
             case FittedBasis():
                 return ["fit", *map(_written, operand.points), *map(self._sample, operand.samples)]
-            case SpannedBasis():
-                return ["span", *map(self._direction, operand.vectors)]
+            case SpannedBasis(next_map=point):
+                reads = [] if point is None else [self._model(), _written(point)]
+                return ["span", *map(self._direction, operand.vectors), *reads]
             case TokenBasis():
                 return ["tokens", self._model(), operand.tokens]
             case SavedVector():

@@ -47,6 +47,10 @@ class BasisInput(Protocol):
         """
         ...
 
+    def next_map(self) -> Floats:
+        """[output, width]: the weights that read the site; only if the method reads them."""
+        ...
+
     def normal(self, rows: int) -> Floats:
         """[rows, width] standard normal numbers that depend on the seed and the basis's name."""
         ...
@@ -73,6 +77,8 @@ class BasisMethod:
     """Names of the arguments that are written `NAME: VALUE`, with a constant each."""
     required: ClassVar[tuple[str, ...]] = ()
     """Options that a call must have."""
+    reads_next_map: ClassVar[bool] = False
+    """Whether it reads the weights that read the site: of `mlp_hidden` or `z`."""
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         """Return the problem with an option's value, or None.
@@ -344,6 +350,53 @@ class NamedDirections(BasisMethod):
 
     def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
         return LinearMap(given.matrix())
+
+
+@basis_method("row_space")
+class RowSpaceParts(NamedDirections):
+    """The parts of directions that the next weights read.
+
+    They are projections on the row space of the weights (Makelov et al. 2023, arXiv 2311.17030).
+    """
+
+    example = "row_space(d)"
+    reads_next_map = True
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        return f"the parts of {operand} in the row space of the weights that read the site"
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        from mechdsl.fits.geometry import split_by_rows
+
+        read, _ = split_by_rows(given.matrix(), given.next_map())
+        return LinearMap(_kept_parts(read, given.matrix(), "row space"))
+
+
+@basis_method("null_space")
+class NullSpaceParts(NamedDirections):
+    """The parts of directions that the next weights don't read: they change no output directly."""
+
+    example = "null_space(d)"
+    reads_next_map = True
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        return f"the parts of {operand} in the null space of the weights that read the site"
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        from mechdsl.fits.geometry import split_by_rows
+
+        _, unread = split_by_rows(given.matrix(), given.next_map())
+        return LinearMap(_kept_parts(unread, given.matrix(), "null space"))
+
+
+def _kept_parts(parts: Floats, whole: Floats, space: str) -> Floats:
+    """Return the parts of directions. Raises ValueError if one is 0 up to rounding."""
+    import numpy as np
+
+    lengths = np.linalg.norm(parts, axis=1), np.linalg.norm(whole, axis=1)
+    if (lengths[0] <= 1e-6 * lengths[1]).any():
+        raise ValueError(f"a direction has no part in the {space} of the weights")
+    return parts
 
 
 @basis_method("saved")

@@ -80,6 +80,9 @@ JOINED_SITES = ("z", "mlp_hidden")
 _UNKNOWN_WIDTH = 1 << 16
 """Width of a vector whose model isn't available; a basis may have up to as many coordinates."""
 
+NEXT_MAPS: Mapping[str, str] = {"mlp_hidden": "mlp_out", "z": "attn_out"}
+"""Sites that one linear map reads → the site that it writes to."""
+
 WEIGHT_SITES = ("mlp_out", "attn_out")
 """Sites whose weights `svd(weights: …)` can take apart."""
 
@@ -595,7 +598,7 @@ def _operand(
             case "block":
                 return _fitted(definition, point, work)
             case "directions":
-                return _spanned(call, point, work)
+                return _spanned(call, method, point, work)
             case "tokens":
                 return _unembedding(call, work)
             case "file":
@@ -635,7 +638,7 @@ def _fitted(
 
 
 def _spanned(
-    call: ast.Call, point: SitePoint, work: ExperimentContext
+    call: ast.Call, method: BasisMethod, point: SitePoint, work: ExperimentContext
 ) -> tuple[BasisOperand, int, str] | None:
     """Resolve directions of the file; of a family, the member of the point's layer and head."""
     vectors: list[DirectionVector] = []
@@ -668,7 +671,16 @@ def _spanned(
             )
         vectors.append(family.members[tuple(key)].vector)
         names.append(node.id)
-    return SpannedBasis(tuple(vectors)), len(vectors), ", ".join(names)
+    next_map = None
+    if method.reads_next_map:
+        if point.site not in NEXT_MAPS:
+            raise BasisError(
+                call,
+                f"`{point.site}` isn't read by one linear map",
+                f"name one of {name_list(NEXT_MAPS)}",
+            )
+        next_map = point
+    return SpannedBasis(tuple(vectors), next_map), len(vectors), ", ".join(names)
 
 
 def _unembedding(call: ast.Call, work: ExperimentContext) -> tuple[BasisOperand, int, str] | None:

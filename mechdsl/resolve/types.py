@@ -155,6 +155,8 @@ class SpannedBasis(Record):
     """A basis of directions of the file."""
 
     vectors: tuple[DirectionVector, ...]
+    next_map: SitePoint | None = None
+    """The point whose next weights it depends on, if it does."""
 
 
 @record

@@ -42,9 +42,13 @@ def drawn(found: CheckedFile) -> BasisTargets:
     return basis
 
 
+def nothing() -> torch.Tensor:
+    return torch.zeros(0)
+
+
 def directions(basis: BasisTargets, number: int) -> torch.Tensor:
     (member,) = basis.bases[number].values()
-    system = compute_system(member, lambda: torch.zeros(0))
+    system = compute_system(member, nothing, nothing)
     assert isinstance(system, LinearBasis)
     return system.directions
 
@@ -106,7 +110,7 @@ def test_layers_have_draws_of_their_own() -> None:
     basis = drawn(check(rule, "against random(2)"))
     assert len(basis.bases) == 2
     found = {
-        tuple(compute_system(member, lambda: torch.zeros(0)).encode(torch.eye(4, 128), None)[0])
+        tuple(compute_system(member, nothing, nothing).encode(torch.eye(4, 128), None)[0])
         for member in basis.members
     }
     assert len(found) == len(basis.members) == 8

@@ -589,7 +589,10 @@ OPERANDS: dict[type, tuple[BasisOperand, dict[str, Change]]] = {
     TokenBasis: (TokenBasis((3, 4)), {"tokens": lambda tokens: (3, 5)}),
     SpannedBasis: (
         SpannedBasis((UnembeddingVector(3, None),)),
-        {"vectors": lambda vectors: (UnembeddingVector(4, None),)},
+        {
+            "vectors": lambda vectors: (UnembeddingVector(4, None),),
+            "next_map": lambda point: SitePoint("mlp_hidden", 1, None),
+        },
     ),
     WeightBasis: (
         WeightBasis("mlp_out", 1),

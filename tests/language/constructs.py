@@ -385,6 +385,15 @@ _file(
     "Dunefsky et al. 2024, arXiv 2406.11944",
 )
 _file(
+    "basis: parts of directions",
+    "basis b = row_space(of_head) at z layer 2 head 1",
+    "The parts of directions that the weights after the site read: projections on their row space. "
+    "`null_space(of_head)` has the other parts, which change nothing directly. The site is "
+    "`mlp_hidden`, or `z` with all heads or one. A direction without such a part is an error.",
+    "tests/rules/test_row_space.py",
+    "Makelov et al. 2023, arXiv 2311.17030",
+)
+_file(
     "basis: neurons",
     "basis b = neurons at mlp_hidden layer 2",
     "The numbers of the vector themselves: coordinate 5 is neuron 5.",

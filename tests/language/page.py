@@ -85,6 +85,7 @@ prompts blank {
     + fruit.block(OTHER).replace("prompts fruit", "prompts listed")
     + """
 direction more = mean_difference(fruit, fruit.fewer) at resid_post layer 2 at last token
+direction of_head = mean_difference(fruit, fruit.fewer) at z layer 2 head 1 at last token
 basis axes = pca(fruit, dims: 4) at resid_post layer 2 at last token
 basis chance = random(dims: 4) at resid_post layer 2
 direction by_layer = mean_difference(fruit, fruit.fewer) at resid_post layer * at token -2..-1
