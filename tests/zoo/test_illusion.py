@@ -1,0 +1,33 @@
+"""The model of `examples/systems/06-subspace-illusion.mech` is that of its script."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+
+from zoo import illusion
+
+
+def test_the_files_are_those_of_the_script() -> None:
+    saved = load_file(illusion.FOLDER / "model.safetensors")
+    made = illusion.model().state_dict()
+    assert saved.keys() <= made.keys()
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor, made[name], rtol=0, atol=0)
+    for name, tensor in load_file(illusion.DIRECTIONS).items():
+        torch.testing.assert_close(tensor, illusion.directions()[name], rtol=0, atol=0)
+
+
+def test_the_mlp_is_the_example_of_the_paper() -> None:
+    """h = x (1, 0, 1), and the output is x."""
+    model, words = illusion.model().eval(), illusion.WORDS
+    seen: list[torch.Tensor] = []
+    second = model.get_submodule("transformer.h.0.mlp.c_proj")
+    second.register_forward_hook(lambda _, given, out: seen.extend([given[0], out]))
+    for word, x in illusion.NUMBERS.items():
+        seen.clear()
+        with torch.no_grad():
+            model(torch.tensor([[words.index("the"), words.index(word)]]))
+        hidden, output = (each[0, -1] for each in seen)
+        torch.testing.assert_close(hidden, torch.tensor([x, 0.0, x]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(output, torch.tensor([0.0, 0.0, 0.0, 0.0, x]), atol=1e-5, rtol=0)
