@@ -23,7 +23,11 @@ def test_the_mlp_is_the_example_of_the_paper() -> None:
     model, words = illusion.model().eval(), illusion.WORDS
     seen: list[torch.Tensor] = []
     second = model.get_submodule("transformer.h.0.mlp.c_proj")
-    second.register_forward_hook(lambda _, given, out: seen.extend([given[0], out]))
+
+    def see(_: torch.nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        seen.extend((*given, out))
+
+    second.register_forward_hook(see)
     for word, x in illusion.NUMBERS.items():
         seen.clear()
         with torch.no_grad():
