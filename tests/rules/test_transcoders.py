@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -393,3 +394,50 @@ def test_features_change_at_each_newest_token(mode: str, data: Path) -> None:
     wanted = [written("llama", n, [case]) for n in range(len(rows()))]
     assert replies(found) == wanted
     assert wanted != [written("llama", n, []) for n in range(len(rows()))]
+
+
+def test_a_run_with_features_may_be_a_base_and_a_source(data: Path) -> None:
+    """Its writes act in the passes that start from it, and in those that read it."""
+    of = make(data, "jumprelu_transcoder", width_of("llama"))
+    run = "run more { clamp feature 1 of t at last token to 20 }"
+    later = "patch resid_post layer 2 at last token with more"
+    text = BASIS + experiment("e", run, later)
+    text += experiment(
+        "f", f"{run}  from clean into more", "ablate mlp_out layer 2 at last token with zero"
+    )
+    found = run_file(text, data, "llama", "planned")
+
+    def clamped(n: int) -> list[Write]:
+        return writes(of, lambda f: replaced(f, [1], 20.0), [rows()[n].last])
+
+    def copied(n: int) -> list[Changes]:
+        return [(clamped(n), ())]  # the last layer's last token is all that the logits read
+
+    def ablated(n: int) -> list[Changes]:
+        zero = Write("mlp_out", 2, torch.zeros(1), rows()[n].last)
+        return [([*clamped(n), zero], ())]
+
+    expected = worked_out("llama", [()], copied, rows(), records())
+    agree(found["e"], (), expected, unpatched("llama"), most=False)
+    base = np.array(worked_out("llama", [()], copied, rows(), records())[()])
+    expected = worked_out("llama", [()], ablated, rows(), records())
+    agree(found["f"], (), expected, base, most=False)
+
+
+def test_positions_are_drawn_beside_a_transcoder(data: Path) -> None:
+    of = make(data, "transcoder", width_of("llama"))
+    rule = "ablate features 0..5 of t at cue token with zero"
+    text = BASIS + experiment("e", rule, "against random(3, positions)")
+    found = run_file(text, data, "llama", "planned")["e"]
+
+    def changes(n: int) -> list[Changes]:
+        return [
+            (writes(of, lambda f: replaced(f, range(6), 0.0), tokens(rows()[n], "cue token")), ())
+        ]
+
+    expected = worked_out("llama", [()], changes, rows(), records())
+    agree(found, (), expected, unpatched("llama"), most=False, large=0.01)
+    band = found.control(0)
+    assert band is not None
+    assert band.draws[0] == 3
+    assert band.low[0] < band.high[0]
