@@ -109,11 +109,19 @@ def test_layers_have_draws_of_their_own() -> None:
     rule = "patch resid_post layer * in basis layers_of at last token"
     basis = drawn(check(rule, "against random(2)"))
     assert len(basis.bases) == 2
-    found = {
-        tuple(compute_system(member, nothing, nothing).encode(torch.eye(4, 128), None)[0])
-        for member in basis.members
-    }
+    found: set[tuple[float, ...]] = set()
+    for member in basis.members:
+        system = compute_system(member, nothing, nothing)
+        assert isinstance(system, LinearBasis)
+        found.add(tuple(system.directions.flatten().tolist()))
     assert len(found) == len(basis.members) == 8
+
+
+def test_bases_of_a_loop_have_draws_of_their_own() -> None:
+    loop = "for b in [numbers, chance] { patch resid_post layer 2 in basis b at last token }"
+    basis = drawn(check(loop, "against random(2)"))
+    found = {tuple(directions(basis, number).flatten().tolist()) for number in range(4)}
+    assert len(found) == len(basis.bases) == 4
 
 
 def test_draws_depend_on_no_name() -> None:

@@ -82,11 +82,11 @@ def test_each_cell_is_that_of_its_basis(family: str, mode: str, data: Path) -> N
         assert differ > 0.01, key
 
 
-def ran(text: str, folder: Path) -> tuple[ExperimentResult, int]:
+def ran(text: str, folder: Path, bases: str = DEFINED) -> tuple[ExperimentResult, int]:
     """The result of one experiment with a store, and the rows that were run."""
     profiles: list[ExecutionProfile] = []
     options = RunOptions(on_profile=lambda _, profile: profiles.append(profile))
-    whole = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{DEFINED}{text}'
+    whole = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{bases}{text}'
     source, models = Source(whole, folder / "file.mech"), {"m": shared(bare("gpt2"))}
     with Store(folder / "store") as kept, kept.begin(whole, {}) as opened:
         found = by_name(*run_on(source, models, options, opened))
@@ -119,6 +119,42 @@ def test_each_dictionary_has_an_error(data: Path) -> None:
     said = {key: text for key, text in found.conventions.items() if key.startswith("error of")}
     assert said.keys() == {"error of d", "error of f"}
     assert len(set(said.values())) == 1
+
+
+def two_dictionaries(folder: Path) -> str:
+    """Bases `x` and `y`."""
+    for name, architecture in (("x", "topk"), ("y", "jumprelu")):
+        (folder / name).mkdir(exist_ok=True)
+        make(folder / name, architecture, width_of("gpt2"))
+    return "".join(f'basis {name} = sae("{name}/sae") at resid_post layer 1\n' for name in "xy")
+
+
+def test_two_dictionaries_have_errors_of_their_own(data: Path) -> None:
+    """Also from the store, in which ever order they are."""
+    bases = two_dictionaries(data)
+    rule = FROM + "for v in [{}] {{ patch resid_post layer 1 in basis v at last token }}"
+    alone = [
+        ran(experiment("e", rule.format(name)), data, bases)[0].conventions[f"error of {name}"]
+        for name in "xy"
+    ]
+    assert alone[0] != alone[1]
+    text = bases + experiment("e", rule.format("x, y"))
+    fresh = run_file(text, data, "gpt2", "planned")["e"]  # without the store
+    assert [fresh.conventions[f"error of {name}"] for name in "xy"] == alone
+    for order in ("x, y", "y, x", "x, y"):
+        both, _ = ran(experiment("e", rule.format(order)), data, bases)
+        assert [both.conventions[f"error of {name}"] for name in "xy"] == alone
+
+
+def test_a_loop_alone_stores_the_errors(data: Path) -> None:
+    bases = two_dictionaries(data)
+    rule = FROM + "for v in [x, y] { patch resid_post layer 1 in basis v at last token }"
+    first, _ = ran(experiment("e", rule), data, bases)
+    again, none = ran(experiment("e", rule), data, bases)
+    assert none == 0
+    errors = [[each.conventions[f"error of {name}"] for name in "xy"] for each in (first, again)]
+    assert errors[0] == errors[1]
+    assert errors[0][0] != errors[0][1]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mechdsl.execute.bases import read_next_weights
+from mechdsl.resolve.types import SitePoint
+
+from ..execute.support import shared
 from ..reference.forward import Changes, Write
 from .models import bare, double
 from .support import (
@@ -114,6 +118,18 @@ def test_one_head_has_its_part_of_the_map(data: Path) -> None:
     assert result is None or not result.experiments
     (problem,) = [each for each in problems if each.code == "E0641"]
     assert "no part in the null space" in problem.message
+
+
+def test_weights_after_a_head_are_its_own(data: Path) -> None:
+    model = shared(bare("llama"))
+    whole = double("llama").model.layers[LAYER].self_attn.o_proj.weight.detach()
+    width = plain("llama", rows()[0])["z", LAYER].shape[-1]
+    for head in (0, 2):
+        found = read_next_weights(model, SitePoint("z", LAYER, head))
+        own = whole[:, head * width : (head + 1) * width]
+        torch.testing.assert_close(found, own, atol=1e-5, rtol=1e-5)
+    every = read_next_weights(model, SitePoint("z", LAYER, None))
+    torch.testing.assert_close(every, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_all_heads_together_have_a_null_space(data: Path) -> None:

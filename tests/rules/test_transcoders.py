@@ -39,7 +39,7 @@ from .test_generation import Case as GenerationCase
 
 FEATURES, K, LAYER = 12, 4, 1
 HERE = ("gpt2", "llama", "gpt_neox", "gemma2")
-KINDS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "sparsify")
+KINDS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "sparsify", "layer_norm")
 BASIS = f'basis t = transcoder("of_mlp") at mlp_out layer {LAYER}\n'
 
 
@@ -51,6 +51,9 @@ class Reference:
     weights: dict[str, Tensor]
 
     def encode(self, x: Tensor) -> Tensor:
+        if self.kind == "layer_norm":  # of the input alone
+            x = x - x.mean(-1, keepdim=True)
+            x = x / (x.std(-1, keepdim=True) + 1e-5)
         before = x @ self.weights["W_enc"] + self.weights["b_enc"]
         if self.kind == "sparsify":
             least = before.sort(descending=True).values[..., K - 1 : K]
@@ -91,7 +94,9 @@ def make(folder: Path, kind: str, width: int, **metadata: str) -> Reference:
         kept["encoder.bias"] = kept.pop("b_enc")
         save_file(kept, target / "sae.safetensors")
     else:
-        config = {"architecture": kind, "metadata": metadata}
+        normalised = kind == "layer_norm"
+        config = {"architecture": "transcoder" if normalised else kind, "metadata": metadata}
+        config["normalize_activations"] = "layer_norm" if normalised else "none"
         save_file(kept, target / "sae_weights.safetensors")
     (target / "cfg.json").write_text(json.dumps(config), encoding="utf-8")
     return Reference(kind, {name: each.double() for name, each in weights.items()})
