@@ -352,51 +352,47 @@ class NamedDirections(BasisMethod):
         return LinearMap(given.matrix())
 
 
-@basis_method("row_space")
-class RowSpaceParts(NamedDirections):
-    """The parts of directions that the next weights read.
+class _PartsOfDirections(NamedDirections):
+    """Directions split by the weights that read the site: the parts in one of two spaces.
 
-    They are projections on the row space of the weights (Makelov et al. 2023, arXiv 2311.17030).
+    Source: Makelov et al. 2023, arXiv 2311.17030.
     """
 
-    example = "row_space(d)"
+    space: ClassVar[str]
     reads_next_map = True
 
     def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
-        return f"the parts of {operand} in the row space of the weights that read the site"
+        return f"the parts of {operand} in the {self.space} of the weights that read the site"
 
     def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        import numpy as np
+
         from mechdsl.fits.geometry import split_by_rows
 
-        read, _ = split_by_rows(given.matrix(), given.next_map())
-        return LinearMap(_kept_parts(read, given.matrix(), "row space"))
+        whole = given.matrix()
+        read, unread = split_by_rows(whole, given.next_map())
+        parts = read if self.space == "row space" else unread
+        lengths = np.linalg.norm(parts, axis=1)
+        if (lengths <= 1e-6 * np.linalg.norm(whole, axis=1)).any():  # 0 up to rounding
+            raise ValueError(f"a direction has no part in the {self.space} of the weights")
+        return LinearMap(parts)
+
+
+@basis_method("row_space")
+class RowSpaceParts(_PartsOfDirections):
+    """The parts of directions that the weights after the site read."""
+
+    example = "row_space(d)"
+    space = "row space"
 
 
 @basis_method("null_space")
-class NullSpaceParts(NamedDirections):
-    """The parts of directions that the next weights don't read: they change no output directly."""
+class NullSpaceParts(_PartsOfDirections):
+    """The parts of directions that the weights after the site don't read, which change nothing
+    directly."""
 
     example = "null_space(d)"
-    reads_next_map = True
-
-    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
-        return f"the parts of {operand} in the null space of the weights that read the site"
-
-    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
-        from mechdsl.fits.geometry import split_by_rows
-
-        _, unread = split_by_rows(given.matrix(), given.next_map())
-        return LinearMap(_kept_parts(unread, given.matrix(), "null space"))
-
-
-def _kept_parts(parts: Floats, whole: Floats, space: str) -> Floats:
-    """Return the parts of directions. Raises ValueError if one is 0 up to rounding."""
-    import numpy as np
-
-    lengths = np.linalg.norm(parts, axis=1), np.linalg.norm(whole, axis=1)
-    if (lengths[0] <= 1e-6 * lengths[1]).any():
-        raise ValueError(f"a direction has no part in the {space} of the weights")
-    return parts
+    space = "null space"
 
 
 @basis_method("saved")
