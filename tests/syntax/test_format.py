@@ -257,3 +257,7 @@ def test_any_text_in_quotes(value: str) -> None:
     again = parse(Source(text))[0].statements[1]
     assert isinstance(again, ast.Use)
     assert again.path.value == value
+
+
+def test_a_comment_may_stand_inside_each_step() -> None:
+    check("mech 1 experiment e { observe norm resid_post layer * at each # a\n step as lengths }")
