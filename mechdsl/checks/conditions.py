@@ -339,7 +339,7 @@ def unreadable_expectation(span: Span, reason: str, hint: str) -> RefusedConditi
     return RefusedCondition(UnreadableExpectation(span=span, reason=reason, hint=hint))
 
 
-def parse_selection(node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> CellSelection:
+def parse_selection(node: ast.ArgumentValue) -> CellSelection:
     """Convert a site to a cell filter; raises RefusedCondition with E0203, E0321 or E0606."""
     text = node.span.written
     hint = "write a site such as `L9H9` or `L3.resid`"
@@ -695,9 +695,7 @@ def true_cells(
     return found
 
 
-def _sites(
-    argument: ast.Argument, of: CellReader
-) -> Iterator[ast.Expr | ast.Range | ast.Quantity | ast.Site]:
+def _sites(argument: ast.Argument, of: CellReader) -> Iterator[ast.ArgumentValue]:
     value = argument.value
     if argument.name is not None:
         reason = f"`{argument.span.written}` doesn't define the positive cells"
@@ -716,7 +714,7 @@ def _lone_name(argument: ast.Argument) -> str | None:
     return _name(argument.value) if argument.name is None else None
 
 
-def _name(value: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> str | None:
+def _name(value: ast.ArgumentValue) -> str | None:
     """Return a lone word, which also parses as a group of sites."""
     if isinstance(value, ast.Site) and len(value.names) == 1 and not value.axes:
         return value.names[0].id

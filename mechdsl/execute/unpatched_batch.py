@@ -24,7 +24,7 @@ from mechdsl.forward.hooks.model import LoadedModel, has_single_output, replace_
 from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.images.pixels import model_input
 from mechdsl.models.shape import PaddingSide
-from mechdsl.prompts.runs import PromptRun, RunNoise
+from mechdsl.prompts.runs import PromptRun, RunNoise, RunRow
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.types import MetricTerm, ResolvedMeasure, SiteLayer
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
@@ -145,7 +145,8 @@ def compute_unpatched(
     ids = [row for part in parts for row in part.ids]
     acting = rules or RuleWrites()
     batch = Batch.of(ids, model.pad_id, side or model.calling.side, model.device)
-    batch = acting.numbered(_add_images(model, batch, parts))
+    rows = [part.run.rows[p] for part in parts for p in part.lanes]
+    batch = acting.numbered(add_images(model, batch, rows))
     begins = np.cumsum([0, *(len(part.ids) for part in parts)]).tolist()
     noise: list[SiteWrite] = []
     for part, begin in zip(parts, begins, strict=False):
@@ -160,10 +161,9 @@ def compute_unpatched(
     ]
 
 
-def _add_images(model: LoadedModel, batch: Batch, parts: Sequence[_RunPart]) -> Batch:
+def add_images(model: LoadedModel, batch: Batch, rows: Sequence[RunRow]) -> Batch:
     """Add the pixels of rows that are images."""
-    pictures = [part.run.rows[p].image for part in parts for p in part.lanes]
-    known = [picture for picture in pictures if picture is not None]
+    known = [row.image for row in rows if row.image is not None]
     if not known:
         return batch
     reader = model.tokenizer

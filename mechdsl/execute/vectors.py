@@ -21,6 +21,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import EmptyDirection
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.execute.bases import compute_system, read_next_weights, read_written_weights
+from mechdsl.execute.jacobians import mean_jacobian_product
 from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
 from mechdsl.fits.regression import ConvergenceError
 from mechdsl.forward.hooks.batch import SiteRead, indices_to_device
@@ -29,6 +30,7 @@ from mechdsl.forward.hooks.coordinates import (
     CoordinateSystem,
     CoordinateWrite,
 )
+from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.hook_points import get_head_weights, project_heads
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import load_weights
@@ -47,6 +49,7 @@ from mechdsl.resolve.types import (
     FitSample,
     FittedBasis,
     FittedVector,
+    JacobianBasis,
     PythonBasis,
     RandomVector,
     SavedVector,
@@ -250,7 +253,7 @@ class DirectionFits:
         ones."""
         members = {m.name: m for rule in plan.rules for m in rule.directions}
         due = [member for name, member in members.items() if name not in self._made]
-        fits: dict[int, _Fit] = {
+        fits: dict[int, _Fit | JacobianBasis] = {
             id(fit): fit for member in due for fit in iter_fitted_vectors(member.vector)
         }
         bases = {
@@ -261,7 +264,8 @@ class DirectionFits:
         }
         used = [rule.rule.basis for rule in plan.rules if rule.rule.basis is not None]
         fits |= {id(fit): fit for basis in used for fit in basis.fits}
-        self._gather([fit for key, fit in fits.items() if key not in self._read])
+        rows = [fit for fit in fits.values() if not isinstance(fit, JacobianBasis)]
+        self._gather([fit for fit in rows if id(fit) not in self._read])
         problems = self._compute_bases(plan, bases)
         for member in due:
             try:
@@ -297,7 +301,7 @@ class DirectionFits:
                 self._systems[name] = compute_system(member, rows, weights)
             except PythonFailure as failed:
                 problems.append(failed.diagnostic)
-            except (ValueError, MethodError, np.linalg.LinAlgError) as error:
+            except (ValueError, MethodError, AutogradFailed, np.linalg.LinAlgError) as error:
                 problems.append(
                     EmptyDirection(
                         span=plan.experiment.spec.span,
@@ -329,6 +333,8 @@ class DirectionFits:
                 case FittedBasis() as own:
                     ((read_rows,),) = self._read[id(own)]
                     return torch.from_numpy(read_rows.matrix())
+                case JacobianBasis() as own:
+                    return self._jacobians(own)
                 case SpannedBasis(vectors=vectors):
                     return torch.stack([self._vector(each) for each in vectors])
                 case TokenBasis(tokens=tokens):
@@ -341,6 +347,13 @@ class DirectionFits:
                     return torch.zeros(0, member.width, dtype=torch.float64)
 
         return read
+
+    def _jacobians(self, own: JacobianBasis) -> Tensor:
+        """Return [width, width]: the mean product of a basis's Jacobians."""
+        model = self.model if own.sample.run.model is None else self.others[own.sample.run.model]
+        found = mean_jacobian_product(model, own, side=self.side)
+        self.passes += found.passes
+        return found.product
 
     # --- reading ----------------------------------------------------------------------------------
 

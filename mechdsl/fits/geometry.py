@@ -37,6 +37,26 @@ def pca(x: Floats, n: int) -> Floats:
     return np.array([fix_sign(each) for each in right[:n]])
 
 
+def principal_axes(products: Floats, n: int) -> Floats:
+    """Return the first `n` eigenvectors of a mean of products xxᵀ, largest eigenvalue first.
+
+    Args:
+        products: The mean, symmetric, [width, width].
+
+    Returns:
+        Orthogonal unit vectors, [vector, width], with the sign of `fix_sign`.
+
+    Raises:
+        ValueError: If the factors span fewer than `n` dimensions.
+    """
+    values, vectors = scipy.linalg.eigh(check_vectors(products))
+    sizes = np.sqrt(np.clip(values[::-1], 0, None))
+    spanned = matrix_rank(sizes, products.shape)
+    if not 1 <= n <= spanned:
+        raise ValueError(f"{n} dimensions of vectors that span {spanned}")
+    return np.array([fix_sign(each) for each in vectors.T[::-1][:n]])
+
+
 def fix_sign(direction: Floats) -> Floats:
     """Choose the sign for which the coordinate with the largest magnitude is positive.
 

@@ -23,7 +23,7 @@ from mechdsl.models.restart import (
     TokenMask,
     block_work,
 )
-from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.encoding import encoding_adds
 from mechdsl.planner.plan import (
     BATCH_ROWS,
@@ -40,7 +40,7 @@ from mechdsl.planner.plan import (
 from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits, iter_basis_fits
 from mechdsl.prompts.runs import PromptRun, ReplyPosition
 from mechdsl.resolve.runs import reads_reply_tokens
-from mechdsl.resolve.types import SitePoint, iter_fitted_vectors
+from mechdsl.resolve.types import JacobianBasis, SitePoint, iter_fitted_vectors
 from mechdsl.vocab.sites import stop_layer
 
 
@@ -692,6 +692,26 @@ def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
     return Cost(0, 0, prompts, tokens * blocks, per_block * blocks + logits)
 
 
+def jacobian_cost(shape: ModelShape, basis: JacobianBasis) -> Cost:
+    """Return the cost of a basis's Jacobians: for each token a forward pass up to the target, and
+    for each number of the target a backward pass from it to the source."""
+    layers = shape.n_layers
+    first, last = (
+        min(layers if stop is None else stop, layers)
+        for stop in (stop_layer(each.site, each.layer, layers) for each in basis.points)
+    )
+    counts = np.array([sum(map(len, runs[:1])) for runs in basis.sample.cell.hits])
+    target = basis.target
+    units = unit_count(shape, target.site, target.layer) if target.unit is None else 1
+    times = units * vector_width(shape, target.site, target.layer)
+    blocks = last + times * (last - first)
+    run = basis.sample.run
+    adds = float((_BlockCost.of(shape).whole(run.lengths) * counts).sum()) * blocks
+    tokens = int((run.lengths * counts).sum()) * blocks
+    spots = int(counts.sum())
+    return Cost(0, 0, spots, tokens, adds, backwards=spots * times)
+
+
 def reply_cost(shape: ModelShape, work: ReplyWork, stop: int | None = None) -> Cost:
     """Return the cost after the prompts, through `stop` blocks; None is all."""
     block, blocks = _BlockCost.of(shape), shape.n_layers if stop is None else stop
@@ -734,6 +754,8 @@ class PanelCount:
             found += times * run_cost(self.shape, self.panel.table.runs[name], stop)
         for run, blocks in (*self.fitted, *self.beside):  # these always stop early
             found += run_cost(self.shape, run, blocks)
+        for basis in self.jacobians:
+            found += jacobian_cost(self.shape, basis)
         return found
 
     @cached_property
@@ -760,7 +782,8 @@ class PanelCount:
         members = {m.name: m for rule in rules for m in rule.directions}
         vectors = (fit for m in members.values() for fit in iter_fitted_vectors(m.vector))
         fits = [(fit.points, fit.samples) for fit in vectors]
-        fits += [(own.points, own.samples) for own in iter_basis_fits(rules)]
+        others = (own for own in iter_basis_fits(rules) if not isinstance(own, JacobianBasis))
+        fits += [(own.points, own.samples) for own in others]
         found: dict[tuple[int, str | None], tuple[PromptRun, int]] = {}
         for points, samples in fits:
             layers = self.shape.n_layers
@@ -770,6 +793,15 @@ class PanelCount:
                 before = found.get(key, (sample.run, 0))
                 found[key] = sample.run, max(before[1], *(min(stop, layers) for stop in stops))
         return list(found.values())
+
+    @cached_property
+    def jacobians(self) -> list[JacobianBasis]:
+        """Bases that are computed from Jacobians."""
+        plans = (*self.panel.derived.values(), *self.plans)
+        fits = iter_basis_fits([rule for p in plans for rule in p.rules])
+        found = (own for own in fits if isinstance(own, JacobianBasis))
+        keyed = {(id(o.sample.run.rows), o.sample.cell, *o.points, o.of_target): o for o in found}
+        return list(keyed.values())
 
     def batches(self) -> int:
         """Return the number of forward passes over batches of prompts for all unpatched runs."""

@@ -23,6 +23,7 @@ from mechdsl.resolve.types import (
     DirectionTargets,
     FittedBasis,
     FittedVector,
+    JacobianBasis,
     LoopCells,
     ResolvedExperiment,
     ResolvedMeasure,
@@ -502,7 +503,7 @@ def _basis(experiment: ResolvedExperiment, basis: BasisTargets) -> DirectionNode
 
 
 def _fit_reads(
-    experiment: ResolvedExperiment, fits: Sequence[FittedVector | FittedBasis]
+    experiment: ResolvedExperiment, fits: Sequence[FittedVector | FittedBasis | JacobianBasis]
 ) -> tuple[ReadNode, ...]:
     """Return the reads of fits; each run of rows is read once."""
     reads: dict[tuple[int, int], ReadNode] = {}

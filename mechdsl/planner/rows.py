@@ -16,6 +16,7 @@ from mechdsl.resolve.types import (
     DirectionMember,
     FittedBasis,
     FittedVector,
+    JacobianBasis,
     ResolvedExperiment,
     ResolvedRule,
     SiteLayer,
@@ -505,7 +506,9 @@ def _equal_tokens(experiment: ResolvedExperiment, rule: ResolvedRule) -> Bools:
     return found
 
 
-def iter_basis_fits(rules: Iterable[RulePlan]) -> Iterator[FittedVector | FittedBasis]:
+def iter_basis_fits(
+    rules: Iterable[RulePlan],
+) -> Iterator[FittedVector | FittedBasis | JacobianBasis]:
     """Yield what the bases of rules are fitted on, once each."""
     bases = (rule.rule.basis for rule in rules if rule.rule.basis is not None)
     fits = {id(fit): fit for basis in bases for fit in basis.fits}

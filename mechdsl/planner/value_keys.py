@@ -28,6 +28,7 @@ from mechdsl.resolve.types import (
     FittedBasis,
     FittedVector,
     ItemNumber,
+    JacobianBasis,
     MetricTerm,
     PointBases,
     PythonBasis,
@@ -547,6 +548,9 @@ class ExperimentKeys:
         match operand:
             case FittedBasis():
                 return ["fit", *map(_written, operand.points), *map(self._sample, operand.samples)]
+            case JacobianBasis(sample=sample, source=source, target=target):
+                sites = [*map(_written, (source, target)), operand.of_target]
+                return ["jacobian", *sites, self._sample(sample)]
             case SpannedBasis(next_map=point):
                 reads = [] if point is None else [self._model(), _written(point)]
                 return ["span", *map(self._direction, operand.vectors), *reads]

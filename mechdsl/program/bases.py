@@ -9,7 +9,7 @@ from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS, BasisMethod
+from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS, BasisMethod
 from mechdsl.program.directions import check_fit_rows, check_row_limit
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import constant_value
@@ -69,7 +69,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
                 "resid_post layer 2`",
             )
         )
-    elif statement.at is not None and method.takes != "block":
+    elif statement.at is not None and method.takes not in ROW_OPERANDS:
         scope.diagnostics.append(
             BadBasis(
                 span=statement.at.span,
@@ -101,7 +101,6 @@ def _check_arguments(
     call: ast.Call, method: BasisMethod, parts: Definitions, scope: Namespace
 ) -> None:
     values = [a.value for a in call.arguments if a.name is None]
-    given = [a.name for a in call.arguments if a.name is not None]
     for argument in call.arguments:
         if argument.name is None:
             continue
@@ -126,23 +125,21 @@ def _check_arguments(
         for part in walk(argument.value):
             if isinstance(part, ast.Name):
                 scope.has("param", part.id)
-    wanted = {"block": 1, "file": 2, "dictionary": 1, "python": 1}.get(method.takes, 0)
-    fewest = {"tokens": 2, "directions": 1}.get(method.takes)
-    enough = len(values) == wanted if fewest is None else len(values) >= fewest
-    renamed = {OTHER_OPTIONS.get(each, each) for each in given}
-    missing = [each for each in method.required if each not in renamed]
-    if not enough or missing:
+    problem = _missing_argument(call, method, values)
+    if problem is not None:
+        scope.diagnostics.append(problem)
+        return
+    if method.takes in ROW_OPERANDS:
+        check_fit_rows(values[0], parts, scope)
+    if method.takes == "jacobian" and not isinstance(values[1], ast.SiteMap):
         scope.diagnostics.append(
             BadArgument(
-                span=call.span,
+                span=values[1].span,
                 name=call.name,
-                reason=f"needs `{missing[0]}: …`" if enough else f"is written `{method.example}`",
+                reason="takes two sites with `->` between them",
                 hint=f"write `{method.example}`",
             )
         )
-        return
-    if method.takes == "block":
-        check_fit_rows(values[0], parts, scope)
     for value in values if method.takes == "directions" else ():
         name = value.id if isinstance(value, ast.Name) else value.span.written
         scope.use("direction", name, value.span)
@@ -150,6 +147,28 @@ def _check_arguments(
         _check_matrix_rows(call, method, values, parts, scope)
     if method.takes in ("file", "dictionary"):
         _check_texts(call, method, values, parts, scope)
+
+
+def _missing_argument(
+    call: ast.Call, method: BasisMethod, values: Sequence[ast.Node]
+) -> BadArgument | None:
+    """Return E0207 for a call with a wrong number of operands, or without a required option."""
+    wanted = {"block": 1, "jacobian": 2, "file": 2, "dictionary": 1, "python": 1}
+    fewest = {"tokens": 2, "directions": 1}.get(method.takes)
+    exact = len(values) == wanted.get(method.takes, 0)
+    enough = exact if fewest is None else len(values) >= fewest
+    given = {OTHER_OPTIONS.get(a.name, a.name) for a in call.arguments if a.name is not None}
+    missing = [each for each in method.required if each not in given]
+    if enough and not missing:
+        return None
+    mapped = any(isinstance(value, ast.SiteMap) for value in values)
+    example = BASIS_METHODS["jacobian"].example if mapped else method.example
+    return BadArgument(
+        span=call.span,
+        name=call.name,
+        reason=f"needs `{missing[0]}: …`" if enough else f"is written `{method.example}`",
+        hint=f"write `{example}`",
+    )
 
 
 def _check_matrix_rows(

@@ -20,11 +20,22 @@ if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
 
 BasisOperand = Literal[
-    "block", "directions", "tokens", "file", "weights", "nothing", "dictionary", "python"
+    "block",
+    "jacobian",
+    "directions",
+    "tokens",
+    "file",
+    "weights",
+    "nothing",
+    "dictionary",
+    "python",
 ]
-"""What a method computes the basis from: activations of a prompt set, directions of the file, rows
-of the unembedding, a tensor of a file, a weight matrix of the site's layer, nothing but the width,
-a dictionary, or a Python file."""
+"""What a method computes the basis from: activations of a prompt set, derivatives of one site by
+another on a prompt set, directions of the file, rows of the unembedding, a tensor of a file, a
+weight matrix of the site's layer, nothing but the width, a dictionary, or a Python file."""
+
+ROW_OPERANDS: tuple[BasisOperand, ...] = ("block", "jacobian")
+"""Operands that are computed on rows of a prompt set, at a position."""
 
 BASIS_OPERANDS: tuple[BasisOperand, ...] = ("block", "tokens", "file", "weights", "nothing")
 """Operands that classes from outside the package can take."""
@@ -42,8 +53,8 @@ class BasisInput(Protocol):
         """The operand, float64.
 
         [row, width] activations, [direction, width] directions, [token, width] rows of the
-        unembedding, a tensor of the file, or [width, input] the weight matrix that writes to the
-        site.
+        unembedding, a tensor of the file, [width, input] the weight matrix that writes to the
+        site, or [width, width] the mean of JᵀJ or JJᵀ over the rows, for Jacobians J.
         """
         ...
 
@@ -235,6 +246,35 @@ class PrincipalComponents(_WithDims):
 
         rows = given.matrix()
         return LinearMap(pca(rows, size)[:size], rows.mean(axis=0))
+
+
+@basis_method("jacobian")
+class JacobianVectors(_WithDims):
+    """Singular vectors of the Jacobians of one site by another, of all rows together.
+
+    The right singular vectors are eigenvectors of the mean of JᵀJ over the rows, and belong to the
+    earlier site; the left ones are those of the mean of JJᵀ, and belong to the later site. The
+    basis is the first step of the local interaction basis (Bushnaq et al. 2024, arXiv 2405.10928),
+    which also scales by the spread of the activations.
+    """
+
+    takes = "jacobian"
+    example = "jacobian(fruit, resid_post layer 0 -> resid_post layer 2, dims: 8)"
+    options = ("dims", "limit")
+    required = ("dims",)
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        if rows < 1:
+            return "a Jacobian needs at least 1 row", "name a block with more rows"
+        return self._most(width, "the numbers of a vector", options)
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        return f"the first {options['dims']} {operand}"
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        from mechdsl.fits.geometry import principal_axes
+
+        return LinearMap(principal_axes(given.matrix(), size))
 
 
 @basis_method("random")

@@ -10,7 +10,7 @@ from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownName, UnknownWord
 from mechdsl.diagnostics.rules import BadDirection
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS
+from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS
 from mechdsl.program.direction_methods import DIRECTION_METHODS, DirectionMethod
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
@@ -129,9 +129,9 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
 def fit_rows_of_basis(basis: spec.Basis, program: spec.Program) -> FitRows | None:
     """Return the rows that a basis is fitted on; None for a method without rows."""
     method = BASIS_METHODS.get(basis.method.name)
-    if method is None or method.takes != "block":
+    if method is None or method.takes not in ROW_OPERANDS:
         return None
-    (value,) = (a.value for a in basis.method.arguments if a.name is None)
+    value = next(a.value for a in basis.method.arguments if a.name is None)
     rows = parse_fit_rows(value, program.prompts)
     limit = _limit(basis.method, program.parameters)
     return None if rows is None else replace(rows, limit=limit)

@@ -196,7 +196,8 @@ def _reconstruction(
     rule: ast.Rule, body: ast.SetSite, fill: ast.QualifiedRef, basis: str, work: Statements
 ) -> spec.Rule:
     """Lower `set SITE at POSITIONS to reconstruction of BASIS`; E0342 for a site with a basis."""
-    work.scope.use("basis", basis, fill.of.span)
+    if all(loop.name != basis for loop in work.loops):
+        work.scope.use("basis", basis, fill.of.span)
     if body.site.basis_name is not None:
         work.diagnostics.append(
             BadBasis(

@@ -53,8 +53,10 @@ from mechdsl.resolve.types import (
     Coordinates,
     DirectionVector,
     DrawnBasis,
+    FitSample,
     FittedBasis,
     Intervention,
+    JacobianBasis,
     PointBases,
     PythonBasis,
     ResolvedRule,
@@ -67,7 +69,7 @@ from mechdsl.resolve.types import (
     WeightBasis,
 )
 from mechdsl.syntax import ast
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, write_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -597,6 +599,8 @@ def _operand(
         match method.takes:
             case "block":
                 return _fitted(definition, point, work)
+            case "jacobian":
+                return _jacobian(definition, point, work)
             case "directions":
                 return _spanned(call, method, point, work)
             case "tokens":
@@ -621,6 +625,15 @@ def _operand(
 def _fitted(
     definition: spec.Basis, point: SitePoint, work: ExperimentContext
 ) -> tuple[BasisOperand, int, str] | None:
+    found = _sample(definition, work)
+    if found is None:
+        return None
+    sample, text = found
+    return FittedBasis((sample,), (point,)), count_used_rows(sample.cell), text
+
+
+def _sample(definition: spec.Basis, work: ExperimentContext) -> tuple[FitSample, str] | None:
+    """Return the rows that a basis is computed on, with their description."""
     rows = fit_rows_of_basis(definition, work.program)
     if rows is None:
         return None
@@ -633,8 +646,61 @@ def _fitted(
             definition.at, "a basis is computed at one position", "join them: `{A, B}`"
         )
     ((label, sample),) = samples.items()
-    used = count_used_rows(sample.cell)
-    return FittedBasis((sample,), (point,)), used, f"{describe_rows(sample, rows)} at {label}"
+    return sample, f"{describe_rows(sample, rows)} at {label}"
+
+
+def _jacobian(
+    definition: spec.Basis, point: SitePoint, work: ExperimentContext
+) -> tuple[BasisOperand, int, str] | None:
+    """Resolve Jacobians of one site by another, one of which is the basis's own."""
+    call = definition.method
+    (map_,) = (a.value for a in call.arguments if isinstance(a.value, ast.SiteMap))
+    ends: list[SitePoint] = []
+    for site in (map_.source, map_.target):
+        end = _one_point(site, work)
+        if end is None:
+            return None
+        _check_site(end, site, work)
+        ends.append(end)
+    source, target = ends
+    before, after = (write_order(each.site, each.layer) for each in ends)
+    if before >= after:
+        raise BasisError(
+            map_,
+            f"`{map_.target.span.written}` doesn't come after `{map_.source.span.written}`",
+            f"write `{map_.target.span.written} -> {map_.source.span.written}`",
+        )
+    if point not in ends:
+        raise BasisError(
+            definition.site,
+            f"`{definition.site.span.written}` is neither end of `{map_.span.written}`",
+            f"write `at {map_.source.span.written}` for right singular vectors, or "
+            f"`at {map_.target.span.written}` for left ones",
+        )
+    found = _sample(definition, work)
+    if found is None:
+        return None
+    sample, text = found
+    if sample.run.noise is not None:
+        raise BasisError(call, "Jacobians of runs with noise aren't computed", "name another run")
+    side = "left" if point == target else "right"
+    text = f"{side} singular vectors of the Jacobians {map_.span.written}, {text}"
+    operand = JacobianBasis(sample, source, target, point == target)
+    return operand, count_used_rows(sample.cell), text
+
+
+def _one_point(site: ast.Site, work: ExperimentContext) -> SitePoint | None:
+    """Return the point of a site that names one; None after other errors. Raises BasisError."""
+    before = len(work.diagnostics)
+    found, axes = resolve_site(site, replace(work.sites, loops={}))
+    if found is None or has_errors(work.diagnostics[before:]):
+        return None
+    points = [
+        point for key, here in found.points.items() if key not in found.missing for point in here
+    ]
+    if axes or len(points) != 1:
+        raise BasisError(site, "it names several sites", "name one layer, and at most one head")
+    return points[0]
 
 
 def _spanned(

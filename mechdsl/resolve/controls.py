@@ -342,7 +342,7 @@ def _with_random_subspaces(
     return replace(rule, basis=BasisTargets(own.definition, names, tuple(bases), axes, coordinates))
 
 
-_ORTHONORMAL = ("random", "svd", "neurons")
+_ORTHONORMAL = ("random", "svd", "jacobian", "neurons")
 """Methods whose directions are orthonormal and not centred."""
 
 

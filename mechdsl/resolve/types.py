@@ -127,6 +127,30 @@ class FittedBasis(Record):
 
 
 @record
+class JacobianBasis(Record):
+    """A basis computed from the Jacobians of one site by another, at the tokens of a sample.
+
+    Tokens of one row have separate Jacobians, each of a token's vector by that of the same token.
+    """
+
+    sample: FitSample
+    source: SitePoint
+    target: SitePoint
+    of_target: bool
+    """Whether the basis is one of the target: left singular vectors instead of right ones."""
+
+    @property
+    def samples(self) -> tuple[FitSample, ...]:
+        """Its only sample."""
+        return (self.sample,)
+
+    @property
+    def points(self) -> tuple[SitePoint, ...]:
+        """The sites that a pass must reach."""
+        return (self.source, self.target)
+
+
+@record
 class TokenBasis(Record):
     """A basis computed from rows of the unembedding."""
 
@@ -169,6 +193,7 @@ class PythonBasis(Record):
 
 BasisOperand: TypeAlias = (
     FittedBasis
+    | JacobianBasis
     | SpannedBasis
     | TokenBasis
     | SavedVector
@@ -242,11 +267,11 @@ class BasisTargets(Record):
             yield from (each for each in leaves if isinstance(each, SavedVector | DictionaryFile))
 
     @property
-    def fits(self) -> Iterator[FittedVector | FittedBasis]:
+    def fits(self) -> Iterator[FittedVector | FittedBasis | JacobianBasis]:
         """What the members are fitted on."""
         for member in self.members:
             match member.operand:
-                case FittedBasis() as own:
+                case FittedBasis() | JacobianBasis() as own:
                     yield own
                 case SpannedBasis(vectors=vectors):
                     yield from (fit for each in vectors for fit in iter_fitted_vectors(each))

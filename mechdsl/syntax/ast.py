@@ -120,7 +120,7 @@ class Argument(Node):
     """`sep: ", "`, `std: 3 sd of subject`, or a positional one (`name` None)."""
 
     name: str | None
-    value: Expr | Range | Quantity | Site
+    value: ArgumentValue
 
 
 @record
@@ -333,6 +333,17 @@ class Site(Node):
     def coordinates(self) -> Axis | None:
         """The axis that names coordinates: `feature 3 of b`, `dims 0..7`."""
         return next((each for each in self.axes if each.word in ("feature", "dim")), None)
+
+
+@record
+class SiteMap(Node):
+    """`resid_post layer 0 -> resid_post layer 2`: the map from one site to a later one."""
+
+    source: Site
+    target: Site
+
+
+ArgumentValue = Expr | Range | Quantity | Site | SiteMap
 
 
 @record

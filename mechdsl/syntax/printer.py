@@ -194,6 +194,8 @@ def _argument(node: ast.Argument) -> str:
         text = f"{value.value!r} {value.unit}" + (f" of {value.of}" if value.of else "")
     elif isinstance(value, ast.Site):
         text = format_site(value)
+    elif isinstance(value, ast.SiteMap):
+        text = f"{format_site(value.source)} -> {format_site(value.target)}"
     else:
         text = format_values(value)
     return text if node.name is None else f"{node.name}: {text}"

@@ -1122,6 +1122,9 @@ class TreeBuilder(Transformer[Token, Any]):
     def end(self, c: list[Any]) -> ast.Name:
         return _name(c[0])
 
+    def site_map(self, c: list[Any]) -> ast.SiteMap:
+        return ast.SiteMap(c[0], c[2], span=_span(c))
+
     def class_output(self, c: list[Any]) -> ast.ClassOutput:
         return _nested(ast.ClassOutput(c[1], span=_span(c)), c[1])
 

@@ -45,6 +45,7 @@ from mechdsl.resolve.types import (
     FitSample,
     FittedVector,
     Intervention,
+    JacobianBasis,
     MetricTerm,
     PathTargets,
     PositionTargets,
@@ -640,6 +641,31 @@ def test_basis_of_another_operand_has_another_key(kind: type) -> None:
     for field, change in every.items():
         after = found(replace(operand, **{field: change(getattr(operand, field))}))
         assert all(before[place] != after[place] for place in before), field
+
+
+def test_jacobians_have_keys_of_their_own() -> None:
+    """Of the sample of principal components, with which the basis shares its rows."""
+
+    def found(**other: object) -> dict[Any, Any]:
+        def jacobian(fitted: Any) -> JacobianBasis:
+            first, second = SitePoint("resid_post", 0, None), SitePoint("resid_post", 1, None)
+            own = JacobianBasis(fitted.samples[0], first, second, False)
+            if "sample" in other:
+                return replace(own, sample=other_samples(fitted.samples)[0])
+            return replace(own, **other)
+
+        return basis_keys(lambda targets: in_members(targets, "operand", jacobian))
+
+    changes: list[dict[str, object]] = [
+        {"source": SitePoint("resid_pre", 0, None)},
+        {"target": SitePoint("mlp_out", 1, None)},
+        {"of_target": True},
+        {"sample": None},
+    ]
+    every = [basis_keys(lambda targets: targets), found(), *(found(**own) for own in changes)]
+    assert found() == every[1]
+    for place in every[0]:
+        assert len({own[place] for own in every}) == len(every)
 
 
 @pytest.mark.parametrize("field", ["name", "made"])

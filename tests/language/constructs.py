@@ -345,6 +345,16 @@ _file(
     OWN,
 )
 _file(
+    "basis: Jacobian",
+    "basis b = jacobian(fruit, resid_post layer 0 -> resid_post layer 2, dims: 8) "
+    "at resid_post layer 0",
+    "The first right singular vectors of the Jacobians of the later site by the earlier one, of "
+    "all rows together: eigenvectors of the mean of JᵀJ. `at` the later site, the left singular "
+    "vectors. `at last token` is the default position; each token has a Jacobian of its own.",
+    "tests/rules/test_jacobian_bases.py",
+    OWN,
+)
+_file(
     "basis: saved",
     'basis b = saved("rotation.safetensors", "rotation") at resid_post layer 2',
     "The rows of a matrix in a safetensors file, such as a learned rotation. The results store the "

@@ -175,3 +175,16 @@ def test_a_loop_alone_stores_the_errors(data: Path) -> None:
 def test_mistakes_with_loops_of_bases(loop: str, code: str, data: Path) -> None:
     write_files(data, "llama")
     assert code in codes(DEFINED + experiment("e", FROM + loop), data)
+
+
+def test_reconstructions_of_several_bases(data: Path) -> None:
+    """Each cell is the experiment with that basis alone."""
+    text = "basis a = random(dims: 5) at resid_post layer 1\n"
+    text += "basis b = pca(p, dims: 3) at resid_post layer 1\n"
+    rule = "set resid_post layer 1 at tokens * to reconstruction of "
+    text += experiment("both", f"for own in [a, b] {{ {rule}own }}")
+    text += experiment("one", rule + "a") + experiment("two", rule + "b")
+    found = run_file(text, data, "llama", "planned")
+    both, one, two = (found[name].measures[0].patched for name in ("both", "one", "two"))
+    np.testing.assert_allclose(both, np.concatenate([one, two]), atol=1e-5)
+    assert np.abs(one - two).max() > 0.01

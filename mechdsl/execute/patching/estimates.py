@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,6 +38,7 @@ from mechdsl.forward.hooks.batch import (
     to_device,
 )
 from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
 from mechdsl.forward.hooks.model import has_single_output
 from mechdsl.planner.plan import ExperimentPlan, cell_sites
 from mechdsl.planner.rows import RowTable
@@ -298,7 +298,7 @@ class GradientEstimates:
             values = self.readout.tensors(replace(reading, items=[kind] * len(reading.prompts)))
             for number, value in enumerate(values):
                 more = (place * len(values) + number + 1) < last
-                found = _compute_gradients(value.sum(), leaves, keep=more)
+                found = compute_gradients(value.sum(), leaves, keep=more)
                 yield number, own, found
 
     # --- passes ---
@@ -374,35 +374,6 @@ def _select_keys(edge: EdgeWrite, width: int) -> SiteWrite:
     values = torch.zeros(len(edge.rows), width, dtype=torch.float64)
     values[edge.entries, edge.keys] = 1
     return SiteWrite("pattern", edge.layer, edge.rows, edge.queries, edge.heads, values)
-
-
-def _compute_gradients(total: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> Sequence[Tensor]:
-    """Return the gradient per leaf, zeros without a dependency; keep: further calls follow."""
-    if not total.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    with catch_autograd_errors():
-        return torch.autograd.grad(
-            total, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True
-        )
-
-
-class AutogradFailed(Exception):
-    """Autograd can't differentiate the model's code; the text is autograd's message."""
-
-
-@contextmanager
-def catch_autograd_errors() -> Generator[None]:
-    """Convert autograd's errors about the model's code to `AutogradFailed`."""
-    try:
-        yield
-    except RuntimeError as error:
-        said = " ".join(str(error).split())
-        if not any(words in said for words in _AUTOGRAD):
-            raise
-        raise AutogradFailed(said) from error
-
-
-_AUTOGRAD = ("inplace operation", "in-place operation", "Inference tensor", "derivative for")
 
 
 def _iter_places(rows: RowTable) -> Iterator[tuple[int, int, int]]:

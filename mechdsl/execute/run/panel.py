@@ -36,7 +36,7 @@ from mechdsl.execute.pass_layout import (
     list_members,
     measure_seconds,
 )
-from mechdsl.execute.patching.estimates import AutogradFailed, GradientEstimates
+from mechdsl.execute.patching.estimates import GradientEstimates
 from mechdsl.execute.patching.inactive import FeatureActivity, find_inactive_rows
 from mechdsl.execute.patching.reconstruction import ReconstructionErrors
 from mechdsl.execute.patching.rows import Patcher, locate_in_cell, locate_in_run
@@ -59,6 +59,7 @@ from mechdsl.execute.run_record import ExecutionOptions, ExecutionProfile
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import DirectionFits, FittedDirections
 from mechdsl.forward.hooks.batch import is_out_of_memory
+from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.cost import RowSharer, SharedRows

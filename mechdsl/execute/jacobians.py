@@ -1,0 +1,132 @@
+"""Jacobians of one site by another, averaged over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mechdsl.execute.unpatched_batch import add_images
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, indices_to_device
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.models.shape import PaddingSide, unit_count, vector_width
+from mechdsl.planner.plan import PROMPT_TOKENS
+from mechdsl.resolve.types import JacobianBasis, SitePoint
+from mechdsl.vocab.sites import stop_layer
+
+MAX_NUMBERS = 1 << 26
+"""Numbers of the Jacobians that are in memory together."""
+
+
+@dataclass(frozen=True, eq=False)
+class JacobianProduct:
+    """The mean over rows of JᵀJ, or of JJᵀ for a basis of the target."""
+
+    product: Tensor
+    """[width, width] float64, on the CPU."""
+    passes: int
+    """Number of forward passes."""
+
+
+def mean_jacobian_product(
+    model: LoadedModel, basis: JacobianBasis, *, side: PaddingSide | None = None
+) -> JacobianProduct:
+    """Compute the mean over rows, and over the tokens of each row.
+
+    Each token has a row of the batch to itself, so that its Jacobian has no part of other tokens.
+
+    Args:
+        side: As in `ExecutionOptions`.
+
+    Raises:
+        AutogradFailed: Autograd can't differentiate the model's code.
+    """
+    hits = basis.sample.cell.hits
+    spots = [
+        (prompt, token, len(run))
+        for prompt, runs in enumerate(hits)
+        for run in runs[:1]
+        for token in run
+    ]
+    rows = len({prompt for prompt, _, _ in spots})
+    width = _width(model, basis.target if basis.of_target else basis.source)
+    total = torch.zeros(width, width, dtype=torch.float64)
+    passes = 0
+    for part in _split(model, basis, spots):
+        found = _jacobians(model, basis, [spot[:2] for spot in part], side)
+        weights = torch.tensor([1 / (rows * count) for _, _, count in part], dtype=torch.float64)
+        scaled = found.cpu().double() * weights.sqrt()[:, None, None]
+        flat = (scaled.transpose(1, 2) if basis.of_target else scaled).flatten(0, 1)
+        total += flat.T @ flat
+        passes += 1
+    return JacobianProduct(total, passes)
+
+
+def _split(
+    model: LoadedModel, basis: JacobianBasis, spots: list[tuple[int, int, int]]
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Split the tokens into batches."""
+    longest = max(len(row.ids) for row in basis.sample.run.rows)
+    numbers = _width(model, basis.source) * _width(model, basis.target)
+    count = max(1, min(PROMPT_TOKENS // longest, MAX_NUMBERS // numbers))
+    return (spots[begin : begin + count] for begin in range(0, len(spots), count))
+
+
+def _jacobians(
+    model: LoadedModel,
+    basis: JacobianBasis,
+    spots: list[tuple[int, int]],
+    side: PaddingSide | None,
+) -> Tensor:
+    """Return [K, width of target, width of source]: the Jacobians at K tokens of prompts."""
+    own = [basis.sample.run.rows[prompt] for prompt, _ in spots]
+    ids = [row.ids for row in own]
+    batch = Batch.of(ids, model.pad_id, side or model.calling.side, model.device)
+    batch = add_images(model, batch, own)
+    lanes, tokens = torch.arange(len(spots)), torch.tensor([token for _, token in spots])
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    width = _width(model, basis.source)
+    leaf = torch.zeros(len(spots), width, dtype=dtype, device=model.device, requires_grad=True)
+    read = SiteRead(basis.target.site, basis.target.layer)
+    with catch_autograd_errors():
+        result = run_full(
+            model,
+            batch,
+            stop=stop_layer(read.site, read.layer, model.shape.n_layers),
+            writes=[_addition(model, basis.source, lanes, tokens, leaf)],
+            reads=[read],
+            gradients=True,
+        )
+    found = result.reads[read]
+    vectors = found[indices_to_device((lanes, batch.columns(lanes, tokens)), found.device)]
+    unit = basis.target.unit
+    vectors = vectors.flatten(1) if unit is None else vectors[:, unit]
+    last = vectors.shape[1] - 1
+    columns = (vectors[:, number].sum() for number in range(last + 1))
+    rows = [
+        compute_gradients(total, [leaf], keep=number < last)[0]
+        for number, total in enumerate(columns)
+    ]
+    return torch.stack(rows, dim=1)
+
+
+def _addition(
+    model: LoadedModel, point: SitePoint, lanes: Tensor, tokens: Tensor, leaf: Tensor
+) -> SiteWrite:
+    """Add the leaf to the vectors of a point, with all heads or neurons if it names none."""
+    count = unit_count(model.shape, point.site, point.layer) if point.unit is None else 1
+    first = point.unit or 0
+    units = torch.arange(first, first + count).repeat(len(lanes))
+    rows, positions = (each.repeat_interleave(count) for each in (lanes, tokens))
+    values = leaf.unflatten(1, (count, -1)).flatten(0, 1)
+    return SiteWrite(point.site, point.layer, rows, positions, units, values, mode="add")
+
+
+def _width(model: LoadedModel, point: SitePoint) -> int:
+    """Return the numbers of a point's vector."""
+    units = unit_count(model.shape, point.site, point.layer) if point.unit is None else 1
+    return units * vector_width(model.shape, point.site, point.layer)

@@ -1,0 +1,40 @@
+"""Derivatives by autograd of values that a forward pass computed."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_AUTOGRAD = ("inplace operation", "in-place operation", "Inference tensor", "derivative for")
+
+
+class AutogradFailed(Exception):
+    """Autograd can't differentiate the model's code; the text is autograd's message."""
+
+
+@contextmanager
+def catch_autograd_errors() -> Generator[None]:
+    """Convert autograd's errors about the model's code to `AutogradFailed`."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        if not any(words in said for words in _AUTOGRAD):
+            raise
+        raise AutogradFailed(said) from error
+
+
+def compute_gradients(total: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> Sequence[Tensor]:
+    """Return the gradient per leaf, zeros without a dependency; keep: further calls follow.
+
+    Raises AutogradFailed.
+    """
+    if not total.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    with catch_autograd_errors():
+        return torch.autograd.grad(
+            total, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True
+        )

@@ -1,0 +1,236 @@
+"""Singular vectors of Jacobians, against autograd on the bare model, one prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mechdsl.base.source import Source
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.cost import Cost, PanelCount
+from mechdsl.planner.plan import Plan
+
+from ..execute.support import run_on, shared
+from ..reference.forward import Changes, Write
+from .models import bare, double
+from .support import (
+    BLOCKS,
+    MANY,
+    agree,
+    experiment,
+    plain,
+    records,
+    rows,
+    run_file,
+    tokens,
+    try_file,
+    unpatched,
+    worked_out,
+)
+from .test_bases import Basis
+
+HERE = ("gpt2", "llama", "gpt_neox", "gemma2")
+RULE = "from other into clean  patch feature * of j at last token"
+COUNT = 3
+
+
+def block(family: str, layer: int) -> nn.Module:
+    model = double(family)
+    match family:
+        case "gpt2":
+            return model.transformer.h[layer]
+        case "gpt_neox":
+            return model.gpt_neox.layers[layer]
+        case _:
+            return model.model.layers[layer]
+
+
+def jacobian(family: str, ids: tuple[int, ...], token: int, source: int, target: int) -> Tensor:
+    """[width, width]: the output of block `target` by that of block `source`, at one token."""
+    model = double(family)
+    found: list[Tensor] = []
+
+    def put(change: Tensor) -> Callable[..., object]:
+        def hook(module: nn.Module, given: object, out: object) -> object:
+            stream = out[0] if isinstance(out, tuple) else out
+            assert isinstance(stream, Tensor)
+            moved = stream.clone()
+            moved[0, token] += change
+            return (moved, *out[1:]) if isinstance(out, tuple) else moved
+
+        return hook
+
+    def read(module: nn.Module, given: object, out: object) -> None:
+        stream = out[0] if isinstance(out, tuple) else out
+        assert isinstance(stream, Tensor)
+        found.append(stream[0, token])
+
+    def run(change: Tensor) -> Tensor:
+        with (
+            block(family, source).register_forward_hook(put(change)),
+            block(family, target).register_forward_hook(read),
+        ):
+            model(torch.tensor([ids]), use_cache=False)
+        return found.pop()
+
+    with torch.enable_grad():
+        got = torch.autograd.functional.jacobian(run, torch.zeros(width(family)).double())
+    assert isinstance(got, Tensor)
+    return got
+
+
+def width(family: str) -> int:
+    return plain(family, rows()[0])["resid_post", 0].shape[-1]
+
+
+def worked_basis(
+    family: str, at: str, source: int, target: int, *, left: bool = False, run: str = "clean"
+) -> Basis:
+    """The mean over rows of the mean over tokens, by an eigendecomposition in float64."""
+    products: list[Tensor] = []
+    for row in rows(run):
+        own = [jacobian(family, row.ids, t, source, target) for t in tokens(row, at)]
+        each = [j @ j.T if left else j.T @ j for j in own]
+        products.append(torch.stack(each).mean(0))
+    vectors = torch.linalg.eigh(torch.stack(products).mean(0))[1].T.flip(0)[:COUNT]
+    sign = torch.tensor([float(torch.sign(v[v.abs().argmax()])) for v in vectors])
+    return Basis(vectors * sign[:, None], torch.zeros(vectors.shape[1]).double())
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("family", HERE)
+@pytest.mark.parametrize(
+    ("at", "position", "left", "run"),
+    [
+        ("last token", "", False, "p"),
+        ("last token", "", True, "p"),
+        ("{token 1, token 3}", " at {token 1, token 3}", False, "p"),
+        ("last token", "", False, "p.other"),
+    ],
+)
+def test_features_are_singular_vectors(
+    at: str, position: str, left: bool, run: str, family: str, mode: str, data: Path
+) -> None:
+    own = 2 if left else 1
+    text = f"basis j = jacobian({run}, resid_post layer 1 -> resid_post layer 2, dims: {COUNT}) "
+    text += f"at resid_post layer {own}{position}\n"
+    found = run_file(text + experiment("e", RULE), data, family, mode)["e"]
+    name = "other" if run == "p.other" else "clean"
+    basis = worked_basis(family, at, 1, 2, left=left, run=name)
+
+    def changes(n: int, feature: int) -> list[Changes]:
+        row, other = rows()[n], rows("other")[n]
+        source = plain(family, other)["resid_post", own][other.last]
+        now = plain(family, row)["resid_post", own][row.last]
+        change = (basis.encode(source) - basis.encode(now))[:, feature, None]
+        new = now + change * basis.directions[feature]
+        return [([Write("resid_post", own, new, row.last)], ())]
+
+    cells = [(feature,) for feature in range(COUNT)]
+    expected = worked_out(family, cells, changes, rows(), records())
+    agree(found, ("feature",), expected, unpatched(family), most=False, large=0.001)
+
+
+@pytest.mark.parametrize("head", [None, 1])
+def test_heads_are_read_by_the_output_map(head: int | None, data: Path) -> None:
+    """The Jacobian of `attn_out` by `z` is the output projection, for any row."""
+    weight = double("llama").model.layers[1].self_attn.o_proj.weight.detach()
+    size = plain("llama", rows()[0])["z", 1].shape[-1]
+    site, count = "z layer 1", size * plain("llama", rows()[0])["z", 1].shape[-2]
+    if head is not None:
+        weight = weight[:, head * size : (head + 1) * size]
+        site, count = f"z layer 1 head {head}", size
+    vectors = np.linalg.svd(weight.numpy(), full_matrices=False)[2][:COUNT]
+    text = f"basis j = jacobian(p, {site} -> attn_out layer 1, dims: {COUNT}) at {site}\n"
+    rule = f"from other into clean  patch {site} in basis j at last token"
+    found = run_file(text + experiment("e", rule), data, "llama", "planned")["e"]
+    values = torch.from_numpy(vectors)
+    assert values.shape[1] == count
+
+    def changes(n: int) -> list[Changes]:
+        row, other = rows()[n], rows("other")[n]
+        now, source = (
+            plain("llama", each)["z", 1][each.last].flatten()
+            if head is None
+            else plain("llama", each)["z", 1][each.last, head]
+            for each in (row, other)
+        )
+        new = now + (source - now) @ values.T @ values
+        if head is None:
+            return [([Write("z", 1, new.view(-1, size), row.last)], ())]
+        return [([Write("z", 1, new, row.last, head)], ())]
+
+    expected = worked_out("llama", [()], changes, rows(), records())
+    agree(found, (), expected, unpatched("llama"), most=False, large=0.001)
+
+
+S0, S2 = "resid_post layer 0", "resid_post layer 2"
+
+
+def test_the_plan_counts_a_backward_pass_for_each_number(data: Path) -> None:
+    """And for each token, in passes through the blocks between the sites."""
+    plans: list[Plan] = []
+    options = RunOptions(on_profile=lambda plan, _: plans.append(plan))
+    two = "{token 1, token 3}"
+    text = f"basis j = jacobian(p, {S0} -> {S2}, dims: 2) at {S0} at {two}\n"
+    text += f"basis k = pca(p, dims: 2) at {S2} at last token\n"
+    costs: list[Cost] = []
+    for own in ("j", "k"):
+        rule = f"from other into clean  patch {S0} in basis {own} at last token"
+        file = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{text}{experiment("e", rule)}'
+        run_on(Source(file, data / "file.mech"), {"m": shared(bare("gpt2"))}, options)
+        costs.append(PanelCount(plans[-1].panels[0], 1, 4096).unpatched(stopped=True))
+    with_jacobian, with_pca = costs
+    size, spots = width("gpt2"), 2 * len(rows())
+    lengths = sum(len(row.ids) for row in rows())
+    assert with_jacobian.backwards == size * spots
+    assert with_pca.backwards == 0
+    extra = with_jacobian.tokens - with_pca.tokens
+    assert extra == 2 * lengths * (3 + size * 2) - 3 * lengths
+
+
+@pytest.mark.parametrize(
+    ("line", "rule", "code", "said"),
+    [
+        (f"jacobian(p, {S2} -> {S0}, dims: 2) at {S0}", RULE, "E0342", f"write `{S0} -> {S2}`"),
+        (f"jacobian(p, {S0} -> {S0}, dims: 2) at {S0}", RULE, "E0342", "doesn't come after"),
+        (f"jacobian(p, {S0} -> {S2}, dims: 2) at mlp_out layer 1", RULE, "E0342", "neither end"),
+        (f"jacobian(p, {S0} -> {S2}) at {S0}", RULE, "E0207", "`dims: …`"),
+        (f"jacobian(p, {S0} -> {S2}, dims: 900) at {S0}", RULE, "E0342", "`dims: 900` is more"),
+        (f"jacobian(p, {S0}, dims: 2) at {S0}", RULE, "E0207", "with `->` between"),
+        (f"jacobian({S0} -> {S2}, dims: 2) at {S0}", RULE, "E0207", "is written"),
+        (f"jacobian(q, {S0} -> {S2}, dims: 2) at {S0}", RULE, "E0201", "q"),
+        (f"jacobian(p, {S0} -> resid_post layer 9, dims: 2) at {S0}", RULE, "E0302", "9"),
+        (f"jacobian(p, z layer 0 head * -> {S2}, dims: 2) at {S2}", RULE, "E0342", "several sites"),
+        (f"jacobian(p, pattern layer 0 head 1 -> {S2}, dims: 2) at {S2}", RULE, "E0342", "keys"),
+        (f"jacobian(p.noisy, {S0} -> {S2}, dims: 2) at {S0}", RULE, "E0342", "with noise"),
+        (f"svd({S0} -> {S2}, dims: 2) at {S0}", RULE, "E0207", "jacobian("),
+    ],
+)
+def test_what_has_no_jacobian(line: str, rule: str, code: str, said: str, data: Path) -> None:
+    noisy = BLOCKS.replace(
+        "corrupt other",
+        "corrupt noisy { add gaussian(std: 1) to embed at subject tokens }\n  corrupt other",
+    )
+    text = f"basis j = {line}\n" + experiment("e", rule)
+    result, problems = try_file(text, data, "llama", blocks=noisy)
+    assert result is None or not result.experiments
+    found = [each for each in problems if each.code == code]
+    assert found, [each.message for each in problems]
+    assert said in found[0].message + (getattr(found[0], "hint", None) or ""), found[0].message
+
+
+def test_a_site_that_nothing_reads_has_no_basis(data: Path) -> None:
+    """Only the written token reads it, so that the Jacobian at another site of the layer is 0."""
+    text = (
+        "basis j = jacobian(p, q layer 1 head 0 -> mlp_out layer 1, dims: 90) at mlp_out layer 1\n"
+    )
+    rule = "from other into clean  patch mlp_out layer 1 in basis j at last token"
+    result, problems = try_file(text + experiment("e", rule), data, "llama")
+    assert result is None or not result.experiments
+    assert [p.code for p in problems if p.severity == "error"] in (["E0641"], ["E0342"])
