@@ -12,7 +12,7 @@ from mechdsl.execute.unpatched_batch import add_images
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, indices_to_device
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
-from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.model import LoadedModel, has_single_output
 from mechdsl.models.shape import PaddingSide, unit_count, vector_width
 from mechdsl.planner.plan import PROMPT_TOKENS
 from mechdsl.resolve.types import JacobianBasis, SitePoint
@@ -102,14 +102,16 @@ def _jacobians(
             gradients=True,
         )
     found = result.reads[read]
-    vectors = found[indices_to_device((lanes, batch.columns(lanes, tokens)), found.device)]
+    # A classifier has one output, whatever the token.
+    one = read.site == "logits" and has_single_output(model)
+    columns = torch.zeros_like(lanes) if one else batch.columns(lanes, tokens)
+    vectors = found[indices_to_device((lanes, columns), found.device)]
     unit = basis.target.unit
     vectors = vectors.flatten(1) if unit is None else vectors[:, unit]
     last = vectors.shape[1] - 1
-    columns = (vectors[:, number].sum() for number in range(last + 1))
     rows = [
-        compute_gradients(total, [leaf], keep=number < last)[0]
-        for number, total in enumerate(columns)
+        compute_gradients(vectors[:, number].sum(), [leaf], keep=number < last)[0]
+        for number in range(last + 1)
     ]
     return torch.stack(rows, dim=1)
 

@@ -282,3 +282,33 @@ def test_encoders_are_measured_on_activations(name: str, mode: str) -> None:
     ]
     np.testing.assert_allclose(found.measures[0].patched, expected, atol=1e-4)
     assert found.measures[0].patched.min() < 0.99
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_jacobian_of_a_classifier(name: str) -> None:
+    """Its logits are one output, whatever the token: against differences of passes."""
+    site = "resid_post layer 0"
+    where = "at image row 1 col 1 token"
+    line = f"basis j = jacobian(scenes, {site} -> logits, dims: 2) at {site} {where}\n"
+    rule = f"ablate {site} in basis j {where} with zero"
+    found = run(name, "planned", line + support.experiment("e", rule))["e"]
+    token, step = FRONT[name], 1e-3
+    products: list[Tensor] = []
+    for v in views(name):
+        now = plain(name, v.number).sites["resid_post", 0][token]
+        sides: list[Tensor] = []
+        for sign in (1, -1):
+            moved = [now + sign * step * one for one in torch.eye(now.shape[-1]).to(now)]
+            sides.append(
+                torch.stack([v.run([Write("resid_post", 0, x, token)]).output for x in moved])
+            )
+        own = (sides[0] - sides[1]) / (2 * step)
+        products.append(own @ own.T)
+    vectors = torch.linalg.eigh(torch.stack(products).mean(0))[1].T.flip(0)[:2]
+    expected: list[float] = []
+    for v in views(name):
+        now = plain(name, v.number).sites["resid_post", 0][token]
+        write = Write("resid_post", 0, now - now @ vectors.T @ vectors, token)
+        expected.append(difference(v.run([write]), v.number))
+    base = np.array([difference(v.start, v.number) for v in views(name)])
+    agree(found, (), {(): expected}, base)

@@ -169,6 +169,32 @@ def test_heads_are_read_by_the_output_map(head: int | None, data: Path) -> None:
     agree(found, (), expected, unpatched("llama"), most=False, large=0.001)
 
 
+def test_logits_are_read_at_the_token(data: Path) -> None:
+    """After the last block, their Jacobian goes through the final norm and the unembedding."""
+    model, site = double("llama"), "resid_post layer 2"
+    products: list[Tensor] = []
+    for row in rows():
+        now = plain("llama", row)["resid_post", 2][row.last, 0]
+        with torch.enable_grad():
+            found = torch.autograd.functional.jacobian(
+                lambda x: model.lm_head(model.model.norm(x)), now
+            )
+        assert isinstance(found, Tensor)
+        products.append(found.T @ found)
+    values = torch.linalg.eigh(torch.stack(products).mean(0))[1].T.flip(0)[:COUNT]
+    text = f"basis j = jacobian(p, {site} -> logits, dims: {COUNT}) at {site}\n"
+    rule = f"from other into clean  patch {site} in basis j at last token"
+    own = run_file(text + experiment("e", rule), data, "llama", "planned")["e"]
+
+    def changes(n: int) -> list[Changes]:
+        row, other = rows()[n], rows("other")[n]
+        now, source = (plain("llama", t)["resid_post", 2][t.last] for t in (row, other))
+        return [([Write("resid_post", 2, now + (source - now) @ values.T @ values, row.last)], ())]
+
+    expected = worked_out("llama", [()], changes, rows(), records())
+    agree(own, (), expected, unpatched("llama"), most=False, large=0.001)
+
+
 S0, S2 = "resid_post layer 0", "resid_post layer 2"
 
 

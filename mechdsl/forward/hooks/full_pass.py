@@ -813,7 +813,7 @@ class SiteHooks:
             return logits if self._kept is None else self._kept(logits)
         whole = logits.dim() == 2  # one output for a whole image
         logits = logits.unsqueeze(1) if whole else logits
-        with torch.inference_mode():
+        with torch.inference_mode(logits.is_inference()):
             layout = TensorLayout.whole(vector_width(self.model.shape, "logits"))
             step = self._sites.direct(places, reads, layout)
             logits = step(logits, self.model.module, logits)
