@@ -22,7 +22,7 @@ def test_each_is_short_and_valid(system: System) -> None:
     assert len(system.text.splitlines()) <= MOST_LINES
     source, _ = read_source(system.path)
     assert source is not None
-    checked = check_source(source, CheckSettings(limit=16))
+    checked = check_source(source, CheckSettings(limit=16, python="run"))
     assert [each for each in checked.diagnostics if each.severity == "error"] == []
 
 
