@@ -58,7 +58,7 @@ def repeats(words: Sequence[str]) -> list[str]:
     random = torch.Generator().manual_seed(0)
     found: list[str] = []
     for _ in range(3000):
-        order = torch.randperm(len(words), generator=random)[:12].tolist()
+        order: list[int] = torch.randperm(len(words), generator=random)[:12].tolist()
         half = [words[n] for n in order]
         cue = int(torch.randint(1, 11, (1,), generator=random))
         found.append(" ".join([*half, *half, *half[:cue]]))

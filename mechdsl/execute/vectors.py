@@ -186,32 +186,41 @@ class FittedDirections:
     vectors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """[width] float64 each, on the CPU."""
     systems: dict[str, CoordinateSystem] = field(default_factory=dict[str, CoordinateSystem])
-    _modes: dict[tuple[str, str, int, bool, bool], CoordinateWrite] = field(
-        default_factory=dict[tuple[str, str, int, bool, bool], CoordinateWrite]
+    _modes: dict[tuple[str, str, tuple[int, int], bool, bool, str], CoordinateWrite] = field(
+        default_factory=dict[tuple[str, str, tuple[int, int], bool, bool, str], CoordinateWrite]
     )
 
     def mode(
         self,
         member: BasisMember,
         operation: CoordinateOperation,
-        count: int,
+        counts: tuple[int, int],
         *,
         joins_units: bool,
         drops_error: bool,
+        inserted: BasisMember | None = None,
     ) -> CoordinateWrite:
-        """Return the mode of writes that change `count` named coordinates (0: all) of a basis.
+        """Return the mode of writes that change named coordinates of a basis.
 
         Equal arguments return the same object, so that writes of several rows can be merged.
 
         Args:
+            counts: Number of coordinates (0: all), and of those of `inserted`.
             joins_units: As in `CoordinateWrite`.
             drops_error: As in `CoordinateWrite`.
+            inserted: As in `CoordinateWrite`.
         """
-        key = member.name, operation, count, joins_units, drops_error
+        other = "" if inserted is None else inserted.name
+        key = member.name, operation, counts, joins_units, drops_error, other
         if key not in self._modes:
-            system = self.systems[member.name]
             self._modes[key] = CoordinateWrite(
-                system, operation, joins_units, drops_error, member.reads
+                self.systems[member.name],
+                operation,
+                joins_units,
+                drops_error,
+                member.reads,
+                None if inserted is None else self.systems[inserted.name],
+                counts[1],
             )
         return self._modes[key]
 

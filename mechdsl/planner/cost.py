@@ -239,7 +239,16 @@ class RowSharer:
             tuple((key, member.name) for key, member in bases.items()) for bases in basis.bases
         ]
         numbers = [
-            self._number(("coordinates", names[own.basis], own.which)) for own in rule.coordinates
+            self._number(
+                (
+                    "coordinates",
+                    names[own.basis],
+                    own.which,
+                    own.inserted and names[-1],
+                    own.inserted,
+                )
+            )
+            for own in rule.coordinates
         ]
         return np.array(numbers, dtype=np.int64)[rule.coordinates_of_cell]
 

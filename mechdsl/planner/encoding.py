@@ -62,7 +62,7 @@ def _rule_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable, *, joined: 
     assert isinstance(does, CoordinateChange)
     assert rule.coordinates_of_cell is not None
     vectors = _vector_counts(rule, rows)
-    counts = np.array([len(own.which) for own in rule.coordinates], dtype=np.int64)
+    counts = np.array([len(c.which) + len(c.inserted) for c in rule.coordinates], dtype=np.int64)
     named = counts[rule.coordinates_of_cell[rows.cell]]
     alone = (named > 0) & (named <= MAX_GATHERED)
     times = 2 if does.reads in ("run", "donor") else 1

@@ -22,6 +22,7 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.types import (
     BasisMember,
+    Coordinates,
     DirectionVector,
     DrawnBasis,
     FitSample,
@@ -501,7 +502,10 @@ class ExperimentKeys:
             if rule.coordinates_of_cell is not None:
                 assert rule.rule.basis is not None
                 bases = [self._basis(each) for each in rule.rule.basis.bases]
-                own = [digest(bases[each.basis], each.which) for each in rule.coordinates]
+                own = [
+                    digest(bases[each.basis], each.which, *_inserted(bases, each))
+                    for each in rule.coordinates
+                ]
                 parts.append([own[which] for which in rule.coordinates_of_cell.tolist()])
             if rule.paths is not None:
                 ends = digest_lists(rule.paths.points, list(map(_written, rule.paths.table)))
@@ -653,6 +657,11 @@ def _static(rule: ResolvedRule) -> bytes:
 def _written(point: SitePoint) -> bytes:
     """Encode a site, of which there may be tens of thousands (neurons)."""
     return f"{point.site} {point.layer} {point.unit};".encode()
+
+
+def _inserted(bases: Sequence[bytes], own: Coordinates) -> tuple[object, ...]:
+    """Return the parts of a key for features that come in from the last basis."""
+    return (bases[-1], own.inserted) if own.inserted else ()
 
 
 def _hits(hits: TokenHits, positions: int, prompts: Ints) -> Iterator[tuple[Ints, KeyNumbers]]:

@@ -120,6 +120,7 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
     """Return the bases that an experiment's rules use, once each."""
     sites = (rule.site for rule in experiment.every_rule if rule.site is not None)
     names = dict.fromkeys(site.basis_name for site in sites)
+    names |= {rule.exchanged.of: None for rule in experiment.every_rule if rule.exchanged}
     looped = [loop for loop in experiment.loops if loop.name in names]
     for loop in looped:  # `for b in [more, less] { patch SITE in basis b }`
         names |= dict.fromkeys(p.id for p in walk(loop.domain) if isinstance(p, ast.Name))

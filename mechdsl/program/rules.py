@@ -369,6 +369,8 @@ def _patch(
     work: Statements,
 ) -> spec.Rule:
     """Build the rule of `patch SITE at POSITIONS onto POSITIONS into layer L with RUN`."""
+    if body.features is not None:
+        return _exchange(rule, body, body.features, work)
     if body.source is not None and prompts is not None:
         source = resolve_run_name(body.source, prompts, work)
     elif source is None and not work.from_into:
@@ -382,6 +384,24 @@ def _patch(
         onto=body.onto,
         into_layer=body.into_layer,
     )
+
+
+def _exchange(rule: ast.Rule, body: ast.Patch, features: ast.Axis, work: Statements) -> spec.Rule:
+    """Lower `patch features 1, 3 of b at POSITIONS with feature 12 of c`; E0342 for other forms."""
+    assert features.of is not None
+    work.scope.use("basis", features.of, features.span)
+    wrong: tuple[ast.Node, str] | None = None
+    if body.onto is not None or body.into_layer is not None:
+        wrong = body.onto or body.site, "features of the same vector have no other place"
+    elif body.site.coordinates is None:
+        wrong = body.site, "the features that leave aren't named"
+    elif any(isinstance(value, ast.Star) for value in features.values):
+        wrong = features, "the features that come in aren't named"
+    if wrong is not None:
+        node, reason = wrong
+        example = f"patch feature 12 of small at … with feature 3 of {features.of}"
+        work.diagnostics.append(BadBasis(span=node.span, reason=reason, hint=f"write `{example}`"))
+    return spec.Rule(span=rule.span, verb="patch", site=body.site, at=body.at, exchanged=features)
 
 
 def _reading(

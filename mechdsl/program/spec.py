@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     ArgumentText = ast.Argument
     SpanDefText = ast.SpanDef
     BoundText = ast.Star | ast.AxisRange
+    AxisText = ast.Axis
     EndText = ast.Bound
     EdgeText = ast.Edge
     MapText = ast.MapOf
@@ -59,7 +60,7 @@ else:
     DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
         _AS_WRITTEN
     )
-    EndText = ArgumentText = MapText = RefText = _AS_WRITTEN
+    AxisText = EndText = ArgumentText = MapText = RefText = _AS_WRITTEN
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Names = Where
 
@@ -371,6 +372,8 @@ class Rule(Spec):
     """patch: the written positions; swap: the other positions; attention rules: the keys."""
     into_layer: BoundText | None = None
     """patch: the written layers, if they differ from the read layers."""
+    exchanged: AxisText | None = None
+    """patch … with features of another basis: these features."""
     source_block: BoundText | None = None
     """replace block: the block that replaces it; None: identity."""
     edge: EdgeText | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING, Literal
@@ -71,6 +71,9 @@ from mechdsl.resolve.types import (
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES, write_order
 
+CoordinateOperation = Literal["set", "add", "scale", "reconstruct", "exchange"]
+"""As in `mechdsl.forward.hooks.coordinates`."""
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -117,6 +120,29 @@ class Reconstruction(Intervention):
 RECONSTRUCTION = Reconstruction()
 
 
+class FeatureExchange(Intervention):
+    """`patch features A of BASIS at POSITIONS with features B of OTHER`.
+
+    The contributions of the features A to the current vector leave it, and those of the features B
+    of the same vector come in (stitching of Leask et al. 2025, arXiv 2502.04878).
+    """
+
+    name = "exchange"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention(
+            "exchange",
+            "the contributions of the named features leave the current vector, and those of the "
+            "other dictionary's features to the same vector come in",
+        )
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return vectors.amounts[:, None]
+
+
+EXCHANGE = FeatureExchange()
+
+
 def is_reconstruction(fill: ast.Node | None) -> bool:
     """Return whether a rule sets vectors to `reconstruction of BASIS`."""
     return isinstance(fill, ast.QualifiedRef) and fill.name == "reconstruction"
@@ -148,10 +174,12 @@ class CoordinateChange(Intervention):
         return self._inner.copies
 
     @property
-    def operation(self) -> Literal["set", "add", "scale", "reconstruct"]:
+    def operation(self) -> CoordinateOperation:
         """How the inner intervention's result is combined with the current coordinates."""
         if isinstance(self._inner, Reconstruction):
             return "reconstruct"
+        if isinstance(self._inner, FeatureExchange):
+            return "exchange"
         assert self._inner.mode in ("set", "add", "scale")
         return self._inner.mode
 
@@ -245,30 +273,111 @@ def resolve_rule(
         _check_all_features(rule, features, bases)
         _check_bases(rule, found, bases)
         axes, coordinates = _coordinates(rule, features, bases[0], work)
+        exchange = _exchanged(rule, found.sites, bases, work)
     except BasisError as problem:
         work.diagnostics.append(
             BadBasis(span=problem.node.span, reason=problem.reason, hint=problem.hint)
         )
         return None
-    if coordinates is None:
+    if coordinates is None or (exchange is None and rule.exchanged is not None):
         return None
-    every = {key: Coordinates(which) for key, which in coordinates.items()}
-    within = "" if name == ast.STANDARD_BASIS else f" in {name}"
-    if features is not None and all(axis in work.loops for axis in axes):
-        own = f" {_coordinate_names(rule.site, features, work)}"
-        within = own if features.of is not None else within + own
-    if len(names) > 1:
-        axes = (name, *axes)
-        numbered = product(range(len(names)), every.items())
-        every = {(n, *key): Coordinates(own.which, n) for n, (key, own) in numbered}
+    within = _label_suffix(rule, name, axes, work)
     labels = {key: f"{label}{within}" for key, label in found.sites.labels.items()}
+    every = {key: Coordinates(which) for key, which in coordinates.items()}
+    targets = BasisTargets(name, names, tuple(bases), axes, every)
     return replace(
         found,
         spec=rule,
         does=change_coordinates(found.does, drops_error=rule.drops_error),
         sites=replace(found.sites, labels=labels, sources=_encoded_points(found.sites, bases[0])),
-        basis=BasisTargets(name, names, tuple(bases), axes, every),
+        basis=_number_bases(targets) if exchange is None else _insert(targets, exchange),
     )
+
+
+def _label_suffix(rule: spec.Rule, name: str, axes: Sequence[str], work: ExperimentContext) -> str:
+    """Return what labels of sites say about coordinates: ` in axes`, ` feature i of axes`."""
+    assert rule.site is not None
+    features = rule.site.coordinates
+    within = "" if name == ast.STANDARD_BASIS else f" in {name}"
+    if features is not None and all(axis in work.loops for axis in axes):
+        own = f" {_coordinate_names(rule.site, features, work)}"
+        within = own if features.of is not None else within + own
+    if rule.exchanged is not None:
+        within += f" with {' '.join(rule.exchanged.span.written.split())}"
+    return within
+
+
+def _number_bases(targets: BasisTargets) -> BasisTargets:
+    """Add the axis of a `for` over several bases."""
+    if len(targets.names) == 1:
+        return targets
+    numbered = product(range(len(targets.names)), targets.coordinates.items())
+    every = {(n, *key): Coordinates(own.which, n) for n, (key, own) in numbered}
+    return replace(targets, axes=(targets.definition, *targets.axes), coordinates=every)
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """Features that come in from another basis."""
+
+    basis: str
+    points: PointBases
+    axes: tuple[str, ...]
+    which: Mapping[tuple[int, ...], tuple[int, ...]]
+    """By the indices along `axes`."""
+
+
+def _insert(targets: BasisTargets, exchange: _Exchange) -> BasisTargets:
+    """Add the features that come in, along the axes of both."""
+    axes = (*targets.axes, *(axis for axis in exchange.axes if axis not in targets.axes))
+    found: dict[tuple[int, ...], Coordinates] = {}
+    for (key, own), (other, which) in product(targets.coordinates.items(), exchange.which.items()):
+        place = dict(zip(targets.axes, key, strict=True))
+        pairs = zip(exchange.axes, other, strict=True)
+        if all(place.setdefault(axis, index) == index for axis, index in pairs):
+            found[tuple(place[axis] for axis in axes)] = replace(own, inserted=which)
+    return replace(
+        targets,
+        names=(*targets.names, exchange.basis),
+        bases=(*targets.bases, exchange.points),
+        axes=axes,
+        coordinates=found,
+    )
+
+
+def _exchanged(
+    rule: spec.Rule, written: SiteTargets, bases: Sequence[PointBases], work: ExperimentContext
+) -> _Exchange | None:
+    """Resolve the features that come in; None if there are none, or after other errors.
+
+    Raises BasisError.
+    """
+    features = rule.exchanged
+    assert rule.site is not None
+    if features is None or features.of is None:
+        return None
+    definition = work.program.bases.get(features.of)
+    members = None if definition is None else _members(definition, written, rule.site, work)
+    if members is None:  # rejected
+        return None
+    if len(bases) > 1:
+        raise BasisError(rule.site, "only one basis can be exchanged", "name it instead of a loop")
+    if any(member.reads for points in (*bases, members) for member in points.values()):
+        raise BasisError(
+            features, "features of transcoders aren't exchanged", "name two autoencoders"
+        )
+    found = resolve_axis(
+        features, [], work.sites, size=min(member.size for member in members.values())
+    )
+    if found is None:
+        return None
+    if found.sweep is not None:
+        raise BasisError(
+            features,
+            "the features that come in aren't swept",
+            "write `features` for all of them together, or a `for` around the rule",
+        )
+    return _Exchange(features.of, members, found.loops, found.choices)
 
 
 def _named_bases(

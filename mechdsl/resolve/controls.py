@@ -358,6 +358,7 @@ def _check_drawn_subspaces(
         reason = "features of dictionaries aren't drawn: most are inactive"
         raise _NoDraws(reason, hint, rule.spec.span)
     plain = isinstance(does, CoordinateChange) and not does.leaves_no_error
+    plain &= rule.spec.exchanged is None
     copies = does.reads in ("run", "donor", "mean")
     if not plain or not (copies or all(each.method in _ORTHONORMAL for each in members)):
         raise _NoDraws(

@@ -613,7 +613,7 @@ def _check_single_rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> N
 def _rule_nodes(rule: spec.Rule) -> Any:
     parts = (
         *(rule.site, rule.reading, rule.at, rule.fill, rule.onto, rule.into_layer),
-        *(rule.source_block, rule.edge, rule.receiver, rule.direction),
+        *(rule.source_block, rule.edge, rule.receiver, rule.direction, rule.exchanged),
         *(() if rule.during is None else (rule.during.first, rule.during.last)),
         *(() if rule.observed is None else (each.weight for each in rule.observed.maps)),
     )

@@ -237,6 +237,8 @@ class Coordinates(Record):
     """Empty for all."""
     basis: int = 0
     """Number of the basis, if a rule uses several."""
+    inserted: tuple[int, ...] = ()
+    """Coordinates in the last basis that come in for these."""
 
 
 @record

@@ -13,6 +13,7 @@ from mechdsl.diagnostics.names import UnknownName, UnknownWord
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.prompts.rows import PromptTable
+from mechdsl.resolve.bases import EXCHANGE
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.types import (
@@ -59,7 +60,19 @@ class CopyingRule(RuleKind, Intervention):
 
 @rule_kind("patch")
 class PatchRule(CopyingRule):
-    """`patch SITE at POSITIONS onto POSITIONS into layer L with RUN`: another run's vectors."""
+    """`patch SITE at POSITIONS onto POSITIONS into layer L with RUN`: another run's vectors.
+
+    `patch feature 12 of b at POSITIONS with feature 3 of c` exchanges features of the same vector.
+    """
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        if rule.exchanged is None:
+            return super().resolve(rule, work)
+        base = work.experiment.base
+        sites, positions = resolve_targets(rule, base, work)
+        if sites is None or positions is None:
+            return None
+        return ResolvedRule(spec=rule, does=EXCHANGE, run=base, sites=sites, positions=positions)
 
 
 @rule_kind("swap")

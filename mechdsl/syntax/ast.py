@@ -674,6 +674,8 @@ class Patch(Node):
     onto: Positions | None = None
     into_layer: Star | AxisRange | None = None
     source: Ref | None = None
+    features: Axis | None = None
+    """Features of another basis that come in, instead of those of a run."""
 
 
 @record

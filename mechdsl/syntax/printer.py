@@ -587,6 +587,7 @@ def _rule(node: Any) -> str | None:
                 + _of("onto", node.onto, format_positions)
                 + _of("into layer", node.into_layer, format_axis_value)
                 + _of("with", node.source, format_ref)
+                + _of("with", node.features, format_axis)
             )
         case ast.Ablate():
             fills = ", ".join(

@@ -785,12 +785,14 @@ class TreeBuilder(Transformer[Token, Any]):
             clauses.get("onto"),
             clauses.get("into"),
             clauses.get("source"),
+            clauses.get("features"),
             span=_span(c),
         )
 
     onto = _clause("onto", _second)
     into_layer = _clause("into", lambda c: c[2])
     with_ref = _clause("source", _second)
+    with_features = _clause("features", lambda c: _features(c[1:]))
 
     def ablate(self, c: list[Any]) -> ast.Ablate:
         more = tuple(child for child in c if isinstance(child, ast.Fill))
@@ -924,8 +926,7 @@ class TreeBuilder(Transformer[Token, Any]):
     flat_axis = axis
 
     def features(self, c: list[Any]) -> ast.Axis:
-        values = tuple(child for child in c if isinstance(child, (ast.Star, ast.AxisRange)))
-        return _axis(c[0], values, _span(c), of=c[-1].id)
+        return _features(c)
 
     flat_features = features
 
@@ -1225,6 +1226,12 @@ def _axis(
     plural = word.endswith("s")
     singular: Any = word[:-1] if plural else str(word)
     return ast.Axis(singular, plural, values, window, of, span=span)
+
+
+def _features(c: list[Any]) -> ast.Axis:
+    """Build `features 3, 12 of b`."""
+    values = tuple(child for child in c if isinstance(child, (ast.Star, ast.AxisRange)))
+    return _axis(c[0], values, _span(c), of=c[-1].id)
 
 
 def _cells_of(node: ast.Call | ast.Name) -> tuple[str, tuple[ast.Argument, ...]]:

@@ -693,8 +693,27 @@ def test_the_number_of_a_basis_has_another_key() -> None:
     assert all(first[place] != second[place] for place in first)
 
 
+def test_what_comes_in_has_another_key() -> None:
+    """The features, and their basis."""
+
+    def with_features(targets: BasisTargets, which: tuple[int, ...], last: BasisTargets) -> Any:
+        own = {key: replace(own, inserted=which) for key, own in targets.coordinates.items()}
+        bases, names = (*targets.bases, *last.bases), (*targets.names, "other")
+        return replace(targets, bases=bases, names=names, coordinates=own)
+
+    every = [
+        basis_keys(lambda targets, which=which, of=of: with_features(targets, which, of(targets)))
+        for which in ((), (0,), (1,))
+        for of in (lambda targets: targets, other_basis)
+    ]
+    plain, also, *others = every
+    assert plain == also == basis_keys(lambda targets: targets)
+    for place in plain:
+        assert len({own[place] for own in (plain, *others)}) == 5
+
+
 def test_fields_of_bases_are_all_thought_of() -> None:
-    assert {each.name for each in fields(Coordinates)} == {"which", "basis"}
+    assert {each.name for each in fields(Coordinates)} == {"which", "basis", "inserted"}
     keyed = {"method", "options", "operand", "size", "reads"}
     shown = {"name", "made", "width"}  # the width belongs to the site, and is part of a draw
     assert {each.name for each in fields(BasisMember)} == keyed | shown

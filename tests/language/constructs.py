@@ -955,6 +955,16 @@ _rule(
     "tests/rules/test_dictionaries.py",
 )
 _rule(
+    "exchange features",
+    "patch features 0, 2 of axes at last token with feature 1 of chance",
+    "The contributions of the named features to the current vector leave it, and those of the "
+    "other basis's features to the same vector come in. No other run is read. Several features on "
+    "the right come in together; a `for` variable may be their number. With `without error`, the rest "
+    "of the vector is the first basis's reconstruction.",
+    "Leask et al. 2025, arXiv 2502.04878",
+    "tests/rules/test_exchanged_features.py",
+)
+_rule(
     "numbers of a vector",
     "scale resid_post layer 2 dims 0..7 at last token by 0",
     "Changes numbers of the vectors, `dims` together and `dim` in one run each, along the axis "

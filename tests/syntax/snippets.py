@@ -192,6 +192,8 @@ patch resid_post layer * except 3, 5..6 at last token
 ablate feature * of res8 except 3, 7 at tokens * with zero
 patch resid_post layer 3 dims 0..7, 12 at last token
 ablate z layer 1 head * dim * at tokens * with zero
+patch feature 12 of small at last token with feature 3 of big
+patch features 1, 5..7 of small at tokens * with features 2, 3 of big without error
 clamp resid_post layer 3 in basis res8 dim 4 at last token to 5
 project attn_out layers 2..4 at tokens * onto refusal[layer own]
 add 2 * refusal[layer own] to resid_post layers * at tokens *

@@ -391,13 +391,21 @@ def _write_coordinates(
     pairs, inverse = np.unique(np.stack([spots[2], numbers[named]]), axis=1, return_inverse=True)
     bases = [basis.at(SitePoint(*place, unit), number) for unit, number in pairs.T.tolist()]
     member_of = np.array([members.index(each) for each in bases])[inverse.ravel()]
-    counts = np.array([len(own.which) for own in plan.coordinates], dtype=np.int64)
-    kinds = np.stack([member_of, counts[named]])
-    for number, count in np.unique(kinds, axis=1).T.tolist():
-        own = np.flatnonzero((kinds[0] == number) & (kinds[1] == count))
+    other_of = np.zeros_like(member_of)
+    if any(each.inserted for each in plan.coordinates):
+        last = len(basis.bases) - 1
+        points = [SitePoint(*place, unit) for unit, _ in pairs.T.tolist()]
+        other_of = np.array([members.index(basis.at(each, last)) for each in points])
+        other_of = other_of[inverse.ravel()]
+    counts = np.array([(len(c.which), len(c.inserted)) for c in plan.coordinates]).T
+    kinds = np.stack([member_of, other_of, *counts[:, named]])
+    for number, other, count, more in np.unique(kinds, axis=1).T.tolist():
+        same = np.equal(kinds, [[number], [other], [count], [more]])
+        own = np.flatnonzero(same.all(axis=0))
         which = None
         if count:
-            every = [plan.coordinates[n].which for n in np.unique(named[own])]
+            used = (plan.coordinates[n] for n in np.unique(named[own]))
+            every = [each.which + each.inserted for each in used]
             table = np.array(every, dtype=np.int64)
             which = torch.from_numpy(table[np.unique(named[own], return_inverse=True)[1]])
         system = asked.means_and_donors.directions.systems[members[number].name]
@@ -408,9 +416,10 @@ def _write_coordinates(
         mode = asked.means_and_donors.directions.mode(
             members[number],
             does.operation,
-            count,
+            (count, more),
             joins_units=asked.joins_units,
             drops_error=does.drops_error,
+            inserted=members[other] if more else None,
         )
         row, position, unit = (each[own] for each in spots)
         yield RuleWrite(row, position, unit, values, mode, which, plan.number)

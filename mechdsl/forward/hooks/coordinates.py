@@ -11,7 +11,7 @@ from torch import Tensor
 from mechdsl.dictionaries.folder import MAX_GATHERED
 from mechdsl.dictionaries.products import combine_some, project_some
 
-CoordinateOperation = Literal["set", "add", "scale", "reconstruct"]
+CoordinateOperation = Literal["set", "add", "scale", "reconstruct", "exchange"]
 
 
 MAX_NUMBERS = 1 << 24
@@ -141,7 +141,8 @@ class StandardBasis:
 @dataclass(frozen=True, eq=False)
 class CoordinateWrite:
     """Mode of a write whose values are coordinates: `set` replaces them, `add` adds to them, and
-    `scale` multiplies them; `reconstruct` drops what the basis doesn't represent."""
+    `scale` multiplies them; `reconstruct` drops what the basis doesn't represent. `exchange` takes
+    their contributions out, and puts in those of another basis."""
 
     system: CoordinateSystem
     operation: CoordinateOperation
@@ -152,6 +153,10 @@ class CoordinateWrite:
     reads: str = ""
     """Site of the same block whose vectors have these coordinates: a transcoder encodes the input
     of the MLP. Empty for the written site."""
+    inserted: CoordinateSystem | None = None
+    """exchange: the other basis."""
+    count_inserted: int = 0
+    """exchange: the last coordinates of a write that are of the other basis."""
 
     def apply(
         self,
@@ -190,8 +195,14 @@ class CoordinateWrite:
         )
         if self.operation == "reconstruct":
             return self.system.reconstruct(inputs).to(now)
+        inserted = None
+        if self.inserted is not None:
+            assert which is not None
+            which, inserted = which.tensor_split([-self.count_inserted], dim=1)
         current, values = self.system.encode(inputs, which), values.to(wide)
         match self.operation:
+            case "exchange":
+                change = -current
             case "set":
                 change = values - current
             case "add":
@@ -199,6 +210,9 @@ class CoordinateWrite:
             case "scale":
                 change = (values - 1) * current
         found = self.system.shift(wide, change, which)
+        if self.inserted is not None:
+            more = self.inserted.encode(wide, inserted)
+            found = found + self.inserted.shift(wide, more, inserted) - wide
         if self.drops_error:
             found = found - (wide - self.system.reconstruct(inputs))
         return found.to(now)

@@ -1,0 +1,199 @@
+"""Features of one dictionary in the place of another one's, against plain hooks on the bare model.
+
+The stitching of Leask et al. 2025 (arXiv 2502.04878): one unpadded prompt at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mechdsl.base.source import Source
+from mechdsl.execute.run_record import ExecutionProfile
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.store.store import Store
+
+from ..execute.support import by_name, run_on, shared
+from ..reference.forward import Changes, Write
+from .models import bare
+from .support import (
+    BLOCKS,
+    MANY,
+    agree,
+    codes,
+    experiment,
+    plain,
+    records,
+    rows,
+    run_file,
+    tokens,
+    unpatched,
+    worked_out,
+)
+from .test_dictionaries import LAYER, make
+from .test_inactive_features import width_of
+
+HERE = ("gpt2", "llama", "gpt_neox")
+BASES = f"""basis small = sae("sae") at resid_post layer {LAYER}
+basis big = sae("big") at resid_post layer {LAYER}
+"""
+BIG = 11
+
+
+class Big:
+    """A top-k dictionary of another size, written next to the small one."""
+
+    def __init__(self, folder: Path, width: int, k: int = 5) -> None:
+        random = torch.Generator().manual_seed(8)
+        self.k = k
+        parts = {
+            "W_enc": torch.randn(width, BIG, generator=random) / 2,
+            "b_enc": torch.randn(BIG, generator=random) / 4,
+            "W_dec": torch.randn(BIG, width, generator=random) / 2,
+            "b_dec": torch.randn(width, generator=random) / 4,
+        }
+        (folder / "big").mkdir(exist_ok=True)
+        config = {"architecture": "topk", "k": k, "apply_b_dec_to_input": True}
+        (folder / "big" / "cfg.json").write_text(json.dumps(config), encoding="utf-8")
+        save_file(parts, folder / "big" / "sae_weights.safetensors")
+        self.parts = {name: each.double() for name, each in parts.items()}
+
+    def contribution(self, x: Tensor, which: Sequence[int]) -> Tensor:
+        before = (x - self.parts["b_dec"]) @ self.parts["W_enc"] + self.parts["b_enc"]
+        top = before.topk(self.k)
+        features = torch.zeros_like(before).scatter(-1, top.indices, top.values.relu())
+        return features[..., list(which)] @ self.parts["W_dec"][list(which)]
+
+
+CASES = [
+    # what leaves, what comes in, position, whether the error is dropped, architecture
+    ("feature 1", "feature 3", "last token", False, "standard"),
+    ("features 1, 4", "features 0, 3, 9", "tokens *", False, "topk"),
+    ("features 0..2", "feature 7", "token 6", True, "jumprelu"),
+]
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("family", HERE)
+@pytest.mark.parametrize(("out", "come", "at", "drops", "architecture"), CASES)
+def test_exchange(
+    out: str, come: str, at: str, drops: bool, architecture: str, family: str, mode: str, data: Path
+) -> None:
+    of = make(data, architecture, width_of(family))
+    big = Big(data, width_of(family))
+    rule = f"patch {out} of small at {at} with {come} of big" + (" without error" if drops else "")
+    found = run_file(BASES + experiment("e", rule), data, family, mode)["e"]
+    leaving, coming = (numbers(each) for each in (out, come))
+
+    def changes(n: int) -> list[Changes]:
+        row = rows()[n]
+        writes: list[Write] = []
+        for token in tokens(row, at):
+            x = plain(family, row)["resid_post", LAYER][token]
+            features = of.encode(x)
+            without = features.clone()
+            without[..., leaving] = 0
+            new = x + of.decode(without, x) - of.decode(features, x) + big.contribution(x, coming)
+            if drops:
+                new = new - (x - of.decode(features, x))
+            writes.append(Write("resid_post", LAYER, new, token))
+        return [(writes, ())]
+
+    expected = worked_out(family, [()], changes, rows(), records())
+    agree(found, (), expected, unpatched(family), most=False, large=0.001)
+
+
+def numbers(written: str) -> list[int]:
+    text = written.partition(" ")[2]
+    if ".." in text:
+        low, high = text.split("..")
+        return [*range(int(low), int(high) + 1)]
+    return [int(each) for each in text.split(",")]
+
+
+def test_sweeps_and_loops(data: Path) -> None:
+    """Each feature that leaves is a cell; a `for` is an axis of those that come in."""
+    make(data, "standard", width_of("llama"))
+    Big(data, width_of("llama"))
+    text = BASES
+    pairs = [(i, j) for j in (2, 5) for i in (0, 1, 3)]
+    for n, (i, j) in enumerate(pairs):
+        rule = f"patch feature {i} of small at last token with feature {j} of big"
+        text += experiment(f"one_{n}", rule)
+    rule = "for j in [2, 5] { patch feature 0..1, 3 of small at last token with feature j of big }"
+    text += experiment("every", rule)
+    found = run_file(text, data, "llama", "planned")
+    measure = found["every"].measures[0].patched
+    alone = [found[f"one_{n}"].measures[0].patched[0] for n in range(len(pairs))]
+    assert sorted(map(tuple, measure.round(5).tolist())) == sorted(
+        map(tuple, np.array(alone).round(5).tolist())
+    )
+    assert len({tuple(row) for row in np.array(alone).round(4).tolist()}) == len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("rule", "code"),
+    [
+        ("patch feature 1 of small at last token with feature * of big", "E0342"),
+        ("patch feature 1 of small at last token with feature 2, 3 of big", "E0342"),
+        ("patch feature 1 of small at last token with feature 40 of big", "E0301"),
+        ("patch feature 1 of small at last token with feature 3 of none", "E0201"),
+        ("patch resid_post layer 1 at last token with feature 3 of big", "E0342"),
+        ("patch feature 1 of small at last token into layer 2 with feature 3 of big", "E0342"),
+        ("patch feature 1 of small at last token onto token 1 with feature 3 of big", "E0342"),
+    ],
+)
+def test_what_is_no_exchange(rule: str, code: str, data: Path) -> None:
+    make(data, "standard", width_of("llama"))
+    Big(data, width_of("llama"))
+    assert code in codes(BASES + experiment("e", rule), data, "llama")
+
+
+def ran(rule: str, folder: Path) -> tuple[np.ndarray, int]:
+    """The values of a rule with the folder's store, and how many were computed."""
+    profiles: list[ExecutionProfile] = []
+    options = RunOptions(on_profile=lambda _, profile: profiles.append(profile))
+    text = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{BASES}{experiment("e", rule)}'
+    source, models = Source(text, folder / "file.mech"), {"m": shared(bare("gpt2"))}
+    with Store(folder / "store") as kept, kept.begin(text, {}) as opened:
+        found = by_name(*run_on(source, models, options, opened))
+        opened.finish({}, {})
+    return found["e"].measures[0].patched, sum(each.distinct for each in profiles)
+
+
+def test_the_store_tells_exchanges_apart(data: Path) -> None:
+    """By the feature that comes in, its dictionary, and against a rule that only takes one out."""
+    make(data, "standard", width_of("gpt2"))
+    Big(data, width_of("gpt2"))
+    rule = "patch feature 1 of small at last token with features {}"
+    rules = [rule.format(come) for come in ("0..4 of big", "5..10 of big", "0..4 of small")]
+    rules.append("ablate feature 1 of small at last token with zero")
+    found: list[np.ndarray] = []
+    for each in rules:
+        values, count = ran(each, data)
+        assert count > 0, each
+        found.append(values)
+    assert len({tuple(each.round(4).ravel().tolist()) for each in found}) == len(rules)
+    again, count = ran(rules[0], data)
+    assert count == 0
+    np.testing.assert_array_equal(again, found[0])
+
+
+def test_exchange_in_a_derived_run(data: Path) -> None:
+    """The logits of a run with the rule are those of the rule."""
+    make(data, "standard", width_of("llama"))
+    Big(data, width_of("llama"))
+    rule = "patch feature 1 of small at last token with feature 3 of big"
+    text = BASES + experiment("e", rule)
+    derived = f"run other_run {{ {rule} }}"
+    both = experiment("f", derived, "from other_run into clean", "patch logits at last token")
+    found = run_file(text + both, data, "llama", "planned")
+    first, second = (found[name].measures[0].patched for name in "ef")
+    np.testing.assert_allclose(first, second, atol=1e-4)
