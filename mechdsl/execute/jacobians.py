@@ -45,11 +45,10 @@ def mean_jacobian_product(
     Raises:
         AutogradFailed: Autograd can't differentiate the model's code.
     """
-    hits = basis.sample.cell.hits
     spots = [
-        (prompt, token, len(run))
-        for prompt, runs in enumerate(hits)
-        for run in runs[:1]
+        (prompt, token, sum(map(len, runs)))
+        for prompt, runs in enumerate(basis.sample.cell.hits)
+        for run in runs
         for token in run
     ]
     rows = len({prompt for prompt, _, _ in spots})

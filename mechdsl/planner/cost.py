@@ -709,7 +709,7 @@ def jacobian_cost(shape: ModelShape, basis: JacobianBasis) -> Cost:
         min(layers if stop is None else stop, layers)
         for stop in (stop_layer(each.site, each.layer, layers) for each in basis.points)
     )
-    counts = np.array([sum(map(len, runs[:1])) for runs in basis.sample.cell.hits])
+    counts = np.array([sum(map(len, runs)) for runs in basis.sample.cell.hits])
     target = basis.target
     units = unit_count(shape, target.site, target.layer) if target.unit is None else 1
     times = units * vector_width(shape, target.site, target.layer)

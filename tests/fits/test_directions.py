@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mechdsl.fits.geometry import effective_rank, fix_sign, matrix_rank, pca, singular_values
+from mechdsl.fits.geometry import (
+    effective_rank,
+    fix_sign,
+    matrix_rank,
+    pca,
+    principal_axes,
+    singular_values,
+)
 from mechdsl.fits.regression import check_vectors
 
 NORMAL = np.random.default_rng(0).normal
@@ -72,3 +79,15 @@ def test_effective_rank_of_known_spectra() -> None:
     wanted = 2 ** (-0.75 * np.log2(0.75) - 0.25 * np.log2(0.25))
     assert np.isclose(effective_rank(8 * shares), wanted)
     assert effective_rank(np.zeros(3)) == 0
+
+
+def test_principal_axes_of_products() -> None:
+    """Orthonormal, the largest first, the sign by the largest number; no more than there are."""
+    random = np.random.default_rng(3)
+    rows = random.standard_normal((4, 6)) * [5, 3, 1, 1, 1, 1]
+    found = principal_axes(rows.T @ rows / 4, 4)
+    singular = np.linalg.svd(rows)
+    np.testing.assert_allclose(np.abs(found @ singular.Vh[:4].T), np.eye(4), atol=1e-8)
+    assert all(each[np.abs(each).argmax()] > 0 for each in found)
+    with pytest.raises(ValueError, match="span 4"):
+        principal_axes(rows.T @ rows / 4, 5)

@@ -197,3 +197,50 @@ def test_exchange_in_a_derived_run(data: Path) -> None:
     found = run_file(text + both, data, "llama", "planned")
     first, second = (found[name].measures[0].patched for name in "ef")
     np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+def test_one_variable_on_both_sides(data: Path) -> None:
+    """It has one cell per value, and features of two dictionaries can come in in one file."""
+    make(data, "standard", width_of("llama"))
+    Big(data, width_of("llama"))
+    rule = "patch feature {} of small at last token with features {} of {}"
+    parts = [(0, 0, "big"), (3, 3, "big"), (0, 3, "big"), (0, 3, "small")]
+    text = BASES + "".join(
+        experiment(f"one_{n}", rule.format(*each)) for n, each in enumerate(parts)
+    )
+    text += experiment("both", f"for j in [0, 3] {{ {rule.format('j', 'j', 'big')} }}")
+    found = run_file(text, data, "llama", "planned")
+    patched = {name: each.measures[0].patched for name, each in found.items()}
+    alone = np.concatenate([patched["one_0"], patched["one_1"]])
+    np.testing.assert_allclose(patched["both"], alone, atol=1e-5)
+    for n in (2, 3):
+        apart = run_file(BASES + experiment("e", rule.format(*parts[n])), data, "llama", "planned")
+        values = apart["e"].measures[0].patched
+        np.testing.assert_allclose(patched[f"one_{n}"], values, atol=1e-5)
+    assert np.abs(patched["one_2"] - patched["one_3"]).max() > 0.01
+
+
+def test_linear_bases_are_exchanged(data: Path) -> None:
+    """Also one that is fitted on another block; random subspaces are no control for it."""
+    text = "basis a = random(dims: 3) at resid_post layer 1\n"
+    text += "basis c = pca(second, dims: 2) at resid_post layer 1\n"
+    rule = "patch feature 0 of a at last token with feature 1 of c"
+    found = run_file(text + experiment("e", rule), data, "llama", "planned")["e"]
+    assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.001
+    text += "basis d = random(dims: 3) at resid_post layer 1\n"
+    rule = "patch feature 0 of a at last token with feature 1 of d"
+    assert "E0630" in codes(text + experiment("e", rule, "against random(5)"), data, "llama")
+
+
+def test_two_exchanges_in_one_experiment(data: Path) -> None:
+    """Each puts in features of its own dictionary, in either order."""
+    make(data, "standard", width_of("llama"))
+    Big(data, width_of("llama"))
+    rule = "patch feature 0 of small at {} with features 0..4 of {}"
+    rules = [rule.format("last token", "big"), rule.format("token 6", "small")]
+    text = BASES + experiment("first", *rules) + experiment("second", *reversed(rules))
+    text += experiment("other", rules[0], rule.format("token 6", "big"))
+    found = run_file(text, data, "llama", "planned")
+    first, second, other = (found[n].measures[0].patched for n in ("first", "second", "other"))
+    np.testing.assert_allclose(first, second, atol=1e-5)
+    assert np.abs(first - other).max() > 0.01

@@ -21,6 +21,7 @@ from .models import bare, double
 from .support import (
     BLOCKS,
     MANY,
+    Text,
     agree,
     experiment,
     plain,
@@ -111,6 +112,7 @@ def worked_basis(
         ("last token", "", True, "p"),
         ("{token 1, token 3}", " at {token 1, token 3}", False, "p"),
         ("last token", "", False, "p.other"),
+        ("subject tokens", " at subject tokens", False, "p"),
     ],
 )
 def test_features_are_singular_vectors(
@@ -193,6 +195,49 @@ def test_logits_are_read_at_the_token(data: Path) -> None:
 
     expected = worked_out("llama", [()], changes, rows(), records())
     agree(own, (), expected, unpatched("llama"), most=False, large=0.001)
+
+
+def test_one_head_is_read_alone(data: Path) -> None:
+    """The Jacobian of a head's output by the stream before its layer."""
+    size, products = plain("llama", rows()[0])["z", 1].shape[-1], []
+    projection = double("llama").model.layers[1].self_attn.o_proj
+    for row in rows():
+
+        def run(change: Tensor, row: Text = row) -> Tensor:
+            found: list[Tensor] = []
+
+            def put(module: nn.Module, given: object, out: Tensor) -> Tensor:
+                moved = out.clone()
+                moved[0, row.last] += change
+                return moved
+
+            def read(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+                found.append(given[0][0, row.last, size : 2 * size])
+
+            with (
+                block("llama", 0).register_forward_hook(put),
+                projection.register_forward_pre_hook(read),
+            ):
+                double("llama")(torch.tensor([row.ids]), use_cache=False)
+            return found[0]
+
+        with torch.enable_grad():
+            own = torch.autograd.functional.jacobian(run, torch.zeros(width("llama")).double())
+        assert isinstance(own, Tensor)
+        products.append(own @ own.T)
+    values = torch.linalg.eigh(torch.stack(products).mean(0))[1].T.flip(0)[:2]
+    site = "z layer 1 head 1"
+    text = f"basis j = jacobian(p, {S0} -> {site}, dims: 2) at {site}\n"
+    rule = f"from other into clean  patch {site} in basis j at last token"
+    found = run_file(text + experiment("e", rule), data, "llama", "planned")["e"]
+
+    def changes(n: int) -> list[Changes]:
+        row, other = rows()[n], rows("other")[n]
+        now, source = (plain("llama", each)["z", 1][each.last, 1] for each in (row, other))
+        return [([Write("z", 1, now + (source - now) @ values.T @ values, row.last, 1)], ())]
+
+    expected = worked_out("llama", [()], changes, rows(), records())
+    agree(found, (), expected, unpatched("llama"), most=False, large=0.001)
 
 
 S0, S2 = "resid_post layer 0", "resid_post layer 2"
