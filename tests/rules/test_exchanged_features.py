@@ -238,9 +238,9 @@ def test_two_exchanges_in_one_experiment(data: Path) -> None:
     Big(data, width_of("llama"))
     rule = "patch feature 0 of small at {} with features 0..4 of {}"
     rules = [rule.format("last token", "big"), rule.format("token 6", "small")]
-    text = BASES + experiment("first", *rules) + experiment("second", *reversed(rules))
+    text = BASES + experiment("one_way", *rules) + experiment("reversed", *reversed(rules))
     text += experiment("other", rules[0], rule.format("token 6", "big"))
     found = run_file(text, data, "llama", "planned")
-    first, second, other = (found[n].measures[0].patched for n in ("first", "second", "other"))
+    first, second, other = (found[n].measures[0].patched for n in ("one_way", "reversed", "other"))
     np.testing.assert_allclose(first, second, atol=1e-5)
     assert np.abs(first - other).max() > 0.01
