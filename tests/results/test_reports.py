@@ -17,7 +17,7 @@ from rich.console import Console
 from mechdsl.base.text import shown_token
 from mechdsl.program import spec
 from mechdsl.resolve.cells import CellKey
-from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, FileResult
 from mechdsl.results.results import Results
 from mechdsl.show.output import save_report, show_report
 from mechdsl.show.reports.grid import count_confusions
@@ -29,6 +29,7 @@ from mechdsl.show.reports.text import (
     number_format,
     p_text,
     print_verdicts,
+    verdict_text,
     zero_width_note,
 )
 from mechdsl.vocab.reports import REPORTS, ReportKind, ReportSignature, check_report
@@ -696,3 +697,17 @@ def test_cells_in_which_no_row_differs_are_counted() -> None:
     )
     assert zero_width_note(alike, 0) == said
     assert zero_width_note(finished(result), 0) is None, "inert cells aren't tested"
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "said"),
+    [
+        (-0.1911, -1035.36, 0.0, "-0.191 [-1.04e+03, 0]"),
+        (0.0, -1035.36, 1.0, "0 [-1035, 1]"),
+        (-1.91, -3.5, 0.25, "-1.910 [-3.500, 0.250]"),
+    ],
+)
+def test_a_verdict_never_shows_0_for_another_number(
+    value: float, low: float, high: float, said: str
+) -> None:
+    assert verdict_text(ExpectOutcome("min(delta) > -0.5", True, value, low, high)) == said

@@ -534,4 +534,6 @@ def verdict_text(outcome: ExpectOutcome) -> str:
         top = outcome.text.startswith("top ")
         return f"rank {outcome.value:.4g} by absolute value" if top else f"{outcome.value:.4g}"
     write = number_format([outcome.value, *ends])
+    if outcome.value and float(write(outcome.value)) == 0:  # of an interval that is much wider
+        write = "{:.3g}".format
     return " ".join(interval_texts(write, outcome.value, *ends))
