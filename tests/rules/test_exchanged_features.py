@@ -37,7 +37,9 @@ from .support import (
     unpatched,
     worked_out,
 )
-from .test_dictionaries import LAYER, make
+from .test_dictionaries import FEATURES, LAYER, make
+from .test_generation import TOKENS, replies, written
+from .test_generation import Case as GenerationCase
 from .test_inactive_features import width_of
 
 HERE = ("gpt2", "llama", "gpt_neox")
@@ -244,3 +246,30 @@ def test_two_exchanges_in_one_experiment(data: Path) -> None:
     first, second, other = (found[n].measures[0].patched for n in ("one_way", "reversed", "other"))
     np.testing.assert_allclose(first, second, atol=1e-5)
     assert np.abs(first - other).max() > 0.01
+
+
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+def test_exchange_at_every_step(mode: str, data: Path) -> None:
+    """At each token that is written, in passes of their own."""
+    of = make(data, "standard", width_of("llama"))
+    big = Big(data, width_of("llama"))
+    leaving, coming = range(FEATURES - 1), range(BIG)
+    rule = f"patch features 0..{leaving[-1]} of small at last token "
+    rule += f"with features 0..{BIG - 1} of big"
+    lines = (rule, f"generate {TOKENS}")
+    text = BASES + experiment("e", *lines, measure="measure length as raw")
+    found = run_file(text, data, "llama", mode, precise=True)["e"]
+
+    def new(x: Tensor) -> Tensor:
+        features = of.encode(x)
+        without = features.clone()
+        without[..., list(leaving)] = 0
+        return x + of.decode(without, x) - of.decode(features, x) + big.contribution(x, coming)
+
+    def act(name: str, n: int, at: int) -> Changes:
+        return [Write("resid_post", LAYER, new, at)], []
+
+    case = GenerationCase(rule, "last token", act)
+    wanted = [written("llama", n, [case]) for n in range(len(rows()))]
+    assert replies(found) == wanted
+    assert wanted != [written("llama", n, []) for n in range(len(rows()))]
