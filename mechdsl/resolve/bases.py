@@ -330,12 +330,14 @@ class _Exchange:
 def _insert(targets: BasisTargets, exchange: _Exchange) -> BasisTargets:
     """Add the features that come in, along the axes of both."""
     axes = (*targets.axes, *(axis for axis in exchange.axes if axis not in targets.axes))
+    every = tuple(range(min(member.size for member in targets.members)))
     found: dict[tuple[int, ...], Coordinates] = {}
     for (key, own), (other, which) in product(targets.coordinates.items(), exchange.which.items()):
         place = dict(zip(targets.axes, key, strict=True))
         pairs = zip(exchange.axes, other, strict=True)
         if all(place.setdefault(axis, index) == index for axis, index in pairs):
-            found[tuple(place[axis] for axis in axes)] = replace(own, inserted=which)
+            key = tuple(place[axis] for axis in axes)
+            found[key] = Coordinates(own.which or every, inserted=which)
     return replace(
         targets,
         names=(*targets.names, exchange.basis),

@@ -79,6 +79,7 @@ CASES = [
     ("feature 1", "feature 3", "last token", False, "standard"),
     ("features 1, 4", "features 0, 3, 9", "tokens *", False, "topk"),
     ("features 0..2", "feature 7", "token 6", True, "jumprelu"),
+    (f"features 0..{FEATURES - 1}", "features 2, 4", "last token", False, "topk"),
 ]
 
 
@@ -253,18 +254,15 @@ def test_exchange_at_every_step(mode: str, data: Path) -> None:
     """At each token that is written, in passes of their own."""
     of = make(data, "standard", width_of("llama"))
     big = Big(data, width_of("llama"))
-    leaving, coming = range(FEATURES - 1), range(BIG)
-    rule = f"patch features 0..{leaving[-1]} of small at last token "
-    rule += f"with features 0..{BIG - 1} of big"
+    rule = f"patch features * of small at last token with features 0..{BIG - 1} of big"
     lines = (rule, f"generate {TOKENS}")
     text = BASES + experiment("e", *lines, measure="measure length as raw")
     found = run_file(text, data, "llama", mode, precise=True)["e"]
 
     def new(x: Tensor) -> Tensor:
         features = of.encode(x)
-        without = features.clone()
-        without[..., list(leaving)] = 0
-        return x + of.decode(without, x) - of.decode(features, x) + big.contribution(x, coming)
+        without = torch.zeros_like(features)
+        return x + of.decode(without, x) - of.decode(features, x) + big.contribution(x, range(BIG))
 
     def act(name: str, n: int, at: int) -> Changes:
         return [Write("resid_post", LAYER, new, at)], []
