@@ -7,7 +7,7 @@ the layout of SAELens. Run it with `python -m zoo.dictionaries`; it takes about 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,6 +144,13 @@ def train(vectors: Tensor, features: int, k: int, seed: int = 0) -> dict[str, Te
     return {name: each.detach().contiguous() for name, each in weights.items()}
 
 
+def encode(vectors: Tensor, weights: Mapping[str, Tensor], k: int) -> Tensor:
+    """Return [vector, feature]: the activations of the features that are among the top k."""
+    before = (vectors - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    top = before.topk(k, dim=1)
+    return torch.zeros_like(before).scatter(1, top.indices, top.values.relu())
+
+
 def main() -> None:
     for of in DICTIONARIES:
         vectors = activations(of)
@@ -161,9 +168,7 @@ def main() -> None:
         of.folder.mkdir(exist_ok=True)
         save_file(weights, of.folder / "sae_weights.safetensors")
         (of.folder / "cfg.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-        before = (vectors - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
-        top = before.topk(of.k, dim=1)
-        kept = torch.zeros_like(before).scatter(1, top.indices, top.values.relu())
+        kept = encode(vectors, weights, of.k)
         rest = vectors - kept @ weights["W_dec"] - weights["b_dec"]
         spread = (vectors - vectors.mean(0)).square().sum()
         share = 1 - float(rest.square().sum() / spread)

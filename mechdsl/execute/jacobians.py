@@ -13,9 +13,9 @@ from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, indices_to_d
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel, has_single_output
-from mechdsl.models.shape import PaddingSide, unit_count, vector_width
+from mechdsl.models.shape import PaddingSide, unit_count
 from mechdsl.planner.plan import PROMPT_TOKENS
-from mechdsl.resolve.types import JacobianBasis, SitePoint
+from mechdsl.resolve.types import JacobianBasis, SitePoint, count_numbers
 from mechdsl.vocab.sites import stop_layer
 
 MAX_NUMBERS = 1 << 26
@@ -52,7 +52,7 @@ def mean_jacobian_product(
         for token in run
     ]
     rows = len({prompt for prompt, _, _ in spots})
-    width = _width(model, basis.target if basis.of_target else basis.source)
+    width = count_numbers(basis.target if basis.of_target else basis.source, model.shape)
     total = torch.zeros(width, width, dtype=torch.float64)
     passes = 0
     for part in _split(model, basis, spots):
@@ -70,7 +70,7 @@ def _split(
 ) -> Iterator[list[tuple[int, int, int]]]:
     """Split the tokens into batches."""
     longest = max(len(row.ids) for row in basis.sample.run.rows)
-    numbers = _width(model, basis.source) * _width(model, basis.target)
+    numbers = count_numbers(basis.source, model.shape) * count_numbers(basis.target, model.shape)
     count = max(1, min(PROMPT_TOKENS // longest, MAX_NUMBERS // numbers))
     return (spots[begin : begin + count] for begin in range(0, len(spots), count))
 
@@ -88,7 +88,7 @@ def _jacobians(
     batch = add_images(model, batch, own)
     lanes, tokens = torch.arange(len(spots)), torch.tensor([token for _, token in spots])
     dtype = torch.promote_types(model.dtype, torch.float32)
-    width = _width(model, basis.source)
+    width = count_numbers(basis.source, model.shape)
     leaf = torch.zeros(len(spots), width, dtype=dtype, device=model.device, requires_grad=True)
     read = SiteRead(basis.target.site, basis.target.layer)
     with catch_autograd_errors():
@@ -125,9 +125,3 @@ def _addition(
     rows, positions = (each.repeat_interleave(count) for each in (lanes, tokens))
     values = leaf.unflatten(1, (count, -1)).flatten(0, 1)
     return SiteWrite(point.site, point.layer, rows, positions, units, values, mode="add")
-
-
-def _width(model: LoadedModel, point: SitePoint) -> int:
-    """Return the numbers of a point's vector."""
-    units = unit_count(model.shape, point.site, point.layer) if point.unit is None else 1
-    return units * vector_width(model.shape, point.site, point.layer)

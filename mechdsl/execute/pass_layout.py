@@ -21,14 +21,14 @@ from mechdsl.forward.hooks.attention import get_max_scores
 from mechdsl.forward.hooks.batch import get_free_memory, is_out_of_memory, release_memory
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.restart import Shortcuts
-from mechdsl.models.shape import ModelShape, unit_count, vector_width
+from mechdsl.models.shape import ModelShape
 from mechdsl.planner.cost import SharedRows
 from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS, ExperimentPlan, Plan
 from mechdsl.planner.rows import RowTable
 from mechdsl.program.python_functions import PythonFailure
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
-from mechdsl.resolve.types import SitePoint
+from mechdsl.resolve.types import SitePoint, count_numbers
 from mechdsl.vocab.metrics import Reply
 from mechdsl.vocab.sites import SITES
 
@@ -374,7 +374,7 @@ def estimate_reply_bytes(
         vectors = np.zeros(len(own))
         for rule in plan.rules:
             if rule.rule.does.changes == "sites":
-                wide = np.array([_count_numbers(shape, point) for point in rule.point_table])
+                wide = np.array([_count_cached_numbers(shape, point) for point in rule.point_table])
                 row, point = rule.points.expand(rule.site_of_cell[rows.cell])
                 vectors += np.bincount(row, wide[point], len(own))
         tokens = kept * (lengths + generation.tokens) + vectors * (lengths + 1)
@@ -382,9 +382,8 @@ def estimate_reply_bytes(
     return found
 
 
-def _count_numbers(shape: ModelShape, point: SitePoint) -> int:
+def _count_cached_numbers(shape: ModelShape, point: SitePoint) -> int:
     """Return how many numbers a point has per token; vectors over keys count as one head."""
     if SITES[point.site].width == "key":
         return shape.d_head
-    every = unit_count(shape, point.site, point.layer) if point.unit is None else 1
-    return every * vector_width(shape, point.site, point.layer)
+    return count_numbers(point, shape)

@@ -26,7 +26,6 @@ from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, co
 from mechdsl.fits.regression import ConvergenceError
 from mechdsl.forward.hooks.batch import SiteRead, indices_to_device
 from mechdsl.forward.hooks.coordinates import (
-    CoordinateOperation,
     CoordinateSystem,
     CoordinateWrite,
 )
@@ -62,7 +61,7 @@ from mechdsl.resolve.types import (
     WeightedSum,
     iter_fitted_vectors,
 )
-from mechdsl.vocab.sites import stop_layer
+from mechdsl.vocab.sites import CoordinateOperation, stop_layer
 
 BatchReader: TypeAlias = Callable[[Ints], UnpatchedBatch]
 """Returns a run on these prompts, with the requested sites."""

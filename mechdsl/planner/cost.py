@@ -23,7 +23,7 @@ from mechdsl.models.restart import (
     TokenMask,
     block_work,
 )
-from mechdsl.models.shape import ModelShape, unit_count, vector_width
+from mechdsl.models.shape import ModelShape
 from mechdsl.planner.encoding import encoding_adds
 from mechdsl.planner.plan import (
     BATCH_ROWS,
@@ -40,7 +40,7 @@ from mechdsl.planner.plan import (
 from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits, iter_basis_fits
 from mechdsl.prompts.runs import PromptRun, ReplyPosition
 from mechdsl.resolve.runs import reads_reply_tokens
-from mechdsl.resolve.types import JacobianBasis, SitePoint, iter_fitted_vectors
+from mechdsl.resolve.types import JacobianBasis, SitePoint, count_numbers, iter_fitted_vectors
 from mechdsl.vocab.sites import stop_layer
 
 
@@ -710,9 +710,7 @@ def jacobian_cost(shape: ModelShape, basis: JacobianBasis) -> Cost:
         for stop in (stop_layer(each.site, each.layer, layers) for each in basis.points)
     )
     counts = np.array([sum(map(len, runs)) for runs in basis.sample.cell.hits])
-    target = basis.target
-    units = unit_count(shape, target.site, target.layer) if target.unit is None else 1
-    times = units * vector_width(shape, target.site, target.layer)
+    times = count_numbers(basis.target, shape)
     blocks = last + times * (last - first)
     run = basis.sample.run
     adds = float((_BlockCost.of(shape).whole(run.lengths) * counts).sum()) * blocks

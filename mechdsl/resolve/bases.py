@@ -20,7 +20,7 @@ from mechdsl.dictionaries.folder import (
     read_dictionary,
     site_of_hook,
 )
-from mechdsl.models.shape import ModelShape, unit_count, vector_width
+from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, BasisMethod, basis_size
 from mechdsl.program.direction_methods import MethodError
@@ -67,12 +67,10 @@ from mechdsl.resolve.types import (
     TokenBasis,
     VectorBatch,
     WeightBasis,
+    count_numbers,
 )
 from mechdsl.syntax import ast
-from mechdsl.vocab.sites import SITES, write_order
-
-CoordinateOperation = Literal["set", "add", "scale", "reconstruct", "exchange"]
-"""As in `mechdsl.forward.hooks.coordinates`."""
+from mechdsl.vocab.sites import SITES, CoordinateOperation, write_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -540,7 +538,7 @@ def _standard_members(written: SiteTargets, site: ast.Site, work: ExperimentCont
     widths: set[int] = set()
     for point in points:
         _check_site(point, site, work)
-        widths.add(_width(point, work.model.shape))
+        widths.add(count_numbers(point, work.model.shape))
     if len(widths) != 1:
         raise BasisError(
             site, "the sites have vectors of different widths", "write a rule for each width"
@@ -601,7 +599,7 @@ def _defined_members(
                 f"`{point.site}`",
                 f"write `mlp_out layer {point.layer or 0}`",
             )
-        width = _width(point, work.model.shape)
+        width = count_numbers(point, work.model.shape)
         if members[key].width != width and not work.model.shape.stands_in:
             raise BasisError(
                 site,
@@ -626,12 +624,6 @@ def _check_site(point: SitePoint, node: ast.Node, work: ExperimentContext) -> No
             f"`{point.site}` has a vector for each head, and no head is named",
             "name one, or sweep them: `head *`",
         )
-
-
-def _width(point: SitePoint, shape: ModelShape) -> int:
-    """Return the numbers of a vector; all heads or neurons together if none is named."""
-    units = 1 if point.unit is not None else unit_count(shape, point.site, point.layer)
-    return units * vector_width(shape, point.site, point.layer)
 
 
 def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, BasisMember] | None:
@@ -663,7 +655,7 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
             return None
         said = [f"{axis.name} {axis.labels[i]}" for axis, i in zip(axes, key, strict=True)]
         name = f"{definition.name}[{', '.join(said)}]" if said else definition.name
-        width = _width(point, work.model.shape)
+        width = count_numbers(point, work.model.shape)
         what, rows, text = operand
         independent = not isinstance(what, DictionaryFile | PythonBasis)
         stands_in = work.model.shape.stands_in
@@ -839,11 +831,11 @@ def _spanned(
                 )
             key.append(axis.labels.index(at[axis.name]))
         known = family.width is not None and not work.model.shape.stands_in
-        if known and family.width != _width(point, work.model.shape):
+        if known and family.width != count_numbers(point, work.model.shape):
             raise BasisError(
                 node,
                 f"`{node.id}` has {family.width} numbers, vectors of `{point.site}` have "
-                f"{_width(point, work.model.shape)}",
+                f"{count_numbers(point, work.model.shape)}",
                 "use directions that were made at a site of the same width",
             )
         vectors.append(family.members[tuple(key)].vector)
@@ -929,8 +921,8 @@ def _dictionary(
         raise BasisError(call, reason, hint)
     shape, reads = work.model.shape, find_encoded_site(file)
     _check_transcoder(call, file, point, work)
-    widths = [(file.width_in, vector_width(shape, reads) if reads else _width(point, shape))]
-    widths += [(file.width_out, _width(point, shape))] if reads else []
+    widths = [(file.width_in, vector_width(shape, reads) if reads else count_numbers(point, shape))]
+    widths += [(file.width_out, count_numbers(point, shape))] if reads else []
     for (own, width), site in zip(widths, (reads or point.site, point.site), strict=False):
         if own != width and not shape.stands_in:
             reason = f"`{written}` has vectors of {own} numbers, `{site}` has {width}"
@@ -1039,7 +1031,7 @@ def _saved(
         known = name_list(list(saved.shapes)) or "none"
         raise BasisError(call, f"`{written}` has no tensor `{key}`", f"it has {known}")
     shape = saved.shapes[key]
-    width = _width(point, work.model.shape)
+    width = count_numbers(point, work.model.shape)
     if len(shape) != 2 or (shape[1] != width and not work.model.shape.stands_in):
         reason = f"`{key}` has the shape {list(shape)}, and directions at `{point.site}` need "
         hint = "save one direction per row; transpose a matrix of columns"

@@ -21,7 +21,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import UNKNOWN_FACTS, UnknownFact
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.images.picture import Picture
-from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import Generation
@@ -366,6 +366,12 @@ class SitePoint:
     site: str
     layer: int | None
     unit: int | None
+
+
+def count_numbers(point: SitePoint, shape: ModelShape) -> int:
+    """Return the numbers of a point's vector; of all heads or neurons together if none is named."""
+    units = unit_count(shape, point.site, point.layer) if point.unit is None else 1
+    return units * vector_width(shape, point.site, point.layer)
 
 
 SiteLayer = tuple[str, int | None]

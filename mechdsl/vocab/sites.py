@@ -342,6 +342,9 @@ SITES_WITHOUT_STEPS = (
 EdgeChange = Literal["block", "reweight", "uniform", "weight", "allow"]
 """Kinds of changes to the weights of attention edges."""
 
+CoordinateOperation = Literal["set", "add", "scale", "reconstruct", "exchange"]
+"""Kinds of changes to coordinates in a basis."""
+
 
 def sites_of_stage(*stages: BlockStage) -> tuple[str, ...]:
     """Return the sites of these stages."""

@@ -350,7 +350,7 @@ _file(
     "at resid_post layer 0",
     "The first right singular vectors of the Jacobians of the later site by the earlier one, of "
     "all rows together: eigenvectors of the mean of JᵀJ. `at` the later site, the left singular "
-    "vectors. `at last token` is the default position; each token has a Jacobian of its own.",
+    "vectors. `at last token` is the default position; each token has a separate Jacobian.",
     "tests/rules/test_jacobian_bases.py",
     OWN,
 )

@@ -15,16 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mechdsl.base.source import Source
-from mechdsl.execute.run_record import ExecutionProfile
-from mechdsl.pipeline.options import RunOptions
-from mechdsl.store.store import Store
-
-from ..execute.support import by_name, run_on, shared
 from ..reference.forward import Changes, Write
-from .models import bare
 from .support import (
-    BLOCKS,
     MANY,
     agree,
     codes,
@@ -37,6 +29,7 @@ from .support import (
     unpatched,
     worked_out,
 )
+from .test_bases_of_a_loop import ran
 from .test_dictionaries import FEATURES, LAYER, make
 from .test_generation import TOKENS, replies, written
 from .test_generation import Case as GenerationCase
@@ -159,18 +152,6 @@ def test_what_is_no_exchange(rule: str, code: str, data: Path) -> None:
     assert code in codes(BASES + experiment("e", rule), data, "llama")
 
 
-def ran(rule: str, folder: Path) -> tuple[np.ndarray, int]:
-    """The values of a rule with the folder's store, and how many were computed."""
-    profiles: list[ExecutionProfile] = []
-    options = RunOptions(on_profile=lambda _, profile: profiles.append(profile))
-    text = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{BASES}{experiment("e", rule)}'
-    source, models = Source(text, folder / "file.mech"), {"m": shared(bare("gpt2"))}
-    with Store(folder / "store") as kept, kept.begin(text, {}) as opened:
-        found = by_name(*run_on(source, models, options, opened))
-        opened.finish({}, {})
-    return found["e"].measures[0].patched, sum(each.distinct for each in profiles)
-
-
 def test_the_store_tells_exchanges_apart(data: Path) -> None:
     """By the feature that comes in, its dictionary, and against a rule that only takes one out."""
     make(data, "standard", width_of("gpt2"))
@@ -180,13 +161,13 @@ def test_the_store_tells_exchanges_apart(data: Path) -> None:
     rules.append("ablate feature 1 of small at last token with zero")
     found: list[np.ndarray] = []
     for each in rules:
-        values, count = ran(each, data)
+        result, count = ran(experiment("e", each), data, BASES)
         assert count > 0, each
-        found.append(values)
+        found.append(result.measures[0].patched)
     assert len({tuple(each.round(4).ravel().tolist()) for each in found}) == len(rules)
-    again, count = ran(rules[0], data)
+    again, count = ran(experiment("e", rules[0]), data, BASES)
     assert count == 0
-    np.testing.assert_array_equal(again, found[0])
+    np.testing.assert_array_equal(again.measures[0].patched, found[0])
 
 
 def test_exchange_in_a_derived_run(data: Path) -> None:
@@ -236,7 +217,7 @@ def test_linear_bases_are_exchanged(data: Path) -> None:
 
 
 def test_two_exchanges_in_one_experiment(data: Path) -> None:
-    """Each puts in features of its own dictionary, in either order."""
+    """Each inserts features of the dictionary that it names, in either order."""
     make(data, "standard", width_of("llama"))
     Big(data, width_of("llama"))
     rule = "patch feature 0 of small at {} with features 0..4 of {}"
@@ -251,7 +232,7 @@ def test_two_exchanges_in_one_experiment(data: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["plain", "planned"])
 def test_exchange_at_every_step(mode: str, data: Path) -> None:
-    """At each token that is written, in passes of their own."""
+    """At each generated token, against separate passes."""
     of = make(data, "standard", width_of("llama"))
     big = Big(data, width_of("llama"))
     rule = f"patch features * of small at last token with features 0..{BIG - 1} of big"

@@ -389,14 +389,12 @@ def _write_coordinates(
     named = plan.coordinates_of_cell[rows.cell[asked.row]]
     numbers = np.array([own.basis for own in plan.coordinates], dtype=np.int64)
     pairs, inverse = np.unique(np.stack([spots[2], numbers[named]]), axis=1, return_inverse=True)
-    bases = [basis.at(SitePoint(*place, unit), number) for unit, number in pairs.T.tolist()]
-    member_of = np.array([members.index(each) for each in bases])[inverse.ravel()]
-    other_of = np.zeros_like(member_of)
-    if any(each.inserted for each in plan.coordinates):
-        last = len(basis.bases) - 1
-        points = [SitePoint(*place, unit) for unit, _ in pairs.T.tolist()]
-        other_of = np.array([members.index(basis.at(each, last)) for each in points])
-        other_of = other_of[inverse.ravel()]
+    last = len(basis.bases) - 1  # features that come in are those of the last basis
+    both = [
+        [members.index(basis.at(SitePoint(*place, unit), which)) for which in (number, last)]
+        for unit, number in pairs.T.tolist()
+    ]
+    member_of, other_of = np.array(both)[inverse.ravel()].T
     counts = np.array([(len(c.which), len(c.inserted)) for c in plan.coordinates]).T
     kinds = np.stack([member_of, other_of, *counts[:, named]])
     for number, other, count, more in np.unique(kinds, axis=1).T.tolist():

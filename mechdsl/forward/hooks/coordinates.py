@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mechdsl.dictionaries.folder import MAX_GATHERED
 from mechdsl.dictionaries.products import combine_some, project_some
-
-CoordinateOperation = Literal["set", "add", "scale", "reconstruct", "exchange"]
-
+from mechdsl.vocab.sites import CoordinateOperation
 
 MAX_NUMBERS = 1 << 24
 """Numbers of coordinates, or of gathered directions, that are computed together."""

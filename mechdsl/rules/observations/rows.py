@@ -11,7 +11,6 @@ from mechdsl.base.hashing import digest_number
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
-from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.directions import parse_fit_rows, training_rows
 from mechdsl.program.spec import constant_value
@@ -37,8 +36,8 @@ from mechdsl.resolve.types import (
     EdgeTargets,
     PositionTargets,
     ResolvedRule,
-    SitePoint,
     SiteTargets,
+    count_numbers,
 )
 from mechdsl.rules.observations.registry import SiteObservation, observation, report_bad_observation
 from mechdsl.syntax import ast
@@ -131,12 +130,6 @@ class SiteTokenSetObservation(TokenSetObservation, SiteRowSetObservation):
         reason = f"would hold {numbers:,} numbers at a time, more than {MAX_ROW_NUMBERS:,}"
         report_bad_observation(rule, work, reason, "write a smaller `limit`, or name fewer tokens")
         return False
-
-
-def count_numbers(point: SitePoint, shape: ModelShape) -> int:
-    """Return the size of one vector."""
-    several = unit_count(shape, point.site, point.layer) if point.unit is None else 1
-    return several * vector_width(shape, point.site, point.layer)
 
 
 def resolve_compared_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTargets | None:
