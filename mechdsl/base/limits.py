@@ -122,6 +122,8 @@ DIRECTION_FILE = _limit(100_000_000, "bytes of a direction file", "E0341")
 
 DICTIONARY_FILE = _limit(8_000_000_000, "bytes of a dictionary's weights", "E0342")
 
+LABELS_FILE = _limit(200_000_000, "bytes of a file of labels of features", "E0342")
+
 LENS_FILE = _limit(8_000_000_000, "bytes of a tuned-lens file", "E0207")
 
 # --- a model --------------------------------------------------------------------------------------

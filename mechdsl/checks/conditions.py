@@ -386,6 +386,8 @@ def _axis(axis: ast.Axis) -> AxisRanges:
     for value in axis.values:
         if isinstance(value, ast.Star):
             return ()
+        if isinstance(value, ast.RankedSelection):
+            raise unreadable_expectation(value.span, "not an index", "write the number itself")
         low = _bound(value.low)
         found += ascending_range(low, low if value.high is None else _bound(value.high), value.span)
     return tuple(found)

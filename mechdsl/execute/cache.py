@@ -32,7 +32,6 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.observations import RowSetObservation, TokenSetObservation
 from mechdsl.resolve.types import ItemNumber, ResolvedMeasure
-from mechdsl.rules.observations.maps import MapObservation
 from mechdsl.store.runs import OpenRun, ValueBlock
 
 CachedCell = tuple[bytes, KeyNumbers, Floats]
@@ -490,13 +489,13 @@ def open_joint_cache(
     """Open the cache for the cells of an observation over these rows.
 
     None if they aren't cached: if tokens are listed, because only computed cells have them; for
-    maps, which come from numbers that are available anyway; and for inputs without a digest.
+    observations that keep no cells; and for inputs without a digest.
     """
     said, does = rule.rule.spec.observed, rule.rule.does
     assert isinstance(does, RowSetObservation)
     if (
         values is None
-        or isinstance(does, MapObservation)
+        or not does.keeps_cells
         or (said is not None and said.top and not does.counts)
     ):
         return None

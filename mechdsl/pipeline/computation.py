@@ -68,6 +68,7 @@ from mechdsl.results.assembly.collection import (
     check_denominators,
     collect_result,
     drop_measures,
+    name_observed_features,
 )
 from mechdsl.results.assembly.combination import (
     PromptSetResult,
@@ -257,7 +258,8 @@ class FileRun:
             self._lose(first.name, [_nothing_left(first)])
             return
         if 0 not in refused:
-            parts = tuple(build_finding(*pair) for pair in zip(variants, raw, strict=True))
+            named = [name_observed_features(each, measured[each.key]) for each in variants]
+            parts = tuple(build_finding(*pair) for pair in zip(named, raw, strict=True))
             self.findings[first.name] = Finding(parts)
         if whole.left_out:
             self._say([_rows_left_out(variants, whole)])

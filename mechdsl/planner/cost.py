@@ -24,7 +24,7 @@ from mechdsl.models.restart import (
     block_work,
 )
 from mechdsl.models.shape import ModelShape
-from mechdsl.planner.encoding import encoding_adds
+from mechdsl.planner.encoding import encoding_adds, observation_adds
 from mechdsl.planner.plan import (
     BATCH_ROWS,
     ExperimentPlan,
@@ -825,7 +825,7 @@ class PanelWork:
 
     def __init__(self, panel: PanelCount, prompts: Ints) -> None:
         self.panel = panel
-        self.first = bool(len(prompts)) and prompts[0] == 0
+        self.first, self.prompts = bool(len(prompts)) and prompts[0] == 0, prompts
         self.batches = -(-len(prompts) // batch_size(panel.panel, panel.prompt_tokens))
         self.rows = [plan.passes(prompts) for plan in panel.plans]
         self.patched = self._whole()
@@ -847,8 +847,9 @@ class PanelWork:
     def _encoding(self) -> Cost:
         """Return the cost of coordinates in bases."""
         plans = zip(self.panel.plans, self.rows, strict=True)
-        adds = (encoding_adds(plan, rows, joined=self.joins) for plan, rows in plans)
-        return Cost(multiply_adds=sum(adds))
+        adds = sum(encoding_adds(plan, rows, joined=self.joins) for plan, rows in plans)
+        adds += sum(observation_adds(plan, self.prompts) for plan in self.panel.plans)
+        return Cost(multiply_adds=adds)
 
     def _estimates(self) -> Cost:
         """Return the cost of the estimates that replace rows."""

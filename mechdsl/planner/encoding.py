@@ -11,6 +11,7 @@ from mechdsl.dictionaries.folder import MAX_GATHERED, DictionaryFile
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.resolve.bases import CoordinateChange
+from mechdsl.resolve.observations import join_positions
 from mechdsl.resolve.types import PythonBasis
 
 
@@ -55,6 +56,20 @@ def encoding_adds(plan: ExperimentPlan, rows: RowTable, *, joined: bool) -> floa
         for rule in plan.rules
         if rule.rule.basis is not None and isinstance(rule.rule.does, CoordinateChange)
     )
+
+
+def observation_adds(plan: ExperimentPlan, prompts: Ints) -> float:
+    """Return the multiply-adds of observed coordinates: each token's vector is encoded and
+    reconstructed once, and encoded again for the selected coordinates."""
+    rule = plan.observes
+    if rule is None or rule.rule.basis is None:
+        return 0.0
+    basis, count = _BasisCost.of(rule), min(plan.n_cells, MAX_GATHERED)
+    every = join_positions(rule.positions)
+    tokens = sum(len(hit) for row in prompts.tolist() for hit in every.hits[row])
+    again = count * basis.width if basis.by_feature else basis.whole
+    runs = 2 if rule.rule.does.reads == "run" else 1
+    return float(tokens) * runs * (3 * basis.whole + again)
 
 
 def _rule_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable, *, joined: bool) -> float:

@@ -457,12 +457,23 @@ class SavedDirections(BasisMethod):
         return LinearMap(given.matrix())
 
 
+def _check_labels(value: Constant | None) -> Problem | None:
+    """Check the path of a file with descriptions of features."""
+    if isinstance(value, str) and value:
+        return None
+    return "`labels` is the path of a file, in quotes", 'write `labels: "features.jsonl"`'
+
+
 @basis_method("sae")
 class SparseAutoencoder(BasisMethod):
     """The features of a sparse autoencoder, from a folder of SAELens or sparsify or a file."""
 
     takes = "dictionary"
     example = 'sae("path/to/sae")'
+    options = ("labels",)
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        return _check_labels(value)
 
     def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
         return rows
@@ -487,10 +498,12 @@ class PythonEncoder(BasisMethod):
 
     takes = "python"
     example = 'python("mp.py:MPSAE", features: 512)'
-    options = ("features",)
+    options = ("features", "labels")
     required = ("features",)
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name == "labels":
+            return _check_labels(value)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             return "`features` is a whole number from 1 on", "write `features: 512`"
         return None

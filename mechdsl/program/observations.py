@@ -8,14 +8,14 @@ to it by that name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean
-from mechdsl.diagnostics.names import BadArgument, RepeatedStatement, UnknownName
+from mechdsl.diagnostics.names import BadArgument, RepeatedStatement, UnknownName, UnknownWord
 from mechdsl.program import spec
 from mechdsl.program.references import (
     observation_axes,
@@ -108,12 +108,10 @@ def lower_observation(
             ),
             loops=loops,
         )
+    if isinstance(statement, ast.ObserveFeatures):
+        return _of_features(statement, source, name, loops, prompts, work)
     called = statement.what
-    top = whole_number_value(statement.top, work.parts.parameters)
-    if statement.top is not None and (top is None or top < 1):
-        reason, hint = "must be a whole number above 0", "write `top 5`"
-        found = BadArgument(span=statement.span, name="top", reason=reason, hint=hint)
-        work.diagnostics.append(found)
+    top = _listed_count(statement, work)
     return spec.Rule(
         span=statement.span,
         verb="observe",
@@ -133,6 +131,97 @@ def lower_observation(
         ),
         loops=loops,
     )
+
+
+def _listed_count(statement: ast.Observe | ast.ObserveFeatures, work: Statements) -> int | None:
+    """Read the number after `top`; E0207 if it isn't a whole number above 0."""
+    top = whole_number_value(statement.top, work.parts.parameters)
+    if statement.top is not None and (top is None or top < 1):
+        reason, hint = "must be a whole number above 0", "write `top 5`"
+        found = BadArgument(span=statement.span, name="top", reason=reason, hint=hint)
+        work.diagnostics.append(found)
+    return top
+
+
+def _of_features(
+    statement: ast.ObserveFeatures,
+    source: str | None,
+    name: str | None,
+    loops: tuple[str, ...],
+    prompts: spec.Prompts | None,
+    work: Statements,
+) -> spec.Rule:
+    """Lower an `observe` line over the coordinates of a basis, at the site of the basis."""
+    basis = work.parts.bases.get(statement.basis.id)
+    ranked_by, argument = _ranking(statement.by, work)
+    compared = None
+    if ranked_by == "difference" and argument is not None and prompts is not None:
+        compared = _compared_run(argument, prompts, work)
+    return spec.Rule(
+        span=statement.span,
+        verb="observe",
+        site=None if basis is None else basis.site,
+        at=statement.at,
+        receiver=compared,
+        source=source,
+        observed=spec.ObservedQuantity(
+            span=statement.basis.span,
+            word="features",
+            name=name,
+            top=_listed_count(statement, work),
+            basis=statement.basis.id,
+            ranked_by=ranked_by,
+            column=argument if ranked_by == "correlation" else None,
+        ),
+        loops=loops,
+    )
+
+
+_RANKINGS: Mapping[str, str] = {
+    "mean": "by mean",
+    "difference": "by difference(fewer)",
+    "correlation": "by correlation(count)",
+}
+"""What features are ranked by → an example."""
+
+
+def _ranking(
+    by: ast.Name | ast.Call | None, work: Statements
+) -> tuple[spec.RankingQuantity, ast.Expr | None]:
+    """Read what follows `by`, and its argument; E0203 or E0207 if it isn't valid."""
+    if by is None:
+        return "mean", None
+    word = by.id if isinstance(by, ast.Name) else by.name
+    if word not in _RANKINGS:
+        hint = did_you_mean(word, _RANKINGS, f"write {name_list(_RANKINGS.values())}")
+        found = UnknownWord(span=by.span, kind="ranking of features", word=word, hint=hint)
+        work.diagnostics.append(found)
+        return "mean", None
+    ranked_by = cast("spec.RankingQuantity", word)
+    given = by.arguments if isinstance(by, ast.Call) else ()
+    argument = given[0].value if len(given) == 1 and given[0].name is None else None
+    takes = 0 if ranked_by == "mean" else 1
+    fits = len(given) == takes and (not takes or argument is not None)
+    if ranked_by == "difference" and fits:
+        fits = isinstance(argument, ast.Name)
+    if not fits:
+        reason = {
+            "mean": "takes no arguments",
+            "difference": "takes one run to compare with",
+            "correlation": "takes one value of the rows",
+        }[ranked_by]
+        hint = f"write `{_RANKINGS[ranked_by]}`"
+        found = BadArgument(span=by.span, name=f"by {word}", reason=reason, hint=hint)
+        work.diagnostics.append(found)
+        return "mean", None
+    return ranked_by, cast("ast.Expr | None", argument)
+
+
+def _compared_run(run: ast.Expr, prompts: spec.Prompts, work: Statements) -> ast.Site | None:
+    """Return the name of a run as a site, like the runs after `with`; None after an error."""
+    assert isinstance(run, ast.Name)
+    name = resolve_run_name(ast.Ref(run.id, span=run.span), prompts, work)
+    return None if name is None else ast.Site((replace(run, id=name),), span=run.span)
 
 
 def _beside(

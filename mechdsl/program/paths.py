@@ -60,6 +60,10 @@ SAVED_PATH = PathConstruct("saved", "reads")
 
 DICTIONARY_PATH = PathConstruct("sae", "reads")
 
+TRANSCODER_PATH = PathConstruct("transcoder", "reads")
+
+LABELS_PATH = PathConstruct("labels", "reads")
+
 TUNED_LENS_PATH = PathConstruct("tuned_lens", "reads")
 
 REPORT_PATH = PathConstruct("report", "writes")
@@ -76,6 +80,8 @@ PATH_CONSTRUCTS = (
     PYTHON_PATH,
     SAVED_PATH,
     DICTIONARY_PATH,
+    TRANSCODER_PATH,
+    LABELS_PATH,
     TUNED_LENS_PATH,
     REPORT_PATH,
     SAVE_PATH,
@@ -90,6 +96,7 @@ _CALLS = {
         PYTHON_PATH,
         SAVED_PATH,
         DICTIONARY_PATH,
+        TRANSCODER_PATH,
         TUNED_LENS_PATH,
     )
 }
@@ -132,6 +139,9 @@ def path_argument(
             given = [each.value for each in arguments if each.name in (None, "path")]
             path = constant_value(given[0], parameters) if given else None
             return (_CALLS[name], path) if isinstance(path, str) else None
+        case ast.Argument(name="labels", value=value):
+            path = constant_value(value, parameters)
+            return (LABELS_PATH, path) if isinstance(path, str) else None
         case _:
             return None
 

@@ -171,9 +171,8 @@ def site_axes(site: ast.Site | ast.Edge | None) -> Iterator[str]:
 
 
 def _sweeps(axis: ast.Axis) -> bool:
-    return len(axis.values) > 1 or any(
-        isinstance(value, ast.Star) or value.high is not None for value in axis.values
-    )
+    one = len(axis.values) == 1 and isinstance(axis.values[0], ast.AxisRange)
+    return not one or any(isinstance(v, ast.AxisRange) and v.high is not None for v in axis.values)
 
 
 def may_sweep(positions: ast.Positions) -> bool:

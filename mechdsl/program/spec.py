@@ -301,6 +301,11 @@ class Prompts(Spec):
         return self.split is not None and name in ("train", "test") and name not in runs
 
 
+RankingQuantity = Literal["mean", "difference", "correlation"]
+"""What features are ranked by: their mean, its difference from another run, or their correlation
+with a value of the rows."""
+
+
 class ObservedQuantity(Spec):
     """What an `observe` line looks at, beside the sites and positions of its rule."""
 
@@ -322,6 +327,12 @@ class ObservedQuantity(Spec):
     """Experiments whose maps are compared with `maps`."""
     share: float | None = None
     """Fraction of the patches, those with the highest values, that is selected."""
+    basis: str | None = None
+    """The basis whose coordinates are observed."""
+    ranked_by: RankingQuantity = "mean"
+    """What the coordinates are ranked by."""
+    column: ExprText | None = None
+    """The value of each row that they are correlated with."""
 
 
 class Direction(Spec):

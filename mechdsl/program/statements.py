@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 UNSUPPORTED_NODES: dict[type[ast.Node], str] = {
     ast.Discover: "`discover`",
     ast.Search: "`search`",
-    ast.ObserveFeatures: "`observe features`",
 }
 
 BASIS_HINT = (
@@ -84,7 +83,12 @@ class Statements:
             match statement:
                 case ast.Rule():
                     self.rule(statement, loops)
-                case ast.Observe() | ast.ObserveAttention() | ast.ObserveMaps():
+                case (
+                    ast.Observe()
+                    | ast.ObserveAttention()
+                    | ast.ObserveFeatures()
+                    | ast.ObserveMaps()
+                ):
                     if self._supported(statement):
                         self.observed.append((statement, loops))
                 case ast.For():
@@ -165,6 +169,9 @@ class Statements:
         for node in walk(statement):
             if type(node) in UNSUPPORTED_NODES:
                 self.later(node.span, UNSUPPORTED_NODES[type(node)])
+            elif isinstance(node, ast.ObserveFeatures):
+                known = self.scope.use("basis", node.basis.id, node.basis.span)
+                self.unsupported = self.unsupported or not known
             elif isinstance(node, ast.Site) and (name := node.basis_name) is not None:
                 if isinstance(statement, ast.Rule) and _takes_basis(statement, node):
                     known = name == ast.STANDARD_BASIS or name in {each.name for each in self.loops}

@@ -20,12 +20,19 @@ from mechdsl.dictionaries.folder import (
     read_dictionary,
     site_of_hook,
 )
+from mechdsl.dictionaries.labels import FeatureLabels, read_labels
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, BasisMethod, basis_size
 from mechdsl.program.direction_methods import MethodError
 from mechdsl.program.directions import fit_rows_of_basis
-from mechdsl.program.paths import DICTIONARY_PATH, SAVED_PATH, path_to_read
+from mechdsl.program.paths import (
+    DICTIONARY_PATH,
+    LABELS_PATH,
+    SAVED_PATH,
+    TRANSCODER_PATH,
+    path_to_read,
+)
 from mechdsl.program.python_functions import find_function
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.resolve.directions import (
@@ -290,6 +297,37 @@ def resolve_rule(
         sites=replace(found.sites, labels=labels, sources=_encoded_points(found.sites, bases[0])),
         basis=_number_bases(targets) if exchange is None else _insert(targets, exchange),
     )
+
+
+def resolve_observed_basis(
+    rule: spec.Rule, sites: SiteTargets, work: ExperimentContext
+) -> BasisTargets | None:
+    """Resolve the basis of an observation at these sites; None after an error.
+
+    It has all coordinates, and one point. E0342 for a basis that can't be used there.
+    """
+    said = rule.observed
+    assert said is not None
+    assert said.basis is not None
+    assert rule.site is not None
+    definition = work.program.bases.get(said.basis)
+    name = ast.Name(said.basis, span=said.span)
+    try:
+        if len(sites.points) > 1:
+            raise BasisError(
+                name,
+                f"`{said.basis}` is a basis for each of {len(sites.points)} sites",
+                "observe a basis at one site: `at resid_post layer 2`",
+            )
+        members = None if definition is None else _members(definition, sites, rule.site, work)
+    except BasisError as problem:
+        work.diagnostics.append(
+            BadBasis(span=problem.node.span, reason=problem.reason, hint=problem.hint)
+        )
+        return None
+    if members is None:  # rejected
+        return None
+    return BasisTargets(said.basis, (said.basis,), (members,), (), {(): Coordinates()})
 
 
 def _label_suffix(rule: spec.Rule, name: str, axes: Sequence[str], work: ExperimentContext) -> str:
@@ -667,15 +705,34 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
         made = f"{method.describe(text, options)}, at {sites.labels[key]}"
         made += f"; {count_noun(size, 'coordinate')}"
         reads = find_encoded_site(what) if isinstance(what, DictionaryFile) else ""
-        found[point] = BasisMember(name, call.name, options, what, width, size, made, reads)
+        labels = _labels(call, work)
+        made += "" if labels is None else f"; {count_noun(len(labels.texts), 'label')}"
+        found[point] = BasisMember(name, call.name, options, what, width, size, made, reads, labels)
     return found
+
+
+def _labels(call: ast.Call, work: ExperimentContext) -> FeatureLabels | None:
+    """Read the descriptions of features that a call names; None if it names none, or after another
+    error. Raises BasisError."""
+    argument = next((each for each in call.arguments if each.name == "labels"), None)
+    if argument is None:
+        return None
+    written = str(constant_value(argument.value, work.program.parameters))
+    path, problems = path_to_read(LABELS_PATH, written, argument.span)
+    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
+    if path is None or problems:
+        return None
+    try:
+        return read_labels(path, written)
+    except UnreadableFile as problem:
+        raise BasisError(argument, problem.reason, problem.hint) from None
 
 
 def _options(call: ast.Call, method: BasisMethod, work: ExperimentContext) -> dict[str, Constant]:
     """Return the constants of a call, other than `limit`."""
     found: dict[str, Constant] = {}
     for argument in call.arguments:
-        if argument.name in (None, "limit"):
+        if argument.name in (None, "limit", "labels"):
             continue
         if argument.name == "weights":
             found["weights"] = argument.value.span.written
@@ -900,14 +957,15 @@ def _dictionary(
     """Resolve a sparse autoencoder or a transcoder; warns if it was trained at another site."""
     values = [a.value for a in call.arguments if a.name is None]
     written = str(constant_value(values[0], work.program.parameters))
-    path, problems = path_to_read(DICTIONARY_PATH, written, call.span)
+    wanted = call.name == "transcoder"
+    construct = TRANSCODER_PATH if wanted else DICTIONARY_PATH
+    path, problems = path_to_read(construct, written, call.span)
     if path is not None and path.is_dir():  # its files may be links to other folders
         for name in (CONFIG_FILE, *WEIGHT_FILES.values()):
-            problems += path_to_read(DICTIONARY_PATH, f"{written}/{name}", call.span)[1]
+            problems += path_to_read(construct, f"{written}/{name}", call.span)[1]
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     if path is None or problems:
         return None
-    wanted = call.name == "transcoder"
     try:
         file = read_dictionary(path, written, transcodes=wanted)
     except UnreadableFile as problem:

@@ -39,6 +39,8 @@ class CellKey:
     """1-based occurrence under the key `item`, if an axis runs over occurrences."""
     listed: tuple[str, ...] = field(default=(), compare=False)
     """Tokens that an observation lists (`top 10`), the most probable first."""
+    label: str = field(default="", compare=False)
+    """Description of the feature, from a file of labels."""
     shares: tuple[tuple[float, float], ...] = field(default=(), compare=False)
     """For each listed token: its mean probability over rows, and the share of rows in which it is
     the most probable one. Empty if the list doesn't depend on rows."""
@@ -153,12 +155,15 @@ def find_open_axes(
 ) -> frozenset[str]:
     """Return the axes whose values aren't known yet.
 
-    These are axes that another experiment picks, and axes that depend on unavailable facts.
+    These are axes that another experiment picks, features that an observation selects, and axes
+    that depend on unavailable facts.
     """
     found: set[str] = set()
     for rule in experiment.rules:
         if rule.site is not None:
             found.update(_of_site(rule.site, groups, unknown))
+        if rule.observed is not None and rule.observed.basis and rule.observed.top:
+            found.add("feature")
         if rule.receiver is not None:
             own = list(_of_site(rule.receiver, groups, unknown))
             found.update(own, (f"to_{name}" for name in own))
@@ -204,6 +209,9 @@ def _of_site(
     for part in (site, *members):
         if part.ranked is not None:
             yield from (*_UNITS, COMPONENT_AXIS)
+        for axis in part.axes:
+            if any(isinstance(value, ast.RankedSelection) for value in axis.values):
+                yield axis.word
         if "shape" in unknown:
             yield from _of_axes(part)
 
@@ -219,8 +227,10 @@ def counts_from_end(bound: ast.Bound | None) -> bool:
     return bound is not None and (bound.percent is not None or (bound.value or 0) < 0)
 
 
-def is_open(value: ast.Star | ast.AxisRange) -> bool:
-    """Return whether the model determines the coordinates that are named."""
+def is_open(value: ast.AxisValue) -> bool:
+    """Return whether the model, or another experiment, determines the coordinates."""
+    if isinstance(value, ast.RankedSelection):
+        return True
     return isinstance(value, ast.Star) or counts_from_end(value.low) or counts_from_end(value.high)
 
 

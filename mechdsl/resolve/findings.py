@@ -113,6 +113,16 @@ class VariantFinding:
                 points.update(dict.fromkeys(_written_points(rule, key)))
             yield RankedSite(" + ".join(labels), tuple(points), value)
 
+    def features(self) -> Iterator[tuple[int, float]]:
+        """Yield the feature and the value of every selected cell that has one, in grid order."""
+        assert self.means is not None
+        place = [axis.name for axis in self.experiment.axes].index("feature")
+        labels = self.experiment.axes[place].labels
+        for cell, index in self.grid():
+            feature, value = labels[index[place]], float(self.means[cell])
+            if isinstance(feature, int) and math.isfinite(value):
+                yield feature, value
+
     def tokens(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer
     ) -> Iterator[tuple[int, dict[int, float]]]:
@@ -293,6 +303,15 @@ class Finding:
                 best[site.points] = site
         ranked = list(best.values())
         return ranked if self.stands_in else sorted(ranked, key=lambda site: -site.value)
+
+    @cached_property
+    def features(self) -> dict[int, float]:
+        """Features with the values of their best cells, the best first; none before the run."""
+        best: dict[int, float] = {}
+        for part in self.parts if not self.stands_in else ():
+            for feature, value in part.features():
+                best[feature] = max(value, best.get(feature, value))
+        return dict(sorted(best.items(), key=lambda pair: -pair[1]))
 
     @cached_property
     def by_size(self) -> Finding:
@@ -577,6 +596,26 @@ def check_rankable_sites(experiment: ResolvedExperiment, node: ast.RankedSelecti
         )
 
 
+def check_rankable_features(experiment: ResolvedExperiment, basis: str) -> None:
+    """Check that the experiment's first measure ranks features of a basis.
+
+    Raises:
+        PickError: If it doesn't.
+    """
+    _check_first_measure(experiment)
+    name, of = experiment.name, f"features of `{basis}`"
+    bases = [rule.basis for rule in experiment.rules if rule.basis is not None]
+    if all(axis.name != "feature" for axis in experiment.axes):
+        raise PickError(
+            f"`{name}` doesn't compare {of}",
+            f"let it sweep them, `ablate feature * of {basis} …`, or observe them: "
+            f"`observe features of {basis} …`",
+        )
+    if any(own.definition != basis for own in bases):
+        other = next(own.definition for own in bases if own.definition != basis)
+        raise PickError(f"`{name}` ranks features of `{other}`, not {of}", "name the same basis")
+
+
 def check_rankable_tokens(
     experiment: ResolvedExperiment,
     table: PromptTable,
@@ -792,6 +831,51 @@ class FindingPicker:
             if {site.points for site in by_size} != {site.points for site in chosen}:
                 listed = [_listed([site.label for site in each]) for each in (chosen, by_size)]
                 _warn_sign(node, listed[0], listed[1], diagnostics)
+        return chosen
+
+    def pick_features(
+        self,
+        node: ast.RankedSelection,
+        basis: str,
+        size: int,
+        values: Mapping[str, Any],
+        diagnostics: list[Diagnostic],
+    ) -> list[int] | None:
+        """Return the best features of an experiment, the best first.
+
+        None after E0620, and if the experiment was rejected. Before it has run, they are the first
+        features.
+
+        Args:
+            basis: The basis that they are of.
+            size: Number of its features.
+        """
+        try:
+            node = self._named(node, values)
+            finding, _ = self.finding(node, values)
+            if finding is None:
+                return None
+            for part in finding.parts:
+                check_rankable_features(part.experiment, basis)
+            there = None if finding.stands_in else f"`{node.of}` has {{}} features"
+            ranked = finding.features
+            count = _count(node, values, size if finding.stands_in else len(ranked), there)
+        except PickError as refusal:
+            diagnostics.append(_bad_pick(node, refusal))
+            return None
+        self.used_sites(node, finding)
+        if finding.stands_in:
+            self._say_sites(node, finding, [])
+            return list(range(count))
+        chosen = list(ranked)[:count]
+        said = ", ".join(f"{each} ({ranked[each]:.3g})" for each in chosen[:MAX_LISTED_SITES])
+        more = len(chosen) - MAX_LISTED_SITES
+        said += f" … and {more} more" if more > 0 else ""
+        self.picks[self._written(node)] = f"features {said}; by mean {finding.measure}, signed"
+        by_size = list(finding.by_size.features)[:count]
+        if set(by_size) != set(chosen):
+            names = [_listed([f"feature {each}" for each in some]) for some in (chosen, by_size)]
+            _warn_sign(node, names[0], names[1], diagnostics)
         return chosen
 
     def _say_sites(

@@ -240,6 +240,12 @@ class TokenVectors:
         stride = 1 + self.tokens.max(initial=0)
         return row, np.searchsorted(self.row * stride + self.tokens, row * stride + token)
 
+    def find_rows(self, cell: PositionCell) -> Ints:
+        """Return the rows that have a position, ascending."""
+        import numpy as np
+
+        return np.unique(self.at(cell)[0])
+
     def of_rows(self, there: Bools) -> tuple[Floats, Ints]:
         """Select some rows.
 
@@ -279,6 +285,9 @@ class RowSetObservation(Observation):
     """Whether it reads vectors."""
     of_directions: ClassVar[bool] = False
     """Whether it reads sums of unit vectors over a position's tokens instead of mean vectors."""
+
+    keeps_cells: ClassVar[bool] = True
+    """Whether the values of its cells may be stored."""
 
     trained_on: TrainingRows | None = None
     """Rows to fit on, if they differ from the rows to evaluate."""

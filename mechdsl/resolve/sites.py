@@ -198,8 +198,17 @@ class _AxisReader:
         found: list[int] = []
         for value in self.axis.values:
             span = value.span
+            own: Sequence[int]
             if isinstance(value, ast.Star):
                 own = range(self.size)
+            elif isinstance(value, ast.RankedSelection):
+                picked = self.context.onward.pick_features(
+                    *(value, self.axis.of or "", self.size),
+                    *({**self.context.parameters, **at}, self.context.diagnostics),
+                )
+                if picked is None:
+                    return None
+                own = picked
             else:
                 low = self._bound(value.low, at)
                 high = low if value.high is None else self._bound(value.high, at)
@@ -309,7 +318,7 @@ class _AxisReader:
             return f"start the inner loop there: `for {high.name} in {low.name}..{last[-1]}`"
         return f"end the inner loop there: `for {low.name} in {first[0]}..{high.name}`"
 
-    def _no_sweep(self, value: ast.Star | ast.AxisRange) -> None:
+    def _no_sweep(self, value: ast.AxisValue) -> None:
         """Report E0322 for a sweep whose values depend on a loop."""
         word, text = self.axis.word, value.span.written
         name = _loops_named(value, self.context)[0]
@@ -338,13 +347,16 @@ class _AxisReader:
         self.context.diagnostics.append(found)
 
 
-def _is_one(value: ast.Star | ast.AxisRange) -> bool:
+def _is_one(value: ast.AxisValue) -> bool:
     """Return whether a value names a single coordinate."""
     return isinstance(value, ast.AxisRange) and value.high is None
 
 
-def _loops_named(value: ast.Star | ast.AxisRange, context: SiteContext) -> list[str]:
-    """Return the `for` variables at the ends of a range."""
+def _loops_named(value: ast.AxisValue, context: SiteContext) -> list[str]:
+    """Return the `for` variables at the ends of a range, or in a selection."""
+    if isinstance(value, ast.RankedSelection):
+        named = (value.amount, value.of, *(each.value.span.written for each in value.cell))
+        return [name for name in named if isinstance(name, str) and name in context.loops]
     ends = () if isinstance(value, ast.Star) else (value.low, value.high)
     return [end.name for end in ends if end is not None and end.name in context.loops and end.name]
 

@@ -20,6 +20,7 @@ from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import UNKNOWN_FACTS, UnknownFact
 from mechdsl.dictionaries.folder import DictionaryFile
+from mechdsl.dictionaries.labels import FeatureLabels
 from mechdsl.images.picture import Picture
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
@@ -223,6 +224,8 @@ class BasisMember(Record):
     reads: str = ""
     """Site of the same block whose vectors have these coordinates, if they are written at another
     one: a transcoder encodes the input of the MLP."""
+    labels: FeatureLabels | None = field(default=None, compare=False)
+    """Descriptions of coordinates."""
 
 
 PointBases = Mapping[tuple[int | None, int | None] | None, BasisMember]
@@ -267,6 +270,12 @@ class BasisTargets(Record):
             own = member.operand
             leaves = iter_leaf_vectors(own) if isinstance(own, SpannedBasis) else (own,)
             yield from (each for each in leaves if isinstance(each, SavedVector | DictionaryFile))
+
+    @property
+    def labels(self) -> tuple[FeatureLabels, ...]:
+        """Descriptions of coordinates, once each."""
+        found = {each.labels.digest: each.labels for each in self.members if each.labels}
+        return tuple(found.values())
 
     @property
     def fits(self) -> Iterator[FittedVector | FittedBasis | JacobianBasis]:

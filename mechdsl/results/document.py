@@ -304,12 +304,27 @@ class TargetDocument(DocumentPart):
     )
 
 
+class ActiveTextDocument(DocumentPart):
+    """A prompt in which an observed feature is active."""
+
+    row: int = Field(description="id of the prompt")
+    tokens: list[str] = Field(
+        description="texts of its tokens, each with the white space before it"
+    )
+    values: list[float | None] = Field(
+        description="activation at each token; null where it isn't observed"
+    )
+
+
 class CellDocument(DocumentPart):
     """One cell of the result table; the keys of `coords` are the experiment's axes, and `item`
     where positions are occurrences of a span."""
 
     coords: dict[str, int | float | str]
     site: str
+    label: str | None = Field(
+        default=None, description="description of the feature, from a file of labels"
+    )
     at: TargetDocument
     n: int
     listed: list[str] | None = Field(
@@ -321,6 +336,9 @@ class CellDocument(DocumentPart):
     listed_first: list[float] | None = Field(
         default=None,
         description="the share of rows in which each listed token is the most likely one",
+    )
+    active: list[ActiveTextDocument] | None = Field(
+        default=None, description="prompts in which an observed feature is most active, in order"
     )
     measures: list[MeasureDocument]
 
@@ -523,6 +541,7 @@ def _cell_document(result: ExperimentResult, index: int, key: CellKey) -> CellDo
     return CellDocument(
         coords={**key.also, **{axis: key.coords[axis] for axis in result.axes}},
         site=key.site,
+        **known_fields(label=key.label or None),
         at=TargetDocument(
             position=key.position,
             tokens=list(key.tokens),
@@ -533,6 +552,11 @@ def _cell_document(result: ExperimentResult, index: int, key: CellKey) -> CellDo
             listed=list(key.listed) or None,
             listed_mean=[mean for mean, _ in key.shares] or None,
             listed_first=[first for _, first in key.shares] or None,
+            active=[
+                ActiveTextDocument(row=each.row, tokens=list(each.tokens), values=list(each.values))
+                for each in (result.active[index] if result.active else ())
+            ]
+            or None,
         ),
         measures=[
             _measure_document(result, measure, index, n) for measure in range(len(result.measures))

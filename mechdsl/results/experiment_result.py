@@ -113,6 +113,18 @@ class SeenImage(Record):
     cols: int
 
 
+@record
+class ActiveText(Record):
+    """A prompt in which an observed feature is active."""
+
+    row: int
+    """Id of the prompt."""
+    tokens: tuple[str, ...]
+    """Texts of its tokens, each with the white space before it."""
+    values: tuple[float | None, ...]
+    """Activation at each token; None where it isn't observed."""
+
+
 TEXT_RENDERER = "mechdsl.show.output:experiment_text"
 
 HTML_RENDERER = "mechdsl.show.notebook:experiment_html"
@@ -239,6 +251,10 @@ class ExperimentResult:
     """Per cell and prompt, the indices into `texts` of the hit tokens."""
     seen: tuple[SeenImage | None, ...] = ()
     """For images: the image of each prompt, None if it isn't shown."""
+
+    active: tuple[tuple[ActiveText, ...], ...] = ()
+    """For an observation of features: the prompts in which the feature of each cell is most active,
+    highest first. Shape [cell]."""
 
     reports: tuple[spec.Report, ...] = ()
     """Report lines of the file."""
@@ -460,6 +476,7 @@ def finite_number(value: Any) -> float | None:
 
 def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
     lists = any(cell.listed for cell in result.cells)
+    labelled = any(cell.label for cell in result.cells)
     picked = [each.of for each in result.selected]
     for index, cell in enumerate(result.cells):
         for measure, data in enumerate(result.measures):
@@ -485,6 +502,7 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 "at_rounding": bool(found.at_rounding[index]),
                 "reason": found.reasons[index],
                 **({"listed": " ".join(cell.listed)} if lists else {}),
+                **({"feature_label": cell.label} if labelled else {}),
                 **({"selected_by": " ".join(picked)} if picked else {}),
             }
             axes = {

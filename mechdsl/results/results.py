@@ -324,6 +324,7 @@ def _accuracy_checks(found: ExperimentResult) -> Iterator[bool]:
 def _overlay_checks(found: ExperimentResult) -> Iterator[bool]:
     yield len(found.texts) in (0, found.prompts)
     yield len(found.hits) in (0, len(found.cells))
+    yield len(found.active) in (0, len(found.cells))
     lengths = [len(text) for text in found.texts]
     for hits in {id(each): each for each in found.hits}.values():
         yield len(hits) == len(lengths)

@@ -8,7 +8,8 @@ from mechdsl.base.source import Source, Span
 from mechdsl.base.text import escape_xml
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.table import Column, apply_grouping, measure_table
+from mechdsl.show.reports.active_texts import active_texts_html
+from mechdsl.show.reports.table import Column, apply_grouping, displayed_cells, measure_table
 from mechdsl.show.reports.text import heading_facts, measure_name, verdict_text
 
 MAX_ROWS = 100
@@ -42,6 +43,7 @@ def experiment_html(result: ExperimentResult) -> str:
             cut = len(columns[0].cells) - MAX_ROWS
             more = [f"and {cut} more rows: `to_pandas()` has them all"] if cut > 0 else []
             parts += _paragraph([escape_xml(line) for line in (*more, *said)])
+        parts.append(active_texts_html(shown, displayed_cells(shown, report)))
     parts += _conventions(shown)
     parts += _paragraph(list(_verdicts(result)))
     return f'<div class="mechdsl">{"".join(parts)}</div>'

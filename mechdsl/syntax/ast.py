@@ -296,7 +296,7 @@ class Axis(Node):
 
     word: AxisWord
     plural: bool
-    values: tuple[Star | AxisRange, ...]
+    values: tuple[AxisValue, ...]
     window: int | str | None = None
     of: str | None = None
 
@@ -355,6 +355,10 @@ class RankedSelection(Node):
     of: str
     cell: tuple[Argument, ...] = ()
     """The selected cell, if not all cells are meant."""
+
+
+AxisValue = Star | AxisRange | RankedSelection
+"""All coordinates, some of them, or the best features of another experiment."""
 
 
 # --- positions ------------------------------------------------------------------------------
@@ -992,9 +996,15 @@ class Search(Node):
 
 @record
 class ObserveFeatures(Node):
+    """`observe features of f of fewer at last token top 10 by correlation(count) as strongest`."""
+
     basis: Name
     at: Positions
+    run: Ref | None = None
     top: int | str | None = None
+    by: Name | Call | None = None
+    """What the features are ranked by."""
+    name: Name | None = None
 
 
 @record
@@ -1039,7 +1049,7 @@ class Observe(Node):
     """The site to compare with: `with attn_out layer *`."""
 
 
-AnyObserve = ObserveAttention | ObserveMaps | Observe
+AnyObserve = ObserveAttention | ObserveFeatures | ObserveMaps | Observe
 
 
 @record

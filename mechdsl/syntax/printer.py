@@ -244,10 +244,12 @@ def format_axis(node: ast.Axis) -> str:
     return text + (f" of {node.of}" if node.of else "")
 
 
-def format_axis_value(node: ast.Star | ast.AxisRange) -> str:
-    """Format a value of an axis: `*`, `3`, `l + 1..50%`."""
+def format_axis_value(node: ast.AxisValue) -> str:
+    """Format a value of an axis: `*`, `3`, `l + 1..50%`, `top 3 of seen`."""
     if isinstance(node, ast.Star):
         return "*"
+    if isinstance(node, ast.RankedSelection):
+        return format_ranked(node)
     return _bound(node.low) + (f"..{_bound(node.high)}" if node.high else "")
 
 
@@ -708,8 +710,14 @@ def _statement(node: Any) -> str | None:
         case ast.ObserveAttention():
             return f"observe {format_edge(node.edge, node.run)}" + _of("as", node.name, _id)
         case ast.ObserveFeatures():
-            top = _optional("top", node.top)
-            return f"observe features of {node.basis.id} at {format_positions(node.at)}{top}"
+            return (
+                f"observe features of {node.basis.id}"
+                + _of("of", node.run, format_ref)
+                + _of("at", node.at, format_positions)
+                + _optional("top", node.top)
+                + _of("by", node.by, format_call)
+                + _of("as", node.name, _id)
+            )
         case ast.ObserveMaps():
             maps, others = (", ".join(map(_map_of, each)) for each in (node.maps, node.others))
             against = f" to {others}" if others else _of("in", node.region, _id)

@@ -620,7 +620,12 @@ class TreeBuilder(Transformer[Token, Any]):
     as_name = _clause("name", _second)
 
     def observe_features(self, c: list[Any]) -> ast.ObserveFeatures:
-        return ast.ObserveFeatures(c[3], c[5], _clauses(c).get("top"), span=_span(c))
+        clauses = _clauses(c)
+        at = next(child for child in c if isinstance(child, ast.Positions))
+        run, top, by, name = (clauses.get(part) for part in ("run", "top", "by", "name"))
+        return ast.ObserveFeatures(c[3], at, run, top, by, name, span=_span(c))
+
+    ranked_by = _clause("by", _second)
 
     def map_of(self, c: list[Any]) -> ast.MapOf:
         weight = c[0] if len(c) > 1 else None
@@ -1217,7 +1222,7 @@ def _range_of_decimal(values: ast.Expr | ast.Range) -> ast.Expr | ast.Range:
 
 def _axis(
     word: Token,
-    values: tuple[ast.Star | ast.AxisRange, ...],
+    values: tuple[ast.AxisValue, ...],
     span: Span,
     *,
     window: int | str | None = None,
@@ -1230,7 +1235,8 @@ def _axis(
 
 def _features(c: list[Any]) -> ast.Axis:
     """Build `features 3, 12 of b`."""
-    values = tuple(child for child in c if isinstance(child, (ast.Star, ast.AxisRange)))
+    kinds = (ast.Star, ast.AxisRange, ast.RankedSelection)
+    values = tuple(child for child in c if isinstance(child, kinds))
     return _axis(c[0], values, _span(c), of=c[-1].id)
 
 

@@ -179,6 +179,20 @@ EXAMPLES = {
             "experiment ", 'basis b = sae("PLACE") at resid_post layer 1\nexperiment ', 1
         ).replace(PATCH, "patch feature 0..1 of b at last-item token"),
     ),
+    "transcoder": (
+        "mlp",
+        HEADS.replace(
+            "experiment ", 'basis b = transcoder("PLACE") at mlp_out layer 1\nexperiment ', 1
+        ).replace(PATCH, "ablate feature 0..1 of b at last-item token with zero"),
+    ),
+    "labels": (
+        "labels.jsonl",
+        HEADS.replace(
+            "experiment ",
+            'basis b = sae("dictionary", labels: "PLACE") at resid_post layer 1\nexperiment ',
+            1,
+        ).replace(PATCH, "patch feature 0..1 of b at last-item token"),
+    ),
     "tuned_lens": (
         "vectors.safetensors",
         HEADS.replace(PATCH, 'observe tuned_lens("PLACE") resid_post layer 0 at last token')
@@ -205,6 +219,7 @@ def filled(folder: Path) -> None:
     """All that the examples name."""
     (folder / "common.mech").write_text("mech 1\n", encoding="utf-8")
     (folder / "data.csv").write_text("a\nfig\n", encoding="utf-8")
+    (folder / "labels.jsonl").write_text('{"index": 0, "label": "a"}\n', encoding="utf-8")
     Image.new("RGB", (8, 8)).save(folder / "picture.png")
     (folder / "set").mkdir()
     (folder / "set" / "train.csv").write_text("a\nfig\n", encoding="utf-8")
@@ -213,6 +228,10 @@ def filled(folder: Path) -> None:
     lens = {"d": vector, "layer.0.weight": square, "layer.0.bias": vector}
     save_file(lens, folder / "vectors.safetensors")
     shutil.copytree(ROOT / "docs" / "errors" / "data" / "sae", folder / "dictionary")
+    (folder / "mlp").mkdir()
+    (folder / "mlp" / "cfg.json").write_text('{"architecture": "transcoder"}', encoding="utf-8")
+    parts = {"W_enc": square, "b_enc": vector, "W_dec": square, "b_dec": vector}
+    save_file(parts, folder / "mlp" / "sae_weights.safetensors")
     zoo = Path(str(files("mechdsl") / "zoo" / "counting"))
     shutil.copytree(zoo, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
 

@@ -715,7 +715,8 @@ def test_what_comes_in_has_another_key() -> None:
 def test_fields_of_bases_are_all_thought_of() -> None:
     assert {each.name for each in fields(Coordinates)} == {"which", "basis", "inserted"}
     keyed = {"method", "options", "operand", "size", "reads"}
-    shown = {"name", "made", "width"}  # the width belongs to the site, and is part of a draw
+    # The width belongs to the site, and is part of a draw.
+    shown = {"name", "made", "width", "labels"}
     assert {each.name for each in fields(BasisMember)} == keyed | shown
     assert {each.name for each in fields(BasisTargets)} == {
         *("definition", "names", "axes"),  # displayed, and assigned to cells

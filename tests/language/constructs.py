@@ -379,7 +379,10 @@ _file(
     "with `W_enc`, `b_enc`, `W_dec`, `b_dec` and, for JumpReLU, `threshold`. Rules change features "
     "of the current vector and keep its reconstruction error: x becomes x + (f′ − f) W_dec, in "
     "units of x if the dictionary normalises its input. The size of the error is printed. A "
-    "recorded hook point of another site is a warning. The results store the hash of the files.",
+    "recorded hook point of another site is a warning. The results store the hash of the files. "
+    '`sae("sae", labels: "labels.jsonl")` reads descriptions of features from JSON lines, such as '
+    'an export of Neuronpedia: `{"index": 0, "description": "counts"}`. Tables and JSON have them '
+    "next to the numbers.",
     "tests/dictionaries/test_features.py",
     "Bricken et al. 2023; Gao et al. 2024, arXiv 2406.04093",
 )
@@ -1370,6 +1373,31 @@ _rule(
     _TOKENS,
     "measure logit(answer) as raw",
 )
+_FEATURES = "tests/rules/test_observed_features.py"
+_rule(
+    "observe features",
+    "observe features of axes at last token",
+    "The coordinates of a basis. They are at the site of the basis, along an axis `feature`; a "
+    "row's number is the mean over its tokens. The measure `features density` is the share of "
+    "tokens at which a coordinate isn't 0. The table is followed by the prompts in which each "
+    "feature is most active. In the residual stream, it lists the five tokens whose logits the "
+    "feature's direction raises most. The convention `features of axes` has the number of active "
+    "features and the explained variance.",
+    "Bricken et al. 2023 (Towards Monosemanticity)",
+    _FEATURES,
+)
+_rule(
+    "observe features … top … by",
+    "observe features of axes at last token top 2 by correlation(count)",
+    "Only the two largest. They are those of the largest absolute value over all positions. `by "
+    "mean`, the default, ranks coordinates by their mean. `by correlation(count)` gives Pearson's "
+    "correlation with a value of the rows; its interval is that of the mean of the rows' "
+    "influence values, r + xy − r(x² + y²)/2 for standardised x and y. `by difference(fewer)` "
+    "gives the coordinate minus that of the same row in another run. They are selected on the "
+    "rows that they are reported for, which the conventions say.",
+    "Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans, chapter 6",
+    _FEATURES,
+)
 _rule(
     "observe similarity",
     "observe similarity resid_post layer * at first-item token with last-item token as alike",
@@ -1550,6 +1578,15 @@ _onward(
     "same syntax: `observe pointing of ranges(a: 1, b: 3), deleted in object`.",
     OWN,
     "tests/onward/test_some_cells.py",
+)
+_onward(
+    "features of experiments",
+    "ablate features top 2 of swept of axes at last token with zero",
+    "The features that an observation or a sweep ranks highest, of the same basis. The plural "
+    "joins them, and the singular is an axis in their order. A `for` may give the number, and "
+    "numbers may follow: `features top k of swept, 3 of axes`.",
+    OWN,
+    "tests/rules/test_ranked_features.py",
 )
 _onward(
     "heads of edges",

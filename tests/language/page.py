@@ -118,6 +118,13 @@ experiment places {
   measure logit(answer) as delta
 }
 
+experiment swept {
+  model toy
+  prompts fruit limit 4
+  ablate feature * of axes at last token with zero
+  measure logit(answer) as delta
+}
+
 experiment writer {
   model toy
   prompts fruit limit 4

@@ -346,7 +346,13 @@ observe iou of caap, ig, rollout in object top 25% as overlap
 observe sum of caap at each token of image
 observe sum of caap, 0.5 * ig, -2 * rollout at each token of image as all
 observe sum of share * caap(l: 1), (1 - share) * ig, 1 / 2 * c * rollout at each token of image
+ablate features top k of seen, best of swept(item: 2), 3..5 of res8 at last token with zero
+ablate feature top 25% of seen of res8 at last token with zero
+patch feature 3 of small at last token with features top 2 of seen of big
 observe features of res8 at last token top 10
+observe features of res8 of fewer at last token top k by mean as seen
+observe features of res8 at {item tokens, last token} top 10 by difference(fewer)
+observe features of res8 at each item token by correlation(2 * count + 1) as counts
 observe features of res8 at tokens *
 observe logit_lens L3.resid at last token
 measure ld as raw

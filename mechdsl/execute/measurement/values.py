@@ -152,6 +152,35 @@ class CellGap:
     rows: int = 0
 
 
+@dataclass(frozen=True)
+class ActiveRow:
+    """A row in which a feature is active."""
+
+    row: int
+    """Number in the table."""
+    tokens: tuple[int, ...]
+    """Observed tokens of the row."""
+    values: tuple[float, ...]
+    """Activation at each of them."""
+
+
+@dataclass(frozen=True)
+class FeatureFindings:
+    """What an observation of features found beside their values."""
+
+    features: tuple[int, ...]
+    """[rank] the observed features; those of the largest values first, if they were selected."""
+    active: int
+    """Number of features that aren't 0 at some token."""
+    size: int
+    """Number of features of the basis."""
+    explained: float | None
+    """1 − Σ ‖x − x̂‖² / Σ ‖x − x̄‖² over the tokens; None for a transcoder, and if all are equal."""
+    tokens: int
+    top_rows: tuple[tuple[ActiveRow, ...], ...]
+    """[rank] the rows with the highest activations, highest first."""
+
+
 @dataclass
 class MeasuredValues:
     """Values of one experiment, filled batch by batch."""
@@ -196,6 +225,8 @@ class MeasuredValues:
     """Sums that determine the listed tokens."""
     listed: dict[int, list[ListedToken]] = field(default_factory=dict[int, list[ListedToken]])
     """Cell → the tokens that an observation lists, in order."""
+    features: FeatureFindings | None = None
+    """The features that an observation found."""
     unusable: dict[int, UnusableRow] = field(default_factory=dict[int, UnusableRow])
     """Rows of the table → where they were first seen to be unusable."""
     replies: dict[tuple[int, int], tuple[Reply, ...]] = field(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.hashing import digest
 from mechdsl.execute.cache import PanelCache, open_joint_cache
-from mechdsl.execute.measurement.readout import Readout
+from mechdsl.execute.measurement.readout import ListedToken, Readout
 from mechdsl.execute.measurement.values import (
     CellGap,
     MeasuredValues,
@@ -22,10 +22,16 @@ from mechdsl.execute.measurement.values import (
     describe_cell,
     expand_base_values,
 )
+from mechdsl.execute.observation.features import (
+    ObservedFeatures,
+    list_raised_tokens,
+    observe_features,
+)
 from mechdsl.execute.observation.weights import WeightObserver
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import BatchReader, build_reader, read_vectors, split_prompts
 from mechdsl.fits.regression import group_keys
+from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.weight_maps import WeightMaps
 from mechdsl.models.shape import unit_count
@@ -45,6 +51,7 @@ from mechdsl.resolve.observations import (
 )
 from mechdsl.resolve.types import ResolvedMeasure, SitePoint
 from mechdsl.rules.observations.attention import AttentionRollout
+from mechdsl.rules.observations.features import FEATURE_AXIS, FeatureActivations
 from mechdsl.rules.observations.maps import MapObservation
 from mechdsl.rules.observations.weights import WeightObservation
 
@@ -511,10 +518,12 @@ def observe_jointly(
     plan: ExperimentPlan,
     runs: UnpatchedRuns,
     measured: MeasuredValues,
+    systems: Mapping[str, CoordinateSystem],
     store: PanelCache | None = None,
 ) -> JointObservation | None:
     """What is observed of all kept rows at once; None where nothing is. Cells that it can't be made
-    of are gaps of `measured`. store: where cells are looked up and kept."""
+    of are gaps of `measured`. systems: the bases of rules, by name. store: where cells are looked
+    up and kept."""
     observed = find_joint_rule(plan)
     if observed is None:
         return None
@@ -536,7 +545,7 @@ def observe_jointly(
             values[cell, there] = each
     exists = plan.exists
     gatherer = VectorGatherer(plan, *observed, runs, measured.kept, known.keys())
-    for cell, there, make in _iter_cells(gatherer, measured):
+    for cell, there, make in _iter_cells(gatherer, measured, systems):
         if not exists[cell]:
             continue
         try:
@@ -554,7 +563,7 @@ def observe_jointly(
 
 
 def _iter_cells(
-    gatherer: VectorGatherer, measured: MeasuredValues
+    gatherer: VectorGatherer, measured: MeasuredValues, systems: Mapping[str, CoordinateSystem]
 ) -> Iterator[tuple[int, Ints, CellComputation]]:
     """(cell, its columns, what gives the values of each measure of what is observed)."""
     does, seed = gatherer.does, gatherer.plan.experiment.seed
@@ -568,6 +577,12 @@ def _iter_cells(
     if isinstance(does, AttentionRollout):
         for cell, there, values in gatherer.rollouts():
             yield cell, there, partial(_evaluate_measures, measures, {does.word: values})
+        return
+    if isinstance(does, FeatureActivations):
+        assert does.member is not None
+        system = systems.get(does.member.name)
+        if system is not None:  # otherwise the experiment is lost
+            yield from _iter_feature_cells(gatherer, does, measures, measured, system)
         return
     if isinstance(does, TokenSetObservation):
 
@@ -632,6 +647,66 @@ def _iter_map_cells(
         if len(there):
             found = {word: values[there] for word, values in numbers.items()}
             yield cell, there, partial(_evaluate_measures, measures, found)
+
+
+def _iter_feature_cells(
+    gatherer: VectorGatherer,
+    does: FeatureActivations,
+    measures: Sequence[ResolvedMeasure],
+    measured: MeasuredValues,
+    system: CoordinateSystem,
+) -> Iterator[tuple[int, Ints, CellComputation]]:
+    """The same of features; cells of ranks that no feature has aren't in it."""
+    plan, rule = gatherer.plan, gatherer.rule
+    names = [axis.name for axis in plan.experiment.axes]
+    ranks = plan.coordinates[names.index(FEATURE_AXIS)]
+    model = gatherer.runs.model
+    wide = torch.promote_types(model.dtype, torch.float32)
+    inputs = torch.empty(0, dtype=wide, device=model.device)
+    for cells, seen in _iter_tokens(gatherer):
+        vectors = [each.vectors for each in (seen.own, seen.other) if each is not None]
+        if not all(np.isfinite(each).all() for each in vectors):
+            broken = partial(_refuse_cell, "its vectors have NaN or infinity")
+            every = np.arange(len(gatherer.kept))
+            yield from ((cell, every, broken) for cell in cells)
+            continue
+        found = observe_features(does, system, seen.own, seen.other, inputs)
+        measured.features = found.findings
+        features, listed = found.findings.features, list[list[int]]()
+        if does.unembeds and features:
+            maps = WeightMaps(model)
+            listed = list_raised_tokens(maps, system, seen.own, features, inputs)
+        for cell in cells:
+            rank = int(ranks[cell])
+            if rank >= len(features):
+                continue
+            place = rule.position_of_cell[cell]
+            source = rule.sources[place] if does.reads == "run" else None
+            there = seen.own.find_rows(rule.positions[place])
+            if not len(there):
+                continue
+            if rank < len(listed):
+                measured.listed[cell] = list(map(ListedToken, listed[rank]))
+            columns = np.searchsorted(gatherer.kept, seen.own.prompts[there])
+            spot = rule.positions[place]
+            make = partial(_feature_measures, measures, found, does, rank, spot, source)
+            yield cell, columns, make
+
+
+def _feature_measures(
+    measures: Sequence[ResolvedMeasure],
+    found: ObservedFeatures,
+    does: FeatureActivations,
+    rank: int,
+    spot: PositionCell,
+    source: PositionCell | None,
+) -> list[Floats]:
+    values, density = found.values(does, rank, spot, source)
+    return _evaluate_measures(measures, {does.word: values, "density": density})
+
+
+def _refuse_cell(reason: str) -> list[Floats]:
+    raise ValueError(reason)
 
 
 def _evaluate_measures(

@@ -224,7 +224,9 @@ class PanelRunner:
             donors = choose_donors(plan, self.table, self.runs.seed, kept)
             self.means_and_donors[key] = RuleInputs({}, {}, donors, {}, directions[key])
             self.whole_cells[key] = self._whole_cells(plan, kept)
-            together = observe_jointly(plan, self.runs, self.measured[key], self.values)
+            together = observe_jointly(
+                plan, self.runs, self.measured[key], directions[key].systems, self.values
+            )
             if together is None:
                 self._look_up(plan, kept, donors)
                 self._look_up_activity(plan, kept)

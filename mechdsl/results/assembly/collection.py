@@ -14,6 +14,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.measurement.values import (
+    ActiveRow,
     MeasuredValues,
     describe_gap,
     describe_run,
@@ -45,6 +46,7 @@ from mechdsl.results.assembly.conventions import (
 from mechdsl.results.assembly.sampling_units import RowViews, plan_sampling
 from mechdsl.results.experiment_result import (
     DEFAULT_SHOWN_PROMPTS,
+    ActiveText,
     ExpectOutcome,
     ExperimentResult,
     LostExperiment,
@@ -55,6 +57,7 @@ from mechdsl.results.experiment_result import (
 )
 from mechdsl.results.statistics_conventions import statistics_conventions
 from mechdsl.results.verdicts.decision import decide_all_expectations
+from mechdsl.rules.observations.features import FEATURE_AXIS
 from mechdsl.statistics.cell_statistics import check_denominator, compute_cell_statistics
 from mechdsl.statistics.measurements import (
     MeasureData,
@@ -104,6 +107,21 @@ def _token_texts(row: RunRow, experiment: ResolvedExperiment) -> tuple[str, ...]
         or tokenizer.token_text(row.ids[p])
         for p in range(len(row.ids))
     )
+
+
+def _spaced_texts(row: RunRow, experiment: ResolvedExperiment) -> tuple[str, ...]:
+    """Return the texts of a row's tokens, each with the white space before it."""
+    found: list[str] = []
+    end = 0
+    for place, text in enumerate(_token_texts(row, experiment)):
+        begin, last = row.offsets[place] if row.image is None else (0, 0)
+        if row.image is not None or row.special[place] or last <= begin:
+            found.append(text)
+            continue
+        between = row.text[end:begin]
+        found.append(between + text if between.isspace() else text)
+        end = last
+    return tuple(found)
 
 
 def _token_hits(
@@ -192,12 +210,12 @@ def collect_result(
     sizes: PassSizer,
 ) -> ExperimentResult:
     """Build the result of one experiment, or of one variant, without statistics."""
-    experiment = plan.experiment
+    experiment = name_observed_features(plan.experiment, measured)
     model, *read = (models[name] for name in experiment.models)
     table, kept = experiment.table, measured.kept
     rows = table.runs["clean"].rows
     accuracies = _collect_accuracies(measured)
-    there = plan.exists
+    there = _find_cells(plan, experiment)
     item = None if experiment.place is None else experiment.measures[0].item
     seen = RowViews(plan, kept, lambda name: models[name or model.name].shape.causal)
     return ExperimentResult(
@@ -210,7 +228,7 @@ def collect_result(
         },
         centres=tuple(axis.name for axis in experiment.axes if axis.of_windows),
         cells=tuple(_collect_cells(experiment, measured, there)),
-        measures=tuple(_collect_measures(plan, measured, seen)),
+        measures=tuple(_collect_measures(plan, measured, seen, there)),
         runs=_average_runs(experiment, measured),
         **accuracies,
         base=experiment.spec.base,
@@ -240,8 +258,30 @@ def collect_result(
         reports=experiment.spec.reports or (_default_report(experiment),),
         rounding=_rounding_text(experiment, model),
         replies=_collect_replies(experiment, measured, there),
-        **overlay_data(experiment, kept, there),
+        **overlay_data(plan.experiment, kept, there),
+        active=_collect_active_texts(experiment, plan, measured, there),
     )
+
+
+def _collect_active_texts(
+    experiment: ResolvedExperiment, plan: ExperimentPlan, measured: MeasuredValues, there: Bools
+) -> tuple[tuple[ActiveText, ...], ...]:
+    """Return, for each cell, the rows in which its feature is most active."""
+    if measured.features is None:
+        return ()
+    table = experiment.table
+    rows = table.runs[experiment.spec.base].rows
+
+    def text(active: ActiveRow) -> ActiveText:
+        values = dict(zip(active.tokens, active.values, strict=True))
+        tokens = _spaced_texts(rows[active.row], experiment)
+        marks = tuple(values.get(token) for token in range(len(tokens)))
+        return ActiveText(table.row_ids[active.row], tokens, marks)
+
+    found = [tuple(map(text, own)) for own in measured.features.top_rows]
+    names = [axis.name for axis in experiment.axes]
+    ranks = plan.coordinates[names.index(FEATURE_AXIS)][there]
+    return tuple(found[rank] for rank in ranks.tolist())
 
 
 def _collect_replies(
@@ -264,12 +304,35 @@ def _collect_replies(
     )
 
 
+def name_observed_features(
+    experiment: ResolvedExperiment, measured: MeasuredValues
+) -> ResolvedExperiment:
+    """Return the experiment with the observed features as the values of their axis."""
+    if measured.features is None:
+        return experiment
+    axes = [
+        replace(axis, labels=measured.features.features) if axis.name == FEATURE_AXIS else axis
+        for axis in experiment.axes
+    ]
+    return replace(experiment, axes=tuple(axes))
+
+
+def _find_cells(plan: ExperimentPlan, named: ResolvedExperiment) -> Bools:
+    """Return [cell of the plan]: whether a cell exists, in an experiment with as many values along
+    an axis as are known after the run."""
+    there = plan.exists
+    lengths = map(len, named.axes)
+    for own, length in zip(plan.coordinates, lengths, strict=True):
+        there = there & (own < length)
+    return there
+
+
 def _collect_measures(
-    plan: ExperimentPlan, measured: MeasuredValues, seen: RowViews
+    plan: ExperimentPlan, measured: MeasuredValues, seen: RowViews, there: Bools
 ) -> Iterator[MeasureData]:
-    """Yield the values of each measure in the existing cells."""
+    """Yield the values of each measure in the cells that are there."""
     experiment = plan.experiment
-    kept, there, source = measured.kept, plan.exists, experiment.spec.source
+    kept, source = measured.kept, experiment.spec.source
     estimator = experiment.spec.estimator
     for number, (resolved, said) in enumerate(
         zip(experiment.measures, experiment.spec.measures, strict=True)
@@ -311,11 +374,26 @@ def _collect_cells(
 ) -> Iterator[CellKey]:
     """Yield the existing cells with their listed tokens."""
     text = experiment.model.tokenizer.token_text
+    labels = _feature_labels(experiment)
     for key, cell in zip(name_cells(experiment), np.flatnonzero(there).tolist(), strict=True):
         listed = measured.listed.get(cell, ())
         texts = tuple(text(each.token) for each in listed)
         shares = tuple(each.over_rows for each in listed if each.over_rows is not None)
-        yield replace(key, listed=texts, shares=shares)
+        feature = key.coords.get(FEATURE_AXIS)
+        label = labels.get(feature, "") if isinstance(feature, int) else ""
+        yield replace(key, listed=texts, shares=shares, label=label)
+
+
+def _feature_labels(experiment: ResolvedExperiment) -> Mapping[int, str]:
+    """Return the descriptions of the features along the axis of features."""
+    found = {
+        labels.digest: labels.texts
+        for rule in experiment.rules
+        if rule.basis is not None
+        and (FEATURE_AXIS in rule.basis.axes or rule.does.changes == "nothing")
+        for labels in rule.basis.labels
+    }
+    return next(iter(found.values())) if len(found) == 1 else {}
 
 
 def _rounding_text(experiment: ResolvedExperiment, model: LoadedModel) -> str:

@@ -83,6 +83,7 @@ def merge_variants(parts: Sequence[tuple[VariantLabels, ExperimentResult]]) -> E
         if len({result.texts for result in results}) == 1
         else (),
         seen=results[0].seen if len({result.texts for result in results}) == 1 else (),
+        active=tuple(rows for result in results for rows in result.active),
     )
 
 
@@ -408,6 +409,9 @@ def _pad_result(result: ExperimentResult, index: Ints, size: int, start: int) ->
         accuracy_rows={run: tuple(start + row for row in rows) for run, rows in accuracy.items()},
         hits=tuple(of_cells[id(hits)] for hits in result.hits),
         replies=result.replies.shifted(start),
+        active=tuple(
+            tuple(replace(each, row=start + each.row) for each in rows) for rows in result.active
+        ),
     )
 
 
@@ -486,6 +490,7 @@ def average_over_axis(
         texts=(),
         hits=(),
         seen=(),
+        active=(),
         replies=Replies(),
     )
 

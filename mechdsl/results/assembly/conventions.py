@@ -180,6 +180,7 @@ def run_conventions(
         **dict(_of_cells(plan, measured)),
         **dict(_of_controls(plan)),
         **dict(_of_errors(plan, measured)),
+        **dict(_of_features(plan, measured)),
         **dict(_of_inert(plan, measured)),
     }
 
@@ -324,6 +325,18 @@ def _of_errors(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItem
             f"error of {name}",
             f"{error:.3g} of a vector's length, the mean over {vectors}; {kept}",
         )
+
+
+def _of_features(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
+    """Describe how well a basis describes the observed vectors."""
+    found, rule = measured.features, plan.observes
+    if found is None or rule is None or rule.rule.basis is None:
+        return
+    at = f"at {count_noun(found.tokens, 'token')}"
+    said = f"{found.active:,} of {found.size:,} features are active {at}"
+    if found.explained is not None:
+        said += f"; the reconstruction explains {found.explained:.4g} of their variance"
+    yield f"features of {rule.rule.basis.definition}", said
 
 
 def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:

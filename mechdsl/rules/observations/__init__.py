@@ -2,6 +2,7 @@
 
 from mechdsl.rules.observations import (
     attention,
+    features,
     map_scores,
     maps,
     probes,
@@ -15,6 +16,7 @@ __all__ = [
     "OBSERVATIONS",
     "SiteObservation",
     "attention",
+    "features",
     "map_scores",
     "maps",
     "observation",

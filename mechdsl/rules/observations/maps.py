@@ -81,6 +81,7 @@ class MapObservation(RowSetObservation, ObservationKind):
     unplaced = "last token"
     reads_vectors = False
     of_maps = True
+    keeps_cells = False  # its numbers are available anyway
     example: ClassVar[str]
     """Example of a line, after `observe WORD of`."""
     blank: ClassVar[str]

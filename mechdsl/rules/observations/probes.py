@@ -14,9 +14,7 @@ from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
 from mechdsl.program.spec import constant_value
-from mechdsl.prompts.expressions import evaluate
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.values import DrawKey, Refusal, to_plain
 from mechdsl.resolve.observations import (
     ObservedTokens,
     RowVectors,
@@ -30,6 +28,7 @@ from mechdsl.rules.observations.registry import observation, report_bad_observat
 from mechdsl.rules.observations.rows import (
     SiteRowSetObservation,
     SiteTokenSetObservation,
+    evaluate_rows,
     resolve_training_rows,
 )
 from mechdsl.syntax import ast
@@ -135,37 +134,6 @@ def resolve_probe(
         )
         return None
     return Probe(kind, targets, classes, folds, options.get("penalty"))
-
-
-def evaluate_rows(
-    expr: ast.Expr, table: PromptTable, diagnostics: list[Diagnostic]
-) -> list[object] | None:
-    """Evaluate an expression in every clean row, or `count of fewer` in the rows of a corruption.
-
-    None after an error.
-    """
-    if isinstance(expr, ast.QualifiedRef):
-        run = expr.of.name if expr.of.part is None else f"{expr.of.name}.{expr.of.part}"
-        rows = table.runs[run].rows if run in table.runs else ()
-        known = list(rows[0].values) if rows else list(table.runs)
-        if not rows or expr.name not in rows[0].values:
-            hint = did_you_mean(expr.name if rows else run, known, f"there are {', '.join(known)}")
-            what = "value" if rows else "run"
-            diagnostics.append(
-                BadArgument(
-                    span=expr.span, name=expr.span.written, reason=f"isn't a {what}", hint=hint
-                )
-            )
-            return None
-        return [row.values[expr.name] for row in rows]
-    found: list[object] = []
-    for row in table.sources:
-        try:
-            found.append(to_plain(evaluate(expr, row, DrawKey(f"measure:{expr.span.text}"))))
-        except Refusal as refusal:
-            diagnostics.append(refusal.diagnostic(row.describe()))
-            return None
-    return found
 
 
 def _options(

@@ -20,10 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mechdsl.base.arrays import Floats
+from mechdsl.base.text import escape_hidden
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.statistics_conventions import sign_ranking_note, statistics_conventions
 from mechdsl.show.console import visible_console
+from mechdsl.show.reports.active_texts import print_active_texts
 from mechdsl.show.reports.grid import hit_tokens_text, listed_tokens_text, sort_key, value_text
 from mechdsl.show.reports.text import (
     MISSING,
@@ -98,12 +100,19 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
         columns, said = measure_table(shown, measure, report)
         _print(columns, console)
         print_notes(said, console)
+    print_active_texts(shown, displayed_cells(shown, report), console)
     print_conventions(shown, report, console)
 
 
 def apply_grouping(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
     """Group the result by the values that the report names."""
     return group_by_value(result, report.by) if report.by in result.row_values else result
+
+
+def displayed_cells(shown: ExperimentResult, report: spec.Report) -> list[int]:
+    """Return the cells of the first measure's table, in order."""
+    measure = next((number for number, _ in shown.computed()), None)
+    return [] if measure is None else _order(shown, measure, report)
 
 
 def measure_table(
@@ -178,6 +187,7 @@ def group_by_value(result: ExperimentResult, by: str | None) -> ExperimentResult
         statistics=tuple(statistics),
         controls=(),  # draws are for whole cells
         hits=(),
+        active=result.active * len(values),
     )
     said = {**result.conventions, **statistics_conventions(expanded, EFFECTS)}
     return replace(expanded, conventions=said)
@@ -212,6 +222,9 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
         numeric = not any(isinstance(cell.coords[axis], str) for cell in cells)
         spare = 3 if _in_sites(result, axis) else 0
         columns.append(Column(axis, texts, numeric, spare, describes=True))
+        if axis == "feature" and any(cell.label for cell in cells):
+            labels = [escape_hidden(cell.label) for cell in cells]
+            columns.append(Column("label", labels, wraps=True, describes=True))
     if any(cell.site for cell in cells):
         columns.append(Column("site", [cell.site for cell in cells], wraps=True, describes=True))
     positions = [value_text(cell.coords.get("position", cell.position) or "") for cell in cells]

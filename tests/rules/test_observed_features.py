@@ -1,0 +1,285 @@
+"""Observed features of bases, against features computed from the bare model's activations.
+
+One unpadded prompt at a time; the dictionary is computed from its formulas.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr
+from torch import Tensor
+
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..execute.support import PROMPTS
+from ..models import families
+from ..reference.forward import Write
+from .models import bare
+from .support import (
+    MANY,
+    QUICK,
+    codes,
+    edited,
+    experiment,
+    plain,
+    records,
+    rows,
+    run_file,
+    tokens,
+    try_file,
+)
+from .test_dictionaries import ARCHITECTURES, FEATURES, LAYER, Reference, make
+from .test_inactive_features import width_of
+from .test_transcoders import BASIS as TRANSCODER
+from .test_transcoders import make as make_transcoder
+
+HERE = ("gpt2", "llama", "gpt_neox")
+BASIS = f'basis f = sae("sae") at resid_post layer {LAYER}\n'
+POSITIONS = ("last token", "tokens *", "subject tokens", "token 3")
+
+
+def observed(line: str, *more: str) -> str:
+    return experiment("e", line, *more, measure="", stats="")
+
+
+def of_token(name: str, of: Reference, run: str, n: int, at: str) -> Tensor:
+    """[token, feature] of one row."""
+    text = rows(run)[n]
+    return of.encode(plain(name, text)["resid_post", LAYER][tokens(text, at), 0])
+
+
+def means(name: str, of: Reference, at: str, run: str = "clean") -> np.ndarray:
+    """[row, feature]"""
+    every = [of_token(name, of, run, n, at).mean(0) for n in range(len(rows(run)))]
+    return torch.stack(every).numpy()
+
+
+def token_text(number: int) -> str:
+    """Text of a token of the families' tokenizer."""
+    special = len(families.SPECIAL)
+    return f"w{number - special}" if number >= special else families.SPECIAL[number]
+
+
+def check(found: ExperimentResult, expected: np.ndarray, top: int) -> list[int]:
+    """The features of the largest means in size, and their values; returns the features."""
+    order = np.argsort(-np.abs(expected.mean(0)), kind="stable")
+    order = [int(each) for each in order[:top] if np.abs(expected[:, each]).any()]
+    assert [cell.coords["feature"] for cell in found.cells] == order
+    values = found.measures[0].patched
+    assert np.abs(values - expected[:, order].T).max() < 1e-4
+    assert np.abs(expected[:, order]).max() > 0.05
+    return order
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("family", HERE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("at", POSITIONS)
+def test_the_strongest(architecture: str, family: str, at: str, mode: str, data: Path) -> None:
+    of = make(data, architecture, width_of(family))
+    found = run_file(BASIS + observed(f"observe features of f at {at} top 4"), data, family, mode)
+    order = check(found["e"], means(family, of, at), 4)
+    assert found["e"].measures[1].label == "features density"
+    density = found["e"].measures[1].patched
+    for rank, feature in enumerate(order):
+        for n in range(len(rows())):
+            active = of_token(family, of, "clean", n, at)[:, feature] != 0
+            assert density[rank, n] == pytest.approx(active.double().mean().item())
+
+
+@pytest.mark.parametrize("mode", QUICK)
+def test_all_features(mode: str, data: Path) -> None:
+    """Without `top`, every feature is a cell, in order, inactive ones as well."""
+    of = make(data, "standard", width_of("llama"))
+    text = BASIS + observed("observe features of f at last token")
+    found = run_file(text, data, "llama", mode)["e"]
+    assert [cell.coords["feature"] for cell in found.cells] == [*range(FEATURES)]
+    expected = means("llama", of, "last token")
+    assert np.abs(found.measures[0].patched - expected.T).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", HERE)
+def test_differences(family: str, data: Path) -> None:
+    of = make(data, "topk", width_of(family))
+    line = "observe features of f of other at subject tokens top 3 by difference(longer)"
+    found = run_file(BASIS + observed(line), data, family, "planned")["e"]
+    own = means(family, of, "subject tokens", "other")
+    check(found, own - means(family, of, "subject tokens", "longer"), 3)
+    assert "minus that in `longer`" in found.conventions["observed"]
+
+
+@pytest.mark.parametrize("family", HERE)
+def test_correlations(family: str, data: Path) -> None:
+    """With `correlation`, a cell's value is Pearson's r over its rows."""
+    of = make(data, "standard", width_of(family))
+    counts = [3, 1, 4, 2]
+    lines = [json.dumps({**own, "size": n}) for own, n in zip(records(), counts, strict=True)]
+    (data / "sized.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    blocks = PROMPTS.replace("data.jsonl", "sized.jsonl")
+    line = "observe features of f at tokens * top 3 by correlation(2 * size)"
+    found = run_file(BASIS + observed(line), data, family, "planned", blocks=blocks)["e"]
+    features = means(family, of, "tokens *")
+    r = [pearsonr(own, counts).statistic if own.std() > 1e-9 else 0.0 for own in features.T]
+    order = np.argsort(-np.abs(r), kind="stable")[:3].tolist()
+    assert [cell.coords["feature"] for cell in found.cells] == order
+    assert np.abs(found.measures[0].patched.mean(1) - np.array(r)[order]).max() < 1e-4
+    assert found.measures[0].unit == "correlation"
+
+
+def test_positions_are_an_axis(data: Path) -> None:
+    """Features are selected over all positions; each has its value at each of them."""
+    of = make(data, "jumprelu", width_of("gpt2"))
+    line = "observe features of f at each token of subject top 2"
+    found = run_file(BASIS + observed(line), data, "gpt2", "planned")["e"]
+    assert found.axes == ("position", "feature")
+    every = means("gpt2", of, "subject tokens")
+    order = np.argsort(-every.mean(0), kind="stable")[:2].tolist()
+    places = [each.coords["position"] for each in found.cells]
+    assert len(set(places)) > 1
+    assert {cell.coords["feature"] for cell in found.cells} == set(order)
+    for cell, values in zip(found.cells, found.measures[0].patched, strict=True):
+        for n, text in enumerate(rows()):
+            span = text.spans["subject"]
+            named = {"last": span[-1:], "middle": span[1:-1]}
+            named["first"] = span[:1] if len(span) > 1 else ()
+            there = list(named[str(cell.coords["position"]).split()[1]])
+            if not there:
+                assert np.isnan(values[n])
+                continue
+            own = of.encode(plain("gpt2", text)["resid_post", LAYER][there, 0]).mean(0)
+            assert values[n] == pytest.approx(own[cell.coords["feature"]].item(), abs=1e-4)
+
+
+def test_a_run_with_rules(data: Path) -> None:
+    of = make(data, "standard", width_of("llama"))
+    line = "observe features of f of less at tokens * top 3"
+    text = BASIS + observed("run less { scale attn_out layer 0 at tokens * by 0.5 }", line)
+    found = run_file(text, data, "llama", "planned")["e"]
+    expected = []
+    for text_of_row in rows():
+        half = plain("llama", text_of_row)["attn_out", 0][:, 0] * 0.5
+        writes = [Write("attn_out", 0, half[token], token) for token in range(len(half))]
+        run = edited("llama", text_of_row, writes)
+        expected.append(of.encode(run["resid_post", LAYER][:, 0]).mean(0))
+    check(found, torch.stack(expected).numpy(), 3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_features_of_transcoders(family: str, data: Path) -> None:
+    """Features of a transcoder are those of the MLP's input."""
+    of = make_transcoder(data, "transcoder", width_of(family))
+    line = "observe features of t at last token top 3"
+    found = run_file(TRANSCODER + observed(line), data, family, "planned")["e"]
+    expected = [of.encode(plain(family, text)["mlp_norm", LAYER][text.last, 0]) for text in rows()]
+    check(found, torch.stack(expected).numpy(), 3)
+
+
+@pytest.mark.parametrize("site", ["z layer 1", "z layer 1 head 2", "mlp_hidden layer 0"])
+def test_linear_bases(site: str, data: Path) -> None:
+    """Coordinates of a linear basis have signs; those of the largest mean in size are kept."""
+    text = f"basis n = neurons at {site}\n" + observed("observe features of n at last token top 3")
+    found = run_file(text, data, "llama", "planned")["e"]
+    name, _, rest = site.partition(" layer ")
+    layer, _, head = rest.partition(" head ")
+    expected = []
+    for row in rows():
+        own = plain("llama", row)[name, int(layer)][row.last]
+        own = own[int(head)] if head else own.flatten()
+        expected.append(own)
+    check(found, torch.stack(expected).double().numpy(), 3)
+
+
+def test_prompts_and_tokens(data: Path) -> None:
+    """The most active prompts have the activation of each observed token; the listed tokens are
+    those that the decoder row raises most."""
+    of = make(data, "standard", width_of("llama"))
+    text = BASIS + observed("observe features of f at tokens * top 3")
+    found = run_file(text, data, "llama", "planned")["e"]
+    model = bare("llama")
+    for cell, prompts in zip(found.cells, found.active, strict=True):
+        feature = int(cell.coords["feature"])
+        every = [of_token("llama", of, "clean", n, "tokens *")[:, feature] for n in range(4)]
+        order = np.argsort([-own.max().item() for own in every], kind="stable")
+        there = [int(n) for n in order if every[n].max() > 0]
+        assert [each.row for each in prompts] == there
+        for each in prompts:
+            assert np.allclose(each.values, every[each.row].numpy(), atol=1e-4)
+            assert [token.strip() for token in each.tokens][1:] == list(rows()[each.row].words)
+        row = of.w_dec[feature] * model.model.norm.weight.double()
+        raised = (model.lm_head.weight.double() @ row).topk(5).indices.tolist()
+        assert list(cell.listed) == [token_text(token) for token in raised]
+
+
+def test_what_is_said(data: Path) -> None:
+    of = make(data, "topk", width_of("llama"))
+    text = BASIS + observed("observe features of f at tokens * top 3")
+    said = run_file(text, data, "llama", "planned")["e"].conventions
+    every = torch.cat([of_token("llama", of, "clean", n, "tokens *") for n in range(len(rows()))])
+    active = int((every != 0).any(0).sum())
+    vectors = torch.cat([plain("llama", row)["resid_post", LAYER][:, 0] for row in rows()])
+    error = (vectors - of.decode(of.encode(vectors), vectors)).square().sum()
+    explained = 1 - error / (vectors - vectors.mean(0)).square().sum()
+    assert said["features of f"] == (
+        f"{active} of {FEATURES} features are active at {len(vectors)} tokens; the reconstruction "
+        f"explains {explained.item():.4g} of their variance"
+    )
+    assert said["selected"].startswith(f"up to 3 of {FEATURES} features")
+
+
+def test_two_experiments_on_one_block(data: Path) -> None:
+    """An observation, and rules on the same dictionary in another experiment of the file."""
+    of = make(data, "topk", width_of("llama"))
+    text = BASIS + observed("observe features of f at last token top 3")
+    text += experiment("rules", "ablate feature 0..2 of f at last token with zero")
+    both = run_file(text, data, "llama", "planned")
+    check(both["e"], means("llama", of, "last token"), 3)
+    alone = run_file(
+        BASIS + experiment("rules", "ablate feature 0..2 of f at last token with zero"),
+        data, "llama", "planned",
+    )  # fmt: skip
+    ours, theirs = (each["rules"].measures[0].patched for each in (both, alone))
+    assert np.abs(ours - theirs).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("observe features of g at last token", "E0201"),
+        ("observe features of f at last token top 0", "E0207"),
+        ("observe features of f at last token by median", "E0203"),
+        ("observe features of f at last token by mean(3)", "E0207"),
+        ("observe features of f at last token by difference", "E0207"),
+        ("observe features of f at last token by difference(nothing)", "E0201"),
+        ("observe features of f at last token by correlation", "E0207"),
+        ("observe features of f at last token by correlation(subject)", "E0207"),
+        ("observe features of f at last token by correlation(1)", "E0207"),
+        ("observe features of every at last token", "E0342"),
+    ],
+)
+def test_refusals(line: str, code: str, data: Path) -> None:
+    make(data, "topk", width_of("llama"))
+    bases = BASIS + "basis every = neurons at resid_post layer *\n"
+    assert codes(bases + observed(line), data) == [code]
+
+
+def test_rules_in_the_same_experiment_are_refused(data: Path) -> None:
+    make(data, "topk", width_of("llama"))
+    line = "observe features of f at last token top 2 as seen"
+    text = BASIS + experiment("e", "ablate resid_post layer 0 at last token with zero", line)
+    assert "E0207" in codes(text, data)
+
+
+def test_few_active_features(data: Path) -> None:
+    """Fewer cells than asked for, where fewer features are active."""
+    make(data, "topk", width_of("llama"))
+    text = BASIS + observed("observe features of f at last token top 11")
+    found, _ = try_file(text, data, "llama")
+    assert found is not None
+    (result,) = found.experiments
+    assert 0 < len(result.cells) < 11
+    assert all(np.abs(own).any() for own in result.measures[0].patched)
