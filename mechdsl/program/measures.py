@@ -320,8 +320,9 @@ def lower_control(work: Statements) -> spec.Control | None:
             work,
         )
         return None
-    values = [argument.value for argument in call.arguments]
-    if not 1 <= len(values) <= 2 or any(argument.name for argument in call.arguments):
+    named = {argument.name: argument.value for argument in call.arguments if argument.name}
+    values = [argument.value for argument in call.arguments if argument.name is None]
+    if not 1 <= len(values) <= 2 or named.keys() - {"frequency"}:
         _bad_control(
             call,
             "it takes a number and the type of target to sample",
@@ -342,7 +343,30 @@ def lower_control(work: Statements) -> spec.Control | None:
     apart = work.against[0].apart
     for site in apart:
         mark_names_used(site, work)
-    return spec.Control(span=call.span, draws=draws, what=_what(values[1:], work), apart=apart)
+    before = len(work.diagnostics)
+    what = _what(values[1:], work)
+    frequency = _frequency(call, what, named.get("frequency"), work)
+    if len(work.diagnostics) > before:
+        return None
+    return spec.Control(span=call.span, draws=draws, what=what, apart=apart, frequency=frequency)
+
+
+def _frequency(
+    call: ast.Call, what: spec.ControlTarget | None, value: ast.Node | None, work: Statements
+) -> ast.MapOf | None:
+    """Return the experiment after `frequency:`, which features need and nothing else takes."""
+    if value is None and what != "features":
+        return None
+    if what == "features" and isinstance(value, ast.Name | ast.Call):
+        name = value.id if isinstance(value, ast.Name) else value.name
+        cell = () if isinstance(value, ast.Name) else value.arguments
+        return ast.MapOf(name, cell, span=value.span)
+    reason = "`frequency` is an experiment that observes features"
+    if what != "features":
+        reason = "only features are matched in frequency"
+    hint = "write `random(39, features, frequency: seen)`"
+    _bad_control(call, reason, hint, work)
+    return None
 
 
 def _what(values: Sequence[ast.Node], work: Statements) -> spec.ControlTarget | None:

@@ -32,7 +32,7 @@ def resolve_result_names(experiment: spec.Experiment, results: dict[str, str]) -
         rule.model_copy(
             update={
                 name: resolve_result_references(value, results)
-                for name in ("site", "at", "onto", "edge", "receiver", "fill")
+                for name in ("site", "at", "onto", "edge", "receiver", "fill", "exchanged")
                 if (value := getattr(rule, name)) is not None
             }
             | _observed_results(rule, results)
@@ -43,7 +43,10 @@ def resolve_result_names(experiment: spec.Experiment, results: dict[str, str]) -
     against = experiment.against
     if against is not None:
         apart = tuple(resolve_result_references(site, results) for site in against.apart)
-        against = against.model_copy(update={"apart": apart})
+        update: dict[str, object] = {"apart": apart}
+        if against.frequency is not None:
+            update["frequency"] = resolve_result_references(against.frequency, results)
+        against = against.model_copy(update=update)
     return experiment.model_copy(update={"rules": rules, "expects": expects, "against": against})
 
 

@@ -144,6 +144,8 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ResultR
     yield from _in_tree(experiment.keep, parts.groups)
     if experiment.against is not None:
         yield from _in_tree(experiment.against.apart, parts.groups)
+        if experiment.against.frequency is not None:
+            yield experiment.against.frequency
 
 
 def _in_tree(

@@ -476,7 +476,7 @@ class Expectation(Spec):
 
 
 ControlTarget = Literal[
-    "heads", "neurons", "experts", "layers", "positions", "directions", "subspaces"
+    "heads", "neurons", "experts", "layers", "positions", "directions", "subspaces", "features"
 ]
 
 
@@ -486,6 +486,8 @@ class Control(Spec):
     draws: int
     what: ControlTarget | None = None
     """None: the finest unit of the rules' sites."""
+    frequency: MapText | None = None
+    """The experiment whose values give the frequencies of features."""
     apart: tuple[SiteText, ...] = ()
     """Targets that are never drawn: sites, groups, `top 5 of X`."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from mechdsl.base.hashing import stable_hash
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -23,7 +24,7 @@ from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import Hits, PositionCell
 from mechdsl.resolve.bases import CoordinateChange
 from mechdsl.resolve.conflicts import check_removed_blocks
-from mechdsl.resolve.findings import FindingPicker
+from mechdsl.resolve.findings import FindingPicker, PickError, check_rankable_features
 from mechdsl.resolve.matched_draws import (
     UNIT_WORDS,
     DrawOptions,
@@ -32,6 +33,7 @@ from mechdsl.resolve.matched_draws import (
     TargetSwaps,
     TokenOptions,
     draw_distinct,
+    draw_features,
     find_site_options,
     merge_targets,
 )
@@ -259,6 +261,82 @@ def build_subspace_control(
     return _drawn_control(experiment, asked, rules, draws, ("random subspaces", like))
 
 
+def build_feature_control(
+    experiment: ResolvedExperiment, asked: spec.Control, draws: int, onward: FindingPicker
+) -> ResolvedControl:
+    """Create a control with other features of the same dictionary, at the same sites and tokens.
+
+    Each feature is replaced by one that is active in half to twice as many rows.
+
+    Raises:
+        _NoDraws: There are no frequencies, or several rules name features.
+        _NoAlternatives: No cell has alternatives.
+    """
+    in_bases = [rule for rule in experiment.rules if rule.basis is not None]
+    if len(in_bases) != 1:
+        raise _NoDraws(
+            "features are drawn for one rule, and this experiment has "
+            f"{count_noun(len(in_bases), 'rule')} in a basis",
+            "write an experiment for each rule",
+        )
+    (rule,) = in_bases
+    own = rule.basis
+    assert own is not None
+    frequencies = _find_frequencies(asked, own.definition, onward)
+    drawn: dict[AxisIndices, list[tuple[int, ...]]] = {}
+    for key, named in own.coordinates.items():
+        label = stable_hash(experiment.seed, "features", own.definition, *named.which)
+        drawn[key] = draw_features(named.which, frequencies, draws, label) if named.which else []
+    most = max(map(len, drawn.values()), default=0)
+    if not most:
+        reason = "no other feature is active in half to twice as many rows"
+        raise _NoAlternatives(reason, f"write `against random({draws}, positions)`")
+    coordinates = {
+        (draw, *key): replace(own.coordinates[key], which=which)
+        for key, every in drawn.items()
+        for draw in range(most)
+        for which in [every[draw] if draw < len(every) else own.coordinates[key].which]
+    }
+    rules = [
+        replace(each, basis=replace(own, axes=(DRAW_AXIS, *own.axes), coordinates=coordinates))
+        if each is rule
+        else each
+        for each in experiment.rules
+    ]
+    assert asked.frequency is not None
+    like = f"of `{own.definition}`, each active in half to twice as many rows of "
+    like += f"`{asked.frequency.span.written}`, at the same sites and tokens"
+    counts = {key: len(every) for key, every in drawn.items()}
+    without = sum(not count for count in counts.values())
+    like += f"; {without:,} of {len(counts):,} sets have no alternatives" if without else ""
+    found = _drawn_control(experiment, asked, rules, most, ("random features", like))
+    shadow = replace(found.experiment, drawn=DrawCounts(own.axes, counts))
+    return replace(found, experiment=shadow)
+
+
+def _find_frequencies(
+    asked: spec.Control, basis: str, onward: FindingPicker
+) -> Mapping[int, float]:
+    """Return the share of rows in which each feature is active. Raises _NoDraws."""
+    assert asked.frequency is not None
+    name = asked.frequency.of
+    try:
+        finding, _ = onward.finding(asked.frequency, {})
+        if finding is None or finding.stands_in:
+            raise _NoDraws(f"`{name}` has not run", f"run `{name}` too")
+        for part in finding.parts:
+            check_rankable_features(part.experiment, basis)
+            observed = [rule.spec.observed for rule in part.experiment.rules]
+            if not any(each and each.basis and each.ranked_by == "mean" for each in observed):
+                raise PickError(
+                    f"`{name}` doesn't have the activations of features",
+                    f"name an observation: `observe features of {basis} …`",
+                )
+    except PickError as refusal:
+        raise _NoDraws(refusal.reason, refusal.hint, asked.frequency.span) from None
+    return finding.parts[0].frequencies()
+
+
 def _drawn_control(
     experiment: ResolvedExperiment,
     asked: spec.Control,
@@ -355,7 +433,9 @@ def _check_drawn_subspaces(
     draws = 39 if asked is None else asked.draws
     hint = f"write `against random({draws}, positions)`"
     if any(isinstance(each.operand, DictionaryFile | PythonBasis) for each in members):
-        reason = "features of dictionaries aren't drawn: most are inactive"
+        reason = "features of dictionaries are drawn by their frequencies: most are inactive"
+        hint = f"write `against random({draws}, features, frequency: seen)`, where `seen` is "
+        hint += f"`observe features of {own.definition} …`"
         raise _NoDraws(reason, hint, rule.spec.span)
     plain = isinstance(does, CoordinateChange) and not does.leaves_no_error
     plain &= rule.spec.exchanged is None
@@ -388,6 +468,7 @@ def resolve_control(
     experiment: ResolvedExperiment,
     apart: Sequence[ExcludedSite],
     most_cells: int,
+    onward: FindingPicker,
     draws_enough: int | None = None,
 ) -> tuple[ResolvedControl | None, list[Diagnostic]]:
     """Create the random control of an experiment.
@@ -395,6 +476,7 @@ def resolve_control(
     Args:
         apart: Sites that are never drawn.
         most_cells: Maximum number of cells.
+        onward: Results of other experiments.
         draws_enough: Number of draws to make if the only question is whether there are any.
 
     Returns:
@@ -419,22 +501,7 @@ def resolve_control(
         ]
     try:
         draws = asked.draws if draws_enough is None else min(asked.draws, draws_enough)
-        with_directions = any(rule.direction is not None for rule in experiment.rules)
-        with_bases = any(rule.basis is not None for rule in experiment.rules)
-        if asked.what in (None, "directions") and with_directions:
-            _check_no_exceptions(apart, "directions")
-            return build_direction_control(experiment, asked, draws), []
-        if asked.what in (None, "subspaces") and with_bases:
-            _check_no_exceptions(apart, "subspaces")
-            return build_subspace_control(experiment, asked, draws), []
-        if asked.what != "positions" and with_bases:
-            raise _NoDraws(
-                "sites of rules in a basis aren't drawn",
-                f"write `against random({asked.draws}, subspaces)`, or `positions`",
-            )
-        control = _Draws(experiment, asked, apart, draws).control()
-        _check_draws_outside_removed(control.experiment.rules, experiment.model.name)
-        return control, []
+        return _build_control(experiment, asked, apart, draws, onward), []
     except _NoDraws as nothing:
         reason, hint, span = nothing.reason, nothing.hint, nothing.span or asked.span
         others = isinstance(nothing, _NoAlternatives)
@@ -442,6 +509,35 @@ def resolve_control(
         return None, []  # the final picks or the real model may have alternatives
     text = asked.span.written
     return None, [BadControl(span=span, text=text, reason=reason, hint=hint)]
+
+
+def _build_control(
+    experiment: ResolvedExperiment,
+    asked: spec.Control,
+    apart: Sequence[ExcludedSite],
+    draws: int,
+    onward: FindingPicker,
+) -> ResolvedControl:
+    """Create the control with the asked kind of targets. Raises _NoDraws."""
+    with_directions = any(rule.direction is not None for rule in experiment.rules)
+    with_bases = any(rule.basis is not None for rule in experiment.rules)
+    if asked.what in (None, "directions") and with_directions:
+        _check_no_exceptions(apart, "directions")
+        return build_direction_control(experiment, asked, draws)
+    if asked.what == "features" and with_bases:
+        _check_no_exceptions(apart, "features")
+        return build_feature_control(experiment, asked, draws, onward)
+    if asked.what in (None, "subspaces") and with_bases:
+        _check_no_exceptions(apart, "subspaces")
+        return build_subspace_control(experiment, asked, draws)
+    if asked.what != "positions" and with_bases:
+        raise _NoDraws(
+            "sites of rules in a basis aren't drawn",
+            f"write `against random({asked.draws}, subspaces)`, or `positions`",
+        )
+    control = _Draws(experiment, asked, apart, draws).control()
+    _check_draws_outside_removed(control.experiment.rules, experiment.model.name)
+    return control
 
 
 def _check_no_exceptions(apart: Sequence[ExcludedSite], drawn: str) -> None:

@@ -424,7 +424,7 @@ def outline_experiment(
     refused += [*check_reply_readers(resolved), *check_estimator(resolved)]
     if refused:
         return known, [*diagnostics, *refused]
-    control, problems = _control(resolved, apart, draws_enough)
+    control, problems = _control(resolved, apart, draws_enough, onward)
     diagnostics.extend(problems)
     if problems:
         return known, diagnostics
@@ -433,14 +433,17 @@ def outline_experiment(
 
 
 def _control(
-    resolved: ResolvedExperiment, apart: Sequence[ExcludedSite], draws_enough: int | None
+    resolved: ResolvedExperiment,
+    apart: Sequence[ExcludedSite],
+    draws_enough: int | None,
+    onward: FindingPicker,
 ) -> tuple[ResolvedControl | None, list[Diagnostic]]:
     """Resolve the random control of an experiment, if it has one."""
     if resolved.spec.against is None:
         return None, []
     from mechdsl.resolve.controls import resolve_control
 
-    return resolve_control(resolved, apart, limits.CELLS, draws_enough)
+    return resolve_control(resolved, apart, limits.CELLS, onward, draws_enough)
 
 
 def _rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> list[ResolvedRule | None]:

@@ -123,6 +123,23 @@ class VariantFinding:
             if isinstance(feature, int) and math.isfinite(value):
                 yield feature, value
 
+    def frequencies(self) -> dict[int, float]:
+        """Return, for each feature with values, the share of rows and cells in which it isn't 0."""
+        import numpy as np
+
+        assert self.values is not None
+        place = [axis.name for axis in self.experiment.axes].index("feature")
+        labels = self.experiment.axes[place].labels
+        active: dict[int, list[int]] = {}
+        for cell, index in self.grid():
+            feature, values = labels[index[place]], self.values[cell]
+            known = values[np.isfinite(values)]
+            if isinstance(feature, int) and len(known):
+                sums = active.setdefault(feature, [0, 0])
+                sums[0] += int(np.count_nonzero(known))
+                sums[1] += len(known)
+        return {feature: count / every for feature, (count, every) in active.items()}
+
     def tokens(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer
     ) -> Iterator[tuple[int, dict[int, float]]]:

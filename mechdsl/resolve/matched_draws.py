@@ -319,3 +319,52 @@ def merge_targets(parts: Iterable[CellTargets]) -> dict[ExchangeGroup, tuple[int
 def _exclude(everything: Sequence[int], without: Sequence[int]) -> tuple[int, ...]:
     out = set(without)
     return tuple(each for each in everything if each not in out)
+
+
+FREQUENCY_RATIO = 2.0
+"""Largest ratio of the frequencies of a feature and of one that is drawn for it."""
+
+
+def draw_features(
+    named: Sequence[int], frequencies: Mapping[int, float], draws: int, key: int
+) -> list[tuple[int, ...]]:
+    """Draw sets of other features, each active about as often as the one that it replaces.
+
+    There are fewer than `draws` if there aren't enough different ones, and none if a feature has
+    no alternative.
+
+    Args:
+        named: The features.
+        frequencies: Feature → share of rows in which it is active.
+        draws: Number of sets.
+        key: Seed of the draws.
+    """
+    own = set(named)
+    others = [
+        [
+            other
+            for other, share in frequencies.items()
+            if other not in own
+            and 0 < frequencies.get(feature, 0) <= FREQUENCY_RATIO * share
+            and share <= FREQUENCY_RATIO * frequencies[feature]
+        ]
+        for feature in named
+    ]
+    if not all(others):
+        return []
+    found: dict[tuple[int, ...], None] = {}
+    for attempt in range(MAX_ATTEMPTS * draws):
+        drawn: list[int] = []
+        for place, pool in enumerate(others):
+            left = [each for each in pool if each not in drawn]
+            if left:
+                drawn.append(left[stable_hash(key, attempt, place) % len(left)])
+        if len(drawn) == len(named):
+            found[tuple(sorted(drawn))] = None
+        if len(found) == draws:
+            break
+    return list(found)
+
+
+MAX_ATTEMPTS = 20
+"""Number of attempts for each draw of features, after which all are taken to be found."""

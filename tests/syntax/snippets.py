@@ -294,6 +294,7 @@ for k in 0%..100% step 5% { ablate layer k head * at last token with zero }
 for l in 0..3 { for m in 0..3 { patch layer l, m head 0 at last token } }
 for l in 0..3 { }
 against random(20)
+against random(39, features, frequency: seen)
 against random(20) except top 5 of cie
 against random(20, layers) except movers, L9H9, layer 3 head 1, best of cie
 against random
