@@ -18,13 +18,16 @@ from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import SafetensorsFile, UnreadableFile, inspect_safetensors
 from mechdsl.base.text import name_list
 
-Layout = Literal["SAELens", "sparsify", "tensors"]
+Layout = Literal["SAELens", "sparsify", "tensors", "circuit-tracer"]
 
 Architecture = Literal["standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit"]
 
 Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
 
 CONFIG_FILE = "cfg.json"
+
+CROSS_LAYER_CONFIG = "config.yaml"
+"""Configuration of a cross-layer transcoder, which names the hook point that it reads."""
 
 WEIGHT_FILES: Mapping[Layout, str] = {
     "SAELens": "sae_weights.safetensors",
@@ -110,6 +113,8 @@ class DictionaryFile(Record):
     input."""
     skips: bool = False
     """Whether a transcoder adds a linear function of its input."""
+    crosses_layers: bool = False
+    """Whether its features write to several layers, so that it has an encoder only."""
     transposed: bool = False
     """Whether the encoder is saved as [feature, width]."""
     subtracts_bias: bool = True
@@ -143,16 +148,20 @@ class DictionaryFile(Record):
     def kind(self) -> str:
         """Its type, as messages name it: `jumprelu SAE`, `topk transcoder with k 32`."""
         what = ("skip transcoder" if self.skips else "transcoder") if self.transcodes else "SAE"
+        what = "cross-layer transcoder" if self.crosses_layers else what
         return f"{self.architecture} {what}" + (f" with k {self.k}" if self.k is not None else "")
 
 
-def read_dictionary(path: Path, written: str, *, transcodes: bool = False) -> DictionaryFile:
+def read_dictionary(
+    path: Path, written: str, *, transcodes: bool = False, layer: int | None = None
+) -> DictionaryFile:
     """Read the facts of a dictionary.
 
     Args:
         path: A folder, or a safetensors file.
         written: The path as the user wrote it.
         transcodes: Whether a file of tensors alone is a transcoder.
+        layer: The layer of a cross-layer transcoder's encoder.
 
     Raises:
         UnreadableFile: If it is missing, has another form, or is too large.
@@ -162,6 +171,8 @@ def read_dictionary(path: Path, written: str, *, transcodes: bool = False) -> Di
             f"`{written}` is a pickle, which may run code when it is loaded",
             CONVERSION.replace("FILE", path.name),
         )
+    if path.is_dir() and any(path.glob("W_enc_*.safetensors")):
+        return _read_cross_layer(path, written, layer)
     if path.is_dir():
         return _read_folder(path, written)
     if path.suffix == ".safetensors":
@@ -176,11 +187,6 @@ def read_dictionary(path: Path, written: str, *, transcodes: bool = False) -> Di
 
 def _read_folder(path: Path, written: str) -> DictionaryFile:
     config_path = path / CONFIG_FILE
-    if any(path.glob("W_enc_*.safetensors")):  # the layout of circuit-tracer
-        raise UnreadableFile(
-            f"`{written}` is a cross-layer transcoder, whose features write to several layers",
-            "use transcoders of single layers: one basis for each",
-        )
     present: list[Layout] = [name for name, file in WEIGHT_FILES.items() if (path / file).exists()]
     layout = present[0] if present else None
     if layout is None:
@@ -213,6 +219,74 @@ def _read_folder(path: Path, written: str) -> DictionaryFile:
     digest = sha256(content + file.digest.encode()).hexdigest()
     read = _of_sae_lens if layout == "SAELens" else _of_sparsify
     return read(cast("dict[str, Any]", config), file, digest, written)
+
+
+def _read_cross_layer(path: Path, written: str, layer: int | None) -> DictionaryFile:
+    """Read the encoder of one layer of a cross-layer transcoder, in circuit-tracer's layout."""
+    weights = path / f"W_enc_{layer}.safetensors"
+    if not weights.is_file():
+        count = len(list(path.glob("W_enc_*.safetensors")))
+        raise UnreadableFile(
+            f"`{written}` is a cross-layer transcoder without an encoder for layer {layer}",
+            f"it has {count}; write, for example, `at mlp_out layer 0`",
+        )
+    file = inspect_safetensors(
+        weights, f"{written}/{weights.name}", limits.DICTIONARY_FILE, "use a smaller dictionary"
+    )
+    jumps = f"threshold_{layer}" in file.shapes
+    names = {name: f"{name}_{layer}" for name in ("W_enc", "b_enc", *(["threshold"] * jumps))}
+    missing = next((name for name in names.values() if name not in file.shapes), None)
+    features, width = (*file.shapes.get(names["W_enc"], ()), 0, 0)[:2]
+    shapes = {file.shapes[name] for key, name in names.items() if key != "W_enc" and not missing}
+    if missing or shapes != {(features,)} or not width:
+        reason = f"has no tensor `{missing}`" if missing else "has tensors of different sizes"
+        raise UnreadableFile(
+            f"`{written}/{weights.name}` {reason}",
+            f"it needs `{names['W_enc']}` [feature, width] and `{names['b_enc']}` [feature]",
+        )
+    config, content = _read_cross_layer_config(path, written)
+    hook = f"blocks.{layer}.{config.get('feature_input_hook')}"
+    if site_of_hook(hook) not in [(site, layer) for site in ENCODED_SITES]:
+        known = name_list(name for name, site in HOOK_SITES.items() if site in ENCODED_SITES)
+        raise UnreadableFile(
+            f"`{written}/{CROSS_LAYER_CONFIG}` doesn't say what the features read",
+            f"it needs `feature_input_hook: …` with one of {known}",
+        )
+    return DictionaryFile(
+        path=weights,
+        layout="circuit-tracer",
+        architecture="jumprelu" if jumps else "standard",
+        features=features,
+        width_in=width,
+        width_out=width,
+        dtype=file.dtypes[names["W_enc"]],
+        digest=sha256(content + file.digest.encode()).hexdigest(),
+        weights_digest=file.digest,
+        tensors=names,
+        transcodes=True,
+        crosses_layers=True,
+        transposed=True,
+        subtracts_bias=False,
+        model=_text(config.get("model_name")),
+        hook=hook,
+    )
+
+
+def _read_cross_layer_config(path: Path, written: str) -> tuple[Mapping[str, object], bytes]:
+    """Read the configuration of a cross-layer transcoder; empty if there is none."""
+    import yaml
+
+    try:
+        content = (path / CROSS_LAYER_CONFIG).read_bytes()
+        config = yaml.safe_load(content)
+    except FileNotFoundError:
+        return {}, b""
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UnreadableFile(
+            f"`{written}/{CROSS_LAYER_CONFIG}` can't be read: {type(error).__name__}",
+            "copy the folder again",
+        ) from None
+    return cast("Mapping[str, object]", config if isinstance(config, dict) else {}), content
 
 
 def _of_sae_lens(
@@ -429,6 +503,9 @@ def site_of_hook(hook: str) -> tuple[str, int] | None:
     return None if site is None else (site, int(words[1]))
 
 
+ENCODED_SITES = ("mlp_norm", "resid_mid")
+"""Sites that a transcoder may encode: the input of the MLP after its norm, or before it."""
+
 HOOK_SITES = {
     "hook_resid_pre": "resid_pre",
     "hook_resid_mid": "resid_mid",
@@ -439,6 +516,7 @@ HOOK_SITES = {
     "mlp.hook_post": "mlp_hidden",
     "hook_mlp_in": "resid_mid",
     "ln2.hook_normalized": "mlp_norm",
+    "mlp.hook_in": "mlp_norm",
     "ln1.hook_normalized": "attn_norm",
 }
 """Hook points of TransformerLens, by site."""

@@ -31,7 +31,7 @@ OTHER_METHODS = {
     "boundless_das": _TRAINED,
     "rotation": _TRAINED,
     "dictionary": 'write `sae("path/to/sae")` or `transcoder("path/to/transcoder")`',
-    "clt": "cross-layer transcoders can't be written; `transcoder(…)` reads one of a single layer",
+    "clt": 'write `transcoder("path/to/clt") at mlp_out layer 3`, which can be observed',
     "identity": "write `neurons`",
     "standard": "write `neurons`",
 }

@@ -15,6 +15,8 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.rules import BadBasis, DictionaryElsewhere, DictionaryOfAnotherModel
 from mechdsl.dictionaries.folder import (
     CONFIG_FILE,
+    CROSS_LAYER_CONFIG,
+    ENCODED_SITES,
     WEIGHT_FILES,
     DictionaryFile,
     read_dictionary,
@@ -275,6 +277,7 @@ def resolve_rule(
                 return None
             bases.append(members)
         _check_rule(rule, found)
+        _check_writable(rule.site, bases)
         _check_all_features(rule, features, bases)
         _check_bases(rule, found, bases)
         axes, coordinates = _coordinates(rule, features, bases[0], work)
@@ -518,6 +521,19 @@ def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:
             rule.site,
             "a rule in a basis reads and writes the same layer",
             "remove `into layer`",
+        )
+
+
+def _check_writable(site: ast.Site, bases: Sequence[PointBases]) -> None:
+    """Check that features write to one layer."""
+    members = (member for points in bases for member in points.values())
+    operands = (member.operand for member in members)
+    if any(isinstance(each, DictionaryFile) and each.crosses_layers for each in operands):
+        raise BasisError(
+            site,
+            "the features of a cross-layer transcoder write to several layers, so no rule "
+            "changes them",
+            "use transcoders of single layers, or only look: `observe features of …`",
         )
 
 
@@ -961,13 +977,14 @@ def _dictionary(
     construct = TRANSCODER_PATH if wanted else DICTIONARY_PATH
     path, problems = path_to_read(construct, written, call.span)
     if path is not None and path.is_dir():  # its files may be links to other folders
-        for name in (CONFIG_FILE, *WEIGHT_FILES.values()):
+        encoder = f"W_enc_{point.layer}.safetensors"
+        for name in (CONFIG_FILE, CROSS_LAYER_CONFIG, *WEIGHT_FILES.values(), encoder):
             problems += path_to_read(construct, f"{written}/{name}", call.span)[1]
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     if path is None or problems:
         return None
     try:
-        file = read_dictionary(path, written, transcodes=wanted)
+        file = read_dictionary(path, written, transcodes=wanted, layer=point.layer)
     except UnreadableFile as problem:
         raise BasisError(call, problem.reason, problem.hint) from None
     if file.transcodes != wanted:
@@ -993,10 +1010,6 @@ def _dictionary(
     text = f"{file.kind} {written} ({file.layout}, {file.precision}), SHA-256 {file.digest[:12]}…"
     text += f", of {reads}" if reads else ""
     return file, file.features, text
-
-
-ENCODED_SITES = ("mlp_norm", "resid_mid")
-"""Sites that a transcoder may encode: the input of the MLP after its norm, or before it."""
 
 
 def find_encoded_site(file: DictionaryFile) -> str:

@@ -131,8 +131,8 @@ def test_a_file_of_tensors_may_be_a_transcoder_with_a_transposed_encoder(tmp_pat
 
 def test_cross_layer_transcoders_are_recognised(tmp_path: Path) -> None:
     save_file({"W_enc_0": torch.zeros(4, 8)}, tmp_path / "W_enc_0.safetensors")
-    with pytest.raises(UnreadableFile, match="is a cross-layer transcoder"):
-        read_dictionary(tmp_path, "clt", transcodes=True)
+    with pytest.raises(UnreadableFile, match="is a cross-layer transcoder without"):
+        read_dictionary(tmp_path, "clt", transcodes=True, layer=1)
 
 
 def test_facts_are_read_from_the_configuration() -> None:

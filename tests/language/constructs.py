@@ -392,8 +392,8 @@ _file(
     "The features of a transcoder, in the layouts of `sae`, or in a `layer_1.safetensors` of "
     "circuit-tracer. They are computed from the current `mlp_norm` of the block, or from "
     "`resid_mid` if the configuration records it, and rules change `mlp_out` by (f′ − f) W_dec. "
-    "`set mlp_out layer 1 at tokens * to reconstruction of t` replaces the MLP. Cross-layer "
-    "transcoders are an error.",
+    "`set mlp_out layer 1 at tokens * to reconstruction of t` replaces the MLP. Of a "
+    "cross-layer transcoder in circuit-tracer's layout, the features can be observed, not changed.",
     "tests/rules/test_transcoders.py",
     "Dunefsky et al. 2024, arXiv 2406.11944",
 )

@@ -446,3 +446,110 @@ def test_positions_are_drawn_beside_a_transcoder(data: Path) -> None:
     assert band is not None
     assert band.draws[0] == 3
     assert band.low[0] < band.high[0]
+
+
+# --- cross-layer transcoders: observed, not changed -----------------------------------------------
+
+
+def make_cross_layer(
+    folder: Path, width: int, hook: str = "hook_resid_mid", layers: int = 2
+) -> dict[int, dict[str, Tensor]]:
+    """Write a cross-layer transcoder in the layout of circuit-tracer; returns its encoders."""
+    random = torch.Generator().manual_seed(5)
+    target = folder / "clt"
+    target.mkdir(exist_ok=True)
+    found: dict[int, dict[str, Tensor]] = {}
+    for layer in range(layers):
+        parts = {
+            "W_enc": torch.randn(FEATURES, width, generator=random) / 2,
+            "b_enc": torch.randn(FEATURES, generator=random) / 4,
+            "b_dec": torch.randn(width, generator=random),
+        }
+        if layer == LAYER:
+            parts["threshold"] = torch.randn(FEATURES, generator=random).abs() / 2
+        save_file(
+            {f"{name}_{layer}": each for name, each in parts.items()},
+            target / f"W_enc_{layer}.safetensors",
+        )
+        found[layer] = {name: each.double() for name, each in parts.items()}
+    config = f"model_name: m\nmodel_kind: cross_layer_transcoder\nfeature_input_hook: {hook}\n"
+    (target / "config.yaml").write_text(config, encoding="utf-8")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "hook", "site"),
+    [
+        ("gpt2", "hook_resid_mid", "resid_mid"),
+        ("llama", "hook_resid_mid", "resid_mid"),
+        ("gpt_neox", "mlp.hook_in", "mlp_norm"),
+        ("gemma2", "ln2.hook_normalized", "mlp_norm"),
+    ],
+)
+def test_features_of_a_cross_layer_transcoder(
+    family: str, hook: str, site: str, data: Path
+) -> None:
+    encoders = make_cross_layer(data, width_of(family), hook)
+    text = "".join(
+        f'basis c{layer} = transcoder("clt") at mlp_out layer {layer}\n' for layer in encoders
+    )
+    for layer in encoders:
+        line = f"observe features of c{layer} at last token"
+        text += experiment(f"e{layer}", line, measure="", stats="")
+    results = run_file(text, data, family, "planned")
+    for layer, parts in encoders.items():
+        found = results[f"e{layer}"]
+        for n, row in enumerate(rows()):
+            x = plain(family, row)[site, layer][row.last, 0]
+            before = parts["W_enc"] @ x + parts["b_enc"]
+            active = before > parts.get("threshold", torch.zeros(FEATURES))
+            expected = (before * active).clamp(min=0).numpy()
+            assert np.abs(found.measures[0].patched[:, n] - expected).max() < 1e-4
+        assert "cross-layer transcoder" in found.conventions[f"basis c{layer}"]
+        assert "explains" not in found.conventions[f"features of c{layer}"]
+
+
+CROSS = f'basis c = transcoder("clt") at mlp_out layer {LAYER}\n'
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "ablate feature 3 of c at last token with zero",
+        f"set mlp_out layer {LAYER} at tokens * to reconstruction of c",
+        f"patch mlp_out layer {LAYER} in basis c at last token",
+    ],
+)
+def test_rules_on_cross_layer_transcoders_are_refused(rule: str, data: Path) -> None:
+    make_cross_layer(data, width_of("llama"))
+    lines = ("from other into clean", rule) if rule.startswith("patch") else (rule,)
+    result, (problem,) = try_file(CROSS + experiment("e", *lines), data, "llama")
+    assert result is None
+    assert problem.code == "E0342"
+    assert "write to several layers" in problem.message
+    assert "observe features of" in problem.help_text
+
+
+def test_cross_layer_transcoders_that_cannot_be_read(data: Path) -> None:
+    text = experiment("e", "observe features of c at last token", measure="", stats="")
+
+    def problem(basis: str = CROSS) -> str:
+        result, (found,) = try_file(basis + text, data, "llama")
+        assert result is None
+        assert found.code == "E0342"
+        return found.message
+
+    make_cross_layer(data, width_of("llama"), "hook_resid_post")
+    assert "doesn't say what the features read" in problem()
+    (data / "clt" / "config.yaml").unlink()
+    assert "doesn't say what the features read" in problem()
+    (data / "clt" / "config.yaml").write_text("a: [", encoding="utf-8")
+    assert "can't be read" in problem()
+    make_cross_layer(data, width_of("llama"))
+    (data / "clt" / f"W_enc_{LAYER}.safetensors").unlink()
+    assert f"without an encoder for layer {LAYER}" in problem()
+    save_file({f"W_enc_{LAYER}": torch.zeros(4, 8)}, data / "clt" / f"W_enc_{LAYER}.safetensors")
+    assert f"has no tensor `b_enc_{LAYER}`" in problem()
+    make_cross_layer(data, width_of("llama"))
+    (data / "clt" / "W_enc_0.safetensors").unlink()
+    assert "is a jumprelu cross-layer transcoder" in problem(CROSS.replace("transcoder", "sae", 1))
