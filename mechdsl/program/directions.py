@@ -121,6 +121,7 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
     sites = (rule.site for rule in experiment.every_rule if rule.site is not None)
     names = dict.fromkeys(site.basis_name for site in sites)
     names |= {rule.exchanged.of: None for rule in experiment.every_rule if rule.exchanged}
+    names |= {rule.observed.basis: None for rule in experiment.every_rule if rule.observed}
     looped = [loop for loop in experiment.loops if loop.name in names]
     for loop in looped:  # `for b in [more, less] { patch SITE in basis b }`
         names |= dict.fromkeys(p.id for p in walk(loop.domain) if isinstance(p, ast.Name))

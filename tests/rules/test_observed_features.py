@@ -6,12 +6,13 @@ One unpadded prompt at a time; the dictionary is computed from its formulas.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import pearsonr
+from scipy import stats
 from torch import Tensor
 
 from mechdsl.results.experiment_result import ExperimentResult
@@ -19,6 +20,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from ..execute.support import PROMPTS
 from ..models import families
 from ..reference.forward import Write
+from .basis_reference import Basis, pca, save_rows, saved, svd, words
 from .models import bare
 from .support import (
     MANY,
@@ -113,22 +115,55 @@ def test_differences(family: str, data: Path) -> None:
     assert "minus that in `longer`" in found.conventions["observed"]
 
 
+def sized(folder: Path, counts: list[int]) -> str:
+    """Prompts whose rows have a number."""
+    lines = [json.dumps({**own, "size": n}) for own, n in zip(records(), counts, strict=True)]
+    (folder / "sized.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return PROMPTS.replace("data.jsonl", "sized.jsonl")
+
+
 @pytest.mark.parametrize("family", HERE)
 def test_correlations(family: str, data: Path) -> None:
     """With `correlation`, a cell's value is Pearson's r over its rows."""
     of = make(data, "standard", width_of(family))
     counts = [3, 1, 4, 2]
-    lines = [json.dumps({**own, "size": n}) for own, n in zip(records(), counts, strict=True)]
-    (data / "sized.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    blocks = PROMPTS.replace("data.jsonl", "sized.jsonl")
+    blocks = sized(data, counts)
     line = "observe features of f at tokens * top 3 by correlation(2 * size)"
     found = run_file(BASIS + observed(line), data, family, "planned", blocks=blocks)["e"]
     features = means(family, of, "tokens *")
-    r = [pearsonr(own, counts).statistic if own.std() > 1e-9 else 0.0 for own in features.T]
+    r = [stats.pearsonr(own, counts).statistic if own.std() > 1e-9 else 0.0 for own in features.T]
     order = np.argsort(-np.abs(r), kind="stable")[:3].tolist()
     assert [cell.coords["feature"] for cell in found.cells] == order
     assert np.abs(found.measures[0].patched.mean(1) - np.array(r)[order]).max() < 1e-4
     assert found.measures[0].unit == "correlation"
+    for feature, rank in zip(order, found.measures[0].patched, strict=True):
+        x, y = (stats.zscore(each) for each in (features[:, feature], np.array(counts)))
+        influence = x * y - r[feature] * (x**2 + y**2) / 2
+        assert np.abs(rank - (r[feature] + influence)).max() < 1e-3
+
+
+@pytest.mark.parametrize("by", ["mean", "difference(other)", "correlation(size)"])
+def test_small_batches_change_nothing(by: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(data, "standard", width_of("llama"))
+    blocks = sized(data, [3, 1, 4, 2])
+    text = BASIS + observed(f"observe features of f at tokens * top 3 by {by}")
+    whole = run_file(text, data, "llama", "planned", blocks=blocks)["e"]
+    monkeypatch.setattr("mechdsl.execute.observation.features.MAX_NUMBERS", 600)
+    parts = run_file(text, data, "llama", "planned", blocks=blocks)["e"]
+    assert [cell.coords for cell in parts.cells] == [cell.coords for cell in whole.cells]
+    assert np.abs(parts.measures[0].patched - whole.measures[0].patched).max() < 1e-5
+    assert parts.conventions["features of f"] == whole.conventions["features of f"]
+
+
+def test_prompts_without_the_feature_are_not_listed(data: Path) -> None:
+    of = make(data, "topk", width_of("gpt2"))
+    text = BASIS + observed("observe features of f at last token")
+    found = run_file(text, data, "gpt2", "planned")["e"]
+    there = means("gpt2", of, "last token") > 0
+    assert not there.all()
+    for feature, prompts in enumerate(found.active):
+        rows_there = {n for n in range(len(rows())) if there[n, feature]}
+        assert {each.row for each in prompts} == rows_there
 
 
 def test_positions_are_an_axis(data: Path) -> None:
@@ -192,6 +227,42 @@ def test_linear_bases(site: str, data: Path) -> None:
         own = own[int(head)] if head else own.flatten()
         expected.append(own)
     check(found, torch.stack(expected).double().numpy(), 3)
+
+
+COMPUTED: dict[str, tuple[str, Callable[[str], Basis]]] = {
+    "pca": (
+        "pca(p, dims: 3) at resid_post layer 1 at last token",
+        lambda name: pca(name, "clean", "resid_post", 1, "last token", 3),
+    ),
+    "svd": (
+        "svd(weights: mlp_out, dims: 3) at mlp_out layer 1",
+        lambda name: svd(name, "mlp_out", 1, 3),
+    ),
+    "rows": (
+        'rows(unembed, " w3", " w9") at resid_post layer 1',
+        lambda name: words(name, "w3", "w9"),
+    ),
+    "saved": (
+        'saved("ROWS", "rows") at resid_post layer 1',
+        lambda name: saved(width_of(name)),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", HERE)
+@pytest.mark.parametrize("method", COMPUTED)
+def test_computed_bases(method: str, family: str, data: Path) -> None:
+    """Coordinates of bases that are fitted on rows, read from weights, or loaded."""
+    written, made = COMPUTED[method]
+    file = save_rows(data, width_of(family))
+    text = f"basis n = {written.replace('ROWS', file)}\n"
+    text += observed("observe features of n at last token")
+    found = run_file(text, data, family, "planned")["e"]
+    site = "mlp_out" if method == "svd" else "resid_post"
+    x = torch.stack([plain(family, row)[site, LAYER][row.last, 0] for row in rows()])
+    expected = made(family).coordinates(x)
+    assert len(found.cells) == expected.shape[1]
+    assert np.abs(found.measures[0].patched - expected.T.numpy()).max() < 1e-3
 
 
 def test_prompts_and_tokens(data: Path) -> None:

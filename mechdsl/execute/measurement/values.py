@@ -166,7 +166,7 @@ class ActiveRow:
 
 @dataclass(frozen=True)
 class FeatureFindings:
-    """What an observation of features found beside their values."""
+    """Facts that an observation of features finds in addition to their values."""
 
     features: tuple[int, ...]
     """[rank] the observed features; those of the largest values first, if they were selected."""

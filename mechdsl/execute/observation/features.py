@@ -29,7 +29,7 @@ class ObservedFeatures:
     activations: Floats
     """[token, rank] of the tokens in `own`."""
     other: tuple[TokenVectors, Floats] | None
-    """The same of the run to compare with."""
+    """Vectors and activations of the run to compare with, if any."""
     findings: FeatureFindings
 
     def values(

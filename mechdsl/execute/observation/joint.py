@@ -656,11 +656,12 @@ def _iter_feature_cells(
     measured: MeasuredValues,
     system: CoordinateSystem,
 ) -> Iterator[tuple[int, Ints, CellComputation]]:
-    """The same of features; cells of ranks that no feature has aren't in it."""
+    """Yield the cells of observed features, as `_iter_cells`; cells of ranks without a feature are
+    left out."""
     plan, rule = gatherer.plan, gatherer.rule
     names = [axis.name for axis in plan.experiment.axes]
     ranks = plan.coordinates[names.index(FEATURE_AXIS)]
-    model = gatherer.runs.model
+    model = gatherer.runs.model_of(gatherer.runs.named(plan.experiment.spec.base))
     wide = torch.promote_types(model.dtype, torch.float32)
     inputs = torch.empty(0, dtype=wide, device=model.device)
     for cells, seen in _iter_tokens(gatherer):
