@@ -111,6 +111,41 @@ def test_stored_run_has_the_same_prompts_and_features(tmp_path: Path) -> None:
     assert again["seen"].to_text(120) == first["seen"].to_text(120)
 
 
+def test_another_experiment_in_the_file_changes_no_features(tmp_path: Path) -> None:
+    """The store may have everything else of the experiment, but not which features it selects."""
+    path, text = tmp_path / "seen.mech", FILE.replace("REPORT", "")
+    path.write_text(text, encoding="utf-8")
+    first = mechdsl.run(path, store=tmp_path / "store")["seen"]
+    more = "experiment more { model toy prompts fruit limit 8 measure entropy as raw }\n"
+    path.write_text(text + more, encoding="utf-8")
+    again = mechdsl.run(path, store=tmp_path / "store")["seen"]
+    assert again.cells == first.cells
+    assert again.active == first.active
+
+
+def test_changed_labels_are_read_again(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1].parent / "examples" / "systems" / "induction-features"
+    path = tmp_path / "seen.mech"
+    path.write_text(
+        f"""mech 1
+model lm = zoo("induction")
+prompts words {{ template "one two three" }}
+basis f = sae("{folder}", labels: "labels.jsonl") at z layer 1
+experiment seen {{
+  model lm
+  prompts words
+  observe features of f at last token
+}}
+""",
+        encoding="utf-8",
+    )
+    for label in ("first", "second"):
+        line = json.dumps({"index": 3, "description": label})
+        (tmp_path / "labels.jsonl").write_text(line, encoding="utf-8")
+        results = mechdsl.run(path, store=tmp_path / "store")
+        assert results["seen"].cells[3].label == label
+
+
 def test_two_models_have_separate_features(tmp_path: Path) -> None:
     text = FILE.replace("REPORT", "").replace(
         "experiment seen {\n  model toy",

@@ -9,7 +9,7 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.pipeline.options import RunOptions
-from mechdsl.planner.encoding import encoding_adds
+from mechdsl.planner.encoding import encoding_adds, observation_adds
 from mechdsl.planner.plan import Plan
 
 from ..execute.support import run_on, shared
@@ -74,3 +74,29 @@ def test_linear_bases_have_no_error(data: Path) -> None:
     basis = "basis b = random(dims: 3) at resid_post layer 1\n"
     rule = "from other into clean  patch resid_post layer 1 in basis b at last token"
     assert counted(rule, "standard", data, basis) == pytest.approx((9 * ROWS, 9 * ROWS))
+
+
+@pytest.mark.parametrize(
+    ("line", "architecture", "vectors"),
+    [
+        # encode and reconstruct, and encode two features again
+        ("observe features of f at last token top 2", "standard", ROWS * (3 * FEATURES + 2)),
+        # features of the top-k depend on each other
+        ("observe features of f at tokens * top 2", "topk", EVERY * 4 * FEATURES),
+        (
+            "observe features of f at last token top 2 by difference(other)",
+            "standard",
+            2 * ROWS * (3 * FEATURES + 2),
+        ),
+    ],
+)
+def test_observed_features(line: str, architecture: str, vectors: int, data: Path) -> None:
+    width = width_of("gpt2")
+    make(data, architecture, width)
+    plans: list[Plan] = []
+    options = RunOptions(on_profile=lambda plan, _: plans.append(plan))
+    text = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{BASIS}'
+    text += experiment("e", line, measure="", stats="")
+    run_on(Source(text, data / "file.mech"), {"m": shared(bare("gpt2"))}, options)
+    (plan,) = plans[0].panels[0].experiments
+    assert observation_adds(plan, np.arange(ROWS)) / width == vectors

@@ -345,6 +345,43 @@ def test_rules_in_the_same_experiment_are_refused(data: Path) -> None:
     assert "E0207" in codes(text, data)
 
 
+def test_runs_with_noise_are_refused(data: Path) -> None:
+    make(data, "topk", width_of("llama"))
+    noise = "corrupt noised { add gaussian(std: 2 sd) to embed at subject tokens }\n"
+    blocks = PROMPTS.replace("corrupt turned", f"{noise}  corrupt turned")
+    for line in (
+        "observe features of f of noised at last token",
+        "observe features of f at last token by difference(noised)",
+    ):
+        result, problems = try_file(BASIS + observed(line), data, "llama", blocks=blocks)
+        assert result is None
+        (problem,) = [each for each in problems if each.code == "E0207"]
+        assert "draws of noise" in problem.message
+
+
+@pytest.mark.parametrize("sign", ["<", ">"])
+def test_kept_rows_that_have_the_position(sign: str, data: Path) -> None:
+    """Values are those of their rows where others are dropped or lack the position."""
+    of = make(data, "standard", width_of("llama"))
+    keep = f"keep logit(answer) {sign} logit(wrong)"
+    line = "observe features of f at each item token top 2"
+    found = run_file(BASIS + observed(keep, line), data, "llama", "planned")["e"]
+    assert found.row_ids is not None
+    assert 0 < len(found.row_ids) < len(rows())
+    checked = 0
+    for cell, values in zip(found.cells, found.measures[0].patched, strict=True):
+        number = int(str(cell.coords["position"]).rpartition(" ")[2])
+        for row, value in zip(found.row_ids, values, strict=True):
+            items = rows()[row].spans["items"]
+            if number > len(items):
+                assert np.isnan(value)
+                continue
+            x = plain("llama", rows()[row])["resid_post", LAYER][items[number - 1], 0]
+            assert value == pytest.approx(of.encode(x)[cell.coords["feature"]].item(), abs=1e-4)
+            checked += 1
+    assert checked > 3
+
+
 def test_few_active_features(data: Path) -> None:
     """Fewer cells than asked for, where fewer features are active."""
     make(data, "topk", width_of("llama"))

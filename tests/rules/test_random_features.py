@@ -67,6 +67,18 @@ def test_joined_features_and_a_loop(data: Path) -> None:
     assert (first.draws > 0).any()
 
 
+def test_draws_depend_on_the_seed_and_on_the_features(data: Path) -> None:
+    make(data, "standard", width_of(FAMILY))
+    bands: set[tuple[float, ...]] = set()
+    for seed in range(6):
+        text = f"seed {seed}\n{BASIS}{SEEN}"
+        text += experiment("e", RULE, "against random(1, features, frequency: seen)")
+        band = run_file(text, data, FAMILY, "planned")["e"].controls[0]
+        assert band is not None
+        bands.add(tuple(np.nan_to_num(band.low).round(6).tolist()))
+    assert len(bands) == 6
+
+
 @pytest.mark.parametrize(
     ("against", "code", "said"),
     [

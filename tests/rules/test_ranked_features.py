@@ -83,6 +83,21 @@ def test_of_a_sweep(folder: Path) -> None:
     assert np.abs(every["e"].measures[0].patched - alone).max() < 1e-6
 
 
+def test_of_several_positions(folder: Path) -> None:
+    """A feature counts by its best position."""
+    line = "observe features of f at each token of subject top 8"
+    seen = experiment("seen", line, measure="", stats="")
+    found = run_file(BASIS + seen, folder, FAMILY, "planned")["seen"]
+    best: dict[int, float] = {}
+    for cell, values in zip(found.cells, found.measures[0].patched, strict=True):
+        feature = int(cell.coords["feature"])
+        best[feature] = max(best.get(feature, -np.inf), float(np.nanmean(values)))
+    order = sorted(best, key=lambda feature: -best[feature])
+    text = BASIS + seen + experiment("e", f"ablate feature top 5 of seen {AT}")
+    cells = run_file(text, folder, FAMILY, "planned")["e"].cells
+    assert [cell.coords["feature"] for cell in cells] == order[:5]
+
+
 def test_in_a_run_and_in_an_exchange(folder: Path) -> None:
     order = ranked(folder)
     Big(folder, width_of(FAMILY))
