@@ -68,3 +68,21 @@ def test_a_map_for_each_cluster(name: str, tmp_path: Path) -> None:
         for cluster in range(3) if mask.any() else ():
             by_hand = mass(values[cluster, :, row].reshape(GRID, GRID), mask)
             assert inside[cluster, row] == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_features_of_patches(name: str, tmp_path: Path) -> None:
+    """Coordinates of the patches, and the patches at which they are highest."""
+    text = "basis n = neurons at resid_post layer 1\n"
+    text += looking("e", "observe features of n at image tokens top 3 as seen")
+    found = run(name, tmp_path, text)["e"]
+    vectors = patches(name, tmp_path, 1)
+    means = np.array([each.mean(0) for each in vectors])
+    order = np.argsort(-np.abs(means.mean(0)), kind="stable")[:3].tolist()
+    assert [cell.coords["feature"] for cell in found.cells] == order
+    np.testing.assert_allclose(found.measures[0].patched, means[:, order].T, atol=2e-4)
+    for feature, prompts in zip(order, found.active, strict=True):
+        for each in prompts:
+            values = [value for value in each.values if value is not None]
+            np.testing.assert_allclose(values, vectors[each.row][:, feature], atol=2e-4)
+            assert "row 1 col 1" in " ".join(each.tokens)
