@@ -692,6 +692,7 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
     call = definition.method
     method = BASIS_METHODS[call.name]
     options = _options(call, method, work)
+    labels = _labels(call, work)
     found: dict[SitePoint, BasisMember] = {}
     for key, here in sites.points.items():
         if key in sites.missing:
@@ -721,7 +722,6 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
         made = f"{method.describe(text, options)}, at {sites.labels[key]}"
         made += f"; {count_noun(size, 'coordinate')}"
         reads = find_encoded_site(what) if isinstance(what, DictionaryFile) else ""
-        labels = _labels(call, work)
         made += "" if labels is None else f"; {count_noun(len(labels.texts), 'label')}"
         found[point] = BasisMember(name, call.name, options, what, width, size, made, reads, labels)
     return found

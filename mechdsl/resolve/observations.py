@@ -240,12 +240,6 @@ class TokenVectors:
         stride = 1 + self.tokens.max(initial=0)
         return row, np.searchsorted(self.row * stride + self.tokens, row * stride + token)
 
-    def find_rows(self, cell: PositionCell) -> Ints:
-        """Return the rows that have a position, ascending."""
-        import numpy as np
-
-        return np.unique(self.at(cell)[0])
-
     def of_rows(self, there: Bools) -> tuple[Floats, Ints]:
         """Select some rows.
 

@@ -202,9 +202,9 @@ class _AxisReader:
             if isinstance(value, ast.Star):
                 own = range(self.size)
             elif isinstance(value, ast.RankedSelection):
+                values = {**self.context.parameters, **at}
                 picked = self.context.onward.pick_features(
-                    *(value, self.axis.of or "", self.size),
-                    *({**self.context.parameters, **at}, self.context.diagnostics),
+                    value, self.axis.of or "", self.size, values, self.context.diagnostics
                 )
                 if picked is None:
                     return None

@@ -293,13 +293,13 @@ def test_imports_nothing_heavy_and_starts_fast() -> None:
                 env=environment,
             ).stdout
         )
-        for _ in range(3)
+        for _ in range(6)
     )
     # 0.15 to 0.25 where nothing else runs; caches shared with other processes cost some more, and a
     # machine that is slow at everything is as slow at this.
     start = time.process_time()
     sum(i * i for i in range(1_000_000))
-    assert seconds < max(0.45, 6 * (time.process_time() - start))
+    assert seconds < max(0.3, 4 * (time.process_time() - start))
 
 
 def test_parsing_is_safe_in_threads() -> None:

@@ -15,7 +15,7 @@ from mechdsl.forward.hooks.coordinates import MAX_NUMBERS, CoordinateSystem
 from mechdsl.forward.hooks.weight_maps import NoLinearMap, WeightMaps
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.observations import TokenVectors
-from mechdsl.rules.observations.features import LISTED_TOKENS, FeatureActivations, correlate
+from mechdsl.rules.observations.features import LISTED_TOKENS, FeatureActivations
 
 SHOWN_ROWS = 5
 """Number of rows that are kept for each feature: those with its highest activations."""
@@ -32,25 +32,20 @@ class ObservedFeatures:
     """Vectors and activations of the run to compare with, if any."""
     findings: FeatureFindings
 
-    def values(
-        self, does: FeatureActivations, rank: int, cell: PositionCell, source: PositionCell | None
-    ) -> tuple[Floats, Floats]:
-        """Return the value and the density in each row that has a position.
+    def at(self, cell: PositionCell, source: PositionCell | None) -> tuple[Ints, Floats, Floats]:
+        """Return the rows that have a position, and their activations and densities there.
 
-        Raises:
-            ValueError: The feature has no correlation there.
+        Args:
+            source: The position in the run to compare with, whose activations are subtracted.
+
+        Returns:
+            [row] the index in `own.prompts`, and [row, rank] each.
         """
-        activations = self.activations[:, rank]
-        found = _row_means(self.own, activations, cell)
-        density = _row_means(self.own, (activations != 0).astype(np.float64), cell)
+        there, found, density = _row_means(self.own, self.activations, cell)
         if self.other is not None:
             assert source is not None
-            theirs, activations = self.other
-            found = found - _row_means(theirs, activations[:, rank], source)
-        if does.targets is not None:
-            targets = np.array(does.targets)[self.own.prompts[self.own.find_rows(cell)]]
-            found = correlate(found, targets)[1]
-        return found, density
+            found = found - _row_means(*self.other, source)[1]
+        return there, found, density
 
 
 @torch.no_grad()
@@ -192,11 +187,20 @@ def _encode_some(
     return np.concatenate(parts)
 
 
-def _row_means(own: TokenVectors, numbers: Floats, cell: PositionCell) -> Floats:
-    """Return the mean of the numbers of tokens, [token], in each row that has a position."""
+def _row_means(
+    own: TokenVectors, activations: Floats, cell: PositionCell
+) -> tuple[Ints, Floats, Floats]:
+    """Return the rows that have a position, [row], and over their tokens the mean activation and
+    the share that isn't 0, [row, rank]."""
     row, index = own.at(cell)
-    _, starts, counts = np.unique(row, return_index=True, return_counts=True)
-    return np.add.reduceat(numbers[index], starts) / counts
+    there, starts, counts = np.unique(row, return_index=True, return_counts=True)
+    if not len(there):
+        empty = np.zeros((0, activations.shape[1]))
+        return there, empty, empty
+    found = activations[index]
+    sums = (np.add.reduceat(each, starts) for each in (found, (found != 0).astype(np.float64)))
+    means, density = (each / counts[:, None] for each in sums)
+    return there, means, density
 
 
 def _top_rows(own: TokenVectors, activations: Floats) -> tuple[ActiveRow, ...]:

@@ -22,11 +22,7 @@ from mechdsl.execute.measurement.values import (
     describe_cell,
     expand_base_values,
 )
-from mechdsl.execute.observation.features import (
-    ObservedFeatures,
-    list_raised_tokens,
-    observe_features,
-)
+from mechdsl.execute.observation.features import list_raised_tokens, observe_features
 from mechdsl.execute.observation.weights import WeightObserver
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import BatchReader, build_reader, read_vectors, split_prompts
@@ -51,7 +47,7 @@ from mechdsl.resolve.observations import (
 )
 from mechdsl.resolve.types import ResolvedMeasure, SitePoint
 from mechdsl.rules.observations.attention import AttentionRollout
-from mechdsl.rules.observations.features import FEATURE_AXIS, FeatureActivations
+from mechdsl.rules.observations.features import FEATURE_AXIS, FeatureActivations, correlate
 from mechdsl.rules.observations.maps import MapObservation
 from mechdsl.rules.observations.weights import WeightObservation
 
@@ -677,32 +673,34 @@ def _iter_feature_cells(
         if does.unembeds and features:
             maps = WeightMaps(model)
             listed = list_raised_tokens(maps, system, seen.own, features, inputs)
+        at: dict[int, tuple[Ints, Floats, Floats]] = {}
         for cell in cells:
-            rank = int(ranks[cell])
+            rank, place = int(ranks[cell]), int(rule.position_of_cell[cell])
             if rank >= len(features):
                 continue
-            place = rule.position_of_cell[cell]
-            source = rule.sources[place] if does.reads == "run" else None
-            there = seen.own.find_rows(rule.positions[place])
+            if place not in at:
+                source = rule.sources[place] if does.reads == "run" else None
+                at[place] = found.at(rule.positions[place], source)
+            there, values, density = at[place]
             if not len(there):
                 continue
             if rank < len(listed):
                 measured.listed[cell] = list(map(ListedToken, listed[rank]))
-            columns = np.searchsorted(gatherer.kept, seen.own.prompts[there])
-            spot = rule.positions[place]
-            make = partial(_feature_measures, measures, found, does, rank, spot, source)
-            yield cell, columns, make
+            prompts = seen.own.prompts[there]
+            numbers = values[:, rank], density[:, rank]
+            make = partial(_feature_measures, measures, does, prompts, *numbers)
+            yield cell, np.searchsorted(gatherer.kept, prompts), make
 
 
 def _feature_measures(
     measures: Sequence[ResolvedMeasure],
-    found: ObservedFeatures,
     does: FeatureActivations,
-    rank: int,
-    spot: PositionCell,
-    source: PositionCell | None,
+    prompts: Ints,
+    values: Floats,
+    density: Floats,
 ) -> list[Floats]:
-    values, density = found.values(does, rank, spot, source)
+    if does.targets is not None:
+        values = correlate(values, np.array(does.targets)[prompts])[1]
     return _evaluate_measures(measures, {does.word: values, "density": density})
 
 

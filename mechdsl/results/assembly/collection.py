@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import compress, product
 from typing import Any
 
@@ -272,9 +273,13 @@ def _collect_active_texts(
     table = experiment.table
     rows = table.runs[experiment.spec.base].rows
 
+    @cache
+    def tokens_of(row: int) -> tuple[str, ...]:
+        return _spaced_texts(rows[row], experiment)
+
     def text(active: ActiveRow) -> ActiveText:
         values = dict(zip(active.tokens, active.values, strict=True))
-        tokens = _spaced_texts(rows[active.row], experiment)
+        tokens = tokens_of(active.row)
         marks = tuple(values.get(token) for token in range(len(tokens)))
         return ActiveText(table.row_ids[active.row], tokens, marks)
 
@@ -321,6 +326,8 @@ def _find_cells(plan: ExperimentPlan, named: ResolvedExperiment) -> Bools:
     """Return [cell of the plan]: whether a cell exists, in an experiment with as many values along
     an axis as are known after the run."""
     there = plan.exists
+    if named is plan.experiment:
+        return there
     lengths = map(len, named.axes)
     for own, length in zip(plan.coordinates, lengths, strict=True):
         there = there & (own < length)
