@@ -67,7 +67,13 @@ from mechdsl.models.folder import locate_model
 from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_experiment
 from mechdsl.program.lowering import lower_program
-from mechdsl.program.paths import ROWS_PATH, path_to_read, path_to_write, source_reach
+from mechdsl.program.paths import (
+    ROWS_PATH,
+    path_argument,
+    path_to_read,
+    path_to_write,
+    source_reach,
+)
 from mechdsl.program.prompts import NO_IMAGE_REASON
 from mechdsl.program.python_functions import (
     CallableFunction,
@@ -306,8 +312,11 @@ ReportedFile = tuple[spec.Program, Sequence[spec.Experiment]]
 
 
 def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
-    """Report E0607 for reports of one command that would overwrite a file it reads or another
-    report, whatever the spelling of the paths and through links."""
+    """Report files of one command that would overwrite a file it reads or another of them, whatever
+    the spelling of the paths and through links.
+
+    Codes: E0607 for reports, E0207 for saved files.
+    """
     reports = {
         report.span: (report, program)
         for program, experiments in files
@@ -318,7 +327,11 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
     saves = [
         (save, program)
         for program, experiments in files
-        for save in {save.span: save for each in experiments for save in each.saves}.values()
+        for save in {
+            save.span: save
+            for each in experiments
+            for save in (*each.saves, *each.saved_directions)
+        }.values()
     ]
     if not reports and not saves:
         return []
@@ -356,7 +369,8 @@ def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
 
 
 def _saved(
-    saves: Sequence[tuple[spec.Save, spec.Program]], taken: dict[Hashable, str]
+    saves: Sequence[tuple[spec.Save | spec.SavedDirection, spec.Program]],
+    taken: dict[Hashable, str],
 ) -> Iterator[Diagnostic]:
     """Report E0207 for a `save`, or its file of rows, that would overwrite a file, and invalid
     paths.
@@ -365,8 +379,9 @@ def _saved(
         taken: File identity → description.
     """
     for save, _ in saves:
-        for suffix in (".safetensors", ".jsonl"):
-            written = str(PurePath(save.file).with_suffix(suffix))
+        with_rows = isinstance(save, spec.Save) and not save.mean
+        rows_file = str(PurePath(save.file).with_suffix(".jsonl"))
+        for written in (save.file, rows_file) if with_rows else (save.file,):
             target, problems = path_to_write("save", written, save.span)
             if target is None:
                 yield from problems
@@ -377,10 +392,8 @@ def _saved(
                     span=save.span,
                     name=written,
                     reason=f"would overwrite {taken[path]}",
-                    hint=(
-                        "use a separate file for each `save`; its rows are saved next to "
-                        "it in a `.jsonl` file"
-                    ),
+                    hint="use a separate file for each `save`"
+                    + ("; its rows are saved next to it in a `.jsonl` file" if with_rows else ""),
                 )
                 break
             taken[path] = f"the file of the `save` on line {save.span.line}"
@@ -412,6 +425,15 @@ def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
             path, _ = path_to_read(ROWS_PATH, written, prompts.rows.span)
             if path is not None:
                 yield path, f"`{written}`, the rows of prompts `{prompts.name}`"
+    made = [(each.name, each.value) for each in program.directions.values()]
+    made += [(each.name, each.method) for each in program.bases.values()]
+    for name, tree in made:
+        for node in walk(tree):
+            construct, written = path_argument(node, program.parameters) or (None, "")
+            path = None if construct is None else path_to_read(construct, written, node.span)[0]
+            if path is not None:
+                for file in path.glob("*") if path.is_dir() else (path,):
+                    yield file, f"`{file.name}`, which `{name}` reads"
     for function in program_functions(program):
         if isinstance(function, CallableFunction):
             continue
@@ -521,7 +543,7 @@ def _collect_resolved(outlines: Iterable[ExperimentOutline], checked: CheckedFil
     ]
     measured = (each for each in resolved if each.measures)
     checked.experiments.extend(part for each in measured for part in split_by_group(each))
-    checked.saving.extend(each for each in resolved if each.saves)
+    checked.saving.extend(each for each in resolved if each.saves or each.direction_files)
 
 
 def _check_source(
@@ -759,6 +781,8 @@ def _stand_ins(
 
 def _tested_where_picked(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Report W0721 for sites that are tested on the rows they were selected on."""
+    if not experiment.measures:
+        return []
     return [
         SelectionRowsReused(
             span=experiment.sites_of[each.of].span,

@@ -107,36 +107,58 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class SavedFile:
-    """One file of activations."""
+    """One file of activations, of their means or of directions."""
 
     experiment: str
-    site: str
-    """As in the line, like `at` and `run`."""
-    at: str
-    run: str
+    kind: Literal["vectors", "means", "direction", "control vector"]
     path: Path
-    """Path of the safetensors file."""
-    rows_path: Path
-    """Path of the file with a line of JSON for each row: its number and its text."""
+    """Path of the safetensors or GGUF file."""
     dtype: str
     """Dtype of the vectors."""
     tensors: int
-    """Number of sites."""
+    """Number of sites, or of vectors of the direction."""
     vectors: int
     """Number of vectors of each site."""
-    rows: int
-    """Number of rows with a vector."""
     bytes: int
-    """Size of the safetensors file."""
+    """Size of the safetensors or GGUF file."""
+    site: str | None = None
+    """As in the line, like `at` and `run`; None for a direction."""
+    at: str | None = None
+    run: str | None = None
+    direction: str | None = None
+    """As in the line."""
+    rows: int | None = None
+    """Number of rows with a vector; None for a direction."""
+    rows_path: Path | None = None
+    """Path of the file with a line of JSON for each row: its number and its text. None for means
+    and directions."""
+    note: str = ""
+    """Which direction was selected, and what is left out, if anything."""
 
     @property
     def line(self) -> str:
         """Summary printed below the tables."""
-        sites, vectors = count_noun(self.tensors, "site"), count_noun(self.vectors, "vector")
-        amount = f"{vectors} of {sites} ({count_noun(self.rows, 'row')}, {format_size(self.bytes)})"
+        size = format_size(self.bytes)
+        if self.direction is not None:
+            vectors = count_noun(self.tensors, "vector")
+            form = " as a control vector of llama.cpp" if self.kind == "control vector" else ""
+            note = f"; {self.note}" if self.note else ""
+            return (
+                f"{self.experiment}: direction {self.direction}: {vectors} ({size}) as "
+                f"{self.dtype} written to {self.path}{form}{note}"
+            )
+        sites = count_noun(self.tensors, "site")
+        what, rows = f"{self.site} of {self.run} at {self.at}", count_noun(self.rows or 0, "row")
+        if self.rows_path is None:
+            means = count_noun(self.vectors, "mean")
+            return (
+                f"{self.experiment}: mean of {what}: {means} of {sites} (over {rows}, {size}) as "
+                f"{self.dtype} written to {self.path}"
+            )
+        amount = f"{count_noun(self.vectors, 'vector')} of {sites} ({rows}, {size})"
         return (
-            f"{self.experiment}: {self.site} of {self.run} at {self.at}: {amount} as {self.dtype} "
-            f"written to {self.path}, rows to {self.rows_path.name}"
+            f"{self.experiment}: {what}: {amount} as {self.dtype} written to {self.path}, rows to "
+            f"{self.rows_path.name}"
         )
 
 

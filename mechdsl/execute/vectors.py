@@ -5,7 +5,7 @@ The reader doesn't collect rows: a caller that needs all rows at once stores the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TypeAlias
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import EmptyDirection
 from mechdsl.dictionaries.folder import DictionaryFile
@@ -260,10 +261,6 @@ class DirectionFits:
         """Compute the directions and bases of an experiment's rules; reports E0641 for empty
         ones."""
         members = {m.name: m for rule in plan.rules for m in rule.directions}
-        due = [member for name, member in members.items() if name not in self._made]
-        fits: dict[int, _Fit | JacobianBasis] = {
-            id(fit): fit for member in due for fit in iter_fitted_vectors(member.vector)
-        }
         bases = {
             member.name: member
             for rule in plan.rules
@@ -271,30 +268,63 @@ class DirectionFits:
             for member in rule.rule.basis.members
         }
         used = [rule.rule.basis for rule in plan.rules if rule.rule.basis is not None]
-        fits |= {id(fit): fit for basis in used for fit in basis.fits}
-        rows = [fit for fit in fits.values() if not isinstance(fit, JacobianBasis)]
-        self._gather([fit for fit in rows if id(fit) not in self._read])
+        fits = {id(fit): fit for basis in used for fit in basis.fits}
+        span = plan.experiment.spec.span
+        self._gather_for(members.values(), fits)
         problems = self._compute_bases(plan, bases)
-        for member in due:
+        problems += self._compute(members.values(), span)
+        made = {name: self._made[name] for name in members if name in self._made}
+        for rule in plan.rules if not problems else ():
+            # One of several may be 0, for example if all rows have the same token.
+            if rule.directions and not any(made[m.name].any() for m in rule.directions):
+                problems.append(_empty_direction(span, rule.directions[0], "is 0 everywhere"))
+        systems = {name: self._systems[name] for name in bases if name in self._systems}
+        return FittedDirections(made, systems), problems
+
+    def of_members(
+        self, members: Collection[DirectionMember], span: Span
+    ) -> tuple[dict[str, Tensor], list[Diagnostic]]:
+        """Compute directions outside of rules.
+
+        Returns:
+            Name of a member → [width] float64; E0641, located at `span`, for those that can't be
+            computed.
+        """
+        self._gather_for(members, {})
+        problems = self._compute(members, span)
+        return {m.name: self._made[m.name] for m in members if m.name in self._made}, problems
+
+    def _gather_for(
+        self, members: Collection[DirectionMember], fits: Mapping[int, _Fit | JacobianBasis]
+    ) -> None:
+        """Read the samples of directions that aren't computed yet, and of other fits."""
+        due = [member for member in members if member.name not in self._made]
+        found: dict[int, _Fit | JacobianBasis] = {
+            id(fit): fit for member in due for fit in iter_fitted_vectors(member.vector)
+        } | dict(fits)
+        rows = [fit for fit in found.values() if not isinstance(fit, JacobianBasis)]
+        self._gather([fit for fit in rows if id(fit) not in self._read])
+
+    def _compute(self, members: Collection[DirectionMember], span: Span) -> list[Diagnostic]:
+        """Compute the directions that aren't computed yet; returns E0641 for those that can't
+        be."""
+        problems: list[Diagnostic] = []
+        for member in members:
+            if member.name in self._made:
+                continue
             try:
                 with torch.no_grad():
                     self._made[member.name] = self._vector(member.vector)
             except MethodError as mistake:
                 reason = f"can't be computed: {mistake}"
-                problems.append(_empty_direction(plan, member, reason, mistake.hint))
+                problems.append(_empty_direction(span, member, reason, mistake.hint))
                 continue
             except (ValueError, ConvergenceError) as error:
-                problems.append(_empty_direction(plan, member, f"can't be computed: {error}"))
+                problems.append(_empty_direction(span, member, f"can't be computed: {error}"))
                 continue
             if not self._made[member.name].isfinite().all():
-                problems.append(_empty_direction(plan, member, "has NaN or infinity"))
-        made = {name: self._made[name] for name in members if name in self._made}
-        for rule in plan.rules if not problems else ():
-            # One of several may be 0, for example if all rows have the same token.
-            if rule.directions and not any(made[m.name].any() for m in rule.directions):
-                problems.append(_empty_direction(plan, rule.directions[0], "is 0 everywhere"))
-        systems = {name: self._systems[name] for name in bases if name in self._systems}
-        return FittedDirections(made, systems), problems
+                problems.append(_empty_direction(span, member, "has NaN or infinity"))
+        return problems
 
     def _compute_bases(
         self, plan: ExperimentPlan, bases: Mapping[str, BasisMember]
@@ -527,13 +557,13 @@ def _draw_like(like: Tensor, draw: str, seed: int) -> Tensor:
 
 
 def _empty_direction(
-    plan: ExperimentPlan,
+    span: Span,
     member: DirectionMember,
     reason: str,
     hint: str = "fit it on rows that differ, or at a different site",
 ) -> EmptyDirection:
     return EmptyDirection(
-        span=plan.experiment.spec.span,
+        span=span,
         name=member.name,
         reason=reason,
         made=member.made,

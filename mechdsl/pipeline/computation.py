@@ -155,7 +155,7 @@ class FileRun:
         self, wave: Sequence[ResolvedExperiment], later: Sequence[ResolvedExperiment]
     ) -> None:
         """Run the experiments of a wave together; exceptions are passed on."""
-        ready = [each for each in map(self._ready, wave) if each is not None]
+        ready = [each for each in map(self.ready, wave) if each is not None]
         ready = [each for each in ready if each.name not in self.lost]
         if not ready:
             return
@@ -185,7 +185,7 @@ class FileRun:
         own = self.lost.setdefault(name, [])
         own += [each for each in reasons if each not in own]
 
-    def _ready(self, experiment: ResolvedExperiment) -> ResolvedExperiment | None:
+    def ready(self, experiment: ResolvedExperiment) -> ResolvedExperiment | None:
         """Return the experiment with results instead of placeholders; None if it is lost."""
         for name in experiment.spec.after:
             if name not in self.findings:
@@ -698,7 +698,10 @@ def _run(
     saved: list[SavedFile] = []
     for each in checked.saving if not not_run else ():
         try:
-            own, problems = save_vectors(each, models, options.execution)
+            ready = file.ready(each)
+            if ready is None:
+                continue
+            own, problems = save_vectors(ready, models, options.execution)
         except OSError:
             raise
         except Exception as failure:

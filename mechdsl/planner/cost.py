@@ -7,7 +7,7 @@ size of an MLP is an estimate.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -40,7 +40,13 @@ from mechdsl.planner.plan import (
 from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits, iter_basis_fits
 from mechdsl.prompts.runs import PromptRun, ReplyPosition
 from mechdsl.resolve.runs import reads_reply_tokens
-from mechdsl.resolve.types import JacobianBasis, SitePoint, count_numbers, iter_fitted_vectors
+from mechdsl.resolve.types import (
+    FitSample,
+    JacobianBasis,
+    SitePoint,
+    count_numbers,
+    iter_fitted_vectors,
+)
 from mechdsl.vocab.sites import stop_layer
 
 
@@ -701,6 +707,21 @@ def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
     return Cost(0, 0, prompts, tokens * blocks, per_block * blocks + logits)
 
 
+def list_fitted_runs(
+    fits: Iterable[tuple[Sequence[SitePoint], Sequence[FitSample]]], shape: ModelShape
+) -> list[tuple[PromptRun, int]]:
+    """Return the runs that fits read, once each, with the number of their blocks to run."""
+    found: dict[tuple[int, str | None], tuple[PromptRun, int]] = {}
+    for points, samples in fits:
+        layers = shape.n_layers
+        stops = [stop_layer(p.site, p.layer, layers) or layers for p in points]
+        for sample in samples:
+            key = id(sample.run.rows), sample.run.model
+            before = found.get(key, (sample.run, 0))
+            found[key] = sample.run, max(before[1], *(min(stop, layers) for stop in stops))
+    return list(found.values())
+
+
 def jacobian_cost(shape: ModelShape, basis: JacobianBasis) -> Cost:
     """Return the cost of a basis's Jacobians: for each token a forward pass up to the target, and
     for each number of the target a backward pass from it to the source."""
@@ -791,15 +812,7 @@ class PanelCount:
         fits = [(fit.points, fit.samples) for fit in vectors]
         others = (own for own in iter_basis_fits(rules) if not isinstance(own, JacobianBasis))
         fits += [(own.points, own.samples) for own in others]
-        found: dict[tuple[int, str | None], tuple[PromptRun, int]] = {}
-        for points, samples in fits:
-            layers = self.shape.n_layers
-            stops = [stop_layer(p.site, p.layer, layers) or layers for p in points]
-            for sample in samples:
-                key = id(sample.run.rows), sample.run.model
-                before = found.get(key, (sample.run, 0))
-                found[key] = sample.run, max(before[1], *(min(stop, layers) for stop in stops))
-        return list(found.values())
+        return list_fitted_runs(fits, self.shape)
 
     @cached_property
     def jacobians(self) -> list[JacobianBasis]:

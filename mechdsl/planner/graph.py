@@ -20,6 +20,7 @@ from mechdsl.resolve.types import (
     Axis,
     AxisIndices,
     BasisTargets,
+    DirectionMember,
     DirectionTargets,
     FittedBasis,
     FittedVector,
@@ -219,10 +220,10 @@ class ExpectNode:
 
 @dataclass(frozen=True)
 class SaveNode:
-    """Activations that are written to a file."""
+    """Activations, or a direction, that are written to a file."""
 
     experiment: str
-    read: ReadNode
+    read: ReadNode | DirectionNode
     file: str
 
 
@@ -488,9 +489,16 @@ def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadN
 def _direction(experiment: ResolvedExperiment, steered: DirectionTargets) -> DirectionNode:
     """Return the direction with its reads."""
     members = list(steered.members.values())
+    name = " and ".join(steered.families) or members[0].name
+    return build_direction_node(experiment, name, members)
+
+
+def build_direction_node(
+    experiment: ResolvedExperiment, name: str, members: Sequence[DirectionMember]
+) -> DirectionNode:
+    """Return a direction, or a family of them, with its reads."""
     fits = [fit for member in members for fit in iter_fitted_vectors(member.vector)]
     made = members[0].made if len(members) == 1 else f"{len(members)} directions"
-    name = " and ".join(steered.families) or members[0].name
     return DirectionNode(name, made, _fit_reads(experiment, fits))
 
 

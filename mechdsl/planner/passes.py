@@ -15,6 +15,7 @@ from mechdsl.planner.cost import (
     Cost,
     PanelCount,
     PanelWork,
+    list_fitted_runs,
     read_pass_work,
     reply_cost,
     reply_work,
@@ -35,7 +36,6 @@ from mechdsl.planner.plan import (
     PROMPT_TOKENS,
     GraphRewrite,
     Plan,
-    SaveLayout,
     build_plain_plan,
     build_save_nodes,
     build_save_panel,
@@ -47,7 +47,7 @@ from mechdsl.planner.plan import (
 from mechdsl.program.spec import Generation
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.expansion import expand_controls
-from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave
+from mechdsl.resolve.types import ResolvedExperiment, iter_fitted_vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,9 +326,14 @@ def rewrite_graph(
 class SaveCost:
     """Size and cost of one `save` line."""
 
-    experiment: str
-    save: ResolvedSave
-    layout: SaveLayout
+    file: str
+    """As in the line."""
+    sites: int
+    """Number of sites, or of vectors of a direction."""
+    vectors: int
+    """Number of vectors of each site."""
+    at_most: bool
+    """Whether the number of vectors is a maximum, because replies may be shorter."""
     bytes: int
     """Size of the file's tensors."""
     cost: Cost
@@ -370,5 +375,22 @@ def _of(experiment: ResolvedExperiment, prompt_tokens: int) -> Iterator[SaveCost
         if experiment.generation is not None and save.in_reply:
             joined = _of_replies(experiment.generation, run, shape, highest_read(read), batches)
         layout = plan_save_layout(experiment, save)
-        size = layout.bytes(save.spec.dtype or own)
-        yield SaveCost(experiment.key, save, layout, size, joined)
+        size = layout.bytes(save.spec.stored_dtype(own))
+        counts = len(layout.widths), layout.vectors, layout.at_most
+        yield SaveCost(save.spec.file, *counts, size, joined)
+    yield from _of_direction_files(experiment, prompt_tokens)
+
+
+def _of_direction_files(experiment: ResolvedExperiment, prompt_tokens: int) -> Iterator[SaveCost]:
+    shape, read = experiment.model.shape, set[int]()
+    for file in experiment.direction_files:
+        vectors = [member.vector for member in file.members.values()]
+        fits = {id(fit): fit for vector in vectors for fit in iter_fitted_vectors(vector)}
+        new = [(fit.points, fit.samples) for key, fit in fits.items() if key not in read]
+        read |= fits.keys()
+        cost = Cost()
+        for run, blocks in list_fitted_runs(new, shape):
+            batches = -(-int(run.lengths.sum()) // prompt_tokens)
+            cost += replace(run_cost(shape, run, blocks), forwards=batches)
+        size = len(vectors) * file.width * DTYPE_BYTES[file.spec.dtype or "float32"]
+        yield SaveCost(file.spec.file, len(vectors), 1, at_most=False, bytes=size, cost=cost)

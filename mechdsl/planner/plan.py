@@ -30,6 +30,7 @@ from mechdsl.planner.graph import (
     ReadNode,
     RunNeeds,
     SaveNode,
+    build_direction_node,
     graph_experiments,
     graph_from_leaves,
     run_needs,
@@ -1086,6 +1087,8 @@ class SaveLayout:
 
     at_most: bool = False
     """Whether the counts are maxima, because replies may be shorter."""
+    means: int | None = None
+    """Number of means of each site; None if every vector is saved."""
 
     @staticmethod
     def of(
@@ -1111,13 +1114,15 @@ class SaveLayout:
         counts *= 1 if written is None else written.samples
         keys = int(run.lengths.max())
         widths = {name_tensor(point): point_size(shape, point, keys) for point in save.points}
+        if save.spec.mean:
+            return SaveLayout(counts * run.draws, widths, (), means=len(save.cells))
         names = ("row", "token", "position", *(("draw",) if run.draws > 1 else ()), *also)
         return SaveLayout(counts * run.draws, widths, names, written is not None)
 
     @property
     def vectors(self) -> int:
-        """Number of vectors per site."""
-        return int(self.counts.sum())
+        """Number of vectors, or means, per site."""
+        return int(self.counts.sum()) if self.means is None else self.means
 
     @property
     def rows(self) -> int:
@@ -1142,7 +1147,12 @@ def plan_save_layout(experiment: ResolvedExperiment, save: ResolvedSave) -> Save
 def build_save_nodes(experiment: ResolvedExperiment) -> list[SaveNode]:
     """Return the `save` lines of an experiment as graph nodes."""
     reads = zip(experiment.saves, build_save_reads(experiment), strict=True)
-    return [SaveNode(experiment.key, read, save.spec.file) for save, read in reads]
+    found = [SaveNode(experiment.key, read, save.spec.file) for save, read in reads]
+    for file in experiment.direction_files:
+        name, members = file.spec.direction.span.written, list(file.members.values())
+        node = build_direction_node(experiment, name, members)
+        found.append(SaveNode(experiment.key, node, file.spec.file))
+    return found
 
 
 def build_save_reads(experiment: ResolvedExperiment) -> list[ReadNode]:

@@ -93,16 +93,18 @@ def direction_dependencies(
 
 
 def used_directions(experiment: spec.Experiment, program: spec.Program) -> list[spec.Direction]:
-    """Return the directions that an experiment's rules and bases use."""
+    """Return the directions that an experiment's rules and bases use, and those that it saves."""
     nodes: list[ast.Node] = [
         rule.direction for rule in experiment.every_rule if rule.direction is not None
     ]
     nodes += [basis.method for basis in used_bases(experiment, program)]
+    nodes += [save.direction for save in experiment.saved_directions]
     return direction_dependencies(nodes, program.directions)
 
 
 def fit_rows_of_experiment(experiment: spec.Experiment, program: spec.Program) -> list[FitRows]:
-    """Return the rows that the fits for an experiment's rules, bases and probes read."""
+    """Return the rows that the fits for an experiment's rules, bases, probes and saved directions
+    read."""
     calls = [
         call for each in used_directions(experiment, program) for call in method_calls(each.value)
     ]
@@ -169,7 +171,7 @@ class FitRows:
         return f"{self.block or ''}{part}{limit}{model}{used}"
 
 
-def fit_rows_of_call(call: ast.Call, program: spec.Program) -> list[FitRows]:
+def fit_rows_of_call(call: ast.Call, program: spec.Program | Definitions) -> list[FitRows]:
     """Return the rows that a method reads; names are known, except in rejected definitions."""
     given = {argument.name: argument.value for argument in call.arguments}
     own = given.get("prompts")
@@ -201,7 +203,7 @@ def _limit(call: ast.Call, parameters: Mapping[str, Constant]) -> int | None:
     return found
 
 
-def _rows(value: ast.Node, shared: FitRows | None, program: spec.Program) -> FitRows:
+def _rows(value: ast.Node, shared: FitRows | None, program: spec.Program | Definitions) -> FitRows:
     if isinstance(value, ast.Name) and value.id in program.models:
         rows = shared or FitRows(None)
         return FitRows(rows.block, rows.part, rows.run, value.id)

@@ -29,7 +29,13 @@ from mechdsl.diagnostics.names import (
 from mechdsl.diagnostics.syntax import NotSupported, NotText, Unreadable
 from mechdsl.program import spec
 from mechdsl.program.bases import lower_basis
-from mechdsl.program.directions import drop_circular_directions, lower_direction
+from mechdsl.program.directions import (
+    direction_dependencies,
+    drop_circular_directions,
+    fit_rows_of_call,
+    lower_direction,
+    method_calls,
+)
 from mechdsl.program.images import MEAN_IMAGE, averaged_block
 from mechdsl.program.measures import (
     expand_metrics,
@@ -71,6 +77,7 @@ from mechdsl.program.runs import (
     experiment_models,
     lower_generation,
     lower_replies,
+    lower_saved_directions,
     lower_saves,
     lower_sides,
     prompts_labels,
@@ -126,7 +133,7 @@ def _lower_measures(work: Statements, observed: Sequence[spec.Rule]) -> tuple[sp
         return tuple(lower_measure(each, parts, scope) for each in work.measures)
     if _shows_replies(work):
         return (lower_measure(reply_length_measure(work.generate[0]), parts, scope),)
-    if not work.saves and not work.unsupported:
+    if not work.saves and not work.saved_directions and not work.unsupported:
         scope.diagnostics.append(_measures_nothing(work))
     return ()
 
@@ -168,7 +175,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
     observed = [_observation(line, loops, prompts, work) for line, loops in work.observed]
     measures = _lower_measures(work, observed)
     saves = () if prompts is None else lower_saves(work, prompts)
-    statistics = lower_statistics(work)
+    saved_directions, statistics = lower_saved_directions(work), lower_statistics(work)
     against = lower_control(work)
     generation, replies = lower_generation(work), lower_replies(work)
     estimator = lower_estimator(work)
@@ -198,6 +205,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
         keep=tuple(expand_metrics(k, parts, scope) for k in work.keep),
         measures=(),
         saves=saves,
+        saved_directions=saved_directions,
         statistics=statistics,
         against=against,
         estimator=estimator,
@@ -219,7 +227,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
 def _part(
     experiment: spec.Experiment, part: ResultSpec, *, several: bool, saves: bool
 ) -> spec.Experiment:
-    """Reduce the experiment to one of its results; only one of them `saves` activations."""
+    """Reduce the experiment to one of its results; only one of them `saves` files."""
     rules, seen = experiment.rules, part.observed
     changed: dict[str, object] = {}
     if seen is not None and seen.source is not None:
@@ -235,7 +243,7 @@ def _part(
         named = named.union(*map(measure_number_names, part.measures))
         changed["loops"] = tuple(loop for loop in experiment.loops if loop.name in named)
     if not saves:
-        changed["saves"] = ()
+        changed["saves"] = changed["saved_directions"] = ()
     elif part.apart:  # `save` without a run means the file's base run
         own = (
             each.model_copy(update={"run": each.run or experiment.base})
@@ -307,7 +315,7 @@ def _variant(
 def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
     """Return the experiment's block; after an error, the one that was most likely meant."""
     known = work.scope.names("prompts")
-    if ref is None and _of_weights(work):
+    if ref is None and (_of_weights(work) or _only_saves_directions(work)):
         return work.parts.prompts.setdefault(spec.NO_PROMPTS, _no_prompts())
     if ref is None:
         first = work.parts.prompts.get(known[0]) if known else None
@@ -342,8 +350,7 @@ def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
 
 def _of_weights(work: Statements) -> bool:
     """Whether the experiment only observes weights and thus needs no prompts."""
-    other = (work.measures, work.rules, work.from_into, work.keep, work.saves, work.derived,
-             work.generate)  # fmt: skip
+    other = (*_prompt_lines(work), work.saved_directions)
     lines = [line for line, _ in work.observed if isinstance(line, ast.Observe)]
     words = {each.what.id if isinstance(each.what, ast.Name) else each.what.name for each in lines}
     free = all(line.toward is None and line.run is None for line in lines)
@@ -353,6 +360,24 @@ def _of_weights(work: Statements) -> bool:
         and free
         and not any(other)
     )
+
+
+def _prompt_lines(work: Statements) -> tuple[Sequence[object], ...]:
+    """Return the lines, apart from observations, that need prompts."""
+    return (work.measures, work.rules, work.from_into, work.keep, work.saves, work.derived,
+            work.generate)  # fmt: skip
+
+
+def _only_saves_directions(work: Statements) -> bool:
+    """Whether the experiment only saves directions that name their rows and thus needs no
+    prompts."""
+    if not work.saved_directions or work.observed or any(_prompt_lines(work)):
+        return False
+    named = (each.direction for each in work.saved_directions)
+    used = direction_dependencies(named, work.parts.directions)
+    calls = [call for each in used for call in method_calls(each.value)]
+    rows = [rows for call in calls for rows in fit_rows_of_call(call, work.parts)]
+    return all(each.block is not None for each in rows)
 
 
 def _no_prompts() -> spec.Prompts:

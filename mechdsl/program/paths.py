@@ -133,7 +133,7 @@ def path_argument(
             return IMAGE_PATH, path
         case ast.Report(file=ast.String(value=path)):
             return REPORT_PATH, path
-        case ast.Save(file=ast.String(value=path)):
+        case ast.Save(file=ast.String(value=path)) | ast.SaveDirection(file=ast.String(value=path)):
             return SAVE_PATH, path
         case ast.Call(name=name, arguments=arguments) if name in _CALLS:
             given = [each.value for each in arguments if each.name in (None, "path")]

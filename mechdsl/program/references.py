@@ -27,18 +27,15 @@ def resolve_result_names(experiment: spec.Experiment, results: dict[str, str]) -
     """Replace names of observations, of other experiments or of the experiment's other results, by
     the names of the results."""
     own = {measure.label for measure in experiment.measures}
-
-    rules = tuple(
-        rule.model_copy(
-            update={
-                name: resolve_result_references(value, results)
-                for name in ("site", "at", "onto", "edge", "receiver", "fill", "exchanged")
-                if (value := getattr(rule, name)) is not None
-            }
-            | _observed_results(rule, results)
+    rules = tuple(_resolve_rule_results(rule, results) for rule in experiment.rules)
+    derived = tuple(_resolve_run_results(run, results) for run in experiment.derived)
+    saves = tuple(
+        save.model_copy(
+            update={name: resolve_result_references(getattr(save, name), results)
+                    for name in ("site", "at")}
         )
-        for rule in experiment.rules
-    )
+        for save in experiment.saves
+    )  # fmt: skip
     expects = tuple(resolve_expectation_results(each, results, own) for each in experiment.expects)
     against = experiment.against
     if against is not None:
@@ -47,7 +44,26 @@ def resolve_result_names(experiment: spec.Experiment, results: dict[str, str]) -
         if against.frequency is not None:
             update["frequency"] = resolve_result_references(against.frequency, results)
         against = against.model_copy(update=update)
-    return experiment.model_copy(update={"rules": rules, "expects": expects, "against": against})
+    directions = tuple(
+        save.model_copy(update={"direction": resolve_result_references(save.direction, results)})
+        for save in experiment.saved_directions
+    )
+    found = {"rules": rules, "derived": derived, "saves": saves, "saved_directions": directions}
+    return experiment.model_copy(update={**found, "expects": expects, "against": against})
+
+
+def _resolve_run_results(run: spec.DerivedRun, results: dict[str, str]) -> spec.DerivedRun:
+    rules = tuple(_resolve_rule_results(rule, results) for rule in run.rules)
+    return run.model_copy(update={"rules": rules})
+
+
+def _resolve_rule_results(rule: spec.Rule, results: dict[str, str]) -> spec.Rule:
+    update = {
+        name: resolve_result_references(value, results)
+        for name in ("site", "at", "onto", "edge", "receiver", "fill", "exchanged")
+        if (value := getattr(rule, name)) is not None
+    }
+    return rule.model_copy(update={**update, **_observed_results(rule, results)})
 
 
 def _observed_results(rule: spec.Rule, results: dict[str, str]) -> dict[str, spec.ObservedQuantity]:

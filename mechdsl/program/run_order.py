@@ -134,13 +134,17 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ResultR
     for part in (*experiment.every_rule, *experiment.measures):
         for name in type(part).model_fields:
             yield from _in_tree(getattr(part, name), parts.groups)
+    for save in experiment.saves:
+        yield from _in_tree((save.site, save.at), parts.groups)
+    for save in experiment.saved_directions:
+        yield from _in_tree(save.direction, parts.groups)
     for rule in experiment.every_rule:
         if rule.observed is not None:
             yield from (*rule.observed.maps, *rule.observed.others)
-    for rule in experiment.every_rule:
-        if rule.direction is not None:
-            for each in direction_dependencies([rule.direction], parts.directions):
-                yield from _in_tree((each.value, each.site), parts.groups)
+    used = [rule.direction for rule in experiment.every_rule if rule.direction is not None]
+    used += [save.direction for save in experiment.saved_directions]
+    for each in direction_dependencies(used, parts.directions):
+        yield from _in_tree((each.value, each.site), parts.groups)
     yield from _in_tree(experiment.keep, parts.groups)
     if experiment.against is not None:
         yield from _in_tree(experiment.against.apart, parts.groups)

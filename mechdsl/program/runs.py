@@ -496,20 +496,14 @@ def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...
             )
     found: list[spec.Save] = []
     for save in work.saves:
-        file, dtype = save.file.value, save.dtype
-        if PurePath(file).suffix.lower() != SAVE_SUFFIX:
+        if PurePath(save.file.value).suffix.lower() != SAVE_SUFFIX:
             work.diagnostics.append(
                 BadArgument(
                     span=save.file.span,
-                    name=file,
+                    name=save.file.value,
                     reason="is not the name of a safetensors file",
                     hint=f"use a name that ends in `{SAVE_SUFFIX}`",
                 )
-            )
-        if dtype is not None and dtype.id not in SAVE_DTYPES:
-            hint = did_you_mean(dtype.id, SAVE_DTYPES, f"types are {', '.join(SAVE_DTYPES)}")
-            work.diagnostics.append(
-                UnknownWord(span=dtype.span, kind="type of numbers", word=dtype.id, hint=hint)
             )
         run = None if save.run is None else resolve_run_name(save.run, prompts, work)
         found.append(
@@ -518,8 +512,61 @@ def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...
                 site=save.site,
                 at=save.at,
                 run=run,
-                file=file,
-                dtype=None if dtype is None else dtype.id,
+                file=save.file.value,
+                dtype=_saved_dtype(save.dtype, work),
+                mean=save.mean,
+            )
+        )
+    return tuple(found)
+
+
+def _saved_dtype(dtype: ast.Name | None, work: Statements) -> str | None:
+    """Return the dtype of `as TYPE`. Reports E0203."""
+    if dtype is None:
+        return None
+    if dtype.id not in SAVE_DTYPES:
+        hint = did_you_mean(dtype.id, SAVE_DTYPES, f"types are {', '.join(SAVE_DTYPES)}")
+        work.diagnostics.append(
+            UnknownWord(span=dtype.span, kind="type of numbers", word=dtype.id, hint=hint)
+        )
+    return dtype.id
+
+
+CONTROL_VECTOR_SUFFIX = ".gguf"
+
+
+def lower_saved_directions(work: Statements) -> tuple[spec.SavedDirection, ...]:
+    """Lower the `save direction` lines of an experiment.
+
+    Codes: E0201 for unknown directions, E0203 for dtypes, E0207 for files of another type and for a
+    control vector with a dtype.
+    """
+    found: list[spec.SavedDirection] = []
+    for save in work.saved_directions:
+        name = save.direction.id if isinstance(save.direction, ast.Name) else save.direction.name
+        work.scope.use("direction", name, save.direction.span)
+        dtype, suffix = _saved_dtype(save.dtype, work), PurePath(save.file.value).suffix.lower()
+        reason, hint, span = "", "", save.file.span
+        if suffix not in (SAVE_SUFFIX, CONTROL_VECTOR_SUFFIX):
+            reason = "is not the name of a safetensors or GGUF file"
+            hint = (
+                f"use a name that ends in `{SAVE_SUFFIX}`, or in `{CONTROL_VECTOR_SUFFIX}` for a "
+                "control vector of llama.cpp"
+            )
+        elif suffix == CONTROL_VECTOR_SUFFIX and save.dtype is not None:
+            reason = "is a control vector, whose numbers are always float32"
+            hint, span = f"remove `as {save.dtype.id}`", save.dtype.span
+        if reason:
+            work.diagnostics.append(
+                BadArgument(span=span, name=save.file.value, reason=reason, hint=hint)
+            )
+        found.append(
+            spec.SavedDirection(
+                span=save.span,
+                direction=save.direction,
+                name=name,
+                file=save.file.value,
+                dtype=dtype,
             )
         )
     return tuple(found)
@@ -528,9 +575,10 @@ def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...
 def reject_compared_saves(work: Statements, variants: Sequence[object]) -> None:
     """Report E0108 for saves in an experiment that compares blocks, models, sources or bases."""
     blocks = len(work.prompts[0].prompts) if work.prompts else 1
-    if len(variants) * blocks > 1 and work.saves:
+    saves = [*work.saves, *work.saved_directions]
+    if len(variants) * blocks > 1 and saves:
         what = "a `save` in an experiment that compares several models, sources or bases"
         if blocks > 1:
             what = "a `save` in an experiment on several blocks of prompts"
         later = "write a separate experiment and file for each"
-        work.diagnostics.append(NotSupported(span=work.saves[0].span, what=what, later=later))
+        work.diagnostics.append(NotSupported(span=saves[0].span, what=what, later=later))

@@ -546,7 +546,29 @@ class Save(Spec):
     """None: the experiment's base run."""
     file: str
     dtype: str | None = None
-    """None: the dtype of the computation."""
+    """None: the dtype of the computation, or float32 for a mean."""
+    mean: bool = False
+    """Whether the mean over rows is saved."""
+
+    def stored_dtype(self, computed: str) -> str:
+        """Return the dtype of the file's vectors.
+
+        Args:
+            computed: The dtype of the computation. A mean has more precision than its vectors.
+        """
+        return self.dtype or ("float32" if self.mean else computed)
+
+
+class SavedDirection(Spec):
+    """`save direction NAME to "FILE" as TYPE`: a direction that is written to a file."""
+
+    direction: ExprText
+    """Its name, or a member of a family: `refusal[layer 3]`."""
+    name: str
+    """Name of its definition."""
+    file: str
+    dtype: str | None = None
+    """None: float32."""
 
 
 class Experiment(Spec):
@@ -578,6 +600,7 @@ class Experiment(Spec):
     keep: tuple[ExprText, ...] = ()
     measures: tuple[Measure, ...]
     saves: tuple[Save, ...] = ()
+    saved_directions: tuple[SavedDirection, ...] = ()
     statistics: Statistics
     against: Control | None = None
     estimator: Estimator | None = None

@@ -64,6 +64,7 @@ class Statements:
         self.using: list[ast.Using] = []
         self.derived: list[ast.RunDef] = []
         self.saves: list[ast.Save] = []
+        self.saved_directions: list[ast.SaveDirection] = []
         self.known_runs: dict[str, Span] = {}
         """Names of the runs defined so far in the experiment itself."""
         self.elsewhere: dict[str, spec.ExternalRunSpec] = {}
@@ -93,13 +94,17 @@ class Statements:
                         self.observed.append((statement, loops))
                 case ast.For():
                     self.loop(statement, loops)
-                case ast.RunDef() | ast.Save() if loops:
+                case ast.RunDef() | ast.Save() | ast.SaveDirection() if loops:
                     word = "run" if isinstance(statement, ast.RunDef) else "save"
                     self.later(statement.span, f"a `{word}` within a `for`")
+                    if isinstance(statement, ast.SaveDirection):  # which may need no prompts
+                        self.saved_directions.append(statement)
                 case ast.RunDef():
                     self.derived.append(statement)
                 case ast.Save():
                     self.saves.append(statement)
+                case ast.SaveDirection():
+                    self.saved_directions.append(statement)
                 case ast.UseModel():
                     self.once(statement, self.models, "model")
                 case ast.UsePrompts():

@@ -69,11 +69,12 @@ class DirectionError(Exception):
 
 def name_member(name: str, axes: Sequence[Axis], key: AxisIndices) -> str:
     """Return the name of a member: `refusal[layer 3, token -1]`."""
-    said = [_coordinate(axis, axis.labels[i]) for axis, i in zip(axes, key, strict=True)]
+    said = [name_coordinate(axis, axis.labels[i]) for axis, i in zip(axes, key, strict=True)]
     return f"{name}[{', '.join(said)}]" if said else name
 
 
-def _coordinate(axis: Axis, label: AxisLabel) -> str:
+def name_coordinate(axis: Axis, label: AxisLabel) -> str:
+    """Return a coordinate of a family's member: `layer 3`, `token -1`."""
     return describe_position(label) if axis.name == "position" else f"{axis.name} {label}"
 
 
@@ -360,7 +361,8 @@ def resolve_unfitted_family(
 def _saved_family(
     call: ast.Call, definition: spec.Direction, written: str, key: str, work: ExperimentContext
 ) -> DirectionFamily | None:
-    """Resolve a vector from a file, whose header specifies the width."""
+    """Resolve a vector from a file, whose header specifies the width; or one for each value that
+    the definition's site sweeps, with the names that `save direction` writes."""
     path, problems = path_to_read(SAVED_PATH, written, call.span)
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     if path is None:
@@ -370,15 +372,46 @@ def _saved_family(
     except UnreadableFile as problem:
         raise DirectionError(call, problem.reason, problem.hint) from None
     shapes = saved.shapes
-    if key not in shapes:
-        known = name_list(list(shapes)) or "none"
-        raise DirectionError(call, f"`{written}` has no `{key}`", f"it has {known}")
-    if len(shapes[key]) != 1:
-        reason = f"`{key}` has the shape {list(shapes[key])}, not [width]"
-        raise DirectionError(call, reason, "save each vector under a separate name")
-    made = f"`{key}` of {written}, SHA-256 {saved.digest[:12]}…"
-    member = DirectionMember(definition.name, SavedVector(path, key, saved.digest), made)
-    return DirectionFamily(definition.name, (), {(): member}, shapes[key][0], (definition.name,))
+    axes = () if key in shapes else _swept(definition, work)
+    if axes is None:
+        return None
+    members: dict[AxisIndices, DirectionMember] = {}
+    widths: dict[int, str] = {}
+    for index in list_axis_indices(axes):
+        name = name_tensor_of_member(key, axes, index)
+        if name not in shapes:
+            known = f"it has {name_list(list(shapes)) or 'none'}"
+            if not axes and any(each.startswith(f"{key}.layer") for each in shapes):
+                known += "; `at resid_post layer *` reads one vector for each layer"
+            raise DirectionError(call, f"`{written}` has no `{name}`", known)
+        if len(shapes[name]) != 1:
+            reason = f"`{name}` has the shape {list(shapes[name])}, not [width]"
+            raise DirectionError(call, reason, "save each vector under a separate name")
+        widths[shapes[name][0]] = name
+        made = f"`{name}` of {written}, SHA-256 {saved.digest[:12]}…"
+        vector = SavedVector(path, name, saved.digest)
+        members[index] = DirectionMember(name_member(definition.name, axes, index), vector, made)
+    if len(widths) > 1:
+        (width, name), (other, second) = list(widths.items())[:2]
+        reason = f"`{name}` has {width} numbers, `{second}` {other}"
+        raise DirectionError(call, reason, "name vectors of equal width")
+    return DirectionFamily(definition.name, axes, members, next(iter(widths)), (definition.name,))
+
+
+def _swept(definition: spec.Direction, work: ExperimentContext) -> tuple[Axis, ...] | None:
+    """Return the axes that a definition's site sweeps, if it has one; None after an error."""
+    if definition.site is None:
+        return ()
+    sites, axes = resolve_site(definition.site, replace(work.sites, loops={}))
+    return None if sites is None else axes
+
+
+def name_tensor_of_member(name: str, axes: Sequence[Axis], key: AxisIndices) -> str:
+    """Return the name of a family's member in a file: `refusal.layer3.position0`."""
+    said = [name]
+    for axis, index in zip(axes, key, strict=True):
+        said.append(f"{axis.name}{index if axis.name == 'position' else axis.labels[index]}")
+    return ".".join(said)
 
 
 def find_tokens(call: ast.Call, texts: Sequence[str], work: ExperimentContext) -> tuple[int, ...]:
@@ -520,13 +553,25 @@ def resolve_direction(
         _fits(rule.direction, family, sites, work)
         return _lay_out(rule.direction, family, (*sites.axes, *positions.axes), work)
     except DirectionError as problem:
-        text = problem.node.span.written
-        work.diagnostics.append(
-            BadDirection(
-                span=problem.node.span, text=text, reason=problem.reason, hint=problem.hint
-            )
-        )
+        report_direction(problem, work)
         return None
+
+
+def report_direction(problem: DirectionError, work: ExperimentContext) -> None:
+    """Report E0341."""
+    span = problem.node.span
+    work.diagnostics.append(
+        BadDirection(span=span, text=span.written, reason=problem.reason, hint=problem.hint)
+    )
+
+
+def resolve_family(node: ast.Expr, work: ExperimentContext) -> DirectionFamily | None:
+    """Resolve an expression of named directions, such as `d[layer 3]`; None after an error.
+
+    Raises:
+        DirectionError: If it isn't valid.
+    """
+    return _family(node, work, None)
 
 
 def _fits(

@@ -26,6 +26,7 @@ from mechdsl.resolve.conflicts import (
     check_runs_without_blocks,
 )
 from mechdsl.resolve.controls import ExcludedSite, resolve_exclusions
+from mechdsl.resolve.direction_files import resolve_direction_files
 from mechdsl.resolve.findings import Finding, FindingPicker
 from mechdsl.resolve.loops import label_by_depth, resolve_loops
 from mechdsl.resolve.measures import (
@@ -383,7 +384,7 @@ def outline_experiment(
     context = _measure_context(work, axes, observed)
     measures, places = resolve_measure_groups(work, context)
     keep, accuracies = _other_measures(work, context)
-    saves = resolve_saves(work)
+    saves, direction_files = resolve_saves(work), resolve_direction_files(work)
     diagnostics.extend(check_accuracies(accuracies, derived, experiment))
     known = ExperimentOutline(
         spec=experiment,
@@ -416,6 +417,7 @@ def outline_experiment(
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,
         saves=saves,
+        direction_files=direction_files,
         derived=derived,
         places=places,
     )

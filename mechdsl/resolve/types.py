@@ -7,7 +7,7 @@ interface of a rule kind that all later stages call.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -341,9 +341,14 @@ class DirectionTargets(Record):
     @property
     def models(self) -> Iterator[str]:
         """Models other than the experiment's that the members are fitted on."""
-        for member in self.members.values():
-            for fit in iter_fitted_vectors(member.vector):
-                yield from (s.run.model for s in fit.samples if s.run.model is not None)
+        return iter_fit_models(self.members.values())
+
+
+def iter_fit_models(members: Iterable[DirectionMember]) -> Iterator[str]:
+    """Yield the models other than the experiment's that directions are fitted on."""
+    for member in members:
+        for fit in iter_fitted_vectors(member.vector):
+            yield from (s.run.model for s in fit.samples if s.run.model is not None)
 
 
 def iter_leaf_vectors(
@@ -1003,6 +1008,26 @@ class ResolvedSave(Record):
 
 
 @record
+class ResolvedDirectionFile(Record):
+    """A `save direction` line with the directions that it writes."""
+
+    spec: spec.SavedDirection = field(compare=False)
+    members: Mapping[str, DirectionMember]
+    """The direction in each tensor of the file."""
+    width: int
+    """Numbers of each vector."""
+    control_vector: bool = False
+    """Whether the file is a control vector of llama.cpp."""
+    without_first: bool = False
+    """Whether layer 0 is left out, to which llama.cpp adds no control vector."""
+
+    @property
+    def models(self) -> Iterator[str]:
+        """Models other than the experiment's that the members are fitted on."""
+        return iter_fit_models(self.members.values())
+
+
+@record
 class ResolvedExperiment(Record):
     """An experiment with all that a plan needs except weights."""
 
@@ -1035,6 +1060,7 @@ class ResolvedExperiment(Record):
     drawn: DrawCounts | None = None
     """For a control: the number of draws in each cell."""
     saves: tuple[ResolvedSave, ...] = ()
+    direction_files: tuple[ResolvedDirectionFile, ...] = ()
     derived: Mapping[str, ResolvedExperiment] = field(default_factory=dict)
     """Runs with rules that it defines, in order of dependency, each with one cell and no
     measures."""
@@ -1079,6 +1105,7 @@ class ResolvedExperiment(Record):
         """The model that it runs on, and other models that it reads."""
         others = [run.model for run in self.spec.elsewhere if run.model is not None]
         others += [m for rule in self.every_rule if rule.direction for m in rule.direction.models]
+        others += [model for file in self.direction_files for model in file.models]
         fits = (fit for rule in self.every_rule if rule.basis for fit in rule.basis.fits)
         runs = (sample.run for fit in fits for sample in fit.samples)
         others += [run.model for run in runs if run.model is not None]

@@ -433,21 +433,34 @@ class MissingDocument(DocumentPart):
 
 
 class SavedDocument(DocumentPart):
-    """A file of activations that a `save` line has written."""
+    """A file that a `save` line has written."""
 
     experiment: str
-    site: str = Field(description="as written in the `save` line, like `at` and `run`")
-    at: str
-    run: str
-    file: str = Field(description="path of the safetensors file")
-    rows_file: str = Field(
-        description="path of the JSON lines file next to it, with one line per row"
+    kind: str = Field(description="`vectors`, `means`, `direction` or `control vector`")
+    site: str | None = Field(
+        default=None,
+        description="as written in the `save` line, like `at` and `run`; absent for a direction",
+    )
+    at: str | None = None
+    run: str | None = None
+    direction: str | None = Field(default=None, description="as written in the `save` line")
+    file: str = Field(description="path of the safetensors or GGUF file")
+    rows_file: str | None = Field(
+        default=None,
+        description="path of the JSON lines file next to it, with one line per row; absent for "
+        "means and directions",
     )
     dtype: str
-    tensors: int = Field(description="sites: tensors of vectors")
-    vectors: int = Field(description="vectors per site")
-    rows: int = Field(description="rows that have a vector")
-    bytes: int = Field(description="size of the safetensors file")
+    tensors: int = Field(description="sites, or vectors of a direction")
+    vectors: int = Field(description="vectors or means per site")
+    rows: int | None = Field(
+        default=None, description="rows that have a vector; absent for a direction"
+    )
+    bytes: int = Field(description="size of the safetensors or GGUF file")
+    note: str | None = Field(
+        default=None,
+        description="which direction was selected, and what is left out, if anything",
+    )
 
 
 class FileDocument(DocumentPart):
@@ -465,7 +478,7 @@ class FileDocument(DocumentPart):
         default=None, description="what `--fail-fast` skipped, if anything"
     )
     saved: list[SavedDocument] | None = Field(
-        default=None, description="files of activations that `save` lines have written, if any"
+        default=None, description="files that `save` lines have written, if any"
     )
 
 
@@ -674,9 +687,10 @@ def _missing_documents(file: FileResult) -> list[MissingDocument]:
 
 
 def _saved_documents(saved: SavedFile) -> SavedDocument:
-    paths = {"file": str(saved.path), "rows_file": str(saved.rows_path)}
-    said = {name: own for name, own in vars(saved).items() if name not in ("path", "rows_path")}
-    return SavedDocument(**paths, **said)
+    said = dict(vars(saved))
+    rows = said.pop("rows_path")
+    said |= {"file": str(said.pop("path")), "rows_file": None if rows is None else str(rows)}
+    return SavedDocument(**{name: own for name, own in said.items() if own not in (None, "")})
 
 
 def results_document(

@@ -578,10 +578,10 @@ def _print_saves(saves: Sequence[SaveCost], console: Console) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for each in saves:
         table.add_row(
-            each.save.spec.file,
-            f"{len(each.layout.widths):,}",
-            f"{'≤ ' if each.layout.at_most else ''}{each.layout.vectors:,}",
-            f"{'≤ ' if each.layout.at_most else ''}{format_size(each.bytes)}",
+            each.file,
+            f"{each.sites:,}",
+            f"{'≤ ' if each.at_most else ''}{each.vectors:,}",
+            f"{'≤ ' if each.at_most else ''}{format_size(each.bytes)}",
             *_cost_figures(each.cost)[2:],
         )
     console.print()

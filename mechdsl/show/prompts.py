@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -15,12 +15,13 @@ from mechdsl.base.text import count_noun, format_size, shown_token
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.images.processing import PatchLayout
 from mechdsl.planner.plan import plan_save_layout
+from mechdsl.program.spec import NO_PROMPTS
 from mechdsl.prompts.other_runs import REPLY_PLACEHOLDER
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, RunRow, describe_output
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.expansion import get_whole_spec
-from mechdsl.resolve.types import DRAW_AXIS, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.types import DRAW_AXIS, DirectionMember, ResolvedExperiment, ResolvedRule
 
 HIT_MARK, OTHER_MARK = "■", "·"
 
@@ -71,7 +72,8 @@ def print_prompts(checked: CheckedFile, console: Console) -> None:
     saving = {each.spec.span: each for each in checked.saving}
     for experiment, places in _whole_experiments(checked):
         table = experiment.table
-        rows = f"{count_noun(len(table), 'row')} of {table.name}"
+        without = experiment.spec.prompts == NO_PROMPTS
+        rows = NO_PROMPTS if without else f"{count_noun(len(table), 'row')} of {table.name}"
         console.print(
             Text.assemble(
                 ("experiment ", "bold"),
@@ -80,7 +82,9 @@ def print_prompts(checked: CheckedFile, console: Console) -> None:
             )
         )
         prompts = tuple(id(run.rows) for run in table.runs.values() if run.derived is None)
-        if prompts not in seen:
+        if without:
+            pass
+        elif prompts not in seen:
             seen.add(prompts)
             _prompts(experiment, console)
         else:
@@ -209,13 +213,17 @@ def _derived(experiment: ResolvedExperiment, console: Console) -> None:
 
 
 def _saves(experiment: ResolvedExperiment, console: Console) -> None:
-    """Print the saved activations and their files."""
+    """Print the saved activations and directions, and their files."""
+    for file in experiment.direction_files:
+        console.print(Text("  " + file.spec.span.written, style="bold"))
+        _members(list(file.members.values()), console)
+        _print_labels("tensors", list(file.members), console)
     for save in experiment.saves:
         console.print(Text("  " + save.spec.span.written, style="bold"))
         layout, run = plan_save_layout(experiment, save), experiment.table.runs[save.run]
         _print_labels("tensors", list(layout.widths), console)
         _positions(experiment, save.run, list(save.cells), console)
-        dtype = save.spec.dtype or experiment.model.spec.dtype
+        dtype = save.spec.stored_dtype(experiment.model.spec.dtype)
         sites, vectors = (
             count_noun(len(layout.widths), "site"),
             count_noun(layout.vectors, "vector"),
@@ -226,8 +234,11 @@ def _saves(experiment: ResolvedExperiment, console: Console) -> None:
         rows = f"{count_noun(layout.rows, 'row')}{draws}"
         size, file = format_size(layout.bytes(dtype)), PurePath(save.spec.file)
         vectors = f"up to {vectors}" if layout.at_most else vectors
+        if layout.means is not None:
+            vectors = count_noun(layout.means, "mean")
         said = f"{vectors} of {sites} of `{save.run}` ({rows}, {size} as {dtype}) to {file}"
-        console.print(Text(f"    {said}, rows to {file.with_suffix('.jsonl').name}"))
+        rows_file = "" if save.spec.mean else f", rows to {file.with_suffix('.jsonl').name}"
+        console.print(Text(f"    {said}{rows_file}"))
 
 
 def _rules(experiment: ResolvedExperiment, console: Console) -> None:
@@ -286,13 +297,16 @@ def _print_labels(title: str, labels: list[str], console: Console) -> None:
     console.print(f"    {title}: {shown}{more}", highlight=False)
 
 
-def _directions(rule: ResolvedRule, console: Console) -> None:
-    """Print the definition of a rule's directions and their rows."""
-    members = [] if rule.direction is None else list(rule.direction.members.values())
+def _members(members: Sequence[DirectionMember], console: Console) -> None:
     for member in members[:MAX_SHOWN_CELLS]:
         console.print(Text(f"    direction {member.name}: {member.made}"))
     if len(members) > MAX_SHOWN_CELLS:
         console.print(f"    … ({len(members)} directions in all)", highlight=False)
+
+
+def _directions(rule: ResolvedRule, console: Console) -> None:
+    """Print the definition of a rule's directions and their rows."""
+    _members([] if rule.direction is None else list(rule.direction.members.values()), console)
     bases = [] if rule.basis is None else list(rule.basis.members)
     for member in bases[:MAX_SHOWN_CELLS]:
         console.print(Text(f"    basis {member.name}: {member.made}"))
@@ -445,10 +459,21 @@ def _as_saves(experiment: ResolvedExperiment, checked: CheckedFile) -> dict[str,
             "positions": _as_hits(save.cells),
             "vectors": plan_save_layout(each, save).vectors,
             "rows": plan_save_layout(each, save).rows,
-            "dtype": save.spec.dtype or each.model.spec.dtype,
+            "dtype": save.spec.stored_dtype(each.model.spec.dtype),
         }
         for each in own
         for save in each.saves
+    ]
+    found += [
+        {
+            "save": file.spec.span.written,
+            "file": file.spec.file,
+            "tensors": list(file.members),
+            "directions": [{"name": m.name, "made": m.made} for m in file.members.values()],
+            "dtype": file.spec.dtype or "float32",
+        }
+        for each in own
+        for file in each.direction_files
     ]
     return {"saves": found} if found else {}
 

@@ -272,6 +272,12 @@ def create_tensor_file(
         os.close(handle)
 
 
+def sync_file(path: Path) -> None:
+    """Make a written file durable."""
+    with path.open("rb+") as file:
+        sync(file.fileno())
+
+
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a new text file durably."""
     with path.open("w", encoding="utf-8") as file:

@@ -1113,12 +1113,24 @@ class RunDef(Node):
 
 @record
 class Save(Node):
-    """`save resid_post layer * of healed at last token to "acts.safetensors" as float16`."""
+    """`save [mean of] resid_post layer * of healed at last token to "acts.safetensors" as
+    float16`."""
 
     site: Site
     at: Positions
     file: String
     run: Ref | None = None
+    dtype: Name | None = None
+    mean: bool = False
+    """Whether it saves the mean over rows instead of every vector."""
+
+
+@record
+class SaveDirection(Node):
+    """`save direction refusal to "refusal.safetensors"`."""
+
+    direction: Name | Index
+    file: String
     dtype: Name | None = None
 
 
@@ -1144,6 +1156,7 @@ Statement = (
     | Expect
     | RunDef
     | Save
+    | SaveDirection
 )
 
 

@@ -754,7 +754,11 @@ def _statement(node: Any) -> str | None:
         case ast.Save():
             where = f"{format_site(node.site)}{_of('of', node.run, format_ref)}"
             where += f" at {format_positions(node.at)}"
-            return f"save {where} to {_text(node.file)}" + _of("as", node.dtype, _id)
+            mean = "mean of " if node.mean else ""
+            return f"save {mean}{where} to {_text(node.file)}" + _of("as", node.dtype, _id)
+        case ast.SaveDirection():
+            what = format_operand(node.direction, SUM)
+            return f"save direction {what} to {_text(node.file)}" + _of("as", node.dtype, _id)
         case ast.Expect():
             if node.condition is not None:
                 what = format_operand(node.condition, CONDITION)

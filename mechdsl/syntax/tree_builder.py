@@ -760,7 +760,16 @@ class TreeBuilder(Transformer[Token, Any]):
         clauses = _clauses(c)
         at = next(child for child in c if isinstance(child, ast.Positions))
         file = next(child for child in c if isinstance(child, ast.String))
-        return ast.Save(c[1], at, file, clauses.get("run"), clauses.get("dtype"), span=_span(c))
+        site = next(child for child in c if isinstance(child, ast.Site))
+        mean = "mean" in clauses
+        given = clauses.get("run"), clauses.get("dtype")
+        return ast.Save(site, at, file, *given, mean, span=_span(c))
+
+    def save_direction(self, c: list[Any]) -> ast.SaveDirection:
+        file = next(child for child in c if isinstance(child, ast.String))
+        return ast.SaveDirection(c[2], file, _clauses(c).get("dtype"), span=_span(c))
+
+    mean_of = _clause("mean", lambda _: True)
 
     saved_as = _clause("dtype", _second)
 

@@ -261,6 +261,25 @@ def test_untrusted_lists_and_confines_every_construct(
     assert "E0535" not in command("validate", path).err, "reading is free"
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
+def test_saved_directions_are_listed_and_confined(
+    suffix: str, here: Path, command: Command
+) -> None:
+    head = 'direction d = unembedding(" fig")\nexperiment '
+    text = EXAMPLES["save"][1].replace("experiment ", head, 1)
+    line = 'save resid_post layer 1 of clean at last token to "PLACE"'
+    assert line in text
+    if suffix == "gguf":
+        head = "direction d = mean(fruit) at resid_post layer 1\nexperiment "
+        text = EXAMPLES["save"][1].replace("experiment ", head, 1)
+    text = text.replace(line, 'save direction d to "PLACE"')
+    target = f"d.{suffix}"
+    inside = command("validate", "--untrusted", written(here, text.replace("PLACE", target)))
+    assert f"warning[W0780]: `save` writes `{target}`" in inside.err
+    done = command("validate", written(here, text.replace("PLACE", f"../elsewhere/{target}")))
+    assert "error[E0531]" in done.err
+
+
 @pytest.mark.parametrize("target", ["common.mech", "data.csv", "metrics.py", "model"])
 def test_links_are_followed(target: str, here: Path, command: Command) -> None:
     filled(here.parent / "elsewhere")

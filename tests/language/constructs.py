@@ -290,7 +290,8 @@ _file(
 _file(
     "direction: saved",
     'direction d = saved("directions.safetensors", "d")',
-    "A vector from a safetensors file. The results store the file's hash.",
+    "A vector from a safetensors file. With `at resid_post layer *`, one vector for each layer, "
+    "with the names that `save direction` writes (`d.layer3`). The results store the file's hash.",
     _STEERING,
     OWN,
 )
@@ -1698,6 +1699,25 @@ _experiment(
     "precision. An experiment can consist of `save` lines alone. In an experiment with rules, "
     "name the run; `keep` isn't allowed. Each run overwrites the file.",
     "tests/execute/test_save.py",
+)
+_experiment(
+    "save mean of",
+    'save mean of mlp_out layer 2 of clean at last token to "m.safetensors"',
+    "Writes the mean over rows, as float32 unless `as` says otherwise. Each row counts once: its "
+    "vector is the mean over the position's tokens, and over the row's noise samples and "
+    "completions. For several positions, tensors are named `resid_post.layer3.position0`. "
+    '`direction m = saved("m.safetensors", "mlp_out.layer2")` reads it.',
+    "tests/execute/test_save_means.py",
+)
+_experiment(
+    "save direction",
+    'save direction more to "d.safetensors"',
+    "Writes a direction, or each member of a family that sweeps layers (`more.layer3`), to a file. "
+    "`more[layer 3]` and `more[best of sweep]` select one. A name that ends in `.gguf` writes a "
+    "control vector of llama.cpp, which adds `direction.3` to `resid_post layer 3` at every token "
+    "and nothing at layer 0. Without other lines, the experiment needs no prompts.",
+    "tests/rules/test_saved_directions.py",
+    "llama.cpp; repeng (Vogel 2024)",
 )
 _experiment(
     "from … into",

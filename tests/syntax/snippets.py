@@ -312,6 +312,11 @@ measure kl(clean) at each reply token as raw
 observe norm resid_post layer * at each step as lengths
 observe norm resid_post layer * at reply tokens 2..4 top 3
 save resid_post layer 3 of clean at each step to "a.safetensors" as float16
+save mean of resid_post layer * at last token, cue token to "a.safetensors"
+save mean layer 3 at last token to "a.safetensors"
+save direction d to "d.gguf"
+save direction d[layer 3, token -1] to "d.safetensors" as float16
+save direction d[best of e] to "d.safetensors"
 using atp
 using relp verify top 20
 using eap_ig(steps: 5) verify top 20, random 20

@@ -1,4 +1,4 @@
-"""`save` lines: vectors from passes written to a file, batch by batch."""
+"""`save` lines: vectors from passes, or their means, written to a file batch by batch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.files import ReportNotWritable
+from mechdsl.diagnostics.rules import EmptyDirection
 from mechdsl.execute.patching.rule_inputs import DerivedRuns
+from mechdsl.execute.run.direction_files import write_direction_file, write_tensors
 from mechdsl.execute.run_record import ExecutionOptions, SavedFile
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import DirectionFits, read_vectors, split_prompts
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import PROMPT_TOKENS, SaveLayout, build_save_panel
+from mechdsl.program import spec
 from mechdsl.program.paths import path_to_write
 from mechdsl.prompts.positions.cells import find_reply_tokens
 from mechdsl.prompts.runs import Hits, PositionCell, PromptRun
@@ -130,11 +134,11 @@ _DTYPE_NAMES = {
 def save_vectors(
     experiment: ResolvedExperiment, models: Mapping[str, LoadedModel], options: ExecutionOptions
 ) -> tuple[list[SavedFile], list[Diagnostic]]:
-    """Write the files of an experiment's `save` lines, batch by batch.
+    """Write the files of an experiment's `save` lines, vectors batch by batch.
 
     Returns:
         The files, and diagnostics: E0533 for a file that can't be written, of which nothing
-        remains.
+        remains; E0641 for directions and means that can't be computed.
     """
     panel = build_save_panel(experiment)
     model = models[experiment.model.key]
@@ -142,7 +146,7 @@ def save_vectors(
     plan = make_plan([])
     runs = UnpatchedRuns(panel, model, (), plan=plan, side=options.side, others=others)
     size = options.prompt_tokens or PROMPT_TOKENS
-    saved: list[SavedFile] = []
+    saved: dict[int, SavedFile] = {}
     problems: list[Diagnostic] = []
     for save in experiment.saves:
         run = runs.named(save.run)
@@ -150,20 +154,36 @@ def save_vectors(
         fits = DirectionFits(model, others, runs.seed, options.side)
         found = DerivedRuns.define(panel.derived, runs, batches, fits)[1]
         if found:
-            return saved, [*problems, *found]
+            problems += found
+            break
         rows = select_rows_to_save(save, run, runs, batches)
         if rows.replies:
             batches = split_prompts(runs.model_of(run), rows.run, save.points, tokens=size)
+        writer = _SavedMeans if save.spec.mean else _SavedRun
         try:
-            saved.append(_SavedRun(experiment, rows, runs).written(batches))
+            saved[save.spec.span.start] = writer(experiment, rows, runs).written(batches)
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            span, file = save.spec.span, save.spec.file
-            problems.append(
-                ReportNotWritable(span=span, construct="save", path=file, reason=reason)
-            )
+            problems.append(_not_written(save.spec, error))
+        except _NoMean as error:
+            problems.append(error.diagnostic)
         runs.forget()
-    return saved, problems
+    fits = DirectionFits(model, others, runs.seed, options.side)
+    for file in experiment.direction_files:
+        try:
+            written, found = write_direction_file(file, experiment, model, fits)
+        except OSError as error:
+            problems.append(_not_written(file.spec, error))
+            continue
+        if written is not None:
+            saved[file.spec.span.start] = written
+        problems += found
+    return [saved[start] for start in sorted(saved)], problems
+
+
+def _not_written(save: spec.Save | spec.SavedDirection, error: OSError) -> Diagnostic:
+    """Return E0533."""
+    reason = (error.strerror or str(error)).lower()
+    return ReportNotWritable(span=save.span, construct="save", path=save.file, reason=reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +218,7 @@ class _SavedRun:
         said = self.save.spec
         return SavedFile(
             experiment=self.experiment.key,
+            kind="vectors",
             site=said.site.span.written,
             at=said.at.span.written,
             run=self.save.run,
@@ -216,8 +237,8 @@ class _SavedRun:
         return SaveLayout.of(self.save, self.run, shape, also)
 
     def _dtype(self) -> torch.dtype:
-        name = self.save.spec.dtype
-        return self.runs.model_of(self.run).dtype if name is None else getattr(torch, name)
+        computed = str(self.runs.model_of(self.run).dtype).removeprefix("torch.")
+        return getattr(torch, self.save.spec.stored_dtype(computed))
 
     def _places(self) -> dict[str, TensorEntry]:
         """Describe every tensor of the file; the number of vectors depends only on positions."""
@@ -279,6 +300,97 @@ class _SavedRun:
             "at": save.spec.at.span.written,
             "positions": json.dumps([cell.label for cell in save.cells], ensure_ascii=False),
         }
+
+
+class _NoMean(Exception):
+    """Error for a mean over no rows, or over numbers that aren't finite."""
+
+    def __init__(self, diagnostic: Diagnostic) -> None:
+        super().__init__(str(diagnostic))
+        self.diagnostic = diagnostic
+
+
+class _SavedMeans(_SavedRun):
+    """Writer of the file of a `save mean of` line.
+
+    Each row of the table counts once: its vector at a position is the mean over the position's
+    tokens, and over the row's draws and replies.
+    """
+
+    def written(self, batches: Sequence[Ints]) -> SavedFile:
+        """Write the file. Raises OSError if that fails, and _NoMean."""
+        path, problems = path_to_write("save", self.save.spec.file, self.save.spec.span)
+        if path is None:
+            raise OSError(problems[0].message)
+        counts = self._counts()
+        rows = [int((own > 0).sum()) for own in counts]
+        labels = [cell.label for cell in self.save.cells]
+        for label, count in zip(labels, rows, strict=True):
+            if not count:
+                raise self._no_mean(f"no row has `{label}`", "name a position that some rows have")
+        tensors: dict[str, Tensor] = {}
+        for cell, totals in enumerate(self._totals(counts, batches)):
+            for point, total in zip(self.save.points, totals, strict=True):
+                if not total.isfinite().all():
+                    hint = "look at the rows with `save` without `mean of`"
+                    raise self._no_mean("it has NaN or infinity", hint)
+                name = name_tensor(point) + (f".position{cell}" if len(labels) > 1 else "")
+                tensors[name] = (total / rows[cell]).to(self._dtype())
+        counted = {"rows": json.dumps(rows)}
+        size = write_tensors(path, tensors, {**self._metadata(), **counted})
+        said = self.save.spec
+        return SavedFile(
+            experiment=self.experiment.key,
+            kind="means",
+            site=said.site.span.written,
+            at=said.at.span.written,
+            run=self.save.run,
+            path=path,
+            dtype=str(self._dtype()).removeprefix("torch."),
+            tensors=len(self.layout.widths),
+            vectors=len(labels),
+            rows=int((np.sum(counts, axis=0) > 0).sum()),
+            bytes=size,
+        )
+
+    def _counts(self) -> list[Ints]:
+        """[position][row of the table]: the number of its vectors at the position."""
+        found: list[Ints] = []
+        for cell in self.save.cells:
+            own = np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
+            counts = np.zeros(len(self.experiment.table), dtype=np.int64)
+            np.add.at(counts, self.rows.of, own * self.run.draws)
+            found.append(counts)
+        return found
+
+    def _no_mean(self, reason: str, hint: str) -> _NoMean:
+        """Return the error for a mean that can't be computed."""
+        return _NoMean(
+            EmptyDirection(
+                span=self.save.spec.span,
+                name=self.save.spec.site.span.written,
+                reason=f"can't be computed: {reason}",
+                made=f"over {count_noun(len(self.experiment.table), 'row')}",
+                hint=hint,
+                kind="mean of",
+            )
+        )
+
+    def _totals(self, counts: Sequence[Ints], batches: Sequence[Ints]) -> list[list[Tensor]]:
+        """[position][point]: the sum of the rows' vectors, [width] float64."""
+        widths = list(self.layout.widths.values())
+        totals = [[torch.zeros(width, dtype=torch.float64) for width in widths] for _ in counts]
+        lanes = self.runs.reader(self.run, self.save.points)
+        found = read_vectors(lanes, self.save.points, self.save.cells, batches)
+        for _, batch in groupby(found, key=lambda each: each.batch):
+            for part in batch:
+                weights = 1 / counts[part.position][self.rows.of[part.prompts]]
+                vectors = part.vectors.double().cpu()
+                own = (torch.from_numpy(weights)[:, None] * vectors).sum(0)
+                totals[part.position][part.point] += own
+            if len(batches) > 1:  # also frees the runs that derived runs depend on
+                self.runs.forget()
+        return totals
 
 
 def _pack_bytes(vectors: Tensor, order: Ints, dtype: torch.dtype) -> memoryview:

@@ -720,6 +720,17 @@ HINTS: tuple[Hint, ...] = (
         "POSITIONS onto {0}` to keep only it",
     ),
     Hint(r"^project\b.*\bonto\s*$", r"", "name a direction of the file: `onto d`"),
+    Hint(
+        r"^save\s+direction\s+(\w+)\s*$",
+        r"\(([^()]*)\)?",
+        "name the direction first: `direction e = {0}({1})`, then `save direction e to …`",
+    ),
+    Hint(
+        r"^save\s+(\w+)\s+to\s*$",
+        r"",
+        "write `save direction {0} to …` for a direction, and a site and position for activations: "
+        "`save resid_post layer 3 at last token to …`",
+    ),
     Hint(r"^measure\b", r"", "name the effect: `as recovery`, `as delta` or `as raw`", "AS"),
     Hint(
         r"^(?:patch|ablate|freeze|scale|clamp|path|set|swap)\b",
