@@ -15,6 +15,7 @@ from torch import Tensor
 from ..quick import in_turn
 from ..reference.noise import noise
 from ..reference.points import Point
+from . import nan
 from .support import (
     ABSOLUTE,
     PROMPTS,
@@ -219,3 +220,24 @@ def test_no_rows_are_written_next_to_a_mean(tmp_path: Path) -> None:
     line = 'save mean of resid_post layer 1 at cue token to "data.safetensors"'
     assert not codes(tmp_path, line)
     assert codes(tmp_path, line.replace("mean of ", "")) == ["E0207"]
+
+
+def test_means_and_directions_that_are_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows with a fruit whose embedding is NaN; those of the other rows are written."""
+    monkeypatch.chdir(tmp_path)
+    text = "direction d = mean(pairs) at resid_post layer 1\n" + "".join(
+        nan.experiment(name, line, prompts=block)
+        for name, block, line in (
+            ("a", "pairs", 'save mean of resid_post layer 1 at last token to "a.safetensors"'),
+            ("b", "pairs", 'save direction d to "b.safetensors"'),
+            ("c", "others", 'save mean of resid_post layer 1 at last token to "c.safetensors"'),
+        )
+    )
+    result, found = nan.run(text)
+    assert result is not None
+    errors = [each for each in found if each.severity == "error"]
+    assert [each.code for each in errors] == ["E0641", "E0641"]
+    assert all("NaN or infinity" in each.message for each in errors)
+    assert [each.path.name for each in result.saved] == ["c.safetensors"]
