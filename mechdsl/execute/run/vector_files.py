@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -206,19 +207,29 @@ class _SavedRun:
 
     def written(self, batches: Sequence[Ints]) -> SavedFile:
         """Write the file and its rows. Raises OSError if that fails."""
-        path, problems = path_to_write("save", self.save.spec.file, self.save.spec.span)
-        if path is None:
-            raise OSError(problems[0].message)
-        rows_path, layout = path.with_suffix(".jsonl"), self.layout
+        path = self._path()
+        rows_path = path.with_suffix(".jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_aside(rows_path) as rows, write_aside(path) as aside:
             write_lines(rows, self._rows())
             with create_tensor_file(aside, self._places(), self._metadata()) as file:
                 self._fill(file, batches)
-        said = self.save.spec
+        return self._summary(path, "vectors", file.size, rows_path)
+
+    def _path(self) -> Path:
+        """Return the path of the file. Raises OSError if it may not be written."""
+        path, problems = path_to_write("save", self.save.spec.file, self.save.spec.span)
+        if path is None:
+            raise OSError(problems[0].message)
+        return path
+
+    def _summary(
+        self, path: Path, kind: Literal["vectors", "means"], size: int, rows_path: Path | None
+    ) -> SavedFile:
+        said, layout = self.save.spec, self.layout
         return SavedFile(
             experiment=self.experiment.key,
-            kind="vectors",
+            kind=kind,
             site=said.site.span.written,
             at=said.at.span.written,
             run=self.save.run,
@@ -228,7 +239,7 @@ class _SavedRun:
             tensors=len(layout.widths),
             vectors=layout.vectors,
             rows=len(np.unique(self.rows.of[layout.counts > 0])),
-            bytes=file.size,
+            bytes=size,
         )
 
     @cached_property
@@ -319,9 +330,6 @@ class _SavedMeans(_SavedRun):
 
     def written(self, batches: Sequence[Ints]) -> SavedFile:
         """Write the file. Raises OSError if that fails, and _NoMean."""
-        path, problems = path_to_write("save", self.save.spec.file, self.save.spec.span)
-        if path is None:
-            raise OSError(problems[0].message)
         counts = self._counts()
         rows = [int((own > 0).sum()) for own in counts]
         labels = [cell.label for cell in self.save.cells]
@@ -336,22 +344,9 @@ class _SavedMeans(_SavedRun):
                     raise self._no_mean("it has NaN or infinity", hint)
                 name = name_tensor(point) + (f".position{cell}" if len(labels) > 1 else "")
                 tensors[name] = (total / rows[cell]).to(self._dtype())
-        counted = {"rows": json.dumps(rows)}
-        size = write_tensors(path, tensors, {**self._metadata(), **counted})
-        said = self.save.spec
-        return SavedFile(
-            experiment=self.experiment.key,
-            kind="means",
-            site=said.site.span.written,
-            at=said.at.span.written,
-            run=self.save.run,
-            path=path,
-            dtype=str(self._dtype()).removeprefix("torch."),
-            tensors=len(self.layout.widths),
-            vectors=len(labels),
-            rows=int((np.sum(counts, axis=0) > 0).sum()),
-            bytes=size,
-        )
+        path = self._path()
+        size = write_tensors(path, tensors, {**self._metadata(), "rows": json.dumps(rows)})
+        return self._summary(path, "means", size, None)
 
     def _counts(self) -> list[Ints]:
         """[position][row of the table]: the number of its vectors at the position."""
