@@ -314,7 +314,7 @@ class DirectionFits:
                 continue
             try:
                 with torch.no_grad():
-                    self._made[member.name] = self._vector(member.vector)
+                    vector = self._vector(member.vector)
             except MethodError as mistake:
                 reason = f"can't be computed: {mistake}"
                 problems.append(_empty_direction(span, member, reason, mistake.hint))
@@ -322,7 +322,9 @@ class DirectionFits:
             except (ValueError, ConvergenceError) as error:
                 problems.append(_empty_direction(span, member, f"can't be computed: {error}"))
                 continue
-            if not self._made[member.name].isfinite().all():
+            if vector.isfinite().all():
+                self._made[member.name] = vector
+            else:
                 problems.append(_empty_direction(span, member, "has NaN or infinity"))
         return problems
 

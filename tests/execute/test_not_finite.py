@@ -297,3 +297,18 @@ def test_what_is_made_of_the_rows_of_one_experiment_is_not_of_another(fill: str)
     of_few = [other.row_ids.index(row) for row in one.row_ids]  # type: ignore[union-attr]
     differ = one.measures[0].patched - other.measures[0].patched[:, of_few]
     assert np.abs(differ).max() > 1e-3
+
+
+def test_a_direction_that_is_not_finite_fails_in_every_experiment() -> None:
+    """Also where another experiment has tried to compute it before."""
+    measure = "measure logit(answer) as delta"
+    add = "add d to resid_post layer 1 at last token"
+    text = "\ndirection d = mean(pairs) at resid_post layer 1\n"
+    text += "".join(experiment(name, add, measure, prompts="others") for name in "ab")
+    scale = "scale embed at last token by 2"
+    result, found = run(text + experiment("c", scale, measure, prompts="others"))
+    assert result is not None
+    assert [each.name for each in result.experiments] == ["c"]
+    errors = [each for each in found if each.severity == "error"]
+    assert {each.code for each in errors} == {"E0641"}
+    assert {each.name for each in result.lost} == {"a", "b"}

@@ -231,13 +231,13 @@ def test_means_and_directions_that_are_not_finite(
         nan.experiment(name, line, prompts=block)
         for name, block, line in (
             ("a", "pairs", 'save mean of resid_post layer 1 at last token to "a.safetensors"'),
-            ("b", "pairs", 'save direction d to "b.safetensors"'),
+            ("b", "pairs", 'save direction d to "b.safetensors"\n  save direction d to "b.gguf"'),
             ("c", "others", 'save mean of resid_post layer 1 at last token to "c.safetensors"'),
         )
     )
     result, found = nan.run(text)
     assert result is not None
     errors = [each for each in found if each.severity == "error"]
-    assert [each.code for each in errors] == ["E0641", "E0641"]
+    assert [each.code for each in errors] == ["E0641", "E0641", "E0641"]
     assert all("NaN or infinity" in each.message for each in errors)
     assert [each.path.name for each in result.saved] == ["c.safetensors"]
