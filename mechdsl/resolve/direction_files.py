@@ -60,6 +60,7 @@ def _lay_out(
             "a control vector is added to the residual stream: compute the direction at "
             f"`{_RESIDUAL}`",
         )
+    _check_read_site(save, work)
     layers = {_layer(save, family, key, own): own for key, own in family.members.items()}
     if not any(layers):
         raise DirectionError(
@@ -91,13 +92,8 @@ def _layer(
             else f"compute it at one {other.name}",
         )
     points = {point for fit in iter_fitted_vectors(member.vector) for point in fit.points}
-    elsewhere = next((point.site for point in points if point.site != _RESIDUAL), None)
-    if elsewhere is not None:
-        raise DirectionError(
-            save.direction,
-            f"it is computed at `{elsewhere}`, but llama.cpp adds control vectors to `{_RESIDUAL}`",
-            f"compute it at `{_RESIDUAL}`",
-        )
+    for point in points:
+        _check_site(save, point.site)
     if family.axes:
         label = family.axes[0].labels[key[0]]
         if isinstance(label, int):
@@ -111,3 +107,20 @@ def _layer(
             f"compute it at one layer of `{_RESIDUAL}`, or at each: `at {_RESIDUAL} layer *`",
         )
     return layers.pop()
+
+
+def _check_read_site(save: spec.SavedDirection, work: ExperimentContext) -> None:
+    """Check the site of a direction that is read from a file. Raises DirectionError."""
+    definition = work.program.directions.get(save.name)
+    names = () if definition is None or definition.site is None else definition.site.names
+    for name in names[:1]:
+        _check_site(save, name.id)
+
+
+def _check_site(save: spec.SavedDirection, site: str) -> None:
+    if site != _RESIDUAL:
+        raise DirectionError(
+            save.direction,
+            f"its site is `{site}`, but llama.cpp adds control vectors to `{_RESIDUAL}`",
+            f"compute it at `{_RESIDUAL}`",
+        )

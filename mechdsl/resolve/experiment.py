@@ -400,6 +400,8 @@ def outline_experiment(
     )
     diagnostics.extend(check_generation(rules, measures, keep, work))
     whole = all(len(run.rules) == len(run.spec.rules) for run in derived.values())
+    whole &= len(saves) == len(experiment.saves)
+    whole &= len(direction_files) == len(experiment.saved_directions)
     if has_errors(diagnostics) or not whole or None in (*rules, *measures, *keep):
         return known, diagnostics
     resolved = ResolvedExperiment(

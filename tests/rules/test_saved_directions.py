@@ -285,6 +285,7 @@ REFUSED = {
     'save direction word to "a.gguf"': "E0341",
     'save direction twice to "a.gguf"': "E0341",
     'save direction mlp to "a.gguf"': "E0341",
+    'save direction put to "a.gguf"': "E0341",
     'save direction read to "a.safetensors"': "E0341",
     'save direction unit(d) to "a.safetensors"': "E0101",
     'save direction d to "rows.jsonl"': "E0207",
@@ -299,6 +300,9 @@ REFUSED = {
 def test_refused(lines: str, data: Path) -> None:
     """Before anything runs."""
     save_file({"k.layer0": torch.ones(3), "k.layer1": torch.ones(4)}, data / "kept.safetensors")
+    width = len(by_layer("llama")[0])
+    put = {f"k.layer{n}": torch.ones(width) for n in range(3)}
+    save_file(put, data / "put.safetensors")
     before = FAMILY + (
         "direction spots = mean(p) at resid_post layer 1 at cue token, last token\n"
         "direction heads_1 = mean(p) at z layer 1 head * at last token\n"
@@ -306,6 +310,7 @@ def test_refused(lines: str, data: Path) -> None:
         "direction twice = d[layer 1] + d[layer 2]\n"
         "direction mlp = mean(p) at mlp_out layer 1 at last token\n"
         'direction read = saved("kept.safetensors", "k") at resid_post layer 0..1\n'
+        'direction put = saved("put.safetensors", "k") at mlp_out layer *\n'
     )
     use = experiment("x", "add 2 * read to resid_post layer 0..1 at last token")
     text = write(*lines.split("\n"), before=before)
