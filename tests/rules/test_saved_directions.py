@@ -146,6 +146,37 @@ def test_what_is_saved_can_be_read(family: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_means_as_values(family: str, data: Path) -> None:
+    """The means of a family of sites, each at its own site: a mean ablation with saved means."""
+    lines = [
+        'save mean of resid_post layer * of other at last token to "r.safetensors"',
+        'save mean of z layer * head * of other at last token to "z.safetensors"',
+    ]
+    saved(write("prompts p", *lines, before=""), data, family)
+    text = (
+        'direction r = saved("r.safetensors", "resid_post") at resid_post layer *\n'
+        'direction z = saved("z.safetensors", "z") at z layer * head *\n'
+        + experiment("er", "set resid_post layer * at last token to r")
+        + experiment("ez", "set z layer * head * at last token to z")
+    )
+    found = run_file(text, data, family, "planned")
+
+    def stream(n: int, layer: int) -> list[Changes]:
+        vector = mean(family, "other", "resid_post", layer, "last token")
+        return [([Write("resid_post", layer, vector, rows()[n].last)], ())]
+
+    def head(n: int, layer: int, unit: int) -> list[Changes]:
+        vector = mean(family, "other", "z", layer, "last token", unit)
+        return [([Write("z", layer, vector, rows()[n].last, unit)], ())]
+
+    values = worked_out(family, EACH, stream, rows(), records())
+    agree(found["er"], ("layer",), values, unpatched(family), most=False)
+    cells = [(layer, unit) for layer in range(3) for unit in range(4)]
+    values = worked_out(family, cells, head, rows(), records())
+    agree(found["ez"], ("layer", "head"), values, unpatched(family), most=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_control_vector(family: str, data: Path) -> None:
     """Its tensors, added after the blocks that llama.cpp adds them to, give the numbers of a rule
     on the same layers."""
