@@ -62,14 +62,17 @@ def _lay_out(
         )
     _check_read_site(save, work)
     layers = {_layer(save, family, key, own): own for key, own in family.members.items()}
-    if not any(layers):
+    waiting = bool(work.sites.onward.stand_ins)  # the first member may stand for a selected one
+    if not any(layers) and not waiting:
         raise DirectionError(
             save.direction,
             "its only layer is 0, where llama.cpp can't add a control vector",
             "compute it at a later layer",
         )
-    named = {f"direction.{layer}": own for layer, own in layers.items() if layer > 0}
-    return ResolvedDirectionFile(save, named, width, control_vector=True, without_first=0 in layers)
+    there = {layer: own for layer, own in layers.items() if layer > 0} or layers
+    named = {f"direction.{layer}": own for layer, own in there.items()}
+    left_out = len(there) < len(layers)
+    return ResolvedDirectionFile(save, named, width, control_vector=True, without_first=left_out)
 
 
 def _layer(

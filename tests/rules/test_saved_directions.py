@@ -217,6 +217,27 @@ def test_the_best_member(data: Path) -> None:
     assert f"selected d[layer {best}] (" in result.saved[0].line
 
 
+def test_a_control_vector_of_the_best_member(data: Path) -> None:
+    """Of two layers, one is the best of each experiment; layer 0 can't be written."""
+    rule = "add 2 * e to resid_post layer 0..1 at last token"
+    text = FAMILY.replace("direction d", "direction e").replace("layer *", "layer 0..1")
+    for name, sign in (("up", ""), ("down", "-1 * ")):
+        measure = f"measure {sign}(logit(answer) - logit(wrong)) as delta"
+        text += experiment(name, rule, measure=measure)
+        line = f'save direction e[best of {name}] to "{name}.gguf"'
+        text += write(line, before="", name=f"write_{name}")
+    result, found = try_file(text, data, "llama")
+    assert result is not None, found
+    measure = result.experiments[0].measures[0]
+    layers = (measure.patched - measure.base).mean(axis=1)
+    written = "up" if layers[1] > layers[0] else "down"
+    assert [each.path.name for each in result.saved] == [f"{written}.gguf"]
+    assert [each.name for each in GGUFReader(data / f"{written}.gguf").tensors] == ["direction.1"]
+    errors = [each for each in found if each.severity == "error"]
+    assert [each.code for each in errors] == ["E0341"]
+    assert "its only layer is 0" in errors[0].message
+
+
 def test_two_models(data: Path) -> None:
     """A shift between two models, on rows of the experiment, which then needs prompts."""
     changed = copy.deepcopy(bare("llama"))
