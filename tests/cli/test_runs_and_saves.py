@@ -145,7 +145,7 @@ def test_what_was_saved_is_printed_and_in_json(path: Path, command: Command) -> 
     saved: list[dict[str, Any]] = document["files"][0]["saved"]
     size = (path.parent / "acts.safetensors").stat().st_size
     assert saved[0] == {
-        "experiment": "hydra", "site": "resid_post layer *", "run": "healed",
+        "experiment": "hydra", "kind": "vectors", "site": "resid_post layer *", "run": "healed",
         "at": "last token, first-item token", "file": str(path.parent / "acts.safetensors"),
         "rows_file": str(path.parent / "acts.jsonl"), "dtype": "float32", "tensors": 4,
         "vectors": 32, "rows": 16, "bytes": size,
