@@ -288,11 +288,14 @@ class DirectionFits:
 
         Returns:
             Name of a member → [width] float64; E0641, located at `span`, for those that can't be
-            computed.
+            computed, and if all are 0.
         """
         self._gather_for(members, {})
         problems = self._compute(members, span)
-        return {m.name: self._made[m.name] for m in members if m.name in self._made}, problems
+        made = {m.name: self._made[m.name] for m in members if m.name in self._made}
+        if not problems and not any(vector.any() for vector in made.values()):
+            problems.append(_empty_direction(span, next(iter(members)), "is 0 everywhere"))
+        return made, problems
 
     def _gather_for(
         self, members: Collection[DirectionMember], fits: Mapping[int, _Fit | JacobianBasis]

@@ -392,5 +392,5 @@ def _of_direction_files(experiment: ResolvedExperiment, prompt_tokens: int) -> I
         for run, blocks in list_fitted_runs(new, shape):
             batches = -(-int(run.lengths.sum()) // prompt_tokens)
             cost += replace(run_cost(shape, run, blocks), forwards=batches)
-        size = len(vectors) * file.width * DTYPE_BYTES[file.spec.dtype or "float32"]
+        size = len(vectors) * file.width * DTYPE_BYTES[file.spec.stored_dtype]
         yield SaveCost(file.spec.file, len(vectors), 1, at_most=False, bytes=size, cost=cost)

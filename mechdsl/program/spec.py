@@ -570,6 +570,11 @@ class SavedDirection(Spec):
     dtype: str | None = None
     """None: float32."""
 
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of the file's vectors."""
+        return self.dtype or "float32"
+
 
 class Experiment(Spec):
     """One experiment: everything that its block says, with the file's names bound.

@@ -60,6 +60,7 @@ def _lay_out(
             "a control vector is added to the residual stream: compute the direction at "
             f"`{_RESIDUAL}`",
         )
+    _check_axes(save, family)
     _check_read_site(save, work)
     layers = {_layer(save, family, key, own): own for key, own in family.members.items()}
     waiting = bool(work.sites.onward.stand_ins)  # the first member may stand for a selected one
@@ -75,14 +76,8 @@ def _lay_out(
     return ResolvedDirectionFile(save, named, width, control_vector=True, without_first=left_out)
 
 
-def _layer(
-    save: spec.SavedDirection, family: DirectionFamily, key: AxisIndices, member: DirectionMember
-) -> int:
-    """Return the block after which a member of a control vector is added.
-
-    Raises:
-        DirectionError: If it isn't a direction of the residual stream after one block.
-    """
+def _check_axes(save: spec.SavedDirection, family: DirectionFamily) -> None:
+    """Check that a control vector has one vector per layer. Raises DirectionError."""
     other = next((axis for axis in family.axes if axis.name != "layer"), None)
     if other is not None:
         at = name_coordinate(other, other.labels[0])
@@ -94,6 +89,16 @@ def _layer(
             if selects
             else f"compute it at one {other.name}",
         )
+
+
+def _layer(
+    save: spec.SavedDirection, family: DirectionFamily, key: AxisIndices, member: DirectionMember
+) -> int:
+    """Return the block after which a member of a control vector is added.
+
+    Raises:
+        DirectionError: If it isn't a direction of the residual stream after one block.
+    """
     points = {point for fit in iter_fitted_vectors(member.vector) for point in fit.points}
     for point in points:
         _check_site(save, point.site)

@@ -82,13 +82,11 @@ def print_prompts(checked: CheckedFile, console: Console) -> None:
             )
         )
         prompts = tuple(id(run.rows) for run in table.runs.values() if run.derived is None)
-        if without:
-            pass
-        elif prompts not in seen:
+        if prompts in seen:
+            console.print("  the same prompts as above", style="dim")
+        elif not without:
             seen.add(prompts)
             _prompts(experiment, console)
-        else:
-            console.print("  the same prompts as above", style="dim")
         _derived(experiment, console)
         if experiment.measures:
             _rules(experiment, console)
@@ -470,7 +468,7 @@ def _as_saves(experiment: ResolvedExperiment, checked: CheckedFile) -> dict[str,
             "file": file.spec.file,
             "tensors": list(file.members),
             "directions": [{"name": m.name, "made": m.made} for m in file.members.values()],
-            "dtype": file.spec.dtype or "float32",
+            "dtype": file.spec.stored_dtype,
         }
         for each in own
         for file in each.direction_files

@@ -266,7 +266,7 @@ def test_two_models(data: Path) -> None:
 
 
 def test_next_to_measures_and_in_two_experiments(data: Path) -> None:
-    """Beside rules, kept rows and another experiment that saves: the direction is the same."""
+    """The direction depends neither on rules nor on other experiments that save it."""
     rule = "add d to resid_post layer 1 at last token"
     text = (
         FAMILY

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.rules import EmptyDirection
 from mechdsl.execute.run_record import SavedFile
 from mechdsl.execute.vectors import DirectionFits
 from mechdsl.forward.hooks.model import LoadedModel
@@ -35,19 +34,12 @@ def write_direction_file(
     """
     span, written = file.spec.span, file.spec.direction.span.written
     found, problems = fits.of_members(list(file.members.values()), span)
-    if not problems and not any(vector.any() for vector in found.values()):
-        member = next(iter(file.members.values()))
-        hint = "fit it on rows that differ, or at a different site"
-        empty = EmptyDirection(
-            span=span, name=member.name, reason="is 0 everywhere", made=member.made, hint=hint
-        )
-        problems.append(empty)
     if problems:
         return None, problems
     path, refused = path_to_write("save", file.spec.file, span)
     if path is None:
         return None, refused
-    dtype = getattr(torch, file.spec.dtype or "float32")
+    dtype = getattr(torch, file.spec.stored_dtype)
     tensors = {name: found[member.name].to(dtype) for name, member in file.members.items()}
     made = {name: member.made for name, member in file.members.items()}
     metadata = {
@@ -67,7 +59,7 @@ def write_direction_file(
         kind="control vector" if file.control_vector else "direction",
         direction=written,
         path=path,
-        dtype=file.spec.dtype or "float32",
+        dtype=file.spec.stored_dtype,
         tensors=len(tensors),
         vectors=1,
         bytes=size,

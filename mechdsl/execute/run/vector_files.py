@@ -23,7 +23,7 @@ from mechdsl.execute.patching.rule_inputs import DerivedRuns
 from mechdsl.execute.run.direction_files import write_direction_file, write_tensors
 from mechdsl.execute.run_record import ExecutionOptions, SavedFile
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
-from mechdsl.execute.vectors import DirectionFits, read_vectors, split_prompts
+from mechdsl.execute.vectors import DirectionFits, SiteVectors, read_vectors, split_prompts
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import PROMPT_TOKENS, SaveLayout, build_save_panel
@@ -149,10 +149,10 @@ def save_vectors(
     size = options.prompt_tokens or PROMPT_TOKENS
     saved: dict[int, SavedFile] = {}
     problems: list[Diagnostic] = []
+    fits = DirectionFits(model, others, runs.seed, options.side)
     for save in experiment.saves:
         run = runs.named(save.run)
         batches = split_prompts(runs.model_of(run), run, save.points, tokens=size)
-        fits = DirectionFits(model, others, runs.seed, options.side)
         found = DerivedRuns.define(panel.derived, runs, batches, fits)[1]
         if found:
             problems += found
@@ -168,7 +168,6 @@ def save_vectors(
         except _NoMean as error:
             problems.append(error.diagnostic)
         runs.forget()
-    fits = DirectionFits(model, others, runs.seed, options.side)
     for file in experiment.direction_files:
         try:
             written, found = write_direction_file(file, experiment, model, fits)
@@ -259,12 +258,9 @@ class _SavedRun:
 
     def _fill(self, file: TensorFile, batches: Sequence[Ints]) -> None:
         """Write vectors in the order of the table: by row, then by reply, then by position."""
-        lanes = self.runs.reader(self.run, self.save.points)
-        found = read_vectors(lanes, self.save.points, self.save.cells, batches)
         row_ids = np.array(self.experiment.table.row_ids, dtype=np.int64)
         begin, told_apart = 0, self.rows.told_apart
-        for _, batch in groupby(found, key=lambda each: each.batch):
-            parts = list(batch)
+        for parts in self._read(batches):
             own = [part for part in parts if part.point == 0]
             position = np.concatenate([np.full(len(p.prompts), p.position) for p in own])
             columns = {
@@ -281,6 +277,13 @@ class _SavedRun:
                 vectors = torch.cat([p.vectors for p in parts if p.point == number])
                 file.put(name_tensor(point), begin, _pack_bytes(vectors, order, self._dtype()))
             begin += len(order)
+
+    def _read(self, batches: Sequence[Ints]) -> Iterator[list[SiteVectors]]:
+        """Yield the vectors of each batch, and forget the batch's runs afterwards."""
+        lanes = self.runs.reader(self.run, self.save.points)
+        found = read_vectors(lanes, self.save.points, self.save.cells, batches)
+        for _, batch in groupby(found, key=lambda each: each.batch):
+            yield list(batch)
             if len(batches) > 1:  # also frees the runs that derived runs depend on
                 self.runs.forget()
 
@@ -375,16 +378,12 @@ class _SavedMeans(_SavedRun):
         """[position][point]: the sum of the rows' vectors, [width] float64."""
         widths = list(self.layout.widths.values())
         totals = [[torch.zeros(width, dtype=torch.float64) for width in widths] for _ in counts]
-        lanes = self.runs.reader(self.run, self.save.points)
-        found = read_vectors(lanes, self.save.points, self.save.cells, batches)
-        for _, batch in groupby(found, key=lambda each: each.batch):
-            for part in batch:
+        for parts in self._read(batches):
+            for part in parts:
                 weights = 1 / counts[part.position][self.rows.of[part.prompts]]
                 vectors = part.vectors.double().cpu()
                 own = (torch.from_numpy(weights)[:, None] * vectors).sum(0)
                 totals[part.position][part.point] += own
-            if len(batches) > 1:  # also frees the runs that derived runs depend on
-                self.runs.forget()
         return totals
 
 
