@@ -463,13 +463,13 @@ class NoImageProcessor(Diagnostic):
 
 
 @keyword_record
-class AdapterCircle(Diagnostic):
-    """Adapters whose bases lead back to themselves."""
+class ModelCircle(Diagnostic):
+    """Adapters, edited models or sums whose bases lead back to themselves."""
 
     code = "E0450"
-    title = "`{model}` is an adapter of itself: {circle}"
+    title = "`{model}` is made from itself: {circle}"
     label = "leads back to `{model}`"
-    help = "name the original model in a line without `base:`"
+    help = 'define the original model with its source: `model toy = zoo("counting")`'
 
     model: str
     circle: str
@@ -647,6 +647,20 @@ class ModelTokenMismatch(Diagnostic):
     rows: int
     total: int
     example: str
+
+
+@keyword_record
+class BadModelSum(Diagnostic):
+    """A sum of models that isn't linear, or of models that can't be added."""
+
+    code = "E0457"
+    title = "`{model}` is no sum of models: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+
+    model: str
+    reason: str
+    hint: str
 
 
 @keyword_record

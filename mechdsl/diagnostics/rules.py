@@ -181,6 +181,19 @@ class BadBasis(Diagnostic):
 
 
 @keyword_record
+class BadWeights(Diagnostic):
+    """Weights that can't be edited as written."""
+
+    code = "E0344"
+    hangs_on = frozenset({"shape"})
+    title = "no such edit: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    reason: str
+    hint: str
+
+
+@keyword_record
 class BadException(Diagnostic):
     """An exception that leaves out nothing, or everything."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from mechdsl.base.arrays import Floats
 from mechdsl.base.hashing import stable_hash
 from mechdsl.dictionaries.features import load_dictionary
 from mechdsl.dictionaries.folder import DictionaryFile
+from mechdsl.dictionaries.products import combine_some
 from mechdsl.forward.hooks.coordinates import CoordinateSystem, LinearBasis, StandardBasis
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.module_exchange import load_weights
@@ -25,6 +27,7 @@ from mechdsl.resolve.bases import NEXT_MAPS
 from mechdsl.resolve.types import (
     BasisMember,
     DrawnBasis,
+    OutputWeights,
     PythonBasis,
     SitePoint,
     SpannedBasis,
@@ -116,10 +119,62 @@ class _BasisArrays:
         return random.standard_normal((rows, self.width))
 
 
+@dataclass(frozen=True, eq=False)
+class OutputMap:
+    """The numbers of all heads or neurons of a layer, as coordinates of what they write."""
+
+    rows: Tensor
+    """[size, width] float64: what each number adds to the output."""
+    is_affine = True
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def _moved(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
+
+    def _like(self, vectors: Tensor) -> Tensor:
+        key = vectors.device, vectors.dtype
+        if key not in self._moved:
+            self._moved[key] = self.rows.to(vectors)
+        return self._moved[key]
+
+    def encode(self, vectors: Tensor, which: Tensor | None) -> Tensor:
+        """Return [K, m]: the named numbers of all heads or neurons [K, size]."""
+        return vectors if which is None else vectors.gather(1, which)
+
+    def reconstruct(self, vectors: Tensor) -> Tensor:
+        """Return [K, width]: what all heads or neurons [K, size] write."""
+        return vectors @ self._like(vectors)
+
+    def shift(self, vectors: Tensor, change: Tensor, which: Tensor | None) -> Tensor:
+        """Return [K, width]: outputs after numbers that are written have changed."""
+        return vectors + combine_some(change, self._like(vectors), which)
+
+
+def read_output_map(model: LoadedModel, weights: OutputWeights, vector: Tensor | None) -> OutputMap:
+    """Return what a change of output weights adds to the output of the sublayer.
+
+    Args:
+        vector: [width], computed from `weights.vector`; None for the weights themselves.
+
+    Raises:
+        ValueError: The sublayer has no linear map.
+    """
+    matrix = read_written_weights(model, weights.site, weights.layer).T
+    tap = model.tap(weights.site, weights.layer)
+    if vector is not None:
+        rows = vector.double().expand_as(matrix)
+        matrix = rows - matrix if weights.replaces else rows
+    return OutputMap(matrix * tap.scale)
+
+
 def compute_system(
     member: BasisMember, rows: Callable[[], Tensor], weights: Callable[[], Tensor]
 ) -> CoordinateSystem:
-    """Compute a basis.
+    """Compute a basis that isn't of output weights.
 
     Args:
         rows: Returns the operand, [row, width].

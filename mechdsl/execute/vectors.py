@@ -21,7 +21,12 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import EmptyDirection
 from mechdsl.dictionaries.folder import DictionaryFile
-from mechdsl.execute.bases import compute_system, read_next_weights, read_written_weights
+from mechdsl.execute.bases import (
+    compute_system,
+    read_next_weights,
+    read_output_map,
+    read_written_weights,
+)
 from mechdsl.execute.jacobians import mean_jacobian_product
 from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
 from mechdsl.fits.regression import ConvergenceError
@@ -50,6 +55,7 @@ from mechdsl.resolve.types import (
     FittedBasis,
     FittedVector,
     JacobianBasis,
+    OutputWeights,
     PythonBasis,
     RandomVector,
     SavedVector,
@@ -340,8 +346,7 @@ class DirectionFits:
             if name in self._systems:
                 continue
             try:
-                rows, weights = self._operand(member), self._next_weights(member)
-                self._systems[name] = compute_system(member, rows, weights)
+                self._systems[name] = self._system(member)
             except PythonFailure as failed:
                 problems.append(failed.diagnostic)
             except (ValueError, MethodError, AutogradFailed, np.linalg.LinAlgError) as error:
@@ -356,6 +361,13 @@ class DirectionFits:
                     )
                 )
         return problems
+
+    def _system(self, member: BasisMember) -> CoordinateSystem:
+        if isinstance(member.operand, OutputWeights):
+            vector = member.operand.vector
+            own = None if vector is None else self._vector(vector)
+            return read_output_map(self.model, member.operand, own)
+        return compute_system(member, self._operand(member), self._next_weights(member))
 
     def _next_weights(self, member: BasisMember) -> Callable[[], Tensor]:
         """Return a function that reads the weights after a basis's site: [output, width]."""
@@ -386,7 +398,7 @@ class DirectionFits:
                     return _load_vector(saved)
                 case WeightBasis(site=site, layer=layer):
                     return read_written_weights(self.model, site, layer)
-                case DrawnBasis() | DictionaryFile() | PythonBasis():
+                case DrawnBasis() | DictionaryFile() | PythonBasis() | OutputWeights():
                     return torch.zeros(0, member.width, dtype=torch.float64)
 
         return read

@@ -43,6 +43,7 @@ from mechdsl.diagnostics.models import (
     UnusedWeights,
 )
 from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.forward.hooks.model import (
     BASE_PREFIX,
@@ -85,6 +86,7 @@ from mechdsl.program import spec
 from mechdsl.program.python_functions import PythonFailure, PythonFunction
 from mechdsl.prompts.tokens.images import ImageTokenizer, make_image_tokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer, has_tokenizer
+from mechdsl.resolve.bases import WeightChange
 from mechdsl.resolve.expansion import expand_controls
 from mechdsl.resolve.measures import check_readable
 from mechdsl.resolve.model_pairs import attach_tokenizer, read_tower_inputs, reads_outputs
@@ -888,6 +890,8 @@ def check_modules(
                 found.append(_check_end_receiver(rule, model))
             if rule.does.changes == "blocks":
                 found.append(_check_block_exchange(rule, model))
+            if isinstance(rule.does, WeightChange):
+                found.append(_check_output_weights(rule, model))
             if rule.sites is not None:
                 points = [p for here in rule.sites.points.values() for p in here]
                 span = rule.spec.span
@@ -936,6 +940,33 @@ def _check_unembedding(
         return None
     what = f"`observe {does.word}` {reason}, as in `{model.name}`,"
     return NotSupported(span=rule.spec.span, what=what)
+
+
+def _check_output_weights(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """Report E0344 if a sublayer's output isn't a linear map of its heads or neurons."""
+    assert rule.sites is not None
+    for point in dict.fromkeys(p for here in rule.sites.points.values() for p in here):
+        assert point.layer is not None
+        block = model.anatomy.blocks[point.layer]
+        norm, reads = (
+            (block.attn_behind, "z")
+            if point.site == "attn_out"
+            else (block.mlp_behind, "mlp_hidden")
+        )
+        path = block.output if point.site == "attn_out" else block.down
+        tap = block.taps.get(reads)
+        behind = norm or block.taps[point.site].scaled_by
+        if behind is None and path is not None and tap and (tap.path, tap.side) == (path, "in"):
+            continue
+        reason = f"`{behind}` is between these weights and the stream"
+        if behind is None:
+            reason = f"`{point.site}` isn't a linear map of `{reads}`"
+        return BadWeights(
+            span=rule.spec.span,
+            reason=f"{reason}, in `{model.name}`",
+            hint=f"edit a copy: `model edited = {model.name} with {{ {rule.spec.span.written} }}`",
+        )
+    return None
 
 
 def _check_position_ids(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:

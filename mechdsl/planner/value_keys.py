@@ -31,6 +31,7 @@ from mechdsl.resolve.types import (
     ItemNumber,
     JacobianBasis,
     MetricTerm,
+    OutputWeights,
     PointBases,
     PythonBasis,
     RandomVector,
@@ -562,6 +563,9 @@ class ExperimentKeys:
                 return ["tokens", self._model(), operand.tokens]
             case SavedVector():
                 return ["saved", operand.key, operand.digest]
+            case OutputWeights(vector=vector):
+                written = [] if vector is None else [self._direction(vector), operand.replaces]
+                return ["output", self._model(), operand.site, operand.layer, *written]
             case WeightBasis():
                 return ["weights", self._model(), operand.site, operand.layer]
             case DictionaryFile():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,12 +11,11 @@ from typing import Literal
 
 from mechdsl.base import limits
 from mechdsl.base.records import closest_name
-from mechdsl.base.source import Source, Span
+from mechdsl.base.source import Source
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.experiments import NoMeasure
 from mechdsl.diagnostics.files import NotMechFile, ReadOutsideFolder, SpecialFile
-from mechdsl.diagnostics.models import AdapterCircle
 from mechdsl.diagnostics.names import (
     BadArgument,
     BadSetting,
@@ -48,6 +47,7 @@ from mechdsl.program.measures import (
     lower_statistics,
     reject_repeated_measures,
 )
+from mechdsl.program.models import check_bases, define_model, lower_edits, lower_model
 from mechdsl.program.names import Namespace
 from mechdsl.program.observations import (
     ObserveStatement,
@@ -58,12 +58,15 @@ from mechdsl.program.observations import (
 )
 from mechdsl.program.paths import (
     USE_PATH,
-    WILDCARD,
-    expand_checkpoints,
     path_to_read,
     warn_named_paths,
 )
-from mechdsl.program.prompts import lower_prompts, pool_names, warn_unused_block_names
+from mechdsl.program.prompts import (
+    lower_prompts,
+    no_prompts,
+    pool_names,
+    warn_unused_block_names,
+)
 from mechdsl.program.python_functions import CallableSource
 from mechdsl.program.references import measure_number_names
 from mechdsl.program.rules import lower_derived_runs, lower_rules
@@ -316,7 +319,7 @@ def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
     """Return the experiment's block; after an error, the one that was most likely meant."""
     known = work.scope.names("prompts")
     if ref is None and (_of_weights(work) or _only_saves_directions(work)):
-        return work.parts.prompts.setdefault(spec.NO_PROMPTS, _no_prompts())
+        return work.parts.prompts.setdefault(spec.NO_PROMPTS, no_prompts())
     if ref is None:
         first = work.parts.prompts.get(known[0]) if known else None
         kind, name = ("prompts", "fruit") if first is None else (first.kind, first.name)
@@ -378,13 +381,6 @@ def _only_saves_directions(work: Statements) -> bool:
     calls = [call for each in used for call in method_calls(each.value)]
     rows = [rows for call in calls for rows in fit_rows_of_call(call, work.parts)]
     return all(each.block is not None for each in rows)
-
-
-def _no_prompts() -> spec.Prompts:
-    """Return a placeholder block with one short text, which doesn't affect the results."""
-    text = spec.NO_TEXT
-    span = Span(Source(text), 0, len(text))
-    return spec.Prompts(span=span, name=spec.NO_PROMPTS, templates=(ast.String(text, span=span),))
 
 
 def _rows(
@@ -482,78 +478,10 @@ def _check_averaged(
         scope.diagnostics.append(bad)
 
 
-BASE_ARGUMENT = "base"
-"""Name of the argument for an adapter's base model."""
-
-
-def check_bases(files: Iterable[ast.File], parts: Definitions, scope: Namespace) -> None:
-    """Reject adapters whose base isn't one model of the file, and remove them from the models.
-
-    Codes: E0201 for an undefined name, E0207 for a name of several models, E0450 for adapters that
-    are bases of one another.
-    """
-    for file in files:
-        for statement in file.statements:
-            if isinstance(statement, ast.ModelDef):
-                _check_base(statement, parts, scope)
-
-
-def _check_base(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> None:
-    name = statement.name.id
-    own = [each for each in parts.checkpoints.get(name, (name,)) if each in parts.models]
-    base = parts.models[own[0]].base if own else None
-    if base is None:
-        return
-    span = next(
-        each.value.span for each in statement.source.arguments if each.name == BASE_ARGUMENT
-    )
-    circle = _circle(own[0], parts)
-    if not scope.use("model", base, span):
-        pass
-    elif base in parts.checkpoints:
-        scope.diagnostics.append(
-            BadArgument(
-                span=span,
-                name=base,
-                reason="refers to several models, but an adapter has one base",
-                hint='define the base on a separate line: `model m = local("runs/step-9")`',
-            )
-        )
-    elif circle:
-        said = " → ".join(f"`{each}`" for each in circle)
-        scope.diagnostics.append(AdapterCircle(span=span, model=name, circle=said))
-    else:
-        return
-    for each in own:
-        del parts.models[each]
-
-
-def _circle(name: str, parts: Definitions) -> list[str]:
-    """Return the chain of bases from a model back to itself; empty if the model is in no cycle."""
-    chain = [name]
-    while (model := parts.models.get(chain[-1])) is not None and model.base is not None:
-        if model.base in chain:
-            return [*chain, name] if model.base == name else []
-        chain.append(model.base)
-    return []
-
-
-MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
-
 _LISTED = 1000
 """Maximum number of entries of a folder in which an import's file is searched for."""
 
 _MANY = f"more than {limits.FILES} files are imported"
-
-MODEL_KINDS = ("zoo", "hf", "local", "python")
-
-_ARGUMENTS = {
-    "zoo": ("dtype", "bos"),
-    "hf": ("revision", "dtype", "bos", "base"),
-    "local": ("dtype", "bos", "base"),
-    "python": (),
-}
-"""Arguments of each model source besides its path."""
 
 
 def lower_program(
@@ -590,6 +518,7 @@ def lower_program(
     for block in parts.prompts.values():
         _scored_with(block, parts, scope)
     _directions_and_bases(files, parts, scope)
+    lower_edits((file for file, _ in files), parts, scope)
     for file, imported in files:
         if not imported:
             _lower_experiments(file, parts, scope)
@@ -601,6 +530,7 @@ def lower_program(
         sources=tuple(file.span.source for file, _ in files),
         models=parts.models,
         checkpoints=parts.checkpoints,
+        edits=parts.edits,
         prompts=parts.prompts,
         groups=parts.groups,
         directions=parts.directions,
@@ -806,12 +736,9 @@ def _define_callable(call: ast.Call, parts: Definitions, scope: Namespace) -> No
 def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: Namespace) -> None:
     match statement:
         case ast.ModelDef(name=name):
-            model = _model(statement, parts, scope)
+            model = lower_model(statement, parts, scope)
             if scope.define("model", name, imported=imported) and model is not None:
-                members = expand_checkpoints(model, scope.diagnostics)
-                parts.models.update((each.name, each) for each in members)
-                if WILDCARD in model.path:
-                    parts.checkpoints[name.id] = tuple(each.name for each in members)
+                define_model(model, parts, scope)
         case ast.PromptsDef(name=name):
             if scope.define("prompts", name, imported=imported):
                 parts.prompts[name.id] = lower_prompts(statement, scope, parts.parameters)
@@ -896,104 +823,3 @@ def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namesp
                 basis = lower_basis(statement, parts, scope)
                 if basis is not None:
                     parts.bases[basis.name] = basis
-
-
-def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spec.Model | None:
-    call = statement.source
-    if call.name not in MODEL_KINDS:
-        known = 'write `zoo("…")`, `hf("…")`, `local("…")` or `python("…")`'
-        hint = did_you_mean(call.name, MODEL_KINDS, known)
-        scope.diagnostics.append(
-            BadArgument(span=call.span, name=call.name, reason="is not a model source", hint=hint)
-        )
-        return None
-    values: dict[str, object] = {}
-    for argument in call.arguments:
-        name = argument.name or ("path" if "path" not in values else "")
-        problem = _place_problem(name, call.name, values)
-        if problem is None:
-            if isinstance(argument.value, ast.Name) and name in ("dtype", BASE_ARGUMENT):
-                values[name] = argument.value.id
-            else:
-                value = constant_value(argument.value, parts.parameters)
-                values[name] = None if name == BASE_ARGUMENT else value
-            problem = _argument_problem(name, values[name], call.name)
-        if problem is not None:
-            reason, hint = problem
-            scope.diagnostics.append(
-                BadArgument(span=argument.span, name=name or call.name, reason=reason, hint=hint)
-            )
-            return None
-    if "path" not in values:
-        scope.diagnostics.append(
-            BadArgument(
-                span=call.span,
-                name=call.name,
-                reason="needs a name or a path",
-                hint=f'write `{call.name}("…")`',
-            )
-        )
-        return None
-    if BASE_ARGUMENT in values and (
-        own := next((each for each in ("dtype", "bos") if each in values), "")
-    ):
-        scope.diagnostics.append(
-            BadArgument(
-                span=call.span,
-                name=own,
-                reason="can't be combined with `base:`; the base determines it",
-                hint=f"move it to the line of `{values[BASE_ARGUMENT]}`",
-            )
-        )
-        return None
-    if call.name == "python":
-        values["function"] = call
-    return spec.Model.model_validate(
-        {"span": statement.span, "name": statement.name.id, "kind": call.name, **values}
-    )
-
-
-def _place_problem(name: str, kind: str, given: Collection[str]) -> tuple[str, str] | None:
-    """Return why one more argument of this name (or without a name) is invalid, if it is."""
-    if not name:
-        ways = [f"`{each}: …`" for each in _ARGUMENTS[kind]]
-        hint = f", or name it: {', '.join(ways[:-1])} or {ways[-1]}" if ways else ""
-        return "takes only one unnamed argument", f"leave it out{hint}"
-    if name in given:
-        return "is given twice", "remove one of them"
-    return None
-
-
-def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | None:
-    """Return why an argument of `hf(…)` is invalid, and a fix."""
-    allowed = ("path", *_ARGUMENTS[kind])
-    if name not in allowed:
-        if kind == "python":
-            return (
-                "is not an argument of `python`",
-                "remove it: the function must return the final model and tokenizer",
-            )
-        if name == "quantize":
-            return "is not supported yet", "remove it: weights are used as saved"
-        return (
-            f"is not an argument of `{kind}`",
-            did_you_mean(name, allowed, f"arguments are {', '.join(allowed[1:])}"),
-        )
-    if name == BASE_ARGUMENT and value is None:
-        return (
-            "must be the name of a model of this file",
-            'write `base: m`, with a line such as `model m = hf("org/name")` before it',
-        )
-    if name == "dtype" and value not in MODEL_DTYPES:
-        return f"must be one of {', '.join(MODEL_DTYPES)}", "write `dtype: float32`"
-    if name == "bos" and not isinstance(value, bool):
-        return (
-            "must be true or false",
-            "`bos: true` adds the token once, `bos: false` leaves it out",
-        )
-    if name in ("path", "revision") and not isinstance(value, str):
-        return (
-            "must be a text in quotes",
-            f'write `{name}: "…"`' if name != "path" else f'write `{kind}("…")`',
-        )
-    return None

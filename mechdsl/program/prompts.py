@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
+from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import (
@@ -536,3 +537,10 @@ def _words(part: Any) -> Iterator[str]:
                 yield from _words(each)
         case _:
             pass
+
+
+def no_prompts() -> spec.Prompts:
+    """Return a placeholder block with one short text, which doesn't affect the results."""
+    text = spec.NO_TEXT
+    span = Span(Source(text), 0, len(text))
+    return spec.Prompts(span=span, name=spec.NO_PROMPTS, templates=(ast.String(text, span=span),))

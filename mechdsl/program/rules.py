@@ -269,6 +269,8 @@ def lower_rule(
             return _add(rule, body, prompts, work)
         case ast.ProjectOut():
             return _project_out(rule, body, work)
+        case ast.EditWeights():
+            return _edit_weights(rule, body, work)
         case ast.RegisteredRule():
             return _at(rule, body.verb.id, body, fill=body.value)
         case ast.ProjectOnto():
@@ -344,12 +346,25 @@ def _project_out(rule: ast.Rule, body: ast.ProjectOut, work: Statements) -> spec
     if body.site is not None and body.at is not None:
         lowered = spec.Rule(span=rule.span, verb="project out", site=body.site, at=body.at)
     else:
-        span = Span(Source("tokens *", rule.span.source.path), 0, len("tokens *"))
-        every = ast.TokenIndex(plural=True, low=None, span=span)
-        point = ast.Position(ast.Point(every, span=span), span=span)
-        at = ast.Positions((point,), span=span)
-        lowered = spec.Rule(span=rule.span, verb="project out of weights", at=at)
+        lowered = spec.Rule(span=rule.span, verb="project out of weights", at=_all_tokens())
     return lowered.model_copy(update={"direction": body.direction})
+
+
+def _edit_weights(rule: ast.Rule, body: ast.EditWeights, work: Statements) -> spec.Rule:
+    """Build the rule of `scale weights of SITE by NUMBER`, `set weights of SITE to NUMBER *
+    DIRECTION` or `add NUMBER * DIRECTION to weights of SITE`."""
+    verb = "add to weights" if body.verb == "add" else f"{body.verb} weights"
+    lowered = spec.Rule(span=rule.span, verb=verb, site=body.site, at=_all_tokens())
+    if body.verb == "scale":
+        return lowered.model_copy(update={"fill": body.value})
+    names = work.scope.names("direction")
+    if body.verb == "set" and not direction_names(body.value, names):
+        return lowered.model_copy(update={"fill": body.value})
+    factor, direction = split_factor(body.value, names)
+    for name in walk(direction):
+        if isinstance(name, ast.Name | ast.Index):
+            _known(name, work)
+    return lowered.model_copy(update={"fill": factor, "direction": direction})
 
 
 def _attention(

@@ -192,9 +192,10 @@ class Model(Spec):
     """`model toy = zoo("counting")`."""
 
     name: str
-    kind: Literal["zoo", "hf", "local", "python"]
+    kind: Literal["zoo", "hf", "local", "python", "edited", "sum"]
     path: str
-    """The path as written; for `python("FILE:FUNCTION")`, file and function."""
+    """The path as written; for `python("FILE:FUNCTION")`, file and function. Empty for models that
+    are made from others."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     bos: bool | None = None
@@ -202,15 +203,35 @@ class Model(Spec):
     matched: str | None = None
     """Text that the `*` of the path matches, for one of several checkpoints."""
     base: str | None = None
-    """For an adapter: the model whose weights it changes."""
+    """The model whose weights an adapter or edits change; the first model of a sum."""
+    terms: tuple[tuple[str, float], ...] = ()
+    """For a sum: its models with their factors."""
+    written: str = ""
+    """For a sum: the expression as written."""
     function: CallText | None = None
     """The call `python(…)` that returns the model, if it has one."""
 
     @property
     def source(self) -> str:
         """The model's source as typed: `local("tuned", base: m)`."""
+        if self.kind == "edited":
+            return f"{self.base} with edits"
+        if self.kind == "sum":
+            return self.written
         base = "" if self.base is None else f", base: {self.base}"
         return f'{self.kind}("{self.path}"{base})'
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The models that it is made from."""
+        if self.terms:
+            return tuple(name for name, _ in self.terms)
+        return () if self.base is None else (self.base,)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it has files of its own, instead of being made from other models."""
+        return self.kind not in ("edited", "sum")
 
 
 class Value(Spec):
@@ -654,6 +675,8 @@ class Program(Spec):
     models: dict[str, Model] = Field(default_factory=dict)
     checkpoints: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Model with a `*` in its path → names of the matching models."""
+    edits: dict[str, Experiment] = Field(default_factory=dict)
+    """Edited model → its edits, as rules of an experiment on its base."""
     prompts: dict[str, Prompts] = Field(default_factory=dict)
     groups: dict[str, Group] = Field(default_factory=dict)
     directions: dict[str, Direction] = Field(default_factory=dict)
@@ -718,6 +741,8 @@ class Definitions:
     models: dict[str, Model] = field(default_factory=dict)
     checkpoints: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Model with a `*` in its path → names of the matching models."""
+    edits: dict[str, Experiment] = field(default_factory=dict)
+    """Edited model → its edits."""
     prompts: dict[str, Prompts] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     directions: dict[str, Direction] = field(default_factory=dict)

@@ -240,6 +240,57 @@ class CoordinateChange(Intervention):
         return self._inner.values(rule, vectors)
 
 
+WEIGHTS_BASIS = "weights"
+"""Name of the coordinates that rules on weights change: the numbers of all heads or neurons."""
+
+VECTOR_AMOUNT = 2.0
+"""Factor of coordinates for which their contribution is added once."""
+
+
+class WeightChange(CoordinateChange):
+    """A change of the output weights of heads and neurons, at all tokens of a run.
+
+    With the vector a of all heads or neurons of a layer and their weights W, the output becomes
+    out + (s − 1) a W, or out + a D for vectors D that are added to the weights.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.drops_error = False
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._name
+
+    reads = None
+    copies = False
+    operation: CoordinateOperation = "scale"
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        return type(self), self._name
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        return WEIGHTS_BASIS
+
+    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return amounts == 1
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        said = [part.span.written for part in (rule.spec.fill, rule.spec.direction) if part]
+        return " * ".join(said)
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention(
+            "output weights",
+            f"`{self.name}` changes the weights from heads or neurons to the output of their "
+            "sublayer, at all tokens; biases stay",
+        )
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return vectors.amounts[:, None]
+
+
 @cache
 def change_coordinates(inner: Intervention, *, drops_error: bool = False) -> CoordinateChange:
     """Return the intervention on coordinates that corresponds to one on vectors."""

@@ -184,13 +184,16 @@ def build_measure_axes(
         yield Axis(name, tuple(values), span, alias=alias)
 
 
-def find_answer_tokens(work: ExperimentContext) -> AnswerTokens:
+def find_answer_tokens(work: ExperimentContext, kinds: Registry[RuleKind]) -> AnswerTokens:
     """Find the texts after the prompts of an experiment, if its rules refer to any.
 
     Errors in the measures are reported by `resolve_measure_groups`.
     """
-    positions = (each for rule in work.experiment.rules for each in (rule.at, rule.onto))
-    if not any(map(refers_to_answer, positions)):
+    rules = work.experiment.rules
+    positions = (each for rule in rules for each in (rule.at, rule.onto))
+    if not any(map(refers_to_answer, positions)) and not any(
+        kinds[rule.verb].whole_text for rule in rules
+    ):
         return NO_ANSWERS
     shape, name = work.model.shape, work.model.name
     if shape.task != "tokens":
@@ -452,7 +455,7 @@ def _control(
 
 def _rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> list[ResolvedRule | None]:
     """Resolve each rule; None for rejected ones."""
-    behind, replies = find_answer_tokens(work), get_reply_tokens(work.experiment)
+    behind, replies = find_answer_tokens(work, kinds), get_reply_tokens(work.experiment)
     rules: list[ResolvedRule | None] = []
     for rule in work.experiment.rules:
         kind = kinds[rule.verb]

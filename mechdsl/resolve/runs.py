@@ -52,6 +52,8 @@ class RuleKind:
     within_prompt: ClassVar[str] = ""
     """Why the kind can't act on answer tokens, after the prompt; empty if it can."""
 
+    whole_text: ClassVar[bool] = False
+    """Whether the kind always acts at all tokens, also those of answers."""
     reads_replies: ClassVar[bool] = False
     """Whether the kind can observe tokens of a reply."""
 

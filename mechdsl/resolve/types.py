@@ -167,6 +167,20 @@ class WeightBasis(Record):
 
 
 @record
+class OutputWeights(Record):
+    """The weights from all heads or neurons of a layer to the output of their sublayer, or what is
+    added to them."""
+
+    site: str
+    """`attn_out` or `mlp_out`."""
+    layer: int
+    vector: DirectionVector | None = None
+    """The vector that is added for each neuron; None for the weights themselves."""
+    replaces: bool = False
+    """Whether the vector replaces the weights."""
+
+
+@record
 class DrawnBasis(Record):
     """A basis computed from the width of the vectors, and from random numbers."""
 
@@ -199,6 +213,7 @@ BasisOperand: TypeAlias = (
     | TokenBasis
     | SavedVector
     | WeightBasis
+    | OutputWeights
     | DrawnBasis
     | DictionaryFile
     | PythonBasis
@@ -268,6 +283,8 @@ class BasisTargets(Record):
         """Vectors, matrices and dictionaries from files that the members use."""
         for member in self.members:
             own = member.operand
+            if isinstance(own, OutputWeights):
+                own = SpannedBasis(() if own.vector is None else (own.vector,))
             leaves = iter_leaf_vectors(own) if isinstance(own, SpannedBasis) else (own,)
             yield from (each for each in leaves if isinstance(each, SavedVector | DictionaryFile))
 
@@ -286,6 +303,8 @@ class BasisTargets(Record):
                     yield own
                 case SpannedBasis(vectors=vectors):
                     yield from (fit for each in vectors for fit in iter_fitted_vectors(each))
+                case OutputWeights(vector=vector) if vector is not None:
+                    yield from iter_fitted_vectors(vector)
                 case _:
                     pass
 

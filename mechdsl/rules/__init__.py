@@ -5,7 +5,7 @@ intervention that later stages query. Imports resolve and below; no torch.
 """
 
 # The order decides which of two conflicting rules is reported first.
-from mechdsl.rules import patching, steering, replacement, path, attention, observations  # noqa: I001
+from mechdsl.rules import patching, steering, weights, replacement, path, attention, observations  # noqa: I001
 from mechdsl.rules.kinds import RULES, SiteRule, rule_kind
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "replacement",
     "rule_kind",
     "steering",
+    "weights",
 ]

@@ -112,54 +112,6 @@ def _check_own_component(rule: spec.Rule, sites: SiteTargets, work: ExperimentCo
     return False
 
 
-FAMILIES_WITHOUT_OUTPUT_NORM = (
-    *("codegen", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss"),
-    *("gptj", "llama", "mistral", "mixtral", "phi", "phi3", "qwen2", "qwen3", "starcoder2"),
-)
-"""Families that add embeddings and sublayer outputs to the stream without a norm in between."""
-
-
-def resolve_weight_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTargets | None:
-    """Resolve all vectors that are added to the residual stream, as joined points.
-
-    These are the input of the first block and the outputs of all sublayers. Reports E0341 for a
-    model in which this isn't equivalent to removing the direction from weights.
-    """
-    shape = work.model.shape
-    assert rule.direction is not None
-    reason = _explain_norms(work)
-    if reason is not None:
-        work.diagnostics.append(
-            BadDirection(
-                span=rule.span,
-                text=rule.span.written,
-                reason=reason,
-                hint=f"remove it from activations: `project out {rule.direction.span.written} from "
-                "resid_post layers * at tokens *`",
-            )
-        )
-        return None
-    points = [SitePoint("resid_pre", 0, None)]
-    for layer in range(shape.n_layers):
-        sites = [site for site in ("mixer_out", "attn_out") if shape.has(site, layer)][:1]
-        sites += ["mlp_out"] if shape.has("mlp_out", layer) else []
-        points += [SitePoint(site, layer, None) for site in sites]
-    return SiteTargets((), {(): tuple(points)}, {(): "weights"})
-
-
-def _explain_norms(work: ExperimentContext) -> str | None:
-    """Explain what may separate the weights from the stream; None if nothing does."""
-    shape, name = work.model.shape, work.model.name
-    if not shape.has("resid_pre", 0):
-        return f"`{name}` has no residual stream"
-    if shape.stands_in or shape.family in FAMILIES_WITHOUT_OUTPUT_NORM:
-        return None
-    return (
-        f"`{name}` ({shape.family}) may have norms between its weights and the stream, "
-        "which rotate the written vectors"
-    )
-
-
 class ValueAssignment(Intervention):
     """Assignment `to 0.5 * value(SITE)`: the vector of another site, times a number."""
 
@@ -452,35 +404,6 @@ class ProjectOntoRule(DirectionRule):
     along the direction stays."""
 
     mode = "onto"
-
-    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
-        return normalize_directions(vectors)
-
-
-@rule_kind("project out of weights")
-class ProjectOutOfWeightsRule(DirectionRule):
-    """`project out DIRECTION from weights`: nothing that is added to the residual stream has a
-    component along it, as if embeddings and output projections had none (Arditi et al. 2024, arXiv
-    2406.11717, section 4.1)."""
-
-    name = "project out"
-    mode = "along"
-    drawn_positions = False
-
-    def where(
-        self, rule: spec.Rule, work: ExperimentContext
-    ) -> tuple[SiteTargets | None, PositionTargets | None]:
-        return resolve_weight_sites(rule, work), resolve_rule_positions(
-            rule, work.experiment.base, work
-        )
-
-    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        yield Convention(
-            "weights",
-            "the direction is removed from embeddings (including position embeddings) and "
-            "from the outputs of every attention and MLP, at all tokens, as if their "
-            "weights couldn't write it",
-        )
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
         return normalize_directions(vectors)

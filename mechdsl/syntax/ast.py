@@ -816,6 +816,15 @@ class ProjectOut(Node):
 
 
 @record
+class EditWeights(Node):
+    """`scale weights of SITE by …`, `set weights of SITE to …`, `add … to weights of SITE`."""
+
+    verb: Literal["scale", "set", "add"]
+    site: Site
+    value: Expr
+
+
+@record
 class ProjectOnto(Node):
     site: Site
     at: Positions
@@ -876,6 +885,7 @@ RuleBody = (
     | PathRule
     | Add
     | Scale
+    | EditWeights
     | ProjectOut
     | ProjectOnto
     | Clamp
@@ -1181,8 +1191,13 @@ class Param(Node):
 
 @record
 class ModelDef(Node):
+    """`model toy = zoo("counting")`, `model cured = toy with { … }`, `model sum = a + 0.5 * b`."""
+
     name: Name
-    source: Call
+    source: Expr
+    edits: tuple[EditWeights | ProjectOut, ...] = ()
+    is_edited: bool = False
+    """Whether it has a block of edits, which may be empty."""
 
 
 @record

@@ -148,6 +148,8 @@ def _brace(node: Any) -> int:
     nodes = statement_body(node)
     if isinstance(node, ast.For):
         start = node.domain.span.end
+    elif isinstance(node, ast.ModelDef):
+        start = node.source.span.end
     elif not isinstance(node, ast.Chat):
         start = node.name.span.end
     end = nodes[0].span.start if nodes else node.span.end

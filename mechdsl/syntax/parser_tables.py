@@ -28,6 +28,7 @@ START_RULES = (
     "data_lines",
     "change_lines",
     "experiment_lines",
+    "edit_lines",
     "placeholder",
 )
 """Units that can be parsed alone: a file, the body of each block type, one expression."""

@@ -464,6 +464,8 @@ def format_header(node: Any) -> str | None:
             return f"run {node.name.id}"
         case ast.Chat():
             return "chat"
+        case ast.ModelDef(is_edited=True):
+            return f"model {node.name.id} = {format_operand(node.source, SUM)} with"
         case _:
             return None
 
@@ -483,6 +485,8 @@ def statement_body(node: Any) -> tuple[Any, ...]:
             return node.statements
         case ast.Chat():
             return node.turns
+        case ast.ModelDef():
+            return node.edits
         case _:
             return ()
 
@@ -505,7 +509,7 @@ def _top(node: Any) -> str | None:
         case ast.Param():
             return f"param {node.name.id} = {format_expression(node.value)}"
         case ast.ModelDef():
-            return f"model {node.name.id} = {format_call(node.source)}"
+            return f"model {node.name.id} = {format_operand(node.source, SUM)}"
         case ast.MetricDef():
             return f"metric {node.name.id} = {format_operand(node.value, SUM)}"
         case ast.DirectionDef():
@@ -626,6 +630,12 @@ def _rule(node: Any) -> str | None:
         case ast.Scale():
             factor = format_operand(node.factor, SUM)
             return f"scale {format_site(node.site)} at {format_positions(node.at)} by {factor}"
+        case ast.EditWeights(verb="add"):
+            return f"add {_sum(node.value)} to weights of {format_site(node.site)}"
+        case ast.EditWeights():
+            word = "by" if node.verb == "scale" else "to"
+            place = format_site(node.site)
+            return f"{node.verb} weights of {place} {word} {_sum(node.value)}"
         case ast.ProjectOut():
             place = "weights"
             if node.site is not None and node.at is not None:

@@ -366,7 +366,7 @@ class TreeBuilder(Transformer[Token, Any]):
     def top_lines(self, c: list[Any]) -> tuple[Any, ...]:
         return tuple(c)
 
-    data_lines = change_lines = experiment_lines = top_lines
+    data_lines = change_lines = experiment_lines = edit_lines = top_lines
 
     def placeholder(self, c: list[Any]) -> Clause:
         return Clause("placeholder", (None, c[0]), _span(c))
@@ -395,7 +395,11 @@ class TreeBuilder(Transformer[Token, Any]):
         return ast.Param(_defined(c[1]), c[3], span=_span(c))
 
     def model_def(self, c: list[Any]) -> ast.ModelDef:
-        return ast.ModelDef(_defined(c[1]), _as_call(c[3]), span=_span(c))
+        edits = _clauses(c).get("edits")
+        source = ast.Name(c[3].id, span=c[3].span) if isinstance(c[3], ast.Name) else c[3]
+        return ast.ModelDef(_defined(c[1]), source, edits or (), edits is not None, span=_span(c))
+
+    edits = _clause("edits", lambda c: tuple(c[2:-1]))
 
     def data_def(self, c: list[Any]) -> ast.PromptsDef:
         return ast.PromptsDef(c[0].value, _defined(c[1]), tuple(c[3:-1]), span=_span(c))
@@ -868,6 +872,15 @@ class TreeBuilder(Transformer[Token, Any]):
 
     def scale(self, c: list[Any]) -> ast.Scale:
         return ast.Scale(c[1], c[3], c[5], span=_span(c))
+
+    def scale_weights(self, c: list[Any]) -> ast.EditWeights:
+        return ast.EditWeights("scale", c[3], c[5], span=_span(c))
+
+    def set_weights(self, c: list[Any]) -> ast.EditWeights:
+        return ast.EditWeights("set", c[3], c[5], span=_span(c))
+
+    def add_to_weights(self, c: list[Any]) -> ast.EditWeights:
+        return ast.EditWeights("add", c[5], c[1], span=_span(c))
 
     def project_out(self, c: list[Any]) -> ast.ProjectOut:
         site, at = (c[4], c[6]) if len(c) > 5 else (None, None)

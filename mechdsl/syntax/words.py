@@ -41,8 +41,11 @@ EXPERIMENT_WORDS = RULE_WORDS | _words(
 SOFT_WORDS = _words("allow renumber run save")
 """Words that begin such a statement only if its continuation follows; otherwise they are names."""
 
-BLOCK_WORDS = _words("experiment prompts images for corrupt run")
+BLOCK_WORDS = _words("experiment prompts images for corrupt run model")
 """First words of statements whose braces hold lines."""
+
+EDIT_WORDS = _words("scale set add project")
+"""First words of lines in the block of an edited model."""
 
 AXIS_WORDS = _words("layer layers head heads neuron neurons expert experts feature features")
 

@@ -132,9 +132,9 @@ class PlacedWrite:
         return view[self._index(view, "before")]
 
     def get_source(self, view: Tensor) -> Tensor:
-        """Return [K, width] of the [B, T, 1, width] view of `source`."""
+        """Return [K, units * width] of the [B, T, units, width] view of `source`."""
         index = (self._moved[name].to(view.device) for name in ("source_first", "source_second"))
-        return view[(*index, 0)]
+        return view[tuple(index)].flatten(1)
 
     def changed(
         self, now: Tensor, before: Tensor | None = None, inputs: Tensor | None = None

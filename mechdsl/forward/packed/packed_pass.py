@@ -41,6 +41,7 @@ from mechdsl.forward.hooks.batch import (
     arrays_to_device,
     to_device,
 )
+from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.full_pass import SiteHooks, run_full
 from mechdsl.forward.hooks.hook_points import fuse_activations
 from mechdsl.forward.hooks.model import (
@@ -558,6 +559,11 @@ def _build_row_masks(
     looked_at = [((r.site, r.layer), *tokens) for r, tokens in reads.items()]
     looked_at += [
         ((w.site, w.layer), *_previous_positions(w, columns)) for w in writes if w.mode == "step"
+    ]
+    looked_at += [
+        ((w.mode.reads, w.layer), w.rows.numpy(), columns.of(w.rows, w.positions))
+        for w in writes
+        if isinstance(w.mode, CoordinateWrite) and w.mode.reads
     ]
     outputs = np.zeros_like(columns.real)
     outputs[final] = True

@@ -26,6 +26,7 @@ from mechdsl.syntax.words import (
     CHANGE_WORDS,
     CLAUSE_WORDS,
     DATA_WORDS,
+    EDIT_WORDS,
     EXPERIMENT_WORDS,
     POSITION_WORDS,
     RESERVED,
@@ -98,6 +99,7 @@ FIRST_WORDS: Mapping[str, Set[str]] = {
     "data_lines": DATA_WORDS,
     "change_lines": CHANGE_WORDS,
     "experiment_lines": EXPERIMENT_WORDS,
+    "edit_lines": EDIT_WORDS,
 }
 """First words of the statements in each type of block."""
 
@@ -115,6 +117,7 @@ BLOCK_CONTENTS = {
     "prompts": "data_lines",
     "images": "data_lines",
     "corrupt": "change_lines",
+    "model": "edit_lines",
 }
 """First word of a block → the start rule of its lines."""
 
@@ -373,6 +376,7 @@ _BLOCKS = {
     "data_lines": "a line of a `prompts` block, such as `template` or `answer`",
     "change_lines": "a change, such as `count = count - 1`",
     "experiment_lines": "a statement of an `experiment`, such as `patch` or `measure`",
+    "edit_lines": "an edit of weights, such as `scale weights of layer 3 neuron 5 by 0`",
 }
 
 _HOMES = (

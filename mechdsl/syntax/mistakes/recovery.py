@@ -538,4 +538,6 @@ def _filled(node: Any, body: tuple[Any, ...]) -> Any:
         return replace(node, changes=body)
     if isinstance(node, ast.For):
         return replace(node, body=body)
+    if isinstance(node, ast.ModelDef):
+        return replace(node, edits=body)
     return replace(node, statements=body)

@@ -1,0 +1,456 @@
+"""Rules on weights, which act at all tokens: `scale`, `set` and `add to` the output weights of
+heads and neurons, and `project out … from weights`.
+
+They change a run as a model with these weights would. The same rules, in the block of an edited
+model, change the weights of a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import TYPE_CHECKING
+
+from mechdsl.diagnostics.rules import BadDirection, BadWeights
+from mechdsl.models.shape import vector_width
+from mechdsl.program import spec
+from mechdsl.resolve.bases import NEXT_MAPS, VECTOR_AMOUNT, WEIGHTS_BASIS, WeightChange
+from mechdsl.resolve.directions import resolve_direction
+from mechdsl.resolve.runs import RuleKind
+from mechdsl.resolve.sites import ExperimentContext, find_missing_point, label_points, resolve_site
+from mechdsl.resolve.targets import resolve_amounts, resolve_rule_positions
+from mechdsl.resolve.types import (
+    Amounts,
+    AxisIndices,
+    BasisMember,
+    BasisTargets,
+    Convention,
+    Coordinates,
+    DirectionMember,
+    DirectionTargets,
+    OutputWeights,
+    PositionTargets,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+    VectorBatch,
+    WeightedSum,
+    count_numbers,
+)
+from mechdsl.rules.kinds import rule_kind
+from mechdsl.rules.steering import DirectionRule, normalize_directions
+from mechdsl.syntax import ast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SITES_OF_OUTPUTS: Mapping[str, str] = {output: site for site, output in NEXT_MAPS.items()}
+"""Outputs of sublayers → the site that their weights read."""
+
+UNITS_OF_OUTPUTS: Mapping[str, str] = {"mlp_out": "neuron", "attn_out": "head"}
+
+_EXAMPLES = "`weights of mlp_out layer 3 neuron 5`, `weights of attn_out layer 2 head 1`"
+
+
+class WeightRule(RuleKind):
+    """A rule on the output weights of heads, neurons or whole sublayers."""
+
+    whole_text = True
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        rule = at_every_token(rule, work)
+        units = _resolve_units(rule, work)
+        positions = resolve_rule_positions(rule, work.experiment.base, work)
+        if units is None or positions is None:
+            return None
+        sites = _written_sites(units)
+        changes = self.changes(rule, sites, positions, work)
+        if changes is None:
+            return None
+        try:
+            basis = _targets(units, changes, work)
+        except _NotEditable as problem:
+            _report(rule, problem, work)
+            return None
+        return ResolvedRule(
+            spec=rule,
+            does=self.does,
+            run=work.experiment.base,
+            sites=sites,
+            positions=positions,
+            amounts=changes.amounts,
+            basis=basis,
+        )
+
+    does: WeightChange
+    """Its effect on a run."""
+
+    def changes(
+        self,
+        rule: spec.Rule,
+        sites: SiteTargets,
+        positions: PositionTargets,
+        work: ExperimentContext,
+    ) -> _Changes | None:
+        """Return what happens to the weights; None after an error.
+
+        Args:
+            sites: The outputs that the weights write to.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What a rule does to weights: a factor in each cell, or vectors."""
+
+    amounts: Amounts
+    axes: tuple[str, ...] = ()
+    vectors: Mapping[AxisIndices, DirectionMember] = field(
+        default_factory=dict[AxisIndices, DirectionMember]
+    )
+    """By the indices along `axes`; empty for a factor."""
+    replaces: bool = False
+
+
+class _NotEditable(Exception):
+    """Raised with the reason why weights can't be edited, and a fix."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.reason, self.hint = reason, hint
+
+
+def _report(rule: spec.Rule, problem: _NotEditable, work: ExperimentContext) -> None:
+    assert rule.site is not None
+    work.diagnostics.append(
+        BadWeights(span=rule.site.span, reason=problem.reason, hint=problem.hint)
+    )
+
+
+def at_every_token(rule: spec.Rule, work: ExperimentContext) -> spec.Rule:
+    """Return the rule at all tokens of the prompt, and of the answers that are fed after it."""
+    if all(length < 2 for _, lengths in work.answers.texts for length in lengths):
+        return rule
+    (item,) = rule.at.items
+    at = replace(rule.at, items=(replace(item, and_answer=True),))
+    return rule.model_copy(update={"at": at})
+
+
+# --- heads and neurons ----------------------------------------------------------------------------
+
+
+def _resolve_units(rule: spec.Rule, work: ExperimentContext) -> SiteTargets | None:
+    """Resolve the heads and neurons whose output weights change, and add their axes.
+
+    All heads or neurons of a layer are one point without a unit. None after an error: E0344 and
+    those of sites.
+    """
+    assert rule.site is not None
+    try:
+        if rule.site.basis_name is not None:
+            raise _NotEditable(
+                "weights aren't coordinates of a basis", f"name heads or neurons: {_EXAMPLES}"
+            )
+        targets, axes = resolve_site(_named_by_unit(rule.site), work.sites)
+        for axis in axes:
+            work.add_axis(axis)
+        if targets is None:
+            return None
+        points = {
+            key: tuple(dict.fromkeys(map(_read_point, here)))
+            for key, here in targets.points.items()
+        }
+    except _NotEditable as problem:
+        _report(rule, problem, work)
+        return None
+    named = [point for here in points.values() for point in here]
+    missing = find_missing_point(named, work.model.shape, work.model.name, rule.site.span)
+    if missing is not None:
+        work.diagnostics.append(missing)
+        return None
+    return SiteTargets(targets.axes, points, targets.labels, missing=targets.missing)
+
+
+def _named_by_unit(site: ast.Site) -> ast.Site:
+    """Return `mlp_hidden layer 3 neuron 5` for `mlp_out layer 3 neuron 5`, likewise for heads."""
+    if len(site.names) != 1:
+        return site
+    name = site.names[0]
+    unit = UNITS_OF_OUTPUTS.get(name.id)
+    if unit is None or all(axis.word != unit for axis in site.axes):
+        return site
+    return replace(site, names=(replace(name, id=_SITES_OF_OUTPUTS[name.id]),))
+
+
+def _read_point(point: SitePoint) -> SitePoint:
+    """Return the heads or neurons of a point; all of them for the output of a sublayer."""
+    if point.site in NEXT_MAPS:
+        return point
+    if point.site in _SITES_OF_OUTPUTS:
+        return replace(point, site=_SITES_OF_OUTPUTS[point.site], unit=None)
+    raise _NotEditable(
+        f"no weights of heads or neurons write to `{point.site}` alone",
+        f"name a sublayer, or its heads or neurons: {_EXAMPLES}",
+    )
+
+
+def _written_sites(units: SiteTargets) -> SiteTargets:
+    """Return the outputs that heads and neurons write to, one point per layer, with what they
+    read."""
+    points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+    sources: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+    labels: dict[AxisIndices, str] = {}
+    for key, here in units.points.items():
+        sources[key] = tuple(dict.fromkeys(replace(point, unit=None) for point in here))
+        points[key] = tuple(replace(p, site=NEXT_MAPS[p.site]) for p in sources[key])
+        whole = any(point.unit is None for point in here)
+        label = label_points(points[key] if whole else here)
+        labels[key] = f"weights of {label if whole else label.rpartition('.')[0]}"
+    return SiteTargets(units.axes, points, labels, sources, missing=units.missing)
+
+
+# --- changes --------------------------------------------------------------------------------------
+
+
+def _targets(units: SiteTargets, changes: _Changes, work: ExperimentContext) -> BasisTargets:
+    """Return the rule's change as coordinates: those of all heads or neurons of a layer.
+
+    Raises _NotEditable.
+    """
+    layers = dict.fromkeys(replace(p, unit=None) for here in units.points.values() for p in here)
+    by_layer: dict[int | None, str] = {}
+    for point in layers:
+        if by_layer.setdefault(point.layer, point.site) != point.site:
+            raise _NotEditable(
+                f"heads and neurons of layer {point.layer} are edited together",
+                "write a rule for each of them",
+            )
+    vectors = changes.vectors or {(): None}
+    bases = [
+        {(point.layer, None): _member(point, member, changes, work) for point in layers}
+        for member in vectors.values()
+    ]
+    axes = (*units.axes, *(axis for axis in changes.axes if axis not in units.axes))
+    found: dict[AxisIndices, Coordinates] = {}
+    for (key, here), (number, other) in product(units.points.items(), enumerate(vectors)):
+        place = dict(zip(units.axes, key, strict=True))
+        pairs = zip(changes.axes, other, strict=True)
+        if all(place.setdefault(axis, index) == index for axis, index in pairs):
+            which = _numbers(here, work)
+            found[tuple(place[axis] for axis in axes)] = Coordinates(which, number)
+    return BasisTargets(WEIGHTS_BASIS, (), tuple(bases), axes, found)
+
+
+def _numbers(points: Sequence[SitePoint], work: ExperimentContext) -> tuple[int, ...]:
+    """Return the numbers that some heads or neurons have in the vector of all; empty for all.
+
+    Raises _NotEditable.
+    """
+    by_layer: dict[int | None, set[int]] = {}
+    for point in points:
+        own = by_layer.setdefault(point.layer, set())
+        if point.unit is not None:
+            width = vector_width(work.model.shape, point.site, point.layer)
+            own.update(range(point.unit * width, (point.unit + 1) * width))
+    first = next(iter(by_layer.values()), set[int]())
+    if any(own != first for own in by_layer.values()):
+        raise _NotEditable(
+            "several layers with different heads or neurons are edited together",
+            "write a rule for each layer",
+        )
+    return tuple(sorted(first))
+
+
+def _member(
+    point: SitePoint, direction: DirectionMember | None, changes: _Changes, work: ExperimentContext
+) -> BasisMember:
+    assert point.layer is not None
+    output = NEXT_MAPS[point.site]
+    vector = None if direction is None else direction.vector
+    name = f"weights of {output} layer {point.layer}"
+    if direction is not None:
+        name = f"{direction.name} {'for' if changes.replaces else 'on'} {name}"
+    return BasisMember(
+        name,
+        method="",
+        options={},
+        operand=OutputWeights(output, point.layer, vector, changes.replaces),
+        width=work.model.shape.d_model,
+        size=count_numbers(point, work.model.shape),
+        made="" if direction is None else direction.made,
+        reads=point.site,
+    )
+
+
+@rule_kind("scale weights")
+class ScaleWeightsRule(WeightRule):
+    """`scale weights of SITE by NUMBER`."""
+
+    does = WeightChange("scale weights")
+
+    def changes(
+        self,
+        rule: spec.Rule,
+        sites: SiteTargets,
+        positions: PositionTargets,
+        work: ExperimentContext,
+    ) -> _Changes | None:
+        amounts = resolve_amounts(rule.fill, work)
+        return None if amounts is None else _Changes(amounts)
+
+
+class _VectorRule(WeightRule):
+    """A rule that writes a direction into the output weights of neurons."""
+
+    replaces = False
+
+    def changes(
+        self,
+        rule: spec.Rule,
+        sites: SiteTargets,
+        positions: PositionTargets,
+        work: ExperimentContext,
+    ) -> _Changes | None:
+        points = [point for here in sites.points.values() for point in here]
+        try:
+            if rule.direction is None:
+                raise _NotEditable(
+                    "weights are set to a direction, not to a number",
+                    "name a `direction`; `scale weights of … by 0` sets them to 0",
+                )
+            if any(point.site != "mlp_out" for point in points):
+                raise _NotEditable(
+                    "the output weights of a head are several vectors",
+                    f"`{rule.verb.split()[0]}` the weights of neurons, or `scale` those of heads",
+                )
+        except _NotEditable as problem:
+            _report(rule, problem, work)
+            return None
+        amounts = Amounts((), {(): 1.0})
+        if rule.fill is not None:
+            amounts = resolve_amounts(rule.fill, work)
+        direction = resolve_direction(rule, sites, positions, work)
+        if amounts is None or direction is None:
+            return None
+        axes, vectors = _scaled(direction, amounts)
+        return _Changes(Amounts((), {(): VECTOR_AMOUNT}), axes, vectors, self.replaces)
+
+
+def _scaled(
+    direction: DirectionTargets, amounts: Amounts
+) -> tuple[tuple[str, ...], dict[AxisIndices, DirectionMember]]:
+    """Multiply directions by the rule's number, along the axes of both."""
+    axes = (*direction.axes, *(axis for axis in amounts.axes if axis not in direction.axes))
+    found: dict[AxisIndices, DirectionMember] = {}
+    for (key, member), (other, amount) in product(
+        direction.members.items(), amounts.values.items()
+    ):
+        place = dict(zip(direction.axes, key, strict=True))
+        pairs = zip(amounts.axes, other, strict=True)
+        if all(place.setdefault(axis, index) == index for axis, index in pairs):
+            vector = WeightedSum(((amount, member.vector),))
+            name = f"{amount!r} * {member.name}"
+            made = f"{amount:g} times: {member.made}"
+            found[tuple(place[axis] for axis in axes)] = DirectionMember(name, vector, made)
+    return axes, found
+
+
+@rule_kind("set weights")
+class SetWeightsRule(_VectorRule):
+    """`set weights of NEURONS to NUMBER * DIRECTION`."""
+
+    does = WeightChange("set weights")
+    replaces = True
+
+
+@rule_kind("add to weights")
+class AddToWeightsRule(_VectorRule):
+    """`add NUMBER * DIRECTION to weights of NEURONS`."""
+
+    does = WeightChange("add to weights")
+
+
+# --- directions taken out of all weights ----------------------------------------------------------
+
+
+FAMILIES_WITHOUT_OUTPUT_NORM = (
+    *("codegen", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss"),
+    *("gptj", "llama", "mistral", "mixtral", "phi", "phi3", "qwen2", "qwen3", "starcoder2"),
+)
+"""Families that add embeddings and sublayer outputs to the stream without a norm in between."""
+
+
+def resolve_weight_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTargets | None:
+    """Resolve all vectors that are added to the residual stream, as joined points.
+
+    These are the input of the first block and the outputs of all sublayers. Reports E0341 for a
+    model in which this isn't equivalent to removing the direction from weights.
+    """
+    shape = work.model.shape
+    assert rule.direction is not None
+    reason = _explain_norms(work)
+    if reason is not None:
+        work.diagnostics.append(
+            BadDirection(
+                span=rule.span,
+                text=rule.span.written,
+                reason=reason,
+                hint=f"remove it from activations: `project out {rule.direction.span.written} from "
+                "resid_post layers * at tokens *`",
+            )
+        )
+        return None
+    points = [SitePoint("resid_pre", 0, None)]
+    for layer in range(shape.n_layers):
+        sites = [site for site in ("mixer_out", "attn_out") if shape.has(site, layer)][:1]
+        sites += ["mlp_out"] if shape.has("mlp_out", layer) else []
+        points += [SitePoint(site, layer, None) for site in sites]
+    return SiteTargets((), {(): tuple(points)}, {(): "weights"})
+
+
+def _explain_norms(work: ExperimentContext) -> str | None:
+    """Explain what may separate the weights from the stream; None if nothing does."""
+    shape, name = work.model.shape, work.model.name
+    if not shape.has("resid_pre", 0):
+        return f"`{name}` has no residual stream"
+    if shape.stands_in or shape.family in FAMILIES_WITHOUT_OUTPUT_NORM:
+        return None
+    return (
+        f"`{name}` ({shape.family}) may have norms between its weights and the stream, "
+        "which rotate the written vectors"
+    )
+
+
+@rule_kind("project out of weights")
+class ProjectOutOfWeightsRule(DirectionRule):
+    """`project out DIRECTION from weights`: nothing that is added to the residual stream has a
+    component along it, as if embeddings and output projections had none (Arditi et al. 2024, arXiv
+    2406.11717, section 4.1)."""
+
+    name = "project out"
+    mode = "along"
+    drawn_positions = False
+    whole_text = True
+
+    def where(
+        self, rule: spec.Rule, work: ExperimentContext
+    ) -> tuple[SiteTargets | None, PositionTargets | None]:
+        return resolve_weight_sites(rule, work), resolve_rule_positions(
+            rule, work.experiment.base, work
+        )
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        return super().resolve(at_every_token(rule, work), work)
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention(
+            "weights",
+            "the direction is removed from embeddings (including position embeddings) and "
+            "from the outputs of every attention and MLP, at all tokens, as if their "
+            "weights couldn't write it",
+        )
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return normalize_directions(vectors)
