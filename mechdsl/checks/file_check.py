@@ -24,6 +24,7 @@ from mechdsl.checks.expectations import check_results
 from mechdsl.checks.models import (
     BuiltModel,
     ModelBuilder,
+    check_edits,
     check_image_support,
     check_measure_tokens,
 )
@@ -254,11 +255,16 @@ def _skipped_checks(model: str, program: spec.Program, source: Source) -> str:
     return f"; `validate` then also checks {', '.join(listed)}" if listed else ""
 
 
-def _depends_on(name: str | None, program: spec.Program) -> Iterator[str]:
-    """Yield a model and, for an adapter, its base."""
-    while name is not None:
-        yield name
-        name = program.models[name].base if name in program.models else None
+def _depends_on(name: str | None, program: spec.Program) -> set[str]:
+    """Return a model and the models that it is made from."""
+    found: set[str] = set()
+    waiting = [] if name is None else [name]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += program.models[name].bases if name in program.models else ()
+    return found
 
 
 def _parts(
@@ -439,7 +445,7 @@ def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
             continue
         yield function.path, f"`{function.file}`, which defines `{function.name}`"
     for model in program.models.values():
-        if model.function is not None:  # its file is listed with the functions
+        if model.function is not None or not model.is_loaded:  # its file is listed elsewhere
             continue
         folder, _ = locate_model(model, model.span.source.folder)
         if folder is not None:
@@ -500,6 +506,8 @@ class CheckedFile:
     """Experiments whose model isn't on this machine."""
     unrun: list[str] = field(default_factory=list[str])
     """Experiments whose rows require Python that was not run."""
+    edits: dict[str, ResolvedExperiment] = field(default_factory=dict[str, ResolvedExperiment])
+    """The edits of each edited model, as rules on its base."""
     built: dict[str, BuiltModel] = field(default_factory=dict[str, BuiltModel])
     """Models built by functions of Python files, by name."""
     unreported: set[str] = field(default_factory=set[str])
@@ -577,6 +585,7 @@ def _check_source(
             checked.diagnostics.extend(change_problems(corruption.changes, program.parameters))
     for experiment in experiments:
         checked.diagnostics.extend(_statements(experiment, program))
+    _resolve_edits(checked, contexts)
     ready = sort_by_dependency(experiments)
     outlines: dict[str, ExperimentOutline] = {}
     for experiment in (*ready, *(e for e in experiments if e not in ready)):
@@ -603,6 +612,22 @@ def _check_source(
         found = [d for d in found if not isinstance(d, UnusedName)]
     checked.diagnostics = _unique(list_skipped_checks([*syntax, *found], program, source))
     return checked
+
+
+def _resolve_edits(checked: CheckedFile, contexts: FileContexts) -> None:
+    """Resolve the edits of models, and report their errors."""
+    for name, edit in checked.program.edits.items():
+        if name not in checked.program.models or name in contexts.models.given:
+            continue
+        unchecked, unrun = list(checked.unchecked), list(checked.unrun)
+        known = _outline(edit, checked, contexts, {})
+        checked.unchecked[:], checked.unrun[:] = unchecked, unrun
+        if known.resolved is None:
+            continue
+        problems = check_edits(known.resolved)
+        checked.diagnostics.extend(problems)
+        if not problems:
+            checked.edits[name] = known.resolved
 
 
 def _without_contradiction(settings: CheckSettings) -> tuple[CheckSettings, list[Diagnostic]]:
@@ -717,7 +742,7 @@ def _outline(
         found += check_measure_tokens(known.resolved)
         found += check_image_support(known.resolved)
         for each in (*known.resolved.derived.values(), known.resolved):
-            found += _first_tokens(each)
+            found += _first_tokens(each) if experiment.prompts != spec.NO_PROMPTS else []
         found += _answers(known.resolved)
         found += _tested_where_picked(known.resolved)
     checked.diagnostics.extend(filter_certain(found, known.unknown))

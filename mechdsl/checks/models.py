@@ -11,12 +11,14 @@ from typing import Protocol
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.models import (
+    BadModelSum,
     InputKindMismatch,
     ModelNotLocal,
     NoImageProcessor,
     VocabularyTooSmall,
 )
 from mechdsl.diagnostics.names import PythonNotAllowed
+from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.config import read_shape
 from mechdsl.models.folder import locate_model, require_model
@@ -28,7 +30,7 @@ from mechdsl.prompts.table import StandInTokenizer
 from mechdsl.prompts.tokens.images import ImageTokenizer, StandInImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TOKENIZER_FILES, TextTokenizer, has_tokenizer
 from mechdsl.resolve.loops import resolve_loops
-from mechdsl.resolve.model_pairs import read_tower_inputs
+from mechdsl.resolve.model_pairs import list_differences, read_tower_inputs
 from mechdsl.resolve.types import AxisLabel, ModelContext, ResolvedExperiment, SitePoint
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
@@ -221,6 +223,8 @@ class ModelContexts:
             model = spec.Model(span=self.program.span, name=name, kind="local", path="")
         elif model.function is not None:
             shape, tokenizer = self._made(model, model.function)
+        elif not model.is_loaded:
+            shape, tokenizer = self._made_from_others(model)
         elif model.base is not None:
             shape, tokenizer = self._adapted(model, self.context(model.base))
         elif (folder := self._folder(model)) is not None:
@@ -264,6 +268,29 @@ class ModelContexts:
             return None, None
         self.built[model.name] = made
         return made.shape, made.tokenizer
+
+    def _made_from_others(
+        self, model: spec.Model
+    ) -> tuple[ModelShape | None, TextTokenizer | None]:
+        """Return the shape and tokenizer of an edited model or a sum: those of its first base."""
+        first, *others = (self.context(name) for name in model.bases)
+        if first.shape.side:
+            what = f"a copy of `{first.name}`, which has two towers, with other weights"
+            self.diagnostics.append(NotSupported(span=model.span, what=what))
+            return None, None
+        for other in others:
+            if first.shape.stands_in or other.shape.stands_in:
+                return None, None
+            differences = list_differences(first.shape, other.shape)
+            if not differences and not other.tokenizer.same_as(first.tokenizer):
+                differences = ["their tokenizers differ"]
+            if differences:
+                said = f"`{other.name}` and `{first.name}` differ: {'; '.join(differences)}"
+                hint = "add models of the same architecture and size, with the same tokenizer"
+                problem = BadModelSum(span=model.span, model=model.name, reason=said, hint=hint)
+                self.diagnostics.append(problem)
+                return None, None
+        return first.shape, None if first.tokenizer.stands_in else first.tokenizer
 
     def _adapted(
         self, model: spec.Model, base: ModelContext
@@ -365,6 +392,25 @@ def _of_logits(points: Iterable[SitePoint], span: Span) -> list[Diagnostic]:
     if all(point.site != "logits" for point in points):
         return []
     return [NotSupported(span=span, what="`logits` at a token of an image model")]
+
+
+def check_edits(edits: ResolvedExperiment) -> list[Diagnostic]:
+    """Report E0344 for edits with several directions, of which one would be used after another."""
+    found: list[Diagnostic] = []
+    for rule in edits.rules:
+        assert rule.sites is not None
+        axes = set[str]()
+        if rule.basis is not None:
+            axes = set(rule.basis.axes)
+        elif rule.direction is not None:
+            axes = set(rule.direction.axes)
+        several = sorted(axes - set(rule.sites.axes))
+        if several and rule.spec.direction is not None:
+            named = rule.spec.direction.span.written
+            reason = f"`{named}` is a direction for each {several[0]}"
+            hint = f"select one: `{named}[{several[0]} 2]`"
+            found.append(BadWeights(span=rule.spec.direction.span, reason=reason, hint=hint))
+    return found
 
 
 def _bare(model: ModelContext) -> Diagnostic:

@@ -8,9 +8,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from copy import deepcopy
 from dataclasses import replace
 from hashlib import sha256
 from importlib import import_module
@@ -67,6 +66,7 @@ from mechdsl.loading.anatomy_proof import (
     unwrap_model,
 )
 from mechdsl.loading.identity import compute_identity
+from mechdsl.loading.weight_edits import NotCopied, build_sum, copy_modules
 from mechdsl.models.adapter_folder import AdapterScaling, read_scaling
 from mechdsl.models.config import read_config, read_shape, shape_from_config, shape_of_folder_config
 from mechdsl.models.folder import (
@@ -635,7 +635,11 @@ def _merge_adapter(base: nn.Module, file: Path, scaling: AdapterScaling) -> nn.M
 
         weights = load_file(file)
         found = _match_weights(weights, base)
-        copy = _copy_modules(base, {path for path, _ in found.values()})
+        try:
+            copy = copy_modules(base, {path for path, _ in found.values()})
+        except NotCopied as problem:
+            hint = "merge it in Python with `merge_and_unload()`, and pass the result"
+            raise _AdapterMismatch(str(problem), hint) from None
         for key, (path, whole) in found.items():
             if whole:
                 _put_parameter(copy.get_submodule(path), whole, weights[key], key)
@@ -688,41 +692,6 @@ def _match_weights(weights: Iterable[str], base: nn.Module) -> dict[str, tuple[s
     if not found:
         raise _AdapterMismatch("its file of weights is empty", "save the adapter again with peft")
     return found
-
-
-def _copy_modules(module: nn.Module, changed: Iterable[str]) -> nn.Module:
-    """Copy modules over shared storage, except for the parameters of changed modules.
-
-    Changes then reach neither the base nor modules that share weights with a changed one.
-    """
-    known: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
-    # Separate parameters, because peft freezes the ones that it is given.
-    known |= {id(own): nn.Parameter(own.detach(), False) for own in module.parameters()}
-    known |= {id(hook): hook for hook in _iter_foreign_hooks(module)}
-    try:
-        copy = deepcopy(module, known)
-    except Exception as error:  # the model may contain arbitrary objects
-        reason = f"`copy.deepcopy` can't copy the base: {summarize_error(error)}"
-        hint = "merge it in Python with `merge_and_unload()`, and pass the result"
-        raise _AdapterMismatch(reason, hint) from None
-    for path in changed:
-        part = copy.get_submodule(path)
-        for name, own in list(part.named_parameters(recurse=False)):
-            part.register_parameter(name, nn.Parameter(own.detach().clone(), False))
-    return copy
-
-
-def _iter_foreign_hooks(module: nn.Module) -> Iterator[object]:
-    """Yield hooks of forward passes that aren't methods of the model's own modules.
-
-    They and their state don't belong to the model, so they aren't copied.
-    """
-    parts = {id(part) for part in module.modules()}
-    for part in module.modules():
-        for table in ("_forward_pre_hooks", "_forward_hooks"):
-            for hook in vars(part)[table].values():
-                if id(getattr(hook, "__self__", hook)) not in parts:
-                    yield hook
 
 
 def _put_parameter(part: nn.Module, name: str, value: Tensor, key: str) -> None:
@@ -796,9 +765,16 @@ def build_model_contexts(
     return found
 
 
+ModelEditor = Callable[
+    [spec.Model, Mapping[str, LoadedModel]], tuple[LoadedModel | None, list[Diagnostic]]
+]
+"""Builds the model of a statement with edits, from the models loaded so far."""
+
+
 def load_models(
     checked: CheckedFile,
     loaded: dict[str, LoadedModel],
+    edit: ModelEditor,
     *,
     device: str,
     dtype: str | None,
@@ -810,6 +786,7 @@ def load_models(
 
     Args:
         loaded: The models by name; is extended.
+        edit: Edits a model.
         device: As in `RunOptions`.
         dtype: As in `RunOptions`.
         offload: As in `RunOptions`.
@@ -817,14 +794,19 @@ def load_models(
         notes: As in `load_model`.
 
     Returns:
-        Diagnostics of `load_model` and `load_adapter`.
+        Diagnostics of `load_model`, `load_adapter`, `build_sum` and `edit`.
     """
     diagnostics: list[Diagnostic] = []
     for name in needed_models(checked):
-        for statement in _sort_bases_first(name, checked.program, loaded):
-            if statement.base is not None and statement.base not in loaded:
+        for statement in _sort_bases_first(name, checked, loaded):
+            if any(base not in loaded for base in statement.bases):
                 continue  # already reported
-            if statement.base is not None:
+            if statement.kind == "edited":
+                model, found = edit(statement, loaded)
+            elif statement.kind == "sum":
+                terms = [(loaded[base], factor) for base, factor in statement.terms]
+                model, found = build_sum(statement, terms, hashes=hashed is not None)
+            elif statement.base is not None:
                 model, found = load_adapter(statement, loaded[statement.base], hashed)
             else:
                 model, found = load_model(
@@ -852,17 +834,25 @@ def add_tower_views(
 
 
 def _sort_bases_first(
-    name: str, program: spec.Program, loaded: Mapping[str, LoadedModel]
+    name: str, checked: CheckedFile, loaded: Mapping[str, LoadedModel]
 ) -> list[spec.Model]:
-    """List the statements of a model and its bases, bases first, as far as they aren't loaded."""
-    chain: list[spec.Model] = []
-    while name not in loaded:
-        chain.insert(0, program.models[name])
-        base = chain[0].base
-        if base is None:
-            break
-        name = base
-    return chain
+    """List the statements of a model and those it is made from, which come first, as far as they
+    aren't loaded."""
+    found: dict[str, spec.Model] = {}
+
+    def visit(name: str) -> None:
+        if name in loaded or name in found or name in waiting:
+            return
+        waiting.add(name)
+        statement = checked.program.models[name]
+        edits = checked.edits.get(name)
+        for other in (*statement.bases, *(() if edits is None else edits.models)):
+            visit(other)
+        found[name] = statement
+
+    waiting: set[str] = set()
+    visit(name)
+    return list(found.values())
 
 
 def check_modules(

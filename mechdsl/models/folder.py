@@ -164,8 +164,8 @@ def locate_model(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic
             return _local(model, base)
         case "hf":
             return _hub(model, base)
-        case "python":
-            raise ValueError("a model returned by a function has no folder")
+        case "python" | "edited" | "sum":
+            raise ValueError("a model that is made by a function or from others has no folder")
 
 
 def weight_files(folder: Path, *, adapter: bool = False) -> list[Path]:
@@ -194,7 +194,7 @@ def report_missing_weights(models: Iterable[Model]) -> list[Diagnostic]:
     folders = (
         (model, locate_model(model, model.span.source.folder)[0])
         for model in models
-        if model.kind != "python"
+        if model.is_loaded and model.kind != "python"
     )
     found = (check_weights(folder, model) for model, folder in folders if folder is not None)
     return [each for each in found if each is not None]

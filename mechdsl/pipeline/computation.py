@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from typing import Any, cast
 
@@ -42,6 +43,7 @@ from mechdsl.loading.loader import (
     load_models,
 )
 from mechdsl.models.folder import FileHasher, hash_file
+from mechdsl.pipeline.edited_models import edit_model
 from mechdsl.pipeline.options import RunOptions, check_folders
 from mechdsl.planner.passes import check_pass_names, make_plan
 from mechdsl.planner.plan import ExperimentPlan
@@ -518,7 +520,7 @@ def open_value_cache(
         code = _code(checked)
     except CodeHashError:
         return RunCache(run, {})
-    merged = any(model.base is not None for model in checked.program.models.values())
+    merged = any(m.is_loaded and m.base for m in checked.program.models.values())
     packages = (*VERSIONED_PACKAGES, "peft") if merged else VERSIONED_PACKAGES
     images = any(block.kind == "images" for block in checked.program.prompts.values())
     packages = (*packages, "pillow") if images else packages
@@ -657,6 +659,7 @@ def _models_of(
         load_models(
             checked,
             models,
+            partial(edit_model, checked, options.execution, hashes=hashed is not None),
             device=options.device,
             dtype=options.dtype,
             offload=options.offload,

@@ -152,7 +152,7 @@ def key_parts(
         "device": device,
         "machine": [platform.system(), platform.machine(), platform.python_version()],
         "numbers": numeric_settings(),
-        "prompts": _tables(checked.experiments),
+        "prompts": _tables([*checked.experiments, *checked.edits.values()]),
         "python": python,
         "models": {name: models.told(name) for name in needed_models(checked)},
         "versions": _versions(checked, options),
@@ -173,7 +173,7 @@ def _told(value: Any) -> Any:
 def _versions(checked: CheckedFile, options: RunOptions) -> dict[str, str]:
     models = checked.program.models.values()
     more = ["safetensors"]
-    more += ["peft"] if any(model.base is not None for model in models) else []
+    more += ["peft"] if any(model.is_loaded and model.base for model in models) else []
     images = any(block.kind == "images" for block in checked.program.prompts.values())
     more += ["pillow"] if images else []
     more += ["accelerate"] if options.offload is not None else []
@@ -217,8 +217,8 @@ class _Models:
             "identity": self._identity(name),
             "dtype": model.dtype,
             "bos": model.bos,
-            "base": None if model.base is None else self.told(model.base),
-            "folder": self._snapshot(name),
+            "bases": [self.told(base) for base in model.bases],
+            "folder": self._snapshot(name) if model.is_loaded else "",
         }
 
     def _of_python(self, name: str, model: LoadedModel) -> dict[str, Any]:
@@ -238,6 +238,8 @@ class _Models:
                 raise RunKeyError(f"model `{name}` can't be identified: {reason}")
             return found
         model = self._checked.program.models[name]
+        if not model.is_loaded:  # its edits and factors are in the texts and parameters
+            return json_digest([model.kind, *map(self._identity, model.bases)])
         folder, _ = locate_model(model, model.span.source.folder)
         base = None if model.base is None else self._identity(model.base)
         found = None

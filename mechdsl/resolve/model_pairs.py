@@ -104,7 +104,7 @@ def check_model_pair(
         base: The experiment's model.
         outputs: Whether the other model's outputs are read too, and must be of the same kind.
     """
-    differences = _differences(base.shape, source.shape)
+    differences = list_differences(base.shape, source.shape)
     hint = "patch between two checkpoints or fine-tunings of one model"
     if not differences and outputs:
         differences = _other_outputs(base.shape, source.shape)
@@ -123,7 +123,8 @@ def check_model_pair(
     )
 
 
-def _differences(base: ModelShape, source: ModelShape) -> list[str]:
+def list_differences(base: ModelShape, source: ModelShape) -> list[str]:
+    """Return how the sizes and sites of two models differ; empty if they don't."""
     found = [
         f"{getattr(source, name):,} and {getattr(base, name):,} {what}"
         for name, what in SHAPE_SIZES.items()
