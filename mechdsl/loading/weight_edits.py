@@ -81,12 +81,10 @@ def build_edited_model(
         for edit in edits:
             if edit.kind == "project out":
                 _project_out(edit, base, changed)
+                _check_stream(edit, base, copy_with_weights(base.module, changed.tensors))
             else:
                 _change_outputs(edit, base, changed)
         module = copy_with_weights(base.module, changed.tensors)
-        for edit in edits:
-            if edit.kind == "project out":
-                _check_stream(edit, base, module)
     except _Unsuitable as problem:
         return None, [BadWeights(span=problem.edit.span, reason=problem.reason, hint=problem.hint)]
     except NotCopied as problem:
@@ -390,7 +388,7 @@ def copy_with_weights(module: nn.Module, changed: Mapping[str, Tensor]) -> nn.Mo
     """
     if any("_hf_hook" in part.__dict__ for part in module.modules()):
         raise NotCopied("the weights of the base are distributed over devices, memory or a folder")
-    copy = copy_modules(module, {name.rpartition(".")[0] for name in changed})
+    copy = copy_modules(module, ())
     made: dict[int, nn.Parameter] = {}
     for name, tensor in changed.items():
         path, _, own = name.rpartition(".")

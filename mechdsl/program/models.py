@@ -79,7 +79,14 @@ def _edited(statement: ast.ModelDef, scope: Namespace) -> spec.Model | None:
         hint = f"add one: `scale weights of layer 3 neuron 5 by 0`, or use `{source.id}`"
         scope.diagnostics.append(BadWeights(span=statement.name.span, reason=reason, hint=hint))
         return None
-    return spec.Model(span=statement.span, name=name, kind="edited", path="", base=source.id)
+    return spec.Model(
+        span=statement.span,
+        name=name,
+        kind="edited",
+        path="",
+        base=source.id,
+        written="; ".join(edit.span.written for edit in statement.edits),
+    )
 
 
 # --- sums -----------------------------------------------------------------------------------------

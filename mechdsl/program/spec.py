@@ -207,7 +207,7 @@ class Model(Spec):
     terms: tuple[tuple[str, float], ...] = ()
     """For a sum: its models with their factors."""
     written: str = ""
-    """For a sum: the expression as written."""
+    """The expression of a sum, or the edits, as written."""
     function: CallText | None = None
     """The call `python(…)` that returns the model, if it has one."""
 
@@ -215,7 +215,7 @@ class Model(Spec):
     def source(self) -> str:
         """The model's source as typed: `local("tuned", base: m)`."""
         if self.kind == "edited":
-            return f"{self.base} with edits"
+            return f"{self.base} with {{ {self.written} }}"
         if self.kind == "sum":
             return self.written
         base = "" if self.base is None else f", base: {self.base}"

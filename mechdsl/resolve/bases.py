@@ -283,8 +283,8 @@ class WeightChange(CoordinateChange):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield Convention(
             "output weights",
-            f"`{self.name}` changes the weights from heads or neurons to the output of their "
-            "sublayer, at all tokens; biases stay",
+            "the weights from the named heads or neurons to the output of their sublayer change at "
+            "all tokens; biases stay",
         )
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:

@@ -1,4 +1,5 @@
-"""Combinations that are errors: estimates without a gradient, and sites inside removed blocks."""
+"""Combinations that are errors: estimates without a gradient, sites inside removed blocks, and
+rules on weights with other rules."""
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.experiments import NO_GENERATION_REASON, NoEstimate
 from mechdsl.diagnostics.models import SiteNotInBlock
+from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.program import spec
 from mechdsl.program.estimators import first_of_place
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.bases import WeightChange
 from mechdsl.resolve.types import (
+    OutputWeights,
     PositionTargets,
     ResolvedExperiment,
     ResolvedMeasure,
@@ -29,6 +33,9 @@ ESTIMABLE_VERBS = ("patch", "ablate")
 """Rules whose vectors are known from unpatched runs, at one site."""
 
 SITES_WITHOUT_GRADIENT = (*ATTENTION_INTERNAL_SITES, "router", "expert_out", "logits")
+
+ADD_TO_WEIGHTS, PROJECT_OUT_OF_WEIGHTS = "add to weights", "project out of weights"
+"""Verbs of rules on weights."""
 
 SITE_RULE_HINT = "write `patch SITE at POSITIONS` or `ablate SITE at POSITIONS with zero`"
 
@@ -217,6 +224,86 @@ def _without_gradient(
             reason = f"it is compared with `{atom.run}`, where its gradient is 0"
             return text, reason, "compare with another run, or write `using integrated_gradients`"
     return None
+
+
+def check_weight_rules(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0344 for rules on weights that wouldn't act like a model with these weights, together
+    with other rules of the run, or with a measure."""
+    if experiment.spec.prompts == spec.NO_PROMPTS:
+        return  # edits of a model, each on the weights after the preceding ones
+    for run in (*experiment.derived.values(), experiment):
+        yield from _check_weight_order(run.rules)
+    in_runs = [
+        rule for run in experiment.derived.values() for rule in run.rules if _edits_weights(rule)
+    ]
+    atoms = [atom for measure in experiment.measures for atom in measure.atoms]
+    long = next((a for a in atoms if any(a.behind) and max(a.lengths) > 1), None)
+    if in_runs and long is not None:
+        yield BadWeights(
+            span=in_runs[0].spec.span,
+            reason=f"`{long.node.span.written}` reads several tokens, and rules of a `run` act on "
+            "the prompt alone",
+            hint="name an edited model: `model edited = m with { … }`",
+        )
+
+
+def _edits_weights(rule: ResolvedRule) -> bool:
+    return isinstance(rule.does, WeightChange) or rule.spec.verb == PROJECT_OUT_OF_WEIGHTS
+
+
+def _check_weight_order(rules: Sequence[ResolvedRule]) -> Iterator[Diagnostic]:
+    """Yield E0344 for the first rule on weights in a run that conflicts with an earlier one."""
+    copy = "name an edited model: `model edited = m with { … }`"
+    for number, rule in enumerate(rules):
+        if not _edits_weights(rule):
+            continue
+        for other in rules[:number]:
+            reason, hint = "", copy
+            said = other.spec.span.written
+            if not _edits_weights(other):
+                if _written_layers(other) & _written_layers(rule):
+                    reason = f"`{said}` comes first, and would be changed by it"
+                    hint = "write rules on weights before those on activations"
+            elif other.spec.verb == PROJECT_OUT_OF_WEIGHTS:
+                if rule.spec.verb != ADD_TO_WEIGHTS:
+                    reason = f"`{said}` has changed these weights already"
+                    hint = f"write it before `{said}`"
+            elif _named_numbers(other) & _named_numbers(rule):
+                reason = f"`{said}` has changed these weights already"
+            if reason:
+                yield BadWeights(span=rule.spec.span, reason=reason, hint=hint)
+                return
+        heads = next((each for each in rules if _writes_heads(each, rule)), None)
+        if heads is not None:
+            reason = f"`{heads.spec.span.written}` writes what a head adds with its own weights"
+            yield BadWeights(span=rule.spec.span, reason=reason, hint="write `z` there, or " + copy)
+            return
+
+
+def _written_layers(rule: ResolvedRule) -> set[tuple[str, int | None]]:
+    points = () if rule.sites is None else rule.sites.points.values()
+    return {(point.site, point.layer) for here in points for point in here}
+
+
+def _writes_heads(rule: ResolvedRule, weights: ResolvedRule) -> bool:
+    layers = {layer for site, layer in _written_layers(weights) if site == "attn_out"}
+    writes = rule.does.changes == "sites" and isinstance(weights.does, WeightChange)
+    return writes and any((("head_out", layer) in _written_layers(rule)) for layer in layers)
+
+
+def _named_numbers(rule: ResolvedRule) -> set[tuple[str, int, int]]:
+    """Return (site, layer, number) of all output weights that a rule changes, in any cell."""
+    found: set[tuple[str, int, int]] = set()
+    if rule.basis is None:
+        return found
+    which = {number for own in rule.basis.coordinates.values() for number in own.which}
+    every = any(not own.which for own in rule.basis.coordinates.values())
+    for member in rule.basis.members:
+        if isinstance(member.operand, OutputWeights):
+            numbers = range(member.size) if every else which
+            site, layer = member.operand.site, member.operand.layer
+            found.update((site, layer, number) for number in numbers)
+    return found
 
 
 _BLOCK_ENDS = ("resid_pre", "resid_post")

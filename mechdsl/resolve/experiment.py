@@ -24,6 +24,7 @@ from mechdsl.resolve.conflicts import (
     check_estimator,
     check_removed_blocks,
     check_runs_without_blocks,
+    check_weight_rules,
 )
 from mechdsl.resolve.controls import ExcludedSite, resolve_exclusions
 from mechdsl.resolve.direction_files import resolve_direction_files
@@ -429,6 +430,7 @@ def outline_experiment(
     problem = _too_many(resolved, program) or _too_many_listed(resolved)
     refused = [*check_runs_without_blocks(resolved), *([] if problem is None else [problem])]
     refused += [*check_reply_readers(resolved), *check_estimator(resolved)]
+    refused += check_weight_rules(resolved)
     if refused:
         return known, [*diagnostics, *refused]
     control, problems = _control(resolved, apart, draws_enough, onward)

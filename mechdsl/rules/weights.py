@@ -16,6 +16,7 @@ from mechdsl.diagnostics.rules import BadDirection, BadWeights
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
 from mechdsl.resolve.bases import NEXT_MAPS, VECTOR_AMOUNT, WEIGHTS_BASIS, WeightChange
+from mechdsl.resolve.conflicts import ADD_TO_WEIGHTS, PROJECT_OUT_OF_WEIGHTS
 from mechdsl.resolve.directions import resolve_direction
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext, find_missing_point, label_points, resolve_site
@@ -352,8 +353,7 @@ def _scaled(
         if all(place.setdefault(axis, index) == index for axis, index in pairs):
             vector = WeightedSum(((amount, member.vector),))
             name = f"{amount!r} * {member.name}"
-            made = f"{amount:g} times: {member.made}"
-            found[tuple(place[axis] for axis in axes)] = DirectionMember(name, vector, made)
+            found[tuple(place[axis] for axis in axes)] = DirectionMember(name, vector, member.made)
     return axes, found
 
 
@@ -365,11 +365,11 @@ class SetWeightsRule(_VectorRule):
     replaces = True
 
 
-@rule_kind("add to weights")
+@rule_kind(ADD_TO_WEIGHTS)
 class AddToWeightsRule(_VectorRule):
     """`add NUMBER * DIRECTION to weights of NEURONS`."""
 
-    does = WeightChange("add to weights")
+    does = WeightChange(ADD_TO_WEIGHTS)
 
 
 # --- directions taken out of all weights ----------------------------------------------------------
@@ -423,7 +423,7 @@ def _explain_norms(work: ExperimentContext) -> str | None:
     )
 
 
-@rule_kind("project out of weights")
+@rule_kind(PROJECT_OUT_OF_WEIGHTS)
 class ProjectOutOfWeightsRule(DirectionRule):
     """`project out DIRECTION from weights`: nothing that is added to the residual stream has a
     component along it, as if embeddings and output projections had none (Arditi et al. 2024, arXiv

@@ -307,7 +307,8 @@ def _directions(rule: ResolvedRule, console: Console) -> None:
     _members([] if rule.direction is None else list(rule.direction.members.values()), console)
     bases = [] if rule.basis is None else list(rule.basis.members)
     for member in bases[:MAX_SHOWN_CELLS]:
-        console.print(Text(f"    basis {member.name}: {member.made}"))
+        made = f"basis {member.name}: {member.made}" if member.made else member.name
+        console.print(Text(f"    {made}"))
     if len(bases) > MAX_SHOWN_CELLS:
         console.print(f"    … ({len(bases)} bases in all)", highlight=False)
 

@@ -21,7 +21,7 @@ from mechdsl.forward.generation.cached_pass import choose_method
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
 from mechdsl.program.spec import Generation
-from mechdsl.resolve.bases import CoordinateChange
+from mechdsl.resolve.bases import WEIGHTS_BASIS, CoordinateChange
 from mechdsl.resolve.class_outputs import describe_pooling
 from mechdsl.resolve.experiment import find_omitted_answers
 from mechdsl.resolve.findings import MAX_LISTED_SITES
@@ -538,7 +538,11 @@ def _of_bases(plan: ExperimentPlan) -> dict[str, str]:
     """Describe the computation of each basis."""
     found: dict[str, str] = {}
     used = [rule.basis for rule in plan.experiment.every_rule if rule.basis is not None]
-    named = [basis for basis in used if basis.definition != ast.STANDARD_BASIS]
+    for basis in used:
+        if basis.definition == WEIGHTS_BASIS:
+            made = dict.fromkeys(member.made for member in basis.members if member.made)
+            found |= {f"direction of {WEIGHTS_BASIS}": "; ".join(made)} if made else {}
+    named = [basis for basis in used if basis.definition not in (ast.STANDARD_BASIS, WEIGHTS_BASIS)]
     members = {member.name: member for basis in named for member in basis.members}
     for member in list(members.values())[:MAX_LISTED_SITES]:
         found[f"basis {member.name}"] = member.made

@@ -1,0 +1,449 @@
+"""Rules on weights and edited models, against copies of the bare model whose weights are changed by
+hand, one unpadded prompt at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.base.source import Source
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
+
+from ..execute.support import MODES, by_name, run_on, shared, token
+from ..quick import in_turn
+from ..reference.forward import Write, forward
+from .models import bare, double
+from .support import (
+    BLOCKS,
+    Key,
+    agree,
+    codes,
+    difference,
+    experiment,
+    plain,
+    records,
+    rows,
+    run_file,
+    try_file,
+    unpatched,
+)
+from .test_generation import replies
+from .test_steering import DIRECTION, difference_of_means, unit
+
+FAMILIES = ("gpt2", "llama", "gpt_neox")
+OUTPUTS = {
+    "gpt2": ("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"),
+    "gpt_neox": ("gpt_neox.layers.{}.attention.dense", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+}
+EMBEDDINGS = {
+    "gpt2": ("transformer.wte", "transformer.wpe"),
+    "gpt_neox": ("gpt_neox.embed_in",),
+}
+
+
+class ByHand:
+    """A copy of a family's model in 64 bits, whose weights are changed in place."""
+
+    def __init__(self, family: str, model: Any = None) -> None:
+        self.family = family
+        self.model = copy.deepcopy(double(family) if model is None else model)
+        head = self.model.get_output_embeddings()  # which may be the embedding
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+
+    def output(self, site: str, layer: int) -> Any:
+        paths = ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj")
+        path = OUTPUTS.get(self.family, paths)[site == "mlp_out"]
+        return self.model.get_submodule(path.format(layer))
+
+    def weights(self, site: str, layer: int) -> Tensor:
+        """[number, d_model], a view."""
+        weight = self.output(site, layer).weight.detach()
+        return weight if self.family == "gpt2" else weight.T
+
+    def heads(self, *heads: int) -> list[int]:
+        config = self.model.config
+        count = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // count
+        return [n for head in heads for n in range(head * width, (head + 1) * width)]
+
+    def scale(self, site: str, layer: int, numbers: Sequence[int] | None, by: float) -> ByHand:
+        own = self.weights(site, layer)
+        own[slice(None) if numbers is None else list(numbers)] *= by
+        return self
+
+    def put(self, layer: int, neurons: Sequence[int], vector: Tensor) -> ByHand:
+        self.weights("mlp_out", layer)[list(neurons)] = vector
+        return self
+
+    def add(self, layer: int, neurons: Sequence[int], vector: Tensor) -> ByHand:
+        self.weights("mlp_out", layer)[list(neurons)] += vector
+        return self
+
+    def without(self, direction: Tensor) -> ByHand:
+        u = unit(direction)
+        for path in EMBEDDINGS.get(self.family, ("model.embed_tokens",)):
+            weight = self.model.get_submodule(path).weight.detach()
+            weight -= (weight @ u)[:, None] * u
+        for layer in range(3):
+            for site in ("attn_out", "mlp_out"):
+                own, bias = self.weights(site, layer), self.output(site, layer).bias
+                own -= (own @ u)[:, None] * u
+                if bias is not None:
+                    bias = bias.detach()
+                    bias -= (bias @ u) * u
+        return self
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            return self.model(torch.tensor([list(ids)])).logits[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rules, the axes of their cells, and what they do to a model in each cell."""
+
+    rule: str
+    edit: Callable[..., ByHand]
+    """Of a model, the direction, and the coordinates of the cell."""
+    axes: tuple[str, ...] = ()
+    cells: tuple[tuple[Any, ...], ...] = ((),)
+    writing: bool = True
+    """Whether the lines can stand in a model's block."""
+
+
+CASES: dict[str, Case] = {
+    "neurons": Case(
+        "scale weights of mlp_out layer * neuron 0..3 by 0",
+        lambda m, d, layer, n: m.scale("mlp_out", layer, [n], 0),
+        ("layer", "neuron"),
+        tuple((layer, n) for layer in range(3) for n in range(4)),
+        False,
+    ),
+    "heads": Case(
+        "scale weights of attn_out layer 1 head * by -0.5",
+        lambda m, d, h: m.scale("attn_out", 1, m.heads(h), -0.5),
+        ("head",),
+        tuple((h,) for h in range(4)),
+        False,
+    ),
+    "joined heads": Case(
+        "scale weights of attn_out layer 2 heads 0, 3 by 2",
+        lambda m, d: m.scale("attn_out", 2, m.heads(0, 3), 2),
+    ),
+    "sublayers": Case(
+        "scale weights of attn_out layers 0..1 by 0.3",
+        lambda m, d: m.scale("attn_out", 0, None, 0.3).scale("attn_out", 1, None, 0.3),
+    ),
+    "short name": Case(
+        "scale weights of L1N3 by 3", lambda m, d: m.scale("mlp_out", 1, [3], 3)
+    ),
+    "short sublayer": Case(
+        "scale weights of L2.mlp by 0.5", lambda m, d: m.scale("mlp_out", 2, None, 0.5)
+    ),
+    "head alone": Case(
+        "scale weights of layer 0 head 2 by 0",
+        lambda m, d: m.scale("attn_out", 0, m.heads(2), 0),
+    ),
+    "set": Case("set weights of L1N3 to 2 * d", lambda m, d: m.put(1, [3], 2 * d)),
+    "set several": Case(
+        "set weights of mlp_out layer 0 neurons 1..4 to d", lambda m, d: m.put(0, range(1, 5), d)
+    ),
+    "add": Case(
+        "add 0.5 * d to weights of mlp_out layer 1 neurons 2, 5",
+        lambda m, d: m.add(1, [2, 5], 0.5 * d),
+    ),
+    "add to each": Case(
+        "add -1 * d to weights of mlp_out layer 2 neuron 2, 5",
+        lambda m, d, n: m.add(2, [n], -d),
+        ("neuron",),
+        ((2,), (5,)),
+        False,
+    ),
+    "by number": Case(
+        "for c in [0, 0.5, 2] { scale weights of mlp_out layer 2 by c }",
+        lambda m, d, c: m.scale("mlp_out", 2, None, c),
+        ("c",),
+        ((0,), (0.5,), (2,)),
+        False,
+    ),
+    "set by number": Case(
+        "for c in [0, 2] { set weights of L1N3 to c * d }",
+        lambda m, d, c: m.put(1, [3], c * d),
+        ("c",),
+        ((0,), (2,)),
+        False,
+    ),
+    "together": Case(
+        "scale weights of L1N3 by 0\n  set weights of L1N4 to d\n"
+        "  scale weights of attn_out layer 1 by 0.5\n  add d to weights of L2N0\n"
+        "  project out d from weights",
+        lambda m, d: (
+            m.scale("mlp_out", 1, [3], 0)
+            .put(1, [4], d)
+            .scale("attn_out", 1, None, 0.5)
+            .add(2, [0], d)
+            .without(d)
+        ),
+    ),
+    "added after": Case(
+        "project out d from weights\n  add d to weights of L1N4",
+        lambda m, d: m.without(d).add(1, [4], d),
+    ),
+}
+
+
+def values(model: ByHand, run: str = "clean") -> list[float]:
+    return [
+        difference(model.logits(text.ids), record)
+        for text, record in zip(rows(run), records(), strict=True)
+    ]
+
+
+def by_hand(family: str, case: Case) -> dict[Key, list[float]]:
+    d = difference_of_means(family)
+    return {cell: values(case.edit(ByHand(family), d, *cell)) for cell in case.cells}
+
+
+@pytest.mark.parametrize(("family", "mode"), in_turn(FAMILIES, tuple(MODES)))
+def test_rules(family: str, mode: str, data: Path) -> None:
+    names = {key: f"e{number}" for number, key in enumerate(CASES)}
+    text = DIRECTION + "".join(experiment(names[key], case.rule) for key, case in CASES.items())
+    found = run_file(text, data, family, mode)
+    for key, case in CASES.items():
+        try:
+            expected = by_hand(family, case)
+            own, base = found[names[key]], unpatched(family)
+            agree(own, case.axes, expected, base, most=False, large=1e-3)
+        except AssertionError as error:
+            raise AssertionError(f"{key}: {error}") from error
+
+
+def run_models(
+    text: str, data: Path, family: str, mode: str = "planned", **more: Any
+) -> tuple[FileResult | None, list[Any]]:
+    whole = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{DIRECTION}{text}'
+    models = {"m": shared(bare(family)), **more}
+    return run_on(Source(whole, data / "file.mech"), models, MODES[mode])
+
+
+def of_model(model: str, *lines: str, name: str = "e", measure: str | None = None) -> str:
+    own = experiment(name, *lines, measure=measure or "measure logit(answer) - logit(wrong) as raw")
+    return own.replace("model m", f"model {model}")
+
+
+def raw(found: ExperimentResult) -> np.ndarray:
+    return found.measures[0].patched
+
+
+@pytest.mark.parametrize(("family", "mode"), in_turn((*FAMILIES, "gemma2", "qwen3"), tuple(MODES)))
+def test_edited_models(family: str, mode: str, data: Path) -> None:
+    """All cases that name no sweep, each as a model; gemma has norms after these weights."""
+    projects = family in FAMILIES
+    cases = {
+        key: case
+        for key, case in CASES.items()
+        if case.writing and (projects or "project" not in case.rule)
+    }
+    text = "".join(
+        f"model c{n} = m with {{\n  {case.rule}\n}}\n" for n, case in enumerate(cases.values())
+    )
+    text += "".join(of_model(f"c{n}", name=f"e{n}") for n in range(len(cases)))
+    found = by_name(*run_models(text, data, family, mode))
+    for number, (key, case) in enumerate(cases.items()):
+        own = raw(found[f"e{number}"])[0]
+        expected = np.array(by_hand(family, case)[()])
+        close = np.abs(own - expected).max()
+        assert close < 1e-4 * max(1, np.abs(expected).max()), (key, close)
+        undone = family == "gemma2" and "sublayer" in key  # by the norm after them
+        assert undone or np.abs(expected - unpatched(family)).max() > 1e-3, key
+    base = values(ByHand(family))
+    again = by_name(*run_models(of_model("m"), data, family))
+    assert np.abs(raw(again["e"])[0] - base).max() < 1e-4
+
+
+def test_edits_follow_one_another(data: Path) -> None:
+    """In a model's block, each edit acts on the result of the preceding ones."""
+    text = (
+        "model c = m with {\n  add d to weights of L1N4\n  scale weights of L1N4 by 3\n"
+        "  project out d from weights\n  set weights of L1N5 to 2 * d\n"
+        "  scale weights of mlp_out layer 1 by 0.5\n}\n"
+    )
+    found = by_name(*run_models(text + of_model("c"), data, "llama"))
+    d = difference_of_means("llama")
+    model = ByHand("llama").add(1, [4], d).scale("mlp_out", 1, [4], 3).without(d)
+    model.put(1, [5], 2 * d).scale("mlp_out", 1, None, 0.5)
+    assert np.abs(raw(found["e"])[0] - values(model)).max() < 1e-4
+
+
+# --- with neighbours ------------------------------------------------------------------------------
+
+
+def patched(model: ByHand, writes: Callable[[Any], Sequence[Write]]) -> list[float]:
+    found: list[float] = []
+    for text, record in zip(rows(), records(), strict=True):
+        run = forward(model.family, model.model, text.ids, writes(text))
+        found.append(difference(run.logits, record))
+    return found
+
+
+def neurons(layer: int, source: Tensor, at: int) -> list[Write]:
+    """Writes of the first eight neurons."""
+    return [Write("mlp_hidden", layer, source.flatten()[n : n + 1], at, n) for n in range(8)]
+
+
+@pytest.mark.parametrize(("family", "mode"), in_turn(FAMILIES, tuple(MODES)))
+def test_rules_beside_others(family: str, mode: str, data: Path) -> None:
+    """A patch of the neurons is seen through the changed weights; one of the output isn't."""
+    others = dict(zip([text.words for text in rows()], rows("other"), strict=True))
+
+    def source(text: Any, site: str) -> Tensor:
+        other = others[text.words]
+        return plain(family, other)[site, 1][other.last]
+
+    rules = {
+        "hidden": (
+            "patch mlp_hidden layer 1 neurons 0..7 at last token",
+            lambda text: neurons(1, source(text, "mlp_hidden"), text.last),
+        ),
+        "out": (
+            "patch mlp_out layer 1 at last token",
+            lambda text: [Write("mlp_out", 1, source(text, "mlp_out"), text.last)],
+        ),
+    }
+    text, expected = DIRECTION, {}
+    edits = {
+        "scaled": (
+            "scale weights of mlp_out layer 1 by -1",
+            lambda m, d: m.scale("mlp_out", 1, None, -1),
+        ),
+        "set": (
+            "set weights of mlp_out layer 1 neurons 2..4 to d",
+            lambda m, d: m.put(1, range(2, 5), d),
+        ),
+    }
+    for name, (rule, write) in rules.items():
+        for kind, (edit, change) in edits.items():
+            model = change(ByHand(family), difference_of_means(family))
+            expected[f"{name}_{kind}"] = patched(model, write)
+            text += experiment(f"{name}_{kind}", "from other into clean", edit, rule)
+    found = run_file(text, data, family, mode)
+    for name, own in expected.items():
+        assert np.abs(raw(found[name])[0] - own).max() < 2e-4, name
+    assert np.abs(np.subtract(expected["hidden_scaled"], expected["out_scaled"])).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_derived_runs(family: str, data: Path) -> None:
+    """Activations of a run with other weights, patched into the clean run; and rules on it."""
+    edit = "scale weights of mlp_out layer 0 by 0.2"
+    model = ByHand(family).scale("mlp_out", 0, None, 0.2)
+    text = experiment(
+        "into",
+        f"run hurt {{ {edit} }}",
+        "from hurt into clean",
+        "patch resid_post layer 1 at last token",
+    )
+    text += experiment(
+        "back",
+        f"run hurt {{ {edit} }}",
+        "from clean into hurt",
+        "patch mlp_hidden layer 0 neurons 0..7 at last token",
+        measure="measure logit(answer) - logit(wrong) as raw",
+    )
+    found = run_file(text, data, family, "planned")
+    expected = []
+    for own, record in zip(rows(), records(), strict=True):
+        vector = forward(family, model.model, own.ids)["resid_post", 1][own.last]
+        run = forward(family, double(family), own.ids, [Write("resid_post", 1, vector, own.last)])
+        expected.append(difference(run.logits, record))
+    assert np.abs(raw(found["into"])[0] - expected).max() < 1e-4
+
+    def clean(own: Any) -> Sequence[Write]:
+        return neurons(0, plain(family, own)["mlp_hidden", 0][own.last], own.last)
+
+    assert np.abs(raw(found["back"])[0] - patched(model, clean)).max() < 1e-4
+
+
+LONG = """
+prompts long {
+  rows "data.jsonl"
+  xs = list(item, from: words, sep: " ")
+  template "{xs} w40 {subject} w41 {cue} w42"
+  answer " {a} w7 {b}"
+}
+"""
+
+
+@pytest.mark.parametrize("family", ("gpt2", "llama"))
+@pytest.mark.parametrize("mode", ("plain", "planned"))
+def test_answers_of_several_tokens(family: str, mode: str, data: Path) -> None:
+    """The weights are changed at the answer's tokens, too."""
+    rules = {
+        "scaled": "scale weights of mlp_out layer 1 by 0",
+        "set": "set weights of mlp_out layer 0 neurons 1..4 to d",
+        "out": "project out d from weights",
+    }
+    d = difference_of_means(family)
+    models = {
+        "scaled": ByHand(family).scale("mlp_out", 1, None, 0),
+        "set": ByHand(family).put(0, range(1, 5), d),
+        "out": ByHand(family).without(d),
+    }
+    text = LONG + DIRECTION + "".join(
+        experiment(name, rule, block="long", measure="measure logprob(answer) as raw")
+        for name, rule in rules.items()
+    )  # fmt: skip
+    found = run_file(text, data, family, mode)
+    for name, model in models.items():
+        expected: list[float] = []
+        for own, record in zip(rows(), records(), strict=True):
+            answer = [token(record["a"]), token("w7"), token(record["b"])]
+            logits = model.logits([*own.ids, *answer[:-1]]).log_softmax(-1)[-3:]
+            expected.append(float(sum(logits[n, at] for n, at in enumerate(answer))))
+        assert np.abs(raw(found[name])[0] - expected).max() < 1e-4, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generated_text(family: str, data: Path) -> None:
+    """Replies of a run with other weights are those of a model with these weights."""
+    d = difference_of_means(family)
+    rules = {
+        "scaled": ("scale weights of mlp_out layer 1 by -2",
+                   ByHand(family).scale("mlp_out", 1, None, -2)),
+        "added": ("add 3 * d to weights of mlp_out layer 0 neurons 1..9",
+                  ByHand(family).add(0, range(1, 10), 3 * d)),
+        "out": ("project out d from weights", ByHand(family).without(d)),
+    }  # fmt: skip
+    text, edits = "", ""
+    for name, (rule, _) in rules.items():
+        edits += f"model of_{name} = m with {{\n  {rule}\n}}\n"
+        for model, own in (("m", (rule,)), (f"of_{name}", ())):
+            own = (*own, "generate 5")
+            text += of_model(model, *own, name=f"{name}_{model}", measure="measure length as raw")
+    found = by_name(*run_models(edits + text, data, family))
+    unchanged = greedy(ByHand(family))
+    for name, (_, model) in rules.items():
+        expected = greedy(model)
+        assert expected != unchanged
+        assert replies(found[f"{name}_m"]) == expected, name
+        runs = found[f"{name}_of_{name}"].replies.runs["clean"]
+        assert [list(own[0].ids) for _, own in sorted(runs.items())] == expected, name
+
+
+def greedy(model: ByHand) -> list[list[int]]:
+    """[row] five tokens."""
+    found: list[list[int]] = []
+    for text in rows():
+        ids = list(text.ids)
+        for _ in range(5):
+            ids.append(int(model.logits(ids)[-1].argmax()))
+        found.append(ids[-5:])
+    return found
