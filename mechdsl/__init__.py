@@ -1,7 +1,7 @@
 """mechdsl: the language in which interpretability experiments are written.
 
 `run` runs a file, `validate` finds what is wrong with it; `plan`, `graph` and `explain` show
-what would be run, `runs` what was. docs/python.md has every name.
+what would be run, `runs` what was; `export` writes an edited model. docs/python.md has every name.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ __all__ = [
     "Diagnostics",
     "Differences",
     "ExperimentResult",
+    "ExportedModel",
     "MechdslError",
     "MechdslWarning",
     "Results",
@@ -23,6 +24,7 @@ __all__ = [
     "VerdictComparison",
     "diff",
     "explain",
+    "export",
     "graph",
     "plan",
     "run",
@@ -33,7 +35,8 @@ __all__ = [
 if TYPE_CHECKING:
     from mechdsl.diagnostics.core import Diagnostic
     from mechdsl.diagnostics.rendering import Diagnostics, MechdslError, MechdslWarning
-    from mechdsl.pipeline.api import diff, explain, graph, plan, run, runs, validate
+    from mechdsl.pipeline.api import diff, explain, export, graph, plan, run, runs, validate
+    from mechdsl.pipeline.weights_export import ExportedModel
     from mechdsl.results.differences.comparison import Differences
     from mechdsl.results.experiment_result import ExperimentResult, VerdictComparison
     from mechdsl.results.results import Results
@@ -44,6 +47,7 @@ _HOMES = {
     "Diagnostics": "mechdsl.diagnostics.rendering",
     "Differences": "mechdsl.results.differences.comparison",
     "ExperimentResult": "mechdsl.results.experiment_result",
+    "ExportedModel": "mechdsl.pipeline.weights_export",
     "MechdslError": "mechdsl.diagnostics.rendering",
     "MechdslWarning": "mechdsl.diagnostics.rendering",
     "Results": "mechdsl.results.results",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mechdsl import zoo
 from mechdsl.base.runtime import pause_garbage_collection
 from mechdsl.base.source import Source, Span
-from mechdsl.checks.file_check import CheckedFile, needed_models
+from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import (
     AdapterDoesNotFit,
@@ -775,6 +775,7 @@ def load_models(
     checked: CheckedFile,
     loaded: dict[str, LoadedModel],
     edit: ModelEditor,
+    names: Iterable[str],
     *,
     device: str,
     dtype: str | None,
@@ -782,11 +783,12 @@ def load_models(
     hashed: FileHasher | None = hash_file,
     notes: NoteStore | None = None,
 ) -> list[Diagnostic]:
-    """Load every model that an experiment uses and that isn't in `loaded`, into `loaded`.
+    """Load models that aren't in `loaded`, and those they are made from, into `loaded`.
 
     Args:
         loaded: The models by name; is extended.
         edit: Edits a model.
+        names: The models that are needed.
         device: As in `RunOptions`.
         dtype: As in `RunOptions`.
         offload: As in `RunOptions`.
@@ -797,7 +799,7 @@ def load_models(
         Diagnostics of `load_model`, `load_adapter`, `build_sum` and `edit`.
     """
     diagnostics: list[Diagnostic] = []
-    for name in needed_models(checked):
+    for name in names:
         for statement in _sort_bases_first(name, checked, loaded):
             if any(base not in loaded for base in statement.bases):
                 continue  # already reported

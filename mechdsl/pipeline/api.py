@@ -1,4 +1,4 @@
-"""The Python API: `run`, `validate`, `plan`, `graph`, `explain`, `runs` and `diff`."""
+"""The Python API: `run`, `validate`, `plan`, `graph`, `explain`, `runs`, `diff` and `export`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mechdsl.execute.run_record import ExecutionProfile, PassSizes
     from mechdsl.forward.hooks.model import LoadedModel
     from mechdsl.pipeline.options import RunOptions
+    from mechdsl.pipeline.weights_export import ExportedModel
     from mechdsl.planner.plan import Plan
     from mechdsl.program.python_functions import CallableKind, PythonMode
     from mechdsl.results.differences.comparison import Differences
@@ -735,3 +736,56 @@ def explain(
     if format == "json":
         return PrintedText(dump_json(prompts.prompts_document(checked), indent=1) + "\n")
     return capture_text(lambda console: prompts.print_prompts(checked, console))
+
+
+@restores_random_state
+def export(
+    file: str | Path,
+    weights: str | Path,
+    model: str | None = None,
+    models: BorrowedModels | None = None,
+    *,
+    set: ParameterValues | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    allow_python: bool = False,
+    untrusted: bool = False,
+    plugins: Sequence[str] = (),
+) -> ExportedModel:
+    """Write a model of a file, such as an edited one, to a folder that transformers loads, as
+    `mechdsl export` does.
+
+    The other arguments are those of `run`.
+
+    Args:
+        weights: A new or empty folder.
+        model: The name of the model; None: the file's only edited model or sum.
+
+    Returns:
+        `ExportedModel` with `folder`, `architecture`, `source`, `dtype`, `parameters` (the number
+        of weights) and `has_tokenizer`. Models passed from Python are written without tokenizer.
+
+    Raises:
+        MechdslError: If the file, a model or an argument is invalid, or the folder has files.
+        OSError: If the folder can't be written.
+    """
+    with borrowed_models(models):
+        from mechdsl.pipeline.options import RunOptions
+        from mechdsl.pipeline.weights_export import export_model
+
+        raise_errors(load_plugins(plugins), dtype_problem(dtype))
+        how = settings_from_arguments(
+            set, python=python_mode(allow_python), allow_outside=False, untrusted=untrusted
+        )
+        checked, loaded = require_valid_file(read_file(file), models, how)
+        options = RunOptions(
+            settings=how,
+            device=str(device),
+            dtype=None if dtype is None else dtype_name(dtype),
+        )
+        found, problems = export_model(checked, model, Path(weights), options, loaded)
+        raise_errors([each for each in problems if each.severity == "error"])
+        warn_diagnostics(problems)
+        if found is None:
+            raise RuntimeError("nothing says why the model can't be exported")
+        return found

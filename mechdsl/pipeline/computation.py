@@ -15,7 +15,13 @@ from mechdsl.base.records import EXTERNAL_MODULES
 from mechdsl.base.runtime import numeric_settings
 from mechdsl.base.source import Source
 from mechdsl.base.text import name_list
-from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source, group_variants
+from mechdsl.checks.file_check import (
+    CheckedFile,
+    CheckSettings,
+    check_source,
+    group_variants,
+    needed_models,
+)
 from mechdsl.checks.p_values import check_cell_units, check_reachable_p, row_unit, tested_measures
 from mechdsl.checks.prompt_tables import attach_replies
 from mechdsl.diagnostics.command_line import BadCommandLine
@@ -660,6 +666,7 @@ def _models_of(
             checked,
             models,
             partial(edit_model, checked, options.execution, hashes=hashed is not None),
+            needed_models(checked),
             device=options.device,
             dtype=options.dtype,
             offload=options.offload,

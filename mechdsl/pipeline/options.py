@@ -67,7 +67,7 @@ def word_problem(
 
 
 def dtype_problem(dtype: str | torch.dtype | None) -> list[Diagnostic]:
-    from mechdsl.program.lowering import MODEL_DTYPES
+    from mechdsl.program.models import MODEL_DTYPES
 
     return [] if dtype is None else word_problem("dtype", dtype_name(dtype), MODEL_DTYPES)
 

@@ -55,6 +55,7 @@ from mechdsl.resolve.sites import (
     resolve_site,
 )
 from mechdsl.resolve.types import (
+    WEIGHTS_BASIS,
     BasisMember,
     BasisOperand,
     BasisTargets,
@@ -240,35 +241,17 @@ class CoordinateChange(Intervention):
         return self._inner.values(rule, vectors)
 
 
-WEIGHTS_BASIS = "weights"
-"""Name of the coordinates that rules on weights change: the numbers of all heads or neurons."""
-
 VECTOR_AMOUNT = 2.0
 """Factor of coordinates for which their contribution is added once."""
 
 
-class WeightChange(CoordinateChange):
-    """A change of the output weights of heads and neurons, at all tokens of a run.
+class WeightScaling(Intervention):
+    """A factor of output weights, or vectors that are added to them."""
 
-    With the vector a of all heads or neurons of a layer and their weights W, the output becomes
-    out + (s − 1) a W, or out + a D for vectors D that are added to the weights.
-    """
+    mode = "scale"
 
     def __init__(self, name: str) -> None:
-        self._name = name
-        self.drops_error = False
-
-    @property
-    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._name
-
-    reads = None
-    copies = False
-    operation: CoordinateOperation = "scale"
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        return type(self), self._name
+        self.name = name  # pyright: ignore[reportAttributeAccessIssue]
 
     def key(self, rule: ResolvedRule) -> Hashable:
         return WEIGHTS_BASIS
@@ -289,6 +272,27 @@ class WeightChange(CoordinateChange):
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
         return vectors.amounts[:, None]
+
+
+class WeightChange(CoordinateChange):
+    """A change of the output weights of heads and neurons, at all tokens of a run.
+
+    With the vector a of all heads or neurons of a layer and their weights W, the output becomes
+    out + (s − 1) a W, or out + a D for vectors D that are added to the weights.
+    """
+
+    def __init__(self, verb: str) -> None:
+        super().__init__(WeightScaling(verb))
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._inner.name
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        return self._inner.detail(rule)
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from self._inner.conventions(rule, n_layers)
 
 
 @cache

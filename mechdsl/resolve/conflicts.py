@@ -15,8 +15,8 @@ from mechdsl.program import spec
 from mechdsl.program.estimators import first_of_place
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import PositionCell
-from mechdsl.resolve.bases import WeightChange
 from mechdsl.resolve.types import (
+    WEIGHTS_BASIS,
     OutputWeights,
     PositionTargets,
     ResolvedExperiment,
@@ -248,7 +248,11 @@ def check_weight_rules(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
 
 
 def _edits_weights(rule: ResolvedRule) -> bool:
-    return isinstance(rule.does, WeightChange) or rule.spec.verb == PROJECT_OUT_OF_WEIGHTS
+    return _changes_outputs(rule) or rule.spec.verb == PROJECT_OUT_OF_WEIGHTS
+
+
+def _changes_outputs(rule: ResolvedRule) -> bool:
+    return rule.basis is not None and rule.basis.definition == WEIGHTS_BASIS
 
 
 def _check_weight_order(rules: Sequence[ResolvedRule]) -> Iterator[Diagnostic]:
@@ -287,7 +291,7 @@ def _written_layers(rule: ResolvedRule) -> set[tuple[str, int | None]]:
 
 def _writes_heads(rule: ResolvedRule, weights: ResolvedRule) -> bool:
     layers = {layer for site, layer in _written_layers(weights) if site == "attn_out"}
-    writes = rule.does.changes == "sites" and isinstance(weights.does, WeightChange)
+    writes = rule.does.changes == "sites" and _changes_outputs(weights)
     return writes and any((("head_out", layer) in _written_layers(rule)) for layer in layers)
 
 

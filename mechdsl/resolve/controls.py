@@ -22,7 +22,7 @@ from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import Hits, PositionCell
-from mechdsl.resolve.bases import CoordinateChange
+from mechdsl.resolve.bases import CoordinateChange, WeightChange
 from mechdsl.resolve.conflicts import check_removed_blocks
 from mechdsl.resolve.findings import FindingPicker, PickError, check_rankable_features
 from mechdsl.resolve.matched_draws import (
@@ -519,6 +519,12 @@ def _build_control(
     onward: FindingPicker,
 ) -> ResolvedControl:
     """Create the control with the asked kind of targets. Raises _NoDraws."""
+    if any(isinstance(rule.does, WeightChange) for rule in experiment.rules):
+        raise _NoDraws(
+            "other weights aren't drawn",
+            "`scale mlp_hidden layer 1 neuron 5 at tokens * by 0` has the same effect as "
+            "`scale weights of layer 1 neuron 5 by 0`, and random neurons are drawn for it",
+        )
     with_directions = any(rule.direction is not None for rule in experiment.rules)
     with_bases = any(rule.basis is not None for rule in experiment.rules)
     if asked.what in (None, "directions") and with_directions:

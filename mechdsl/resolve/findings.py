@@ -27,6 +27,7 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import Hits, PositionCell
 from mechdsl.resolve.cells import CellKey, find_open_axes
 from mechdsl.resolve.types import (
+    WEIGHTS_BASIS,
     Axis,
     AxisIndices,
     AxisLabel,
@@ -599,6 +600,12 @@ def check_rankable_sites(experiment: ResolvedExperiment, node: ast.RankedSelecti
             "name an experiment that writes at sites",
         )
     basis = next((rule.basis for rule in rules if rule.basis is not None), None)
+    if basis is not None and basis.definition == WEIGHTS_BASIS:
+        raise PickError(
+            f"`{name}` changes weights, and a pick is of heads or neurons",
+            "rank these: `scale mlp_hidden layer 1 neuron * at tokens * by 0` has the same effect "
+            "as `scale weights of layer 1 neuron * by 0`",
+        )
     if basis is not None:
         raise PickError(
             f"`{name}` ranks coordinates of `{basis.definition}`, and a pick is of whole sites",

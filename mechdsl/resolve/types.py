@@ -166,6 +166,10 @@ class WeightBasis(Record):
     layer: int
 
 
+WEIGHTS_BASIS = "weights"
+"""Name of the coordinates that rules on weights change: the numbers of all heads or neurons."""
+
+
 @record
 class OutputWeights(Record):
     """The weights from all heads or neurons of a layer to the output of their sublayer, or what is

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 from mechdsl.diagnostics.rules import BadDirection, BadWeights
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
-from mechdsl.resolve.bases import NEXT_MAPS, VECTOR_AMOUNT, WEIGHTS_BASIS, WeightChange
+from mechdsl.resolve.bases import NEXT_MAPS, VECTOR_AMOUNT, WeightChange
 from mechdsl.resolve.conflicts import ADD_TO_WEIGHTS, PROJECT_OUT_OF_WEIGHTS
 from mechdsl.resolve.directions import resolve_direction
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext, find_missing_point, label_points, resolve_site
 from mechdsl.resolve.targets import resolve_amounts, resolve_rule_positions
 from mechdsl.resolve.types import (
+    WEIGHTS_BASIS,
     Amounts,
     AxisIndices,
     BasisMember,
@@ -31,6 +32,7 @@ from mechdsl.resolve.types import (
     DirectionMember,
     DirectionTargets,
     OutputWeights,
+    PointBases,
     PositionTargets,
     ResolvedRule,
     SitePoint,
@@ -229,7 +231,7 @@ def _targets(units: SiteTargets, changes: _Changes, work: ExperimentContext) -> 
                 "write a rule for each of them",
             )
     vectors = changes.vectors or {(): None}
-    bases = [
+    bases: list[PointBases] = [
         {(point.layer, None): _member(point, member, changes, work) for point in layers}
         for member in vectors.values()
     ]

@@ -19,7 +19,7 @@ START = "## Reference\n"
 
 NOTE = "<!-- Written by `make python-page` from the docstrings. -->"
 
-FUNCTIONS = ("run", "validate", "plan", "graph", "explain", "runs", "diff")
+FUNCTIONS = ("run", "validate", "plan", "graph", "explain", "runs", "diff", "export")
 
 CLASSES = (
     "Results",
@@ -32,6 +32,7 @@ CLASSES = (
     "Run",
     "Differences",
     "VerdictComparison",
+    "ExportedModel",
 )
 
 _SECTIONS = ("Args", "Returns", "Raises")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import mechdsl
 from mechdsl.base.source import Source
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
@@ -142,9 +143,7 @@ CASES: dict[str, Case] = {
         "scale weights of attn_out layers 0..1 by 0.3",
         lambda m, d: m.scale("attn_out", 0, None, 0.3).scale("attn_out", 1, None, 0.3),
     ),
-    "short name": Case(
-        "scale weights of L1N3 by 3", lambda m, d: m.scale("mlp_out", 1, [3], 3)
-    ),
+    "short name": Case("scale weights of L1N3 by 3", lambda m, d: m.scale("mlp_out", 1, [3], 3)),
     "short sublayer": Case(
         "scale weights of L2.mlp by 0.5", lambda m, d: m.scale("mlp_out", 2, None, 0.5)
     ),
@@ -382,8 +381,8 @@ prompts long {
 """
 
 
-@pytest.mark.parametrize("family", ("gpt2", "llama"))
-@pytest.mark.parametrize("mode", ("plain", "planned"))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("mode", ["plain", "planned"])
 def test_answers_of_several_tokens(family: str, mode: str, data: Path) -> None:
     """The weights are changed at the answer's tokens, too."""
     rules = {
@@ -447,3 +446,194 @@ def greedy(model: ByHand) -> list[list[int]]:
             ids.append(int(model.logits(ids)[-1].argmax()))
         found.append(ids[-5:])
     return found
+
+
+# --- sums of models -------------------------------------------------------------------------------
+
+
+def other_weights(family: str) -> Any:
+    """A model of the same sizes, as if it had been trained further."""
+    model = copy.deepcopy(bare(family))
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=random)
+    return model
+
+
+SUMS = {
+    "half": ("m + 0.5 * (t - m)", 0.5, 0.5),
+    "beyond": ("m + 2 * (t - m)", -1.0, 2.0),
+    "back": ("m - (t - m) / 2", 1.5, -0.5),
+    "mean": ("(m + t) * 0.5", 0.5, 0.5),
+    "by number": ("m + c * (t - m)", 0.75, 0.25),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sums(family: str, data: Path) -> None:
+    other = other_weights(family)
+    text = 'param c = 0.25\nmodel t = local("handed over")\n'
+    text += "".join(f"model s{n} = {how}\n" for n, (how, *_) in enumerate(SUMS.values()))
+    text += "model c0 = s0 with { scale weights of L1N3 by 0 }\n"
+    text += "".join(of_model(f"s{n}", name=f"e{n}") for n in range(len(SUMS)))
+    text += of_model("c0", name="edited")
+    found = by_name(*run_models(text, data, family, t=shared(other)))
+    expected: dict[str, list[float]] = {}
+    for number, (name, (_, first, second)) in enumerate(SUMS.items()):
+        whole = copy.deepcopy(double(family))
+        weights = dict(copy.deepcopy(other).double().named_parameters())
+        with torch.no_grad():
+            for key, parameter in whole.named_parameters():
+                parameter.copy_(first * parameter + second * weights[key])
+        expected[name] = values(ByHand(family, whole))
+        assert np.abs(raw(found[f"e{number}"])[0] - expected[name]).max() < 1e-3, name
+        if not number:
+            edited = values(ByHand(family, whole).scale("mlp_out", 1, [3], 0))
+            assert np.abs(raw(found["edited"])[0] - edited).max() < 1e-3
+    assert expected["half"] == expected["mean"]
+    assert np.abs(np.subtract(expected["half"], expected["beyond"])).max() > 0.1
+
+
+def test_models_that_can_not_be_added(data: Path) -> None:
+    text = 'model t = local("handed over")\nmodel s = m + 0.5 * (t - m)\n' + of_model("s")
+    result, found = run_models(text, data, "llama", t=shared(bare("gpt2")))
+    assert result is None
+    problem = next(each for each in found if each.severity == "error")
+    assert problem.code == "E0457"
+    assert "differ" in problem.message
+
+
+# --- kept values ----------------------------------------------------------------------------------
+
+
+def test_values_of_edited_models_are_kept_apart(data: Path) -> None:
+    """With a store, each change of an edit, a factor or a direction gives other values."""
+    head = f'mech 1\nmodel m = zoo("counting")\n{ZOO}'
+    lines = (
+        "scale weights of L1N3 by 0",
+        "scale weights of L1N3 by 2",
+        "scale weights of mlp_out layer 1 by 0.5",
+        "set weights of L1N3 to 3 * d",
+        "set weights of L1N3 to 3 * f",
+        "set weights of L1N3 to 4 * d",
+        "set weights of mlp_out layer 1 neurons 3, 4 to 3 * d",
+        "add 3 * d to weights of L1N3",
+        "project out d from weights",
+    )
+    found: dict[str, list[Any]] = {}
+    for _again in range(2):
+        for line in lines:
+            block = f"model c = m with {{ {line} }}\n"
+            for name, text in (
+                ("model", block + of_counting("c")),
+                ("rule", of_counting("m", line)),
+            ):
+                result = mechdsl.run(head + text, store=data / "store")
+                own = [float(v) for v in result["e"].measures[0].patched[0]]
+                found.setdefault(f"{name} {line}", []).append((own, result))
+    for line in lines:
+        (own, _), (repeated, second) = found[f"model {line}"]
+        assert own == repeated
+        (rule, _), _ = found[f"rule {line}"]
+        assert np.abs(np.subtract(own, rule)).max() < 1e-4, line
+    every = [own for (own, _), _ in found.values()]
+    for number, line in enumerate(lines):
+        for other in lines[number + 1 :]:
+            first, second = (found[f"model {each}"][0][0] for each in (line, other))
+            assert first != second, (line, other)
+    assert len(every) == 2 * len(lines)
+
+
+ZOO = """
+prompts parts {
+  a in 3..9
+  item in ["apple", "pear", "plum"]
+  part1 = list(item, a, sep: " ")
+  template "Part 1: {part1} Count 1:"
+  answer " {a}"
+  corrupt fewer { a = a - 1 }
+}
+direction d = mean_difference(parts, parts.fewer) at resid_post layer 1 at last token
+direction f = mean_difference(parts, parts.fewer) at resid_post layer 2 at last token
+"""
+
+
+def of_counting(model: str, *lines: str) -> str:
+    body = "\n".join(("", f"model {model}", "prompts parts limit 6", *lines))
+    return f"experiment e {{{body}\nmeasure logit(answer) as raw\n}}\n"
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+REFUSED = {
+    "scale weights of resid_post layer 1 by 0": "no weights of heads or neurons write to",
+    "scale weights of mlp_out layer 1 in basis b by 0": "coordinates of a basis",
+    "set weights of L1N3 to 0": "not to a number",
+    "set weights of layer 1 head 2 to d": "several vectors",
+    "add d to weights of L1.attn": "several vectors",
+    "scale weights of top 2 of sweep by 0": "different heads or neurons",
+}
+
+
+@pytest.mark.parametrize("line", list(REFUSED)[:1] + list(REFUSED)[2:5])
+def test_weights_that_are_refused(line: str, data: Path) -> None:
+    text = DIRECTION + experiment("e", line)
+    result, found = try_file(text, data, "llama")
+    assert result is None
+    (problem,) = [each for each in found if each.severity == "error"]
+    assert problem.code == "E0344"
+    assert REFUSED[line] in problem.message
+    of_model_ = f"model c = m with {{ {line} }}\n" + of_model("c")
+    result, found = run_models(of_model_, data, "llama")
+    assert [each.code for each in found if each.severity == "error"] == ["E0344"]
+
+
+ORDERS = {
+    "patch mlp_out layer 1 at last token\n  scale weights of L1N3 by 0": "comes first",
+    "scale weights of L1N3 by 0\n  set weights of L1N3 to d": "has changed these weights",
+    "scale weights of L1.mlp by 0.5\n  add d to weights of L1N3": "has changed these weights",
+    "project out d from weights\n  scale weights of L1N3 by 2": "has changed these weights",
+    "scale weights of layer 1 head 0 by 2\n  patch head_out layer 1 head 0 at last token": "own",
+}
+
+
+@pytest.mark.parametrize("lines", ORDERS)
+def test_orders_in_which_rules_would_not_act_like_weights(lines: str, data: Path) -> None:
+    text = DIRECTION + experiment("e", "from other into clean", lines)
+    result, found = try_file(text, data, "llama")
+    assert result is None
+    (problem,) = [each for each in found if each.severity == "error"]
+    assert problem.code == "E0344"
+    assert ORDERS[lines] in problem.message
+
+
+def test_norms_between_weights_and_stream(data: Path) -> None:
+    """A rule is refused before anything runs, and an edited model has the rule's effect."""
+    text = experiment("e", "scale weights of L1N3 by 0")
+    result, found = try_file(text, data, "gemma2")
+    assert result is None
+    (problem,) = [each for each in found if each.severity == "error"]
+    assert problem.code == "E0344"
+    assert "between these weights and the stream" in problem.message
+
+
+def test_experts_have_no_output_matrix(data: Path) -> None:
+    text = "model c = m with { project out d from weights }\n" + of_model("c")
+    result, found = run_models(text, data, "gpt_oss")
+    assert result is None
+    (problem,) = [each for each in found if each.severity == "error"]
+    assert problem.code == "E0344"
+    assert "experts" in problem.message
+
+
+def test_answers_after_a_run_with_other_weights(data: Path) -> None:
+    text = LONG + experiment(
+        "e",
+        "run hurt { scale weights of L1N3 by 0 }",
+        "from clean into hurt",
+        "patch resid_post layer 1 at last token",
+        block="long",
+        measure="measure logprob(answer) as raw",
+    )
+    assert codes(text, data) == ["E0344"]

@@ -21,12 +21,13 @@ from mechdsl.forward.generation.cached_pass import choose_method
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
 from mechdsl.program.spec import Generation
-from mechdsl.resolve.bases import WEIGHTS_BASIS, CoordinateChange
+from mechdsl.resolve.bases import CoordinateChange
 from mechdsl.resolve.class_outputs import describe_pooling
 from mechdsl.resolve.experiment import find_omitted_answers
 from mechdsl.resolve.findings import MAX_LISTED_SITES
 from mechdsl.resolve.runs import reads_any_reply
 from mechdsl.resolve.types import (
+    WEIGHTS_BASIS,
     MetricTerm,
     ResolvedExperiment,
     ResolvedMeasure,
