@@ -739,6 +739,8 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
             model = lower_model(statement, parts, scope)
             if scope.define("model", name, imported=imported) and model is not None:
                 define_model(model, parts, scope)
+                if not model.is_loaded:
+                    scope.has("model", name.id)  # `mechdsl export` writes it
         case ast.PromptsDef(name=name):
             if scope.define("prompts", name, imported=imported):
                 parts.prompts[name.id] = lower_prompts(statement, scope, parts.parameters)

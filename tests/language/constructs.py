@@ -163,6 +163,28 @@ _file(
     "and its tokenizer unless the folder contains one.",
     "tests/models/test_adapters.py",
 )
+_WEIGHTS = "tests/rules/test_weights.py"
+_file(
+    "edited model",
+    'model toy = zoo("counting") model cured = toy with { scale weights of L2N5 by 0 '
+    "project out more from weights }",
+    "A copy of another model of the file, with changed weights. The lines are `scale weights of "
+    "…`, `set weights of …`, `add … to weights of …` and `project out … from weights`. They change "
+    "the weights in order, each on the result of the preceding ones. Directions are computed on "
+    "the model before `with`. `mechdsl export FILE --weights FOLDER` saves the model as a "
+    "transformers folder.",
+    _WEIGHTS,
+    REFUSAL,
+)
+_file(
+    "sum of models",
+    'model toy = zoo("counting") model other = toy with { scale weights of L2N5 by 0 } '
+    "model merged = toy + 0.5 * (other - toy)",
+    "A model whose weights are sums of those of other models (task arithmetic). The factors add "
+    "up to 1. The models have the same architecture, size and tokenizer.",
+    _WEIGHTS,
+    "Ilharco et al. 2022, arXiv 2212.04089",
+)
 _file(
     "model of Python",
     'model toy = python("functions.py:build")',
@@ -896,6 +918,32 @@ _rule(
     "weights and the stream are rejected.",
     REFUSAL,
     _STEERING,
+)
+_rule(
+    "scale weights",
+    "scale weights of mlp_out layer 2 neuron * by 0",
+    "Multiplies the weights from heads or neurons to the output of their sublayer, at all tokens, "
+    "also those of answers and replies. Biases stay. `mlp_out layer 2 neuron 5`, `L2N5`, "
+    "`attn_out layer 1 head 2`, `L1H2`, and all heads or neurons of `mlp_out layer 2`. The run is "
+    "that of a model with these weights: activations of the heads and neurons themselves don't "
+    "change, and patches of them are written with the new weights. Models with norms between these "
+    "weights and the stream are rejected; an edited model has no such limit.",
+    OWN,
+    _WEIGHTS,
+)
+_rule(
+    "set weights",
+    "set weights of mlp_out layer 2 neurons 3, 5 to 2 * more",
+    "Replaces the output weights of neurons by a direction.",
+    OWN,
+    _WEIGHTS,
+)
+_rule(
+    "add to weights",
+    "add 0.5 * more to weights of mlp_out layer 2 neuron 5",
+    "Adds a direction to the output weights of a neuron.",
+    OWN,
+    _WEIGHTS,
 )
 _rule(
     "clamp a neuron",
