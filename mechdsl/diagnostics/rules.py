@@ -186,7 +186,7 @@ class BadWeights(Diagnostic):
 
     code = "E0344"
     hangs_on = frozenset({"shape"})
-    title = "no such edit: {reason}"
+    title = "invalid edit of weights: {reason}"
     label = "{reason}"
     help = "{hint}"
     reason: str

@@ -31,10 +31,13 @@ class ExportedModel:
     name: str
     """Its name in the file."""
     folder: Path
+    """Where it was written."""
     architecture: str
+    """Its class in transformers."""
     source: str
     """How the file defines it."""
     dtype: str
+    """The precision of its weights."""
     parameters: int
     """Number of weights, each shared one once."""
     has_tokenizer: bool

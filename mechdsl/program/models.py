@@ -51,6 +51,14 @@ def lower_model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -
         source = ast.Call(source.id, (), span=source.span)
     if isinstance(source, ast.Call):
         return _from_source(statement, source, parts, scope)
+    if isinstance(source, ast.String):
+        hint = f"name the source: `model {statement.name.id} = hf({source.span.written})`"
+        scope.diagnostics.append(
+            BadArgument(
+                span=source.span, name=source.value, reason="is not a model source", hint=hint
+            )
+        )
+        return None
     return _sum(statement, parts, scope)
 
 
@@ -74,7 +82,7 @@ def _edited(statement: ast.ModelDef, scope: Namespace) -> spec.Model | None:
         hint = f"write the {what} on a line of its own: `model base = {source.span.written}`"
         scope.diagnostics.append(BadWeights(span=source.span, reason=reason, hint=hint))
         return None
-    if not statement.edits:
+    if not statement.edits and not _has_lost_edits(statement):
         reason = f"`{name}` has no edits"
         hint = f"add one: `scale weights of layer 3 neuron 5 by 0`, or use `{source.id}`"
         scope.diagnostics.append(BadWeights(span=statement.name.span, reason=reason, hint=hint))
@@ -87,6 +95,12 @@ def _edited(statement: ast.ModelDef, scope: Namespace) -> spec.Model | None:
         base=source.id,
         written="; ".join(edit.span.written for edit in statement.edits),
     )
+
+
+def _has_lost_edits(statement: ast.ModelDef) -> bool:
+    """Whether the braces have text, of which no line is an edit; that is already reported."""
+    inside = statement.span.text.partition("{")[2].rpartition("}")[0]
+    return any(line.partition("#")[0].strip() for line in inside.splitlines())
 
 
 # --- sums -----------------------------------------------------------------------------------------

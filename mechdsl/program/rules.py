@@ -246,15 +246,7 @@ def lower_rule(
                 work.later(body.value.span, "this replacement")
             return spec.Rule(span=rule.span, verb="replace", at=body.at, fill=body.value)
         case ast.ReplaceBlock():
-            span = body.axis.span
-            return spec.Rule(
-                span=rule.span,
-                verb="replace block",
-                site=ast.Site((ast.Name("block", span=span),), (body.axis,), span=span),
-                at=_all_tokens(),
-                fill=body.word,
-                source_block=body.source,
-            )
+            return _replace_block(rule, body)
         case ast.SwapSites():
             return _at(rule, "swap", body, onto=body.other)
         case ast.Freeze():
@@ -287,6 +279,18 @@ def lower_rule(
             return _attention(rule, "allow", body.edge)
         case ast.Renumber():
             return spec.Rule(span=rule.span, verb="renumber", at=body.at, fill=body.start)
+
+
+def _replace_block(rule: ast.Rule, body: ast.ReplaceBlock) -> spec.Rule:
+    span = body.axis.span
+    return spec.Rule(
+        span=rule.span,
+        verb="replace block",
+        site=ast.Site((ast.Name("block", span=span),), (body.axis,), span=span),
+        at=_all_tokens(),
+        fill=body.word,
+        source_block=body.source,
+    )
 
 
 def _all_tokens() -> ast.Positions:
@@ -358,6 +362,9 @@ def _edit_weights(rule: ast.Rule, body: ast.EditWeights, work: Statements) -> sp
     if body.verb == "scale":
         return lowered.model_copy(update={"fill": body.value})
     names = work.scope.names("direction")
+    numbers = {*work.parts.parameters, *(loop.name for loop in work.loops)}
+    named = [node.id for node in walk(body.value) if isinstance(node, ast.Name)]
+    names += [name for name in named if name not in numbers]  # perhaps misspelt
     if body.verb == "set" and not direction_names(body.value, names):
         return lowered.model_copy(update={"fill": body.value})
     factor, direction = split_factor(body.value, names)

@@ -166,8 +166,7 @@ _file(
 _WEIGHTS = "tests/rules/test_weights.py"
 _file(
     "edited model",
-    'model toy = zoo("counting") model cured = toy with { scale weights of L2N5 by 0 '
-    "project out more from weights }",
+    'model toy = zoo("counting") model cured = toy with { project out more from weights }',
     "A copy of another model of the file, with changed weights. The lines are `scale weights of "
     "…`, `set weights of …`, `add … to weights of …` and `project out … from weights`. They change "
     "the weights in order, each on the result of the preceding ones. Directions are computed on "
@@ -178,8 +177,7 @@ _file(
 )
 _file(
     "sum of models",
-    'model toy = zoo("counting") model other = toy with { scale weights of L2N5 by 0 } '
-    "model merged = toy + 0.5 * (other - toy)",
+    'model a = zoo("counting") model b = zoo("counting") model c = a + 0.5 * (b - a)',
     "A model whose weights are sums of those of other models (task arithmetic). The factors add "
     "up to 1. The models have the same architecture, size and tokenizer.",
     _WEIGHTS,

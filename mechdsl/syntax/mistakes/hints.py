@@ -203,7 +203,6 @@ HABIT_HINTS: tuple[Hint, ...] = (
         "write `{0} {1}` without a sign in between",
     ),
     Hint(r"^model\s*$", r'=?\s*("[^"]*")', "name the model and its source: `model m = hf({0})`"),
-    Hint(r"^model\s+(\w+)\s*=\s*$", r'("[^"]*")', "name the source: `model {0} = hf({1})`"),
     Hint(
         r"^(template|answer|wrong)\s*$",
         r'[fr](?=")',
@@ -245,6 +244,31 @@ BASIS_HINTS: tuple[Hint, ...] = (
 """Hints for rules on coordinates of a basis."""
 
 _QUOTE = "put a column with spaces or signs in quotes"
+
+WEIGHT_HINTS: tuple[Hint, ...] = (
+    Hint(
+        r"\bweights\s+of\s+\S.*$",
+        r"at\b",
+        "remove the position: rules on weights act at all tokens",
+    ),
+    Hint(r"\bweights\s+$", r"(?!of\b)(\S.*?)\s*$", "write `of`: `weights of {0}`", "OF"),
+    Hint(
+        r"^(?:scale|set|add\b.*\bto)\s+w[eihg]+ts\s*$",
+        r"of\b",
+        "did you mean `weights`?",
+    ),
+    Hint(
+        r"^scale\s+weights\s+of\s+(\S.*?)\s*$",
+        r"\s*$",
+        "add a factor: `scale weights of {0} by 0`",
+        "BY",
+    ),
+    Hint(
+        r"^model\s+(\w+)\s*=\s*(\w+)\s*$",
+        r"\{",
+        "write `with` before the edits: `model {0} = {1} with`",
+    ),
+)
 
 RENAME_HINTS: tuple[Hint, ...] = tuple(
     Hint(rf"^rename\b{before}", after, f"{text}: `rename {{{{ {fix} }}}}`", accepts)
@@ -302,6 +326,7 @@ HINTS: tuple[Hint, ...] = (
     *RENAME_HINTS,
     *IMAGE_HINTS,
     *BASIS_HINTS,
+    *WEIGHT_HINTS,
     *HABIT_HINTS,
     # Words of a rule in the wrong order, or words of another rule.
     Hint(
@@ -726,8 +751,8 @@ HINTS: tuple[Hint, ...] = (
         "name the direction first: `direction e = {0}({1})`, then `save direction e to …`",
     ),
     Hint(
-        r"^save\s+(\w+)\s+to\s*$",
-        r"",
+        r"^save\s+(\w+)\s*$",
+        r"to\b",
         "write `save direction {0} to …` for a direction, and a site and position for activations: "
         "`save resid_post layer 3 at last token to …`",
     ),
