@@ -232,6 +232,13 @@ class Dictionary:
             return weights["W_dec"] / weights["W_dec"].norm(dim=-1, keepdim=True)
         return weights["W_dec"]
 
+    def encoder_weights(self) -> Tensor:
+        """Return [width, feature]: the map to features before bias and activation function."""
+        weights = self._loaded
+        if "W_enc" not in weights.tensors:  # matching pursuit compares with the decoder
+            return self._rows(weights).T
+        return weights["W_enc"]
+
     def decode(self, features: Tensor, vectors: Tensor) -> Tensor:
         """Return [K, width] reconstructions.
 

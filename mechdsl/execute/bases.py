@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Floats
 from mechdsl.base.hashing import stable_hash
-from mechdsl.dictionaries.features import load_dictionary
+from mechdsl.dictionaries.features import Dictionary, load_dictionary
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.dictionaries.products import combine_some
 from mechdsl.forward.hooks.coordinates import CoordinateSystem, LinearBasis, StandardBasis
@@ -169,6 +169,22 @@ def read_output_map(model: LoadedModel, weights: OutputWeights, vector: Tensor |
         rows = vector.double().expand_as(matrix)
         matrix = rows - matrix if weights.replaces else rows
     return OutputMap(matrix * tap.scale)
+
+
+def list_directions(system: CoordinateSystem, width: int) -> Tensor:
+    """Return [size, width] float64: what each coordinate of 1 adds to a vector."""
+    size = system.size
+    nothing = torch.zeros(size, width, dtype=torch.float64)
+    return system.shift(nothing, torch.eye(size, dtype=torch.float64), None)
+
+
+def list_readers(system: CoordinateSystem, width: int) -> Tensor:
+    """Return [width, size] float64: the linear map from vectors to coordinates; for a dictionary,
+    to features before bias and activation function."""
+    if isinstance(system, Dictionary):
+        return system.encoder_weights().double()
+    units = torch.eye(width, dtype=torch.float64)
+    return system.encode(units, None) - system.encode(torch.zeros_like(units), None)
 
 
 def compute_system(

@@ -124,6 +124,8 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
     names = dict.fromkeys(site.basis_name for site in sites)
     names |= {rule.exchanged.of: None for rule in experiment.every_rule if rule.exchanged}
     names |= {rule.observed.basis: None for rule in experiment.every_rule if rule.observed}
+    observed = (rule.observed.bases for rule in experiment.every_rule if rule.observed)
+    names |= {name: None for bases in observed for name in bases}
     looped = [loop for loop in experiment.loops if loop.name in names]
     for loop in looped:  # `for b in [more, less] { patch SITE in basis b }`
         names |= dict.fromkeys(p.id for p in walk(loop.domain) if isinstance(p, ast.Name))

@@ -27,7 +27,7 @@ from mechdsl.program.spec import whole_number_value
 from mechdsl.program.statements import Statements, resolve_run_name
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite, walk
-from mechdsl.syntax.words import LENSES, OBSERVATION_CONTROLS
+from mechdsl.syntax.words import BASIS_OBSERVATIONS, LENSES, OBSERVATION_CONTROLS
 
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
@@ -112,6 +112,7 @@ def lower_observation(
         return _of_features(statement, source, name, loops, prompts, work)
     called = statement.what
     top = _listed_count(statement, work)
+    call = called if isinstance(called, ast.Call) else None
     return spec.Rule(
         span=statement.span,
         verb="observe",
@@ -124,13 +125,23 @@ def lower_observation(
             span=called.span,
             word=called.id if isinstance(called, ast.Name) else called.name,
             name=name,
-            call=called if isinstance(called, ast.Call) else None,
+            call=call,
+            bases=_named_bases(call, work),
             toward=statement.toward,
             top=top,
             placed=statement.at is not None,
         ),
         loops=loops,
     )
+
+
+def _named_bases(call: ast.Call | None, work: Statements) -> tuple[str, ...]:
+    """Return the bases that an observation names; E0201 for names of something else."""
+    if call is None or call.name not in BASIS_OBSERVATIONS:
+        return ()
+    values = [each.value for each in call.arguments if each.name is None]
+    named = [each for each in values if isinstance(each, ast.Name)]
+    return tuple(each.id for each in named if work.scope.use("basis", each.id, each.span))
 
 
 def _listed_count(statement: ast.Observe | ast.ObserveFeatures, work: Statements) -> int | None:

@@ -167,8 +167,7 @@ def possible_axes(rule: spec.Rule) -> Iterator[str]:
 
 def observation_axes(observed: spec.ObservedQuantity) -> Iterator[str]:
     """Yield the axes given by the type of an observation."""
-    if observed.word in OBSERVATION_AXES:
-        yield OBSERVATION_AXES[observed.word]
+    yield from OBSERVATION_AXES.get(observed.word, ())
     if len(observed.maps) > 1 and not observed.placed:
         yield "map"
 

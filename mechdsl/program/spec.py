@@ -350,6 +350,8 @@ class ObservedQuantity(Spec):
     """Fraction of the patches, those with the highest values, that is selected."""
     basis: str | None = None
     """The basis whose coordinates are observed."""
+    bases: Names = ()
+    """The bases that are its arguments: `ov(b, c)`."""
     ranked_by: RankingQuantity = "mean"
     """What the coordinates are ranked by."""
     column: ExprText | None = None

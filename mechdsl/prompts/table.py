@@ -558,7 +558,9 @@ class _Builder:
         riches = [row.prompt for row in rows]
         encoded = [prompts[rich.text] for rich in riches]
         self.diagnostics += check_empty_prompts(self.block, name, riches)
-        if not any(isinstance(d, UnknownWords | NoTokenFor) for d in self.diagnostics):
+        if self.block.name != spec.NO_PROMPTS and not any(
+            isinstance(d, UnknownWords | NoTokenFor) for d in self.diagnostics
+        ):
             # Reported once, for the first run that has them.
             self.diagnostics += check_unknown_words(
                 self.block, self.tokenizer, name, riches, encoded

@@ -388,6 +388,58 @@ def resolve_observed_basis(
     return BasisTargets(said.basis, (said.basis,), (members,), (), {(): Coordinates()})
 
 
+def resolve_argument_bases(
+    names: Sequence[ast.Name], work: ExperimentContext
+) -> BasisTargets | None:
+    """Resolve bases that are arguments of an observation of weights; None after an error.
+
+    Each has one member, for vectors of the residual stream. E0342 for other bases.
+    """
+    found: list[PointBases] = []
+    width = work.model.shape.d_model
+    for name in names:
+        definition = work.program.bases.get(name.id)
+        try:
+            family = None if definition is None else _family(definition, work)
+            if family is None:  # rejected
+                return None
+            if len(family) > 1:
+                raise BasisError(
+                    name,
+                    f"`{name.id}` is a basis for each of {len(family)} sites",
+                    "compute it at one site: `at resid_pre layer 2`",
+                )
+            (member,) = family.values()
+            if member.width != width and not work.model.shape.stands_in:
+                raise BasisError(
+                    name,
+                    f"its vectors have {member.width} numbers, and the residual stream has {width}",
+                    "compute it at a site of the residual stream: `at resid_pre layer 2`",
+                )
+            if isinstance(member.operand, PythonBasis):
+                raise BasisError(
+                    name,
+                    "an object of a Python file shows no directions",
+                    "name a basis with directions, or a dictionary of a folder",
+                )
+            if isinstance(member.operand, DictionaryFile) and (
+                member.operand.normalization != "none" or member.operand.crosses_layers
+            ):
+                raise BasisError(
+                    name,
+                    "its features have no fixed directions in the residual stream",
+                    "name a dictionary of one layer that doesn't normalise its input",
+                )
+        except BasisError as problem:
+            work.diagnostics.append(
+                BadBasis(span=problem.node.span, reason=problem.reason, hint=problem.hint)
+            )
+            return None
+        found.append({None: member})
+    every = tuple(name.id for name in names)
+    return BasisTargets(", ".join(every), every, tuple(found), (), {(): Coordinates()})
+
+
 def _label_suffix(rule: spec.Rule, name: str, axes: Sequence[str], work: ExperimentContext) -> str:
     """Return what labels of sites say about coordinates: ` in axes`, ` feature i of axes`."""
     assert rule.site is not None

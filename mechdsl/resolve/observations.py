@@ -134,12 +134,16 @@ class Observation(Intervention):
     """Names of control measures that are computed with it, each after its own label."""
     of_weights: ClassVar[bool] = False
     """Whether it reads weights alone, so that its values don't depend on prompts."""
+    of_bases: ClassVar[bool] = False
+    """Whether its arguments are bases."""
     of_maps: ClassVar[bool] = False
     """Whether it reads maps that other experiments computed, instead of a site."""
     leads: ClassVar[bool] = False
     """Whether it observes edges between positions: `observe WORD from Q to K`."""
     counts: ClassVar[str] = ""
     """Axis of its values, numbered from 1, if a cell has several."""
+    value_axes: ClassVar[tuple[str, ...]] = ()
+    """Axes of its values, if there are several that aren't numbered from 1."""
     takes: ClassVar[tuple[Literal["toward", "with", "with site", "top", "arguments"], ...]] = ()
     """Clauses that it accepts."""
 

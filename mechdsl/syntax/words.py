@@ -96,5 +96,8 @@ OBSERVATION_CONTROLS: dict[str, tuple[str, ...]] = {}
 WEIGHT_OBSERVATIONS: set[str] = set()
 """Words after `observe` that read only weights, so that prompts have no effect."""
 
-OBSERVATION_AXES: dict[str, str] = {}
-"""Word after `observe` that gives several values per cell → the axis of these values."""
+BASIS_OBSERVATIONS: set[str] = set()
+"""Words after `observe` whose arguments are bases."""
+
+OBSERVATION_AXES: dict[str, tuple[str, ...]] = {}
+"""Word after `observe` that gives several values per cell → the axes of these values."""

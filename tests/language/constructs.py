@@ -163,7 +163,7 @@ _file(
     "and its tokenizer unless the folder contains one.",
     "tests/models/test_adapters.py",
 )
-_WEIGHTS = "tests/rules/test_weights.py"
+_EDITED = "tests/rules/test_weights.py"
 _file(
     "edited model",
     'model toy = zoo("counting") model cured = toy with { project out more from weights }',
@@ -172,7 +172,7 @@ _file(
     "the weights in order, each on the result of the preceding ones. Directions are computed on "
     "the model before `with`. `mechdsl export FILE --weights FOLDER` saves the model as a "
     "transformers folder.",
-    _WEIGHTS,
+    _EDITED,
     REFUSAL,
 )
 _file(
@@ -180,7 +180,7 @@ _file(
     'model a = zoo("counting") model b = zoo("counting") model c = a + 0.5 * (b - a)',
     "A model whose weights are sums of those of other models (task arithmetic). The factors add "
     "up to 1. The models have the same architecture, size and tokenizer.",
-    _WEIGHTS,
+    _EDITED,
     "Ilharco et al. 2022, arXiv 2212.04089",
 )
 _file(
@@ -927,21 +927,21 @@ _rule(
     "change, and patches of them are written with the new weights. Models with norms between these "
     "weights and the stream are rejected; an edited model has no such limit.",
     OWN,
-    _WEIGHTS,
+    _EDITED,
 )
 _rule(
     "set weights",
     "set weights of mlp_out layer 2 neurons 3, 5 to 2 * more",
     "Replaces the output weights of neurons by a direction.",
     OWN,
-    _WEIGHTS,
+    _EDITED,
 )
 _rule(
     "add to weights",
     "add 0.5 * more to weights of mlp_out layer 2 neuron 5",
     "Adds a direction to the output weights of a neuron.",
     OWN,
-    _WEIGHTS,
+    _EDITED,
 )
 _rule(
     "clamp a neuron",
@@ -1521,6 +1521,29 @@ _rule(
     "Millidge and Black 2022, “The singular value decompositions of transformer weight matrices "
     "are highly interpretable”",
     _WEIGHTS_IN_FILES,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe ov",
+    "observe ov(axes) layer 1 head * as moved",
+    "What a head adds to a coordinate of its output, per unit of a coordinate that it reads: the "
+    "direction of coordinate `from_feature`, through the gain of the norm and W_V W_O, read as "
+    "coordinate `to_feature`. `ov(b, c)` reads in another basis. Features of a dictionary are "
+    "read before bias and activation function.",
+    "Elhage et al. 2021, transformer-circuits.pub/2021/framework; Dunefsky et al. 2024, "
+    "arXiv 2406.11944",
+    "tests/execute/test_circuits.py",
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe qk",
+    "observe qk(axes) layer 1 head 0 as attends",
+    "What a coordinate at the query and one at the key add to a head's score, per unit of both. "
+    "`qk(b, c)` has coordinates of b at the query, and of c at the key. Not divided by the root "
+    "of the width.",
+    "Elhage et al. 2021, transformer-circuits.pub/2021/framework; Dunefsky et al. 2024, "
+    "arXiv 2406.11944",
+    "tests/execute/test_circuits.py",
     "measure logit(answer) as raw",
 )
 _rule(

@@ -49,7 +49,7 @@ from mechdsl.resolve.types import ResolvedMeasure, SitePoint
 from mechdsl.rules.observations.attention import AttentionRollout
 from mechdsl.rules.observations.features import FEATURE_AXIS, FeatureActivations, correlate
 from mechdsl.rules.observations.maps import MapObservation
-from mechdsl.rules.observations.weights import WeightObservation
+from mechdsl.rules.observations.weights import CIRCUIT_AXES, WeightObservation
 
 MAX_GATHERED_BYTES = 1 << 30
 """Of vectors that are held at a time, as far as several cells are."""
@@ -565,7 +565,7 @@ def _iter_cells(
     does, seed = gatherer.does, gatherer.plan.experiment.seed
     measures = [each for each in gatherer.plan.experiment.measures if each.observed]
     if isinstance(does, WeightObservation):
-        yield from _iter_weight_cells(gatherer, does, measures, measured)
+        yield from _iter_weight_cells(gatherer, does, measures, measured, systems)
         return
     if isinstance(does, MapObservation):
         yield from _iter_map_cells(gatherer, does, measures)
@@ -602,11 +602,17 @@ def _iter_weight_cells(
     does: WeightObservation,
     measures: Sequence[ResolvedMeasure],
     measured: MeasuredValues,
+    systems: Mapping[str, CoordinateSystem],
 ) -> Iterator[tuple[int, Ints, CellComputation]]:
     """The same of an observation of weights."""
     plan, every = gatherer.plan, np.arange(len(gatherer.kept))
     run = gatherer.runs.named(gatherer.rule.rule.run)
     names = [axis.name for axis in plan.experiment.axes]
+    nowhere = np.zeros(plan.n_cells, int)
+
+    def along(axis: str) -> Ints:
+        return plan.coordinates[names.index(axis)] if axis in names else nowhere
+
     cells = WeightObserver(
         does,
         WeightMaps(gatherer.runs.model_of(run)),
@@ -614,8 +620,10 @@ def _iter_weight_cells(
         gatherer.kept,
         run.name,
         [(*sites, *beside) for sites, beside in zip(gatherer.sites, gatherer.beside, strict=True)],
-        plan.coordinates[names.index("value")] if "value" in names else np.zeros(plan.n_cells, int),
+        along("value"),
         plan.items,
+        (along(CIRCUIT_AXES[0]), along(CIRCUIT_AXES[1])),
+        systems,
     )
 
     def made(cell: int) -> list[Floats]:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.execute.bases import list_directions, list_readers
 from mechdsl.execute.measurement.readout import ListedToken, ObservedValues, Readout, ReadoutInput
+from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.weight_maps import WeightMaps
 from mechdsl.resolve.types import ItemNumber, SitePoint
 from mechdsl.rules.observations.weights import (
     Composition,
+    HeadCircuit,
     SingularValues,
     Successor,
     ValueVectors,
@@ -68,6 +71,9 @@ class WeightObserver:
     values: Ints
     """Per cell, the index along the axis `value`; zeros without that axis."""
     items: Sequence[ItemNumber]
+    coordinates: tuple[Ints, Ints]
+    """Per cell, the coordinates of both bases of a circuit."""
+    systems: Mapping[str, CoordinateSystem]
 
     @torch.no_grad()
     def numbers(self, cell: int) -> Mapping[str, float]:
@@ -79,6 +85,9 @@ class WeightObserver:
                 return {does.word: score_composition(maps, by, *ends)}
             case SingularValues(of=of):
                 return {does.word: self._singular(of, *ends[0])[self.values[cell]]}
+            case HeadCircuit():
+                at = tuple(int(each[cell]) for each in self.coordinates)
+                return {does.word: float(self._circuit(*ends[0])[at])}
             case Successor(tokens=tokens):
                 share, rank = score_successors(maps, *ends[0], torch.tensor(tokens))
                 return {does.word: share, "rank": rank}
@@ -122,6 +131,23 @@ class WeightObserver:
         logits = self._logits(layer, neuron)
         found = logits.topk(min(self.does.top, len(logits))).indices.tolist()
         return list(map(ListedToken, found))
+
+    @lru_cache(maxsize=1)  # noqa: B019 - lives as long as one observation
+    def _circuit(self, layer: int, head: int) -> Tensor:
+        """Return [from, to] of a head's circuit between the coordinates of two bases."""
+        does = self.does
+        assert isinstance(does, HeadCircuit)
+        first, second = (self.systems[member.name] for member in does.members)
+        width = self.maps.shape.d_model
+        factors = get_ov_factors if does.reads_coordinates else get_qk_factors
+        left, right = (each.double().cpu() for each in factors(self.maps, layer, head))
+        found = list_directions(first, width) @ left
+        last = (
+            right @ list_readers(second, width)
+            if does.reads_coordinates
+            else right @ list_directions(second, width).T
+        )
+        return found @ last
 
     @lru_cache(maxsize=1)  # noqa: B019 - lives as long as one observation
     def _singular(self, of: str, layer: int, head: int) -> list[float]:

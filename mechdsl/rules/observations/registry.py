@@ -25,7 +25,13 @@ from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext
 from mechdsl.resolve.types import Convention, PositionTargets, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.rules.kinds import resolve_targets, rule_kind
-from mechdsl.syntax.words import LENSES, OBSERVATION_AXES, OBSERVATION_CONTROLS, WEIGHT_OBSERVATIONS
+from mechdsl.syntax.words import (
+    BASIS_OBSERVATIONS,
+    LENSES,
+    OBSERVATION_AXES,
+    OBSERVATION_CONTROLS,
+    WEIGHT_OBSERVATIONS,
+)
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, MetricForm
 
@@ -88,8 +94,11 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
             LENSES.add(word)
         if entry.of_weights:
             WEIGHT_OBSERVATIONS.add(word)
-        if entry.counts:
-            OBSERVATION_AXES[word] = entry.counts
+        if entry.of_bases:
+            BASIS_OBSERVATIONS.add(word)
+        axes = (entry.counts,) if entry.counts else entry.value_axes
+        if axes:
+            OBSERVATION_AXES[word] = axes
         if entry.controls:
             OBSERVATION_CONTROLS[word] = entry.controls
         OBSERVATIONS.add(word, entry())

@@ -11,9 +11,17 @@ from mechdsl.diagnostics.names import BadArgument
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
 from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.bases import resolve_argument_bases
 from mechdsl.resolve.observations import RowSetObservation
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
-from mechdsl.resolve.types import Axis, Convention, PositionTargets, ResolvedRule, SiteTargets
+from mechdsl.resolve.types import (
+    Axis,
+    BasisMember,
+    Convention,
+    PositionTargets,
+    ResolvedRule,
+    SiteTargets,
+)
 from mechdsl.rules.observations.registry import ObservationKind, observation, report_bad_observation
 from mechdsl.rules.observations.rows import repeat_sites, resolve_compared_sites
 from mechdsl.rules.observations.vectors import check_unembedding
@@ -217,6 +225,101 @@ class SingularValues(WeightObservation):
 
     def said(self) -> Iterator[str]:
         yield f"of {CIRCUITS[self.of]}"
+
+
+CIRCUIT_AXES = ("from_feature", "to_feature")
+"""Axes of the coordinates that a head reads and writes, or of its query and its key."""
+
+
+class HeadCircuit(WeightObservation):
+    """`observe ov(b) layer 1 head 2`, `observe qk(b, c) …`: a head's map between coordinates of
+    bases."""
+
+    takes: ClassVar = ("arguments",)
+    of_bases = True
+    value_axes = CIRCUIT_AXES
+    keeps_cells = False  # computed faster than read
+    ends: ClassVar[str]
+    """What the two bases are of, for tables."""
+    reads_coordinates: ClassVar[bool]
+    """Whether the second basis reads the result, instead of giving directions too."""
+
+    def __init__(self, members: tuple[BasisMember, ...] = ()) -> None:
+        """Create the observation for two bases; none only in the registered instance."""
+        self.members = members
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        said = rule.observed
+        assert said is not None
+        found = super().resolve(rule, work)
+        given = () if said.call is None else said.call.arguments
+        names = [each.value for each in given if each.name is None]
+        named = [each for each in names if isinstance(each, ast.Name)]
+        if len(given) not in (1, 2) or len(named) < len(given):
+            report_bad_observation(
+                rule, work, "takes one or two bases", f"write `observe {self.word}(b) …`"
+            )
+            return None
+        if len(said.bases) < len(named):  # already reported
+            return None
+        bases = resolve_argument_bases(named, work)
+        if found is None or found.sites is None or bases is None:
+            return None
+        first, second = bases.members[0], bases.members[-1]
+        if self.reads_coordinates and not _reads_stream(second):
+            reason = f"can't read the result with `{second.name}`, a transcoder"
+            report_bad_observation(rule, work, reason, "name a basis of the residual stream")
+            return None
+        sites = found.sites
+        for axis, member in zip(CIRCUIT_AXES, (first, second), strict=True):
+            size = min(member.size, 2) if work.sites.shape.stands_in else member.size
+            work.add_axis(Axis(axis, tuple(range(size)), said.span))
+            sites = repeat_sites(sites, axis, size)
+        does = type(self)((first, second))
+        return replace(found, does=does, sites=sites, basis=bases)
+
+    def said(self) -> Iterator[str]:
+        first, second = self.members
+        yield self.ends.format(first.name, second.name)
+
+
+def _reads_stream(member: BasisMember) -> bool:
+    """Whether coordinates are those of vectors of the residual stream."""
+    return not member.reads
+
+
+@observation("ov", unit="per coordinate")
+class OutputValueCircuit(HeadCircuit):
+    """What a head adds to a coordinate of its output, per unit of a coordinate that it reads.
+
+    The direction of coordinate `from_feature` of the first basis goes through the gain of the norm
+    and W_V W_O, and the second basis (the first one without it) reads coordinate `to_feature`. For
+    a dictionary this is the feature before its bias and activation function.
+    source: Elhage et al. 2021, transformer-circuits.pub/2021/framework; Dunefsky et al. 2024,
+        arXiv 2406.11944
+    """
+
+    ends = "from coordinates of {} at the attended token to those of {} in the head's output"
+    reads_coordinates = True
+
+
+@observation("qk", unit="score")
+class QueryKeyCircuit(HeadCircuit):
+    """What a pair of coordinates adds to a head's score, per unit of both.
+
+    The direction of coordinate `from_feature` of the first basis is at the query, and that of
+    `to_feature` of the second (the first one without it) at the key. The score isn't divided by
+    the root of the width.
+    source: Elhage et al. 2021, transformer-circuits.pub/2021/framework; Dunefsky et al. 2024,
+        arXiv 2406.11944
+    """
+
+    ends = "from coordinates of {} at the query to those of {} at the key"
+    reads_coordinates = False
+
+    def said(self) -> Iterator[str]:
+        yield from super().said()
+        yield "not divided by the root of width"
 
 
 MIN_TEXTS = 3

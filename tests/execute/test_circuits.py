@@ -1,0 +1,135 @@
+"""OV and QK circuits in bases, against each family's own parameters, cut by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mechdsl.base.source import Source
+from mechdsl.results.experiment_result import ExperimentResult
+
+from .support import MODES, PROMPTS, bare, by_name, run_on, shared, write_rows
+from .test_observed_weights import FAMILIES, PLACES, Array, head
+
+BASES = """
+basis b = saved("own.safetensors", "b") at resid_pre layer 1
+basis c = saved("own.safetensors", "c") at resid_post layer 2
+basis n = neurons at resid_pre layer 1
+basis s = sae("sae.safetensors") at resid_pre layer 1
+"""
+FEATURES = 5
+
+
+def draw(folder: Path, width: int) -> dict[str, Array]:
+    """The directions of each basis, and what reads its coordinates."""
+    random = torch.Generator().manual_seed(1)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=random)
+
+    own = {"b": normal(3, width), "c": normal(2, width)}
+    save_file(own, folder / "own.safetensors")
+    sae = {
+        "W_enc": normal(width, FEATURES),
+        "b_enc": normal(FEATURES),
+        "W_dec": normal(FEATURES, width),
+        "b_dec": normal(width),
+    }
+    save_file(sae, folder / "sae.safetensors")
+    found = {name: matrix.double().numpy() for name, matrix in own.items()}
+    found |= {"n": np.eye(width), "s": sae["W_dec"].double().numpy()}
+    readers = {name: np.linalg.pinv(found[name]) for name in ("b", "c", "n")}
+    readers["s"] = sae["W_enc"].double().numpy()
+    return found | {f"{name} reads": matrix for name, matrix in readers.items()}
+
+
+def run(text: str, folder: Path, family: str, mode: str = "planned") -> dict[str, ExperimentResult]:
+    write_rows(folder)
+    whole = f'mech 1\nmodel m = local("handed over")\n{PROMPTS}{BASES}{text}'
+    source = Source(whole, folder / "file.mech")
+    return by_name(*run_on(source, {"m": shared(bare(family))}, MODES[mode]))
+
+
+def table(found: ExperimentResult, *axes: str) -> dict[tuple[object, ...], float]:
+    values = found.measures[0].patched[:, 0]
+    keys = [tuple(key.coords[axis] for axis in axes) for key in found.cells]
+    return dict(zip(keys, values.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_circuits(family: str, tmp_path: Path) -> None:
+    width = bare(family).config.hidden_size
+    arrays = draw(tmp_path, width)
+    pairs = [("b", ""), ("b", "c"), ("s", "b"), ("b", "s"), ("c", "n")]
+    lines = {}
+    for word in ("ov", "qk"):
+        for first, second in pairs:
+            named = f"{first}, {second}" if second else first
+            lines[f"{word}_{first}{second}"] = f"observe {word}({named}) layer * head *"
+    text = "".join(
+        f"experiment {name} {{ model m\n {line} as x{name} }}\n" for name, line in lines.items()
+    )
+    found = run(text, tmp_path, family)
+    for name in lines:
+        word, _, bases = name.partition("_")
+        first, second = bases[0], bases[-1]
+        values = table(found[name], "layer", "head", "from_feature", "to_feature")
+        for layer, number in PLACES:
+            own = head(family, layer, number)
+            left = arrays[first]
+            if word == "ov":
+                expected = left @ own.v @ own.o @ arrays[f"{second} reads"]
+            else:
+                expected = left @ own.q @ own.k.T @ arrays[second].T
+            size = np.abs(expected).max()
+            assert size > 0.01
+            for (i, j), value in np.ndenumerate(expected):
+                assert abs(values[layer, number, i, j] - value) < 1e-4 * max(1, size), name
+        assert len(values) == 12 * expected.size
+
+
+def test_directions_of_rows(tmp_path: Path) -> None:
+    """A basis that is computed from prompts, in an experiment without any; and one of them read."""
+    draw(tmp_path, bare("llama").config.hidden_size)
+    text = (
+        "basis d = pca(p, dims: 2) at resid_pre layer 1 at last token\n"
+        "experiment e { model m\n  observe ov(d, b) layer 1 head 2 as x\n"
+        "  expect x(from_feature: 0, to_feature: 2) < 100\n}\n"
+    )
+    found = run(text, tmp_path, "llama")["e"]
+    assert found.outcomes[0].holds
+    assert len(found.cells) == 6
+
+
+ERRORS = {
+    "observe ov layer 1 head 2 as x": ("E0207", "takes one or two bases"),
+    "observe ov(b, c, n) layer 1 head 2 as x": ("E0207", "takes one or two bases"),
+    "observe ov(bb) layer 1 head 2 as x": ("E0201", "there is no basis called `bb`"),
+    "observe ov(z) layer 1 head 2 as x": ("E0342", "the residual stream has"),
+    "observe qk(every) layer 1 head 2 as x": ("E0342", "is a basis for each of 3 sites"),
+    "observe ov(b) mlp_out layer 1 as x": ("E0207", "reads one head at a time"),
+    "observe ov(b) layer 1 head 2 at last token as x": ("E0207", "reads weights, not a token"),
+}
+
+
+@pytest.mark.parametrize("line", ERRORS)
+def test_errors(line: str, tmp_path: Path) -> None:
+    draw(tmp_path, bare("llama").config.hidden_size)
+    write_rows(tmp_path)
+    more = (
+        "basis z = neurons at z layer 1 head 0\n"
+        "basis every = neurons at resid_pre layer *\n"
+        f"experiment e {{ model m\n {line} }}\n"
+    )
+    whole = f'mech 1\nmodel m = local("handed over")\n{PROMPTS}{BASES}{more}'
+    source = Source(whole, tmp_path / "file.mech")
+    result, problems = run_on(source, {"m": shared(bare("llama"))}, MODES["planned"])
+    assert result is None
+    code, said = ERRORS[line]
+    errors = [each for each in problems if each.severity == "error"]
+    assert [each.code for each in errors] == [code]
+    assert said in errors[0].message
