@@ -17,9 +17,9 @@ from mechdsl.program import spec
 from mechdsl.prompts.runs import PositionCell, RunNoise
 from mechdsl.resolve.types import (
     DRAW_AXIS,
+    WEIGHTS_BASIS,
     Axis,
     AxisIndices,
-    BasisTargets,
     DirectionMember,
     DirectionTargets,
     FittedBasis,
@@ -470,7 +470,7 @@ def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadN
     assert rule.sites is not None
     does = rule.does
     detail = does.detail(rule)
-    bases = () if rule.basis is None else (_basis(experiment, rule.basis),)
+    bases = _bases(experiment, rule)
     if does.reads is None:
         steered = () if rule.direction is None else (_direction(experiment, rule.direction),)
         return TransformNode(does.name, (*steered, *bases), detail or "")
@@ -502,12 +502,19 @@ def build_direction_node(
     return DirectionNode(name, made, _fit_reads(experiment, fits))
 
 
-def _basis(experiment: ResolvedExperiment, basis: BasisTargets) -> DirectionNode:
-    """Return the basis with its reads."""
+def _bases(experiment: ResolvedExperiment, rule: ResolvedRule) -> tuple[DirectionNode, ...]:
+    """Return the basis of a rule with its reads; for a rule on weights its direction, if any."""
+    basis = rule.basis
+    if basis is None or (basis.definition == WEIGHTS_BASIS and rule.spec.direction is None):
+        return ()
+    if basis.definition == WEIGHTS_BASIS:
+        assert rule.spec.direction is not None
+        reads = _fit_reads(experiment, list(basis.fits))
+        return (DirectionNode(rule.spec.direction.span.written, basis.members[0].made, reads),)
     members = basis.members
     fits = list(basis.fits)
     made = members[0].made if len(members) == 1 else f"{len(members)} bases"
-    return DirectionNode(basis.definition, made, _fit_reads(experiment, fits), "basis")
+    return (DirectionNode(basis.definition, made, _fit_reads(experiment, fits), "basis"),)
 
 
 def _fit_reads(

@@ -21,7 +21,13 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, RunRow, describe_output
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.expansion import get_whole_spec
-from mechdsl.resolve.types import DRAW_AXIS, DirectionMember, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.types import (
+    DRAW_AXIS,
+    DirectionMember,
+    OutputWeights,
+    ResolvedExperiment,
+    ResolvedRule,
+)
 
 HIT_MARK, OTHER_MARK = "■", "·"
 
@@ -305,10 +311,10 @@ def _members(members: Sequence[DirectionMember], console: Console) -> None:
 def _directions(rule: ResolvedRule, console: Console) -> None:
     """Print the definition of a rule's directions and their rows."""
     _members([] if rule.direction is None else list(rule.direction.members.values()), console)
-    bases = [] if rule.basis is None else list(rule.basis.members)
+    bases = [] if rule.basis is None else [each for each in rule.basis.members if each.made]
     for member in bases[:MAX_SHOWN_CELLS]:
-        made = f"basis {member.name}: {member.made}" if member.made else member.name
-        console.print(Text(f"    {made}"))
+        kind = "" if isinstance(member.operand, OutputWeights) else "basis "
+        console.print(Text(f"    {kind}{member.name}: {member.made}"))
     if len(bases) > MAX_SHOWN_CELLS:
         console.print(f"    … ({len(bases)} bases in all)", highlight=False)
 
