@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,30 @@ def test_errors(line: str, tmp_path: Path) -> None:
     errors = [each for each in problems if each.severity == "error"]
     assert [each.code for each in errors] == [code]
     assert said in errors[0].message
+
+
+@pytest.mark.parametrize("labelled", ["first", "second"])
+def test_matched_cosine(labelled: str, tmp_path: Path) -> None:
+    """Each direction of a dictionary with the nearest of another; labels are those of the first."""
+    width = bare("llama").config.hidden_size
+    arrays = draw(tmp_path, width)
+    lines = [json.dumps({"index": 1, "description": "counts"})]
+    (tmp_path / "labels.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    more = 'basis l = sae("sae.safetensors", labels: "labels.jsonl") at resid_pre layer 1\n'
+    pair = {"first": "l, n", "second": "b, l"}[labelled]
+    text = (
+        more + f"experiment e {{ model m\n observe matched_cosine({pair}) resid_pre layer 1 as x }}"
+    )
+    result = run(text, tmp_path, "llama")
+    found = result["e"]
+    values = table(found, "feature")
+    first, second = (arrays[{"l": "s"}.get(name, name)] for name in pair.split(", "))
+    first, second = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (first, second))
+    cosines = first @ second.T
+    assert len(values) == len(cosines)
+    for (feature,), value in values.items():
+        assert abs(value - cosines[int(str(feature))].max()) < 1e-4
+    partners = found.measures[1].patched[:, 0]
+    assert partners.tolist() == cosines.argmax(axis=1).tolist()
+    named = [cell.label for cell in found.cells if cell.label]
+    assert named == (["counts"] if labelled == "first" else [])

@@ -1547,6 +1547,15 @@ _rule(
     "measure logit(answer) as raw",
 )
 _rule(
+    "observe matched_cosine",
+    "observe matched_cosine(axes, axes) resid_post layer 1 as match",
+    "The largest cosine of each direction of the first basis with a direction of the second. "
+    "`match partner` is the coordinate of the second, from 0.",
+    "Leask et al. 2025, arXiv 2502.04878",
+    "tests/execute/test_circuits.py",
+    "measure logit(answer) as raw",
+)
+_rule(
     "observe value_vectors … top",
     "observe value_vectors layer 1 neuron 0..3 top 10 as says",
     "A neuron's output weights after the final norm's gain and the unembedding. The value is "

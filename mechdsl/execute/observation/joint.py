@@ -623,6 +623,7 @@ def _iter_weight_cells(
         along("value"),
         plan.items,
         (along(CIRCUIT_AXES[0]), along(CIRCUIT_AXES[1])),
+        along(FEATURE_AXIS),
         systems,
     )
 

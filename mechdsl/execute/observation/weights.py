@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.bases import list_directions, list_readers
@@ -18,11 +19,15 @@ from mechdsl.resolve.types import ItemNumber, SitePoint
 from mechdsl.rules.observations.weights import (
     Composition,
     HeadCircuit,
+    MatchedCosine,
     SingularValues,
     Successor,
     ValueVectors,
     WeightObservation,
 )
+
+MATCHED_ROWS = 1024
+"""Number of directions that are compared with all others at once."""
 
 NEURON_BATCH = 64
 """Number of neurons whose logits are computed at once."""
@@ -73,6 +78,8 @@ class WeightObserver:
     items: Sequence[ItemNumber]
     coordinates: tuple[Ints, Ints]
     """Per cell, the coordinates of both bases of a circuit."""
+    features: Ints
+    """Per cell, the coordinate of the first of two compared bases."""
     systems: Mapping[str, CoordinateSystem]
 
     @torch.no_grad()
@@ -88,6 +95,10 @@ class WeightObserver:
             case HeadCircuit():
                 at = tuple(int(each[cell]) for each in self.coordinates)
                 return {does.word: float(self._circuit(*ends[0])[at])}
+            case MatchedCosine():
+                values, partners = self._matches()
+                feature = int(self.features[cell])
+                return {does.word: values[feature], "partner": partners[feature]}
             case Successor(tokens=tokens):
                 share, rank = score_successors(maps, *ends[0], torch.tensor(tokens))
                 return {does.word: share, "rank": rank}
@@ -131,6 +142,18 @@ class WeightObserver:
         logits = self._logits(layer, neuron)
         found = logits.topk(min(self.does.top, len(logits))).indices.tolist()
         return list(map(ListedToken, found))
+
+    @lru_cache(maxsize=1)  # noqa: B019 - lives as long as one observation
+    def _matches(self) -> tuple[list[float], list[float]]:
+        """Return [coordinate]: the largest cosine with the other basis, and its coordinate."""
+        assert isinstance(self.does, MatchedCosine)
+        first, second = (
+            normalize(list_directions(self.systems[member.name], member.width), dim=1)
+            for member in self.does.members
+        )
+        found = [(part @ second.T).max(dim=1) for part in first.split(MATCHED_ROWS)]
+        values = torch.cat([each.values for each in found])
+        return values.tolist(), torch.cat([each.indices for each in found]).double().tolist()
 
     @lru_cache(maxsize=1)  # noqa: B019 - lives as long as one observation
     def _circuit(self, layer: int, head: int) -> Tensor:

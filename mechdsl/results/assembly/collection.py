@@ -392,14 +392,17 @@ def _collect_cells(
 
 
 def _feature_labels(experiment: ResolvedExperiment) -> Mapping[int, str]:
-    """Return the descriptions of the features along the axis of features."""
-    found = {
-        labels.digest: labels.texts
-        for rule in experiment.rules
-        if rule.basis is not None
-        and (FEATURE_AXIS in rule.basis.axes or rule.does.changes == "nothing")
-        for labels in rule.basis.labels
-    }
+    """Return the descriptions of the features along the axis of features.
+
+    An observation of two bases has those of the first along this axis.
+    """
+    found: dict[str, Mapping[int, str]] = {}
+    for rule in experiment.rules:
+        basis, looks = rule.basis, rule.does.changes == "nothing"
+        if basis is None or not (looks or FEATURE_AXIS in basis.axes):
+            continue
+        members = basis.bases[0].values() if looks else basis.members
+        found |= {m.labels.digest: m.labels.texts for m in members if m.labels is not None}
     return next(iter(found.values())) if len(found) == 1 else {}
 
 

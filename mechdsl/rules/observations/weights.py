@@ -251,18 +251,8 @@ class HeadCircuit(WeightObservation):
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         said = rule.observed
         assert said is not None
-        found = super().resolve(rule, work)
-        given = () if said.call is None else said.call.arguments
-        names = [each.value for each in given if each.name is None]
-        named = [each for each in names if isinstance(each, ast.Name)]
-        if len(given) not in (1, 2) or len(named) < len(given):
-            report_bad_observation(
-                rule, work, "takes one or two bases", f"write `observe {self.word}(b) …`"
-            )
-            return None
-        if len(said.bases) < len(named):  # already reported
-            return None
-        bases = resolve_argument_bases(named, work)
+        found, named = super().resolve(rule, work), read_basis_arguments(rule, (1, 2), work)
+        bases = None if named is None else resolve_argument_bases(named, work)
         if found is None or found.sites is None or bases is None:
             return None
         first, second = bases.members[0], bases.members[-1]
@@ -281,6 +271,28 @@ class HeadCircuit(WeightObservation):
     def said(self) -> Iterator[str]:
         first, second = self.members
         yield self.ends.format(first.name, second.name)
+
+
+def read_basis_arguments(
+    rule: spec.Rule, counts: tuple[int, ...], work: ExperimentContext
+) -> list[ast.Name] | None:
+    """Return the names of the bases in parentheses; None after E0207 for other arguments.
+
+    Args:
+        counts: Possible numbers of bases.
+    """
+    said = rule.observed
+    assert said is not None
+    given = () if said.call is None else said.call.arguments
+    values = [each.value for each in given if each.name is None]
+    named = [each for each in values if isinstance(each, ast.Name)]
+    if len(given) not in counts or len(named) < len(given):
+        many = "two bases" if counts == (2,) else "one or two bases"
+        listed = ", ".join("bc"[: max(counts)])
+        hint = f"write `observe {said.word}({listed}) …`"
+        report_bad_observation(rule, work, f"takes {many}", hint)
+        return None
+    return named if len(said.bases) == len(named) else None  # otherwise already reported
 
 
 def _reads_stream(member: BasisMember) -> bool:
@@ -320,6 +332,55 @@ class QueryKeyCircuit(HeadCircuit):
     def said(self) -> Iterator[str]:
         yield from super().said()
         yield "not divided by the root of width"
+
+
+@observation("matched_cosine", unit="cosine")
+class MatchedCosine(WeightObservation):
+    """The largest cosine of a basis's direction with directions of another basis.
+
+    returns: −1 to 1, by coordinate of the first basis; beside it the coordinate of the second that
+        matches best, from 0
+    source: Leask et al. 2025, arXiv 2502.04878; Bricken et al. 2023
+    """
+
+    takes: ClassVar = ("arguments",)
+    of_bases = True
+    value_axes = ("feature",)
+    controls: ClassVar[tuple[str, ...]] = ("partner",)
+    keeps_cells = False  # computed faster than read
+    folded: ClassVar = "each basis's directions are those that its coordinates add to a vector"
+
+    def __init__(self, members: tuple[BasisMember, ...] = ()) -> None:
+        """Create the observation for two bases; none only in the registered instance."""
+        self.members = members
+
+    def form_of(self, name: str) -> MetricForm:
+        if name == "partner":
+            return replace(self.form, unit="number", meaning="The coordinate that matches best")
+        return super().form_of(name)
+
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+        hint = "name the site of the bases: `resid_post layer 1`"
+        if len(sites.points) == 1 and len(next(iter(sites.points.values()))) == 1:
+            return True
+        report_bad_observation(rule, work, "compares bases of one site", hint)
+        return False
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        found, named = super().resolve(rule, work), read_basis_arguments(rule, (2,), work)
+        bases = None if named is None else resolve_argument_bases(named, work)
+        if found is None or found.sites is None or bases is None:
+            return None
+        assert rule.observed is not None
+        members = bases.members
+        size = min(members[0].size, 2) if work.sites.shape.stands_in else members[0].size
+        work.add_axis(Axis(self.value_axes[0], tuple(range(size)), rule.observed.span))
+        sites = repeat_sites(found.sites, self.value_axes[0], size)
+        return replace(found, does=MatchedCosine(members), sites=sites, basis=bases)
+
+    def said(self) -> Iterator[str]:
+        first, second = self.members
+        yield f"of {first.name} with {second.name}; `partner` is the coordinate of {second.name}"
 
 
 MIN_TEXTS = 3
