@@ -257,6 +257,9 @@ def _numbers(points: Sequence[SitePoint], work: ExperimentContext) -> tuple[int,
         if point.unit is not None:
             width = vector_width(work.model.shape, point.site, point.layer)
             own.update(range(point.unit * width, (point.unit + 1) * width))
+    for point in points:
+        if point.unit is None:
+            by_layer[point.layer] = set()
     first = next(iter(by_layer.values()), set[int]())
     if any(own != first for own in by_layer.values()):
         raise _NotEditable(
