@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from mechdsl.checks.file_check import check_source
+from mechdsl.checks.file_check import check_source, needed_models
+from mechdsl.execute.run_record import ExecutionOptions
 from mechdsl.loading.loader import load_models
 from mechdsl.models.folder import hash_file
 from mechdsl.pipeline import computation as module
+from mechdsl.pipeline.edited_models import edit_model
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.store.runs import OpenRun
 from mechdsl.syntax.frontend import read_source
@@ -27,7 +30,10 @@ def test_peft_counts_where_it_merges(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert source is not None
     checked = check_source(source)
     loaded: dict[str, Any] = {}
-    load_models(checked, loaded, device="cpu", dtype=None, offload=None, hashed=hash_file)
+    edit = partial(edit_model, checked, ExecutionOptions(), hashes=True)
+    names = needed_models(checked)
+    how: Any = {"device": "cpu", "dtype": None, "offload": None, "hashed": hash_file}
+    load_models(checked, loaded, edit, names, **how)
     ((name, model),) = checked.program.models.items()
     tuned = model.model_copy(update={"name": "tuned", "base": name})
     more = checked.program.model_copy(update={"models": {name: model, "tuned": tuned}})
