@@ -203,7 +203,8 @@ class ModelContexts:
     def fitting(self, model: ModelContext, table: PromptTable) -> ModelContext:
         """Return the model with the tokenizer of a table."""
         images = any(row.image is not None for run in table.runs.values() for row in run.rows)
-        if images != (model.shape.takes == "image"):  # already reported
+        reads_rows = table.name != spec.NO_PROMPTS
+        if reads_rows and images != (model.shape.takes == "image"):  # already reported
             model = replace(model, shape=stand_in_shape(self._largest))
         if not table.stands_in and images == isinstance(model.tokenizer, ImageTokenizer):
             return model

@@ -156,9 +156,8 @@ class _ChangedWeights:
 def _matrix(path: str, edit: WeightEdit, changed: _ChangedWeights) -> Tensor:
     """Return the weights of a linear map as [input, output]. Raises _Unsuitable."""
     module = changed.module.get_submodule(path)
-    plain = type(module) is nn.Linear or (
-        is_transposed(module) and type(module).__module__.startswith("transformers.")
-    )
+    known = type(module).__module__.startswith(("torch.nn.", "transformers."))
+    plain = known and (isinstance(module, nn.Linear) or is_transposed(module))
     weight = changed.of(path, "weight") if plain else None
     if weight is None or not weight.is_floating_point():
         raise _Unsuitable(

@@ -36,7 +36,7 @@ def edit_model(
         those of the self-check.
     """
     edits = checked.edits.get(model.name)
-    if edits is None:
+    if edits is None or edits.model.shape.stands_in:
         raise RuntimeError(f"nothing says why the edits of `{model.name}` can't be applied")
     assert model.base is not None
     base = loaded[model.base]

@@ -47,6 +47,7 @@ from mechdsl.resolve.types import (
     Intervention,
     JacobianBasis,
     MetricTerm,
+    OutputWeights,
     PathTargets,
     PositionTargets,
     RandomVector,
@@ -593,6 +594,15 @@ OPERANDS: dict[type, tuple[BasisOperand, dict[str, Change]]] = {
         {
             "vectors": lambda vectors: (UnembeddingVector(4, None),),
             "next_map": lambda point: SitePoint("mlp_hidden", 1, None),
+        },
+    ),
+    OutputWeights: (
+        OutputWeights("mlp_out", 1, UnembeddingVector(3, None)),
+        {
+            "site": lambda site: "attn_out",
+            "layer": lambda layer: 0,
+            "vector": lambda vector: UnembeddingVector(4, None),
+            "replaces": lambda replaces: True,
         },
     ),
     WeightBasis: (

@@ -19,6 +19,7 @@ from mechdsl.base.source import Source
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
 from ..execute.support import MODES, by_name, run_on, shared, token
+from ..models import families
 from ..quick import in_turn
 from ..reference.forward import Write, forward
 from .models import bare, double
@@ -446,6 +447,35 @@ def greedy(model: ByHand) -> list[list[int]]:
             ids.append(int(model.logits(ids)[-1].argmax()))
         found.append(ids[-5:])
     return found
+
+
+OTHERS = ("falcon", "gptj", "bloom", "olmo", "phi3", "mpt")
+"""Families of other structures: parallel blocks, fused projections, other classes of maps."""
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_rule_equals_an_edited_model(family: str, data: Path) -> None:
+    """The one changes activations in hooks, the other parameters."""
+    lines = (
+        "scale weights of attn_out layer 1 head 1 by -1",
+        "scale weights of mlp_out layer 1 by 0.3",
+        "set weights of mlp_out layer 0 neurons 1..3 to 2 * d",
+        "add d to weights of L1N4",
+    )
+    text = "".join(
+        f"model c{n} = m with {{ {line} }}\n"
+        + of_model(f"c{n}", name=f"of_model{n}")
+        + of_model("m", line, name=f"of_rule{n}")
+        for n, line in enumerate(lines)
+    )
+    whole = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{DIRECTION}{text}'
+    text = whole + of_model("m", name="plain")
+    models = {"m": shared(families.module(family))}
+    found = by_name(*run_on(Source(text, data / "file.mech"), models, MODES["planned"]))
+    for number, line in enumerate(lines):
+        rule, model = (raw(found[f"of_{kind}{number}"]) for kind in ("rule", "model"))
+        assert np.abs(rule - model).max() < 1e-4 * max(1, np.abs(model).max()), line
+        assert np.abs(rule - raw(found["plain"])).max() > 1e-4, line
 
 
 # --- sums of models -------------------------------------------------------------------------------
