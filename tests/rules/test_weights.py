@@ -4,6 +4,7 @@ hand, one unpadded prompt at a time."""
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -449,8 +450,19 @@ def greedy(model: ByHand) -> list[list[int]]:
     return found
 
 
-OTHERS = ("falcon", "gptj", "bloom", "olmo", "phi3", "mpt")
-"""Families of other structures: parallel blocks, fused projections, other classes of maps."""
+OTHERS = ("falcon", "gptj", "bloom", "olmo", "phi3", "mpt", "granite")
+"""Families of other structures: parallel blocks, fused projections, other classes of maps, and
+factors behind the sublayers."""
+
+
+def granite() -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    more = {"residual_multiplier": 0.4, "embedding_multiplier": 3.0, "pad_token_id": None}
+    config = AutoConfig.for_model("granite", **families.CONFIGS["llama"], **more)
+    model = AutoModelForCausalLM.from_config(config)
+    families.draw(model, 0)
+    return model.eval()
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -470,7 +482,7 @@ def test_a_rule_equals_an_edited_model(family: str, data: Path) -> None:
     )
     whole = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{DIRECTION}{text}'
     text = whole + of_model("m", name="plain")
-    models = {"m": shared(families.module(family))}
+    models = {"m": shared(granite() if family == "granite" else families.module(family))}
     found = by_name(*run_on(Source(text, data / "file.mech"), models, MODES["planned"]))
     for number, line in enumerate(lines):
         rule, model = (raw(found[f"of_{kind}{number}"]) for kind in ("rule", "model"))
@@ -573,6 +585,27 @@ def test_values_of_edited_models_are_kept_apart(data: Path) -> None:
             first, second = (found[f"model {each}"][0][0] for each in (line, other))
             assert first != second, (line, other)
     assert len(every) == 2 * len(lines)
+
+
+def test_data_of_a_direction_in_an_edit(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that only an edit reads count, too: a run isn't taken from the store if they change."""
+    monkeypatch.chdir(data)
+    text = (
+        'mech 1\nmodel m = zoo("counting")\n'
+        "model c = m with { add 4 * d to weights of mlp_out layer 1 neurons 0..40 }\n"
+        'prompts train { rows "train.jsonl" template "{long}" corrupt fewer { long = short } }\n'
+        "direction d = mean_difference(train, train.fewer) at resid_post layer 1 at last token\n"
+        'prompts parts { a in 3..9 template "Part 1: apple {a} Count 1:" answer " {a}" }\n'
+        "experiment e { model c prompts parts limit 5 measure logit(answer) as raw }\n"
+    )
+    Path("file.mech").write_text(text, encoding="utf-8")
+    found: list[np.ndarray] = []
+    for item in ("apple", "pear", "apple"):
+        texts = {"long": f"Part 1: {item} {item} Count 1:", "short": f"Part 1: {item} Count 1:"}
+        Path("train.jsonl").write_text(json.dumps(texts) + "\n", encoding="utf-8")
+        found.append(mechdsl.run("file.mech")["e"].measures[0].patched)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+    assert np.array_equal(found[0], found[2])
 
 
 ZOO = """
