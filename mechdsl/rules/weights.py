@@ -60,9 +60,21 @@ class WeightRule(RuleKind):
     """A rule on the output weights of heads, neurons or whole sublayers."""
 
     whole_text = True
+    does: WeightChange
+    """Its effect on a run."""
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        rule = at_every_token(rule, work)
+        try:
+            return self._resolve(at_every_token(rule, work), work)
+        except _NotEditable as problem:
+            assert rule.site is not None
+            work.diagnostics.append(
+                BadWeights(span=rule.site.span, reason=problem.reason, hint=problem.hint)
+            )
+            return None
+
+    def _resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        """Resolve the rule; None after an error. Raises _NotEditable."""
         units = _resolve_units(rule, work)
         positions = resolve_rule_positions(rule, work.experiment.base, work)
         if units is None or positions is None:
@@ -71,11 +83,6 @@ class WeightRule(RuleKind):
         changes = self.changes(rule, sites, positions, work)
         if changes is None:
             return None
-        try:
-            basis = _targets(units, changes, work)
-        except _NotEditable as problem:
-            _report(rule, problem, work)
-            return None
         return ResolvedRule(
             spec=rule,
             does=self.does,
@@ -83,11 +90,8 @@ class WeightRule(RuleKind):
             sites=sites,
             positions=positions,
             amounts=changes.amounts,
-            basis=basis,
+            basis=_targets(units, changes, work),
         )
-
-    does: WeightChange
-    """Its effect on a run."""
 
     def changes(
         self,
@@ -96,7 +100,7 @@ class WeightRule(RuleKind):
         positions: PositionTargets,
         work: ExperimentContext,
     ) -> _Changes | None:
-        """Return what happens to the weights; None after an error.
+        """Return what happens to the weights; None after an error. Raises _NotEditable.
 
         Args:
             sites: The outputs that the weights write to.
@@ -125,13 +129,6 @@ class _NotEditable(Exception):
         self.reason, self.hint = reason, hint
 
 
-def _report(rule: spec.Rule, problem: _NotEditable, work: ExperimentContext) -> None:
-    assert rule.site is not None
-    work.diagnostics.append(
-        BadWeights(span=rule.site.span, reason=problem.reason, hint=problem.hint)
-    )
-
-
 def at_every_token(rule: spec.Rule, work: ExperimentContext) -> spec.Rule:
     """Return the rule at all tokens of the prompt, and of the answers that are fed after it."""
     if all(length < 2 for _, lengths in work.answers.texts for length in lengths):
@@ -147,27 +144,22 @@ def at_every_token(rule: spec.Rule, work: ExperimentContext) -> spec.Rule:
 def _resolve_units(rule: spec.Rule, work: ExperimentContext) -> SiteTargets | None:
     """Resolve the heads and neurons whose output weights change, and add their axes.
 
-    All heads or neurons of a layer are one point without a unit. None after an error: E0344 and
-    those of sites.
+    All heads or neurons of a layer are one point without a unit. None after an error of sites.
+    Raises _NotEditable.
     """
     assert rule.site is not None
-    try:
-        if rule.site.basis_name is not None:
-            raise _NotEditable(
-                "weights aren't coordinates of a basis", f"name heads or neurons: {_EXAMPLES}"
-            )
-        targets, axes = resolve_site(_named_by_unit(rule.site), work.sites)
-        for axis in axes:
-            work.add_axis(axis)
-        if targets is None:
-            return None
-        points = {
-            key: tuple(dict.fromkeys(map(_read_point, here)))
-            for key, here in targets.points.items()
-        }
-    except _NotEditable as problem:
-        _report(rule, problem, work)
+    if rule.site.basis_name is not None:
+        raise _NotEditable(
+            "weights aren't coordinates of a basis", f"name heads or neurons: {_EXAMPLES}"
+        )
+    targets, axes = resolve_site(_named_by_unit(rule.site), work.sites)
+    for axis in axes:
+        work.add_axis(axis)
+    if targets is None:
         return None
+    points = {
+        key: tuple(dict.fromkeys(map(_read_point, here))) for key, here in targets.points.items()
+    }
     named = [point for here in points.values() for point in here]
     missing = find_missing_point(named, work.model.shape, work.model.name, rule.site.span)
     if missing is not None:
@@ -320,20 +312,16 @@ class _VectorRule(WeightRule):
         work: ExperimentContext,
     ) -> _Changes | None:
         points = [point for here in sites.points.values() for point in here]
-        try:
-            if rule.direction is None:
-                raise _NotEditable(
-                    "weights are set to a direction, not to a number",
-                    "name a `direction`; `scale weights of … by 0` sets them to 0",
-                )
-            if any(point.site != "mlp_out" for point in points):
-                raise _NotEditable(
-                    "the output weights of a head are several vectors",
-                    f"`{rule.verb.split()[0]}` the weights of neurons, or `scale` those of heads",
-                )
-        except _NotEditable as problem:
-            _report(rule, problem, work)
-            return None
+        if rule.direction is None:
+            raise _NotEditable(
+                "weights are set to a direction, not to a number",
+                "name a `direction`; `scale weights of … by 0` sets them to 0",
+            )
+        if any(point.site != "mlp_out" for point in points):
+            raise _NotEditable(
+                "the output weights of a head are several vectors",
+                f"`{rule.verb.split()[0]}` the weights of neurons, or `scale` those of heads",
+            )
         amounts = Amounts((), {(): 1.0})
         if rule.fill is not None:
             amounts = resolve_amounts(rule.fill, work)
