@@ -103,6 +103,10 @@ WEIGHT_SITES = ("mlp_out", "attn_out")
 class BasisError(DirectionError):
     """Error for an invalid basis, with a hint on what to write instead."""
 
+    @property
+    def diagnostic(self) -> BadBasis:
+        return BadBasis(span=self.node.span, reason=self.reason, hint=self.hint)
+
 
 # --- rules ----------------------------------------------------------------------------------------
 
@@ -338,9 +342,7 @@ def resolve_rule(
         axes, coordinates = _coordinates(rule, features, bases[0], work)
         exchange = _exchanged(rule, found.sites, bases, work)
     except BasisError as problem:
-        work.diagnostics.append(
-            BadBasis(span=problem.node.span, reason=problem.reason, hint=problem.hint)
-        )
+        work.diagnostics.append(problem.diagnostic)
         return None
     if coordinates is None or (exchange is None and rule.exchanged is not None):
         return None
@@ -379,9 +381,7 @@ def resolve_observed_basis(
             )
         members = None if definition is None else _members(definition, sites, rule.site, work)
     except BasisError as problem:
-        work.diagnostics.append(
-            BadBasis(span=problem.node.span, reason=problem.reason, hint=problem.hint)
-        )
+        work.diagnostics.append(problem.diagnostic)
         return None
     if members is None:  # rejected
         return None
@@ -396,48 +396,54 @@ def resolve_argument_bases(
     Each has one member, for vectors of the residual stream. E0342 for other bases.
     """
     found: list[PointBases] = []
-    width = work.model.shape.d_model
     for name in names:
         definition = work.program.bases.get(name.id)
         try:
             family = None if definition is None else _family(definition, work)
             if family is None:  # rejected
                 return None
-            if len(family) > 1:
-                raise BasisError(
-                    name,
-                    f"`{name.id}` is a basis for each of {len(family)} sites",
-                    "compute it at one site: `at resid_pre layer 2`",
-                )
-            (member,) = family.values()
-            if member.width != width and not work.model.shape.stands_in:
-                raise BasisError(
-                    name,
-                    f"its vectors have {member.width} numbers, and the residual stream has {width}",
-                    "compute it at a site of the residual stream: `at resid_pre layer 2`",
-                )
-            if isinstance(member.operand, PythonBasis):
-                raise BasisError(
-                    name,
-                    "an object of a Python file shows no directions",
-                    "name a basis with directions, or a dictionary of a folder",
-                )
-            if isinstance(member.operand, DictionaryFile) and (
-                member.operand.normalization != "none" or member.operand.crosses_layers
-            ):
-                raise BasisError(
-                    name,
-                    "its features have no fixed directions in the residual stream",
-                    "name a dictionary of one layer that doesn't normalise its input",
-                )
+            found.append({None: _argument_basis(name, list(family.values()), work)})
         except BasisError as problem:
-            work.diagnostics.append(
-                BadBasis(span=problem.node.span, reason=problem.reason, hint=problem.hint)
-            )
+            work.diagnostics.append(problem.diagnostic)
             return None
-        found.append({None: member})
     every = tuple(name.id for name in names)
     return BasisTargets(", ".join(every), every, tuple(found), (), {(): Coordinates()})
+
+
+def _argument_basis(
+    name: ast.Name, members: Sequence[BasisMember], work: ExperimentContext
+) -> BasisMember:
+    """Return the only member of a basis whose coordinates have directions in the residual stream.
+
+    Raises BasisError.
+    """
+    if len(members) > 1:
+        raise BasisError(
+            name,
+            f"`{name.id}` is a basis for each of {len(members)} sites",
+            "compute it at one site: `at resid_pre layer 2`",
+        )
+    (member,) = members
+    own, width = member.operand, work.model.shape.d_model
+    if member.width != width and not work.model.shape.stands_in:
+        raise BasisError(
+            name,
+            f"its vectors have {member.width} numbers, and the residual stream has {width}",
+            "compute it at a site of the residual stream: `at resid_pre layer 2`",
+        )
+    if isinstance(own, PythonBasis):
+        raise BasisError(
+            name,
+            "an object of a Python file shows no directions",
+            "name a basis with directions, or a dictionary of a folder",
+        )
+    if isinstance(own, DictionaryFile) and (own.normalization != "none" or own.crosses_layers):
+        raise BasisError(
+            name,
+            "its features have no fixed directions in the residual stream",
+            "name a dictionary of one layer that doesn't normalise its input",
+        )
+    return member
 
 
 def _label_suffix(rule: spec.Rule, name: str, axes: Sequence[str], work: ExperimentContext) -> str:

@@ -74,6 +74,7 @@ def span_tokens(row: RunRow, start: int, end: int) -> tuple[int, ...]:
 
 def print_prompts(checked: CheckedFile, console: Console) -> None:
     """Print every experiment's prompts, token by token, and the tokens that its rules hit."""
+    _made_models(checked, console)
     seen: set[tuple[int, ...]] = set()
     saving = {each.spec.span: each for each in checked.saving}
     for experiment, places in _whole_experiments(checked):
@@ -103,6 +104,19 @@ def print_prompts(checked: CheckedFile, console: Console) -> None:
             _saves(saving.pop(experiment.spec.span), console)
         for picked, said in experiment.picks.items():
             console.print(Text(f"  {picked}: {said}", style="dim"))
+        console.print()
+
+
+def _made_models(checked: CheckedFile, console: Console) -> None:
+    """Print the definitions of models that are made from others: edited models and sums."""
+    for model in checked.program.models.values():
+        if model.is_loaded:
+            continue
+        edits = checked.edits.get(model.name)
+        made = model.source if edits is None else f"{model.base} with edited weights"
+        console.print(Text.assemble(("model ", "bold"), (model.name, "bold cyan"), f" · {made}"))
+        for rule in () if edits is None else edits.rules:
+            _changed_sites(rule, console)
         console.print()
 
 
@@ -264,10 +278,7 @@ def _rule(
     experiment: ResolvedExperiment, rule: ResolvedRule, console: Console, within: str = ""
 ) -> None:
     """Print one rule with everything that it hits."""
-    console.print(Text(f"  {within}{rule.spec.span.written}", style="bold"))
-    if rule.sites is not None:
-        _print_labels("sites", list(dict.fromkeys(rule.sites.labels.values())), console)
-    _directions(rule, console)
+    _changed_sites(rule, console, within)
     if rule.path is not None:
         _print_labels("receivers", list(rule.path.receivers.labels.values()), console)
     for title, run, cells in _hit_lists(experiment, rule):
@@ -276,6 +287,14 @@ def _rule(
         _positions(experiment, run, cells, console)
     if experiment.generation is not None and rule.does.changes not in ("input", "nothing"):
         console.print(Text(f"    acts {_step_text(rule, experiment.generation.tokens - 1)}"))
+
+
+def _changed_sites(rule: ResolvedRule, console: Console, within: str = "") -> None:
+    """Print one rule with its sites and directions."""
+    console.print(Text(f"  {within}{rule.spec.span.written}", style="bold"))
+    if rule.sites is not None:
+        _print_labels("sites", list(dict.fromkeys(rule.sites.labels.values())), console)
+    _directions(rule, console)
 
 
 def _step_text(rule: ResolvedRule, last: int) -> str:

@@ -636,6 +636,20 @@ def of_counting(model: str, *lines: str) -> str:
     return f"experiment e {{{body}\nmeasure logit(answer) as raw\n}}\n"
 
 
+def test_explain_lists_edits_and_sums() -> None:
+    head = f'mech 1\nmodel m = zoo("counting")\n{ZOO}'
+    models = (
+        "model c = m with {\n  scale weights of L1H2 by 0.5\n  add 3 * d to weights of L1N3\n}\n"
+        "model half = m + 0.5 * (c - m)\n"
+    )
+    said = str(mechdsl.explain(head + models + of_counting("half")))
+    first, second, _ = said.split("\n\n", 2)
+    assert first.startswith("model c · m with edited weights\n  scale weights of L1H2 by 0.5\n")
+    assert "sites: weights of L1H2" in first
+    assert "3.0 * d on weights of mlp_out layer 1: " in first
+    assert second == "model half · m + 0.5 * (c - m)"
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 REFUSED = {
