@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.names import UnequalIndexTokens, UnknownName
-from mechdsl.diagnostics.positions import AbsentOccurrence, OutsidePrompt, UnequalUnion
+from mechdsl.diagnostics.positions import AbsentOccurrence, NotInReply, OutsidePrompt, UnequalUnion
 from mechdsl.diagnostics.rules import (
     AxisDoesNotFit,
     BadAmount,
@@ -146,6 +146,18 @@ def resolve_later_positions(
     def find(values: NamedValues) -> PositionMatch | None:
         cells = _cells(positions, base.name, values, work)
         if cells is None:
+            return None
+        written = next((cell for cell in cells if cell.reply is not None), None)
+        if written is not None:
+            work.diagnostics.append(
+                NotInReply(
+                    span=positions.span,
+                    position=written.label,
+                    reason="a token of a reply that isn't written yet has no known later tokens",
+                    hint="append the replies of another experiment: "
+                    f"`prompts {work.experiment.prompts} with replies of NAME`",
+                )
+            )
             return None
         pairs: list[tuple[PositionCell, PositionCell]] = []
         for cell in cells:

@@ -584,6 +584,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "set v layer 1 at subject token to 0.5 after prefill",
         "measure entropy at reply token as raw",
     ),
+    "later tokens": (
+        GENERATE,
+        "observe received pattern layer 1 at subject token, reply token 1",
+    ),
     "all rows": (GENERATE, "observe rank resid_post layer 1 at reply token as r"),
     "a pattern": (GENERATE, 'save pattern layer 1 at reply token to "x.safetensors"'),
 }
