@@ -289,9 +289,10 @@ class _BlockLines:
             )
             return
         self.name(line.name)
-        self.corruptions.append(
-            spec.Corruption(span=line.name.span, name=line.name.id, changes=line.changes)
-        )
+        if all(known.name != line.name.id for known in self.corruptions):
+            self.corruptions.append(
+                spec.Corruption(span=line.name.span, name=line.name.id, changes=line.changes)
+            )
 
     def only_of_texts(self) -> None:
         """Report text lines in a block of images (E0207, E0108)."""

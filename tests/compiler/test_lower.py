@@ -157,3 +157,17 @@ def test_the_seed_of_the_file_itself_holds(tmp_path: Path) -> None:
     rest = 'use "shared.mech"\n' + experiment("measure correct as raw")
     assert lowered(f"mech 1\n{rest}", tmp_path / "a.mech").seed == 5
     assert lowered(f"mech 1\nseed 7\n{rest}", tmp_path / "a.mech").seed == 7
+
+
+def test_a_second_corruption_of_a_name_is_left_out() -> None:
+    line = "  corrupt fewer { a = a - 1 }\n"
+    text = (
+        'mech 1\nmodel toy = zoo("counting")\nprompts barred {\n'
+        '  a in 3..9\n  b in 2..8\n  part1 = list("fig", a, sep: ", ")\n'
+        '  template "Part 1: {part1} | Part 2: {b}. Count 1:"\n'
+        f'  answer " {{a}}"\n{line}{line}}}\n'
+        "experiment e {\n  model toy\n  prompts barred limit 8\n  from clean into fewer\n"
+        "  patch resid_post layer 1 at last token\n"
+        "  measure logit(answer) - logit(answer of fewer) as recovery\n}\n"
+    )
+    assert [each.code for each in check_source(Source(text)).diagnostics] == ["E0202"]
