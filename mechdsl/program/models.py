@@ -79,7 +79,7 @@ def _edited(statement: ast.ModelDef, scope: Namespace) -> spec.Model | None:
     if not isinstance(source, ast.Name):
         what = "sum" if isinstance(source, ast.Binary) else "model"
         reason = "edits change a model of the file, which is named before `with`"
-        hint = f"write the {what} on a line of its own: `model base = {source.span.written}`"
+        hint = f"write the {what} on a separate line: `model base = {source.span.written}`"
         scope.diagnostics.append(BadWeights(span=source.span, reason=reason, hint=hint))
         return None
     if not statement.edits and not _has_lost_edits(statement):
@@ -193,7 +193,7 @@ def _terms(node: ast.Node, parameters: Mapping[str, Constant]) -> _Terms:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 return _Terms({}, float(value))
             if isinstance(node, ast.Call):
-                hint = f"write it on a line of its own: `model other = {node.span.written}`"
+                hint = f"write it on a separate line: `model other = {node.span.written}`"
                 raise _NotLinear(node, "its models have to be named", hint)
             raise _NotLinear(node, "it consists of models and numbers", f"write {_SUM_EXAMPLE}")
 

@@ -230,7 +230,7 @@ class Model(Spec):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether it has files of its own, instead of being made from other models."""
+        """Whether it is loaded from a source, instead of being made from other models."""
         return self.kind not in ("edited", "sum")
 
 
