@@ -66,7 +66,12 @@ from mechdsl.loading.anatomy_proof import (
     unwrap_model,
 )
 from mechdsl.loading.identity import compute_identity
-from mechdsl.loading.weight_edits import NotCopied, build_sum, copy_modules
+from mechdsl.loading.weight_edits import (
+    NotCopied,
+    build_sum,
+    copy_modules,
+    find_output_map,
+)
 from mechdsl.models.adapter_folder import AdapterScaling, read_scaling
 from mechdsl.models.config import read_config, read_shape, shape_from_config, shape_of_folder_config
 from mechdsl.models.folder import (
@@ -86,7 +91,7 @@ from mechdsl.program import spec
 from mechdsl.program.python_functions import PythonFailure, PythonFunction
 from mechdsl.prompts.tokens.images import ImageTokenizer, make_image_tokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer, has_tokenizer
-from mechdsl.resolve.bases import WeightChange
+from mechdsl.resolve.bases import MAPPED_SITES, WeightChange
 from mechdsl.resolve.expansion import expand_controls
 from mechdsl.resolve.measures import check_readable
 from mechdsl.resolve.model_pairs import attach_tokenizer, read_tower_inputs, reads_outputs
@@ -940,19 +945,13 @@ def _check_output_weights(rule: ResolvedRule, model: LoadedModel) -> Diagnostic 
     for point in dict.fromkeys(p for here in rule.sites.points.values() for p in here):
         assert point.layer is not None
         block = model.anatomy.blocks[point.layer]
-        norm, reads = (
-            (block.attn_behind, "z")
-            if point.site == "attn_out"
-            else (block.mlp_behind, "mlp_hidden")
-        )
-        path = block.output if point.site == "attn_out" else block.down
-        tap = block.taps.get(reads)
-        behind = norm or block.taps[point.site].scaled_by
-        if behind is None and path is not None and tap and (tap.path, tap.side) == (path, "in"):
+        norm = block.attn_behind if point.site == "attn_out" else block.mlp_behind
+        between = norm or block.taps[point.site].scaled_by
+        if between is None and find_output_map(block, point.site) is not None:
             continue
-        reason = f"`{behind}` is between these weights and the stream"
-        if behind is None:
-            reason = f"`{point.site}` isn't a linear map of `{reads}`"
+        reason = f"`{between}` is between these weights and the stream"
+        if between is None:
+            reason = f"`{point.site}` isn't a linear map of `{MAPPED_SITES[point.site]}`"
         return BadWeights(
             span=rule.spec.span,
             reason=f"{reason}, in `{model.name}`",

@@ -19,10 +19,11 @@ from mechdsl.forward.hooks.model import BASE_PREFIX, LoadedModel
 from mechdsl.forward.hooks.module_exchange import get_activation
 from mechdsl.loading.anatomy_proof import prove_anatomy, summarize_error
 from mechdsl.loading.identity import compute_identity
-from mechdsl.models.anatomy import TensorLayout
+from mechdsl.models.anatomy import BlockAnatomy, HookPoint, TensorLayout
 from mechdsl.models.block import is_transposed
 from mechdsl.models.folder import json_digest
 from mechdsl.program import spec
+from mechdsl.resolve.bases import MAPPED_SITES
 
 MAX_WIDENED = 1 << 24
 """Numbers of a matrix that are converted to float64 at once."""
@@ -168,19 +169,30 @@ def _matrix(path: str, edit: WeightEdit, changed: _ChangedWeights) -> Tensor:
     return weight if is_transposed(module) else weight.T
 
 
+def find_output_map(block: BlockAnatomy, site: str) -> tuple[str, HookPoint] | None:
+    """Return the linear map from heads or neurons to `attn_out` or `mlp_out`; None without one.
+
+    Returns:
+        The path of its module, and the tap of the heads or neurons that are its input.
+    """
+    path = block.output if site == "attn_out" else block.down
+    tap = block.taps.get(MAPPED_SITES[site])
+    if path is None or tap is None or (tap.path, tap.side) != (path, "in"):
+        return None
+    return path, tap
+
+
 def _change_outputs(edit: WeightEdit, base: LoadedModel, changed: _ChangedWeights) -> None:
     """Change output weights of heads or neurons. Raises _Unsuitable."""
-    block = base.anatomy.blocks[edit.layer]
-    path, reads = block.down, "mlp_hidden"
-    if edit.site == "attn_out":
-        path, reads = block.output, "z"
-    tap = block.taps.get(reads)
-    if path is None or tap is None or (tap.path, tap.side) != (path, "in"):
+    found = find_output_map(base.anatomy.blocks[edit.layer], edit.site)
+    if found is None:
+        reads = MAPPED_SITES[edit.site]
         raise _Unsuitable(
             edit,
             f"`{edit.site}` of layer {edit.layer} isn't a linear map of `{reads}`",
             "name a layer whose heads or neurons have output weights",
         )
+    path, tap = found
     matrix = _matrix(path, edit, changed)
     index = torch.tensor(_list_features(tap.layout), device=matrix.device)
     if edit.numbers:

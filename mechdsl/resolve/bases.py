@@ -96,6 +96,9 @@ _UNKNOWN_WIDTH = 1 << 16
 NEXT_MAPS: Mapping[str, str] = {"mlp_hidden": "mlp_out", "z": "attn_out"}
 """Sites that one linear map reads → the site that it writes to."""
 
+MAPPED_SITES: Mapping[str, str] = {output: site for site, output in NEXT_MAPS.items()}
+"""The reverse: outputs of sublayers → the site of the heads or neurons that their weights read."""
+
 WEIGHT_SITES = ("mlp_out", "attn_out")
 """Sites whose weights `svd(weights: …)` can take apart."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mechdsl.diagnostics.rules import BadDirection, BadWeights
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
-from mechdsl.resolve.bases import NEXT_MAPS, VECTOR_AMOUNT, WeightChange
+from mechdsl.resolve.bases import MAPPED_SITES, NEXT_MAPS, VECTOR_AMOUNT, WeightChange
 from mechdsl.resolve.conflicts import ADD_TO_WEIGHTS, PROJECT_OUT_OF_WEIGHTS
 from mechdsl.resolve.directions import resolve_direction
 from mechdsl.resolve.runs import RuleKind
@@ -47,9 +47,6 @@ from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_SITES_OF_OUTPUTS: Mapping[str, str] = {output: site for site, output in NEXT_MAPS.items()}
-"""Outputs of sublayers → the site that their weights read."""
 
 UNITS_OF_OUTPUTS: Mapping[str, str] = {"mlp_out": "neuron", "attn_out": "head"}
 
@@ -176,15 +173,15 @@ def _named_by_unit(site: ast.Site) -> ast.Site:
     unit = UNITS_OF_OUTPUTS.get(name.id)
     if unit is None or all(axis.word != unit for axis in site.axes):
         return site
-    return replace(site, names=(replace(name, id=_SITES_OF_OUTPUTS[name.id]),))
+    return replace(site, names=(replace(name, id=MAPPED_SITES[name.id]),))
 
 
 def _read_point(point: SitePoint) -> SitePoint:
     """Return the heads or neurons of a point; all of them for the output of a sublayer."""
     if point.site in NEXT_MAPS:
         return point
-    if point.site in _SITES_OF_OUTPUTS:
-        return replace(point, site=_SITES_OF_OUTPUTS[point.site], unit=None)
+    if point.site in MAPPED_SITES:
+        return replace(point, site=MAPPED_SITES[point.site], unit=None)
     raise _NotEditable(
         f"no weights of heads or neurons write to `{point.site}` alone",
         f"name a sublayer, or its heads or neurons: {_EXAMPLES}",

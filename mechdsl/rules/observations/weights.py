@@ -231,49 +231,69 @@ CIRCUIT_AXES = ("from_feature", "to_feature")
 """Axes of the coordinates that a head reads and writes, or of its query and its key."""
 
 
-class HeadCircuit(WeightObservation):
-    """`observe ov(b) layer 1 head 2`, `observe qk(b, c) …`: a head's map between coordinates of
-    bases."""
+class BasisObservation(WeightObservation):
+    """An observation of the coordinates of two bases, along an axis for each of them or the first
+    alone."""
 
     takes: ClassVar = ("arguments",)
     of_bases = True
-    value_axes = CIRCUIT_AXES
     keeps_cells = False  # computed faster than read
-    ends: ClassVar[str]
-    """What the two bases are of, for tables."""
-    reads_coordinates: ClassVar[bool]
-    """Whether the second basis reads the result, instead of giving directions too."""
+    basis_counts: ClassVar[tuple[int, ...]]
+    """How many bases it takes; one stands for both."""
 
     def __init__(self, members: tuple[BasisMember, ...] = ()) -> None:
         """Create the observation for two bases; none only in the registered instance."""
         self.members = members
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        said = rule.observed
-        assert said is not None
-        found, named = super().resolve(rule, work), read_basis_arguments(rule, (1, 2), work)
+        found, named = super().resolve(rule, work), _read_bases(rule, self.basis_counts, work)
         bases = None if named is None else resolve_argument_bases(named, work)
         if found is None or found.sites is None or bases is None:
             return None
-        first, second = bases.members[0], bases.members[-1]
-        if self.reads_coordinates and not _reads_stream(second):
-            reason = f"can't read the result with `{second.name}`, a transcoder"
-            report_bad_observation(rule, work, reason, "name a basis of the residual stream")
+        members = bases.members[0], bases.members[-1]
+        if not self.bases_fit(rule, members, work):
             return None
         sites = found.sites
-        for axis, member in zip(CIRCUIT_AXES, (first, second), strict=True):
+        assert rule.observed is not None
+        for axis, member in zip(self.value_axes, members, strict=False):
             size = min(member.size, 2) if work.sites.shape.stands_in else member.size
-            work.add_axis(Axis(axis, tuple(range(size)), said.span))
+            work.add_axis(Axis(axis, tuple(range(size)), rule.observed.span))
             sites = repeat_sites(sites, axis, size)
-        does = type(self)((first, second))
-        return replace(found, does=does, sites=sites, basis=bases)
+        return replace(found, does=type(self)(members), sites=sites, basis=bases)
+
+    def bases_fit(
+        self, rule: spec.Rule, members: tuple[BasisMember, BasisMember], work: ExperimentContext
+    ) -> bool:
+        """Report E0207 for bases that it can't use."""
+        return True
+
+
+class HeadCircuit(BasisObservation):
+    """`observe ov(b) layer 1 head 2`, `observe qk(b, c) …`: a head's map between coordinates of
+    bases."""
+
+    value_axes = CIRCUIT_AXES
+    basis_counts = (1, 2)
+    ends: ClassVar[str]
+    """What the two bases are of, for tables."""
+    reads_coordinates: ClassVar[bool]
+    """Whether the second basis reads the result, instead of giving directions too."""
+
+    def bases_fit(
+        self, rule: spec.Rule, members: tuple[BasisMember, BasisMember], work: ExperimentContext
+    ) -> bool:
+        if not self.reads_coordinates or not members[1].reads:
+            return True
+        reason = f"can't read the result with `{members[1].name}`, a transcoder"
+        report_bad_observation(rule, work, reason, "name a basis of the residual stream")
+        return False
 
     def said(self) -> Iterator[str]:
         first, second = self.members
         yield self.ends.format(first.name, second.name)
 
 
-def read_basis_arguments(
+def _read_bases(
     rule: spec.Rule, counts: tuple[int, ...], work: ExperimentContext
 ) -> list[ast.Name] | None:
     """Return the names of the bases in parentheses; None after E0207 for other arguments.
@@ -293,11 +313,6 @@ def read_basis_arguments(
         report_bad_observation(rule, work, f"takes {many}", hint)
         return None
     return named if len(said.bases) == len(named) else None  # otherwise already reported
-
-
-def _reads_stream(member: BasisMember) -> bool:
-    """Whether coordinates are those of vectors of the residual stream."""
-    return not member.reads
 
 
 @observation("ov", unit="per coordinate")
@@ -335,24 +350,18 @@ class QueryKeyCircuit(HeadCircuit):
 
 
 @observation("matched_cosine", unit="cosine")
-class MatchedCosine(WeightObservation):
+class MatchedCosine(BasisObservation):
     """The largest cosine of a basis's direction with directions of another basis.
 
-    returns: −1 to 1, by coordinate of the first basis; beside it the coordinate of the second that
-        matches best, from 0
+    returns: −1 to 1, by coordinate of the first basis; `partner` is the coordinate of the second
+        that matches best, from 0
     source: Leask et al. 2025, arXiv 2502.04878; Bricken et al. 2023
     """
 
-    takes: ClassVar = ("arguments",)
-    of_bases = True
     value_axes = ("feature",)
+    basis_counts = (2,)
     controls: ClassVar[tuple[str, ...]] = ("partner",)
-    keeps_cells = False  # computed faster than read
     folded: ClassVar = "each basis's directions are those that its coordinates add to a vector"
-
-    def __init__(self, members: tuple[BasisMember, ...] = ()) -> None:
-        """Create the observation for two bases; none only in the registered instance."""
-        self.members = members
 
     def form_of(self, name: str) -> MetricForm:
         if name == "partner":
@@ -365,18 +374,6 @@ class MatchedCosine(WeightObservation):
             return True
         report_bad_observation(rule, work, "compares bases of one site", hint)
         return False
-
-    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        found, named = super().resolve(rule, work), read_basis_arguments(rule, (2,), work)
-        bases = None if named is None else resolve_argument_bases(named, work)
-        if found is None or found.sites is None or bases is None:
-            return None
-        assert rule.observed is not None
-        members = bases.members
-        size = min(members[0].size, 2) if work.sites.shape.stands_in else members[0].size
-        work.add_axis(Axis(self.value_axes[0], tuple(range(size)), rule.observed.span))
-        sites = repeat_sites(found.sites, self.value_axes[0], size)
-        return replace(found, does=MatchedCosine(members), sites=sites, basis=bases)
 
     def said(self) -> Iterator[str]:
         first, second = self.members
