@@ -238,6 +238,8 @@ def build_codec(hint: Any) -> Codec:
     takes.
     """
     origin, args = get_origin(hint), get_args(hint)
+    if hasattr(origin, "__value__"):  # a type alias, such as `NDArray[…]` since NumPy 2.5
+        return build_codec(origin.__value__[args])
     if isinstance(hint, type) and is_dataclass(hint):
         return _dataclass(hint)
     if _is_class(hint, BaseModel):

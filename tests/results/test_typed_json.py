@@ -9,13 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from typing_extensions import TypeAliasType
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.source import Source, Span
@@ -206,3 +207,15 @@ def test_numbers_are_exact() -> None:
     for value in (0.1 + 0.2, -0.0, 5e-324, math.inf, -math.inf, math.nan, 1e308, 2**200, -1):
         found = read_value(again(write_value(value, Attachments())), Attachments())
         equal(value, found)
+
+
+def test_numpys_arrays_may_be_a_type_alias() -> None:
+    """As `NDArray` is since NumPy 2.5, which needs Python 3.12."""
+    scalar = TypeVar("scalar", bound=np.generic)
+    alias = TypeAliasType("alias", np.ndarray[Any, np.dtype[scalar]], type_params=(scalar,))
+    codec = build_codec(alias[np.float64])
+    kept = Attachments()
+    values = np.array([1.5, np.nan])
+    read = codec.read(codec.write(values, kept), kept)
+    assert read.dtype == np.float64
+    np.testing.assert_array_equal(read, values)
