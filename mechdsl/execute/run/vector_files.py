@@ -47,8 +47,8 @@ from mechdsl.vocab.metrics import Reply
 class SavedRows:
     """Rows that a `save` line reads: rows of a run, or one row for each reply."""
 
-    save: ResolvedSave
-    """The line, with cells for these rows."""
+    line: ResolvedSave
+    """With cells for these rows."""
     run: PromptRun
     of: Ints
     """[row] its number in the table."""
@@ -197,7 +197,7 @@ class _SavedRun:
     @property
     def save(self) -> ResolvedSave:
         """The line, with positions for the rows."""
-        return self.rows.save
+        return self.rows.line
 
     @property
     def run(self) -> PromptRun:
