@@ -242,7 +242,9 @@ def _select_for_keys(acting: RuleWrites, last: int) -> RuleWrites:
 
 
 def _call_model(model: LoadedModel, tokens: NewTokens, kept: KeyValueCache) -> Any:
-    return model.module(**tokens.inputs(model), past_key_values=kept, use_cache=True)
+    argument = model.calling.cache_argument
+    assert argument is not None
+    return model.module(**tokens.inputs(model), **{argument: kept}, use_cache=True)
 
 
 @contextmanager
@@ -361,7 +363,7 @@ def _test_methods(model: LoadedModel, inside: bool) -> GenerationMethod:
             "whole",
             "its positions are columns of the batch, so prompts can't be aligned at their ends",
         )
-    if "past_key_values" not in model.calling.accepts:
+    if model.calling.cache_argument is None:
         return GenerationMethod("whole", "it doesn't accept cached keys and values")
     if any(_depends_on_length(getattr(part, "rope_type", "")) for part in model.module.modules()):
         return GenerationMethod("whole", "its rotary embedding depends on the length of the text")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mechdsl.base.arrays import Ints
 from mechdsl.forward.hooks.batch import Batch, BlockPairs, array_to_device
 from mechdsl.forward.hooks.module_exchange import (
+    CACHE_ARGUMENTS,
     AttentionEntry,
     BlockStub,
     find_attention_entry,
@@ -84,6 +85,11 @@ class CallConvention:
     or reads whole prompts itself, and for images."""
     narrows: bool = True
     """Whether the unembedding may compute selected logits only: nothing is added to them later."""
+
+    @property
+    def cache_argument(self) -> str | None:
+        """Name of the forward argument with cached keys and values."""
+        return next((name for name in CACHE_ARGUMENTS if name in self.accepts), None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ mask.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,8 @@ from mechdsl.base.records import Registry
 
 _ACTIVATION_NAMES = ("hidden_states", "inputs_embeds", "hidden_state", "x", "input", "query")
 """Names of modules' activation argument, if it isn't the first one."""
+CACHE_ARGUMENTS = ("past_key_values", "cache")
+"""Names of models' argument with cached keys and values: in transformers before 5.24, and since."""
 
 
 def find_activation_name(kwargs: dict[str, Any]) -> str:
@@ -255,9 +257,16 @@ def _split_heads(features: Tensor, count: int) -> Tensor:
     return features.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
-def _append_cached(module: Any, past: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Append keys and values to the cached ones of earlier tokens."""
-    return (key, value) if past is None else past.update(key, value, module.layer_idx)
+def _append_cached(
+    module: Any, given: Mapping[str, Any], key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Append keys and values to the cached ones of earlier tokens.
+
+    given: the module's arguments.
+    """
+    names = (*CACHE_ARGUMENTS, "layer_past")
+    cache = next((given[name] for name in names if given.get(name) is not None), None)
+    return (key, value) if cache is None else cache.update(key, value, module.layer_idx)
 
 
 # --- modules with a method for attention ----------------------------------------------------------
@@ -328,11 +337,10 @@ def attend_bloom(
     residual: Tensor,
     alibi: Tensor,
     attention_mask: Tensor,
-    layer_past: Any = None,
-    **_: Any,
+    **kw: Any,
 ) -> Any:
     query, key, value = module._reshape(module.query_key_value(hidden_states))
-    key, value = _append_cached(module, layer_past, key, value)
+    key, value = _append_cached(module, kw, key, value)
     mask = exchange.mask(
         lambda mask, alibi: mask + alibi.unflatten(0, (-1, module.num_heads)), attention_mask, alibi
     )
@@ -346,15 +354,14 @@ def attend_mpt(
     exchange: AttentionExchange,
     hidden_states: Tensor,
     position_bias: Tensor,
-    past_key_values: Any = None,
     attention_mask: Any = None,
-    **_: Any,
+    **kw: Any,
 ) -> Any:
     fused = module.Wqkv(hidden_states)
     if module.clip_qkv:
         fused = fused.clamp(min=-module.clip_qkv, max=module.clip_qkv)
     query, key, value = (_split_heads(part, module.n_heads) for part in fused.chunk(3, dim=2))
-    key, value = _append_cached(module, past_key_values, key, value)
+    key, value = _append_cached(module, kw, key, value)
     mask = exchange.mask(  # true where a key is hidden; biases cover the longest prompt
         lambda hides, bias: hide_scores(bias[None, :, :, -hides.shape[-1] :], hides),
         attention_mask,
@@ -371,19 +378,15 @@ def attend_falcon(
     hidden_states: Tensor,
     alibi: Tensor | None,
     attention_mask: Any,
-    position_ids: Any = None,
-    layer_past: Any = None,
-    use_cache: bool = False,
-    output_attentions: bool = False,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
-    **_: Any,
+    **kw: Any,
 ) -> Any:
     parts = module._split_heads(module.query_key_value(hidden_states))
     query, key, value = (part.transpose(1, 2) for part in parts)
     if alibi is None:
         library = import_module(type(module).__module__)
         query, key = library.apply_rotary_pos_emb(query, key, *(position_embeddings or ()))
-    key, value = _append_cached(module, layer_past, key, value)
+    key, value = _append_cached(module, kw, key, value)
     # Keys and values are repeated for each head that reads them.
     shared = key.shape[1] // module.num_kv_heads
     key, value = key[:, ::shared], value[:, ::shared]
@@ -419,7 +422,7 @@ def attend_xglm(
         )
     )
     if kw.get("key_value_states") is None:
-        key, value = _append_cached(module, kw.get("past_key_values"), key, value)
+        key, value = _append_cached(module, kw, key, value)
     out, weights = exchange.attend(
         module, query, key, value, attention_mask, scaling=module.scaling
     )
@@ -586,8 +589,7 @@ def attend_llama4(
     hidden_states: Tensor,
     position_embeddings: Tensor,
     attention_mask: Any = None,
-    past_key_values: Any = None,
-    **_: Any,
+    **kw: Any,
 ) -> Any:
     query, key, value = (
         projection(hidden_states).unflatten(-1, (-1, module.head_dim))
@@ -605,7 +607,7 @@ def attend_llama4(
         grown = torch.log1p(torch.floor((place.float() + 1) / module.floor_scale))
         query = (query * (grown * module.attn_scale + 1)[..., None, None]).to(query.dtype)
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-    key, value = _append_cached(module, past_key_values, key, value)
+    key, value = _append_cached(module, kw, key, value)
     out, weights = exchange.attend(
         module, query, key, value, attention_mask, scaling=module.scaling
     )
