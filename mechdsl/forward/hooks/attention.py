@@ -443,8 +443,7 @@ def _attend_queries(
     if before:
         old = weights[..., :before]
         if not lanes.suffix:
-            old = old.clone()
-            old[..., mine] = 0
+            old = old.index_fill(-1, group.columns.device[:own], 0)
         flat = old.reshape(*q.shape[:2], -1, before)
         found += (flat @ old_values).view(found.shape)
     return found
