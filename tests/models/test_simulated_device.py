@@ -37,6 +37,10 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         4,
         ("prompts p", "observe attention layer * head * from last token to subject token"),
     ),
+    "logits of heads": (
+        7,
+        ("prompts p", "observe direct_logit layer * head * toward answer - wrong at last token"),
+    ),
     "edges": (
         6,
         (
@@ -77,7 +81,7 @@ MODES = [
     *((name, RunOptions(), most) for name, (most, _) in CASES.items()),
     *((name, support.WITHOUT_PLAN, most) for name, most in WHOLE.items()),
 ]
-QUICK = ("heads", "loss", "replies")
+QUICK = ("heads", "logits of heads", "loss", "replies")
 """Those that aren't slow."""
 
 

@@ -115,6 +115,7 @@ class RowObserver:
         tokens = None if self.does.lists(self.rule) else tokens
         of_logits = self.does.gives == "logits"
         total: Tensor | None = None
+        device = next(iter(found.values())).device
         count = np.zeros(self.rows, dtype=np.int64)
         for part in self.parts:
             seen = self._seen(part, found, unembedding, tokens if of_logits else None)
@@ -136,7 +137,7 @@ class RowObserver:
         over = to_device(over.to(total.dtype), total.device)
         over = over.reshape(-1, *(1 for _ in total.shape[1:]))
         if of_logits:
-            logits = total / over
+            logits = to_device(total / over, device)
             listed = widen(logits).softmax(-1) if self.does.lists(self.rule) else None
             return ObservedValues(logits=logits, tokens=tokens, listed=listed)
         return ObservedValues(numbers=(total / over).cpu())
