@@ -18,12 +18,25 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.measurement.python_metrics import ReplySearchFailed
 from mechdsl.execute.run_record import PassSizes, SizeOrigin
 from mechdsl.forward.hooks.attention import get_max_scores
-from mechdsl.forward.hooks.batch import get_free_memory, is_out_of_memory, release_memory
+from mechdsl.forward.hooks.batch import (
+    CPU_REPLY_BYTES,
+    get_free_memory,
+    get_reply_bytes,
+    is_out_of_memory,
+    release_memory,
+)
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.restart import Shortcuts
 from mechdsl.models.shape import ModelShape
 from mechdsl.planner.cost import SharedRows
-from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS, ExperimentPlan, Plan
+from mechdsl.planner.plan import (
+    PASS_TOKENS,
+    PROMPT_TOKENS,
+    ExperimentPlan,
+    Panel,
+    Plan,
+    batch_size,
+)
 from mechdsl.planner.rows import RowTable
 from mechdsl.program.python_functions import PythonFailure
 from mechdsl.prompts.rows import PromptTable
@@ -42,23 +55,21 @@ MAX_PASS_TOKENS = 1 << 17
 CACHE_MEMORY_SHARE = 0.25
 """Share of free memory that unpatched runs may use for rows that start from them."""
 
-MAX_REPLY_BYTES = 2 << 30
-"""Limit for rows that generate text together, unless that exceeds a quarter of the free memory."""
-
 
 @dataclass
 class PassSizer:
     """Number of tokens in one pass, and in one batch of prompts, for one run of a file.
 
-    Both are fixed before the first patched row. After that, only a lack of memory changes the size
-    of passes: it is halved, and the remaining rows run at half the size.
+    Both are fixed before the first patched row. Until then, batches are halved if memory runs out.
+    After that, only a lack of memory changes the size of passes: it is halved, and the remaining
+    rows run at half the size.
     """
 
     pass_tokens: int = PASS_TOKENS
     prompt_tokens: int = PROMPT_TOKENS
     limit: int = MAX_PASS_TOKENS
     """Largest pass that fits in memory."""
-    reply_bytes: int = MAX_REPLY_BYTES
+    reply_bytes: int = CPU_REPLY_BYTES
     """Space for keys, values and written vectors of the rows that generate text together."""
     chosen: SizeOrigin = "default"
     """Origin of `pass_tokens`."""
@@ -81,19 +92,20 @@ class PassSizer:
             prompts = prompt_tokens or PROMPT_TOKENS
             return PassSizer(pass_tokens, prompts, pass_tokens, chosen="given", settled=True)
         usual, limit, room = PASS_TOKENS * DEVICE_TOKEN_FACTOR, MAX_PASS_TOKENS, PROMPT_TOKENS
-        replies = MAX_REPLY_BYTES
+        replies: list[int] = []
         for model, table in uses:
             if model.device.type == "cpu":
                 usual = PASS_TOKENS
             free = max(0, get_free_memory(model.device) - estimate_score_bytes(model.device))
             limit = min(limit, int(free * 0.5) // max(1, estimate_token_bytes(model)))
             room = min(room, int(free * CACHE_MEMORY_SHARE) // estimate_cache_bytes(model, table))
-            replies = min(replies, int(free * CACHE_MEMORY_SHARE))
+            replies.append(min(get_reply_bytes(model.device), int(free * CACHE_MEMORY_SHARE)))
         limit = max(MIN_PASS_TOKENS, limit)
         short = limit < usual or (prompt_tokens is None and room < PROMPT_TOKENS)
         prompts = prompt_tokens or max(1, room)
         chosen = "memory" if short else "default"
-        return PassSizer(min(usual, limit), prompts, limit, replies, chosen)
+        replied = min(replies, default=CPU_REPLY_BYTES)
+        return PassSizer(min(usual, limit), prompts, limit, replied, chosen)
 
     @property
     def kept(self) -> PassSizes:
@@ -129,6 +141,19 @@ class PassSizer:
         self.chosen = "memory"
         release_memory()
         return True
+
+    def reduce_batches(self, panel: Panel) -> bool:
+        """Halve the batches of prompts after memory ran out; False if they have one prompt each."""
+        prompts = self._count_prompts(panel)
+        if prompts == 1:
+            return False
+        while self._count_prompts(panel) == prompts:
+            self.prompt_tokens //= 2
+        release_memory()
+        return True
+
+    def _count_prompts(self, panel: Panel) -> int:
+        return min(batch_size(panel, self.prompt_tokens), len(panel.table))
 
 
 @contextmanager

@@ -265,6 +265,44 @@ def test_a_run_that_is_out_of_memory_goes_on_with_smaller_passes(
     assert found.profile.passes == len(found.profile.tokens) > whole.profile.passes
 
 
+@pytest.mark.parametrize("kind", ["GPU", "Python"])
+def test_unpatched_runs_that_are_out_of_memory_go_on_with_fewer_prompts(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adopted("llama")
+    checked = check_file(TEXT, folder, model)
+    whole = execute_file(checked, model, (), ExecutionOptions(pass_tokens=500))
+    compute = mechdsl.execute.unpatched_runs.compute_unpatched
+    tried: list[int] = []
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        found = compute(*args, **kwargs)
+        tried.append(len(args[2]))
+        if len(args[2]) > 2:
+            raise FULL[kind]
+        return found
+
+    monkeypatch.setattr(mechdsl.execute.unpatched_runs, "compute_unpatched", limited)
+    found = execute_file(checked, model, (), ExecutionOptions(pass_tokens=500))
+    same(found, whole)
+    assert found.profile.halved == sum(prompts > 2 for prompts in tried) > 0
+    assert found.profile.distinct == whole.profile.distinct
+
+
+def test_one_prompt_that_exceeds_memory_ends_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adopted("llama")
+    checked = check_file(TEXT, folder, model)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise FULL["GPU"]
+
+    monkeypatch.setattr(mechdsl.execute.unpatched_runs, "compute_unpatched", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        execute_file(checked, model, (), ExecutionOptions())
+
+
 Kept = dict[tuple[bytes, int], np.ndarray]
 """(key of a cell, key of a row) → its values."""
 

@@ -1050,8 +1050,10 @@ def _prepare_runners(
     check: MeasureCheck,
 ) -> list[PanelRunner]:
     """Runners whose unpatched runs are done."""
-    runners = [
-        PanelRunner(
+    runners: list[PanelRunner] = []
+    for panel in plan.panels:
+        make = partial(
+            PanelRunner,
             panel,
             models[panel.model],
             plan,
@@ -1062,11 +1064,22 @@ def _prepare_runners(
             allow_nan=options.allow_nan,
             others={name: models[name] for name in panel.models[1:]},
         )
-        for panel in plan.panels
-    ]
-    for runner in runners:
         with measure_seconds() as seconds:
-            runner.prepare(check)
+            runner = _prepare_runner(make, check)
         execution.profile.unpatched_seconds += seconds[0]
         execution.measured.update(runner.measured)
+        runners.append(runner)
     return runners
+
+
+def _prepare_runner(make: Callable[[], PanelRunner], check: MeasureCheck) -> PanelRunner:
+    """A runner whose unpatched runs are done: anew in smaller batches whenever memory runs out."""
+    while True:
+        runner = make()
+        try:
+            runner.prepare(check)
+            return runner
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or not runner.sizes.reduce_batches(runner.panel):
+                raise
+            runner.profile.halved += 1

@@ -44,6 +44,7 @@ from mechdsl.forward.hooks.batch import (
     SiteWrite,
     apply_write,
     array_to_device,
+    get_reply_bytes,
     is_out_of_memory,
     release_memory,
     to_device,
@@ -604,9 +605,6 @@ def _count_own_tokens(prompts: Sequence[tuple[int, ...]], prefill: RuleWrites) -
 DEFAULT_PASS_TOKENS = 4096
 """Default number of tokens in one pass."""
 
-DEFAULT_MEMORY = 2 << 30
-"""Default number of bytes for keys, values and logits."""
-
 
 def generate_replies(
     model: LoadedModel,
@@ -620,7 +618,7 @@ def generate_replies(
     groups: Ints | None = None,
     cached: bool = True,
     limit: int = DEFAULT_PASS_TOKENS,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
 ) -> list[Reply]:
     """Generate text after each prompt with a causal decoder.
 
@@ -640,7 +638,8 @@ def generate_replies(
             their tokens differ; by default rows are shared only until a rule acts on them.
         cached: Whether to use a key-value cache, if `choose_method` finds that results agree.
         limit: Tokens of one pass.
-        memory: Bytes for keys, values and logits; batches are halved if memory runs out.
+        memory: Bytes for keys, values and logits; by default, `get_reply_bytes`. Batches are halved
+            if memory runs out.
 
     Raises:
         ValueError: The request is impossible.
@@ -666,7 +665,8 @@ def generate_replies(
         limit,
     )
     found: list[Reply | None] = [None] * len(prompts)
-    for rows in _split_batches(model, prompts, decoding.tokens, limit, memory):
+    room = get_reply_bytes(model.device) if memory is None else memory
+    for rows in _split_batches(model, prompts, decoding.tokens, limit, room):
         for row, reply in work.replies(rows):
             found[row] = reply
     return [reply for reply in found if reply is not None]
