@@ -196,6 +196,8 @@ class Expert(Loop):
         self, layer: int, hidden: Tensor, prompts: Tensor, start: int, first: int
     ) -> Tensor:
         """[row, token, width], z from position `first` on of rows that begin at `start`."""
+        if not len(hidden):  # PyTorch 2.11 gives None for 16 bits on a GPU
+            return hidden[:, first - start :]
         query, key, value = self._projected(self.blocks[layer], hidden)
         query = query[:, :, first - start :]
         if start:

@@ -3,6 +3,7 @@
 python -m tests.baseline --write DIR [--only examples|random] [--count 200]
 python -m tests.baseline --against DIR [--only examples|random]
 python -m tests.baseline --freeze
+python -m tests.baseline --against DIR --device cuda [--only examples|random] [--processes 8]
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from time import perf_counter
 
 import torch
 
-from . import compare, runs
+from . import compare, devices, runs
 
 
 def write(folder: Path, only: str | None, count: int) -> int:
@@ -41,11 +42,7 @@ def write(folder: Path, only: str | None, count: int) -> int:
 
 def against(folder: Path, only: str | None) -> int:
     """Exit status 1 if any file differs, 2 if there is none."""
-    paths = [
-        path
-        for path in sorted(folder.glob("*.json"))
-        if only is None or path.stem.startswith("random-") == (only == "random")
-    ]
+    paths = compare.written(folder, only)
     if not paths:
         print(f"no baseline in {folder}", file=sys.stderr)
         return 2
@@ -82,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--freeze", action="store_true")
     parser.add_argument("--only", choices=["examples", "random"])
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--device", help="of --against: values are held, not bits")
+    parser.add_argument("--processes", type=int, default=8, help="for --device")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     start = perf_counter()
@@ -89,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = freeze()
     elif given.write is not None:
         status = write(given.write, given.only, given.count)
+    elif given.device is not None:
+        status = devices.compare(given.against, given.only, given.device, given.processes)
     else:
         status = against(given.against, given.only)
     print(f"{perf_counter() - start:.0f} s")

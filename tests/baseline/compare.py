@@ -15,6 +15,15 @@ ABSOLUTE = 2e-5
 """For values near zero: sums of logits round in their last bits."""
 
 
+def written(folder: Path, only: str | None) -> list[Path]:
+    """Files of a baseline: all, or those of `examples` or `random` files."""
+    return [
+        path
+        for path in sorted(folder.glob("*.json"))
+        if only is None or path.stem.startswith("random-") == (only == "random")
+    ]
+
+
 def difference(expected: Any, found: Any, path: str = "") -> str | None:
     """Where two documents differ first, and by what; None where they are equal bit for bit."""
     if isinstance(expected, dict) and isinstance(found, dict):

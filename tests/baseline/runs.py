@@ -23,14 +23,15 @@ RANDOM_TOKENS = 128
 """Tokens of a pass: small enough for several passes."""
 
 
-def example(name: str) -> Document:
+def example(name: str, device: str = "cpu") -> Document:
     """What is kept of a shipped example."""
-    return {"example": name, "found": kept(mechdsl.run(EXAMPLES / f"{name}.mech", **given()))}
+    found = mechdsl.run(EXAMPLES / f"{name}.mech", **given(EXAMPLE_TOKENS, device))
+    return {"example": name, "found": kept(found)}
 
 
-def given(tokens: int = EXAMPLE_TOKENS) -> dict[str, Any]:
-    """Sizes that are the same everywhere, and the processor."""
-    return {"pass_tokens": tokens, "prompt_tokens": 2 * tokens, "device": "cpu"}
+def given(tokens: int = EXAMPLE_TOKENS, device: str = "cpu") -> dict[str, Any]:
+    """Sizes that are the same everywhere, and the device."""
+    return {"pass_tokens": tokens, "prompt_tokens": 2 * tokens, "device": device}
 
 
 def kept(results: Results) -> Document:
@@ -61,7 +62,7 @@ def kept(results: Results) -> Document:
 def random_files(count: int) -> Iterator[Document]:
     """Files that run, as many as wanted, with what is kept of them; the same ones every time."""
     done = 0
-    for case in _cases(8 * count + 20):
+    for case in _cases(20 * count + 20):
         found = again(case)["found"]
         if "errors" not in found:
             yield {**case, "found": found}
@@ -71,17 +72,17 @@ def random_files(count: int) -> Iterator[Document]:
     raise RuntimeError(f"only {done} of {count} random files ran")
 
 
-def again(case: Mapping[str, Any]) -> Document:
+def again(case: Mapping[str, Any], device: str = "cpu") -> Document:
     """A case run, whatever its file was made by: what is kept of it, or the errors."""
     if "example" in case:
-        return example(case["example"])
+        return example(case["example"], device)
     from ..execute import support
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file.mech"
         path.write_text(case["file"], encoding="utf-8")
         (Path(folder) / "data.jsonl").write_text(case["data"], encoding="utf-8")
-        model = support.bare(case["family"]), support.word_tokenizer()
+        model = support.bare(case["family"]).to(device), support.word_tokenizer()
         try:
             results = mechdsl.run(
                 path, {"m": model}, no_pass=case["no_pass"], **given(RANDOM_TOKENS)

@@ -13,7 +13,8 @@ import pytest
 
 from .__main__ import main
 from .compare import close, difference, frozen
-from .runs import again, random_files
+from .devices import compare_file
+from .runs import again, example, random_files
 
 DOCUMENT: dict[str, Any] = {
     "files": [
@@ -101,3 +102,18 @@ def test_a_case_gives_the_same_again_and_another_bit_is_told(
 def _first_label(case: dict[str, Any]) -> str:
     cells = case["found"]["files"][0]["experiments"][0]["cells"]
     return cells[0]["measures"][0]["label"]
+
+
+def test_values_of_a_device_are_held_against_a_baseline(tmp_path: Path) -> None:
+    path = tmp_path / "cured.json"
+    case = example("cured")
+    path.write_text(json.dumps(case), encoding="utf-8")
+    found = compare_file(path, "cpu")
+    assert (found.problem, found.worst) == (None, 0)
+    assert found.values > 20
+    one = case["found"]["files"][0]["experiments"][0]["cells"][0]["measures"][0]
+    one["mean"] += 0.01
+    path.write_text(json.dumps(case), encoding="utf-8")
+    found = compare_file(path, "cpu")
+    assert found.problem is not None
+    assert found.worst == pytest.approx(0.01)
