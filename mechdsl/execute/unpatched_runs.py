@@ -343,8 +343,8 @@ class _ReplyPasses:
             tokenizer = self.runs.model_of(self.rows.run).tokenizer
             assert tokenizer is not None
             self._places[place] = [
-                find_reply_tokens(place, reply.ids, reply.text, tokenizer.decode)
-                for reply in self.rows.replies
+                find_reply_tokens(place.of_row(row), reply.ids, reply.text, tokenizer.decode)
+                for row, reply in zip(self.rows.prompts.tolist(), self.rows.replies, strict=True)
             ]
         return self._places[place]
 

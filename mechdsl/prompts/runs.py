@@ -171,10 +171,16 @@ class ReplyPosition(Record):
     """The last number of a range of tokens."""
     text: str = ""
     """For `text`: the text whose last occurrence is used."""
+    texts: tuple[str, ...] = ()
+    """For `text`: [row] the text of each row of the table, instead of one for all."""
     which: Literal["first", "last", "all"] = "last"
     """For `text`: which of its tokens are used."""
     offset: int = 0
     """Number of tokens after that position."""
+
+    def of_row(self, row: int) -> ReplyPosition:
+        """Return the position in the reply of one row of the table."""
+        return replace(self, text=self.texts[row], texts=()) if self.texts else self
 
     def most(self, tokens: int) -> int:
         """Return the maximum number of tokens of the position in a reply of `tokens` tokens."""

@@ -89,6 +89,7 @@ IN_REPLIES = (
     "top_margin at reply token 2 as delta",
     "prob(answer) at first token of reply + 1 as delta",
     'entropy at "w1" of reply token as delta',
+    "entropy at answer of reply token as delta",
 )
 PLACES = (
     "each reply token",
@@ -97,6 +98,7 @@ PLACES = (
     "reply tokens",
     "reply token 2",
     '"w1" of reply token',
+    "answer of reply token",
 )
 SEEN = (
     "norm resid_post layer 2 at {}",

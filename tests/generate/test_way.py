@@ -223,9 +223,10 @@ def test_a_model_without_keys() -> None:
     families.draw(module, 0)
     model, _ = adopt_model("m", module.eval(), word_tokenizer())
     assert model is not None
-    assert choose_method(model) == GenerationMethod(
-        "whole", "it doesn't accept cached keys and values"
-    )
+    way = choose_method(model)
+    assert way.kind == "whole"
+    # Since transformers 5.24, its state is an argument of the same name, and the trial fails.
+    assert "cached keys and values" in way.reason
     act = Act(0, "resid_post", 0, "add", (3.0,) * 24, position=2)
     found = written(model, PROMPTS, greedy(4), Rules([act]))
     [alone] = written(model, PROMPTS[1:2], greedy(4)).logits

@@ -1930,7 +1930,9 @@ _experiment(
     "Reads tokens of the reply in measures and observations. `each step` is the position that "
     "predicts token s + 1, along the axis `step`; step 0 is the last prompt token. Also `each "
     'reply token`, `reply token 3`, `first token of reply`, `last token of reply`, `"Answer:" '
-    "of reply token` (the last token of its last occurrence) and `observe attention … from "
+    "of reply token` (the last token of its last occurrence), `answer of reply token` (of each "
+    "row's own answer, or of another text or value of the row, without white space around it) "
+    "and `observe attention … from "
     "each reply token to subject tokens`. mechdsl reads them in full forward passes over "
     "prompt and reply, with the rules active in the same steps. A cell excludes rows whose "
     "reply has no such token. `delta` and `kl(RUN)` compare with the base run, or the named "

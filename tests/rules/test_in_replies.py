@@ -15,16 +15,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import mechdsl
 from mechdsl.execute import unpatched_runs
 from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 
-from ..execute.support import token
+from ..execute.support import bare, token, word_tokenizer, write_rows
 from ..models import families
 from ..quick import in_turn
 from ..reference.forward import Changes, Edge, Run, Write, forward
 from .models import double
 from .support import (
+    BLOCKS,
     QUICK,
     Array,
     Text,
@@ -310,6 +312,78 @@ def test_a_text_of_the_reply(data: Path, name: str, mode: str) -> None:
     compare(found.measures[0], patched, base, most=False)
 
 
+def own_words(name: str) -> list[str]:
+    """A word of each row's reply, which differs between rows; no reply has the first row's."""
+    every = [[word(each) for each in reply.ids] for reply in replies(name, 0)]
+    words = {each for reply in every for each in reply}
+    alone = [
+        [each for each in reply if sum(o.startswith(each) for o in words) == 1] for reply in every
+    ]
+    assert all(alone[1:])
+    return ["zebra", *(reply[n % len(reply)] for n, reply in enumerate(alone[1:]))]
+
+
+def write_column(folder: Path, words: Sequence[str]) -> None:
+    """Add the words to the data as a column."""
+    write_rows(folder, [{**row, "said": f" {w} "} for row, w in zip(records(), words, strict=True)])
+
+
+@pytest.mark.parametrize("which", ["", "first "])
+@pytest.mark.parametrize(("name", "mode"), FEW)
+def test_a_value_of_each_row_in_its_reply(data: Path, name: str, mode: str, which: str) -> None:
+    """White space around it doesn't count; rows whose reply lacks it leave the cell."""
+    words = own_words(name)
+    assert len(set(words)) > 2
+    write_column(data, words)
+    place = "said of reply token" if not which else "first token of said of reply"
+    measure = f"measure {TWO} at {place} as delta"
+    found = run_file(experiment("e", GENERATE, SET, measure=measure), data, name, mode)["e"]
+
+    def of(n: int, layer: int) -> Any:
+        ids = replies(name, layer)[n].ids
+        at = [k for k, each in enumerate(ids, start=1) if word(each) == words[n]]
+        return at_token(name, layer, n, at[-1], two) if at else None
+
+    patched, base = values(product((0, 1)), of)
+    assert np.isnan(patched[:, 0]).all()
+    assert not np.isnan(patched[0, 1:]).any()
+    compare(found.measures[0], patched, base, most=False)
+
+
+def test_vectors_at_a_value_of_each_row(data: Path) -> None:
+    own = [write("llama", text.ids, lambda written: ([], [])) for text in rows()]
+    words = ["zebra", *(word(reply.ids[-1]) for reply in own[1:])]
+    write_column(data, words)
+    line = 'save resid_post layer 0 at said of reply token to "x.safetensors"'
+    result, found = try_file(experiment("e", GENERATE, line, measure=""), data, "llama")
+    assert result is not None, found
+    tensors = load_file(data / "x.safetensors")
+    about = [json.loads(each) for each in (data / "x.jsonl").read_text().splitlines()]
+    assert sorted(data_row(each) for each in about) == list(range(1, len(rows())))
+    for each, at, vector in zip(about, tensors["token"], tensors["resid_post.layer0"], strict=True):
+        reply = own[data_row(each)]
+        assert int(at) == reply.prompt - 1 + len(reply.ids)
+        expected = reply.run["resid_post", 0][int(at), 0]
+        torch.testing.assert_close(vector.double(), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_other_words_of_rows_are_measured_again(data: Path) -> None:
+    """With the same store, after a change of the column alone."""
+    store = data / "store"
+    measure = f"measure {TWO} at said of reply token as raw"
+    text = experiment("e", GENERATE, SET, measure=measure)
+    words = [word(reply.ids[0]) for reply in replies("gpt2", 0)]
+    others = [word(reply.ids[-1]) for reply in replies("gpt2", 0)]
+    found: list[Array] = []
+    for own in (words, others):
+        write_column(data, own)
+        path = data / "file.mech"
+        path.write_text(f'mech 1\nmodel m = local("m")\n{BLOCKS}\n{text}', encoding="utf-8")
+        result = mechdsl.run(path, {"m": (bare("gpt2"), word_tokenizer())}, store=store)
+        found.append(result["e"].measures[0].patched[0])
+    assert np.nanmax(np.abs(found[0] - found[1])) > 0.01
+
+
 def in_prompt(name: str, n: int) -> Callable[[int], Changes]:
     """`patch resid_post layer 1 at subject token` from `longer`, whose subject is longer."""
     text, source = rows()[n], rows("longer")[n]
@@ -568,6 +642,7 @@ def data_row(about: dict[str, Any]) -> int:
 REFUSED: dict[str, tuple[str, ...]] = {
     "no reply": (SET, "measure entropy at reply token 1 as raw"),
     "too late": (GENERATE, SET, "measure entropy at reply token 7 as raw"),
+    "no value": (GENERATE, SET, "measure entropy at nobody of reply token as raw"),
     "no occurrence": (GENERATE, SET, "measure entropy at reply 2 token as raw"),
     "in a rule": (GENERATE, "set attn_out layer 1 at reply token to 0.6", "measure entropy as raw"),
     "joined": (GENERATE, SET, "measure entropy at {last token, reply token} as raw"),

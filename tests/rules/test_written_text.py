@@ -34,7 +34,7 @@ from .support import (
     try_file,
     write_data,
 )
-from .test_in_replies import GENERATE, MOST, SET, Reply, replies, word, write
+from .test_in_replies import GENERATE, MOST, SET, Reply, replies, word, write, write_column
 
 LENGTH = "measure length as raw"
 WRITES = experiment("w", GENERATE, SET, measure=LENGTH)
@@ -227,6 +227,22 @@ def test_places_of_the_reply(data: Path, name: str) -> None:
                 patched[0, n] = own.value(in_the_prompt(own, 0), at)
                 base[n] = own.value(([], []), at)
         compare(found[f"e{number}"].measures[0], patched, base, most=False, large=0.01)
+
+
+def test_a_value_of_each_row_in_what_was_written(data: Path) -> None:
+    words = ["zebra", *(word(reply.ids[-1]) for reply in bare("gpt2")[1:])]
+    write_column(data, words)
+    measure = DIFFERENCE.replace(" as", " at said of reply token as")
+    rule = "patch resid_post layer 0 at subject token"
+    found = run_file(BARE + reads(rule, measure=measure), data, "gpt2", "planned")["e"]
+    patched, base = np.full((1, len(rows())), np.nan), np.zeros(len(rows()))
+    for n in range(1, len(rows())):
+        own = Texts("gpt2", None, n)
+        at = own.at(len(own.reply))
+        assert at is not None
+        patched[0, n] = own.value(in_the_prompt(own, 0), at)
+        base[n] = own.value(([], []), at)
+    compare(found.measures[0], patched, base, most=False, large=0.01)
 
 
 def test_the_loss_of_what_was_written(data: Path) -> None:

@@ -90,7 +90,7 @@ def select_rows_to_save(
             return replace(cell, hits=tuple(cell.hits[row] for row in own))
         hits: list[Hits] = []
         for row, reply in zip(own, replies, strict=True):
-            tokens = find_reply_tokens(cell.reply, reply.ids, reply.text, decode)
+            tokens = find_reply_tokens(cell.reply.of_row(row), reply.ids, reply.text, decode)
             behind = tuple(len(run.rows[row].ids) - 1 + token for token in tokens)
             hits.append((behind,) if behind else ())
         return replace(cell, hits=tuple(hits), reply=None)

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun
-from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.base.text import count_noun, name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.positions import (
     NoPositionLeft,
@@ -25,6 +25,7 @@ from mechdsl.diagnostics.positions import (
 )
 from mechdsl.diagnostics.rules import EmptyRange
 from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.positions.spans import (
     NO_ANSWERS,
     AnswerTokens,
@@ -214,12 +215,12 @@ def reply_cells(
     there = table.behind != ""
     if there:
         replies = ReplyTokens(max((_length(row) for row in rows), default=0), *_ALL_EMPTY)
-    places = _Places(position, replies)
+    places = _Places(position, replies, table)
     found, problem = places.found()
     cells: list[PositionCell] = []
     for label, place in found:
         if there:
-            hits = tuple(_behind(row, place, tokenizer) for row in rows)
+            hits = tuple(_behind(row, place.of_row(n), tokenizer) for n, row in enumerate(rows))
             cells += [PositionCell(label, hits)] if any(hits) else []
         else:
             last = tuple(single_token_hit(len(row.ids) - 1) for row in rows)
@@ -253,9 +254,9 @@ def _behind(row: RunRow, place: ReplyPosition, tokenizer: TextTokenizer) -> Hits
 class _Places:
     """The cells of one position in the reply."""
 
-    def __init__(self, position: ast.Position, replies: ReplyTokens) -> None:
+    def __init__(self, position: ast.Position, replies: ReplyTokens, table: PromptTable) -> None:
         self.position, self.most = position, replies.most
-        self.replies = replies
+        self.replies, self.table = replies, table
 
     def found(self) -> tuple[list[tuple[str, ReplyPosition]], Diagnostic | None]:
         """Return (label, position) of each cell, or E0545."""
@@ -269,11 +270,17 @@ class _Places:
             )
         assert not isinstance(body.offset, ast.Variable)
         cells = list(self._cells(body.base))
+        if not cells and (name := _value_in(body.base)) is not None:
+            known = name_list(self._names())
+            return [], self.bad(
+                f"the prompts have no text or value `{name}`",
+                did_you_mean(name, self._names(), f"their texts and values are {known}"),
+            )
         if not cells:
             return [], self.bad(
                 "a prompt has one reply, which is unknown before generation",
                 "write `last token of reply`, `reply token 3`, `each reply token` or "
-                '`"Answer:" of reply token`',
+                '`"Answer:" of reply token`, or `answer of reply token` for the answer of each row',
             )
         cells = [(label, replace(place, offset=body.offset)) for label, place in cells]
         if len(cells) == 1:
@@ -295,15 +302,35 @@ class _Places:
                 yield from self._each()
             case ast.EdgeToken(which=which, of=ast.SpanRef() as of) if _whole(of):
                 yield "", ReplyPosition("token", 1) if which == "first" else ReplyPosition("last")
-            case ast.EdgeToken(which=which, of=ast.SpanRef() as of) if _text_in(of):
-                yield "", ReplyPosition("text", text=of.literal or "", which=which)
-            case ast.SpanTokens(of=of, each=False, low=None) if _text_in(of):
-                which = "all" if base.plural else "last"
-                yield "", ReplyPosition("text", text=of.literal or "", which=which)
+            case ast.EdgeToken(which=which, of=ast.SpanRef() as of) if self._text_in(of):
+                yield "", replace(self._text(of), which=which)
+            case ast.SpanTokens(of=of, each=False, low=None) if self._text_in(of):
+                yield "", replace(self._text(of), which="all" if base.plural else "last")
             case ast.SpanTokens(of=of) if _whole(of):
                 yield from self._tokens(base)
             case _:
                 return
+
+    def _names(self) -> list[str]:
+        """Return the names of the rows' texts and values."""
+        rows = self.table.runs[CLEAN].rows
+        values = rows[0].values if rows else {}
+        plain = [name for name, value in values.items() if isinstance(value, str | int | float)]
+        return list(dict.fromkeys((*(rows[0].texts if rows else ()), *plain)))
+
+    def _text_in(self, of: ast.SpanRef) -> bool:
+        """Return whether a span is a text in the reply: a literal, or a value of each row."""
+        return of.of == REPLY and (of.literal is not None or of.name in self._names())
+
+    def _text(self, of: ast.SpanRef) -> ReplyPosition:
+        """Return the position of a literal, or of each row's own text without outer white space."""
+        if of.literal is not None:
+            return ReplyPosition("text", text=of.literal)
+        name, rows = of.name or "", self.table.runs[CLEAN].rows
+        texts = (
+            row.texts[name].text if name in row.texts else str(row.values[name]) for row in rows
+        )
+        return ReplyPosition("text", texts=tuple(text.strip() for text in texts))
 
     def _tokens(self, base: ast.SpanTokens) -> Iterator[tuple[str, ReplyPosition]]:
         if base.each and base.low is None and not base.plural:
@@ -343,9 +370,15 @@ def _whole(of: ast.SpanRef) -> bool:
     return of.name == REPLY and of.of is None and of.occurrence is None and of.edge is None
 
 
-def _text_in(of: ast.SpanRef) -> bool:
-    """Return whether a span is a text in the reply."""
-    return of.literal is not None and of.of == REPLY
+def _value_in(base: ast.PointBase) -> str | None:
+    """Return the name of a value of each row whose text is looked up in the reply."""
+    match base:
+        case ast.EdgeToken(of=ast.SpanRef(name=name, of=of)) if of == REPLY:
+            return name
+        case ast.SpanTokens(of=ast.SpanRef(name=name, of=of)) if of == REPLY:
+            return name
+        case _:
+            return None
 
 
 def find_reply_tokens(
@@ -385,7 +418,7 @@ def _tokens(
 def _of_text(part: str, reply: Sequence[int], text: str, decode: Decoder) -> Sequence[int]:
     """Return the tokens of the last occurrence of a part of a text, counted from 1."""
     begin = text.rfind(part)
-    if begin < 0:
+    if begin < 0 or not part:
         return ()
     lengths = (len(decode(reply[:count])) for count in range(1, len(reply) + 1))
     ends = list(accumulate(lengths, max))

@@ -244,7 +244,7 @@ NO_ANSWERS = AnswerTokens()
 def refers_to_answer(node: ast.Node | None) -> bool:
     """Return whether a position may refer to tokens of the answer."""
     return any(
-        (isinstance(part, ast.SpanRef) and part.name == ANSWER_SPAN)
+        (isinstance(part, ast.SpanRef) and part.name == ANSWER_SPAN and part.of is None)
         or (isinstance(part, ast.Position) and part.and_answer)
         for part in walk(node)
     )
