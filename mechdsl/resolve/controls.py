@@ -282,7 +282,7 @@ def build_feature_control(
     (rule,) = in_bases
     own = rule.basis
     assert own is not None
-    frequencies = _find_frequencies(asked, own.definition, onward)
+    frequencies = _find_frequencies(asked, own.definition, experiment, onward)
     drawn: dict[AxisIndices, list[tuple[int, ...]]] = {}
     for key, named in own.coordinates.items():
         label = stable_hash(experiment.seed, "features", own.definition, *named.which)
@@ -315,9 +315,13 @@ def build_feature_control(
 
 
 def _find_frequencies(
-    asked: spec.Control, basis: str, onward: FindingPicker
+    asked: spec.Control, basis: str, experiment: ResolvedExperiment, onward: FindingPicker
 ) -> Mapping[int, float]:
-    """Return the share of rows in which each feature is active. Raises _NoDraws."""
+    """Return the share of rows in which each feature is active, in the experiment's model.
+
+    Raises:
+        _NoDraws: There are no such shares.
+    """
     assert asked.frequency is not None
     name = asked.frequency.of
     try:
@@ -334,7 +338,15 @@ def _find_frequencies(
                 )
     except PickError as refusal:
         raise _NoDraws(refusal.reason, refusal.hint, asked.frequency.span) from None
-    return finding.parts[0].frequencies()
+    part, *others = finding.parts  # on the experiment's model and prompts, if there are any
+    model = experiment.model.name
+    if part.experiment.model.name != model:
+        reason = f"`{name}` doesn't observe features of `{model}`"
+        raise _NoDraws(reason, f"let `{name}` run on `{model}`, too", asked.frequency.span)
+    if others:
+        reason = f"`{name}` observes features on several prompts, none of them those of this rule"
+        raise _NoDraws(reason, "name an experiment with one `prompts`", asked.frequency.span)
+    return part.frequencies()
 
 
 def _drawn_control(

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mechdsl.base.source import Source
 from mechdsl.resolve.matched_draws import draw_features
+from mechdsl.results.experiment_result import FileResult
 
-from .support import experiment, rows, run_file, try_file
+from ..execute.support import bare, run_on, shared
+from .support import BLOCKS, experiment, rows, run_file, try_file
 from .test_dictionaries import FEATURES, LAYER, features_of, make
 from .test_inactive_features import width_of
 
@@ -150,3 +153,49 @@ def test_draws_depend_on_the_seed() -> None:
     assert counts[0] == 0
     assert counts[1:].min() > 3  # about 20 each
     assert counts.max() < 45
+
+
+def on_models(data: Path, seen: str, models: str = "m, k") -> tuple[FileResult | None, str]:
+    """An experiment on several models, whose features `seen` observes on these."""
+    make(data, "standard", width_of(FAMILY))
+    names = 'model m = local("handed over")\nmodel k = local("handed over")\n'
+    text = f"mech 1\n{names}{BLOCKS}\n{BASIS}"
+    text += SEEN.replace("model m", f"model {seen}")
+    text += experiment("e", RULE, AGAINST).replace("model m", f"model {models}")
+    given = {"m": bare(FAMILY), "k": bare(FAMILY, 1)}
+    result, found = run_on(
+        Source(text, data / "file.mech"), {name: shared(each, name) for name, each in given.items()}
+    )
+    lost = [] if result is None else [reason for each in result.lost for reason in each.reasons]
+    return result, " ".join([*(each.message for each in found), *(each.reason for each in lost)])
+
+
+def test_each_model_has_its_own_frequencies(data: Path) -> None:
+    both, said = on_models(data, "m, k")
+    assert both is not None, said
+    found = both.experiments[1]
+    band = found.controls[0]
+    assert band is not None
+    draws: list[list[int]] = []
+    for name in ("m", "k"):
+        alone, said = on_models(data, name, name)
+        assert alone is not None, said
+        own = alone.experiments[1].controls[0]
+        assert own is not None
+        cells = [n for n, cell in enumerate(found.cells) if cell.coords["model"] == name]
+        assert band.draws[cells].tolist() == own.draws.tolist()
+        np.testing.assert_allclose(band.low[cells], own.low, atol=1e-6)
+        draws.append(own.draws.tolist())
+    assert draws[0] != draws[1]
+
+
+def test_a_model_without_frequencies(data: Path) -> None:
+    _, said = on_models(data, "m")
+    assert "`seen` doesn't observe features of `k`" in said
+
+
+def test_several_other_prompts_have_no_common_frequencies(data: Path) -> None:
+    make(data, "standard", width_of(FAMILY))
+    seen = SEEN.replace("prompts p", "prompts second, single")
+    _, found = try_file(BASIS + seen + experiment("e", RULE, AGAINST), data, FAMILY)
+    assert any("on several prompts" in f"{each.message} {each.help_text}" for each in found), found
