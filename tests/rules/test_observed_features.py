@@ -6,6 +6,7 @@ One unpadded prompt at a time; the dictionary is computed from its formulas.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,14 +16,16 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+import mechdsl
 from mechdsl.results.experiment_result import ExperimentResult
 
-from ..execute.support import PROMPTS
+from ..execute.support import PROMPTS, word_tokenizer
 from ..models import families
 from ..reference.forward import Write
 from .basis_reference import Basis, pca, save_rows, saved, svd, words
 from .models import bare
 from .support import (
+    BLOCKS,
     MANY,
     QUICK,
     codes,
@@ -391,3 +394,45 @@ def test_few_active_features(data: Path) -> None:
     (result,) = found.experiments
     assert 0 < len(result.cells) < 11
     assert all(np.abs(own).any() for own in result.measures[0].patched)
+
+
+def test_reports(data: Path) -> None:
+    """Heat maps and overlays have the activations of the features at their tokens."""
+    of = make(data, "standard", width_of("llama"))
+    lines = (
+        'report overlay top 4 to "overlay.html"',
+        'report heatmap feature by position to "map.svg"',
+    )
+    line = "observe features of f at subject token, last token top 3"
+    path = data / "file.mech"
+    text = BASIS + observed(line, *lines)
+    path.write_text(f'mech 1\nmodel m = local("m")\n{BLOCKS}\n{text}', encoding="utf-8")
+    found = mechdsl.run(path, {"m": (bare("llama"), word_tokenizer())})["e"]
+    features = list(dict.fromkeys(int(cell.coords["feature"]) for cell in found.cells))
+    page, _, density = (data / "overlay.html").read_text(encoding="utf-8").partition("density")
+    assert "feature" in density
+    shown = re.findall(r'<div class="row"><span>feature (\d+)</span>(.*?)</div></div>', page)
+    assert [int(feature) for feature, _ in shown] == features * len(rows())
+    every_word = [list(text.words) for text in rows()]
+    seen: set[int] = set()
+    for feature, body in shown:
+        texts = re.findall(r"<b [^>]*>([^<]*)</b><small>([^<]*)</small>", body)
+        n = every_word.index([word for word, _ in texts[1:]])
+        seen.add(n)
+        every = of_token("llama", of, "clean", n, "tokens *")[:, int(feature)]
+        there = {*tokens(rows()[n], "subject token"), *tokens(rows()[n], "last token")}
+        for place, (_, value) in enumerate(texts):
+            assert bool(value) == (place in there)
+            if value:
+                rounding = 0.51 * 10 ** -len(value.partition(".")[2])
+                assert abs(float(value) - every[place].item()) < rounding
+    assert len(seen) == len(rows())
+    chart = (data / "map.svg").read_text(encoding="utf-8")
+    said = re.findall(
+        r'aria-label="L\d.resid_post in f at (.*?) at feature (\d+), ([-\d.]+)', chart
+    )
+    assert len({each[:2] for each in said}) == 2 * len(features)
+    of_cell = {(at, feature): float(value) for at, feature, value in reversed(said)}
+    for (at, feature), value in of_cell.items():
+        mean = means("llama", of, at)[:, int(feature)].mean()
+        assert value == pytest.approx(mean, rel=5e-3, abs=5e-3)
