@@ -4,20 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 # Two worker processes: torch threads of several tests would fight over the cores otherwise. A file
 # stays in one of them, as its tests share models and references. Bytecode is kept, as tests start
 # processes that would compile all modules again.
 WORKERS ?= 2
 ENVIRONMENT := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-# What runs on the oldest transformers that pyproject.toml allows, too.
-OLDEST_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
+# What runs on the oldest transformers that pyproject.toml allows, too, and on the newest libraries.
+VERSION_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
 	tests/models/test_against_reference.py tests/models/test_packed.py \
 	tests/models/test_offload.py tests/zoo tests/rules/test_conventions.py tests/test_examples.py
 # Of benchmarks/run.py, for example `make bench BENCH_ARGS="--work W1 --write"`.
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all test-oldest lint docs families language python-page editors systems bench dist clean
+.PHONY: demo test test-all test-oldest test-newest lint docs families language python-page editors systems bench dist clean
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/mechdsl run examples/counting.mech
@@ -57,8 +58,19 @@ $(OLDEST)/.stamp-test: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/.stamp-test
-	$(ENVIRONMENT) $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(OLDEST_TESTS)
+	$(ENVIRONMENT) $(OLDEST)/bin/python $(PYTEST) -m "not slow" $(VERSION_TESTS)
 	$(OLDEST)/bin/mechdsl run examples/counting.mech
+
+$(NEWEST)/.stamp-test: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[offload]' pytest pytest-xdist
+	touch $@
+
+# `rm -r .venv-newest` before it, to have the libraries of today.
+test-newest: $(NEWEST)/.stamp-test
+	$(ENVIRONMENT) $(NEWEST)/bin/python $(PYTEST) -m "not slow" $(VERSION_TESTS) tests/generate
+	$(NEWEST)/bin/mechdsl run examples/counting.mech
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
@@ -105,4 +117,4 @@ dist: $(VENV)/.stamp-test
 	$(BIN)/hatchling build -d dist
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(OLDEST) build dist
+	rm -rf $(VENV) $(BENCH) $(OLDEST) $(NEWEST) build dist

@@ -19,7 +19,7 @@ from mechdsl.execute.measurement.python_metrics import ReplySearchFailed
 from mechdsl.execute.run_record import PassSizes, SizeOrigin
 from mechdsl.forward.hooks.attention import get_max_scores
 from mechdsl.forward.hooks.batch import (
-    CPU_REPLY_BYTES,
+    REPLY_BYTES,
     get_free_memory,
     get_reply_bytes,
     is_out_of_memory,
@@ -69,7 +69,7 @@ class PassSizer:
     prompt_tokens: int = PROMPT_TOKENS
     limit: int = MAX_PASS_TOKENS
     """Largest pass that fits in memory."""
-    reply_bytes: int = CPU_REPLY_BYTES
+    reply_bytes: int = REPLY_BYTES
     """Space for keys, values and written vectors of the rows that generate text together."""
     chosen: SizeOrigin = "default"
     """Origin of `pass_tokens`."""
@@ -104,7 +104,7 @@ class PassSizer:
         short = limit < usual or (prompt_tokens is None and room < PROMPT_TOKENS)
         prompts = prompt_tokens or max(1, room)
         chosen = "memory" if short else "default"
-        replied = min(replies, default=CPU_REPLY_BYTES)
+        replied = min(replies, default=REPLY_BYTES)
         return PassSizer(min(usual, limit), prompts, limit, replied, chosen)
 
     @property

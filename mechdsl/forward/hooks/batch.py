@@ -591,16 +591,16 @@ def _get_container_limit() -> int:
         return 1 << 62
 
 
-CPU_REPLY_BYTES = 2 << 30
-"""Limit on a CPU for rows that generate text together; larger batches aren't faster there."""
+REPLY_BYTES = 2 << 30
+"""Limit for rows that generate text together; on a CPU, larger batches aren't faster."""
 
 
 def get_reply_bytes(device: torch.device) -> int:
-    """Return the limit for rows that generate text together: on a GPU, a quarter of what is free.
+    """Return the limit for rows that generate text together: with CUDA, a quarter of what is free.
 
     These are bytes of keys, values, written vectors and logits.
     """
-    return CPU_REPLY_BYTES if device.type == "cpu" else get_free_memory(device) // 4
+    return get_free_memory(device) // 4 if device.type == "cuda" else REPLY_BYTES
 
 
 def is_out_of_memory(error: BaseException) -> bool:
