@@ -149,7 +149,6 @@ class PassSizer:
             return False
         while self._count_prompts(panel) == prompts:
             self.prompt_tokens //= 2
-        release_memory()
         return True
 
     def _count_prompts(self, panel: Panel) -> int:

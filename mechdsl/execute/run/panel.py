@@ -58,7 +58,7 @@ from mechdsl.execute.replies import find_end_tokens
 from mechdsl.execute.run_record import ExecutionOptions, ExecutionProfile
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import DirectionFits, FittedDirections
-from mechdsl.forward.hooks.batch import is_out_of_memory
+from mechdsl.forward.hooks.batch import is_out_of_memory, release_memory
 from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
@@ -1083,3 +1083,5 @@ def _prepare_runner(make: Callable[[], PanelRunner], check: MeasureCheck) -> Pan
             if not is_out_of_memory(error) or not runner.sizes.reduce_batches(runner.panel):
                 raise
             runner.profile.halved += 1
+        del runner  # and what it has computed, while the exception no longer refers to it
+        release_memory()

@@ -270,17 +270,16 @@ class _Places:
             )
         assert not isinstance(body.offset, ast.Variable)
         cells = list(self._cells(body.base))
-        if not cells and (name := _value_in(body.base)) is not None:
-            known = name_list(self._names())
-            return [], self.bad(
-                f"the prompts have no text or value `{name}`",
-                did_you_mean(name, self._names(), f"their texts and values are {known}"),
-            )
+        name, names = _value_in(body.base), self._names()
+        if not cells and name is not None and name not in names:
+            known = f"their texts and values are {name_list(names)}"
+            reason = f"the prompts have no text or value `{name}`"
+            return [], self.bad(reason, did_you_mean(name, names, known))
         if not cells:
             return [], self.bad(
                 "a prompt has one reply, which is unknown before generation",
-                "write `last token of reply`, `reply token 3`, `each reply token` or "
-                '`"Answer:" of reply token`, or `answer of reply token` for the answer of each row',
+                "write `last token of reply`, `reply token 3`, `each reply token`, "
+                '`"Answer:" of reply token` or, for the answer of a row, `answer of reply token`',
             )
         cells = [(label, replace(place, offset=body.offset)) for label, place in cells]
         if len(cells) == 1:
