@@ -219,3 +219,17 @@ def test_steps_of_one_rule_follow_the_layers() -> None:
     # this rule doesn't need, have no step.
     without = {"base", "images", "fits", "dictionaries", "diagnostics", "store", "pipeline", "cli"}
     assert set(packages) == set(PACKAGES) - without
+
+
+def test_no_class_has_a_field_that_nnsight_gives_to_every_object() -> None:
+    """It adds `save` to `object`, which a dataclass would take for the field's default."""
+    found = [
+        f"{path.name}: {each.name}"
+        for path in sorted(ROOT.glob("mechdsl/**/*.py"))
+        for each in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(each, ast.ClassDef)
+        for field in each.body
+        if isinstance(field, ast.AnnAssign) and field.value is None
+        if isinstance(field.target, ast.Name) and field.target.id == "save"
+    ]
+    assert found == []
