@@ -53,7 +53,6 @@ def compare(folder: Path, only: str | None, device: str, processes: int) -> int:
 
 def compare_file(path: Path, device: str) -> Compared:
     """Run a file of a baseline on a device."""
-    """Run a file of a baseline on a device."""
     torch.set_num_threads(1)
     case = json.loads(path.read_text(encoding="utf-8"))
     expected = _values(case["found"])
@@ -67,7 +66,7 @@ def compare_file(path: Path, device: str) -> Compared:
     for key, one in expected.items():
         off = 0.0 if one == found[key] else _difference(one, found[key])
         worst = max(worst, off)
-        if problem is None and off > ABSOLUTE + RELATIVE * abs(one or 0.0):
+        if problem is None and not off <= ABSOLUTE + RELATIVE * abs(one or 0.0):
             problem = f"{key}: {one} in the baseline, {found[key]} on {device}"
     return Compared(path.stem, len(expected), worst, problem)
 

@@ -328,14 +328,13 @@ def write_column(folder: Path, words: Sequence[str]) -> None:
     write_rows(folder, [{**row, "said": f" {w} "} for row, w in zip(records(), words, strict=True)])
 
 
-@pytest.mark.parametrize("which", ["", "first "])
+@pytest.mark.parametrize("place", ["said of reply token", "first token of said of reply"])
 @pytest.mark.parametrize(("name", "mode"), FEW)
-def test_a_value_of_each_row_in_its_reply(data: Path, name: str, mode: str, which: str) -> None:
+def test_a_value_of_each_row_in_its_reply(data: Path, name: str, mode: str, place: str) -> None:
     """White space around it doesn't count; rows whose reply lacks it leave the cell."""
     words = own_words(name)
     assert len(set(words)) > 2
     write_column(data, words)
-    place = "said of reply token" if not which else "first token of said of reply"
     measure = f"measure {TWO} at {place} as delta"
     found = run_file(experiment("e", GENERATE, SET, measure=measure), data, name, mode)["e"]
 

@@ -442,8 +442,8 @@ def _attend_queries(
     found = _weigh_own_values(weights[..., mine], v)
     if before:
         old = weights[..., :before]
-        if not lanes.suffix:
-            old = old.index_fill(-1, group.columns.device[:own], 0)
+        if isinstance(mine, Tensor):
+            old = old.index_fill(-1, mine, 0)
         flat = old.reshape(*q.shape[:2], -1, before)
         found += (flat @ old_values).view(found.shape)
     return found
