@@ -349,6 +349,24 @@ def test_a_value_of_each_row_in_its_reply(data: Path, name: str, mode: str, plac
     compare(found.measures[0], patched, base, most=False)
 
 
+def test_values_are_looked_up_as_templates_write_them(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: list[Any] = [3.0, True, None, " w5 "]
+    write_rows(data, [{**row, "said": own} for row, own in zip(records(), values, strict=True)])
+    seen: set[str] = set()
+    find = unpatched_runs.find_reply_tokens
+
+    def recorded(place: Any, *rest: Any) -> Any:
+        seen.add(place.text)
+        return find(place, *rest)
+
+    monkeypatch.setattr(unpatched_runs, "find_reply_tokens", recorded)
+    measure = "measure entropy at said of reply token as raw"
+    run_file(experiment("e", GENERATE, SET, measure=measure), data, "gpt2", "planned")
+    assert seen == {"3", "true", "", "w5"}
+
+
 def test_vectors_at_a_value_of_each_row(data: Path) -> None:
     own = [write("llama", text.ids, lambda written: ([], [])) for text in rows()]
     words = ["zebra", *(word(reply.ids[-1]) for reply in own[1:])]

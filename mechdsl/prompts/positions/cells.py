@@ -43,6 +43,7 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import ANSWER_SPAN, Hits, PositionCell, ReplyPosition, RunRow, TokenMap
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.prompts.values import render_value
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 
@@ -313,9 +314,10 @@ class _Places:
     def _names(self) -> list[str]:
         """Return the names of the rows' texts and values."""
         rows = self.table.runs[CLEAN].rows
-        values = rows[0].values if rows else {}
-        plain = [name for name, value in values.items() if isinstance(value, str | int | float)]
-        return list(dict.fromkeys((*(rows[0].texts if rows else ()), *plain)))
+        if not rows:
+            return []
+        written = [name for name, value in rows[0].values.items() if render_value(value)]
+        return list(dict.fromkeys((*rows[0].texts, *written)))
 
     def _text_in(self, of: ast.SpanRef) -> bool:
         """Return whether a span is a text in the reply: a literal, or a value of each row."""
@@ -326,10 +328,9 @@ class _Places:
         if of.literal is not None:
             return ReplyPosition("text", text=of.literal)
         name, rows = of.name or "", self.table.runs[CLEAN].rows
-        texts = (
-            row.texts[name].text if name in row.texts else str(row.values[name]) for row in rows
-        )
-        return ReplyPosition("text", texts=tuple(text.strip() for text in texts))
+        texts = (row.texts.get(name) or render_value(row.values[name]) for row in rows)
+        found = tuple("" if text is None else text.text.strip() for text in texts)
+        return ReplyPosition("text", texts=found)
 
     def _tokens(self, base: ast.SpanTokens) -> Iterator[tuple[str, ReplyPosition]]:
         if base.each and base.low is None and not base.plural:
