@@ -1,6 +1,6 @@
 """A sweep over features of a sparse autoencoder, against loops with hooks.
 
-    python -m benchmarks.features [--features 2000] [--rounds 3] [--threads 1]
+    python -m benchmarks.features [--features 2000] [--rounds 3] [--threads 1] [--device cpu]
     python -m benchmarks.features --write-inputs FOLDER
     python -m benchmarks.features --sae-lens FOLDER   # in an environment with sae-lens
 
@@ -209,6 +209,10 @@ class Loop:
 
     def run(self, features: int, at_once: int) -> Tensor:
         """Return [feature, prompt] patched values, with `at_once` features in a pass."""
+        with self.module.device:
+            return self._run(features, at_once)
+
+    def _run(self, features: int, at_once: int) -> Tensor:
         block = self.module.transformer.h[LAYER]
         found: list[Tensor] = []
         for begin in range(0, features, at_once):
@@ -230,16 +234,16 @@ class Loop:
                 logits = self.module(self.inputs.clean.repeat(count, 1)).logits[:, -1]
             handle.remove()
             found.append(self.inputs.difference(logits).view(count, PROMPTS))
-        return torch.cat(found).double()
+        return torch.cat(found).double().cpu()
 
 
 def _hidden(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def own_encoder(folder: Path) -> tuple[Any, Any]:
+def own_encoder(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     """Return the encoder and the decoder, written by hand."""
-    w = load_file(folder / "dictionary" / "sae_weights.safetensors")
+    w = load_file(folder / "dictionary" / "sae_weights.safetensors", device)
     return (
         lambda x: ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu(),
         lambda acts: acts @ w["W_dec"] + w["b_dec"],
@@ -277,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--features", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--write-inputs", type=Path)
     parser.add_argument("--sae-lens", type=Path)
     given = parser.parse_args(arguments)
@@ -297,9 +302,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with TemporaryDirectory() as made:
         folder = Path(made)
         write_inputs(folder)
-        module = make_model()
+        module = make_model().to(given.device)
         task = MechdslTask(folder, module, given.features)
-        plain = Loop(Inputs(folder), module, *own_encoder(folder))
+        with torch.device(given.device):
+            plain = Loop(Inputs(folder), module, *own_encoder(folder, given.device))
         ways = {
             "mechdsl": task.run,
             "mechdsl, all rows run": lambda: task.run(frozenset({"inert"})),

@@ -36,7 +36,7 @@ from mechdsl.diagnostics.models import (
     SingleOutput,
     StackSkipped,
 )
-from mechdsl.forward.hooks.batch import Batch
+from mechdsl.forward.hooks.batch import Batch, is_out_of_memory
 from mechdsl.forward.hooks.model import BlockStack, CallConvention, CheckOutcome, LoadedModel
 from mechdsl.images.picture import Picture
 from mechdsl.images.pixels import model_input
@@ -408,6 +408,8 @@ def _try_anatomies(
         reason = f"it doesn't run: {summarize_error(error)}"
         problem = LoadFailed(span=span, model=name, reason=reason)
         problem = replace(problem, hint=_explain_user_hooks(module) or problem.hint)
+        if is_out_of_memory(error):
+            problem = _report_out_of_memory(name, error, span)
         return ProofAttempt(0, (problem,), stack="vision" if "vision" in stacks else "")
     if known is not None:
         calling = replace(model.calling, packs=known.packs)
@@ -575,6 +577,9 @@ def verify_model(model: LoadedModel, span: Span | None = None) -> ProofAttempt:
         if unmoved:
             return _verify_random_copy(model, given, checks, unmoved[0], span)
     except Exception as error:  # an unknown architecture may raise anything
+        if is_out_of_memory(error):
+            problem = _report_out_of_memory(model.name, error, span)
+            return ProofAttempt(len(checks), (problem,), stack=stack)
         broken = _report_broken_identity(
             model, "every site can be read and written", summarize_error(error), span
         )
@@ -673,6 +678,12 @@ def _report_broken_identity(
     )
     hint = _explain_user_hooks(model.module) or explain_adapters(model.module) or problem.hint
     return replace(problem, hint=hint)
+
+
+def _report_out_of_memory(name: str, error: Exception, span: Span | None) -> LoadFailed:
+    reason = f"there is no memory for the passes that check it: {summarize_error(error)}"
+    hint = "free memory, or use numbers of 16 bits: `--dtype bfloat16`"
+    return LoadFailed(span=span, model=name, reason=reason, hint=hint)
 
 
 _HOOK_LIBRARIES = ("torch", "transformers", "accelerate", "mechdsl", "peft")

@@ -392,6 +392,22 @@ def test_a_hook_of_the_users_is_named_where_checks_fail() -> None:
     model, found = adopt_model("m", module, families.tokenizer())
     assert model is None
     assert "a hook of yours on `transformer.h.1." in found[0].help_text
+
+
+def test_too_little_memory_for_the_checks_is_no_wrong_anatomy() -> None:
+    module: Any = families.module("gpt2")
+    calls = iter(range(1000))
+
+    def fail_later(*_: Any) -> None:
+        if next(calls) > 3:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    module.transformer.h[1].mlp.c_proj.register_forward_hook(fail_later)
+    model, found = adopt_model("m", module, families.tokenizer())
+    assert model is None
+    assert found[0].code == "E0411"
+    assert "no memory for the passes that check it" in found[0].message + str(found[0])
+    assert "bfloat16" in found[0].help_text
     model, found = broken.gaining()
     assert "hook" not in found[0].help_text
 
