@@ -10,7 +10,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path, PurePath
@@ -28,7 +28,7 @@ from mechdsl.checks.models import (
     check_image_support,
     check_measure_tokens,
 )
-from mechdsl.checks.prompt_tables import FileContexts
+from mechdsl.checks.prompt_tables import FileContexts, StreamedPart
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, filter_certain, has_errors
 from mechdsl.diagnostics.experiments import (
@@ -385,7 +385,7 @@ def _saved(
         taken: File identity → description.
     """
     for save, _ in saves:
-        with_rows = isinstance(save, spec.Save) and not save.mean
+        with_rows = isinstance(save, spec.Save) and not (save.mean or save.rows)
         rows_file = str(PurePath(save.file).with_suffix(".jsonl"))
         for written in (save.file, rows_file) if with_rows else (save.file,):
             target, problems = path_to_write("save", written, save.span)
@@ -515,6 +515,12 @@ class CheckedFile:
     reported: list[spec.Experiment] = field(default_factory=list[spec.Experiment])
     """The selected other experiments, whose reports are created."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    part: PartBuilder | None = field(default=None, repr=False)
+    """Builds rows of an experiment whose rows are read in parts."""
+
+
+PartBuilder = Callable[[ResolvedExperiment, Sequence[int]], StreamedPart]
+"""Returns the rows of an experiment with these numbers."""
 
 
 def check_source(
@@ -599,7 +605,7 @@ def _check_source(
     for name, prompts in program.prompts.items():
         if prompts.span.source is source:
             contexts.table_alone(name)
-    checked.built = contexts.models.built
+    checked.built, checked.part = contexts.models.built, contexts.part
     checked.reported = [e for e in experiments if e.name not in checked.unreported]
     checked.diagnostics.extend(check_output_files([(program, checked.reported)]))
     checked.diagnostics.extend(

@@ -6,7 +6,7 @@ Placeholders replace missing data, so that the same code checks everything else 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, cast
 
@@ -17,6 +17,7 @@ from mechdsl.checks.models import ModelBuilder, ModelContexts, check_input_kind,
 from mechdsl.diagnostics.core import Diagnostic, UnknownFact, filter_certain, has_errors
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.positions import RepliesNotUsable
+from mechdsl.diagnostics.prompts import NoRows
 from mechdsl.diagnostics.statistics import UnreadableExpectation
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
@@ -25,6 +26,7 @@ from mechdsl.program.directions import FitRows, fit_rows_of_experiment
 from mechdsl.program.images import IMAGE_SPAN, averaged_block
 from mechdsl.program.prompts import used_corruptions
 from mechdsl.program.python_functions import PythonMode, prompt_functions
+from mechdsl.program.runs import unstreamed
 from mechdsl.program.spec import CLEAN, RepliesOf
 from mechdsl.prompts.answers import LabelNaming
 from mechdsl.prompts.block import PromptsBlock
@@ -53,7 +55,7 @@ from mechdsl.resolve.model_pairs import (
     measures_choice,
     reads_outputs,
 )
-from mechdsl.resolve.types import ModelContext
+from mechdsl.resolve.types import ModelContext, ResolvedExperiment
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 from mechdsl.vocab.metrics import Reply
@@ -65,6 +67,17 @@ class TableBuilder(Protocol):
     def __call__(
         self, name: str, model: ModelContext, *, ids: Sequence[int] | None = None
     ) -> tuple[PromptTable | None, list[Diagnostic]]: ...
+
+
+@dataclass(frozen=True)
+class StreamedPart:
+    """Some rows of a block whose rows are read in parts."""
+
+    table: PromptTable | None
+    """None if no rows are left, or after an error."""
+    diagnostics: list[Diagnostic]
+    too_long: int = 0
+    """Number of rows that are left out because they are longer than the model's context."""
 
 
 DiagnosticSink = Callable[..., None]
@@ -226,6 +239,9 @@ def _expressions(part: object) -> int:
 def _draws(node: ast.Node) -> bool:
     return isinstance(node, ast.Call) and node.name == "list"
 
+
+_FIRST_ROWS = 256
+"""Number of rows that are checked together of a block whose rows are read in parts."""
 
 _ANY = 64
 """Number of tokens of an unknown reply."""
@@ -490,10 +506,14 @@ class FileContexts:
         part: str | None,
         labels: LabelNaming | None = None,
         used: frozenset[str] | None = None,
+        *,
+        streamed: bool = False,
     ) -> PromptTable:
         """Return the rows of a prompt block for one model; a placeholder if they can't be created.
 
         Args:
+            streamed: Whether the first rows suffice of a block whose rows are read in parts. E0207
+                for other uses of such a block.
             labels: Naming of answers, if a different model defines it.
             used: Used corruptions, each of which must change every row; None for all.
         """
@@ -501,6 +521,11 @@ class FileContexts:
         used = runs if used is None else used & runs
         if self.limit is not None:
             limit = self.limit if limit is None else min(limit, self.limit)
+        if streamed:
+            limit = None
+        elif self.program.prompts[name].streamed:
+            block = self.program.prompts[name]
+            self.diagnostics.append(unstreamed(block, block.span))
         labels = labels or self._labels(name, model.shape)
         key = (name, id(model.tokenizer), model.shape.max_positions, labels, limit, part)
         tables = self._tables.setdefault(key, {})
@@ -526,9 +551,12 @@ class FileContexts:
         if problem is not None:
             self.diagnostics.append(problem)
         elif not self.needs_python(name):
-            table, found = self._build(
-                name, model, limit=limit, part=part, labels=labels, used=used
-            )
+            if self.program.prompts[name].streamed:
+                table, found = self._first_part(name, model)
+            else:
+                table, found = self._build(
+                    name, model, limit=limit, part=part, labels=labels, used=used
+                )
             if table is not None:
                 found = [*found, *check_prompt_tokens(table, model)]
             self._say(found, model, name)
@@ -540,6 +568,38 @@ class FileContexts:
             table = replace(table, stands_in=True)
         return table
 
+    def _first_part(
+        self, name: str, model: ModelContext
+    ) -> tuple[PromptTable | None, list[Diagnostic]]:
+        """Return the first rows of a block whose rows are read in parts. E0509 if none are left."""
+        count = self._compiled(name, model.tokenizer).block.data_size
+        for begin in range(0, count, _FIRST_ROWS):
+            part = self._part(name, model, range(begin, min(begin + _FIRST_ROWS, count)))
+            if part.table is not None or part.diagnostics:
+                return part.table, part.diagnostics
+        block = self.program.prompts[name]
+        reason = "`where` drops all of them, or they are longer than the model's context"
+        hint = "change the `where` lines, or split long texts"
+        return None, [NoRows(span=block.span, prompts=name, reason=reason, hint=hint)]
+
+    def part(self, experiment: ResolvedExperiment, ids: Sequence[int]) -> StreamedPart:
+        """Return these rows of an experiment whose rows are read in parts."""
+        return self._part(experiment.table.name, experiment.model, ids)
+
+    def _part(self, name: str, model: ModelContext, ids: Sequence[int]) -> StreamedPart:
+        table, found = self._build(name, model, ids=ids, any_length=True)
+        most = model.shape.max_positions
+        if table is None or most is None:
+            return StreamedPart(table, found)
+        rows = zip(table.row_ids, table.runs[CLEAN].rows, strict=True)
+        fitting = [number for number, row in rows if len(row.ids) <= most]
+        too_long = len(table) - len(fitting)
+        if not fitting:
+            return StreamedPart(None, [], too_long)
+        if too_long:
+            table, found = self._build(name, model, ids=fitting)
+        return StreamedPart(table, found, too_long)
+
     def of_experiment(
         self, experiment: spec.Experiment, model: ModelContext, labels: LabelNaming | None = None
     ) -> PromptTable:
@@ -549,7 +609,11 @@ class FileContexts:
         key = (experiment.within or experiment.name, name)
         if key not in self._used:
             self._used[key] = used_corruptions(experiment, self.program)
-        return self.table(name, model, experiment.limit, experiment.part, labels, self._used[key])
+        streamed = self.program.prompts[name].streamed
+        used = self._used[key]
+        return self.table(
+            name, model, experiment.limit, experiment.part, labels, used, streamed=streamed
+        )
 
     def read_by(
         self, rows: FitRows, experiment: spec.Experiment, model: ModelContext
@@ -625,6 +689,7 @@ class FileContexts:
         ids: Sequence[int] | None = None,
         labels: LabelNaming | None = None,
         used: frozenset[str] | None = None,
+        any_length: bool = False,
     ) -> tuple[PromptTable | None, list[Diagnostic]]:
         return build_table(
             self.program.prompts[name],
@@ -633,7 +698,7 @@ class FileContexts:
             limit=limit,
             part=part,
             words=self.models.words,
-            max_length=model.shape.max_positions,
+            max_length=None if any_length else model.shape.max_positions,
             parameters=self.program.parameters,
             blocks=self.program.prompts,
             compiled=self._rows,
@@ -690,7 +755,8 @@ class FileContexts:
             return
         model = self.models.context(next(iter(self.program.models)))
         if check_input_kind(self.program.prompts[name], model) is None:
-            self.table(name, model, 1, None)
+            streamed = self.program.prompts[name].streamed
+            self.table(name, model, 1, None, streamed=streamed)
 
     def with_elsewhere(
         self, experiment: spec.Experiment, model: ModelContext, table: PromptTable
@@ -733,6 +799,8 @@ class FileContexts:
         if self.needs_python(prompts):
             return None, []
         model, other = self.models.reading(prompts, model), self.program.prompts[prompts]
+        if other.streamed:
+            return None, [unstreamed(other, run.span)]
         if (problem := check_input_kind(other, model)) is not None:
             return None, [problem]
         if other.kind != self.program.prompts[table.name].kind:

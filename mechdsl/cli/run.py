@@ -648,7 +648,7 @@ def _run_file(
         print_line(
             f"nothing was written to {options.out} because {source.name} was stopped", out=False
         )
-    if not (result.experiments or result.lost or result.saved):
+    if not (result.experiments or result.lost or checked.saving):
         print_line(f"{source.name} has no experiments, so nothing was run", out=False)
     shown = _show(result, tables=form == "table")
     for saved in result.saved:

@@ -107,20 +107,20 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class SavedFile:
-    """One file of activations, of their means or of directions."""
+    """One file of activations, of their means, of directions or of the rows of features."""
 
     experiment: str
-    kind: Literal["vectors", "means", "direction", "control vector"]
+    kind: Literal["vectors", "means", "direction", "control vector", "rows"]
     path: Path
-    """Path of the safetensors or GGUF file."""
+    """Path of the safetensors, GGUF or JSON lines file."""
     dtype: str
     """Dtype of the vectors."""
     tensors: int
-    """Number of sites, or of vectors of the direction."""
+    """Number of sites, of vectors of the direction, or of features."""
     vectors: int
     """Number of vectors of each site."""
     bytes: int
-    """Size of the safetensors or GGUF file."""
+    """Size of the file."""
     site: str | None = None
     """As in the line, like `at` and `run`; None for a direction."""
     at: str | None = None
@@ -128,12 +128,13 @@ class SavedFile:
     direction: str | None = None
     """As in the line."""
     rows: int | None = None
-    """Number of rows with a vector; None for a direction."""
+    """Number of rows with a vector, or that were read for features; None for a direction."""
     rows_path: Path | None = None
     """Path of the file with a line of JSON for each row: its number and its text. None for means
     and directions."""
     note: str = ""
-    """Which direction was selected, and what is left out, if anything."""
+    """Which direction was selected, and what is left out, if anything; of features, how many are
+    active and how much of the variance the basis explains."""
 
     @property
     def line(self) -> str:
@@ -146,6 +147,13 @@ class SavedFile:
             return (
                 f"{self.experiment}: direction {self.direction}: {vectors} ({size}) as "
                 f"{self.dtype} written to {self.path}{form}{note}"
+            )
+        if self.kind == "rows":
+            return (
+                f"{self.experiment}: rows of {self.site} of {self.run} at {self.at}: "
+                f"{count_noun(self.tensors, 'feature')} in {count_noun(self.rows or 0, 'row')} "
+                f"with {count_noun(self.vectors, 'token')} ({size}) written to {self.path}; "
+                f"{self.note}"
             )
         sites = count_noun(self.tensors, "site")
         what, rows = f"{self.site} of {self.run} at {self.at}", count_noun(self.rows or 0, "row")

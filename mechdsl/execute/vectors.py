@@ -48,6 +48,7 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.types import (
     BasisMember,
+    BasisTargets,
     DirectionMember,
     DirectionVector,
     DrawnBasis,
@@ -277,7 +278,7 @@ class DirectionFits:
         fits = {id(fit): fit for basis in used for fit in basis.fits}
         span = plan.experiment.spec.span
         self._gather_for(members.values(), fits)
-        problems = self._compute_bases(plan, bases)
+        problems = self._compute_bases(bases, span)
         problems += self._compute(members.values(), span)
         made = {name: self._made[name] for name in members if name in self._made}
         for rule in plan.rules if not problems else ():
@@ -302,6 +303,16 @@ class DirectionFits:
         if not problems and not any(vector.any() for vector in made.values()):
             problems.append(_empty_direction(span, next(iter(members)), "is 0 everywhere"))
         return made, problems
+
+    def of_basis(
+        self, basis: BasisTargets, span: Span
+    ) -> tuple[CoordinateSystem | None, list[Diagnostic]]:
+        """Compute a basis outside of rules that has one member; None with E0641, located at
+        `span`, if it can't be computed."""
+        (member,) = basis.members
+        self._gather_for([], {id(fit): fit for fit in basis.fits})
+        problems = self._compute_bases({member.name: member}, span)
+        return self._systems.get(member.name), problems
 
     def _gather_for(
         self, members: Collection[DirectionMember], fits: Mapping[int, _Fit | JacobianBasis]
@@ -337,9 +348,7 @@ class DirectionFits:
                 problems.append(_empty_direction(span, member, "has NaN or infinity"))
         return problems
 
-    def _compute_bases(
-        self, plan: ExperimentPlan, bases: Mapping[str, BasisMember]
-    ) -> list[Diagnostic]:
+    def _compute_bases(self, bases: Mapping[str, BasisMember], span: Span) -> list[Diagnostic]:
         """Compute the bases; returns E0641 for those that can't be computed."""
         problems: list[Diagnostic] = []
         for name, member in bases.items():
@@ -352,7 +361,7 @@ class DirectionFits:
             except (ValueError, MethodError, AutogradFailed, np.linalg.LinAlgError) as error:
                 problems.append(
                     EmptyDirection(
-                        span=plan.experiment.spec.span,
+                        span=span,
                         name=name,
                         reason=f"can't be computed: {error}",
                         made=member.made,

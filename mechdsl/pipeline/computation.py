@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from mechdsl.base.files import package_digest
 from mechdsl.base.hashing import digest
 from mechdsl.base.records import EXTERNAL_MODULES
 from mechdsl.base.runtime import numeric_settings
@@ -32,6 +33,7 @@ from mechdsl.diagnostics.statistics import MissingPickResult, PickBySign, RowsLe
 from mechdsl.execute.cache import RunCache
 from mechdsl.execute.measurement.values import MeasuredValues
 from mechdsl.execute.pass_layout import PassSizer
+from mechdsl.execute.run.feature_files import RowParts, RowsRefused, save_feature_rows
 from mechdsl.execute.run.panel import Execution, choose_pass_sizes, execute
 from mechdsl.execute.run.vector_files import save_vectors
 from mechdsl.execute.run_record import NUMERIC_VERSION, ExecutionOptions, RowCounts, SavedFile
@@ -60,6 +62,7 @@ from mechdsl.program.plugins import hash_plugin_code
 from mechdsl.program.python_functions import program_functions
 from mechdsl.program.run_order import expectation_experiments
 from mechdsl.program.spec import PROMPTS_AXIS
+from mechdsl.prompts.data_files import DataFile
 from mechdsl.prompts.other_runs import remove_replies
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.expansion import find_selections, get_whole_spec, split_by_group
@@ -223,6 +226,61 @@ class FileRun:
                 return None  # the token occurs in no reply
             raise RuntimeError(f"nothing says why `{experiment.name}` can't be run")
         return None if errors else found
+
+    def row_parts(self, experiment: ResolvedExperiment) -> RowParts | None:
+        """Return the rows of an experiment that reads them in parts; None for others."""
+        program, build, rows = self.checked.program, self.checked.part, experiment.table.block_rows
+        block = program.prompts.get(experiment.table.name)
+        if block is None or not block.streamed:
+            return None
+        assert build is not None
+        assert rows is not None
+
+        def part(ids: Sequence[int]) -> tuple[ResolvedExperiment | None, int]:
+            made, again = build(experiment, ids), None
+            found = made.diagnostics
+            if made.table is not None:
+                own = replace(experiment, table=made.table)
+                again, more = _with_findings(own, self.findings, program)
+                found = [*found, *more]
+            errors = [each for each in found if each.severity == "error"]
+            if errors:
+                raise RowsRefused(errors)
+            return again, made.too_long
+
+        limit, count = self.checked.settings.limit, rows.block.data_size
+        count = count if limit is None else min(limit, count)
+        return RowParts(count, part, self._parts_key(experiment, rows.block.data))
+
+    def _parts_key(self, experiment: ResolvedExperiment, data: DataFile | None) -> bytes | None:
+        """Return a digest of all that determines what is saved of rows that are read in parts; None
+        if a model or code can't be hashed, or a basis is fitted on rows."""
+        program, model = self.checked.program, self.models[experiment.model.key]
+        bases = [save.basis for save in experiment.saves if save.basis is not None]
+        identities = [compute_identity(model) for model in self.models.values()]
+        fitted = any(True for basis in bases for _ in basis.fits)
+        if None in identities or fitted or data is None:
+            return None
+        try:
+            code = _code(self.checked)
+            code |= {each.name: repr(each.read_code()) for each in program_functions(program)}
+        except CodeHashError:
+            return None
+        return digest(
+            NUMERIC_VERSION,
+            package_digest(),
+            [package_version(package) for package in VERSIONED_PACKAGES],
+            numeric_settings(),
+            identities,
+            [str(model.dtype), model.device.type, model.provenance.get("attention")],
+            data.digest,
+            [vector.digest for basis in bases for vector in basis.saved],
+            [basis.coordinates[()].which for basis in bases],
+            sorted(code.items()),
+            sorted(experiment.picks.items()),
+            [source.text for source in program.sources],
+            sorted(program.parameters.items()),
+        )
 
     def _with_replies(
         self, experiment: ResolvedExperiment
@@ -712,6 +770,9 @@ def _run(
             if ready is None:
                 continue
             own, problems = save_vectors(ready, models, options.execution)
+            parts = file.row_parts(ready)
+            rows, found = save_feature_rows(ready, models, options.execution, parts)
+            own, problems = [*own, *rows], [*problems, *found]
         except OSError:
             raise
         except Exception as failure:

@@ -45,9 +45,11 @@ from mechdsl.planner.plan import (
     read_batches,
 )
 from mechdsl.program.spec import Generation
+from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.expansion import expand_controls
-from mechdsl.resolve.types import ResolvedExperiment, iter_fitted_vectors
+from mechdsl.resolve.observations import join_positions
+from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave, iter_fitted_vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,13 +331,13 @@ class SaveCost:
     file: str
     """As in the line."""
     sites: int
-    """Number of sites, or of vectors of a direction."""
+    """Number of sites, of vectors of a direction, or of features."""
     vectors: int
-    """Number of vectors of each site."""
+    """Number of vectors of each site, or of tokens at which features are read."""
     at_most: bool
     """Whether the number of vectors is a maximum, because replies may be shorter."""
-    bytes: int
-    """Size of the file's tensors."""
+    bytes: int | None
+    """Size of the file's tensors; None for rows of features, whose texts aren't known."""
     cost: Cost
     """Cost without cells or rows: a run only applies its own rules."""
 
@@ -374,11 +376,42 @@ def _of(experiment: ResolvedExperiment, prompt_tokens: int) -> Iterator[SaveCost
         joined = Cost(0, 0, times.total() * batches, cost.tokens, cost.multiply_adds)
         if experiment.generation is not None and save.in_reply:
             joined = _of_replies(experiment.generation, run, shape, highest_read(read), batches)
+        if save.basis is not None:
+            yield _of_features(experiment, save, joined)
+            continue
         layout = plan_save_layout(experiment, save)
         size = layout.bytes(save.spec.stored_dtype(own))
         counts = len(layout.widths), layout.vectors, layout.at_most
         yield SaveCost(save.spec.file, *counts, size, joined)
     yield from _of_direction_files(experiment, prompt_tokens)
+
+
+def _of_features(experiment: ResolvedExperiment, save: ResolvedSave, passes: Cost) -> SaveCost:
+    """Return the cost of rows of features: passes, encoded vectors and their reconstructions.
+
+    Args:
+        passes: Cost of the passes over the table, which has the first rows of streamed ones.
+    """
+    assert save.basis is not None
+    (member,) = save.basis.members
+    spot = join_positions(save.cells)
+    tokens = sum(len(own) for hits in spot.hits for own in hits)
+    features = len(save.basis.coordinates[()].which) or member.size
+    parts = _count_parts(experiment.table)
+    tokens, passes = tokens * parts, parts * passes
+    products = features + (0 if member.reads else 2 * member.size)
+    encoding = Cost(0, 0, 0, 0, tokens * member.width * products)
+    return SaveCost(
+        save.spec.file, features, tokens, at_most=False, bytes=None, cost=passes + encoding
+    )
+
+
+def _count_parts(table: PromptTable) -> int:
+    """Return how many tables of this size the streamed rows of a block make; 1 for other rows."""
+    rows = table.block_rows
+    if rows is None or not rows.block.spec.streamed:
+        return 1
+    return max(1, round(rows.block.data_size / (1 + max(table.row_ids))))
 
 
 def _of_direction_files(experiment: ResolvedExperiment, prompt_tokens: int) -> Iterator[SaveCost]:

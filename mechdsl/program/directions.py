@@ -119,8 +119,9 @@ def fit_rows_of_experiment(experiment: spec.Experiment, program: spec.Program) -
 
 
 def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.Basis]:
-    """Return the bases that an experiment's rules use, once each."""
-    sites = (rule.site for rule in experiment.every_rule if rule.site is not None)
+    """Return the bases that an experiment's rules and saves use, once each."""
+    sites = [rule.site for rule in experiment.every_rule if rule.site is not None]
+    sites += [save.site for save in experiment.saves]
     names = dict.fromkeys(site.basis_name for site in sites)
     names |= {rule.exchanged.of: None for rule in experiment.every_rule if rule.exchanged}
     names |= {rule.observed.basis: None for rule in experiment.every_rule if rule.observed}

@@ -334,6 +334,27 @@ class _BlockLines:
                 )
                 self.diagnostics.append(bad)
 
+    def only_of_streamed_rows(self) -> None:
+        """Report E0207 for lines that need all rows of a block whose rows are read in parts."""
+        rows = self.rows
+        if rows is None or not rows.streamed:
+            return
+        hint = "remove it, or `streamed`"
+        for line in self.definition.lines:
+            if isinstance(line, ast.DomainDef | ast.Text | ast.Corrupt | ast.SplitLine):
+                word = line.span.written.split()[0]
+                reason = "doesn't go with `streamed`: it needs all rows of the block"
+                bad = BadArgument(span=line.span, name=word, reason=reason, hint=hint)
+                self.diagnostics.append(bad)
+        reason = None
+        if self.definition.kind == "images":
+            reason = "applies to texts, but this block has images"
+        elif not isinstance(rows.source, ast.String):
+            reason, hint = "reads one file", 'name a JSON lines file: `rows "texts.jsonl" streamed`'
+        if reason is not None:
+            bad = BadArgument(span=rows.span, name="streamed", reason=reason, hint=hint)
+            self.diagnostics.append(bad)
+
 
 def _turn(turn: ast.ChatTurn) -> ast.ChatTurn:
     """Replace an invalid role, which has already been reported."""
@@ -347,6 +368,7 @@ def lower_prompts(
     block = _BlockLines(definition, scope)
     for line in definition.lines:
         block.add(line)
+    block.only_of_streamed_rows()
     if block.chat is not None:
         block.no_template_changes()
     if definition.kind == "images":
@@ -420,6 +442,7 @@ def _lowered(block: _BlockLines) -> spec.Prompts:
         chat=() if block.chat is None else tuple(map(_turn, block.chat.turns)),
         rows=None if block.rows is None else block.rows.source,
         distinct=block.rows is not None and block.rows.distinct,
+        streamed=block.rows is not None and block.rows.streamed,
         rename=tuple(block.rename),
         where=tuple(block.where),
         split=None if block.split is None else block.split.percent.value,

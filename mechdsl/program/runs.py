@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from mechdsl.base import limits
 from mechdsl.base.source import Source, Span
-from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, MissingLine, UnknownWord
 from mechdsl.diagnostics.prompts import UnsampledRuns
 from mechdsl.diagnostics.syntax import NotSupported
@@ -474,13 +474,16 @@ SAVE_DTYPES = ("float16", "bfloat16", "float32")
 
 SAVE_SUFFIX = ".safetensors"
 
+ROWS_SUFFIX = ".jsonl"
+
 
 def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...]:
     """Lower the `save` lines of an experiment.
 
     Codes: E0108 with `keep`, and with rules unless a run is named; E0201 for unknown runs, E0203
-    for dtypes, E0207 for files of another type.
+    for dtypes, E0207 for files of another type and for features without a number of rows.
     """
+    _reject_unstreamed(work, prompts)
     unsaid = [save for save in work.saves if save.run is None]
     for save in unsaid[:1] if work.rules else ():
         later = (
@@ -496,15 +499,14 @@ def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...
             )
     found: list[spec.Save] = []
     for save in work.saves:
-        if PurePath(save.file.value).suffix.lower() != SAVE_SUFFIX:
-            work.diagnostics.append(
-                BadArgument(
-                    span=save.file.span,
-                    name=save.file.value,
-                    reason="is not the name of a safetensors file",
-                    hint=f"use a name that ends in `{SAVE_SUFFIX}`",
-                )
-            )
+        work.diagnostics.extend(_check_saved_file(save))
+        problem = _check_saved_features(save, work)
+        if problem is not None:
+            work.diagnostics.append(problem)
+            continue
+        basis = save.site.basis_name or ast.STANDARD_BASIS
+        if basis != ast.STANDARD_BASIS and not work.scope.use("basis", basis, save.site.span):
+            continue
         run = None if save.run is None else resolve_run_name(save.run, prompts, work)
         found.append(
             spec.Save(
@@ -515,9 +517,73 @@ def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...
                 file=save.file.value,
                 dtype=_saved_dtype(save.dtype, work),
                 mean=save.mean,
+                rows=whole_number_value(save.rows, work.parts.parameters),
             )
         )
     return tuple(found)
+
+
+def _reject_unstreamed(work: Statements, prompts: spec.Prompts) -> None:
+    """Report E0207 for lines of an experiment that need all rows, if its rows are read in parts."""
+    if not prompts.streamed:
+        return
+    for statement in work.definition.statements:
+        match statement:
+            case ast.UseModel():
+                continue
+            case ast.Save(rows=rows) if rows is not None:
+                continue
+            case ast.UsePrompts(limit=None, replies=None, prompts=refs) if all(
+                ref.part is None for ref in refs
+            ):
+                continue
+            case _:
+                work.diagnostics.append(unstreamed(prompts, statement.span))
+
+
+def unstreamed(prompts: spec.Prompts, span: Span) -> BadArgument:
+    """Return E0207 for a use of rows that are read in parts."""
+    return BadArgument(
+        span=span,
+        name=prompts.name,
+        reason="has streamed rows, which only `save top … rows of …` reads",
+        hint="remove `streamed` from its `rows` line, or name other prompts here",
+    )
+
+
+def _check_saved_file(save: ast.Save) -> Iterator[Diagnostic]:
+    """Report E0207 for the name of a file of another type, and for rows with a dtype."""
+    of_rows = save.rows is not None
+    suffix, kind = (ROWS_SUFFIX, "JSON lines") if of_rows else (SAVE_SUFFIX, "safetensors")
+    if PurePath(save.file.value).suffix.lower() != suffix:
+        yield BadArgument(
+            span=save.file.span,
+            name=save.file.value,
+            reason=f"is not the name of a {kind} file",
+            hint=f"use a name that ends in `{suffix}`",
+        )
+    if of_rows and save.dtype is not None:
+        reason, hint = "has no effect on rows, which are saved as text", "remove `as …`"
+        yield BadArgument(span=save.dtype.span, name=save.dtype.id, reason=reason, hint=hint)
+
+
+def _check_saved_features(save: ast.Save, work: Statements) -> Diagnostic | None:
+    """Return E0207 for rows of something other than features, and for vectors of features."""
+    named, site = save.site.coordinates is not None, save.site.span.written
+    if named != (save.rows is not None) or (save.rows is None and save.site.basis is not None):
+        reason = "names features, of which rows are saved, not vectors"
+        hint = f'write `save top 20 rows of {site} at tokens * to "rows{ROWS_SUFFIX}"`'
+        if save.rows is not None:
+            reason = "names no features of a basis"
+            hint = "for example `save top 20 rows of features * of f at tokens * to …`"
+        elif not named:
+            hint = "name features: `save top 20 rows of features * of f at tokens * to …`"
+        return BadArgument(span=save.site.span, name=site, reason=reason, hint=hint)
+    count = whole_number_value(save.rows, work.parts.parameters)
+    if save.rows is not None and (count is None or count < 1):
+        reason, hint = "must be a whole number above 0", "write `save top 20 rows of …`"
+        return BadArgument(span=save.span, name="top", reason=reason, hint=hint)
+    return None
 
 
 def _saved_dtype(dtype: ast.Name | None, work: Statements) -> str | None:

@@ -294,6 +294,8 @@ class Prompts(Spec):
     """Whether its columns come from unknown images."""
     distinct: bool = False
     """Keep only the first of equal records."""
+    streamed: bool = False
+    """Whether the rows are read in parts, and only by `save top … rows of …`."""
     rename: tuple[RenamedColumn, ...] = ()
     where: tuple[ExprText, ...] = ()
     split: float | None = None
@@ -561,7 +563,8 @@ class DerivedRun(Spec):
 
 
 class Save(Spec):
-    """`save SITE of RUN at POSITIONS to "FILE" as TYPE`: activations that are written to a file."""
+    """`save SITE of RUN at POSITIONS to "FILE" as TYPE`: activations that are written to a file, or
+    the rows in which features are most active."""
 
     site: SiteText
     at: PositionsText
@@ -572,6 +575,8 @@ class Save(Spec):
     """None: the dtype of the computation, or float32 for a mean."""
     mean: bool = False
     """Whether the mean over rows is saved."""
+    rows: int | None = None
+    """Number of rows that are saved for each feature, instead of vectors."""
 
     def stored_dtype(self, computed: str) -> str:
         """Return the dtype of the file's vectors.

@@ -52,7 +52,13 @@ from mechdsl.program.python_functions import (
     find_function,
 )
 from mechdsl.program.spec import TILE
-from mechdsl.prompts.data_files import DataFile, read_data_file, read_dataset
+from mechdsl.prompts.data_files import (
+    DataFile,
+    StreamedRecords,
+    open_data_file,
+    read_data_file,
+    read_dataset,
+)
 from mechdsl.prompts.expressions import (
     Constants,
     NameUse,
@@ -65,7 +71,7 @@ from mechdsl.prompts.expressions import (
     name_uses,
 )
 from mechdsl.prompts.tokens.chat import ChatTemplate
-from mechdsl.prompts.values import Refusal, RowValue, to_hashable, to_plain
+from mechdsl.prompts.values import DataRecord, Refusal, RowValue, to_hashable, to_plain
 from mechdsl.syntax import ast
 from mechdsl.syntax.parser import Placeholder, parse_template
 from mechdsl.syntax.printer import format_string
@@ -502,15 +508,25 @@ class PromptsBlock:
         self.draws: bool = any(is_random(node, self.placeholders) for node in self._clean_parts())
         if prompts.image is not None:
             self.draws = self.draws or is_random_image(prompts.image)
+        self._check_streamed()
 
     # --- building -------------------------------------------------------------------------------
+
+    def _check_streamed(self) -> None:
+        """Report E0207 for drawn values in streamed rows: draws depend on all rows."""
+        if self.spec.streamed and self.draws:
+            reason = "draws values, which needs all rows, but they are streamed"
+            hint = "compute the values from columns, or remove `streamed`"
+            bad = BadArgument(span=self.spec.span, name=self.name, reason=reason, hint=hint)
+            self.diagnostics.append(bad)
 
     def _read(self) -> DataFile | None:
         source = self.spec.rows
         if source is None:
             return None
         if isinstance(source, ast.String):
-            data, diagnostics = read_data_file(source.value, source.span)
+            read = open_data_file if self.spec.streamed else read_data_file
+            data, diagnostics = read(source.value, source.span)
         else:  # expressions other than calls are rejected elsewhere
             data, diagnostics = read_dataset(source) if isinstance(source, ast.Call) else (None, [])
         self.diagnostics += diagnostics
@@ -534,7 +550,10 @@ class PromptsBlock:
                 shown = source.value if isinstance(source, ast.String) else source.span.written
                 first = f"the column `{each.name}` of `{shown}`"
                 self.diagnostics.append(DuplicateName(span=each.span, name=each.name, first=first))
-        records = tuple({new_names.get(k, k): v for k, v in r.items()} for r in data.records)
+        if isinstance(data.records, StreamedRecords):
+            records: Sequence[DataRecord] = data.records.renamed(new_names)
+        else:
+            records = [{new_names.get(k, k): v for k, v in r.items()} for r in data.records]
         columns = tuple(new_names.get(c, c) for c in data.columns)
         return DataFile(records, columns, data.digest)
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from array import array
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from hashlib import sha256
 from importlib import import_module
 from math import isfinite
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 from mechdsl.base import limits
 from mechdsl.base.files import find_snapshot, load_json
@@ -57,7 +58,7 @@ RENAME_COLUMNS_HINT = "give each column a different name"
 class DataFile:
     """The records of a file and the SHA-256 of its bytes."""
 
-    records: tuple[DataRecord, ...]
+    records: Sequence[DataRecord]
     columns: tuple[str, ...]
     digest: str
 
@@ -98,12 +99,7 @@ def read_data_file(path: str, span: Span) -> tuple[DataFile | None, list[Diagnos
     try:
         content = file.read_bytes()
     except OSError as error:
-        reason = (
-            "there is no such file"
-            if isinstance(error, FileNotFoundError)
-            else str(error.strerror or error)
-        )
-        return None, [UnreadableData(span=span, path=path, reason=reason, hint=_hint(file))]
+        return None, [_unreadable(file, path, span, error)]
     try:
         records = reader(content)
         if not records:
@@ -112,6 +108,92 @@ def read_data_file(path: str, span: Span) -> tuple[DataFile | None, list[Diagnos
         return None, [DataFormat(span=span, path=path, reason=error.reason, hint=error.hint)]
     columns = dict.fromkeys(name for record in records for name in record)
     return DataFile(tuple(records), tuple(columns), sha256(content).hexdigest()), []
+
+
+class StreamedRecords(Sequence[DataRecord]):
+    """The records of a JSON lines file, each read when it is used."""
+
+    def __init__(
+        self, file: Path, begins: Sequence[int], names: Mapping[str, str] | None = None
+    ) -> None:
+        """Store where lines begin.
+
+        Args:
+            begins: [record] the byte at which its line begins.
+            names: Column → the name that it gets.
+        """
+        self._file, self._begins, self._names = file, begins, names or {}
+
+    def renamed(self, names: Mapping[str, str]) -> StreamedRecords:
+        """Return the same records with other names of columns."""
+        return StreamedRecords(self._file, self._begins, names)
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    @overload
+    def __getitem__(self, index: int) -> DataRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[DataRecord]: ...
+    def __getitem__(self, index: int | slice) -> DataRecord | Sequence[DataRecord]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        with self._file.open("rb") as file:
+            file.seek(self._begins[index])
+            record = _line_record(_text(file.readline()), index + 1)
+        return {self._names.get(name, name): value for name, value in record.items()}
+
+
+STREAMED_SUFFIX = ".jsonl"
+
+
+def open_data_file(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]:
+    """Check each line of a JSON lines file that is read in parts, without keeping its records.
+
+    Codes: E0504, E0505, E0532, E0535.
+    """
+    file, problems = path_to_read(ROWS_PATH, path, span)
+    if file is None:
+        return None, problems
+    if file.suffix.lower() != STREAMED_SUFFIX:
+        reason = f"a file that is read in parts ends in {STREAMED_SUFFIX}"
+        hint = "convert it to one JSON object per line, in UTF-8; or remove `streamed`"
+        return None, [DataFormat(span=span, path=path, reason=reason, hint=hint)]
+    digest, begins, columns = sha256(), array("q"), dict[str, None]()
+    try:
+        with file.open("rb") as lines:
+            place = 0
+            for number, line in enumerate(lines, 1):
+                digest.update(line)
+                if line.strip():
+                    columns |= dict.fromkeys(_line_record(_text(line), number))
+                    begins.append(place)
+                place += len(line)
+        if not begins:
+            raise MalformedData("it has no records", "add some")
+    except OSError as error:
+        return None, [_unreadable(file, path, span, error)]
+    except MalformedData as error:
+        return None, [DataFormat(span=span, path=path, reason=error.reason, hint=error.hint)]
+    return DataFile(StreamedRecords(file, begins), tuple(columns), digest.hexdigest()), []
+
+
+def _line_record(line: str, number: int) -> DataRecord:
+    """Return the record of a line. Raises MalformedData."""
+    where = f"line {number}"
+    try:
+        value = _parsed(line, where)
+    except ValueError as error:
+        reason = f"{where} is not JSON ({error})"
+        raise MalformedData(reason, "write one object per line") from None
+    return _object(value, where)
+
+
+def _unreadable(file: Path, path: str, span: Span, error: OSError) -> UnreadableData:
+    """Return E0504."""
+    missing = isinstance(error, FileNotFoundError)
+    reason = "there is no such file" if missing else str(error.strerror or error)
+    return UnreadableData(span=span, path=path, reason=reason, hint=_hint(file))
 
 
 def _hint(file: Path) -> str:
@@ -163,14 +245,8 @@ def _object(value: Any, where: str) -> DataRecord:
 def _json_lines(content: bytes) -> list[DataRecord]:
     records: list[DataRecord] = []
     for number, line in enumerate(_text(content).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = _parsed(line, f"line {number}")
-        except ValueError as error:
-            reason = f"line {number} is not JSON ({error})"
-            raise MalformedData(reason, "write one object per line") from None
-        records.append(_object(value, f"line {number}"))
+        if line.strip():
+            records.append(_line_record(line, number))
     return records
 
 

@@ -391,6 +391,47 @@ def resolve_observed_basis(
     return BasisTargets(said.basis, (said.basis,), (members,), (), {(): Coordinates()})
 
 
+def resolve_saved_features(
+    site: ast.Site, work: ExperimentContext
+) -> tuple[SitePoint, BasisTargets] | None:
+    """Resolve the coordinates of a `save top … rows of` line and where they are read; None after an
+    error. E0342 for a basis that can't be used there, and codes of sites."""
+    name, features = site.basis_name, site.coordinates
+    assert name is not None
+    assert features is not None
+    _, definitions = _named_bases(name, site, work)
+    if definitions is None:  # rejected
+        return None
+    targets, _ = resolve_site(_written_site(site, definitions[0], work), work.sites)
+    if targets is None:
+        return None
+    try:
+        if len(targets.points) > 1:
+            raise BasisError(
+                site,
+                f"`{name}` is a basis for each of {len(targets.points)} sites",
+                "name a basis at one site: `at resid_post layer 2`",
+            )
+        members = _members(definitions[0], targets, site, work)
+    except BasisError as problem:
+        work.diagnostics.append(problem.diagnostic)
+        return None
+    if members is None:  # rejected
+        return None
+    (member,), ((point,),) = members.values(), targets.points.values()
+    found = resolve_axis(features, [], work.sites, size=member.size)
+    numbers = number_exceptions(site, work.sites)
+    if found is not None and numbers:
+        found = exclude_values(found, numbers, work.sites)
+    if found is None:
+        return None
+    which = tuple(dict.fromkeys(each for own in found.choices.values() for each in own))
+    whole = len(which) == member.size
+    point = replace(point, site=member.reads) if member.reads else point
+    named = {(): Coordinates(() if whole else which)}
+    return point, BasisTargets(name, (name,), ({None: member},), (), named)
+
+
 def resolve_argument_bases(
     names: Sequence[ast.Name], work: ExperimentContext
 ) -> BasisTargets | None:

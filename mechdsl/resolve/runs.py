@@ -22,12 +22,13 @@ from mechdsl.prompts.positions.cells import ReplyTokens, resolve_positions
 from mechdsl.prompts.positions.spans import AnswerTokens, refers_to_answer
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import DerivedRun, ReplyPosition
-from mechdsl.resolve.bases import resolve_rule
+from mechdsl.resolve.bases import resolve_rule, resolve_saved_features
 from mechdsl.resolve.observations import Observation, RowSetObservation
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.types import (
     AxisIndices,
     BaselineExperiment,
+    BasisTargets,
     ResolvedExperiment,
     ResolvedMeasure,
     ResolvedRule,
@@ -638,6 +639,10 @@ def _as_raw(measures: Iterable[spec.Measure]) -> Iterable[spec.Measure]:
     return (each.model_copy(update={"effect": RAW.name, "over": None}) for each in measures)
 
 
+_NO_REPLY_ROWS = ReplyTokens(
+    reason="`save top … rows of` reads only prompts", hint="name positions in the prompt"
+)
+
 _PROMPT_ONLY = "`save` reads only the prompt"
 
 
@@ -652,7 +657,17 @@ def resolve_saves(work: ExperimentContext) -> tuple[ResolvedSave, ...]:
 
 def _save(save: spec.Save, work: ExperimentContext) -> ResolvedSave | None:
     run = save.run or work.experiment.base
-    targets, _ = resolve_site(save.site, work.sites)
+    basis: BasisTargets | None = None
+    points: tuple[SitePoint, ...] | None = None
+    if save.rows is not None:
+        own = resolve_saved_features(save.site, work)
+        if own is not None:
+            points, basis = (own[0],), own[1]
+    else:
+        targets, _ = resolve_site(save.site, work.sites)
+        if targets is not None:
+            every = (point for here in targets.points.values() for point in here)
+            points = tuple(dict.fromkeys(every))
     cells, problems = resolve_positions(
         save.at,
         work.table,
@@ -666,14 +681,16 @@ def _save(save: spec.Save, work: ExperimentContext) -> ResolvedSave | None:
         with_runs=(),
         ranked=work.ranked,
         answers=AnswerTokens(reason=_PROMPT_ONLY),
-        replies=_replies(run, work),
+        replies=_replies(run, work) if save.rows is None else _NO_REPLY_ROWS,
     )
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
-    if targets is None or has_errors(problems):
+    if points is None or has_errors(problems):
         return None
-    points = tuple(dict.fromkeys(point for own in targets.points.values() for point in own))
-    _one_width(save, run, points, work)
-    found = ResolvedSave(save, run, points, tuple(cells))
+    if basis is None:
+        _one_width(save, run, points, work)
+    else:
+        _without_noise(save, run, work)
+    found = ResolvedSave(save, run, points, tuple(cells), basis)
     if found.in_reply and any(SITES[point.site].width == "key" for point in points):
         reason = "vectors over the keys of texts of different lengths have different widths"
         problem = NotInReply(
@@ -681,6 +698,15 @@ def _save(save: spec.Save, work: ExperimentContext) -> ResolvedSave | None:
         )
         work.diagnostics.append(problem)
     return found
+
+
+def _without_noise(save: spec.Save, run: str, work: ExperimentContext) -> None:
+    """Report E0207 for rows of a run with noise, whose features differ between draws."""
+    found = work.table.runs.get(run)
+    if found is not None and found.noise is not None:
+        reason = "has vectors that differ between draws of noise"
+        hint = "save the rows of a run without noise"
+        work.diagnostics.append(BadArgument(span=save.span, name=run, reason=reason, hint=hint))
 
 
 def _replies(run: str, work: ExperimentContext) -> ReplyTokens:

@@ -1023,6 +1023,8 @@ class ResolvedSave(Record):
     points: tuple[SitePoint, ...]
     """Points to save, one tensor for each."""
     cells: tuple[PositionCell, ...]
+    basis: BasisTargets | None = None
+    """One member, whose coordinates at the one point are saved instead of the vectors."""
 
     @property
     def in_reply(self) -> bool:

@@ -436,7 +436,7 @@ class SavedDocument(DocumentPart):
     """A file that a `save` line has written."""
 
     experiment: str
-    kind: str = Field(description="`vectors`, `means`, `direction` or `control vector`")
+    kind: str = Field(description="`vectors`, `means`, `direction`, `control vector` or `rows`")
     site: str | None = Field(
         default=None,
         description="as written in the `save` line, like `at` and `run`; absent for a direction",
@@ -444,19 +444,22 @@ class SavedDocument(DocumentPart):
     at: str | None = None
     run: str | None = None
     direction: str | None = Field(default=None, description="as written in the `save` line")
-    file: str = Field(description="path of the safetensors or GGUF file")
+    file: str = Field(description="path of the safetensors, GGUF or JSON lines file")
     rows_file: str | None = Field(
         default=None,
         description="path of the JSON lines file next to it, with one line per row; absent for "
-        "means and directions",
+        "means, directions and rows of features",
     )
     dtype: str
-    tensors: int = Field(description="sites, or vectors of a direction")
-    vectors: int = Field(description="vectors or means per site")
-    rows: int | None = Field(
-        default=None, description="rows that have a vector; absent for a direction"
+    tensors: int = Field(description="sites, vectors of a direction, or features")
+    vectors: int = Field(
+        description="vectors or means per site; tokens that were read for features"
     )
-    bytes: int = Field(description="size of the safetensors or GGUF file")
+    rows: int | None = Field(
+        default=None,
+        description="rows that have a vector, or were read for features; absent for a direction",
+    )
+    bytes: int = Field(description="size of the file")
     note: str | None = Field(
         default=None,
         description="which direction was selected, and what is left out, if anything",

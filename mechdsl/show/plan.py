@@ -577,11 +577,12 @@ def _print_saves(saves: Sequence[SaveCost], console: Console) -> None:
     for title in ("sites", "vectors", "size", "forwards", "tokens×blocks", "FLOPs"):
         table.add_column(title, justify="right", no_wrap=True)
     for each in saves:
+        most = "≤ " if each.at_most else ""
         table.add_row(
             each.file,
             f"{each.sites:,}",
-            f"{'≤ ' if each.at_most else ''}{each.vectors:,}",
-            f"{'≤ ' if each.at_most else ''}{format_size(each.bytes)}",
+            f"{most}{each.vectors:,}",
+            "" if each.bytes is None else f"{most}{format_size(each.bytes)}",
             *_cost_figures(each.cost)[2:],
         )
     console.print()

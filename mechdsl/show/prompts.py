@@ -27,6 +27,7 @@ from mechdsl.resolve.types import (
     OutputWeights,
     ResolvedExperiment,
     ResolvedRule,
+    ResolvedSave,
 )
 
 HIT_MARK, OTHER_MARK = "■", "·"
@@ -230,6 +231,17 @@ def _derived(experiment: ResolvedExperiment, console: Console) -> None:
             _rule(run, rule, console, f"run {name}, on {run.spec.base}: ")
 
 
+def _saved_rows(experiment: ResolvedExperiment, save: ResolvedSave, console: Console) -> None:
+    """Print whose rows a line saves, and the positions at which features are read."""
+    assert save.basis is not None
+    (member,) = save.basis.members
+    count = len(save.basis.coordinates[()].which) or member.size
+    _positions(experiment, save.run, list(save.cells), console)
+    rows = f"the {save.spec.rows} rows" if save.spec.rows != 1 else "the row"
+    said = f"{rows} in which each of {count_noun(count, 'feature')} of {member.name} is most active"
+    console.print(Text(f"    {said}, of `{save.run}`, to {PurePath(save.spec.file)}"))
+
+
 def _saves(experiment: ResolvedExperiment, console: Console) -> None:
     """Print the saved activations and directions, and their files."""
     for file in experiment.direction_files:
@@ -238,6 +250,9 @@ def _saves(experiment: ResolvedExperiment, console: Console) -> None:
         _print_labels("tensors", list(file.members), console)
     for save in experiment.saves:
         console.print(Text("  " + save.spec.span.written, style="bold"))
+        if save.basis is not None:
+            _saved_rows(experiment, save, console)
+            continue
         layout, run = plan_save_layout(experiment, save), experiment.table.runs[save.run]
         _print_labels("tensors", list(layout.widths), console)
         _positions(experiment, save.run, list(save.cells), console)
@@ -474,7 +489,21 @@ def _as_derived(experiment: ResolvedExperiment) -> dict[str, Any]:
 def _as_saves(experiment: ResolvedExperiment, checked: CheckedFile) -> dict[str, Any]:
     """Return the `save` lines, if there are any."""
     own = [each for each in checked.saving if each.spec.span == experiment.spec.span]
-    found = [
+    found: list[dict[str, Any]] = [
+        {
+            "save": save.spec.span.written,
+            "run": save.run,
+            "file": save.spec.file,
+            "positions": _as_hits(save.cells),
+            "rows": save.spec.rows,
+            "basis": save.basis.members[0].name,
+            "features": list(save.basis.coordinates[()].which) or "all",
+        }
+        for each in own
+        for save in each.saves
+        if save.basis is not None
+    ]
+    found += [
         {
             "save": save.spec.span.written,
             "run": save.run,
@@ -487,6 +516,7 @@ def _as_saves(experiment: ResolvedExperiment, checked: CheckedFile) -> dict[str,
         }
         for each in own
         for save in each.saves
+        if save.basis is None
     ]
     found += [
         {

@@ -540,6 +540,8 @@ class RowsLine(Node):
     source: Expr
     distinct: bool = False
     """Keep only the first of equal records."""
+    streamed: bool = False
+    """Read the file in parts."""
 
 
 @record
@@ -1124,7 +1126,7 @@ class RunDef(Node):
 @record
 class Save(Node):
     """`save [mean of] resid_post layer * of healed at last token to "acts.safetensors" as
-    float16`."""
+    float16`, `save top 20 rows of features * of f at tokens * to "rows.jsonl"`."""
 
     site: Site
     at: Positions
@@ -1133,6 +1135,8 @@ class Save(Node):
     dtype: Name | None = None
     mean: bool = False
     """Whether it saves the mean over rows instead of every vector."""
+    rows: int | str | None = None
+    """Number of rows to save for each feature, instead of vectors."""
 
 
 @record

@@ -537,7 +537,11 @@ def _data(node: Any) -> str | None:
         case ast.ChatTurn():
             return f"{node.role} {_text(node.text)}"
         case ast.RowsLine():
-            return f"rows {format_operand(node.source, SUM)}" + " distinct" * node.distinct
+            return (
+                f"rows {format_operand(node.source, SUM)}"
+                + " distinct" * node.distinct
+                + " streamed" * node.streamed
+            )
         case ast.RenameLine():
             pairs = ", ".join(f"{new.id} = {_column(old)}" for new, old in node.pairs)
             return f"rename {{ {pairs} }}"
@@ -764,8 +768,9 @@ def _statement(node: Any) -> str | None:
         case ast.Save():
             where = f"{format_site(node.site)}{_of('of', node.run, format_ref)}"
             where += f" at {format_positions(node.at)}"
-            mean = "mean of " if node.mean else ""
-            return f"save {mean}{where} to {_text(node.file)}" + _of("as", node.dtype, _id)
+            what = "mean of " if node.mean else ""
+            what = what if node.rows is None else f"top {node.rows} rows of "
+            return f"save {what}{where} to {_text(node.file)}" + _of("as", node.dtype, _id)
         case ast.SaveDirection():
             what = format_operand(node.direction, SUM)
             return f"save direction {what} to {_text(node.file)}" + _of("as", node.dtype, _id)

@@ -462,9 +462,11 @@ class TreeBuilder(Transformer[Token, Any]):
         return ast.ChatTurn(str(c[0]), c[1], span=_span(c))
 
     def rows(self, c: list[Any]) -> ast.RowsLine:
-        return ast.RowsLine(c[1], "distinct" in _clauses(c), span=_span(c))
+        clauses = _clauses(c)
+        return ast.RowsLine(c[1], "distinct" in clauses, "streamed" in clauses, span=_span(c))
 
     distinct = _clause("distinct", lambda _: True)
+    streamed = _clause("streamed", lambda _: True)
 
     def rename(self, c: list[Any]) -> ast.RenameLine:
         pairs = tuple(child.value for child in c if isinstance(child, Clause))
@@ -767,13 +769,14 @@ class TreeBuilder(Transformer[Token, Any]):
         site = next(child for child in c if isinstance(child, ast.Site))
         mean = "mean" in clauses
         given = clauses.get("run"), clauses.get("dtype")
-        return ast.Save(site, at, file, *given, mean, span=_span(c))
+        return ast.Save(site, at, file, *given, mean, clauses.get("rows"), span=_span(c))
 
     def save_direction(self, c: list[Any]) -> ast.SaveDirection:
         file = next(child for child in c if isinstance(child, ast.String))
         return ast.SaveDirection(c[2], file, _clauses(c).get("dtype"), span=_span(c))
 
     mean_of = _clause("mean", lambda _: True)
+    top_rows = _clause("rows", _second_amount)
 
     saved_as = _clause("dtype", _second)
 

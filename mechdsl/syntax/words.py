@@ -79,7 +79,7 @@ def name_problem(name: object) -> str | None:
 
 CLAUSE_WORDS = CONNECTING_WORDS | _words(
     "verify until top contains on citing during limit step toward per test confidence correct"
-    " verdicts window without align radius over up distinct shuffled"
+    " verdicts window without align radius over up distinct streamed shuffled"
 )
 """Words that continue a statement, so that a line within it may begin with one of them."""
 

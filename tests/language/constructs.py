@@ -573,6 +573,16 @@ _prompts(
     "tests/data/test_rows.py",
 )
 _prompts(
+    "streamed rows",
+    'rows "facts.jsonl" streamed',
+    "The rows of a JSON lines file that may be larger than memory. They are read in parts, and "
+    "only by `save top … rows of …`. The block has a template, `where` and values computed from "
+    "columns, but no `in`, drawn values, answers, corruptions or `split`. Every line is checked "
+    "before the run. Rows that are longer than the model's context are left out, and their number "
+    "is printed. `--limit 1000` reads the first 1,000 rows.",
+    "tests/rules/test_saved_rows.py",
+)
+_prompts(
     "rename",
     "rename { thing = object }",
     "Renames columns: new name = column.",
@@ -1786,6 +1796,19 @@ _experiment(
     "completions. For several positions, tensors are named `resid_post.layer3.position0`. "
     '`direction m = saved("m.safetensors", "mlp_out.layer2")` reads it.',
     "tests/execute/test_save_means.py",
+)
+_experiment(
+    "save top rows",
+    'save top 20 rows of features * of axes of clean at tokens * to "rows.jsonl"',
+    "Writes, for each feature, the rows with the highest activations at one of the tokens. Each "
+    "line of the file is a feature: `index`, `description` (if the basis has labels), `density` "
+    "(share of tokens at which it isn't 0), `mean` over all tokens, and `rows`. A row has its "
+    "number, text, tokens and values, the highest `activation`, and the activations that aren't 0 "
+    "with their tokens (`at`). `features 0, 2 of axes`, `features top 10 of seen of axes` and "
+    "`mlp_hidden layer 2 dims *` select features or neurons. With streamed rows, an interrupted "
+    "run continues where it was last saved.",
+    "tests/rules/test_saved_rows.py",
+    "Bricken et al. 2023, https://transformer-circuits.pub/2023/monosemantic-features",
 )
 _experiment(
     "save direction",

@@ -64,6 +64,21 @@ reports the limit that a file exceeds. Within the limits, `mechdsl validate` nee
 and less than 500 MB. It checks only the first rows of a large table and reports this. Data files
 or tokenizers of tens of megabytes take longer."""
 
+STREAMED = """\
+mech 1
+model toy = zoo("counting")
+prompts example {
+LINES
+  template "{prompt}"
+}
+basis units = neurons at resid_post layer 2
+experiment e {
+  prompts example
+  save top 2 rows of features * of units at tokens * to "rows.jsonl"
+}
+"""
+"""A file with a block of streamed rows."""
+
 OTHER = "corrupt other { item = other(item) }"
 BASE = (
     "mech 1\n\nTOP\n\n"
@@ -308,6 +323,8 @@ def in_block(*lines: str) -> str:
     """A file with a prompts block of these lines, and the default for what they leave out."""
     text = " ".join(lines)
     default = RECORDS if '"facts' in text else fruit.VALUES
+    if " streamed" in text:
+        return STREAMED.replace("LINES", "\n".join(f"  {line}" for line in lines))
     names = {line.split()[0] for line in lines}
     is_chat = "chat" in names
     kept = [line for line in default if line.split()[0] not in names]

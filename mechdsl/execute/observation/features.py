@@ -66,14 +66,14 @@ def observe_features(
     """
     transcodes = does.member is not None and bool(does.member.reads)
     sums, active, error = _Sums(does, own), np.zeros(system.size, dtype=np.bool_), 0.0
-    for rows, vectors, row in _batches(own, system.size, inputs):
+    for rows, vectors, row in iter_row_batches(own, system.size, inputs):
         found = system.encode(vectors, None)
         if not transcodes:
             error += float((vectors - system.reconstruct(vectors)).double().square().sum())
         active |= (found != 0).any(0).cpu().numpy()
         sums.add(rows, _row_average(found, row, len(rows)))
     if other is not None:
-        for rows, vectors, row in _batches(other, system.size, inputs):
+        for rows, vectors, row in iter_row_batches(other, system.size, inputs):
             found = system.encode(vectors, None)
             active |= (found != 0).any(0).cpu().numpy()
             sums.add(rows, -_row_average(found, row, len(rows)))
@@ -147,7 +147,9 @@ class _Sums:
         return np.where(flat, 0, products / np.where(flat, 1, spread))
 
 
-def _batches(own: TokenVectors, size: int, inputs: Tensor) -> Iterator[tuple[Ints, Tensor, Tensor]]:
+def iter_row_batches(
+    own: TokenVectors, size: int, inputs: Tensor
+) -> Iterator[tuple[Ints, Tensor, Tensor]]:
     """Yield some rows, their vectors [K, width], and the index of each vector's row among them."""
     ends = np.searchsorted(own.row, np.arange(len(own.prompts)), side="right")
     most = max(1, MAX_NUMBERS // max(size, own.vectors.shape[1]))
@@ -181,7 +183,7 @@ def _encode_some(
     """Return [token, rank]: the activations of some features."""
     which = torch.from_numpy(features).to(inputs.device)[None]
     parts = [np.zeros((0, len(features)))]
-    for _, vectors, _ in _batches(own, system.size, inputs):
+    for _, vectors, _ in iter_row_batches(own, system.size, inputs):
         found = system.encode(vectors, which.expand(len(vectors), -1))
         parts.append(found.double().cpu().numpy())
     return np.concatenate(parts)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.files import ReportNotWritable
 from mechdsl.execute.run_record import SavedFile
 from mechdsl.execute.vectors import DirectionFits
 from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.program import spec
 from mechdsl.program.paths import path_to_write
 from mechdsl.resolve.types import ResolvedDirectionFile, ResolvedExperiment
 from mechdsl.store.files import sync_file, write_aside
@@ -105,3 +107,9 @@ def _write_control_vector(
         writer.close()
         sync_file(aside)
         return aside.stat().st_size
+
+
+def report_not_written(save: spec.Save | spec.SavedDirection, error: OSError) -> Diagnostic:
+    """Return E0533."""
+    reason = (error.strerror or str(error)).lower()
+    return ReportNotWritable(span=save.span, construct="save", path=save.file, reason=reason)

@@ -17,17 +17,19 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.files import ReportNotWritable
 from mechdsl.diagnostics.rules import EmptyDirection
 from mechdsl.execute.patching.rule_inputs import DerivedRuns
-from mechdsl.execute.run.direction_files import write_direction_file, write_tensors
+from mechdsl.execute.run.direction_files import (
+    report_not_written,
+    write_direction_file,
+    write_tensors,
+)
 from mechdsl.execute.run_record import ExecutionOptions, SavedFile
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import DirectionFits, SiteVectors, read_vectors, split_prompts
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import PROMPT_TOKENS, SaveLayout, build_save_panel
-from mechdsl.program import spec
 from mechdsl.program.paths import path_to_write
 from mechdsl.prompts.positions.cells import find_reply_tokens
 from mechdsl.prompts.runs import Hits, PositionCell, PromptRun
@@ -135,7 +137,7 @@ _DTYPE_NAMES = {
 def save_vectors(
     experiment: ResolvedExperiment, models: Mapping[str, LoadedModel], options: ExecutionOptions
 ) -> tuple[list[SavedFile], list[Diagnostic]]:
-    """Write the files of an experiment's `save` lines, vectors batch by batch.
+    """Write the files of an experiment's `save` lines except rows of features, batch by batch.
 
     Returns:
         The files, and diagnostics: E0533 for a file that can't be written, of which nothing
@@ -150,7 +152,7 @@ def save_vectors(
     saved: dict[int, SavedFile] = {}
     problems: list[Diagnostic] = []
     fits = DirectionFits(model, others, runs.seed, options.side)
-    for save in experiment.saves:
+    for save in (each for each in experiment.saves if each.basis is None):
         run = runs.named(save.run)
         batches = split_prompts(runs.model_of(run), run, save.points, tokens=size)
         found = DerivedRuns.define(panel.derived, runs, batches, fits)[1]
@@ -164,7 +166,7 @@ def save_vectors(
         try:
             saved[save.spec.span.start] = writer(experiment, rows, runs).written(batches)
         except OSError as error:
-            problems.append(_not_written(save.spec, error))
+            problems.append(report_not_written(save.spec, error))
         except _NoMean as error:
             problems.append(error.diagnostic)
         runs.forget()
@@ -172,18 +174,12 @@ def save_vectors(
         try:
             written, found = write_direction_file(file, experiment, model, fits)
         except OSError as error:
-            problems.append(_not_written(file.spec, error))
+            problems.append(report_not_written(file.spec, error))
             continue
         if written is not None:
             saved[file.spec.span.start] = written
         problems += found
     return [saved[start] for start in sorted(saved)], problems
-
-
-def _not_written(save: spec.Save | spec.SavedDirection, error: OSError) -> Diagnostic:
-    """Return E0533."""
-    reason = (error.strerror or str(error)).lower()
-    return ReportNotWritable(span=save.span, construct="save", path=save.file, reason=reason)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,220 @@
+"""The rows in which features are most active, of rows that arrive in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.execute.observation.features import iter_row_batches
+from mechdsl.forward.hooks.coordinates import CoordinateSystem
+from mechdsl.resolve.observations import TokenVectors
+
+NO_ROW = -1
+"""Row of a place that no row takes."""
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """A row in which a feature is active."""
+
+    row: int
+    """Number of the row in the data."""
+    tokens: tuple[int, ...]
+    """Tokens at which the feature isn't 0."""
+    values: tuple[float, ...]
+    """Activation at each of them."""
+
+
+@dataclass(frozen=True)
+class FeatureSummary:
+    """What is known about a feature after all rows."""
+
+    density: float
+    """Share of tokens at which it isn't 0."""
+    mean: float
+    """Mean activation over all tokens."""
+    rows: tuple[FeatureRow, ...]
+    """Rows with the highest activation above 0 at a token, highest first; of equal ones those with
+    the lower number."""
+
+
+class ActiveRows:
+    """The most active rows of features; memory grows with features, not with rows."""
+
+    def __init__(self, features: Sequence[int], most: int, *, explains: bool) -> None:
+        """Start without rows.
+
+        Args:
+            features: Numbers of the features.
+            most: Number of rows to keep for each.
+            explains: Whether the error of reconstructions is measured.
+        """
+        self.features = np.array(features, dtype=np.int64)
+        self.most = most
+        self.explains = explains
+        self.rows = self.tokens = 0
+        self._values: Floats = np.zeros((most, len(features)))
+        self._rows: Ints = np.full((most, len(features)), NO_ROW, dtype=np.int64)
+        self._entries: Ints = np.full((most, len(features)), NO_ROW, dtype=np.int64)
+        """[place, feature] index in `_ends` of the tokens of the row at this place."""
+        self._ends: Ints = np.zeros(1, dtype=np.int64)
+        """[entry + 1] where an entry ends in the following arrays; it begins where the last
+        ends."""
+        self._own_tokens: Ints = np.zeros(0, dtype=np.int64)
+        self._own_values: Floats = np.zeros(0)
+        self._active: Ints = np.zeros(len(features), dtype=np.int64)
+        self._sums: Floats = np.zeros(len(features))
+        self._error = self._squares = 0.0
+        self._total: Floats = np.zeros(1)
+        """Sum of the vectors, [width]."""
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def add(
+        self, own: TokenVectors, numbers: Ints, system: CoordinateSystem, inputs: Tensor
+    ) -> None:
+        """Add rows.
+
+        Args:
+            own: Their vectors.
+            numbers: [row] the number of each row in the data.
+            system: The basis.
+            inputs: An empty tensor of the precision and device of the vectors that are encoded.
+        """
+        whole = len(self.features) == system.size
+        which = None if whole else torch.from_numpy(self.features).to(inputs.device)[None]
+        for rows, vectors, row in iter_row_batches(own, system.size, inputs):
+            chosen = None if which is None else which.expand(len(vectors), -1)
+            found = system.encode(vectors, chosen)
+            if self.explains:
+                error = vectors - system.reconstruct(vectors)
+                self._error += float(error.double().square().sum())
+            begin = int(np.searchsorted(own.row, rows[0]))
+            tokens = own.tokens[begin : begin + len(vectors)]
+            self._add_batch(found.cpu().numpy(), row.cpu().numpy(), numbers[rows], tokens)
+        self.rows += len(numbers)
+        self.tokens += len(own.vectors)
+        self._total = self._total + own.vectors.sum(0)
+        self._squares += float((own.vectors**2).sum())
+
+    def _add_batch(self, found: Floats, row: Ints, numbers: Ints, tokens: Ints) -> None:
+        """Add activations [token, feature] of some rows.
+
+        Args:
+            row: [token] index of the row, ascending.
+            numbers: [row] its number in the data.
+            tokens: [token] its position in the prompt.
+        """
+        self._active += (found != 0).sum(0)
+        self._sums += found.sum(0, dtype=np.float64)
+        starts = np.searchsorted(row, np.arange(len(numbers)))
+        highest = np.maximum.reduceat(found, starts)
+        # Only these can enter; of equal values, the row with the lower number.
+        columns = np.flatnonzero((highest >= self._values[-1]).any(0) & (highest > 0).any(0))
+        if not len(columns):
+            return
+        values = np.concatenate([self._values[:, columns], highest[:, columns]])
+        owners = np.repeat(numbers[:, None], len(columns), axis=1)
+        owners = np.concatenate([self._rows[:, columns], owners])
+        owners[values <= 0] = NO_ROW
+        order = np.lexsort((owners, -values), axis=0)[: self.most]
+        self._values[:, columns] = np.maximum(np.take_along_axis(values, order, 0), 0)
+        self._rows[:, columns] = np.take_along_axis(owners, order, 0)
+        none = np.full((len(numbers), len(columns)), NO_ROW)
+        kept = np.concatenate([self._entries[:, columns], none])
+        entries = np.take_along_axis(kept, order, 0)
+        place, column = np.nonzero((order >= self.most) & (self._rows[:, columns] != NO_ROW))
+        entered = order[place, column] - self.most
+        entries[place, column] = len(self._ends) - 1 + np.arange(len(place))
+        self._entries[:, columns] = entries
+        self._keep_tokens(found, starts, tokens, entered, columns[column])
+
+    def _keep_tokens(
+        self, found: Floats, starts: Ints, tokens: Ints, rows: Ints, columns: Ints
+    ) -> None:
+        """Keep the activations of a feature in a row, for each pair of both, that aren't 0."""
+        ends = np.append(starts[1:], len(found))
+        lengths = (ends - starts)[rows]
+        pair = np.repeat(np.arange(len(rows)), lengths)
+        within = np.arange(len(pair)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        token = starts[rows][pair] + within
+        values = found[token, columns[pair]]
+        there = values != 0
+        counts = np.bincount(pair[there], minlength=len(rows))
+        self._ends = np.concatenate([self._ends, self._ends[-1] + np.cumsum(counts)])
+        self._own_tokens = np.concatenate([self._own_tokens, tokens[token[there]]])
+        self._own_values = np.concatenate([self._own_values, values[there].astype(np.float64)])
+        if len(self._ends) - 1 > 2 * self._entries.size:
+            self._drop_replaced()
+
+    def _drop_replaced(self) -> None:
+        """Drop the tokens of rows that others have replaced."""
+        used = np.unique(self._entries[self._entries != NO_ROW])
+        begins, ends = self._ends[:-1][used], self._ends[1:][used]
+        lengths = ends - begins
+        offsets = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        index = np.repeat(begins, lengths) + np.arange(int(lengths.sum())) - offsets
+        self._own_tokens, self._own_values = self._own_tokens[index], self._own_values[index]
+        self._ends = np.concatenate([[0], np.cumsum(lengths)])
+        there = self._entries != NO_ROW
+        self._entries[there] = np.searchsorted(used, self._entries[there])
+
+    # --- results ----------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> Bools:
+        """[feature] whether it isn't 0 at some token."""
+        return self._active > 0
+
+    @property
+    def explained(self) -> float | None:
+        """1 − Σ ‖x − x̂‖² / Σ ‖x − x̄‖² over the tokens; None if it isn't measured."""
+        spread = self._squares - float((self._total**2).sum()) / max(self.tokens, 1)
+        return 1 - self._error / spread if self.explains and spread > 0 else None
+
+    @property
+    def kept_rows(self) -> Ints:
+        """Numbers of all rows that are kept, ascending."""
+        return np.unique(self._rows[self._rows != NO_ROW])
+
+    def summaries(self) -> Iterator[tuple[int, FeatureSummary]]:
+        """Yield the number of each feature and what is known about it."""
+        for column, feature in enumerate(self.features.tolist()):
+            rows: list[FeatureRow] = []
+            for place in range(self.most):
+                entry = int(self._entries[place, column])
+                if entry == NO_ROW:
+                    break
+                own = slice(int(self._ends[entry]), int(self._ends[entry + 1]))
+                tokens = tuple(self._own_tokens[own].tolist())
+                values = tuple(self._own_values[own].tolist())
+                rows.append(FeatureRow(int(self._rows[place, column]), tokens, values))
+            count = max(self.tokens, 1)
+            density, mean = self._active[column] / count, self._sums[column] / count
+            yield feature, FeatureSummary(float(density), float(mean), tuple(rows))
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return arrays from which `restore` continues."""
+        return {name: np.asarray(getattr(self, name)) for name in _STATE}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the arrays of `state`."""
+        for name in _STATE:
+            value = state[name]
+            kind = type(getattr(self, name))
+            setattr(self, name, kind(value) if kind in (int, float) else value)
+
+
+_STATE = (
+    "rows", "tokens", "_values", "_rows", "_entries", "_ends", "_own_tokens", "_own_values",
+    "_active", "_sums", "_error", "_squares", "_total",
+)  # fmt: skip

@@ -1,0 +1,493 @@
+"""`save top … rows of` features, against features computed from the bare model's activations.
+
+One unpadded prompt at a time; the dictionary is computed from its formulas.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+import mechdsl.execute.run.feature_files as feature_files
+from mechdsl.execute.observation.active_rows import ActiveRows
+from mechdsl.execute.run_record import SavedFile
+
+from ..reference.forward import Write
+from .basis_reference import pca
+from .support import (
+    BLOCKS,
+    MANY,
+    Text,
+    codes,
+    edited,
+    experiment,
+    plain,
+    rows,
+    tokens,
+    try_file,
+)
+from .test_dictionaries import FEATURES, LAYER, make
+from .test_inactive_features import width_of
+from .test_transcoders import BASIS as TRANSCODER
+from .test_transcoders import make as make_transcoder
+
+HERE = ("gpt2", "llama", "gpt_neox")
+BASIS = f'basis f = sae("sae") at resid_post layer {LAYER}\n'
+STREAMED = """
+prompts s {
+  rows "texts.jsonl" streamed
+  template "{text}"
+}
+"""
+
+Line = dict[str, Any]
+Read = Callable[[Text, list[int]], Tensor]
+"""[token, feature] at some tokens of a text."""
+
+
+def save(line: str, block: str = "p") -> str:
+    return experiment("e", line, block=block, measure="", stats="")
+
+
+def run(
+    text: str, folder: Path, family: str, mode: str = "planned", blocks: str = BLOCKS
+) -> list[SavedFile]:
+    result, found = try_file(text, folder, family, mode, blocks=blocks)
+    assert result is not None, found
+    assert not [each for each in found if each.severity == "error"], found
+    return list(result.saved)
+
+
+def lines_of(file: Path) -> list[Line]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def expected_lines(
+    texts: Sequence[Text], read: Read, at: str, features: Sequence[int], most: int
+) -> list[Line]:
+    """What the file has, worked out row by row; `rows` has every row by its number."""
+    found = [read(text, tokens(text, at)).double().numpy() for text in texts]
+    every = np.concatenate(found)
+    lines: list[Line] = []
+    for feature in features:
+        highest = [own[:, feature].max() for own in found]
+        rows_of: dict[int, Line] = {}
+        for n, (text, own) in enumerate(zip(texts, found, strict=True)):
+            there = np.flatnonzero(own[:, feature])
+            rows_of[n] = {
+                "activation": highest[n],
+                "text": " ".join(text.words),
+                "at": [sorted(tokens(text, at))[each] for each in there],
+                "activations": own[there, feature],
+            }
+        lines.append(
+            {
+                "index": feature,
+                "density": (every[:, feature] != 0).mean(),
+                "mean": every[:, feature].mean(),
+                "highest": sorted((each for each in highest if each > 0), reverse=True)[:most],
+                "rows": rows_of,
+            }
+        )
+    return lines
+
+
+def check(found: Sequence[Line], expected: Sequence[Line]) -> None:
+    for own, other in zip(found, expected, strict=True):
+        assert own["index"] == other["index"]
+        assert own["density"] == pytest.approx(other["density"], abs=1e-9)
+        assert own["mean"] == pytest.approx(other["mean"], abs=1e-4)
+        highest = [row["activation"] for row in own["rows"]]
+        assert highest == pytest.approx(other["highest"], abs=1e-4)
+        assert len({row["row"] for row in own["rows"]}) == len(highest)
+        for row in own["rows"]:  # of rows with equal values, any is right
+            right = other["rows"][row["row"]]
+            assert (row["text"], row["at"]) == (right["text"], right["at"])
+            assert row["activation"] == pytest.approx(right["activation"], abs=1e-4)
+            assert row["activations"] == pytest.approx(right["activations"], abs=1e-4)
+            assert len(row["tokens"]) == len(row["text"].split()) + 1
+    assert max(len(each["highest"]) for each in expected) > 1
+    assert max(each["mean"] for each in expected) > 0.05
+
+
+def read_sae(family: str, of: Any) -> Read:
+    return lambda text, at: of.encode(plain(family, text)["resid_post", LAYER][at, 0])
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("family", HERE)
+@pytest.mark.parametrize("architecture", ["standard", "topk"])
+@pytest.mark.parametrize("at", ["last token", "tokens except token 0", "subject tokens", "token 3"])
+def test_all_features(architecture: str, family: str, at: str, mode: str, data: Path) -> None:
+    of = make(data, architecture, width_of(family))
+    line = f'save top 3 rows of features * of f at {at} to "rows.jsonl"'
+    (saved,) = run(BASIS + save(line), data, family, mode)
+    found = lines_of(data / "rows.jsonl")
+    check(found, expected_lines(rows(), read_sae(family, of), at, range(FEATURES), 3))
+    active = sum(each["density"] > 0 for each in found)
+    assert f"{active} of {FEATURES} features are active" in saved.line
+    assert (saved.kind, saved.tensors, saved.rows) == ("rows", FEATURES, len(rows()))
+    vectors = [plain(family, text)["resid_post", LAYER][tokens(text, at), 0] for text in rows()]
+    x = np.concatenate([each.numpy() for each in vectors])
+    lost = np.concatenate([(each - of.decode(of.encode(each), each)).numpy() for each in vectors])
+    explained = 1 - (lost**2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert f"explains {explained:.3f} of" in saved.line
+
+
+@pytest.mark.parametrize("family", HERE)
+def test_named_features_of_another_run(family: str, data: Path) -> None:
+    of = make(data, "standard", width_of(family))
+    at = "tokens except token 0, cue token"
+    line = f'save top 2 rows of features 5, 0..2 of f of longer at {at} to "r.jsonl"'
+    run(BASIS + save(line), data, family)
+    read = read_sae(family, of)
+    expected = expected_lines(rows("longer"), read, "tokens except token 0", [0, 1, 2, 5], 2)
+    check(lines_of(data / "r.jsonl"), expected)
+
+
+def test_features_of_a_run_with_rules(data: Path) -> None:
+    of = make(data, "standard", width_of("llama"))
+    lines = (
+        "run less { scale attn_out layer 0 at tokens * by 0.5 }",
+        'save top 2 rows of features * of f of less at tokens except token 0 to "less.jsonl"',
+    )
+    run(BASIS + experiment("e", *lines, measure="", stats=""), data, "llama")
+
+    def read(text: Text, at: list[int]) -> Tensor:
+        half = plain("llama", text)["attn_out", 0][:, 0] * 0.5
+        writes = [Write("attn_out", 0, half[token], token) for token in range(len(half))]
+        return of.encode(edited("llama", text, writes)["resid_post", LAYER][at, 0])
+
+    expected = expected_lines(rows(), read, "tokens except token 0", range(FEATURES), 2)
+    check(lines_of(data / "less.jsonl"), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_features_of_transcoders(family: str, data: Path) -> None:
+    """They are features of the MLP's input, and no variance is explained."""
+    of = make_transcoder(data, "transcoder", width_of(family))
+    line = 'save top 2 rows of features * of t at tokens except token 0 to "t.jsonl"'
+    (saved,) = run(TRANSCODER + save(line), data, family)
+
+    def read(text: Text, at: list[int]) -> Tensor:
+        return of.encode(plain(family, text)["mlp_norm", LAYER][at, 0])
+
+    found = lines_of(data / "t.jsonl")
+    check(found, expected_lines(rows(), read, "tokens except token 0", range(len(found)), 2))
+    assert "explains" not in saved.line
+
+
+def test_dims_and_fitted_bases(data: Path) -> None:
+    """Neurons, and directions of a basis that is fitted on rows."""
+    lines = (
+        'save top 2 rows of mlp_hidden layer 0 dims 0..9 at tokens except token 0 to "n.jsonl"',
+        'save top 2 rows of features * of g at tokens except token 0 to "g.jsonl"',
+    )
+    basis = "basis g = pca(p, dims: 3) at resid_post layer 1 at last token\n"
+    run(basis + experiment("e", *lines, measure="", stats=""), data, "llama")
+
+    def neurons(text: Text, at: list[int]) -> Tensor:
+        return plain("llama", text)["mlp_hidden", 0][at].flatten(1)
+
+    expected = expected_lines(rows(), neurons, "tokens except token 0", range(10), 2)
+    check(lines_of(data / "n.jsonl"), expected)
+    of = pca("llama", "clean", "resid_post", 1, "last token", 3)
+
+    def components(text: Text, at: list[int]) -> Tensor:
+        return of.coordinates(plain("llama", text)["resid_post", 1][at, 0])
+
+    expected = expected_lines(rows(), components, "tokens except token 0", range(3), 2)
+    check(lines_of(data / "g.jsonl"), expected)
+
+
+def test_picked_features(data: Path) -> None:
+    """Features that an observation has found, in the order of their numbers, and their labels."""
+    of = make(data, "standard", width_of("llama"))
+    labels = [json.dumps({"index": n, "description": f"about {n}"}) for n in range(FEATURES)]
+    (data / "labels.jsonl").write_text("\n".join(labels), encoding="utf-8")
+    labelled = BASIS.replace('("sae")', '("sae", labels: "labels.jsonl")')
+    look = experiment(
+        "o", "observe features of f at tokens except token 0 top 2", measure="", stats=""
+    )
+    line = 'save top 2 rows of features top 2 of o of f at tokens except token 0 to "picked.jsonl"'
+    run(labelled + look + save(line), data, "llama")
+    found = lines_of(data / "picked.jsonl")
+    every = expected_lines(
+        rows(), read_sae("llama", of), "tokens except token 0", range(FEATURES), 2
+    )
+    check(found, [every[each["index"]] for each in found])
+    by_row = [
+        read_sae("llama", of)(t, tokens(t, "tokens except token 0")).mean(0).numpy() for t in rows()
+    ]
+    strongest = sorted(np.argsort(-np.mean(by_row, axis=0))[:2].tolist())
+    assert [each["index"] for each in found] == strongest
+    assert [each["description"] for each in found] == [f"about {n}" for n in strongest]
+
+
+# --- streamed rows --------------------------------------------------------------------------------
+
+
+def write_texts(folder: Path, *more: str) -> None:
+    """Write the texts of the rows, then others, with an empty line between two."""
+    texts = [" ".join(text.words) for text in rows()] + list(more)
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / "texts.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def text_of(words: str) -> Text:
+    return Text(tuple(words.split()), {})
+
+
+MORE = [f"w{n} w{(n * 7) % 48} w{(n * 11) % 48}" for n in range(12)]
+LONG = " ".join(["w3"] * 500)
+
+
+@pytest.mark.parametrize("part", [2, 5, 1024])
+@pytest.mark.parametrize("family", HERE)
+def test_streamed_rows(family: str, part: int, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = make(data, "topk", width_of(family))
+    write_texts(data, *MORE)
+    monkeypatch.setattr(feature_files, "PART_ROWS", part)
+    line = 'save top 3 rows of features * of f at tokens except token 0 to "streamed.jsonl"'
+    (saved,) = run(BASIS + save(line, "s"), data, family, blocks=STREAMED)
+    texts = [*rows(), *map(text_of, MORE)]
+    expected = expected_lines(
+        texts, read_sae(family, of), "tokens except token 0", range(FEATURES), 3
+    )
+    check(lines_of(data / "streamed.jsonl"), expected)
+    assert saved.rows == len(texts)
+
+
+def test_rows_that_do_not_fit_are_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = make(data, "topk", width_of("gpt2"))
+    write_texts(data, MORE[0], LONG, MORE[1], LONG)
+    monkeypatch.setattr(feature_files, "PART_ROWS", 3)
+    blocks = STREAMED.replace("  template", '  where text != "w0 w0 w0"\n  template')
+    line = 'save top 3 rows of features * of f at tokens except token 0 to "fit.jsonl"'
+    (saved,) = run(BASIS + save(line, "s"), data, "gpt2", blocks=blocks)
+    texts = [*rows(), text_of(MORE[1])]
+    expected = expected_lines(
+        texts, read_sae("gpt2", of), "tokens except token 0", range(FEATURES), 3
+    )
+    for each in expected:
+        each["rows"][len(rows()) + 2] = each["rows"].pop(len(rows()))
+    check(lines_of(data / "fit.jsonl"), expected)
+    assert "2 rows longer than the model's context left out" in saved.line
+
+
+def interrupted(
+    data: Path, monkeypatch: pytest.MonkeyPatch, after: int, text: str, blocks: str = STREAMED
+) -> None:
+    """Run a file that is interrupted after some parts."""
+    parts = 0
+    add = ActiveRows.add
+
+    def adding(self: ActiveRows, *given: Any) -> None:
+        nonlocal parts
+        parts += 1
+        if parts > after:
+            raise KeyboardInterrupt
+        add(self, *given)
+
+    with monkeypatch.context() as only:
+        only.setattr(ActiveRows, "add", adding)
+        with pytest.raises(KeyboardInterrupt):
+            try_file(text, data, "llama", blocks=blocks)
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_an_interrupted_run_goes_on(
+    after: int, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(data, "topk", width_of("llama"))
+    write_texts(data, *MORE)
+    monkeypatch.setattr(feature_files, "PART_ROWS", 3)
+    monkeypatch.setattr(feature_files, "SECONDS_BETWEEN_SAVES", 0.0)
+    text = BASIS + save(
+        'save top 3 rows of features * of f at tokens except token 0 to "on.jsonl"', "s"
+    )
+    run(text, data, "llama", blocks=STREAMED)
+    whole = (data / "on.jsonl").read_bytes()
+    (data / "on.jsonl").unlink()
+    interrupted(data, monkeypatch, after, text)
+    assert not (data / "on.jsonl").exists()
+    read: list[int] = []
+    add = ActiveRows.add
+
+    def adding(self: ActiveRows, own: Any, numbers: Any, *given: Any) -> None:
+        read.extend(numbers.tolist())
+        add(self, own, numbers, *given)
+
+    monkeypatch.setattr(ActiveRows, "add", adding)
+    (saved,) = run(text, data, "llama", blocks=STREAMED)
+    assert (data / "on.jsonl").read_bytes() == whole
+    assert sorted(read) == [*range(3 * after, len(rows()) + len(MORE))]
+    assert f"continued after {3 * after} records" in saved.line
+    assert not list(data.glob(".on.jsonl*"))
+
+
+@pytest.mark.parametrize("change", ["rows", "features", "positions", "dictionary", "template"])
+def test_a_changed_run_begins_anew(
+    change: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = make(data, "topk", width_of("llama"))
+    write_texts(data, *MORE)
+    monkeypatch.setattr(feature_files, "PART_ROWS", 3)
+    monkeypatch.setattr(feature_files, "SECONDS_BETWEEN_SAVES", 0.0)
+    line, blocks = (
+        'save top 3 rows of features * of f at tokens except token 0 to "anew.jsonl"',
+        STREAMED,
+    )
+    interrupted(data, monkeypatch, 2, BASIS + save(line, "s"))
+    texts, at, features = [*rows(), *map(text_of, MORE)], "tokens except token 0", range(FEATURES)
+    match change:
+        case "rows":
+            write_texts(data, *MORE[:-1], "w5 w6")
+            texts[-1] = text_of("w5 w6")
+        case "features":
+            line, features = line.replace("*", "0..4", 1), range(5)
+        case "positions":
+            line, at = line.replace("tokens except token 0", "last token"), "last token"
+        case "dictionary":
+            of = make(data, "jumprelu", width_of("llama"))
+        case _:
+            blocks = blocks.replace("{text}", "w9 {text}")
+            texts = [text_of(" ".join(("w9", *text.words))) for text in texts]
+    (saved,) = run(BASIS + save(line, "s"), data, "llama", blocks=blocks)
+    assert "continued" not in saved.line
+    check(
+        lines_of(data / "anew.jsonl"),
+        expected_lines(texts, read_sae("llama", of), at, features, 3),
+    )
+
+
+def test_a_broken_state_is_ignored(data: Path) -> None:
+    of = make(data, "topk", width_of("llama"))
+    write_texts(data)
+    (data / ".broken.jsonl.state.npz").write_bytes(b"no archive")
+    line = 'save top 3 rows of features * of f at tokens except token 0 to "broken.jsonl"'
+    run(BASIS + save(line, "s"), data, "llama", blocks=STREAMED)
+    expected = expected_lines(
+        rows(), read_sae("llama", of), "tokens except token 0", range(FEATURES), 3
+    )
+    check(lines_of(data / "broken.jsonl"), expected)
+
+
+# --- keeping rows ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_rows_in_small_batches(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that are kept, against a sort of all; many replace others, and some are equal."""
+    random = np.random.default_rng(seed)
+    size, most, lengths = 7, 3, random.integers(1, 6, 400)
+    values = random.integers(-3, 20, (lengths.sum(), size)) * (random.random((1, size)) > 0.2)
+    values = (values * (random.random(values.shape) > 0.5)).astype(np.float32)
+    ends = np.cumsum(lengths)
+    found = ActiveRows(range(size), most, explains=False)
+    for begin in range(0, 400, 9):
+        rows_here = range(begin, min(begin + 9, 400))
+        first, last = ends[begin] - lengths[begin], ends[rows_here[-1]]
+        row = np.repeat(np.arange(len(rows_here)), lengths[begin : rows_here[-1] + 1])
+        own_tokens = np.concatenate([np.arange(n) for n in lengths[begin : rows_here[-1] + 1]])
+        numbers = np.array(rows_here)[::-1].copy()
+        found._add_batch(values[first:last], row, numbers, own_tokens)  # pyright: ignore[reportPrivateUsage]
+        found.tokens += int(last - first)
+    row_of = np.concatenate([
+        np.array(range(begin, min(begin + 9, 400)))[::-1] for begin in range(0, 400, 9)
+    ])  # fmt: skip
+    parts = np.split(values, ends[:-1])
+    for feature, about in found.summaries():
+        highest = {int(row_of[n]): own[:, feature].max() for n, own in enumerate(parts)}
+        order = sorted(highest, key=lambda n: (-highest[n], n))
+        order = [n for n in order if highest[n] > 0][:most]
+        assert [each.row for each in about.rows] == order
+        places = {int(number): n for n, number in enumerate(row_of)}
+        for each in about.rows:
+            own = parts[places[each.row]][:, feature]
+            assert each.tokens == tuple(np.flatnonzero(own))
+            assert each.values == tuple(own[own != 0])
+        assert about.density == pytest.approx((values[:, feature] != 0).mean())
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+WRONG = [
+    ('save top 0 rows of features * of f at last token to "x.jsonl"', ["E0207"]),
+    ('save top 2 rows of resid_post layer 1 at last token to "x.jsonl"', ["E0207"]),
+    ('save features 3 of f at last token to "x.safetensors"', ["E0207"]),
+    ('save resid_post layer 1 in basis f at last token to "x.safetensors"', ["E0207"]),
+    ('save top 2 rows of features * of f at last token to "x.csv"', ["E0207"]),
+    ('save top 2 rows of features * of f at last token to "x.jsonl" as float16', ["E0207"]),
+    ('save top 2 rows of features * of nothing at last token to "x.jsonl"', ["E0201"]),
+    ('save top 2 rows of features 99 of f at last token to "x.jsonl"', ["E0301"]),
+    ('save top 2 rows of features * of f at nothing token to "x.jsonl"', ["E0308"]),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), WRONG)
+def test_errors(line: str, expected: list[str], data: Path) -> None:
+    make(data, "standard", width_of("llama"))
+    found = codes(BASIS + save(line), data)
+    assert [each for each in found if each.startswith("E")] == expected
+    assert not (data / "x.jsonl").exists()
+
+
+UNSTREAMED = [
+    ("  template", "  x in [1, 2]\n  template", ""),
+    ("  template", '  answer " w1"\n  template', ""),
+    ("  template", "  split 50%\n  template", ""),
+    ("  template", '  corrupt other { text = "w1" }\n  template', ""),
+    ("  template", '  x = list(item, 2, from: ["w1", "w2"])\n  template', ""),
+    ("texts.jsonl", "texts.csv", ""),
+    ("prompts s", "prompts s", "measure loss as raw"),
+    ("prompts s", "prompts s", "observe features of f at last token"),
+    ("prompts s", "prompts s", 'save resid_post layer 1 at last token to "y.safetensors"'),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "line"), UNSTREAMED)
+def test_lines_that_need_all_rows(old: str, new: str, line: str, data: Path) -> None:
+    make(data, "standard", width_of("llama"))
+    write_texts(data)
+    (data / "texts.csv").write_text("text\nw1\n", encoding="utf-8")
+    rule = 'save top 2 rows of features * of f at last token to "x.jsonl"'
+    text = BASIS + experiment("e", rule, line, block="s", measure="", stats="")
+    result, found = try_file(text, data, "llama", blocks=STREAMED.replace(old, new))
+    assert result is None
+    assert {each.code for each in found if each.severity == "error"} <= {"E0207", "E0505"}
+
+
+def test_other_blocks_do_not_read_streamed_rows(data: Path) -> None:
+    make(data, "standard", width_of("llama"))
+    write_texts(data)
+    blocks = BLOCKS + STREAMED
+    for more, lines in (
+        ("direction d = mean(s) at resid_post layer 1\n", ("add d to resid_post layer 1",)),
+        ("", ("from s into clean", "patch resid_post layer 1 at last token")),
+        ("basis g = pca(s, dims: 2) at resid_post layer 1\n", ("ablate dim 0",)),
+    ):
+        rule = lines[-1] + (" at last token" if lines[-1].startswith("add") else "")
+        rule = "ablate feature 0 of g at last token with zero" if "dim 0" in rule else rule
+        text = more + experiment("e", *lines[:-1], rule)
+        result, found = try_file(text, data, "llama", blocks=blocks)
+        assert result is None
+        assert "streamed" in " ".join(each.message for each in found)
+
+
+def test_a_bad_line_is_found_before_the_run(data: Path) -> None:
+    make(data, "standard", width_of("llama"))
+    lines = [json.dumps({"text": "w1 w2"})] * 2000
+    lines[1500] = '{"text": "w1'
+    (data / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    line = 'save top 2 rows of features * of f at last token to "x.jsonl"'
+    result, found = try_file(BASIS + save(line, "s"), data, "llama", blocks=STREAMED)
+    assert result is None
+    assert [each.code for each in found] == ["E0505"]
+    assert "line 1501" in found[0].message + str(found[0])
