@@ -350,7 +350,7 @@ class _BlockLines:
         if self.definition.kind == "images":
             reason = "applies to texts, but this block has images"
         elif not isinstance(rows.source, ast.String):
-            reason, hint = "reads one file", 'name a JSON lines file: `rows "texts.jsonl" streamed`'
+            reason, hint = "reads one file", 'name it: `rows "texts.jsonl" streamed`'
         if reason is not None:
             bad = BadArgument(span=rows.span, name="streamed", reason=reason, hint=hint)
             self.diagnostics.append(bad)

@@ -7,13 +7,15 @@ import io
 import json
 import re
 from array import array
+from bisect import bisect_right
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from hashlib import sha256
+from functools import cached_property, lru_cache
+from hashlib import file_digest, sha256
 from importlib import import_module
+from itertools import accumulate
 from math import isfinite
 from pathlib import Path
 from typing import Any, cast, overload
@@ -111,25 +113,26 @@ def read_data_file(path: str, span: Span) -> tuple[DataFile | None, list[Diagnos
 
 
 class StreamedRecords(Sequence[DataRecord]):
-    """The records of a JSON lines file, each read when it is used."""
+    """The records of a file, each read when it is used."""
 
     def __init__(
-        self, file: Path, begins: Sequence[int], names: Mapping[str, str] | None = None
+        self, read: Callable[[int], DataRecord], count: int, names: Mapping[str, str] | None = None
     ) -> None:
-        """Store where lines begin.
+        """Store how records are read.
 
         Args:
-            begins: [record] the byte at which its line begins.
+            read: Returns the record with a number.
+            count: Number of records.
             names: Column → the name that it gets.
         """
-        self._file, self._begins, self._names = file, begins, names or {}
+        self._read, self._count, self._names = read, count, names or {}
 
     def renamed(self, names: Mapping[str, str]) -> StreamedRecords:
         """Return the same records with other names of columns."""
-        return StreamedRecords(self._file, self._begins, names)
+        return StreamedRecords(self._read, self._count, names)
 
     def __len__(self) -> int:
-        return len(self._begins)
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> DataRecord: ...
@@ -137,45 +140,90 @@ class StreamedRecords(Sequence[DataRecord]):
     def __getitem__(self, index: slice) -> Sequence[DataRecord]: ...
     def __getitem__(self, index: int | slice) -> DataRecord | Sequence[DataRecord]:
         if isinstance(index, slice):
-            return [self[each] for each in range(len(self))[index]]
-        with self._file.open("rb") as file:
-            file.seek(self._begins[index])
-            record = _line_record(_text(file.readline()), index + 1)
-        return {self._names.get(name, name): value for name, value in record.items()}
-
-
-STREAMED_SUFFIX = ".jsonl"
+            return [self[each] for each in range(self._count)[index]]
+        return {self._names.get(name, name): value for name, value in self._read(index).items()}
 
 
 def open_data_file(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]:
-    """Check each line of a JSON lines file that is read in parts, without keeping its records.
+    """Check a file that is read in parts, without keeping its records.
 
     Codes: E0504, E0505, E0532, E0535.
     """
     file, problems = path_to_read(ROWS_PATH, path, span)
     if file is None:
         return None, problems
-    if file.suffix.lower() != STREAMED_SUFFIX:
-        reason = f"a file that is read in parts ends in {STREAMED_SUFFIX}"
+    opener = STREAMED_READERS.get(file.suffix.lower())
+    if opener is None:
+        known = " and ".join(STREAMED_READERS)
+        reason = f"files of streamed rows end in {known}"
         hint = "convert it to one JSON object per line, in UTF-8; or remove `streamed`"
         return None, [DataFormat(span=span, path=path, reason=reason, hint=hint)]
-    digest, begins, columns = sha256(), array("q"), dict[str, None]()
     try:
-        with file.open("rb") as lines:
-            place = 0
-            for number, line in enumerate(lines, 1):
-                digest.update(line)
-                if line.strip():
-                    columns |= dict.fromkeys(_line_record(_text(line), number))
-                    begins.append(place)
-                place += len(line)
-        if not begins:
+        found = opener(file)
+        if not found.records:
             raise MalformedData("it has no records", "add some")
     except OSError as error:
         return None, [_unreadable(file, path, span, error)]
     except MalformedData as error:
         return None, [DataFormat(span=span, path=path, reason=error.reason, hint=error.hint)]
-    return DataFile(StreamedRecords(file, begins), tuple(columns), digest.hexdigest()), []
+    return found, []
+
+
+def _open_json_lines(file: Path) -> DataFile:
+    """Check each line. Raises OSError, MalformedData."""
+    digest, begins, columns = sha256(), array("q"), dict[str, None]()
+    with file.open("rb") as lines:
+        place = 0
+        for number, line in enumerate(lines, 1):
+            digest.update(line)
+            if line.strip():
+                try:
+                    text = _text(line)
+                except MalformedData as error:
+                    raise MalformedData(f"line {number}: {error.reason}", error.hint) from None
+                columns |= dict.fromkeys(_line_record(text, number))
+                begins.append(place)
+            place += len(line)
+
+    def read(index: int) -> DataRecord:
+        with file.open("rb") as lines:
+            lines.seek(begins[index])
+            return _line_record(_text(lines.readline()), index + 1)
+
+    return DataFile(StreamedRecords(read, len(begins)), tuple(columns), digest.hexdigest())
+
+
+def _open_parquet(file: Path) -> DataFile:
+    """Open a file of which one group of rows is in memory at a time. Raises OSError,
+    MalformedData."""
+    parquet = import_parquet("parquet")
+    with file.open("rb") as content:
+        digest = file_digest(content, "sha256").hexdigest()
+    try:
+        opened = parquet.ParquetFile(str(file))
+        groups = range(opened.metadata.num_row_groups)
+        sizes = [int(opened.metadata.row_group(each).num_rows) for each in groups]
+        names = cast("list[str]", opened.schema_arrow.names)
+    except OSError:
+        raise
+    except Exception as error:  # pyarrow has its own tree of exceptions
+        raise MalformedData(f"pyarrow: {error}", "write the file again") from None
+    _refuse_repeated(names, DUPLICATE_COLUMNS)
+    ends = list(accumulate(sizes))
+    group: Callable[[int], Any] = lru_cache(1)(opened.read_row_group)
+
+    def read(index: int) -> DataRecord:
+        number = bisect_right(ends, index)
+        within = index - (ends[number] - sizes[number])
+        return cast("DataRecord", group(number).slice(within, 1).to_pylist()[0])
+
+    return DataFile(StreamedRecords(read, sum(sizes)), tuple(names), digest)
+
+
+STREAMED_READERS: Mapping[str, Callable[[Path], DataFile]] = {
+    ".jsonl": _open_json_lines,
+    ".parquet": _open_parquet,
+}
 
 
 def _line_record(line: str, number: int) -> DataRecord:

@@ -12,14 +12,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 import mechdsl.execute.run.feature_files as feature_files
+from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings
 from mechdsl.execute.observation.active_rows import ActiveRows
 from mechdsl.execute.run_record import SavedFile
+from mechdsl.forward.hooks.coordinates import StandardBasis
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.resolve.observations import TokenVectors
 
+from ..execute.support import run_on, shared
 from ..reference.forward import Write
 from .basis_reference import pca
+from .models import bare
 from .support import (
     BLOCKS,
     MANY,
@@ -116,6 +124,14 @@ def check(found: Sequence[Line], expected: Sequence[Line]) -> None:
     assert max(each["mean"] for each in expected) > 0.05
 
 
+def explained(family: str, of: Any, texts: Sequence[Text], at: str) -> float:
+    """The share of the variance over all tokens that the dictionary explains."""
+    found = [plain(family, text)["resid_post", LAYER][tokens(text, at), 0] for text in texts]
+    x = np.concatenate([each.numpy() for each in found])
+    lost = np.concatenate([(each - of.decode(of.encode(each), each)).numpy() for each in found])
+    return 1 - (lost**2).sum() / ((x - x.mean(0)) ** 2).sum()
+
+
 def read_sae(family: str, of: Any) -> Read:
     return lambda text, at: of.encode(plain(family, text)["resid_post", LAYER][at, 0])
 
@@ -133,11 +149,7 @@ def test_all_features(architecture: str, family: str, at: str, mode: str, data: 
     active = sum(each["density"] > 0 for each in found)
     assert f"{active} of {FEATURES} features are active" in saved.line
     assert (saved.kind, saved.tensors, saved.rows) == ("rows", FEATURES, len(rows()))
-    vectors = [plain(family, text)["resid_post", LAYER][tokens(text, at), 0] for text in rows()]
-    x = np.concatenate([each.numpy() for each in vectors])
-    lost = np.concatenate([(each - of.decode(of.encode(each), each)).numpy() for each in vectors])
-    explained = 1 - (lost**2).sum() / ((x - x.mean(0)) ** 2).sum()
-    assert f"explains {explained:.3f} of" in saved.line
+    assert f"explains {explained(family, of, rows(), at):.3f} of" in saved.line
 
 
 @pytest.mark.parametrize("family", HERE)
@@ -233,9 +245,9 @@ def test_picked_features(data: Path) -> None:
 # --- streamed rows --------------------------------------------------------------------------------
 
 
-def write_texts(folder: Path, *more: str) -> None:
-    """Write the texts of the rows, then others, with an empty line between two."""
-    texts = [" ".join(text.words) for text in rows()] + list(more)
+def write_texts(folder: Path, *more: str, first: Sequence[str] = ()) -> None:
+    """Write the texts of the rows between others, with an empty line between two."""
+    texts = [*first, *(" ".join(text.words) for text in rows()), *more]
     lines = [json.dumps({"text": text}) for text in texts]
     (folder / "texts.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 
@@ -262,20 +274,45 @@ def test_streamed_rows(family: str, part: int, data: Path, monkeypatch: pytest.M
     )
     check(lines_of(data / "streamed.jsonl"), expected)
     assert saved.rows == len(texts)
+    share = explained(family, of, texts, "tokens except token 0")
+    assert f"explains {share:.3f} of" in saved.line
+
+
+@pytest.mark.parametrize("group", [1, 5, 100])
+def test_parquet(group: int, data: Path) -> None:
+    """Groups of any size, with a renamed column."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    of = make(data, "topk", width_of("gpt2"))
+    texts = [*rows(), *map(text_of, MORE)]
+    records = [{"said": " ".join(text.words), "n": n} for n, text in enumerate(texts)]
+    table = arrow.Table.from_pylist(records)
+    parquet.write_table(table, str(data / "texts.parquet"), row_group_size=group)
+    blocks = STREAMED.replace("texts.jsonl", "texts.parquet")
+    blocks = blocks.replace("  template", "  rename { text = said }\n  template")
+    line = 'save top 3 rows of features * of f at tokens except token 0 to "parquet.jsonl"'
+    run(BASIS + save(line, "s"), data, "gpt2", blocks=blocks)
+    read, features = read_sae("gpt2", of), range(FEATURES)
+    found = lines_of(data / "parquet.jsonl")
+    check(found, expected_lines(texts, read, "tokens except token 0", features, 3))
+    assert all(row["values"]["n"] == row["row"] for each in found for row in each["rows"])
 
 
 def test_rows_that_do_not_fit_are_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = make(data, "topk", width_of("gpt2"))
-    write_texts(data, MORE[0], LONG, MORE[1], LONG)
+    most: int = bare("gpt2").config.max_position_embeddings  # with one special token
+    fitting = " ".join(["w7 w9"] * most).split()[: most - 1]
+    write_texts(data, MORE[0], LONG, MORE[1], LONG, " ".join(fitting))
     monkeypatch.setattr(feature_files, "PART_ROWS", 3)
     blocks = STREAMED.replace("  template", '  where text != "w0 w0 w0"\n  template')
     line = 'save top 3 rows of features * of f at tokens except token 0 to "fit.jsonl"'
     (saved,) = run(BASIS + save(line, "s"), data, "gpt2", blocks=blocks)
-    texts = [*rows(), text_of(MORE[1])]
+    texts = [*rows(), text_of(MORE[1]), text_of(" ".join(fitting))]
     expected = expected_lines(
         texts, read_sae("gpt2", of), "tokens except token 0", range(FEATURES), 3
     )
     for each in expected:
+        each["rows"][len(rows()) + 4] = each["rows"].pop(len(rows()) + 1)
         each["rows"][len(rows()) + 2] = each["rows"].pop(len(rows()))
     check(lines_of(data / "fit.jsonl"), expected)
     assert "2 rows longer than the model's context left out" in saved.line
@@ -306,13 +343,13 @@ def test_an_interrupted_run_goes_on(
     after: int, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(data, "topk", width_of("llama"))
-    write_texts(data, *MORE)
+    write_texts(data, *MORE, first=(MORE[0], LONG))
     monkeypatch.setattr(feature_files, "PART_ROWS", 3)
     monkeypatch.setattr(feature_files, "SECONDS_BETWEEN_SAVES", 0.0)
     text = BASIS + save(
         'save top 3 rows of features * of f at tokens except token 0 to "on.jsonl"', "s"
     )
-    run(text, data, "llama", blocks=STREAMED)
+    (before,) = run(text, data, "llama", blocks=STREAMED)
     whole = (data / "on.jsonl").read_bytes()
     (data / "on.jsonl").unlink()
     interrupted(data, monkeypatch, after, text)
@@ -327,8 +364,10 @@ def test_an_interrupted_run_goes_on(
     monkeypatch.setattr(ActiveRows, "add", adding)
     (saved,) = run(text, data, "llama", blocks=STREAMED)
     assert (data / "on.jsonl").read_bytes() == whole
-    assert sorted(read) == [*range(3 * after, len(rows()) + len(MORE))]
-    assert f"continued after {3 * after} records" in saved.line
+    assert sorted(read) == [*range(3 * after, 2 + len(rows()) + len(MORE))]
+    assert saved.line == f"{before.line}; continued after {3 * after} records"
+    assert "1 row longer than the model's context left out" in saved.line
+    assert (saved.rows, saved.vectors) == (before.rows, before.vectors)
     assert not list(data.glob(".on.jsonl*"))
 
 
@@ -367,6 +406,64 @@ def test_a_changed_run_begins_anew(
     )
 
 
+def test_another_model_begins_anew(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(data, "topk", width_of("llama"))
+    of = make(data, "topk", width_of("mistral"))
+    write_texts(data, *MORE)
+    monkeypatch.setattr(feature_files, "PART_ROWS", 3)
+    monkeypatch.setattr(feature_files, "SECONDS_BETWEEN_SAVES", 0.0)
+    at = "tokens except token 0"
+    line = f'save top 3 rows of features * of f at {at} to "other.jsonl"'
+    interrupted(data, monkeypatch, 2, BASIS + save(line, "s"))
+    (saved,) = run(BASIS + save(line, "s"), data, "mistral", blocks=STREAMED)
+    assert "continued" not in saved.line
+    texts = [*rows(), *map(text_of, MORE)]
+    expected = expected_lines(texts, read_sae("mistral", of), at, range(FEATURES), 3)
+    check(lines_of(data / "other.jsonl"), expected)
+
+
+def test_another_parameter_begins_anew(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = make(data, "topk", width_of("llama"))
+    texts = [*rows(), *map(text_of, MORE)]
+    lines = [json.dumps({"text": " ".join(own.words), "n": n}) for n, own in enumerate(texts)]
+    (data / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(feature_files, "PART_ROWS", 3)
+    monkeypatch.setattr(feature_files, "SECONDS_BETWEEN_SAVES", 0.0)
+    blocks = "param most = 9\n" + STREAMED.replace("  template", "  where n < most\n  template")
+    at = "tokens except token 0"
+    text = BASIS + save(f'save top 3 rows of features * of f at {at} to "param.jsonl"', "s")
+    interrupted(data, monkeypatch, 2, text, blocks)
+    source = Source(f'mech 1\nmodel m = local("handed over")\n{blocks}\n{text}', data / "file.mech")
+    options = RunOptions(settings=CheckSettings(parameters={"most": "7"}))
+    result, _ = run_on(source, {"m": shared(bare("llama"))}, options)
+    assert result is not None
+    assert "continued" not in result.saved[0].line
+    expected = expected_lines(texts[:7], read_sae("llama", of), at, range(FEATURES), 3)
+    check(lines_of(data / "param.jsonl"), expected)
+
+
+def test_little_memory_changes_nothing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches that find no memory are read in halves."""
+    of = make(data, "topk", width_of("llama"))
+    write_texts(data, *MORE)
+    read, sizes = feature_files.read_token_vectors, list[int]()
+
+    def failing(*given: Any) -> Any:
+        sizes.append(len(given[5]))
+        if len(given[5]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(*given)
+
+    monkeypatch.setattr(feature_files, "read_token_vectors", failing)
+    at = "tokens except token 0"
+    line = f'save top 3 rows of features * of f at {at} to "halves.jsonl"'
+    run(BASIS + save(line, "s"), data, "llama", blocks=STREAMED)
+    texts = [*rows(), *map(text_of, MORE)]
+    expected = expected_lines(texts, read_sae("llama", of), at, range(FEATURES), 3)
+    check(lines_of(data / "halves.jsonl"), expected)
+    assert max(sizes) > 3
+
+
 def test_a_broken_state_is_ignored(data: Path) -> None:
     of = make(data, "topk", width_of("llama"))
     write_texts(data)
@@ -386,34 +483,33 @@ def test_a_broken_state_is_ignored(data: Path) -> None:
 def test_many_rows_in_small_batches(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows that are kept, against a sort of all; many replace others, and some are equal."""
     random = np.random.default_rng(seed)
-    size, most, lengths = 7, 3, random.integers(1, 6, 400)
-    values = random.integers(-3, 20, (lengths.sum(), size)) * (random.random((1, size)) > 0.2)
-    values = (values * (random.random(values.shape) > 0.5)).astype(np.float32)
-    ends = np.cumsum(lengths)
-    found = ActiveRows(range(size), most, explains=False)
-    for begin in range(0, 400, 9):
-        rows_here = range(begin, min(begin + 9, 400))
-        first, last = ends[begin] - lengths[begin], ends[rows_here[-1]]
-        row = np.repeat(np.arange(len(rows_here)), lengths[begin : rows_here[-1] + 1])
-        own_tokens = np.concatenate([np.arange(n) for n in lengths[begin : rows_here[-1] + 1]])
-        numbers = np.array(rows_here)[::-1].copy()
-        found._add_batch(values[first:last], row, numbers, own_tokens)  # pyright: ignore[reportPrivateUsage]
-        found.tokens += int(last - first)
-    row_of = np.concatenate([
-        np.array(range(begin, min(begin + 9, 400)))[::-1] for begin in range(0, 400, 9)
-    ])  # fmt: skip
-    parts = np.split(values, ends[:-1])
+    size, most, count = 7, 3, 400
+    lengths, numbers = random.integers(1, 6, count), random.permutation(count)
+    parts = [random.integers(-3, 20, (n, size)) * (random.random((n, size)) > 0.5) for n in lengths]
+    monkeypatch.setattr("mechdsl.execute.observation.features.MAX_NUMBERS", 100)
+    found = ActiveRows(range(size), most, explains=True)
+    for begin in range(0, count, 9):
+        here = range(begin, min(begin + 9, count))
+        row = np.repeat(np.arange(len(here)), lengths[here])
+        own_tokens = np.concatenate([10 + np.arange(n) for n in lengths[here]])
+        vectors = np.concatenate([parts[n] for n in here]).astype(np.float64)
+        own = TokenVectors(vectors, row, own_tokens, np.arange(len(here)), [b""] * len(here))
+        found.add(own, numbers[here], StandardBasis(size), torch.empty(0))
+        # Rows that others have replaced are dropped.
+        assert len(found.state()["_ends"]) < 4 * most * size + 9 * size
+    every = np.concatenate(parts)
     for feature, about in found.summaries():
-        highest = {int(row_of[n]): own[:, feature].max() for n, own in enumerate(parts)}
+        highest = {int(numbers[n]): own[:, feature].max() for n, own in enumerate(parts)}
         order = sorted(highest, key=lambda n: (-highest[n], n))
-        order = [n for n in order if highest[n] > 0][:most]
-        assert [each.row for each in about.rows] == order
-        places = {int(number): n for n, number in enumerate(row_of)}
+        assert [each.row for each in about.rows] == order[:most]
         for each in about.rows:
-            own = parts[places[each.row]][:, feature]
-            assert each.tokens == tuple(np.flatnonzero(own))
+            own = parts[int(np.flatnonzero(numbers == each.row)[0])][:, feature]
+            assert each.tokens == tuple(10 + np.flatnonzero(own))
             assert each.values == tuple(own[own != 0])
-        assert about.density == pytest.approx((values[:, feature] != 0).mean())
+        assert about.density == pytest.approx((every[:, feature] != 0).mean())
+        assert about.mean == pytest.approx(every[:, feature].mean())
+    assert found.explained == 1
+    assert (found.rows, found.tokens) == (count, lengths.sum())
 
 
 # --- errors ---------------------------------------------------------------------------------------
