@@ -240,12 +240,15 @@ class FileRun:
             made, again = build(experiment, ids), None
             found = made.diagnostics
             if made.table is not None:
-                own = replace(experiment, table=made.table)
+                table = replace(made.table, beside=experiment.table.beside)
+                own = replace(experiment, table=table)
                 again, more = _with_findings(own, self.findings, program)
                 found = [*found, *more]
             errors = [each for each in found if each.severity == "error"]
             if errors:
                 raise RowsRefused(errors)
+            if again is None and made.table is not None:  # rows must never be dropped silently
+                raise RuntimeError(f"nothing says why rows of `{experiment.name}` can't be read")
             return again, made.too_long
 
         limit, count = self.checked.settings.limit, rows.block.data_size

@@ -17,14 +17,15 @@ from torch import Tensor
 
 import mechdsl.execute.run.feature_files as feature_files
 from mechdsl.base.source import Source
-from mechdsl.checks.file_check import CheckSettings
+from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.execute.observation.active_rows import ActiveRows
 from mechdsl.execute.run_record import SavedFile
 from mechdsl.forward.hooks.coordinates import StandardBasis
 from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.passes import save_costs
 from mechdsl.resolve.observations import TokenVectors
 
-from ..execute.support import run_on, shared
+from ..execute.support import adopted, context, run_on, shared
 from ..reference.forward import Write
 from .basis_reference import pca
 from .models import bare
@@ -440,6 +441,84 @@ def test_another_parameter_begins_anew(data: Path, monkeypatch: pytest.MonkeyPat
     assert "continued" not in result.saved[0].line
     expected = expected_lines(texts[:7], read_sae("llama", of), at, range(FEATURES), 3)
     check(lines_of(data / "param.jsonl"), expected)
+
+
+OTHER_ROWS = {
+    "a fitted basis": (
+        "basis f = pca(q, dims: 2) at resid_post layer 1 at last token\n",
+        "features * of f",
+    ),
+    "picked features": (
+        BASIS + experiment("o", "observe features of f at last token top 2", block="q", measure="",
+                           stats=""),
+        "features top 2 of o of f",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHER_ROWS)
+def test_other_rows_that_it_depends_on(
+    what: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that a basis is fitted on, or that select features, change; streamed rows don't."""
+    make(data, "topk", width_of("llama"))
+    write_texts(data, *MORE)
+    monkeypatch.setattr(feature_files, "PART_ROWS", 3)
+    monkeypatch.setattr(feature_files, "SECONDS_BETWEEN_SAVES", 0.0)
+    blocks = STREAMED.replace("prompts s", "prompts q").replace("texts.jsonl", "few.jsonl")
+    blocks = STREAMED + blocks.replace(" streamed", "")
+    definition, features = OTHER_ROWS[what]
+    line = f'save top 3 rows of {features} at tokens except token 0 to "d.jsonl"'
+
+    def found(few: Sequence[str]) -> tuple[str, SavedFile]:
+        (data / "few.jsonl").write_text(
+            "\n".join(json.dumps({"text": each}) for each in few), encoding="utf-8"
+        )
+        (saved,) = run(definition + save(line, "s"), data, "llama", blocks=blocks)
+        return (data / "d.jsonl").read_text("utf-8"), saved
+
+    one, other = MORE[:5], ["w3 w4", "w5 w5", "w1 w2", "w40 w41"]
+    before, whole = found(one)
+    assert whole.rows == len(rows()) + len(MORE)
+    interrupted(data, monkeypatch, 2, definition + save(line, "s"), blocks)
+    changed, saved = found(other)
+    assert "continued" not in saved.line
+    assert changed != before
+    assert found(other)[0] == changed
+
+
+def test_a_limit_reads_the_first_rows(data: Path) -> None:
+    of = make(data, "topk", width_of("llama"))
+    write_texts(data, *MORE)
+    at = "tokens except token 0"
+    text = BASIS + save(f'save top 3 rows of features * of f at {at} to "limit.jsonl"', "s")
+    source = Source(
+        f'mech 1\nmodel m = local("handed over")\n{STREAMED}\n{text}', data / "file.mech"
+    )
+    options = RunOptions(settings=CheckSettings(limit=6))
+    result, _ = run_on(source, {"m": shared(bare("llama"))}, options)
+    assert result is not None
+    assert result.saved[0].rows == 6
+    texts = [*rows(), *map(text_of, MORE)][:6]
+    expected = expected_lines(texts, read_sae("llama", of), at, range(FEATURES), 3)
+    check(lines_of(data / "limit.jsonl"), expected)
+
+
+def test_the_price_is_that_of_all_rows(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(data, "topk", width_of("llama"))
+    write_texts(data, *MORE)
+    monkeypatch.setattr("mechdsl.checks.prompt_tables._FIRST_ROWS", 4)
+    line = 'save top 3 rows of features * of f at tokens * to "price.jsonl"'
+    source = Source(
+        f'mech 1\nmodel m = local("handed over")\n{STREAMED}{BASIS}{save(line, "s")}',
+        data / "file.mech",
+    )
+    checked = check_source(source, CheckSettings(), {"m": context(source, "m", adopted("llama"))})
+    (cost,) = save_costs(checked.saving)
+    tokens_of_all = sum(own.last + 1 for own in (*rows(), *map(text_of, MORE)))
+    assert cost.vectors == pytest.approx(tokens_of_all, rel=1)
+    assert cost.vectors > sum(own.last + 1 for own in rows())
+    assert (cost.sites, cost.bytes) == (FEATURES, None)
 
 
 def test_little_memory_changes_nothing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
