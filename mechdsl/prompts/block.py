@@ -513,8 +513,24 @@ class PromptsBlock:
     # --- building -------------------------------------------------------------------------------
 
     def _check_streamed(self) -> None:
-        """Report E0207 for drawn values in streamed rows: draws depend on all rows."""
-        if self.spec.streamed and self.draws:
+        """Check streamed rows, which aren't built before the run.
+
+        Codes: E0207 for drawn values, as draws depend on all rows; E0505 for records without a
+        value that the block uses.
+        """
+        if not self.spec.streamed:
+            return
+        lacking = {} if self.data is None else self.data.lacking
+        for use in (
+            use for node in self._clean_parts() for use in name_uses(node, self.placeholders)
+        ):
+            if use.name in lacking:
+                path = self.spec.rows.value if isinstance(self.spec.rows, ast.String) else ""
+                reason = f"line {lacking[use.name]} has no `{use.name}`"
+                hint = "give each record a value, or remove the record"
+                bad = DataFormat(span=use.span, path=path, reason=reason, hint=hint)
+                self.diagnostics.append(bad)
+        if self.draws:
             reason = "draws values, which needs all rows, but they are streamed"
             hint = "compute the values from columns, or remove `streamed`"
             bad = BadArgument(span=self.spec.span, name=self.name, reason=reason, hint=hint)
@@ -555,7 +571,8 @@ class PromptsBlock:
         else:
             records = [{new_names.get(k, k): v for k, v in r.items()} for r in data.records]
         columns = tuple(new_names.get(c, c) for c in data.columns)
-        return DataFile(records, columns, data.digest)
+        lacking = {new_names.get(name, name): line for name, line in data.lacking.items()}
+        return DataFile(records, columns, data.digest, lacking)
 
     def _define(self, value: spec.Value) -> None:
         if value.domain is not None:

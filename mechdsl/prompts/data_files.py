@@ -11,7 +11,7 @@ from bisect import bisect_right
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import file_digest, sha256
 from importlib import import_module
@@ -63,6 +63,8 @@ class DataFile:
     records: Sequence[DataRecord]
     columns: tuple[str, ...]
     digest: str
+    lacking: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Of streamed rows, the columns that a record lacks, with the number of its line."""
 
     @cached_property
     def by_content(self) -> RecordOrder:
@@ -169,11 +171,30 @@ def open_data_file(path: str, span: Span) -> tuple[DataFile | None, list[Diagnos
     return found, []
 
 
+class _SeenColumns:
+    """The columns of records, and which of them some record lacks."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, None] = {}
+        self.lacking: dict[str, int] = {}
+        """Column → the line of the first record without it."""
+        self._first = 0
+
+    def add(self, record: DataRecord, line: int) -> None:
+        new = [name for name in record if name not in self.names]
+        for name in new if self._first else ():
+            self.lacking[name] = self._first
+        for name in self.names:
+            if name not in record:
+                self.lacking.setdefault(name, line)
+        self.names |= dict.fromkeys(new)
+        self._first = self._first or line
+
+
 def _open_json_lines(file: Path) -> DataFile:
     """Check each line. Raises OSError, MalformedData."""
-    digest, begins, columns = sha256(), array("q"), dict[str, None]()
+    digest, begins, columns, place = sha256(), array("q"), _SeenColumns(), 0
     with file.open("rb") as lines:
-        place = 0
         for number, line in enumerate(lines, 1):
             digest.update(line)
             if line.strip():
@@ -181,7 +202,7 @@ def _open_json_lines(file: Path) -> DataFile:
                     text = _text(line)
                 except MalformedData as error:
                     raise MalformedData(f"line {number}: {error.reason}", error.hint) from None
-                columns |= dict.fromkeys(_line_record(text, number))
+                columns.add(_line_record(text, number), number)
                 begins.append(place)
             place += len(line)
 
@@ -190,7 +211,8 @@ def _open_json_lines(file: Path) -> DataFile:
             lines.seek(begins[index])
             return _line_record(_text(lines.readline()), index + 1)
 
-    return DataFile(StreamedRecords(read, len(begins)), tuple(columns), digest.hexdigest())
+    records = StreamedRecords(read, len(begins))
+    return DataFile(records, tuple(columns.names), digest.hexdigest(), columns.lacking)
 
 
 def _open_parquet(file: Path) -> DataFile:

@@ -666,3 +666,19 @@ def test_a_bad_line_is_found_before_the_run(data: Path) -> None:
     assert result is None
     assert [each.code for each in found] == ["E0505"]
     assert "line 1501" in found[0].message + str(found[0])
+
+
+@pytest.mark.parametrize("at", [0, 1, 1500])
+def test_a_record_without_a_value_is_found_before_the_run(at: int, data: Path) -> None:
+    """Columns that the block doesn't use may be missing."""
+    make(data, "standard", width_of("llama"))
+    records: list[Line] = [{"text": "w1 w2", "url": "x"}] * 2000
+    records[7] = {"text": "w1 w3"}
+    records[at] = {"url": "y", "said": 3}
+    lines = "\n\n" + "\n".join(map(json.dumps, records))
+    (data / "texts.jsonl").write_text(lines, encoding="utf-8")
+    line = 'save top 2 rows of features * of f at last token to "x.jsonl"'
+    result, found = try_file(BASIS + save(line, "s"), data, "llama", blocks=STREAMED)
+    assert result is None
+    assert [each.code for each in found] == ["E0505"]
+    assert f"line {at + 3} has no `text`" in found[0].message + str(found[0])
