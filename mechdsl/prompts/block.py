@@ -55,7 +55,6 @@ from mechdsl.program.spec import TILE
 from mechdsl.prompts.data_files import (
     DataFile,
     StreamedRecords,
-    open_data_file,
     read_data_file,
     read_dataset,
 )
@@ -541,8 +540,8 @@ class PromptsBlock:
         if source is None:
             return None
         if isinstance(source, ast.String):
-            read = open_data_file if self.spec.streamed else read_data_file
-            data, diagnostics = read(source.value, source.span)
+            streamed = self.spec.streamed
+            data, diagnostics = read_data_file(source.value, source.span, streamed=streamed)
         else:  # expressions other than calls are rejected elsewhere
             data, diagnostics = read_dataset(source) if isinstance(source, ast.Call) else (None, [])
         self.diagnostics += diagnostics

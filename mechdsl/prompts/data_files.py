@@ -86,32 +86,43 @@ class MalformedData(Exception):
         self.hint = hint
 
 
-def read_data_file(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]:
+def read_data_file(
+    path: str, span: Span, *, streamed: bool = False
+) -> tuple[DataFile | None, list[Diagnostic]]:
     """Read a data file; the path is relative to the `.mech` file.
 
     Codes: E0504, E0505, E0532, E0535.
+
+    Args:
+        streamed: Whether records are checked but not kept, and read again when they are used.
     """
     file, problems = path_to_read(ROWS_PATH, path, span)
     if file is None:
         return None, problems
-    reader = READERS.get(file.suffix.lower())
-    if reader is None:
-        known = ", ".join(READERS)
-        reason = f"files end in {known}"
-        hint = "convert it to one of these"
+    known, suffix = STREAMED_READERS if streamed else READERS, file.suffix.lower()
+    if suffix not in known:
+        reason = f"files {'of streamed rows ' if streamed else ''}end in {', '.join(known)}"
+        hint = "convert it to one of these" + (", or remove `streamed`" if streamed else "")
         return None, [DataFormat(span=span, path=path, reason=reason, hint=hint)]
     try:
-        content = file.read_bytes()
-    except OSError as error:
-        return None, [_unreadable(file, path, span, error)]
-    try:
-        records = reader(content)
-        if not records:
+        found = STREAMED_READERS[suffix](file) if streamed else _read_whole(file)
+        if not found.records:
             raise MalformedData("it has no records", "add some")
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = "there is no such file" if missing else str(error.strerror or error)
+        return None, [UnreadableData(span=span, path=path, reason=reason, hint=_hint(file))]
     except MalformedData as error:
         return None, [DataFormat(span=span, path=path, reason=error.reason, hint=error.hint)]
+    return found, []
+
+
+def _read_whole(file: Path) -> DataFile:
+    """Read all records. Raises OSError, MalformedData."""
+    content = file.read_bytes()
+    records = READERS[file.suffix.lower()](content)
     columns = dict.fromkeys(name for record in records for name in record)
-    return DataFile(tuple(records), tuple(columns), sha256(content).hexdigest()), []
+    return DataFile(tuple(records), tuple(columns), sha256(content).hexdigest())
 
 
 class StreamedRecords(Sequence[DataRecord]):
@@ -144,31 +155,6 @@ class StreamedRecords(Sequence[DataRecord]):
         if isinstance(index, slice):
             return [self[each] for each in range(self._count)[index]]
         return {self._names.get(name, name): value for name, value in self._read(index).items()}
-
-
-def open_data_file(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]:
-    """Check a file that is read in parts, without keeping its records.
-
-    Codes: E0504, E0505, E0532, E0535.
-    """
-    file, problems = path_to_read(ROWS_PATH, path, span)
-    if file is None:
-        return None, problems
-    opener = STREAMED_READERS.get(file.suffix.lower())
-    if opener is None:
-        known = " and ".join(STREAMED_READERS)
-        reason = f"files of streamed rows end in {known}"
-        hint = "convert it to one JSON object per line, in UTF-8; or remove `streamed`"
-        return None, [DataFormat(span=span, path=path, reason=reason, hint=hint)]
-    try:
-        found = opener(file)
-        if not found.records:
-            raise MalformedData("it has no records", "add some")
-    except OSError as error:
-        return None, [_unreadable(file, path, span, error)]
-    except MalformedData as error:
-        return None, [DataFormat(span=span, path=path, reason=error.reason, hint=error.hint)]
-    return found, []
 
 
 class _SeenColumns:
@@ -257,13 +243,6 @@ def _line_record(line: str, number: int) -> DataRecord:
         reason = f"{where} is not JSON ({error})"
         raise MalformedData(reason, "write one object per line") from None
     return _object(value, where)
-
-
-def _unreadable(file: Path, path: str, span: Span, error: OSError) -> UnreadableData:
-    """Return E0504."""
-    missing = isinstance(error, FileNotFoundError)
-    reason = "there is no such file" if missing else str(error.strerror or error)
-    return UnreadableData(span=span, path=path, reason=reason, hint=_hint(file))
 
 
 def _hint(file: Path) -> str:

@@ -418,7 +418,8 @@ def resolve_saved_features(
         return None
     if members is None:  # rejected
         return None
-    (member,), ((point,),) = members.values(), targets.points.values()
+    ((point,),) = targets.points.values()
+    member = BasisTargets(name, (name,), (members,), (), {}).at(point)
     found = resolve_axis(features, [], work.sites, size=member.size)
     numbers = number_exceptions(site, work.sites)
     if found is not None and numbers:

@@ -219,6 +219,20 @@ def test_dims_and_fitted_bases(data: Path) -> None:
     check(lines_of(data / "g.jsonl"), expected)
 
 
+def test_one_of_several_bases(data: Path) -> None:
+    """The basis of the layer that the line names."""
+    basis = "basis g = pca(p, dims: 3) at resid_post layer * at last token\n"
+    at = "tokens except token 0"
+    line = f'save top 2 rows of resid_post layer 1 features 0, 2 of g at {at} to "one.jsonl"'
+    run(basis + save(line), data, "llama")
+    of = pca("llama", "clean", "resid_post", 1, "last token", 3)
+
+    def components(text: Text, at: list[int]) -> Tensor:
+        return of.coordinates(plain("llama", text)["resid_post", 1][at, 0])
+
+    check(lines_of(data / "one.jsonl"), expected_lines(rows(), components, at, [0, 2], 2))
+
+
 def test_picked_features(data: Path) -> None:
     """Features that an observation has found, in the order of their numbers, and their labels."""
     of = make(data, "standard", width_of("llama"))
@@ -601,6 +615,7 @@ WRONG = [
     ('save top 2 rows of features * of f at last token to "x.csv"', ["E0207"]),
     ('save top 2 rows of features * of f at last token to "x.jsonl" as float16', ["E0207"]),
     ('save top 2 rows of features * of nothing at last token to "x.jsonl"', ["E0201"]),
+    ('save top 2 rows of features * of many at last token to "x.jsonl"', ["E0342"]),
     ('save top 2 rows of features 99 of f at last token to "x.jsonl"', ["E0301"]),
     ('save top 2 rows of features * of f at nothing token to "x.jsonl"', ["E0308"]),
 ]
@@ -609,7 +624,8 @@ WRONG = [
 @pytest.mark.parametrize(("line", "expected"), WRONG)
 def test_errors(line: str, expected: list[str], data: Path) -> None:
     make(data, "standard", width_of("llama"))
-    found = codes(BASIS + save(line), data)
+    many = "basis many = pca(p, dims: 3) at resid_post layer * at last token\n"
+    found = codes(BASIS + many + save(line), data)
     assert [each for each in found if each.startswith("E")] == expected
     assert not (data / "x.jsonl").exists()
 
