@@ -340,6 +340,8 @@ class SaveCost:
     """Size of the file's tensors; None for rows of features, whose texts aren't known."""
     cost: Cost
     """Cost without cells or rows: a run only applies its own rules."""
+    streamed: int = 0
+    """Number of streamed rows, whose prompts are built during the run."""
 
 
 def save_costs(
@@ -397,21 +399,19 @@ def _of_features(experiment: ResolvedExperiment, save: ResolvedSave, passes: Cos
     spot = join_positions(save.cells)
     tokens = sum(len(own) for hits in spot.hits for own in hits)
     features = len(save.basis.coordinates[()].which) or member.size
-    parts = _count_parts(experiment.table)
+    streamed = _count_streamed(experiment.table)
+    parts = max(1, round(streamed / (1 + max(experiment.table.row_ids))))
     tokens, passes = tokens * parts, parts * passes
     products = features + (0 if member.reads else 2 * member.size)
-    encoding = Cost(0, 0, 0, 0, tokens * member.width * products)
-    return SaveCost(
-        save.spec.file, features, tokens, at_most=False, bytes=None, cost=passes + encoding
-    )
+    cost = passes + Cost(0, 0, 0, 0, tokens * member.width * products)
+    file = save.spec.file
+    return SaveCost(file, features, tokens, at_most=False, bytes=None, cost=cost, streamed=streamed)
 
 
-def _count_parts(table: PromptTable) -> int:
-    """Return how many tables of this size the streamed rows of a block make; 1 for other rows."""
+def _count_streamed(table: PromptTable) -> int:
+    """Return the number of streamed rows of a block, of which the table has the first ones."""
     rows = table.block_rows
-    if rows is None or not rows.block.spec.streamed:
-        return 1
-    return max(1, round(rows.block.data_size / (1 + max(table.row_ids))))
+    return 0 if rows is None or not rows.block.spec.streamed else rows.block.data_size
 
 
 def _of_direction_files(experiment: ResolvedExperiment, prompt_tokens: int) -> Iterator[SaveCost]:

@@ -125,18 +125,19 @@ def measure_host_pace() -> float:
     return best
 
 
-def count_work(plan: Plan, cost: Cost, blocks: int) -> WorkAmounts:
+def count_work(plan: Plan, cost: Cost, blocks: int, streamed: int = 0) -> WorkAmounts:
     """Count the work of a plan's run.
 
     Args:
         plan: The plan of all experiments.
         cost: The remaining cost after its passes, including `save` lines.
         blocks: Number of blocks of the deepest model.
+        streamed: Number of streamed rows, whose prompts are built during the run.
     """
     plans = [each for panel in plan.panels for each in panel.experiments]
     found = [_experiment_work(each) for each in plans]
     return WorkAmounts(
-        prompts=sum(len(panel.table) * len(panel.table.runs) for panel in plan.panels),
+        prompts=streamed + sum(len(panel.table) * len(panel.table.runs) for panel in plan.panels),
         calls=(cost.forwards + cost.backwards) * blocks,
         block_tokens=cost.tokens,
         cells=sum(each.cells for each in found),
@@ -476,7 +477,7 @@ def print_plan(
     _print_saves(saves, console)
     deepest = max((each.model.shape.n_layers for each in saving), default=0)
     cost = replace(cost, blocks=max(cost.blocks, deepest))
-    _print_estimate(plan, cost, sum((each.cost for each in saves), Cost()), console)
+    _print_estimate(plan, cost, saves, console)
 
 
 def _print_experiments(plan: Plan, console: Console) -> None:
@@ -578,10 +579,11 @@ def _print_saves(saves: Sequence[SaveCost], console: Console) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for each in saves:
         most = "≤ " if each.at_most else ""
+        of_features = each.bytes is None
         table.add_row(
             each.file,
-            f"{each.sites:,}",
-            f"{most}{each.vectors:,}",
+            f"{each.sites:,}" + " features" * of_features,
+            f"{most}{each.vectors:,}" + " tokens" * of_features,
             "" if each.bytes is None else f"{most}{format_size(each.bytes)}",
             *_cost_figures(each.cost)[2:],
         )
@@ -601,11 +603,15 @@ def _cost_figures(cost: Cost, *, back: bool = False) -> list[str]:
     ]
 
 
-def _print_estimate(plan: Plan, cost: PlanCost, saves: Cost, console: Console) -> None:
-    """Print the estimated seconds of a run and of a plain loop; `saves`: work of `save` lines."""
+def _print_estimate(
+    plan: Plan, cost: PlanCost, saves: Sequence[SaveCost], console: Console
+) -> None:
+    """Print the estimated seconds of a run and of a plain loop; `saves`: the `save` lines."""
     rate, pace = measure_matmul_rate(), measure_host_pace()
+    saving = sum((each.cost for each in saves), Cost())
+    streamed = sum(each.streamed for each in saves)
     plain, planned = (
-        _seconds_text(plan, each + saves, cost.blocks, rate, pace)
+        _seconds_text(plan, each + saving, cost.blocks, rate, pace, streamed)
         for each in (cost.plain, cost.planned)
     )
     console.print(
@@ -622,8 +628,11 @@ def _print_estimate(plan: Plan, cost: PlanCost, saves: Cost, console: Console) -
     )
 
 
-def _seconds_text(plan: Plan, cost: Cost, blocks: int, rate: float, pace: float) -> TimeEstimate:
-    return estimate_time(count_work(plan, cost, blocks), cost.multiply_adds, rate, pace)
+def _seconds_text(
+    plan: Plan, cost: Cost, blocks: int, rate: float, pace: float, streamed: int = 0
+) -> TimeEstimate:
+    work = count_work(plan, cost, blocks, streamed)
+    return estimate_time(work, cost.multiply_adds, rate, pace)
 
 
 def _time_text(seconds: float) -> str:

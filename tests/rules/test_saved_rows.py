@@ -533,6 +533,7 @@ def test_the_price_is_that_of_all_rows(data: Path, monkeypatch: pytest.MonkeyPat
     assert cost.vectors == pytest.approx(tokens_of_all, rel=1)
     assert cost.vectors > sum(own.last + 1 for own in rows())
     assert (cost.sites, cost.bytes) == (FEATURES, None)
+    assert cost.streamed == len(rows()) + len(MORE)
 
 
 def test_little_memory_changes_nothing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
