@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.execute.observation.features import iter_row_batches
+from mechdsl.forward.hooks.batch import arrays_to_device
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.resolve.observations import TokenVectors
 
@@ -63,12 +64,16 @@ class ActiveRows:
         self._rows: Ints = np.full((most, len(features)), NO_ROW, dtype=np.int64)
         self._entries: Ints = np.full((most, len(features)), NO_ROW, dtype=np.int64)
         """[place, feature] index in `_ends` of the tokens of the row at this place."""
+        self._count = 0
+        """Number of entries."""
         self._ends: Ints = np.zeros(1, dtype=np.int64)
         """[entry + 1] where an entry ends in the following arrays; it begins where the last
         ends."""
         self._own_tokens: Ints = np.zeros(0, dtype=np.int64)
         self._own_values: Floats = np.zeros(0)
-        self._active: Ints = np.zeros(len(features), dtype=np.int64)
+        self._new: list[tuple[Ints, Ints, Floats]] = []
+        """Lengths, tokens and values of later entries, which `_join` adds to these arrays."""
+        self._active: Floats = np.zeros(len(features))
         self._sums: Floats = np.zeros(len(features))
         self._error = self._squares = 0.0
         self._total: Floats = np.zeros(1)
@@ -98,13 +103,13 @@ class ActiveRows:
                 self._error += float(error.double().square().sum())
             begin = int(np.searchsorted(own.row, rows[0]))
             tokens = own.tokens[begin : begin + len(vectors)]
-            self._add_batch(found.cpu().numpy(), row.cpu().numpy(), numbers[rows], tokens)
+            self._add_batch(found, row.cpu().numpy(), numbers[rows], tokens)
         self.rows += len(numbers)
         self.tokens += len(own.vectors)
         self._total = self._total + own.vectors.sum(0)
         self._squares += float((own.vectors**2).sum())
 
-    def _add_batch(self, found: Floats, row: Ints, numbers: Ints, tokens: Ints) -> None:
+    def _add_batch(self, found: Tensor, row: Ints, numbers: Ints, tokens: Ints) -> None:
         """Add activations [token, feature] of some rows.
 
         Args:
@@ -112,10 +117,13 @@ class ActiveRows:
             numbers: [row] its number in the data.
             tokens: [token] its position in the prompt.
         """
-        self._active += (found != 0).sum(0)
-        self._sums += found.sum(0, dtype=np.float64)
         starts = np.searchsorted(row, np.arange(len(numbers)))
-        highest = np.maximum.reduceat(found, starts)
+        lengths = np.diff(np.append(starts, len(found)))
+        parts = found.split(lengths.tolist())
+        # Sums of whole batches in other types of numbers take ten times as long.
+        self._active += _sum_rows(part.ne(0).to(part.dtype).sum(0) for part in parts)
+        self._sums += _sum_rows(part.sum(0) for part in parts)
+        highest = torch.stack([part.amax(0) for part in parts]).double().cpu().numpy()
         # Only these can enter; of equal values, the row with the lower number.
         columns = np.flatnonzero((highest >= self._values[-1]).any(0) & (highest > 0).any(0))
         if not len(columns):
@@ -132,37 +140,47 @@ class ActiveRows:
         entries = np.take_along_axis(kept, order, 0)
         place, column = np.nonzero((order >= self.most) & (self._rows[:, columns] != NO_ROW))
         entered = order[place, column] - self.most
-        entries[place, column] = len(self._ends) - 1 + np.arange(len(place))
+        entries[place, column] = self._count + np.arange(len(place))
         self._entries[:, columns] = entries
-        self._keep_tokens(found, starts, tokens, entered, columns[column])
+        pairs = entered, columns[column]
+        self._keep_tokens(found, tokens, pairs, starts[entered], lengths[entered])
 
     def _keep_tokens(
-        self, found: Floats, starts: Ints, tokens: Ints, rows: Ints, columns: Ints
+        self, found: Tensor, tokens: Ints, pairs: tuple[Ints, Ints], starts: Ints, lengths: Ints
     ) -> None:
-        """Keep the activations of a feature in a row, for each pair of both, that aren't 0."""
-        ends = np.append(starts[1:], len(found))
-        lengths = (ends - starts)[rows]
+        """Keep the activations that aren't 0 of a feature in a row, for each pair of both."""
+        rows, columns = pairs
         pair = np.repeat(np.arange(len(rows)), lengths)
         within = np.arange(len(pair)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        token = starts[rows][pair] + within
-        values = found[token, columns[pair]]
+        token = starts[pair] + within
+        index = arrays_to_device((token, columns[pair]), found.device)
+        values = found[index].double().cpu().numpy()
         there = values != 0
         counts = np.bincount(pair[there], minlength=len(rows))
-        self._ends = np.concatenate([self._ends, self._ends[-1] + np.cumsum(counts)])
-        self._own_tokens = np.concatenate([self._own_tokens, tokens[token[there]]])
-        self._own_values = np.concatenate([self._own_values, values[there].astype(np.float64)])
-        if len(self._ends) - 1 > 2 * self._entries.size:
+        self._new.append((counts, tokens[token[there]], values[there]))
+        self._count += len(rows)
+        if self._count > 2 * self._entries.size:
             self._drop_replaced()
+
+    def _join(self) -> None:
+        """Add new entries to the arrays: seldom, because that copies all of them."""
+        if self._new:
+            counts, tokens, values = (np.concatenate(each) for each in zip(*self._new, strict=True))
+            self._ends = np.concatenate([self._ends, self._ends[-1] + np.cumsum(counts)])
+            self._own_tokens = np.concatenate([self._own_tokens, tokens])
+            self._own_values = np.concatenate([self._own_values, values])
+            self._new = []
 
     def _drop_replaced(self) -> None:
         """Drop the tokens of rows that others have replaced."""
+        self._join()
         used = np.unique(self._entries[self._entries != NO_ROW])
         begins, ends = self._ends[:-1][used], self._ends[1:][used]
         lengths = ends - begins
         offsets = np.repeat(np.cumsum(lengths) - lengths, lengths)
         index = np.repeat(begins, lengths) + np.arange(int(lengths.sum())) - offsets
         self._own_tokens, self._own_values = self._own_tokens[index], self._own_values[index]
-        self._ends = np.concatenate([[0], np.cumsum(lengths)])
+        self._ends, self._count = np.concatenate([[0], np.cumsum(lengths)]), len(used)
         there = self._entries != NO_ROW
         self._entries[there] = np.searchsorted(used, self._entries[there])
 
@@ -186,6 +204,7 @@ class ActiveRows:
 
     def summaries(self) -> Iterator[tuple[int, FeatureSummary]]:
         """Yield the number of each feature and what is known about it."""
+        self._join()
         for column, feature in enumerate(self.features.tolist()):
             rows: list[FeatureRow] = []
             for place in range(self.most):
@@ -204,6 +223,7 @@ class ActiveRows:
 
     def state(self) -> dict[str, Any]:
         """Return arrays from which `restore` continues."""
+        self._join()
         return {name: np.asarray(getattr(self, name)) for name in _STATE}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -214,7 +234,12 @@ class ActiveRows:
             setattr(self, name, kind(value) if kind in (int, float) else value)
 
 
+def _sum_rows(rows: Iterable[Tensor]) -> Floats:
+    """Return [feature]: the sum of sums over the tokens of each row."""
+    return torch.stack([*rows]).double().sum(0).cpu().numpy()
+
+
 _STATE = (
-    "rows", "tokens", "_values", "_rows", "_entries", "_ends", "_own_tokens", "_own_values",
-    "_active", "_sums", "_error", "_squares", "_total",
+    "rows", "tokens", "_count", "_values", "_rows", "_entries", "_ends", "_own_tokens",
+    "_own_values", "_active", "_sums", "_error", "_squares", "_total",
 )  # fmt: skip
