@@ -46,6 +46,7 @@ from mechdsl.resolve.directions import (
     resolve_samples,
 )
 from mechdsl.resolve.sites import (
+    AxisValues,
     ExperimentContext,
     exclude_values,
     find_missing_point,
@@ -376,12 +377,7 @@ def resolve_observed_basis(
     definition = work.program.bases.get(said.basis)
     name = ast.Name(said.basis, span=said.span)
     try:
-        if len(sites.points) > 1:
-            raise BasisError(
-                name,
-                f"`{said.basis}` is a basis for each of {len(sites.points)} sites",
-                "observe a basis at one site: `at resid_post layer 2`",
-            )
+        _check_one_site(said.basis, name, sites, "observe")
         members = None if definition is None else _members(definition, sites, rule.site, work)
     except BasisError as problem:
         work.diagnostics.append(problem.diagnostic)
@@ -389,6 +385,16 @@ def resolve_observed_basis(
     if members is None:  # rejected
         return None
     return BasisTargets(said.basis, (said.basis,), (members,), (), {(): Coordinates()})
+
+
+def _check_one_site(name: str, node: ast.Node, sites: SiteTargets, verb: str) -> None:
+    """Check that a basis is used at one site. Raises BasisError, which says to `verb` one."""
+    if len(sites.points) > 1:
+        raise BasisError(
+            node,
+            f"`{name}` is a basis for each of {len(sites.points)} sites",
+            f"{verb} a basis at one site: `at resid_post layer 2`",
+        )
 
 
 def resolve_saved_features(
@@ -406,12 +412,7 @@ def resolve_saved_features(
     if targets is None:
         return None
     try:
-        if len(targets.points) > 1:
-            raise BasisError(
-                site,
-                f"`{name}` is a basis for each of {len(targets.points)} sites",
-                "name a basis at one site: `at resid_post layer 2`",
-            )
+        _check_one_site(name, site, targets, "name")
         members = _members(definitions[0], targets, site, work)
     except BasisError as problem:
         work.diagnostics.append(problem.diagnostic)
@@ -420,10 +421,7 @@ def resolve_saved_features(
         return None
     ((point,),) = targets.points.values()
     member = BasisTargets(name, (name,), (members,), (), {}).at(point)
-    found = resolve_axis(features, [], work.sites, size=member.size)
-    numbers = number_exceptions(site, work.sites)
-    if found is not None and numbers:
-        found = exclude_values(found, numbers, work.sites)
+    found = _named_coordinates(site, features, member.size, work)
     if found is None:
         return None
     which = tuple(dict.fromkeys(each for own in found.choices.values() for each in own))
@@ -725,11 +723,8 @@ def _coordinates(
     if features is None:
         return (), {(): ()}
     sizes = sorted({member.size for member in members.values()})
-    found = resolve_axis(features, [], work.sites, size=sizes[0])
     assert rule.site is not None
-    numbers = number_exceptions(rule.site, work.sites)
-    if found is not None and numbers:
-        found = exclude_values(found, numbers, work.sites)
+    found = _named_coordinates(rule.site, features, sizes[0], work)
     if found is None:
         return (), None
     whole = tuple(range(sizes[0])) if len(sizes) == 1 else None
@@ -739,6 +734,17 @@ def _coordinates(
             work.add_axis(found.sweep)
         return (*found.loops, found.sweep.name), choices
     return found.loops, choices
+
+
+def _named_coordinates(
+    site: ast.Site, features: ast.Axis, size: int, work: ExperimentContext
+) -> AxisValues | None:
+    """Resolve the coordinates that a site names, without its exceptions; None after an error."""
+    found = resolve_axis(features, [], work.sites, size=size)
+    numbers = number_exceptions(site, work.sites)
+    if found is None or not numbers:
+        return found
+    return exclude_values(found, numbers, work.sites)
 
 
 # --- definitions ----------------------------------------------------------------------------------

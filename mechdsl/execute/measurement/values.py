@@ -157,9 +157,9 @@ class ActiveRow:
     """A row in which a feature is active."""
 
     row: int
-    """Number in the table."""
+    """Number in the table; of rows that are saved, in the data."""
     tokens: tuple[int, ...]
-    """Observed tokens of the row."""
+    """Observed tokens of the row; of rows that are saved, those at which the feature isn't 0."""
     values: tuple[float, ...]
     """Activation at each of them."""
 

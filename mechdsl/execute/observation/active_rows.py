@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.execute.measurement.values import ActiveRow
 from mechdsl.execute.observation.features import iter_row_batches
 from mechdsl.forward.hooks.batch import arrays_to_device
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
@@ -21,18 +22,6 @@ NO_ROW = -1
 
 
 @dataclass(frozen=True)
-class FeatureRow:
-    """A row in which a feature is active."""
-
-    row: int
-    """Number of the row in the data."""
-    tokens: tuple[int, ...]
-    """Tokens at which the feature isn't 0."""
-    values: tuple[float, ...]
-    """Activation at each of them."""
-
-
-@dataclass(frozen=True)
 class FeatureSummary:
     """What is known about a feature after all rows."""
 
@@ -40,7 +29,7 @@ class FeatureSummary:
     """Share of tokens at which it isn't 0."""
     mean: float
     """Mean activation over all tokens."""
-    rows: tuple[FeatureRow, ...]
+    rows: tuple[ActiveRow, ...]
     """Rows with the highest activation above 0 at a token, highest first; of equal ones those with
     the lower number."""
 
@@ -206,7 +195,7 @@ class ActiveRows:
         """Yield the number of each feature and what is known about it."""
         self._join()
         for column, feature in enumerate(self.features.tolist()):
-            rows: list[FeatureRow] = []
+            rows: list[ActiveRow] = []
             for place in range(self.most):
                 entry = int(self._entries[place, column])
                 if entry == NO_ROW:
@@ -214,7 +203,7 @@ class ActiveRows:
                 own = slice(int(self._ends[entry]), int(self._ends[entry + 1]))
                 tokens = tuple(self._own_tokens[own].tolist())
                 values = tuple(self._own_values[own].tolist())
-                rows.append(FeatureRow(int(self._rows[place, column]), tokens, values))
+                rows.append(ActiveRow(int(self._rows[place, column]), tokens, values))
             count = max(self.tokens, 1)
             density, mean = self._active[column] / count, self._sums[column] / count
             yield feature, FeatureSummary(float(density), float(mean), tuple(rows))

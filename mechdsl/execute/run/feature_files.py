@@ -104,7 +104,7 @@ def _write_file(
     assert save.basis is not None
     path, problems = path_to_write("save", save.spec.file, save.spec.span)
     if path is None:
-        raise OSError(problems[0].message)
+        return None, problems
     writer = _FeatureRows(experiment, save, models, options, path)
     system, problems = writer.fits.of_basis(save.basis, save.spec.span)
     if system is None:
@@ -217,9 +217,9 @@ class _FeatureRows:
 
     def _keep(self, key: bytes, done: int, found: ActiveRows) -> None:
         """Save what is known after some records."""
-        arrays: dict[str, Any] = {f"own{name}": each for name, each in found.state().items()}
+        arrays: dict[str, Any] = found.state()
+        arrays |= {"done": np.array(done), "too long": np.array(self.too_long)}
         with replace_file(self._state_path) as made, made.open("wb") as file:
-            arrays |= {"done": np.array(done), "too long": np.array(self.too_long)}
             np.savez(file, key=np.frombuffer(key, np.uint8), **arrays)
 
     def _restored(self, key: bytes | None, found: ActiveRows) -> int:
@@ -228,8 +228,7 @@ class _FeatureRows:
             return 0
         with suppress(OSError, ValueError, KeyError, BadZipFile), np.load(self._state_path) as kept:
             if kept["key"].tobytes() == key:
-                state = {name.removeprefix("own"): kept[name] for name in kept.files}
-                found.restore(state)
+                found.restore(kept)
                 self.too_long = int(kept["too long"])
                 return int(kept["done"])
         return 0
