@@ -26,7 +26,7 @@ from mechdsl.program.directions import FitRows, fit_rows_of_experiment
 from mechdsl.program.images import IMAGE_SPAN, averaged_block
 from mechdsl.program.prompts import used_corruptions
 from mechdsl.program.python_functions import PythonMode, prompt_functions
-from mechdsl.program.runs import unstreamed
+from mechdsl.program.saves import unstreamed
 from mechdsl.program.spec import CLEAN, RepliesOf
 from mechdsl.prompts.answers import LabelNaming
 from mechdsl.prompts.block import PromptsBlock

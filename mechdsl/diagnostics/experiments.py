@@ -89,13 +89,14 @@ NO_GENERATION_REASON = "no rule writes anything"
 
 @keyword_record
 class NoEstimate(Diagnostic):
-    """What gradients of unpatched runs say nothing about."""
+    """Gradients that are not defined or not computed."""
 
     code = "E0608"
-    title = "`using {using}` can't estimate {what}: {reason}"
+    title = "`{statement}` can't {verb} {what}: {reason}"
     label = "{reason}"
     help = "{hint}"
-    using: str
+    statement: str
+    verb: str = "estimate"
     what: str
     reason: str
     hint: str

@@ -37,7 +37,7 @@ from mechdsl.planner.plan import (
     Plan,
     batch_size,
 )
-from mechdsl.planner.rows import RowTable
+from mechdsl.planner.rows import PassMember
 from mechdsl.program.python_functions import PythonFailure
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
@@ -240,17 +240,6 @@ def build_size_trial(
         return float(work[chosen].sum()) / max(min(took), 1e-9)
 
     return rate
-
-
-@dataclass(frozen=True, eq=False)
-class PassMember:
-    """Rows of one experiment that a pass serves."""
-
-    number: int
-    """Number of the experiment in its panel."""
-    rows: RowTable
-    at: Ints
-    """[row] index of the row in the pass."""
 
 
 def compute_row_widths(

@@ -27,7 +27,6 @@ from mechdsl.execute.measurement.readout import (
     build_observer,
     read_samples,
 )
-from mechdsl.execute.pass_layout import PassMember
 from mechdsl.execute.replies import ReplyGenerator
 from mechdsl.execute.unpatched_batch import (
     MeasuredPosition,
@@ -58,7 +57,7 @@ from mechdsl.forward.packed.unembedding import ModelUnembedding
 from mechdsl.models.restart import Shortcuts
 from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.plan import ExperimentPlan, Panel, Plan, is_read_only
-from mechdsl.planner.rows import RowTable, RulePlan
+from mechdsl.planner.rows import PassMember, RowTable, RulePlan
 from mechdsl.prompts.positions.cells import find_reply_tokens
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun, ReplyPosition

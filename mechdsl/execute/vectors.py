@@ -116,12 +116,7 @@ def read_vectors(
     for count, batch in enumerate(batches):
         found = lanes(batch)
         for number, hit in enumerate(hits):
-            index, run = hit.runs.expand(batch)
-            which, token = hit.tokens.expand(run)
-            prompts = batch[index[which]]
-            row = np.repeat(prompts, found.draws)
-            token = np.repeat(token, found.draws)
-            draw = np.tile(np.arange(found.draws), len(prompts))
+            row, draw, token = list_tokens(hit, batch, found.draws)
             lane = torch.from_numpy(found.lane(row, draw))
             for place, point in enumerate(points):
                 yield SiteVectors(
@@ -133,6 +128,15 @@ def read_vectors(
                     token,
                     _select_vectors(found, point, lane, token),
                 )
+
+
+def list_tokens(hits: TokenHits, batch: Ints, draws: int) -> tuple[Ints, Ints, Ints]:
+    """Return [K] each: the prompt, the draw and the token of every vector of a position."""
+    index, run = hits.runs.expand(batch)
+    which, token = hits.tokens.expand(run)
+    prompts = batch[index[which]]
+    draw = np.tile(np.arange(draws), len(prompts))
+    return np.repeat(prompts, draws), draw, np.repeat(token, draws)
 
 
 def _select_vectors(found: UnpatchedBatch, point: SitePoint, lane: Tensor, token: Ints) -> Tensor:

@@ -220,10 +220,11 @@ class ExpectNode:
 
 @dataclass(frozen=True)
 class SaveNode:
-    """Activations, or a direction, that are written to a file."""
+    """Activations, gradients or a direction that are written to a file."""
 
     experiment: str
-    read: ReadNode | DirectionNode
+    read: ReadNode | MeasureNode | DirectionNode
+    """The metric, for its gradients."""
     file: str
 
 
@@ -360,7 +361,7 @@ def _leaves(experiment: ResolvedExperiment, effects: tuple[EffectNode, ...]) -> 
         MeasureNode(
             unpatched_forward(experiment, run),
             "correct",
-            _implicit_detail(experiment, correct),
+            describe_default_position(experiment, correct),
             measure=correct,
         )
         for run, correct in experiment.accuracies.items()
@@ -538,7 +539,7 @@ def _fit_reads(
     return tuple(reads.values())
 
 
-def _implicit_detail(experiment: ResolvedExperiment, measure: ResolvedMeasure) -> str:
+def describe_default_position(experiment: ResolvedExperiment, measure: ResolvedMeasure) -> str:
     """Describe the default position of a measure."""
     if measure.reply is not None:
         return "reply"
@@ -555,7 +556,11 @@ def _effect(
     resolved: ResolvedMeasure,
 ) -> EffectNode:
     entry = EFFECTS[measure.effect]
-    at = _implicit_detail(experiment, resolved) if measure.at is None else measure.at.span.written
+    at = (
+        describe_default_position(experiment, resolved)
+        if measure.at is None
+        else measure.at.span.written
+    )
     runs = dict.fromkeys(atom.run for atom in resolved.atoms if atom.run is not None)
     observed = next((rule for rule in experiment.rules if rule.does.changes == "nothing"), None)
     if observed is not None and observed.does.reads == "run" and resolved.observed:

@@ -23,6 +23,7 @@ from mechdsl.planner.cost import (
 )
 from mechdsl.planner.graph import (
     Graph,
+    MeasureNode,
     build_graph,
     check_graph,
     graph_from_leaves,
@@ -35,12 +36,14 @@ from mechdsl.planner.plan import (
     PASS_TOKENS,
     PROMPT_TOKENS,
     GraphRewrite,
+    Panel,
     Plan,
     build_plain_plan,
     build_save_nodes,
     build_save_panel,
     build_save_reads,
     count_save_sweeps,
+    gradient_batches,
     plan_save_layout,
     read_batches,
 )
@@ -370,6 +373,9 @@ def _of(experiment: ResolvedExperiment, prompt_tokens: int) -> Iterator[SaveCost
     own = experiment.model.spec.dtype
     for save, read in zip(experiment.saves, build_save_reads(experiment), strict=True):
         run = panel.table.runs[save.run]
+        if isinstance(read, MeasureNode):
+            yield _of_gradients(experiment, save, panel, prompt_tokens)
+            continue
         batches = len(read_batches(shape, DTYPE_BYTES[own], run, save.points, tokens=prompt_tokens))
         times = count_save_sweeps(panel, save.run, several=batches > 1)
         cost = run_cost(shape, run, highest_read(read))
@@ -381,11 +387,34 @@ def _of(experiment: ResolvedExperiment, prompt_tokens: int) -> Iterator[SaveCost
         if save.basis is not None:
             yield _of_features(experiment, save, joined)
             continue
-        layout = plan_save_layout(experiment, save)
-        size = layout.bytes(save.spec.stored_dtype(own))
-        counts = len(layout.widths), layout.vectors, layout.at_most
-        yield SaveCost(save.spec.file, *counts, size, joined)
+        yield _of_vectors(experiment, save, joined)
     yield from _of_direction_files(experiment, prompt_tokens)
+
+
+def _of_vectors(experiment: ResolvedExperiment, save: ResolvedSave, cost: Cost) -> SaveCost:
+    """Return the size of a file of vectors, with the cost of its passes."""
+    layout = plan_save_layout(experiment, save)
+    size = layout.bytes(save.spec.stored_dtype(experiment.model.spec.dtype))
+    return SaveCost(save.spec.file, len(layout.widths), layout.vectors, layout.at_most, size, cost)
+
+
+def _of_gradients(
+    experiment: ResolvedExperiment, save: ResolvedSave, panel: Panel, prompt_tokens: int
+) -> SaveCost:
+    """Return the size of a file of gradients, and the cost of their passes.
+
+    A backward pass costs as much as a forward pass: activations have gradients, weights have none.
+    Each text of several tokens has a pass of its own, whose tokens after the prompt aren't counted.
+    """
+    assert save.gradient is not None
+    shape, run = experiment.model.shape, panel.table.runs[save.run]
+    batches = len(gradient_batches(shape, save, run, prompt_tokens))
+    texts = sum(any(atom.behind) for atom in save.gradient.atoms)
+    passes = texts + (texts < len(save.gradient.atoms))
+    cost = replace(2 * passes * run_cost(shape, run, None), forwards=passes * batches)
+    for name in {atom.run for atom in save.gradient.atoms if atom.run is not None}:
+        cost += replace(run_cost(shape, panel.table.runs[name], None), forwards=batches)
+    return _of_vectors(experiment, save, replace(cost, backwards=batches))
 
 
 def _of_features(experiment: ResolvedExperiment, save: ResolvedSave, passes: Cost) -> SaveCost:

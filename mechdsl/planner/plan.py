@@ -27,10 +27,12 @@ from mechdsl.planner.graph import (
     ForwardNode,
     Graph,
     GraphExperiment,
+    MeasureNode,
     ReadNode,
     RunNeeds,
     SaveNode,
     build_direction_node,
+    describe_default_position,
     graph_experiments,
     graph_from_leaves,
     run_needs,
@@ -901,6 +903,18 @@ def read_batches(
     return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
 
+def gradient_batches(
+    shape: ModelShape, save: ResolvedSave, run: PromptRun, tokens: int = PROMPT_TOKENS
+) -> list[Ints]:
+    """Split all prompts into batches for a `save gradient` line.
+
+    All blocks of a pass with gradients share the memory that one block of another pass has.
+    """
+    return read_batches(
+        shape, DTYPE_BYTES["float32"], run, save.points, tokens=max(1, tokens // shape.n_layers)
+    )
+
+
 def site_size(shape: ModelShape, place: SiteLayer, keys: int) -> int:
     """Return the size of a site at one token; `keys` is the length of vectors over keys."""
     one = keys if SITES[place[0]].width == "key" else vector_width(shape, *place)
@@ -1155,8 +1169,8 @@ def build_save_nodes(experiment: ResolvedExperiment) -> list[SaveNode]:
     return found
 
 
-def build_save_reads(experiment: ResolvedExperiment) -> list[ReadNode]:
-    """Return the reads of `save` lines as graph nodes."""
+def build_save_reads(experiment: ResolvedExperiment) -> list[ReadNode | MeasureNode]:
+    """Return the reads of `save` lines, and the metrics of their gradients, as graph nodes."""
     return [_read(experiment, save) for save in experiment.saves]
 
 
@@ -1164,7 +1178,9 @@ def build_save_panel(experiment: ResolvedExperiment) -> Panel:
     """Return the runs that an experiment's `save` lines read, as a panel without cells."""
     reads = build_save_reads(experiment)
     found = run_needs(graph_from_leaves(reads))
-    runs = {each.run: each for read in reads for each in run_with_dependencies(read.forward)}
+    compared = [run for read in reads if isinstance(read, MeasureNode) for run in read.references]
+    needed = [*(read.forward for read in reads), *compared]
+    runs = {each.run: each for forward in needed for each in run_with_dependencies(forward)}
     clean = replace(unpatched_forward(experiment, "clean").encode, run="clean")
     alone = replace(experiment, rules=(), axes=(), measures=(), keep=(), accuracies={})
     return build_panel(
@@ -1172,7 +1188,17 @@ def build_save_panel(experiment: ResolvedExperiment) -> Panel:
     )
 
 
-def _read(experiment: ResolvedExperiment, save: ResolvedSave) -> ReadNode:
+def _read(experiment: ResolvedExperiment, save: ResolvedSave) -> ReadNode | MeasureNode:
     cells = {(number,): cell for number, cell in enumerate(save.cells)}
     forward = unpatched_forward(experiment, save.run)
+    if save.gradient is not None and save.spec.gradient is not None:
+        runs = dict.fromkeys(atom.run for atom in save.gradient.atoms if atom.run is not None)
+        said = save.spec.gradient.place
+        return MeasureNode(
+            forward,
+            f"gradient of {save.gradient.text}",
+            said or describe_default_position(experiment, save.gradient),
+            tuple(unpatched_forward(experiment, run) for run in runs),
+            measure=save.gradient,
+        )
     return ReadNode(forward, save.spec.at.span.written, {(): save.points}, cells)

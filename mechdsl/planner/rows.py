@@ -300,6 +300,17 @@ class RowTable:
         return RowTable(self.cell[index], self.prompt[index], self.alternative[index])
 
 
+@dataclass(frozen=True, eq=False)
+class PassMember:
+    """Rows of one experiment that a pass serves."""
+
+    number: int
+    """Number of the experiment in its panel."""
+    rows: RowTable
+    at: Ints
+    """[row] index of the row in the pass."""
+
+
 CARRIED_STAGES = ("stream", "norm", "key")
 """Stages of a block that its attention carries to later positions; other stages are local."""
 

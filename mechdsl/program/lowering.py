@@ -80,15 +80,13 @@ from mechdsl.program.runs import (
     experiment_models,
     lower_generation,
     lower_replies,
-    lower_saved_directions,
-    lower_saves,
     lower_sides,
     prompts_labels,
-    reject_compared_saves,
     reject_repeated_names,
     reply_length_measure,
     variant_fields,
 )
+from mechdsl.program.saves import lower_saved_directions, lower_saves, reject_compared_saves
 from mechdsl.program.spec import (
     CLEAN,
     PROMPTS_AXIS,

@@ -32,7 +32,7 @@ def resolve_result_names(experiment: spec.Experiment, results: dict[str, str]) -
     saves = tuple(
         save.model_copy(
             update={name: resolve_result_references(getattr(save, name), results)
-                    for name in ("site", "at")}
+                    for name in ("site", "at", "gradient")}
         )
         for save in experiment.saves
     )  # fmt: skip

@@ -135,7 +135,8 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ResultR
         for name in type(part).model_fields:
             yield from _in_tree(getattr(part, name), parts.groups)
     for save in experiment.saves:
-        yield from _in_tree((save.site, save.at), parts.groups)
+        metric = () if save.gradient is None else (save.gradient.metric, save.gradient.at)
+        yield from _in_tree((save.site, save.at, *metric), parts.groups)
     for save in experiment.saved_directions:
         yield from _in_tree(save.direction, parts.groups)
     for rule in experiment.every_rule:

@@ -563,8 +563,8 @@ class DerivedRun(Spec):
 
 
 class Save(Spec):
-    """`save SITE of RUN at POSITIONS to "FILE" as TYPE`: activations that are written to a file, or
-    the rows in which features are most active."""
+    """`save SITE of RUN at POSITIONS to "FILE" as TYPE`: activations or gradients that are written
+    to a file, or the rows in which features are most active."""
 
     site: SiteText
     at: PositionsText
@@ -577,6 +577,22 @@ class Save(Spec):
     """Whether the mean over rows is saved."""
     rows: int | None = None
     """Number of rows that are saved for each feature, instead of vectors."""
+    gradient: Measure | None = None
+    """The metric whose gradients by the site are saved, instead of its vectors."""
+
+    @property
+    def what(self) -> str:
+        """The saved vectors in words: `resid_post layer 3`."""
+        site = self.site.span.written
+        return site if self.metric is None else f"gradient of {self.metric} by {site}"
+
+    @property
+    def metric(self) -> str | None:
+        """The metric whose gradients are saved, and its position if it is named."""
+        if self.gradient is None:
+            return None
+        place = self.gradient.place
+        return self.gradient.label if place is None else f"{self.gradient.label} at {place}"
 
     def stored_dtype(self, computed: str) -> str:
         """Return the dtype of the file's vectors.

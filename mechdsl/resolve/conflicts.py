@@ -60,7 +60,44 @@ def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
 
 
 def _no_estimate(said: spec.Estimator, span: Span, what: str, reason: str, hint: str) -> Diagnostic:
-    return NoEstimate(span=span, using=said.name, what=what, reason=reason, hint=hint)
+    statement = f"using {said.name}"
+    return NoEstimate(span=span, statement=statement, what=what, reason=reason, hint=hint)
+
+
+def check_saved_gradients(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0608 for `save gradient` lines whose gradient isn't defined, or isn't computed."""
+    for save in experiment.saves:
+        if save.gradient is None:
+            continue
+        said = save.spec
+        assert said.gradient is not None
+        run = experiment.table.runs[save.run]
+        flat = sorted({point.site for point in save.points} & {*SITES_WITHOUT_GRADIENT})
+        span, what, reason, hint = said.span, "", "", ""
+        if flat:
+            span, what = said.site.span, f"by `{flat[0]}`"
+            reason = "gradients aren't computed there"
+            hint = "name a site such as `resid_post`, `z` or `mlp_out`"
+        elif run.derived is not None:
+            what, reason = f"the run `{save.run}`", "it has rules"
+            hint = "name a run without rules"
+        elif save.in_reply or save.gradient.in_reply is not None:
+            span = said.at.span if save.in_reply else said.gradient.span
+            what, reason = "tokens of a reply", "a selected token has no gradient"
+            hint = "name positions in the prompt"
+        else:
+            none = _without_gradient(save.gradient, save.run, at_base=True)
+            if none is not None:
+                span, what, reason, hint = said.gradient.metric.span, f"`{none[0]}`", *none[1:]
+        if what:
+            yield NoEstimate(
+                span=span,
+                statement="save gradient",
+                verb="differentiate",
+                what=what,
+                reason=reason,
+                hint=hint,
+            )
 
 
 def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
@@ -194,17 +231,21 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
                 reason = "no patched run is measured"
                 hint = "measure `as delta`, `as recovery` or `as relative`"
             yield _no_estimate(said, own.effect_span, what, reason, hint)
-        flat = _without_gradient(measure, experiment, said)
+        flat = _without_gradient(measure, experiment.spec.base, at_base=said.steps is None)
         if flat is not None:
             text, reason, hint = flat
             yield _no_estimate(said, own.metric.span, f"`{text}`", reason, hint)
 
 
 def _without_gradient(
-    measure: ResolvedMeasure, experiment: ResolvedExperiment, said: spec.Estimator
+    measure: ResolvedMeasure, run: str, *, at_base: bool
 ) -> tuple[str, str, str] | None:
-    """Return the part of a measure without a gradient, the reason and a hint; None if there is
-    none."""
+    """Return the part of a measure without a gradient in a run, the reason and a hint; None if
+    there is none.
+
+    Args:
+        at_base: Whether the gradient is taken in the run itself, not on a path that begins there.
+    """
     hint = "measure a logit, a probability or a difference of logits"
     for node in walk(measure.expression):
         if isinstance(node, ast.Compare | ast.Logical | ast.Not):
@@ -219,8 +260,7 @@ def _without_gradient(
             return text, "it is a step function, whose gradient is 0", hint
         if atom.point is not None and atom.point.site in SITES_WITHOUT_GRADIENT:
             return text, f"gradients of `{atom.point.site}` aren't computed", hint
-        at_base = atom.run == experiment.spec.base and atom.name in _EXTREMAL_METRICS
-        if at_base and said.steps is None:
+        if at_base and atom.run == run and atom.name in _EXTREMAL_METRICS:
             reason = f"it is compared with `{atom.run}`, where its gradient is 0"
             return text, reason, "compare with another run, or write `using integrated_gradients`"
     return None

@@ -6,7 +6,7 @@ import re
 from pathlib import PurePath
 
 from mechdsl.program import spec
-from mechdsl.program.runs import CONTROL_VECTOR_SUFFIX
+from mechdsl.program.saves import CONTROL_VECTOR_SUFFIX
 from mechdsl.resolve.directions import (
     DirectionError,
     name_coordinate,

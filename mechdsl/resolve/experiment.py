@@ -24,6 +24,7 @@ from mechdsl.resolve.conflicts import (
     check_estimator,
     check_removed_blocks,
     check_runs_without_blocks,
+    check_saved_gradients,
     check_weight_rules,
 )
 from mechdsl.resolve.controls import ExcludedSite, resolve_exclusions
@@ -388,7 +389,7 @@ def outline_experiment(
     context = _measure_context(work, axes, observed)
     measures, places = resolve_measure_groups(work, context)
     keep, accuracies = _other_measures(work, context)
-    saves, direction_files = resolve_saves(work), resolve_direction_files(work)
+    saves, direction_files = resolve_saves(work, context), resolve_direction_files(work)
     diagnostics.extend(check_accuracies(accuracies, derived, experiment))
     known = ExperimentOutline(
         spec=experiment,
@@ -430,6 +431,7 @@ def outline_experiment(
     problem = _too_many(resolved, program) or _too_many_listed(resolved)
     refused = [*check_runs_without_blocks(resolved), *([] if problem is None else [problem])]
     refused += [*check_reply_readers(resolved), *check_estimator(resolved)]
+    refused += check_saved_gradients(resolved)
     refused += check_weight_rules(resolved)
     if refused:
         return known, [*diagnostics, *refused]

@@ -23,8 +23,9 @@ from mechdsl.prompts.positions.spans import AnswerTokens, refers_to_answer
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import DerivedRun, ReplyPosition
 from mechdsl.resolve.bases import resolve_rule, resolve_saved_features
+from mechdsl.resolve.measures import resolve_measure_positions
 from mechdsl.resolve.observations import Observation, RowSetObservation
-from mechdsl.resolve.sites import ExperimentContext, resolve_site
+from mechdsl.resolve.sites import ExperimentContext, MeasureContext, resolve_site
 from mechdsl.resolve.types import (
     AxisIndices,
     BaselineExperiment,
@@ -646,16 +647,19 @@ _NO_REPLY_ROWS = ReplyTokens(
 _PROMPT_ONLY = "`save` reads only the prompt"
 
 
-def resolve_saves(work: ExperimentContext) -> tuple[ResolvedSave, ...]:
+def resolve_saves(work: ExperimentContext, context: MeasureContext) -> tuple[ResolvedSave, ...]:
     """Resolve the `save` lines of an experiment, without those that have errors.
 
-    Codes: E0333 and those of sites and positions.
+    Args:
+        context: For the metrics whose gradients are saved.
+
+    Codes: E0333 and those of sites, positions and measures.
     """
-    found = (_save(save, work) for save in work.experiment.saves)
+    found = (_save(save, work, context) for save in work.experiment.saves)
     return tuple(save for save in found if save is not None)
 
 
-def _save(save: spec.Save, work: ExperimentContext) -> ResolvedSave | None:
+def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> ResolvedSave | None:
     run = save.run or work.experiment.base
     basis: BasisTargets | None = None
     points: tuple[SitePoint, ...] | None = None
@@ -684,13 +688,14 @@ def _save(save: spec.Save, work: ExperimentContext) -> ResolvedSave | None:
         replies=_replies(run, work) if save.rows is None else _NO_REPLY_ROWS,
     )
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
-    if points is None or has_errors(problems):
+    gradient = None if save.gradient is None else _metric(save.gradient, run, context)
+    if points is None or has_errors(problems) or (save.gradient is not None and gradient is None):
         return None
-    if basis is None:
-        _one_width(save, run, points, work)
-    else:
+    if basis is not None:
         _without_noise(save, run, work)
-    found = ResolvedSave(save, run, points, tuple(cells), basis)
+    elif gradient is None:
+        _one_width(save, run, points, work)
+    found = ResolvedSave(save, run, points, tuple(cells), basis, gradient)
     if found.in_reply and any(SITES[point.site].width == "key" for point in points):
         reason = "vectors over the keys of texts of different lengths have different widths"
         problem = NotInReply(
@@ -698,6 +703,23 @@ def _save(save: spec.Save, work: ExperimentContext) -> ResolvedSave | None:
         )
         work.diagnostics.append(problem)
     return found
+
+
+def _metric(said: spec.Measure, run: str, context: MeasureContext) -> ResolvedMeasure | None:
+    """Resolve the metric whose gradients are saved; E0207 if it is read at several positions."""
+    found = resolve_measure_positions(
+        said.metric, context, label=said.label, at=said.at, runs=(run,)
+    )
+    if found is None:
+        return None
+    if said.at is not None and any(labels for labels, _ in found):
+        name, reason = said.at.span.written, "names several positions, each with a value"
+        hint = "name one: `item 1 token`, `last-item token`"
+        context.diagnostics.append(
+            BadArgument(span=said.at.span, name=name, reason=reason, hint=hint)
+        )
+        return None
+    return found[0][1]
 
 
 def _without_noise(save: spec.Save, run: str, work: ExperimentContext) -> None:

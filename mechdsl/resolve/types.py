@@ -1025,6 +1025,8 @@ class ResolvedSave(Record):
     cells: tuple[PositionCell, ...]
     basis: BasisTargets | None = None
     """One member, whose coordinates at the one point are saved instead of the vectors."""
+    gradient: ResolvedMeasure | None = None
+    """The metric whose gradients are saved instead of the vectors."""
 
     @property
     def in_reply(self) -> bool:

@@ -1126,7 +1126,8 @@ class RunDef(Node):
 @record
 class Save(Node):
     """`save [mean of] resid_post layer * of healed at last token to "acts.safetensors" as
-    float16`, `save top 20 rows of features * of f at tokens * to "rows.jsonl"`."""
+    float16`, `save gradient of logit(answer) by resid_post layer * at last token to
+    "gradients.safetensors"`, `save top 20 rows of features * of f at tokens * to "rows.jsonl"`."""
 
     site: Site
     at: Positions
@@ -1137,6 +1138,8 @@ class Save(Node):
     """Whether it saves the mean over rows instead of every vector."""
     rows: int | str | None = None
     """Number of rows to save for each feature, instead of vectors."""
+    gradient: Measure | None = None
+    """The metric whose gradients by the site are saved instead of its vectors."""
 
 
 @record

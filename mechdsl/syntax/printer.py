@@ -769,6 +769,9 @@ def _statement(node: Any) -> str | None:
             where = f"{format_site(node.site)}{_of('of', node.run, format_ref)}"
             where += f" at {format_positions(node.at)}"
             what = "mean of " if node.mean else ""
+            if node.gradient is not None:
+                what += f"gradient of {format_operand(node.gradient.metric, SUM)}"
+                what += _of("at", node.gradient.at, format_position) + " by "
             what = what if node.rows is None else f"top {node.rows} rows of "
             return f"save {what}{where} to {_text(node.file)}" + _of("as", node.dtype, _id)
         case ast.SaveDirection():

@@ -768,8 +768,8 @@ class TreeBuilder(Transformer[Token, Any]):
         file = next(child for child in c if isinstance(child, ast.String))
         site = next(child for child in c if isinstance(child, ast.Site))
         mean = "mean" in clauses
-        given = clauses.get("run"), clauses.get("dtype")
-        return ast.Save(site, at, file, *given, mean, clauses.get("rows"), span=_span(c))
+        given = clauses.get("run"), clauses.get("dtype"), mean, clauses.get("rows")
+        return ast.Save(site, at, file, *given, clauses.get("gradient"), span=_span(c))
 
     def save_direction(self, c: list[Any]) -> ast.SaveDirection:
         file = next(child for child in c if isinstance(child, ast.String))
@@ -777,6 +777,12 @@ class TreeBuilder(Transformer[Token, Any]):
 
     mean_of = _clause("mean", lambda _: True)
     top_rows = _clause("rows", _second_amount)
+
+    def gradient_of(self, c: list[Any]) -> Clause:
+        """A metric, as a measure without an effect."""
+        raw = ast.Name("raw", span=_span(c[:1]))
+        metric = ast.Measure(c[2], raw, _clauses(c).get("at"), span=_span(c))
+        return Clause("gradient", metric, _span(c))
 
     saved_as = _clause("dtype", _second)
 

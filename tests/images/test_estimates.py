@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..quick import in_turn
@@ -115,3 +117,26 @@ def test_patches_add_up_to_the_image(name: str, tmp_path: Path) -> None:
     effect = whole.patched - whole.base
     assert np.abs(effect).max() > 0.1
     np.testing.assert_allclose((parts.patched - parts.base).sum(0), effect[0], atol=2e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_gradients(name: str, tmp_path: Path) -> None:
+    """`save gradient of`: at every patch, of the image's own input."""
+    text = support.experiment(
+        "saved",
+        "save gradient of logit(answer) - logit(wrong) by embed at each token of image "
+        'to "g.safetensors"',
+        measure="",
+    )
+    result, problems = support.try_file(text.replace(support.STATS, ""), tmp_path, name)
+    assert result is not None, problems
+    tensors = load_file(result.saved[0].path)
+    largest = 0.0
+    for number in range(3):
+        own = taken(double(name), where(name, "embed", 0), difference(name, number, number))
+        expected = torch.stack([own.gradient[token(name, *place)].flatten() for place in PLACES])
+        found = tensors["embed"][tensors["row"] == number].double()
+        size = float(expected.abs().max())
+        assert float((found - expected).abs().max()) <= min(1e-4, max(1e-3 * size, 2e-6))
+        largest = max(largest, size)
+    assert largest > 1e-3

@@ -1798,6 +1798,16 @@ _experiment(
     "tests/execute/test_save_means.py",
 )
 _experiment(
+    "save gradient of",
+    'save gradient of logit(answer) by resid_post layer * of clean at tokens * to "g.safetensors"',
+    "Writes the derivative of a metric with respect to every vector of a site, in a run without "
+    "rules; files are like those of `save SITE`. `gradient of logit(answer) at last-item token by "
+    "…` reads the metric at another position, `save mean of gradient of …` writes the mean over "
+    "rows. One forward and one backward pass serve all sites. Metrics without a gradient are E0608.",
+    "tests/rules/test_saved_gradients.py",
+    "Simonyan et al. 2014, arXiv 1312.6034",
+)
+_experiment(
     "save top rows",
     'save top 20 rows of features * of axes of clean at tokens * to "rows.jsonl"',
     "Writes, for each feature, the rows with the highest activations at one of the tokens. Each "

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.execute.patching import estimates
+from mechdsl.execute.patching import differentiated_run, estimates
 from mechdsl.planner.cost import gradient_work
 from mechdsl.planner.passes import make_plan, plan_cost
 from mechdsl.results.differences.cells import match_measures
@@ -141,7 +141,7 @@ def metrics(family: str) -> Mapping[str, Metric]:
     }
 
 
-def _called(
+def call_metric(
     family: str, text: str, own: Prompt, record: Record, other: Tensor
 ) -> Callable[[Any], Tensor]:
     behind, number = metrics(family)[text]
@@ -199,7 +199,7 @@ def by_hand(
             there = fill(base, source, position)
             return torch.zeros_like(theirs[0, unit]) if there is None else theirs[there, unit]
 
-        forward = _called(family, text, base, record, compared)
+        forward = call_metric(family, text, base, record, compared)
         own = cells(base, at.units)
         for key, value in estimated(double(family), at, forward, own, written, kind, STEPS).items():
             found.setdefault(key, []).append(value)
@@ -385,7 +385,7 @@ def test_the_mean_that_is_written(tmp_path: Path) -> None:
     }
     expected: dict[Key, list[float]] = {}
     for each, record in zip(own, ROWS, strict=True):
-        forward = _called("gpt2", ONE, each, record, torch.zeros(()))
+        forward = call_metric("gpt2", ONE, each, record, torch.zeros(()))
         written = {each.cue: mean["cue"], each.last: mean["last"]}
         given = (double("gpt2"), at, forward, two_places(each, 1))
         values = estimated(*given, lambda at, _, w=written: w[at], "gradient_input")
@@ -481,7 +481,8 @@ def test_the_graph_and_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         calls["back"] += 1
         return back(*given, **named)
 
-    monkeypatch.setattr(estimates, "run_full", counted_run)
+    for module in (estimates, differentiated_run):
+        monkeypatch.setattr(module, "run_full", counted_run)
     monkeypatch.setattr(estimates.torch.autograd, "grad", counted_back)
     execute_file(checked, shared(bare("gpt2")))
     (own,) = (each for panel in plan.panels for each in panel.experiments)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.measurement.readout import Readout, ReadoutInput, ReadoutResult, ValueGap
+from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes
 from mechdsl.execute.patching.writes import (
     RuleInputs,
     RuleReader,
@@ -18,15 +19,7 @@ from mechdsl.execute.patching.writes import (
     build_writes,
     select_readable_rows,
 )
-from mechdsl.execute.unpatched_batch import (
-    UnpatchedBatch,
-    build_noise_writes,
-    compute_prompt_loss,
-    find_continuation_positions,
-    find_positions,
-    select_positions,
-)
-from mechdsl.execute.unpatched_runs import UnpatchedRuns, flatten_units, require_logits
+from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.forward.hooks.batch import (
     Batch,
     EdgeWrite,
@@ -34,15 +27,12 @@ from mechdsl.forward.hooks.batch import (
     SiteWrite,
     array_to_device,
     gather_vectors,
-    indices_to_device,
     to_device,
 )
 from mechdsl.forward.hooks.full_pass import run_full
-from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
-from mechdsl.forward.hooks.model import has_single_output
+from mechdsl.forward.hooks.gradients import compute_gradients
 from mechdsl.planner.plan import ExperimentPlan, cell_sites
 from mechdsl.planner.rows import RowTable
-from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.types import ItemNumber
 
 
@@ -96,31 +86,6 @@ class _WrittenVectors:
         return gather_vectors(read.detach(), own, self.lane, self.position, self.unit)
 
 
-@dataclass(frozen=True, eq=False)
-class _RowLanes:
-    """Lanes of a pass: one for each draw of a prompt.
-
-    Draws are separate even if the base run is the same in all, because written values may differ.
-    """
-
-    used: Ints
-    """[lane] its lane in the base run."""
-    batch: Batch
-    prompts: Ints
-    """[lane]"""
-    draws: Ints
-    """[lane]"""
-    lengths: Ints
-    """[lane]"""
-
-    @staticmethod
-    def of(every: UnpatchedBatch, prompts: Ints, draws: int) -> _RowLanes:
-        lanes, draw = np.repeat(prompts, draws), np.tile(np.arange(draws), len(prompts))
-        used = every.lane(lanes, draw)
-        batch = every.batch.take(torch.from_numpy(used))
-        return _RowLanes(used, batch, lanes, draw, every.lengths[used])
-
-
 class GradientEstimates:
     """Estimates for the rows of one experiment on one batch of prompts."""
 
@@ -144,7 +109,8 @@ class GradientEstimates:
         self.model = runs.model
         self.lanes_of = lanes_of
         self.batch = batch
-        self.run: PromptRun = runs.named(plan.experiment.spec.base)
+        run = runs.named(plan.experiment.spec.base)
+        self.differentiated = DifferentiatedRun(runs, run, readout, batch)
 
     def first(self, prompts: Ints, most: int) -> tuple[Ints, int]:
         """Select the first prompts, at least one, that together have up to `most` tokens.
@@ -152,7 +118,7 @@ class GradientEstimates:
         Returns:
             These prompts, which are differentiated together, and their number of tokens.
         """
-        lanes = self.runs.lanes(self.run, self.batch)
+        lanes = self.runs.lanes(self.differentiated.run, self.batch)
         tokens = lanes.lengths[lanes.lane(prompts, np.zeros_like(prompts))] * self.plan.draws
         ends = np.cumsum(tokens)
         count = max(1, int(np.searchsorted(ends, most, side="right")))
@@ -174,7 +140,7 @@ class GradientEstimates:
         drawn = every.take(index)
         prompts = np.unique(drawn.prompt)
         lane_of_row = np.searchsorted(prompts, drawn.prompt) * draws + draw
-        lanes = _RowLanes.of(self.runs.lanes(self.run, self.batch), prompts, draws)
+        lanes = DrawLanes.of(self.runs.lanes(self.differentiated.run, self.batch), prompts, draws)
         if self.kind.place == "attention":
             edges = build_edges(self.plan, drawn, self.model.shape)
             writes = [_select_keys(edge, lanes.batch.key_width) for edge in edges]
@@ -217,13 +183,13 @@ class GradientEstimates:
     def _at_base(
         self,
         written: Sequence[_WrittenVectors],
-        lanes: _RowLanes,
+        lanes: DrawLanes,
         environments: Sequence[ItemNumber],
     ) -> Floats:
         """Return [measure, row]: estimates by the gradient at the base run."""
         leaves = [self._zeros(each) for each in written]
         adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
-        reading, read = self._pass(adds, lanes, [each.where for each in written])
+        reading, read = self.differentiated.read(adds, lanes, [each.where for each in written])
         bases = [each.base(read[each.where], lanes.batch) for each in written]
         found = np.zeros((len(self.readout.measures), len(environments)))
         for number, own, gradients in self._gradients(reading, leaves, environments):
@@ -235,14 +201,15 @@ class GradientEstimates:
     def _along(
         self,
         written: Sequence[_WrittenVectors],
-        lanes: _RowLanes,
+        lanes: DrawLanes,
         environments: Sequence[ItemNumber],
         groups: Ints,
     ) -> Floats:
         """Return [measure, row]: estimates by the mean gradient along the line, site by site."""
         assert self.steps is not None
         wheres = [each.where for each in written]
-        read = run_full(self.model, lanes.batch, writes=self._noise(lanes), reads=wheres).reads
+        noise = self.differentiated.noise(lanes)
+        read = run_full(self.model, lanes.batch, writes=noise, reads=wheres).reads
         found = np.zeros((len(self.readout.measures), len(environments)))
         for whole in written:
             base = whole.base(read[whole.where], lanes.batch)
@@ -253,7 +220,7 @@ class GradientEstimates:
                 way[spot] = each.values.to(base) - base[spot]
                 for step in range(self.steps):
                     leaf = (way * ((step + 0.5) / self.steps)).requires_grad_()
-                    reading, _ = self._pass([each.added(leaf)], lanes, ())
+                    reading, _ = self.differentiated.read([each.added(leaf)], lanes, ())
                     for number, own, gradients in self._gradients(reading, [leaf], environments):
                         sums = self._sums(each, base, gradients[0], len(environments))
                         found[number, own] += sums[own] / self.steps
@@ -300,73 +267,6 @@ class GradientEstimates:
                 more = (place * len(values) + number + 1) < last
                 found = compute_gradients(value.sum(), leaves, keep=more)
                 yield number, own, found
-
-    # --- passes ---
-
-    def _pass(
-        self, adds: Sequence[SiteWrite], lanes: _RowLanes, reads: Sequence[SiteRead]
-    ) -> tuple[ReadoutInput, dict[SiteRead, Tensor]]:
-        """Run the base run with these additions; returns readout input and values read at sites."""
-        readout, run = self.readout, self.run
-        points = [(n, atom) for n, (_, atom) in enumerate(readout.atoms) if atom.point is not None]
-        compared = [SiteRead(a.point.site, a.point.layer) for _, a in points if a.point is not None]
-        columns = [find_positions(s, run.name, lanes.prompts, lanes.lengths) for s in readout.spots]
-        at = torch.from_numpy(np.stack(columns, axis=1))
-        full = readout.loss is not None or has_single_output(self.model)
-        logits: Tensor | None = None
-        loss: Tensor | None = None
-        found: dict[SiteRead, Tensor] = {}
-        if readout.needs_plain or reads:
-            with catch_autograd_errors():
-                result = run_full(
-                    self.model,
-                    lanes.batch,
-                    writes=[*self._noise(lanes), *adds],
-                    reads=[*reads, *compared],
-                    logits_at=None if full else at,
-                    gradients=True,
-                )
-            logits, found = require_logits(result.logits), result.reads
-            if readout.loss is not None:
-                loss = compute_prompt_loss(readout.loss, logits, lanes.batch, run, lanes.prompts)
-            logits = select_positions(logits, lanes.batch, at) if full else logits
-        row = torch.arange(len(lanes.used))
-        references = self.runs.references(readout, self.batch, lanes.prompts, lanes.draws)
-        reading = ReadoutInput(
-            run=run.name,
-            prompts=lanes.prompts,
-            items=[None] * len(lanes.prompts),
-            logits=logits if readout.needs_plain else None,
-            continued={n: self._continued(n, adds, lanes) for n in readout.continuations},
-            loss=loss,
-            activations={
-                n: flatten_units(read[indices_to_device((row, columns), read.device)], atom)
-                for (n, atom), where in zip(points, compared, strict=True)
-                for read, columns in [
-                    (found[where], lanes.batch.columns(row, at[:, readout.atoms[n][0]]))
-                ]
-            },
-            references={n: each.clone() for n, each in references.items()},
-        )
-        return reading, found
-
-    def _continued(self, number: int, adds: Sequence[SiteWrite], lanes: _RowLanes) -> Tensor:
-        """Return [lane, token, vocab]: logits with a text of several tokens after the prompts."""
-        atom = self.readout.atoms[number][1]
-        every = self.runs.lanes(self.run, self.batch, atom)
-        result = run_full(
-            self.model,
-            every.batch.take(torch.from_numpy(lanes.used)),
-            writes=[*self._noise(lanes), *adds],
-            logits_at=find_continuation_positions(atom, lanes.prompts, lanes.lengths),
-            gradients=True,
-        )
-        return require_logits(result.logits)
-
-    def _noise(self, lanes: _RowLanes) -> list[SiteWrite]:
-        """Build the noise of a corrupted base run."""
-        table, seed = self.runs.table, self.runs.seed
-        return build_noise_writes(self.model, self.run.noise, lanes.prompts, table.row_keys, seed)
 
 
 def _select_keys(edge: EdgeWrite, width: int) -> SiteWrite:

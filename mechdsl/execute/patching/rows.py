@@ -33,7 +33,6 @@ from mechdsl.execute.measurement.readout import (
     read_samples,
 )
 from mechdsl.execute.measurement.values import UnusableRow
-from mechdsl.execute.pass_layout import PassMember
 from mechdsl.execute.patching.writes import (
     RuleInputs,
     RuleReader,
@@ -86,7 +85,14 @@ from mechdsl.models.restart import HeldSublayers
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.planner.cost import SharedRows
 from mechdsl.planner.plan import ExperimentPlan, Plan
-from mechdsl.planner.rows import RowTable, RulePlan, count_columns, expand_units, point_units
+from mechdsl.planner.rows import (
+    PassMember,
+    RowTable,
+    RulePlan,
+    count_columns,
+    expand_units,
+    point_units,
+)
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.runs import reads_reply_tokens
 from mechdsl.resolve.types import MetricTerm, SiteLayer

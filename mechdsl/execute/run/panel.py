@@ -27,7 +27,6 @@ from mechdsl.execute.observation.joint import JointObservation, observe_jointly
 from mechdsl.execute.pass_layout import (
     MIN_TRIAL_PASSES,
     GroupGenerator,
-    PassMember,
     PassSizer,
     build_size_trial,
     compute_row_widths,
@@ -72,7 +71,7 @@ from mechdsl.planner.plan import (
     collect_whole_cells,
     longest_prompt,
 )
-from mechdsl.planner.rows import RowTable
+from mechdsl.planner.rows import PassMember, RowTable
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.types import ResolvedExperiment
@@ -961,7 +960,7 @@ def _report_autograd_failure(plan: ExperimentPlan, said: str) -> NoEstimate:
     assert estimator is not None
     return NoEstimate(
         span=estimator.span,
-        using=estimator.name,
+        statement=f"using {estimator.name}",
         what=f"cells of `{plan.experiment.name}`",
         reason=f"autograd can't follow `{plan.experiment.model.name}` ({said[:200]})",
         hint="remove `using`, so that each cell is run",

@@ -17,7 +17,10 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.experiments import NoEstimate
 from mechdsl.diagnostics.rules import EmptyDirection
+from mechdsl.execute.measurement.readout import Readout
+from mechdsl.execute.patching.differentiated_run import read_gradients
 from mechdsl.execute.patching.rule_inputs import DerivedRuns
 from mechdsl.execute.run.direction_files import (
     report_not_written,
@@ -27,9 +30,10 @@ from mechdsl.execute.run.direction_files import (
 from mechdsl.execute.run_record import ExecutionOptions, SavedFile
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import DirectionFits, SiteVectors, read_vectors, split_prompts
+from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.passes import make_plan
-from mechdsl.planner.plan import PROMPT_TOKENS, SaveLayout, build_save_panel
+from mechdsl.planner.plan import PROMPT_TOKENS, SaveLayout, build_save_panel, gradient_batches
 from mechdsl.program.paths import path_to_write
 from mechdsl.prompts.positions.cells import find_reply_tokens
 from mechdsl.prompts.runs import Hits, PositionCell, PromptRun
@@ -147,14 +151,18 @@ def save_vectors(
     model = models[experiment.model.key]
     others = {name: models[name] for name in panel.models[1:]}
     plan = make_plan([])
-    runs = UnpatchedRuns(panel, model, (), plan=plan, side=options.side, others=others)
     size = options.prompt_tokens or PROMPT_TOKENS
     saved: dict[int, SavedFile] = {}
     problems: list[Diagnostic] = []
-    fits = DirectionFits(model, others, runs.seed, options.side)
+    fits = DirectionFits(model, others, experiment.seed, options.side)
     for save in (each for each in experiment.saves if each.basis is None):
+        readouts = () if save.gradient is None else (Readout.of([save.gradient]),)
+        runs = UnpatchedRuns(panel, model, readouts, plan=plan, side=options.side, others=others)
         run = runs.named(save.run)
-        batches = split_prompts(runs.model_of(run), run, save.points, tokens=size)
+        if save.gradient is None:
+            batches = split_prompts(runs.model_of(run), run, save.points, tokens=size)
+        else:
+            batches = gradient_batches(runs.model_of(run).shape, save, run, size)
         found = DerivedRuns.define(panel.derived, runs, batches, fits)[1]
         if found:
             problems += found
@@ -169,7 +177,8 @@ def save_vectors(
             problems.append(report_not_written(save.spec, error))
         except _NoMean as error:
             problems.append(error.diagnostic)
-        runs.forget()
+        except AutogradFailed as refused:
+            problems.append(_report_no_gradient(save, str(refused)))
     for file in experiment.direction_files:
         try:
             written, found = write_direction_file(file, experiment, model, fits)
@@ -180,6 +189,18 @@ def save_vectors(
             saved[file.spec.span.start] = written
         problems += found
     return [saved[start] for start in sorted(saved)], problems
+
+
+def _report_no_gradient(save: ResolvedSave, said: str) -> NoEstimate:
+    """Return E0608 for a model that autograd can't differentiate."""
+    return NoEstimate(
+        span=save.spec.span,
+        statement="save gradient",
+        verb="differentiate",
+        what=f"`{save.spec.site.span.written}`",
+        reason=f"autograd can't follow the model ({said[:200]})",
+        hint="save gradients of a model without in-place operations",
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +246,7 @@ class _SavedRun:
         return SavedFile(
             experiment=self.experiment.key,
             kind=kind,
-            site=said.site.span.written,
+            site=said.what,
             at=said.at.span.written,
             run=self.save.run,
             path=path,
@@ -276,8 +297,11 @@ class _SavedRun:
 
     def _read(self, batches: Sequence[Ints]) -> Iterator[list[SiteVectors]]:
         """Yield the vectors of each batch, and forget the batch's runs afterwards."""
-        lanes = self.runs.reader(self.run, self.save.points)
-        found = read_vectors(lanes, self.save.points, self.save.cells, batches)
+        if self.save.gradient is not None:
+            found = read_gradients(self.runs, self.run, self.save, batches)
+        else:
+            lanes = self.runs.reader(self.run, self.save.points)
+            found = read_vectors(lanes, self.save.points, self.save.cells, batches)
         for _, batch in groupby(found, key=lambda each: each.batch):
             yield list(batch)
             if len(batches) > 1:  # also frees the runs that derived runs depend on
@@ -302,7 +326,8 @@ class _SavedRun:
 
     def _metadata(self) -> dict[str, str]:
         save, experiment = self.save, self.experiment
-        return {
+        metric = save.spec.metric
+        return ({} if metric is None else {"gradient": metric}) | {
             "experiment": experiment.key,
             "model": self.run.model or experiment.model.name,
             "prompts": experiment.table.name,

@@ -1,0 +1,212 @@
+"""Gradients of metrics of an unpatched run: passes that keep what gradients need, and gradients by
+sites as vectors (`save gradient of`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Ints
+from mechdsl.execute.measurement.readout import Readout, ReadoutInput
+from mechdsl.execute.unpatched_batch import (
+    UnpatchedBatch,
+    build_noise_writes,
+    compute_prompt_loss,
+    find_continuation_positions,
+    find_positions,
+    select_positions,
+)
+from mechdsl.execute.unpatched_runs import UnpatchedRuns, flatten_units, require_logits
+from mechdsl.execute.vectors import SiteVectors, list_tokens
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, indices_to_device
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
+from mechdsl.forward.hooks.model import LoadedModel, has_single_output
+from mechdsl.models.shape import unit_count, vector_width
+from mechdsl.planner.rows import TokenHits
+from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.types import ResolvedSave, SiteLayer, SitePoint
+
+
+@dataclass(frozen=True, eq=False)
+class DrawLanes:
+    """Lanes of a pass: one for each draw of a prompt.
+
+    Draws are separate even if the run is the same in all, because written values may differ.
+    """
+
+    used: Ints
+    """[lane] its lane in the unpatched run."""
+    batch: Batch
+    prompts: Ints
+    """[lane]"""
+    draws: Ints
+    """[lane]"""
+    lengths: Ints
+    """[lane]"""
+
+    @staticmethod
+    def of(every: UnpatchedBatch, prompts: Ints, draws: int) -> DrawLanes:
+        """Select the lanes of some prompts of an unpatched run."""
+        lanes, draw = np.repeat(prompts, draws), np.tile(np.arange(draws), len(prompts))
+        used = every.lane(lanes, draw)
+        batch = every.batch.take(torch.from_numpy(used))
+        return DrawLanes(used, batch, lanes, draw, every.lengths[used])
+
+    def of_draw(self, prompts: Ints, draws: Ints) -> Ints:
+        """Return the lane of each (prompt, draw)."""
+        first = np.searchsorted(self.prompts, prompts)
+        return first + draws
+
+
+@dataclass(frozen=True, eq=False)
+class DifferentiatedRun:
+    """An unpatched run on one batch of prompts, in passes that keep what gradients need."""
+
+    runs: UnpatchedRuns
+    run: PromptRun
+    readout: Readout
+    batch: Ints
+    """The prompts of the batch."""
+
+    @property
+    def model(self) -> LoadedModel:
+        """The run's model."""
+        return self.runs.model_of(self.run)
+
+    def read(
+        self, adds: Sequence[SiteWrite], lanes: DrawLanes, reads: Sequence[SiteRead]
+    ) -> tuple[ReadoutInput, dict[SiteRead, Tensor]]:
+        """Run the lanes with these additions; returns readout input and values read at sites.
+
+        Raises AutogradFailed.
+        """
+        readout, run = self.readout, self.run
+        points = [(n, atom) for n, (_, atom) in enumerate(readout.atoms) if atom.point is not None]
+        compared = [SiteRead(a.point.site, a.point.layer) for _, a in points if a.point is not None]
+        columns = [find_positions(s, run.name, lanes.prompts, lanes.lengths) for s in readout.spots]
+        at = torch.from_numpy(np.stack(columns, axis=1))
+        full = readout.loss is not None or has_single_output(self.model)
+        logits: Tensor | None = None
+        loss: Tensor | None = None
+        found: dict[SiteRead, Tensor] = {}
+        if readout.needs_plain or reads:
+            with catch_autograd_errors():
+                result = run_full(
+                    self.model,
+                    lanes.batch,
+                    writes=[*self.noise(lanes), *adds],
+                    reads=[*reads, *compared],
+                    logits_at=None if full else at,
+                    gradients=True,
+                )
+            logits, found = require_logits(result.logits), result.reads
+            if readout.loss is not None:
+                loss = compute_prompt_loss(readout.loss, logits, lanes.batch, run, lanes.prompts)
+            logits = select_positions(logits, lanes.batch, at) if full else logits
+        row = torch.arange(len(lanes.used))
+        references = self.runs.references(readout, self.batch, lanes.prompts, lanes.draws)
+        reading = ReadoutInput(
+            run=run.name,
+            prompts=lanes.prompts,
+            items=[None] * len(lanes.prompts),
+            logits=logits if readout.needs_plain else None,
+            continued={n: self._continued(n, adds, lanes) for n in readout.continuations},
+            loss=loss,
+            activations={
+                n: flatten_units(read[indices_to_device((row, columns), read.device)], atom)
+                for (n, atom), where in zip(points, compared, strict=True)
+                for read, columns in [
+                    (found[where], lanes.batch.columns(row, at[:, readout.atoms[n][0]]))
+                ]
+            },
+            references={n: each.clone() for n, each in references.items()},
+        )
+        return reading, found
+
+    def _continued(self, number: int, adds: Sequence[SiteWrite], lanes: DrawLanes) -> Tensor:
+        """Return [lane, token, vocab]: logits with a text of several tokens after the prompts."""
+        atom = self.readout.atoms[number][1]
+        every = self.runs.lanes(self.run, self.batch, atom)
+        result = run_full(
+            self.model,
+            every.batch.take(torch.from_numpy(lanes.used)),
+            writes=[*self.noise(lanes), *adds],
+            logits_at=find_continuation_positions(atom, lanes.prompts, lanes.lengths),
+            gradients=True,
+        )
+        return require_logits(result.logits)
+
+    def noise(self, lanes: DrawLanes) -> list[SiteWrite]:
+        """Build the noise of a corrupted run."""
+        table, seed = self.runs.table, self.runs.seed
+        return build_noise_writes(self.model, self.run.noise, lanes.prompts, table.row_keys, seed)
+
+
+def read_gradients(
+    runs: UnpatchedRuns, run: PromptRun, save: ResolvedSave, batches: Iterable[Ints]
+) -> Iterator[SiteVectors]:
+    """Read the gradient of a metric by each site at each position, batch by batch.
+
+    Zeros are added at the named tokens of every site, and the metric is differentiated with respect
+    to them: one forward pass, and one backward pass, serve all sites. The metric of a row depends
+    on the row's own tokens only, so the gradient of the sum over rows has the gradients of all.
+
+    Args:
+        runs: With the readout of the metric.
+        run: The differentiated run, which has no rules.
+        save: The line, with its positions in the run.
+        batches: Batches of prompts.
+
+    Yields:
+        As `read_vectors`, at least in 32 bits. Raises AutogradFailed.
+    """
+    (readout,) = runs.readouts
+    hits = [TokenHits.of([cell]) for cell in save.cells]
+    for number, batch in enumerate(batches):
+        lanes = DrawLanes.of(runs.reader(run, ())(batch), batch, run.draws)
+        named = [list_tokens(hit, batch, run.draws) for hit in hits]
+        places = [np.stack([lanes.of_draw(row, draw), token]) for row, draw, token in named]
+        spots, index = np.unique(np.concatenate(places, axis=1), axis=1, return_inverse=True)
+        ends = np.cumsum([each.shape[1] for each in places])[:-1]
+        of_position = np.split(index.reshape(-1), ends)
+        differentiated = DifferentiatedRun(runs, run, readout, batch)
+        found = _gradients(differentiated, lanes, spots, save.points)
+        for position, (rows, draws, token) in enumerate(named):
+            own = torch.from_numpy(of_position[position])
+            for place, point in enumerate(save.points):
+                every = found[point.site, point.layer]
+                every = every[own.to(every.device)]
+                vectors = every.flatten(1) if point.unit is None else every[:, point.unit]
+                yield SiteVectors(number, place, position, rows, draws, token, vectors)
+
+
+def _gradients(
+    run: DifferentiatedRun, lanes: DrawLanes, spots: Ints, points: Iterable[SitePoint]
+) -> dict[SiteLayer, Tensor]:
+    """Compute gradients at some tokens of a batch: site and layer → [spot, units, width].
+
+    Args:
+        spots: [2, spot] lane and token.
+    """
+    model = run.model
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    lane, token = (torch.from_numpy(each) for each in spots)
+    leaves: dict[SiteLayer, Tensor] = {}
+    adds: list[SiteWrite] = []
+    for site, layer in dict.fromkeys((point.site, point.layer) for point in points):
+        units = unit_count(model.shape, site, layer)
+        size = len(lane), units, vector_width(model.shape, site, layer)
+        leaf = torch.zeros(size, dtype=dtype, device=model.device, requires_grad=True)
+        unit = torch.arange(units).repeat(len(lane))
+        at = lane.repeat_interleave(units), token.repeat_interleave(units), unit
+        leaves[site, layer] = leaf
+        adds.append(SiteWrite(site, layer, *at, leaf.flatten(0, 1), mode="add"))
+    reading, _ = run.read(adds, lanes, ())
+    (values,) = run.readout.tensors(reading)
+    found = compute_gradients(values.sum(), list(leaves.values()), keep=False)
+    return dict(zip(leaves, found, strict=True))
