@@ -588,6 +588,7 @@ def fill_empty_picks(
     more = axes[len(positions.axes) :]
     written: dict[AxisIndices, PositionCell] = {}
     read_at: dict[AxisIndices, PositionCell] = {}
+    newest: set[AxisIndices] = set()
     for before in positions.written:
         for behind in product(*(range(sizes[axis]) for axis in more)):
             key = (*before, *behind)
@@ -596,10 +597,15 @@ def fill_empty_picks(
             for cells, into in ((positions.written, written), (positions.read, read_at)):
                 cell = cells[before]
                 into[key] = _without_tokens(cell) if empty else cell
+            if before in positions.newest and not empty:
+                newest.add(key)
+    count = len(positions.axes)
+    every = frozenset(key for key in newest if key[:count] in positions.every)
+    expanded = {"written": written, "read": read_at, "newest": frozenset(newest), "every": every}
     labels = {key: label if sites.points[key] else "nothing" for key, label in sites.labels.items()}
     return (
         replace(sites, points=points, labels=labels, sources=sources),
-        replace(positions, axes=axes, written=written, read=read_at),
+        replace(positions, axes=axes, **expanded),
     )
 
 

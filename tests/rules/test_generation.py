@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -106,11 +107,16 @@ def without(layer: int) -> Act:
 Kind = Literal["block", "reweight", "uniform", "set"]
 
 
-def edge(kind: Kind, keys: Callable[[int, int], Sequence[int]], amount: float = 0.0) -> Act:
+def edge(
+    kind: Kind,
+    keys: Callable[[int, int], Sequence[int]],
+    amount: float = 0.0,
+    heads: Sequence[int] | None = None,
+) -> Act:
     """keys: of a prompt's number and the query."""
 
     def act(name: str, n: int, at: int) -> Changes:
-        return [], [Edge(kind, 1, [at], keys(n, at), amount)]
+        return [], [Edge(kind, 1, [at], keys(n, at), amount, heads)]
 
     return act
 
@@ -244,6 +250,43 @@ def test_cells_that_follow_beside_cells_that_dont(data: Path) -> None:
     for cell, case in enumerate((stays, CASES["zero"], both)):
         wanted = [written("llama", n, [case]) for n in range(len(rows()))]
         assert replies(found, cell) == wanted
+
+
+@pytest.mark.parametrize("at", ["tokens *", f"{CUE}, {LAST}"])
+def test_cells_next_to_one_that_is_left_out(at: str, data: Path) -> None:
+    """`except` leaves a cell without a site; the others act at every step."""
+    rule = f"scale z layer 1 head * except 1 at {at} by -3"
+    text = experiment("e", rule, f"generate {TOKENS}", measure="measure length as raw")
+    found = run_file(text, data, "llama", "planned", precise=True)["e"]
+    changed = 0
+    for cell, own in enumerate(found.cells):
+        head, place = own.coords["head"], own.coords.get("position", at)
+        case = Case(rule, str(place), scaled("z", 1, -3.0, int(head)), follows=place != CUE)
+        cases = [] if head == 1 else [case]
+        wanted = [written("llama", n, cases) for n in range(len(rows()))]
+        assert replies(found, cell) == wanted, own.coords
+        changed += wanted != [written("llama", n, []) for n in range(len(rows()))]
+    assert changed >= 3
+
+
+def test_picks_of_any_number(data: Path) -> None:
+    """The first pick has no head, the others act at every step, also on attention edges."""
+    ranked = experiment("ranked", "ablate layer 1 head * at tokens * with zero")
+    scale = "for k in 0..2 { scale top k of ranked at tokens * by -3 }"
+    block = f"for k in 0..2 {{ block attention top k of ranked from {LAST} to {CUE} }}"
+    text = ranked
+    for name, rule in (("scaled", scale), ("blocked", block)):
+        text += experiment(name, rule, f"generate {TOKENS}", measure="measure length as raw")
+    found = run_file(text, data, "llama", "planned", precise=True)
+    data_of = found["ranked"].measures[0]
+    order = np.argsort(-(data_of.patched - data_of.base).mean(1))
+    heads = [int(found["ranked"].cells[n].coords["head"]) for n in order]
+    for k in range(3):
+        cases = [Case(scale, "tokens *", scaled("z", 1, -3.0, head)) for head in heads[:k]]
+        wanted = [written("llama", n, cases) for n in range(len(rows()))]
+        edges = [Case(block, LAST, edge("block", to_cue, heads=[head])) for head in heads[:k]]
+        wanted = [written("llama", n, edges) for n in range(len(rows()))]
+        assert replies(found["blocked"], k) == wanted
 
 
 def test_each_sample_is_written_on_the_edited_keys(data: Path) -> None:
