@@ -400,7 +400,7 @@ class DirectionFits:
             match member.operand:
                 case FittedBasis() as own:
                     ((read_rows,),) = self._read[id(own)]
-                    return torch.from_numpy(read_rows.matrix())
+                    return torch.from_numpy(read_rows.class_means())
                 case JacobianBasis() as own:
                     return self._jacobians(own)
                 case SpannedBasis(vectors=vectors):
@@ -562,6 +562,14 @@ class _RowVectors:
     def mean(self) -> Floats:
         assert self._total is not None
         return (self._total / self.count).numpy()
+
+    def class_means(self) -> Floats:
+        """Return [class, width] means of the rows with each target; without targets, the rows."""
+        if not self.sample.targets:
+            return self.matrix()
+        rows, targets = self.matrix(), self.targets
+        own = [[each == target for each in targets] for target in self.classes]
+        return np.stack([rows[np.array(of_class)].mean(axis=0) for of_class in own])
 
     def matrix(self) -> Floats:
         if not self.needs_rows:

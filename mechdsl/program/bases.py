@@ -130,7 +130,7 @@ def _check_arguments(
         scope.diagnostics.append(problem)
         return
     if method.takes in ROW_OPERANDS:
-        check_fit_rows(values[0], parts, scope)
+        check_fit_rows(values[method.takes == "value and block"], parts, scope)
     if method.takes == "jacobian" and not isinstance(values[1], ast.SiteMap):
         scope.diagnostics.append(
             BadArgument(
@@ -153,7 +153,8 @@ def _missing_argument(
     call: ast.Call, method: BasisMethod, values: Sequence[ast.Node]
 ) -> BadArgument | None:
     """Return E0207 for a call with a wrong number of operands, or without a required option."""
-    wanted = {"block": 1, "jacobian": 2, "file": 2, "dictionary": 1, "python": 1}
+    one, two = ("block", "dictionary", "python"), ("value and block", "jacobian", "file")
+    wanted = {**dict.fromkeys(one, 1), **dict.fromkeys(two, 2)}
     fewest = {"tokens": 2, "directions": 1}.get(method.takes)
     exact = len(values) == wanted.get(method.takes, 0)
     enough = exact if fewest is None else len(values) >= fewest

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BasisOperand = Literal[
     "block",
+    "value and block",
     "jacobian",
     "directions",
     "tokens",
@@ -30,14 +31,22 @@ BasisOperand = Literal[
     "dictionary",
     "python",
 ]
-"""What a method computes the basis from: activations of a prompt set, derivatives of one site by
-another on a prompt set, directions of the file, rows of the unembedding, a tensor of a file, a
-weight matrix of the site's layer, nothing but the width, a dictionary, or a Python file."""
+"""What a method computes the basis from: activations of a prompt set, their means for each value of
+its rows, derivatives of one site by another on a prompt set, directions of the file, rows of the
+unembedding, a tensor of a file, a weight matrix of the site's layer, nothing but the width, a
+dictionary, or a Python file."""
 
-ROW_OPERANDS: tuple[BasisOperand, ...] = ("block", "jacobian")
+ROW_OPERANDS: tuple[BasisOperand, ...] = ("block", "value and block", "jacobian")
 """Operands that are computed on rows of a prompt set, at a position."""
 
-BASIS_OPERANDS: tuple[BasisOperand, ...] = ("block", "tokens", "file", "weights", "nothing")
+BASIS_OPERANDS: tuple[BasisOperand, ...] = (
+    "block",
+    "value and block",
+    "tokens",
+    "file",
+    "weights",
+    "nothing",
+)
 """Operands that classes from outside the package can take."""
 
 
@@ -52,9 +61,10 @@ class BasisInput(Protocol):
     def matrix(self) -> Floats:
         """The operand, float64.
 
-        [row, width] activations, [direction, width] directions, [token, width] rows of the
-        unembedding, a tensor of the file, [width, input] the weight matrix that writes to the
-        site, or [width, width] the mean of JᵀJ or JJᵀ over the rows, for Jacobians J.
+        [row, width] activations, [value, width] their means, [direction, width] directions,
+        [token, width] rows of the unembedding, a tensor of the file, [width, input] the weight
+        matrix that writes to the site, or [width, width] the mean of JᵀJ or JJᵀ over the rows, for
+        Jacobians J.
         """
         ...
 
@@ -105,8 +115,8 @@ class BasisMethod:
 
         Args:
             width: Numbers of a vector at the site.
-            rows: Rows of the operand: prompts, tokens or rows of a tensor; the inputs of a weight
-                matrix.
+            rows: Rows of the operand: prompts, values, tokens or rows of a tensor; the inputs of a
+                weight matrix.
             options: Values of the call.
         """
         raise NotImplementedError
@@ -246,6 +256,36 @@ class PrincipalComponents(_WithDims):
 
         rows = given.matrix()
         return LinearMap(pca(rows, size)[:size], rows.mean(axis=0))
+
+
+@basis_method("class_means")
+class ClassMeans(_WithDims):
+    """The subspace of the differences between class means, centred at the mean of the class means.
+
+    Each class counts once, whatever the number of its rows. The directions are the principal
+    components of the class means, the largest first.
+    """
+
+    takes = "value and block"
+    example = "class_means(kind, fruit)"
+    options = ("dims", "limit")
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        if rows < 2:
+            return "the value is the same in all rows", "name a value that differs"
+        most = min(width, rows - 1)
+        what = "the numbers of a vector" if width < rows - 1 else f"the most for {rows} classes"
+        return self._most(most, what, options)
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        dims = f"{options['dims']} principal components of the " if "dims" in options else ""
+        return f"{dims}{'' if dims else 'span of the '}means of {operand}, centred at their mean"
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        from mechdsl.fits.geometry import pca
+
+        means = given.matrix()
+        return LinearMap(pca(means, size), means.mean(axis=0))
 
 
 @basis_method("jacobian")

@@ -138,8 +138,8 @@ def fit_rows_of_basis(basis: spec.Basis, program: spec.Program) -> FitRows | Non
     method = BASIS_METHODS.get(basis.method.name)
     if method is None or method.takes not in ROW_OPERANDS:
         return None
-    value = next(a.value for a in basis.method.arguments if a.name is None)
-    rows = parse_fit_rows(value, program.prompts)
+    values = [a.value for a in basis.method.arguments if a.name is None]
+    rows = parse_fit_rows(values[method.takes == "value and block"], program.prompts)
     limit = _limit(basis.method, program.parameters)
     return None if rows is None else replace(rows, limit=limit)
 

@@ -937,7 +937,7 @@ def _operand(
     call = definition.method
     try:
         match method.takes:
-            case "block":
+            case "block" | "value and block":
                 return _fitted(definition, point, work)
             case "jacobian":
                 return _jacobian(definition, point, work)
@@ -969,7 +969,11 @@ def _fitted(
     if found is None:
         return None
     sample, text = found
-    return FittedBasis((sample,), (point,)), count_used_rows(sample.cell), text
+    rows = count_used_rows(sample.cell)
+    if sample.targets:
+        value = definition.method.arguments[0].value.span.written
+        rows, text = len(sample.classes), f"`{value}` in {text}"
+    return FittedBasis((sample,), (point,)), rows, text
 
 
 def _sample(definition: spec.Basis, work: ExperimentContext) -> tuple[FitSample, str] | None:

@@ -16,6 +16,7 @@ from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.rules import BadDirection
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
+from mechdsl.program.basis_methods import BASIS_METHODS
 from mechdsl.program.direction_methods import (
     DIRECTION_METHODS,
     MethodError,
@@ -232,10 +233,15 @@ def _last_token(call: ast.Call) -> ast.Positions:
     return ast.Positions((point,), span=span)
 
 
+def _names_value(call: ast.Call) -> bool:
+    """Whether the first argument of a method is a value of its rows."""
+    method = DIRECTION_METHODS.get(call.name) or BASIS_METHODS.get(call.name)
+    return method is not None and method.takes == "value and block"
+
+
 def _targets(call: ast.Call, rows: Sequence[object]) -> tuple[float | str, ...]:
-    """Return the value of each row that a probe is fitted to; empty for other methods."""
-    method = DIRECTION_METHODS.get(call.name)
-    if method is None or method.takes != "value and block":
+    """Return the value of each row that a method reads; empty for other methods."""
+    if not _names_value(call):
         return ()
     value = call.arguments[0].value
     name = value.id if isinstance(value, ast.Name) else ""

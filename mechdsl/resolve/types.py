@@ -52,7 +52,7 @@ class FitSample(Record):
     cell: PositionCell
     """The position in `run`. If a row has several tokens there, their vectors are averaged."""
     targets: tuple[float | str, ...] = ()
-    """The value that a probe predicts for each row: a number or a word."""
+    """The value of each row that a method reads (`probe(count, fruit)`): a number or a word."""
 
     @property
     def classes(self) -> list[float | str]:
@@ -120,7 +120,8 @@ DirectionVector: TypeAlias = (
 
 @record
 class FittedBasis(Record):
-    """A basis computed from activations of one site: `pca(fruit, dims: 8)`."""
+    """A basis computed from activations of one site, or from their means for each target of the
+    sample: `pca(fruit, dims: 8)`, `class_means(count, fruit)`."""
 
     samples: tuple[FitSample, ...]
     points: tuple[SitePoint, ...]

@@ -19,6 +19,7 @@ from ..quick import in_turn
 from ..reference.forward import Changes, Write
 from .models import double
 from .support import (
+    BLOCKS,
     MANY,
     agree,
     experiment,
@@ -474,9 +475,69 @@ def test_random_bases_depend_on_seed_and_place_not_on_the_name(data: Path) -> No
     assert (effect("b", top="seed 3\n") != first).any()
 
 
+CUES = [row["cue"] for row in records()]
+GROUPED = BLOCKS.replace(
+    "  xs = list",
+    f'  group = if cue = "{CUES[1]}" then "b" else if cue = "{CUES[2]}" then "c" else "a"\n'
+    '  number = if group = "a" then 0.5 else 2\n  xs = list',
+)
+"""With values of three words and of two numbers: rows 0 and 3 share a class."""
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"), in_turn(["gpt2", "llama", "gpt_neox"], ["planned", "padded on the right"])
+)
+def test_class_means(family: str, mode: str, data: Path) -> None:
+    """Each class counts once; 3 classes span 2 dimensions, and numbers are classes, too."""
+    text = (
+        "basis b = class_means(group, p) at resid_post layer 1 at last token\n"
+        "basis one = class_means(number, p) at resid_post layer 1 at last token\n"
+        "basis leading = class_means(group, p, dims: 1) at resid_post layer 1 at last token\n"
+    )
+    rules = {
+        "b": (2, [[0, 3], [1], [2]]),
+        "one": (1, [[0, 3], [1, 2]]),
+        "leading": (1, [[0, 3], [1], [2]]),
+    }
+    rule = "set resid_post layer 1 at last token to reconstruction of"
+    text += "".join(experiment(f"e_{name}", f"{rule} {name}") for name in rules)
+    text += experiment("scaled", "scale feature * of b at last token by 3")
+    found = run_file(text, data, family, mode, blocks=GROUPED)
+    every = vectors(family, "resid_post", 1)
+
+    made = {
+        name: components(torch.stack([every[own].mean(0) for own in classes]), size)
+        for name, (size, classes) in rules.items()
+    }
+    for name, basis in made.items():
+
+        def projected(n: int, basis: Basis = basis) -> list[Changes]:
+            def act(x: Tensor) -> Tensor:
+                return basis.center + basis.encode(x) @ basis.directions
+
+            return [(at_tokens(n, LAST, act), ())]
+
+        expected = worked_out(family, [()], projected, rows(), records())
+        agree(found[f"e_{name}"], (), expected, unpatched(family), most=False)
+
+    def scaled(n: int, i: int) -> list[Changes]:
+        act = made["b"].moved(lambda f: put(f, [i], 3 * f))
+        return [(at_tokens(n, LAST, act), ())]
+
+    expected = worked_out(family, [(0,), (1,)], scaled, rows(), records())
+    agree(found["scaled"], ("feature",), expected, unpatched(family), most=False)
+    said = found["scaled"].conventions["basis b"]
+    assert said.startswith("span of the means of `group` in 4 rows of p at last token, centred")
+
+
 @pytest.mark.parametrize(
     ("basis", "line", "code", "message"),
     [
+        ("class_means(p) at resid_post layer 1", "", "E0207", "`class_means(kind, fruit)`"),
+        ("class_means(colour, p) at resid_post layer 1", "", "E0342", "not a value of its rows"),
+        ("class_means(words, p) at resid_post layer 1", "", "E0342", "not a number or word"),
+        ("class_means(cue, p, dims: 9) at resid_post layer 1", "", "E0342", "the most for"),
+        ("class_means(cue, q) at resid_post layer 1", "", "E0201", ""),
         ("pca(p, dims: 3)", "", "E0342", "`b` has no site"),
         ("pca(p) at resid_post layer 1", "", "E0207", "needs `dims: …`"),
         ("pca(p, dims: 0) at resid_post layer 1", "", "E0342", "from 1 on"),
