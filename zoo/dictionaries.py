@@ -1,18 +1,21 @@
 """Train the sparse autoencoders of `examples/systems`, on activations of zoo models.
 
 They are top-k autoencoders (Gao et al. 2024, arXiv 2406.04093) with decoder rows of length 1, in
-the layout of SAELens. Run it with `python -m zoo.dictionaries`; it takes about a minute.
+the layout of SAELens. Run it with `python -m zoo.dictionaries`; it takes about two minutes.
+`python -m zoo.dictionaries induction-64 induction-128` trains some of them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,10 +40,20 @@ class Dictionary:
     """Makes the training texts, from the words of the model."""
     features: int
     k: int
+    suffix: str = "features"
+    """The second word of the folder's name."""
+    seed: int = 0
+    """Seed of the training."""
+    rows_of: str = ""
+    """The suffix of another dictionary of the model. A meta-SAE encodes its decoder rows."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.suffix}"
 
     @property
     def folder(self) -> Path:
-        return SYSTEMS / f"{self.model}-features"
+        return SYSTEMS / self.name
 
 
 def questions(words: Sequence[str]) -> list[str]:
@@ -65,6 +78,10 @@ def repeats(words: Sequence[str]) -> list[str]:
     return found
 
 
+STREAM = Dictionary(
+    "induction", "model.layers.0", False, "blocks.0.hook_resid_post", repeats, 64, 8, "64"
+)
+# The same seed would start dictionaries of different sizes from the same directions.
 DICTIONARIES = (
     Dictionary("refusal", "model.layers.1", False, "blocks.1.hook_resid_post", questions, 384, 6),
     Dictionary(
@@ -76,12 +93,26 @@ DICTIONARIES = (
         512,
         8,
     ),
+    STREAM,
+    replace(STREAM, features=128, suffix="128", seed=1),
+    replace(STREAM, features=256, suffix="256", seed=2),
+    replace(STREAM, features=64, k=4, suffix="meta", seed=3, rows_of="256"),
 )
 
 
-def activations(of: Dictionary) -> Tensor:
-    """Return [token, width]: the vectors at all tokens of the training texts but the first."""
-    path = ROOT / "mechdsl" / "zoo" / of.model
+@cache
+def activations(
+    name: str, module: str, of_input: bool, texts: Callable[[Sequence[str]], list[str]]
+) -> Tensor:
+    """Return [token, width]: the vectors at all tokens of the training texts but the first.
+
+    Args:
+        name: Name of the zoo model.
+        module: Path of the module whose input or output is read.
+        of_input: Whether to read the input.
+        texts: Makes the training texts, from the words of the model.
+    """
+    path = ROOT / "mechdsl" / "zoo" / name
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path).float().eval()
     special = set(tokenizer.all_special_tokens)
@@ -89,13 +120,21 @@ def activations(of: Dictionary) -> Tensor:
     found: list[Tensor] = []
 
     def keep(module: nn.Module, given: tuple[Tensor, ...], out: Tensor | tuple[Tensor]) -> None:
-        vectors = given[0] if of.of_input else out[0] if isinstance(out, tuple) else out
+        vectors = given[0] if of_input else out[0] if isinstance(out, tuple) else out
         found.append(vectors[0, 1:])
 
-    with model.get_submodule(of.module).register_forward_hook(keep), torch.inference_mode():
-        for text in of.texts([word.strip("▁Ġ") for word in words]):
+    with model.get_submodule(module).register_forward_hook(keep), torch.inference_mode():
+        for text in texts([word.strip("▁Ġ") for word in words]):
             model(tokenizer(text, return_tensors="pt").input_ids)
     return torch.cat(found).clone()
+
+
+def training_vectors(of: Dictionary) -> Tensor:
+    """Return [vector, width]: the vectors that a dictionary is trained on."""
+    if of.rows_of:
+        rows = replace(of, suffix=of.rows_of).folder / "sae_weights.safetensors"
+        return load_file(rows)["W_dec"]
+    return activations(of.model, of.module, of.of_input, of.texts)
 
 
 def train(vectors: Tensor, features: int, k: int, seed: int = 0) -> dict[str, Tensor]:
@@ -105,6 +144,7 @@ def train(vectors: Tensor, features: int, k: int, seed: int = 0) -> dict[str, Te
         vectors: [vector, width].
         features: Number of features.
         k: Features that are active for a vector.
+        seed: Seed of the first weights and of the batches.
 
     Returns:
         The tensors `W_enc` [width, features], `b_enc`, `W_dec` [features, width] and `b_dec`.
@@ -151,10 +191,22 @@ def encode(vectors: Tensor, weights: Mapping[str, Tensor], k: int) -> Tensor:
     return torch.zeros_like(before).scatter(1, top.indices, top.values.relu())
 
 
+def unexplained(vectors: Tensor, weights: Mapping[str, Tensor], k: int) -> float:
+    """Return the share of the variance that the dictionary doesn't explain."""
+    rest = vectors - encode(vectors, weights, k) @ weights["W_dec"] - weights["b_dec"]
+    return float(rest.square().sum() / (vectors - vectors.mean(0)).square().sum())
+
+
 def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="folders to write; by default all")
+    names = parser.parse_args().names
     for of in DICTIONARIES:
-        vectors = activations(of)
-        weights = train(vectors, of.features, of.k)
+        if names and of.name not in names:
+            continue
+        vectors = training_vectors(of)
+        weights = train(vectors, of.features, of.k, of.seed)
         config = {
             "architecture": "topk",
             "d_in": vectors.shape[1],
@@ -167,13 +219,12 @@ def main() -> None:
         }
         of.folder.mkdir(exist_ok=True)
         save_file(weights, of.folder / "sae_weights.safetensors")
+        (of.folder / "sae_weights.safetensors").chmod(0o644)
         (of.folder / "cfg.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
         kept = encode(vectors, weights, of.k)
-        rest = vectors - kept @ weights["W_dec"] - weights["b_dec"]
-        spread = (vectors - vectors.mean(0)).square().sum()
-        share = 1 - float(rest.square().sum() / spread)
+        share = 1 - unexplained(vectors, weights, of.k)
         alive = int((kept > 0).any(0).sum())
-        print(f"{of.folder.name}: {share:.3f} of the variance, {alive} of {of.features} active")
+        print(f"{of.name}: {share:.3f} of the variance, {alive} of {of.features} active")
 
 
 if __name__ == "__main__":

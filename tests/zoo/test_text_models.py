@@ -146,6 +146,7 @@ def test_the_chat_template_writes_the_texts_of_training() -> None:
     [
         *("names", "facts", "nested", "nested/formal", "tasks", "refusal", "worked"),
         "induction/step-50",
+        "names/step-400",
     ],
 )
 def test_what_is_stored_in_16_bits_is_computed_in_32(name: str) -> None:

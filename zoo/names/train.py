@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,9 +38,16 @@ def save_tokenizer(folder: Path) -> None:
     words.save_tokenizer(build_tokenizer(), folder, longest=MAX_POSITIONS)
 
 
-def train(seed: int, steps: int) -> LlamaForCausalLM:
+def train(
+    seed: int,
+    steps: int,
+    each_step: Callable[[int, LlamaForCausalLM], None] = lambda step, model: None,
+) -> LlamaForCausalLM:
     """A model trained on `steps` batches in each of two stages, from the circuit of
-    zoo("induction") on."""
+    zoo("induction") on.
+
+    each_step: called with the number of steps done in both stages, and the model.
+    """
     torch.manual_seed(seed)
     config = model_config()
     model = LlamaForCausalLM(config)
@@ -48,7 +56,14 @@ def train(seed: int, steps: int) -> LlamaForCausalLM:
     for stage, most in enumerate((0, MOST_IN_FRONT)):
         drawn = stream(seed + stage, held_out=False, most_in_front=most)
         data = language.batches(drawn, seed + stage, BATCH, build_tokenizer(), pad, pool_size=1)
-        language.fit(model, data, steps=steps, rate=LEARNING_RATE, other_weight=OTHER_WEIGHT)
+        language.fit(
+            model,
+            data,
+            steps=steps,
+            rate=LEARNING_RATE,
+            other_weight=OTHER_WEIGHT,
+            each_step=lambda step, done=stage * steps: each_step(done + step, model),
+        )
     return model.eval()
 
 
