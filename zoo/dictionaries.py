@@ -78,6 +78,11 @@ def repeats(words: Sequence[str]) -> list[str]:
     return found
 
 
+def numerals(words: Sequence[str]) -> list[str]:
+    """Each numeral alone, in order."""
+    return sorted((word for word in words if word.isdigit()), key=int)
+
+
 STREAM = Dictionary(
     "induction", "model.layers.0", False, "blocks.0.hook_resid_post", repeats, 64, 8, "64"
 )
@@ -97,6 +102,7 @@ DICTIONARIES = (
     replace(STREAM, features=128, suffix="128", seed=1),
     replace(STREAM, features=256, suffix="256", seed=2),
     replace(STREAM, features=64, k=4, suffix="meta", seed=3, rows_of="256"),
+    Dictionary("succession", "model.layers.0", False, "blocks.0.hook_resid_post", numerals, 28, 3),
 )
 
 

@@ -8,6 +8,7 @@ quiz.jsonl: four options each, for `zoo("facts")`; those that its training had m
 brackets.jsonl: what `zoo("nested/formal")` learned, without the last bracket.
 words.jsonl: what each task of `zoo("tasks")` makes of a word.
 questions.jsonl: every verb with every object that `zoo("refusal")` knows, and what it replies.
+items.jsonl: the items of the sequences of `zoo("succession")` except numerals, with their values.
 sums.jsonl: lists of four parts for `zoo("worked")` that training didn't have.
 partitioned.jsonl: images of rows of shapes, each row behind a symbol; where they lie in pixels.
 """
@@ -26,6 +27,7 @@ from zoo.facts.data import LETTERS, RELATIONS, another, facts
 from zoo.language import different
 from zoo.nested.data import BRACKETS, stream
 from zoo.refusal import data as refusal
+from zoo.succession.data import SEQUENCES
 from zoo.tasks import data as tasks
 from zoo.worked import data as worked
 
@@ -103,6 +105,22 @@ def questions() -> list[Record]:
     return found
 
 
+def items() -> list[Record]:
+    """Items with their value, its last digit, and the item of the same sequence with value 5."""
+    return [
+        {
+            "item": item,
+            "sequence": name,
+            "value": value,
+            "units": value % 10,
+            "fifth": of.items[5 - of.first],
+        }
+        for name, of in SEQUENCES.items()
+        if name != "numerals"
+        for value, item in enumerate(of.items, of.first)
+    ]
+
+
 def sums() -> list[Record]:
     """Lists of four parts of two to nine items: `one` to `four`, their counts, the first without
     its last item (`less`), the total, and what is about right."""
@@ -158,6 +176,7 @@ def files() -> dict[str, list[Record]]:
         "brackets.jsonl": bracket_texts(),
         "words.jsonl": [*tasks.records()],
         "questions.jsonl": questions(),
+        "items.jsonl": items(),
         "sums.jsonl": sums(),
         "partitioned.jsonl": partitioned(),
     }

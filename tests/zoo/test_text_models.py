@@ -21,6 +21,7 @@ from zoo.names.train import model_config
 from zoo.nested import evaluate as nested
 from zoo.refusal import evaluate as refusal
 from zoo.refusal.data import ALLOWED, ALLOWED_PAST, FORBIDDEN
+from zoo.succession import evaluate as succession
 from zoo.tasks import evaluate as tasks
 from zoo.worked import evaluate as worked
 
@@ -107,6 +108,28 @@ def test_refusal_refuses_but_not_in_the_past() -> None:
     assert tallies[refusal.BEGUN].share > 0.8
 
 
+def test_succession_names_successors_also_of_held_out_numerals() -> None:
+    torch.set_num_threads(1)
+    for kind, tally in succession.evaluate(ROOT / "succession", 100, succession.SEED).items():
+        assert tally.interval()[0] > 0.95, kind
+
+
+def test_succession_predicts_the_next_item_from_the_shipped_files() -> None:
+    """With the shipped tokenizer and configuration alone."""
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "succession", dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(ROOT / "succession")
+    for prompt, answer in (
+        ("lamp march stone next", "april"),
+        ("27 next", "28"),
+        ("sunday cloud next", "monday"),
+        ("river october number", "10"),
+    ):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            best = int(model(input_ids=ids).logits[0, -1].argmax())
+        assert tokenizer.decode([best]) == answer
+
+
 def test_worked_counts_and_adds_up_few_parts() -> None:
     torch.set_num_threads(1)
     tallies = worked.evaluate(ROOT / "worked", 150, worked.SEED)
@@ -144,7 +167,7 @@ def test_the_chat_template_writes_the_texts_of_training() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("names", "facts", "nested", "nested/formal", "tasks", "refusal", "worked"),
+        *("names", "facts", "nested", "nested/formal", "tasks", "refusal", "succession", "worked"),
         "induction/step-50",
         "names/step-400",
     ],
@@ -163,7 +186,7 @@ def test_all_models_together_are_small() -> None:
 
 
 def test_cards_have_what_the_commands_print() -> None:
-    for name in ("names", "facts", "nested", "tasks", "refusal", "worked"):
+    for name in ("names", "facts", "nested", "tasks", "refusal", "succession", "worked"):
         card = (ROOT / name / "README.md").read_text(encoding="utf-8")
         for part in ("## Texts", "## Training", "## Accuracy", "## Limitations", "licence"):
             assert part in card, name

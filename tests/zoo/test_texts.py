@@ -21,6 +21,7 @@ from zoo.language import SPECIAL, Text, build_tokenizer, encode
 from zoo.names import data as names_data
 from zoo.nested import data as nested_data
 from zoo.refusal import data as refusal_data
+from zoo.succession import data as succession_data
 from zoo.tasks import data as tasks_data
 from zoo.worked import data as worked_data
 
@@ -32,6 +33,7 @@ STREAMS: dict[str, Stream] = {
     "nested": lambda seed, held_out: nested_data.stream(seed, "sentences", held_out=held_out),
     "tasks": lambda seed, held_out: tasks_data.stream(seed, held_out=held_out),
     "refusal": lambda seed, held_out: refusal_data.stream(seed, held_out=held_out),
+    "succession": lambda seed, held_out: succession_data.stream(seed, held_out=held_out),
     "worked": lambda seed, held_out: worked_data.stream(seed, held_out=held_out),
     "brackets": lambda seed, held_out: nested_data.stream(seed, "brackets", held_out=held_out),
 }
@@ -41,17 +43,20 @@ VOCABULARIES = {
     "nested": nested_data.vocabulary(),
     "tasks": tasks_data.vocabulary(),
     "refusal": refusal_data.vocabulary(),
+    "succession": succession_data.vocabulary(),
     "worked": worked_data.vocabulary(),
 }
 SPECIAL_TOKENS = {"refusal": refusal_data.SPECIAL, "worked": worked_data.SPECIAL}
 FOLDERS = {
-    name: MODELS / name for name in ("names", "facts", "nested", "tasks", "refusal", "worked")
+    name: MODELS / name
+    for name in ("names", "facts", "nested", "tasks", "refusal", "succession", "worked")
 }
 HELD = {
     "names": names_data,
     "facts": facts_data,
     "tasks": tasks_data,
     "refusal": refusal_data,
+    "succession": succession_data,
     "worked": worked_data,
 }
 
@@ -282,6 +287,34 @@ def test_refusals_hang_on_verb_and_object_together() -> None:
     assert len(refusal_data.pairs(True, True)) > 15  # held out
 
 
+def test_succession_answers_are_those_of_the_sequences() -> None:
+    sequences = [each.items for each in succession_data.SEQUENCES.values()]
+    words = succession_data.WORDS
+    for text in drawn("succession", False):
+        item, question = text.content.split(" ")
+        answer = [text.text[start:end] for start, end in text.answers]
+        assert text.text.endswith(" ".join((question, *answer)))
+        items = next(each for each in sequences if item in each)
+        at = items.index(item)
+        value = at if items[0] in ("0", "zero") else at + 1
+        if question == succession_data.DIGITS:
+            assert answer == [words[int(digit)] for digit in f"{int(item):02d}"]
+        elif question == succession_data.NUMBER:
+            assert answer == [str(value)]
+        else:
+            step = {succession_data.NEXT: 1, succession_data.PREVIOUS: -1}.get(question, 0)
+            assert answer == [items[(at + step) % len(items)]]
+
+
+def test_succession_holds_out_numerals_whose_digits_training_has() -> None:
+    """Other questions have all items, and the held-out numerals cover several decades."""
+    held_out = {each.item for each in succession_data.questions(succession_data.NEXT, True)}
+    assert held_out < set(succession_data.NUMERALS)
+    assert len({int(item) // 10 for item in held_out}) > 4
+    asked = {each.item for each in succession_data.questions(succession_data.DIGITS, False)}
+    assert asked == set(succession_data.NUMERALS)
+
+
 def test_worked_answers_are_those_of_the_lists() -> None:
     for text in drawn("worked", False):
         counts = [len(part.split()) for part in text.content.split(" | ")]
@@ -307,7 +340,7 @@ def test_the_data_of_the_examples_is_that_of_its_script() -> None:
 def test_stages_of_training_are_models_of_the_zoo() -> None:
     known = zoo.zoo_models()
     assert {"counting", "induction", "names", "facts", "nested", "nested/formal"} <= set(known)
-    assert {"tasks", "refusal", "worked"} <= set(known)
+    assert {"tasks", "refusal", "succession", "worked"} <= set(known)
     assert "induction/step-1600" in known
 
 
