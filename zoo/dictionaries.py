@@ -83,6 +83,14 @@ def numerals(words: Sequence[str]) -> list[str]:
     return sorted((word for word in words if word.isdigit()), key=int)
 
 
+def lists(words: Sequence[str]) -> list[str]:
+    """One to nine times the same item, and the question for their number."""
+    items = [word for word in words if word.islower() and word.isalpha()]
+    return [
+        f"Part 1: {' '.join([item] * count)} Count 1:" for item in items for count in range(1, 10)
+    ]
+
+
 STREAM = Dictionary(
     "induction", "model.layers.0", False, "blocks.0.hook_resid_post", repeats, 64, 8, "64"
 )
@@ -102,6 +110,7 @@ DICTIONARIES = (
     replace(STREAM, features=128, suffix="128", seed=1),
     replace(STREAM, features=256, suffix="256", seed=2),
     replace(STREAM, features=64, k=4, suffix="meta", seed=3, rows_of="256"),
+    Dictionary("counting", "model.layers.2", False, "blocks.2.hook_resid_post", lists, 128, 8),
     Dictionary("succession", "model.layers.0", False, "blocks.0.hook_resid_post", numerals, 28, 3),
 )
 
