@@ -4,8 +4,8 @@ Features and reconstructions are those of the SAELens package. Architectures: Br
 and Cunningham et al. 2023, arXiv 2309.08600 (standard); Gao et al. 2024, arXiv 2406.04093 (top-k);
 Bussmann et al. 2024, arXiv 2412.06410 (batch top-k, saved as JumpReLU); Rajamanoharan et al. 2024,
 arXiv 2407.14435 (JumpReLU) and arXiv 2404.16014 (gated); Costa et al. 2025, arXiv 2506.03093
-(matching pursuit); arXiv 2510.00404 (top-k by size); Dunefsky et al. 2024, arXiv 2406.11944
-(transcoders).
+(matching pursuit); arXiv 2510.00404 (top-k by size); arXiv 2511.01836 (temporal); Dunefsky et al.
+2024, arXiv 2406.11944 (transcoders).
 """
 
 from __future__ import annotations
@@ -160,6 +160,59 @@ class MatchingPursuitEncoder(Encoder):
         return found
 
 
+@encoder("temporal")
+class TemporalEncoder(Encoder):
+    """ReLU of a linear map of what the preceding vectors don't predict, and the k largest."""
+
+    def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
+        found = _temporal_codes(weights, vectors)
+        if weights.file.k is None:
+            return found
+        values, index = found.topk(min(weights.file.k, weights.file.features), dim=-1, sorted=False)
+        return torch.zeros_like(found).scatter(-1, index, values)
+
+
+def _temporal_codes(weights: DictionaryWeights, vectors: Tensor) -> Tensor:
+    encoder = weights["W_enc"] if "W_enc" in weights.tensors else weights["W_dec"].T
+    return (vectors / (4 * weights.file.width_in) @ encoder).relu()
+
+
+PREDICTION_EPSILON = 1e-6
+"""Added to the norm of a prediction by a temporal SAE."""
+
+
+def _remove_predicted(weights: DictionaryWeights, vectors: Tensor) -> Tensor:
+    """Remove from each vector [T, width] the direction that the preceding ones predict.
+
+    Each attention layer attends from the codes of a vector to those of the preceding ones. The
+    component of the vector along the decoded prediction is removed.
+    """
+    file = weights.file
+    for layer in range(file.context_layers):
+        codes = _temporal_codes(weights, vectors)
+        context = torch.cat([torch.zeros_like(codes[:1]), codes[:-1]])
+
+        def split(given: Tensor, name: str, layer: int = layer) -> Tensor:
+            """Return [head, T, width of a head]."""
+            weight, bias = (weights[f"attn_layers.{layer}.{name}.{p}"] for p in ("weight", "bias"))
+            mapped = (given @ weight.T + bias).unflatten(-1, (file.context_heads, -1))
+            return mapped.transpose(0, 1)
+
+        query, key, value = (
+            split(codes, "q_target"),
+            split(context, "k_ctx"),
+            split(context, "v_ctx"),
+        )
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out = f"attn_layers.{layer}.c_proj"
+        joined = mixed.transpose(0, 1).flatten(1)
+        predicted = (joined @ weights[f"{out}.weight"].T + weights[f"{out}.bias"]).relu()
+        along = predicted @ weights["W_dec"]
+        size = along.norm(dim=-1, keepdim=True) + PREDICTION_EPSILON
+        vectors = vectors - (along * vectors).sum(-1, keepdim=True) / size**2 * along
+    return vectors
+
+
 @dataclass(frozen=True, eq=False)
 class Dictionary:
     """A dictionary, as coordinates of vectors."""
@@ -186,6 +239,22 @@ class Dictionary:
             moved = {name: each.to(vectors) for name, each in self._loaded.tensors.items()}
             self._moved[key] = DictionaryWeights(self.file, moved)
         return self._moved[key]
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether features are those of `remove_predicted`, and not of the vectors themselves."""
+        return self.file.context_layers > 0
+
+    def remove_predicted(self, vectors: Tensor) -> Tensor:
+        """Return [T, width]: what preceding vectors don't predict of vectors, with their scale.
+
+        Args:
+            vectors: [T, width] all vectors of a row, from its first token on.
+        """
+        weights = self._like(vectors)
+        given = vectors * self.file.scale
+        given = given - weights["b_dec"] if self.file.subtracts_bias else given
+        return _remove_predicted(weights, given)
 
     def _normalised(self, vectors: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return normalised vectors, and the scale and shift that undo it: [K, 1] each."""
@@ -222,7 +291,7 @@ class Dictionary:
     def _encode(self, vectors: Tensor, which: Tensor | None) -> Tensor:
         weights = self._like(vectors)
         given, _, _ = self._normalised(vectors)
-        if self.file.subtracts_bias:
+        if self.file.subtracts_bias and not self.reads_context:
             given = given - weights["b_dec"]
         return ENCODERS[self.file.architecture].encode(weights, given, which)
 
@@ -249,8 +318,7 @@ class Dictionary:
         """
         weights = self._like(features)
         found = features @ self._rows(weights)
-        tied = self.file.architecture == "matching_pursuit" and not self.file.subtracts_bias
-        found = found if tied else found + weights["b_dec"]
+        found = found + weights["b_dec"] if self.file.adds_bias else found
         if self.file.transcodes:
             return found + vectors @ weights[SKIP].T if self.file.skips else found
         _, scale, shift = self._normalised(vectors)

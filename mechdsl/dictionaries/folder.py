@@ -8,7 +8,7 @@ encoder may be transposed, as circuit-tracer writes it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,7 +20,9 @@ from mechdsl.base.text import name_list
 
 Layout = Literal["SAELens", "sparsify", "tensors", "circuit-tracer"]
 
-Architecture = Literal["standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit"]
+Architecture = Literal[
+    "standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit", "temporal"
+]
 
 Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
 
@@ -56,8 +58,12 @@ TENSORS: Mapping[Architecture, tuple[str, ...]] = {
     "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
     "gated": ("W_enc", "b_gate", "r_mag", "b_mag", "W_dec", "b_dec"),
     "matching_pursuit": ("W_dec", "b_dec"),
+    "temporal": ("W_dec", "b_dec"),
 }
 """Tensors of each architecture."""
+
+ATTENTION = ("k_ctx", "q_target", "v_ctx", "c_proj")
+"""Maps of an attention layer of a temporal SAE."""
 
 SKIP = "W_skip"
 """[out, in]: the map of a transcoder that adds a linear function of its input."""
@@ -77,7 +83,6 @@ TRANSCODERS: Mapping[str, Architecture] = {
 """Names of transcoders in SAELens, by the architecture of their encoder."""
 
 OTHER_ARCHITECTURES: Mapping[str, str] = {
-    "temporal": "a temporal SAE, whose features depend on the preceding tokens too",
     "crosscoder": "a crosscoder, whose features belong to several layers",
 }
 """Architectures whose features aren't a function of one vector."""
@@ -127,6 +132,15 @@ class DictionaryFile(Record):
     most_steps: int | None = None
     """Matching pursuit: the maximum number of steps; None: the width."""
     stops_on_same_support: bool = True
+    context_layers: int = 0
+    """Temporal: number of attention layers that predict a vector from the preceding ones of its
+    row. Features are those of what they don't predict."""
+    context_heads: int = 1
+    """Heads of each of these layers."""
+    context_width: int = 0
+    """Numbers of their queries and keys, all heads together."""
+    scale: float = 1.0
+    """Temporal: factor of the vectors before they are encoded."""
     model: str | None = None
     """Name of the model that it was trained on, if recorded."""
     hook: str | None = None
@@ -138,6 +152,20 @@ class DictionaryFile(Record):
     def is_separate(self) -> bool:
         """Whether a feature depends on no other one."""
         return self.architecture in SEPARATE
+
+    @property
+    def context_products(self) -> int:
+        """Multiply-adds of what the preceding vectors predict of a vector, without attention
+        weights."""
+        layer = 2 * self.features * (self.width_in + self.context_width + self.features)
+        return self.context_layers * layer
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the reconstruction has the decoder's bias."""
+        if self.context_layers:  # of what isn't predicted, from which the bias is subtracted
+            return not self.subtracts_bias and "W_enc" in self.tensors
+        return self.subtracts_bias or self.architecture != "matching_pursuit"
 
     @property
     def precision(self) -> str:
@@ -307,6 +335,8 @@ def _of_sae_lens(
             f"`{written}` has the activation function `{activation}`",
             "mechdsl reads `relu` and `topk`",
         )
+    if name == "temporal":
+        return _of_temporal(config, facts, file, digest, written)
     transcodes = name in TRANSCODERS
     architecture = _architecture(TRANSCODERS.get(name, SAVED_AS.get(name, name)), written)
     normalization = config.get("normalize_activations", "none")
@@ -346,6 +376,50 @@ def _of_sae_lens(
         model=_text(facts.get("model_name")),
         hook=_text(hook),
         hook_out=_text(facts.get("hook_name_out", facts.get("out_hook_point"))),
+    )
+
+
+def _of_temporal(
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    file: SafetensorsFile,
+    digest: str,
+    written: str,
+) -> DictionaryFile:
+    """Interpret the configuration of a temporal SAE of SAELens."""
+    normalization = config.get("normalize_activations", "none")
+    if normalization not in ("none", "constant_scalar_rescale"):
+        raise UnreadableFile(
+            f"`{written}` normalises activations by `{normalization}`",
+            "mechdsl reads temporal SAEs with `none` and `constant_scalar_rescale`",
+        )
+    rescales = normalization == "constant_scalar_rescale"
+    k = config.get("kval_topk") if config.get("sae_diff_type", "topk") == "topk" else None
+    layers = _count(config.get("n_attn_layers", 1), "n_attn_layers", written)
+    features = (*file.shapes.get("W_dec", ()), 0)[0]
+    inner = features // _count(config.get("bottleneck_factor", 64), "bottleneck_factor", written)
+    sizes = {"k_ctx": inner, "q_target": inner, "v_ctx": features, "c_proj": features}
+    shapes = {
+        f"attn_layers.{layer}.{name}.{part}": (sizes[name], features)[: 1 + (part == "weight")]
+        for layer in range(layers)
+        for name in ATTENTION
+        for part in ("weight", "bias")
+    }
+    return _checked(
+        file,
+        written,
+        more=shapes if config.get("tied_weights", True) else {**shapes, "W_enc": ()},
+        layout="SAELens",
+        architecture="temporal",
+        digest=digest,
+        k=None if k is None else _count(k, "kval_topk", written),
+        subtracts_bias=bool(config.get("apply_b_dec_to_input", True)),
+        context_layers=layers,
+        context_width=inner,
+        context_heads=_count(config.get("n_heads", 8), "n_heads", written),
+        scale=float(config.get("activation_normalization_factor", 1.0)) if rescales else 1.0,
+        model=_text(facts.get("model_name")),
+        hook=_text(facts.get("hook_name", facts.get("hook_point"))),
     )
 
 
@@ -400,23 +474,21 @@ OTHER_NAMES = {
 """Names of tensors in sparsify and circuit-tracer."""
 
 
-def _checked(file: SafetensorsFile, written: str, **facts: Any) -> DictionaryFile:
-    """Check the shapes of the tensors, and create the record."""
+def _checked(
+    file: SafetensorsFile,
+    written: str,
+    more: Mapping[str, tuple[int, ...]] | None = None,
+    **facts: Any,
+) -> DictionaryFile:
+    """Check the shapes of the tensors, and create the record.
+
+    Args:
+        more: Shapes of tensors beyond those of the architecture; that of `W_enc` is known.
+    """
     architecture: Architecture = facts["architecture"]
-    wanted = (*TENSORS[architecture], *([SKIP] if facts.get("skips") else []))
-    names = {
-        name: OTHER_NAMES[name]
-        for name in wanted
-        if name not in file.shapes and OTHER_NAMES.get(name) in file.shapes
-    }
-    missing = [name for name in wanted if names.get(name, name) not in file.shapes]
-    if missing:
-        known = name_list(sorted(file.shapes)) or "none"
-        raise UnreadableFile(
-            f"`{written}` has no tensor `{missing[0]}`, which its architecture "
-            f"`{architecture}` needs",
-            f"it has {known}",
-        )
+    more = more or {}
+    wanted = (*TENSORS[architecture], *([SKIP] if facts.get("skips") else []), *more)
+    names = _find_tensors(file, written, wanted, architecture)
     decoder = file.shapes["W_dec"]
     if len(decoder) != 2:
         raise UnreadableFile(
@@ -428,6 +500,7 @@ def _checked(file: SafetensorsFile, written: str, **facts: Any) -> DictionaryFil
         encoder = encoder[::-1]
     width = encoder[0] if len(encoder) == 2 else 0
     expected: dict[str, tuple[int, ...]] = {
+        **more,
         "W_enc": (width, features),
         "W_dec": (features, out),
         "b_dec": (out,),
@@ -454,6 +527,26 @@ def _checked(file: SafetensorsFile, written: str, **facts: Any) -> DictionaryFil
         tensors={name: names.get(name, name) for name in wanted},
         **facts,
     )
+
+
+def _find_tensors(
+    file: SafetensorsFile, written: str, wanted: Sequence[str], architecture: Architecture
+) -> dict[str, str]:
+    """Return the tensors that the file has under another name. Raises UnreadableFile."""
+    names = {
+        name: OTHER_NAMES[name]
+        for name in wanted
+        if name not in file.shapes and OTHER_NAMES.get(name) in file.shapes
+    }
+    missing = [name for name in wanted if names.get(name, name) not in file.shapes]
+    if missing:
+        known = name_list(sorted(file.shapes)) or "none"
+        raise UnreadableFile(
+            f"`{written}` has no tensor `{missing[0]}`, which its architecture "
+            f"`{architecture}` needs",
+            f"it has {known}",
+        )
+    return names
 
 
 def _check_autoencoder(written: str, width: int, out: int, *, skips: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +11,10 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.dictionaries.folder import MAX_GATHERED, DictionaryFile
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.planner.rows import RowTable, RulePlan
+from mechdsl.prompts.runs import Hits
 from mechdsl.resolve.bases import CoordinateChange
 from mechdsl.resolve.observations import join_positions
-from mechdsl.resolve.types import PythonBasis
+from mechdsl.resolve.types import BasisMember, PythonBasis
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,23 @@ def observation_adds(plan: ExperimentPlan, prompts: Ints) -> float:
     tokens = sum(len(hit) for row in prompts.tolist() for hit in every.hits[row])
     again = count * basis.width if basis.by_feature else basis.whole
     runs = 2 if rule.rule.does.reads == "run" else 1
-    return float(tokens) * runs * (3 * basis.whole + again)
+    hits = [every.hits[row] for row in prompts.tolist()]
+    context = max(context_adds(each, hits) for each in rule.rule.basis.members)
+    return runs * (float(tokens) * (3 * basis.whole + again) + context)
+
+
+def context_adds(member: BasisMember, hits: Iterable[Hits]) -> float:
+    """Return the multiply-adds of what preceding tokens predict of the tokens of a position.
+
+    Args:
+        member: The basis; 0 unless it is a temporal SAE.
+        hits: The tokens of each row.
+    """
+    operand = member.operand
+    if not isinstance(operand, DictionaryFile) or not operand.context_layers:
+        return 0.0
+    ends = (max((token for own in row for token in own), default=-1) + 1 for row in hits)
+    return float(operand.context_products) * sum(ends)
 
 
 def _rule_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable, *, joined: bool) -> float:

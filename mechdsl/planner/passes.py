@@ -21,6 +21,7 @@ from mechdsl.planner.cost import (
     reply_work,
     run_cost,
 )
+from mechdsl.planner.encoding import context_adds
 from mechdsl.planner.graph import (
     Graph,
     MeasureNode,
@@ -432,7 +433,8 @@ def _of_features(experiment: ResolvedExperiment, save: ResolvedSave, passes: Cos
     parts = max(1, round(streamed / (1 + max(experiment.table.row_ids))))
     tokens, passes = tokens * parts, parts * passes
     products = features + (0 if member.reads else 2 * member.size)
-    cost = passes + Cost(0, 0, 0, 0, tokens * member.width * products)
+    adds = tokens * member.width * products + parts * context_adds(member, spot.hits)
+    cost = passes + Cost(0, 0, 0, 0, adds)
     file = save.spec.file
     return SaveCost(file, features, tokens, at_most=False, bytes=None, cost=cost, streamed=streamed)
 

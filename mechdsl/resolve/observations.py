@@ -233,6 +233,13 @@ class TokenVectors:
     """[row] number in the table, ascending."""
     keys: Sequence[bytes]
     """[row] keys as in `RowVectors.keys`."""
+    predicted: Floats | None = None
+    """[token, width] what preceding tokens predict, which isn't in `vectors`; None: nothing."""
+
+    @property
+    def whole(self) -> Floats:
+        """[token, width] with what preceding tokens predict."""
+        return self.vectors if self.predicted is None else self.vectors + self.predicted
 
     def at(self, cell: PositionCell) -> tuple[Ints, Ints]:
         """Return the row [K] and the index [K] of each token at a position, row by row."""

@@ -1,6 +1,6 @@
 """Write `tests/dictionaries/data`: small dictionaries of SAELens, and what SAELens computes.
 
-Run it in an environment of its own, with `sae-lens` 6.54.12, `transformer-lens` 2 and torch:
+Run it in an environment of its own, with `sae-lens` 6.54.12, `transformer-lens` 2 or 3 and torch:
 `python tests/dictionaries/make_fixtures.py`. The tests read the files that it wrote.
 """
 
@@ -53,6 +53,23 @@ CASES = {
         "apply_b_dec_to_input": False,
     },
     "abstopk": {"architecture": "abstopk", "k": 5},
+    "temporal": {
+        "architecture": "temporal",
+        "kval_topk": 5,
+        "n_heads": 2,
+        "bottleneck_factor": 3,
+        "n_attn_layers": 2,
+    },
+    "temporal relu": {
+        "architecture": "temporal",
+        "sae_diff_type": "relu",
+        "tied_weights": False,
+        "n_heads": 2,
+        "bottleneck_factor": 3,
+        "normalize_activations": "constant_scalar_rescale",
+        "activation_normalization_factor": 0.4,
+        "apply_b_dec_to_input": False,
+    },
 }
 
 
@@ -71,15 +88,24 @@ def main() -> None:
         folder = FOLDER / name.replace(" ", "-")
         sae.save_model(folder)
         with torch.no_grad():
+            if facts["architecture"] == "temporal":  # the vectors of one row
+                features, decoded = sae.encode(vectors[None])[0], sae(vectors[None])[0]
+                arrays = {"vectors": vectors, "features": features, "decoded": decoded}
+                save(arrays, folder)
+                continue
             features = sae.encode(vectors)
             if "skip_transcoder" in str(facts["architecture"]):
                 decoded = sae(vectors)
             else:
                 decoded = sae.decode(features)
         arrays = {"vectors": vectors, "features": features, "decoded": decoded}
-        save_file({k: v.contiguous() for k, v in arrays.items()}, folder / "expected.safetensors")
-        cfg = json.loads((folder / "cfg.json").read_text())
-        (folder / "cfg.json").write_text(json.dumps(cfg, indent=1) + "\n")
+        save(arrays, folder)
+
+
+def save(arrays: dict[str, torch.Tensor], folder: Path) -> None:
+    save_file({k: v.contiguous() for k, v in arrays.items()}, folder / "expected.safetensors")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(cfg, indent=1) + "\n")
 
 
 HOOK = "blocks.1.hook_resid_post"

@@ -16,7 +16,8 @@ from mechdsl.dictionaries.features import Dictionary, load_dictionary
 from mechdsl.dictionaries.folder import MAX_GATHERED, read_dictionary
 
 DATA = Path(__file__).parent / "data"
-CASES = sorted(path.name for path in DATA.iterdir())
+TEMPORAL = sorted(path.name for path in DATA.glob("temporal*"))
+CASES = sorted(path.name for path in DATA.iterdir() if path.name not in TEMPORAL)
 
 
 def case(name: str) -> tuple[Dictionary, dict[str, Tensor]]:
@@ -37,6 +38,24 @@ def test_reconstructions_are_those_of_sae_lens(name: str) -> None:
     dictionary, expected = case(name)
     found = dictionary.decode(expected["features"], expected["vectors"])
     torch.testing.assert_close(found, expected["decoded"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", TEMPORAL)
+def test_temporal_features_are_those_of_sae_lens(name: str) -> None:
+    """The vectors of one row, each with those that precede it."""
+    dictionary, expected = case(name)
+    vectors = expected["vectors"]
+    novel = dictionary.remove_predicted(vectors)
+    found = dictionary.encode(novel)
+    assert 0.05 < (expected["features"] > 0).float().mean() < 0.7
+    torch.testing.assert_close(found, expected["features"], atol=1e-5, rtol=1e-5)
+    predicted = vectors * dictionary.file.scale - novel
+    whole = (predicted + dictionary.reconstruct(novel)) / dictionary.file.scale
+    torch.testing.assert_close(whole, expected["decoded"], atol=1e-5, rtol=1e-5)
+    which = torch.tensor([[3, 20]]).expand(len(vectors), -1)
+    torch.testing.assert_close(dictionary.encode(novel, which), found[:, [3, 20]])
+    for end in (1, 7):
+        torch.testing.assert_close(dictionary.remove_predicted(vectors[:end]), novel[:end])
 
 
 @pytest.mark.parametrize("count", [5, MAX_GATHERED + 4])
@@ -174,7 +193,7 @@ def changed(folder: Path, tensors: dict[str, Tensor] | None = None, **facts: Any
     [
         ({"architecture": "stochastic"}, "the architecture `stochastic`", "`jumprelu`"),
         ({"architecture": "crosscoder"}, "features belong to several layers", "one vector"),
-        ({"architecture": "temporal"}, "depend on the preceding tokens", "one vector"),
+        ({"architecture": "temporal"}, "no tensor `attn_layers.0.k_ctx.weight`", "it has `W_dec`"),
         ({"architecture": "gated"}, "no tensor `b_gate`", "it has `W_dec`"),
         ({"architecture": "topk", "k": 0}, "`k` of `here` is 0", "at least 1"),
         ({"activation_fn": "tanh-relu"}, "activation function `tanh-relu`", "`relu`"),

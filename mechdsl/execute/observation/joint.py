@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.hashing import digest
@@ -27,6 +28,9 @@ from mechdsl.execute.observation.token_vectors import (
     SiteCombination,
     list_distinct_points,
     read_token_vectors,
+    reads_context,
+    remove_predicted,
+    with_preceding,
 )
 from mechdsl.execute.observation.weights import WeightObserver
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
@@ -340,8 +344,14 @@ def _average_tokens(
     return dict(zip(words, found, strict=True))
 
 
-def _iter_tokens(gatherer: VectorGatherer) -> Iterator[tuple[list[int], ObservedTokens]]:
-    """(cells of the same sites, all tokens of these cells), of those that have any."""
+def _iter_tokens(
+    gatherer: VectorGatherer, encoding: tuple[CoordinateSystem, Tensor] | None = None
+) -> Iterator[tuple[list[int], ObservedTokens]]:
+    """(cells of the same sites, all tokens of these cells), of those that have any.
+
+    encoding: a basis and the `inputs` of `remove_predicted`, which applies where the basis reads
+    context.
+    """
     rule, runs, known = gatherer.rule, gatherer.runs, gatherer.known
     base = runs.named(gatherer.plan.experiment.spec.base)
     spot = join_positions(rule.positions)
@@ -350,11 +360,12 @@ def _iter_tokens(gatherer: VectorGatherer) -> Iterator[tuple[list[int], Observed
     size = sum(len(tokens) for row in rows.tolist() for tokens in spot.hits[row])
     for some in gatherer.fitting(due, size) if size else ():
         wanted = list(dict.fromkeys(gatherer.sites[cell] for cell in some))
-        own = _read_run(gatherer, wanted, spot, base, rows)
+        own = _read_run(gatherer, wanted, spot, base, rows, encoding)
         other: dict[SiteCombination, TokenVectors] = {}
         if rule.rule.does.reads == "run":
             read = runs.named(rule.rule.run)
-            other = _read_run(gatherer, wanted, join_positions(rule.sources), read, rows)
+            sources = join_positions(rule.sources)
+            other = _read_run(gatherer, wanted, sources, read, rows, encoding)
         training = _read_training(gatherer, wanted)
         for sites in wanted:
             cells = [cell for cell in some if gatherer.sites[cell] == sites]
@@ -367,13 +378,20 @@ def _read_run(
     spot: PositionCell,
     run: PromptRun,
     rows: Ints,
+    encoding: tuple[CoordinateSystem, Tensor] | None,
 ) -> dict[SiteCombination, TokenVectors]:
     """Of each of the sites, at all tokens of a position in some rows."""
     runs = gatherer.runs
     keys = gatherer.keys([spot], rows, [run], runs.table)
     lanes = runs.reader(run, list_distinct_points(wanted))
     forget = runs.forget if run.derived is not None else None
-    return read_token_vectors(runs.model_of(run), run, lanes, wanted, spot, rows, keys, forget)
+    model = runs.model_of(run)
+    if encoding is None or not reads_context(encoding[0]):
+        return read_token_vectors(model, run, lanes, wanted, spot, rows, keys, forget)
+    every = with_preceding(spot)
+    found = read_token_vectors(model, run, lanes, wanted, every, rows, keys, forget)
+    system, inputs = encoding
+    return {sites: remove_predicted(system, own, spot, inputs) for sites, own in found.items()}
 
 
 def _read_training(
@@ -621,7 +639,7 @@ def _iter_feature_cells(
     model = gatherer.runs.model_of(gatherer.runs.named(plan.experiment.spec.base))
     wide = torch.promote_types(model.dtype, torch.float32)
     inputs = torch.empty(0, dtype=wide, device=model.device)
-    for cells, seen in _iter_tokens(gatherer):
+    for cells, seen in _iter_tokens(gatherer, (system, inputs)):
         vectors = [each.vectors for each in (seen.own, seen.other) if each is not None]
         if not all(np.isfinite(each).all() for each in vectors):
             broken = partial(_refuse_cell, "its vectors have NaN or infinity")

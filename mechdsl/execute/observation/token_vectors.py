@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.dictionaries.features import Dictionary
 from mechdsl.execute.vectors import BatchReader, read_vectors, split_prompts
+from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.observations import TokenVectors
@@ -66,3 +71,37 @@ def read_token_vectors(
         )
         for each in combinations
     }
+
+
+def reads_context(system: CoordinateSystem | None) -> bool:
+    """Whether the coordinates of a token depend on the preceding tokens."""
+    return isinstance(system, Dictionary) and system.reads_context
+
+
+def with_preceding(spot: PositionCell) -> PositionCell:
+    """Return a position of all tokens up to the last one of another position."""
+    last = (max((token for own in row for token in own), default=-1) for row in spot.hits)
+    return replace(spot, hits=tuple((tuple(range(n + 1)),) if n >= 0 else () for n in last))
+
+
+@torch.no_grad()
+def remove_predicted(
+    system: CoordinateSystem, every: TokenVectors, spot: PositionCell, inputs: Tensor
+) -> TokenVectors:
+    """Return what the preceding tokens don't predict of the vectors at a position.
+
+    Args:
+        system: A basis that reads context.
+        every: Vectors at all tokens up to the last one of the position: see `with_preceding`.
+        spot: The position.
+        inputs: An empty tensor of the precision and device of the vectors that are encoded.
+    """
+    assert isinstance(system, Dictionary)
+    ends = np.searchsorted(every.row, np.arange(len(every.prompts)), side="right")[:-1]
+    rows = torch.from_numpy(every.vectors).to(inputs).tensor_split(torch.from_numpy(ends))
+    novel = torch.cat([system.remove_predicted(row) for row in rows]).double().cpu().numpy()
+    row, index = every.at(spot)
+    predicted = every.vectors[index] * system.file.scale - novel[index]
+    return TokenVectors(
+        novel[index], row, every.tokens[index], every.prompts, every.keys, predicted
+    )

@@ -19,7 +19,12 @@ from mechdsl.base.files import replace_file
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.observation.active_rows import ActiveRows, FeatureSummary
-from mechdsl.execute.observation.token_vectors import read_token_vectors
+from mechdsl.execute.observation.token_vectors import (
+    read_token_vectors,
+    reads_context,
+    remove_predicted,
+    with_preceding,
+)
 from mechdsl.execute.patching.rule_inputs import DerivedRuns
 from mechdsl.execute.run.direction_files import report_not_written
 from mechdsl.execute.run_record import ExecutionOptions, SavedFile
@@ -190,6 +195,7 @@ class _FeatureRows:
         wide = torch.promote_types(model.dtype, torch.float32)
         inputs = torch.empty(0, dtype=wide, device=model.device)
         spot, lanes = join_positions(save.cells), runs.reader(run, points)
+        read = with_preceding(spot) if reads_context(system) else spot
         there = np.flatnonzero([bool(hits) for hits in spot.hits])
         numbers = np.array(part.table.row_ids, dtype=np.int64)
         due = deque(split_prompts(model, run, points, there, size))
@@ -197,7 +203,9 @@ class _FeatureRows:
             rows = due.popleft()
             try:
                 keys = [b""] * len(rows)
-                own = read_token_vectors(model, run, lanes, [points], spot, rows, keys)[points]
+                own = read_token_vectors(model, run, lanes, [points], read, rows, keys)[points]
+                if read is not spot:
+                    own = remove_predicted(system, own, spot, inputs)
             except Exception as error:
                 if len(rows) == 1 or not is_out_of_memory(error):
                     raise
