@@ -845,10 +845,11 @@ def _check_site(point: SitePoint, node: ast.Node, work: ExperimentContext) -> No
         raise BasisError(node, f"`{point.site}` has {what}, which no basis describes", hint)
     several = point.unit is None and unit_count(work.model.shape, point.site, point.layer) > 1
     if several and point.site not in JOINED_SITES:
+        unit = "expert" if kind.unit == "expert" else "head"
         raise BasisError(
             node,
-            f"`{point.site}` has a vector for each head, and no head is named",
-            "name one, or sweep them: `head *`",
+            f"`{point.site}` has a vector for each {unit}, and no {unit} is named",
+            f"name one, or sweep them: `{unit} *`",
         )
 
 

@@ -407,9 +407,9 @@ _file(
     "The features of a dictionary: a folder of SAELens (standard, top-k, batch top-k, top-k by "
     "size, JumpReLU, gated, matching pursuit and temporal) or of sparsify (top-k), or a "
     "safetensors file with `W_enc`, `b_enc`, `W_dec`, `b_dec` and, for JumpReLU, `threshold`. "
-    "Rules change features of the current vector and keep its reconstruction error: x becomes x + (f′ − f) W_dec, in "
-    "units of x if the dictionary normalises its input. Features of temporal SAEs depend on "
-    "preceding tokens and can only be observed. The size of the error is printed. A "
+    "Rules change features of the current vector and keep its reconstruction error: x becomes x + "
+    "(f′ − f) W_dec, in units of x if the dictionary normalises its input. Features of temporal "
+    "SAEs depend on preceding tokens and can only be observed. The size of the error is printed. A "
     "recorded hook point of another site is a warning. The results store the hash of the files. "
     '`sae("sae", labels: "labels.jsonl")` reads descriptions of features from JSON lines, such as '
     'an export of Neuronpedia: `{"index": 0, "description": "counts"}`. Tables and JSON have them '

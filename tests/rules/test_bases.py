@@ -618,3 +618,11 @@ def test_mistakes_with_bases(basis: str, line: str, code: str, message: str, dat
     assert code in [each.code for each in diagnostics]
     (found, *_) = [each for each in diagnostics if each.code == code]
     assert message in f"{found.message} {found.help_text}"
+
+
+def test_experts_need_a_number(data: Path) -> None:
+    text = "basis b = pca(p, dims: 1) at expert_out layer 1 at last token\n"
+    rule = experiment("e", f"{SOURCE}patch feature 0 of b at last token")
+    _, (found,) = try_file(text + rule, data, "gpt_oss")
+    assert "a vector for each expert, and no expert is named" in found.message
+    assert "`expert *`" in str(found.help_text)
