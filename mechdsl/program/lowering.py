@@ -81,6 +81,7 @@ from mechdsl.program.runs import (
     lower_generation,
     lower_replies,
     lower_sides,
+    note_compared_models,
     prompts_labels,
     reject_repeated_names,
     reply_length_measure,
@@ -176,6 +177,10 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
     observed = [_observation(line, loops, prompts, work) for line, loops in work.observed]
     measures = _lower_measures(work, observed)
     saves = () if prompts is None else lower_saves(work, prompts)
+    metrics = [*measures, *(save.gradient for save in saves if save.gradient is not None)]
+    for measure in metrics:
+        if prompts is not None:
+            note_compared_models(measure.metric, prompts, work)
     saved_directions, statistics = lower_saved_directions(work), lower_statistics(work)
     against = lower_control(work)
     generation, replies = lower_generation(work), lower_replies(work)

@@ -34,6 +34,7 @@ from mechdsl.program.statements import (
     resolve_run_name,
 )
 from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
 
 RunLabel = int | str
 
@@ -271,6 +272,27 @@ def combine_variants(
         if loop.name in passed
     )
     return found
+
+
+COMPARING_METRICS = ("kl", "js", "cosine")
+"""Metrics that compare with a run."""
+
+
+def note_compared_models(metric: ast.Expr, prompts: spec.Prompts, work: Statements) -> None:
+    """Note the runs of other models that a metric compares with: `kl(tuned)`."""
+    own = {ref.name for use in work.models for ref in use.models}
+    taken = {CLEAN, *work.known_runs, *(each.name for each in prompts.corruptions)} | own
+    if len(own) > 1:  # a run of one of several compared models isn't another run for all of them
+        return
+    calls = (node for node in walk(metric) if isinstance(node, ast.Call))
+    for call in calls:
+        for argument in call.arguments if call.name in COMPARING_METRICS else ():
+            value = argument.value
+            named = isinstance(value, ast.Name) and value.id in work.scope.names("model")
+            if named and isinstance(value, ast.Name) and value.id not in taken:
+                work.scope.has("model", value.id)
+                there = spec.ExternalRunSpec(span=value.span, name=value.id, model=value.id)
+                note_external_run(work, there)
 
 
 def prompts_labels(ref: ast.Ref | None, work: Statements) -> tuple[tuple[str, RunLabel], ...]:

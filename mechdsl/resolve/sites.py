@@ -323,9 +323,10 @@ class _AxisReader:
         word, text = self.axis.word, value.span.written
         name = _loops_named(value, self.context)[0]
         reason = "the values of a sweep can't depend on the variable of a `for`"
-        hint = f"join them, `{word}s {text}`, or write a loop inside: "
-        inside = next(letter for letter in "bcdefg" if letter not in self.context.loops)
-        hint += f"`for {inside} in {text} {{ … {word} {inside} … }}`"
+        hint = f"join them, `{word}s {text}`"
+        if not isinstance(value, ast.RankedSelection):  # which a `for` doesn't take
+            inside = next(letter for letter in "bcdefg" if letter not in self.context.loops)
+            hint += f", or write a loop inside: `for {inside} in {text} {{ … {word} {inside} … }}`"
         self._bad(value.span, name, reason, hint)
 
     def _too_many(self, span: Span) -> None:

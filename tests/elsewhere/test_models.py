@@ -7,10 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from ..execute.support import DIFFERENCE, MODES, ROWS, experiment, fast, prompts, token
+from ..execute.support import (
+    DIFFERENCE,
+    MODES,
+    ROWS,
+    Prompt,
+    by_name,
+    experiment,
+    fast,
+    prompts,
+    token,
+)
 from ..models import families
 from ..quick import in_turn
+from ..reference.forward import Write
 from ..reference.points import Point, copied
 from .support import attempt, by_prompt, layers, models, run, same, unpatched
 
@@ -83,6 +96,44 @@ def test_a_model_beside_other_runs(folder: Path) -> None:
         assert abs(found.measures[1].patched[0, n] - kl) < 1e-4
         best = int(logits[-1].argmax()) == token(record["a"])
         assert found.accuracy["tuned"][n] == float(best)
+
+
+@pytest.mark.parametrize("metric", ["kl(tuned)", "distance"])
+def test_the_distance_to_a_model_that_only_a_metric_names(folder: Path, metric: str) -> None:
+    """Also in a gradient, and through the name of a metric."""
+    text = "metric distance = kl(tuned)\n" + experiment(
+        "e", "prompts p", "ablate resid_post layer 0 at subject token with zero",
+        f"measure {metric} as raw",
+    )  # fmt: skip
+    text += experiment(
+        "g", "prompts p",
+        f'save gradient of {metric} by resid_post layer 2 at last token to "g.safetensors"',
+    )  # fmt: skip
+    both = models("gpt2", "m", "tuned")
+    result, problems = attempt(text, folder, both)
+    assert result is not None, problems
+    found = by_name(result, problems)["e"]
+    from .support import patched
+
+    for n, of in enumerate(prompts()):
+        new = patched("gpt2", of, [zeroed(of)])
+        p, q = (x[-1].double().log_softmax(-1) for x in (unpatched("gpt2", of, "tuned")[0], new))
+        kl = float((p.exp() * (p - q)).sum())
+        assert abs(found.measures[0].patched[0, n] - kl) < 1e-4
+    assert "model tuned" in found.conventions
+    gradients = load_file(result.saved[0].path)["resid_post.layer2"]
+    assert gradients.norm(dim=1).min() > 1e-4
+
+
+def zeroed(of: Prompt) -> Write:
+    return Write("resid_post", 0, torch.zeros(()), of.subject[-1])
+
+
+def test_its_own_model_is_no_other_run(folder: Path) -> None:
+    text = experiment("e", "prompts p", "measure kl(m) as raw")
+    result, found = attempt(text, folder, models("gpt2", "m", "tuned"))
+    assert result is None
+    assert [each.code for each in found] == ["E0201"]
 
 
 def test_the_distance_to_another_model_in_a_reply(folder: Path) -> None:
