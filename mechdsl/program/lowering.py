@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -85,6 +85,7 @@ from mechdsl.program.runs import (
     prompts_labels,
     reject_repeated_names,
     reply_length_measure,
+    runs_of_own_model,
     variant_fields,
 )
 from mechdsl.program.saves import lower_saved_directions, lower_saves, reject_compared_saves
@@ -224,6 +225,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
             part,
             several=len(results) > 1,
             saves=part is saving,
+            own=runs_of_own_model(each.model, work),
         )
         for part in results
         for each in (_without_sides(combined) if part.apart else combined)
@@ -231,14 +233,23 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
 
 
 def _part(
-    experiment: spec.Experiment, part: ResultSpec, *, several: bool, saves: bool
+    experiment: spec.Experiment,
+    part: ResultSpec,
+    *,
+    several: bool,
+    saves: bool,
+    own: Collection[str],
 ) -> spec.Experiment:
-    """Reduce the experiment to one of its results; only one of them `saves` files."""
+    """Reduce the experiment to one of its results; only one of them `saves` files.
+
+    Args:
+        own: Runs of its own model, each of which is its clean run.
+    """
     rules, seen = experiment.rules, part.observed
     changed: dict[str, object] = {}
     if seen is not None and seen.source is not None:
         rules = ()
-        changed.update(source=None, base=seen.source)
+        changed.update(source=None, base=CLEAN if seen.source in own else seen.source)
         seen = seen.model_copy(update={"source": None})
     if seen is not None:
         rules = tuple(sorted((*rules, seen), key=lambda rule: rule.span.start))
@@ -251,11 +262,11 @@ def _part(
     if not saves:
         changed["saves"] = changed["saved_directions"] = ()
     elif part.apart:  # `save` without a run means the file's base run
-        own = (
+        named_runs = (
             each.model_copy(update={"run": each.run or experiment.base})
             for each in experiment.saves
         )
-        changed["saves"] = tuple(own)
+        changed["saves"] = tuple(named_runs)
     return experiment.model_copy(
         update={
             **changed,
@@ -307,6 +318,7 @@ def _variant(
     derived: tuple[spec.DerivedRun, ...],
     work: Statements,
 ) -> spec.Experiment:
+    own = runs_of_own_model(variant.model, work)
     return whole.model_copy(
         update={
             "variant": variant.labels,
@@ -314,6 +326,10 @@ def _variant(
             "source": variant.source,
             "base": variant.base,
             **variant_fields(variant, rules, derived, work),
+            "saves": tuple(
+                save.model_copy(update={"run": CLEAN}) if save.run in own else save
+                for save in whole.saves
+            ),
         }
     )
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, TypeAlias
 
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import CircularExperiments, UnknownName
+from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.program import spec
 from mechdsl.program.directions import direction_dependencies
 from mechdsl.program.names import Namespace
@@ -67,6 +69,11 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
                 )
             )
     _circles(ranked, scope)
+    for edits in parts.edits.values():
+        for node in islice(_ranked(edits, parts), 1):
+            reason = f"its edits depend on results of `{node.of}`, and a model is made before them"
+            hint = "name the sites or the direction, or write the rules in an experiment"
+            scope.diagnostics.append(BadWeights(span=edits.span, reason=reason, hint=hint))
     return [
         e.model_copy(
             update={

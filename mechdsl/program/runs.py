@@ -320,6 +320,11 @@ def _sampled(found: Sequence[Variant], prompts: spec.Prompts, work: Statements) 
         return
 
 
+def runs_of_own_model(model: str, work: Statements) -> set[str]:
+    """Return the names of runs of an experiment's own model, each of which is its clean run."""
+    return {run.name for run in work.elsewhere.values() if run.model == model}
+
+
 def variant_fields(
     variant: Variant,
     rules: Sequence[spec.Rule],
@@ -328,7 +333,7 @@ def variant_fields(
 ) -> dict[str, object]:
     """Return the fields of a combination: its rules, derived runs and external runs. A run of its
     own model is its clean run."""
-    own = {run.name for run in work.elsewhere.values() if run.model == variant.model}
+    own = runs_of_own_model(variant.model, work)
 
     def here(rules: Sequence[spec.Rule]) -> tuple[spec.Rule, ...]:
         changes = {"source": CLEAN}

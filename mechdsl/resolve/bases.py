@@ -55,6 +55,7 @@ from mechdsl.resolve.sites import (
     resolve_axis,
     resolve_site,
 )
+from mechdsl.resolve.targets import remove_tokens
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
     BasisMember,
@@ -343,7 +344,13 @@ def resolve_rule(
         _check_writable(rule.site, bases)
         _check_all_features(rule, features, bases)
         _check_bases(rule, found, bases)
-        axes, coordinates = _coordinates(rule, features, bases[0], work)
+        axes, coordinates, empty = _coordinates(rule, features, bases[0], work)
+        if empty and (rule.exchanged is not None or rule.drops_error):
+            raise BasisError(
+                rule.site,
+                "one of its cells names no feature",
+                "name at least one: `features top 1 of …`",
+            )
         exchange = _exchanged(rule, found.sites, bases, work)
     except BasisError as problem:
         work.diagnostics.append(problem.diagnostic)
@@ -354,8 +361,12 @@ def resolve_rule(
     labels = {key: f"{label}{within}" for key, label in found.sites.labels.items()}
     every = {key: Coordinates(which) for key, which in coordinates.items()}
     targets = BasisTargets(name, names, tuple(bases), axes, every)
+    positions = found.positions
+    if empty:
+        positions = remove_tokens(positions, axes, coordinates, empty)
     return replace(
         found,
+        positions=positions,
         spec=rule,
         does=change_coordinates(found.does, drops_error=rule.drops_error),
         sites=replace(found.sites, labels=labels, sources=_encoded_points(found.sites, bases[0])),
@@ -425,6 +436,10 @@ def resolve_saved_features(
     if found is None:
         return None
     which = tuple(dict.fromkeys(each for own in found.choices.values() for each in own))
+    if not which:
+        problem = BasisError(site, "no feature is named", "name one: `features top 1 of …`")
+        work.diagnostics.append(problem.diagnostic)
+        return None
     whole = len(which) == member.size
     point = replace(point, site=member.reads) if member.reads else point
     named = {(): Coordinates(() if whole else which)}
@@ -726,22 +741,29 @@ def _coordinates(
     features: ast.Axis | None,
     members: PointBases,
     work: ExperimentContext,
-) -> tuple[tuple[str, ...], dict[tuple[int, ...], tuple[int, ...]] | None]:
-    """Resolve the named coordinates, by axis; () for all. None after an error."""
+) -> tuple[
+    tuple[str, ...], dict[tuple[int, ...], tuple[int, ...]] | None, frozenset[tuple[int, ...]]
+]:
+    """Resolve the named coordinates, by axis, () for all, and the keys of empty picks.
+
+    None after an error.
+    """
+    none: frozenset[tuple[int, ...]] = frozenset()
     if features is None:
-        return (), {(): ()}
+        return (), {(): ()}, none
     sizes = sorted({member.size for member in members.values()})
     assert rule.site is not None
     found = _named_coordinates(rule.site, features, sizes[0], work)
     if found is None:
-        return (), None
+        return (), None, none
     whole = tuple(range(sizes[0])) if len(sizes) == 1 else None
+    empty = frozenset(key for key, own in found.choices.items() if not own)
     choices = {key: () if own == whole else own for key, own in found.choices.items()}
     if found.sweep is not None:
         if not rule.fill_index:  # the fills of an ablation share their axes
             work.add_axis(found.sweep)
-        return (*found.loops, found.sweep.name), choices
-    return found.loops, choices
+        return (*found.loops, found.sweep.name), choices, empty
+    return found.loops, choices, empty
 
 
 def _named_coordinates(

@@ -609,7 +609,9 @@ def check_rankable_sites(experiment: ResolvedExperiment, node: ast.RankedSelecti
     if basis is not None:
         raise PickError(
             f"`{name}` ranks coordinates of `{basis.definition}`, and a pick is of whole sites",
-            f"name the coordinates: `features 0, 3 of {basis.definition}`",
+            "name the numbers: `dims 0, 3`"
+            if basis.definition == ast.STANDARD_BASIS
+            else f"name the coordinates: `features 0, 3 of {basis.definition}`",
         )
     swept = {axis for rule in rules for axis in require_site_targets(rule).axes}
     if not swept and experiment.n_cells > 1:

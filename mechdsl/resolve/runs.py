@@ -12,7 +12,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import UnreadableMeasure
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.positions import NO_REPLY_REASON, AbsentOccurrence, NotInReply
-from mechdsl.diagnostics.rules import UnequalPrompts
+from mechdsl.diagnostics.rules import BadEdit, UnequalPrompts
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
@@ -380,8 +380,9 @@ def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Di
         yield from _check_cache_edit(rule, generation)
         return
     steps = [] if rule.steps is None else list(rule.steps.values.values())
-    if any(each != (0, 0) for each in steps) and len(rule.positions.newest) < len(
-        rule.positions.written
+    if any(each != (0, 0) for each in steps) and any(
+        key not in rule.positions.newest and any(run for row in cell.hits for run in row)
+        for key, cell in rule.positions.written.items()
     ):
         assert said.during is not None
         yield _bad_steps(
@@ -672,6 +673,9 @@ def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> 
         if targets is not None:
             every = (point for here in targets.points.values() for point in here)
             points = tuple(dict.fromkeys(every))
+            if not points:
+                work.diagnostics.append(_nothing_to_save(save))
+                return None
     cells, problems = resolve_positions(
         save.at,
         work.table,
@@ -703,6 +707,16 @@ def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> 
         )
         work.diagnostics.append(problem)
     return found
+
+
+def _nothing_to_save(save: spec.Save) -> BadEdit:
+    """Return E0332 for a pick of no site."""
+    return BadEdit(
+        span=save.site.span,
+        reason="there would be nothing to save",
+        what="it selects no site",
+        hint="select at least one: `top 1 of …`",
+    )
 
 
 def _metric(said: spec.Measure, run: str, context: MeasureContext) -> ResolvedMeasure | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, TypeAlias
@@ -583,29 +583,54 @@ def fill_empty_picks(
     if sources is not None:
         read = next((p for p in sources.values() if p), some)
         sources = {key: here or read for key, here in sources.items()}
-    axes = (*positions.axes, *(a for a in sites.axes if a not in positions.axes))
-    sizes = {axis: 1 + max(key[i] for key in sites.points) for i, axis in enumerate(sites.axes)}
-    more = axes[len(positions.axes) :]
+    empty = [key for key, here in sites.points.items() if not here]
+    positions = remove_tokens(positions, sites.axes, sites.points, empty)
+    labels = {key: label if sites.points[key] else "nothing" for key, label in sites.labels.items()}
+    return (
+        replace(sites, points=points, labels=labels, sources=sources),
+        positions,
+    )
+
+
+def remove_tokens(
+    positions: PositionTargets,
+    axes: tuple[str, ...],
+    keys: Iterable[AxisIndices],
+    empty: Collection[AxisIndices],
+) -> PositionTargets:
+    """Remove the tokens of some combinations of further axes, which then write nothing.
+
+    Args:
+        axes: The further axes, which may include axes of the positions.
+        keys: All combinations of their values.
+        empty: Those without tokens.
+    """
+    ends = [max(column) + 1 for column in zip(*keys, strict=True)]
+    sizes = dict(zip(axes, ends, strict=True)) if axes else {}
+    every_axis = (*positions.axes, *(axis for axis in axes if axis not in positions.axes))
+    more = every_axis[len(positions.axes) :]
     written: dict[AxisIndices, PositionCell] = {}
     read_at: dict[AxisIndices, PositionCell] = {}
     newest: set[AxisIndices] = set()
     for before in positions.written:
         for behind in product(*(range(sizes[axis]) for axis in more)):
             key = (*before, *behind)
-            at = dict(zip(axes, key, strict=True))
-            empty = not sites.points[tuple(at[axis] for axis in sites.axes)]
+            at = dict(zip(every_axis, key, strict=True))
+            without = tuple(at[axis] for axis in axes) in empty
             for cells, into in ((positions.written, written), (positions.read, read_at)):
                 cell = cells[before]
-                into[key] = _without_tokens(cell) if empty else cell
-            if before in positions.newest and not empty:
+                into[key] = _without_tokens(cell) if without else cell
+            if before in positions.newest and not without:
                 newest.add(key)
     count = len(positions.axes)
     every = frozenset(key for key in newest if key[:count] in positions.every)
-    expanded = {"written": written, "read": read_at, "newest": frozenset(newest), "every": every}
-    labels = {key: label if sites.points[key] else "nothing" for key, label in sites.labels.items()}
-    return (
-        replace(sites, points=points, labels=labels, sources=sources),
-        replace(positions, axes=axes, **expanded),
+    return replace(
+        positions,
+        axes=every_axis,
+        written=written,
+        read=read_at,
+        newest=frozenset(newest),
+        every=every,
     )
 
 

@@ -434,6 +434,11 @@ class SiteTargets(Record):
     missing: frozenset[AxisIndices] = frozenset()
     """Keys of which `except` leaves no point."""
 
+    @property
+    def has_empty_picks(self) -> bool:
+        """Whether some cell that exists has no point, because a pick is empty."""
+        return any(not here for key, here in self.points.items() if key not in self.missing)
+
 
 @record
 class PositionTargets(Record):

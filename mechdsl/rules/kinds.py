@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from mechdsl.base.records import Registry
 from mechdsl.diagnostics.experiments import BadPick
-from mechdsl.diagnostics.rules import UnequalPrompts, UnevenPositions
+from mechdsl.diagnostics.rules import BadEdit, UnequalPrompts, UnevenPositions
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.resolve.runs import RuleKind
@@ -143,6 +143,16 @@ def rule_kind(words: str) -> Callable[[type[RuleKind]], type[RuleKind]]:
     return register
 
 
+def nothing_to_observe(rule: spec.Rule, what: str = "site") -> BadEdit:
+    """Return E0332 for an observation whose pick is empty in some cell."""
+    return BadEdit(
+        span=rule.span,
+        reason="there would be nothing to observe",
+        what=f"one of its cells selects no {what}",
+        hint="select at least one: `top 1 of …`",
+    )
+
+
 def resolve_targets(
     rule: spec.Rule,
     run: str,
@@ -159,6 +169,9 @@ def resolve_targets(
         axes = (*axes, *more)
     for axis in axes:
         work.add_axis(axis)
+    if rule.observed is not None and sites is not None and sites.has_empty_picks:
+        work.diagnostics.append(nothing_to_observe(rule))
+        return None, None
     return fill_empty_picks(
         sites, resolve_rule_positions(rule, run, work, apart, exchanged=exchanged)
     )

@@ -181,6 +181,7 @@ def _pair_sites(written: SiteTargets, read: SiteTargets) -> SiteTargets:
     points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
     sources: dict[AxisIndices, tuple[SitePoint, ...]] = {}
     labels: dict[AxisIndices, str] = {}
+    missing: set[AxisIndices] = set()
     for to, of in product(written.points, read.points):
         along = dict(zip(written.axes, to, strict=True))
         there = dict(zip(read.axes, of, strict=True))
@@ -188,11 +189,18 @@ def _pair_sites(written: SiteTargets, read: SiteTargets) -> SiteTargets:
             continue
         key = (*to, *(there[name] for name in extra))
         points[key] = written.points[to]
+        if to in written.missing or of in read.missing:
+            missing.add(key)
         own = read.points[of]
         sources[key] = own * len(points[key]) if len(own) == 1 else own
         labels[key] = f"{read.labels[of]} → {written.labels[to]}"
     return replace(
-        written, axes=(*written.axes, *extra), points=points, sources=sources, labels=labels
+        written,
+        axes=(*written.axes, *extra),
+        points=points,
+        sources=sources,
+        labels=labels,
+        missing=frozenset(missing),
     )
 
 

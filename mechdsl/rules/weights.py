@@ -197,6 +197,9 @@ def _written_sites(units: SiteTargets) -> SiteTargets:
     for key, here in units.points.items():
         sources[key] = tuple(dict.fromkeys(replace(point, unit=None) for point in here))
         points[key] = tuple(replace(p, site=NEXT_MAPS[p.site]) for p in sources[key])
+        if not here:
+            labels[key] = "nothing"
+            continue
         whole = any(point.unit is None for point in here)
         label = label_points(points[key] if whole else here)
         labels[key] = f"weights of {label if whole else label.rpartition('.')[0]}"

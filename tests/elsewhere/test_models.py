@@ -373,3 +373,28 @@ def test_several_models_on_both_sides(folder: Path) -> None:
             assert error < 1e-4
             continue
         same(found.measures[0], expected, slice(cell, cell + 1))
+
+
+def test_the_run_of_its_own_model_is_its_clean_run(folder: Path) -> None:
+    """In an observation and in a saved file, of one of several models and alone."""
+    both = models("gpt2", "m", "tuned")
+    seen = "observe norm resid_post layer 1 {}at last token as {}"
+    text = experiment("both", "prompts p", seen.format("of tuned ", "x"), stats="").replace(
+        "  model m\n", "  model m, tuned\n"
+    )
+    text += "".join(
+        experiment(
+            name, "prompts p", seen.format(run, f"{name}_norm"), line.format(run), stats=""
+        ).replace("  model m\n", "  model tuned\n")
+        for name, run, line in (
+            ("own", "of tuned ", 'save resid_post layer 1 {}at last token to "a.safetensors"'),
+            ("plain", "", 'save resid_post layer 1 {}at last token to "b.safetensors"'),
+        )
+    )
+    result, problems = attempt(text, folder, both)
+    assert result is not None, problems
+    found = {each.name: each.measures[0].patched for each in result.experiments}
+    np.testing.assert_allclose(found["own"], found["plain"])
+    files = {each.path.name: load_file(each.path) for each in result.saved}
+    first, second = (files[f"{name}.safetensors"]["resid_post.layer1"] for name in "ab")
+    assert torch.equal(first, second)

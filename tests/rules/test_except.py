@@ -382,3 +382,46 @@ def test_a_basis_is_left_out_of_its_definition(data: Path) -> None:
     agree(found, ("layer",), expected, unpatched("llama"), most=False)
     of_layer = "ablate resid_post layer 1 in basis b at last token with zero"
     assert codes(basis + experiment("e", of_layer), data) == ["E0342"]
+
+
+def values(text: str, data: Path) -> dict[str, np.ndarray]:
+    found = run_file(text, data, "llama", "planned")
+    return {name: each.measures[0].patched for name, each in found.items()}
+
+
+def test_weights_of_the_others(data: Path) -> None:
+    """Each remaining head has a cell, equal to a rule on this head alone."""
+    rule = "scale weights of attn_out layer 1 {} by 0"
+    text = experiment("swept", rule.format("head * except 1"))
+    text += "".join(experiment(f"h{n}", rule.format(f"head {n}")) for n in (0, 2, 3))
+    found = values(text, data)
+    assert len(found["swept"]) == 3
+    for own, head in zip(found["swept"], (0, 2, 3), strict=True):
+        assert np.abs(own - found[f"h{head}"][0]).max() < 1e-6
+
+
+def test_readings_written_to_the_others(data: Path) -> None:
+    """A cell that `except` leaves out stays out for each value of what is read."""
+    rule = "set z layer 1 head {} at last token to value(z layer {} head 0)"
+    text = experiment("swept", f"for l in 0..1 {{ {rule.format('* except 2', 'l')} }}")
+    text += "".join(
+        experiment(f"l{layer}h{head}", rule.format(head, layer))
+        for layer in (0, 1)
+        for head in (0, 1, 3)
+    )
+    found = values(text, data)
+    assert len(found["swept"]) == 6
+    alone = [found[f"l{layer}h{head}"][0] for layer in (0, 1) for head in (0, 1, 3)]
+    assert np.abs(found["swept"] - np.stack(alone)).max() < 1e-6
+
+
+def test_integrated_gradients_of_the_others(data: Path) -> None:
+    """They equal those of a list of the same heads: no two cells write the same vector."""
+    lines = "using integrated_gradients(steps: 4)"
+    text = "".join(
+        experiment(name, f"ablate layer 1 head {heads} at last token with zero", lines)
+        for name, heads in (("left", "* except 1"), ("listed", "0, 2, 3"))
+    )
+    found = values(text, data)
+    assert found["left"].shape == found["listed"].shape
+    assert np.abs(found["left"] - found["listed"]).max() < 1e-6

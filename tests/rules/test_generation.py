@@ -269,6 +269,17 @@ def test_cells_next_to_one_that_is_left_out(at: str, data: Path) -> None:
     assert changed >= 3
 
 
+def test_steps_of_cells_next_to_one_that_is_left_out(data: Path) -> None:
+    rule = "scale z layer 1 head * except 1 at last token by -3 during step 1..3"
+    text = experiment("e", rule, f"generate {TOKENS}", measure="measure length as raw")
+    found = run_file(text, data, "llama", "planned", precise=True)["e"]
+    assert [cell.coords["head"] for cell in found.cells] == [0, 2, 3]
+    for cell, head in enumerate((0, 2, 3)):
+        case = Case(rule, LAST, scaled("z", 1, -3.0, head), first=1, last=3)
+        wanted = [written("llama", n, [case]) for n in range(len(rows()))]
+        assert replies(found, cell) == wanted
+
+
 def test_picks_of_any_number(data: Path) -> None:
     """The first pick has no head, the others act at every step, also on attention edges."""
     ranked = experiment("ranked", "ablate layer 1 head * at tokens * with zero")

@@ -883,3 +883,21 @@ def test_heads_with_a_norm_behind_them_are_refused(data: Path) -> None:
     assert "E0108" in codes(text, data, "gemma2")
     fine = experiment("e", f"observe direct_logit attn_out layer 0 {DIRECT}", measure="")
     assert run_file(fine, data, "gemma2", "planned")
+
+
+@pytest.mark.parametrize(
+    ("what", "place"),
+    [
+        ("norm", "last token"),
+        ("norm", "reply token 1"),
+        ("rank", "last token"),
+    ],
+)
+def test_a_pick_of_nothing_is_refused(what: str, place: str, data: Path) -> None:
+    ranked = experiment("r", "ablate layer 1 head * at last token with zero")
+    line = f"for k in 0..1 {{ observe {what} top k of r at {place} as x }}"
+    lines = [line, *(["generate 2"] if "reply" in place else [])]
+    text = ranked + experiment("seen", *lines, measure="", stats="")
+    result, found = try_file(text, data, "llama")
+    assert [each.code for each in found if each.severity == "error"] == ["E0332"]
+    assert result is None or "seen" not in [each.name for each in result.experiments]

@@ -63,6 +63,50 @@ def test_a_loop_over_their_number(folder: Path) -> None:
         assert np.abs(own - alone[0]).max() < 1e-6
 
 
+def test_none_of_them(folder: Path) -> None:
+    """A pick of 0 features changes nothing, next to picks of more; in replies, too."""
+    rule = f"for k in 0..2 {{ ablate features top k of seen {AT} }}"
+    found = run_file(BASIS + SEEN + experiment("e", rule), folder, FAMILY, "planned")["e"]
+    data = found.measures[0]
+    assert np.abs(data.patched[0] - data.base).max() < 1e-6
+    order = ranked(folder)
+    for own, count in zip(data.patched[1:], (1, 2), strict=True):
+        numbers = ", ".join(map(str, order[:count]))
+        alone = ran(f"ablate features {numbers} {AT}", folder, before="")
+        assert np.abs(own - alone[0]).max() < 1e-6
+    assert np.abs(ran(f"ablate features top 0 of seen {AT}", folder) - data.base).max() < 1e-6
+    replies = [rule, "generate 3"]
+    text = BASIS + SEEN + experiment("e", *replies, measure="measure length as raw", stats="")
+    written = run_file(text, folder, FAMILY, "planned")["e"].replies
+    none = {row: own[0].ids for row, own in written.cells[0].items()}
+    assert none == {row: own[0].ids for row, own in written.runs["clean"].items()}
+
+
+def test_saving_no_site_is_refused(folder: Path) -> None:
+    ranked = experiment("r", "ablate layer 1 head * at last token with zero")
+    line = 'save top 0 of r at last token to "n.safetensors"'
+    _, found = try_file(ranked + experiment("e", line, measure="", stats=""), folder, FAMILY)
+    assert [each.code for each in found if each.severity == "error"] == ["E0332"]
+    assert not (folder / "n.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "patch features top 0 of seen of f at last token with feature 1 of g",
+        "ablate features top 0 of seen of f at last token with zero without error",
+        'save top 2 rows of features top 0 of seen of f at last token to "r.jsonl"',
+    ],
+)
+def test_none_of_them_in_place_of_others_is_refused(line: str, folder: Path) -> None:
+    bases = BASIS + f'basis g = sae("sae") at resid_post layer {LAYER}\n'
+    measure = {"measure": "", "stats": ""} if line.startswith("save") else {}
+    result, found = try_file(bases + SEEN + experiment("e", line, **measure), folder, FAMILY)
+    errors = [each.code for each in found if each.severity == "error"]
+    assert errors == ["E0342"]
+    assert result is None or "e" not in [each.name for each in result.experiments]
+
+
 def test_beside_numbers_and_shares(folder: Path) -> None:
     """`best`, a percentage and numbers may be listed together; each feature is there once."""
     order = ranked(folder)

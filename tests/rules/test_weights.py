@@ -726,3 +726,22 @@ def test_answers_after_a_run_with_other_weights(data: Path) -> None:
         measure="measure logprob(answer) as raw",
     )
     assert codes(text, data) == ["E0344"]
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        "scale weights of top 1 of r by 0",
+        "scale weights of attn_out layer 1 head * except top 1 of r by 0",
+        "project out u[best of r] from weights",
+    ],
+)
+def test_edits_of_a_model_that_need_results_are_refused(edits: str, data: Path) -> None:
+    """`validate` accepted them, and the run ended with an internal error."""
+    text = 'direction u = unembedding(" w3", " w9") at resid_post layer *\n'
+    text += f"model cured = m with {{ {edits} }}\n"
+    text += experiment("r", "ablate layer 1 head * at last token with zero")
+    text += experiment("e").replace("model m", "model cured")
+    result, found = try_file(text, data, "llama")
+    assert "E0344" in [each.code for each in found if each.severity == "error"]
+    assert result is None

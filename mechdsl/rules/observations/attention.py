@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.diagnostics.names import BadArgument
-from mechdsl.diagnostics.rules import BadEdit
 from mechdsl.images.processing import PatchLayout
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
@@ -30,6 +29,7 @@ from mechdsl.resolve.types import (
     SiteTargets,
 )
 from mechdsl.rules.attention import EdgeIntervention, resolve_edge
+from mechdsl.rules.kinds import nothing_to_observe
 from mechdsl.rules.observations.registry import (
     ObservationKind,
     SiteObservation,
@@ -202,14 +202,7 @@ class AttentionWeight(ObservationKind, EdgeIntervention):
         found = resolve_edge(rule, self, None, work)
         if found is None or found.sites is None or "nothing" not in found.sites.labels.values():
             return found
-        work.diagnostics.append(
-            BadEdit(
-                span=rule.span,
-                reason="there would be nothing to observe",
-                what="one of its cells selects no head",
-                hint="select at least one: `top 1 of …`",
-            )
-        )
+        work.diagnostics.append(nothing_to_observe(rule, "head"))
         return None
 
     def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
