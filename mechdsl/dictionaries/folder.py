@@ -154,6 +154,13 @@ class DictionaryFile(Record):
         return self.architecture in SEPARATE
 
     @property
+    def not_writable(self) -> str:
+        """Why rules can't change its features, after "the features of a"; empty if they can."""
+        if self.crosses_layers:
+            return "cross-layer transcoder write to several layers"
+        return "temporal SAE depend on the preceding tokens" if self.context_layers else ""
+
+    @property
     def context_products(self) -> int:
         """Multiply-adds of what the preceding vectors predict of a vector, without attention
         weights."""

@@ -495,9 +495,7 @@ def _argument_basis(
             "an object of a Python file shows no directions",
             "name a basis with directions, or a dictionary of a folder",
         )
-    if isinstance(own, DictionaryFile) and (
-        own.normalization != "none" or own.crosses_layers or own.context_layers
-    ):
+    if isinstance(own, DictionaryFile) and (own.normalization != "none" or own.not_writable):
         raise BasisError(
             name,
             "its features have no fixed directions in the residual stream",
@@ -698,22 +696,16 @@ def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:
 
 
 def _check_writable(site: ast.Site, bases: Sequence[PointBases]) -> None:
-    """Check that features write to one layer, and depend on one vector."""
-    operands = [member.operand for points in bases for member in points.values()]
-    if any(isinstance(each, DictionaryFile) and each.crosses_layers for each in operands):
-        raise BasisError(
-            site,
-            "the features of a cross-layer transcoder write to several layers, so no rule "
-            "changes them",
-            "use transcoders of single layers, or only look: `observe features of …`",
-        )
-    if any(isinstance(each, DictionaryFile) and each.context_layers for each in operands):
-        raise BasisError(
-            site,
-            "the features of a temporal SAE depend on the preceding tokens, so no rule changes "
-            "them",
-            "use an SAE that encodes one vector at a time, or only look: `observe features of …`",
-        )
+    """Check that rules can change the features of dictionaries."""
+    for member in (member for points in bases for member in points.values()):
+        refused = member.operand.not_writable if isinstance(member.operand, DictionaryFile) else ""
+        if refused:
+            hint = "use a dictionary of one vector and one layer, or only look: "
+            raise BasisError(
+                site,
+                f"the features of a {refused}, so no rule changes them",
+                f"{hint}`observe features of …`",
+            )
 
 
 def _check_all_features(
