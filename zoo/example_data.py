@@ -113,7 +113,7 @@ def items() -> list[Record]:
             "sequence": name,
             "value": value,
             "units": value % 10,
-            "fifth": of.items[5 - of.first],
+            "item_of_five": of.items[5 - of.first],
         }
         for name, of in SEQUENCES.items()
         if name != "numerals"

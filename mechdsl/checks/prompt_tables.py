@@ -26,7 +26,7 @@ from mechdsl.program.directions import FitRows, fit_rows_of_experiment
 from mechdsl.program.images import IMAGE_SPAN, averaged_block
 from mechdsl.program.prompts import used_corruptions
 from mechdsl.program.python_functions import PythonMode, prompt_functions
-from mechdsl.program.saves import unstreamed
+from mechdsl.program.saves import report_streamed_use
 from mechdsl.program.spec import CLEAN, RepliesOf
 from mechdsl.prompts.answers import LabelNaming
 from mechdsl.prompts.block import PromptsBlock
@@ -525,7 +525,7 @@ class FileContexts:
             limit = None
         elif self.program.prompts[name].streamed:
             block = self.program.prompts[name]
-            self.diagnostics.append(unstreamed(block, block.span))
+            self.diagnostics.append(report_streamed_use(block, block.span))
         labels = labels or self._labels(name, model.shape)
         key = (name, id(model.tokenizer), model.shape.max_positions, labels, limit, part)
         tables = self._tables.setdefault(key, {})
@@ -800,7 +800,7 @@ class FileContexts:
             return None, []
         model, other = self.models.reading(prompts, model), self.program.prompts[prompts]
         if other.streamed:
-            return None, [unstreamed(other, run.span)]
+            return None, [report_streamed_use(other, run.span)]
         if (problem := check_input_kind(other, model)) is not None:
             return None, [problem]
         if other.kind != self.program.prompts[table.name].kind:

@@ -263,7 +263,7 @@ class UnpairedPositions(Diagnostic):
 
 @keyword_record
 class BadEdit(Diagnostic):
-    """A number that attention can't be set to."""
+    """An impossible edit of attention, or a selection that leaves nothing to observe or save."""
 
     code = "E0332"
     title = "{reason}"

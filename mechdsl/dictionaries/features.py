@@ -162,7 +162,7 @@ class MatchingPursuitEncoder(Encoder):
 
 @encoder("temporal")
 class TemporalEncoder(Encoder):
-    """ReLU of a linear map of what the preceding vectors don't predict, and the k largest."""
+    """The k largest ReLU features of the part of a vector that preceding vectors don't predict."""
 
     def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
         found = _temporal_codes(weights, vectors)
@@ -246,7 +246,7 @@ class Dictionary:
         return self.file.context_layers > 0
 
     def remove_predicted(self, vectors: Tensor) -> Tensor:
-        """Return [T, width]: what preceding vectors don't predict of vectors, with their scale.
+        """Return [T, width]: the unpredicted part of each vector, scaled.
 
         Args:
             vectors: [T, width] all vectors of a row, from its first token on.

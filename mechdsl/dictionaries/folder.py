@@ -138,7 +138,7 @@ class DictionaryFile(Record):
     context_heads: int = 1
     """Heads of each of these layers."""
     context_width: int = 0
-    """Numbers of their queries and keys, all heads together."""
+    """Width of their queries and keys over all heads."""
     scale: float = 1.0
     """Temporal: factor of the vectors before they are encoded."""
     model: str | None = None
@@ -154,7 +154,7 @@ class DictionaryFile(Record):
         return self.architecture in SEPARATE
 
     @property
-    def not_writable(self) -> str:
+    def write_obstacle(self) -> str:
         """Why rules can't change its features, after "the features of a"; empty if they can."""
         if self.crosses_layers:
             return "cross-layer transcoder write to several layers"
@@ -162,15 +162,14 @@ class DictionaryFile(Record):
 
     @property
     def context_products(self) -> int:
-        """Multiply-adds of what the preceding vectors predict of a vector, without attention
-        weights."""
+        """Multiply-adds of the prediction of one vector, without attention weights."""
         layer = 2 * self.features * (self.width_in + self.context_width + self.features)
         return self.context_layers * layer
 
     @property
     def adds_bias(self) -> bool:
         """Whether the reconstruction has the decoder's bias."""
-        if self.context_layers:  # of what isn't predicted, from which the bias is subtracted
+        if self.context_layers:  # SAELens adds the bias only to untied weights
             return not self.subtracts_bias and "W_enc" in self.tensors
         return self.subtracts_bias or self.architecture != "matching_pursuit"
 
@@ -490,12 +489,12 @@ def _checked(
     """Check the shapes of the tensors, and create the record.
 
     Args:
-        more: Shapes of tensors beyond those of the architecture; that of `W_enc` is known.
+        more: Shapes of tensors beyond those of the architecture; that of `W_enc` is ignored.
     """
     architecture: Architecture = facts["architecture"]
     more = more or {}
     wanted = (*TENSORS[architecture], *([SKIP] if facts.get("skips") else []), *more)
-    names = _find_tensors(file, written, wanted, architecture)
+    names = _match_renamed_tensors(file, written, wanted, architecture)
     decoder = file.shapes["W_dec"]
     if len(decoder) != 2:
         raise UnreadableFile(
@@ -536,7 +535,7 @@ def _checked(
     )
 
 
-def _find_tensors(
+def _match_renamed_tensors(
     file: SafetensorsFile, written: str, wanted: Sequence[str], architecture: Architecture
 ) -> dict[str, str]:
     """Return the tensors that the file has under another name. Raises UnreadableFile."""

@@ -400,7 +400,7 @@ class DirectionFits:
             match member.operand:
                 case FittedBasis() as own:
                     ((read_rows,),) = self._read[id(own)]
-                    return torch.from_numpy(read_rows.class_means())
+                    return torch.from_numpy(read_rows.basis_operand())
                 case JacobianBasis() as own:
                     return self._jacobians(own)
                 case SpannedBasis(vectors=vectors):
@@ -563,7 +563,7 @@ class _RowVectors:
         assert self._total is not None
         return (self._total / self.count).numpy()
 
-    def class_means(self) -> Floats:
+    def basis_operand(self) -> Floats:
         """Return [class, width] means of the rows with each target; without targets, the rows."""
         if not self.sample.targets:
             return self.matrix()

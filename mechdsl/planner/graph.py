@@ -224,7 +224,7 @@ class SaveNode:
 
     experiment: str
     read: ReadNode | MeasureNode | DirectionNode
-    """The metric, for its gradients."""
+    """A metric node: the file has its gradients."""
     file: str
 
 

@@ -44,9 +44,9 @@ from mechdsl.planner.plan import (
     build_save_panel,
     build_save_reads,
     count_save_sweeps,
-    gradient_batches,
     plan_save_layout,
     read_batches,
+    split_gradient_batches,
 )
 from mechdsl.program.spec import Generation
 from mechdsl.prompts.rows import PromptTable
@@ -405,11 +405,11 @@ def _of_gradients(
     """Return the size of a file of gradients, and the cost of their passes.
 
     A backward pass costs as much as a forward pass: activations have gradients, weights have none.
-    Each text of several tokens has a pass of its own, whose tokens after the prompt aren't counted.
+    Each text of several tokens needs a separate pass, whose tokens after the prompt aren't counted.
     """
     assert save.gradient is not None
     shape, run = experiment.model.shape, panel.table.runs[save.run]
-    batches = len(gradient_batches(shape, save, run, prompt_tokens))
+    batches = len(split_gradient_batches(shape, save, run, prompt_tokens))
     texts = sum(any(atom.behind) for atom in save.gradient.atoms)
     passes = texts + (texts < len(save.gradient.atoms))
     cost = replace(2 * passes * run_cost(shape, run, None), forwards=passes * batches)

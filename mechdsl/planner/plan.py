@@ -903,7 +903,7 @@ def read_batches(
     return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
 
-def gradient_batches(
+def split_gradient_batches(
     shape: ModelShape, save: ResolvedSave, run: PromptRun, tokens: int = PROMPT_TOKENS
 ) -> list[Ints]:
     """Split all prompts into batches for a `save gradient` line.

@@ -279,7 +279,9 @@ class ClassMeans(_WithDims):
 
     def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
         dims = f"{options['dims']} principal components of the " if "dims" in options else ""
-        return f"{dims}{'' if dims else 'span of the '}means of {operand}, centred at their mean"
+        return (
+            f"{dims}{'' if dims else 'span of the '}class means of {operand}, centred at their mean"
+        )
 
     def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
         from mechdsl.fits.geometry import pca

@@ -243,7 +243,7 @@ def _part(
     """Reduce the experiment to one of its results; only one of them `saves` files.
 
     Args:
-        own: Runs of its own model, each of which is its clean run.
+        own: Names of runs of the experiment's model; each means its clean run.
     """
     rules, seen = experiment.rules, part.observed
     changed: dict[str, object] = {}

@@ -71,7 +71,8 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
     _circles(ranked, scope)
     for edits in parts.edits.values():
         for node in islice(_ranked(edits, parts), 1):
-            reason = f"its edits depend on results of `{node.of}`, and a model is made before them"
+            reason = f"its edits depend on results of `{node.of}`, but a model is built before "
+            reason += "experiments run"
             hint = "name the sites or the direction, or write the rules in an experiment"
             scope.diagnostics.append(BadWeights(span=edits.span, reason=reason, hint=hint))
     return [

@@ -282,7 +282,7 @@ def note_compared_models(metric: ast.Expr, prompts: spec.Prompts, work: Statemen
     """Note the runs of other models that a metric compares with: `kl(tuned)`."""
     own = {ref.name for use in work.models for ref in use.models}
     taken = {CLEAN, *work.known_runs, *(each.name for each in prompts.corruptions)} | own
-    if len(own) > 1:  # a run of one of several compared models isn't another run for all of them
+    if len(own) > 1:  # one model's run would be its own clean run in one variant
         return
     calls = (node for node in walk(metric) if isinstance(node, ast.Call))
     for call in calls:

@@ -89,10 +89,10 @@ def _reject_unstreamed(work: Statements, prompts: spec.Prompts) -> None:
             ):
                 continue
             case _:
-                work.diagnostics.append(unstreamed(prompts, statement.span))
+                work.diagnostics.append(report_streamed_use(prompts, statement.span))
 
 
-def unstreamed(prompts: spec.Prompts, span: Span) -> BadArgument:
+def report_streamed_use(prompts: spec.Prompts, span: Span) -> BadArgument:
     """Return E0207 for a use of rows that are read in parts."""
     return BadArgument(
         span=span,

@@ -578,7 +578,7 @@ class Save(Spec):
     rows: int | None = None
     """Number of rows that are saved for each feature, instead of vectors."""
     gradient: Measure | None = None
-    """The metric whose gradients by the site are saved, instead of its vectors."""
+    """The metric whose gradients with respect to the site are saved, instead of its vectors."""
 
     @property
     def what(self) -> str:

@@ -495,7 +495,13 @@ def _argument_basis(
             "an object of a Python file shows no directions",
             "name a basis with directions, or a dictionary of a folder",
         )
-    if isinstance(own, DictionaryFile) and (own.normalization != "none" or own.not_writable):
+    if isinstance(own, DictionaryFile) and own.write_obstacle:
+        raise BasisError(
+            name,
+            f"the features of a {own.write_obstacle}",
+            "name a dictionary whose features depend on one vector of one layer",
+        )
+    if isinstance(own, DictionaryFile) and own.normalization != "none":
         raise BasisError(
             name,
             "its features have no fixed directions in the residual stream",
@@ -698,13 +704,13 @@ def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:
 def _check_writable(site: ast.Site, bases: Sequence[PointBases]) -> None:
     """Check that rules can change the features of dictionaries."""
     for member in (member for points in bases for member in points.values()):
-        refused = member.operand.not_writable if isinstance(member.operand, DictionaryFile) else ""
-        if refused:
-            hint = "use a dictionary of one vector and one layer, or only look: "
+        own = member.operand
+        if isinstance(own, DictionaryFile) and own.write_obstacle:
             raise BasisError(
                 site,
-                f"the features of a {refused}, so no rule changes them",
-                f"{hint}`observe features of …`",
+                f"the features of a {own.write_obstacle}, so rules can't change them",
+                "use a dictionary whose features depend on one vector of one layer, or observe the "
+                "features: `observe features of …`",
             )
 
 

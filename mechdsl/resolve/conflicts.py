@@ -46,6 +46,8 @@ NO_ESTIMATE_HINT = "remove `using`, so that each cell is run"
 FLAT_UNITS = ("rank", "share")
 """Units of metrics that are piecewise constant."""
 
+PATH_HINT = ", or write `using integrated_gradients`"
+
 _EXTREMAL_METRICS = ("kl", "js", "cosine")
 """Metrics that have an extremum where a run is compared with itself."""
 
@@ -75,8 +77,8 @@ def check_saved_gradients(experiment: ResolvedExperiment) -> Iterator[Diagnostic
         flat = sorted({point.site for point in save.points} & {*SITES_WITHOUT_GRADIENT})
         span, what, reason, hint = said.span, "", "", ""
         if flat:
-            span, what = said.site.span, f"by `{flat[0]}`"
-            reason = "gradients aren't computed there"
+            span, what = said.site.span, f"with respect to `{flat[0]}`"
+            reason = "mechdsl doesn't compute gradients at this site"
             hint = "name a site such as `resid_post`, `z` or `mlp_out`"
         elif run.derived is not None:
             what, reason = f"the run `{save.run}`", "it has rules"
@@ -89,6 +91,7 @@ def check_saved_gradients(experiment: ResolvedExperiment) -> Iterator[Diagnostic
             none = _without_gradient(save.gradient, save.run, at_base=True)
             if none is not None:
                 span, what, reason, hint = said.gradient.metric.span, f"`{none[0]}`", *none[1:]
+                hint = hint.replace(PATH_HINT, "")  # a saved gradient has no path
         if what:
             yield NoEstimate(
                 span=span,
@@ -204,7 +207,7 @@ def _check_joint_moves(rule: ResolvedRule, said: spec.Estimator) -> Iterator[Dia
     for part, word in ((own.into_layer, "into layer"), (own.onto, "onto")):
         if part is not None:
             yield _no_estimate(said, part.span, f"`{word}`", reason, hint)
-    # With sites left out in some cells, all others have the same positions.
+    # Cells with excluded sites share one position object, which doesn't overlap itself.
     if _overlap(list({id(cell): cell for cell in rule.positions.written.values()}.values())):
         yield _no_estimate(said, own.at.span, "positions that overlap", reason, hint)
 
@@ -263,7 +266,7 @@ def _without_gradient(
             return text, f"gradients of `{atom.point.site}` aren't computed", hint
         if at_base and atom.run == run and atom.name in _EXTREMAL_METRICS:
             reason = f"it is compared with `{atom.run}`, where its gradient is 0"
-            return text, reason, "compare with another run, or write `using integrated_gradients`"
+            return text, reason, f"compare with another run{PATH_HINT}"
     return None
 
 

@@ -609,7 +609,7 @@ def check_rankable_sites(experiment: ResolvedExperiment, node: ast.RankedSelecti
     if basis is not None:
         raise PickError(
             f"`{name}` ranks coordinates of `{basis.definition}`, and a pick is of whole sites",
-            "name the numbers: `dims 0, 3`"
+            "name the dimensions: `dims 0, 3`"
             if basis.definition == ast.STANDARD_BASIS
             else f"name the coordinates: `features 0, 3 of {basis.definition}`",
         )

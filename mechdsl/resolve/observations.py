@@ -234,11 +234,12 @@ class TokenVectors:
     keys: Sequence[bytes]
     """[row] keys as in `RowVectors.keys`."""
     predicted: Floats | None = None
-    """[token, width] what preceding tokens predict, which isn't in `vectors`; None: nothing."""
+    """[token, width] the part that preceding tokens predict; `vectors` excludes it. None: no
+    prediction."""
 
     @property
-    def whole(self) -> Floats:
-        """[token, width] with what preceding tokens predict."""
+    def complete_vectors(self) -> Floats:
+        """[token, width] vectors with the part that preceding tokens predict."""
         return self.vectors if self.predicted is None else self.vectors + self.predicted
 
     def at(self, cell: PositionCell) -> tuple[Ints, Ints]:

@@ -674,7 +674,7 @@ def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> 
             every = (point for here in targets.points.values() for point in here)
             points = tuple(dict.fromkeys(every))
             if not points:
-                work.diagnostics.append(_nothing_to_save(save))
+                work.diagnostics.append(_report_empty_save(save))
                 return None
     cells, problems = resolve_positions(
         save.at,
@@ -709,7 +709,7 @@ def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> 
     return found
 
 
-def _nothing_to_save(save: spec.Save) -> BadEdit:
+def _report_empty_save(save: spec.Save) -> BadEdit:
     """Return E0332 for a pick of no site."""
     return BadEdit(
         span=save.site.span,
@@ -727,7 +727,10 @@ def _metric(said: spec.Measure, run: str, context: MeasureContext) -> ResolvedMe
     if found is None:
         return None
     if said.at is not None and any(labels for labels, _ in found):
-        name, reason = said.at.span.written, "names several positions, each with a value"
+        name, reason = (
+            said.at.span.written,
+            "names several positions, but a saved gradient has one metric",
+        )
         hint = "name one: `item 1 token`, `last-item token`"
         context.diagnostics.append(
             BadArgument(span=said.at.span, name=name, reason=reason, hint=hint)

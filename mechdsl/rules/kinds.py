@@ -143,7 +143,7 @@ def rule_kind(words: str) -> Callable[[type[RuleKind]], type[RuleKind]]:
     return register
 
 
-def nothing_to_observe(rule: spec.Rule, what: str = "site") -> BadEdit:
+def report_empty_observation(rule: spec.Rule, what: str = "site") -> BadEdit:
     """Return E0332 for an observation whose pick is empty in some cell."""
     return BadEdit(
         span=rule.span,
@@ -170,7 +170,7 @@ def resolve_targets(
     for axis in axes:
         work.add_axis(axis)
     if rule.observed is not None and sites is not None and sites.has_empty_picks:
-        work.diagnostics.append(nothing_to_observe(rule))
+        work.diagnostics.append(report_empty_observation(rule))
         return None, None
     return fill_empty_picks(
         sites, resolve_rule_positions(rule, run, work, apart, exchanged=exchanged)

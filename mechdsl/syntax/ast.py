@@ -1139,7 +1139,7 @@ class Save(Node):
     rows: int | str | None = None
     """Number of rows to save for each feature, instead of vectors."""
     gradient: Measure | None = None
-    """The metric whose gradients by the site are saved instead of its vectors."""
+    """The metric whose gradients with respect to the site are saved instead of its vectors."""
 
 
 @record

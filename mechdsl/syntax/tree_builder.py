@@ -779,7 +779,7 @@ class TreeBuilder(Transformer[Token, Any]):
     top_rows = _clause("rows", _second_amount)
 
     def gradient_of(self, c: list[Any]) -> Clause:
-        """A metric, as a measure without an effect."""
+        """A metric, as a `raw` measure."""
         raw = ast.Name("raw", span=_span(c[:1]))
         metric = ast.Measure(c[2], raw, _clauses(c).get("at"), span=_span(c))
         return Clause("gradient", metric, _span(c))

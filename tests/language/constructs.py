@@ -337,8 +337,9 @@ _file(
     "basis: class means",
     "basis b = class_means(count, fruit) at resid_post layer 2 at last token",
     "The subspace that the means of the rows with each value span, centred at the mean of these "
-    "means: one coordinate less than there are values, or `dims: 2`. Each value counts once, "
-    "whatever the number of its rows. The directions are principal components of the means.",
+    "means: one coordinate fewer than there are values; `dims: 2` keeps the first two. Each value "
+    "counts once, whatever the number of its rows. The directions are principal components of the "
+    "means.",
     _BASES,
     "between-class scatter: Fisher 1936, doi 10.1111/j.1469-1809.1936.tb02137.x",
 )
@@ -1813,8 +1814,7 @@ _experiment(
     "Writes the derivative of a metric with respect to every vector of a site, in a run without "
     "rules; files are like those of `save SITE`. `gradient of logit(answer) at last-item token by "
     "…` reads the metric at another position, `save mean of gradient of …` writes the mean over "
-    "rows. One forward and one backward pass serve all sites. A metric without a gradient is "
-    "E0608.",
+    "rows. One backward pass serves all sites. A metric without a gradient is E0608.",
     "tests/rules/test_saved_gradients.py",
     "Simonyan et al. 2014, arXiv 1312.6034",
 )

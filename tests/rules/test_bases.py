@@ -527,7 +527,9 @@ def test_class_means(family: str, mode: str, data: Path) -> None:
     expected = worked_out(family, [(0,), (1,)], scaled, rows(), records())
     agree(found["scaled"], ("feature",), expected, unpatched(family), most=False)
     said = found["scaled"].conventions["basis b"]
-    assert said.startswith("span of the means of `group` in 4 rows of p at last token, centred")
+    assert said.startswith(
+        "span of the class means of `group` in 4 rows of p at last token, centred"
+    )
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def test_cost_and_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("gradient of rank(answer) by embed", "can't differentiate `rank(answer)`: it is a step"),
         ("gradient of logit(answer) > 1 by embed", None),
         ("gradient of kl(clean) by embed", "where its gradient is 0"),
-        ("gradient of logit(answer) by pattern layer 1", "differentiate by `pattern`"),
+        ("gradient of logit(answer) by pattern layer 1", "differentiate with respect to `pattern`"),
         ("gradient of logit(answer) by embed of healed", "the run `healed`: it has rules"),
         ('gradient of python("f.py:f") by embed', None),
         ("gradient of logit(answr) by embed", None),

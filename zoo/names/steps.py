@@ -16,7 +16,7 @@ from zoo.commands import save
 from zoo.names.train import SEED, STEPS, save_tokenizer, train
 
 SAVED = (400,)
-"""Of the steps 50, 100, 200 and so on, the last one before coloured objects are at 1.00."""
+"""The last of steps 50, 100, 200, … at which accuracy on coloured objects is below 1.00."""
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Measures accuracy on texts that training didn't have: `python -m zoo.succession.evaluate`.
+"""Measure accuracy on held-out numerals and on newly sampled texts:
+`python -m zoo.succession.evaluate`.
 
 The successors of some numerals were held out of training. All other rows ask for pairs of item and
-question that training had, among other filler words.
+question that training had, among newly sampled filler words.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ class ActiveRows:
             self._add_batch(found, row.cpu().numpy(), numbers[rows], tokens)
         self.rows += len(numbers)
         self.tokens += len(own.vectors)
-        self._total = self._total + own.whole.sum(0)
-        self._squares += float((own.whole**2).sum())
+        self._total = self._total + own.complete_vectors.sum(0)
+        self._squares += float((own.complete_vectors**2).sum())
 
     def _add_batch(self, found: Tensor, row: Ints, numbers: Ints, tokens: Ints) -> None:
         """Add activations [token, feature] of some rows.

@@ -79,7 +79,7 @@ def observe_features(
             sums.add(rows, -_row_average(found, row, len(rows)))
     features = _largest(sums.scores(), active, does) if does.selects else np.arange(does.count)
     activations = _encode_some(system, own, features, inputs)
-    spread = float(((own.whole - own.whole.mean(0)) ** 2).sum())
+    spread = float(((own.complete_vectors - own.complete_vectors.mean(0)) ** 2).sum())
     findings = FeatureFindings(
         features=tuple(features.tolist()),
         active=int(active.sum()),

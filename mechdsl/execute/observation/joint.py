@@ -26,11 +26,11 @@ from mechdsl.execute.measurement.values import (
 from mechdsl.execute.observation.features import list_raised_tokens, observe_features
 from mechdsl.execute.observation.token_vectors import (
     SiteCombination,
+    extend_to_preceding,
     list_distinct_points,
     read_token_vectors,
     reads_context,
     remove_predicted,
-    with_preceding,
 )
 from mechdsl.execute.observation.weights import WeightObserver
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
@@ -349,8 +349,9 @@ def _iter_tokens(
 ) -> Iterator[tuple[list[int], ObservedTokens]]:
     """(cells of the same sites, all tokens of these cells), of those that have any.
 
-    encoding: a basis and the `inputs` of `remove_predicted`, which applies where the basis reads
-    context.
+    Args:
+        encoding: A basis and the `inputs` of `remove_predicted`, which applies if the basis reads
+            context.
     """
     rule, runs, known = gatherer.rule, gatherer.runs, gatherer.known
     base = runs.named(gatherer.plan.experiment.spec.base)
@@ -388,7 +389,7 @@ def _read_run(
     model = runs.model_of(run)
     if encoding is None or not reads_context(encoding[0]):
         return read_token_vectors(model, run, lanes, wanted, spot, rows, keys, forget)
-    every = with_preceding(spot)
+    every = extend_to_preceding(spot)
     found = read_token_vectors(model, run, lanes, wanted, every, rows, keys, forget)
     system, inputs = encoding
     return {sites: remove_predicted(system, own, spot, inputs) for sites, own in found.items()}

@@ -78,7 +78,7 @@ def reads_context(system: CoordinateSystem | None) -> bool:
     return isinstance(system, Dictionary) and system.reads_context
 
 
-def with_preceding(spot: PositionCell) -> PositionCell:
+def extend_to_preceding(spot: PositionCell) -> PositionCell:
     """Return a position of all tokens up to the last one of another position."""
     last = (max((token for own in row for token in own), default=-1) for row in spot.hits)
     return replace(spot, hits=tuple((tuple(range(n + 1)),) if n >= 0 else () for n in last))
@@ -92,7 +92,7 @@ def remove_predicted(
 
     Args:
         system: A basis that reads context.
-        every: Vectors at all tokens up to the last one of the position: see `with_preceding`.
+        every: Vectors at all tokens up to the last one of the position: see `extend_to_preceding`.
         spot: The position.
         inputs: An empty tensor of the precision and device of the vectors that are encoded.
     """

@@ -1,4 +1,4 @@
-"""Gradients of metrics of an unpatched run: passes that keep what gradients need, and gradients by
+"""Gradients of metrics of an unpatched run: passes with autograd, and gradients with respect to
 sites as vectors (`save gradient of`)."""
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class DrawLanes:
 
 @dataclass(frozen=True, eq=False)
 class DifferentiatedRun:
-    """An unpatched run on one batch of prompts, in passes that keep what gradients need."""
+    """An unpatched run on one batch of prompts, in passes with autograd."""
 
     runs: UnpatchedRuns
     run: PromptRun
@@ -150,10 +150,10 @@ class DifferentiatedRun:
 def read_gradients(
     runs: UnpatchedRuns, run: PromptRun, save: ResolvedSave, batches: Iterable[Ints]
 ) -> Iterator[SiteVectors]:
-    """Read the gradient of a metric by each site at each position, batch by batch.
+    """Read the gradient of a metric with respect to each site, batch by batch.
 
     Zeros are added at the named tokens of every site, and the metric is differentiated with respect
-    to them: one forward pass, and one backward pass, serve all sites. The metric of a row depends
+    to them: one backward pass serves all sites. The metric of a row depends
     on the row's own tokens only, so the gradient of the sum over rows has the gradients of all.
 
     Args:

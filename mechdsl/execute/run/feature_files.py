@@ -20,10 +20,10 @@ from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.observation.active_rows import ActiveRows, FeatureSummary
 from mechdsl.execute.observation.token_vectors import (
+    extend_to_preceding,
     read_token_vectors,
     reads_context,
     remove_predicted,
-    with_preceding,
 )
 from mechdsl.execute.patching.rule_inputs import DerivedRuns
 from mechdsl.execute.run.direction_files import report_not_written
@@ -195,7 +195,7 @@ class _FeatureRows:
         wide = torch.promote_types(model.dtype, torch.float32)
         inputs = torch.empty(0, dtype=wide, device=model.device)
         spot, lanes = join_positions(save.cells), runs.reader(run, points)
-        read = with_preceding(spot) if reads_context(system) else spot
+        read = extend_to_preceding(spot) if reads_context(system) else spot
         there = np.flatnonzero([bool(hits) for hits in spot.hits])
         numbers = np.array(part.table.row_ids, dtype=np.int64)
         due = deque(split_prompts(model, run, points, there, size))

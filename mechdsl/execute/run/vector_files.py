@@ -33,7 +33,7 @@ from mechdsl.execute.vectors import DirectionFits, SiteVectors, read_vectors, sp
 from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.passes import make_plan
-from mechdsl.planner.plan import PROMPT_TOKENS, SaveLayout, build_save_panel, gradient_batches
+from mechdsl.planner.plan import PROMPT_TOKENS, SaveLayout, build_save_panel, split_gradient_batches
 from mechdsl.program.paths import path_to_write
 from mechdsl.prompts.positions.cells import find_reply_tokens
 from mechdsl.prompts.runs import Hits, PositionCell, PromptRun
@@ -162,7 +162,7 @@ def save_vectors(
         if save.gradient is None:
             batches = split_prompts(runs.model_of(run), run, save.points, tokens=size)
         else:
-            batches = gradient_batches(runs.model_of(run).shape, save, run, size)
+            batches = split_gradient_batches(runs.model_of(run).shape, save, run, size)
         found = DerivedRuns.define(panel.derived, runs, batches, fits)[1]
         if found:
             problems += found
@@ -197,7 +197,7 @@ def _report_no_gradient(save: ResolvedSave, said: str) -> NoEstimate:
         span=save.spec.span,
         statement="save gradient",
         verb="differentiate",
-        what=f"`{save.spec.site.span.written}`",
+        what=f"`{save.spec.metric}`",
         reason=f"autograd can't follow the model ({said[:200]})",
         hint="save gradients of a model without in-place operations",
     )

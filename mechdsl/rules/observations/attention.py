@@ -29,7 +29,7 @@ from mechdsl.resolve.types import (
     SiteTargets,
 )
 from mechdsl.rules.attention import EdgeIntervention, resolve_edge
-from mechdsl.rules.kinds import nothing_to_observe
+from mechdsl.rules.kinds import report_empty_observation
 from mechdsl.rules.observations.registry import (
     ObservationKind,
     SiteObservation,
@@ -202,7 +202,7 @@ class AttentionWeight(ObservationKind, EdgeIntervention):
         found = resolve_edge(rule, self, None, work)
         if found is None or found.sites is None or "nothing" not in found.sites.labels.values():
             return found
-        work.diagnostics.append(nothing_to_observe(rule, "head"))
+        work.diagnostics.append(report_empty_observation(rule, "head"))
         return None
 
     def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
