@@ -46,8 +46,6 @@ NO_ESTIMATE_HINT = "remove `using`, so that each cell is run"
 FLAT_UNITS = ("rank", "share")
 """Units of metrics that are piecewise constant."""
 
-PATH_HINT = ", or write `using integrated_gradients`"
-
 _EXTREMAL_METRICS = ("kl", "js", "cosine")
 """Metrics that have an extremum where a run is compared with itself."""
 
@@ -91,7 +89,6 @@ def check_saved_gradients(experiment: ResolvedExperiment) -> Iterator[Diagnostic
             none = _without_gradient(save.gradient, save.run, at_base=True)
             if none is not None:
                 span, what, reason, hint = said.gradient.metric.span, f"`{none[0]}`", *none[1:]
-                hint = hint.replace(PATH_HINT, "")  # a saved gradient has no path
         if what:
             yield NoEstimate(
                 span=span,
@@ -235,20 +232,26 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
                 reason = "no patched run is measured"
                 hint = "measure `as delta`, `as recovery` or `as relative`"
             yield _no_estimate(said, own.effect_span, what, reason, hint)
-        flat = _without_gradient(measure, experiment.spec.base, at_base=said.steps is None)
+        flat = _without_gradient(
+            measure,
+            experiment.spec.base,
+            at_base=said.steps is None,
+            along_path=", or write `using integrated_gradients`",
+        )
         if flat is not None:
             text, reason, hint = flat
             yield _no_estimate(said, own.metric.span, f"`{text}`", reason, hint)
 
 
 def _without_gradient(
-    measure: ResolvedMeasure, run: str, *, at_base: bool
+    measure: ResolvedMeasure, run: str, *, at_base: bool, along_path: str = ""
 ) -> tuple[str, str, str] | None:
     """Return the part of a measure without a gradient in a run, the reason and a hint; None if
     there is none.
 
     Args:
         at_base: Whether the gradient is taken in the run itself, not on a path that begins there.
+        along_path: The end of the hint if there is a way to take it on such a path.
     """
     hint = "measure a logit, a probability or a difference of logits"
     for node in walk(measure.expression):
@@ -266,7 +269,7 @@ def _without_gradient(
             return text, f"gradients of `{atom.point.site}` aren't computed", hint
         if at_base and atom.run == run and atom.name in _EXTREMAL_METRICS:
             reason = f"it is compared with `{atom.run}`, where its gradient is 0"
-            return text, reason, f"compare with another run{PATH_HINT}"
+            return text, reason, f"compare with another run{along_path}"
     return None
 
 
