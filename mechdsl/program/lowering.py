@@ -178,14 +178,10 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
     observed = [_observation(line, loops, prompts, work) for line, loops in work.observed]
     measures = _lower_measures(work, observed)
     saves = () if prompts is None else lower_saves(work, prompts)
-    metrics = [*measures, *(save.gradient for save in saves if save.gradient is not None)]
-    for measure in metrics:
-        if prompts is not None:
-            note_compared_models(measure.metric, prompts, work)
+    note_compared_models(measures, saves, prompts, work)
     saved_directions, statistics = lower_saved_directions(work), lower_statistics(work)
-    against = lower_control(work)
+    against, estimator = lower_control(work), lower_estimator(work)
     generation, replies = lower_generation(work), lower_replies(work)
-    estimator = lower_estimator(work)
     expects = tuple(lower_expectation(e, work) for e in work.expects)
     acting = next(iter(rules.values()))
     results = _list_results(observed, measures, acting, work)
@@ -218,6 +214,18 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
         estimator=estimator,
         generation=generation,
     )
+    return _list_parts(whole, results, combined, rules, derived, work)
+
+
+def _list_parts(
+    whole: spec.Experiment,
+    results: Sequence[ResultSpec],
+    combined: Sequence[Variant],
+    rules: Mapping[str | None, tuple[spec.Rule, ...]],
+    derived: tuple[spec.DerivedRun, ...],
+    work: Statements,
+) -> tuple[spec.Experiment, ...]:
+    """Return the experiment of each result and variant."""
     saving = next((each for each in results if not each.own and not each.apart), results[0])
     return tuple(
         _part(

@@ -6,7 +6,7 @@ combination. Each is resolved, planned and run like any other; the results are c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -278,16 +278,22 @@ COMPARING_METRICS = ("kl", "js", "cosine")
 """Metrics that compare with a run."""
 
 
-def note_compared_models(metric: ast.Expr, prompts: spec.Prompts, work: Statements) -> None:
-    """Note the runs of other models that a metric compares with: `kl(tuned)`."""
+def note_compared_models(
+    measures: Iterable[spec.Measure],
+    saves: Iterable[spec.Save],
+    prompts: spec.Prompts | None,
+    work: Statements,
+) -> None:
+    """Note the runs of other models that metrics compare with: `kl(tuned)`."""
     own = {ref.name for use in work.models for ref in use.models}
+    if prompts is None or len(own) > 1:
+        return  # with several models, one model's run would be its own clean run in one variant
     taken = {CLEAN, *work.known_runs, *(each.name for each in prompts.corruptions)} | own
-    if len(own) > 1:  # one model's run would be its own clean run in one variant
-        return
-    calls = (node for node in walk(metric) if isinstance(node, ast.Call))
-    for call in calls:
-        for argument in call.arguments if call.name in COMPARING_METRICS else ():
-            value = argument.value
+    gradients = (save.gradient for save in saves if save.gradient is not None)
+    for call in (node for each in (*measures, *gradients) for node in walk(each.metric)):
+        if not isinstance(call, ast.Call) or call.name not in COMPARING_METRICS:
+            continue
+        for value in (argument.value for argument in call.arguments):
             named = isinstance(value, ast.Name) and value.id in work.scope.names("model")
             if named and isinstance(value, ast.Name) and value.id not in taken:
                 work.scope.has("model", value.id)

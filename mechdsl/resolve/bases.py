@@ -345,12 +345,6 @@ def resolve_rule(
         _check_all_features(rule, features, bases)
         _check_bases(rule, found, bases)
         axes, coordinates, empty = _coordinates(rule, features, bases[0], work)
-        if empty and (rule.exchanged is not None or rule.drops_error):
-            raise BasisError(
-                rule.site,
-                "one of its cells names no feature",
-                "name at least one: `features top 1 of …`",
-            )
         exchange = _exchanged(rule, found.sites, bases, work)
     except BasisError as problem:
         work.diagnostics.append(problem.diagnostic)
@@ -361,9 +355,9 @@ def resolve_rule(
     labels = {key: f"{label}{within}" for key, label in found.sites.labels.items()}
     every = {key: Coordinates(which) for key, which in coordinates.items()}
     targets = BasisTargets(name, names, tuple(bases), axes, every)
-    positions = found.positions
-    if empty:
-        positions = remove_tokens(positions, axes, coordinates, empty)
+    positions = (
+        remove_tokens(found.positions, axes, coordinates, empty) if empty else found.positions
+    )
     return replace(
         found,
         positions=positions,
@@ -756,6 +750,12 @@ def _coordinates(
         return (), None, none
     whole = tuple(range(sizes[0])) if len(sizes) == 1 else None
     empty = frozenset(key for key, own in found.choices.items() if not own)
+    if empty and (rule.exchanged is not None or rule.drops_error):
+        raise BasisError(
+            rule.site,
+            "one of its cells names no feature",
+            "name at least one: `features top 1 of …`",
+        )
     choices = {key: () if own == whole else own for key, own in found.choices.items()}
     if found.sweep is not None:
         if not rule.fill_index:  # the fills of an ablation share their axes
