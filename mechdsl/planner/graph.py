@@ -561,7 +561,7 @@ def _effect(
         if measure.at is None
         else measure.at.span.written
     )
-    runs = dict.fromkeys(atom.run for atom in resolved.atoms if atom.run is not None)
+    runs = dict.fromkeys(resolved.compared_runs)
     observed = next((rule for rule in experiment.rules if rule.does.changes == "nothing"), None)
     if observed is not None and observed.does.reads == "run" and resolved.observed:
         runs[observed.run] = None
@@ -746,7 +746,7 @@ def _read(forward: ForwardNode) -> Iterator[ForwardNode]:
 def _filtering(experiment: ResolvedExperiment) -> Iterator[str]:
     """Yield the runs that `keep` reads."""
     for measure in experiment.keep:
-        yield from (atom.run for atom in measure.atoms if atom.run is not None)
+        yield from measure.compared_runs
     if experiment.keep:
         yield "clean"
 

@@ -413,7 +413,7 @@ def _of_gradients(
     texts = sum(any(atom.behind) for atom in save.gradient.atoms)
     passes = texts + (texts < len(save.gradient.atoms))
     cost = replace(2 * passes * run_cost(shape, run, None), forwards=passes * batches)
-    for name in {atom.run for atom in save.gradient.atoms if atom.run is not None}:
+    for name in save.gradient.compared_runs:
         cost += replace(run_cost(shape, panel.table.runs[name], None), forwards=batches)
     return _of_vectors(experiment, save, replace(cost, backwards=batches))
 

@@ -1192,8 +1192,7 @@ def _read(experiment: ResolvedExperiment, save: ResolvedSave) -> ReadNode | Meas
     cells = {(number,): cell for number, cell in enumerate(save.cells)}
     forward = unpatched_forward(experiment, save.run)
     if save.gradient is not None and save.spec.gradient is not None:
-        runs = dict.fromkeys(atom.run for atom in save.gradient.atoms if atom.run is not None)
-        said = save.spec.gradient.place
+        runs, said = save.gradient.compared_runs, save.spec.gradient.place
         return MeasureNode(
             forward,
             f"gradient of {save.gradient.text}",

@@ -233,7 +233,7 @@ def measure_row_keys(
         item: The occurrence number of the cell.
     """
     found = fill_numbers(0, len(table))
-    for name in (run.name, *(atom.run for atom in measure.atoms if atom.run is not None)):
+    for name in (run.name, *measure.compared_runs):
         at = measure.at.get(name)
         found = mix_numbers(found, np.full(len(table), -1) if at is None else np.array(at))
     for atom in measure.atoms:

@@ -10,7 +10,7 @@ from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS, BasisMethod
-from mechdsl.program.directions import check_fit_rows, check_row_limit
+from mechdsl.program.directions import check_fit_rows, check_row_limit, fitted_block
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import constant_value
 from mechdsl.syntax import ast
@@ -130,7 +130,7 @@ def _check_arguments(
         scope.diagnostics.append(problem)
         return
     if method.takes in ROW_OPERANDS:
-        check_fit_rows(values[method.takes == "value and block"], parts, scope)
+        check_fit_rows(fitted_block(method, values), parts, scope)
     if method.takes == "jacobian" and not isinstance(values[1], ast.SiteMap):
         scope.diagnostics.append(
             BadArgument(

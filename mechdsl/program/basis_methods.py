@@ -278,10 +278,8 @@ class ClassMeans(_WithDims):
         return self._most(most, what, options)
 
     def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
-        dims = f"{options['dims']} principal components of the " if "dims" in options else ""
-        return (
-            f"{dims}{'' if dims else 'span of the '}class means of {operand}, centred at their mean"
-        )
+        what = f"{options['dims']} principal components" if "dims" in options else "span"
+        return f"{what} of the class means of {operand}, centred at their mean"
 
     def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
         from mechdsl.fits.geometry import pca

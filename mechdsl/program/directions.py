@@ -10,7 +10,7 @@ from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownName, UnknownWord
 from mechdsl.diagnostics.rules import BadDirection
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS
+from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS, BasisMethod
 from mechdsl.program.direction_methods import DIRECTION_METHODS, DirectionMethod
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
@@ -133,13 +133,18 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
     return [program.bases[name] for name in names if name in program.bases]
 
 
+def fitted_block(method: BasisMethod, values: Sequence[ast.Node]) -> ast.Node:
+    """Return the argument of a basis method that names its prompt set."""
+    return values[1] if method.takes == "value and block" else values[0]
+
+
 def fit_rows_of_basis(basis: spec.Basis, program: spec.Program) -> FitRows | None:
     """Return the rows that a basis is fitted on; None for a method without rows."""
     method = BASIS_METHODS.get(basis.method.name)
     if method is None or method.takes not in ROW_OPERANDS:
         return None
     values = [a.value for a in basis.method.arguments if a.name is None]
-    rows = parse_fit_rows(values[method.takes == "value and block"], program.prompts)
+    rows = parse_fit_rows(fitted_block(method, values), program.prompts)
     limit = _limit(basis.method, program.parameters)
     return None if rows is None else replace(rows, limit=limit)
 

@@ -326,18 +326,13 @@ def _variant(
     derived: tuple[spec.DerivedRun, ...],
     work: Statements,
 ) -> spec.Experiment:
-    own = runs_of_own_model(variant.model, work)
     return whole.model_copy(
         update={
             "variant": variant.labels,
             "model": variant.model,
             "source": variant.source,
             "base": variant.base,
-            **variant_fields(variant, rules, derived, work),
-            "saves": tuple(
-                save.model_copy(update={"run": CLEAN}) if save.run in own else save
-                for save in whole.saves
-            ),
+            **variant_fields(variant, rules, derived, whole.saves, work),
         }
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING, TypeAlias
 
 from mechdsl.base.text import name_list
@@ -70,7 +69,8 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
             )
     _circles(ranked, scope)
     for edits in parts.edits.values():
-        for node in islice(_ranked(edits, parts), 1):
+        node = next(_ranked(edits, parts), None)
+        if node is not None:
             reason = f"its edits depend on results of `{node.of}`, but a model is built before "
             reason += "experiments run"
             hint = "name the sites or the direction, or write the rules in an experiment"

@@ -290,12 +290,12 @@ def note_compared_models(
         return  # with several models, one model's run would be its own clean run in one variant
     taken = {CLEAN, *work.known_runs, *(each.name for each in prompts.corruptions)} | own
     gradients = (save.gradient for save in saves if save.gradient is not None)
+    others = {name for name in work.scope.names("model") if name not in taken}
     for call in (node for each in (*measures, *gradients) for node in walk(each.metric)):
         if not isinstance(call, ast.Call) or call.name not in COMPARING_METRICS:
             continue
         for value in (argument.value for argument in call.arguments):
-            named = isinstance(value, ast.Name) and value.id in work.scope.names("model")
-            if named and isinstance(value, ast.Name) and value.id not in taken:
+            if isinstance(value, ast.Name) and value.id in others:
                 work.scope.has("model", value.id)
                 there = spec.ExternalRunSpec(span=value.span, name=value.id, model=value.id)
                 note_external_run(work, there)
@@ -335,10 +335,11 @@ def variant_fields(
     variant: Variant,
     rules: Sequence[spec.Rule],
     derived: Sequence[spec.DerivedRun],
+    saves: Sequence[spec.Save],
     work: Statements,
 ) -> dict[str, object]:
-    """Return the fields of a combination: its rules, derived runs and external runs. A run of its
-    own model is its clean run."""
+    """Return the fields of a combination: its rules, derived runs, external runs and saves. A run
+    of its own model is its clean run."""
     own = runs_of_own_model(variant.model, work)
 
     def here(rules: Sequence[spec.Rule]) -> tuple[spec.Rule, ...]:
@@ -352,7 +353,10 @@ def variant_fields(
         for run in derived
     )
     elsewhere = tuple(run for run in work.elsewhere.values() if run.name not in own)
-    return {"rules": here(rules), "derived": runs, "elsewhere": elsewhere}
+    saves = tuple(
+        save.model_copy(update={"run": CLEAN}) if save.run in own else save for save in saves
+    )
+    return {"rules": here(rules), "derived": runs, "elsewhere": elsewhere, "saves": saves}
 
 
 class SettingRange(NamedTuple):

@@ -13,6 +13,7 @@ from mechdsl.diagnostics.models import SiteNotInBlock
 from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.program import spec
 from mechdsl.program.estimators import first_of_place
+from mechdsl.program.runs import COMPARING_METRICS
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.types import (
@@ -22,6 +23,7 @@ from mechdsl.resolve.types import (
     ResolvedExperiment,
     ResolvedMeasure,
     ResolvedRule,
+    ResolvedSave,
     SitePoint,
     SiteTargets,
 )
@@ -46,9 +48,6 @@ NO_ESTIMATE_HINT = "remove `using`, so that each cell is run"
 FLAT_UNITS = ("rank", "share")
 """Units of metrics that are piecewise constant."""
 
-_EXTREMAL_METRICS = ("kl", "js", "cosine")
-"""Metrics that have an extremum where a run is compared with itself."""
-
 
 def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """Return all conflicts with `using`."""
@@ -67,29 +66,9 @@ def _no_estimate(said: spec.Estimator, span: Span, what: str, reason: str, hint:
 def check_saved_gradients(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
     """Yield E0608 for `save gradient` lines whose gradient isn't defined, or isn't computed."""
     for save in experiment.saves:
-        if save.gradient is None:
-            continue
-        said = save.spec
-        assert said.gradient is not None
-        run = experiment.table.runs[save.run]
-        flat = sorted({point.site for point in save.points} & {*SITES_WITHOUT_GRADIENT})
-        span, what, reason, hint = said.span, "", "", ""
-        if flat:
-            span, what = said.site.span, f"with respect to `{flat[0]}`"
-            reason = "mechdsl doesn't compute gradients at this site"
-            hint = "name a site such as `resid_post`, `z` or `mlp_out`"
-        elif run.derived is not None:
-            what, reason = f"the run `{save.run}`", "it has rules"
-            hint = "name a run without rules"
-        elif save.in_reply or save.gradient.in_reply is not None:
-            span = said.at.span if save.in_reply else said.gradient.span
-            what, reason = "tokens of a reply", "a selected token has no gradient"
-            hint = "name positions in the prompt"
-        else:
-            none = _without_gradient(save.gradient, save.run, at_base=True)
-            if none is not None:
-                span, what, reason, hint = said.gradient.metric.span, f"`{none[0]}`", *none[1:]
-        if what:
+        problem = None if save.gradient is None else _gradient_problem(save, experiment)
+        if problem is not None:
+            span, what, reason, hint = problem
             yield NoEstimate(
                 span=span,
                 statement="save gradient",
@@ -98,6 +77,30 @@ def check_saved_gradients(experiment: ResolvedExperiment) -> Iterator[Diagnostic
                 reason=reason,
                 hint=hint,
             )
+
+
+def _gradient_problem(
+    save: ResolvedSave, experiment: ResolvedExperiment
+) -> tuple[Span, str, str, str] | None:
+    """Return the span, the object, the reason and the hint of a gradient that isn't computed."""
+    measure, said = save.gradient, save.spec.gradient
+    assert measure is not None
+    assert said is not None
+    flat = sorted({point.site for point in save.points} & {*SITES_WITHOUT_GRADIENT})
+    if flat:
+        what = f"with respect to `{flat[0]}`"
+        reason = "mechdsl doesn't compute gradients at this site"
+        hint = "name a site such as `resid_post`, `z` or `mlp_out`"
+        return save.spec.site.span, what, reason, hint
+    if experiment.table.runs[save.run].derived is not None:
+        what, hint = f"the run `{save.run}`", "name a run without rules"
+        return save.spec.span, what, "it has rules", hint
+    if save.in_reply or measure.in_reply is not None:
+        span = save.spec.at.span if save.in_reply else said.span
+        reason, hint = "a selected token has no gradient", "name positions in the prompt"
+        return span, "tokens of a reply", reason, hint
+    none = _without_gradient(measure, save.run, at_base=True)
+    return None if none is None else (said.metric.span, f"`{none[0]}`", *none[1:])
 
 
 def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
@@ -267,7 +270,7 @@ def _without_gradient(
             return text, "it is a step function, whose gradient is 0", hint
         if atom.point is not None and atom.point.site in SITES_WITHOUT_GRADIENT:
             return text, f"gradients of `{atom.point.site}` aren't computed", hint
-        if at_base and atom.run == run and atom.name in _EXTREMAL_METRICS:
+        if at_base and atom.run == run and atom.name in COMPARING_METRICS:
             reason = f"it is compared with `{atom.run}`, where its gradient is 0"
             return text, reason, f"compare with another run{along_path}"
     return None

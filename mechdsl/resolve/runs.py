@@ -12,7 +12,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import UnreadableMeasure
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.positions import NO_REPLY_REASON, AbsentOccurrence, NotInReply
-from mechdsl.diagnostics.rules import BadEdit, UnequalPrompts
+from mechdsl.diagnostics.rules import UnequalPrompts
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
@@ -26,6 +26,7 @@ from mechdsl.resolve.bases import resolve_rule, resolve_saved_features
 from mechdsl.resolve.measures import resolve_measure_positions
 from mechdsl.resolve.observations import Observation, RowSetObservation
 from mechdsl.resolve.sites import ExperimentContext, MeasureContext, resolve_site
+from mechdsl.resolve.targets import report_empty_selection
 from mechdsl.resolve.types import (
     AxisIndices,
     BaselineExperiment,
@@ -674,7 +675,9 @@ def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> 
             every = (point for here in targets.points.values() for point in here)
             points = tuple(dict.fromkeys(every))
             if not points:
-                work.diagnostics.append(_report_empty_save(save))
+                work.diagnostics.append(
+                    report_empty_selection(save.site.span, "save", "it selects no site")
+                )
                 return None
     cells, problems = resolve_positions(
         save.at,
@@ -707,16 +710,6 @@ def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> 
         )
         work.diagnostics.append(problem)
     return found
-
-
-def _report_empty_save(save: spec.Save) -> BadEdit:
-    """Return E0332 for a pick of no site."""
-    return BadEdit(
-        span=save.site.span,
-        reason="there would be nothing to save",
-        what="it selects no site",
-        hint="select at least one: `top 1 of …`",
-    )
 
 
 def _metric(said: spec.Measure, run: str, context: MeasureContext) -> ResolvedMeasure | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, TypeAlias
 
+from mechdsl.base.source import Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.names import UnequalIndexTokens, UnknownName
@@ -15,6 +16,7 @@ from mechdsl.diagnostics.positions import AbsentOccurrence, NotInReply, OutsideP
 from mechdsl.diagnostics.rules import (
     AxisDoesNotFit,
     BadAmount,
+    BadEdit,
     BadLoopValue,
     OverlappingPositions,
     UnpairedPositions,
@@ -592,6 +594,18 @@ def fill_empty_picks(
     )
 
 
+def report_empty_selection(
+    span: Span, verb: str, what: str = "one of its cells selects no site"
+) -> BadEdit:
+    """Return E0332 for an empty pick that leaves nothing to `verb`."""
+    return BadEdit(
+        span=span,
+        reason=f"there would be nothing to {verb}",
+        what=what,
+        hint="select at least one: `top 1 of …`",
+    )
+
+
 def remove_tokens(
     positions: PositionTargets,
     axes: tuple[str, ...],
@@ -606,7 +620,7 @@ def remove_tokens(
         empty: Those without tokens.
     """
     ends = [max(column) + 1 for column in zip(*keys, strict=True)]
-    sizes = dict(zip(axes, ends, strict=True)) if axes else {}
+    sizes = dict(zip(axes, ends, strict=True))
     every_axis = (*positions.axes, *(axis for axis in axes if axis not in positions.axes))
     more = every_axis[len(positions.axes) :]
     written: dict[AxisIndices, PositionCell] = {}

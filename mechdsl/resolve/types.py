@@ -995,6 +995,11 @@ class ResolvedMeasure(Record):
     """Position in the reply at which it is read; `at` is then the final prompt token."""
 
     @property
+    def compared_runs(self) -> tuple[str, ...]:
+        """Runs that its metrics compare with: `kl(clean)`."""
+        return tuple(dict.fromkeys(atom.run for atom in self.atoms if atom.run is not None))
+
+    @property
     def word(self) -> str:
         """Name of the metric (`prob` for `prob(answer)`); empty for several metrics."""
         match self.expression:

@@ -11,12 +11,17 @@ from collections.abc import Callable
 
 from mechdsl.base.records import Registry
 from mechdsl.diagnostics.experiments import BadPick
-from mechdsl.diagnostics.rules import BadEdit, UnequalPrompts, UnevenPositions
+from mechdsl.diagnostics.rules import UnequalPrompts, UnevenPositions
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext, resolve_into_layer, resolve_site
-from mechdsl.resolve.targets import fill_empty_picks, resolve_amounts, resolve_rule_positions
+from mechdsl.resolve.targets import (
+    fill_empty_picks,
+    report_empty_selection,
+    resolve_amounts,
+    resolve_rule_positions,
+)
 from mechdsl.resolve.types import (
     ExternalRun,
     Intervention,
@@ -143,16 +148,6 @@ def rule_kind(words: str) -> Callable[[type[RuleKind]], type[RuleKind]]:
     return register
 
 
-def report_empty_observation(rule: spec.Rule, what: str = "site") -> BadEdit:
-    """Return E0332 for an observation whose pick is empty in some cell."""
-    return BadEdit(
-        span=rule.span,
-        reason="there would be nothing to observe",
-        what=f"one of its cells selects no {what}",
-        hint="select at least one: `top 1 of …`",
-    )
-
-
 def resolve_targets(
     rule: spec.Rule,
     run: str,
@@ -170,7 +165,7 @@ def resolve_targets(
     for axis in axes:
         work.add_axis(axis)
     if rule.observed is not None and sites is not None and sites.has_empty_picks:
-        work.diagnostics.append(report_empty_observation(rule))
+        work.diagnostics.append(report_empty_selection(rule.span, "observe"))
         return None, None
     return fill_empty_picks(
         sites, resolve_rule_positions(rule, run, work, apart, exchanged=exchanged)

@@ -1,6 +1,6 @@
 """Write `tests/dictionaries/data`: small dictionaries of SAELens, and what SAELens computes.
 
-Run it in an environment of its own, with `sae-lens` 6.54.12, `transformer-lens` 2 or 3 and torch:
+Run it in a separate environment, with `sae-lens` 6.54.12, `transformer-lens` 2 or 3 and torch:
 `python tests/dictionaries/make_fixtures.py`. The tests read the files that it wrote.
 """
 

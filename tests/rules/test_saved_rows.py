@@ -542,11 +542,11 @@ def test_little_memory_changes_nothing(data: Path, monkeypatch: pytest.MonkeyPat
     write_texts(data, *MORE)
     read, sizes = feature_files.read_token_vectors, list[int]()
 
-    def failing(*given: Any) -> Any:
+    def failing(*given: Any, **named: Any) -> Any:
         sizes.append(len(given[5]))
         if len(given[5]) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return read(*given)
+        return read(*given, **named)
 
     monkeypatch.setattr(feature_files, "read_token_vectors", failing)
     at = "tokens except token 0"

@@ -42,7 +42,7 @@ Weights = dict[str, Tensor]
 
 
 def make(folder: Path, width: int) -> Weights:
-    """Two attention layers, an encoder of its own, and vectors that are rescaled."""
+    """Two attention layers, a separate encoder, and rescaled vectors."""
     random = torch.Generator().manual_seed(5)
     sizes = {"k_ctx": FEATURES // 3, "q_target": FEATURES // 3}
     weights = {

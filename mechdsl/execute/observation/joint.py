@@ -26,11 +26,8 @@ from mechdsl.execute.measurement.values import (
 from mechdsl.execute.observation.features import list_raised_tokens, observe_features
 from mechdsl.execute.observation.token_vectors import (
     SiteCombination,
-    extend_to_preceding,
     list_distinct_points,
     read_token_vectors,
-    reads_context,
-    remove_predicted,
 )
 from mechdsl.execute.observation.weights import WeightObserver
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
@@ -350,8 +347,7 @@ def _iter_tokens(
     """(cells of the same sites, all tokens of these cells), of those that have any.
 
     Args:
-        encoding: A basis and the `inputs` of `remove_predicted`, which applies if the basis reads
-            context.
+        encoding: As in `read_token_vectors`.
     """
     rule, runs, known = gatherer.rule, gatherer.runs, gatherer.known
     base = runs.named(gatherer.plan.experiment.spec.base)
@@ -387,12 +383,7 @@ def _read_run(
     lanes = runs.reader(run, list_distinct_points(wanted))
     forget = runs.forget if run.derived is not None else None
     model = runs.model_of(run)
-    if encoding is None or not reads_context(encoding[0]):
-        return read_token_vectors(model, run, lanes, wanted, spot, rows, keys, forget)
-    every = extend_to_preceding(spot)
-    found = read_token_vectors(model, run, lanes, wanted, every, rows, keys, forget)
-    system, inputs = encoding
-    return {sites: remove_predicted(system, own, spot, inputs) for sites, own in found.items()}
+    return read_token_vectors(model, run, lanes, wanted, spot, rows, keys, forget, encoding)
 
 
 def _read_training(

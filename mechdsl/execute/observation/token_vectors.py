@@ -37,13 +37,20 @@ def read_token_vectors(
     rows: Ints,
     keys: Sequence[bytes],
     forget: Callable[[], None] | None = None,
+    encoding: tuple[CoordinateSystem, Tensor] | None = None,
 ) -> dict[SiteCombination, TokenVectors]:
     """Of each combination of sites, side by side, at all tokens of a position; of runs with noise
     the mean over draws.
 
     lanes: reads all these sites. spot: as `every_token` gives it. rows: in the run's table, all of
-    which have the position; keys: of these. forget: drops what a batch was made of.
+    which have the position; keys: of these. forget: drops what a batch was made of. encoding: the
+    basis that will encode the vectors, and an empty tensor of its precision and device; if it reads
+    context, the vectors are what the preceding tokens don't predict.
     """
+    if encoding is not None and _reads_context(encoding[0]):
+        given = model, run, lanes, combinations, _extend_to_preceding(spot), rows, keys, forget
+        every = read_token_vectors(*given)
+        return {own: _remove_predicted(*encoding, each, spot) for own, each in every.items()}
     tokens = [spot.hits[number][0] for number in rows.tolist()]
     row = np.repeat(np.arange(len(rows)), [len(own) for own in tokens])
     token = np.concatenate([np.array(own, dtype=np.int64) for own in tokens])
@@ -73,28 +80,28 @@ def read_token_vectors(
     }
 
 
-def reads_context(system: CoordinateSystem | None) -> bool:
+def _reads_context(system: CoordinateSystem) -> bool:
     """Whether the coordinates of a token depend on the preceding tokens."""
     return isinstance(system, Dictionary) and system.reads_context
 
 
-def extend_to_preceding(spot: PositionCell) -> PositionCell:
+def _extend_to_preceding(spot: PositionCell) -> PositionCell:
     """Return a position of all tokens up to the last one of another position."""
     last = (max((token for own in row for token in own), default=-1) for row in spot.hits)
     return replace(spot, hits=tuple((tuple(range(n + 1)),) if n >= 0 else () for n in last))
 
 
 @torch.no_grad()
-def remove_predicted(
-    system: CoordinateSystem, every: TokenVectors, spot: PositionCell, inputs: Tensor
+def _remove_predicted(
+    system: CoordinateSystem, inputs: Tensor, every: TokenVectors, spot: PositionCell
 ) -> TokenVectors:
     """Return what the preceding tokens don't predict of the vectors at a position.
 
     Args:
         system: A basis that reads context.
-        every: Vectors at all tokens up to the last one of the position: see `extend_to_preceding`.
-        spot: The position.
         inputs: An empty tensor of the precision and device of the vectors that are encoded.
+        every: Vectors at all tokens up to the last one of the position.
+        spot: The position.
     """
     assert isinstance(system, Dictionary)
     ends = np.searchsorted(every.row, np.arange(len(every.prompts)), side="right")[:-1]

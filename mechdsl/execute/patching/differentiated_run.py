@@ -141,6 +141,15 @@ class DifferentiatedRun:
         )
         return require_logits(result.logits)
 
+    def unpatched(self) -> UnpatchedBatch:
+        """Return the run on the batch without additions, of a pass that other readers share."""
+        return self.runs.lanes(self.run, self.batch)
+
+    def zeros(self, *size: int) -> Tensor:
+        """Create zeros to add at a site, which the metric is differentiated by."""
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        return torch.zeros(size, dtype=dtype, device=self.model.device, requires_grad=True)
+
     def noise(self, lanes: DrawLanes) -> list[SiteWrite]:
         """Build the noise of a corrupted run."""
         table, seed = self.runs.table, self.runs.seed
@@ -194,14 +203,12 @@ def _gradients(
         spots: [2, spot] lane and token.
     """
     model = run.model
-    dtype = torch.promote_types(model.dtype, torch.float32)
     lane, token = (torch.from_numpy(each) for each in spots)
     leaves: dict[SiteLayer, Tensor] = {}
     adds: list[SiteWrite] = []
     for site, layer in dict.fromkeys((point.site, point.layer) for point in points):
         units = unit_count(model.shape, site, layer)
-        size = len(lane), units, vector_width(model.shape, site, layer)
-        leaf = torch.zeros(size, dtype=dtype, device=model.device, requires_grad=True)
+        leaf = run.zeros(len(lane), units, vector_width(model.shape, site, layer))
         unit = torch.arange(units).repeat(len(lane))
         at = lane.repeat_interleave(units), token.repeat_interleave(units), unit
         leaves[site, layer] = leaf

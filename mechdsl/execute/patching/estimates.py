@@ -105,10 +105,8 @@ class GradientEstimates:
         self.kind, self.steps, self.options = said.kind, said.steps, dict(said.options)
         self.readout = readout
         self.means_and_donors = means_and_donors
-        self.runs = runs
         self.model = runs.model
         self.lanes_of = lanes_of
-        self.batch = batch
         run = runs.named(plan.experiment.spec.base)
         self.differentiated = DifferentiatedRun(runs, run, readout, batch)
 
@@ -118,7 +116,7 @@ class GradientEstimates:
         Returns:
             These prompts, which are differentiated together, and their number of tokens.
         """
-        lanes = self.runs.lanes(self.differentiated.run, self.batch)
+        lanes = self.differentiated.unpatched()
         tokens = lanes.lengths[lanes.lane(prompts, np.zeros_like(prompts))] * self.plan.draws
         ends = np.cumsum(tokens)
         count = max(1, int(np.searchsorted(ends, most, side="right")))
@@ -140,7 +138,7 @@ class GradientEstimates:
         drawn = every.take(index)
         prompts = np.unique(drawn.prompt)
         lane_of_row = np.searchsorted(prompts, drawn.prompt) * draws + draw
-        lanes = DrawLanes.of(self.runs.lanes(self.differentiated.run, self.batch), prompts, draws)
+        lanes = DrawLanes.of(self.differentiated.unpatched(), prompts, draws)
         if self.kind.place == "attention":
             edges = build_edges(self.plan, drawn, self.model.shape)
             writes = [_select_keys(edge, lanes.batch.key_width) for edge in edges]
@@ -187,7 +185,9 @@ class GradientEstimates:
         environments: Sequence[ItemNumber],
     ) -> Floats:
         """Return [measure, row]: estimates by the gradient at the base run."""
-        leaves = [self._zeros(each) for each in written]
+        leaves = [
+            self.differentiated.zeros(len(each.lane), each.values.shape[1]) for each in written
+        ]
         adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
         reading, read = self.differentiated.read(adds, lanes, [each.where for each in written])
         bases = [each.base(read[each.where], lanes.batch) for each in written]
@@ -225,11 +225,6 @@ class GradientEstimates:
                         sums = self._sums(each, base, gradients[0], len(environments))
                         found[number, own] += sums[own] / self.steps
         return self.kind.finish(found)
-
-    def _zeros(self, written: _WrittenVectors) -> Tensor:
-        count, width = len(written.lane), written.values.shape[1]
-        dtype = torch.promote_types(self.model.dtype, torch.float32)
-        return torch.zeros(count, width, dtype=dtype, device=self.model.device, requires_grad=True)
 
     def _sums(self, written: _WrittenVectors, base: Tensor, gradient: Tensor, rows: int) -> Floats:
         """Return [row]: the estimator's numbers, summed or averaged over the vectors of a row."""

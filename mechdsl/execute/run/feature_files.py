@@ -19,12 +19,7 @@ from mechdsl.base.files import replace_file
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.observation.active_rows import ActiveRows, FeatureSummary
-from mechdsl.execute.observation.token_vectors import (
-    extend_to_preceding,
-    read_token_vectors,
-    reads_context,
-    remove_predicted,
-)
+from mechdsl.execute.observation.token_vectors import read_token_vectors
 from mechdsl.execute.patching.rule_inputs import DerivedRuns
 from mechdsl.execute.run.direction_files import report_not_written
 from mechdsl.execute.run_record import ExecutionOptions, SavedFile
@@ -195,7 +190,6 @@ class _FeatureRows:
         wide = torch.promote_types(model.dtype, torch.float32)
         inputs = torch.empty(0, dtype=wide, device=model.device)
         spot, lanes = join_positions(save.cells), runs.reader(run, points)
-        read = extend_to_preceding(spot) if reads_context(system) else spot
         there = np.flatnonzero([bool(hits) for hits in spot.hits])
         numbers = np.array(part.table.row_ids, dtype=np.int64)
         due = deque(split_prompts(model, run, points, there, size))
@@ -203,9 +197,8 @@ class _FeatureRows:
             rows = due.popleft()
             try:
                 keys = [b""] * len(rows)
-                own = read_token_vectors(model, run, lanes, [points], read, rows, keys)[points]
-                if read is not spot:
-                    own = remove_predicted(system, own, spot, inputs)
+                given = model, run, lanes, [points], spot, rows, keys
+                own = read_token_vectors(*given, encoding=(system, inputs))[points]
             except Exception as error:
                 if len(rows) == 1 or not is_out_of_memory(error):
                     raise

@@ -16,6 +16,7 @@ from mechdsl.resolve.observations import ObservedVectors, RowSetObservation
 from mechdsl.resolve.sites import ExperimentContext, find_missing_point, resolve_site
 from mechdsl.resolve.targets import (
     fill_empty_picks,
+    report_empty_selection,
     resolve_base_positions,
     resolve_later_positions,
     sweeps_positions,
@@ -29,7 +30,6 @@ from mechdsl.resolve.types import (
     SiteTargets,
 )
 from mechdsl.rules.attention import EdgeIntervention, resolve_edge
-from mechdsl.rules.kinds import report_empty_observation
 from mechdsl.rules.observations.registry import (
     ObservationKind,
     SiteObservation,
@@ -202,7 +202,9 @@ class AttentionWeight(ObservationKind, EdgeIntervention):
         found = resolve_edge(rule, self, None, work)
         if found is None or found.sites is None or "nothing" not in found.sites.labels.values():
             return found
-        work.diagnostics.append(report_empty_observation(rule, "head"))
+        work.diagnostics.append(
+            report_empty_selection(rule.span, "observe", "one of its cells selects no head")
+        )
         return None
 
     def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
