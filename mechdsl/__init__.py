@@ -1,7 +1,8 @@
 """mechdsl: the language in which interpretability experiments are written.
 
-`run` runs a file, `validate` finds what is wrong with it; `plan`, `graph` and `explain` show
-what would be run, `runs` what was; `export` writes an edited model. docs/python.md has every name.
+`run` runs a file, `fit` trains what it declares, `validate` finds what is wrong with it; `plan`,
+`graph` and `explain` show what would be run, `runs` what was; `export` writes an edited model.
+docs/python.md has every name.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ __all__ = [
     "Results",
     "Run",
     "Runs",
+    "TrainedFit",
     "VerdictComparison",
     "diff",
     "explain",
     "export",
+    "fit",
     "graph",
     "plan",
     "run",
@@ -35,7 +38,8 @@ __all__ = [
 if TYPE_CHECKING:
     from mechdsl.diagnostics.core import Diagnostic
     from mechdsl.diagnostics.rendering import Diagnostics, MechdslError, MechdslWarning
-    from mechdsl.pipeline.api import diff, explain, export, graph, plan, run, runs, validate
+    from mechdsl.execute.run_record import TrainedFit
+    from mechdsl.pipeline.api import diff, explain, export, fit, graph, plan, run, runs, validate
     from mechdsl.pipeline.weights_export import ExportedModel
     from mechdsl.results.differences.comparison import Differences
     from mechdsl.results.experiment_result import ExperimentResult, VerdictComparison
@@ -53,6 +57,7 @@ _HOMES = {
     "Results": "mechdsl.results.results",
     "Run": "mechdsl.results.runs",
     "Runs": "mechdsl.results.runs",
+    "TrainedFit": "mechdsl.execute.run_record",
     "VerdictComparison": "mechdsl.results.experiment_result",
 }
 """Names that aren't defined in `mechdsl.pipeline.api`."""

@@ -64,6 +64,7 @@ from mechdsl.diagnostics.syntax import (
     TooLarge,
     UnterminatedString,
 )
+from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.models.folder import locate_model
 from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_experiment
@@ -486,6 +487,10 @@ class CheckSettings:
     """Number of prompts to check per table, for a check without a run."""
     build: ModelBuilder | None = None
     """Builds models with functions of Python files, if these may run."""
+    trained: Mapping[str, tuple[DictionaryFile, str]] = field(
+        default_factory=dict[str, tuple[DictionaryFile, str]]
+    )
+    """As in `Program.trained`."""
     callables: tuple[ast.Call, ...] = ()
     """Definitions of functions passed from Python. A metric replaces the file's metric of the same
     name."""
@@ -570,6 +575,7 @@ def _check_source(
     )
     tree, syntax = parse(source)
     program, lowered = lower_program(tree, source, settings.parameters, settings.callables)
+    program = program.model_copy(update={"trained": dict(settings.trained)})
     broken = BrokenLines([*syntax, *lowered], tree, program.lost)
     checked = CheckedFile(source, program, settings, diagnostics=[*found, *lowered])
     experiments = list(program.experiments)

@@ -508,10 +508,13 @@ class FileContexts:
         used: frozenset[str] | None = None,
         *,
         streamed: bool = False,
+        trains: bool = False,
     ) -> PromptTable:
         """Return the rows of a prompt block for one model; a placeholder if they can't be created.
 
         Args:
+            trains: Whether a training reads the rows; `--limit` doesn't apply to them, because it
+                would ask for another training.
             streamed: Whether the first rows suffice of a block whose rows are read in parts. E0207
                 for other uses of such a block.
             labels: Naming of answers, if a different model defines it.
@@ -519,7 +522,7 @@ class FileContexts:
         """
         runs = frozenset(each.name for each in self.program.prompts[name].corruptions)
         used = runs if used is None else used & runs
-        if self.limit is not None:
+        if self.limit is not None and not trains:
             limit = self.limit if limit is None else min(limit, self.limit)
         if streamed:
             limit = None
@@ -624,7 +627,9 @@ class FileContexts:
             model = self.models.context(rows.model)
         if rows.block is None:
             return self.of_experiment(experiment, model)
-        return self.table(rows.block, model, rows.limit, rows.part, used=rows.used)
+        return self.table(
+            rows.block, model, rows.limit, rows.part, used=rows.used, trains=rows.trains
+        )
 
     def with_replies(
         self,

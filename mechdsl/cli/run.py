@@ -393,6 +393,9 @@ def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
 @click.option(
     "--only", metavar="EXPERIMENT", help="Run only this experiment and those it depends on."
 )
+@click.option(
+    "--fit", "fits", is_flag=True, help="First train what the files declare with `fit(…)`."
+)
 @click.option("--profile", is_flag=True, help="After the run, compare estimated and measured cost.")
 @allow_python_option
 @allow_outside_option
@@ -416,6 +419,7 @@ def run(
     out: Path | None,
     form: str,
     only: str | None,
+    fits: bool,
     profile: bool,
     allow_python: bool,
     allow_outside: bool,
@@ -480,7 +484,32 @@ def run(
         fresh=stores.fresh,
         hashes=_shows_hashes(everything, form, out, asked),
     )
+    if fits:
+        status = _train_first(everything, options, stores)
+        if status is not None:
+            verdicts.interrupted()
+            return status
     return _run_all(everything, options, stores, form, verdicts, profile=profile)
+
+
+def _train_first(files: list[CheckedFile], options: RunOptions, stores: StoreOptions) -> int | None:
+    """Train what files declare; return an exit status only if that was interrupted. What can't be
+    trained is reported, and the experiments that need it aren't run."""
+    from mechdsl.cli.fit import CONTINUES, train_with_bar
+    from mechdsl.pipeline.trained_files import fits_of_file
+    from mechdsl.show.trainings import print_trained_fits
+
+    for checked in files:
+        if not fits_of_file(checked):
+            continue
+        try:
+            done, _ = train_with_bar(checked, replace(options, fresh=False), stores)
+        except KeyboardInterrupt as error:
+            return report_interruption(error, CONTINUES)
+        trained = [each for each in done if each.seconds]
+        if trained:
+            print_trained_fits(trained, make_console(stderr=True))
+    return None
 
 
 def _shows_hashes(

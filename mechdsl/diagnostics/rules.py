@@ -194,6 +194,52 @@ class BadWeights(Diagnostic):
 
 
 @keyword_record
+class MeasuredOnTrainingRows(Diagnostic):
+    """Rows that a trained basis is measured on, and was trained on."""
+
+    code = "E0345"
+    hangs_on = frozenset({"rows"})
+    title = "`{experiment}` measures rows that `{basis}` is trained on"
+    label = "{shared} of its {rows} rows are training rows"
+    help = (
+        "split the rows: add `split 80%` to `prompts {block}`, train on `{block}.train`, and "
+        "measure `{block}.test`; or write `measure_on_training_rows: true` in `fit(…)`"
+    )
+    experiment: str
+    basis: str
+    shared: int
+    rows: int
+    block: str
+
+
+@keyword_record
+class NotTrained(Diagnostic):
+    """A basis that `mechdsl fit` hasn't trained yet."""
+
+    code = "E0642"
+    title = "`{basis}` isn't trained{reason}"
+    label = "`{experiment}` needs it"
+    help = "{hint}"
+    basis: str
+    reason: str
+    experiment: str
+    hint: str
+
+
+@keyword_record
+class TrainingFailed(Diagnostic):
+    """A training that ended without a result."""
+
+    code = "E0643"
+    title = "`{basis}` can't be trained: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    basis: str
+    reason: str
+    hint: str
+
+
+@keyword_record
 class BadException(Diagnostic):
     """An exception that leaves out nothing, or everything."""
 

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mechdsl.base.text import count_noun, format_size
 
@@ -168,6 +168,64 @@ class SavedFile:
             f"{self.experiment}: {what}: {amount} as {self.dtype} written to {self.path}, rows to "
             f"{self.rows_path.name}"
         )
+
+
+CARD_FILE = "fit.json"
+"""Facts about a trained dictionary, in its folder."""
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training led to, on vectors of rows that it didn't use."""
+
+    rows: int
+    """Training rows."""
+    vectors: int
+    """Their vectors."""
+    held_out_rows: int
+    held_out_vectors: int
+    """Vectors that the following numbers are computed on; 0: on the training vectors."""
+    steps: int
+    """Steps that were done."""
+    stopped_early: bool
+    explained: float
+    """Share of the variance of the vectors that the dictionary explains."""
+    active: float
+    """Mean number of active features of a vector."""
+    inactive: int
+    """Features that are active for none of these vectors."""
+    untrained_explained: float
+    """The share that the dictionary explains with its first, random weights."""
+    components_explained: float
+    """The share that as many principal components of the training vectors explain as features are
+    active on average."""
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> TrainingReport:
+        """Create the report from JSON. Raises KeyError."""
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class TrainedFit:
+    """A dictionary that a file declares with `fit(…)`, trained."""
+
+    basis: str
+    """The basis; one member of a family as `f[layer 3]`."""
+    what: str
+    """`topk SAE with k 8`."""
+    site: str
+    """`L1.resid_post`."""
+    folder: Path
+    """Its folder in the store, in a layout that `sae("…")` or `transcoder("…")` reads."""
+    report: TrainingReport
+    """How well it reconstructs, next to controls."""
+    seconds: float
+    """How long the training took; 0 if it was trained before."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON."""
+        return {**asdict(self), "folder": str(self.folder), "report": asdict(self.report)}
 
 
 NUMERIC_VERSION = 5

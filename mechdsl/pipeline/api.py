@@ -1,4 +1,4 @@
-"""The Python API: `run`, `validate`, `plan`, `graph`, `explain`, `runs`, `diff` and `export`."""
+"""The Python API: `run`, `fit`, `validate`, `plan`, `graph`, `explain`, `runs`, `diff` and more."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from mechdsl.checks.file_check import CheckedFile, CheckSettings
-    from mechdsl.execute.run_record import ExecutionProfile, PassSizes
+    from mechdsl.execute.run_record import ExecutionProfile, PassSizes, TrainedFit
     from mechdsl.forward.hooks.model import LoadedModel
     from mechdsl.pipeline.options import RunOptions
     from mechdsl.pipeline.weights_export import ExportedModel
@@ -229,6 +229,7 @@ def run(
     fresh: bool = False,
     against: str | Path | Results | None = None,
     fail_fast: bool = False,
+    fit: bool = False,
 ) -> Results:
     """Run a file as `mechdsl run` does, and return its results.
 
@@ -278,6 +279,7 @@ def run(
             results; `Results.against` contains the changes since.
         fail_fast: Stop at the first expectation that fails (with `against`: that held before, or is
             new); `not_run` of the file lists the skipped parts.
+        fit: First train what the file declares with `fit(…)` and the store doesn't have.
 
     Raises:
         MechdslError: If the file, its data, a model or an argument is invalid, or nothing can be
@@ -323,10 +325,108 @@ def run(
             store=store_folder(source.path, named, untrusted=untrusted),
             fresh=fresh,
         )
+        if fit:
+            _, untrained = _train(source, models, options, progress)
+            warn_diagnostics(untrained)
         verdicts = VerdictRequest(against, fail_fast)
         results = _run(source, models, options, bar, verdicts, write_reports=write_reports)
         sizes = results.files[0].sizes
         return replace(results, profile=_profile_text(profiles, sizes))
+
+
+@restores_random_state
+def fit(
+    file: str | Path,
+    models: BorrowedModels | None = None,
+    *,
+    set: ParameterValues | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    out: str | Path | None = None,
+    progress: bool | None = None,
+    allow_python: bool = False,
+    untrusted: bool = False,
+    plugins: Sequence[str] = (),
+    store: str | Path | None = None,
+    fresh: bool = False,
+) -> list[TrainedFit]:
+    """Train what a file declares with `fit(…)`, as `mechdsl fit` does.
+
+    What the store has stays. An interrupted training continues where it was. A training that fails
+    doesn't affect others: a warning is shown.
+
+    Args:
+        file: As in `run`.
+        models: As in `run`.
+        set: Values of the file's `param` lines.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`.
+        dtype: Overrides the file's dtype.
+        out: Folder below which each dictionary is also copied, into a new folder with a model card.
+        progress: Whether standard error shows a progress bar; None: only in terminals and
+            notebooks.
+        allow_python: Run the Python files that the file refers to.
+        untrusted: As in `run`; then `store` must be given.
+        plugins: Names of installed plugins to load. They stay loaded until the process ends.
+        store: Folder of the store; None: the folder in `MECHDSL_STORE`, or `.mechdsl` next to the
+            file. A text needs one.
+        fresh: Train again what is trained already.
+
+    Returns:
+        The trained dictionaries: `basis`, `folder`, and a `report` of how well each reconstructs.
+
+    Raises:
+        MechdslError: If the file, a model or an argument is invalid, or nothing can be trained.
+        OSError: If a folder can't be written; FileExistsError for a copy that is there already.
+    """
+    with borrowed_models(models):
+        from mechdsl.pipeline.options import RunOptions
+        from mechdsl.pipeline.trainings import export_fit
+        from mechdsl.store.store import store_folder
+
+        raise_errors(load_plugins(plugins))
+        source = read_file(file)
+        raise_errors(dtype_problem(dtype), store_problem(store, fresh))
+        named = Path(store) if isinstance(store, str) else store
+        options = RunOptions(
+            settings=settings_from_arguments(
+                set,
+                python=python_mode(allow_python),
+                allow_outside=False,
+                untrusted=untrusted,
+            ),
+            device=str(device),
+            dtype=None if dtype is None else dtype_name(dtype),
+            store=store_folder(source.path, named, untrusted=untrusted),
+            fresh=fresh,
+        )
+        done, problems = _train(source, models, options, progress)
+        if not done:
+            raise_errors([each for each in problems if each.severity == "error"])
+        warn_diagnostics(problems)
+        for each in done if out is not None else ():
+            assert out is not None
+            export_fit(each, Path(out))
+        return done
+
+
+def _train(
+    source: Source, models: BorrowedModels | None, options: RunOptions, progress: bool | None
+) -> tuple[list[TrainedFit], list[Diagnostic]]:
+    """Check a file and train what it declares. Raises MechdslError."""
+    from mechdsl.diagnostics.command_line import BadCommandLine
+    from mechdsl.pipeline.trained_files import fits_of_file
+    from mechdsl.pipeline.trainings import train_file
+    from mechdsl.show.progress import ProgressBar, StepCounter
+
+    checked, loaded = require_valid_file(source, models, options.settings)
+    if not fits_of_file(checked):
+        return [], []
+    if options.store is None:
+        reason = "trainings are kept in a store, and there is none"
+        hint = "name a folder: `store=FOLDER`"
+        raise MechdslError([BadCommandLine(reason=reason, hint=hint)])
+    with ProgressBar(source.name, shown=progress, unit="steps") as bar:
+        return train_file(checked, options, loaded, on_progress=StepCounter(bar).advance)
 
 
 class VerdictRequest(NamedTuple):

@@ -53,6 +53,7 @@ from mechdsl.loading.loader import (
 from mechdsl.models.folder import FileHasher, hash_file
 from mechdsl.pipeline.edited_models import edit_model
 from mechdsl.pipeline.options import RunOptions, check_folders
+from mechdsl.pipeline.trained_files import find_untrained
 from mechdsl.planner.passes import check_pass_names, make_plan
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.program import spec
@@ -206,6 +207,10 @@ class FileRun:
                 )
                 self._lose(experiment.name, [lacking])
                 return None
+        untrained = find_untrained(experiment, has_store=self.options.store is not None)
+        if untrained:
+            self._lose(experiment.name, untrained)
+            return None
         if not experiment.spec.after:
             return experiment
         experiment, problems = self._with_replies(experiment)
@@ -664,7 +669,7 @@ def run_checked(
         hashed: Computes SHA-256 of a file; None to hash no weights.
         notes: Cache for outcomes of the self-check, besides the user's cache.
     """
-    models, diagnostics = _models_of(checked, options, loaded, hashed, notes)
+    models, diagnostics = load_needed_models(checked, options, loaded, hashed, notes)
     if models is None:
         return None, diagnostics
     kept = None if run is None else open_value_cache(run, checked, models, options)
@@ -677,7 +682,7 @@ def measure_unpatched(
     """Measure tested experiments on their base and source runs, by key. No rule is applied, and
     what can't be measured is omitted."""
     unpatched = [_without_rules(e) for e in checked.experiments if e.rules]
-    models, diagnostics = _models_of(checked, options, loaded)
+    models, diagnostics = load_needed_models(checked, options, loaded)
     if models is None or not unpatched:
         return {}, diagnostics
     plan = make_plan(unpatched, without=options.without)
@@ -710,7 +715,7 @@ def _without_rules(experiment: ResolvedExperiment) -> ResolvedExperiment:
     )
 
 
-def _models_of(
+def load_needed_models(
     checked: CheckedFile,
     options: RunOptions,
     loaded: Mapping[str, LoadedModel] | None,

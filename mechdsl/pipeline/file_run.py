@@ -28,8 +28,10 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.files import StoreNotUsed
 from mechdsl.diagnostics.rendering import Diagnostics
 from mechdsl.execute.run_record import ExecutionOptions, RowCounts
-from mechdsl.models.folder import FileHasher, folder_identity, hash_file, json_digest, locate_model
+from mechdsl.models.folder import FileHasher, hash_file, json_digest
+from mechdsl.pipeline.identities import ModelIdentities, RunKeyError
 from mechdsl.pipeline.options import RunOptions, check_folders
+from mechdsl.pipeline.trained_files import attach_fits, list_untrained
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code, hash_module_code
 from mechdsl.program.plugins import LOADED_PLUGINS, hash_plugin_code
 from mechdsl.program.python_functions import program_functions
@@ -92,10 +94,6 @@ EXCLUDED_FIELDS: Mapping[type, Mapping[str, str]] = {
 """Excluded fields with reasons; `tests/pipeline/test_run_key.py` checks that all are listed."""
 
 
-class RunKeyError(Exception):
-    """A run can't be identified; the text gives the reason in lower case."""
-
-
 def run_key(
     checked: CheckedFile,
     options: RunOptions,
@@ -133,7 +131,7 @@ def key_parts(
     if mode is not None:
         raise RunKeyError(f"torch's functions may be changed by a `{mode}`, which is active")
     known = {**checked.built, **loaded}
-    models = _Models(checked, known, hashed)
+    models = ModelIdentities(checked, known, hashed)
     try:
         python = _python(checked)
     except CodeHashError as unknown:
@@ -199,70 +197,6 @@ def _python(checked: CheckedFile) -> dict[str, Any]:
         beside |= hash_module_code(module)
     beside |= hash_plugin_code()
     return {"files": files, "beside": beside}
-
-
-class _Models:
-    """Identities of the models, and the devices of models from Python."""
-
-    def __init__(self, checked: CheckedFile, known: Mapping[str, Any], hashed: FileHasher) -> None:
-        self._checked = checked
-        self._known = known
-        self._hashed = hashed
-
-    def told(self, name: str) -> dict[str, Any]:
-        if name in self._known:
-            return self._of_python(name, self._known[name])
-        model = self._checked.program.models[name]
-        return {
-            "identity": self._identity(name),
-            "dtype": model.dtype,
-            "bos": model.bos,
-            "bases": [self.told(base) for base in model.bases],
-            "folder": self._snapshot(name) if model.is_loaded else "",
-        }
-
-    def _of_python(self, name: str, model: LoadedModel) -> dict[str, Any]:
-        return {
-            "identity": self._identity(name),
-            "dtype": str(model.dtype),
-            "device": _device_words(model),
-            "source": model.provenance.get("source", ""),
-        }
-
-    def _identity(self, name: str) -> str:
-        if name in self._known:
-            from mechdsl.loading.identity import explain_identity
-
-            found, reason = explain_identity(self._known[name])
-            if found is None:
-                raise RunKeyError(f"model `{name}` can't be identified: {reason}")
-            return found
-        model = self._checked.program.models[name]
-        if not model.is_loaded:  # its edits and factors are in the texts and parameters
-            return json_digest([model.kind, *map(self._identity, model.bases)])
-        folder, _ = locate_model(model, model.span.source.folder)
-        base = None if model.base is None else self._identity(model.base)
-        found = None
-        if folder is not None:
-            found = folder_identity(model, folder, self._hashed, base=base)
-        if found is None:
-            raise RunKeyError(f"the files of model `{name}` can't be read")
-        return found
-
-    def _snapshot(self, name: str) -> str:
-        """Return the commit of a snapshot in the library's cache, which results contain."""
-        model = self._checked.program.models[name]
-        folder, _ = locate_model(model, model.span.source.folder)
-        inside = folder is not None and folder.parent.name == "snapshots"
-        return folder.name if folder is not None and inside else ""
-
-
-def _device_words(model: LoadedModel) -> str:
-    if model.device.type != "cuda":
-        return model.device.type
-    import torch
-
-    return f"cuda {torch.cuda.get_device_name(model.device)}"
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -451,6 +385,10 @@ class _Run:
         self._notes: list[str] = []
 
     def done(self) -> RunOutcome:
+        self._checked = attach_fits(self._checked, self._options, self._loaded)
+        untrained = list_untrained(self._checked, has_store=self._options.store is not None)
+        if untrained is not None:
+            return RunOutcome(None, untrained)
         folder = self._options.store
         if folder is None or has_errors(check_folders(self._options)):
             return self._without()

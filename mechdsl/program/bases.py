@@ -10,9 +10,15 @@ from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS, BasisMethod
-from mechdsl.program.directions import check_fit_rows, check_row_limit, fitted_block
+from mechdsl.program.directions import (
+    check_fit_rows,
+    check_row_limit,
+    fitted_block,
+    training_block,
+)
 from mechdsl.program.names import Namespace
-from mechdsl.program.spec import constant_value
+from mechdsl.program.spec import Constant, constant_value
+from mechdsl.program.trainers import TRAINERS, Trainer
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 
@@ -21,13 +27,12 @@ if TYPE_CHECKING:
 
 
 _TRAINED = (
-    "mechdsl trains no bases: save the directions of a trained one, and load them with "
+    "mechdsl trains no rotations: save the directions of a trained one, and load them with "
     '`saved("rotation.safetensors", "rotation")`'
 )
 
 OTHER_METHODS = {
     "das": _TRAINED,
-    "fit": _TRAINED,
     "boundless_das": _TRAINED,
     "rotation": _TRAINED,
     "dictionary": 'write `sae("path/to/sae")` or `transcoder("path/to/transcoder")`',
@@ -40,6 +45,34 @@ OTHER_METHODS = {
 OTHER_OPTIONS: dict[str, str] = dict.fromkeys(
     ("n_components", "components", "component", "k", "n", "rank", "dim", "size"), "dims"
 )
+"""Names of an option in other tools → the option."""
+
+
+OTHER_TRAINERS: dict[str, str] = {
+    "topk": "write `sae(features: 512, k: 8)`",
+    "batchtopk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
+    "batch_topk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
+    "jumprelu": 'write `sae(features: 512, penalty: 0.1, kind: "jump_relu")`',
+    "gated": 'write `sae(features: 512, penalty: 0.1, kind: "gated")`',
+    "das": _TRAINED,
+    "rotation": _TRAINED,
+    "pca": "write `pca(fruit.train, dims: 8)` without `fit`",
+}
+"""What else may be written inside of `fit(…)` → hint."""
+
+OTHER_TRAINER_OPTIONS: dict[str, str] = {
+    "d_sae": "features",
+    "dict_size": "features",
+    "size": "features",
+    "n_features": "features",
+    "dims": "features",
+    "l1": "penalty",
+    "l1_coefficient": "penalty",
+    "l0_coefficient": "penalty",
+    "sparsity": "penalty",
+    "architecture": "kind",
+    "activation": "kind",
+}
 """Names of an option in other tools → the option."""
 
 
@@ -115,7 +148,7 @@ def _check_arguments(
             )
         elif argument.name == "limit":
             check_row_limit(call, argument, parts, scope)
-        elif argument.name != "weights":
+        elif argument.name not in ("weights", "prompts"):
             value = constant_value(argument.value, parts.parameters)
             problem = method.check_option(argument.name, value)
             if problem is not None:
@@ -129,7 +162,12 @@ def _check_arguments(
     if problem is not None:
         scope.diagnostics.append(problem)
         return
-    if method.takes in ROW_OPERANDS:
+    if method.takes == "training":
+        block = training_block(call)
+        assert block is not None
+        check_fit_rows(block, parts, scope)
+        _check_trainer(values[0], parts, scope)
+    elif method.takes in ROW_OPERANDS:
         check_fit_rows(fitted_block(method, values), parts, scope)
     if method.takes == "jacobian" and not isinstance(values[1], ast.SiteMap):
         scope.diagnostics.append(
@@ -149,11 +187,68 @@ def _check_arguments(
         _check_texts(call, method, values, parts, scope)
 
 
+def _check_trainer(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
+    """Report E0203 for an unknown trainer, E0207 and E0342 for its arguments."""
+    name = node.name if isinstance(node, ast.Call) else node.span.written
+    found = TRAINERS.get(name)
+    if found is None:
+        known = ", ".join(f"`{each.example}`" for _, each in TRAINERS.items())
+        hint = did_you_mean(name, TRAINERS, f"it can be {known}")
+        hint = OTHER_TRAINERS.get(name, hint)
+        scope.diagnostics.append(UnknownWord(span=node.span, kind="trainer", word=name, hint=hint))
+        return
+    arguments = node.arguments if isinstance(node, ast.Call) else ()
+    options: dict[str, Constant] = {}
+    for argument in arguments:
+        value = constant_value(argument.value, parts.parameters)
+        if isinstance(argument.value, ast.Name):
+            scope.has("param", argument.value.id)
+        problem = _trainer_problem(found, argument, value)
+        if problem is not None:
+            scope.diagnostics.append(problem)
+            return
+        assert argument.name is not None
+        assert value is not None
+        options[argument.name] = value
+    missing = [each for each in found.required if each not in options]
+    if missing:
+        reason, hint = f"needs `{missing[0]}: …`", f"write `{found.example}`"
+        scope.diagnostics.append(BadArgument(span=node.span, name=name, reason=reason, hint=hint))
+        return
+    wrong = found.check(options)
+    if wrong is not None:
+        scope.diagnostics.append(BadBasis(span=node.span, reason=wrong[0], hint=wrong[1]))
+
+
+def _trainer_problem(
+    trainer: Trainer, argument: ast.Argument, value: Constant | None
+) -> BadArgument | BadBasis | None:
+    """Return the problem with one argument of a trainer."""
+    name = argument.name
+    if name is None or name not in trainer.options:
+        known = ", ".join(f"`{each}: …`" for each in trainer.options)
+        hint = f"it takes {known}"
+        if name is not None:
+            hint = did_you_mean(name, trainer.options, hint)
+            meant = OTHER_TRAINER_OPTIONS.get(name)
+            hint = f"write `{meant}: …`" if meant in trainer.options else hint
+        reason = f"is no argument of `{trainer.name}`"
+        text = name or argument.value.span.written
+        return BadArgument(span=argument.span, name=text, reason=reason, hint=hint)
+    problem = trainer.check_option(name, value)
+    if problem is None:
+        return None
+    return BadBasis(span=argument.span, reason=problem[0], hint=problem[1])
+
+
 def _missing_argument(
     call: ast.Call, method: BasisMethod, values: Sequence[ast.Node]
 ) -> BadArgument | None:
     """Return E0207 for a call with a wrong number of operands, or without a required option."""
-    one, two = ("block", "dictionary", "python"), ("value and block", "jacobian", "file")
+    one, two = (
+        ("block", "dictionary", "python", "training"),
+        ("value and block", "jacobian", "file"),
+    )
     wanted = {**dict.fromkeys(one, 1), **dict.fromkeys(two, 2)}
     fewest = {"tokens": 2, "directions": 1}.get(method.takes)
     exact = len(values) == wanted.get(method.takes, 0)

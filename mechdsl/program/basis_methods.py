@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 from mechdsl.base.records import Registry, attribute_problem
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Percent, name_list
 from mechdsl.program.direction_methods import MethodError, Problem, call_method
 from mechdsl.program.spec import Constant
 from mechdsl.syntax.words import name_problem
@@ -30,13 +30,14 @@ BasisOperand = Literal[
     "nothing",
     "dictionary",
     "python",
+    "training",
 ]
 """What a method computes the basis from: activations of a prompt set, their means for each value of
 its rows, derivatives of one site by another on a prompt set, directions of the file, rows of the
 unembedding, a tensor of a file, a weight matrix of the site's layer, nothing but the width, a
-dictionary, or a Python file."""
+dictionary, a Python file, or a training on activations of a prompt set."""
 
-ROW_OPERANDS: tuple[BasisOperand, ...] = ("block", "value and block", "jacobian")
+ROW_OPERANDS: tuple[BasisOperand, ...] = ("block", "value and block", "jacobian", "training")
 """Operands that are computed on rows of a prompt set, at a position."""
 
 BASIS_OPERANDS: tuple[BasisOperand, ...] = (
@@ -556,3 +557,49 @@ class PythonEncoder(BasisMethod):
 
     def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
         raise TypeError("the features of a Python object aren't linear")
+
+
+TRAINING_DEFAULTS: Mapping[str, Constant] = {
+    "steps": 4000,
+    "batch": 512,
+    "rate": 0.001,
+    "seed": 0,
+    "validation": Percent(10),
+    "measure_on_training_rows": False,
+}
+"""Options of a training with a default. `patience` has none: then it doesn't stop early."""
+
+
+@basis_method("fit")
+class TrainedBasis(BasisMethod):
+    """Features that `mechdsl fit` trains, with a trainer of `mechdsl.program.trainers`."""
+
+    takes = "training"
+    example = "fit(sae(features: 512, k: 8), prompts: fruit.train)"
+    options = ("prompts", "limit", *TRAINING_DEFAULTS, "patience")
+    required = ("prompts",)
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "measure_on_training_rows":
+            fine, what = isinstance(value, bool), "`true` or `false`"
+        elif name == "rate":
+            fine, what = is_number and 0 < value < 1, "a number between 0 and 1"  # pyright: ignore
+        elif name == "validation":
+            fine, what = isinstance(value, Percent) and 0 <= value <= 50, "from 0% to 50%"
+        else:
+            least = 0 if name in ("steps", "seed") else 1
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            fine, what = whole and value >= least, f"a whole number from {least} on"  # pyright: ignore
+        example = {**TRAINING_DEFAULTS, "patience": 3, "measure_on_training_rows": "true"}[name]
+        example = f"{example:g}%" if isinstance(example, Percent) else example
+        return None if fine else (f"`{name}` is {what}", f"write `{name}: {example}`")
+
+    def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        return rows
+
+    def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
+        return operand
+
+    def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
+        raise TypeError("the features of a dictionary aren't linear")

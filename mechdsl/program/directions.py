@@ -138,15 +138,22 @@ def fitted_block(method: BasisMethod, values: Sequence[ast.Node]) -> ast.Node:
     return values[1] if method.takes == "value and block" else values[0]
 
 
+def training_block(call: ast.Call) -> ast.Node | None:
+    """Return the argument `prompts:` of a call."""
+    return next((each.value for each in call.arguments if each.name == "prompts"), None)
+
+
 def fit_rows_of_basis(basis: spec.Basis, program: spec.Program) -> FitRows | None:
     """Return the rows that a basis is fitted on; None for a method without rows."""
     method = BASIS_METHODS.get(basis.method.name)
     if method is None or method.takes not in ROW_OPERANDS:
         return None
     values = [a.value for a in basis.method.arguments if a.name is None]
-    rows = parse_fit_rows(fitted_block(method, values), program.prompts)
+    trains = method.takes == "training"
+    block = training_block(basis.method) if trains else fitted_block(method, values)
+    rows = None if block is None else parse_fit_rows(block, program.prompts)
     limit = _limit(basis.method, program.parameters)
-    return None if rows is None else replace(rows, limit=limit)
+    return None if rows is None else replace(rows, limit=limit, trains=trains)
 
 
 def training_rows(call: ast.Call | None) -> ast.Node | None:
@@ -168,6 +175,8 @@ class FitRows:
     """The limit, as in `prompts fruit limit 64`."""
     used: frozenset[str] = frozenset()
     """Corruptions of the block that the fit reads; each of them changes all of the rows."""
+    trains: bool = False
+    """Whether `fit` trains on them, so that `--limit` doesn't apply."""
 
     @property
     def key(self) -> str:
@@ -176,7 +185,8 @@ class FitRows:
         limit = f" limit {self.limit}" if self.limit else ""
         model = f" on {self.model}" if self.model else ""
         used = f" changed by {', '.join(sorted(self.used))}" if self.used else ""
-        return f"{self.block or ''}{part}{limit}{model}{used}"
+        trains = " for a training" if self.trains else ""
+        return f"{self.block or ''}{part}{limit}{model}{used}{trains}"
 
 
 def fit_rows_of_call(call: ast.Call, program: spec.Program | Definitions) -> list[FitRows]:

@@ -26,6 +26,8 @@ def _as_written(node: Any) -> str | None:
 
 
 if TYPE_CHECKING:
+    from mechdsl.dictionaries.folder import DictionaryFile
+
     ExprText = ast.Expr
     CallText = ast.Call
     SiteText = ast.Site
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     MapText = ast.MapOf
     RefText = ast.Ref
     Losses = tuple[ast.LostStatement, ...]
+    TrainedFiles = dict[str, tuple[DictionaryFile, str]]
     Where = Span
     Paths = tuple[Path, ...]
     Names = tuple[str, ...]
@@ -62,7 +65,7 @@ else:
     )
     AxisText = EndText = ArgumentText = MapText = RefText = _AS_WRITTEN
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
-    Losses = Names = Where
+    Losses = Names = TrainedFiles = Where
 
 
 class Spec(BaseModel):
@@ -714,6 +717,9 @@ class Program(Spec):
     seed: int = 0
     lost: Losses = ()
     """Statements of the file and its imports that can't be parsed."""
+    trained: TrainedFiles = Field(default_factory=dict, exclude=True)
+    """Trainings of `fit(…)` that were found in the store, by name: the file, and how well it
+    reconstructs."""
 
 
 Constant: TypeAlias = int | float | str | bool

@@ -56,6 +56,7 @@ from mechdsl.resolve.sites import (
     resolve_site,
 )
 from mechdsl.resolve.targets import remove_tokens
+from mechdsl.resolve.trainings import check_held_out, outline_training
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
     BasisMember,
@@ -941,7 +942,7 @@ def _options(call: ast.Call, method: BasisMethod, work: ExperimentContext) -> di
     """Return the constants of a call, other than `limit`."""
     found: dict[str, Constant] = {}
     for argument in call.arguments:
-        if argument.name in (None, "limit", "labels"):
+        if argument.name in (None, "limit", "labels", "prompts"):
             continue
         if argument.name == "weights":
             found["weights"] = argument.value.span.written
@@ -982,6 +983,8 @@ def _operand(
                 return _dictionary(call, point, work)
             case "python":
                 return _python(call, options, work)
+            case "training":
+                return _trained(definition, point, options, work)
             case "nothing":
                 # By the order of definitions: a new name doesn't change the draw.
                 number = list(work.program.bases).index(definition.name)
@@ -1020,6 +1023,27 @@ def _sample(definition: spec.Basis, work: ExperimentContext) -> tuple[FitSample,
         )
     ((label, sample),) = samples.items()
     return sample, f"{describe_rows(sample, rows)} at {label}"
+
+
+def _trained(
+    definition: spec.Basis,
+    point: SitePoint,
+    options: Mapping[str, Constant],
+    work: ExperimentContext,
+) -> tuple[BasisOperand, int, str] | None:
+    """Resolve a dictionary that `fit` trains. Raises BasisError."""
+    found = _sample(definition, work)
+    if found is None:
+        return None
+    sample, text = found
+    made = outline_training(definition, options, sample, point, work)
+    if made.transcodes:
+        _check_transcoder(definition.method, made, point, work)
+    check_held_out(definition, made, work)
+    text = f"{made.kind} trained on {text}"
+    if made.training is not None and made.training.name in work.program.trained:
+        text += f", {work.program.trained[made.training.name][1]}"
+    return made, made.features, text
 
 
 def _jacobian(

@@ -211,6 +211,45 @@ class PythonBasis(Record):
     """Creates the object."""
 
 
+@record
+class Training(Record):
+    """A training that a file declares: `fit(sae(features: 512, k: 8), prompts: fruit.train)`."""
+
+    name: str
+    """Identifies it within a file: its basis, site and model."""
+    trainer: str
+    """Its name in `TRAINERS`."""
+    of_trainer: Mapping[str, Constant]
+    """Options of the trainer."""
+    options: Mapping[str, Constant]
+    """Options of `fit`, with their defaults."""
+    sample: FitSample
+    """The rows, and the tokens whose vectors it is trained on, one by one."""
+    encoded: SitePoint
+    """The site of the vectors that are encoded."""
+    made: SitePoint
+    """The site of the vectors that are reconstructed: the same, unless it is a transcoder."""
+    seed: int
+    span: Span = field(compare=False)
+    """Where the file declares it."""
+
+
+@record
+class TrainedDictionary(DictionaryFile):
+    """A dictionary that a file declares with `fit`.
+
+    Until its training is found in the store, it has no weights, and its digest is empty.
+    """
+
+    training: Training | None = field(default=None, compare=False)
+    """Never None; fields that follow defaults need one."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has weights."""
+        return bool(self.digest)
+
+
 BasisOperand: TypeAlias = (
     FittedBasis
     | JacobianBasis

@@ -15,12 +15,29 @@ def is_interactive() -> bool:
     return Console(stderr=True).is_jupyter
 
 
+class StepCounter:
+    """Joins the steps of several trainings, one after another, into one bar."""
+
+    def __init__(self, bar: ProgressBar) -> None:
+        self._bar = bar
+        self._name: str | None = None
+        self._before = self._total = 0
+
+    def advance(self, name: str, done: int, steps: int) -> None:
+        """Update the bar after a step of the training `name`."""
+        if name != self._name:
+            self._name, self._before = name, self._total
+            self._total += steps
+        self._bar.advance(self._before + done, self._total)
+
+
 class ProgressBar:
     """Appears at the first pass; shows rows, speed and the remaining time."""
 
-    def __init__(self, name: str, *, shown: bool | None = None) -> None:
+    def __init__(self, name: str, *, shown: bool | None = None, unit: str = "rows") -> None:
         """Create a bar; `shown` None shows it only in a terminal or a notebook."""
         self.name = name
+        self._unit = unit
         self._shown = shown
         self._progress: Any = None
         self._task: Any = None
@@ -53,7 +70,7 @@ class ProgressBar:
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("rows"),
+                TextColumn(self._unit),
                 TimeRemainingColumn(),
                 console=visible_console(stderr=True),
                 transient=is_interactive(),  # elsewhere one line remains, with the final progress

@@ -1,0 +1,173 @@
+"""`mechdsl fit`: train what files declare with `fit(…)`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mechdsl.cli.arguments import (
+    StoreOptions,
+    allow_python_option,
+    check_mech_file,
+    files_argument,
+    find_mech_files,
+    format_option,
+    load_plugins,
+    plugin_option,
+    set_option,
+    settings_from_options,
+    store_options,
+    untrusted_option,
+)
+from mechdsl.cli.output import (
+    INCOMPLETE,
+    INVALID_INPUT,
+    SUCCESS,
+    make_console,
+    print_diagnostics,
+    print_json,
+    print_line,
+    report_failure,
+    report_interruption,
+)
+from mechdsl.diagnostics.command_line import BadCommandLine
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+
+if TYPE_CHECKING:
+    from mechdsl.checks.file_check import CheckedFile
+    from mechdsl.execute.run_record import TrainedFit
+    from mechdsl.pipeline.options import RunOptions
+
+CONTINUES = "; the same command continues the training"
+
+
+@click.command()
+@files_argument
+@set_option
+@click.option(
+    "--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:1."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    help="Override the file's dtype.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Also copy each dictionary into a new folder below this one, with a model card.",
+)
+@format_option("table", "json")
+@allow_python_option
+@untrusted_option
+@plugin_option
+@store_options
+def fit(
+    files: tuple[Path, ...],
+    parameters: tuple[str, ...],
+    device: str,
+    dtype: str | None,
+    out: Path | None,
+    form: str,
+    allow_python: bool,
+    untrusted: bool,
+    plugins: tuple[str, ...],
+    stores: StoreOptions,
+) -> int:
+    """Train what files declare with `fit(…)`, and keep it in the store.
+
+    What is trained already stays; `--fresh` trains it again. An interrupted training continues
+    where it was. Exit status 0 when all is trained, 2 when something is wrong, 3 when a training
+    failed or was interrupted.
+    """
+    from mechdsl.pipeline.options import RunOptions
+
+    how = settings_from_options(
+        parameters, allow_python=allow_python, allow_outside=False, untrusted=untrusted
+    )
+    paths, problems = find_mech_files(files)
+    problems += load_plugins(plugins)
+    everything: list[CheckedFile] = []
+    for path in paths if not problems else ():
+        checked, found = check_mech_file(path, how)
+        problems += found
+        everything += [] if checked is None else [checked]
+    print_diagnostics(problems)
+    if has_errors(problems):
+        return INVALID_INPUT
+    options = RunOptions(settings=how, device=device, dtype=dtype, fresh=stores.fresh)
+    done: list[TrainedFit] = []
+    status = SUCCESS
+    for checked in everything:
+        try:
+            found, own = train_with_bar(checked, options, stores)
+        except KeyboardInterrupt as error:
+            return report_interruption(error, CONTINUES)
+        done += found
+        status = max(status, own)
+    if form == "json":
+        print_json(json.dumps({"schema": 1, "fits": [each.to_dict() for each in done]}, indent=1))
+    elif done:
+        from mechdsl.show.trainings import print_trained_fits
+
+        print_trained_fits(done, make_console())
+    if out is not None and not _copy(done, out, form):
+        return INCOMPLETE
+    return status
+
+
+def train_with_bar(
+    checked: CheckedFile, options: RunOptions, stores: StoreOptions
+) -> tuple[list[TrainedFit], int]:
+    """Train what a file declares, with a progress bar; return it with the exit status."""
+    from dataclasses import replace
+
+    from mechdsl.pipeline.trained_files import fits_of_file
+    from mechdsl.pipeline.trainings import train_file
+    from mechdsl.show.progress import ProgressBar, StepCounter
+    from mechdsl.store.store import store_folder
+
+    source = checked.source
+    if not fits_of_file(checked):
+        print_line(f"{source.name} declares no trainings that its experiments use", out=False)
+        return [], SUCCESS
+    folder = store_folder(source.path, stores.named, untrusted=options.settings.untrusted)
+    if folder is None:
+        reason = "`mechdsl fit` keeps trainings in a store, and this run has none"
+        hint = "name a folder: `--store FOLDER`"
+        print_diagnostics([BadCommandLine(reason=reason, hint=hint)])
+        return [], INVALID_INPUT
+    bar = ProgressBar(source.name, unit="steps")
+    try:
+        with bar:
+            own = replace(options, store=folder)
+            done, problems = train_file(checked, own, on_progress=StepCounter(bar).advance)
+    except Exception as error:
+        return [], report_failure(f"training for {source.name}", error)
+    print_diagnostics(problems)
+    return done, INCOMPLETE if has_errors(problems) else SUCCESS
+
+
+def _copy(fits: Sequence[TrainedFit], out: Path, form: str) -> bool:
+    """Copy dictionaries with their cards; return whether that succeeded."""
+    from mechdsl.pipeline.trainings import export_fit
+
+    problems: list[Diagnostic] = []
+    for each in fits:
+        try:
+            target = export_fit(each, out)
+        except FileExistsError as error:
+            reason = f"`{error.filename}` is there already, and nothing is overwritten"
+            problems.append(BadCommandLine(reason=reason, hint="name another folder"))
+        except OSError as error:
+            reason = f"`--out {out}`: {(error.strerror or str(error)).lower()}"
+            problems.append(BadCommandLine(reason=reason, hint="name a writable folder"))
+        else:
+            print_line(f"{each.basis} copied to {target}", out=form == "table")
+    print_diagnostics(problems)
+    return not problems

@@ -1,0 +1,366 @@
+"""Training of a declared dictionary on activations: its vectors, chunk by chunk, and its files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mechdsl.base.arrays import Ints
+from mechdsl.base.files import replace_file
+from mechdsl.base.hashing import stable_hash
+from mechdsl.dictionaries.features import load_dictionary
+from mechdsl.dictionaries.folder import CONFIG_FILE, HOOK_SITES, WEIGHT_FILES, read_dictionary
+from mechdsl.execute.run_record import CARD_FILE, TrainingReport
+from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
+from mechdsl.fits.sparse_training import unscale_weights
+from mechdsl.fits.training import (
+    Fit,
+    Training,
+    TrainingSettings,
+    TrainingState,
+    assess,
+    components_explain,
+)
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.models.shape import PaddingSide
+from mechdsl.program.trainers import TRAINERS
+from mechdsl.resolve.types import SitePoint, TrainedDictionary
+from mechdsl.resolve.types import Training as DeclaredTraining
+
+CHUNK_BYTES = 1 << 28
+"""Bytes of the vectors that are in memory at once."""
+
+HELD_OUT_VECTORS = 1 << 16
+"""Largest number of held-out vectors."""
+
+STATE_FILES = ("state.json", "state.safetensors")
+"""Files of a checkpoint."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowVectors:
+    """The vectors of a training: those of the named tokens of its rows."""
+
+    declared: DeclaredTraining
+    model: LoadedModel
+    """The model that runs the rows."""
+    seed: int
+    """Seed of noise."""
+    side: PaddingSide | None
+    chunk_bytes: int = CHUNK_BYTES
+
+    @cached_property
+    def counts(self) -> Ints:
+        """[row] vectors of each row."""
+        sample = self.declared.sample
+        tokens = [sum(map(len, runs)) for runs in sample.cell.hits]
+        hits = np.array(tokens, dtype=np.int64)
+        return hits * sample.run.draws
+
+    @cached_property
+    def rows(self) -> Ints:
+        """[row] the numbers of all rows with the position, in a random order that depends on the
+        seed and on their contents."""
+        keys = self.declared.sample.table.row_keys
+        there = [number for number in range(len(keys)) if self.counts[number]]
+        seed = self.declared.seed
+        order = sorted(there, key=lambda row: stable_hash(seed, "training row", keys[row]))
+        return np.array(order, dtype=np.int64)
+
+    @cached_property
+    def held_out_count(self) -> int:
+        """Number of rows at the start of `rows` that the training doesn't use."""
+        share = float(self.declared.options["validation"]) / 100  # pyright: ignore[reportArgumentType]
+        if share == 0:
+            return 0
+        return min(max(1, round(share * len(self.rows))), len(self.rows) - 1)
+
+    @cached_property
+    def _groups(self) -> list[Ints]:
+        """The rows of each chunk."""
+        rows = self.rows[self.held_out_count :]
+        one, other = (self._width(point) for point in self._points)
+        most = max(1, self.chunk_bytes // (4 * (one + other)))
+        ends = np.cumsum(self.counts[rows])
+        number = (ends - 1) // most  # by the last vector of each row
+        return [rows[number == each] for each in np.unique(number)]
+
+    @property
+    def _points(self) -> tuple[SitePoint, SitePoint]:
+        return self.declared.encoded, self.declared.made
+
+    def _width(self, point: SitePoint) -> int:
+        vectors = self._read(self.rows[:1], [point])
+        return int(next(vectors)[0].shape[1])
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks that together have every vector once."""
+        return len(self._groups)
+
+    def chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the vectors of a chunk that are encoded, and those that are reconstructed.
+
+        [vector, width] float32 each, on the model's device; one tensor if both are the same.
+        """
+        return self._vectors(self._groups[number])
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """Return vectors of the rows that the training doesn't use, as `chunk` does."""
+        rows = self.rows[: self.held_out_count]
+        few = rows[: int(np.searchsorted(np.cumsum(self.counts[rows]), HELD_OUT_VECTORS)) + 1]
+        return self._vectors(few)
+
+    def _vectors(self, rows: Ints) -> tuple[Tensor, Tensor]:
+        points = list(dict.fromkeys(self._points))
+        parts: list[list[Tensor]] = [[] for _ in points]
+        for found in self._read(rows, points):
+            for own, vectors in zip(parts, found, strict=True):
+                own.append(vectors)
+        widths = [self._width(point) for point in points] if not len(rows) else []
+        device = self.model.device
+        joined = [
+            torch.cat(own) if own else torch.zeros(0, widths[place], device=device)
+            for place, own in enumerate(parts)
+        ]
+        return joined[0], joined[-1]
+
+    def _read(self, rows: Ints, points: Sequence[SitePoint]) -> Iterator[list[Tensor]]:
+        """Yield the vectors of each site, batch by batch, in the order of the rows."""
+        sample = self.declared.sample
+        reader = build_reader(
+            self.model, sample.table, sample.run, points, seed=self.seed, side=self.side
+        )
+        batches = split_prompts(self.model, sample.run, points, np.sort(rows)) if len(rows) else []
+        with torch.no_grad():
+            own: list[Tensor] = []
+            for found in read_vectors(reader, points, [sample.cell], batches):
+                own.append(found.vectors.float().clone())
+                if len(own) == len(points):
+                    yield own
+                    own = []
+
+
+def train_dictionary(
+    declared: TrainedDictionary,
+    vectors: RowVectors,
+    folder: Path,
+    facts: Mapping[str, Any],
+    *,
+    checkpoints: Path,
+    due: Callable[[], bool],
+    on_step: Callable[[int, int], None],
+) -> TrainingReport:
+    """Train a dictionary, and write it to a folder in the layout of SAELens.
+
+    Args:
+        folder: An existing empty folder.
+        facts: What the card says besides the report, as JSON.
+        checkpoints: Folder of the checkpoint, from which an interrupted training continues.
+        due: Whether a checkpoint is due after a step.
+        on_step: Called after a step with the finished and all steps.
+
+    Raises:
+        NotFinite: The loss became NaN or infinite.
+        OSError: A file can't be written.
+    """
+    training = declared.training
+    assert training is not None
+    options = training.options
+    settings = TrainingSettings(
+        steps=int(options["steps"]),
+        batch=int(options["batch"]),
+        rate=float(options["rate"]),
+        seed=training.seed,
+        patience=int(options["patience"]) if "patience" in options else None,
+    )
+    random = torch.Generator().manual_seed(stable_hash(training.seed, "weights") % 2**63)
+    widths = declared.width_in, declared.width_out
+    trainer = TRAINERS[training.trainer]
+    first, first_targets = vectors.chunk(0)
+    held_out = vectors.held_out()
+    scaling = Scaling.of(first, first_targets)
+    with torch.enable_grad():
+        model = trainer.start(widths, training.of_trainer, random, first.device)
+        untrained = model.weights()
+        loop = Training(model, vectors, held_out, settings, scaling.apply)
+        _restore(loop, checkpoints)
+
+        def after_step(done: int) -> None:
+            if due():
+                _keep(loop, checkpoints)
+            on_step(done, settings.steps)
+
+        try:
+            loop.run(after_step)
+        except KeyboardInterrupt:
+            _keep(loop, checkpoints)
+            raise
+    measured = held_out if len(held_out[0]) else (first, first_targets)
+    finish = _Finish(declared, scaling, facts)
+    before = finish.assess(finish.write(folder, untrained), measured)
+    found = finish.assess(finish.write(folder, model.weights()), measured)
+    trained_rows = vectors.rows[vectors.held_out_count :]
+    report = TrainingReport(
+        rows=len(trained_rows),
+        vectors=int(vectors.counts[trained_rows].sum()),
+        held_out_rows=vectors.held_out_count,
+        held_out_vectors=len(held_out[0]),
+        steps=loop.state.step,
+        stopped_early=loop.state.stopped,
+        explained=found.explained,
+        active=found.active,
+        inactive=found.inactive,
+        untrained_explained=before.explained,
+        components_explained=components_explain(
+            first_targets, measured[1], max(1, round(found.active))
+        ),
+    )
+    card = json.dumps({**facts, **asdict(report)}, indent=1) + "\n"
+    (folder / CARD_FILE).write_text(card, "utf-8")
+    return report
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """Centres and factors of the vectors of a training."""
+
+    centers: tuple[Tensor, Tensor]
+    """[width] means of encoded and of reconstructed vectors."""
+    scales: tuple[float, float]
+    """Factors that make their mean squared length, after centring, their width."""
+
+    @classmethod
+    def of(cls, inputs: Tensor, targets: Tensor) -> Scaling:
+        """Compute them from vectors, [vector, width] each."""
+        centers = inputs.double().mean(0).float(), targets.double().mean(0).float()
+        scales = [
+            _scale(own - center) for own, center in zip((inputs, targets), centers, strict=True)
+        ]
+        return cls(centers, (scales[0], scales[1]))
+
+    def apply(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return centred and scaled vectors."""
+        (center, made), (scale, made_scale) = self.centers, self.scales
+        scaled = (inputs - center) * scale
+        return scaled, (scaled if targets is inputs else (targets - made) * made_scale)
+
+
+def _scale(vectors: Tensor) -> float:
+    length = float(vectors.double().square().sum(1).mean())
+    return math.sqrt(vectors.shape[1] / length) if length > 0 else 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Finish:
+    """Writes the files of a dictionary."""
+
+    declared: TrainedDictionary
+    scaling: Scaling
+    facts: Mapping[str, Any]
+
+    def write(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
+        """Write weights and configuration."""
+        own = self.declared
+        made = unscale_weights(
+            weights, self.scaling.centers, self.scaling.scales, subtracts_bias=not own.transcodes
+        )
+        made = {name: tensor.cpu().contiguous() for name, tensor in made.items()}
+        config: dict[str, Any]
+        if own.transcodes and own.architecture == "topk":
+            path, config = folder / WEIGHT_FILES["sparsify"], self._sparsify_config()
+            made["encoder.weight"] = made.pop("W_enc").T.contiguous()
+            made["encoder.bias"] = made.pop("b_enc")
+        else:
+            path, config = folder / WEIGHT_FILES["SAELens"], self._sae_lens_config()
+        save_file(made, path)
+        path.chmod(0o644)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+        return folder
+
+    def _sparsify_config(self) -> dict[str, Any]:
+        own = self.declared
+        return {
+            "activation": "topk",
+            "k": own.k,
+            "num_latents": own.features,
+            "d_in": own.width_in,
+            "transcode": True,
+            "skip_connection": False,
+        }
+
+    def _sae_lens_config(self) -> dict[str, Any]:
+        own, training = self.declared, self.declared.training
+        assert training is not None
+        names = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
+        hooks = [hook_name(point) for point in (training.encoded, training.made)]
+        metadata = {"hook_name": hooks[0], "hook_name_out": hooks[1] if own.transcodes else None}
+        metadata["model_name"] = self.facts.get("model_name")
+        return {
+            "architecture": names[own.architecture] if own.transcodes else own.architecture,
+            "d_in": own.width_in,
+            "d_sae": own.features,
+            **({} if own.k is None else {"k": own.k}),
+            **({"d_out": own.width_out} if own.transcodes else {}),
+            "dtype": "float32",
+            "apply_b_dec_to_input": not own.transcodes,
+            "normalize_activations": "none",
+            "metadata": {name: value for name, value in metadata.items() if value is not None},
+        }
+
+    def assess(self, folder: Path, measured: tuple[Tensor, Tensor]) -> Fit:
+        """Assess a written dictionary, as rules will read it."""
+        file = read_dictionary(folder, str(folder), transcodes=self.declared.transcodes)
+        system = load_dictionary(file)
+        inputs, targets = measured
+        with torch.no_grad():
+            features = system.encode(inputs, None)
+            return assess(features, system.reconstruct(inputs), targets)
+
+
+def hook_name(point: SitePoint) -> str | None:
+    """Return the name of a site in TransformerLens, without a head; None if it has none."""
+    names = {site: hook for hook, site in reversed(HOOK_SITES.items())}
+    if point.layer is None or point.site not in names:
+        return None
+    return f"blocks.{point.layer}.{names[point.site]}"
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def _keep(loop: Training, folder: Path) -> None:
+    """Write a checkpoint: the tensors first, then the numbers with the step of the tensors."""
+    state = loop.capture()
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"state-{state.step}.safetensors"
+    with replace_file(folder / name) as made:
+        save_file({name: own.cpu().contiguous() for name, own in state.tensors.items()}, made)
+    with replace_file(folder / STATE_FILES[0]) as made:
+        made.write_text(json.dumps({**state.numbers(), "tensors": name}), "utf-8")
+    for other in folder.glob("state-*.safetensors"):
+        if other.name != name:
+            other.unlink(missing_ok=True)
+
+
+def _restore(loop: Training, folder: Path) -> None:
+    """Continue from a checkpoint, if there is one that can be read."""
+    path = folder / STATE_FILES[0]
+    if not path.is_file():
+        return
+    try:
+        numbers = json.loads(path.read_text("utf-8"))
+        tensors = load_file(folder / numbers["tensors"])
+        loop.restore(TrainingState.read(numbers, tensors))
+    except (OSError, ValueError, KeyError, RuntimeError):  # it begins anew
+        loop.state = TrainingState()

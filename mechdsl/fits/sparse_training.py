@@ -1,0 +1,331 @@
+"""Training of sparse dictionaries: the losses of each architecture.
+
+Sources: Gao et al. 2024, arXiv 2406.04093 (top-k, and the auxiliary loss for inactive features);
+Bussmann et al. 2024, arXiv 2412.06410 (batch top-k); Bricken et al. 2023 (ReLU with an L1 penalty);
+Rajamanoharan et al. 2024, arXiv 2407.14435 (JumpReLU) and arXiv 2404.16014 (gated); Dunefsky et al.
+2024, arXiv 2406.11944 (transcoders). Encoders and decoders have the names and shapes of SAELens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+IDLE_STEPS = 200
+"""Steps without activity after which a feature takes part in the auxiliary loss."""
+
+IDLE_WEIGHT = 1 / 32
+"""Weight of the auxiliary loss (Gao et al., appendix A.2)."""
+
+WARM_UP = 0.1
+"""Share of the steps during which a penalty grows from 0 to its weight."""
+
+BANDWIDTH = 0.1
+"""Width of the kernel that estimates gradients of JumpReLU thresholds, in units of features of
+scaled vectors."""
+
+START_THRESHOLD = 0.1
+"""First threshold of JumpReLU features."""
+
+
+def start_weights(
+    widths: tuple[int, int], features: int, random: Generator, *, tied: bool
+) -> dict[str, Tensor]:
+    """Return random directions, and biases of 0.
+
+    Args:
+        widths: Numbers of encoded and of reconstructed vectors.
+        tied: Whether the encoder begins as the transposed decoder.
+    """
+    encoded, made = widths
+    decoder = unit_rows(torch.randn(features, made, generator=random))
+    encoder = decoder if tied else unit_rows(torch.randn(features, encoded, generator=random))
+    return {
+        "W_enc": encoder.T.clone(),
+        "b_enc": torch.zeros(features),
+        "W_dec": decoder.clone(),
+        "b_dec": torch.zeros(made),
+    }
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Return [row, width]: rows of length 1."""
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+class SparseDictionary:
+    """A dictionary while it is trained; implements `mechdsl.fits.training.Trainable`."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], options: Mapping[str, Any], *, subtracts_bias: bool
+    ) -> None:
+        """tensors: as `start_weights` returns them. options: of the call, by name."""
+        self.tensors = dict(tensors)
+        self.subtracts_bias = subtracts_bias
+        self.k = int(options.get("k", 0))
+        self.penalty = float(options.get("penalty", 0.0))
+        self.last_active = torch.zeros_like(self.tensors["W_dec"][:, 0])
+        """[feature] the last step in which it was active."""
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Tensors that the optimiser changes."""
+        return self.tensors
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """[feature] `last_active`."""
+        return {"last_active": self.last_active}
+
+    def after_step(self) -> None:
+        """Give decoder rows the length 1."""
+        with torch.no_grad():
+            self.tensors["W_dec"].copy_(unit_rows(self.tensors["W_dec"]))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the tensors of the file, for centred and scaled vectors."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
+        """Return the squared error of a vector, the mean over the batch, plus penalties."""
+        raise NotImplementedError
+
+    # --- parts of losses
+
+    def _projected(self, inputs: Tensor) -> Tensor:
+        """Return [vector, feature]: the linear map of the encoder, without its bias."""
+        own = self.tensors
+        centred = inputs - own["b_dec"] if self.subtracts_bias else inputs
+        return centred @ own["W_enc"]
+
+    def _decoded(self, features: Tensor) -> Tensor:
+        return features @ self.tensors["W_dec"] + self.tensors["b_dec"]
+
+    def _note_active(self, features: Tensor, step: int) -> None:
+        self.last_active[(features.detach() > 0).any(0)] = step
+
+    def _idle_loss(self, before: Tensor, rest: Tensor, step: int) -> Tensor | float:
+        """Let features that haven't been active for long reconstruct what the others leave over.
+
+        Args:
+            before: [vector, feature] before sparsity.
+            rest: [vector, width] the error of the reconstruction.
+        """
+        idle = self.last_active < step - IDLE_STEPS
+        if not bool(idle.any()):
+            return 0.0
+        found = (before * idle).relu() @ self.tensors["W_dec"]
+        return IDLE_WEIGHT * _squared_error(rest.detach(), found)
+
+    def _grown(self, progress: float) -> float:
+        """Return the penalty's weight at a point of the training."""
+        return self.penalty * min(1.0, progress / WARM_UP)
+
+
+SPARSE_KINDS: dict[str, Callable[..., SparseDictionary]] = {}
+"""Architectures by the value of `kind` in a file."""
+
+
+def _kind(name: str) -> Callable[[type[SparseDictionary]], type[SparseDictionary]]:
+    def register(entry: type[SparseDictionary]) -> type[SparseDictionary]:
+        SPARSE_KINDS[name] = entry
+        return entry
+
+    return register
+
+
+def _squared_error(targets: Tensor, made: Tensor) -> Tensor:
+    return (targets - made).square().sum(1).mean()
+
+
+@_kind("topk")
+class TopKDictionary(SparseDictionary):
+    """The k largest features of a vector are active."""
+
+    def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
+        before = self._projected(inputs) + self.tensors["b_enc"]
+        kept = self._kept(before)
+        self._note_active(kept, step)
+        made = self._decoded(kept)
+        return _squared_error(targets, made) + self._idle_loss(before, targets - made, step)
+
+    def _kept(self, before: Tensor) -> Tensor:
+        """Return [vector, feature]: features with all but the active ones set to 0."""
+        top = before.topk(min(self.k, before.shape[1]), dim=1)
+        return torch.zeros_like(before).scatter(1, top.indices, top.values.relu())
+
+
+@_kind("batch_topk")
+class BatchTopKDictionary(TopKDictionary):
+    """The k features per vector that are largest in a batch are active; saved with the mean of the
+    smallest active feature as a threshold."""
+
+    MEMORY: ClassVar[float] = 0.99
+    """Share of the previous threshold in a new one."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], options: Mapping[str, Any], *, subtracts_bias: bool
+    ) -> None:
+        super().__init__(tensors, options, subtracts_bias=subtracts_bias)
+        self.threshold = torch.full_like(self.tensors["b_dec"][:1], -1.0)
+        """[1] running mean of the smallest active feature; negative before the first step."""
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """`last_active` and the running threshold."""
+        return {"last_active": self.last_active, "threshold": self.threshold}
+
+    def _kept(self, before: Tensor) -> Tensor:
+        positive = before.relu()
+        count = min(self.k * len(before), positive.numel())
+        least = positive.flatten().topk(count, sorted=False).values.min().detach()
+        kept = positive * (positive >= least)
+        active = kept.detach()[kept.detach() > 0]
+        if active.numel():
+            own = active.min()
+            share = self.MEMORY if float(self.threshold) >= 0 else 0.0
+            self.threshold.copy_(share * self.threshold + (1 - share) * own)
+        return kept
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the tensors of a JumpReLU dictionary."""
+        found = super().weights()
+        return {
+            **found,
+            "threshold": self.threshold.clamp_min(0).expand(len(found["b_enc"])).clone(),
+        }
+
+
+@_kind("relu")
+class ReluDictionary(SparseDictionary):
+    """Features are a ReLU, with a penalty on their sum."""
+
+    def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
+        before = self._projected(inputs) + self.tensors["b_enc"]
+        features = before.relu()
+        self._note_active(features, step)
+        made = self._decoded(features)
+        sparse = self._grown(progress) * features.sum(1).mean()
+        idle = self._idle_loss(before, targets - made, step)
+        return _squared_error(targets, made) + sparse + idle
+
+
+class _JumpRelu(torch.autograd.Function):
+    """z where it exceeds the threshold; the threshold's gradient is estimated with a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        return z * (z > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        z, threshold = ctx.saved_tensors
+        (grad,) = grads
+        near = ((z - threshold).abs() < BANDWIDTH / 2) / BANDWIDTH
+        return grad * (z > threshold), -(grad * threshold * near).sum(0)
+
+
+class _Active(torch.autograd.Function):
+    """Whether z exceeds the threshold; the threshold's gradient is estimated with a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor) -> Tensor:
+        ctx.save_for_backward(z, threshold)
+        return (z > threshold).to(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        z, threshold = ctx.saved_tensors
+        (grad,) = grads
+        near = ((z - threshold).abs() < BANDWIDTH / 2) / BANDWIDTH
+        return None, -(grad * near).sum(0)
+
+
+@_kind("jump_relu")
+class JumpReluDictionary(SparseDictionary):
+    """Features are 0 up to a learned threshold, with a penalty on the number of active ones."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], options: Mapping[str, Any], *, subtracts_bias: bool
+    ) -> None:
+        super().__init__(tensors, options, subtracts_bias=subtracts_bias)
+        start = torch.full_like(self.tensors["b_enc"], START_THRESHOLD)
+        self.tensors["log_threshold"] = start.log()
+
+    def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
+        before = self._projected(inputs) + self.tensors["b_enc"]
+        threshold = self.tensors["log_threshold"].exp()
+        positive = before.relu()
+        features: Tensor = _JumpRelu.apply(positive, threshold)  # pyright: ignore[reportAssignmentType]
+        active: Tensor = _Active.apply(positive, threshold)  # pyright: ignore[reportAssignmentType]
+        self._note_active(features, step)
+        made = self._decoded(features)
+        sparse = self._grown(progress) * active.sum(1).mean()
+        idle = self._idle_loss(before, targets - made, step)
+        return _squared_error(targets, made) + sparse + idle
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the tensors of the file, with thresholds instead of their logarithms."""
+        found = super().weights()
+        return {**found, "threshold": found.pop("log_threshold").exp()}
+
+
+@_kind("gated")
+class GatedDictionary(SparseDictionary):
+    """A gate selects the active features, and a second bias and scale determine their values."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], options: Mapping[str, Any], *, subtracts_bias: bool
+    ) -> None:
+        super().__init__(tensors, options, subtracts_bias=subtracts_bias)
+        bias = self.tensors.pop("b_enc")
+        self.tensors |= {"b_gate": bias, "r_mag": bias.clone(), "b_mag": bias.clone()}
+
+    def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
+        own = self.tensors
+        shared = self._projected(inputs)
+        gate = shared + own["b_gate"]
+        sizes = (shared * own["r_mag"].exp() + own["b_mag"]).relu()
+        features = sizes * (gate > 0)
+        self._note_active(features, step)
+        made = self._decoded(features)
+        gates = gate.relu()
+        # The gate learns from what it would reconstruct alone, with a decoder that stays.
+        alone = gates @ own["W_dec"].detach() + own["b_dec"].detach()
+        sparse = self._grown(progress) * gates.sum(1).mean()
+        idle = self._idle_loss(gate, targets - made, step)
+        error = _squared_error(targets, made) + _squared_error(targets, alone)
+        return error + sparse + idle
+
+
+@torch.no_grad()
+def unscale_weights(
+    weights: Mapping[str, Tensor],
+    centers: tuple[Tensor, Tensor],
+    scales: tuple[float, float],
+    *,
+    subtracts_bias: bool,
+) -> dict[str, Tensor]:
+    """Return the tensors of a dictionary of vectors, from those of centred and scaled vectors.
+
+    Args:
+        weights: Tensors of a dictionary of (x − center) · scale.
+        centers: [width] subtracted from encoded and from reconstructed vectors.
+        scales: The factors of both.
+        subtracts_bias: Whether the decoder's bias is subtracted from the input; then both vectors
+            are the same.
+    """
+    (center, made), (scale, made_scale) = centers, scales
+    found = dict(weights)
+    found["b_dec"] = weights["b_dec"] / made_scale + made
+    if not subtracts_bias:
+        found["W_enc"] = weights["W_enc"] * (scale / made_scale)
+        found["b_enc"] = weights["b_enc"] - scale * (center @ weights["W_enc"])
+    for name in ("b_enc", "b_gate", "b_mag", "threshold"):
+        if name in found:
+            found[name] = found[name] / made_scale
+    return {name: tensor.contiguous() for name, tensor in found.items()}

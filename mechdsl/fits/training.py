@@ -1,0 +1,318 @@
+"""The training loop: batches from a source of vectors, Adam, checkpoints, early stopping.
+
+A training is a function of the source, the settings and the seed. Interrupted after any step and
+continued from its state, it ends with the same weights bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from mechdsl.base.hashing import stable_hash
+
+TRAINING_VERSION = 1
+"""Version of the training. Raise it with every change that alters trained weights."""
+
+EVALUATIONS = 20
+"""How often the loss on held-out vectors is computed during a training."""
+
+DECAY = 0.2
+"""Share of the steps, at the end, in which the learning rate falls to 0."""
+
+
+class NotFinite(Exception):
+    """The loss became NaN or infinite."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss isn't finite in step {step:,}")
+        self.step = step
+
+
+class Trainable(Protocol):
+    """Parameters while they are trained.
+
+    Inputs and targets are centred at their mean and scaled, so that the squared length of a vector
+    is its width on average.
+    """
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Tensors that the optimiser changes."""
+        ...
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Further tensors that the next steps depend on, which a checkpoint needs."""
+        ...
+
+    def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
+        """Return the loss of a batch.
+
+        Args:
+            inputs: [vector, width].
+            targets: [vector, width]; of an autoencoder, the inputs.
+            step: Number of the step, from 0.
+            progress: Share of the steps that are done, from 0 to below 1.
+        """
+        ...
+
+    def after_step(self) -> None:
+        """Restore what must hold after every step, such as decoder rows of length 1."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the tensors of the dictionary, for centred and scaled vectors."""
+        ...
+
+
+class VectorSource(Protocol):
+    """Vectors of a training, in chunks that fit into memory."""
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks that together have every vector once."""
+        ...
+
+    def chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of a chunk, [vector, width] each, always the same ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long and how fast to train."""
+
+    steps: int
+    batch: int
+    """Vectors per step."""
+    rate: float
+    """Learning rate of Adam."""
+    seed: int
+    patience: int | None = None
+    """Number of evaluations without improvement after which the training stops; None: never."""
+
+
+@dataclass
+class TrainingState:
+    """Everything that the next step depends on, besides the source and the settings."""
+
+    step: int = 0
+    passes: int = 0
+    """Chunks that are done."""
+    position: int = 0
+    """Batches of the current chunk that are done."""
+    best: float = math.inf
+    """Smallest loss on held-out vectors."""
+    waited: int = 0
+    """Evaluations since then."""
+    stopped: bool = False
+    """Whether it stopped early."""
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Parameters, further memory, moments of the optimiser, and the best parameters."""
+
+    def numbers(self) -> dict[str, float]:
+        """Return the numbers, for a file."""
+        names = ("step", "passes", "position", "best", "waited", "stopped")
+        return {name: float(getattr(self, name)) for name in names}
+
+    @classmethod
+    def read(cls, numbers: Mapping[str, float], tensors: Mapping[str, Tensor]) -> TrainingState:
+        """Create the state from what `numbers` and `tensors` were. Raises KeyError."""
+        return cls(
+            *(int(numbers[name]) for name in ("step", "passes", "position")),
+            best=float(numbers["best"]),
+            waited=int(numbers["waited"]),
+            stopped=bool(numbers["stopped"]),
+            tensors=dict(tensors),
+        )
+
+
+def _generator(*parts: object) -> Generator:
+    return torch.Generator().manual_seed(stable_hash(*parts) % 2**63)
+
+
+class Training:
+    """One training."""
+
+    def __init__(
+        self,
+        model: Trainable,
+        source: VectorSource,
+        held_out: tuple[Tensor, Tensor],
+        settings: TrainingSettings,
+        scale: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        """Prepare a training.
+
+        Args:
+            model: The parameters at the start.
+            held_out: Inputs and targets that the training doesn't use; empty for none.
+            scale: Centres and scales inputs and targets.
+        """
+        self.model, self.source, self.settings, self._scale = model, source, settings, scale
+        self._held_out = scale(*held_out)
+        for tensor in model.parameters.values():
+            tensor.requires_grad_()
+        self._optimiser = torch.optim.Adam(model.parameters.values(), lr=settings.rate)
+        self.state = TrainingState()
+        self._best: dict[str, Tensor] = {}
+        self._chunk: tuple[int, tuple[Tensor, Tensor]] | None = None
+        self._order: tuple[int, Tensor] | None = None
+        """Number of the pass through a chunk, and the order of its vectors."""
+
+    # --- state
+
+    def capture(self) -> TrainingState:
+        """Return a copy of the state, for a checkpoint."""
+        found = {f"parameter {name}": own for name, own in self.model.parameters.items()}
+        found |= {f"memory {name}": own for name, own in self.model.memory.items()}
+        found |= {f"best {name}": own for name, own in self._best.items()}
+        for name, own in self.model.parameters.items():
+            for key, moment in self._optimiser.state.get(own, {}).items():
+                found[f"{key} {name}"] = moment
+        kept = {name: tensor.detach().clone() for name, tensor in found.items()}
+        return TrainingState.read(self.state.numbers(), kept)
+
+    @torch.no_grad()
+    def restore(self, state: TrainingState) -> None:
+        """Continue from the state of a checkpoint. Raises KeyError if it is of another training."""
+        tensors = state.tensors
+        for kind, own in (("parameter", self.model.parameters), ("memory", self.model.memory)):
+            for name, tensor in own.items():
+                tensor.copy_(tensors[f"{kind} {name}"])
+        for name, tensor in self.model.parameters.items():
+            if state.step:
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                self._optimiser.state[tensor] = {key: tensors[f"{key} {name}"] for key in keys}
+        start = "best "
+        self._best = {
+            name.removeprefix(start): own for name, own in tensors.items() if name.startswith(start)
+        }
+        self.state = TrainingState.read(state.numbers(), {})
+
+    # --- steps
+
+    def run(self, after_step: Callable[[int], None]) -> None:
+        """Train to the end.
+
+        Args:
+            after_step: Called with the number of finished steps.
+
+        Raises:
+            NotFinite: The loss became NaN or infinite.
+        """
+        state, steps = self.state, self.settings.steps
+        every = max(1, steps // EVALUATIONS)
+        while state.step < steps and not state.stopped:
+            self._step()
+            if state.step % every == 0 or state.step == steps:
+                self._evaluate()
+            after_step(state.step)
+        if self._best:
+            with torch.no_grad():
+                for name, own in self.model.parameters.items():
+                    own.copy_(self._best[name])
+                for name, own in self.model.memory.items():
+                    own.copy_(self._best[f"memory {name}"])
+
+    def _step(self) -> None:
+        state, settings = self.state, self.settings
+        inputs, targets = self._batch()
+        progress = state.step / settings.steps
+        left = (1 - progress) / DECAY
+        for group in self._optimiser.param_groups:
+            group["lr"] = settings.rate * min(1.0, left)
+        loss = self.model.loss(inputs, targets, state.step, progress)
+        if not bool(loss.isfinite()):
+            raise NotFinite(state.step)
+        self._optimiser.zero_grad()
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        self._optimiser.step()
+        self.model.after_step()
+        state.step += 1
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """Return the next batch, in a random order of the current chunk's vectors."""
+        state, size = self.state, self.settings.batch
+        number = state.passes % self.source.chunks
+        if self._chunk is None or self._chunk[0] != number:
+            self._chunk = number, self._scale(*self.source.chunk(number))
+        inputs, targets = self._chunk[1]
+        count = max(1, len(inputs) // size)
+        if state.position >= count:
+            state.position, state.passes = 0, state.passes + 1
+            return self._batch()
+        if self._order is None or self._order[0] != state.passes:
+            random = _generator(self.settings.seed, "order", state.passes)
+            order = torch.randperm(len(inputs), generator=random).to(inputs.device)
+            self._order = state.passes, order
+        which = self._order[1][state.position * size : (state.position + 1) * size]
+        state.position += 1
+        return inputs[which], targets[which]
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Compare the loss on held-out vectors with the best one."""
+        patience, (inputs, targets) = self.settings.patience, self._held_out
+        if patience is None or not len(inputs):
+            return
+        state = self.state
+        memory = {name: own.clone() for name, own in self.model.memory.items()}
+        loss = float(self.model.loss(inputs, targets, state.step, 1.0))
+        for name, own in self.model.memory.items():  # an evaluation leaves no trace
+            own.copy_(memory[name])
+        if loss < state.best:
+            state.best, state.waited = loss, 0
+            self._best = {name: own.clone() for name, own in self.model.parameters.items()}
+            self._best |= {f"memory {name}": own for name, own in memory.items()}
+        else:
+            state.waited += 1
+        state.stopped = state.waited >= patience
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a dictionary reconstructs vectors that it wasn't trained on."""
+
+    explained: float
+    """Share of the variance of the targets."""
+    active: float
+    """Mean number of active features of a vector."""
+    inactive: int
+    """Features that are active for none of the vectors."""
+
+
+@torch.no_grad()
+def assess(features: Tensor, made: Tensor, targets: Tensor) -> Fit:
+    """Assess reconstructions.
+
+    Args:
+        features: [vector, feature].
+        made: [vector, width] reconstructions of `targets`.
+    """
+    spread = (targets - targets.mean(0)).double().square().sum()
+    error = (targets - made).double().square().sum()
+    active = features != 0
+    explained = float(1 - error / spread) if float(spread) > 0 else math.nan
+    return Fit(explained, float(active.sum(1).double().mean()), int((~active.any(0)).sum()))
+
+
+def components_explain(trained_on: Tensor, targets: Tensor, count: int) -> float:
+    """Return the share of the variance of vectors that principal components of others explain.
+
+    Args:
+        trained_on: [vector, width] that the components are computed from.
+        count: Number of components.
+    """
+    center = trained_on.double().mean(0)
+    axes = torch.linalg.svd(trained_on.double() - center, full_matrices=False)[2][:count]
+    shifted = targets.double() - center
+    made = shifted @ axes.T @ axes
+    spread = (targets.double() - targets.double().mean(0)).square().sum()
+    return float(1 - (shifted - made).square().sum() / spread) if float(spread) else math.nan

@@ -1,0 +1,241 @@
+"""What a file declares with `fit(…)`, and what its store has of it: keys and trained dictionaries.
+
+A trained dictionary is a folder of the store, `fits/KEY`, in the layout of SAELens, with a card
+`fit.json`. The key is a digest of everything that the weights depend on. Checkpoints of a training
+under way are in `fits/KEY.part`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechdsl.base.hashing import digest
+from mechdsl.base.runtime import numeric_settings
+from mechdsl.base.safetensors_files import UnreadableFile
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.rules import NotTrained
+from mechdsl.dictionaries.folder import DictionaryFile, read_dictionary
+from mechdsl.execute.run_record import CARD_FILE, NUMERIC_VERSION, TrainingReport
+from mechdsl.models.folder import FileHasher, json_digest
+from mechdsl.pipeline.identities import ModelIdentities, RunKeyError
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.resolve.types import ResolvedExperiment, TrainedDictionary, Training
+from mechdsl.results.results import package_version
+from mechdsl.store.index import StoreProblem
+from mechdsl.store.store import Store
+
+if TYPE_CHECKING:
+    from mechdsl.forward.hooks.model import LoadedModel
+
+FITS_FOLDER = "fits"
+"""Folder of trainings in a store."""
+
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+VERSIONED_PACKAGES = ("torch", "transformers")
+
+
+@dataclass(frozen=True, eq=False)
+class DeclaredFit:
+    """A training of a file, with the first experiment that needs it."""
+
+    basis: str
+    """`f[layer 3]`."""
+    file: TrainedDictionary
+    experiment: ResolvedExperiment
+
+    @property
+    def training(self) -> Training:
+        assert self.file.training is not None
+        return self.file.training
+
+    @property
+    def model(self) -> str:
+        """Key of the loaded model that runs the rows."""
+        return self.training.sample.run.model or self.experiment.model.key
+
+
+def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFit]:
+    """Return the trainings that experiments need, by name."""
+    found: dict[str, DeclaredFit] = {}
+    for experiment in experiments:
+        bases = [rule.basis for rule in experiment.every_rule]
+        bases += [save.basis for save in experiment.saves]
+        for member in (each for own in bases if own is not None for each in own.members):
+            own = member.operand
+            if isinstance(own, TrainedDictionary) and own.training is not None:
+                declared = DeclaredFit(member.name, own, experiment)
+                found.setdefault(own.training.name, declared)
+    return found
+
+
+def fits_of_file(checked: CheckedFile) -> dict[str, DeclaredFit]:
+    """Return the trainings that the experiments of a file need, by name."""
+    return find_fits([*checked.experiments, *checked.saving])
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class FitKeys:
+    """Keys of the trainings of one file."""
+
+    checked: CheckedFile
+    options: RunOptions
+    loaded: Mapping[str, LoadedModel]
+    """Models from Python, by name."""
+    hashed: FileHasher
+    """Computes SHA-256 of a file."""
+
+    def of(self, fit: DeclaredFit) -> str:
+        """Return the key of a training: SHA-256 of everything that its weights depend on.
+
+        Raises:
+            RunKeyError: The model can't be identified.
+            OSError: A file can't be read.
+        """
+        from mechdsl.fits.training import TRAINING_VERSION
+        from mechdsl.planner.value_keys import RunContents
+
+        training, sample = fit.training, fit.training.sample
+        name = sample.run.model or fit.experiment.model.name
+        known = {**self.checked.built, **self.loaded}
+        told = ModelIdentities(self.checked, known, self.hashed).told(name)
+        model = digest(json_digest(told))
+        contents = RunContents({name: model}, name, self.checked.program.seed)
+        content = contents.of(sample.run, sample.table).tolist()
+        rows = zip(sample.table.row_keys, content, sample.cell.hits, strict=True)
+        encoded, made = training.encoded, training.made
+        parts = {
+            "version": [TRAINING_VERSION, NUMERIC_VERSION],
+            "packages": [package_version(package) for package in VERSIONED_PACKAGES],
+            "numbers": numeric_settings(),
+            "trainer": [training.trainer, _told(training.of_trainer)],
+            "options": _told(training.options),
+            "seed": training.seed,
+            "sites": [[each.site, each.layer, each.unit] for each in (encoded, made)],
+            "model": told,
+            "rows": [[key, own, list(hits)] for key, own, hits in rows],
+            "noise": self.checked.program.seed if sample.run.noise is not None else None,
+            "run": [
+                self.options.dtype,
+                _device(self.options.device),
+                self.options.execution.side,
+                self.options.execution.prompt_tokens,
+            ],
+        }
+        return json_digest(parts)
+
+
+def _told(options: Mapping[str, Any]) -> dict[str, str]:
+    left_out = ("measure_on_training_rows", "seed", "prompts", "limit")
+    return {name: repr(value) for name, value in options.items() if name not in left_out}
+
+
+@cache
+def _device(name: str) -> str:
+    from mechdsl.loading.devices import get_device
+
+    return get_device(name).type
+
+
+# --- trained files --------------------------------------------------------------------------------
+
+
+def read_fit(folder: Path) -> tuple[DictionaryFile, TrainingReport] | None:
+    """Read a trained dictionary with its report; None if the folder has no complete one."""
+    try:
+        card = json.loads((folder / CARD_FILE).read_text("utf-8"))
+        transcodes = bool(card["transcodes"])
+        file = read_dictionary(folder, str(folder), transcodes=transcodes)
+        return file, TrainingReport.read(card)
+    except (OSError, ValueError, KeyError, TypeError, UnreadableFile):
+        return None
+
+
+def describe_report(file: DictionaryFile, report: TrainingReport) -> str:
+    """Describe how well a dictionary reconstructs, for conventions."""
+    what = "held-out vectors" if report.held_out_vectors else "training vectors"
+    text = f"explains {report.explained:.3f} of the variance of {what}"
+    text += f", {report.active:.1f} features active, SHA-256 {file.digest[:12]}…"
+    return text
+
+
+def attach_fits(
+    checked: CheckedFile,
+    options: RunOptions,
+    loaded: Mapping[str, LoadedModel] | None = None,
+) -> CheckedFile:
+    """Check a file again with the trainings that its store has; a file without any stays as it is.
+
+    Args:
+        loaded: Models from Python, by name.
+    """
+    fits, folder = fits_of_file(checked), options.store
+    if not fits or folder is None or not (folder / FITS_FOLDER).is_dir():
+        return checked
+    found: dict[str, tuple[DictionaryFile, str]] = {}
+    with suppress(StoreProblem), Store(folder) as store:
+        keys = FitKeys(checked, options, loaded or {}, store.file_hash)
+        for name, fit in fits.items():
+            with suppress(RunKeyError, OSError):
+                known = read_fit(folder / FITS_FOLDER / keys.of(fit))
+                if known is not None:
+                    found[name] = known[0], describe_report(*known)
+    if not found:
+        return checked
+    return check_again(checked, replace(checked.settings, trained=found), loaded)
+
+
+def check_again(
+    checked: CheckedFile, settings: CheckSettings, loaded: Mapping[str, LoadedModel] | None
+) -> CheckedFile:
+    """Check a file with other settings, on the same models."""
+    if not loaded:
+        return check_source(checked.source, settings)
+    from mechdsl.loading.loader import build_model_contexts
+
+    return check_source(checked.source, settings, build_model_contexts(checked.source, loaded))
+
+
+def find_untrained(experiment: ResolvedExperiment, *, has_store: bool) -> list[Diagnostic]:
+    """Return E0642 for each basis of an experiment that isn't trained."""
+    return [
+        report_untrained(fit, has_store=has_store)
+        for fit in find_fits([experiment]).values()
+        if not fit.file.is_trained
+    ]
+
+
+def list_untrained(checked: CheckedFile, *, has_store: bool) -> list[Diagnostic] | None:
+    """Return E0642 for all experiments of a file if none of them has what it needs; then the model
+    isn't loaded. None otherwise."""
+    every = [*checked.experiments, *checked.saving]
+    found = [find_untrained(each, has_store=has_store) for each in every]
+    if not found or not all(found):
+        return None
+    return list({(each.code, each.span): each for own in found for each in own}.values())
+
+
+def report_untrained(fit: DeclaredFit, *, has_store: bool) -> Diagnostic:
+    """Return E0642 for a training that the store doesn't have."""
+    source = fit.training.span.source
+    file = source.name if source.path is not None else "FILE"
+    hint = f"train it: `mechdsl fit {file}`, or train and run: `mechdsl run --fit {file}`"
+    if not has_store:
+        hint = "trainings are in the store: run with one, such as `--store FOLDER`"
+    return NotTrained(
+        span=fit.training.span,
+        basis=fit.basis,
+        reason=" for these rows, options and model" if has_store else ": the run has no store",
+        experiment=fit.experiment.name,
+        hint=hint,
+    )

@@ -1,0 +1,270 @@
+"""`mechdsl fit`: train what a file declares with `fit(…)`, and copy it to a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechdsl.base.runtime import preserve_random_state
+from mechdsl.base.text import count_noun
+from mechdsl.checks.file_check import CheckedFile
+from mechdsl.diagnostics.command_line import BadCommandLine
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.rules import TrainingFailed
+from mechdsl.execute.run_record import CARD_FILE, TrainedFit, TrainingReport
+from mechdsl.pipeline.identities import RunKeyError
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.pipeline.trained_files import (
+    FITS_FOLDER,
+    VERSIONED_PACKAGES,
+    DeclaredFit,
+    FitKeys,
+    fits_of_file,
+    read_fit,
+)
+from mechdsl.results.results import package_version
+from mechdsl.store.files import make_folder, sync_folder
+from mechdsl.store.index import StoreProblem
+from mechdsl.store.locks import take_lock
+from mechdsl.store.store import Store
+
+if TYPE_CHECKING:
+    from mechdsl.forward.hooks.model import LoadedModel
+
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+
+FitProgress = Callable[[str, int, int], None]
+"""Called with the basis, and its finished and all steps."""
+
+
+def train_file(
+    checked: CheckedFile,
+    options: RunOptions,
+    loaded: Mapping[str, LoadedModel] | None = None,
+    *,
+    on_progress: FitProgress | None = None,
+) -> tuple[list[TrainedFit], list[Diagnostic]]:
+    """Train what a checked file declares and its store doesn't have.
+
+    A training that fails doesn't affect others.
+
+    Args:
+        loaded: Models from Python, by name.
+
+    Returns:
+        The trained dictionaries, and diagnostics: E0643 and those of loading models.
+
+    Raises:
+        OSError: If the store can't be written.
+        KeyboardInterrupt: After a checkpoint was written.
+    """
+    assert options.store is not None
+    try:
+        with Store(options.store) as store:
+            if not store.writable:
+                return [], [_store_problem(options.store, "is read-only")]
+            return _train_missing(checked, options, loaded or {}, store, on_progress)
+    except StoreProblem as problem:
+        return [], [_store_problem(options.store, f"can't be used: {problem}")]
+
+
+def _store_problem(folder: Path, reason: str) -> Diagnostic:
+    hint = "name another folder: `--store FOLDER`"
+    return BadCommandLine(reason=f"the store `{folder}` {reason}", hint=hint)
+
+
+def _train_missing(
+    checked: CheckedFile,
+    options: RunOptions,
+    loaded: Mapping[str, LoadedModel],
+    store: Store,
+    on_progress: FitProgress | None,
+) -> tuple[list[TrainedFit], list[Diagnostic]]:
+    """Train what the store doesn't have. Raises StoreProblem, OSError."""
+    fits = fits_of_file(checked)
+    keys = FitKeys(checked, options, loaded, store.file_hash)
+    done: list[TrainedFit] = []
+    due: list[tuple[DeclaredFit, Path]] = []
+    problems: list[Diagnostic] = []
+    for fit in fits.values():
+        try:
+            folder = store.folder / FITS_FOLDER / keys.of(fit)
+        except RunKeyError as unknown:
+            problems.append(_failed(fit, str(unknown), "use a model that can be identified"))
+            continue
+        known = None if options.fresh else read_fit(folder)
+        if known is None:
+            due.append((fit, folder))
+        else:
+            done.append(_finished(fit, folder, known[1], 0.0))
+    if due:
+        trained, found = _train_due(checked, options, loaded, due, store, on_progress)
+        done += trained
+        problems += found
+    return done, problems
+
+
+def _train_due(
+    checked: CheckedFile,
+    options: RunOptions,
+    loaded: Mapping[str, LoadedModel],
+    due: Iterable[tuple[DeclaredFit, Path]],
+    store: Store,
+    on_progress: FitProgress | None,
+) -> tuple[list[TrainedFit], list[Diagnostic]]:
+    import torch
+
+    with preserve_random_state():
+        from mechdsl.loading.loader import import_library
+
+        import_library()
+        from mechdsl.pipeline.computation import load_needed_models
+
+        models, problems = load_needed_models(checked, options, loaded, store.file_hash)
+        if models is None:
+            return [], problems
+        done: list[TrainedFit] = []
+        with torch.random.fork_rng(devices=[]):
+            for fit, folder in due:
+                found, problem = _train_one(fit, folder, models, checked, options, on_progress)
+                done += [] if found is None else [found]
+                problems += [] if problem is None else [problem]
+        return done, problems
+
+
+def _train_one(
+    fit: DeclaredFit,
+    folder: Path,
+    models: Mapping[str, LoadedModel],
+    checked: CheckedFile,
+    options: RunOptions,
+    on_progress: FitProgress | None,
+) -> tuple[TrainedFit | None, Diagnostic | None]:
+    """Train one dictionary; a result or a problem."""
+    from mechdsl.execute.training import RowVectors, train_dictionary
+    from mechdsl.fits.training import NotFinite
+
+    part = folder.with_name(f"{folder.name}.part")
+    make_folder(part)
+    lock = take_lock(folder.with_name(f"{folder.name}.lock"))
+    if lock is None:
+        hint = "wait until it ends; then the same command uses its result"
+        return None, _failed(fit, "another process is training it", hint)
+    began = last = time.monotonic()
+
+    def is_due() -> bool:
+        nonlocal last
+        if time.monotonic() - last < SECONDS_BETWEEN_CHECKPOINTS:
+            return False
+        last = time.monotonic()
+        return True
+
+    def on_step(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(fit.basis, done, total)
+
+    model = models[fit.model]
+    vectors = RowVectors(fit.training, model, checked.program.seed, options.execution.side)
+    result = part / "result"
+    shutil.rmtree(result, ignore_errors=True)
+    result.mkdir()
+    try:
+        report = train_dictionary(
+            fit.file,
+            vectors,
+            result,
+            _facts(fit, checked, model),
+            checkpoints=part,
+            due=is_due,
+            on_step=on_step,
+        )
+    except NotFinite as problem:
+        rate = float(fit.training.options["rate"])
+        shutil.rmtree(part, ignore_errors=True)
+        return None, _failed(fit, str(problem), f"lower the learning rate: `rate: {rate / 10:g}`")
+    finally:
+        lock.free(remove=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(result, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(part, ignore_errors=True)
+    return _finished(fit, folder, report, time.monotonic() - began), None
+
+
+def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[str, Any]:
+    """Return what the card of a training says besides its report."""
+    training, sample = fit.training, fit.training.sample
+    options = {**training.options, "seed": training.seed}
+    return {
+        "basis": fit.basis,
+        "trainer": training.trainer,
+        "options": {**training.of_trainer, **options},
+        "file": checked.source.name,
+        "model_name": checked.program.models[sample.run.model or fit.experiment.model.name].path,
+        "source": model.provenance.get("source", ""),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "transcodes": fit.file.transcodes,
+        "prompts": sample.table.name,
+        "run": sample.run.name,
+        "positions": sample.cell.label,
+        "data": sample.table.data_hash,
+        "versions": {name: package_version(name) for name in ("mechdsl", *VERSIONED_PACKAGES)},
+    }
+
+
+def _finished(fit: DeclaredFit, folder: Path, report: TrainingReport, seconds: float) -> TrainedFit:
+    point = fit.training.made
+    site = point.site if point.layer is None else f"L{point.layer}.{point.site}"
+    return TrainedFit(fit.basis, fit.file.kind, site, folder, report, seconds)
+
+
+def _failed(fit: DeclaredFit, reason: str, hint: str) -> Diagnostic:
+    return TrainingFailed(span=fit.training.span, basis=fit.basis, reason=reason, hint=hint)
+
+
+def export_fit(fit: TrainedFit, folder: Path) -> Path:
+    """Copy a trained dictionary into a new folder below `folder`, with a model card.
+
+    Returns the new folder. Raises FileExistsError and OSError.
+    """
+    name = "".join(each if each.isalnum() or each in "-_" else "-" for each in fit.basis).strip("-")
+    target = folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(fit.folder, target)
+    (target / "README.md").write_text(_card_text(fit), "utf-8")
+    return target
+
+
+def _card_text(fit: TrainedFit) -> str:
+    """Return the model card of a trained dictionary."""
+    card = json.loads((fit.folder / CARD_FILE).read_text("utf-8"))
+    report = fit.report
+    options = ", ".join(f"{name}: {value}" for name, value in card["options"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in card["versions"].items())
+    held_out = count_noun(report.held_out_rows, "row")
+    lines = [
+        f"# {fit.basis}: {fit.what}",
+        "",
+        f"Trained with mechdsl on `{fit.site}` of {card['source'] or card['model_name']}.",
+        "",
+        f"- File: {card['file']}",
+        f"- Rows: {report.rows:,} of `{card['prompts']}` ({card['run']}) at {card['positions']}, "
+        f"{report.vectors:,} vectors; {held_out} held out",
+        f"- Options: {options}",
+        f"- Steps: {report.steps:,}" + (" (stopped early)" if report.stopped_early else ""),
+        f"- Explained variance on held-out vectors: {report.explained:.4f}",
+        f"- The same with untrained weights: {report.untrained_explained:.4f}",
+        f"- The same with as many principal components: {report.components_explained:.4f}",
+        f"- Active features of a vector: {report.active:.2f}",
+        f"- Features without activity on these vectors: {report.inactive:,}",
+        f"- Precision of the model: {card['dtype']}",
+        f"- Versions: {versions}",
+        "",
+    ]
+    return "\n".join(lines)

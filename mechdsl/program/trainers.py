@@ -1,0 +1,212 @@
+"""Registry of trainers: what `fit(…)` can train, `fit(NAME(…), prompts: …)`.
+
+A trainer is one class under `trainer`. A module outside the package adds a trainer with such a
+class, when it is imported before a file is checked. The class says what the file may write, and
+creates the parameters when training begins; rows, batches, checkpoints and the store are mechdsl's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from mechdsl.base.records import Registry, attribute_problem
+from mechdsl.base.text import name_list
+from mechdsl.dictionaries.folder import Architecture
+from mechdsl.program.direction_methods import Problem
+from mechdsl.program.spec import Constant
+from mechdsl.syntax.words import name_problem
+
+if TYPE_CHECKING:
+    from torch import Generator, device
+
+    from mechdsl.fits.training import Trainable
+
+
+@dataclass(frozen=True)
+class DictionaryOutline:
+    """What is known of a dictionary before it is trained."""
+
+    architecture: Architecture
+    """Of its file, once it is trained."""
+    features: int
+    k: int | None = None
+    transcodes: bool = False
+
+
+class Trainer:
+    """Something that `fit` can train on vectors of a site: a dictionary."""
+
+    name: ClassVar[str]
+    example: ClassVar[str]
+    """A call inside of `fit(…)`, as messages show it."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Names of the arguments that are written `NAME: VALUE`, with a constant each."""
+    required: ClassVar[tuple[str, ...]] = ()
+    """Options that a call must have."""
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        """Return the problem with an option's value, or None.
+
+        Args:
+            name: One of `options`.
+            value: None if the file has no constant there.
+        """
+        return None
+
+    def check(self, options: Mapping[str, Constant]) -> Problem | None:
+        """Return the problem with the options together, or None; each is valid by itself."""
+        return None
+
+    def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
+        """Return what is known before training."""
+        raise NotImplementedError
+
+    def start(
+        self,
+        widths: tuple[int, int],
+        options: Mapping[str, Constant],
+        random: Generator,
+        device: device,
+    ) -> Trainable:
+        """Create the parameters.
+
+        Args:
+            widths: Numbers of a vector that is encoded, and of one that is reconstructed.
+            random: Source of all random numbers of the start, on the CPU.
+            device: Where the parameters are needed.
+        """
+        raise NotImplementedError
+
+
+TRAINERS: Registry[Trainer] = Registry("trainer")
+
+TrainerT = TypeVar("TrainerT", bound=Trainer)
+
+
+def trainer(name: str) -> Callable[[type[TrainerT]], type[TrainerT]]:
+    """Register a subclass of `Trainer` as `fit(NAME(…), …)`.
+
+    Raises ValueError or TypeError for a class that can't be used.
+    """
+    return TRAINERS.class_decorator(name, _class_problem)
+
+
+def _class_problem(name: str, entry: object) -> str | None:
+    """Return the reason that a class can't be registered."""
+    wrong = name_problem(name)
+    if wrong is not None:
+        return wrong
+    if not (isinstance(entry, type) and issubclass(entry, Trainer)):
+        return "it must be a subclass of `Trainer`"
+    example: object = getattr(entry, "example", None)
+    if not isinstance(example, str) or not example.startswith(name):
+        return f'`example` must be a call: `example = "{name}(features: 512)"`'
+    for attribute in ("options", "required"):
+        names: object = getattr(entry, attribute)
+        if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):
+            return f'`{attribute}` must be a tuple of names: `{attribute} = ("features",)`'
+    wrong = attribute_problem(entry, counts=())
+    if wrong is not None:
+        return wrong
+    if entry.outline is Trainer.outline or entry.start is Trainer.start:
+        return "it needs `outline(self, options)` and `start(self, widths, options, random)`"
+    return None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """An architecture of trained dictionaries."""
+
+    architecture: Architecture
+    """Of its file."""
+    sparsity: str
+    """The option that determines how sparse features are."""
+
+
+KINDS: Mapping[str, _Kind] = {
+    "topk": _Kind("topk", "k"),
+    "batch_topk": _Kind("jumprelu", "k"),
+    "relu": _Kind("standard", "penalty"),
+    "jump_relu": _Kind("jumprelu", "penalty"),
+    "gated": _Kind("gated", "penalty"),
+}
+"""Architectures by the value of `kind`; their arithmetic is in `mechdsl.fits.sparse_training`."""
+
+_SPARSITY_HINT: Mapping[str, str] = {
+    "k": "write `k: 8`, the number of active features",
+    "penalty": "write `penalty: 0.1`, the weight of the sparsity penalty",
+}
+
+
+@trainer("sae")
+class SparseAutoencoderTrainer(Trainer):
+    """A sparse autoencoder: top-k by default, or batch top-k, ReLU, JumpReLU or gated."""
+
+    example = "sae(features: 512, k: 8)"
+    options = ("features", "k", "kind", "penalty")
+    required = ("features",)
+    transcodes: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = tuple(KINDS)
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name == "kind":
+            if value in self.kinds:
+                return None
+            listed = name_list([f'"{each}"' for each in self.kinds])
+            return f"`{self.name}` has no such kind", f"write one of {listed}"
+        if name == "penalty":
+            positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+            return None if positive else ("`penalty` is a number above 0", "write `penalty: 0.1`")
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return None
+        example = {"features": 512, "k": 8}[name]
+        return f"`{name}` is a whole number from 1 on", f"write `{name}: {example}`"
+
+    def check(self, options: Mapping[str, Constant]) -> Problem | None:
+        kind = str(options.get("kind", "topk"))
+        needs = KINDS[kind].sparsity
+        other = "penalty" if needs == "k" else "k"
+        if needs not in options:
+            return f"a `{kind}` dictionary needs `{needs}: …`", _SPARSITY_HINT[needs]
+        if other in options:
+            return (
+                f"a `{kind}` dictionary has no `{other}`",
+                f"leave it out; `{needs}` determines how sparse the features are",
+            )
+        if needs == "k" and int(options["k"]) > int(options["features"]):
+            said = f"`k: {options['k']}` is more than `features: {options['features']}`"
+            return said, "write a smaller `k`"
+        return None
+
+    def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
+        kind = KINDS[str(options.get("kind", "topk"))]
+        k = int(options["k"]) if kind.architecture == "topk" else None
+        return DictionaryOutline(
+            kind.architecture, int(options["features"]), k, transcodes=self.transcodes
+        )
+
+    def start(
+        self,
+        widths: tuple[int, int],
+        options: Mapping[str, Constant],
+        random: Generator,
+        device: device,
+    ) -> Trainable:
+        from mechdsl.fits.sparse_training import SPARSE_KINDS, start_weights
+
+        kind = SPARSE_KINDS[str(options.get("kind", "topk"))]
+        given: dict[str, Any] = dict(options)
+        start = start_weights(widths, int(given["features"]), random, tied=not self.transcodes)
+        tensors = {name: tensor.to(device) for name, tensor in start.items()}
+        return kind(tensors, given, subtracts_bias=not self.transcodes)
+
+
+@trainer("transcoder")
+class TranscoderTrainer(SparseAutoencoderTrainer):
+    """A transcoder, which reconstructs the output of an MLP from its input."""
+
+    example = "transcoder(features: 512, k: 8)"
+    transcodes = True
+    kinds = ("topk", "batch_topk", "relu", "jump_relu")

@@ -1,0 +1,192 @@
+"""The training loop: interrupted trainings, early stopping, chunks, and losses that aren't finite."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.fits.training import (
+    NotFinite,
+    Training,
+    TrainingSettings,
+    TrainingState,
+    assess,
+    components_explain,
+)
+from mechdsl.program.trainers import TRAINERS
+
+from .test_sparse_training import CPU, SPARSITY, Fixed
+
+STEPS = 60
+
+
+class Chunks:
+    """Vectors in several chunks."""
+
+    def __init__(self, *parts: Tensor) -> None:
+        self.parts = parts
+        self.read: list[int] = []
+
+    @property
+    def chunks(self) -> int:
+        return len(self.parts)
+
+    def chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        self.read.append(number)
+        return self.parts[number], self.parts[number]
+
+
+def vectors(seed: int, count: int = 100) -> Tensor:
+    return torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def training(
+    kind: str, source: Any, patience: int | None = None, held_out: Tensor | None = None, **more: Any
+) -> Training:
+    options = {"features": 12, "kind": kind, **SPARSITY[kind]}
+    model = TRAINERS["sae"].start((8, 8), options, torch.Generator().manual_seed(0), CPU)
+    settings = TrainingSettings(**{"steps": STEPS, "batch": 16, "rate": 0.01, "seed": 4, **more}, patience=patience)  # fmt: skip
+    held_out = vectors(9)[:0] if held_out is None else held_out
+    return Training(model, source, (held_out, held_out), settings, lambda x, y: (x, y))
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", SPARSITY)
+def test_interrupted_trainings_end_with_the_same_weights(kind: str) -> None:
+    """Bit for bit, after ten interruptions, with chunks and early stopping."""
+    parts = vectors(1), vectors(2, 70), vectors(3, 20)
+    whole = training(kind, Chunks(*parts), patience=30, held_out=vectors(7))
+    whole.run(lambda step: None)
+    random = torch.Generator().manual_seed(8)
+    stops = sorted(torch.randperm(STEPS - 1, generator=random)[:10].add(1).tolist())
+    kept: tuple[dict[str, float], dict[str, Tensor]] | None = None
+    for stop in [*stops, STEPS + 1]:
+        one = training(kind, Chunks(*parts), patience=30, held_out=vectors(7))
+        if kept is not None:
+            one.restore(TrainingState.read(*copy.deepcopy(kept)))
+
+        def after(step: int, one: Training = one, stop: int = stop) -> None:
+            if step == stop:
+                state = one.capture()
+                nonlocal kept
+                kept = state.numbers(), state.tensors
+                raise Stop
+
+        if stop <= STEPS:
+            with pytest.raises(Stop):
+                one.run(after)
+        else:
+            one.run(after)
+            for name, own in whole.model.weights().items():
+                assert torch.equal(one.model.weights()[name], own), name
+            assert one.state.step == whole.state.step == STEPS
+
+
+def test_batches_take_every_vector_once() -> None:
+    """In each pass through a chunk, in another order; chunks follow each other."""
+    seen: list[list[float]] = []
+    numbered = [torch.arange(n, n + 32.0)[:, None].expand(32, 8).clone() for n in (0, 100)]
+
+    class Recorded:
+        parameters = {"w": torch.zeros(1)}
+        memory: dict[str, Tensor] = {}
+
+        def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
+            assert progress == step / 8
+            assert torch.equal(inputs, targets)
+            seen.append(inputs[:, 0].tolist())
+            return self.parameters["w"].sum()
+
+        def after_step(self) -> None:
+            pass
+
+        def weights(self) -> dict[str, Tensor]:
+            return {}
+
+    empty = torch.zeros(0, 8)
+    settings = TrainingSettings(8, 16, 0.1, 0)
+    one = Training(Recorded(), Chunks(*numbered), (empty, empty), settings, lambda x, y: (x, y))
+    one.run(lambda step: None)
+    passes = [sorted(seen[n] + seen[n + 1]) for n in range(0, 8, 2)]
+    first, second = (sorted(part[:, 0].tolist()) for part in numbered)
+    assert passes == [first, second, first, second]
+    assert seen[0] + seen[1] not in (first, seen[4] + seen[5])
+
+
+def test_few_vectors_are_one_batch() -> None:
+    one = training("topk", Fixed(vectors(1, 5)), steps=3)
+    one.run(lambda step: None)
+    assert one.state.step == 3
+
+
+def test_early_stopping_keeps_the_best_weights() -> None:
+    """On held-out vectors that have nothing in common with the others, training only harms."""
+    held_out = 100 + vectors(5)
+    one = training("topk", Fixed(vectors(1)), patience=2, held_out=held_out, steps=400, rate=0.05)
+    losses: dict[int, tuple[float, dict[str, Tensor]]] = {}
+
+    def after(step: int) -> None:
+        if step % 20 == 0:
+            with torch.no_grad():
+                memory = {name: own.clone() for name, own in one.model.memory.items()}
+                loss = float(one.model.loss(held_out, held_out, step, 1.0))
+                for name, own in one.model.memory.items():
+                    own.copy_(memory[name])
+            losses[step] = loss, one.model.weights()
+
+    one.run(after)
+    best = min(losses, key=lambda step: losses[step][0])
+    assert one.state.stopped
+    assert one.state.step == best + 40 < 400
+    for name, own in one.model.weights().items():
+        assert torch.equal(own, losses[best][1][name]), name
+
+
+def test_a_loss_that_is_not_finite_ends_the_training() -> None:
+    broken = vectors(1)
+    broken[50] = torch.nan
+    one = training("relu", Fixed(broken))
+    with pytest.raises(NotFinite, match="the loss isn't finite in step"):
+        one.run(lambda step: None)
+
+
+def test_the_rate_falls_at_the_end() -> None:
+    """Over the last fifth of the steps, to 0."""
+    one = training("topk", Fixed(vectors(1)), steps=50)
+    rates: list[float] = []
+    optimiser = one._optimiser
+    one.run(lambda step: rates.append(optimiser.param_groups[0]["lr"]))
+    assert rates[:40] == [0.01] * 40
+    assert rates[40:] == pytest.approx([0.01 * (50 - n) / 10 for n in range(40, 50)])
+
+
+def test_assessment() -> None:
+    targets = vectors(2, 50).double()
+    made = targets + 0.1 * vectors(3, 50)
+    features = torch.zeros(50, 4)
+    features[:25, 0], features[:, 2] = 1, 2
+    found = assess(features, made, targets)
+    spread = sum(float(((row - targets.mean(0)) ** 2).sum()) for row in targets)
+    error = sum(float(((a - b) ** 2).sum()) for a, b in zip(targets, made, strict=True))
+    assert found.explained == pytest.approx(1 - error / spread)
+    assert (found.active, found.inactive) == (1.5, 2)
+
+
+def test_components() -> None:
+    """The share of new vectors that principal components of others explain."""
+    mixed = vectors(1, 200) * torch.tensor([5, 3, 1, 1, 0.1, 0.1, 0.1, 0.1]) + 7
+    new = vectors(2, 60) * torch.tensor([5, 3, 1, 1, 0.1, 0.1, 0.1, 0.1]) + 7
+    values, axes = torch.linalg.eigh(torch.cov(mixed.double().T))
+    assert values[-1] > values[-2]
+    shifted = new.double() - mixed.double().mean(0)
+    made = sum((shifted @ axes[:, n])[:, None] * axes[:, n] for n in (-1, -2))
+    spread = (new.double() - new.double().mean(0)).square().sum()
+    expected = 1 - (shifted - made).square().sum() / spread
+    assert components_explain(mixed, new, 2) == pytest.approx(float(expected), abs=1e-6)
