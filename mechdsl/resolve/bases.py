@@ -56,7 +56,7 @@ from mechdsl.resolve.sites import (
     resolve_site,
 )
 from mechdsl.resolve.targets import remove_tokens
-from mechdsl.resolve.trainings import check_held_out, outline_training
+from mechdsl.resolve.trainings import check_held_out, describe_training, outline_training
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
     BasisMember,
@@ -1037,13 +1037,11 @@ def _trained(
         return None
     sample, text = found
     made = outline_training(definition, options, sample, point, work)
+    assert made.training is not None
     if made.transcodes:
         _check_transcoder(definition.method, made, point, work)
-    check_held_out(definition, made, work)
-    text = f"{made.kind} trained on {text}"
-    if made.training is not None and made.training.name in work.program.trained:
-        text += f", {work.program.trained[made.training.name][1]}"
-    return made, made.features, text
+    check_held_out(definition, made.training, work)
+    return made, made.features, describe_training(made, text, work)
 
 
 def _jacobian(

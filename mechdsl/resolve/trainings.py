@@ -103,25 +103,42 @@ def outline_training(
     )
 
 
-def check_held_out(
-    definition: spec.Basis, made: TrainedDictionary, work: ExperimentContext
-) -> None:
+def count_training_rows(training: Training, work: ExperimentContext) -> int:
+    """Return how many of the rows that an experiment measures are also training rows."""
+    if not work.experiment.measures:
+        return 0
+    trained = set(training.sample.table.row_keys)
+    return sum(key in trained for key in work.table.row_keys)
+
+
+def check_held_out(definition: spec.Basis, training: Training, work: ExperimentContext) -> None:
     """Report E0345 for measured rows that are also training rows, unless the file allows them."""
-    assert made.training is not None
-    if made.training.options["measure_on_training_rows"] or not work.experiment.measures:
+    shared = count_training_rows(training, work)
+    if not shared or training.options["measure_on_training_rows"]:
         return
-    trained = set(made.training.sample.table.row_keys)
-    shared = sum(key in trained for key in work.table.row_keys)
-    if not shared:
-        return
-    block = work.table.name
     problem = MeasuredOnTrainingRows(
         span=work.experiment.span,
         experiment=work.experiment.name,
         basis=definition.name,
         shared=shared,
         rows=len(work.table.row_keys),
-        block=block,
+        block=work.table.name,
     )
     if problem not in work.diagnostics:
         work.diagnostics.append(problem)
+
+
+def describe_training(made: TrainedDictionary, rows: str, work: ExperimentContext) -> str:
+    """Describe a declared dictionary for conventions and `explain`.
+
+    Args:
+        rows: `80 rows of fruit.train at tokens *`
+    """
+    assert made.training is not None
+    text = f"{made.kind} trained on {rows}"
+    if made.training.name in work.program.trained:
+        text += f", {work.program.trained[made.training.name][1]}"
+    shared = count_training_rows(made.training, work)
+    if shared:
+        text += f"; {shared} of the {len(work.table)} rows measured here are training rows"
+    return text
