@@ -1,9 +1,9 @@
-"""The training loop: interrupted trainings, early stopping, chunks, and losses that aren't finite."""
+"""The training loop: interruption, early stopping, chunks, and losses that are not finite."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -49,7 +49,8 @@ def training(
 ) -> Training:
     options = {"features": 12, "kind": kind, **SPARSITY[kind]}
     model = TRAINERS["sae"].start((8, 8), options, torch.Generator().manual_seed(0), CPU)
-    settings = TrainingSettings(**{"steps": STEPS, "batch": 16, "rate": 0.01, "seed": 4, **more}, patience=patience)  # fmt: skip
+    numbers = {"steps": STEPS, "batch": 16, "rate": 0.01, "seed": 4, **more}
+    settings = TrainingSettings(**numbers, patience=patience)
     held_out = vectors(9)[:0] if held_out is None else held_out
     return Training(model, source, (held_out, held_out), settings, lambda x, y: (x, y))
 
@@ -95,8 +96,8 @@ def test_batches_take_every_vector_once() -> None:
     numbered = [torch.arange(n, n + 32.0)[:, None].expand(32, 8).clone() for n in (0, 100)]
 
     class Recorded:
-        parameters = {"w": torch.zeros(1)}
-        memory: dict[str, Tensor] = {}
+        parameters: ClassVar = {"w": torch.zeros(1)}
+        memory: ClassVar[dict[str, Tensor]] = {}
 
         def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
             assert progress == step / 8
