@@ -176,14 +176,7 @@ def train_dictionary(
     """
     training = declared.training
     assert training is not None
-    options = training.options
-    settings = TrainingSettings(
-        steps=int(options["steps"]),
-        batch=int(options["batch"]),
-        rate=float(options["rate"]),
-        seed=training.seed,
-        patience=int(options["patience"]) if "patience" in options else None,
-    )
+    settings = _read_settings(training)
     random = torch.Generator().manual_seed(stable_hash(training.seed, "weights") % 2**63)
     widths = declared.width_in, declared.width_out
     trainer = TRAINERS[training.trainer]
@@ -210,25 +203,52 @@ def train_dictionary(
     finish = _Finish(declared, scaling, facts)
     before = finish.assess(finish.write(folder, untrained), measured)
     found = finish.assess(finish.write(folder, model.weights()), measured)
-    trained_rows = vectors.rows[vectors.held_out_count :]
-    report = TrainingReport(
-        rows=len(trained_rows),
-        vectors=int(vectors.counts[trained_rows].sum()),
-        held_out_rows=vectors.held_out_count,
-        held_out_vectors=len(held_out[0]),
-        steps=loop.state.step,
-        stopped_early=loop.state.stopped,
-        explained=found.explained,
-        active=found.active,
-        inactive=found.inactive,
-        untrained_explained=before.explained,
-        components_explained=components_explain(
-            first_targets, measured[1], max(1, round(found.active))
-        ),
-    )
+    active = max(1, round(found.active))
+    components = components_explain(first_targets, measured[1], active)
+    report = _report(vectors, loop.state, len(held_out[0]), found, (before.explained, components))
     card = json.dumps({**facts, **asdict(report)}, indent=1) + "\n"
     (folder / CARD_FILE).write_text(card, "utf-8")
     return report
+
+
+def _read_settings(training: DeclaredTraining) -> TrainingSettings:
+    options: Mapping[str, Any] = training.options
+    return TrainingSettings(
+        steps=int(options["steps"]),
+        batch=int(options["batch"]),
+        rate=float(options["rate"]),
+        seed=training.seed,
+        patience=int(options["patience"]) if "patience" in options else None,
+    )
+
+
+def _report(
+    vectors: RowVectors,
+    state: TrainingState,
+    held_out_vectors: int,
+    found: Fit,
+    controls: tuple[float, float],
+) -> TrainingReport:
+    """Create the report of a finished training.
+
+    Args:
+        controls: Shares that untrained weights and principal components explain.
+    """
+    trained_rows = vectors.rows[vectors.held_out_count :]
+    untrained, components = controls
+    return TrainingReport(
+        rows=len(trained_rows),
+        vectors=int(vectors.counts[trained_rows].sum()),
+        held_out_rows=vectors.held_out_count,
+        held_out_vectors=held_out_vectors,
+        steps=state.step,
+        stopped_early=state.stopped,
+        explained=found.explained,
+        active=found.active,
+        inactive=found.inactive,
+        untrained_explained=untrained,
+        components_explained=components,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
-"""Fits to vectors of rows: means, principal components, linear probes, similarities, ranks.
+"""Fits to vectors of rows: means, principal components, linear probes, similarities, ranks,
+sparse dictionaries.
 
 In: arrays of vectors and targets, [row, width]. Out: weights, directions, held-out predictions,
-numbers. Imports base, numpy and scipy.
+numbers. Imports base, numpy and scipy; torch only in `training` and `sparse_training`.
 """

@@ -362,13 +362,11 @@ def fit(
         device: `auto`, `cpu`, `cuda`, `cuda:1`.
         dtype: Overrides the file's dtype.
         out: Folder below which each dictionary is also copied, into a new folder with a model card.
-        progress: Whether standard error shows a progress bar; None: only in terminals and
-            notebooks.
+        progress: As in `run`.
         allow_python: Run the Python files that the file refers to.
         untrusted: As in `run`; then `store` must be given.
         plugins: Names of installed plugins to load. They stay loaded until the process ends.
-        store: Folder of the store; None: the folder in `MECHDSL_STORE`, or `.mechdsl` next to the
-            file. A text needs one.
+        store: As in `run`, without False. A text needs one.
         fresh: Train again what is trained already.
 
     Returns:
@@ -380,33 +378,37 @@ def fit(
     """
     with borrowed_models(models):
         from mechdsl.pipeline.options import RunOptions
-        from mechdsl.pipeline.trainings import export_fit
         from mechdsl.store.store import store_folder
 
         raise_errors(load_plugins(plugins))
         source = read_file(file)
         raise_errors(dtype_problem(dtype), store_problem(store, fresh))
         named = Path(store) if isinstance(store, str) else store
+        python = python_mode(allow_python)
         options = RunOptions(
-            settings=settings_from_arguments(
-                set,
-                python=python_mode(allow_python),
-                allow_outside=False,
-                untrusted=untrusted,
-            ),
+            settings_from_arguments(set, python=python, allow_outside=False, untrusted=untrusted),
             device=str(device),
             dtype=None if dtype is None else dtype_name(dtype),
             store=store_folder(source.path, named, untrusted=untrusted),
             fresh=fresh,
         )
         done, problems = _train(source, models, options, progress)
-        if not done:
-            raise_errors([each for each in problems if each.severity == "error"])
-        warn_diagnostics(problems)
-        for each in done if out is not None else ():
-            assert out is not None
-            export_fit(each, Path(out))
+        _report_and_copy(done, problems, out)
         return done
+
+
+def _report_and_copy(
+    done: Sequence[TrainedFit], problems: list[Diagnostic], out: str | Path | None
+) -> None:
+    """Raise MechdslError if nothing was trained, warn about other problems, and copy the rest."""
+    from mechdsl.pipeline.trainings import export_fit
+
+    if not done:
+        raise_errors([each for each in problems if each.severity == "error"])
+    warn_diagnostics(problems)
+    for each in done if out is not None else ():
+        assert out is not None
+        export_fit(each, Path(out))
 
 
 def _train(

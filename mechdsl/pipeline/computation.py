@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from hashlib import sha256
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +20,10 @@ from mechdsl.checks.file_check import (
     CheckSettings,
     check_source,
     group_variants,
-    needed_models,
 )
 from mechdsl.checks.p_values import check_cell_units, check_reachable_p, row_unit, tested_measures
 from mechdsl.checks.prompt_tables import attach_replies
-from mechdsl.diagnostics.command_line import BadCommandLine
-from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.experiments import ExperimentFailed, NoRowsKept
 from mechdsl.diagnostics.names import UnknownName
 from mechdsl.diagnostics.statistics import MissingPickResult, PickBySign, RowsLeftOut, SkewedFamily
@@ -39,22 +36,19 @@ from mechdsl.execute.run.vector_files import save_vectors
 from mechdsl.execute.run_record import NUMERIC_VERSION, ExecutionOptions, RowCounts, SavedFile
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.anatomy_proof import NoteStore
-from mechdsl.loading.devices import explain_device_problem
 from mechdsl.loading.identity import compute_identity
 from mechdsl.loading.loader import (
     GivenModels,
-    add_tower_views,
     adopt_models,
     build_model,
     build_model_contexts,
     check_modules,
-    load_models,
 )
 from mechdsl.models.folder import FileHasher, hash_file
-from mechdsl.pipeline.edited_models import edit_model
-from mechdsl.pipeline.options import RunOptions, check_folders
+from mechdsl.pipeline.loaded_models import load_needed_models
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.pipeline.trained_files import find_untrained
-from mechdsl.planner.passes import check_pass_names, make_plan
+from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code, hash_module_code
@@ -715,38 +709,6 @@ def _without_rules(experiment: ResolvedExperiment) -> ResolvedExperiment:
     )
 
 
-def load_needed_models(
-    checked: CheckedFile,
-    options: RunOptions,
-    loaded: Mapping[str, LoadedModel] | None,
-    hashed: FileHasher | None = hash_file,
-    notes: NoteStore | None = None,
-) -> tuple[dict[str, LoadedModel] | None, list[Diagnostic]]:
-    """Load the models of a checked file with their weights; None if one is unavailable."""
-    diagnostics = check_options(options)
-    if has_errors(diagnostics):
-        return None, diagnostics
-    models = {**cast("dict[str, LoadedModel]", checked.built), **(loaded or {})}
-    diagnostics.extend(
-        load_models(
-            checked,
-            models,
-            partial(edit_model, checked, options.execution, hashes=hashed is not None),
-            needed_models(checked),
-            device=options.device,
-            dtype=options.dtype,
-            offload=options.offload,
-            hashed=hashed,
-            notes=notes,
-        )
-    )
-    if not has_errors(diagnostics):
-        every = [*checked.experiments, *_only_saving(checked)]
-        add_tower_views(every, models)
-        diagnostics.extend(check_modules(every, models))
-    return (None if has_errors(diagnostics) else models), diagnostics
-
-
 def _run(
     checked: CheckedFile,
     models: Mapping[str, LoadedModel],
@@ -803,23 +765,3 @@ def _run(
         saved=tuple(saved),
     )
     return result, file.diagnostics
-
-
-def _only_saving(checked: CheckedFile) -> list[ResolvedExperiment]:
-    """Return the experiments without measures."""
-    return [each for each in checked.saving if not each.measures]
-
-
-def check_options(options: RunOptions) -> list[Diagnostic]:
-    """Report E0208 for unknown devices and passes, and problems found by `check_folders`."""
-    found = check_pass_names(sorted(options.without))
-    problem = explain_device_problem(options.device)
-    if problem is not None:
-        found.append(
-            BadCommandLine(
-                reason=f"`--device {options.device}`: {problem}",
-                hint="write `auto`, `cpu`, `cuda` or `cuda:0`",
-            )
-        )
-    found.extend(check_folders(options))
-    return found

@@ -77,6 +77,7 @@ EXCLUDED_FIELDS: Mapping[type, Mapping[str, str]] = {
     CheckSettings: {
         "build": "what it makes goes in as the models do",
         "callables": "their code goes in with that of the file's functions",
+        "trained": "their digests go in with the prompts of each experiment",
     },
     RunOptions: {
         "settings": "those that the file was checked with go in",

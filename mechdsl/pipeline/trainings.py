@@ -124,7 +124,7 @@ def _train_due(
         from mechdsl.loading.loader import import_library
 
         import_library()
-        from mechdsl.pipeline.computation import load_needed_models
+        from mechdsl.pipeline.loaded_models import load_needed_models
 
         models, problems = load_needed_models(checked, options, loaded, store.file_hash)
         if models is None:

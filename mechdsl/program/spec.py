@@ -26,8 +26,6 @@ def _as_written(node: Any) -> str | None:
 
 
 if TYPE_CHECKING:
-    from mechdsl.dictionaries.folder import DictionaryFile
-
     ExprText = ast.Expr
     CallText = ast.Call
     SiteText = ast.Site
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
     MapText = ast.MapOf
     RefText = ast.Ref
     Losses = tuple[ast.LostStatement, ...]
-    TrainedFiles = dict[str, tuple[DictionaryFile, str]]
+    TrainedFiles = dict[str, tuple[object, str]]
     Where = Span
     Paths = tuple[Path, ...]
     Names = tuple[str, ...]
@@ -718,8 +716,8 @@ class Program(Spec):
     lost: Losses = ()
     """Statements of the file and its imports that can't be parsed."""
     trained: TrainedFiles = Field(default_factory=dict, exclude=True)
-    """Trainings of `fit(…)` that were found in the store, by name: the file, and how well it
-    reconstructs."""
+    """Trainings of `fit(…)` that were found in the store, by name: the `DictionaryFile`, and how
+    well it reconstructs."""
 
 
 Constant: TypeAlias = int | float | str | bool

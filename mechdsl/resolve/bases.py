@@ -56,7 +56,12 @@ from mechdsl.resolve.sites import (
     resolve_site,
 )
 from mechdsl.resolve.targets import remove_tokens
-from mechdsl.resolve.trainings import check_held_out, describe_training, outline_training
+from mechdsl.resolve.trainings import (
+    FEWEST_ROWS,
+    check_held_out,
+    describe_training,
+    outline_training,
+)
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
     BasisMember,
@@ -1036,12 +1041,23 @@ def _trained(
     if found is None:
         return None
     sample, text = found
-    made = outline_training(definition, options, sample, point, work)
+    rows = count_used_rows(sample.cell)
+    if rows < FEWEST_ROWS:
+        many = "no row" if not rows else "one row only"
+        raise BasisError(
+            definition.method,
+            f"{many} of `{sample.table.name}` has `{sample.cell.label}`",
+            "name a position that more rows have",
+        )
+    made = outline_training(definition, options, sample, point, work.program, work.model)
     assert made.training is not None
     if made.transcodes:
         _check_transcoder(definition.method, made, point, work)
-    check_held_out(definition, made.training, work)
-    return made, made.features, describe_training(made, text, work)
+    problem = check_held_out(definition, made.training, work.experiment, work.table)
+    if problem is not None and problem not in work.diagnostics:
+        work.diagnostics.append(problem)
+    about = describe_training(made, text, work.program, work.experiment, work.table)
+    return made, made.features, about
 
 
 def _jacobian(

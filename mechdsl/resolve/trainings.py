@@ -1,5 +1,5 @@
 """Resolve what `fit(…)` trains: the facts of a dictionary before it is trained, and whether its
-training rows are kept apart from the rows that an experiment measures."""
+training rows differ from the rows that an experiment measures."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import MeasuredOnTrainingRows
 from mechdsl.dictionaries.folder import ENCODED_SITES, DictionaryFile
-from mechdsl.models.shape import vector_width
+from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import TRAINING_DEFAULTS
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import TRAINERS
-from mechdsl.resolve.directions import DirectionError, count_used_rows
-from mechdsl.resolve.sites import ExperimentContext
+from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.types import (
     FitSample,
+    ModelContext,
     SitePoint,
     TrainedDictionary,
     Training,
@@ -34,7 +35,8 @@ def outline_training(
     options: Mapping[str, Constant],
     sample: FitSample,
     point: SitePoint,
-    work: ExperimentContext,
+    program: spec.Program,
+    model: ModelContext,
 ) -> TrainedDictionary:
     """Return the dictionary that a `fit` line declares, with its weights if they are known.
 
@@ -42,55 +44,60 @@ def outline_training(
         options: Constants of the call.
         sample: The rows that it is trained on.
         point: The site of the basis.
-
-    Raises:
-        DirectionError: Too few rows have the position.
+        model: The model of the experiment.
     """
+    training = _describe_training(definition, options, sample, point, program, model)
+    found = program.trained.get(training.name)
+    if found is not None:
+        file, _ = found
+        assert isinstance(file, DictionaryFile)
+        facts = {each.name: getattr(file, each.name) for each in fields(DictionaryFile)}
+        return TrainedDictionary(**facts, training=training)
+    return _without_weights(training, model.shape)
+
+
+def _describe_training(
+    definition: spec.Basis,
+    options: Mapping[str, Constant],
+    sample: FitSample,
+    point: SitePoint,
+    program: spec.Program,
+    model: ModelContext,
+) -> Training:
     call = definition.method
     (inner,) = (each.value for each in call.arguments if each.name is None)
     assert isinstance(inner, ast.Call)
-    rows = count_used_rows(sample.cell)
-    if rows < FEWEST_ROWS:
-        many = "no row" if not rows else "one row only"
-        raise DirectionError(
-            call,
-            f"{many} of `{sample.table.name}` has `{sample.cell.label}`",
-            "name a position that more rows have",
-        )
     own: dict[str, Constant] = {}
     for argument in inner.arguments:
-        value = constant_value(argument.value, work.program.parameters)
+        value = constant_value(argument.value, program.parameters)
         assert argument.name is not None
         assert value is not None
         own[argument.name] = value
-    outline = TRAINERS[inner.name].outline(own)
-    shape = work.model.shape
-    encoded = SitePoint(ENCODED_SITES[0], point.layer, None) if outline.transcodes else point
-    width = count_numbers(point, shape)
-    read = vector_width(shape, encoded.site) if outline.transcodes else width
-    seed = options.get("seed", work.program.seed)
-    words = (definition.name, point.site, point.layer, point.unit, sample.run.model, work.model.key)
-    training = Training(
+    transcodes = TRAINERS[inner.name].outline(own).transcodes
+    words = (definition.name, point.site, point.layer, point.unit, sample.run.model, model.key)
+    return Training(
         name=" ".join(str(word) for word in words if word is not None),
         trainer=inner.name,
         of_trainer=own,
         options={**TRAINING_DEFAULTS, **options},
         sample=sample,
-        encoded=encoded,
+        encoded=SitePoint(ENCODED_SITES[0], point.layer, None) if transcodes else point,
         made=point,
-        seed=int(seed),
+        seed=int(options.get("seed", program.seed)),
         span=call.span,
     )
-    found = work.program.trained.get(training.name)
-    if found is not None:
-        facts = {each.name: getattr(found[0], each.name) for each in fields(DictionaryFile)}
-        return TrainedDictionary(**facts, training=training)
+
+
+def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary:
+    """Return a dictionary before it is trained."""
+    outline = TRAINERS[training.trainer].outline(training.of_trainer)
+    width = count_numbers(training.made, shape)
     return TrainedDictionary(
         path=Path(),
         layout="SAELens",
         architecture=outline.architecture,
         features=outline.features,
-        width_in=read,
+        width_in=vector_width(shape, training.encoded.site) if outline.transcodes else width,
         width_out=width,
         dtype="F32",
         digest="",
@@ -103,42 +110,53 @@ def outline_training(
     )
 
 
-def count_training_rows(training: Training, work: ExperimentContext) -> int:
+def count_training_rows(training: Training, experiment: spec.Experiment, table: PromptTable) -> int:
     """Return how many of the rows that an experiment measures are also training rows."""
-    if not work.experiment.measures:
+    if not experiment.measures:
         return 0
     trained = set(training.sample.table.row_keys)
-    return sum(key in trained for key in work.table.row_keys)
+    return sum(key in trained for key in table.row_keys)
 
 
-def check_held_out(definition: spec.Basis, training: Training, work: ExperimentContext) -> None:
-    """Report E0345 for measured rows that are also training rows, unless the file allows them."""
-    shared = count_training_rows(training, work)
+def check_held_out(
+    definition: spec.Basis, training: Training, experiment: spec.Experiment, table: PromptTable
+) -> Diagnostic | None:
+    """Return E0345 for measured rows that are also training rows, unless the file allows them.
+
+    Args:
+        table: The rows of the experiment.
+    """
+    shared = count_training_rows(training, experiment, table)
     if not shared or training.options["measure_on_training_rows"]:
-        return
-    problem = MeasuredOnTrainingRows(
-        span=work.experiment.span,
-        experiment=work.experiment.name,
+        return None
+    return MeasuredOnTrainingRows(
+        span=experiment.span,
+        experiment=experiment.name,
         basis=definition.name,
         shared=shared,
-        rows=len(work.table.row_keys),
-        block=work.table.name,
+        rows=len(table),
+        block=table.name,
     )
-    if problem not in work.diagnostics:
-        work.diagnostics.append(problem)
 
 
-def describe_training(made: TrainedDictionary, rows: str, work: ExperimentContext) -> str:
+def describe_training(
+    made: TrainedDictionary,
+    rows: str,
+    program: spec.Program,
+    experiment: spec.Experiment,
+    table: PromptTable,
+) -> str:
     """Describe a declared dictionary for conventions and `explain`.
 
     Args:
         rows: `80 rows of fruit.train at tokens *`
+        table: The rows of the experiment.
     """
     assert made.training is not None
     text = f"{made.kind} trained on {rows}"
-    if made.training.name in work.program.trained:
-        text += f", {work.program.trained[made.training.name][1]}"
-    shared = count_training_rows(made.training, work)
+    if made.training.name in program.trained:
+        text += f", {program.trained[made.training.name][1]}"
+    shared = count_training_rows(made.training, experiment, table)
     if shared:
-        text += f"; {shared} of the {len(work.table)} rows measured here are training rows"
+        text += f"; {shared} of the {len(table)} rows measured here are training rows"
     return text
