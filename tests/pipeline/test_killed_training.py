@@ -1,0 +1,88 @@
+"""A training that is killed at random moments ends with the weights of one that isn't."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FILE = """mech 1
+
+model toy = zoo("induction")
+
+prompts repeats {
+  word in words(toy)
+  half = list(word, 12, sep: " ", distinct: true)
+  template "{half} {again = half} {cue = half[1]}"
+  answer " {half[2]}"
+  split 80%
+}
+
+basis f = fit(sae(features: 64, k: 4), prompts: repeats.train, limit: 100, steps: 3000, batch: 64)
+  at resid_post layer 0 at tokens *
+
+experiment e {
+  model toy
+  prompts repeats.test limit 16
+  ablate feature 0 of f at last token with zero
+  measure logit(answer) as delta
+}
+"""
+PROGRAM = """
+import sys
+from mechdsl.pipeline import trainings
+trainings.SECONDS_BETWEEN_CHECKPOINTS = 0.05
+from mechdsl.cli import main
+sys.argv = ["mechdsl", "fit", sys.argv[1], "--store", sys.argv[2]]
+main()
+"""
+
+
+def start(file: Path, store: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", PROGRAM, str(file), str(store)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def weights(store: Path) -> bytes:
+    (folder,) = (store / "fits").iterdir()
+    return (folder / "sae_weights.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
+    file = tmp_path / "file.mech"
+    file.write_text(FILE, "utf-8")
+    whole = start(file, tmp_path / "whole")
+    out = whole.communicate()[0]
+    assert whole.returncode == 0, out.decode()
+    drawn = random.Random(5)
+    steps: list[str] = []
+    for _ in range(10):
+        one = start(file, tmp_path / "killed")
+        states = tmp_path / "killed" / "fits"
+        before = {path: path.read_text() for path in states.glob("*.part/state.json")}
+        end = time.monotonic() + 120
+        while time.monotonic() < end and one.poll() is None:
+            now = {path: path.read_text() for path in states.glob("*.part/state.json")}
+            if now and now != before:  # it has written a checkpoint of its own
+                break
+            time.sleep(0.01)
+        time.sleep(drawn.uniform(0, 0.3))
+        if one.poll() is not None:
+            break
+        one.send_signal(signal.SIGKILL)
+        one.wait()
+        steps += [path.read_text() for path in states.glob("*.part/state.json")]
+    assert len(set(steps)) >= 5  # it went on from where it was
+    last = start(file, tmp_path / "killed")
+    out = last.communicate()[0]
+    assert last.returncode == 0, out.decode()
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert not list((tmp_path / "killed" / "fits").glob("*.part"))
