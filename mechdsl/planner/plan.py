@@ -226,11 +226,13 @@ class ExperimentPlan:
     @cached_property
     def watched_sites(self) -> frozenset[SiteLayer]:
         """The sites whose features may be inactive: where rules change only features of
-        dictionaries, and keep those that are 0. None if rows must be run for other reasons."""
+        dictionaries, and keep those that are 0. None if rows must be run for other reasons, such as
+        an observation, whose value no unpatched run has."""
         acting = [plan for plan in self.rules if plan.rule.does.changes != "nothing"]
         runs = self.starting_runs
         is_plain = (
             self.experiment.generation is None
+            and self.observes is None
             and self.experiment.spec.estimator is None
             and self.draws == 1
             and not self.behind

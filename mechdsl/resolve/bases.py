@@ -333,6 +333,7 @@ def resolve_rule(
     found = resolve(rule.model_copy(update={"site": site}), work)
     if found is None or found.sites is None or has_errors(work.diagnostics[before:]):
         return None
+    looks = found.does.changes == "nothing"
     try:
         bases: list[PointBases] = []
         for definition in definitions:
@@ -340,8 +341,9 @@ def resolve_rule(
             if members is None:
                 return None
             bases.append(members)
-        _check_rule(rule, found)
-        _check_writable(rule.site, bases)
+        if not looks:
+            _check_rule(rule, found)
+        _check_separable(rule.site, bases, "read" if looks else "change")
         _check_all_features(rule, features, bases)
         _check_bases(rule, found, bases)
         axes, coordinates, empty = _coordinates(rule, features, bases[0], work)
@@ -362,8 +364,8 @@ def resolve_rule(
         found,
         positions=positions,
         spec=rule,
-        does=change_coordinates(found.does, drops_error=rule.drops_error),
-        sites=replace(found.sites, labels=labels, sources=_encoded_points(found.sites, bases[0])),
+        does=found.does if looks else change_coordinates(found.does, drops_error=rule.drops_error),
+        sites=_encoded_sites(replace(found.sites, labels=labels), bases[0], looks=looks),
         basis=_number_bases(targets) if exchange is None else _insert(targets, exchange),
     )
 
@@ -641,19 +643,22 @@ def _check_bases(rule: spec.Rule, found: ResolvedRule, bases: Sequence[PointBase
         )
 
 
-def _encoded_points(
-    written: SiteTargets, members: PointBases
-) -> dict[tuple[int, ...], tuple[SitePoint, ...]] | None:
-    """Return the points whose coordinates are written at others; None if they are the same."""
+def _encoded_sites(written: SiteTargets, members: PointBases, *, looks: bool) -> SiteTargets:
+    """Return sites whose coordinates are those of the points that a transcoder encodes.
+
+    Args:
+        looks: Whether the coordinates are only read, and nothing is written.
+    """
     reads = {member.reads for member in members.values()}
     if reads == {""}:
-        return None
+        return written
     assert len(reads) == 1
     (site,) = reads
-    return {
+    encoded = {
         key: tuple(replace(point, site=site) for point in here)
         for key, here in written.points.items()
     }
+    return replace(written, points=encoded) if looks else replace(written, sources=encoded)
 
 
 def _coordinate_names(site: ast.Site, features: ast.Axis, work: ExperimentContext) -> str:
@@ -695,14 +700,14 @@ def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:
         )
 
 
-def _check_writable(site: ast.Site, bases: Sequence[PointBases]) -> None:
-    """Check that rules can change the features of dictionaries."""
+def _check_separable(site: ast.Site, bases: Sequence[PointBases], verb: str) -> None:
+    """Check that rules can `change` or `read` the features of single vectors."""
     for member in (member for points in bases for member in points.values()):
         own = member.operand
         if isinstance(own, DictionaryFile) and own.write_obstacle:
             raise BasisError(
                 site,
-                f"the features of a {own.write_obstacle}, so rules can't change them",
+                f"the features of a {own.write_obstacle}, so rules can't {verb} them",
                 "use a dictionary whose features depend on one vector of one layer, or observe the "
                 "features: `observe features of …`",
             )

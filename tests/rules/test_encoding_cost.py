@@ -77,6 +77,21 @@ def test_linear_bases_have_no_error(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "architecture", "features"),
+    [
+        ("observe value features 2, 5 of f at last token", "standard", 2 * ROWS),
+        # features of the top-k depend on each other
+        ("observe value feature * of f at tokens *", "topk", FEATURES * EVERY),
+    ],
+)
+def test_observed_values_encode_named_features_of_each_row(
+    line: str, architecture: str, features: int, data: Path
+) -> None:
+    found = counted(line, architecture, data)
+    assert found == pytest.approx((features, features))
+
+
+@pytest.mark.parametrize(
     ("line", "architecture", "vectors"),
     [
         # encode and reconstruct, and encode two features again
