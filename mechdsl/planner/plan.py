@@ -248,21 +248,19 @@ class ExperimentPlan:
     def reconstructed(self) -> tuple[ReconstructedSpot, ...]:
         """Where rules change coordinates of dictionaries, whose errors are measured there.
 
-        None for rows with noise or replaced text, for runs with rules, and for replies.
+        None for rows with noise or replaced text, and for runs with rules. Of experiments that
+        generate text, only where rules change prompts.
         """
         runs = self.starting_runs
-        is_plain = (
-            self.experiment.generation is None
-            and self.draws == 1
-            and not self.behind
-            and [run.derived for run in runs] == [None]
-        )
+        is_plain = self.draws == 1 and not self.behind and [run.derived for run in runs] == [None]
         found: dict[ReconstructedSpot, None] = {}
         for plan in self.rules if is_plain else ():
             dictionaries = _dictionaries(plan.rule)
             if not dictionaries:
                 continue
             there = self.exists if plan.active is None else self.exists & plan.active
+            if plan.steps is not None:  # the prompt is read at step 0
+                there = there & (plan.steps[:, 0] == 0)
             assert plan.coordinates_of_cell is not None
             numbers = np.array([each.basis for each in plan.coordinates])
             basis = numbers[plan.coordinates_of_cell]
