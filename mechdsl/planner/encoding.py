@@ -118,7 +118,10 @@ def _rule_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable, *, joined: 
     alone = (named > 0) & (named <= MAX_GATHERED)
     times = 2 if does.reads in ("run", "donor") else 1
     distinct = _distinct(rule, rows, vectors) if joined else vectors.astype(np.float64)
-    if does.operation == "reconstruct":
+    if does.operation == "project out":  # products with the directions, and a sum of them
+        directions = np.where(named > 0, named, basis.size)
+        found = float((directions * (2 + directions) * basis.width * vectors).sum())
+    elif does.operation == "reconstruct":
         found = 2.0 * basis.whole * float(distinct.sum())
     else:
         encoded = np.where(alone & basis.by_feature, 0.0, basis.whole * distinct)

@@ -937,6 +937,8 @@ def _dictionaries(rule: ResolvedRule) -> set[int]:
     """Return the numbers of a rule's bases that leave out a part of a vector."""
     if rule.basis is None or not isinstance(rule.does, CoordinateChange):
         return set()
+    if rule.does.operation == "project out":  # it doesn't depend on the coordinates
+        return set()
     return {
         number
         for number, points in enumerate(rule.basis.bases)

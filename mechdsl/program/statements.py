@@ -216,6 +216,7 @@ def _takes_basis(statement: ast.Node, site: ast.Site) -> bool:
             | ast.Add(site=own)
             | ast.Scale(site=own)
             | ast.Clamp(site=own, direction=None)
+            | ast.ProjectOut(site=own, direction=None)
         ):
             return own is site
         case _:

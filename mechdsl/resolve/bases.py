@@ -160,6 +160,26 @@ class FeatureExchange(Intervention):
 EXCHANGE = FeatureExchange()
 
 
+class CoordinateRemoval(Intervention):
+    """`project out feature 3 of BASIS at POSITIONS`: the current vector without its projection onto
+    the span of the coordinates' directions, whatever the coordinates are."""
+
+    name = "project out"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention(
+            "projected out",
+            "the current vector loses its projection onto the span of the named coordinates' "
+            "directions, also where these coordinates are 0",
+        )
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return vectors.amounts[:, None]
+
+
+REMOVAL = CoordinateRemoval()
+
+
 def is_reconstruction(fill: ast.Node | None) -> bool:
     """Return whether a rule sets vectors to `reconstruction of BASIS`."""
     return isinstance(fill, ast.QualifiedRef) and fill.name == "reconstruction"
@@ -197,6 +217,8 @@ class CoordinateChange(Intervention):
             return "reconstruct"
         if isinstance(self._inner, FeatureExchange):
             return "exchange"
+        if isinstance(self._inner, CoordinateRemoval):
+            return "project out"
         assert self._inner.mode in ("set", "add", "scale")
         return self._inner.mode
 
@@ -237,7 +259,7 @@ class CoordinateChange(Intervention):
                 f"features are those of the current `{', '.join(sorted(reads))}` of the same block"
             )
             yield Convention("transcoder", said)
-        if isinstance(self._inner, Reconstruction):
+        if isinstance(self._inner, Reconstruction | CoordinateRemoval):
             return
         yield Convention(
             "basis",
@@ -719,17 +741,45 @@ def _check_all_features(
     bases: Sequence[PointBases],
 ) -> None:
     """Check that a number isn't written into all features of a dictionary."""
+    if rule.verb == "project out":
+        _check_removal(rule, features, bases)
     if features is None or not features.plural or rule.verb not in ("add", "set"):
         return
-    every = any(isinstance(value, ast.Star) for value in features.values)
-    overcomplete = DictionaryFile | PythonBasis
-    members = (member for points in bases for member in points.values())
-    if every and any(isinstance(each.operand, overcomplete) for each in members):
+    if _names_all_features(features, bases):
         raise BasisError(
             features,
             "one number in all features is no vector that the dictionary describes",
             f"name the features: `{rule.verb} … features 3, 12 of {features.of}`; "
             "`ablate … with zero` sets all to 0",
+        )
+
+
+def _names_all_features(features: ast.Axis | None, bases: Sequence[PointBases]) -> bool:
+    """Return whether coordinates are all features of a dictionary together."""
+    every = features is None or any(isinstance(value, ast.Star) for value in features.values)
+    overcomplete = DictionaryFile | PythonBasis
+    members = (member for points in bases for member in points.values())
+    return every and any(isinstance(each.operand, overcomplete) for each in members)
+
+
+def _check_removal(rule: spec.Rule, features: ast.Axis | None, bases: Sequence[PointBases]) -> None:
+    """Check that the directions of coordinates can be projected out."""
+    assert rule.site is not None
+    if rule.drops_error:
+        reason, hint = "`project out` doesn't reconstruct vectors", "remove `without error`"
+        raise BasisError(rule.site, reason, hint)
+    members = [member for points in bases for member in points.values()]
+    if any(isinstance(each.operand, PythonBasis) for each in members):
+        raise BasisError(
+            rule.site,
+            "an object of a Python file shows no directions",
+            "set features to 0: `ablate … with zero`",
+        )
+    if (features is None or features.plural) and _names_all_features(features, bases):
+        raise BasisError(
+            features or rule.site,
+            "the directions of all features together span most vectors",
+            f"name the features: `project out features 3, 12 of {rule.site.basis_name}`",
         )
 
 

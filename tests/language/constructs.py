@@ -1018,6 +1018,16 @@ _rule(
     _BASES,
 )
 _rule(
+    "project out a coordinate",
+    "project out feature 0 of axes at last token",
+    "Removes the direction of a coordinate from the vector: x − (x · u) u, u of length 1, whatever "
+    "the coordinate is. For a dictionary, u is the feature's decoder row; of `features 0, 2 of "
+    "axes`, the span of both directions leaves. `ablate … with zero` sets the coordinate to 0 "
+    "instead.",
+    REFUSAL,
+    "tests/rules/test_projected_features.py",
+)
+_rule(
     "without the reconstruction error",
     "clamp feature 0 of axes at last token to 5 without error",
     "Replaces the vector by what the basis represents with the changed coordinates: decode(f′). "
