@@ -119,9 +119,8 @@ class Mean(CellAggregate):
 @aggregate("participation")
 class Participation(CellAggregate):
     documentation = (
-        "The effective number of cells that carry the effects e, the participation ratio "
-        "(Σ e²)² / Σ e⁴: 1 if one cell has them all, and the number of cells if all are equal in "
-        "size."
+        "The effective number of cells with an effect: the participation ratio (Σ e²)² / Σ e⁴ of "
+        "effects e."
     )
 
     def combine(self, values: Floats) -> Floats:
