@@ -1109,8 +1109,6 @@ def _jacobian(
     if found is None:
         return None
     sample, text = found
-    if sample.run.noise is not None:
-        raise BasisError(call, "Jacobians of runs with noise aren't computed", "name another run")
     side = "left" if point == target else "right"
     text = f"{side} singular vectors of the Jacobians {map_.span.written}, {text}"
     operand = JacobianBasis(sample, source, target, point == target)
