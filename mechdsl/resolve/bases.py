@@ -598,9 +598,11 @@ def _exchanged(
         return None
     if len(bases) > 1:
         raise BasisError(rule.site, "only one basis can be exchanged", "name it instead of a loop")
-    if any(member.reads for points in (*bases, members) for member in points.values()):
+    if len({member.reads for points in (*bases, members) for member in points.values()}) > 1:
         raise BasisError(
-            features, "features of transcoders aren't exchanged", "name two autoencoders"
+            features,
+            "the two dictionaries encode vectors of different sites",
+            "name two autoencoders, or two transcoders that read the same site",
         )
     found = resolve_axis(
         features, [], work.sites, size=min(member.size for member in members.values())

@@ -153,7 +153,7 @@ class CoordinateWrite:
     """Site of the same block whose vectors have these coordinates: a transcoder encodes the input
     of the MLP. Empty for the written site."""
     inserted: CoordinateSystem | None = None
-    """exchange: the other basis."""
+    """exchange: the other basis, which encodes the same vectors."""
     count_inserted: int = 0
     """exchange: the last coordinates of a write that are of the other basis."""
 
@@ -240,7 +240,7 @@ class CoordinateWrite:
                 change = (values - 1) * current
         found = self.system.shift(wide, change, which)
         if self.inserted is not None:
-            more = self.inserted.encode(wide, inserted)
+            more = self.inserted.encode(inputs, inserted)
             found = found + self.inserted.shift(wide, more, inserted) - wide
         if self.drops_error:
             found = found - (wide - self.system.reconstruct(inputs))
