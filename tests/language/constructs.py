@@ -1040,8 +1040,9 @@ _rule(
     "patch features 0, 2 of axes at last token with feature 1 of chance",
     "The contributions of the named features to the current vector leave it, and those of the "
     "other basis's features to the same vector come in. No other run is read. Several features on "
-    "the right come in together; a `for` variable may be their number. With `without error`, the "
-    "rest of the vector is the first basis's reconstruction.",
+    "the right come in together; a `for` variable may be their number. Transcoders encode the "
+    "input of the MLP, and their features change its output. With `without error`, the rest of the "
+    "vector is the first basis's reconstruction.",
     "Leask et al. 2025, arXiv 2502.04878",
     "tests/rules/test_exchanged_features.py",
 )
