@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.execute.unpatched_batch import add_images
+from mechdsl.execute.unpatched_batch import add_images, build_noise_writes
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, indices_to_device
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
@@ -33,13 +34,14 @@ class JacobianProduct:
 
 
 def mean_jacobian_product(
-    model: LoadedModel, basis: JacobianBasis, *, side: PaddingSide | None = None
+    model: LoadedModel, basis: JacobianBasis, *, seed: int, side: PaddingSide | None = None
 ) -> JacobianProduct:
-    """Compute the mean over rows, and over the tokens of each row.
+    """Compute the mean over rows, and over the tokens and noise draws of each row.
 
     Each token has a row of the batch to itself, so that its Jacobian has no part of other tokens.
 
     Args:
+        seed: Seed of noise.
         side: As in `ExecutionOptions`.
 
     Raises:
@@ -51,13 +53,14 @@ def mean_jacobian_product(
         for run in runs
         for token in run
     ]
-    rows = len({prompt for prompt, _, _ in spots})
+    rows, draws = len({prompt for prompt, _, _ in spots}), basis.sample.run.draws
     width = count_numbers(basis.target if basis.of_target else basis.source, model.shape)
     total = torch.zeros(width, width, dtype=torch.float64)
     passes = 0
     for part in _split(model, basis, spots):
-        found = _jacobians(model, basis, [spot[:2] for spot in part], side)
-        weights = torch.tensor([1 / (rows * count) for _, _, count in part], dtype=torch.float64)
+        found = _jacobians(model, basis, [spot[:2] for spot in part], seed, side)
+        weights = torch.tensor([1 / (rows * count * draws) for _, _, count in part])
+        weights = weights.double().repeat_interleave(draws)
         scaled = found.cpu().double() * weights.sqrt()[:, None, None]
         flat = (scaled.transpose(1, 2) if basis.of_target else scaled).flatten(0, 1)
         total += flat.T @ flat
@@ -71,7 +74,8 @@ def _split(
     """Split the tokens into batches."""
     longest = max(len(row.ids) for row in basis.sample.run.rows)
     numbers = count_numbers(basis.source, model.shape) * count_numbers(basis.target, model.shape)
-    count = max(1, min(PROMPT_TOKENS // longest, MAX_NUMBERS // numbers))
+    count = min(PROMPT_TOKENS // longest, MAX_NUMBERS // numbers)
+    count = max(1, count // basis.sample.run.draws)
     return (spots[begin : begin + count] for begin in range(0, len(spots), count))
 
 
@@ -79,10 +83,17 @@ def _jacobians(
     model: LoadedModel,
     basis: JacobianBasis,
     spots: list[tuple[int, int]],
+    seed: int,
     side: PaddingSide | None,
 ) -> Tensor:
-    """Return [K, width of target, width of source]: the Jacobians at K tokens of prompts."""
-    own = [basis.sample.run.rows[prompt] for prompt, _ in spots]
+    """Return [K, width of target, width of source]: the Jacobians at tokens of prompts, those of
+    all noise draws of a token one after the other."""
+    run = basis.sample.run
+    spots = [spot for spot in spots for _ in range(run.draws)]
+    prompts = np.array([prompt for prompt, _ in spots], dtype=np.int64)
+    keys = basis.sample.table.row_keys
+    noise = build_noise_writes(model, run.noise, prompts, keys, seed)
+    own = [run.rows[prompt] for prompt, _ in spots]
     ids = [row.ids for row in own]
     batch = Batch.of(ids, model.pad_id, side or model.calling.side, model.device)
     batch = add_images(model, batch, own)
@@ -96,7 +107,7 @@ def _jacobians(
             model,
             batch,
             stop=stop_layer(read.site, read.layer, model.shape.n_layers),
-            writes=[_addition(model, basis.source, lanes, tokens, leaf)],
+            writes=[*noise, _addition(model, basis.source, lanes, tokens, leaf)],
             reads=[read],
             gradients=True,
         )

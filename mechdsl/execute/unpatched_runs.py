@@ -50,6 +50,7 @@ from mechdsl.forward.hooks.batch import (
     indices_to_device,
     to_device,
 )
+from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.model import LoadedModel, replace_blocks
 from mechdsl.forward.hooks.weight_maps import FrozenNorms
@@ -92,6 +93,8 @@ class ReplyReader:
     items: Sequence[ItemNumber]
     """[row]"""
     skip: Collection[int] = ()
+    systems: Mapping[str, CoordinateSystem] = field(default_factory=dict[str, CoordinateSystem])
+    """Bases by name."""
 
     @property
     def as_base(self) -> bool:
@@ -116,6 +119,7 @@ def build_reply_readers(
     plans: Sequence[ExperimentPlan],
     readouts: Sequence[Readout],
     skip: Sequence[Collection[int]],
+    systems: Sequence[Mapping[str, CoordinateSystem]],
 ) -> dict[int, ReplyReader]:
     """Build the readers of these rows' replies, by number of the experiment."""
     found: dict[int, ReplyReader] = {}
@@ -123,7 +127,7 @@ def build_reply_readers(
         plan = plans[each.number]
         items = [plan.items[cell] for cell in each.rows.cell]
         given = (plan, readouts[each.number], each.rows, each.at, items, skip[each.number])
-        reader = ReplyReader(*given)
+        reader = ReplyReader(*given, systems[each.number])
         if reader.readout.in_replies or reader.seen:
             found[each.number] = reader
     return found
@@ -500,7 +504,12 @@ class _ReplyPasses:
         own = replace(places, at=reader.at[rows])
         shape = self.runs.model.shape
         return rows, build_observer(
-            plan, reader.rows.take(rows), local[reader.at[rows]], shape, own
+            plan,
+            reader.rows.take(rows),
+            local[reader.at[rows]],
+            shape,
+            own,
+            systems=reader.systems,
         )
 
     def _read_look(

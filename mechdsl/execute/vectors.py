@@ -419,7 +419,7 @@ class DirectionFits:
     def _jacobians(self, own: JacobianBasis) -> Tensor:
         """Return [width, width]: the mean product of a basis's Jacobians."""
         model = self.model if own.sample.run.model is None else self.others[own.sample.run.model]
-        found = mean_jacobian_product(model, own, side=self.side)
+        found = mean_jacobian_product(model, own, seed=self.seed, side=self.side)
         self.passes += found.passes
         return found.product
 

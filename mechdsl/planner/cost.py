@@ -730,7 +730,8 @@ def jacobian_cost(shape: ModelShape, basis: JacobianBasis) -> Cost:
         min(layers if stop is None else stop, layers)
         for stop in (stop_layer(each.site, each.layer, layers) for each in basis.points)
     )
-    counts = np.array([sum(map(len, runs)) for runs in basis.sample.cell.hits])
+    draws = basis.sample.run.draws
+    counts = draws * np.array([sum(map(len, runs)) for runs in basis.sample.cell.hits])
     times = count_numbers(basis.target, shape)
     blocks = last + times * (last - first)
     run = basis.sample.run

@@ -13,7 +13,7 @@ from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.planner.rows import RowTable, RulePlan
 from mechdsl.prompts.runs import Hits
 from mechdsl.resolve.bases import CoordinateChange
-from mechdsl.resolve.observations import join_positions
+from mechdsl.resolve.observations import RowSetObservation, join_positions
 from mechdsl.resolve.types import BasisMember, PythonBasis
 
 
@@ -53,18 +53,36 @@ def encoding_adds(plan: ExperimentPlan, rows: RowTable, *, joined: bool) -> floa
     Args:
         joined: Whether rows share passes, so that equal vectors are encoded once.
     """
-    return sum(
+    seen = 0.0
+    if plan.observes is not None and plan.observes.rule.basis is not None:
+        seen = _observed_adds(plan, plan.observes, rows)
+    return seen + sum(
         _rule_adds(plan, rule, rows.take(np.flatnonzero(rule.acts(rows))), joined=joined)
         for rule in plan.rules
         if rule.rule.basis is not None and isinstance(rule.rule.does, CoordinateChange)
     )
 
 
+def _observed_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable) -> float:
+    """Return the multiply-adds of coordinates that are observed in each row."""
+    if isinstance(rule.rule.does, RowSetObservation):  # computed once for all rows
+        return 0.0
+    basis = _BasisCost.of(rule)
+    counts = np.array([len(each.which) for each in rule.coordinates], dtype=np.int64)
+    assert rule.coordinates_of_cell is not None
+    named = counts[rule.coordinates_of_cell[rows.cell]]
+    alone = (named > 0) & (named <= MAX_GATHERED) & basis.by_feature
+    vectors = _vector_counts(rule, rows)
+    whole = basis.whole * _distinct(rule, rows, vectors)
+    return float(np.where(alone, named * basis.width * vectors, whole).sum()) * plan.draws
+
+
 def observation_adds(plan: ExperimentPlan, prompts: Ints) -> float:
     """Return the multiply-adds of observed coordinates: each token's vector is encoded and
     reconstructed once, and encoded again for the selected coordinates."""
     rule = plan.observes
-    if rule is None or rule.rule.basis is None:
+    together = rule is not None and isinstance(rule.rule.does, RowSetObservation)
+    if rule is None or rule.rule.basis is None or not together:
         return 0.0
     basis, count = _BasisCost.of(rule), min(plan.n_cells, MAX_GATHERED)
     every = join_positions(rule.positions)
@@ -100,7 +118,10 @@ def _rule_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable, *, joined: 
     alone = (named > 0) & (named <= MAX_GATHERED)
     times = 2 if does.reads in ("run", "donor") else 1
     distinct = _distinct(rule, rows, vectors) if joined else vectors.astype(np.float64)
-    if does.operation == "reconstruct":
+    if does.operation == "project out":  # products with the directions, and a sum of them
+        directions = np.where(named > 0, named, basis.size)
+        found = float((directions * (2 + directions) * basis.width * vectors).sum())
+    elif does.operation == "reconstruct":
         found = 2.0 * basis.whole * float(distinct.sum())
     else:
         encoded = np.where(alone & basis.by_feature, 0.0, basis.whole * distinct)

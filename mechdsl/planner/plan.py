@@ -226,11 +226,13 @@ class ExperimentPlan:
     @cached_property
     def watched_sites(self) -> frozenset[SiteLayer]:
         """The sites whose features may be inactive: where rules change only features of
-        dictionaries, and keep those that are 0. None if rows must be run for other reasons."""
+        dictionaries, and keep those that are 0. None if rows must be run for other reasons, such as
+        an observation, whose value no unpatched run has."""
         acting = [plan for plan in self.rules if plan.rule.does.changes != "nothing"]
         runs = self.starting_runs
         is_plain = (
             self.experiment.generation is None
+            and self.observes is None
             and self.experiment.spec.estimator is None
             and self.draws == 1
             and not self.behind
@@ -246,21 +248,19 @@ class ExperimentPlan:
     def reconstructed(self) -> tuple[ReconstructedSpot, ...]:
         """Where rules change coordinates of dictionaries, whose errors are measured there.
 
-        None for rows with noise or replaced text, for runs with rules, and for replies.
+        None for rows with noise or replaced text, and for runs with rules. Of experiments that
+        generate text, only where rules change prompts.
         """
         runs = self.starting_runs
-        is_plain = (
-            self.experiment.generation is None
-            and self.draws == 1
-            and not self.behind
-            and [run.derived for run in runs] == [None]
-        )
+        is_plain = self.draws == 1 and not self.behind and [run.derived for run in runs] == [None]
         found: dict[ReconstructedSpot, None] = {}
         for plan in self.rules if is_plain else ():
             dictionaries = _dictionaries(plan.rule)
             if not dictionaries:
                 continue
             there = self.exists if plan.active is None else self.exists & plan.active
+            if plan.steps is not None:  # the prompt is read at step 0
+                there = there & (plan.steps[:, 0] == 0)
             assert plan.coordinates_of_cell is not None
             numbers = np.array([each.basis for each in plan.coordinates])
             basis = numbers[plan.coordinates_of_cell]
@@ -936,6 +936,8 @@ def is_read_only(panel: Panel) -> bool:
 def _dictionaries(rule: ResolvedRule) -> set[int]:
     """Return the numbers of a rule's bases that leave out a part of a vector."""
     if rule.basis is None or not isinstance(rule.does, CoordinateChange):
+        return set()
+    if rule.does.operation == "project out":  # it doesn't depend on the coordinates
         return set()
     return {
         number

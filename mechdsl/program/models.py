@@ -310,7 +310,8 @@ def _lower_edits(
     for edit in statement.edits:
         if isinstance(edit, ast.ProjectOut) and edit.site is not None:
             reason = "an edit changes weights, and the line names activations"
-            hint = f"write `project out {edit.direction.span.written} from weights`"
+            named = "DIRECTION" if edit.direction is None else edit.direction.span.written
+            hint = f"write `project out {named} from weights`"
             scope.diagnostics.append(BadWeights(span=edit.span, reason=reason, hint=hint))
             continue
         rule = ast.Rule(edit, span=edit.span)

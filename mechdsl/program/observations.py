@@ -126,6 +126,7 @@ def lower_observation(
             word=called.id if isinstance(called, ast.Name) else called.name,
             name=name,
             call=call,
+            basis=statement.site.basis_name,
             bases=_named_bases(call, work),
             toward=statement.toward,
             top=top,

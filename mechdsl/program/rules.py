@@ -345,13 +345,37 @@ def _clamp(rule: ast.Rule, body: ast.Clamp, work: Statements) -> spec.Rule:
 
 
 def _project_out(rule: ast.Rule, body: ast.ProjectOut, work: Statements) -> spec.Rule:
-    """Build the rule of `project out DIRECTION from SITE at POSITIONS` or `from weights`."""
+    """Build the rule of `project out DIRECTION from SITE at POSITIONS`, `… from weights`, or
+    `project out feature 3 of b at POSITIONS`."""
+    if body.direction is None:
+        return _project_coordinates_out(rule, body, work)
     _known(body.direction, work)
     if body.site is not None and body.at is not None:
         lowered = spec.Rule(span=rule.span, verb="project out", site=body.site, at=body.at)
     else:
         lowered = spec.Rule(span=rule.span, verb="project out of weights", at=_all_tokens())
     return lowered.model_copy(update={"direction": body.direction})
+
+
+def _project_coordinates_out(rule: ast.Rule, body: ast.ProjectOut, work: Statements) -> spec.Rule:
+    """Build the rule of `project out feature 3 of b at POSITIONS`; E0101 without coordinates."""
+    assert body.site is not None
+    assert body.at is not None
+    if body.site.basis_name is None:
+        name, at = body.site.bare, " ".join(body.at.span.written.split())
+        known = name is not None and name.id in work.scope.names("direction")
+        direction = name.id if name is not None and known else "DIRECTION"
+        site = "SITE" if known else body.site.span.written
+        work.scope.has("direction", direction)
+        work.unsupported = True
+        problem = UnexpectedToken(
+            span=body.at.span if known else body.site.span,
+            found=f"`at {at}`" if known else f"`{body.site.span.written}`",
+            expected="`from`" if known else "a direction, or coordinates of a basis",
+            hint=f"write `project out {direction} from {site} at {at}`",
+        )
+        work.diagnostics.append(problem)
+    return spec.Rule(span=rule.span, verb="project out", site=body.site, at=body.at)
 
 
 def _edit_weights(rule: ast.Rule, body: ast.EditWeights, work: Statements) -> spec.Rule:

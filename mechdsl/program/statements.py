@@ -15,7 +15,7 @@ from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import CLEAN
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import NodeT, number_names, walk
-from mechdsl.syntax.words import VERBS
+from mechdsl.syntax.words import COORDINATE_OBSERVATIONS, VERBS
 
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
@@ -28,10 +28,11 @@ UNSUPPORTED_NODES: dict[type[ast.Node], str] = {
 }
 
 BASIS_HINT = (
-    "use a basis in `patch`, `ablate`, `set`, `add`, `scale` and `clamp`, at the written site"
+    "use a basis in `patch`, `ablate`, `set`, `add`, `scale`, `clamp` and `observe value`, at the "
+    "written site"
 )
 
-DIMS_HINT = "use `dims` in `patch`, `ablate`, `set`, `add`, `scale` and `clamp`"
+DIMS_HINT = "use `dims` in `patch`, `ablate`, `set`, `add`, `scale`, `clamp` and `observe value`"
 
 # Lists of which a statement takes one item.
 LIST_HINTS: dict[type[ast.Node], str] = {
@@ -178,7 +179,7 @@ class Statements:
                 known = self.scope.use("basis", node.basis.id, node.basis.span)
                 self.unsupported = self.unsupported or not known
             elif isinstance(node, ast.Site) and (name := node.basis_name) is not None:
-                if isinstance(statement, ast.Rule) and _takes_basis(statement, node):
+                if _takes_basis(statement, node):
                     known = name == ast.STANDARD_BASIS or name in {each.name for each in self.loops}
                     known = known or self.scope.use("basis", name, node.span)
                     self.unsupported = self.unsupported or not known
@@ -202,9 +203,12 @@ class Statements:
         self.diagnostics.append(UnexpectedToken(span=span, found=found, expected=expected))
 
 
-def _takes_basis(rule: ast.Rule, site: ast.Site) -> bool:
-    """Whether the site of a rule may be coordinates of a basis."""
-    match rule.body:
+def _takes_basis(statement: ast.Node, site: ast.Site) -> bool:
+    """Whether the site of a rule or an `observe` line may be coordinates of a basis."""
+    if isinstance(statement, ast.Observe):
+        word = statement.what.id if isinstance(statement.what, ast.Name) else statement.what.name
+        return word in COORDINATE_OBSERVATIONS and statement.site is site
+    match statement.body if isinstance(statement, ast.Rule) else None:
         case (
             ast.Patch(site=own)
             | ast.Ablate(site=own)
@@ -212,6 +216,7 @@ def _takes_basis(rule: ast.Rule, site: ast.Site) -> bool:
             | ast.Add(site=own)
             | ast.Scale(site=own)
             | ast.Clamp(site=own, direction=None)
+            | ast.ProjectOut(site=own, direction=None)
         ):
             return own is site
         case _:

@@ -166,6 +166,26 @@ class FeatureExchange(Intervention):
 EXCHANGE = FeatureExchange()
 
 
+class CoordinateRemoval(Intervention):
+    """`project out feature 3 of BASIS at POSITIONS`: the current vector without its projection onto
+    the span of the coordinates' directions, whatever the coordinates are."""
+
+    name = "project out"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention(
+            "projected out",
+            "the current vector loses its projection onto the span of the named coordinates' "
+            "directions, also where these coordinates are 0",
+        )
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return vectors.amounts[:, None]
+
+
+REMOVAL = CoordinateRemoval()
+
+
 def is_reconstruction(fill: ast.Node | None) -> bool:
     """Return whether a rule sets vectors to `reconstruction of BASIS`."""
     return isinstance(fill, ast.QualifiedRef) and fill.name == "reconstruction"
@@ -203,6 +223,8 @@ class CoordinateChange(Intervention):
             return "reconstruct"
         if isinstance(self._inner, FeatureExchange):
             return "exchange"
+        if isinstance(self._inner, CoordinateRemoval):
+            return "project out"
         assert self._inner.mode in ("set", "add", "scale")
         return self._inner.mode
 
@@ -243,7 +265,7 @@ class CoordinateChange(Intervention):
                 f"features are those of the current `{', '.join(sorted(reads))}` of the same block"
             )
             yield Convention("transcoder", said)
-        if isinstance(self._inner, Reconstruction):
+        if isinstance(self._inner, Reconstruction | CoordinateRemoval):
             return
         yield Convention(
             "basis",
@@ -339,6 +361,7 @@ def resolve_rule(
     found = resolve(rule.model_copy(update={"site": site}), work)
     if found is None or found.sites is None or has_errors(work.diagnostics[before:]):
         return None
+    looks = found.does.changes == "nothing"
     try:
         bases: list[PointBases] = []
         for definition in definitions:
@@ -346,8 +369,9 @@ def resolve_rule(
             if members is None:
                 return None
             bases.append(members)
-        _check_rule(rule, found)
-        _check_writable(rule.site, bases)
+        if not looks:
+            _check_rule(rule, found)
+        _check_separable(rule.site, bases, "read" if looks else "change")
         _check_all_features(rule, features, bases)
         _check_bases(rule, found, bases)
         axes, coordinates, empty = _coordinates(rule, features, bases[0], work)
@@ -368,8 +392,8 @@ def resolve_rule(
         found,
         positions=positions,
         spec=rule,
-        does=change_coordinates(found.does, drops_error=rule.drops_error),
-        sites=replace(found.sites, labels=labels, sources=_encoded_points(found.sites, bases[0])),
+        does=found.does if looks else change_coordinates(found.does, drops_error=rule.drops_error),
+        sites=_encoded_sites(replace(found.sites, labels=labels), bases[0], looks=looks),
         basis=_number_bases(targets) if exchange is None else _insert(targets, exchange),
     )
 
@@ -580,9 +604,11 @@ def _exchanged(
         return None
     if len(bases) > 1:
         raise BasisError(rule.site, "only one basis can be exchanged", "name it instead of a loop")
-    if any(member.reads for points in (*bases, members) for member in points.values()):
+    if len({member.reads for points in (*bases, members) for member in points.values()}) > 1:
         raise BasisError(
-            features, "features of transcoders aren't exchanged", "name two autoencoders"
+            features,
+            "the two dictionaries encode vectors of different sites",
+            "name two autoencoders, or two transcoders that read the same site",
         )
     found = resolve_axis(
         features, [], work.sites, size=min(member.size for member in members.values())
@@ -647,19 +673,22 @@ def _check_bases(rule: spec.Rule, found: ResolvedRule, bases: Sequence[PointBase
         )
 
 
-def _encoded_points(
-    written: SiteTargets, members: PointBases
-) -> dict[tuple[int, ...], tuple[SitePoint, ...]] | None:
-    """Return the points whose coordinates are written at others; None if they are the same."""
+def _encoded_sites(written: SiteTargets, members: PointBases, *, looks: bool) -> SiteTargets:
+    """Return sites whose coordinates are those of the points that a transcoder encodes.
+
+    Args:
+        looks: Whether the coordinates are only read, and nothing is written.
+    """
     reads = {member.reads for member in members.values()}
     if reads == {""}:
-        return None
+        return written
     assert len(reads) == 1
     (site,) = reads
-    return {
+    encoded = {
         key: tuple(replace(point, site=site) for point in here)
         for key, here in written.points.items()
     }
+    return replace(written, points=encoded) if looks else replace(written, sources=encoded)
 
 
 def _coordinate_names(site: ast.Site, features: ast.Axis, work: ExperimentContext) -> str:
@@ -701,14 +730,14 @@ def _check_rule(rule: spec.Rule, found: ResolvedRule) -> None:
         )
 
 
-def _check_writable(site: ast.Site, bases: Sequence[PointBases]) -> None:
-    """Check that rules can change the features of dictionaries."""
+def _check_separable(site: ast.Site, bases: Sequence[PointBases], verb: str) -> None:
+    """Check that rules can `change` or `read` the features of single vectors."""
     for member in (member for points in bases for member in points.values()):
         own = member.operand
         if isinstance(own, DictionaryFile) and own.write_obstacle:
             raise BasisError(
                 site,
-                f"the features of a {own.write_obstacle}, so rules can't change them",
+                f"the features of a {own.write_obstacle}, so rules can't {verb} them",
                 "use a dictionary whose features depend on one vector of one layer, or observe the "
                 "features: `observe features of …`",
             )
@@ -720,17 +749,45 @@ def _check_all_features(
     bases: Sequence[PointBases],
 ) -> None:
     """Check that a number isn't written into all features of a dictionary."""
+    if rule.verb == "project out":
+        _check_removal(rule, features, bases)
     if features is None or not features.plural or rule.verb not in ("add", "set"):
         return
-    every = any(isinstance(value, ast.Star) for value in features.values)
-    overcomplete = DictionaryFile | PythonBasis
-    members = (member for points in bases for member in points.values())
-    if every and any(isinstance(each.operand, overcomplete) for each in members):
+    if _names_all_features(features, bases):
         raise BasisError(
             features,
             "one number in all features is no vector that the dictionary describes",
             f"name the features: `{rule.verb} … features 3, 12 of {features.of}`; "
             "`ablate … with zero` sets all to 0",
+        )
+
+
+def _names_all_features(features: ast.Axis | None, bases: Sequence[PointBases]) -> bool:
+    """Return whether coordinates are all features of a dictionary together."""
+    every = features is None or any(isinstance(value, ast.Star) for value in features.values)
+    overcomplete = DictionaryFile | PythonBasis
+    members = (member for points in bases for member in points.values())
+    return every and any(isinstance(each.operand, overcomplete) for each in members)
+
+
+def _check_removal(rule: spec.Rule, features: ast.Axis | None, bases: Sequence[PointBases]) -> None:
+    """Check that the directions of coordinates can be projected out."""
+    assert rule.site is not None
+    if rule.drops_error:
+        reason, hint = "`project out` doesn't reconstruct vectors", "remove `without error`"
+        raise BasisError(rule.site, reason, hint)
+    members = [member for points in bases for member in points.values()]
+    if any(isinstance(each.operand, PythonBasis) for each in members):
+        raise BasisError(
+            rule.site,
+            "an object of a Python file shows no directions",
+            "set features to 0: `ablate … with zero`",
+        )
+    if (features is None or features.plural) and _names_all_features(features, bases):
+        raise BasisError(
+            features or rule.site,
+            "the directions of all features together span most vectors",
+            f"name the features: `project out features 3, 12 of {rule.site.basis_name}`",
         )
 
 
@@ -1092,8 +1149,6 @@ def _jacobian(
     if found is None:
         return None
     sample, text = found
-    if sample.run.noise is not None:
-        raise BasisError(call, "Jacobians of runs with noise aren't computed", "name another run")
     side = "left" if point == target else "right"
     text = f"{side} singular vectors of the Jacobians {map_.span.written}, {text}"
     operand = JacobianBasis(sample, source, target, point == target)

@@ -136,6 +136,9 @@ class Observation(Intervention):
     """Whether it reads weights alone, so that its values don't depend on prompts."""
     of_bases: ClassVar[bool] = False
     """Whether its arguments are bases."""
+    of_coordinates: ClassVar[bool] = False
+    """Whether its site may be coordinates of a basis: `observe value feature 3 of b`. The vectors
+    that it reads are then the mean of the named coordinates, [K, 1]."""
     of_maps: ClassVar[bool] = False
     """Whether it reads maps that other experiments computed, instead of a site."""
     leads: ClassVar[bool] = False

@@ -16,7 +16,7 @@ from mechdsl.diagnostics.rules import BadAmount, BadDirection
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.python_functions import find_function, is_python_call
-from mechdsl.resolve.bases import RECONSTRUCTION, is_reconstruction
+from mechdsl.resolve.bases import RECONSTRUCTION, REMOVAL, is_reconstruction
 from mechdsl.resolve.directions import resolve_direction
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext, label_points, resolve_site
@@ -398,9 +398,19 @@ class ScaleRule(RuleKind, Steering):
 @rule_kind("project out")
 class ProjectOutRule(DirectionRule):
     """`project out DIRECTION from SITE at POSITIONS`: x − (x · u) u, u of length 1 (Arditi et al.
-    2024, arXiv 2406.11717)."""
+    2024, arXiv 2406.11717). `project out feature 3 of b at POSITIONS` removes the direction of a
+    coordinate, and `features 3, 12 of b` the span of several directions."""
 
     mode = "along"
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        if rule.direction is not None:
+            return super().resolve(rule, work)
+        base = work.experiment.base
+        sites, positions = resolve_targets(rule, base, work)
+        if sites is None or positions is None:
+            return None
+        return ResolvedRule(spec=rule, does=REMOVAL, run=base, sites=sites, positions=positions)
 
     def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
         return normalize_directions(vectors)

@@ -811,7 +811,11 @@ class Scale(Node):
 
 @record
 class ProjectOut(Node):
-    direction: Name | Index
+    """`project out DIRECTION from SITE at POSITIONS`, `project out DIRECTION from weights`, or
+    `project out feature 3 of b at POSITIONS`."""
+
+    direction: Name | Index | None
+    """None for the directions of coordinates, which the site names."""
     site: Site | None
     """None for `from weights`."""
     at: Positions | None

@@ -644,6 +644,8 @@ def _rule(node: Any) -> str | None:
             place = "weights"
             if node.site is not None and node.at is not None:
                 place = f"{format_site(node.site)} at {format_positions(node.at)}"
+            if node.direction is None:
+                return f"project out {place}"
             return f"project out {format_operand(node.direction, SUM)} from {place}"
         case ast.ProjectOnto():
             place = f"{format_site(node.site)} at {format_positions(node.at)}"

@@ -892,6 +892,8 @@ class TreeBuilder(Transformer[Token, Any]):
         return ast.EditWeights("add", c[5], c[1], span=_span(c))
 
     def project_out(self, c: list[Any]) -> ast.ProjectOut:
+        if isinstance(c[2], ast.Site):
+            return ast.ProjectOut(None, c[2], c[4], span=_span(c))
         site, at = (c[4], c[6]) if len(c) > 5 else (None, None)
         return ast.ProjectOut(c[2], site, at, span=_span(c))
 

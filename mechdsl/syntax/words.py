@@ -99,5 +99,8 @@ WEIGHT_OBSERVATIONS: set[str] = set()
 BASIS_OBSERVATIONS: set[str] = set()
 """Words after `observe` whose arguments are bases."""
 
+COORDINATE_OBSERVATIONS: set[str] = set()
+"""Words after `observe` that read named coordinates: `observe value feature 3 of b`."""
+
 OBSERVATION_AXES: dict[str, tuple[str, ...]] = {}
 """Word after `observe` that gives several values per cell → the axes of these values."""

@@ -114,3 +114,27 @@ class Mean(CellAggregate):
 
     def combine(self, values: Floats) -> Floats:
         return values.mean(1)
+
+
+@aggregate("participation")
+class Participation(CellAggregate):
+    documentation = (
+        "The effective number of cells with an effect: the participation ratio (Σ e²)² / Σ e⁴ of "
+        "effects e."
+    )
+
+    def combine(self, values: Floats) -> Floats:
+        import numpy as np
+
+        size = np.maximum(np.abs(values).max(1, keepdims=True), np.finfo(np.float64).tiny)
+        squares = (values / size) ** 2
+        return squares.sum(1) ** 2 / np.maximum((squares**2).sum(1), np.finfo(np.float64).tiny)
+
+    def slope(self, values: Floats) -> Floats:
+        import numpy as np
+
+        size = np.maximum(np.abs(values).max(1, keepdims=True), np.finfo(np.float64).tiny)
+        ratio = values / size
+        squares = (ratio**2).sum(1, keepdims=True)
+        fourth = np.maximum((ratio**4).sum(1, keepdims=True), np.finfo(np.float64).tiny)
+        return 4 * squares * (ratio - squares / fourth * ratio**3) / fourth / size

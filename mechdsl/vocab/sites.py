@@ -342,7 +342,7 @@ SITES_WITHOUT_STEPS = (
 EdgeChange = Literal["block", "reweight", "uniform", "weight", "allow"]
 """Kinds of changes to the weights of attention edges."""
 
-CoordinateOperation = Literal["set", "add", "scale", "reconstruct", "exchange"]
+CoordinateOperation = Literal["set", "add", "scale", "reconstruct", "exchange", "project out"]
 """Kinds of changes to coordinates in a basis."""
 
 

@@ -1018,6 +1018,16 @@ _rule(
     _BASES,
 )
 _rule(
+    "project out a coordinate",
+    "project out feature 0 of axes at last token",
+    "Removes the direction of a coordinate, so that x becomes x − (x · u) u, u of length 1, "
+    "whatever the coordinate is. For a dictionary, u is the feature's decoder row; of `features 0, "
+    "2 of axes`, the span of both directions leaves. `ablate … with zero` sets the coordinate to 0 "
+    "instead.",
+    REFUSAL,
+    "tests/rules/test_projected_features.py",
+)
+_rule(
     "without the reconstruction error",
     "clamp feature 0 of axes at last token to 5 without error",
     "Replaces the vector by what the basis represents with the changed coordinates: decode(f′). "
@@ -1030,8 +1040,9 @@ _rule(
     "patch features 0, 2 of axes at last token with feature 1 of chance",
     "The contributions of the named features to the current vector leave it, and those of the "
     "other basis's features to the same vector come in. No other run is read. Several features on "
-    "the right come in together; a `for` variable may be their number. With `without error`, the "
-    "rest of the vector is the first basis's reconstruction.",
+    "the right come in together; a `for` variable may be their number. Transcoders encode the "
+    "input of the MLP, and their features change its output. With `without error`, the rest of the "
+    "vector is the first basis's reconstruction.",
     "Leask et al. 2025, arXiv 2502.04878",
     "tests/rules/test_exchanged_features.py",
 )
@@ -1294,6 +1305,19 @@ _rule(
     "The activation of one neuron, or the mean activation of joined neurons.",
     OWN,
     _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe value of coordinates",
+    "observe value feature 0 of axes at last token",
+    "A coordinate of the current vector in a basis, or the mean of joined coordinates (`features "
+    "0, 2 of axes`). `resid_post layer 2 dim 5` is a number of the vector. It also reads runs in "
+    "which rules act: with `for i in 0..2 { add 1 to feature i of axes at last token }` and "
+    "`observe value feature * of later at last token as next`, `measure next as delta` is the "
+    "interaction of coordinates of two layers. For a transcoder, features are those of the MLP's "
+    "input.",
+    "Bushnaq et al. 2024, arXiv 2405.10928",
+    "tests/rules/test_observed_coordinates.py",
     "measure logit(answer) as raw",
 )
 _rule(
@@ -2146,7 +2170,13 @@ _expectation(
 _expectation(
     "expect of a cell", "expect delta(L1H2) < 0.1", "The effect of the cell with these coordinates."
 )
-_expectation("expect mean", "expect mean(delta, layer 0..1) < 0.05", "The mean over cells.")
+_expectation(
+    "expect mean",
+    "expect mean(delta, layer 0..1) < 0.05",
+    "The mean over cells, or with `participation` in its place the effective number of cells with "
+    "an effect: the participation ratio (Σ e²)² / Σ e⁴ of the effects e. It is 1 if one cell has "
+    "all of the effect, and the number of cells if all effects are equal in size.",
+)
 _expectation("expect argmax", "expect argmax(delta) = L1H2", "The cell with the largest effect.")
 _expectation(
     "expect top n contains",

@@ -38,6 +38,21 @@ def test_slope_equals_the_derivative() -> None:
     assert method.slope(values) == pytest.approx(expected, rel=1e-6)
 
 
+def test_participation_counts_equal_cells() -> None:
+    method = AGGREGATES["participation"]
+    values = np.array([[2.0, -2.0, 2.0, 0.0], [0.0, 1e-200, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert method.combine(values) == pytest.approx([3, 1, 0])
+    assert np.isfinite(method.slope(values)).all()
+
+
+def test_participation_equals_its_formula_and_slope() -> None:
+    values = np.random.default_rng(4).normal(size=(5, 7)) * 10.0 ** np.arange(5)[:, None]
+    method = AGGREGATES["participation"]
+    expected = [(row**2).sum() ** 2 / (row**4).sum() for row in values]
+    assert method.combine(values) == pytest.approx(expected)
+    assert method.slope(values) == pytest.approx(CellAggregate.slope(method, values), rel=1e-5)
+
+
 def test_slope_of_zeros_is_finite() -> None:
     assert np.isfinite(RootMeanSquare().slope(np.zeros((2, 3)))).all()
 

@@ -586,7 +586,10 @@ def test_class_means(family: str, mode: str, data: Path) -> None:
                 ("patch feature 1 at last token", "name the basis: `feature 1 of b`"),
                 ("patch feature 1 in basis b at last token", "write `feature 1 of b`"),
                 ("patch latent 1 of b at last token", "`feature 1 of b`"),
-                ("project out feature 1 of b from resid_post layer 1 at last token", "with zero"),
+                (
+                    "project out feature 1 of b from resid_post layer 1 at last token",
+                    "`project out resid_post layer 1 feature 1 of b at …`",
+                ),
             )
         ),
         ("das(dims: 3) at resid_post layer 1", "", "E0203", '`saved("rotation.safetensors"'),

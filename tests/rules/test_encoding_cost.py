@@ -70,10 +70,31 @@ def test_coordinates_are_priced(
     assert found == pytest.approx((separate + error, joined + error))
 
 
+def test_projections_take_products_of_directions(data: Path) -> None:
+    """Two products with each direction, and those of all pairs."""
+    found = counted("project out features 1, 5 of f at last token", "topk", data)
+    assert found == pytest.approx((2 * (2 + 2) * ROWS,) * 2)
+
+
 def test_linear_bases_have_no_error(data: Path) -> None:
     basis = "basis b = random(dims: 3) at resid_post layer 1\n"
     rule = "from other into clean  patch resid_post layer 1 in basis b at last token"
     assert counted(rule, "standard", data, basis) == pytest.approx((9 * ROWS, 9 * ROWS))
+
+
+@pytest.mark.parametrize(
+    ("line", "architecture", "features"),
+    [
+        ("observe value features 2, 5 of f at last token", "standard", 2 * ROWS),
+        # features of the top-k depend on each other
+        ("observe value feature * of f at tokens *", "topk", FEATURES * EVERY),
+    ],
+)
+def test_observed_values_encode_named_features_of_each_row(
+    line: str, architecture: str, features: int, data: Path
+) -> None:
+    found = counted(line, architecture, data)
+    assert found == pytest.approx((features, features))
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,19 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.store.store import Store
 
 from ..execute.support import by_name, run_on, shared
-from .models import bare
-from .support import BLOCKS, MANY, experiment, plain, rows, run_file
+from ..reference.forward import Changes, Write, side_by_side
+from .models import bare, double
+from .support import (
+    BLOCKS,
+    MANY,
+    difference,
+    experiment,
+    plain,
+    records,
+    rows,
+    run_file,
+    tokens,
+)
 from .test_dictionaries import FEATURES, LAYER, Reference, features_of, make
 
 EVERY = range(FEATURES)
@@ -207,3 +218,37 @@ def test_the_correction_is_over_the_other_cells(data: Path) -> None:
     assert 0 < len(p) < FEATURES
     holm = np.minimum(1, np.maximum.accumulate(p * np.arange(len(p), 0, -1)))
     np.testing.assert_allclose(np.sort(statistics.p_corrected[~inert]), holm)
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("architecture", ["standard", "topk"])
+@pytest.mark.parametrize("family", HERE)
+def test_expectations_count_cells_without_an_active_feature_as_zero(
+    family: str, architecture: str, mode: str, data: Path
+) -> None:
+    """`min`, `max` and `mean` are over all cells, of which the inert ones have the effect 0."""
+    of = sparse(data, architecture, family)
+    lines = [f"expect {name}(delta) < 1000 on mean" for name in ("min", "max", "mean")]
+    text = BASIS + experiment("e", CASES["zero"].rule, *lines)
+    found = run_file(text, data, family, mode)["e"]
+    effects: list[list[float]] = []
+    for n, text_of in enumerate(rows()):
+        cells: list[Changes] = []
+        for i in EVERY:
+
+            def without(x: Tensor, i: int = i) -> Tensor:
+                features = of.encode(x)
+                kept = features.clone()
+                kept[..., i] = 0
+                return x + of.decode(kept, x) - of.decode(features, x)
+
+            every = tokens(text_of, "tokens *")
+            cells.append(([Write("resid_post", LAYER, without, at) for at in every], ()))
+        base = difference(plain(family, text_of).logits, records()[n])
+        runs = side_by_side(family, double(family), text_of.ids, cells)
+        effects.append([difference(run.logits, records()[n]) - base for run in runs])
+    means = np.array(effects).mean(0)
+    assert any(found.measures[0].inert) or architecture == "topk"
+    values = [outcome.value for outcome in found.outcomes]
+    assert values == pytest.approx([means.min(), means.max(), means.mean()], abs=1e-4)
+    assert all(outcome.holds for outcome in found.outcomes)

@@ -129,10 +129,53 @@ def test_errors_are_stored(data: Path) -> None:
     assert said(text)[0] == said(text, None)[0] != first
 
 
-def test_linear_bases_and_replies_say_nothing(data: Path) -> None:
-    make(data, "standard", width_of("llama"))
+def test_linear_bases_say_nothing(data: Path) -> None:
     linear = "basis b = random(dims: 3) at resid_post layer 1\n"
-    text = BASIS + linear + experiment("e", "clamp feature 1 of b at last token to 2")
-    text += experiment("g", ONE, "generate 2", measure="measure length as raw")
-    for found in run_file(text, data, "llama", "planned").values():
-        assert not any(key.startswith("error of") for key in found.conventions)
+    text = linear + experiment("e", "clamp feature 1 of b at last token to 2")
+    found = run_file(text, data, "llama", "planned")["e"]
+    assert not any(key.startswith("error of") for key in found.conventions)
+
+
+IN_REPLIES = {
+    "at each step": (ONE, "last token", KEPT),
+    "all tokens": ("ablate feature 0..3 of f at tokens * with zero", "tokens *", KEPT),
+    "first steps": (f"{ONE} during step 0..1", "last token", KEPT),
+    "without error": (f"{ONE} without error", "last token", DROPPED),
+}
+
+
+@pytest.mark.parametrize("mode", MANY)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_errors_of_experiments_with_replies_are_those_of_prompts(
+    family: str, mode: str, data: Path
+) -> None:
+    of = make(data, "standard", width_of(family))
+
+    def reconstruct(name: str, n: int, token: int) -> Tensor:
+        x = plain(name, rows()[n])["resid_post", LAYER][token, 0]
+        return of.decode(of.encode(x), x)
+
+    names = {key: f"e{number}" for number, key in enumerate(IN_REPLIES)}
+    length = "measure length as raw"
+    text = BASIS + "".join(
+        experiment(names[key], rule, "generate 3", measure=length)
+        for key, (rule, _, _) in IN_REPLIES.items()
+    )
+    later = f"{ONE} during step 1..2"
+    text += experiment("later", later, "generate 3", measure=length)
+    found = run_file(text, data, family, mode)
+    for key, (_, at, kept) in IN_REPLIES.items():
+        said = found[names[key]].conventions["error of f"]
+        assert "vectors of the prompts of clean" in said
+        said = said.replace("the prompts of ", "")
+        check(said, *mean_error(family, at, reconstruct), kept)
+    assert "error of f" not in found["later"].conventions
+
+
+def test_errors_of_experiments_with_replies_are_stored(data: Path) -> None:
+    make(data, "standard", width_of("gpt2"))
+    text = experiment("e", ONE, "generate 3", measure="measure length as raw")
+    first, count = ran(text, data, data / "store")
+    assert count > 0
+    again, _ = ran(text, data, data / "store")
+    assert again.conventions["error of f"] == first.conventions["error of f"]

@@ -67,9 +67,9 @@ class Reference:
         return found + x @ self.weights["W_skip"].T if "skip" in self.kind else found
 
 
-def make(folder: Path, kind: str, width: int, **metadata: str) -> Reference:
+def make(folder: Path, kind: str, width: int, name: str = "of_mlp", **metadata: str) -> Reference:
     """Write a transcoder, with about half of its features active."""
-    random = torch.Generator().manual_seed(len(kind))
+    random = torch.Generator().manual_seed(len(kind) + (50 if name != "of_mlp" else 0))
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
@@ -84,7 +84,7 @@ def make(folder: Path, kind: str, width: int, **metadata: str) -> Reference:
     }
     unused = {"threshold": "jumprelu", "W_skip": "skip"}
     kept = {k: v for k, v in weights.items() if unused.get(k, kind) in kind}
-    target = folder / "of_mlp"
+    target = folder / name
     target.mkdir(exist_ok=True)
     for old in target.iterdir():
         old.unlink()
@@ -553,3 +553,114 @@ def test_cross_layer_transcoders_that_cannot_be_read(data: Path) -> None:
     make_cross_layer(data, width_of("llama"))
     (data / "clt" / "W_enc_0.safetensors").unlink()
     assert "is a jumprelu cross-layer transcoder" in problem(CROSS.replace("transcoder", "sae", 1))
+
+
+EXCHANGES = [
+    # what leaves, what comes in, position, whether the error is dropped
+    ("feature 1", "feature 3", "last token", False),
+    ("features 1, 4", "features 0, 3, 9", "tokens *", False),
+    ("features 0..2", "features 7", "token 6", True),
+]
+
+
+def exchanged(
+    own: Reference,
+    other: Reference,
+    leaving: list[int],
+    coming: list[int],
+    positions: Sequence[int],
+    *,
+    drops: bool = False,
+) -> list[Write]:
+    """Like `writes`: both encode the MLP's input at the same token."""
+    found: list[Write] = []
+    for position in positions:
+        seen: list[Tensor] = []
+
+        def note(x: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(x.clone())
+            return x
+
+        def act(now: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            x = seen[-1]
+            features = own.encode(x)
+            change = own.decode(replaced(features, leaving, 0.0), x) - own.decode(features, x)
+            more = other.encode(x)[..., coming] @ other.weights["W_dec"][coming]
+            return change + more + (own.decode(features, x) if drops else now)
+
+        found.append(Write("mlp_norm", LAYER, note, position))
+        found.append(Write("mlp_out", LAYER, act, position))
+    return found
+
+
+def numbers(written: str) -> list[int]:
+    """The features of `features 0..2` or `features 1, 4`."""
+    text = written.partition(" ")[2]
+    low, dots, high = text.partition("..")
+    return [*range(int(low), int(high) + 1)] if dots else [int(each) for each in text.split(",")]
+
+
+OTHER = f'basis u = transcoder("other_mlp") at mlp_out layer {LAYER}\n'
+
+
+@pytest.mark.parametrize("mode", [*MANY, "padded on the right"])
+@pytest.mark.parametrize(
+    ("one", "two"), [("skip_transcoder", "sparsify"), ("layer_norm", "layer_norm")]
+)
+@pytest.mark.parametrize("family", HERE)
+def test_features_of_two_transcoders_are_exchanged(
+    family: str, one: str, two: str, mode: str, data: Path
+) -> None:
+    """Both encode the MLP's input, which an earlier rule changes."""
+    own = make(data, one, width_of(family))
+    other = make(data, two, width_of(family), "other_mlp")
+    before = f"from other into clean  patch attn_out layer {LAYER} at last token"
+    text = BASIS + OTHER
+    for number, (out, come, at, drops) in enumerate(EXCHANGES):
+        rule = f"patch {out} of t at {at} with {come} of u" + (" without error" if drops else "")
+        text += experiment(f"e{number}", f"{before}  {rule}")
+    found = run_file(text, data, family, mode)
+    for number, (out, come, at, drops) in enumerate(EXCHANGES):
+        named = numbers(out), numbers(come)
+
+        def changes(
+            n: int, named: tuple[list[int], list[int]] = named, at: str = at, drops: bool = drops
+        ) -> list[Changes]:
+            spots = tokens(rows()[n], at)
+            every = exchanged(own, other, *named, spots, drops=drops)
+            return [([*attention_of_other(family, n), *every], ())]
+
+        expected = worked_out(family, [()], changes, rows(), records())
+        try:
+            agree(found[f"e{number}"], (), expected, unpatched(family), most=False, large=0.01)
+        except AssertionError as error:
+            raise AssertionError(f"{out} with {come}: {error}") from error
+
+
+@pytest.mark.parametrize("mode", MANY)
+def test_exchanged_features_of_transcoders_in_replies(mode: str, data: Path) -> None:
+    """At each step, features of the newest token's input are exchanged."""
+    own = make(data, "transcoder", width_of("llama"))
+    other = make(data, "sparsify", width_of("llama"), "other_mlp")
+    rule = "patch features 0..5 of t at last token with features 0..8 of u"
+    text = BASIS + OTHER
+    text += experiment("e", f"generate {TOKENS}", rule, measure="measure length as raw")
+    found = run_file(text, data, "llama", mode)["e"]
+
+    def act(name: str, n: int, at: int) -> Changes:
+        return exchanged(own, other, [*range(6)], [*range(9)], [at]), []
+
+    case = GenerationCase(rule, "last token", act)
+    wanted = [written("llama", n, [case]) for n in range(len(rows()))]
+    assert replies(found) == wanted
+    assert wanted != [written("llama", n, []) for n in range(len(rows()))]
+
+
+def test_dictionaries_of_other_vectors_are_not_exchanged(data: Path) -> None:
+    width, hook = width_of("llama"), f"blocks.{LAYER}.hook_resid_mid"
+    make(data, "transcoder", width)
+    make(data, "transcoder", width, "other_mlp", hook_name=hook)
+    text = BASIS + OTHER + f"basis n = random(dims: 3) at mlp_out layer {LAYER}\n"
+    for other in ("n", "u"):
+        rule = f"patch feature 1 of t at last token with feature 1 of {other}"
+        assert "E0342" in codes(text + experiment("e", rule), data)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.experiments import UnreadableMeasure
 from mechdsl.diagnostics.names import PythonFailed
+from mechdsl.dictionaries.folder import MAX_GATHERED
 from mechdsl.execute.measurement.python_metrics import (
     ReplySearchFailed,
     call_python_metric,
@@ -32,13 +33,21 @@ from mechdsl.forward.hooks.batch import (
     tensors_to_host,
     to_device,
 )
+from mechdsl.forward.hooks.coordinates import MAX_NUMBERS, CoordinateSystem
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.planner.rows import RowTable, RulePlan, expand_units, point_units
 from mechdsl.program.python_functions import PythonFailure, PythonNotLoaded
 from mechdsl.prompts.runs import PositionCell, ReplyPosition
 from mechdsl.resolve.loops import evaluate_arithmetic, iter_divisors
 from mechdsl.resolve.observations import Observation, Unembedding
-from mechdsl.resolve.types import ItemNumber, MetricTerm, ResolvedMeasure, ResolvedRule, SiteLayer
+from mechdsl.resolve.types import (
+    ItemNumber,
+    MetricTerm,
+    ResolvedMeasure,
+    ResolvedRule,
+    SiteLayer,
+    SitePoint,
+)
 from mechdsl.vocab.metrics import Reply, widen
 
 
@@ -57,6 +66,65 @@ class ObservedValues:
 
 
 @dataclass(frozen=True, eq=False)
+class _CodedVectors:
+    """Vectors of which the same number of coordinates in one basis is observed."""
+
+    own: Ints
+    """[k] numbers of the vectors."""
+    system: CoordinateSystem
+    which: Ints | None
+    """[k, m] coordinates of each vector; None for all."""
+    first: Ints
+    """[distinct] index of a vector, once each: cells of a sweep read the same vectors."""
+    same: Ints
+    """[k] index into `first`."""
+
+    def means(self, vectors: Tensor) -> Tensor:
+        """Return [k, 1]: the mean of the named coordinates of each vector.
+
+        Args:
+            vectors: [k, width].
+        """
+        device = vectors.device
+        if self.which is None:
+            distinct = vectors[array_to_device(self.first, device)]
+            return self._means(distinct, None)[array_to_device(self.same, device)]
+        if len(self.first) * self.system.size > self.which.size:
+            return self._means(vectors, array_to_device(self.which, device))
+        found = vectors.new_empty(len(vectors), 1)
+        count = max(1, MAX_NUMBERS // self.system.size)
+        for begin in range(0, len(self.first), count):
+            here = (self.same >= begin) & (self.same < begin + count)
+            first, same, which, own = (
+                array_to_device(each, device)
+                for each in (
+                    self.first[begin : begin + count],
+                    self.same[here] - begin,
+                    self.which[here],
+                    np.flatnonzero(here),
+                )
+            )
+            every = self.system.encode(vectors[first], None)
+            found[own] = every[same[:, None], which].mean(1, keepdim=True)
+        return found
+
+    def _means(self, vectors: Tensor, which: Tensor | None) -> Tensor:
+        """Encode each vector, in parts that fit in memory."""
+        each = self.system.size
+        if which is not None and which.shape[1] <= MAX_GATHERED:
+            each = which.shape[1] * vectors.shape[1]
+        count = max(1, MAX_NUMBERS // each)
+        found = [
+            self.system.encode(
+                vectors[begin : begin + count],
+                None if which is None else which[begin : begin + count],
+            ).mean(1, keepdim=True)
+            for begin in range(0, len(vectors), count)
+        ]
+        return torch.cat(found)
+
+
+@dataclass(frozen=True, eq=False)
 class _SiteVectors:
     """K vectors of one site in one layer."""
 
@@ -72,6 +140,8 @@ class _SiteVectors:
     keys: tuple[Ints, Ints] | None
     beside: Mapping[SiteLayer, Ints] = field(default_factory=dict[SiteLayer, Ints])
     """[K] per further site, the index of the accompanying vector into the values read there."""
+    coded: Sequence[_CodedVectors] = ()
+    """The coordinates to compute of each vector; none if whole vectors are observed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +224,12 @@ class RowObserver:
         place = array_to_device(part.place, device)
         chosen = None if part.unit is None else array_to_device(part.unit, device)
         vectors = own[place].flatten(1) if chosen is None else own[place, chosen]
+        if part.coded:
+            numbers = vectors.new_empty(len(vectors), 1)
+            for each in part.coded:
+                index = array_to_device(each.own, device)
+                numbers[index] = each.means(vectors[index])
+            vectors = numbers
         keys = None
         if part.keys is not None:
             index, key = arrays_to_device(part.keys, device)
@@ -235,6 +311,8 @@ def build_observer(
     at: Ints,
     shape: ModelShape,
     replies: ReplyTokenMap | None = None,
+    *,
+    systems: Mapping[str, CoordinateSystem],
 ) -> RowObserver:
     """Build the observer of an `observe` rule.
 
@@ -244,6 +322,7 @@ def build_observer(
         at: [row] index of the row in the pass.
         shape: The model's shape.
         replies: Positions of reply tokens, if the rows generated text.
+        systems: Bases by name.
     """
     does = plan.rule.does
     assert isinstance(does, Observation)
@@ -272,10 +351,11 @@ def build_observer(
         elif whole:
             units_here = None
         read = SiteRead(site, layer)
+        place = _add_request(asked, read, at[row[own]], position[own])
         part = _SiteVectors(
             read=read,
             row=row[own],
-            place=_add_request(asked, read, at[row[own]], position[own]),
+            place=place,
             unit=units_here,
             position=position[own],
             keys=_expand_keys(plan, rows, row[own], replies),
@@ -283,6 +363,7 @@ def build_observer(
                 place: _add_request(asked, SiteRead(*place), at[row[own]], position[own])
                 for place in does.beside(plan.rule, shape)
             },
+            coded=_code(plan, (site, layer), rows.cell[row[own]], (place, units_here), systems),
         )
         parts.append(part)
     places = {
@@ -290,6 +371,47 @@ def build_observer(
         for read, own in asked.items()
     }
     return RowObserver(plan.rule, does, len(rows), per_row, places, parts)
+
+
+def _code(
+    plan: RulePlan,
+    place: SiteLayer,
+    cells: Ints,
+    places: tuple[Ints, Ints | None],
+    systems: Mapping[str, CoordinateSystem],
+) -> Sequence[_CodedVectors]:
+    """Group the vectors at a site by basis and number of coordinates; none without a basis.
+
+    Args:
+        cells: [K] the cell of each vector.
+        places: [K] the index of each vector into the values read, and its head; None for whole
+            vectors.
+    """
+    basis = plan.rule.basis
+    if basis is None or plan.coordinates_of_cell is None:
+        return ()
+    named = plan.coordinates_of_cell[cells]
+    place_of, units = places
+    heads = np.full(len(cells), -1) if units is None else units
+    pairs, inverse = np.unique(np.stack([named, heads]), axis=1, return_inverse=True)
+    names: list[tuple[str, int]] = []
+    for number, unit in pairs.T.tolist():
+        own = plan.coordinates[number]
+        point = SitePoint(*place, None if unit < 0 else unit)
+        names.append((basis.at(point, own.basis).name, len(own.which)))
+    kinds = list(dict.fromkeys(names))
+    kind = np.array([kinds.index(each) for each in names])[inverse.ravel()]
+    found: list[_CodedVectors] = []
+    for number, (name, count) in enumerate(kinds):
+        own = np.flatnonzero(kind == number)
+        which = None
+        if count:
+            used, index = np.unique(named[own], return_inverse=True)
+            which = np.array([plan.coordinates[n].which for n in used.tolist()])[index.ravel()]
+        both = np.stack([place_of[own], heads[own]])
+        _, first, same = np.unique(both, axis=1, return_index=True, return_inverse=True)
+        found.append(_CodedVectors(own, systems[name], which, first, same.ravel()))
+    return found
 
 
 def _add_request(

@@ -463,6 +463,7 @@ class Patcher:
         """Plans restricted to rules that act on the prompts."""
         self.readouts = readouts
         self.means_and_donors = means_and_donors
+        self.systems = [each.directions.systems for each in means_and_donors]
         self.runs = runs
         self.model = runs.model
 
@@ -496,7 +497,7 @@ class Patcher:
             plan_reads(readout, member, run, lengths, self._look(member))
             for readout, member in zip(readouts, repeated, strict=True)
         ]
-        readers = build_reply_readers(repeated, self.plans, self.readouts, self.skip)
+        readers = build_reply_readers(repeated, self.plans, self.readouts, self.skip, self.systems)
         if readers or any(want.needs_pass for want in wanted):
             rows = self._pass_rows(shared, chosen, run, batch, draws)
         logits, reads, observed, tokens = self._forward(rows, lanes, readouts, wanted)
@@ -597,7 +598,9 @@ class Patcher:
         rule = self.plans[member.number].observes
         if rule is not None and reads_reply_tokens(rule.rule):
             return None
-        return rule and build_observer(rule, member.rows, member.at, self.model.shape)
+        systems = self.systems[member.number]
+        shape = self.model.shape
+        return rule and build_observer(rule, member.rows, member.at, shape, systems=systems)
 
     def _pass_rows(
         self, shared: SharedRows, chosen: Ints, run: PromptRun, batch: Ints, draws: int

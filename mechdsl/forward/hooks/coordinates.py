@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from mechdsl.dictionaries.folder import MAX_GATHERED
 from mechdsl.dictionaries.products import combine_some, project_some
@@ -152,7 +153,7 @@ class CoordinateWrite:
     """Site of the same block whose vectors have these coordinates: a transcoder encodes the input
     of the MLP. Empty for the written site."""
     inserted: CoordinateSystem | None = None
-    """exchange: the other basis."""
+    """exchange: the other basis, which encodes the same vectors."""
     count_inserted: int = 0
     """exchange: the last coordinates of a write that are of the other basis."""
 
@@ -175,6 +176,8 @@ class CoordinateWrite:
         each = self.system.size
         if which is not None and which.shape[1] <= MAX_GATHERED:
             each = which.shape[1] * now.shape[1]
+        if self.operation == "project out":
+            each = now.shape[1] * (self.system.size if which is None else which.shape[1])
         count = max(1, MAX_NUMBERS // each)
         if len(now) <= count:
             return self._apply(now, values, which, inputs)
@@ -187,12 +190,40 @@ class CoordinateWrite:
         ]
         return torch.cat(found)
 
+    def _project_out(self, vectors: Tensor, which: Tensor | None) -> Tensor:
+        """Return [K, width]: vectors without their projections onto the span of the coordinates'
+        directions.
+
+        The direction of a coordinate is the change of the vector when it grows by 1.
+        """
+        if which is None:
+            which = torch.arange(self.system.size, device=vectors.device)
+            which = which.expand(len(vectors), -1)
+        size = vectors.norm(dim=-1, keepdim=True)
+        each: list[Tensor] = []
+        for one in which.unbind(1):
+            step = torch.ones_like(size)
+            length = (self.system.shift(vectors, step, one[:, None]) - vectors).norm(
+                dim=-1, keepdim=True
+            )
+            # As long as the vectors, so that rounding of their sum doesn't matter.
+            step = torch.where((length > 0) & (size > 0), size / length, step)
+            each.append(self.system.shift(vectors, step, one[:, None]) - vectors)
+        directions = normalize(torch.stack(each, dim=1).double(), dim=-1)
+        weights = directions @ vectors.double()[:, :, None]
+        if len(each) > 1:
+            gram = directions @ directions.mT
+            weights = torch.linalg.pinv(gram, rtol=1e-10, hermitian=True) @ weights
+        return vectors - (directions.mT @ weights)[:, :, 0].to(vectors)
+
     def _apply(self, now: Tensor, values: Tensor, which: Tensor | None, inputs: Tensor) -> Tensor:
         wide, inputs = (
             each.to(torch.promote_types(now.dtype, torch.float32)) for each in (now, inputs)
         )
         if self.operation == "reconstruct":
             return self.system.reconstruct(inputs).to(now)
+        if self.operation == "project out":
+            return self._project_out(wide, which).to(now)
         inserted = None
         if self.inserted is not None:
             assert which is not None
@@ -209,7 +240,7 @@ class CoordinateWrite:
                 change = (values - 1) * current
         found = self.system.shift(wide, change, which)
         if self.inserted is not None:
-            more = self.inserted.encode(wide, inserted)
+            more = self.inserted.encode(inputs, inserted)
             found = found + self.inserted.shift(wide, more, inserted) - wide
         if self.drops_error:
             found = found - (wide - self.system.reconstruct(inputs))

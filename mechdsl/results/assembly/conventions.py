@@ -321,7 +321,9 @@ def _of_errors(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItem
         drops = [isinstance(does, CoordinateChange) and does.leaves_no_error for does in own]
         kept = "some rules keep it" if not all(drops) and any(drops) else "rules keep it"
         kept = "it is dropped" if all(drops) else kept
-        vectors = f"{count_noun(count, 'vector')} of {plan.experiment.spec.base} that rules change"
+        prompts = "" if plan.experiment.generation is None else "the prompts of "
+        vectors = f"{count_noun(count, 'vector')} of {prompts}{plan.experiment.spec.base}"
+        vectors += " that rules change"
         yield (
             f"error of {name}",
             f"{error:.3g} of a vector's length, the mean over {vectors}; {kept}",

@@ -27,6 +27,7 @@ from mechdsl.resolve.types import Convention, PositionTargets, ResolvedRule, Sit
 from mechdsl.rules.kinds import resolve_targets, rule_kind
 from mechdsl.syntax.words import (
     BASIS_OBSERVATIONS,
+    COORDINATE_OBSERVATIONS,
     LENSES,
     OBSERVATION_AXES,
     OBSERVATION_CONTROLS,
@@ -96,6 +97,8 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
             WEIGHT_OBSERVATIONS.add(word)
         if entry.of_bases:
             BASIS_OBSERVATIONS.add(word)
+        if entry.of_coordinates:
+            COORDINATE_OBSERVATIONS.add(word)
         axes = (entry.counts,) if entry.counts else entry.value_axes
         if axes:
             OBSERVATION_AXES[word] = axes

@@ -32,6 +32,7 @@ from mechdsl.rules.observations.registry import (
     observation,
     report_bad_observation,
 )
+from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES
 
 if TYPE_CHECKING:
@@ -53,15 +54,26 @@ class Norm(SiteObservation):
 
 @observation("value", unit="activation")
 class NeuronValue(SiteObservation):
-    """The activation of one neuron.
+    """The activation of one neuron, or one coordinate of a vector in a basis.
 
-    returns: any number; averaged over neurons that are joined
+    returns: any number; averaged over neurons or coordinates that are joined
     """
 
-    by_unit = True
+    by_unit: ClassVar[bool] = True
+    of_coordinates = True
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        found = super().resolve(rule, work)
+        assert rule.observed is not None
+        if found is None or rule.observed.basis is None:
+            return found
+        return replace(found, does=COORDINATE_VALUE)
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         assert rule.site is not None
+        assert rule.observed is not None
+        if rule.observed.basis is not None:
+            return True
         for point in iter_points(sites):
             kind = SITES[point.site]
             if kind.width == "one":
@@ -75,6 +87,25 @@ class NeuronValue(SiteObservation):
 
     def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
         return seen.vectors[:, 0]
+
+
+class CoordinateValue(NeuronValue):
+    """One coordinate of a vector in a basis."""
+
+    by_unit = False
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        assert rule.basis is not None
+        assert rule.sites is not None
+        over = list(describe_joined(rule.sites, rule.positions))
+        if any(len(own.which) != 1 for own in rule.basis.coordinates.values()):
+            over.insert(0, "the joined coordinates")
+        averaged = f", averaged over {' and '.join(over)}" if over else ""
+        which = "the number" if rule.basis.definition == ast.STANDARD_BASIS else "the coordinate"
+        yield Convention("observed", f"value: {which} of the current vector{averaged}")
+
+
+COORDINATE_VALUE = CoordinateValue()
 
 
 STREAM_SITES = (

@@ -236,9 +236,9 @@ BASIS_HINTS: tuple[Hint, ...] = (
         "features are coordinates of a basis: `feature {0} of b`",
     ),
     Hint(
-        r"^project\s+out\s+features?\s*$",
-        r"([\w.,* ]*[\w*])\s+of\s+(\w+)",
-        "set the feature to 0: `ablate feature {0} of {1} at last token with zero`",
+        r"^project\s+out\s+(features?\s+[\w.,* ]*[\w*]\s+of\s+\w+)\s*$",
+        r"from\s+(.*?)\s+at\b",
+        "name the site before the feature: `project out {1} {0} at …`",
     ),
 )
 """Hints for rules on coordinates of a basis."""
