@@ -38,10 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
     grammar.load_parser()  # a fresh checkout makes its tables here, not within a test that is timed
     # Both import torch, which reads the environment.
     from .one_by_one import raise_at_once
-    from .zoo_models import share_zoo_models
+    from .shared_models import share_models
 
     raise_at_once()
-    share_zoo_models()
+    share_models()
     if config.getoption("--update-goldens") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--update-goldens writes files that cases share: leave -n out")
 
