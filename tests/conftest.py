@@ -76,17 +76,28 @@ LONG = (
 """Files that take a worker longest."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first: handed out last, one would keep a worker while the others have nothing."""
+    """Mark tests on many families slow, and hand out long files first: handed out last, one would
+    keep a worker while the others have nothing."""
+    from .models.families import CONFIGS
+    from .quick import keep_few_families
+    from .rules.models import FAMILIES
+
+    keep_few_families(items, {*CONFIGS, *FAMILIES})
     tests = Path(__file__).parent
     order = {tests / name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path, len(LONG)))
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected stays: the garbage collector needn't go over it each time."""
+    """What is imported and collected stays: the garbage collector needn't go over it each time.
+
+    Nor need it run every 700 allocations: files cache models, results and references.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(scope="session")
