@@ -21,6 +21,7 @@ from mechdsl.execute.patching.rows import Patcher
 from mechdsl.pipeline import computation
 from mechdsl.store import index
 
+from ..quick import some
 from .conftest import HEADS, Command, Done, process
 
 HEAVY = ("torch", "transformers", "networkx", "altair", "vl_convert", "pandas", "scipy.stats")
@@ -244,7 +245,9 @@ CHANGES: dict[str, tuple[tuple[tuple[str, str], ...], int, int]] = {
 """What is changed in the file; how many rows of how many the store has then."""
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", some(CHANGES, ["a layer more", "other positions", "more rows", "another effect"])
+)
 def test_how_many_rows_are_from_the_store(
     change: str, heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
