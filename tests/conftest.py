@@ -81,10 +81,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests on many families slow, and hand out long files first: handed out last, one would
     keep a worker while the others have nothing."""
     from .models.families import CONFIGS
-    from .quick import keep_few_families
+    from .quick import thin_out
     from .rules.models import FAMILIES
 
-    keep_few_families(items, {*CONFIGS, *FAMILIES})
+    thin_out(items, {*CONFIGS, *FAMILIES})
     tests = Path(__file__).parent
     order = {tests / name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path, len(LONG)))
