@@ -61,17 +61,26 @@ def pytest_unconfigure() -> None:
 
 
 LONG = (
-    "families/test_walk.py",
-    "execute/test_planner.py",
-    "models/test_packed.py",
-    "cli/test_output.py",
-    "models/test_against_reference.py",
-    "rules/test_attention.py",
     "messages/test_messages.py",
-    "test_error_pages.py",
-    "models/test_precision.py",
-    "rules/test_paths.py",
     "execute/test_properties.py",
+    "test_error_pages.py",
+    "plugin_package/test_plugins.py",
+    "rules/test_observations.py",
+    "rules/test_estimates.py",
+    "test_examples.py",
+    "execute/test_planner.py",
+    "execute/test_value_keys.py",
+    "images/test_rules.py",
+    "families/test_walk.py",
+    "rules/test_in_replies.py",
+    "rules/test_paths.py",
+    "rules/test_paths_beside.py",
+    "execute/test_sizing.py",
+    "models/test_packed.py",
+    "execute/test_answer_texts.py",
+    "execute/test_broken.py",
+    "cli/test_rerun.py",
+    "cli/test_guides.py",
 )
 """Files that take a worker longest."""
 

@@ -67,6 +67,9 @@ CASES = {
 }
 
 
+QUICK = ("patch", "mean of a run", "after a rule", "from a run with rules", "in generated text")
+
+
 def effects(text: str) -> list[np.ndarray]:
     """[measure and cell, prompt] of each experiment."""
     with warnings.catch_warnings():
@@ -94,7 +97,7 @@ def agree(head: str, lines: str, site: str, tolerance: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "site"), in_turn(list(CASES), ["resid_post layer 2", "z layer 2"])
+    ("case", "site"), in_turn(list(CASES), ["resid_post layer 2", "z layer 2"], QUICK)
 )
 def test_all_coordinates_are_the_vector(case: str, site: str) -> None:
     before, rule, measure = CASES[case]
