@@ -36,9 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     grammar.load_parser()  # a fresh checkout makes its tables here, not within a test that is timed
-    from .one_by_one import raise_at_once  # imports torch, which reads the environment
+    # Both import torch, which reads the environment.
+    from .one_by_one import raise_at_once
+    from .shared_models import share_models
 
     raise_at_once()
+    share_models()
     if config.getoption("--update-goldens") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--update-goldens writes files that cases share: leave -n out")
 
@@ -58,32 +61,52 @@ def pytest_unconfigure() -> None:
 
 
 LONG = (
-    "families/test_walk.py",
-    "execute/test_planner.py",
-    "models/test_packed.py",
-    "cli/test_output.py",
-    "models/test_against_reference.py",
-    "rules/test_attention.py",
     "messages/test_messages.py",
-    "test_error_pages.py",
-    "models/test_precision.py",
-    "rules/test_paths.py",
     "execute/test_properties.py",
+    "test_error_pages.py",
+    "plugin_package/test_plugins.py",
+    "rules/test_observations.py",
+    "rules/test_estimates.py",
+    "test_examples.py",
+    "execute/test_planner.py",
+    "execute/test_value_keys.py",
+    "images/test_rules.py",
+    "families/test_walk.py",
+    "rules/test_in_replies.py",
+    "rules/test_paths.py",
+    "rules/test_paths_beside.py",
+    "execute/test_sizing.py",
+    "models/test_packed.py",
+    "execute/test_answer_texts.py",
+    "execute/test_broken.py",
+    "cli/test_rerun.py",
+    "cli/test_guides.py",
 )
 """Files that take a worker longest."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first: handed out last, one would keep a worker while the others have nothing."""
+    """Mark tests on many families slow, and hand out long files first: handed out last, one would
+    keep a worker while the others have nothing."""
+    from .models.families import CONFIGS
+    from .quick import thin_out
+    from .rules.models import FAMILIES
+
+    thin_out(items, {*CONFIGS, *FAMILIES})
     tests = Path(__file__).parent
     order = {tests / name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path, len(LONG)))
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected stays: the garbage collector needn't go over it each time."""
+    """What is imported and collected stays: the garbage collector needn't go over it each time.
+
+    Nor need it run every 700 allocations: files cache models, results and references.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(scope="session")

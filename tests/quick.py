@@ -1,8 +1,13 @@
-"""Which values of a parameter `make test` takes; with the others a test is slow."""
+"""Which values of a parameter `make test` takes; with the others a test is slow.
+
+Test modules choose some of them (`some`, `in_turn`); `thin_out` limits those of all.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -25,3 +30,133 @@ def in_turn(
         for value in values
         for place, other in enumerate(others)
     ]
+
+
+FEW = 3
+"""Model families of a test that `make test` takes."""
+TABLE = 8
+"""Cases from which on a table of cases is run on one family per case, in turn."""
+PRODUCT = 12
+"""Tests from which on a product of parameters is thinned."""
+_FIRST = ("llama", "gpt2", "gpt_neox", "gemma2", "gpt_oss")
+"""Families that are taken first, as they differ most."""
+_EXEMPT = ("tests/reference/",)
+"""Tests of the reference, which all others depend on."""
+_FAMILY = ("family", "name", "model")
+"""Names of parameters whose values are model families."""
+
+Value = tuple[str, str]
+"""A parameter, and a value as text or, of other types, its place among all values."""
+
+
+def thin_out(items: Sequence[pytest.Item], families: Collection[str]) -> None:
+    """Mark tests slow that repeat others on more families or in more combinations.
+
+    - A test function has at most `FEW` families, unless a further one alone has a value of another
+      parameter.
+    - A table of at least `TABLE` cases has one test per case; families and modes take turns.
+    - In a product of at least `PRODUCT` tests, each pair of values of two parameters has a test.
+
+    Args:
+        items: All tests that were collected.
+        families: Names of model families.
+    """
+    by_function: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        fast = item.get_closest_marker("slow") is None and not item.nodeid.startswith(_EXEMPT)
+        if fast and _parameters(item):
+            by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for tests in by_function.values():
+        name = next((name for name in _FAMILY if _is_family(tests, name, families)), None)
+        left = tests
+        if name is not None:
+            left = _mark_others(left, _few_families(left, name))
+            left = _mark_others(left, _turns(left, name))
+        _mark_others(left, _pairs(left))
+
+
+def _mark_others(tests: list[pytest.Item], taken: Collection[int]) -> list[pytest.Item]:
+    """Mark tests slow except for those taken, by `id`; returns these."""
+    for item in tests:
+        if id(item) not in taken:
+            item.add_marker(pytest.mark.slow)
+    return [item for item in tests if id(item) in taken]
+
+
+def _is_family(tests: Sequence[pytest.Item], name: str, families: Collection[str]) -> bool:
+    values = [_parameters(item).get(name) for item in tests]
+    return all(isinstance(v, str) and v.partition(" ")[0] in families for v in values)
+
+
+def _few_families(tests: Sequence[pytest.Item], name: str) -> set[int]:
+    others = {id(item): {each for each in _values(item) if each[0] != name} for item in tests}
+    by_family: dict[str, list[pytest.Item]] = {}
+    for item in tests:
+        by_family.setdefault(_parameters(item)[name], []).append(item)
+    taken, covered = set[int](), set[Value]()
+
+    def gain(family: str) -> tuple[int, int]:
+        new = set[Value]().union(*(others[id(item)] for item in by_family[family])) - covered
+        return len(new), -(_FIRST.index(family) if family in _FIRST else len(_FIRST))
+
+    for _ in range(min(FEW, len(by_family))):
+        best = by_family.pop(max(by_family, key=gain))
+        taken |= {id(item) for item in best}
+        covered |= set[Value]().union(*(others[id(item)] for item in best))
+    for item in tests:
+        if not others[id(item)] <= covered:
+            taken.add(id(item))
+            covered |= others[id(item)]
+    return taken
+
+
+def _turns(tests: Sequence[pytest.Item], name: str) -> set[int]:
+    cases: dict[frozenset[Value], list[pytest.Item]] = {}
+    for item in tests:
+        case = frozenset(each for each in _values(item) if each[0] not in (name, "mode"))
+        cases.setdefault(case, []).append(item)
+    if len(cases) < TABLE:
+        return {id(item) for item in tests}
+    counts = Counter[frozenset[Value]]()
+    taken = set[int]()
+
+    def turn(item: pytest.Item) -> tuple[int, int]:
+        kind = frozenset(each for each in _values(item) if each[0] in (name, "mode"))
+        return counts[kind], sum(counts[frozenset([each])] for each in kind)
+
+    for several in cases.values():
+        best = min(several, key=turn)
+        taken.add(id(best))
+        kind = frozenset(each for each in _values(best) if each[0] in (name, "mode"))
+        counts.update([kind, *(frozenset([each]) for each in kind)])
+    return taken
+
+
+def _pairs(tests: Sequence[pytest.Item]) -> set[int]:
+    if len(tests) < PRODUCT or len(_parameters(tests[0])) < 3:
+        return {id(item) for item in tests}
+    pairs = {id(item): {*combinations(sorted(_values(item)), 2)} for item in tests}
+    taken, covered, left = set[int](), set[tuple[Value, ...]](), list(tests)
+    while left:
+        best = max(left, key=lambda item: len(pairs[id(item)] - covered))
+        if pairs[id(best)] <= covered:
+            break
+        left.remove(best)
+        taken.add(id(best))
+        covered |= pairs[id(best)]
+    return taken
+
+
+def _values(item: pytest.Item) -> set[Value]:
+    callspec: Any = getattr(item, "callspec", None)
+    if callspec is None:
+        return set()
+    return {
+        (name, repr(value) if isinstance(value, str | int | float) else f"{callspec.indices[name]}")
+        for name, value in callspec.params.items()
+    }
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    callspec = getattr(item, "callspec", None)
+    return {} if callspec is None else callspec.params

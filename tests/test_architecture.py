@@ -59,9 +59,19 @@ def subpackages() -> list[Path]:
     return [path.parent for path in every if "zoo" not in path.parts]
 
 
-def imported_names(path: Path) -> Iterator[tuple[str, str]]:
+@cache
+def imported_names(path: Path) -> tuple[tuple[str, str], ...]:
     """(module, name) of every import from mechdsl, wherever it is in the file."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    return tuple(_imported_names(path))
+
+
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def _imported_names(path: Path) -> Iterator[tuple[str, str]]:
+    for node in nodes_of(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mechdsl":
             yield from ((node.module or "", alias.name) for alias in node.names)
         if isinstance(node, ast.Import):
@@ -97,6 +107,7 @@ def find_module(module: str, name: str) -> str | None:
     return None
 
 
+@cache
 def import_graph() -> nx.DiGraph[str]:
     """Module files and their imports; an `__init__` only passes names on."""
     graph: nx.DiGraph[str] = nx.DiGraph()
@@ -226,7 +237,7 @@ def test_no_class_has_a_field_that_nnsight_gives_to_every_object() -> None:
     found = [
         f"{path.name}: {each.name}"
         for path in sorted(ROOT.glob("mechdsl/**/*.py"))
-        for each in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for each in nodes_of(path)
         if isinstance(each, ast.ClassDef)
         for field in each.body
         if isinstance(field, ast.AnnAssign) and field.value is None

@@ -20,8 +20,8 @@ from .baseline import compare
 from .baseline.runs import EXAMPLES, NAMES
 from .quick import some
 
-LONG = "probes_against_patching"
-QUICK = [name for name in NAMES if name != LONG]
+LONG = ("probes_against_patching", "refusal", "captions")
+QUICK = [name for name in NAMES if name not in LONG]
 
 
 @cache
@@ -122,6 +122,7 @@ def test_a_direction_moves_the_count_and_is_not_needed() -> None:
     assert np.abs(found["function_vector"].statistics[0].mean).max() < 0.001
 
 
+@pytest.mark.slow
 def test_refusals_go_with_their_direction_and_with_no_random_one() -> None:
     found = results("refusal")
     selected = found["select"].statistics[0].mean

@@ -41,6 +41,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
+@pytest.mark.slow
 def test_a_wheel_runs_alone(wheel: Path, tmp_path: Path) -> None:
     file = tmp_path / "fruit.mech"
     file.write_text((ROOT / "examples/counting.mech").read_text(encoding="utf-8"), encoding="utf-8")

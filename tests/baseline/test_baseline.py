@@ -105,8 +105,8 @@ def _first_label(case: dict[str, Any]) -> str:
 
 
 def test_values_of_a_device_are_held_against_a_baseline(tmp_path: Path) -> None:
-    path = tmp_path / "cured.json"
-    case = example("cured")
+    path = tmp_path / "function_vectors.json"
+    case = example("function_vectors")
     path.write_text(json.dumps(case), encoding="utf-8")
     found = compare_file(path, "cpu")
     assert (found.problem, found.worst) == (None, 0)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,6 +20,7 @@ from mechdsl.diagnostics.command_line import page_codes
 from mechdsl.models import folder as identity
 from mechdsl.pipeline import file_run
 
+from ..quick import some
 from .conftest import HEADS, Command, process
 
 EXAMPLES = Path(mechdsl.__file__).parent.parent / "examples"
@@ -48,11 +50,18 @@ def test_help(name: str, command: Command) -> None:
 
 def imported_by(*arguments: str) -> set[str]:
     """The modules that a command has imported when it ends."""
+    return imported_by_each([arguments])
+
+
+def imported_by_each(commands: Sequence[Sequence[str]]) -> set[str]:
+    """The modules that are imported when the last of several commands in one process ends."""
     program = (
         "import json, os, sys\nfrom mechdsl import cli\n"
         "os.sched_getaffinity = lambda process: {0}\n"  # all in this process
-        f"sys.argv = ['mechdsl', *{list(arguments)!r}]\n"
-        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        f"for arguments in {[list(each) for each in commands]!r}:\n"
+        "    sys.argv = ['mechdsl', *arguments]\n"
+        "    try:\n        cli.main()\n"
+        "    except SystemExit as end:\n        assert not end.code, end.code\n"
         "print(json.dumps(sorted(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
@@ -65,9 +74,10 @@ HEAVY = {"torch", "transformers", "altair", "pandas", "scipy", "networkx", "nump
 ON_ERROR = {"mechdsl.diagnostics.rendering"}
 
 
-def test_validate_stays_without_torch() -> None:
-    texts = [str(path) for path in EXAMPLES.glob("*.mech") if path.stem != "captions"]
-    assert not imported_by("validate", *texts) & HEAVY
+@pytest.mark.parametrize("share", some([6, 1], [6]), ids=["every sixth", "all"])
+def test_validate_stays_without_torch(share: int) -> None:
+    paths = sorted(path for path in EXAMPLES.glob("*.mech") if path.stem != "captions")
+    assert not imported_by("validate", *map(str, paths[::share])) & HEAVY
     # Shapes are drawn, as their regions hang on it.
     assert not imported_by("validate", str(EXAMPLES / "captions.mech")) & (HEAVY - {"numpy"})
 
@@ -84,6 +94,7 @@ def test_validate_imports_what_a_plain_file_needs() -> None:
     assert not found & (HEAVY | ON_ERROR | others | for_few)
 
 
+@pytest.mark.slow
 def test_run_imports_one_modeling_module_and_no_scipy_stats(heads: Path) -> None:
     found = imported_by("run", "--no-store", str(heads))
     # `auto` is the table of classes that transformers itself looks at.

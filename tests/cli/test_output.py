@@ -188,6 +188,7 @@ def test_only_and_limit(command: Command, both: Path) -> None:
     assert {cell["n"] for cell in experiment["cells"]} == {5}
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_pass_size_are_equal_bit_for_bit(
     command: Command, heads: Path
 ) -> None:
@@ -422,6 +423,7 @@ def test_output_lost_at_close_exits_with_3(
     assert done.err == "standard output can't be written to: disk quota exceeded\n"
 
 
+@pytest.mark.slow
 def test_later_files_are_run_where_they_keep_something(tmp_path: Path) -> None:
     """More is printed of the first than a buffer holds, so that its loss shows before the next; its
     own files are written."""

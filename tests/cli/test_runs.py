@@ -17,7 +17,7 @@ from mechdsl.store.store import Store
 
 from ..results.archived import TEXTS, written
 from .conftest import Command
-from .test_commands import imported_by
+from .test_commands import imported_by_each
 
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 
@@ -211,10 +211,11 @@ def test_none_of_them_imports_torch(
 ) -> None:
     where = (str(store[0]), str(store[1]))
     heavy = {"torch", "transformers", "altair", "pandas", "networkx"}
-    assert imported_by("runs", "show", id, "--format", form, *where).isdisjoint(heavy)
+    commands: list[tuple[str, ...]] = [("show", id, "--format", form)]
     if form == "table":
-        for arguments in (("list",), ("export", id, str(store[1] / "x")), ("gc",), ("rm", id)):
-            assert imported_by("runs", *arguments, *where).isdisjoint(heavy)
+        commands += [("list",), ("export", id, str(store[1] / "x")), ("gc",), ("rm", id)]
+    found = imported_by_each([("runs", *arguments, *where) for arguments in commands])
+    assert found.isdisjoint(heavy)
 
 
 def completed(words: str, monkeypatch: pytest.MonkeyPatch, command: Command) -> list[str]:

@@ -518,14 +518,20 @@ def test_a_block_that_nothing_uses_is_looked_at_too(tmp_path: Path) -> None:
     assert rows == ["3 of 3 rows of `clean`", "1 of 1 rows of `clean`"]
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.mech")), ids=lambda file: file.stem)
-def test_examples_are_right_without_their_models(file: Path, tmp_path: Path) -> None:
-    shutil.copytree(EXAMPLES, tmp_path / "examples")
-    for each in (tmp_path / "examples").rglob("*.mech"):
+@pytest.fixture(scope="module")
+def without_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The examples, with models that aren't on this machine."""
+    folder = tmp_path_factory.mktemp("without") / "examples"
+    shutil.copytree(EXAMPLES, folder)
+    for each in folder.rglob("*.mech"):
         text = each.read_text(encoding="utf-8")
-        text = re.sub(r'(zoo|hf)\("', 'hf("not-here/', text)
-        each.write_text(text, encoding="utf-8")
-    source, _ = read_source(tmp_path / "examples" / file.name)
+        each.write_text(re.sub(r'(zoo|hf)\("', 'hf("not-here/', text), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.mech")), ids=lambda file: file.stem)
+def test_examples_are_right_without_their_models(file: Path, without_models: Path) -> None:
+    source, _ = read_source(without_models / file.name)
     assert source is not None
     found = check_source(source)
     assert {d.code for d in found.diagnostics} == {"W0710"}

@@ -25,7 +25,6 @@ from ..execute.support import (
     bare,
     by_name,
     difference,
-    is_shared,
     run_on,
     shared,
     word_tokenizer,
@@ -34,6 +33,7 @@ from ..execute.support import (
 from ..reference.forward import Write, forward
 from ..reference.points import Point, copied
 from ..run_source import run_source
+from ..shared_models import is_unchanged
 
 OTHERS = """
 prompts q {
@@ -80,7 +80,7 @@ def attempt(
     known = "\n".join(f'model {name} = local("handed over")' for name in models)
     whole = f"mech 1\n{known}\n{prompts}\n{text}"
     source = Source(whole, folder / "file.mech")
-    if tokenizers is None and all(map(is_shared, models.values())):
+    if tokenizers is None and all(map(is_unchanged, models.values())):
         return run_on(source, {name: shared(m, name) for name, m in models.items()}, options)
     pairs = {
         name: (model, (tokenizers or {}).get(name) or word_tokenizer())

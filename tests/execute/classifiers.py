@@ -14,6 +14,7 @@ from ..families import tables
 from ..families.build import VOCABULARY, model
 from ..families.parts import Architecture
 from ..reference import hooks
+from ..shared_models import unchanged
 
 WORDS = ("<pad>", "<s>", *(f"w{i}" for i in range(2, VOCABULARY)))
 IDS = {word: i for i, word in enumerate(WORDS)}
@@ -29,6 +30,7 @@ OF_PROMPTS = {
 OF_TOKENS = {"bert": "BertForTokenClassification", "gpt2": "GPT2ForTokenClassification"}
 
 
+@cache
 def tokenizer() -> Tokenizer:
     """One token a word, `<s>` in front of every text."""
     made = Tokenizer(models.WordLevel(IDS, unk_token="w2"))
@@ -49,7 +51,7 @@ def classifier(family: str, build: str, **settings: Any) -> tuple[Architecture, 
     names: dict[int, str] = dict(settings.pop("names", ()) or enumerate(LABELS))
     labels: dict[str, Any] = {"id2label": names, "label2id": {name: n for n, name in names.items()}}
     overrides: dict[str, Any] = {"pad_token_id": 0, **labels, **settings}
-    return row, model(row, **overrides)
+    return row, unchanged(model(row, **overrides))
 
 
 def prompt(text: str) -> dict[str, Tensor]:

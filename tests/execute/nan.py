@@ -16,6 +16,7 @@ from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import FileResult
 
 from ..run_source import run_source
+from ..shared_models import unchanged
 
 ZOO = Path(__file__).parent.parent.parent / "mechdsl" / "zoo" / "counting"
 BLOCK = """
@@ -40,7 +41,7 @@ def broken() -> tuple[Any, Any]:
     (fig,) = tokenizer(" fig", add_special_tokens=False).input_ids
     with torch.no_grad():
         model.get_input_embeddings().weight[fig] = torch.nan
-    return model, tokenizer
+    return unchanged(model), tokenizer
 
 
 def experiment(name: str, *lines: str, prompts: str = "pairs") -> str:

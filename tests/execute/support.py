@@ -38,6 +38,7 @@ from ..models import families
 from ..reference.forward import Place, Write, forward, side_by_side
 from ..reference.points import Point, copied
 from ..run_source import run_source
+from ..shared_models import identified, is_unchanged, unchanged
 
 Record = dict[str, Any]
 Array = NDArray[np.float64]
@@ -193,17 +194,6 @@ def bare(family: str, seed: int = 0) -> Any:
     return unchanged(model)
 
 
-_SHARED: set[int] = set()
-"""Models that stay alive and as they are, by `id`: what was found when they were taken apart holds
-for all tests."""
-
-
-def unchanged(model: Any) -> Any:
-    """A model that stays alive, and that no test changes."""
-    _SHARED.add(id(model))
-    return model
-
-
 def fast(tokenizer: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", unk_token="<unk>"
@@ -241,7 +231,7 @@ def try_file(
         write_rows(folder)
     whole = f'mech 1\nmodel m = local("handed over")\n{prompts}\n{text}'
     source = Source(whole, folder / "file.mech")
-    if tokenizer is None and is_shared(model):
+    if tokenizer is None and is_unchanged(model):
         return run_on(source, {"m": shared(model)}, options, run)
     assert run is None
     return run_source(source, options, {"m": (model, tokenizer or word_tokenizer())})
@@ -262,6 +252,7 @@ def run_on(
     if run is None:
         ran = way_of_a_file(checked, options, models)
         return ran.result, [*checked.diagnostics, *ran.diagnostics]
+    models = {name: identified(model) for name, model in models.items()}
     result, found = run_checked(checked, options, models, run=run)
     return result, [*checked.diagnostics, *found]
 
@@ -296,11 +287,6 @@ def by_name(
 def adopted(family: str, seed: int = 0) -> LoadedModel:
     """The same model as the executor has it."""
     return shared(bare(family, seed))
-
-
-def is_shared(module: Any) -> bool:
-    """Whether no test changes it."""
-    return id(module) in _SHARED
 
 
 @cache

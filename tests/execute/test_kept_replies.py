@@ -15,6 +15,7 @@ from mechdsl.execute.run_record import ExecutionOptions
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import FileResult
 
+from ..shared_models import unchanged
 from . import support
 from .test_stored_values import Stopped, opened, run, same_bits, stops_after
 
@@ -230,7 +231,7 @@ def test_rows_that_break_while_they_write(tmp_path: Path) -> None:
     ids = {row: own[0].ids for row, own in each.runs["clean"].items()}
     prompts = {token for text in each.prompts.values() for token in support.ids_of(text.split())}
     bad = next(t for own in ids.values() for t in own[:3] if t not in prompts)
-    model = support.unchanged(copy.deepcopy(support.bare("llama")))
+    model = unchanged(copy.deepcopy(support.bare("llama")))
     with torch.no_grad():
         model.get_input_embeddings().weight[bad] = torch.nan
     with opened(tmp_path / "a") as kept:

@@ -17,6 +17,7 @@ from ..families import tables
 from ..families.build import VOCABULARY, model
 from ..families.parts import Architecture
 from ..reference import hooks
+from ..shared_models import unchanged
 
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 WORDS = (*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCABULARY)))
@@ -43,6 +44,7 @@ experiment e {
 """
 
 
+@cache
 def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel(IDS, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -64,7 +66,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def masked_model() -> tuple[Architecture, nn.Module]:
     row = next(row for row in tables.every() if row.name == "bert")
     assert isinstance(row, Architecture)
-    return row, model(row)
+    return row, unchanged(model(row))
 
 
 @pytest.fixture

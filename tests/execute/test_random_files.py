@@ -596,5 +596,5 @@ def test_definitions_are_valid(tmp_path: Path) -> None:
     assert result is not None, problems
 
 
-test_plan_is_whole_passes = few(cases(), 24)(compare)
+test_plan_is_whole_passes = few(cases(), 12)(compare)
 test_plan_is_whole_passes_at_length = many(cases(), 600)(compare)

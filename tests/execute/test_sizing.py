@@ -562,9 +562,8 @@ def many_neurons() -> LoadedModel:
     return model
 
 
-@pytest.mark.parametrize(
-    "without", [(), pytest.param(("inert", "share", "join"), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("without", [(), ("inert", "share", "join")])
+@pytest.mark.slow
 def test_memory_is_flat_over_a_thousand_cells(folder: Path, without: tuple[str, ...]) -> None:
     model = many_neurons()
     checked = check_file(MANY, folder, model)
@@ -593,7 +592,15 @@ def test_memory_is_flat_over_a_thousand_cells(folder: Path, without: tuple[str, 
     assert traced_then - traced < 100_000, "a few bytes a pass at most"
 
 
-@pytest.mark.parametrize(("rows", "batches"), [(1, 4), (41, 4), (90, 2), (130, 2)])
+@pytest.mark.parametrize(
+    ("rows", "batches"),
+    [
+        (41, 4),
+        (130, 2),
+        pytest.param(1, 4, marks=pytest.mark.slow),
+        pytest.param(90, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_rows_that_are_laid_out_in_parts_are_the_same(
     folder: Path, rows: int, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,7 +180,7 @@ def random_files(case: Case, tmp_path_factory: Any) -> None:
     check_case(family, text, tmp_path_factory.mktemp("case"), cut=len(text) % 7)
 
 
-test_random_files = few(cases(), 10)(random_files)
+test_random_files = few(cases(), 6)(random_files)
 test_many_random_files = many(cases(), 60)(random_files)
 
 
@@ -353,7 +353,7 @@ def check_shared(family: str, text: str, folder: Path, store: Path) -> None:
     close(plain, found)
 
 
-@few(cases(), 24)
+@few(cases(), 12)
 def test_many_files_share_a_store(case: Case, tmp_path_factory: Any) -> None:
     family, text, _ = case
     store = _SHARED.setdefault(family, tmp_path_factory.mktemp("store"))

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ..execute.support import unchanged
 from ..families.parts import Heads, Stack
 from ..families.rows_vision import CLIP
+from ..shared_models import unchanged
 
 NAMES = ("clip/dual", "siglip/dual", "metaclip_2/dual")
 OLD = "clip/old"

@@ -24,11 +24,12 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.loading.loader import adopt_model
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
-from ..execute.support import MODES, as_in_the_data, run_on, unchanged
+from ..execute.support import MODES, as_in_the_data, run_on
 from ..families import build, tables
 from ..families.parts import Architecture, Stack
 from ..reference.forward import Write
 from ..reference.hooks import Change
+from ..shared_models import unchanged
 from . import duals
 from .duals import LABELS, LAYERS, PATCH, SIDE
 from .reference import Act, Seen, call

@@ -3,7 +3,8 @@ a time, in 64 bits, made ready by transformers' own processor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -72,21 +73,22 @@ def hold(view: type[View], key: str, name: str, mode: str) -> None:
     agree(results(view, name, mode)[key], axes, expected, base, large=0.1, most=False)
 
 
-def runs(names: Sequence[str], quick: Sequence[str]) -> list[Any]:
-    fast = [(name, "planned") for name in quick]
-    every = [(name, mode) for name in names for mode in MODES]
-    return [pytest.param(*each, marks=() if each in fast else pytest.mark.slow) for each in every]
+def runs(keys: Iterable[str], names: Sequence[str], quick: Sequence[str]) -> list[Any]:
+    """All of them; by default each key has one model, in turn."""
+    fast = {(key, quick[number % len(quick)], "planned") for number, key in enumerate(keys)}
+    return [
+        pytest.param(*each, marks=() if each in fast else pytest.mark.slow)
+        for each in itertools.product(keys, names, MODES)
+    ]
 
 
-@pytest.mark.parametrize(("name", "mode"), runs(NAMES, QUICK))
-@pytest.mark.parametrize("key", CASES)
+@pytest.mark.parametrize(("key", "name", "mode"), runs(CASES, NAMES, QUICK))
 def test_rules_are_what_hooks_give(key: str, name: str, mode: str) -> None:
     """Each has an effect of more than 0.1 logit, of models with two towers on scores."""
     hold(View, key, name, mode)
 
 
-@pytest.mark.parametrize(("name", "mode"), runs(DUALS, ["clip/dual"]))
-@pytest.mark.parametrize("key", TEXT_CASES)
+@pytest.mark.parametrize(("key", "name", "mode"), runs(TEXT_CASES, DUALS, ["clip/dual"]))
 def test_rules_in_the_text_tower(key: str, name: str, mode: str) -> None:
     """Each has an effect of more than 0.1 on the score of a text with its image."""
     hold(TextView, key, name, mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import get_args
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import CheckSettings, check_source
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.program.statements import UNSUPPORTED_NODES
 from mechdsl.syntax import ast
@@ -80,10 +81,16 @@ def test_the_page_is_fresh() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run `make language`"
 
 
+@cache
+def parsed(text: str) -> tuple[ast.File, list[Diagnostic]]:
+    """The tree of a file, and what is wrong with its syntax."""
+    return parse(Source(text))
+
+
 @pytest.mark.parametrize(("title", "line"), LINES, ids=IDS)
 def test_the_example_is_right(title: str, line: Line, folder: Path) -> None:
     source = Source(line.file, folder / "example.mech")
-    tree, problems = parse(source)
+    tree, problems = parsed(line.file)
     assert not problems, render_full(problems)
     assert tree.statements
     found = check_source(source, CheckSettings(python="look")).diagnostics
@@ -117,7 +124,7 @@ def test_every_statement_has_a_row_or_is_refused() -> None:
 
 def _inside(line: Line) -> list[ast.Node]:
     """The nodes that the example itself consists of."""
-    tree, _ = parse(Source(line.file))
+    tree, _ = parsed(line.file)
     begin, end = line.at, line.at + len(line.example)
     return [
         node

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..execute.support import WIDER, unchanged
+from ..execute.support import WIDER
 from ..models import families
+from ..shared_models import unchanged
 
 T = TypeVar("T")
 GPT_OSS: dict[str, Any] = {

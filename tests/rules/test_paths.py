@@ -15,7 +15,7 @@ from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES
-from ..quick import in_turn
+from ..quick import in_turn, some
 from ..reference.forward import Run, Write, forward
 from ..reference.noise import keyed_by_number, noise
 from .models import STRAIGHT, WITHOUT_NORMS, double
@@ -376,13 +376,17 @@ def draw_of(name: str, run: str, n: int, draw: int) -> Run:
     return forward(name, double(name), text.ids, changed)
 
 
-def test_each_draw_of_noise_has_its_own_path(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", some(["out", "in"], ["in"]))
+def test_each_draw_of_noise_has_its_own_path(
+    data: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The metric is averaged over the draws, each sent and received on its own."""
     keyed_by_number(monkeypatch)
     name = "llama"
-    text = "".join(case.experiment(key) for key, case in LOUD.items())
+    cases = {key: case for key, case in LOUD.items() if key.endswith(way)}
+    text = "".join(case.experiment(key) for key, case in cases.items())
     found = {mode: run_file(text, data, name, mode, precise=True, blocks=NOISED) for mode in QUICK}
-    for key, case in LOUD.items():
+    for key, case in cases.items():
         values: dict[Key, list[float]] = {}
         base = np.zeros(len(records()))
         for n, record in enumerate(records()):

@@ -62,6 +62,7 @@ def test_a_model_begins_with_the_circuit_of_induction() -> None:
     assert repeated() > 0.7  # beside new heads and MLPs, which write at random
 
 
+@pytest.mark.slow
 def test_names_says_who_gets_it() -> None:
     torch.set_num_threads(1)
     tallies = names.evaluate(ROOT / "names", 150, names.SEED)
@@ -70,6 +71,7 @@ def test_names_says_who_gets_it() -> None:
     assert tallies[names.ONE_OF_THE_TWO].interval()[0] > 0.75
 
 
+@pytest.mark.slow
 def test_facts_recalls_and_reads() -> None:
     torch.set_num_threads(1)
     tallies = facts.evaluate(ROOT / "facts", 150, facts.SEED)
@@ -130,6 +132,7 @@ def test_succession_predicts_the_next_item_from_the_shipped_files() -> None:
         assert tokenizer.decode([best]) == answer
 
 
+@pytest.mark.slow
 def test_worked_counts_and_adds_up_few_parts() -> None:
     torch.set_num_threads(1)
     tallies = worked.evaluate(ROOT / "worked", 150, worked.SEED)

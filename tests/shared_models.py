@@ -1,0 +1,116 @@
+"""Models that no test changes are loaded or adopted once per process.
+
+Loading a model and proving its anatomy takes half of the time of a run of a small file. Models of
+the zoo are shared by default; a test module registers its own models with `unchanged`. A test that
+changes a model builds a separate one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading import loader
+from mechdsl.loading.identity import compute_identity
+from mechdsl.models.folder import (
+    FileHasher,
+    file_stamps,
+    folder_identity,
+    hash_file,
+    locate_model,
+    weight_files,
+)
+from mechdsl.program import spec
+
+Model = TypeVar("Model")
+Outcome = tuple[LoadedModel | None, list[Diagnostic]]
+
+_LOAD, _ADOPT = loader.load_model, loader.adopt_model
+_STEPS = ("_load_module", "_load_reader", "prove_any_anatomy", "read_shape", "ProofStore")
+_SHIPPED = {step: getattr(loader, step) for step in _STEPS}
+"""Functions that a test may replace; it then gets a real load."""
+
+_UNCHANGED: dict[int, Any] = {}
+"""Models that stay alive and unchanged, by `id`."""
+_LOADED: dict[tuple[Any, ...], LoadedModel] = {}
+_ADOPTED: dict[tuple[Any, ...], tuple[Any, LoadedModel]] = {}
+"""Key → the tokenizer, which stays alive, and the model."""
+_IDENTIFIED: dict[int, tuple[LoadedModel, LoadedModel]] = {}
+
+
+def unchanged(model: Model) -> Model:
+    """Register a model that stays alive and that no test changes."""
+    _UNCHANGED[id(model)] = model
+    return model
+
+
+def is_unchanged(model: Any) -> bool:
+    """Return whether a model is registered as unchanged."""
+    return id(model) in _UNCHANGED
+
+
+def share_models() -> None:
+    """Share models in the rest of this process."""
+    loader.load_model = _load_once
+    loader.adopt_model = _adopt_once
+
+
+def identified(model: LoadedModel) -> LoadedModel:
+    """Compute the identity of an unchanged model once, for its runs with a store."""
+    if not is_unchanged(model.module):
+        return model
+    if id(model) not in _IDENTIFIED:
+        _IDENTIFIED[id(model)] = model, replace(model, identity=compute_identity(model))
+    return _IDENTIFIED[id(model)][1]
+
+
+def _is_shipped() -> bool:
+    return all(getattr(loader, step) is own for step, own in _SHIPPED.items())
+
+
+def _load_once(
+    model: spec.Model,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    hashed: FileHasher | None = hash_file,
+    spread: Any = None,
+    **more: Any,
+) -> Outcome:
+    """Load a model of the zoo once; hashes of its files are computed at each call."""
+    folder = locate_model(model, Path.cwd())[0] if model.kind == "zoo" else None
+    if folder is None or spread or not _is_shipped():
+        return _LOAD(model, device=device, dtype=dtype, hashed=hashed, spread=spread, **more)
+    key = (
+        *(model.name, model.path, model.revision, model.bos, dtype or model.dtype, str(device)),
+        *(folder, tuple(file_stamps(model, folder).items()), os.environ.get("MECHDSL_CACHE")),
+    )
+    if key not in _LOADED:
+        loaded, found = _LOAD(model, device=device, dtype=dtype, hashed=hashed, **more)
+        if loaded is not None and not found:
+            _LOADED[key] = loaded
+        return loaded, found
+    loaded = _LOADED[key]
+    provenance = {name: value for name, value in loaded.provenance.items() if name != "weights"}
+    provenance = {**loader.describe_weight_hash(weight_files(folder), hashed), **provenance}
+    identity = None if hashed is None else folder_identity(model, folder, hashed)
+    return replace(loaded, provenance=provenance, identity=identity), []
+
+
+def _adopt_once(name: str, module: Any, tokenizer: Any, **more: Any) -> Outcome:
+    """Adopt an unchanged model once for each tokenizer object."""
+    if more or not is_unchanged(module) or not _is_shipped():
+        return _ADOPT(name, module, tokenizer, **more)
+    key = name, id(module), id(tokenizer)
+    if key not in _ADOPTED:
+        model, found = _ADOPT(name, module, tokenizer)
+        if model is not None and not found:
+            _ADOPTED[key] = tokenizer, model
+        return model, found
+    return _ADOPTED[key][1], []
