@@ -171,7 +171,7 @@ def train_dictionary(
         on_step: Called after a step with the finished and all steps.
 
     Raises:
-        NotFinite: The loss became NaN or infinite.
+        NotFinite: The loss or a weight became NaN or infinite.
         OSError: A file can't be written.
     """
     training = declared.training

@@ -27,11 +27,10 @@ DECAY = 0.2
 
 
 class NotFinite(Exception):
-    """The loss became NaN or infinite."""
+    """The loss or a weight became NaN or infinite."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the loss isn't finite in step {step:,}")
-        self.step = step
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(f"{what} finite after {step:,} steps")
 
 
 class Trainable(Protocol):
@@ -205,7 +204,7 @@ class Training:
             after_step: Called with the number of finished steps.
 
         Raises:
-            NotFinite: The loss became NaN or infinite.
+            NotFinite: The loss or a weight became NaN or infinite.
         """
         state, steps = self.state, self.settings.steps
         every = max(1, steps // EVALUATIONS)
@@ -220,6 +219,8 @@ class Training:
                     own.copy_(self._best[name])
                 for name, own in self.model.memory.items():
                     own.copy_(self._best[f"memory {name}"])
+        if not all(bool(own.isfinite().all()) for own in self.model.weights().values()):
+            raise NotFinite("the weights aren't", state.step)
 
     def _step(self) -> None:
         state, settings = self.state, self.settings
@@ -230,7 +231,7 @@ class Training:
             group["lr"] = settings.rate * min(1.0, left)
         loss = self.model.loss(inputs, targets, state.step, progress)
         if not bool(loss.isfinite()):
-            raise NotFinite(state.step)
+            raise NotFinite("the loss isn't", state.step)
         self._optimiser.zero_grad()
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         self._optimiser.step()

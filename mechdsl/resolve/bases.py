@@ -56,7 +56,12 @@ from mechdsl.resolve.sites import (
     resolve_site,
 )
 from mechdsl.resolve.targets import remove_tokens
-from mechdsl.resolve.trainings import FEWEST_ROWS, check_held_out, outline_training
+from mechdsl.resolve.trainings import (
+    FEWEST_ROWS,
+    check_held_out,
+    describe_training,
+    outline_training,
+)
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
     BasisMember,
@@ -1045,15 +1050,14 @@ def _trained(
             "name a position that more rows have",
         )
     made = outline_training(definition, options, sample, point, work.program, work.model)
+    assert made.training is not None
     if made.transcodes:
         _check_transcoder(definition.method, made, point, work)
-    problem = check_held_out(definition, made, work.experiment, work.table)
+    problem = check_held_out(definition, made.training, work.experiment, work.table)
     if problem is not None and problem not in work.diagnostics:
         work.diagnostics.append(problem)
-    text = f"{made.kind} trained on {text}"
-    if made.training is not None and made.training.name in work.program.trained:
-        text += f", {work.program.trained[made.training.name][1]}"
-    return made, made.features, text
+    about = describe_training(made, text, work.program, work.experiment, work.table)
+    return made, made.features, about
 
 
 def _jacobian(

@@ -110,29 +110,53 @@ def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary
     )
 
 
+def count_training_rows(training: Training, experiment: spec.Experiment, table: PromptTable) -> int:
+    """Return how many of the rows that an experiment measures are also training rows."""
+    if not experiment.measures:
+        return 0
+    trained = set(training.sample.table.row_keys)
+    return sum(key in trained for key in table.row_keys)
+
+
 def check_held_out(
-    definition: spec.Basis,
-    made: TrainedDictionary,
-    experiment: spec.Experiment,
-    table: PromptTable,
+    definition: spec.Basis, training: Training, experiment: spec.Experiment, table: PromptTable
 ) -> Diagnostic | None:
     """Return E0345 for measured rows that are also training rows, unless the file allows them.
 
     Args:
         table: The rows of the experiment.
     """
-    assert made.training is not None
-    if made.training.options["measure_on_training_rows"] or not experiment.measures:
-        return None
-    trained = set(made.training.sample.table.row_keys)
-    shared = sum(key in trained for key in table.row_keys)
-    if not shared:
+    shared = count_training_rows(training, experiment, table)
+    if not shared or training.options["measure_on_training_rows"]:
         return None
     return MeasuredOnTrainingRows(
         span=experiment.span,
         experiment=experiment.name,
         basis=definition.name,
         shared=shared,
-        rows=len(table.row_keys),
+        rows=len(table),
         block=table.name,
     )
+
+
+def describe_training(
+    made: TrainedDictionary,
+    rows: str,
+    program: spec.Program,
+    experiment: spec.Experiment,
+    table: PromptTable,
+) -> str:
+    """Describe a declared dictionary for conventions and `explain`.
+
+    Args:
+        rows: `80 rows of fruit.train at tokens *`
+        table: The rows of the experiment.
+    """
+    assert made.training is not None
+    text = f"{made.kind} trained on {rows}"
+    if made.training.name in program.trained:
+        text += f", {program.trained[made.training.name][1]}"
+    shared = count_training_rows(made.training, experiment, table)
+    if shared:
+        text += f"; {shared} of the {len(table)} rows measured here are training rows"
+    return text

@@ -124,8 +124,7 @@ def test_inactive_features_learn_the_rest() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in SPARSITY if kind != "batch_topk"])
 def test_gradients(kind: str) -> None:
-    """The loss falls along its gradient as its gradient says; thresholds have estimates instead,
-    and with them the ranks of a whole batch jump."""
+    """The loss falls along its gradient as the gradient says; thresholds have estimates instead."""
     model = start(kind, 6, 10, 0)
     shaken(model)
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))

@@ -1,9 +1,9 @@
-"""The training loop: interruption, early stopping, chunks, and losses that are not finite."""
+"""The training loop: interruptions, early stopping, chunks, and losses that aren't finite."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +49,8 @@ def training(
 ) -> Training:
     options = {"features": 12, "kind": kind, **SPARSITY[kind]}
     model = TRAINERS["sae"].start((8, 8), options, torch.Generator().manual_seed(0), CPU)
-    numbers = {"steps": STEPS, "batch": 16, "rate": 0.01, "seed": 4, **more}
-    settings = TrainingSettings(**numbers, patience=patience)
+    usual: dict[str, Any] = {"steps": STEPS, "batch": 16, "rate": 0.01, "seed": 4}
+    settings = TrainingSettings(**{**usual, **more}, patience=patience)
     held_out = vectors(9)[:0] if held_out is None else held_out
     return Training(model, source, (held_out, held_out), settings, lambda x, y: (x, y))
 
@@ -96,8 +96,9 @@ def test_batches_take_every_vector_once() -> None:
     numbered = [torch.arange(n, n + 32.0)[:, None].expand(32, 8).clone() for n in (0, 100)]
 
     class Recorded:
-        parameters: ClassVar = {"w": torch.zeros(1)}
-        memory: ClassVar[dict[str, Tensor]] = {}
+        def __init__(self) -> None:
+            self.parameters = {"w": torch.zeros(1)}
+            self.memory: dict[str, Tensor] = {}
 
         def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
             assert progress == step / 8
@@ -154,7 +155,7 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
     broken = vectors(1)
     broken[50] = torch.nan
     one = training("relu", Fixed(broken))
-    with pytest.raises(NotFinite, match="the loss isn't finite in step"):
+    with pytest.raises(NotFinite, match="the loss isn't finite after"):
         one.run(lambda step: None)
 
 

@@ -1,0 +1,484 @@
+"""Dictionaries that a file declares with `fit(…)`.
+
+What they are trained on, against plain hooks, one unpadded prompt at a time; that rules use them as
+they use a dictionary of a folder; their keys; and that a missing training costs only what needs it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import mechdsl
+from mechdsl.base.hashing import stable_hash
+from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckedFile, check_source
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.execute.training import RowVectors
+from mechdsl.pipeline.trained_files import fits_of_file
+
+from ..execute.support import context, word_tokenizer
+from ..quick import in_turn
+from ..rules.models import bare
+from ..rules.support import BLOCKS, Text, plain, rows, tokens, write_data
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+HERE = ("gpt2", "llama", "gpt_neox")
+LAYER, FEATURES, K = 1, 24, 4
+SAE = f"sae(features: {FEATURES}, k: {K})"
+QUICK = "steps: 12, batch: 16, rate: 0.01"
+MEASURE = "measure logit(answer) - logit(wrong) as delta"
+
+
+def fit(
+    inner: str = SAE,
+    options: str = QUICK,
+    at: str = f"resid_post layer {LAYER} at tokens *",
+    prompts: str = "p",
+) -> str:
+    return f"basis f = fit({inner}, prompts: {prompts}, {options}) at {at}\n"
+
+
+def experiment(*lines: str, name: str = "e", block: str = "second", measure: str = MEASURE) -> str:
+    body = "".join(f"  {line}\n" for line in ("model m", f"prompts {block}", *lines, measure))
+    return f"experiment {name} {{\n{body}  stats bootstrap(100) correct none\n}}\n"
+
+
+ABLATES = experiment("ablate feature 0..3 of f at last token with zero")
+
+
+OTHER = experiment("ablate mlp_out layer 0 at last token with zero", name="other")
+
+
+def write(folder: Path, *parts: str) -> Path:
+    write_data(folder)
+    path = folder / "file.mech"
+    path.write_text("\n".join(['mech 1\nmodel m = local("handed over")', BLOCKS, *parts]), "utf-8")
+    return path
+
+
+def models(family: str) -> dict[str, Any]:
+    return {"m": (bare(family), word_tokenizer())}
+
+
+def run(path: Path, family: str = "llama", **options: Any) -> Any:
+    return mechdsl.run(path, models(family), **{"store": path.parent / "store", **options})
+
+
+def train(path: Path, family: str = "llama", **options: Any) -> list[mechdsl.TrainedFit]:
+    return mechdsl.fit(path, models(family), **{"store": path.parent / "store", **options})
+
+
+def checked(path: Path, family: str) -> CheckedFile:
+    source = Source(path.read_text("utf-8"), path)
+    found = check_source(source, models={"m": context(source, "m", adopted_for(family))})
+    assert not has_errors(found.diagnostics), found.diagnostics
+    return found
+
+
+def adopted_for(family: str) -> Any:
+    from ..execute.support import shared
+
+    return shared(bare(family))
+
+
+# --- what it is trained on ------------------------------------------------------------------------
+
+SITES = {
+    f"resid_post layer {LAYER}": ("resid_post", "resid_post"),
+    "z layer 1": ("z", "z"),
+    "z layer 1 head 2": ("z", "z"),
+    "mlp_hidden layer 1": ("mlp_hidden", "mlp_hidden"),
+    "mlp_out layer 1": ("mlp_norm", "mlp_out"),
+}
+"""Site of the basis → sites of the vectors that are encoded and reconstructed."""
+POSITIONS = ("tokens *", "subject tokens", "token 3", "last token")
+
+
+def vectors_by_hand(family: str, text: Text, site: str, written: str, at: str) -> Tensor:
+    """[token, width] of one unpadded prompt."""
+    own = plain(family, text)[site, LAYER][tokens(text, at)]
+    return own[:, 2] if "head 2" in written else own.flatten(1)
+
+
+@pytest.mark.parametrize(("family", "at"), in_turn(HERE, POSITIONS))
+@pytest.mark.parametrize("written", SITES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_vectors(written: str, family: str, at: str, side: Any, tmp_path: Path) -> None:
+    """Every vector of the training rows, in chunks that have whole rows; held-out rows aside."""
+    inner = f"transcoder(features: {FEATURES}, k: {K})" if "mlp_out" in written else SAE
+    options = f"{QUICK}, validation: 25%"
+    path = write(tmp_path, fit(inner, options, f"{written} at {at}", "other of p"), ABLATES)
+    (declared,) = fits_of_file(checked(path, family)).values()
+    whole = RowVectors(declared.training, adopted_for(family), 0, side)
+    small = RowVectors(declared.training, adopted_for(family), 0, side, chunk_bytes=1)
+    table = declared.training.sample.table
+    order = sorted(range(4), key=lambda n: stable_hash(0, "training row", table.row_keys[n]))
+    assert whole.rows.tolist() == order
+    assert (whole.held_out_count, whole.chunks) == (1, 1)
+    assert small.chunks == 3
+    for place, site in enumerate(SITES[written]):
+        texts = [rows("other")[number] for number in table.row_ids]
+        every = [vectors_by_hand(family, text, site, written, at) for text in texts]
+        assert torch.allclose(whole.held_out()[place], every[order[0]].float(), atol=1e-4)
+        joined = torch.cat([every[n] for n in sorted(order[1:])]).float()
+        assert_same_vectors(whole.chunk(0)[place], joined)
+        for number, row in enumerate(order[1:]):
+            assert torch.allclose(small.chunk(number)[place], every[row].float(), atol=1e-4)
+        assert joined.abs().max() > 0.05
+
+
+def assert_same_vectors(found: Tensor, expected: Tensor) -> None:
+    """Equal up to the order of rows, which depends on the batches."""
+    assert found.shape == expected.shape
+    distance = torch.cdist(found.double(), expected.double())
+    assert distance.min(0).values.max() < 1e-3
+    assert distance.min(1).values.max() < 1e-3
+
+
+def test_training_by_hand(tmp_path: Path) -> None:
+    """The weights are those of a loop that shares no code with the package, only its seeds."""
+    path = write(tmp_path, fit(options=f"{QUICK}, seed: 3, validation: 25%"), ABLATES)
+    (found,) = train(path)
+    table = next(iter(fits_of_file(checked(path, "llama")).values())).training.sample.table
+    order = sorted(range(4), key=lambda n: stable_hash(3, "training row", table.row_keys[n]))
+    texts = [rows()[number] for number in table.row_ids]
+    chunk = sorted(order[1:])
+    # The batches are of rows of similar length; the reader's order is part of the training.
+    vectors = RowVectors(
+        next(iter(fits_of_file(checked(path, "llama")).values())).training,
+        adopted_for("llama"), 0, None,
+    ).chunk(0)[0]  # fmt: skip
+    by_hand = torch.cat([plain("llama", texts[n])["resid_post", LAYER][:, 0] for n in chunk])
+    assert_same_vectors(vectors, by_hand.float())
+    weights = trained_by_hand(vectors, seed=3)
+    own = load_file(found.folder / "sae_weights.safetensors")
+    assert own.keys() == weights.keys()
+    for name, expected in weights.items():
+        assert torch.allclose(own[name], expected, atol=1e-4, rtol=1e-3), name
+    held_out = plain("llama", texts[order[0]])["resid_post", LAYER][:, 0].float()
+    assert found.report.rows == 3
+    assert found.report.held_out_vectors == len(held_out)
+    f = encoded(held_out, own)
+    error = (held_out - f @ own["W_dec"] - own["b_dec"]).square().sum()
+    spread = (held_out - held_out.mean(0)).square().sum()
+    assert found.report.explained == pytest.approx(float(1 - error / spread), abs=1e-4)
+    assert found.report.active == pytest.approx(float((f > 0).sum(1).float().mean()))
+    assert found.report.inactive == int((~(f > 0).any(0)).sum())
+
+
+def encoded(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+    z = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    top = z.topk(K, dim=1)
+    return torch.zeros_like(z).scatter(1, top.indices, top.values.clamp_min(0))
+
+
+def trained_by_hand(x: Tensor, seed: int) -> dict[str, Tensor]:
+    """Twelve steps of Adam on batches of 16, written out."""
+    width, mean = x.shape[1], x.mean(0)
+    scale = (width / (x - mean).square().sum(1).mean()).sqrt()
+    u = (x - mean) * scale
+    random = torch.Generator().manual_seed(stable_hash(seed, "weights") % 2**63)
+    rows_ = torch.randn(FEATURES, width, generator=random)
+    rows_ = rows_ / rows_.norm(dim=1, keepdim=True)
+    w = [rows_.T.clone(), torch.zeros(FEATURES), rows_.clone(), torch.zeros(width)]
+    first = [torch.zeros_like(each) for each in w]
+    second = [torch.zeros_like(each) for each in w]
+    done, passes = 0, 0
+    while done < 12:
+        own = torch.Generator().manual_seed(stable_hash(seed, "order", passes) % 2**63)
+        order = torch.randperm(len(u), generator=own)
+        for start in range(0, len(u) - 15, 16):
+            if done == 12:
+                break
+            batch = u[order[start : start + 16]]
+            leaves = [each.clone().requires_grad_() for each in w]
+            encoder, bias, decoder, center = leaves
+            z = (batch - center) @ encoder + bias
+            top = z.topk(K, dim=1)
+            f = torch.zeros_like(z).scatter(1, top.indices, top.values.clamp_min(0))
+            ((batch - f @ decoder - center) ** 2).sum(1).mean().backward()
+            rate = 0.01 * min(1.0, (1 - done / 12) / 0.2)
+            for n, leaf in enumerate(leaves):
+                assert leaf.grad is not None
+                first[n] = 0.9 * first[n] + 0.1 * leaf.grad
+                second[n] = 0.999 * second[n] + 0.001 * leaf.grad**2
+                step = first[n] / (1 - 0.9 ** (done + 1))
+                size = (second[n] / (1 - 0.999 ** (done + 1))).sqrt() + 1e-8
+                w[n] = w[n] - rate * step / size
+            w[2] = w[2] / w[2].norm(dim=1, keepdim=True)
+            done += 1
+        passes += 1
+    return {
+        "W_enc": w[0],
+        "b_enc": w[1] / scale,
+        "W_dec": w[2],
+        "b_dec": w[3] / scale + mean,
+    }
+
+
+# --- the same as a dictionary of a folder ---------------------------------------------------------
+
+RULES = {
+    "ablate": ["ablate feature * of f at last token with zero"],
+    "mean": ["ablate features 0..7 of f at last token with mean"],
+    "patch": ["from turned into clean", "patch feature * of f at last token"],
+    "add": ["add 3 to features 2, 5 of f at tokens *"],
+    "reconstruction": [f"set resid_post layer {LAYER} at tokens * to reconstruction of f"],
+    "without error": ["scale feature 0..5 of f at last token by 2 without error"],
+    "random": [
+        "ablate feature 1 of f at last token with zero",
+        "against random(3, features, frequency: seen)",
+    ],
+    "derived": [
+        "run changed { add 3 to features 2, 5 of f at tokens * }",
+        "from changed into clean",
+        "patch layer 2 head * at last token",
+    ],
+    "replies": ["generate 3", "add 3 to feature 0..3 of f at tokens *"],
+    "loop": ["for i in 0..3 { ablate feature i of f at last token with zero }"],
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), in_turn(list(RULES), ["sae", "z", "transcoder"]))
+def test_rules_use_it_as_a_dictionary_of_a_folder(name: str, kind: str, tmp_path: Path) -> None:
+    """Bit for bit, together with another experiment on the same block."""
+    at = {"sae": f"resid_post layer {LAYER}", "z": "z layer 1", "transcoder": "mlp_out layer 1"}
+    inner = SAE.replace("sae", "transcoder" if kind == "transcoder" else "sae")
+    written = [line.replace(f"resid_post layer {LAYER}", at[kind]) for line in RULES[name]]
+    measure = "measure logit(answer) as raw" if name == "replies" else MEASURE
+    other = experiment("observe features of f at last token", name="seen", measure="")
+    text = experiment(*written, measure=measure) + other
+    path = write(tmp_path, fit(inner, at=f"{at[kind]} at tokens *"), text)
+    (trained,) = train(path, out=tmp_path)
+    assert (tmp_path / "f" / "README.md").read_text("utf-8").startswith("# f: ")
+    own = run(path, fresh=True).files[0].experiments
+    method = "transcoder" if kind == "transcoder" else "sae"
+    path = write(tmp_path, f'basis f = {method}("f") at {at[kind]}\n', text)
+    loaded = run(path, store=False).files[0].experiments
+    assert len(own) == len(loaded) == 2
+    for one, two in zip(own, loaded, strict=True):
+        assert [cell.coords for cell in one.cells] == [cell.coords for cell in two.cells]
+        for mine, theirs in zip(one.measures, two.measures, strict=True):
+            assert np.array_equal(mine.patched, theirs.patched, equal_nan=True)
+    assert own[0].measures[0].patched.size
+    assert trained.what in own[1].conventions["basis f"]
+
+
+def test_rows_of_features_are_saved(tmp_path: Path) -> None:
+    save = 'save top 2 rows of features 0..5 of f at tokens * to "rows.jsonl"'
+    path = write(tmp_path, fit(), experiment(save, measure=""))
+    train(path)
+    run(path)
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()]
+    assert [line["index"] for line in lines] == [*range(6)]
+
+
+@pytest.mark.parametrize("kind", ["topk", "batch_topk", "relu", "jump_relu", "gated"])
+@pytest.mark.parametrize("method", ["sae", "transcoder"])
+def test_every_kind_can_be_read(method: str, kind: str, tmp_path: Path) -> None:
+    """The folder has the form that `sae("…")` and `transcoder("…")` read."""
+    if (method, kind) == ("transcoder", "gated"):
+        pytest.skip("there are no gated transcoders")
+    sparse = f"k: {K}" if kind.endswith("topk") else "penalty: 0.3"
+    inner = f'{method}(features: {FEATURES}, {sparse}, kind: "{kind}")'
+    at = "mlp_out layer 1" if method == "transcoder" else f"resid_post layer {LAYER}"
+    path = write(tmp_path, fit(inner, at=f"{at} at tokens *"), ABLATES)
+    (trained,) = train(path)
+    assert trained.report.steps == 12
+    assert np.isfinite(trained.report.explained)
+    assert run(path).complete
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+BASE = {"inner": SAE, "options": QUICK, "at": f"resid_post layer {LAYER} at tokens *"}
+CHANGES: dict[str, dict[str, str]] = {
+    "features": {"inner": SAE.replace("24", "25")},
+    "k": {"inner": SAE.replace("k: 4", "k: 5")},
+    "kind": {"inner": SAE.replace(")", ', kind: "batch_topk")')},
+    "steps": {"options": QUICK.replace("12", "13")},
+    "batch": {"options": QUICK.replace("16", "15")},
+    "rate": {"options": QUICK.replace("0.01", "0.02")},
+    "seed": {"options": f"{QUICK}, seed: 1"},
+    "patience": {"options": f"{QUICK}, patience: 3"},
+    "validation": {"options": f"{QUICK}, validation: 50%"},
+    "limit": {"options": f"{QUICK}, limit: 3"},
+    "layer": {"at": "resid_post layer 0 at tokens *"},
+    "site": {"at": f"mlp_out layer {LAYER} at tokens *"},
+    "position": {"at": f"resid_post layer {LAYER} at last token"},
+    "run": {"prompts": "other of p"},
+}
+
+
+def keys(path: Path, family: str = "llama") -> list[str]:
+    return [each.folder.name for each in train(path, family)]
+
+
+def test_keys_have_everything_that_weights_depend_on(tmp_path: Path) -> None:
+    """A change of any of it asks for another training, with other weights."""
+    path = write(tmp_path, fit(**BASE), ABLATES)
+    (base,) = train(path)
+    folders = {base.folder}
+    first = load_file(base.folder / "sae_weights.safetensors")
+    for name, change in CHANGES.items():
+        path = write(tmp_path, fit(**{**BASE, **change}), ABLATES)
+        with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
+            run(path)
+        (found,) = train(path)
+        assert found.folder not in folders, name
+        assert found.seconds > 0
+        folders.add(found.folder)
+        own = load_file(found.folder / "sae_weights.safetensors")
+        same = own.keys() == first.keys() and all(
+            own[each].shape == first[each].shape and torch.equal(own[each], first[each])
+            for each in first
+        )
+        assert not same or name == "patience", name
+    assert keys(write(tmp_path, fit(**BASE), ABLATES), "gpt2")[0] not in {f.name for f in folders}
+
+
+def test_rows_are_in_the_key(tmp_path: Path) -> None:
+    (before,) = keys(write(tmp_path, fit(**BASE), ABLATES))
+    path = write(tmp_path, fit(**BASE), ABLATES)
+    data = path.parent / "data.jsonl"
+    lines = data.read_text("utf-8").splitlines()
+    changed = json.loads(lines[0])
+    changed["cue"] = "w31"
+    data.write_text("\n".join([json.dumps(changed), *lines[1:]]) + "\n", "utf-8")
+    (found,) = train(path)
+    assert found.folder.name != before
+
+
+def test_other_changes_keep_the_training(tmp_path: Path) -> None:
+    """Names, comments, other experiments, and whether training rows may be measured."""
+    (before,) = keys(write(tmp_path, fit(**BASE), ABLATES))
+    renamed = fit(**BASE).replace("basis f", "basis g")
+    allowed = fit(options=f"{QUICK}, measure_on_training_rows: true")
+    for parts in (
+        (renamed, ABLATES.replace("of f", "of g")),
+        ("# A comment.\n", fit(**BASE), OTHER, ABLATES),
+        (allowed, ABLATES),
+        (fit(options="rate: 0.01, batch: 16, steps: 12, seed: 0"), ABLATES),
+    ):
+        (found,) = train(write(tmp_path, *parts))
+        assert (found.folder.name, found.seconds) == (before, 0.0)
+        assert run(write(tmp_path, *parts)).complete
+
+
+def test_a_damaged_training_is_trained_again(tmp_path: Path) -> None:
+    path = write(tmp_path, fit(**BASE), ABLATES)
+    (found,) = train(path)
+    weights = found.folder / "sae_weights.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:100])
+    with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
+        run(path)
+    train(path)
+    assert weights.read_bytes() == before
+
+
+def test_a_limit_of_the_command_line_is_not_for_training_rows(tmp_path: Path) -> None:
+    path = write(tmp_path, fit(**BASE), ABLATES)
+    train(path)
+    assert run(path, limit=2).files[0].experiments[0].prompts == 2
+
+
+# --- files without a training ---------------------------------------------------------------------
+
+
+def test_only_what_needs_a_training_is_lost(tmp_path: Path) -> None:
+    path = write(tmp_path, fit(**BASE), ABLATES, OTHER)
+    with pytest.warns(mechdsl.MechdslWarning, match="isn't trained"):
+        found = run(path).files[0]
+    assert [each.name for each in found.experiments] == ["other"]
+    assert [each.name for each in found.lost] == ["e"]
+    assert "isn't trained for these rows" in found.lost[0].reasons[0].reason
+    found = run(path, fit=True).files[0]
+    assert {each.name for each in found.experiments} == {"e", "other"}
+
+
+def test_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MECHDSL_STORE", "none")
+    path = write(tmp_path, fit(**BASE), ABLATES)
+    train(path)
+    with pytest.raises(mechdsl.MechdslError, match="the run has no store"):
+        run(path, store=False)
+    with pytest.raises(mechdsl.MechdslError, match="trainings are kept in a store"):
+        mechdsl.fit(path, models("llama"))
+
+
+def test_training_rows_are_not_measured(tmp_path: Path) -> None:
+    path = write(tmp_path, fit(**BASE), ABLATES.replace("prompts second", "prompts p"))
+    with pytest.raises(mechdsl.MechdslError, match="measures rows that `f` is trained on") as found:
+        train(path)
+    assert found.value.diagnostics[0].code == "E0345"
+    assert "4 of its 4 rows" in str(found.value)
+    allowed = fit(options=f"{QUICK}, measure_on_training_rows: true")
+    path = write(tmp_path, allowed, ABLATES.replace("prompts second", "prompts p"))
+    train(path)
+    (done,) = run(path).files[0].experiments
+    assert "4 of the 4 rows measured here are training rows" in done.conventions["basis f"]
+
+
+def test_a_training_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    inner = f'sae(features: {FEATURES}, kind: "jump_relu", penalty: 1e38)'
+    wild = fit(inner, "steps: 200, batch: 16, rate: 0.99")
+    two = experiment("ablate feature 0..3 of g at last token with zero", name="o")
+    path = write(tmp_path, wild, fit(**BASE).replace("basis f", "basis g"), ABLATES, two)
+    with pytest.warns(mechdsl.MechdslWarning, match="finite after"):
+        found = train(path)
+    assert [each.basis for each in found] == ["g"]
+    with pytest.warns(mechdsl.MechdslWarning, match="isn't trained"):
+        assert [each.name for each in run(path).files[0].experiments] == ["o"]
+
+
+def test_validate_needs_no_training(tmp_path: Path) -> None:
+    path = write(tmp_path, fit(**BASE), ABLATES)
+    assert not has_errors(mechdsl.validate(path, models("llama")))
+
+
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Ctrl-C, the next training continues from the checkpoint, and ends with the weights of
+    an uninterrupted one."""
+    from mechdsl.execute import training
+
+    path = write(tmp_path, fit(**BASE), ABLATES)
+    (whole,) = train(path)
+    expected = (whole.folder / "sae_weights.safetensors").read_bytes()
+    done: list[int] = []
+    real = training.Training._step
+
+    def step(self: Any) -> None:
+        if len(done) == 7:
+            done.append(0)
+            raise KeyboardInterrupt
+        done.append(self.state.step)
+        real(self)
+
+    monkeypatch.setattr(training.Training, "_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(path, fresh=True)
+    done.extend([0] * 10)
+    monkeypatch.setattr(training.Training, "_step", real)
+    part = whole.folder.with_name(f"{whole.folder.name}.part")
+    assert json.loads((part / "state.json").read_text("utf-8"))["step"] == 7
+    steps: list[int] = []
+
+    def counted(self: Any) -> None:
+        steps.append(self.state.step)
+        real(self)
+
+    monkeypatch.setattr(training.Training, "_step", counted)
+    (found,) = train(path, fresh=True)
+    assert steps == [*range(7, 12)]
+    assert (found.folder / "sae_weights.safetensors").read_bytes() == expected
+    assert not part.exists()
