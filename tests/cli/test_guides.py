@@ -236,7 +236,8 @@ def test_a_dictionary_is_trained_as_the_page_says(
     before, _, rest = text.partition("basis f = ")
     copied = 'basis f = sae("dictionaries/f") at resid_post layer 0\n'
     example.write_text(before + copied + rest.partition("\n")[2], encoding="utf-8")
-    assert ran(command, "mechdsl run again.mech").count("\nholds  expect ") == 2
+    done = command("run", "again.mech")
+    assert (done.status, done.out.count("\nholds  expect ")) == (0, 2)
 
 
 @pytest.mark.parametrize(
