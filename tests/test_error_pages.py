@@ -21,6 +21,7 @@ import pytest
 
 import mechdsl.diagnostics
 from mechdsl.base import limits
+from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import CODES, Diagnostic, has_errors
 from mechdsl.diagnostics.rendering import render_full
 
@@ -40,6 +41,8 @@ WHILE_RUNNING = ("E0604", "E0613", "E0621", "E0622", "E0631", "E0641", "W0722", 
 """Found after the unpatched runs, or by what cells have found."""
 OWN_PROCESS = ("E0536",)
 """Pages whose command runs in a new process, which imports torch."""
+WHILE_TRAINING = ("E0643",)
+"""Found by `mechdsl fit`."""
 BESIDE = {"E0231": {"W0710"}, "E0622": {"E0604"}}
 """Codes that can't come alone."""
 
@@ -104,7 +107,17 @@ def _diagnose(page: Page, text: str, folder: Path) -> tuple[str, list[Diagnostic
             from .run_source import run_source
 
             found = run_source(source)[1]
+        if page.code in WHILE_TRAINING and not found:
+            found = _train(source, folder / "store")
     return render_full(found, width=100).replace(str(path), "$FILE"), list(found)
+
+
+def _train(source: Source, store: Path) -> list[Diagnostic]:
+    from mechdsl.checks.file_check import check_source
+    from mechdsl.pipeline.options import RunOptions
+    from mechdsl.pipeline.trainings import train_file
+
+    return train_file(check_source(source), RunOptions(store=store))[1]
 
 
 @pytest.mark.parametrize(

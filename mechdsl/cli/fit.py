@@ -79,11 +79,11 @@ def fit(
     plugins: tuple[str, ...],
     stores: StoreOptions,
 ) -> int:
-    """Train what files declare with `fit(…)`, and keep it in the store.
+    """Train what files declare with `fit(…)`.
 
-    What is trained already stays; `--fresh` trains it again. An interrupted training continues
-    where it was. Exit status 0 when all is trained, 2 when something is wrong, 3 when a training
-    failed or was interrupted.
+    Trained dictionaries are stored. What is stored isn't trained again, except with `--fresh`. An
+    interrupted training continues where it was. Exit status: 0 if everything is trained, 2 for an
+    invalid file, 3 if a training or a copy failed.
     """
     from mechdsl.pipeline.options import RunOptions
 

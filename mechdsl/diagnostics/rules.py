@@ -202,8 +202,8 @@ class MeasuredOnTrainingRows(Diagnostic):
     title = "`{experiment}` measures rows that `{basis}` is trained on"
     label = "{shared} of its {rows} rows are training rows"
     help = (
-        "split the rows: add `split 80%` to `prompts {block}`, train on `{block}.train`, and "
-        "measure `{block}.test`; or write `measure_on_training_rows: true` in `fit(…)`"
+        "train on `{block}.train` and measure `{block}.test`, with a line such as `split 80%` in "
+        "`prompts {block}`; or write `measure_on_training_rows: true` in `fit(…)`"
     )
     experiment: str
     basis: str

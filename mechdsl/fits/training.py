@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.text import count_noun
 
 TRAINING_VERSION = 1
 """Version of the training. Raise it with every change that alters trained weights."""
@@ -30,7 +31,7 @@ class NotFinite(Exception):
     """The loss or a weight became NaN or infinite."""
 
     def __init__(self, what: str, step: int) -> None:
-        super().__init__(f"{what} finite after {step:,} steps")
+        super().__init__(f"{what} finite after {count_noun(step, 'step')}")
 
 
 class Trainable(Protocol):

@@ -185,9 +185,11 @@ def _train_one(
             on_step=on_step,
         )
     except NotFinite as problem:
-        rate = float(fit.training.options["rate"])
         shutil.rmtree(part, ignore_errors=True)
-        return None, _failed(fit, str(problem), f"lower the learning rate: `rate: {rate / 10:g}`")
+        rate = float(fit.training.options["rate"])
+        hint = f"lower the learning rate: `rate: {rate / 10:g}`"
+        hint += ", or the penalty" if "penalty" in fit.training.of_trainer else ""
+        return None, _failed(fit, str(problem), hint)
     finally:
         lock.free(remove=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -61,7 +61,7 @@ def against(folder: Path, only: str | None) -> int:
 
 def freeze() -> int:
     """Rewrite the committed values of the examples."""
-    values = {name: compare.frozen(runs.example(name)["found"]) for name in runs.NAMES}
+    values = {name: compare.frozen(runs.example(name)["found"]) for name in runs.FROZEN_NAMES}
     lines: list[str] = []
     for name, found in values.items():
         rows = [f"  {json.dumps(key)}: {json.dumps(each)}" for key, each in found.items()]

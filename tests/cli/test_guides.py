@@ -8,6 +8,7 @@ commands; `text` is a part of what the last one printed; `python` and the steps 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -105,12 +106,20 @@ def part_of(printed: str, said: str) -> str:
     return "".join(line.rstrip() + "\n" for line in lines[at : at + len(shown)])
 
 
-def run_page(path: Path, command: Command, update: bool) -> None:
-    """Run the files and commands of a page in their order and compare what they print."""
+def run_page(
+    path: Path, command: Command, update: bool, headings: Collection[str] | None = None
+) -> None:
+    """Run the files and commands of a page in their order and compare what they print.
+
+    Args:
+        headings: Sections to run; None: all.
+    """
     page = text = path.read_text(encoding="utf-8")
     printed = ""
     moved = 0  # by what was rewritten so far
     for fence in fences(page):
+        if headings is not None and fence.heading not in headings:
+            continue
         if fence.language == "mech":
             file = save(fence)
             assert ran(command, f"mechdsl fmt {file}") == "", "not in canonical form"
@@ -213,6 +222,23 @@ def test_tour_runs_and_shows_the_printed_tables(command: Command, update: bool) 
 @pytest.mark.parametrize("page", ["commands.md", "install.md", "load-models.md"])
 def test_page_commands_run(page: str, command: Command, update: bool) -> None:
     run_page(DOCS / page, command, update)
+
+
+def test_a_dictionary_is_trained_as_the_page_says(
+    command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MECHDSL_STORE")  # `fit` and `run` share the store next to the file
+    run_page(DOCS / "bases.md", command, update, {"Train a dictionary"})
+    card = Path("dictionaries/f/README.md").read_text(encoding="utf-8")
+    assert card.startswith("# f: topk SAE with k 8\n")
+    assert {path.name for path in Path("dictionaries").iterdir()} == {"f", "untrained"}
+    example = Path("again.mech")
+    text = Path("trained.mech").read_text(encoding="utf-8")
+    before, _, rest = text.partition("basis f = ")
+    copied = 'basis f = sae("dictionaries/f") at resid_post layer 0\n'
+    example.write_text(before + copied + rest.partition("\n")[2], encoding="utf-8")
+    done = command("run", "again.mech")
+    assert (done.status, done.out.count("\nholds  expect ")) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -419,6 +419,22 @@ _file(
     "Bricken et al. 2023; Gao et al. 2024, arXiv 2406.04093",
 )
 _file(
+    "basis: trained dictionary",
+    "basis b = fit(sae(features: 64, k: 4), prompts: fruit.train) at resid_post layer 1 "
+    "at last token",
+    "The features of a sparse autoencoder, or with `transcoder(…)` of a transcoder, that "
+    "`mechdsl fit FILE` or `mechdsl run --fit FILE` trains on the vectors of the named tokens. "
+    '`kind` is "topk" (default), "batch_topk", "relu", "jump_relu" or "gated" (only `sae`); the '
+    "first two take `k: 4`, the others `penalty: 0.1`. The options of `fit` are `prompts`, "
+    "`limit`, `steps` (4000), `batch` (512 vectors), `rate` (0.001), `seed` (that of the file), "
+    "`validation` (10% of the rows, which the training doesn't use), `patience` (none) and "
+    '`measure_on_training_rows` (false). Rules use the basis like `sae("FOLDER")`. A basis that '
+    "isn't trained is E0642, an experiment on training rows E0345.",
+    "tests/pipeline/test_trained_dictionaries.py",
+    "Gao et al. 2024, arXiv 2406.04093; Bussmann et al. 2024, arXiv 2412.06410; Rajamanoharan et "
+    "al. 2024, arXiv 2407.14435",
+)
+_file(
     "basis: transcoder",
     'basis t = transcoder("tc") at mlp_out layer 1',
     "The features of a transcoder, in the layouts of `sae`, or in a `layer_1.safetensors` of "

@@ -1,4 +1,4 @@
-"""A plugin: a rule kind, a metric, a corruption, a direction method, an estimator, an
+"""A plugin: a rule kind, a metric, a corruption, a direction method, a trainer, an estimator, an
 aggregate, a baseline image and a statistic.
 
 Modules that are slow to import (numpy, torch) are imported inside functions, so that `mechdsl
@@ -15,6 +15,7 @@ from mechdsl.program.direction_methods import FittedMethod, RowVectors, directio
 from mechdsl.program.estimators import GradientEstimator, estimator
 from mechdsl.program.images import image_baseline
 from mechdsl.program.spec import Constant
+from mechdsl.program.trainers import DictionaryOutline, Trainer, trainer
 from mechdsl.resolve.types import ResolvedRule, VectorBatch
 from mechdsl.rules.kinds import SiteRule, rule_kind
 from mechdsl.syntax import ast
@@ -27,7 +28,7 @@ from mechdsl.vocab.row_statistics import RowStatistic, row_statistic
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
+    from torch import Generator, Tensor, device
 
     from mechdsl.base.arrays import Floats
 
@@ -80,6 +81,61 @@ class Median(FittedMethod):
         import numpy as np
 
         return np.median(samples[0].matrix(), axis=0)
+
+
+@trainer("tied")
+class TiedTrainer(Trainer):
+    """`fit(tied(features: 64), …)`: a ReLU autoencoder that encodes with its decoder."""
+
+    example = "tied(features: 64)"
+    options = ("features",)
+    required = ("features",)
+
+    def check_option(self, name: str, value: Constant | None) -> tuple[str, str] | None:
+        if isinstance(value, int) and value >= 1:
+            return None
+        return "`features` must be a whole number from 1 on", "write `features: 64`"
+
+    def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
+        return DictionaryOutline("standard", int(options["features"]))
+
+    def start(
+        self,
+        widths: tuple[int, int],
+        options: Mapping[str, Constant],
+        random: Generator,
+        device: device,
+    ) -> TiedDictionary:
+        import torch
+
+        rows = torch.randn(int(options["features"]), widths[1], generator=random)
+        return TiedDictionary(rows.to(device))
+
+
+class TiedDictionary:
+    """The parameters of `tied` during a training."""
+
+    def __init__(self, decoder: Tensor) -> None:
+        self.decoder = decoder / decoder.norm(dim=1, keepdim=True)
+        self.parameters = {"decoder": self.decoder}
+        self.memory: Mapping[str, Tensor] = {}
+
+    def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
+        features = (inputs @ self.decoder.T).relu()
+        error = (targets - features @ self.decoder).square().sum(1).mean()
+        return error + 0.1 * features.sum(1).mean()
+
+    def after_step(self) -> None:
+        self.decoder.data.div_(self.decoder.data.norm(dim=1, keepdim=True))
+
+    def weights(self) -> dict[str, Tensor]:
+        decoder = self.decoder.detach().clone()
+        return {
+            "W_enc": decoder.T.clone(),
+            "b_enc": decoder.new_zeros(decoder.shape[0]),
+            "W_dec": decoder,
+            "b_dec": decoder.new_zeros(decoder.shape[1]),
+        }
 
 
 @estimator("gradient_power")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mechdsl.checks.file_check import check_source
 from mechdsl.syntax.frontend import read_source
@@ -364,6 +365,66 @@ def test_exception_in_a_statistic_leaves_the_other_numbers(installed: Path) -> N
     assert measure["statistics"] == {"spread": None}
     assert measure["mean"] is not None
     assert "`compute` failed: NameError: name 'undefined'" in steered["conventions"]["spread"]
+
+
+TRAINED = """mech 1
+
+model toy = zoo("induction")
+
+prompts repeats {
+  word in words(toy)
+  half = list(word, 4, sep: " ", distinct: true)
+  template "{half} {again = half} {cue = half[1]}"
+  answer " {half[2]}"
+  split 80%
+}
+
+basis f = fit(tied(features: 64), prompts: repeats.train, limit: 60, steps: 50) at STREAM
+
+experiment e {
+  model toy
+  prompts repeats.test limit 16
+  ablate feature 0..3 of f at last token with zero
+  measure logit(answer) as delta
+}
+""".replace("STREAM", "resid_post layer 0 at tokens 1..-1")
+
+
+def test_trainer_of_the_plugin_trains_a_dictionary_that_rules_use(installed: Path) -> None:
+    file = installed / "tied.mech"
+    file.write_text(TRAINED, encoding="utf-8")
+    done = mechdsl(installed, "fit", "--plugin", "example", "--format", "json", "tied.mech")
+    assert done.returncode == 0, done.stderr
+    (fit,) = json.loads(done.stdout)["fits"]
+    report = fit["report"]
+    assert report["explained"] > report["untrained_explained"]
+    weights = load_file(Path(fit["folder"]) / "sae_weights.safetensors")
+    cosines = torch.nn.functional.cosine_similarity(weights["W_enc"].T, weights["W_dec"])
+    assert torch.allclose(cosines, torch.ones(64), atol=1e-5)
+    done = mechdsl(installed, "run", "--plugin", "example", "tied.mech")
+    assert done.returncode == 0, done.stderr
+    assert "standard SAE trained on 60 rows of repeats.train" in " ".join(done.stdout.split())
+    done = mechdsl(installed, "validate", "tied.mech")
+    assert "there is no trainer called `tied`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "message", "hint"),
+    [
+        ("tide(features: 64)", "no trainer called `tide`", "did you mean `tied`?"),
+        ("tied(features: 0)", "`features` must be a whole number", "write `features: 64`"),
+        ("tied", "needs `features: …`", "write `tied(features: 64)`"),
+    ],
+)
+def test_mistakes_in_a_trainer_of_the_plugin(
+    call: str, message: str, hint: str, installed: Path
+) -> None:
+    text = TRAINED.replace("tied(features: 64)", call)
+    (installed / "tied.mech").write_text(text, encoding="utf-8")
+    done = mechdsl(installed, "validate", "--plugin", "example", "tied.mech")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert hint in done.stderr
 
 
 IMAGES = """mech 1

@@ -19,10 +19,11 @@ START = "## Reference\n"
 
 NOTE = "<!-- Written by `make python-page` from the docstrings. -->"
 
-FUNCTIONS = ("run", "validate", "plan", "graph", "explain", "runs", "diff", "export")
+FUNCTIONS = ("run", "fit", "validate", "plan", "graph", "explain", "runs", "diff", "export")
 
 CLASSES = (
     "Results",
+    "TrainedFit",
     "ExperimentResult",
     "Diagnostics",
     "Diagnostic",

@@ -21,6 +21,7 @@ from .page import FUNCTIONS, page
 PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
 COMMANDS = {
     "run": "run",
+    "fit": "fit",
     "validate": "validate",
     "plan": "plan",
     "graph": "graph",
@@ -32,10 +33,13 @@ OTHERWISE = {
     ("validate", "--format"),
     ("run", "--junit"),
     ("run", "--no-store"),
+    ("fit", "--format"),
+    ("fit", "--no-store"),
 }
-"""What their results do, in whatever format; and `store=False`."""
+"""What their results do, in whatever format; `store=False`; and `fit`, which needs a store."""
 CLASSES = [
     mechdsl.Results,
+    mechdsl.TrainedFit,
     mechdsl.ExperimentResult,
     mechdsl.Differences,
     mechdsl.Run,
@@ -71,7 +75,7 @@ def test_its_code_runs(inside: Path) -> None:
         elif block.language == "text":  # what the block before it shows
             assert repr(values["results"]) + "\n" == block.content
     written = {"heads.mech", "heads.svg", "again.svg", "results.json", "results.csv", "graph.svg"}
-    written.add("verdicts.xml")
+    written |= {"verdicts.xml", "trainings"}
     assert {path.name for path in inside.iterdir()} == written
     assert (inside / "graph.svg").read_text(encoding="utf-8").startswith("<svg")
 
