@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.hashing import digest
+from mechdsl.base.records import EXTERNAL_MODULES
 from mechdsl.base.runtime import numeric_settings
 from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
@@ -26,6 +27,8 @@ from mechdsl.execute.run_record import CARD_FILE, NUMERIC_VERSION, TrainingRepor
 from mechdsl.models.folder import FileHasher, json_digest
 from mechdsl.pipeline.identities import ModelIdentities, RunKeyError
 from mechdsl.pipeline.options import RunOptions
+from mechdsl.program.code_hashes import CodeHashError, hash_module_code
+from mechdsl.program.plugins import hash_plugin_code
 from mechdsl.resolve.types import ResolvedExperiment, TrainedDictionary, Training
 from mechdsl.results.results import package_version
 from mechdsl.store.index import StoreProblem
@@ -118,6 +121,7 @@ class FitKeys:
             "version": [TRAINING_VERSION, NUMERIC_VERSION],
             "packages": [package_version(package) for package in VERSIONED_PACKAGES],
             "numbers": numeric_settings(),
+            "code": _extensions(),
             "trainer": [training.trainer, _told(training.of_trainer)],
             "options": _told(training.options),
             "seed": training.seed,
@@ -133,6 +137,18 @@ class FitKeys:
             ],
         }
         return json_digest(parts)
+
+
+def _extensions() -> dict[str, str]:
+    """Hash the code of plugins and of other modules that extend the language, such as trainers and
+    sites. Raises RunKeyError."""
+    found = dict(hash_plugin_code())
+    try:
+        for module in sorted(EXTERNAL_MODULES):
+            found |= hash_module_code(module)
+    except CodeHashError as unknown:
+        raise RunKeyError(str(unknown)) from None
+    return found
 
 
 def _told(options: Mapping[str, Any]) -> dict[str, str]:
