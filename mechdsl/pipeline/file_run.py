@@ -29,7 +29,12 @@ from mechdsl.diagnostics.files import StoreNotUsed
 from mechdsl.diagnostics.rendering import Diagnostics
 from mechdsl.execute.run_record import ExecutionOptions, RowCounts
 from mechdsl.models.folder import FileHasher, hash_file, json_digest
-from mechdsl.pipeline.identities import ModelIdentities, RunKeyError
+from mechdsl.pipeline.identities import (
+    ModelIdentities,
+    RunKeyError,
+    cached_device,
+    detect_device,
+)
 from mechdsl.pipeline.options import RunOptions, check_folders
 from mechdsl.pipeline.trained_files import attach_fits, list_untrained
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code, hash_module_code
@@ -252,58 +257,6 @@ def _row(row: RunRow) -> tuple[object, ...]:
     texts = [(name, each.text, each.ids, each.of_output) for name, each in row.texts.items()]
     spans = [tuple(each) for each in row.spans]
     return row.text, row.ids, row.offsets, row.special, spans, list(row.values.items()), texts
-
-
-_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-
-
-def cached_device(store: Store, name: str) -> str | None:
-    """Return the type of device that a name refers to, with the name of a GPU; None if not cached
-    yet. Raises StoreProblem, OSError."""
-    return "cpu" if name == "cpu" else store.note(_place(name))
-
-
-def detect_device(store: Store, name: str) -> str:
-    """Determine the type of a device with torch, and cache it; torch's error if it is missing."""
-    import torch
-
-    from mechdsl.loading.devices import get_device
-
-    found = get_device(name)
-    told = found.type
-    if told == "cuda":
-        told = f"{told} {torch.cuda.get_device_name(found)}"
-    store.take_note(_place(name), told)
-    return told
-
-
-def _place(name: str) -> str:
-    """Return the key of a cached device: everything that the meaning of its name depends on."""
-    parts = {
-        "name": name,
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "torch": package_version("torch"),
-        "visible": [os.environ.get(each) for each in _VARIABLES],
-        "files": sorted(_device_files()),
-        "driver": _driver(),
-    }
-    return f"device {json_digest(parts)}"
-
-
-def _device_files() -> list[str]:
-    try:
-        every = os.listdir("/dev")
-    except OSError:
-        return []
-    return [each for each in every if each.startswith(("nvidia", "kfd", "dri"))]
-
-
-def _driver() -> str:
-    try:
-        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 StartCallback = Callable[[bool], None]

@@ -1,12 +1,17 @@
-"""Identities of a file's models, for keys of the store."""
+"""Identities of a file's models and of the device, for keys of the store."""
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.models.folder import FileHasher, folder_identity, json_digest, locate_model
+from mechdsl.results.results import package_version
+from mechdsl.store.store import Store
 
 if TYPE_CHECKING:
     from mechdsl.forward.hooks.model import LoadedModel
@@ -78,3 +83,58 @@ def _device_words(model: LoadedModel) -> str:
     import torch
 
     return f"cuda {torch.cuda.get_device_name(model.device)}"
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+def cached_device(store: Store, name: str) -> str | None:
+    """Return the type of device that a name refers to, with the name of a GPU; None if not cached
+    yet. Raises StoreProblem, OSError."""
+    return "cpu" if name == "cpu" else store.note(_place(name))
+
+
+def detect_device(store: Store, name: str) -> str:
+    """Determine the type of a device with torch, and cache it; torch's error if it is missing."""
+    import torch
+
+    from mechdsl.loading.devices import get_device
+
+    found = get_device(name)
+    told = found.type
+    if told == "cuda":
+        told = f"{told} {torch.cuda.get_device_name(found)}"
+    store.take_note(_place(name), told)
+    return told
+
+
+def _place(name: str) -> str:
+    """Return the key of a cached device: everything that the meaning of its name depends on."""
+    parts = {
+        "name": name,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "torch": package_version("torch"),
+        "visible": [os.environ.get(each) for each in _VARIABLES],
+        "files": sorted(_device_files()),
+        "driver": _driver(),
+    }
+    return f"device {json_digest(parts)}"
+
+
+def _device_files() -> list[str]:
+    try:
+        every = os.listdir("/dev")
+    except OSError:
+        return []
+    return [each for each in every if each.startswith(("nvidia", "kfd", "dri"))]
+
+
+def _driver() -> str:
+    try:
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
