@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mechdsl.pipeline import file_run
-from mechdsl.pipeline.file_run import cached_device, detect_device
+from mechdsl.pipeline import identities
+from mechdsl.pipeline.identities import cached_device, detect_device
 from mechdsl.store.store import Store
 
 
@@ -33,13 +33,13 @@ def test_another_machine(changed: str, store: Store, monkeypatch: pytest.MonkeyP
         case "host":
             monkeypatch.setattr("platform.node", lambda: "other")
         case "files":
-            monkeypatch.setattr(file_run, "_device_files", lambda: ["nvidia0"])
+            monkeypatch.setattr(identities, "_device_files", lambda: ["nvidia0"])
         case "visible":
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
         case "driver":
-            monkeypatch.setattr(file_run, "_driver", lambda: "other")
+            monkeypatch.setattr(identities, "_driver", lambda: "other")
         case _:
-            monkeypatch.setattr(file_run, "package_version", lambda name: "9")
+            monkeypatch.setattr(identities, "package_version", lambda name: "9")
     assert cached_device(store, "auto") is None
 
 
