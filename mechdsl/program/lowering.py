@@ -97,6 +97,7 @@ from mechdsl.program.spec import (
     whole_number_value,
 )
 from mechdsl.program.statements import Statements, mark_names_used
+from mechdsl.program.trainings import lower_objectives
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse, parse_setting, read_source
 from mechdsl.syntax.traversal import walk
@@ -540,6 +541,7 @@ def lower_program(
     for block in parts.prompts.values():
         _scored_with(block, parts, scope)
     _directions_and_bases(files, parts, scope)
+    lower_objectives(parts, scope)
     lower_edits((file for file, _ in files), parts, scope)
     for file, imported in files:
         if not imported:
@@ -553,6 +555,7 @@ def lower_program(
         models=parts.models,
         checkpoints=parts.checkpoints,
         edits=parts.edits,
+        objectives=parts.objectives,
         prompts=parts.prompts,
         groups=parts.groups,
         directions=parts.directions,

@@ -25,7 +25,7 @@ from mechdsl.dictionaries.folder import (
 from mechdsl.dictionaries.labels import FeatureLabels, read_labels
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS, BasisMethod, basis_size
+from mechdsl.program.basis_methods import BASIS_METHODS, ROTATION_OPTIONS, BasisMethod, basis_size
 from mechdsl.program.direction_methods import MethodError
 from mechdsl.program.directions import fit_rows_of_basis
 from mechdsl.program.paths import (
@@ -78,6 +78,8 @@ from mechdsl.resolve.types import (
     SiteTargets,
     SpannedBasis,
     TokenBasis,
+    TrainedDictionary,
+    TrainedRotation,
     VectorBatch,
     WeightBasis,
     count_numbers,
@@ -942,7 +944,7 @@ def _options(call: ast.Call, method: BasisMethod, work: ExperimentContext) -> di
     """Return the constants of a call, other than `limit`."""
     found: dict[str, Constant] = {}
     for argument in call.arguments:
-        if argument.name in (None, "limit", "labels", "prompts"):
+        if argument.name in (None, "limit", "labels", "prompts", *ROTATION_OPTIONS):
             continue
         if argument.name == "weights":
             found["weights"] = argument.value.span.written
@@ -1031,17 +1033,18 @@ def _trained(
     options: Mapping[str, Constant],
     work: ExperimentContext,
 ) -> tuple[BasisOperand, int, str] | None:
-    """Resolve a dictionary that `fit` trains. Raises BasisError."""
+    """Resolve a dictionary or a rotation that `fit` trains. Raises BasisError."""
     found = _sample(definition, work)
     if found is None:
         return None
     sample, text = found
     made = outline_training(definition, options, sample, point, work)
     assert made.training is not None
-    if made.transcodes:
+    size = made.size if isinstance(made, TrainedRotation) else made.features
+    if isinstance(made, TrainedDictionary) and made.transcodes:
         _check_transcoder(definition.method, made, point, work)
     check_held_out(definition, made.training, work)
-    return made, made.features, describe_training(made, text, work)
+    return made, size, describe_training(made, text, work)
 
 
 def _jacobian(
