@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.execute.measurement.readout import Readout
 from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes
 from mechdsl.execute.run_record import ROTATION_FILE, RotationReport
@@ -288,5 +289,6 @@ def train_rotation(
         rows.text,
         *means,
     )
-    write_card(folder, facts, report)
+    digest = compute_digest(folder / ROTATION_FILE)
+    write_card(folder, {**facts, "sha256": digest}, report)
     return report

@@ -206,7 +206,7 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
     try:
         card = json.loads((folder / CARD_FILE).read_text("utf-8"))
         if isinstance(fit.file, TrainedRotation):
-            return _read_rotation(folder / ROTATION_FILE, fit), RotationReport.read(card)
+            return _read_rotation(folder, fit, card["sha256"]), RotationReport.read(card)
         transcodes = bool(card["transcodes"])
         file = read_dictionary(folder, str(folder), transcodes=transcodes)
         return file, TrainingReport.read(card)
@@ -214,13 +214,14 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
         return None
 
 
-def _read_rotation(path: Path, fit: DeclaredFit) -> SafetensorsFile:
+def _read_rotation(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile:
     """Read the header of a rotation. Raises UnreadableFile, and ValueError for another matrix."""
+    path = folder / ROTATION_FILE
     file = inspect_safetensors(path, str(path), limits.DIRECTION_FILE, "train it again")
     assert isinstance(fit.file, TrainedRotation)
     width = count_numbers(fit.training.made, fit.experiment.model.shape)
-    if file.shapes.get(ROTATION) != (fit.file.size, width):
-        raise ValueError("the matrix has another shape")
+    if file.digest != digest or file.shapes.get(ROTATION) != (fit.file.size, width):
+        raise ValueError("the file is damaged")
     return file
 
 

@@ -148,8 +148,6 @@ def _train_one(
     on_progress: FitProgress | None,
 ) -> tuple[TrainedFit | None, Diagnostic | None]:
     """Train one dictionary or rotation; a result or a problem."""
-    from mechdsl.execute.rotation_training import RotationRows, train_rotation
-    from mechdsl.execute.training import RowVectors, train_dictionary
     from mechdsl.fits.training import NotFinite
     from mechdsl.forward.hooks.gradients import AutogradFailed
 
@@ -159,36 +157,12 @@ def _train_one(
     if lock is None:
         hint = "wait until it ends; then the same command uses its result"
         return None, _failed(fit, "another process is training it", hint)
-    began = last = time.monotonic()
-
-    def is_due() -> bool:
-        nonlocal last
-        if time.monotonic() - last < SECONDS_BETWEEN_CHECKPOINTS:
-            return False
-        last = time.monotonic()
-        return True
-
-    def on_step(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(fit.basis, done, total)
-
-    model = models[fit.model]
+    began = time.monotonic()
     result = part / "result"
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
-    facts, seed, side = _facts(fit, checked, model), checked.program.seed, options.execution.side
     try:
-        if isinstance(fit.file, TrainedRotation):
-            assert fit.objective is not None
-            rows = RotationRows(fit.training, fit.objective, model, side)
-            report: TrainingReport | RotationReport = train_rotation(
-                fit.file, rows, result, facts, checkpoints=part, due=is_due, on_step=on_step
-            )
-        else:
-            vectors = RowVectors(fit.training, model, seed, side)
-            report = train_dictionary(
-                fit.file, vectors, result, facts, checkpoints=part, due=is_due, on_step=on_step
-            )
+        report = _run_training(fit, result, models[fit.model], checked, options, on_progress)
     except AutogradFailed as problem:
         shutil.rmtree(part, ignore_errors=True)
         reason = f"autograd can't follow the model ({str(problem)[:200]})"
@@ -204,6 +178,45 @@ def _train_one(
     sync_folder(folder.parent)
     shutil.rmtree(part, ignore_errors=True)
     return _finished(fit, folder, report, time.monotonic() - began), None
+
+
+def _run_training(
+    fit: DeclaredFit,
+    result: Path,
+    model: LoadedModel,
+    checked: CheckedFile,
+    options: RunOptions,
+    on_progress: FitProgress | None,
+) -> TrainingReport | RotationReport:
+    """Train one dictionary or rotation, and write it to `result`, in the folder of checkpoints."""
+    from mechdsl.execute.rotation_training import RotationRows, train_rotation
+    from mechdsl.execute.training import RowVectors, train_dictionary
+
+    last = time.monotonic()
+
+    def is_due() -> bool:
+        nonlocal last
+        if time.monotonic() - last < SECONDS_BETWEEN_CHECKPOINTS:
+            return False
+        last = time.monotonic()
+        return True
+
+    def on_step(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(fit.basis, done, total)
+
+    facts, side = _facts(fit, checked, model), options.execution.side
+    part = result.parent
+    if isinstance(fit.file, TrainedRotation):
+        assert fit.objective is not None
+        rows = RotationRows(fit.training, fit.objective, model, side)
+        return train_rotation(
+            fit.file, rows, result, facts, checkpoints=part, due=is_due, on_step=on_step
+        )
+    vectors = RowVectors(fit.training, model, checked.program.seed, side)
+    return train_dictionary(
+        fit.file, vectors, result, facts, checkpoints=part, due=is_due, on_step=on_step
+    )
 
 
 def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[str, Any]:

@@ -535,13 +535,10 @@ def lower_program(
             _define(statement, imported, parts, scope)
     check_bases([file for file, _ in files], parts, scope)
     check_averaged_images(parts, scope)
-    for file, _ in files:
-        for name in pool_names(file):
-            scope.has("prompts", name)
+    _mark_pools(files, scope)
     for block in parts.prompts.values():
         _scored_with(block, parts, scope)
     _directions_and_bases(files, parts, scope)
-    lower_objectives(parts, scope)
     lower_edits((file for file, _ in files), parts, scope)
     for file, imported in files:
         if not imported:
@@ -568,6 +565,13 @@ def lower_program(
         lost=tuple(lost for file, _ in files for lost in file.lost),
     )
     return whole, _without_missing_names(scope.diagnostics)
+
+
+def _mark_pools(files: Sequence[tuple[ast.File, bool]], scope: Namespace) -> None:
+    """Mark the blocks that other blocks draw words from as used."""
+    for file, _ in files:
+        for name in pool_names(file):
+            scope.has("prompts", name)
 
 
 def _warn_unused_names(tree: ast.File, scope: Namespace) -> None:
@@ -835,9 +839,10 @@ def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: N
 def _directions_and_bases(
     files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace
 ) -> None:
-    """Define directions and bases after the blocks and models that they refer to."""
+    """Define directions and bases after the blocks, metrics and models that they refer to."""
     _directions(files, parts, scope)
     _bases(files, parts, scope)
+    lower_objectives(parts, scope)
 
 
 def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
