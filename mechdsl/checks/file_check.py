@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from mechdsl.base import limits
 from mechdsl.base.records import closest_name
+from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.checks.expectations import check_results
@@ -67,7 +68,7 @@ from mechdsl.diagnostics.syntax import (
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.models.folder import locate_model
 from mechdsl.program import spec
-from mechdsl.program.directions import fit_rows_of_experiment
+from mechdsl.program.directions import fit_rows_of_experiment, used_bases
 from mechdsl.program.lowering import lower_program
 from mechdsl.program.paths import (
     ROWS_PATH,
@@ -91,6 +92,7 @@ from mechdsl.resolve.expansion import find_selections, split_by_group
 from mechdsl.resolve.experiment import find_omitted_answers, outline_experiment
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.model_pairs import attach_texts
+from mechdsl.resolve.trainings import check_objective
 from mechdsl.resolve.types import ExperimentOutline, ModelContext, ResolvedExperiment
 from mechdsl.rules.kinds import RULES
 from mechdsl.syntax import ast
@@ -487,8 +489,8 @@ class CheckSettings:
     """Number of prompts to check per table, for a check without a run."""
     build: ModelBuilder | None = None
     """Builds models with functions of Python files, if these may run."""
-    trained: Mapping[str, tuple[DictionaryFile, str]] = field(
-        default_factory=dict[str, tuple[DictionaryFile, str]]
+    trained: Mapping[str, tuple[DictionaryFile | SafetensorsFile, str]] = field(
+        default_factory=dict[str, tuple[DictionaryFile | SafetensorsFile, str]]
     )
     """As in `Program.trained`."""
     callables: tuple[ast.Call, ...] = ()
@@ -513,6 +515,10 @@ class CheckedFile:
     """Experiments whose rows require Python that was not run."""
     edits: dict[str, ResolvedExperiment] = field(default_factory=dict[str, ResolvedExperiment])
     """The edits of each edited model, as rules on its base."""
+    objectives: dict[tuple[str, str], ResolvedExperiment] = field(
+        default_factory=dict[tuple[str, str], ResolvedExperiment]
+    )
+    """What rotations are trained on, by basis and model: see `mechdsl.program.trainings`."""
     built: dict[str, BuiltModel] = field(default_factory=dict[str, BuiltModel])
     """Models built by functions of Python files, by name."""
     unreported: set[str] = field(default_factory=set[str])
@@ -598,6 +604,7 @@ def _check_source(
     for experiment in experiments:
         checked.diagnostics.extend(_statements(experiment, program))
     _resolve_edits(checked, contexts)
+    _resolve_objectives(experiments, checked, contexts)
     ready = sort_by_dependency(experiments)
     outlines: dict[str, ExperimentOutline] = {}
     for experiment in (*ready, *(e for e in experiments if e not in ready)):
@@ -640,6 +647,31 @@ def _resolve_edits(checked: CheckedFile, contexts: FileContexts) -> None:
         checked.diagnostics.extend(problems)
         if not problems:
             checked.edits[name] = known.resolved
+
+
+def _resolve_objectives(
+    experiments: Iterable[spec.Experiment], checked: CheckedFile, contexts: FileContexts
+) -> None:
+    """Resolve what the rotations of these experiments are trained on, and report its errors."""
+    program = checked.program
+    wanted = {
+        (basis.name, each.model): None
+        for each in experiments
+        for basis in used_bases(each, program)
+    }
+    for name, model in wanted:
+        if name not in program.objectives:
+            continue
+        unchecked, unrun = list(checked.unchecked), list(checked.unrun)
+        objective = program.objectives[name].model_copy(update={"model": model})
+        known = _outline(objective, checked, contexts, {})
+        checked.unchecked[:], checked.unrun[:] = unchecked, unrun
+        if known.resolved is None:
+            continue
+        problems = list(check_objective(known.resolved))
+        checked.diagnostics.extend(problems)
+        if not problems and not (known.model.stands_in or known.table.stands_in):
+            checked.objectives[name, model] = known.resolved
 
 
 def _without_contradiction(settings: CheckSettings) -> tuple[CheckSettings, list[Diagnostic]]:

@@ -612,10 +612,16 @@ class FileContexts:
         key = (experiment.within or experiment.name, name)
         if key not in self._used:
             self._used[key] = used_corruptions(experiment, self.program)
-        streamed = self.program.prompts[name].streamed
-        used = self._used[key]
+        trains = bool(experiment.trains)
         return self.table(
-            name, model, experiment.limit, experiment.part, labels, used, streamed=streamed
+            name,
+            model,
+            experiment.limit,
+            experiment.part,
+            labels,
+            self._used[key],
+            streamed=self.program.prompts[name].streamed and not trains,
+            trains=trains,
         )
 
     def read_by(

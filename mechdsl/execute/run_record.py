@@ -171,7 +171,10 @@ class SavedFile:
 
 
 CARD_FILE = "fit.json"
-"""Facts about a trained dictionary, in its folder."""
+"""Facts about a training, in its folder."""
+
+ROTATION_FILE = "rotation.safetensors"
+"""The directions of a trained rotation, in its folder."""
 
 
 @dataclass(frozen=True)
@@ -207,19 +210,48 @@ class TrainingReport:
 
 
 @dataclass(frozen=True)
+class RotationReport:
+    """What the training of a rotation led to: means of its measure over rows that it didn't use."""
+
+    rows: int
+    """Training rows."""
+    held_out_rows: int
+    """Rows that the following numbers are computed on; 0: on the training rows."""
+    steps: int
+    """Steps that were done."""
+    stopped_early: bool
+    objective: str
+    """`maximise logit(answer of fewer)`."""
+    trained: float
+    """The measure while the trained subspace is patched."""
+    untrained: float
+    """The same for the first, random subspace of the same size."""
+    unpatched: float
+    """The measure of the clean run."""
+    whole: float
+    """The measure while the whole vector is patched."""
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> RotationReport:
+        """Create the report from JSON. Raises KeyError."""
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
 class TrainedFit:
-    """A dictionary that a file declares with `fit(…)`, trained."""
+    """A dictionary or a rotation that a file declares with `fit(…)`, trained."""
 
     basis: str
     """The basis; one member of a family as `f[layer 3]`."""
     what: str
-    """`topk SAE with k 8`."""
+    """`topk SAE with k 8`, `das rotation with 2 directions`."""
     site: str
     """`L1.resid_post`."""
     folder: Path
-    """Its folder in the store, in a layout that `sae("…")` or `transcoder("…")` reads."""
-    report: TrainingReport
-    """How well it reconstructs, next to controls."""
+    """Its folder in the store: of a dictionary, in a layout that `sae("…")` or `transcoder("…")`
+    reads; of a rotation, with a file that `saved("…/rotation.safetensors", "rotation")` reads."""
+    report: TrainingReport | RotationReport
+    """How well it was trained, next to controls."""
     seconds: float
     """How long the training took; 0 if it was trained before."""
 

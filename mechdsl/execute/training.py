@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Generator, Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.files import replace_file
 from mechdsl.base.hashing import stable_hash
 from mechdsl.dictionaries.features import load_dictionary
 from mechdsl.dictionaries.folder import CONFIG_FILE, HOOK_SITES, WEIGHT_FILES, read_dictionary
-from mechdsl.execute.run_record import CARD_FILE, TrainingReport
+from mechdsl.execute.run_record import CARD_FILE, RotationReport, TrainingReport
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.fits.sparse_training import unscale_weights
 from mechdsl.fits.training import (
@@ -34,6 +34,7 @@ from mechdsl.fits.training import (
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
 from mechdsl.program.trainers import TRAINERS
+from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.types import SitePoint, TrainedDictionary
 from mechdsl.resolve.types import Training as DeclaredTraining
 
@@ -71,19 +72,12 @@ class RowVectors:
     def rows(self) -> Ints:
         """[row] the numbers of all rows with the position, in a random order that depends on the
         seed and on their contents."""
-        keys = self.declared.sample.table.row_keys
-        there = [number for number in range(len(keys)) if self.counts[number]]
-        seed = self.declared.seed
-        order = sorted(there, key=lambda row: stable_hash(seed, "training row", keys[row]))
-        return np.array(order, dtype=np.int64)
+        return order_rows(self.declared, self.declared.sample.table, np.flatnonzero(self.counts))
 
     @cached_property
     def held_out_count(self) -> int:
         """Number of rows at the start of `rows` that the training doesn't use."""
-        share = float(self.declared.options["validation"]) / 100  # pyright: ignore[reportArgumentType]
-        if share == 0:
-            return 0
-        return min(max(1, round(share * len(self.rows))), len(self.rows) - 1)
+        return count_held_out(self.declared, len(self.rows))
 
     @cached_property
     def _groups(self) -> list[Ints]:
@@ -151,6 +145,66 @@ class RowVectors:
                     own = []
 
 
+def order_rows(declared: DeclaredTraining, table: PromptTable, rows: Ints) -> Ints:
+    """Return rows in a random order that depends on the seed and on their contents; the first ones
+    are held out."""
+    keys, seed = table.row_keys, declared.seed
+    order = sorted(rows.tolist(), key=lambda row: stable_hash(seed, "training row", keys[row]))
+    return np.array(order, dtype=np.int64)
+
+
+def count_held_out(declared: DeclaredTraining, rows: int) -> int:
+    """Return how many of the rows are held out."""
+    share = float(declared.options["validation"]) / 100
+    return min(max(1, round(share * rows)), rows - 1) if share else 0
+
+
+def read_settings(declared: DeclaredTraining) -> TrainingSettings:
+    """Return how long and how fast to train."""
+    options = declared.options
+    return TrainingSettings(
+        steps=int(options["steps"]),
+        batch=int(options["batch"]),
+        rate=float(options["rate"]),
+        seed=declared.seed,
+        patience=int(options["patience"]) if "patience" in options else None,
+    )
+
+
+def start_generator(declared: DeclaredTraining) -> Generator:
+    """Return the source of random numbers of the parameters at the start."""
+    return torch.Generator().manual_seed(stable_hash(declared.seed, "weights") % 2**63)
+
+
+def run_training(
+    loop: Training,
+    checkpoints: Path,
+    due: Callable[[], bool],
+    on_step: Callable[[int, int], None],
+) -> None:
+    """Train to the end, from a checkpoint if there is one; see `train_dictionary`."""
+    _restore(loop, checkpoints)
+
+    def after_step(done: int) -> None:
+        if due():
+            _keep(loop, checkpoints)
+        on_step(done, loop.settings.steps)
+
+    try:
+        loop.run(after_step)
+    except KeyboardInterrupt:
+        _keep(loop, checkpoints)
+        raise
+
+
+def write_card(
+    folder: Path, facts: Mapping[str, Any], report: TrainingReport | RotationReport
+) -> None:
+    """Write the card of a training. Raises OSError."""
+    card = json.dumps({**facts, **asdict(report)}, indent=1) + "\n"
+    (folder / CARD_FILE).write_text(card, "utf-8")
+
+
 def train_dictionary(
     declared: TrainedDictionary,
     vectors: RowVectors,
@@ -176,29 +230,17 @@ def train_dictionary(
     """
     training = declared.training
     assert training is not None
-    settings = _read_settings(training)
-    random = torch.Generator().manual_seed(stable_hash(training.seed, "weights") % 2**63)
     widths = declared.width_in, declared.width_out
     trainer = TRAINERS[training.trainer]
     first, first_targets = vectors.chunk(0)
     held_out = vectors.held_out()
     scaling = Scaling.of(first, first_targets)
     with torch.enable_grad():
+        random = start_generator(training)
         model = trainer.start(widths, training.of_trainer, random, first.device)
         untrained = model.weights()
-        loop = Training(model, vectors, held_out, settings, scaling.apply)
-        _restore(loop, checkpoints)
-
-        def after_step(done: int) -> None:
-            if due():
-                _keep(loop, checkpoints)
-            on_step(done, settings.steps)
-
-        try:
-            loop.run(after_step)
-        except KeyboardInterrupt:
-            _keep(loop, checkpoints)
-            raise
+        loop = Training(model, vectors, held_out, read_settings(training), scaling.apply)
+        run_training(loop, checkpoints, due, on_step)
     measured = held_out if len(held_out[0]) else (first, first_targets)
     finish = _Finish(declared, scaling, facts)
     before = finish.assess(finish.write(folder, untrained), measured)
@@ -206,20 +248,8 @@ def train_dictionary(
     active = max(1, round(found.active))
     components = components_explain(first_targets, measured[1], active)
     report = _report(vectors, loop.state, len(held_out[0]), found, (before.explained, components))
-    card = json.dumps({**facts, **asdict(report)}, indent=1) + "\n"
-    (folder / CARD_FILE).write_text(card, "utf-8")
+    write_card(folder, facts, report)
     return report
-
-
-def _read_settings(training: DeclaredTraining) -> TrainingSettings:
-    options: Mapping[str, Any] = training.options
-    return TrainingSettings(
-        steps=int(options["steps"]),
-        batch=int(options["batch"]),
-        rate=float(options["rate"]),
-        seed=training.seed,
-        patience=int(options["patience"]) if "patience" in options else None,
-    )
 
 
 def _report(

@@ -37,8 +37,8 @@ class NotFinite(Exception):
 class Trainable(Protocol):
     """Parameters while they are trained.
 
-    Inputs and targets are centred at their mean and scaled, so that the squared length of a vector
-    is its width on average.
+    The inputs and targets of a dictionary are centred at their mean and scaled, so that the squared
+    length of a vector is its width on average. Those of a rotation are numbers of rows.
     """
 
     @property
@@ -55,8 +55,8 @@ class Trainable(Protocol):
         """Return the loss of a batch.
 
         Args:
-            inputs: [vector, width].
-            targets: [vector, width]; of an autoencoder, the inputs.
+            inputs: [vector, width], or [row] numbers.
+            targets: As `inputs`; of a transcoder, other vectors.
             step: Number of the step, from 0.
             progress: Share of the steps that are done, from 0 to below 1.
         """
@@ -67,12 +67,12 @@ class Trainable(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the tensors of the dictionary, for centred and scaled vectors."""
+        """Return the trained tensors; of a dictionary, for centred and scaled vectors."""
         ...
 
 
 class VectorSource(Protocol):
-    """Vectors of a training, in chunks that fit into memory."""
+    """Vectors or rows of a training, in chunks that fit into memory."""
 
     @property
     def chunks(self) -> int:
@@ -80,7 +80,7 @@ class VectorSource(Protocol):
         ...
 
     def chunk(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of a chunk, [vector, width] each, always the same ones."""
+        """Return inputs and targets of a chunk, as `Trainable.loss` takes them; always the same."""
         ...
 
 
@@ -90,7 +90,7 @@ class TrainingSettings:
 
     steps: int
     batch: int
-    """Vectors per step."""
+    """Vectors or rows per step."""
     rate: float
     """Learning rate of Adam."""
     seed: int

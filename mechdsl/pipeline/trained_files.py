@@ -1,8 +1,8 @@
-"""What a file declares with `fit(…)`, and what its store has of it: keys and trained dictionaries.
+"""What a file declares with `fit(…)`, and what its store has of it: keys and trained files.
 
-A trained dictionary is a folder of the store, `fits/KEY`, in the layout of SAELens, with a card
-`fit.json`. The key is a digest of everything that the weights depend on. Checkpoints of a training
-under way are in `fits/KEY.part`.
+A training is a folder of the store, `fits/KEY`, with a card `fit.json`: a dictionary in the layout
+of SAELens, or the directions of a rotation in `rotation.safetensors`. The key is a digest of
+everything that the weights depend on. Checkpoints of a training under way are in `fits/KEY.part`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,46 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechdsl.base import limits
 from mechdsl.base.hashing import digest
 from mechdsl.base.records import EXTERNAL_MODULES
 from mechdsl.base.runtime import numeric_settings
-from mechdsl.base.safetensors_files import UnreadableFile
+from mechdsl.base.safetensors_files import (
+    SafetensorsFile,
+    UnreadableFile,
+    inspect_safetensors,
+)
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import NotTrained
 from mechdsl.dictionaries.folder import DictionaryFile, read_dictionary
-from mechdsl.execute.run_record import CARD_FILE, NUMERIC_VERSION, TrainingReport
+from mechdsl.execute.run_record import (
+    CARD_FILE,
+    NUMERIC_VERSION,
+    ROTATION_FILE,
+    RotationReport,
+    TrainingReport,
+)
 from mechdsl.models.folder import FileHasher, json_digest
 from mechdsl.pipeline.identities import ModelIdentities, RunKeyError
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.program.code_hashes import CodeHashError, hash_module_code
 from mechdsl.program.plugins import hash_plugin_code
-from mechdsl.resolve.types import ResolvedExperiment, TrainedDictionary, Training
+from mechdsl.resolve.trainings import ROTATION, paired_positions
+from mechdsl.resolve.types import (
+    ResolvedExperiment,
+    TrainedDictionary,
+    TrainedRotation,
+    Training,
+    count_numbers,
+)
 from mechdsl.results.results import package_version
 from mechdsl.store.index import StoreProblem
 from mechdsl.store.store import Store
 
 if TYPE_CHECKING:
     from mechdsl.forward.hooks.model import LoadedModel
+    from mechdsl.planner.value_keys import RunContents
 
 FITS_FOLDER = "fits"
 """Folder of trainings in a store."""
@@ -51,8 +70,10 @@ class DeclaredFit:
 
     basis: str
     """`f[layer 3]`."""
-    file: TrainedDictionary
+    file: TrainedDictionary | TrainedRotation
     experiment: ResolvedExperiment
+    objective: ResolvedExperiment | None = None
+    """What a rotation is trained on; None for a dictionary, and where only the name is needed."""
 
     @property
     def training(self) -> Training:
@@ -73,7 +94,8 @@ def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFi
         bases += [save.basis for save in experiment.saves]
         for member in (each for own in bases if own is not None for each in own.members):
             own = member.operand
-            if isinstance(own, TrainedDictionary) and own.training is not None:
+            trained = isinstance(own, TrainedDictionary | TrainedRotation)
+            if trained and own.training is not None:
                 declared = DeclaredFit(member.name, own, experiment)
                 found.setdefault(own.training.name, declared)
     return found
@@ -81,7 +103,12 @@ def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFi
 
 def fits_of_file(checked: CheckedFile) -> dict[str, DeclaredFit]:
     """Return the trainings that the experiments of a file need, by name."""
-    return find_fits([*checked.experiments, *checked.saving])
+    found = find_fits([*checked.experiments, *checked.saving])
+    for name, fit in found.items():
+        if isinstance(fit.file, TrainedRotation):
+            key = fit.training.definition, fit.experiment.model.name
+            found[name] = replace(fit, objective=checked.objectives[key])
+    return found
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -117,7 +144,7 @@ class FitKeys:
         content = contents.of(sample.run, sample.table).tolist()
         rows = zip(sample.table.row_keys, content, sample.cell.hits, strict=True)
         encoded, made = training.encoded, training.made
-        parts = {
+        parts: dict[str, object] = {
             "version": [TRAINING_VERSION, NUMERIC_VERSION],
             "packages": [package_version(package) for package in VERSIONED_PACKAGES],
             "numbers": numeric_settings(),
@@ -136,6 +163,8 @@ class FitKeys:
                 self.options.execution.prompt_tokens,
             ],
         }
+        if fit.objective is not None:
+            parts["objective"] = _objective(fit.objective, training.minimises, contents)
         return json_digest(parts)
 
 
@@ -149,6 +178,23 @@ def _extensions() -> dict[str, str]:
     except CodeHashError as unknown:
         raise RunKeyError(str(unknown)) from None
     return found
+
+
+def _objective(
+    objective: ResolvedExperiment, minimises: bool, contents: RunContents
+) -> list[object]:
+    """Return what the loss of a rotation depends on: rows and tokens of both runs, and the
+    measure."""
+    from mechdsl.planner.value_keys import measure_digest, measure_row_keys
+
+    table, (measure,) = objective.table, objective.measures
+    runs = table.runs[objective.spec.base], table.runs[objective.rules[0].run]
+    cells = paired_positions(objective)
+    measured = measure_row_keys(measure, runs[0], None, table, contents).tolist()
+    found = [contents.of(run, table).tolist() for run in runs]
+    hits = [[list(own) for own in cell.hits] for cell in cells]
+    rows = zip(table.row_keys, *found, *hits, measured, strict=True)
+    return [minimises, measure_digest(measure).hex(), [list(own) for own in rows]]
 
 
 def _told(options: Mapping[str, Any]) -> dict[str, str]:
@@ -166,10 +212,17 @@ def _device(name: str) -> str:
 # --- trained files --------------------------------------------------------------------------------
 
 
-def read_fit(folder: Path) -> tuple[DictionaryFile, TrainingReport] | None:
-    """Read a trained dictionary with its report; None if the folder has no complete one."""
+TrainedFile = DictionaryFile | SafetensorsFile
+
+Report = TrainingReport | RotationReport
+
+
+def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | None:
+    """Read a training with its report; None if the folder has no complete one."""
     try:
         card = json.loads((folder / CARD_FILE).read_text("utf-8"))
+        if isinstance(fit.file, TrainedRotation):
+            return _read_rotation(folder, fit, card["sha256"]), RotationReport.read(card)
         transcodes = bool(card["transcodes"])
         file = read_dictionary(folder, str(folder), transcodes=transcodes)
         return file, TrainingReport.read(card)
@@ -177,8 +230,30 @@ def read_fit(folder: Path) -> tuple[DictionaryFile, TrainingReport] | None:
         return None
 
 
-def describe_report(file: DictionaryFile, report: TrainingReport) -> str:
-    """Describe how well a dictionary reconstructs, for conventions."""
+def _read_rotation(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile:
+    """Read the header of a rotation. Raises UnreadableFile, and ValueError for another matrix."""
+    path = folder / ROTATION_FILE
+    file = inspect_safetensors(path, str(path), limits.DIRECTION_FILE, "train it again")
+    assert isinstance(fit.file, TrainedRotation)
+    width = count_numbers(fit.training.made, fit.experiment.model.shape)
+    if file.digest != digest or file.shapes.get(ROTATION) != (fit.file.size, width):
+        raise ValueError("the file is damaged")
+    return file
+
+
+def describe_report(file: TrainedFile, report: Report) -> str:
+    """Describe how well something was trained, for conventions."""
+    if isinstance(report, RotationReport):
+        rows = "held-out rows" if report.held_out_rows else "training rows"
+        values = {
+            "trained": report.trained,
+            "random subspace": report.untrained,
+            "no patch": report.unpatched,
+            "whole vector": report.whole,
+        }
+        listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        said = f"to {report.objective}; mean over {rows}: {listed}"
+        return f"{said}; SHA-256 {file.digest[:12]}…"
     what = "held-out vectors" if report.held_out_vectors else "training vectors"
     text = f"explains {report.explained:.3f} of the variance of {what}"
     text += f", {report.active:.1f} features active, SHA-256 {file.digest[:12]}…"
@@ -198,12 +273,12 @@ def attach_fits(
     fits, folder = fits_of_file(checked), options.store
     if not fits or folder is None or not (folder / FITS_FOLDER).is_dir():
         return checked
-    found: dict[str, tuple[DictionaryFile, str]] = {}
+    found: dict[str, tuple[TrainedFile, str]] = {}
     with suppress(StoreProblem), Store(folder) as store:
         keys = FitKeys(checked, options, loaded or {}, store.file_hash)
         for name, fit in fits.items():
             with suppress(RunKeyError, OSError):
-                known = read_fit(folder / FITS_FOLDER / keys.of(fit))
+                known = read_fit(folder / FITS_FOLDER / keys.of(fit), fit)
                 if known is not None:
                     found[name] = known[0], describe_report(*known)
     if not found:

@@ -16,7 +16,7 @@ from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import TrainingFailed
-from mechdsl.execute.run_record import CARD_FILE, TrainedFit, TrainingReport
+from mechdsl.execute.run_record import CARD_FILE, RotationReport, TrainedFit, TrainingReport
 from mechdsl.pipeline.identities import RunKeyError
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.pipeline.trained_files import (
@@ -27,6 +27,7 @@ from mechdsl.pipeline.trained_files import (
     fits_of_file,
     read_fit,
 )
+from mechdsl.resolve.types import TrainedDictionary, TrainedRotation
 from mechdsl.results.results import package_version
 from mechdsl.store.files import make_folder, sync_folder
 from mechdsl.store.index import StoreProblem
@@ -58,7 +59,7 @@ def train_file(
         loaded: Models from Python, by name.
 
     Returns:
-        The trained dictionaries, and diagnostics: E0643 and those of loading models.
+        The trained dictionaries and rotations, and diagnostics: E0643 and those of loading models.
 
     Raises:
         OSError: If the store can't be written.
@@ -98,7 +99,7 @@ def _train_missing(
         except RunKeyError as unknown:
             problems.append(_failed(fit, str(unknown), "use a model that can be identified"))
             continue
-        known = None if options.fresh else read_fit(folder)
+        known = None if options.fresh else read_fit(folder, fit)
         if known is None:
             due.append((fit, folder))
         else:
@@ -146,9 +147,9 @@ def _train_one(
     options: RunOptions,
     on_progress: FitProgress | None,
 ) -> tuple[TrainedFit | None, Diagnostic | None]:
-    """Train one dictionary; a result or a problem."""
-    from mechdsl.execute.training import RowVectors, train_dictionary
+    """Train one dictionary or rotation; a result or a problem."""
     from mechdsl.fits.training import NotFinite
+    from mechdsl.forward.hooks.gradients import AutogradFailed
 
     part = folder.with_name(f"{folder.name}.part")
     make_folder(part)
@@ -156,34 +157,16 @@ def _train_one(
     if lock is None:
         hint = "wait until it ends; then the same command uses its result"
         return None, _failed(fit, "another process is training it", hint)
-    began = last = time.monotonic()
-
-    def is_due() -> bool:
-        nonlocal last
-        if time.monotonic() - last < SECONDS_BETWEEN_CHECKPOINTS:
-            return False
-        last = time.monotonic()
-        return True
-
-    def on_step(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(fit.basis, done, total)
-
-    model = models[fit.model]
-    vectors = RowVectors(fit.training, model, checked.program.seed, options.execution.side)
+    began = time.monotonic()
     result = part / "result"
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
     try:
-        report = train_dictionary(
-            fit.file,
-            vectors,
-            result,
-            _facts(fit, checked, model),
-            checkpoints=part,
-            due=is_due,
-            on_step=on_step,
-        )
+        report = _run_training(fit, result, models[fit.model], checked, options, on_progress)
+    except AutogradFailed as problem:
+        shutil.rmtree(part, ignore_errors=True)
+        reason = f"autograd can't follow the model ({str(problem)[:200]})"
+        return None, _failed(fit, reason, "train on a model without in-place operations")
     except NotFinite as problem:
         shutil.rmtree(part, ignore_errors=True)
         rate = float(fit.training.options["rate"])
@@ -199,11 +182,56 @@ def _train_one(
     return _finished(fit, folder, report, time.monotonic() - began), None
 
 
+def _run_training(
+    fit: DeclaredFit,
+    result: Path,
+    model: LoadedModel,
+    checked: CheckedFile,
+    options: RunOptions,
+    on_progress: FitProgress | None,
+) -> TrainingReport | RotationReport:
+    """Train one dictionary or rotation, and write it to `result`, in the folder of checkpoints."""
+    from mechdsl.execute.rotation_training import RotationRows, train_rotation
+    from mechdsl.execute.training import RowVectors, train_dictionary
+
+    last = time.monotonic()
+
+    def is_due() -> bool:
+        nonlocal last
+        if time.monotonic() - last < SECONDS_BETWEEN_CHECKPOINTS:
+            return False
+        last = time.monotonic()
+        return True
+
+    def on_step(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(fit.basis, done, total)
+
+    facts, side = _facts(fit, checked, model), options.execution.side
+    part = result.parent
+    if isinstance(fit.file, TrainedRotation):
+        assert fit.objective is not None
+        rows = RotationRows(fit.training, fit.objective, model, side)
+        return train_rotation(
+            fit.file, rows, result, facts, checkpoints=part, due=is_due, on_step=on_step
+        )
+    vectors = RowVectors(fit.training, model, checked.program.seed, side)
+    return train_dictionary(
+        fit.file, vectors, result, facts, checkpoints=part, due=is_due, on_step=on_step
+    )
+
+
 def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[str, Any]:
     """Return what the card of a training says besides its report."""
     training, sample = fit.training, fit.training.sample
     options = {**training.options, "seed": training.seed}
+    own: dict[str, Any] = {}
+    if isinstance(fit.file, TrainedDictionary):
+        own["transcodes"] = fit.file.transcodes
+    if fit.objective is not None:
+        own["from"] = fit.objective.rules[0].run
     return {
+        **own,
         "basis": fit.basis,
         "trainer": training.trainer,
         "options": {**training.of_trainer, **options},
@@ -211,7 +239,7 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
         "model_name": checked.program.models[sample.run.model or fit.experiment.model.name].path,
         "source": model.provenance.get("source", ""),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "transcodes": fit.file.transcodes,
+        "what": fit.file.kind,
         "prompts": sample.table.name,
         "run": sample.run.name,
         "positions": sample.cell.label,
@@ -220,7 +248,9 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
     }
 
 
-def _finished(fit: DeclaredFit, folder: Path, report: TrainingReport, seconds: float) -> TrainedFit:
+def _finished(
+    fit: DeclaredFit, folder: Path, report: TrainingReport | RotationReport, seconds: float
+) -> TrainedFit:
     point = fit.training.made
     site = point.site if point.layer is None else f"L{point.layer}.{point.site}"
     return TrainedFit(fit.basis, fit.file.kind, site, folder, report, seconds)
@@ -231,7 +261,7 @@ def _failed(fit: DeclaredFit, reason: str, hint: str) -> Diagnostic:
 
 
 def export_fit(fit: TrainedFit, folder: Path) -> Path:
-    """Copy a trained dictionary into a new folder below `folder`, with a model card.
+    """Copy a trained dictionary or rotation into a new folder below `folder`, with a model card.
 
     Returns the new folder. Raises FileExistsError and OSError.
     """
@@ -244,29 +274,45 @@ def export_fit(fit: TrainedFit, folder: Path) -> Path:
 
 
 def _card_text(fit: TrainedFit) -> str:
-    """Return the model card of a trained dictionary."""
+    """Return the model card of a training."""
     card = json.loads((fit.folder / CARD_FILE).read_text("utf-8"))
     report = fit.report
     options = ", ".join(f"{name}: {value}" for name, value in card["options"].items())
     versions = ", ".join(f"{name} {value}" for name, value in card["versions"].items())
-    held_out = count_noun(report.held_out_rows, "row")
     lines = [
         f"# {fit.basis}: {fit.what}",
         "",
         f"Trained with mechdsl on `{fit.site}` of {card['source'] or card['model_name']}.",
         "",
         f"- File: {card['file']}",
-        f"- Rows: {report.rows:,} of `{card['prompts']}` ({card['run']}) at {card['positions']}, "
-        f"{report.vectors:,} vectors; {held_out} held out",
+        *_describe_rows(report, card),
         f"- Options: {options}",
         f"- Steps: {report.steps:,}" + (" (stopped early)" if report.stopped_early else ""),
-        f"- Explained variance on held-out vectors: {report.explained:.4f}",
-        f"- The same with untrained weights: {report.untrained_explained:.4f}",
-        f"- The same with as many principal components: {report.components_explained:.4f}",
-        f"- Active features of a vector: {report.active:.2f}",
-        f"- Features without activity on these vectors: {report.inactive:,}",
         f"- Precision of the model: {card['dtype']}",
         f"- Versions: {versions}",
         "",
     ]
     return "\n".join(lines)
+
+
+def _describe_rows(report: TrainingReport | RotationReport, card: Mapping[str, Any]) -> list[str]:
+    """Return what a model card says about the rows and the result of a training."""
+    held_out = count_noun(report.held_out_rows, "row")
+    rows = f"- Rows: {report.rows:,} of `{card['prompts']}` ({card['run']}) at {card['positions']}"
+    if isinstance(report, RotationReport):
+        return [
+            f"{rows}; {held_out} held out",
+            f"- The subspace of `{card['from']}` comes in, to {report.objective}",
+            f"- Mean of the measure over held-out rows: {report.trained:.4f}",
+            f"- The same with a random subspace: {report.untrained:.4f}",
+            f"- The same without a patch: {report.unpatched:.4f}",
+            f"- The same with the whole vector: {report.whole:.4f}",
+        ]
+    return [
+        f"{rows}, {report.vectors:,} vectors; {held_out} held out",
+        f"- Explained variance on held-out vectors: {report.explained:.4f}",
+        f"- The same with untrained weights: {report.untrained_explained:.4f}",
+        f"- The same with as many principal components: {report.components_explained:.4f}",
+        f"- Active features of a vector: {report.active:.2f}",
+        f"- Features without activity on these vectors: {report.inactive:,}",
+    ]

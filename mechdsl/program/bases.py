@@ -9,7 +9,13 @@ from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS, BasisMethod
+from mechdsl.program.basis_methods import (
+    BASIS_METHODS,
+    OBJECTIVES,
+    ROTATION_OPTIONS,
+    ROW_OPERANDS,
+    BasisMethod,
+)
 from mechdsl.program.directions import (
     check_fit_rows,
     check_row_limit,
@@ -26,15 +32,18 @@ if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
 
 
-_TRAINED = (
-    "mechdsl trains no rotations: save the directions of a trained one, and load them with "
-    '`saved("rotation.safetensors", "rotation")`'
-)
+_TRAIN = "prompts: fruit.train, from: fewer, maximise: logit(answer of fewer)"
+
+_DAS = f"train a rotation: `fit(das(dims: 2), {_TRAIN})`"
+
+_ROTATION = f'{_DAS}; or load a matrix: `saved("rotation.safetensors", "rotation")`'
+
+_BOUNDLESS = f"mechdsl trains no boundaries of a subspace; {_DAS}"
 
 OTHER_METHODS = {
-    "das": _TRAINED,
-    "boundless_das": _TRAINED,
-    "rotation": _TRAINED,
+    "das": _ROTATION,
+    "boundless_das": _BOUNDLESS,
+    "rotation": _ROTATION,
     "dictionary": 'write `sae("path/to/sae")` or `transcoder("path/to/transcoder")`',
     "clt": 'write `transcoder("path/to/clt") at mlp_out layer 3`, which can be observed',
     "identity": "write `neurons`",
@@ -54,8 +63,8 @@ OTHER_TRAINERS: dict[str, str] = {
     "batch_topk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
     "jumprelu": 'write `sae(features: 512, penalty: 0.1, kind: "jump_relu")`',
     "gated": 'write `sae(features: 512, penalty: 0.1, kind: "gated")`',
-    "das": _TRAINED,
-    "rotation": _TRAINED,
+    "boundless_das": _BOUNDLESS,
+    "rotation": "write `das(dims: 2)`",
     "pca": "write `pca(fruit.train, dims: 8)` without `fit`",
 }
 """What else may be written inside of `fit(…)` → hint."""
@@ -73,7 +82,20 @@ OTHER_TRAINER_OPTIONS: dict[str, str] = {
     "architecture": "kind",
     "activation": "kind",
 }
-"""Names of an option in other tools → the option."""
+"""Names of an option of a dictionary in other tools → the option."""
+
+OTHER_OBJECTIVES: dict[str, str] = {
+    "source": "from",
+    "maximize": "maximise",
+    "minimize": "minimise",
+    "objective": "maximise",
+    "loss": "minimise",
+    "lr": "rate",
+    "learning_rate": "rate",
+    "epochs": "steps",
+    "batch_size": "batch",
+}
+"""Names of an option of a training in other tools → the option."""
 
 
 def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -> spec.Basis | None:
@@ -140,7 +162,8 @@ def _check_arguments(
         if argument.name not in method.options:
             known = ", ".join(f"`{each}: …`" for each in method.options)
             hint = did_you_mean(argument.name, method.options, f"it takes {known or 'none'}")
-            meant = OTHER_OPTIONS.get(argument.name)
+            trains = OTHER_OBJECTIVES if method.takes == "training" else {}
+            meant = {**OTHER_OPTIONS, **trains}.get(argument.name)
             hint = f"write `{meant}: …`" if meant in method.options else hint
             reason = f"is no argument of `{call.name}`"
             scope.diagnostics.append(
@@ -148,7 +171,7 @@ def _check_arguments(
             )
         elif argument.name == "limit":
             check_row_limit(call, argument, parts, scope)
-        elif argument.name not in ("weights", "prompts"):
+        elif argument.name not in ("weights", "prompts", *ROTATION_OPTIONS):
             value = constant_value(argument.value, parts.parameters)
             problem = method.check_option(argument.name, value)
             if problem is not None:
@@ -166,7 +189,7 @@ def _check_arguments(
         block = training_block(call)
         assert block is not None
         check_fit_rows(block, parts, scope)
-        _check_trainer(values[0], parts, scope)
+        _check_trainer(call, values[0], parts, scope)
     elif method.takes in ROW_OPERANDS:
         check_fit_rows(fitted_block(method, values), parts, scope)
     if method.takes == "jacobian" and not isinstance(values[1], ast.SiteMap):
@@ -187,8 +210,12 @@ def _check_arguments(
         _check_texts(call, method, values, parts, scope)
 
 
-def _check_trainer(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
-    """Report E0203 for an unknown trainer, E0207 and E0342 for its arguments."""
+def _check_trainer(call: ast.Call, node: ast.Node, parts: Definitions, scope: Namespace) -> None:
+    """Report E0203 for an unknown trainer, E0207 and E0342 for its arguments.
+
+    Args:
+        call: The `fit(…)` with the trainer.
+    """
     name = node.name if isinstance(node, ast.Call) else node.span.written
     found = TRAINERS.get(name)
     if found is None:
@@ -218,6 +245,31 @@ def _check_trainer(node: ast.Node, parts: Definitions, scope: Namespace) -> None
     wrong = found.check(options)
     if wrong is not None:
         scope.diagnostics.append(BadBasis(span=node.span, reason=wrong[0], hint=wrong[1]))
+    problem = _objective_problem(call, found)
+    if problem is not None:
+        scope.diagnostics.append(problem)
+
+
+def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
+    """Return the problem with the run and the measure that a rotation is trained on, or with such
+    arguments of a dictionary."""
+    given = {each.name: each for each in call.arguments if each.name in ROTATION_OPTIONS}
+    if trainer.makes != "rotation":
+        for name, argument in given.items():
+            reason = f"is no argument of `fit` with `{trainer.name}`, which learns from vectors"
+            hint = "remove it; `das(…)` is trained on a measure"
+            return BadArgument(span=argument.span, name=str(name), reason=reason, hint=hint)
+        return None
+    measures = [each for each in OBJECTIVES if each in given]
+    reason, hint, span = "", f"write `fit({trainer.example}, {_TRAIN})`", call.span
+    if "from" not in given:
+        reason = f"with `{trainer.name}` needs `from: …`, the run whose subspace comes in"
+    elif not measures:
+        reason = f"with `{trainer.name}` needs `maximise: …` or `minimise: …`, a measure"
+    elif len(measures) > 1:
+        reason, hint = "has both `maximise` and `minimise`", "keep one, such as their difference"
+        span = given[measures[1]].span
+    return BadArgument(span=span, name=call.name, reason=reason, hint=hint) if reason else None
 
 
 def _trainer_problem(

@@ -567,16 +567,24 @@ TRAINING_DEFAULTS: Mapping[str, Constant] = {
     "validation": Percent(10),
     "measure_on_training_rows": False,
 }
-"""Options of a training with a default. `patience` has none: then it doesn't stop early."""
+"""Options of a training with a default; a trainer can have other defaults. `patience` has none:
+then it doesn't stop early."""
+
+OBJECTIVES = ("maximise", "minimise")
+"""Options with the measure that a rotation is trained on."""
+
+ROTATION_OPTIONS = ("from", *OBJECTIVES)
+"""Options that only trainers of rotations have; `from` names the run whose subspace comes in."""
 
 
 @basis_method("fit")
 class TrainedBasis(BasisMethod):
-    """Features that `mechdsl fit` trains, with a trainer of `mechdsl.program.trainers`."""
+    """Features or directions that `mechdsl fit` trains, with a trainer of
+    `mechdsl.program.trainers`."""
 
     takes = "training"
     example = "fit(sae(features: 512, k: 8), prompts: fruit.train)"
-    options = ("prompts", "limit", *TRAINING_DEFAULTS, "patience")
+    options = ("prompts", "limit", *ROTATION_OPTIONS, *TRAINING_DEFAULTS, "patience")
     required = ("prompts",)
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
@@ -602,4 +610,5 @@ class TrainedBasis(BasisMethod):
         return operand
 
     def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
-        raise TypeError("the features of a dictionary aren't linear")
+        """Return the directions of a trained rotation; dictionaries aren't linear maps."""
+        return LinearMap(given.matrix())

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownName, UnknownWord
 from mechdsl.diagnostics.rules import BadDirection
@@ -138,12 +139,20 @@ def fitted_block(method: BasisMethod, values: Sequence[ast.Node]) -> ast.Node:
     return values[1] if method.takes == "value and block" else values[0]
 
 
+def last_token(call: ast.Call) -> ast.Positions:
+    """Create the position `last token`."""
+    span = Span(Source("last token", call.span.source.path), 0, len("last token"))
+    edge = ast.EdgeToken("last", span=span)
+    point = ast.Position(ast.Point(edge, span=span), span=span)
+    return ast.Positions((point,), span=span)
+
+
 def training_block(call: ast.Call) -> ast.Node | None:
     """Return the argument `prompts:` of a call."""
     return next((each.value for each in call.arguments if each.name == "prompts"), None)
 
 
-def fit_rows_of_basis(basis: spec.Basis, program: spec.Program) -> FitRows | None:
+def fit_rows_of_basis(basis: spec.Basis, program: spec.Program | Definitions) -> FitRows | None:
     """Return the rows that a basis is fitted on; None for a method without rows."""
     method = BASIS_METHODS.get(basis.method.name)
     if method is None or method.takes not in ROW_OPERANDS:
@@ -153,7 +162,9 @@ def fit_rows_of_basis(basis: spec.Basis, program: spec.Program) -> FitRows | Non
     block = training_block(basis.method) if trains else fitted_block(method, values)
     rows = None if block is None else parse_fit_rows(block, program.prompts)
     limit = _limit(basis.method, program.parameters)
-    return None if rows is None else replace(rows, limit=limit, trains=trains)
+    if rows is None:
+        return None
+    return replace(rows, limit=limit, trains=trains, used=rows.used | basis.changed_by)
 
 
 def training_rows(call: ast.Call | None) -> ast.Node | None:

@@ -97,6 +97,7 @@ from mechdsl.program.spec import (
     whole_number_value,
 )
 from mechdsl.program.statements import Statements, mark_names_used
+from mechdsl.program.trainings import lower_objectives
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse, parse_setting, read_source
 from mechdsl.syntax.traversal import walk
@@ -534,9 +535,7 @@ def lower_program(
             _define(statement, imported, parts, scope)
     check_bases([file for file, _ in files], parts, scope)
     check_averaged_images(parts, scope)
-    for file, _ in files:
-        for name in pool_names(file):
-            scope.has("prompts", name)
+    _mark_pools(files, scope)
     for block in parts.prompts.values():
         _scored_with(block, parts, scope)
     _directions_and_bases(files, parts, scope)
@@ -553,6 +552,7 @@ def lower_program(
         models=parts.models,
         checkpoints=parts.checkpoints,
         edits=parts.edits,
+        objectives=parts.objectives,
         prompts=parts.prompts,
         groups=parts.groups,
         directions=parts.directions,
@@ -565,6 +565,13 @@ def lower_program(
         lost=tuple(lost for file, _ in files for lost in file.lost),
     )
     return whole, _without_missing_names(scope.diagnostics)
+
+
+def _mark_pools(files: Sequence[tuple[ast.File, bool]], scope: Namespace) -> None:
+    """Mark the blocks that other blocks draw words from as used."""
+    for file, _ in files:
+        for name in pool_names(file):
+            scope.has("prompts", name)
 
 
 def _warn_unused_names(tree: ast.File, scope: Namespace) -> None:
@@ -832,9 +839,10 @@ def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: N
 def _directions_and_bases(
     files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace
 ) -> None:
-    """Define directions and bases after the blocks and models that they refer to."""
+    """Define directions and bases after the blocks, metrics and models that they refer to."""
     _directions(files, parts, scope)
     _bases(files, parts, scope)
+    lower_objectives(parts, scope)
 
 
 def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:

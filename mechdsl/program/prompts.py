@@ -530,6 +530,8 @@ def used_corruptions(experiment: spec.Experiment, program: spec.Program) -> froz
     """Return the corruptions of the experiment's block that the experiment, any of its variants or
     any result of the same block refers to. Its rows are those that all of these change. The rows
     used for fitting directions are separate."""
+    if experiment.trains:
+        return named_corruptions(experiment, program.prompts[experiment.prompts])
     block = experiment.within or experiment.name
     words: set[str] = set()
     for each in program.experiments:
@@ -537,6 +539,12 @@ def used_corruptions(experiment: spec.Experiment, program: spec.Program) -> froz
             words.update(_words(each.model_copy(update={"name": "", "within": None})))
     runs = program.prompts[experiment.prompts].corruptions
     return frozenset(run.name for run in runs if run.name in words)
+
+
+def named_corruptions(experiment: spec.Experiment, block: spec.Prompts) -> frozenset[str]:
+    """Return the corruptions of a block that an experiment refers to."""
+    words = set(_words(experiment.model_copy(update={"name": "", "within": None})))
+    return frozenset(run.name for run in block.corruptions if run.name in words)
 
 
 def _words(part: Any) -> Iterator[str]:

@@ -380,6 +380,8 @@ class Basis(Spec):
     site: SiteText
     at: PositionsText | None = None
     """Position of the activations that it is computed from; None: the last token."""
+    changed_by: Annotated[frozenset[str], Field(exclude=True)] = frozenset()
+    """Corruptions that must change the rows that it is computed on: those that a training uses."""
 
 
 class Rule(Spec):
@@ -661,6 +663,8 @@ class Experiment(Spec):
     expects: tuple[Expectation, ...] = ()
     broken: Annotated[bool, Field(exclude=True)] = False
     """Whether a statement was rejected: the experiment is only checked for further errors."""
+    trains: Annotated[str, Field(exclude=True)] = ""
+    """`fit(das(…))` for the rows, the patch and the measure of a training, which no user sees."""
 
     @property
     def key(self) -> str:
@@ -701,6 +705,9 @@ class Program(Spec):
     """Model with a `*` in its path → names of the matching models."""
     edits: dict[str, Experiment] = Field(default_factory=dict)
     """Edited model → its edits, as rules of an experiment on its base."""
+    objectives: dict[str, Experiment] = Field(default_factory=dict, exclude=True)
+    """Basis that is trained on a measure → its rows, its patch and the measure, as an experiment
+    without a model."""
     prompts: dict[str, Prompts] = Field(default_factory=dict)
     groups: dict[str, Group] = Field(default_factory=dict)
     directions: dict[str, Direction] = Field(default_factory=dict)
@@ -716,8 +723,8 @@ class Program(Spec):
     lost: Losses = ()
     """Statements of the file and its imports that can't be parsed."""
     trained: TrainedFiles = Field(default_factory=dict, exclude=True)
-    """Trainings of `fit(…)` that were found in the store, by name: the `DictionaryFile`, and how
-    well it reconstructs."""
+    """Trainings of `fit(…)` that were found in the store, by name: the file of a dictionary or of a
+    rotation, and how well it was trained."""
 
 
 Constant: TypeAlias = int | float | str | bool
@@ -770,6 +777,8 @@ class Definitions:
     """Model with a `*` in its path → names of the matching models."""
     edits: dict[str, Experiment] = field(default_factory=dict)
     """Edited model → its edits."""
+    objectives: dict[str, Experiment] = field(default_factory=dict[str, Experiment])
+    """Basis that is trained on a measure → its rows, its patch and the measure."""
     prompts: dict[str, Prompts] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     directions: dict[str, Direction] = field(default_factory=dict)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from mechdsl.base.records import Registry, attribute_problem
-from mechdsl.base.text import name_list
+from mechdsl.base.text import Percent, name_list
 from mechdsl.dictionaries.folder import Architecture
 from mechdsl.program.direction_methods import Problem
 from mechdsl.program.spec import Constant
 from mechdsl.syntax.words import name_problem
 
 if TYPE_CHECKING:
-    from torch import Generator, device
+    from torch import Generator, Tensor, device
 
+    from mechdsl.fits.rotations import Rotation
     from mechdsl.fits.training import Trainable
 
 
@@ -36,15 +37,22 @@ class DictionaryOutline:
 
 
 class Trainer:
-    """Something that `fit` can train on vectors of a site: a dictionary."""
+    """Something that `fit` can train.
+
+    A dictionary is trained on vectors of a site, one by one. A rotation is an orthonormal basis of
+    a subspace of a site, trained on rows: on the effect of patching the subspace from another run.
+    """
 
     name: ClassVar[str]
+    makes: ClassVar[Literal["dictionary", "rotation"]] = "dictionary"
     example: ClassVar[str]
     """A call inside of `fit(…)`, as messages show it."""
     options: ClassVar[tuple[str, ...]] = ()
     """Names of the arguments that are written `NAME: VALUE`, with a constant each."""
     required: ClassVar[tuple[str, ...]] = ()
     """Options that a call must have."""
+    defaults: ClassVar[Mapping[str, Constant]] = {}
+    """Defaults of options of `fit` that differ from those in `TRAINING_DEFAULTS`."""
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         """Return the problem with an option's value, or None.
@@ -60,7 +68,23 @@ class Trainer:
         return None
 
     def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
-        """Return what is known before training."""
+        """Return what is known of a dictionary before training."""
+        raise NotImplementedError
+
+    def size(self, options: Mapping[str, Constant]) -> int:
+        """Return the number of directions of a rotation."""
+        raise NotImplementedError
+
+    def start_rotation(
+        self, like: Tensor, options: Mapping[str, Constant], random: Generator
+    ) -> Rotation:
+        """Create the parameters of a rotation.
+
+        Args:
+            like: [vector, width] vectors that the rotation acts on, whose device and dtype the
+                parameters need.
+            random: Source of all random numbers of the start, on the CPU.
+        """
         raise NotImplementedError
 
     def start(
@@ -70,7 +94,7 @@ class Trainer:
         random: Generator,
         device: device,
     ) -> Trainable:
-        """Create the parameters.
+        """Create the parameters of a dictionary.
 
         Args:
             widths: Numbers of a vector that is encoded, and of one that is reconstructed.
@@ -110,9 +134,13 @@ def _class_problem(name: str, entry: object) -> str | None:
     wrong = attribute_problem(entry, counts=())
     if wrong is not None:
         return wrong
-    if entry.outline is Trainer.outline or entry.start is Trainer.start:
-        return "it needs `outline(self, options)` and `start(self, widths, options, random)`"
-    return None
+    if entry.makes == "rotation":
+        lacks = entry.size is Trainer.size or entry.start_rotation is Trainer.start_rotation
+        needs = "`size(self, options)` and `start_rotation(self, like, options, random)`"
+    else:
+        lacks = entry.outline is Trainer.outline or entry.start is Trainer.start
+        needs = "`outline(self, options)` and `start(self, widths, options, random, device)`"
+    return f"it needs {needs}" if lacks else None
 
 
 @dataclass(frozen=True)
@@ -210,3 +238,39 @@ class TranscoderTrainer(SparseAutoencoderTrainer):
     example = "transcoder(features: 512, k: 8)"
     transcodes = True
     kinds = ("topk", "batch_topk", "relu", "jump_relu")
+
+
+@trainer("das")
+class AlignmentSearchTrainer(Trainer):
+    """Distributed alignment search: a subspace whose exchange has the effect of another run.
+
+    References:
+        Geiger et al. 2023, arXiv 2303.02536.
+    """
+
+    example = "das(dims: 2)"
+    makes = "rotation"
+    options = ("dims",)
+    required = ("dims",)
+    defaults: ClassVar[Mapping[str, Constant]] = {
+        "steps": 500,
+        "batch": 32,
+        "rate": 0.01,
+        "validation": Percent(20),
+    }
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return None
+        return f"`{name}` is a whole number from 1 on", f"write `{name}: 2`"
+
+    def size(self, options: Mapping[str, Constant]) -> int:
+        return int(options["dims"])
+
+    def start_rotation(
+        self, like: Tensor, options: Mapping[str, Constant], random: Generator
+    ) -> Rotation:
+        from mechdsl.fits.rotations import start_rotation
+
+        width = like.shape[1]
+        return start_rotation(self.size(options), width, random, like.device, like.dtype)

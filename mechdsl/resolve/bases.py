@@ -25,7 +25,7 @@ from mechdsl.dictionaries.folder import (
 from mechdsl.dictionaries.labels import FeatureLabels, read_labels
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS, BasisMethod, basis_size
+from mechdsl.program.basis_methods import BASIS_METHODS, ROTATION_OPTIONS, BasisMethod, basis_size
 from mechdsl.program.direction_methods import MethodError
 from mechdsl.program.directions import fit_rows_of_basis
 from mechdsl.program.paths import (
@@ -83,6 +83,8 @@ from mechdsl.resolve.types import (
     SiteTargets,
     SpannedBasis,
     TokenBasis,
+    TrainedDictionary,
+    TrainedRotation,
     VectorBatch,
     WeightBasis,
     count_numbers,
@@ -1004,7 +1006,7 @@ def _options(call: ast.Call, method: BasisMethod, work: ExperimentContext) -> di
     """Return the constants of a call, other than `limit`."""
     found: dict[str, Constant] = {}
     for argument in call.arguments:
-        if argument.name in (None, "limit", "labels", "prompts"):
+        if argument.name in (None, "limit", "labels", "prompts", *ROTATION_OPTIONS):
             continue
         if argument.name == "weights":
             found["weights"] = argument.value.span.written
@@ -1093,7 +1095,7 @@ def _trained(
     options: Mapping[str, Constant],
     work: ExperimentContext,
 ) -> tuple[BasisOperand, int, str] | None:
-    """Resolve a dictionary that `fit` trains. Raises BasisError."""
+    """Resolve a dictionary or a rotation that `fit` trains. Raises BasisError."""
     found = _sample(definition, work)
     if found is None:
         return None
@@ -1108,13 +1110,21 @@ def _trained(
         )
     made = outline_training(definition, options, sample, point, work.program, work.model)
     assert made.training is not None
-    if made.transcodes:
+    size = made.size if isinstance(made, TrainedRotation) else made.features
+    width = count_numbers(point, work.model.shape)
+    if isinstance(made, TrainedRotation) and size > width and not work.model.shape.stands_in:
+        raise BasisError(
+            definition.method,
+            f"{size:,} directions of vectors of `{point.site}`, which have {width:,} numbers",
+            f"write at most `dims: {width}`",
+        )
+    if isinstance(made, TrainedDictionary) and made.transcodes:
         _check_transcoder(definition.method, made, point, work)
     problem = check_held_out(definition, made.training, work.experiment, work.table)
     if problem is not None and problem not in work.diagnostics:
         work.diagnostics.append(problem)
     about = describe_training(made, text, work.program, work.experiment, work.table)
-    return made, made.features, about
+    return made, size, about
 
 
 def _jacobian(

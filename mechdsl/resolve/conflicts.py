@@ -99,7 +99,7 @@ def _gradient_problem(
         span = save.spec.at.span if save.in_reply else said.span
         reason, hint = "a selected token has no gradient", "name positions in the prompt"
         return span, "tokens of a reply", reason, hint
-    none = _without_gradient(measure, save.run, at_base=True)
+    none = find_flat_part(measure, save.run, at_base=True)
     return None if none is None else (said.metric.span, f"`{none[0]}`", *none[1:])
 
 
@@ -235,7 +235,7 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
                 reason = "no patched run is measured"
                 hint = "measure `as delta`, `as recovery` or `as relative`"
             yield _no_estimate(said, own.effect_span, what, reason, hint)
-        flat = _without_gradient(
+        flat = find_flat_part(
             measure,
             experiment.spec.base,
             at_base=said.steps is None,
@@ -246,7 +246,7 @@ def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterat
             yield _no_estimate(said, own.metric.span, f"`{text}`", reason, hint)
 
 
-def _without_gradient(
+def find_flat_part(
     measure: ResolvedMeasure, run: str, *, at_base: bool, along_path: str = ""
 ) -> tuple[str, str, str] | None:
     """Return the part of a measure without a gradient in a run, the reason and a hint; None if

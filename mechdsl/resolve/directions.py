@@ -9,7 +9,6 @@ from math import isfinite
 
 from mechdsl.base import limits
 from mechdsl.base.safetensors_files import UnreadableFile, inspect_safetensors
-from mechdsl.base.source import Source, Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.experiments import BadPick
@@ -27,7 +26,7 @@ from mechdsl.program.direction_methods import (
     option_problem,
     sample_problem,
 )
-from mechdsl.program.directions import FitRows, fit_rows_of_call
+from mechdsl.program.directions import FitRows, fit_rows_of_call, last_token
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.prompts.positions.cells import resolve_positions
@@ -209,7 +208,7 @@ def resolve_samples(
     run = table.runs[rows.run]
     if rows.model is not None and rows.model != work.model.name:
         run = replace(run, model=rows.model)
-    at = at or _last_token(call)
+    at = at or last_token(call)
     parameters = {
         name: value
         for name, value in work.program.parameters.items()
@@ -223,14 +222,6 @@ def resolve_samples(
         return None
     targets = _targets(call, table.runs[rows.run].rows)
     return {cell.label: FitSample(table, run, cell, targets) for cell in cells}
-
-
-def _last_token(call: ast.Call) -> ast.Positions:
-    """Create the position `last token`."""
-    span = Span(Source("last token", call.span.source.path), 0, len("last token"))
-    edge = ast.EdgeToken("last", span=span)
-    point = ast.Position(ast.Point(edge, span=span), span=span)
-    return ast.Positions((point,), span=span)
 
 
 def _names_value(call: ast.Call) -> bool:

@@ -1,26 +1,33 @@
-"""Resolve what `fit(…)` trains: the facts of a dictionary before it is trained, and whether its
-training rows differ from the rows that an experiment measures."""
+"""Resolve what `fit(…)` trains: the facts of a dictionary or a rotation before it is trained, the
+measure that a rotation is trained on, and whether training rows differ from measured rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 
+from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.rules import MeasuredOnTrainingRows
+from mechdsl.diagnostics.experiments import NoEstimate
+from mechdsl.diagnostics.rules import BadBasis, MeasuredOnTrainingRows
 from mechdsl.dictionaries.folder import ENCODED_SITES, DictionaryFile
 from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import TRAINING_DEFAULTS
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import TRAINERS
+from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.conflicts import SITES_WITHOUT_GRADIENT, find_flat_part
 from mechdsl.resolve.types import (
     FitSample,
     ModelContext,
+    ResolvedExperiment,
     SitePoint,
     TrainedDictionary,
+    TrainedRotation,
     Training,
     count_numbers,
 )
@@ -28,6 +35,9 @@ from mechdsl.syntax import ast
 
 FEWEST_ROWS = 2
 """Rows of a training: one to learn from, and one that is held out."""
+
+ROTATION = "rotation"
+"""Name of the tensor with the directions of a trained rotation, one per row."""
 
 
 def outline_training(
@@ -37,8 +47,8 @@ def outline_training(
     point: SitePoint,
     program: spec.Program,
     model: ModelContext,
-) -> TrainedDictionary:
-    """Return the dictionary that a `fit` line declares, with its weights if they are known.
+) -> TrainedDictionary | TrainedRotation:
+    """Return what a `fit` line declares, with its weights if they are known.
 
     Args:
         options: Constants of the call.
@@ -47,10 +57,14 @@ def outline_training(
         model: The model of the experiment.
     """
     training = _describe_training(definition, options, sample, point, program, model)
-    found = program.trained.get(training.name)
-    if found is not None:
-        file, _ = found
-        assert isinstance(file, DictionaryFile)
+    trainer = TRAINERS[training.trainer]
+    file = program.trained.get(training.name, (None, ""))[0]
+    if trainer.makes == "rotation":
+        size = trainer.size(training.of_trainer)
+        if isinstance(file, SafetensorsFile):
+            return TrainedRotation(file.path, ROTATION, file.digest, size, training)
+        return TrainedRotation(Path(), ROTATION, "", size, training)
+    if isinstance(file, DictionaryFile):
         facts = {each.name: getattr(file, each.name) for each in fields(DictionaryFile)}
         return TrainedDictionary(**facts, training=training)
     return _without_weights(training, model.shape)
@@ -73,18 +87,21 @@ def _describe_training(
         assert argument.name is not None
         assert value is not None
         own[argument.name] = value
-    transcodes = TRAINERS[inner.name].outline(own).transcodes
+    trainer = TRAINERS[inner.name]
+    transcodes = trainer.makes == "dictionary" and trainer.outline(own).transcodes
     words = (definition.name, point.site, point.layer, point.unit, sample.run.model, model.key)
     return Training(
         name=" ".join(str(word) for word in words if word is not None),
+        definition=definition.name,
         trainer=inner.name,
         of_trainer=own,
-        options={**TRAINING_DEFAULTS, **options},
+        options={**TRAINING_DEFAULTS, **trainer.defaults, **options},
         sample=sample,
         encoded=SitePoint(ENCODED_SITES[0], point.layer, None) if transcodes else point,
         made=point,
         seed=int(options.get("seed", program.seed)),
         span=call.span,
+        minimises=any(each.name == "minimise" for each in call.arguments),
     )
 
 
@@ -140,13 +157,13 @@ def check_held_out(
 
 
 def describe_training(
-    made: TrainedDictionary,
+    made: TrainedDictionary | TrainedRotation,
     rows: str,
     program: spec.Program,
     experiment: spec.Experiment,
     table: PromptTable,
 ) -> str:
-    """Describe a declared dictionary for conventions and `explain`.
+    """Describe a declared dictionary or rotation for conventions and `explain`.
 
     Args:
         rows: `80 rows of fruit.train at tokens *`
@@ -160,3 +177,78 @@ def describe_training(
     if shared:
         text += f"; {shared} of the {len(table)} rows measured here are training rows"
     return text
+
+
+# --- the measure of a rotation --------------------------------------------------------------------
+
+
+def paired_positions(objective: ResolvedExperiment) -> tuple[PositionCell, PositionCell]:
+    """Return the tokens that a training writes in the clean run, and those that it reads in the
+    source run; rows that lack one of them have neither."""
+    positions = objective.rules[0].positions
+    ((key, written),) = positions.written.items()
+    return written, positions.read[key]
+
+
+def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield problems of the rows and the measure that a rotation is trained on.
+
+    Codes: E0608 for a measure without a gradient, E0342 for runs and positions.
+
+    Args:
+        objective: As in `mechdsl.program.trainings`, resolved.
+    """
+    yield from _check_gradient(objective)
+    rule, table = objective.rules[0], objective.table
+    measure = objective.measures[0]
+    runs = [table.runs[name] for name in dict.fromkeys((rule.run, *measure.compared_runs))]
+    for run in (each for each in runs if each.noise is not None):
+        yield BadBasis(
+            span=rule.spec.span,
+            reason=f"`{run.name}` has noise, and a rotation is trained on runs without noise",
+            hint="name a corruption that changes the text",
+        )
+    if len(rule.positions.written) != 1 or objective.model.stands_in or table.stands_in:
+        return  # several positions are an error of the basis
+    cell, _ = paired_positions(objective)
+    span = rule.spec.at.span
+    rows = [row for row, hits in enumerate(cell.hits) if hits]
+    repeated = next((row for row in rows if len(cell.hits[row]) > 1), None)
+    if repeated is not None:
+        many = len(cell.hits[repeated])
+        reason = f"row {repeated} has `{cell.label}` {many} times, and a rotation is trained at one"
+        yield BadBasis(span=span, reason=reason, hint="name one of them: `item 1 token`")
+    elif is_after_prompts(cell, table.runs[objective.spec.base].rows):
+        reason = "a rotation is trained at tokens of the prompt, not of the answer"
+        yield BadBasis(span=span, reason=reason, hint="name a position of the prompt")
+    elif len(rows) < FEWEST_ROWS:
+        reason = f"fewer than {FEWEST_ROWS} rows of `{table.name}` have `{cell.label}` in both runs"
+        yield BadBasis(span=span, reason=reason, hint="name a position that more rows have")
+
+
+def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0608 for a measure or a site without a gradient."""
+    (rule,), (measure,), (said,) = objective.rules, objective.measures, objective.spec.measures
+    problem = find_flat_part(measure, objective.spec.base, at_base=False)
+    found = None if problem is None else (said.metric.span, f"`{problem[0]}`", *problem[1:])
+    if found is None and measure.in_reply is not None:
+        hint = "measure a logit, a probability or a difference of logits"
+        found = said.span, "tokens of a reply", "a selected token has no gradient", hint
+    points = () if rule.sites is None else (p for own in rule.sites.points.values() for p in own)
+    flat = sorted({point.site for point in points} & {*SITES_WITHOUT_GRADIENT})
+    if found is None and flat:
+        assert rule.spec.site is not None
+        hint = "name a site such as `resid_post`, `z` or `mlp_out`"
+        reason = "mechdsl doesn't compute gradients at this site"
+        found = rule.spec.site.span, f"with respect to `{flat[0]}`", reason, hint
+    if found is not None:
+        span, what, reason, hint = found
+        statement = objective.spec.trains
+        yield NoEstimate(
+            span=span,
+            statement=statement,
+            verb="differentiate",
+            what=what,
+            reason=reason,
+            hint=hint,
+        )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 from mechdsl.base.hashing import digest
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
+from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import UNKNOWN_FACTS, UnknownFact
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.dictionaries.labels import FeatureLabels
@@ -217,6 +218,8 @@ class Training(Record):
 
     name: str
     """Identifies it within a file: its basis, site and model."""
+    definition: str
+    """Name of the `basis` line."""
     trainer: str
     """Its name in `TRAINERS`."""
     of_trainer: Mapping[str, Constant]
@@ -224,7 +227,7 @@ class Training(Record):
     options: Mapping[str, Constant]
     """Options of `fit`, with their defaults."""
     sample: FitSample
-    """The rows, and the tokens whose vectors it is trained on, one by one."""
+    """The rows; for a dictionary, with the tokens whose vectors it is trained on, one by one."""
     encoded: SitePoint
     """The site of the vectors that are encoded."""
     made: SitePoint
@@ -232,6 +235,8 @@ class Training(Record):
     seed: int
     span: Span = field(compare=False)
     """Where the file declares it."""
+    minimises: bool = False
+    """Whether the measure of a rotation is minimised, not maximised."""
 
 
 @record
@@ -248,6 +253,28 @@ class TrainedDictionary(DictionaryFile):
     def is_trained(self) -> bool:
         """Whether it has weights."""
         return bool(self.digest)
+
+
+@record
+class TrainedRotation(SavedVector):
+    """Orthonormal directions that a file declares with `fit`, the rows of a matrix of the store.
+
+    Until its training is found in the store, its digest is empty.
+    """
+
+    size: int
+    """Number of directions."""
+    training: Training = field(compare=False)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has weights."""
+        return bool(self.digest)
+
+    @property
+    def kind(self) -> str:
+        """Description for tables and conventions."""
+        return f"{self.training.trainer} rotation with {count_noun(self.size, 'direction')}"
 
 
 BasisOperand: TypeAlias = (

@@ -1,13 +1,13 @@
-"""Trained dictionaries as a table."""
+"""Trained dictionaries and rotations as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from mechdsl.execute.run_record import TrainedFit
+from mechdsl.execute.run_record import RotationReport, TrainedFit, TrainingReport
 from mechdsl.show.reports.text import print_hanging
 
 NOTES = {
@@ -17,14 +17,39 @@ NOTES = {
     "active": "mean number of active features of a vector",
     "inactive": "features that are active for none of these vectors",
 }
-"""Columns, as the lines below the table explain them."""
+"""Columns of dictionaries, as the lines below the table explain them."""
+
+ROTATION_NOTES = {
+    "trained": "mean of the measure over held-out rows while the trained subspace is patched; "
+    "without any, over training rows",
+    "random": "the same for a random subspace of the same size",
+    "no patch": "the same in the clean run",
+    "whole": "the same while the whole vector is patched",
+}
+"""Columns of rotations."""
 
 
 def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
-    """Print a line per dictionary, with its controls, and where it is stored."""
+    """Print a line per dictionary or rotation, with its controls, and where it is stored."""
+    rotations = [fit for fit in fits if isinstance(fit.report, RotationReport)]
+    others = [fit for fit in fits if fit not in rotations]
+    for own, notes in ((others, NOTES), (rotations, ROTATION_NOTES)):
+        if own:
+            _print_table(own, notes, console)
+    if any(fit.report.stopped_early for fit in fits):
+        print_hanging("  *: ", "stopped early, with the best weights", console)
+    for fit in fits:
+        what = f"{fit.what} at {fit.site}, in {fit.folder}"
+        if isinstance(fit.report, RotationReport):
+            what = f"{fit.report.objective}; {what}"
+        print_hanging(f"  {fit.basis}: ", what, console)
+
+
+def _print_table(fits: Sequence[TrainedFit], notes: Mapping[str, str], console: Console) -> None:
+    """Print a table of trainings of one kind, and the meaning of its columns."""
     table = Table(box=None, padding=(0, 1), show_edge=False)
     table.add_column("basis", no_wrap=True)
-    for name in ("rows", "held out", "steps", *NOTES, "seconds"):
+    for name in ("rows", "held out", "steps", *notes, "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for fit in fits:
         report = fit.report
@@ -33,17 +58,23 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
             f"{report.rows:,}",
             f"{report.held_out_rows:,}",
             f"{report.steps:,}" + ("*" if report.stopped_early else ""),
-            f"{report.explained:.3f}",
-            f"{report.untrained_explained:.3f}",
-            f"{report.components_explained:.3f}",
-            f"{report.active:.1f}",
-            f"{report.inactive:,}",
+            *_numbers(report),
             f"{fit.seconds:.1f}" if fit.seconds else "stored",
         )
     console.print(table)
-    for name, note in NOTES.items():
+    for name, note in notes.items():
         print_hanging(f"  {name}: ", note, console)
-    if any(fit.report.stopped_early for fit in fits):
-        print_hanging("  *: ", "stopped early, with the best weights", console)
-    for fit in fits:
-        print_hanging(f"  {fit.basis}: ", f"{fit.what} at {fit.site}, in {fit.folder}", console)
+
+
+def _numbers(report: TrainingReport | RotationReport) -> list[str]:
+    """Return the cells of the columns of `NOTES` or `ROTATION_NOTES`."""
+    if isinstance(report, RotationReport):
+        means = (report.trained, report.untrained, report.unpatched, report.whole)
+        return [f"{mean:.3f}" for mean in means]
+    return [
+        f"{report.explained:.3f}",
+        f"{report.untrained_explained:.3f}",
+        f"{report.components_explained:.3f}",
+        f"{report.active:.1f}",
+        f"{report.inactive:,}",
+    ]

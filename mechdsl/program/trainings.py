@@ -1,0 +1,110 @@
+"""What a rotation is trained on: rows, a patch and a measure, as an experiment that no user sees.
+
+`basis d = fit(das(dims: 2), prompts: p.train, from: fewer, maximise: M) at SITE at POSITIONS` is
+trained on the rows of `prompts p.train` with `from fewer into clean`, `patch SITE at POSITIONS` and
+`measure M as raw`.
+"""
+
+from __future__ import annotations
+
+from mechdsl.diagnostics.core import did_you_mean, has_errors
+from mechdsl.diagnostics.names import BadArgument, UnknownName
+from mechdsl.program import spec
+from mechdsl.program.basis_methods import BASIS_METHODS, OBJECTIVES
+from mechdsl.program.directions import FitRows, fit_rows_of_basis, last_token
+from mechdsl.program.measures import lower_measure, lower_statistics
+from mechdsl.program.names import Namespace
+from mechdsl.program.prompts import named_corruptions
+from mechdsl.program.statements import Statements, mark_names_used
+from mechdsl.program.trainers import TRAINERS
+from mechdsl.syntax import ast
+
+
+def lower_objectives(parts: spec.Definitions, scope: Namespace) -> None:
+    """Lower what the bases of a file are trained on, after the metrics and prompts they name.
+
+    Codes: E0201 for runs, E0207 for runs of other rows, and those of measures.
+    """
+    for name, basis in list(parts.bases.items()):
+        if not trains_rotation(basis):
+            continue
+        rows = fit_rows_of_basis(basis, parts)
+        found = None if rows is None else _lower_objective(basis, rows, parts, scope)
+        if found is None:
+            del parts.bases[name]  # its error is reported
+            continue
+        parts.objectives[name] = found
+        used = named_corruptions(found, parts.prompts[found.prompts])
+        parts.bases[name] = basis.model_copy(update={"changed_by": used})
+
+
+def trains_rotation(basis: spec.Basis) -> bool:
+    """Whether a basis is trained on the effect of a patch."""
+    if BASIS_METHODS[basis.method.name].takes != "training":
+        return False
+    inner = next(each.value for each in basis.method.arguments if each.name is None)
+    return isinstance(inner, ast.Call) and TRAINERS[inner.name].makes == "rotation"
+
+
+def _lower_objective(
+    basis: spec.Basis, rows: FitRows, parts: spec.Definitions, scope: Namespace
+) -> spec.Experiment | None:
+    """Lower what one basis is trained on; None after an error."""
+    call, before = basis.method, len(scope.diagnostics)
+    given = {each.name: each.value for each in call.arguments}
+    inner = given[None]
+    assert isinstance(inner, ast.Call)
+    assert rows.block is not None
+    block = parts.prompts[rows.block]
+    source = _source_run(given["from"], block, scope)
+    if rows.run != spec.CLEAN:
+        node = given["prompts"]
+        part = "" if rows.part is None else f".{rows.part}"
+        reason = f"names the run `{rows.run}`, and the subspace comes into the clean run"
+        hint = f"write `prompts: {rows.block}{part}, from: {rows.run}`"
+        scope.diagnostics.append(
+            BadArgument(span=node.span, name=node.span.written, reason=reason, hint=hint)
+        )
+    node = next(given[each] for each in OBJECTIVES if each in given)
+    if isinstance(node, ast.Range | ast.Quantity | ast.Site | ast.SiteMap):
+        hint = "write a metric: `maximise: logit(answer of fewer)`"
+        scope.diagnostics.append(
+            BadArgument(span=node.span, name=node.span.written, reason="is no measure", hint=hint)
+        )
+        return None
+    effect = ast.Name("raw", span=node.span)
+    measure = lower_measure(ast.Measure(node, effect, span=node.span), parts, scope)
+    if has_errors(scope.diagnostics[before:]):
+        return None
+    at = basis.at or last_token(call)
+    name = ast.Name(basis.name, span=call.span)
+    work = Statements(ast.ExperimentDef(name, (), span=call.span), parts, scope)
+    mark_names_used(basis.site, work)
+    mark_names_used(at, work)
+    return spec.Experiment(
+        span=basis.span,
+        name=f"basis {basis.name}",
+        model="",
+        prompts=rows.block,
+        part=rows.part,
+        limit=rows.limit,
+        source=source,
+        rules=(spec.Rule(span=call.span, verb="patch", site=basis.site, at=at, source=source),),
+        measures=(measure,),
+        statistics=lower_statistics(work),
+        trains=f"fit({inner.name}(…))",
+    )
+
+
+def _source_run(node: ast.Node, block: spec.Prompts, scope: Namespace) -> str:
+    """Return the run whose subspace comes in. Reports E0201 unless the block has it."""
+    known = [each.name for each in block.corruptions]
+    name = node.id if isinstance(node, ast.Name) else node.span.written
+    if name not in known:
+        listed = ", ".join(f"`{each}`" for each in known)
+        hint = f"corruptions of `{block.name}` are {listed}"
+        if not known:
+            hint = f"add a corruption to `{block.name}`: `corrupt fewer {{ … }}`"
+        hint = did_you_mean(name, known, hint)
+        scope.diagnostics.append(UnknownName(span=node.span, kind="run", name=name, hint=hint))
+    return name
