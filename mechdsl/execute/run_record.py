@@ -264,3 +264,6 @@ NUMERIC_VERSION = 5
 """Version of results. Raise it with every change that alters some file's numbers beyond the last
 bits. Until then, a run reads values from the store that the previous code computed.
 `tests/execute/test_numeric_version.py` detects such changes."""
+
+TRAINING_VERSION = 1
+"""Version of trained weights. Raise it with every change that alters them."""

@@ -17,9 +17,6 @@ from torch import Generator, Tensor
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.text import count_noun
 
-TRAINING_VERSION = 1
-"""Version of the training. Raise it with every change that alters trained weights."""
-
 EVALUATIONS = 20
 """How often the loss on held-out vectors is computed during a training."""
 

@@ -32,8 +32,7 @@ from mechdsl.models.folder import FileHasher, hash_file, json_digest
 from mechdsl.pipeline.identities import (
     ModelIdentities,
     RunKeyError,
-    cached_device,
-    detect_device,
+    find_device,
 )
 from mechdsl.pipeline.options import RunOptions, check_folders
 from mechdsl.pipeline.trained_files import attach_fits, list_untrained
@@ -378,8 +377,8 @@ class _Run:
 
     def _with(self, store: Store) -> RunOutcome:
         with _asking():
-            device = self._device(store)
-            if device is None:
+            device = find_device(store, self._options.device)
+            if device is None:  # reported when the run is computed
                 return self._without()
             try:
                 key = self._key(store, device)
@@ -398,18 +397,6 @@ class _Run:
             if not store.writable:
                 self._warn("is read-only, so nothing is stored")
             return self._kept(store, key, device, run)
-
-    def _device(self, store: Store) -> str | None:
-        """Return the type of the device; None if it doesn't exist."""
-        name = self._options.device
-        found = cached_device(store, name)
-        if found is None:
-            from mechdsl.loading.devices import explain_device_problem
-
-            if explain_device_problem(name) is not None:  # reported when the run is computed
-                return None
-            found = detect_device(store, name)
-        return found
 
     def _key(self, store: Store, device: str) -> str:
         """Return the run's key. Raises RunKeyError, StoreProblem, OSError."""

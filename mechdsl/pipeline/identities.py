@@ -97,6 +97,19 @@ def cached_device(store: Store, name: str) -> str | None:
     return "cpu" if name == "cpu" else store.note(_place(name))
 
 
+def find_device(store: Store, name: str) -> str | None:
+    """Return the type of device that a name refers to, with the name of a GPU; None if it doesn't
+    exist. Raises StoreProblem, OSError."""
+    found = cached_device(store, name)
+    if found is None:
+        from mechdsl.loading.devices import explain_device_problem
+
+        if explain_device_problem(name) is not None:
+            return None
+        found = detect_device(store, name)
+    return found
+
+
 def detect_device(store: Store, name: str) -> str:
     """Determine the type of a device with torch, and cache it; torch's error if it is missing."""
     import torch

@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +31,12 @@ from mechdsl.execute.run_record import (
     CARD_FILE,
     NUMERIC_VERSION,
     ROTATION_FILE,
+    TRAINING_VERSION,
     RotationReport,
     TrainingReport,
 )
-from mechdsl.models.folder import FileHasher, json_digest
-from mechdsl.pipeline.identities import ModelIdentities, RunKeyError
+from mechdsl.models.folder import json_digest
+from mechdsl.pipeline.identities import ModelIdentities, RunKeyError, find_device
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.program.code_hashes import CodeHashError, hash_module_code
 from mechdsl.program.plugins import hash_plugin_code
@@ -122,28 +122,29 @@ class FitKeys:
     options: RunOptions
     loaded: Mapping[str, LoadedModel]
     """Models from Python, by name."""
-    hashed: FileHasher
-    """Computes SHA-256 of a file."""
+    store: Store
 
     def of(self, fit: DeclaredFit) -> str:
         """Return the key of a training: SHA-256 of everything that its weights depend on.
 
         Raises:
-            RunKeyError: The model can't be identified.
+            RunKeyError: The model can't be identified, or the device doesn't exist.
             OSError: A file can't be read.
         """
-        from mechdsl.fits.training import TRAINING_VERSION
         from mechdsl.planner.value_keys import RunContents
 
         training, sample = fit.training, fit.training.sample
         name = sample.run.model or fit.experiment.model.name
         known = {**self.checked.built, **self.loaded}
-        told = ModelIdentities(self.checked, known, self.hashed).told(name)
+        told = ModelIdentities(self.checked, known, self.store.file_hash).told(name)
         model = digest(json_digest(told))
         contents = RunContents({name: model}, name, self.checked.program.seed)
         content = contents.of(sample.run, sample.table).tolist()
         rows = zip(sample.table.row_keys, content, sample.cell.hits, strict=True)
         encoded, made = training.encoded, training.made
+        device = find_device(self.store, self.options.device)
+        if device is None:
+            raise RunKeyError(f"there is no device `{self.options.device}`")
         parts: dict[str, object] = {
             "version": [TRAINING_VERSION, NUMERIC_VERSION],
             "packages": [package_version(package) for package in VERSIONED_PACKAGES],
@@ -156,12 +157,7 @@ class FitKeys:
             "model": told,
             "rows": [[key, own, list(hits)] for key, own, hits in rows],
             "noise": self.checked.program.seed if sample.run.noise is not None else None,
-            "run": [
-                self.options.dtype,
-                _device(self.options.device),
-                self.options.execution.side,
-                self.options.execution.prompt_tokens,
-            ],
+            "run": [self.options.dtype, device, self.options.execution.side],
         }
         if fit.objective is not None:
             parts["objective"] = _objective(fit.objective, training.minimises, contents)
@@ -200,13 +196,6 @@ def _objective(
 def _told(options: Mapping[str, Any]) -> dict[str, str]:
     left_out = ("measure_on_training_rows", "seed", "prompts", "limit")
     return {name: repr(value) for name, value in options.items() if name not in left_out}
-
-
-@cache
-def _device(name: str) -> str:
-    from mechdsl.loading.devices import get_device
-
-    return get_device(name).type
 
 
 # --- trained files --------------------------------------------------------------------------------
@@ -275,7 +264,7 @@ def attach_fits(
         return checked
     found: dict[str, tuple[TrainedFile, str]] = {}
     with suppress(StoreProblem), Store(folder) as store:
-        keys = FitKeys(checked, options, loaded or {}, store.file_hash)
+        keys = FitKeys(checked, options, loaded or {}, store)
         for name, fit in fits.items():
             with suppress(RunKeyError, OSError):
                 known = read_fit(folder / FITS_FOLDER / keys.of(fit), fit)

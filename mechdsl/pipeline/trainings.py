@@ -89,7 +89,7 @@ def _train_missing(
 ) -> tuple[list[TrainedFit], list[Diagnostic]]:
     """Train what the store doesn't have. Raises StoreProblem, OSError."""
     fits = fits_of_file(checked)
-    keys = FitKeys(checked, options, loaded, store.file_hash)
+    keys = FitKeys(checked, options, loaded, store)
     done: list[TrainedFit] = []
     due: list[tuple[DeclaredFit, Path]] = []
     problems: list[Diagnostic] = []

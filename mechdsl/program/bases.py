@@ -190,6 +190,7 @@ def _check_arguments(
         assert block is not None
         check_fit_rows(block, parts, scope)
         _check_trainer(call, values[0], parts, scope)
+        _check_patience(call, parts, scope)
     elif method.takes in ROW_OPERANDS:
         check_fit_rows(fitted_block(method, values), parts, scope)
     if method.takes == "jacobian" and not isinstance(values[1], ast.SiteMap):
@@ -208,6 +209,17 @@ def _check_arguments(
         _check_matrix_rows(call, method, values, parts, scope)
     if method.takes in ("file", "dictionary"):
         _check_texts(call, method, values, parts, scope)
+
+
+def _check_patience(call: ast.Call, parts: Definitions, scope: Namespace) -> None:
+    """Report E0342 for early stopping without held-out rows."""
+    named = {each.name: each for each in call.arguments}
+    if "patience" not in named or "validation" not in named:
+        return
+    if constant_value(named["validation"].value, parts.parameters) == 0:
+        reason = "`patience` needs held-out rows, and `validation: 0%` holds out none"
+        hint = "remove `patience`, or write `validation: 10%`"
+        scope.diagnostics.append(BadBasis(span=named["patience"].span, reason=reason, hint=hint))
 
 
 def _check_trainer(call: ast.Call, node: ast.Node, parts: Definitions, scope: Namespace) -> None:

@@ -435,6 +435,19 @@ _file(
     "al. 2024, arXiv 2407.14435",
 )
 _file(
+    "basis: a trained rotation",
+    "basis b = fit(das(dims: 2), prompts: fruit.train, from: fewer, "
+    "maximise: logprob(answer of fewer)) at resid_post layer 1 at last token",
+    "The directions of a subspace that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains: "
+    "while the subspace of the run `from` replaces that of the clean run at the named tokens, "
+    "the metric has the largest mean, or with `minimise` the smallest. The metric needs a "
+    "gradient, and both runs have as many tokens there. The options are those of "
+    "a trained dictionary; defaults are `steps` (500), `batch` (32 rows), `rate` (0.01) and "
+    '`validation` (20%). Rules use the basis like `saved("FILE", "rotation")`.',
+    "tests/pipeline/test_trained_rotations.py",
+    "Geiger et al. 2023, arXiv 2303.02536",
+)
+_file(
     "basis: transcoder",
     'basis t = transcoder("tc") at mlp_out layer 1',
     "The features of a transcoder, in the layouts of `sae`, or in a `layer_1.safetensors` of "
