@@ -20,31 +20,30 @@ _EXAMPLES_ONLY = ("Images", "Positions in images", "Experiments on images", "Cla
 _INTRO = """\
 # mechdsl for agents
 
-A `.mech` file defines models, prompts and experiments: interventions on activations, metrics and
-statistics. Write a file, then use these commands:
+A `.mech` file defines models, prompts and experiments. Write one, then use these commands:
 
     mechdsl validate FILE --format json   # exit status 2: errors with line, message and fix
-    mechdsl plan FILE                     # cost, without running the model
-    mechdsl run FILE --format json        # results; --limit 8 for a quick try, --set name=VALUE
-    mechdsl explain FILE                  # tokens of each prompt, with positions marked
-    mechdsl explain WORD                  # every construct with a word, or a code such as E0301
-    mechdsl sites counting                # layers, heads, sites: zoo name, folder or ORG/NAME
+    mechdsl plan FILE                     # cost, without a run
+    mechdsl run FILE --format json        # results; --limit 8: a quick try, --set name=VALUE
+    mechdsl explain FILE                  # tokens of each prompt, with positions
+    mechdsl explain WORD                  # constructs with a word, or a code such as E0301
+    mechdsl sites counting                # layers, heads, sites
     mechdsl new FILE --task counting      # a file that runs
 
 Rules of the notation:
 
-- The first line is `mech 1`. White space and newlines have no meaning; `#` begins a comment.
+- The first line is `mech 1`. White space has no meaning; `#` begins a comment.
 - Blocks are in braces. Options have a colon: `pca(fruit, component: 2)`. Texts are in `"…"`.
 - Layers and heads count from 0. Ranges include both ends: `layer 0..3`. `*` means all.
 - The singular sweeps (`layer 0..2`: three runs), the plural joins (`layers 0..2`: one run).
 - Order in a rule: verb, site, `at` position, the rest: `patch resid_post layer 3 at last token`.
 - `from SOURCE into BASE` names runs: `clean`, a `corrupt` block, or `other_prompts.clean`.
   Rules act on the base run; `patch` reads from the source run.
-- In texts `{name}` inserts a value and marks a span: `name token`, `last-name token`.
+- In texts `{name}` inserts a value and marks a span: `last-name token`.
 - An answer usually begins with a space: `answer " {count}"`.
 - `measure EXPRESSION as EFFECT`: `raw` (value), `delta` (change) or `recovery` (0 base, 1 source).
 - All rules of an experiment act in one run; their sweeps are the axes of its table.
-- Write one experiment per question. `expect` states a claim that the run verifies.
+- Write one experiment per question. `expect` states a claim, verified by the run.
 """
 
 AGENT_SETUP = """\

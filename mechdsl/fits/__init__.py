@@ -1,6 +1,7 @@
 """Fits to vectors of rows: means, principal components, linear probes, similarities, ranks,
-sparse dictionaries.
+sparse dictionaries, rotations.
 
 In: arrays of vectors and targets, [row, width]. Out: weights, directions, held-out predictions,
-numbers. Imports base, numpy and scipy; torch only in `training` and `sparse_training`.
+numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`
+and `rotations`.
 """

@@ -437,7 +437,7 @@ _file(
 _file(
     "basis: a trained rotation",
     "basis b = fit(das(dims: 2), prompts: fruit.train, from: fewer, "
-    "maximise: logprob(answer of fewer)) at resid_post layer 1 at last token",
+    "maximise: logit(answer of fewer)) at resid_post layer 1",
     "The directions of a subspace that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains: "
     "while the subspace of the run `from` replaces that of the clean run at the named tokens, "
     "the metric has the largest mean, or with `minimise` the smallest. The metric needs a "

@@ -356,7 +356,7 @@ def on_top(example: str) -> str:
     if example.startswith("basis b ="):
         used = "patch feature 0 of b at last token"
         lines = tuple(used if line.startswith("patch") else line for line in lines)
-    if ".train)" in example:  # an experiment doesn't measure training rows
+    if "fit(" in example:  # an experiment doesn't measure training rows
         lines = tuple(line.replace("prompts fruit", "prompts fruit.test") for line in lines)
     return file.replace("BODY", "\n".join(f"  {line}" for line in lines))
 
