@@ -34,7 +34,7 @@ Rules of the notation:
 
 - The first line is `mech 1`. White space has no meaning; `#` begins a comment.
 - Blocks are in braces. Options have a colon: `pca(fruit, component: 2)`. Texts are in `"…"`.
-- Layers and heads count from 0. Ranges include both ends: `layer 0..3`. `*` means all.
+- Layers and heads count from 0. Ranges include both ends: `0..3`. `*` means all.
 - The singular sweeps (`layer 0..2`: three runs), the plural joins (`layers 0..2`: one run).
 - Order in a rule: verb, site, `at` position, the rest: `patch resid_post layer 3 at last token`.
 - `from SOURCE into BASE` names runs: `clean`, a `corrupt` block, or `other_prompts.clean`.
@@ -42,7 +42,7 @@ Rules of the notation:
 - In texts `{name}` inserts a value and marks a span: `last-name token`.
 - An answer usually begins with a space: `answer " {count}"`.
 - `measure EXPRESSION as EFFECT`: `raw` (value), `delta` (change) or `recovery` (0 base, 1 source).
-- All rules of an experiment act in one run; their sweeps are the axes of its table.
+- All rules of an experiment act in one run; their sweeps are its axes.
 - Write one experiment per question. `expect` states a claim, verified by the run.
 """
 
