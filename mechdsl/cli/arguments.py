@@ -113,6 +113,17 @@ untrusted_option = click.option(
 )
 
 
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:1."
+)
+
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    help="Override the file's dtype.",
+)
+
+
 class PassOptions(NamedTuple):
     """Command-line options for passes."""
 

@@ -13,6 +13,8 @@ from mechdsl.cli.arguments import (
     StoreOptions,
     allow_python_option,
     check_mech_file,
+    device_option,
+    dtype_option,
     files_argument,
     find_mech_files,
     format_option,
@@ -48,14 +50,8 @@ CONTINUES = "; the same command continues the training"
 @click.command()
 @files_argument
 @set_option
-@click.option(
-    "--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:1."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
-    help="Override the file's dtype.",
-)
+@device_option
+@dtype_option
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

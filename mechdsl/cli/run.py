@@ -20,6 +20,8 @@ from mechdsl.cli.arguments import (
     allow_outside_option,
     allow_python_option,
     check_mech_file,
+    device_option,
+    dtype_option,
     files_argument,
     find_mech_files,
     format_option,
@@ -370,14 +372,8 @@ def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
 @files_argument
 @set_option
 @limit_option
-@click.option(
-    "--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:1."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
-    help="Override the file's dtype.",
-)
+@device_option
+@dtype_option
 @click.option(
     "--offload",
     type=click.Path(path_type=Path),

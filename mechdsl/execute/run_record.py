@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mechdsl.base.text import count_noun, format_size
 
@@ -178,19 +178,31 @@ ROTATION_FILE = "rotation.safetensors"
 
 
 @dataclass(frozen=True)
-class TrainingReport:
-    """What a training led to, on vectors of rows that it didn't use."""
+class FitReport:
+    """What is known of every training."""
 
     rows: int
     """Training rows."""
-    vectors: int
-    """Their vectors."""
     held_out_rows: int
-    held_out_vectors: int
-    """Vectors that the following numbers are computed on; 0: on the training vectors."""
+    """Rows that the training didn't use, which its numbers are computed on; 0: on training rows."""
     steps: int
     """Steps that were done."""
     stopped_early: bool
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> Self:
+        """Create the report from JSON. Raises KeyError."""
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class TrainingReport(FitReport):
+    """What a training led to, on vectors of rows that it didn't use."""
+
+    vectors: int
+    """Vectors of the training rows."""
+    held_out_vectors: int
+    """Vectors that the following numbers are computed on; 0: on the training vectors."""
     explained: float
     """Share of the variance of the vectors that the dictionary explains."""
     active: float
@@ -203,23 +215,11 @@ class TrainingReport:
     """The share that as many principal components of the training vectors explain as features are
     active on average."""
 
-    @classmethod
-    def read(cls, content: Mapping[str, Any]) -> TrainingReport:
-        """Create the report from JSON. Raises KeyError."""
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
-
 
 @dataclass(frozen=True)
-class RotationReport:
+class RotationReport(FitReport):
     """What the training of a rotation led to: means of its measure over rows that it didn't use."""
 
-    rows: int
-    """Training rows."""
-    held_out_rows: int
-    """Rows that the following numbers are computed on; 0: on the training rows."""
-    steps: int
-    """Steps that were done."""
-    stopped_early: bool
     objective: str
     """`maximise logit(answer of fewer)`."""
     trained: float
@@ -230,11 +230,6 @@ class RotationReport:
     """The measure of the clean run."""
     whole: float
     """The measure while the whole vector is patched."""
-
-    @classmethod
-    def read(cls, content: Mapping[str, Any]) -> RotationReport:
-        """Create the report from JSON. Raises KeyError."""
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)

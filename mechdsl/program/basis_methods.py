@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
-from mechdsl.base.records import Registry, attribute_problem
+from mechdsl.base.records import Registry
 from mechdsl.base.text import Percent, name_list
-from mechdsl.program.direction_methods import MethodError, Problem, call_method
+from mechdsl.program.direction_methods import MethodError, Problem, call_class_problem, call_method
 from mechdsl.program.spec import Constant
-from mechdsl.syntax.words import name_problem
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
@@ -151,24 +150,15 @@ def basis_method(name: str) -> Callable[[type[MethodT]], type[MethodT]]:
 
 def _class_problem(name: str, entry: object) -> str | None:
     """Return the reason that a class can't be registered."""
-    wrong = name_problem(name)
+    tuples = {"options": "dims", "required": "dims"}
+    wrong = call_class_problem(name, entry, BasisMethod, arguments="dims: 8", tuples=tuples)
     if wrong is not None:
         return wrong
-    if not (isinstance(entry, type) and issubclass(entry, BasisMethod)):
-        return "it must be a subclass of `BasisMethod`"
+    assert isinstance(entry, type)
+    assert issubclass(entry, BasisMethod)
     takes = getattr(entry, "takes", None)
     if takes not in BASIS_OPERANDS and entry.__module__ != __name__:
         return f"`takes` must be one of {name_list(BASIS_OPERANDS)}, not `{takes}`"
-    example: object = getattr(entry, "example", None)
-    if not isinstance(example, str) or not example.startswith(name):
-        return f'`example` must be a call: `example = "{name}(dims: 8)"`'
-    for attribute in ("options", "required"):
-        names: object = getattr(entry, attribute)
-        if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):
-            return f'`{attribute}` must be a tuple of names: `{attribute} = ("dims",)`'
-    wrong = attribute_problem(entry, counts=())
-    if wrong is not None:
-        return wrong
     if entry.build is BasisMethod.build or entry.size is BasisMethod.size:
         return "it needs `size(self, width, rows, options)` and `build(self, given, options, size)`"
     return None

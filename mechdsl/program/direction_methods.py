@@ -154,27 +154,50 @@ def direction_method(name: str) -> Callable[[type[MethodT]], type[MethodT]]:
     return DIRECTION_METHODS.class_decorator(name, _class_problem)
 
 
-def _class_problem(name: str, entry: object) -> str | None:
-    """Return the reason that a class can't be registered."""
+def call_class_problem(
+    name: str,
+    entry: object,
+    base: type,
+    *,
+    arguments: str,
+    tuples: Mapping[str, str],
+    counts: tuple[str, ...] = (),
+) -> str | None:
+    """Return the reason that a class can't be registered as the function `name` of files.
+
+    Args:
+        arguments: Those of an example, for the message: `dims: 8`.
+        tuples: Attributes that are tuples of names, each with an example of a name.
+        counts: As in `attribute_problem`.
+    """
     wrong = name_problem(name)
     if wrong is not None:
         return wrong
-    if not (isinstance(entry, type) and issubclass(entry, FittedMethod)):
-        return "it must be a subclass of `FittedMethod`"
-    takes = getattr(entry, "takes", None)
-    if takes not in FITTED_OPERANDS:
-        known = name_list(FITTED_OPERANDS)
-        return f"`takes` must be one of {known}, not `{takes}`"
+    if not (isinstance(entry, type) and issubclass(entry, base)):
+        return f"it must be a subclass of `{base.__name__}`"
     example: object = getattr(entry, "example", None)
-    if not isinstance(example, str) or not example.startswith(f"{name}("):
-        return f'`example` must be a call: `example = "{name}(fruit)"`'
-    for attribute in ("options", "words"):
+    if not isinstance(example, str) or not example.startswith(name):
+        return f'`example` must be a call: `example = "{name}({arguments})"`'
+    for attribute, one in tuples.items():
         names: object = getattr(entry, attribute)
         if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):
-            return f'`{attribute}` must be a tuple of names: `{attribute} = ("{name}",)`'
-    wrong = attribute_problem(entry, counts=("min_rows",))
+            return f'`{attribute}` must be a tuple of names: `{attribute} = ("{one}",)`'
+    return attribute_problem(entry, counts=counts)
+
+
+def _class_problem(name: str, entry: object) -> str | None:
+    """Return the reason that a class can't be registered."""
+    tuples = {"options": name, "words": name}
+    wrong = call_class_problem(
+        name, entry, FittedMethod, arguments="fruit", tuples=tuples, counts=("min_rows",)
+    )
     if wrong is not None:
         return wrong
+    assert isinstance(entry, type)
+    assert issubclass(entry, FittedMethod)
+    takes = getattr(entry, "takes", None)
+    if takes not in FITTED_OPERANDS:
+        return f"`takes` must be one of {name_list(FITTED_OPERANDS)}, not `{takes}`"
     if entry.fit is FittedMethod.fit:
         return "it has no `fit(self, samples, options)`"
     return None

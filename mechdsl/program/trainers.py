@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from mechdsl.base.records import Registry, attribute_problem
+from mechdsl.base.records import Registry
 from mechdsl.base.text import Percent, name_list
 from mechdsl.dictionaries.folder import Architecture
-from mechdsl.program.direction_methods import Problem
+from mechdsl.program.direction_methods import Problem, call_class_problem
 from mechdsl.program.spec import Constant
-from mechdsl.syntax.words import name_problem
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, device
@@ -119,21 +118,12 @@ def trainer(name: str) -> Callable[[type[TrainerT]], type[TrainerT]]:
 
 def _class_problem(name: str, entry: object) -> str | None:
     """Return the reason that a class can't be registered."""
-    wrong = name_problem(name)
+    tuples = {"options": "features", "required": "features"}
+    wrong = call_class_problem(name, entry, Trainer, arguments="features: 512", tuples=tuples)
     if wrong is not None:
         return wrong
-    if not (isinstance(entry, type) and issubclass(entry, Trainer)):
-        return "it must be a subclass of `Trainer`"
-    example: object = getattr(entry, "example", None)
-    if not isinstance(example, str) or not example.startswith(name):
-        return f'`example` must be a call: `example = "{name}(features: 512)"`'
-    for attribute in ("options", "required"):
-        names: object = getattr(entry, attribute)
-        if not isinstance(names, tuple) or not all(isinstance(each, str) for each in names):
-            return f'`{attribute}` must be a tuple of names: `{attribute} = ("features",)`'
-    wrong = attribute_problem(entry, counts=())
-    if wrong is not None:
-        return wrong
+    assert isinstance(entry, type)
+    assert issubclass(entry, Trainer)
     if entry.makes == "rotation":
         lacks = entry.size is Trainer.size or entry.start_rotation is Trainer.start_rotation
         needs = "`size(self, options)` and `start_rotation(self, like, options, random)`"
