@@ -30,6 +30,7 @@ def default_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 def test_in_the_middle_of_a_run(tmp_path: Path) -> None:
     """What is finished is in the store."""
     (tmp_path / "long.mech").write_text(LONG, encoding="utf-8")

@@ -19,9 +19,7 @@ import pytest
 from mechdsl import zoo
 from mechdsl.execute.patching.rows import Patcher
 from mechdsl.pipeline import computation
-from mechdsl.store import index
 
-from ..quick import some
 from .conftest import HEADS, Command, Done, process
 
 HEAVY = ("torch", "transformers", "networkx", "altair", "vl_convert", "pandas", "scipy.stats")
@@ -51,9 +49,9 @@ EVERY = HEADS.replace(
 class Watched:
     """A command in a process of its own, and what it imported and opened."""
 
-    def __init__(self, *arguments: object, cwd: Path) -> None:
+    def __init__(self, *arguments: object, cwd: Path, before: str = "") -> None:
         self.done = subprocess.run(
-            [sys.executable, "-c", WATCHED, *map(str, arguments)],
+            [sys.executable, "-c", before + WATCHED, *map(str, arguments)],
             cwd=cwd,
             env={**os.environ, "COLUMNS": "100"},
             capture_output=True,
@@ -64,15 +62,15 @@ class Watched:
         self.modules, self.opened = set(seen["modules"]), seen["opened"]
 
 
-@pytest.fixture
-def first(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, Done]:
-    """A folder in which a file was run, with a store, and the output of the run."""
-    (tmp_path / "heads.mech").write_text(EVERY, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    done = command("run", "heads.mech", "--store", "kept")
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """A folder in which a file was run, with a store, and what was said."""
+    folder = tmp_path_factory.mktemp("rerun")
+    (folder / "heads.mech").write_text(EVERY, encoding="utf-8")
+    done = process("run", "heads.mech", "--store", "kept", cwd=folder)
     assert done.status == 1, done.err
     assert "expect" in done.out
-    return tmp_path, done
+    return folder, done
 
 
 @pytest.fixture
@@ -117,23 +115,20 @@ def test_from_python(made: Path) -> None:
     assert done.stdout == "{ True heads.mech: unchange\n[]\n", done.stderr
 
 
-def test_weights_are_not_read_again(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_weights_are_not_read_again(tmp_path: Path) -> None:
     """A model of 20 MB: neither its file of weights nor that of another is opened."""
     folder = own_model(tmp_path, width=256)
     assert (folder / "model.safetensors").stat().st_size > 20e6
     # A file that was just written may be written again at the same time; this one isn't.
-    monkeypatch.setattr(index, "RACY_SECONDS", 0)
-    monkeypatch.chdir(tmp_path)
-    first = command("run", "own.mech", "--store", "kept")
-    assert first.status == 0, first.err
+    now = "from mechdsl.store import index\nindex.RACY_SECONDS = 0\n"
+    first = Watched("run", "own.mech", "--store", "kept", cwd=tmp_path, before=now)
+    assert first.done.returncode == 0, first.done.stderr
+    assert weights(first)
     again = Watched("run", "own.mech", "--store", "kept", cwd=tmp_path)
     assert again.done.returncode == 0
     assert again.modules.isdisjoint(HEAVY)
-    assert any(path.endswith("own.mech") for path in again.opened)
     assert weights(again) == []
-    assert again.done.stdout == first.out
+    assert again.done.stdout == first.done.stdout
 
 
 def weights(watched: Watched) -> list[str]:
@@ -245,9 +240,7 @@ CHANGES: dict[str, tuple[tuple[tuple[str, str], ...], int, int]] = {
 """What is changed in the file; how many rows of how many the store has then."""
 
 
-@pytest.mark.parametrize(
-    "change", some(CHANGES, ["a layer more", "other positions", "more rows", "another effect"])
-)
+@pytest.mark.parametrize("change", CHANGES)
 def test_how_many_rows_are_from_the_store(
     change: str, heads: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
