@@ -638,15 +638,24 @@ def _resolve_edits(checked: CheckedFile, contexts: FileContexts) -> None:
     for name, edit in checked.program.edits.items():
         if name not in checked.program.models or name in contexts.models.given:
             continue
-        unchecked, unrun = list(checked.unchecked), list(checked.unrun)
-        known = _outline(edit, checked, contexts, {})
-        checked.unchecked[:], checked.unrun[:] = unchecked, unrun
+        known = _outline_apart(edit, checked, contexts)
         if known.resolved is None:
             continue
         problems = check_edits(known.resolved)
         checked.diagnostics.extend(problems)
         if not problems:
             checked.edits[name] = known.resolved
+
+
+def _outline_apart(
+    experiment: spec.Experiment, checked: CheckedFile, contexts: FileContexts
+) -> ExperimentOutline:
+    """Return the outline of what isn't an experiment of the file, and so isn't listed if it can't
+    be checked or run here."""
+    unchecked, unrun = list(checked.unchecked), list(checked.unrun)
+    known = _outline(experiment, checked, contexts, {})
+    checked.unchecked[:], checked.unrun[:] = unchecked, unrun
+    return known
 
 
 def _resolve_objectives(
@@ -662,10 +671,8 @@ def _resolve_objectives(
     for name, model in wanted:
         if name not in program.objectives:
             continue
-        unchecked, unrun = list(checked.unchecked), list(checked.unrun)
         objective = program.objectives[name].model_copy(update={"model": model})
-        known = _outline(objective, checked, contexts, {})
-        checked.unchecked[:], checked.unrun[:] = unchecked, unrun
+        known = _outline_apart(objective, checked, contexts)
         if known.resolved is None:
             continue
         problems = list(check_objective(known.resolved))

@@ -35,7 +35,7 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
 from mechdsl.program.trainers import TRAINERS
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.types import SitePoint, TrainedDictionary
+from mechdsl.resolve.types import SitePoint, TrainedDictionary, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
 
 CHUNK_BYTES = 1 << 28
@@ -83,8 +83,7 @@ class RowVectors:
     def _groups(self) -> list[Ints]:
         """The rows of each chunk."""
         rows = self.rows[self.held_out_count :]
-        one, other = (self._width(point) for point in self._points)
-        most = max(1, self.chunk_bytes // (4 * (one + other)))
+        most = max(1, self.chunk_bytes // (4 * sum(map(self._width, self._points))))
         ends = np.cumsum(self.counts[rows])
         number = (ends - 1) // most  # by the last vector of each row
         return [rows[number == each] for each in np.unique(number)]
@@ -94,8 +93,7 @@ class RowVectors:
         return self.declared.encoded, self.declared.made
 
     def _width(self, point: SitePoint) -> int:
-        vectors = self._read(self.rows[:1], [point])
-        return int(next(vectors)[0].shape[1])
+        return count_numbers(point, self.model.shape)
 
     @property
     def chunks(self) -> int:
@@ -105,9 +103,18 @@ class RowVectors:
     def chunk(self, number: int) -> tuple[Tensor, Tensor]:
         """Return the vectors of a chunk that are encoded, and those that are reconstructed.
 
-        [vector, width] float32 each, on the model's device; one tensor if both are the same.
+        [vector, width] float32 each, on the model's device; one tensor if both are the same. The
+        last chunk that was read stays in memory.
         """
-        return self._vectors(self._groups[number])
+        if number not in self._last:
+            self._last.clear()
+            self._last[number] = self._vectors(self._groups[number])
+        return self._last[number]
+
+    @cached_property
+    def _last(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """The chunk that was read last, by its number."""
+        return {}
 
     def held_out(self) -> tuple[Tensor, Tensor]:
         """Return vectors of the rows that the training doesn't use, as `chunk` does."""
@@ -121,11 +128,10 @@ class RowVectors:
         for found in self._read(rows, points):
             for own, vectors in zip(parts, found, strict=True):
                 own.append(vectors)
-        widths = [self._width(point) for point in points] if not len(rows) else []
         device = self.model.device
         joined = [
-            torch.cat(own) if own else torch.zeros(0, widths[place], device=device)
-            for place, own in enumerate(parts)
+            torch.cat(own) if own else torch.zeros(0, self._width(point), device=device)
+            for point, own in zip(points, parts, strict=True)
         ]
         return joined[0], joined[-1]
 

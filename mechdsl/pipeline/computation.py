@@ -11,7 +11,6 @@ import numpy as np
 
 from mechdsl.base.files import package_digest
 from mechdsl.base.hashing import digest
-from mechdsl.base.records import EXTERNAL_MODULES
 from mechdsl.base.runtime import numeric_settings
 from mechdsl.base.source import Source
 from mechdsl.base.text import name_list
@@ -45,15 +44,16 @@ from mechdsl.loading.loader import (
     check_modules,
 )
 from mechdsl.models.folder import FileHasher, hash_file
+from mechdsl.pipeline.identities import VERSIONED_PACKAGES
 from mechdsl.pipeline.loaded_models import load_needed_models
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.pipeline.trained_files import find_untrained
 from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.program import spec
-from mechdsl.program.code_hashes import CodeHashError, hash_imported_code, hash_module_code
+from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
 from mechdsl.program.lowering import lower_program
-from mechdsl.program.plugins import hash_plugin_code
+from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.python_functions import program_functions
 from mechdsl.program.run_order import expectation_experiments
 from mechdsl.program.spec import PROMPTS_AXIS
@@ -574,10 +574,6 @@ class FailFastVerdicts:
         return tuple(left)
 
 
-VERSIONED_PACKAGES = ("torch", "transformers")
-"""Packages whose version may affect any number."""
-
-
 def open_value_cache(
     run: OpenRun, checked: CheckedFile, models: Mapping[str, LoadedModel], options: RunOptions
 ) -> RunCache:
@@ -612,9 +608,7 @@ def _code(checked: CheckedFile) -> dict[str, str]:
     of the file's functions. The functions themselves are in the keys of the values that depend on
     them."""
     found = hash_imported_code([each.read_code() for each in program_functions(checked.program)])
-    for module in sorted(EXTERNAL_MODULES):
-        found |= hash_module_code(module)
-    return found | hash_plugin_code()
+    return found | hash_extension_code()
 
 
 def check_with_models(

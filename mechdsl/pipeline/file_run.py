@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.files import package_digest
-from mechdsl.base.records import EXTERNAL_MODULES
 from mechdsl.base.runtime import active_torch_mode, numeric_settings, preserve_random_state
 from mechdsl.base.source import Span
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, needed_models
@@ -36,8 +35,8 @@ from mechdsl.pipeline.identities import (
 )
 from mechdsl.pipeline.options import RunOptions, check_folders
 from mechdsl.pipeline.trained_files import attach_fits, list_untrained
-from mechdsl.program.code_hashes import CodeHashError, hash_imported_code, hash_module_code
-from mechdsl.program.plugins import LOADED_PLUGINS, hash_plugin_code
+from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
+from mechdsl.program.plugins import LOADED_PLUGINS, hash_extension_code
 from mechdsl.program.python_functions import program_functions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun, RunRow
@@ -197,10 +196,7 @@ def _python(checked: CheckedFile) -> dict[str, Any]:
     for function in program_functions(checked.program):
         contents.append(function.read_code())
         files[function.file] = function.digest
-    beside = hash_imported_code(contents)
-    for module in sorted(EXTERNAL_MODULES):
-        beside |= hash_module_code(module)
-    beside |= hash_plugin_code()
+    beside = hash_imported_code(contents) | hash_extension_code()
     return {"files": files, "beside": beside}
 
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from mechdsl.forward.hooks.model import LoadedModel
 
 
+VERSIONED_PACKAGES = ("torch", "transformers")
+"""Packages whose version may affect any number."""
+
+
 class RunKeyError(Exception):
     """A run can't be identified; the text gives the reason in lower case."""
 

@@ -11,12 +11,12 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base import limits
 from mechdsl.base.hashing import digest
-from mechdsl.base.records import EXTERNAL_MODULES
 from mechdsl.base.runtime import numeric_settings
 from mechdsl.base.safetensors_files import (
     SafetensorsFile,
@@ -36,10 +36,15 @@ from mechdsl.execute.run_record import (
     TrainingReport,
 )
 from mechdsl.models.folder import json_digest
-from mechdsl.pipeline.identities import ModelIdentities, RunKeyError, find_device
+from mechdsl.pipeline.identities import (
+    VERSIONED_PACKAGES,
+    ModelIdentities,
+    RunKeyError,
+    find_device,
+)
 from mechdsl.pipeline.options import RunOptions
-from mechdsl.program.code_hashes import CodeHashError, hash_module_code
-from mechdsl.program.plugins import hash_plugin_code
+from mechdsl.program.code_hashes import CodeHashError
+from mechdsl.program.plugins import hash_extension_code
 from mechdsl.resolve.trainings import ROTATION, paired_positions
 from mechdsl.resolve.types import (
     ResolvedExperiment,
@@ -58,10 +63,6 @@ if TYPE_CHECKING:
 
 FITS_FOLDER = "fits"
 """Folder of trainings in a store."""
-
-SECONDS_BETWEEN_CHECKPOINTS = 30.0
-
-VERSIONED_PACKAGES = ("torch", "transformers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,25 +132,17 @@ class FitKeys:
             RunKeyError: The model can't be identified, or the device doesn't exist.
             OSError: A file can't be read.
         """
-        from mechdsl.planner.value_keys import RunContents
-
         training, sample = fit.training, fit.training.sample
         name = sample.run.model or fit.experiment.model.name
-        known = {**self.checked.built, **self.loaded}
-        told = ModelIdentities(self.checked, known, self.store.file_hash).told(name)
-        model = digest(json_digest(told))
-        contents = RunContents({name: model}, name, self.checked.program.seed)
+        told, contents = self._model(name)
         content = contents.of(sample.run, sample.table).tolist()
         rows = zip(sample.table.row_keys, content, sample.cell.hits, strict=True)
         encoded, made = training.encoded, training.made
-        device = find_device(self.store, self.options.device)
-        if device is None:
-            raise RunKeyError(f"there is no device `{self.options.device}`")
         parts: dict[str, object] = {
             "version": [TRAINING_VERSION, NUMERIC_VERSION],
             "packages": [package_version(package) for package in VERSIONED_PACKAGES],
             "numbers": numeric_settings(),
-            "code": _extensions(),
+            "code": self._code,
             "trainer": [training.trainer, _told(training.of_trainer)],
             "options": _told(training.options),
             "seed": training.seed,
@@ -157,23 +150,44 @@ class FitKeys:
             "model": told,
             "rows": [[key, own, list(hits)] for key, own, hits in rows],
             "noise": self.checked.program.seed if sample.run.noise is not None else None,
-            "run": [self.options.dtype, device, self.options.execution.side],
+            "run": [self.options.dtype, self._device, self.options.execution.side],
         }
         if fit.objective is not None:
             parts["objective"] = _objective(fit.objective, training.minimises, contents)
         return json_digest(parts)
 
+    # --- what the trainings of a file share
 
-def _extensions() -> dict[str, str]:
-    """Hash the code of plugins and of other modules that extend the language, such as trainers and
-    sites. Raises RunKeyError."""
-    found = dict(hash_plugin_code())
-    try:
-        for module in sorted(EXTERNAL_MODULES):
-            found |= hash_module_code(module)
-    except CodeHashError as unknown:
-        raise RunKeyError(str(unknown)) from None
-    return found
+    @cached_property
+    def _code(self) -> dict[str, str]:
+        """The code of modules that extend the language, such as trainers and sites."""
+        try:
+            return hash_extension_code()
+        except CodeHashError as unknown:
+            raise RunKeyError(str(unknown)) from None
+
+    @cached_property
+    def _device(self) -> str:
+        found = find_device(self.store, self.options.device)
+        if found is None:
+            raise RunKeyError(f"there is no device `{self.options.device}`")
+        return found
+
+    @cached_property
+    def _models(self) -> dict[str, tuple[dict[str, Any], RunContents]]:
+        return {}
+
+    def _model(self, name: str) -> tuple[dict[str, Any], RunContents]:
+        """Return the identity of a model, and the contents of its rows."""
+        if name not in self._models:
+            from mechdsl.planner.value_keys import RunContents
+
+            known = {**self.checked.built, **self.loaded}
+            told = ModelIdentities(self.checked, known, self.store.file_hash).told(name)
+            model = digest(json_digest(told))
+            contents = RunContents({name: model}, name, self.checked.program.seed)
+            self._models[name] = told, contents
+        return self._models[name]
 
 
 def _objective(

@@ -17,11 +17,10 @@ from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import TrainingFailed
 from mechdsl.execute.run_record import CARD_FILE, RotationReport, TrainedFit, TrainingReport
-from mechdsl.pipeline.identities import RunKeyError
+from mechdsl.pipeline.identities import VERSIONED_PACKAGES, RunKeyError
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.pipeline.trained_files import (
     FITS_FOLDER,
-    VERSIONED_PACKAGES,
     DeclaredFit,
     FitKeys,
     fits_of_file,

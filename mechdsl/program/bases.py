@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mechdsl.diagnostics.core import did_you_mean
@@ -20,7 +20,6 @@ from mechdsl.program.directions import (
     check_fit_rows,
     check_row_limit,
     fitted_block,
-    training_block,
 )
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
@@ -160,15 +159,9 @@ def _check_arguments(
         if argument.name is None:
             continue
         if argument.name not in method.options:
-            known = ", ".join(f"`{each}: …`" for each in method.options)
-            hint = did_you_mean(argument.name, method.options, f"it takes {known or 'none'}")
             trains = OTHER_OBJECTIVES if method.takes == "training" else {}
-            meant = {**OTHER_OPTIONS, **trains}.get(argument.name)
-            hint = f"write `{meant}: …`" if meant in method.options else hint
-            reason = f"is no argument of `{call.name}`"
-            scope.diagnostics.append(
-                BadArgument(span=argument.span, name=argument.name, reason=reason, hint=hint)
-            )
+            others = {**OTHER_OPTIONS, **trains}
+            scope.diagnostics.append(_unknown_option(argument, call.name, method.options, others))
         elif argument.name == "limit":
             check_row_limit(call, argument, parts, scope)
         elif argument.name not in ("weights", "prompts", *ROTATION_OPTIONS):
@@ -185,14 +178,11 @@ def _check_arguments(
     if problem is not None:
         scope.diagnostics.append(problem)
         return
+    if method.takes in ROW_OPERANDS:
+        check_fit_rows(fitted_block(method, call), parts, scope)
     if method.takes == "training":
-        block = training_block(call)
-        assert block is not None
-        check_fit_rows(block, parts, scope)
         _check_trainer(call, values[0], parts, scope)
         _check_patience(call, parts, scope)
-    elif method.takes in ROW_OPERANDS:
-        check_fit_rows(fitted_block(method, values), parts, scope)
     if method.takes == "jacobian" and not isinstance(values[1], ast.SiteMap):
         scope.diagnostics.append(
             BadArgument(
@@ -209,6 +199,25 @@ def _check_arguments(
         _check_matrix_rows(call, method, values, parts, scope)
     if method.takes in ("file", "dictionary"):
         _check_texts(call, method, values, parts, scope)
+
+
+def _unknown_option(
+    argument: ast.Argument, called: str, options: Sequence[str], others: Mapping[str, str]
+) -> BadArgument:
+    """Return E0207 for an argument that isn't an option, with the one that is probably meant.
+
+    Args:
+        others: Names in other tools → an option.
+    """
+    known = ", ".join(f"`{each}: …`" for each in options)
+    hint = f"it takes {known or 'none'}"
+    if argument.name is not None:
+        hint = did_you_mean(argument.name, options, hint)
+        meant = others.get(argument.name)
+        hint = f"write `{meant}: …`" if meant in options else hint
+    name = argument.name or argument.value.span.written
+    reason = f"is no argument of `{called}`"
+    return BadArgument(span=argument.span, name=name, reason=reason, hint=hint)
 
 
 def _check_patience(call: ast.Call, parts: Definitions, scope: Namespace) -> None:
@@ -290,15 +299,7 @@ def _trainer_problem(
     """Return the problem with one argument of a trainer."""
     name = argument.name
     if name is None or name not in trainer.options:
-        known = ", ".join(f"`{each}: …`" for each in trainer.options)
-        hint = f"it takes {known}"
-        if name is not None:
-            hint = did_you_mean(name, trainer.options, hint)
-            meant = OTHER_TRAINER_OPTIONS.get(name)
-            hint = f"write `{meant}: …`" if meant in trainer.options else hint
-        reason = f"is no argument of `{trainer.name}`"
-        text = name or argument.value.span.written
-        return BadArgument(span=argument.span, name=text, reason=reason, hint=hint)
+        return _unknown_option(argument, trainer.name, trainer.options, OTHER_TRAINER_OPTIONS)
     problem = trainer.check_option(name, value)
     if problem is None:
         return None

@@ -151,7 +151,9 @@ def basis_method(name: str) -> Callable[[type[MethodT]], type[MethodT]]:
 def _class_problem(name: str, entry: object) -> str | None:
     """Return the reason that a class can't be registered."""
     tuples = {"options": "dims", "required": "dims"}
-    wrong = call_class_problem(name, entry, BasisMethod, arguments="dims: 8", tuples=tuples)
+    wrong = call_class_problem(
+        name, entry, BasisMethod, arguments="dims: 8", tuples=tuples, bare=True
+    )
     if wrong is not None:
         return wrong
     assert isinstance(entry, type)

@@ -162,6 +162,7 @@ def call_class_problem(
     arguments: str,
     tuples: Mapping[str, str],
     counts: tuple[str, ...] = (),
+    bare: bool = False,
 ) -> str | None:
     """Return the reason that a class can't be registered as the function `name` of files.
 
@@ -169,6 +170,7 @@ def call_class_problem(
         arguments: Those of an example, for the message: `dims: 8`.
         tuples: Attributes that are tuples of names, each with an example of a name.
         counts: As in `attribute_problem`.
+        bare: Whether the name alone is a call.
     """
     wrong = name_problem(name)
     if wrong is not None:
@@ -176,7 +178,7 @@ def call_class_problem(
     if not (isinstance(entry, type) and issubclass(entry, base)):
         return f"it must be a subclass of `{base.__name__}`"
     example: object = getattr(entry, "example", None)
-    if not isinstance(example, str) or not example.startswith(name):
+    if not isinstance(example, str) or not example.startswith(name if bare else f"{name}("):
         return f'`example` must be a call: `example = "{name}({arguments})"`'
     for attribute, one in tuples.items():
         names: object = getattr(entry, attribute)

@@ -134,8 +134,11 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
     return [program.bases[name] for name in names if name in program.bases]
 
 
-def fitted_block(method: BasisMethod, values: Sequence[ast.Node]) -> ast.Node:
-    """Return the argument of a basis method that names its prompt set."""
+def fitted_block(method: BasisMethod, call: ast.Call) -> ast.Node:
+    """Return the argument of a basis method's call that names its prompt set."""
+    if method.takes == "training":
+        return next(each.value for each in call.arguments if each.name == "prompts")
+    values = [each.value for each in call.arguments if each.name is None]
     return values[1] if method.takes == "value and block" else values[0]
 
 
@@ -147,23 +150,15 @@ def last_token(call: ast.Call) -> ast.Positions:
     return ast.Positions((point,), span=span)
 
 
-def training_block(call: ast.Call) -> ast.Node | None:
-    """Return the argument `prompts:` of a call."""
-    return next((each.value for each in call.arguments if each.name == "prompts"), None)
-
-
 def fit_rows_of_basis(basis: spec.Basis, program: spec.Program | Definitions) -> FitRows | None:
     """Return the rows that a basis is fitted on; None for a method without rows."""
     method = BASIS_METHODS.get(basis.method.name)
     if method is None or method.takes not in ROW_OPERANDS:
         return None
-    values = [a.value for a in basis.method.arguments if a.name is None]
-    trains = method.takes == "training"
-    block = training_block(basis.method) if trains else fitted_block(method, values)
-    rows = None if block is None else parse_fit_rows(block, program.prompts)
-    limit = _limit(basis.method, program.parameters)
+    rows = parse_fit_rows(fitted_block(method, basis.method), program.prompts)
     if rows is None:
         return None
+    limit, trains = _limit(basis.method, program.parameters), method.takes == "training"
     return replace(rows, limit=limit, trains=trains, used=rows.used | basis.changed_by)
 
 

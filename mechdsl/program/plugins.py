@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mechdsl.base import records
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.command_line import PluginNotLoaded
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
-from mechdsl.program.code_hashes import hash_package_code, note_package_code
+from mechdsl.program.code_hashes import (
+    hash_module_code,
+    hash_package_code,
+    note_package_code,
+)
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -127,6 +132,15 @@ def hash_plugin_code() -> dict[str, str]:
     for plugin in LOADED_PLUGINS.values():
         found |= hash_package_code(plugin.module)
     return found
+
+
+def hash_extension_code() -> dict[str, str]:
+    """Return module → SHA-256 of all modules that extend the language, loaded plugins among them,
+    and of what they import of the user's code. Raises CodeHashError as `hash_plugin_code`."""
+    found: dict[str, str] = {}
+    for module in sorted(records.EXTERNAL_MODULES):
+        found |= hash_module_code(module)
+    return found | hash_plugin_code()
 
 
 def plugin_versions() -> dict[str, str]:

@@ -339,7 +339,7 @@ def variant_fields(
     work: Statements,
 ) -> dict[str, object]:
     """Return the fields of a combination: its rules, derived runs, external runs and saves. A run
-    of its own model is its clean run."""
+    of the model that the combination runs on is its clean run."""
     own = runs_of_own_model(variant.model, work)
 
     def here(rules: Sequence[spec.Rule]) -> tuple[spec.Rule, ...]:

@@ -71,7 +71,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
         end = time.monotonic() + 120
         while time.monotonic() < end and one.poll() is None:
             now = {path: path.read_text() for path in states.glob("*.part/state.json")}
-            if now and now != before:  # it has written a checkpoint of its own
+            if now and now != before:  # it has written a new checkpoint
                 break
             time.sleep(0.01)
         time.sleep(drawn.uniform(0, 0.3))

@@ -320,7 +320,6 @@ def test_modules_that_add_to_the_language(
 ) -> None:
     """A rule kind of somebody's own may compute anything."""
     monkeypatch.setattr(records, "EXTERNAL_MODULES", set())
-    monkeypatch.setattr(module, "EXTERNAL_MODULES", records.EXTERNAL_MODULES)
     before = key(file)
     path = tmp_path / "adds_an_entry.py"
     path.write_text(

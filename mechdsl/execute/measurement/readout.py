@@ -13,7 +13,6 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.experiments import UnreadableMeasure
 from mechdsl.diagnostics.names import PythonFailed
-from mechdsl.dictionaries.folder import MAX_GATHERED
 from mechdsl.execute.measurement.python_metrics import (
     ReplySearchFailed,
     call_python_metric,
@@ -33,7 +32,11 @@ from mechdsl.forward.hooks.batch import (
     tensors_to_host,
     to_device,
 )
-from mechdsl.forward.hooks.coordinates import MAX_NUMBERS, CoordinateSystem
+from mechdsl.forward.hooks.coordinates import (
+    MAX_NUMBERS,
+    CoordinateSystem,
+    count_encoded,
+)
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.planner.rows import RowTable, RulePlan, expand_units, point_units
 from mechdsl.program.python_functions import PythonFailure, PythonNotLoaded
@@ -110,10 +113,7 @@ class _CodedVectors:
 
     def _means(self, vectors: Tensor, which: Tensor | None) -> Tensor:
         """Encode each vector, in parts that fit in memory."""
-        each = self.system.size
-        if which is not None and which.shape[1] <= MAX_GATHERED:
-            each = which.shape[1] * vectors.shape[1]
-        count = max(1, MAX_NUMBERS // each)
+        count = count_encoded(self.system, vectors, which)
         found = [
             self.system.encode(
                 vectors[begin : begin + count],

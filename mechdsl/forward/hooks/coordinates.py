@@ -137,6 +137,14 @@ class StandardBasis:
         return vectors + change if which is None else vectors.scatter_add(1, which, change)
 
 
+def count_encoded(system: CoordinateSystem, vectors: Tensor, which: Tensor | None) -> int:
+    """Return how many vectors [K, width] can be encoded at once, for all coordinates or [K, m]."""
+    each = system.size
+    if which is not None and which.shape[1] <= MAX_GATHERED:
+        each = which.shape[1] * vectors.shape[1]
+    return max(1, MAX_NUMBERS // each)
+
+
 @dataclass(frozen=True, eq=False)
 class CoordinateWrite:
     """Mode of a write whose values are coordinates: `set` replaces them, `add` adds to them, and
@@ -173,12 +181,10 @@ class CoordinateWrite:
             inputs: [K, width of `reads`] current vectors of this site; None for `now`.
         """
         inputs = now if inputs is None else inputs
-        each = self.system.size
-        if which is not None and which.shape[1] <= MAX_GATHERED:
-            each = which.shape[1] * now.shape[1]
+        count = count_encoded(self.system, now, which)
         if self.operation == "project out":
-            each = now.shape[1] * (self.system.size if which is None else which.shape[1])
-        count = max(1, MAX_NUMBERS // each)
+            named = self.system.size if which is None else which.shape[1]
+            count = max(1, MAX_NUMBERS // (now.shape[1] * named))
         if len(now) <= count:
             return self._apply(now, values, which, inputs)
         parts = (slice(begin, begin + count) for begin in range(0, len(now), count))
