@@ -27,6 +27,7 @@ from mechdsl.models.folder import (
     weight_files,
 )
 from mechdsl.program import spec
+from mechdsl.vocab.sites import SITES
 
 Model = TypeVar("Model")
 Outcome = tuple[LoadedModel | None, list[Diagnostic]]
@@ -40,7 +41,7 @@ _UNCHANGED: dict[int, Any] = {}
 """Models that stay alive and unchanged, by `id`."""
 _LOADED: dict[tuple[Any, ...], LoadedModel] = {}
 _ADOPTED: dict[tuple[Any, ...], tuple[Any, LoadedModel]] = {}
-"""Key → the tokenizer, which stays alive, and the model."""
+"""Key, with the registered sites → the tokenizer, which stays alive, and the model."""
 _IDENTIFIED: dict[int, tuple[LoadedModel, LoadedModel]] = {}
 
 
@@ -90,6 +91,7 @@ def _load_once(
     key = (
         *(model.name, model.path, model.revision, model.bos, dtype or model.dtype, str(device)),
         *(folder, tuple(file_stamps(model, folder).items()), os.environ.get("MECHDSL_CACHE")),
+        *SITES,
     )
     if key not in _LOADED:
         loaded, found = _LOAD(model, device=device, dtype=dtype, hashed=hashed, **more)
@@ -107,7 +109,7 @@ def _adopt_once(name: str, module: Any, tokenizer: Any, **more: Any) -> Outcome:
     """Adopt an unchanged model once for each tokenizer object."""
     if more or not is_unchanged(module) or not _is_shipped():
         return _ADOPT(name, module, tokenizer, **more)
-    key = name, id(module), id(tokenizer)
+    key = name, id(module), id(tokenizer), *SITES
     if key not in _ADOPTED:
         model, found = _ADOPT(name, module, tokenizer)
         if model is not None and not found:
