@@ -32,6 +32,10 @@ class Rotation:
         """Return R [dims, width], orthonormal rows that carry gradients of the parameters."""
         return orthonormal_rows(self.matrix)
 
+    def edit(self, own: Tensor, other: Tensor) -> Tensor:
+        """Exchange the part of vectors in the subspace; see `exchange`."""
+        return exchange(own, other, self.directions())
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Make the rows of the parameters orthonormal; their subspace stays."""

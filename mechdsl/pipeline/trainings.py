@@ -190,7 +190,8 @@ def _run_training(
     on_progress: FitProgress | None,
 ) -> TrainingReport | RotationReport:
     """Train one dictionary or rotation, and write it to `result`, in the folder of checkpoints."""
-    from mechdsl.execute.rotation_training import RotationRows, train_rotation
+    from mechdsl.execute.objective_rows import ObjectiveRows
+    from mechdsl.execute.rotation_training import train_rotation
     from mechdsl.execute.training import RowVectors, train_dictionary
 
     last = time.monotonic()
@@ -210,7 +211,7 @@ def _run_training(
     part = result.parent
     if isinstance(fit.file, TrainedRotation):
         assert fit.objective is not None
-        rows = RotationRows(fit.training, fit.objective, model, side)
+        rows = ObjectiveRows(fit.training, fit.objective, model, side)
         return train_rotation(
             fit.file, rows, result, facts, checkpoints=part, due=is_due, on_step=on_step
         )

@@ -25,8 +25,8 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import CheckedFile, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.execute.rotation_training import RotationRows
-from mechdsl.fits.rotations import orthonormal_rows
+from mechdsl.execute.objective_rows import Edit, ObjectiveRows, take_source
+from mechdsl.fits.rotations import exchange, orthonormal_rows
 from mechdsl.pipeline.trained_files import fits_of_file
 
 from ..execute.support import ROWS, context, shared, token, unchanged, word_tokenizer
@@ -100,10 +100,15 @@ def checked(path: Path, model: Any) -> CheckedFile:
     return found
 
 
-def training_rows(path: Path, model: Any, side: Any = None) -> RotationRows:
+def in_span(directions: Tensor) -> Edit:
+    """Return the exchange in the span of [dims, width] orthonormal rows."""
+    return lambda own, other: exchange(own, other, directions)
+
+
+def training_rows(path: Path, model: Any, side: Any = None) -> ObjectiveRows:
     (declared,) = fits_of_file(checked(path, model)).values()
     assert declared.objective is not None
-    return RotationRows(declared.training, declared.objective, shared(model), side)
+    return ObjectiveRows(declared.training, declared.objective, shared(model), side)
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -157,14 +162,14 @@ def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path:
     ids = found.objective.table.row_ids
     assert sorted(found.rows.tolist()) == [0, 1, 2, 3]
     for batch in ([0, 2], [1, 3]):
-        values = found.values(np.array(batch), mine)
+        values = found.values(np.array(batch), in_span(mine))
         expected = torch.stack([value_by_hand(family, ids[row], site, at, theirs) for row in batch])
         assert torch.allclose(values, expected, atol=1e-9)
         before = torch.stack(
             [loss_by_hand(plain(family, rows("clean")[ids[row]]).logits[-1], ids[row])
              for row in batch]
         )  # fmt: skip
-        assert torch.allclose(found.values(np.array(batch), "none"), before, atol=1e-9)
+        assert torch.allclose(found.values(np.array(batch), None), before, atol=1e-9)
         assert (expected - before).abs().max() > 1e-5
         (own,) = torch.autograd.grad(values.mean(), mine)
         (other,) = torch.autograd.grad(expected.mean(), theirs)
@@ -176,7 +181,9 @@ def test_whole_vector_is_a_full_patch(tmp_path: Path) -> None:
     found = training_rows(write(tmp_path, fit(), PATCHES), double("llama"))
     everything = torch.eye(found.vectors[0].shape[1], dtype=torch.float64)
     every = np.arange(4)
-    assert torch.allclose(found.values(every, "whole"), found.values(every, everything))
+    assert torch.allclose(
+        found.values(every, take_source), found.values(every, in_span(everything))
+    )
 
 
 @pytest.mark.parametrize("sign", ["maximise", "minimise"])

@@ -1,0 +1,243 @@
+"""Runs of a training on the effect of an edit: base runs with edited vectors, and gradients.
+
+In each step, the base runs of some rows are run again with edited vectors at the named tokens. The
+edit is a function of the vectors of the base run, those of the source run, and the parameters that
+are trained; the loss is a measure of the file, or its negative, as a mean over the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Ints
+from mechdsl.execute.measurement.readout import Readout
+from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes
+from mechdsl.execute.training import count_held_out, order_rows
+from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
+from mechdsl.forward.hooks.batch import SiteWrite
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.models.shape import PaddingSide, unit_count
+from mechdsl.planner.passes import make_plan
+from mechdsl.planner.plan import build_save_panel
+from mechdsl.program import spec
+from mechdsl.prompts.runs import PositionCell, PromptRun
+from mechdsl.resolve.trainings import paired_positions
+from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave
+from mechdsl.resolve.types import Training as DeclaredTraining
+
+Edit = Callable[[Tensor, Tensor], Tensor]
+"""[vector, width] vectors of the base run and of the source run → the vectors that are written."""
+
+
+def take_source(own: Tensor, other: Tensor) -> Tensor:
+    """The edit that writes the whole vectors of the source run."""
+    return other
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectiveRows:
+    """Rows, vectors and the measure of a training on the effect of an edit."""
+
+    declared: DeclaredTraining
+    objective: ResolvedExperiment
+    """The rows, the patch and the measure."""
+    model: LoadedModel
+    side: PaddingSide | None
+
+    @property
+    def text(self) -> str:
+        """The measure, and whether it is maximised."""
+        said = "minimise" if self.declared.minimises else "maximise"
+        return f"{said} {self.objective.spec.measures[0].label}"
+
+    # --- rows
+
+    @cached_property
+    def rows(self) -> Ints:
+        """[row] numbers of the rows with the position in both runs and with a value of the measure,
+        in a random order; the first ones are held out."""
+        measure = self.objective.measures[0]
+        lacking = {*measure.absent, *(row for atom in measure.atoms for row in atom.lacking)}
+        there = [row for row, hits in enumerate(self._cells[0].hits) if hits and row not in lacking]
+        return order_rows(self.declared, self.objective.table, np.array(there, dtype=np.int64))
+
+    @cached_property
+    def held_out_count(self) -> int:
+        """Number of rows at the start of `rows` that the training doesn't use."""
+        return count_held_out(self.declared, len(self.rows))
+
+    @property
+    def chunks(self) -> int:
+        """One: the vectors of all rows are in memory."""
+        return 1
+
+    def chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the training rows, twice."""
+        rows = torch.from_numpy(self.rows[self.held_out_count :])
+        return rows, rows
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the rows that the training doesn't use, twice."""
+        rows = torch.from_numpy(self.rows[: self.held_out_count])
+        return rows, rows
+
+    # --- vectors
+
+    @cached_property
+    def _cells(self) -> tuple[PositionCell, PositionCell]:
+        return paired_positions(self.objective)
+
+    @cached_property
+    def _runs(self) -> tuple[PromptRun, PromptRun]:
+        """The base run and the source run."""
+        table = self.objective.table
+        return table.runs[self.objective.spec.base], table.runs[self.objective.rules[0].run]
+
+    @cached_property
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """[vector, width] each, at least in 32 bits: vectors of the base run, and those that come
+        in for them; in the order of the table's rows."""
+        own, other = (self._read(*each) for each in zip(self._runs, self._cells, strict=True))
+        assert own.shape == other.shape
+        return own, other
+
+    def _read(self, run: PromptRun, cell: PositionCell) -> Tensor:
+        point, seed = self.declared.made, self.objective.seed
+        reader = build_reader(
+            self.model, self.objective.table, run, [point], seed=seed, side=self.side
+        )
+        batches = split_prompts(self.model, run, [point], np.sort(self.rows))
+        with torch.no_grad():
+            found = [
+                each.vectors.clone() for each in read_vectors(reader, [point], [cell], batches)
+            ]
+        joined = torch.cat(found)
+        return joined.to(torch.promote_types(joined.dtype, torch.float32))
+
+    @cached_property
+    def _starts(self) -> Ints:
+        """[row of the table] number of its first vector."""
+        counts = np.zeros(len(self.objective.table), dtype=np.int64)
+        counts[self.rows] = [len(self._cells[0].hits[row][0]) for row in self.rows]
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    # --- patched runs
+
+    @cached_property
+    def _readout(self) -> Readout:
+        return Readout.of([self.objective.measures[0]])
+
+    @cached_property
+    def _unpatched(self) -> UnpatchedRuns:
+        """The base run and the runs that the measure compares it with."""
+        own, point = self.objective, self.declared.made
+        said, (measure,) = own.rules[0].spec, own.spec.measures
+        assert said.site is not None
+        base = own.spec.base
+        line = spec.Save(
+            span=said.span, site=said.site, at=said.at, run=base, file="", gradient=measure
+        )
+        save = ResolvedSave(line, base, (point,), (self._cells[0],), None, own.measures[0])
+        panel = build_save_panel(replace(own, saves=(save,)))
+        return UnpatchedRuns(
+            panel, self.model, (self._readout,), plan=make_plan([]), side=self.side
+        )
+
+    def values(self, rows: Ints, edit: Edit | None) -> Tensor:
+        """Return [row] float64 values of the measure, which carry gradients of the edit.
+
+        The values are in ascending order of the rows; without an edit, those of the base run.
+        Raises AutogradFailed.
+        """
+        rows, runs = np.sort(rows), self._unpatched
+        run = self._runs[0]
+        lanes = DrawLanes.of(runs.reader(run, ())(rows), rows, 1)
+        writes = [] if edit is None else [self._write(rows, lanes, edit)]
+        differentiated = DifferentiatedRun(runs, run, self._readout, rows)
+        reading, _ = differentiated.read(writes, lanes, ())
+        (values,) = self._readout.tensors(reading)
+        runs.forget()
+        return values
+
+    def _write(self, rows: Ints, lanes: DrawLanes, edit: Edit) -> SiteWrite:
+        """Return the edited vectors of some rows."""
+        starts, hits, point = self._starts, self._cells[0].hits, self.declared.made
+        counts = starts[rows + 1] - starts[rows]
+        parts = zip(starts[rows].tolist(), starts[rows + 1].tolist(), strict=True)
+        which = np.concatenate([np.arange(first, end) for first, end in parts])
+        own, other = (each[torch.from_numpy(which).to(each.device)] for each in self.vectors)
+        lane = lanes.of_draw(np.repeat(rows, counts), np.zeros(len(which), dtype=np.int64))
+        token = np.array([token for row in rows for token in hits[row][0]], dtype=np.int64)
+        units = unit_count(self.model.shape, point.site, point.layer) if point.unit is None else 1
+        unit = torch.arange(units) if point.unit is None else torch.tensor([point.unit])
+        return SiteWrite(
+            point.site,
+            point.layer,
+            torch.from_numpy(lane).repeat_interleave(units),
+            torch.from_numpy(token).repeat_interleave(units),
+            unit.repeat(len(which)),
+            edit(own, other).reshape(len(which) * units, -1),
+        )
+
+    def mean(self, rows: Ints, edit: Edit | None, batch: int) -> float:
+        """Return the mean of the measure over rows, `batch` of them in one pass."""
+        rows = np.sort(rows)
+        with torch.no_grad():
+            parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+            return float(torch.cat([self.values(each, edit) for each in parts]).mean())
+
+
+class TrainedEdit(Protocol):
+    """Parameters of an edit, while they are trained."""
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Tensors that the optimiser changes."""
+        ...
+
+    def edit(self, own: Tensor, other: Tensor) -> Tensor:
+        """Return the vectors that are written, as `Edit` does; they carry gradients."""
+        ...
+
+    def after_step(self) -> None:
+        """Restore what must hold after every step."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class EditLoss:
+    """An edit with its loss, as `mechdsl.fits.training` trains it."""
+
+    edited: TrainedEdit
+    rows: ObjectiveRows
+    batch: int
+    """Largest number of rows of a pass."""
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        return self.edited.parameters
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
+        """Return the mean loss of the rows with these numbers."""
+        sign, rows = 1 if self.rows.declared.minimises else -1, inputs.numpy()
+        if len(rows) > self.batch:  # held-out rows, without gradients
+            return torch.tensor(sign * self.rows.mean(rows, self.edited.edit, self.batch))
+        return sign * self.rows.values(rows, self.edited.edit).mean()
+
+    def after_step(self) -> None:
+        self.edited.after_step()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: each.detach() for name, each in self.parameters.items()}
