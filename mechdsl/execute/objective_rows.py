@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -204,7 +204,15 @@ class TrainedEdit(Protocol):
         ...
 
     def edit(self, own: Tensor, other: Tensor) -> Tensor:
-        """Return the vectors that are written, as `Edit` does; they carry gradients."""
+        """Return the vectors that are written after the training, as `Edit` does."""
+        ...
+
+    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
+        """Return what training steps write; it carries gradients of the parameters."""
+        ...
+
+    def penalty(self) -> Tensor | float:
+        """Return what is added to the loss."""
         ...
 
     def after_step(self) -> None:
@@ -232,9 +240,12 @@ class EditLoss:
     def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
         """Return the mean loss of the rows with these numbers."""
         sign, rows = 1 if self.rows.declared.minimises else -1, inputs.numpy()
-        if len(rows) > self.batch:  # held-out rows, without gradients
-            return torch.tensor(sign * self.rows.mean(rows, self.edited.edit, self.batch))
-        return sign * self.rows.values(rows, self.edited.edit).mean()
+        edited = self.edited
+        if progress >= 1:  # held-out rows, without gradients
+            mean = torch.tensor(self.rows.mean(rows, edited.edit, self.batch))
+            return sign * mean + edited.penalty()
+        relaxed = partial(edited.relaxed_edit, progress=progress)
+        return sign * self.rows.values(rows, relaxed).mean() + edited.penalty()
 
     def after_step(self) -> None:
         self.edited.after_step()

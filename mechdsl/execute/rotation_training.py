@@ -52,7 +52,7 @@ def train_rotation(
         rotation = trainer.start_rotation(
             rows.vectors[0], training.of_trainer, start_generator(training)
         )
-        start = Rotation(rotation.directions().detach())
+        start = rotation.matrix.clone()
         model = EditLoss(rotation, rows, settings.batch)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
         run_training(loop, checkpoints, due, on_step)
@@ -61,7 +61,8 @@ def train_rotation(
     (folder / ROTATION_FILE).chmod(0o644)
     held_out = rows.rows[: rows.held_out_count]
     measured = held_out if len(held_out) else rows.rows
-    cases = (rotation.edit, start.edit, None, take_source)
+    untrained = Rotation(start[: len(directions)])
+    cases = (rotation.edit, untrained.edit, None, take_source)
     means = [rows.mean(measured, each, settings.batch) for each in cases]
     report = RotationReport(
         len(rows.rows) - len(held_out),
@@ -69,6 +70,7 @@ def train_rotation(
         loop.state.step,
         loop.state.stopped,
         rows.text,
+        len(directions),
         *means,
     )
     digest = compute_digest(folder / ROTATION_FILE)

@@ -222,6 +222,7 @@ class RotationReport(FitReport):
 
     objective: str
     """`maximise logit(answer of fewer)`."""
+    directions: int
     trained: float
     """The measure while the trained subspace is patched."""
     untrained: float

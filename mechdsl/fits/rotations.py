@@ -36,22 +36,80 @@ class Rotation:
         """Exchange the part of vectors in the subspace; see `exchange`."""
         return exchange(own, other, self.directions())
 
+    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
+        """Return what training steps write in place of `edit`.
+
+        Args:
+            progress: Share of the steps that are done, from 0 to below 1.
+        """
+        return self.edit(own, other)
+
+    def penalty(self) -> Tensor | float:
+        """Return what is added to the loss."""
+        return 0.0
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Make the rows of the parameters orthonormal; their subspace stays."""
         self.matrix.copy_(orthonormal_rows(self.matrix))
 
 
-def start_rotation(
+class BoundlessRotation(Rotation):
+    """Orthonormal directions in an order, with a learned boundary between used and unused ones.
+
+    In training, direction i of n has the weight m_i = sigmoid((b n − i − 1/2) / T), where b is the
+    boundary and the temperature T falls from n/10 to 1/10 in a geometric sequence. The loss has the
+    additional term p b for a penalty p. In the end, the first round(b n) directions are used.
+
+    References:
+        Wu et al. 2023, arXiv 2305.08809, section 3, where T falls linearly from 50 to 0.1.
+    """
+
+    def __init__(self, matrix: Tensor, penalty: float) -> None:
+        """Start from [dims, width] independent rows, of which half are used."""
+        super().__init__(matrix)
+        self.boundary = torch.full((), 0.5, dtype=matrix.dtype, device=matrix.device)
+        self._weight = penalty
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        return {**super().parameters, "boundary": self.boundary}
+
+    def directions(self) -> Tensor:
+        """Return the directions that are used, at least one."""
+        count = max(1, round(float(self.boundary.detach()) * len(self.matrix)))
+        return orthonormal_rows(self.matrix)[:count]
+
+    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
+        """Exchange every direction to the share of its weight."""
+        count = len(self.matrix)
+        temperature = count / 10 * (1 / count) ** progress
+        place = torch.arange(count, dtype=own.dtype, device=own.device) + 0.5
+        weight = torch.sigmoid((self.boundary * count - place) / temperature)
+        rows = orthonormal_rows(self.matrix)
+        return own + ((other - own) @ rows.T * weight) @ rows
+
+    def penalty(self) -> Tensor | float:
+        """Return the penalty p b."""
+        return self._weight * self.boundary
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Make the rows orthonormal, and keep the boundary between 0 and 1."""
+        super().after_step()
+        self.boundary.clamp_(0, 1)
+
+
+def draw_rows(
     dims: int, width: int, random: Generator, device: torch.device, dtype: torch.dtype
-) -> Rotation:
-    """Draw directions of a subspace, uniformly distributed.
+) -> Tensor:
+    """Draw [dims, width] rows whose span is uniformly distributed.
 
     Args:
         random: On the CPU.
     """
     drawn = torch.randn(dims, width, generator=random, dtype=torch.float64)
-    return Rotation(drawn.to(device, dtype))
+    return drawn.to(device, dtype)
 
 
 def orthonormal_rows(matrix: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from mechdsl.pipeline.trained_files import (
     fits_of_file,
     read_fit,
 )
-from mechdsl.resolve.types import TrainedDictionary, TrainedRotation
+from mechdsl.resolve.types import TrainedDictionary, TrainedRotation, describe_rotation
 from mechdsl.results.results import package_version
 from mechdsl.store.files import make_folder, sync_folder
 from mechdsl.store.index import StoreProblem
@@ -253,7 +253,10 @@ def _finished(
 ) -> TrainedFit:
     point = fit.training.made
     site = point.site if point.layer is None else f"L{point.layer}.{point.site}"
-    return TrainedFit(fit.basis, fit.file.kind, site, folder, report, seconds)
+    what = fit.file.kind
+    if isinstance(report, RotationReport):
+        what = describe_rotation(fit.training.trainer, report.directions)
+    return TrainedFit(fit.basis, what, site, folder, report, seconds)
 
 
 def _failed(fit: DeclaredFit, reason: str, hint: str) -> Diagnostic:

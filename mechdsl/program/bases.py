@@ -23,7 +23,7 @@ from mechdsl.program.directions import (
 )
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
-from mechdsl.program.trainers import TRAINERS, Trainer
+from mechdsl.program.trainers import TRAINERS, Trainer, trainer_call
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 
@@ -181,7 +181,7 @@ def _check_arguments(
     if method.takes in ROW_OPERANDS:
         check_fit_rows(fitted_block(method, call), parts, scope)
     if method.takes == "training":
-        _check_trainer(call, values[0], parts, scope)
+        _check_trainer(call, parts, scope)
         _check_patience(call, parts, scope)
     if method.takes == "jacobian" and not isinstance(values[1], ast.SiteMap):
         scope.diagnostics.append(
@@ -231,13 +231,14 @@ def _check_patience(call: ast.Call, parts: Definitions, scope: Namespace) -> Non
         scope.diagnostics.append(BadBasis(span=named["patience"].span, reason=reason, hint=hint))
 
 
-def _check_trainer(call: ast.Call, node: ast.Node, parts: Definitions, scope: Namespace) -> None:
+def _check_trainer(call: ast.Call, parts: Definitions, scope: Namespace) -> None:
     """Report E0203 for an unknown trainer, E0207 and E0342 for its arguments.
 
     Args:
         call: The `fit(…)` with the trainer.
     """
-    name = node.name if isinstance(node, ast.Call) else node.span.written
+    node = trainer_call(call)
+    name = node.name
     found = TRAINERS.get(name)
     if found is None:
         known = ", ".join(f"`{each.example}`" for _, each in TRAINERS.items())
@@ -245,9 +246,8 @@ def _check_trainer(call: ast.Call, node: ast.Node, parts: Definitions, scope: Na
         hint = OTHER_TRAINERS.get(name, hint)
         scope.diagnostics.append(UnknownWord(span=node.span, kind="trainer", word=name, hint=hint))
         return
-    arguments = node.arguments if isinstance(node, ast.Call) else ()
     options: dict[str, Constant] = {}
-    for argument in arguments:
+    for argument in node.arguments:
         value = constant_value(argument.value, parts.parameters)
         if isinstance(argument.value, ast.Name):
             scope.has("param", argument.value.id)

@@ -16,6 +16,7 @@ from mechdsl.base.text import Percent, name_list
 from mechdsl.dictionaries.folder import Architecture
 from mechdsl.program.direction_methods import Problem, call_class_problem
 from mechdsl.program.spec import Constant
+from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, device
@@ -53,6 +54,9 @@ class Trainer:
     defaults: ClassVar[Mapping[str, Constant]] = {}
     """Defaults of options of `fit` that differ from those in `TRAINING_DEFAULTS`."""
 
+    learns_size: ClassVar[bool] = False
+    """Whether the training determines the number of directions of a rotation."""
+
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         """Return the problem with an option's value, or None.
 
@@ -70,8 +74,12 @@ class Trainer:
         """Return what is known of a dictionary before training."""
         raise NotImplementedError
 
-    def size(self, options: Mapping[str, Constant]) -> int:
-        """Return the number of directions of a rotation."""
+    def size(self, options: Mapping[str, Constant], width: int) -> int:
+        """Return the number of directions of a rotation; the largest one if it is learned.
+
+        Args:
+            width: Numbers of a vector.
+        """
         raise NotImplementedError
 
     def start_rotation(
@@ -105,6 +113,19 @@ class Trainer:
 
 TRAINERS: Registry[Trainer] = Registry("trainer")
 
+
+def trainer_call(call: ast.Call) -> ast.Call:
+    """Return `das(dims: 2)` of `fit(das(dims: 2), …)`; a name alone is a call without arguments.
+
+    Args:
+        call: A `fit` with one argument without a name.
+    """
+    (node,) = (each.value for each in call.arguments if each.name is None)
+    if isinstance(node, ast.Call):
+        return node
+    return ast.Call(node.span.written, (), span=node.span)
+
+
 TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 
@@ -126,7 +147,7 @@ def _class_problem(name: str, entry: object) -> str | None:
     assert issubclass(entry, Trainer)
     if entry.makes == "rotation":
         lacks = entry.size is Trainer.size or entry.start_rotation is Trainer.start_rotation
-        needs = "`size(self, options)` and `start_rotation(self, like, options, random)`"
+        needs = "`size(self, options, width)` and `start_rotation(self, like, options, random)`"
     else:
         lacks = entry.outline is Trainer.outline or entry.start is Trainer.start
         needs = "`outline(self, options)` and `start(self, widths, options, random, device)`"
@@ -230,18 +251,14 @@ class TranscoderTrainer(SparseAutoencoderTrainer):
     kinds = ("topk", "batch_topk", "relu", "jump_relu")
 
 
-@trainer("das")
-class AlignmentSearchTrainer(Trainer):
-    """Distributed alignment search: a subspace whose exchange has the effect of another run.
+BOUNDARY_PENALTY = 1.0
+"""Default of `penalty` of `boundless_das`, as in the paper."""
 
-    References:
-        Geiger et al. 2023, arXiv 2303.02536.
-    """
 
-    example = "das(dims: 2)"
+class RotationTrainer(Trainer):
+    """Directions of a subspace whose exchange has the effect of another run."""
+
     makes = "rotation"
-    options = ("dims",)
-    required = ("dims",)
     defaults: ClassVar[Mapping[str, Constant]] = {
         "steps": 500,
         "batch": 32,
@@ -254,13 +271,63 @@ class AlignmentSearchTrainer(Trainer):
             return None
         return f"`{name}` is a whole number from 1 on", f"write `{name}: 2`"
 
-    def size(self, options: Mapping[str, Constant]) -> int:
+    def draw(self, like: Tensor, options: Mapping[str, Constant], random: Generator) -> Tensor:
+        """Return [dims, width] random rows, from which a training starts."""
+        from mechdsl.fits.rotations import draw_rows
+
+        width = like.shape[1]
+        return draw_rows(self.size(options, width), width, random, like.device, like.dtype)
+
+
+@trainer("das")
+class AlignmentSearchTrainer(RotationTrainer):
+    """Distributed alignment search: a subspace of a given size.
+
+    References:
+        Geiger et al. 2023, arXiv 2303.02536.
+    """
+
+    example = "das(dims: 2)"
+    options = ("dims",)
+    required = ("dims",)
+
+    def size(self, options: Mapping[str, Constant], width: int) -> int:
         return int(options["dims"])
 
     def start_rotation(
         self, like: Tensor, options: Mapping[str, Constant], random: Generator
     ) -> Rotation:
-        from mechdsl.fits.rotations import start_rotation
+        from mechdsl.fits.rotations import Rotation
 
-        width = like.shape[1]
-        return start_rotation(self.size(options), width, random, like.device, like.dtype)
+        return Rotation(self.draw(like, options, random))
+
+
+@trainer("boundless_das")
+class BoundlessSearchTrainer(RotationTrainer):
+    """Boundless distributed alignment search: a subspace whose size is learned, too.
+
+    References:
+        Wu et al. 2023, arXiv 2305.08809.
+    """
+
+    example = "boundless_das(penalty: 1)"
+    options = ("penalty", "dims")
+    learns_size = True
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name == "dims":
+            return super().check_option(name, value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        hint = "write `penalty: 1`; the loss grows by 1 if the subspace is the whole space"
+        return None if number else ("`penalty` is a number from 0 on", hint)
+
+    def size(self, options: Mapping[str, Constant], width: int) -> int:
+        return int(options.get("dims", width))
+
+    def start_rotation(
+        self, like: Tensor, options: Mapping[str, Constant], random: Generator
+    ) -> Rotation:
+        from mechdsl.fits.rotations import BoundlessRotation
+
+        penalty = float(options.get("penalty", BOUNDARY_PENALTY))
+        return BoundlessRotation(self.draw(like, options, random), penalty)

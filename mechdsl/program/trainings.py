@@ -16,7 +16,7 @@ from mechdsl.program.measures import lower_measure, lower_statistics
 from mechdsl.program.names import Namespace
 from mechdsl.program.prompts import named_corruptions
 from mechdsl.program.statements import Statements, mark_names_used
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.trainers import TRAINERS, trainer_call
 from mechdsl.syntax import ast
 
 
@@ -42,8 +42,7 @@ def trains_rotation(basis: spec.Basis) -> bool:
     """Whether a basis is trained on the effect of a patch."""
     if BASIS_METHODS[basis.method.name].takes != "training":
         return False
-    inner = next(each.value for each in basis.method.arguments if each.name is None)
-    return isinstance(inner, ast.Call) and TRAINERS[inner.name].makes == "rotation"
+    return TRAINERS[trainer_call(basis.method).name].makes == "rotation"
 
 
 def _lower_objective(
@@ -52,8 +51,7 @@ def _lower_objective(
     """Lower what one basis is trained on; None after an error."""
     call, before = basis.method, len(scope.diagnostics)
     given = {each.name: each.value for each in call.arguments}
-    inner = given[None]
-    assert isinstance(inner, ast.Call)
+    inner = trainer_call(call)
     assert rows.block is not None
     block = parts.prompts[rows.block]
     source = _source_run(given["from"], block, scope)

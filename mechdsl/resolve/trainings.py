@@ -16,7 +16,7 @@ from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import TRAINING_DEFAULTS
 from mechdsl.program.spec import Constant, constant_value
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.trainers import TRAINERS, trainer_call
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell
@@ -31,7 +31,6 @@ from mechdsl.resolve.types import (
     Training,
     count_numbers,
 )
-from mechdsl.syntax import ast
 
 FEWEST_ROWS = 2
 """Rows of a training: one to learn from, and one that is held out."""
@@ -60,9 +59,10 @@ def outline_training(
     trainer = TRAINERS[training.trainer]
     file = program.trained.get(training.name, (None, ""))[0]
     if trainer.makes == "rotation":
-        size = trainer.size(training.of_trainer)
         if isinstance(file, SafetensorsFile):
+            size = file.shapes[ROTATION][0]
             return TrainedRotation(file.path, ROTATION, file.digest, size, training)
+        size = trainer.size(training.of_trainer, count_numbers(point, model.shape))
         return TrainedRotation(Path(), ROTATION, "", size, training)
     if isinstance(file, DictionaryFile):
         facts = {each.name: getattr(file, each.name) for each in fields(DictionaryFile)}
@@ -79,8 +79,7 @@ def _describe_training(
     model: ModelContext,
 ) -> Training:
     call = definition.method
-    (inner,) = (each.value for each in call.arguments if each.name is None)
-    assert isinstance(inner, ast.Call)
+    inner = trainer_call(call)
     own: dict[str, Constant] = {}
     for argument in inner.arguments:
         value = constant_value(argument.value, program.parameters)

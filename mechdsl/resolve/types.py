@@ -27,6 +27,7 @@ from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import Generation
+from mechdsl.program.trainers import TRAINERS
 from mechdsl.prompts.answers import TokenSets
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun, ReplyPosition
@@ -263,7 +264,7 @@ class TrainedRotation(SavedVector):
     """
 
     size: int
-    """Number of directions."""
+    """Number of directions; before a training that determines it, the largest one."""
     training: Training = field(compare=False)
 
     @property
@@ -274,7 +275,14 @@ class TrainedRotation(SavedVector):
     @property
     def kind(self) -> str:
         """Description for tables and conventions."""
-        return f"{self.training.trainer} rotation with {count_noun(self.size, 'direction')}"
+        learned = TRAINERS[self.training.trainer].learns_size and not self.is_trained
+        text = describe_rotation(self.training.trainer, self.size)
+        return text.replace(" with ", " with at most ") if learned else text
+
+
+def describe_rotation(trainer: str, directions: int) -> str:
+    """Describe a rotation, as `das rotation with 2 directions`."""
+    return f"{trainer} rotation with {count_noun(directions, 'direction')}"
 
 
 BasisOperand: TypeAlias = (

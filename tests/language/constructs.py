@@ -448,6 +448,15 @@ _file(
     "Geiger et al. 2023, arXiv 2303.02536",
 )
 _file(
+    "basis: a trained rotation of a learned size",
+    "basis b = fit(boundless_das(penalty: 1), prompts: fruit.train, from: fewer, "
+    "maximise: logit(answer of fewer)) at resid_post layer 1",
+    "As `das`, but the training determines the number of directions: the loss grows by "
+    "`penalty` (1) times their share of the numbers of a vector. `dims` limits them.",
+    "tests/pipeline/test_boundless_rotations.py",
+    "Wu et al. 2023, arXiv 2305.08809",
+)
+_file(
     "basis: transcoder",
     'basis t = transcoder("tc") at mlp_out layer 1',
     "The features of a transcoder, in the layouts of `sae`, or in a `layer_1.safetensors` of "

@@ -19,6 +19,7 @@ from zoo.names import evaluate as names
 from zoo.names.data import IOI_FIRST, IOI_SECOND, ROLE_FIRST, ROLE_SECOND, WHO_IS_WHO
 from zoo.names.train import model_config
 from zoo.nested import evaluate as nested
+from zoo.prices import evaluate as prices
 from zoo.refusal import evaluate as refusal
 from zoo.refusal.data import ALLOWED, ALLOWED_PAST, FORBIDDEN
 from zoo.succession import evaluate as succession
@@ -82,6 +83,13 @@ def test_facts_recalls_and_reads() -> None:
     assert tallies[QUESTION].interval()[0] > 0.85
     assert tallies[f"{QUIZ}: A where wrong"].interval()[0] > 0.85
     assert tallies[f"{NOTE_STRANGER}, one of 2"].share < 0.8, "it tells now whose note is asked"
+
+
+@pytest.mark.slow
+def test_prices_are_compared_with_both_bounds() -> None:
+    torch.set_num_threads(1)
+    for kind, tally in prices.evaluate(ROOT / "prices", 150, prices.SEED).items():
+        assert tally.interval()[0] > 0.95, kind
 
 
 def test_nested_closes_brackets_and_agrees() -> None:
@@ -170,7 +178,8 @@ def test_the_chat_template_writes_the_texts_of_training() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("names", "facts", "nested", "nested/formal", "tasks", "refusal", "succession", "worked"),
+        *("names", "facts", "nested", "nested/formal", "prices", "tasks", "refusal"),
+        *("succession", "worked"),
         "induction/step-50",
         "names/step-400",
     ],
@@ -189,7 +198,12 @@ def test_all_models_together_are_small() -> None:
 
 
 def test_cards_have_what_the_commands_print() -> None:
-    for name in ("names", "facts", "nested", "tasks", "refusal", "succession", "worked"):
+    for name in (
+        *("names", "facts", "nested", "prices", "tasks"),
+        "refusal",
+        "succession",
+        "worked",
+    ):
         card = (ROOT / name / "README.md").read_text(encoding="utf-8")
         for part in ("## Texts", "## Training", "## Accuracy", "## Limitations", "licence"):
             assert part in card, name

@@ -20,6 +20,7 @@ from zoo.facts import data as facts_data
 from zoo.language import SPECIAL, Text, build_tokenizer, encode
 from zoo.names import data as names_data
 from zoo.nested import data as nested_data
+from zoo.prices import data as prices_data
 from zoo.refusal import data as refusal_data
 from zoo.succession import data as succession_data
 from zoo.tasks import data as tasks_data
@@ -31,6 +32,7 @@ STREAMS: dict[str, Stream] = {
     "names": lambda seed, held_out: names_data.stream(seed, held_out=held_out),
     "facts": lambda seed, held_out: facts_data.stream(seed, held_out=held_out),
     "nested": lambda seed, held_out: nested_data.stream(seed, "sentences", held_out=held_out),
+    "prices": lambda seed, held_out: prices_data.stream(seed, held_out=held_out),
     "tasks": lambda seed, held_out: tasks_data.stream(seed, held_out=held_out),
     "refusal": lambda seed, held_out: refusal_data.stream(seed, held_out=held_out),
     "succession": lambda seed, held_out: succession_data.stream(seed, held_out=held_out),
@@ -41,6 +43,7 @@ VOCABULARIES = {
     "names": names_data.vocabulary(),
     "facts": facts_data.vocabulary(),
     "nested": nested_data.vocabulary(),
+    "prices": prices_data.vocabulary(),
     "tasks": tasks_data.vocabulary(),
     "refusal": refusal_data.vocabulary(),
     "succession": succession_data.vocabulary(),
@@ -49,11 +52,12 @@ VOCABULARIES = {
 SPECIAL_TOKENS = {"refusal": refusal_data.SPECIAL, "worked": worked_data.SPECIAL}
 FOLDERS = {
     name: MODELS / name
-    for name in ("names", "facts", "nested", "tasks", "refusal", "succession", "worked")
+    for name in ("names", "facts", "nested", "prices", "tasks", "refusal", "succession", "worked")
 }
 HELD = {
     "names": names_data,
     "facts": facts_data,
+    "prices": prices_data,
     "tasks": tasks_data,
     "refusal": refusal_data,
     "succession": succession_data,
@@ -350,3 +354,13 @@ def test_a_star_names_the_steps_of_a_training() -> None:
     for wrong in ("induction/stop-*", "*/step-*", "../*"):
         codes = [each.code for each in mechdsl.validate(f'mech 1\nmodel steps = zoo("{wrong}")\n')]
         assert codes[:1] in (["E0401"], ["E0207"]), wrong
+
+
+def test_prices_are_between_their_bounds_or_not() -> None:
+    texts = drawn("prices", False)
+    for text in texts:
+        low, high, price = (int(word) for word in text.text.split() if word.isdigit())
+        assert low < high
+        assert text.text.endswith(" yes" if low <= price <= high else " no")
+    yes = sum(text.kind == prices_data.BETWEEN for text in texts)
+    assert abs(yes - len(texts) / 2) < 50

@@ -1,0 +1,1 @@
+"""A small decoder that says whether a price lies between two others."""
