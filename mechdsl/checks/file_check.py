@@ -527,11 +527,11 @@ class CheckedFile:
     """The selected other experiments, whose reports are created."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
     part: PartBuilder | None = field(default=None, repr=False)
-    """Builds rows of an experiment whose rows are read in parts."""
+    """Builds rows of a block whose rows are read in parts."""
 
 
-PartBuilder = Callable[[ResolvedExperiment, Sequence[int]], StreamedPart]
-"""Returns the rows of an experiment with these numbers."""
+PartBuilder = Callable[[str, ModelContext, Sequence[int]], StreamedPart]
+"""Returns the rows of a block with these numbers, for a model."""
 
 
 def check_source(

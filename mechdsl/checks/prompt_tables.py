@@ -55,7 +55,7 @@ from mechdsl.resolve.model_pairs import (
     measures_choice,
     reads_outputs,
 )
-from mechdsl.resolve.types import ModelContext, ResolvedExperiment
+from mechdsl.resolve.types import ModelContext
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 from mechdsl.vocab.metrics import Reply
@@ -577,7 +577,7 @@ class FileContexts:
         """Return the first rows of a block whose rows are read in parts. E0509 if none are left."""
         count = self._compiled(name, model.tokenizer).block.data_size
         for begin in range(0, count, _FIRST_ROWS):
-            part = self._part(name, model, range(begin, min(begin + _FIRST_ROWS, count)))
+            part = self.part(name, model, range(begin, min(begin + _FIRST_ROWS, count)))
             if part.table is not None or part.diagnostics:
                 return part.table, part.diagnostics
         block = self.program.prompts[name]
@@ -585,11 +585,8 @@ class FileContexts:
         hint = "change the `where` lines, or split long texts"
         return None, [NoRows(span=block.span, prompts=name, reason=reason, hint=hint)]
 
-    def part(self, experiment: ResolvedExperiment, ids: Sequence[int]) -> StreamedPart:
-        """Return these rows of an experiment whose rows are read in parts."""
-        return self._part(experiment.table.name, experiment.model, ids)
-
-    def _part(self, name: str, model: ModelContext, ids: Sequence[int]) -> StreamedPart:
+    def part(self, name: str, model: ModelContext, ids: Sequence[int]) -> StreamedPart:
+        """Return these rows of a block whose rows are read in parts."""
         table, found = self._build(name, model, ids=ids, any_length=True)
         most = model.shape.max_positions
         if table is None or most is None:
@@ -634,7 +631,13 @@ class FileContexts:
         if rows.block is None:
             return self.of_experiment(experiment, model)
         return self.table(
-            rows.block, model, rows.limit, rows.part, used=rows.used, trains=rows.trains
+            rows.block,
+            model,
+            rows.limit,
+            rows.part,
+            used=rows.used,
+            streamed=rows.trains and self.program.prompts[rows.block].streamed,
+            trains=rows.trains,
         )
 
     def with_replies(

@@ -19,7 +19,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.measurement.readout import Readout
 from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes
-from mechdsl.execute.training import count_held_out, order_rows
+from mechdsl.execute.training_vectors import count_held_out, order_rows
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.forward.hooks.batch import SiteWrite

@@ -1,27 +1,24 @@
-"""Training of a declared dictionary on activations: its vectors, chunk by chunk, and its files."""
+"""Training of a declared dictionary on activations: its run, its files and its checkpoints."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
-from mechdsl.base.arrays import Ints
 from mechdsl.base.files import replace_file
 from mechdsl.base.hashing import stable_hash
 from mechdsl.dictionaries.features import load_dictionary
 from mechdsl.dictionaries.folder import CONFIG_FILE, HOOK_SITES, WEIGHT_FILES, read_dictionary
 from mechdsl.execute.run_record import CARD_FILE, RotationReport, TrainingReport
-from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
+from mechdsl.execute.training_vectors import TrainingVectors
 from mechdsl.fits.sparse_training import unscale_weights
 from mechdsl.fits.training import (
     Fit,
@@ -31,138 +28,12 @@ from mechdsl.fits.training import (
     assess,
     components_explain,
 )
-from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.models.shape import PaddingSide
 from mechdsl.program.trainers import TRAINERS
-from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.types import SitePoint, TrainedDictionary, count_numbers
+from mechdsl.resolve.types import SitePoint, TrainedDictionary
 from mechdsl.resolve.types import Training as DeclaredTraining
-
-CHUNK_BYTES = 1 << 28
-"""Bytes of the vectors that are in memory at once."""
-
-HELD_OUT_VECTORS = 1 << 16
-"""Largest number of held-out vectors."""
 
 STATE_FILES = ("state.json", "state.safetensors")
 """Files of a checkpoint."""
-
-
-@dataclass(frozen=True, eq=False)
-class RowVectors:
-    """The vectors of a training: those of the named tokens of its rows."""
-
-    declared: DeclaredTraining
-    model: LoadedModel
-    """The model that runs the rows."""
-    seed: int
-    """Seed of noise."""
-    side: PaddingSide | None
-    chunk_bytes: int = CHUNK_BYTES
-
-    @cached_property
-    def counts(self) -> Ints:
-        """[row] vectors of each row."""
-        sample = self.declared.sample
-        tokens = [sum(map(len, runs)) for runs in sample.cell.hits]
-        hits = np.array(tokens, dtype=np.int64)
-        return hits * sample.run.draws
-
-    @cached_property
-    def rows(self) -> Ints:
-        """[row] the numbers of all rows with the position, in a random order that depends on the
-        seed and on their contents."""
-        return order_rows(self.declared, self.declared.sample.table, np.flatnonzero(self.counts))
-
-    @cached_property
-    def held_out_count(self) -> int:
-        """Number of rows at the start of `rows` that the training doesn't use."""
-        return count_held_out(self.declared, len(self.rows))
-
-    @cached_property
-    def _groups(self) -> list[Ints]:
-        """The rows of each chunk."""
-        rows = self.rows[self.held_out_count :]
-        most = max(1, self.chunk_bytes // (4 * sum(map(self._width, self._points))))
-        ends = np.cumsum(self.counts[rows])
-        number = (ends - 1) // most  # by the last vector of each row
-        return [rows[number == each] for each in np.unique(number)]
-
-    @property
-    def _points(self) -> tuple[SitePoint, SitePoint]:
-        return self.declared.encoded, self.declared.made
-
-    def _width(self, point: SitePoint) -> int:
-        return count_numbers(point, self.model.shape)
-
-    @property
-    def chunks(self) -> int:
-        """Number of chunks that together have every vector once."""
-        return len(self._groups)
-
-    def chunk(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return the vectors of a chunk that are encoded, and those that are reconstructed.
-
-        [vector, width] float32 each, on the model's device; one tensor if both are the same. The
-        last chunk that was read stays in memory.
-        """
-        if number not in self._last:
-            self._last.clear()
-            self._last[number] = self._vectors(self._groups[number])
-        return self._last[number]
-
-    @cached_property
-    def _last(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """The chunk that was read last, by its number."""
-        return {}
-
-    def held_out(self) -> tuple[Tensor, Tensor]:
-        """Return vectors of the rows that the training doesn't use, as `chunk` does."""
-        rows = self.rows[: self.held_out_count]
-        few = rows[: int(np.searchsorted(np.cumsum(self.counts[rows]), HELD_OUT_VECTORS)) + 1]
-        return self._vectors(few)
-
-    def _vectors(self, rows: Ints) -> tuple[Tensor, Tensor]:
-        points = list(dict.fromkeys(self._points))
-        parts: list[list[Tensor]] = [[] for _ in points]
-        for found in self._read(rows, points):
-            for own, vectors in zip(parts, found, strict=True):
-                own.append(vectors)
-        device = self.model.device
-        joined = [
-            torch.cat(own) if own else torch.zeros(0, self._width(point), device=device)
-            for point, own in zip(points, parts, strict=True)
-        ]
-        return joined[0], joined[-1]
-
-    def _read(self, rows: Ints, points: Sequence[SitePoint]) -> Iterator[list[Tensor]]:
-        """Yield the vectors of each site, batch by batch, in the order of the rows."""
-        sample = self.declared.sample
-        reader = build_reader(
-            self.model, sample.table, sample.run, points, seed=self.seed, side=self.side
-        )
-        batches = split_prompts(self.model, sample.run, points, np.sort(rows)) if len(rows) else []
-        with torch.no_grad():
-            own: list[Tensor] = []
-            for found in read_vectors(reader, points, [sample.cell], batches):
-                own.append(found.vectors.float().clone())
-                if len(own) == len(points):
-                    yield own
-                    own = []
-
-
-def order_rows(declared: DeclaredTraining, table: PromptTable, rows: Ints) -> Ints:
-    """Return rows in a random order that depends on the seed and on their contents; the first ones
-    are held out."""
-    keys, seed = table.row_keys, declared.seed
-    order = sorted(rows.tolist(), key=lambda row: stable_hash(seed, "training row", keys[row]))
-    return np.array(order, dtype=np.int64)
-
-
-def count_held_out(declared: DeclaredTraining, rows: int) -> int:
-    """Return how many of the rows are held out."""
-    share = float(declared.options["validation"]) / 100
-    return min(max(1, round(share * rows)), rows - 1) if share else 0
 
 
 def read_settings(declared: DeclaredTraining) -> TrainingSettings:
@@ -213,7 +84,7 @@ def write_card(
 
 def train_dictionary(
     declared: TrainedDictionary,
-    vectors: RowVectors,
+    vectors: TrainingVectors,
     folder: Path,
     facts: Mapping[str, Any],
     *,
@@ -259,7 +130,7 @@ def train_dictionary(
 
 
 def _report(
-    vectors: RowVectors,
+    vectors: TrainingVectors,
     state: TrainingState,
     held_out_vectors: int,
     found: Fit,
@@ -270,11 +141,11 @@ def _report(
     Args:
         controls: Shares that untrained weights and principal components explain.
     """
-    trained_rows = vectors.rows[vectors.held_out_count :]
     untrained, components = controls
+    rows, count = vectors.amounts(state)
     return TrainingReport(
-        rows=len(trained_rows),
-        vectors=int(vectors.counts[trained_rows].sum()),
+        rows=rows,
+        vectors=count,
         held_out_rows=vectors.held_out_count,
         held_out_vectors=held_out_vectors,
         steps=state.step,

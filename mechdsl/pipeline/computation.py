@@ -236,7 +236,7 @@ class FileRun:
         assert rows is not None
 
         def part(ids: Sequence[int]) -> tuple[ResolvedExperiment | None, int]:
-            made, again = build(experiment, ids), None
+            made, again = build(experiment.table.name, experiment.model, ids), None
             found = made.diagnostics
             if made.table is not None:
                 table = replace(made.table, beside=experiment.table.beside)

@@ -45,9 +45,11 @@ from mechdsl.pipeline.identities import (
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.program.code_hashes import CodeHashError
 from mechdsl.program.plugins import hash_extension_code
+from mechdsl.program.python_functions import block_functions
 from mechdsl.program.trainers import TRAINERS
 from mechdsl.resolve.trainings import ROTATION, paired_positions
 from mechdsl.resolve.types import (
+    RecordStream,
     ResolvedExperiment,
     TrainedDictionary,
     TrainedRotation,
@@ -153,9 +155,21 @@ class FitKeys:
             "noise": self.checked.program.seed if sample.run.noise is not None else None,
             "run": [self.options.dtype, self._device, self.options.execution.side],
         }
+        if training.stream is not None:
+            parts["stream"] = self._stream(training, training.stream)
         if fit.objective is not None:
             parts["objective"] = _objective(fit.objective, training.minimises, contents)
         return json_digest(parts)
+
+    def _stream(self, training: Training, stream: RecordStream) -> list[object]:
+        """Return what the rows of a training depend on that reads a file in parts."""
+        block = self.checked.program.prompts[training.sample.table.name]
+        try:
+            code = [repr(each.read_code()) for each in block_functions(block)]
+        except CodeHashError as unknown:
+            raise RunKeyError(str(unknown)) from None
+        parameters = sorted(self.checked.program.parameters.items())
+        return [stream.count, stream.digest, repr(block), code, repr(parameters)]
 
     # --- what the trainings of a file share
 
@@ -250,6 +264,11 @@ def _read_rotation(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFi
 
 def describe_report(file: TrainedFile, report: Report) -> str:
     """Describe how well something was trained, for conventions."""
+    held_out = f"{report.held_out_rows:,} of them" if report.held_out_rows else "none"
+    return f"{held_out} held out, {_describe_result(file, report)}"
+
+
+def _describe_result(file: TrainedFile, report: Report) -> str:
     if isinstance(report, RotationReport):
         rows = "held-out rows" if report.held_out_rows else "training rows"
         values = {

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ from mechdsl.pipeline.trained_files import (
     fits_of_file,
     read_fit,
 )
-from mechdsl.resolve.types import TrainedDictionary, TrainedRotation, describe_rotation
+from mechdsl.resolve.trainings import resolve_part
+from mechdsl.resolve.types import FitSample, TrainedDictionary, TrainedRotation, describe_rotation
 from mechdsl.results.results import package_version
 from mechdsl.store.files import make_folder, sync_folder
 from mechdsl.store.index import StoreProblem
@@ -147,6 +149,8 @@ def _train_one(
     on_progress: FitProgress | None,
 ) -> tuple[TrainedFit | None, Diagnostic | None]:
     """Train one dictionary or rotation; a result or a problem."""
+    from mechdsl.execute.run.feature_files import RowsRefused
+    from mechdsl.execute.training_vectors import NoVectors
     from mechdsl.fits.training import NotFinite
     from mechdsl.forward.hooks.gradients import AutogradFailed
 
@@ -166,6 +170,13 @@ def _train_one(
         shutil.rmtree(part, ignore_errors=True)
         reason = f"autograd can't follow the model ({str(problem)[:200]})"
         return None, _failed(fit, reason, "train on a model without in-place operations")
+    except RowsRefused as refused:
+        shutil.rmtree(part, ignore_errors=True)
+        return None, refused.diagnostics[0]
+    except NoVectors as problem:
+        shutil.rmtree(part, ignore_errors=True)
+        reason, hint = f"no row has `{problem}`", "name a position that more rows have"
+        return None, _failed(fit, reason, hint)
     except NotFinite as problem:
         shutil.rmtree(part, ignore_errors=True)
         rate = float(fit.training.options["rate"])
@@ -192,7 +203,8 @@ def _run_training(
     """Train one dictionary or rotation, and write it to `result`, in the folder of checkpoints."""
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.rotation_training import train_rotation
-    from mechdsl.execute.training import RowVectors, train_dictionary
+    from mechdsl.execute.training import train_dictionary
+    from mechdsl.execute.training_vectors import RowVectors, StreamedVectors
 
     last = time.monotonic()
 
@@ -215,10 +227,33 @@ def _run_training(
         return train_rotation(
             fit.file, rows, result, facts, checkpoints=part, due=is_due, on_step=on_step
         )
-    vectors = RowVectors(fit.training, model, checked.program.seed, side)
+    if fit.training.stream is None:
+        vectors = RowVectors(fit.training, model, checked.program.seed, side)
+    else:
+        vectors = StreamedVectors(fit.training, model, partial(_read_part, checked, fit), side)
     return train_dictionary(
         fit.file, vectors, result, facts, checkpoints=part, due=is_due, on_step=on_step
     )
+
+
+def _read_part(checked: CheckedFile, fit: DeclaredFit, ids: Sequence[int]) -> FitSample | None:
+    """Return rows of a training that reads a file in parts; None if none are left.
+
+    Raises RowsRefused.
+    """
+    from mechdsl.execute.run.feature_files import RowsRefused
+
+    assert checked.part is not None
+    model, name = fit.experiment.model, fit.training.sample.table.name
+    made = checked.part(name, model, ids)
+    found, problems = None, made.diagnostics
+    if made.table is not None:
+        found, more = resolve_part(fit.training, made.table, checked.program, model)
+        problems = [*problems, *more]
+    errors = [each for each in problems if each.severity == "error"]
+    if errors:
+        raise RowsRefused(errors)
+    return found
 
 
 def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[str, Any]:

@@ -37,11 +37,9 @@ _DAS = f"train a rotation: `fit(das(dims: 2), {_TRAIN})`"
 
 _ROTATION = f'{_DAS}; or load a matrix: `saved("rotation.safetensors", "rotation")`'
 
-_BOUNDLESS = f"mechdsl trains no boundaries of a subspace; {_DAS}"
-
 OTHER_METHODS = {
     "das": _ROTATION,
-    "boundless_das": _BOUNDLESS,
+    "boundless_das": f"train a rotation: `fit(boundless_das(penalty: 1), {_TRAIN})`",
     "rotation": _ROTATION,
     "dictionary": 'write `sae("path/to/sae")` or `transcoder("path/to/transcoder")`',
     "clt": 'write `transcoder("path/to/clt") at mlp_out layer 3`, which can be observed',
@@ -62,7 +60,7 @@ OTHER_TRAINERS: dict[str, str] = {
     "batch_topk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
     "jumprelu": 'write `sae(features: 512, penalty: 0.1, kind: "jump_relu")`',
     "gated": 'write `sae(features: 512, penalty: 0.1, kind: "gated")`',
-    "boundless_das": _BOUNDLESS,
+    "boundless": "write `boundless_das(penalty: 1)`",
     "rotation": "write `das(dims: 2)`",
     "pca": "write `pca(fruit.train, dims: 8)` without `fit`",
 }

@@ -666,6 +666,14 @@ def program_functions(program: spec.Program) -> Iterator[PythonFunction]:
             yield function
 
 
+def block_functions(prompts: spec.Prompts) -> Iterator[PythonFunction]:
+    """Yield the Python functions that create rows of a block and that can be found."""
+    for node in prompt_functions(prompts):
+        function, _ = find_function(node, "value")
+        if function is not None:
+            yield function
+
+
 def _uses(
     program: spec.Program, given: Collection[str] = ()
 ) -> Iterator[tuple[ast.Call, FunctionUse | None]]:

@@ -97,7 +97,7 @@ def report_streamed_use(prompts: spec.Prompts, span: Span) -> BadArgument:
     return BadArgument(
         span=span,
         name=prompts.name,
-        reason="has streamed rows, which only `save top … rows of …` reads",
+        reason="has streamed rows, which only `save top … rows of …` and trained dictionaries read",
         hint="remove `streamed` from its `rows` line, or name other prompts here",
     )
 

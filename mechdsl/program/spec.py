@@ -726,6 +726,11 @@ class Program(Spec):
     """Trainings of `fit(…)` that were found in the store, by name: the file of a dictionary or of a
     rotation, and how well it was trained."""
 
+    @property
+    def numbers(self) -> dict[str, int | float]:
+        """The parameters that are numbers."""
+        return {k: v for k, v in self.parameters.items() if isinstance(v, int | float)}
+
 
 Constant: TypeAlias = int | float | str | bool
 

@@ -1110,6 +1110,15 @@ def _trained(
         )
     made = outline_training(definition, options, sample, point, work.program, work.model)
     assert made.training is not None
+    stream = made.training.stream
+    if stream is not None:
+        text = f"{stream.count:,} streamed rows of {sample.table.name} at {sample.cell.label}"
+    if stream is not None and sample.run.model is not None:
+        raise BasisError(
+            definition.method,
+            f"the rows of `{sample.table.name}` are read in parts, for one model",
+            "name the block alone: `prompts: texts`",
+        )
     size = made.size if isinstance(made, TrainedRotation) else made.features
     width = count_numbers(point, work.model.shape)
     if isinstance(made, TrainedRotation) and size > width and not work.model.shape.stands_in:

@@ -208,14 +208,12 @@ def resolve_samples(
     run = table.runs[rows.run]
     if rows.model is not None and rows.model != work.model.name:
         run = replace(run, model=rows.model)
-    at = at or last_token(call)
-    parameters = {
-        name: value
-        for name, value in work.program.parameters.items()
-        if isinstance(value, int | float)
-    }
     cells, problems = resolve_positions(
-        at, table, rows.run, tokenizer=work.model.tokenizer, loop_values=parameters
+        at or last_token(call),
+        table,
+        rows.run,
+        tokenizer=work.model.tokenizer,
+        loop_values=work.program.numbers,
     )
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     if has_errors(problems):

@@ -684,11 +684,7 @@ def _save(save: spec.Save, work: ExperimentContext, context: MeasureContext) -> 
         work.table,
         run,
         tokenizer=work.model.tokenizer,
-        loop_values={
-            name: value
-            for name, value in work.program.parameters.items()
-            if isinstance(value, int | float)
-        },
+        loop_values=work.program.numbers,
         with_runs=(),
         ranked=work.ranked,
         answers=AnswerTokens(reason=_PROMPT_ONLY),

@@ -283,7 +283,7 @@ def _loop_values(
     loops: list[str], work: ExperimentContext
 ) -> Iterator[tuple[AxisIndices, NamedValues]]:
     """Yield the index and the values by name for every combination of loop values."""
-    parameters = {k: v for k, v in work.program.parameters.items() if isinstance(v, int | float)}
+    parameters = work.program.numbers
     for key, values in work.sites.combinations(loops):
         yield key, {**parameters, **values}
 

@@ -8,22 +8,24 @@ from dataclasses import fields
 from pathlib import Path
 
 from mechdsl.base.safetensors_files import SafetensorsFile
-from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import NoEstimate
 from mechdsl.diagnostics.rules import BadBasis, MeasuredOnTrainingRows
 from mechdsl.dictionaries.folder import ENCODED_SITES, DictionaryFile
 from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import TRAINING_DEFAULTS
+from mechdsl.program.directions import fit_rows_of_basis, last_token
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import TRAINERS, trainer_call
-from mechdsl.prompts.positions.cells import is_after_prompts
+from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.conflicts import SITES_WITHOUT_GRADIENT, find_flat_part
 from mechdsl.resolve.types import (
     FitSample,
     ModelContext,
+    RecordStream,
     ResolvedExperiment,
     SitePoint,
     TrainedDictionary,
@@ -101,7 +103,41 @@ def _describe_training(
         seed=int(options.get("seed", program.seed)),
         span=call.span,
         minimises=any(each.name == "minimise" for each in call.arguments),
+        stream=_stream(sample.table, definition, program),
     )
+
+
+def _stream(
+    table: PromptTable, definition: spec.Basis, program: spec.Program
+) -> RecordStream | None:
+    """Return the records of a block that is read in parts."""
+    rows = table.block_rows
+    if rows is None or not rows.block.spec.streamed or rows.block.data is None:
+        return None
+    wanted, count = fit_rows_of_basis(definition, program), rows.block.data_size
+    if wanted is not None and wanted.limit is not None:
+        count = min(wanted.limit, count)
+    return RecordStream(count, rows.block.data.digest)
+
+
+def resolve_part(
+    training: Training, table: PromptTable, program: spec.Program, model: ModelContext
+) -> tuple[FitSample | None, list[Diagnostic]]:
+    """Return rows of a training that reads a file in parts; None after an error.
+
+    Args:
+        table: The rows of some records.
+        model: The model that runs them.
+    """
+    definition, run = program.bases[training.definition], training.sample.run.name
+    at = definition.at or last_token(definition.method)
+    cells, problems = resolve_positions(
+        at, table, run, tokenizer=model.tokenizer, loop_values=program.numbers
+    )
+    if has_errors(problems):
+        return None, problems
+    (cell,) = cells
+    return FitSample(table, table.runs[run], cell), problems
 
 
 def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary:
@@ -127,11 +163,20 @@ def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary
 
 
 def count_training_rows(training: Training, experiment: spec.Experiment, table: PromptTable) -> int:
-    """Return how many of the rows that an experiment measures are also training rows."""
+    """Return how many of the rows that an experiment measures are also training rows: all of them
+    if they are records of a file that the training reads in parts."""
     if not experiment.measures:
         return 0
+    if training.stream is not None and _stream_digest(table) == training.stream.digest:
+        return len(table)
     trained = set(training.sample.table.row_keys)
     return sum(key in trained for key in table.row_keys)
+
+
+def _stream_digest(table: PromptTable) -> str | None:
+    """Return the digest of the file of a table's rows."""
+    data = None if table.block_rows is None else table.block_rows.block.data
+    return None if data is None else data.digest
 
 
 def check_held_out(

@@ -214,6 +214,15 @@ class PythonBasis(Record):
 
 
 @record
+class RecordStream(Record):
+    """Records of a file that a training reads in parts."""
+
+    count: int
+    digest: str
+    """Digest of the file."""
+
+
+@record
 class Training(Record):
     """A training that a file declares: `fit(sae(features: 512, k: 8), prompts: fruit.train)`."""
 
@@ -238,6 +247,9 @@ class Training(Record):
     """Where the file declares it."""
     minimises: bool = False
     """Whether the measure of a rotation is minimised, not maximised."""
+    stream: RecordStream | None = None
+    """The records that are read during the training, of which `sample` has the first ones; None for
+    a training on the rows of `sample`."""
 
 
 @record

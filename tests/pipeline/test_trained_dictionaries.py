@@ -21,7 +21,7 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import CheckedFile, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.execute.training import RowVectors
+from mechdsl.execute.training_vectors import RowVectors
 from mechdsl.pipeline.trained_files import fits_of_file
 
 from ..execute.support import context, word_tokenizer

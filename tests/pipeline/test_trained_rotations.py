@@ -387,7 +387,7 @@ def test_rules_use_it_as_a_matrix_of_a_file(name: str, tmp_path: Path) -> None:
         for mine, theirs in zip(one.measures, two.measures, strict=True):
             assert np.array_equal(mine.patched, theirs.patched, equal_nan=True)
     said = own[0].conventions["basis d"]
-    assert f"trained on 4 rows of p at last token, to maximise {LOSS}" in said
+    assert f"trained on 4 rows of p at last token, 1 of them held out, to maximise {LOSS}" in said
     assert f"trained {trained.report.trained:.4g}, random subspace" in said
 
 

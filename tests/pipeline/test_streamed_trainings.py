@@ -1,0 +1,291 @@
+"""Dictionaries that are trained on the records of a file that is read in parts."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import mechdsl
+from mechdsl.execute import training_vectors
+from mechdsl.execute.training_vectors import PART_ROWS, StreamedVectors
+from mechdsl.pipeline import trainings
+from mechdsl.pipeline.trained_files import fits_of_file
+from mechdsl.resolve.types import FitSample
+
+from ..execute.support import word_tokenizer
+from ..quick import in_turn
+from ..rules.models import bare
+from .test_trained_dictionaries import (
+    ABLATES,
+    FEATURES,
+    HERE,
+    LAYER,
+    OTHER,
+    QUICK,
+    K,
+    adopted_for,
+    assert_same_vectors,
+    checked,
+    models,
+    run,
+    train,
+    write,
+)
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+COUNT = 70
+BLOCK = 'prompts texts { rows "texts.jsonl" streamed  template "{text}" }\n'
+
+
+def fit(
+    options: str = QUICK,
+    inner: str = f"sae(features: {FEATURES}, k: {K})",
+    at: str = f"resid_post layer {LAYER} at tokens *",
+    prompts: str = "texts",
+) -> str:
+    return f"basis f = fit({inner}, prompts: {prompts}, {options}) at {at}\n"
+
+
+def texts(count: int = COUNT) -> list[str]:
+    draw = random.Random(5)
+    return [
+        " ".join(f"w{draw.randrange(40)}" for _ in range(draw.randint(2, 12))) for _ in range(count)
+    ]
+
+
+def write_texts(folder: Path, lines: list[str], name: str = "texts.jsonl") -> None:
+    records = "".join(f"{json.dumps({'text': text})}\n" for text in lines)
+    (folder / name).write_text(records, "utf-8")
+
+
+def write_file(
+    folder: Path, *parts: str, block: str = BLOCK, lines: list[str] | None = None
+) -> Path:
+    write_texts(folder, texts() if lines is None else lines)
+    return write(folder, block, *parts)
+
+
+def streamed(path: Path, family: str, parts: list[int], side: Any = None, **more: Any) -> Any:
+    """The vectors of the file's training; `parts` receives the number of records of each part."""
+    file = checked(path, family)
+    (declared,) = fits_of_file(file).values()
+
+    def part(ids: Any) -> FitSample | None:
+        parts.append(len(ids))
+        return trainings._read_part(file, declared, ids)
+
+    return StreamedVectors(declared.training, adopted_for(family), part, side, **more)
+
+
+def vectors_by_hand(family: str, text: str) -> Tensor:
+    """[token, width] of one unpadded prompt."""
+    ids = torch.tensor([word_tokenizer()(text)["input_ids"]])
+    with torch.no_grad():
+        states = bare(family)(input_ids=ids, output_hidden_states=True).hidden_states
+    return states[LAYER + 1][0].float()
+
+
+# --- what it is trained on ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "side"), in_turn(HERE, ["left", "right", None]))
+def test_each_record_is_in_one_chunk_or_held_out(family: str, side: Any, tmp_path: Path) -> None:
+    path = write_file(tmp_path, fit(f"{QUICK}, validation: 20%"), ABLATES)
+    parts: list[int] = []
+    found = streamed(path, family, parts, side, chunk_bytes=4 * 8 * 2 * 60 * 8)
+    expected = [vectors_by_hand(family, text) for text in texts()]
+    assert found.chunks > 2
+    assert found.held_out_count == 14
+    chunks = [found.chunk(number)[0] for number in range(found.chunks)]
+    held_out = found.held_out()[0]
+    assert_same_vectors(torch.cat([*chunks, held_out]), torch.cat(expected))
+    sizes = [len(chunk) for chunk in chunks]
+    assert max(sizes[:-1]) < 2 * min(sizes[:-1])
+    assert max(parts) <= PART_ROWS
+    again = streamed(path, family, [], side, chunk_bytes=4 * 8 * 2 * 60 * 8)
+    assert torch.equal(again.chunk(1)[0], chunks[1])
+
+
+def test_records_are_read_in_parts(tmp_path: Path) -> None:
+    path = write_file(tmp_path, fit(), ABLATES, lines=texts(700))
+    parts: list[int] = []
+    found = streamed(path, "llama", parts)
+    assert found.chunks == 1
+    found.chunk(0)
+    assert max(parts) == PART_ROWS
+    assert sum(parts) == 700 - found.held_out_count
+
+
+def test_limit_is_the_first_records(tmp_path: Path) -> None:
+    path = write_file(tmp_path, fit(f"{QUICK}, limit: 40, validation: 0%"), ABLATES)
+    found = streamed(path, "gpt2", [])
+    own = found.chunk(0)[0]
+    expected = torch.cat([vectors_by_hand("gpt2", text) for text in texts()[:40]])
+    assert_same_vectors(own, expected)
+    assert len(found.held_out()[0]) == 0
+
+
+def test_rows_without_the_position_and_dropped_rows_are_left_out(tmp_path: Path) -> None:
+    block = BLOCK.replace("}\n", "  where tokens(text) > 6 }\n")
+    path = write_file(
+        tmp_path, fit(at=f"resid_post layer {LAYER} at token 8"), ABLATES, block=block
+    )
+    with pytest.raises(mechdsl.MechdslError, match="lies outside"):
+        train(path)
+    path = write_file(tmp_path, fit(f"{QUICK}, validation: 0%"), ABLATES, block=block)
+    own = streamed(path, "llama", []).chunk(0)[0]
+    long = [text for text in texts() if len(text.split()) > 6]
+    assert_same_vectors(own, torch.cat([vectors_by_hand("llama", text) for text in long]))
+
+
+def test_rules_use_it_like_a_dictionary_of_a_folder(tmp_path: Path) -> None:
+    path = write_file(tmp_path, fit(), ABLATES, OTHER)
+    (found,) = train(path)
+    report = found.report
+    assert (report.rows, report.held_out_rows, report.steps) == (62, 8, 12)
+    assert report.vectors == 12 * 16
+    own = run(path, fresh=True).files[0].experiments
+    said = own[0].conventions["basis f"]
+    assert "trained on 70 streamed rows of texts at tokens *, 8 of them held out, explains" in said
+    folder = f'basis f = sae("{found.folder}") at resid_post layer {LAYER}\n'
+    other = run(write(tmp_path, folder, ABLATES, OTHER), store=False).files[0].experiments
+    for one, two in zip(own, other, strict=True):
+        assert (one.measures[0].patched == two.measures[0].patched).all()
+
+
+def test_a_transcoder(tmp_path: Path) -> None:
+    inner = f"transcoder(features: {FEATURES}, k: {K})"
+    path = write_file(tmp_path, fit(inner=inner, at="mlp_out layer 1 at tokens *"), ABLATES)
+    found = streamed(path, "gpt2", [])
+    own, made = found.chunk(0)
+    assert own.shape == made.shape
+    assert own is not made
+    (trained,) = train(path, "gpt2")
+    assert trained.report.explained > trained.report.untrained_explained
+
+
+def test_a_parquet_file(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table({"text": texts()})
+    parquet.write_table(table, tmp_path / "texts.parquet", row_group_size=20)
+    block = BLOCK.replace("jsonl", "parquet")
+    path = write_file(tmp_path, fit(f"{QUICK}, validation: 0%"), ABLATES, block=block)
+    own = streamed(path, "llama", []).chunk(0)[0]
+    assert_same_vectors(own, torch.cat([vectors_by_hand("llama", text) for text in texts()]))
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def test_keys(tmp_path: Path) -> None:
+    """Any record, the template, the conditions, parameters and the number of records are in it."""
+    changed = [*texts()[:-1], "w1 w2 w3 w4"]
+    condition = BLOCK.replace("}\n", "  where tokens(text) > depth }\n")
+    cases: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+        ((fit(),), {}),
+        ((fit(),), {"lines": changed}),
+        ((fit(),), {"block": BLOCK.replace("{text}", "w1 {text}")}),
+        ((fit(f"{QUICK}, limit: 60"),), {}),
+        (("param depth = 3\n", fit()), {"block": condition}),
+        (("param depth = 4\n", fit()), {"block": condition}),
+        ((fit(f"{QUICK}, seed: 1"),), {}),
+        ((fit(f"{QUICK}, validation: 20%"),), {}),
+    ]
+    folders: set[Path] = set()
+    weights: list[Tensor] = []
+    for parts, more in cases:
+        (found,) = train(write_file(tmp_path, *parts, ABLATES, **more))
+        assert found.seconds > 0
+        folders.add(found.folder)
+        own = load_file(found.folder / "sae_weights.safetensors")["W_enc"]
+        assert not any(torch.equal(own, each) for each in weights)
+        weights.append(own)
+    assert len(folders) == len(cases)
+    (same,) = train(write_file(tmp_path, "# A comment.\n", OTHER, fit(), ABLATES))
+    assert same.seconds == 0
+
+
+def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training of several chunks ends with the weights of an uninterrupted one."""
+    from mechdsl.fits.training import Training
+
+    monkeypatch.setattr(training_vectors, "most_vectors", lambda *_: 60)
+    path = write_file(tmp_path, fit(QUICK.replace("12", "40")), ABLATES)
+    (whole,) = train(path)
+    expected = (whole.folder / "sae_weights.safetensors").read_bytes()
+    assert whole.report.rows == 62  # every chunk was read
+    real, steps = Training._step, []
+
+    def step(self: Any) -> None:
+        if len(steps) == 23:
+            raise KeyboardInterrupt
+        steps.append(self.state.step)
+        real(self)
+
+    monkeypatch.setattr(Training, "_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(path, fresh=True)
+    steps.append(0)  # one more than where it stopped
+    (found,) = train(path, fresh=True)
+    assert steps[24:] == [*range(23, 40)]
+    assert (found.folder / "sae_weights.safetensors").read_bytes() == expected
+    assert found.report == whole.report
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def test_records_of_the_file_are_not_measured(tmp_path: Path) -> None:
+    """Another block reads the same file: its rows are training rows."""
+    block = BLOCK + 'prompts same { rows "texts.jsonl"  template "{text}" }\n'
+    measured = (
+        "experiment e { model m prompts same limit 5 ablate feature 0 of f at last token with zero "
+        'measure logit("w3") as delta stats bootstrap(100) correct none }\n'
+    )
+    path = write_file(tmp_path, fit(), measured, block=block)
+    with pytest.raises(mechdsl.MechdslError, match="measures rows that `f` is trained on") as found:
+        train(path)
+    assert found.value.diagnostics[0].code == "E0345"
+
+
+def test_a_later_row_with_an_error_costs_only_its_training(tmp_path: Path) -> None:
+    """The check sees the first rows; others are read during the training."""
+    path = write_file(tmp_path, fit(at=f"resid_post layer {LAYER} at token 2"), ABLATES, OTHER)
+    write_texts(tmp_path, [*texts(300), "w1"])
+    with pytest.warns(mechdsl.MechdslWarning, match="lies outside"):
+        found = mechdsl.run(path, models("llama"), store=tmp_path / "store", fit=True).files[0]
+    assert [each.name for each in found.experiments] == ["other"]
+
+
+MISTAKES = {
+    "rotation": (
+        fit('from: other, maximise: logit("w1")', "das(dims: 2)", f"resid_post layer {LAYER}"),
+        "E0201",
+    ),
+    "direction": (f"direction f = mean(texts) at resid_post layer {LAYER}\n", "E0207"),
+    "pca": (f"basis f = pca(texts, dims: 4) at resid_post layer {LAYER}\n", "E0207"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name: str, tmp_path: Path) -> None:
+    line, code = MISTAKES[name]
+    rule = "add f to resid_post layer 1 at last token" if name == "direction" else ""
+    text = (
+        ABLATES
+        if not rule
+        else ABLATES.replace("ablate feature 0..3 of f at last token with zero", rule)
+    )
+    with pytest.raises(mechdsl.MechdslError) as found:
+        mechdsl.run(write_file(tmp_path, line, text), models("llama"), store=tmp_path / "store")
+    errors = [each for each in found.value.diagnostics if each.severity == "error"]
+    assert errors[0].code == code, found.value
