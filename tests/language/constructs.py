@@ -628,7 +628,8 @@ _prompts(
     "parts, and only by `save top … rows of …` and by the training of a dictionary. The block has "
     "a template, `where` and values computed from columns, but no `in`, drawn values, answers, "
     "corruptions or `split`. Every line is checked before the run. Rows that are longer than the "
-    "model's context are left out, and their number is printed. `--limit 1000` reads the first 1,000 rows.",
+    "model's context are left out, and their number is printed. `--limit 1000` reads the first "
+    "1,000 rows.",
     "tests/rules/test_saved_rows.py",
 )
 _prompts(
