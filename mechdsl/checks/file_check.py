@@ -68,7 +68,7 @@ from mechdsl.diagnostics.syntax import (
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.models.folder import locate_model
 from mechdsl.program import spec
-from mechdsl.program.directions import fit_rows_of_experiment, used_bases
+from mechdsl.program.directions import fit_rows_of_experiment, used_bases, used_directions
 from mechdsl.program.lowering import lower_program
 from mechdsl.program.paths import (
     ROWS_PATH,
@@ -518,7 +518,8 @@ class CheckedFile:
     objectives: dict[tuple[str, str], ResolvedExperiment] = field(
         default_factory=dict[tuple[str, str], ResolvedExperiment]
     )
-    """What rotations are trained on, by basis and model: see `mechdsl.program.trainings`."""
+    """What rotations and vectors are trained on, by definition and model: see
+    `mechdsl.program.trainings`."""
     built: dict[str, BuiltModel] = field(default_factory=dict[str, BuiltModel])
     """Models built by functions of Python files, by name."""
     unreported: set[str] = field(default_factory=set[str])
@@ -661,12 +662,13 @@ def _outline_apart(
 def _resolve_objectives(
     experiments: Iterable[spec.Experiment], checked: CheckedFile, contexts: FileContexts
 ) -> None:
-    """Resolve what the rotations of these experiments are trained on, and report its errors."""
+    """Resolve what rotations and vectors of these experiments are trained on, and report its
+    errors."""
     program = checked.program
     wanted = {
-        (basis.name, each.model): None
+        (own.name, each.model): None
         for each in experiments
-        for basis in used_bases(each, program)
+        for own in (*used_bases(each, program), *used_directions(each, program))
     }
     for name, model in wanted:
         if name not in program.objectives:

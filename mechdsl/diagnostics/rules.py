@@ -173,11 +173,12 @@ class BadBasis(Diagnostic):
     """A basis that can't be made as it is written, or doesn't fit where it is used."""
 
     code = "E0342"
-    title = "invalid basis: {reason}"
+    title = "invalid {what}: {reason}"
     label = "{reason}"
     help = "{hint}"
     reason: str
     hint: str
+    what: str = "basis"
 
 
 @keyword_record

@@ -129,6 +129,16 @@ class ObjectiveRows:
         counts[self.rows] = [len(self._cells[0].hits[row][0]) for row in self.rows]
         return np.concatenate([[0], np.cumsum(counts)])
 
+    def mean_difference(self) -> Tensor | None:
+        """Return [width]: the mean of vectors of the source run minus those of the base run over
+        training rows; None without a source run."""
+        if self.objective.spec.source is None:
+            return None
+        own, other = self.vectors
+        starts, rows = self._starts, np.sort(self.rows[self.held_out_count :])
+        parts = zip(starts[rows].tolist(), starts[rows + 1].tolist(), strict=True)
+        return torch.cat([other[first:end] - own[first:end] for first, end in parts]).mean(0)
+
     # --- patched runs
 
     @cached_property

@@ -177,6 +177,10 @@ ROTATION_FILE = "rotation.safetensors"
 """The directions of a trained rotation, in its folder."""
 
 
+VECTOR_FILE = "vector.safetensors"
+"""A trained vector, in its folder."""
+
+
 @dataclass(frozen=True)
 class FitReport:
     """What is known of every training."""
@@ -234,8 +238,32 @@ class RotationReport(FitReport):
 
 
 @dataclass(frozen=True)
+class VectorReport(FitReport):
+    """What the training of a vector led to: means of its measure over rows that it didn't use."""
+
+    objective: str
+    """`maximise logit(answer)`."""
+    length: float
+    """Length of the vector."""
+    site_length: float
+    """Mean length of the vectors that it is added to, in the clean run."""
+    trained: float
+    """The measure while the trained vector is added."""
+    random: float
+    """The mean of the same over random vectors of the same length."""
+    unsteered: float
+    """The measure of the clean run."""
+    difference: float | None
+    """The measure while the mean difference between the run `from` and the clean run is added, over
+    training rows and with the same length; None without `from`."""
+
+
+Report = TrainingReport | RotationReport | VectorReport
+
+
+@dataclass(frozen=True)
 class TrainedFit:
-    """A dictionary or a rotation that a file declares with `fit(…)`, trained."""
+    """A dictionary, a rotation or a vector that a file declares with `fit(…)`, trained."""
 
     basis: str
     """The basis; one member of a family as `f[layer 3]`."""
@@ -245,8 +273,9 @@ class TrainedFit:
     """`L1.resid_post`."""
     folder: Path
     """Its folder in the store: of a dictionary, in a layout that `sae("…")` or `transcoder("…")`
-    reads; of a rotation, with a file that `saved("…/rotation.safetensors", "rotation")` reads."""
-    report: TrainingReport | RotationReport
+    reads; of a rotation, with a file that `saved("…/rotation.safetensors", "rotation")` reads, and
+    of a vector `saved("…/vector.safetensors", "vector")`."""
+    report: Report
     """How well it was trained, next to controls."""
     seconds: float
     """How long the training took; 0 if it was trained before."""

@@ -17,7 +17,7 @@ from mechdsl.base.files import replace_file
 from mechdsl.base.hashing import stable_hash
 from mechdsl.dictionaries.features import load_dictionary
 from mechdsl.dictionaries.folder import CONFIG_FILE, HOOK_SITES, WEIGHT_FILES, read_dictionary
-from mechdsl.execute.run_record import CARD_FILE, RotationReport, TrainingReport
+from mechdsl.execute.run_record import CARD_FILE, Report, TrainingReport
 from mechdsl.execute.training_vectors import TrainingVectors
 from mechdsl.fits.sparse_training import unscale_weights
 from mechdsl.fits.training import (
@@ -74,9 +74,7 @@ def run_training(
         raise
 
 
-def write_card(
-    folder: Path, facts: Mapping[str, Any], report: TrainingReport | RotationReport
-) -> None:
+def write_card(folder: Path, facts: Mapping[str, Any], report: Report) -> None:
     """Write the card of a training. Raises OSError."""
     card = json.dumps({**facts, **asdict(report)}, indent=1) + "\n"
     (folder / CARD_FILE).write_text(card, "utf-8")

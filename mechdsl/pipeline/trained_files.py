@@ -1,14 +1,15 @@
 """What a file declares with `fit(…)`, and what its store has of it: keys and trained files.
 
 A training is a folder of the store, `fits/KEY`, with a card `fit.json`: a dictionary in the layout
-of SAELens, or the directions of a rotation in `rotation.safetensors`. The key is a digest of
+of SAELens, the directions of a rotation in `rotation.safetensors`, or a vector in
+`vector.safetensors`. The key is a digest of
 everything that the weights depend on. Checkpoints of a training under way are in `fits/KEY.part`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,8 +33,11 @@ from mechdsl.execute.run_record import (
     NUMERIC_VERSION,
     ROTATION_FILE,
     TRAINING_VERSION,
+    VECTOR_FILE,
+    Report,
     RotationReport,
     TrainingReport,
+    VectorReport,
 )
 from mechdsl.models.folder import json_digest
 from mechdsl.pipeline.identities import (
@@ -47,14 +51,16 @@ from mechdsl.program.code_hashes import CodeHashError
 from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.python_functions import block_functions
 from mechdsl.program.trainers import TRAINERS
-from mechdsl.resolve.trainings import ROTATION, paired_positions
+from mechdsl.resolve.trainings import ROTATION, VECTOR, paired_positions
 from mechdsl.resolve.types import (
     RecordStream,
     ResolvedExperiment,
     TrainedDictionary,
     TrainedRotation,
+    TrainedVector,
     Training,
     count_numbers,
+    iter_leaf_vectors,
 )
 from mechdsl.results.results import package_version
 from mechdsl.store.index import StoreProblem
@@ -74,10 +80,11 @@ class DeclaredFit:
 
     basis: str
     """`f[layer 3]`."""
-    file: TrainedDictionary | TrainedRotation
+    file: TrainedDictionary | TrainedRotation | TrainedVector
     experiment: ResolvedExperiment
     objective: ResolvedExperiment | None = None
-    """What a rotation is trained on; None for a dictionary, and where only the name is needed."""
+    """What a rotation or a vector is trained on; None for a dictionary, and where only the name is
+    needed."""
 
     @property
     def training(self) -> Training:
@@ -102,14 +109,30 @@ def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFi
             if trained and own.training is not None:
                 declared = DeclaredFit(member.name, own, experiment)
                 found.setdefault(own.training.name, declared)
+        for vector in _trained_vectors(experiment):
+            declared = DeclaredFit(vector.name, vector, experiment)
+            found.setdefault(vector.training.name, declared)
     return found
+
+
+def _trained_vectors(experiment: ResolvedExperiment) -> Iterator[TrainedVector]:
+    """Yield the trained vectors that rules, bases and saved directions of an experiment use."""
+    rules = experiment.every_rule
+    used = [own.direction.members for own in rules if own.direction is not None]
+    used += [file.members for file in experiment.direction_files]
+    leaves = [
+        leaf for own in used for each in own.values() for leaf in iter_leaf_vectors(each.vector)
+    ]
+    bases = [own.basis for own in (*rules, *experiment.saves) if own.basis is not None]
+    saved = (each for basis in bases for each in basis.saved)
+    yield from (each for each in (*leaves, *saved) if isinstance(each, TrainedVector))
 
 
 def fits_of_file(checked: CheckedFile) -> dict[str, DeclaredFit]:
     """Return the trainings that the experiments of a file need, by name."""
     found = find_fits([*checked.experiments, *checked.saving])
     for name, fit in found.items():
-        if isinstance(fit.file, TrainedRotation):
+        if isinstance(fit.file, TrainedRotation | TrainedVector):
             key = fit.training.definition, fit.experiment.model.name
             found[name] = replace(fit, objective=checked.objectives[key])
     return found
@@ -208,8 +231,8 @@ class FitKeys:
 def _objective(
     objective: ResolvedExperiment, minimises: bool, contents: RunContents
 ) -> list[object]:
-    """Return what the loss of a rotation depends on: rows and tokens of both runs, and the
-    measure."""
+    """Return what the loss of a rotation or a vector depends on: rows and tokens of both runs, and
+    the measure."""
     from mechdsl.planner.value_keys import measure_digest, measure_row_keys
 
     table, (measure,) = objective.table, objective.measures
@@ -232,8 +255,6 @@ def _told(options: Mapping[str, Any]) -> dict[str, str]:
 
 TrainedFile = DictionaryFile | SafetensorsFile
 
-Report = TrainingReport | RotationReport
-
 
 def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | None:
     """Read a training with its report; None if the folder has no complete one."""
@@ -241,6 +262,8 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
         card = json.loads((folder / CARD_FILE).read_text("utf-8"))
         if isinstance(fit.file, TrainedRotation):
             return _read_rotation(folder, fit, card["sha256"]), RotationReport.read(card)
+        if isinstance(fit.file, TrainedVector):
+            return _read_vector(folder, fit, card["sha256"]), VectorReport.read(card)
         transcodes = bool(card["transcodes"])
         file = read_dictionary(folder, str(folder), transcodes=transcodes)
         return file, TrainingReport.read(card)
@@ -262,6 +285,16 @@ def _read_rotation(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFi
     return file
 
 
+def _read_vector(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile:
+    """Read the header of a vector. Raises UnreadableFile, and ValueError for another shape."""
+    path = folder / VECTOR_FILE
+    file = inspect_safetensors(path, str(path), limits.DIRECTION_FILE, "train it again")
+    width = count_numbers(fit.training.made, fit.experiment.model.shape)
+    if file.digest != digest or list(file.shapes.get(VECTOR, ())) != [width]:
+        raise ValueError("the file is damaged")
+    return file
+
+
 def describe_report(file: TrainedFile, report: Report) -> str:
     """Describe how well something was trained, for conventions."""
     held_out = f"{report.held_out_rows:,} of them" if report.held_out_rows else "none"
@@ -269,21 +302,37 @@ def describe_report(file: TrainedFile, report: Report) -> str:
 
 
 def _describe_result(file: TrainedFile, report: Report) -> str:
-    if isinstance(report, RotationReport):
+    if not isinstance(report, TrainingReport):
         rows = "held-out rows" if report.held_out_rows else "training rows"
-        values = {
-            "trained": report.trained,
-            "random subspace": report.untrained,
-            "no patch": report.unpatched,
-            "whole vector": report.whole,
-        }
-        listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        values = _effects(report)
+        listed = ", ".join(
+            f"{name} {value:.4g}" for name, value in values.items() if value is not None
+        )
         said = f"to {report.objective}; mean over {rows}: {listed}"
+        if isinstance(report, VectorReport):
+            said += f"; length {report.length:.4g}, vectors of the site {report.site_length:.4g}"
         return f"{said}; SHA-256 {file.digest[:12]}…"
     what = "held-out vectors" if report.held_out_vectors else "training vectors"
     text = f"explains {report.explained:.3f} of the variance of {what}"
     text += f", {report.active:.1f} features active, SHA-256 {file.digest[:12]}…"
     return text
+
+
+def _effects(report: RotationReport | VectorReport) -> dict[str, float | None]:
+    """Return the means of a measure after a training, by what was written."""
+    if isinstance(report, RotationReport):
+        return {
+            "trained": report.trained,
+            "random subspace": report.untrained,
+            "no patch": report.unpatched,
+            "whole vector": report.whole,
+        }
+    return {
+        "trained": report.trained,
+        "random vectors of this length": report.random,
+        "no vector": report.unsteered,
+        "mean difference at this length": report.difference,
+    }
 
 
 def attach_fits(

@@ -17,7 +17,13 @@ from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import TrainingFailed
-from mechdsl.execute.run_record import CARD_FILE, RotationReport, TrainedFit, TrainingReport
+from mechdsl.execute.run_record import (
+    CARD_FILE,
+    Report,
+    RotationReport,
+    TrainedFit,
+    VectorReport,
+)
 from mechdsl.pipeline.identities import VERSIONED_PACKAGES, RunKeyError
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.pipeline.trained_files import (
@@ -28,7 +34,13 @@ from mechdsl.pipeline.trained_files import (
     read_fit,
 )
 from mechdsl.resolve.trainings import resolve_part
-from mechdsl.resolve.types import FitSample, TrainedDictionary, TrainedRotation, describe_rotation
+from mechdsl.resolve.types import (
+    FitSample,
+    TrainedDictionary,
+    TrainedRotation,
+    TrainedVector,
+    describe_rotation,
+)
 from mechdsl.results.results import package_version
 from mechdsl.store.files import make_folder, sync_folder
 from mechdsl.store.index import StoreProblem
@@ -60,7 +72,7 @@ def train_file(
         loaded: Models from Python, by name.
 
     Returns:
-        The trained dictionaries and rotations, and diagnostics: E0643 and those of loading models.
+        What is trained, and diagnostics: E0643 and those of loading models.
 
     Raises:
         OSError: If the store can't be written.
@@ -148,7 +160,7 @@ def _train_one(
     options: RunOptions,
     on_progress: FitProgress | None,
 ) -> tuple[TrainedFit | None, Diagnostic | None]:
-    """Train one dictionary or rotation; a result or a problem."""
+    """Train one of them; a result or a problem."""
     from mechdsl.execute.run.feature_files import RowsRefused
     from mechdsl.execute.training_vectors import NoVectors
     from mechdsl.fits.training import NotFinite
@@ -199,12 +211,13 @@ def _run_training(
     checked: CheckedFile,
     options: RunOptions,
     on_progress: FitProgress | None,
-) -> TrainingReport | RotationReport:
-    """Train one dictionary or rotation, and write it to `result`, in the folder of checkpoints."""
+) -> Report:
+    """Train one of them, and write it to `result`, in the folder of checkpoints."""
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.rotation_training import train_rotation
     from mechdsl.execute.training import train_dictionary
     from mechdsl.execute.training_vectors import RowVectors, StreamedVectors
+    from mechdsl.execute.vector_training import train_vector
 
     last = time.monotonic()
 
@@ -221,12 +234,17 @@ def _run_training(
 
     facts, side = _facts(fit, checked, model), options.execution.side
     part = result.parent
-    if isinstance(fit.file, TrainedRotation):
-        assert fit.objective is not None
+    if fit.objective is not None:
         rows = ObjectiveRows(fit.training, fit.objective, model, side)
+        if isinstance(fit.file, TrainedVector):
+            return train_vector(
+                fit.file, rows, result, facts, checkpoints=part, due=is_due, on_step=on_step
+            )
+        assert isinstance(fit.file, TrainedRotation)
         return train_rotation(
             fit.file, rows, result, facts, checkpoints=part, due=is_due, on_step=on_step
         )
+    assert isinstance(fit.file, TrainedDictionary)
     if fit.training.stream is None:
         vectors = RowVectors(fit.training, model, checked.program.seed, side)
     else:
@@ -264,7 +282,7 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
     if isinstance(fit.file, TrainedDictionary):
         own["transcodes"] = fit.file.transcodes
     if fit.objective is not None:
-        own["from"] = fit.objective.rules[0].run
+        own["from"] = fit.objective.spec.source
     return {
         **own,
         "basis": fit.basis,
@@ -283,9 +301,7 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
     }
 
 
-def _finished(
-    fit: DeclaredFit, folder: Path, report: TrainingReport | RotationReport, seconds: float
-) -> TrainedFit:
+def _finished(fit: DeclaredFit, folder: Path, report: Report, seconds: float) -> TrainedFit:
     point = fit.training.made
     site = point.site if point.layer is None else f"L{point.layer}.{point.site}"
     what = fit.file.kind
@@ -299,7 +315,7 @@ def _failed(fit: DeclaredFit, reason: str, hint: str) -> Diagnostic:
 
 
 def export_fit(fit: TrainedFit, folder: Path) -> Path:
-    """Copy a trained dictionary or rotation into a new folder below `folder`, with a model card.
+    """Copy what is trained into a new folder below `folder`, with a model card.
 
     Returns the new folder. Raises FileExistsError and OSError.
     """
@@ -333,7 +349,7 @@ def _card_text(fit: TrainedFit) -> str:
     return "\n".join(lines)
 
 
-def _describe_rows(report: TrainingReport | RotationReport, card: Mapping[str, Any]) -> list[str]:
+def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
     """Return what a model card says about the rows and the result of a training."""
     held_out = count_noun(report.held_out_rows, "row")
     rows = f"- Rows: {report.rows:,} of `{card['prompts']}` ({card['run']}) at {card['positions']}"
@@ -346,6 +362,8 @@ def _describe_rows(report: TrainingReport | RotationReport, card: Mapping[str, A
             f"- The same without a patch: {report.unpatched:.4f}",
             f"- The same with the whole vector: {report.whole:.4f}",
         ]
+    if isinstance(report, VectorReport):
+        return _describe_vector(rows, report, card)
     return [
         f"{rows}, {report.vectors:,} vectors; {held_out} held out",
         f"- Explained variance on held-out vectors: {report.explained:.4f}",
@@ -354,3 +372,21 @@ def _describe_rows(report: TrainingReport | RotationReport, card: Mapping[str, A
         f"- Active features of a vector: {report.active:.2f}",
         f"- Features without activity on these vectors: {report.inactive:,}",
     ]
+
+
+def _describe_vector(rows: str, report: VectorReport, card: Mapping[str, Any]) -> list[str]:
+    """Return what the model card of a vector says about its rows and its result."""
+    held_out = count_noun(report.held_out_rows, "row")
+    measured = "held-out" if report.held_out_rows else "training"
+    lines = [
+        f"{rows}; {held_out} held out",
+        f"- The vector is added at these tokens, to {report.objective}",
+        f"- Length: {report.length:.4f}; vectors of the site have {report.site_length:.4f}",
+        f"- Mean of the measure over {measured} rows: {report.trained:.4f}",
+        f"- The same with random vectors of this length: {report.random:.4f}",
+        f"- The same without a vector: {report.unsteered:.4f}",
+    ]
+    if report.difference is not None:
+        what = f"the mean difference from `{card['from']}` at this length"
+        lines.append(f"- The same with {what}: {report.difference:.4f}")
+    return lines

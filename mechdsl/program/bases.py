@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
@@ -16,10 +16,12 @@ from mechdsl.program.basis_methods import (
     ROW_OPERANDS,
     BasisMethod,
 )
+from mechdsl.program.direction_methods import DIRECTION_METHODS
 from mechdsl.program.directions import (
     check_fit_rows,
     check_row_limit,
     fitted_block,
+    training_call,
 )
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
@@ -55,6 +57,9 @@ OTHER_OPTIONS: dict[str, str] = dict.fromkeys(
 
 
 OTHER_TRAINERS: dict[str, str] = {
+    **dict.fromkeys(
+        ("steering", "steering_vector", "direction", "bias", "actadd"), "write `vector(length: 8)`"
+    ),
     "topk": "write `sae(features: 512, k: 8)`",
     "batchtopk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
     "batch_topk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
@@ -78,8 +83,12 @@ OTHER_TRAINER_OPTIONS: dict[str, str] = {
     "sparsity": "penalty",
     "architecture": "kind",
     "activation": "kind",
+    "norm": "length",
+    "scale": "length",
+    "magnitude": "length",
+    "weight_decay": "penalty",
 }
-"""Names of an option of a dictionary in other tools → the option."""
+"""Names of a trainer's option in other tools → the option."""
 
 OTHER_OBJECTIVES: dict[str, str] = {
     "source": "from",
@@ -111,7 +120,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
         )
         return None
     before = len(scope.diagnostics)
-    _check_arguments(call, method, parts, scope)
+    check_arguments(call, method, parts, scope)
     if statement.site is None:
         scope.diagnostics.append(
             BadBasis(
@@ -149,9 +158,34 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
     )
 
 
-def _check_arguments(
-    call: ast.Call, method: BasisMethod, parts: Definitions, scope: Namespace
+def check_trained_direction(
+    statement: ast.DirectionDef, parts: Definitions, scope: Namespace
+) -> bool:
+    """Whether a direction has no error in the call `fit(…)`, if it is one.
+
+    Codes: E0201, E0203, E0207, E0342.
+    """
+    call, before = training_call(statement.value), len(scope.diagnostics)
+    if call is not None:
+        check_arguments(call, BASIS_METHODS[call.name], parts, scope, what="direction")
+    return len(scope.diagnostics) == before
+
+
+def check_arguments(
+    call: ast.Call,
+    method: BasisMethod,
+    parts: Definitions,
+    scope: Namespace,
+    *,
+    what: Literal["basis", "direction"] = "basis",
 ) -> None:
+    """Check the arguments of a call without the model.
+
+    Codes: E0201, E0203, E0207, E0342.
+
+    Args:
+        what: First word of the statement; directions have only the method `fit`.
+    """
     values = [a.value for a in call.arguments if a.name is None]
     for argument in call.arguments:
         if argument.name is None:
@@ -167,7 +201,7 @@ def _check_arguments(
             problem = method.check_option(argument.name, value)
             if problem is not None:
                 scope.diagnostics.append(
-                    BadBasis(span=argument.span, reason=problem[0], hint=problem[1])
+                    BadBasis(span=argument.span, reason=problem[0], hint=problem[1], what=what)
                 )
         for part in walk(argument.value):
             if isinstance(part, ast.Name):
@@ -179,8 +213,8 @@ def _check_arguments(
     if method.takes in ROW_OPERANDS:
         check_fit_rows(fitted_block(method, call), parts, scope)
     if method.takes == "training":
-        _check_trainer(call, parts, scope)
-        _check_patience(call, parts, scope)
+        _check_trainer(call, what, parts, scope)
+        _check_patience(call, what, parts, scope)
     if method.takes == "jacobian" and not isinstance(values[1], ast.SiteMap):
         scope.diagnostics.append(
             BadArgument(
@@ -218,7 +252,7 @@ def _unknown_option(
     return BadArgument(span=argument.span, name=name, reason=reason, hint=hint)
 
 
-def _check_patience(call: ast.Call, parts: Definitions, scope: Namespace) -> None:
+def _check_patience(call: ast.Call, what: str, parts: Definitions, scope: Namespace) -> None:
     """Report E0342 for early stopping without held-out rows."""
     named = {each.name: each for each in call.arguments}
     if "patience" not in named or "validation" not in named:
@@ -226,14 +260,17 @@ def _check_patience(call: ast.Call, parts: Definitions, scope: Namespace) -> Non
     if constant_value(named["validation"].value, parts.parameters) == 0:
         reason = "`patience` needs held-out rows, and `validation: 0%` holds out none"
         hint = "remove `patience`, or write `validation: 10%`"
-        scope.diagnostics.append(BadBasis(span=named["patience"].span, reason=reason, hint=hint))
+        scope.diagnostics.append(
+            BadBasis(span=named["patience"].span, reason=reason, hint=hint, what=what)
+        )
 
 
-def _check_trainer(call: ast.Call, parts: Definitions, scope: Namespace) -> None:
+def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespace) -> None:
     """Report E0203 for an unknown trainer, E0207 and E0342 for its arguments.
 
     Args:
         call: The `fit(…)` with the trainer.
+        what: First word of the statement.
     """
     node = trainer_call(call)
     name = node.name
@@ -243,6 +280,11 @@ def _check_trainer(call: ast.Call, parts: Definitions, scope: Namespace) -> None
         hint = did_you_mean(name, TRAINERS, f"it can be {known}")
         hint = OTHER_TRAINERS.get(name, hint)
         scope.diagnostics.append(UnknownWord(span=node.span, kind="trainer", word=name, hint=hint))
+        return
+    if found.declares != what:
+        reason = f"`{name}` makes a {found.declares}"
+        hint = f"write `{found.declares} NAME = {call.name}({found.example}, …) at …`"
+        scope.diagnostics.append(BadBasis(span=node.span, reason=reason, hint=hint, what=what))
         return
     options: dict[str, Constant] = {}
     for argument in node.arguments:
@@ -263,17 +305,19 @@ def _check_trainer(call: ast.Call, parts: Definitions, scope: Namespace) -> None
         return
     wrong = found.check(options)
     if wrong is not None:
-        scope.diagnostics.append(BadBasis(span=node.span, reason=wrong[0], hint=wrong[1]))
+        scope.diagnostics.append(
+            BadBasis(span=node.span, reason=wrong[0], hint=wrong[1], what=what)
+        )
     problem = _objective_problem(call, found)
     if problem is not None:
         scope.diagnostics.append(problem)
 
 
 def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
-    """Return the problem with the run and the measure that a rotation is trained on, or with such
+    """Return the problem with the run and the measure that a trainer learns from, or with such
     arguments of a dictionary."""
     given = {each.name: each for each in call.arguments if each.name in ROTATION_OPTIONS}
-    if trainer.makes != "rotation":
+    if trainer.makes == "dictionary":
         for name, argument in given.items():
             reason = f"is no argument of `fit` with `{trainer.name}`, which learns from vectors"
             hint = "remove it; `das(…)` is trained on a measure"
@@ -281,7 +325,9 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
         return None
     measures = [each for each in OBJECTIVES if each in given]
     reason, hint, span = "", f"write `fit({trainer.example}, {_TRAIN})`", call.span
-    if "from" not in given:
+    if trainer.makes == "vector":
+        hint = f"write `{DIRECTION_METHODS[call.name].example}`"
+    if "from" not in given and trainer.makes == "rotation":
         reason = f"with `{trainer.name}` needs `from: …`, the run whose subspace comes in"
     elif not measures:
         reason = f"with `{trainer.name}` needs `maximise: …` or `minimise: …`, a measure"
@@ -301,7 +347,7 @@ def _trainer_problem(
     problem = trainer.check_option(name, value)
     if problem is None:
         return None
-    return BadBasis(span=argument.span, reason=problem[0], hint=problem[1])
+    return BadBasis(span=argument.span, reason=problem[0], hint=problem[1], what=trainer.declares)
 
 
 def _missing_argument(

@@ -562,11 +562,15 @@ TRAINING_DEFAULTS: Mapping[str, Constant] = {
 """Options of a training with a default; a trainer can have other defaults. `patience` has none:
 then it doesn't stop early."""
 
+TRAINING_OPTIONS = (*TRAINING_DEFAULTS, "patience")
+"""Options of a training with a constant."""
+
 OBJECTIVES = ("maximise", "minimise")
-"""Options with the measure that a rotation is trained on."""
+"""Options with the measure that a rotation or a vector is trained on."""
 
 ROTATION_OPTIONS = ("from", *OBJECTIVES)
-"""Options that only trainers of rotations have; `from` names the run whose subspace comes in."""
+"""Options that only trainers on a measure have; `from` names the run whose subspace comes in, or
+that a vector is compared with."""
 
 
 @basis_method("fit")
@@ -576,7 +580,7 @@ class TrainedBasis(BasisMethod):
 
     takes = "training"
     example = "fit(sae(features: 512, k: 8), prompts: fruit.train)"
-    options = ("prompts", "limit", *ROTATION_OPTIONS, *TRAINING_DEFAULTS, "patience")
+    options = ("prompts", "limit", *ROTATION_OPTIONS, *TRAINING_OPTIONS)
     required = ("prompts",)
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:

@@ -18,7 +18,7 @@ from mechdsl.syntax.words import name_problem
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
 
-OperandKind = Literal["two", "block", "value and block", "texts", "file", "direction"]
+OperandKind = Literal["two", "block", "value and block", "texts", "file", "direction", "training"]
 
 FITTED_OPERANDS: tuple[OperandKind, ...] = ("two", "block", "value and block")
 
@@ -456,6 +456,13 @@ class _Unit(DirectionMethod):
     example = "unit(refusal)"
 
 
+class _Trained(DirectionMethod):
+    takes = "training"
+    example = "fit(vector(length: 8), prompts: fruit.train, maximise: logit(answer))"
+    at_a_site = True
+
+
 DIRECTION_METHODS.add("unembedding", _Unembedding())
 DIRECTION_METHODS.add("saved", _Saved())
 DIRECTION_METHODS.add("unit", _Unit())
+DIRECTION_METHODS.add("fit", _Trained())

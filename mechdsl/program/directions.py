@@ -30,7 +30,8 @@ def lower_direction(
     Codes: E0201, E0203, E0207, E0341.
     """
     before = len(scope.diagnostics)
-    _check(statement.value, parts, scope)
+    if training_call(statement.value) is None:  # or else `check_trained_direction` has checked it
+        _check(statement.value, parts, scope)
     if len(scope.diagnostics) > before:
         return None
     fits = [c for c in method_calls(statement.value) if DIRECTION_METHODS[c.name].at_a_site]
@@ -55,6 +56,28 @@ def lower_direction(
         value=statement.value,
         site=site,
         at=statement.at,
+    )
+
+
+def training_call(node: ast.Node) -> ast.Call | None:
+    """Return the call `fit(…)` if a direction is such a call; None otherwise."""
+    if isinstance(node, ast.Call) and node.name in DIRECTION_METHODS:
+        return node if DIRECTION_METHODS[node.name].takes == "training" else None
+    return None
+
+
+def declared_training(direction: spec.Direction) -> spec.Basis | None:
+    """Return what a direction declares with `fit(…)`, as a basis; None for other directions."""
+    call, site = training_call(direction.value), direction.site
+    if call is None or site is None:
+        return None
+    return spec.Basis(
+        span=direction.span,
+        name=direction.name,
+        method=call,
+        site=site,
+        at=direction.at,
+        changed_by=direction.changed_by,
     )
 
 
@@ -106,10 +129,8 @@ def used_directions(experiment: spec.Experiment, program: spec.Program) -> list[
 def fit_rows_of_experiment(experiment: spec.Experiment, program: spec.Program) -> list[FitRows]:
     """Return the rows that the fits for an experiment's rules, bases, probes and saved directions
     read."""
-    calls = [
-        call for each in used_directions(experiment, program) for call in method_calls(each.value)
-    ]
-    found = [rows for call in calls for rows in fit_rows_of_call(call, program)]
+    directions = used_directions(experiment, program)
+    found = [rows for each in directions for rows in fit_rows_of_direction(each, program)]
     bases = (fit_rows_of_basis(basis, program) for basis in used_bases(experiment, program))
     found += [rows for rows in bases if rows is not None]
     for rule in experiment.every_rule:
@@ -193,6 +214,18 @@ class FitRows:
         used = f" changed by {', '.join(sorted(self.used))}" if self.used else ""
         trains = " for a training" if self.trains else ""
         return f"{self.block or ''}{part}{limit}{model}{used}{trains}"
+
+
+def fit_rows_of_direction(
+    direction: spec.Direction, program: spec.Program | Definitions
+) -> list[FitRows]:
+    """Return the rows that a direction is computed or trained on."""
+    training = declared_training(direction)
+    if training is not None:
+        rows = fit_rows_of_basis(training, program)
+        return [] if rows is None else [rows]
+    calls = method_calls(direction.value)
+    return [rows for call in calls for rows in fit_rows_of_call(call, program)]
 
 
 def fit_rows_of_call(call: ast.Call, program: spec.Program | Definitions) -> list[FitRows]:
@@ -281,6 +314,9 @@ def _check(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
             _check(operand, parts, scope)
         case ast.Name(id=name) | ast.Index(name=name):
             scope.use("direction", name, node.span)
+        case ast.Call() if training_call(node) is not None:
+            hint = f"give it a name: `direction d = {node.name}(…) at …`"
+            _bad(node, f"`{node.name}` is trained separately", hint, scope)
         case ast.Call(name=name) if name in DIRECTION_METHODS:
             _arguments(node, DIRECTION_METHODS[name], parts, scope)
         case ast.Call(name=name):

@@ -27,13 +27,12 @@ from mechdsl.diagnostics.names import (
 )
 from mechdsl.diagnostics.syntax import NotSupported, NotText, Unreadable
 from mechdsl.program import spec
-from mechdsl.program.bases import lower_basis
+from mechdsl.program.bases import check_trained_direction, lower_basis
 from mechdsl.program.directions import (
     direction_dependencies,
     drop_circular_directions,
-    fit_rows_of_call,
+    fit_rows_of_direction,
     lower_direction,
-    method_calls,
 )
 from mechdsl.program.images import MEAN_IMAGE, averaged_block
 from mechdsl.program.measures import (
@@ -401,8 +400,7 @@ def _only_saves_directions(work: Statements) -> bool:
         return False
     named = (each.direction for each in work.saved_directions)
     used = direction_dependencies(named, work.parts.directions)
-    calls = [call for each in used for call in method_calls(each.value)]
-    rows = [rows for call in calls for rows in fit_rows_of_call(call, work.parts)]
+    rows = [rows for each in used for rows in fit_rows_of_direction(each, work.parts)]
     return all(each.block is not None for each in rows)
 
 
@@ -830,6 +828,8 @@ def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: N
         for part in walk(statement.site):
             if isinstance(part, ast.Name):
                 _ = scope.has("group", part.id) or scope.has("param", part.id)
+        if not check_trained_direction(statement, parts, scope):
+            continue
         direction = lower_direction(statement, parts, scope)
         if direction is not None:
             parts.directions[direction.name] = direction

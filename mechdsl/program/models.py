@@ -12,7 +12,11 @@ from mechdsl.diagnostics.models import BadModelSum, ModelCircle
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.program import spec
-from mechdsl.program.directions import direction_dependencies, fit_rows_of_call, method_calls
+from mechdsl.program.directions import (
+    declared_training,
+    direction_dependencies,
+    fit_rows_of_direction,
+)
 from mechdsl.program.measures import lower_statistics
 from mechdsl.program.names import Namespace
 from mechdsl.program.paths import WILDCARD, expand_checkpoints
@@ -340,8 +344,15 @@ def _check_directions(rules: Iterable[spec.Rule], parts: Definitions, scope: Nam
         if rule.direction is None:
             continue
         for used in direction_dependencies([rule.direction], parts.directions):
-            calls = method_calls(used.value)
-            rows = [rows for call in calls for rows in fit_rows_of_call(call, parts)]
+            if declared_training(used) is not None:
+                reason = f"`{used.name}` is trained, and an edit can't use it yet"
+                hint = "copy it with `mechdsl fit --out trained`, and write `direction d = saved("
+                hint += f'"trained/{used.name}/vector.safetensors", "vector")`'
+                scope.diagnostics.append(
+                    BadWeights(span=rule.direction.span, reason=reason, hint=hint)
+                )
+                break
+            rows = fit_rows_of_direction(used, parts)
             if any(each.block is None for each in rows):
                 reason = f"`{used.name}` needs runs of an experiment, which an edit lacks"
                 hint = f"name the block in the line of `{used.name}`, for example `fruit.fewer`"

@@ -370,6 +370,8 @@ class Direction(Spec):
     """The site of the activations, if the direction is computed from activations."""
     at: PositionsText | None = None
     """None: the last token."""
+    changed_by: Annotated[frozenset[str], Field(exclude=True)] = frozenset()
+    """As in `Basis`, for a direction that is trained."""
 
 
 class Basis(Spec):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from mechdsl.fits.rotations import Rotation
     from mechdsl.fits.training import Trainable
+    from mechdsl.fits.vectors import SteeringVector
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ class Trainer:
 
     A dictionary is trained on vectors of a site, one by one. A rotation is an orthonormal basis of
     a subspace of a site, trained on rows: on the effect of patching the subspace from another run.
+    A vector is trained on the effect of adding it at a site.
     """
 
     name: ClassVar[str]
-    makes: ClassVar[Literal["dictionary", "rotation"]] = "dictionary"
+    makes: ClassVar[Literal["dictionary", "rotation", "vector"]] = "dictionary"
     example: ClassVar[str]
     """A call inside of `fit(…)`, as messages show it."""
     options: ClassVar[tuple[str, ...]] = ()
@@ -56,6 +58,11 @@ class Trainer:
 
     learns_size: ClassVar[bool] = False
     """Whether the training determines the number of directions of a rotation."""
+
+    @property
+    def declares(self) -> Literal["basis", "direction"]:
+        """First word of the statement that declares what it makes."""
+        return "direction" if self.makes == "vector" else "basis"
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         """Return the problem with an option's value, or None.
@@ -92,6 +99,12 @@ class Trainer:
                 parameters need.
             random: Source of all random numbers of the start, on the CPU.
         """
+        raise NotImplementedError
+
+    def start_vector(
+        self, like: Tensor, options: Mapping[str, Constant], random: Generator
+    ) -> SteeringVector:
+        """Create the parameters of a vector, with arguments as those of `start_rotation`."""
         raise NotImplementedError
 
     def start(
@@ -148,6 +161,9 @@ def _class_problem(name: str, entry: object) -> str | None:
     if entry.makes == "rotation":
         lacks = entry.size is Trainer.size or entry.start_rotation is Trainer.start_rotation
         needs = "`size(self, options, width)` and `start_rotation(self, like, options, random)`"
+    elif entry.makes == "vector":
+        lacks = entry.start_vector is Trainer.start_vector
+        needs = "`start_vector(self, like, options, random)`"
     else:
         lacks = entry.outline is Trainer.outline or entry.start is Trainer.start
         needs = "`outline(self, options)` and `start(self, widths, options, random, device)`"
@@ -251,6 +267,14 @@ class TranscoderTrainer(SparseAutoencoderTrainer):
     kinds = ("topk", "batch_topk", "relu", "jump_relu")
 
 
+EFFECT_DEFAULTS: Mapping[str, Constant] = {
+    "steps": 500,
+    "batch": 32,
+    "rate": 0.01,
+    "validation": Percent(20),
+}
+"""Defaults of options of `fit` with a trainer that is trained on a measure."""
+
 BOUNDARY_PENALTY = 1.0
 """Default of `penalty` of `boundless_das`, as in the paper."""
 
@@ -259,12 +283,7 @@ class RotationTrainer(Trainer):
     """Directions of a subspace whose exchange has the effect of another run."""
 
     makes = "rotation"
-    defaults: ClassVar[Mapping[str, Constant]] = {
-        "steps": 500,
-        "batch": 32,
-        "rate": 0.01,
-        "validation": Percent(20),
-    }
+    defaults = EFFECT_DEFAULTS
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
@@ -331,3 +350,36 @@ class BoundlessSearchTrainer(RotationTrainer):
 
         penalty = float(options.get("penalty", BOUNDARY_PENALTY))
         return BoundlessRotation(self.draw(like, options, random), penalty)
+
+
+@trainer("vector")
+class SteeringVectorTrainer(Trainer):
+    """A steering vector: added to the vectors of a site, it optimises a measure."""
+
+    example = "vector(length: 8)"
+    makes = "vector"
+    options = ("length", "penalty")
+    defaults = EFFECT_DEFAULTS
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
+        if number > 0 or (number == 0 and name == "penalty"):
+            return None
+        if name == "length":
+            return "`length` is a number above 0", "write `length: 8`"
+        return "`penalty` is a number from 0 on", "write `penalty: 0.1`"
+
+    def check(self, options: Mapping[str, Constant]) -> Problem | None:
+        if {"length", "penalty"} <= {*options}:
+            said = "`length` fixes the length, so that `penalty` has no effect"
+            return said, "keep one of them"
+        return None
+
+    def start_vector(
+        self, like: Tensor, options: Mapping[str, Constant], random: Generator
+    ) -> SteeringVector:
+        from mechdsl.fits.vectors import SteeringVector
+
+        length = float(options["length"]) if "length" in options else None
+        penalty = float(options.get("penalty", 0))
+        return SteeringVector(like, random, length=length, penalty=penalty)

@@ -1,8 +1,10 @@
-"""What a rotation is trained on: rows, a patch and a measure, as an experiment that no user sees.
+"""What a rotation or a vector is trained on: rows, a rule and a measure, as an experiment that no
+user sees.
 
 `basis d = fit(das(dims: 2), prompts: p.train, from: fewer, maximise: M) at SITE at POSITIONS` is
 trained on the rows of `prompts p.train` with `from fewer into clean`, `patch SITE at POSITIONS` and
-`measure M as raw`.
+`measure M as raw`. So is `direction v = fit(vector(…), …)`; without `from`, the rule is
+`ablate SITE at POSITIONS with zero`, which names the vectors that are edited.
 """
 
 from __future__ import annotations
@@ -11,7 +13,12 @@ from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownName
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, OBJECTIVES
-from mechdsl.program.directions import FitRows, fit_rows_of_basis, last_token
+from mechdsl.program.directions import (
+    FitRows,
+    declared_training,
+    fit_rows_of_basis,
+    last_token,
+)
 from mechdsl.program.measures import lower_measure, lower_statistics
 from mechdsl.program.names import Namespace
 from mechdsl.program.prompts import named_corruptions
@@ -21,21 +28,40 @@ from mechdsl.syntax import ast
 
 
 def lower_objectives(parts: spec.Definitions, scope: Namespace) -> None:
-    """Lower what the bases of a file are trained on, after the metrics and prompts they name.
+    """Lower what bases and directions are trained on, after the metrics and prompts they name.
 
     Codes: E0201 for runs, E0207 for runs of other rows, and those of measures.
     """
     for name, basis in list(parts.bases.items()):
         if not trains_rotation(basis):
             continue
-        rows = fit_rows_of_basis(basis, parts)
-        found = None if rows is None else _lower_objective(basis, rows, parts, scope)
-        if found is None:
+        used = _add_objective(basis, parts, scope)
+        if used is None:
             del parts.bases[name]  # its error is reported
+        else:
+            parts.bases[name] = basis.model_copy(update={"changed_by": used})
+    for name, direction in list(parts.directions.items()):
+        training = declared_training(direction)
+        if training is None:
             continue
-        parts.objectives[name] = found
-        used = named_corruptions(found, parts.prompts[found.prompts])
-        parts.bases[name] = basis.model_copy(update={"changed_by": used})
+        used = _add_objective(training, parts, scope)
+        if used is None:
+            del parts.directions[name]
+        else:
+            parts.directions[name] = direction.model_copy(update={"changed_by": used})
+
+
+def _add_objective(
+    basis: spec.Basis, parts: spec.Definitions, scope: Namespace
+) -> frozenset[str] | None:
+    """Add what a basis or a direction is trained on, and return the corruptions that it names; None
+    after an error."""
+    rows = fit_rows_of_basis(basis, parts)
+    found = None if rows is None else _lower_objective(basis, rows, parts, scope)
+    if found is None:
+        return None
+    parts.objectives[basis.name] = found
+    return named_corruptions(found, parts.prompts[found.prompts])
 
 
 def trains_rotation(basis: spec.Basis) -> bool:
@@ -48,18 +74,19 @@ def trains_rotation(basis: spec.Basis) -> bool:
 def _lower_objective(
     basis: spec.Basis, rows: FitRows, parts: spec.Definitions, scope: Namespace
 ) -> spec.Experiment | None:
-    """Lower what one basis is trained on; None after an error."""
+    """Lower what one basis or direction is trained on; None after an error."""
     call, before = basis.method, len(scope.diagnostics)
     given = {each.name: each.value for each in call.arguments}
     inner = trainer_call(call)
     assert rows.block is not None
     block = parts.prompts[rows.block]
-    source = _source_run(given["from"], block, scope)
+    source = _source_run(given["from"], block, scope) if "from" in given else None
     if rows.run != spec.CLEAN:
         node = given["prompts"]
         part = "" if rows.part is None else f".{rows.part}"
-        reason = f"names the run `{rows.run}`, and the subspace comes into the clean run"
-        hint = f"write `prompts: {rows.block}{part}, from: {rows.run}`"
+        reason = f"names the run `{rows.run}`, and the clean run is trained on"
+        hint = f"write `prompts: {rows.block}{part}`"
+        hint = f"write `prompts: {rows.block}{part}, from: {rows.run}`" if source else hint
         scope.diagnostics.append(
             BadArgument(span=node.span, name=node.span.written, reason=reason, hint=hint)
         )
@@ -81,17 +108,26 @@ def _lower_objective(
     mark_names_used(at, work)
     return spec.Experiment(
         span=basis.span,
-        name=f"basis {basis.name}",
+        name=f"{TRAINERS[inner.name].declares} {basis.name}",
         model="",
         prompts=rows.block,
         part=rows.part,
         limit=rows.limit,
         source=source,
-        rules=(spec.Rule(span=call.span, verb="patch", site=basis.site, at=at, source=source),),
+        rules=(_rule(basis, at, source),),
         measures=(measure,),
         statistics=lower_statistics(work),
         trains=f"fit({inner.name}(…))",
     )
+
+
+def _rule(basis: spec.Basis, at: ast.Positions, source: str | None) -> spec.Rule:
+    """Return the rule of a training: a patch, or an ablation if no run is named."""
+    span = basis.method.span
+    if source is not None:
+        return spec.Rule(span=span, verb="patch", site=basis.site, at=at, source=source)
+    fill = ast.Name("zero", span=span)
+    return spec.Rule(span=span, verb="ablate", site=basis.site, at=at, fill=fill)
 
 
 def _source_run(node: ast.Node, block: spec.Prompts, scope: Namespace) -> str:

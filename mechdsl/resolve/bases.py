@@ -85,9 +85,11 @@ from mechdsl.resolve.types import (
     TokenBasis,
     TrainedDictionary,
     TrainedRotation,
+    TrainedVector,
     VectorBatch,
     WeightBasis,
     count_numbers,
+    iter_leaf_vectors,
 )
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES, CoordinateOperation, write_order
@@ -1129,10 +1131,10 @@ def _trained(
         )
     if isinstance(made, TrainedDictionary) and made.transcodes:
         _check_transcoder(definition.method, made, point, work)
-    problem = check_held_out(definition, made.training, work.experiment, work.table)
+    problem = check_held_out(definition, made.training, work.measuring, work.table)
     if problem is not None and problem not in work.diagnostics:
         work.diagnostics.append(problem)
-    about = describe_training(made, text, work.program, work.experiment, work.table)
+    about = describe_training(made, text, work.program, work.measuring, work.table)
     return made, size, about
 
 
@@ -1220,8 +1222,11 @@ def _spanned(
                 f"{count_numbers(point, work.model.shape)}",
                 "use directions that were made at a site of the same width",
             )
-        vectors.append(family.members[tuple(key)].vector)
-        names.append(node.id)
+        member = family.members[tuple(key)]
+        leaves = iter_leaf_vectors(member.vector)
+        trained = any(isinstance(leaf, TrainedVector) for leaf in leaves)
+        vectors.append(member.vector)
+        names.append(f"{node.id} ({member.made})" if trained else node.id)
     next_map = None
     if method.reads_next_map:
         if point.site not in NEXT_MAPS:

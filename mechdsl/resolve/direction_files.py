@@ -20,7 +20,7 @@ from mechdsl.resolve.types import (
     DirectionFamily,
     DirectionMember,
     ResolvedDirectionFile,
-    iter_fitted_vectors,
+    iter_read_points,
 )
 
 _RESIDUAL = "resid_post"
@@ -99,7 +99,7 @@ def _layer(
     Raises:
         DirectionError: If it isn't a direction of the residual stream after one block.
     """
-    points = {point for fit in iter_fitted_vectors(member.vector) for point in fit.points}
+    points = {*iter_read_points(member.vector)}
     for point in points:
         _check_site(save, point.site)
     if family.axes:

@@ -15,9 +15,10 @@ from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.rules import BadDirection
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS
+from mechdsl.program.basis_methods import BASIS_METHODS, TRAINING_OPTIONS
 from mechdsl.program.direction_methods import (
     DIRECTION_METHODS,
+    FittedMethod,
     MethodError,
     RowSummary,
     description,
@@ -26,7 +27,13 @@ from mechdsl.program.direction_methods import (
     option_problem,
     sample_problem,
 )
-from mechdsl.program.directions import FitRows, fit_rows_of_call, last_token
+from mechdsl.program.directions import (
+    FitRows,
+    declared_training,
+    fit_rows_of_basis,
+    fit_rows_of_call,
+    last_token,
+)
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.prompts.positions.cells import resolve_positions
@@ -34,6 +41,12 @@ from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.findings import Finding, PickError, VariantFinding
 from mechdsl.resolve.loops import evaluate_arithmetic
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
+from mechdsl.resolve.trainings import (
+    FEWEST_ROWS,
+    check_held_out,
+    describe_training,
+    outline_vector,
+)
 from mechdsl.resolve.types import (
     Axis,
     AxisIndices,
@@ -134,10 +147,8 @@ def resolve_fitted_family(
         DirectionError: If a fit isn't possible.
     """
     assert definition.site is not None
-    before = len(work.diagnostics)
-    context = replace(work.sites, loops={})
-    sites, axes = resolve_site(definition.site, context)
-    if sites is None or has_errors(work.diagnostics[before:]):
+    sites, axes = _sites(definition, work)
+    if sites is None:
         return None
     points = {key: _points(call, definition, key, sites) for key in sites.points}
     rows = fit_rows_of_call(call, work.program)
@@ -158,7 +169,7 @@ def resolve_fitted_family(
     for key in list_axis_indices(swept):
         site_key, label = (key[:-1], labels[key[-1]]) if len(labels) > 1 else (key, labels[0])
         read = tuple(own[label] for own in by_label)
-        _check_row_count(call, read, label)
+        _check_row_count(call, read, label, fitted_method(call.name).min_rows)
         made = _describe_fit(call, read, rows, options)
         fitted = FittedVector(call.name, read, points[site_key], options)
         made += f", at {sites.labels[site_key]}, {describe_position(label)}"
@@ -166,6 +177,66 @@ def resolve_fitted_family(
     some = next(iter(points.values()))
     return DirectionFamily(
         definition.name, tuple(swept), members, _width(some, work), (definition.name,)
+    )
+
+
+def _sites(
+    definition: spec.Direction, work: ExperimentContext
+) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
+    """Return the sites of a definition, None after an error, and the axes that it sweeps."""
+    assert definition.site is not None
+    before = len(work.diagnostics)
+    sites, axes = resolve_site(definition.site, replace(work.sites, loops={}))
+    return (None if has_errors(work.diagnostics[before:]) else sites), axes
+
+
+def _resolve_trained_family(
+    call: ast.Call, definition: spec.Direction, work: ExperimentContext
+) -> DirectionFamily | None:
+    """Resolve a vector that `fit` trains, or one for each value that the site sweeps.
+
+    None after an error, and if a required model or prompt set isn't available.
+
+    Raises:
+        DirectionError: If the training isn't possible.
+    """
+    declared = declared_training(definition)
+    assert declared is not None
+    rows = fit_rows_of_basis(declared, work.program)
+    sites, axes = _sites(definition, work)
+    if sites is None or rows is None:
+        return None
+    samples = resolve_samples(call, rows, definition.at, work)
+    if samples is None:
+        return None
+    if len(samples) != 1:
+        assert definition.at is not None
+        reason, hint = "a direction is trained at one position", "join them: `{A, B}`"
+        raise DirectionError(definition.at, reason, hint)
+    ((label, sample),) = samples.items()
+    _check_row_count(call, (sample,), label, FEWEST_ROWS)
+    options = {
+        each.name: value
+        for each in call.arguments
+        if each.name in TRAINING_OPTIONS
+        and (value := constant_value(each.value, work.program.parameters)) is not None
+    }
+    members: dict[AxisIndices, DirectionMember] = {}
+    points = {key: _points(call, definition, key, sites) for key in sites.points}
+    for key in list_axis_indices(axes):
+        (point,) = points[key]
+        name = name_member(definition.name, axes, key)
+        vector = outline_vector(declared, name, options, sample, point, work.program, work.model)
+        problem = check_held_out(declared, vector.training, work.measuring, work.table)
+        if problem is not None and problem not in work.diagnostics:
+            work.diagnostics.append(problem)
+        text = f"{describe_rows(sample, rows)} at {describe_position(label)}"
+        about = describe_training(vector, text, work.program, work.measuring, work.table)
+        made = f"{about}, at {sites.labels[key]}"
+        members[key] = DirectionMember(name, vector, made)
+    some = next(iter(points.values()))
+    return DirectionFamily(
+        definition.name, tuple(axes), members, _width(some, work), (definition.name,)
     )
 
 
@@ -181,7 +252,8 @@ def _points(
         raise DirectionError(site, f"it has {what}, which have no directions",
                          "name a site of vectors, such as `resid_post layer 2`")  # fmt: skip
     heads = all(point.site in ("z", "head_out") for point in points)
-    summed = heads and fitted_method(call.name).sums_heads
+    method = DIRECTION_METHODS[call.name]
+    summed = heads and isinstance(method, FittedMethod) and method.sums_heads
     if summed and all(point.unit is not None for point in points):
         return points
     if len(points) == 1 and (points[0].unit is not None or SITES[points[0].site].unit is None):
@@ -250,8 +322,7 @@ def _targets(call: ast.Call, rows: Sequence[object]) -> tuple[float | str, ...]:
     return tuple(map(float, found))
 
 
-def _check_row_count(call: ast.Call, read: Sequence[FitSample], label: str) -> None:
-    fewest = fitted_method(call.name).min_rows
+def _check_row_count(call: ast.Call, read: Sequence[FitSample], label: str, fewest: int) -> None:
     for sample in read:
         there = count_used_rows(sample.cell)
         if there < fewest:
@@ -650,6 +721,8 @@ def _family(
             part = _family(_expression(argument.value), work, within)
             return part and combine_families(node, [part], lambda own: UnitVector(own[0]))
         case ast.Call(name=name) if name in DIRECTION_METHODS and within is not None:
+            if DIRECTION_METHODS[name].takes == "training":
+                return _resolve_trained_family(node, within, work)
             if DIRECTION_METHODS[name].at_a_site:
                 return resolve_fitted_family(node, within, work)
             return resolve_unfitted_family(node, within, work)

@@ -131,7 +131,9 @@ def _rules(
     """Resolve the rules of a run, without those that have errors."""
     alone = _isolate_run(work.experiment, run)
     sites = replace(work.sites, loops={}, words={})
-    inner = ExperimentContext(alone, work.program, work.model, work.table, sites)
+    inner = ExperimentContext(
+        alone, work.program, work.model, work.table, sites, outer=work.experiment
+    )
     found: list[ResolvedRule] = []
     for rule in run.rules:
         resolved = resolve_rule(kinds[rule.verb].resolve, rule, inner)

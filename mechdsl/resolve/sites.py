@@ -477,6 +477,13 @@ class ExperimentContext:
 
     replies: ReplyTokens = NO_REPLIES
     """Reply tokens; `NO_REPLIES` for a rule that can't act on them."""
+    outer: spec.Experiment | None = None
+    """The experiment that defines the run being resolved; None outside of runs."""
+
+    @property
+    def measuring(self) -> spec.Experiment:
+        """The experiment whose measures depend on the rules."""
+        return self.experiment if self.outer is None else self.outer
 
     @property
     def diagnostics(self) -> list[Diagnostic]:

@@ -1,5 +1,5 @@
-"""Resolve what `fit(…)` trains: the facts of a dictionary or a rotation before it is trained, the
-measure that a rotation is trained on, and whether training rows differ from measured rows."""
+"""Resolve what `fit(…)` trains: the facts of a dictionary, a rotation or a vector before it is
+trained, the measure that it is trained on, and whether training rows differ from measured rows."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from mechdsl.resolve.types import (
     SitePoint,
     TrainedDictionary,
     TrainedRotation,
+    TrainedVector,
     Training,
     count_numbers,
 )
@@ -39,6 +40,9 @@ FEWEST_ROWS = 2
 
 ROTATION = "rotation"
 """Name of the tensor with the directions of a trained rotation, one per row."""
+
+VECTOR = "vector"
+"""Name of the tensor of a trained vector."""
 
 
 def outline_training(
@@ -70,6 +74,29 @@ def outline_training(
         facts = {each.name: getattr(file, each.name) for each in fields(DictionaryFile)}
         return TrainedDictionary(**facts, training=training)
     return _without_weights(training, model.shape)
+
+
+def outline_vector(
+    definition: spec.Basis,
+    name: str,
+    options: Mapping[str, Constant],
+    sample: FitSample,
+    point: SitePoint,
+    program: spec.Program,
+    model: ModelContext,
+) -> TrainedVector:
+    """Return what a `fit` line of a direction declares, with its file if it is trained.
+
+    See `outline_training` for the other arguments.
+
+    Args:
+        name: `v[layer 3]`.
+    """
+    training = _describe_training(definition, options, sample, point, program, model)
+    file = program.trained.get(training.name, (None, ""))[0]
+    if isinstance(file, SafetensorsFile):
+        return TrainedVector(file.path, VECTOR, file.digest, training, name)
+    return TrainedVector(Path(), VECTOR, "", training, name)
 
 
 def _describe_training(
@@ -201,13 +228,13 @@ def check_held_out(
 
 
 def describe_training(
-    made: TrainedDictionary | TrainedRotation,
+    made: TrainedDictionary | TrainedRotation | TrainedVector,
     rows: str,
     program: spec.Program,
     experiment: spec.Experiment,
     table: PromptTable,
 ) -> str:
-    """Describe a declared dictionary or rotation for conventions and `explain`.
+    """Describe what is declared, for conventions and `explain`.
 
     Args:
         rows: `80 rows of fruit.train at tokens *`
@@ -228,14 +255,14 @@ def describe_training(
 
 def paired_positions(objective: ResolvedExperiment) -> tuple[PositionCell, PositionCell]:
     """Return the tokens that a training writes in the clean run, and those that it reads in the
-    source run; rows that lack one of them have neither."""
+    source run; rows that lack one of them have neither. An ablation reads those that it writes."""
     positions = objective.rules[0].positions
     ((key, written),) = positions.written.items()
-    return written, positions.read[key]
+    return written, positions.read.get(key, written)
 
 
 def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """Yield problems of the rows and the measure that a rotation is trained on.
+    """Yield problems of the rows and the measure that a rotation or a vector is trained on.
 
     Codes: E0608 for a measure without a gradient, E0342 for runs and positions.
 
@@ -244,13 +271,14 @@ def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     """
     yield from _check_gradient(objective)
     rule, table = objective.rules[0], objective.table
-    measure = objective.measures[0]
+    measure, said, what = objective.measures[0], objective.spec.trains, _statement(objective)
     runs = [table.runs[name] for name in dict.fromkeys((rule.run, *measure.compared_runs))]
     for run in (each for each in runs if each.noise is not None):
         yield BadBasis(
             span=rule.spec.span,
-            reason=f"`{run.name}` has noise, and a rotation is trained on runs without noise",
+            reason=f"`{run.name}` has noise, and `{said}` trains on runs without noise",
             hint="name a corruption that changes the text",
+            what=what,
         )
     if len(rule.positions.written) != 1 or objective.model.stands_in or table.stands_in:
         return  # several positions are an error of the basis
@@ -260,14 +288,23 @@ def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     repeated = next((row for row in rows if len(cell.hits[row]) > 1), None)
     if repeated is not None:
         many = len(cell.hits[repeated])
-        reason = f"row {repeated} has `{cell.label}` {many} times, and a rotation is trained at one"
-        yield BadBasis(span=span, reason=reason, hint="name one of them: `item 1 token`")
+        reason = f"row {repeated} has `{cell.label}` {many} times, and `{said}` trains at one"
+        hint = "name one of them: `item 1 token`"
+        yield BadBasis(span=span, reason=reason, hint=hint, what=what)
     elif is_after_prompts(cell, table.runs[objective.spec.base].rows):
-        reason = "a rotation is trained at tokens of the prompt, not of the answer"
-        yield BadBasis(span=span, reason=reason, hint="name a position of the prompt")
+        reason = f"`{said}` trains at tokens of the prompt, not of the answer"
+        hint = "name a position of the prompt"
+        yield BadBasis(span=span, reason=reason, hint=hint, what=what)
     elif len(rows) < FEWEST_ROWS:
-        reason = f"fewer than {FEWEST_ROWS} rows of `{table.name}` have `{cell.label}` in both runs"
-        yield BadBasis(span=span, reason=reason, hint="name a position that more rows have")
+        where = " in both runs" if rule.spec.source is not None else ""
+        reason = f"fewer than {FEWEST_ROWS} rows of `{table.name}` have `{cell.label}`{where}"
+        hint = "name a position that more rows have"
+        yield BadBasis(span=span, reason=reason, hint=hint, what=what)
+
+
+def _statement(objective: ResolvedExperiment) -> str:
+    """Return the first word of the statement that declares a training, such as `basis`."""
+    return objective.spec.name.split()[0]
 
 
 def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:

@@ -246,7 +246,7 @@ class Training(Record):
     span: Span = field(compare=False)
     """Where the file declares it."""
     minimises: bool = False
-    """Whether the measure of a rotation is minimised, not maximised."""
+    """Whether the measure of a rotation or a vector is minimised, not maximised."""
     stream: RecordStream | None = None
     """The records that are read during the training, of which `sample` has the first ones; None for
     a training on the rows of `sample`."""
@@ -295,6 +295,29 @@ class TrainedRotation(SavedVector):
 def describe_rotation(trainer: str, directions: int) -> str:
     """Describe a rotation, as `das rotation with 2 directions`."""
     return f"{trainer} rotation with {count_noun(directions, 'direction')}"
+
+
+@record
+class TrainedVector(SavedVector):
+    """A vector that a file declares with `fit`, from a file of the store.
+
+    Until its training is found in the store, its digest is empty.
+    """
+
+    training: Training = field(compare=False)
+    name: str = field(compare=False)
+    """`v[layer 3]`."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its numbers are known."""
+        return bool(self.digest)
+
+    @property
+    def kind(self) -> str:
+        """Description for tables and conventions."""
+        given = "".join(f", {name} {value}" for name, value in self.training.of_trainer.items())
+        return f"{self.training.trainer}{given}"
 
 
 BasisOperand: TypeAlias = (
@@ -476,6 +499,18 @@ def iter_leaf_vectors(
             yield from iter_leaf_vectors(of)
         case _:
             yield vector
+
+
+def iter_read_points(vector: DirectionVector) -> Iterator[SitePoint]:
+    """Yield the points whose vectors the leaf vectors of a vector are computed or trained on."""
+    for leaf in iter_leaf_vectors(vector):
+        match leaf:
+            case FittedVector(points=points):
+                yield from points
+            case TrainedVector(training=training):
+                yield training.made
+            case _:
+                pass
 
 
 def iter_fitted_vectors(vector: DirectionVector) -> Iterator[FittedVector]:

@@ -1,4 +1,4 @@
-"""Trained dictionaries and rotations as tables."""
+"""Trained dictionaries, rotations and vectors as tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from mechdsl.execute.run_record import RotationReport, TrainedFit, TrainingReport
+from mechdsl.execute.run_record import (
+    Report,
+    RotationReport,
+    TrainedFit,
+    TrainingReport,
+    VectorReport,
+)
 from mechdsl.show.reports.text import print_hanging
 
 NOTES = {
@@ -28,27 +34,50 @@ ROTATION_NOTES = {
 }
 """Columns of rotations."""
 
+VECTOR_NOTES = {
+    "length": "length of the vector",
+    "trained": "mean of the measure over held-out rows while the vector is added; without held-out "
+    "rows, over training rows",
+    "random": "mean of the same over 8 random vectors of this length",
+    "no vector": "the same in the clean run",
+    "difference": "the same for the mean difference between `from` and the clean run over training "
+    "rows, scaled to this length; –: no `from`",
+}
+"""Columns of vectors."""
+
 
 def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
-    """Print a line per dictionary or rotation, with its controls, and where it is stored."""
-    rotations = [fit for fit in fits if isinstance(fit.report, RotationReport)]
-    others = [fit for fit in fits if fit not in rotations]
-    for own, notes in ((others, NOTES), (rotations, ROTATION_NOTES)):
+    """Print a line per training, with its controls, and where it is stored."""
+    kinds: Sequence[tuple[type[Report], Mapping[str, str], str]] = (
+        (TrainingReport, NOTES, "basis"),
+        (RotationReport, ROTATION_NOTES, "basis"),
+        (VectorReport, VECTOR_NOTES, "direction"),
+    )
+    for kind, notes, what in kinds:
+        own = [fit for fit in fits if type(fit.report) is kind]
         if own:
-            _print_table(own, notes, console)
+            _print_table(own, notes, what, console)
     if any(fit.report.stopped_early for fit in fits):
         print_hanging("  *: ", "stopped early, with the best weights", console)
     for fit in fits:
         what = f"{fit.what} at {fit.site}, in {fit.folder}"
-        if isinstance(fit.report, RotationReport):
+        if isinstance(fit.report, RotationReport | VectorReport):
             what = f"{fit.report.objective}; {what}"
+        if isinstance(fit.report, VectorReport):
+            what = f"vectors of the site have length {fit.report.site_length:.3g}; {what}"
         print_hanging(f"  {fit.basis}: ", what, console)
 
 
-def _print_table(fits: Sequence[TrainedFit], notes: Mapping[str, str], console: Console) -> None:
-    """Print a table of trainings of one kind, and the meaning of its columns."""
+def _print_table(
+    fits: Sequence[TrainedFit], notes: Mapping[str, str], what: str, console: Console
+) -> None:
+    """Print a table of trainings of one kind, and the meaning of its columns.
+
+    Args:
+        what: What the file declares: `basis` or `direction`.
+    """
     table = Table(box=None, padding=(0, 1), show_edge=False)
-    table.add_column("basis", no_wrap=True)
+    table.add_column(what, no_wrap=True)
     for name in ("rows", "held out", "steps", *notes, "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for fit in fits:
@@ -66,8 +95,11 @@ def _print_table(fits: Sequence[TrainedFit], notes: Mapping[str, str], console: 
         print_hanging(f"  {name}: ", note, console)
 
 
-def _numbers(report: TrainingReport | RotationReport) -> list[str]:
-    """Return the cells of the columns of `NOTES` or `ROTATION_NOTES`."""
+def _numbers(report: Report) -> list[str]:
+    """Return the cells of the columns of the notes for this kind."""
+    if isinstance(report, VectorReport):
+        means = (report.trained, report.random, report.unsteered, report.difference)
+        return [f"{report.length:.3g}", *("–" if mean is None else f"{mean:.3f}" for mean in means)]
     if isinstance(report, RotationReport):
         means = (report.trained, report.untrained, report.unpatched, report.whole)
         return [f"{mean:.3f}" for mean in means]

@@ -308,6 +308,20 @@ _file(
     OWN,
 )
 _file(
+    "direction: a trained vector",
+    "direction d = fit(vector(length: 8), prompts: fruit.train, maximise: logit(answer)) at "
+    "resid_post layer 2 at last token",
+    "A vector that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains: while it is added at all "
+    "named tokens of the clean run, the metric has the largest mean, or with `minimise` the "
+    "smallest. The metric needs a gradient. Without `length`, the length is learned, and "
+    "`penalty: 0.1` adds 0.1 times the squared length to the loss, in units of the mean length of "
+    "the activations. `from: fewer` compares it with a mean difference. The options are those of a "
+    "trained dictionary; defaults are `steps` (500), `batch` (32 rows), `rate` (0.01) and "
+    "`validation` (20%). Rules use it like other directions; edits of a model can't.",
+    "tests/pipeline/test_trained_vectors.py",
+    OWN,
+)
+_file(
     "direction: saved",
     'direction d = saved("directions.safetensors", "d")',
     "A vector from a safetensors file. With `at resid_post layer *`, one vector for each layer, "

@@ -533,6 +533,14 @@ def test_training_rows_are_not_measured(tmp_path: Path) -> None:
     assert "4 of the 4 rows measured here are training rows" in done.conventions["basis d"]
 
 
+def test_training_rows_are_not_measured_through_a_run(tmp_path: Path) -> None:
+    """The rules that use the basis belong to a run that the experiment defines."""
+    line = "run changed { add 3 to feature 0 of d at tokens * }"
+    text = experiment(line, "from changed into clean", "patch layer 2 at last token", block="p")
+    with pytest.raises(mechdsl.MechdslError, match="`e` measures rows that `d` is trained on"):
+        train(write(tmp_path, fit(), text))
+
+
 def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After Ctrl-C, the next training continues from the checkpoint, and ends with the directions
     of an uninterrupted one."""

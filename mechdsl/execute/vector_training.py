@@ -1,0 +1,98 @@
+"""Training of a declared steering vector: its controls and its files.
+
+The edit is x + v, where x are the vectors of the base run and v is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mechdsl.base.hashing import stable_hash
+from mechdsl.base.safetensors_files import compute_digest
+from mechdsl.execute.objective_rows import Edit, EditLoss, ObjectiveRows
+from mechdsl.execute.run_record import VECTOR_FILE, VectorReport
+from mechdsl.execute.training import read_settings, run_training, start_generator, write_card
+from mechdsl.fits.training import Training
+from mechdsl.fits.vectors import SteeringVector, rescale
+from mechdsl.program.trainers import TRAINERS
+from mechdsl.resolve.trainings import VECTOR
+from mechdsl.resolve.types import TrainedVector
+
+RANDOM_VECTORS = 8
+"""Random vectors that a trained one is compared with."""
+
+
+def train_vector(
+    declared: TrainedVector,
+    rows: ObjectiveRows,
+    folder: Path,
+    facts: Mapping[str, Any],
+    *,
+    checkpoints: Path,
+    due: Callable[[], bool],
+    on_step: Callable[[int, int], None],
+) -> VectorReport:
+    """Train a vector, and write it to a folder.
+
+    See `mechdsl.execute.training.train_dictionary` for the arguments.
+
+    Raises:
+        AutogradFailed: The model can't be differentiated.
+        NotFinite: The measure or a weight became NaN or infinite.
+        OSError: A file can't be written.
+    """
+    training, settings = declared.training, read_settings(declared.training)
+    own, _ = rows.vectors
+    trainer = TRAINERS[training.trainer]
+    with torch.enable_grad():
+        steering = trainer.start_vector(own, training.of_trainer, start_generator(training))
+        model = EditLoss(steering, rows, settings.batch)
+        loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
+        run_training(loop, checkpoints, due, on_step)
+    vector = steering.vector().detach()
+    save_file({VECTOR: vector.cpu().contiguous()}, folder / VECTOR_FILE)
+    (folder / VECTOR_FILE).chmod(0o644)
+    report = VectorReport(
+        len(rows.rows) - rows.held_out_count,
+        rows.held_out_count,
+        loop.state.step,
+        loop.state.stopped,
+        rows.text,
+        float(vector.norm()),
+        float(own.norm(dim=1).mean()),
+        *_controls(steering, rows, vector, settings.batch),
+    )
+    digest = compute_digest(folder / VECTOR_FILE)
+    write_card(folder, {**facts, "sha256": digest}, report)
+    return report
+
+
+def _controls(
+    steering: SteeringVector, rows: ObjectiveRows, vector: Tensor, batch: int
+) -> tuple[float, float, float, float | None]:
+    """Return means of the measure with the vector, with random vectors of its length, without a
+    vector, and with the mean difference from the source run at its length; None without one."""
+    measured = rows.rows[: rows.held_out_count] if rows.held_out_count else rows.rows
+    length = float(vector.norm())
+
+    def mean(added: Tensor | None) -> float:
+        edit: Edit | None = None if added is None else (lambda own, other: own + added)
+        return rows.mean(measured, edit, batch)
+
+    seed = stable_hash(rows.declared.seed, "random vectors") % 2**63
+    random = torch.Generator().manual_seed(seed)
+    drawn = [rescale(steering.draw(random), length) for _ in range(RANDOM_VECTORS)]
+    randoms = sum(map(mean, drawn)) / len(drawn)
+    difference = rows.mean_difference()
+    return (
+        mean(vector),
+        randoms,
+        mean(None),
+        None if difference is None else mean(rescale(difference, length)),
+    )
