@@ -1,7 +1,8 @@
 """mechdsl: the language in which interpretability experiments are written.
 
 `run` runs a file, `fit` trains what it declares, `validate` finds what is wrong with it; `plan`,
-`graph` and `explain` show what would be run, `runs` what was; `export` writes an edited model.
+`graph` and `explain` show what would be run, `runs` what was; `export` writes an edited model, and
+`objective` is a measure as a differentiable function.
 docs/python.md has every name.
 """
 
@@ -19,6 +20,7 @@ __all__ = [
     "ExportedModel",
     "MechdslError",
     "MechdslWarning",
+    "Objective",
     "Results",
     "Run",
     "Runs",
@@ -29,6 +31,7 @@ __all__ = [
     "export",
     "fit",
     "graph",
+    "objective",
     "plan",
     "run",
     "runs",
@@ -39,7 +42,19 @@ if TYPE_CHECKING:
     from mechdsl.diagnostics.core import Diagnostic
     from mechdsl.diagnostics.rendering import Diagnostics, MechdslError, MechdslWarning
     from mechdsl.execute.run_record import TrainedFit
-    from mechdsl.pipeline.api import diff, explain, export, fit, graph, plan, run, runs, validate
+    from mechdsl.pipeline.api import (
+        diff,
+        explain,
+        export,
+        fit,
+        graph,
+        objective,
+        plan,
+        run,
+        runs,
+        validate,
+    )
+    from mechdsl.pipeline.objectives import Objective
     from mechdsl.pipeline.weights_export import ExportedModel
     from mechdsl.results.differences.comparison import Differences
     from mechdsl.results.experiment_result import ExperimentResult, VerdictComparison
@@ -54,6 +69,7 @@ _HOMES = {
     "ExportedModel": "mechdsl.pipeline.weights_export",
     "MechdslError": "mechdsl.diagnostics.rendering",
     "MechdslWarning": "mechdsl.diagnostics.rendering",
+    "Objective": "mechdsl.pipeline.objectives",
     "Results": "mechdsl.results.results",
     "Run": "mechdsl.results.runs",
     "Runs": "mechdsl.results.runs",

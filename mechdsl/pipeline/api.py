@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     import torch
 
     from mechdsl.checks.file_check import CheckedFile, CheckSettings
+    from mechdsl.execute.objective import ObjectiveMode
     from mechdsl.execute.run_record import ExecutionProfile, PassSizes, TrainedFit
     from mechdsl.forward.hooks.model import LoadedModel
+    from mechdsl.pipeline.objectives import Objective
     from mechdsl.pipeline.options import RunOptions
     from mechdsl.pipeline.weights_export import ExportedModel
     from mechdsl.planner.plan import Plan
@@ -377,24 +379,39 @@ def fit(
         OSError: If a folder can't be written; FileExistsError for a copy that is there already.
     """
     with borrowed_models(models):
-        from mechdsl.pipeline.options import RunOptions
-        from mechdsl.store.store import store_folder
-
         raise_errors(load_plugins(plugins))
-        source = read_file(file)
-        raise_errors(dtype_problem(dtype), store_problem(store, fresh))
-        named = Path(store) if isinstance(store, str) else store
-        python = python_mode(allow_python)
-        options = RunOptions(
-            settings_from_arguments(set, python=python, allow_outside=False, untrusted=untrusted),
-            device=str(device),
-            dtype=None if dtype is None else dtype_name(dtype),
-            store=store_folder(source.path, named, untrusted=untrusted),
-            fresh=fresh,
+        source, python = read_file(file), python_mode(allow_python)
+        settings = settings_from_arguments(
+            set, python=python, allow_outside=False, untrusted=untrusted
         )
+        options = _options_with_store(source, settings, device, dtype, store, fresh=fresh)
         done, problems = _train(source, models, options, progress)
         _report_and_copy(done, problems, out)
         return done
+
+
+def _options_with_store(
+    source: Source,
+    settings: CheckSettings,
+    device: str | torch.device,
+    dtype: str | torch.dtype | None,
+    store: str | Path | None,
+    *,
+    fresh: bool = False,
+) -> RunOptions:
+    """Return the options of a function that reads trainings of a store. Raises MechdslError."""
+    from mechdsl.pipeline.options import RunOptions
+    from mechdsl.store.store import store_folder
+
+    raise_errors(dtype_problem(dtype), store_problem(store, fresh))
+    named = Path(store) if isinstance(store, str) else store
+    return RunOptions(
+        settings,
+        device=str(device),
+        dtype=None if dtype is None else dtype_name(dtype),
+        store=store_folder(source.path, named, untrusted=settings.untrusted),
+        fresh=fresh,
+    )
 
 
 def _report_and_copy(
@@ -890,4 +907,63 @@ def export(
         warn_diagnostics(problems)
         if found is None:
             raise RuntimeError("nothing says why the model can't be exported")
+        return found
+
+
+@restores_random_state
+def objective(
+    file: str | Path,
+    measure: str | None = None,
+    models: BorrowedModels | None = None,
+    *,
+    site: str,
+    at: str,
+    mode: ObjectiveMode = "set",
+    experiment: str | None = None,
+    set: ParameterValues | None = None,
+    limit: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    allow_python: bool = False,
+    untrusted: bool = False,
+    plugins: Sequence[str] = (),
+    store: str | Path | None = None,
+) -> Objective:
+    """Return the measure of an experiment as a differentiable function of vectors of its base run,
+    for optimisers in Python.
+
+    The tensor is written before the rules of the experiment act. What the rules read comes from
+    unpatched runs. The other arguments are those of `run`.
+
+    Args:
+        measure: The measure, as in tables; None: the only one. It is measured `as raw` or `as
+            delta`.
+        site: The vectors, as in rules: `embed`, `resid_post layer 3`, `z layer 1 head 2`.
+        at: Their tokens, as in rules: `last token`, `tokens 5..8`. A row may have several.
+        mode: Whether the tensor replaces the vectors (`set`) or is added to them (`add`).
+        experiment: Its name; None: the only one. It has one cell.
+        store: Folder with what the file trains with `fit(…)`, as in `fit`.
+
+    Returns:
+        `Objective`: `objective(tensor)` returns the values of the rows.
+
+    Raises:
+        MechdslError: If the file, a model or an argument is invalid; E0608 for a measure, a site or
+            a rule without a gradient.
+    """
+    with borrowed_models(models):
+        from mechdsl.pipeline.objectives import ObjectiveRequest, open_objective
+
+        raise_errors(load_plugins(plugins), word_problem("mode", mode, ("set", "add")))
+        raise_errors(size_problems(limit))
+        source, python = read_file(file), python_mode(allow_python)
+        settings = settings_from_arguments(
+            set, limit, python=python, allow_outside=False, untrusted=untrusted
+        )
+        options = _options_with_store(source, settings, device, dtype, store)
+        checked, loaded = require_valid_file(source, models, settings)
+        request = ObjectiveRequest(experiment, measure, site, at, mode)
+        guard = partial(borrowed_models, models)
+        found, problems = open_objective(checked, request, options, loaded, guard)
+        warn_diagnostics(problems)
         return found

@@ -19,7 +19,9 @@ START = "## Reference\n"
 
 NOTE = "<!-- Written by `make python-page` from the docstrings. -->"
 
-FUNCTIONS = ("run", "fit", "validate", "plan", "graph", "explain", "runs", "diff", "export")
+FUNCTIONS = (
+    "run", "fit", "validate", "plan", "graph", "explain", "runs", "diff", "export", "objective",
+)  # fmt: skip
 
 CLASSES = (
     "Results",
@@ -34,6 +36,7 @@ CLASSES = (
     "Differences",
     "VerdictComparison",
     "ExportedModel",
+    "Objective",
 )
 
 _SECTIONS = ("Args", "Returns", "Raises")
