@@ -130,7 +130,7 @@ def drawn(what, call):
 text = sys.stdin.read()
 functions = ("validate", "plan", "graph", "explain", "run")
 found = {name: drawn(name, lambda: getattr(mechdsl, name)(text)) for name in functions}
-others = {"diff", "export", "runs"}
+others = {"diff", "export", "fit", "objective", "runs"}
 assert {*functions, *others} == {n for n in mechdsl.__all__ if n.islower()}, mechdsl.__all__
 drawn("a page", lambda: mechdsl.explain("E0301"))
 for each in (found["run"], found["run"]["heads"]):

@@ -75,8 +75,10 @@ def test_its_code_runs(inside: Path) -> None:
         elif block.language == "text":  # what the block before it shows
             assert repr(values["results"]) + "\n" == block.content
     written = {"heads.mech", "heads.svg", "again.svg", "results.json", "results.csv", "graph.svg"}
-    written |= {"verdicts.xml", "trainings"}
+    written |= {"verdicts.xml", "trainings", "steer.safetensors"}
     assert {path.name for path in inside.iterdir()} == written
+    steering = values["steering"]
+    assert steering.measures[0].patched.mean() > 0 > steering.measures[0].base.mean()
     assert (inside / "graph.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
