@@ -77,8 +77,8 @@ def test_its_code_runs(inside: Path) -> None:
     written = {"heads.mech", "heads.svg", "again.svg", "results.json", "results.csv", "graph.svg"}
     written |= {"verdicts.xml", "trainings", "steer.safetensors"}
     assert {path.name for path in inside.iterdir()} == written
-    steering = values["steering"]
-    assert steering.measures[0].patched.mean() > 0 > steering.measures[0].base.mean()
+    (measure,) = values["steering"].measures
+    assert measure.patched.mean() > measure.base.mean() + 2
     assert (inside / "graph.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
