@@ -254,7 +254,7 @@ def test_rules_use_it_as_a_vector_of_a_file(name: str, tmp_path: Path) -> None:
             assert np.array_equal(mine.patched, theirs.patched, equal_nan=True)
     if name == "sweep":
         said = own[0].conventions["direction v"]
-        assert f"trained on 4 rows of p at last token, to maximise {LOSS}" in said
+        assert f"4 rows of p at last token, 1 of them held out, to maximise {LOSS}" in said
         assert f"trained {trained.report.trained:.4g}, random vectors of this length" in said
 
 
