@@ -255,7 +255,7 @@ def test_rules_use_it_as_a_vector_of_a_file(name: str, tmp_path: Path) -> None:
     if name == "sweep":
         said = own[0].conventions["direction v"]
         assert f"4 rows of p at last token, 1 of them held out, to maximise {LOSS}" in said
-        assert f"trained {trained.report.trained:.4g}, random vectors of this length" in said
+        assert f"trained {report(trained).trained:.4g}, random vectors of this length" in said
 
 
 def test_saved_direction_is_the_trained_vector(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_interrupted_training_ends_with_the_same_vector(
     path = write(tmp_path, fit(f"{QUICK}, patience: 9"), ADD)
     (whole,) = train(path)
     expected = (whole.folder / "vector.safetensors").read_bytes()
-    real = Training._step
+    real = Training._step  # pyright: ignore[reportPrivateUsage]
 
     def step(self: Any) -> None:
         if self.state.step == 4:
