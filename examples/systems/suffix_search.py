@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +24,7 @@ LENGTH, TRIED, STEPS, CONTROLS = 6, 6, 8, 100
 def search() -> tuple[str, float, list[float]]:
     """Return the suffix, its measure, and the measures of random suffixes of the same words."""
     folder = str(files("mechdsl.zoo") / "refusal")
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     objective = mechdsl.objective(
         FILE, models={"lm": (model, tokenizer)}, experiment="searching", site="embed",
