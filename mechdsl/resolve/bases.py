@@ -1126,8 +1126,8 @@ def _trained(
     if stream is not None and trainer.solves:
         raise BasisError(
             definition.method,
-            f"`{trainer.name}` uses all vectors together, and the rows of `{sample.table.name}` are "
-            "read in parts",
+            f"`{trainer.name}` uses all vectors together, and `{sample.table.name}` is read in "
+            "parts",
             "remove `streamed`, and write `limit: 1000` in `fit(…)`",
         )
     size = made.size if isinstance(made, TrainedRotation) else made.features

@@ -199,10 +199,18 @@ def test_more_factors_than_numbers_or_vectors_is_an_error(tmp_path: Path) -> Non
         train(write(tmp_path, few, ABLATES))
 
 
+def test_rows_that_are_read_in_parts_are_an_error(tmp_path: Path) -> None:
+    block = 'prompts texts { rows "second.jsonl" streamed  template "{left} w43" }\n'
+    path = write(tmp_path, block, declare(prompts="texts"), ABLATES)
+    (problem, *_) = mechdsl.validate(path, models("llama"))
+    assert problem.code == "E0342"
+    assert "`semi_nmf` uses all vectors together, and `texts` is read in parts" in str(problem)
+
+
 def test_vectors_that_exceed_memory_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mechdsl.execute import training
+    from mechdsl.execute import training_vectors as training
 
     monkeypatch.setattr(training.RowVectors, "chunk_bytes", 1000)
     monkeypatch.setattr(training.RowVectors, "_groups", [[], []])
