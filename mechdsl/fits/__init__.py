@@ -3,5 +3,5 @@ sparse dictionaries, factorizations, rotations.
 
 In: arrays of vectors and targets, [row, width]. Out: weights, directions, held-out predictions,
 numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`,
-`factors` and `rotations`; scikit-learn only inside functions of `factors`.
+`factors`, `rotations` and `vectors`; scikit-learn only inside functions of `factors`.
 """
