@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mechdsl.base.records import Registry
 from mechdsl.dictionaries.folder import MAX_GATHERED, SKIP, DictionaryFile
+from mechdsl.dictionaries.nonnegative import solve_nonnegative
 from mechdsl.dictionaries.products import (
     combine_some,
     distinct_rows,
@@ -131,6 +132,14 @@ class AbsTopKEncoder(TopKEncoder):
     def _largest(self, found: Tensor, count: int) -> Tensor:
         index = found.abs().topk(count, dim=-1, sorted=False).indices
         return torch.zeros_like(found).scatter(-1, index, found.gather(-1, index))
+
+
+@encoder("nonnegative")
+class NonnegativeEncoder(Encoder):
+    """Nonnegative least squares for all features together, with a cost of each feature."""
+
+    def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
+        return solve_nonnegative(vectors, weights["W_dec"], weights["threshold"])
 
 
 @encoder("matching_pursuit")
@@ -304,6 +313,8 @@ class Dictionary:
     def encoder_weights(self) -> Tensor:
         """Return [width, feature]: the map to features before bias and activation function."""
         weights = self._loaded
+        if self.file.architecture == "nonnegative":  # least squares, without a sign constraint
+            return torch.linalg.pinv(weights["W_dec"])
         if "W_enc" not in weights.tensors:  # matching pursuit compares with the decoder
             return self._rows(weights).T
         return weights["W_enc"]

@@ -18,10 +18,17 @@ from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import SafetensorsFile, UnreadableFile, inspect_safetensors
 from mechdsl.base.text import name_list
 
-Layout = Literal["SAELens", "sparsify", "tensors", "circuit-tracer"]
+Layout = Literal["SAELens", "sparsify", "tensors", "circuit-tracer", "mechdsl"]
 
 Architecture = Literal[
-    "standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit", "temporal"
+    "standard",
+    "topk",
+    "abstopk",
+    "jumprelu",
+    "gated",
+    "matching_pursuit",
+    "temporal",
+    "nonnegative",
 ]
 
 Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
@@ -35,6 +42,10 @@ WEIGHT_FILES: Mapping[Layout, str] = {
     "SAELens": "sae_weights.safetensors",
     "sparsify": "sae.safetensors",
 }
+
+OWN_KINDS: Mapping[Architecture, str] = {"nonnegative": "nonnegative factorization"}
+"""Architectures that only mechdsl trains and reads, in files like those of SAELens → their names in
+messages."""
 
 MAX_GATHERED = 16
 """Named coordinates of a vector up to which only their own directions are used."""
@@ -59,6 +70,7 @@ TENSORS: Mapping[Architecture, tuple[str, ...]] = {
     "gated": ("W_enc", "b_gate", "r_mag", "b_mag", "W_dec", "b_dec"),
     "matching_pursuit": ("W_dec", "b_dec"),
     "temporal": ("W_dec", "b_dec"),
+    "nonnegative": ("W_dec", "b_dec", "threshold"),
 }
 """Tensors of each architecture."""
 
@@ -161,6 +173,17 @@ class DictionaryFile(Record):
         return "temporal SAE depend on the preceding tokens" if self.context_layers else ""
 
     @property
+    def encoding_products(self) -> int:
+        """Multiply-adds of all features of one vector.
+
+        For a nonnegative factorization, it is an estimate: half of the factors become active, one
+        after another, and each time a system of equations with all factors is solved.
+        """
+        products = self.features * self.width_in
+        solved = self.features**4 // 6 if self.architecture == "nonnegative" else 0
+        return products + solved
+
+    @property
     def context_products(self) -> int:
         """Multiply-adds of the prediction of one vector, without attention weights."""
         layer = 2 * self.features * (self.width_in + self.context_width + self.features)
@@ -181,6 +204,8 @@ class DictionaryFile(Record):
     @property
     def kind(self) -> str:
         """Its type, as messages name it: `jumprelu SAE`, `topk transcoder with k 32`."""
+        if self.architecture in OWN_KINDS:
+            return OWN_KINDS[self.architecture]
         what = ("skip transcoder" if self.skips else "transcoder") if self.transcodes else "SAE"
         what = "cross-layer transcoder" if self.crosses_layers else what
         return f"{self.architecture} {what}" + (f" with k {self.k}" if self.k is not None else "")
@@ -367,7 +392,7 @@ def _of_sae_lens(
     return _checked(
         file,
         written,
-        layout="SAELens",
+        layout="mechdsl" if architecture in OWN_KINDS else "SAELens",
         architecture=architecture,
         digest=digest,
         k=_count(k, "k", written) if ranked else None,

@@ -15,10 +15,12 @@ from torch import Generator, Tensor
 
 from mechdsl.base.files import replace_file
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.text import format_size
 from mechdsl.dictionaries.features import load_dictionary
 from mechdsl.dictionaries.folder import CONFIG_FILE, HOOK_SITES, WEIGHT_FILES, read_dictionary
 from mechdsl.execute.run_record import CARD_FILE, Report, TrainingReport
-from mechdsl.execute.training_vectors import TrainingVectors
+from mechdsl.execute.training_vectors import RowVectors, TrainingVectors
+from mechdsl.fits.factors import NotFactored, Solution
 from mechdsl.fits.sparse_training import unscale_weights
 from mechdsl.fits.training import (
     Fit,
@@ -116,44 +118,84 @@ def train_dictionary(
         untrained = model.weights()
         loop = Training(model, vectors, held_out, read_settings(training), scaling.apply)
         run_training(loop, checkpoints, due, on_step)
-    measured = held_out if len(held_out[0]) else (first, first_targets)
+    trained = Solution(model.weights(), loop.state.step, loop.state.stopped)
     finish = _Finish(declared, scaling, facts)
-    before = finish.assess(finish.write(folder, untrained), measured)
-    found = finish.assess(finish.write(folder, model.weights()), measured)
-    active = max(1, round(found.active))
-    components = components_explain(first_targets, measured[1], active)
-    report = _report(vectors, loop.state, len(held_out[0]), found, (before.explained, components))
-    write_card(folder, facts, report)
-    return report
+    weights = untrained, trained
+    return _finish_dictionary(finish, vectors, held_out, weights, loop.state, folder)
 
 
-def _report(
-    vectors: TrainingVectors,
-    state: TrainingState,
-    held_out_vectors: int,
-    found: Fit,
-    controls: tuple[float, float],
+def solve_dictionary(
+    declared: TrainedDictionary,
+    vectors: RowVectors,
+    folder: Path,
+    facts: Mapping[str, Any],
+    on_step: Callable[[int, int], None],
 ) -> TrainingReport:
-    """Create the report of a finished training.
+    """Compute a dictionary from all vectors together; otherwise as `train_dictionary`.
+
+    Raises:
+        NotFactored: The vectors have no such dictionary, or don't fit into memory together.
+        OSError: A file can't be written.
+    """
+    training = declared.training
+    assert training is not None
+    if vectors.chunks > 1:
+        need = int(vectors.counts[vectors.rows].sum()) * 4 * declared.width_in
+        raise NotFactored(
+            f"its vectors need {format_size(need)} of memory, and `{training.trainer}` uses all of "
+            f"them together, at most {format_size(vectors.chunk_bytes)}",
+            "use fewer rows: `limit: 400`",
+        )
+    own, _ = vectors.chunk(0)
+    trainer, steps = TRAINERS[training.trainer], int(training.options["steps"])
+    untrained, trained = (
+        trainer.solve(own, training.of_trainer, count, start_generator(training))
+        for count in (0, steps)
+    )
+    on_step(steps, steps)
+    finish = _Finish(declared, Scaling.none(declared.width_in), facts)
+    weights, held_out = (untrained.tensors, trained), vectors.held_out()
+    return _finish_dictionary(finish, vectors, held_out, weights, TrainingState(), folder)
+
+
+def _finish_dictionary(
+    finish: _Finish,
+    vectors: TrainingVectors,
+    held_out: tuple[Tensor, Tensor],
+    weights: tuple[Mapping[str, Tensor], Solution],
+    state: TrainingState,
+    folder: Path,
+) -> TrainingReport:
+    """Write a trained dictionary, and compare it with its controls.
 
     Args:
-        controls: Shares that untrained weights and principal components explain.
+        held_out: Vectors that the training didn't use; the report is on training vectors if there
+            are none.
+        weights: At the start, and in the end.
+        state: Of the loop at the end; its start without a loop.
     """
-    untrained, components = controls
+    untrained, trained = weights
+    first = vectors.chunk(0)
+    measured = held_out if len(held_out[0]) else first
+    before = finish.assess(finish.write(folder, untrained), measured)
+    found = finish.assess(finish.write(folder, trained.tensors), measured)
+    components = components_explain(first[1], measured[1], max(1, round(found.active)))
     rows, count = vectors.amounts(state)
-    return TrainingReport(
+    report = TrainingReport(
         rows=rows,
         vectors=count,
         held_out_rows=vectors.held_out_count,
-        held_out_vectors=held_out_vectors,
-        steps=state.step,
-        stopped_early=state.stopped,
+        held_out_vectors=len(held_out[0]),
+        steps=trained.steps,
+        stopped_early=trained.stopped_early,
         explained=found.explained,
         active=found.active,
         inactive=found.inactive,
-        untrained_explained=untrained,
+        untrained_explained=before.explained,
         components_explained=components,
     )
+    write_card(folder, finish.facts, report)
+    return report
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +206,11 @@ class Scaling:
     """[width] means of encoded and of reconstructed vectors."""
     scales: tuple[float, float]
     """Factors that make their mean squared length, after centring, their width."""
+
+    @classmethod
+    def none(cls, width: int) -> Scaling:
+        """Return the scaling of a dictionary that is computed from the vectors as they are."""
+        return cls((torch.zeros(width), torch.zeros(width)), (1.0, 1.0))
 
     @classmethod
     def of(cls, inputs: Tensor, targets: Tensor) -> Scaling:

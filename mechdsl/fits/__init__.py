@@ -1,7 +1,7 @@
 """Fits to vectors of rows: means, principal components, linear probes, similarities, ranks,
-sparse dictionaries, rotations, steering vectors.
+sparse dictionaries, factorizations, rotations, steering vectors.
 
 In: arrays of vectors and targets, [row, width]. Out: weights, directions, held-out predictions,
-numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`, `rotations`
-and `vectors`.
+numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`,
+`factors`, `rotations` and `vectors`; scikit-learn only inside functions of `factors`.
 """

@@ -138,6 +138,12 @@ def fits_of_file(checked: CheckedFile) -> dict[str, DeclaredFit]:
     return found
 
 
+def packages_of_fit(fit: DeclaredFit) -> tuple[str, ...]:
+    """Return the packages whose version may change the weights of a training."""
+    own = TRAINERS[fit.training.trainer].package
+    return (*VERSIONED_PACKAGES, own) if own else VERSIONED_PACKAGES
+
+
 # --- keys -----------------------------------------------------------------------------------------
 
 
@@ -166,7 +172,7 @@ class FitKeys:
         encoded, made = training.encoded, training.made
         parts: dict[str, object] = {
             "version": [TRAINING_VERSION, NUMERIC_VERSION],
-            "packages": [package_version(package) for package in VERSIONED_PACKAGES],
+            "packages": [package_version(package) for package in packages_of_fit(fit)],
             "numbers": numeric_settings(),
             "code": self._code,
             "trainer": [training.trainer, _told(training.of_trainer)],

@@ -24,15 +24,17 @@ from mechdsl.execute.run_record import (
     TrainedFit,
     VectorReport,
 )
-from mechdsl.pipeline.identities import VERSIONED_PACKAGES, RunKeyError
+from mechdsl.pipeline.identities import RunKeyError
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.pipeline.trained_files import (
     FITS_FOLDER,
     DeclaredFit,
     FitKeys,
     fits_of_file,
+    packages_of_fit,
     read_fit,
 )
+from mechdsl.program.trainers import TRAINERS
 from mechdsl.resolve.trainings import resolve_part
 from mechdsl.resolve.types import (
     FitSample,
@@ -41,7 +43,7 @@ from mechdsl.resolve.types import (
     TrainedVector,
     describe_rotation,
 )
-from mechdsl.results.results import package_version
+from mechdsl.results.results import NOT_INSTALLED, package_version
 from mechdsl.store.files import make_folder, sync_folder
 from mechdsl.store.index import StoreProblem
 from mechdsl.store.locks import take_lock
@@ -113,7 +115,10 @@ def _train_missing(
             problems.append(_failed(fit, str(unknown), "use a model that can be identified"))
             continue
         known = None if options.fresh else read_fit(folder, fit)
-        if known is None:
+        missing = None if known is not None else _missing_package(fit)
+        if missing is not None:
+            problems.append(missing)
+        elif known is None:
             due.append((fit, folder))
         else:
             done.append(_finished(fit, folder, known[1], 0.0))
@@ -122,6 +127,15 @@ def _train_missing(
         done += trained
         problems += found
     return done, problems
+
+
+def _missing_package(fit: DeclaredFit) -> Diagnostic | None:
+    """Return E0643 if a package that a training needs isn't installed."""
+    package = TRAINERS[fit.training.trainer].package
+    if not package or package_version(package) != NOT_INSTALLED:
+        return None
+    reason = f"`{fit.training.trainer}` needs {package}, which isn't installed"
+    return _failed(fit, reason, 'install it: `pip install "mechdsl[fits]"`')
 
 
 def _train_due(
@@ -163,6 +177,7 @@ def _train_one(
     """Train one of them; a result or a problem."""
     from mechdsl.execute.run.feature_files import RowsRefused
     from mechdsl.execute.training_vectors import NoVectors
+    from mechdsl.fits.factors import NotFactored
     from mechdsl.fits.training import NotFinite
     from mechdsl.forward.hooks.gradients import AutogradFailed
 
@@ -195,6 +210,9 @@ def _train_one(
         hint = f"lower the learning rate: `rate: {rate / 10:g}`"
         hint += ", or the penalty" if "penalty" in fit.training.of_trainer else ""
         return None, _failed(fit, str(problem), hint)
+    except NotFactored as problem:
+        shutil.rmtree(part, ignore_errors=True)
+        return None, _failed(fit, str(problem), problem.hint)
     finally:
         lock.free(remove=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -215,7 +233,7 @@ def _run_training(
     """Train one of them, and write it to `result`, in the folder of checkpoints."""
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.rotation_training import train_rotation
-    from mechdsl.execute.training import train_dictionary
+    from mechdsl.execute.training import solve_dictionary, train_dictionary
     from mechdsl.execute.training_vectors import RowVectors, StreamedVectors
     from mechdsl.execute.vector_training import train_vector
 
@@ -247,6 +265,8 @@ def _run_training(
     assert isinstance(fit.file, TrainedDictionary)
     if fit.training.stream is None:
         vectors = RowVectors(fit.training, model, checked.program.seed, side)
+        if TRAINERS[fit.training.trainer].solves:
+            return solve_dictionary(fit.file, vectors, result, facts, on_step)
     else:
         vectors = StreamedVectors(fit.training, model, partial(_read_part, checked, fit), side)
     return train_dictionary(
@@ -279,6 +299,7 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
     training, sample = fit.training, fit.training.sample
     options = {**training.options, "seed": training.seed}
     own: dict[str, Any] = {}
+    packages = packages_of_fit(fit)
     if isinstance(fit.file, TrainedDictionary):
         own["transcodes"] = fit.file.transcodes
     if fit.objective is not None:
@@ -297,7 +318,7 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
         "run": sample.run.name,
         "positions": sample.cell.label,
         "data": sample.table.data_hash,
-        "versions": {name: package_version(name) for name in ("mechdsl", *VERSIONED_PACKAGES)},
+        "versions": {name: package_version(name) for name in ("mechdsl", *packages)},
     }
 
 

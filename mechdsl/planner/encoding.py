@@ -23,6 +23,8 @@ class _BasisCost:
 
     size: int
     width: int
+    encoding: int
+    """For all coordinates of a vector."""
     by_feature: bool
     """Whether named coordinates are computed alone."""
     overcomplete: bool
@@ -39,12 +41,20 @@ class _BasisCost:
         if isinstance(operand, DictionaryFile):
             by_feature = operand.is_separate
         overcomplete = isinstance(operand, DictionaryFile | PythonBasis)
-        return _BasisCost(member.size, width, by_feature, overcomplete)
+        encoding = member.size * width
+        if isinstance(operand, DictionaryFile):
+            encoding = operand.encoding_products
+        return _BasisCost(member.size, width, encoding, by_feature, overcomplete)
 
     @property
-    def whole(self) -> int:
-        """All coordinates of a vector, or a vector from all of them."""
+    def decoding(self) -> int:
+        """Multiply-adds of a vector from all coordinates."""
         return self.size * self.width
+
+    @property
+    def reconstruction(self) -> int:
+        """Multiply-adds of all coordinates of a vector, and of a vector from them."""
+        return self.encoding + self.decoding
 
 
 def encoding_adds(plan: ExperimentPlan, rows: RowTable, *, joined: bool) -> float:
@@ -73,7 +83,7 @@ def _observed_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable) -> floa
     named = counts[rule.coordinates_of_cell[rows.cell]]
     alone = (named > 0) & (named <= MAX_GATHERED) & basis.by_feature
     vectors = _vector_counts(rule, rows)
-    whole = basis.whole * _distinct(rule, rows, vectors)
+    whole = basis.encoding * _distinct(rule, rows, vectors)
     return float(np.where(alone, named * basis.width * vectors, whole).sum()) * plan.draws
 
 
@@ -87,11 +97,11 @@ def observation_adds(plan: ExperimentPlan, prompts: Ints) -> float:
     basis, count = _BasisCost.of(rule), min(plan.n_cells, MAX_GATHERED)
     every = join_positions(rule.positions)
     tokens = sum(len(hit) for row in prompts.tolist() for hit in every.hits[row])
-    again = count * basis.width if basis.by_feature else basis.whole
+    again = count * basis.width if basis.by_feature else basis.encoding
     runs = 2 if rule.rule.does.reads == "run" else 1
     hits = [every.hits[row] for row in prompts.tolist()]
     context = max(context_adds(each, hits) for each in rule.rule.basis.members)
-    return runs * (float(tokens) * (3 * basis.whole + again) + context)
+    return runs * (float(tokens) * (basis.encoding + basis.reconstruction + again) + context)
 
 
 def context_adds(member: BasisMember, hits: Iterable[Hits]) -> float:
@@ -122,15 +132,15 @@ def _rule_adds(plan: ExperimentPlan, rule: RulePlan, rows: RowTable, *, joined: 
         directions = np.where(named > 0, named, basis.size)
         found = float((directions * (2 + directions) * basis.width * vectors).sum())
     elif does.operation == "reconstruct":
-        found = 2.0 * basis.whole * float(distinct.sum())
+        found = basis.reconstruction * float(distinct.sum())
     else:
-        encoded = np.where(alone & basis.by_feature, 0.0, basis.whole * distinct)
+        encoded = np.where(alone & basis.by_feature, 0.0, basis.encoding * distinct)
         encoded += np.where(alone & basis.by_feature, named * basis.width * vectors, 0)
-        decoded = np.where(alone, named * basis.width, basis.whole) * vectors
+        decoded = np.where(alone, named * basis.width, basis.decoding) * vectors
         found = float((times * encoded + decoded).sum())
-        found += 2.0 * basis.whole * float(distinct.sum()) if does.drops_error else 0.0
+        found += basis.reconstruction * float(distinct.sum()) if does.drops_error else 0.0
     if basis.overcomplete and plan.reconstructed:
-        found += 2.0 * basis.whole * float(_distinct(rule, rows, vectors).sum())
+        found += basis.reconstruction * float(_distinct(rule, rows, vectors).sum())
     return found * plan.draws
 
 

@@ -23,6 +23,7 @@ from mechdsl.program.directions import (
     fitted_block,
     training_call,
 )
+from mechdsl.program.factor_trainers import OTHER_FACTOR_OPTIONS
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import TRAINERS, Trainer, trainer_call
@@ -68,6 +69,8 @@ OTHER_TRAINERS: dict[str, str] = {
     "boundless": "write `boundless_das(penalty: 1)`",
     "rotation": "write `das(dims: 2)`",
     "pca": "write `pca(fruit.train, dims: 8)` without `fit`",
+    "snmf": "write `semi_nmf(factors: 8)`",
+    "seminmf": "write `semi_nmf(factors: 8)`",
 }
 """What else may be written inside of `fit(…)` → hint."""
 
@@ -87,6 +90,7 @@ OTHER_TRAINER_OPTIONS: dict[str, str] = {
     "scale": "length",
     "magnitude": "length",
     "weight_decay": "penalty",
+    **OTHER_FACTOR_OPTIONS,
 }
 """Names of a trainer's option in other tools → the option."""
 
@@ -303,6 +307,13 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         reason, hint = f"needs `{missing[0]}: …`", f"write `{found.example}`"
         scope.diagnostics.append(BadArgument(span=node.span, name=name, reason=reason, hint=hint))
         return
+    unused = next((each for each in call.arguments if each.name in found.unused), None)
+    if unused is not None:
+        reason = f"is no argument of `fit` with `{name}`, which uses all vectors in every step"
+        hint = f"remove `{unused.name}`"
+        scope.diagnostics.append(
+            BadArgument(span=unused.span, name=str(unused.name), reason=reason, hint=hint)
+        )
     wrong = found.check(options)
     if wrong is not None:
         scope.diagnostics.append(

@@ -21,6 +21,7 @@ from mechdsl.syntax import ast
 if TYPE_CHECKING:
     from torch import Generator, Tensor, device
 
+    from mechdsl.fits.factors import Solution
     from mechdsl.fits.rotations import Rotation
     from mechdsl.fits.training import Trainable
     from mechdsl.fits.vectors import SteeringVector
@@ -55,7 +56,11 @@ class Trainer:
     """Options that a call must have."""
     defaults: ClassVar[Mapping[str, Constant]] = {}
     """Defaults of options of `fit` that differ from those in `TRAINING_DEFAULTS`."""
-
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Options of `fit` that the training doesn't use, so that they are errors."""
+    package: ClassVar[str] = ""
+    """Name of a package that the training needs and mechdsl doesn't install by itself, which is a
+    part of `mechdsl[fits]`."""
     learns_size: ClassVar[bool] = False
     """Whether the training determines the number of directions of a rotation."""
 
@@ -75,6 +80,14 @@ class Trainer:
 
     def check(self, options: Mapping[str, Constant]) -> Problem | None:
         """Return the problem with the options together, or None; each is valid by itself."""
+        return None
+
+    def check_site(self, site: str, width: int, options: Mapping[str, Constant]) -> Problem | None:
+        """Return the problem with the vectors of a site, or None.
+
+        Args:
+            width: Numbers of a vector.
+        """
         return None
 
     def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
@@ -123,6 +136,26 @@ class Trainer:
         """
         raise NotImplementedError
 
+    def solve(
+        self, vectors: Tensor, options: Mapping[str, Constant], steps: int, random: Generator
+    ) -> Solution:
+        """Compute a dictionary from all vectors together, instead of `start` and its steps.
+
+        Args:
+            vectors: [vector, width], neither centred nor scaled.
+            steps: Maximum number of iterations; 0 for a random start, the control.
+            random: Source of all random numbers, on the CPU.
+
+        Raises:
+            NotFactored: These vectors have no such dictionary.
+        """
+        raise NotImplementedError
+
+    @property
+    def solves(self) -> bool:
+        """Whether it has `solve` instead of `start`."""
+        return type(self).solve is not Trainer.solve
+
 
 TRAINERS: Registry[Trainer] = Registry("trainer")
 
@@ -165,7 +198,8 @@ def _class_problem(name: str, entry: object) -> str | None:
         lacks = entry.start_vector is Trainer.start_vector
         needs = "`start_vector(self, like, options, random)`"
     else:
-        lacks = entry.outline is Trainer.outline or entry.start is Trainer.start
+        starts = entry.start is not Trainer.start or entry.solve is not Trainer.solve
+        lacks = entry.outline is Trainer.outline or not starts
         needs = "`outline(self, options)` and `start(self, widths, options, random, device)`"
     return f"it needs {needs}" if lacks else None
 

@@ -37,6 +37,7 @@ from mechdsl.program.paths import (
 )
 from mechdsl.program.python_functions import find_function
 from mechdsl.program.spec import Constant, constant_value
+from mechdsl.program.trainers import TRAINERS
 from mechdsl.resolve.directions import (
     DirectionError,
     count_used_rows,
@@ -1121,6 +1122,14 @@ def _trained(
             f"the rows of `{sample.table.name}` are read in parts, for one model",
             "name the block alone: `prompts: texts`",
         )
+    trainer = TRAINERS[made.training.trainer]
+    if stream is not None and trainer.solves:
+        raise BasisError(
+            definition.method,
+            f"`{trainer.name}` uses all vectors together, and `{sample.table.name}` is read in "
+            "parts",
+            "remove `streamed`, and write `limit: 1000` in `fit(…)`",
+        )
     size = made.size if isinstance(made, TrainedRotation) else made.features
     width = count_numbers(point, work.model.shape)
     if isinstance(made, TrainedRotation) and size > width and not work.model.shape.stands_in:
@@ -1131,6 +1140,10 @@ def _trained(
         )
     if isinstance(made, TrainedDictionary) and made.transcodes:
         _check_transcoder(definition.method, made, point, work)
+    known = width if not work.model.shape.stands_in else _UNKNOWN_WIDTH
+    wrong = trainer.check_site(point.site, known, made.training.of_trainer)
+    if wrong is not None:
+        raise BasisError(definition.method, *wrong)
     problem = check_held_out(definition, made.training, work.measuring, work.table)
     if problem is not None and problem not in work.diagnostics:
         work.diagnostics.append(problem)

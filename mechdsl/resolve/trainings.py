@@ -123,7 +123,11 @@ def _describe_training(
         definition=definition.name,
         trainer=inner.name,
         of_trainer=own,
-        options={**TRAINING_DEFAULTS, **trainer.defaults, **options},
+        options={
+            name: value
+            for name, value in {**TRAINING_DEFAULTS, **trainer.defaults, **options}.items()
+            if name not in trainer.unused
+        },
         sample=sample,
         encoded=SitePoint(ENCODED_SITES[0], point.layer, None) if transcodes else point,
         made=point,

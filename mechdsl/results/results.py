@@ -541,10 +541,14 @@ def package_versions() -> dict[str, str]:
     return {**packages, **plugin_versions()}
 
 
+NOT_INSTALLED = "unknown"
+"""Version of a package that isn't installed."""
+
+
 @cache
 def package_version(package: str) -> str:
-    """Return the version of a package; `unknown` if it isn't installed."""
+    """Return the version of a package; `NOT_INSTALLED` if it isn't there."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "unknown"
+        return NOT_INSTALLED

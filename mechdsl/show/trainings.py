@@ -58,7 +58,11 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         if own:
             _print_table(own, notes, what, console)
     if any(fit.report.stopped_early for fit in fits):
-        print_hanging("  *: ", "stopped early, with the best weights", console)
+        print_hanging(
+            "  *: ",
+            "stopped before the maximum number of steps, because the result no longer improved",
+            console,
+        )
     for fit in fits:
         what = f"{fit.what} at {fit.site}, in {fit.folder}"
         if isinstance(fit.report, RotationReport | VectorReport):

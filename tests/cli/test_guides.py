@@ -224,6 +224,13 @@ def test_page_commands_run(page: str, command: Command, update: bool) -> None:
     run_page(DOCS / page, command, update)
 
 
+def test_activations_are_factored_as_the_page_says(
+    command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MECHDSL_STORE")
+    run_page(DOCS / "bases.md", command, update, {"Factor activations"})
+
+
 def test_a_dictionary_is_trained_as_the_page_says(
     command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -462,6 +462,18 @@ _file(
     "Geiger et al. 2023, arXiv 2303.02536",
 )
 _file(
+    "basis: a trained factorization",
+    "basis b = fit(semi_nmf(factors: 16), prompts: fruit.train) at mlp_hidden layer 1",
+    "Factors of the vectors of the named tokens, with nonnegative activations, which `mechdsl "
+    "fit FILE` or `mechdsl run --fit FILE` computes. `semi_nmf` has factors of both signs, and "
+    "`penalty` (0.02) makes activations sparse; `nmf` has nonnegative factors, and needs "
+    "`mlp_hidden` of a model with ReLU. Rules use the basis like a dictionary; activations of a "
+    "vector are nonnegative least squares with that penalty. The options of `fit` are those of a "
+    "trained dictionary without `batch`, `rate` and `patience`; `steps` is 1000 at most.",
+    "tests/pipeline/test_trained_factors.py",
+    "Ding, Li and Jordan 2010, doi 10.1109/TPAMI.2008.277",
+)
+_file(
     "basis: a trained rotation of a learned size",
     "basis b = fit(boundless_das(penalty: 1), prompts: fruit.train, from: fewer, "
     "maximise: logit(answer of fewer)) at resid_post layer 1",

@@ -248,16 +248,24 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), in_turn(list(RULES), ["sae", "z", "transcoder"]))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *in_turn(list(RULES), ["sae", "z", "transcoder"]),
+        *((name, "factors") for name in RULES if name != "random"),
+    ],
+)
 def test_rules_use_it_as_a_dictionary_of_a_folder(name: str, kind: str, tmp_path: Path) -> None:
     """Bit for bit, together with another experiment on the same block."""
-    at = {"sae": f"resid_post layer {LAYER}", "z": "z layer 1", "transcoder": "mlp_out layer 1"}
+    at = {"z": "z layer 1", "transcoder": "mlp_out layer 1", "factors": "mlp_hidden layer 1"}
+    at["sae"] = f"resid_post layer {LAYER}"
     inner = SAE.replace("sae", "transcoder" if kind == "transcoder" else "sae")
+    inner, options = ("semi_nmf(factors: 8)", "steps: 12") if kind == "factors" else (inner, QUICK)
     written = [line.replace(f"resid_post layer {LAYER}", at[kind]) for line in RULES[name]]
     measure = "measure logit(answer) as raw" if name == "replies" else MEASURE
     other = experiment("observe features of f at last token", name="seen", measure="")
     text = experiment(*written, measure=measure) + other
-    path = write(tmp_path, fit(inner, at=f"{at[kind]} at tokens *"), text)
+    path = write(tmp_path, fit(inner, options, f"{at[kind]} at tokens *"), text)
     (trained,) = train(path, out=tmp_path)
     assert (tmp_path / "f" / "README.md").read_text("utf-8").startswith("# f: ")
     own = run(path, fresh=True).files[0].experiments
