@@ -1,7 +1,7 @@
 """Fits to vectors of rows: means, principal components, linear probes, similarities, ranks,
-sparse dictionaries, rotations.
+sparse dictionaries, rotations, steering vectors, gates.
 
 In: arrays of vectors and targets, [row, width]. Out: weights, directions, held-out predictions,
-numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`
-and `rotations`.
+numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`,
+`rotations`, `vectors` and `gates`.
 """
