@@ -589,8 +589,10 @@ def _against_axes(
         known = _known(variants, program)
         names = compared_experiments(said).intersection(every) - {experiment.name}
         others = {name: _known(every[name], program) for name in sorted(names)}
+        groups = dict(program.groups)
+        groups |= {each.name: each for own in said.expects for each in own.groups}
         truths = {
-            "groups": {name: group.sites for name, group in program.groups.items()},
+            "groups": {name: group.sites for name, group in groups.items()},
             "columns": None
             if columns_unknown or any(table.stands_in for table in tables)
             else {name: [row.values.get(name) for row in rows] for name in values},

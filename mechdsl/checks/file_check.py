@@ -30,6 +30,12 @@ from mechdsl.checks.models import (
     check_measure_tokens,
 )
 from mechdsl.checks.prompt_tables import FileContexts, StreamedPart
+from mechdsl.checks.trained_groups import (
+    check_masks,
+    fill_groups,
+    reject_masks,
+    used_masks,
+)
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, filter_certain, has_errors
 from mechdsl.diagnostics.experiments import (
@@ -518,7 +524,7 @@ class CheckedFile:
     objectives: dict[tuple[str, str], ResolvedExperiment] = field(
         default_factory=dict[tuple[str, str], ResolvedExperiment]
     )
-    """What rotations and vectors are trained on, by definition and model: see
+    """What rotations, vectors and masks are trained on, by definition and model: see
     `mechdsl.program.trainings`."""
     built: dict[str, BuiltModel] = field(default_factory=dict[str, BuiltModel])
     """Models built by functions of Python files, by name."""
@@ -639,6 +645,10 @@ def _resolve_edits(checked: CheckedFile, contexts: FileContexts) -> None:
     for name, edit in checked.program.edits.items():
         if name not in checked.program.models or name in contexts.models.given:
             continue
+        rejected = reject_masks(edit, checked.program, f"the edits of `{name}`")
+        checked.diagnostics.extend(rejected)
+        if rejected:
+            continue
         known = _outline_apart(edit, checked, contexts)
         if known.resolved is None:
             continue
@@ -662,18 +672,26 @@ def _outline_apart(
 def _resolve_objectives(
     experiments: Iterable[spec.Experiment], checked: CheckedFile, contexts: FileContexts
 ) -> None:
-    """Resolve what rotations and vectors of these experiments are trained on, and report its
+    """Resolve what rotations, vectors and masks of these experiments learn from, and report its
     errors."""
     program = checked.program
     wanted = {
         (own.name, each.model): None
         for each in experiments
-        for own in (*used_bases(each, program), *used_directions(each, program))
+        for own in (
+            *used_bases(each, program),
+            *used_directions(each, program),
+            *used_masks(each, program),
+        )
     }
     for name, model in wanted:
         if name not in program.objectives:
             continue
         objective = program.objectives[name].model_copy(update={"model": model})
+        rejected = reject_masks(objective, program, "another training")
+        checked.diagnostics.extend(rejected)
+        if rejected:
+            continue
         known = _outline_apart(objective, checked, contexts)
         if known.resolved is None:
             continue
@@ -758,6 +776,8 @@ def _outline(
     outlines: Mapping[str, ExperimentOutline],
 ) -> ExperimentOutline:
     """Return the outline of an experiment, and report its errors."""
+    filled = fill_groups(experiment, checked.program, checked.objectives)
+    experiment = filled.experiment
     fitted = fit_rows_of_experiment(experiment, checked.program)
     others = [run.model for run in (*experiment.elsewhere, *fitted) if run.model is not None]
     model, *read = (contexts.models.context(name) for name in (experiment.model, *others))
@@ -787,17 +807,23 @@ def _outline(
     checked.diagnostics.extend(problems)
     draws = None if contexts.prompts_enough is None else limits.CHECKED_DRAWS
     known, found = outline_experiment(
-        experiment, checked.program, model, table, RULES, findings, draws
+        experiment, filled.program, model, table, RULES, findings, draws
     )
+    masks, problems = check_masks(filled, table)
+    found += problems
     if experiment.broken or findings.keys() != set(experiment.after):
         known = replace(known, resolved=None)
+    if filled.waits:
+        _skip(checked.unchecked if model.stands_in else checked.unrun, experiment)
     if known.resolved is not None:
-        found += check_measure_tokens(known.resolved)
-        found += check_image_support(known.resolved)
-        for each in (*known.resolved.derived.values(), known.resolved):
+        resolved = replace(known.resolved, masks=masks)
+        known = replace(known, resolved=resolved)
+        found += check_measure_tokens(resolved)
+        found += check_image_support(resolved)
+        for each in (*resolved.derived.values(), resolved):
             found += _first_tokens(each) if experiment.prompts != spec.NO_PROMPTS else []
-        found += _answers(known.resolved)
-        found += _tested_where_picked(known.resolved)
+        found += _answers(resolved)
+        found += _tested_where_picked(resolved)
     checked.diagnostics.extend(filter_certain(found, known.unknown))
     return known
 

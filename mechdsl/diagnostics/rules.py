@@ -241,6 +241,20 @@ class TrainingFailed(Diagnostic):
 
 
 @keyword_record
+class UndecidedMask(Diagnostic):
+    """A trained mask whose choice is uncertain."""
+
+    code = "W0736"
+    title = "the mask of `{group}` is undecided at {undecided} of {sites} sites"
+    label = "their probabilities are from 0.1 to 0.9"
+    help = "train longer, with `steps: {steps}`; or choose another `size`"
+    group: str
+    undecided: int
+    sites: int
+    steps: int
+
+
+@keyword_record
 class BadException(Diagnostic):
     """An exception that leaves out nothing, or everything."""
 

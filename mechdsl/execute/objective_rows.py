@@ -7,10 +7,11 @@ are trained; the loss is a measure of the file, or its negative, as a mean over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from mechdsl.planner.plan import build_save_panel
 from mechdsl.program import spec
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.trainings import paired_positions
-from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave
+from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave, SitePoint
 from mechdsl.resolve.types import Training as DeclaredTraining
 
 Edit = Callable[[Tensor, Tensor], Tensor]
@@ -42,13 +43,16 @@ def take_source(own: Tensor, other: Tensor) -> Tensor:
     return other
 
 
+EditT = TypeVar("EditT")
+
+
 @dataclass(frozen=True, eq=False)
-class ObjectiveRows:
-    """Rows, vectors and the measure of a training on the effect of an edit."""
+class EffectRows(ABC, Generic[EditT]):
+    """Rows and the measure of a training on the effect of an edit."""
 
     declared: DeclaredTraining
     objective: ResolvedExperiment
-    """The rows, the patch and the measure."""
+    """The rows, the rule and the measure."""
     model: LoadedModel
     side: PaddingSide | None
 
@@ -101,26 +105,22 @@ class ObjectiveRows:
         table = self.objective.table
         return table.runs[self.objective.spec.base], table.runs[self.objective.rules[0].run]
 
-    @cached_property
-    def vectors(self) -> tuple[Tensor, Tensor]:
-        """[vector, width] each, at least in 32 bits: vectors of the base run, and those that come
-        in for them; in the order of the table's rows."""
-        own, other = (self._read(*each) for each in zip(self._runs, self._cells, strict=True))
-        assert own.shape == other.shape
-        return own, other
-
-    def _read(self, run: PromptRun, cell: PositionCell) -> Tensor:
-        point, seed = self.declared.made, self.objective.seed
+    def _read(
+        self, run: PromptRun, cell: PositionCell, points: Sequence[SitePoint]
+    ) -> list[Tensor]:
+        """Return [vector, width] of each point, at least in 32 bits, in the order of the table's
+        rows."""
+        seed = self.objective.seed
         reader = build_reader(
-            self.model, self.objective.table, run, [point], seed=seed, side=self.side
+            self.model, self.objective.table, run, points, seed=seed, side=self.side
         )
-        batches = split_prompts(self.model, run, [point], np.sort(self.rows))
+        batches = split_prompts(self.model, run, points, np.sort(self.rows))
+        parts: list[list[Tensor]] = [[] for _ in points]
         with torch.no_grad():
-            found = [
-                each.vectors.clone() for each in read_vectors(reader, [point], [cell], batches)
-            ]
-        joined = torch.cat(found)
-        return joined.to(torch.promote_types(joined.dtype, torch.float32))
+            for each in read_vectors(reader, points, [cell], batches):
+                parts[each.point].append(each.vectors.clone())
+        joined = [torch.cat(own) for own in parts]
+        return [own.to(torch.promote_types(own.dtype, torch.float32)) for own in joined]
 
     @cached_property
     def _starts(self) -> Ints:
@@ -128,16 +128,6 @@ class ObjectiveRows:
         counts = np.zeros(len(self.objective.table), dtype=np.int64)
         counts[self.rows] = [len(self._cells[0].hits[row][0]) for row in self.rows]
         return np.concatenate([[0], np.cumsum(counts)])
-
-    def mean_difference(self) -> Tensor | None:
-        """Return [width]: the mean of vectors of the source run minus those of the base run over
-        training rows; None without a source run."""
-        if self.objective.spec.source is None:
-            return None
-        own, other = self.vectors
-        starts, rows = self._starts, np.sort(self.rows[self.held_out_count :])
-        parts = zip(starts[rows].tolist(), starts[rows + 1].tolist(), strict=True)
-        return torch.cat([other[first:end] - own[first:end] for first, end in parts]).mean(0)
 
     # --- patched runs
 
@@ -161,7 +151,7 @@ class ObjectiveRows:
             panel, self.model, (self._readout,), plan=make_plan([]), side=self.side
         )
 
-    def values(self, rows: Ints, edit: Edit | None) -> Tensor:
+    def values(self, rows: Ints, edit: EditT | None) -> Tensor:
         """Return [row] float64 values of the measure, which carry gradients of the edit.
 
         The values are in ascending order of the rows; without an edit, those of the base run.
@@ -170,39 +160,83 @@ class ObjectiveRows:
         rows, runs = np.sort(rows), self._unpatched
         run = self._runs[0]
         lanes = DrawLanes.of(runs.reader(run, ())(rows), rows, 1)
-        writes = [] if edit is None else [self._write(rows, lanes, edit)]
+        writes = [] if edit is None else self._writes(rows, lanes, edit)
         differentiated = DifferentiatedRun(runs, run, self._readout, rows)
         reading, _ = differentiated.read(writes, lanes, ())
         (values,) = self._readout.tensors(reading)
         runs.forget()
         return values
 
-    def _write(self, rows: Ints, lanes: DrawLanes, edit: Edit) -> SiteWrite:
-        """Return the edited vectors of some rows."""
-        starts, hits, point = self._starts, self._cells[0].hits, self.declared.made
-        counts = starts[rows + 1] - starts[rows]
+    @abstractmethod
+    def _writes(self, rows: Ints, lanes: DrawLanes, edit: EditT) -> list[SiteWrite]:
+        """Return what the edit writes in some rows, in ascending order of the rows."""
+
+    def _vectors_of(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Return [vector] the numbers of the vectors of some rows, and [row] how many each has."""
+        starts = self._starts
         parts = zip(starts[rows].tolist(), starts[rows + 1].tolist(), strict=True)
         which = np.concatenate([np.arange(first, end) for first, end in parts])
-        own, other = (each[torch.from_numpy(which).to(each.device)] for each in self.vectors)
-        lane = lanes.of_draw(np.repeat(rows, counts), np.zeros(len(which), dtype=np.int64))
-        token = np.array([token for row in rows for token in hits[row][0]], dtype=np.int64)
-        units = unit_count(self.model.shape, point.site, point.layer) if point.unit is None else 1
-        unit = torch.arange(units) if point.unit is None else torch.tensor([point.unit])
-        return SiteWrite(
-            point.site,
-            point.layer,
-            torch.from_numpy(lane).repeat_interleave(units),
-            torch.from_numpy(token).repeat_interleave(units),
-            unit.repeat(len(which)),
-            edit(own, other).reshape(len(which) * units, -1),
-        )
+        return which, starts[rows + 1] - starts[rows]
 
-    def mean(self, rows: Ints, edit: Edit | None, batch: int) -> float:
+    def _places(self, rows: Ints, lanes: DrawLanes) -> tuple[Tensor, Tensor]:
+        """Return [vector] the lanes and the tokens of the vectors of some rows."""
+        which, counts = self._vectors_of(rows)
+        lane = lanes.of_draw(np.repeat(rows, counts), np.zeros(len(which), dtype=np.int64))
+        hits = self._cells[0].hits
+        token = np.array([token for row in rows for token in hits[row][0]], dtype=np.int64)
+        return torch.from_numpy(lane), torch.from_numpy(token)
+
+    def mean(self, rows: Ints, edit: EditT | None, batch: int) -> float:
         """Return the mean of the measure over rows, `batch` of them in one pass."""
         rows = np.sort(rows)
         with torch.no_grad():
             parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
             return float(torch.cat([self.values(each, edit) for each in parts]).mean())
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectiveRows(EffectRows[Edit]):
+    """The rows of a training that edits the vectors of one site."""
+
+    @cached_property
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """[vector, width] each, at least in 32 bits: vectors of the base run, and those that come
+        in for them; in the order of the table's rows."""
+        points = [self.declared.made]
+        own, other = (
+            self._read(run, cell, points)[0]
+            for run, cell in zip(self._runs, self._cells, strict=True)
+        )
+        assert own.shape == other.shape
+        return own, other
+
+    def mean_difference(self) -> Tensor | None:
+        """Return [width]: the mean of vectors of the source run minus those of the base run over
+        training rows; None without a source run."""
+        if self.objective.spec.source is None:
+            return None
+        own, other = self.vectors
+        starts, rows = self._starts, np.sort(self.rows[self.held_out_count :])
+        parts = zip(starts[rows].tolist(), starts[rows + 1].tolist(), strict=True)
+        return torch.cat([other[first:end] - own[first:end] for first, end in parts]).mean(0)
+
+    def _writes(self, rows: Ints, lanes: DrawLanes, edit: Edit) -> list[SiteWrite]:
+        """Return the edited vectors of some rows."""
+        point, (which, _) = self.declared.made, self._vectors_of(rows)
+        own, other = (each[torch.from_numpy(which).to(each.device)] for each in self.vectors)
+        lane, token = self._places(rows, lanes)
+        units = unit_count(self.model.shape, point.site, point.layer) if point.unit is None else 1
+        unit = torch.arange(units) if point.unit is None else torch.tensor([point.unit])
+        return [
+            SiteWrite(
+                point.site,
+                point.layer,
+                lane.repeat_interleave(units),
+                token.repeat_interleave(units),
+                unit.repeat(len(which)),
+                edit(own, other).reshape(len(which) * units, -1),
+            )
+        ]
 
 
 class TrainedEdit(Protocol):

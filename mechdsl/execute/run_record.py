@@ -176,6 +176,12 @@ CARD_FILE = "fit.json"
 ROTATION_FILE = "rotation.safetensors"
 """The directions of a trained rotation, in its folder."""
 
+LISTED_SITES = 8
+"""Chosen sites of a mask that a table lists."""
+
+MASK_FILE = "mask.json"
+"""The sites of a trained mask with their probabilities, in its folder."""
+
 
 VECTOR_FILE = "vector.safetensors"
 """A trained vector, in its folder."""
@@ -258,15 +264,58 @@ class VectorReport(FitReport):
     training rows and with the same length; None without `from`."""
 
 
-Report = TrainingReport | RotationReport | VectorReport
+@dataclass(frozen=True)
+class MaskReport(FitReport):
+    """What the training of a mask led to: means of its measure over rows that it didn't use, with 0
+    and 1 instead of the values of gates."""
+
+    objective: str
+    """`maximise logit(answer of fewer)`."""
+    chosen: dict[str, float]
+    """The chosen sites with the probabilities of their gates."""
+    candidates: int
+    """Number of sites that it chooses from."""
+    undecided: int
+    """Number of sites whose probability is from 0.1 to 0.9."""
+    keeps: bool
+    """Whether all sites are written but the chosen ones."""
+    trained: float
+    """The measure while the chosen sites are written; if the mask keeps them, while all others are.
+    Also for the following controls."""
+    random: float
+    """The mean of the same over random choices of the same size."""
+    draws: int
+    """Number of random choices."""
+    single: float | None
+    """The same for the sites that have the largest effects alone on training rows; None if they
+    would cost more than the training."""
+    single_rows: int
+    """Training rows that these effects are computed on."""
+    unpatched: float
+    """The measure of the clean run."""
+    whole: float
+    """The measure while every site is written."""
+
+    def list_chosen(self) -> str:
+        """Return `L2H0.z (0.89), L3H1.z (0.99)`, at most `LISTED_SITES` of them."""
+        listed = [f"{name} ({likely:.2f})" for name, likely in self.chosen.items()]
+        more = len(listed) - LISTED_SITES
+        if more <= 0:
+            return ", ".join(listed)
+        least = min(self.chosen.values())
+        text = ", ".join(listed[:LISTED_SITES])
+        return f"{text} and {more} more, with probabilities from {least:.2f}"
+
+
+Report = TrainingReport | RotationReport | VectorReport | MaskReport
 
 
 @dataclass(frozen=True)
 class TrainedFit:
-    """A dictionary, a rotation or a vector that a file declares with `fit(…)`, trained."""
+    """A dictionary, a rotation, a vector or a mask that a file declares with `fit(…)`, trained."""
 
     basis: str
-    """The basis; one member of a family as `f[layer 3]`."""
+    """The basis, or the group of a mask; one member of a family as `f[layer 3]`."""
     what: str
     """`topk SAE with k 8`, `das rotation with 2 directions`."""
     site: str

@@ -1,7 +1,7 @@
 """Fits to vectors of rows: means, principal components, linear probes, similarities, ranks,
-sparse dictionaries, factorizations, rotations, steering vectors.
+sparse dictionaries, factorizations, rotations, steering vectors, gates.
 
 In: arrays of vectors and targets, [row, width]. Out: weights, directions, held-out predictions,
 numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`,
-`factors`, `rotations` and `vectors`; scikit-learn only inside functions of `factors`.
+`factors`, `rotations`, `vectors` and `gates`; scikit-learn only inside functions of `factors`.
 """

@@ -214,6 +214,7 @@ def _tables(experiments: Iterable[ResolvedExperiment]) -> dict[str, str]:
         bases = [rule.basis for rule in each.every_rule if rule.basis is not None]
         saved = [vector.digest for made in (*steered, *bases) for vector in made.saved]
         saved += [labels.digest for basis in bases for labels in basis.labels]
+        saved += [mask.digest for mask in each.masks]
         saved += [] if each.model.opposite is None else [each.model.opposite.digest]
         for rule in each.rules:
             if isinstance(rule.does, Observation):

@@ -1,8 +1,8 @@
 """What a file declares with `fit(…)`, and what its store has of it: keys and trained files.
 
 A training is a folder of the store, `fits/KEY`, with a card `fit.json`: a dictionary in the layout
-of SAELens, the directions of a rotation in `rotation.safetensors`, or a vector in
-`vector.safetensors`. The key is a digest of
+of SAELens, the directions of a rotation in `rotation.safetensors`, a vector in
+`vector.safetensors`, or the sites of a mask in `mask.json`. The key is a digest of
 everything that the weights depend on. Checkpoints of a training under way are in `fits/KEY.part`.
 """
 
@@ -22,6 +22,7 @@ from mechdsl.base.runtime import numeric_settings
 from mechdsl.base.safetensors_files import (
     SafetensorsFile,
     UnreadableFile,
+    compute_digest,
     inspect_safetensors,
 )
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
@@ -30,10 +31,12 @@ from mechdsl.diagnostics.rules import NotTrained
 from mechdsl.dictionaries.folder import DictionaryFile, read_dictionary
 from mechdsl.execute.run_record import (
     CARD_FILE,
+    MASK_FILE,
     NUMERIC_VERSION,
     ROTATION_FILE,
     TRAINING_VERSION,
     VECTOR_FILE,
+    MaskReport,
     Report,
     RotationReport,
     TrainingReport,
@@ -51,11 +54,13 @@ from mechdsl.program.code_hashes import CodeHashError
 from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.python_functions import block_functions
 from mechdsl.program.trainers import TRAINERS
-from mechdsl.resolve.trainings import ROTATION, VECTOR, paired_positions
+from mechdsl.resolve.trainings import ROTATION, VECTOR, MaskFile, paired_positions
 from mechdsl.resolve.types import (
     RecordStream,
     ResolvedExperiment,
+    SitePoint,
     TrainedDictionary,
+    TrainedMask,
     TrainedRotation,
     TrainedVector,
     Training,
@@ -79,12 +84,12 @@ class DeclaredFit:
     """A training of a file, with the first experiment that needs it."""
 
     basis: str
-    """`f[layer 3]`."""
-    file: TrainedDictionary | TrainedRotation | TrainedVector
+    """`f[layer 3]`, or the name of a group."""
+    file: TrainedDictionary | TrainedRotation | TrainedVector | TrainedMask
     experiment: ResolvedExperiment
     objective: ResolvedExperiment | None = None
-    """What a rotation or a vector is trained on; None for a dictionary, and where only the name is
-    needed."""
+    """What a rotation, vector or mask is trained on; None for a dictionary, and where only the name
+    is needed."""
 
     @property
     def training(self) -> Training:
@@ -112,6 +117,9 @@ def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFi
         for vector in _trained_vectors(experiment):
             declared = DeclaredFit(vector.name, vector, experiment)
             found.setdefault(vector.training.name, declared)
+        for mask in experiment.masks:
+            declared = DeclaredFit(mask.training.definition, mask, experiment)
+            found.setdefault(mask.training.name, declared)
     return found
 
 
@@ -132,7 +140,7 @@ def fits_of_file(checked: CheckedFile) -> dict[str, DeclaredFit]:
     """Return the trainings that the experiments of a file need, by name."""
     found = find_fits([*checked.experiments, *checked.saving])
     for name, fit in found.items():
-        if isinstance(fit.file, TrainedRotation | TrainedVector):
+        if isinstance(fit.file, TrainedRotation | TrainedVector | TrainedMask):
             key = fit.training.definition, fit.experiment.model.name
             found[name] = replace(fit, objective=checked.objectives[key])
     return found
@@ -188,6 +196,13 @@ class FitKeys:
             parts["stream"] = self._stream(training, training.stream)
         if fit.objective is not None:
             parts["objective"] = _objective(fit.objective, training.minimises, contents)
+        if isinstance(fit.file, TrainedMask):
+            assert fit.objective is not None
+            fill = fit.objective.spec.rules[0].fill
+            parts["mask"] = [
+                [[each.site, each.layer, each.unit] for each in fit.file.points],
+                None if fill is None else fill.span.written,
+            ]
         return json_digest(parts)
 
     def _stream(self, training: Training, stream: RecordStream) -> list[object]:
@@ -237,7 +252,7 @@ class FitKeys:
 def _objective(
     objective: ResolvedExperiment, minimises: bool, contents: RunContents
 ) -> list[object]:
-    """Return what the loss of a rotation or a vector depends on: rows and tokens of both runs, and
+    """Return what the loss of a training depends on: rows and tokens of both runs, and
     the measure."""
     from mechdsl.planner.value_keys import measure_digest, measure_row_keys
 
@@ -259,7 +274,7 @@ def _told(options: Mapping[str, Any]) -> dict[str, str]:
 # --- trained files --------------------------------------------------------------------------------
 
 
-TrainedFile = DictionaryFile | SafetensorsFile
+TrainedFile = DictionaryFile | SafetensorsFile | MaskFile
 
 
 def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | None:
@@ -270,10 +285,12 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
             return _read_rotation(folder, fit, card["sha256"]), RotationReport.read(card)
         if isinstance(fit.file, TrainedVector):
             return _read_vector(folder, fit, card["sha256"]), VectorReport.read(card)
+        if isinstance(fit.file, TrainedMask):
+            return _read_mask(folder, fit.file, card["sha256"]), MaskReport.read(card)
         transcodes = bool(card["transcodes"])
         file = read_dictionary(folder, str(folder), transcodes=transcodes)
         return file, TrainingReport.read(card)
-    except (OSError, ValueError, KeyError, TypeError, UnreadableFile):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, UnreadableFile):
         return None
 
 
@@ -301,6 +318,20 @@ def _read_vector(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile
     return file
 
 
+def _read_mask(folder: Path, mask: TrainedMask, digest: str) -> MaskFile:
+    """Read the sites that a mask chose. Raises OSError, KeyError, ValueError and IndexError."""
+    path = folder / MASK_FILE
+    content = json.loads(path.read_text("utf-8"))
+    listed = [SitePoint(*each) for each in content["sites"]]
+    size = TRAINERS[mask.training.trainer].size(mask.training.of_trainer, len(mask.points))
+    if compute_digest(path) != digest or tuple(listed) != mask.points:
+        raise ValueError("the file is damaged")
+    chosen = tuple(listed[number] for number in content["chosen"])
+    if len(set(chosen)) != size:
+        raise ValueError("the file is damaged")
+    return MaskFile(chosen, digest)
+
+
 def describe_report(file: TrainedFile, report: Report) -> str:
     """Describe how well something was trained, for conventions."""
     held_out = f"{report.held_out_rows:,} of them" if report.held_out_rows else "none"
@@ -308,6 +339,8 @@ def describe_report(file: TrainedFile, report: Report) -> str:
 
 
 def _describe_result(file: TrainedFile, report: Report) -> str:
+    if isinstance(report, MaskReport):
+        return _describe_mask(file, report)
     if not isinstance(report, TrainingReport):
         rows = "held-out rows" if report.held_out_rows else "training rows"
         values = _effects(report)
@@ -339,6 +372,23 @@ def _effects(report: RotationReport | VectorReport) -> dict[str, float | None]:
         "no vector": report.unsteered,
         "mean difference at this length": report.difference,
     }
+
+
+def _describe_mask(file: TrainedFile, report: MaskReport) -> str:
+    rows = "held-out rows" if report.held_out_rows else "training rows"
+    values = {
+        "all others written" if report.keeps else "trained": report.trained,
+        f"{report.draws} random choices": report.random,
+        "largest single effects": report.single,
+        "no patch": report.unpatched,
+        "all sites": report.whole,
+    }
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+    said = f"to {report.objective}; mean over {rows}: {listed}"
+    return (
+        f"{said}; probabilities: {report.list_chosen()}; {report.undecided} of "
+        f"{report.candidates} sites from 0.1 to 0.9; SHA-256 {file.digest[:12]}…"
+    )
 
 
 def attach_fits(

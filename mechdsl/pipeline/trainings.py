@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,10 @@ from mechdsl.base.text import count_noun
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.rules import TrainingFailed
+from mechdsl.diagnostics.rules import TrainingFailed, UndecidedMask
 from mechdsl.execute.run_record import (
     CARD_FILE,
+    MaskReport,
     Report,
     RotationReport,
     TrainedFit,
@@ -35,10 +36,12 @@ from mechdsl.pipeline.trained_files import (
     read_fit,
 )
 from mechdsl.program.trainers import TRAINERS
+from mechdsl.resolve.sites import label_all_points
 from mechdsl.resolve.trainings import resolve_part
 from mechdsl.resolve.types import (
     FitSample,
     TrainedDictionary,
+    TrainedMask,
     TrainedRotation,
     TrainedVector,
     describe_rotation,
@@ -126,7 +129,22 @@ def _train_missing(
         trained, found = _train_due(checked, options, loaded, due, store, on_progress)
         done += trained
         problems += found
-    return done, problems
+    return done, [*problems, *_undecided(done, fits.values())]
+
+
+def _undecided(done: Iterable[TrainedFit], fits: Iterable[DeclaredFit]) -> Iterator[Diagnostic]:
+    """Yield W0736 for each mask with undecided sites."""
+    spans = {fit.basis: fit for fit in fits}
+    for each in done:
+        report = each.report
+        if isinstance(report, MaskReport) and report.undecided:
+            yield UndecidedMask(
+                span=spans[each.basis].training.span,
+                group=each.basis,
+                undecided=report.undecided,
+                sites=report.candidates,
+                steps=max(2 * report.steps, 300),
+            )
 
 
 def _missing_package(fit: DeclaredFit) -> Diagnostic | None:
@@ -231,6 +249,7 @@ def _run_training(
     on_progress: FitProgress | None,
 ) -> Report:
     """Train one of them, and write it to `result`, in the folder of checkpoints."""
+    from mechdsl.execute.mask_training import MaskRows, train_mask
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.rotation_training import train_rotation
     from mechdsl.execute.training import solve_dictionary, train_dictionary
@@ -252,6 +271,12 @@ def _run_training(
 
     facts, side = _facts(fit, checked, model), options.execution.side
     part = result.parent
+    if isinstance(fit.file, TrainedMask):
+        assert fit.objective is not None
+        sites = MaskRows(fit.training, fit.objective, model, side, fit.file.points)
+        return train_mask(
+            fit.file, sites, result, facts, checkpoints=part, due=is_due, on_step=on_step
+        )
     if fit.objective is not None:
         rows = ObjectiveRows(fit.training, fit.objective, model, side)
         if isinstance(fit.file, TrainedVector):
@@ -304,6 +329,9 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
         own["transcodes"] = fit.file.transcodes
     if fit.objective is not None:
         own["from"] = fit.objective.spec.source
+        fill = fit.objective.spec.rules[0].fill
+        if isinstance(fit.file, TrainedMask) and fill is not None:
+            own["with"] = fill.span.written
     return {
         **own,
         "basis": fit.basis,
@@ -326,6 +354,8 @@ def _finished(fit: DeclaredFit, folder: Path, report: Report, seconds: float) ->
     point = fit.training.made
     site = point.site if point.layer is None else f"L{point.layer}.{point.site}"
     what = fit.file.kind
+    if isinstance(fit.file, TrainedMask):
+        site = label_all_points(fit.file.points)
     if isinstance(report, RotationReport):
         what = describe_rotation(fit.training.trainer, report.directions)
     return TrainedFit(fit.basis, what, site, folder, report, seconds)
@@ -374,6 +404,8 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
     """Return what a model card says about the rows and the result of a training."""
     held_out = count_noun(report.held_out_rows, "row")
     rows = f"- Rows: {report.rows:,} of `{card['prompts']}` ({card['run']}) at {card['positions']}"
+    if isinstance(report, MaskReport):
+        return _describe_mask(rows, report, card)
     if isinstance(report, RotationReport):
         return [
             f"{rows}; {held_out} held out",
@@ -411,3 +443,22 @@ def _describe_vector(rows: str, report: VectorReport, card: Mapping[str, Any]) -
         what = f"the mean difference from `{card['from']}` at this length"
         lines.append(f"- The same with {what}: {report.difference:.4f}")
     return lines
+
+
+def _describe_mask(rows: str, report: MaskReport, card: Mapping[str, Any]) -> list[str]:
+    """Return what the model card of a mask says about its rows and its result."""
+    held_out = count_noun(report.held_out_rows, "row")
+    source = f"the run `{card['from']}`" if card["from"] else f"the {card['with']}"
+    written = "Every site but the chosen ones is" if report.keeps else "The chosen sites are"
+    single = "not computed" if report.single is None else f"{report.single:.4f}"
+    return [
+        f"{rows}; {held_out} held out",
+        f"- {written} set to those of {source}, to {report.objective}",
+        f"- Chosen: {', '.join(f'{name} ({own:.2f})' for name, own in report.chosen.items())}",
+        f"- Sites with a probability from 0.1 to 0.9: {report.undecided} of {report.candidates}",
+        f"- Mean of the measure over held-out rows: {report.trained:.4f}",
+        f"- The same for {report.draws} random choices of this size: {report.random:.4f}",
+        f"- The same for the largest effects of single sites: {single}",
+        f"- The same without a patch: {report.unpatched:.4f}",
+        f"- The same with every site: {report.whole:.4f}",
+    ]

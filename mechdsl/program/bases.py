@@ -11,8 +11,9 @@ from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import (
     BASIS_METHODS,
+    EFFECT_OPTIONS,
+    FILLS,
     OBJECTIVES,
-    ROTATION_OPTIONS,
     ROW_OPERANDS,
     BasisMethod,
 )
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 
 _TRAIN = "prompts: fruit.train, from: fewer, maximise: logit(answer of fewer)"
+
+_MASK = f"`group movers = fit(mask(size: 4), {_TRAIN}) at layers * heads * at last token`"
 
 _DAS = f"train a rotation: `fit(das(dims: 2), {_TRAIN})`"
 
@@ -71,6 +74,10 @@ OTHER_TRAINERS: dict[str, str] = {
     "pca": "write `pca(fruit.train, dims: 8)` without `fit`",
     "snmf": "write `semi_nmf(factors: 8)`",
     "seminmf": "write `semi_nmf(factors: 8)`",
+    **dict.fromkeys(
+        ("hard_concrete", "edge_pruning", "subnetwork_probing", "pruning", "masks"),
+        f"choose heads or neurons: {_MASK}",
+    ),
 }
 """What else may be written inside of `fit(…)` → hint."""
 
@@ -94,7 +101,16 @@ OTHER_TRAINER_OPTIONS: dict[str, str] = {
 }
 """Names of a trainer's option in other tools → the option."""
 
+OTHER_MASK_OPTIONS: dict[str, str] = {
+    **dict.fromkeys(("k", "n", "top", "heads", "count", "sparsity", "budget", "l0"), "size"),
+    "relaxation": "kind",
+    "complement": "keep",
+}
+"""Names of an option of a mask in other tools → the option."""
+
 OTHER_OBJECTIVES: dict[str, str] = {
+    "fill": "with",
+    "ablate": "with",
     "source": "from",
     "maximize": "maximise",
     "minimize": "minimise",
@@ -175,13 +191,59 @@ def check_trained_direction(
     return len(scope.diagnostics) == before
 
 
+def lower_mask(statement: ast.GroupDef, parts: Definitions, scope: Namespace) -> spec.Basis | None:
+    """Lower a group that a training chooses, and report errors that don't depend on the model; None
+    after an error.
+
+    Codes: E0201, E0203, E0207, E0342.
+    """
+    call, site = statement.source, statement.site
+    assert call is not None
+    method = BASIS_METHODS.get(call.name)
+    problem: tuple[ast.Node, str, str] | None = None
+    before = len(scope.diagnostics)
+    if method is not None and method.takes == "training":
+        check_arguments(call, method, parts, scope, what="group")
+    if len(scope.diagnostics) > before:
+        return None
+    if method is None or method.takes != "training":
+        reason = f"`{call.span.written}` doesn't choose sites"
+        problem = call, reason, f"list sites, or train a mask: {_MASK}"
+    elif site is None:
+        reason = f"`{statement.name.id}` has no sites to choose from"
+        problem = call, reason, "add them: `at layers * heads * at last token`"
+    elif site.short or site.ranked or not site.axes or site.basis_name is not None:
+        reason = "a mask chooses layers, heads or neurons, which axes name"
+        hint = "write `layers * heads *`, or `mlp_hidden layer 2 neurons *`"
+        problem = site, reason, hint
+    if problem is None and site is not None:
+        single = next(
+            (a for a in site.axes if not a.plural and isinstance(a.values[0], ast.Star)), None
+        )
+        if single is not None or any(axis.window is not None for axis in site.axes):
+            node = site if single is None else single
+            problem = (
+                node,
+                "a mask chooses from sites that it writes together",
+                ("write the plural, without `window`: `layers * heads *`"),
+            )
+    if problem is None:
+        assert site is not None
+        name, at = statement.name.id, statement.at
+        return spec.Basis(span=statement.span, name=name, method=call, site=site, at=at)
+    scope.diagnostics.append(
+        BadBasis(span=problem[0].span, reason=problem[1], hint=problem[2], what="group")
+    )
+    return None
+
+
 def check_arguments(
     call: ast.Call,
     method: BasisMethod,
     parts: Definitions,
     scope: Namespace,
     *,
-    what: Literal["basis", "direction"] = "basis",
+    what: Literal["basis", "direction", "group"] = "basis",
 ) -> None:
     """Check the arguments of a call without the model.
 
@@ -200,7 +262,7 @@ def check_arguments(
             scope.diagnostics.append(_unknown_option(argument, call.name, method.options, others))
         elif argument.name == "limit":
             check_row_limit(call, argument, parts, scope)
-        elif argument.name not in ("weights", "prompts", *ROTATION_OPTIONS):
+        elif argument.name not in ("weights", "prompts", *EFFECT_OPTIONS):
             value = constant_value(argument.value, parts.parameters)
             problem = method.check_option(argument.name, value)
             if problem is not None:
@@ -327,7 +389,7 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
 def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
     """Return the problem with the run and the measure that a trainer learns from, or with such
     arguments of a dictionary."""
-    given = {each.name: each for each in call.arguments if each.name in ROTATION_OPTIONS}
+    given = {each.name: each for each in call.arguments if each.name in EFFECT_OPTIONS}
     if trainer.makes == "dictionary":
         for name, argument in given.items():
             reason = f"is no argument of `fit` with `{trainer.name}`, which learns from vectors"
@@ -338,8 +400,19 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
     reason, hint, span = "", f"write `fit({trainer.example}, {_TRAIN})`", call.span
     if trainer.makes == "vector":
         hint = f"write `{DIRECTION_METHODS[call.name].example}`"
-    if "from" not in given and trainer.makes == "rotation":
-        reason = f"with `{trainer.name}` needs `from: …`, the run whose subspace comes in"
+    fill = given.get("with")
+    if fill is not None and trainer.makes != "mask":
+        reason, hint = f"with `{trainer.name}` has no `with`", "remove it; `mask(…)` can ablate"
+        span = fill.span
+    elif fill is not None and "from" in given:
+        reason, hint = "has both `from` and `with`", "keep one: the sites of a run, or an ablation"
+        span = fill.span
+    elif fill is not None and fill.value.span.written not in FILLS:
+        reason = f"has no fill `{fill.value.span.written}`"
+        hint, span = "write `with: zero` or `with: mean`", fill.span
+    elif fill is None and "from" not in given and trainer.makes != "vector":
+        reason = f"with `{trainer.name}` needs `from: …`, the run whose vectors come in"
+        reason += ", or `with: zero`" if trainer.makes == "mask" else ""
     elif not measures:
         reason = f"with `{trainer.name}` needs `maximise: …` or `minimise: …`, a measure"
     elif len(measures) > 1:
@@ -354,7 +427,8 @@ def _trainer_problem(
     """Return the problem with one argument of a trainer."""
     name = argument.name
     if name is None or name not in trainer.options:
-        return _unknown_option(argument, trainer.name, trainer.options, OTHER_TRAINER_OPTIONS)
+        others = OTHER_MASK_OPTIONS if trainer.makes == "mask" else OTHER_TRAINER_OPTIONS
+        return _unknown_option(argument, trainer.name, trainer.options, others)
     problem = trainer.check_option(name, value)
     if problem is None:
         return None

@@ -566,11 +566,17 @@ TRAINING_OPTIONS = (*TRAINING_DEFAULTS, "patience")
 """Options of a training with a constant."""
 
 OBJECTIVES = ("maximise", "minimise")
-"""Options with the measure that a rotation or a vector is trained on."""
+"""Options with the measure that a rotation, a vector or a mask is trained on."""
 
 ROTATION_OPTIONS = ("from", *OBJECTIVES)
-"""Options that only trainers on a measure have; `from` names the run whose subspace comes in, or
-that a vector is compared with."""
+"""Options of trainers on a measure; `from` names the run whose vectors come in, or that a vector is
+compared with."""
+
+EFFECT_OPTIONS = (*ROTATION_OPTIONS, "with")
+"""The same with the option of masks; `with` has the fill of a mask that ablates."""
+
+FILLS = ("zero", "mean")
+"""Values of `with`."""
 
 
 @basis_method("fit")
@@ -580,7 +586,7 @@ class TrainedBasis(BasisMethod):
 
     takes = "training"
     example = "fit(sae(features: 512, k: 8), prompts: fruit.train)"
-    options = ("prompts", "limit", *ROTATION_OPTIONS, *TRAINING_OPTIONS)
+    options = ("prompts", "limit", *EFFECT_OPTIONS, *TRAINING_OPTIONS)
     required = ("prompts",)
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:

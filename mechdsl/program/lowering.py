@@ -27,7 +27,7 @@ from mechdsl.diagnostics.names import (
 )
 from mechdsl.diagnostics.syntax import NotSupported, NotText, Unreadable
 from mechdsl.program import spec
-from mechdsl.program.bases import check_trained_direction, lower_basis
+from mechdsl.program.bases import check_trained_direction, lower_basis, lower_mask
 from mechdsl.program.directions import (
     direction_dependencies,
     drop_circular_directions,
@@ -551,6 +551,7 @@ def lower_program(
         checkpoints=parts.checkpoints,
         edits=parts.edits,
         objectives=parts.objectives,
+        masks=parts.masks,
         prompts=parts.prompts,
         groups=parts.groups,
         directions=parts.directions,
@@ -846,7 +847,7 @@ def _directions_and_bases(
 
 
 def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
-    """Define bases, which may refer to any block."""
+    """Define bases and groups that a training chooses, which may refer to any block."""
     for file, imported in files:
         for statement in file.statements:
             if isinstance(statement, ast.BasisDef) and scope.define(
@@ -855,3 +856,7 @@ def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namesp
                 basis = lower_basis(statement, parts, scope)
                 if basis is not None:
                     parts.bases[basis.name] = basis
+            if isinstance(statement, ast.GroupDef) and statement.source is not None:
+                mask = lower_mask(statement, parts, scope)
+                if mask is not None and parts.groups[mask.name].span is statement.span:
+                    parts.masks[mask.name] = mask

@@ -488,7 +488,10 @@ class Report(Spec):
 
 
 class Group(Spec):
-    """`group name_movers = L9H9, L9H6`: sites that are intervened on together."""
+    """`group name_movers = L9H9, L9H6`: sites that are intervened on together.
+
+    The sites of a group that a training chooses are filled in for each experiment.
+    """
 
     name: str
     sites: tuple[SiteText, ...]
@@ -708,8 +711,10 @@ class Program(Spec):
     edits: dict[str, Experiment] = Field(default_factory=dict)
     """Edited model → its edits, as rules of an experiment on its base."""
     objectives: dict[str, Experiment] = Field(default_factory=dict, exclude=True)
-    """Basis that is trained on a measure → its rows, its patch and the measure, as an experiment
-    without a model."""
+    """Basis or group that is trained on a measure → its rows, its rule and the measure, as an
+    experiment without a model."""
+    masks: dict[str, Basis] = Field(default_factory=dict, exclude=True)
+    """Group that a training chooses → its `fit(…)`, with the sites that it chooses from."""
     prompts: dict[str, Prompts] = Field(default_factory=dict)
     groups: dict[str, Group] = Field(default_factory=dict)
     directions: dict[str, Direction] = Field(default_factory=dict)
@@ -725,8 +730,8 @@ class Program(Spec):
     lost: Losses = ()
     """Statements of the file and its imports that can't be parsed."""
     trained: TrainedFiles = Field(default_factory=dict, exclude=True)
-    """Trainings of `fit(…)` that were found in the store, by name: the file of a dictionary or of a
-    rotation, and how well it was trained."""
+    """Trainings of `fit(…)` that were found in the store, by name: the file of a dictionary, of a
+    rotation or of a mask, and how well it was trained."""
 
     @property
     def numbers(self) -> dict[str, int | float]:
@@ -785,7 +790,9 @@ class Definitions:
     edits: dict[str, Experiment] = field(default_factory=dict)
     """Edited model → its edits."""
     objectives: dict[str, Experiment] = field(default_factory=dict[str, Experiment])
-    """Basis that is trained on a measure → its rows, its patch and the measure."""
+    """Basis or group that is trained on a measure → its rows, its rule and the measure."""
+    masks: dict[str, Basis] = field(default_factory=dict[str, Basis])
+    """Group that a training chooses → its `fit(…)`."""
     prompts: dict[str, Prompts] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
     directions: dict[str, Direction] = field(default_factory=dict)

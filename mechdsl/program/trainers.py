@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor, device
 
     from mechdsl.fits.factors import Solution
+    from mechdsl.fits.gates import Gates
     from mechdsl.fits.rotations import Rotation
     from mechdsl.fits.training import Trainable
     from mechdsl.fits.vectors import SteeringVector
@@ -43,11 +44,12 @@ class Trainer:
 
     A dictionary is trained on vectors of a site, one by one. A rotation is an orthonormal basis of
     a subspace of a site, trained on rows: on the effect of patching the subspace from another run.
-    A vector is trained on the effect of adding it at a site.
+    A vector is trained on the effect of adding it at a site. A mask chooses sites, and is trained
+    on the effect of patching or ablating them.
     """
 
     name: ClassVar[str]
-    makes: ClassVar[Literal["dictionary", "rotation", "vector"]] = "dictionary"
+    makes: ClassVar[Literal["dictionary", "rotation", "vector", "mask"]] = "dictionary"
     example: ClassVar[str]
     """A call inside of `fit(…)`, as messages show it."""
     options: ClassVar[tuple[str, ...]] = ()
@@ -65,8 +67,10 @@ class Trainer:
     """Whether the training determines the number of directions of a rotation."""
 
     @property
-    def declares(self) -> Literal["basis", "direction"]:
+    def declares(self) -> Literal["basis", "direction", "group"]:
         """First word of the statement that declares what it makes."""
+        if self.makes == "mask":
+            return "group"
         return "direction" if self.makes == "vector" else "basis"
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
@@ -95,10 +99,11 @@ class Trainer:
         raise NotImplementedError
 
     def size(self, options: Mapping[str, Constant], width: int) -> int:
-        """Return the number of directions of a rotation; the largest one if it is learned.
+        """Return the number of directions of a rotation, the largest one if it is learned; or the
+        number of sites that a mask chooses.
 
         Args:
-            width: Numbers of a vector.
+            width: Numbers of a vector; of a mask, sites that it chooses from.
         """
         raise NotImplementedError
 
@@ -118,6 +123,15 @@ class Trainer:
         self, like: Tensor, options: Mapping[str, Constant], random: Generator
     ) -> SteeringVector:
         """Create the parameters of a vector, with arguments as those of `start_rotation`."""
+        raise NotImplementedError
+
+    def start_mask(self, count: int, options: Mapping[str, Constant], seed: int) -> Gates:
+        """Create the parameters of a mask.
+
+        Args:
+            count: Number of sites that it chooses from.
+            seed: Determines the random numbers of every step.
+        """
         raise NotImplementedError
 
     def start(
@@ -197,6 +211,9 @@ def _class_problem(name: str, entry: object) -> str | None:
     elif entry.makes == "vector":
         lacks = entry.start_vector is Trainer.start_vector
         needs = "`start_vector(self, like, options, random)`"
+    elif entry.makes == "mask":
+        lacks = entry.size is Trainer.size or entry.start_mask is Trainer.start_mask
+        needs = "`size(self, options, width)` and `start_mask(self, count, options, seed)`"
     else:
         starts = entry.start is not Trainer.start or entry.solve is not Trainer.solve
         lacks = entry.outline is Trainer.outline or not starts
@@ -417,3 +434,49 @@ class SteeringVectorTrainer(Trainer):
         length = float(options["length"]) if "length" in options else None
         penalty = float(options.get("penalty", 0))
         return SteeringVector(like, random, length=length, penalty=penalty)
+
+
+GATE_KINDS = ("hard_concrete", "straight_through")
+"""Values of `kind` of a mask; their arithmetic is in `mechdsl.fits.gates`."""
+
+
+@trainer("mask")
+class MaskTrainer(Trainer):
+    """A mask over sites: it chooses those that have the largest effect together.
+
+    References:
+        Louizos et al. 2018, arXiv 1712.01312 (hard concrete); Bengio et al. 2013, arXiv 1308.3432
+        (straight-through).
+    """
+
+    example = "mask(size: 4)"
+    makes = "mask"
+    options = ("size", "kind", "keep")
+    required = ("size",)
+    defaults: ClassVar[Mapping[str, Constant]] = {
+        **EFFECT_DEFAULTS,
+        "steps": 300,
+        "rate": 0.1,
+    }
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name == "kind":
+            if value in GATE_KINDS:
+                return None
+            listed = name_list([f'"{each}"' for each in GATE_KINDS])
+            return "`mask` has no such kind", f"write one of {listed}"
+        if name == "keep":
+            fine = isinstance(value, bool)
+            return None if fine else ("`keep` is `true` or `false`", "write `keep: true`")
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return None
+        return "`size` is a whole number from 1 on", "write `size: 4`"
+
+    def size(self, options: Mapping[str, Constant], width: int) -> int:
+        return int(options["size"])
+
+    def start_mask(self, count: int, options: Mapping[str, Constant], seed: int) -> Gates:
+        from mechdsl.fits.gates import GATES
+
+        kind = str(options.get("kind", GATE_KINDS[0]))
+        return GATES[kind](count, self.size(options, count), seed)

@@ -1,10 +1,11 @@
-"""What a rotation or a vector is trained on: rows, a rule and a measure, as an experiment that no
-user sees.
+"""What a rotation, vector or mask is trained on: rows, a rule and a measure, as an experiment that
+no user sees.
 
 `basis d = fit(das(dims: 2), prompts: p.train, from: fewer, maximise: M) at SITE at POSITIONS` is
 trained on the rows of `prompts p.train` with `from fewer into clean`, `patch SITE at POSITIONS` and
-`measure M as raw`. So is `direction v = fit(vector(…), …)`; without `from`, the rule is
-`ablate SITE at POSITIONS with zero`, which names the vectors that are edited.
+`measure M as raw`. So are `direction v = fit(vector(…), …)` and `group g = fit(mask(…), …)`;
+without `from`, the rule is `ablate SITE at POSITIONS with zero`, which names the vectors that are
+edited, or has the fill of a mask.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mechdsl.syntax import ast
 
 
 def lower_objectives(parts: spec.Definitions, scope: Namespace) -> None:
-    """Lower what bases and directions are trained on, after the metrics and prompts they name.
+    """Lower what bases, directions and groups are trained on, after what they name.
 
     Codes: E0201 for runs, E0207 for runs of other rows, and those of measures.
     """
@@ -49,6 +50,8 @@ def lower_objectives(parts: spec.Definitions, scope: Namespace) -> None:
             del parts.directions[name]
         else:
             parts.directions[name] = direction.model_copy(update={"changed_by": used})
+    for mask in parts.masks.values():
+        _add_objective(mask, parts, scope)
 
 
 def _add_objective(
@@ -74,7 +77,7 @@ def trains_rotation(basis: spec.Basis) -> bool:
 def _lower_objective(
     basis: spec.Basis, rows: FitRows, parts: spec.Definitions, scope: Namespace
 ) -> spec.Experiment | None:
-    """Lower what one basis or direction is trained on; None after an error."""
+    """Lower what one basis, direction or group is trained on; None after an error."""
     call, before = basis.method, len(scope.diagnostics)
     given = {each.name: each.value for each in call.arguments}
     inner = trainer_call(call)
@@ -126,7 +129,9 @@ def _rule(basis: spec.Basis, at: ast.Positions, source: str | None) -> spec.Rule
     span = basis.method.span
     if source is not None:
         return spec.Rule(span=span, verb="patch", site=basis.site, at=at, source=source)
-    fill = ast.Name("zero", span=span)
+    fills = (each.value for each in basis.method.arguments if each.name == "with")
+    fill = next(fills, ast.Name("zero", span=span))
+    assert isinstance(fill, ast.Name)
     return spec.Rule(span=span, verb="ablate", site=basis.site, at=at, fill=fill)
 
 

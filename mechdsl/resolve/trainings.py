@@ -1,13 +1,14 @@
-"""Resolve what `fit(…)` trains: the facts of a dictionary, a rotation or a vector before it is
+"""Resolve what `fit(…)` trains: the facts of a dictionary, a rotation, vector or mask before it is
 trained, the measure that it is trained on, and whether training rows differ from measured rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from mechdsl.base.safetensors_files import SafetensorsFile
+from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import NoEstimate
 from mechdsl.diagnostics.rules import BadBasis, MeasuredOnTrainingRows
@@ -29,6 +30,7 @@ from mechdsl.resolve.types import (
     ResolvedExperiment,
     SitePoint,
     TrainedDictionary,
+    TrainedMask,
     TrainedRotation,
     TrainedVector,
     Training,
@@ -97,6 +99,46 @@ def outline_vector(
     if isinstance(file, SafetensorsFile):
         return TrainedVector(file.path, VECTOR, file.digest, training, name)
     return TrainedVector(Path(), VECTOR, "", training, name)
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """The sites that a stored training chose."""
+
+    chosen: tuple[SitePoint, ...]
+    digest: str
+
+
+def outline_mask(
+    definition: spec.Basis, objective: ResolvedExperiment, program: spec.Program
+) -> TrainedMask:
+    """Return what a group with `fit` declares, with its chosen sites if they are known.
+
+    Args:
+        objective: As in `mechdsl.program.trainings`, resolved.
+    """
+    options = {
+        each.name: value
+        for each in definition.method.arguments
+        if each.name is not None
+        and (value := constant_value(each.value, program.parameters)) is not None
+    }
+    points, table = mask_points(objective), objective.table
+    sample = FitSample(table, table.runs[objective.spec.base], paired_positions(objective)[0])
+    training = _describe_training(definition, options, sample, points[0], program, objective.model)
+    training = replace(training, name=f"{definition.name} {objective.model.key}")
+    size = TRAINERS[training.trainer].size(training.of_trainer, len(points))
+    file = program.trained.get(training.name, (None, ""))[0]
+    if isinstance(file, MaskFile):
+        return TrainedMask(points, file.chosen, file.digest, training)
+    return TrainedMask(points, points[:size], "", training)
+
+
+def mask_points(objective: ResolvedExperiment) -> tuple[SitePoint, ...]:
+    """Return the sites that a mask chooses from, once each."""
+    sites = objective.rules[0].sites
+    assert sites is not None
+    return tuple(dict.fromkeys(point for here in sites.points.values() for point in here))
 
 
 def _describe_training(
@@ -210,6 +252,20 @@ def _stream_digest(table: PromptTable) -> str | None:
     return None if data is None else data.digest
 
 
+def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
+    """Return E0342 for a mask that chooses all of its sites, or more."""
+    training = mask.training
+    size = TRAINERS[training.trainer].size(training.of_trainer, len(mask.points))
+    if size < len(mask.points):
+        return None
+    return BadBasis(
+        span=training.span,
+        reason=f"it chooses {size:,} of {count_noun(len(mask.points), 'site')}",
+        hint="name more sites, or write a smaller `size`",
+        what="group",
+    )
+
+
 def check_held_out(
     definition: spec.Basis, training: Training, experiment: spec.Experiment, table: PromptTable
 ) -> Diagnostic | None:
@@ -232,7 +288,7 @@ def check_held_out(
 
 
 def describe_training(
-    made: TrainedDictionary | TrainedRotation | TrainedVector,
+    made: TrainedDictionary | TrainedRotation | TrainedVector | TrainedMask,
     rows: str,
     program: spec.Program,
     experiment: spec.Experiment,
@@ -266,7 +322,7 @@ def paired_positions(objective: ResolvedExperiment) -> tuple[PositionCell, Posit
 
 
 def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """Yield problems of the rows and the measure that a rotation or a vector is trained on.
+    """Yield problems of the rows and the measure that a rotation, vector or mask is trained on.
 
     Codes: E0608 for a measure without a gradient, E0342 for runs and positions.
 
@@ -284,26 +340,45 @@ def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
             hint="name a corruption that changes the text",
             what=what,
         )
-    if len(rule.positions.written) != 1 or objective.model.stands_in or table.stands_in:
-        return  # several positions are an error of the basis
-    cell, _ = paired_positions(objective)
-    span = rule.spec.at.span
+    if objective.model.stands_in or table.stands_in:
+        return
+    if len(rule.positions.written) != 1:
+        if what == "group":  # otherwise an error of the basis
+            reason, hint = "a mask is trained at one position", "join them: `{A, B}`"
+            yield BadBasis(span=rule.spec.at.span, reason=reason, hint=hint, what=what)
+        return
+    yield from _check_positions(objective)
+
+
+def _check_positions(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0342 for a position that rows have several times, or that too few rows have."""
+    rule, table, said = objective.rules[0], objective.table, objective.spec.trains
+    what, (cell, _), span = _statement(objective), paired_positions(objective), rule.spec.at.span
     rows = [row for row, hits in enumerate(cell.hits) if hits]
     repeated = next((row for row in rows if len(cell.hits[row]) > 1), None)
     if repeated is not None:
         many = len(cell.hits[repeated])
         reason = f"row {repeated} has `{cell.label}` {many} times, and `{said}` trains at one"
         hint = "name one of them: `item 1 token`"
-        yield BadBasis(span=span, reason=reason, hint=hint, what=what)
     elif is_after_prompts(cell, table.runs[objective.spec.base].rows):
         reason = f"`{said}` trains at tokens of the prompt, not of the answer"
         hint = "name a position of the prompt"
-        yield BadBasis(span=span, reason=reason, hint=hint, what=what)
     elif len(rows) < FEWEST_ROWS:
         where = " in both runs" if rule.spec.source is not None else ""
         reason = f"fewer than {FEWEST_ROWS} rows of `{table.name}` have `{cell.label}`{where}"
         hint = "name a position that more rows have"
-        yield BadBasis(span=span, reason=reason, hint=hint, what=what)
+    elif _averages(objective) and any(len(cell.hits[row][0]) > 1 for row in rows):
+        reason = f"`with: mean` is of one token per row, and `{cell.label}` has several"
+        hint = "name one token, or write `with: zero`"
+    else:
+        return
+    yield BadBasis(span=span, reason=reason, hint=hint, what=what)
+
+
+def _averages(objective: ResolvedExperiment) -> bool:
+    """Whether means come in for the vectors."""
+    fill = objective.spec.rules[0].fill
+    return fill is not None and fill.span.written == "mean"
 
 
 def _statement(objective: ResolvedExperiment) -> str:

@@ -239,14 +239,14 @@ class Training(Record):
     sample: FitSample
     """The rows; for a dictionary, with the tokens whose vectors it is trained on, one by one."""
     encoded: SitePoint
-    """The site of the vectors that are encoded."""
+    """The site of the vectors that are encoded; of a mask, the first site that it chooses from."""
     made: SitePoint
     """The site of the vectors that are reconstructed: the same, unless it is a transcoder."""
     seed: int
     span: Span = field(compare=False)
     """Where the file declares it."""
     minimises: bool = False
-    """Whether the measure of a rotation or a vector is minimised, not maximised."""
+    """Whether the measure of a rotation, vector or mask is minimised, not maximised."""
     stream: RecordStream | None = None
     """The records that are read during the training, of which `sample` has the first ones; None for
     a training on the rows of `sample`."""
@@ -318,6 +318,38 @@ class TrainedVector(SavedVector):
         """Description for tables and conventions."""
         given = "".join(f", {name} {value}" for name, value in self.training.of_trainer.items())
         return f"{self.training.trainer}{given}"
+
+
+@record
+class TrainedMask(Record):
+    """A group that a file declares with `fit`: the sites that a training chooses.
+
+    Until its training is found in the store, the first candidates stand in for the chosen ones, and
+    its digest is empty.
+    """
+
+    points: tuple[SitePoint, ...]
+    """The sites that it chooses from."""
+    chosen: tuple[SitePoint, ...]
+    digest: str
+    training: Training = field(compare=False)
+    made: str = field(default="", compare=False)
+    """How it was trained, for conventions."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the chosen sites are known."""
+        return bool(self.digest)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the sites that aren't chosen are written in training, instead of the chosen."""
+        return bool(self.training.of_trainer.get("keep", False))
+
+    @property
+    def kind(self) -> str:
+        """Description for tables and conventions."""
+        return f"{self.training.trainer} of {len(self.chosen):,} of {len(self.points):,} sites"
 
 
 BasisOperand: TypeAlias = (
@@ -1209,6 +1241,8 @@ class ResolvedExperiment(Record):
     placeholders."""
     sites_of: Mapping[str, RankingSource] = field(default_factory=dict, compare=False, repr=False)
     """Experiments whose sites it uses, and those that these experiments picked from, by name."""
+    masks: tuple[TrainedMask, ...] = field(default=(), compare=False)
+    """The groups that it uses and that a training chooses; their sites are those of its rules."""
     control: ResolvedControl | None = None
     bare: BaselineExperiment | None = None
     """Baseline for the effects of its observations."""
@@ -1231,6 +1265,11 @@ class ResolvedExperiment(Record):
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def trained_groups(self) -> dict[str, str]:
+        """`group g` → how it was trained, of `masks`."""
+        return {f"group {mask.training.definition}": mask.made for mask in self.masks}
 
     @property
     def generation(self) -> Generation | None:

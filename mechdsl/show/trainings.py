@@ -1,4 +1,4 @@
-"""Trained dictionaries, rotations and vectors as tables."""
+"""Trained dictionaries, rotations, vectors and masks as tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mechdsl.execute.run_record import (
+    MaskReport,
     Report,
     RotationReport,
     TrainedFit,
@@ -45,6 +46,18 @@ VECTOR_NOTES = {
 }
 """Columns of vectors."""
 
+MASK_NOTES = {
+    "trained": "mean of the measure over held-out rows while the chosen sites are written, or with "
+    "`keep` all others; without held-out rows, over training rows",
+    "random": "mean of the same over random choices of as many sites",
+    "single": "the same for the sites with the largest effects alone on training rows; –: they "
+    "cost more than the training",
+    "no patch": "the same in the clean run",
+    "all": "the same while every site is written",
+    "undecided": "sites whose probability is from 0.1 to 0.9",
+}
+"""Columns of masks."""
+
 
 def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
     """Print a line per training, with its controls, and where it is stored."""
@@ -52,6 +65,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         (TrainingReport, NOTES, "basis"),
         (RotationReport, ROTATION_NOTES, "basis"),
         (VectorReport, VECTOR_NOTES, "direction"),
+        (MaskReport, MASK_NOTES, "group"),
     )
     for kind, notes, what in kinds:
         own = [fit for fit in fits if type(fit.report) is kind]
@@ -65,10 +79,12 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         )
     for fit in fits:
         what = f"{fit.what} at {fit.site}, in {fit.folder}"
-        if isinstance(fit.report, RotationReport | VectorReport):
+        if isinstance(fit.report, RotationReport | VectorReport | MaskReport):
             what = f"{fit.report.objective}; {what}"
         if isinstance(fit.report, VectorReport):
             what = f"vectors of the site have length {fit.report.site_length:.3g}; {what}"
+        if isinstance(fit.report, MaskReport):
+            what = f"{fit.report.list_chosen()}; {what}"
         print_hanging(f"  {fit.basis}: ", what, console)
 
 
@@ -104,6 +120,11 @@ def _numbers(report: Report) -> list[str]:
     if isinstance(report, VectorReport):
         means = (report.trained, report.random, report.unsteered, report.difference)
         return [f"{report.length:.3g}", *("–" if mean is None else f"{mean:.3f}" for mean in means)]
+    if isinstance(report, MaskReport):
+        single = "–" if report.single is None else f"{report.single:.3f}"
+        controls = (f"{each:.3f}" for each in (report.unpatched, report.whole))
+        undecided = f"{report.undecided} of {report.candidates}"
+        return [f"{report.trained:.3f}", f"{report.random:.3f}", single, *controls, undecided]
     if isinstance(report, RotationReport):
         means = (report.trained, report.untrained, report.unpatched, report.whole)
         return [f"{mean:.3f}" for mean in means]

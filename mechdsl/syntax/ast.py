@@ -1242,10 +1242,14 @@ class BasisDef(Node):
 
 @record
 class GroupDef(Node):
-    """A union of sites, or another experiment's highest ranked ones (one `Site` with `ranked`)."""
+    """A union of sites, or another experiment's highest ranked ones (one `Site` with `ranked`); or
+    those that a training chooses from the sites `at`."""
 
     name: Name
     sites: tuple[Site, ...]
+    source: Call | None = None
+    site: Site | None = None
+    at: Positions | None = None
 
 
 @record

@@ -518,6 +518,9 @@ def _top(node: Any) -> str | None:
         case ast.BasisDef():
             place = _of("at", node.site, format_site) + _of("at", node.at, format_positions)
             return f"basis {node.name.id} = {format_call(node.source)}{place}"
+        case ast.GroupDef(source=ast.Call() as source):
+            place = _of("at", node.site, format_site) + _of("at", node.at, format_positions)
+            return f"group {node.name.id} = {format_call(source)}{place}"
         case ast.GroupDef():
             return f"group {node.name.id} = {', '.join(map(format_site, node.sites))}"
         case ast.Seed():

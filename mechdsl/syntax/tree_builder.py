@@ -418,7 +418,11 @@ class TreeBuilder(Transformer[Token, Any]):
         return ast.BasisDef(_defined(c[1]), _as_call(c[3]), site, at, span=_span(c))
 
     def group_def(self, c: list[Any]) -> ast.GroupDef:
-        return ast.GroupDef(_defined(c[1]), tuple(_nodes(c[3:])), span=_span(c))
+        if not isinstance(c[3], ast.Call):
+            return ast.GroupDef(_defined(c[1]), tuple(_nodes(c[3:])), span=_span(c))
+        site = next((x for x in c if isinstance(x, ast.Site)), None)
+        at = _clauses(c).get("at")
+        return ast.GroupDef(_defined(c[1]), (), c[3], site, at, span=_span(c))
 
     def seed(self, c: list[Any]) -> ast.Seed:
         return ast.Seed(_integer(c[1]), span=_span(c))

@@ -483,6 +483,22 @@ _file(
     "Wu et al. 2023, arXiv 2305.08809",
 )
 _file(
+    "group: a trained mask",
+    "group g = fit(mask(size: 2), prompts: fruit.train, from: fewer, "
+    "maximise: logit(answer of fewer)) at layers * heads * at last token",
+    "The `size` heads that `mechdsl fit FILE` or `mechdsl run --fit FILE` chooses: while they are "
+    "patched from the run `from` together, the metric has the largest mean, or with `minimise` the "
+    "smallest. `with: zero` or `with: mean` (of the training rows) instead of `from` ablates them. "
+    "`at` names the sites to choose from, by plural axes: layers, heads or neurons. `keep: true` "
+    'writes all sites but the chosen ones. `kind` is "hard_concrete" (default) or '
+    '"straight_through". The options are those of a trained dictionary; defaults are '
+    "`steps` (300), `batch` (32 rows), `rate` (0.1) and `validation` (20%). The group can be used "
+    "like a list of sites. Probabilities from 0.1 to 0.9 after the training are W0736.",
+    "tests/pipeline/test_trained_masks.py",
+    "Louizos et al. 2018, arXiv 1712.01312; Bengio et al. 2013, arXiv 1308.3432; Cao et al. 2021, "
+    "arXiv 2104.03514",
+)
+_file(
     "basis: transcoder",
     'basis t = transcoder("tc") at mlp_out layer 1',
     "The features of a transcoder, in the layouts of `sae`, or in a `layer_1.safetensors` of "

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mechdsl
 from mechdsl.results.experiment_result import ExpectOutcome
@@ -76,7 +77,13 @@ def outcomes(system: System) -> list[tuple[str, ExpectOutcome]]:
     """Every expectation of a file, behind its experiment's name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        results = mechdsl.run(system.path, device="cpu", store=False, allow_python=True)
+        if "= fit(" not in system.text:
+            results = mechdsl.run(system.path, device="cpu", store=False, allow_python=True)
+        else:
+            with TemporaryDirectory() as store:
+                results = mechdsl.run(
+                    system.path, device="cpu", store=store, fit=True, allow_python=True
+                )
     return [(each.name, outcome) for each in results for outcome in each.outcomes]
 
 
