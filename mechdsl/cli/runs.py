@@ -243,6 +243,42 @@ def gc(store: Path | None, limit: int | None) -> int:
     return SUCCESS
 
 
+@runs.command(short_help="List or remove trainings.")
+@store_option
+@click.option(
+    "--remove",
+    "keys",
+    multiple=True,
+    metavar="KEY",
+    help="Remove the training whose key begins like this. Repeatable.",
+)
+@format_option("table", "json")
+def trainings(store: Path | None, keys: tuple[str, ...], form: str) -> int:
+    """List what `mechdsl fit` has trained, the newest first. Checkpoints of interrupted trainings
+    are listed as `unfinished`."""
+    from mechdsl.base.text import dump_json, format_size
+    from mechdsl.pipeline.stored_trainings import list_trainings, remove_trainings
+    from mechdsl.results.runs import find_store_folder
+
+    folder = find_store_folder(None, store)
+    if keys:
+        removed, problems = remove_trainings(folder, keys)
+        print_diagnostics(problems)
+        for each in removed:
+            print_line(f"removed {each.short_key} ({each.name}, {format_size(each.size)})")
+        return INVALID_INPUT if problems else SUCCESS
+    found = list_trainings(folder)
+    if form == "json":
+        print_json(dump_json([each.to_dict() for each in found], 2))
+    elif found:
+        from mechdsl.show.trainings import print_stored_trainings
+
+        print_stored_trainings(found, make_console())
+    else:
+        print_line(f"{folder} has no trainings", out=False)
+    return SUCCESS
+
+
 @runs.command(short_help="Write a run to a folder in the format of `run --out`.")
 @run_argument
 @click.argument("folder", type=click.Path(path_type=Path))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -332,6 +333,35 @@ class TrainedFit:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON."""
         return {**asdict(self), "folder": str(self.folder), "report": asdict(self.report)}
+
+
+@dataclass(frozen=True)
+class StoredTraining:
+    """What a file declared with `fit(…)`, in a store: finished, or with a checkpoint."""
+
+    key: str
+    name: str
+    """Name of the basis, direction or group."""
+    trainer: str
+    file: str
+    """Name of the `.mech` file."""
+    model: str
+    prompts: str
+    finished: bool
+    ended: datetime
+    """When it ended or was interrupted."""
+    size: int
+    """Bytes of its folder."""
+    folder: Path
+
+    @property
+    def short_key(self) -> str:
+        """The beginning of the key, as tables show it."""
+        return self.key[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON."""
+        return {**asdict(self), "ended": self.ended.isoformat(), "folder": str(self.folder)}
 
 
 NUMERIC_VERSION = 5

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from mechdsl.base.text import format_size
 from mechdsl.execute.run_record import (
     MaskReport,
     Report,
     RotationReport,
+    StoredTraining,
     TrainedFit,
     TrainingReport,
     VectorReport,
@@ -135,3 +137,22 @@ def _numbers(report: Report) -> list[str]:
         f"{report.active:.1f}",
         f"{report.inactive:,}",
     ]
+
+
+def print_stored_trainings(trainings: Sequence[StoredTraining], console: Console) -> None:
+    """Print a line per training of a store, in the given order."""
+    table = Table(box=None, padding=(0, 1), show_edge=False)
+    for title in ("key", "ended", "name", "trainer"):
+        table.add_column(title, no_wrap=True)
+    for title in ("file", "model", "prompts"):
+        table.add_column(title, overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    for each in trainings:
+        facts = (each.name, each.trainer, each.file, each.model, each.prompts)
+        table.add_row(
+            each.short_key,
+            f"{each.ended:%Y-%m-%d %H:%M}",
+            *(facts if each.finished else ("unfinished", *[""] * 4)),
+            format_size(each.size),
+        )
+    console.print(table)

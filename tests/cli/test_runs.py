@@ -236,3 +236,61 @@ def test_runs_are_completed(
     assert "last" in completed("mechdsl runs rm la", monkeypatch, command)
     monkeypatch.setenv("MECHDSL_STORE", "none")
     assert id not in completed("mechdsl runs rm 2", monkeypatch, command)
+
+
+def train(folder: Path, key: str, name: str = "f", *, finished: bool = True) -> Path:
+    """A training as the store has it."""
+    path = folder / "fits" / (key if finished else f"{key}.part")
+    path.mkdir(parents=True)
+    card = {"basis": name, "trainer": "sae", "file": "a.mech", "model_name": "m", "prompts": "p"}
+    if finished:
+        (path / "fit.json").write_text(json.dumps(card), "utf-8")
+    (path / "weights").write_bytes(bytes(3000))
+    return path
+
+
+def test_trainings(command: Command, store: tuple[str, Path]) -> None:
+    first = train(store[1], "ab" * 32, "f[layer 3]")
+    train(store[1], "ac" * 32, finished=False)
+    os.utime(first / "weights", (9e9, 9e9))
+    done = command("runs", "trainings", *store)
+    assert (done.status, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[1].split()[0] == "abababababab"
+    assert "f[layer 3]" in lines[1]
+    assert "unfinished" in lines[2]
+    found = json.loads(command("runs", "trainings", "--format", "json", *store).out)
+    assert [each["finished"] for each in found] == [True, False]
+    assert found[0]["size"] > 3000
+    assert found[0]["folder"] == str(first)
+
+
+def test_trainings_are_removed(command: Command, store: tuple[str, Path]) -> None:
+    first, second = train(store[1], "ab" * 32), train(store[1], "ac" * 32, finished=False)
+    for text in ("a", "b"):
+        done = command("runs", "trainings", "--remove", "ab", "--remove", text, *store)
+        assert (done.status, done.out) == (2, "")
+        assert f"with `{text}`" in done.err
+    assert first.exists()
+    done = command("runs", "trainings", "--remove", "ac", *store)
+    assert done.out == "removed acacacacacac (unknown, 3.0 kB)\n"
+    assert first.exists()
+    assert not second.exists()
+    command("runs", "trainings", "--remove", "ab", *store)
+    assert [*(store[1] / "fits").iterdir()] == []
+    assert "has no trainings" in command("runs", "trainings", *store).err
+
+
+def test_a_running_training_is_not_removed(command: Command, store: tuple[str, Path]) -> None:
+    from mechdsl.store.locks import take_lock
+
+    path = train(store[1], "ab" * 32, finished=False)
+    lock = take_lock(path.with_name(f"{'ab' * 32}.lock"))
+    assert lock is not None
+    try:
+        done = command("runs", "trainings", "--remove", "ab", *store)
+    finally:
+        lock.free()
+    assert done.status == 2
+    assert "another process is training `abababababab`" in done.err
+    assert path.exists()
