@@ -12,7 +12,6 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.diagnostics.core import has_errors
 
 from ..execute.support import word_tokenizer
 from ..quick import some
@@ -25,7 +24,6 @@ from .test_trained_rotations import (
     SITE,
     experiment,
     fit,
-    models,
     orthonormal_by_hand,
     planted,
     rotation,
@@ -127,18 +125,6 @@ def test_rules_use_it_as_a_matrix_of_a_file(tmp_path: Path) -> None:
     loaded = run(write(tmp_path, f"basis d = {saved} at {SITE}\n", text), store=False)
     for one, two in zip(own, loaded.files[0].experiments, strict=True):
         assert np.array_equal(one.measures[0].patched, two.measures[0].patched)
-
-
-def test_before_it_is_trained(tmp_path: Path) -> None:
-    path = write(tmp_path, boundless(), PATCHES, OTHER)
-    assert not has_errors(mechdsl.validate(path, models()))
-    assert mechdsl.plan(path, models=models()) is not None
-    width = bare("llama").config.hidden_size
-    assert f"rotation with at most {width} directions" in str(
-        mechdsl.explain(path, models=models())
-    )
-    found = run(path).files[0]
-    assert [each.name for each in found.experiments] == ["control"]
 
 
 def test_keys(tmp_path: Path) -> None:

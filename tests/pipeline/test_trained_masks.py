@@ -42,7 +42,6 @@ from .test_trained_rotations import (
     checked,
     experiment,
     loss_by_hand,
-    models,
     run,
     train,
     write,
@@ -563,23 +562,6 @@ def test_a_damaged_training_is_trained_again(change: str, tmp_path: Path) -> Non
 # --- files without a training ---------------------------------------------------------------------
 
 
-def test_only_what_needs_a_training_is_lost(tmp_path: Path) -> None:
-    path = write(tmp_path, fit(), PATCHES, OTHER)
-    with pytest.warns(mechdsl.MechdslWarning, match="isn't trained"):
-        found = run(path).files[0]
-    assert [each.name for each in found.experiments] == ["control"]
-    found = run(path, fit=True).files[0]
-    assert {each.name for each in found.experiments} == {"e", "control"}
-
-
-def test_a_file_without_a_training_can_be_looked_at(tmp_path: Path) -> None:
-    path = write(tmp_path, fit(), PATCHES)
-    errors = [e for e in mechdsl.validate(path, models()) if e.severity == "error"]
-    assert not errors
-    assert mechdsl.plan(path, models=models()) is not None
-    assert "mask of 3 of 12 sites" in str(mechdsl.explain(path, models=models()))
-
-
 def test_training_rows_are_not_measured(tmp_path: Path) -> None:
     patches = PATCHES.replace("prompts second", "prompts p").replace("turned", "other")
     with pytest.raises(mechdsl.MechdslError, match="measures rows that `g` is trained on") as found:
@@ -598,29 +580,6 @@ def test_undecided_masks_are_reported(tmp_path: Path) -> None:
     assert isinstance(found.report, MaskReport)
     assert found.report.single is None
     assert chosen_sites(found) == ["L0H0.z", "L0H1.z", "L0H2.z"]
-
-
-def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After Ctrl-C, the next training continues from the checkpoint, and ends with the sites and
-    probabilities of an uninterrupted one."""
-    from mechdsl.fits.training import Training
-
-    path = write(tmp_path, fit(f"{QUICK}, patience: 9"), PATCHES)
-    (whole,) = train(path)
-    expected = (whole.folder / "mask.json").read_bytes()
-    real = Training._step  # pyright: ignore[reportPrivateUsage]
-
-    def step(self: Any) -> None:
-        if self.state.step == 4:
-            raise KeyboardInterrupt
-        real(self)
-
-    monkeypatch.setattr(Training, "_step", step)
-    with pytest.raises(KeyboardInterrupt):
-        train(path, fresh=True)
-    monkeypatch.setattr(Training, "_step", real)
-    (found,) = train(path, fresh=True)
-    assert (found.folder / "mask.json").read_bytes() == expected
 
 
 # --- mistakes -------------------------------------------------------------------------------------

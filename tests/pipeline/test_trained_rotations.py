@@ -491,35 +491,7 @@ def test_other_changes_keep_the_training(tmp_path: Path) -> None:
         assert run(path).complete
 
 
-def test_a_damaged_training_is_trained_again(tmp_path: Path) -> None:
-    path = write(tmp_path, fit(), PATCHES)
-    (found,) = train(path)
-    weights = found.folder / "rotation.safetensors"
-    before = weights.read_bytes()
-    weights.write_bytes(before[:-8])
-    with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
-        run(path)
-    train(path)
-    assert weights.read_bytes() == before
-
-
 # --- files without a training ---------------------------------------------------------------------
-
-
-def test_only_what_needs_a_training_is_lost(tmp_path: Path) -> None:
-    path = write(tmp_path, fit(), PATCHES, OTHER)
-    with pytest.warns(mechdsl.MechdslWarning, match="isn't trained"):
-        found = run(path).files[0]
-    assert [each.name for each in found.experiments] == ["control"]
-    found = run(path, fit=True).files[0]
-    assert {each.name for each in found.experiments} == {"e", "control"}
-
-
-def test_a_file_without_a_training_can_be_looked_at(tmp_path: Path) -> None:
-    path = write(tmp_path, fit(), PATCHES)
-    assert not has_errors(mechdsl.validate(path, models()))
-    assert mechdsl.plan(path, models=models()) is not None
-    assert "das rotation with 2 directions" in str(mechdsl.explain(path, models=models()))
 
 
 def test_training_rows_are_not_measured(tmp_path: Path) -> None:
@@ -539,47 +511,6 @@ def test_training_rows_are_not_measured_through_a_run(tmp_path: Path) -> None:
     text = experiment(line, "from changed into clean", "patch layer 2 at last token", block="p")
     with pytest.raises(mechdsl.MechdslError, match="`e` measures rows that `d` is trained on"):
         train(write(tmp_path, fit(), text))
-
-
-def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After Ctrl-C, the next training continues from the checkpoint, and ends with the directions
-    of an uninterrupted one."""
-    from mechdsl.fits.training import Training
-
-    path = write(tmp_path, fit(f"{QUICK}, patience: 9"), PATCHES)
-    (whole,) = train(path)
-    expected = (whole.folder / "rotation.safetensors").read_bytes()
-    steps: list[int] = []
-    real = Training._step
-
-    def step(self: Any) -> None:
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        steps.append(self.state.step)
-        real(self)
-
-    monkeypatch.setattr(Training, "_step", step)
-    with pytest.raises(KeyboardInterrupt):
-        train(path, fresh=True)
-    part = whole.folder.with_name(f"{whole.folder.name}.part")
-    assert json.loads((part / "state.json").read_text("utf-8"))["step"] == 4
-
-    def counted(self: Any) -> None:
-        steps.append(self.state.step)
-        real(self)
-
-    monkeypatch.setattr(Training, "_step", counted)
-    (found,) = train(path, fresh=True)
-    assert steps == [*range(6)]
-    assert (found.folder / "rotation.safetensors").read_bytes() == expected
-    assert not part.exists()
-
-
-def test_a_model_of_the_caller_stays_as_it_is(tmp_path: Path) -> None:
-    model = copy.deepcopy(bare("gpt2")).requires_grad_()
-    path = write(tmp_path, fit(), PATCHES)
-    mechdsl.fit(path, {"m": (model, word_tokenizer())}, store=tmp_path / "store")
-    assert all(each.requires_grad and each.grad is None for each in model.parameters())
 
 
 # --- mistakes -------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ is an error.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,11 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.run_record import VectorReport
 
-from ..execute.support import word_tokenizer
 from ..quick import in_turn
 from ..reference.forward import Write
-from ..rules.models import bare, double
+from ..rules.models import double
 from ..rules.support import plain, rows, tokens
 from .test_trained_rotations import (
     HERE,
@@ -38,7 +35,6 @@ from .test_trained_rotations import (
     differentiable,
     experiment,
     loss_by_hand,
-    models,
     run,
     train,
     training_rows,
@@ -332,60 +328,7 @@ def test_names_and_factors_keep_the_training(tmp_path: Path) -> None:
         assert run(path).complete
 
 
-def test_damaged_training_is_trained_again(tmp_path: Path) -> None:
-    path = write(tmp_path, fit(), ADD)
-    (found,) = train(path)
-    weights = found.folder / "vector.safetensors"
-    before = weights.read_bytes()
-    weights.write_bytes(before[:-8])
-    with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
-        run(path)
-    train(path)
-    assert weights.read_bytes() == before
-
-
-def test_interrupted_training_ends_with_the_same_vector(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mechdsl.fits.training import Training
-
-    path = write(tmp_path, fit(f"{QUICK}, patience: 9"), ADD)
-    (whole,) = train(path)
-    expected = (whole.folder / "vector.safetensors").read_bytes()
-    real = Training._step  # pyright: ignore[reportPrivateUsage]
-
-    def step(self: Any) -> None:
-        if self.state.step == 4:
-            raise KeyboardInterrupt
-        real(self)
-
-    monkeypatch.setattr(Training, "_step", step)
-    with pytest.raises(KeyboardInterrupt):
-        train(path, fresh=True)
-    part = whole.folder.with_name(f"{whole.folder.name}.part")
-    assert json.loads((part / "state.json").read_text("utf-8"))["step"] == 4
-    monkeypatch.setattr(Training, "_step", real)
-    (found,) = train(path, fresh=True)
-    assert (found.folder / "vector.safetensors").read_bytes() == expected
-
-
 # --- files without a training, and mistakes -------------------------------------------------------
-
-
-def test_only_what_needs_a_training_is_lost(tmp_path: Path) -> None:
-    path = write(tmp_path, fit(), ADD, OTHER)
-    with pytest.warns(mechdsl.MechdslWarning, match="isn't trained"):
-        found = run(path).files[0]
-    assert [each.name for each in found.experiments] == ["control"]
-    found = run(path, fit=True).files[0]
-    assert {each.name for each in found.experiments} == {"e", "control"}
-
-
-def test_file_without_a_training_can_be_looked_at(tmp_path: Path) -> None:
-    path = write(tmp_path, fit(), ADD)
-    assert not has_errors(mechdsl.validate(path, models()))
-    assert mechdsl.plan(path, models=models()) is not None
-    assert "vector, length 3 trained on" in str(mechdsl.explain(path, models=models()))
 
 
 USES = {
@@ -458,10 +401,3 @@ def test_model_edit_with_a_trained_direction_is_an_error(tmp_path: Path) -> None
     with pytest.raises(mechdsl.MechdslError, match="an edit can't use it yet") as found:
         train(path)
     assert found.value.diagnostics[0].code == "E0344"
-
-
-def test_caller_model_is_unchanged(tmp_path: Path) -> None:
-    model = bare("gpt2")
-    mechdsl.fit(write(tmp_path, fit(), ADD), {"m": (model, word_tokenizer())},
-                store=tmp_path / "store")  # fmt: skip
-    assert all(each.grad is None for each in model.parameters())
