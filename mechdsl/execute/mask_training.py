@@ -13,11 +13,10 @@ References:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.execute.objective_rows import EffectRows
 from mechdsl.execute.patching.differentiated_run import DrawLanes
 from mechdsl.execute.run_record import MASK_FILE, MaskReport
-from mechdsl.execute.training import read_settings, run_training, write_card
+from mechdsl.execute.training import TrainingJob, read_settings
 from mechdsl.fits.gates import Gates
 from mechdsl.fits.training import Training, TrainingSettings
 from mechdsl.forward.hooks.batch import SiteWrite
@@ -153,16 +152,9 @@ class GateLoss:
 def train_mask(
     declared: TrainedMask,
     rows: MaskRows,
-    folder: Path,
-    facts: Mapping[str, Any],
-    *,
-    checkpoints: Path,
-    due: Callable[[], bool],
-    on_step: Callable[[int, int], None],
+    job: TrainingJob,
 ) -> MaskReport:
-    """Train a mask, and write its sites to a folder.
-
-    See `mechdsl.execute.training.train_dictionary` for the arguments.
+    """Train a mask, and write its sites.
 
     Raises:
         AutogradFailed: The model can't be differentiated.
@@ -175,7 +167,7 @@ def train_mask(
         gates = trainer.start_mask(len(rows.points), training.of_trainer, training.seed)
         model = GateLoss(gates, rows, settings.batch, declared.keeps)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
-        run_training(loop, checkpoints, due, on_step)
+        job.run(loop)
     likely = gates.probabilities().detach()
     chosen = gates.chosen()
     held_out = rows.rows[: rows.held_out_count]
@@ -201,8 +193,8 @@ def train_mask(
         unpatched=rows.mean(measured, None, settings.batch),
         whole=rows.mean(measured, every, settings.batch),
     )
-    _write_sites(folder / MASK_FILE, rows.points, likely, chosen)
-    write_card(folder, {**facts, "sha256": compute_digest(folder / MASK_FILE)}, report)
+    _write_sites(job.folder / MASK_FILE, rows.points, likely, chosen)
+    job.write_card(report, sha256=compute_digest(job.folder / MASK_FILE))
     return report
 
 

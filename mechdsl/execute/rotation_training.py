@@ -9,17 +9,13 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 from safetensors.torch import save_file
 
 from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.execute.objective_rows import EditLoss, ObjectiveRows, take_source
 from mechdsl.execute.run_record import ROTATION_FILE, RotationReport
-from mechdsl.execute.training import read_settings, run_training, start_generator, write_card
+from mechdsl.execute.training import TrainingJob, read_settings, start_generator
 from mechdsl.fits.rotations import Rotation
 from mechdsl.fits.training import Training
 from mechdsl.program.trainers import TRAINERS
@@ -30,16 +26,9 @@ from mechdsl.resolve.types import TrainedRotation
 def train_rotation(
     declared: TrainedRotation,
     rows: ObjectiveRows,
-    folder: Path,
-    facts: Mapping[str, Any],
-    *,
-    checkpoints: Path,
-    due: Callable[[], bool],
-    on_step: Callable[[int, int], None],
+    job: TrainingJob,
 ) -> RotationReport:
-    """Train a rotation, and write it to a folder.
-
-    See `mechdsl.execute.training.train_dictionary` for the arguments.
+    """Train a rotation, and write it.
 
     Raises:
         AutogradFailed: The model can't be differentiated.
@@ -55,10 +44,10 @@ def train_rotation(
         start = rotation.matrix.clone()
         model = EditLoss(rotation, rows, settings.batch)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
-        run_training(loop, checkpoints, due, on_step)
+        job.run(loop)
     directions = rotation.directions().detach().cpu().contiguous()
-    save_file({ROTATION: directions}, folder / ROTATION_FILE)
-    (folder / ROTATION_FILE).chmod(0o644)
+    save_file({ROTATION: directions}, job.folder / ROTATION_FILE)
+    (job.folder / ROTATION_FILE).chmod(0o644)
     held_out = rows.rows[: rows.held_out_count]
     measured = held_out if len(held_out) else rows.rows
     untrained = Rotation(start[: len(directions)])
@@ -73,6 +62,6 @@ def train_rotation(
         len(directions),
         *means,
     )
-    digest = compute_digest(folder / ROTATION_FILE)
-    write_card(folder, {**facts, "sha256": digest}, report)
+    digest = compute_digest(job.folder / ROTATION_FILE)
+    job.write_card(report, sha256=digest)
     return report

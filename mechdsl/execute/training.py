@@ -55,51 +55,48 @@ def start_generator(declared: DeclaredTraining) -> Generator:
     return torch.Generator().manual_seed(stable_hash(declared.seed, "weights") % 2**63)
 
 
-def run_training(
-    loop: Training,
-    checkpoints: Path,
-    due: Callable[[], bool],
-    on_step: Callable[[int, int], None],
-) -> None:
-    """Train to the end, from a checkpoint if there is one; see `train_dictionary`."""
-    _restore(loop, checkpoints)
+@dataclass(frozen=True, eq=False)
+class TrainingJob:
+    """Where a training writes, and whom it tells."""
 
-    def after_step(done: int) -> None:
-        if due():
-            _keep(loop, checkpoints)
-        on_step(done, loop.settings.steps)
+    folder: Path
+    """An existing empty folder for the result."""
+    facts: Mapping[str, Any]
+    """What the card says besides the report, as JSON."""
+    checkpoints: Path
+    """Folder of the checkpoint, from which an interrupted training continues."""
+    is_due: Callable[[], bool]
+    """Whether a checkpoint is due after a step."""
+    on_step: Callable[[int, int], None]
+    """Called after a step with the finished and all steps."""
 
-    try:
-        loop.run(after_step)
-    except KeyboardInterrupt:
-        _keep(loop, checkpoints)
-        raise
+    def run(self, loop: Training) -> None:
+        """Train to the end, from a checkpoint if there is one."""
+        _restore(loop, self.checkpoints)
 
+        def after_step(done: int) -> None:
+            if self.is_due():
+                _keep(loop, self.checkpoints)
+            self.on_step(done, loop.settings.steps)
 
-def write_card(folder: Path, facts: Mapping[str, Any], report: Report) -> None:
-    """Write the card of a training. Raises OSError."""
-    card = json.dumps({**facts, **asdict(report)}, indent=1) + "\n"
-    (folder / CARD_FILE).write_text(card, "utf-8")
+        try:
+            loop.run(after_step)
+        except KeyboardInterrupt:
+            _keep(loop, self.checkpoints)
+            raise
+
+    def write_card(self, report: Report, **more: Any) -> None:
+        """Write the card of a training. Raises OSError."""
+        card = json.dumps({**self.facts, **more, **asdict(report)}, indent=1) + "\n"
+        (self.folder / CARD_FILE).write_text(card, "utf-8")
 
 
 def train_dictionary(
     declared: TrainedDictionary,
     vectors: TrainingVectors,
-    folder: Path,
-    facts: Mapping[str, Any],
-    *,
-    checkpoints: Path,
-    due: Callable[[], bool],
-    on_step: Callable[[int, int], None],
+    job: TrainingJob,
 ) -> TrainingReport:
-    """Train a dictionary, and write it to a folder in the layout of SAELens.
-
-    Args:
-        folder: An existing empty folder.
-        facts: What the card says besides the report, as JSON.
-        checkpoints: Folder of the checkpoint, from which an interrupted training continues.
-        due: Whether a checkpoint is due after a step.
-        on_step: Called after a step with the finished and all steps.
+    """Train a dictionary, and write it in the layout of SAELens.
 
     Raises:
         NotFinite: The loss or a weight became NaN or infinite.
@@ -117,19 +114,17 @@ def train_dictionary(
         model = trainer.start(widths, training.of_trainer, random, first.device)
         untrained = model.weights()
         loop = Training(model, vectors, held_out, read_settings(training), scaling.apply)
-        run_training(loop, checkpoints, due, on_step)
+        job.run(loop)
     trained = Solution(model.weights(), loop.state.step, loop.state.stopped)
-    finish = _Finish(declared, scaling, facts)
+    finish = _Finish(declared, scaling, job.facts)
     weights = untrained, trained
-    return _finish_dictionary(finish, vectors, held_out, weights, loop.state, folder)
+    return _finish_dictionary(finish, vectors, held_out, weights, loop.state, job)
 
 
 def solve_dictionary(
     declared: TrainedDictionary,
     vectors: RowVectors,
-    folder: Path,
-    facts: Mapping[str, Any],
-    on_step: Callable[[int, int], None],
+    job: TrainingJob,
 ) -> TrainingReport:
     """Compute a dictionary from all vectors together; otherwise as `train_dictionary`.
 
@@ -152,10 +147,10 @@ def solve_dictionary(
         trainer.solve(own, training.of_trainer, count, start_generator(training))
         for count in (0, steps)
     )
-    on_step(steps, steps)
-    finish = _Finish(declared, Scaling.none(declared.width_in), facts)
+    job.on_step(steps, steps)
+    finish = _Finish(declared, Scaling.none(declared.width_in), job.facts)
     weights, held_out = (untrained.tensors, trained), vectors.held_out()
-    return _finish_dictionary(finish, vectors, held_out, weights, TrainingState(), folder)
+    return _finish_dictionary(finish, vectors, held_out, weights, TrainingState(), job)
 
 
 def _finish_dictionary(
@@ -164,7 +159,7 @@ def _finish_dictionary(
     held_out: tuple[Tensor, Tensor],
     weights: tuple[Mapping[str, Tensor], Solution],
     state: TrainingState,
-    folder: Path,
+    job: TrainingJob,
 ) -> TrainingReport:
     """Write a trained dictionary, and compare it with its controls.
 
@@ -177,8 +172,8 @@ def _finish_dictionary(
     untrained, trained = weights
     first = vectors.chunk(0)
     measured = held_out if len(held_out[0]) else first
-    before = finish.assess(finish.write(folder, untrained), measured)
-    found = finish.assess(finish.write(folder, trained.tensors), measured)
+    before = finish.assess(finish.write(job.folder, untrained), measured)
+    found = finish.assess(finish.write(job.folder, trained.tensors), measured)
     components = components_explain(first[1], measured[1], max(1, round(found.active)))
     rows, count = vectors.amounts(state)
     report = TrainingReport(
@@ -194,7 +189,7 @@ def _finish_dictionary(
         untrained_explained=before.explained,
         components_explained=components,
     )
-    write_card(folder, finish.facts, report)
+    job.write_card(report)
     return report
 
 

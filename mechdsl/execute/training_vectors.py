@@ -55,6 +55,21 @@ class TrainingVectors(VectorSource, Protocol):
         ...
 
 
+class _LastChunk:
+    """The chunk that was read last, which stays in memory."""
+
+    def __init__(self, read: Callable[[int], tuple[Tensor, Tensor]]) -> None:
+        self._read = read
+        self._kept: tuple[int, tuple[Tensor, Tensor]] | None = None
+
+    def get(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return a chunk."""
+        if self._kept is None or self._kept[0] != number:
+            self._kept = None  # two chunks may not fit into memory
+            self._kept = number, self._read(number)
+        return self._kept[1]
+
+
 @dataclass(frozen=True, eq=False)
 class RowVectors:
     """The vectors of a training on the rows of a table."""
@@ -106,15 +121,11 @@ class RowVectors:
         [vector, width] float32 each, on the model's device; one tensor if both are the same. The
         last chunk that was read stays in memory.
         """
-        if number not in self._last:
-            self._last.clear()
-            self._last[number] = self._read(self._groups[number])
-        return self._last[number]
+        return self._last.get(number)
 
     @cached_property
-    def _last(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """The chunk that was read last, by its number."""
-        return {}
+    def _last(self) -> _LastChunk:
+        return _LastChunk(lambda number: self._read(self._groups[number]))
 
     def held_out(self) -> tuple[Tensor, Tensor]:
         """Return vectors of the rows that the training doesn't use, as `chunk` does."""
@@ -193,21 +204,18 @@ class StreamedVectors:
 
         For a chunk without vectors, those of the next one that has some. Raises NoVectors.
         """
-        if number not in self._last:
-            self._last.clear()
-            for later in range(self.chunks):
-                found = self._read(self._chunks[(number + later) % self.chunks])
-                if len(found[0]):
-                    self._last[number] = found
-                    break
-            else:
-                raise NoVectors(self.declared.sample.cell.label)
-        return self._last[number]
+        return self._last.get(number)
 
     @cached_property
-    def _last(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """The chunk that was read last, by its number."""
-        return {}
+    def _last(self) -> _LastChunk:
+        return _LastChunk(self._read_chunk)
+
+    def _read_chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        for later in range(self.chunks):
+            found = self._read(self._chunks[(number + later) % self.chunks])
+            if len(found[0]):
+                return found
+        raise NoVectors(self.declared.sample.cell.label)
 
     def held_out(self) -> tuple[Tensor, Tensor]:
         """Return vectors of records that the training doesn't use, as `chunk` does."""

@@ -5,10 +5,6 @@ The edit is x + v, where x are the vectors of the base run and v is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +13,7 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.execute.objective_rows import Edit, EditLoss, ObjectiveRows
 from mechdsl.execute.run_record import VECTOR_FILE, VectorReport
-from mechdsl.execute.training import read_settings, run_training, start_generator, write_card
+from mechdsl.execute.training import TrainingJob, read_settings, start_generator
 from mechdsl.fits.training import Training
 from mechdsl.fits.vectors import SteeringVector, rescale
 from mechdsl.program.trainers import TRAINERS
@@ -31,16 +27,9 @@ RANDOM_VECTORS = 8
 def train_vector(
     declared: TrainedVector,
     rows: ObjectiveRows,
-    folder: Path,
-    facts: Mapping[str, Any],
-    *,
-    checkpoints: Path,
-    due: Callable[[], bool],
-    on_step: Callable[[int, int], None],
+    job: TrainingJob,
 ) -> VectorReport:
-    """Train a vector, and write it to a folder.
-
-    See `mechdsl.execute.training.train_dictionary` for the arguments.
+    """Train a vector, and write it.
 
     Raises:
         AutogradFailed: The model can't be differentiated.
@@ -54,10 +43,10 @@ def train_vector(
         steering = trainer.start_vector(own, training.of_trainer, start_generator(training))
         model = EditLoss(steering, rows, settings.batch)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
-        run_training(loop, checkpoints, due, on_step)
+        job.run(loop)
     vector = steering.vector().detach()
-    save_file({VECTOR: vector.cpu().contiguous()}, folder / VECTOR_FILE)
-    (folder / VECTOR_FILE).chmod(0o644)
+    save_file({VECTOR: vector.cpu().contiguous()}, job.folder / VECTOR_FILE)
+    (job.folder / VECTOR_FILE).chmod(0o644)
     report = VectorReport(
         len(rows.rows) - rows.held_out_count,
         rows.held_out_count,
@@ -68,8 +57,8 @@ def train_vector(
         float(own.norm(dim=1).mean()),
         *_controls(steering, rows, vector, settings.batch),
     )
-    digest = compute_digest(folder / VECTOR_FILE)
-    write_card(folder, {**facts, "sha256": digest}, report)
+    digest = compute_digest(job.folder / VECTOR_FILE)
+    job.write_card(report, sha256=digest)
     return report
 
 

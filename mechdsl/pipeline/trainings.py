@@ -252,7 +252,7 @@ def _run_training(
     from mechdsl.execute.mask_training import MaskRows, train_mask
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.rotation_training import train_rotation
-    from mechdsl.execute.training import solve_dictionary, train_dictionary
+    from mechdsl.execute.training import TrainingJob, solve_dictionary, train_dictionary
     from mechdsl.execute.training_vectors import RowVectors, StreamedVectors
     from mechdsl.execute.vector_training import train_vector
 
@@ -270,33 +270,25 @@ def _run_training(
             on_progress(fit.basis, done, total)
 
     facts, side = _facts(fit, checked, model), options.execution.side
-    part = result.parent
+    job = TrainingJob(result, facts, result.parent, is_due, on_step)
     if isinstance(fit.file, TrainedMask):
         assert fit.objective is not None
         sites = MaskRows(fit.training, fit.objective, model, side, fit.file.points)
-        return train_mask(
-            fit.file, sites, result, facts, checkpoints=part, due=is_due, on_step=on_step
-        )
+        return train_mask(fit.file, sites, job)
     if fit.objective is not None:
         rows = ObjectiveRows(fit.training, fit.objective, model, side)
         if isinstance(fit.file, TrainedVector):
-            return train_vector(
-                fit.file, rows, result, facts, checkpoints=part, due=is_due, on_step=on_step
-            )
+            return train_vector(fit.file, rows, job)
         assert isinstance(fit.file, TrainedRotation)
-        return train_rotation(
-            fit.file, rows, result, facts, checkpoints=part, due=is_due, on_step=on_step
-        )
+        return train_rotation(fit.file, rows, job)
     assert isinstance(fit.file, TrainedDictionary)
     if fit.training.stream is None:
         vectors = RowVectors(fit.training, model, checked.program.seed, side)
         if TRAINERS[fit.training.trainer].solves:
-            return solve_dictionary(fit.file, vectors, result, facts, on_step)
+            return solve_dictionary(fit.file, vectors, job)
     else:
         vectors = StreamedVectors(fit.training, model, partial(_read_part, checked, fit), side)
-    return train_dictionary(
-        fit.file, vectors, result, facts, checkpoints=part, due=is_due, on_step=on_step
-    )
+    return train_dictionary(fit.file, vectors, job)
 
 
 def _read_part(checked: CheckedFile, fit: DeclaredFit, ids: Sequence[int]) -> FitSample | None:
