@@ -316,9 +316,14 @@ def test_the_own_code(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_modules_that_add_to_the_language(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """A rule kind of somebody's own may compute anything."""
+    # This file names the module, so the keys of later tests may depend on it while it is imported.
+    request.addfinalizer(lambda: sys.modules.pop("adds_an_entry", None))
     monkeypatch.setattr(records, "EXTERNAL_MODULES", set())
     before = key(file)
     path = tmp_path / "adds_an_entry.py"
@@ -330,7 +335,7 @@ def test_modules_that_add_to_the_language(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     __import__("adds_an_entry")
-    monkeypatch.delitem(sys.modules, "adds_an_entry", raising=False)
+    del sys.modules["adds_an_entry"]
     assert {"adds_an_entry"} == records.EXTERNAL_MODULES
     with pytest.raises(RunKeyError, match="the source of `adds_an_entry` can't be read"):
         key(file)
