@@ -62,7 +62,8 @@ def texts(count: int = COUNT) -> list[str]:
 
 
 def write_texts(folder: Path, lines: list[str], name: str = "texts.jsonl") -> None:
-    records = "".join(f"{json.dumps({'text': text})}\n" for text in lines)
+    numbered = enumerate(lines)
+    records = "".join(f"{json.dumps({'text': text, 'n': n})}\n" for n, text in numbered)
     (folder / name).write_text(records, "utf-8")
 
 
@@ -212,6 +213,34 @@ def test_keys(tmp_path: Path) -> None:
     assert len(folders) == len(cases)
     (same,) = train(write_file(tmp_path, "# A comment.\n", OTHER, fit(), ABLATES))
     assert same.seconds == 0
+
+
+def test_keys_have_what_changes_only_later_rows(tmp_path: Path) -> None:
+    """The check reads the first 256 records; a training also depends on the others."""
+    every = texts(300)
+    numbered = 'prompts texts { rows "texts.jsonl" streamed  template "{text}"  where WHERE }\n'
+    function = (
+        'prompts texts { rows "texts.jsonl" streamed  w = python("w.py:w")  template "{w}" }\n'
+    )
+    code = "def w(row):\n    return row['text'] if row['n'] < 290 else 'w1 w2 w3'\n"
+    cases: list[tuple[str, str, list[str], str]] = [
+        ("", BLOCK, every, ""),
+        ("", BLOCK, [*every[:-1], "w1 w2 w3"], ""),
+        ("", numbered.replace("WHERE", "n != 290"), every, ""),
+        ("", numbered.replace("WHERE", "n != 291"), every, ""),
+        ("param out = 290\n", numbered.replace("WHERE", "n != out"), every, ""),
+        ("param out = 291\n", numbered.replace("WHERE", "n != out"), every, ""),
+        ("", function, every, code),
+        ("", function, every, code.replace("w3", "w4")),
+    ]
+    folders: set[Path] = set()
+    for parameter, block, lines, written in cases:
+        (tmp_path / "w.py").write_text(written, "utf-8")
+        path = write_file(tmp_path, parameter, fit(), ABLATES, block=block, lines=lines)
+        (found,) = train(path, allow_python=bool(written))
+        assert found.seconds > 0
+        folders.add(found.folder)
+    assert len(folders) == len(cases)
 
 
 def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
