@@ -2,8 +2,8 @@
 experiment.
 
 The sites of a group depend on the model. An experiment is therefore checked with a program whose
-groups have the sites of its own model: the chosen ones, or before the training the first
-candidates.
+groups have the sites for its model: the chosen ones, or the first candidates if the group isn't
+trained yet.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.hashing import stable_hash
-from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.execute.objective_rows import EffectRows
 from mechdsl.execute.patching.differentiated_run import DrawLanes
 from mechdsl.execute.run_record import MASK_FILE, MaskReport
@@ -170,14 +169,13 @@ def train_mask(
         job.run(loop)
     likely = gates.probabilities().detach()
     chosen = gates.chosen()
-    held_out = rows.rows[: rows.held_out_count]
-    measured = held_out if len(held_out) else rows.rows
+    measured = rows.measured
     single, single_rows = _choose_single_effects(model, settings)
     random = [model.mean(measured, each) for each in _random_choices(model, training.seed)]
     every = torch.ones(len(rows.points))
     report = MaskReport(
-        rows=len(rows.rows) - len(held_out),
-        held_out_rows=len(held_out),
+        rows=len(rows.rows) - rows.held_out_count,
+        held_out_rows=rows.held_out_count,
         steps=loop.state.step,
         stopped_early=loop.state.stopped,
         objective=rows.text,
@@ -194,7 +192,7 @@ def train_mask(
         whole=rows.mean(measured, every, settings.batch),
     )
     _write_sites(job.folder / MASK_FILE, rows.points, likely, chosen)
-    job.write_card(report, sha256=compute_digest(job.folder / MASK_FILE))
+    job.write_card(report, MASK_FILE)
     return report
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.names import BadArgument
-from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes
+from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes, write_point
 from mechdsl.execute.patching.rows import Patcher
 from mechdsl.execute.patching.writes import build_writes, select_readable_rows
 from mechdsl.execute.run.panel import PanelRunner, choose_pass_sizes
@@ -25,7 +25,6 @@ from mechdsl.execute.run_record import ExecutionOptions, ExecutionProfile
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.forward.hooks.batch import SiteWrite
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.models.shape import unit_count
 from mechdsl.planner.passes import make_plan
 from mechdsl.planner.rows import RowTable
 from mechdsl.prompts.runs import PositionCell
@@ -212,21 +211,12 @@ class ObjectiveRun:
 
     def _write(self, tensor: Tensor, is_used: Bools) -> SiteWrite:
         """Write [row, position, width] at the tokens of the used rows."""
-        where, point = self.vectors, self.point
+        where = self.vectors
         own = is_used[where.row]
         row = torch.from_numpy((np.cumsum(is_used) - 1)[where.row[own]])
         slot, token = torch.from_numpy(where.slot[own]), torch.from_numpy(where.token[own])
-        units = unit_count(self.model.shape, point.site, point.layer) if point.unit is None else 1
-        unit = torch.arange(units) if point.unit is None else torch.tensor([point.unit])
         vectors = tensor[row.to(tensor.device), slot.to(tensor.device)]
-        return SiteWrite(
-            point.site,
-            point.layer,
-            row.repeat_interleave(units),
-            token.repeat_interleave(units),
-            unit.repeat(len(row)),
-            vectors.reshape(len(row) * units, -1),
-        )
+        return write_point(self.point, self.model, row, token, vectors)
 
 
 def _report_no_rows(experiment: ResolvedExperiment, cell: PositionCell) -> Diagnostic:

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.measurement.readout import Readout
-from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes
+from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes, write_point
 from mechdsl.execute.training_vectors import count_held_out, order_rows
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.forward.hooks.batch import SiteWrite
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.models.shape import PaddingSide, unit_count
+from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import build_save_panel
 from mechdsl.program import spec
@@ -77,6 +77,11 @@ class EffectRows(ABC, Generic[EditT]):
     def held_out_count(self) -> int:
         """Number of rows at the start of `rows` that the training doesn't use."""
         return count_held_out(self.declared, len(self.rows))
+
+    @property
+    def measured(self) -> Ints:
+        """[row] numbers of the rows that a report is about: the held-out ones, if there are any."""
+        return self.rows[: self.held_out_count] if self.held_out_count else self.rows
 
     @property
     def chunks(self) -> int:
@@ -215,28 +220,15 @@ class ObjectiveRows(EffectRows[Edit]):
         training rows; None without a source run."""
         if self.objective.spec.source is None:
             return None
-        own, other = self.vectors
-        starts, rows = self._starts, np.sort(self.rows[self.held_out_count :])
-        parts = zip(starts[rows].tolist(), starts[rows + 1].tolist(), strict=True)
-        return torch.cat([other[first:end] - own[first:end] for first, end in parts]).mean(0)
+        which, _ = self._vectors_of(np.sort(self.rows[self.held_out_count :]))
+        own, other = (each[torch.from_numpy(which).to(each.device)] for each in self.vectors)
+        return (other - own).mean(0)
 
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Edit) -> list[SiteWrite]:
         """Return the edited vectors of some rows."""
         point, (which, _) = self.declared.made, self._vectors_of(rows)
         own, other = (each[torch.from_numpy(which).to(each.device)] for each in self.vectors)
-        lane, token = self._places(rows, lanes)
-        units = unit_count(self.model.shape, point.site, point.layer) if point.unit is None else 1
-        unit = torch.arange(units) if point.unit is None else torch.tensor([point.unit])
-        return [
-            SiteWrite(
-                point.site,
-                point.layer,
-                lane.repeat_interleave(units),
-                token.repeat_interleave(units),
-                unit.repeat(len(which)),
-                edit(own, other).reshape(len(which) * units, -1),
-            )
-        ]
+        return [write_point(point, self.model, *self._places(rows, lanes), edit(own, other))]
 
 
 class TrainedEdit(Protocol):

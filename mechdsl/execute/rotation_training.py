@@ -10,9 +10,7 @@ References:
 from __future__ import annotations
 
 import torch
-from safetensors.torch import save_file
 
-from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.execute.objective_rows import EditLoss, ObjectiveRows, take_source
 from mechdsl.execute.run_record import ROTATION_FILE, RotationReport
 from mechdsl.execute.training import TrainingJob, read_settings, start_generator
@@ -45,23 +43,19 @@ def train_rotation(
         model = EditLoss(rotation, rows, settings.batch)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
         job.run(loop)
-    directions = rotation.directions().detach().cpu().contiguous()
-    save_file({ROTATION: directions}, job.folder / ROTATION_FILE)
-    (job.folder / ROTATION_FILE).chmod(0o644)
-    held_out = rows.rows[: rows.held_out_count]
-    measured = held_out if len(held_out) else rows.rows
+    directions = rotation.directions().detach()
+    job.write_tensor(ROTATION_FILE, ROTATION, directions)
     untrained = Rotation(start[: len(directions)])
     cases = (rotation.edit, untrained.edit, None, take_source)
-    means = [rows.mean(measured, each, settings.batch) for each in cases]
+    means = [rows.mean(rows.measured, each, settings.batch) for each in cases]
     report = RotationReport(
-        len(rows.rows) - len(held_out),
-        len(held_out),
+        len(rows.rows) - rows.held_out_count,
+        rows.held_out_count,
         loop.state.step,
         loop.state.stopped,
         rows.text,
         len(directions),
         *means,
     )
-    digest = compute_digest(job.folder / ROTATION_FILE)
-    job.write_card(report, sha256=digest)
+    job.write_card(report, ROTATION_FILE)
     return report

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from mechdsl.base.files import replace_file
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.base.text import format_size
 from mechdsl.dictionaries.features import load_dictionary
 from mechdsl.dictionaries.folder import CONFIG_FILE, HOOK_SITES, WEIGHT_FILES, read_dictionary
@@ -85,8 +86,14 @@ class TrainingJob:
             _keep(loop, self.checkpoints)
             raise
 
-    def write_card(self, report: Report, **more: Any) -> None:
-        """Write the card of a training. Raises OSError."""
+    def write_tensor(self, file: str, name: str, tensor: Tensor) -> None:
+        """Write a file with one tensor. Raises OSError."""
+        save_file({name: tensor.cpu().contiguous()}, self.folder / file)
+        (self.folder / file).chmod(0o644)
+
+    def write_card(self, report: Report, file: str | None = None) -> None:
+        """Write the card of a training, with the digest of a file of the folder. Raises OSError."""
+        more = {} if file is None else {"sha256": compute_digest(self.folder / file)}
         card = json.dumps({**self.facts, **more, **asdict(report)}, indent=1) + "\n"
         (self.folder / CARD_FILE).write_text(card, "utf-8")
 

@@ -6,11 +6,9 @@ The edit is x + v, where x are the vectors of the base run and v is trained.
 from __future__ import annotations
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mechdsl.base.hashing import stable_hash
-from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.execute.objective_rows import Edit, EditLoss, ObjectiveRows
 from mechdsl.execute.run_record import VECTOR_FILE, VectorReport
 from mechdsl.execute.training import TrainingJob, read_settings, start_generator
@@ -45,8 +43,7 @@ def train_vector(
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
         job.run(loop)
     vector = steering.vector().detach()
-    save_file({VECTOR: vector.cpu().contiguous()}, job.folder / VECTOR_FILE)
-    (job.folder / VECTOR_FILE).chmod(0o644)
+    job.write_tensor(VECTOR_FILE, VECTOR, vector)
     report = VectorReport(
         len(rows.rows) - rows.held_out_count,
         rows.held_out_count,
@@ -57,8 +54,7 @@ def train_vector(
         float(own.norm(dim=1).mean()),
         *_controls(steering, rows, vector, settings.batch),
     )
-    digest = compute_digest(job.folder / VECTOR_FILE)
-    job.write_card(report, sha256=digest)
+    job.write_card(report, VECTOR_FILE)
     return report
 
 
@@ -67,12 +63,11 @@ def _controls(
 ) -> tuple[float, float, float, float | None]:
     """Return means of the measure with the vector, with random vectors of its length, without a
     vector, and with the mean difference from the source run at its length; None without one."""
-    measured = rows.rows[: rows.held_out_count] if rows.held_out_count else rows.rows
     length = float(vector.norm())
 
     def mean(added: Tensor | None) -> float:
         edit: Edit | None = None if added is None else (lambda own, other: own + added)
-        return rows.mean(measured, edit, batch)
+        return rows.mean(rows.measured, edit, batch)
 
     seed = stable_hash(rows.declared.seed, "random vectors") % 2**63
     random = torch.Generator().manual_seed(seed)

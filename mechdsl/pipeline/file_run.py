@@ -196,8 +196,8 @@ def _python(checked: CheckedFile) -> dict[str, Any]:
     for function in program_functions(checked.program):
         contents.append(function.read_code())
         files[function.file] = function.digest
-    beside = hash_imported_code(contents) | hash_extension_code()
-    return {"files": files, "beside": beside}
+    imported = hash_imported_code(contents) | hash_extension_code()
+    return {"files": files, "beside": imported}
 
 
 # --- prompts --------------------------------------------------------------------------------------

@@ -324,7 +324,7 @@ class TrainedVector(SavedVector):
 class TrainedMask(Record):
     """A group that a file declares with `fit`: the sites that a training chooses.
 
-    Until its training is found in the store, the first candidates stand in for the chosen ones, and
+    Until its training is found in the store, the first candidates replace the chosen ones, and
     its digest is empty.
     """
 

@@ -248,6 +248,15 @@ RULES = {
 }
 
 
+def assert_same_results(own: Any, loaded: Any) -> None:
+    """The same cells and values, bit for bit."""
+    assert len(own) == len(loaded)
+    for one, two in zip(own, loaded, strict=True):
+        assert [cell.coords for cell in one.cells] == [cell.coords for cell in two.cells]
+        for mine, theirs in zip(one.measures, two.measures, strict=True):
+            assert np.array_equal(mine.patched, theirs.patched, equal_nan=True)
+
+
 OTHER_RULES = [name for name in RULES if name != "random"]
 
 
@@ -276,11 +285,8 @@ def test_rules_use_it_as_a_dictionary_of_a_folder(name: str, kind: str, tmp_path
     method = "transcoder" if kind == "transcoder" else "sae"
     path = write(tmp_path, f'basis f = {method}("f") at {at[kind]}\n', text)
     loaded = run(path, store=False).files[0].experiments
-    assert len(own) == len(loaded) == 2
-    for one, two in zip(own, loaded, strict=True):
-        assert [cell.coords for cell in one.cells] == [cell.coords for cell in two.cells]
-        for mine, theirs in zip(one.measures, two.measures, strict=True):
-            assert np.array_equal(mine.patched, theirs.patched, equal_nan=True)
+    assert len(own) == 2
+    assert_same_results(own, loaded)
     assert own[0].measures[0].patched.size
     assert trained.what in own[1].conventions["basis f"]
 

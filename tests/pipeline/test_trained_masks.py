@@ -459,7 +459,7 @@ def test_rules_use_it_as_a_list_of_sites(name: str, tmp_path: Path) -> None:
 
 
 def test_each_model_has_its_own_sites(tmp_path: Path) -> None:
-    """Of an experiment on two models, each is patched at the sites of its own training."""
+    """An experiment on two models patches each one at the sites that its training chose."""
     head = 'mech 1\nmodel m = local("one")\nmodel n = local("two")\n'
     text = experiment(*PATCH).replace("model m\n", "model m, n\n")
     path = write(tmp_path, fit(), text)
@@ -557,20 +557,6 @@ def test_a_damaged_training_is_trained_again(change: str, tmp_path: Path) -> Non
         run(path)
     train(path)
     assert file.read_text("utf-8") == before
-
-
-# --- files without a training ---------------------------------------------------------------------
-
-
-def test_training_rows_are_not_measured(tmp_path: Path) -> None:
-    patches = PATCHES.replace("prompts second", "prompts p").replace("turned", "other")
-    with pytest.raises(mechdsl.MechdslError, match="measures rows that `g` is trained on") as found:
-        train(write(tmp_path, fit(), patches))
-    assert found.value.diagnostics[0].code == "E0345"
-    allowed = write(tmp_path, fit(f"{QUICK}, measure_on_training_rows: true"), patches)
-    train(allowed)
-    (done,) = run(allowed).files[0].experiments
-    assert "4 of the 4 rows measured here are training rows" in done.conventions["group g"]
 
 
 def test_undecided_masks_are_reported(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from ..quick import in_turn, some
 from ..reference.forward import Write, side_by_side
 from ..rules.models import bare, double
 from ..rules.support import BLOCKS, plain, rows, tokens, write_data
+from .test_trained_dictionaries import assert_same_results
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
@@ -381,11 +382,8 @@ def test_rules_use_it_as_a_matrix_of_a_file(name: str, tmp_path: Path) -> None:
     saved = 'saved("d/rotation.safetensors", "rotation")'
     path = write(tmp_path, f"basis d = {saved} at {SITE}\n", text)
     loaded = run(path, store=False).files[0].experiments
-    assert len(own) == len(loaded) == 2
-    for one, two in zip(own, loaded, strict=True):
-        assert [cell.coords for cell in one.cells] == [cell.coords for cell in two.cells]
-        for mine, theirs in zip(one.measures, two.measures, strict=True):
-            assert np.array_equal(mine.patched, theirs.patched, equal_nan=True)
+    assert len(own) == 2
+    assert_same_results(own, loaded)
     said = own[0].conventions["basis d"]
     assert f"trained on 4 rows of p at last token, 1 of them held out, to maximise {LOSS}" in said
     assert f"trained {trained.report.trained:.4g}, random subspace" in said
@@ -489,20 +487,6 @@ def test_other_changes_keep_the_training(tmp_path: Path) -> None:
         (found,) = train(path)
         assert (found.folder, found.seconds) == (before.folder, 0.0)
         assert run(path).complete
-
-
-# --- files without a training ---------------------------------------------------------------------
-
-
-def test_training_rows_are_not_measured(tmp_path: Path) -> None:
-    patches = PATCHES.replace("prompts second", "prompts p").replace("turned", "other")
-    with pytest.raises(mechdsl.MechdslError, match="measures rows that `d` is trained on") as found:
-        train(write(tmp_path, fit(), patches))
-    assert found.value.diagnostics[0].code == "E0345"
-    allowed = write(tmp_path, fit(f"{QUICK}, measure_on_training_rows: true"), patches)
-    train(allowed)
-    (done,) = run(allowed).files[0].experiments
-    assert "4 of the 4 rows measured here are training rows" in done.conventions["basis d"]
 
 
 def test_training_rows_are_not_measured_through_a_run(tmp_path: Path) -> None:

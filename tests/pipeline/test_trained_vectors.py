@@ -24,6 +24,7 @@ from ..quick import in_turn
 from ..reference.forward import Write
 from ..rules.models import double
 from ..rules.support import plain, rows, tokens
+from .test_trained_dictionaries import assert_same_results
 from .test_trained_rotations import (
     HERE,
     LOSS,
@@ -243,11 +244,8 @@ def test_rules_use_it_as_a_vector_of_a_file(name: str, tmp_path: Path) -> None:
     own = run(path, fresh=True).files[0].experiments
     path = write(tmp_path, 'direction v = saved("v/vector.safetensors", "vector")\n', text)
     loaded = run(path, store=False).files[0].experiments
-    assert len(own) == len(loaded) == 2
-    for one, two in zip(own, loaded, strict=True):
-        assert [cell.coords for cell in one.cells] == [cell.coords for cell in two.cells]
-        for mine, theirs in zip(one.measures, two.measures, strict=True):
-            assert np.array_equal(mine.patched, theirs.patched, equal_nan=True)
+    assert len(own) == 2
+    assert_same_results(own, loaded)
     if name == "sweep":
         said = own[0].conventions["direction v"]
         assert f"4 rows of p at last token, 1 of them held out, to maximise {LOSS}" in said

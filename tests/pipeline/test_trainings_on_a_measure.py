@@ -62,6 +62,20 @@ def test_a_file_without_a_training_can_be_looked_at(kind: str, tmp_path: Path) -
     assert DECLARED[kind][3] in str(mechdsl.explain(path, models=models()))
 
 
+@pytest.mark.parametrize(("patch", "name"), [("rotation", "basis d"), ("mask", "group g")])
+def test_training_rows_are_not_measured(patch: str, name: str, tmp_path: Path) -> None:
+    patches = DECLARED[patch][1].replace("prompts second", "prompts p").replace("turned", "other")
+    said = f"measures rows that `{name[-1]}` is trained on"
+    with pytest.raises(mechdsl.MechdslError, match=said) as found:
+        train(write(tmp_path, declare(patch), patches))
+    assert found.value.diagnostics[0].code == "E0345"
+    options = f"{DECLARED[patch][0].QUICK}, measure_on_training_rows: true"
+    allowed = write(tmp_path, declare(patch, options=options), patches)
+    train(allowed)
+    (done,) = run(allowed).files[0].experiments
+    assert "4 of the 4 rows measured here are training rows" in done.conventions[name]
+
+
 def test_a_damaged_training_is_trained_again(kind: str, tmp_path: Path) -> None:
     path = write(tmp_path, declare(kind), DECLARED[kind][1])
     (found,) = train(path)

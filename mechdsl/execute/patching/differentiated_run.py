@@ -63,6 +63,28 @@ class DrawLanes:
         return first + draws
 
 
+def write_point(
+    point: SitePoint, model: LoadedModel, lanes: Tensor, tokens: Tensor, vectors: Tensor
+) -> SiteWrite:
+    """Write vectors of a site, with the numbers of all heads or neurons unless it names one.
+
+    Args:
+        lanes: [vector]
+        tokens: [vector]
+        vectors: [vector, width]
+    """
+    units = unit_count(model.shape, point.site, point.layer) if point.unit is None else 1
+    unit = torch.arange(units) if point.unit is None else torch.tensor([point.unit])
+    return SiteWrite(
+        point.site,
+        point.layer,
+        lanes.repeat_interleave(units),
+        tokens.repeat_interleave(units),
+        unit.repeat(len(lanes)),
+        vectors.reshape(len(lanes) * units, -1),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class DifferentiatedRun:
     """An unpatched run on one batch of prompts, in passes with autograd."""
