@@ -38,6 +38,7 @@ from mechdsl.cli.output import (
 )
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.rendering import diagnostic_facts
 
 if TYPE_CHECKING:
     from mechdsl.checks.file_check import CheckedFile
@@ -79,7 +80,7 @@ def fit(
 
     Trained dictionaries are stored. What is stored isn't trained again, except with `--fresh`. An
     interrupted training continues where it was. Exit status: 0 if everything is trained, 2 for an
-    invalid file, 3 if a training or a copy failed.
+    invalid file, 3 if a training or a copy failed. A training whose loss rose has failed.
     """
     from mechdsl.pipeline.options import RunOptions
 
@@ -101,13 +102,19 @@ def fit(
     status = SUCCESS
     for checked in everything:
         try:
-            found, own = train_with_bar(checked, options, stores)
+            found, own, status_of_file = train_with_bar(checked, options, stores)
         except KeyboardInterrupt as error:
             return report_interruption(error, CONTINUES)
         done += found
-        status = max(status, own)
+        problems += own
+        status = max(status, status_of_file)
     if form == "json":
-        print_json(json.dumps({"schema": 1, "fits": [each.to_dict() for each in done]}, indent=1))
+        document = {
+            "schema": 1,
+            "fits": [each.to_dict() for each in done],
+            "diagnostics": [diagnostic_facts(each) for each in problems],
+        }
+        print_json(json.dumps(document, indent=1))
     elif done:
         from mechdsl.show.trainings import print_trained_fits
 
@@ -119,8 +126,9 @@ def fit(
 
 def train_with_bar(
     checked: CheckedFile, options: RunOptions, stores: StoreOptions
-) -> tuple[list[TrainedFit], int]:
-    """Train what a file declares, with a progress bar; return it with the exit status."""
+) -> tuple[list[TrainedFit], list[Diagnostic], int]:
+    """Train what a file declares, with a progress bar; return it, the printed problems and the exit
+    status."""
     from dataclasses import replace
 
     from mechdsl.pipeline.trained_files import fits_of_file
@@ -131,22 +139,23 @@ def train_with_bar(
     source = checked.source
     if not fits_of_file(checked):
         print_line(f"{source.name} declares no trainings that its experiments use", out=False)
-        return [], SUCCESS
+        return [], [], SUCCESS
     folder = store_folder(source.path, stores.named, untrusted=options.settings.untrusted)
     if folder is None:
         reason = "`mechdsl fit` keeps trainings in a store, and this run has none"
         hint = "name a folder: `--store FOLDER`"
-        print_diagnostics([BadCommandLine(reason=reason, hint=hint)])
-        return [], INVALID_INPUT
+        problems: list[Diagnostic] = [BadCommandLine(reason=reason, hint=hint)]
+        print_diagnostics(problems)
+        return [], problems, INVALID_INPUT
     bar = ProgressBar(source.name, unit="steps")
     try:
         with bar:
             own = replace(options, store=folder)
             done, problems = train_file(checked, own, on_progress=StepCounter(bar).advance)
     except Exception as error:
-        return [], report_failure(f"training for {source.name}", error)
+        return [], [], report_failure(f"training for {source.name}", error)
     print_diagnostics(problems)
-    return done, INCOMPLETE if has_errors(problems) else SUCCESS
+    return done, problems, INCOMPLETE if has_errors(problems) else SUCCESS
 
 
 def _copy(fits: Sequence[TrainedFit], out: Path, form: str) -> bool:

@@ -499,7 +499,7 @@ def _train_first(files: list[CheckedFile], options: RunOptions, stores: StoreOpt
         if not fits_of_file(checked):
             continue
         try:
-            done, _ = train_with_bar(checked, replace(options, fresh=False), stores)
+            done, _, _ = train_with_bar(checked, replace(options, fresh=False), stores)
         except KeyboardInterrupt as error:
             return report_interruption(error, CONTINUES)
         trained = [each for each in done if each.seconds]

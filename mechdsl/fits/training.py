@@ -24,7 +24,16 @@ DECAY = 0.2
 """Share of the steps, at the end, in which the learning rate falls to 0."""
 
 
-class NotFinite(Exception):
+RISE = 0.01
+"""Rise of the loss on a batch from before the first step to after the last one, as a share of it,
+above which a training has diverged."""
+
+
+class Diverged(Exception):
+    """A training that leaves the parameters worse than they were."""
+
+
+class NotFinite(Diverged):
     """The loss or a weight became NaN or infinite."""
 
     def __init__(self, what: str, step: int) -> None:
@@ -110,12 +119,14 @@ class TrainingState:
     """Evaluations since then."""
     stopped: bool = False
     """Whether it stopped early."""
+    start_loss: float = math.nan
+    """Loss of the start on a batch; NaN before it is computed."""
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Parameters, further memory, moments of the optimiser, and the best parameters."""
 
     def numbers(self) -> dict[str, float]:
         """Return the numbers, for a file."""
-        names = ("step", "passes", "position", "best", "waited", "stopped")
+        names = ("step", "passes", "position", "best", "waited", "stopped", "start_loss")
         return {name: float(getattr(self, name)) for name in names}
 
     @classmethod
@@ -126,6 +137,7 @@ class TrainingState:
             best=float(numbers["best"]),
             waited=int(numbers["waited"]),
             stopped=bool(numbers["stopped"]),
+            start_loss=float(numbers["start_loss"]),
             tensors=dict(tensors),
         )
 
@@ -162,6 +174,8 @@ class Training:
         self._chunk: tuple[int, tuple[Tensor, Tensor]] | None = None
         self._order: tuple[int, Tensor] | None = None
         """Number of the pass through a chunk, and the order of its vectors."""
+        self._sample: tuple[Tensor, Tensor] | None = None
+        """The batch on which the losses of the start and of the end are compared."""
 
     # --- state
 
@@ -203,8 +217,11 @@ class Training:
 
         Raises:
             NotFinite: The loss or a weight became NaN or infinite.
+            Diverged: The loss of a batch is larger after the training than before.
         """
         state, steps = self.state, self.settings.steps
+        if math.isnan(state.start_loss) and steps:
+            state.start_loss = self._sample_loss()
         every = max(1, steps // EVALUATIONS)
         while state.step < steps and not state.stopped:
             self._step()
@@ -219,6 +236,34 @@ class Training:
                     own.copy_(self._best[f"memory {name}"])
         if not all(bool(own.isfinite().all()) for own in self.model.weights().values()):
             raise NotFinite("the weights aren't", state.step)
+        if steps:
+            self._check_decrease()
+
+    def _check_decrease(self) -> None:
+        """Raise Diverged if the loss of a batch is larger than at the start."""
+        begin, end = self.state.start_loss, self._sample_loss()
+        if not math.isfinite(end):
+            raise NotFinite("the loss isn't", self.state.step)
+        if end > begin + RISE * abs(begin):
+            steps = count_noun(self.state.step, "step")
+            raise Diverged(f"the loss rose from {begin:.4g} to {end:.4g} in {steps}")
+
+    def _sample_loss(self) -> float:
+        """Return the loss of the last step on the first vectors or rows, always the same ones."""
+        settings = self.settings
+        if self._sample is None:
+            inputs, targets = self._load(0)
+            self._sample = inputs[: settings.batch], targets[: settings.batch]
+        return self._loss(*self._sample, settings.steps, 1 - 1 / settings.steps)
+
+    @torch.no_grad()
+    def _loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> float:
+        """Return the loss of vectors or rows, and leave the model as it is."""
+        memory = {name: own.clone() for name, own in self.model.memory.items()}
+        loss = float(self.model.loss(inputs, targets, step, progress))
+        for name, own in self.model.memory.items():
+            own.copy_(memory[name])
+        return loss
 
     def _step(self) -> None:
         state, settings = self.state, self.settings
@@ -240,9 +285,7 @@ class Training:
         """Return the next batch, in a random order of the current chunk's vectors."""
         state, size = self.state, self.settings.batch
         number = state.passes % self.source.chunks
-        if self._chunk is None or self._chunk[0] != number:
-            self._chunk = number, self._scale(*self.source.chunk(number))
-        inputs, targets = self._chunk[1]
+        inputs, targets = self._load(number)
         count = max(1, len(inputs) // size)
         if state.position >= count:
             state.position, state.passes = 0, state.passes + 1
@@ -255,21 +298,24 @@ class Training:
         state.position += 1
         return inputs[which], targets[which]
 
-    @torch.no_grad()
+    def _load(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the scaled vectors of a chunk, and keep them until another one is needed."""
+        if self._chunk is None or self._chunk[0] != number:
+            self._chunk = number, self._scale(*self.source.chunk(number))
+        return self._chunk[1]
+
     def _evaluate(self) -> None:
         """Compare the loss on held-out vectors with the best one."""
         patience, (inputs, targets) = self.settings.patience, self._held_out
         if patience is None or not len(inputs):
             return
         state = self.state
-        memory = {name: own.clone() for name, own in self.model.memory.items()}
-        loss = float(self.model.loss(inputs, targets, state.step, 1.0))
-        for name, own in self.model.memory.items():  # an evaluation leaves no trace
-            own.copy_(memory[name])
+        loss = self._loss(inputs, targets, state.step, 1.0)
         if loss < state.best:
             state.best, state.waited = loss, 0
-            self._best = {name: own.clone() for name, own in self.model.parameters.items()}
-            self._best |= {f"memory {name}": own for name, own in memory.items()}
+            found = dict(self.model.parameters)
+            found |= {f"memory {name}": own for name, own in self.model.memory.items()}
+            self._best = {name: own.detach().clone() for name, own in found.items()}
         else:
             state.waited += 1
         state.stopped = state.waited >= patience

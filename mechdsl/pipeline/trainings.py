@@ -196,7 +196,7 @@ def _train_one(
     from mechdsl.execute.run.feature_files import RowsRefused
     from mechdsl.execute.training_vectors import NoVectors
     from mechdsl.fits.factors import NotFactored
-    from mechdsl.fits.training import NotFinite
+    from mechdsl.fits.training import Diverged
     from mechdsl.forward.hooks.gradients import AutogradFailed
 
     part = folder.with_name(f"{folder.name}.part")
@@ -222,7 +222,7 @@ def _train_one(
         shutil.rmtree(part, ignore_errors=True)
         reason, hint = f"no row has `{problem}`", "name a position that more rows have"
         return None, _failed(fit, reason, hint)
-    except NotFinite as problem:
+    except Diverged as problem:
         shutil.rmtree(part, ignore_errors=True)
         rate = float(fit.training.options["rate"])
         hint = f"lower the learning rate: `rate: {rate / 10:g}`"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.fits.training import (
+    Diverged,
     NotFinite,
     Training,
     TrainingSettings,
@@ -101,8 +102,10 @@ def test_batches_take_every_vector_once() -> None:
             self.memory: dict[str, Tensor] = {}
 
         def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
-            assert progress == step / 8
             assert torch.equal(inputs, targets)
+            if step == 8:  # the loss of the start or of the end, not of a step
+                return self.parameters["w"].sum()
+            assert progress == step / 8
             seen.append(inputs[:, 0].tolist())
             return self.parameters["w"].sum()
 
@@ -156,6 +159,51 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
     broken[50] = torch.nan
     one = training("relu", Fixed(broken))
     with pytest.raises(NotFinite, match="the loss isn't finite after"):
+        one.run(lambda step: None)
+
+
+def sample_loss(model: Any, own: Tensor, steps: int) -> float:
+    with torch.no_grad():
+        return float(model.loss(own, own, steps, 1 - 1 / steps))
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu"])
+def test_a_training_whose_loss_rises_reports_both_losses(kind: str) -> None:
+    """Those of the first vectors with the full penalty, before the first step and at the end."""
+    own = vectors(1)
+    one = training(kind, Fixed(own), rate=30.0)
+    before = sample_loss(training(kind, Fixed(own)).model, own[:16], STEPS)
+    with pytest.raises(Diverged) as raised:
+        one.run(lambda step: None)
+    after = sample_loss(one.model, own[:16], STEPS)
+    assert str(raised.value) == f"the loss rose from {before:.4g} to {after:.4g} in {STEPS} steps"
+    assert after > before
+
+
+@pytest.mark.parametrize(("end", "fails"), [(1.009, False), (1.011, True), (0.5, False)])
+def test_a_loss_that_rises_by_one_percent_is_accepted(end: float, fails: bool) -> None:
+    class Drifts:
+        def __init__(self) -> None:
+            self.parameters = {"w": torch.zeros(1)}
+            self.memory: dict[str, Tensor] = {}
+            self.steps = 0
+
+        def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
+            return self.parameters["w"].sum() * 0 + (end if self.steps else 1.0)
+
+        def after_step(self) -> None:
+            self.steps += 1
+
+        def weights(self) -> dict[str, Tensor]:
+            return {}
+
+    empty = torch.zeros(0, 8)
+    settings = TrainingSettings(1, 16, 0.1, 0)
+    one = Training(Drifts(), Fixed(vectors(1)), (empty, empty), settings, lambda x, y: (x, y))
+    if fails:
+        with pytest.raises(Diverged, match=r"from 1 to 1\.011 in 1 step"):
+            one.run(lambda step: None)
+    else:
         one.run(lambda step: None)
 
 
