@@ -76,6 +76,8 @@ ITEMS = _limit(10_000, "items of a list", "E0506")
 
 TEXT = _limit(100_000, "characters of one text of a row", "E0506")
 
+INSERTED = _limit(1_000, "tokens that a corruption inserts", "E0515")
+
 DIGITS = _limit(300, "digits of a computed number", "E0503")
 
 DATA_SET = _limit(2**30, "bytes of a data set from the hub", "E0506")

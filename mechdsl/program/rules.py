@@ -139,11 +139,20 @@ def _check_error_dropped(rule: ast.Rule, work: Statements) -> None:
 def lower_rules(
     rule: ast.Rule, source: str | None, prompts: spec.Prompts | None, work: Statements
 ) -> tuple[spec.Rule, ...]:
-    """Lower a rule; an ablation with several fills becomes one rule per fill."""
+    """Lower a rule; an ablation with several fills becomes one rule per fill, and a rule with one
+    direction per token one rule per token."""
     body = rule.body
     during = lower_during(rule, work)
     if rule.drops_error:
         _check_error_dropped(rule, work)
+    several = _directions_of_tokens(body, work)
+    if several and isinstance(body, ast.SetSite | ast.Add):
+        parts = (replace(rule, body=replace(body, value=each)) for each in several)
+        return tuple(
+            lowered.model_copy(update={"token": (number, len(several))})
+            for number, part in enumerate(parts)
+            for lowered in lower_rules(part, source, prompts, work)
+        )
     if not isinstance(body, ast.Ablate) or not body.more:
         changes = {"during": during, "drops_error": rule.drops_error}
         return (lower_rule(rule, source, prompts, work).model_copy(update=changes),)
@@ -165,6 +174,21 @@ def lower_rules(
         )
         for number, fill in enumerate(fills)
     )
+
+
+def _directions_of_tokens(body: ast.Node, work: Statements) -> tuple[ast.Expr, ...]:
+    """Return the directions of `[2 * a, b]` with their factors; empty for a rule without a list."""
+    value = body.value if isinstance(body, ast.SetSite | ast.Add) else None
+    names = work.scope.names("direction")
+    if not isinstance(value, ast.Expr) or not direction_names(value, names):
+        return ()
+    factor, direction = split_factor(value, names)
+    if not isinstance(direction, ast.ListLiteral):
+        return ()
+    items = [each for each in direction.items if not isinstance(each, ast.Range)]
+    if factor is None:
+        return tuple(items)
+    return tuple(ast.Binary("*", factor, each, span=each.span) for each in items)
 
 
 def _label(fill: ast.Fill) -> str:

@@ -401,6 +401,8 @@ class Rule(Spec):
     """ablate: zero, mean, resample, `mean of …`; replace: the text; other rules: the number."""
     direction: ExprText | None = None
     """add, set, project out, clamp: the direction; its factor is `fill`."""
+    token: tuple[int, int] | None = None
+    """add, set with one direction per token: the index of this rule's token, and their number."""
     by: str | None = None
     fills: tuple[str, ...] = ()
     """ablate: labels of an axis of fills; this rule has one of them."""

@@ -48,6 +48,12 @@ from mechdsl.prompts.conventions import (
     token_conventions,
 )
 from mechdsl.prompts.expressions import Constants, WordLookup
+from mechdsl.prompts.insertion import (
+    INSERTED_SPAN,
+    has_inserted_tokens,
+    insert_tokens,
+    insertion_conventions,
+)
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.positions.spans import SpanFinder
 from mechdsl.prompts.rows import BlockRows, PromptTable, Row, resolve_image_change
@@ -106,6 +112,27 @@ def replace_tokens(
     """
     hits = [tuple(p for tokens in row for p in tokens) for row in cell.hits]
     return _replaced(table, run, at, hits, [text] * len(hits), tokenizer)
+
+
+def _change_tokens(
+    kind: TokenChange,
+    change: ast.ChangeLine,
+    table: PromptTable,
+    run: str,
+    texts: Sequence[str],
+    tokenizer: TextTokenizer,
+) -> tuple[PromptRun, list[Diagnostic]]:
+    """Replace or insert tokens of a run, with one text per row."""
+    if kind.inserts:
+        return insert_tokens(table, run, change, texts, tokenizer)
+    assert change.tokens is not None
+    if has_inserted_tokens(table.runs[run]):
+        reason = "tokenises the prompts again, in which tokens were inserted"
+        hint = "write it before `insert`"
+        return table.runs[run], [
+            BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
+        ]
+    return replace_at_positions(table, run, change.tokens, texts, tokenizer)
 
 
 def check_chat_markers(text: str, span: Span, tokenizer: TextTokenizer) -> MarkerInText | None:
@@ -439,6 +466,7 @@ class _Builder:
             if self.max_length is not None:
                 self.diagnostics += check_prompt_lengths(self.block, table, self.max_length)
             table = self._with_noise(table, found)
+        conventions |= insertion_conventions(self.block)
         conventions |= noise_conventions(table) | image_conventions(table)
         classes, problems = expand_class_texts(self.block, self.rows[found.rows[0].id])
         self.diagnostics += problems
@@ -606,9 +634,8 @@ class _Builder:
             for kind, change in changes:
                 texts = self._new_texts(corruption, change, kind.text(change), made)
                 current = replace(table, runs=runs)
-                assert change.tokens is not None
-                run, diagnostics = replace_at_positions(
-                    current, corruption.name, change.tokens, texts, self.tokenizer
+                run, diagnostics = _change_tokens(
+                    kind, change, current, corruption.name, texts, self.tokenizer
                 )
                 self.diagnostics += diagnostics
                 runs[corruption.name] = run
@@ -854,6 +881,7 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
         *roles,
         *(span.name.id for span in block.spec.spans),
         *lacking,
+        INSERTED_SPAN,
     ]
     known = (n for n in dict.fromkeys(columns) if n not in constant)
     names = [n for n in known if len(n) <= limits.NAME and _NAME.fullmatch(n)]

@@ -9,13 +9,14 @@ from itertools import product
 from typing import Any, TypeAlias
 
 from mechdsl.base.source import Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.names import UnequalIndexTokens, UnknownName
 from mechdsl.diagnostics.positions import AbsentOccurrence, NotInReply, OutsidePrompt, UnequalUnion
 from mechdsl.diagnostics.rules import (
     AxisDoesNotFit,
     BadAmount,
+    BadDirection,
     BadEdit,
     BadLoopValue,
     OverlappingPositions,
@@ -94,7 +95,8 @@ def resolve_rule_positions(
         if apart is not None:
             return _match_external(rule.at, apart, values, work)
         if rule.onto is None:
-            return _match_same(rule.at, run, values, work)
+            found = _match_same(rule.at, run, values, work)
+            return found if rule.token is None else _select_token(rule, found, work)
         if exchanged:
             return _match_exchanged(rule.at, rule.onto, values, work)
         return _match_pairs(rule.at, rule.onto, run, values, work)
@@ -334,6 +336,42 @@ def _match_same(
     if apart is not None and apart.span not in said:  # one warning for all values of a loop
         work.diagnostics.append(apart)
     return _checked(pairs, positions, run, tuple(labels), work)
+
+
+def _select_token(
+    rule: spec.Rule, found: PositionMatch | None, work: ExperimentContext
+) -> PositionMatch | None:
+    """Select the token of a rule that has one direction for each token of its position; None after
+    E0341 for another number of tokens."""
+    assert rule.token is not None
+    number, count = rule.token
+    if found is None:
+        return None
+    row = next(
+        (
+            (cell, row, sum(map(len, hits)))
+            for cell in found.written
+            for row, hits in enumerate(cell.hits)
+            if hits and (cell.reply is not None or [*map(len, hits)] != [count])
+        ),
+        None,
+    )
+    if row is not None and not (work.table.stands_in or work.model.stands_in):
+        cell, which, there = row
+        has = count_noun(there, "token") if cell.reply is None else "tokens of a reply"
+        reason = f"it has {count} directions, and `{cell.label}` has {has} in row {which}"
+        hint = "list one direction for each token: `set embed at inserted tokens to [a, b]`"
+        problem = BadDirection(span=rule.span, text=rule.span.written, reason=reason, hint=hint)
+        work.diagnostics.extend([] if problem in work.diagnostics else [problem])
+        return None
+    cells = [
+        replace(
+            cell,
+            hits=tuple(tuple(own[number : number + 1] for own in hits[:1]) for hits in cell.hits),
+        )
+        for cell in found.written
+    ]
+    return PositionMatch(cells, cells, found.left_out)
 
 
 def _match_external(

@@ -18,6 +18,7 @@ from mechdsl.models.anatomy import has_additive_positions
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.spec import constant_value
+from mechdsl.prompts.insertion import has_inserted_tokens
 from mechdsl.prompts.runs import PromptRun, RunRow
 from mechdsl.prompts.table import change_row_patches, check_chat_markers, replace_tokens
 from mechdsl.prompts.tokens.images import ImageTokenizer
@@ -81,6 +82,11 @@ def _inputs(
     """
     assert isinstance(rule.fill, ast.String)
     base, new, tokenizer = work.experiment.base, rule.fill.value, work.model.tokenizer
+    if has_inserted_tokens(work.table.runs[base]):
+        what = "`replace` on a run with inserted tokens"
+        later = "write it in the corruption, before `insert`"
+        work.diagnostics.append(NotSupported(span=rule.span, what=what, later=later))
+        return {}
     if work.table.runs[base].chat:
         marker = check_chat_markers(new, rule.fill.span, tokenizer)
         work.diagnostics.extend([] if marker is None else [marker])

@@ -581,7 +581,8 @@ class SpanDef(Node):
 @record
 class ChangeLine(Node):
     """A line of `corrupt` that begins with a word: `swap a, b`, `replace item tokens with "thing"`,
-    `add gaussian(std: 3 sd) to embed at subject tokens`.
+    `add gaussian(std: 3 sd) to embed at subject tokens`, `insert 4 tokens before last token with
+    " x"`.
 
     The word's entry in `vocab.corruptions` defines which parts it takes and their effect.
     """
@@ -592,6 +593,9 @@ class ChangeLine(Node):
     """Set if positions follow the word instead of values."""
     to: Site | None = None
     at: Positions | None = None
+    before: Positions | None = None
+    """Set if `tokens before` follows a number."""
+    after: Positions | None = None
     given: Expr | None = None
     """The value after `with`."""
     by: Expr | None = None

@@ -578,10 +578,14 @@ def _data(node: Any) -> str | None:
 
 def _change(node: ast.ChangeLine) -> str:
     values = ", ".join(format_operand(value, SUM) for value in node.values)
+    if node.before is not None or node.after is not None:
+        values += f" {'token' if values == '1' else 'tokens'}"
     return (
         f"{node.word} {values if node.tokens is None else format_positions(node.tokens)}"
         + _of("to", node.to, format_site)
         + _of("at", node.at, format_positions)
+        + _of("before", node.before, format_positions)
+        + _of("after", node.after, format_positions)
         + _of("with", node.given, _sum)
         + _of("by", node.by, _sum)
         + _optional("radius", node.radius)

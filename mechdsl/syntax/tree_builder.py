@@ -31,7 +31,15 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.ast import unescape
 from mechdsl.syntax.words import CHANGE_WORDS, RESERVED
 
-CHANGE_CLAUSES = {"to": "to", "at": "at", "given": "with", "by": "by", "radius": "radius"}
+CHANGE_CLAUSES = {
+    "to": "to",
+    "at": "at",
+    "before": "before",
+    "after": "after",
+    "given": "with",
+    "by": "by",
+    "radius": "radius",
+}
 """Field of `ast.ChangeLine` → the word before it, in source order."""
 
 _CLAUSE_EXAMPLES = {"radius": "such as `radius 8`, in pixels", "by": "such as `by 40`, of 255"}
@@ -65,6 +73,7 @@ class ChangeSignature:
 
     values: the node types of its values, in order; `repeated`: the last one may be repeated.
     tokens: positions follow instead of values; `either`: positions or values follow.
+    counted: a number of tokens and a place follow, `4 tokens before last token`.
     needs, may: required and optional clauses, as fields of `ast.ChangeLine` (`given` is `with`).
     """
 
@@ -72,6 +81,7 @@ class ChangeSignature:
     repeated: bool = False
     tokens: bool = False
     either: bool = False
+    counted: bool = False
     needs: tuple[str, ...] = ()
     may: tuple[str, ...] = ()
 
@@ -95,7 +105,16 @@ class ChangeSignature:
         if len(change.values) > len(kinds):
             hint = f"write another `{change.word}` for it" if len(kinds) == 1 else "leave it out"
             return _unexpected(change.values[len(kinds)].span, "the next statement", hint)
+        places = [place for place in (change.before, change.after) if place is not None]
+        if self.counted and not places:
+            return _incomplete(
+                change, "`tokens`", "write `tokens before last token` after the number"
+            )
+        if places and not self.counted:
+            return _unexpected(change.span, "another statement")
         for clause, word in CHANGE_CLAUSES.items():
+            if clause in ("before", "after"):
+                continue
             given = getattr(change, clause)
             if given is None and clause in self.needs:
                 return _incomplete(change, f"`{word}`", _CLAUSE_EXAMPLES.get(clause, ""))
@@ -115,6 +134,10 @@ class ChangeSignature:
             The terminals that this change accepts.
         """
         commas = before.count(",")
+        if self.counted:
+            only = {1: frozenset({"INT"}), 2: frozenset({"TOKEN", "TOKENS"})}.get(len(before))
+            left = grammar & only if only is not None else grammar
+            return left if "with" in before else left - _FOLLOWING_TERMINALS
         if not (self.tokens or self.either) and (len(before) == 1 or before[-1] == ","):
             return grammar & _FIRST_TERMINALS[self.values[min(commas, len(self.values) - 1)]]
         if len(before) == 1:
@@ -148,6 +171,14 @@ def register_change(word: str, signature: ChangeSignature) -> None:
     """Register a word that begins a change; the word stays a valid name everywhere else."""
     CHANGE_SIGNATURES[word] = signature
     CHANGE_WORDS.add(word)
+
+
+def _checked_change(change: ast.ChangeLine) -> ast.ChangeLine:
+    """Report the first problem with the parts of a change."""
+    wrong = check_change(change)
+    if wrong is not None:
+        _report(wrong)
+    return change
 
 
 def check_change(change: ast.ChangeLine) -> Diagnostic | None:
@@ -531,15 +562,28 @@ class TreeBuilder(Transformer[Token, Any]):
             tokens,
             to,
             at,
-            clauses.get("with"),
-            clauses.get("by"),
-            clauses.get("radius"),
+            given=clauses.get("with"),
+            by=clauses.get("by"),
+            radius=clauses.get("radius"),
             span=_span(c),
         )
-        wrong = check_change(change)
-        if wrong is not None:
-            _report(wrong)
-        return change
+        return _checked_change(change)
+
+    def inserting(self, c: list[Any]) -> ast.ChangeLine:
+        clauses = _clauses(c)
+        return _checked_change(
+            ast.ChangeLine(
+                str(c[0]),
+                tuple(_nodes(c)),
+                before=clauses.get("before"),
+                after=clauses.get("after"),
+                given=clauses.get("with"),
+                span=_span(c),
+            )
+        )
+
+    before_place = _clause("before", _second)
+    after_place = _clause("after", _second)
 
     def change_word(self, c: list[Any]) -> Token:
         return c[0]

@@ -115,6 +115,9 @@ class ValueChange(ChangeKind[C]):
 class TokenChange(ChangeKind[ast.ChangeLine]):
     """A change that replaces tokens (`change.tokens`) of the prompt by a different text."""
 
+    inserts: ClassVar[bool] = False
+    """Whether it inserts tokens at a place instead, each with this text."""
+
     def text(self, change: ast.ChangeLine) -> ast.Expr:
         """Return the replacement, a text in each row."""
         raise NotImplementedError
@@ -302,6 +305,33 @@ class ReplaceChange(TokenChange):
     def text(self, change: ast.ChangeLine) -> ast.Expr:
         assert change.given is not None
         return change.given
+
+
+@change("insert")
+class InsertChange(TokenChange):
+    usage = 'insert 4 tokens before last token with " apple"'
+    meaning = (
+        "inserts tokens before the first or `after` the last token of a position, each with this "
+        "text of one token. All other tokens stay as they are. `inserted tokens` are the positions "
+        "of the new ones, at which rules write vectors: `set embed at inserted tokens to m`"
+    )
+    signature = ChangeSignature((ast.Number,), counted=True, needs=("given",))
+    inserts = True
+
+    def text(self, change: ast.ChangeLine) -> ast.Expr:
+        assert change.given is not None
+        return change.given
+
+    def refusals(self, change: ast.ChangeLine, parameters: Parameters) -> list[Diagnostic]:
+        (count,) = change.values
+        number = _number(count, parameters)
+        reason, node = f"takes 1 to {limits.INSERTED:,} tokens", count
+        if number is not None and 1 <= number <= limits.INSERTED:
+            if isinstance(change.given, ast.String):
+                return []
+            reason = "takes a text; a rule writes vectors, `set embed at inserted tokens to m`"
+            node = self.text(change)
+        return [BadCall(span=node.span, name=self.name, reason=reason, usage=self.usage)]
 
 
 # --- changes of activations -----------------------------------------------------------------------

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import mechdsl
 
@@ -174,3 +176,49 @@ def test_both_sides_are_seen(bert: tuple[Architecture, nn.Module], tmp_path: Pat
             assert value == pytest.approx(hand, abs=1e-4)
             largest = max(largest, abs(hand - float(weights[mask].sum())))
     assert largest > 0.5
+
+
+INSERTED = """
+direction v = saved("drawn.safetensors", "v")
+direction w = saved("drawn.safetensors", "w")
+experiment e {
+  model bert
+  prompts p
+  from clean into longer
+  set embed at inserted tokens to [v, w]
+  measure logit(answer) - logit(wrong) at "[MASK]" token as raw
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "index"), [('before "w9" token', -4), ("after last token", -1), ("before a token", 1)]
+)
+def test_inserted_tokens_have_the_written_embeddings(
+    bert: tuple[Architecture, nn.Module], tmp_path: Path, place: str, index: int
+) -> None:
+    """Between the special tokens, which the tokenizer adds at both ends."""
+    _, module = bert
+    text = FILE.split("experiment")[0]
+    line = f'corrupt longer {{ insert 2 tokens {place} with " w7" }}'
+    path = tmp_path / "masked.mech"
+    path.write_text(text.replace('corrupt other { a = "w15" }', line) + INSERTED, "utf-8")
+    words = cast("PreTrainedModel", module).get_input_embeddings()
+    assert isinstance(words, nn.Embedding)
+    random = torch.Generator().manual_seed(1)
+    drawn = {name: torch.randn(words.embedding_dim, generator=random) for name in "vw"}
+    save_file(drawn, tmp_path / "drawn.safetensors")
+    result = mechdsl.run(path, models={"bert": (module, tokenizer())})["e"]
+    for n, (a, b) in enumerate(zip(result.row_values["a"], result.row_values["b"], strict=True)):
+        ids = prompt(a, b)[0]["input_ids"][0]
+        at = index % len(ids)
+        for values, between in (
+            (result.measures[0].base, words(torch.tensor([7, 7]))),
+            (result.measures[0].patched, torch.stack([*drawn.values()])),
+        ):
+            given = torch.cat([words(ids[:at]), between, words(ids[at:])])
+            with torch.no_grad():
+                logits = module(inputs_embeds=given[None]).logits[0]
+            mask = int((ids == IDS["[MASK]"]).nonzero()) + 2 * (index not in (-1,))
+            expected = float(logits[mask, IDS["w5"]] - logits[mask, IDS["w6"]])
+            assert values[0, n] == pytest.approx(expected, abs=1e-4)

@@ -977,6 +977,14 @@ _rule(
     _STEERING,
 )
 _rule(
+    "set to one direction per token",
+    "set resid_post layer 2 at tokens -2..-1 to [more, 2 * more]",
+    "Sets the vectors at the tokens of a position to one direction each, in the order of the "
+    "prompt. `add` takes such lists too. Every row needs this number of tokens.",
+    OWN,
+    "tests/rules/test_inserted_tokens.py",
+)
+_rule(
     "add",
     "add 4.0 * more to resid_post layer 2 at tokens *",
     "Adds the direction times the number, which may be a `param` or a `for` variable. The "

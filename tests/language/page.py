@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mechdsl.base.limits import LIMITS
-from mechdsl.vocab.corruptions import CHANGES, NOISES, ActivationChange, ChangeKind, ImageChange
+from mechdsl.vocab.corruptions import (
+    CHANGES,
+    NOISES,
+    ActivationChange,
+    ChangeKind,
+    ImageChange,
+    TokenChange,
+)
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, MetricArgument, MetricForm
 from mechdsl.vocab.reports import REPORTS
@@ -628,6 +635,8 @@ def _held(change: ChangeKind[Any]) -> str:
     """The file that holds a change."""
     if isinstance(change, ImageChange):
         return "tests/images/test_regions.py"
+    if isinstance(change, TokenChange) and change.inserts:
+        return "tests/rules/test_inserted_tokens.py"
     return "tests/execute/test_noise.py" if isinstance(change, ActivationChange) else _ROWS
 
 

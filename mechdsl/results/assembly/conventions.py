@@ -226,7 +226,8 @@ def _of_runs(experiment: ResolvedExperiment, model: LoadedModel) -> ConventionIt
             value = f"{noise.sds:g} sd = {compute_noise_scale(model, noise):.4g}"
             yield key, f"{experiment.table.conventions[key]}, {value}"
     for name, own in experiment.derived.items():
-        rules = "; ".join(" ".join(rule.spec.span.written.split()) for rule in own.rules)
+        said = (" ".join(rule.spec.span.written.split()) for rule in own.rules)
+        rules = "; ".join(dict.fromkeys(said))
         read = "" if own.spec.source is None else f", from {own.spec.source}"
         place = "its writes stay in place under the experiment's rules"
         yield f"run {name}", f"{own.spec.base} with {rules}{read}; {place}"

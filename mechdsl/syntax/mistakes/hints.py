@@ -565,6 +565,14 @@ HINTS: tuple[Hint, ...] = (
         "write `tokens except …`, or `each token except …` for one run each",
     ),
     Hint(r"\bbetween\b", r"to\b", "write `and`: `tokens between A and B`", "AND"),
+    # Numbers and places of `insert`.
+    Hint(
+        r"^insert\s+\w+\s+tokens?\s*$",
+        r"",
+        'name a place and a token: `insert 4 tokens before last token with " apple"`',
+        "BEFORE",
+    ),
+    Hint(r"^insert\s+\w+\s*$", r"", "write `tokens` after the number", "TOKENS"),
     # Targets and values of `replace`.
     Hint(
         r"^replace\b(?!\s+block\b)",
