@@ -6,8 +6,11 @@ from itertools import pairwise
 
 import pytest
 
+from mechdsl.base.source import Source
 from mechdsl.prompts.runs import RunRow
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.syntax.formatter import format_file
+from mechdsl.syntax.frontend import parse
 
 from . import chats, support
 from .tokenizers import KINDS, Kind
@@ -105,3 +108,18 @@ def test_character_of_several_tokens_is_not_divided() -> None:
     )
     assert made is None
     assert "inside of a character" in found[-1].message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'insert 4 tokens before last token with " plum"',
+        'insert 1 token after first token of item + 1 with " {x}"',
+        'insert 20 tokens before item 2 token, last token with "a"',
+    ],
+)
+def test_format_keeps_the_line(line: str) -> None:
+    text = f"mech 1\n\nprompts p {{\n  corrupt longer {{ {line} }}\n}}\n"
+    tree, problems = parse(Source(text.replace("1 token ", "1   tokens ")))
+    assert not problems
+    assert format_file(tree).split() == text.split()
