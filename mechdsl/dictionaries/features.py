@@ -142,6 +142,14 @@ class NonnegativeEncoder(Encoder):
         return solve_nonnegative(vectors, weights["W_dec"], weights["threshold"])
 
 
+@encoder("linear")
+class LinearEncoder(Encoder):
+    """A linear map of the centred vector: coordinates of both signs."""
+
+    def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
+        return project_some(vectors, weights["W_enc"], which)
+
+
 @encoder("matching_pursuit")
 class MatchingPursuitEncoder(Encoder):
     """Features that are chosen one after the other, each for the remaining residual."""
@@ -240,7 +248,7 @@ class Dictionary:
     @property
     def is_affine(self) -> bool:
         """Whether features are an affine map of vectors."""
-        return False
+        return self.file.architecture == "linear" and self.file.normalization == "none"
 
     def _like(self, vectors: Tensor) -> DictionaryWeights:
         key = vectors.device, vectors.dtype

@@ -29,6 +29,7 @@ Architecture = Literal[
     "matching_pursuit",
     "temporal",
     "nonnegative",
+    "linear",
 ]
 
 Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
@@ -43,14 +44,17 @@ WEIGHT_FILES: Mapping[Layout, str] = {
     "sparsify": "sae.safetensors",
 }
 
-OWN_KINDS: Mapping[Architecture, str] = {"nonnegative": "nonnegative factorization"}
+OWN_KINDS: Mapping[Architecture, str] = {
+    "nonnegative": "nonnegative factorization",
+    "linear": "linear components",
+}
 """Architectures that only mechdsl trains and reads, in files like those of SAELens → their names in
 messages."""
 
 MAX_GATHERED = 16
 """Named coordinates of a vector up to which only their own directions are used."""
 
-SEPARATE: tuple[Architecture, ...] = ("standard", "jumprelu", "gated")
+SEPARATE: tuple[Architecture, ...] = ("standard", "jumprelu", "gated", "linear")
 """Architectures whose features don't depend on each other, so that some can be computed alone."""
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".npz")
@@ -71,6 +75,7 @@ TENSORS: Mapping[Architecture, tuple[str, ...]] = {
     "matching_pursuit": ("W_dec", "b_dec"),
     "temporal": ("W_dec", "b_dec"),
     "nonnegative": ("W_dec", "b_dec", "threshold"),
+    "linear": ("W_enc", "W_dec", "b_dec"),
 }
 """Tensors of each architecture."""
 

@@ -228,6 +228,24 @@ class TrainingReport(FitReport):
 
 
 @dataclass(frozen=True)
+class IndependenceReport(FitReport):
+    """How independent components are, on vectors of rows that the training didn't use."""
+
+    vectors: int
+    """Vectors of the training rows."""
+    held_out_vectors: int
+    explained: float
+    """Share of the variance of the held-out vectors; without any, of the training vectors, as in
+    the following numbers. As many principal components of the training vectors explain as much."""
+    kurtosis: float
+    """Median over the components of the size of the excess kurtosis of their coordinates."""
+    untrained_kurtosis: float
+    """The same for the first, random rotation of the whitened vectors."""
+    components_kurtosis: float
+    """The same for as many principal components."""
+
+
+@dataclass(frozen=True)
 class RotationReport(FitReport):
     """What the training of a rotation led to: means of its measure over rows that it didn't use."""
 
@@ -308,7 +326,7 @@ class MaskReport(FitReport):
         return f"{text} and {more} more, with probabilities from {least:.2f}"
 
 
-Report = TrainingReport | RotationReport | VectorReport | MaskReport
+Report = TrainingReport | IndependenceReport | RotationReport | VectorReport | MaskReport
 
 
 @dataclass(frozen=True)

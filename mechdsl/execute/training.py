@@ -17,7 +17,7 @@ from mechdsl.base.files import replace_file
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.base.text import format_size
-from mechdsl.dictionaries.features import load_dictionary
+from mechdsl.dictionaries.features import Dictionary, load_dictionary
 from mechdsl.dictionaries.folder import CONFIG_FILE, HOOK_SITES, WEIGHT_FILES, read_dictionary
 from mechdsl.execute.run_record import CARD_FILE, Report, TrainingReport
 from mechdsl.execute.training_vectors import RowVectors, TrainingVectors
@@ -123,7 +123,7 @@ def train_dictionary(
         loop = Training(model, vectors, held_out, read_settings(training), scaling.apply)
         job.run(loop)
     trained = Solution(model.weights(), loop.state.step, loop.state.stopped)
-    finish = _Finish(declared, scaling, job.facts)
+    finish = DictionaryWriter(declared, scaling, job.facts)
     weights = untrained, trained
     return _finish_dictionary(finish, vectors, held_out, weights, loop.state, job)
 
@@ -138,6 +138,19 @@ def solve_dictionary(
     Raises:
         NotFactored: The vectors have no such dictionary, or don't fit into memory together.
         OSError: A file can't be written.
+    """
+    untrained, trained = solve_twice(declared, vectors, job)
+    finish = DictionaryWriter.of_solution(declared, job)
+    weights, held_out = (untrained.tensors, trained), vectors.held_out()
+    return _finish_dictionary(finish, vectors, held_out, weights, TrainingState(), job)
+
+
+def solve_twice(
+    declared: TrainedDictionary, vectors: RowVectors, job: TrainingJob
+) -> tuple[Solution, Solution]:
+    """Compute a dictionary from all vectors together: with no iterations, and with all of them.
+
+    Raises NotFactored.
     """
     training = declared.training
     assert training is not None
@@ -155,13 +168,11 @@ def solve_dictionary(
         for count in (0, steps)
     )
     job.on_step(steps, steps)
-    finish = _Finish(declared, Scaling.none(declared.width_in), job.facts)
-    weights, held_out = (untrained.tensors, trained), vectors.held_out()
-    return _finish_dictionary(finish, vectors, held_out, weights, TrainingState(), job)
+    return untrained, trained
 
 
 def _finish_dictionary(
-    finish: _Finish,
+    finish: DictionaryWriter,
     vectors: TrainingVectors,
     held_out: tuple[Tensor, Tensor],
     weights: tuple[Mapping[str, Tensor], Solution],
@@ -236,12 +247,17 @@ def _scale(vectors: Tensor) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _Finish:
+class DictionaryWriter:
     """Writes the files of a dictionary."""
 
     declared: TrainedDictionary
     scaling: Scaling
     facts: Mapping[str, Any]
+
+    @classmethod
+    def of_solution(cls, declared: TrainedDictionary, job: TrainingJob) -> DictionaryWriter:
+        """Return the writer of a dictionary that is computed from the vectors as they are."""
+        return cls(declared, Scaling.none(declared.width_in), job.facts)
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
         """Write weights and configuration."""
@@ -292,10 +308,15 @@ class _Finish:
             "metadata": {name: value for name, value in metadata.items() if value is not None},
         }
 
+    def load(self, folder: Path) -> Dictionary:
+        """Return a written dictionary, as rules will read it."""
+        return load_dictionary(
+            read_dictionary(folder, str(folder), transcodes=self.declared.transcodes)
+        )
+
     def assess(self, folder: Path, measured: tuple[Tensor, Tensor]) -> Fit:
         """Assess a written dictionary, as rules will read it."""
-        file = read_dictionary(folder, str(folder), transcodes=self.declared.transcodes)
-        system = load_dictionary(file)
+        system = self.load(folder)
         inputs, targets = measured
         with torch.no_grad():
             features = system.encode(inputs, None)

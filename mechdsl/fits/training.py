@@ -348,6 +348,12 @@ def assess(features: Tensor, made: Tensor, targets: Tensor) -> Fit:
     return Fit(explained, float(active.sum(1).double().mean()), int((~active.any(0)).sum()))
 
 
+def principal_axes(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return [width] the mean of vectors, and [count, width] their first principal axes."""
+    center = vectors.double().mean(0)
+    return center, torch.linalg.svd(vectors.double() - center, full_matrices=False)[2][:count]
+
+
 def components_explain(trained_on: Tensor, targets: Tensor, count: int) -> float:
     """Return the share of the variance of vectors that principal components of others explain.
 
@@ -355,8 +361,7 @@ def components_explain(trained_on: Tensor, targets: Tensor, count: int) -> float
         trained_on: [vector, width] that the components are computed from.
         count: Number of components.
     """
-    center = trained_on.double().mean(0)
-    axes = torch.linalg.svd(trained_on.double() - center, full_matrices=False)[2][:count]
+    center, axes = principal_axes(trained_on, count)
     shifted = targets.double() - center
     made = shifted @ axes.T @ axes
     spread = (targets.double() - targets.double().mean(0)).square().sum()

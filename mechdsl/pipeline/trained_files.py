@@ -36,6 +36,7 @@ from mechdsl.execute.run_record import (
     ROTATION_FILE,
     TRAINING_VERSION,
     VECTOR_FILE,
+    IndependenceReport,
     MaskReport,
     Report,
     RotationReport,
@@ -289,7 +290,9 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
             return _read_mask(folder, fit.file, card["sha256"]), MaskReport.read(card)
         transcodes = bool(card["transcodes"])
         file = read_dictionary(folder, str(folder), transcodes=transcodes)
-        return file, TrainingReport.read(card)
+        measured = TRAINERS[fit.training.trainer].measured
+        kind = IndependenceReport if measured == "independence" else TrainingReport
+        return file, kind.read(card)
     except (OSError, ValueError, KeyError, TypeError, IndexError, UnreadableFile):
         return None
 
@@ -341,7 +344,7 @@ def describe_report(file: TrainedFile, report: Report) -> str:
 def _describe_result(file: TrainedFile, report: Report) -> str:
     if isinstance(report, MaskReport):
         return _describe_mask(file, report)
-    if not isinstance(report, TrainingReport):
+    if not isinstance(report, TrainingReport | IndependenceReport):
         rows = "held-out rows" if report.held_out_rows else "training rows"
         values = _effects(report)
         listed = ", ".join(
@@ -353,8 +356,12 @@ def _describe_result(file: TrainedFile, report: Report) -> str:
         return f"{said}; SHA-256 {file.digest[:12]}…"
     what = "held-out vectors" if report.held_out_vectors else "training vectors"
     text = f"explains {report.explained:.3f} of the variance of {what}"
-    text += f", {report.active:.1f} features active, SHA-256 {file.digest[:12]}…"
-    return text
+    if isinstance(report, IndependenceReport):
+        text += f", median excess kurtosis {report.kurtosis:.2f} (random rotation "
+        text += f"{report.untrained_kurtosis:.2f})"
+    else:
+        text += f", {report.active:.1f} features active"
+    return f"{text}, SHA-256 {file.digest[:12]}…"
 
 
 def _effects(report: RotationReport | VectorReport) -> dict[str, float | None]:

@@ -19,6 +19,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import TrainingFailed, UndecidedMask
 from mechdsl.execute.run_record import (
     CARD_FILE,
+    IndependenceReport,
     MaskReport,
     Report,
     RotationReport,
@@ -249,6 +250,7 @@ def _run_training(
     on_progress: FitProgress | None,
 ) -> Report:
     """Train one of them, and write it to `result`, in the folder of checkpoints."""
+    from mechdsl.execute.component_training import train_components
     from mechdsl.execute.mask_training import MaskRows, train_mask
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.rotation_training import train_rotation
@@ -285,7 +287,9 @@ def _run_training(
     if fit.training.stream is None:
         vectors = RowVectors(fit.training, model, checked.program.seed, side)
         if TRAINERS[fit.training.trainer].solves:
-            return solve_dictionary(fit.file, vectors, job)
+            independent = TRAINERS[fit.training.trainer].measured == "independence"
+            solve = train_components if independent else solve_dictionary
+            return solve(fit.file, vectors, job)
     else:
         vectors = StreamedVectors(fit.training, model, partial(_read_part, checked, fit), side)
     return train_dictionary(fit.file, vectors, job)
@@ -409,6 +413,14 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
         ]
     if isinstance(report, VectorReport):
         return _describe_vector(rows, report, card)
+    if isinstance(report, IndependenceReport):
+        return [
+            f"{rows}, {report.vectors:,} vectors; {held_out} held out",
+            f"- Explained variance on held-out vectors: {report.explained:.4f}",
+            f"- Median excess kurtosis of coordinates there: {report.kurtosis:.4f}",
+            f"- The same for a random rotation: {report.untrained_kurtosis:.4f}",
+            f"- The same for principal components: {report.components_kurtosis:.4f}",
+        ]
     return [
         f"{rows}, {report.vectors:,} vectors; {held_out} held out",
         f"- Explained variance on held-out vectors: {report.explained:.4f}",

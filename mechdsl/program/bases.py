@@ -24,7 +24,7 @@ from mechdsl.program.directions import (
     fitted_block,
     training_call,
 )
-from mechdsl.program.factor_trainers import OTHER_FACTOR_OPTIONS
+from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import TRAINERS, Trainer, trainer_call
@@ -72,8 +72,7 @@ OTHER_TRAINERS: dict[str, str] = {
     "boundless": "write `boundless_das(penalty: 1)`",
     "rotation": "write `das(dims: 2)`",
     "pca": "write `pca(fruit.train, dims: 8)` without `fit`",
-    "snmf": "write `semi_nmf(factors: 8)`",
-    "seminmf": "write `semi_nmf(factors: 8)`",
+    **OTHER_SOLVED_TRAINERS,
     **dict.fromkeys(
         ("hard_concrete", "edge_pruning", "subnetwork_probing", "pruning", "masks"),
         f"choose heads or neurons: {_MASK}",
@@ -97,7 +96,6 @@ OTHER_TRAINER_OPTIONS: dict[str, str] = {
     "scale": "length",
     "magnitude": "length",
     "weight_decay": "penalty",
-    **OTHER_FACTOR_OPTIONS,
 }
 """Names of a trainer's option in other tools → the option."""
 
@@ -428,6 +426,7 @@ def _trainer_problem(
     name = argument.name
     if name is None or name not in trainer.options:
         others = OTHER_MASK_OPTIONS if trainer.makes == "mask" else OTHER_TRAINER_OPTIONS
+        others = {**others, **trainer.other_options}
         return _unknown_option(argument, trainer.name, trainer.options, others)
     problem = trainer.check_option(name, value)
     if problem is None:

@@ -1,10 +1,11 @@
-"""Trainers that compute a dictionary from all vectors together: matrix factorizations."""
+"""Trainers that compute a dictionary from all vectors together: factorizations and components."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from mechdsl.dictionaries.folder import Architecture
 from mechdsl.program.direction_methods import Problem
 from mechdsl.program.spec import Constant
 from mechdsl.program.trainers import DictionaryOutline, Trainer, trainer
@@ -21,20 +22,23 @@ SPARSITY = 0.02
 """Default of `penalty` of `semi_nmf`."""
 
 
-OTHER_FACTOR_OPTIONS: dict[str, str] = {
-    **dict.fromkeys(("n_components", "components", "rank", "k"), "factors"),
-    "alpha": "penalty",
+OTHER_SOLVED_TRAINERS: dict[str, str] = {
+    **dict.fromkeys(("snmf", "seminmf"), "write `semi_nmf(factors: 8)`"),
+    **dict.fromkeys(("fastica", "fast_ica", "independent"), "write `ica(components: 8)`"),
 }
-"""Names of an option of a factorization in other tools → the option."""
+"""What else may be written for a trainer of this module inside of `fit(…)` → hint."""
+
+_SIZES = ("n_components", "components", "factors", "sources", "dims", "rank", "k")
+
+"""Names of the number of factors or components in other tools."""
 
 
-class FactorTrainer(Trainer):
-    """Factors of vectors, with nonnegative activations."""
+class SolvedTrainer(Trainer):
+    """A dictionary of at most as many features as a vector has numbers, from all vectors."""
 
-    options = ("factors",)
-    required = ("factors",)
     defaults: ClassVar[Mapping[str, Constant]] = {"steps": 1000}
     unused = ("batch", "rate", "patience")
+    architecture: ClassVar[Architecture]
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
@@ -42,14 +46,28 @@ class FactorTrainer(Trainer):
         return f"`{name}` is a whole number from 1 on", f"write `{name}: 8`"
 
     def check_site(self, site: str, width: int, options: Mapping[str, Constant]) -> Problem | None:
-        count = int(options["factors"])
+        (size,) = self.required
+        count = int(options[size])
         if count <= width:
             return None
-        reason = f"{count:,} factors of vectors of `{site}`, which have {width:,} numbers"
-        return f"{reason}: activations wouldn't be unique", f"write at most `factors: {width}`"
+        reason = f"{count:,} {size} of vectors of `{site}`, which have {width:,} numbers"
+        return f"{reason}: activations wouldn't be unique", f"write at most `{size}: {width}`"
 
     def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
-        return DictionaryOutline("nonnegative", int(options["factors"]))
+        (size,) = self.required
+        return DictionaryOutline(self.architecture, int(options[size]))
+
+
+class FactorTrainer(SolvedTrainer):
+    """Factors of vectors, with nonnegative activations."""
+
+    options = ("factors",)
+    required = ("factors",)
+    other_options: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(_SIZES, "factors"),
+        "alpha": "penalty",
+    }
+    architecture = "nonnegative"
 
 
 @trainer("nmf")
@@ -106,3 +124,27 @@ class SemiNonnegativeTrainer(FactorTrainer):
         length = float(vectors.double().square().sum(1).mean().sqrt())
         penalty = float(options.get("penalty", SPARSITY)) * length
         return factor_semi_nonnegative(vectors, start, steps, penalty)
+
+
+@trainer("ica")
+class IndependentComponentsTrainer(SolvedTrainer):
+    """Independent component analysis: directions whose coordinates are as independent as possible.
+
+    References:
+        Hyvärinen 1999, doi 10.1109/72.761722.
+    """
+
+    example = "ica(components: 8)"
+    options = ("components",)
+    required = ("components",)
+    other_options: ClassVar[Mapping[str, str]] = dict.fromkeys(_SIZES, "components")
+    package = "scikit-learn"
+    architecture = "linear"
+    measured = "independence"
+
+    def solve(
+        self, vectors: Tensor, options: Mapping[str, Constant], steps: int, random: Generator
+    ) -> Solution:
+        from mechdsl.fits.components import separate_sources
+
+        return separate_sources(vectors, int(options["components"]), steps, random)

@@ -56,6 +56,8 @@ class Trainer:
     """Names of the arguments that are written `NAME: VALUE`, with a constant each."""
     required: ClassVar[tuple[str, ...]] = ()
     """Options that a call must have."""
+    other_options: ClassVar[Mapping[str, str]] = {}
+    """Names of an option in other tools → the option."""
     defaults: ClassVar[Mapping[str, Constant]] = {}
     """Defaults of options of `fit` that differ from those in `TRAINING_DEFAULTS`."""
     unused: ClassVar[tuple[str, ...]] = ()
@@ -63,6 +65,9 @@ class Trainer:
     package: ClassVar[str] = ""
     """Name of a package that the training needs and mechdsl doesn't install by itself, which is a
     part of `mechdsl[fits]`."""
+    measured: ClassVar[Literal["features", "independence"]] = "features"
+    """What the table of a dictionary says: how well its features reconstruct vectors, or how
+    independent they are."""
     learns_size: ClassVar[bool] = False
     """Whether the training determines the number of directions of a rotation."""
 

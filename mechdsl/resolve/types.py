@@ -267,6 +267,13 @@ class TrainedDictionary(DictionaryFile):
         """Whether it has weights."""
         return bool(self.digest)
 
+    @property
+    def kind(self) -> str:
+        """Description for tables and conventions."""
+        if self.architecture != "linear" or self.training is None:
+            return super().kind
+        return f"{self.features} {self.training.trainer} components"
+
 
 @record
 class TrainedRotation(SavedVector):

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mechdsl.base.text import format_size
 from mechdsl.execute.run_record import (
+    IndependenceReport,
     MaskReport,
     Report,
     RotationReport,
@@ -27,6 +28,15 @@ NOTES = {
     "inactive": "features that are active for none of these vectors",
 }
 """Columns of dictionaries, as the lines below the table explain them."""
+
+INDEPENDENCE_NOTES = {
+    "explained": "share of the variance of the held-out vectors; without any, of training vectors",
+    "kurtosis": "median over components of the size of the excess kurtosis of the coordinates of "
+    "these vectors; 0 for a normal distribution",
+    "random": "the same for a random rotation of the whitened vectors",
+    "components": "the same for principal components, which explain the same share",
+}
+"""Columns of independent components."""
 
 ROTATION_NOTES = {
     "trained": "mean of the measure over held-out rows while the trained subspace is patched; "
@@ -65,6 +75,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
     """Print a line per training, with its controls, and where it is stored."""
     kinds: Sequence[tuple[type[Report], Mapping[str, str], str]] = (
         (TrainingReport, NOTES, "basis"),
+        (IndependenceReport, INDEPENDENCE_NOTES, "basis"),
         (RotationReport, ROTATION_NOTES, "basis"),
         (VectorReport, VECTOR_NOTES, "direction"),
         (MaskReport, MASK_NOTES, "group"),
@@ -127,6 +138,10 @@ def _numbers(report: Report) -> list[str]:
         controls = (f"{each:.3f}" for each in (report.unpatched, report.whole))
         undecided = f"{report.undecided} of {report.candidates}"
         return [f"{report.trained:.3f}", f"{report.random:.3f}", single, *controls, undecided]
+    if isinstance(report, IndependenceReport):
+        others = (report.untrained_kurtosis, report.components_kurtosis)
+        numbers = (report.explained, report.kurtosis, *others)
+        return [f"{number:.3f}" for number in numbers]
     if isinstance(report, RotationReport):
         means = (report.trained, report.untrained, report.unpatched, report.whole)
         return [f"{mean:.3f}" for mean in means]

@@ -474,6 +474,18 @@ _file(
     "Ding, Li and Jordan 2010, doi 10.1109/TPAMI.2008.277",
 )
 _file(
+    "basis: trained independent components",
+    "basis b = fit(ica(components: 16), prompts: fruit.train) at resid_post layer 1",
+    "Directions whose coordinates are as independent as possible (FastICA with the contrast log "
+    "cosh), from the vectors of the named tokens; needs scikit-learn. Coordinates have both signs; "
+    "over the training vectors, each has mean 0 and variance 1, and its longer tail is positive. "
+    "Components that explain more of the variance come first. Rules use the basis like a "
+    "dictionary. The options of `fit` are those of a factorization. The table compares the excess "
+    "kurtosis of coordinates with that of a random rotation and of principal components.",
+    "tests/pipeline/test_trained_components.py",
+    "Hyvärinen 1999, doi 10.1109/72.761722",
+)
+_file(
     "basis: a trained rotation of a learned size",
     "basis b = fit(boundless_das(penalty: 1), prompts: fruit.train, from: fewer, "
     "maximise: logit(answer of fewer)) at resid_post layer 1",
