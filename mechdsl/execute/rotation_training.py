@@ -44,7 +44,7 @@ def train_rotation(
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
         job.run(loop)
     directions = rotation.directions().detach()
-    job.write_tensor(ROTATION_FILE, ROTATION, directions)
+    job.write_tensors(ROTATION_FILE, {ROTATION: directions})
     untrained = Rotation(start[: len(directions)])
     cases = (rotation.edit, untrained.edit, None, take_source)
     means = [rows.mean(rows.measured, each, settings.batch) for each in cases]

@@ -284,6 +284,31 @@ class VectorReport(FitReport):
 
 
 @dataclass(frozen=True)
+class SoftPromptReport(FitReport):
+    """What the training of a soft prompt led to: means of its measure over rows that it didn't
+    use."""
+
+    objective: str
+    """`maximise logprob(answer)`."""
+    tokens: int
+    """Number of vectors."""
+    length: float
+    """Mean length of the vectors."""
+    site_length: float
+    """Mean length of those that they replace, such as the embeddings of placeholders."""
+    trained: float
+    """The measure with the trained vectors."""
+    random: float
+    """The mean of the same over random vectors of the same lengths."""
+    placeholders: float
+    """The measure of the run without a written vector: with placeholders, from which the training
+    starts."""
+    clean: float | None
+    """The measure of the clean run, without inserted tokens; None if it is the run of the
+    training."""
+
+
+@dataclass(frozen=True)
 class MaskReport(FitReport):
     """What the training of a mask led to: means of its measure over rows that it didn't use, with 0
     and 1 instead of the values of gates."""
@@ -326,7 +351,14 @@ class MaskReport(FitReport):
         return f"{text} and {more} more, with probabilities from {least:.2f}"
 
 
-Report = TrainingReport | IndependenceReport | RotationReport | VectorReport | MaskReport
+Report = (
+    TrainingReport
+    | IndependenceReport
+    | RotationReport
+    | VectorReport
+    | SoftPromptReport
+    | MaskReport
+)
 
 
 @dataclass(frozen=True)

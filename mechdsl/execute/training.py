@@ -86,9 +86,10 @@ class TrainingJob:
             _keep(loop, self.checkpoints)
             raise
 
-    def write_tensor(self, file: str, name: str, tensor: Tensor) -> None:
-        """Write a file with one tensor. Raises OSError."""
-        save_file({name: tensor.cpu().contiguous()}, self.folder / file)
+    def write_tensors(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a file with tensors. Raises OSError."""
+        content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(content, self.folder / file)
         (self.folder / file).chmod(0o644)
 
     def write_card(self, report: Report, file: str | None = None) -> None:

@@ -1,21 +1,25 @@
-"""Training of a declared steering vector: its controls and its files.
+"""Training of a declared steering vector or soft prompt: its controls and its files.
 
-The edit is x + v, where x are the vectors of the base run and v is trained.
+The edit is x + v, where x are the vectors of the base run and v is trained; or for a soft prompt
+v_k, where k is the token in the named position.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mechdsl.base.hashing import stable_hash
 from mechdsl.execute.objective_rows import Edit, EditLoss, ObjectiveRows
-from mechdsl.execute.run_record import VECTOR_FILE, VectorReport
+from mechdsl.execute.run_record import VECTOR_FILE, SoftPromptReport, VectorReport
 from mechdsl.execute.training import TrainingJob, read_settings, start_generator
 from mechdsl.fits.training import Training
-from mechdsl.fits.vectors import SteeringVector, rescale
+from mechdsl.fits.vectors import TrainedVectors, rescale
+from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainers import TRAINERS
-from mechdsl.resolve.trainings import VECTOR
+from mechdsl.resolve.trainings import VECTOR, name_prompt_vector
 from mechdsl.resolve.types import TrainedVector
 
 RANDOM_VECTORS = 8
@@ -26,8 +30,8 @@ def train_vector(
     declared: TrainedVector,
     rows: ObjectiveRows,
     job: TrainingJob,
-) -> VectorReport:
-    """Train a vector, and write it.
+) -> VectorReport | SoftPromptReport:
+    """Train a vector or a soft prompt, and write it.
 
     Raises:
         AutogradFailed: The model can't be differentiated.
@@ -38,45 +42,64 @@ def train_vector(
     own, _ = rows.vectors
     trainer = TRAINERS[training.trainer]
     with torch.enable_grad():
-        steering = trainer.start_vector(own, training.of_trainer, start_generator(training))
-        model = EditLoss(steering, rows, settings.batch)
+        trained = trainer.start_vector(own, training.of_trainer, start_generator(training))
+        model = EditLoss(trained, rows, settings.batch)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
         job.run(loop)
-    vector = steering.vector().detach()
-    job.write_tensor(VECTOR_FILE, VECTOR, vector)
-    report = VectorReport(
-        len(rows.rows) - rows.held_out_count,
-        rows.held_out_count,
-        loop.state.step,
-        loop.state.stopped,
-        rows.text,
-        float(vector.norm()),
-        float(own.norm(dim=1).mean()),
-        *_controls(steering, rows, vector, settings.batch),
-    )
+    vector = trained.vector().detach()
+    count = trainer.count_tokens(training.of_trainer)
+    names = [VECTOR] if count is None else [name_prompt_vector(n) for n in range(count)]
+    job.write_tensors(VECTOR_FILE, dict(zip(names, vector.reshape(len(names), -1), strict=True)))
+    trained_rows = len(rows.rows) - rows.held_out_count
+    common = trained_rows, rows.held_out_count, loop.state.step, loop.state.stopped, rows.text
+    values = _Values(trained, rows, vector, settings.batch)
+    if count is None:
+        length = float(vector.norm())
+        report = VectorReport(*common, length, trained.like_length, *values.all_means())
+    else:
+        length = float(vector.norm(dim=1).mean())
+        report = SoftPromptReport(
+            *common, count, length, trained.like_length, *values.edited_means(), values.clean_mean()
+        )
     job.write_card(report, VECTOR_FILE)
     return report
 
 
-def _controls(
-    steering: SteeringVector, rows: ObjectiveRows, vector: Tensor, batch: int
-) -> tuple[float, float, float, float | None]:
-    """Return means of the measure with the vector, with random vectors of its length, without a
-    vector, and with the mean difference from the source run at its length; None without one."""
-    length = float(vector.norm())
+class _Values:
+    """Means of the measure with a trained vector and with its controls."""
 
-    def mean(added: Tensor | None) -> float:
-        edit: Edit | None = None if added is None else (lambda own, other: own + added)
-        return rows.mean(rows.measured, edit, batch)
+    def __init__(
+        self, trained: TrainedVectors, rows: ObjectiveRows, vector: Tensor, batch: int
+    ) -> None:
+        self.trained, self.rows, self.vector, self.batch = trained, rows, vector, batch
 
-    seed = stable_hash(rows.declared.seed, "random vectors") % 2**63
-    random = torch.Generator().manual_seed(seed)
-    drawn = [rescale(steering.draw(random), length) for _ in range(RANDOM_VECTORS)]
-    randoms = sum(map(mean, drawn)) / len(drawn)
-    difference = rows.mean_difference()
-    return (
-        mean(vector),
-        randoms,
-        mean(None),
-        None if difference is None else mean(rescale(difference, length)),
-    )
+    def mean(self, vector: Tensor | None) -> float:
+        """Return the mean with a vector; None for the base run."""
+        edit: Edit | None = None
+        if vector is not None:
+            edit = lambda own, other: self.trained.write(own, vector)  # noqa: E731
+        return self.rows.mean(self.rows.measured, edit, self.batch)
+
+    def edited_means(self) -> tuple[float, float, float]:
+        """Return means with the vector, with random vectors of its length, and of the base run."""
+        seed = stable_hash(self.rows.declared.seed, "random vectors") % 2**63
+        random = torch.Generator().manual_seed(seed)
+        drawn = [self.trained.draw_like(self.vector, random) for _ in range(RANDOM_VECTORS)]
+        randoms = sum(map(self.mean, drawn)) / len(drawn)
+        return self.mean(self.vector), randoms, self.mean(None)
+
+    def all_means(self) -> tuple[float, float, float, float | None]:
+        """Return these means, and that with the mean difference from the source run at the length
+        of the vector; None without a source run."""
+        difference = self.rows.mean_difference()
+        scaled = None if difference is None else rescale(difference, float(self.vector.norm()))
+        return *self.edited_means(), None if scaled is None else self.mean(scaled)
+
+    def clean_mean(self) -> float | None:
+        """Return the mean of the clean run in the same rows; None if that is the base run."""
+        objective = self.rows.objective
+        if objective.spec.base == CLEAN:
+            return None
+        on_clean = objective.spec.model_copy(update={"base": CLEAN})
+        clean = replace(self.rows, objective=replace(objective, spec=on_clean))
+        return clean.mean(self.rows.measured, None, self.batch)

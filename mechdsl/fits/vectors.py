@@ -1,19 +1,62 @@
-"""Steering vectors, while they are trained: x becomes x + v.
+"""Steering vectors and soft prompts, while they are trained.
 
-The free parameters w [width] give v = u w, where the unit u is a typical size of the numbers of x.
-So the learning rate of Adam is a share of this size, at every site of every model.
+With a steering vector, x becomes x + v. The free parameters w [width] give v = u w, where the unit
+u is a typical size of the numbers of x. So the learning rate of Adam is a share of this size, at
+every site of every model. With a soft prompt, the vector of token k becomes v_k = s_k + u w_k,
+where s_k is the mean of those that it replaces.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
 NUMBERS = "vector"
 """Name of the parameter."""
+
+
+class TrainedVectors(Protocol):
+    """Vectors that a training writes at a site."""
+
+    like_length: float
+    """Mean length of the vectors that they are added to, or that they replace."""
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Tensors that the optimiser changes."""
+        ...
+
+    def vector(self) -> Tensor:
+        """Return the vector [width], or one for each token [token, width]."""
+        ...
+
+    def draw_like(self, vector: Tensor, random: Generator) -> Tensor:
+        """Draw vectors of the same lengths in uniformly distributed directions."""
+        ...
+
+    def write(self, own: Tensor, vector: Tensor) -> Tensor:
+        """Return [vector, width] what is written for vectors of the base run."""
+        ...
+
+    def edit(self, own: Tensor, other: Tensor) -> Tensor:
+        """Return [vector, width] what is written with the present parameters."""
+        ...
+
+    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
+        """Return what training steps write: the same as `edit`."""
+        ...
+
+    def penalty(self) -> Tensor | float:
+        """Return what is added to the loss."""
+        ...
+
+    def after_step(self) -> None:
+        """Restore what must hold after every step."""
+        ...
 
 
 class SteeringVector:
@@ -52,9 +95,17 @@ class SteeringVector:
         drawn = torch.randn(len(self.numbers), generator=random, dtype=torch.float64)
         return drawn.to(self.numbers.device, self.numbers.dtype)
 
+    def draw_like(self, vector: Tensor, random: Generator) -> Tensor:
+        """Draw [width] a vector of the same length."""
+        return rescale(self.draw(random), float(vector.norm()))
+
+    def write(self, own: Tensor, vector: Tensor) -> Tensor:
+        """Return [vector, width] vectors of the base run with a vector added."""
+        return own + vector
+
     def edit(self, own: Tensor, other: Tensor) -> Tensor:
         """Return [vector, width] vectors of the base run with the vector added."""
-        return own + self.vector()
+        return self.write(own, self.vector())
 
     def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
         """Return what training steps write: the same as `edit`."""
@@ -71,6 +122,60 @@ class SteeringVector:
         """Restore the length, if it is given."""
         if self._length is not None:
             self.numbers.copy_(rescale(self.numbers, math.sqrt(len(self.numbers))))
+
+
+class SoftPrompt:
+    """Vectors that replace those at the tokens of a position, one for each token."""
+
+    def __init__(self, like: Tensor, tokens: int) -> None:
+        """Start from the means of the vectors that they replace.
+
+        Args:
+            like: [vector, width] vectors of the base run: those of all tokens of one row, then
+                those of the next.
+            tokens: Number of tokens of the position in every row.
+        """
+        width = like.shape[1]
+        self._start = like.reshape(-1, tokens, width).mean(0)
+        self.like_length = float(like.norm(dim=1).mean())
+        self._unit = self.like_length / math.sqrt(width) or 1.0
+        self.numbers = torch.zeros(tokens, width, dtype=like.dtype, device=like.device)
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Tensors that the optimiser changes."""
+        return {NUMBERS: self.numbers}
+
+    def vector(self) -> Tensor:
+        """Return v [token, width], which carries gradients of the parameters."""
+        return self._start + self._unit * self.numbers
+
+    def draw_like(self, vector: Tensor, random: Generator) -> Tensor:
+        """Draw [token, width] vectors of the same lengths."""
+        drawn = torch.randn(vector.shape, generator=random, dtype=torch.float64)
+        found = drawn.to(vector.device, vector.dtype)
+        return torch.stack(
+            [rescale(own, float(of.norm())) for own, of in zip(found, vector, strict=True)]
+        )
+
+    def write(self, own: Tensor, vector: Tensor) -> Tensor:
+        """Return [vector, width]: the vectors [token, width] for every row."""
+        return vector.repeat(len(own) // len(vector), 1)
+
+    def edit(self, own: Tensor, other: Tensor) -> Tensor:
+        """Return [vector, width] what is written in the rows of these vectors."""
+        return self.write(own, self.vector())
+
+    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
+        """Return what training steps write: the same as `edit`."""
+        return self.edit(own, other)
+
+    def penalty(self) -> Tensor | float:
+        """Return 0: no vector is too long."""
+        return 0.0
+
+    def after_step(self) -> None:
+        """Nothing must be restored."""
 
 
 def rescale(vector: Tensor, length: float) -> Tensor:

@@ -40,6 +40,7 @@ from mechdsl.execute.run_record import (
     MaskReport,
     Report,
     RotationReport,
+    SoftPromptReport,
     TrainingReport,
     VectorReport,
 )
@@ -55,7 +56,13 @@ from mechdsl.program.code_hashes import CodeHashError
 from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.python_functions import block_functions
 from mechdsl.program.trainers import TRAINERS
-from mechdsl.resolve.trainings import ROTATION, VECTOR, MaskFile, paired_positions
+from mechdsl.resolve.trainings import (
+    ROTATION,
+    VECTOR,
+    MaskFile,
+    name_prompt_vector,
+    paired_positions,
+)
 from mechdsl.resolve.types import (
     RecordStream,
     ResolvedExperiment,
@@ -285,7 +292,9 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
         if isinstance(fit.file, TrainedRotation):
             return _read_rotation(folder, fit, card["sha256"]), RotationReport.read(card)
         if isinstance(fit.file, TrainedVector):
-            return _read_vector(folder, fit, card["sha256"]), VectorReport.read(card)
+            count = TRAINERS[fit.training.trainer].count_tokens(fit.training.of_trainer)
+            kind = VectorReport if count is None else SoftPromptReport
+            return _read_vector(folder, fit, card["sha256"]), kind.read(card)
         if isinstance(fit.file, TrainedMask):
             return _read_mask(folder, fit.file, card["sha256"]), MaskReport.read(card)
         transcodes = bool(card["transcodes"])
@@ -316,7 +325,9 @@ def _read_vector(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile
     path = folder / VECTOR_FILE
     file = inspect_safetensors(path, str(path), limits.DIRECTION_FILE, "train it again")
     width = count_numbers(fit.training.made, fit.experiment.model.shape)
-    if file.digest != digest or list(file.shapes.get(VECTOR, ())) != [width]:
+    count = TRAINERS[fit.training.trainer].count_tokens(fit.training.of_trainer)
+    names = [VECTOR] if count is None else list(map(name_prompt_vector, range(count)))
+    if file.digest != digest or file.shapes != dict.fromkeys(names, (width,)):
         raise ValueError("the file is damaged")
     return file
 
@@ -351,8 +362,9 @@ def _describe_result(file: TrainedFile, report: Report) -> str:
             f"{name} {value:.4g}" for name, value in values.items() if value is not None
         )
         said = f"to {report.objective}; mean over {rows}: {listed}"
-        if isinstance(report, VectorReport):
-            said += f"; length {report.length:.4g}, vectors of the site {report.site_length:.4g}"
+        if isinstance(report, VectorReport | SoftPromptReport):
+            length = "length" if isinstance(report, VectorReport) else "mean length"
+            said += f"; {length} {report.length:.4g}, vectors of the site {report.site_length:.4g}"
         return f"{said}; SHA-256 {file.digest[:12]}…"
     what = "held-out vectors" if report.held_out_vectors else "training vectors"
     text = f"explains {report.explained:.3f} of the variance of {what}"
@@ -364,7 +376,9 @@ def _describe_result(file: TrainedFile, report: Report) -> str:
     return f"{text}, SHA-256 {file.digest[:12]}…"
 
 
-def _effects(report: RotationReport | VectorReport) -> dict[str, float | None]:
+def _effects(
+    report: RotationReport | VectorReport | SoftPromptReport,
+) -> dict[str, float | None]:
     """Return the means of a measure after a training, by what was written."""
     if isinstance(report, RotationReport):
         return {
@@ -372,6 +386,13 @@ def _effects(report: RotationReport | VectorReport) -> dict[str, float | None]:
             "random subspace": report.untrained,
             "no patch": report.unpatched,
             "whole vector": report.whole,
+        }
+    if isinstance(report, SoftPromptReport):
+        return {
+            "trained": report.trained,
+            "random vectors of these lengths": report.random,
+            "placeholders": report.placeholders,
+            "clean run": report.clean,
         }
     return {
         "trained": report.trained,

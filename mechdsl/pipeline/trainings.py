@@ -23,6 +23,7 @@ from mechdsl.execute.run_record import (
     MaskReport,
     Report,
     RotationReport,
+    SoftPromptReport,
     TrainedFit,
     VectorReport,
 )
@@ -421,6 +422,8 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
             f"- The same for a random rotation: {report.untrained_kurtosis:.4f}",
             f"- The same for principal components: {report.components_kurtosis:.4f}",
         ]
+    if isinstance(report, SoftPromptReport):
+        return _describe_soft_prompt(rows, report)
     return [
         f"{rows}, {report.vectors:,} vectors; {held_out} held out",
         f"- Explained variance on held-out vectors: {report.explained:.4f}",
@@ -447,6 +450,21 @@ def _describe_vector(rows: str, report: VectorReport, card: Mapping[str, Any]) -
         what = f"the mean difference from `{card['from']}` at this length"
         lines.append(f"- The same with {what}: {report.difference:.4f}")
     return lines
+
+
+def _describe_soft_prompt(rows: str, report: SoftPromptReport) -> list[str]:
+    """Return what the model card of a soft prompt says about its rows and its result."""
+    measured = "held-out" if report.held_out_rows else "training"
+    clean = [] if report.clean is None else [f"- The same in the clean run: {report.clean:.4f}"]
+    return [
+        f"{rows}; {count_noun(report.held_out_rows, 'row')} held out",
+        f"- {report.tokens} vectors replace those at these tokens, to {report.objective}",
+        f"- Mean length: {report.length:.4f}; vectors of the site have {report.site_length:.4f}",
+        f"- Mean of the measure over {measured} rows: {report.trained:.4f}",
+        f"- The same with random vectors of these lengths: {report.random:.4f}",
+        f"- The same with placeholders: {report.placeholders:.4f}",
+        *clean,
+    ]
 
 
 def _describe_mask(rows: str, report: MaskReport, card: Mapping[str, Any]) -> list[str]:

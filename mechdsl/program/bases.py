@@ -411,6 +411,12 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
     elif fill is None and "from" not in given and trainer.makes != "vector":
         reason = f"with `{trainer.name}` needs `from: …`, the run whose vectors come in"
         reason += ", or `with: zero`" if trainer.makes == "mask" else ""
+    elif trainer.any_run and "from" in given:
+        reason = f"with `{trainer.name}` has no `from`"
+        hint, span = (
+            "name the run with the tokens: `prompts: longer of fruit.train`",
+            given["from"].span,
+        )
     elif not measures:
         reason = f"with `{trainer.name}` needs `maximise: …` or `minimise: …`, a measure"
     elif len(measures) > 1:

@@ -15,6 +15,7 @@ from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS, BasisMeth
 from mechdsl.program.direction_methods import DIRECTION_METHODS, DirectionMethod
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
+from mechdsl.program.trainers import TRAINERS, trainer_call
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 
@@ -79,6 +80,28 @@ def declared_training(direction: spec.Direction) -> spec.Basis | None:
         at=direction.at,
         changed_by=direction.changed_by,
     )
+
+
+def count_prompt_tokens(
+    name: str, directions: Mapping[str, spec.Direction], parameters: Mapping[str, Constant]
+) -> int | None:
+    """Return the number of vectors of a direction that is a soft prompt or computed from one; None
+    for other directions."""
+    definition = directions.get(name)
+    if definition is None:
+        return None
+    every = [definition, *direction_dependencies([definition.value], directions)]
+    for call in (training_call(each.value) for each in every):
+        if call is not None:
+            inner = trainer_call(call)
+            given = (
+                (each.name, constant_value(each.value, parameters)) for each in inner.arguments
+            )
+            own = {key: value for key, value in given if key is not None and value is not None}
+            count = TRAINERS[inner.name].count_tokens(own)
+            if count is not None:
+                return count
+    return None
 
 
 def method_calls(node: ast.Node) -> list[ast.Call]:

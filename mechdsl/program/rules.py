@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from mechdsl.base.source import Source, Span
@@ -11,7 +12,7 @@ from mechdsl.diagnostics.names import BadArgument, DuplicateName, UnknownName, U
 from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
 from mechdsl.program import spec
-from mechdsl.program.directions import direction_names, split_factor
+from mechdsl.program.directions import count_prompt_tokens, direction_names, split_factor
 from mechdsl.program.names import line_reference
 from mechdsl.program.spec import CLEAN, ONE_CELL_HINT, During, whole_number_value
 from mechdsl.program.statements import (
@@ -21,7 +22,7 @@ from mechdsl.program.statements import (
     resolve_run_name,
 )
 from mechdsl.syntax import ast
-from mechdsl.syntax.traversal import walk
+from mechdsl.syntax.traversal import rewrite, walk
 
 
 def lower_during(rule: ast.Rule, work: Statements) -> During | None:
@@ -177,18 +178,43 @@ def lower_rules(
 
 
 def _directions_of_tokens(body: ast.Node, work: Statements) -> tuple[ast.Expr, ...]:
-    """Return the directions of `[2 * a, b]` with their factors; empty for a rule without a list."""
+    """Return the directions of `[2 * a, b]` or of a soft prompt, with their factors; empty for a
+    rule with one direction."""
     value = body.value if isinstance(body, ast.SetSite | ast.Add) else None
     names = work.scope.names("direction")
     if not isinstance(value, ast.Expr) or not direction_names(value, names):
         return ()
     factor, direction = split_factor(value, names)
     if not isinstance(direction, ast.ListLiteral):
-        return ()
+        return _vectors_of_prompts(value, work)
     items = [each for each in direction.items if not isinstance(each, ast.Range)]
     if factor is None:
         return tuple(items)
     return tuple(ast.Binary("*", factor, each, span=each.span) for each in items)
+
+
+def _vectors_of_prompts(value: ast.Expr, work: Statements) -> tuple[ast.Expr, ...]:
+    """Return an expression for each vector of the soft prompts that it names; empty without any."""
+    directions, parameters = work.parts.directions, work.parts.parameters
+    whole = (node.id for node in walk(value) if isinstance(node, ast.Name))
+    found = {
+        name: count
+        for name in whole
+        if (count := count_prompt_tokens(name, directions, parameters)) is not None
+    }
+
+    def of_token(number: int) -> Callable[[ast.Node], ast.Node]:
+        def change(node: ast.Node) -> ast.Node:
+            if not isinstance(node, ast.Name) or node.id not in found:
+                return node
+            token = ast.Coordinate("token", number, span=node.span)
+            return ast.Index(node.id, ast.Coordinates((token,), span=node.span), span=node.span)
+
+        return change
+
+    return tuple(
+        rewrite(value, of_token(number + 1)) for number in range(max(found.values(), default=0))
+    )
 
 
 def _label(fill: ast.Fill) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from mechdsl.base.limits import INSERTED
 from mechdsl.base.records import Registry
 from mechdsl.base.text import Percent, name_list
 from mechdsl.dictionaries.folder import Architecture
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from mechdsl.fits.gates import Gates
     from mechdsl.fits.rotations import Rotation
     from mechdsl.fits.training import Trainable
-    from mechdsl.fits.vectors import SteeringVector
+    from mechdsl.fits.vectors import SoftPrompt, SteeringVector, TrainedVectors
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Trainer:
     measured: ClassVar[Literal["features", "independence"]] = "features"
     """What the table of a dictionary says: how well its features reconstruct vectors, or how
     independent they are."""
+    any_run: ClassVar[bool] = False
+    """Whether it can be trained on other runs than the clean one, and reads no run `from`."""
     learns_size: ClassVar[bool] = False
     """Whether the training determines the number of directions of a rotation."""
 
@@ -112,6 +115,11 @@ class Trainer:
         """
         raise NotImplementedError
 
+    def count_tokens(self, options: Mapping[str, Constant]) -> int | None:
+        """Return the number of vectors, one for each token of a position; None for one vector at
+        all of its tokens."""
+        return None
+
     def start_rotation(
         self, like: Tensor, options: Mapping[str, Constant], random: Generator
     ) -> Rotation:
@@ -126,7 +134,7 @@ class Trainer:
 
     def start_vector(
         self, like: Tensor, options: Mapping[str, Constant], random: Generator
-    ) -> SteeringVector:
+    ) -> TrainedVectors:
         """Create the parameters of a vector, with arguments as those of `start_rotation`."""
         raise NotImplementedError
 
@@ -439,6 +447,37 @@ class SteeringVectorTrainer(Trainer):
         length = float(options["length"]) if "length" in options else None
         penalty = float(options.get("penalty", 0))
         return SteeringVector(like, random, length=length, penalty=penalty)
+
+
+@trainer("soft_prompt")
+class SoftPromptTrainer(Trainer):
+    """A soft prompt: vectors at the tokens of a position, one for each, instead of their own.
+
+    References:
+        Lester et al. 2021, arXiv 2104.08691.
+    """
+
+    example = "soft_prompt(tokens: 4)"
+    makes = "vector"
+    options = ("tokens",)
+    required = ("tokens",)
+    defaults = EFFECT_DEFAULTS
+    any_run = True
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= INSERTED:
+            return None
+        return f"`tokens` is a whole number from 1 to {INSERTED:,}", "write `tokens: 4`"
+
+    def count_tokens(self, options: Mapping[str, Constant]) -> int | None:
+        return int(options["tokens"])
+
+    def start_vector(
+        self, like: Tensor, options: Mapping[str, Constant], random: Generator
+    ) -> SoftPrompt:
+        from mechdsl.fits.vectors import SoftPrompt
+
+        return SoftPrompt(like, int(options["tokens"]))
 
 
 GATE_KINDS = ("hard_concrete", "straight_through")

@@ -84,7 +84,7 @@ def _lower_objective(
     assert rows.block is not None
     block = parts.prompts[rows.block]
     source = _source_run(given["from"], block, scope) if "from" in given else None
-    if rows.run != spec.CLEAN:
+    if rows.run != spec.CLEAN and not TRAINERS[inner.name].any_run:
         node = given["prompts"]
         part = "" if rows.part is None else f".{rows.part}"
         reason = f"names the run `{rows.run}`, and the clean run is trained on"
@@ -117,6 +117,7 @@ def _lower_objective(
         part=rows.part,
         limit=rows.limit,
         source=source,
+        base=rows.run,
         rules=(_rule(basis, at, source),),
         measures=(measure,),
         statistics=lower_statistics(work),

@@ -29,6 +29,7 @@ from mechdsl.program.direction_methods import (
 )
 from mechdsl.program.directions import (
     FitRows,
+    count_prompt_tokens,
     declared_training,
     fit_rows_of_basis,
     fit_rows_of_call,
@@ -67,6 +68,7 @@ from mechdsl.resolve.types import (
     WeightedSum,
 )
 from mechdsl.syntax import ast
+from mechdsl.syntax.printer import format_expression
 from mechdsl.vocab.sites import SITES
 
 
@@ -123,7 +125,7 @@ def combine_families(
         )
     names = list(axes)
     members: dict[AxisIndices, DirectionMember] = {}
-    text = " ".join(node.span.written.split())
+    text = format_expression(node)
     for key in list_axis_indices(list(axes.values())):
         own = [
             part.members[tuple(key[names.index(axis.name)] for axis in part.axes)] for part in parts
@@ -223,21 +225,52 @@ def _resolve_trained_family(
     }
     members: dict[AxisIndices, DirectionMember] = {}
     points = {key: _points(call, definition, key, sites) for key in sites.points}
+    count = count_prompt_tokens(definition.name, work.program.directions, work.program.parameters)
+    _check_token_count(call, definition, sample, count, work)
+    tokens = [Axis("position", tuple(range(1, count + 1)), call.span)] if count is not None else []
     for key in list_axis_indices(axes):
         (point,) = points[key]
         name = name_member(definition.name, axes, key)
-        vector = outline_vector(declared, name, options, sample, point, work.program, work.model)
+        every = outline_vector(declared, name, options, sample, point, work.program, work.model)
+        vector = every[0]
         problem = check_held_out(declared, vector.training, work.measuring, work.table)
         if problem is not None and problem not in work.diagnostics:
             work.diagnostics.append(problem)
         text = f"{describe_rows(sample, rows)} at {describe_position(label)}"
         about = describe_training(vector, text, work.program, work.measuring, work.table)
         made = f"{about}, at {sites.labels[key]}"
-        members[key] = DirectionMember(name, vector, made)
+        for number, each in enumerate(every):
+            whole = (*key, number) if tokens else key
+            own = name_member(definition.name, [*axes, *tokens], whole)
+            said = made if number == 0 else f"trained together with {name} of token 1"
+            members[whole] = DirectionMember(own, each, said)
     some = next(iter(points.values()))
     return DirectionFamily(
-        definition.name, tuple(axes), members, _width(some, work), (definition.name,)
+        definition.name, (*axes, *tokens), members, _width(some, work), (definition.name,)
     )
+
+
+def _check_token_count(
+    call: ast.Call,
+    definition: spec.Direction,
+    sample: FitSample,
+    count: int | None,
+    work: ExperimentContext,
+) -> None:
+    """Check that every row has a token for each vector of a soft prompt.
+
+    Raises:
+        DirectionError: For the first row with another number of tokens.
+    """
+    if count is None or work.model.stands_in or sample.table.stands_in:
+        return
+    for row, hits in enumerate(sample.cell.hits):
+        there = sum(map(len, hits))
+        if hits and there != count:
+            node = definition.at or call
+            reason = f"it has {count_noun(count, 'vector')}, and row {row} of `{sample.run.name}` "
+            reason += f"has {count_noun(there, 'token')} there"
+            raise DirectionError(node, reason, "name as many tokens: `at embed at inserted tokens`")
 
 
 def _points(

@@ -47,6 +47,11 @@ VECTOR = "vector"
 """Name of the tensor of a trained vector."""
 
 
+def name_prompt_vector(index: int) -> str:
+    """Return the name of a vector of a soft prompt in its file: `vector.position0`."""
+    return f"{VECTOR}.position{index}"
+
+
 def outline_training(
     definition: spec.Basis,
     options: Mapping[str, Constant],
@@ -86,8 +91,9 @@ def outline_vector(
     point: SitePoint,
     program: spec.Program,
     model: ModelContext,
-) -> TrainedVector:
-    """Return what a `fit` line of a direction declares, with its file if it is trained.
+) -> tuple[TrainedVector, ...]:
+    """Return what a `fit` line of a direction declares, with its file if it is trained: one vector,
+    or one for each token.
 
     See `outline_training` for the other arguments.
 
@@ -95,10 +101,13 @@ def outline_vector(
         name: `v[layer 3]`.
     """
     training = _describe_training(definition, options, sample, point, program, model)
+    count = TRAINERS[training.trainer].count_tokens(training.of_trainer)
+    keys = [VECTOR] if count is None else map(name_prompt_vector, range(count))
     file = program.trained.get(training.name, (None, ""))[0]
+    path, digest = Path(), ""
     if isinstance(file, SafetensorsFile):
-        return TrainedVector(file.path, VECTOR, file.digest, training, name)
-    return TrainedVector(Path(), VECTOR, "", training, name)
+        path, digest = file.path, file.digest
+    return tuple(TrainedVector(path, key, digest, training, name) for key in keys)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mechdsl.execute.run_record import (
     MaskReport,
     Report,
     RotationReport,
+    SoftPromptReport,
     StoredTraining,
     TrainedFit,
     TrainingReport,
@@ -58,6 +59,16 @@ VECTOR_NOTES = {
 }
 """Columns of vectors."""
 
+SOFT_PROMPT_NOTES = {
+    "length": "mean length of the vectors",
+    "trained": "mean of the measure over held-out rows while the vectors are written; without "
+    "held-out rows, over training rows",
+    "random": "mean of the same over 8 draws of random vectors of these lengths",
+    "placeholders": "the same for the run without a written vector, from which the training starts",
+    "clean": "the same in the clean run, without inserted tokens; –: trained on the clean run",
+}
+"""Columns of soft prompts."""
+
 MASK_NOTES = {
     "trained": "mean of the measure over held-out rows while the chosen sites are written, or with "
     "`keep` all others; without held-out rows, over training rows",
@@ -78,6 +89,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         (IndependenceReport, INDEPENDENCE_NOTES, "basis"),
         (RotationReport, ROTATION_NOTES, "basis"),
         (VectorReport, VECTOR_NOTES, "direction"),
+        (SoftPromptReport, SOFT_PROMPT_NOTES, "direction"),
         (MaskReport, MASK_NOTES, "group"),
     )
     for kind, notes, what in kinds:
@@ -92,9 +104,9 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         )
     for fit in fits:
         what = f"{fit.what} at {fit.site}, in {fit.folder}"
-        if isinstance(fit.report, RotationReport | VectorReport | MaskReport):
+        if not isinstance(fit.report, TrainingReport | IndependenceReport):
             what = f"{fit.report.objective}; {what}"
-        if isinstance(fit.report, VectorReport):
+        if isinstance(fit.report, VectorReport | SoftPromptReport):
             what = f"vectors of the site have length {fit.report.site_length:.3g}; {what}"
         if isinstance(fit.report, MaskReport):
             what = f"{fit.report.list_chosen()}; {what}"
@@ -132,6 +144,9 @@ def _numbers(report: Report) -> list[str]:
     """Return the cells of the columns of the notes for this kind."""
     if isinstance(report, VectorReport):
         means = (report.trained, report.random, report.unsteered, report.difference)
+        return [f"{report.length:.3g}", *("–" if mean is None else f"{mean:.3f}" for mean in means)]
+    if isinstance(report, SoftPromptReport):
+        means = (report.trained, report.random, report.placeholders, report.clean)
         return [f"{report.length:.3g}", *("–" if mean is None else f"{mean:.3f}" for mean in means)]
     if isinstance(report, MaskReport):
         single = "–" if report.single is None else f"{report.single:.3f}"

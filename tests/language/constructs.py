@@ -322,6 +322,17 @@ _file(
     OWN,
 )
 _file(
+    "direction: a trained soft prompt",
+    "direction d = fit(soft_prompt(tokens: 1), prompts: fewer of fruit.train, maximise: "
+    "logit(answer)) at embed at last token",
+    "Vectors that replace those at the tokens of a position in a run, one for each token. They are "
+    "trained together, as a trained vector is, and start from the means of the replaced vectors. "
+    "The run often has tokens that a corruption inserts: `at embed at inserted tokens`. `set embed "
+    "at inserted tokens to d` writes one vector at each token, `d[token 2]` is one of them.",
+    "tests/pipeline/test_soft_prompts.py",
+    "Lester et al. 2021, arXiv 2104.08691",
+)
+_file(
     "direction: saved",
     'direction d = saved("directions.safetensors", "d")',
     "A vector from a safetensors file. With `at resid_post layer *`, one vector for each layer, "

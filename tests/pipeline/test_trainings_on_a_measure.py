@@ -18,6 +18,7 @@ from mechdsl.fits.training import Training
 from ..execute.support import word_tokenizer
 from ..rules.models import bare
 from . import test_boundless_rotations as boundless
+from . import test_soft_prompts as prompts
 from . import test_trained_masks as masks
 from . import test_trained_rotations as rotations
 from . import test_trained_vectors as vectors
@@ -30,6 +31,7 @@ DECLARED: dict[str, tuple[ModuleType, str, str, str]] = {
     "rotation": (rotations, rotations.PATCHES, "rotation.safetensors", "das rotation with 2"),
     "boundless": (boundless, rotations.PATCHES, "rotation.safetensors", "rotation with at most 20"),
     "vector": (vectors, vectors.ADD, "vector.safetensors", "vector, length 3 trained on"),
+    "soft prompt": (prompts, prompts.SET, "vector.safetensors", "soft_prompt, tokens 2 trained on"),
     "mask": (masks, masks.PATCHES, "mask.json", "mask of 3 of 12 sites"),
 }
 """Module with the declaration, an experiment that uses it, the file of its weights, and what
