@@ -9,7 +9,7 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.experiments import PatchWithoutSource
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, UnknownName, UnknownWord
-from mechdsl.diagnostics.rules import BadBasis
+from mechdsl.diagnostics.rules import BadBasis, BadDirection
 from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
 from mechdsl.program import spec
 from mechdsl.program.directions import count_prompt_tokens, direction_names, split_factor
@@ -148,6 +148,10 @@ def lower_rules(
         _check_error_dropped(rule, work)
     several = _directions_of_tokens(body, work)
     if several and isinstance(body, ast.SetSite | ast.Add):
+        nested = next((each for each in several if _is_several(each, body, work)), None)
+        if nested is not None:
+            _reject_nested(nested, work)
+            return ()
         parts = (replace(rule, body=replace(body, value=each)) for each in several)
         return tuple(
             lowered.model_copy(update={"token": (number, len(several))})
@@ -175,6 +179,19 @@ def lower_rules(
         )
         for number, fill in enumerate(fills)
     )
+
+
+def _is_several(item: ast.Expr, body: ast.SetSite | ast.Add, work: Statements) -> bool:
+    """Whether an item of a list has several directions itself."""
+    return bool(_directions_of_tokens(replace(body, value=item), work))
+
+
+def _reject_nested(item: ast.Expr, work: Statements) -> None:
+    """Report E0341 for an item of a list that has several directions."""
+    text = item.span.written
+    reason = "a list has one direction for each token, and this item has several"
+    hint = "name one of them, such as `soft[token 1]`, or write them as items of one list"
+    work.diagnostics.append(BadDirection(span=item.span, text=text, reason=reason, hint=hint))
 
 
 def _directions_of_tokens(body: ast.Node, work: Statements) -> tuple[ast.Expr, ...]:

@@ -326,6 +326,14 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
     assert said in f"{errors[0].message} {errors[0].label_text} {errors[0].help_text}"
 
 
+@pytest.mark.parametrize("written", ["[v, v]", "[v[token 1], v]", "[[v[token 1]], v[token 2]]"])
+def test_item_with_several_vectors_is_an_error(written: str, tmp_path: Path) -> None:
+    used = USED.replace("to v", f"to {written}")
+    with pytest.raises(mechdsl.MechdslError, match="this item has several") as found:
+        train(write(tmp_path, inserted(), used))
+    assert found.value.diagnostics[0].code == "E0341"
+
+
 def test_training_rows_are_not_measured(tmp_path: Path) -> None:
     used = experiment(*INTO, block="p")
     with pytest.raises(mechdsl.MechdslError, match="measures rows that `v` is trained on") as found:
