@@ -1,4 +1,7 @@
-"""Agreement of maps over image patches with masks and with measured effects."""
+"""Agreement of maps over image patches or tokens with masks and with measured effects.
+
+The map of a text is one row of tokens, and its mask has one pixel for each token.
+"""
 
 from __future__ import annotations
 
@@ -75,6 +78,19 @@ def relevance_mass(values: Floats, mask: Bools) -> float:
     return float((above * mask_shares(mask, (values.shape[0], values.shape[1]))).sum() / whole)
 
 
+def chance_mass(values: Floats, mask: Bools) -> float:
+    """Compute the relevance mass of a map with equal values: the mask's share of the pixels of the
+    patches that have a value. NaN for a map without values.
+
+    Args:
+        values: The map, [row, col].
+        mask: The mask, [height, width].
+    """
+    numbers = pixel_patches((mask.shape[0], mask.shape[1]), (values.shape[0], values.shape[1]))
+    inside = mask[np.isfinite(values).ravel()[numbers]]
+    return float(inside.mean()) if inside.size else float("nan")
+
+
 def iou(values: Floats, mask: Bools, share: float | None = None) -> float:
     """Compute intersection over union, in pixels, of the mask and the largest patches of a map.
 
@@ -84,8 +100,9 @@ def iou(values: Floats, mask: Bools, share: float | None = None) -> float:
     Args:
         values: The map, [row, col].
         mask: The mask, [height, width].
-        share: The share of all patches to select, rounded half up and at least one patch. None
-            means the mask's share of the image, so that a difference in size isn't penalised.
+        share: The share of the patches with values to select, rounded half up and at least one
+            patch. None means the mask's share of the image, so that a difference in size isn't
+            penalised.
 
     Raises:
         ValueError: If the share isn't above 0 and at most 1.
@@ -93,15 +110,26 @@ def iou(values: Floats, mask: Bools, share: float | None = None) -> float:
     there = np.isfinite(values)
     if not there.any():
         return float("nan")
+    patches = values.size if share is None else int(there.sum())
     share = float(mask.mean()) if share is None else share
     if not 0 <= share <= 1 or (share == 0 and mask.any()):
         raise ValueError(f"a share of {share:g} patches")
-    count = min(max(1, int(share * values.size + 0.5)), int(there.sum()))
+    count = min(max(1, int(share * patches + 0.5)), int(there.sum()))
     taken = _taken(values, there, count)
     size = (mask.shape[0], mask.shape[1])
     painted = taken.ravel()[pixel_patches(size, (values.shape[0], values.shape[1]))]
     both = float(painted[mask].sum())
     return both / float(painted.sum() + mask.sum() - both)
+
+
+def f1(values: Floats, mask: Bools, share: float | None = None) -> float:
+    """Compute the F1 score of the largest patches of a map, which should be the mask, in pixels.
+
+    It is the harmonic mean of precision and recall, 2 IoU / (1 + IoU), also called Dice
+    coefficient. The arguments and errors are those of `iou`.
+    """
+    overlap = iou(values, mask, share)
+    return 2 * overlap / (1 + overlap)
 
 
 def _taken(values: Floats, there: Bools, count: int) -> Floats:

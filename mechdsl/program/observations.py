@@ -249,17 +249,21 @@ def _beside(
 
 def _of_maps(statement: ast.ObserveMaps, name: str | None, loops: tuple[str, ...]) -> spec.Rule:
     """Lower an `observe` line over maps of other experiments."""
-    share = statement.share
+    share, region = statement.share, statement.region
+    at = statement.at or _last_token()
+    if isinstance(region, ast.Position):
+        at = ast.Positions((region,), span=region.span)
     return spec.Rule(
         span=statement.span,
         verb="observe",
-        at=statement.at or _last_token(),
+        at=at,
         observed=spec.ObservedQuantity(
             span=statement.what.span,
             word=statement.what.id,
             name=name,
             maps=statement.maps,
-            region=None if statement.region is None else statement.region.id,
+            region=None if region is None else region.span.written,
+            in_tokens=isinstance(region, ast.Position),
             others=statement.others,
             share=None if share is None else share.value / 100,
             placed=statement.at is not None,

@@ -346,7 +346,9 @@ class ObservedQuantity(Spec):
     maps: tuple[MapText, ...] = ()
     """Experiments whose maps are observed; with weights in a sum."""
     region: str | None = None
-    """The region of images that maps are compared with."""
+    """The region of images, or the position of texts, that maps are compared with."""
+    in_tokens: bool = False
+    """Whether `region` is a position, which the rule has, too."""
     others: tuple[MapText, ...] = ()
     """Experiments whose maps are compared with `maps`."""
     share: float | None = None

@@ -244,6 +244,25 @@ class VariantFinding:
             if tokens := found.get(row):
                 yield column, row, tokens
 
+    def by_token(
+        self, table: PromptTable, run: str, tokenizer: TextTokenizer
+    ) -> Iterator[tuple[int, tuple[int], Floats]]:
+        """Yield each token of each row that has a value, in a run of other text if necessary. The
+        experiment must have run.
+
+        Yields:
+            The row id, the token alone, and its values in all cells that share it, as in
+            `by_place`.
+
+        Raises:
+            PickError: If a position isn't in the run.
+        """
+        assert self.values is not None
+        values = self._by_position(self.values)
+        for column, row, found in self.positions(table, run, tokenizer):
+            for number, token in found.items():
+                yield row, (token,), values[number, :, column]
+
     @property
     def _axis(self) -> int:
         """Index of the position axis."""

@@ -294,6 +294,8 @@ class RowSetObservation(Observation):
     """Whether it reads vectors."""
     of_directions: ClassVar[bool] = False
     """Whether it reads sums of unit vectors over a position's tokens instead of mean vectors."""
+    of_whole_text: ClassVar[bool] = False
+    """Whether keys of rows cover the whole text, also tokens that a vector can't depend on."""
 
     keeps_cells: ClassVar[bool] = True
     """Whether the values of its cells may be stored."""

@@ -1044,8 +1044,8 @@ class ObserveMaps(Node):
 
     what: Name
     maps: tuple[MapOf, ...]
-    region: Name | None = None
-    """The comparison: a region or other experiments."""
+    region: Name | Position | None = None
+    """The comparison: a region of images, tokens of texts, or other experiments."""
     others: tuple[MapOf, ...] = ()
     share: Percent | None = None
     at: Positions | None = None

@@ -445,6 +445,10 @@ def _refs(nodes: Iterable[ast.Ref]) -> str:
     return ", ".join(map(format_ref, nodes))
 
 
+def _region(node: ast.Name | ast.Position) -> str:
+    return node.id if isinstance(node, ast.Name) else format_position(node)
+
+
 def _map_of(node: ast.MapOf) -> str:
     return _factor(node.weight) + format_cells(node)
 
@@ -743,7 +747,7 @@ def _statement(node: Any) -> str | None:
             )
         case ast.ObserveMaps():
             maps, others = (", ".join(map(_map_of, each)) for each in (node.maps, node.others))
-            against = f" to {others}" if others else _of("in", node.region, _id)
+            against = f" to {others}" if others else _of("in", node.region, _region)
             against += _of("at", node.at, format_positions)
             share = _of("top", node.share, _percent)
             name = _of("as", node.name, _id)

@@ -689,7 +689,9 @@ class TreeBuilder(Transformer[Token, Any]):
     def observe_maps(self, c: list[Any]) -> ast.ObserveMaps:
         maps = tuple(child for child in c if isinstance(child, ast.MapOf))
         clauses = _clauses(c)
-        region = next((child for child in c[2:] if isinstance(child, ast.Name)), None)
+        region = next(
+            (child for child in c[2:] if isinstance(child, ast.Name | ast.Position)), None
+        )
         others = clauses.get("others", ())
         share, at, name = (clauses.get(part) for part in ("share", "at", "name"))
         return ast.ObserveMaps(_name(c[1]), maps, region, others, share, at, name, span=_span(c))

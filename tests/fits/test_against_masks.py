@@ -7,6 +7,8 @@ import pytest
 
 from mechdsl.fits.masks import (
     area_under_curve,
+    chance_mass,
+    f1,
     infidelity,
     iou,
     mask_shares,
@@ -115,3 +117,20 @@ def test_sensitivity() -> None:
     part, near = np.array([[3.0, np.nan]]), np.array([[[3.0, np.nan]], [[0.0, np.nan]]])
     assert sensitivity(part, near) == pytest.approx(1)
     assert np.isnan(sensitivity(values, near))
+
+
+def test_f1_of_tokens() -> None:
+    """One row of tokens, of which the fourth has no value."""
+    values, mask = np.array([[0.9, 0.1, 0.5, NAN]]), np.array([[True, False, False, True]])
+    assert f1(values, mask) == pytest.approx(2 * 1 / (2 + 2))
+    assert f1(values, mask, 0.34) == pytest.approx(2 * 1 / (1 + 2))
+    assert f1(-values, mask) == 0
+    assert np.isnan(f1(np.full((1, 4), NAN), mask))
+    assert iou(values, mask, 0.5) == pytest.approx(1 / 3), "half of three tokens: two of them"
+
+
+def test_mass_by_chance() -> None:
+    assert chance_mass(VALUES, CORNER) == pytest.approx(0.25)
+    partial = np.array([[0.9, NAN], [-2.0, 0.3]])
+    assert chance_mass(partial, CORNER) == pytest.approx(6 / 18)
+    assert np.isnan(chance_mass(np.full((2, 2), NAN), CORNER))

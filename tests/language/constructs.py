@@ -1859,6 +1859,18 @@ _onward(
     "tests/onward/test_observed_tokens.py",
 )
 _onward(
+    "maps of texts",
+    "observe f1 of look, places in item tokens",
+    "Compares maps of texts with tokens: `f1`, `iou`, `pointing` and `mass`, as [on "
+    "images](#experiments-on-images), where a token is a patch and a position is the region. A "
+    "map is an experiment that sweeps single tokens (`token *`, `each name token`), on the same "
+    "prompts and run. `f1` and `iou` select as many tokens as the position has, so that "
+    "precision, recall and F1 are equal; `top 25%` selects a share of the tokens with a value. "
+    "`observe sum of look, 0.5 * places at token *` adds maps.",
+    OWN,
+    "tests/onward/test_text_maps.py",
+)
+_onward(
     "curve",
     "for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero }",
     "A growing share of the tokens, along an axis of percentages.",
@@ -2541,7 +2553,8 @@ _on_image(
     "observe iou",
     "observe iou of caap in object top 25%",
     "Intersection over union of the region and the highest patches, in pixels. Without `top`, "
-    "the number of patches matches the region's share of the image.",
+    "the number of patches matches the region's share of the image. `f1` is the F1 score of the "
+    "same patches.",
     OWN,
     _MAPS,
 )

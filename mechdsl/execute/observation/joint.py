@@ -131,14 +131,15 @@ class VectorGatherer:
         table: PromptTable,
     ) -> list[bytes]:
         """[row] a digest of all that its vectors at some positions hang on, each of its own run: of
-        models whose tokens see no later ones, the tokens up to the last position. Tiles of one
-        image have one, so that no fit to some of them is told on others."""
+        models whose tokens see no later ones, the tokens up to the last position, unless the
+        observation needs the whole text. Tiles of one image have one, so that no fit to some of
+        them is told on others."""
 
         def seen(run: PromptRun, row: int) -> list[object]:
             pairs = zip(spots, runs, strict=True)
             ids, hits = run.rows[row].ids, [spot.hits[row] for spot, own in pairs if own is run]
             last = max(token for own in hits for tokens in own for token in tokens)
-            causal = self.runs.model_of(run).shape.causal
+            causal = self.runs.model_of(run).shape.causal and not self.does.of_whole_text
             # Of noise, and of rules (`run NAME { … }`), a row's whole content matters.
             alone = run.noise is None and run.derived is None
             drawn = None if alone else table.row_keys[row]

@@ -11,9 +11,11 @@ from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import UnknownName
 from mechdsl.program import spec
+from mechdsl.prompts.runs import PositionCell
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.resolve.findings import PickError, VariantFinding
 from mechdsl.resolve.sites import ExperimentContext
+from mechdsl.resolve.targets import resolve_base_positions
 from mechdsl.resolve.types import ResolvedExperiment, ResolvedRule
 from mechdsl.rules.observations.maps import (
     MapLine,
@@ -22,6 +24,9 @@ from mechdsl.rules.observations.maps import (
     build_grids,
     check_map,
     find_map_finding,
+    grid_size,
+    is_on_texts,
+    span_cell,
 )
 from mechdsl.rules.observations.registry import observation, report_bad_observation
 from mechdsl.vocab.metrics import MetricForm
@@ -31,9 +36,11 @@ if TYPE_CHECKING:
 
 
 class RegionObservation(MapObservation):
-    """`observe WORD of MAPS in REGION`: a comparison of maps with a region of the image."""
+    """`observe WORD of MAPS in REGION`: a comparison of maps with a region of the image, or with
+    tokens of the text."""
 
     example = "caap in object"
+    texts = True
     blank = "has no value above 0"
     shares: ClassVar[bool] = False
     """Whether the observation accepts `top 25%`."""
@@ -53,15 +60,19 @@ class RegionObservation(MapObservation):
         """
         raise NotImplementedError
 
-    def place(self, rule: spec.Rule) -> str:
-        return _region(rule)
+    def shown(self, rule: spec.Rule, work: ExperimentContext) -> PositionCell:
+        found = _region_tokens(rule, work) if is_on_texts(work) else None
+        return span_cell(_region(rule), work) if found is None else found
 
     def fits(self, rule: spec.Rule, work: ExperimentContext) -> bool:
         said = rule.observed
         assert said is not None
         if said.region is None:
-            hint = f"name one: `observe {self.word} of {said.maps[0].of} in object`"
-            report_bad_observation(rule, work, "is compared with a region", hint)
+            texts = is_on_texts(work)
+            one = "name token" if texts else "object"
+            hint = f"name one: `observe {self.word} of {said.maps[0].of} in {one}`"
+            reason = f"is compared with {'tokens' if texts else 'a region'}"
+            report_bad_observation(rule, work, reason, hint)
             return False
         ready = _check_region(rule, work)
         if said.share is not None and not self.shares:
@@ -76,14 +87,14 @@ class RegionObservation(MapObservation):
     def settings(self, given: MapLine) -> Sequence[MapReference]:
         assert given.rule.observed is not None
         region, share = _region(given.rule), given.rule.observed.share
-        masks = _masks(region, given.work)
+        texts = is_on_texts(given.work)
+        masks = _token_masks(given.rule, given.work) if texts else _masks(region, given.work)
+        lacking = f"whose {'text' if texts else 'image'} contains no part of `{region}`"
 
         def score(cell: int, number: int, values: Floats) -> Sequence[float]:
             return self.score(values, masks[number], share)
 
-        return [MapReference(masks, f"whose image contains no part of `{region}`", score)] * len(
-            given.maps
-        )
+        return [MapReference(masks, lacking, score)] * len(given.maps)
 
 
 def _region(rule: spec.Rule) -> str:
@@ -92,10 +103,20 @@ def _region(rule: spec.Rule) -> str:
 
 
 def _check_region(rule: spec.Rule, work: ExperimentContext) -> bool:
-    """Report E0201 for a region that the prompt set doesn't define."""
+    """Report E0201 for a region that the prompt set doesn't define, and E0207 for a position of an
+    image or a region of a text."""
     name, block = _region(rule), work.program.prompts[work.table.name]
     known = [region.name for region in block.regions]
-    if name in known or block.kind != "images":
+    assert rule.observed is not None
+    by_tokens, texts = rule.observed.in_tokens, is_on_texts(work)
+    if by_tokens != texts:
+        hint = f"write a position: `{name} token`" if texts else "name a region: `in object`"
+        reason = f"compares maps of {'texts with tokens' if texts else 'images with a region'}"
+        report_bad_observation(rule, work, reason, hint)
+        return False
+    if texts:
+        return _region_tokens(rule, work) is not None
+    if name in known:
         return True
     listed = f"`images {block.name}` has {name_list(known)}" if known else ""
     hint = listed or f"define it: `region {name} = box` in `images {block.name}`"
@@ -103,6 +124,38 @@ def _check_region(rule: spec.Rule, work: ExperimentContext) -> bool:
     problem = UnknownName(span=rule.span, kind="region", name=name, hint=hint)
     work.diagnostics.append(problem)
     return False
+
+
+def _region_tokens(rule: spec.Rule, work: ExperimentContext) -> PositionCell | None:
+    """Return the tokens of a text that maps are compared with; None after an error."""
+    found = resolve_base_positions(rule.at, work)
+    if found is None:
+        return None
+    if found.axes:
+        hint = "join them: `first-item token` has one, `{item token, name token}` has several"
+        report_bad_observation(
+            rule, work, f"can't be compared with `{_region(rule)}`, which is a sweep", hint
+        )
+        return None
+    return next(iter(found.written.values()))
+
+
+def _token_masks(rule: spec.Rule, work: ExperimentContext) -> dict[int, Bools]:
+    """Return row number → tokens of the text that are in the region, [1, token].
+
+    Rows without such tokens are omitted.
+    """
+    import numpy as np
+
+    found: dict[int, Bools] = {}
+    cell = _region_tokens(rule, work)
+    assert cell is not None
+    for number, hits in enumerate(cell.hits):
+        mask = np.zeros(grid_size(number, work), dtype=bool)
+        mask[0, [token for hit in hits for token in hit]] = True
+        if mask.any():
+            found[number] = mask
+    return found
 
 
 def _masks(region: str, work: ExperimentContext) -> dict[int, Bools]:
@@ -128,10 +181,11 @@ def _masks(region: str, work: ExperimentContext) -> dict[int, Bools]:
 
 @observation("pointing", unit="share")
 class RegionPointing(RegionObservation):
-    """Whether the map is highest in a patch of which half or more lies in the region.
+    """Whether the map has its maximum in the region.
 
-    Beside it stands the share of patches that do, what chance gives. Of several that are highest,
-    the share.
+    A token is in the region or not; of a patch, at least half of the pixels must be. The control
+    `chance` is the share of such tokens or patches. For tied maxima, it is the share of them in the
+    region.
     source: Zhang et al. 2018, Top-down neural attention by excitation backprop
     """
 
@@ -150,27 +204,28 @@ class RegionPointing(RegionObservation):
 
 @observation("mass", unit="part")
 class RegionMass(RegionObservation):
-    """Which share of what is above 0 in the map lies in the region.
+    """Share of the positive values of the map that is in the region.
 
-    Beside it stands the region's share of the image, what a map has that is the same everywhere. A
-    patch that is partly in it counts by its share of pixels.
+    The control `chance` is the region's share of the image or of the tokens with a value, which a
+    map with equal values has. A patch that is partly in the region counts by its share of pixels.
     source: Arras et al. 2022, arXiv 2003.07258 (relevance mass accuracy)
     """
 
     controls = ("chance",)
 
     def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
-        from mechdsl.fits.masks import relevance_mass
+        from mechdsl.fits.masks import chance_mass, relevance_mass
 
         found = relevance_mass(values, mask)
-        return found, float(mask.mean()) if found == found else float("nan")
+        return found, chance_mass(values, mask) if found == found else float("nan")
 
 
 @observation("iou", unit="part")
 class RegionOverlap(RegionObservation):
-    """Pixels that both the region and the highest patches have, over those that either has.
+    """Intersection over union of the region and the patches or tokens with the largest values.
 
-    As many patches as the region's share of the image, or `top 25%` of them.
+    Their number is the region's share of the image, or the number of tokens in it; `top 25%` is a
+    share of the patches or tokens with a value.
     """
 
     shares = True
@@ -179,6 +234,19 @@ class RegionOverlap(RegionObservation):
         from mechdsl.fits.masks import iou
 
         return (iou(values, mask, share),)
+
+
+@observation("f1", unit="part")
+class RegionF1(RegionOverlap):
+    """The F1 score of the patches or tokens with the largest values, which should be the region.
+
+    Their number is that of `iou`; without `top`, precision, recall and F1 are equal on texts.
+    """
+
+    def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
+        from mechdsl.fits.masks import f1
+
+        return (f1(values, mask, share),)
 
 
 REMOVAL_VERBS = ("replace", "ablate", "patch")

@@ -84,6 +84,8 @@ class MapObservation(RowSetObservation, ObservationKind):
     keeps_cells = False  # its numbers are available anyway
     example: ClassVar[str]
     """Example of a line, after `observe WORD of`."""
+    texts: ClassVar[bool] = False
+    """Whether maps of the tokens of texts are supported, too."""
     blank: ClassVar[str]
     """Problem of a map without a score, which completes `` where `caap` … ``."""
 
@@ -100,9 +102,9 @@ class MapObservation(RowSetObservation, ObservationKind):
         """Check what the line needs in addition to maps, and report what it lacks."""
         raise NotImplementedError
 
-    def place(self, rule: spec.Rule) -> str:
-        """Return the name of the patches that tables show as observed: a region, or `image`."""
-        return "image"
+    def shown(self, rule: spec.Rule, work: ExperimentContext) -> PositionCell:
+        """Return the tokens that tables show as observed: those of a region, or all patches."""
+        return span_cell("image", work)
 
     def others(self, given: MapLine) -> Sequence[Sequence[VariantFinding]] | None:
         """Return `MapLine.others` as far as it is known; None if one was rejected.
@@ -135,7 +137,7 @@ class MapObservation(RowSetObservation, ObservationKind):
                 rule, work, "reads maps", f"write `observe {self.word} of {self.example}`"
             )
             return None
-        ready = [check_map_line(rule, work), self.fits(rule, work)]
+        ready = [check_map_line(rule, work, texts=self.texts), self.fits(rule, work)]
         try:
             found = [resolve_map(each, work) for each in rule.observed.maps]
             maps = [part for part in found if part is not None]
@@ -152,7 +154,7 @@ class MapObservation(RowSetObservation, ObservationKind):
         sites = _map_sites(rule, maps, work)
         if sites is None:
             return None
-        cell = _shown_patches(self.place(rule), work)
+        cell = self.shown(rule, work)
         places = PositionTargets((), {(): cell}, {(): cell})
         return ResolvedRule(
             spec=rule, does=does, run=work.experiment.base, sites=sites, positions=places
@@ -230,8 +232,10 @@ class MapObservation(RowSetObservation, ObservationKind):
 # --- what it is of --------------------------------------------------------------------------------
 
 
-def check_map_line(rule: spec.Rule, work: ExperimentContext, *, by_position: bool = False) -> bool:
-    """Report E0207 for maps in an experiment with rules, and for rows that aren't images."""
+def check_map_line(
+    rule: spec.Rule, work: ExperimentContext, *, by_position: bool = False, texts: bool = False
+) -> bool:
+    """Report E0207 for maps in an experiment with rules, and for unsupported texts."""
     fits, block = True, work.program.prompts[work.table.name]
     assert rule.observed is not None
     said = rule.observed
@@ -246,7 +250,7 @@ def check_map_line(rule: spec.Rule, work: ExperimentContext, *, by_position: boo
             rule, work, reason, "write the rules in the experiment that computes the map"
         )
         fits = False
-    if block.kind != "images":
+    if block.kind != "images" and not texts:
         report_bad_observation(
             rule, work, f"needs images, but `{block.name}` has texts", "name images"
         )
@@ -297,13 +301,18 @@ def check_map(part: VariantFinding, work: ExperimentContext) -> None:
     Raises:
         PickError: If it doesn't.
     """
-    hint = "let it sweep patches: `at each token of image`"
-    reader = work.model.tokenizer
+    reader, texts = work.model.tokenizer, is_on_texts(work)
+    hint = (
+        f"let it sweep {'tokens: `at token *`' if texts else 'patches: `at each token of image`'}"
+    )
     check_rankable_tokens(part.experiment, work.table, reader, hint, windows=True)
     fixed = part.window_axes.intersection(part.chosen)
     if fixed:
         name = part.experiment.name
         raise PickError(f"a map of `{name}` contains all of its windows", f"remove `{min(fixed)}`")
+    if texts and not part.experiment.model.tokenizer.stands_in:
+        for _ in part.positions(work.table, work.experiment.base, reader):  # raises PickError
+            break
     if reader.stands_in or not isinstance(reader, ImageTokenizer):
         return
     places = part.places(work.experiment.base)
@@ -351,7 +360,34 @@ def _map_sites(
     )
 
 
-def _shown_patches(name: str, work: ExperimentContext) -> PositionCell:
+def is_on_texts(work: ExperimentContext) -> bool:
+    """Return whether the prompts of an experiment are texts, whose maps have a value per token."""
+    return work.program.prompts[work.table.name].kind != "images"
+
+
+def grid_size(number: int, work: ExperimentContext) -> tuple[int, int]:
+    """Return the rows and columns of a map: patches of an image, or the tokens of a text as a row.
+
+    Args:
+        number: Row of the table.
+    """
+    reader = work.model.tokenizer
+    if isinstance(reader, ImageTokenizer):
+        return reader.layout.rows, reader.layout.cols
+    return 1, len(work.table.runs[work.experiment.base].rows[number].ids)
+
+
+def _grid_place(token: int, work: ExperimentContext) -> tuple[int, int]:
+    """Return the row and column of a token in its map, from 0."""
+    reader = work.model.tokenizer
+    if not isinstance(reader, ImageTokenizer):
+        return 0, token
+    place = reader.layout.place(token)
+    assert place is not None
+    return place[0] - 1, place[1] - 1
+
+
+def span_cell(name: str, work: ExperimentContext) -> PositionCell:
     """Return the patches of a region, or of the image, in each row.
 
     They are displayed, but neither read nor written.
@@ -364,31 +400,33 @@ def _shown_patches(name: str, work: ExperimentContext) -> PositionCell:
 
 
 def build_grids(part: VariantFinding, work: ExperimentContext) -> dict[int, Floats]:
-    """Arrange the values of a variant by patches.
+    """Arrange the values of a variant by patches, or by tokens.
 
     A window of several patches distributes its value evenly among them. A patch in several windows
     has the mean of its shares.
 
     Returns:
-        Row id → [cell, row of patches, column]; NaN for patches without a value.
+        Row id → [cell, row of patches, column]; NaN for patches without a value. The tokens of a
+        text are one row.
     """
     import numpy as np
 
-    reader = work.model.tokenizer
-    assert isinstance(reader, ImageTokenizer)
-    layout, here = reader.layout, set(work.table.row_ids)
+    here = {row: number for number, row in enumerate(work.table.row_ids)}
     sums: dict[int, Floats] = {}
     counts: dict[int, Floats] = {}
-    for row, tokens, values in part.by_place(work.experiment.base):
+    base, reader = work.experiment.base, work.model.tokenizer
+    if isinstance(reader, ImageTokenizer):
+        found = part.by_place(base)
+    else:
+        found = part.by_token(work.table, base, reader)
+    for row, tokens, values in found:
         if row not in here:
             continue
-        shape = (len(values), layout.rows, layout.cols)
+        shape = (len(values), *grid_size(here[row], work))
         own, times = (each.setdefault(row, np.zeros(shape)) for each in (sums, counts))
         there = np.isfinite(values)
         for token in tokens:
-            place = layout.place(token)
-            assert place is not None
-            at = (slice(None), place[0] - 1, place[1] - 1)
+            at = (slice(None), *_grid_place(token, work))
             own[at] += np.where(there, values, 0) / len(tokens)
             times[at] += there
     with np.errstate(invalid="ignore"):
@@ -425,6 +463,7 @@ class MapSum(MapObservation):
     """
 
     example = "fine, coarse at each token of image"
+    texts = True
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         said = rule.observed
@@ -434,7 +473,8 @@ class MapSum(MapObservation):
                 rule, work, "reads maps", f"write `observe {self.word} of {self.example}`"
             )
             return None
-        ready = [check_map_line(rule, work, by_position=True), self.fits(rule, work)]
+        checked = check_map_line(rule, work, by_position=True, texts=self.texts)
+        ready = [checked, self.fits(rule, work)]
         try:
             found = [resolve_map(each, work) for each in said.maps]
         except PickError as refusal:
@@ -502,15 +542,11 @@ class MapSum(MapObservation):
                 "this experiment runs on",
                 "use the same part and limit of the images in all of them",
             )
-        reader = work.model.tokenizer
-        assert isinstance(reader, ImageTokenizer)
         values = np.full((len(every), len(positions.written), len(work.table)), np.nan)
         for number, cell in enumerate(positions.written.values()):
             for row, own in total.items():
                 for hit in cell.hits[rows[row]]:
-                    place = reader.layout.place(hit[0])
-                    assert place is not None
-                    values[:, number, rows[row]] = own[:, place[0] - 1, place[1] - 1]
+                    values[:, number, rows[row]] = own[:, *_grid_place(hit[0], work)]
         parts = [f"by each row's {' or '.join(dict.fromkeys(part.measure for part in maps))}"]
         parts += [f"{self.word} of {', '.join(each.span.written for each in said.maps)}"]
         lacking = len(work.table) - len(total)

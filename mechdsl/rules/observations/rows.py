@@ -519,6 +519,7 @@ class RandomNumber(SiteRowSetObservation):
 
     takes: ClassVar = ("arguments",)
     counts = "draw"
+    of_whole_text = True
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         found, said = super().resolve(rule, work), rule.observed
