@@ -3,13 +3,15 @@ experiment.
 
 The sites of a group depend on the model. An experiment is therefore checked with a program whose
 groups have the sites for its model: the chosen ones, or the first candidates if the group isn't
-trained yet.
+trained yet. The name of a group of features or dimensions is replaced by these coordinates, so that
+an experiment has `features 3, 12 of f` instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -20,16 +22,22 @@ from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_basis
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.directions import describe_rows
-from mechdsl.resolve.sites import label_all_points
+from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import (
     check_held_out,
     check_mask_size,
     describe_training,
     outline_mask,
 )
-from mechdsl.resolve.types import ResolvedExperiment, SitePoint, TrainedMask
+from mechdsl.resolve.types import (
+    MaskCandidate,
+    ResolvedExperiment,
+    SiteCoordinate,
+    SitePoint,
+    TrainedMask,
+)
 from mechdsl.syntax import ast
-from mechdsl.syntax.traversal import walk
+from mechdsl.syntax.traversal import rewrite, walk
 
 Objectives = Mapping[tuple[str, str], ResolvedExperiment]
 """What trainings learn from, by definition and model."""
@@ -101,6 +109,7 @@ def fill_groups(
     if not used:
         return FilledGroups(experiment, program, (), waits=False)
     groups, masks = dict(program.groups), list[TrainedMask]()
+    coordinates: list[_ChosenCoordinates] = []
     for definition in used:
         objective = objectives.get((definition.name, experiment.model))
         sites = (definition.site,)
@@ -108,22 +117,37 @@ def fill_groups(
             mask = outline_mask(definition, objective, program)
             masks.append(mask)
             sites = tuple(_sites_of(mask.chosen, definition.site, definition.span))
+        if definition.site.coordinates is not None:
+            coordinates.append(_ChosenCoordinates(definition, *sites))
         old = groups[definition.name]
         groups[definition.name] = old.model_copy(update={"sites": sites})
     expects = tuple(
         each.model_copy(update={"groups": tuple(groups[own.name] for own in each.groups)})
         for each in experiment.expects
     )
+    experiment = experiment.model_copy(update={"expects": expects})
+    if coordinates:
+        experiment = _insert(experiment, coordinates)
     return FilledGroups(
-        experiment.model_copy(update={"expects": expects}),
+        experiment,
         program.model_copy(update={"groups": groups}),
         tuple(masks),
         waits=len(masks) < len(used),
     )
 
 
-def _sites_of(points: tuple[SitePoint, ...], site: ast.Site, span: Span) -> Iterator[ast.Site]:
-    """Yield the candidates' site with the layer and the units of some points, layer by layer."""
+def _sites_of(chosen: tuple[MaskCandidate, ...], site: ast.Site, span: Span) -> Iterator[ast.Site]:
+    """Yield the candidates' site with the layer and the units of some candidates, layer by layer;
+    or with the chosen coordinates of its vector."""
+    numbers = tuple(each.number for each in chosen if isinstance(each, SiteCoordinate))
+    if numbers:
+        axes = tuple(
+            replace(axis, values=_values(numbers, span)) if axis is site.coordinates else axis
+            for axis in site.axes
+        )
+        yield replace(site, axes=axes, excluded=())
+        return
+    points = [each for each in chosen if isinstance(each, SitePoint)]
     for layer in dict.fromkeys(point.layer for point in points):
         units = tuple(p.unit for p in points if p.layer == layer and p.unit is not None)
         own = {"layer": () if layer is None else (layer,)}
@@ -136,6 +160,79 @@ def _sites_of(points: tuple[SitePoint, ...], site: ast.Site, span: Span) -> Iter
 
 def _values(numbers: tuple[int, ...], span: Span) -> tuple[ast.AxisRange, ...]:
     return tuple(ast.AxisRange(ast.Bound(number, span=span), span=span) for number in numbers)
+
+
+PartT = TypeVar("PartT")
+
+
+@dataclass(frozen=True)
+class _ChosenCoordinates:
+    """A group of features or dimensions, with the chosen ones."""
+
+    definition: spec.Basis
+    site: ast.Site
+
+    def is_named(self, site: ast.Site) -> bool:
+        """Whether a site is this group: alone, or with everything that it chooses from."""
+        if len(site.names) != 1 or site.names[0].id != self.definition.name or site.basis:
+            return False
+        return site.axes in ((), self.definition.site.axes)
+
+
+def _insert(part: PartT, groups: Sequence[_ChosenCoordinates]) -> PartT:
+    """Return a part of a program with coordinates in the place of the names of groups."""
+    return cast("PartT", _inserted(part, groups))
+
+
+def _inserted(part: object, groups: Sequence[_ChosenCoordinates]) -> object:
+    match part:
+        case ast.Node():
+            return rewrite(part, lambda node: _insert_site(node, groups))
+        case BaseModel():
+            named = {name: getattr(part, name) for name in type(part).model_fields}
+            return part.model_copy(update={n: _inserted(own, groups) for n, own in named.items()})
+        case tuple():
+            return tuple(_inserted(each, groups) for each in cast("tuple[object, ...]", part))
+        case dict():
+            every = cast("dict[object, object]", part)
+            return {key: _inserted(each, groups) for key, each in every.items()}
+        case _:
+            return part
+
+
+def _insert_site(node: ast.Node, groups: Sequence[_ChosenCoordinates]) -> ast.Node:
+    """Return the site that the name of a group stands for; of another site, without the coordinates
+    of a group that it excludes."""
+    if not isinstance(node, ast.Site):
+        return node
+    own = next((each.site for each in groups if each.is_named(node)), None)
+    if own is not None:
+        axes = tuple(
+            replace(axis, span=node.span) if axis is own.coordinates else axis for axis in own.axes
+        )
+        return replace(own, axes=axes, excluded=node.excluded, span=node.span)
+    excluded: list[ast.Site | ast.AxisRange] = []
+    for item in node.excluded:
+        numbers = _numbers_of(item, node) if isinstance(item, ast.Site) else ()
+        excluded += numbers or [item]
+    return replace(node, excluded=tuple(excluded)) if node.excluded else node
+
+
+def _numbers_of(item: ast.Site, site: ast.Site) -> list[ast.AxisRange]:
+    """Return the coordinates that an exception names if a site names some of the same vector."""
+    if item.coordinates is None or _without_values(item) != _without_values(site):
+        return []
+    values = item.coordinates.values
+    return [replace(own, span=item.span) for own in values if isinstance(own, ast.AxisRange)]
+
+
+def _without_values(site: ast.Site) -> ast.Site:
+    """Return a site without the numbers of its coordinates and without exceptions."""
+    axes = tuple(
+        replace(axis, values=(), plural=True) if axis is site.coordinates else axis
+        for axis in site.axes
+    )
+    return replace(site, axes=axes, excluded=())
 
 
 def check_masks(
@@ -165,7 +262,7 @@ def check_masks(
         rows = f"{describe_rows(mask.training.sample, read)} at {mask.training.sample.cell.label}"
         made = describe_training(mask, rows, program, experiment, table)
         if mask.is_trained:
-            made = f"{label_all_points(mask.chosen)}; {made}"
+            made = f"{label_candidates(mask.chosen)}; {made}"
         described.append(replace(mask, made=made))
     return tuple(described), problems
 

@@ -245,12 +245,14 @@ class UndecidedMask(Diagnostic):
     """A trained mask whose choice is uncertain."""
 
     code = "W0736"
-    title = "the mask of `{group}` is undecided at {undecided} of {sites} sites"
-    label = "their probabilities are from 0.1 to 0.9"
+    title = "the mask of `{group}` is undecided at {undecided} of {sites} {noun}s"
+    label = "chosen with less than 0.9, or not chosen with more than 0.1"
     help = "train longer, with `steps: {steps}`; or choose another `size`"
     group: str
     undecided: int
     sites: int
+    noun: str
+    """What one candidate of the mask is: `site`, `feature`."""
     steps: int
 
 

@@ -1,9 +1,12 @@
-"""Training of a declared mask: its edits, its controls and its file.
+"""Training of a declared mask: its gates, its controls and its file.
 
 A gate m of a site writes x + m (y − x), where x is the vector of the running pass, after the writes
-at earlier layers, and y the vector of the source run, the mean of the training rows, or 0. In a
-training step, every row has its own sample of the gates. After the training, the gates with the
-largest probabilities are 1 and the others 0.
+at earlier layers, and y the vector of the source run, the mean of the training rows, or 0. A gate
+of a coordinate does the same with the coordinate f of x: the vector becomes
+x + decode(f + m (f′ − f)) − decode(f), as rules in a basis write it.
+
+In a training step, every row has its own sample of the gates. After the training, the gates with
+the largest probabilities are 1 and the others 0.
 
 References:
     Louizos et al. 2018, arXiv 1712.01312; Cao et al. 2021, arXiv 2104.03514 (masks that find
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,17 +27,30 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.text import count_noun
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.objective_rows import EffectRows
-from mechdsl.execute.patching.differentiated_run import DrawLanes
+from mechdsl.execute.patching.differentiated_run import DrawLanes, write_point
 from mechdsl.execute.run_record import MASK_FILE, MaskReport
 from mechdsl.execute.training import TrainingJob, read_settings
+from mechdsl.execute.vectors import DirectionFits
 from mechdsl.fits.gates import Gates
 from mechdsl.fits.training import Training, TrainingSettings
 from mechdsl.forward.hooks.batch import SiteWrite
-from mechdsl.models.shape import unit_count
+from mechdsl.forward.hooks.coordinates import CoordinateSystem
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.models.shape import PaddingSide, unit_count
 from mechdsl.program.trainers import TRAINERS
-from mechdsl.resolve.sites import label_points
-from mechdsl.resolve.types import SiteLayer, SitePoint, TrainedMask
+from mechdsl.resolve.sites import label_candidates
+from mechdsl.resolve.trainings import key_of_candidate
+from mechdsl.resolve.types import (
+    MaskCandidate,
+    ResolvedExperiment,
+    SiteCoordinate,
+    SiteLayer,
+    SitePoint,
+    TrainedMask,
+)
 
 RANDOM_CHOICES = 8
 """Random choices of sites that a mask is compared with."""
@@ -43,39 +59,74 @@ SINGLE_ROWS = 32, 8
 """Largest and smallest number of training rows that effects of single sites are computed on."""
 
 UNDECIDED = 0.1, 0.9
-"""Probabilities between which a gate is undecided."""
+"""A gate is decided that is chosen with a larger probability, or isn't with a smaller one."""
+
+
+class NoBasis(Exception):
+    """The basis whose coordinates a mask chooses from can't be computed."""
+
+    def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
+        super().__init__()
+        self.diagnostics = tuple(diagnostics)
 
 
 @dataclass(frozen=True, eq=False)
 class MaskRows(EffectRows[Tensor]):
-    """The rows of a training that writes several sites, each to the share of its gate.
+    """The rows of a training that writes each candidate of a mask to the share of its gate.
 
-    An edit is [row, gate] or [gate] shares from 0 to 1; rows are in ascending order.
+    An edit is [row, candidate] or [candidate] shares from 0 to 1; rows are in ascending order.
     """
 
-    points: Sequence[SitePoint]
-    """[gate]"""
+    candidates: Sequence[MaskCandidate]
+
+    @cached_property
+    def active(self) -> Ints:
+        """[gate] numbers of the candidates with a gate: writing the others changes no training
+        row."""
+        return np.arange(len(self.candidates))
+
+    @property
+    def _fill(self) -> str | None:
+        """`zero` or `mean`; None for the vectors of a run."""
+        fill = self.objective.rules[0].spec.fill
+        return None if fill is None else fill.span.written
+
+    @cached_property
+    def _trained_vectors(self) -> Tensor:
+        """[vector] numbers of the vectors of the training rows."""
+        rows = np.sort(self.rows[self.held_out_count :])
+        return torch.from_numpy(self._vectors_of(rows)[0])
+
+    def _shares(self, rows: Ints, edit: Tensor) -> Tensor:
+        """Return [vector, candidate] float32 shares of the vectors of some rows."""
+        _, counts = self._vectors_of(rows)
+        shares = edit.to(self.model.device, torch.float32).expand(len(rows), -1)
+        return shares.repeat_interleave(torch.from_numpy(counts).to(shares.device), dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class SiteMaskRows(MaskRows):
+    """The rows of a mask over sites."""
+
+    candidates: Sequence[SitePoint]
 
     @cached_property
     def _gates(self) -> dict[SiteLayer, Ints]:
         """The gates at each site and layer."""
         found: dict[SiteLayer, list[int]] = {}
-        for number, point in enumerate(self.points):
+        for number, point in enumerate(self.candidates):
             found.setdefault((point.site, point.layer), []).append(number)
         return {where: np.array(own, dtype=np.int64) for where, own in found.items()}
 
     @cached_property
     def _incoming(self) -> dict[SiteLayer, Tensor] | None:
         """[vector, units, width] that come in at each site and layer; None if they are 0."""
-        rule = self.objective.rules[0].spec
-        fill = None if rule.fill is None else rule.fill.span.written
-        if fill == "zero":
+        if self._fill == "zero":
             return None
         whole = [SitePoint(site, layer, None) for site, layer in self._gates]
         read = self._read(self._runs[1], self._cells[1], whole)
-        if fill == "mean":
-            trained = np.sort(self.rows[self.held_out_count :])
-            which = torch.from_numpy(self._vectors_of(trained)[0])
+        if self._fill == "mean":
+            which = self._trained_vectors
             read = [own[which.to(own.device)].mean(0).expand_as(own) for own in read]
         shape = self.model.shape
         return {
@@ -85,14 +136,13 @@ class MaskRows(EffectRows[Tensor]):
 
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[SiteWrite]:
         """Return (1 − m) x and + m y of each site, in this order."""
-        which, counts = self._vectors_of(rows)
+        which, _ = self._vectors_of(rows)
         lane, token = self._places(rows, lanes)
-        shares = edit.to(self.model.device, torch.float32).expand(len(rows), -1)
-        shares = shares.repeat_interleave(torch.from_numpy(counts).to(shares.device), dim=0)
+        shares = self._shares(rows, edit)
         found: list[SiteWrite] = []
         for (site, layer), gates in self._gates.items():
             units = unit_count(self.model.shape, site, layer)
-            named = [self.points[gate].unit for gate in gates.tolist()]
+            named = [self.candidates[gate].unit for gate in gates.tolist()]
             unit = torch.arange(units) if None in named else torch.tensor(named)
             own = shares[:, torch.from_numpy(gates).to(shares.device)]
             own = own.expand(-1, len(unit)).reshape(-1, 1)
@@ -107,6 +157,100 @@ class MaskRows(EffectRows[Tensor]):
                 incoming = every[torch.from_numpy(which).to(every.device)][:, unit.to(every.device)]
                 found.append(SiteWrite(site, layer, *at, own * incoming.flatten(0, 1), mode="add"))
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class CoordinateMaskRows(MaskRows):
+    """The rows of a mask over the features or dimensions of one site."""
+
+    candidates: Sequence[SiteCoordinate]
+
+    @cached_property
+    def _system(self) -> CoordinateSystem:
+        """The basis. Raises NoBasis."""
+        rule, point = self.objective.rules[0], self.declared.made
+        assert rule.basis is not None
+        alone = replace(rule.basis, bases=({None: rule.basis.at(point)},))
+        fits = DirectionFits(self.model, {}, self.objective.seed, self.side)
+        system, problems = fits.of_basis(alone, rule.spec.span)
+        if system is None:
+            raise NoBasis(problems)
+        return system
+
+    @cached_property
+    def _encoded(self) -> SitePoint:
+        """The site whose vectors have the coordinates."""
+        sites = self.objective.rules[0].sites
+        assert sites is not None
+        ((point, *_), *_) = (sites.sources or sites.points).values()
+        return point
+
+    @cached_property
+    def _vectors(self) -> Tensor:
+        """[vector, width] of the base run at the written site, at least in 32 bits."""
+        return self._read(self._runs[0], self._cells[0], [self.declared.made])[0]
+
+    @cached_property
+    def _coordinates(self) -> tuple[Tensor, Tensor]:
+        """[vector, candidate] each: coordinates of the base run, and those that come in."""
+        own = self._encode(self._read(self._runs[0], self._cells[0], [self._encoded])[0])
+        if self._fill == "zero":
+            return own, torch.zeros_like(own)
+        if self._fill == "mean":
+            return own, own[self._trained_vectors.to(own.device)].mean(0).expand_as(own)
+        return own, self._encode(self._read(self._runs[1], self._cells[1], [self._encoded])[0])
+
+    def _which(self, count: int) -> Tensor | None:
+        """Return [count, candidate] numbers of the coordinates; None for all."""
+        if len(self.candidates) == self._system.size:
+            return None
+        numbers = torch.tensor([each.number for each in self.candidates])
+        return numbers.to(self.model.device).expand(count, -1)
+
+    def _encode(self, vectors: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._system.encode(vectors, self._which(len(vectors)))
+
+    @cached_property
+    def active(self) -> Ints:
+        """[gate] numbers of the coordinates that a write changes in some training row."""
+        trained = self._trained_vectors
+        own, new = (each[trained.to(each.device)] for each in self._coordinates)
+        return np.flatnonzero((own != new).any(0).cpu().numpy())
+
+    def _writes(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[SiteWrite]:
+        """Return the vectors whose coordinates are f + m (f′ − f)."""
+        which = torch.from_numpy(self._vectors_of(rows)[0])
+        own, new = (each[which.to(each.device)] for each in self._coordinates)
+        change = self._shares(rows, edit).to(own) * (new - own)
+        vectors = self._vectors[which.to(self._vectors.device)]
+        written = self._system.shift(vectors, change, self._which(len(vectors)))
+        return [write_point(self.declared.made, self.model, *self._places(rows, lanes), written)]
+
+
+def open_rows(
+    mask: TrainedMask,
+    objective: ResolvedExperiment,
+    model: LoadedModel,
+    side: PaddingSide | None,
+) -> MaskRows:
+    """Return the rows that a mask is trained on."""
+    sites = [each for each in mask.candidates if isinstance(each, SitePoint)]
+    if sites:
+        return SiteMaskRows(mask.training, objective, model, side, sites)
+    coordinates = [each for each in mask.candidates if isinstance(each, SiteCoordinate)]
+    return CoordinateMaskRows(mask.training, objective, model, side, coordinates)
+
+
+class TooFewCandidates(Exception):
+    """A mask chooses as many candidates as change a training row, or more."""
+
+    hint = "write a smaller `size`, or use other rows"
+
+    def __init__(self, mask: TrainedMask, count: int, size: int) -> None:
+        every = count_noun(len(mask.candidates), mask.noun)
+        text = f"writing them changes the training rows at {count:,} of {every}"
+        super().__init__(f"{text}, and the mask chooses {size:,}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,19 +271,26 @@ class GateLoss:
     def memory(self) -> Mapping[str, Tensor]:
         return {}
 
+    def _edit(self, gates: Tensor) -> Tensor:
+        """Return [..., candidate] shares for [..., gate] values."""
+        active = torch.from_numpy(self.rows.active)
+        shares = gates.new_zeros(*gates.shape[:-1], len(self.rows.candidates))
+        shares = shares.index_copy(-1, active, gates)
+        return 1 - shares if self.keeps else shares
+
     def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
         """Return the mean loss of the rows with these numbers."""
         sign, rows = 1 if self.rows.declared.minimises else -1, inputs.numpy()
         if progress >= 1:  # held-out rows, without gradients
             return torch.tensor(sign * self.mean(rows, self.gates.chosen()))
         drawn = self.gates.sample(len(rows), step)
-        return sign * self.rows.values(rows, 1 - drawn if self.keeps else drawn).mean()
+        return sign * self.rows.values(rows, self._edit(drawn)).mean()
 
     def mean(self, rows: Ints, chosen: Sequence[int]) -> float:
-        """Return the mean of the measure over rows with these sites chosen."""
-        hard = torch.zeros(len(self.rows.points))
+        """Return the mean of the measure over rows with these gates open."""
+        hard = torch.zeros(len(self.rows.active))
         hard[list(chosen)] = 1
-        return self.rows.mean(rows, 1 - hard if self.keeps else hard, self.batch)
+        return self.rows.mean(rows, self._edit(hard), self.batch)
 
     def after_step(self) -> None:
         """Leave the scores as they are."""
@@ -158,12 +309,17 @@ def train_mask(
     Raises:
         AutogradFailed: The model can't be differentiated.
         NotFinite: The measure or a score became NaN or infinite.
+        NoBasis: The basis whose coordinates it chooses from can't be computed.
+        TooFewCandidates: There are no more candidates than it chooses.
         OSError: A file can't be written.
     """
     training, settings = declared.training, read_settings(declared.training)
-    trainer = TRAINERS[training.trainer]
+    trainer, count = TRAINERS[training.trainer], len(rows.active)
+    size = trainer.size(training.of_trainer, count)
+    if count <= size:
+        raise TooFewCandidates(declared, count, size)
     with torch.enable_grad():
-        gates = trainer.start_mask(len(rows.points), training.of_trainer, training.seed)
+        gates = trainer.start_mask(count, training.of_trainer, training.seed)
         model = GateLoss(gates, rows, settings.batch, declared.keeps)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
         job.run(loop)
@@ -172,16 +328,20 @@ def train_mask(
     measured = rows.measured
     single, single_rows = _choose_single_effects(model, settings)
     random = [model.mean(measured, each) for each in _random_choices(model, training.seed)]
-    every = torch.ones(len(rows.points))
+    every = torch.ones(len(rows.candidates))
+    numbers = rows.active.tolist()
     report = MaskReport(
         rows=len(rows.rows) - rows.held_out_count,
         held_out_rows=rows.held_out_count,
         steps=loop.state.step,
         stopped_early=loop.state.stopped,
         objective=rows.text,
-        chosen={label_points((rows.points[each],)): float(likely[each]) for each in chosen},
-        candidates=len(rows.points),
-        undecided=int(((likely >= UNDECIDED[0]) & (likely <= UNDECIDED[1])).sum()),
+        chosen={
+            label_candidates((rows.candidates[numbers[each]],)): float(likely[each])
+            for each in chosen
+        },
+        candidates=count,
+        undecided=_count_undecided(likely, chosen),
         keeps=declared.keeps,
         trained=model.mean(measured, chosen),
         random=float(np.mean(random)),
@@ -190,45 +350,56 @@ def train_mask(
         single_rows=single_rows,
         unpatched=rows.mean(measured, None, settings.batch),
         whole=rows.mean(measured, every, settings.batch),
+        inactive=len(rows.candidates) - count,
+        noun=declared.noun,
     )
-    _write_sites(job.folder / MASK_FILE, rows.points, likely, chosen)
+    _write_choice(job.folder / MASK_FILE, rows, likely, chosen)
     job.write_card(report, MASK_FILE)
     return report
 
 
-def _write_sites(
-    path: Path, points: Sequence[SitePoint], likely: Tensor, chosen: Sequence[int]
-) -> None:
+def _count_undecided(likely: Tensor, chosen: Sequence[int]) -> int:
+    """Return how many gates are chosen and not likely open, or not chosen and not likely closed."""
+    least, most = UNDECIDED
+    open_gates = likely[list(chosen)]
+    return int((open_gates <= most).sum() + (likely >= least).sum() - (open_gates >= least).sum())
+
+
+def _write_choice(path: Path, rows: MaskRows, likely: Tensor, chosen: Sequence[int]) -> None:
+    """Write the candidates with their probabilities, which are 0 without a gate."""
+    probabilities = np.zeros(len(rows.candidates))
+    probabilities[rows.active] = likely.numpy()
     content = {
-        "sites": [[each.site, each.layer, each.unit] for each in points],
-        "probabilities": likely.tolist(),
-        "chosen": list(chosen),
+        "sites": [key_of_candidate(each) for each in rows.candidates],
+        "probabilities": probabilities.tolist(),
+        "chosen": rows.active[list(chosen)].tolist(),
     }
     path.write_text(json.dumps(content) + "\n", "utf-8")
 
 
 def _random_choices(model: GateLoss, seed: int) -> Iterator[list[int]]:
-    """Yield random choices of as many sites."""
+    """Yield random choices of as many gates."""
     for number in range(RANDOM_CHOICES):
         random = torch.Generator().manual_seed(stable_hash(seed, "choice", number) % 2**63)
-        order = torch.randperm(len(model.rows.points), generator=random)
+        order = torch.randperm(len(model.rows.active), generator=random)
         yield sorted(order[: model.gates.size].tolist())
 
 
 def _choose_single_effects(
     model: GateLoss, settings: TrainingSettings
 ) -> tuple[list[int] | None, int]:
-    """Return the sites with the largest effects of writing them alone, as many as the mask chooses,
+    """Return the gates with the largest effects of opening them alone, as many as the mask chooses,
     and the number of training rows; None if that costs more rows than the training.
 
-    Sites that are kept are those whose own writes have the worst effects.
+    If the mask keeps its choice, they are those with the worst effects.
     """
     rows = model.rows.rows[model.rows.held_out_count :]
-    count, (most, least) = len(model.rows.points), SINGLE_ROWS
+    count, (most, least) = len(model.rows.active), SINGLE_ROWS
     few = rows[: min(most, settings.steps * settings.batch // count)]
     if len(few) < min(least, len(rows)):
         return None, 0
-    alone = torch.eye(count)
+    alone = torch.zeros(count, len(model.rows.candidates))
+    alone[range(count), model.rows.active] = 1
     effects = [model.rows.mean(few, each, settings.batch) for each in alone]
     wants_low = model.rows.declared.minimises != model.keeps
     order = np.argsort(np.array(effects) * (1 if wants_low else -1), kind="stable")

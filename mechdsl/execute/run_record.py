@@ -202,8 +202,8 @@ class FitReport:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Self:
-        """Create the report from JSON. Raises KeyError."""
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        """Create the report from JSON. Raises TypeError if a field without default is missing."""
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
 
 
 @dataclass(frozen=True)
@@ -316,15 +316,15 @@ class MaskReport(FitReport):
     objective: str
     """`maximise logit(answer of fewer)`."""
     chosen: dict[str, float]
-    """The chosen sites with the probabilities of their gates."""
+    """The chosen sites, features or dimensions with the probabilities of their gates."""
     candidates: int
-    """Number of sites that it chooses from."""
+    """Number of those that it chooses from."""
     undecided: int
-    """Number of sites whose probability is from 0.1 to 0.9."""
+    """Number of those whose probability is from 0.1 to 0.9."""
     keeps: bool
-    """Whether all sites are written but the chosen ones."""
+    """Whether everything is written but what is chosen."""
     trained: float
-    """The measure while the chosen sites are written; if the mask keeps them, while all others are.
+    """The measure while the choice is written; if the mask keeps them, while all others are.
     Also for the following controls."""
     random: float
     """The mean of the same over random choices of the same size."""
@@ -338,7 +338,12 @@ class MaskReport(FitReport):
     unpatched: float
     """The measure of the clean run."""
     whole: float
-    """The measure while every site is written."""
+    """The measure while every candidate is written."""
+    inactive: int = 0
+    """Number of further candidates, which don't change any training row; the mask and its random
+    choices don't choose them."""
+    noun: str = "site"
+    """What one candidate is: `site`, `feature` or `dimension`."""
 
     def list_chosen(self) -> str:
         """Return `L2H0.z (0.89), L3H1.z (0.99)`, at most `LISTED_SITES` of them."""

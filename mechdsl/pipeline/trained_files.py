@@ -60,10 +60,12 @@ from mechdsl.resolve.trainings import (
     ROTATION,
     VECTOR,
     MaskFile,
+    key_of_candidate,
     name_prompt_vector,
     paired_positions,
 )
 from mechdsl.resolve.types import (
+    BasisTargets,
     RecordStream,
     ResolvedExperiment,
     SitePoint,
@@ -108,6 +110,14 @@ class DeclaredFit:
     def model(self) -> str:
         """Key of the loaded model that runs the rows."""
         return self.training.sample.run.model or self.experiment.model.key
+
+    @property
+    def waits(self) -> bool:
+        """Whether it needs a basis that isn't trained yet."""
+        basis = None if self.objective is None else self.objective.rules[0].basis
+        trained = (TrainedDictionary, TrainedRotation, TrainedVector)
+        used = () if basis is None else basis.saved
+        return any(isinstance(own, trained) and not own.is_trained for own in used)
 
 
 def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFit]:
@@ -206,12 +216,23 @@ class FitKeys:
             parts["objective"] = _objective(fit.objective, training.minimises, contents)
         if isinstance(fit.file, TrainedMask):
             assert fit.objective is not None
-            fill = fit.objective.spec.rules[0].fill
+            rule = fit.objective.rules[0]
+            fill = rule.spec.fill
             parts["mask"] = [
-                [[each.site, each.layer, each.unit] for each in fit.file.points],
+                [key_of_candidate(each) for each in fit.file.candidates],
                 None if fill is None else fill.span.written,
             ]
+            if rule.basis is not None:
+                parts["basis"] = self._basis(rule.basis, training.made, name)
         return json_digest(parts)
+
+    def _basis(self, basis: BasisTargets, point: SitePoint, name: str) -> str:
+        """Return the digest of the basis whose coordinates a mask chooses from."""
+        from mechdsl.planner.value_keys import OperandKeys
+
+        told, contents = self._model(name)
+        keys = OperandKeys(contents, digest(json_digest(told)))
+        return keys.basis({None: basis.at(point)}).hex()
 
     def _stream(self, training: Training, stream: RecordStream) -> list[object]:
         """Return what the rows of a training depend on that reads a file in parts."""
@@ -336,11 +357,11 @@ def _read_mask(folder: Path, mask: TrainedMask, digest: str) -> MaskFile:
     """Read the sites that a mask chose. Raises OSError, KeyError, ValueError and IndexError."""
     path = folder / MASK_FILE
     content = json.loads(path.read_text("utf-8"))
-    listed = [SitePoint(*each) for each in content["sites"]]
-    size = TRAINERS[mask.training.trainer].size(mask.training.of_trainer, len(mask.points))
-    if compute_digest(path) != digest or tuple(listed) != mask.points:
+    listed, candidates = content["sites"], mask.candidates
+    size = TRAINERS[mask.training.trainer].size(mask.training.of_trainer, len(candidates))
+    if compute_digest(path) != digest or listed != [key_of_candidate(own) for own in candidates]:
         raise ValueError("the file is damaged")
-    chosen = tuple(listed[number] for number in content["chosen"])
+    chosen = tuple(candidates[number] for number in content["chosen"])
     if len(set(chosen)) != size:
         raise ValueError("the file is damaged")
     return MaskFile(chosen, digest)
@@ -409,13 +430,15 @@ def _describe_mask(file: TrainedFile, report: MaskReport) -> str:
         f"{report.draws} random choices": report.random,
         "largest single effects": report.single,
         "no patch": report.unpatched,
-        "all sites": report.whole,
+        f"all {report.noun}s": report.whole,
     }
     listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
     said = f"to {report.objective}; mean over {rows}: {listed}"
+    if report.inactive:
+        said += f"; {report.inactive:,} further {report.noun}s change no training row"
     return (
         f"{said}; probabilities: {report.list_chosen()}; {report.undecided} of "
-        f"{report.candidates} sites from 0.1 to 0.9; SHA-256 {file.digest[:12]}…"
+        f"{report.candidates} {report.noun}s undecided; SHA-256 {file.digest[:12]}…"
     )
 
 
@@ -429,20 +452,39 @@ def attach_fits(
     Args:
         loaded: Models from Python, by name.
     """
-    fits, folder = fits_of_file(checked), options.store
-    if not fits or folder is None or not (folder / FITS_FOLDER).is_dir():
+    folder = options.store
+    if folder is None or not (folder / FITS_FOLDER).is_dir():
         return checked
     found: dict[str, tuple[TrainedFile, str]] = {}
+    waiting = True
+    while waiting:  # once more for masks over what was found
+        fits = fits_of_file(checked)
+        more = _read_fits(checked, fits, folder, options, loaded or {})
+        if more.keys() <= found.keys():
+            break
+        found |= more
+        checked = check_again(checked, replace(checked.settings, trained=found), loaded)
+        waiting = any(fit.waits for fit in fits.values())
+    return checked
+
+
+def _read_fits(
+    checked: CheckedFile,
+    fits: Mapping[str, DeclaredFit],
+    folder: Path,
+    options: RunOptions,
+    loaded: Mapping[str, LoadedModel],
+) -> dict[str, tuple[TrainedFile, str]]:
+    """Read the trainings that a store has, with descriptions of their results."""
+    found: dict[str, tuple[TrainedFile, str]] = {}
     with suppress(StoreProblem), Store(folder) as store:
-        keys = FitKeys(checked, options, loaded or {}, store)
+        keys = FitKeys(checked, options, loaded, store)
         for name, fit in fits.items():
             with suppress(RunKeyError, OSError):
-                known = read_fit(folder / FITS_FOLDER / keys.of(fit), fit)
+                known = None if fit.waits else read_fit(folder / FITS_FOLDER / keys.of(fit), fit)
                 if known is not None:
                     found[name] = known[0], describe_report(*known)
-    if not found:
-        return checked
-    return check_again(checked, replace(checked.settings, trained=found), loaded)
+    return found
 
 
 def check_again(

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,12 +33,13 @@ from mechdsl.pipeline.trained_files import (
     FITS_FOLDER,
     DeclaredFit,
     FitKeys,
+    attach_fits,
     fits_of_file,
     packages_of_fit,
     read_fit,
 )
 from mechdsl.program.trainers import TRAINERS
-from mechdsl.resolve.sites import label_all_points
+from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import resolve_part
 from mechdsl.resolve.types import (
     FitSample,
@@ -107,13 +108,42 @@ def _train_missing(
     store: Store,
     on_progress: FitProgress | None,
 ) -> tuple[list[TrainedFit], list[Diagnostic]]:
-    """Train what the store doesn't have. Raises StoreProblem, OSError."""
-    fits = fits_of_file(checked)
+    """Train what the store doesn't have, and after it masks over it. Raises StoreProblem,
+    OSError."""
+    done: list[TrainedFit] = []
+    problems: list[Diagnostic] = []
+    tried: set[str] = set()
+    while True:
+        fits = {n: fit for n, fit in fits_of_file(checked).items() if n not in tried}
+        ready = {name: fit for name, fit in fits.items() if not fit.waits}
+        if not ready:
+            break
+        trained, found = _train_ready(checked, ready.values(), options, loaded, store, on_progress)
+        done += trained
+        problems += found
+        tried |= ready.keys()
+        if len(ready) == len(fits):
+            return done, problems
+        checked = attach_fits(checked, options, loaded)
+    hint = "see the other problem"
+    problems += [_failed(fit, "its basis isn't trained", hint) for fit in fits.values()]
+    return done, problems
+
+
+def _train_ready(
+    checked: CheckedFile,
+    fits: Collection[DeclaredFit],
+    options: RunOptions,
+    loaded: Mapping[str, LoadedModel],
+    store: Store,
+    on_progress: FitProgress | None,
+) -> tuple[list[TrainedFit], list[Diagnostic]]:
+    """Train those of some trainings that the store doesn't have. Raises StoreProblem, OSError."""
     keys = FitKeys(checked, options, loaded, store)
     done: list[TrainedFit] = []
     due: list[tuple[DeclaredFit, Path]] = []
     problems: list[Diagnostic] = []
-    for fit in fits.values():
+    for fit in fits:
         try:
             folder = store.folder / FITS_FOLDER / keys.of(fit)
         except RunKeyError as unknown:
@@ -131,7 +161,7 @@ def _train_missing(
         trained, found = _train_due(checked, options, loaded, due, store, on_progress)
         done += trained
         problems += found
-    return done, [*problems, *_undecided(done, fits.values())]
+    return done, [*problems, *_undecided(done, fits)]
 
 
 def _undecided(done: Iterable[TrainedFit], fits: Iterable[DeclaredFit]) -> Iterator[Diagnostic]:
@@ -145,6 +175,7 @@ def _undecided(done: Iterable[TrainedFit], fits: Iterable[DeclaredFit]) -> Itera
                 group=each.basis,
                 undecided=report.undecided,
                 sites=report.candidates,
+                noun=report.noun,
                 steps=max(2 * report.steps, 300),
             )
 
@@ -195,6 +226,7 @@ def _train_one(
     on_progress: FitProgress | None,
 ) -> tuple[TrainedFit | None, Diagnostic | None]:
     """Train one of them; a result or a problem."""
+    from mechdsl.execute.mask_training import NoBasis, TooFewCandidates
     from mechdsl.execute.run.feature_files import RowsRefused
     from mechdsl.execute.training_vectors import NoVectors
     from mechdsl.fits.factors import NotFactored
@@ -217,7 +249,7 @@ def _train_one(
         shutil.rmtree(part, ignore_errors=True)
         reason = f"autograd can't follow the model ({str(problem)[:200]})"
         return None, _failed(fit, reason, "train on a model without in-place operations")
-    except RowsRefused as refused:
+    except (RowsRefused, NoBasis) as refused:
         shutil.rmtree(part, ignore_errors=True)
         return None, refused.diagnostics[0]
     except NoVectors as problem:
@@ -230,7 +262,7 @@ def _train_one(
         hint = f"lower the learning rate: `rate: {rate / 10:g}`"
         hint += ", or the penalty" if "penalty" in fit.training.of_trainer else ""
         return None, _failed(fit, str(problem), hint)
-    except NotFactored as problem:
+    except (NotFactored, TooFewCandidates) as problem:
         shutil.rmtree(part, ignore_errors=True)
         return None, _failed(fit, str(problem), problem.hint)
     finally:
@@ -252,7 +284,7 @@ def _run_training(
 ) -> Report:
     """Train one of them, and write it to `result`, in the folder of checkpoints."""
     from mechdsl.execute.component_training import train_components
-    from mechdsl.execute.mask_training import MaskRows, train_mask
+    from mechdsl.execute.mask_training import open_rows, train_mask
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.rotation_training import train_rotation
     from mechdsl.execute.training import TrainingJob, solve_dictionary, train_dictionary
@@ -276,8 +308,7 @@ def _run_training(
     job = TrainingJob(result, facts, result.parent, is_due, on_step)
     if isinstance(fit.file, TrainedMask):
         assert fit.objective is not None
-        sites = MaskRows(fit.training, fit.objective, model, side, fit.file.points)
-        return train_mask(fit.file, sites, job)
+        return train_mask(fit.file, open_rows(fit.file, fit.objective, model, side), job)
     if fit.objective is not None:
         rows = ObjectiveRows(fit.training, fit.objective, model, side)
         if isinstance(fit.file, TrainedVector):
@@ -352,7 +383,7 @@ def _finished(fit: DeclaredFit, folder: Path, report: Report, seconds: float) ->
     site = point.site if point.layer is None else f"L{point.layer}.{point.site}"
     what = fit.file.kind
     if isinstance(fit.file, TrainedMask):
-        site = label_all_points(fit.file.points)
+        site = label_candidates(fit.file.candidates)
     if isinstance(report, RotationReport):
         what = describe_rotation(fit.training.trainer, report.directions)
     return TrainedFit(fit.basis, what, site, folder, report, seconds)
@@ -471,16 +502,19 @@ def _describe_mask(rows: str, report: MaskReport, card: Mapping[str, Any]) -> li
     """Return what the model card of a mask says about its rows and its result."""
     held_out = count_noun(report.held_out_rows, "row")
     source = f"the run `{card['from']}`" if card["from"] else f"the {card['with']}"
-    written = "Every site but the chosen ones is" if report.keeps else "The chosen sites are"
+    noun, every = report.noun, f"{report.candidates:,}"
+    written = f"Every {noun} but the chosen ones is" if report.keeps else f"The chosen {noun}s are"
     single = "not computed" if report.single is None else f"{report.single:.4f}"
+    unchanged = f"- Further {noun}s that change no training row: {report.inactive:,}"
     return [
         f"{rows}; {held_out} held out",
         f"- {written} set to those of {source}, to {report.objective}",
         f"- Chosen: {', '.join(f'{name} ({own:.2f})' for name, own in report.chosen.items())}",
-        f"- Sites with a probability from 0.1 to 0.9: {report.undecided} of {report.candidates}",
+        f"- Undecided {noun}s: {report.undecided} of {every}",
+        *([unchanged] if report.inactive else []),
         f"- Mean of the measure over held-out rows: {report.trained:.4f}",
         f"- The same for {report.draws} random choices of this size: {report.random:.4f}",
-        f"- The same for the largest effects of single sites: {single}",
+        f"- The same for the largest effects of single {noun}s: {single}",
         f"- The same without a patch: {report.unpatched:.4f}",
-        f"- The same with every site: {report.whole:.4f}",
+        f"- The same with every {noun}: {report.whole:.4f}",
     ]

@@ -328,6 +328,76 @@ class _RuleNumbers:
         return np.where(plan.follow(rows) == 0, found, mix_numbers(found, plan.follow(rows)))
 
 
+@dataclass(frozen=True, eq=False)
+class OperandKeys:
+    """Keys of the directions and bases that rules use."""
+
+    contents: RunContents
+    model: bytes
+    """Digest of the experiment's model."""
+
+    def direction(self, vector: DirectionVector) -> bytes:
+        """Digest everything that a direction depends on."""
+        match vector:
+            case FittedVector():
+                samples = [self._sample(each) for each in vector.samples]
+                points = list(map(_written, vector.points))
+                return digest("fit", vector.method, vector.options, points, samples)
+            case UnembeddingVector():
+                return digest("unembedding", self.model, vector.token, vector.less)
+            case SavedVector():
+                return digest("saved", vector.key, vector.digest)
+            case WeightedSum():
+                parts = [[weight, self.direction(part)] for weight, part in vector.parts]
+                return digest("sum", parts)
+            case UnitVector():
+                return digest("unit", self.direction(vector.of))
+            case RandomVector():
+                return digest("random", self.direction(vector.of), vector.draw, vector.seed)
+
+    def basis(self, bases: PointBases) -> bytes:
+        """Digest everything that the bases of a rule's points depend on."""
+        parts = [
+            [key, member.method, member.options, member.size, member.reads, *self._operand(member)]
+            for key, member in bases.items()
+        ]
+        return digest("basis", parts)
+
+    def _operand(self, member: BasisMember) -> list[object]:
+        operand = member.operand
+        match operand:
+            case FittedBasis():
+                return ["fit", *map(_written, operand.points), *map(self._sample, operand.samples)]
+            case JacobianBasis(sample=sample, source=source, target=target):
+                sites = [*map(_written, (source, target)), operand.of_target]
+                return ["jacobian", *sites, self._sample(sample)]
+            case SpannedBasis(next_map=point):
+                reads = [] if point is None else [self.model, _written(point)]
+                return ["span", *map(self.direction, operand.vectors), *reads]
+            case TokenBasis():
+                return ["tokens", self.model, operand.tokens]
+            case SavedVector():
+                return ["saved", operand.key, operand.digest]
+            case OutputWeights(vector=vector):
+                written = [] if vector is None else [self.direction(vector), operand.replaces]
+                return ["output", self.model, operand.site, operand.layer, *written]
+            case WeightBasis():
+                return ["weights", self.model, operand.site, operand.layer]
+            case DictionaryFile():
+                return ["dictionary", operand.digest]
+            case PythonBasis(function=function):
+                return ["python", function.name, function.digest]
+            case DrawnBasis():
+                return ["drawn", member.width, operand.draw, operand.seed]
+
+    def _sample(self, sample: FitSample) -> list[int]:
+        """Return the rows that a fit reads, independent of their order."""
+        contents = self.contents.of(sample.run, sample.table).tolist()
+        targets = sample.targets or (None,) * len(contents)
+        rows = zip(contents, sample.cell.hits, targets, strict=True)
+        return sorted(digest_number(*row) for row in rows)
+
+
 class ExperimentKeys:
     """The keys of one experiment's patched values."""
 
@@ -391,7 +461,7 @@ class ExperimentKeys:
         pairs = [(rule.point_table[n], rule.source_table[n]) for n in spot.points]
         points = [_written(to) + _written(of) for to, of in pairs]
         assert rule.rule.basis is not None
-        basis = self._basis(rule.rule.basis.bases[spot.basis])
+        basis = self._operands.basis(rule.rule.basis.bases[spot.basis])
         cell = digest("error", self._model(), basis, *points)
         (start,) = self._starts
         hits = rule.positions[spot.position].hits
@@ -498,11 +568,11 @@ class ExperimentKeys:
             if rule.steps is not None:
                 parts.append([digest("steps", *own) for own in rule.steps.tolist()])
             if rule.direction_of_cell is not None:
-                steered = [self._direction(member.vector) for member in rule.directions]
+                steered = [self._operands.direction(member.vector) for member in rule.directions]
                 parts.append([steered[which] for which in rule.direction_of_cell.tolist()])
             if rule.coordinates_of_cell is not None:
                 assert rule.rule.basis is not None
-                bases = [self._basis(each) for each in rule.rule.basis.bases]
+                bases = [self._operands.basis(each) for each in rule.rule.basis.bases]
                 own = [
                     digest(bases[each.basis], each.which, *_inserted(bases, each))
                     for each in rule.coordinates
@@ -521,66 +591,9 @@ class ExperimentKeys:
             return iter([b""] * self.plan.n_cells)
         return map(b"".join, zip(*parts, strict=True))
 
-    def _direction(self, vector: DirectionVector) -> bytes:
-        """Digest everything that a direction depends on."""
-        match vector:
-            case FittedVector():
-                samples = [self._sample(each) for each in vector.samples]
-                points = list(map(_written, vector.points))
-                return digest("fit", vector.method, vector.options, points, samples)
-            case UnembeddingVector():
-                return digest("unembedding", self._model(), vector.token, vector.less)
-            case SavedVector():
-                return digest("saved", vector.key, vector.digest)
-            case WeightedSum():
-                parts = [[weight, self._direction(part)] for weight, part in vector.parts]
-                return digest("sum", parts)
-            case UnitVector():
-                return digest("unit", self._direction(vector.of))
-            case RandomVector():
-                return digest("random", self._direction(vector.of), vector.draw, vector.seed)
-
-    def _basis(self, bases: PointBases) -> bytes:
-        """Digest everything that the bases of a rule's points depend on."""
-        parts = [
-            [key, member.method, member.options, member.size, member.reads, *self._operand(member)]
-            for key, member in bases.items()
-        ]
-        return digest("basis", parts)
-
-    def _operand(self, member: BasisMember) -> list[object]:
-        operand = member.operand
-        match operand:
-            case FittedBasis():
-                return ["fit", *map(_written, operand.points), *map(self._sample, operand.samples)]
-            case JacobianBasis(sample=sample, source=source, target=target):
-                sites = [*map(_written, (source, target)), operand.of_target]
-                return ["jacobian", *sites, self._sample(sample)]
-            case SpannedBasis(next_map=point):
-                reads = [] if point is None else [self._model(), _written(point)]
-                return ["span", *map(self._direction, operand.vectors), *reads]
-            case TokenBasis():
-                return ["tokens", self._model(), operand.tokens]
-            case SavedVector():
-                return ["saved", operand.key, operand.digest]
-            case OutputWeights(vector=vector):
-                written = [] if vector is None else [self._direction(vector), operand.replaces]
-                return ["output", self._model(), operand.site, operand.layer, *written]
-            case WeightBasis():
-                return ["weights", self._model(), operand.site, operand.layer]
-            case DictionaryFile():
-                return ["dictionary", operand.digest]
-            case PythonBasis(function=function):
-                return ["python", function.name, function.digest]
-            case DrawnBasis():
-                return ["drawn", member.width, operand.draw, operand.seed]
-
-    def _sample(self, sample: FitSample) -> list[int]:
-        """Return the rows that a fit reads, independent of their order."""
-        contents = self.contents.of(sample.run, sample.table).tolist()
-        targets = sample.targets or (None,) * len(contents)
-        rows = zip(contents, sample.cell.hits, targets, strict=True)
-        return sorted(digest_number(*row) for row in rows)
+    @cached_property
+    def _operands(self) -> OperandKeys:
+        return OperandKeys(self.contents, self._model())
 
     def _model(self) -> bytes:
         return self.contents.models[self.plan.experiment.model.key]

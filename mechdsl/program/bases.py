@@ -210,21 +210,8 @@ def lower_mask(statement: ast.GroupDef, parts: Definitions, scope: Namespace) ->
     elif site is None:
         reason = f"`{statement.name.id}` has no sites to choose from"
         problem = call, reason, "add them: `at layers * heads * at last token`"
-    elif site.short or site.ranked or not site.axes or site.basis_name is not None:
-        reason = "a mask chooses layers, heads or neurons, which axes name"
-        hint = "write `layers * heads *`, or `mlp_hidden layer 2 neurons *`"
-        problem = site, reason, hint
-    if problem is None and site is not None:
-        single = next(
-            (a for a in site.axes if not a.plural and isinstance(a.values[0], ast.Star)), None
-        )
-        if single is not None or any(axis.window is not None for axis in site.axes):
-            node = site if single is None else single
-            problem = (
-                node,
-                "a mask chooses from sites that it writes together",
-                ("write the plural, without `window`: `layers * heads *`"),
-            )
+    else:
+        problem = _candidate_problem(site)
     if problem is None:
         assert site is not None
         name, at = statement.name.id, statement.at
@@ -232,6 +219,22 @@ def lower_mask(statement: ast.GroupDef, parts: Definitions, scope: Namespace) ->
     scope.diagnostics.append(
         BadBasis(span=problem[0].span, reason=problem[1], hint=problem[2], what="group")
     )
+    return None
+
+
+def _candidate_problem(site: ast.Site) -> tuple[ast.Node, str, str] | None:
+    """Return the problem with what a mask chooses from: the node, the reason and a hint."""
+    whole = site.basis_name is not None and site.coordinates is None
+    picked = any(isinstance(v, ast.RankedSelection) for axis in site.axes for v in axis.values)
+    if site.short or site.ranked or not site.axes or whole or picked:
+        reason = "a mask chooses layers, heads, neurons, features or dimensions, which axes name"
+        hint = "write `layers * heads *`, `features * of f`, or `resid_post layer 2 dims *`"
+        return site, reason, hint
+    for axis in site.axes:
+        several = axis is site.coordinates or isinstance(axis.values[0], ast.Star)
+        if axis.window is not None or (several and not axis.plural):
+            reason = "a mask chooses from sites that it writes together"
+            return axis, reason, "write the plural, without `window`: `layers * heads *`"
     return None
 
 

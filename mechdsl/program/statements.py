@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mechdsl.base.source import Span
@@ -14,7 +15,7 @@ from mechdsl.program import spec
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import CLEAN
 from mechdsl.syntax import ast
-from mechdsl.syntax.traversal import NodeT, number_names, walk
+from mechdsl.syntax.traversal import NodeT, number_names, rewrite, walk
 from mechdsl.syntax.words import COORDINATE_OBSERVATIONS, VERBS
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Statements:
         self.diagnostics.append(NotSupported(span=span, what=what, later=hint))
 
     def collect(self, statements: Sequence[ast.Statement], loops: tuple[str, ...] = ()) -> None:
-        for statement in statements:
+        for statement in map(self._with_coordinates, statements):
             match statement:
                 case ast.Rule():
                     self.rule(statement, loops)
@@ -130,6 +131,32 @@ class Statements:
                     self.expects.append(statement)
                 case _:
                     self.later(statement.span, UNSUPPORTED_NODES[type(statement)])
+
+    def _with_coordinates(self, statement: NodeT) -> NodeT:
+        """Return a statement that names the coordinates of groups that a training chooses from,
+        where it names such a group as its site: `g` becomes `g features * of f`."""
+        groups = {
+            name: mask.site.axes
+            for name, mask in self.parts.masks.items()
+            if mask.site.coordinates is not None
+        }
+
+        def change(node: ast.Node) -> ast.Node:
+            if not isinstance(node, ast.Site):
+                return node
+            if node.bare is not None and node.bare.id in groups and node.basis is None:
+                axes = groups[node.bare.id]
+                return replace(node, axes=tuple(replace(own, span=node.span) for own in axes))
+            alone = (
+                replace(item, axes=()) if isinstance(item, ast.Site) and is_group(item) else item
+                for item in node.excluded
+            )
+            return replace(node, excluded=tuple(alone)) if node.excluded else node
+
+        def is_group(site: ast.Site) -> bool:
+            return len(site.names) == 1 and site.names[0].id in groups
+
+        return rewrite(statement, change) if groups else statement
 
     def once(self, statement: NodeT, seen: list[NodeT], what: str) -> None:
         """Record a statement that may occur once in an experiment."""

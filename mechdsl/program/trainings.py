@@ -104,6 +104,9 @@ def _lower_objective(
     measure = lower_measure(ast.Measure(node, effect, span=node.span), parts, scope)
     if has_errors(scope.diagnostics[before:]):
         return None
+    of = basis.site.basis_name
+    if of not in (None, ast.STANDARD_BASIS) and not scope.use("basis", of, basis.site.span):
+        return None
     at = basis.at or last_token(call)
     name = ast.Name(basis.name, span=call.span)
     work = Statements(ast.ExperimentDef(name, (), span=call.span), parts, scope)

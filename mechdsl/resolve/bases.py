@@ -699,7 +699,8 @@ def _encoded_sites(written: SiteTargets, members: PointBases, *, looks: bool) ->
 def _coordinate_names(site: ast.Site, features: ast.Axis, work: ExperimentContext) -> str:
     """Return the joined coordinates as written: `dims 0..7 except 3`."""
     own = " ".join(features.span.written.split())
-    numbers = ", ".join(each.span.written for each in number_exceptions(site, work.sites))
+    written = [each.span.written for each in number_exceptions(site, work.sites)]
+    numbers = ", ".join(dict.fromkeys(written))  # a group stands for several numbers
     return f"{own} except {numbers}" if numbers else own
 
 

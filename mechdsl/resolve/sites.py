@@ -52,7 +52,9 @@ from mechdsl.resolve.types import (
     AxisLabel,
     ItemNumber,
     LoopCells,
+    MaskCandidate,
     ModelContext,
+    SiteCoordinate,
     SitePoint,
     SiteTargets,
 )
@@ -1357,6 +1359,26 @@ def label_all_points(points: Sequence[SitePoint]) -> str:
     for point in points:
         by_layer.setdefault((point.site, point.layer), []).append(point)
     return " + ".join(label_points(each) for each in by_layer.values())
+
+
+def label_candidates(candidates: Sequence[MaskCandidate]) -> str:
+    """Format candidates: `L0H2.z + L1H3.z`, `features 3, 12 of f`, `L3.resid_post dims 0..7`."""
+    points = [each for each in candidates if isinstance(each, SitePoint)]
+    coordinates = [each for each in candidates if isinstance(each, SiteCoordinate)]
+    if not coordinates:
+        return label_all_points(points)
+    first, listed = coordinates[0], _list_coordinates([each.number for each in coordinates])
+    ending = "" if len(coordinates) == 1 else "s"
+    if first.basis is not None:
+        return f"feature{ending} {listed} of {first.basis}"
+    return f"{label_points((first.point,))} dim{ending} {listed}"
+
+
+def _list_coordinates(numbers: Sequence[int]) -> str:
+    """Format ascending numbers: `3`, `0..7`, `3, 12`."""
+    if len(numbers) > 1 and tuple(numbers) == tuple(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}..{numbers[-1]}"
+    return ", ".join(map(str, numbers))
 
 
 def _numbers(values: list[int]) -> str:

@@ -24,10 +24,14 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.conflicts import SITES_WITHOUT_GRADIENT, find_flat_part
 from mechdsl.resolve.types import (
+    BasisTargets,
     FitSample,
+    JacobianBasis,
+    MaskCandidate,
     ModelContext,
     RecordStream,
     ResolvedExperiment,
+    SiteCoordinate,
     SitePoint,
     TrainedDictionary,
     TrainedMask,
@@ -36,6 +40,7 @@ from mechdsl.resolve.types import (
     Training,
     count_numbers,
 )
+from mechdsl.syntax import ast
 
 FEWEST_ROWS = 2
 """Rows of a training: one to learn from, and one that is held out."""
@@ -112,16 +117,16 @@ def outline_vector(
 
 @dataclass(frozen=True)
 class MaskFile:
-    """The sites that a stored training chose."""
+    """What a stored training chose."""
 
-    chosen: tuple[SitePoint, ...]
+    chosen: tuple[MaskCandidate, ...]
     digest: str
 
 
 def outline_mask(
     definition: spec.Basis, objective: ResolvedExperiment, program: spec.Program
 ) -> TrainedMask:
-    """Return what a group with `fit` declares, with its chosen sites if they are known.
+    """Return what a group with `fit` declares, with what it chose if that is known.
 
     Args:
         objective: As in `mechdsl.program.trainings`, resolved.
@@ -132,22 +137,41 @@ def outline_mask(
         if each.name is not None
         and (value := constant_value(each.value, program.parameters)) is not None
     }
-    points, table = mask_points(objective), objective.table
+    candidates, table = list_candidates(objective), objective.table
+    (point, *_) = mask_points(objective)
     sample = FitSample(table, table.runs[objective.spec.base], paired_positions(objective)[0])
-    training = _describe_training(definition, options, sample, points[0], program, objective.model)
+    training = _describe_training(definition, options, sample, point, program, objective.model)
     training = replace(training, name=f"{definition.name} {objective.model.key}")
-    size = TRAINERS[training.trainer].size(training.of_trainer, len(points))
+    size = TRAINERS[training.trainer].size(training.of_trainer, len(candidates))
     file = program.trained.get(training.name, (None, ""))[0]
     if isinstance(file, MaskFile):
-        return TrainedMask(points, file.chosen, file.digest, training)
-    return TrainedMask(points, points[:size], "", training)
+        return TrainedMask(candidates, file.chosen, file.digest, training)
+    return TrainedMask(candidates, candidates[:size], "", training)
 
 
 def mask_points(objective: ResolvedExperiment) -> tuple[SitePoint, ...]:
-    """Return the sites that a mask chooses from, once each."""
+    """Return the sites that a mask writes, once each."""
     sites = objective.rules[0].sites
     assert sites is not None
     return tuple(dict.fromkeys(point for here in sites.points.values() for point in here))
+
+
+def list_candidates(objective: ResolvedExperiment) -> tuple[MaskCandidate, ...]:
+    """Return what a mask chooses from: sites, or coordinates of the vector of one site."""
+    points, basis = mask_points(objective), objective.rules[0].basis
+    if basis is None:
+        return points
+    (coordinates,), point = basis.coordinates.values(), points[0]
+    name = None if basis.definition == ast.STANDARD_BASIS else basis.definition
+    numbers = coordinates.which or range(basis.at(point).size)
+    return tuple(SiteCoordinate(point, name, number) for number in numbers)
+
+
+def key_of_candidate(candidate: MaskCandidate) -> list[str | int | None]:
+    """Return a candidate as a list: `["z", 2, 0]`, `["resid_post", 3, null, "f", 12]`."""
+    if isinstance(candidate, SitePoint):
+        return [candidate.site, candidate.layer, candidate.unit]
+    return [*key_of_candidate(candidate.point), candidate.basis, candidate.number]
 
 
 def _describe_training(
@@ -247,7 +271,7 @@ def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary
 def count_training_rows(training: Training, experiment: spec.Experiment, table: PromptTable) -> int:
     """Return how many of the rows that an experiment measures are also training rows: all of them
     if they are records of a file that the training reads in parts."""
-    if not experiment.measures:
+    if not experiment.measures or experiment.trains:  # no result of a training is a measurement
         return 0
     if training.stream is not None and _stream_digest(table) == training.stream.digest:
         return len(table)
@@ -262,15 +286,15 @@ def _stream_digest(table: PromptTable) -> str | None:
 
 
 def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
-    """Return E0342 for a mask that chooses all of its sites, or more."""
-    training = mask.training
-    size = TRAINERS[training.trainer].size(training.of_trainer, len(mask.points))
-    if size < len(mask.points):
+    """Return E0342 for a mask that chooses all of its candidates, or more."""
+    training, count = mask.training, len(mask.candidates)
+    size = TRAINERS[training.trainer].size(training.of_trainer, count)
+    if size < count:
         return None
     return BadBasis(
         span=training.span,
-        reason=f"it chooses {size:,} of {count_noun(len(mask.points), 'site')}",
-        hint="name more sites, or write a smaller `size`",
+        reason=f"it chooses {size:,} of {count_noun(count, mask.noun)}",
+        hint=f"name more {mask.noun}s, or write a smaller `size`",
         what="group",
     )
 
@@ -351,12 +375,42 @@ def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
         )
     if objective.model.stands_in or table.stands_in:
         return
+    problem = _check_coordinates(objective)
+    if problem is not None:
+        yield problem
+        return
     if len(rule.positions.written) != 1:
         if what == "group":  # otherwise an error of the basis
             reason, hint = "a mask is trained at one position", "join them: `{A, B}`"
             yield BadBasis(span=rule.spec.at.span, reason=reason, hint=hint, what=what)
         return
     yield from _check_positions(objective)
+
+
+def _check_coordinates(objective: ResolvedExperiment) -> Diagnostic | None:
+    """Return E0342 for a mask over the coordinates of several vectors of a token, or of a basis of
+    another model."""
+    rule = objective.rules[0]
+    if rule.basis is None:
+        return None
+    assert rule.spec.site is not None
+    count = len(mask_points(objective))
+    if count > 1:
+        reason = f"`{rule.spec.site.span.written}` names coordinates of {count} vectors of a token"
+        hint = "name one site, such as one layer"
+    elif any(True for _ in _fit_models(rule.basis)):
+        reason = f"`{rule.basis.definition}` is computed from rows of another model"
+        hint = "compute it from rows of the model that the mask is trained on"
+    else:
+        return None
+    return BadBasis(span=rule.spec.site.span, reason=reason, hint=hint, what="group")
+
+
+def _fit_models(basis: BasisTargets) -> Iterator[str]:
+    """Yield the names of other models whose rows a basis is computed from."""
+    for fit in basis.fits:
+        samples = (fit.sample,) if isinstance(fit, JacobianBasis) else fit.samples
+        yield from (each.run.model for each in samples if each.run.model is not None)
 
 
 def _check_positions(objective: ResolvedExperiment) -> Iterator[Diagnostic]:

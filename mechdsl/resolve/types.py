@@ -329,15 +329,15 @@ class TrainedVector(SavedVector):
 
 @record
 class TrainedMask(Record):
-    """A group that a file declares with `fit`: the sites that a training chooses.
+    """A group that a file declares with `fit`: the sites, features or dimensions that a training
+    chooses.
 
     Until its training is found in the store, the first candidates replace the chosen ones, and
     its digest is empty.
     """
 
-    points: tuple[SitePoint, ...]
-    """The sites that it chooses from."""
-    chosen: tuple[SitePoint, ...]
+    candidates: tuple[MaskCandidate, ...]
+    chosen: tuple[MaskCandidate, ...]
     digest: str
     training: Training = field(compare=False)
     made: str = field(default="", compare=False)
@@ -345,18 +345,28 @@ class TrainedMask(Record):
 
     @property
     def is_trained(self) -> bool:
-        """Whether the chosen sites are known."""
+        """Whether the chosen candidates are known."""
         return bool(self.digest)
 
     @property
     def keeps(self) -> bool:
-        """Whether the sites that aren't chosen are written in training, instead of the chosen."""
+        """Whether the candidates that aren't chosen are written in training, instead of the
+        chosen."""
         return bool(self.training.of_trainer.get("keep", False))
+
+    @property
+    def noun(self) -> str:
+        """What one candidate is: `site`, `feature` or `dimension`."""
+        first = self.candidates[0]
+        if isinstance(first, SitePoint):
+            return "site"
+        return "dimension" if first.basis is None else "feature"
 
     @property
     def kind(self) -> str:
         """Description for tables and conventions."""
-        return f"{self.training.trainer} of {len(self.chosen):,} of {len(self.points):,} sites"
+        every = count_noun(len(self.candidates), self.noun)
+        return f"{self.training.trainer} of {len(self.chosen):,} of {every}"
 
 
 BasisOperand: TypeAlias = (
@@ -564,6 +574,20 @@ class SitePoint:
     site: str
     layer: int | None
     unit: int | None
+
+
+@record
+class SiteCoordinate(Record):
+    """One number of the vector of a site, in a basis or as it is."""
+
+    point: SitePoint
+    basis: str | None
+    """Name of the basis; None for a dimension of the vector."""
+    number: int
+
+
+MaskCandidate: TypeAlias = SitePoint | SiteCoordinate
+"""What a mask chooses from."""
 
 
 def count_numbers(point: SitePoint, shape: ModelShape) -> int:

@@ -70,14 +70,14 @@ SOFT_PROMPT_NOTES = {
 """Columns of soft prompts."""
 
 MASK_NOTES = {
-    "trained": "mean of the measure over held-out rows while the chosen sites are written, or with "
-    "`keep` all others; without held-out rows, over training rows",
-    "random": "mean of the same over random choices of as many sites",
-    "single": "the same for the sites with the largest effects alone on training rows; –: they "
-    "cost more than the training",
+    "trained": "mean of the measure over held-out rows while the group is written, or with `keep` "
+    "everything else; without held-out rows, over training rows",
+    "random": "mean of the same over random groups of this size",
+    "single": "the same for the group with the largest effects alone on training rows; –: it "
+    "costs more than the training",
     "no patch": "the same in the clean run",
-    "all": "the same while every site is written",
-    "undecided": "sites whose probability is from 0.1 to 0.9",
+    "all": "the same while everything that the mask chooses from is written",
+    "undecided": "chosen with a probability below 0.9, or not chosen with one above 0.1",
 }
 """Columns of masks."""
 
@@ -109,8 +109,15 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         if isinstance(fit.report, VectorReport | SoftPromptReport):
             what = f"vectors of the site have length {fit.report.site_length:.3g}; {what}"
         if isinstance(fit.report, MaskReport):
-            what = f"{fit.report.list_chosen()}; {what}"
+            what = f"{_list_inactive(fit.report)}{fit.report.list_chosen()}; {what}"
         print_hanging(f"  {fit.basis}: ", what, console)
+
+
+def _list_inactive(report: MaskReport) -> str:
+    """Return how many candidates of a mask have no gate; empty if all have one."""
+    if not report.inactive:
+        return ""
+    return f"{report.inactive:,} further {report.noun}s change no training row; "
 
 
 def _print_table(

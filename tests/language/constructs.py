@@ -516,7 +516,8 @@ _file(
     'writes all sites but the chosen ones. `kind` is "hard_concrete" (default) or '
     '"straight_through". The options are those of a trained dictionary; defaults are '
     "`steps` (300), `batch` (32 rows), `rate` (0.1) and `validation` (20%). The group can be used "
-    "like a list of sites. Probabilities from 0.1 to 0.9 after the training are W0736.",
+    "like a list of sites. `at features * of f` chooses features of a basis, and `at SITE dims *` "
+    "dimensions of a site. Chosen probabilities below 0.9, and others above 0.1, are W0736.",
     "tests/pipeline/test_trained_masks.py",
     "Louizos et al. 2018, arXiv 1712.01312; Bengio et al. 2013, arXiv 1308.3432; Cao et al. 2021, "
     "arXiv 2104.03514",

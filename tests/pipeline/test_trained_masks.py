@@ -24,7 +24,7 @@ from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
-from mechdsl.execute.mask_training import MaskRows
+from mechdsl.execute.mask_training import MaskRows, open_rows
 from mechdsl.execute.run_record import MaskReport
 from mechdsl.pipeline.trained_files import fits_of_file
 from mechdsl.resolve.types import SitePoint, TrainedMask
@@ -76,7 +76,7 @@ def training_rows(path: Path, model: Any, side: Any = None) -> tuple[TrainedMask
     assert declared.objective is not None
     mask = declared.file
     assert isinstance(mask, TrainedMask)
-    return mask, MaskRows(mask.training, declared.objective, shared(model), side, mask.points)
+    return mask, open_rows(mask, declared.objective, shared(model), side)
 
 
 def chosen_sites(found: mechdsl.TrainedFit) -> list[str]:
@@ -218,12 +218,12 @@ def test_loss_and_gradient(at: str, side: Any, family: str, source: str, tmp_pat
     random = torch.Generator().manual_seed(5)
     ids, where = found.objective.table.row_ids, at.split(" at ")[1]
     for batch in ([0, 2], [1, 3]):
-        mine = torch.rand(2, len(mask.points), generator=random, dtype=torch.float64)
+        mine = torch.rand(2, len(mask.candidates), generator=random, dtype=torch.float64)
         mine.requires_grad_()
         theirs = mine.detach().clone().requires_grad_()
         values = found.values(np.array(batch), mine)
         expected = torch.stack(
-            [value_by_hand(family, ids[row], mask.points, theirs[n], source, where)
+            [value_by_hand(family, ids[row], mask.candidates, theirs[n], source, where)
              for n, row in enumerate(batch)]
         )  # fmt: skip
         assert torch.allclose(values, expected, atol=1e-5)  # gates have 32 bits
@@ -242,7 +242,7 @@ def test_training_by_hand(kind: str, keep: bool, tmp_path: Path) -> None:
     path = write(tmp_path, fit(f"{QUICK}, seed: 3", mask=mask), PATCHES)
     (found,) = train(path)
     declared, known = training_rows(path, double("llama"))
-    table, points = known.objective.table, declared.points
+    table, points = known.objective.table, declared.candidates
     order = sorted(range(4), key=lambda n: stable_hash(3, "training row", table.row_keys[n]))
     ids = [table.row_ids[row] for row in order]
     place = {table.row_ids[row]: row for row in order}
@@ -589,7 +589,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "singular": (HEADS, "layer * head *", "E0342"),
     "short": (HEADS, "L0H1", "E0342"),
     "ranking": (HEADS, "top 3 of control", "E0342"),
-    "dimensions": (HEADS, "resid_post layers 1 dims 0..3", "E0342"),
+    "dimensions": (HEADS, "resid_post layers 1..2 dims 0..3", "E0342"),
     "pattern": (HEADS, "pattern layers * heads *", "E0608"),
     "no sites": (f" at {HEADS} at last token", "", "E0342"),
     "positions": ("last token", "last token, cue token", "E0342"),
