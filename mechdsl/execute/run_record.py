@@ -185,7 +185,7 @@ MASK_FILE = "mask.json"
 
 
 VECTOR_FILE = "vector.safetensors"
-"""A trained vector, in its folder."""
+"""A trained vector or trained scales, in its folder."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +309,29 @@ class SoftPromptReport(FitReport):
 
 
 @dataclass(frozen=True)
+class ScaleReport(FitReport):
+    """What the training of scales led to: means of its measure over rows that it didn't use."""
+
+    objective: str
+    """`maximise logit(answer)`."""
+    smallest: float
+    """Smallest scale of a channel."""
+    largest: float
+    average: float
+    """Mean scale of the channels."""
+    trained: float
+    """The measure while the vectors are scaled."""
+    shuffled: float
+    """The mean of the same over random orders of the channels."""
+    uniform: float
+    """The measure while all channels are scaled by the mean scale."""
+    zero: float
+    """The measure while the vectors are 0."""
+    unscaled: float
+    """The measure of the clean run."""
+
+
+@dataclass(frozen=True)
 class MaskReport(FitReport):
     """What the training of a mask led to: means of its measure over rows that it didn't use, with 0
     and 1 instead of the values of gates."""
@@ -362,13 +385,15 @@ Report = (
     | RotationReport
     | VectorReport
     | SoftPromptReport
+    | ScaleReport
     | MaskReport
 )
 
 
 @dataclass(frozen=True)
 class TrainedFit:
-    """A dictionary, a rotation, a vector or a mask that a file declares with `fit(…)`, trained."""
+    """A dictionary, a rotation, a vector, scales or a mask that a file declares with `fit(…)`,
+    trained."""
 
     basis: str
     """The basis, or the group of a mask; one member of a family as `f[layer 3]`."""
@@ -379,7 +404,7 @@ class TrainedFit:
     folder: Path
     """Its folder in the store: of a dictionary, in a layout that `sae("…")` or `transcoder("…")`
     reads; of a rotation, with a file that `saved("…/rotation.safetensors", "rotation")` reads, and
-    of a vector `saved("…/vector.safetensors", "vector")`."""
+    of a vector or scales `saved("…/vector.safetensors", "vector")`."""
     report: Report
     """How well it was trained, next to controls."""
     seconds: float

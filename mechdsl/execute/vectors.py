@@ -475,8 +475,8 @@ class DirectionFits:
             case UnitVector(of=of):
                 found = self._vector(of)
                 return found / found.norm() if found.any() else found
-            case RandomVector(of=of, draw=draw, seed=seed):
-                return _draw_like(self._vector(of), draw, seed)
+            case RandomVector(of=of, draw=draw, seed=seed, shuffles=shuffles):
+                return _draw_like(self._vector(of), draw, seed, shuffles=shuffles)
 
     def _fitted(self, fit: FittedVector) -> Tensor:
         """[width] float64. Raises MethodError, and what the method raises."""
@@ -585,11 +585,14 @@ def _load_vector(vector: SavedVector) -> Tensor:
     return load(content)[vector.key].double()
 
 
-def _draw_like(like: Tensor, draw: str, seed: int) -> Tensor:
-    """Draw a direction of the same norm, uniformly distributed."""
+def _draw_like(like: Tensor, draw: str, seed: int, *, shuffles: bool) -> Tensor:
+    """Draw a direction of the same norm, uniformly distributed; or put its numbers in a random
+    order."""
     random = np.random.Generator(
         np.random.Philox(np.random.SeedSequence([stable_hash(seed, "direction", draw)]))
     )
+    if shuffles:
+        return like[torch.from_numpy(random.permutation(len(like)))]
     drawn = torch.from_numpy(random.standard_normal(len(like)))
     return drawn / drawn.norm() * like.norm()
 

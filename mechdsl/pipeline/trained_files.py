@@ -1,7 +1,7 @@
 """What a file declares with `fit(…)`, and what its store has of it: keys and trained files.
 
 A training is a folder of the store, `fits/KEY`, with a card `fit.json`: a dictionary in the layout
-of SAELens, the directions of a rotation in `rotation.safetensors`, a vector in
+of SAELens, the directions of a rotation in `rotation.safetensors`, a vector or scales in
 `vector.safetensors`, or the sites of a mask in `mask.json`. The key is a digest of
 everything that the weights depend on. Checkpoints of a training under way are in `fits/KEY.part`.
 """
@@ -40,6 +40,7 @@ from mechdsl.execute.run_record import (
     MaskReport,
     Report,
     RotationReport,
+    ScaleReport,
     SoftPromptReport,
     TrainingReport,
     VectorReport,
@@ -313,8 +314,9 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
         if isinstance(fit.file, TrainedRotation):
             return _read_rotation(folder, fit, card["sha256"]), RotationReport.read(card)
         if isinstance(fit.file, TrainedVector):
-            count = TRAINERS[fit.training.trainer].count_tokens(fit.training.of_trainer)
-            kind = VectorReport if count is None else SoftPromptReport
+            trainer, options = TRAINERS[fit.training.trainer], fit.training.of_trainer
+            kind = ScaleReport if fit.file.is_scale else VectorReport
+            kind = kind if trainer.count_tokens(options) is None else SoftPromptReport
             return _read_vector(folder, fit, card["sha256"]), kind.read(card)
         if isinstance(fit.file, TrainedMask):
             return _read_mask(folder, fit.file, card["sha256"]), MaskReport.read(card)
@@ -386,6 +388,8 @@ def _describe_result(file: TrainedFile, report: Report) -> str:
         if isinstance(report, VectorReport | SoftPromptReport):
             length = "length" if isinstance(report, VectorReport) else "mean length"
             said += f"; {length} {report.length:.4g}, vectors of the site {report.site_length:.4g}"
+        if isinstance(report, ScaleReport):
+            said += f"; scales from {report.smallest:.4g} to {report.largest:.4g}"
         return f"{said}; SHA-256 {file.digest[:12]}…"
     what = "held-out vectors" if report.held_out_vectors else "training vectors"
     text = f"explains {report.explained:.3f} of the variance of {what}"
@@ -398,7 +402,7 @@ def _describe_result(file: TrainedFile, report: Report) -> str:
 
 
 def _effects(
-    report: RotationReport | VectorReport | SoftPromptReport,
+    report: RotationReport | VectorReport | SoftPromptReport | ScaleReport,
 ) -> dict[str, float | None]:
     """Return the means of a measure after a training, by what was written."""
     if isinstance(report, RotationReport):
@@ -414,6 +418,14 @@ def _effects(
             "random vectors of these lengths": report.random,
             "placeholders": report.placeholders,
             "clean run": report.clean,
+        }
+    if isinstance(report, ScaleReport):
+        return {
+            "trained": report.trained,
+            "in a random order": report.shuffled,
+            "mean scale for all channels": report.uniform,
+            "scale 0": report.zero,
+            "no scale": report.unscaled,
         }
     return {
         "trained": report.trained,

@@ -23,6 +23,7 @@ from mechdsl.execute.run_record import (
     MaskReport,
     Report,
     RotationReport,
+    ScaleReport,
     SoftPromptReport,
     TrainedFit,
     VectorReport,
@@ -39,7 +40,7 @@ from mechdsl.pipeline.trained_files import (
     read_fit,
 )
 from mechdsl.program.trainers import TRAINERS
-from mechdsl.resolve.sites import label_candidates
+from mechdsl.resolve.sites import label_candidates, label_points
 from mechdsl.resolve.trainings import resolve_part
 from mechdsl.resolve.types import (
     FitSample,
@@ -287,6 +288,7 @@ def _run_training(
     from mechdsl.execute.mask_training import open_rows, train_mask
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.rotation_training import train_rotation
+    from mechdsl.execute.scale_training import train_scales
     from mechdsl.execute.training import TrainingJob, solve_dictionary, train_dictionary
     from mechdsl.execute.training_vectors import RowVectors, StreamedVectors
     from mechdsl.execute.vector_training import train_vector
@@ -312,7 +314,8 @@ def _run_training(
     if fit.objective is not None:
         rows = ObjectiveRows(fit.training, fit.objective, model, side)
         if isinstance(fit.file, TrainedVector):
-            return train_vector(fit.file, rows, job)
+            train = train_scales if fit.file.is_scale else train_vector
+            return train(fit.file, rows, job)
         assert isinstance(fit.file, TrainedRotation)
         return train_rotation(fit.file, rows, job)
     assert isinstance(fit.file, TrainedDictionary)
@@ -380,7 +383,7 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
 
 def _finished(fit: DeclaredFit, folder: Path, report: Report, seconds: float) -> TrainedFit:
     point = fit.training.made
-    site = point.site if point.layer is None else f"L{point.layer}.{point.site}"
+    site = label_points((point,))
     what = fit.file.kind
     if isinstance(fit.file, TrainedMask):
         site = label_candidates(fit.file.candidates)
@@ -445,6 +448,8 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
         ]
     if isinstance(report, VectorReport):
         return _describe_vector(rows, report, card)
+    if isinstance(report, ScaleReport):
+        return _describe_scales(rows, report)
     if isinstance(report, IndependenceReport):
         return [
             f"{rows}, {report.vectors:,} vectors; {held_out} held out",
@@ -495,6 +500,23 @@ def _describe_soft_prompt(rows: str, report: SoftPromptReport) -> list[str]:
         f"- The same with random vectors of these lengths: {report.random:.4f}",
         f"- The same with placeholders: {report.placeholders:.4f}",
         *clean,
+    ]
+
+
+def _describe_scales(rows: str, report: ScaleReport) -> list[str]:
+    """Return what the model card of scales says about its rows and its result."""
+    held_out = count_noun(report.held_out_rows, "row")
+    measured = "held-out" if report.held_out_rows else "training"
+    span = f"from {report.smallest:.4f} to {report.largest:.4f}"
+    return [
+        f"{rows}; {held_out} held out",
+        f"- Vectors are multiplied by the scales at these tokens, to {report.objective}",
+        f"- Scales of channels are {span}, with a mean of {report.average:.4f}",
+        f"- Mean of the measure over {measured} rows: {report.trained:.4f}",
+        f"- The same with the scales in a random order: {report.shuffled:.4f}",
+        f"- The same with the mean scale for all channels: {report.uniform:.4f}",
+        f"- The same with a scale of 0: {report.zero:.4f}",
+        f"- The same without scales: {report.unscaled:.4f}",
     ]
 
 

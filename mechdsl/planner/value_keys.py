@@ -352,8 +352,9 @@ class OperandKeys:
                 return digest("sum", parts)
             case UnitVector():
                 return digest("unit", self.direction(vector.of))
-            case RandomVector():
-                return digest("random", self.direction(vector.of), vector.draw, vector.seed)
+            case RandomVector(shuffles=shuffles):
+                kind = "shuffled" if shuffles else "random"
+                return digest(kind, self.direction(vector.of), vector.draw, vector.seed)
 
     def basis(self, bases: PointBases) -> bytes:
         """Digest everything that the bases of a rule's points depend on."""

@@ -17,7 +17,6 @@ from mechdsl.program.basis_methods import (
     ROW_OPERANDS,
     BasisMethod,
 )
-from mechdsl.program.direction_methods import DIRECTION_METHODS
 from mechdsl.program.directions import (
     check_fit_rows,
     check_row_limit,
@@ -63,6 +62,10 @@ OTHER_OPTIONS: dict[str, str] = dict.fromkeys(
 OTHER_TRAINERS: dict[str, str] = {
     **dict.fromkeys(
         ("steering", "steering_vector", "direction", "bias", "actadd"), "write `vector(length: 8)`"
+    ),
+    **dict.fromkeys(
+        ("scale", "scaling", "asguard", "ia3", "gain", "channel_scale"),
+        "write `scales(penalty: 0.1)`",
     ),
     "topk": "write `sae(features: 512, k: 8)`",
     "batchtopk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
@@ -399,27 +402,29 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
         return None
     measures = [each for each in OBJECTIVES if each in given]
     reason, hint, span = "", f"write `fit({trainer.example}, {_TRAIN})`", call.span
-    if trainer.makes == "vector":
-        hint = f"write `{DIRECTION_METHODS[call.name].example}`"
-    fill = given.get("with")
+    if trainer.declares == "direction":
+        hint = f"write `fit({trainer.example}, prompts: fruit.train, maximise: logit(answer))`"
+    fill, source = given.get("with"), given.get("from")
     if fill is not None and trainer.makes != "mask":
         reason, hint = f"with `{trainer.name}` has no `with`", "remove it; `mask(…)` can ablate"
         span = fill.span
-    elif fill is not None and "from" in given:
+    elif source is not None and trainer.makes == "scales":
+        reason = f"with `{trainer.name}` has no `from`, because no other run comes in"
+        hint = "remove it; a measure can name the run: `maximise: logit(answer of fewer)`"
+        span = source.span
+    elif fill is not None and source is not None:
         reason, hint = "has both `from` and `with`", "keep one: the sites of a run, or an ablation"
         span = fill.span
     elif fill is not None and fill.value.span.written not in FILLS:
         reason = f"has no fill `{fill.value.span.written}`"
         hint, span = "write `with: zero` or `with: mean`", fill.span
-    elif fill is None and "from" not in given and trainer.makes != "vector":
+    elif fill is None and source is None and trainer.declares != "direction":
         reason = f"with `{trainer.name}` needs `from: …`, the run whose vectors come in"
         reason += ", or `with: zero`" if trainer.makes == "mask" else ""
-    elif trainer.any_run and "from" in given:
+    elif trainer.any_run and source is not None:
         reason = f"with `{trainer.name}` has no `from`"
-        hint, span = (
-            "name the run with the tokens: `prompts: longer of fruit.train`",
-            given["from"].span,
-        )
+        hint = "name the run with the tokens: `prompts: longer of fruit.train`"
+        span = source.span
     elif not measures:
         reason = f"with `{trainer.name}` needs `maximise: …` or `minimise: …`, a measure"
     elif len(measures) > 1:

@@ -321,6 +321,8 @@ def lower_rule(
         case ast.SetSite():
             return _set(rule, body, prompts, work)
         case ast.Scale():
+            if direction_names(body.factor, work.scope.names("direction")):
+                return _of_direction(rule, "scale", body, body.factor, work)
             return _at(rule, "scale", body, fill=body.factor)
         case ast.Clamp():
             return _clamp(rule, body, work)

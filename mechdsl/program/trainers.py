@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mechdsl.fits.factors import Solution
     from mechdsl.fits.gates import Gates
     from mechdsl.fits.rotations import Rotation
+    from mechdsl.fits.scales import ChannelScales
     from mechdsl.fits.training import Trainable
     from mechdsl.fits.vectors import SoftPrompt, SteeringVector, TrainedVectors
 
@@ -45,12 +46,13 @@ class Trainer:
 
     A dictionary is trained on vectors of a site, one by one. A rotation is an orthonormal basis of
     a subspace of a site, trained on rows: on the effect of patching the subspace from another run.
-    A vector is trained on the effect of adding it at a site. A mask chooses sites, and is trained
-    on the effect of patching or ablating them.
+    A vector is trained on the effect of adding it at a site, and scales on the effect of
+    multiplying the vectors of a site by them. A mask chooses sites, and is trained on the effect of
+    patching or ablating them.
     """
 
     name: ClassVar[str]
-    makes: ClassVar[Literal["dictionary", "rotation", "vector", "mask"]] = "dictionary"
+    makes: ClassVar[Literal["dictionary", "rotation", "vector", "scales", "mask"]] = "dictionary"
     example: ClassVar[str]
     """A call inside of `fit(…)`, as messages show it."""
     options: ClassVar[tuple[str, ...]] = ()
@@ -79,7 +81,7 @@ class Trainer:
         """First word of the statement that declares what it makes."""
         if self.makes == "mask":
             return "group"
-        return "direction" if self.makes == "vector" else "basis"
+        return "direction" if self.makes in ("vector", "scales") else "basis"
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         """Return the problem with an option's value, or None.
@@ -136,6 +138,12 @@ class Trainer:
         self, like: Tensor, options: Mapping[str, Constant], random: Generator
     ) -> TrainedVectors:
         """Create the parameters of a vector, with arguments as those of `start_rotation`."""
+        raise NotImplementedError
+
+    def start_scales(
+        self, like: Tensor, options: Mapping[str, Constant], random: Generator
+    ) -> ChannelScales:
+        """Create the parameters of scales, with arguments as those of `start_rotation`."""
         raise NotImplementedError
 
     def start_mask(self, count: int, options: Mapping[str, Constant], seed: int) -> Gates:
@@ -224,6 +232,9 @@ def _class_problem(name: str, entry: object) -> str | None:
     elif entry.makes == "vector":
         lacks = entry.start_vector is Trainer.start_vector
         needs = "`start_vector(self, like, options, random)`"
+    elif entry.makes == "scales":
+        lacks = entry.start_scales is Trainer.start_scales
+        needs = "`start_scales(self, like, options, random)`"
     elif entry.makes == "mask":
         lacks = entry.size is Trainer.size or entry.start_mask is Trainer.start_mask
         needs = "`size(self, options, width)` and `start_mask(self, count, options, seed)`"
@@ -478,6 +489,31 @@ class SoftPromptTrainer(Trainer):
         from mechdsl.fits.vectors import SoftPrompt
 
         return SoftPrompt(like, int(options["tokens"]))
+
+
+@trainer("scales")
+class ChannelScaleTrainer(Trainer):
+    """A scale for each channel: the vectors of a site times the scales optimise a measure.
+
+    References:
+        Park et al. 2025, arXiv 2509.25843.
+    """
+
+    example = "scales(penalty: 0.1)"
+    makes = "scales"
+    options = ("penalty",)
+    defaults = EFFECT_DEFAULTS
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        return None if number else ("`penalty` is a number from 0 on", "write `penalty: 0.1`")
+
+    def start_scales(
+        self, like: Tensor, options: Mapping[str, Constant], random: Generator
+    ) -> ChannelScales:
+        from mechdsl.fits.scales import ChannelScales
+
+        return ChannelScales(like, penalty=float(options.get("penalty", 0)))
 
 
 GATE_KINDS = ("hard_concrete", "straight_through")

@@ -43,6 +43,7 @@ from mechdsl.resolve.directions import (
     count_used_rows,
     describe_rows,
     find_tokens,
+    has_scales,
     resolve_named_family,
     resolve_samples,
 )
@@ -1216,6 +1217,12 @@ def _spanned(
         family = resolve_named_family(node.id, node, work)
         if family is None:
             return None
+        if has_scales(family):
+            raise BasisError(
+                node,
+                f"`{node.id}` has a factor for each channel and is no direction",
+                f"write `scale SITE at POSITIONS by {node.id}`",
+            )
         at = {"layer": point.layer, "head": point.unit}
         key: list[int] = []
         for axis in family.axes:

@@ -230,7 +230,8 @@ def build_direction_control(
     """Create a control with random directions, at the same sites and tokens.
 
     The random directions are distributed uniformly over all directions and have the norm of the
-    original one. Rules and cells that share a direction also share it in each draw.
+    original one. A rule that scales by a direction has its numbers in a random order instead. Rules
+    and cells that share a direction also share it in each draw.
     """
     rules = [
         rule
@@ -238,8 +239,18 @@ def build_direction_control(
         else _with_random_directions(rule, rule.direction, draws, experiment)
         for rule in experiment.rules
     ]
-    like = "of the same norm, drawn uniformly over all directions, at the same sites and tokens"
-    return _drawn_control(experiment, asked, rules, draws, ("random directions", like))
+    steered = [rule for rule in experiment.rules if rule.direction is not None]
+    scales = [rule.does.mode == "scale" for rule in steered]
+    uniform = "of the same norm, drawn uniformly over all directions"
+    shuffled = "with the same numbers in a random order of the channels"
+    if not any(scales):
+        what, like = "random directions", uniform
+    elif all(scales):
+        what, like = "random scales", shuffled
+    else:
+        what, like = "random directions", f"{uniform}; scales {shuffled}"
+    like += ", at the same sites and tokens"
+    return _drawn_control(experiment, asked, rules, draws, (what, like))
 
 
 def build_subspace_control(
@@ -394,11 +405,13 @@ def _drawn_control(
 def _with_random_directions(
     rule: ResolvedRule, own: DirectionTargets, draws: int, experiment: ResolvedExperiment
 ) -> ResolvedRule:
+    shuffles = rule.does.mode == "scale"
+    kind, same = ("shuffled", "numbers") if shuffles else ("random", "norm")
     members = {
         (draw, *key): DirectionMember(
-            f"random {draw} like {member.name}",
-            RandomVector(member.vector, f"{member.name} {draw}", experiment.seed),
-            f"random, with the norm of {member.name}",
+            f"{kind} {draw} like {member.name}",
+            RandomVector(member.vector, f"{member.name} {draw}", experiment.seed, shuffles),
+            f"random, with the {same} of {member.name}",
         )
         for draw, (key, member) in product(range(draws), own.members.items())
     }

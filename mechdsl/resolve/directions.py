@@ -66,6 +66,7 @@ from mechdsl.resolve.types import (
     UnembeddingVector,
     UnitVector,
     WeightedSum,
+    is_scale,
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.printer import format_expression
@@ -108,6 +109,14 @@ def combine_families(
     make: Callable[[Sequence[DirectionVector]], DirectionVector],
 ) -> DirectionFamily:
     """Combine several families into one, by members of the same layer, head and position."""
+    scales = next((part for part in parts if has_scales(part)), None)
+    if scales is not None:
+        raise DirectionError(
+            node,
+            f"`{scales.name}` has a factor for each channel and is no direction of a sum",
+            f"write `scale SITE at POSITIONS by {scales.name}`, with a number as `0.5 * "
+            f"{scales.name}`",
+        )
     axes: dict[str, Axis] = {}
     for axis in (axis for part in parts for axis in part.axes):
         known = axes.setdefault(axis.name, axis)
@@ -649,11 +658,29 @@ def resolve_direction(
         family = _family(rule.direction, work, None)
         if family is None:
             return None
+        _check_scale(rule, family)
         _fits(rule.direction, family, sites, work)
         return _lay_out(rule.direction, family, (*sites.axes, *positions.axes), work)
     except DirectionError as problem:
         report_direction(problem, work)
         return None
+
+
+def _check_scale(rule: spec.Rule, family: DirectionFamily) -> None:
+    """Check that a trained scale multiplies activations. Raises DirectionError."""
+    assert rule.direction is not None
+    if rule.verb == "scale" or not has_scales(family):
+        return
+    raise DirectionError(
+        rule.direction,
+        f"it has a factor for each channel, and `{rule.verb}` takes a direction",
+        f"write `scale SITE at POSITIONS by {rule.direction.span.written}`",
+    )
+
+
+def has_scales(family: DirectionFamily) -> bool:
+    """Whether the members of a family are scales that `fit` trains."""
+    return any(is_scale(member.vector) for member in family.members.values())
 
 
 def report_direction(problem: DirectionError, work: ExperimentContext) -> None:

@@ -593,9 +593,11 @@ def _explain(
         if isinstance(part, ast.Name) and part.id in ("zero", "mean"):
             return f"`{part.id}` belongs to `ablate … with {part.id}`", "write a number: `0`"
         if isinstance(part, ast.Name) and part.id not in values:
+            hint = f"names known here are {known}" if known else "write a number, for example `0.5`"
+            names = (*work.loops, *work.program.parameters, *work.program.directions)
             return (
                 f"`{part.id}` is neither a `for` variable around this rule nor a `param`",
-                f"names known here are {known}" if known else "write a number, for example `0.5`",
+                hint if part.id in names else did_you_mean(part.id, names, hint),
             )
     return "only numbers can be written here", "for example `0.5`, a `param`, or a `for` variable"
 

@@ -107,12 +107,14 @@ class UnitVector(Record):
 
 @record
 class RandomVector(Record):
-    """A random direction with the norm of another direction."""
+    """A random direction with the norm of another direction, or with the same numbers."""
 
     of: DirectionVector
     draw: str
     """Identifier of the draw: the direction that it replaces, and the number of the draw."""
     seed: int
+    shuffles: bool = False
+    """Whether it has the numbers of the other one in a random order, as a control of scales."""
 
 
 DirectionVector: TypeAlias = (
@@ -319,6 +321,11 @@ class TrainedVector(SavedVector):
     def is_trained(self) -> bool:
         """Whether its numbers are known."""
         return bool(self.digest)
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether activations are multiplied by its numbers."""
+        return TRAINERS[self.training.trainer].makes == "scales"
 
     @property
     def kind(self) -> str:
@@ -562,6 +569,12 @@ def iter_read_points(vector: DirectionVector) -> Iterator[SitePoint]:
                 pass
 
 
+def is_scale(vector: DirectionVector) -> bool:
+    """Whether a vector is computed from scales that a file declares with `fit`."""
+    leaves = iter_leaf_vectors(vector)
+    return any(isinstance(leaf, TrainedVector) and leaf.is_scale for leaf in leaves)
+
+
 def iter_fitted_vectors(vector: DirectionVector) -> Iterator[FittedVector]:
     """Return the fitted vectors among the leaf vectors of a vector."""
     return (leaf for leaf in iter_leaf_vectors(vector) if isinstance(leaf, FittedVector))
@@ -764,11 +777,11 @@ class Intervention:
     mode: ClassVar[Literal["set", "add", "scale", "along", "onto", "step", "coordinates"]] = "set"
     """How the result of `values` is combined with the current activation.
 
-    "set" replaces it and "add" is added to it. "scale" multiplies it by [K, 1]. "along" sets only
-    the component along unit directions, to the rule's number or to 0 without one. "onto" keeps
-    only the component along unit directions. "step" adds
-    [K, 1] times the difference between the activation and the one at the preceding position.
-    "coordinates" changes coordinates in a basis.
+    "set" replaces it and "add" is added to it. "scale" multiplies it by [K, 1] or [K, width].
+    "along" sets only the component along unit directions, to the rule's number or to 0 without one.
+    "onto" keeps only the component along unit directions. "step" adds [K, 1] times the difference
+    between the activation and the one at the preceding position. "coordinates" changes coordinates
+    in a basis.
     """
     copies: ClassVar[bool] = False
     """Whether it writes the vectors of the rule's run unchanged. Rows whose source and base run

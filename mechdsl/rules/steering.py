@@ -378,6 +378,21 @@ class DirectionAssignment(DirectionRule):
 DIRECTION_ASSIGNMENT = DirectionAssignment()
 
 
+class ChannelScaling(DirectionRule):
+    """Scaling `scale SITE at POSITIONS by NUMBER * DIRECTION`: each number of a vector by another
+    one."""
+
+    name = "scale by vector"
+    mode = "scale"
+    amount = 1.0
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return scale_directions(vectors)
+
+
+CHANNEL_SCALING = ChannelScaling()
+
+
 @rule_kind("scale")
 class ScaleRule(RuleKind, Steering):
     """`scale SITE at POSITIONS by NUMBER`."""
@@ -386,6 +401,8 @@ class ScaleRule(RuleKind, Steering):
     mode = "scale"
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        if rule.direction is not None:
+            return CHANNEL_SCALING.resolve(rule, work)
         return resolve_number(rule, self, work)
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""Trained dictionaries, rotations, vectors and masks as tables."""
+"""Trained dictionaries, rotations, vectors, scales and masks as tables."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mechdsl.execute.run_record import (
     MaskReport,
     Report,
     RotationReport,
+    ScaleReport,
     SoftPromptReport,
     StoredTraining,
     TrainedFit,
@@ -69,6 +70,17 @@ SOFT_PROMPT_NOTES = {
 }
 """Columns of soft prompts."""
 
+SCALE_NOTES = {
+    "scales": "smallest and largest scale of a channel",
+    "trained": "mean of the measure over held-out rows while the vectors are scaled; without "
+    "held-out rows, over training rows",
+    "random": "mean of the same over 8 random orders of the channels",
+    "mean": "the same while all channels have the mean scale",
+    "zero": "the same while the vectors are 0",
+    "no scale": "the same in the clean run",
+}
+"""Columns of scales."""
+
 MASK_NOTES = {
     "trained": "mean of the measure over held-out rows while the group is written, or with `keep` "
     "everything else; without held-out rows, over training rows",
@@ -90,6 +102,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         (RotationReport, ROTATION_NOTES, "basis"),
         (VectorReport, VECTOR_NOTES, "direction"),
         (SoftPromptReport, SOFT_PROMPT_NOTES, "direction"),
+        (ScaleReport, SCALE_NOTES, "direction"),
         (MaskReport, MASK_NOTES, "group"),
     )
     for kind, notes, what in kinds:
@@ -155,6 +168,10 @@ def _numbers(report: Report) -> list[str]:
     if isinstance(report, SoftPromptReport):
         means = (report.trained, report.random, report.placeholders, report.clean)
         return [f"{report.length:.3g}", *("–" if mean is None else f"{mean:.3f}" for mean in means)]
+    if isinstance(report, ScaleReport):
+        means = (report.trained, report.shuffled, report.uniform, report.zero, report.unscaled)
+        span = f"{report.smallest:.2f}..{report.largest:.2f}"
+        return [span, *(f"{mean:.3f}" for mean in means)]
     if isinstance(report, MaskReport):
         single = "–" if report.single is None else f"{report.single:.3f}"
         controls = (f"{each:.3f}" for each in (report.unpatched, report.whole))

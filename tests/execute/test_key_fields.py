@@ -759,6 +759,7 @@ VECTORS: dict[type, dict[str, Change]] = {
         "of": lambda of: UnembeddingVector(4, None),
         "draw": lambda draw: "e 1",
         "seed": lambda seed: 1,
+        "shuffles": lambda shuffles: True,
     },
 }
 """Of what directions are made of, by field: another value of it."""

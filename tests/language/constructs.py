@@ -248,8 +248,7 @@ _FITTED = "tests/rules/test_direction_fits.py"
 
 _file(
     "direction: difference of means",
-    "direction d = mean_difference(fruit.train, fewer of fruit.train) at resid_post layer 2 at "
-    "last token",
+    "direction d = mean_difference(fruit.train, fewer of fruit.train) at resid_post layer 2",
     "The mean over the rows of one run minus the mean over those of another. A run is a block, "
     "a part (`fruit.train`) or a corruption (`fruit.fewer`, `fewer of fruit.train`). Each row "
     "that has the position contributes one vector, averaged over its tokens. The default "
@@ -269,7 +268,7 @@ _file(
 )
 _file(
     "direction: two models",
-    "direction d = mean_difference(toy, twin, prompts: fruit) at resid_post layer 2 at last token",
+    "direction d = mean_difference(toy, twin, prompts: fruit) at resid_post layer 2",
     "The same rows in two models of equal shape. Without `prompts:`, the rows of the "
     "experiment that uses the direction.",
     _STEERING,
@@ -277,7 +276,7 @@ _file(
 )
 _file(
     "direction: mean",
-    "direction d = mean(fruit) at head_out layer 1 heads 0..2 at last token",
+    "direction d = mean(fruit) at head_out layer 1 heads 0..2",
     "The mean over rows. The outputs of joined heads, or of a group of heads, pass through the "
     "heads' slices of the output projection and are summed. The result is a function vector.",
     _STEERING,
@@ -285,7 +284,7 @@ _file(
 )
 _file(
     "direction: component",
-    "direction d = pca(fruit, component: 2) at resid_post layer 2 at last token",
+    "direction d = pca(fruit, component: 2) at resid_post layer 2",
     "A principal component of the rows, with length 1. Its coordinate of largest magnitude is "
     "positive.",
     _STEERING,
@@ -293,7 +292,7 @@ _file(
 )
 _file(
     "direction: probe",
-    "direction d = probe(count, fruit) at resid_post layer 2 at last token",
+    "direction d = probe(count, fruit) at resid_post layer 2",
     "The weights of a ridge regression on a numeric value, or of a logistic regression on a "
     "value with two words; `kind:` overrides this. `penalty:` is 1 by default. The direction "
     "points toward larger numbers, or from the first word in alphabetical order to the second.",
@@ -310,7 +309,7 @@ _file(
 _file(
     "direction: a trained vector",
     "direction d = fit(vector(length: 8), prompts: fruit.train, maximise: logit(answer)) at "
-    "resid_post layer 2 at last token",
+    "resid_post layer 2",
     "A vector that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains: while it is added at all "
     "named tokens of the clean run, the metric has the largest mean, or with `minimise` the "
     "smallest. The metric needs a gradient. Without `length`, the length is learned, and "
@@ -324,13 +323,24 @@ _file(
 _file(
     "direction: a trained soft prompt",
     "direction d = fit(soft_prompt(tokens: 1), prompts: fewer of fruit.train, maximise: "
-    "logit(answer)) at embed at last token",
+    "logit(answer)) at embed",
     "Vectors that replace those at the tokens of a position in a run, one for each token. They are "
     "trained together, as a trained vector is, and start from the means of the replaced vectors. "
     "The run often has tokens that a corruption inserts: `at embed at inserted tokens`. `set embed "
     "at inserted tokens to d` writes one vector at each token, `d[token 2]` is one of them.",
     "tests/pipeline/test_soft_prompts.py",
     "Lester et al. 2021, arXiv 2104.08691",
+)
+_file(
+    "direction: trained scales",
+    "direction s = fit(scales, prompts: fruit.train, maximise: logit(answer)) at z layer 2 head 1",
+    "Scales of channels that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains: while "
+    "the vectors at all named tokens of the clean run are multiplied by the scales, the metric has "
+    "the largest mean, or with `minimise` the smallest. The training starts from 1, and `penalty` "
+    "(0) is the weight of the mean of (s − 1)² in the loss. The options are those of a trained "
+    "vector, without `from`. Only `scale … by s` uses scales; other rules, sums and bases can't.",
+    "tests/pipeline/test_trained_scales.py",
+    "Park et al. 2025, arXiv 2509.25843",
 )
 _file(
     "direction: saved",
@@ -445,8 +455,7 @@ _file(
 )
 _file(
     "basis: trained dictionary",
-    "basis b = fit(sae(features: 64, k: 4), prompts: fruit.train) at resid_post layer 1 "
-    "at last token",
+    "basis b = fit(sae(features: 64, k: 4), prompts: fruit.train) at resid_post layer 1",
     "The features of a sparse autoencoder, or with `transcoder(…)` of a transcoder, that "
     "`mechdsl fit FILE` or `mechdsl run --fit FILE` trains on the vectors of the named tokens. "
     '`kind` is "topk" (default), "batch_topk", "relu", "jump_relu" or "gated" (only `sae`); the '
@@ -1027,6 +1036,15 @@ _rule(
     _STEERING,
 )
 _rule(
+    "scale by a direction",
+    "scale mlp_out layer 1 at tokens * by more",
+    "Multiplies each number of the vector by that of the direction. The "
+    "direction has the width of the site; heads that a rule names are multiplied by the same "
+    "numbers. The control `against random` has the same numbers in a random order.",
+    OWN,
+    _STEERING,
+)
+_rule(
     "project out",
     "project out more from resid_post layer * at tokens *",
     "Removes the component along the direction: x − (x · u) u, with u of length 1.",
@@ -1066,14 +1084,14 @@ _rule(
 _rule(
     "set weights",
     "set weights of mlp_out layer 2 neurons 3, 5 to 2 * more",
-    "Replaces the output weights of neurons by a direction.",
+    "Replaces output weights of neurons by a direction.",
     OWN,
     _EDITED,
 )
 _rule(
     "add to weights",
     "add 0.5 * more to weights of mlp_out layer 2 neuron 5",
-    "Adds a direction to the output weights of a neuron.",
+    "Adds a direction to output weights of a neuron.",
     OWN,
     _EDITED,
 )

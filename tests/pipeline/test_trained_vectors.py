@@ -7,6 +7,7 @@ is an error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,13 @@ SITES = (SITE, "z layer 1 head 2", "mlp_out layer 1")
 
 def value_by_hand(family: str, row: int, site: str, at: str, added: Tensor) -> Tensor:
     """The measure of one unpadded prompt with a vector added."""
+    return edited_value(family, row, site, at, lambda own: own + added.view_as(own))
+
+
+def edited_value(
+    family: str, row: int, site: str, at: str, edit: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The measure of one unpadded prompt with edited vectors, [units, width] each."""
     words = site.split()
     name, layer, unit = words[0], int(words[2]), int(words[4]) if len(words) > 3 else None
     here = rows("clean")[row]
@@ -85,7 +93,7 @@ def value_by_hand(family: str, row: int, site: str, at: str, added: Tensor) -> T
     writes: list[Write] = []
     for at_token in tokens(here, at):
         own = plain(family, here)[name, layer][at_token, units]
-        writes.append(Write(name, layer, own + added.view_as(own), at_token, unit))
+        writes.append(Write(name, layer, edit(own), at_token, unit))
     (done,) = differentiable(family, double(family), here.ids, [(writes, ())])
     return loss_by_hand(done.logits[-1], row)
 
@@ -141,7 +149,14 @@ def test_training_equals_manual_loop(name: str, tmp_path: Path) -> None:
         start = unit_rms(torch.randn(len(start), generator=random, dtype=torch.float64))
     weight = penalty / mean**2
     sign = -1 if word == "maximise" else 1
-    expected = unit * trained_by_hand(start, ids[1:], sign, unit, weight, length is not None)
+
+    def loss(numbers: Tensor, row: int) -> Tensor:
+        added = unit * numbers
+        value = value_by_hand("llama", row, SITE, "tokens *", added)
+        return sign * value + weight * added.square().sum()
+
+    normed = unit_rms if length is not None else None
+    expected = unit * trained_by_hand(start, ids[1:], loss, normed)
     own = vector(found).double()
     assert torch.allclose(own, expected, atol=2e-3 * float(expected.norm()))
     assert (expected - unit * start).norm() > 0.1 * expected.norm()
@@ -181,24 +196,24 @@ def unit_rms(numbers: Tensor) -> Tensor:
 
 
 def trained_by_hand(
-    start: Tensor, ids: list[int], sign: int, unit: float, weight: Any, normed: bool
+    start: Tensor,
+    ids: list[int],
+    loss: Callable[[Tensor, int], Tensor],
+    after_step: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Six steps of Adam on batches of two of three rows."""
+    """Six steps of Adam on batches of two of three rows; `loss` is that of one row."""
     numbers, first, second = start, torch.zeros_like(start), torch.zeros_like(start)
     for step in range(6):
         random = torch.Generator().manual_seed(stable_hash(3, "order", step) % 2**63)
         batch = [ids[n] for n in torch.randperm(3, generator=random)[:2].tolist()]
         leaf = numbers.clone().requires_grad_()
-        added = unit * leaf
-        values = [value_by_hand("llama", row, SITE, "tokens *", added) for row in batch]
-        loss = sign * torch.stack(values).mean() + weight * added.square().sum()
-        (slope,) = torch.autograd.grad(loss, leaf)
+        (slope,) = torch.autograd.grad(torch.stack([loss(leaf, row) for row in batch]).mean(), leaf)
         first = 0.9 * first + 0.1 * slope
         second = 0.999 * second + 0.001 * slope**2
         size = (second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
         rate = 0.05 * min(1.0, (1 - step / 6) / 0.2)
         numbers = numbers - rate * first / (1 - 0.9 ** (step + 1)) / size
-        numbers = unit_rms(numbers) if normed else numbers
+        numbers = numbers if after_step is None else after_step(numbers)
     return numbers
 
 

@@ -1,4 +1,4 @@
-"""What rotations, vectors and masks have in common, which are trained on a measure."""
+"""What rotations, vectors, scales and masks have in common, which are trained on a measure."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from . import test_boundless_rotations as boundless
 from . import test_soft_prompts as prompts
 from . import test_trained_masks as masks
 from . import test_trained_rotations as rotations
+from . import test_trained_scales as scales
 from . import test_trained_vectors as vectors
 from .test_trained_rotations import OTHER, models, run, train, write
 
@@ -32,6 +33,7 @@ DECLARED: dict[str, tuple[ModuleType, str, str, str]] = {
     "boundless": (boundless, rotations.PATCHES, "rotation.safetensors", "rotation with at most 20"),
     "vector": (vectors, vectors.ADD, "vector.safetensors", "vector, length 3 trained on"),
     "soft prompt": (prompts, prompts.SET, "vector.safetensors", "soft_prompt, tokens 2 trained on"),
+    "scales": (scales, scales.SCALED, "vector.safetensors", "scales, penalty 0.1 trained on"),
     "mask": (masks, masks.PATCHES, "mask.json", "mask of 3 of 12 sites"),
 }
 """Module with the declaration, an experiment that uses it, the file of its weights, and what

@@ -40,7 +40,10 @@ from .support import (
 
 LAYERS = range(3)
 HERE = ("gpt2", "llama", "gpt_neox", "gemma2")
-DIRECTION = "direction d = mean_difference(p.other, second) at resid_post layer 1 at last token\n"
+DIRECTION = """
+direction d = mean_difference(p.other, second) at resid_post layer 1 at last token
+direction h = mean_difference(p.other, second) at z layer 1 head 2 at last token
+"""
 
 
 @cache
@@ -71,6 +74,17 @@ def only(direction: Tensor) -> Callable[[Tensor], Tensor]:
 
 def plus(vector: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda here: here + vector
+
+
+def times(vector: Tensor) -> Callable[[Tensor], Tensor]:
+    """Each number times another one."""
+    return lambda here: here * vector
+
+
+def of_head(name: str) -> Tensor:
+    """[d_head], the direction `h`."""
+    own = [mean(name, run, "z", 1, "last token", unit=2) for run in ("other", "second")]
+    return own[0] - own[1]
 
 
 def writes(site: str, layers: Sequence[int], at: str, change: Callable[[Tensor], Tensor]):
@@ -160,6 +174,62 @@ CASES: dict[str, Case] = {
         ("k",),
         [(-1,), (0,), (3,)],
         lambda name, n, k: writes("attn_out", [0, 1], "tokens *", lambda here: here * k)(n),
+    ),
+    "scale by a direction": Case(
+        "scale resid_post layer * at subject tokens by d",
+        ("layer",),
+        EACH,
+        one_place("resid_post", "subject tokens", lambda name: times(D(name))),
+    ),
+    "scale by doses of a direction": Case(
+        "for k in [-1, 0, 1, 3] { scale mlp_out layers 0..1 at tokens * by k * d / 2 }",
+        ("k",),
+        [(-1,), (0,), (1,), (3,)],
+        lambda name, n, k: writes("mlp_out", [0, 1], "tokens *", times(k * D(name) / 2))(n),
+    ),
+    "scale by a direction, then add": Case(
+        "scale resid_post layer 1 at last token by d  add d to resid_post layer 1 at last token  "
+        "scale resid_post layer 1 at last token by 3 * d",
+        (),
+        [()],
+        lambda name, n: writes(
+            "resid_post",
+            [1],
+            "last token",
+            lambda here: (here * D(name) + D(name)) * 3 * D(name),
+        )(n),
+    ),
+    "scale heads by a direction": Case(
+        "scale z layer * head * at tokens * by 3 * h",
+        ("layer", "head"),
+        product(LAYERS, range(4)),
+        lambda name, n, layer, head: [
+            Write("z", layer, times(3 * of_head(name)), position, head)
+            for position in tokens(rows()[n], "tokens *")
+        ],
+        0.02,
+    ),
+    "scale all heads by a direction": Case(
+        "scale z layers 0..1 at last token by h  scale q_rot layer 2 head 1 at last token by h",
+        (),
+        [()],
+        lambda name, n: [
+            *(
+                Write("z", layer, times(of_head(name)), rows()[n].last, head)
+                for layer in (0, 1)
+                for head in range(4)
+            ),
+            Write("q_rot", 2, times(of_head(name)), rows()[n].last, 1),
+        ],
+    ),
+    "scale what heads add by a direction": Case(
+        "scale head_out layer * heads 1..2 at last token by d",
+        ("layer",),
+        EACH,
+        lambda name, n, layer: [
+            Write("head_out", layer, times(D(name)), rows()[n].last, head) for head in (1, 2)
+        ],
+        0.02,
     ),
     "project out": Case(
         "project out d from resid_post layer * at tokens *",
@@ -265,12 +335,13 @@ CASES: dict[str, Case] = {
     ),
     "the middle": Case(
         "project out d from resid_mid layers * at tokens *  "
-        "scale resid_mid layer 1 at cue token by 2",
+        "scale resid_mid layer 1 at cue token by 2  scale resid_mid layer 2 at last token by d",
         (),
         [()],
         lambda name, n: [
             *writes("resid_mid", LAYERS, "tokens *", without(D(name)))(n),
             *writes("resid_mid", [1], "cue token", lambda here: 2 * here)(n),
+            *writes("resid_mid", [2], "last token", times(D(name)))(n),
         ],
     ),
     "behind rotary": Case(

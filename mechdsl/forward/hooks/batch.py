@@ -292,8 +292,8 @@ class SiteWrite:
     units: Tensor
     """[K] long, head or neuron; 0 for whole vectors."""
     values: Tensor
-    """[K, width], cast to the activation's dtype and device; for `scale` and `step` [K, 1]
-    factors; for coordinates [K, m] or [K, 1]."""
+    """[K, width], cast to the activation's dtype and device; for `step` [K, 1] factors, for `scale`
+    also [K, 1]; for coordinates [K, m] or [K, 1]."""
     mode: WriteMode = "set"
     to: Tensor | None = None
     """[K] for `along`: the resulting component along `values`; [K, m] long for coordinates: which

@@ -529,7 +529,8 @@ class SiteHooks:
         name = where.quoted
         if SITES[where.site].width == "key":  # values after a prompt's end have no effect
             site_width = write.values.shape[1]
-        if write.mode in ("scale", "step"):
+        one_factor = write.mode == "scale" and write.values.shape[1] == 1
+        if one_factor or write.mode == "step":
             site_width = 1
         elif isinstance(write.mode, CoordinateWrite):
             site_width = write.values.shape[1]
