@@ -184,6 +184,9 @@ MASK_FILE = "mask.json"
 """The sites of a trained mask with their probabilities, in its folder."""
 
 
+LENS_FILE = "lens.safetensors"
+"""The maps of a trained lens, in its folder, as `tuned_lens("…")` reads them."""
+
 VECTOR_FILE = "vector.safetensors"
 """A trained vector or trained scales, in its folder."""
 
@@ -332,6 +335,24 @@ class ScaleReport(FitReport):
 
 
 @dataclass(frozen=True)
+class LensReport(FitReport):
+    """What the training of a lens led to: for each layer, means of KL(p ‖ q) in nats over vectors
+    of rows that it didn't use, where p is the model's distribution over next tokens."""
+
+    vectors: int
+    """Vectors of the training rows, of one layer."""
+    held_out_vectors: int
+    """Vectors that the following numbers are computed on; 0: on training vectors."""
+    layers: list[int]
+    trained: list[float]
+    """q: the distribution of the trained lens."""
+    untrained: list[float]
+    """q: that of the logit lens, from which the training starts."""
+    average: float
+    """q: the mean of p over training vectors, which no vector is read for."""
+
+
+@dataclass(frozen=True)
 class MaskReport(FitReport):
     """What the training of a mask led to: means of its measure over rows that it didn't use, with 0
     and 1 instead of the values of gates."""
@@ -387,24 +408,27 @@ Report = (
     | SoftPromptReport
     | ScaleReport
     | MaskReport
+    | LensReport
 )
 
 
 @dataclass(frozen=True)
 class TrainedFit:
-    """A dictionary, a rotation, a vector, scales or a mask that a file declares with `fit(…)`,
-    trained."""
+    """A dictionary, a rotation, a vector, scales, a lens or a mask that a file declares with
+    `fit(…)`, trained."""
 
     basis: str
-    """The basis, or the group of a mask; one member of a family as `f[layer 3]`."""
+    """The basis, the direction, the lens, or the group of a mask; one member of a family as
+    `f[layer 3]`."""
     what: str
     """`topk SAE with k 8`, `das rotation with 2 directions`."""
     site: str
     """`L1.resid_post`."""
     folder: Path
     """Its folder in the store: of a dictionary, in a layout that `sae("…")` or `transcoder("…")`
-    reads; of a rotation, with a file that `saved("…/rotation.safetensors", "rotation")` reads, and
-    of a vector or scales `saved("…/vector.safetensors", "vector")`."""
+    reads; of a rotation, with a file that `saved("…/rotation.safetensors", "rotation")` reads, of a
+    vector or scales `saved("…/vector.safetensors", "vector")`, and of a lens
+    `tuned_lens("…/lens.safetensors")`."""
     report: Report
     """How well it was trained, next to controls."""
     seconds: float

@@ -28,7 +28,7 @@ CHUNK_BYTES = 1 << 28
 """Bytes of the vectors that are in memory at once."""
 
 HELD_OUT_VECTORS = 1 << 16
-"""Largest number of held-out vectors."""
+"""Largest number of held-out vectors, of all layers of a lens together."""
 
 PART_ROWS = 256
 """Number of records of a file that are read together."""
@@ -130,7 +130,8 @@ class RowVectors:
     def held_out(self) -> tuple[Tensor, Tensor]:
         """Return vectors of the rows that the training doesn't use, as `chunk` does."""
         rows = self.rows[: self.held_out_count]
-        few = rows[: int(np.searchsorted(np.cumsum(self.counts[rows]), HELD_OUT_VECTORS)) + 1]
+        most = most_held_out(self.declared, self.model, self.chunk_bytes)
+        few = rows[: int(np.searchsorted(np.cumsum(self.counts[rows]), most)) + 1]
         return self._read(few)
 
     def amounts(self, state: TrainingState) -> tuple[int, int]:
@@ -221,7 +222,7 @@ class StreamedVectors:
         """Return vectors of records that the training doesn't use, as `chunk` does."""
         groups = self._groups[: self._held_out_groups]
         records = np.concatenate(groups) if groups else np.empty(0, dtype=np.int64)
-        return self._read(records, HELD_OUT_VECTORS)
+        return self._read(records, most_held_out(self.declared, self.model, self.chunk_bytes))
 
     def amounts(self, state: TrainingState) -> tuple[int, int]:
         """Return the number of different records of the chunks that were begun, and the number of
@@ -253,8 +254,15 @@ class StreamedVectors:
 
 def most_vectors(declared: DeclaredTraining, model: LoadedModel, size: int) -> int:
     """Return how many vectors of a training, with their targets, take so many bytes."""
-    points = declared.encoded, declared.made
-    return max(1, size // (4 * sum(count_numbers(each, model.shape) for each in points)))
+    numbers = sum(count_numbers(each, model.shape) for each in declared.points)
+    return max(1, size // (4 * numbers))
+
+
+def most_held_out(declared: DeclaredTraining, model: LoadedModel, size: int) -> int:
+    """Return the largest number of held-out vectors; those of a lens take at most so many bytes."""
+    if not declared.layers:
+        return HELD_OUT_VECTORS
+    return min(HELD_OUT_VECTORS // len(declared.layers), most_vectors(declared, model, size))
 
 
 def read_rows(
@@ -274,9 +282,10 @@ def read_rows(
 
     Returns:
         [vector, width] float32 each, in ascending order of the rows, on the model's device; one
-        tensor if both are the same.
+        tensor if both are the same. The encoded vectors of several layers are one after another,
+        [vector, layers * width].
     """
-    points = list(dict.fromkeys((declared.encoded, declared.made)))
+    points = list(dict.fromkeys(declared.points))
     parts: list[list[Tensor]] = [[] for _ in points]
     for found in _read_batches(model, sample, np.sort(rows), points, seed, side):
         for own, vectors in zip(parts, found, strict=True):
@@ -287,7 +296,8 @@ def read_rows(
         else torch.zeros(0, count_numbers(point, model.shape), device=model.device)
         for point, own in zip(points, parts, strict=True)
     ]
-    return joined[0], joined[-1]
+    encoded = joined[:-1] if len(joined) > 2 else joined[:1]
+    return torch.cat(encoded, dim=1) if len(encoded) > 1 else encoded[0], joined[-1]
 
 
 def _read_batches(

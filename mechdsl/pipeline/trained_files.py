@@ -2,7 +2,8 @@
 
 A training is a folder of the store, `fits/KEY`, with a card `fit.json`: a dictionary in the layout
 of SAELens, the directions of a rotation in `rotation.safetensors`, a vector or scales in
-`vector.safetensors`, or the sites of a mask in `mask.json`. The key is a digest of
+`vector.safetensors`, the maps of a lens in `lens.safetensors`, or the sites of a mask in
+`mask.json`. The key is a digest of
 everything that the weights depend on. Checkpoints of a training under way are in `fits/KEY.part`.
 """
 
@@ -31,12 +32,14 @@ from mechdsl.diagnostics.rules import NotTrained
 from mechdsl.dictionaries.folder import DictionaryFile, read_dictionary
 from mechdsl.execute.run_record import (
     CARD_FILE,
+    LENS_FILE,
     MASK_FILE,
     NUMERIC_VERSION,
     ROTATION_FILE,
     TRAINING_VERSION,
     VECTOR_FILE,
     IndependenceReport,
+    LensReport,
     MaskReport,
     Report,
     RotationReport,
@@ -71,6 +74,7 @@ from mechdsl.resolve.types import (
     ResolvedExperiment,
     SitePoint,
     TrainedDictionary,
+    TrainedLens,
     TrainedMask,
     TrainedRotation,
     TrainedVector,
@@ -95,12 +99,12 @@ class DeclaredFit:
     """A training of a file, with the first experiment that needs it."""
 
     basis: str
-    """`f[layer 3]`, or the name of a group."""
-    file: TrainedDictionary | TrainedRotation | TrainedVector | TrainedMask
+    """`f[layer 3]`, or the name of a lens or a group."""
+    file: TrainedDictionary | TrainedRotation | TrainedVector | TrainedMask | TrainedLens
     experiment: ResolvedExperiment
     objective: ResolvedExperiment | None = None
-    """What a rotation, vector or mask is trained on; None for a dictionary, and where only the name
-    is needed."""
+    """What a rotation, vector or mask is trained on; None for others, and where only the name is
+    needed."""
 
     @property
     def training(self) -> Training:
@@ -136,6 +140,11 @@ def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFi
         for vector in _trained_vectors(experiment):
             declared = DeclaredFit(vector.name, vector, experiment)
             found.setdefault(vector.training.name, declared)
+        for rule in experiment.every_rule:
+            lens = rule.does.lens
+            if lens is not None:
+                declared = DeclaredFit(lens.training.definition, lens, experiment)
+                found.setdefault(lens.training.name, declared)
         for mask in experiment.masks:
             declared = DeclaredFit(mask.training.definition, mask, experiment)
             found.setdefault(mask.training.name, declared)
@@ -196,7 +205,6 @@ class FitKeys:
         told, contents = self._model(name)
         content = contents.of(sample.run, sample.table).tolist()
         rows = zip(sample.table.row_keys, content, sample.cell.hits, strict=True)
-        encoded, made = training.encoded, training.made
         parts: dict[str, object] = {
             "version": [TRAINING_VERSION, NUMERIC_VERSION],
             "packages": [package_version(package) for package in packages_of_fit(fit)],
@@ -205,7 +213,7 @@ class FitKeys:
             "trainer": [training.trainer, _told(training.of_trainer)],
             "options": _told(training.options),
             "seed": training.seed,
-            "sites": [[each.site, each.layer, each.unit] for each in (encoded, made)],
+            "sites": [[each.site, each.layer, each.unit] for each in training.points],
             "model": told,
             "rows": [[key, own, list(hits)] for key, own, hits in rows],
             "noise": self.checked.program.seed if sample.run.noise is not None else None,
@@ -318,6 +326,8 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
             kind = ScaleReport if fit.file.is_scale else VectorReport
             kind = kind if trainer.count_tokens(options) is None else SoftPromptReport
             return _read_vector(folder, fit, card["sha256"]), kind.read(card)
+        if isinstance(fit.file, TrainedLens):
+            return _read_lens(folder, fit, card["sha256"]), LensReport.read(card)
         if isinstance(fit.file, TrainedMask):
             return _read_mask(folder, fit.file, card["sha256"]), MaskReport.read(card)
         transcodes = bool(card["transcodes"])
@@ -355,6 +365,20 @@ def _read_vector(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile
     return file
 
 
+def _read_lens(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile:
+    """Read the header of a lens. Raises UnreadableFile, and ValueError for other maps."""
+    path, width = folder / LENS_FILE, fit.experiment.model.shape.d_model
+    file = inspect_safetensors(path, str(path), limits.LENS_FILE, "train it again")
+    wanted = {
+        f"layer.{layer}.{part}": size
+        for layer in fit.training.layers
+        for part, size in (("weight", (width, width)), ("bias", (width,)))
+    }
+    if file.digest != digest or dict(file.shapes) != wanted:
+        raise ValueError("the file is damaged")
+    return file
+
+
 def _read_mask(folder: Path, mask: TrainedMask, digest: str) -> MaskFile:
     """Read the sites that a mask chose. Raises OSError, KeyError, ValueError and IndexError."""
     path = folder / MASK_FILE
@@ -378,6 +402,8 @@ def describe_report(file: TrainedFile, report: Report) -> str:
 def _describe_result(file: TrainedFile, report: Report) -> str:
     if isinstance(report, MaskReport):
         return _describe_mask(file, report)
+    if isinstance(report, LensReport):
+        return _describe_lens(file, report)
     if not isinstance(report, TrainingReport | IndependenceReport):
         rows = "held-out rows" if report.held_out_rows else "training rows"
         values = _effects(report)
@@ -433,6 +459,16 @@ def _effects(
         "no vector": report.unsteered,
         "mean difference at this length": report.difference,
     }
+
+
+def _describe_lens(file: TrainedFile, report: LensReport) -> str:
+    rows = "held-out vectors" if report.held_out_vectors else "training vectors"
+    columns = zip(report.layers, report.untrained, report.trained, strict=True)
+    listed = ", ".join(f"layer {n} {before:.4g} → {after:.4g}" for n, before, after in columns)
+    return (
+        f"mean KL in nats on {rows}, logit lens → trained: {listed}; average prediction "
+        f"{report.average:.4g}; SHA-256 {file.digest[:12]}…"
+    )
 
 
 def _describe_mask(file: TrainedFile, report: MaskReport) -> str:

@@ -19,7 +19,9 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import TrainingFailed, UndecidedMask
 from mechdsl.execute.run_record import (
     CARD_FILE,
+    LENS_FILE,
     IndependenceReport,
+    LensReport,
     MaskReport,
     Report,
     RotationReport,
@@ -40,11 +42,12 @@ from mechdsl.pipeline.trained_files import (
     read_fit,
 )
 from mechdsl.program.trainers import TRAINERS
-from mechdsl.resolve.sites import label_candidates, label_points
+from mechdsl.resolve.sites import label_all_points, label_candidates, label_points
 from mechdsl.resolve.trainings import resolve_part
 from mechdsl.resolve.types import (
     FitSample,
     TrainedDictionary,
+    TrainedLens,
     TrainedMask,
     TrainedRotation,
     TrainedVector,
@@ -285,6 +288,7 @@ def _run_training(
 ) -> Report:
     """Train one of them, and write it to `result`, in the folder of checkpoints."""
     from mechdsl.execute.component_training import train_components
+    from mechdsl.execute.lens_training import train_lens
     from mechdsl.execute.mask_training import open_rows, train_mask
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.rotation_training import train_rotation
@@ -318,15 +322,17 @@ def _run_training(
             return train(fit.file, rows, job)
         assert isinstance(fit.file, TrainedRotation)
         return train_rotation(fit.file, rows, job)
-    assert isinstance(fit.file, TrainedDictionary)
     if fit.training.stream is None:
         vectors = RowVectors(fit.training, model, checked.program.seed, side)
-        if TRAINERS[fit.training.trainer].solves:
-            independent = TRAINERS[fit.training.trainer].measured == "independence"
-            solve = train_components if independent else solve_dictionary
-            return solve(fit.file, vectors, job)
     else:
         vectors = StreamedVectors(fit.training, model, partial(_read_part, checked, fit), side)
+    if isinstance(fit.file, TrainedLens):
+        return train_lens(fit.file, vectors, model, job)
+    assert isinstance(fit.file, TrainedDictionary)
+    if isinstance(vectors, RowVectors) and TRAINERS[fit.training.trainer].solves:
+        independent = TRAINERS[fit.training.trainer].measured == "independence"
+        solve = train_components if independent else solve_dictionary
+        return solve(fit.file, vectors, job)
     return train_dictionary(fit.file, vectors, job)
 
 
@@ -387,6 +393,8 @@ def _finished(fit: DeclaredFit, folder: Path, report: Report, seconds: float) ->
     what = fit.file.kind
     if isinstance(fit.file, TrainedMask):
         site = label_candidates(fit.file.candidates)
+    if isinstance(fit.file, TrainedLens):
+        site = label_all_points(fit.training.points[:-1])
     if isinstance(report, RotationReport):
         what = describe_rotation(fit.training.trainer, report.directions)
     return TrainedFit(fit.basis, what, site, folder, report, seconds)
@@ -460,6 +468,8 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
         ]
     if isinstance(report, SoftPromptReport):
         return _describe_soft_prompt(rows, report)
+    if isinstance(report, LensReport):
+        return _describe_lens(rows, report)
     return [
         f"{rows}, {report.vectors:,} vectors; {held_out} held out",
         f"- Explained variance on held-out vectors: {report.explained:.4f}",
@@ -517,6 +527,20 @@ def _describe_scales(rows: str, report: ScaleReport) -> list[str]:
         f"- The same with the mean scale for all channels: {report.uniform:.4f}",
         f"- The same with a scale of 0: {report.zero:.4f}",
         f"- The same without scales: {report.unscaled:.4f}",
+    ]
+
+
+def _describe_lens(rows: str, report: LensReport) -> list[str]:
+    """Return what the model card of a lens says about its rows and its result."""
+    measured = "held-out" if report.held_out_vectors else "training"
+    columns = zip(report.layers, report.untrained, report.trained, strict=True)
+    return [
+        f"{rows}, {report.vectors:,} vectors; {count_noun(report.held_out_rows, 'row')} held out",
+        f'- `observe tuned_lens("{LENS_FILE}")` reads it; the last layer needs no map',
+        f"- Mean KL (nats) from the model's distribution, on {measured} vectors, logit lens → "
+        "trained:",
+        *(f"  - layer {layer}: {before:.4f} → {after:.4f}" for layer, before, after in columns),
+        f"- The same for the average prediction on training vectors: {report.average:.4f}",
     ]
 
 

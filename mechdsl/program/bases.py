@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
@@ -26,7 +26,7 @@ from mechdsl.program.directions import (
 from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
-from mechdsl.program.trainers import TRAINERS, Trainer, trainer_call
+from mechdsl.program.trainers import TRAINERS, Statement, Trainer, trainer_call
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 _TRAIN = "prompts: fruit.train, from: fewer, maximise: logit(answer of fewer)"
 
 _MASK = f"`group movers = fit(mask(size: 4), {_TRAIN}) at layers * heads * at last token`"
+
+_LENS_PLACE = "at resid_post layer * at tokens *"
+
+_LENS = f"lens tuned = fit(tuned_lens, prompts: texts.train) {_LENS_PLACE}"
 
 _DAS = f"train a rotation: `fit(das(dims: 2), {_TRAIN})`"
 
@@ -67,6 +71,7 @@ OTHER_TRAINERS: dict[str, str] = {
         ("scale", "scaling", "asguard", "ia3", "gain", "channel_scale"),
         "write `scales(penalty: 0.1)`",
     ),
+    **dict.fromkeys(("lens", "logit_lens", "tuned", "translator"), f"write `{_LENS}`"),
     "topk": "write `sae(features: 512, k: 8)`",
     "batchtopk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
     "batch_topk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
@@ -126,12 +131,17 @@ OTHER_OBJECTIVES: dict[str, str] = {
 
 
 def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -> spec.Basis | None:
-    """Lower a definition and report errors that don't depend on the model; None after an error.
+    """Lower a basis or a lens; None after an error, of those that don't depend on the model.
 
     Codes: E0201, E0203, E0207, E0342.
     """
-    call = statement.source
+    call, what = statement.source, statement.word
     method = BASIS_METHODS.get(call.name)
+    if what == "lens" and (method is None or method.takes != "training"):
+        reason, hint = f"`{call.span.written}` is no lens", f"train one: `{_LENS}`"
+        hint += '; `observe tuned_lens("lens.safetensors")` reads a file without this line'
+        scope.diagnostics.append(BadBasis(span=call.span, reason=reason, hint=hint, what=what))
+        return None
     if method is None:
         known = ", ".join(f"`{each.example}`" for _, each in BASIS_METHODS.items())
         hint = did_you_mean(call.name, BASIS_METHODS, f"methods are {known}")
@@ -141,14 +151,16 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
         )
         return None
     before = len(scope.diagnostics)
-    check_arguments(call, method, parts, scope)
+    check_arguments(call, method, parts, scope, what=what)
     if statement.site is None:
+        written = f"{what} {statement.name.id} = {call.span.written}"
+        written += " at resid_post layer 2" if what == "basis" else f" {_LENS_PLACE}"
         scope.diagnostics.append(
             BadBasis(
                 span=call.span,
                 reason=f"`{statement.name.id}` has no site",
-                hint=f"add the site: `basis {statement.name.id} = {call.span.written} at "
-                "resid_post layer 2`",
+                hint=f"add the site: `{written}`",
+                what=what,
             )
         )
     elif statement.at is not None and method.takes not in ROW_OPERANDS:
@@ -159,7 +171,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
                 hint=f"remove `at {statement.at.span.written}`",
             )
         )
-    for axis in () if statement.site is None else statement.site.axes:
+    for axis in () if statement.site is None or what == "lens" else statement.site.axes:
         if axis.word == "feature" or axis.plural:
             scope.diagnostics.append(
                 BadBasis(
@@ -247,7 +259,7 @@ def check_arguments(
     parts: Definitions,
     scope: Namespace,
     *,
-    what: Literal["basis", "direction", "group"] = "basis",
+    what: Statement = "basis",
 ) -> None:
     """Check the arguments of a call without the model.
 
@@ -394,7 +406,7 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
     """Return the problem with the run and the measure that a trainer learns from, or with such
     arguments of a dictionary."""
     given = {each.name: each for each in call.arguments if each.name in EFFECT_OPTIONS}
-    if trainer.makes == "dictionary":
+    if trainer.makes in ("dictionary", "lens"):
         for name, argument in given.items():
             reason = f"is no argument of `fit` with `{trainer.name}`, which learns from vectors"
             hint = "remove it; `das(…)` is trained on a measure"

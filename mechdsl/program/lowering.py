@@ -847,11 +847,11 @@ def _directions_and_bases(
 
 
 def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
-    """Define bases and groups that a training chooses, which may refer to any block."""
+    """Define bases, lenses and groups that a training chooses, which may refer to any block."""
     for file, imported in files:
         for statement in file.statements:
             if isinstance(statement, ast.BasisDef) and scope.define(
-                "basis", statement.name, imported=imported
+                statement.word, statement.name, imported=imported
             ):
                 basis = lower_basis(statement, parts, scope)
                 if basis is not None:

@@ -15,6 +15,7 @@ DEFINITION_EXAMPLES = {
     "prompts": "prompts {} {{ … }}",
     "param": "param {} = 12",
     "basis": "basis {} = pca(fruit, dims: 8) at resid_post layer 2 at last token",
+    "lens": "lens {} = fit(tuned_lens, prompts: texts.train) at resid_post layer * at tokens *",
     "direction": "direction {} = mean_difference(A, B) at resid_post layer 2 at last token",
 }
 

@@ -137,12 +137,15 @@ def lower_observation(
 
 
 def _named_bases(call: ast.Call | None, work: Statements) -> tuple[str, ...]:
-    """Return the bases that an observation names; E0201 for names of something else."""
-    if call is None or call.name not in BASIS_OBSERVATIONS:
+    """Return the bases or the lens that an observation names; E0201 for names of something else."""
+    if call is None or call.name not in BASIS_OBSERVATIONS | LENSES:
         return ()
+    kind = "lens" if call.name in LENSES else "basis"
     values = [each.value for each in call.arguments if each.name is None]
     named = [each for each in values if isinstance(each, ast.Name)]
-    return tuple(each.id for each in named if work.scope.use("basis", each.id, each.span))
+    if kind == "lens":  # a parameter may be the path of a file
+        named = [each for each in named if not work.scope.has("param", each.id)]
+    return tuple(each.id for each in named if work.scope.use(kind, each.id, each.span))
 
 
 def _listed_count(statement: ast.Observe | ast.ObserveFeatures, work: Statements) -> int | None:

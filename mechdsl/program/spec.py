@@ -356,7 +356,7 @@ class ObservedQuantity(Spec):
     basis: str | None = None
     """The basis whose coordinates are observed."""
     bases: Names = ()
-    """The bases that are its arguments: `ov(b, c)`."""
+    """The bases or the lens that are its arguments: `ov(b, c)`, `tuned_lens(l)`."""
     ranked_by: RankingQuantity = "mean"
     """What the coordinates are ranked by."""
     column: ExprText | None = None
@@ -377,7 +377,7 @@ class Direction(Spec):
 
 
 class Basis(Spec):
-    """`basis NAME = METHOD(…) at SITE at POSITIONS`."""
+    """`basis NAME = METHOD(…) at SITE at POSITIONS`, or `lens NAME = fit(…) at …`."""
 
     name: str
     method: CallText

@@ -7,7 +7,7 @@ creates the parameters when training begins; rows, batches, checkpoints and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 
     from mechdsl.fits.factors import Solution
     from mechdsl.fits.gates import Gates
+    from mechdsl.fits.lenses import LensMaps
     from mechdsl.fits.rotations import Rotation
     from mechdsl.fits.scales import ChannelScales
     from mechdsl.fits.training import Trainable
     from mechdsl.fits.vectors import SoftPrompt, SteeringVector, TrainedVectors
+
+
+Statement = Literal["basis", "direction", "group", "lens"]
+"""First words of statements with `fit(…)`."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,14 @@ class Trainer:
     a subspace of a site, trained on rows: on the effect of patching the subspace from another run.
     A vector is trained on the effect of adding it at a site, and scales on the effect of
     multiplying the vectors of a site by them. A mask chooses sites, and is trained on the effect of
-    patching or ablating them.
+    patching or ablating them. A lens has an affine map for each layer, and is trained on vectors,
+    one by one, to predict the distribution over next tokens.
     """
 
     name: ClassVar[str]
-    makes: ClassVar[Literal["dictionary", "rotation", "vector", "scales", "mask"]] = "dictionary"
+    makes: ClassVar[Literal["dictionary", "rotation", "vector", "scales", "mask", "lens"]] = (
+        "dictionary"
+    )
     example: ClassVar[str]
     """A call inside of `fit(…)`, as messages show it."""
     options: ClassVar[tuple[str, ...]] = ()
@@ -77,11 +85,15 @@ class Trainer:
     """Whether the training determines the number of directions of a rotation."""
 
     @property
-    def declares(self) -> Literal["basis", "direction", "group"]:
+    def declares(self) -> Statement:
         """First word of the statement that declares what it makes."""
-        if self.makes == "mask":
-            return "group"
-        return "direction" if self.makes in ("vector", "scales") else "basis"
+        found: Mapping[str, Statement] = {
+            "mask": "group",
+            "vector": "direction",
+            "scales": "direction",
+            "lens": "lens",
+        }
+        return found.get(self.makes, "basis")
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:
         """Return the problem with an option's value, or None.
@@ -144,6 +156,18 @@ class Trainer:
         self, like: Tensor, options: Mapping[str, Constant], random: Generator
     ) -> ChannelScales:
         """Create the parameters of scales, with arguments as those of `start_rotation`."""
+        raise NotImplementedError
+
+    def start_lens(
+        self, width: int, layers: Sequence[int], options: Mapping[str, Constant], device: device
+    ) -> LensMaps:
+        """Create the parameters of a lens.
+
+        Args:
+            width: Numbers of a vector of the residual stream.
+            layers: Layers that have a map.
+            device: Where the parameters are needed.
+        """
         raise NotImplementedError
 
     def start_mask(self, count: int, options: Mapping[str, Constant], seed: int) -> Gates:
@@ -221,7 +245,9 @@ def trainer(name: str) -> Callable[[type[TrainerT]], type[TrainerT]]:
 def _class_problem(name: str, entry: object) -> str | None:
     """Return the reason that a class can't be registered."""
     tuples = {"options": "features", "required": "features"}
-    wrong = call_class_problem(name, entry, Trainer, arguments="features: 512", tuples=tuples)
+    wrong = call_class_problem(
+        name, entry, Trainer, arguments="features: 512", tuples=tuples, bare=True
+    )
     if wrong is not None:
         return wrong
     assert isinstance(entry, type)
@@ -238,6 +264,9 @@ def _class_problem(name: str, entry: object) -> str | None:
     elif entry.makes == "mask":
         lacks = entry.size is Trainer.size or entry.start_mask is Trainer.start_mask
         needs = "`size(self, options, width)` and `start_mask(self, count, options, seed)`"
+    elif entry.makes == "lens":
+        lacks = entry.start_lens is Trainer.start_lens
+        needs = "`start_lens(self, width, layers, options, device)`"
     else:
         starts = entry.start is not Trainer.start or entry.solve is not Trainer.solve
         lacks = entry.outline is Trainer.outline or not starts
@@ -560,3 +589,23 @@ class MaskTrainer(Trainer):
 
         kind = str(options.get("kind", GATE_KINDS[0]))
         return GATES[kind](count, self.size(options, count), seed)
+
+
+@trainer("tuned_lens")
+class TunedLensTrainer(Trainer):
+    """A tuned lens: an affine map for each layer, which starts as the logit lens.
+
+    References:
+        Belrose et al. 2023, arXiv 2303.08112.
+    """
+
+    example = "tuned_lens"
+    makes = "lens"
+    defaults: ClassVar[Mapping[str, Constant]] = {"steps": 1000, "batch": 128}
+
+    def start_lens(
+        self, width: int, layers: Sequence[int], options: Mapping[str, Constant], device: device
+    ) -> LensMaps:
+        from mechdsl.fits.lenses import LensMaps
+
+        return LensMaps(width, layers, device)

@@ -180,7 +180,7 @@ def resolve_fitted_family(
     for key in list_axis_indices(swept):
         site_key, label = (key[:-1], labels[key[-1]]) if len(labels) > 1 else (key, labels[0])
         read = tuple(own[label] for own in by_label)
-        _check_row_count(call, read, label, fitted_method(call.name).min_rows)
+        check_row_count(call, read, label, fitted_method(call.name).min_rows)
         made = _describe_fit(call, read, rows, options)
         fitted = FittedVector(call.name, read, points[site_key], options)
         made += f", at {sites.labels[site_key]}, {describe_position(label)}"
@@ -225,7 +225,7 @@ def _resolve_trained_family(
         reason, hint = "a direction is trained at one position", "join them: `{A, B}`"
         raise DirectionError(definition.at, reason, hint)
     ((label, sample),) = samples.items()
-    _check_row_count(call, (sample,), label, FEWEST_ROWS)
+    check_row_count(call, (sample,), label, FEWEST_ROWS)
     options = {
         each.name: value
         for each in call.arguments
@@ -364,7 +364,8 @@ def _targets(call: ast.Call, rows: Sequence[object]) -> tuple[float | str, ...]:
     return tuple(map(float, found))
 
 
-def _check_row_count(call: ast.Call, read: Sequence[FitSample], label: str, fewest: int) -> None:
+def check_row_count(call: ast.Call, read: Sequence[FitSample], label: str, fewest: int) -> None:
+    """Check that enough rows have a position. Raises DirectionError."""
     for sample in read:
         there = count_used_rows(sample.cell)
         if there < fewest:

@@ -34,6 +34,7 @@ from mechdsl.resolve.types import (
     SiteCoordinate,
     SitePoint,
     TrainedDictionary,
+    TrainedLens,
     TrainedMask,
     TrainedRotation,
     TrainedVector,
@@ -47,6 +48,9 @@ FEWEST_ROWS = 2
 
 ROTATION = "rotation"
 """Name of the tensor with the directions of a trained rotation, one per row."""
+
+STREAM = "resid_post"
+"""The site of the vectors of a lens."""
 
 VECTOR = "vector"
 """Name of the tensor of a trained vector."""
@@ -115,6 +119,38 @@ def outline_vector(
     return tuple(TrainedVector(path, key, digest, training, name) for key in keys)
 
 
+def outline_lens(
+    definition: spec.Basis,
+    sample: FitSample,
+    layers: tuple[int, ...],
+    program: spec.Program,
+    model: ModelContext,
+) -> TrainedLens:
+    """Return what a `lens` line declares, with its file if it is trained.
+
+    Args:
+        layers: Those that have a map, ascending.
+    """
+    options, first = constant_options(definition, program), SitePoint(STREAM, layers[0], None)
+    training = _describe_training(definition, options, sample, first, program, model)
+    last = SitePoint(STREAM, model.shape.n_layers - 1, None)
+    training = replace(training, layers=layers, made=last)
+    file = program.trained.get(training.name, (None, ""))[0]
+    if isinstance(file, SafetensorsFile):
+        return TrainedLens(file.path, file.digest, training)
+    return TrainedLens(Path(), "", training)
+
+
+def constant_options(definition: spec.Basis, program: spec.Program) -> dict[str, Constant]:
+    """Return the constants of a call `fit(…)`, by option."""
+    return {
+        each.name: value
+        for each in definition.method.arguments
+        if each.name is not None
+        and (value := constant_value(each.value, program.parameters)) is not None
+    }
+
+
 @dataclass(frozen=True)
 class MaskFile:
     """What a stored training chose."""
@@ -131,12 +167,7 @@ def outline_mask(
     Args:
         objective: As in `mechdsl.program.trainings`, resolved.
     """
-    options = {
-        each.name: value
-        for each in definition.method.arguments
-        if each.name is not None
-        and (value := constant_value(each.value, program.parameters)) is not None
-    }
+    options = constant_options(definition, program)
     candidates, table = list_candidates(objective), objective.table
     (point, *_) = mask_points(objective)
     sample = FitSample(table, table.runs[objective.spec.base], paired_positions(objective)[0])
@@ -321,7 +352,7 @@ def check_held_out(
 
 
 def describe_training(
-    made: TrainedDictionary | TrainedRotation | TrainedVector | TrainedMask,
+    made: TrainedDictionary | TrainedRotation | TrainedVector | TrainedMask | TrainedLens,
     rows: str,
     program: spec.Program,
     experiment: spec.Experiment,

@@ -243,7 +243,8 @@ class Training(Record):
     encoded: SitePoint
     """The site of the vectors that are encoded; of a mask, the first site that it chooses from."""
     made: SitePoint
-    """The site of the vectors that are reconstructed: the same, unless it is a transcoder."""
+    """The site of the vectors that are reconstructed: the same, unless it is a transcoder; of a
+    lens, the residual stream after the last block."""
     seed: int
     span: Span = field(compare=False)
     """Where the file declares it."""
@@ -252,6 +253,15 @@ class Training(Record):
     stream: RecordStream | None = None
     """The records that are read during the training, of which `sample` has the first ones; None for
     a training on the rows of `sample`."""
+    layers: tuple[int, ...] = ()
+    """Layers of a lens, whose vectors are encoded together; `encoded` is the first one."""
+
+    @property
+    def points(self) -> tuple[SitePoint, ...]:
+        """The sites of the vectors that are encoded, and then that of those that are
+        reconstructed."""
+        encoded = tuple(SitePoint(self.encoded.site, layer, None) for layer in self.layers)
+        return (*(encoded or (self.encoded,)), self.made)
 
 
 @record
@@ -332,6 +342,30 @@ class TrainedVector(SavedVector):
         """Description for tables and conventions."""
         given = "".join(f", {name} {value}" for name, value in self.training.of_trainer.items())
         return f"{self.training.trainer}{given}"
+
+
+@record
+class TrainedLens(Record):
+    """A tuned lens that a file declares with `fit`, in a file of the store.
+
+    Until its training is found in the store, its digest is empty.
+    """
+
+    path: Path
+    digest: str
+    training: Training = field(compare=False)
+    made: str = field(default="", compare=False)
+    """How it was trained, for conventions."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its maps are known."""
+        return bool(self.digest)
+
+    @property
+    def kind(self) -> str:
+        """Description for tables and conventions."""
+        return f"tuned lens of {count_noun(len(self.training.layers), 'layer')}"
 
 
 @record
@@ -790,6 +824,11 @@ class Intervention:
     """Whether cells are only pairs whose `beside` sites are in a later layer."""
     drawn_positions: ClassVar[bool] = True
     """Whether `against random(…, positions)` can move it to random positions."""
+
+    @property
+    def lens(self) -> TrainedLens | None:
+        """The lens that it reads, if the file declares it with `fit`."""
+        return None
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -1311,9 +1350,12 @@ class ResolvedExperiment(Record):
         return self.spec.name
 
     @property
-    def trained_groups(self) -> dict[str, str]:
-        """`group g` → how it was trained, of `masks`."""
-        return {f"group {mask.training.definition}": mask.made for mask in self.masks}
+    def trained_parts(self) -> dict[str, str]:
+        """`group g`, `lens l` → how it was trained."""
+        found = {f"group {mask.training.definition}": mask.made for mask in self.masks}
+        for lens in (rule.does.lens for rule in self.every_rule):
+            found |= {} if lens is None else {f"lens {lens.training.definition}": lens.made}
+        return found
 
     @property
     def generation(self) -> Generation | None:

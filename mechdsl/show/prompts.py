@@ -277,7 +277,7 @@ def _saves(experiment: ResolvedExperiment, console: Console) -> None:
 def _rules(experiment: ResolvedExperiment, console: Console) -> None:
     if experiment.generation is not None:
         console.print(Text(f"  generates {experiment.generation.how} after each prompt"))
-    for name, made in experiment.trained_groups.items():
+    for name, made in experiment.trained_parts.items():
         console.print(Text(f"  {name}: {made}"))
     for rule in experiment.rules:
         if not rule.spec.fill_index:  # otherwise it is printed with its first fill
@@ -450,7 +450,7 @@ def prompts_document(checked: CheckedFile) -> dict[str, Any]:
                 **({"variant": dict(e.spec.variant)} if e.spec.variant else {}),
                 "model": e.model.name,
                 "prompts": e.table.name,
-                "conventions": {**e.table.conventions, **e.picks, **e.trained_groups},
+                "conventions": {**e.table.conventions, **e.picks, **e.trained_parts},
                 "axes": [{"name": a.name, "values": list(a.labels)} for a in e.axes],
                 "runs": {
                     name: [_row(e, e.table, row, n) for n, row in enumerate(run.rows)]

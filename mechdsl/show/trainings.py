@@ -1,4 +1,4 @@
-"""Trained dictionaries, rotations, vectors, scales and masks as tables."""
+"""Trained dictionaries, rotations, vectors, scales, lenses and masks as tables."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from mechdsl.base.text import format_size
 from mechdsl.execute.run_record import (
     IndependenceReport,
+    LensReport,
     MaskReport,
     Report,
     RotationReport,
@@ -94,6 +95,16 @@ MASK_NOTES = {
 """Columns of masks."""
 
 
+LENS_NOTES = {
+    "layer": "layer whose vectors the lens reads",
+    "trained": "mean KL in nats from the model's distribution to that of the lens, over held-out "
+    "vectors; without any, over training vectors",
+    "logit lens": "the same without training",
+    "average": "the same for the mean of the model's distributions over training vectors",
+}
+"""Columns of lenses."""
+
+
 def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
     """Print a line per training, with its controls, and where it is stored."""
     kinds: Sequence[tuple[type[Report], Mapping[str, str], str]] = (
@@ -104,6 +115,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         (SoftPromptReport, SOFT_PROMPT_NOTES, "direction"),
         (ScaleReport, SCALE_NOTES, "direction"),
         (MaskReport, MASK_NOTES, "group"),
+        (LensReport, LENS_NOTES, "lens"),
     )
     for kind, notes, what in kinds:
         own = [fit for fit in fits if type(fit.report) is kind]
@@ -117,7 +129,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         )
     for fit in fits:
         what = f"{fit.what} at {fit.site}, in {fit.folder}"
-        if not isinstance(fit.report, TrainingReport | IndependenceReport):
+        if not isinstance(fit.report, TrainingReport | IndependenceReport | LensReport):
             what = f"{fit.report.objective}; {what}"
         if isinstance(fit.report, VectorReport | SoftPromptReport):
             what = f"vectors of the site have length {fit.report.site_length:.3g}; {what}"
@@ -136,7 +148,8 @@ def _list_inactive(report: MaskReport) -> str:
 def _print_table(
     fits: Sequence[TrainedFit], notes: Mapping[str, str], what: str, console: Console
 ) -> None:
-    """Print a table of trainings of one kind, and the meaning of its columns.
+    """Print a table of trainings of one kind, a line for each layer of a lens, and the meaning of
+    its columns.
 
     Args:
         what: What the file declares: `basis` or `direction`.
@@ -147,21 +160,36 @@ def _print_table(
         table.add_column(name, justify="right", no_wrap=True)
     for fit in fits:
         report = fit.report
+        first, *others = (
+            _lens_numbers(report) if isinstance(report, LensReport) else [_numbers(report)]
+        )
         table.add_row(
             fit.basis,
             f"{report.rows:,}",
             f"{report.held_out_rows:,}",
             f"{report.steps:,}" + ("*" if report.stopped_early else ""),
-            *_numbers(report),
+            *first,
             f"{fit.seconds:.1f}" if fit.seconds else "stored",
         )
+        for numbers in others:
+            table.add_row(*[""] * 4, *numbers)
     console.print(table)
     for name, note in notes.items():
         print_hanging(f"  {name}: ", note, console)
 
 
+def _lens_numbers(report: LensReport) -> list[list[str]]:
+    """Return the cells of the columns of the notes, for each layer."""
+    columns = zip(report.layers, report.trained, report.untrained, strict=True)
+    return [
+        [f"{layer}", f"{trained:.3f}", f"{untrained:.3f}", f"{report.average:.3f}"]
+        for layer, trained, untrained in columns
+    ]
+
+
 def _numbers(report: Report) -> list[str]:
-    """Return the cells of the columns of the notes for this kind."""
+    """Return the cells of the columns of the notes for this kind; not for a lens."""
+    assert not isinstance(report, LensReport)
     if isinstance(report, VectorReport):
         means = (report.trained, report.random, report.unsteered, report.difference)
         return [f"{report.length:.3g}", *("–" if mean is None else f"{mean:.3f}" for mean in means)]

@@ -1242,6 +1242,8 @@ class BasisDef(Node):
     source: Call
     site: Site | None = None
     at: Positions | None = None
+    word: Literal["basis", "lens"] = "basis"
+    """First word of the statement."""
 
 
 @record

@@ -521,7 +521,7 @@ def _top(node: Any) -> str | None:
             return f"direction {node.name.id} = {format_operand(node.value, SUM)}{place}"
         case ast.BasisDef():
             place = _of("at", node.site, format_site) + _of("at", node.at, format_positions)
-            return f"basis {node.name.id} = {format_call(node.source)}{place}"
+            return f"{node.word} {node.name.id} = {format_call(node.source)}{place}"
         case ast.GroupDef(source=ast.Call() as source):
             place = _of("at", node.site, format_site) + _of("at", node.at, format_positions)
             return f"group {node.name.id} = {format_call(source)}{place}"

@@ -446,7 +446,9 @@ class TreeBuilder(Transformer[Token, Any]):
     def basis_def(self, c: list[Any]) -> ast.BasisDef:
         site = next((x for x in c if isinstance(x, ast.Site)), None)
         at = _clauses(c).get("at")
-        return ast.BasisDef(_defined(c[1]), _as_call(c[3]), site, at, span=_span(c))
+        return ast.BasisDef(_defined(c[1]), _as_call(c[3]), site, at, c[0].value, span=_span(c))
+
+    lens_def = basis_def
 
     def group_def(self, c: list[Any]) -> ast.GroupDef:
         if not isinstance(c[3], ast.Call):

@@ -14,7 +14,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 TOP_WORDS = _words(
-    "mech use param model prompts images metric direction basis group seed experiment"
+    "mech use param model prompts images metric direction basis lens group seed experiment"
 )
 """First words of top-level statements."""
 

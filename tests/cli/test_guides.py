@@ -231,6 +231,13 @@ def test_activations_are_factored_as_the_page_says(
     run_page(DOCS / "bases.md", command, update, {"Factor activations"})
 
 
+def test_a_lens_is_trained_as_the_page_says(
+    command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MECHDSL_STORE")
+    run_page(DOCS / "observations.md", command, update, {"Train a tuned lens"})
+
+
 def test_a_dictionary_is_trained_as_the_page_says(
     command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

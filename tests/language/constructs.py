@@ -515,6 +515,19 @@ _file(
     "Wu et al. 2023, arXiv 2305.08809",
 )
 _file(
+    "lens: a trained tuned lens",
+    "lens l = fit(tuned_lens, prompts: fruit.train) at resid_post layer * at tokens *",
+    "An affine map h + A h + b of each layer but the last, which `mechdsl fit FILE` or "
+    "`mechdsl run --fit FILE` trains on the vectors of the named tokens: it starts as the logit "
+    "lens, and minimises KL(p ‖ q), where p is the model's distribution over next tokens and q "
+    "that of the lens. `observe tuned_lens(l)` reads it. The options of `fit` are those of a "
+    "trained dictionary; defaults are `steps` (1000), `batch` (128 vectors) and `rate` (0.001). "
+    "The table has the mean KL of each layer on held-out vectors, next to that of the logit lens "
+    "and of the average prediction on training vectors.",
+    "tests/pipeline/test_trained_lenses.py",
+    "Belrose et al. 2023, arXiv 2303.08112",
+)
+_file(
     "group: a trained mask",
     "group g = fit(mask(size: 2), prompts: fruit.train, from: fewer, "
     "maximise: logit(answer of fewer)) at layers * heads * at last token",
@@ -1505,7 +1518,8 @@ _rule(
     'observe tuned_lens("lens.safetensors") resid_post layer * at last token',
     "The logit lens of h + A h + b. For `resid_post layer N`, the file provides A as "
     "`layer.N.weight` [d_model, d_model] and b as `layer.N.bias` [d_model]. The last layer "
-    "needs no entry; without one it is used unchanged. The results store the file's hash.",
+    "needs no entry; without one it is used unchanged. The results store the file's hash. "
+    "`tuned_lens(l)` reads a `lens` of the file.",
     "Belrose et al. 2023, arXiv 2303.08112",
     _OBSERVED,
     "measure prob(answer) as raw",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.rules.observations.vectors import load_translator
+from mechdsl.rules.observations.lenses import load_translator
 
 from ..execute.support import MODES, token
 from ..models import families

@@ -7,6 +7,7 @@ the input of the unembedding.
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
 from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.gradients import catch_autograd_errors
 from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.module_exchange import BlockStub, replace_forward
 from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.models.restart import Shortcuts
@@ -40,6 +43,22 @@ class ModelUnembedding:
         """Implement the protocol."""
         last = self.model.shape.n_layers - 1
         return self._behind(SiteRead("resid_post", last), vectors, tokens)
+
+    def differentiable_logits(self, vectors: Tensor) -> Tensor:
+        """Return the logits of `logits`, which carry gradients of the vectors if these do.
+
+        Raises AutogradFailed.
+        """
+        place, model = SiteRead("resid_post", self.model.shape.n_layers - 1), self.model
+        count = len(vectors)
+        first = torch.zeros(count, dtype=torch.long)
+        write = SiteWrite(place.site, place.layer, torch.arange(count), first, first, vectors)
+        with ExitStack() as stack, catch_autograd_errors():
+            for block in model.anatomy.blocks if model.restartable else ():
+                module = model.module.get_submodule(block.path)
+                stub = BlockStub(model.calling.block_returns)
+                stack.enter_context(replace_forward(module, stub))
+            return self._full_pass(write, count, None, gradients=True)
 
     def share(self, vectors: Tensor, stream: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Implement the protocol: the norm is a linear map with its scale on the stream.
@@ -94,7 +113,7 @@ class ModelUnembedding:
         first = torch.zeros(count, dtype=torch.long)
         write = SiteWrite(place.site, place.layer, torch.arange(count), first, first, vectors)
         if self._kept is None:
-            return self._whole(write, count, tokens)
+            return self._full_pass(write, count, tokens)
         rows = np.arange(count)
         final = rows, np.zeros_like(rows)
         lanes = np.zeros_like(rows)
@@ -109,10 +128,14 @@ class ModelUnembedding:
             fuse=False,
         ).logits
 
-    def _whole(self, write: SiteWrite, count: int, tokens: Tensor | None) -> Tensor:
+    def _full_pass(
+        self, write: SiteWrite, count: int, tokens: Tensor | None, *, gradients: bool = False
+    ) -> Tensor:
         batch = self._batch.take(torch.zeros(count, dtype=torch.long))
         at = torch.zeros(count, 1, dtype=torch.long)
-        logits = run_full(self.model, batch, writes=[write], logits_at=at, tokens=tokens).logits
+        logits = run_full(
+            self.model, batch, writes=[write], logits_at=at, tokens=tokens, gradients=gradients
+        ).logits
         assert logits is not None
         return logits[:, 0]
 

@@ -3,6 +3,7 @@
 from mechdsl.rules.observations import (
     attention,
     features,
+    lenses,
     map_scores,
     maps,
     probes,
@@ -17,6 +18,7 @@ __all__ = [
     "SiteObservation",
     "attention",
     "features",
+    "lenses",
     "map_scores",
     "maps",
     "observation",

@@ -220,6 +220,11 @@ HABIT_HINTS: tuple[Hint, ...] = (
 
 BASIS_HINTS: tuple[Hint, ...] = (
     Hint(
+        r"\bfit\(\s*(\w+)\(\s*$",
+        r"\)",
+        "write a trainer without options as its name alone: `fit({0}, …)`",
+    ),
+    Hint(
         r"\b(features?)\s+([\w.,* ]*[\w*])\s*$",
         r"in\s+(?:basis\s+)?(\w+)",
         "write `{0} {1} of {2}`",

@@ -1,0 +1,100 @@
+"""Resolve lenses that a file trains: `lens NAME = fit(tuned_lens, …) at resid_post layer *`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.rules import BadBasis
+from mechdsl.program import spec
+from mechdsl.program.directions import fit_rows_of_basis
+from mechdsl.resolve.directions import (
+    DirectionError,
+    check_row_count,
+    describe_rows,
+    resolve_samples,
+)
+from mechdsl.resolve.sites import ExperimentContext, resolve_site
+from mechdsl.resolve.trainings import (
+    FEWEST_ROWS,
+    STREAM,
+    check_held_out,
+    describe_training,
+    outline_lens,
+)
+from mechdsl.resolve.types import TrainedLens
+
+
+def resolve_lens(name: str, work: ExperimentContext) -> TrainedLens | None:
+    """Resolve a lens that an observation names.
+
+    None after an error, and if a required model or prompt set isn't available.
+
+    Codes: E0342, E0345, and those of sites and positions.
+    """
+    definition = work.program.bases.get(name)
+    if definition is None:  # rejected
+        return None
+    try:
+        return _resolve(definition, work)
+    except DirectionError as problem:
+        found = BadBasis(
+            span=problem.node.span, reason=problem.reason, hint=problem.hint, what="lens"
+        )
+        work.diagnostics.extend([] if found in work.diagnostics else [found])
+        return None
+
+
+def _resolve(definition: spec.Basis, work: ExperimentContext) -> TrainedLens | None:
+    """Resolve a lens. Raises DirectionError."""
+    layers = _layers(definition, work)
+    rows = fit_rows_of_basis(definition, work.program)
+    if layers is None or rows is None:
+        return None
+    samples = resolve_samples(definition.method, rows, definition.at, work)
+    if samples is None or work.model.shape.stands_in:
+        return None
+    if len(samples) != 1:
+        assert definition.at is not None
+        reason, hint = "a lens is trained at one position", "join them: `{A, B}`"
+        raise DirectionError(definition.at, reason, hint)
+    ((label, sample),) = samples.items()
+    check_row_count(definition.method, (sample,), label, FEWEST_ROWS)
+    lens = outline_lens(definition, sample, layers, work.program, work.model)
+    problem = check_held_out(definition, lens.training, work.measuring, work.table)
+    if problem is not None and problem not in work.diagnostics:
+        work.diagnostics.append(problem)
+    text = f"{describe_rows(sample, rows)} at {label}"
+    stream = lens.training.stream
+    if stream is not None:
+        text = f"{stream.count:,} streamed rows of {sample.table.name} at {label}"
+    about = describe_training(lens, text, work.program, work.measuring, work.table)
+    return replace(lens, made=about)
+
+
+def _layers(definition: spec.Basis, work: ExperimentContext) -> tuple[int, ...] | None:
+    """Return the layers with a map, which is all named ones but the last of the model; None after
+    other errors. Raises DirectionError."""
+    before = len(work.diagnostics)
+    sites, _ = resolve_site(definition.site, replace(work.sites, loops={}))
+    if sites is None or has_errors(work.diagnostics[before:]):
+        return None
+    points = [
+        point for key, here in sites.points.items() if key not in sites.missing for point in here
+    ]
+    other = next((point.site for point in points if point.site != STREAM), None)
+    if other is not None:
+        raise DirectionError(
+            definition.site,
+            f"a lens reads the stream after each block, not `{other}`",
+            f"write `at {STREAM} layer * at tokens *`",
+        )
+    last = work.model.shape.n_layers - 1
+    layers = {point.layer for point in points if point.layer is not None}
+    if layers == {last} and not work.model.shape.stands_in:
+        raise DirectionError(
+            definition.site,
+            f"the stream after the last block, layer {last}, needs no lens",
+            f"name earlier layers: `at {STREAM} layer *`",
+        )
+    return tuple(sorted(layers - {last}))
