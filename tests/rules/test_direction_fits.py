@@ -334,8 +334,8 @@ def test_random_directions_are_as_long_and_what_the_band_is_of(
     drawn: dict[str, Tensor] = {}
     draw = directions._draw_like  # pyright: ignore[reportPrivateUsage]
 
-    def noted(like: Tensor, name: str, seed: int) -> Tensor:
-        drawn[name] = draw(like, name, seed)
+    def noted(like: Tensor, name: str, seed: int, *, shuffles: bool) -> Tensor:
+        drawn[name] = draw(like, name, seed, shuffles=shuffles)
         return drawn[name]
 
     monkeypatch.setattr(directions, "_draw_like", noted)
