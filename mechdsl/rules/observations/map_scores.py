@@ -60,9 +60,8 @@ class RegionObservation(MapObservation):
         """
         raise NotImplementedError
 
-    def shown(self, rule: spec.Rule, work: ExperimentContext) -> PositionCell:
-        found = _region_tokens(rule, work) if is_on_texts(work) else None
-        return span_cell(_region(rule), work) if found is None else found
+    def shown(self, rule: spec.Rule, work: ExperimentContext) -> PositionCell | None:
+        return _region_tokens(rule, work) if is_on_texts(work) else span_cell(_region(rule), work)
 
     def fits(self, rule: spec.Rule, work: ExperimentContext) -> bool:
         said = rule.observed
@@ -88,7 +87,7 @@ class RegionObservation(MapObservation):
         assert given.rule.observed is not None
         region, share = _region(given.rule), given.rule.observed.share
         texts = is_on_texts(given.work)
-        masks = _token_masks(given.rule, given.work) if texts else _masks(region, given.work)
+        masks = _token_masks(given) if texts else _masks(region, given.work)
         lacking = f"whose {'text' if texts else 'image'} contains no part of `{region}`"
 
         def score(cell: int, number: int, values: Floats) -> Sequence[float]:
@@ -114,9 +113,7 @@ def _check_region(rule: spec.Rule, work: ExperimentContext) -> bool:
         reason = f"compares maps of {'texts with tokens' if texts else 'images with a region'}"
         report_bad_observation(rule, work, reason, hint)
         return False
-    if texts:
-        return _region_tokens(rule, work) is not None
-    if name in known:
+    if texts or name in known:
         return True
     listed = f"`images {block.name}` has {name_list(known)}" if known else ""
     hint = listed or f"define it: `region {name} = box` in `images {block.name}`"
@@ -140,7 +137,7 @@ def _region_tokens(rule: spec.Rule, work: ExperimentContext) -> PositionCell | N
     return next(iter(found.written.values()))
 
 
-def _token_masks(rule: spec.Rule, work: ExperimentContext) -> dict[int, Bools]:
+def _token_masks(given: MapLine) -> dict[int, Bools]:
     """Return row number → tokens of the text that are in the region, [1, token].
 
     Rows without such tokens are omitted.
@@ -148,10 +145,8 @@ def _token_masks(rule: spec.Rule, work: ExperimentContext) -> dict[int, Bools]:
     import numpy as np
 
     found: dict[int, Bools] = {}
-    cell = _region_tokens(rule, work)
-    assert cell is not None
-    for number, hits in enumerate(cell.hits):
-        mask = np.zeros(grid_size(number, work), dtype=bool)
+    for number, hits in enumerate(given.shown.hits):
+        mask = np.zeros(grid_size(number, given.work), dtype=bool)
         mask[0, [token for hit in hits for token in hit]] = True
         if mask.any():
             found[number] = mask

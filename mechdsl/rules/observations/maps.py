@@ -71,6 +71,8 @@ class MapLine:
     rule: spec.Rule
     work: ExperimentContext
     maps: Sequence[VariantFinding]
+    shown: PositionCell
+    """Tokens of the region, or all patches."""
     others: Sequence[Sequence[VariantFinding]] = ()
     """Results that the maps are compared with: for each map, or for all of them."""
 
@@ -102,8 +104,9 @@ class MapObservation(RowSetObservation, ObservationKind):
         """Check what the line needs in addition to maps, and report what it lacks."""
         raise NotImplementedError
 
-    def shown(self, rule: spec.Rule, work: ExperimentContext) -> PositionCell:
-        """Return the tokens that tables show as observed: those of a region, or all patches."""
+    def shown(self, rule: spec.Rule, work: ExperimentContext) -> PositionCell | None:
+        """Return the tokens that tables show as observed: those of a region, or all patches; None
+        after an error."""
         return span_cell("image", work)
 
     def others(self, given: MapLine) -> Sequence[Sequence[VariantFinding]] | None:
@@ -138,12 +141,13 @@ class MapObservation(RowSetObservation, ObservationKind):
             )
             return None
         ready = [check_map_line(rule, work, texts=self.texts), self.fits(rule, work)]
+        shown = self.shown(rule, work) if all(ready) else None
         try:
             found = [resolve_map(each, work) for each in rule.observed.maps]
             maps = [part for part in found if part is not None]
-            if not all(ready) or len(maps) < len(found):
+            if shown is None or len(maps) < len(found):
                 return None
-            given = MapLine(rule, work, maps)
+            given = MapLine(rule, work, maps, shown)
             others = self.others(given)
             if others is None:
                 return None
@@ -154,8 +158,7 @@ class MapObservation(RowSetObservation, ObservationKind):
         sites = _map_sites(rule, maps, work)
         if sites is None:
             return None
-        cell = self.shown(rule, work)
-        places = PositionTargets((), {(): cell}, {(): cell})
+        places = PositionTargets((), {(): shown}, {(): shown})
         return ResolvedRule(
             spec=rule, does=does, run=work.experiment.base, sites=sites, positions=places
         )
