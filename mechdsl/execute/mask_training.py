@@ -331,11 +331,7 @@ def train_mask(
     every = torch.ones(len(rows.candidates))
     numbers = rows.active.tolist()
     report = MaskReport(
-        rows=len(rows.rows) - rows.held_out_count,
-        held_out_rows=rows.held_out_count,
-        steps=loop.state.step,
-        stopped_early=loop.state.stopped,
-        objective=rows.text,
+        *rows.outcome(loop.state),
         chosen={
             label_candidates((rows.candidates[numbers[each]],)): float(likely[each])
             for each in chosen

@@ -23,6 +23,7 @@ from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawL
 from mechdsl.execute.training_vectors import count_held_out, order_rows
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
+from mechdsl.fits.training import TrainingState
 from mechdsl.forward.hooks.batch import SiteWrite
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
@@ -92,6 +93,12 @@ class EffectRows(ABC, Generic[EditT]):
         """Return the numbers of the training rows, twice."""
         rows = torch.from_numpy(self.rows[self.held_out_count :])
         return rows, rows
+
+    def outcome(self, state: TrainingState) -> tuple[int, int, int, bool, str]:
+        """Return the fields that reports of these trainings begin with: training rows, held-out
+        rows, steps, whether the training stopped early, and the text of the objective."""
+        trained = len(self.rows) - self.held_out_count
+        return trained, self.held_out_count, state.step, state.stopped, self.text
 
     def held_out(self) -> tuple[Tensor, Tensor]:
         """Return the numbers of the rows that the training doesn't use, twice."""

@@ -49,11 +49,7 @@ def train_rotation(
     cases = (rotation.edit, untrained.edit, None, take_source)
     means = [rows.mean(rows.measured, each, settings.batch) for each in cases]
     report = RotationReport(
-        len(rows.rows) - rows.held_out_count,
-        rows.held_out_count,
-        loop.state.step,
-        loop.state.stopped,
-        rows.text,
+        *rows.outcome(loop.state),
         len(directions),
         *means,
     )

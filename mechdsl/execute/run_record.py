@@ -364,7 +364,7 @@ class MaskReport(FitReport):
     candidates: int
     """Number of those that it chooses from."""
     undecided: int
-    """Number of those whose probability is from 0.1 to 0.9."""
+    """Number of chosen ones with a probability below 0.9, and of others above 0.1."""
     keeps: bool
     """Whether everything is written but what is chosen."""
     trained: float

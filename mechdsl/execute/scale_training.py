@@ -41,11 +41,7 @@ def train_scales(declared: TrainedVector, rows: ObjectiveRows, job: TrainingJob)
     factors = scales.factors().detach()
     job.write_tensors(VECTOR_FILE, {VECTOR: factors})
     report = ScaleReport(
-        len(rows.rows) - rows.held_out_count,
-        rows.held_out_count,
-        loop.state.step,
-        loop.state.stopped,
-        rows.text,
+        *rows.outcome(loop.state),
         float(factors.min()),
         float(factors.max()),
         float(factors.mean()),

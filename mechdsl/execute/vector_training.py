@@ -50,8 +50,7 @@ def train_vector(
     count = trainer.count_tokens(training.of_trainer)
     names = [VECTOR] if count is None else [name_prompt_vector(n) for n in range(count)]
     job.write_tensors(VECTOR_FILE, dict(zip(names, vector.reshape(len(names), -1), strict=True)))
-    trained_rows = len(rows.rows) - rows.held_out_count
-    common = trained_rows, rows.held_out_count, loop.state.step, loop.state.stopped, rows.text
+    common = rows.outcome(loop.state)
     values = _Values(trained, rows, vector, settings.batch)
     if count is None:
         length = float(vector.norm())
