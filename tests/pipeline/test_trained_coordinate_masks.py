@@ -21,27 +21,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mechdsl
-from mechdsl.execute.mask_training import CoordinateMaskRows, open_rows
+from mechdsl.execute.mask_training import CoordinateMaskRows
 from mechdsl.execute.run_record import MaskReport
-from mechdsl.pipeline.trained_files import fits_of_file
 from mechdsl.resolve.types import TrainedMask
 
-from ..execute.support import shared, unchanged, word_tokenizer
+from ..execute.support import unchanged, word_tokenizer
 from ..models import families
 from ..quick import in_turn, some
 from ..reference.forward import Write, side_by_side
 from ..rules.basis_reference import save_rows, saved
 from ..rules.models import bare, double
 from ..rules.support import plain, rows, tokens
-from .test_trained_masks import chosen_sites, write_planted
-from .test_trained_rotations import LOSS, MEASURE, OTHER, checked, experiment, run, train, write
+from . import test_trained_masks
+from .test_trained_masks import HERE, PATCH, PATCHES, QUICK, chosen_sites, write_planted
+from .test_trained_rotations import LOSS, MEASURE, OTHER, experiment, run, train, write
 from .test_trained_rotations import loss_by_hand as loss_of_logits
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
-HERE = ("gpt2", "llama", "gpt_neox")
 SITE = "resid_post layer 1"
-QUICK = "steps: 6, batch: 2, rate: 0.3, validation: 25%"
 FEATURES = 9
 differentiable = inspect.unwrap(side_by_side)
 """The reference with gradients of written vectors."""
@@ -51,13 +49,10 @@ def fit(
     options: str = QUICK,
     *,
     mask: str = "size: 2",
-    source: str = "from: other",
-    objective: str = f"maximise: {LOSS}",
     at: str = "features * of f at last token",
-    name: str = "g",
+    **given: str,
 ) -> str:
-    call = f"fit(mask({mask}), prompts: p, {source}, {objective}, {options})"
-    return f"group {name} = {call} at {at}\n"
+    return test_trained_masks.fit(options, mask=mask, at=at, **given)
 
 
 @cache
@@ -79,16 +74,10 @@ def sae(folder: Path, family: str = "llama", scale: float = 1.0) -> str:
     return f'basis f = sae("sae.safetensors") at {SITE}\n'
 
 
-PATCH = ("from turned into clean", "patch g at last token")
-PATCHES = experiment(*PATCH)
-
-
-def training_rows(path: Path, model: Any, side: Any = None) -> tuple[TrainedMask, Any]:
-    (declared,) = fits_of_file(checked(path, model)).values()
-    assert declared.objective is not None
-    mask = declared.file
-    assert isinstance(mask, TrainedMask)
-    found = open_rows(mask, declared.objective, shared(model), side)
+def training_rows(
+    path: Path, model: Any, side: Any = None
+) -> tuple[TrainedMask, CoordinateMaskRows]:
+    mask, found = test_trained_masks.training_rows(path, model, side)
     assert isinstance(found, CoordinateMaskRows)
     return mask, found
 

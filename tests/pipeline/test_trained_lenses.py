@@ -7,7 +7,6 @@ an error.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.execute.run_record import LensReport
 from mechdsl.execute.training_vectors import RowVectors
 from mechdsl.fits.lenses import LensLoss, LensMaps
-from mechdsl.fits.training import Training
 from mechdsl.forward.packed.unembedding import ModelUnembedding
 from mechdsl.pipeline.trained_files import fits_of_file
 
@@ -33,7 +31,15 @@ from ..rules.support import plain, rows, tokens
 from ..rules.test_observations import end_of
 from .test_streamed_trainings import COUNT, write_file
 from .test_trained_dictionaries import assert_same_results
-from .test_trained_rotations import OTHER, checked, models, run, train, write
+from .test_trained_rotations import (
+    OTHER,
+    checked,
+    interrupt_training,
+    models,
+    run,
+    train,
+    write,
+)
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
@@ -364,21 +370,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, fit(f"{QUICK}, patience: 9"), SEES)
     (whole,) = train(path)
     expected = (whole.folder / "lens.safetensors").read_bytes()
-    steps: list[int] = []
-    real = Training._step
-
-    def step(self: Any) -> None:
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        steps.append(self.state.step)
-        real(self)
-
-    monkeypatch.setattr(Training, "_step", step)
-    with pytest.raises(KeyboardInterrupt):
-        train(path, fresh=True)
-    part = whole.folder.with_name(f"{whole.folder.name}.part")
-    assert json.loads((part / "state.json").read_text("utf-8"))["step"] == 4
-    monkeypatch.setattr(Training, "_step", real)
+    interrupt_training(path, whole.folder, monkeypatch)
     (found,) = train(path, fresh=True)
     assert (found.folder / "lens.safetensors").read_bytes() == expected
 

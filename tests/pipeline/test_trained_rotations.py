@@ -27,6 +27,7 @@ from mechdsl.checks.file_check import CheckedFile, check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.objective_rows import Edit, ObjectiveRows, take_source
 from mechdsl.fits.rotations import exchange, orthonormal_rows
+from mechdsl.fits.training import Training
 from mechdsl.pipeline.trained_files import fits_of_file
 
 from ..execute.support import ROWS, context, shared, token, unchanged, word_tokenizer
@@ -88,6 +89,35 @@ def run(path: Path, family: str = "llama", **options: Any) -> Any:
 
 def train(path: Path, family: str = "llama", **options: Any) -> list[mechdsl.TrainedFit]:
     return mechdsl.fit(path, models(family), **{"store": path.parent / "store", **options})
+
+
+def interrupt_training(
+    path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, list[int]]:
+    """Stop a new training with Ctrl-C after four steps.
+
+    Args:
+        folder: Of the result.
+
+    Returns:
+        The folder of the checkpoint, and the numbers of the steps.
+    """
+    steps: list[int] = []
+    real = Training._step  # pyright: ignore[reportPrivateUsage]
+
+    def step(self: Any) -> None:
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        steps.append(self.state.step)
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train(path, fresh=True)
+    part = folder.with_name(f"{folder.name}.part")
+    assert json.loads((part / "state.json").read_text("utf-8"))["step"] == 4
+    return part, steps
 
 
 def rotation(found: mechdsl.TrainedFit) -> Tensor:

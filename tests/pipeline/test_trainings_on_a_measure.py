@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +22,7 @@ from . import test_trained_masks as masks
 from . import test_trained_rotations as rotations
 from . import test_trained_scales as scales
 from . import test_trained_vectors as vectors
-from .test_trained_rotations import OTHER, models, run, train, write
+from .test_trained_rotations import OTHER, interrupt_training, models, run, train, write
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
@@ -99,20 +98,8 @@ def test_interrupted(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = write(tmp_path, declare(kind, options=quick), DECLARED[kind][1])
     (whole,) = train(path)
     expected = (whole.folder / DECLARED[kind][2]).read_bytes()
-    steps: list[int] = []
+    part, steps = interrupt_training(path, whole.folder, monkeypatch)
     real = Training._step
-
-    def step(self: Any) -> None:
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        steps.append(self.state.step)
-        real(self)
-
-    monkeypatch.setattr(Training, "_step", step)
-    with pytest.raises(KeyboardInterrupt):
-        train(path, fresh=True)
-    part = whole.folder.with_name(f"{whole.folder.name}.part")
-    assert json.loads((part / "state.json").read_text("utf-8"))["step"] == 4
 
     def counted(self: Any) -> None:
         steps.append(self.state.step)
