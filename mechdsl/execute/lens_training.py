@@ -11,7 +11,7 @@ from mechdsl.fits.lenses import LensLoss, LensMaps, divergence_from_average
 from mechdsl.fits.training import Training
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.packed.unembedding import ModelUnembedding
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.trainers import LensTrainer
 from mechdsl.resolve.types import TrainedLens
 
 
@@ -29,12 +29,12 @@ def train_lens(
         OSError: A file can't be written.
     """
     training = declared.training
-    layers, trainer = training.layers, TRAINERS[training.trainer]
+    layers, trainer = training.layers, training.trainer_of(LensTrainer)
     held_out = vectors.held_out()
     width, device = model.shape.d_model, model.device
     logits = ModelUnembedding(model).differentiable_logits
     with torch.enable_grad():
-        maps = trainer.start_lens(width, layers, training.of_trainer, device)
+        maps = trainer.start(width, layers, training.of_trainer, device)
         lens = LensLoss(maps, logits)
         settings = read_settings(training)
         loop = Training(lens, vectors, held_out, settings, lambda own, last: (own, last))

@@ -40,7 +40,7 @@ from mechdsl.forward.hooks.batch import SiteWrite
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.trainers import MaskTrainer
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import key_of_candidate
 from mechdsl.resolve.types import (
@@ -314,12 +314,12 @@ def train_mask(
         OSError: A file can't be written.
     """
     training, settings = declared.training, read_settings(declared.training)
-    trainer, count = TRAINERS[training.trainer], len(rows.active)
-    size = trainer.size(training.of_trainer, count)
+    trainer, count = training.trainer_of(MaskTrainer), len(rows.active)
+    size = trainer.size(training.of_trainer)
     if count <= size:
         raise TooFewCandidates(declared, count, size)
     with torch.enable_grad():
-        gates = trainer.start_mask(count, training.of_trainer, training.seed)
+        gates = trainer.start(count, training.of_trainer, training.seed)
         model = GateLoss(gates, rows, settings.batch, declared.keeps)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
         job.run(loop)

@@ -16,7 +16,7 @@ from mechdsl.execute.run_record import ROTATION_FILE, RotationReport
 from mechdsl.execute.training import TrainingJob, read_settings, start_generator
 from mechdsl.fits.rotations import Rotation
 from mechdsl.fits.training import Training
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.trainers import RotationTrainer
 from mechdsl.resolve.trainings import ROTATION
 from mechdsl.resolve.types import TrainedRotation
 
@@ -34,11 +34,9 @@ def train_rotation(
         OSError: A file can't be written.
     """
     training, settings = declared.training, read_settings(declared.training)
-    trainer = TRAINERS[training.trainer]
+    trainer = training.trainer_of(RotationTrainer)
     with torch.enable_grad():
-        rotation = trainer.start_rotation(
-            rows.vectors[0], training.of_trainer, start_generator(training)
-        )
+        rotation = trainer.start(rows.vectors[0], training.of_trainer, start_generator(training))
         start = rotation.matrix.clone()
         model = EditLoss(rotation, rows, settings.batch)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))

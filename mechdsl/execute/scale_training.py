@@ -13,7 +13,7 @@ from mechdsl.execute.objective_rows import Edit, EditLoss, ObjectiveRows
 from mechdsl.execute.run_record import VECTOR_FILE, ScaleReport
 from mechdsl.execute.training import TrainingJob, read_settings, start_generator
 from mechdsl.fits.training import Training
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.trainers import ScaleTrainer
 from mechdsl.resolve.trainings import VECTOR
 from mechdsl.resolve.types import TrainedVector
 
@@ -30,11 +30,9 @@ def train_scales(declared: TrainedVector, rows: ObjectiveRows, job: TrainingJob)
         OSError: A file can't be written.
     """
     training, settings = declared.training, read_settings(declared.training)
-    trainer = TRAINERS[training.trainer]
+    trainer = training.trainer_of(ScaleTrainer)
     with torch.enable_grad():
-        scales = trainer.start_scales(
-            rows.vectors[0], training.of_trainer, start_generator(training)
-        )
+        scales = trainer.start(rows.vectors[0], training.of_trainer, start_generator(training))
         model = EditLoss(scales, rows, settings.batch)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
         job.run(loop)

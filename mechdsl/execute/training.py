@@ -31,7 +31,7 @@ from mechdsl.fits.training import (
     assess,
     components_explain,
 )
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.trainers import IterativeTrainer, SolvedTrainer
 from mechdsl.resolve.types import SitePoint, TrainedDictionary
 from mechdsl.resolve.types import Training as DeclaredTraining
 
@@ -113,7 +113,7 @@ def train_dictionary(
     training = declared.training
     assert training is not None
     widths = declared.width_in, declared.width_out
-    trainer = TRAINERS[training.trainer]
+    trainer = training.trainer_of(IterativeTrainer)
     first, first_targets = vectors.chunk(0)
     held_out = vectors.held_out()
     scaling = Scaling.of(first, first_targets)
@@ -158,12 +158,12 @@ def solve_twice(
     if vectors.chunks > 1:
         need = int(vectors.counts[vectors.rows].sum()) * 4 * declared.width_in
         raise NotFactored(
-            f"its vectors need {format_size(need)} of memory, and `{training.trainer}` uses all of "
-            f"them together, at most {format_size(vectors.chunk_bytes)}",
+            f"its vectors need {format_size(need)} of memory, and `{training.trainer.name}` uses "
+            f"all of them together, at most {format_size(vectors.chunk_bytes)}",
             "use fewer rows: `limit: 400`",
         )
     own, _ = vectors.chunk(0)
-    trainer, steps = TRAINERS[training.trainer], int(training.options["steps"])
+    trainer, steps = training.trainer_of(SolvedTrainer), int(training.options["steps"])
     untrained, trained = (
         trainer.solve(own, training.of_trainer, count, start_generator(training))
         for count in (0, steps)

@@ -18,7 +18,7 @@ from mechdsl.execute.training import TrainingJob, read_settings, start_generator
 from mechdsl.fits.training import Training
 from mechdsl.fits.vectors import TrainedVectors, rescale
 from mechdsl.program.spec import CLEAN
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.trainers import VectorTrainer
 from mechdsl.resolve.trainings import VECTOR, name_prompt_vector
 from mechdsl.resolve.types import TrainedVector
 
@@ -40,9 +40,9 @@ def train_vector(
     """
     training, settings = declared.training, read_settings(declared.training)
     own, _ = rows.vectors
-    trainer = TRAINERS[training.trainer]
+    trainer = training.trainer_of(VectorTrainer)
     with torch.enable_grad():
-        trained = trainer.start_vector(own, training.of_trainer, start_generator(training))
+        trained = trainer.start(own, training.of_trainer, start_generator(training))
         model = EditLoss(trained, rows, settings.batch)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
         job.run(loop)

@@ -59,7 +59,12 @@ from mechdsl.pipeline.options import RunOptions
 from mechdsl.program.code_hashes import CodeHashError
 from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.python_functions import block_functions
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.trainers import (
+    DirectionTrainer,
+    MaskTrainer,
+    RotationTrainer,
+    SolvedTrainer,
+)
 from mechdsl.resolve.trainings import (
     ROTATION,
     VECTOR,
@@ -176,7 +181,7 @@ def fits_of_file(checked: CheckedFile) -> dict[str, DeclaredFit]:
 
 def packages_of_fit(fit: DeclaredFit) -> tuple[str, ...]:
     """Return the packages whose version may change the weights of a training."""
-    own = TRAINERS[fit.training.trainer].package
+    own = fit.training.trainer.package
     return (*VERSIONED_PACKAGES, own) if own else VERSIONED_PACKAGES
 
 
@@ -210,7 +215,7 @@ class FitKeys:
             "packages": [package_version(package) for package in packages_of_fit(fit)],
             "numbers": numeric_settings(),
             "code": self._code,
-            "trainer": [training.trainer, _told(training.of_trainer)],
+            "trainer": [training.trainer.name, _told(training.of_trainer)],
             "options": _told(training.options),
             "seed": training.seed,
             "sites": [[each.site, each.layer, each.unit] for each in training.points],
@@ -322,7 +327,7 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
         if isinstance(fit.file, TrainedRotation):
             return _read_rotation(folder, fit, card["sha256"]), RotationReport.read(card)
         if isinstance(fit.file, TrainedVector):
-            trainer, options = TRAINERS[fit.training.trainer], fit.training.of_trainer
+            trainer, options = fit.training.trainer_of(DirectionTrainer), fit.training.of_trainer
             kind = ScaleReport if fit.file.is_scale else VectorReport
             kind = kind if trainer.count_tokens(options) is None else SoftPromptReport
             return _read_vector(folder, fit, card["sha256"]), kind.read(card)
@@ -332,8 +337,9 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
             return _read_mask(folder, fit.file, card["sha256"]), MaskReport.read(card)
         transcodes = bool(card["transcodes"])
         file = read_dictionary(folder, str(folder), transcodes=transcodes)
-        measured = TRAINERS[fit.training.trainer].measured
-        kind = IndependenceReport if measured == "independence" else TrainingReport
+        own = fit.training.trainer
+        independent = isinstance(own, SolvedTrainer) and own.measured == "independence"
+        kind = IndependenceReport if independent else TrainingReport
         return file, kind.read(card)
     except (OSError, ValueError, KeyError, TypeError, IndexError, UnreadableFile):
         return None
@@ -346,7 +352,7 @@ def _read_rotation(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFi
     assert isinstance(fit.file, TrainedRotation)
     width = count_numbers(fit.training.made, fit.experiment.model.shape)
     count, *found = file.shapes.get(ROTATION, (0,))
-    learned = TRAINERS[fit.training.trainer].learns_size
+    learned = fit.training.trainer_of(RotationTrainer).learns_size
     fits = 0 < count <= fit.file.size if learned else count == fit.file.size
     if file.digest != digest or found != [width] or not fits:
         raise ValueError("the file is damaged")
@@ -358,7 +364,7 @@ def _read_vector(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile
     path = folder / VECTOR_FILE
     file = inspect_safetensors(path, str(path), limits.DIRECTION_FILE, "train it again")
     width = count_numbers(fit.training.made, fit.experiment.model.shape)
-    count = TRAINERS[fit.training.trainer].count_tokens(fit.training.of_trainer)
+    count = fit.training.trainer_of(DirectionTrainer).count_tokens(fit.training.of_trainer)
     names = [VECTOR] if count is None else list(map(name_prompt_vector, range(count)))
     if file.digest != digest or file.shapes != dict.fromkeys(names, (width,)):
         raise ValueError("the file is damaged")
@@ -384,7 +390,7 @@ def _read_mask(folder: Path, mask: TrainedMask, digest: str) -> MaskFile:
     path = folder / MASK_FILE
     content = json.loads(path.read_text("utf-8"))
     listed, candidates = content["sites"], mask.candidates
-    size = TRAINERS[mask.training.trainer].size(mask.training.of_trainer, len(candidates))
+    size = mask.training.trainer_of(MaskTrainer).size(mask.training.of_trainer)
     if compute_digest(path) != digest or listed != [key_of_candidate(own) for own in candidates]:
         raise ValueError("the file is damaged")
     chosen = tuple(candidates[number] for number in content["chosen"])

@@ -41,7 +41,7 @@ from mechdsl.pipeline.trained_files import (
     packages_of_fit,
     read_fit,
 )
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.trainers import SolvedTrainer
 from mechdsl.resolve.sites import label_all_points, label_candidates, label_points
 from mechdsl.resolve.trainings import resolve_part
 from mechdsl.resolve.types import (
@@ -186,10 +186,10 @@ def _undecided(done: Iterable[TrainedFit], fits: Iterable[DeclaredFit]) -> Itera
 
 def _missing_package(fit: DeclaredFit) -> Diagnostic | None:
     """Return E0643 if a package that a training needs isn't installed."""
-    package = TRAINERS[fit.training.trainer].package
+    package = fit.training.trainer.package
     if not package or package_version(package) != NOT_INSTALLED:
         return None
-    reason = f"`{fit.training.trainer}` needs {package}, which isn't installed"
+    reason = f"`{fit.training.trainer.name}` needs {package}, which isn't installed"
     return _failed(fit, reason, 'install it: `pip install "mechdsl[fits]"`')
 
 
@@ -329,8 +329,9 @@ def _run_training(
     if isinstance(fit.file, TrainedLens):
         return train_lens(fit.file, vectors, model, job)
     assert isinstance(fit.file, TrainedDictionary)
-    if isinstance(vectors, RowVectors) and TRAINERS[fit.training.trainer].solves:
-        independent = TRAINERS[fit.training.trainer].measured == "independence"
+    trainer = fit.training.trainer
+    if isinstance(vectors, RowVectors) and isinstance(trainer, SolvedTrainer):
+        independent = trainer.measured == "independence"
         solve = train_components if independent else solve_dictionary
         return solve(fit.file, vectors, job)
     return train_dictionary(fit.file, vectors, job)
@@ -372,7 +373,7 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
     return {
         **own,
         "basis": fit.basis,
-        "trainer": training.trainer,
+        "trainer": training.trainer.name,
         "options": {**training.of_trainer, **options},
         "file": checked.source.name,
         "model_name": checked.program.models[sample.run.model or fit.experiment.model.name].path,
@@ -396,7 +397,7 @@ def _finished(fit: DeclaredFit, folder: Path, report: Report, seconds: float) ->
     if isinstance(fit.file, TrainedLens):
         site = label_all_points(fit.training.points[:-1])
     if isinstance(report, RotationReport):
-        what = describe_rotation(fit.training.trainer, report.directions)
+        what = describe_rotation(fit.training.trainer.name, report.directions)
     return TrainedFit(fit.basis, what, site, folder, report, seconds)
 
 

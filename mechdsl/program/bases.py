@@ -17,16 +17,33 @@ from mechdsl.program.basis_methods import (
     ROW_OPERANDS,
     BasisMethod,
 )
+from mechdsl.program.dictionary_trainers import OTHER_DICTIONARY_TRAINERS
 from mechdsl.program.directions import (
     check_fit_rows,
     check_row_limit,
     fitted_block,
     training_call,
 )
+from mechdsl.program.effect_trainers import (
+    MASK_EXAMPLE,
+    OTHER_EFFECT_TRAINERS,
+    OTHER_MASK_OPTIONS,
+    TRAINING_ARGUMENTS,
+)
 from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
+from mechdsl.program.lens_trainers import LENS_EXAMPLE, LENS_SITES, OTHER_LENS_TRAINERS
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
-from mechdsl.program.trainers import TRAINERS, Statement, Trainer, trainer_call
+from mechdsl.program.trainers import (
+    TRAINERS,
+    EffectTrainer,
+    MaskTrainer,
+    ScaleTrainer,
+    Statement,
+    Trainer,
+    find_trainer,
+    trainer_call,
+)
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 
@@ -34,21 +51,13 @@ if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
 
 
-_TRAIN = "prompts: fruit.train, from: fewer, maximise: logit(answer of fewer)"
-
-_MASK = f"`group movers = fit(mask(size: 4), {_TRAIN}) at layers * heads * at last token`"
-
-_LENS_PLACE = "at resid_post layer * at tokens *"
-
-_LENS = f"lens tuned = fit(tuned_lens, prompts: texts.train) {_LENS_PLACE}"
-
-_DAS = f"train a rotation: `fit(das(dims: 2), {_TRAIN})`"
+_DAS = f"train a rotation: `fit(das(dims: 2), {TRAINING_ARGUMENTS})`"
 
 _ROTATION = f'{_DAS}; or load a matrix: `saved("rotation.safetensors", "rotation")`'
 
 OTHER_METHODS = {
     "das": _ROTATION,
-    "boundless_das": f"train a rotation: `fit(boundless_das(penalty: 1), {_TRAIN})`",
+    "boundless_das": f"train a rotation: `fit(boundless_das(penalty: 1), {TRAINING_ARGUMENTS})`",
     "rotation": _ROTATION,
     "dictionary": 'write `sae("path/to/sae")` or `transcoder("path/to/transcoder")`',
     "clt": 'write `transcoder("path/to/clt") at mlp_out layer 3`, which can be observed',
@@ -64,27 +73,11 @@ OTHER_OPTIONS: dict[str, str] = dict.fromkeys(
 
 
 OTHER_TRAINERS: dict[str, str] = {
-    **dict.fromkeys(
-        ("steering", "steering_vector", "direction", "bias", "actadd"), "write `vector(length: 8)`"
-    ),
-    **dict.fromkeys(
-        ("scale", "scaling", "asguard", "ia3", "gain", "channel_scale"),
-        "write `scales(penalty: 0.1)`",
-    ),
-    **dict.fromkeys(("lens", "logit_lens", "tuned", "translator"), f"write `{_LENS}`"),
-    "topk": "write `sae(features: 512, k: 8)`",
-    "batchtopk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
-    "batch_topk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
-    "jumprelu": 'write `sae(features: 512, penalty: 0.1, kind: "jump_relu")`',
-    "gated": 'write `sae(features: 512, penalty: 0.1, kind: "gated")`',
-    "boundless": "write `boundless_das(penalty: 1)`",
-    "rotation": "write `das(dims: 2)`",
-    "pca": "write `pca(fruit.train, dims: 8)` without `fit`",
+    **OTHER_DICTIONARY_TRAINERS,
+    **OTHER_EFFECT_TRAINERS,
     **OTHER_SOLVED_TRAINERS,
-    **dict.fromkeys(
-        ("hard_concrete", "edge_pruning", "subnetwork_probing", "pruning", "masks"),
-        f"choose heads or neurons: {_MASK}",
-    ),
+    **OTHER_LENS_TRAINERS,
+    "pca": "write `pca(fruit.train, dims: 8)` without `fit`",
 }
 """What else may be written inside of `fit(…)` → hint."""
 
@@ -106,13 +99,6 @@ OTHER_TRAINER_OPTIONS: dict[str, str] = {
     "weight_decay": "penalty",
 }
 """Names of a trainer's option in other tools → the option."""
-
-OTHER_MASK_OPTIONS: dict[str, str] = {
-    **dict.fromkeys(("k", "n", "top", "heads", "count", "sparsity", "budget", "l0"), "size"),
-    "relaxation": "kind",
-    "complement": "keep",
-}
-"""Names of an option of a mask in other tools → the option."""
 
 OTHER_OBJECTIVES: dict[str, str] = {
     "fill": "with",
@@ -138,7 +124,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
     call, what = statement.source, statement.word
     method = BASIS_METHODS.get(call.name)
     if what == "lens" and (method is None or method.takes != "training"):
-        reason, hint = f"`{call.span.written}` is no lens", f"train one: `{_LENS}`"
+        reason, hint = f"`{call.span.written}` is no lens", f"train one: `{LENS_EXAMPLE}`"
         hint += '; `observe tuned_lens("lens.safetensors")` reads a file without this line'
         scope.diagnostics.append(BadBasis(span=call.span, reason=reason, hint=hint, what=what))
         return None
@@ -154,7 +140,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
     check_arguments(call, method, parts, scope, what=what)
     if statement.site is None:
         written = f"{what} {statement.name.id} = {call.span.written}"
-        written += " at resid_post layer 2" if what == "basis" else f" {_LENS_PLACE}"
+        written += " at resid_post layer 2" if what == "basis" else f" {LENS_SITES}"
         scope.diagnostics.append(
             BadBasis(
                 span=call.span,
@@ -221,7 +207,7 @@ def lower_mask(statement: ast.GroupDef, parts: Definitions, scope: Namespace) ->
         return None
     if method is None or method.takes != "training":
         reason = f"`{call.span.written}` doesn't choose sites"
-        problem = call, reason, f"list sites, or train a mask: {_MASK}"
+        problem = call, reason, f"list sites, or train a mask: {MASK_EXAMPLE}"
     elif site is None:
         reason = f"`{statement.name.id}` has no sites to choose from"
         problem = call, reason, "add them: `at layers * heads * at last token`"
@@ -356,7 +342,7 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
     """
     node = trainer_call(call)
     name = node.name
-    found = TRAINERS.get(name)
+    found = find_trainer(node)
     if found is None:
         known = ", ".join(f"`{each.example}`" for _, each in TRAINERS.items())
         hint = did_you_mean(name, TRAINERS, f"it can be {known}")
@@ -406,21 +392,21 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
     """Return the problem with the run and the measure that a trainer learns from, or with such
     arguments of a dictionary."""
     given = {each.name: each for each in call.arguments if each.name in EFFECT_OPTIONS}
-    if trainer.makes in ("dictionary", "lens"):
+    if not isinstance(trainer, EffectTrainer):
         for name, argument in given.items():
             reason = f"is no argument of `fit` with `{trainer.name}`, which learns from vectors"
             hint = "remove it; `das(…)` is trained on a measure"
             return BadArgument(span=argument.span, name=str(name), reason=reason, hint=hint)
         return None
     measures = [each for each in OBJECTIVES if each in given]
-    reason, hint, span = "", f"write `fit({trainer.example}, {_TRAIN})`", call.span
+    reason, hint, span = "", f"write `fit({trainer.example}, {TRAINING_ARGUMENTS})`", call.span
     if trainer.declares == "direction":
         hint = f"write `fit({trainer.example}, prompts: fruit.train, maximise: logit(answer))`"
     fill, source = given.get("with"), given.get("from")
-    if fill is not None and trainer.makes != "mask":
+    if fill is not None and not isinstance(trainer, MaskTrainer):
         reason, hint = f"with `{trainer.name}` has no `with`", "remove it; `mask(…)` can ablate"
         span = fill.span
-    elif source is not None and trainer.makes == "scales":
+    elif source is not None and isinstance(trainer, ScaleTrainer):
         reason = f"with `{trainer.name}` has no `from`, because no other run comes in"
         hint = "remove it; a measure can name the run: `maximise: logit(answer of fewer)`"
         span = source.span
@@ -432,7 +418,7 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
         hint, span = "write `with: zero` or `with: mean`", fill.span
     elif fill is None and source is None and trainer.declares != "direction":
         reason = f"with `{trainer.name}` needs `from: …`, the run whose vectors come in"
-        reason += ", or `with: zero`" if trainer.makes == "mask" else ""
+        reason += ", or `with: zero`" if isinstance(trainer, MaskTrainer) else ""
     elif trainer.any_run and source is not None:
         reason = f"with `{trainer.name}` has no `from`"
         hint = "name the run with the tokens: `prompts: longer of fruit.train`"
@@ -451,7 +437,7 @@ def _trainer_problem(
     """Return the problem with one argument of a trainer."""
     name = argument.name
     if name is None or name not in trainer.options:
-        others = OTHER_MASK_OPTIONS if trainer.makes == "mask" else OTHER_TRAINER_OPTIONS
+        others = OTHER_MASK_OPTIONS if isinstance(trainer, MaskTrainer) else OTHER_TRAINER_OPTIONS
         others = {**others, **trainer.other_options}
         return _unknown_option(argument, trainer.name, trainer.options, others)
     problem = trainer.check_option(name, value)

@@ -15,7 +15,7 @@ from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS, BasisMeth
 from mechdsl.program.direction_methods import DIRECTION_METHODS, DirectionMethod
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import Constant, constant_value
-from mechdsl.program.trainers import TRAINERS, trainer_call
+from mechdsl.program.trainers import DirectionTrainer, find_trainer, trainer_call
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 
@@ -98,7 +98,9 @@ def count_prompt_tokens(
                 (each.name, constant_value(each.value, parameters)) for each in inner.arguments
             )
             own = {key: value for key, value in given if key is not None and value is not None}
-            count = TRAINERS[inner.name].count_tokens(own)
+            trainer = find_trainer(inner)
+            assert isinstance(trainer, DirectionTrainer)
+            count = trainer.count_tokens(own)
             if count is not None:
                 return count
     return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mechdsl.dictionaries.folder import Architecture
 from mechdsl.program.direction_methods import Problem
 from mechdsl.program.spec import Constant
-from mechdsl.program.trainers import DictionaryOutline, Trainer, trainer
+from mechdsl.program.trainers import DictionaryOutline, SolvedTrainer, trainer
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -33,7 +33,7 @@ _SIZES = ("n_components", "components", "factors", "sources", "dims", "rank", "k
 """Names of the number of factors or components in other tools."""
 
 
-class SolvedTrainer(Trainer):
+class UndercompleteTrainer(SolvedTrainer):
     """A dictionary of at most as many features as a vector has numbers, from all vectors."""
 
     defaults: ClassVar[Mapping[str, Constant]] = {"steps": 1000}
@@ -58,7 +58,7 @@ class SolvedTrainer(Trainer):
         return DictionaryOutline(self.architecture, int(options[size]))
 
 
-class FactorTrainer(SolvedTrainer):
+class FactorTrainer(UndercompleteTrainer):
     """Factors of vectors, with nonnegative activations."""
 
     options = ("factors",)
@@ -127,7 +127,7 @@ class SemiNonnegativeTrainer(FactorTrainer):
 
 
 @trainer("ica")
-class IndependentComponentsTrainer(SolvedTrainer):
+class IndependentComponentsTrainer(UndercompleteTrainer):
     """Independent component analysis: directions whose coordinates are as independent as possible.
 
     References:

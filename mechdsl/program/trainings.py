@@ -24,7 +24,7 @@ from mechdsl.program.measures import lower_measure, lower_statistics
 from mechdsl.program.names import Namespace
 from mechdsl.program.prompts import named_corruptions
 from mechdsl.program.statements import Statements, mark_names_used
-from mechdsl.program.trainers import TRAINERS, trainer_call
+from mechdsl.program.trainers import EffectTrainer, RotationTrainer, find_trainer, trainer_call
 from mechdsl.syntax import ast
 
 
@@ -71,7 +71,7 @@ def trains_rotation(basis: spec.Basis) -> bool:
     """Whether a basis is trained on the effect of a patch."""
     if BASIS_METHODS[basis.method.name].takes != "training":
         return False
-    return TRAINERS[trainer_call(basis.method).name].makes == "rotation"
+    return isinstance(find_trainer(trainer_call(basis.method)), RotationTrainer)
 
 
 def _lower_objective(
@@ -81,10 +81,12 @@ def _lower_objective(
     call, before = basis.method, len(scope.diagnostics)
     given = {each.name: each.value for each in call.arguments}
     inner = trainer_call(call)
+    trainer = find_trainer(inner)
+    assert isinstance(trainer, EffectTrainer)
     assert rows.block is not None
     block = parts.prompts[rows.block]
     source = _source_run(given["from"], block, scope) if "from" in given else None
-    if rows.run != spec.CLEAN and not TRAINERS[inner.name].any_run:
+    if rows.run != spec.CLEAN and not trainer.any_run:
         node = given["prompts"]
         part = "" if rows.part is None else f".{rows.part}"
         reason = f"names the run `{rows.run}`, and the clean run is trained on"
@@ -114,7 +116,7 @@ def _lower_objective(
     mark_names_used(at, work)
     return spec.Experiment(
         span=basis.span,
-        name=f"{TRAINERS[inner.name].declares} {basis.name}",
+        name=f"{trainer.declares} {basis.name}",
         model="",
         prompts=rows.block,
         part=rows.part,
@@ -124,7 +126,7 @@ def _lower_objective(
         rules=(_rule(basis, at, source),),
         measures=(measure,),
         statistics=lower_statistics(work),
-        trains=f"fit({inner.name}(…))",
+        trains=f"fit({trainer.name}(…))",
     )
 
 

@@ -37,7 +37,7 @@ from mechdsl.program.paths import (
 )
 from mechdsl.program.python_functions import find_function
 from mechdsl.program.spec import Constant, constant_value
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.trainers import DictionaryTrainer, SolvedTrainer
 from mechdsl.resolve.directions import (
     DirectionError,
     count_used_rows,
@@ -1124,8 +1124,8 @@ def _trained(
             f"the rows of `{sample.table.name}` are read in parts, for one model",
             "name the block alone: `prompts: texts`",
         )
-    trainer = TRAINERS[made.training.trainer]
-    if stream is not None and trainer.solves:
+    trainer = made.training.trainer
+    if stream is not None and isinstance(trainer, SolvedTrainer):
         raise BasisError(
             definition.method,
             f"`{trainer.name}` uses all vectors together, and `{sample.table.name}` is read in "
@@ -1143,7 +1143,9 @@ def _trained(
     if isinstance(made, TrainedDictionary) and made.transcodes:
         _check_transcoder(definition.method, made, point, work)
     known = width if not work.model.shape.stands_in else _UNKNOWN_WIDTH
-    wrong = trainer.check_site(point.site, known, made.training.of_trainer)
+    wrong = None
+    if isinstance(trainer, DictionaryTrainer):
+        wrong = trainer.check_site(point.site, known, made.training.of_trainer)
     if wrong is not None:
         raise BasisError(definition.method, *wrong)
     problem = check_held_out(definition, made.training, work.measuring, work.table)

@@ -18,7 +18,14 @@ from mechdsl.program import spec
 from mechdsl.program.basis_methods import TRAINING_DEFAULTS
 from mechdsl.program.directions import fit_rows_of_basis, last_token
 from mechdsl.program.spec import Constant, constant_value
-from mechdsl.program.trainers import TRAINERS, trainer_call
+from mechdsl.program.trainers import (
+    DictionaryTrainer,
+    DirectionTrainer,
+    MaskTrainer,
+    RotationTrainer,
+    find_trainer,
+    trainer_call,
+)
 from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell
@@ -78,9 +85,9 @@ def outline_training(
         model: The model of the experiment.
     """
     training = _describe_training(definition, options, sample, point, program, model)
-    trainer = TRAINERS[training.trainer]
+    trainer = training.trainer
     file = program.trained.get(training.name, (None, ""))[0]
-    if trainer.makes == "rotation":
+    if isinstance(trainer, RotationTrainer):
         if isinstance(file, SafetensorsFile):
             size = file.shapes[ROTATION][0]
             return TrainedRotation(file.path, ROTATION, file.digest, size, training)
@@ -110,7 +117,7 @@ def outline_vector(
         name: `v[layer 3]`.
     """
     training = _describe_training(definition, options, sample, point, program, model)
-    count = TRAINERS[training.trainer].count_tokens(training.of_trainer)
+    count = training.trainer_of(DirectionTrainer).count_tokens(training.of_trainer)
     keys = [VECTOR] if count is None else map(name_prompt_vector, range(count))
     file = program.trained.get(training.name, (None, ""))[0]
     path, digest = Path(), ""
@@ -173,7 +180,7 @@ def outline_mask(
     sample = FitSample(table, table.runs[objective.spec.base], paired_positions(objective)[0])
     training = _describe_training(definition, options, sample, point, program, objective.model)
     training = replace(training, name=f"{definition.name} {objective.model.key}")
-    size = TRAINERS[training.trainer].size(training.of_trainer, len(candidates))
+    size = training.trainer_of(MaskTrainer).size(training.of_trainer)
     file = program.trained.get(training.name, (None, ""))[0]
     if isinstance(file, MaskFile):
         return TrainedMask(candidates, file.chosen, file.digest, training)
@@ -221,13 +228,14 @@ def _describe_training(
         assert argument.name is not None
         assert value is not None
         own[argument.name] = value
-    trainer = TRAINERS[inner.name]
-    transcodes = trainer.makes == "dictionary" and trainer.outline(own).transcodes
+    trainer = find_trainer(inner)
+    assert trainer is not None
+    transcodes = isinstance(trainer, DictionaryTrainer) and trainer.outline(own).transcodes
     words = (definition.name, point.site, point.layer, point.unit, sample.run.model, model.key)
     return Training(
         name=" ".join(str(word) for word in words if word is not None),
         definition=definition.name,
-        trainer=inner.name,
+        trainer=trainer,
         of_trainer=own,
         options={
             name: value
@@ -279,7 +287,7 @@ def resolve_part(
 
 def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary:
     """Return a dictionary before it is trained."""
-    outline = TRAINERS[training.trainer].outline(training.of_trainer)
+    outline = training.trainer_of(DictionaryTrainer).outline(training.of_trainer)
     width = count_numbers(training.made, shape)
     return TrainedDictionary(
         path=Path(),
@@ -319,7 +327,7 @@ def _stream_digest(table: PromptTable) -> str | None:
 def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
     """Return E0342 for a mask that chooses all of its candidates, or more."""
     training, count = mask.training, len(mask.candidates)
-    size = TRAINERS[training.trainer].size(training.of_trainer, count)
+    size = training.trainer_of(MaskTrainer).size(training.of_trainer)
     if size < count:
         return None
     return BadBasis(

@@ -27,7 +27,7 @@ from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import Generation
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.trainers import RotationTrainer, ScaleTrainer, Trainer, TrainerT
 from mechdsl.prompts.answers import TokenSets
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun, ReplyPosition
@@ -232,8 +232,7 @@ class Training(Record):
     """Identifies it within a file: its basis, site and model."""
     definition: str
     """Name of the `basis` line."""
-    trainer: str
-    """Its name in `TRAINERS`."""
+    trainer: Trainer
     of_trainer: Mapping[str, Constant]
     """Options of the trainer."""
     options: Mapping[str, Constant]
@@ -263,6 +262,11 @@ class Training(Record):
         encoded = tuple(SitePoint(self.encoded.site, layer, None) for layer in self.layers)
         return (*(encoded or (self.encoded,)), self.made)
 
+    def trainer_of(self, kind: type[TrainerT]) -> TrainerT:
+        """Return the trainer, which is of a kind."""
+        assert isinstance(self.trainer, kind)
+        return self.trainer
+
 
 @record
 class TrainedDictionary(DictionaryFile):
@@ -284,7 +288,7 @@ class TrainedDictionary(DictionaryFile):
         """Description for tables and conventions."""
         if self.architecture != "linear" or self.training is None:
             return super().kind
-        return f"{self.features} {self.training.trainer} components"
+        return f"{self.features} {self.training.trainer.name} components"
 
 
 @record
@@ -306,8 +310,8 @@ class TrainedRotation(SavedVector):
     @property
     def kind(self) -> str:
         """Description for tables and conventions."""
-        learned = TRAINERS[self.training.trainer].learns_size and not self.is_trained
-        text = describe_rotation(self.training.trainer, self.size)
+        learned = self.training.trainer_of(RotationTrainer).learns_size and not self.is_trained
+        text = describe_rotation(self.training.trainer.name, self.size)
         return text.replace(" with ", " with at most ") if learned else text
 
 
@@ -335,13 +339,13 @@ class TrainedVector(SavedVector):
     @property
     def is_scale(self) -> bool:
         """Whether activations are multiplied by its numbers."""
-        return TRAINERS[self.training.trainer].makes == "scales"
+        return isinstance(self.training.trainer, ScaleTrainer)
 
     @property
     def kind(self) -> str:
         """Description for tables and conventions."""
         given = "".join(f", {name} {value}" for name, value in self.training.of_trainer.items())
-        return f"{self.training.trainer}{given}"
+        return f"{self.training.trainer.name}{given}"
 
 
 @record
@@ -407,7 +411,7 @@ class TrainedMask(Record):
     def kind(self) -> str:
         """Description for tables and conventions."""
         every = count_noun(len(self.candidates), self.noun)
-        return f"{self.training.trainer} of {len(self.chosen):,} of {every}"
+        return f"{self.training.trainer.name} of {len(self.chosen):,} of {every}"
 
 
 BasisOperand: TypeAlias = (

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from mechdsl.fits.sparse_training import IDLE_STEPS, SPARSE_KINDS, unscale_weights
 from mechdsl.fits.training import Training, TrainingSettings
-from mechdsl.program.trainers import KINDS, TRAINERS
+from mechdsl.program.dictionary_trainers import (
+    DICTIONARY_KINDS,
+    SparseAutoencoderTrainer,
+    TranscoderTrainer,
+)
 
 from ..quick import some
 
@@ -26,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def start(kind: str, width: int, features: int, seed: int, *, transcodes: bool = False) -> Any:
-    trainer = TRAINERS["transcoder" if transcodes else "sae"]
+    trainer = TranscoderTrainer() if transcodes else SparseAutoencoderTrainer()
     options = {"features": features, "kind": kind, **SPARSITY[kind]}
     assert trainer.check(options) is None
     random = torch.Generator().manual_seed(seed)
@@ -34,7 +38,7 @@ def start(kind: str, width: int, features: int, seed: int, *, transcodes: bool =
 
 
 def test_every_kind_has_its_arithmetic() -> None:
-    assert list(KINDS) == list(SPARSE_KINDS) == list(SPARSITY)
+    assert list(DICTIONARY_KINDS) == list(SPARSE_KINDS) == list(SPARSITY)
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -186,7 +190,7 @@ def test_planted_features_are_recovered(kind: str, seed: int) -> None:
     option = "k" if kind.endswith("topk") else "penalty"
     options = {"features": 32, "kind": kind, option: RECOVERED[kind]}
     random = torch.Generator().manual_seed(seed)
-    model = TRAINERS["sae"].start((20, 20), options, random, CPU)
+    model = SparseAutoencoderTrainer().start((20, 20), options, random, CPU)
     center = vectors.mean(0)
     scale = float((20 / (vectors - center).square().sum(1).mean()).sqrt())
     settings = TrainingSettings(2000, 256, 3e-3, seed)

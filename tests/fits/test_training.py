@@ -18,7 +18,7 @@ from mechdsl.fits.training import (
     assess,
     components_explain,
 )
-from mechdsl.program.trainers import TRAINERS
+from mechdsl.program.dictionary_trainers import SparseAutoencoderTrainer
 
 from .test_sparse_training import CPU, SPARSITY, Fixed
 
@@ -49,7 +49,7 @@ def training(
     kind: str, source: Any, patience: int | None = None, held_out: Tensor | None = None, **more: Any
 ) -> Training:
     options = {"features": 12, "kind": kind, **SPARSITY[kind]}
-    model = TRAINERS["sae"].start((8, 8), options, torch.Generator().manual_seed(0), CPU)
+    model = SparseAutoencoderTrainer().start((8, 8), options, torch.Generator().manual_seed(0), CPU)
     usual: dict[str, Any] = {"steps": STEPS, "batch": 16, "rate": 0.01, "seed": 4}
     settings = TrainingSettings(**{**usual, **more}, patience=patience)
     held_out = vectors(9)[:0] if held_out is None else held_out

@@ -15,7 +15,7 @@ from mechdsl.program.direction_methods import FittedMethod, RowVectors, directio
 from mechdsl.program.estimators import GradientEstimator, estimator
 from mechdsl.program.images import image_baseline
 from mechdsl.program.spec import Constant
-from mechdsl.program.trainers import DictionaryOutline, Trainer, trainer
+from mechdsl.program.trainers import DictionaryOutline, IterativeTrainer, trainer
 from mechdsl.resolve.types import ResolvedRule, VectorBatch
 from mechdsl.rules.kinds import SiteRule, rule_kind
 from mechdsl.syntax import ast
@@ -84,7 +84,7 @@ class Median(FittedMethod):
 
 
 @trainer("tied")
-class TiedTrainer(Trainer):
+class TiedTrainer(IterativeTrainer):
     """`fit(tied(features: 64), …)`: a ReLU autoencoder that encodes with its decoder."""
 
     example = "tied(features: 64)"

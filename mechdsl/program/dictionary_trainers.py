@@ -1,0 +1,125 @@
+"""Trainers of sparse dictionaries: autoencoders and transcoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mechdsl.base.text import name_list
+from mechdsl.dictionaries.folder import Architecture
+from mechdsl.program.direction_methods import Problem
+from mechdsl.program.spec import Constant
+from mechdsl.program.trainers import DictionaryOutline, IterativeTrainer, trainer
+
+if TYPE_CHECKING:
+    from torch import Generator, device
+
+    from mechdsl.fits.training import Trainable
+
+
+OTHER_DICTIONARY_TRAINERS: dict[str, str] = {
+    "topk": "write `sae(features: 512, k: 8)`",
+    "batchtopk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
+    "batch_topk": 'write `sae(features: 512, k: 8, kind: "batch_topk")`',
+    "jumprelu": 'write `sae(features: 512, penalty: 0.1, kind: "jump_relu")`',
+    "gated": 'write `sae(features: 512, penalty: 0.1, kind: "gated")`',
+}
+"""What else may be written for a trainer of this module inside of `fit(…)` → hint."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """An architecture of trained dictionaries."""
+
+    architecture: Architecture
+    """Of its file."""
+    sparsity: str
+    """The option that determines how sparse features are."""
+
+
+DICTIONARY_KINDS: Mapping[str, _Kind] = {
+    "topk": _Kind("topk", "k"),
+    "batch_topk": _Kind("jumprelu", "k"),
+    "relu": _Kind("standard", "penalty"),
+    "jump_relu": _Kind("jumprelu", "penalty"),
+    "gated": _Kind("gated", "penalty"),
+}
+"""Architectures by the value of `kind`; their arithmetic is in `mechdsl.fits.sparse_training`."""
+
+_SPARSITY_HINT: Mapping[str, str] = {
+    "k": "write `k: 8`, the number of active features",
+    "penalty": "write `penalty: 0.1`, the weight of the sparsity penalty",
+}
+
+
+@trainer("sae")
+class SparseAutoencoderTrainer(IterativeTrainer):
+    """A sparse autoencoder: top-k by default, or batch top-k, ReLU, JumpReLU or gated."""
+
+    example = "sae(features: 512, k: 8)"
+    options = ("features", "k", "kind", "penalty")
+    required = ("features",)
+    transcodes: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = tuple(DICTIONARY_KINDS)
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name == "kind":
+            if value in self.kinds:
+                return None
+            listed = name_list([f'"{each}"' for each in self.kinds])
+            return f"`{self.name}` has no such kind", f"write one of {listed}"
+        if name == "penalty":
+            positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+            return None if positive else ("`penalty` is a number above 0", "write `penalty: 0.1`")
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return None
+        example = {"features": 512, "k": 8}[name]
+        return f"`{name}` is a whole number from 1 on", f"write `{name}: {example}`"
+
+    def check(self, options: Mapping[str, Constant]) -> Problem | None:
+        kind = str(options.get("kind", "topk"))
+        needs = DICTIONARY_KINDS[kind].sparsity
+        other = "penalty" if needs == "k" else "k"
+        if needs not in options:
+            return f"a `{kind}` dictionary needs `{needs}: …`", _SPARSITY_HINT[needs]
+        if other in options:
+            return (
+                f"a `{kind}` dictionary has no `{other}`",
+                f"leave it out; `{needs}` determines how sparse the features are",
+            )
+        if needs == "k" and int(options["k"]) > int(options["features"]):
+            said = f"`k: {options['k']}` is more than `features: {options['features']}`"
+            return said, "write a smaller `k`"
+        return None
+
+    def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
+        kind = DICTIONARY_KINDS[str(options.get("kind", "topk"))]
+        k = int(options["k"]) if kind.architecture == "topk" else None
+        return DictionaryOutline(
+            kind.architecture, int(options["features"]), k, transcodes=self.transcodes
+        )
+
+    def start(
+        self,
+        widths: tuple[int, int],
+        options: Mapping[str, Constant],
+        random: Generator,
+        device: device,
+    ) -> Trainable:
+        from mechdsl.fits.sparse_training import SPARSE_KINDS, start_weights
+
+        kind = SPARSE_KINDS[str(options.get("kind", "topk"))]
+        given: dict[str, Any] = dict(options)
+        start = start_weights(widths, int(given["features"]), random, tied=not self.transcodes)
+        tensors = {name: tensor.to(device) for name, tensor in start.items()}
+        return kind(tensors, given, subtracts_bias=not self.transcodes)
+
+
+@trainer("transcoder")
+class TranscoderTrainer(SparseAutoencoderTrainer):
+    """A transcoder, which reconstructs the output of an MLP from its input."""
+
+    example = "transcoder(features: 512, k: 8)"
+    transcodes = True
+    kinds = ("topk", "batch_topk", "relu", "jump_relu")

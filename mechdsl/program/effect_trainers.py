@@ -1,0 +1,253 @@
+"""Trainers on a measure: rotations, steering vectors, soft prompts, scales and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from mechdsl.base.limits import INSERTED
+from mechdsl.base.text import name_list
+from mechdsl.program.direction_methods import Problem
+from mechdsl.program.spec import Constant
+from mechdsl.program.trainers import (
+    EFFECT_DEFAULTS,
+    MaskTrainer,
+    RotationTrainer,
+    ScaleTrainer,
+    VectorTrainer,
+    trainer,
+)
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from mechdsl.fits.gates import Gates
+    from mechdsl.fits.rotations import Rotation
+    from mechdsl.fits.scales import ChannelScales
+    from mechdsl.fits.vectors import SoftPrompt, SteeringVector
+
+TRAINING_ARGUMENTS = "prompts: fruit.train, from: fewer, maximise: logit(answer of fewer)"
+"""Arguments of an example of `fit` with a trainer on a measure."""
+
+MASK_EXAMPLE = (
+    f"`group movers = fit(mask(size: 4), {TRAINING_ARGUMENTS}) at layers * heads * at last token`"
+)
+
+OTHER_EFFECT_TRAINERS: dict[str, str] = {
+    **dict.fromkeys(
+        ("steering", "steering_vector", "direction", "bias", "actadd"), "write `vector(length: 8)`"
+    ),
+    **dict.fromkeys(
+        ("scale", "scaling", "asguard", "ia3", "gain", "channel_scale"),
+        "write `scales(penalty: 0.1)`",
+    ),
+    "boundless": "write `boundless_das(penalty: 1)`",
+    "rotation": "write `das(dims: 2)`",
+    **dict.fromkeys(
+        ("hard_concrete", "edge_pruning", "subnetwork_probing", "pruning", "masks"),
+        f"choose heads or neurons: {MASK_EXAMPLE}",
+    ),
+}
+"""What else may be written for a trainer of this module inside of `fit(…)` → hint."""
+
+OTHER_MASK_OPTIONS: dict[str, str] = {
+    **dict.fromkeys(("k", "n", "top", "heads", "count", "sparsity", "budget", "l0"), "size"),
+    "relaxation": "kind",
+    "complement": "keep",
+}
+"""Names of an option of a mask in other tools → the option."""
+
+BOUNDARY_PENALTY = 1.0
+"""Default of `penalty` of `boundless_das`, as in the paper."""
+
+
+class SubspaceTrainer(RotationTrainer):
+    """Directions of a subspace whose exchange has the effect of another run."""
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return None
+        return f"`{name}` is a whole number from 1 on", f"write `{name}: 2`"
+
+    def draw(self, like: Tensor, options: Mapping[str, Constant], random: Generator) -> Tensor:
+        """Return [dims, width] random rows, from which a training starts."""
+        from mechdsl.fits.rotations import draw_rows
+
+        width = like.shape[1]
+        return draw_rows(self.size(options, width), width, random, like.device, like.dtype)
+
+
+@trainer("das")
+class AlignmentSearchTrainer(SubspaceTrainer):
+    """Distributed alignment search: a subspace of a given size.
+
+    References:
+        Geiger et al. 2023, arXiv 2303.02536.
+    """
+
+    example = "das(dims: 2)"
+    options = ("dims",)
+    required = ("dims",)
+
+    def size(self, options: Mapping[str, Constant], width: int) -> int:
+        return int(options["dims"])
+
+    def start(self, like: Tensor, options: Mapping[str, Constant], random: Generator) -> Rotation:
+        from mechdsl.fits.rotations import Rotation
+
+        return Rotation(self.draw(like, options, random))
+
+
+@trainer("boundless_das")
+class BoundlessSearchTrainer(SubspaceTrainer):
+    """Boundless distributed alignment search: a subspace whose size is learned, too.
+
+    References:
+        Wu et al. 2023, arXiv 2305.08809.
+    """
+
+    example = "boundless_das(penalty: 1)"
+    options = ("penalty", "dims")
+    learns_size = True
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name == "dims":
+            return super().check_option(name, value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        hint = "write `penalty: 1`; the loss grows by 1 if the subspace is the whole space"
+        return None if number else ("`penalty` is a number from 0 on", hint)
+
+    def size(self, options: Mapping[str, Constant], width: int) -> int:
+        return int(options.get("dims", width))
+
+    def start(self, like: Tensor, options: Mapping[str, Constant], random: Generator) -> Rotation:
+        from mechdsl.fits.rotations import BoundlessRotation
+
+        penalty = float(options.get("penalty", BOUNDARY_PENALTY))
+        return BoundlessRotation(self.draw(like, options, random), penalty)
+
+
+@trainer("vector")
+class SteeringVectorTrainer(VectorTrainer):
+    """A steering vector: added to the vectors of a site, it optimises a measure."""
+
+    example = "vector(length: 8)"
+    options = ("length", "penalty")
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
+        if number > 0 or (number == 0 and name == "penalty"):
+            return None
+        if name == "length":
+            return "`length` is a number above 0", "write `length: 8`"
+        return "`penalty` is a number from 0 on", "write `penalty: 0.1`"
+
+    def check(self, options: Mapping[str, Constant]) -> Problem | None:
+        if {"length", "penalty"} <= {*options}:
+            said = "`length` fixes the length, so that `penalty` has no effect"
+            return said, "keep one of them"
+        return None
+
+    def start(
+        self, like: Tensor, options: Mapping[str, Constant], random: Generator
+    ) -> SteeringVector:
+        from mechdsl.fits.vectors import SteeringVector
+
+        length = float(options["length"]) if "length" in options else None
+        penalty = float(options.get("penalty", 0))
+        return SteeringVector(like, random, length=length, penalty=penalty)
+
+
+@trainer("soft_prompt")
+class SoftPromptTrainer(VectorTrainer):
+    """A soft prompt: vectors at the tokens of a position, one for each, instead of their own.
+
+    References:
+        Lester et al. 2021, arXiv 2104.08691.
+    """
+
+    example = "soft_prompt(tokens: 4)"
+    options = ("tokens",)
+    required = ("tokens",)
+    any_run = True
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= INSERTED:
+            return None
+        return f"`tokens` is a whole number from 1 to {INSERTED:,}", "write `tokens: 4`"
+
+    def count_tokens(self, options: Mapping[str, Constant]) -> int | None:
+        return int(options["tokens"])
+
+    def start(self, like: Tensor, options: Mapping[str, Constant], random: Generator) -> SoftPrompt:
+        from mechdsl.fits.vectors import SoftPrompt
+
+        return SoftPrompt(like, int(options["tokens"]))
+
+
+@trainer("scales")
+class ChannelScaleTrainer(ScaleTrainer):
+    """A scale for each channel: the vectors of a site times the scales optimise a measure.
+
+    References:
+        Park et al. 2025, arXiv 2509.25843.
+    """
+
+    example = "scales(penalty: 0.1)"
+    options = ("penalty",)
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        return None if number else ("`penalty` is a number from 0 on", "write `penalty: 0.1`")
+
+    def start(
+        self, like: Tensor, options: Mapping[str, Constant], random: Generator
+    ) -> ChannelScales:
+        from mechdsl.fits.scales import ChannelScales
+
+        return ChannelScales(like, penalty=float(options.get("penalty", 0)))
+
+
+GATE_KINDS = ("hard_concrete", "straight_through")
+"""Values of `kind` of a mask; their arithmetic is in `mechdsl.fits.gates`."""
+
+
+@trainer("mask")
+class GateTrainer(MaskTrainer):
+    """A mask over sites: it chooses those that have the largest effect together.
+
+    References:
+        Louizos et al. 2018, arXiv 1712.01312 (hard concrete); Bengio et al. 2013, arXiv 1308.3432
+        (straight-through).
+    """
+
+    example = "mask(size: 4)"
+    options = ("size", "kind", "keep")
+    required = ("size",)
+    defaults: ClassVar[Mapping[str, Constant]] = {
+        **EFFECT_DEFAULTS,
+        "steps": 300,
+        "rate": 0.1,
+    }
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name == "kind":
+            if value in GATE_KINDS:
+                return None
+            listed = name_list([f'"{each}"' for each in GATE_KINDS])
+            return "`mask` has no such kind", f"write one of {listed}"
+        if name == "keep":
+            fine = isinstance(value, bool)
+            return None if fine else ("`keep` is `true` or `false`", "write `keep: true`")
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return None
+        return "`size` is a whole number from 1 on", "write `size: 4`"
+
+    def size(self, options: Mapping[str, Constant]) -> int:
+        return int(options["size"])
+
+    def start(self, count: int, options: Mapping[str, Constant], seed: int) -> Gates:
+        from mechdsl.fits.gates import GATES
+
+        kind = str(options.get("kind", GATE_KINDS[0]))
+        return GATES[kind](count, self.size(options), seed)
