@@ -530,10 +530,12 @@ class _RowVectors:
         self._total: Tensor | None = None
 
     def take(self, found: SiteVectors) -> None:
-        """Add one vector per row: the mean over its tokens, runs and draws."""
+        """Add one vector per row, or per token: the mean over its tokens, runs and draws."""
         if not len(found.prompts):
             return
-        row, index, counts = np.unique(found.prompts, return_inverse=True, return_counts=True)
+        lines = np.stack([found.prompts, found.tokens * self.sample.each_token])
+        (row, _), index, counts = np.unique(lines, axis=1, return_inverse=True, return_counts=True)
+        index = index.ravel()  # NumPy 2.0 keeps the first axis
         vectors = found.vectors.double().cpu()
         own = torch.zeros(len(row), vectors.shape[1], dtype=torch.float64)
         own.index_add_(0, torch.from_numpy(index), vectors)

@@ -228,21 +228,35 @@ class _WithDims(BasisMethod):
 
 @basis_method("pca")
 class PrincipalComponents(_WithDims):
-    """Principal components of the rows, the largest first, centred at the mean of the rows."""
+    """Principal components of the rows, the largest first, centred at the mean of the rows.
+
+    With `each_token: true`, every token of the position is a row of its own; otherwise, a row is
+    the mean over its tokens.
+    """
 
     takes = "block"
     example = "pca(fruit, dims: 8)"
-    options = ("dims", "limit")
+    options = ("dims", "limit", "each_token")
     required = ("dims",)
 
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name != "each_token":
+            return super().check_option(name, value)
+        if isinstance(value, bool):
+            return None
+        return "`each_token` is true or false", "write `each_token: true`"
+
     def size(self, width: int, rows: int, options: Mapping[str, Constant]) -> int | Problem:
+        vectors = "tokens" if options.get("each_token") else "rows"
         if rows < 2:
-            return "principal components need at least 2 rows", "name a block with more rows"
-        what = "the numbers of a vector" if width < rows else f"the most that {rows} rows can span"
+            return f"principal components need at least 2 {vectors}", "name a block with more rows"
+        most = f"the most that {rows} {vectors} can span"
+        what = "the numbers of a vector" if width < rows else most
         return self._most(min(width, rows - 1), what, options)
 
     def describe(self, operand: str, options: Mapping[str, Constant]) -> str:
-        return f"{options['dims']} principal components of {operand}, centred at their mean"
+        rows = f"each token of {operand}" if options.get("each_token") else operand
+        return f"{options['dims']} principal components of {rows}, centred at their mean"
 
     def build(self, given: BasisInput, options: Mapping[str, Constant], size: int) -> LinearMap:
         from mechdsl.fits.geometry import pca

@@ -1037,7 +1037,7 @@ def _operand(
     try:
         match method.takes:
             case "block" | "value and block":
-                return _fitted(definition, point, work)
+                return _fitted(definition, point, options, work)
             case "jacobian":
                 return _jacobian(definition, point, work)
             case "directions":
@@ -1064,7 +1064,10 @@ def _operand(
 
 
 def _fitted(
-    definition: spec.Basis, point: SitePoint, work: ExperimentContext
+    definition: spec.Basis,
+    point: SitePoint,
+    options: Mapping[str, Constant],
+    work: ExperimentContext,
 ) -> tuple[BasisOperand, int, str] | None:
     found = _sample(definition, work)
     if found is None:
@@ -1074,6 +1077,9 @@ def _fitted(
     if sample.targets:
         value = definition.method.arguments[0].value.span.written
         rows, text = len(sample.classes), f"`{value}` in {text}"
+    elif options.get("each_token"):
+        sample = replace(sample, each_token=True)
+        rows = sum(len(run) for row in sample.cell.hits for run in row)
     return FittedBasis((sample,), (point,)), rows, text
 
 

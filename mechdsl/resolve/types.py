@@ -46,15 +46,18 @@ if TYPE_CHECKING:
 
 @record
 class FitSample(Record):
-    """Rows that a fit reads, with one vector for each row that has the position."""
+    """Rows that a fit reads, with one vector for each row that has the position, or one for each
+    token."""
 
     table: PromptTable
     run: PromptRun
     """The run of the rows, with the name of its model if that isn't the experiment's model."""
     cell: PositionCell
-    """The position in `run`. If a row has several tokens there, their vectors are averaged."""
+    """The position in `run`."""
     targets: tuple[float | str, ...] = ()
     """The value of each row that a method reads (`probe(count, fruit)`): a number or a word."""
+    each_token: bool = False
+    """Whether each token has a vector of its own, instead of the mean over the tokens of a row."""
 
     @property
     def classes(self) -> list[float | str]:

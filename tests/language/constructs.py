@@ -362,9 +362,10 @@ _file(
     "basis: principal components",
     "basis b = pca(fruit, dims: 4) at resid_post layer 2 at last token",
     "The first principal components of the rows, which are averaged over the tokens of the "
-    "position. Coordinates are those of x minus the mean of the rows, so 0 is the mean. The site "
-    "may be any site of vectors, one head's `z`, or all heads or neurons as one vector "
-    "(`z layer 2`, `mlp_hidden layer 2`). The conventions report how each basis was computed.",
+    "position; with `each_token: true`, of the vectors of all its tokens. Coordinates are those "
+    "of x minus the mean of the rows, so 0 is the mean. The site may be any site of vectors, one "
+    "head's `z`, or all heads or neurons as one vector (`z layer 2`, `mlp_hidden layer 2`). The "
+    "conventions report how each basis was computed.",
     _BASES,
     OWN,
 )

@@ -280,6 +280,30 @@ METHODS: dict[str, tuple[str, Callable[[str], Basis]]] = {
 }
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_components_of_single_tokens(family: str, data: Path) -> None:
+    """Each token is a row; otherwise, a row is the mean over its tokens."""
+    texts = [plain(family, text)["resid_post", 1][:, 0] for text in rows()]
+    bases = {
+        "each_vector": components(torch.cat(texts), 3),
+        "mean_vector": components(torch.stack([text.mean(0) for text in texts]), 3),
+    }
+    text = "".join(
+        f"basis {name} = pca(p, dims: 3, each_token: {str(name == 'each_vector').lower()}) "
+        "at resid_post layer 1 at tokens *\n"
+        + experiment(f"e{name}", f"scale feature 0..2 of {name} at last token by 3")
+        for name in bases
+    )
+    found = run_file(text, data, family, "planned")
+    for name, basis in bases.items():
+
+        def changes(n: int, i: int, basis: Basis = basis) -> list[Changes]:
+            return [(at_tokens(n, LAST, basis.moved(lambda f: put(f, [i], 3 * f))), ())]
+
+        expected = worked_out(family, [(0,), (1,), (2,)], changes, rows(), records())
+        agree(found[f"e{name}"], ("feature",), expected, unpatched(family), most=False)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_other_bases(family: str, method: str, data: Path) -> None:
@@ -545,6 +569,8 @@ def test_class_means(family: str, mode: str, data: Path) -> None:
         ("pca(p, dims: 0) at resid_post layer 1", "", "E0342", "from 1 on"),
         ("pca(p, dims: 90) at resid_post layer 1", "", "E0342", "is more than"),
         ("pca(p, size: 3) at resid_post layer 1", "", "E0207", "is no argument of `pca`"),
+        ("pca(p, dims: 3, each_token: 2) at resid_post layer 1", "", "E0342", "true or false"),
+        ("class_means(k, p, each_token: true) at resid_post layer 1", "", "E0207", "no argument"),
         ("pcas(p, dims: 3) at resid_post layer 1", "", "E0203", "did you mean `pca`"),
         ("random(dims: 3) at resid_post layer 1 at last token", "", "E0342", "no position"),
         ("random(dims: 3) at resid_post layers 0..1", "", "E0342", "write the singular"),
