@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mechdsl.base.records import Registry
 from mechdsl.dictionaries.folder import MAX_GATHERED, SKIP, DictionaryFile
+from mechdsl.dictionaries.mixtures import assign_components
 from mechdsl.dictionaries.nonnegative import solve_nonnegative
 from mechdsl.dictionaries.products import (
     combine_some,
@@ -148,6 +149,15 @@ class LinearEncoder(Encoder):
 
     def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
         return project_some(vectors, weights["W_enc"], which)
+
+
+@encoder("mixture")
+class MixtureEncoder(Encoder):
+    """Probabilities that a vector belongs to each component of a mixture of Gaussians."""
+
+    def encode(self, weights: DictionaryWeights, vectors: Tensor, which: Tensor | None) -> Tensor:
+        names = ("W_dec", "precision", "log_weights")
+        return assign_components(vectors, *(weights[name] for name in names))
 
 
 @encoder("matching_pursuit")

@@ -30,6 +30,7 @@ Architecture = Literal[
     "temporal",
     "nonnegative",
     "linear",
+    "mixture",
 ]
 
 Normalization = Literal["none", "layer_norm", "constant_norm_rescale"]
@@ -47,6 +48,7 @@ WEIGHT_FILES: Mapping[Layout, str] = {
 OWN_KINDS: Mapping[Architecture, str] = {
     "nonnegative": "nonnegative factorization",
     "linear": "linear components",
+    "mixture": "Gaussian mixture",
 }
 """Architectures that only mechdsl trains and reads, in files like those of SAELens → their names in
 messages."""
@@ -76,8 +78,12 @@ TENSORS: Mapping[Architecture, tuple[str, ...]] = {
     "temporal": ("W_dec", "b_dec"),
     "nonnegative": ("W_dec", "b_dec", "threshold"),
     "linear": ("W_enc", "W_dec", "b_dec"),
+    "mixture": ("W_dec", "b_dec", "log_weights", "precision"),
 }
 """Tensors of each architecture."""
+
+COVARIANCES = ("spherical", "diag", "full")
+"""Covariances of the components of a mixture: one variance, one for each number, or a matrix."""
 
 ATTENTION = ("k_ctx", "q_target", "v_ctx", "c_proj")
 """Maps of an attention layer of a temporal SAE."""
@@ -158,6 +164,8 @@ class DictionaryFile(Record):
     """Width of their queries and keys over all heads."""
     scale: float = 1.0
     """Temporal: factor of the vectors before they are encoded."""
+    covariance: str = ""
+    """Mixture: `full`, `diag` or `spherical`."""
     model: str | None = None
     """Name of the model that it was trained on, if recorded."""
     hook: str | None = None
@@ -185,6 +193,8 @@ class DictionaryFile(Record):
         after another, and each time a system of equations with all factors is solved.
         """
         products = self.features * self.width_in
+        if self.architecture == "mixture" and self.covariance == "full":
+            return products * self.width_in
         solved = self.features**4 // 6 if self.architecture == "nonnegative" else 0
         return products + solved
 
@@ -392,7 +402,6 @@ def _of_sae_lens(
             "mechdsl reads `none`, `layer_norm` and `constant_norm_rescale`",
         )
     ranked = architecture in ("topk", "abstopk")
-    hook = facts.get("hook_name", facts.get("hook_point"))
     steps = config.get("max_iterations")
     return _checked(
         file,
@@ -408,11 +417,21 @@ def _of_sae_lens(
         scales_by_decoder=bool(config.get("rescale_acts_by_decoder_norm", False)),
         residual_threshold=float(config.get("residual_threshold", 1e-2)),
         most_steps=None if steps is None else _count(steps, "max_iterations", written),
+        **(_mixture_facts(file) if architecture == "mixture" else {}),
         stops_on_same_support=bool(config.get("stop_on_duplicate_support", True)),
         model=_text(facts.get("model_name")),
-        hook=_text(hook),
+        hook=_text(facts.get("hook_name", facts.get("hook_point"))),
         hook_out=_text(facts.get("hook_name_out", facts.get("out_hook_point"))),
     )
+
+
+def _mixture_facts(file: SafetensorsFile) -> dict[str, Any]:
+    """Return the covariance of a mixture by the dimensions of its precisions, with the shape that
+    they must have."""
+    features, width = (*file.shapes.get("W_dec", ()), 0, 0)[:2]
+    dims = min(max(len(file.shapes.get("precision", ())), 1), len(COVARIANCES))
+    shape = (features, width, width)[:dims]
+    return {"more": {"precision": shape}, "covariance": COVARIANCES[dims - 1]}
 
 
 def _of_temporal(
@@ -524,6 +543,7 @@ def _checked(
     architecture: Architecture = facts["architecture"]
     more = more or {}
     wanted = (*TENSORS[architecture], *([SKIP] if facts.get("skips") else []), *more)
+    wanted = tuple(dict.fromkeys(wanted))
     names = _match_renamed_tensors(file, written, wanted, architecture)
     decoder = file.shapes["W_dec"]
     if len(decoder) != 2:

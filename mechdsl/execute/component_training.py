@@ -1,13 +1,17 @@
-"""Training of linear components: their files, and how independent their coordinates are."""
+"""Training of linear components and of mixtures: their files, how independent coordinates are, and
+how likely vectors are."""
 
 from __future__ import annotations
 
 import torch
+from torch import Generator, Tensor
 
-from mechdsl.execute.run_record import IndependenceReport
-from mechdsl.execute.training import DictionaryWriter, TrainingJob, solve_twice
+from mechdsl.dictionaries.mixtures import log_densities, mean_log_likelihood
+from mechdsl.execute.run_record import IndependenceReport, MixtureReport
+from mechdsl.execute.training import DictionaryWriter, TrainingJob, solve_twice, start_generator
 from mechdsl.execute.training_vectors import RowVectors
 from mechdsl.fits.components import median_kurtosis
+from mechdsl.fits.mixtures import fit_mixture, shuffle_axes
 from mechdsl.fits.training import TrainingState, assess, principal_axes
 from mechdsl.resolve.types import TrainedDictionary
 
@@ -48,3 +52,60 @@ def train_components(
     )
     job.write_card(report)
     return report
+
+
+def train_mixture(
+    declared: TrainedDictionary, vectors: RowVectors, job: TrainingJob
+) -> MixtureReport:
+    """Fit a mixture of Gaussians to all vectors, write it, and compare it with controls.
+
+    Raises:
+        NotFactored: There are too few different vectors, or they don't fit into memory together.
+        OSError: A file can't be written.
+    """
+    untrained, trained = solve_twice(declared, vectors, job)
+    DictionaryWriter.of_solution(declared, job).write(job.folder, trained.tensors)
+    own, _ = vectors.chunk(0)
+    held_out, _ = vectors.held_out()
+    measured = held_out if len(held_out) else own
+    found = trained.tensors
+    weights = found["W_dec"], found["precision"], found["log_weights"]
+    likely = log_densities(measured - found["b_dec"].to(measured), *weights).argmax(1)
+    rows, count = vectors.amounts(TrainingState())
+    assert declared.training is not None
+    random, steps = start_generator(declared.training), int(declared.training.options["steps"])
+    single = fit_mixture(own, 1, declared.covariance, 1, random)
+    report = MixtureReport(
+        rows=rows,
+        vectors=count,
+        held_out_rows=vectors.held_out_count,
+        held_out_vectors=len(held_out),
+        steps=trained.steps,
+        stopped_early=trained.stopped_early,
+        log_likelihood=mean_log_likelihood(measured, trained.tensors),
+        untrained=mean_log_likelihood(measured, untrained.tensors),
+        single=mean_log_likelihood(measured, single.tensors),
+        shuffled=_shuffled_likelihood(declared, (own, held_out), steps, random),
+        components=declared.features,
+        empty=declared.features - len(likely.unique()),
+    )
+    job.write_card(report)
+    return report
+
+
+def _shuffled_likelihood(
+    declared: TrainedDictionary, vectors: tuple[Tensor, Tensor], steps: int, random: Generator
+) -> float:
+    """Return the mean log likelihood of shuffled vectors under a mixture of shuffled vectors.
+
+    Args:
+        vectors: [vector, width] those of the training, and those that are held out; none of these:
+            it is computed on the training vectors.
+        steps: As in the training.
+    """
+    own, held_out = vectors
+    _, axes = principal_axes(own, own.shape[1])
+    own = shuffle_axes(own, axes, random)
+    found = fit_mixture(own, declared.features, declared.covariance, steps, random)
+    measured = shuffle_axes(held_out, axes, random) if len(held_out) else own
+    return mean_log_likelihood(measured, found.tensors)

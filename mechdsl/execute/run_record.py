@@ -249,6 +249,28 @@ class IndependenceReport(FitReport):
 
 
 @dataclass(frozen=True)
+class MixtureReport(FitReport):
+    """How likely a mixture is, on vectors of rows that the training didn't use."""
+
+    vectors: int
+    """Vectors of the training rows."""
+    held_out_vectors: int
+    log_likelihood: float
+    """Mean log density of the held-out vectors in nats; without any, of the training vectors, as in
+    the following numbers."""
+    untrained: float
+    """The same for random training vectors as means, with the covariance of all of them."""
+    single: float
+    """The same for one Gaussian with a covariance of this type."""
+    shuffled: float
+    """The same for a mixture of vectors whose coordinates along their principal axes are exchanged
+    at random, on held-out vectors that are changed in this way."""
+    components: int
+    empty: int
+    """Components that are the most likely one of none of these vectors."""
+
+
+@dataclass(frozen=True)
 class RotationReport(FitReport):
     """What the training of a rotation led to: means of its measure over rows that it didn't use."""
 
@@ -403,6 +425,7 @@ class MaskReport(FitReport):
 Report = (
     TrainingReport
     | IndependenceReport
+    | MixtureReport
     | RotationReport
     | VectorReport
     | SoftPromptReport

@@ -1,9 +1,9 @@
 """Fits to vectors of rows: means, principal components, linear probes, similarities, ranks,
-sparse dictionaries, factorizations, components, rotations, steering vectors, scales, gates,
-lenses.
+sparse dictionaries, factorizations, components, mixtures, rotations, steering vectors, scales,
+gates, lenses.
 
 In: arrays of vectors and targets, [row, width]. Out: weights, directions, held-out predictions,
 numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`,
-`factors`, `components`, `lenses`, `rotations`, `vectors`, `scales` and `gates`; scikit-learn only
-inside functions of `factors` and `components`.
+`factors`, `components`, `mixtures`, `lenses`, `rotations`, `vectors`, `scales` and `gates`;
+scikit-learn only inside functions of `factors`, `components` and `mixtures`.
 """

@@ -41,6 +41,7 @@ from mechdsl.execute.run_record import (
     IndependenceReport,
     LensReport,
     MaskReport,
+    MixtureReport,
     Report,
     RotationReport,
     ScaleReport,
@@ -317,6 +318,13 @@ def _told(options: Mapping[str, Any]) -> dict[str, str]:
 # --- trained files --------------------------------------------------------------------------------
 
 
+REPORTS: Mapping[str, type[TrainingReport | IndependenceReport | MixtureReport]] = {
+    "features": TrainingReport,
+    "independence": IndependenceReport,
+    "likelihood": MixtureReport,
+}
+"""Reports on dictionaries, by `measured` of their trainer."""
+
 TrainedFile = DictionaryFile | SafetensorsFile | MaskFile
 
 
@@ -338,9 +346,8 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
         transcodes = bool(card["transcodes"])
         file = read_dictionary(folder, str(folder), transcodes=transcodes)
         own = fit.training.trainer
-        independent = isinstance(own, SolvedTrainer) and own.measured == "independence"
-        kind = IndependenceReport if independent else TrainingReport
-        return file, kind.read(card)
+        measured = own.measured if isinstance(own, SolvedTrainer) else "features"
+        return file, REPORTS[measured].read(card)
     except (OSError, ValueError, KeyError, TypeError, IndexError, UnreadableFile):
         return None
 
@@ -410,6 +417,8 @@ def _describe_result(file: TrainedFile, report: Report) -> str:
         return _describe_mask(file, report)
     if isinstance(report, LensReport):
         return _describe_lens(file, report)
+    if isinstance(report, MixtureReport):
+        return _describe_mixture(file, report)
     if not isinstance(report, TrainingReport | IndependenceReport):
         rows = "held-out rows" if report.held_out_rows else "training rows"
         values = _effects(report)
@@ -431,6 +440,14 @@ def _describe_result(file: TrainedFile, report: Report) -> str:
     else:
         text += f", {report.active:.1f} features active"
     return f"{text}, SHA-256 {file.digest[:12]}…"
+
+
+def _describe_mixture(file: TrainedFile, report: MixtureReport) -> str:
+    what = "held-out vectors" if report.held_out_vectors else "training vectors"
+    return (
+        f"mean log likelihood of {what} {report.log_likelihood:.2f} nats (one Gaussian "
+        f"{report.single:.2f}, shuffled {report.shuffled:.2f}), SHA-256 {file.digest[:12]}…"
+    )
 
 
 def _effects(

@@ -23,6 +23,7 @@ from mechdsl.execute.run_record import (
     IndependenceReport,
     LensReport,
     MaskReport,
+    MixtureReport,
     Report,
     RotationReport,
     ScaleReport,
@@ -60,7 +61,9 @@ from mechdsl.store.locks import take_lock
 from mechdsl.store.store import Store
 
 if TYPE_CHECKING:
+    from mechdsl.execute.training import TrainingJob
     from mechdsl.forward.hooks.model import LoadedModel
+    from mechdsl.models.shape import PaddingSide
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
@@ -287,14 +290,11 @@ def _run_training(
     on_progress: FitProgress | None,
 ) -> Report:
     """Train one of them, and write it to `result`, in the folder of checkpoints."""
-    from mechdsl.execute.component_training import train_components
-    from mechdsl.execute.lens_training import train_lens
     from mechdsl.execute.mask_training import open_rows, train_mask
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.rotation_training import train_rotation
     from mechdsl.execute.scale_training import train_scales
-    from mechdsl.execute.training import TrainingJob, solve_dictionary, train_dictionary
-    from mechdsl.execute.training_vectors import RowVectors, StreamedVectors
+    from mechdsl.execute.training import TrainingJob
     from mechdsl.execute.vector_training import train_vector
 
     last = time.monotonic()
@@ -322,6 +322,22 @@ def _run_training(
             return train(fit.file, rows, job)
         assert isinstance(fit.file, TrainedRotation)
         return train_rotation(fit.file, rows, job)
+    return _train_on_vectors(fit, job, model, checked, side)
+
+
+def _train_on_vectors(
+    fit: DeclaredFit,
+    job: TrainingJob,
+    model: LoadedModel,
+    checked: CheckedFile,
+    side: PaddingSide | None,
+) -> Report:
+    """Train a lens or a dictionary."""
+    from mechdsl.execute.component_training import train_components, train_mixture
+    from mechdsl.execute.lens_training import train_lens
+    from mechdsl.execute.training import solve_dictionary, train_dictionary
+    from mechdsl.execute.training_vectors import RowVectors, StreamedVectors
+
     if fit.training.stream is None:
         vectors = RowVectors(fit.training, model, checked.program.seed, side)
     else:
@@ -331,8 +347,12 @@ def _run_training(
     assert isinstance(fit.file, TrainedDictionary)
     trainer = fit.training.trainer
     if isinstance(vectors, RowVectors) and isinstance(trainer, SolvedTrainer):
-        independent = trainer.measured == "independence"
-        solve = train_components if independent else solve_dictionary
+        solvers = {
+            "features": solve_dictionary,
+            "independence": train_components,
+            "likelihood": train_mixture,
+        }
+        solve = solvers[trainer.measured]
         return solve(fit.file, vectors, job)
     return train_dictionary(fit.file, vectors, job)
 
@@ -467,6 +487,8 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
             f"- The same for a random rotation: {report.untrained_kurtosis:.4f}",
             f"- The same for principal components: {report.components_kurtosis:.4f}",
         ]
+    if isinstance(report, MixtureReport):
+        return _describe_mixture(rows, report)
     if isinstance(report, SoftPromptReport):
         return _describe_soft_prompt(rows, report)
     if isinstance(report, LensReport):
@@ -478,6 +500,19 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
         f"- The same with as many principal components: {report.components_explained:.4f}",
         f"- Active features of a vector: {report.active:.2f}",
         f"- Features without activity on these vectors: {report.inactive:,}",
+    ]
+
+
+def _describe_mixture(rows: str, report: MixtureReport) -> list[str]:
+    """Return what the model card of a mixture says about its rows and its result."""
+    measured = "held-out" if report.held_out_vectors else "training"
+    return [
+        f"{rows}, {report.vectors:,} vectors; {count_noun(report.held_out_rows, 'row')} held out",
+        f"- Mean log likelihood of {measured} vectors: {report.log_likelihood:.4f} nats",
+        f"- The same for random vectors as means: {report.untrained:.4f}",
+        f"- The same for one Gaussian: {report.single:.4f}",
+        f"- The same for a mixture of shuffled vectors, on shuffled vectors: {report.shuffled:.4f}",
+        f"- Components that are likely for none of these vectors: {report.empty}",
     ]
 
 

@@ -1,14 +1,17 @@
-"""Trainers that compute a dictionary from all vectors together: factorizations and components."""
+"""Trainers that compute a dictionary from all vectors together: factorizations, components and
+mixtures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from mechdsl.dictionaries.folder import Architecture
+from mechdsl.base.text import name_list
+from mechdsl.dictionaries.folder import COVARIANCES, Architecture
 from mechdsl.program.direction_methods import Problem
 from mechdsl.program.spec import Constant
-from mechdsl.program.trainers import DictionaryOutline, SolvedTrainer, trainer
+from mechdsl.program.trainers import DictionaryOutline, DictionaryTrainer, SolvedTrainer, trainer
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -21,21 +24,29 @@ NONNEGATIVE_SITE = "mlp_hidden"
 SPARSITY = 0.02
 """Default of `penalty` of `semi_nmf`."""
 
+COVARIANCE = "diag"
+"""Default of `covariance` of `mixture`."""
+
 
 OTHER_SOLVED_TRAINERS: dict[str, str] = {
     **dict.fromkeys(("snmf", "seminmf"), "write `semi_nmf(factors: 8)`"),
     **dict.fromkeys(("fastica", "fast_ica", "independent"), "write `ica(components: 8)`"),
+    **dict.fromkeys(
+        ("gmm", "gaussian_mixture", "gaussians", "clusters", "kmeans", "k_means"),
+        "write `mixture(components: 8)`",
+    ),
 }
 """What else may be written for a trainer of this module inside of `fit(…)` → hint."""
 
-_SIZES = ("n_components", "components", "factors", "sources", "dims", "rank", "k")
-
+SIZES = ("n_components", "components", "factors", "sources", "clusters", "dims", "rank", "k")
 """Names of the number of factors or components in other tools."""
 
 
-class UndercompleteTrainer(SolvedTrainer):
-    """A dictionary of at most as many features as a vector has numbers, from all vectors."""
+class SizedTrainer(DictionaryTrainer):
+    """A dictionary whose file says the number of its features, from all vectors together."""
 
+    takes_any_size: ClassVar[bool] = False
+    """Whether it may have more features than a vector has numbers."""
     defaults: ClassVar[Mapping[str, Constant]] = {"steps": 1000}
     unused = ("batch", "rate", "patience")
     architecture: ClassVar[Architecture]
@@ -48,7 +59,7 @@ class UndercompleteTrainer(SolvedTrainer):
     def check_site(self, site: str, width: int, options: Mapping[str, Constant]) -> Problem | None:
         (size,) = self.required
         count = int(options[size])
-        if count <= width:
+        if count <= width or self.takes_any_size:
             return None
         reason = f"{count:,} {size} of vectors of `{site}`, which have {width:,} numbers"
         return f"{reason}: activations wouldn't be unique", f"write at most `{size}: {width}`"
@@ -58,13 +69,13 @@ class UndercompleteTrainer(SolvedTrainer):
         return DictionaryOutline(self.architecture, int(options[size]))
 
 
-class FactorTrainer(UndercompleteTrainer):
+class FactorTrainer(SizedTrainer, SolvedTrainer):
     """Factors of vectors, with nonnegative activations."""
 
     options = ("factors",)
     required = ("factors",)
     other_options: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(_SIZES, "factors"),
+        **dict.fromkeys(SIZES, "factors"),
         "alpha": "penalty",
     }
     architecture = "nonnegative"
@@ -127,7 +138,7 @@ class SemiNonnegativeTrainer(FactorTrainer):
 
 
 @trainer("ica")
-class IndependentComponentsTrainer(UndercompleteTrainer):
+class IndependentComponentsTrainer(SizedTrainer, SolvedTrainer):
     """Independent component analysis: directions whose coordinates are as independent as possible.
 
     References:
@@ -137,7 +148,7 @@ class IndependentComponentsTrainer(UndercompleteTrainer):
     example = "ica(components: 8)"
     options = ("components",)
     required = ("components",)
-    other_options: ClassVar[Mapping[str, str]] = dict.fromkeys(_SIZES, "components")
+    other_options: ClassVar[Mapping[str, str]] = dict.fromkeys(SIZES, "components")
     package = "scikit-learn"
     architecture = "linear"
     measured = "independence"
@@ -148,3 +159,44 @@ class IndependentComponentsTrainer(UndercompleteTrainer):
         from mechdsl.fits.components import separate_sources
 
         return separate_sources(vectors, int(options["components"]), steps, random)
+
+
+@trainer("mixture")
+class MixtureTrainer(SizedTrainer, SolvedTrainer):
+    """A mixture of Gaussians, whose features are the probabilities of its components.
+
+    References:
+        Dempster, Laird and Rubin 1977, doi 10.1111/j.2517-6161.1977.tb01600.x.
+    """
+
+    example = "mixture(components: 8)"
+    options = ("components", "covariance")
+    required = ("components",)
+    other_options: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(SIZES, "components"),
+        "covariance_type": "covariance",
+    }
+    package = "scikit-learn"
+    architecture = "mixture"
+    measured = "likelihood"
+    takes_any_size = True
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name != "covariance":
+            return super().check_option(name, value)
+        if value in COVARIANCES:
+            return None
+        listed = name_list([f'"{each}"' for each in COVARIANCES])
+        return "`mixture` has no such covariance", f"write one of {listed}"
+
+    def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
+        covariance = str(options.get("covariance", COVARIANCE))
+        return replace(super().outline(options), covariance=covariance)
+
+    def solve(
+        self, vectors: Tensor, options: Mapping[str, Constant], steps: int, random: Generator
+    ) -> Solution:
+        from mechdsl.fits.mixtures import fit_mixture
+
+        covariance = str(options.get("covariance", COVARIANCE))
+        return fit_mixture(vectors, int(options["components"]), covariance, steps, random)

@@ -93,6 +93,7 @@ class DictionaryOutline:
     features: int
     k: int | None = None
     transcodes: bool = False
+    covariance: str = ""
 
 
 class DictionaryTrainer(Trainer):
@@ -134,9 +135,9 @@ class IterativeTrainer(DictionaryTrainer):
 class SolvedTrainer(DictionaryTrainer):
     """A dictionary that is computed from all vectors together."""
 
-    measured: ClassVar[Literal["features", "independence"]] = "features"
-    """What its table says: how well its features reconstruct vectors, or how independent they
-    are."""
+    measured: ClassVar[Literal["features", "independence", "likelihood"]] = "features"
+    """What its table says: how well its features reconstruct vectors, how independent they are, or
+    how likely vectors are."""
 
     @abstractmethod
     def solve(

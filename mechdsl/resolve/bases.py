@@ -531,6 +531,12 @@ def _argument_basis(
             f"the features of a {own.write_obstacle}",
             "name a dictionary whose features depend on one vector of one layer",
         )
+    if isinstance(own, DictionaryFile) and own.architecture == "mixture":
+        raise BasisError(
+            name,
+            "the features of a mixture are probabilities, not products with a direction",
+            "name a basis with directions; `observe features of` reads a mixture",
+        )
     if isinstance(own, DictionaryFile) and own.normalization != "none":
         raise BasisError(
             name,

@@ -303,6 +303,7 @@ def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary
         k=outline.k,
         transcodes=outline.transcodes,
         subtracts_bias=not outline.transcodes,
+        covariance=outline.covariance,
         training=training,
     )
 

@@ -12,6 +12,7 @@ from mechdsl.execute.run_record import (
     IndependenceReport,
     LensReport,
     MaskReport,
+    MixtureReport,
     Report,
     RotationReport,
     ScaleReport,
@@ -40,6 +41,17 @@ INDEPENDENCE_NOTES = {
     "components": "the same for principal components, which explain the same share",
 }
 """Columns of independent components."""
+
+MIXTURE_NOTES = {
+    "mixture": "mean log likelihood of the held-out vectors in nats; without any, of training "
+    "vectors",
+    "random": "the same for random training vectors as means",
+    "one": "the same for one Gaussian",
+    "shuffled": "the same for a mixture of vectors whose coordinates along their principal axes "
+    "are exchanged at random, on held-out vectors that are changed in this way",
+    "empty": "components that are the most likely one of none of these vectors",
+}
+"""Columns of mixtures."""
 
 ROTATION_NOTES = {
     "trained": "mean of the measure over held-out rows while the trained subspace is patched; "
@@ -105,11 +117,16 @@ LENS_NOTES = {
 """Columns of lenses."""
 
 
+ON_VECTORS = (TrainingReport, IndependenceReport, MixtureReport, LensReport)
+"""Reports on vectors, without a measure."""
+
+
 def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
     """Print a line per training, with its controls, and where it is stored."""
     kinds: Sequence[tuple[type[Report], Mapping[str, str], str]] = (
         (TrainingReport, NOTES, "basis"),
         (IndependenceReport, INDEPENDENCE_NOTES, "basis"),
+        (MixtureReport, MIXTURE_NOTES, "basis"),
         (RotationReport, ROTATION_NOTES, "basis"),
         (VectorReport, VECTOR_NOTES, "direction"),
         (SoftPromptReport, SOFT_PROMPT_NOTES, "direction"),
@@ -129,7 +146,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         )
     for fit in fits:
         what = f"{fit.what} at {fit.site}, in {fit.folder}"
-        if not isinstance(fit.report, TrainingReport | IndependenceReport | LensReport):
+        if not isinstance(fit.report, ON_VECTORS):
             what = f"{fit.report.objective}; {what}"
         if isinstance(fit.report, VectorReport | SoftPromptReport):
             what = f"vectors of the site have length {fit.report.site_length:.3g}; {what}"
@@ -209,6 +226,10 @@ def _numbers(report: Report) -> list[str]:
         others = (report.untrained_kurtosis, report.components_kurtosis)
         numbers = (report.explained, report.kurtosis, *others)
         return [f"{number:.3f}" for number in numbers]
+    if isinstance(report, MixtureReport):
+        others = (report.untrained, report.single, report.shuffled)
+        likelihoods = (f"{number:.2f}" for number in (report.log_likelihood, *others))
+        return [*likelihoods, f"{report.empty} of {report.components}"]
     if isinstance(report, RotationReport):
         means = (report.trained, report.untrained, report.unpatched, report.whole)
         return [f"{mean:.3f}" for mean in means]

@@ -507,6 +507,18 @@ _file(
     "Hyvärinen 1999, doi 10.1109/72.761722",
 )
 _file(
+    "basis: a trained mixture of Gaussians",
+    "basis b = fit(mixture(components: 8), prompts: fruit.train) at resid_post layer 1",
+    "The probabilities that a vector belongs to each component of a mixture of Gaussians, the "
+    'largest component first; needs scikit-learn. `covariance` is "diag" (default), "spherical" or '
+    '"full". The direction of a feature is the mean of its component minus the mean of all '
+    "training vectors. Rules use the basis like a dictionary. The options of `fit` are those of a "
+    "factorization. The table compares the log likelihood of held-out vectors with that of random "
+    "means, of one Gaussian, and of a mixture of shuffled vectors.",
+    "tests/pipeline/test_trained_mixtures.py",
+    "Dempster, Laird and Rubin 1977, doi 10.1111/j.2517-6161.1977.tb01600.x",
+)
+_file(
     "basis: a trained rotation of a learned size",
     "basis b = fit(boundless_das(penalty: 1), prompts: fruit.train, from: fewer, "
     "maximise: logit(answer of fewer)) at resid_post layer 1",
