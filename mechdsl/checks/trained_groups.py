@@ -4,7 +4,7 @@ experiment.
 The sites of a group depend on the model. An experiment is therefore checked with a program whose
 groups have the sites for its model: the chosen ones, or the first candidates if the group isn't
 trained yet. The name of a group of features or dimensions is replaced by these coordinates, so that
-an experiment has `features 3, 12 of f` instead.
+an experiment has `features 3, 12 of f` instead; that of a group of positions by the chosen ones.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from mechdsl.resolve.trainings import (
 )
 from mechdsl.resolve.types import (
     MaskCandidate,
+    PositionChoice,
     ResolvedExperiment,
     SiteCoordinate,
     SitePoint,
@@ -46,22 +47,24 @@ Objectives = Mapping[tuple[str, str], ResolvedExperiment]
 def used_masks(experiment: spec.Experiment, program: spec.Program) -> list[spec.Basis]:
     """Return the groups that a training chooses and that an experiment names anywhere, also in its
     directions."""
-    names = set(_names(experiment)) if program.masks else set[str]()
+    names = set(_names(experiment)) if program.masks else set[tuple[str, bool]]()
     for direction in program.directions.values():
-        if direction.name in names:
+        if (direction.name, False) in names:
             names |= set(_names(direction))
-    return [mask for name, mask in program.masks.items() if name in names]
+    return [mask for name, mask in program.masks.items() if (name, mask.chooses_positions) in names]
 
 
-def _names(part: object) -> Iterator[str]:
-    """Yield every name in a part of a program."""
+def _names(part: object) -> Iterator[tuple[str, bool]]:
+    """Yield every name in a part of a program, and whether it names positions."""
     match part:
         case ast.Node():
             for node in walk(part):
                 if isinstance(node, ast.Name):
-                    yield node.id
+                    yield node.id, False
                 elif isinstance(node, ast.Index):
-                    yield node.name
+                    yield node.name, False
+                elif isinstance(node, ast.SpanTokens) and node.of.name is not None:
+                    yield node.of.name, True
         case BaseModel():
             for name in type(part).model_fields:
                 yield from _names(getattr(part, name))
@@ -110,13 +113,17 @@ def fill_groups(
         return FilledGroups(experiment, program, (), waits=False)
     groups, masks = dict(program.groups), list[TrainedMask]()
     coordinates: list[_ChosenCoordinates] = []
+    positions: list[_ChosenPositions] = []
     for definition in used:
         objective = objectives.get((definition.name, experiment.model))
-        sites = (definition.site,)
+        sites, mask = (definition.site,), None
         if objective is not None:
             mask = outline_mask(definition, objective, program)
             masks.append(mask)
             sites = tuple(_sites_of(mask.chosen, definition.site, definition.span))
+        if definition.chooses_positions:
+            positions.append(_ChosenPositions(definition, mask))
+            continue
         if definition.site.coordinates is not None:
             coordinates.append(_ChosenCoordinates(definition, *sites))
         old = groups[definition.name]
@@ -126,8 +133,8 @@ def fill_groups(
         for each in experiment.expects
     )
     experiment = experiment.model_copy(update={"expects": expects})
-    if coordinates:
-        experiment = _insert(experiment, coordinates)
+    if coordinates or positions:
+        experiment = _insert(experiment, [*coordinates, *positions])
     return FilledGroups(
         experiment,
         program.model_copy(update={"groups": groups}),
@@ -178,16 +185,56 @@ class _ChosenCoordinates:
             return False
         return site.axes in ((), self.definition.site.axes)
 
+    def insert(self, node: ast.Node) -> ast.Node:
+        """Return the site that the name of the group stands for; of another site, without the
+        coordinates of the group that it excludes."""
+        if not isinstance(node, ast.Site):
+            return node
+        if self.is_named(node):
+            axes = tuple(
+                replace(axis, span=node.span) if axis is self.site.coordinates else axis
+                for axis in self.site.axes
+            )
+            return replace(self.site, axes=axes, excluded=node.excluded, span=node.span)
+        excluded: list[ast.Site | ast.AxisRange] = []
+        for item in node.excluded:
+            numbers = _numbers_of(item, node) if isinstance(item, ast.Site) else ()
+            excluded += numbers or [item]
+        return replace(node, excluded=tuple(excluded)) if node.excluded else node
 
-def _insert(part: PartT, groups: Sequence[_ChosenCoordinates]) -> PartT:
-    """Return a part of a program with coordinates in the place of the names of groups."""
+
+@dataclass(frozen=True)
+class _ChosenPositions:
+    """A group of positions, with the chosen ones; None until the candidates are known."""
+
+    definition: spec.Basis
+    mask: TrainedMask | None
+
+    def insert(self, node: ast.Node) -> ast.Node:
+        """Return the chosen positions where a rule names them: `g tokens` or `each g token`."""
+        if not isinstance(node, ast.SpanTokens):
+            return node
+        name, items = self.definition.name, self.definition.at
+        bare = replace(node.of, name=name) == ast.SpanRef(name=name, span=node.of.span)
+        if node.of.name != name or not bare or node.low is not None or node.plural == node.each:
+            return node
+        assert items is not None
+        labels = None
+        if self.mask is not None:
+            chosen = (own for own in self.mask.chosen if isinstance(own, PositionChoice))
+            labels = tuple(own.label for own in chosen)
+        return ast.ChosenTokens(name, items, labels, node.plural, span=node.span)
+
+
+def _insert(part: PartT, groups: Sequence[_ChosenCoordinates | _ChosenPositions]) -> PartT:
+    """Return a part of a program with what was chosen in the place of the names of groups."""
     return cast("PartT", _inserted(part, groups))
 
 
-def _inserted(part: object, groups: Sequence[_ChosenCoordinates]) -> object:
+def _inserted(part: object, groups: Sequence[_ChosenCoordinates | _ChosenPositions]) -> object:
     match part:
         case ast.Node():
-            return rewrite(part, lambda node: _insert_site(node, groups))
+            return rewrite(part, lambda node: _insert_in_place(node, groups))
         case BaseModel():
             named = {name: getattr(part, name) for name in type(part).model_fields}
             return part.model_copy(update={n: _inserted(own, groups) for n, own in named.items()})
@@ -200,22 +247,13 @@ def _inserted(part: object, groups: Sequence[_ChosenCoordinates]) -> object:
             return part
 
 
-def _insert_site(node: ast.Node, groups: Sequence[_ChosenCoordinates]) -> ast.Node:
-    """Return the site that the name of a group stands for; of another site, without the coordinates
-    of a group that it excludes."""
-    if not isinstance(node, ast.Site):
-        return node
-    own = next((each.site for each in groups if each.is_named(node)), None)
-    if own is not None:
-        axes = tuple(
-            replace(axis, span=node.span) if axis is own.coordinates else axis for axis in own.axes
-        )
-        return replace(own, axes=axes, excluded=node.excluded, span=node.span)
-    excluded: list[ast.Site | ast.AxisRange] = []
-    for item in node.excluded:
-        numbers = _numbers_of(item, node) if isinstance(item, ast.Site) else ()
-        excluded += numbers or [item]
-    return replace(node, excluded=tuple(excluded)) if node.excluded else node
+def _insert_in_place(
+    node: ast.Node, groups: Sequence[_ChosenCoordinates | _ChosenPositions]
+) -> ast.Node:
+    """Return what the name of a group stands for; any other node as it is."""
+    for group in groups:
+        node = group.insert(node)
+    return node
 
 
 def _numbers_of(item: ast.Site, site: ast.Site) -> list[ast.AxisRange]:
@@ -254,6 +292,7 @@ def check_masks(
         for problem in (
             check_mask_size(mask),
             check_held_out(definition, mask.training, experiment, table),
+            _named_as_span(definition, experiment, table),
             _compared_across_models(definition, experiment),
         ):
             problems += [] if problem is None else [problem]
@@ -265,6 +304,18 @@ def check_masks(
             made = f"{label_candidates(mask.chosen)}; {made}"
         described.append(replace(mask, made=made))
     return tuple(described), problems
+
+
+def _named_as_span(
+    definition: spec.Basis, experiment: spec.Experiment, table: PromptTable
+) -> Diagnostic | None:
+    """Return E0207 for a group of positions with the name of a span of the prompts."""
+    name = definition.name
+    spans = (span.name for run in table.runs.values() for row in run.rows for span in row.spans)
+    if not definition.chooses_positions or name not in spans:
+        return None
+    reason, hint = "is also a part of the prompts", "give the group another name"
+    return BadArgument(span=definition.span, name=name, reason=reason, hint=hint)
 
 
 def _compared_across_models(

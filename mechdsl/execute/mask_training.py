@@ -1,8 +1,8 @@
 """Training of a declared mask: its gates, its controls and its file.
 
-A gate m of a site writes x + m (y − x), where x is the vector of the running pass, after the writes
-at earlier layers, and y the vector of the source run, the mean of the training rows, or 0. A gate
-of a coordinate does the same with the coordinate f of x: the vector becomes
+A gate m of a site or a position writes x + m (y − x), where x is the vector of the running pass,
+after the writes at earlier layers, and y the vector of the source run, the mean of the training
+rows, or 0. A gate of a coordinate does the same with the coordinate f of x: the vector becomes
 x + decode(f + m (f′ − f)) − decode(f), as rules in a basis write it.
 
 In a training step, every row has its own sample of the gates. After the training, the gates with
@@ -42,9 +42,10 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count
 from mechdsl.program.trainers import MaskTrainer
 from mechdsl.resolve.sites import label_candidates
-from mechdsl.resolve.trainings import key_of_candidate
+from mechdsl.resolve.trainings import key_of_candidate, paired_cells
 from mechdsl.resolve.types import (
     MaskCandidate,
+    PositionChoice,
     ResolvedExperiment,
     SiteCoordinate,
     SiteLayer,
@@ -97,6 +98,22 @@ class MaskRows(EffectRows[Tensor]):
         rows = np.sort(self.rows[self.held_out_count :])
         return torch.from_numpy(self._vectors_of(rows)[0])
 
+    @cached_property
+    def _slots(self) -> Ints:
+        """[vector] number of the token of a row: vectors with equal numbers are averaged."""
+        return np.concatenate([np.arange(own) for own in np.diff(self._starts)])
+
+    def _average(self, vectors: Tensor) -> Tensor:
+        """Return [vector, …]: for each vector, the mean over training rows at its token; 0 if no
+        training row has it."""
+        trained = self._trained_vectors.numpy()
+        found = torch.zeros_like(vectors)
+        for slot in np.unique(self._slots[trained]):
+            own = torch.from_numpy(trained[self._slots[trained] == slot]).to(vectors.device)
+            every = torch.from_numpy(np.flatnonzero(self._slots == slot)).to(vectors.device)
+            found[every] = vectors[own].mean(0)
+        return found
+
     def _shares(self, rows: Ints, edit: Tensor) -> Tensor:
         """Return [vector, candidate] float32 shares of the vectors of some rows."""
         _, counts = self._vectors_of(rows)
@@ -105,7 +122,56 @@ class MaskRows(EffectRows[Tensor]):
 
 
 @dataclass(frozen=True, eq=False)
-class SiteMaskRows(MaskRows):
+class VectorMaskRows(MaskRows):
+    """The rows of a mask that mixes whole vectors of sites."""
+
+    @property
+    def _written(self) -> Sequence[SiteLayer]:
+        """Sites and layers that it writes, once each."""
+        raise NotImplementedError
+
+    @cached_property
+    def _incoming(self) -> dict[SiteLayer, Tensor] | None:
+        """[vector, units, width] that come in at each site and layer; None if they are 0."""
+        if self._fill == "zero":
+            return None
+        whole = [SitePoint(site, layer, None) for site, layer in self._written]
+        read = self._read(self._runs[1], self._cells[1], whole)
+        if self._fill == "mean":
+            read = [self._average(own) for own in read]
+        shape = self.model.shape
+        return {
+            where: own.unflatten(1, (unit_count(shape, *where), -1))
+            for where, own in zip(self._written, read, strict=True)
+        }
+
+    def _mix(
+        self, where: SiteLayer, unit: Tensor, rows: Ints, lanes: DrawLanes, shares: Tensor
+    ) -> list[SiteWrite]:
+        """Return (1 − m) x and + m y of some units of a site, in this order.
+
+        Args:
+            unit: [unit]
+            shares: [vector, unit] m
+        """
+        which, _ = self._vectors_of(rows)
+        lane, token = self._places(rows, lanes)
+        own = shares.reshape(-1, 1)
+        at = (
+            lane.repeat_interleave(len(unit)),
+            token.repeat_interleave(len(unit)),
+            unit.repeat(len(which)),
+        )
+        found = [SiteWrite(*where, *at, 1 - own, mode="scale")]
+        if self._incoming is not None:
+            every = self._incoming[where]
+            incoming = every[torch.from_numpy(which).to(every.device)][:, unit.to(every.device)]
+            found.append(SiteWrite(*where, *at, own * incoming.flatten(0, 1), mode="add"))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class SiteMaskRows(VectorMaskRows):
     """The rows of a mask over sites."""
 
     candidates: Sequence[SitePoint]
@@ -118,45 +184,71 @@ class SiteMaskRows(MaskRows):
             found.setdefault((point.site, point.layer), []).append(number)
         return {where: np.array(own, dtype=np.int64) for where, own in found.items()}
 
-    @cached_property
-    def _incoming(self) -> dict[SiteLayer, Tensor] | None:
-        """[vector, units, width] that come in at each site and layer; None if they are 0."""
-        if self._fill == "zero":
-            return None
-        whole = [SitePoint(site, layer, None) for site, layer in self._gates]
-        read = self._read(self._runs[1], self._cells[1], whole)
-        if self._fill == "mean":
-            which = self._trained_vectors
-            read = [own[which.to(own.device)].mean(0).expand_as(own) for own in read]
-        shape = self.model.shape
-        return {
-            where: own.unflatten(1, (unit_count(shape, *where), -1))
-            for where, own in zip(self._gates, read, strict=True)
-        }
+    @property
+    def _written(self) -> Sequence[SiteLayer]:
+        return list(self._gates)
 
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[SiteWrite]:
-        """Return (1 − m) x and + m y of each site, in this order."""
-        which, _ = self._vectors_of(rows)
-        lane, token = self._places(rows, lanes)
+        """Return what the gates write at each site."""
         shares = self._shares(rows, edit)
         found: list[SiteWrite] = []
-        for (site, layer), gates in self._gates.items():
-            units = unit_count(self.model.shape, site, layer)
+        for where, gates in self._gates.items():
             named = [self.candidates[gate].unit for gate in gates.tolist()]
-            unit = torch.arange(units) if None in named else torch.tensor(named)
-            own = shares[:, torch.from_numpy(gates).to(shares.device)]
-            own = own.expand(-1, len(unit)).reshape(-1, 1)
-            at = (
-                lane.repeat_interleave(len(unit)),
-                token.repeat_interleave(len(unit)),
-                unit.repeat(len(which)),
-            )
-            found.append(SiteWrite(site, layer, *at, 1 - own, mode="scale"))
-            if self._incoming is not None:
-                every = self._incoming[site, layer]
-                incoming = every[torch.from_numpy(which).to(every.device)][:, unit.to(every.device)]
-                found.append(SiteWrite(site, layer, *at, own * incoming.flatten(0, 1), mode="add"))
+            every = torch.arange(unit_count(self.model.shape, *where))
+            unit = every if None in named else torch.tensor(named)
+            own = shares[:, torch.from_numpy(gates).to(shares.device)].expand(-1, len(unit))
+            found += self._mix(where, unit, rows, lanes, own)
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class PositionMaskRows(VectorMaskRows):
+    """The rows of a mask over the positions of one site.
+
+    A row has the tokens of those positions that it has. With `with: mean`, a vector stays as it is
+    at a token that no training row has.
+    """
+
+    candidates: Sequence[PositionChoice]
+
+    @cached_property
+    def _tokens(self) -> Ints:
+        """[vector, 2] the candidate of each vector, and the number of its token there."""
+        cells = [written for written, _ in paired_cells(self.objective)]
+        found = [
+            (number, token)
+            for row in np.sort(self.rows).tolist()
+            for number, cell in enumerate(cells)
+            for hit in cell.hits[row]
+            for token in range(len(hit))
+        ]
+        return np.array(found, dtype=np.int64)
+
+    @cached_property
+    def _slots(self) -> Ints:
+        return np.unique(self._tokens, axis=0, return_inverse=True)[1].reshape(-1)
+
+    @cached_property
+    def active(self) -> Ints:
+        """[gate] numbers of the positions that some training row has."""
+        return np.unique(self._tokens[self._trained_vectors.numpy(), 0])
+
+    @property
+    def _written(self) -> Sequence[SiteLayer]:
+        return [(self.declared.made.site, self.declared.made.layer)]
+
+    def _writes(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[SiteWrite]:
+        """Return what the gates of each row's tokens write."""
+        which, _ = self._vectors_of(rows)
+        shares, point = self._shares(rows, edit), self.declared.made
+        number = torch.from_numpy(self._tokens[which, :1]).to(shares.device)
+        own = shares.gather(1, number)
+        if self._fill == "mean":
+            known = np.isin(self._slots[which], self._slots[self._trained_vectors.numpy()])
+            own = own * torch.from_numpy(known).to(own)[:, None]
+        every = torch.arange(unit_count(self.model.shape, *self._written[0]))
+        unit = every if point.unit is None else torch.tensor([point.unit])
+        return self._mix(self._written[0], unit, rows, lanes, own.expand(-1, len(unit)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +289,7 @@ class CoordinateMaskRows(MaskRows):
         if self._fill == "zero":
             return own, torch.zeros_like(own)
         if self._fill == "mean":
-            return own, own[self._trained_vectors.to(own.device)].mean(0).expand_as(own)
+            return own, self._average(own)
         return own, self._encode(self._read(self._runs[1], self._cells[1], [self._encoded])[0])
 
     def _which(self, count: int) -> Tensor | None:
@@ -238,6 +330,9 @@ def open_rows(
     sites = [each for each in mask.candidates if isinstance(each, SitePoint)]
     if sites:
         return SiteMaskRows(mask.training, objective, model, side, sites)
+    positions = [each for each in mask.candidates if isinstance(each, PositionChoice)]
+    if positions:
+        return PositionMaskRows(mask.training, objective, model, side, positions)
     coordinates = [each for each in mask.candidates if isinstance(each, SiteCoordinate)]
     return CoordinateMaskRows(mask.training, objective, model, side, coordinates)
 
@@ -367,6 +462,7 @@ def _write_choice(path: Path, rows: MaskRows, likely: Tensor, chosen: Sequence[i
     probabilities[rows.active] = likely.numpy()
     content = {
         "sites": [key_of_candidate(each) for each in rows.candidates],
+        "labels": [label_candidates((each,)) for each in rows.candidates],
         "probabilities": probabilities.tolist(),
         "chosen": rows.active[list(chosen)].tolist(),
     }

@@ -72,7 +72,7 @@ from mechdsl.resolve.trainings import (
     MaskFile,
     key_of_candidate,
     name_prompt_vector,
-    paired_positions,
+    paired_cells,
 )
 from mechdsl.resolve.types import (
     BasisTargets,
@@ -302,7 +302,7 @@ def _objective(
 
     table, (measure,) = objective.table, objective.measures
     runs = table.runs[objective.spec.base], table.runs[objective.rules[0].run]
-    cells = paired_positions(objective)
+    cells = [cell for pair in paired_cells(objective) for cell in pair]
     measured = measure_row_keys(measure, runs[0], None, table, contents).tolist()
     found = [contents.of(run, table).tolist() for run in runs]
     hits = [[list(own) for own in cell.hits] for cell in cells]

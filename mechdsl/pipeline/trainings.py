@@ -412,7 +412,9 @@ def _finished(fit: DeclaredFit, folder: Path, report: Report, seconds: float) ->
     point = fit.training.made
     site = label_points((point,))
     what = fit.file.kind
-    if isinstance(fit.file, TrainedMask):
+    if isinstance(fit.file, TrainedMask) and fit.file.noun == "position":
+        site = f"{site} at {fit.training.sample.cell.label}"
+    elif isinstance(fit.file, TrainedMask):
         site = label_candidates(fit.file.candidates)
     if isinstance(fit.file, TrainedLens):
         site = label_all_points(fit.training.points[:-1])

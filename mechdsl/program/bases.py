@@ -33,6 +33,7 @@ from mechdsl.program.effect_trainers import (
 from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
 from mechdsl.program.lens_trainers import LENS_EXAMPLE, LENS_SITES, OTHER_LENS_TRAINERS
 from mechdsl.program.names import Namespace
+from mechdsl.program.references import lists_positions
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import (
     TRAINERS,
@@ -211,16 +212,36 @@ def lower_mask(statement: ast.GroupDef, parts: Definitions, scope: Namespace) ->
     elif site is None:
         reason = f"`{statement.name.id}` has no sites to choose from"
         problem = call, reason, "add them: `at layers * heads * at last token`"
+    elif statement.at is not None and lists_positions(statement.at):
+        problem = _place_problem(site)
     else:
         problem = _candidate_problem(site)
     if problem is None:
         assert site is not None
         name, at = statement.name.id, statement.at
-        return spec.Basis(span=statement.span, name=name, method=call, site=site, at=at)
+        several = at is not None and lists_positions(at)
+        return spec.Basis(
+            span=statement.span, name=name, method=call, site=site, at=at, chooses_positions=several
+        )
     scope.diagnostics.append(
         BadBasis(span=problem[0].span, reason=problem[1], hint=problem[2], what="group")
     )
     return None
+
+
+def _place_problem(site: ast.Site) -> tuple[ast.Node, str, str] | None:
+    """Return the problem with the site at which a mask chooses positions."""
+    several = any(axis.plural and len(axis.values) > 1 for axis in site.axes)
+    several = several or any(
+        not isinstance(value, ast.AxisRange) or value.high is not None or axis.window is not None
+        for axis in site.axes
+        for value in axis.values
+    )
+    if not (several or site.ranked or site.basis_name is not None):
+        return None
+    reason = "a mask chooses sites at one position, or positions at one site"
+    hint = "name one vector, such as `resid_post layer 2`; or join the positions: `{A, B}`"
+    return site, reason, hint
 
 
 def _candidate_problem(site: ast.Site) -> tuple[ast.Node, str, str] | None:

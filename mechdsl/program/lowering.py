@@ -860,3 +860,5 @@ def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namesp
                 mask = lower_mask(statement, parts, scope)
                 if mask is not None and parts.groups[mask.name].span is statement.span:
                     parts.masks[mask.name] = mask
+                    if mask.chooses_positions:
+                        del parts.groups[mask.name]  # it names no sites

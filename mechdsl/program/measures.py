@@ -288,12 +288,13 @@ def lower_expectation(expect: ast.Expect, work: Statements) -> spec.Expectation:
         relaxed = "mean"
     text = expect.span.written.removeprefix("expect ")
     truths = dict.fromkeys(_truths(expect.condition))
-    named = [word for word in truths if work.scope.has("group", word)]
+    groups = work.parts.groups
+    named = [word for word in truths if word in groups and work.scope.has("group", word)]
     return spec.Expectation(
         span=expect.span,
         text=text,
         condition=expect.condition,
-        groups=tuple(work.parts.groups[word] for word in named),
+        groups=tuple(groups[word] for word in named),
         top=whole_number_value(expect.top, work.parts.parameters),
         contains=expect.contains,
         on_mean=relaxed is not None,

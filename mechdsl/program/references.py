@@ -198,20 +198,29 @@ def may_sweep(positions: ast.Positions) -> bool:
     return len(positions.items) > 1 or any(map(may_sweep_position, walk(positions)))
 
 
+def lists_positions(positions: ast.Positions) -> bool:
+    """Whether positions are written as several: `each item token`, `token *`, `A, B`."""
+    bodies = [item.body for item in positions.items]
+    parts = [body.base if isinstance(body, ast.Point) else body for body in bodies]
+    return len(parts) > 1 or any(map(may_sweep_position, parts))
+
+
 def may_sweep_position(node: ast.Node) -> bool:
     """Whether one item of a position may give more than one cell."""
     match node:
         case ast.TokenIndex():
             return not node.plural and (node.low is None or node.high is not None)
         case ast.SpanTokens():
-            at = node.of.occurrence
-            several = at is not None and (at.low is None or at.high is not None)
+            counted = (node.of.occurrence, node.of.row, node.of.col)
+            several = any(at and (at.low is None or at.high is not None) for at in counted)
             ranged = node.high is not None and not node.plural
             return node.each or ranged or (several and not node.plural)
         case ast.Between() | ast.Except():
             return node.each
         case ast.RankedTokens():
             return not node.plural and node.ranked.which != "best"
+        case ast.ChosenTokens():
+            return not node.plural
         case _:
             return isinstance(node, ast.EachTokenOf | ast.EachStep)
 

@@ -386,6 +386,8 @@ class Basis(Spec):
     """Position of the activations that it is computed from; None: the last token."""
     changed_by: Annotated[frozenset[str], Field(exclude=True)] = frozenset()
     """Corruptions that must change the rows that it is computed on: those that a training uses."""
+    chooses_positions: Annotated[bool, Field(exclude=True)] = False
+    """Of a group that a training chooses: whether it chooses positions, not sites."""
 
 
 class Rule(Spec):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from mechdsl.base.source import Span
 from mechdsl.base.text import SHUFFLED_SUFFIX, name_list
@@ -198,13 +198,20 @@ class Statements:
 
     def _supported(self, statement: ast.Node) -> bool:
         """Whether all parts can be executed; E0108 at those that can't."""
-        before = len(self.diagnostics)
+        before, whole = len(self.diagnostics), set[Span]()
         for node in walk(statement):
             if type(node) in UNSUPPORTED_NODES:
                 self.later(node.span, UNSUPPORTED_NODES[type(node)])
             elif isinstance(node, ast.ObserveFeatures):
                 known = self.scope.use("basis", node.basis.id, node.basis.span)
                 self.unsupported = self.unsupported or not known
+            elif isinstance(node, ast.Name) and self._chooses_positions(node.id):
+                self._reject_group(node.id, node.span, "chooses positions, not sites")
+            elif isinstance(node, ast.SpanTokens) and node.plural != node.each and node.low is None:
+                whole.add(node.of.span)
+            elif isinstance(node, ast.SpanRef) and self._chooses_positions(node.name):
+                if node.span not in whole or node.span.written != node.name:
+                    self._reject_group(node.name, node.span, "names several positions")
             elif isinstance(node, ast.Site) and (name := node.basis_name) is not None:
                 if _takes_basis(statement, node):
                     known = name == ast.STANDARD_BASIS or name in {each.name for each in self.loops}
@@ -216,6 +223,16 @@ class Statements:
                     self.scope.has("basis", name)
                     self.later(node.span, "a basis in this statement", BASIS_HINT)
         return len(self.diagnostics) == before
+
+    def _chooses_positions(self, name: str | None) -> TypeGuard[str]:
+        """Whether a name is that of a group of positions that a training chooses."""
+        return name in self.parts.masks and self.parts.masks[name].chooses_positions
+
+    def _reject_group(self, name: str, span: Span, reason: str) -> None:
+        """Report E0207 for a group of positions that isn't named as one."""
+        hint = f"write `at {name} tokens`, or `at each {name} token` for one run each"
+        self.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
+        self.unsupported = True
 
     def _amount(self, body: ast.RegisteredRule) -> None:
         """Report E0101 if a verb has the wrong word, or none, before its number."""
@@ -256,6 +273,8 @@ def mark_names_used(node: ast.Node, work: Statements) -> None:
         if isinstance(part, ast.Name):
             kinds = ("group", "param", "direction", "basis")
             _ = any(work.scope.has(kind, part.id) for kind in kinds)
+        elif isinstance(part, ast.SpanRef) and part.name in work.parts.masks:
+            work.scope.has("group", part.name)
         elif isinstance(part, ast.Index):
             work.scope.has("direction", part.name)
     for name in number_names(node):

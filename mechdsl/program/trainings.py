@@ -26,6 +26,7 @@ from mechdsl.program.prompts import named_corruptions
 from mechdsl.program.statements import Statements, mark_names_used
 from mechdsl.program.trainers import EffectTrainer, RotationTrainer, find_trainer, trainer_call
 from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
 
 
 def lower_objectives(parts: spec.Definitions, scope: Namespace) -> None:
@@ -110,6 +111,8 @@ def _lower_objective(
     if of not in (None, ast.STANDARD_BASIS) and not scope.use("basis", of, basis.site.span):
         return None
     at = basis.at or last_token(call)
+    if not _are_known(at, scope):
+        return None
     name = ast.Name(basis.name, span=call.span)
     work = Statements(ast.ExperimentDef(name, (), span=call.span), parts, scope)
     mark_names_used(basis.site, work)
@@ -128,6 +131,19 @@ def _lower_objective(
         statistics=lower_statistics(work),
         trains=f"fit({trainer.name}(…))",
     )
+
+
+def _are_known(at: ast.Positions, scope: Namespace) -> bool:
+    """Whether positions are known before an experiment runs; E0207 otherwise."""
+    ranked = next((each for each in walk(at) if isinstance(each, ast.RankedTokens)), None)
+    if ranked is None:
+        return True
+    reason = "isn't known before that experiment has run"
+    hint = "name positions of the prompts, such as `last token`"
+    scope.diagnostics.append(
+        BadArgument(span=ranked.span, name=ranked.span.written, reason=reason, hint=hint)
+    )
+    return False
 
 
 def _rule(basis: spec.Basis, at: ast.Positions, source: str | None) -> spec.Rule:

@@ -54,6 +54,7 @@ from mechdsl.resolve.types import (
     LoopCells,
     MaskCandidate,
     ModelContext,
+    PositionChoice,
     SiteCoordinate,
     SitePoint,
     SiteTargets,
@@ -1362,7 +1363,13 @@ def label_all_points(points: Sequence[SitePoint]) -> str:
 
 
 def label_candidates(candidates: Sequence[MaskCandidate]) -> str:
-    """Format candidates: `L0H2.z + L1H3.z`, `features 3, 12 of f`, `L3.resid_post dims 0..7`."""
+    """Format candidates: `L0H2.z + L1H3.z`, `features 3, 12 of f`, `L3.resid_post dims 0..7`,
+    `item 2 + token 5`."""
+    positions = [each.label for each in candidates if isinstance(each, PositionChoice)]
+    if positions:
+        return " + ".join(
+            f"token {label}" if label.lstrip("-").isdigit() else label for label in positions
+        )
     points = [each for each in candidates if isinstance(each, SitePoint)]
     coordinates = [each for each in candidates if isinstance(each, SiteCoordinate)]
     if not coordinates:

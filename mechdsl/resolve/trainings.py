@@ -3,7 +3,7 @@ trained, the measure that it is trained on, and whether training rows differ fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from mechdsl.resolve.types import (
     JacobianBasis,
     MaskCandidate,
     ModelContext,
+    PositionChoice,
     RecordStream,
     ResolvedExperiment,
     SiteCoordinate,
@@ -195,8 +196,11 @@ def mask_points(objective: ResolvedExperiment) -> tuple[SitePoint, ...]:
 
 
 def list_candidates(objective: ResolvedExperiment) -> tuple[MaskCandidate, ...]:
-    """Return what a mask chooses from: sites, or coordinates of the vector of one site."""
+    """Return what a mask chooses from: sites, positions, or coordinates of the vector of a site."""
     points, basis = mask_points(objective), objective.rules[0].basis
+    if chooses_positions(objective):
+        cells = enumerate(written for written, _ in paired_cells(objective))
+        return tuple(PositionChoice(number, cell.label) for number, cell in cells)
     if basis is None:
         return points
     (coordinates,), point = basis.coordinates.values(), points[0]
@@ -206,7 +210,9 @@ def list_candidates(objective: ResolvedExperiment) -> tuple[MaskCandidate, ...]:
 
 
 def key_of_candidate(candidate: MaskCandidate) -> list[str | int | None]:
-    """Return a candidate as a list: `["z", 2, 0]`, `["resid_post", 3, null, "f", 12]`."""
+    """Return a candidate as a list: `["z", 2, 0]`, `["resid_post", 3, null, "f", 12]`, `[4]`."""
+    if isinstance(candidate, PositionChoice):
+        return [candidate.number]
     if isinstance(candidate, SitePoint):
         return [candidate.site, candidate.layer, candidate.unit]
     return [*key_of_candidate(candidate.point), candidate.basis, candidate.number]
@@ -386,12 +392,37 @@ def describe_training(
 # --- the measure of a rotation --------------------------------------------------------------------
 
 
-def paired_positions(objective: ResolvedExperiment) -> tuple[PositionCell, PositionCell]:
-    """Return the tokens that a training writes in the clean run, and those that it reads in the
-    source run; rows that lack one of them have neither. An ablation reads those that it writes."""
+def chooses_positions(objective: ResolvedExperiment) -> bool:
+    """Whether a training chooses positions: it has several."""
+    return len(objective.rules[0].positions.written) > 1
+
+
+def paired_cells(objective: ResolvedExperiment) -> list[tuple[PositionCell, PositionCell]]:
+    """Return each position of a training: the tokens that it writes in the clean run, and those
+    that it reads in the source run.
+
+    Rows that lack one of them have neither. An ablation reads those that it writes.
+    """
     positions = objective.rules[0].positions
-    ((key, written),) = positions.written.items()
-    return written, positions.read.get(key, written)
+    pairs = positions.written.items()
+    return [(written, positions.read.get(key, written)) for key, written in pairs]
+
+
+def paired_positions(objective: ResolvedExperiment) -> tuple[PositionCell, PositionCell]:
+    """Return the tokens of all positions of a training, as `paired_cells` does for each: a row has
+    those of the first position, then those of the second."""
+    pairs, label = paired_cells(objective), objective.rules[0].spec.at.span.written
+    if len(pairs) == 1:
+        return pairs[0]
+    written, read = (_join(cells, label) for cells in zip(*pairs, strict=True))
+    return written, read
+
+
+def _join(cells: Sequence[PositionCell], label: str) -> PositionCell:
+    """Return the tokens of some positions as one position."""
+    rows = zip(*(cell.hits for cell in cells), strict=True)
+    joined = ([token for hits in row for run in hits for token in run] for row in rows)
+    return PositionCell(label, tuple((tuple(own),) if own else () for own in joined))
 
 
 def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
@@ -419,23 +450,28 @@ def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     if problem is not None:
         yield problem
         return
-    if len(rule.positions.written) != 1:
-        if what == "group":  # otherwise an error of the basis
-            reason, hint = "a mask is trained at one position", "join them: `{A, B}`"
-            yield BadBasis(span=rule.spec.at.span, reason=reason, hint=hint, what=what)
-        return
-    yield from _check_positions(objective)
+    if chooses_positions(objective) and what != "group":
+        return  # an error of the basis
+    for cell, _ in paired_cells(objective):
+        problem = _check_position(objective, cell)
+        if problem is not None:
+            yield problem
+            return
+    yield from _check_rows(objective)
 
 
 def _check_coordinates(objective: ResolvedExperiment) -> Diagnostic | None:
     """Return E0342 for a mask over the coordinates of several vectors of a token, or of a basis of
-    another model."""
+    another model; or over positions of several vectors."""
     rule = objective.rules[0]
-    if rule.basis is None:
-        return None
     assert rule.spec.site is not None
     count = len(mask_points(objective))
-    if count > 1:
+    if rule.basis is None:
+        if count == 1 or not chooses_positions(objective):
+            return None
+        reason = f"`{rule.spec.site.span.written}` names {count} vectors of a token"
+        hint = "a mask chooses positions at one site: name one"
+    elif count > 1:
         reason = f"`{rule.spec.site.span.written}` names coordinates of {count} vectors of a token"
         hint = "name one site, such as one layer"
     elif any(True for _ in _fit_models(rule.basis)):
@@ -453,12 +489,10 @@ def _fit_models(basis: BasisTargets) -> Iterator[str]:
         yield from (each.run.model for each in samples if each.run.model is not None)
 
 
-def _check_positions(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
-    """Yield E0342 for a position that rows have several times, or that too few rows have."""
+def _check_position(objective: ResolvedExperiment, cell: PositionCell) -> Diagnostic | None:
+    """Return E0342 for a position that rows have several times, or that is in an answer."""
     rule, table, said = objective.rules[0], objective.table, objective.spec.trains
-    what, (cell, _), span = _statement(objective), paired_positions(objective), rule.spec.at.span
-    rows = [row for row, hits in enumerate(cell.hits) if hits]
-    repeated = next((row for row in rows if len(cell.hits[row]) > 1), None)
+    repeated = next((row for row, hits in enumerate(cell.hits) if len(hits) > 1), None)
     if repeated is not None:
         many = len(cell.hits[repeated])
         reason = f"row {repeated} has `{cell.label}` {many} times, and `{said}` trains at one"
@@ -466,22 +500,41 @@ def _check_positions(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     elif is_after_prompts(cell, table.runs[objective.spec.base].rows):
         reason = f"`{said}` trains at tokens of the prompt, not of the answer"
         hint = "name a position of the prompt"
-    elif len(rows) < FEWEST_ROWS:
+    else:
+        return None
+    what = _statement(objective)
+    return BadBasis(span=rule.spec.at.span, reason=reason, hint=hint, what=what)
+
+
+def _check_rows(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0342 for positions that too few rows have, or that share tokens."""
+    rule, table = objective.rules[0], objective.table
+    cell, span = paired_positions(objective)[0], rule.spec.at.span
+    rows = [row for row, hits in enumerate(cell.hits) if hits]
+    if len(rows) < FEWEST_ROWS:
         where = " in both runs" if rule.spec.source is not None else ""
         reason = f"fewer than {FEWEST_ROWS} rows of `{table.name}` have `{cell.label}`{where}"
         hint = "name a position that more rows have"
-    elif _averages(objective) and any(len(cell.hits[row][0]) > 1 for row in rows):
-        reason = f"`with: mean` is of one token per row, and `{cell.label}` has several"
-        hint = "name one token, or write `with: zero`"
+    elif (found := _shared_token(objective)) is not None:
+        row, token, first, second = found
+        reason = f"`{first}` and `{second}` are both token {token} of row {row}"
+        hint = "a mask chooses between positions without common tokens: leave one out"
     else:
         return
-    yield BadBasis(span=span, reason=reason, hint=hint, what=what)
+    yield BadBasis(span=span, reason=reason, hint=hint, what=_statement(objective))
 
 
-def _averages(objective: ResolvedExperiment) -> bool:
-    """Whether means come in for the vectors."""
-    fill = objective.spec.rules[0].fill
-    return fill is not None and fill.span.written == "mean"
+def _shared_token(objective: ResolvedExperiment) -> tuple[int, int, str, str] | None:
+    """Return the first row, token and labels of two positions that share a token of a row."""
+    cells = [written for written, _ in paired_cells(objective)]
+    for row in range(len(objective.table)):
+        owners: dict[int, int] = {}
+        for number, cell in enumerate(cells):
+            for token in (token for run in cell.hits[row] for token in run):
+                first = owners.setdefault(token, number)
+                if first != number:
+                    return row, token, cells[first].label, cell.label
+    return None
 
 
 def _statement(objective: ResolvedExperiment) -> str:

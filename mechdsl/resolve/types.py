@@ -377,8 +377,8 @@ class TrainedLens(Record):
 
 @record
 class TrainedMask(Record):
-    """A group that a file declares with `fit`: the sites, features or dimensions that a training
-    chooses.
+    """A group that a file declares with `fit`: the sites, positions, features or dimensions that a
+    training chooses.
 
     Until its training is found in the store, the first candidates replace the chosen ones, and
     its digest is empty.
@@ -404,10 +404,12 @@ class TrainedMask(Record):
 
     @property
     def noun(self) -> str:
-        """What one candidate is: `site`, `feature` or `dimension`."""
+        """What one candidate is: `site`, `position`, `feature` or `dimension`."""
         first = self.candidates[0]
         if isinstance(first, SitePoint):
             return "site"
+        if isinstance(first, PositionChoice):
+            return "position"
         return "dimension" if first.basis is None else "feature"
 
     @property
@@ -640,7 +642,16 @@ class SiteCoordinate(Record):
     number: int
 
 
-MaskCandidate: TypeAlias = SitePoint | SiteCoordinate
+@record
+class PositionChoice(Record):
+    """One of the positions that a mask chooses from."""
+
+    number: int
+    """Among all of them, in the order of the file."""
+    label: str = field(compare=False)
+
+
+MaskCandidate: TypeAlias = SitePoint | SiteCoordinate | PositionChoice
 """What a mask chooses from."""
 
 

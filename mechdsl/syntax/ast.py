@@ -447,12 +447,34 @@ class PositionUnion(Node):
 
 
 @record
+class ChosenTokens(Node):
+    """`movers tokens`, `each movers token`: what a training chooses from some positions.
+
+    A file has the name of a group instead, until the choice for an experiment's model is known.
+    """
+
+    name: str
+    items: Positions
+    """What the training chooses from."""
+    labels: tuple[str, ...] | None
+    """Labels of the chosen positions; None until the candidates are known, for all."""
+    plural: bool
+
+
+@record
 class EachStep(Node):
     """`each step`: every position at which a token of a reply is predicted."""
 
 
 PointBase = (
-    TokenIndex | SpanTokens | EachTokenOf | EdgeToken | RankedTokens | PositionUnion | EachStep
+    TokenIndex
+    | SpanTokens
+    | EachTokenOf
+    | EdgeToken
+    | RankedTokens
+    | PositionUnion
+    | ChosenTokens
+    | EachStep
 )
 
 

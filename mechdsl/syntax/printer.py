@@ -354,6 +354,8 @@ def _base(node: ast.PointBase) -> str:
             return f"{format_ranked(node.ranked)} {_tokens(node.plural)}"
         case ast.PositionUnion():
             return f"{{{format_positions(node.items)}}}"
+        case ast.ChosenTokens():
+            return f"{node.name} tokens" if node.plural else f"each {node.name} token"
 
 
 def _tokens(plural: bool) -> str:

@@ -558,6 +558,17 @@ _file(
     "arXiv 2104.03514",
 )
 _file(
+    "group: a trained mask of positions",
+    "group g = fit(mask(size: 1), prompts: fruit.train, with: mean, minimise: logit(answer)) "
+    "at resid_post layer 1 at each item token, last token",
+    "With one site and several positions, a mask chooses positions, the same for all rows. Rules "
+    "use them at any site: `at g tokens` are the tokens of all chosen positions together, "
+    "`at each g token` are one run for each. Each position has one gate. Positions that share a "
+    "token are E0342, and a group of positions that is used as a site is E0207.",
+    "tests/pipeline/test_trained_position_masks.py",
+    "Louizos et al. 2018, arXiv 1712.01312",
+)
+_file(
     "basis: transcoder",
     'basis t = transcoder("tc") at mlp_out layer 1',
     "The features of a transcoder, in the layouts of `sae`, or in a `layer_1.safetensors` of "

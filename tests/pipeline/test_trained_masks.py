@@ -593,7 +593,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "pattern": (HEADS, "pattern layers * heads *", "E0608"),
     "no sites": (f" at {HEADS} at last token", "", "E0342"),
     "positions": ("last token", "last token, cue token", "E0342"),
-    "mean of tokens": ("from: other", "with: mean", "E0342"),
+    "mean of uneven tokens": ("from: other", "with: mean", "E0324"),
     "rotation": ("mask(size: 3)", "das(dims: 2)", "E0342"),
     "no training": (CALL, "pca(p, dims: 2)", "E0342"),
     "basis": ("group g", "basis g", "E0342"),
@@ -607,8 +607,8 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
     line = f"group g = {CALL} at {HEADS} at last token\n"
     assert old in line
     line = line.replace(old, new)
-    if name == "mean of tokens":
-        line = line.replace("prompts: p", "prompts: even").replace("last token", "name tokens")
+    if name == "mean of uneven tokens":
+        line = line.replace("last token", "subject tokens")
     other = fit(name="h") if name == "another training" else ""
     path = write(tmp_path, other, line, PATCHES, OTHER, blocks=NOISY)
     with pytest.raises(mechdsl.MechdslError) as found:

@@ -594,6 +594,8 @@ class _Resolver:
                     return self._later(base, "a position that another experiment ranked")
                 found = self.ranked(base, self.run, self.loops, self.diagnostics)
                 return [PositionCell(label, tuple(hits)) for label, hits in found]
+            case ast.ChosenTokens():
+                return self._chosen(base)
             case ast.EachStep():  # a position in a reply: `reply_cells` resolves it
                 return []
 
@@ -800,6 +802,35 @@ class _Resolver:
         )
         found, either = PositionCell(base.span.written, hits), {c.follows for c in cells} - {""}
         return [replace(found, follows=min(either)) if either else found]
+
+    def _chosen(self, base: ast.ChosenTokens) -> list[PositionCell]:
+        """Return the positions that a training chose, or their tokens joined; E0310 if no row has
+        one of them."""
+        before = len(self.diagnostics)
+        cells = [cell for item in base.items.items for cell in self.position(item)]
+        if has_errors(self.diagnostics[before:]):
+            return []
+        if base.labels is not None:
+            known = {cell.label: cell for cell in cells}
+            absent = next((label for label in base.labels if label not in known), None)
+            if absent is not None:
+                self.diagnostics.append(
+                    OutsidePrompt(
+                        span=base.span,
+                        position=f"{absent}` of `{base.name}",
+                        run=self.run,
+                        lacking=self.total,
+                        total=self.total,
+                        example=self.spans.example(0),
+                        hint="measure rows with the same template as the training rows",
+                    )
+                )
+                return []
+            cells = [known[label] for label in base.labels]
+        if not base.plural:
+            return cells
+        hits = tuple(join_hits(cells, n) for n in range(self.total))
+        return [PositionCell(base.span.written, hits)]
 
     def _may_lack(self, node: ast.Node) -> bool:
         """Return whether rows without the position drop out: another experiment didn't rank their
