@@ -178,15 +178,15 @@ def value_by_hand(
         read = {
             site: [read_by_hand(family, rows("clean")[n].ids, site) for n in ids] for site in sites
         }
-        places = [tokens(rows("clean")[n], at)[0] for n in ids]
+        places = [tokens(rows("clean")[n], at) for n in ids]
         incoming = {
             site: [
-                torch.stack([every[n][layer][places[n]] for n in ids]).mean(0)[None]
+                torch.stack([every[n][layer][places[n]] for n in ids]).mean(0)
                 for layer in range(len(every[0]))
             ]
             for site, every in read.items()
         }
-        theirs = [0]
+        theirs = range(len(mine))
     named = {
         (point.site, point.layer or 0, point.unit): gates[number]
         for number, point in enumerate(points)
@@ -202,6 +202,7 @@ SITES = (
     "mlp_hidden layers 1..2 neurons 3, 7 at last token",
     "mlp_hidden layers * at cue token",
     "z layers 0..1 at last token",
+    f"{HEADS} at {{item 1 token, cue token}}",
 )
 SOURCES = ("from: other", "with: zero", "with: mean")
 
@@ -210,7 +211,7 @@ SOURCES = ("from: other", "with: zero", "with: mean")
 @pytest.mark.parametrize(("at", "side"), in_turn(SITES, ("left", "right")))
 def test_loss_and_gradient(at: str, side: Any, family: str, source: str, tmp_path: Path) -> None:
     """Of every row, in ragged batches of two rows, each with its own gates."""
-    if source == "with: mean" and "tokens" in at:
+    if source == "with: mean" and "subject tokens" in at:
         source = "with: zero"
     options = QUICK.replace("25%", "0%")
     path = write(tmp_path, fit(options, source=source, at=at, mask="size: 1"), PATCHES)
