@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,8 +44,6 @@ class Dictionary:
     """The second word of the folder's name."""
     seed: int = 0
     """Seed of the training."""
-    rows_of: str = ""
-    """The suffix of another dictionary of the model. A meta-SAE encodes its decoder rows."""
 
     @property
     def name(self) -> str:
@@ -109,7 +107,6 @@ DICTIONARIES = (
     STREAM,
     replace(STREAM, features=128, suffix="128", seed=1),
     replace(STREAM, features=256, suffix="256", seed=2),
-    replace(STREAM, features=64, k=4, suffix="meta", seed=3, rows_of="256"),
     Dictionary("counting", "model.layers.2", False, "blocks.2.hook_resid_post", lists, 128, 8),
     Dictionary("succession", "model.layers.0", False, "blocks.0.hook_resid_post", numerals, 28, 3),
 )
@@ -146,9 +143,6 @@ def activations(
 
 def training_vectors(of: Dictionary) -> Tensor:
     """Return [vector, width]: the vectors that a dictionary is trained on."""
-    if of.rows_of:
-        rows = replace(of, suffix=of.rows_of).folder / "sae_weights.safetensors"
-        return load_file(rows)["W_dec"]
     return activations(of.model, of.module, of.of_input, of.texts)
 
 

@@ -328,6 +328,10 @@ class Dictionary:
             return weights["W_dec"] / weights["W_dec"].norm(dim=-1, keepdim=True)
         return weights["W_dec"]
 
+    def rows(self) -> Tensor:
+        """Return [feature, width]: what a feature of 1 adds to the reconstruction."""
+        return self._rows(self._loaded)
+
     def encoder_weights(self) -> Tensor:
         """Return [width, feature]: the map to features before bias and activation function."""
         weights = self._loaded

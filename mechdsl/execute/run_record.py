@@ -231,6 +231,15 @@ class TrainingReport(FitReport):
 
 
 @dataclass(frozen=True)
+class DecoderReport(TrainingReport):
+    """What a training on the decoder of a dictionary led to; its rows are decoder directions."""
+
+    normal_explained: float
+    """`explained` of a dictionary of the same size, trained in the same way on normal vectors with
+    the mean and the covariance of the training vectors, for as many held-out normal vectors."""
+
+
+@dataclass(frozen=True)
 class IndependenceReport(FitReport):
     """How independent components are, on vectors of rows that the training didn't use."""
 
@@ -424,6 +433,7 @@ class MaskReport(FitReport):
 
 Report = (
     TrainingReport
+    | DecoderReport
     | IndependenceReport
     | MixtureReport
     | RotationReport

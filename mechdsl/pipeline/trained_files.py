@@ -38,6 +38,7 @@ from mechdsl.execute.run_record import (
     ROTATION_FILE,
     TRAINING_VERSION,
     VECTOR_FILE,
+    DecoderReport,
     IndependenceReport,
     LensReport,
     MaskReport,
@@ -75,6 +76,7 @@ from mechdsl.resolve.trainings import (
     paired_cells,
 )
 from mechdsl.resolve.types import (
+    BasisMember,
     BasisTargets,
     RecordStream,
     ResolvedExperiment,
@@ -120,14 +122,14 @@ class DeclaredFit:
     @property
     def model(self) -> str:
         """Key of the loaded model that runs the rows."""
-        return self.training.sample.run.model or self.experiment.model.key
+        return self.training.model or self.experiment.model.key
 
     @property
     def waits(self) -> bool:
         """Whether it needs a basis that isn't trained yet."""
         basis = None if self.objective is None else self.objective.rules[0].basis
         trained = (TrainedDictionary, TrainedRotation, TrainedVector)
-        used = () if basis is None else basis.saved
+        used = (self.training.decoder,) if basis is None else basis.saved
         return any(isinstance(own, trained) and not own.is_trained for own in used)
 
 
@@ -138,11 +140,8 @@ def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFi
         bases = [rule.basis for rule in experiment.every_rule]
         bases += [save.basis for save in experiment.saves]
         for member in (each for own in bases if own is not None for each in own.members):
-            own = member.operand
-            trained = isinstance(own, TrainedDictionary | TrainedRotation)
-            if trained and own.training is not None:
-                declared = DeclaredFit(member.name, own, experiment)
-                found.setdefault(own.training.name, declared)
+            for declared in _trained_bases(member, experiment):
+                found.setdefault(declared.training.name, declared)
         for vector in _trained_vectors(experiment):
             declared = DeclaredFit(vector.name, vector, experiment)
             found.setdefault(vector.training.name, declared)
@@ -155,6 +154,16 @@ def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFi
             declared = DeclaredFit(mask.training.definition, mask, experiment)
             found.setdefault(mask.training.name, declared)
     return found
+
+
+def _trained_bases(member: BasisMember, experiment: ResolvedExperiment) -> Iterator[DeclaredFit]:
+    """Yield the training of a basis, after those of dictionaries whose decoders it reads."""
+    own = member.operand
+    if not isinstance(own, TrainedDictionary | TrainedRotation) or own.training is None:
+        return
+    if isinstance(own.training.source, BasisMember):
+        yield from _trained_bases(own.training.source, experiment)
+    yield DeclaredFit(member.name, own, experiment)
 
 
 def _trained_vectors(experiment: ResolvedExperiment) -> Iterator[TrainedVector]:
@@ -206,11 +215,9 @@ class FitKeys:
             RunKeyError: The model can't be identified, or the device doesn't exist.
             OSError: A file can't be read.
         """
-        training, sample = fit.training, fit.training.sample
-        name = sample.run.model or fit.experiment.model.name
+        training = fit.training
+        name = training.model or fit.experiment.model.name
         told, contents = self._model(name)
-        content = contents.of(sample.run, sample.table).tolist()
-        rows = zip(sample.table.row_keys, content, sample.cell.hits, strict=True)
         parts: dict[str, object] = {
             "version": [TRAINING_VERSION, NUMERIC_VERSION],
             "packages": [package_version(package) for package in packages_of_fit(fit)],
@@ -221,8 +228,7 @@ class FitKeys:
             "seed": training.seed,
             "sites": [[each.site, each.layer, each.unit] for each in training.points],
             "model": told,
-            "rows": [[key, own, list(hits)] for key, own, hits in rows],
-            "noise": self.checked.program.seed if sample.run.noise is not None else None,
+            **self._rows(training, contents),
             "run": [self.options.dtype, self._device, self.options.execution.side],
         }
         if training.stream is not None:
@@ -248,6 +254,18 @@ class FitKeys:
         told, contents = self._model(name)
         keys = OperandKeys(contents, digest(json_digest(told)))
         return keys.basis({None: basis.at(point)}).hex()
+
+    def _rows(self, training: Training, contents: RunContents) -> dict[str, object]:
+        """Return what identifies the vectors of a training, with the model and the tokens."""
+        if training.decoder is not None:
+            return {"decoder": training.decoder.digest}
+        sample = training.sample
+        content = contents.of(sample.run, sample.table).tolist()
+        rows = zip(sample.table.row_keys, content, sample.cell.hits, strict=True)
+        return {
+            "rows": [[key, own, list(hits)] for key, own, hits in rows],
+            "noise": self.checked.program.seed if sample.run.noise is not None else None,
+        }
 
     def _stream(self, training: Training, stream: RecordStream) -> list[object]:
         """Return what the rows of a training depend on that reads a file in parts."""
@@ -347,7 +365,8 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
         file = read_dictionary(folder, str(folder), transcodes=transcodes)
         own = fit.training.trainer
         measured = own.measured if isinstance(own, SolvedTrainer) else "features"
-        return file, REPORTS[measured].read(card)
+        kind = DecoderReport if fit.training.decoder else REPORTS[measured]
+        return file, kind.read(card)
     except (OSError, ValueError, KeyError, TypeError, IndexError, UnreadableFile):
         return None
 
@@ -439,6 +458,8 @@ def _describe_result(file: TrainedFile, report: Report) -> str:
         text += f"{report.untrained_kurtosis:.2f})"
     else:
         text += f", {report.active:.1f} features active"
+    if isinstance(report, DecoderReport):
+        text += f"; of normal vectors with the same covariance {report.normal_explained:.3f}"
     return f"{text}, SHA-256 {file.digest[:12]}…"
 
 

@@ -17,9 +17,11 @@ from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import TrainingFailed, UndecidedMask
+from mechdsl.dictionaries.folder import WEIGHT_FILES
 from mechdsl.execute.run_record import (
     CARD_FILE,
     LENS_FILE,
+    DecoderReport,
     IndependenceReport,
     LensReport,
     MaskReport,
@@ -52,6 +54,7 @@ from mechdsl.resolve.types import (
     TrainedMask,
     TrainedRotation,
     TrainedVector,
+    Training,
     describe_rotation,
 )
 from mechdsl.results.results import NOT_INSTALLED, package_version
@@ -334,10 +337,14 @@ def _train_on_vectors(
 ) -> Report:
     """Train a lens or a dictionary."""
     from mechdsl.execute.component_training import train_components, train_mixture
+    from mechdsl.execute.decoder_training import train_on_decoder
     from mechdsl.execute.lens_training import train_lens
     from mechdsl.execute.training import solve_dictionary, train_dictionary
     from mechdsl.execute.training_vectors import RowVectors, StreamedVectors
 
+    if fit.training.decoder is not None:
+        assert isinstance(fit.file, TrainedDictionary)
+        return train_on_decoder(fit.file, fit.training.decoder, model.device, job)
     if fit.training.stream is None:
         vectors = RowVectors(fit.training, model, checked.program.seed, side)
     else:
@@ -379,7 +386,7 @@ def _read_part(checked: CheckedFile, fit: DeclaredFit, ids: Sequence[int]) -> Fi
 
 def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[str, Any]:
     """Return what the card of a training says besides its report."""
-    training, sample = fit.training, fit.training.sample
+    training = fit.training
     options = {**training.options, "seed": training.seed}
     own: dict[str, Any] = {}
     packages = packages_of_fit(fit)
@@ -396,15 +403,27 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
         "trainer": training.trainer.name,
         "options": {**training.of_trainer, **options},
         "file": checked.source.name,
-        "model_name": checked.program.models[sample.run.model or fit.experiment.model.name].path,
+        "model_name": checked.program.models[training.model or fit.experiment.model.name].path,
         "source": model.provenance.get("source", ""),
         "dtype": str(model.dtype).removeprefix("torch."),
         "what": fit.file.kind,
+        **_describe_source(training),
+        "versions": {name: package_version(name) for name in ("mechdsl", *packages)},
+    }
+
+
+def _describe_source(training: Training) -> dict[str, Any]:
+    """Return what the card of a training says about its rows."""
+    if training.decoder is not None:
+        path = training.decoder.path
+        name = path.parent.name if path.name in WEIGHT_FILES.values() else path.name
+        return {"prompts": f"decoder of {name}", "data": training.decoder.digest}
+    sample = training.sample
+    return {
         "prompts": sample.table.name,
         "run": sample.run.name,
         "positions": sample.cell.label,
         "data": sample.table.data_hash,
-        "versions": {name: package_version(name) for name in ("mechdsl", *packages)},
     }
 
 
@@ -465,7 +484,9 @@ def _card_text(fit: TrainedFit) -> str:
 def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
     """Return what a model card says about the rows and the result of a training."""
     held_out = count_noun(report.held_out_rows, "row")
-    rows = f"- Rows: {report.rows:,} of `{card['prompts']}` ({card['run']}) at {card['positions']}"
+    rows = f"- Rows: {report.rows:,} of `{card['prompts']}`"
+    if not isinstance(report, DecoderReport):
+        rows += f" ({card['run']}) at {card['positions']}"
     if isinstance(report, MaskReport):
         return _describe_mask(rows, report, card)
     if isinstance(report, RotationReport):
@@ -495,9 +516,14 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
         return _describe_soft_prompt(rows, report)
     if isinstance(report, LensReport):
         return _describe_lens(rows, report)
+    normal = []
+    if isinstance(report, DecoderReport):
+        what = "a dictionary of normal vectors with the same covariance, on held-out ones"
+        normal = [f"- The same with {what}: {report.normal_explained:.4f}"]
     return [
         f"{rows}, {report.vectors:,} vectors; {held_out} held out",
         f"- Explained variance on held-out vectors: {report.explained:.4f}",
+        *normal,
         f"- The same with untrained weights: {report.untrained_explained:.4f}",
         f"- The same with as many principal components: {report.components_explained:.4f}",
         f"- Active features of a vector: {report.active:.2f}",

@@ -21,6 +21,7 @@ from mechdsl.program.dictionary_trainers import OTHER_DICTIONARY_TRAINERS
 from mechdsl.program.directions import (
     check_fit_rows,
     check_row_limit,
+    decoded_basis,
     fitted_block,
     training_call,
 )
@@ -37,6 +38,7 @@ from mechdsl.program.references import lists_positions
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import (
     TRAINERS,
+    DictionaryTrainer,
     EffectTrainer,
     MaskTrainer,
     ScaleTrainer,
@@ -150,7 +152,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
                 what=what,
             )
         )
-    elif statement.at is not None and method.takes not in ROW_OPERANDS:
+    elif statement.at is not None and not _reads_rows(call, method, parts):
         scope.diagnostics.append(
             BadBasis(
                 span=statement.at.span,
@@ -280,8 +282,7 @@ def check_arguments(
         if argument.name is None:
             continue
         if argument.name not in method.options:
-            trains = OTHER_OBJECTIVES if method.takes == "training" else {}
-            others = {**OTHER_OPTIONS, **trains}
+            others = {**OTHER_OPTIONS, **(OTHER_OBJECTIVES if method.takes == "training" else {})}
             scope.diagnostics.append(_unknown_option(argument, call.name, method.options, others))
         elif argument.name == "limit":
             check_row_limit(call, argument, parts, scope)
@@ -299,8 +300,10 @@ def check_arguments(
     if problem is not None:
         scope.diagnostics.append(problem)
         return
-    if method.takes in ROW_OPERANDS:
+    if _reads_rows(call, method, parts):
         check_fit_rows(fitted_block(method, call), parts, scope)
+    elif method.takes == "training" and not _check_decoder(call, what, parts, scope):
+        return
     if method.takes == "training":
         _check_trainer(call, what, parts, scope)
         _check_patience(call, what, parts, scope)
@@ -314,12 +317,78 @@ def check_arguments(
             )
         )
     for value in values if method.takes == "directions" else ():
-        name = value.id if isinstance(value, ast.Name) else value.span.written
-        scope.use("direction", name, value.span)
+        scope.use("direction", value.span.written, value.span)
     if method.takes == "tokens":
         _check_matrix_rows(call, method, values, parts, scope)
     if method.takes in ("file", "dictionary"):
         _check_texts(call, method, values, parts, scope)
+
+
+_DECODER = "prompts: decoder of big"
+
+_ROW_OPTIONS = ("limit", "measure_on_training_rows")
+"""Options of `fit` that a training on a decoder doesn't have, because it reads no prompts."""
+
+
+def _reads_rows(call: ast.Call, method: BasisMethod, parts: Definitions) -> bool:
+    """Whether a basis is computed from activations of rows."""
+    return method.takes in ROW_OPERANDS and decoded_basis(call, parts.prompts) is None
+
+
+def _check_decoder(call: ast.Call, what: Statement, parts: Definitions, scope: Namespace) -> bool:
+    """Whether a training can read the decoder of a dictionary; reports the problem otherwise.
+
+    Codes: E0201 for a name that is no basis, E0207 for options that need prompts, E0342 for other
+    trainers.
+    """
+    before, inner = len(scope.diagnostics), trainer_call(call)
+    decoder = decoded_basis(call, parts.prompts)
+    assert decoder is not None
+    if inner.name in TRAINERS and inner.name != "sae":
+        reason = f"`{inner.name}` isn't trained on the decoder of a dictionary"
+        hint = f"name a prompt set, or write `fit(sae(features: 64, k: 4), {_DECODER})`"
+        scope.diagnostics.append(BadBasis(span=inner.span, reason=reason, hint=hint, what=what))
+    elif scope.use("basis", decoder.of.whole, decoder.span):
+        for argument in (each for each in call.arguments if each.name in _ROW_OPTIONS):
+            name, reason = str(argument.name), "needs prompts, and this training reads a decoder"
+            scope.diagnostics.append(
+                BadArgument(span=argument.span, name=name, reason=reason, hint=f"remove `{name}`")
+            )
+    return len(scope.diagnostics) == before
+
+
+def keep_decoders(parts: Definitions, scope: Namespace) -> None:
+    """Remove bases that are trained on a decoder that doesn't exist, and report E0342 for them,
+    unless that of the other basis is reported."""
+    every = dict(parts.bases)
+    for name, basis in every.items():
+        decoder, seen = decoded_basis(basis.method, parts.prompts), [name]
+        while decoder is not None:
+            of = every.get(decoder.of.whole)
+            if of is None or of.name in seen:
+                del parts.bases[name]
+                if of is not None and of.name == name:
+                    reason = f"`{name}` is trained on its own decoder"
+                    hint = f"name another dictionary: `{_DECODER}`"
+                    scope.diagnostics.append(BadBasis(span=decoder.span, reason=reason, hint=hint))
+                break
+            if not _has_decoder(of):
+                del parts.bases[name]
+                if seen == [name]:
+                    reason = f"`{of.name}` is no dictionary, so it has no decoder"
+                    hint = 'name a basis such as `sae("path/to/sae")` or `fit(sae(…), …)`'
+                    scope.diagnostics.append(BadBasis(span=decoder.span, reason=reason, hint=hint))
+                break
+            seen.append(of.name)
+            decoder = decoded_basis(of.method, parts.prompts)
+
+
+def _has_decoder(basis: spec.Basis) -> bool:
+    """Whether a basis is a dictionary of a folder or a trained one."""
+    takes = BASIS_METHODS[basis.method.name].takes
+    if takes != "training":
+        return takes == "dictionary"
+    return isinstance(find_trainer(trainer_call(basis.method)), DictionaryTrainer)
 
 
 def _unknown_option(

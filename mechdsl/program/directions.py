@@ -166,7 +166,8 @@ def fit_rows_of_experiment(experiment: spec.Experiment, program: spec.Program) -
 
 
 def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.Basis]:
-    """Return the bases that an experiment's rules and saves use, once each."""
+    """Return the bases that an experiment's rules and saves use, and those whose decoders they are
+    trained on, once each."""
     sites = [rule.site for rule in experiment.every_rule if rule.site is not None]
     sites += [save.site for save in experiment.saves]
     names = dict.fromkeys(site.basis_name for site in sites)
@@ -177,7 +178,15 @@ def used_bases(experiment: spec.Experiment, program: spec.Program) -> list[spec.
     looped = [loop for loop in experiment.loops if loop.name in names]
     for loop in looped:  # `for b in [more, less] { patch SITE in basis b }`
         names |= dict.fromkeys(p.id for p in walk(loop.domain) if isinstance(p, ast.Name))
-    return [program.bases[name] for name in names if name in program.bases]
+    todo = [program.bases[name] for name in names if name in program.bases]
+    found: dict[str, spec.Basis] = {}
+    while todo:
+        basis = todo.pop(0)
+        found[basis.name] = basis
+        decoder = decoded_basis(basis.method, program.prompts)
+        of = None if decoder is None else program.bases.get(decoder.of.whole)
+        todo += [] if of is None or of.name in found else [of]
+    return list(found.values())
 
 
 def fitted_block(method: BasisMethod, call: ast.Call) -> ast.Node:
@@ -186,6 +195,15 @@ def fitted_block(method: BasisMethod, call: ast.Call) -> ast.Node:
         return next(each.value for each in call.arguments if each.name == "prompts")
     values = [each.value for each in call.arguments if each.name is None]
     return values[1] if method.takes == "value and block" else values[0]
+
+
+def decoded_basis(call: ast.Call, blocks: Container[str]) -> ast.QualifiedRef | None:
+    """Return `decoder of BASIS` if a training reads the decoder of a dictionary; None for rows."""
+    for argument in call.arguments:
+        node = argument.value
+        if argument.name == "prompts" and isinstance(node, ast.QualifiedRef):
+            return node if node.name == "decoder" and node.of.name not in blocks else None
+    return None
 
 
 def last_token(call: ast.Call) -> ast.Positions:

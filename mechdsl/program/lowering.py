@@ -27,7 +27,12 @@ from mechdsl.diagnostics.names import (
 )
 from mechdsl.diagnostics.syntax import NotSupported, NotText, Unreadable
 from mechdsl.program import spec
-from mechdsl.program.bases import check_trained_direction, lower_basis, lower_mask
+from mechdsl.program.bases import (
+    check_trained_direction,
+    keep_decoders,
+    lower_basis,
+    lower_mask,
+)
 from mechdsl.program.directions import (
     direction_dependencies,
     drop_circular_directions,
@@ -848,17 +853,21 @@ def _directions_and_bases(
 
 def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
     """Define bases, lenses and groups that a training chooses, which may refer to any block."""
+    found: list[ast.BasisDef] = []
     for file, imported in files:
         for statement in file.statements:
             if isinstance(statement, ast.BasisDef) and scope.define(
                 statement.word, statement.name, imported=imported
             ):
-                basis = lower_basis(statement, parts, scope)
-                if basis is not None:
-                    parts.bases[basis.name] = basis
+                found.append(statement)
             if isinstance(statement, ast.GroupDef) and statement.source is not None:
                 mask = lower_mask(statement, parts, scope)
                 if mask is not None and parts.groups[mask.name].span is statement.span:
                     parts.masks[mask.name] = mask
                     if mask.chooses_positions:
                         del parts.groups[mask.name]  # it names no sites
+    for statement in found:
+        basis = lower_basis(statement, parts, scope)
+        if basis is not None:
+            parts.bases[basis.name] = basis
+    keep_decoders(parts, scope)

@@ -27,7 +27,7 @@ from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, ROTATION_OPTIONS, BasisMethod, basis_size
 from mechdsl.program.direction_methods import MethodError
-from mechdsl.program.directions import fit_rows_of_basis
+from mechdsl.program.directions import decoded_basis, fit_rows_of_basis
 from mechdsl.program.paths import (
     DICTIONARY_PATH,
     LABELS_PATH,
@@ -52,6 +52,7 @@ from mechdsl.resolve.sites import (
     ExperimentContext,
     exclude_values,
     find_missing_point,
+    label_points,
     number_exceptions,
     read_exceptions,
     resolve_axis,
@@ -1059,6 +1060,9 @@ def _operand(
             case "python":
                 return _python(call, options, work)
             case "training":
+                decoder = decoded_basis(call, work.program.prompts)
+                if decoder is not None:
+                    return _trained_on_decoder(definition, decoder, point, options, work)
                 return _trained(definition, point, options, work)
             case "nothing":
                 # By the order of definitions: a new name doesn't change the draw.
@@ -1165,6 +1169,42 @@ def _trained(
         work.diagnostics.append(problem)
     about = describe_training(made, text, work.program, work.measuring, work.table)
     return made, size, about
+
+
+def _trained_on_decoder(
+    definition: spec.Basis,
+    decoder: ast.QualifiedRef,
+    point: SitePoint,
+    options: Mapping[str, Constant],
+    work: ExperimentContext,
+) -> tuple[BasisOperand, int, str] | None:
+    """Resolve a dictionary that `fit` trains on the decoder of another one. Raises BasisError."""
+    of = work.program.bases[decoder.of.whole]
+    family = _family(of, work)
+    if family is None:
+        return None
+    if point not in family:
+        reason = f"`{of.name}` has no decoder at `{label_points((point,))}`"
+        hint = f"write the site of `{of.name}`: `at {of.site.span.written}`"
+        raise BasisError(decoder, reason, hint)
+    member = family[point]
+    file = member.operand
+    assert isinstance(file, DictionaryFile)
+    if file.crosses_layers:
+        reason = f"`{of.name}` has a decoder for each of several layers"
+        raise BasisError(decoder, reason, "name a dictionary of one site")
+    if file.features <= FEWEST_ROWS:
+        reason = f"`{of.name}` has {count_noun(file.features, 'feature')} only"
+        raise BasisError(decoder, reason, "name a larger dictionary")
+    made = outline_training(definition, options, member, point, work.program, work.model)
+    assert isinstance(made, TrainedDictionary)
+    assert made.training is not None
+    problem = check_held_out(definition, made.training, work.measuring, work.table)
+    if problem is not None and problem not in work.diagnostics:
+        work.diagnostics.append(problem)
+    text = f"{file.features:,} decoder directions of {member.name} ({member.made})"
+    about = describe_training(made, text, work.program, work.measuring, work.table)
+    return made, made.features, about
 
 
 def _jacobian(

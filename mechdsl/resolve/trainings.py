@@ -31,6 +31,7 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.conflicts import SITES_WITHOUT_GRADIENT, find_flat_part
 from mechdsl.resolve.types import (
+    BasisMember,
     BasisTargets,
     FitSample,
     JacobianBasis,
@@ -72,7 +73,7 @@ def name_prompt_vector(index: int) -> str:
 def outline_training(
     definition: spec.Basis,
     options: Mapping[str, Constant],
-    sample: FitSample,
+    source: FitSample | BasisMember,
     point: SitePoint,
     program: spec.Program,
     model: ModelContext,
@@ -81,11 +82,11 @@ def outline_training(
 
     Args:
         options: Constants of the call.
-        sample: The rows that it is trained on.
+        source: The rows that it is trained on, or a dictionary for its decoder.
         point: The site of the basis.
         model: The model of the experiment.
     """
-    training = _describe_training(definition, options, sample, point, program, model)
+    training = _describe_training(definition, options, source, point, program, model)
     trainer = training.trainer
     file = program.trained.get(training.name, (None, ""))[0]
     if isinstance(trainer, RotationTrainer):
@@ -221,7 +222,7 @@ def key_of_candidate(candidate: MaskCandidate) -> list[str | int | None]:
 def _describe_training(
     definition: spec.Basis,
     options: Mapping[str, Constant],
-    sample: FitSample,
+    source: FitSample | BasisMember,
     point: SitePoint,
     program: spec.Program,
     model: ModelContext,
@@ -237,7 +238,8 @@ def _describe_training(
     trainer = find_trainer(inner)
     assert trainer is not None
     transcodes = isinstance(trainer, DictionaryTrainer) and trainer.outline(own).transcodes
-    words = (definition.name, point.site, point.layer, point.unit, sample.run.model, model.key)
+    run_by = source.run.model if isinstance(source, FitSample) else None
+    words = (definition.name, point.site, point.layer, point.unit, run_by, model.key)
     return Training(
         name=" ".join(str(word) for word in words if word is not None),
         definition=definition.name,
@@ -248,13 +250,15 @@ def _describe_training(
             for name, value in {**TRAINING_DEFAULTS, **trainer.defaults, **options}.items()
             if name not in trainer.unused
         },
-        sample=sample,
+        source=source,
         encoded=SitePoint(ENCODED_SITES[0], point.layer, None) if transcodes else point,
         made=point,
         seed=int(options.get("seed", program.seed)),
         span=call.span,
         minimises=any(each.name == "minimise" for each in call.arguments),
-        stream=_stream(sample.table, definition, program),
+        stream=_stream(source.table, definition, program)
+        if isinstance(source, FitSample)
+        else None,
     )
 
 
@@ -317,11 +321,12 @@ def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary
 def count_training_rows(training: Training, experiment: spec.Experiment, table: PromptTable) -> int:
     """Return how many of the rows that an experiment measures are also training rows: all of them
     if they are records of a file that the training reads in parts."""
-    if not experiment.measures or experiment.trains:  # no result of a training is a measurement
-        return 0
-    if training.stream is not None and _stream_digest(table) == training.stream.digest:
+    read = training.with_rows
+    if read is None or not experiment.measures or experiment.trains:
+        return 0  # no result of a training is a measurement
+    if read.stream is not None and _stream_digest(table) == read.stream.digest:
         return len(table)
-    trained = set(training.sample.table.row_keys)
+    trained = set(read.sample.table.row_keys)
     return sum(key in trained for key in table.row_keys)
 
 
@@ -353,8 +358,8 @@ def check_held_out(
     Args:
         table: The rows of the experiment.
     """
-    shared = count_training_rows(training, experiment, table)
-    if not shared or training.options["measure_on_training_rows"]:
+    shared, read = count_training_rows(training, experiment, table), training.with_rows
+    if not shared or read is None or read.options["measure_on_training_rows"]:
         return None
     return MeasuredOnTrainingRows(
         span=experiment.span,

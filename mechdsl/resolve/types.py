@@ -240,8 +240,9 @@ class Training(Record):
     """Options of the trainer."""
     options: Mapping[str, Constant]
     """Options of `fit`, with their defaults."""
-    sample: FitSample
-    """The rows; for a dictionary, with the tokens whose vectors it is trained on, one by one."""
+    source: FitSample | BasisMember
+    """The rows; for a dictionary, with the tokens whose vectors it is trained on, one by one. Or a
+    dictionary, for its decoder directions."""
     encoded: SitePoint
     """The site of the vectors that are encoded; of a mask, the first site that it chooses from."""
     made: SitePoint
@@ -269,6 +270,35 @@ class Training(Record):
         """Return the trainer, which is of a kind."""
         assert isinstance(self.trainer, kind)
         return self.trainer
+
+    @property
+    def decoder(self) -> DictionaryFile | None:
+        """The dictionary whose decoder it is trained on; None for a training on rows."""
+        if isinstance(self.source, FitSample):
+            return None
+        assert isinstance(self.source.operand, DictionaryFile)
+        return self.source.operand
+
+    @property
+    def sample(self) -> FitSample:
+        """The rows of a training that reads no decoder."""
+        assert isinstance(self.source, FitSample)
+        return self.source
+
+    @property
+    def with_rows(self) -> Training | None:
+        """The training that read rows: this one, or that of the dictionary whose decoder it reads;
+        None if that dictionary is from a folder."""
+        if self.decoder is None:
+            return self
+        decoded = self.decoder
+        trained = decoded.training if isinstance(decoded, TrainedDictionary) else None
+        return None if trained is None else trained.with_rows
+
+    @property
+    def model(self) -> str | None:
+        """Name of the model that runs the rows, if it isn't the experiment's model."""
+        return None if self.decoder is not None else self.sample.run.model
 
 
 @record

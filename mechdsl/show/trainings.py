@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mechdsl.base.text import format_size
 from mechdsl.execute.run_record import (
+    DecoderReport,
     IndependenceReport,
     LensReport,
     MaskReport,
@@ -32,6 +33,14 @@ NOTES = {
     "inactive": "features that are active for none of these vectors",
 }
 """Columns of dictionaries, as the lines below the table explain them."""
+
+DECODER_NOTES = {
+    "explained": "share of the variance of the held-out decoder directions; without any, of "
+    "training directions",
+    "normal": "the same for a dictionary of normal vectors with the same mean and covariance",
+    **{name: note for name, note in NOTES.items() if name != "explained"},
+}
+"""Columns of dictionaries of a decoder."""
 
 INDEPENDENCE_NOTES = {
     "explained": "share of the variance of the held-out vectors; without any, of training vectors",
@@ -125,6 +134,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
     """Print a line per training, with its controls, and where it is stored."""
     kinds: Sequence[tuple[type[Report], Mapping[str, str], str]] = (
         (TrainingReport, NOTES, "basis"),
+        (DecoderReport, DECODER_NOTES, "basis"),
         (IndependenceReport, INDEPENDENCE_NOTES, "basis"),
         (MixtureReport, MIXTURE_NOTES, "basis"),
         (RotationReport, ROTATION_NOTES, "basis"),
@@ -233,8 +243,10 @@ def _numbers(report: Report) -> list[str]:
     if isinstance(report, RotationReport):
         means = (report.trained, report.untrained, report.unpatched, report.whole)
         return [f"{mean:.3f}" for mean in means]
+    normal = [f"{report.normal_explained:.3f}"] if isinstance(report, DecoderReport) else []
     return [
         f"{report.explained:.3f}",
+        *normal,
         f"{report.untrained_explained:.3f}",
         f"{report.components_explained:.3f}",
         f"{report.active:.1f}",

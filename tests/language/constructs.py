@@ -470,6 +470,18 @@ _file(
     "al. 2024, arXiv 2407.14435",
 )
 _file(
+    "basis: a dictionary of another one's decoder",
+    "basis big = fit(sae(features: 64, k: 4), prompts: fruit.train) at resid_post layer 1\n"
+    "basis b = fit(sae(features: 16, k: 2), prompts: decoder of big) at resid_post layer 1",
+    "A sparse autoencoder that is trained on the decoder rows of a dictionary, each scaled to "
+    "length 1, at the same site. The dictionary is that of a folder, or `mechdsl fit` trains it "
+    "first. The options are those of a trained dictionary without `limit` and "
+    "`measure_on_training_rows`; `validation` holds out decoder rows. The table compares it with a "
+    "dictionary of normal vectors with the same mean and covariance, which are held out, too.",
+    "tests/pipeline/test_trained_decoders.py",
+    "Leask et al. 2025, arXiv 2502.04878",
+)
+_file(
     "basis: a trained rotation",
     "basis b = fit(das(dims: 2), prompts: fruit.train, from: fewer, "
     "maximise: logit(answer of fewer)) at resid_post layer 1",

@@ -20,7 +20,6 @@ MOST_UNEXPLAINED = {
     "induction-64": 0.28,
     "induction-128": 0.14,
     "induction-256": 0.06,
-    "induction-meta": 0.26,
     "counting-features": 0.06,
     "succession-features": 0.22,
 }
@@ -36,20 +35,6 @@ def test_the_features_explain_the_vectors(of: Dictionary) -> None:
     vectors = training_vectors(of)
     assert unexplained(vectors, weights, of.k) < MOST_UNEXPLAINED[of.name]
     assert int((encode(vectors, weights, of.k) > 0).any(0).sum()) > of.features / 2
-
-
-@pytest.mark.slow
-def test_meta_sae_explains_no_more_than_of_normal_rows_with_equal_covariance() -> None:
-    """The finding of `30-no-canonical-units.mech` that no rule of the language can show."""
-    meta = DICTIONARIES[NAMES.index("induction-meta")]
-    rows = training_vectors(meta)
-    centred = rows - rows.mean(0)
-    random = torch.Generator().manual_seed(1)
-    normal = torch.randn(len(rows), len(rows), generator=random) @ centred
-    normal = normal / normal.norm(dim=1, keepdim=True)
-    chance = unexplained(normal, train(normal, meta.features, meta.k), meta.k)
-    weights = load_file(meta.folder / "sae_weights.safetensors")
-    assert unexplained(rows, weights, meta.k) == pytest.approx(chance, abs=0.03)
 
 
 def test_a_planted_dictionary_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
