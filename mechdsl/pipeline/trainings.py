@@ -17,7 +17,6 @@ from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.rules import TrainingFailed, UndecidedMask
-from mechdsl.dictionaries.folder import WEIGHT_FILES
 from mechdsl.execute.run_record import (
     CARD_FILE,
     LENS_FILE,
@@ -414,16 +413,16 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
 
 def _describe_source(training: Training) -> dict[str, Any]:
     """Return what the card of a training says about its rows."""
-    if training.decoder is not None:
-        path = training.decoder.path
-        name = path.parent.name if path.name in WEIGHT_FILES.values() else path.name
-        return {"prompts": f"decoder of {name}", "data": training.decoder.digest}
-    sample = training.sample
+    source = training.source
+    if not isinstance(source, FitSample):
+        assert training.decoder is not None
+        data = training.decoder.digest
+        return {"prompts": f"decoder of {source.name}", "dictionary": source.made, "data": data}
     return {
-        "prompts": sample.table.name,
-        "run": sample.run.name,
-        "positions": sample.cell.label,
-        "data": sample.table.data_hash,
+        "prompts": source.table.name,
+        "run": source.run.name,
+        "positions": source.cell.label,
+        "data": source.table.data_hash,
     }
 
 
@@ -520,6 +519,7 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
     if isinstance(report, DecoderReport):
         what = "a dictionary of normal vectors with the same covariance, on held-out ones"
         normal = [f"- The same with {what}: {report.normal_explained:.4f}"]
+        rows = f"- The dictionary of the decoder: {card['dictionary']}\n{rows}"
     return [
         f"{rows}, {report.vectors:,} vectors; {held_out} held out",
         f"- Explained variance on held-out vectors: {report.explained:.4f}",

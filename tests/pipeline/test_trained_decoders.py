@@ -132,7 +132,9 @@ def test_a_trained_dictionary_is_trained_first(at: str, first: str, tmp_path: Pa
     own = weights(found[1])
     assert all(torch.equal(own[name], tensor) for name, tensor in weights(loaded).items())
     card = (tmp_path / "f" / "README.md").read_text("utf-8")
-    assert "- Rows: 22 of `decoder of" in card
+    assert "- Rows: 22 of `decoder of big`, 22 vectors; 2 rows held out" in card
+    kind = found[0].what
+    assert f"- The dictionary of the decoder: {kind}" in card
     assert "a dictionary of normal vectors with the same covariance" in card
 
 
