@@ -30,10 +30,14 @@ from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import build_save_panel
 from mechdsl.program import spec
+from mechdsl.program.images import IMAGE_SPAN, INSERTED_SPAN
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.trainings import paired_positions
 from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave, SitePoint
 from mechdsl.resolve.types import Training as DeclaredTraining
+
+IMAGE_ROWS = 64
+"""Number of images whose vectors determine the length of random ones."""
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 """[vector, width] vectors of the base run and of the source run → the vectors that are written."""
@@ -118,15 +122,27 @@ class EffectRows(ABC, Generic[EditT]):
         return table.runs[self.objective.spec.base], table.runs[self.objective.rules[0].run]
 
     def _read(
-        self, run: PromptRun, cell: PositionCell, points: Sequence[SitePoint]
+        self,
+        run: PromptRun,
+        cell: PositionCell,
+        points: Sequence[SitePoint],
+        rows: Ints | None = None,
     ) -> list[Tensor]:
         """Return [vector, width] of each point, at least in 32 bits, in the order of the table's
-        rows."""
+        rows.
+
+        Args:
+            run: The run.
+            cell: The position.
+            points: The sites.
+            rows: Numbers of the rows; None for all of the training.
+        """
         seed = self.objective.seed
         reader = build_reader(
             self.model, self.objective.table, run, points, seed=seed, side=self.side
         )
-        batches = split_prompts(self.model, run, points, np.sort(self.rows))
+        rows = np.sort(self.rows if rows is None else rows)
+        batches = split_prompts(self.model, run, points, rows)
         parts: list[list[Tensor]] = [[] for _ in points]
         with torch.no_grad():
             for each in read_vectors(reader, points, [cell], batches):
@@ -221,6 +237,20 @@ class ObjectiveRows(EffectRows[Edit]):
         )
         assert own.shape == other.shape
         return own, other
+
+    @cached_property
+    def image_vectors(self) -> Tensor | None:
+        """[vector, width] vectors of the tokens of some images, if the edit is at tokens that were
+        inserted into them; None otherwise."""
+        run, hits = self._runs[0], self._cells[0].hits
+        first = int(self.rows[0])
+        own = run.rows[first]
+        new = {token for tokens in own.places.get(INSERTED_SPAN, ()) for token in tokens}
+        if not new.intersection(hits[first][0]):
+            return None
+        others = tuple(token for token in range(len(own.ids)) if token not in new)
+        cell = PositionCell(IMAGE_SPAN, ((others,),) * len(hits))
+        return self._read(run, cell, [self.declared.made], self.rows[:IMAGE_ROWS])[0]
 
     def mean_difference(self) -> Tensor | None:
         """Return [width]: the mean of vectors of the source run minus those of the base run over

@@ -335,11 +335,14 @@ class SoftPromptReport(FitReport):
     random: float
     """The mean of the same over random vectors of the same lengths."""
     placeholders: float
-    """The measure of the run without a written vector: with placeholders, from which the training
-    starts."""
+    """The measure of the run without a written vector: with placeholders."""
     clean: float | None
     """The measure of the clean run, without inserted tokens; None if it is the run of the
     training."""
+    untrained: float | None = None
+    """The measure with the vectors from which the training starts: the means of those that they
+    replace, or for tokens inserted into images random vectors of the mean length of others; None in
+    a report of an earlier version."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from weakref import WeakKeyDictionary
@@ -162,7 +162,7 @@ def compute_unpatched(
 
 
 def add_images(model: LoadedModel, batch: Batch, rows: Sequence[RunRow]) -> Batch:
-    """Add the pixels of rows that are images."""
+    """Add the pixels of rows that are images, whose tokens have equal numbers."""
     known = [row.image for row in rows if row.image is not None]
     if not known:
         return batch
@@ -170,7 +170,9 @@ def add_images(model: LoadedModel, batch: Batch, rows: Sequence[RunRow]) -> Batc
     assert isinstance(reader, ImageTokenizer)
     images = np.stack([model_input(picture, reader.processing) for picture in known])
     pixels = to_device(torch.from_numpy(images).to(model.dtype), model.device)
-    return batch.with_inputs({"pixel_values": pixels})
+    assert bool((batch.lengths == batch.ids.shape[1]).all()), "images have no padding"
+    inserted = batch.ids.shape[1] - reader.layout.tokens
+    return replace(batch.with_inputs({"pixel_values": pixels}), inserted=inserted)
 
 
 def sort_requested_sites(request: UnpatchedRequest) -> list[SiteLayer]:

@@ -734,6 +734,7 @@ class UnpatchedRuns:
             if other is not run
             and other.model == run.model
             and other.derived is None
+            and _share_a_pass(other, run)
             and self._key(other, prompts, None) not in self._lanes
             and self._goes_far(other)
         ]
@@ -967,6 +968,13 @@ class UnpatchedRuns:
         row = torch.from_numpy(lane)
         index = row, lanes.batch.columns(row, torch.from_numpy(np.ascontiguousarray(position)))
         return flatten_units(read[indices_to_device(index, read.device)], atom)
+
+
+def _share_a_pass(run: PromptRun, other: PromptRun) -> bool:
+    """Return whether prompts of two runs can be in one pass: images of different numbers of tokens
+    can't, because no model pads them."""
+    first, second = run.rows[0], other.rows[0]
+    return first.image is None or len(first.ids) == len(second.ids)
 
 
 def flatten_units(found: Tensor, atom: MetricTerm) -> Tensor:

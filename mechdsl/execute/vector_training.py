@@ -16,7 +16,7 @@ from mechdsl.execute.objective_rows import Edit, EditLoss, ObjectiveRows
 from mechdsl.execute.run_record import VECTOR_FILE, SoftPromptReport, VectorReport
 from mechdsl.execute.training import TrainingJob, read_settings, start_generator
 from mechdsl.fits.training import Training
-from mechdsl.fits.vectors import TrainedVectors, rescale
+from mechdsl.fits.vectors import SoftPrompt, TrainedVectors, rescale
 from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainers import VectorTrainer
 from mechdsl.resolve.trainings import VECTOR, name_prompt_vector
@@ -42,7 +42,11 @@ def train_vector(
     own, _ = rows.vectors
     trainer = training.trainer_of(VectorTrainer)
     with torch.enable_grad():
-        trained = trainer.start(own, training.of_trainer, start_generator(training))
+        random = start_generator(training)
+        trained = trainer.start(own, training.of_trainer, random)
+        if isinstance(trained, SoftPrompt) and (others := rows.image_vectors) is not None:
+            trained.draw_start(others, random)
+        start = trained.vector().detach().clone()
         model = EditLoss(trained, rows, settings.batch)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
         job.run(loop)
@@ -58,7 +62,13 @@ def train_vector(
     else:
         length = float(vector.norm(dim=1).mean())
         report = SoftPromptReport(
-            *common, count, length, trained.like_length, *values.edited_means(), values.clean_mean()
+            *common,
+            count,
+            length,
+            trained.like_length,
+            *values.edited_means(),
+            values.clean_mean(),
+            values.mean(start),
         )
     job.write_card(report, VECTOR_FILE)
     return report

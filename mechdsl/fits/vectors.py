@@ -3,7 +3,7 @@
 With a steering vector, x becomes x + v. The free parameters w [width] give v = u w, where the unit
 u is a typical size of the numbers of x. So the learning rate of Adam is a share of this size, at
 every site of every model. With a soft prompt, the vector of token k becomes v_k = s_k + u w_k,
-where s_k is the mean of those that it replaces.
+where s_k is the mean of those that it replaces, or for tokens inserted into images a random vector.
 """
 
 from __future__ import annotations
@@ -140,6 +140,21 @@ class SoftPrompt:
         self.like_length = float(like.norm(dim=1).mean())
         self._unit = self.like_length / math.sqrt(width) or 1.0
         self.numbers = torch.zeros(tokens, width, dtype=like.dtype, device=like.device)
+
+    def draw_start(self, others: Tensor, random: Generator) -> None:
+        """Start from random vectors of the mean length of others, one for each token.
+
+        Tokens inserted into an image have equal vectors and no positions, so that all would get
+        the same gradient.
+
+        Args:
+            others: [vector, width] vectors of the site at tokens of the images.
+            random: On the CPU.
+        """
+        self.like_length = float(others.norm(dim=1).mean())
+        self._unit = self.like_length / math.sqrt(others.shape[1]) or 1.0
+        like = torch.full_like(self._start, self._unit)
+        self._start = self.draw_like(like, random)
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -244,6 +245,8 @@ class PatchLayout(Record):
     """(height, width) of the prepared image."""
     any_size: bool = False
     """The model reads images of other sizes too; `size` is the config's."""
+    fixed: str = field(default="", repr=False)
+    """The reason that no further token can follow the patches; empty if it can."""
 
     @cached_property
     def rows(self) -> int:
@@ -277,9 +280,12 @@ class PatchLayout(Record):
         return len(self.front) + (row - 1) * self.cols + (col - 1)
 
     def place(self, token: int) -> tuple[int, int] | None:
-        """Return row and column of a token, from 1; None for an extra token."""
+        """Return row and column of a token, from 1; None for an extra token, and for one that a
+        corruption inserted after the patches."""
         at = token - len(self.front)
-        return None if at < 0 else (at // self.cols + 1, at % self.cols + 1)
+        if not 0 <= at < self.rows * self.cols:
+            return None
+        return at // self.cols + 1, at % self.cols + 1
 
     def box(self, token: int) -> tuple[int, int, int, int]:
         """Return (left, top, right, bottom) of a patch in the prepared image, ends exclusive."""

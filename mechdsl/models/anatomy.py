@@ -299,6 +299,12 @@ class Family:
         return False
 
     @staticmethod
+    def fixed_tokens(config: ModelConfig) -> str:
+        """Return the reason that an image encoder reads no tokens after the patches, such as
+        positions that its attention computes from the order of tokens; empty if it does."""
+        return ""
+
+    @staticmethod
     def sound(config: ModelConfig) -> ModelInputs:
         """Return a speech encoder's inputs for one prompt; empty for other models."""
         bins, places = config.get("num_mel_bins"), config.get("max_source_positions")

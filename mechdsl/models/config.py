@@ -266,7 +266,7 @@ def read_patch_layout(entry: type[Family], config: Mapping[str, Any]) -> PatchLa
     patch, size = (_sides(config.get(key)) for key in ("patch_size", "image_size"))
     if front is None or patch is None or size is None:
         return None
-    return PatchLayout(front, patch, size, entry.any_size(config))
+    return PatchLayout(front, patch, size, entry.any_size(config), entry.fixed_tokens(config))
 
 
 def _sides(value: object) -> tuple[int, int] | None:

@@ -487,6 +487,7 @@ def _effects(
             "trained": report.trained,
             "random vectors of these lengths": report.random,
             "placeholders": report.placeholders,
+            "untrained": report.untrained,
             "clean run": report.clean,
         }
     if isinstance(report, ScaleReport):

@@ -566,6 +566,8 @@ def _describe_soft_prompt(rows: str, report: SoftPromptReport) -> list[str]:
     """Return what the model card of a soft prompt says about its rows and its result."""
     measured = "held-out" if report.held_out_rows else "training"
     clean = [] if report.clean is None else [f"- The same in the clean run: {report.clean:.4f}"]
+    first = report.untrained
+    untrained = [] if first is None else [f"- The same with the untrained vectors: {first:.4f}"]
     return [
         f"{rows}; {count_noun(report.held_out_rows, 'row')} held out",
         f"- {report.tokens} vectors replace those at these tokens, to {report.objective}",
@@ -573,6 +575,7 @@ def _describe_soft_prompt(rows: str, report: SoftPromptReport) -> list[str]:
         f"- Mean of the measure over {measured} rows: {report.trained:.4f}",
         f"- The same with random vectors of these lengths: {report.random:.4f}",
         f"- The same with placeholders: {report.placeholders:.4f}",
+        *untrained,
         *clean,
     ]
 

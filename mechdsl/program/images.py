@@ -26,6 +26,9 @@ IMAGE_SPAN = "image"
 EXTRA_TOKEN_SPANS = ("cls", "distillation", "register")
 """Spans of the tokens that may precede the patches."""
 
+INSERTED_SPAN = "inserted"
+"""The span of tokens that corruptions insert."""
+
 IMAGE_SPANS = (IMAGE_SPAN, *EXTRA_TOKEN_SPANS)
 """Spans that every image has."""
 

@@ -79,6 +79,7 @@ from mechdsl.vocab.corruptions import (
     ActivationChange,
     ImageChange,
     SwapChange,
+    TokenChange,
     ValueChange,
     change_kind,
     change_problems,
@@ -263,6 +264,9 @@ def check_image_changes(prompts: spec.Prompts) -> list[Diagnostic]:
 
 def _not_of_texts(change: ast.CorruptLine) -> Diagnostic | None:
     kind = change_kind(change)
+    if isinstance(kind, TokenChange) and isinstance(change, ast.ChangeLine) and not change.given:
+        reason, hint = "needs the text of its tokens", 'write it after the position: `with " the"`'
+        return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
     if not isinstance(kind, ImageChange):
         return None
     hint, reason = (
@@ -280,6 +284,8 @@ def _not_of_images(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic
             return None
         if isinstance(kind, ValueChange) and not kind.templates(change):
             return None
+        if isinstance(kind, TokenChange) and kind.inserts:
+            return _inserted_text(change)
         return _of_other_things(change)
     if averaged is not None:
         reason = "changes single images, but this is a mean image"
@@ -293,6 +299,16 @@ def _not_of_images(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic
         hint = did_you_mean(part.id, names, f"there is {name_list(names)}")
         return UnknownWord(span=part.span, kind="region", word=part.id, hint=hint)
     return None
+
+
+def _inserted_text(change: ast.CorruptLine) -> Diagnostic | None:
+    """Return E0207 for the text of tokens inserted into images, which have none."""
+    if not isinstance(change, ast.ChangeLine) or change.given is None:
+        return None
+    reason = "is a text, but these prompts are images"
+    hint = "leave it out: the tokens are vectors of 0 at `embed` until a rule writes others"
+    name = f"with {change.given.span.written}"
+    return BadArgument(span=change.given.span, name=name, reason=reason, hint=hint)
 
 
 def _of_other_things(change: ast.CorruptLine) -> Diagnostic:

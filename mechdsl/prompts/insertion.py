@@ -1,7 +1,8 @@
 """Tokens that a corruption inserts into the prompts of its run: `insert 4 tokens before …`.
 
 They are placeholders: rules write vectors at their positions, `inserted tokens`. All other tokens
-stay as they are.
+stay as they are. In images they are vectors of 0 after the patches, as in visual prompt tuning
+(Jia et al. 2022, arXiv 2203.12119): their order has no effect, because they have no positions.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ from dataclasses import replace
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.names import BadArgument
+from mechdsl.program.images import INSERTED_SPAN
 from mechdsl.prompts.block import PromptsBlock
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun, RunRow
+from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.prompts.values import TextSpan
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import TokenChange, changes_of_kind
 
-INSERTED_SPAN = "inserted"
-"""Span of the inserted tokens."""
-
 
 def has_inserted_tokens(run: PromptRun) -> bool:
     """Return whether a corruption inserted tokens into the prompts of a run."""
-    return any(span.name == INSERTED_SPAN for row in run.rows[:1] for span in row.spans)
+    return any(
+        INSERTED_SPAN in row.places or any(span.name == INSERTED_SPAN for span in row.spans)
+        for row in run.rows[:1]
+    )
 
 
 def insert_tokens(
@@ -82,6 +85,51 @@ def insert_tokens(
     return replace(old, rows=tuple(rows)), found
 
 
+def insert_image_tokens(
+    table: PromptTable, run: str, change: ast.ChangeLine, tokenizer: ImageTokenizer
+) -> tuple[PromptRun, list[Diagnostic]]:
+    """Insert tokens after the last token of each image.
+
+    Returns:
+        The run; diagnostics E0207 and those of positions.
+    """
+    old, at = table.runs[run], change.before or change.after
+    (count,) = change.values
+    assert at is not None
+    assert isinstance(count, ast.Number)
+    if tokenizer.layout.fixed:
+        reason = f"adds tokens that this model can't read: {tokenizer.layout.fixed}"
+        hint = "use another model, such as a ViT, or write vectors at tokens of the image"
+        return old, [_bad(change, change.word, reason, hint)]
+    if any(region.name == INSERTED_SPAN for region in table.sources[0].block.spec.regions):
+        reason = "is the name of the inserted tokens, and a region of the images has it"
+        return old, [_bad(change, INSERTED_SPAN, reason, "give the region another name")]
+    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer)
+    if has_errors(found):
+        return old, found
+    last = all(
+        len(row.ids) - 1 in {token for cell in cells for hit in cell.hits[n] for token in hit}
+        for n, row in enumerate(old.rows)
+    )
+    if change.after is None or not last:
+        reason = "isn't the end of the image, where its inserted tokens are"
+        hint = f"write `insert {count.span.written} tokens after last token`: their order has no "
+        return old, [_bad(at, at.span.written, reason, f"{hint}effect on the model")]
+    return replace(old, rows=tuple(_lengthen(row, int(count.value)) for row in old.rows)), found
+
+
+def _lengthen(row: RunRow, count: int) -> RunRow:
+    """Return the row of an image with tokens after its others."""
+    tokens = tuple(range(len(row.ids), len(row.ids) + count))
+    return replace(
+        row,
+        ids=row.ids + row.ids[-1:] * count,
+        offsets=row.offsets + ((0, 0),) * count,
+        special=row.special + (False,) * count,
+        places={**row.places, INSERTED_SPAN: (*row.places.get(INSERTED_SPAN, ()), tokens)},
+    )
+
+
 def insertion_conventions(block: PromptsBlock) -> dict[str, str]:
     """Describe the tokens that corruptions insert."""
     out: dict[str, list[str]] = {}
@@ -91,6 +139,8 @@ def insertion_conventions(block: PromptsBlock) -> dict[str, str]:
                 said = " ".join(change.span.written.split()).removeprefix(f"{change.word} ")
                 out.setdefault(corruption.name, []).append(said)
     note = "placeholders, unless a rule writes vectors at `inserted tokens`"
+    if block.spec.kind == "images":
+        note = "vectors of 0 at `embed`, unless a rule writes others at `inserted tokens`"
     return {f"inserted in {name}": f"{', '.join(said)}: {note}" for name, said in out.items()}
 
 

@@ -28,7 +28,7 @@ from mechdsl.diagnostics.prompts import (
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.images.picture import Picture, PictureChange
 from mechdsl.program import spec
-from mechdsl.program.images import IMAGE_SPAN
+from mechdsl.program.images import IMAGE_SPAN, INSERTED_SPAN
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.answers import (
     LabelNaming,
@@ -49,8 +49,8 @@ from mechdsl.prompts.conventions import (
 )
 from mechdsl.prompts.expressions import Constants, WordLookup
 from mechdsl.prompts.insertion import (
-    INSERTED_SPAN,
     has_inserted_tokens,
+    insert_image_tokens,
     insert_tokens,
     insertion_conventions,
 )
@@ -123,6 +123,8 @@ def _change_tokens(
     tokenizer: TextTokenizer,
 ) -> tuple[PromptRun, list[Diagnostic]]:
     """Replace or insert tokens of a run, with one text per row."""
+    if isinstance(tokenizer, ImageTokenizer):
+        return insert_image_tokens(table, run, change, tokenizer)
     if kind.inserts:
         return insert_tokens(table, run, change, texts, tokenizer)
     assert change.tokens is not None
@@ -303,7 +305,7 @@ def change_row_patches(
         return row
     change = replace(change, patches=tuple(reader.layout.box(token) for token in tokens))
     image = replace(row.image, changes=(*row.image.changes, change))
-    [encoded] = reader.encode_all([image.text])
+    encoded = reader.encode_picture(image, inserted=len(row.ids) - reader.layout.tokens)
     return replace(row, image=image, text=image.text, ids=encoded.ids, offsets=encoded.offsets)
 
 
@@ -649,7 +651,10 @@ class _Builder:
                 self.diagnostics += diagnostics
             if (changes or patches) and not changes_of_kind(ActivationChange, corruption.changes):
                 pairs = zip(runs[corruption.name].rows, runs[CLEAN].rows, strict=True)
-                same = [corrupted.text == clean.text for corrupted, clean in pairs]
+                same = [
+                    corrupted.text == clean.text and len(corrupted.ids) == len(clean.ids)
+                    for corrupted, clean in pairs
+                ]
                 if all(same) and not has_errors(self.diagnostics):
                     images = self.block.spec.kind == "images"
                     self.diagnostics.append(no_effect_error(corruption, of_images=images))
@@ -678,10 +683,12 @@ class _Builder:
         self,
         corruption: spec.Corruption,
         change: ast.ChangeLine,
-        text: ast.Expr,
+        text: ast.Expr | None,
         made: Sequence[BuiltRow],
     ) -> list[str]:
-        """Return the replacement text of each row's tokens."""
+        """Return the replacement text of each row's tokens; empty ones for tokens of images."""
+        if text is None:
+            return [""] * len(made)
         texts: list[str] = []
         for m in made:
             row = self.rows.corrupted(self.rows[m.id], corruption)
@@ -906,9 +913,9 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
 
 
 def stand_in_images(table: PromptTable, reader: StandInImageTokenizer) -> PromptTable:
-    """Return a stand-in for a table of images: every row is a gray image."""
+    """Return a stand-in for a table of images: every row is a gray image with an inserted token."""
     gray = Picture("gray")
-    tokens = reader.encode(gray.text)
+    tokens = reader.encode_picture(gray, inserted=1)
     runs = {
         name: replace(
             run,
@@ -921,7 +928,7 @@ def stand_in_images(table: PromptTable, reader: StandInImageTokenizer) -> Prompt
                     special=tokens.special,
                     spans=(),
                     image=gray,
-                    places=reader.places(),
+                    places={**reader.places(), INSERTED_SPAN: ((len(tokens.ids) - 1,),)},
                 )
                 for row in run.rows
             ),

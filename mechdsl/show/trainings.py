@@ -87,7 +87,8 @@ SOFT_PROMPT_NOTES = {
     "trained": "mean of the measure over held-out rows while the vectors are written; without "
     "held-out rows, over training rows",
     "random": "mean of the same over 8 draws of random vectors of these lengths",
-    "placeholders": "the same for the run without a written vector, from which the training starts",
+    "start": "the same for the vectors from which the training starts",
+    "no vector": "the same for the run without a written vector",
     "clean": "the same in the clean run, without inserted tokens; –: trained on the clean run",
 }
 """Columns of soft prompts."""
@@ -221,7 +222,8 @@ def _numbers(report: Report) -> list[str]:
         means = (report.trained, report.random, report.unsteered, report.difference)
         return [f"{report.length:.3g}", *("–" if mean is None else f"{mean:.3f}" for mean in means)]
     if isinstance(report, SoftPromptReport):
-        means = (report.trained, report.random, report.placeholders, report.clean)
+        controls = (report.random, report.untrained, report.placeholders, report.clean)
+        means = (report.trained, *controls)
         return [f"{report.length:.3g}", *("–" if mean is None else f"{mean:.3f}" for mean in means)]
     if isinstance(report, ScaleReport):
         means = (report.trained, report.shuffled, report.uniform, report.zero, report.unscaled)

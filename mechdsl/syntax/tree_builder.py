@@ -136,8 +136,7 @@ class ChangeSignature:
         commas = before.count(",")
         if self.counted:
             only = {1: frozenset({"INT"}), 2: frozenset({"TOKEN", "TOKENS"})}.get(len(before))
-            left = grammar & only if only is not None else grammar
-            return left if "with" in before else left - _FOLLOWING_TERMINALS
+            return grammar & only if only is not None else grammar
         if not (self.tokens or self.either) and (len(before) == 1 or before[-1] == ","):
             return grammar & _FIRST_TERMINALS[self.values[min(commas, len(self.values) - 1)]]
         if len(before) == 1:

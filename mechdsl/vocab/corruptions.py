@@ -118,9 +118,9 @@ class TokenChange(ChangeKind[ast.ChangeLine]):
     inserts: ClassVar[bool] = False
     """Whether it inserts tokens at a place instead, each with this text."""
 
-    def text(self, change: ast.ChangeLine) -> ast.Expr:
-        """Return the replacement, a text in each row."""
-        raise NotImplementedError
+    def text(self, change: ast.ChangeLine) -> ast.Expr | None:
+        """Return the replacement, a text in each row; None for tokens inserted into images."""
+        return change.given
 
 
 class ActivationChange(ChangeKind[ast.ChangeLine]):
@@ -302,10 +302,6 @@ class ReplaceChange(TokenChange):
     )
     signature = ChangeSignature(tokens=True, needs=("given",))
 
-    def text(self, change: ast.ChangeLine) -> ast.Expr:
-        assert change.given is not None
-        return change.given
-
 
 @change("insert")
 class InsertChange(TokenChange):
@@ -315,22 +311,18 @@ class InsertChange(TokenChange):
         "text of one token. All other tokens stay as they are. `inserted tokens` are the positions "
         "of the new ones, at which rules write vectors: `set embed at inserted tokens to m`"
     )
-    signature = ChangeSignature((ast.Number,), counted=True, needs=("given",))
+    signature = ChangeSignature((ast.Number,), counted=True, may=("given",))
     inserts = True
-
-    def text(self, change: ast.ChangeLine) -> ast.Expr:
-        assert change.given is not None
-        return change.given
 
     def refusals(self, change: ast.ChangeLine, parameters: Parameters) -> list[Diagnostic]:
         (count,) = change.values
         number = _number(count, parameters)
         reason, node = f"takes 1 to {limits.INSERTED:,} tokens", count
         if number is not None and 1 <= number <= limits.INSERTED:
-            if isinstance(change.given, ast.String):
+            if change.given is None or isinstance(change.given, ast.String):
                 return []
             reason = "takes a text; a rule writes vectors, `set embed at inserted tokens to m`"
-            node = self.text(change)
+            node = change.given
         return [BadCall(span=node.span, name=self.name, reason=reason, usage=self.usage)]
 
 

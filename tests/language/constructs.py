@@ -802,7 +802,7 @@ _prompts(
 _prompts(
     "text",
     'text rival = " {count + 1}"',
-    "Another named text for use in measures.",
+    "A further text for measures.",
     "tests/data/test_answers.py",
 )
 _prompts(
@@ -815,13 +815,13 @@ _prompts(
 _prompts(
     "named span",
     'span slot = "Count"',
-    "A name for the last occurrence of a literal text.",
+    "Names the last occurrence of a text.",
     "tests/data/test_positions.py",
 )
 _prompts(
     "corrupt",
     "corrupt fewer { count = count - 1 }",
-    "A second run of each row with a change. Values derived from the changed value change with "
+    "A changed run of each row. Values derived from the changed value change with "
     "it, and a list keeps its draws and is truncated or extended at its end. Experiments and "
     "fits that use the corruption exclude rows that it doesn't change; others keep them. A "
     "note after the table reports their number.",
@@ -2490,6 +2490,14 @@ _image(
     "image of the same size that is black outside the region. Regions are resized and cropped "
     "with the image.",
     "tests/images/test_regions.py",
+)
+_image(
+    "inserted tokens of images",
+    "corrupt longer { insert 4 tokens after last token }",
+    "Adds vectors of 0 after the patches. Rules write others at `inserted tokens`, as in visual "
+    "prompt tuning. Models whose attention depends on the order of tokens are an error.",
+    "tests/images/test_inserted_tokens.py",
+    "Jia et al. 2022, arXiv 2203.12119",
 )
 _image(
     "tiles",

@@ -262,7 +262,7 @@ INSERT = f'insert {COUNT} tokens before last token with " w7"'
 MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "no place": (INSERT, 'insert 3 with " w7"', "E0101", "`tokens`"),
     "at": ("before last token", "at last token", "E0101", "`before`"),
-    "no text": (' with " w7"', "", "E0101", "`with`"),
+    "no text": (' with " w7"', "", "E0207", "needs the text of its tokens"),
     "no number": ("insert 3 tokens before", "insert tokens before", "E0101", "a whole number"),
     "zero": ("insert 3", "insert 0", "E0515", "takes 1 to 1,000 tokens"),
     "too many": ("insert 3", "insert 1001", "E0515", "takes 1 to 1,000 tokens"),

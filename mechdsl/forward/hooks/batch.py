@@ -118,6 +118,8 @@ class Batch:
     """Tokens of stacks other than the main one: `encoder`, `vision`."""
     numbers: Tensor | None = None
     """[B, T] long, position ids; None: tokens are counted."""
+    inserted: int = 0
+    """Number of tokens after each image for which the model's embedding returns no vector."""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -180,6 +182,7 @@ class Batch:
             },
             frames={name: frame._rows(of) for name, frame in self.frames.items()},
             numbers=None if self.numbers is None else of(self.numbers),
+            inserted=self.inserted,
         )
 
     def of_site(self, site: str, stack: str) -> Batch:

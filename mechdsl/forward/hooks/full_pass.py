@@ -165,7 +165,7 @@ class PlacedWrite:
 class SiteSteps:
     """Builder of the steps of one forward pass, which collects their results."""
 
-    def __init__(self, writes: int) -> None:
+    def __init__(self, writes: int, inserted: int) -> None:
         self.found: dict[SiteRead, Tensor] = {}
         """[B, T, units, width] values that were read."""
         self.applied = [0] * writes
@@ -174,6 +174,8 @@ class SiteSteps:
         """Path of a tapped module → the stream that enters its block, for `resid_mid`."""
         self.patches: dict[str, Tensor] = {}
         """Path of the module that embeds patches → its output."""
+        self.inserted = inserted
+        """As in `Batch`."""
         self.sources: dict[SiteRead, Tensor | None] = {}
         """Site whose coordinates are written elsewhere → its current values, once passed."""
         self.asked: set[SiteRead] = set()
@@ -235,7 +237,7 @@ class SiteSteps:
         direct = self.direct(places, reads, layout)
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
-            added = _find_additions(value, self.patches.pop(patches))
+            added = _find_additions(value, self.patches.pop(patches), self.inserted)
             found = direct(value - added, module, given)
             if not places:
                 return value
@@ -330,20 +332,22 @@ class SiteSteps:
         return step
 
 
-def _find_additions(value: Tensor, patches: Tensor) -> Tensor:
-    """Return [B, T, width]: the embedding's additions to patches; 0 at preceding tokens.
+def _find_additions(value: Tensor, patches: Tensor, inserted: int) -> Tensor:
+    """Return [B, T, width]: the embedding's additions to patches; 0 at other tokens.
 
     Args:
         value: [B, T, width] the embedding's output.
         patches: [image, width, …] from a convolution, or [image, patch, width].
+        inserted: Number of tokens after the patches.
     """
     width = value.shape[-1]
     if patches.dim() > 3 or patches.shape[-1] != width:
         patches = patches.flatten(2).transpose(1, 2)
     by_image = value.reshape(len(patches), -1, width)
     added = torch.zeros_like(by_image)
-    front = by_image.shape[1] - patches.shape[1]
-    added[:, front:] = by_image[:, front:] - patches
+    end = by_image.shape[1] - inserted
+    own = slice(end - patches.shape[1], end)
+    added[:, own] = by_image[:, own] - patches
     return added.reshape(value.shape)
 
 
@@ -454,7 +458,9 @@ class SiteHooks:
         self.model = model
         self.frame = frame
         self.stop = stop
-        self._sites = SiteSteps(len(writes))
+        # packed and generated tokens enter after the embedding, or are the model's own
+        self._inserted = frame.inserted if isinstance(frame, Batch) else 0
+        self._sites = SiteSteps(len(writes), self._inserted)
         self.found = self._sites.found
         self._steps: dict[tuple[str, HookSide, int], list[tuple[tuple[int, int], HookStep]]]
         self._steps = defaultdict(list)
@@ -754,6 +760,10 @@ class SiteHooks:
             for path in self._patches:
                 module = self.model.module.get_submodule(path)
                 handles.append(module.register_forward_hook(self._keep_patches(path)))
+            if self._inserted:  # before reads and writes at this site
+                embedding = self.model.module.get_submodule(self.model.tap("embed", None).path)
+                append = _append_tokens(self._inserted)
+                handles.append(embedding.register_forward_hook(append, prepend=True))
             for (path, side, item), steps in self._steps.items():
                 flat = (path, side, item) not in self._by_heads
                 once = path in self._called_again
@@ -860,6 +870,15 @@ def find_entrance(model: LoadedModel, layer: int) -> tuple[str, HookSide, int]:
     if layer > n_layers and (tap := anatomy.taps.get("final_norm")) is not None:
         return tap.path, tap.side, 0
     return anatomy.blocks[-1].path, "out", 0
+
+
+def _append_tokens(count: int) -> Callable[..., Tensor]:
+    """Build a hook that appends vectors of 0 to the tokens [B, T, width] that a module returns."""
+
+    def append(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return nn.functional.pad(output, (0, 0, 0, count))
+
+    return append
 
 
 def _stop_pass(*args: Any) -> None:

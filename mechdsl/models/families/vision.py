@@ -101,6 +101,10 @@ class DINOv3(RegisterEncoder):
     """The same; positions are turned in."""
 
     @staticmethod
+    def fixed_tokens(config: ModelConfig) -> str:
+        return "its attention rotates the last tokens by the positions of patches"
+
+    @staticmethod
     def in_front(config: ModelConfig) -> tuple[str, ...] | None:
         return _with_registers(config.get("num_register_tokens", 0))
 
@@ -135,6 +139,13 @@ class BEiT(LayerScaleEncoder):
     """Layer scale may be left out; positions are added to the scores."""
 
     additive_positions = True
+
+    @staticmethod
+    def fixed_tokens(config: ModelConfig) -> str:
+        biases = ("use_relative_position_bias", "use_shared_relative_position_bias")
+        if not any(config.get(name, True) for name in biases):
+            return ""
+        return "its attention has a bias for each pair of its tokens, and none for others"
 
     @staticmethod
     def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:

@@ -22,7 +22,7 @@ from mechdsl.images.processing import (
     UnsupportedProcessor,
     parse_processing,
 )
-from mechdsl.program.images import EXTRA_TOKEN_SPANS, IMAGE_SPAN
+from mechdsl.program.images import EXTRA_TOKEN_SPANS, IMAGE_SPAN, INSERTED_SPAN
 from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
 
 _SIDE = 14
@@ -100,11 +100,22 @@ class ImageTokenizer(TextTokenizer):
 
     # --- image-only methods -----------------------------------------------------------------------
 
+    def encode_picture(self, picture: Picture, *, inserted: int = 0) -> EncodedText:
+        """Encode an image, with this number of tokens inserted after its patches."""
+        [own] = self.encode_all([picture.text])
+        return EncodedText(
+            own.ids + own.ids[-1:] * inserted,
+            own.offsets + ((0, 0),) * inserted,
+            own.special + (False,) * inserted,
+        )
+
     def label(self, token: int) -> str:
         """Return the label of a token in tables: its position as written in the language."""
         place = self.layout.place(token)
         if place is not None:
             return f"{IMAGE_SPAN} row {place[0]} col {place[1]}"
+        if token >= self.layout.tokens:
+            return f"{INSERTED_SPAN} token {token - self.layout.tokens + 1}"
         name = self.layout.front[token]
         same = self.layout.named(name)
         return name if len(same) == 1 else f"{name} {same.index(token) + 1}"

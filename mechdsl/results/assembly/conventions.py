@@ -21,6 +21,7 @@ from mechdsl.forward.generation.cached_pass import choose_method
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
 from mechdsl.program.spec import Generation
+from mechdsl.prompts.insertion import has_inserted_tokens
 from mechdsl.resolve.bases import CoordinateChange
 from mechdsl.resolve.class_outputs import describe_pooling
 from mechdsl.resolve.experiment import find_omitted_answers
@@ -429,6 +430,8 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
         found["output"] = f"one per prompt, computed from {describe_pooling(shape)}"
         if shape.output_at == "image":
             found["output"] = "one per image"
+            if has_inserted_tokens(experiment.table.runs[experiment.spec.base]):
+                found["output"] += "; a head that averages over tokens includes inserted ones"
     if logits and shape.side:
         found |= tower_conventions(experiment)
     elif logits and shape.task in _PROBABILITY:

@@ -116,7 +116,8 @@ class AttentionDistance(PatternObservation):
     def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
         weights = seen.vectors
         if self.grid is not None:
-            weights = weights[:, self.grid[0] :]
+            front, rows, cols = self.grid
+            weights = weights[:, front : front + rows * cols]
             away = self._between_patches(seen.positions, weights)
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-38)
         else:
