@@ -1,5 +1,5 @@
-"""Training of linear components and of mixtures: their files, how independent coordinates are, and
-how likely vectors are."""
+"""Training of linear components and of mixtures: their files, how independent or correlated
+coordinates are, and how likely vectors are."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import torch
 from torch import Generator, Tensor
 
 from mechdsl.dictionaries.mixtures import log_densities, mean_log_likelihood
-from mechdsl.execute.run_record import IndependenceReport, MixtureReport
-from mechdsl.execute.training import DictionaryWriter, TrainingJob, solve_twice, start_generator
+from mechdsl.execute.run_record import CorrelationReport, IndependenceReport, MixtureReport
+from mechdsl.execute.training import (
+    DictionaryWriter,
+    TrainingJob,
+    read_together,
+    solve_twice,
+    start_generator,
+)
 from mechdsl.execute.training_vectors import RowVectors
 from mechdsl.fits.components import median_kurtosis
+from mechdsl.fits.correlations import pair_components
+from mechdsl.fits.factors import NotFactored
 from mechdsl.fits.mixtures import fit_mixture, shuffle_axes
 from mechdsl.fits.training import TrainingState, assess, principal_axes
+from mechdsl.program.trainers import PairedTrainer
 from mechdsl.resolve.types import TrainedDictionary
 
 
@@ -109,3 +118,60 @@ def _shuffled_likelihood(
     found = fit_mixture(own, declared.features, declared.covariance, steps, random)
     measured = shuffle_axes(held_out, axes, random) if len(held_out) else own
     return mean_log_likelihood(measured, found.tensors)
+
+
+FEWEST_PAIRS = 3
+"""Pairs of vectors from which a correlation can be computed."""
+
+
+def train_correlated(
+    declared: TrainedDictionary, vectors: RowVectors, job: TrainingJob
+) -> CorrelationReport:
+    """Compute correlated coordinates of two sets of vectors, write those of the first set, and
+    compare them with controls.
+
+    Raises:
+        NotFactored: The vectors have fewer components, or don't fit into memory together.
+        OSError: A file can't be written.
+    """
+    training = declared.training
+    assert training is not None
+    trainer, steps = training.trainer_of(PairedTrainer), int(training.options["steps"])
+    own, other = read_together(vectors)
+    held_out = vectors.held_out()
+    measured = held_out if len(held_out[0]) else (own, other)
+    if min(len(measured[0]), len(own)) < FEWEST_PAIRS:
+        raise NotFactored(
+            f"correlations need {FEWEST_PAIRS} held-out vectors, and there are {len(measured[0])}",
+            "name more rows or tokens, or hold out more rows: `validation: 50%`",
+        )
+    given = training.of_trainer
+    pair = trainer.solve(own, other, given, steps, start_generator(training))
+    random = trainer.solve(own, other, given, 0, start_generator(training)).align(own, other)
+    order = torch.randperm(len(other), generator=start_generator(training)).to(other.device)
+    shuffled = trainer.solve(own, other[order], given, steps, start_generator(training))
+    components = pair_components(own, other, declared.features)
+    job.on_step(steps, steps)
+    writer, solution = DictionaryWriter.of_solution(declared, job), pair.solution(own)
+    with torch.no_grad():
+        system = writer.load(writer.write(job.folder, solution.tensors))
+        coordinates = system.encode(measured[0])
+        explained = assess(coordinates, system.reconstruct(measured[0]), measured[0]).explained
+    rows, count = vectors.amounts(TrainingState())
+    report = CorrelationReport(
+        rows=rows,
+        vectors=count,
+        held_out_rows=vectors.held_out_count,
+        held_out_vectors=len(held_out[0]),
+        steps=solution.steps,
+        stopped_early=solution.stopped_early,
+        explained=explained,
+        correlations=tuple(pair.correlate(*measured).tolist()),
+        training=float(pair.correlate(own, other).mean()),
+        shuffled=float(shuffled.correlate(*measured).mean()),
+        untrained=float(random.correlate(*measured).mean()),
+        components=float(components.correlate(*measured).mean()),
+        numbers=float((pair.own.encoder != 0).sum(0).double().mean()),
+    )
+    job.write_card(report)
+    return report

@@ -258,6 +258,51 @@ class IndependenceReport(FitReport):
 
 
 @dataclass(frozen=True)
+class CorrelationReport(FitReport):
+    """How coordinates of two sets of vectors correlate, on rows that the training didn't use."""
+
+    vectors: int
+    """Vectors of the training rows."""
+    held_out_vectors: int
+    explained: float
+    """Share of the variance of the held-out vectors of the basis; without any, of the training
+    vectors, as in the following numbers."""
+    correlations: tuple[float, ...]
+    """Pearson correlation of each pair of coordinates on the held-out vectors. Each pair has the
+    sign for which its correlation on the training vectors is positive, as have the controls."""
+    training: float
+    """Their mean on the training vectors."""
+    shuffled: float
+    """The mean on held-out vectors after a training on pairs in a random order."""
+    untrained: float
+    """The mean for random directions."""
+    components: float
+    """The mean for pairs of principal components, the largest ones of both sets first."""
+    numbers: float
+    """Mean number of weights of a component that aren't 0."""
+
+    @property
+    def mean(self) -> float:
+        """Mean correlation on the held-out vectors."""
+        return sum(self.correlations) / len(self.correlations)
+
+    @property
+    def summary(self) -> str:
+        """What the table doesn't say, as text."""
+        return (
+            f"correlations {self.listed}; explains {self.explained:.3f} of the variance of these "
+            f"vectors; {self.numbers:.1f} weights of a component aren't 0"
+        )
+
+    @property
+    def listed(self) -> str:
+        """The correlations, as text."""
+        shown = ", ".join(f"{each:.3f}" for each in self.correlations[:LISTED_SITES])
+        more = len(self.correlations) - LISTED_SITES
+        return shown if more <= 0 else f"{shown} and {more} more"
+
+
+@dataclass(frozen=True)
 class MixtureReport(FitReport):
     """How likely a mixture is, on vectors of rows that the training didn't use."""
 
@@ -438,6 +483,7 @@ Report = (
     TrainingReport
     | DecoderReport
     | IndependenceReport
+    | CorrelationReport
     | MixtureReport
     | RotationReport
     | VectorReport

@@ -32,7 +32,7 @@ from mechdsl.fits.training import (
     components_explain,
 )
 from mechdsl.program.trainers import IterativeTrainer, SolvedTrainer
-from mechdsl.resolve.types import SitePoint, TrainedDictionary
+from mechdsl.resolve.types import SitePoint, TrainedDictionary, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
 
 STATE_FILES = ("state.json", "state.safetensors")
@@ -155,14 +155,7 @@ def solve_twice(
     """
     training = declared.training
     assert training is not None
-    if vectors.chunks > 1:
-        need = int(vectors.counts[vectors.rows].sum()) * 4 * declared.width_in
-        raise NotFactored(
-            f"its vectors need {format_size(need)} of memory, and `{training.trainer.name}` uses "
-            f"all of them together, at most {format_size(vectors.chunk_bytes)}",
-            "use fewer rows: `limit: 400`",
-        )
-    own, _ = vectors.chunk(0)
+    own, _ = read_together(vectors)
     trainer, steps = training.trainer_of(SolvedTrainer), int(training.options["steps"])
     untrained, trained = (
         trainer.solve(own, training.of_trainer, count, start_generator(training))
@@ -170,6 +163,23 @@ def solve_twice(
     )
     job.on_step(steps, steps)
     return untrained, trained
+
+
+def read_together(vectors: RowVectors) -> tuple[Tensor, Tensor]:
+    """Return all vectors of a training, as `RowVectors.chunk` does.
+
+    Raises NotFactored if they don't fit into memory together.
+    """
+    if vectors.chunks > 1:
+        numbers = sum(count_numbers(each, vectors.model.shape) for each in vectors.declared.points)
+        need = int(vectors.counts[vectors.rows].sum()) * 4 * numbers
+        raise NotFactored(
+            f"its vectors need {format_size(need)} of memory, and "
+            f"`{vectors.declared.trainer.name}` uses all of them together, at most "
+            f"{format_size(vectors.chunk_bytes)}",
+            "use fewer rows: `limit: 400`",
+        )
+    return vectors.chunk(0)
 
 
 def _finish_dictionary(

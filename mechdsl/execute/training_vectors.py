@@ -141,7 +141,13 @@ class RowVectors:
 
     def _read(self, rows: Ints) -> tuple[Tensor, Tensor]:
         sample = self.declared.sample
-        return read_rows(self.declared, self.model, sample, rows, seed=self.seed, side=self.side)
+        found = read_rows(self.declared, self.model, sample, rows, seed=self.seed, side=self.side)
+        paired = self.declared.paired
+        if paired is None or paired.point is not None:
+            return found
+        ordered = np.sort(rows)
+        values = np.array(paired.values)[ordered].repeat(self.counts[ordered], axis=0)
+        return found[0], torch.from_numpy(values).to(found[0])
 
 
 class NoVectors(Exception):

@@ -1,9 +1,9 @@
 """Fits to vectors of rows: means, principal components, linear probes, similarities, ranks,
-sparse dictionaries, factorizations, components, mixtures, rotations, steering vectors, scales,
-gates, lenses.
+sparse dictionaries, factorizations, components, correlations, mixtures, rotations, steering
+vectors, scales, gates, lenses.
 
 In: arrays of vectors and targets, [row, width]. Out: weights, directions, held-out predictions,
 numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`,
-`factors`, `components`, `mixtures`, `lenses`, `rotations`, `vectors`, `scales` and `gates`;
-scikit-learn only inside functions of `factors`, `components` and `mixtures`.
+`factors`, `components`, `correlations`, `mixtures`, `lenses`, `rotations`, `vectors`, `scales` and
+`gates`; scikit-learn only inside functions of `factors`, `components` and `mixtures`.
 """

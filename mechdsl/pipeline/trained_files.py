@@ -38,6 +38,7 @@ from mechdsl.execute.run_record import (
     ROTATION_FILE,
     TRAINING_VERSION,
     VECTOR_FILE,
+    CorrelationReport,
     DecoderReport,
     IndependenceReport,
     LensReport,
@@ -64,6 +65,7 @@ from mechdsl.program.python_functions import block_functions
 from mechdsl.program.trainers import (
     DirectionTrainer,
     MaskTrainer,
+    PairedTrainer,
     RotationTrainer,
     SolvedTrainer,
 )
@@ -231,6 +233,8 @@ class FitKeys:
             **self._rows(training, contents),
             "run": [self.options.dtype, self._device, self.options.execution.side],
         }
+        if training.paired is not None:
+            parts["values"] = [list(each) for each in training.paired.values]
         if training.stream is not None:
             parts["stream"] = self._stream(training, training.stream)
         if fit.objective is not None:
@@ -336,9 +340,12 @@ def _told(options: Mapping[str, Any]) -> dict[str, str]:
 # --- trained files --------------------------------------------------------------------------------
 
 
-REPORTS: Mapping[str, type[TrainingReport | IndependenceReport | MixtureReport]] = {
+REPORTS: Mapping[
+    str, type[TrainingReport | IndependenceReport | CorrelationReport | MixtureReport]
+] = {
     "features": TrainingReport,
     "independence": IndependenceReport,
+    "correlation": CorrelationReport,
     "likelihood": MixtureReport,
 }
 """Reports on dictionaries, by `measured` of their trainer."""
@@ -364,7 +371,7 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
         transcodes = bool(card["transcodes"])
         file = read_dictionary(folder, str(folder), transcodes=transcodes)
         own = fit.training.trainer
-        measured = own.measured if isinstance(own, SolvedTrainer) else "features"
+        measured = own.measured if isinstance(own, SolvedTrainer | PairedTrainer) else "features"
         kind = DecoderReport if fit.training.decoder else REPORTS[measured]
         return file, kind.read(card)
     except (OSError, ValueError, KeyError, TypeError, IndexError, UnreadableFile):
@@ -438,6 +445,8 @@ def _describe_result(file: TrainedFile, report: Report) -> str:
         return _describe_lens(file, report)
     if isinstance(report, MixtureReport):
         return _describe_mixture(file, report)
+    if isinstance(report, CorrelationReport):
+        return _describe_correlations(file, report)
     if not isinstance(report, TrainingReport | IndependenceReport):
         rows = "held-out rows" if report.held_out_rows else "training rows"
         values = _effects(report)
@@ -468,6 +477,15 @@ def _describe_mixture(file: TrainedFile, report: MixtureReport) -> str:
     return (
         f"mean log likelihood of {what} {report.log_likelihood:.2f} nats (one Gaussian "
         f"{report.single:.2f}, shuffled {report.shuffled:.2f}), SHA-256 {file.digest[:12]}…"
+    )
+
+
+def _describe_correlations(file: TrainedFile, report: CorrelationReport) -> str:
+    what = "held-out vectors" if report.held_out_vectors else "training vectors"
+    return (
+        f"correlations on {what} {report.listed} (mean {report.mean:.3f}, after shuffled pairs "
+        f"{report.shuffled:.3f}, random {report.untrained:.3f}, principal components "
+        f"{report.components:.3f}), SHA-256 {file.digest[:12]}…"
     )
 
 

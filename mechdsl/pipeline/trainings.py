@@ -20,6 +20,7 @@ from mechdsl.diagnostics.rules import TrainingFailed, UndecidedMask
 from mechdsl.execute.run_record import (
     CARD_FILE,
     LENS_FILE,
+    CorrelationReport,
     DecoderReport,
     IndependenceReport,
     LensReport,
@@ -43,7 +44,7 @@ from mechdsl.pipeline.trained_files import (
     packages_of_fit,
     read_fit,
 )
-from mechdsl.program.trainers import SolvedTrainer
+from mechdsl.program.trainers import PairedTrainer, SolvedTrainer
 from mechdsl.resolve.sites import label_all_points, label_candidates, label_points
 from mechdsl.resolve.trainings import resolve_part
 from mechdsl.resolve.types import (
@@ -335,7 +336,11 @@ def _train_on_vectors(
     side: PaddingSide | None,
 ) -> Report:
     """Train a lens or a dictionary."""
-    from mechdsl.execute.component_training import train_components, train_mixture
+    from mechdsl.execute.component_training import (
+        train_components,
+        train_correlated,
+        train_mixture,
+    )
     from mechdsl.execute.decoder_training import train_on_decoder
     from mechdsl.execute.lens_training import train_lens
     from mechdsl.execute.training import solve_dictionary, train_dictionary
@@ -352,10 +357,11 @@ def _train_on_vectors(
         return train_lens(fit.file, vectors, model, job)
     assert isinstance(fit.file, TrainedDictionary)
     trainer = fit.training.trainer
-    if isinstance(vectors, RowVectors) and isinstance(trainer, SolvedTrainer):
+    if isinstance(vectors, RowVectors) and isinstance(trainer, SolvedTrainer | PairedTrainer):
         solvers = {
             "features": solve_dictionary,
             "independence": train_components,
+            "correlation": train_correlated,
             "likelihood": train_mixture,
         }
         solve = solvers[trainer.measured]
@@ -391,6 +397,8 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
     packages = packages_of_fit(fit)
     if isinstance(fit.file, TrainedDictionary):
         own["transcodes"] = fit.file.transcodes
+    if training.paired is not None:
+        own["with"] = training.paired.label
     if fit.objective is not None:
         own["from"] = fit.objective.spec.source
         fill = fit.objective.spec.rules[0].fill
@@ -511,6 +519,8 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
         ]
     if isinstance(report, MixtureReport):
         return _describe_mixture(rows, report)
+    if isinstance(report, CorrelationReport):
+        return _describe_correlations(rows, report, card)
     if isinstance(report, SoftPromptReport):
         return _describe_soft_prompt(rows, report)
     if isinstance(report, LensReport):
@@ -528,6 +538,25 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
         f"- The same with as many principal components: {report.components_explained:.4f}",
         f"- Active features of a vector: {report.active:.2f}",
         f"- Features without activity on these vectors: {report.inactive:,}",
+    ]
+
+
+def _describe_correlations(
+    rows: str, report: CorrelationReport, card: Mapping[str, Any]
+) -> list[str]:
+    """Return what the model card of correlated components says about its rows and its result."""
+    measured = "held-out" if report.held_out_vectors else "training"
+    listed = ", ".join(f"{each:.4f}" for each in report.correlations)
+    return [
+        f"{rows}, {report.vectors:,} vectors; {count_noun(report.held_out_rows, 'row')} held out",
+        f"- Correlated with {card['with']}",
+        f"- Correlations on {measured} vectors: {listed}",
+        f"- Their mean: {report.mean:.4f}; on training vectors: {report.training:.4f}",
+        f"- The same after a training on shuffled pairs: {report.shuffled:.4f}",
+        f"- The same for random directions: {report.untrained:.4f}",
+        f"- The same for principal components: {report.components:.4f}",
+        f"- Explained variance on {measured} vectors: {report.explained:.4f}",
+        f"- Weights of a component that aren't 0: {report.numbers:.1f}",
     ]
 
 

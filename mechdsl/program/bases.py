@@ -41,6 +41,7 @@ from mechdsl.program.trainers import (
     DictionaryTrainer,
     EffectTrainer,
     MaskTrainer,
+    PairedTrainer,
     ScaleTrainer,
     Statement,
     Trainer,
@@ -482,6 +483,11 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
     """Return the problem with the run and the measure that a trainer learns from, or with such
     arguments of a dictionary."""
     given = {each.name: each for each in call.arguments if each.name in EFFECT_OPTIONS}
+    if isinstance(trainer, PairedTrainer):
+        partner = given.pop("with", None)
+        problem = _partner_problem(call, partner, trainer)
+        if problem is not None:
+            return problem
     if not isinstance(trainer, EffectTrainer):
         for name, argument in given.items():
             reason = f"is no argument of `fit` with `{trainer.name}`, which learns from vectors"
@@ -519,6 +525,25 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
         reason, hint = "has both `maximise` and `minimise`", "keep one, such as their difference"
         span = given[measures[1]].span
     return BadArgument(span=span, name=call.name, reason=reason, hint=hint) if reason else None
+
+
+def _partner_problem(
+    call: ast.Call, partner: ast.Argument | None, trainer: Trainer
+) -> BadArgument | None:
+    """Return the problem with the other vectors that a trainer needs."""
+    example = f"fit({trainer.example}, prompts: fruit.train, with: resid_post layer 3)"
+    hint = f"write `{example}`, or values of the rows: `with: [count, item]`"
+    if partner is None:
+        reason = f"with `{trainer.name}` needs `with: …`, the vectors to correlate with"
+        return BadArgument(span=call.span, name=call.name, reason=reason, hint=hint)
+    value = partner.value
+    items = value.items if isinstance(value, ast.ListLiteral) else (value,)
+    named = bool(items) and all(isinstance(each, ast.Name) for each in items)
+    if named or isinstance(value, ast.Site):
+        return None
+    written = value.span.written
+    reason = f"with `{trainer.name}` has no vectors `{written}` to correlate with"
+    return BadArgument(span=partner.span, name=call.name, reason=reason, hint=hint)
 
 
 def _trainer_problem(

@@ -11,11 +11,18 @@ from mechdsl.base.text import name_list
 from mechdsl.dictionaries.folder import COVARIANCES, Architecture
 from mechdsl.program.direction_methods import Problem
 from mechdsl.program.spec import Constant
-from mechdsl.program.trainers import DictionaryOutline, DictionaryTrainer, SolvedTrainer, trainer
+from mechdsl.program.trainers import (
+    DictionaryOutline,
+    DictionaryTrainer,
+    PairedTrainer,
+    SolvedTrainer,
+    trainer,
+)
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from mechdsl.fits.correlations import CorrelatedPair
     from mechdsl.fits.factors import Solution
 
 NONNEGATIVE_SITE = "mlp_hidden"
@@ -23,6 +30,12 @@ NONNEGATIVE_SITE = "mlp_hidden"
 
 SPARSITY = 0.02
 """Default of `penalty` of `semi_nmf`."""
+
+RIDGE = 0.1
+"""Default of `ridge` of `cca`."""
+
+SPARSE_PENALTY = 0.5
+"""Default of `penalty` of `sparse_cca`."""
 
 COVARIANCE = "diag"
 """Default of `covariance` of `mixture`."""
@@ -34,6 +47,12 @@ OTHER_SOLVED_TRAINERS: dict[str, str] = {
     **dict.fromkeys(
         ("gmm", "gaussian_mixture", "gaussians", "clusters", "kmeans", "k_means"),
         "write `mixture(components: 8)`",
+    ),
+    **dict.fromkeys(
+        ("canonical_correlation", "svcca", "pwcca", "pls"), "write `cca(components: 8)`"
+    ),
+    **dict.fromkeys(
+        ("scca", "pmd", "sparsecca", "penalized_cca"), "write `sparse_cca(components: 8)`"
     ),
 }
 """What else may be written for a trainer of this module inside of `fit(…)` → hint."""
@@ -200,3 +219,79 @@ class MixtureTrainer(SizedTrainer, SolvedTrainer):
 
         covariance = str(options.get("covariance", COVARIANCE))
         return fit_mixture(vectors, int(options["components"]), covariance, steps, random)
+
+
+class CorrelationTrainer(SizedTrainer, PairedTrainer):
+    """Directions whose coordinates correlate with those of other vectors of the same tokens."""
+
+    required = ("components",)
+    architecture = "linear"
+    strength: ClassVar[str]
+    """The option that keeps the training from learning chance correlations."""
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name != self.strength:
+            return super().check_option(name, value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+        return None if number else (f"`{name}` is from 0 to below 1", f"write `{name}: 0.1`")
+
+
+@trainer("cca")
+class CanonicalCorrelationTrainer(CorrelationTrainer):
+    """Canonical correlation analysis, with a ridge.
+
+    References:
+        Hotelling 1936, doi 10.1093/biomet/28.3-4.321.
+    """
+
+    example = "cca(components: 8)"
+    options = ("components", "ridge")
+    other_options: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(SIZES, "components"),
+        **dict.fromkeys(("penalty", "regularization", "reg", "c", "alpha"), "ridge"),
+    }
+    defaults: ClassVar[Mapping[str, Constant]] = {"steps": 1}
+    strength = "ridge"
+
+    def solve(
+        self,
+        own: Tensor,
+        other: Tensor,
+        options: Mapping[str, Constant],
+        steps: int,
+        random: Generator,
+    ) -> CorrelatedPair:
+        from mechdsl.fits.correlations import correlate_sets
+
+        ridge = float(options.get("ridge", RIDGE))
+        return correlate_sets(own, other, int(options["components"]), ridge, steps, random)
+
+
+@trainer("sparse_cca")
+class SparseCorrelationTrainer(CorrelationTrainer):
+    """Sparse canonical correlations, by a penalised matrix decomposition.
+
+    References:
+        Witten, Tibshirani and Hastie 2009, doi 10.1093/biostatistics/kxp008.
+    """
+
+    example = "sparse_cca(components: 8)"
+    options = ("components", "penalty")
+    other_options: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(SIZES, "components"),
+        **dict.fromkeys(("penaltyx", "sparsity", "l1", "c", "alpha", "ridge"), "penalty"),
+    }
+    strength = "penalty"
+
+    def solve(
+        self,
+        own: Tensor,
+        other: Tensor,
+        options: Mapping[str, Constant],
+        steps: int,
+        random: Generator,
+    ) -> CorrelatedPair:
+        from mechdsl.fits.correlations import correlate_sparse
+
+        penalty = float(options.get("penalty", SPARSE_PENALTY))
+        return correlate_sparse(own, other, int(options["components"]), penalty, steps, random)

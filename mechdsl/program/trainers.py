@@ -24,6 +24,7 @@ from mechdsl.syntax import ast
 if TYPE_CHECKING:
     from torch import Generator, Tensor, device
 
+    from mechdsl.fits.correlations import CorrelatedPair
     from mechdsl.fits.factors import Solution
     from mechdsl.fits.gates import Gates
     from mechdsl.fits.lenses import LensMaps
@@ -155,6 +156,34 @@ class SolvedTrainer(DictionaryTrainer):
         """
 
 
+class PairedTrainer(DictionaryTrainer):
+    """A dictionary that is computed from two sets of vectors of the same rows together."""
+
+    measured: ClassVar[Literal["correlation"]] = "correlation"
+    """What its table says: how coordinates of both sets correlate."""
+
+    @abstractmethod
+    def solve(
+        self,
+        own: Tensor,
+        other: Tensor,
+        options: Mapping[str, Constant],
+        steps: int,
+        random: Generator,
+    ) -> CorrelatedPair:
+        """Compute the coordinates of both sets.
+
+        Args:
+            own: [vector, width] vectors of the site.
+            other: [vector, other width] what `with` names, of the same tokens.
+            steps: Maximum number of iterations; 0 for a random start, the control.
+            random: Source of all random numbers, on the CPU.
+
+        Raises:
+            NotFactored: These vectors have no such dictionary.
+        """
+
+
 class LensTrainer(Trainer):
     """A lens: an affine map for each layer, trained on vectors to predict the next token."""
 
@@ -262,6 +291,7 @@ class MaskTrainer(EffectTrainer):
 TRAINER_KINDS: tuple[type[Trainer], ...] = (
     IterativeTrainer,
     SolvedTrainer,
+    PairedTrainer,
     RotationTrainer,
     VectorTrainer,
     ScaleTrainer,

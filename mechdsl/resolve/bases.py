@@ -25,7 +25,7 @@ from mechdsl.dictionaries.folder import (
 from mechdsl.dictionaries.labels import FeatureLabels, read_labels
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS, ROTATION_OPTIONS, BasisMethod, basis_size
+from mechdsl.program.basis_methods import BASIS_METHODS, EFFECT_OPTIONS, BasisMethod, basis_size
 from mechdsl.program.direction_methods import MethodError
 from mechdsl.program.directions import decoded_basis, fit_rows_of_basis
 from mechdsl.program.paths import (
@@ -37,7 +37,7 @@ from mechdsl.program.paths import (
 )
 from mechdsl.program.python_functions import find_function
 from mechdsl.program.spec import Constant, constant_value
-from mechdsl.program.trainers import DictionaryTrainer, SolvedTrainer
+from mechdsl.program.trainers import DictionaryTrainer, PairedTrainer, SolvedTrainer
 from mechdsl.resolve.directions import (
     DirectionError,
     count_used_rows,
@@ -78,6 +78,7 @@ from mechdsl.resolve.types import (
     FittedBasis,
     Intervention,
     JacobianBasis,
+    PairedVectors,
     PointBases,
     PythonBasis,
     ResolvedRule,
@@ -89,6 +90,7 @@ from mechdsl.resolve.types import (
     TrainedDictionary,
     TrainedRotation,
     TrainedVector,
+    Training,
     VectorBatch,
     WeightBasis,
     count_numbers,
@@ -1018,7 +1020,7 @@ def _options(call: ast.Call, method: BasisMethod, work: ExperimentContext) -> di
     """Return the constants of a call, other than `limit`."""
     found: dict[str, Constant] = {}
     for argument in call.arguments:
-        if argument.name in (None, "limit", "labels", "prompts", *ROTATION_OPTIONS):
+        if argument.name in (None, "limit", "labels", "prompts", *EFFECT_OPTIONS):
             continue
         if argument.name == "weights":
             found["weights"] = argument.value.span.written
@@ -1131,23 +1133,19 @@ def _trained(
         )
     made = outline_training(definition, options, sample, point, work.program, work.model)
     assert made.training is not None
+    if isinstance(made.training.trainer, PairedTrainer):
+        assert isinstance(made, TrainedDictionary)
+        paired = _paired(definition, made.features, sample, point, work)
+        if paired is None:
+            return None
+        made = replace(made, training=replace(made.training, paired=paired))
+        assert made.training is not None
+        text += f", with {paired.label}"
     stream = made.training.stream
     if stream is not None:
         text = f"{stream.count:,} streamed rows of {sample.table.name} at {sample.cell.label}"
-    if stream is not None and sample.run.model is not None:
-        raise BasisError(
-            definition.method,
-            f"the rows of `{sample.table.name}` are read in parts, for one model",
-            "name the block alone: `prompts: texts`",
-        )
     trainer = made.training.trainer
-    if stream is not None and isinstance(trainer, SolvedTrainer):
-        raise BasisError(
-            definition.method,
-            f"`{trainer.name}` uses all vectors together, and `{sample.table.name}` is read in "
-            "parts",
-            "remove `streamed`, and write `limit: 1000` in `fit(…)`",
-        )
+    _check_stream(definition, made.training)
     size = made.size if isinstance(made, TrainedRotation) else made.features
     width = count_numbers(point, work.model.shape)
     if isinstance(made, TrainedRotation) and size > width and not work.model.shape.stands_in:
@@ -1205,6 +1203,93 @@ def _trained_on_decoder(
     text = f"{file.features:,} decoder directions of {member.name} ({member.made})"
     about = describe_training(made, text, work.program, work.measuring, work.table)
     return made, made.features, about
+
+
+def _check_stream(definition: spec.Basis, training: Training) -> None:
+    """Check that a training can read its rows in parts, if it does. Raises BasisError."""
+    sample, trainer = training.sample, training.trainer
+    if training.stream is None:
+        return
+    if sample.run.model is not None:
+        raise BasisError(
+            definition.method,
+            f"the rows of `{sample.table.name}` are read in parts, for one model",
+            "name the block alone: `prompts: texts`",
+        )
+    if isinstance(trainer, SolvedTrainer | PairedTrainer):
+        raise BasisError(
+            definition.method,
+            f"`{trainer.name}` uses all vectors together, and `{sample.table.name}` is read in "
+            "parts",
+            "remove `streamed`, and write `limit: 1000` in `fit(…)`",
+        )
+
+
+def _paired(
+    definition: spec.Basis,
+    count: int,
+    sample: FitSample,
+    point: SitePoint,
+    work: ExperimentContext,
+) -> PairedVectors | None:
+    """Resolve what vectors are correlated with; None after other errors. Raises BasisError.
+
+    Args:
+        count: Number of components.
+        point: The site of the basis.
+    """
+    node = next(each.value for each in definition.method.arguments if each.name == "with")
+    known = sample.run.rows[0].values
+    if isinstance(node, ast.Name) and node.id in SITES and node.id not in known:
+        node = ast.Site(names=(node,), span=node.span)
+    if isinstance(node, ast.Site):
+        other = _one_point(node, work)
+        if other is None:
+            return None
+        _check_site(other, node, work)
+        if other == point:
+            raise BasisError(
+                node,
+                "the vectors of a site correlate with themselves in all components",
+                "name another site",
+            )
+        size = count_numbers(other, work.model.shape)
+        found = PairedVectors(label_points((other,)), other)
+    else:
+        items = node.items if isinstance(node, ast.ListLiteral) else (node,)
+        columns = [column for item in items for column in _value_columns(item, sample)]
+        label = ", ".join(item.span.written for item in items)
+        size, found = len(columns), PairedVectors(label, None, tuple(zip(*columns, strict=True)))
+    if count > size and not work.model.shape.stands_in:
+        raise BasisError(
+            node,
+            f"{count:,} components with `{found.label}`, which has {count_noun(size, 'number')}",
+            f"write at most `components: {size}`",
+        )
+    return found
+
+
+def _value_columns(node: ast.Node, sample: FitSample) -> list[list[float]]:
+    """Return a value of the rows as columns of numbers: one for a number, one for each item of a
+    list, and for words one of 0 and 1 for each word, in alphabetical order. Raises BasisError."""
+    rows = [row.values for row in sample.run.rows]
+    name = node.id if isinstance(node, ast.Name) else ""
+    if name not in rows[0]:
+        known = ", ".join(f"`{each}`" for each in rows[0])
+        reason = f"`{node.span.written}` is no site and no value of the rows"
+        raise BasisError(node, reason, f"values are {known}; a site is `resid_post layer 3`")
+    every = [row[name] for row in rows]
+    if all(isinstance(each, str) for each in every):
+        return [[float(each == word) for each in every] for word in sorted(set(every))]
+    lists = [each if isinstance(each, list | tuple) else [each] for each in every]
+    numbers = all(isinstance(item, int | float) for own in lists for item in own)
+    if not numbers or len({len(own) for own in lists}) > 1:
+        raise BasisError(
+            node,
+            f"`{name}` has neither words nor the same number of numbers in every row",
+            "name another value",
+        )
+    return [list(map(float, column)) for column in zip(*lists, strict=True)]
 
 
 def _jacobian(

@@ -228,6 +228,18 @@ class RecordStream(Record):
 
 
 @record
+class PairedVectors(Record):
+    """What the vectors of a training are correlated with."""
+
+    label: str
+    """`L3.resid_post` or `count, item`."""
+    point: SitePoint | None
+    """The site of vectors of the same tokens; None for values of the rows."""
+    values: tuple[tuple[float, ...], ...] = ()
+    """The numbers of each row of the table."""
+
+
+@record
 class Training(Record):
     """A training that a file declares: `fit(sae(features: 512, k: 8), prompts: fruit.train)`."""
 
@@ -258,13 +270,16 @@ class Training(Record):
     a training on the rows of `sample`."""
     layers: tuple[int, ...] = ()
     """Layers of a lens, whose vectors are encoded together; `encoded` is the first one."""
+    paired: PairedVectors | None = None
+    """What the vectors are correlated with."""
 
     @property
     def points(self) -> tuple[SitePoint, ...]:
         """The sites of the vectors that are encoded, and then that of those that are
-        reconstructed."""
+        reconstructed, or that they are correlated with."""
         encoded = tuple(SitePoint(self.encoded.site, layer, None) for layer in self.layers)
-        return (*(encoded or (self.encoded,)), self.made)
+        paired = None if self.paired is None else self.paired.point
+        return (*(encoded or (self.encoded,)), paired or self.made)
 
     def trainer_of(self, kind: type[TrainerT]) -> TrainerT:
         """Return the trainer, which is of a kind."""
@@ -321,7 +336,7 @@ class TrainedDictionary(DictionaryFile):
         """Description for tables and conventions."""
         if self.architecture != "linear" or self.training is None:
             return super().kind
-        return f"{self.features} {self.training.trainer.name} components"
+        return count_noun(self.features, f"{self.training.trainer.name} component")
 
 
 @record

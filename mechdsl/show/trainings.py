@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mechdsl.base.text import format_size
 from mechdsl.execute.run_record import (
+    CorrelationReport,
     DecoderReport,
     IndependenceReport,
     LensReport,
@@ -50,6 +51,16 @@ INDEPENDENCE_NOTES = {
     "components": "the same for principal components, which explain the same share",
 }
 """Columns of independent components."""
+
+CORRELATION_NOTES = {
+    "paired": "mean over components of the correlation of both coordinates on held-out vectors; "
+    "without any, on training vectors",
+    "train": "the same on training vectors",
+    "shuffled": "the same on held-out vectors after a training on pairs in a random order",
+    "random": "the same for random directions",
+    "pca": "the same for pairs of principal components",
+}
+"""Columns of correlated components."""
 
 MIXTURE_NOTES = {
     "mixture": "mean log likelihood of the held-out vectors in nats; without any, of training "
@@ -127,7 +138,7 @@ LENS_NOTES = {
 """Columns of lenses."""
 
 
-ON_VECTORS = (TrainingReport, IndependenceReport, MixtureReport, LensReport)
+ON_VECTORS = (TrainingReport, IndependenceReport, CorrelationReport, MixtureReport, LensReport)
 """Reports on vectors, without a measure."""
 
 
@@ -137,6 +148,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         (TrainingReport, NOTES, "basis"),
         (DecoderReport, DECODER_NOTES, "basis"),
         (IndependenceReport, INDEPENDENCE_NOTES, "basis"),
+        (CorrelationReport, CORRELATION_NOTES, "basis"),
         (MixtureReport, MIXTURE_NOTES, "basis"),
         (RotationReport, ROTATION_NOTES, "basis"),
         (VectorReport, VECTOR_NOTES, "direction"),
@@ -161,6 +173,8 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
             what = f"{fit.report.objective}; {what}"
         if isinstance(fit.report, VectorReport | SoftPromptReport):
             what = f"vectors of the site have length {fit.report.site_length:.3g}; {what}"
+        if isinstance(fit.report, CorrelationReport):
+            what = f"{fit.report.summary}; {what}"
         if isinstance(fit.report, MaskReport):
             what = f"{_list_inactive(fit.report)}{fit.report.list_chosen()}; {what}"
         print_hanging(f"  {fit.basis}: ", what, console)
@@ -238,6 +252,9 @@ def _numbers(report: Report) -> list[str]:
         others = (report.untrained_kurtosis, report.components_kurtosis)
         numbers = (report.explained, report.kurtosis, *others)
         return [f"{number:.3f}" for number in numbers]
+    if isinstance(report, CorrelationReport):
+        controls = (report.shuffled, report.untrained, report.components)
+        return [f"{number:.3f}" for number in (report.mean, report.training, *controls)]
     if isinstance(report, MixtureReport):
         others = (report.untrained, report.single, report.shuffled)
         likelihoods = (f"{number:.2f}" for number in (report.log_likelihood, *others))

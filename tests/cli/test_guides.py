@@ -224,11 +224,12 @@ def test_page_commands_run(page: str, command: Command, update: bool) -> None:
     run_page(DOCS / page, command, update)
 
 
+@pytest.mark.parametrize("section", ["Factor activations", "Correlate two sites", "Find clusters"])
 def test_activations_are_factored_as_the_page_says(
-    command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
+    section: str, command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE")
-    run_page(DOCS / "bases.md", command, update, {"Factor activations"})
+    run_page(DOCS / "bases.md", command, update, {section})
 
 
 def test_a_lens_is_trained_as_the_page_says(

@@ -519,6 +519,21 @@ _file(
     "Hyvärinen 1999, doi 10.1109/72.761722",
 )
 _file(
+    "basis: trained canonical correlations",
+    "basis b = fit(cca(components: 8), prompts: fruit.train, with: resid_post layer 2) "
+    "at resid_post layer 1",
+    "Directions whose coordinates correlate most with those of the vectors of the same tokens at "
+    "another site, or with values of the rows (`with: [count, item]`; words are numbers of 0 and "
+    "1). `ridge` (0.1) times the mean variance is added to both covariance matrices. "
+    "`sparse_cca(components: 8, penalty: 0.5)` finds directions with few weights that aren't 0 "
+    "(Witten et al. 2009). With exchanged sites, a second basis has the other coordinate of each "
+    "pair. Over the training vectors, coordinates have mean 0 and variance 1; rules use the basis "
+    "like a dictionary. The options of `fit` are those of a factorization. The table has held-out "
+    "correlations, and those of shuffled pairs, random directions and principal components.",
+    "tests/pipeline/test_trained_correlations.py",
+    "Hotelling 1936, doi 10.1093/biomet/28.3-4.321",
+)
+_file(
     "basis: a trained mixture of Gaussians",
     "basis b = fit(mixture(components: 8), prompts: fruit.train) at resid_post layer 1",
     "The probabilities that a vector belongs to each component of a mixture of Gaussians, the "
