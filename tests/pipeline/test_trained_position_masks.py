@@ -324,6 +324,37 @@ def test_rules_use_it_as_a_list_of_positions(name: str, tmp_path: Path) -> None:
     assert "group g" not in own[1].conventions
 
 
+def replies(result: mechdsl.ExperimentResult) -> list[dict[int, list[list[int]]]]:
+    """The tokens of the replies of every cell and row."""
+    assert result.replies is not None
+    return [
+        {row: [list(each.ids) for each in own] for row, own in cell.items()}
+        for cell in result.replies.cells
+    ]
+
+
+@pytest.mark.parametrize("place", ["g tokens", "each g token"])
+def test_the_last_token_follows_a_reply(place: str, tmp_path: Path) -> None:
+    """As it does in a list of positions."""
+    at = f"{SITE} at token 1, last token, token 2"
+    call = fit(at=at, source="from: other", objective="minimise: kl(other)")
+    lines = ("generate 4", f"ablate {SITE} at {place} with zero")
+    text = experiment(*lines, measure="measure length as raw")
+    path = write(tmp_path, call, text)
+    (trained,) = train(path)
+    chosen = chosen_sites(trained)
+    assert "last token" in chosen
+    own = run(path).files[0].experiments[0]
+    listed = ", ".join(chosen)
+    listed = listed if place == "each g token" else f"{{{listed}}}"
+    path = write(tmp_path, text.replace(place, listed))
+    theirs = run(path, store=False).files[0].experiments[0]
+    assert replies(own) == replies(theirs)
+    only = text.replace(place, "{" + next(each for each in chosen if each != "last token") + "}")
+    other = run(write(tmp_path, only), store=False).files[0].experiments[0]
+    assert replies(other) != replies(own)
+
+
 def test_patches_of_images(tmp_path: Path) -> None:
     """A rule on the chosen patches, written as a list."""
     head = """mech 1

@@ -159,6 +159,12 @@ def join_hits(cells: Sequence[PositionCell], n: int) -> Hits:
     return (tuple(joined),) if any(cell.hits[n] for cell in cells) else ()
 
 
+def _following(joined: PositionCell, cells: Sequence[PositionCell]) -> PositionCell:
+    """Return joined cells that follow the tokens of a reply as one of them does."""
+    either = {cell.follows for cell in cells} - {""}
+    return replace(joined, follows=min(either)) if either else joined
+
+
 def lacks_hits(cells: Sequence[PositionCell], n: int) -> bool:
     """Return whether a row has none of the cells: the experiment that ranks its tokens lacks it, or
     a `for` variable exceeds its length."""
@@ -800,8 +806,7 @@ class _Resolver:
             () if any(lacks_hits(own, n) for own in parts) else join_hits(cells, n)
             for n in range(self.total)
         )
-        found, either = PositionCell(base.span.written, hits), {c.follows for c in cells} - {""}
-        return [replace(found, follows=min(either)) if either else found]
+        return [_following(PositionCell(base.span.written, hits), cells)]
 
     def _chosen(self, base: ast.ChosenTokens) -> list[PositionCell]:
         """Return the positions that a training chose, or their tokens joined; E0310 if no row has
@@ -830,7 +835,7 @@ class _Resolver:
         if not base.plural:
             return cells
         hits = tuple(join_hits(cells, n) for n in range(self.total))
-        return [PositionCell(base.span.written, hits)]
+        return [_following(PositionCell(base.span.written, hits), cells)]
 
     def _may_lack(self, node: ast.Node) -> bool:
         """Return whether rows without the position drop out: another experiment didn't rank their
