@@ -82,6 +82,8 @@ DIGITS = _limit(300, "digits of a computed number", "E0503")
 
 DATA_SET = _limit(2**30, "bytes of a data set from the hub", "E0506")
 
+DATA_FILES = _limit(10_000, "files of a `rows` line", "E0506")
+
 DATA_DEPTH = _limit(50, "levels of nested lists and objects in a data file", "E0505")
 
 SAMPLES = _limit(10_000, "samples of noise", "E0515")

@@ -78,9 +78,11 @@ from mechdsl.program.directions import fit_rows_of_experiment, used_bases, used_
 from mechdsl.program.lowering import lower_program
 from mechdsl.program.paths import (
     ROWS_PATH,
+    WILDCARD,
     path_argument,
     path_to_read,
     path_to_write,
+    paths_to_read,
     source_reach,
 )
 from mechdsl.program.prompts import NO_IMAGE_REASON
@@ -437,9 +439,9 @@ def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
     for prompts in program.prompts.values():
         if isinstance(prompts.rows, ast.String):
             written = prompts.rows.value
-            path, _ = path_to_read(ROWS_PATH, written, prompts.rows.span)
-            if path is not None:
-                yield path, f"`{written}`, the rows of prompts `{prompts.name}`"
+            for path in paths_to_read(ROWS_PATH, written, prompts.rows.span)[0]:
+                shown = path.name if WILDCARD in written else written
+                yield path, f"`{shown}`, the rows of prompts `{prompts.name}`"
     made = [(each.name, each.value) for each in program.directions.values()]
     made += [(each.name, each.method) for each in program.bases.values()]
     for name, tree in made:

@@ -213,6 +213,7 @@ def plan(
     print_diagnostics(problems)
     if checked is None or has_errors(problems):
         return INVALID_INPUT
+    from mechdsl.pipeline.trained_files import list_training_costs
     from mechdsl.planner.passes import check_pass_names, make_plan
     from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS
     from mechdsl.show.plan import print_plan
@@ -241,6 +242,7 @@ def plan(
         passes.prompt_tokens or PROMPT_TOKENS,
         measured,
         saving=checked.saving,
+        trainings=list_training_costs(checked),
     )
     return SUCCESS
 

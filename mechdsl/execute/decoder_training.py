@@ -17,9 +17,9 @@ from mechdsl.dictionaries.features import load_dictionary
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.execute.run_record import DecoderReport
 from mechdsl.execute.training import TrainingJob, train_dictionary
-from mechdsl.execute.training_vectors import count_held_out
 from mechdsl.fits.factors import NotFactored
 from mechdsl.fits.training import TrainingState
+from mechdsl.planner.training_cost import count_held_out
 from mechdsl.resolve.trainings import FEWEST_ROWS
 from mechdsl.resolve.types import TrainedDictionary
 from mechdsl.resolve.types import Training as DeclaredTraining
@@ -67,6 +67,10 @@ class DirectionVectors:
         """Return the number of training directions, twice."""
         count = len(self.directions) - self.held_out_count
         return count, count
+
+    def texts(self, state: TrainingState) -> None:
+        """Return None: directions aren't texts."""
+        return
 
 
 def decoder_directions(file: DictionaryFile) -> Tensor:

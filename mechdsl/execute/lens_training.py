@@ -56,5 +56,6 @@ def train_lens(
         untrained=untrained.divergences(*measured).tolist(),
         average=divergence_from_average(logits, first[1], measured[1]),
     )
+    job.write_texts(vectors.texts(loop.state))
     job.write_card(report, LENS_FILE)
     return report

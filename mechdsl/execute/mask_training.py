@@ -40,6 +40,7 @@ from mechdsl.forward.hooks.batch import SiteWrite
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide, unit_count
+from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_single_rows
 from mechdsl.program.trainers import MaskTrainer
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import key_of_candidate, paired_cells
@@ -52,12 +53,6 @@ from mechdsl.resolve.types import (
     SitePoint,
     TrainedMask,
 )
-
-RANDOM_CHOICES = 8
-"""Random choices of sites that a mask is compared with."""
-
-SINGLE_ROWS = 32, 8
-"""Largest and smallest number of training rows that effects of single sites are computed on."""
 
 UNDECIDED = 0.1, 0.9
 """A gate is decided that is chosen with a larger probability, or isn't with a smaller one."""
@@ -471,7 +466,7 @@ def _write_choice(path: Path, rows: MaskRows, likely: Tensor, chosen: Sequence[i
 
 def _random_choices(model: GateLoss, seed: int) -> Iterator[list[int]]:
     """Yield random choices of as many gates."""
-    for number in range(RANDOM_CHOICES):
+    for number in range(RANDOM_CONTROLS):
         random = torch.Generator().manual_seed(stable_hash(seed, "choice", number) % 2**63)
         order = torch.randperm(len(model.rows.active), generator=random)
         yield sorted(order[: model.gates.size].tolist())
@@ -486,9 +481,9 @@ def _choose_single_effects(
     If the mask keeps its choice, they are those with the worst effects.
     """
     rows = model.rows.rows[model.rows.held_out_count :]
-    count, (most, least) = len(model.rows.active), SINGLE_ROWS
-    few = rows[: min(most, settings.steps * settings.batch // count)]
-    if len(few) < min(least, len(rows)):
+    count = len(model.rows.active)
+    few = rows[: count_single_rows(count, len(rows), settings.steps, settings.batch)]
+    if not len(few):
         return None, 0
     alone = torch.zeros(count, len(model.rows.candidates))
     alone[range(count), model.rows.active] = 1

@@ -20,7 +20,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.measurement.readout import Readout
 from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes, write_point
-from mechdsl.execute.training_vectors import count_held_out, order_rows
+from mechdsl.execute.training_vectors import order_rows
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.fits.training import TrainingState
@@ -29,6 +29,7 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import build_save_panel
+from mechdsl.planner.training_cost import count_held_out
 from mechdsl.program import spec
 from mechdsl.program.images import IMAGE_SPAN, INSERTED_SPAN
 from mechdsl.prompts.runs import PositionCell, PromptRun

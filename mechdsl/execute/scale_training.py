@@ -13,12 +13,10 @@ from mechdsl.execute.objective_rows import Edit, EditLoss, ObjectiveRows
 from mechdsl.execute.run_record import VECTOR_FILE, ScaleReport
 from mechdsl.execute.training import TrainingJob, read_settings, start_generator
 from mechdsl.fits.training import Training
+from mechdsl.planner.training_cost import RANDOM_CONTROLS
 from mechdsl.program.trainers import ScaleTrainer
 from mechdsl.resolve.trainings import VECTOR
 from mechdsl.resolve.types import TrainedVector
-
-ORDERS = 8
-"""Random orders of the channels that trained scales are compared with."""
 
 
 def train_scales(declared: TrainedVector, rows: ObjectiveRows, job: TrainingJob) -> ScaleReport:
@@ -60,7 +58,7 @@ def _controls(
         return rows.mean(rows.measured, edit, batch)
 
     random = torch.Generator().manual_seed(stable_hash(rows.declared.seed, "orders") % 2**63)
-    orders = [torch.randperm(len(factors), generator=random) for _ in range(ORDERS)]
-    shuffled = sum(mean(factors[order.to(factors.device)]) for order in orders) / ORDERS
+    orders = [torch.randperm(len(factors), generator=random) for _ in range(RANDOM_CONTROLS)]
+    shuffled = sum(mean(factors[order.to(factors.device)]) for order in orders) / RANDOM_CONTROLS
     uniform = factors.mean().expand_as(factors)
     return mean(factors), shuffled, mean(uniform), mean(torch.zeros_like(factors)), mean(None)

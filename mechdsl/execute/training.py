@@ -32,6 +32,7 @@ from mechdsl.fits.training import (
     components_explain,
 )
 from mechdsl.program.trainers import IterativeTrainer, SolvedTrainer
+from mechdsl.resolve.trainings import TextDigests, write_texts
 from mechdsl.resolve.types import SitePoint, TrainedDictionary, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
 
@@ -91,6 +92,11 @@ class TrainingJob:
         content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(content, self.folder / file)
         (self.folder / file).chmod(0o644)
+
+    def write_texts(self, digests: TextDigests | None) -> None:
+        """Write the digests of texts that were read in parts, if there are any. Raises OSError."""
+        if digests is not None:
+            write_texts(self.folder, digests)
 
     def write_card(self, report: Report, file: str | None = None) -> None:
         """Write the card of a training, with the digest of a file of the folder. Raises OSError."""
@@ -218,6 +224,7 @@ def _finish_dictionary(
         untrained_explained=before.explained,
         components_explained=components,
     )
+    job.write_texts(vectors.texts(state))
     job.write_card(report)
     return report
 

@@ -1,6 +1,6 @@
 """The vectors of a training, chunk by chunk: those of the named tokens of its rows.
 
-The rows are those of a table, or the records of a file that is read in parts.
+The rows are those of a table, or the records of files that are read in parts.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.fits.training import TrainingState, VectorSource
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
+from mechdsl.planner.training_cost import (
+    CHUNK_BYTES,
+    count_held_out,
+    most_held_out,
+    most_vectors,
+)
+from mechdsl.program.spec import CLEAN
+from mechdsl.prompts.record_files import GROUP_BYTES, GROUP_COUNT
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.types import FitSample, SitePoint, count_numbers
+from mechdsl.resolve.trainings import TextDigests, hash_texts
+from mechdsl.resolve.types import FitSample, RecordStream, SitePoint, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
 
-CHUNK_BYTES = 1 << 28
-"""Bytes of the vectors that are in memory at once."""
-
-HELD_OUT_VECTORS = 1 << 16
-"""Largest number of held-out vectors, of all layers of a lens together."""
-
 PART_ROWS = 256
-"""Number of records of a file that are read together."""
+"""Number of records that are read together."""
 
 NEIGHBOURS = 16
-"""Number of successive records of a file that stay together when its records are shuffled, so that
-a file whose rows are compressed in groups is read in few pieces."""
+"""Number of successive records of a file that stay together when records are shuffled."""
 
 
 class TrainingVectors(VectorSource, Protocol):
@@ -52,6 +54,10 @@ class TrainingVectors(VectorSource, Protocol):
 
     def amounts(self, state: TrainingState) -> tuple[int, int]:
         """Return the numbers of rows and of vectors that a training has learned from."""
+        ...
+
+    def texts(self, state: TrainingState) -> TextDigests | None:
+        """Return digests of the texts that a training has read from files; None without files."""
         ...
 
 
@@ -105,7 +111,7 @@ class RowVectors:
     def _groups(self) -> list[Ints]:
         """The rows of each chunk."""
         rows = self.rows[self.held_out_count :]
-        most = most_vectors(self.declared, self.model, self.chunk_bytes)
+        most = most_vectors(self.declared, self.model.shape, self.chunk_bytes)
         ends = np.cumsum(self.counts[rows])
         number = (ends - 1) // most  # by the last vector of each row
         return [rows[number == each] for each in np.unique(number)]
@@ -130,7 +136,7 @@ class RowVectors:
     def held_out(self) -> tuple[Tensor, Tensor]:
         """Return vectors of the rows that the training doesn't use, as `chunk` does."""
         rows = self.rows[: self.held_out_count]
-        most = most_held_out(self.declared, self.model, self.chunk_bytes)
+        most = most_held_out(self.declared, self.model.shape, self.chunk_bytes)
         few = rows[: int(np.searchsorted(np.cumsum(self.counts[rows]), most)) + 1]
         return self._read(few)
 
@@ -138,6 +144,9 @@ class RowVectors:
         """Return the numbers of rows and of vectors that a training learns from."""
         rows = self.rows[self.held_out_count :]
         return len(rows), int(self.counts[rows].sum())
+
+    def texts(self, state: TrainingState) -> None:
+        """Return None: rows of a table are found by their keys."""
 
     def _read(self, rows: Ints) -> tuple[Tensor, Tensor]:
         sample = self.declared.sample
@@ -148,127 +157,6 @@ class RowVectors:
         ordered = np.sort(rows)
         values = np.array(paired.values)[ordered].repeat(self.counts[ordered], axis=0)
         return found[0], torch.from_numpy(values).to(found[0])
-
-
-class NoVectors(Exception):
-    """No row of a file has the position."""
-
-
-@dataclass(frozen=True, eq=False)
-class StreamedVectors:
-    """The vectors of a training on the records of a file, which are never all in memory.
-
-    The records are in a random order of groups of neighbours. The first groups are held out; the
-    others are divided into chunks of as many groups as have about `chunk_bytes` of vectors, by the
-    tokens of the first records.
-    """
-
-    declared: DeclaredTraining
-    model: LoadedModel
-    part: Callable[[Sequence[int]], FitSample | None]
-    """Returns the rows of records, in their order; None if none is left."""
-    side: PaddingSide | None
-    chunk_bytes: int = CHUNK_BYTES
-
-    @cached_property
-    def _groups(self) -> list[Ints]:
-        """The numbers of the records of each group of neighbours, in a random order."""
-        stream = self.declared.stream
-        assert stream is not None
-        size = max(1, min(NEIGHBOURS, stream.count // 32))
-        seed = stable_hash(self.declared.seed, "training records", stream.digest) % 2**63
-        starts = np.arange(0, stream.count, size)
-        np.random.default_rng(seed).shuffle(starts)
-        return [np.arange(first, min(first + size, stream.count)) for first in starts.tolist()]
-
-    @cached_property
-    def _held_out_groups(self) -> int:
-        return count_held_out(self.declared, len(self._groups))
-
-    @property
-    def held_out_count(self) -> int:
-        """Number of records that the training doesn't use."""
-        return sum(map(len, self._groups[: self._held_out_groups]))
-
-    @cached_property
-    def _chunks(self) -> list[Ints]:
-        """The records of each chunk, in the order of the file."""
-        groups = self._groups[self._held_out_groups :]
-        first = self.declared.sample.cell.hits
-        tokens = max(1.0, sum(len(run) for row in first for run in row) / max(1, len(first)))
-        most = most_vectors(self.declared, self.model, self.chunk_bytes)
-        many = max(1, int(most / (tokens * len(groups[0]))))
-        parts = [groups[i : i + many] for i in range(0, len(groups), many)]
-        return [np.sort(np.concatenate(part)) for part in parts]
-
-    @property
-    def chunks(self) -> int:
-        """Number of chunks that together have every record once."""
-        return len(self._chunks)
-
-    def chunk(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return the vectors of a chunk, as `RowVectors.chunk` does.
-
-        For a chunk without vectors, those of the next one that has some. Raises NoVectors.
-        """
-        return self._last.get(number)
-
-    @cached_property
-    def _last(self) -> _LastChunk:
-        return _LastChunk(self._read_chunk)
-
-    def _read_chunk(self, number: int) -> tuple[Tensor, Tensor]:
-        for later in range(self.chunks):
-            found = self._read(self._chunks[(number + later) % self.chunks])
-            if len(found[0]):
-                return found
-        raise NoVectors(self.declared.sample.cell.label)
-
-    def held_out(self) -> tuple[Tensor, Tensor]:
-        """Return vectors of records that the training doesn't use, as `chunk` does."""
-        groups = self._groups[: self._held_out_groups]
-        records = np.concatenate(groups) if groups else np.empty(0, dtype=np.int64)
-        return self._read(records, most_held_out(self.declared, self.model, self.chunk_bytes))
-
-    def amounts(self, state: TrainingState) -> tuple[int, int]:
-        """Return the number of different records of the chunks that were begun, and the number of
-        vectors in all steps."""
-        begun = self._chunks[: state.passes + 1] if state.step else []
-        return sum(map(len, begun)), state.step * int(self.declared.options["batch"])
-
-    def _read(self, records: Ints, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """Read records, until there are `most` vectors."""
-        found: list[tuple[Tensor, Tensor]] = []
-        for begin in range(0, len(records), PART_ROWS):
-            sample = self.part(np.sort(records[begin : begin + PART_ROWS]).tolist())
-            if sample is not None:
-                rows = np.flatnonzero([bool(sum(map(len, row))) for row in sample.cell.hits])
-                found.append(
-                    read_rows(self.declared, self.model, sample, rows, seed=0, side=self.side)
-                )
-            if most is not None and sum(len(own) for own, _ in found) >= most:
-                break
-        if not found:
-            return read_rows(
-                self.declared, self.model, self.declared.sample, np.empty(0, dtype=np.int64),
-                seed=0, side=self.side,
-            )  # fmt: skip
-        own = torch.cat([each for each, _ in found])
-        same = found[0][0] is found[0][1]
-        return own, own if same else torch.cat([each for _, each in found])
-
-
-def most_vectors(declared: DeclaredTraining, model: LoadedModel, size: int) -> int:
-    """Return how many vectors of a training, with their targets, take so many bytes."""
-    numbers = sum(count_numbers(each, model.shape) for each in declared.points)
-    return max(1, size // (4 * numbers))
-
-
-def most_held_out(declared: DeclaredTraining, model: LoadedModel, size: int) -> int:
-    """Return the largest number of held-out vectors; those of a lens take at most so many bytes."""
-    if not declared.layers:
-        return HELD_OUT_VECTORS
-    return min(HELD_OUT_VECTORS // len(declared.layers), most_vectors(declared, model, size))
 
 
 def read_rows(
@@ -334,7 +222,194 @@ def order_rows(declared: DeclaredTraining, table: PromptTable, rows: Ints) -> In
     return np.array(order, dtype=np.int64)
 
 
-def count_held_out(declared: DeclaredTraining, rows: int) -> int:
-    """Return how many of the rows are held out."""
-    share = float(declared.options["validation"]) / 100
-    return min(max(1, round(share * rows)), rows - 1) if share else 0
+# --- records of files -----------------------------------------------------------------------------
+
+
+class NoVectors(Exception):
+    """No row of a file has the position."""
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedVectors:
+    """The vectors of a training on the records of files, which are never all in memory.
+
+    The records are in a random order of blocks of neighbours. The first blocks are held out; the
+    others are divided into chunks of as many blocks as have about `chunk_bytes` of vectors, by the
+    tokens of the first records. Records that a file stores together, such as those of a row group
+    of Parquet, are in successive chunks, so that a pass through all chunks reads them once.
+    """
+
+    declared: DeclaredTraining
+    model: LoadedModel
+    part: Callable[[Sequence[int]], FitSample | None]
+    """Returns the rows of records, in their order; None if none is left."""
+    side: PaddingSide | None
+    chunk_bytes: int = CHUNK_BYTES
+
+    @property
+    def _stream(self) -> RecordStream:
+        stream = self.declared.stream
+        assert stream is not None
+        return stream
+
+    @cached_property
+    def _blocks(self) -> list[Ints]:
+        """The numbers of the records of each block of neighbours, in a random order."""
+        stream = self._stream
+        size = max(1, min(NEIGHBOURS, stream.count // 32))
+        blocks: list[Ints] = []
+        for first, end in _ranges(stream):
+            numbers = np.arange(first, end)
+            blocks += [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
+        order = np.arange(len(blocks))
+        self._random("training records").shuffle(order)
+        return [blocks[number] for number in order.tolist()]
+
+    def _random(self, what: str) -> np.random.Generator:
+        seed = stable_hash(self.declared.seed, what, self._stream.digest) % 2**63
+        return np.random.default_rng(seed)
+
+    @cached_property
+    def _held_out_blocks(self) -> int:
+        return count_held_out(self.declared, len(self._blocks))
+
+    @property
+    def held_out_count(self) -> int:
+        """Number of records that the training doesn't use."""
+        return sum(map(len, self._blocks[: self._held_out_blocks]))
+
+    @cached_property
+    def _chunks(self) -> list[Ints]:
+        """The records of each chunk, in the order in which they are read."""
+        blocks, windows = self._blocks[self._held_out_blocks :], self._windows
+        blocks.sort(key=lambda block: windows[block[0]])  # stable: random within a window
+        many = self._block_count(most_vectors(self.declared, self.model.shape, self.chunk_bytes))
+        parts = [np.concatenate(blocks[i : i + many]) for i in range(0, len(blocks), many)]
+        return [part[np.lexsort((part, windows[part]))] for part in parts]
+
+    @cached_property
+    def _windows(self) -> Ints:
+        """[record] the number of the window that it belongs to: groups of records of the files, in
+        a random order, as many as are in memory at once."""
+        ranges, sizes = list(_ranges(self._stream)), [size for _, size in self._stream.groups]
+        order = np.arange(len(ranges))
+        self._random("training windows").shuffle(order)
+        windows = np.empty(self._stream.count, dtype=np.int64)
+        window = size = count = 0
+        for number in order.tolist():
+            own = sizes[number]
+            if own and (size + own > GROUP_BYTES or count == GROUP_COUNT):
+                window, size, count = window + 1, 0, 0
+            size, count = size + own, count + (own > 0)
+            windows[slice(*ranges[number])] = window
+        return windows
+
+    def _block_count(self, vectors: int) -> int:
+        """Return how many blocks have about so many vectors, by the tokens of the first records."""
+        first = self.declared.sample.cell.hits
+        tokens = max(1.0, sum(len(run) for row in first for run in row) / max(1, len(first)))
+        return max(1, int(vectors / (tokens * max(map(len, self._blocks)))))
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks that together have every record once."""
+        return len(self._chunks)
+
+    def chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the vectors of a chunk, as `RowVectors.chunk` does.
+
+        For a chunk without vectors, those of the next one that has some. Raises NoVectors.
+        """
+        return self._last.get(number)
+
+    @cached_property
+    def _last(self) -> _LastChunk:
+        return _LastChunk(self._read_chunk)
+
+    def _read_chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        for later in range(self.chunks):
+            found = self._read(self._chunks[(number + later) % self.chunks])
+            if len(found[0]):
+                return found
+        raise NoVectors(self.declared.sample.cell.label)
+
+    @cached_property
+    def _held_out(self) -> Ints:
+        """The held-out records that are read, in the order of the files."""
+        most = most_held_out(self.declared, self.model.shape, self.chunk_bytes)
+        few = min(self._held_out_blocks, self._block_count(most))
+        blocks = self._blocks[:few]
+        return np.sort(np.concatenate(blocks)) if blocks else np.empty(0, dtype=np.int64)
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """Return vectors of records that the training doesn't use, as `chunk` does."""
+        return self._read(self._held_out)
+
+    def amounts(self, state: TrainingState) -> tuple[int, int]:
+        """Return the number of different records of the chunks that were begun, and the number of
+        vectors in all steps."""
+        begun = self._chunks[: state.passes + 1] if state.step else []
+        return sum(map(len, begun)), state.step * int(self.declared.options["batch"])
+
+    def texts(self, state: TrainingState) -> TextDigests:
+        """Return digests of the texts of the chunks that were begun, and of held-out records."""
+        begun = [self._held_out, *self._chunks[: state.passes + 1]]
+        found: list[TextDigests] = []
+        for key, records in (part for each in begun for part in self._parts(each)):
+            if key not in self._texts:  # read before an interruption
+                self._texts[key] = _hash_rows(self.part(records.tolist()))
+            found.append(self._texts[key])
+        return np.concatenate(found)
+
+    @cached_property
+    def _texts(self) -> dict[tuple[int, int], TextDigests]:
+        """Digests of the texts of the parts that were read, by their first and last record."""
+        return {}
+
+    def _read(self, records: Ints) -> tuple[Tensor, Tensor]:
+        """Return the vectors of records."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for key, part in self._parts(records):
+            sample = self.part(part.tolist())
+            self._texts[key] = _hash_rows(sample)
+            if sample is not None:
+                found.append(self._read_sample(sample, _rows_with_position(sample)))
+        if not found:
+            return self._read_sample(self.declared.sample, np.empty(0, dtype=np.int64))
+        own = torch.cat([each for each, _ in found])
+        same = found[0][0] is found[0][1]
+        return own, own if same else torch.cat([each for _, each in found])
+
+    def _parts(self, records: Ints) -> list[tuple[tuple[int, int], Ints]]:
+        """Return parts of records that are read together, with the first and the last of each.
+
+        A part is within a window, because its rows may be read more than once.
+        """
+        cuts = np.flatnonzero(np.diff(self._windows[records])) + 1
+        parts = [
+            own[begin : begin + PART_ROWS]
+            for own in np.split(records, cuts)
+            for begin in range(0, len(own), PART_ROWS)
+        ]
+        return [((int(part[0]), int(part[-1])), part) for part in parts]
+
+    def _read_sample(self, sample: FitSample, rows: Ints) -> tuple[Tensor, Tensor]:
+        return read_rows(self.declared, self.model, sample, rows, seed=0, side=self.side)
+
+
+def _ranges(stream: RecordStream) -> list[tuple[int, int]]:
+    """Return the first record of each group of the files, and the one after its last."""
+    ends = np.minimum(np.cumsum([count for count, _ in stream.groups]), stream.count).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _rows_with_position(sample: FitSample) -> Ints:
+    return np.flatnonzero([bool(sum(map(len, row))) for row in sample.cell.hits])
+
+
+def _hash_rows(sample: FitSample | None) -> TextDigests:
+    """Return digests of the texts of the rows with the position; none without rows."""
+    if sample is None:
+        return hash_texts(())
+    rows = sample.table.runs[CLEAN].rows
+    return hash_texts(rows[row].text for row in _rows_with_position(sample).tolist())

@@ -17,13 +17,11 @@ from mechdsl.execute.run_record import VECTOR_FILE, SoftPromptReport, VectorRepo
 from mechdsl.execute.training import TrainingJob, read_settings, start_generator
 from mechdsl.fits.training import Training
 from mechdsl.fits.vectors import SoftPrompt, TrainedVectors, rescale
+from mechdsl.planner.training_cost import RANDOM_CONTROLS
 from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainers import VectorTrainer
 from mechdsl.resolve.trainings import VECTOR, name_prompt_vector
 from mechdsl.resolve.types import TrainedVector
-
-RANDOM_VECTORS = 8
-"""Random vectors that a trained one is compared with."""
 
 
 def train_vector(
@@ -93,7 +91,7 @@ class _Values:
         """Return means with the vector, with random vectors of its length, and of the base run."""
         seed = stable_hash(self.rows.declared.seed, "random vectors") % 2**63
         random = torch.Generator().manual_seed(seed)
-        drawn = [self.trained.draw_like(self.vector, random) for _ in range(RANDOM_VECTORS)]
+        drawn = [self.trained.draw_like(self.vector, random) for _ in range(RANDOM_CONTROLS)]
         randoms = sum(map(self.mean, drawn)) / len(drawn)
         return self.mean(self.vector), randoms, self.mean(None)
 

@@ -31,6 +31,7 @@ from mechdsl.program.python_functions import python_mode
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from mechdsl.checks.file_check import CheckedFile, CheckSettings
     from mechdsl.execute.objective import ObjectiveMode
@@ -669,6 +670,7 @@ def plan(
     Raises:
         MechdslError: If the file or an argument is invalid.
     """
+    from mechdsl.pipeline.trained_files import list_training_costs
     from mechdsl.planner.passes import check_pass_names, make_plan
     from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS
     from mechdsl.show.output import PlanText, capture_text
@@ -702,9 +704,12 @@ def plan(
         raise_errors([each for each in found if each.severity == "error"])
         warn_diagnostics(found)
     made = make_plan(checked.experiments, without=without)
-    text = capture_text(
-        lambda console: print_plan(made, console, *sizes, measured, saving=checked.saving)
-    )
+    trainings = list_training_costs(checked)
+
+    def show(console: Console) -> None:
+        print_plan(made, console, *sizes, measured, saving=checked.saving, trainings=trainings)
+
+    text = capture_text(show)
     cells: dict[str, int] = {}
     for each in checked.experiments:  # an experiment may have several parts
         cells[each.name] = cells.get(each.name, 0) + each.n_there

@@ -336,6 +336,9 @@ class _Run:
 
     def done(self) -> RunOutcome:
         self._checked = attach_fits(self._checked, self._options, self._loaded)
+        errors = [each for each in self._checked.diagnostics if each.severity == "error"]
+        if errors:  # such as measured texts that a training has read
+            return RunOutcome(None, errors)
         untrained = list_untrained(self._checked, has_store=self._options.store is not None)
         if untrained is not None:
             return RunOutcome(None, untrained)

@@ -59,8 +59,11 @@ from mechdsl.pipeline.identities import (
     find_device,
 )
 from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.training_cost import TrainingCost, training_cost
 from mechdsl.program.code_hashes import CodeHashError
+from mechdsl.program.directions import last_token
 from mechdsl.program.plugins import hash_extension_code
+from mechdsl.program.prompts import texts_within
 from mechdsl.program.python_functions import block_functions
 from mechdsl.program.trainers import (
     DirectionTrainer,
@@ -76,6 +79,7 @@ from mechdsl.resolve.trainings import (
     key_of_candidate,
     name_prompt_vector,
     paired_cells,
+    read_texts,
 )
 from mechdsl.resolve.types import (
     BasisMember,
@@ -191,6 +195,14 @@ def fits_of_file(checked: CheckedFile) -> dict[str, DeclaredFit]:
     return found
 
 
+def list_training_costs(checked: CheckedFile) -> list[TrainingCost]:
+    """Return the costs of the trainings of a file, those that the store has included."""
+    return [
+        training_cost(fit.basis, fit.file, fit.objective, fit.experiment.model.shape)
+        for fit in fits_of_file(checked).values()
+    ]
+
+
 def packages_of_fit(fit: DeclaredFit) -> tuple[str, ...]:
     """Return the packages whose version may change the weights of a training."""
     own = fit.training.trainer.package
@@ -272,14 +284,22 @@ class FitKeys:
         }
 
     def _stream(self, training: Training, stream: RecordStream) -> list[object]:
-        """Return what the rows of a training depend on that reads a file in parts."""
-        block = self.checked.program.prompts[training.sample.table.name]
+        """Return what the rows of a training depend on that reads files in parts."""
+        program = self.checked.program
+        block = program.prompts[training.sample.table.name]
+        definition = program.bases[training.definition]
+        at = definition.at or last_token(definition.method)
         try:
             code = [repr(each.read_code()) for each in block_functions(block)]
         except CodeHashError as unknown:
             raise RunKeyError(str(unknown)) from None
-        parameters = sorted(self.checked.program.parameters.items())
-        return [stream.count, stream.digest, repr(block), code, repr(parameters)]
+        texts = {*texts_within((block, at))}
+        used = {
+            name: repr(value)
+            for name, value in program.parameters.items()
+            if any(name in text for text in texts)
+        }
+        return [stream.count, stream.digest, stream.groups, repr(block), repr(at), code, used]
 
     # --- what the trainings of a file share
 
@@ -357,6 +377,8 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
     """Read a training with its report; None if the folder has no complete one."""
     try:
         card = json.loads((folder / CARD_FILE).read_text("utf-8"))
+        if fit.training.stream is not None:
+            read_texts(folder)
         if isinstance(fit.file, TrainedRotation):
             return _read_rotation(folder, fit, card["sha256"]), RotationReport.read(card)
         if isinstance(fit.file, TrainedVector):

@@ -11,10 +11,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import iglob
 from pathlib import Path
 from typing import Literal
 
 from mechdsl import zoo
+from mechdsl.base import limits
 from mechdsl.base.files import special_file_kind, write_obstacle
 from mechdsl.base.source import AllowedFolders, Source, Span
 from mechdsl.base.text import name_list
@@ -28,10 +30,14 @@ from mechdsl.diagnostics.files import (
 )
 from mechdsl.diagnostics.models import ModelNotFound
 from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.prompts import TooManyValues
 from mechdsl.program import spec
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
+
+WILDCARD = "*"
+"""A part of a name, in the path of a model's folder or of data files."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,36 @@ def path_to_read(
     return path, []
 
 
+def paths_to_read(
+    construct: PathConstruct, written: str, span: Span
+) -> tuple[list[Path], list[Diagnostic]]:
+    """Resolve a path for reading, or one with `*` to all matching files in natural order.
+
+    A `*` is a part of one name. Codes: E0506 for too many files, E0532, E0535; no file and no
+    diagnostic if none matches.
+    """
+    if WILDCARD not in written:
+        path, problems = path_to_read(construct, written, span)
+        return ([] if path is None else [path]), problems
+    parent, slash, _ = written[: written.index(WILDCARD)].rpartition("/")
+    folder, problems = path_to_read(construct, parent or slash, span)
+    if folder is None:
+        return [], problems
+    pattern = re.sub(r"([?[])", r"[\1]", written[len(parent + slash) :])
+    names = sorted(iglob(pattern, root_dir=folder), key=_natural)
+    found = [folder / name for name in names if not (folder / name).is_dir()]
+    if len(found) > limits.DATA_FILES:
+        what, most = f"`{written}`", limits.DATA_FILES
+        hint = "join small files, or name fewer of them"
+        many = f"{len(found):,} files"
+        return [], [TooManyValues(span=span, what=what, amount=many, most=most, hint=hint)]
+    for file in found:
+        _, problems = path_to_read(construct, str(file.absolute()), span)
+        if problems:
+            return [], problems
+    return found, []
+
+
 def path_to_write(construct: str, written: str, span: Span) -> tuple[Path | None, list[Diagnostic]]:
     """Resolve a path for writing; None if it can't or may not be written.
 
@@ -266,9 +302,6 @@ def _where(path: Path, written: str, allowed: Sequence[Path]) -> str:
     if ".." in Path(written).parts or Path(written).is_absolute() or written.startswith("~"):
         return told
     return f"a link to `{_resolved(path)}`, {told}"
-
-
-WILDCARD = "*"
 
 
 def _wildcard_problem(model: spec.Model) -> BadArgument | None:

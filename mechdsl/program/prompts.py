@@ -346,12 +346,8 @@ class _BlockLines:
                 reason = "doesn't go with `streamed`: it needs all rows of the block"
                 bad = BadArgument(span=line.span, name=word, reason=reason, hint=hint)
                 self.diagnostics.append(bad)
-        reason = None
         if self.definition.kind == "images":
             reason = "applies to texts, but this block has images"
-        elif not isinstance(rows.source, ast.String):
-            reason, hint = "reads one file", 'name it: `rows "texts.jsonl" streamed`'
-        if reason is not None:
             bad = BadArgument(span=rows.span, name="streamed", reason=reason, hint=hint)
             self.diagnostics.append(bad)
 
@@ -536,18 +532,18 @@ def used_corruptions(experiment: spec.Experiment, program: spec.Program) -> froz
     words: set[str] = set()
     for each in program.experiments:
         if (each.within or each.name) == block:
-            words.update(_words(each.model_copy(update={"name": "", "within": None})))
+            words.update(texts_within(each.model_copy(update={"name": "", "within": None})))
     runs = program.prompts[experiment.prompts].corruptions
     return frozenset(run.name for run in runs if run.name in words)
 
 
 def named_corruptions(experiment: spec.Experiment, block: spec.Prompts) -> frozenset[str]:
     """Return the corruptions of a block that an experiment refers to."""
-    words = set(_words(experiment.model_copy(update={"name": "", "within": None})))
+    words = set(texts_within(experiment.model_copy(update={"name": "", "within": None})))
     return frozenset(run.name for run in block.corruptions if run.name in words)
 
 
-def _words(part: Any) -> Iterator[str]:
+def texts_within(part: Any) -> Iterator[str]:
     """Yield all texts within a part of a program, including names."""
     match part:
         case str():
@@ -561,12 +557,12 @@ def _words(part: Any) -> Iterator[str]:
         case BaseModel():
             for name in type(part).model_fields:
                 if name != "span":
-                    yield from _words(getattr(part, name))
+                    yield from texts_within(getattr(part, name))
         case Mapping():
-            yield from _words(tuple(cast("Mapping[Any, Any]", part).items()))
+            yield from texts_within(tuple(cast("Mapping[Any, Any]", part).items()))
         case Sequence():
             for each in cast("Sequence[Any]", part):
-                yield from _words(each)
+                yield from texts_within(each)
         case _:
             pass
 

@@ -540,8 +540,10 @@ class PromptsBlock:
             use for node in self._clean_parts() for use in name_uses(node, self.placeholders)
         ):
             if use.name in lacking:
-                path = self.spec.rows.value if isinstance(self.spec.rows, ast.String) else ""
-                reason = f"line {lacking[use.name]} has no `{use.name}`"
+                rows = self.spec.rows
+                assert rows is not None
+                path = rows.value if isinstance(rows, ast.String) else rows.span.written
+                reason = f"{lacking[use.name]} has no `{use.name}`"
                 hint = "give each record a value, or remove the record"
                 bad = DataFormat(span=use.span, path=path, reason=reason, hint=hint)
                 self.diagnostics.append(bad)
@@ -555,11 +557,11 @@ class PromptsBlock:
         source = self.spec.rows
         if source is None:
             return None
+        streamed, data, diagnostics = self.spec.streamed, None, list[Diagnostic]()
         if isinstance(source, ast.String):
-            streamed = self.spec.streamed
             data, diagnostics = read_data_file(source.value, source.span, streamed=streamed)
-        else:  # expressions other than calls are rejected elsewhere
-            data, diagnostics = read_dataset(source) if isinstance(source, ast.Call) else (None, [])
+        elif isinstance(source, ast.Call):  # other expressions are rejected elsewhere
+            data, diagnostics = read_dataset(source, streamed=streamed)
         self.diagnostics += diagnostics
         if data is None or not self.spec.rename:
             return data
@@ -586,8 +588,8 @@ class PromptsBlock:
         else:
             records = [{new_names.get(k, k): v for k, v in r.items()} for r in data.records]
         columns = tuple(new_names.get(c, c) for c in data.columns)
-        lacking = {new_names.get(name, name): line for name, line in data.lacking.items()}
-        return DataFile(records, columns, data.digest, lacking)
+        lacking = {new_names.get(name, name): place for name, place in data.lacking.items()}
+        return replace(data, records=records, columns=columns, lacking=lacking)
 
     def _define(self, value: spec.Value) -> None:
         if value.domain is not None:

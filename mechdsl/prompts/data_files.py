@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from array import array
 from bisect import bisect_right
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from hashlib import file_digest, sha256
-from importlib import import_module
+from functools import cached_property
+from hashlib import sha256
 from itertools import accumulate
-from math import isfinite
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, cast
 
 from mechdsl.base import limits
-from mechdsl.base.files import find_snapshot, load_json
+from mechdsl.base.files import find_snapshot
 from mechdsl.base.source import Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.prompts import DataFormat, TooManyValues, UnreadableData
-from mechdsl.program.paths import HF_DATASET_PATH, ROWS_PATH, path_to_read
-from mechdsl.prompts.values import DataRecord, RowValue, content_key
+from mechdsl.program.paths import (
+    HF_DATASET_PATH,
+    ROWS_PATH,
+    WILDCARD,
+    path_to_read,
+    paths_to_read,
+)
+from mechdsl.prompts.record_files import (
+    READERS,
+    STREAMED_READERS,
+    MalformedData,
+    StreamedFile,
+    StreamedRecords,
+    find_lacking,
+    import_parquet,
+    map_arrow,
+)
+from mechdsl.prompts.values import DataRecord, content_key
 from mechdsl.syntax import ast
 
 
@@ -51,20 +61,28 @@ class RecordOrder:
             seen[keys[number]] += 1
 
 
-DUPLICATE_COLUMNS = "two columns are called"
+@dataclass(frozen=True)
+class FileOfRecords:
+    """One of the files that records are from."""
 
-RENAME_COLUMNS_HINT = "give each column a different name"
+    digest: str
+    """SHA-256 of its bytes."""
+    count: int
+    """Number of its records."""
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """The records of a file and the SHA-256 of its bytes."""
+    """The records of one or several files, and a digest of their bytes."""
 
     records: Sequence[DataRecord]
     columns: tuple[str, ...]
+    files: tuple[FileOfRecords, ...]
+    """In the order of their records."""
     digest: str
-    lacking: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Of streamed rows, the columns that a record lacks, with the number of its line."""
+    """SHA-256 of the bytes of one file; of several files, of their digests."""
+    lacking: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of streamed rows, the columns that a record lacks, with the place of the record."""
 
     @cached_property
     def by_content(self) -> RecordOrder:
@@ -76,173 +94,105 @@ class DataFile:
         """The records in the order of `by_content`."""
         return tuple(self.records[number] for number in self.by_content.order)
 
+    @cached_property
+    def ends(self) -> list[int]:
+        """The number of the last record of each file, plus 1."""
+        return list(accumulate(file.count for file in self.files))
 
-class MalformedData(Exception):
-    """A file without valid records; `reason` and `hint` are for the user."""
+    def digest_of(self, record: int) -> str:
+        """Return the digest of the file of a record."""
+        return self.files[bisect_right(self.ends, record)].digest
 
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.hint = hint
+
+PATTERN_SUFFIXES = (".jsonl", ".json", ".parquet")
+"""Suffixes of files that a path with `*` may match. Their values have types; in tables of text, the
+type of a value depends on its whole column."""
 
 
 def read_data_file(
     path: str, span: Span, *, streamed: bool = False
 ) -> tuple[DataFile | None, list[Diagnostic]]:
-    """Read a data file; the path is relative to the `.mech` file.
+    """Read a data file, or all files that match a path with `*`, in the order of their names.
 
-    Codes: E0504, E0505, E0532, E0535.
+    The path is relative to the `.mech` file. Codes: E0504, E0505, E0506, E0532, E0535.
 
     Args:
         streamed: Whether records are checked but not kept, and read again when they are used.
     """
-    file, problems = path_to_read(ROWS_PATH, path, span)
-    if file is None:
+    files, problems = paths_to_read(ROWS_PATH, path, span)
+    if problems:
         return None, problems
-    known, suffix = STREAMED_READERS if streamed else READERS, file.suffix.lower()
-    if suffix not in known:
-        reason = f"files {'of streamed rows ' if streamed else ''}end in {', '.join(known)}"
-        hint = "convert it to one of these" + (", or remove `streamed`" if streamed else "")
-        return None, [DataFormat(span=span, path=path, reason=reason, hint=hint)]
-    try:
-        found = STREAMED_READERS[suffix](file) if streamed else _read_whole(file)
-        if not found.records:
-            raise MalformedData("it has no records", "add some")
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = "there is no such file" if missing else str(error.strerror or error)
-        return None, [UnreadableData(span=span, path=path, reason=reason, hint=_hint(file))]
-    except MalformedData as error:
-        return None, [DataFormat(span=span, path=path, reason=error.reason, hint=error.hint)]
+    several = WILDCARD in path
+    if "**" in path:
+        reason, hint = "`**` isn't supported", "write one `*` for each folder: `text/*/*.jsonl`"
+        return None, [UnreadableData(span=span, path=path, reason=reason, hint=hint)]
+    if not files:
+        hint = "the path is relative to the folder of the `.mech` file; `*` is a part of one name"
+        reason = "no file matches"
+        return None, [UnreadableData(span=span, path=path, reason=reason, hint=hint)]
+    known = [each for each in STREAMED_READERS if each in READERS] if streamed else READERS
+    known = [each for each in known if not several or each in PATTERN_SUFFIXES]
+    names = [file.name if several else path for file in files]
+    for file, name in zip(files, names, strict=True):
+        if file.suffix.lower() not in known:
+            what = "files of streamed rows" if streamed else "files of a pattern"
+            reason = f"{what if streamed or several else 'files'} end in {', '.join(known)}"
+            hint = "convert it to one of these" + (", or remove `streamed`" if streamed else "")
+            return None, [DataFormat(span=span, path=name, reason=reason, hint=hint)]
+    return _read_files(files, names, path, span, streamed=streamed)
+
+
+def _read_files(
+    files: Sequence[Path], names: Sequence[str], path: str, span: Span, *, streamed: bool
+) -> tuple[DataFile | None, list[Diagnostic]]:
+    """Read files whose types are known.
+
+    Args:
+        names: As messages name them.
+        path: As written.
+    """
+    opened: list[StreamedFile] = []
+    read: list[tuple[str, list[DataRecord]]] = []
+    for file, name in zip(files, names, strict=True):
+        try:
+            if streamed:
+                opened.append(STREAMED_READERS[file.suffix.lower()](file, name))
+            else:
+                content = file.read_bytes()
+                records = READERS[file.suffix.lower()](content)
+                read.append((sha256(content).hexdigest(), records))
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            reason = "there is no such file" if missing else str(error.strerror or error)
+            return None, [UnreadableData(span=span, path=name, reason=reason, hint=_hint(file))]
+        except MalformedData as error:
+            return None, [DataFormat(span=span, path=name, reason=error.reason, hint=error.hint)]
+    found = _join_streamed(opened) if streamed else _join_records(read)
+    if not found.records:
+        return None, [DataFormat(span=span, path=path, reason="it has no records", hint="add some")]
     return found, []
 
 
-def _read_whole(file: Path) -> DataFile:
-    """Read all records. Raises OSError, MalformedData."""
-    content = file.read_bytes()
-    records = READERS[file.suffix.lower()](content)
+def _join_records(read: Sequence[tuple[str, Sequence[DataRecord]]]) -> DataFile:
+    """Return the records of files, by the digest of each."""
+    records = tuple(record for _, own in read for record in own)
     columns = dict.fromkeys(name for record in records for name in record)
-    return DataFile(tuple(records), tuple(columns), sha256(content).hexdigest())
+    files = tuple(FileOfRecords(digest, len(own)) for digest, own in read)
+    return DataFile(records, tuple(columns), files, _join_digests(files))
 
 
-class StreamedRecords(Sequence[DataRecord]):
-    """The records of a file, each read when it is used."""
-
-    def __init__(
-        self, read: Callable[[int], DataRecord], count: int, names: Mapping[str, str] | None = None
-    ) -> None:
-        """Store how records are read.
-
-        Args:
-            read: Returns the record with a number.
-            count: Number of records.
-            names: Column → the name that it gets.
-        """
-        self._read, self._count, self._names = read, count, names or {}
-
-    def renamed(self, names: Mapping[str, str]) -> StreamedRecords:
-        """Return the same records with other names of columns."""
-        return StreamedRecords(self._read, self._count, names)
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> DataRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[DataRecord]: ...
-    def __getitem__(self, index: int | slice) -> DataRecord | Sequence[DataRecord]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(self._count)[index]]
-        return {self._names.get(name, name): value for name, value in self._read(index).items()}
+def _join_streamed(opened: Sequence[StreamedFile]) -> DataFile:
+    """Return the records of files that stay on the disk."""
+    columns = dict.fromkeys(name for file in opened for name in file.columns)
+    files = tuple(FileOfRecords(file.digest, file.count) for file in opened)
+    records = StreamedRecords(opened)
+    return DataFile(records, tuple(columns), files, _join_digests(files), find_lacking(opened))
 
 
-class _SeenColumns:
-    """The columns of records, and which of them some record lacks."""
-
-    def __init__(self) -> None:
-        self.names: dict[str, None] = {}
-        self.lacking: dict[str, int] = {}
-        """Column → the line of the first record without it."""
-        self._first = 0
-
-    def add(self, record: DataRecord, line: int) -> None:
-        new = [name for name in record if name not in self.names]
-        for name in new if self._first else ():
-            self.lacking[name] = self._first
-        for name in self.names:
-            if name not in record:
-                self.lacking.setdefault(name, line)
-        self.names |= dict.fromkeys(new)
-        self._first = self._first or line
-
-
-def _open_json_lines(file: Path) -> DataFile:
-    """Check each line. Raises OSError, MalformedData."""
-    digest, begins, columns, place = sha256(), array("q"), _SeenColumns(), 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            digest.update(line)
-            if line.strip():
-                try:
-                    text = _text(line)
-                except MalformedData as error:
-                    raise MalformedData(f"line {number}: {error.reason}", error.hint) from None
-                columns.add(_line_record(text, number), number)
-                begins.append(place)
-            place += len(line)
-
-    def read(index: int) -> DataRecord:
-        with file.open("rb") as lines:
-            lines.seek(begins[index])
-            return _line_record(_text(lines.readline()), index + 1)
-
-    records = StreamedRecords(read, len(begins))
-    return DataFile(records, tuple(columns.names), digest.hexdigest(), columns.lacking)
-
-
-def _open_parquet(file: Path) -> DataFile:
-    """Open a file of which one group of rows is in memory at a time. Raises OSError,
-    MalformedData."""
-    parquet = import_parquet("parquet")
-    with file.open("rb") as content:
-        digest = file_digest(content, "sha256").hexdigest()
-    try:
-        opened = parquet.ParquetFile(str(file))
-        groups = range(opened.metadata.num_row_groups)
-        sizes = [int(opened.metadata.row_group(each).num_rows) for each in groups]
-        names = cast("list[str]", opened.schema_arrow.names)
-    except OSError:
-        raise
-    except Exception as error:  # pyarrow has its own tree of exceptions
-        raise MalformedData(f"pyarrow: {error}", "write the file again") from None
-    _refuse_repeated(names, DUPLICATE_COLUMNS)
-    ends = list(accumulate(sizes))
-    group: Callable[[int], Any] = lru_cache(1)(opened.read_row_group)
-
-    def read(index: int) -> DataRecord:
-        number = bisect_right(ends, index)
-        within = index - (ends[number] - sizes[number])
-        return cast("DataRecord", group(number).slice(within, 1).to_pylist()[0])
-
-    return DataFile(StreamedRecords(read, sum(sizes)), tuple(names), digest)
-
-
-STREAMED_READERS: Mapping[str, Callable[[Path], DataFile]] = {
-    ".jsonl": _open_json_lines,
-    ".parquet": _open_parquet,
-}
-
-
-def _line_record(line: str, number: int) -> DataRecord:
-    """Return the record of a line. Raises MalformedData."""
-    where = f"line {number}"
-    try:
-        value = _parsed(line, where)
-    except ValueError as error:
-        reason = f"{where} is not JSON ({error})"
-        raise MalformedData(reason, "write one object per line") from None
-    return _object(value, where)
+def _join_digests(files: Sequence[FileOfRecords]) -> str:
+    if len(files) == 1:
+        return files[0].digest
+    return sha256(b"".join(bytes.fromhex(file.digest) for file in files)).hexdigest()
 
 
 def _hint(file: Path) -> str:
@@ -254,167 +204,6 @@ def _hint(file: Path) -> str:
     otherwise = "the path is relative to the folder of the `.mech` file"
     return did_you_mean(file.name, names, otherwise)
 
-
-def _text(content: bytes) -> str:
-    """Decode UTF-8, with or without a byte order mark, or UTF-16 with one."""
-    encoding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        name = encoding.removesuffix("-sig").upper()
-        hint = "save the file in UTF-8 (in Excel: `CSV UTF-8`)"
-        raise MalformedData(f"byte {error.start} is not {name}", hint) from None
-
-
-def _refuse_repeated(names: Sequence[str], said: str) -> None:
-    """Reject repeated names: the first of two values would silently be lost."""
-    if len(set(names)) < len(names):
-        name = next(name for name, times in Counter(names).items() if times > 1)
-        raise MalformedData(f"{said} `{name}`", RENAME_COLUMNS_HINT)
-
-
-def _parsed(text: str, where: str) -> Any:
-    """Parse JSON whose objects have unique keys. Raises ValueError for invalid JSON."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _refuse_repeated([key for key, _ in pairs], f"{where} has two keys")
-        return dict(pairs)
-
-    return load_json(text, unique)
-
-
-def _object(value: Any, where: str) -> DataRecord:
-    if not isinstance(value, dict):
-        raise MalformedData(
-            f"{where} is not an object", "every record is an object with the columns"
-        )
-    return cast("DataRecord", value)
-
-
-def _json_lines(content: bytes) -> list[DataRecord]:
-    records: list[DataRecord] = []
-    for number, line in enumerate(_text(content).split("\n"), 1):
-        if line.strip():
-            records.append(_line_record(line, number))
-    return records
-
-
-def _json(content: bytes) -> list[DataRecord]:
-    try:
-        value = _parsed(_text(content), "one of its objects")
-    except ValueError as error:
-        raise MalformedData(f"it is not JSON ({error})", "correct the file") from None
-    if isinstance(value, dict):
-        return _inner_records(cast("dict[str, Any]", value))
-    if not isinstance(value, list):
-        raise MalformedData("it contains neither a list nor an object", "write a list of objects")
-    entries = cast("list[Any]", value)
-    return [_object(entry, f"record {n}") for n, entry in enumerate(entries)]
-
-
-def _inner_records(whole: Mapping[str, Any]) -> list[DataRecord]:
-    """Return the records of an object's one list of objects, each with the object's other keys."""
-    lists = [k for k, v in whole.items() if _is_table(v)]
-    if len(lists) != 1:
-        reason = "it is an object that contains no list of records"
-        raise MalformedData(reason, "write a list of objects")
-    shared = {k: v for k, v in whole.items() if k != lists[0]}
-    both = next((k for k in shared if any(k in entry for entry in whole[lists[0]])), None)
-    if both is not None:
-        reason = f"`{both}` is a key next to the list `{lists[0]}` and also a key of its records"
-        raise MalformedData(reason, RENAME_COLUMNS_HINT)
-    return [cast("DataRecord", shared | entry) for entry in whole[lists[0]]]
-
-
-def _is_table(value: object) -> bool:
-    entries = cast("list[object]", value) if isinstance(value, list) else []
-    return bool(entries) and all(isinstance(entry, dict) for entry in entries)
-
-
-def _separated(delimiter: str) -> Callable[[bytes], list[DataRecord]]:
-    def read(content: bytes) -> list[DataRecord]:
-        text = _text(content)
-        table = _split_fields(text, delimiter)
-        if not table:
-            return []
-        if len(table[0]) == 1:  # the file may be separated by another character
-            tables = (_split_fields(text, other) for other in DELIMITERS if other in table[0][0])
-            table = next((each for each in tables if len({len(line) for line in each}) == 1), table)
-        header, *body = table
-        header = [name.strip() for name in header]
-        for number, line in enumerate(body):
-            if len(line) != len(header):
-                reason = f"record {number} has {len(line)} fields, the header {len(header)}"
-                raise MalformedData(reason, "quote fields that contain the separator")
-        empty = [n for n, name in enumerate(header) if not name and not any(r[n] for r in body)]
-        if body and empty:  # from a separator at the end of each line
-            header, *body = [
-                [field for n, field in enumerate(line) if n not in empty]
-                for line in (header, *body)
-            ]
-        if header.count("") > 1:
-            reason = f"{header.count('')} of its columns have no name"
-            raise MalformedData(reason, "name them in the first line")
-        _refuse_repeated(header, DUPLICATE_COLUMNS)
-        columns = [_typed(column) for column in zip(*body, strict=True)]
-        return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)]
-
-    return read
-
-
-DELIMITERS = ";\t|"
-"""Separators of a file whose first line contains no expected separator."""
-
-
-def _split_fields(text: str, delimiter: str) -> list[list[str]]:
-    """Return the fields of each line that isn't empty."""
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        return [line for line in lines if line]
-    except csv.Error as error:
-        raise MalformedData(f"line {lines.line_num}: {error}", "correct the file") from None
-
-
-def _typed(column: Sequence[str]) -> Sequence[RowValue]:
-    """Convert columns of numbers to numbers, unless that changes the text of one (`02`)."""
-    for convert in (int, float):
-        try:
-            values = [convert(text) for text in column]
-        except ValueError:
-            continue
-        if all(isfinite(v) and repr(v) == t for v, t in zip(values, column, strict=True)):
-            return values
-    return column
-
-
-def import_parquet(what: str) -> Any:
-    """Import pyarrow's Parquet module; raises `MalformedData` if the package is missing."""
-    try:
-        return cast("Any", import_module("pyarrow.parquet"))
-    except ImportError:
-        reason = f"reading {what} needs the package pyarrow"
-        raise MalformedData(reason, "pip install 'mechdsl[frames]'") from None
-
-
-def _parquet(content: bytes) -> list[DataRecord]:
-    parquet = import_parquet("parquet")
-    try:
-        file = parquet.ParquetFile(io.BytesIO(content))
-        records = cast("list[DataRecord]", file.read().to_pylist())
-        names = cast("list[str]", file.schema_arrow.names)
-    except Exception as error:  # pyarrow has its own tree of exceptions
-        raise MalformedData(f"pyarrow: {error}", "write the file again") from None
-    _refuse_repeated(names, DUPLICATE_COLUMNS)
-    return records
-
-
-READERS: Mapping[str, Callable[[bytes], list[DataRecord]]] = {
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
-    ".parquet": _parquet,
-}
 
 DATASET_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
 """Suffixes of data files; if a folder has several types, the first one is read."""
@@ -450,34 +239,50 @@ def parse_dataset(call: ast.Call) -> DatasetReference | None:
     return DatasetReference(**given)
 
 
-def read_dataset(call: ast.Call) -> tuple[DataFile | None, list[Diagnostic]]:
-    """Read the records of one split. Codes: E0504, E0505, E0506, E0532, E0535."""
+def read_dataset(
+    call: ast.Call, *, streamed: bool = False
+) -> tuple[DataFile | None, list[Diagnostic]]:
+    """Read the records of one split. Codes: E0504, E0505, E0506, E0532, E0535.
+
+    Args:
+        streamed: As of `read_data_file`.
+    """
     named = parse_dataset(call)
     if named is None:
         return None, []
     span = call.span
     try:
         files = _files(named, span)
-        content = list(_contents(named, files, span))
-        records: list[DataRecord] = []
-        for file, data in content:
-            records += _records(file, data)
-            if len(records) > limits.COMBINATIONS:
-                raise _Refused(
-                    _too_many(named, span, f"{len(records):,} records", limits.COMBINATIONS)
-                )
-        if not records:
+        if streamed:
+            return _open_dataset(files, named, span)
+        read: list[tuple[str, list[DataRecord]]] = []
+        count = 0
+        for file, data in _contents(named, files, span):
+            read.append((sha256(data).hexdigest(), _records(file, data)))
+            count += len(read[-1][1])
+            if count > limits.COMBINATIONS:
+                raise _Refused(_too_many(named, span, f"{count:,} records", limits.COMBINATIONS))
+        if not count:
             raise MalformedData("it has no records", "name another split")
     except _Refused as refused:
         return None, refused.diagnostics
     except MalformedData as error:
         bad = DataFormat(span=span, path=named.path, reason=error.reason, hint=error.hint)
         return None, [bad]
-    columns = dict.fromkeys(name for record in records for name in record)
-    whole = sha256()
-    for _, data in content:
-        whole.update(sha256(data).digest())
-    return DataFile(tuple(records), tuple(columns), whole.hexdigest()), []
+    return _join_records(read), []
+
+
+def _open_dataset(
+    files: Sequence[Path], named: DatasetReference, span: Span
+) -> tuple[DataFile | None, list[Diagnostic]]:
+    """Open the files of a split, which stay on the disk. Raises MalformedData."""
+    other = next((file for file in files if file.suffix not in STREAMED_READERS), None)
+    if other is not None:
+        known = ", ".join(STREAMED_READERS)
+        reason = f"files of streamed rows end in {known}, but it has `{other.name}`"
+        raise MalformedData(reason, "remove `streamed`, or save the data set as Parquet")
+    names = [f"{named.path}/{file.name}" for file in files]
+    return _read_files(files, names, named.path, span, streamed=True)
 
 
 class _Refused(Exception):
@@ -617,12 +422,4 @@ def _records(file: Path, content: bytes) -> list[DataRecord]:
     if file.suffix != ".arrow":
         return READERS[file.suffix](content)
     import_parquet("arrow")
-    arrow = cast("Any", import_module("pyarrow"))
-    try:
-        try:
-            reader = arrow.ipc.open_stream(content)
-        except arrow.ArrowInvalid:  # a file with an index at its end
-            reader = arrow.ipc.open_file(content)
-        return cast("list[DataRecord]", reader.read_all().to_pylist())
-    except arrow.ArrowException as error:
-        raise MalformedData(f"pyarrow: {error}", "save the data set again") from None
+    return cast("list[DataRecord]", map_arrow(file).to_pylist())

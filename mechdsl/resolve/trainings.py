@@ -3,10 +3,15 @@ trained, the measure that it is trained on, and whether training rows differ fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Bools
+from mechdsl.base.hashing import digest_number
 from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -17,7 +22,7 @@ from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import TRAINING_DEFAULTS
 from mechdsl.program.directions import fit_rows_of_basis, last_token
-from mechdsl.program.spec import Constant, constant_value
+from mechdsl.program.spec import CLEAN, Constant, constant_value
 from mechdsl.program.trainers import (
     DictionaryTrainer,
     DirectionTrainer,
@@ -27,6 +32,7 @@ from mechdsl.program.trainers import (
     trainer_call,
 )
 from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
+from mechdsl.prompts.record_files import StreamedRecords
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.conflicts import SITES_WITHOUT_GRADIENT, find_flat_part
@@ -51,6 +57,11 @@ from mechdsl.resolve.types import (
     count_numbers,
 )
 from mechdsl.syntax import ast
+
+TEXTS_FILE = "texts.npy"
+"""Ascending digests, in the folder of a training on rows that are read in parts."""
+
+TextDigests = NDArray[np.uint64]
 
 FEWEST_ROWS = 2
 """Rows of a training: one to learn from, and one that is held out."""
@@ -240,8 +251,10 @@ def _describe_training(
     transcodes = isinstance(trainer, DictionaryTrainer) and trainer.outline(own).transcodes
     run_by = source.run.model if isinstance(source, FitSample) else None
     words = (definition.name, point.site, point.layer, point.unit, run_by, model.key)
+    name = " ".join(str(word) for word in words if word is not None)
+    file = program.trained.get(name, (None, ""))[0]
     return Training(
-        name=" ".join(str(word) for word in words if word is not None),
+        name=name,
         definition=definition.name,
         trainer=trainer,
         of_trainer=own,
@@ -256,23 +269,33 @@ def _describe_training(
         seed=int(options.get("seed", program.seed)),
         span=call.span,
         minimises=any(each.name == "minimise" for each in call.arguments),
-        stream=_stream(source.table, definition, program)
+        stream=_stream(source.table, definition, program, file)
         if isinstance(source, FitSample)
         else None,
     )
 
 
 def _stream(
-    table: PromptTable, definition: spec.Basis, program: spec.Program
+    table: PromptTable, definition: spec.Basis, program: spec.Program, file: object
 ) -> RecordStream | None:
-    """Return the records of a block that is read in parts."""
+    """Return the records of a block that is read in parts.
+
+    Args:
+        file: What was trained, if it is known.
+    """
     rows = table.block_rows
     if rows is None or not rows.block.spec.streamed or rows.block.data is None:
         return None
-    wanted, count = fit_rows_of_basis(definition, program), rows.block.data_size
+    wanted, data = fit_rows_of_basis(definition, program), rows.block.data
+    count = rows.block.data_size
     if wanted is not None and wanted.limit is not None:
         count = min(wanted.limit, count)
-    return RecordStream(count, rows.block.data.digest)
+    assert isinstance(data.records, StreamedRecords)
+    groups = tuple((group.count, group.size) for group in data.records.groups)
+    files = zip(data.files, data.ends, strict=True)
+    begun = frozenset(own.digest for own, end in files if end - own.count < count)
+    folder = file.path.parent if isinstance(file, DictionaryFile) else None
+    return RecordStream(count, data.digest, begun, groups, folder)
 
 
 def resolve_part(
@@ -319,21 +342,25 @@ def _without_weights(training: Training, shape: ModelShape) -> TrainedDictionary
 
 
 def count_training_rows(training: Training, experiment: spec.Experiment, table: PromptTable) -> int:
-    """Return how many of the rows that an experiment measures are also training rows: all of them
-    if they are records of a file that the training reads in parts."""
+    """Return how many of the rows that an experiment measures are also training rows.
+
+    If the training reads files in parts, these are the records of these files, and, once it is
+    trained, rows with a text that it has read.
+    """
     read = training.with_rows
     if read is None or not experiment.measures or experiment.trains:
         return 0  # no result of a training is a measurement
-    if read.stream is not None and _stream_digest(table) == read.stream.digest:
-        return len(table)
-    trained = set(read.sample.table.row_keys)
-    return sum(key in trained for key in table.row_keys)
-
-
-def _stream_digest(table: PromptTable) -> str | None:
-    """Return the digest of the file of a table's rows."""
+    trained, stream = set(read.sample.table.row_keys), read.stream
+    same = [key in trained for key in table.row_keys]
     data = None if table.block_rows is None else table.block_rows.block.data
-    return None if data is None else data.digest
+    if stream is not None and data is not None:
+        count, files = len(data.records), stream.files
+        for row, number in enumerate(table.row_ids):
+            same[row] |= data.digest_of(number % count) in files
+    if stream is not None and stream.folder is not None:
+        texts = [row.text for row in table.runs[CLEAN].rows]
+        same = (np.array(same) | find_trained_texts(stream.folder, texts)).tolist()
+    return sum(same)
 
 
 def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
@@ -573,3 +600,34 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
             reason=reason,
             hint=hint,
         )
+
+
+# --- texts that a training has read from files ----------------------------------------------------
+
+
+def hash_texts(texts: Iterable[str]) -> TextDigests:
+    """Return [text] digests."""
+    return np.fromiter(map(digest_number, texts), dtype=np.uint64)
+
+
+def write_texts(folder: Path, digests: TextDigests) -> None:
+    """Write the digests of a training. Raises OSError."""
+    np.save(folder / TEXTS_FILE, np.unique(digests), allow_pickle=False)
+    (folder / TEXTS_FILE).chmod(0o644)
+
+
+def read_texts(folder: Path) -> TextDigests:
+    """Return the digests of a training, which stay on the disk. Raises OSError, ValueError."""
+    found = np.load(folder / TEXTS_FILE, mmap_mode="r", allow_pickle=False)
+    if found.dtype != np.uint64 or found.ndim != 1:
+        raise ValueError(f"{TEXTS_FILE} is damaged")
+    return found
+
+
+def find_trained_texts(folder: Path, texts: Sequence[str]) -> Bools:
+    """Return [text] whether a training has read a text. Raises OSError, ValueError."""
+    kept, wanted = read_texts(folder), hash_texts(texts)
+    at = np.searchsorted(kept, wanted)
+    there = at < len(kept)
+    there[there] = kept[at[there]] == wanted[there]
+    return there

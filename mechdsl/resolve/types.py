@@ -220,11 +220,17 @@ class PythonBasis(Record):
 
 @record
 class RecordStream(Record):
-    """Records of a file that a training reads in parts."""
+    """Records of files that a training reads in parts."""
 
     count: int
     digest: str
-    """Digest of the file."""
+    """Digest of the files."""
+    files: frozenset[str]
+    """Digest of each file."""
+    groups: tuple[tuple[int, int], ...]
+    """Number and bytes of the records that are read together; 0 bytes if each is read alone."""
+    folder: Path | None
+    """Folder of the training with the texts that it has read; None before the training."""
 
 
 @record

@@ -18,6 +18,7 @@ from mechdsl.execute.run_record import ExecutionProfile, PassSizes
 from mechdsl.planner.cost import Cost
 from mechdsl.planner.passes import PASSES, PlanCost, SaveCost, add_save_nodes, plan_cost, save_costs
 from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS, ExperimentPlan, Plan
+from mechdsl.planner.training_cost import TrainingCost
 from mechdsl.program import spec
 from mechdsl.program.significance import CORRECTION_NAMES
 from mechdsl.resolve.expansion import get_whole_spec
@@ -67,6 +68,8 @@ class WorkAmounts:
     """Units times resamples and sign flips times cells."""
     fitted: float = 0.0
     """Vectors that observations over rows fit, such as probes."""
+    steps: float = 0.0
+    """Steps of trainings."""
 
 
 SECONDS_PER_AMOUNT = WorkAmounts(
@@ -80,6 +83,7 @@ SECONDS_PER_AMOUNT = WorkAmounts(
     drawn=8e-9,
     summed=1.4e-10,
     fitted=1.4e-3,
+    steps=1e-3,
 )
 """Seconds per unit of each amount, measured by `benchmarks/estimates.py --fit`."""
 
@@ -186,12 +190,12 @@ def estimate_time(
         pace: Seconds, from `measure_host_pace`.
     """
     slower = pace / REFERENCE_PACE
-    loading, prompts, *passes, drawn, summed, fitted = (
+    loading, prompts, *passes, drawn, summed, fitted, steps = (
         slower * count * each
         for count, each in zip(astuple(work), astuple(SECONDS_PER_AMOUNT), strict=True)
     )
     products = multiply_adds / (rate * EFFICIENCY)
-    return TimeEstimate(loading, prompts, products + sum(passes) + fitted, drawn + summed)
+    return TimeEstimate(loading, prompts, products + sum(passes) + fitted + steps, drawn + summed)
 
 
 MeasuredByVariant: TypeAlias = "Mapping[str, MeasuredValues]"
@@ -453,13 +457,15 @@ def print_plan(
     measured: MeasuredByVariant | None = None,
     *,
     saving: Sequence[ResolvedExperiment] = (),
+    trainings: Sequence[TrainingCost] = (),
 ) -> None:
     """Print the graph, the work per experiment, the detectable effects, the savings of each pass,
-    and the cost of `save` lines.
+    and the cost of `save` lines and trainings.
 
     Args:
         measured: Measurements of base and source runs, if they were run.
         saving: Experiments with `save` lines.
+        trainings: What `mechdsl fit` trains, whether the store has it or not.
     """
     console.print("intervention graph", style="bold")
     graph = to_text(add_save_nodes(plan.graph, saving))
@@ -478,6 +484,53 @@ def print_plan(
     deepest = max((each.model.shape.n_layers for each in saving), default=0)
     cost = replace(cost, blocks=max(cost.blocks, deepest))
     _print_estimate(plan, cost, saves, console)
+    _print_trainings(trainings, console)
+
+
+def _print_trainings(trainings: Sequence[TrainingCost], console: Console) -> None:
+    """Print a line per training."""
+    if not trainings:
+        return
+    table = Table(box=None, padding=(0, 1), show_edge=False)
+    table.add_column("training", no_wrap=True)
+    titles = ("rows", "held out", "steps", "forwards", "backward", "FLOPs", "memory", "time")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    rate, pace = measure_matmul_rate(), measure_host_pace()
+    for each in trainings:
+        table.add_row(
+            each.name,
+            f"{each.rows:,}",
+            f"{each.held_out:,}",
+            f"{each.steps:,}",
+            f"{each.cost.forwards:,}",
+            f"{each.cost.backwards:,}",
+            f"{each.cost.flops:.3g}",
+            format_size(each.memory),
+            _time_text(estimate_training_seconds(each, rate, pace)),
+        )
+    console.print()
+    console.print(table)
+    console.print(
+        "training: what `mechdsl fit` trains before the run unless it is stored, with the largest "
+        "number of steps and the controls",
+        style="dim",
+        highlight=False,
+    )
+    console.print(
+        "memory: vectors, trained weights and activations of a step, besides the model",
+        style="dim",
+        highlight=False,
+    )
+
+
+def estimate_training_seconds(training: TrainingCost, rate: float, pace: float) -> float:
+    """Estimate the seconds of a training, without loading the model; `rate` and `pace` as in
+    `estimate_time`."""
+    cost = training.cost
+    calls = (cost.forwards + cost.backwards) * training.blocks
+    work = WorkAmounts(runs=0, calls=calls, block_tokens=cost.tokens, steps=training.steps)
+    return estimate_time(work, cost.multiply_adds, rate, pace).passes
 
 
 def _print_experiments(plan: Plan, console: Console) -> None:

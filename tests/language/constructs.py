@@ -753,6 +753,14 @@ _prompts(
     "tests/data/test_hub_datasets.py",
 )
 _prompts(
+    "rows of several files",
+    'rows "fact*.jsonl"',
+    "The rows of all files that match, in the natural order of their names. `*` is a part of one "
+    "name, also of a folder. The files end in `.jsonl`, `.json` or `.parquet`. A new, changed or "
+    "removed file changes the results' key.",
+    "tests/data/test_patterns.py",
+)
+_prompts(
     "distinct rows",
     'rows "facts.jsonl" distinct',
     "Removes duplicate records. Without it, each duplicate counts, and W0781 reports their "
@@ -763,8 +771,9 @@ _prompts(
 _prompts(
     "streamed rows",
     'rows "facts.jsonl" streamed',
-    "The rows of a JSON lines or Parquet file that may be larger than memory. They are read in "
-    "parts, and only by `save top … rows of …` and by the training of a dictionary. The block has "
+    "The rows of JSON lines or Parquet files, or of a data set on the disk, that may be larger "
+    "than memory. They are read in parts, and only by `save top … rows of …` and by the training "
+    "of a dictionary or a lens. The block has "
     "a template, `where` and values computed from columns, but no `in`, drawn values, answers, "
     "corruptions or `split`. Every line is checked before the run. Rows that are longer than the "
     "model's context are left out, and their number is printed. `--limit 1000` reads the first "

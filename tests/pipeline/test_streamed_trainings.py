@@ -17,6 +17,8 @@ from mechdsl.execute import training_vectors
 from mechdsl.execute.training_vectors import PART_ROWS, StreamedVectors
 from mechdsl.pipeline import trainings
 from mechdsl.pipeline.trained_files import fits_of_file
+from mechdsl.prompts import record_files
+from mechdsl.resolve.trainings import TEXTS_FILE
 from mechdsl.resolve.types import FitSample
 
 from ..execute.support import word_tokenizer
@@ -184,6 +186,57 @@ def test_a_parquet_file(tmp_path: Path) -> None:
     assert_same_vectors(own, torch.cat([vectors_by_hand("llama", text) for text in texts()]))
 
 
+def test_files_of_a_pattern(tmp_path: Path) -> None:
+    """Records of JSON lines and of Parquet files; a new file is another training."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    every = texts()
+    (tmp_path / "text").mkdir()
+    write_texts(tmp_path / "text", every[:20], "a.jsonl")
+    parquet.write_table(arrow.table({"text": every[20:60]}), tmp_path / "text" / "b.parquet")
+    block = BLOCK.replace("texts.jsonl", "text/*")
+    path = write_file(tmp_path, fit(f"{QUICK}, validation: 0%"), ABLATES, block=block)
+    own = streamed(path, "llama", []).chunk(0)[0]
+    expected = torch.cat([vectors_by_hand("llama", text) for text in every[:60]])
+    assert_same_vectors(own, expected)
+    (found,) = train(path)
+    write_texts(tmp_path / "text", every[60:], "c.jsonl")
+    (more,) = train(path)
+    assert (found.folder != more.folder, found.report.rows, more.report.rows) == (True, 60, 70)
+
+
+@pytest.mark.parametrize("group", [7, 20])
+def test_groups_of_a_file_are_read_once_per_pass(
+    group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although there are several chunks, and only two groups are in memory."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"text": texts(200)})
+    parquet.write_table(table, tmp_path / "texts.parquet", row_group_size=group)
+    metadata = parquet.read_metadata(tmp_path / "texts.parquet")
+    sizes = [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)]
+    for module in (record_files, training_vectors):
+        monkeypatch.setattr(module, "GROUP_BYTES", 2 * max(sizes))
+    monkeypatch.setattr("mechdsl.prompts.rows.CACHED_ROWS", 0)
+    block = BLOCK.replace("jsonl", "parquet")
+    path = write_file(tmp_path, fit(f"{QUICK}, validation: 10%"), ABLATES, block=block)
+    found = streamed(path, "llama", [], chunk_bytes=4 * 8 * 2 * 60 * 8)
+    held_out = found.held_out()[0]
+    read: list[int] = []
+    real = parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        parquet.ParquetFile,
+        "read_row_group",
+        lambda self, number: (read.append(number), real(self, number))[1],
+    )
+    chunks = [found.chunk(number)[0] for number in range(found.chunks)]
+    assert len(chunks) > len(sizes) / 3
+    groups = list(dict.fromkeys(read))
+    assert len(groups) >= len(sizes) - 2  # some stayed in memory
+    assert read == groups  # each once
+    expected = torch.cat([vectors_by_hand("llama", text) for text in texts(200)])
+    assert_same_vectors(torch.cat([*chunks, held_out]), expected)
+
+
 # --- keys -----------------------------------------------------------------------------------------
 
 
@@ -212,6 +265,8 @@ def test_keys(tmp_path: Path) -> None:
         weights.append(own)
     assert len(folders) == len(cases)
     (same,) = train(write_file(tmp_path, "# A comment.\n", OTHER, fit(), ABLATES))
+    assert same.seconds == 0
+    (same,) = train(write_file(tmp_path, "param unused = 3\n", OTHER, fit(), ABLATES))
     assert same.seconds == 0
 
 
@@ -243,6 +298,22 @@ def test_keys_have_what_changes_only_later_rows(tmp_path: Path) -> None:
     assert len(folders) == len(cases)
 
 
+def test_position_that_changes_only_later_rows_is_in_the_key(tmp_path: Path) -> None:
+    """In the first 256 records, both positions are the same token."""
+    lines = [*(f"{text} w45 w1" for text in texts(256)), "w45 w1 w2", "w45 w3 w4 w5"]
+    found: dict[Path, Tensor] = {}
+    for at in ("token -2", '"w45" token'):
+        options = f"{QUICK}, validation: 0%"
+        declared = fit(options, at=f"resid_post layer {LAYER} at {at}")
+        path = write_file(tmp_path, declared, ABLATES, lines=lines)
+        (trained,) = train(path)
+        found[trained.folder] = streamed(path, "llama", []).chunk(0)[0]
+    (before_last, named) = found.values()
+    assert len(before_last) == len(named) == len(lines)
+    assert torch.equal(before_last[:256], named[:256])
+    assert not torch.isclose(before_last[256:], named[256:]).all(1).any()
+
+
 def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training of several chunks ends with the weights of an uninterrupted one."""
     from mechdsl.fits.training import Training
@@ -252,6 +323,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = train(path)
     expected = (whole.folder / "sae_weights.safetensors").read_bytes()
     assert whole.report.rows == 62  # every chunk was read
+    read_texts = (whole.folder / TEXTS_FILE).read_bytes()
     real, steps = Training._step, []
 
     def step(self: Any) -> None:
@@ -268,6 +340,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps[24:] == [*range(23, 40)]
     assert (found.folder / "sae_weights.safetensors").read_bytes() == expected
     assert found.report == whole.report
+    assert (found.folder / TEXTS_FILE).read_bytes() == read_texts
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -284,6 +357,45 @@ def test_records_of_the_file_are_not_measured(tmp_path: Path) -> None:
     with pytest.raises(mechdsl.MechdslError, match="measures rows that `f` is trained on") as found:
         train(path)
     assert found.value.diagnostics[0].code == "E0345"
+
+
+def test_texts_of_another_file_are_noticed_once_it_is_trained(tmp_path: Path) -> None:
+    """Rows that the training has read, also held-out ones; other texts aren't affected."""
+    block = BLOCK + 'prompts same { rows "same.jsonl"  template "{text}" }\n'
+    measured = (
+        "experiment e { model m prompts same ablate feature 0 of f at last token with zero "
+        'measure logit("w3") as delta stats bootstrap(100) correct none }\n'
+    )
+    path = write_file(tmp_path, fit(), measured, block=block)
+    new = ["w39 w38 w37 w36", "w1 w39 w2 w38"]
+    write_texts(tmp_path, new, "same.jsonl")
+    train(path)
+    found = run(path).files[0].experiments[0]
+    assert "are training rows" not in found.conventions["basis f"]
+    write_texts(tmp_path, [texts()[7], *new, *texts()[30:33]], "same.jsonl")
+    with pytest.raises(mechdsl.MechdslError, match="measures rows that `f` is trained on") as bad:
+        run(path)
+    assert bad.value.diagnostics[0].code == "E0345"
+    assert "4 of its 6 rows" in str(bad.value)
+    allowed = fit(f"{QUICK}, measure_on_training_rows: true")
+    found = run(write_file(tmp_path, allowed, measured, block=block)).files[0].experiments[0]
+    assert "4 of the 6 rows measured here are training rows" in found.conventions["basis f"]
+
+
+def test_only_files_of_the_training_count(tmp_path: Path) -> None:
+    """An experiment on a pattern of which the training reads one file."""
+    (tmp_path / "text").mkdir()
+    write_texts(tmp_path / "text", texts()[:40], "a.jsonl")
+    write_texts(tmp_path / "text", ["w39 w38 w37"] * 3, "b.jsonl")
+    block = BLOCK.replace("texts.jsonl", "text/a.jsonl")
+    block += 'prompts same { rows "text/*.jsonl"  template "{text}" }\n'
+    measured = (
+        "experiment e { model m prompts same ablate feature 0 of f at last token with zero "
+        'measure logit("w3") as delta stats bootstrap(100) correct none }\n'
+    )
+    path = write_file(tmp_path, fit(), measured, block=block)
+    with pytest.raises(mechdsl.MechdslError, match="40 of its 43 rows are training rows"):
+        train(path)
 
 
 def test_a_later_row_with_an_error_costs_only_its_training(tmp_path: Path) -> None:

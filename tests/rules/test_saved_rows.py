@@ -313,6 +313,60 @@ def test_parquet(group: int, data: Path) -> None:
     assert all(row["values"]["n"] == row["row"] for each in found for row in each["rows"])
 
 
+def arrow_files(folder: Path, records: Sequence[Line]) -> str:
+    """Write a split as `Dataset.save_to_disk` does, in two files; return its `rows` line."""
+    arrow: Any = pytest.importorskip("pyarrow")
+    folder.mkdir()
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for name, part in zip(names, (records[:9], records[9:]), strict=True):
+        table = arrow.Table.from_pylist(part)
+        file = arrow.OSFile(str(folder / name), "wb")
+        with file, arrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=4)
+    state = {"_data_files": [{"filename": name} for name in names], "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state), "utf-8")
+    (folder / "dataset_info.json").write_text("{}", "utf-8")
+    return f'rows hf_dataset("{folder.name}", split: "train") streamed'
+
+
+def mixed_files(folder: Path, records: Sequence[Line]) -> str:
+    """Write files of two types, in natural order of their names; return their `rows` line."""
+    arrow: Any = pytest.importorskip("pyarrow")
+    parquet: Any = pytest.importorskip("pyarrow.parquet")
+    folder.mkdir()
+    for name, part in (("part9.jsonl", records[:5]), ("part11.jsonl", records[12:])):
+        lines = "".join(json.dumps(record) + "\n" for record in part)
+        (folder / name).write_text(lines, "utf-8")
+    table = arrow.Table.from_pylist(records[5:12])
+    parquet.write_table(table, str(folder / "part10.parquet"), row_group_size=3)
+    return f'rows "{folder.name}/part*" streamed'
+
+
+@pytest.mark.parametrize("family", HERE)
+@pytest.mark.parametrize("write", [mixed_files, arrow_files])
+def test_streamed_rows_of_several_files(
+    write: Callable[[Path, Sequence[Line]], str],
+    family: str,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows are numbered through all files."""
+    monkeypatch.setattr(feature_files, "PART_ROWS", 5)
+    of = make(data, "topk", width_of(family))
+    texts = [*rows(), *map(text_of, MORE)]
+    records = [{"text": " ".join(text.words), "n": n} for n, text in enumerate(texts)]
+    blocks = STREAMED.replace(
+        'rows "texts.jsonl" streamed', write(data / f"{write.__name__}-{family}", records)
+    )
+    line = 'save top 3 rows of features * of f at tokens except token 0 to "several.jsonl"'
+    (saved,) = run(BASIS + save(line, "s"), data, family, blocks=blocks)
+    read, features = read_sae(family, of), range(FEATURES)
+    found = lines_of(data / "several.jsonl")
+    check(found, expected_lines(texts, read, "tokens except token 0", features, 3))
+    assert saved.rows == len(texts)
+    assert all(row["values"]["n"] == row["row"] for each in found for row in each["rows"])
+
+
 def test_rows_that_do_not_fit_are_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = make(data, "topk", width_of("gpt2"))
     most: int = bare("gpt2").config.max_position_embeddings  # with one special token

@@ -1,0 +1,325 @@
+"""The cost of what a file declares with `fit(…)`: passes over the model, steps and memory.
+
+Costs are upper bounds: early stopping ends a training before its last step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from mechdsl.models.shape import ModelShape
+from mechdsl.planner.cost import Cost, list_fitted_runs, run_cost
+from mechdsl.planner.plan import PROMPT_TOKENS
+from mechdsl.program.spec import CLEAN
+from mechdsl.program.trainers import DirectionTrainer, PairedTrainer, SolvedTrainer
+from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.trainings import mask_points
+from mechdsl.resolve.types import (
+    ResolvedExperiment,
+    SitePoint,
+    TrainedDictionary,
+    TrainedLens,
+    TrainedMask,
+    TrainedRotation,
+    TrainedVector,
+    Training,
+    count_numbers,
+)
+from mechdsl.vocab.sites import stop_layer
+
+CHUNK_BYTES = 1 << 28
+"""Bytes of the vectors of a training that are in memory at once."""
+
+HELD_OUT_VECTORS = 1 << 16
+"""Largest number of held-out vectors, of all layers of a lens together."""
+
+RANDOM_CONTROLS = 8
+"""Random vectors that a trained vector is compared with, and random choices of sites of a mask."""
+
+SINGLE_ROWS = 32, 8
+"""Largest and smallest number of training rows that effects of single sites are computed on."""
+
+SVD_PRODUCTS = 4
+"""Multiply-adds of a singular value decomposition of tall matrices, per row and squared width."""
+
+MIXTURE_STARTS = 5
+"""Number of starts of a mixture: `STARTS` of `mechdsl.fits.mixtures`, which imports torch."""
+
+FLOAT = 4
+"""Bytes of a number of a training."""
+
+OnVectors: TypeAlias = TrainedDictionary | TrainedLens
+"""Trained on vectors, one by one."""
+
+Declared: TypeAlias = OnVectors | TrainedRotation | TrainedVector | TrainedMask
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """The cost of one training, with its controls."""
+
+    name: str
+    """`f[layer 3]`, or the name of a group."""
+    rows: int
+    """Training rows."""
+    held_out: int
+    """Rows that `validation` holds out."""
+    steps: int
+    """Largest number of steps."""
+    cost: Cost
+    """Passes over the model, and the multiply-adds of the trained weights."""
+    memory: int
+    """Bytes besides the weights of the model."""
+    blocks: int
+    """Blocks of the model."""
+
+
+def training_cost(
+    name: str, made: Declared, objective: ResolvedExperiment | None, shape: ModelShape
+) -> TrainingCost:
+    """Return the cost of a training.
+
+    Args:
+        name: Its name in tables.
+        objective: The rows, the rule and the measure of a rotation, vector or mask; None for a
+            dictionary or a lens.
+        shape: Sizes of the model that runs the rows.
+    """
+    if objective is None:
+        assert isinstance(made, OnVectors)
+        return _vectors_cost(name, made, shape)
+    return _effect_cost(name, made, objective, shape)
+
+
+def count_held_out(training: Training, rows: int) -> int:
+    """Return how many of the rows, or of groups of rows, are held out."""
+    share = float(training.options["validation"]) / 100
+    return min(max(1, round(share * rows)), rows - 1) if share else 0
+
+
+def most_vectors(training: Training, shape: ModelShape, size: int) -> int:
+    """Return how many vectors of a training, with their targets, take so many bytes."""
+    numbers = sum(count_numbers(each, shape) for each in training.points)
+    return max(1, size // (FLOAT * numbers))
+
+
+def most_held_out(training: Training, shape: ModelShape, size: int) -> int:
+    """Return the largest number of held-out vectors; those of a lens take at most so many bytes."""
+    if not training.layers:
+        return HELD_OUT_VECTORS
+    return min(HELD_OUT_VECTORS // len(training.layers), most_vectors(training, shape, size))
+
+
+def count_single_rows(sites: int, rows: int, steps: int, batch: int) -> int:
+    """Return the number of training rows that effects of single sites are computed on; 0 if they
+    would cost more rows than the training.
+
+    Args:
+        sites: Sites that a mask chooses from.
+        rows: Training rows.
+    """
+    most, least = SINGLE_ROWS
+    few = min(most, steps * batch // sites, rows)
+    return few if few >= min(least, rows) else 0
+
+
+# --- vectors --------------------------------------------------------------------------------------
+
+
+def _vectors_cost(name: str, made: OnVectors, shape: ModelShape) -> TrainingCost:
+    """Return the cost of vectors, read in chunks, and of the steps on them."""
+    training = made.training
+    assert training is not None
+    if training.decoder is not None:
+        assert isinstance(made, TrainedDictionary)
+        return _decoder_cost(name, made, training.decoder.features, shape)
+    sample, options = training.sample, training.options
+    counts = np.array([sum(map(len, runs)) for runs in sample.cell.hits]) * sample.run.draws
+    known = int((counts > 0).sum())
+    rows = known if training.stream is None else training.stream.count
+    held_out = count_held_out(training, rows)
+    each = int(counts.sum()) / max(1, known)
+    vectors, tested = (
+        (rows - held_out) * each,
+        min(held_out * each, most_held_out(training, shape, CHUNK_BYTES)),
+    )
+    steps, batch = int(options["steps"]), int(options.get("batch", 0))
+    in_memory = min(vectors, most_vectors(training, shape, CHUNK_BYTES))
+    read = in_memory if vectors <= in_memory else max(1, -(-steps * batch // in_memory)) * in_memory
+    ((run, stop),) = list_fitted_runs([(training.points, (sample,))], shape)
+    passes = _times(run_cost(shape, run, stop), (read + tested) / max(1.0, float(counts.sum())))
+    sizes = _sizes(made, training, shape)
+    seen = min(batch or vectors, vectors)  # a factorization uses all vectors in every step
+    adds = steps * seen * sizes.step + 2 * tested * sizes.products + in_memory * sizes.once
+    memory = FLOAT * ((in_memory + tested) * sizes.vector + 4 * sizes.weights)
+    memory += FLOAT * max(seen, tested) * sizes.kept
+    cost = Cost(forwards=passes.forwards, tokens=passes.tokens, multiply_adds=passes.multiply_adds)
+    cost += Cost(multiply_adds=adds)
+    return TrainingCost(name, rows - held_out, held_out, steps, cost, int(memory), shape.n_layers)
+
+
+def _decoder_cost(
+    name: str, made: TrainedDictionary, directions: int, shape: ModelShape
+) -> TrainingCost:
+    """Return the cost of a training on the decoder of a dictionary, and of its control, which is
+    trained in the same way; the model isn't run."""
+    training = made.training
+    assert training is not None
+    held_out, sizes = count_held_out(training, directions), _sizes(made, training, shape)
+    steps, batch = int(training.options["steps"]), int(training.options["batch"])
+    seen = min(batch, directions - held_out)
+    adds = 2 * (steps * seen * sizes.step + 2 * held_out * sizes.products)
+    memory = directions * (made.width_in + sizes.vector) + 4 * sizes.weights
+    memory += max(seen, held_out) * sizes.kept
+    cost, rows = Cost(multiply_adds=adds), directions - held_out
+    return TrainingCost(name, rows, held_out, steps, cost, FLOAT * memory, shape.n_layers)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers and multiply-adds of a training on vectors."""
+
+    vector: int
+    """Numbers in memory of a vector with its target and copies."""
+    weights: int
+    products: int
+    """Multiply-adds of a vector in a forward pass through what is trained."""
+    step: int
+    """Multiply-adds of a vector in a step."""
+    once: int = 0
+    """Multiply-adds of a vector before the first step."""
+    kept: int = 0
+    """Numbers of a vector that autograd keeps in a step."""
+
+
+def _sizes(made: OnVectors, training: Training, shape: ModelShape) -> _Sizes:
+    if isinstance(made, TrainedLens):
+        layers, width = len(training.layers), shape.d_model
+        weights, logits = layers * width * (width + 1), (layers + 1) * shape.vocab_size
+        products = weights + logits * width
+        kept = 2 * logits + 3 * layers * width
+        return _Sizes(2 * (layers + 1) * width, weights, products, 3 * products, kept=kept)
+    if isinstance(training.trainer, SolvedTrainer | PairedTrainer):
+        return _sizes_of_solution(made, training.trainer)
+    widths = made.width_in + made.width_out
+    weights = made.features * widths
+    vector = widths if training.encoded != training.made else made.width_in
+    return _Sizes(2 * vector, weights, weights, 3 * weights, kept=3 * made.features + widths)
+
+
+def _sizes_of_solution(made: TrainedDictionary, trainer: SolvedTrainer | PairedTrainer) -> _Sizes:
+    """Return the sizes of a dictionary that is computed from all vectors together, in 64 bits: four
+    copies of the vectors and two of their coordinates."""
+    width, count = made.width_in, made.features
+    vector, weights = 9 * width + 4 * count, 2 * width * count
+    decomposition = SVD_PRODUCTS * width * width
+    if isinstance(trainer, PairedTrainer):  # both sets of vectors, also shuffled
+        return _Sizes(2 * vector, 2 * weights, 2 * weights, 0, once=4 * decomposition)
+    if trainer.measured == "independence":
+        return _Sizes(vector, weights, weights, 2 * count * count, once=3 * decomposition)
+    if trainer.measured == "likelihood":  # of several starts, also for shuffled vectors
+        full = made.covariance == "full"
+        weights = count * width * (width if full else 2)
+        step = 4 * MIXTURE_STARTS * weights
+        return _Sizes(vector, weights, weights, step, once=decomposition)
+    return _Sizes(vector, weights, weights, 3 * width * count + 2 * count * count)
+
+
+def _times(cost: Cost, share: float) -> Cost:
+    """Return the cost of a share of a run's prompts, in batches of `PROMPT_TOKENS`."""
+    tokens = int(cost.tokens * share)
+    return Cost(
+        forwards=-(-tokens // PROMPT_TOKENS),
+        tokens=tokens,
+        multiply_adds=cost.multiply_adds * share,
+    )
+
+
+# --- effects --------------------------------------------------------------------------------------
+
+
+def _effect_cost(
+    name: str, made: Declared, objective: ResolvedExperiment, shape: ModelShape
+) -> TrainingCost:
+    """Return the cost of steps that run the model forward and backward."""
+    training = made.training
+    assert training is not None
+    options, table = training.options, objective.table
+    base, source = table.runs[objective.spec.base], table.runs[objective.rules[0].run]
+    there = [row for row, hits in enumerate(training.sample.cell.hits) if hits]
+    rows = len(there) - count_held_out(training, len(there))
+    held_out = len(there) - rows
+    steps, batch = int(options["steps"]), min(int(options["batch"]), rows)
+    points = mask_points(objective) if isinstance(made, TrainedMask) else (training.made,)
+    above = max(_blocks_above(point, shape) for point in points)
+    runs = {atom.run for atom in objective.measures[0].atoms}
+    compared = runs - {None, base.name}
+    measured = (held_out or rows) * _count_controls(made, objective)
+    if isinstance(made, TrainedMask):
+        size = len(made.candidates)
+        measured += size * count_single_rows(size, rows, steps, int(options["batch"]))
+    if "patience" in options:
+        measured += 20 * held_out
+    whole = run_cost(shape, base, None)
+    row = _per_row(whole, base)
+    forward = (steps * batch + measured) * (1 + len(compared))
+    passes = steps * (1 + len(compared)) + -(-measured * (1 + len(compared)) // batch)
+    back = steps * batch * above / shape.n_layers
+    reads = [_times(run_cost(shape, run, _stop(points[-1], shape)), 1) for run in (base, source)]
+    cost = Cost(
+        forwards=passes,
+        tokens=int((forward + back) * row.tokens),
+        multiply_adds=(forward + back) * row.multiply_adds,
+        backwards=steps,
+    )
+    cost = sum(reads, cost)
+    hits = sum(len(token) for row in there for token in training.sample.cell.hits[row])
+    width = sum(count_numbers(point, shape) for point in points)
+    longest = int(base.lengths[there].max(initial=1))
+    memory = FLOAT * (2 * hits * width + batch * longest * above * _saved_numbers(shape, longest))
+    return TrainingCost(name, rows, held_out, steps, cost, int(memory), shape.n_layers)
+
+
+def _count_controls(made: Declared, objective: ResolvedExperiment) -> int:
+    """Return how often the table of `mechdsl fit` measures every held-out row."""
+    if isinstance(made, TrainedRotation):
+        return 4  # trained, random, no patch, whole
+    own = RANDOM_CONTROLS + 2  # trained, and nothing
+    if isinstance(made, TrainedMask):
+        return own + 2  # largest single effects, and all sites
+    assert made.training is not None
+    if isinstance(made, TrainedVector) and made.is_scale:
+        return own + 2  # the mean scale, and 0
+    trainer = made.training.trainer
+    assert isinstance(trainer, DirectionTrainer)
+    if trainer.count_tokens(made.training.of_trainer) is not None:
+        return own + (objective.spec.base != CLEAN)  # the clean run
+    return own + (objective.spec.source is not None)  # the mean difference
+
+
+def _per_row(cost: Cost, run: PromptRun) -> Cost:
+    """Return the mean cost of a prompt of a run."""
+    count = max(1, len(run.lengths))
+    return Cost(tokens=round(cost.tokens / count), multiply_adds=cost.multiply_adds / count)
+
+
+def _stop(point: SitePoint, shape: ModelShape) -> int:
+    """Return the number of blocks before a site can be read."""
+    found = stop_layer(point.site, point.layer, shape.n_layers)
+    return shape.n_layers if found is None else min(found, shape.n_layers)
+
+
+def _blocks_above(point: SitePoint, shape: ModelShape) -> int:
+    """Return the number of blocks that a gradient passes through down to a site."""
+    own = point.site not in ("resid_post", "mlp_out") and point.layer is not None
+    return min(shape.n_layers, shape.n_layers - _stop(point, shape) + own)
+
+
+def _saved_numbers(shape: ModelShape, tokens: int) -> int:
+    """Return how many numbers per token autograd keeps in a block: inputs of norms and matrix
+    products, attention patterns, and the parts of the MLP's activation."""
+    heads = shape.n_heads * shape.d_head
+    return 8 * shape.d_model + 4 * heads + 4 * shape.d_mlp + 2 * shape.n_heads * tokens

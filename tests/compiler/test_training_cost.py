@@ -1,0 +1,239 @@
+"""The price of trainings in `plan`, compared with the passes and the memory of real trainings."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mechdsl
+from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
+from mechdsl.execute import component_training, training
+from mechdsl.execute.patching import differentiated_run
+from mechdsl.fits import mixtures
+from mechdsl.fits.training import Training
+from mechdsl.pipeline.trained_files import list_training_costs
+from mechdsl.planner.training_cost import MIXTURE_STARTS, TrainingCost
+
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+
+TEXT = """mech 1
+
+model toy = zoo("counting")
+
+prompts fruit {
+  count in 2..9
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+  split 60%
+  corrupt fewer { count = count - 1 }
+  corrupt longer { insert 3 tokens before fruits tokens with " plum" }
+}
+
+metric shift = logit(answer of fewer) - logit(answer)
+"""
+
+STEPS = "steps: 12, batch: 16"
+ON_ROWS = f"prompts: fruit.train, limit: 40, {STEPS}"
+ON_ALL = "prompts: fruit.train, limit: 40, steps: 12"
+ON_EFFECT = f"{ON_ROWS}, from: fewer, maximise: shift"
+
+DECLARED = {
+    "sae": f"basis b = fit(sae(features: 512, k: 8), {ON_ROWS}) at resid_post layer 1 at tokens *",
+    "das": f"basis b = fit(das(dims: 2), {ON_EFFECT}) at resid_post layer 1 at last token",
+    "kl": f"basis b = fit(das(dims: 2), {ON_ROWS}, from: fewer, minimise: kl(fewer)) at resid_post "
+    "layer 1 at last token",
+    "vector": f"direction b = fit(vector(length: 8), {ON_EFFECT}) at resid_post layer 2 at last "
+    "token",
+    "soft": "direction b = fit(soft_prompt(tokens: 3), prompts: longer of fruit.train, limit: 40, "
+    "steps: 12, batch: 16, maximise: shift) at embed at inserted tokens",
+    "scales": f"direction b = fit(scales(penalty: 0.1), {ON_ROWS}, maximise: shift) at z layer 1 "
+    "head 0 at last token",
+    "lens": f"lens b = fit(tuned_lens, {ON_ROWS}) at resid_post layer * at tokens *",
+    "dims": f"group b = fit(mask(size: 3), {ON_EFFECT}) at resid_post layer 2 dims * at last token",
+    "positions": f"group b = fit(mask(size: 1), {ON_EFFECT}) at resid_post layer 2 at first token, "
+    "last-item token, last token",
+    "mask": f"group b = fit(mask(size: 3), {ON_EFFECT}) at layers * heads * at last token",
+    "semi_nmf": f"basis b = fit(semi_nmf(factors: 32), {ON_ALL}) at resid_post layer 1 at tokens *",
+    "ica": f"basis b = fit(ica(components: 32), {ON_ALL}) at resid_post layer 1 at tokens *",
+    "mixture": f"basis b = fit(mixture(components: 8), {ON_ALL}) at resid_post layer 1 at tokens *",
+}
+SOLVED = ("semi_nmf", "ica", "mixture")
+ON_VECTORS = ("sae", "lens", *SOLVED)
+
+RULES = {
+    **dict.fromkeys(SOLVED, "ablate feature 0 of b at last token with zero"),
+    "mixture": "observe features of b at last token",
+    "scales": "scale z layer 1 head 0 at last token by b",
+    "lens": "observe tuned_lens(b) at resid_post layer * at last token",
+    "dims": "patch b at last token",
+    "soft": "set embed at inserted tokens to b",
+    "vector": "add b to resid_post layer 2 at last token",
+    "mask": "patch b at last token",
+    "positions": "patch resid_post layer 2 at b tokens",
+}
+
+
+def write(folder: Path, name: str, declared: str | None = None) -> Path:
+    rule = RULES.get(name, "patch resid_post layer 1 in basis b at last token")
+    effect = "raw" if name == "lens" else "delta"
+    runs = "" if name in SOLVED else "from fewer into clean"
+    runs = "from clean into longer" if name == "soft" else runs
+    body = f"prompts fruit.test limit 8\n  {runs}\n  {rule}\n  measure shift as {effect}"
+    path = folder / "file.mech"
+    declared = DECLARED[name] if declared is None else declared
+    path.write_text(f"{TEXT}\n{declared}\n\nexperiment e {{\n  {body}\n}}\n", "utf-8")
+    return path
+
+
+def price(path: Path) -> TrainingCost:
+    (found,) = list_training_costs(check_source(Source(path.read_text("utf-8"), path)))
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in DECLARED if name not in ON_VECTORS])
+def test_price_counts_the_passes_of_a_training(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, name)
+    own, passes = differentiated_run.run_full, 0
+
+    def counted(*given: Any, **options: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return own(*given, **options)
+
+    monkeypatch.setattr(differentiated_run, "run_full", counted)
+    (done,) = mechdsl.fit(path, store=tmp_path / "store")
+    found = price(path)
+    assert found.cost.backwards == found.steps == 12 == done.report.steps
+    assert (found.rows, found.held_out) == (done.report.rows, done.report.held_out_rows)
+    forwards = found.cost.forwards / (2 if name == "kl" else 1)  # references are run elsewhere
+    assert passes / 2 < forwards < 2 * passes
+
+
+@pytest.mark.parametrize("name", [name for name in DECLARED if name not in SOLVED])
+def test_price_of_memory_is_within_a_factor_of_two(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that autograd keeps in a step, and vectors, weights and moments of the optimiser."""
+    path = write(tmp_path, name)
+    largest = 0
+    step = Training._step
+
+    def counted(self: Training) -> None:
+        kept: dict[int, int] = {}
+
+        def pack(own: Tensor) -> Tensor:
+            kept[own.untyped_storage().data_ptr()] = own.untyped_storage().nbytes()
+            return own
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda own: own):
+            step(self)
+        weights = sum(own.numel() for own in self.model.parameters.values())
+        vectors = 2 * self._load(0)[0].numel() if name in ON_VECTORS else 0
+        nonlocal largest
+        largest = max(largest, sum(kept.values()) + 4 * (vectors + 4 * weights))
+
+    monkeypatch.setattr(Training, "_step", counted)
+    mechdsl.fit(path, store=tmp_path / "store")
+    assert largest / 2 < price(path).memory < 2 * largest
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors and arrays that are made while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self._there: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        made = func(*args, **(kwargs or {}))
+        for own in made if isinstance(made, tuple) else (made,):
+            if isinstance(own, Tensor):
+                storage = own.untyped_storage()
+                self._there[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._there = {key: own for key, own in self._there.items() if not own[0].expired()}
+        tensors = sum(size for _, size in self._there.values())
+        self.largest = max(self.largest, tensors + tracemalloc.get_traced_memory()[0])
+        return made
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_price_of_memory_of_a_solution_is_within_a_factor_of_two(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors and their copies in 64 bits."""
+    pytest.importorskip("sklearn.decomposition")
+    path = write(tmp_path, name, DECLARED[name].replace("limit: 40", "limit: 400"))
+    live, solve = LiveTensors(), training.solve_twice
+    vectors = 0
+
+    def counted(declared: Any, rows: Any, job: Any) -> Any:
+        nonlocal vectors
+        vectors = rows.chunk(0)[0].nbytes + rows.held_out()[0].nbytes
+        tracemalloc.start()
+        with live:
+            return solve(declared, rows, job)
+
+    for module in (training, component_training):
+        monkeypatch.setattr(module, "solve_twice", counted)
+    try:
+        mechdsl.fit(path, store=tmp_path / "store")
+    finally:
+        tracemalloc.stop()
+    assert (live.largest + vectors) / 2 < price(path).memory < 2 * (live.largest + vectors)
+
+
+def test_price_of_ten_times_the_steps_is_at_most_ten_times_as_high(tmp_path: Path) -> None:
+    """Reading vectors of all layers, and decompositions of all vectors, cost as much as the steps
+    of a short training."""
+    least = {"lens": 1.5, **dict.fromkeys(SOLVED, 1)}
+    for name in DECLARED:
+        # with fewer steps, a mask doesn't compute effects of single dimensions
+        short, long = (
+            price(write(tmp_path, name, DECLARED[name].replace("steps: 12", f"steps: {steps}")))
+            for steps in (120, 1200)
+        )
+        assert least.get(name, 3) < long.cost.flops / short.cost.flops <= 10, name
+        assert long.memory == short.memory
+
+
+def test_price_of_mixtures_counts_their_starts() -> None:
+    assert MIXTURE_STARTS == mixtures.STARTS
+
+
+def test_price_of_a_training_on_a_decoder_has_its_control_and_no_passes(tmp_path: Path) -> None:
+    inner = f"fit(sae(features: 16, k: 2), prompts: decoder of big, {STEPS})"
+    declared = DECLARED["sae"].replace("basis b", "basis big")
+    path = write(tmp_path, "decoder", f"{declared}\nbasis b = {inner} at resid_post layer 1")
+    costs = list_training_costs(check_source(Source(path.read_text("utf-8"), path)))
+    own = next(each for each in costs if each.name == "b")
+    steps = 2 * 3 * 12 * 16 * 16 * 2 * 128  # of it and of its control
+    assert (own.rows + own.held_out, own.steps) == (512, 12)
+    assert (own.cost.forwards, own.cost.backwards, own.cost.tokens) == (0, 0, 0)
+    assert steps < own.cost.multiply_adds < 2 * steps
+
+
+def test_plan_lists_the_trainings_that_experiments_use(tmp_path: Path) -> None:
+    unused = DECLARED["sae"].replace("basis b", "basis unused")
+    path = write(tmp_path, "das", f"{DECLARED['das']}\n{unused}")
+    text = str(mechdsl.plan(path))
+    (heading,) = (n for n, line in enumerate(text.splitlines()) if line.startswith(" training "))
+    cells = text.splitlines()[heading + 1].split()
+    assert cells[:4] == ["b", "32", "8", "12"]
+    assert " unused " not in text.split(" training ")[1]
+    path = write(tmp_path, "das", "basis b = random(dims: 2) at resid_post layer 1")
+    assert "training" not in str(mechdsl.plan(path))
