@@ -224,7 +224,15 @@ def test_page_commands_run(page: str, command: Command, update: bool) -> None:
     run_page(DOCS / page, command, update)
 
 
-@pytest.mark.parametrize("section", ["Factor activations", "Correlate two sites", "Find clusters"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        "Factor activations",
+        "Find independent components",
+        "Correlate two sites",
+        "Find clusters",
+    ],
+)
 def test_activations_are_factored_as_the_page_says(
     section: str, command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

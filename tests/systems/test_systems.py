@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.syntax.frontend import read_source
@@ -55,6 +57,17 @@ def test_the_page_has_no_others() -> None:
 def test_each_finds_what_it_says(system: System) -> None:
     found = outcomes(system)
     assert [f"{name}: {each.text}" for name, each in found if not each.holds] == []
+
+
+@pytest.mark.slow
+def test_the_suffix_is_the_one_that_the_search_finds() -> None:
+    torch.set_num_threads(1)
+    (system,) = [each for each in ALL if each.path.name.startswith("25-")]
+    script = runpy.run_path(str(system.path.with_name("suffix_search.py")))
+    suffix, value, controls = script["search"]()
+    assert f'param suffix = "{suffix}"\n' in system.text
+    assert len(controls) == 100
+    assert value > max(controls) + 3
 
 
 def test_a_file_without_its_three_lines_is_refused(tmp_path: Path) -> None:
