@@ -12,6 +12,7 @@ from typing import Literal
 
 from mechdsl.base.records import Record, keyword_record, record
 from mechdsl.base.source import Span
+from mechdsl.syntax.forms import statement
 
 
 @keyword_record
@@ -523,6 +524,7 @@ class Positions(Node):
 # --- prompts and images -----------------------------------------------------------------------
 
 
+@statement("{names:new_names} in {domain}", "domained")
 @record
 class DomainDef(Node):
     """`x in DOMAIN`."""
@@ -531,6 +533,7 @@ class DomainDef(Node):
     domain: Domain
 
 
+@statement("{names:new_names} = {value:expr}", "derived")
 @record
 class ValueDef(Node):
     """`a, b = EXPR`."""
@@ -539,6 +542,7 @@ class ValueDef(Node):
     value: Expr
 
 
+@statement("template {text:string}", "template")
 @record
 class Template(Node):
     """`template "…"`. `template in […]` is a `DomainDef` of the name `template`."""
@@ -546,17 +550,20 @@ class Template(Node):
     text: String
 
 
+@statement("{role:word} {text:string}", "turn")
 @record
 class ChatTurn(Node):
     role: str
     text: String
 
 
+@statement("chat {turns:block}", "chat")
 @record
 class Chat(Node):
     turns: tuple[ChatTurn, ...]
 
 
+@statement("rows {source:sum} [{distinct:flag} | {streamed:flag}]", "rows")
 @record
 class RowsLine(Node):
     source: Expr
@@ -573,11 +580,13 @@ class RenameLine(Node):
     pairs: tuple[tuple[Name, Name | String], ...]
 
 
+@statement("where {condition}", "where")
 @record
 class WhereLine(Node):
     condition: Expr
 
 
+@statement("split {percent}", "split")
 @record
 class SplitLine(Node):
     percent: Percent
@@ -591,6 +600,7 @@ class Text(Node):
     value: Expr
 
 
+@statement("span {name:new} (in {within:name} | = {literal:string})", "span_def")
 @record
 class SpanDef(Node):
     """`span subject in prompt` (`within`) or `span slot = "thing"` (`literal`)."""
@@ -629,12 +639,14 @@ ChangeValue = Name | Call | String | Number | Percent
 CorruptLine = ValueDef | ChangeLine
 
 
+@statement("corrupt {name:new} {changes:block}", "corrupt")
 @record
 class Corrupt(Node):
     name: Name
     changes: tuple[CorruptLine, ...]
 
 
+@statement("image (from {source:ref} | {value:sum})", "image")
 @record
 class ImageLine(Node):
     """`image from IMAGES`, `image gray`, `image "{file}"`, `image shapes(…)`."""
@@ -643,6 +655,7 @@ class ImageLine(Node):
     source: Ref | None = None
 
 
+@statement("tiles {rows:count} by {cols:count} [whole=and whole]", "tiles")
 @record
 class TilesLine(Node):
     """`tiles 2 by 3 and whole`."""
@@ -652,12 +665,14 @@ class TilesLine(Node):
     whole: bool = False
 
 
+@statement("region {name:new} = {column:name}", "region")
 @record
 class RegionLine(Node):
     name: Name
     column: Name
 
 
+@statement("classes {text:string}", "classes")
 @record
 class ClassesLine(Node):
     """`classes "a photo of a {kind}"`."""
@@ -699,6 +714,11 @@ class Edge(Node):
     """A group, a short name or another experiment's result, instead of axes."""
 
 
+@statement(
+    "patch {site} at {at:positions} [onto {onto:positions}] [into layer "
+    "{into_layer:axis_value}] [with {source:ref} | {features:other_features}]",
+    "patch",
+)
 @record
 class Patch(Node):
     site: Site
@@ -710,6 +730,7 @@ class Patch(Node):
     """Features of another basis that come in, instead of those of a run."""
 
 
+@statement("{fill:sum} [by {by:name}]", "fill")
 @record
 class Fill(Node):
     """One of several fills of an ablation."""
@@ -718,6 +739,10 @@ class Fill(Node):
     by: Name | None = None
 
 
+@statement(
+    "ablate {site} at {at:positions} with {fill:sum} [by {by:name}] {more:further}",
+    "ablate",
+)
 @record
 class Ablate(Node):
     """`fill` is `zero`, `mean`, `resample` (a `Name`) or `mean of x` (a `QualifiedRef`); `by` is a
@@ -730,12 +755,17 @@ class Ablate(Node):
     more: tuple[Fill, ...] = ()
 
 
+@statement("replace {at:positions} with {value:sum}", "replace_tokens")
 @record
 class ReplaceTokens(Node):
     at: Positions
     value: Expr
 
 
+@statement(
+    "replace block {axis} with ({word:name} | block layer {source:axis_value})",
+    "replace_block",
+)
 @record
 class ReplaceBlock(Node):
     """`replace block layer 2 with block layer 1`, or with a word, `identity`."""
@@ -745,28 +775,33 @@ class ReplaceBlock(Node):
     source: Star | AxisRange | None = None
 
 
+@statement("block {edge}", "block")
 @record
 class BlockEdge(Node):
     edge: Edge
 
 
+@statement("reweight {edge} by {factor:sum}", "reweight")
 @record
 class Reweight(Node):
     edge: Edge
     factor: Expr
 
 
+@statement("set {edge} to {value:sum}", "set_edge")
 @record
 class SetEdge(Node):
     edge: Edge
     value: Expr
 
 
+@statement("allow {edge}", "allow")
 @record
 class Allow(Node):
     edge: Edge
 
 
+@statement("renumber {at:positions} from {start:sum}", "renumber")
 @record
 class Renumber(Node):
     """`renumber subject tokens from 5`."""
@@ -804,6 +839,7 @@ class StepFraction(Node):
     factor: Expr | None = None
 
 
+@statement("set {site} at {at:positions} to {value:written}", "set_site")
 @record
 class SetSite(Node):
     site: Site
@@ -811,6 +847,11 @@ class SetSite(Node):
     value: Expr | ActivationRead
 
 
+@statement(
+    "path {sender:site} -> {receiver:site} at {at:positions} [through {through:names}] "
+    "[frozen=with 'frozen norms']",
+    "path",
+)
 @record
 class PathRule(Node):
     sender: Site
@@ -821,6 +862,7 @@ class PathRule(Node):
     """`with frozen norms`"""
 
 
+@statement("add {value:written} to {site} at {at:positions}", "add")
 @record
 class Add(Node):
     value: Expr | ActivationRead | StepFraction
@@ -828,6 +870,7 @@ class Add(Node):
     at: Positions
 
 
+@statement("scale {site} at {at:positions} by {factor:sum}", "scale")
 @record
 class Scale(Node):
     site: Site
@@ -856,6 +899,7 @@ class EditWeights(Node):
     value: Expr
 
 
+@statement("project {site} at {at:positions} onto {direction}", "project_onto")
 @record
 class ProjectOnto(Node):
     site: Site
@@ -863,6 +907,7 @@ class ProjectOnto(Node):
     direction: Name | Index
 
 
+@statement("clamp [{direction} of] {site} at {at:positions} to {value:sum}", "clamp")
 @record
 class Clamp(Node):
     """`clamp SITE …`, or `clamp DIRECTION of SITE …`."""
@@ -873,6 +918,7 @@ class Clamp(Node):
     direction: Name | Index | None = None
 
 
+@statement("swap {site} at {at:positions} with {other:positions}", "swap_sites")
 @record
 class SwapSites(Node):
     site: Site
@@ -880,12 +926,17 @@ class SwapSites(Node):
     other: Positions
 
 
+@statement("freeze {site} at {at:positions}", "freeze")
 @record
 class Freeze(Node):
     site: Site
     at: Positions
 
 
+@statement(
+    "{verb:name} {site} at {at:positions} [{before:word} {value:sum}]",
+    "registered",
+)
 @record
 class RegisteredRule(Node):
     """`nudge SITE at POSITIONS by SUM`: a rule whose verb is registered."""
@@ -944,6 +995,7 @@ class Rule(Node):
     """`without error`: what the basis doesn't represent is dropped."""
 
 
+@statement("model {models:refs}", "use_model")
 @record
 class UseModel(Node):
     """`model toy` inside an experiment."""
@@ -951,6 +1003,10 @@ class UseModel(Node):
     models: tuple[Ref, ...]
 
 
+@statement(
+    "{kind:word} {prompts:refs} [limit {limit:count}] [with replies of {replies:call_or_name}]",
+    "use_prompts",
+)
 @record
 class UsePrompts(Node):
     kind: Literal["prompts", "images"]
@@ -960,6 +1016,7 @@ class UsePrompts(Node):
     """The experiment whose replies are appended to the prompts: `with replies of writes(c: 1)`."""
 
 
+@statement("from {sources:refs} [{shuffled:word_itself}] into {bases:refs}", "from_into")
 @record
 class FromInto(Node):
     sources: tuple[Ref, ...]
@@ -968,11 +1025,13 @@ class FromInto(Node):
     """The word, if it follows the sources."""
 
 
+@statement("keep {condition}", "keep")
 @record
 class Keep(Node):
     condition: Expr
 
 
+@statement("for {name:new} in {domain} {body:block}", "for_loop")
 @record
 class For(Node):
     name: Name
@@ -980,6 +1039,7 @@ class For(Node):
     body: tuple[Statement, ...]
 
 
+@statement("against {control:call} [except {apart:sites}]", "against")
 @record
 class ControlLine(Node):
     """`against random(39) except top 5 of X, movers`; sites in `apart` are never drawn."""
@@ -988,6 +1048,7 @@ class ControlLine(Node):
     apart: tuple[Site, ...] = ()
 
 
+@statement("{name} {value:number_or_name}", "setting")
 @record
 class GenerationSetting(Node):
     """`temperature 0.7`"""
@@ -1005,6 +1066,7 @@ class Generate(Node):
     stops: tuple[String, ...] = ()
 
 
+@statement("{how:word} {amount:count}", "pick")
 @record
 class Pick(Node):
     """`top 20`, `random 20` after `verify`."""
@@ -1013,12 +1075,18 @@ class Pick(Node):
     amount: int | str
 
 
+@statement("using {estimator:call_or_name} [verify {verify:picks}]", "using")
 @record
 class Using(Node):
     estimator: Call | Name
     verify: tuple[Pick, ...] = ()
 
 
+@statement(
+    "discover {what:name} over {over:names} using {using:call_or_name} [until "
+    "{until:condition} | top {top:count} {unit:name}]",
+    "discover",
+)
 @record
 class Discover(Node):
     what: Name
@@ -1029,6 +1097,7 @@ class Discover(Node):
     unit: Name | None = None
 
 
+@statement("search {how:name} {what:name} up to {up_to:count}", "search")
 @record
 class Search(Node):
     how: Name
@@ -1036,6 +1105,11 @@ class Search(Node):
     up_to: int | str
 
 
+@statement(
+    "observe features of {basis:name} [of {run:ref}] at {at:positions} [top {top:count}] [by "
+    "{by:call_or_name}] [as {name}]",
+    "observe_features",
+)
 @record
 class ObserveFeatures(Node):
     """`observe features of f of fewer at last token top 10 by correlation(count) as strongest`."""
@@ -1059,6 +1133,11 @@ class MapOf(Node):
     weight: Expr | None = None
 
 
+@statement(
+    "observe {what:name} of {maps} (in {region} [top {share:percent}] | to {others:maps} | at "
+    "{at:positions}) [as {name}]",
+    "observe_maps",
+)
 @record
 class ObserveMaps(Node):
     """`observe iou of caap, occlusion in object top 25% as overlap`, or `… of caap to taken`, or
@@ -1074,6 +1153,11 @@ class ObserveMaps(Node):
     name: Name | None = None
 
 
+@statement(
+    "observe {what:observed} [at] {site} [of {run:ref}] [with {beside:site}] [toward "
+    "{toward:sum}] [at {at:positions}] [with {other:positions}] [top {top:count}] [as {name}]",
+    "observe",
+)
 @record
 class Observe(Node):
     """`observe logit_lens resid_post layer * at last token top 3`."""
@@ -1119,6 +1203,11 @@ class Stats(Node):
     by: Name | None = None
 
 
+@statement(
+    "report {kind:name} [{variable:name}] [by {by:name}] [of {of:name}] [top {top:count}] [to "
+    "{file:string}] [{width:columns}]",
+    "report",
+)
 @record
 class Report(Node):
     """`report heatmap layer by head of attn top 5 to "file" width 1 column`."""
@@ -1134,6 +1223,11 @@ class Report(Node):
     """Columns of a paper that the picture spans."""
 
 
+@statement(
+    "expect (top {top:count} contains {contains:sites} | {condition}) [on {relaxed:name}] "
+    "[citing {citing:string}]",
+    "expect",
+)
 @record
 class Expect(Node):
     """`expect COND` or `expect top 3 contains L9H9, L9H6`; `relaxed` is the word after `on`."""
@@ -1145,6 +1239,7 @@ class Expect(Node):
     citing: String | None = None
 
 
+@statement("run {name:new} {statements:block}", "run_def")
 @record
 class RunDef(Node):
     """`run healed { from clean into noised  patch … }`: a named run with rules."""
@@ -1172,6 +1267,7 @@ class Save(Node):
     """The metric whose gradients with respect to the site are saved instead of its vectors."""
 
 
+@statement("save direction {direction} to {file:string} [as {dtype:name}]", "save_direction")
 @record
 class SaveDirection(Node):
     """`save direction refusal to "refusal.safetensors"`."""
@@ -1215,11 +1311,13 @@ class Version(Node):
     number: int
 
 
+@statement("use {path:string}", "use")
 @record
 class Use(Node):
     path: String
 
 
+@statement("param {name:new} = {value:expr}", "param")
 @record
 class Param(Node):
     name: Name
@@ -1237,6 +1335,7 @@ class ModelDef(Node):
     """Whether it has a block of edits, which may be empty."""
 
 
+@statement("{kind:word} {name:new} {lines:block}", "data_def")
 @record
 class PromptsDef(Node):
     kind: Literal["prompts", "images"]
@@ -1244,12 +1343,14 @@ class PromptsDef(Node):
     lines: tuple[DataLine, ...]
 
 
+@statement("metric {name:new} = {value:sum}", "metric_def")
 @record
 class MetricDef(Node):
     name: Name
     value: Expr
 
 
+@statement("direction {name:new} = {value:sum} [at {site} [at {at:positions}]]", "direction_def")
 @record
 class DirectionDef(Node):
     name: Name
@@ -1258,6 +1359,11 @@ class DirectionDef(Node):
     at: Positions | None = None
 
 
+@statement(
+    "{word} {name:new} = {source:call} [at {site} [at {at:positions}]]",
+    "basis_def",
+    "lens_def",
+)
 @record
 class BasisDef(Node):
     name: Name
@@ -1268,23 +1374,29 @@ class BasisDef(Node):
     """First word of the statement."""
 
 
+@statement(
+    "group {name:new} = ({source:training} [at {site} [at {at:positions}]] | {sites})",
+    "group_def",
+)
 @record
 class GroupDef(Node):
     """A union of sites, or another experiment's highest ranked ones (one `Site` with `ranked`); or
     those that a training chooses from the sites `at`."""
 
     name: Name
-    sites: tuple[Site, ...]
+    sites: tuple[Site, ...] = ()
     source: Call | None = None
     site: Site | None = None
     at: Positions | None = None
 
 
+@statement("seed {value:integer}", "seed")
 @record
 class Seed(Node):
     value: int
 
 
+@statement("experiment {name} {statements:block}", "experiment_def")
 @record
 class ExperimentDef(Node):
     name: Name

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
 from mechdsl.base.text import count_noun
 from mechdsl.syntax import ast
 from mechdsl.syntax.ast import unescape
+from mechdsl.syntax.forms import FORMS, FormField, FormPart, chosen_parts
 
 # Precedence of each type of expression, and the least one that a grammar position accepts.
 CONDITION = 1
@@ -435,10 +436,6 @@ def _sum(node: ast.Expr) -> str:
     return format_operand(node, SUM)
 
 
-def _columns(count: int) -> str:
-    return count_noun(count, "column")
-
-
 def _percent(node: ast.Percent) -> str:
     return format_percentage(node.value)
 
@@ -455,131 +452,114 @@ def _map_of(node: ast.MapOf) -> str:
     return _factor(node.weight) + format_cells(node)
 
 
+# --- statements -------------------------------------------------------------------------------
+
+
 def format_header(node: Any) -> str | None:
     """Format the text before the brace of a block statement; None for other statements."""
-    match node:
-        case ast.PromptsDef():
-            return f"{node.kind} {node.name.id}"
-        case ast.ExperimentDef():
-            return f"experiment {node.name.id}"
-        case ast.Corrupt():
-            return f"corrupt {node.name.id}"
-        case ast.For():
-            return f"for {node.name.id} in {format_domain(node.domain)}"
-        case ast.RunDef():
-            return f"run {node.name.id}"
-        case ast.Chat():
-            return "chat"
-        case ast.ModelDef(is_edited=True):
-            return f"model {node.name.id} = {format_operand(node.source, SUM)} with"
-        case _:
-            return None
+    if isinstance(node, ast.ModelDef) and node.is_edited:
+        return f"model {node.name.id} = {_sum(node.source)} with"
+    form = FORMS.get(type(node))
+    return _format_parts(form.parts[:-1], node) if form is not None and form.body else None
 
 
 def statement_body(node: Any) -> tuple[Any, ...]:
     """Return the lines in the braces of a block statement."""
-    match node:
-        case ast.PromptsDef():
-            return node.lines
-        case ast.ExperimentDef():
-            return node.statements
-        case ast.Corrupt():
-            return node.changes
-        case ast.For():
-            return node.body
-        case ast.RunDef():
-            return node.statements
-        case ast.Chat():
-            return node.turns
-        case ast.ModelDef():
-            return node.edits
-        case _:
-            return ()
+    if isinstance(node, ast.ModelDef):
+        return node.edits
+    form = FORMS.get(type(node))
+    return getattr(node, form.body) if form is not None and form.body else ()
 
 
 def format_line(node: Any) -> str:
     """Format a statement without lines in braces."""
-    for part in (_top, _data, _rule, _statement):
-        text = part(node)
-        if text is not None:
-            return text
-    raise TypeError(f"{type(node).__name__} is no statement")
+    form = FORMS.get(type(node))
+    return _formless(node) if form is None else _format_parts(form.parts, node)
 
 
-def _top(node: Any) -> str | None:
+def _format_parts(parts: Iterable[FormPart], node: Any) -> str:
+    """Format the words and fields of a form."""
+    texts: list[str] = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, FormField):
+            value = getattr(node, part.name)
+            texts.append(part.name if part.kind == "flag" else _WRITERS[part.kind](value))
+        else:
+            texts.append(_format_parts(chosen_parts(part, node), node))
+    texts = [text for text in texts if text]
+    return "".join(text if text[0] == "," else f" {text}" for text in texts).removeprefix(" ")
+
+
+def _formless(node: Any) -> str:
+    """Format a statement that has no form."""
     match node:
         case ast.Version():
             return f"mech {node.number}"
-        case ast.Use():
-            return f"use {_text(node.path)}"
-        case ast.Param():
-            return f"param {node.name.id} = {format_expression(node.value)}"
         case ast.ModelDef():
-            return f"model {node.name.id} = {format_operand(node.source, SUM)}"
-        case ast.MetricDef():
-            return f"metric {node.name.id} = {format_operand(node.value, SUM)}"
-        case ast.DirectionDef():
-            place = _of("at", node.site, format_site) + _of("at", node.at, format_positions)
-            return f"direction {node.name.id} = {format_operand(node.value, SUM)}{place}"
-        case ast.BasisDef():
-            place = _of("at", node.site, format_site) + _of("at", node.at, format_positions)
-            return f"{node.word} {node.name.id} = {format_call(node.source)}{place}"
-        case ast.GroupDef(source=ast.Call() as source):
-            place = _of("at", node.site, format_site) + _of("at", node.at, format_positions)
-            return f"group {node.name.id} = {format_call(source)}{place}"
-        case ast.GroupDef():
-            return f"group {node.name.id} = {', '.join(map(format_site, node.sites))}"
-        case ast.Seed():
-            return f"seed {node.value}"
-        case _:
-            return None
-
-
-def _data(node: Any) -> str | None:
-    match node:
-        case ast.DomainDef():
-            return f"{format_names(node.names)} in {format_domain(node.domain)}"
-        case ast.ValueDef():
-            return f"{format_names(node.names)} = {format_expression(node.value)}"
-        case ast.Template():
-            return f"template {_text(node.text)}"
-        case ast.ChatTurn():
-            return f"{node.role} {_text(node.text)}"
-        case ast.RowsLine():
-            return (
-                f"rows {format_operand(node.source, SUM)}"
-                + " distinct" * node.distinct
-                + " streamed" * node.streamed
-            )
+            return f"model {node.name.id} = {_sum(node.source)}"
         case ast.RenameLine():
             pairs = ", ".join(f"{new.id} = {_column(old)}" for new, old in node.pairs)
             return f"rename {{ {pairs} }}"
-        case ast.WhereLine():
-            return f"where {format_operand(node.condition, CONDITION)}"
-        case ast.SplitLine():
-            return f"split {format_percentage(node.percent.value)}"
         case ast.Text():
-            if node.name.id in ("answer", "wrong"):
-                return f"{node.name.id} {format_expression(node.value)}"
-            return f"text {node.name.id} = {format_expression(node.value)}"
-        case ast.SpanDef():
-            if node.literal is not None:
-                return f"span {node.name.id} = {_text(node.literal)}"
-            return f"span {node.name.id}" + _of("in", node.within, _id)
-        case ast.ImageLine():
-            if node.source is not None:
-                return f"image from {format_ref(node.source)}"
-            return f"image {format_operand(node.value, SUM)}"
-        case ast.TilesLine():
-            return f"tiles {node.rows} by {node.cols}{' and whole' if node.whole else ''}"
-        case ast.RegionLine():
-            return f"region {node.name.id} = {node.column.id}"
-        case ast.ClassesLine():
-            return f"classes {_text(node.text)}"
+            word = "" if node.name.id in ("answer", "wrong") else "text "
+            equals = " =" if word else ""
+            return f"{word}{node.name.id}{equals} {format_expression(node.value)}"
         case ast.ChangeLine():
             return _change(node)
+        case ast.Rule():
+            error = " without error" if node.drops_error else ""
+            during = "" if node.during is None else f" {_during(node.during)}"
+            return f"{format_line(node.body)}{error}{during}"
+        case ast.EditWeights(verb="add"):
+            return f"add {_sum(node.value)} to weights of {format_site(node.site)}"
+        case ast.EditWeights():
+            word = "by" if node.verb == "scale" else "to"
+            place = format_site(node.site)
+            return f"{node.verb} weights of {place} {word} {_sum(node.value)}"
+        case ast.ProjectOut():
+            place = "weights"
+            if node.site is not None and node.at is not None:
+                place = f"{format_site(node.site)} at {format_positions(node.at)}"
+            if node.direction is None:
+                return f"project out {place}"
+            return f"project out {_sum(node.direction)} from {place}"
+        case ast.Generate():
+            return _generate(node)
+        case ast.ObserveAttention(what=ast.Name(id=what)):
+            ends = (
+                f"from {format_positions(node.edge.queries)} to {format_positions(node.edge.keys)}"
+            )
+            run, name = _of("of", node.run, format_ref), _of("as", node.name, _id)
+            return f"observe {what}{run} {ends}{name}"
+        case ast.ObserveAttention():
+            return f"observe {format_edge(node.edge, node.run)}" + _of("as", node.name, _id)
+        case ast.Measure():
+            at, per = _of("at", node.at, format_position), _of("per", node.per, _id)
+            over = _of("auc over" if node.area else "mean over", node.over, _id)
+            return f"measure {_sum(node.metric)}{at} as {node.effect.id}{per}{over}"
+        case ast.Stats():
+            return (
+                "stats"
+                + (f" {format_call(node.resampling)}" if node.resampling else "")
+                + _of("test", node.test, format_call)
+                + _of("confidence", node.confidence, _percent)
+                + _of("correct", node.correction, _id)
+                + _of("verdicts", node.verdicts, _id)
+                + _of("by", node.by, _id)
+            )
+        case ast.Save():
+            where = f"{format_site(node.site)}{_of('of', node.run, format_ref)}"
+            where += f" at {format_positions(node.at)}"
+            what = "mean of " if node.mean else ""
+            if node.gradient is not None:
+                what += f"gradient of {_sum(node.gradient.metric)}"
+                what += _of("at", node.gradient.at, format_position) + " by "
+            what = what if node.rows is None else f"top {node.rows} rows of "
+            return f"save {what}{where} to {_text(node.file)}" + _of("as", node.dtype, _id)
         case _:
-            return None
+            raise TypeError(f"{type(node).__name__} is no statement")
 
 
 def _change(node: ast.ChangeLine) -> str:
@@ -598,89 +578,6 @@ def _change(node: ast.ChangeLine) -> str:
     )
 
 
-def _rule(node: Any) -> str | None:
-    match node:
-        case ast.Rule():
-            error = " without error" if node.drops_error else ""
-            during = "" if node.during is None else f" {_during(node.during)}"
-            return f"{format_line(node.body)}{error}{during}"
-        case ast.Patch():
-            return (
-                f"patch {format_site(node.site)} at {format_positions(node.at)}"
-                + _of("onto", node.onto, format_positions)
-                + _of("into layer", node.into_layer, format_axis_value)
-                + _of("with", node.source, format_ref)
-                + _of("with", node.features, format_axis)
-            )
-        case ast.Ablate():
-            fills = ", ".join(
-                format_operand(each.fill, SUM) + _of("by", each.by, _id)
-                for each in (node, *node.more)
-            )
-            return f"ablate {format_site(node.site)} at {format_positions(node.at)} with {fills}"
-        case ast.ReplaceTokens():
-            return f"replace {format_positions(node.at)} with {format_operand(node.value, SUM)}"
-        case ast.ReplaceBlock():
-            other = _of("block layer", node.source, format_axis_value) or _of("", node.word, _id)
-            return f"replace block {format_axis(node.axis)} with {other.strip()}"
-        case ast.BlockEdge():
-            return f"block {format_edge(node.edge)}"
-        case ast.Reweight():
-            return f"reweight {format_edge(node.edge)} by {format_operand(node.factor, SUM)}"
-        case ast.SetEdge():
-            return f"set {format_edge(node.edge)} to {format_operand(node.value, SUM)}"
-        case ast.Allow():
-            return f"allow {format_edge(node.edge)}"
-        case ast.Renumber():
-            return f"renumber {format_positions(node.at)} from {format_operand(node.start, SUM)}"
-        case ast.SetSite():
-            where = f"{format_site(node.site)} at {format_positions(node.at)}"
-            return f"set {where} to {_written(node.value)}"
-        case ast.PathRule():
-            through = f" through {format_names(node.through)}" if node.through else ""
-            ends = f"{format_site(node.sender)} -> {format_site(node.receiver)}"
-            frozen = " with frozen norms" if node.frozen else ""
-            return f"path {ends} at {format_positions(node.at)}{through}{frozen}"
-        case ast.Add():
-            where = f"{format_site(node.site)} at {format_positions(node.at)}"
-            return f"add {_written(node.value)} to {where}"
-        case ast.Scale():
-            factor = format_operand(node.factor, SUM)
-            return f"scale {format_site(node.site)} at {format_positions(node.at)} by {factor}"
-        case ast.EditWeights(verb="add"):
-            return f"add {_sum(node.value)} to weights of {format_site(node.site)}"
-        case ast.EditWeights():
-            word = "by" if node.verb == "scale" else "to"
-            place = format_site(node.site)
-            return f"{node.verb} weights of {place} {word} {_sum(node.value)}"
-        case ast.ProjectOut():
-            place = "weights"
-            if node.site is not None and node.at is not None:
-                place = f"{format_site(node.site)} at {format_positions(node.at)}"
-            if node.direction is None:
-                return f"project out {place}"
-            return f"project out {format_operand(node.direction, SUM)} from {place}"
-        case ast.ProjectOnto():
-            place = f"{format_site(node.site)} at {format_positions(node.at)}"
-            return f"project {place} onto {format_operand(node.direction, SUM)}"
-        case ast.Clamp():
-            direction = f"{format_operand(node.direction, SUM)} of " if node.direction else ""
-            place = f"{format_site(node.site)} at {format_positions(node.at)}"
-            return f"clamp {direction}{place} to {format_operand(node.value, SUM)}"
-        case ast.SwapSites():
-            other = format_positions(node.other)
-            return f"swap {format_site(node.site)} at {format_positions(node.at)} with {other}"
-        case ast.Freeze():
-            return f"freeze {format_site(node.site)} at {format_positions(node.at)}"
-        case ast.RegisteredRule():
-            value = (
-                "" if node.value is None else f" {node.before} {format_operand(node.value, SUM)}"
-            )
-            return f"{node.verb.id} {format_site(node.site)} at {format_positions(node.at)}{value}"
-        case _:
-            return None
-
-
 def _during(node: ast.During) -> str:
     if node.phase == "after prefill":
         return node.phase
@@ -690,9 +587,7 @@ def _during(node: ast.During) -> str:
 
 
 def _generate(node: ast.Generate) -> str:
-    settings = ", ".join(
-        f"{each.name.id} {format_operand(each.value, SUM)}" for each in node.settings
-    )
+    settings = _lines(node.settings)
     stops = ", ".join(map(_text, node.stops))
     return (
         f"generate {node.tokens}"
@@ -701,120 +596,60 @@ def _generate(node: ast.Generate) -> str:
     )
 
 
-def _statement(node: Any) -> str | None:
-    match node:
-        case ast.UseModel():
-            return f"model {_refs(node.models)}"
-        case ast.UsePrompts():
-            behind = "" if node.replies is None else f" with replies of {format_call(node.replies)}"
-            return f"{node.kind} {_refs(node.prompts)}{_optional('limit', node.limit)}{behind}"
-        case ast.FromInto():
-            shuffled = " shuffled" if node.shuffled is not None else ""
-            return f"from {_refs(node.sources)}{shuffled} into {_refs(node.bases)}"
-        case ast.Keep():
-            return f"keep {format_operand(node.condition, CONDITION)}"
-        case ast.ControlLine():
-            apart = f" except {', '.join(map(format_site, node.apart))}" if node.apart else ""
-            return f"against {format_call(node.control)}{apart}"
-        case ast.Generate():
-            return _generate(node)
-        case ast.Using():
-            picks = ", ".join(f"{pick.how} {pick.amount}" for pick in node.verify)
-            return f"using {format_call(node.estimator)}" + (f" verify {picks}" if picks else "")
-        case ast.Discover():
-            end = _of("until", node.until, _condition)
-            if node.top is not None and node.unit is not None:
-                end += f" top {node.top} {node.unit.id}"
-            start = f"discover {node.what.id} over {format_names(node.over)}"
-            return f"{start} using {format_call(node.using)}{end}"
-        case ast.Search():
-            return f"search {node.how.id} {node.what.id} up to {node.up_to}"
-        case ast.ObserveAttention(what=ast.Name(id=what)):
-            ends = (
-                f"from {format_positions(node.edge.queries)} to {format_positions(node.edge.keys)}"
-            )
-            return f"observe {what}{_of('of', node.run, format_ref)} {ends}" + _of(
-                "as", node.name, _id
-            )
-        case ast.ObserveAttention():
-            return f"observe {format_edge(node.edge, node.run)}" + _of("as", node.name, _id)
-        case ast.ObserveFeatures():
-            return (
-                f"observe features of {node.basis.id}"
-                + _of("of", node.run, format_ref)
-                + _of("at", node.at, format_positions)
-                + _optional("top", node.top)
-                + _of("by", node.by, format_call)
-                + _of("as", node.name, _id)
-            )
-        case ast.ObserveMaps():
-            maps, others = (", ".join(map(_map_of, each)) for each in (node.maps, node.others))
-            against = f" to {others}" if others else _of("in", node.region, _region)
-            against += _of("at", node.at, format_positions)
-            share = _of("top", node.share, _percent)
-            name = _of("as", node.name, _id)
-            return f"observe {node.what.id} of {maps}{against}{share}{name}"
-        case ast.Observe():
-            return _observe(node)
-        case ast.Measure():
-            at, per = _of("at", node.at, format_position), _of("per", node.per, _id)
-            over = _of("auc over" if node.area else "mean over", node.over, _id)
-            return f"measure {format_operand(node.metric, SUM)}{at} as {node.effect.id}{per}{over}"
-        case ast.Stats():
-            return (
-                "stats"
-                + (f" {format_call(node.resampling)}" if node.resampling else "")
-                + _of("test", node.test, format_call)
-                + _of("confidence", node.confidence, _percent)
-                + _of("correct", node.correction, _id)
-                + _of("verdicts", node.verdicts, _id)
-                + _of("by", node.by, _id)
-            )
-        case ast.Report():
-            return (
-                f"report {node.kind.id}"
-                + (f" {node.variable.id}" if node.variable else "")
-                + _of("by", node.by, _id)
-                + _of("of", node.of, _id)
-                + _optional("top", node.top)
-                + _of("to", node.file, _text)
-                + _of("width", node.width, _columns)
-            )
-        case ast.Save():
-            where = f"{format_site(node.site)}{_of('of', node.run, format_ref)}"
-            where += f" at {format_positions(node.at)}"
-            what = "mean of " if node.mean else ""
-            if node.gradient is not None:
-                what += f"gradient of {format_operand(node.gradient.metric, SUM)}"
-                what += _of("at", node.gradient.at, format_position) + " by "
-            what = what if node.rows is None else f"top {node.rows} rows of "
-            return f"save {what}{where} to {_text(node.file)}" + _of("as", node.dtype, _id)
-        case ast.SaveDirection():
-            what = format_operand(node.direction, SUM)
-            return f"save direction {what} to {_text(node.file)}" + _of("as", node.dtype, _id)
-        case ast.Expect():
-            if node.condition is not None:
-                what = format_operand(node.condition, CONDITION)
-            else:
-                what = f"top {node.top} contains {', '.join(map(format_site, node.contains))}"
-            return (
-                f"expect {what}" + _of("on", node.relaxed, _id) + _of("citing", node.citing, _text)
-            )
-        case _:
-            return None
+def _lines(nodes: Iterable[ast.Node]) -> str:
+    return join_items(map(format_line, nodes))
 
 
-def _observe(node: ast.Observe) -> str:
+def _sites(nodes: Iterable[ast.Site]) -> str:
+    return join_items(map(format_site, nodes))
+
+
+def _columns(count: int) -> str:
+    return f"width {count_noun(count, 'column')}"
+
+
+def _observed(what: ast.Call | ast.Name) -> str:
     # `at` before the site is optional; the canonical text has it only after a call
     # (`probe(count) at`).
-    what = format_call(node.what) + (" at" if isinstance(node.what, ast.Call) else "")
-    return (
-        f"observe {what} {format_site(node.site)}"
-        + _of("of", node.run, format_ref)
-        + _of("with", node.beside, format_site)
-        + _of("toward", node.toward, _sum)
-        + _of("at", node.at, format_positions)
-        + _of("with", node.other, format_positions)
-        + _optional("top", node.top)
-        + _of("as", node.name, _id)
-    )
+    return format_call(what) + (" at" if isinstance(what, ast.Call) else "")
+
+
+_WRITERS: Mapping[str, Callable[[Any], str]] = {
+    "axis": format_axis,
+    "axis_value": format_axis_value,
+    "call": format_call,
+    "call_or_name": format_call,
+    "columns": _columns,
+    "condition": _condition,
+    "count": str,
+    "direction": _sum,
+    "domain": format_domain,
+    "edge": format_edge,
+    "expr": format_expression,
+    "further": lambda fills: "".join(f", {format_line(each)}" for each in fills),
+    "integer": str,
+    "maps": lambda maps: join_items(map(_map_of, maps)),
+    "name": _id,
+    "names": format_names,
+    "new": _id,
+    "new_names": format_names,
+    "number_or_name": _sum,
+    "observed": _observed,
+    "other_features": lambda axis: f"with {format_axis(axis)}",
+    "percent": _percent,
+    "picks": _lines,
+    "position": format_position,
+    "positions": format_positions,
+    "ref": format_ref,
+    "refs": _refs,
+    "region": _region,
+    "site": format_site,
+    "sites": _sites,
+    "string": _text,
+    "sum": _sum,
+    "training": format_call,
+    "word": str,
+    "word_itself": _id,
+    "written": _written,
+}
+"""How fields are printed, by kind; see `mechdsl.syntax.forms`."""

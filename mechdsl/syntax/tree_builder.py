@@ -8,12 +8,12 @@ the signatures here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from lark import Token, Transformer
+from lark import Token, Transformer, Tree
 
 from mechdsl.base import limits
 from mechdsl.base.records import close_names
@@ -29,6 +29,7 @@ from mechdsl.diagnostics.syntax import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.ast import unescape
+from mechdsl.syntax.forms import FORMS, Form, FormField, FormGroup, FormPart
 from mechdsl.syntax.words import CHANGE_WORDS, RESERVED
 
 CHANGE_CLAUSES = {
@@ -249,6 +250,8 @@ class Clause(NamedTuple):
     kind: str
     value: Any
     span: Span
+    parts: Sequence[Any] = ()
+    """Its tokens and nodes, if a form names them instead of the clause."""
 
 
 def _ends(item: Any) -> tuple[int, int]:
@@ -340,6 +343,17 @@ def _nested(node: Any, *parts: Any, instead: Any = None) -> Any:
 
 def _clause(kind: str, value: Callable[[list[Any]], Any]) -> Callable[[Any, list[Any]], Clause]:
     def method(_self: Any, c: list[Any]) -> Clause:
+        return Clause(kind, value(c), _span(c), c)
+
+    return method
+
+
+def _clause_value(
+    kind: str, value: Callable[[list[Any]], Any]
+) -> Callable[[Any, list[Any]], Clause]:
+    """Like `_clause`, for a clause that is one field of a form."""
+
+    def method(_self: Any, c: list[Any]) -> Clause:
         return Clause(kind, value(c), _span(c))
 
     return method
@@ -418,49 +432,12 @@ class TreeBuilder(Transformer[Token, Any]):
             )
         return ast.Version(number, span=_span(c))
 
-    def use(self, c: list[Any]) -> ast.Use:
-        return ast.Use(c[1], span=_span(c))
-
-    def param(self, c: list[Any]) -> ast.Param:
-        return ast.Param(_defined(c[1]), c[3], span=_span(c))
-
     def model_def(self, c: list[Any]) -> ast.ModelDef:
         edits = _clauses(c).get("edits")
         source = ast.Name(c[3].id, span=c[3].span) if isinstance(c[3], ast.Name) else c[3]
         return ast.ModelDef(_defined(c[1]), source, edits or (), edits is not None, span=_span(c))
 
     edits = _clause("edits", lambda c: tuple(c[2:-1]))
-
-    def data_def(self, c: list[Any]) -> ast.PromptsDef:
-        return ast.PromptsDef(c[0].value, _defined(c[1]), tuple(c[3:-1]), span=_span(c))
-
-    def metric_def(self, c: list[Any]) -> ast.MetricDef:
-        return ast.MetricDef(_defined(c[1]), c[3], span=_span(c))
-
-    def direction_def(self, c: list[Any]) -> ast.DirectionDef:
-        site = next((x for x in c if isinstance(x, ast.Site)), None)
-        at = _clauses(c).get("at")
-        return ast.DirectionDef(_defined(c[1]), c[3], site, at, span=_span(c))
-
-    def basis_def(self, c: list[Any]) -> ast.BasisDef:
-        site = next((x for x in c if isinstance(x, ast.Site)), None)
-        at = _clauses(c).get("at")
-        return ast.BasisDef(_defined(c[1]), _as_call(c[3]), site, at, c[0].value, span=_span(c))
-
-    lens_def = basis_def
-
-    def group_def(self, c: list[Any]) -> ast.GroupDef:
-        if not isinstance(c[3], ast.Call):
-            return ast.GroupDef(_defined(c[1]), tuple(_nodes(c[3:])), span=_span(c))
-        site = next((x for x in c if isinstance(x, ast.Site)), None)
-        at = _clauses(c).get("at")
-        return ast.GroupDef(_defined(c[1]), (), c[3], site, at, span=_span(c))
-
-    def seed(self, c: list[Any]) -> ast.Seed:
-        return ast.Seed(_integer(c[1]), span=_span(c))
-
-    def experiment_def(self, c: list[Any]) -> ast.ExperimentDef:
-        return ast.ExperimentDef(c[1], tuple(c[3:-1]), span=_span(c))
 
     def name(self, c: list[Any]) -> ast.Name:
         return _name(c[0])
@@ -481,41 +458,12 @@ class TreeBuilder(Transformer[Token, Any]):
 
     # --- prompts and images --------------------------------------------------------------------
 
-    def domained(self, c: list[Any]) -> ast.DomainDef:
-        return ast.DomainDef((_defined(_name(c[0])),), c[2], span=_span(c))
-
-    def derived(self, c: list[Any]) -> ast.ValueDef:
-        names = tuple(_defined(_name(t)) for t in c[:-2] if t.type == "DEF")
-        return ast.ValueDef(names, c[-1], span=_span(c))
-
-    def template(self, c: list[Any]) -> ast.Template:
-        return ast.Template(c[1], span=_span(c))
-
-    def chat(self, c: list[Any]) -> ast.Chat:
-        return ast.Chat(tuple(_nodes(c)), span=_span(c))
-
-    def turn(self, c: list[Any]) -> ast.ChatTurn:
-        return ast.ChatTurn(str(c[0]), c[1], span=_span(c))
-
-    def rows(self, c: list[Any]) -> ast.RowsLine:
-        clauses = _clauses(c)
-        return ast.RowsLine(c[1], "distinct" in clauses, "streamed" in clauses, span=_span(c))
-
-    distinct = _clause("distinct", lambda _: True)
-    streamed = _clause("streamed", lambda _: True)
-
     def rename(self, c: list[Any]) -> ast.RenameLine:
         pairs = tuple(child.value for child in c if isinstance(child, Clause))
         return ast.RenameLine(pairs, span=_span(c))
 
     def renamed(self, c: list[Any]) -> Clause:
         return Clause("pair", (_defined(c[0]), c[2]), _span(c))
-
-    def where(self, c: list[Any]) -> ast.WhereLine:
-        return ast.WhereLine(c[1], span=_span(c))
-
-    def split(self, c: list[Any]) -> ast.SplitLine:
-        return ast.SplitLine(c[1], span=_span(c))
 
     def answer(self, c: list[Any]) -> ast.Text:
         return ast.Text(_name(c[0]), c[1], span=_span(c))
@@ -524,33 +472,6 @@ class TreeBuilder(Transformer[Token, Any]):
 
     def text(self, c: list[Any]) -> ast.Text:
         return ast.Text(_defined(c[1]), c[3], span=_span(c))
-
-    def span_def(self, c: list[Any]) -> ast.SpanDef:
-        within = _clauses(c).get("within")
-        literal = c[3] if isinstance(c[3], ast.String) else None
-        return ast.SpanDef(_defined(c[1]), within, literal, span=_span(c))
-
-    span_within = _clause("within", lambda c: c[0])
-
-    def corrupt(self, c: list[Any]) -> ast.Corrupt:
-        return ast.Corrupt(_defined(c[1]), tuple(c[3:-1]), span=_span(c))
-
-    def image(self, c: list[Any]) -> ast.ImageLine:
-        if len(c) == 3:
-            return ast.ImageLine(source=c[2], span=_span(c))
-        return ast.ImageLine(c[1], span=_span(c))
-
-    def tiles(self, c: list[Any]) -> ast.TilesLine:
-        whole = "whole" in _clauses(c)
-        return ast.TilesLine(_amount(c[1]), _amount(c[3]), whole, span=_span(c))
-
-    and_whole = _clause("whole", lambda c: True)
-
-    def region(self, c: list[Any]) -> ast.RegionLine:
-        return ast.RegionLine(_defined(c[1]), c[3], span=_span(c))
-
-    def classes(self, c: list[Any]) -> ast.ClassesLine:
-        return ast.ClassesLine(c[1], span=_span(c))
 
     def worded_change(self, c: list[Any]) -> ast.ChangeLine:
         nodes = _nodes(c)
@@ -596,34 +517,6 @@ class TreeBuilder(Transformer[Token, Any]):
 
     # --- experiments ---------------------------------------------------------------------------
 
-    def use_model(self, c: list[Any]) -> ast.UseModel:
-        return ast.UseModel(c[1].value, span=_span(c))
-
-    def use_prompts(self, c: list[Any]) -> ast.UsePrompts:
-        said = _clauses(c)
-        return ast.UsePrompts(
-            c[0].value, c[1].value, said.get("limit"), said.get("replies"), span=_span(c)
-        )
-
-    limit = _clause("limit", _second_amount)
-    with_replies = _clause("replies", lambda c: c[-1])
-
-    def from_into(self, c: list[Any]) -> ast.FromInto:
-        return ast.FromInto(c[1].value, c[-1].value, _clauses(c).get("shuffled"), span=_span(c))
-
-    shuffled = _clause("shuffled", lambda c: _name(c[0]))
-
-    def keep(self, c: list[Any]) -> ast.Keep:
-        return ast.Keep(c[1], span=_span(c))
-
-    def for_loop(self, c: list[Any]) -> ast.For:
-        return ast.For(_defined(c[1]), c[3], tuple(c[5:-1]), span=_span(c))
-
-    def against(self, c: list[Any]) -> ast.ControlLine:
-        return ast.ControlLine(_as_call(c[1]), _clauses(c).get("apart", ()), span=_span(c))
-
-    except_targets = _clause("apart", lambda c: tuple(_nodes(c)))
-
     def generate(self, c: list[Any]) -> ast.Generate:
         clauses = _clauses(c)
         return ast.Generate(
@@ -632,30 +525,6 @@ class TreeBuilder(Transformer[Token, Any]):
 
     sampled = _clause("sampled", lambda c: tuple(_nodes(c)))
     stopped = _clause("stopped", lambda c: tuple(_nodes(c)))
-
-    def setting(self, c: list[Any]) -> ast.GenerationSetting:
-        value = _name(c[1]) if isinstance(c[1], Token) else c[1]
-        return ast.GenerationSetting(_name(c[0]), value, span=_span(c))
-
-    def using(self, c: list[Any]) -> ast.Using:
-        return ast.Using(c[1], _clauses(c).get("verify", ()), span=_span(c))
-
-    verify = _clause("verify", lambda c: tuple(_nodes(c)))
-
-    def pick(self, c: list[Any]) -> ast.Pick:
-        return ast.Pick(str(c[0]), _amount(c[1]), span=_span(c))
-
-    def discover(self, c: list[Any]) -> ast.Discover:
-        clauses = _clauses(c)
-        top, unit = clauses.get("top", (None, None))
-        over = c[3].value
-        return ast.Discover(c[1], over, c[5], clauses.get("until"), top, unit, span=_span(c))
-
-    until = _clause("until", _second)
-    top_units = _clause("top", lambda c: (_count(c[1]), _name(c[2])))
-
-    def search(self, c: list[Any]) -> ast.Search:
-        return ast.Search(_name(c[1]), _name(c[2]), _amount(c[5]), span=_span(c))
 
     def observe_attention(self, c: list[Any]) -> ast.ObserveAttention:
         clauses = _clauses(c)
@@ -674,54 +543,10 @@ class TreeBuilder(Transformer[Token, Any]):
     of_run = _clause("run", _second)
     as_name = _clause("name", _second)
 
-    def observe_features(self, c: list[Any]) -> ast.ObserveFeatures:
-        clauses = _clauses(c)
-        at = next(child for child in c if isinstance(child, ast.Positions))
-        run, top, by, name = (clauses.get(part) for part in ("run", "top", "by", "name"))
-        return ast.ObserveFeatures(c[3], at, run, top, by, name, span=_span(c))
-
-    ranked_by = _clause("by", _second)
-
     def map_of(self, c: list[Any]) -> ast.MapOf:
         weight = c[0] if len(c) > 1 else None
         named = _name(c[-1]) if isinstance(c[-1], Token) else c[-1]
         return ast.MapOf(*_cells_of(named), weight, span=_span(c))
-
-    def observe_maps(self, c: list[Any]) -> ast.ObserveMaps:
-        maps = tuple(child for child in c if isinstance(child, ast.MapOf))
-        clauses = _clauses(c)
-        region = next(
-            (child for child in c[2:] if isinstance(child, ast.Name | ast.Position)), None
-        )
-        others = clauses.get("others", ())
-        share, at, name = (clauses.get(part) for part in ("share", "at", "name"))
-        return ast.ObserveMaps(_name(c[1]), maps, region, others, share, at, name, span=_span(c))
-
-    to_others = _clause("others", lambda c: tuple(_nodes(c)))
-
-    top_share = _clause("share", _second)
-
-    def observe(self, c: list[Any]) -> ast.Observe:
-        site = next(child for child in c if isinstance(child, ast.Site))
-        clauses = _clauses(c)
-        return ast.Observe(
-            _name(c[1]) if isinstance(c[1], Token) else c[1],
-            site,
-            clauses.get("toward"),
-            clauses.get("at"),
-            clauses.get("with"),
-            clauses.get("top"),
-            clauses.get("run"),
-            clauses.get("name"),
-            clauses.get("beside"),
-            span=_span(c),
-        )
-
-    with_site = _clause("beside", _second)
-    toward = _clause("toward", _second)
-    at_positions = _clause("at", _second)
-    with_positions = _clause("with", _second)
-    top = _clause("top", _second_amount)
 
     def measure(self, c: list[Any]) -> ast.Measure:
         effect = next(child for child in c[2:] if isinstance(child, ast.Name))
@@ -772,46 +597,8 @@ class TreeBuilder(Transformer[Token, Any]):
     verdicts = _clause("verdicts", _second)
     by = _clause("by", _second)
 
-    def report(self, c: list[Any]) -> ast.Report:
-        variable = c[2] if len(c) > 2 and isinstance(c[2], ast.Name) else None
-        clauses = _clauses(c)
-        return ast.Report(
-            _name(c[1]),
-            variable,
-            clauses.get("by"),
-            clauses.get("top"),
-            clauses.get("file"),
-            clauses.get("of"),
-            clauses.get("width"),
-            span=_span(c),
-        )
-
     def variable_name(self, c: list[Any]) -> ast.Name:
         return _name(c[0])
-
-    by_variable = _clause("by", _second)
-    of_observation = _clause("of", _second)
-    to_file = _clause("file", _second)
-    page_width = _clause("width", lambda c: int(c[1]))
-
-    def expect(self, c: list[Any]) -> ast.Expect:
-        clauses = _clauses(c)
-        condition = None if isinstance(c[1], Clause) else c[1]
-        return ast.Expect(
-            condition,
-            clauses.get("top"),
-            clauses.get("contains", ()),
-            clauses.get("on"),
-            clauses.get("citing"),
-            span=_span(c),
-        )
-
-    contains = _clause("contains", lambda c: tuple(_nodes(c)))
-    relaxed = _clause("on", _second)
-    citing = _clause("citing", _second)
-
-    def run_def(self, c: list[Any]) -> ast.RunDef:
-        return ast.RunDef(_defined(c[1]), tuple(c[3:-1]), span=_span(c))
 
     def save(self, c: list[Any]) -> ast.Save:
         clauses = _clauses(c)
@@ -821,10 +608,6 @@ class TreeBuilder(Transformer[Token, Any]):
         mean = "mean" in clauses
         given = clauses.get("run"), clauses.get("dtype"), mean, clauses.get("rows")
         return ast.Save(site, at, file, *given, clauses.get("gradient"), span=_span(c))
-
-    def save_direction(self, c: list[Any]) -> ast.SaveDirection:
-        file = next(child for child in c if isinstance(child, ast.String))
-        return ast.SaveDirection(c[2], file, _clauses(c).get("dtype"), span=_span(c))
 
     mean_of = _clause("mean", lambda _: True)
     top_rows = _clause("rows", _second_amount)
@@ -838,6 +621,9 @@ class TreeBuilder(Transformer[Token, Any]):
     saved_as = _clause("dtype", _second)
 
     # --- rules ---------------------------------------------------------------------------------
+
+    page_width = _clause_value("width", lambda c: int(c[1]))
+    with_features = _clause_value("features", lambda c: _features(c[1:]))
 
     def rule(self, c: list[Any]) -> ast.Rule:
         during = next((child for child in c if isinstance(child, ast.During)), None)
@@ -855,57 +641,6 @@ class TreeBuilder(Transformer[Token, Any]):
     def after(self, c: list[Any]) -> ast.During:
         return ast.During("after prefill", span=_span(c))
 
-    def patch(self, c: list[Any]) -> ast.Patch:
-        clauses = _clauses(c)
-        return ast.Patch(
-            c[1],
-            c[3],
-            clauses.get("onto"),
-            clauses.get("into"),
-            clauses.get("source"),
-            clauses.get("features"),
-            span=_span(c),
-        )
-
-    onto = _clause("onto", _second)
-    into_layer = _clause("into", lambda c: c[2])
-    with_ref = _clause("source", _second)
-    with_features = _clause("features", lambda c: _features(c[1:]))
-
-    def ablate(self, c: list[Any]) -> ast.Ablate:
-        more = tuple(child for child in c if isinstance(child, ast.Fill))
-        return ast.Ablate(c[1], c[3], c[5], _clauses(c).get("by"), more, span=_span(c))
-
-    def fill(self, c: list[Any]) -> ast.Fill:
-        return ast.Fill(c[0], _clauses(c).get("by"), span=_span(c))
-
-    def replace_tokens(self, c: list[Any]) -> ast.ReplaceTokens:
-        return ast.ReplaceTokens(c[1], c[3], span=_span(c))
-
-    def replace_block(self, c: list[Any]) -> ast.ReplaceBlock:
-        word = c[4] if isinstance(c[4], ast.Name) else None
-        return ast.ReplaceBlock(c[2], word, _clauses(c).get("block"), span=_span(c))
-
-    other_block = _clause("block", lambda c: c[2])
-
-    def block(self, c: list[Any]) -> ast.BlockEdge:
-        return ast.BlockEdge(c[1], span=_span(c))
-
-    def reweight(self, c: list[Any]) -> ast.Reweight:
-        return ast.Reweight(c[1], c[3], span=_span(c))
-
-    def set_edge(self, c: list[Any]) -> ast.SetEdge:
-        return ast.SetEdge(c[1], c[3], span=_span(c))
-
-    def allow(self, c: list[Any]) -> ast.Allow:
-        return ast.Allow(c[1], span=_span(c))
-
-    def renumber(self, c: list[Any]) -> ast.Renumber:
-        return ast.Renumber(c[1], c[3], span=_span(c))
-
-    def set_site(self, c: list[Any]) -> ast.SetSite:
-        return ast.SetSite(c[1], c[3], c[5], span=_span(c))
-
     def reading(self, c: list[Any]) -> ast.ActivationRead:
         factor, found = None, _nodes(c)
         if not isinstance(found[0], ast.Site):
@@ -918,20 +653,6 @@ class TreeBuilder(Transformer[Token, Any]):
     def stepped(self, c: list[Any]) -> ast.StepFraction:
         *factor, component = _nodes(c)
         return ast.StepFraction(component, factor[0] if factor else None, span=_span(c))
-
-    def path(self, c: list[Any]) -> ast.PathRule:
-        clauses = _clauses(c)
-        through, frozen = clauses.get("through", ()), "frozen" in clauses
-        return ast.PathRule(c[1], c[3], c[5], through, frozen, span=_span(c))
-
-    through = _clause("through", lambda c: c[1].value)
-    frozen = _clause("frozen", lambda _: True)
-
-    def add(self, c: list[Any]) -> ast.Add:
-        return ast.Add(c[1], c[3], c[5], span=_span(c))
-
-    def scale(self, c: list[Any]) -> ast.Scale:
-        return ast.Scale(c[1], c[3], c[5], span=_span(c))
 
     def scale_weights(self, c: list[Any]) -> ast.EditWeights:
         return ast.EditWeights("scale", c[3], c[5], span=_span(c))
@@ -948,13 +669,6 @@ class TreeBuilder(Transformer[Token, Any]):
         site, at = (c[4], c[6]) if len(c) > 5 else (None, None)
         return ast.ProjectOut(c[2], site, at, span=_span(c))
 
-    def project_onto(self, c: list[Any]) -> ast.ProjectOnto:
-        return ast.ProjectOnto(c[1], c[3], c[5], span=_span(c))
-
-    def clamp(self, c: list[Any]) -> ast.Clamp:
-        direction = c[1] if len(c) > 6 else None
-        return ast.Clamp(c[-5], c[-3], c[-1], direction, span=_span(c))
-
     def member(self, c: list[Any]) -> ast.Index:
         return ast.Index(c[0].id, c[2], span=_span(c))
 
@@ -964,19 +678,6 @@ class TreeBuilder(Transformer[Token, Any]):
 
     def coordinates(self, c: list[Any]) -> ast.Coordinates:
         return ast.Coordinates(tuple(_nodes(c)), span=_span(c))
-
-    def swap_sites(self, c: list[Any]) -> ast.SwapSites:
-        return ast.SwapSites(c[1], c[3], c[5], span=_span(c))
-
-    def freeze(self, c: list[Any]) -> ast.Freeze:
-        return ast.Freeze(c[1], c[3], span=_span(c))
-
-    def registered(self, c: list[Any]) -> ast.RegisteredRule:
-        before, value = _clauses(c).get("amount", ("", None))
-        return ast.RegisteredRule(_name(c[0]), c[1], c[3], before, value, span=_span(c))
-
-    to_amount = _clause("amount", lambda c: (str(c[0]), c[1]))
-    by_amount = to_amount
 
     def edge(self, c: list[Any]) -> ast.Edge:
         stack = c[1] if isinstance(c[1], ast.Name) else None
@@ -1282,6 +983,174 @@ class TreeBuilder(Transformer[Token, Any]):
 
     def string(self, c: list[Any]) -> ast.String:
         return ast.String(unescape(c[0][1:-1]), span=_span(c))
+
+
+# --- statements with a form -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How fields of one kind are read."""
+
+    accepts: Callable[[Any], bool]
+    """Whether a token or node is one."""
+    read: Callable[[Any], Any] = lambda child: child
+    many: bool = False
+    """Whether it is a list, separated by commas."""
+
+
+def _is_token(child: object) -> bool:
+    return isinstance(child, Token)
+
+
+def _is_node(child: object) -> bool:
+    return isinstance(child, ast.Node)
+
+
+def _of(*kinds: type[ast.Node], many: bool = False) -> _Kind:
+    return _Kind(lambda child: isinstance(child, kinds), many=many)
+
+
+def _clause_of(kind: str) -> _Kind:
+    return _Kind(lambda child: isinstance(child, Clause) and child.kind == kind, lambda c: c.value)
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "axis": _of(ast.Axis),
+    "axis_value": _of(ast.Star, ast.AxisRange),
+    "call": _Kind(_is_node, lambda child: _as_call(child)),
+    "call_or_name": _of(ast.Call, ast.Name),
+    "columns": _clause_of("width"),
+    "condition": _Kind(_is_node),
+    "count": _Kind(
+        lambda child: _is_token(child) or isinstance(child, ast.Number | ast.Name),
+        lambda child: _count(child) if _is_token(child) else _amount(child),
+    ),
+    "direction": _of(ast.Name, ast.Index),
+    "domain": _of(ast.Domain),
+    "edge": _of(ast.Edge),
+    "expr": _Kind(_is_node),
+    "flag": _Kind(_is_token, lambda _: True),
+    "further": _of(ast.Fill, many=True),
+    "integer": _Kind(_is_token, lambda child: _integer(child)),
+    "maps": _of(ast.MapOf, many=True),
+    "name": _Kind(_is_name, lambda child: _named(child)),
+    "names": _clause_of("refs"),
+    "new": _Kind(_is_name, lambda child: _defined(_named(child))),
+    "new_names": _Kind(_is_token, lambda child: _defined(_name(child)), many=True),
+    "number_or_name": _Kind(
+        lambda child: _is_token(child) or isinstance(child, ast.Number),
+        lambda child: _named(child) if _is_token(child) else child,
+    ),
+    "observed": _Kind(
+        lambda child: _is_token(child) or isinstance(child, ast.Call | ast.Name),
+        lambda child: _name(child) if _is_token(child) else child,
+    ),
+    "other_features": _clause_of("features"),
+    "percent": _of(ast.Percent),
+    "picks": _of(ast.Pick, many=True),
+    "position": _of(ast.Position),
+    "positions": _of(ast.Positions),
+    "ref": _of(ast.Ref),
+    "refs": _clause_of("refs"),
+    "region": _of(ast.Name, ast.Position),
+    "site": _of(ast.Site),
+    "sites": _of(ast.Site, many=True),
+    "string": _of(ast.String),
+    "sum": _Kind(_is_node),
+    "training": _of(ast.Call),
+    "word": _Kind(_is_token, str),
+    "word_itself": _Kind(_is_token, lambda child: _name(child)),
+    "written": _Kind(_is_node),
+}
+"""Kinds of fields by name, other than `block`."""
+
+
+class _FormReader:
+    """Reads the fields of one statement."""
+
+    def __init__(self, children: Sequence[Any]) -> None:
+        self.children = [*_flat(children)]
+        self.at = 0
+        self.values: dict[str, Any] = {}
+
+    def read(self, parts: Sequence[FormPart]) -> None:
+        for part in parts:
+            if isinstance(part, str):
+                self.at += 1
+            elif isinstance(part, FormField):
+                self.values[part.name] = self._field(part)
+            else:
+                self._group(part)
+
+    def _field(self, part: FormField) -> Any:
+        if part.kind == "block":
+            start, self.at = self.at + 1, len(self.children)
+            return tuple(self.children[start:-1])
+        kind = _KINDS[part.kind]
+        if not kind.many:
+            self.at += 1
+            return kind.read(self.children[self.at - 1])
+        found: list[Any] = []
+        while not found or self._is_word(self.at, ","):
+            at = self.at + self._is_word(self.at, ",")
+            if at == len(self.children) or not kind.accepts(self.children[at]):
+                break
+            found.append(kind.read(self.children[at]))
+            self.at = at + 1
+        return tuple(found)
+
+    def _group(self, group: FormGroup) -> None:
+        for each in group.alternatives:
+            if self._follows(each):
+                self.read(each)
+                if group.flag:
+                    self.values[group.flag] = True
+                return
+
+    def _follows(self, parts: Sequence[FormPart]) -> bool:
+        """Whether the parts follow: their words up to the first field, and this field."""
+        for at, part in enumerate(parts, self.at):
+            if isinstance(part, str):
+                if not self._is_word(at, part):
+                    return False
+            elif isinstance(part, FormField):
+                if at >= len(self.children) or not _KINDS[part.kind].accepts(self.children[at]):
+                    return False
+                return part.kind not in ("flag", "word_itself") or self._is_word(at, part.name)
+        return True
+
+    def _is_word(self, at: int, word: str) -> bool:
+        child = self.children[at] if at < len(self.children) else None
+        return isinstance(child, Token) and " ".join(child.split()) == word
+
+
+def _flat(children: Sequence[Any]) -> Iterator[Any]:
+    """Iterate over tokens and nodes, with those of clauses that a form names."""
+    for child in children:
+        if isinstance(child, Tree):
+            yield from _flat(child.children)
+        elif isinstance(child, Clause) and child.parts:
+            yield from _flat(child.parts)
+        else:
+            yield child
+
+
+def _build(form: Form, children: Sequence[Any]) -> ast.Node:
+    """Build a statement; the grammar has checked that the children have its form."""
+    reader = _FormReader(children)
+    reader.read(form.parts)
+    assert reader.at == len(reader.children), f"{form.text} doesn't describe all of its rule"
+    return form.node(**reader.values, span=_span(reader.children))
+
+
+def _builder(form: Form) -> Callable[[TreeBuilder, list[Any]], ast.Node]:
+    return lambda _, children: _build(form, children)
+
+
+for _form in FORMS.values():
+    for _rule in _form.rules:
+        setattr(TreeBuilder, _rule, _builder(_form))
 
 
 def _range_of_decimal(values: ast.Expr | ast.Range) -> ast.Expr | ast.Range:

@@ -159,15 +159,6 @@ def test_numbers() -> None:
     assert values == [1, 2.5, 1000.0, int("9" * 300)]
 
 
-def test_every_rule_has_a_method() -> None:
-    lark = engine.load_parser()
-    inlined = {r.origin.name for r in lark.rules if r.options.expand1}
-    names = {str(r.alias or r.origin.name) for r in lark.rules} - inlined
-    from mechdsl.syntax.tree_builder import TreeBuilder
-
-    assert [n for n in names if not n.startswith("_") and not hasattr(TreeBuilder, n)] == []
-
-
 def test_word_lists_agree_with_the_grammar() -> None:
     words = {word for word in engine.keywords().values() if word.isalpha()} | {"best"}
     soft = {"mask", "noise", "insert", "lens"}  # words that the lexer knows by what follows
