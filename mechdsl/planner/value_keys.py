@@ -396,7 +396,8 @@ class OperandKeys:
         contents = self.contents.of(sample.run, sample.table).tolist()
         targets = sample.targets or (None,) * len(contents)
         rows = zip(contents, sample.cell.hits, targets, strict=True)
-        return sorted(digest_number(*row) for row in rows)
+        of_tokens = ("each token",) if sample.each_token else ()
+        return sorted(digest_number(*row, *of_tokens) for row in rows)
 
 
 class ExperimentKeys:

@@ -750,6 +750,7 @@ VECTORS: dict[type, dict[str, Change]] = {
         "run": other_row,
         "cell": moved,
         "targets": lambda targets: (1.0,) * 4,
+        "each_token": lambda each: True,
     },
     UnembeddingVector: {"token": lambda token: 4, "less": lambda less: 5},
     SavedVector: {"key": lambda key: "e", "digest": lambda digest: "1" * 64},
