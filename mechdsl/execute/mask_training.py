@@ -359,7 +359,7 @@ class GateLoss:
 
     @property
     def memory(self) -> Mapping[str, Tensor]:
-        return {}
+        return self.gates.memory
 
     def _edit(self, gates: Tensor) -> Tensor:
         """Return [..., candidate] shares for [..., gate] values."""
@@ -383,7 +383,7 @@ class GateLoss:
         return self.rows.mean(rows, self._edit(hard), self.batch)
 
     def after_step(self) -> None:
-        """Leave the scores as they are."""
+        self.gates.after_step()
 
     def weights(self) -> dict[str, Tensor]:
         return {name: each.detach() for name, each in self.parameters.items()}

@@ -277,6 +277,11 @@ class TrainedEdit(Protocol):
         """Tensors that the optimiser changes."""
         ...
 
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Further tensors that the next steps depend on."""
+        ...
+
     def edit(self, own: Tensor, other: Tensor) -> Tensor:
         """Return the vectors that are written after the training, as `Edit` does."""
         ...
@@ -309,7 +314,7 @@ class EditLoss:
 
     @property
     def memory(self) -> Mapping[str, Tensor]:
-        return {}
+        return self.edited.memory
 
     def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
         """Return the mean loss of the rows with these numbers."""

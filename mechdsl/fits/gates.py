@@ -45,6 +45,11 @@ class Gates:
         """Tensors that the optimiser changes."""
         return {"scores": self.scores}
 
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Further tensors that the next steps depend on: none."""
+        return {}
+
     def probabilities(self) -> Tensor:
         """Return [gate] probabilities that a gate is open, which sum to the size."""
         return shift_to_sum(self.scores, self.size).sigmoid()
@@ -58,6 +63,9 @@ class Gates:
         first ones of equal probability."""
         order = torch.argsort(self.probabilities().detach(), descending=True, stable=True)
         return sorted(order[: self.size].tolist())
+
+    def after_step(self) -> None:
+        """Nothing must be restored."""
 
     def _uniform(self, rows: int, step: int) -> Tensor:
         random = torch.Generator().manual_seed(stable_hash(self._seed, "gates", step) % 2**63)

@@ -28,6 +28,11 @@ class Rotation:
         """Tensors that the optimiser changes."""
         return {MATRIX: self.matrix}
 
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Further tensors that the next steps depend on: none."""
+        return {}
+
     def directions(self) -> Tensor:
         """Return R [dims, width], orthonormal rows that carry gradients of the parameters."""
         return orthonormal_rows(self.matrix)

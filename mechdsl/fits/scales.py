@@ -36,6 +36,11 @@ class ChannelScales:
         """Tensors that the optimiser changes."""
         return {CHANGES: self.changes}
 
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Further tensors that the next steps depend on: none."""
+        return {}
+
     def factors(self) -> Tensor:
         """Return s [width], which carries gradients of the parameters."""
         return 1 + self.changes

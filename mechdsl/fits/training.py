@@ -198,9 +198,10 @@ class Training:
             for name, tensor in own.items():
                 tensor.copy_(tensors[f"{kind} {name}"])
         for name, tensor in self.model.parameters.items():
-            if state.step:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self._optimiser.state[tensor] = {key: tensors[f"{key} {name}"] for key in keys}
+            moments = {key: f"{key} {name}" for key in ("step", "exp_avg", "exp_avg_sq")}
+            if moments["step"] in tensors:  # a parameter without a gradient has none
+                own = {key: tensors[moment] for key, moment in moments.items()}
+                self._optimiser.state[tensor] = own
         start = "best "
         self._best = {
             name.removeprefix(start): own for name, own in tensors.items() if name.startswith(start)

@@ -30,6 +30,11 @@ class TrainedVectors(Protocol):
         """Tensors that the optimiser changes."""
         ...
 
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Further tensors that the next steps depend on."""
+        ...
+
     def vector(self) -> Tensor:
         """Return the vector [width], or one for each token [token, width]."""
         ...
@@ -85,6 +90,11 @@ class SteeringVector:
     def parameters(self) -> Mapping[str, Tensor]:
         """Tensors that the optimiser changes."""
         return {NUMBERS: self.numbers}
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Further tensors that the next steps depend on: none."""
+        return {}
 
     def vector(self) -> Tensor:
         """Return v [width], which carries gradients of the parameters."""
@@ -160,6 +170,11 @@ class SoftPrompt:
     def parameters(self) -> Mapping[str, Tensor]:
         """Tensors that the optimiser changes."""
         return {NUMBERS: self.numbers}
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Further tensors that the next steps depend on: none."""
+        return {}
 
     def vector(self) -> Tensor:
         """Return v [token, width], which carries gradients of the parameters."""

@@ -24,6 +24,14 @@ VERSIONED_PACKAGES = ("torch", "transformers")
 class RunKeyError(Exception):
     """A run can't be identified; the text gives the reason in lower case."""
 
+    hint = "use a model that can be identified"
+
+
+class CodeKeyError(RunKeyError):
+    """Code can't be identified."""
+
+    hint = "run the command again, in a new process"
+
 
 class ModelIdentities:
     """Identities of the models, and the devices of models from Python."""

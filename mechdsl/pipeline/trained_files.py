@@ -54,14 +54,16 @@ from mechdsl.execute.run_record import (
 from mechdsl.models.folder import json_digest
 from mechdsl.pipeline.identities import (
     VERSIONED_PACKAGES,
+    CodeKeyError,
     ModelIdentities,
     RunKeyError,
     find_device,
 )
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.training_cost import TrainingCost, training_cost
-from mechdsl.program.code_hashes import CodeHashError
+from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
 from mechdsl.program.directions import last_token
+from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.prompts import texts_within
 from mechdsl.program.python_functions import block_functions
@@ -247,6 +249,8 @@ class FitKeys:
         }
         if training.paired is not None:
             parts["values"] = [list(each) for each in training.paired.values]
+        if isinstance(training.trainer, OwnTrainer):
+            parts["own code"] = _own_code(training.trainer)
         if training.stream is not None:
             parts["stream"] = self._stream(training, training.stream)
         if fit.objective is not None:
@@ -292,7 +296,7 @@ class FitKeys:
         try:
             code = [repr(each.read_code()) for each in block_functions(block)]
         except CodeHashError as unknown:
-            raise RunKeyError(str(unknown)) from None
+            raise CodeKeyError(str(unknown)) from None
         texts = {*texts_within((block, at))}
         used = {
             name: repr(value)
@@ -309,7 +313,7 @@ class FitKeys:
         try:
             return hash_extension_code()
         except CodeHashError as unknown:
-            raise RunKeyError(str(unknown)) from None
+            raise CodeKeyError(str(unknown)) from None
 
     @cached_property
     def _device(self) -> str:
@@ -333,6 +337,16 @@ class FitKeys:
             contents = RunContents({name: model}, name, self.checked.program.seed)
             self._models[name] = told, contents
         return self._models[name]
+
+
+def _own_code(trainer: OwnTrainer) -> list[object]:
+    """Return what identifies a trainer of a Python file: its file and what that imports. Raises
+    CodeKeyError, OSError."""
+    function = trainer.own.function
+    try:
+        return [function.digest, hash_imported_code([function.read_code()])]
+    except CodeHashError as unknown:
+        raise CodeKeyError(str(unknown)) from None
 
 
 def _objective(

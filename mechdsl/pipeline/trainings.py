@@ -44,6 +44,8 @@ from mechdsl.pipeline.trained_files import (
     packages_of_fit,
     read_fit,
 )
+from mechdsl.program.own_trainers import OwnTrainer
+from mechdsl.program.python_functions import PythonFailure
 from mechdsl.program.trainers import PairedTrainer, SolvedTrainer
 from mechdsl.resolve.sites import label_all_points, label_candidates, label_points
 from mechdsl.resolve.trainings import resolve_part
@@ -157,7 +159,7 @@ def _train_ready(
         try:
             folder = store.folder / FITS_FOLDER / keys.of(fit)
         except RunKeyError as unknown:
-            problems.append(_failed(fit, str(unknown), "use a model that can be identified"))
+            problems.append(_failed(fit, str(unknown), unknown.hint))
             continue
         known = None if options.fresh else read_fit(folder, fit)
         missing = None if known is not None else _missing_package(fit)
@@ -259,6 +261,9 @@ def _train_one(
         shutil.rmtree(part, ignore_errors=True)
         reason = f"autograd can't follow the model ({str(problem)[:200]})"
         return None, _failed(fit, reason, "train on a model without in-place operations")
+    except PythonFailure as failure:
+        shutil.rmtree(part, ignore_errors=True)
+        return None, failure.diagnostic
     except (RowsRefused, NoBasis) as refused:
         shutil.rmtree(part, ignore_errors=True)
         return None, refused.diagnostics[0]
@@ -399,6 +404,9 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
         own["transcodes"] = fit.file.transcodes
     if training.paired is not None:
         own["with"] = training.paired.label
+    if isinstance(training.trainer, OwnTrainer):
+        code = training.trainer.own.function
+        own["code"] = {"file": code.file, "name": code.name, "sha256": code.digest}
     if fit.objective is not None:
         own["from"] = fit.objective.spec.source
         fill = fit.objective.spec.rules[0].fill
@@ -479,6 +487,14 @@ def _card_text(fit: TrainedFit) -> str:
         "",
         f"- File: {card['file']}",
         *_describe_rows(report, card),
+        *(
+            [
+                f"- Code: `{card['code']['name']}` of {card['code']['file']}, SHA-256 "
+                f"{card['code']['sha256']}"
+            ]
+            if "code" in card
+            else []
+        ),
         f"- Options: {options}",
         f"- Steps: {report.steps:,}" + (" (stopped early)" if report.stopped_early else ""),
         f"- Precision of the model: {card['dtype']}",

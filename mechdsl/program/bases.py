@@ -34,6 +34,8 @@ from mechdsl.program.effect_trainers import (
 from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
 from mechdsl.program.lens_trainers import LENS_EXAMPLE, LENS_SITES, OTHER_LENS_TRAINERS
 from mechdsl.program.names import Namespace
+from mechdsl.program.own_trainers import find_own_trainer, find_trainer, trainer_arguments
+from mechdsl.program.python_functions import is_python_call
 from mechdsl.program.references import lists_positions
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import (
@@ -45,7 +47,6 @@ from mechdsl.program.trainers import (
     ScaleTrainer,
     Statement,
     Trainer,
-    find_trainer,
     trainer_call,
 )
 from mechdsl.syntax import ast
@@ -345,7 +346,7 @@ def _check_decoder(call: ast.Call, what: Statement, parts: Definitions, scope: N
     before, inner = len(scope.diagnostics), trainer_call(call)
     decoder = decoded_basis(call, parts.prompts)
     assert decoder is not None
-    if inner.name in TRAINERS and inner.name != "sae":
+    if is_python_call(inner) or (inner.name in TRAINERS and inner.name != "sae"):
         reason = f"`{inner.name}` isn't trained on the decoder of a dictionary"
         hint = f"name a prompt set, or write `fit(sae(features: 64, k: 4), {_DECODER})`"
         scope.diagnostics.append(BadBasis(span=inner.span, reason=reason, hint=hint, what=what))
@@ -433,7 +434,14 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
     """
     node = trainer_call(call)
     name = node.name
-    found = find_trainer(node)
+    if is_python_call(node):
+        found, problems = find_own_trainer(node)
+        scope.diagnostics.extend(problems)
+        if found is None:
+            return
+        name = found.name
+    else:
+        found = find_trainer(node)
     if found is None:
         known = ", ".join(f"`{each.example}`" for _, each in TRAINERS.items())
         hint = did_you_mean(name, TRAINERS, f"it can be {known}")
@@ -446,7 +454,7 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         scope.diagnostics.append(BadBasis(span=node.span, reason=reason, hint=hint, what=what))
         return
     options: dict[str, Constant] = {}
-    for argument in node.arguments:
+    for argument in trainer_arguments(node):
         value = constant_value(argument.value, parts.parameters)
         if isinstance(argument.value, ast.Name):
             scope.has("param", argument.value.id)

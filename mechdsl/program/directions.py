@@ -14,8 +14,9 @@ from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, ROW_OPERANDS, BasisMethod
 from mechdsl.program.direction_methods import DIRECTION_METHODS, DirectionMethod
 from mechdsl.program.names import Namespace
+from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.spec import Constant, constant_value
-from mechdsl.program.trainers import DirectionTrainer, find_trainer, trainer_call
+from mechdsl.program.trainers import DirectionTrainer, trainer_call
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 

@@ -35,6 +35,9 @@ from mechdsl.syntax.traversal import walk
 PYTHON_CALL = "python"
 """The call `python("file.py:name")`."""
 
+FIT_CALL = "fit"
+"""The call `fit(python("own.py:Trainer"), …)`."""
+
 PythonMode = Literal["refuse", "look", "run"]
 """Treatment of Python in a file: rejected, only inspected (`validate`), or run."""
 
@@ -44,8 +47,8 @@ def python_mode(allow_python: bool) -> PythonMode:
     return "run" if allow_python else "refuse"
 
 
-FunctionUse = Literal["metric", "reply", "value", "fill", "model", "basis"]
-"""Purpose of a function, which determines its arguments."""
+FunctionUse = Literal["metric", "reply", "value", "fill", "model", "basis", "trainer"]
+"""Purpose of a function, which determines its arguments. A trainer is a class."""
 
 NESTED_CALL_REASON = "it can't be used inside a text or another metric"
 
@@ -60,6 +63,7 @@ FUNCTION_PARAMETERS: dict[FunctionUse, tuple[str, ...]] = {
     "fill": ("vectors",),
     "model": (),
     "basis": (),
+    "trainer": (),
 }
 
 TOKENIZER_PARAMETER = "tokenizer"
@@ -141,7 +145,7 @@ class PythonFunction:
 
     def call(self, *arguments: Any, **named: Any) -> Any:
         """Call the function; every exception becomes a PythonFailure."""
-        function = self._load()
+        function = self.load()
         try:
             return function(*arguments, **named)
         except (Exception, SystemExit) as error:
@@ -186,7 +190,8 @@ class PythonFunction:
         ]
         return lines[-1] if lines else None
 
-    def _load(self) -> Callable[..., Any]:
+    def load(self) -> Callable[..., Any]:
+        """Run the file, and return the function. Raises PythonNotLoaded."""
         try:
             module = _module(self.path, self.digest)
             found = getattr(module, self.name, None)
@@ -281,7 +286,7 @@ class CallableFunction(PythonFunction):
     def where(self, error: BaseException | None = None) -> str:
         return f"passed as `{self.file}`"
 
-    def _load(self) -> Callable[..., Any]:
+    def load(self) -> Callable[..., Any]:
         function = self.source.function
         if self.source.kind == "rules" or len(_required_parameters(function)) > 1:
             return function
@@ -461,32 +466,34 @@ class _Refused(Exception):
 
 
 def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
-    shown = {"model": "toy.py:build", "basis": "mp.py:MPSAE"}.get(use, "metrics.py:refused")
-    example = f'write the file and the function: `python("{shown}")`'
-    own = node.arguments[:1] if use in ("reply", "basis") else node.arguments
+    shown = {"model": "toy.py:build", "basis": "mp.py:MPSAE", "trainer": "own.py:Trainer"}
+    what = "class" if use == "trainer" else "function"
+    example = f'write the file and the {what}: `python("{shown.get(use, "metrics.py:refused")}")`'
+    own = node.arguments[:1] if use in ("reply", "basis", "trainer") else node.arguments
     value = own[0].value if len(own) == 1 else None
     if not isinstance(value, ast.String) or node.arguments[0].name is not None:
         raise _Missing("it takes one text in quotes", example)
     file, colon, name = value.value.rpartition(":")
     if not colon or not name.isidentifier():
-        raise _Missing("it names no function", example)
+        raise _Missing(f"it names no {what}", example)
     if not file.endswith(".py"):
         raise _Missing(f"`{file}` is not a Python file", "its name must end in `.py`")
     path, problems = path_to_read(PYTHON_PATH, file, node.span)
     if path is None:
         raise _Refused(problems)
     content = _content(path, file)
-    functions = _functions(content, file, classes=use == "basis")
+    functions = _functions(content, file, use)
     if name not in functions:
         known = name_list(functions)
-        hint = did_you_mean(
-            name, functions, f"it defines {known}" if known else "define it with `def`"
-        )
-        raise _Missing(f"`{file}` defines no function `{name}`", hint)
+        keyword = "class" if use == "trainer" else "def"
+        hint = f"it defines {known}" if known else f"define it with `{keyword}`"
+        hint = did_you_mean(name, functions, hint)
+        raise _Missing(f"`{file}` defines no {what} `{name}`", hint)
     tokenizer = "nothing"
     if use in ("metric", "reply"):
         tokenizer = _tokenizer_as(functions[name], name, FUNCTION_PARAMETERS[use])
-    _check_parameters(functions[name], name, use, tokenizer)
+    if use != "trainer":
+        _check_parameters(functions[name], name, use, tokenizer)
     digest, line = sha256(content).hexdigest(), functions[name].lineno
     return PythonFunction(path.resolve(), file, name, digest, line, node.span, tokenizer)
 
@@ -504,14 +511,9 @@ def _content(path: Path, file: str) -> bytes:
         raise _Missing(f"`{file}`: {reason}", "name a file that can be read") from None
 
 
-def _functions(
-    content: bytes, file: str, *, classes: bool = False
-) -> dict[str, python.FunctionDef]:
-    """Return the top-level functions of a file by name; of equal names the last one.
-
-    Args:
-        classes: Whether to include classes, as functions with the arguments of `__init__`.
-    """
+def _functions(content: bytes, file: str, use: FunctionUse) -> dict[str, python.FunctionDef]:
+    """Return the top-level functions of a file that have a purpose; of equal names the last one.
+    Classes are functions with the arguments of `__init__`."""
     try:
         tree = python.parse(content, filename=file)
     except SyntaxError as error:
@@ -522,21 +524,28 @@ def _functions(
     except (ValueError, RecursionError, MemoryError) as error:
         raise _Missing(f"`{file}` is not Python: {error}", "correct the file") from None
     found: dict[str, python.FunctionDef] = {}
-
-    def look(statements: list[python.stmt]) -> None:
-        for statement in statements:
-            match statement:
-                case python.FunctionDef(name=name):
-                    found[name] = statement
-                case python.ClassDef(name=name) if classes:
-                    found[name] = _creation(statement)
-                case python.If() | python.Try():
-                    look([*statement.body, *statement.orelse])
-                case _:
-                    pass
-
-    look(tree.body)
+    for statement in top_level_definitions(tree):
+        if isinstance(statement, python.ClassDef):
+            if use in ("basis", "trainer"):
+                found[statement.name] = _creation(statement)
+        elif use != "trainer":
+            found[statement.name] = statement
     return found
+
+
+def top_level_definitions(
+    tree: python.Module | python.If | python.Try,
+) -> Iterator[python.FunctionDef | python.ClassDef]:
+    """Yield the functions and classes of a file that aren't inside of others."""
+    rest = [] if isinstance(tree, python.Module) else tree.orelse
+    for statement in (*tree.body, *rest):
+        match statement:
+            case python.FunctionDef() | python.ClassDef():
+                yield statement
+            case python.If() | python.Try():
+                yield from top_level_definitions(statement)
+            case _:
+                pass
 
 
 def _creation(statement: python.ClassDef) -> python.FunctionDef:
@@ -685,6 +694,11 @@ def _uses(
     for basis in program.bases.values():
         if basis.method.name == PYTHON_CALL:
             yield basis.method, "basis"
+    for call in _trainings(program):
+        for argument in call.arguments:
+            if argument.name is None and is_python_call(argument.value):
+                assert isinstance(argument.value, ast.Call)
+                yield argument.value, "trainer"
     for prompts in program.prompts.values():
         for node in prompt_functions(prompts):
             yield node, "value"
@@ -698,6 +712,16 @@ def _uses(
         for rule in experiment.every_rule:
             for node in _calls(rule.fill):
                 yield node, "fill"
+
+
+def _trainings(program: spec.Program) -> Iterator[ast.Call]:
+    """Yield the calls `fit(…)` of a file."""
+    for basis in (*program.bases.values(), *program.masks.values()):
+        if basis.method.name == FIT_CALL:
+            yield basis.method
+    for direction in program.directions.values():
+        if isinstance(direction.value, ast.Call) and direction.value.name == FIT_CALL:
+            yield direction.value
 
 
 def _in_metric(expression: ast.Expr) -> Iterator[tuple[ast.Call, FunctionUse | None]]:

@@ -49,14 +49,14 @@ EFFECT_DEFAULTS: Mapping[str, Constant] = {
 class Trainer(ABC):
     """Something that `fit` can train."""
 
-    name: ClassVar[str]
+    name: str
     declares: ClassVar[Statement] = "basis"
     """First word of the statement that declares what it makes."""
-    example: ClassVar[str]
+    example: str
     """A call inside of `fit(…)`, as messages show it."""
-    options: ClassVar[tuple[str, ...]] = ()
+    options: tuple[str, ...] = ()
     """Names of the arguments that are written `NAME: VALUE`, with a constant each."""
-    required: ClassVar[tuple[str, ...]] = ()
+    required: tuple[str, ...] = ()
     """Options that a call must have."""
     other_options: ClassVar[Mapping[str, str]] = {}
     """Names of an option in other tools → the option."""
@@ -347,8 +347,3 @@ def trainer_call(call: ast.Call) -> ast.Call:
     if isinstance(node, ast.Call):
         return node
     return ast.Call(node.span.written, (), span=node.span)
-
-
-def find_trainer(call: ast.Call) -> Trainer | None:
-    """Return the trainer of a call such as `das(dims: 2)`; None for an unknown one."""
-    return TRAINERS.get(call.name)

@@ -22,9 +22,10 @@ from mechdsl.program.directions import (
 )
 from mechdsl.program.measures import lower_measure, lower_statistics
 from mechdsl.program.names import Namespace
+from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.prompts import named_corruptions
 from mechdsl.program.statements import Statements, mark_names_used
-from mechdsl.program.trainers import EffectTrainer, RotationTrainer, find_trainer, trainer_call
+from mechdsl.program.trainers import EffectTrainer, RotationTrainer, trainer_call
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 
@@ -129,7 +130,7 @@ def _lower_objective(
         rules=(_rule(basis, at, source),),
         measures=(measure,),
         statistics=lower_statistics(work),
-        trains=f"fit({trainer.name}(…))",
+        trains=f"fit({inner.name}(…))",
     )
 
 

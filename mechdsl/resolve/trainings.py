@@ -22,13 +22,13 @@ from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import TRAINING_DEFAULTS
 from mechdsl.program.directions import fit_rows_of_basis, last_token
+from mechdsl.program.own_trainers import OwnTrainer, find_trainer, trainer_arguments
 from mechdsl.program.spec import CLEAN, Constant, constant_value
 from mechdsl.program.trainers import (
     DictionaryTrainer,
     DirectionTrainer,
     MaskTrainer,
     RotationTrainer,
-    find_trainer,
     trainer_call,
 )
 from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
@@ -241,7 +241,7 @@ def _describe_training(
     call = definition.method
     inner = trainer_call(call)
     own: dict[str, Constant] = {}
-    for argument in inner.arguments:
+    for argument in trainer_arguments(inner):
         value = constant_value(argument.value, program.parameters)
         assert argument.name is not None
         assert value is not None
@@ -412,7 +412,11 @@ def describe_training(
         table: The rows of the experiment.
     """
     assert made.training is not None
-    text = f"{made.kind} trained on {rows}"
+    text = made.kind
+    if isinstance(made.training.trainer, OwnTrainer):
+        function = made.training.trainer.own.function
+        text += f" ({function.file}, {function.identity})"
+    text += f" trained on {rows}"
     if made.training.name in program.trained:
         text += f", {program.trained[made.training.name][1]}"
     shared = count_training_rows(made.training, experiment, table)

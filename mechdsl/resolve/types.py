@@ -25,6 +25,7 @@ from mechdsl.dictionaries.labels import FeatureLabels
 from mechdsl.images.picture import Picture
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
+from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import Generation
 from mechdsl.program.trainers import RotationTrainer, ScaleTrainer, Trainer, TrainerT
@@ -340,7 +341,10 @@ class TrainedDictionary(DictionaryFile):
     @property
     def kind(self) -> str:
         """Description for tables and conventions."""
-        if self.architecture != "linear" or self.training is None:
+        assert self.training is not None
+        if isinstance(self.training.trainer, OwnTrainer):
+            return f"{super().kind} by {self.training.trainer.name}"
+        if self.architecture != "linear":
             return super().kind
         return count_noun(self.features, f"{self.training.trainer.name} component")
 

@@ -1,8 +1,9 @@
 """README.md, docs/tutorial.md, docs/cookbook.md and other guides: their files and commands run, as
 a reader would run them, and print what the page shows.
 
-Fences are read so: `mech FILE` is a file, `mech add FILE` goes to its end; lines of `sh` are
-commands; `text` is a part of what the last one printed; `python` and the steps of `yaml` run too.
+Fences are read so: `mech FILE` and `python FILE` are files, `mech add FILE` goes to its end; lines
+of `sh` are commands; `text` is a part of what the last one printed; `python` and the steps of
+`yaml` run too.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def recipes() -> dict[str, list[Fence]]:
 
 
 def save(fence: Fence) -> Path:
-    """The file of a `mech` fence."""
+    """The file of a `mech` or `python` fence."""
     assert fence.file is not None, f"a file under {fence.heading!r} has no name"
     path = Path(fence.file)
     before = path.read_text(encoding="utf-8") + "\n" if fence.words[0] == "add" else ""
@@ -138,7 +139,10 @@ def run_page(
             else:
                 assert all(same(*pair) for pair in pairs), shown
         elif fence.language == "python":
-            run_code(fence, path.name)
+            if fence.file is None:
+                run_code(fence, path.name)
+            else:
+                save(fence)
         else:
             assert fence.language == "yaml"
             run_steps(fence, command)
@@ -238,6 +242,13 @@ def test_activations_are_factored_as_the_page_says(
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE")
     run_page(DOCS / "bases.md", command, update, {section})
+
+
+def test_a_written_trainer_trains_as_the_page_says(
+    command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MECHDSL_STORE")
+    run_page(DOCS / "bases.md", command, update, {"Write a trainer"})
 
 
 def test_a_lens_is_trained_as_the_page_says(

@@ -482,6 +482,18 @@ _file(
     "Leask et al. 2025, arXiv 2502.04878",
 )
 _file(
+    "basis: trainer of a Python file",
+    'basis b = fit(python("functions.py:Tied", features: 16), prompts: fruit.train) at '
+    "resid_post layer 1",
+    "What a subclass of `torch.nn.Module` in a Python file trains. Its methods determine what it "
+    "makes: `loss` and `weights` a dictionary, `directions` a rotation, `vector` a steering vector "
+    "(`direction v = fit(…)`), `probabilities` and `sample` a mask (`group g = fit(…)`). The named "
+    "arguments are those of `__init__`; a dictionary needs `features`, a rotation `dims`, a mask "
+    "`size`. The code runs only with `--allow-python`. The options of `fit` are those of other "
+    "trainers, and the key of the training has the hash of the file and of what it imports.",
+    "tests/pipeline/test_own_trainers.py",
+)
+_file(
     "basis: a trained rotation",
     "basis b = fit(das(dims: 2), prompts: fruit.train, from: fewer, "
     "maximise: logit(answer of fewer)) at resid_post layer 1",

@@ -19,7 +19,7 @@ from torch import Tensor
 import mechdsl
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.source import Source
-from mechdsl.checks.file_check import CheckedFile, check_source
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.training_vectors import RowVectors
 from mechdsl.pipeline.trained_files import fits_of_file
@@ -79,7 +79,9 @@ def train(path: Path, family: str = "llama", **options: Any) -> list[mechdsl.Tra
 
 def checked(path: Path, family: str) -> CheckedFile:
     source = Source(path.read_text("utf-8"), path)
-    found = check_source(source, models={"m": context(source, "m", adopted_for(family))})
+    found = check_source(
+        source, CheckSettings(python="run"), models={"m": context(source, "m", adopted_for(family))}
+    )
     assert not has_errors(found.diagnostics), found.diagnostics
     return found
 
@@ -181,13 +183,17 @@ def encoded(x: Tensor, w: dict[str, Tensor]) -> Tensor:
     return torch.zeros_like(z).scatter(1, top.indices, top.values.clamp_min(0))
 
 
-def trained_by_hand(x: Tensor, seed: int) -> dict[str, Tensor]:
-    """Twelve steps of Adam on batches of 16, written out."""
+def trained_by_hand(x: Tensor, seed: int, rows_: Tensor | None = None) -> dict[str, Tensor]:
+    """Twelve steps of Adam on batches of 16, written out.
+
+    Args:
+        rows_: [feature, width] directions at the start; otherwise those of the trainer `sae`.
+    """
     width, mean = x.shape[1], x.mean(0)
     scale = (width / (x - mean).square().sum(1).mean()).sqrt()
     u = (x - mean) * scale
     random = torch.Generator().manual_seed(stable_hash(seed, "weights") % 2**63)
-    rows_ = torch.randn(FEATURES, width, generator=random)
+    rows_ = torch.randn(FEATURES, width, generator=random) if rows_ is None else rows_
     rows_ = rows_ / rows_.norm(dim=1, keepdim=True)
     w = [rows_.T.clone(), torch.zeros(FEATURES), rows_.clone(), torch.zeros(width)]
     first = [torch.zeros_like(each) for each in w]

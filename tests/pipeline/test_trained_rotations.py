@@ -23,7 +23,7 @@ from torch import Tensor
 import mechdsl
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.source import Source
-from mechdsl.checks.file_check import CheckedFile, check_source
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.objective_rows import Edit, ObjectiveRows, take_source
 from mechdsl.fits.rotations import exchange, orthonormal_rows
@@ -126,7 +126,9 @@ def rotation(found: mechdsl.TrainedFit) -> Tensor:
 
 def checked(path: Path, model: Any) -> CheckedFile:
     source = Source(path.read_text("utf-8"), path)
-    found = check_source(source, models={"m": context(source, "m", shared(model))})
+    found = check_source(
+        source, CheckSettings(python="run"), models={"m": context(source, "m", shared(model))}
+    )
     assert not has_errors(found.diagnostics), found.diagnostics
     return found
 

@@ -62,6 +62,22 @@ def words(replies, rows):
     return [text.split().count(row["item"]) for text, row in zip(replies, rows, strict=True)]
 
 
+class Tied(torch.nn.Module):
+    """An autoencoder whose encoder is its transposed decoder."""
+
+    def __init__(self, width, features):
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.randn(features, width))
+
+    def loss(self, vectors):
+        return (vectors - (vectors @ self.rows.T).relu() @ self.rows).square().sum(1).mean()
+
+    def weights(self):
+        width, features = self.rows.T.shape
+        bias, center = torch.zeros(features), torch.zeros(width)
+        return {"W_enc": self.rows.T, "b_enc": bias, "W_dec": self.rows, "b_dec": center}
+
+
 class Wavelets:
     """An encoder and its decoder."""
 
