@@ -109,12 +109,7 @@ def fit(
         problems += own
         status = max(status, status_of_file)
     if form == "json":
-        document = {
-            "schema": 1,
-            "fits": [each.to_dict() for each in done],
-            "diagnostics": [diagnostic_facts(each) for each in problems],
-        }
-        print_json(json.dumps(document, indent=1))
+        _print_json(done, problems)
     elif done:
         from mechdsl.show.trainings import print_trained_fits
 
@@ -122,6 +117,19 @@ def fit(
     if out is not None and not _copy(done, out, form):
         return INCOMPLETE
     return status
+
+
+def _print_json(fits: Sequence[TrainedFit], problems: Sequence[Diagnostic]) -> None:
+    """Print trainings, means over those with several seeds, and problems."""
+    from mechdsl.results.fit_seeds import group_by_seeds
+
+    document = {
+        "schema": 1,
+        "fits": [each.to_dict() for each in fits],
+        "seeds": [each.to_dict() for each in group_by_seeds(fits)],
+        "diagnostics": [diagnostic_facts(each) for each in problems],
+    }
+    print_json(json.dumps(document, indent=1))
 
 
 def train_with_bar(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Generic, Protocol, TypeVar
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.measurement.readout import Readout
 from mechdsl.execute.patching.differentiated_run import DifferentiatedRun, DrawLanes, write_point
-from mechdsl.execute.training_vectors import order_rows
+from mechdsl.execute.training_vectors import VectorCache, order_rows
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.fits.training import TrainingState
@@ -227,10 +227,21 @@ class EffectRows(ABC, Generic[EditT]):
 class ObjectiveRows(EffectRows[Edit]):
     """The rows of a training that edits the vectors of one site."""
 
+    cache: VectorCache = field(default_factory=VectorCache)
+
     @cached_property
     def vectors(self) -> tuple[Tensor, Tensor]:
         """[vector, width] each, at least in 32 bits: vectors of the base run, and those that come
         in for them; in the order of the table's rows."""
+        table = self.objective.table
+        runs, hits = (run.name for run in self._runs), (cell.hits for cell in self._cells)
+        key = (
+            id(self.model), table.name, table.row_keys, tuple(np.sort(self.rows).tolist()),
+            *runs, *hits, self.declared.made, self.side,
+        )  # fmt: skip
+        return self.cache.get(key, self._read_both)
+
+    def _read_both(self) -> tuple[Tensor, Tensor]:
         points = [self.declared.made]
         own, other = (
             self._read(run, cell, points)[0]

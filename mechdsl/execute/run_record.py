@@ -515,6 +515,9 @@ class TrainedFit:
     """How well it was trained, next to controls."""
     seconds: float
     """How long the training took; 0 if it was trained before."""
+    seed: int
+    family: str | None = None
+    """Of one of the trainings of `fit(…, seeds: 3)`: its name without the seed."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON."""
@@ -555,5 +558,5 @@ NUMERIC_VERSION = 6
 bits. Until then, a run reads values from the store that the previous code computed.
 `tests/execute/test_numeric_version.py` detects such changes."""
 
-TRAINING_VERSION = 1
+TRAINING_VERSION = 2
 """Version of trained weights. Raise it with every change that alters them."""

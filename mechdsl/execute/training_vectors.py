@@ -5,8 +5,8 @@ The rows are those of a table, or the records of files that are read in parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -76,6 +76,22 @@ class _LastChunk:
         return self._kept[1]
 
 
+class VectorCache:
+    """The vectors that were read last: trainings with other seeds and sizes use the same ones."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Hashable, tuple[Tensor, Tensor]] | None = None
+
+    def get(
+        self, key: Hashable, read: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the vectors with a key, which must identify everything that they depend on."""
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None
+            self._kept = key, read()
+        return self._kept[1]
+
+
 @dataclass(frozen=True, eq=False)
 class RowVectors:
     """The vectors of a training on the rows of a table."""
@@ -87,6 +103,7 @@ class RowVectors:
     """Seed of noise."""
     side: PaddingSide | None
     chunk_bytes: int = CHUNK_BYTES
+    cache: VectorCache = field(default_factory=VectorCache)
 
     @cached_property
     def counts(self) -> Ints:
@@ -148,7 +165,28 @@ class RowVectors:
     def texts(self, state: TrainingState) -> None:
         """Return None: rows of a table are found by their keys."""
 
+    @cached_property
+    def _is_shared(self) -> bool:
+        """Whether all vectors are read at once and stay in memory."""
+        most = most_vectors(self.declared, self.model, self.chunk_bytes)
+        return self.declared.sample.run.draws == 1 and int(self.counts.sum()) <= most
+
     def _read(self, rows: Ints) -> tuple[Tensor, Tensor]:
+        if not self._is_shared:
+            return self._run(rows)
+        every = np.sort(self.rows)
+        sample = self.declared.sample
+        key = (
+            id(self.model), sample.table.name, sample.table.row_keys, sample.run.name,
+            sample.cell.hits, self.declared.points, self.seed, self.side,
+        )  # fmt: skip
+        own, other = self.cache.get(key, lambda: self._run(every))
+        wanted = np.isin(np.arange(len(self.counts)), rows)
+        which = torch.from_numpy(np.flatnonzero(np.repeat(wanted, self.counts)))
+        found = own[which.to(own.device)]
+        return found, found if own is other else other[which.to(other.device)]
+
+    def _run(self, rows: Ints) -> tuple[Tensor, Tensor]:
         sample = self.declared.sample
         found = read_rows(self.declared, self.model, sample, rows, seed=self.seed, side=self.side)
         paired = self.declared.paired

@@ -60,6 +60,7 @@ from mechdsl.program.spec import PROMPTS_AXIS
 from mechdsl.prompts.data_files import DataFile
 from mechdsl.prompts.other_runs import remove_replies
 from mechdsl.prompts.rows import PromptTable
+from mechdsl.resolve.cells import SEED_AXIS
 from mechdsl.resolve.expansion import find_selections, get_whole_spec, split_by_group
 from mechdsl.resolve.experiment import resolve_experiment
 from mechdsl.resolve.findings import Finding
@@ -83,6 +84,7 @@ from mechdsl.results.assembly.combination import (
     merge_variants,
 )
 from mechdsl.results.assembly.population import add_population, check_explained_variance
+from mechdsl.results.assembly.seed_means import add_statistics_over_seeds
 from mechdsl.results.experiment_result import (
     ExpectOutcome,
     ExperimentResult,
@@ -335,10 +337,14 @@ class FileRun:
         if parameters:
             said = {"parameters": _parameter_words(parameters)}
             whole = replace(whole, conventions={**whole.conventions, **said})
-        if first.spec.over is not None:
-            whole = average_over_axis(whole, first.spec.over, area=first.spec.area)
+        over, seeds = first.spec.over, first.seeds
+        if over is not None and not (seeds and over == SEED_AXIS):
+            whole = average_over_axis(whole, over, area=first.spec.area)
         whole = replace(whole, selected=find_selections(variants))
-        result = add_statistics(whole, first.spec, first.seed)
+        if seeds:
+            result = add_statistics_over_seeds(whole, first.spec, first.seed, seeds)
+        else:
+            result = add_statistics(whole, first.spec, first.seed)
         self._say(_few_units(variants, result))
         self._say(_too_skewed(variants, result))
         self._say(check_explained_variance(result, first.spec, first.table.exhausted))

@@ -48,7 +48,7 @@ from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFailure
 from mechdsl.program.trainers import PairedTrainer, SolvedTrainer
 from mechdsl.resolve.sites import label_all_points, label_candidates, label_points
-from mechdsl.resolve.trainings import resolve_part
+from mechdsl.resolve.trainings import name_without_seed, resolve_part
 from mechdsl.resolve.types import (
     FitSample,
     TrainedDictionary,
@@ -67,6 +67,7 @@ from mechdsl.store.store import Store
 
 if TYPE_CHECKING:
     from mechdsl.execute.training import TrainingJob
+    from mechdsl.execute.training_vectors import VectorCache
     from mechdsl.forward.hooks.model import LoadedModel
     from mechdsl.models.shape import PaddingSide
 
@@ -211,6 +212,8 @@ def _train_due(
 ) -> tuple[list[TrainedFit], list[Diagnostic]]:
     import torch
 
+    from mechdsl.execute.training_vectors import VectorCache
+
     with preserve_random_state():
         from mechdsl.loading.loader import import_library
 
@@ -221,23 +224,36 @@ def _train_due(
         if models is None:
             return [], problems
         done: list[TrainedFit] = []
+        cache = VectorCache()
+        run = partial(_run_training, models=models, checked=checked, options=options, cache=cache)
         with torch.random.fork_rng(devices=[]):
-            for fit, folder in due:
-                found, problem = _train_one(fit, folder, models, checked, options, on_progress)
+            for fit, folder in _group_by_vectors(due):
+                found, problem = _train_one(fit, folder, partial(run, on_progress=on_progress))
                 done += [] if found is None else [found]
                 problems += [] if problem is None else [problem]
         return done, problems
 
 
+def _group_by_vectors(
+    due: Iterable[tuple[DeclaredFit, Path]],
+) -> list[tuple[DeclaredFit, Path]]:
+    """Return trainings on the vectors of the same rows and sites one after another."""
+    groups: dict[object, list[tuple[DeclaredFit, Path]]] = {}
+    for each in due:
+        training = each[0].training
+        rows = training.sample.table.name if training.decoder is None else None
+        groups.setdefault((rows, training.points), []).append(each)
+    return [each for own in groups.values() for each in own]
+
+
 def _train_one(
-    fit: DeclaredFit,
-    folder: Path,
-    models: Mapping[str, LoadedModel],
-    checked: CheckedFile,
-    options: RunOptions,
-    on_progress: FitProgress | None,
+    fit: DeclaredFit, folder: Path, run: Callable[[DeclaredFit, Path], Report]
 ) -> tuple[TrainedFit | None, Diagnostic | None]:
-    """Train one of them; a result or a problem."""
+    """Train one of them; a result or a problem.
+
+    Args:
+        run: Trains it, and writes it to a folder.
+    """
     from mechdsl.execute.mask_training import NoBasis, TooFewCandidates
     from mechdsl.execute.run.feature_files import RowsRefused
     from mechdsl.execute.training_vectors import NoVectors
@@ -256,7 +272,7 @@ def _train_one(
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
     try:
-        report = _run_training(fit, result, models[fit.model], checked, options, on_progress)
+        report = run(fit, result)
     except AutogradFailed as problem:
         shutil.rmtree(part, ignore_errors=True)
         reason = f"autograd can't follow the model ({str(problem)[:200]})"
@@ -292,10 +308,12 @@ def _train_one(
 def _run_training(
     fit: DeclaredFit,
     result: Path,
-    model: LoadedModel,
+    *,
+    models: Mapping[str, LoadedModel],
     checked: CheckedFile,
     options: RunOptions,
     on_progress: FitProgress | None,
+    cache: VectorCache,
 ) -> Report:
     """Train one of them, and write it to `result`, in the folder of checkpoints."""
     from mechdsl.execute.mask_training import open_rows, train_mask
@@ -305,7 +323,7 @@ def _run_training(
     from mechdsl.execute.training import TrainingJob
     from mechdsl.execute.vector_training import train_vector
 
-    last = time.monotonic()
+    last, model = time.monotonic(), models[fit.model]
 
     def is_due() -> bool:
         nonlocal last
@@ -324,13 +342,13 @@ def _run_training(
         assert fit.objective is not None
         return train_mask(fit.file, open_rows(fit.file, fit.objective, model, side), job)
     if fit.objective is not None:
-        rows = ObjectiveRows(fit.training, fit.objective, model, side)
+        rows = ObjectiveRows(fit.training, fit.objective, model, side, cache)
         if isinstance(fit.file, TrainedVector):
             train = train_scales if fit.file.is_scale else train_vector
             return train(fit.file, rows, job)
         assert isinstance(fit.file, TrainedRotation)
         return train_rotation(fit.file, rows, job)
-    return _train_on_vectors(fit, job, model, checked, side)
+    return _train_on_vectors(fit, job, model, checked, side, cache)
 
 
 def _train_on_vectors(
@@ -339,6 +357,7 @@ def _train_on_vectors(
     model: LoadedModel,
     checked: CheckedFile,
     side: PaddingSide | None,
+    cache: VectorCache,
 ) -> Report:
     """Train a lens or a dictionary."""
     from mechdsl.execute.component_training import (
@@ -355,7 +374,7 @@ def _train_on_vectors(
         assert isinstance(fit.file, TrainedDictionary)
         return train_on_decoder(fit.file, fit.training.decoder, model.device, job)
     if fit.training.stream is None:
-        vectors = RowVectors(fit.training, model, checked.program.seed, side)
+        vectors = RowVectors(fit.training, model, checked.program.seed, side, cache=cache)
     else:
         vectors = StreamedVectors(fit.training, model, partial(_read_part, checked, fit), side)
     if isinstance(fit.file, TrainedLens):
@@ -454,7 +473,9 @@ def _finished(fit: DeclaredFit, folder: Path, report: Report, seconds: float) ->
         site = label_all_points(fit.training.points[:-1])
     if isinstance(report, RotationReport):
         what = describe_rotation(fit.training.trainer.name, report.directions)
-    return TrainedFit(fit.basis, what, site, folder, report, seconds)
+    seed = fit.training.seed
+    family = name_without_seed(fit.basis, seed) if fit.training.is_one_of_several else None
+    return TrainedFit(fit.basis, what, site, folder, report, seconds, seed, family)
 
 
 def _failed(fit: DeclaredFit, reason: str, hint: str) -> Diagnostic:

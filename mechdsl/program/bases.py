@@ -117,6 +117,7 @@ OTHER_OBJECTIVES: dict[str, str] = {
     "learning_rate": "rate",
     "epochs": "steps",
     "batch_size": "batch",
+    **dict.fromkeys(("repeats", "restarts", "runs", "replicates", "num_seeds"), "seeds"),
 }
 """Names of an option of a training in other tools → the option."""
 
@@ -476,6 +477,13 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         hint = f"remove `{unused.name}`"
         scope.diagnostics.append(
             BadArgument(span=unused.span, name=str(unused.name), reason=reason, hint=hint)
+        )
+    seeds = next((each for each in call.arguments if each.name == "seeds"), None)
+    if seeds is not None and found.declares in ("group", "lens"):
+        reason = f"is no argument of `fit` with `{name}`, which makes one {found.declares}"
+        hint = f"declare a {found.declares} for each seed: `seed: 1`"
+        scope.diagnostics.append(
+            BadArgument(span=seeds.span, name="seeds", reason=reason, hint=hint)
         )
     wrong = found.check(options)
     if wrong is not None:

@@ -576,8 +576,11 @@ TRAINING_DEFAULTS: Mapping[str, Constant] = {
 """Options of a training with a default; a trainer can have other defaults. `patience` has none:
 then it doesn't stop early."""
 
-TRAINING_OPTIONS = (*TRAINING_DEFAULTS, "patience")
+TRAINING_OPTIONS = (*TRAINING_DEFAULTS, "patience", "seeds")
 """Options of a training with a constant."""
+
+MOST_SEEDS = 100
+"""Largest value of `seeds`."""
 
 OBJECTIVES = ("maximise", "minimise")
 """Options with the measure that a rotation, a vector or a mask is trained on."""
@@ -612,10 +615,13 @@ class TrainedBasis(BasisMethod):
         elif name == "validation":
             fine, what = isinstance(value, Percent) and 0 <= value <= 50, "from 0% to 50%"
         else:
-            least = 0 if name in ("steps", "seed") else 1
+            least = {"steps": 0, "seed": 0, "seeds": 2}.get(name, 1)
+            most = MOST_SEEDS if name == "seeds" else None
             whole = isinstance(value, int) and not isinstance(value, bool)
-            fine, what = whole and value >= least, f"a whole number from {least} on"  # pyright: ignore
-        example = {**TRAINING_DEFAULTS, "patience": 3, "measure_on_training_rows": "true"}[name]
+            fine = whole and least <= value and (most is None or value <= most)  # pyright: ignore
+            what = f"a whole number from {least} " + ("on" if most is None else f"to {most}")
+        others = {"patience": 3, "seeds": 5, "measure_on_training_rows": "true"}
+        example = {**TRAINING_DEFAULTS, **others}[name]
         example = f"{example:g}%" if isinstance(example, Percent) else example
         return None if fine else (f"`{name}` is {what}", f"write `{name}: {example}`")
 

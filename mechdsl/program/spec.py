@@ -388,6 +388,8 @@ class Basis(Spec):
     """Corruptions that must change the rows that it is computed on: those that a training uses."""
     chooses_positions: Annotated[bool, Field(exclude=True)] = False
     """Of a group that a training chooses: whether it chooses positions, not sites."""
+    seed: Annotated[int | None, Field(exclude=True)] = None
+    """Seed of one training of `fit(…, seeds: 3)`; None for the whole definition."""
 
 
 class Rule(Spec):

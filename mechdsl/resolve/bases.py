@@ -38,6 +38,7 @@ from mechdsl.program.paths import (
 from mechdsl.program.python_functions import find_function
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import DictionaryTrainer, PairedTrainer, SolvedTrainer
+from mechdsl.resolve.cells import SEED_AXIS
 from mechdsl.resolve.directions import (
     DirectionError,
     count_used_rows,
@@ -61,9 +62,14 @@ from mechdsl.resolve.sites import (
 from mechdsl.resolve.targets import remove_tokens
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
+    SEEDS_DIFFER,
+    SEEDS_HINT,
     check_held_out,
     describe_training,
+    explain_seeds,
+    list_seeds,
     outline_training,
+    split_by_seed,
 )
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
@@ -361,9 +367,10 @@ def resolve_rule(
     if name is None:
         return resolve(rule, work)
     assert rule.site is not None
-    names, definitions = _named_bases(name, rule.site, work)
-    if definitions is None:  # rejected
+    named = _bases_of_rule(name, rule.site, work)
+    if named is None:  # rejected
         return None
+    names, definitions, outer = named
     before = len(work.diagnostics)
     features = rule.site.coordinates
     site = _written_site(rule.site, definitions[0], work)
@@ -403,7 +410,7 @@ def resolve_rule(
         spec=rule,
         does=found.does if looks else change_coordinates(found.does, drops_error=rule.drops_error),
         sites=_encoded_sites(replace(found.sites, labels=labels), bases[0], looks=looks),
-        basis=_number_bases(targets) if exchange is None else _insert(targets, exchange),
+        basis=_number_bases(targets, outer) if exchange is None else _insert(targets, exchange),
     )
 
 
@@ -562,13 +569,45 @@ def _label_suffix(rule: spec.Rule, name: str, axes: Sequence[str], work: Experim
     return within
 
 
-def _number_bases(targets: BasisTargets) -> BasisTargets:
-    """Add the axis of a `for` over several bases."""
-    if len(targets.names) == 1:
+def _number_bases(targets: BasisTargets, outer: Mapping[str, int]) -> BasisTargets:
+    """Add the axes of a `for` over several bases and of several seeds.
+
+    Args:
+        outer: These axes with their lengths.
+    """
+    if not outer:
         return targets
-    numbered = product(range(len(targets.names)), targets.coordinates.items())
-    every = {(n, *key): Coordinates(own.which, n) for n, (key, own) in numbered}
-    return replace(targets, axes=(targets.definition, *targets.axes), coordinates=every)
+    keys = enumerate(product(*map(range, outer.values())))
+    numbered = product(keys, targets.coordinates.items())
+    every = {(*at, *key): Coordinates(own.which, n) for (n, at), (key, own) in numbered}
+    return replace(targets, axes=(*outer, *targets.axes), coordinates=every)
+
+
+def _bases_of_rule(
+    name: str, site: ast.Site, work: ExperimentContext
+) -> tuple[tuple[str, ...], tuple[spec.Basis | None, ...], dict[str, int]] | None:
+    """Return the bases that a rule stands for, one for each seed: their names and definitions, and
+    the axes of a `for` and of seeds with their lengths. None after an error.
+
+    What is trained itself needs one basis.
+    """
+    names, definitions = _named_bases(name, site, work)
+    if definitions is None:
+        return None
+    outer = {name: len(names)} if len(names) > 1 else {}
+    parts = [
+        ((each,), ()) if each is None else split_by_seed(each, work.program) for each in definitions
+    ]
+    seeds, *others = dict.fromkeys(seeds for _, seeds in parts)
+    if work.experiment.trains or not (seeds or others):
+        return names, definitions, outer
+    if others or not work.add_seed_axis(seeds, site.span):
+        reason = "the bases have different seeds" if others else SEEDS_DIFFER
+        work.diagnostics.append(BadBasis(span=site.span, reason=reason, hint=SEEDS_HINT))
+        return None
+    names = tuple(f"{each}[{SEED_AXIS} {seed}]" for each, seed in product(names, seeds))
+    every = tuple(own for part, _ in parts for own in part)
+    return names, every, {**outer, SEED_AXIS: len(seeds)}
 
 
 @dataclass(frozen=True)
@@ -958,6 +997,9 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
     Raises BasisError.
     """
     before = len(work.diagnostics)
+    seeds = list_seeds(definition, work.program)
+    if seeds:
+        raise BasisError(definition.method, *explain_seeds(definition.name, "a basis", seeds))
     sites, axes = resolve_site(definition.site, replace(work.sites, loops={}))
     if sites is None or has_errors(work.diagnostics[before:]):
         return None
@@ -981,6 +1023,7 @@ def _family(definition: spec.Basis, work: ExperimentContext) -> dict[SitePoint, 
         if operand is None:
             return None
         said = [f"{axis.name} {axis.labels[i]}" for axis, i in zip(axes, key, strict=True)]
+        said += [] if definition.seed is None else [f"{SEED_AXIS} {definition.seed}"]
         name = f"{definition.name}[{', '.join(said)}]" if said else definition.name
         width = count_numbers(point, work.model.shape)
         what, rows, text = operand
@@ -1020,7 +1063,7 @@ def _options(call: ast.Call, method: BasisMethod, work: ExperimentContext) -> di
     """Return the constants of a call, other than `limit`."""
     found: dict[str, Constant] = {}
     for argument in call.arguments:
-        if argument.name in (None, "limit", "labels", "prompts", *EFFECT_OPTIONS):
+        if argument.name in (None, "limit", "labels", "prompts", "seeds", *EFFECT_OPTIONS):
             continue
         if argument.name == "weights":
             found["weights"] = argument.value.span.written
@@ -1364,6 +1407,10 @@ def _spanned(
             )
         at = {"layer": point.layer, "head": point.unit}
         key: list[int] = []
+        seeds = family.axis(SEED_AXIS)
+        if seeds is not None:
+            labels = tuple(map(int, seeds.labels))
+            raise BasisError(node, *explain_seeds(node.id, "a direction", labels))
         for axis in family.axes:
             if at.get(axis.name) not in axis.labels:
                 has = ", ".join(map(str, axis.labels))

@@ -39,14 +39,18 @@ from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.cells import SEED_AXIS
 from mechdsl.resolve.findings import Finding, PickError, VariantFinding
 from mechdsl.resolve.loops import evaluate_arithmetic
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
+    SEEDS_DIFFER,
+    SEEDS_HINT,
     check_held_out,
     describe_training,
     outline_vector,
+    split_by_seed,
 )
 from mechdsl.resolve.types import (
     Axis,
@@ -232,27 +236,30 @@ def _resolve_trained_family(
         if each.name in TRAINING_OPTIONS
         and (value := constant_value(each.value, work.program.parameters)) is not None
     }
+    every_seed, seeds = split_by_seed(declared, work.program)
+    axes = [*axes, *([Axis(SEED_AXIS, seeds, call.span)] if seeds else [])]
     members: dict[AxisIndices, DirectionMember] = {}
     points = {key: _points(call, definition, key, sites) for key in sites.points}
     count = count_prompt_tokens(definition.name, work.program.directions, work.program.parameters)
     _check_token_count(call, definition, sample, count, work)
     tokens = [Axis("position", tuple(range(1, count + 1)), call.span)] if count is not None else []
     for key in list_axis_indices(axes):
-        (point,) = points[key]
-        name = name_member(definition.name, axes, key)
-        every = outline_vector(declared, name, options, sample, point, work.program, work.model)
+        number, place = (key[-1], key[:-1]) if seeds else (0, key)
+        (point,) = points[place]
+        name, own = name_member(definition.name, axes, key), every_seed[number]
+        every = outline_vector(own, name, options, sample, point, work.program, work.model)
         vector = every[0]
         problem = check_held_out(declared, vector.training, work.measuring, work.table)
         if problem is not None and problem not in work.diagnostics:
             work.diagnostics.append(problem)
         text = f"{describe_rows(sample, rows)} at {describe_position(label)}"
         about = describe_training(vector, text, work.program, work.measuring, work.table)
-        made = f"{about}, at {sites.labels[key]}"
-        for number, each in enumerate(every):
-            whole = (*key, number) if tokens else key
-            own = name_member(definition.name, [*axes, *tokens], whole)
-            said = made if number == 0 else f"trained together with {name} of token 1"
-            members[whole] = DirectionMember(own, each, said)
+        made = f"{about}, at {sites.labels[place]}"
+        for token, each in enumerate(every):
+            whole = (*key, token) if tokens else key
+            called = name_member(definition.name, [*axes, *tokens], whole)
+            said = made if token == 0 else f"trained together with {name} of token 1"
+            members[whole] = DirectionMember(called, each, said)
     some = next(iter(points.values()))
     return DirectionFamily(
         definition.name, (*axes, *tokens), members, _width(some, work), (definition.name,)
@@ -729,6 +736,10 @@ def _lay_out(
     columns: list[list[int]] = []
     for axis in family.axes:
         names.append(axis.name)
+        if axis.name == SEED_AXIS and not work.add_seed_axis(
+            tuple(map(int, axis.labels)), node.span
+        ):
+            raise DirectionError(node, SEEDS_DIFFER, SEEDS_HINT)
         there = work.axes.get(axis.name)
         if axis.name in work.loops or there is None or axis.name not in swept:
             if axis.name not in work.loops and work.family_axes.get(axis.name) != axis.labels:

@@ -19,7 +19,7 @@ from mechdsl.prompts.positions.spans import NO_ANSWERS, AnswerTokens, refers_to_
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import ANSWER_SPAN, PositionCell, RunRow
 from mechdsl.resolve.bases import resolve_rule
-from mechdsl.resolve.cells import find_open_axes, has_open_positions
+from mechdsl.resolve.cells import SEED_AXIS, find_open_axes, has_open_positions
 from mechdsl.resolve.conflicts import (
     check_estimator,
     check_removed_blocks,
@@ -418,6 +418,7 @@ def outline_experiment(
         measures=tuple(measure for measure in measures if measure is not None),
         keep=tuple(measure for measure in keep if measure is not None),
         accuracies=accuracies,
+        seeds=tuple(map(int, work.family_axes.get(SEED_AXIS, ()))),
         seed=program.seed,
         nested=work.sites.nested,
         picks=onward.picks,

@@ -43,7 +43,7 @@ from mechdsl.prompts.positions.spans import NO_ANSWERS, AnswerTokens
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import Hits, TextTokens
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer, single_token_spelling
-from mechdsl.resolve.cells import counts_from_end, is_open
+from mechdsl.resolve.cells import SEED_AXIS, counts_from_end, is_open
 from mechdsl.resolve.findings import FindingPicker
 from mechdsl.resolve.observations import Observation
 from mechdsl.resolve.types import (
@@ -531,6 +531,17 @@ class ExperimentContext:
             )
             return
         self.axes[axis.name] = axis
+
+    def add_seed_axis(self, seeds: tuple[int, ...], span: Span) -> bool:
+        """Add the axis of trainings with several seeds; False if the experiment has an axis of this
+        name with other values."""
+        known = self.axes.get(SEED_AXIS)
+        if known is None:
+            self.add_axis(Axis(SEED_AXIS, seeds, span))
+        elif known.labels != seeds:
+            return False
+        self.family_axes[SEED_AXIS] = seeds
+        return True
 
     def draws_agree(self) -> None:
         """Report E0108 if noise runs differ in their number of draws.

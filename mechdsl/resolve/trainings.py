@@ -20,7 +20,7 @@ from mechdsl.diagnostics.rules import BadBasis, MeasuredOnTrainingRows
 from mechdsl.dictionaries.folder import ENCODED_SITES, DictionaryFile
 from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import TRAINING_DEFAULTS
+from mechdsl.program.basis_methods import BASIS_METHODS, TRAINING_DEFAULTS
 from mechdsl.program.directions import fit_rows_of_basis, last_token
 from mechdsl.program.own_trainers import OwnTrainer, find_trainer, trainer_arguments
 from mechdsl.program.spec import CLEAN, Constant, constant_value
@@ -35,6 +35,7 @@ from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
 from mechdsl.prompts.record_files import StreamedRecords
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.cells import SEED_AXIS
 from mechdsl.resolve.conflicts import SITES_WITHOUT_GRADIENT, find_flat_part
 from mechdsl.resolve.types import (
     BasisMember,
@@ -74,6 +75,42 @@ STREAM = "resid_post"
 
 VECTOR = "vector"
 """Name of the tensor of a trained vector."""
+
+
+def list_seeds(definition: spec.Basis, program: spec.Program) -> tuple[int, ...]:
+    """Return the seeds of `fit(…, seeds: 3)`: that of the training, and the next ones; none for a
+    definition with one training, or for one of several."""
+    if definition.seed is not None or BASIS_METHODS[definition.method.name].takes != "training":
+        return ()
+    options = constant_options(definition, program)
+    first = int(options.get("seed", program.seed))
+    return tuple(range(first, first + int(options.get("seeds", 0))))
+
+
+def split_by_seed(
+    definition: spec.Basis, program: spec.Program
+) -> tuple[tuple[spec.Basis, ...], tuple[int, ...]]:
+    """Return a definition for each seed, and the seeds; the definition alone if it has no seeds."""
+    seeds = list_seeds(definition, program)
+    every = (definition.model_copy(update={"seed": seed}) for seed in seeds)
+    return tuple(every) or (definition,), seeds
+
+
+def name_without_seed(name: str, seed: int) -> str:
+    """Return `d[layer 3]` for `d[layer 3, seed 1]`."""
+    return name.replace(f"[{SEED_AXIS} {seed}]", "").replace(f", {SEED_AXIS} {seed}]", "]")
+
+
+SEEDS_DIFFER = "the experiment has another axis `seed`, with other values"
+SEEDS_HINT = "write the same `seeds` and `seed` in each `fit`, and rename a `for` variable `seed`"
+"""Problem where `ExperimentContext.add_seed_axis` fails, and its hint."""
+
+
+def explain_seeds(name: str, what: str, seeds: tuple[int, ...]) -> tuple[str, str]:
+    """Return the problem and the hint where one training is needed, and a name has several."""
+    said = f"`{name}` is {what} for each of {len(seeds)} seeds, and one is needed here"
+    hint = f"declare one more {what.split()[-1]} for it, with `seed: {seeds[0]}` instead of `seeds`"
+    return said, hint
 
 
 def name_prompt_vector(index: int) -> str:
@@ -252,6 +289,8 @@ def _describe_training(
     run_by = source.run.model if isinstance(source, FitSample) else None
     words = (definition.name, point.site, point.layer, point.unit, run_by, model.key)
     name = " ".join(str(word) for word in words if word is not None)
+    seed = definition.seed
+    name = name if seed is None else f"{name} seed {seed}"
     file = program.trained.get(name, (None, ""))[0]
     return Training(
         name=name,
@@ -261,17 +300,18 @@ def _describe_training(
         options={
             name: value
             for name, value in {**TRAINING_DEFAULTS, **trainer.defaults, **options}.items()
-            if name not in trainer.unused
+            if name not in (*trainer.unused, "seeds")
         },
         source=source,
         encoded=SitePoint(ENCODED_SITES[0], point.layer, None) if transcodes else point,
         made=point,
-        seed=int(options.get("seed", program.seed)),
+        seed=int(options.get("seed", program.seed)) if seed is None else seed,
         span=call.span,
         minimises=any(each.name == "minimise" for each in call.arguments),
         stream=_stream(source.table, definition, program, file)
         if isinstance(source, FitSample)
         else None,
+        is_one_of_several=seed is not None,
     )
 
 

@@ -279,6 +279,8 @@ class Training(Record):
     """Layers of a lens, whose vectors are encoded together; `encoded` is the first one."""
     paired: PairedVectors | None = None
     """What the vectors are correlated with."""
+    is_one_of_several: bool = False
+    """Whether it is one of the trainings of `fit(…, seeds: 3)`."""
 
     @property
     def points(self) -> tuple[SitePoint, ...]:
@@ -1399,6 +1401,8 @@ class ResolvedExperiment(Record):
     """Experiments whose sites it uses, and those that these experiments picked from, by name."""
     masks: tuple[TrainedMask, ...] = field(default=(), compare=False)
     """The groups that it uses and that a training chooses; their sites are those of its rules."""
+    seeds: tuple[int, ...] = field(default=(), compare=False)
+    """Values of the axis `seed`, if it is that of trainings with several seeds."""
     control: ResolvedControl | None = None
     bare: BaselineExperiment | None = None
     """Baseline for the effects of its observations."""

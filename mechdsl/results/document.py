@@ -23,6 +23,7 @@ from mechdsl.results.experiment_result import (
     FileResult,
     Replies,
     RepliesByPrompt,
+    SeedMean,
     SkippedExperiment,
     VerdictComparison,
     finite_number,
@@ -383,6 +384,27 @@ class SelectionDocument(DocumentPart):
     rows: int = Field(description="all tested rows")
 
 
+class SeedMeanDocument(DocumentPart):
+    """The mean of a measure over trainings with several seeds, in the cells that differ only in the
+    seed."""
+
+    coords: dict[str, int | float | str]
+    site: str
+    label: str = Field(description="label of the measure")
+    effect: str
+    seeds: int = Field(description="number of trainings")
+    mean: float | None
+    low: float | None = Field(
+        description="low end of the interval over seeds, Student's t of the trainings' means"
+    )
+    high: float | None
+    row_low: float | None = Field(
+        description="low end of the interval over prompts, of each prompt's mean over the trainings"
+    )
+    row_high: float | None
+    n: int = Field(description="prompts")
+
+
 class ExperimentDocument(DocumentPart):
     """One experiment."""
 
@@ -403,6 +425,9 @@ class ExperimentDocument(DocumentPart):
         default=None,
         description="experiments whose selected sites are tested on the same rows; if present, no "
         "p is corrected",
+    )
+    seed_means: list[SeedMeanDocument] | None = Field(
+        default=None, description="means over trainings with several seeds (`fit(…, seeds: 5)`)"
     )
     replies: RepliesDocument | None = Field(
         default=None, description="generated text, if the experiment has `generate`"
@@ -634,6 +659,23 @@ def _run_documents(result: ExperimentResult) -> dict[str, list[RunDocument]]:
     return found
 
 
+def _seed_mean_document(result: ExperimentResult, mean: SeedMean) -> SeedMeanDocument:
+    data = result.measures[mean.measure]
+    numbers = {
+        name: finite_number(getattr(mean, name))
+        for name in ("mean", "low", "high", "row_low", "row_high")
+    }
+    return SeedMeanDocument(
+        coords=dict(mean.cell.coords),
+        site=mean.cell.site,
+        label=data.label,
+        effect=data.effect,
+        seeds=mean.seeds,
+        **numbers,
+        n=mean.n,
+    )
+
+
 def experiment_document(result: ExperimentResult) -> ExperimentDocument:
     """Convert a finished experiment."""
     return ExperimentDocument(
@@ -657,6 +699,7 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
                 for s in result.selected
             ]
             or None,
+            seed_means=[_seed_mean_document(result, each) for each in result.seed_means] or None,
             replies=replies_document(result.replies),
         ),
     )

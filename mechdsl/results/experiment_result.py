@@ -125,6 +125,29 @@ class ActiveText(Record):
     """Activation at each token; None where it isn't observed."""
 
 
+@record
+class SeedMean(Record):
+    """The mean of a measure over trainings with several seeds, with two separate intervals."""
+
+    measure: int
+    """Index in `ExperimentResult.measures`."""
+    cell: CellKey
+    """The cell without its seed."""
+    seeds: int
+    """Number of trainings with a value."""
+    mean: float
+    low: float
+    """Low end of the interval over seeds: Student's t of the means of single trainings. NaN if all
+    are equal."""
+    high: float
+    row_low: float
+    """Low end of the interval over prompts, of each prompt's mean over the trainings; NaN
+    without one."""
+    row_high: float
+    n: int
+    """Number of prompts."""
+
+
 TEXT_RENDERER = "mechdsl.show.output:experiment_text"
 
 HTML_RENDERER = "mechdsl.show.notebook:experiment_html"
@@ -265,6 +288,10 @@ class ExperimentResult:
     statistics: tuple[CellStatistics, ...] = ()
     """Statistics of each measure, as arrays over cells: `mean`, `low`, `high`, `p`, `p_corrected`,
     `n`, `units` (effective sample size), `floor` (p may be smaller), and `reasons`."""
+    seed_means: tuple[SeedMean, ...] = ()
+    """Means over trainings with several seeds (`fit(…, seeds: 5)`), of each cell and measure:
+    `measure`, `cell`, `seeds`, `mean`, the interval over seeds (`low`, `high`) and that over
+    prompts (`row_low`, `row_high`, `n`)."""
     outcomes: tuple[ExpectOutcome, ...] = ()
     """Expectations: `text`, `holds`, `value`, `low`, `high`, `effective_n`, `reason`, `line`, and
     whether their values were `computed`."""

@@ -9,7 +9,14 @@ from mechdsl.base.text import escape_xml
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.active_texts import active_texts_html
-from mechdsl.show.reports.table import Column, apply_grouping, displayed_cells, measure_table
+from mechdsl.show.reports.table import (
+    SEED_MEANS_TITLE,
+    Column,
+    apply_grouping,
+    displayed_cells,
+    measure_table,
+    seed_mean_columns,
+)
 from mechdsl.show.reports.text import heading_facts, measure_name, verdict_text
 
 MAX_ROWS = 100
@@ -43,6 +50,8 @@ def experiment_html(result: ExperimentResult) -> str:
             cut = len(columns[0].cells) - MAX_ROWS
             more = [f"and {cut} more rows: `to_pandas()` has them all"] if cut > 0 else []
             parts += _paragraph([escape_xml(line) for line in (*more, *said)])
+            means = seed_mean_columns(shown, measure, displayed_cells(shown, report))
+            parts += [*_paragraph([SEED_MEANS_TITLE]), _table(means)] if means else []
         parts.append(active_texts_html(shown, displayed_cells(shown, report)))
     parts += _conventions(shown)
     parts += _paragraph(list(_verdicts(result)))

@@ -24,6 +24,7 @@ from mechdsl.execute.run_record import (
     TrainingReport,
     VectorReport,
 )
+from mechdsl.results.fit_seeds import CONFIDENCE, group_by_seeds
 from mechdsl.show.reports.text import print_hanging
 
 NOTES = {
@@ -215,9 +216,19 @@ def _print_table(
         )
         for numbers in others:
             table.add_row(*[""] * 4, *numbers)
+    several = group_by_seeds(fits)
+    for each in several:
+        mean, far = _numbers(each.mean), _numbers(each.half_width)
+        far = [number.replace("nan", "–") for number in far]
+        table.add_row(f"{each.basis}: mean of {len(each.fits)} seeds", *[""] * 3, *mean)
+        table.add_row(f"{each.basis}: ±", *[""] * 3, *far)
     console.print(table)
     for name, note in notes.items():
         print_hanging(f"  {name}: ", note, console)
+    if several:
+        note = f"half the width of the {CONFIDENCE:g} % interval over seeds, by Student's t over "
+        note += "these trainings, each with its own held-out rows; –: all are equal"
+        print_hanging("  ±: ", note, console)
 
 
 def _lens_numbers(report: LensReport) -> list[list[str]]:
@@ -269,7 +280,7 @@ def _numbers(report: Report) -> list[str]:
         f"{report.untrained_explained:.3f}",
         f"{report.components_explained:.3f}",
         f"{report.active:.1f}",
-        f"{report.inactive:,}",
+        f"{round(report.inactive, 1):,}",
     ]
 
 

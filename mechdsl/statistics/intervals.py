@@ -120,6 +120,16 @@ def percentiles(samples: Floats, ends: tuple[float, float]) -> tuple[Floats, Flo
     return np.where(none, np.nan, low), np.where(none, np.nan, high)
 
 
+def mean_half_width(values: Floats, confidence: float) -> float:
+    """Return half the width of the interval of the mean of at least two values by Student's t.
+
+    NaN if all are equal: such values have no information on their spread.
+    """
+    error = float(values.std(ddof=1)) / np.sqrt(len(values))
+    t = float(student_quantile(confidence, np.array([len(values)]))[0])
+    return float(error * t) if error else float("nan")
+
+
 def student_quantile(confidence: float | Floats, units: Ints) -> Floats:
     """Return the quantile of Student's t, NaN for one unit. Shape [cell]."""
     from scipy.special import stdtrit  # not at the top: slow to import

@@ -462,8 +462,11 @@ _file(
     '`kind` is "topk" (default), "batch_topk", "relu", "jump_relu" or "gated" (only `sae`); the '
     "first two take `k: 4`, the others `penalty: 0.1`. The options of `fit` are `prompts`, "
     "`limit`, `steps` (4000), `batch` (512 vectors), `rate` (0.001), `seed` (that of the file), "
-    "`validation` (10% of the rows, which the training doesn't use), `patience` (none) and "
-    '`measure_on_training_rows` (false). Rules use the basis like `sae("FOLDER")`. A basis that '
+    "`validation` (10% of the rows, which the training doesn't use), `patience` (none), "
+    "`measure_on_training_rows` (false) and `seeds` (none). `seeds: 3` trains one for each of 3 "
+    "successive seeds; rules sweep them along the axis `seed`, and tables end with their mean, "
+    "which has an interval over seeds and one over prompts. "
+    'Rules use the basis like `sae("FOLDER")`. A basis that '
     "isn't trained is E0642, an experiment on training rows E0345.",
     "tests/pipeline/test_trained_dictionaries.py",
     "Gao et al. 2024, arXiv 2406.04093; Bussmann et al. 2024, arXiv 2412.06410; Rajamanoharan et "

@@ -22,6 +22,7 @@ from rich.text import Text
 from mechdsl.base.arrays import Floats
 from mechdsl.base.text import escape_hidden
 from mechdsl.program import spec
+from mechdsl.resolve.cells import SEED_AXIS, CellKey, Coord
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.statistics_conventions import sign_ranking_note, statistics_conventions
 from mechdsl.show.console import visible_console
@@ -31,6 +32,7 @@ from mechdsl.show.reports.text import (
     MISSING,
     drawable_measures,
     inert_note,
+    interval_texts,
     is_significant,
     is_within_random,
     mean_texts,
@@ -57,6 +59,9 @@ SHOWN_TOKENS = 6
 
 COLUMN_GAP = 3
 """Characters between two columns."""
+
+SEED_MEANS_TITLE = "means over seeds"
+"""Title of a table of means over trainings."""
 
 SINGLE_ROW_COLUMNS = ("tokens hit", "n", "effective n")
 """Columns that are also moved above a single row if there is little room."""
@@ -100,6 +105,10 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
         columns, said = measure_table(shown, measure, report)
         _print(columns, console)
         print_notes(said, console)
+        means = seed_mean_columns(shown, measure, displayed_cells(shown, report))
+        if means:
+            print_notes(["", SEED_MEANS_TITLE], console)
+            _print(means, console)
     print_active_texts(shown, displayed_cells(shown, report), console)
     print_conventions(shown, report, console)
 
@@ -121,6 +130,49 @@ def measure_table(
     """Return the columns and notes of one measure of a grouped result (see `apply_grouping`)."""
     order = _order(shown, measure, report)
     return _columns(shown, measure, order), _notes(shown, measure, order, report)
+
+
+def seed_mean_columns(shown: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
+    """Return the columns of the means over trainings with several seeds; none without such means.
+
+    Args:
+        order: The displayed cells.
+    """
+    keys = [_without_seed(shown.cells[i]) for i in order]
+    own = [each for each in shown.seed_means if each.measure == measure]
+    own = [each for each in own if _without_seed(each.cell) in keys]
+    if not own:
+        return []
+    own.sort(key=lambda each: keys.index(_without_seed(each.cell)))
+    columns = [
+        Column(axis, [value_text(each.cell.coords[axis]) for each in own], describes=True)
+        for axis in own[0].cell.coords
+        if axis != "position"
+    ]
+    if any(each.cell.site for each in own):
+        sites = [each.cell.site for each in own]
+        columns.append(Column("site", sites, wraps=True, describes=True))
+    positions = [value_text(e.cell.coords.get("position", e.cell.position) or "") for e in own]
+    if any(positions):
+        columns.append(Column("position", positions, wraps=True, describes=True))
+    ends = [np.array([[each.low, each.row_low], [each.high, each.row_high]]) for each in own]
+    means = np.array([each.mean for each in own])
+    write = number_format(_comparable_numbers(means, [end.ravel() for end in ends]))
+    by_seed = [interval_texts(write, each.mean, each.low, each.high) for each in own]
+    by_row = [interval_texts(write, each.mean, each.row_low, each.row_high)[1] for each in own]
+    confidence = shown.settings.confidence if shown.settings else 95.0
+    return [
+        *columns,
+        Column("seeds", [str(each.seeds) for each in own], True),
+        Column("mean", [mean for mean, _ in by_seed], True),
+        Column(f"{confidence:g} % over seeds", [interval for _, interval in by_seed], True),
+        Column(f"{confidence:g} % over prompts", by_row, True),
+    ]
+
+
+def _without_seed(cell: CellKey) -> tuple[tuple[str, Coord], ...]:
+    """Return the coordinates of a cell without that of its training."""
+    return tuple((axis, value) for axis, value in cell.coords.items() if axis != SEED_AXIS)
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
@@ -186,6 +238,7 @@ def group_by_value(result: ExperimentResult, by: str | None) -> ExperimentResult
         measures=measures,
         statistics=tuple(statistics),
         controls=(),  # draws are for whole cells
+        seed_means=(),  # and so are these
         hits=(),
         active=result.active * len(values),
     )

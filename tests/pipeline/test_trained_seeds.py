@@ -1,0 +1,276 @@
+"""Trainings with several seeds, `fit(…, seeds: 3)`.
+
+That they are the trainings of single definitions, and share one set of activations; the intervals
+over seeds and over prompts against a manual computation; where they are printed and stored; errors.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import mechdsl
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.fit_seeds import group_by_seeds
+from mechdsl.statistics.intervals import mean_half_width
+
+from ..quick import in_turn
+from .test_trained_rotations import (
+    HERE,
+    PATCH,
+    QUICK,
+    SITE,
+    experiment,
+    fit,
+    models,
+    rotation,
+    run,
+    train,
+    write,
+)
+from .test_trained_vectors import fit as fit_vector
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+SEEDS = f"{QUICK}, seeds: 3"
+DICTIONARY = "basis b = fit(sae(features: 8, k: 2), prompts: p, {}) at resid_post layer 1"
+RECONSTRUCT = f"set {SITE} at last token to reconstruction of b"
+KINDS = {
+    "rotation": (fit("{}"), PATCH),
+    "vector": (fit_vector("{}"), (f"add 2 * v to {SITE} at last token",)),
+    "scales": (fit_vector("{}", inner="scales"), (f"scale {SITE} at last token by v",)),
+    "dictionary": (f"{DICTIONARY}\n", (RECONSTRUCT,)),
+}
+
+
+def effects(result: Any) -> np.ndarray[Any, Any]:
+    """[cell, prompt] the measure of every prompt."""
+    measure = result["e"].measures[0]
+    return measure.patched - measure.base
+
+
+def one(results: Any) -> ExperimentResult:
+    return results["e"]
+
+
+# --- trainings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "family"), in_turn(tuple(KINDS), HERE))
+def test_cells_of_seeds_equal_definitions_with_each_seed(
+    kind: str, family: str, tmp_path: Path
+) -> None:
+    line, rules = KINDS[kind]
+    quick = QUICK.replace("0.05", "0.001") if kind == "dictionary" else QUICK
+    used = experiment(*rules)
+    path = write(tmp_path, line.format(f"{quick}, seed: 4, seeds: 3"), used)
+    several = run(path, family, fit=True)
+    assert [cell.coords["seed"] for cell in several["e"].cells] == [4, 5, 6]
+    values = effects(several)
+    assert len({tuple(row) for row in values}) == 3
+    for number, seed in enumerate((4, 5, 6)):
+        path = write(tmp_path, line.format(f"{quick}, seed: {seed}"), used)
+        single = run(path, family)  # stored: the same training
+        assert np.array_equal(effects(single)[0], values[number])
+
+
+def count_passes(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Number of passes that begin with embeddings, during new trainings."""
+    passes: list[int] = []
+    real = torch.nn.functional.embedding
+
+    def embedding(*values: Any, **options: Any) -> torch.Tensor:
+        passes.append(1)
+        return real(*values, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "embedding", embedding)
+        train(path, fresh=True)
+    return len(passes)
+
+
+def test_dictionaries_of_seeds_and_sizes_share_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = (
+        DICTIONARY.format(QUICK).replace("basis b", "basis c").replace("features: 8", "features: 6")
+    )
+    other = experiment(RECONSTRUCT.replace("of b", "of c"), name="f")
+    single = write(tmp_path, DICTIONARY.format(QUICK), experiment(RECONSTRUCT))
+    alone = count_passes(single, monkeypatch)
+    assert alone > 0
+    path = write(tmp_path, DICTIONARY.format(SEEDS), more, experiment(RECONSTRUCT), other)
+    assert count_passes(path, monkeypatch) == alone
+
+
+def test_rotations_of_seeds_share_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each further one has the passes of its steps and of its report, and none for activations."""
+    none = "steps: 0, batch: 4, validation: 25%"
+    counts = [
+        count_passes(write(tmp_path, fit(each), experiment(*PATCH)), monkeypatch)
+        for each in (none, f"{none}, seeds: 2", f"{none}, seeds: 3")
+    ]
+    first, further = counts[0], counts[1] - counts[0]
+    assert counts[2] - counts[1] == further
+    assert first == further + 2  # activations of the clean run and of the source run
+
+
+# --- intervals ------------------------------------------------------------------------------------
+
+
+FRUIT = """mech 1
+model toy = zoo("counting")
+prompts fruit {
+  count in 2..9
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+  split 60%
+  corrupt fewer { count = count - 1 }
+}
+basis d = fit(das(dims: 4), prompts: fruit.train, limit: 32, from: fewer,
+  maximise: logprob(answer of fewer), steps: 0, seeds: 3) at resid_post layer 3 at last token
+experiment e {
+  model toy
+  prompts fruit.test limit 16
+  from fewer into clean
+  patch resid_post layer 3 in basis d at last token
+  measure logprob(answer of fewer) as delta
+  measure logit(answer of fewer) - logit(answer) as recovery
+}
+"""
+
+
+def test_intervals_equal_manual_computation(tmp_path: Path) -> None:
+    averaged = FRUIT.replace("as delta", "as delta mean over seed")
+    averaged = averaged.replace("as recovery", "as recovery mean over seed")
+    result = one(mechdsl.run(FRUIT, store=tmp_path, fit=True))
+    over = one(mechdsl.run(averaged, store=tmp_path))
+    assert [mean.measure for mean in result.seed_means] == [0, 1]
+    assert len(over.cells) == 1
+    for mean, same in zip(result.seed_means, over.seed_means, strict=True):
+        single = result.statistics[mean.measure].mean
+        error = single.std(ddof=1) / np.sqrt(3)
+        low, high = stats.t.interval(0.95, 2, single.mean(), error)
+        assert np.allclose([mean.mean, mean.low, mean.high], [single.mean(), low, high])
+        assert mean.seeds == 3
+        assert same == mean
+        rows = over.statistics[mean.measure]
+        assert np.isclose(rows.mean[0], mean.mean)
+        assert (rows.low[0], rows.high[0], rows.n[0]) == (mean.row_low, mean.row_high, mean.n)
+    first = result.measures[0]
+    per_row = (first.patched - first.base).mean(axis=0)
+    error = per_row.std(ddof=1) / np.sqrt(len(per_row))
+    by_hand = stats.t.interval(0.95, len(per_row) - 1, per_row.mean(), error)
+    found = result.seed_means[0].row_low, result.seed_means[0].row_high
+    assert np.allclose(found, by_hand, atol=0.3 * (by_hand[1] - by_hand[0]))  # skewness
+
+
+def test_equal_values_have_no_interval() -> None:
+    assert np.isnan(mean_half_width(np.array([0.5, 0.5, 0.5]), 95))
+
+
+def test_loop_has_mean_of_each_basis(tmp_path: Path) -> None:
+    chance = fit(f"{SEEDS}, steps: 0".replace("steps: 6, ", "")).replace("basis d", "basis c")
+    rule = f"for b in [d, c] {{ patch {SITE} in basis b at last token }}"
+    path = write(tmp_path, fit(SEEDS), chance, experiment(PATCH[0], rule))
+    result = one(run(path, fit=True))
+    assert result.axes == ("b", "seed")
+    assert [mean.cell.coords["b"] for mean in result.seed_means] == ["d", "c"]
+    values = result.statistics[0].mean
+    assert np.allclose([m.mean for m in result.seed_means], values.reshape(2, 3).mean(axis=1))
+
+
+# --- where they are shown -------------------------------------------------------------------------
+
+
+def test_means_are_printed_and_stored(tmp_path: Path) -> None:
+    results = mechdsl.run(FRUIT, store=tmp_path, fit=True)
+    mean, _ = one(results).seed_means
+    again = mechdsl.run(FRUIT, store=tmp_path)
+    assert one(again).seed_means == one(results).seed_means
+    for text in (one(results).to_text(160), one(results)._repr_html_()):  # pyright: ignore
+        assert "means over seeds" in text
+        assert "95 % over seeds" in text
+        assert "95 % over prompts" in text
+    (document,) = results.to_dict()["files"][0]["experiments"]
+    assert document["seed_means"][:1] == [
+        {
+            "coords": {}, "site": one(results).cells[0].site, "label": mean_label(results),
+            "effect": "delta", "seeds": 3, "mean": mean.mean, "low": mean.low, "high": mean.high,
+            "row_low": mean.row_low, "row_high": mean.row_high, "n": mean.n,
+        }
+    ]  # fmt: skip
+    assert one(results).conventions["seeds of trainings"].startswith("0, 1, 2; ")
+
+
+def mean_label(results: Any) -> str:
+    return one(results).measures[0].label
+
+
+def test_fit_has_mean_of_reports(tmp_path: Path) -> None:
+    fits = train(write(tmp_path, fit(SEEDS), experiment(*PATCH)))
+    assert [each.basis for each in fits] == ["d[seed 0]", "d[seed 1]", "d[seed 2]"]
+    assert len({tuple(rotation(each).flatten().tolist()) for each in fits}) == 3
+    (group,) = group_by_seeds(fits)
+    values = np.array([each.report.trained for each in fits])  # pyright: ignore
+    low, high = stats.t.interval(0.95, 2, values.mean(), values.std(ddof=1) / np.sqrt(3))
+    said = json.loads(json.dumps(group.to_dict()))
+    assert (said["basis"], said["seeds"]) == ("d", [0, 1, 2])
+    ends = [said[name]["trained"] for name in ("mean", "low", "high")]
+    assert np.allclose(ends, [values.mean(), low, high])
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+MASK = "group g = fit(mask(size: 1), prompts: p, from: other, maximise: logit(wrong), seeds: 2) at layers * heads * at last token\n"  # noqa: E501
+LENS = "lens l = fit(tuned_lens, prompts: p, seeds: 2) at resid_post layer * at tokens *\n"
+OTHER_SEEDS = fit(f"{QUICK}, seeds: 2").replace("basis d", "basis c")
+OTHER_SITE = "mlp_out layer 0 at last token"
+FAILS = {
+    "one": (fit(f"{QUICK}, seeds: 1"), PATCH, "E0342", "a whole number from 2 to 100"),
+    "mask": (MASK, ("ablate g at last token with zero",), "E0207", "which makes one group"),
+    "lens": (LENS, ("observe l resid_post layer 0 at last token",), "E0207", "makes one lens"),
+    "loop": (
+        fit(SEEDS) + OTHER_SEEDS,
+        (PATCH[0], f"for b in [d, c] {{ patch {SITE} in basis b at last token }}"),
+        "E0342",
+        "different seeds",
+    ),
+    "axis": (
+        fit(SEEDS),
+        (PATCH[0], "for seed in [5, 6] {", f"scale {OTHER_SITE} by seed", PATCH[1], "}"),
+        "E0342",
+        "another axis `seed`",
+    ),
+    "span": (
+        fit_vector(SEEDS) + f"basis s = directions(v) at {SITE}\n",
+        (PATCH[0], f"patch {SITE} in basis s at last token"),
+        "E0342",
+        "for each of 3 seeds",
+    ),
+    "observed": (
+        DICTIONARY.format(SEEDS) + "\n",
+        ("observe features of b at last token",),
+        "E0342",
+        "for each of 3 seeds",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAILS)
+def test_seeds_that_cannot_be_used_are_errors(name: str, tmp_path: Path) -> None:
+    line, rules, code, reason = FAILS[name]
+    path = write(tmp_path, line, experiment(*rules))
+    found = mechdsl.validate(path, models=models())
+    assert code in [each.code for each in found]
+    assert any(reason in f"{each.message} {each.label_text}" for each in found), found
