@@ -172,10 +172,17 @@ class RowVectors:
         return self.declared.sample.run.draws == 1 and int(self.counts.sum()) <= most
 
     def _read(self, rows: Ints) -> tuple[Tensor, Tensor]:
-        if not self._is_shared:
-            return self._run(rows)
-        every = np.sort(self.rows)
-        sample = self.declared.sample
+        found = self._select(rows) if self._is_shared else self._run(rows)
+        paired = self.declared.paired
+        if paired is None or paired.point is not None:
+            return found
+        ordered = np.sort(rows)
+        values = np.array(paired.values)[ordered].repeat(self.counts[ordered], axis=0)
+        return found[0], torch.from_numpy(values).to(found[0])
+
+    def _select(self, rows: Ints) -> tuple[Tensor, Tensor]:
+        """Return what `_run` returns, of vectors that are in memory."""
+        every, sample = np.sort(self.rows), self.declared.sample
         key = (
             id(self.model), sample.table.name, sample.table.row_keys, sample.run.name,
             sample.cell.hits, self.declared.points, self.seed, self.side,
@@ -188,13 +195,7 @@ class RowVectors:
 
     def _run(self, rows: Ints) -> tuple[Tensor, Tensor]:
         sample = self.declared.sample
-        found = read_rows(self.declared, self.model, sample, rows, seed=self.seed, side=self.side)
-        paired = self.declared.paired
-        if paired is None or paired.point is not None:
-            return found
-        ordered = np.sort(rows)
-        values = np.array(paired.values)[ordered].repeat(self.counts[ordered], axis=0)
-        return found[0], torch.from_numpy(values).to(found[0])
+        return read_rows(self.declared, self.model, sample, rows, seed=self.seed, side=self.side)
 
 
 def read_rows(
