@@ -168,7 +168,7 @@ class RowVectors:
     @cached_property
     def _is_shared(self) -> bool:
         """Whether all vectors are read at once and stay in memory."""
-        most = most_vectors(self.declared, self.model, self.chunk_bytes)
+        most = most_vectors(self.declared, self.model.shape, self.chunk_bytes)
         return self.declared.sample.run.draws == 1 and int(self.counts.sum()) <= most
 
     def _read(self, rows: Ints) -> tuple[Tensor, Tensor]:
