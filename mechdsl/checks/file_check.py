@@ -74,7 +74,12 @@ from mechdsl.diagnostics.syntax import (
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.models.folder import locate_model
 from mechdsl.program import spec
-from mechdsl.program.directions import fit_rows_of_experiment, used_bases, used_directions
+from mechdsl.program.directions import (
+    fit_rows_of_basis,
+    fit_rows_of_experiment,
+    used_bases,
+    used_directions,
+)
 from mechdsl.program.lowering import lower_program
 from mechdsl.program.paths import (
     ROWS_PATH,
@@ -99,7 +104,7 @@ from mechdsl.resolve.cells import find_open_axes
 from mechdsl.resolve.expansion import find_selections, split_by_group
 from mechdsl.resolve.experiment import find_omitted_answers, outline_experiment
 from mechdsl.resolve.findings import Finding, VariantFinding
-from mechdsl.resolve.model_pairs import attach_texts
+from mechdsl.resolve.model_pairs import attach_texts, check_fit_model
 from mechdsl.resolve.trainings import check_objective
 from mechdsl.resolve.types import ExperimentOutline, ModelContext, ResolvedExperiment
 from mechdsl.rules.kinds import RULES
@@ -787,6 +792,7 @@ def _outline(
     if read and any(each.shape.side for each in (model, *read)):
         what = "another model together with one with two towers"
         checked.diagnostics.append(NotSupported(span=experiment.span, what=what))
+    _check_fit_models(experiment, checked, contexts, model)
     if any(each.stands_in for each in (model, *read)):
         _skip(checked.unchecked, experiment)
     blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]
@@ -828,6 +834,18 @@ def _outline(
         found += _tested_where_picked(resolved)
     checked.diagnostics.extend(filter_certain(found, known.unknown))
     return known
+
+
+def _check_fit_models(
+    experiment: spec.Experiment, checked: CheckedFile, contexts: FileContexts, model: ModelContext
+) -> None:
+    """Report E0415 for what is trained on a model of another shape."""
+    for basis in used_bases(experiment, checked.program):
+        rows = fit_rows_of_basis(basis, checked.program)
+        if rows is not None and rows.model is not None:
+            other = contexts.models.context(rows.model)
+            problem = check_fit_model(basis.method.span, other, model)
+            checked.diagnostics += [] if problem is None else [problem]
 
 
 def _unknown_runs(found: Iterable[Diagnostic]) -> set[str]:

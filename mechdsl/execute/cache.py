@@ -518,7 +518,6 @@ def _digest_shared(
 ) -> bytes:
     """Digest the dependencies that all cells share: the observation, its rows and runs."""
     experiment, contents = plan.experiment, values.contents
-    own = {name: each for name, each in vars(does).items() if name != "trained_on"}
     runs = [table.runs[name] for name in dict.fromkeys((experiment.spec.base, rule.rule.run))]
     trained: list[object] = []
     if does.trained_on is not None:
@@ -536,7 +535,13 @@ def _digest_shared(
         if measure.observed
     ]
     return digest(
-        *("together", contents.models[experiment.model.key], type(does), own, experiment.seed),
+        *(
+            "together",
+            contents.models[experiment.model.key],
+            type(does),
+            does.dependencies,
+            experiment.seed,
+        ),
         [[run.draws, contents.of(run, table)[rows]] for run in runs],
         [table.row_keys[row] for row in rows.tolist()],
         *(rows, trained, measures, [_list_hits(spot, rows) for spot in places]),

@@ -187,6 +187,9 @@ MASK_FILE = "mask.json"
 LENS_FILE = "lens.safetensors"
 """The maps of a trained lens, in its folder, as `tuned_lens("…")` reads them."""
 
+PROBE_FILE = "probe.safetensors"
+"""The maps of a trained probe, in its folder."""
+
 VECTOR_FILE = "vector.safetensors"
 """A trained vector or trained scales, in its folder."""
 
@@ -432,6 +435,30 @@ class LensReport(FitReport):
 
 
 @dataclass(frozen=True)
+class ProbeReport(FitReport):
+    """How well a probe predicts, in each of its layers, on rows that it wasn't trained on: the
+    accuracy for a class, R² for a number, None if it isn't defined."""
+
+    predicts: str
+    """The value, as the file names it."""
+    unit: str
+    """`accuracy` or `R²`."""
+    distinct_rows: int
+    """Training rows with different inputs up to the position."""
+    layers: list[int | None]
+    """None for a site without layers."""
+    trained: list[float | None]
+    shuffled: list[float | None]
+    """The same for the probe of shuffled training values."""
+    random: list[float | None]
+    """The mean of the same over probes of one random direction of the vectors."""
+    draws: int
+    """Number of random directions."""
+    constant: float | None
+    """The same for the most common class, or the mean, of training rows."""
+
+
+@dataclass(frozen=True)
 class MaskReport(FitReport):
     """What the training of a mask led to: means of its measure over rows that it didn't use, with 0
     and 1 instead of the values of gates."""
@@ -491,17 +518,18 @@ Report = (
     | ScaleReport
     | MaskReport
     | LensReport
+    | ProbeReport
 )
 
 
 @dataclass(frozen=True)
 class TrainedFit:
-    """A dictionary, a rotation, a vector, scales, a lens or a mask that a file declares with
-    `fit(…)`, trained."""
+    """A dictionary, a rotation, a vector, scales, a lens, a probe or a mask that a file declares
+    with `fit(…)`, trained."""
 
     basis: str
-    """The basis, the direction, the lens, or the group of a mask; one member of a family as
-    `f[layer 3]`."""
+    """The basis, the direction, the lens, the probe, or the group of a mask; one member of a
+    family as `f[layer 3]`."""
     what: str
     """`topk SAE with k 8`, `das rotation with 2 directions`."""
     site: str
@@ -509,8 +537,8 @@ class TrainedFit:
     folder: Path
     """Its folder in the store: of a dictionary, in a layout that `sae("…")` or `transcoder("…")`
     reads; of a rotation, with a file that `saved("…/rotation.safetensors", "rotation")` reads, of a
-    vector or scales `saved("…/vector.safetensors", "vector")`, and of a lens
-    `tuned_lens("…/lens.safetensors")`."""
+    vector or scales `saved("…/vector.safetensors", "vector")`, of a lens
+    `tuned_lens("…/lens.safetensors")`, and of a probe `probe.safetensors`."""
     report: Report
     """How well it was trained, next to controls."""
     seconds: float

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.hashing import digest
 
 
@@ -109,6 +109,11 @@ class Standardiser:
     def __call__(self, x: Floats) -> Floats:
         """Standardise x, [row, width]."""
         return (np.asarray(x, dtype=np.float64) - self.mean) * self.by
+
+    def before(self, read: LinearMap) -> LinearMap:
+        """Return the map that standardises vectors and applies another map to them."""
+        weights = self.by[:, None] * read.weights
+        return LinearMap(weights, read.intercept - self.mean @ weights)
 
 
 def fit_standardiser(x: Floats) -> Standardiser:
@@ -274,6 +279,33 @@ def assign_folds(
     return np.array([fold[key] for key in keys], dtype=np.int64)
 
 
+def hold_out(
+    keys: Sequence[bytes], share: float, seed: int, strata: Sequence[object] | None = None
+) -> Bools:
+    """Choose rows that a fit doesn't use: [row].
+
+    Rows with equal keys are together, and the order of rows doesn't matter. Of each stratum with
+    at least two distinct keys, the given share is held out, at least one key and not all; with a
+    share of 0, none.
+
+    Args:
+        keys: A digest of each row's content.
+        share: Share of the distinct keys, from 0 to 1.
+        strata: As in `assign_folds`.
+    """
+    own: dict[bytes, str] = {}
+    for key, stratum in zip(keys, strata or [""] * len(keys), strict=True):
+        own[key] = min(own.get(key, repr(stratum)), repr(stratum))
+    held: set[bytes] = set()
+    for stratum in {*own.values()} if share > 0 else set[str]():
+        order = sorted(
+            (key for key in own if own[key] == stratum),
+            key=lambda key: (digest("hold out", seed, key), key),
+        )
+        held |= {*order[: min(len(order) - 1, max(1, round(share * len(order))))]}
+    return np.array([key in held for key in keys], dtype=bool)
+
+
 def group_keys(keys: Sequence[bytes], groups: Sequence[str]) -> list[bytes]:
     """Return a common key for rows that share a key or group, directly or through others: [row].
 
@@ -341,9 +373,18 @@ class RidgeProbe:
 
     def __call__(self, x: Floats, y: Floats, fold: Ints) -> Callable[[Floats], Floats]:
         """Fit as a `FitFunction`, from [row, width] to [row, target]."""
+        scale, found = self._fitted(x, y, fold)
+        return lambda rows: found(scale(rows))
+
+    def fit(self, x: Floats, y: Floats, fold: Ints) -> LinearMap:
+        """Return the same fit as one map of vectors that aren't standardised."""
+        scale, found = self._fitted(x, y, fold)
+        return scale.before(found)
+
+    def _fitted(self, x: Floats, y: Floats, fold: Ints) -> tuple[Standardiser, LinearMap]:
         penalty = self._chosen(x, y, fold) if self.penalty is None else self.penalty
         scale, [found] = _scaled_ridges(x, y, [penalty])
-        return lambda rows: found(scale(rows))
+        return scale, found
 
     def _chosen(self, x: Floats, y: Floats, fold: Ints) -> float:
         inner = np.unique(fold)
@@ -366,9 +407,17 @@ class LogisticProbe:
 
     def __call__(self, x: Floats, y: Floats, fold: Ints) -> Callable[[Floats], Floats]:
         """Fit as a `FitFunction`, from [row, width] to class numbers [row]."""
-        scale = fit_standardiser(x)
-        found = fit_logistic(scale(x), np.asarray(y, dtype=np.int64), self.penalty)
+        scale, found = self._fitted(x, y)
         return lambda rows: found(scale(rows)).astype(np.float64)
+
+    def fit(self, x: Floats, y: Floats) -> LinearMap:
+        """Return the logits of the same fit as one map of vectors that aren't standardised."""
+        scale, found = self._fitted(x, y)
+        return scale.before(found.logits)
+
+    def _fitted(self, x: Floats, y: Floats) -> tuple[Standardiser, LinearClassifier]:
+        scale = fit_standardiser(x)
+        return scale, fit_logistic(scale(x), np.asarray(y, dtype=np.int64), self.penalty)
 
 
 def _scaled_ridges(

@@ -2,7 +2,8 @@
 
 A training is a folder of the store, `fits/KEY`, with a card `fit.json`: a dictionary in the layout
 of SAELens, the directions of a rotation in `rotation.safetensors`, a vector or scales in
-`vector.safetensors`, the maps of a lens in `lens.safetensors`, or the sites of a mask in
+`vector.safetensors`, the maps of a lens in `lens.safetensors` or of a
+probe in `probe.safetensors`, or the sites of a mask in
 `mask.json`. The key is a digest of
 everything that the weights depend on. Checkpoints of a training under way are in `fits/KEY.part`.
 """
@@ -35,6 +36,7 @@ from mechdsl.execute.run_record import (
     LENS_FILE,
     MASK_FILE,
     NUMERIC_VERSION,
+    PROBE_FILE,
     ROTATION_FILE,
     TRAINING_VERSION,
     VECTOR_FILE,
@@ -44,6 +46,7 @@ from mechdsl.execute.run_record import (
     LensReport,
     MaskReport,
     MixtureReport,
+    ProbeReport,
     Report,
     RotationReport,
     ScaleReport,
@@ -79,6 +82,7 @@ from mechdsl.resolve.trainings import (
     VECTOR,
     MaskFile,
     key_of_candidate,
+    name_probe_map,
     name_prompt_vector,
     paired_cells,
     read_texts,
@@ -92,6 +96,7 @@ from mechdsl.resolve.types import (
     TrainedDictionary,
     TrainedLens,
     TrainedMask,
+    TrainedProbe,
     TrainedRotation,
     TrainedVector,
     Training,
@@ -115,8 +120,15 @@ class DeclaredFit:
     """A training of a file, with the first experiment that needs it."""
 
     basis: str
-    """`f[layer 3]`, or the name of a lens or a group."""
-    file: TrainedDictionary | TrainedRotation | TrainedVector | TrainedMask | TrainedLens
+    """`f[layer 3]`, or the name of a lens, a probe or a group."""
+    file: (
+        TrainedDictionary
+        | TrainedRotation
+        | TrainedVector
+        | TrainedMask
+        | TrainedLens
+        | TrainedProbe
+    )
     experiment: ResolvedExperiment
     objective: ResolvedExperiment | None = None
     """What a rotation, vector or mask is trained on; None for others, and where only the name is
@@ -154,10 +166,10 @@ def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFi
             declared = DeclaredFit(vector.name, vector, experiment)
             found.setdefault(vector.training.name, declared)
         for rule in experiment.every_rule:
-            lens = rule.does.lens
-            if lens is not None:
-                declared = DeclaredFit(lens.training.definition, lens, experiment)
-                found.setdefault(lens.training.name, declared)
+            read = rule.does.trained
+            if read is not None:
+                declared = DeclaredFit(read.training.definition, read, experiment)
+                found.setdefault(read.training.name, declared)
         for mask in experiment.masks:
             declared = DeclaredFit(mask.training.definition, mask, experiment)
             found.setdefault(mask.training.name, declared)
@@ -255,6 +267,8 @@ class FitKeys:
             parts["stream"] = self._stream(training, training.stream)
         if fit.objective is not None:
             parts["objective"] = _objective(fit.objective, training.minimises, contents)
+        if isinstance(fit.file, TrainedProbe):
+            parts["targets"] = [list(training.sample.targets), fit.file.outputs]
         if isinstance(fit.file, TrainedMask):
             assert fit.objective is not None
             rule = fit.objective.rules[0]
@@ -402,6 +416,8 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
             return _read_vector(folder, fit, card["sha256"]), kind.read(card)
         if isinstance(fit.file, TrainedLens):
             return _read_lens(folder, fit, card["sha256"]), LensReport.read(card)
+        if isinstance(fit.file, TrainedProbe):
+            return _read_probe(folder, fit.file, card["sha256"]), ProbeReport.read(card)
         if isinstance(fit.file, TrainedMask):
             return _read_mask(folder, fit.file, card["sha256"]), MaskReport.read(card)
         transcodes = bool(card["transcodes"])
@@ -454,6 +470,19 @@ def _read_lens(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile:
     return file
 
 
+def _read_probe(folder: Path, probe: TrainedProbe, digest: str) -> SafetensorsFile:
+    """Read the header of a probe. Raises UnreadableFile, and ValueError for other maps."""
+    path, outputs = folder / PROBE_FILE, probe.outputs
+    file = inspect_safetensors(path, str(path), limits.DIRECTION_FILE, "train it again")
+    wanted: dict[str, tuple[int, ...]] = {}
+    for point, width in zip(probe.training.inputs, probe.widths, strict=True):
+        for name in (name_probe_map(point), f"shuffled.{name_probe_map(point)}"):
+            wanted |= {f"{name}.weight": (outputs, width), f"{name}.bias": (outputs,)}
+    if file.digest != digest or dict(file.shapes) != wanted:
+        raise ValueError("the file is damaged")
+    return file
+
+
 def _read_mask(folder: Path, mask: TrainedMask, digest: str) -> MaskFile:
     """Read the sites that a mask chose. Raises OSError, KeyError, ValueError and IndexError."""
     path = folder / MASK_FILE
@@ -483,6 +512,8 @@ def _describe_result(file: TrainedFile, report: Report) -> str:
         return _describe_mixture(file, report)
     if isinstance(report, CorrelationReport):
         return _describe_correlations(file, report)
+    if isinstance(report, ProbeReport):
+        return _describe_probe(file, report)
     if not isinstance(report, TrainingReport | IndependenceReport):
         rows = "held-out rows" if report.held_out_rows else "training rows"
         values = _effects(report)
@@ -568,6 +599,27 @@ def _describe_lens(file: TrainedFile, report: LensReport) -> str:
         f"mean KL in nats on {rows}, logit lens → trained: {listed}; average prediction "
         f"{report.average:.4g}; SHA-256 {file.digest[:12]}…"
     )
+
+
+def _describe_probe(file: TrainedFile, report: ProbeReport) -> str:
+    rows = "held-out rows" if report.held_out_rows else "training rows"
+    values: dict[str, list[float | None]] = {"trained": report.trained}
+    values |= {"shuffled values": report.shuffled}
+    values |= {f"{report.draws} random directions": report.random}
+    best = max(report.trained, key=lambda own: float("-inf") if own is None else own)
+    number = report.trained.index(best)
+    several = len(report.layers) > 1 and best is not None
+    where = f" in layer {report.layers[number]}, the best one" if several else ""
+    listed = ", ".join(f"{name} {show_score(own[number])}" for name, own in values.items())
+    return (
+        f"{report.unit} on {rows}{where}: {listed}, always the same "
+        f"{show_score(report.constant)}; SHA-256 {file.digest[:12]}…"
+    )
+
+
+def show_score(score: float | None) -> str:
+    """Format a score of a probe; – for one that isn't defined."""
+    return "–" if score is None else f"{score:.3f}"
 
 
 def _describe_mask(file: TrainedFile, report: MaskReport) -> str:

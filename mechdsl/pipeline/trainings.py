@@ -20,12 +20,14 @@ from mechdsl.diagnostics.rules import TrainingFailed, UndecidedMask
 from mechdsl.execute.run_record import (
     CARD_FILE,
     LENS_FILE,
+    PROBE_FILE,
     CorrelationReport,
     DecoderReport,
     IndependenceReport,
     LensReport,
     MaskReport,
     MixtureReport,
+    ProbeReport,
     Report,
     RotationReport,
     ScaleReport,
@@ -43,6 +45,7 @@ from mechdsl.pipeline.trained_files import (
     fits_of_file,
     packages_of_fit,
     read_fit,
+    show_score,
 )
 from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFailure
@@ -54,6 +57,7 @@ from mechdsl.resolve.types import (
     TrainedDictionary,
     TrainedLens,
     TrainedMask,
+    TrainedProbe,
     TrainedRotation,
     TrainedVector,
     Training,
@@ -255,6 +259,7 @@ def _train_one(
         run: Trains it, and writes it to a folder.
     """
     from mechdsl.execute.mask_training import NoBasis, TooFewCandidates
+    from mechdsl.execute.probe_training import NoProbe
     from mechdsl.execute.run.feature_files import RowsRefused
     from mechdsl.execute.training_vectors import NoVectors
     from mechdsl.fits.factors import NotFactored
@@ -293,7 +298,7 @@ def _train_one(
         hint = f"lower the learning rate: `rate: {rate / 10:g}`"
         hint += ", or the penalty" if "penalty" in fit.training.of_trainer else ""
         return None, _failed(fit, str(problem), hint)
-    except (NotFactored, TooFewCandidates) as problem:
+    except (NotFactored, TooFewCandidates, NoProbe) as problem:
         shutil.rmtree(part, ignore_errors=True)
         return None, _failed(fit, str(problem), problem.hint)
     finally:
@@ -318,6 +323,7 @@ def _run_training(
     """Train one of them, and write it to `result`, in the folder of checkpoints."""
     from mechdsl.execute.mask_training import open_rows, train_mask
     from mechdsl.execute.objective_rows import ObjectiveRows
+    from mechdsl.execute.probe_training import train_probe
     from mechdsl.execute.rotation_training import train_rotation
     from mechdsl.execute.scale_training import train_scales
     from mechdsl.execute.training import TrainingJob
@@ -348,6 +354,8 @@ def _run_training(
             return train(fit.file, rows, job)
         assert isinstance(fit.file, TrainedRotation)
         return train_rotation(fit.file, rows, job)
+    if isinstance(fit.file, TrainedProbe):
+        return train_probe(fit.file, model, job, seed=checked.program.seed, side=side)
     return _train_on_vectors(fit, job, model, checked, side, cache)
 
 
@@ -426,6 +434,8 @@ def _facts(fit: DeclaredFit, checked: CheckedFile, model: LoadedModel) -> dict[s
     if isinstance(training.trainer, OwnTrainer):
         code = training.trainer.own.function
         own["code"] = {"file": code.file, "name": code.name, "sha256": code.digest}
+    if isinstance(fit.file, TrainedProbe):
+        own["classes"] = list(fit.file.classes)
     if fit.objective is not None:
         own["from"] = fit.objective.spec.source
         fill = fit.objective.spec.rules[0].fill
@@ -469,8 +479,8 @@ def _finished(fit: DeclaredFit, folder: Path, report: Report, seconds: float) ->
         site = f"{site} at {fit.training.sample.cell.label}"
     elif isinstance(fit.file, TrainedMask):
         site = label_candidates(fit.file.candidates)
-    if isinstance(fit.file, TrainedLens):
-        site = label_all_points(fit.training.points[:-1])
+    if isinstance(fit.file, TrainedLens | TrainedProbe):
+        site = label_all_points(fit.training.inputs)
     if isinstance(report, RotationReport):
         what = describe_rotation(fit.training.trainer.name, report.directions)
     seed = fit.training.seed
@@ -562,6 +572,8 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
         return _describe_soft_prompt(rows, report)
     if isinstance(report, LensReport):
         return _describe_lens(rows, report)
+    if isinstance(report, ProbeReport):
+        return _describe_probe(rows, report, card)
     normal = []
     if isinstance(report, DecoderReport):
         what = "a dictionary of normal vectors with the same covariance, on held-out ones"
@@ -674,6 +686,26 @@ def _describe_lens(rows: str, report: LensReport) -> list[str]:
         "trained:",
         *(f"  - layer {layer}: {before:.4f} → {after:.4f}" for layer, before, after in columns),
         f"- The same for the average prediction on training vectors: {report.average:.4f}",
+    ]
+
+
+def _describe_probe(rows: str, report: ProbeReport, card: Mapping[str, Any]) -> list[str]:
+    """Return what the model card of a probe says about its rows and its result."""
+    measured = "held-out" if report.held_out_rows else "training"
+    columns = zip(report.layers, report.trained, report.shuffled, report.random, strict=True)
+    shown = [[each[0], *map(show_score, each[1:])] for each in columns]
+    classes = ", ".join(map(str, card["classes"]))
+    return [
+        f"{rows}; {count_noun(report.held_out_rows, 'row')} held out",
+        f"- Predicts: `{report.predicts}`" + (f", of the classes {classes}" if classes else ""),
+        f"- Training rows with different tokens up to there: {report.distinct_rows:,}",
+        f"- `{PROBE_FILE}` has `layer.N.weight` [output, width] and `layer.N.bias` [output]; the "
+        "outputs are " + ("logits of the classes" if classes else "the number"),
+        f"- {report.unit} on {measured} rows: trained; with shuffled values; mean over "
+        f"{report.draws} random directions",
+        *(f"  - layer {n}: {own}; {mixed}; {drawn}" for n, own, mixed, drawn in shown),
+        f"- The same for the {'most common class' if classes else 'mean'} of training rows: "
+        f"{show_score(report.constant)}",
     ]
 
 

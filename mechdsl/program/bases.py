@@ -14,6 +14,7 @@ from mechdsl.program.basis_methods import (
     EFFECT_OPTIONS,
     FILLS,
     OBJECTIVES,
+    PROBE_OPTIONS,
     ROW_OPERANDS,
     BasisMethod,
 )
@@ -36,6 +37,7 @@ from mechdsl.program.lens_trainers import LENS_EXAMPLE, LENS_SITES, OTHER_LENS_T
 from mechdsl.program.names import Namespace
 from mechdsl.program.own_trainers import find_own_trainer, find_trainer, trainer_arguments
 from mechdsl.program.python_functions import is_python_call
+from mechdsl.program.probe_trainers import OTHER_PROBE_TRAINERS, PROBE_EXAMPLE, PROBE_SITES
 from mechdsl.program.references import lists_positions
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import (
@@ -44,6 +46,7 @@ from mechdsl.program.trainers import (
     EffectTrainer,
     MaskTrainer,
     PairedTrainer,
+    ProbeTrainer,
     ScaleTrainer,
     Statement,
     Trainer,
@@ -55,6 +58,16 @@ from mechdsl.syntax.traversal import walk
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
 
+
+_SITES = {"lens": LENS_SITES, "probe": PROBE_SITES}
+"""First word of a statement → an example of its site and positions; others: a site."""
+
+_TRAINED_ONLY = {
+    "lens": f"train one: `{LENS_EXAMPLE}`; "
+    '`observe tuned_lens("lens.safetensors")` reads a file without this line',
+    "probe": f"train one: `{PROBE_EXAMPLE}`",
+}
+"""First word of a statement that only has the method `fit` → hint for other methods."""
 
 _DAS = f"train a rotation: `fit(das(dims: 2), {TRAINING_ARGUMENTS})`"
 
@@ -82,6 +95,7 @@ OTHER_TRAINERS: dict[str, str] = {
     **OTHER_EFFECT_TRAINERS,
     **OTHER_SOLVED_TRAINERS,
     **OTHER_LENS_TRAINERS,
+    **OTHER_PROBE_TRAINERS,
     "pca": "write `pca(fruit.train, dims: 8)` without `fit`",
 }
 """What else may be written inside of `fit(…)` → hint."""
@@ -116,6 +130,7 @@ OTHER_OBJECTIVES: dict[str, str] = {
     "lr": "rate",
     "learning_rate": "rate",
     "epochs": "steps",
+    **dict.fromkeys(("y", "label", "labels", "value", "predict", "column"), "target"),
     "batch_size": "batch",
     **dict.fromkeys(("repeats", "restarts", "runs", "replicates", "num_seeds"), "seeds"),
 }
@@ -123,15 +138,14 @@ OTHER_OBJECTIVES: dict[str, str] = {
 
 
 def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -> spec.Basis | None:
-    """Lower a basis or a lens; None after an error, of those that don't depend on the model.
+    """Lower a basis, a lens or a probe; None after an error that doesn't depend on the model.
 
     Codes: E0201, E0203, E0207, E0342.
     """
     call, what = statement.source, statement.word
     method = BASIS_METHODS.get(call.name)
-    if what == "lens" and (method is None or method.takes != "training"):
-        reason, hint = f"`{call.span.written}` is no lens", f"train one: `{LENS_EXAMPLE}`"
-        hint += '; `observe tuned_lens("lens.safetensors")` reads a file without this line'
+    if what in _TRAINED_ONLY and (method is None or method.takes != "training"):
+        reason, hint = f"`{call.span.written}` is no {what}", _TRAINED_ONLY[what]
         scope.diagnostics.append(BadBasis(span=call.span, reason=reason, hint=hint, what=what))
         return None
     if method is None:
@@ -146,7 +160,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
     check_arguments(call, method, parts, scope, what=what)
     if statement.site is None:
         written = f"{what} {statement.name.id} = {call.span.written}"
-        written += " at resid_post layer 2" if what == "basis" else f" {LENS_SITES}"
+        written += f" {_SITES.get(what, 'at resid_post layer 2')}"
         scope.diagnostics.append(
             BadBasis(
                 span=call.span,
@@ -163,7 +177,7 @@ def lower_basis(statement: ast.BasisDef, parts: Definitions, scope: Namespace) -
                 hint=f"remove `at {statement.at.span.written}`",
             )
         )
-    for axis in () if statement.site is None or what == "lens" else statement.site.axes:
+    for axis in () if statement.site is None or what in _TRAINED_ONLY else statement.site.axes:
         if axis.word == "feature" or axis.plural:
             scope.diagnostics.append(
                 BadBasis(
@@ -289,7 +303,7 @@ def check_arguments(
             scope.diagnostics.append(_unknown_option(argument, call.name, method.options, others))
         elif argument.name == "limit":
             check_row_limit(call, argument, parts, scope)
-        elif argument.name not in ("weights", "prompts", *EFFECT_OPTIONS):
+        elif argument.name not in ("weights", "prompts", *EFFECT_OPTIONS, *PROBE_OPTIONS):
             value = constant_value(argument.value, parts.parameters)
             problem = method.check_option(argument.name, value)
             if problem is not None:
@@ -490,9 +504,31 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         scope.diagnostics.append(
             BadBasis(span=node.span, reason=wrong[0], hint=wrong[1], what=what)
         )
-    problem = _objective_problem(call, found)
+    problem = _objective_problem(call, found) or _target_problem(call, found, scope)
     if problem is not None:
         scope.diagnostics.append(problem)
+
+
+def _target_problem(call: ast.Call, trainer: Trainer, scope: Namespace) -> BadArgument | None:
+    """Return the problem with the value that a probe predicts and the model that runs its rows, or
+    with such arguments of another trainer. Reports E0201 for a model."""
+    given = {each.name: each for each in call.arguments if each.name in PROBE_OPTIONS}
+    if not isinstance(trainer, ProbeTrainer):
+        for name, argument in given.items():
+            reason = f"is no argument of `fit` with `{trainer.name}`, which predicts no value"
+            hint = "remove it; `ridge` and `logistic` predict a value of the rows"
+            return BadArgument(span=argument.span, name=str(name), reason=reason, hint=hint)
+        return None
+    if "target" not in given:
+        reason = f"with `{trainer.name}` needs `target: …`, the value of the rows that is predicted"
+        hint = f"write `fit({trainer.example}, prompts: fruit.train, target: count)`"
+        return BadArgument(span=call.span, name=call.name, reason=reason, hint=hint)
+    model = given.get("model")
+    if model is not None:
+        written = model.value.span.written
+        name = model.value.id if isinstance(model.value, ast.Name) else written
+        scope.use("model", name, model.value.span)
+    return None
 
 
 def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:

@@ -592,6 +592,9 @@ compared with."""
 EFFECT_OPTIONS = (*ROTATION_OPTIONS, "with")
 """The same with the option of masks; `with` has the fill of a mask that ablates."""
 
+PROBE_OPTIONS = ("target", "model")
+"""Options of trainers of probes: the value that is predicted, and the model that runs the rows."""
+
 FILLS = ("zero", "mean")
 """Values of `with`."""
 
@@ -603,7 +606,7 @@ class TrainedBasis(BasisMethod):
 
     takes = "training"
     example = "fit(sae(features: 512, k: 8), prompts: fruit.train)"
-    options = ("prompts", "limit", *EFFECT_OPTIONS, *TRAINING_OPTIONS)
+    options = ("prompts", "limit", *EFFECT_OPTIONS, *PROBE_OPTIONS, *TRAINING_OPTIONS)
     required = ("prompts",)
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:

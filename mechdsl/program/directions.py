@@ -224,7 +224,10 @@ def fit_rows_of_basis(basis: spec.Basis, program: spec.Program | Definitions) ->
     if rows is None:
         return None
     limit, trains = _limit(basis.method, program.parameters), method.takes == "training"
-    return replace(rows, limit=limit, trains=trains, used=rows.used | basis.changed_by)
+    model = next((each.value for each in basis.method.arguments if each.name == "model"), None)
+    named = model.id if isinstance(model, ast.Name) and trains else None
+    used = rows.used | basis.changed_by
+    return replace(rows, limit=limit, trains=trains, used=used, model=named)
 
 
 def training_rows(call: ast.Call | None) -> ast.Node | None:

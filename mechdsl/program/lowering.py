@@ -852,7 +852,7 @@ def _directions_and_bases(
 
 
 def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
-    """Define bases, lenses and groups that a training chooses, which may refer to any block."""
+    """Define bases, lenses, probes and trained groups, which may refer to any block."""
     found: list[ast.BasisDef] = []
     for file, imported in files:
         for statement in file.statements:

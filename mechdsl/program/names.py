@@ -16,6 +16,8 @@ DEFINITION_EXAMPLES = {
     "param": "param {} = 12",
     "basis": "basis {} = pca(fruit, dims: 8) at resid_post layer 2 at last token",
     "lens": "lens {} = fit(tuned_lens, prompts: texts.train) at resid_post layer * at tokens *",
+    "probe": "probe {} = fit(ridge, prompts: fruit.train, target: count) at resid_post layer * "
+    "at last token",
     "direction": "direction {} = mean_difference(A, B) at resid_post layer 2 at last token",
 }
 

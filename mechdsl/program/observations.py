@@ -27,13 +27,21 @@ from mechdsl.program.spec import whole_number_value
 from mechdsl.program.statements import Statements, resolve_run_name
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import rewrite, walk
-from mechdsl.syntax.words import BASIS_OBSERVATIONS, LENSES, OBSERVATION_CONTROLS
+from mechdsl.syntax.words import (
+    BASIS_OBSERVATIONS,
+    LENSES,
+    OBSERVATION_CONTROLS,
+    PROBE_OBSERVATIONS,
+)
 
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
 
 
 ObserveStatement: TypeAlias = ast.AnyObserve
+
+FITTED_PROBE = "probe"
+"""The observation that takes a value of the rows, or a probe of the file."""
 
 
 @dataclass
@@ -137,14 +145,18 @@ def lower_observation(
 
 
 def _named_bases(call: ast.Call | None, work: Statements) -> tuple[str, ...]:
-    """Return the bases or the lens that an observation names; E0201 for names of something else."""
-    if call is None or call.name not in BASIS_OBSERVATIONS | LENSES:
+    """Return the bases, the lens or the probe that an observation names; E0201 for names of
+    something else."""
+    if call is None or call.name not in BASIS_OBSERVATIONS | LENSES | PROBE_OBSERVATIONS:
         return ()
     kind = "lens" if call.name in LENSES else "basis"
+    kind = "probe" if call.name in PROBE_OBSERVATIONS else kind
     values = [each.value for each in call.arguments if each.name is None]
     named = [each for each in values if isinstance(each, ast.Name)]
     if kind == "lens":  # a parameter may be the path of a file
         named = [each for each in named if not work.scope.has("param", each.id)]
+    if call.name == FITTED_PROBE:  # or a value of the rows
+        named = [each for each in named if work.scope.has("probe", each.id)]
     return tuple(each.id for each in named if work.scope.use(kind, each.id, each.span))
 
 

@@ -24,17 +24,19 @@ from mechdsl.syntax import ast
 if TYPE_CHECKING:
     from torch import Generator, Tensor, device
 
+    from mechdsl.base.arrays import Floats, Ints
     from mechdsl.fits.correlations import CorrelatedPair
     from mechdsl.fits.factors import Solution
     from mechdsl.fits.gates import Gates
     from mechdsl.fits.lenses import LensMaps
+    from mechdsl.fits.regression import LinearMap
     from mechdsl.fits.rotations import Rotation
     from mechdsl.fits.scales import ChannelScales
     from mechdsl.fits.training import Trainable
     from mechdsl.fits.vectors import TrainedVectors
 
 
-Statement = Literal["basis", "direction", "group", "lens"]
+Statement = Literal["basis", "direction", "group", "lens", "probe"]
 """First words of statements with `fit(…)`."""
 
 EFFECT_DEFAULTS: Mapping[str, Constant] = {
@@ -202,6 +204,34 @@ class LensTrainer(Trainer):
         """
 
 
+class ProbeTrainer(Trainer):
+    """A linear map of the vectors of rows, one for each row, that predicts a value of the rows."""
+
+    declares = "probe"
+    defaults: ClassVar[Mapping[str, Constant]] = {"validation": Percent(20)}
+    unused = ("steps", "batch", "rate", "patience")
+    predicts: ClassVar[Literal["number", "class"]]
+
+    @abstractmethod
+    def fit(
+        self, vectors: Floats, targets: Floats, folds: Ints, options: Mapping[str, Constant]
+    ) -> LinearMap:
+        """Fit a probe.
+
+        Args:
+            vectors: [row, width], one for each row.
+            targets: [row] numbers, or numbers of classes from 0 on; every class has a row.
+            folds: [row] folds, to choose an option with; rows with equal inputs are in one fold.
+
+        Returns:
+            The map to the predicted number, [width, 1], or to a logit for each class,
+            [width, class].
+
+        Raises:
+            ValueError, ArithmeticError: The vectors have no such probe.
+        """
+
+
 # --- trainers on a measure ------------------------------------------------------------------------
 
 
@@ -297,6 +327,7 @@ TRAINER_KINDS: tuple[type[Trainer], ...] = (
     ScaleTrainer,
     MaskTrainer,
     LensTrainer,
+    ProbeTrainer,
 )
 """Base classes of trainers."""
 

@@ -123,6 +123,26 @@ def check_model_pair(
     )
 
 
+def check_fit_model(span: Span, source: ModelContext, base: ModelContext) -> Diagnostic | None:
+    """Return E0415 if what is trained on one model doesn't fit into the other.
+
+    Args:
+        span: The call `fit(…)`.
+        source: The model that runs the training rows.
+        base: The experiment's model.
+    """
+    differences = list_differences(base.shape, source.shape)
+    if not differences or source.shape.stands_in or base.shape.stands_in:
+        return None
+    return ModelShapeMismatch(
+        span=span,
+        source=source.name,
+        base=base.name,
+        differences="; ".join(differences),
+        hint="train on another checkpoint or fine-tuning of the same model",
+    )
+
+
 def list_differences(base: ModelShape, source: ModelShape) -> list[str]:
     """Return how the sizes and sites of two models differ; empty if they don't."""
     found = [

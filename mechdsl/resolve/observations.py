@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 from mechdsl.models.shape import ModelShape
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun
-from mechdsl.resolve.types import Intervention, ResolvedRule, SiteLayer
+from mechdsl.resolve.types import Intervention, ResolvedRule, SiteLayer, SitePoint
 from mechdsl.vocab.metrics import MetricForm
 
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ class Observation(Intervention):
     """Whether it reads weights alone, so that its values don't depend on prompts."""
     of_bases: ClassVar[bool] = False
     """Whether its arguments are bases."""
+    of_probes: ClassVar[bool] = False
+    """Whether its argument may be a probe that the file trains."""
     of_coordinates: ClassVar[bool] = False
     """Whether its site may be coordinates of a basis: `observe value feature 3 of b`. The vectors
     that it reads are then the mean of the named coordinates, [K, 1]."""
@@ -217,6 +219,8 @@ class RowVectors:
     """Vectors to fit on, if they are of other rows."""
     number: int
     """1-based number of the value, for a cell with several values; otherwise 0."""
+    points: tuple[SitePoint, ...]
+    """Sites of the vectors, more than one if they are joined."""
     pairs: Floats
     """[row, 2] number of pairs of different tokens, one from each position, and number of pairs of
     a token with itself."""
@@ -302,6 +306,11 @@ class RowSetObservation(Observation):
 
     trained_on: TrainingRows | None = None
     """Rows to fit on, if they differ from the rows to evaluate."""
+
+    @property
+    def dependencies(self) -> object:
+        """What its values depend on, besides the vectors, their rows and the rows to fit on."""
+        return {name: own for name, own in vars(self).items() if name != "trained_on"}
 
     @property
     def reads_weights_only(self) -> bool:

@@ -20,7 +20,7 @@ from mechdsl.diagnostics.rules import BadBasis, MeasuredOnTrainingRows
 from mechdsl.dictionaries.folder import ENCODED_SITES, DictionaryFile
 from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS, TRAINING_DEFAULTS
+from mechdsl.program.basis_methods import BASIS_METHODS, PROBE_OPTIONS, TRAINING_DEFAULTS
 from mechdsl.program.directions import fit_rows_of_basis, last_token
 from mechdsl.program.own_trainers import OwnTrainer, find_trainer, trainer_arguments
 from mechdsl.program.spec import CLEAN, Constant, constant_value
@@ -52,6 +52,7 @@ from mechdsl.resolve.types import (
     TrainedDictionary,
     TrainedLens,
     TrainedMask,
+    TrainedProbe,
     TrainedRotation,
     TrainedVector,
     Training,
@@ -196,6 +197,42 @@ def outline_lens(
     if isinstance(file, SafetensorsFile):
         return TrainedLens(file.path, file.digest, training)
     return TrainedLens(Path(), "", training)
+
+
+def outline_probe(
+    definition: spec.Basis,
+    sample: FitSample,
+    points: tuple[SitePoint, ...],
+    classes: tuple[float | str, ...],
+    program: spec.Program,
+    model: ModelContext,
+) -> TrainedProbe:
+    """Return what a `probe` line declares, with its file if it is trained.
+
+    Args:
+        sample: The rows, with a number or the number of the class of each as targets.
+        points: One site, once for each layer that has a map.
+        classes: The classes; empty for a number.
+    """
+    options = constant_options(definition, program)
+    options = {name: own for name, own in options.items() if name not in PROBE_OPTIONS}
+    training = _describe_training(definition, options, sample, points[0], program, model)
+    layers = tuple(point.layer for point in points if point.layer is not None)
+    # It depends on the model that runs the rows, not on that of the experiment.
+    name = f"{definition.name} {sample.run.model or model.key}"
+    training = replace(training, name=name, layers=layers)
+    widths = tuple(count_numbers(point, model.shape) for point in points)
+    (target,) = (each.value for each in definition.method.arguments if each.name == "target")
+    file = program.trained.get(training.name, (None, ""))[0]
+    path, digest = Path(), ""
+    if isinstance(file, SafetensorsFile):
+        path, digest = file.path, file.digest
+    return TrainedProbe(path, digest, classes, widths, target.span.written, training)
+
+
+def name_probe_map(point: SitePoint) -> str:
+    """Return the beginning of the names of a probe's tensors in its file: `layer.2`."""
+    return point.site if point.layer is None else f"layer.{point.layer}"
 
 
 def constant_options(definition: spec.Basis, program: spec.Program) -> dict[str, Constant]:
@@ -439,7 +476,12 @@ def check_held_out(
 
 
 def describe_training(
-    made: TrainedDictionary | TrainedRotation | TrainedVector | TrainedMask | TrainedLens,
+    made: TrainedDictionary
+    | TrainedRotation
+    | TrainedVector
+    | TrainedMask
+    | TrainedLens
+    | TrainedProbe,
     rows: str,
     program: spec.Program,
     experiment: spec.Experiment,

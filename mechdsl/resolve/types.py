@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -276,19 +276,24 @@ class Training(Record):
     """The records that are read during the training, of which `sample` has the first ones; None for
     a training on the rows of `sample`."""
     layers: tuple[int, ...] = ()
-    """Layers of a lens, whose vectors are encoded together; `encoded` is the first one."""
+    """Layers of a lens, whose vectors are encoded together, or of a probe, which has a map for
+    each; `encoded` is the first one."""
     paired: PairedVectors | None = None
     """What the vectors are correlated with."""
     is_one_of_several: bool = False
     """Whether it is one of the trainings of `fit(…, seeds: 3)`."""
 
     @property
+    def inputs(self) -> tuple[SitePoint, ...]:
+        """The sites of the vectors that are encoded, one for each layer."""
+        return tuple(replace(self.encoded, layer=layer) for layer in self.layers) or (self.encoded,)
+
+    @property
     def points(self) -> tuple[SitePoint, ...]:
         """The sites of the vectors that are encoded, and then that of those that are
         reconstructed, or that they are correlated with."""
-        encoded = tuple(SitePoint(self.encoded.site, layer, None) for layer in self.layers)
         paired = None if self.paired is None else self.paired.point
-        return (*(encoded or (self.encoded,)), paired or self.made)
+        return (*self.inputs, paired or self.made)
 
     def trainer_of(self, kind: type[TrainerT]) -> TrainerT:
         """Return the trainer, which is of a kind."""
@@ -430,6 +435,42 @@ class TrainedLens(Record):
     def kind(self) -> str:
         """Description for tables and conventions."""
         return f"tuned lens of {count_noun(len(self.training.layers), 'layer')}"
+
+
+@record
+class TrainedProbe(Record):
+    """A linear probe that a file declares with `fit`, in a file of the store.
+
+    Until its training is found in the store, its digest is empty.
+    """
+
+    path: Path
+    digest: str
+    classes: tuple[float | str, ...]
+    """The classes that it distinguishes, in the order of its logits; empty for a number."""
+    widths: tuple[int, ...]
+    """Width of the vectors of each of its points."""
+    target: str = field(compare=False)
+    """The value that it predicts, as the file names it."""
+    training: Training = field(compare=False)
+    made: str = field(default="", compare=False)
+    """How it was trained, for conventions."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its weights are known."""
+        return bool(self.digest)
+
+    @property
+    def outputs(self) -> int:
+        """Number of its outputs: a number, or a logit for each class."""
+        return len(self.classes) or 1
+
+    @property
+    def kind(self) -> str:
+        """Description for tables and conventions."""
+        what = f"{len(self.classes):,} classes" if self.classes else "a number"
+        return f"{self.training.trainer.name} probe of {what}"
 
 
 @record
@@ -901,8 +942,8 @@ class Intervention:
     """Whether `against random(…, positions)` can move it to random positions."""
 
     @property
-    def lens(self) -> TrainedLens | None:
-        """The lens that it reads, if the file declares it with `fit`."""
+    def trained(self) -> TrainedLens | TrainedProbe | None:
+        """The lens or probe that it reads, if the file declares it with `fit`."""
         return None
 
     @property
@@ -1428,10 +1469,11 @@ class ResolvedExperiment(Record):
 
     @property
     def trained_parts(self) -> dict[str, str]:
-        """`group g`, `lens l` → how it was trained."""
+        """`group g`, `lens l`, `probe t` → how it was trained."""
         found = {f"group {mask.training.definition}": mask.made for mask in self.masks}
-        for lens in (rule.does.lens for rule in self.every_rule):
-            found |= {} if lens is None else {f"lens {lens.training.definition}": lens.made}
+        for own in (rule.does.trained for rule in self.every_rule):
+            if own is not None:
+                found[f"{own.training.trainer.declares} {own.training.definition}"] = own.made
         return found
 
     @property
@@ -1468,8 +1510,10 @@ class ResolvedExperiment(Record):
         others += [m for rule in self.every_rule if rule.direction for m in rule.direction.models]
         others += [model for file in self.direction_files for model in file.models]
         fits = (fit for rule in self.every_rule if rule.basis for fit in rule.basis.fits)
-        runs = (sample.run for fit in fits for sample in fit.samples)
-        others += [run.model for run in runs if run.model is not None]
+        samples = [sample for fit in fits for sample in fit.samples]
+        read = (rule.does.trained for rule in self.every_rule)
+        samples += [own.training.sample for own in read if own is not None]
+        others += [own.run.model for own in samples if own.run.model is not None]
         return tuple(dict.fromkeys((self.model.key, *others)))
 
     @property

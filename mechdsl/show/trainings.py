@@ -1,4 +1,4 @@
-"""Trained dictionaries, rotations, vectors, scales, lenses and masks as tables."""
+"""Trained dictionaries, rotations, vectors, scales, lenses, probes and masks as tables."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mechdsl.execute.run_record import (
     LensReport,
     MaskReport,
     MixtureReport,
+    ProbeReport,
     Report,
     RotationReport,
     ScaleReport,
@@ -139,6 +140,16 @@ LENS_NOTES = {
 """Columns of lenses."""
 
 
+PROBE_NOTES = {
+    "layer": "layer whose vectors the probe reads",
+    "trained": "accuracy for a class, R² for a number, on held-out rows; without any, on training "
+    "rows",
+    "shuffled": "the same for the probe of shuffled training values",
+    "random": "mean of the same over probes that read one random direction of the vectors",
+    "constant": "the same for the most common class, or the mean, of training rows",
+}
+"""Columns of probes."""
+
 ON_VECTORS = (TrainingReport, IndependenceReport, CorrelationReport, MixtureReport, LensReport)
 """Reports on vectors, without a measure."""
 
@@ -157,6 +168,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         (ScaleReport, SCALE_NOTES, "direction"),
         (MaskReport, MASK_NOTES, "group"),
         (LensReport, LENS_NOTES, "lens"),
+        (ProbeReport, PROBE_NOTES, "probe"),
     )
     for kind, notes, what in kinds:
         own = [fit for fit in fits if type(fit.report) is kind]
@@ -170,7 +182,10 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         )
     for fit in fits:
         what = f"{fit.what} at {fit.site}, in {fit.folder}"
-        if not isinstance(fit.report, ON_VECTORS):
+        if isinstance(fit.report, ProbeReport):
+            rows = f"{fit.report.distinct_rows:,} different training rows"
+            what = f"{fit.report.unit} for `{fit.report.predicts}`, {rows}; {what}"
+        elif not isinstance(fit.report, ON_VECTORS):
             what = f"{fit.report.objective}; {what}"
         if isinstance(fit.report, VectorReport | SoftPromptReport):
             what = f"vectors of the site have length {fit.report.site_length:.3g}; {what}"
@@ -191,8 +206,8 @@ def _list_inactive(report: MaskReport) -> str:
 def _print_table(
     fits: Sequence[TrainedFit], notes: Mapping[str, str], what: str, console: Console
 ) -> None:
-    """Print a table of trainings of one kind, a line for each layer of a lens, and the meaning of
-    its columns.
+    """Print a table of trainings of one kind, a line for each layer of a lens or a probe, and the
+    meaning of its columns.
 
     Args:
         what: What the file declares: `basis` or `direction`.
@@ -203,14 +218,14 @@ def _print_table(
         table.add_column(name, justify="right", no_wrap=True)
     for fit in fits:
         report = fit.report
-        first, *others = (
-            _lens_numbers(report) if isinstance(report, LensReport) else [_numbers(report)]
-        )
+        first, *others = _lines(report)
         table.add_row(
             fit.basis,
             f"{report.rows:,}",
             f"{report.held_out_rows:,}",
-            f"{report.steps:,}" + ("*" if report.stopped_early else ""),
+            "–"
+            if isinstance(report, ProbeReport)
+            else f"{report.steps:,}" + ("*" if report.stopped_early else ""),
             *first,
             f"{fit.seconds:.1f}" if fit.seconds else "stored",
         )
@@ -231,6 +246,22 @@ def _print_table(
         print_hanging("  ±: ", note, console)
 
 
+def _lines(report: Report) -> list[list[str]]:
+    """Return the cells of the columns of the notes: one line, or one for each layer."""
+    if isinstance(report, LensReport):
+        return _lens_numbers(report)
+    if isinstance(report, ProbeReport):
+        scores = zip(report.trained, report.shuffled, report.random, strict=True)
+        return [
+            [
+                "–" if layer is None else f"{layer}",
+                *("–" if one is None else f"{one:.3f}" for one in (*own, report.constant)),
+            ]
+            for layer, own in zip(report.layers, scores, strict=True)
+        ]
+    return [_numbers(report)]
+
+
 def _lens_numbers(report: LensReport) -> list[list[str]]:
     """Return the cells of the columns of the notes, for each layer."""
     columns = zip(report.layers, report.trained, report.untrained, strict=True)
@@ -241,8 +272,8 @@ def _lens_numbers(report: LensReport) -> list[list[str]]:
 
 
 def _numbers(report: Report) -> list[str]:
-    """Return the cells of the columns of the notes for this kind; not for a lens."""
-    assert not isinstance(report, LensReport)
+    """Return the cells of the columns of the notes for this kind; not for a lens or a probe."""
+    assert not isinstance(report, LensReport | ProbeReport)
     if isinstance(report, VectorReport):
         means = (report.trained, report.random, report.unsteered, report.difference)
         return [f"{report.length:.3g}", *("–" if mean is None else f"{mean:.3f}" for mean in means)]

@@ -1362,7 +1362,7 @@ class DirectionDef(Node):
 @statement(
     "{word} {name:new} = {source:call} [at {site} [at {at:positions}]]",
     "basis_def",
-    "lens_def",
+    "trained_def",
 )
 @record
 class BasisDef(Node):
@@ -1370,7 +1370,7 @@ class BasisDef(Node):
     source: Call
     site: Site | None = None
     at: Positions | None = None
-    word: Literal["basis", "lens"] = "basis"
+    word: Literal["basis", "lens", "probe"] = "basis"
     """First word of the statement."""
 
 

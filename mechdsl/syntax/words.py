@@ -14,7 +14,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 TOP_WORDS = _words(
-    "mech use param model prompts images metric direction basis lens group seed experiment"
+    "mech use param model prompts images metric direction basis lens probe group seed experiment"
 )
 """First words of top-level statements."""
 
@@ -98,6 +98,9 @@ WEIGHT_OBSERVATIONS: set[str] = set()
 
 BASIS_OBSERVATIONS: set[str] = set()
 """Words after `observe` whose arguments are bases."""
+
+PROBE_OBSERVATIONS: set[str] = set()
+"""Words after `observe` whose argument may be the name of a `probe`: `observe probe(told)`."""
 
 COORDINATE_OBSERVATIONS: set[str] = set()
 """Words after `observe` that read named coordinates: `observe value feature 3 of b`."""

@@ -8,7 +8,7 @@ from mechdsl.program.trainers import TRAINER_KINDS, TRAINERS, Trainer, VectorTra
 @pytest.mark.parametrize("kind", TRAINER_KINDS)
 def test_trainer_without_a_method_of_its_kind_names_the_method(kind: type[Trainer]) -> None:
     lacking = type("Lacking", (kind,), {"example": "lacking(features: 8)"})
-    with pytest.raises(TypeError, match=r"trainer `lacking`: it needs `\w+\(self, .*options"):
+    with pytest.raises(TypeError, match=r"trainer `lacking`: it needs `\w+\(self, .*opti"):
         trainer("lacking")(lacking)
     assert "lacking" not in TRAINERS
 

@@ -285,8 +285,7 @@ _file(
 _file(
     "direction: component",
     "direction d = pca(fruit, component: 2) at resid_post layer 2",
-    "A principal component of the rows, with length 1. Its coordinate of largest magnitude is "
-    "positive.",
+    "A principal component, with length 1. Its coordinate of largest magnitude is positive.",
     _STEERING,
     "Zou et al. 2023, arXiv 2310.01405",
 )
@@ -563,7 +562,7 @@ _file(
 _file(
     "basis: a trained rotation of a learned size",
     "basis b = fit(boundless_das(penalty: 1), prompts: fruit.train, from: fewer, "
-    "maximise: logit(answer of fewer)) at resid_post layer 1",
+    "minimise: logit(answer)) at resid_post layer 1",
     "As `das`, but the training determines the number of directions: the loss grows by "
     "`penalty` (1) times their share of the numbers of a vector. `dims` limits them.",
     "tests/pipeline/test_boundless_rotations.py",
@@ -583,9 +582,24 @@ _file(
     "Belrose et al. 2023, arXiv 2303.08112",
 )
 _file(
+    "probe: a trained probe",
+    "probe t = fit(ridge, prompts: fruit.train, target: count) at resid_post layer 2",
+    "A linear map of the vectors of rows, one for each layer, that predicts `target`, a value"
+    " of the rows: `ridge` a number, `logistic` a class. `mechdsl fit FILE` or `mechdsl run "
+    "--fit FILE` trains it with the computation of `observe probe` and the same `penalty`. "
+    "Other arguments of `fit` are `limit`, `seed`, `validation` (20% of the distinct rows, of"
+    " each class) and `model`: another model of equal shape that runs the rows. A row's "
+    "vector is the mean over its tokens at the position. The table has the accuracy or R² of "
+    "each layer on held-out rows, next to that of shuffled values, of 8 random directions, "
+    "and of the most common class or the mean. `observe probe(t)` and `observe prediction(t)`"
+    " read it.",
+    "tests/pipeline/test_trained_probes.py",
+    "Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368",
+)
+_file(
     "group: a trained mask",
     "group g = fit(mask(size: 2), prompts: fruit.train, from: fewer, "
-    "maximise: logit(answer of fewer)) at layers * heads * at last token",
+    "minimise: logit(answer)) at layers * heads * at last token",
     "The `size` heads that `mechdsl fit FILE` or `mechdsl run --fit FILE` chooses: while they are "
     "patched from the run `from` together, the metric has the largest mean, or with `minimise` the "
     "smallest. `with: zero` or `with: mean` (of the training rows) instead of `from` ablates them. "
@@ -1512,8 +1526,7 @@ _rule(
 _rule(
     "observe … of RUN",
     "observe norm resid_post layer * of fewer at last token as lengths",
-    "Observes another run than the one that rules act on. Positions are located in that run's "
-    "text.",
+    "Observes a named run. Positions are located in that run's text.",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -1635,9 +1648,20 @@ _rule(
     "selects the best of 0.01 to 10,000 on inner folds of the training rows, and logistic uses "
     "1. `train: fruit.train`, in place of `folds`, fits the probe once at the same position on "
     "another block, a part of a split, or a run. Those rows must not include rows of the "
-    "experiment.",
+    "experiment. `probe(t)` reads a `probe` of the file instead of fitting one, also in other "
+    "runs, models, layers and positions than it was trained on.",
     "Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368",
     _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe prediction",
+    "observe prediction(decoder) at resid_post layer 2 at last token",
+    "The number that a `probe` of the file predicts from a vector, or the log odds of a class, "
+    'of two classes the second one; `prediction(decoder, class: "plum")` names the class. It is '
+    "averaged over joined tokens, and can be read at tokens of the reply and while rules act.",
+    OWN,
+    "tests/pipeline/test_trained_probes.py",
     "measure logit(answer) as raw",
 )
 _rule(
@@ -2353,7 +2377,7 @@ _experiment(
 _experiment(
     "report width",
     'report heatmap layer by head to "heads.pdf" width 1 column',
-    "The picture has the width of one column of a paper (`width 1 column`, 3.25 inches) or of two "
+    "The width of one column of a paper (`width 1 column`, 3.25 inches) or of two "
     "(`width 2 columns`, 6.75 inches), with labels of 7 points. The file ends in `.pdf` (fonts "
     "embedded), `.svg` or `.png` (300 dpi). A picture that needs more room is scaled down.",
     "tests/results/test_paper_pictures.py",

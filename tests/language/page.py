@@ -109,6 +109,8 @@ prompts blank {
 direction more = mean_difference(fruit, fruit.fewer) at resid_post layer 2 at last token
 direction of_head = mean_difference(fruit, fruit.fewer) at z layer 2 head 1 at last token
 basis axes = pca(fruit, dims: 4) at resid_post layer 2 at last token
+probe decoder = fit(ridge, prompts: fruit.train, target: count, measure_on_training_rows: true) at \
+resid_post layer 2 at last token
 basis chance = random(dims: 4) at resid_post layer 2
 direction by_layer = mean_difference(fruit, fruit.fewer) at resid_post layer * at token -2..-1
 

@@ -70,7 +70,7 @@ SHARED = {"of_run", "as_name", "saved_as", "by", "measured_at"}
 LOOKAHEAD = {
     "ALLOW": "allow",
     "FROZEN": "frozen norms",
-    "LENS": "lens",
+    "TRAINED": "lens",
     "RENUMBER": "renumber",
     "RUN": "run",
     "SAVE": "save",

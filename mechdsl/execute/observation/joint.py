@@ -9,11 +9,9 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.base.hashing import digest
 from mechdsl.execute.cache import PanelCache, open_joint_cache
 from mechdsl.execute.measurement.readout import ListedToken, Readout
 from mechdsl.execute.measurement.values import (
@@ -25,14 +23,22 @@ from mechdsl.execute.measurement.values import (
 )
 from mechdsl.execute.observation.features import list_raised_tokens, observe_features
 from mechdsl.execute.observation.token_vectors import (
+    Float32s,
     SiteCombination,
+    average_rows,
+    digest_inputs,
     list_distinct_points,
     read_token_vectors,
 )
 from mechdsl.execute.observation.weights import WeightObserver
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
-from mechdsl.execute.vectors import BatchReader, build_reader, read_vectors, split_prompts
-from mechdsl.fits.regression import group_keys
+from mechdsl.execute.vectors import (
+    BatchReader,
+    SiteVectors,
+    build_reader,
+    read_vectors,
+    split_prompts,
+)
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.hooks.weight_maps import WeightMaps
@@ -134,24 +140,9 @@ class VectorGatherer:
         models whose tokens see no later ones, the tokens up to the last position, unless the
         observation needs the whole text. Tiles of one image have one, so that no fit to some of
         them is told on others."""
-
-        def seen(run: PromptRun, row: int) -> list[object]:
-            pairs = zip(spots, runs, strict=True)
-            ids, hits = run.rows[row].ids, [spot.hits[row] for spot, own in pairs if own is run]
-            last = max(token for own in hits for tokens in own for token in tokens)
-            causal = self.runs.model_of(run).shape.causal and not self.does.of_whole_text
-            # Of noise, and of rules (`run NAME { … }`), a row's whole content matters.
-            alone = run.noise is None and run.derived is None
-            drawn = None if alone else table.row_keys[row]
-            return [ids[: last + 1] if causal else ids, hits, drawn]
-
-        distinct = list({id(run): run for run in runs}.values())
-        found = [
-            digest(*(part for run in distinct for part in seen(run, row)))
-            for row in prompts.tolist()
-        ]
-        images = table.cut_from
-        return group_keys(found, [images[row] for row in prompts.tolist()]) if images else found
+        whole = self.does.of_whole_text
+        causal = [self.runs.model_of(run).shape.causal and not whole for run in runs]
+        return digest_inputs(spots, prompts, runs, table, causal)
 
     def cells(self) -> Iterator[tuple[int, Ints, RowVectors]]:
         """(cell, its columns among the kept rows, their vectors), of cells that have any."""
@@ -254,6 +245,7 @@ class VectorGatherer:
             None if other is None else other.astype(np.float64),
             None,
             self._number(cell),
+            own,
             np.array(pairs, dtype=np.float64),
         )
 
@@ -286,24 +278,17 @@ class VectorGatherer:
         where the observation is of directions, the sum of the unit vectors."""
         points = list_distinct_points(combinations)
         model = self.runs.model_of(run)
-        sums = [np.zeros((len(prompts), self.width(point))) for point in points]
-        counts, lanes = np.zeros(len(prompts)), lanes_of(points)
         batches = split_prompts(model, run, points, prompts)
-        for read in read_vectors(lanes, points, [position], batches):
-            row = np.searchsorted(prompts, read.prompts)
-            vectors = read.vectors.double().cpu().numpy()
-            if self.does.of_directions:
-                vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-            np.add.at(sums[read.point], row, vectors)
-            if read.point == 0:
-                np.add.at(counts, row, 1)
-                if run.derived is not None and len(batches) > 1:  # what it is made of
-                    self.runs.forget()
-        over = np.ones_like(counts) if self.does.of_directions else counts
-        means = {
-            point: (total / over[:, None]).astype(np.float32)
-            for point, total in zip(points, sums, strict=True)
-        }
+
+        def read() -> Iterator[SiteVectors]:
+            for found in read_vectors(lanes_of(points), points, [position], batches):
+                yield found
+                if found.point == 0 and run.derived is not None and len(batches) > 1:
+                    self.runs.forget()  # what it is made of
+
+        widths = [self.width(point) for point in points]
+        found = average_rows(read(), widths, prompts, of_directions=self.does.of_directions)
+        means = dict(zip(points, found, strict=True))
         return {
             each: np.concatenate([means[point] for point in each], axis=1) for each in combinations
         }
@@ -442,8 +427,6 @@ def average_rollout(mixed: Floats, queries: Sequence[int], keys: Sequence[int]) 
     """
     return float(mixed[np.ix_(queries, keys)].sum(1).mean())
 
-
-Float32s: TypeAlias = NDArray[np.float32]
 
 CellComputation: TypeAlias = Callable[[], Sequence[Floats]]
 

@@ -1,23 +1,29 @@
-"""Vectors at all tokens of a position, of several sites at once."""
+"""Vectors of rows at a position: at its tokens, means over them, and what they depend on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.hashing import digest
 from mechdsl.dictionaries.features import Dictionary
-from mechdsl.execute.vectors import BatchReader, read_vectors, split_prompts
+from mechdsl.execute.vectors import BatchReader, SiteVectors, read_vectors, split_prompts
+from mechdsl.fits.regression import group_keys
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.observations import TokenVectors
 from mechdsl.resolve.types import SitePoint
+
+Float32s: TypeAlias = NDArray[np.float32]
 
 SiteCombination: TypeAlias = tuple[SitePoint, ...]
 """The sites of one cell, whose vectors are one, side by side; none where there is nothing."""
@@ -112,3 +118,62 @@ def _remove_predicted(
     return TokenVectors(
         novel[index], row, every.tokens[index], every.prompts, every.keys, predicted
     )
+
+
+def digest_inputs(
+    spots: Sequence[PositionCell],
+    prompts: Ints,
+    runs: Sequence[PromptRun],
+    table: PromptTable,
+    causal: Sequence[bool],
+) -> list[bytes]:
+    """[row] a digest of all that its vectors at some positions depend on, each of its own run.
+
+    Tiles of one image have one, so that no fit to some of them is evaluated on others.
+
+    Args:
+        causal: For each position, whether its vectors don't depend on later tokens.
+    """
+
+    def seen(run: PromptRun, row: int) -> list[object]:
+        own = [number for number, each in enumerate(runs) if each is run]
+        ids, hits = run.rows[row].ids, [spots[number].hits[row] for number in own]
+        last = max(token for each in hits for tokens in each for token in tokens)
+        # Of noise, and of rules (`run NAME { … }`), a row's whole content matters.
+        alone = run.noise is None and run.derived is None
+        drawn = None if alone else table.row_keys[row]
+        return [ids[: last + 1] if causal[own[0]] else ids, hits, drawn]
+
+    distinct = list({id(run): run for run in runs}.values())
+    found = [
+        digest(*(part for run in distinct for part in seen(run, row))) for row in prompts.tolist()
+    ]
+    images = table.cut_from
+    return group_keys(found, [images[row] for row in prompts.tolist()]) if images else found
+
+
+def average_rows(
+    found: Iterable[SiteVectors],
+    widths: Sequence[int],
+    prompts: Ints,
+    *,
+    of_directions: bool = False,
+) -> list[Float32s]:
+    """[prompt, width] of each site: the mean over the tokens of one position and draws of noise,
+    or, with `of_directions`, the sum of the unit vectors.
+
+    Args:
+        prompts: Rows, ascending.
+    """
+    sums = [np.zeros((len(prompts), width)) for width in widths]
+    counts = np.zeros(len(prompts))
+    for read in found:
+        row = np.searchsorted(prompts, read.prompts)
+        vectors = read.vectors.double().cpu().numpy()
+        if of_directions:
+            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        np.add.at(sums[read.point], row, vectors)
+        if read.point == 0:
+            np.add.at(counts, row, 1)
+    over = np.ones_like(counts) if of_directions else counts
+    return [(total / over[:, None]).astype(np.float32) for total in sums]

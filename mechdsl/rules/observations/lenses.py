@@ -69,7 +69,7 @@ class TunedLens(LogitLens):
         return type(self), self.name, self.digest, self.layers
 
     @property
-    def lens(self) -> TrainedLens | None:
+    def trained(self) -> TrainedLens | None:
         return self._declared
 
     @property

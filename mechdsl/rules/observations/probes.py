@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
@@ -13,6 +12,7 @@ from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
+from mechdsl.program.probe_trainers import LOGISTIC_PENALTY
 from mechdsl.program.spec import constant_value
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.observations import (
@@ -23,7 +23,16 @@ from mechdsl.resolve.observations import (
     TrainingVectors,
 )
 from mechdsl.resolve.sites import ExperimentContext
-from mechdsl.resolve.types import ResolvedRule
+from mechdsl.resolve.types import ResolvedRule, TrainedProbe
+from mechdsl.rules.observations.probe_definitions import (
+    PROBE_KINDS,
+    ProbeKind,
+    choose_kind,
+    explain_misfit,
+    is_number,
+    list_numbers,
+    number_classes,
+)
 from mechdsl.rules.observations.registry import observation, report_bad_observation
 from mechdsl.rules.observations.rows import (
     SiteRowSetObservation,
@@ -31,16 +40,17 @@ from mechdsl.rules.observations.rows import (
     evaluate_rows,
     resolve_training_rows,
 )
+from mechdsl.rules.observations.trained_probes import (
+    ProbeReading,
+    made_of_probe,
+    read_trained_probe,
+)
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Bools, Floats, Ints
     from mechdsl.fits.regression import Routing
 
-
-ProbeKind: TypeAlias = Literal["ridge", "logistic"]
-
-PROBE_KINDS: tuple[ProbeKind, ...] = ("ridge", "logistic")
 
 DEFAULT_FOLDS = 5
 """Default number of folds of a probe."""
@@ -95,15 +105,15 @@ def resolve_probe(
         return None
     own, values = len(values), [*values, *others]
     only = kinds[0] if len(kinds) == 1 else None
-    kind = only or options.get("kind") or _choose_kind(values)
+    kind = only or options.get("kind") or choose_kind(values)
     span = plain_ones[0].span
-    problem = _explain_misfit(
+    problem = explain_misfit(
         kind, values, "a number of each row" if only else "`kind: logistic` for classes"
     )
     if problem is not None:
         _bad_probe_argument(diagnostics, span, span.written, *problem)
         return None
-    targets, classes = _classes(values) if kind == "logistic" else (_numbers(values), ())
+    targets, classes = number_classes(values) if kind == "logistic" else (list_numbers(values), ())
     few = len(set(targets if train is None else targets[own:])) < 2
     if few and not table.stands_in:
         reason = "is the same in all rows, so there is nothing to predict"
@@ -168,70 +178,11 @@ def _options(
     return found
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
 _OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "folds": (lambda n: isinstance(n, int) and 2 <= n <= 1000, "`folds: 5`, from 2 to 1000"),
     "kind": (lambda n: n in PROBE_KINDS, "`kind: ridge` or `kind: logistic`"),
-    "penalty": (lambda n: _is_number(n) and n > 0, "a number above 0"),
+    "penalty": (lambda n: is_number(n) and n > 0, "a number above 0"),
 }
-
-
-def _choose_kind(values: Sequence[object]) -> ProbeKind:
-    """Choose regression for numbers and lists of numbers, classes for two values and all others."""
-    numbers = all(_is_number(value) for value in values)
-    if numbers:
-        return "ridge" if len(set(values)) > 2 else "logistic"
-    return "ridge" if any(isinstance(value, list) for value in values) else "logistic"
-
-
-def _explain_misfit(
-    kind: ProbeKind, values: Sequence[object], otherwise: str
-) -> tuple[str, str] | None:
-    """Return the problem with values that can't be predicted, and a hint.
-
-    Args:
-        otherwise: Hint for values that aren't numbers.
-    """
-    none = sum(value is None for value in values)
-    if none:
-        return f"has no value in {count_noun(none, 'row')}", "`where` to exclude these rows"
-    lists = [cast("list[object]", value) for value in values if isinstance(value, list)]
-    if kind == "logistic":
-        if any(isinstance(value, list | Mapping) for value in values):
-            return "is a list, which isn't a class", "`kind: ridge` for lists of numbers"
-        return None
-    if lists and len(lists) < len(values):
-        return "is a list in only some of the rows", "lists of equal length"
-    lengths = {len(each) for each in lists}
-    if len(lengths) > 1:
-        least, most = min(lengths), max(lengths)
-        return f"has {least} to {most} numbers", "lists of equal length"
-    if lengths == {0}:
-        return "is an empty list", "lists of numbers"
-    entries = [entry for each in lists for entry in each] if lists else values
-    if not all(_is_number(entry) for entry in entries):
-        return "isn't a number", otherwise
-    return None
-
-
-def _numbers(values: Sequence[object]) -> tuple[tuple[float, ...], ...]:
-    lists = (value if isinstance(value, list) else [value] for value in values)
-    return tuple(tuple(float(cast(float, entry)) for entry in each) for each in lists)
-
-
-def _classes(values: Sequence[object]) -> tuple[tuple[tuple[float, ...], ...], tuple[str, ...]]:
-    """Number the classes independently of the order of rows.
-
-    Numbers come first in ascending order, then texts in alphabetical order.
-    """
-    numbers = sorted({cast(float, value) for value in values if _is_number(value)})
-    others = sorted({str(value) for value in values if not _is_number(value)})
-    order: dict[object, float] = {value: float(n) for n, value in enumerate([*numbers, *others])}
-    found = ((order[value if _is_number(value) else str(value)],) for value in values)
-    return tuple(found), tuple(map(str, order))
 
 
 def _bad_probe_argument(
@@ -247,9 +198,6 @@ def _bad_probe_argument(
     diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
 
 
-DEFAULT_PENALTY = 1.0
-"""Default penalty of a logistic probe."""
-
 PROBE_UNITS: Mapping[str, str] = {"ridge": "R²", "logistic": "share"}
 
 
@@ -264,12 +212,40 @@ class ProbeObservation(SiteRowSetObservation):
 
     takes: ClassVar = ("arguments",)
     controls: ClassVar[tuple[str, ...]] = ("shuffled",)
+    of_probes = True
 
-    def __init__(self, probe: Probe | None = None, trained_on: TrainingRows | None = None) -> None:
-        """Create the observation; `probe` is None only in the registered instance."""
-        self.probe, self.trained_on = probe, trained_on
-        if probe is not None:
-            self.form = replace(type(self).form, unit=PROBE_UNITS[probe.kind])
+    def __init__(
+        self,
+        probe: Probe | None = None,
+        trained_on: TrainingRows | None = None,
+        reading: ProbeReading | None = None,
+    ) -> None:
+        """Create the observation, of a fit to its own rows or of a probe that the file trains; both
+        are None only in the registered instance."""
+        self.probe, self.trained_on, self.reading = probe, trained_on, reading
+        kind = None if probe is None else probe.kind
+        if reading is not None:
+            kind = "logistic" if reading.probe.classes else "ridge"
+        if kind is not None:
+            self.form = replace(type(self).form, unit=PROBE_UNITS[kind])
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        if self.reading is None:
+            return super().identity
+        return type(self), self.name, self.reading.identity
+
+    @property
+    def dependencies(self) -> object:
+        return super().dependencies if self.reading is None else self.reading.identity
+
+    @property
+    def trained(self) -> TrainedProbe | None:
+        return None if self.reading is None else self.reading.probe
+
+    @property
+    def made_of(self) -> Mapping[str, str]:
+        return made_of_probe(self.trained)
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         found = super().resolve(rule, work)
@@ -280,6 +256,11 @@ class ProbeObservation(SiteRowSetObservation):
                 rule, work, "doesn't name the value to predict", "name a value: `probe(count)`"
             )
             return None
+        if said.bases:
+            reading = read_trained_probe(rule, found, work)
+            if found is None or reading is None:
+                return None
+            return replace(found, does=ProbeObservation(reading=reading))
         parameters, before = work.program.parameters, len(work.diagnostics)
         train = None if found is None else resolve_training_rows(rule, found, work)
         if len(work.diagnostics) > before:
@@ -293,6 +274,8 @@ class ProbeObservation(SiteRowSetObservation):
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         from mechdsl.fits.regression import assign_folds, shuffle_targets
 
+        if self.reading is not None:
+            return self.reading.score(seen)
         probe = self.probe
         assert probe is not None
         y = select_targets(probe.targets, seen.prompts)
@@ -310,6 +293,9 @@ class ProbeObservation(SiteRowSetObservation):
         ]
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
+        if self.reading is not None:
+            assert rule.sites is not None
+            return self.reading.describe(rule.sites)
         assert self.probe is not None
         return _describe_probe(self.probe)
 
@@ -343,7 +329,7 @@ def _score_fitted(
         inner = assign_folds(training.keys, min(probe.folds, distinct), seed)
         predict = RidgeProbe(probe.penalty)(training.vectors, own, inner)
         return r_squared(y, predict(seen.vectors))
-    fit = LogisticProbe(DEFAULT_PENALTY if probe.penalty is None else probe.penalty)
+    fit = LogisticProbe(LOGISTIC_PENALTY if probe.penalty is None else probe.penalty)
     found, index = np.unique(own[:, 0], return_inverse=True)
     told = fit(training.vectors, index.astype(np.float64), index)(seen.vectors)
     return (found[told.astype(np.int64)] == y[:, 0]).astype(np.float64)
@@ -357,7 +343,7 @@ def _score_held_out(probe: Probe, vectors: Floats, y: Floats, fold: Ints) -> Flo
 
     if probe.kind == "ridge":
         return r_squared(y, cross_validate(vectors, y, fold, RidgeProbe(probe.penalty)))
-    fit = LogisticProbe(DEFAULT_PENALTY if probe.penalty is None else probe.penalty)
+    fit = LogisticProbe(LOGISTIC_PENALTY if probe.penalty is None else probe.penalty)
     right = cross_validate(vectors, y[:, 0], fold, fit) == y[:, 0]
     return right.astype(np.float64)
 
@@ -379,7 +365,7 @@ def _describe_probe(probe: Probe) -> Iterator[str]:
         commonest = max(counts) / len(probe.targets)
         yield f"logistic regression, {len(probe.classes):,} classes ({names})"
         yield f"the most common class has {commonest:.3g} of the rows"
-        penalty = DEFAULT_PENALTY if probe.penalty is None else probe.penalty
+        penalty = LOGISTIC_PENALTY if probe.penalty is None else probe.penalty
         yield f"penalty {penalty:g} / 2 · Σ weights²"
     if probe.train is None:
         yield (
@@ -477,7 +463,7 @@ class _RoutedObservation(SiteTokenSetObservation):
     @property
     def _penalty(self) -> float:
         assert self.probe is not None
-        return DEFAULT_PENALTY if self.probe.penalty is None else self.probe.penalty
+        return LOGISTIC_PENALTY if self.probe.penalty is None else self.probe.penalty
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         probe = self.probe

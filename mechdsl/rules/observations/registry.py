@@ -31,6 +31,7 @@ from mechdsl.syntax.words import (
     LENSES,
     OBSERVATION_AXES,
     OBSERVATION_CONTROLS,
+    PROBE_OBSERVATIONS,
     WEIGHT_OBSERVATIONS,
 )
 from mechdsl.vocab.effects import EFFECTS
@@ -97,6 +98,8 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
             WEIGHT_OBSERVATIONS.add(word)
         if entry.of_bases:
             BASIS_OBSERVATIONS.add(word)
+        if entry.of_probes:
+            PROBE_OBSERVATIONS.add(word)
         if entry.of_coordinates:
             COORDINATE_OBSERVATIONS.add(word)
         axes = (entry.counts,) if entry.counts else entry.value_axes
