@@ -25,13 +25,11 @@ from mechdsl.fits.regression import (
 )
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
+from mechdsl.planner.training_cost import GATHERED_BYTES
 from mechdsl.program.trainers import ProbeTrainer
 from mechdsl.resolve.trainings import name_probe_map
 from mechdsl.resolve.types import SitePoint, TrainedProbe
 from mechdsl.rules.observations.probes import DEFAULT_FOLDS
-
-GATHERED_BYTES = 1 << 30
-"""Bytes of the vectors that are in memory at once."""
 
 RANDOM_DIRECTIONS = 8
 """Number of random directions that a probe is compared with."""

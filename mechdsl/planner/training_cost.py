@@ -23,6 +23,7 @@ from mechdsl.resolve.types import (
     TrainedDictionary,
     TrainedLens,
     TrainedMask,
+    TrainedProbe,
     TrainedRotation,
     TrainedVector,
     Training,
@@ -32,6 +33,9 @@ from mechdsl.vocab.sites import stop_layer
 
 CHUNK_BYTES = 1 << 28
 """Bytes of the vectors of a training that are in memory at once."""
+
+GATHERED_BYTES = 1 << 30
+"""Bytes of the vectors of a probe that are in memory at once."""
 
 HELD_OUT_VECTORS = 1 << 16
 """Largest number of held-out vectors, of all layers of a lens together."""
@@ -54,7 +58,7 @@ FLOAT = 4
 OnVectors: TypeAlias = TrainedDictionary | TrainedLens
 """Trained on vectors, one by one."""
 
-Declared: TypeAlias = OnVectors | TrainedRotation | TrainedVector | TrainedMask
+Declared: TypeAlias = OnVectors | TrainedProbe | TrainedRotation | TrainedVector | TrainedMask
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,11 @@ def training_cost(
     Args:
         name: Its name in tables.
         objective: The rows, the rule and the measure of a rotation, vector or mask; None for a
-            dictionary or a lens.
+            dictionary, a lens or a probe.
         shape: Sizes of the model that runs the rows.
     """
+    if isinstance(made, TrainedProbe):
+        return _probe_cost(name, made, shape)
     if objective is None:
         assert isinstance(made, OnVectors)
         return _vectors_cost(name, made, shape)
@@ -176,6 +182,22 @@ def _decoder_cost(
     memory += max(seen, held_out) * sizes.kept
     cost, rows = Cost(multiply_adds=adds), directions - held_out
     return TrainingCost(name, rows, held_out, steps, cost, FLOAT * memory, shape.n_layers)
+
+
+def _probe_cost(name: str, made: TrainedProbe, shape: ModelShape) -> TrainingCost:
+    """Return the cost of a probe and of its control with shuffled values, which are both solved:
+    a singular value decomposition for each site."""
+    training = made.training
+    sample = training.sample
+    rows = sum(1 for runs in sample.cell.hits if any(runs))
+    held_out = count_held_out(training, rows)
+    gathered = FLOAT * rows * sum(made.widths)
+    ((run, stop),) = list_fitted_runs([(training.inputs, (sample,))], shape)
+    cost = _times(run_cost(shape, run, stop), max(1, -(-gathered // GATHERED_BYTES)))
+    adds = 2 * SVD_PRODUCTS * rows * sum(width * width for width in made.widths)
+    cost += Cost(multiply_adds=adds)
+    memory = min(gathered, GATHERED_BYTES) + 4 * FLOAT * rows * max(made.widths)
+    return TrainingCost(name, rows - held_out, held_out, 1, cost, memory, shape.n_layers)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
 from mechdsl.program.lens_trainers import LENS_EXAMPLE, LENS_SITES, OTHER_LENS_TRAINERS
 from mechdsl.program.names import Namespace
 from mechdsl.program.own_trainers import find_own_trainer, find_trainer, trainer_arguments
-from mechdsl.program.python_functions import is_python_call
 from mechdsl.program.probe_trainers import OTHER_PROBE_TRAINERS, PROBE_EXAMPLE, PROBE_SITES
+from mechdsl.program.python_functions import is_python_call
 from mechdsl.program.references import lists_positions
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import (

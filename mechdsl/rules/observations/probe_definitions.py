@@ -13,7 +13,8 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_basis
-from mechdsl.program.trainers import ProbeTrainer, find_trainer, trainer_call
+from mechdsl.program.own_trainers import find_trainer
+from mechdsl.program.trainers import ProbeTrainer, trainer_call
 from mechdsl.resolve.directions import (
     DirectionError,
     check_row_count,
