@@ -48,8 +48,6 @@ LONG_ELSEWHERE = {
     "show/reports/map_charts.py:_heatmap_panel",
     "show/reports/series_charts.py:_lines_panel",
     "syntax/mistakes/messages.py:balance_brackets",
-    "syntax/printer.py:_rule",
-    "syntax/printer.py:_statement",
 }
 """The other functions above the limit. Remove entries; don't add any."""
 

@@ -121,7 +121,7 @@ def fit(
 
 def _print_json(fits: Sequence[TrainedFit], problems: Sequence[Diagnostic]) -> None:
     """Print trainings, means over those with several seeds, and problems."""
-    from mechdsl.results.fit_seeds import group_by_seeds
+    from mechdsl.show.trainings import group_by_seeds
 
     document = {
         "schema": 1,

@@ -20,14 +20,14 @@ from safetensors.torch import load
 from torch import Tensor
 
 from mechdsl.base.records import Registry
-from mechdsl.dictionaries.folder import MAX_GATHERED, SKIP, DictionaryFile
-from mechdsl.dictionaries.mixtures import assign_components
-from mechdsl.dictionaries.nonnegative import solve_nonnegative
-from mechdsl.dictionaries.products import (
+from mechdsl.dictionaries.encoders import (
+    assign_components,
     combine_some,
     distinct_rows,
     project_some,
+    solve_nonnegative,
 )
+from mechdsl.dictionaries.folder import MAX_GATHERED, SKIP, DictionaryFile
 
 NORM_EPSILON = 1e-5
 """Added to the standard deviation of a vector by `layer_norm`."""

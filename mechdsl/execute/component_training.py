@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from mechdsl.dictionaries.mixtures import log_densities, mean_log_likelihood
+from mechdsl.dictionaries.encoders import log_densities, mean_log_likelihood
 from mechdsl.execute.run_record import CorrelationReport, IndependenceReport, MixtureReport
 from mechdsl.execute.training import (
     DictionaryWriter,

@@ -1,4 +1,4 @@
-"""Training of a declared dictionary on activations: its run, its files and its checkpoints."""
+"""Training of a declared dictionary or lens on activations: its run, files and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.base.text import format_size
 from mechdsl.dictionaries.features import Dictionary, load_dictionary
 from mechdsl.dictionaries.folder import CONFIG_FILE, HOOK_SITES, WEIGHT_FILES, read_dictionary
-from mechdsl.execute.run_record import CARD_FILE, Report, TrainingReport
+from mechdsl.execute.run_record import CARD_FILE, LENS_FILE, LensReport, Report, TrainingReport
 from mechdsl.execute.training_vectors import RowVectors, TrainingVectors
 from mechdsl.fits.factors import NotFactored, Solution
+from mechdsl.fits.lenses import LensLoss, LensMaps, divergence_from_average
 from mechdsl.fits.sparse_training import unscale_weights
 from mechdsl.fits.training import (
     Fit,
@@ -31,9 +32,11 @@ from mechdsl.fits.training import (
     assess,
     components_explain,
 )
-from mechdsl.program.trainers import IterativeTrainer, SolvedTrainer
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.packed.unembedding import ModelUnembedding
+from mechdsl.program.trainers import IterativeTrainer, LensTrainer, SolvedTrainer
 from mechdsl.resolve.trainings import TextDigests, write_texts
-from mechdsl.resolve.types import SitePoint, TrainedDictionary, count_numbers
+from mechdsl.resolve.types import SitePoint, TrainedDictionary, TrainedLens, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
 
 STATE_FILES = ("state.json", "state.safetensors")
@@ -377,3 +380,49 @@ def _restore(loop: Training, folder: Path) -> None:
         loop.restore(TrainingState.read(numbers, tensors))
     except (OSError, ValueError, KeyError, RuntimeError):  # it begins anew
         loop.state = TrainingState()
+
+
+def train_lens(
+    declared: TrainedLens, vectors: TrainingVectors, model: LoadedModel, job: TrainingJob
+) -> LensReport:
+    """Train a lens, and write its file.
+
+    Args:
+        model: The model whose final norm and unembedding it is trained with.
+
+    Raises:
+        AutogradFailed: The model can't be differentiated.
+        NotFinite: The loss or a weight became NaN or infinite.
+        OSError: A file can't be written.
+    """
+    training = declared.training
+    layers, trainer = training.layers, training.trainer_of(LensTrainer)
+    held_out = vectors.held_out()
+    width, device = model.shape.d_model, model.device
+    logits = ModelUnembedding(model).differentiable_logits
+    with torch.enable_grad():
+        maps = trainer.start(width, layers, training.of_trainer, device)
+        lens = LensLoss(maps, logits)
+        settings = read_settings(training)
+        loop = Training(lens, vectors, held_out, settings, lambda own, last: (own, last))
+        job.run(loop)
+    job.write_tensors(LENS_FILE, lens.weights())
+    first = vectors.chunk(0)
+    measured = held_out if len(held_out[0]) else first
+    untrained = LensLoss(LensMaps(width, layers, device), logits)
+    rows, count = vectors.amounts(loop.state)
+    report = LensReport(
+        rows=rows,
+        held_out_rows=vectors.held_out_count,
+        steps=loop.state.step,
+        stopped_early=loop.state.stopped,
+        vectors=count,
+        held_out_vectors=len(held_out[0]),
+        layers=list(layers),
+        trained=lens.divergences(*measured).tolist(),
+        untrained=untrained.divergences(*measured).tolist(),
+        average=divergence_from_average(logits, first[1], measured[1]),
+    )
+    job.write_texts(vectors.texts(loop.state))
+    job.write_card(report, LENS_FILE)
+    return report

@@ -3,7 +3,7 @@ sparse dictionaries, factorizations, components, correlations, mixtures, rotatio
 vectors, scales, gates, lenses.
 
 In: arrays of vectors and targets, [row, width]. Out: weights, directions, held-out predictions,
-numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`,
-`factors`, `components`, `correlations`, `mixtures`, `lenses`, `rotations`, `vectors`, `scales` and
-`gates`; scikit-learn only inside functions of `factors`, `components` and `mixtures`.
+numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`, `factors`,
+`components`, `correlations`, `mixtures`, `lenses`, `rotations`, `vectors` and `gates`; scikit-learn
+only inside functions of `factors`, `components` and `mixtures`.
 """

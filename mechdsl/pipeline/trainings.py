@@ -321,13 +321,11 @@ def _run_training(
     cache: VectorCache,
 ) -> Report:
     """Train one of them, and write it to `result`, in the folder of checkpoints."""
+    from mechdsl.execute.edit_training import train_rotation, train_scales, train_vector
     from mechdsl.execute.mask_training import open_rows, train_mask
     from mechdsl.execute.objective_rows import ObjectiveRows
     from mechdsl.execute.probe_training import train_probe
-    from mechdsl.execute.rotation_training import train_rotation
-    from mechdsl.execute.scale_training import train_scales
     from mechdsl.execute.training import TrainingJob
-    from mechdsl.execute.vector_training import train_vector
 
     last, model = time.monotonic(), models[fit.model]
 
@@ -374,8 +372,7 @@ def _train_on_vectors(
         train_mixture,
     )
     from mechdsl.execute.decoder_training import train_on_decoder
-    from mechdsl.execute.lens_training import train_lens
-    from mechdsl.execute.training import solve_dictionary, train_dictionary
+    from mechdsl.execute.training import solve_dictionary, train_dictionary, train_lens
     from mechdsl.execute.training_vectors import RowVectors, StreamedVectors
 
     if fit.training.decoder is not None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.program import spec
+from mechdsl.program.activation_trainers import (
+    LENS_EXAMPLE,
+    LENS_SITES,
+    OTHER_DICTIONARY_TRAINERS,
+    OTHER_LENS_TRAINERS,
+    OTHER_PROBE_TRAINERS,
+    PROBE_EXAMPLE,
+    PROBE_SITES,
+)
 from mechdsl.program.basis_methods import (
     BASIS_METHODS,
     EFFECT_OPTIONS,
@@ -18,7 +27,6 @@ from mechdsl.program.basis_methods import (
     ROW_OPERANDS,
     BasisMethod,
 )
-from mechdsl.program.dictionary_trainers import OTHER_DICTIONARY_TRAINERS
 from mechdsl.program.directions import (
     check_fit_rows,
     check_row_limit,
@@ -33,10 +41,8 @@ from mechdsl.program.effect_trainers import (
     TRAINING_ARGUMENTS,
 )
 from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
-from mechdsl.program.lens_trainers import LENS_EXAMPLE, LENS_SITES, OTHER_LENS_TRAINERS
 from mechdsl.program.names import Namespace
 from mechdsl.program.own_trainers import find_own_trainer, find_trainer, trainer_arguments
-from mechdsl.program.probe_trainers import OTHER_PROBE_TRAINERS, PROBE_EXAMPLE, PROBE_SITES
 from mechdsl.program.python_functions import is_python_call
 from mechdsl.program.references import lists_positions
 from mechdsl.program.spec import Constant, constant_value
@@ -448,21 +454,10 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         what: First word of the statement.
     """
     node = trainer_call(call)
-    name = node.name
-    if is_python_call(node):
-        found, problems = find_own_trainer(node)
-        scope.diagnostics.extend(problems)
-        if found is None:
-            return
-        name = found.name
-    else:
-        found = find_trainer(node)
+    found = _known_trainer(node, scope)
     if found is None:
-        known = ", ".join(f"`{each.example}`" for _, each in TRAINERS.items())
-        hint = did_you_mean(name, TRAINERS, f"it can be {known}")
-        hint = OTHER_TRAINERS.get(name, hint)
-        scope.diagnostics.append(UnknownWord(span=node.span, kind="trainer", word=name, hint=hint))
         return
+    name = found.name
     if found.declares != what:
         reason = f"`{name}` makes a {found.declares}"
         hint = f"write `{found.declares} NAME = {call.name}({found.example}, …) at …`"
@@ -485,20 +480,7 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         reason, hint = f"needs `{missing[0]}: …`", f"write `{found.example}`"
         scope.diagnostics.append(BadArgument(span=node.span, name=name, reason=reason, hint=hint))
         return
-    unused = next((each for each in call.arguments if each.name in found.unused), None)
-    if unused is not None:
-        reason = f"is no argument of `fit` with `{name}`, which uses all vectors in every step"
-        hint = f"remove `{unused.name}`"
-        scope.diagnostics.append(
-            BadArgument(span=unused.span, name=str(unused.name), reason=reason, hint=hint)
-        )
-    seeds = next((each for each in call.arguments if each.name == "seeds"), None)
-    if seeds is not None and found.declares in ("group", "lens"):
-        reason = f"is no argument of `fit` with `{name}`, which makes one {found.declares}"
-        hint = f"declare a {found.declares} for each seed: `seed: 1`"
-        scope.diagnostics.append(
-            BadArgument(span=seeds.span, name="seeds", reason=reason, hint=hint)
-        )
+    scope.diagnostics.extend(_unused_options(call, found))
     wrong = found.check(options)
     if wrong is not None:
         scope.diagnostics.append(
@@ -507,6 +489,36 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
     problem = _objective_problem(call, found) or _target_problem(call, found, scope)
     if problem is not None:
         scope.diagnostics.append(problem)
+
+
+def _known_trainer(node: ast.Call, scope: Namespace) -> Trainer | None:
+    """Return the trainer of `das(dims: 2)` or `python("own.py:Trainer")`; None after an error."""
+    if is_python_call(node):
+        own, problems = find_own_trainer(node)
+        scope.diagnostics.extend(problems)
+        return own
+    found = find_trainer(node)
+    if found is None:
+        known = ", ".join(f"`{each.example}`" for _, each in TRAINERS.items())
+        hint = did_you_mean(node.name, TRAINERS, f"it can be {known}")
+        hint = OTHER_TRAINERS.get(node.name, hint)
+        problem = UnknownWord(span=node.span, kind="trainer", word=node.name, hint=hint)
+        scope.diagnostics.append(problem)
+    return found
+
+
+def _unused_options(call: ast.Call, trainer: Trainer) -> Iterator[BadArgument]:
+    """Yield the problems with options of `fit` that a training doesn't use."""
+    for each in call.arguments:
+        if each.name in trainer.unused:
+            why, hint = "uses all vectors in every step", f"remove `{each.name}`"
+        elif each.name == "seeds" and trainer.declares in ("group", "lens", "probe"):
+            why = f"makes one {trainer.declares}"
+            hint = f"declare a {trainer.declares} for each seed: `seed: 1`"
+        else:
+            continue
+        reason = f"is no argument of `fit` with `{trainer.name}`, which {why}"
+        yield BadArgument(span=each.span, name=str(each.name), reason=reason, hint=hint)
 
 
 def _target_problem(call: ast.Call, trainer: Trainer, scope: Namespace) -> BadArgument | None:

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
     from mechdsl.fits.gates import Gates
     from mechdsl.fits.rotations import Rotation
-    from mechdsl.fits.scales import ChannelScales
-    from mechdsl.fits.vectors import SoftPrompt, SteeringVector
+    from mechdsl.fits.vectors import ChannelScales, SoftPrompt, SteeringVector
 
 TRAINING_ARGUMENTS = "prompts: fruit.train, from: fewer, maximise: logit(answer of fewer)"
 """Arguments of an example of `fit` with a trainer on a measure."""
@@ -203,7 +202,7 @@ class ChannelScaleTrainer(ScaleTrainer):
     def start(
         self, like: Tensor, options: Mapping[str, Constant], random: Generator
     ) -> ChannelScales:
-        from mechdsl.fits.scales import ChannelScales
+        from mechdsl.fits.vectors import ChannelScales
 
         return ChannelScales(like, penalty=float(options.get("penalty", 0)))
 

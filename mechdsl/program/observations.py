@@ -127,7 +127,7 @@ def lower_observation(
         site=statement.site,
         at=statement.at or _last_token(),
         onto=statement.other,
-        receiver=_beside(statement.beside, prompts, work),
+        receiver=_beside(statement.compared, prompts, work),
         source=source,
         observed=spec.ObservedQuantity(
             span=called.span,

@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from mechdsl.fits.lenses import LensMaps
     from mechdsl.fits.regression import LinearMap
     from mechdsl.fits.rotations import Rotation
-    from mechdsl.fits.scales import ChannelScales
     from mechdsl.fits.training import Trainable
-    from mechdsl.fits.vectors import TrainedVectors
+    from mechdsl.fits.vectors import ChannelScales, TrainedVectors
 
 
 Statement = Literal["basis", "direction", "group", "lens", "probe"]

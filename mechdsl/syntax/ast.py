@@ -1154,7 +1154,7 @@ class ObserveMaps(Node):
 
 
 @statement(
-    "observe {what:observed} [at] {site} [of {run:ref}] [with {beside:site}] [toward "
+    "observe {what:observed} [at] {site} [of {run:ref}] [with {compared:site}] [toward "
     "{toward:sum}] [at {at:positions}] [with {other:positions}] [top {top:count}] [as {name}]",
     "observe",
 )
@@ -1171,7 +1171,7 @@ class Observe(Node):
     run: Ref | None = None
     """The observed run, if it isn't the run that the rules modify."""
     name: Name | None = None
-    beside: Site | None = None
+    compared: Site | None = None
     """The site to compare with: `with attn_out layer *`."""
 
 

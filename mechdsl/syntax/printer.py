@@ -512,19 +512,10 @@ def _formless(node: Any) -> str:
             error = " without error" if node.drops_error else ""
             during = "" if node.during is None else f" {_during(node.during)}"
             return f"{format_line(node.body)}{error}{during}"
-        case ast.EditWeights(verb="add"):
-            return f"add {_sum(node.value)} to weights of {format_site(node.site)}"
         case ast.EditWeights():
-            word = "by" if node.verb == "scale" else "to"
-            place = format_site(node.site)
-            return f"{node.verb} weights of {place} {word} {_sum(node.value)}"
+            return _edit_weights(node)
         case ast.ProjectOut():
-            place = "weights"
-            if node.site is not None and node.at is not None:
-                place = f"{format_site(node.site)} at {format_positions(node.at)}"
-            if node.direction is None:
-                return f"project out {place}"
-            return f"project out {_sum(node.direction)} from {place}"
+            return _project_out(node)
         case ast.Generate():
             return _generate(node)
         case ast.ObserveAttention(what=ast.Name(id=what)):
@@ -540,24 +531,9 @@ def _formless(node: Any) -> str:
             over = _of("auc over" if node.area else "mean over", node.over, _id)
             return f"measure {_sum(node.metric)}{at} as {node.effect.id}{per}{over}"
         case ast.Stats():
-            return (
-                "stats"
-                + (f" {format_call(node.resampling)}" if node.resampling else "")
-                + _of("test", node.test, format_call)
-                + _of("confidence", node.confidence, _percent)
-                + _of("correct", node.correction, _id)
-                + _of("verdicts", node.verdicts, _id)
-                + _of("by", node.by, _id)
-            )
+            return _stats(node)
         case ast.Save():
-            where = f"{format_site(node.site)}{_of('of', node.run, format_ref)}"
-            where += f" at {format_positions(node.at)}"
-            what = "mean of " if node.mean else ""
-            if node.gradient is not None:
-                what += f"gradient of {_sum(node.gradient.metric)}"
-                what += _of("at", node.gradient.at, format_position) + " by "
-            what = what if node.rows is None else f"top {node.rows} rows of "
-            return f"save {what}{where} to {_text(node.file)}" + _of("as", node.dtype, _id)
+            return _save(node)
         case _:
             raise TypeError(f"{type(node).__name__} is no statement")
 
@@ -576,6 +552,44 @@ def _change(node: ast.ChangeLine) -> str:
         + _of("by", node.by, _sum)
         + _optional("radius", node.radius)
     )
+
+
+def _edit_weights(node: ast.EditWeights) -> str:
+    weights, value = f"weights of {format_site(node.site)}", _sum(node.value)
+    if node.verb == "add":
+        return f"add {value} to {weights}"
+    return f"{node.verb} {weights} {'by' if node.verb == 'scale' else 'to'} {value}"
+
+
+def _project_out(node: ast.ProjectOut) -> str:
+    place = "weights"
+    if node.site is not None and node.at is not None:
+        place = f"{format_site(node.site)} at {format_positions(node.at)}"
+    direction = "" if node.direction is None else f"{_sum(node.direction)} from "
+    return f"project out {direction}{place}"
+
+
+def _stats(node: ast.Stats) -> str:
+    return (
+        "stats"
+        + (f" {format_call(node.resampling)}" if node.resampling else "")
+        + _of("test", node.test, format_call)
+        + _of("confidence", node.confidence, _percent)
+        + _of("correct", node.correction, _id)
+        + _of("verdicts", node.verdicts, _id)
+        + _of("by", node.by, _id)
+    )
+
+
+def _save(node: ast.Save) -> str:
+    where = f"{format_site(node.site)}{_of('of', node.run, format_ref)}"
+    where += f" at {format_positions(node.at)}"
+    what = "mean of " if node.mean else ""
+    if node.gradient is not None:
+        what += f"gradient of {_sum(node.gradient.metric)}"
+        what += _of("at", node.gradient.at, format_position) + " by "
+    what = what if node.rows is None else f"top {node.rows} rows of "
+    return f"save {what}{where} to {_text(node.file)}" + _of("as", node.dtype, _id)
 
 
 def _during(node: ast.During) -> str:

@@ -9,7 +9,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from torch import Generator, Tensor
 
-from mechdsl.dictionaries.mixtures import assign_components, log_densities, mean_log_likelihood
+from mechdsl.dictionaries.encoders import assign_components, log_densities, mean_log_likelihood
 from mechdsl.fits.factors import NotFactored
 from mechdsl.fits.mixtures import RIDGE, fit_mixture, shuffle_axes
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechdsl.fits.sparse_training import IDLE_STEPS, SPARSE_KINDS, unscale_weights
 from mechdsl.fits.training import Training, TrainingSettings
-from mechdsl.program.dictionary_trainers import (
+from mechdsl.program.activation_trainers import (
     DICTIONARY_KINDS,
     SparseAutoencoderTrainer,
     TranscoderTrainer,

@@ -18,7 +18,7 @@ from mechdsl.fits.training import (
     assess,
     components_explain,
 )
-from mechdsl.program.dictionary_trainers import SparseAutoencoderTrainer
+from mechdsl.program.activation_trainers import SparseAutoencoderTrainer
 
 from .test_sparse_training import CPU, SPARSITY, Fixed
 

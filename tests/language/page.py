@@ -419,7 +419,7 @@ def of_images(entry: Construct) -> str:
     if words[0] == "classes":
         measure = "measure correct as delta"
         return on_towers(measure).replace('answer "', f'{example}\n  answer "a photo of a ', 1)
-    if words[0] in ("region", "tiles"):
+    if words[0] in ("region", "tiles", "corrupt"):
         example, block = f"image shapes(n: 1, kind: kind) {example}", True
     own = "image gray(120)" if " of " in example else "image shapes(n: 1, kind: kind)"
     file = IMAGES.replace(own, example) if block else IMAGES

@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 
 import mechdsl
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.fit_seeds import group_by_seeds
+from mechdsl.show.trainings import group_by_seeds
 from mechdsl.statistics.intervals import mean_half_width
 
 from ..quick import in_turn

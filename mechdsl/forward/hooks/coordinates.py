@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mechdsl.dictionaries.encoders import combine_some, project_some
 from mechdsl.dictionaries.folder import MAX_GATHERED
-from mechdsl.dictionaries.products import combine_some, project_some
 from mechdsl.vocab.sites import CoordinateOperation
 
 MAX_NUMBERS = 1 << 24

@@ -12,7 +12,7 @@ from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
-from mechdsl.program.probe_trainers import LOGISTIC_PENALTY
+from mechdsl.program.activation_trainers import LOGISTIC_PENALTY
 from mechdsl.program.spec import constant_value
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.observations import (

@@ -1,7 +1,11 @@
-"""Training of a declared steering vector or soft prompt: its controls and its files.
+"""Training of declared rotations, vectors and scales: their controls and their files.
 
-The edit is x + v, where x are the vectors of the base run and v is trained; or for a soft prompt
-v_k, where k is the token in the named position.
+x are the vectors of the base run. A rotation is trained on x + (y − x) RᵀR, where y are the vectors
+of the source run and the rows of R the directions that are trained; a steering vector v on x + v; a
+soft prompt on x + v_k, where k is the token in the named position; and scales s on x ⊙ s.
+
+References:
+    Geiger et al. 2023, arXiv 2303.02536 (rotations).
 """
 
 from __future__ import annotations
@@ -12,16 +16,58 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.hashing import stable_hash
-from mechdsl.execute.objective_rows import Edit, EditLoss, ObjectiveRows
-from mechdsl.execute.run_record import VECTOR_FILE, SoftPromptReport, VectorReport
+from mechdsl.execute.objective_rows import Edit, EditLoss, ObjectiveRows, take_source
+from mechdsl.execute.run_record import (
+    ROTATION_FILE,
+    VECTOR_FILE,
+    RotationReport,
+    ScaleReport,
+    SoftPromptReport,
+    VectorReport,
+)
 from mechdsl.execute.training import TrainingJob, read_settings, start_generator
+from mechdsl.fits.rotations import Rotation
 from mechdsl.fits.training import Training
 from mechdsl.fits.vectors import SoftPrompt, TrainedVectors, rescale
 from mechdsl.planner.training_cost import RANDOM_CONTROLS
 from mechdsl.program.spec import CLEAN
-from mechdsl.program.trainers import VectorTrainer
-from mechdsl.resolve.trainings import VECTOR, name_prompt_vector
-from mechdsl.resolve.types import TrainedVector
+from mechdsl.program.trainers import RotationTrainer, ScaleTrainer, VectorTrainer
+from mechdsl.resolve.trainings import ROTATION, VECTOR, name_prompt_vector
+from mechdsl.resolve.types import TrainedRotation, TrainedVector
+
+
+def train_rotation(
+    declared: TrainedRotation,
+    rows: ObjectiveRows,
+    job: TrainingJob,
+) -> RotationReport:
+    """Train a rotation, and write it.
+
+    Raises:
+        AutogradFailed: The model can't be differentiated.
+        NotFinite: The measure or a weight became NaN or infinite.
+        OSError: A file can't be written.
+    """
+    training, settings = declared.training, read_settings(declared.training)
+    trainer = training.trainer_of(RotationTrainer)
+    with torch.enable_grad():
+        rotation = trainer.start(rows.vectors[0], training.of_trainer, start_generator(training))
+        start = rotation.matrix.clone()
+        model = EditLoss(rotation, rows, settings.batch)
+        loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
+        job.run(loop)
+    directions = rotation.directions().detach()
+    job.write_tensors(ROTATION_FILE, {ROTATION: directions})
+    untrained = Rotation(start[: len(directions)])
+    cases = (rotation.edit, untrained.edit, None, take_source)
+    means = [rows.mean(rows.measured, each, settings.batch) for each in cases]
+    report = RotationReport(
+        *rows.outcome(loop.state),
+        len(directions),
+        *means,
+    )
+    job.write_card(report, ROTATION_FILE)
+    return report
 
 
 def train_vector(
@@ -110,3 +156,48 @@ class _Values:
         on_clean = objective.spec.model_copy(update={"base": CLEAN})
         clean = replace(self.rows, objective=replace(objective, spec=on_clean))
         return clean.mean(self.rows.measured, None, self.batch)
+
+
+def train_scales(declared: TrainedVector, rows: ObjectiveRows, job: TrainingJob) -> ScaleReport:
+    """Train scales, and write them.
+
+    Raises:
+        AutogradFailed: The model can't be differentiated.
+        NotFinite: The measure or a weight became NaN or infinite.
+        OSError: A file can't be written.
+    """
+    training, settings = declared.training, read_settings(declared.training)
+    trainer = training.trainer_of(ScaleTrainer)
+    with torch.enable_grad():
+        scales = trainer.start(rows.vectors[0], training.of_trainer, start_generator(training))
+        model = EditLoss(scales, rows, settings.batch)
+        loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
+        job.run(loop)
+    factors = scales.factors().detach()
+    job.write_tensors(VECTOR_FILE, {VECTOR: factors})
+    report = ScaleReport(
+        *rows.outcome(loop.state),
+        float(factors.min()),
+        float(factors.max()),
+        float(factors.mean()),
+        *_controls(rows, factors, settings.batch),
+    )
+    job.write_card(report, VECTOR_FILE)
+    return report
+
+
+def _controls(
+    rows: ObjectiveRows, factors: Tensor, batch: int
+) -> tuple[float, float, float, float, float]:
+    """Return means of the measure with the factors, with the factors in random orders, with their
+    mean for all channels, with 0, and without scales."""
+
+    def mean(scale: Tensor | None) -> float:
+        edit: Edit | None = None if scale is None else (lambda own, other: own * scale)
+        return rows.mean(rows.measured, edit, batch)
+
+    random = torch.Generator().manual_seed(stable_hash(rows.declared.seed, "orders") % 2**63)
+    orders = [torch.randperm(len(factors), generator=random) for _ in range(RANDOM_CONTROLS)]
+    shuffled = sum(mean(factors[order.to(factors.device)]) for order in orders) / RANDOM_CONTROLS
+    uniform = factors.mean().expand_as(factors)
+    return mean(factors), shuffled, mean(uniform), mean(torch.zeros_like(factors)), mean(None)

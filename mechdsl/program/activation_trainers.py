@@ -1,8 +1,8 @@
-"""Trainers of sparse dictionaries: autoencoders and transcoders."""
+"""Trainers on activations: dictionaries, tuned lenses and linear probes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,13 +10,21 @@ from mechdsl.base.text import name_list
 from mechdsl.dictionaries.folder import Architecture
 from mechdsl.program.direction_methods import Problem
 from mechdsl.program.spec import Constant
-from mechdsl.program.trainers import DictionaryOutline, IterativeTrainer, trainer
+from mechdsl.program.trainers import (
+    DictionaryOutline,
+    IterativeTrainer,
+    LensTrainer,
+    ProbeTrainer,
+    trainer,
+)
 
 if TYPE_CHECKING:
     from torch import Generator, device
 
+    from mechdsl.base.arrays import Floats, Ints
+    from mechdsl.fits.lenses import LensMaps
+    from mechdsl.fits.regression import LinearMap
     from mechdsl.fits.training import Trainable
-
 
 OTHER_DICTIONARY_TRAINERS: dict[str, str] = {
     "topk": "write `sae(features: 512, k: 8)`",
@@ -123,3 +131,101 @@ class TranscoderTrainer(SparseAutoencoderTrainer):
     example = "transcoder(features: 512, k: 8)"
     transcodes = True
     kinds = ("topk", "batch_topk", "relu", "jump_relu")
+
+
+LENS_SITES = "at resid_post layer * at tokens *"
+
+LENS_EXAMPLE = f"lens tuned = fit(tuned_lens, prompts: texts.train) {LENS_SITES}"
+
+OTHER_LENS_TRAINERS: dict[str, str] = dict.fromkeys(
+    ("lens", "logit_lens", "tuned", "translator"), f"write `{LENS_EXAMPLE}`"
+)
+"""What else may be written for a trainer of this module inside of `fit(…)` → hint."""
+
+
+@trainer("tuned_lens")
+class TunedLensTrainer(LensTrainer):
+    """A tuned lens: an affine map for each layer, which starts as the logit lens.
+
+    References:
+        Belrose et al. 2023, arXiv 2303.08112.
+    """
+
+    example = "tuned_lens"
+    defaults: ClassVar[Mapping[str, Constant]] = {"steps": 1000, "batch": 128}
+
+    def start(
+        self, width: int, layers: Sequence[int], options: Mapping[str, Constant], device: device
+    ) -> LensMaps:
+        from mechdsl.fits.lenses import LensMaps
+
+        return LensMaps(width, layers, device)
+
+
+LOGISTIC_PENALTY = 1.0
+"""Default of `penalty` of `logistic`, also of `observe probe`."""
+
+PROBE_SITES = "at resid_post layer * at last token"
+
+PROBE_EXAMPLE = f"probe told = fit(ridge, prompts: fruit.train, target: count) {PROBE_SITES}"
+
+OTHER_PROBE_TRAINERS: dict[str, str] = {
+    **dict.fromkeys(
+        ("linear", "linear_regression", "least_squares", "ols", "lasso"),
+        "write `ridge`, for a number",
+    ),
+    **dict.fromkeys(
+        ("probe", "logistic_regression", "classifier", "svm", "softmax"),
+        "write `logistic` for a class, or `ridge` for a number",
+    ),
+}
+"""What else may be written for a trainer of this module inside of `fit(…)` → hint."""
+
+
+class PenalisedTrainer(ProbeTrainer):
+    """A regression with an L2 penalty."""
+
+    options = ("penalty",)
+    other_options: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("l2", "alpha", "C", "regularization", "weight_decay"), "penalty"
+    )
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        return None if number else ("`penalty` is a number above 0", "write `penalty: 1`")
+
+
+@trainer("ridge")
+class RidgeTrainer(PenalisedTrainer):
+    """A ridge regression of a number.
+
+    References:
+        Hoerl and Kennard 1970, doi 10.1080/00401706.1970.10488634.
+    """
+
+    example = "ridge(penalty: 1)"
+    predicts = "number"
+
+    def fit(
+        self, vectors: Floats, targets: Floats, folds: Ints, options: Mapping[str, Constant]
+    ) -> LinearMap:
+        from mechdsl.fits.regression import RidgeProbe
+
+        penalty = float(options["penalty"]) if "penalty" in options else None
+        return RidgeProbe(penalty).fit(vectors, targets, folds)
+
+
+@trainer("logistic")
+class LogisticTrainer(PenalisedTrainer):
+    """A logistic regression of a class, with two or more classes."""
+
+    example = "logistic(penalty: 1)"
+    predicts = "class"
+
+    def fit(
+        self, vectors: Floats, targets: Floats, folds: Ints, options: Mapping[str, Constant]
+    ) -> LinearMap:
+        from mechdsl.fits.regression import LogisticProbe
+
+        penalty = float(options.get("penalty", LOGISTIC_PENALTY))
+        return LogisticProbe(penalty).fit(vectors, targets)
