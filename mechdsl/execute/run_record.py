@@ -544,6 +544,7 @@ class TrainedFit:
     seconds: float
     """How long the training took; 0 if it was trained before."""
     seed: int
+    """Seed of the training."""
     family: str | None = None
     """Of one of the trainings of `fit(…, seeds: 3)`: its name without the seed."""
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,9 +35,12 @@ from mechdsl.fits.training import (
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.packed.unembedding import ModelUnembedding
 from mechdsl.program.trainers import IterativeTrainer, LensTrainer, SolvedTrainer
-from mechdsl.resolve.trainings import TextDigests, write_texts
+from mechdsl.resolve.trainings import write_texts
 from mechdsl.resolve.types import SitePoint, TrainedDictionary, TrainedLens, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
+
+if TYPE_CHECKING:
+    from mechdsl.resolve.trainings import TextDigests
 
 STATE_FILES = ("state.json", "state.safetensors")
 """Files of a checkpoint."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -29,9 +29,12 @@ from mechdsl.planner.training_cost import (
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.record_files import GROUP_BYTES, GROUP_COUNT
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.trainings import TextDigests, hash_texts
+from mechdsl.resolve.trainings import hash_texts
 from mechdsl.resolve.types import FitSample, RecordStream, SitePoint, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
+
+if TYPE_CHECKING:
+    from mechdsl.resolve.trainings import TextDigests
 
 PART_ROWS = 256
 """Number of records that are read together."""

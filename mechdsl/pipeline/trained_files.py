@@ -63,7 +63,6 @@ from mechdsl.pipeline.identities import (
     find_device,
 )
 from mechdsl.pipeline.options import RunOptions
-from mechdsl.planner.training_cost import TrainingCost, training_cost
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
 from mechdsl.program.directions import last_token
 from mechdsl.program.own_trainers import OwnTrainer
@@ -109,6 +108,7 @@ from mechdsl.store.store import Store
 
 if TYPE_CHECKING:
     from mechdsl.forward.hooks.model import LoadedModel
+    from mechdsl.planner.training_cost import TrainingCost
     from mechdsl.planner.value_keys import RunContents
 
 FITS_FOLDER = "fits"
@@ -211,6 +211,8 @@ def fits_of_file(checked: CheckedFile) -> dict[str, DeclaredFit]:
 
 def list_training_costs(checked: CheckedFile) -> list[TrainingCost]:
     """Return the costs of the trainings of a file, those that the store has included."""
+    from mechdsl.planner.training_cost import training_cost
+
     return [
         training_cost(fit.basis, fit.file, fit.objective, fit.experiment.model.shape)
         for fit in fits_of_file(checked).values()

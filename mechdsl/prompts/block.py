@@ -264,7 +264,9 @@ def check_image_changes(prompts: spec.Prompts) -> list[Diagnostic]:
 
 def _not_of_texts(change: ast.CorruptLine) -> Diagnostic | None:
     kind = change_kind(change)
-    if isinstance(kind, TokenChange) and isinstance(change, ast.ChangeLine) and not change.given:
+    line = change if isinstance(change, ast.ChangeLine) else None
+    inserts = line is not None and (line.before or line.after) and not line.given
+    if isinstance(kind, TokenChange) and inserts:
         reason, hint = "needs the text of its tokens", 'write it after the position: `with " the"`'
         return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
     if not isinstance(kind, ImageChange):

@@ -6,11 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mechdsl.base.arrays import Bools
 from mechdsl.base.hashing import digest_number
 from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.base.text import count_noun
@@ -60,10 +57,16 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mechdsl.base.arrays import Bools
+
+    TextDigests = NDArray[np.uint64]
+
 TEXTS_FILE = "texts.npy"
 """Ascending digests, in the folder of a training on rows that are read in parts."""
-
-TextDigests = NDArray[np.uint64]
 
 FEWEST_ROWS = 2
 """Rows of a training: one to learn from, and one that is held out."""
@@ -371,7 +374,8 @@ def _stream(
     groups = tuple((group.count, group.size) for group in data.records.groups)
     files = zip(data.files, data.ends, strict=True)
     begun = frozenset(own.digest for own, end in files if end - own.count < count)
-    folder = file.path.parent if isinstance(file, DictionaryFile) else None
+    weights = file.path if isinstance(file, DictionaryFile) else None
+    folder = None if weights is None else weights.parent
     return RecordStream(count, data.digest, begun, groups, folder)
 
 
@@ -436,7 +440,8 @@ def count_training_rows(training: Training, experiment: spec.Experiment, table: 
             same[row] |= data.digest_of(number % count) in files
     if stream is not None and stream.folder is not None:
         texts = [row.text for row in table.runs[CLEAN].rows]
-        same = (np.array(same) | find_trained_texts(stream.folder, texts)).tolist()
+        found = find_trained_texts(stream.folder, texts).tolist()
+        same = [one or other for one, other in zip(same, found, strict=True)]
     return sum(same)
 
 
@@ -693,17 +698,23 @@ def _check_gradient(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
 
 def hash_texts(texts: Iterable[str]) -> TextDigests:
     """Return [text] digests."""
+    import numpy as np
+
     return np.fromiter(map(digest_number, texts), dtype=np.uint64)
 
 
 def write_texts(folder: Path, digests: TextDigests) -> None:
     """Write the digests of a training. Raises OSError."""
+    import numpy as np
+
     np.save(folder / TEXTS_FILE, np.unique(digests), allow_pickle=False)
     (folder / TEXTS_FILE).chmod(0o644)
 
 
 def read_texts(folder: Path) -> TextDigests:
     """Return the digests of a training, which stay on the disk. Raises OSError, ValueError."""
+    import numpy as np
+
     found = np.load(folder / TEXTS_FILE, mmap_mode="r", allow_pickle=False)
     if found.dtype != np.uint64 or found.ndim != 1:
         raise ValueError(f"{TEXTS_FILE} is damaged")
@@ -712,6 +723,8 @@ def read_texts(folder: Path) -> TextDigests:
 
 def find_trained_texts(folder: Path, texts: Sequence[str]) -> Bools:
     """Return [text] whether a training has read a text. Raises OSError, ValueError."""
+    import numpy as np
+
     kept, wanted = read_texts(folder), hash_texts(texts)
     at = np.searchsorted(kept, wanted)
     there = at < len(kept)

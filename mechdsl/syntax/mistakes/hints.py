@@ -588,7 +588,7 @@ HINTS: tuple[Hint, ...] = (
     Hint(r"^replace\b(?!\s+block\b)", r"(?:by|to|into)\b", "write `with`", "WITH"),
     # Cells in expectations.
     Hint(
-        r"^expect\b.*[(,]\s*([A-Za-z][\w-]*(?:\s+\w+)*?\s+tokens?)\s*$",
+        r"^expect\b.*[(,:]\s*([A-Za-z][\w-]*(?:\s+\w+)*?\s+tokens?)\s*$",
         r"[),]",
         'write a position as a quoted value of its axis: `position: "{0}"`',
     ),

@@ -578,8 +578,10 @@ def _reserved(mistake: Mistake) -> Diagnostic | None:
         return None
     before = mistake.before
     if before is not None and before.text in RESERVED and token.kind == "sign":
-        # `prob(head)` is read as an axis without its number.
-        if before.depth > mistake.statement[0].depth:
+        # `prob(head)` is read as an axis without its number; `cls token` is a position.
+        words = [piece for piece in mistake.statement if piece.end <= before.start]
+        of_span = before.text in ("token", "tokens") and words and words[-1].kind == "word"
+        if before.depth > mistake.statement[0].depth and not of_span:
             return ReservedName(
                 name=before.text, span=Span(mistake.source, before.start, before.end)
             )
