@@ -12,6 +12,7 @@ from mechdsl.execute.training import (
     DictionaryWriter,
     TrainingJob,
     read_together,
+    report_amounts,
     solve_twice,
     start_generator,
 )
@@ -46,14 +47,8 @@ def train_components(
         explained = assess(coordinates, system.reconstruct(measured), measured).explained
         center, axes = principal_axes(own, declared.features)
         principal = (measured.double() - center) @ axes.T
-    rows, count = vectors.amounts(TrainingState())
     report = IndependenceReport(
-        rows=rows,
-        vectors=count,
-        held_out_rows=vectors.held_out_count,
-        held_out_vectors=len(held_out),
-        steps=trained.steps,
-        stopped_early=trained.stopped_early,
+        **report_amounts(vectors, TrainingState(), trained, len(held_out)),
         explained=explained,
         kurtosis=median_kurtosis(coordinates),
         untrained_kurtosis=median_kurtosis(random),
@@ -80,17 +75,11 @@ def train_mixture(
     found = trained.tensors
     weights = found["W_dec"], found["precision"], found["log_weights"]
     likely = log_densities(measured - found["b_dec"].to(measured), *weights).argmax(1)
-    rows, count = vectors.amounts(TrainingState())
     assert declared.training is not None
     random, steps = start_generator(declared.training), int(declared.training.options["steps"])
     single = fit_mixture(own, 1, declared.covariance, 1, random)
     report = MixtureReport(
-        rows=rows,
-        vectors=count,
-        held_out_rows=vectors.held_out_count,
-        held_out_vectors=len(held_out),
-        steps=trained.steps,
-        stopped_early=trained.stopped_early,
+        **report_amounts(vectors, TrainingState(), trained, len(held_out)),
         log_likelihood=mean_log_likelihood(measured, trained.tensors),
         untrained=mean_log_likelihood(measured, untrained.tensors),
         single=mean_log_likelihood(measured, single.tensors),
@@ -157,14 +146,8 @@ def train_correlated(
         system = writer.load(writer.write(job.folder, solution.tensors))
         coordinates = system.encode(measured[0])
         explained = assess(coordinates, system.reconstruct(measured[0]), measured[0]).explained
-    rows, count = vectors.amounts(TrainingState())
     report = CorrelationReport(
-        rows=rows,
-        vectors=count,
-        held_out_rows=vectors.held_out_count,
-        held_out_vectors=len(held_out[0]),
-        steps=solution.steps,
-        stopped_early=solution.stopped_early,
+        **report_amounts(vectors, TrainingState(), solution, len(held_out[0])),
         explained=explained,
         correlations=tuple(pair.correlate(*measured).tolist()),
         training=float(pair.correlate(own, other).mean()),

@@ -194,6 +194,25 @@ def read_together(vectors: RowVectors) -> tuple[Tensor, Tensor]:
     return vectors.chunk(0)
 
 
+def report_amounts(
+    vectors: TrainingVectors, state: TrainingState, solution: Solution, held_out: int
+) -> dict[str, Any]:
+    """Return the fields that all reports on the vectors of a dictionary have.
+
+    Args:
+        held_out: Number of held-out vectors.
+    """
+    rows, count = vectors.amounts(state)
+    return {
+        "rows": rows,
+        "vectors": count,
+        "held_out_rows": vectors.held_out_count,
+        "held_out_vectors": held_out,
+        "steps": solution.steps,
+        "stopped_early": solution.stopped_early,
+    }
+
+
 def _finish_dictionary(
     finish: DictionaryWriter,
     vectors: TrainingVectors,
@@ -216,14 +235,8 @@ def _finish_dictionary(
     before = finish.assess(finish.write(job.folder, untrained), measured)
     found = finish.assess(finish.write(job.folder, trained.tensors), measured)
     components = components_explain(first[1], measured[1], max(1, round(found.active)))
-    rows, count = vectors.amounts(state)
     report = TrainingReport(
-        rows=rows,
-        vectors=count,
-        held_out_rows=vectors.held_out_count,
-        held_out_vectors=len(held_out[0]),
-        steps=trained.steps,
-        stopped_early=trained.stopped_early,
+        **report_amounts(vectors, state, trained, len(held_out[0])),
         explained=found.explained,
         active=found.active,
         inactive=found.inactive,

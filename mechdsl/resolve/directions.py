@@ -12,7 +12,7 @@ from mechdsl.base.safetensors_files import UnreadableFile, inspect_safetensors
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.experiments import BadPick
-from mechdsl.diagnostics.rules import BadDirection
+from mechdsl.diagnostics.rules import BadBasis, BadDirection
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, TRAINING_OPTIONS
@@ -369,6 +369,40 @@ def _targets(call: ast.Call, rows: Sequence[object]) -> tuple[float | str, ...]:
     if any(isinstance(each, str) for each in found):
         return tuple(map(str, found))
     return tuple(map(float, found))
+
+
+def report_direction_error(problem: DirectionError, what: str, work: ExperimentContext) -> None:
+    """Report a problem with the definition of a lens or a probe, once."""
+    found = BadBasis(span=problem.node.span, reason=problem.reason, hint=problem.hint, what=what)
+    work.diagnostics.extend([] if found in work.diagnostics else [found])
+
+
+def resolve_one_sample(
+    definition: spec.Basis, what: str, fewest: int, work: ExperimentContext
+) -> tuple[FitSample, str] | None:
+    """Return the rows of a definition that has one position, and their description; None after
+    other errors, and if a model or a prompt set isn't available.
+
+    Args:
+        what: `lens`
+        fewest: Smallest number of rows with the position.
+
+    Raises:
+        DirectionError: If it has several positions or too few rows.
+    """
+    rows = fit_rows_of_basis(definition, work.program)
+    if rows is None:
+        return None
+    samples = resolve_samples(definition.method, rows, definition.at, work)
+    if samples is None or work.model.shape.stands_in:
+        return None
+    if len(samples) != 1:
+        assert definition.at is not None
+        reason, hint = f"a {what} is trained at one position", "join them: `{A, B}`"
+        raise DirectionError(definition.at, reason, hint)
+    ((label, sample),) = samples.items()
+    check_row_count(definition.method, (sample,), label, fewest)
+    return sample, f"{describe_rows(sample, rows)} at {label}"
 
 
 def check_row_count(call: ast.Call, read: Sequence[FitSample], label: str, fewest: int) -> None:

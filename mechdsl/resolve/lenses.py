@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.program import spec
-from mechdsl.program.directions import fit_rows_of_basis
 from mechdsl.resolve.directions import (
     DirectionError,
-    check_row_count,
-    describe_rows,
-    resolve_samples,
+    report_direction_error,
+    resolve_one_sample,
 )
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.trainings import (
@@ -38,36 +35,26 @@ def resolve_lens(name: str, work: ExperimentContext) -> TrainedLens | None:
     try:
         return _resolve(definition, work)
     except DirectionError as problem:
-        found = BadBasis(
-            span=problem.node.span, reason=problem.reason, hint=problem.hint, what="lens"
-        )
-        work.diagnostics.extend([] if found in work.diagnostics else [found])
+        report_direction_error(problem, "lens", work)
         return None
 
 
 def _resolve(definition: spec.Basis, work: ExperimentContext) -> TrainedLens | None:
     """Resolve a lens. Raises DirectionError."""
     layers = _layers(definition, work)
-    rows = fit_rows_of_basis(definition, work.program)
-    if layers is None or rows is None:
+    if layers is None:
         return None
-    samples = resolve_samples(definition.method, rows, definition.at, work)
-    if samples is None or work.model.shape.stands_in:
+    found = resolve_one_sample(definition, "lens", FEWEST_ROWS, work)
+    if found is None:
         return None
-    if len(samples) != 1:
-        assert definition.at is not None
-        reason, hint = "a lens is trained at one position", "join them: `{A, B}`"
-        raise DirectionError(definition.at, reason, hint)
-    ((label, sample),) = samples.items()
-    check_row_count(definition.method, (sample,), label, FEWEST_ROWS)
+    sample, text = found
     lens = outline_lens(definition, sample, layers, work.program, work.model)
     problem = check_held_out(definition, lens.training, work.measuring, work.table)
     if problem is not None and problem not in work.diagnostics:
         work.diagnostics.append(problem)
-    text = f"{describe_rows(sample, rows)} at {label}"
     stream = lens.training.stream
     if stream is not None:
-        text = f"{stream.count:,} streamed rows of {sample.table.name} at {label}"
+        text = f"{stream.count:,} streamed rows of {sample.table.name} at {sample.cell.label}"
     about = describe_training(lens, text, work.program, work.measuring, work.table)
     return replace(lens, made=about)
 

@@ -10,16 +10,13 @@ from typing import Literal, TypeAlias, cast
 
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.rules import BadBasis
 from mechdsl.program import spec
-from mechdsl.program.directions import fit_rows_of_basis
 from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.trainers import ProbeTrainer, trainer_call
 from mechdsl.resolve.directions import (
     DirectionError,
-    check_row_count,
-    describe_rows,
-    resolve_samples,
+    report_direction_error,
+    resolve_one_sample,
 )
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.trainings import FEWEST_ROWS, check_held_out, describe_training, outline_probe
@@ -119,10 +116,7 @@ def resolve_trained_probe(name: str, work: ExperimentContext) -> TrainedProbe | 
     try:
         return _resolve(definition, work)
     except DirectionError as problem:
-        found = BadBasis(
-            span=problem.node.span, reason=problem.reason, hint=problem.hint, what="probe"
-        )
-        work.diagnostics.extend([] if found in work.diagnostics else [found])
+        report_direction_error(problem, "probe", work)
         return None
 
 
@@ -135,18 +129,12 @@ def target_of(definition: spec.Basis) -> ast.Expr:
 def _resolve(definition: spec.Basis, work: ExperimentContext) -> TrainedProbe | None:
     """Resolve a probe. Raises DirectionError."""
     points = _points(definition, work)
-    rows = fit_rows_of_basis(definition, work.program)
-    if points is None or rows is None:
+    if points is None:
         return None
-    samples = resolve_samples(definition.method, rows, definition.at, work)
-    if samples is None or work.model.shape.stands_in:
+    read = resolve_one_sample(definition, "probe", FEWEST_ROWS, work)
+    if read is None:
         return None
-    if len(samples) != 1:
-        assert definition.at is not None
-        reason, hint = "a probe is trained at one position", "join them: `{A, B}`"
-        raise DirectionError(definition.at, reason, hint)
-    ((label, sample),) = samples.items()
-    check_row_count(definition.method, (sample,), label, FEWEST_ROWS)
+    sample, text = read
     rows_of = sample.table.block_rows
     if rows_of is not None and rows_of.block.spec.streamed:
         reason = f"a probe uses all rows together, and `{sample.table.name}` is read in parts"
@@ -160,7 +148,7 @@ def _resolve(definition: spec.Basis, work: ExperimentContext) -> TrainedProbe | 
     problem = check_held_out(definition, probe.training, work.measuring, work.table)
     if problem is not None and problem not in work.diagnostics:
         work.diagnostics.append(problem)
-    text = f"{describe_rows(sample, rows)} at {label}, to predict `{probe.target}`"
+    text = f"{text}, to predict `{probe.target}`"
     about = describe_training(probe, text, work.program, work.measuring, work.table)
     return replace(probe, made=about)
 
