@@ -16,6 +16,7 @@ References:
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -117,13 +118,13 @@ class MaskRows(EffectRows[Tensor]):
 
 
 @dataclass(frozen=True, eq=False)
-class VectorMaskRows(MaskRows):
+class VectorMaskRows(MaskRows, ABC):
     """The rows of a mask that mixes whole vectors of sites."""
 
     @property
+    @abstractmethod
     def _written(self) -> Sequence[SiteLayer]:
         """Sites and layers that it writes, once each."""
-        raise NotImplementedError
 
     @cached_property
     def _incoming(self) -> dict[SiteLayer, Tensor] | None:

@@ -181,12 +181,10 @@ def _digest_value(value: object) -> object:
         return repr(value)
 
 
-class OwnDictionary:
-    """A dictionary; implements `mechdsl.fits.training.Trainable`."""
+class OfModule:
+    """What is trained by a module: its tensors, and what it does after each step."""
 
-    def __init__(self, module: OwnModule, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """shapes: Those of the tensors of the file, by name."""
-        self._module, self._shapes = module, shapes
+    _module: OwnModule
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
@@ -196,12 +194,20 @@ class OwnDictionary:
     def memory(self) -> Mapping[str, Tensor]:
         return self._module.memory
 
+    def after_step(self) -> None:
+        self._module.after_step()
+
+
+class OwnDictionary(OfModule):
+    """A dictionary; implements `mechdsl.fits.training.Trainable`."""
+
+    def __init__(self, module: OwnModule, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """shapes: Those of the tensors of the file, by name."""
+        self._module, self._shapes = module, shapes
+
     def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
         """Return the loss of a batch of centred and scaled vectors."""
         return self._module.tensor("loss", (), inputs, at=step, progress=progress)
-
-    def after_step(self) -> None:
-        self._module.after_step()
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
@@ -222,7 +228,7 @@ class OwnDictionary:
         }
 
 
-class OwnVector(SteeringVector):
+class OwnVector(OfModule, SteeringVector):
     """A vector that is added to others."""
 
     def __init__(self, module: OwnModule, like: Tensor) -> None:
@@ -230,14 +236,6 @@ class OwnVector(SteeringVector):
         super().__init__(like, torch.Generator(), length=None, penalty=0.0)
         self._module = module
         self.vector()
-
-    @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        return self._module.parameters
-
-    @property
-    def memory(self) -> Mapping[str, Tensor]:
-        return self._module.memory
 
     def vector(self) -> Tensor:
         """Return v [width], which carries gradients of the parameters."""
@@ -247,11 +245,8 @@ class OwnVector(SteeringVector):
     def penalty(self) -> Tensor | float:
         return self._module.penalty("penalty")
 
-    def after_step(self) -> None:
-        self._module.after_step()
 
-
-class OwnRotation(Rotation):
+class OwnRotation(OfModule, Rotation):
     """Orthonormal directions of a subspace."""
 
     def __init__(self, module: OwnModule, shape: tuple[int, int]) -> None:
@@ -263,14 +258,6 @@ class OwnRotation(Rotation):
             raise module.fail("directions", "returned dependent rows at the start", hint)
         super().__init__(found)
 
-    @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        return self._module.parameters
-
-    @property
-    def memory(self) -> Mapping[str, Tensor]:
-        return self._module.memory
-
     def _rows(self) -> Tensor:
         return self._module.tensor("directions", self._shape, at="directions")
 
@@ -281,11 +268,8 @@ class OwnRotation(Rotation):
     def penalty(self) -> Tensor | float:
         return self._module.penalty("penalty")
 
-    def after_step(self) -> None:
-        self._module.after_step()
 
-
-class OwnGates(Gates):
+class OwnGates(OfModule, Gates):
     """Gates of one mask."""
 
     def __init__(self, module: OwnModule, count: int, size: int, seed: int) -> None:
@@ -294,14 +278,6 @@ class OwnGates(Gates):
         self._module = module
         self.probabilities()
         self.sample(2, 0)
-
-    @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        return self._module.parameters
-
-    @property
-    def memory(self) -> Mapping[str, Tensor]:
-        return self._module.memory
 
     def probabilities(self) -> Tensor:
         """Return [gate] probabilities that a gate is open."""
@@ -319,6 +295,3 @@ class OwnGates(Gates):
             hint = "it must return numbers from 0 to 1"
             raise self._module.fail(method, "returned other numbers", hint)
         return found.to(self.scores)
-
-    def after_step(self) -> None:
-        self._module.after_step()

@@ -230,8 +230,8 @@ class _WithDims(BasisMethod):
 class PrincipalComponents(_WithDims):
     """Principal components of the rows, the largest first, centred at the mean of the rows.
 
-    With `each_token: true`, every token of the position is a row of its own; otherwise, a row is
-    the mean over its tokens.
+    With `each_token: true`, every token of the position is a row; otherwise, a row is the mean over
+    its tokens.
     """
 
     takes = "block"

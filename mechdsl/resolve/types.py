@@ -58,7 +58,7 @@ class FitSample(Record):
     targets: tuple[float | str, ...] = ()
     """The value of each row that a method reads (`probe(count, fruit)`): a number or a word."""
     each_token: bool = False
-    """Whether each token has a vector of its own, instead of the mean over the tokens of a row."""
+    """Whether each token has a separate vector, instead of the mean over the tokens of a row."""
 
     @property
     def classes(self) -> list[float | str]:
@@ -330,20 +330,24 @@ class Training(Record):
         return None if self.decoder is not None else self.sample.run.model
 
 
-@record
-class TrainedDictionary(DictionaryFile):
-    """A dictionary that a file declares with `fit`.
+class Trained:
+    """What a file declares with `fit`. Its digest is empty until its training is found in the
+    store."""
 
-    Until its training is found in the store, it has no weights, and its digest is empty.
-    """
-
-    training: Training | None = field(default=None, compare=False)
-    """Never None; fields that follow defaults need one."""
+    digest: str
 
     @property
     def is_trained(self) -> bool:
-        """Whether it has weights."""
+        """Whether it has the result of its training."""
         return bool(self.digest)
+
+
+@record
+class TrainedDictionary(Trained, DictionaryFile):
+    """A dictionary that a file declares with `fit`, without weights until it is trained."""
+
+    training: Training | None = field(default=None, compare=False)
+    """Never None; fields that follow defaults need one."""
 
     @property
     def kind(self) -> str:
@@ -357,20 +361,12 @@ class TrainedDictionary(DictionaryFile):
 
 
 @record
-class TrainedRotation(SavedVector):
-    """Orthonormal directions that a file declares with `fit`, the rows of a matrix of the store.
-
-    Until its training is found in the store, its digest is empty.
-    """
+class TrainedRotation(Trained, SavedVector):
+    """Orthonormal directions that a file declares with `fit`, rows of a matrix of the store."""
 
     size: int
     """Number of directions; before a training that determines it, the largest one."""
     training: Training = field(compare=False)
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether it has weights."""
-        return bool(self.digest)
 
     @property
     def kind(self) -> str:
@@ -386,20 +382,12 @@ def describe_rotation(trainer: str, directions: int) -> str:
 
 
 @record
-class TrainedVector(SavedVector):
-    """A vector that a file declares with `fit`, from a file of the store.
-
-    Until its training is found in the store, its digest is empty.
-    """
+class TrainedVector(Trained, SavedVector):
+    """A vector that a file declares with `fit`, from a file of the store."""
 
     training: Training = field(compare=False)
     name: str = field(compare=False)
     """`v[layer 3]`."""
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether its numbers are known."""
-        return bool(self.digest)
 
     @property
     def is_scale(self) -> bool:
@@ -414,11 +402,8 @@ class TrainedVector(SavedVector):
 
 
 @record
-class TrainedLens(Record):
-    """A tuned lens that a file declares with `fit`, in a file of the store.
-
-    Until its training is found in the store, its digest is empty.
-    """
+class TrainedLens(Trained, Record):
+    """A tuned lens that a file declares with `fit`, in a file of the store."""
 
     path: Path
     digest: str
@@ -427,22 +412,14 @@ class TrainedLens(Record):
     """How it was trained, for conventions."""
 
     @property
-    def is_trained(self) -> bool:
-        """Whether its maps are known."""
-        return bool(self.digest)
-
-    @property
     def kind(self) -> str:
         """Description for tables and conventions."""
         return f"tuned lens of {count_noun(len(self.training.layers), 'layer')}"
 
 
 @record
-class TrainedProbe(Record):
-    """A linear probe that a file declares with `fit`, in a file of the store.
-
-    Until its training is found in the store, its digest is empty.
-    """
+class TrainedProbe(Trained, Record):
+    """A linear probe that a file declares with `fit`, in a file of the store."""
 
     path: Path
     digest: str
@@ -457,11 +434,6 @@ class TrainedProbe(Record):
     """How it was trained, for conventions."""
 
     @property
-    def is_trained(self) -> bool:
-        """Whether its weights are known."""
-        return bool(self.digest)
-
-    @property
     def outputs(self) -> int:
         """Number of its outputs: a number, or a logit for each class."""
         return len(self.classes) or 1
@@ -474,12 +446,11 @@ class TrainedProbe(Record):
 
 
 @record
-class TrainedMask(Record):
+class TrainedMask(Trained, Record):
     """A group that a file declares with `fit`: the sites, positions, features or dimensions that a
     training chooses.
 
-    Until its training is found in the store, the first candidates replace the chosen ones, and
-    its digest is empty.
+    Until its training is found in the store, the first candidates replace the chosen ones.
     """
 
     candidates: tuple[MaskCandidate, ...]
@@ -488,11 +459,6 @@ class TrainedMask(Record):
     training: Training = field(compare=False)
     made: str = field(default="", compare=False)
     """How it was trained, for conventions."""
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether the chosen candidates are known."""
-        return bool(self.digest)
 
     @property
     def keeps(self) -> bool:

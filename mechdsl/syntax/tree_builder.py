@@ -341,20 +341,17 @@ def _nested(node: Any, *parts: Any, instead: Any = None) -> Any:
     return ast.Number(0, span=node.span) if instead is None else instead
 
 
-def _clause(kind: str, value: Callable[[list[Any]], Any]) -> Callable[[Any, list[Any]], Clause]:
-    def method(_self: Any, c: list[Any]) -> Clause:
-        return Clause(kind, value(c), _span(c), c)
-
-    return method
-
-
-def _clause_value(
-    kind: str, value: Callable[[list[Any]], Any]
+def _clause(
+    kind: str, value: Callable[[list[Any]], Any], *, whole: bool = False
 ) -> Callable[[Any, list[Any]], Clause]:
-    """Like `_clause`, for a clause that is one field of a form."""
+    """Return a method that reads a clause.
+
+    Args:
+        whole: Whether it is one field of a form, which then doesn't name its parts.
+    """
 
     def method(_self: Any, c: list[Any]) -> Clause:
-        return Clause(kind, value(c), _span(c))
+        return Clause(kind, value(c), _span(c), () if whole else c)
 
     return method
 
@@ -622,8 +619,8 @@ class TreeBuilder(Transformer[Token, Any]):
 
     # --- rules ---------------------------------------------------------------------------------
 
-    page_width = _clause_value("width", lambda c: int(c[1]))
-    with_features = _clause_value("features", lambda c: _features(c[1:]))
+    page_width = _clause("width", lambda c: int(c[1]), whole=True)
+    with_features = _clause("features", lambda c: _features(c[1:]), whole=True)
 
     def rule(self, c: list[Any]) -> ast.Rule:
         during = next((child for child in c if isinstance(child, ast.During)), None)

@@ -6,6 +6,7 @@ their keys and errors.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ def vectors(family: str, text: Any, site: str) -> Any:
 def weights(fit: mechdsl.TrainedFit) -> dict[str, Any]:
     found = load_file(fit.folder / "sae_weights.safetensors")
     return {name: tensor.double().numpy() for name, tensor in found.items()}
+
+
+Encode = Callable[[Any, dict[str, Any]], Any]
 
 
 def encode(x: Any, own: dict[str, Any]) -> Any:
@@ -108,10 +112,25 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize(("family", "rule"), in_turn(HERE, [*RULES]))
-def test_effect_of_rules_is_that_of_hooks(family: str, rule: str, tmp_path: Path) -> None:
-    lines = ["from turned into clean", RULES[rule]] if rule == "patch" else [RULES[rule]]
-    path = write(tmp_path, declare(), experiment(*lines))
+def check_rules(
+    declared: str,
+    rules: Mapping[str, str],
+    rule: str,
+    family: str,
+    folder: Path,
+    encode: Encode,
+    added: Sequence[int],
+) -> None:
+    """Compare a rule on features at layer 1 with hooks on one unpadded prompt at a time.
+
+    Args:
+        rules: Lines of a file by name: `ablate`, `mean`, `patch`, `add` or `reconstruction`.
+        rule: One of them.
+        encode: Features of vectors, [vector, feature], from the tensors of the file.
+        added: Features that the numbers of a loop are added to.
+    """
+    lines = ["from turned into clean", rules[rule]] if rule == "patch" else [rules[rule]]
+    path = write(folder, declared, experiment(*lines))
     (found,) = train(path, family)
     own = weights(found)
     (result,) = run(path, family).files[0].experiments
@@ -125,7 +144,7 @@ def test_effect_of_rules_is_that_of_hooks(family: str, rule: str, tmp_path: Path
                 before = encode(x.reshape(1, -1).numpy(), own)
                 after = before.copy()
                 if rule == "add":
-                    after[0, [1, 3]] += number
+                    after[0, added] += number
                 elif rule == "mean":
                     after[0, number] = mean[number]
                 elif rule == "patch":
@@ -143,6 +162,11 @@ def test_effect_of_rules_is_that_of_hooks(family: str, rule: str, tmp_path: Path
             after = edited(family, text, [Write("resid_post", 1, act, at)])
             expected = difference(after.logits, records("second")[row])
             assert cell[row] == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize(("family", "rule"), in_turn(HERE, [*RULES]))
+def test_effect_of_rules_is_that_of_hooks(family: str, rule: str, tmp_path: Path) -> None:
+    check_rules(declare(), RULES, rule, family, tmp_path, encode, [1, 3])
 
 
 # --- sizes, options and keys ----------------------------------------------------------------------
@@ -194,18 +218,30 @@ CHANGES = {
 }
 
 
-def test_keys_have_everything_that_components_depend_on(tmp_path: Path) -> None:
-    (base,) = train(write(tmp_path, declare(), ABLATES))
+def check_keys(
+    folder: Path, declare: Callable[..., str], changes: Mapping[str, dict[str, str]], used: str
+) -> None:
+    """Check that each change of a declaration asks for another training, with other weights, and
+    that the same declaration gives the same weights again.
+
+    Args:
+        used: An experiment that uses what is declared.
+    """
+    (base,) = train(write(folder, declare(), used))
     first, folders = weights(base), {base.folder}
-    for name, change in CHANGES.items():
-        (found,) = train(write(tmp_path, declare(**change), ABLATES))
+    for name, change in changes.items():
+        (found,) = train(write(folder, declare(**change), used))
         assert found.folder not in folders, name
         folders.add(found.folder)
         own = weights(found)
         assert not all(np.array_equal(own[each], first[each]) for each in first), name
-    again = train(write(tmp_path, declare(), ABLATES), fresh=True)[0]
+    again = train(write(folder, declare(), used), fresh=True)[0]
     assert again.folder == base.folder
     assert all(np.array_equal(weights(again)[each], first[each]) for each in first)
+
+
+def test_keys_have_everything_that_components_depend_on(tmp_path: Path) -> None:
+    check_keys(tmp_path, declare, CHANGES, ABLATES)
 
 
 def test_card_and_copy_have_the_controls(tmp_path: Path) -> None:

@@ -13,16 +13,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import eigh
-from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
 from mechdsl.pipeline.trained_files import fits_of_file
 
 from ..quick import in_turn
-from ..reference.forward import Write
-from ..rules.support import difference, edited, plain, records, rows, tokens
-from .test_trained_components import HERE, encode, weights
+from ..rules.support import plain, rows
+from .test_trained_components import HERE, check_keys, check_rules, encode, weights
 from .test_trained_dictionaries import checked, experiment, fit, models, run, train, write
 
 torch.set_num_threads(1)
@@ -181,34 +179,9 @@ RULES = {
 
 @pytest.mark.parametrize(("family", "rule"), in_turn(HERE, [*RULES]))
 def test_effect_of_rules_is_that_of_hooks(family: str, rule: str, tmp_path: Path) -> None:
-    lines = ["from turned into clean", RULES[rule]] if rule == "patch" else [RULES[rule]]
-    inner = SPARSE if rule == "sparse" else CCA
-    path = write(tmp_path, declare(inner), experiment(*lines))
-    (found,) = train(path, family)
-    own = weights(found)
-    (result,) = run(path, family).files[0].experiments
-    for number, cell in enumerate(result.measures[0].patched):
-        for row, text in enumerate(rows("second")):
-
-            def act(x: Tensor, number: int = number, row: int = row) -> Tensor:
-                before = encode(x.reshape(1, -1).double().numpy(), own)
-                after = before.copy()
-                if rule == "add":
-                    after[0, [0, 2]] += number
-                elif rule == "patch":
-                    other = vectors(family, rows("second.turned")[row], "resid_post", 1)[-1:]
-                    after[0, number] = encode(other, own)[0, number]
-                elif rule == "ablate":
-                    after[0, number] = 0
-                change = (after - before) @ own["W_dec"]
-                if rule == "reconstruction":
-                    change = before @ own["W_dec"] + own["b_dec"] - x.reshape(1, -1).numpy()
-                return x + torch.from_numpy(change).reshape(x.shape)
-
-            (at,) = tokens(text, "last token")
-            after = edited(family, text, [Write("resid_post", 1, act, at)])
-            expected = difference(after.logits, records("second")[row])
-            assert cell[row] == pytest.approx(expected, abs=2e-3)
+    declared = declare(SPARSE if rule == "sparse" else CCA)
+    named = "ablate" if rule == "sparse" else rule
+    check_rules(declared, RULES, named, family, tmp_path, encode, [0, 2])
 
 
 # --- options, errors and keys ---------------------------------------------------------------------
@@ -271,17 +244,7 @@ CHANGES = {
 
 
 def test_keys_have_everything_that_correlations_depend_on(tmp_path: Path) -> None:
-    (base,) = train(write(tmp_path, declare(), ABLATES))
-    first, folders = weights(base), {base.folder}
-    for name, change in CHANGES.items():
-        (found,) = train(write(tmp_path, declare(**change), ABLATES))
-        assert found.folder not in folders, name
-        folders.add(found.folder)
-        own = weights(found)
-        assert not all(np.array_equal(own[each], first[each]) for each in first), name
-    again = train(write(tmp_path, declare(), ABLATES), fresh=True)[0]
-    assert again.folder == base.folder
-    assert all(np.array_equal(weights(again)[each], first[each]) for each in first)
+    check_keys(tmp_path, declare, CHANGES, ABLATES)
 
 
 def test_card_and_copy_have_the_controls(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from ..quick import in_turn
 from ..reference.forward import Write
 from ..rules.models import bare
 from ..rules.support import difference, edited, plain, records, rows, tokens
+from .test_trained_components import check_keys, weights
 from .test_trained_dictionaries import checked, experiment, fit, models, run, train, write
 
 torch.set_num_threads(1)
@@ -45,11 +45,6 @@ def declare(inner: str = SEMI, options: str = "steps: 30", at: str = AT, prompts
 def vectors(family: str, block: str, site: str = "mlp_hidden") -> list[Tensor]:
     """[token, width] of each row, in the order of the data."""
     return [plain(family, text)[site, 1].flatten(1) for text in rows(block)]
-
-
-def weights(fit: mechdsl.TrainedFit) -> dict[str, Any]:
-    found = load_file(fit.folder / "sae_weights.safetensors")
-    return {name: tensor.double().numpy() for name, tensor in found.items()}
 
 
 def encode(x: Any, own: dict[str, Any]) -> Any:
@@ -252,18 +247,7 @@ CHANGES = {
 
 
 def test_keys_have_everything_that_factors_depend_on(tmp_path: Path) -> None:
-    (base,) = train(write(tmp_path, declare(), ABLATES))
-    first, folders = weights(base), {base.folder}
-    for name, change in CHANGES.items():
-        (found,) = train(write(tmp_path, declare(**change), ABLATES))
-        assert found.folder not in folders, name
-        folders.add(found.folder)
-        own = weights(found)
-        same = all(np.array_equal(own[each], first[each]) for each in first)
-        assert not same, name
-    again = train(write(tmp_path, declare(), ABLATES), fresh=True)[0]
-    assert again.folder == base.folder
-    assert all(np.array_equal(weights(again)[each], first[each]) for each in first)
+    check_keys(tmp_path, declare, CHANGES, ABLATES)
 
 
 def test_version_of_the_package_is_in_the_key(

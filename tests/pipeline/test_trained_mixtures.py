@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
-from torch import Tensor
 
 import mechdsl
 from mechdsl.base.hashing import stable_hash
@@ -24,9 +23,8 @@ from mechdsl.fits.mixtures import RIDGE
 from mechdsl.pipeline.trained_files import fits_of_file
 
 from ..quick import in_turn
-from ..reference.forward import Write
-from ..rules.support import difference, edited, records, rows, tokens
-from .test_trained_components import HERE, vectors, weights
+from ..rules.support import rows
+from .test_trained_components import HERE, check_keys, check_rules, vectors, weights
 from .test_trained_dictionaries import checked, experiment, fit, models, run, train, write
 
 torch.set_num_threads(1)
@@ -114,39 +112,7 @@ RULES = {
 
 @pytest.mark.parametrize(("family", "rule"), in_turn(HERE, [*RULES]))
 def test_effect_of_rules_is_that_of_hooks(family: str, rule: str, tmp_path: Path) -> None:
-    lines = ["from turned into clean", RULES[rule]] if rule == "patch" else [RULES[rule]]
-    path = write(tmp_path, declare(), experiment(*lines))
-    (found,) = train(path, family)
-    own = weights(found)
-    (result,) = run(path, family).files[0].experiments
-    texts = rows("second")
-    last = {n: vectors(family, text, "resid_post")[-1:] for n, text in enumerate(texts)}
-    mean = encode(np.concatenate(list(last.values())), own).mean(0)
-    for number, cell in enumerate(result.measures[0].patched):
-        for row, text in enumerate(texts):
-
-            def act(x: Tensor, number: int = number, row: int = row) -> Tensor:
-                before = encode(x.reshape(1, -1).numpy(), own)
-                after = before.copy()
-                if rule == "add":
-                    after[0, 1] += number
-                elif rule == "mean":
-                    after[0, number] = mean[number]
-                elif rule == "patch":
-                    other = vectors(family, rows("second.turned")[row], "resid_post")[-1:]
-                    after[0, number] = encode(other, own)[0, number]
-                elif rule == "ablate":
-                    after[0, number] = 0
-                change = torch.from_numpy((after - before) @ own["W_dec"]).reshape(x.shape)
-                if rule == "reconstruction":
-                    made = before @ own["W_dec"] + own["b_dec"]
-                    return torch.from_numpy(made).reshape(x.shape)
-                return x + change
-
-            (at,) = tokens(text, "last token")
-            after = edited(family, text, [Write("resid_post", 1, act, at)])
-            expected = difference(after.logits, records("second")[row])
-            assert cell[row] == pytest.approx(expected, abs=2e-3)
+    check_rules(declare(), RULES, rule, family, tmp_path, encode, [1])
 
 
 # --- sizes, options and keys ----------------------------------------------------------------------
@@ -202,17 +168,7 @@ CHANGES = {
 
 
 def test_keys_have_everything_that_mixtures_depend_on(tmp_path: Path) -> None:
-    (base,) = train(write(tmp_path, declare(), ABLATES))
-    first, folders = weights(base), {base.folder}
-    for name, change in CHANGES.items():
-        (found,) = train(write(tmp_path, declare(**change), ABLATES.replace("0..2", "0..1")))
-        assert found.folder not in folders, name
-        folders.add(found.folder)
-        own = weights(found)
-        assert not all(np.array_equal(own[each], first[each]) for each in first), name
-    again = train(write(tmp_path, declare(), ABLATES), fresh=True)[0]
-    assert again.folder == base.folder
-    assert all(np.array_equal(weights(again)[each], first[each]) for each in first)
+    check_keys(tmp_path, declare, CHANGES, ABLATES.replace("0..2", "0..1"))
 
 
 def test_card_and_copy_have_the_controls(tmp_path: Path) -> None:

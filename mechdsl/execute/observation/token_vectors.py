@@ -127,7 +127,7 @@ def digest_inputs(
     table: PromptTable,
     causal: Sequence[bool],
 ) -> list[bytes]:
-    """[row] a digest of all that its vectors at some positions depend on, each of its own run.
+    """[row] a digest of all that its vectors at some positions depend on, each in a given run.
 
     Tiles of one image have one, so that no fit to some of them is evaluated on others.
 
