@@ -2,7 +2,7 @@
 
 A package offers a plugin as an entry point of the group `mechdsl.plugins`, which names a module.
 Importing the module registers its rule kinds, metrics, corruptions, direction methods,
-estimators, aggregates, statistics and baseline images.
+estimators, aggregates, statistics, baseline images and layouts of image tokens.
 """
 
 from __future__ import annotations

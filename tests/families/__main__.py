@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from mechdsl.images.layouts import IMAGE_LAYOUTS
+
 from . import tables
 from .parts import Architecture, Refused
 from .walk import (
@@ -45,6 +47,19 @@ checks fail.
 | planner passes | `all`, or why every row needs a full forward pass |
 | checks | number of comparisons with the reference |
 | largest difference | largest error of outputs and reads, relative to the largest output |
+"""
+
+IMAGE_TOKENS = """\
+## Image tokens
+
+For these model types, mechdsl knows which part of an image each image token of a prompt reads: its
+row and column, its tile, and its pixels in the original image. Resizing, cropping, padding, tiles
+and merged patches are included (`mechdsl/images/layouts.py`). Tests compare the layouts with arrays
+worked out manually, and with models in which a changed pixel changes only the vectors that read it.
+
+The processors of `internvl`, `llava_onevision`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `smolvlm` and
+`video_llava` also prepare videos, so transformers loads them only if torchvision is installed. That
+of `smolvlm` also needs num2words. The layouts are those of images, not of videos.
 """
 
 METHOD = f"""\
@@ -165,9 +180,19 @@ def page(found: Sequence[Walked], rows: Mapping[str, Architecture | Refused]) ->
         body = [cells(walked, rows[walked.name]) for walked in each]
         parts.append(f"## {kind.capitalize()}\n\n{table(head, body)}")
     reasons = [(f"`{walked.name}`", reason(walked.refused)) for walked in refused]
+    parts.append(image_tokens())
     parts.append(f"## Rejected architectures\n\n{table(('architecture', 'reason'), reasons)}")
     parts.append(METHOD)
     return "\n".join(parts)
+
+
+def image_tokens() -> str:
+    """The section about layouts of image tokens."""
+    names: dict[str, list[str]] = {}
+    for name, entry in IMAGE_LAYOUTS.items():
+        names.setdefault(entry.documentation, []).append(f"`{name}`")
+    lines = (f"- {', '.join(each)}: {said}.\n" for said, each in names.items())
+    return f"{IMAGE_TOKENS}\n{''.join(lines)}"
 
 
 def cells(walked: Walked, row: Architecture | Refused) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from mechdsl.models.anatomy import HookPoint
 from ..quick import some
 from ..reference import hooks
 from . import tables
-from .__main__ import PAGE, cells, prepare, reason
+from .__main__ import PAGE, cells, image_tokens, prepare, reason
 from .parts import Architecture, Refused
 from .walk import KINDS, SMALLEST, Walked, kind, walk
 
@@ -60,6 +60,10 @@ def test_every_site_is_as_by_hand_and_on_the_page(name: str) -> None:
     assert name not in ("gpt2", "llama") or found.precision == "float32", "broken ones stay at it"
     now = cells(found, ROWS[name])
     assert (page[1], page[2] == "all") == (now[1], now[2] == "all")
+
+
+def test_page_lists_layouts_of_image_tokens() -> None:
+    assert image_tokens() in PAGE.read_text(encoding="utf-8")
 
 
 def test_there_are_enough_of_each_kind() -> None:

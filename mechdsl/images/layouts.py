@@ -1,0 +1,836 @@
+"""Layouts of image tokens: the part of an image that each position of a prompt reads.
+
+A processor of transformers replaces each image of a prompt by many tokens. `image_layout` returns
+their positions, as rows and columns of tiles, with the pixels that each one covers. A layout is one
+class for each model type. A module outside the package adds one under `layout`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+from mechdsl.base.records import Record, Registry, record
+from mechdsl.images.processing import Processing, UnsupportedProcessor, crop_corner
+
+Size = tuple[int, int]
+"""(height, width)."""
+
+PixelBox = tuple[float, float, float, float]
+"""(left, top, right, bottom) in pixels of the image before preparation, the ends exclusive."""
+
+THUMBNAIL = 0
+"""The number of the view that shows the whole image next to its tiles."""
+
+MarkerName = Literal["class", "row end", "separator", "tile tag", "start", "end", "text"]
+
+
+@record
+class ImageCell(Record):
+    """A position of the language model that reads a part of an image."""
+
+    position: int
+    """The index of the token in the prompt, from 0."""
+    tile: int
+    """Number of the tile from 1, in reading order; 1 without tiles, and 0 in the thumbnail."""
+    row: int
+    """Counted from 1 over all tiles, or in the thumbnail; 0 if a resampler mixes the patches."""
+    col: int
+    box: PixelBox | None
+    """The pixels that it covers; None for padding."""
+
+
+@record
+class ImageTile(Record):
+    """A tile or the thumbnail: the grid of its cells."""
+
+    number: int
+    """As in `ImageCell.tile`."""
+    top: int
+    """The row of its first cell, from 1: cells of tiles count rows over all tiles."""
+    left: int
+    rows: int
+    cols: int
+
+
+@record
+class ImageTokens(Record):
+    """The tokens of one image in a prompt."""
+
+    start: int
+    """Its first position, markers included."""
+    end: int
+    """The position after its last one."""
+    cells: tuple[ImageCell, ...]
+    """In the order of the prompt."""
+    markers: Mapping[MarkerName, tuple[int, ...]]
+    """Positions of tokens that read no part of the image:
+
+    - `class`: the class token of the vision encoder.
+    - `row end`: the vector or text at the end of a row of cells or tiles.
+    - `separator`: the token between tiles.
+    - `tile tag`: the tokens that name a tile.
+    - `start`, `end`: the tokens around an image or a tile.
+    - `text`: words that the processor writes between tiles.
+    """
+
+    @cached_property
+    def tiles(self) -> tuple[ImageTile, ...]:
+        """The tiles that have cells, in the order of the prompt."""
+        found: dict[int, list[ImageCell]] = {}
+        for cell in self.cells:
+            found.setdefault(cell.tile, []).append(cell)
+        return tuple(_tile(number, own) for number, own in found.items())
+
+    @property
+    def thumbnail(self) -> ImageTile | None:
+        """The view of the whole image next to its tiles."""
+        return next((each for each in self.tiles if each.number == THUMBNAIL), None)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the grid of all tiles; 0 if a resampler mixes the patches, and without cells."""
+        return max((cell.row for cell in self.cells if cell.tile != THUMBNAIL), default=0)
+
+    @property
+    def cols(self) -> int:
+        """Columns of the grid of all tiles."""
+        return max((cell.col for cell in self.cells if cell.tile != THUMBNAIL), default=0)
+
+    def overlapping(self, box: PixelBox) -> tuple[ImageCell, ...]:
+        """Return the cells that cover a part of a box, given in pixels of the original image."""
+        return tuple(
+            cell
+            for cell in self.cells
+            if cell.box is not None and _intersection(cell.box, box) is not None
+        )
+
+
+def _tile(number: int, cells: Sequence[ImageCell]) -> ImageTile:
+    rows, cols = {cell.row for cell in cells}, {cell.col for cell in cells}
+    top, left = min(rows), min(cols)
+    return ImageTile(number, top, left, len(rows - {0}), len(cols - {0}))
+
+
+def _intersection(first: PixelBox, second: PixelBox) -> PixelBox | None:
+    left, top = max(first[0], second[0]), max(first[1], second[1])
+    right, bottom = min(first[2], second[2]), min(first[3], second[3])
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+# --- from an image to what the vision encoder reads -----------------------------------------------
+
+
+@record
+class View(Record):
+    """A prepared image or a tile of it: the part of the original image that it shows."""
+
+    size: tuple[float, float]
+    """(height, width) in pixels of the view."""
+    scale: tuple[float, float]
+    """(y, x): pixels of the view for each pixel of the original image."""
+    shift: tuple[float, float]
+    """(y, x) of the original image's corner in the view."""
+    seen: PixelBox
+    """The part of the original image that no crop removed."""
+
+    @staticmethod
+    def of(size: Size) -> View:
+        """Return the view of a whole image of this (height, width)."""
+        return View(size, (1.0, 1.0), (0.0, 0.0), (0.0, 0.0, float(size[1]), float(size[0])))
+
+    def resized(self, height: float, width: float) -> View:
+        """Return the view after resizing, without regard to proportions."""
+        y, x = height / self.size[0], width / self.size[1]
+        scale = self.scale[0] * y, self.scale[1] * x
+        return View((height, width), scale, (self.shift[0] * y, self.shift[1] * x), self.seen)
+
+    def cropped(self, top: float, left: float, height: float, width: float) -> View:
+        """Return a part of the view; parts outside it are padding."""
+        area = self._original((left, top, left + width, top + height))
+        nothing = (0.0, 0.0, 0.0, 0.0)
+        seen = _intersection(self.seen, area) or nothing
+        shift = self.shift[0] - top, self.shift[1] - left
+        return View((height, width), self.scale, shift, seen)
+
+    def box(self, left: float, top: float, right: float, bottom: float) -> PixelBox | None:
+        """Return the pixels of the original image in a box of the view; None for padding."""
+        return _intersection(self.seen, self._original((left, top, right, bottom)))
+
+    def _original(self, box: PixelBox) -> PixelBox:
+        (y, x), (down, right) = self.scale, self.shift
+        return (
+            (box[0] - right) / x,
+            (box[1] - down) / y,
+            (box[2] - right) / x,
+            (box[3] - down) / y,
+        )
+
+
+# --- one prompt -----------------------------------------------------------------------------------
+
+Feature = tuple[int, int, int, PixelBox | None] | MarkerName
+"""A vector that replaces an image token: (tile, row, col, box) of a cell, or a marker."""
+
+
+@record
+class ImagePrompt(Record):
+    """A prompt with images, as a processor prepared it."""
+
+    processor: Any
+    """The processor of transformers."""
+    config: Any
+    """The model's config of transformers."""
+    inputs: Mapping[str, Any]
+    """The processor's output for one prompt."""
+    sizes: tuple[Size, ...]
+    """(height, width) of each image before preparation, in the order of the text."""
+
+    @property
+    def images(self) -> Any:
+        """The image processor."""
+        return self.processor.image_processor
+
+    @property
+    def patch(self) -> Size:
+        """(height, width) of a patch of the vision encoder in pixels."""
+        return _pair(self.config.vision_config.patch_size)
+
+    def setting(self, name: str) -> Any:
+        """Return a setting of the image preparation: the processor's has priority."""
+        own: Mapping[str, Any] = getattr(self.processor, "images_kwargs", None) or {}
+        return own[name] if name in own else getattr(self.images, name, None)
+
+    def library(self, name: str) -> Any:
+        """Return a definition in the module of the image processor, which sizes images by it.
+
+        Raises:
+            UnsupportedProcessor: The module has none of this name.
+        """
+        found = getattr(sys.modules[type(self.images).__module__], name, None)
+        if found is None:
+            raise _unknown(f"`{type(self.images).__name__}` sizes images without `{name}`")
+        return found
+
+
+def _pair(value: Any) -> Size:
+    if isinstance(value, int):
+        return value, value
+    first, second = value
+    return int(first), int(second)
+
+
+def _edges(size: Any) -> dict[str, int]:
+    """Return the sides that a size of transformers gives, by its names."""
+    return {key: int(value) for key, value in dict(size or {}).items() if value is not None}
+
+
+_HINT = (
+    "use a processor with a known layout, or register the layout of this one "
+    "(docs/plugins.md, section Layouts of image tokens)"
+)
+
+
+def _unknown(reason: str) -> UnsupportedProcessor:
+    unfit = UnsupportedProcessor(reason)
+    unfit.hint = _HINT
+    return unfit
+
+
+class ImageLayout:
+    """The layout of the image tokens of one or more model types."""
+
+    documentation: ClassVar[str]
+    """Description for the reference."""
+    processors: ClassVar[tuple[str, ...]] = ()
+    """Names of the classes of processors that it knows."""
+    image_processors: ClassVar[tuple[str, ...]] = ()
+    """Names of the classes of image processors that it knows, without `Fast` and `Pil`."""
+    refusal: ClassVar[str] = ""
+    """The reason that images have no positions in the language model; empty if they have."""
+    separator: ClassVar[str] = ""
+    """The attribute of the processor with the token between tiles; empty without one."""
+    start: ClassVar[str] = ""
+    """Attributes of the config or tokenizer with the ids of the tokens around images."""
+    end: ClassVar[str] = ""
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        """Yield the vectors of one image, in the order of the prompt.
+
+        Args:
+            prompt: The prompt.
+            number: The index of the image, from 0.
+
+        Raises:
+            UnsupportedProcessor: The settings of the processor have no known layout.
+        """
+        raise NotImplementedError
+
+
+IMAGE_LAYOUTS: Registry[ImageLayout] = Registry("layout of image tokens")
+"""By model type: `model_type` in the model's `config.json`."""
+
+LayoutT = TypeVar("LayoutT", bound=ImageLayout)
+
+
+def layout(*model_types: str) -> Callable[[type[LayoutT]], type[LayoutT]]:
+    """Register a subclass of `ImageLayout` for model types.
+
+    Raises:
+        TypeError: The class names no processor.
+        ValueError: A model type has a layout.
+    """
+
+    def register(entry: type[LayoutT]) -> type[LayoutT]:
+        if not entry.refusal and not (entry.processors and entry.image_processors):
+            raise TypeError(f"`{entry.__name__}` needs `processors` and `image_processors`")
+        for name in model_types:
+            IMAGE_LAYOUTS.add(name, entry())
+        return entry
+
+    return register
+
+
+def image_layout(
+    processor: Any, config: Any, inputs: Mapping[str, Any], sizes: Sequence[Size]
+) -> tuple[ImageTokens, ...]:
+    """Return the tokens of each image of one prompt, in the order of the text.
+
+    Args:
+        processor: A processor of transformers, such as `LlavaProcessor`.
+        config: The model's config.
+        inputs: The processor's output for one prompt: `input_ids` is [tokens] or [1, tokens].
+        sizes: (height, width) of each image in pixels, before preparation.
+
+    Raises:
+        UnsupportedProcessor: The layout isn't known, or differs from the prompt's image tokens.
+    """
+    entry = _entry(processor, config)
+    ids = _token_ids(inputs)
+    prompt = ImagePrompt(processor, config, inputs, tuple(sizes))
+    positions = [at for at, token in enumerate(ids) if token == config.image_token_id]
+    features = [list(entry.features(prompt, number)) for number in range(len(sizes))]
+    wanted = sum(map(len, features))
+    if wanted != len(positions):
+        found = f"the prompt has {len(positions):,} image tokens, and its layout {wanted:,}"
+        raise _unknown(f"`{type(processor).__name__}` prepares images in another layout: {found}")
+    reader = _MarkerReader(entry, prompt, ids)
+    rest = iter(positions)
+    return tuple(reader.tokens_of(own, list(islice(rest, len(own)))) for own in features)
+
+
+def _entry(processor: Any, config: Any) -> ImageLayout:
+    """Return the layout of a model. Raises UnsupportedProcessor."""
+    entry = IMAGE_LAYOUTS.get(config.model_type)
+    if entry is None:
+        known = ", ".join(sorted(IMAGE_LAYOUTS))
+        raise _unknown(
+            f"the positions of image tokens aren't known for models of the type "
+            f"`{config.model_type}`: types that are known are {known}"
+        )
+    if entry.refusal:
+        raise UnsupportedProcessor(f"`{config.model_type}` {entry.refusal}")
+    own = type(processor).__name__
+    images = type(processor.image_processor).__name__
+    plain = images.removesuffix("Fast").removesuffix("Pil")
+    for name, known in ((own, entry.processors), (plain, entry.image_processors)):
+        if name not in known:
+            raise _unknown(
+                f"the positions of image tokens aren't known for `{name}` in models of the type "
+                f"`{config.model_type}`, only for {', '.join(known)}"
+            )
+    return entry
+
+
+def _token_ids(inputs: Mapping[str, Any]) -> list[int]:
+    ids: Any = inputs["input_ids"]
+    ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if ids and isinstance(ids[0], list):
+        [ids] = cast("list[list[int]]", ids)
+    return cast("list[int]", ids)
+
+
+class _MarkerReader:
+    """Finds the tokens around and between the image tokens of a prompt."""
+
+    def __init__(self, entry: ImageLayout, prompt: ImagePrompt, ids: Sequence[int]) -> None:
+        self._ids = ids
+        tokenizer = prompt.processor.tokenizer
+        self._image = prompt.config.image_token_id
+        text = getattr(prompt.processor, entry.separator) if entry.separator else None
+        self._separator: int | None = (
+            None if text is None else tokenizer.convert_tokens_to_ids(text)
+        )
+        self._around: dict[int, MarkerName] = {}
+        around: tuple[tuple[str, MarkerName], ...] = (entry.start, "start"), (entry.end, "end")
+        for attribute, name in around:
+            if attribute:
+                own = getattr(prompt.config, attribute, None)
+                token = getattr(tokenizer, attribute) if own is None else own
+                self._around[token] = name
+
+    def tokens_of(self, features: Sequence[Feature], positions: Sequence[int]) -> ImageTokens:
+        """Return the tokens of an image from its vectors and their positions."""
+        first, last = self._bounds(positions[0], positions[-1])
+        markers: dict[MarkerName, list[int]] = {}
+        cells: list[ImageCell] = []
+        for feature, position in zip(features, positions, strict=True):
+            if isinstance(feature, tuple):
+                cells.append(ImageCell(position, *feature))
+            else:
+                markers.setdefault(feature, []).append(position)
+        is_tag = False
+        for position in range(first, last + 1):
+            token = self._ids[position]
+            if token == self._image:
+                is_tag = False
+                continue
+            is_tag = is_tag or token == self._separator
+            markers.setdefault(self._name(token, is_tag=is_tag), []).append(position)
+        ordered: dict[MarkerName, tuple[int, ...]] = {
+            name: tuple(sorted(own)) for name, own in markers.items()
+        }
+        return ImageTokens(first, last + 1, tuple(cells), ordered)
+
+    def _name(self, token: int, *, is_tag: bool) -> MarkerName:
+        """Return the name of a token that isn't an image token.
+
+        is_tag: whether it follows a separator.
+        """
+        if self._separator is None:
+            return self._around.get(token, "text")
+        if token == self._separator:
+            return "separator"
+        return "tile tag" if is_tag else "row end"
+
+    def _bounds(self, first: int, last: int) -> tuple[int, int]:
+        """Extend the bounds of image tokens to the separators or tokens around them."""
+        ids = self._ids
+        if self._separator is not None:
+            first -= list(reversed(ids[:first])).index(self._separator) + 1
+            return first, last + 1
+        if first and self._around.get(ids[first - 1]) == "start":
+            first -= 1
+        if last + 1 < len(ids) and self._around.get(ids[last + 1]) == "end":
+            last += 1
+        return first, last
+
+
+# --- grids of cells -------------------------------------------------------------------------------
+
+
+def grid(
+    view: View, cell: tuple[float, float], *, tile: int = 1, above: int = 0, before: int = 0
+) -> Iterator[Feature]:
+    """Yield the cells of a view, row by row.
+
+    Args:
+        view: The prepared image or tile. Pixels after the last whole cell are ignored.
+        cell: (height, width) of a cell in pixels of the view.
+        tile: The number of the tile.
+        above: The rows of the tiles above.
+        before: The columns of the tiles to the left.
+    """
+    height, width = cell
+    for row in range(int(view.size[0] // height)):
+        for col in range(int(view.size[1] // width)):
+            left, top = col * width, row * height
+            box = view.box(left, top, left + width, top + height)
+            yield tile, above + row + 1, before + col + 1, box
+
+
+def tiles(view: View, tile: tuple[float, float], cell: tuple[float, float]) -> Iterator[Feature]:
+    """Yield the cells of an image that is cut into tiles, tile by tile.
+
+    Args:
+        view: The prepared image; both sides are multiples of the tile's.
+        tile: (height, width) of a tile in pixels of the view.
+        cell: (height, width) of a cell.
+    """
+    (height, width), across = tile, round(view.size[1] / tile[1])
+    for number in range(across * round(view.size[0] / height)):
+        row, col = divmod(number, across)
+        part = view.cropped(row * height, col * width, height, width)
+        above, before = row * int(height // cell[0]), col * int(width // cell[1])
+        yield from grid(part, cell, tile=number + 1, above=above, before=before)
+
+
+def prepared_view(images: Any, size: Size) -> View:
+    """Return the view of an image after an image processor without tiles, such as CLIP's.
+
+    Raises:
+        UnsupportedProcessor: It pads images in an unknown manner.
+    """
+    view = View.of(size)
+    if getattr(images, "do_pad", None):
+        if not type(images).__name__.startswith("LlavaImageProcessor"):
+            raise _unknown(f"`{type(images).__name__}` pads images")
+        side = max(size)
+        top, left = (side - size[0]) // 2, (side - size[1]) // 2
+        view = view.cropped(-top, -left, side, side)
+    if images.do_resize:
+        edges = _edges(images.size)
+        if edges.keys() == {"shortest_edge"}:
+            short = edges["shortest_edge"]
+            how = Processing(("shortest", short, short))
+            view = view.resized(*how.resized(int(view.size[0]), int(view.size[1])))
+        elif edges.keys() == {"height", "width"}:
+            view = view.resized(edges["height"], edges["width"])
+        else:
+            raise _unknown(f"`{type(images).__name__}` resizes to {edges}")
+    if getattr(images, "do_center_crop", None):
+        edges = _edges(images.crop_size)
+        crop = edges["height"], edges["width"]
+        top, left = crop_corner((int(view.size[0]), int(view.size[1])), crop)
+        view = view.cropped(top, left, *crop)
+    return view
+
+
+def _check_square(view: View, cell: tuple[float, float], count: int) -> None:
+    """Raise UnsupportedProcessor unless the cells of a view are a square of this number."""
+    rows, cols = int(view.size[0] // cell[0]), int(view.size[1] // cell[1])
+    if not rows == cols == math.isqrt(count) or rows * cols != count:
+        raise _unknown(f"it counts {count} tokens for a tile of {rows} x {cols} cells")
+
+
+# --- layouts by model type ------------------------------------------------------------------------
+
+_PLAIN_PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor")
+
+
+@layout("llava", "vipllava", "video_llava")
+class PatchRows(ImageLayout):
+    """LLaVA (Liu et al. 2023, arXiv:2304.08485), ViP-LLaVA, and images of Video-LLaVA."""
+
+    documentation = "one token for each patch, row by row"
+    processors = ("LlavaProcessor", "VideoLlavaProcessor")
+    image_processors = (*_PLAIN_PROCESSORS, "LlavaImageProcessor", "VideoLlavaImageProcessor")
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        extra = _class_tokens(prompt)
+        if extra not in (0, 1):
+            raise _unknown(f"the processor counts {extra} additional tokens for each image")
+        yield from ("class",) * extra
+        view = prepared_view(prompt.images, prompt.sizes[number])
+        yield from grid(view, _pair(prompt.processor.patch_size))
+
+
+def _class_tokens(prompt: ImagePrompt) -> int:
+    """Return the number of tokens before the patches: class tokens that the model doesn't drop."""
+    drops = prompt.processor.vision_feature_select_strategy == "default"
+    return prompt.processor.num_additional_image_tokens - int(drops)
+
+
+class _AnyResolution(ImageLayout):
+    """The whole image, then the grid of its tiles without rows or columns of padding."""
+
+    def tile_cells(self, prompt: ImagePrompt) -> int:
+        """Return the rows of a tile's cells."""
+        raise NotImplementedError
+
+    def merged(self, prompt: ImagePrompt, kept: Size, side: int) -> Size:
+        """Return the rows and columns to which the model reduces the grid of a tiled image.
+
+        Args:
+            prompt: The prompt.
+            kept: The rows and columns without padding.
+            side: The rows of a tile's cells.
+        """
+        return kept
+
+    def anyres(self, prompt: ImagePrompt, size: Size) -> Iterator[Feature]:
+        """Yield the vectors of an image that is cut into tiles."""
+        tile, side = self._tile(prompt), self.tile_cells(prompt)
+        cell = tile / side
+        yield from grid(View.of(size).resized(tile, tile), (cell, cell), tile=THUMBNAIL)
+        best: Size = prompt.library("select_best_resolution")(
+            list(size), prompt.setting("image_grid_pinpoints")
+        )
+        height, width = (length // tile * side for length in best)
+        top, left = _cut(size, (height, width))
+        kept = height - 2 * top, width - 2 * left
+        rows, cols = self.merged(prompt, kept, side)
+        canvas = _fitted(View.of(size), best)
+        for row in range(rows):
+            up, down = ((top + each * kept[0] / rows) * cell for each in (row, row + 1))
+            for col in range(cols):
+                start, end = ((left + each * kept[1] / cols) * cell for each in (col, col + 1))
+                across, along = int((up + down) / 2 // tile), int((start + end) / 2 // tile)
+                number = 1 + across * (best[1] // tile) + along
+                yield number, row + 1, col + 1, canvas.box(start, up, end, down)
+            yield "row end"
+
+    def _tile(self, prompt: ImagePrompt) -> int:
+        """Return the side of a tile in pixels. Raises UnsupportedProcessor."""
+        images = prompt.images
+        size, crop = _edges(images.size), _edges(getattr(images, "crop_size", None))
+        sides = {*size.values(), *(crop.values() if images.do_center_crop else ())}
+        if crop.get("height"):
+            sides.add(crop["height"])
+        sides.add(_pair(prompt.config.vision_config.image_size)[0])
+        if len(sides) != 1:
+            raise _unknown(f"its tiles have different sides: {', '.join(map(str, sorted(sides)))}")
+        return sides.pop()
+
+
+def _fitted(view: View, size: Size) -> View:
+    """Return the view in a larger size, in proportion and in the middle of padding."""
+    height, width = view.size
+    down, across = size[0] / height, size[1] / width
+    if across < down:
+        view = view.resized(min(math.ceil(height * across), size[0]), size[1])
+    else:
+        view = view.resized(size[0], min(math.ceil(width * down), size[1]))
+    top, left = (size[0] - view.size[0]) // 2, (size[1] - view.size[1]) // 2
+    return view.cropped(-top, -left, *size)
+
+
+def _cut(size: Size, rows_cols: Size) -> Size:
+    """Return (rows, columns) of padding that the model removes on each side of the grid."""
+    height, width = size
+    rows, cols = rows_cols
+    if width / height > cols / rows:
+        return (rows - int(round(height * (cols / width), 7))) // 2, 0
+    return 0, (cols - int(round(width * (rows / height), 7))) // 2
+
+
+@layout("llava_next")
+class LlavaNext(_AnyResolution):
+    """LLaVA-NeXT (Liu et al. 2024), `spatial_unpad`."""
+
+    documentation = "the thumbnail, then the rows of all tiles without padding, each with a row end"
+    processors = ("LlavaNextProcessor",)
+    image_processors = ("LlavaNextImageProcessor",)
+
+    def tile_cells(self, prompt: ImagePrompt) -> int:
+        return self._tile(prompt) // prompt.processor.patch_size
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        if _class_tokens(prompt):
+            raise _unknown("the model keeps the class token of each tile")
+        yield from self.anyres(prompt, prompt.sizes[number])
+
+
+@layout("llava_onevision")
+class LlavaOneVision(_AnyResolution):
+    """LLaVA-OneVision (Li et al. 2024, arXiv:2408.03326), with higher anyres."""
+
+    documentation = "as `llava_next`, fewer above a limit; no tiles in prompts of several images"
+    processors = ("LlavaOnevisionProcessor",)
+    image_processors = ("LlavaOnevisionImageProcessor",)
+
+    def tile_cells(self, prompt: ImagePrompt) -> int:
+        return math.isqrt(prompt.processor.num_image_tokens)
+
+    def merged(self, prompt: ImagePrompt, kept: Size, side: int) -> Size:
+        most = int(prompt.processor.vision_aspect_ratio.removeprefix("anyres_max_"))
+        ratio = math.sqrt(kept[0] * kept[1] / (most * side**2))
+        return (int(kept[0] // ratio), int(kept[1] // ratio)) if ratio > 1.1 else kept
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        if prompt.processor.vision_feature_select_strategy == "default":
+            raise _unknown("the model drops the first patch of each tile")
+        size = prompt.sizes[number]
+        if prompt.inputs["batch_num_images"][0] == 1:
+            yield from self.anyres(prompt, size)
+            return
+        side = max(size)
+        top, left = (side - size[0]) // 2, (side - size[1]) // 2
+        tile = self._tile(prompt)
+        view = View.of(size).cropped(-top, -left, side, side).resized(tile, tile)
+        cell = tile / self.tile_cells(prompt)
+        yield from grid(view, (cell, cell))
+        yield "row end"
+
+
+@layout("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+class Qwen(ImageLayout):
+    """Qwen2-VL (Wang et al. 2024, arXiv:2409.12191) and later versions."""
+
+    documentation = "one token for 2 x 2 patches, row by row; the size depends on the image"
+    processors = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+    image_processors = ("Qwen2VLImageProcessor",)
+    start = "vision_start_token_id"
+    end = "vision_end_token_id"
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        patch, merge = prompt.images.patch_size, prompt.images.merge_size
+        _, rows, cols = (int(each) for each in prompt.inputs["image_grid_thw"][number])
+        view = View.of(prompt.sizes[number])
+        if prompt.setting("do_resize"):
+            view = view.resized(rows * patch, cols * patch)
+        yield from grid(view, (patch * merge, patch * merge))
+
+
+@layout("idefics2")
+class Idefics2(ImageLayout):
+    """Idefics2 (Laurençon et al. 2024, arXiv:2405.02246)."""
+
+    documentation = (
+        "vectors of a resampler, which read a whole tile, so they have no rows and columns"
+    )
+    processors = ("Idefics2Processor",)
+    image_processors = ("Idefics2ImageProcessor",)
+    separator = "fake_image_token"
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        height, width = prompt.sizes[number]
+        whole = (0.0, 0.0, float(width), float(height))
+        parts = [(1, whole)]
+        if prompt.setting("do_image_splitting"):
+            down, across = height // 2, width // 2
+            parts = [
+                (1, (0.0, 0.0, float(across), float(down))),
+                (2, (float(across), 0.0, float(width), float(down))),
+                (3, (0.0, float(down), float(across), float(height))),
+                (4, (float(across), float(down), float(width), float(height))),
+                (THUMBNAIL, whole),
+            ]
+        for tile, box in parts:
+            for _ in range(prompt.processor.image_seq_len):
+                yield tile, 0, 0, box
+
+
+@layout("idefics3", "smolvlm")
+class Idefics3(ImageLayout):
+    """Idefics3 (Laurençon et al. 2024, arXiv:2408.12637) and SmolVLM."""
+
+    documentation = "tiles with tags, then the thumbnail; a token merges several patches"
+    processors = ("Idefics3Processor", "SmolVLMProcessor")
+    image_processors = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
+    separator = "fake_image_token"
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        tile = _edges(prompt.setting("max_image_size"))["longest_edge"]
+        scale: int = prompt.config.scale_factor
+        cell = prompt.patch[0] * scale, prompt.patch[1] * scale
+        view = View.of(prompt.sizes[number])
+        whole = view.resized(tile, tile)
+        _check_square(whole, cell, prompt.processor.image_seq_len)
+        rows, cols = self._tiles(prompt, prompt.sizes[number], tile)
+        if rows * cols == 1:
+            yield from grid(whole, cell)
+            return
+        yield from tiles(view.resized(rows * tile, cols * tile), (tile, tile), cell)
+        yield from grid(whole, cell, tile=THUMBNAIL)
+
+    def _tiles(self, prompt: ImagePrompt, size: Size, tile: int) -> Size:
+        """Return the rows and columns of tiles; (1, 1) without tiles."""
+        if not prompt.setting("do_image_splitting"):
+            return 1, 1
+        height, width = size
+        if prompt.setting("do_resize"):
+            edges = _edges(prompt.setting("size"))
+            if "longest_edge" in edges:
+                most = prompt.library("MAX_IMAGE_SIZE")
+                fit = prompt.library("_resize_output_size_rescale_to_max_len")
+                limit = prompt.library("_resize_output_size_scale_below_upper_bound")
+                height, width = fit(height, width, max_len=edges["longest_edge"])
+                height, width = limit(height, width, max_len=most)
+            else:
+                height, width = edges["height"], edges["width"]
+        proportion = width / height
+        if width >= height:
+            width = math.ceil(width / tile) * tile
+            height = int(width / proportion)
+        else:
+            height = math.ceil(height / tile) * tile
+            width = int(height * proportion)
+        return math.ceil(height / tile), math.ceil(width / tile)
+
+
+@layout("paligemma")
+class PaliGemma(ImageLayout):
+    """PaliGemma (Beyer et al. 2024, arXiv:2407.07726) and PaliGemma 2."""
+
+    documentation = "one token for each patch of the resized image, row by row"
+    processors = ("PaliGemmaProcessor",)
+    image_processors = _PLAIN_PROCESSORS
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        yield from grid(prepared_view(prompt.images, prompt.sizes[number]), prompt.patch)
+
+
+@layout("internvl")
+class InternVL(ImageLayout):
+    """InternVL (Chen et al. 2024, arXiv:2404.16821): dynamic resolution and pixel shuffle."""
+
+    documentation = "tiles, then the thumbnail; a token merges 2 x 2 patches"
+    processors = ("InternVLProcessor",)
+    image_processors = ("GotOcr2ImageProcessor",)
+    start = "start_image_token_id"
+    end = "end_image_token_id"
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        edges = _edges(prompt.setting("size"))
+        tile = edges["height"], edges["width"]
+        merge = round(1 / prompt.config.downsample_ratio)
+        cell = prompt.patch[0] * merge, prompt.patch[1] * merge
+        size = prompt.sizes[number]
+        whole = View.of(size).resized(*tile)
+        _check_square(whole, cell, prompt.processor.image_seq_length)
+        least, most = prompt.setting("min_patches"), prompt.setting("max_patches")
+        cols, rows = 1, 1
+        if prompt.setting("crop_to_patches") and most > 1:
+            cols, rows = prompt.library("get_optimal_tiled_canvas")(size, tile, least, most)
+        yield from tiles(View.of(size).resized(rows * tile[0], cols * tile[1]), tile, cell)
+        if rows * cols > 1:
+            yield from grid(whole, cell, tile=THUMBNAIL)
+
+
+@layout("gemma3")
+class Gemma3(ImageLayout):
+    """Gemma 3 (Gemma Team 2025, arXiv:2503.19786): pooled patches, and pan and scan."""
+
+    documentation = "one token for the mean of 4 x 4 patches; with pan and scan, also of crops"
+    processors = ("Gemma3Processor",)
+    image_processors = ("Gemma3ImageProcessor",)
+    start = "boi_token_id"
+    end = "eoi_token_id"
+
+    def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        edges = _edges(prompt.setting("size"))
+        side = math.isqrt(prompt.processor.image_seq_length)
+        pooled = edges["height"] // prompt.patch[0] // side
+        cell = prompt.patch[0] * pooled, prompt.patch[1] * pooled
+        size = prompt.sizes[number]
+        view = View.of(size)
+        whole = view.resized(edges["height"], edges["width"])
+        _check_square(whole, cell, prompt.processor.image_seq_length)
+        crops = self._crops(prompt, size) if prompt.setting("do_pan_and_scan") else []
+        first = THUMBNAIL if crops else 1
+        yield from grid(whole, cell, tile=first)
+        top = left = 0
+        for count, (height, width) in enumerate(crops):
+            part = view.cropped(top, left, height, width)
+            part = part.resized(edges["height"], edges["width"])
+            above, before = (0, count * side) if size[1] >= size[0] else (count * side, 0)
+            yield from grid(part, cell, tile=count + 1, above=above, before=before)
+            top, left = (top, left + width) if size[1] >= size[0] else (top + height, left)
+
+    def _crops(self, prompt: ImagePrompt, size: Size) -> list[Size]:
+        """Return the (height, width) of each crop, from the left or the top."""
+        short, long = sorted(size)
+        least: int = prompt.setting("pan_and_scan_min_crop_size")
+        if long / short < prompt.setting("pan_and_scan_min_ratio_to_activate"):
+            return []
+        count = max(2, min(long // least, math.floor(long / short + 0.5)))
+        count = min(count, prompt.setting("pan_and_scan_max_num_crops"))
+        length = math.ceil(long / count)
+        if min(length, short) < least:
+            return []
+        lengths = (min(length, long - n * length) for n in range(count))
+        is_wide = size[1] >= size[0]
+        return [(size[0], each) if is_wide else (each, size[1]) for each in lengths]
+
+
+@layout("mllama")
+class Mllama(ImageLayout):
+    """Llama 3.2 Vision."""
+
+    documentation = "none: its language model reads images by cross-attention"
+    refusal = "reads images by cross-attention, so they have no positions in its language model"

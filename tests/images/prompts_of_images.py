@@ -1,0 +1,358 @@
+"""Processors of vision-language models from small settings, and models that read their prompts.
+
+Nothing of the package is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
+
+from tests.families import build, rows_vlm
+from tests.families.parts import Architecture
+
+Pixels = NDArray[np.uint8]
+
+TAGS = {f"<row_{row}_col_{col}>": 3 * row + col + 40 for row in (1, 2, 3) for col in (1, 2, 3)}
+SPECIAL = {
+    "<pad>": 0,
+    "<s>": 1,
+    "<unk>": 2,
+    "<fake_token_around_image>": 42,
+    "<global-img>": 43,
+    **TAGS,
+    "<end_of_utterance>": 53,
+    "<video>": 54,
+    "<image>": 55,
+    "<start>": 56,
+    "<end>": 57,
+}
+"""Tokens that the processors need, below `build.VOCABULARY`."""
+WORDS = {"w1": 3, "w2": 4, "w3": 5, "\n": 40, "\n\n": 41}
+NAMED = {
+    "image_token": "<image>",
+    "video_token": "<video>",
+    "fake_image_token": "<fake_token_around_image>",
+    "image_boundary_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "boi_token": "<start>",
+    "eoi_token": "<end>",
+    "start_image_token": "<start>",
+    "end_image_token": "<end>",
+    "context_image_token": "<image>",
+    "vision_start_token": "<start>",
+    "vision_end_token": "<end>",
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words between blanks, and `<s>` before each text."""
+    made = Tokenizer(models.WordLevel({**SPECIAL, **WORDS}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    made.add_special_tokens(list(SPECIAL))
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SPECIAL["<s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        bos_token="<s>",
+        eos_token="<end_of_utterance>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens=NAMED,
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """A processor and a model from small settings."""
+
+    processor: str
+    """The class in transformers."""
+    images: str
+    """The class of the image processor, without `Pil`."""
+    settings: Mapping[str, Any]
+    """The image processor's settings."""
+    also: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The processor's settings."""
+    row: str = ""
+    """The row in `tests/families/rows_vlm.py`; the family's name if empty."""
+    overrides: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Changes of the model's config."""
+    marker: str = "<image>"
+    """The text that stands for an image in a prompt."""
+    tower: str = "model.vision_tower"
+
+
+CROP = {"height": 8, "width": 8}
+CLIP_PATCHES = {
+    "patch_size": 4,
+    "num_additional_image_tokens": 1,
+    "vision_feature_select_strategy": "default",
+}
+ANYRES = {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]}
+ONEVISION = {"image_grid_pinpoints": [[8, 16], [16, 8], [16, 16], [24, 24]]}
+QWEN = {
+    "patch_size": 2,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "size": {"shortest_edge": 64, "longest_edge": 256},
+}
+SPLIT = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+SQUARE = {"size": {"height": 16, "width": 16}}
+PATCH_2 = {**rows_vlm.SIGLIP, "image_size": 16, "patch_size": 2}
+
+FAMILIES: Mapping[str, Family] = {
+    "llava": Family(
+        "LlavaProcessor",
+        "CLIPImageProcessor",
+        {"size": {"shortest_edge": 8}, "crop_size": CROP},
+        CLIP_PATCHES,
+    ),
+    "llava_pad": Family(
+        "LlavaProcessor",
+        "LlavaImageProcessor",
+        {"size": {"shortest_edge": 8}, "crop_size": CROP, "do_pad": True},
+        CLIP_PATCHES,
+        row="llava",
+    ),
+    "llava_class": Family(
+        "LlavaProcessor",
+        "CLIPImageProcessor",
+        {"size": {"shortest_edge": 8}, "crop_size": CROP},
+        {**CLIP_PATCHES, "vision_feature_select_strategy": "full"},
+        row="llava",
+        overrides={"vision_feature_select_strategy": "full"},
+    ),
+    "vipllava": Family(
+        "LlavaProcessor",
+        "CLIPImageProcessor",
+        {"size": {"shortest_edge": 8}, "crop_size": CROP},
+        CLIP_PATCHES,
+    ),
+    "video_llava": Family(
+        "VideoLlavaProcessor",
+        "VideoLlavaImageProcessor",
+        {"size": {"shortest_edge": 8}, "crop_size": CROP},
+        CLIP_PATCHES,
+        tower="model.image_tower",
+    ),
+    "llava_next": Family(
+        "LlavaNextProcessor",
+        "LlavaNextImageProcessor",
+        {"size": {"shortest_edge": 8}, "crop_size": CROP, **ANYRES},
+        CLIP_PATCHES,
+        overrides=ANYRES,
+    ),
+    "llava_next_square": Family(
+        "LlavaNextProcessor",
+        "LlavaNextImageProcessor",
+        {"size": {"shortest_edge": 8}, "crop_size": CROP, "image_grid_pinpoints": [[24, 24]]},
+        CLIP_PATCHES,
+        row="llava_next",
+        overrides={"image_grid_pinpoints": [[24, 24]]},
+    ),
+    "llava_onevision": Family(
+        "LlavaOnevisionProcessor",
+        "LlavaOnevisionImageProcessor",
+        {"size": CROP, **ONEVISION},
+        {
+            "num_image_tokens": 4,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_4",
+        },
+        overrides={**ONEVISION, "vision_aspect_ratio": "anyres_max_4"},
+    ),
+    "qwen2_vl": Family(
+        "Qwen2VLProcessor",
+        "Qwen2VLImageProcessor",
+        QWEN,
+        marker="<start><image><end>",
+        tower="model.visual",
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VLProcessor",
+        "Qwen2VLImageProcessor",
+        QWEN,
+        marker="<start><image><end>",
+        tower="model.visual",
+    ),
+    "qwen3_vl": Family(
+        "Qwen3VLProcessor",
+        "Qwen2VLImageProcessor",
+        QWEN,
+        marker="<start><image><end>",
+        tower="model.visual",
+    ),
+    "idefics2": Family(
+        "Idefics2Processor",
+        "Idefics2ImageProcessor",
+        {"size": {"shortest_edge": 4, "longest_edge": 8}, "do_image_splitting": True},
+        {"image_seq_len": 3},
+        tower="model.vision_model",
+    ),
+    "idefics3": Family(
+        "Idefics3Processor",
+        "Idefics3ImageProcessor",
+        SPLIT,
+        {"image_seq_len": 4},
+        tower="model.vision_model",
+    ),
+    "smolvlm": Family(
+        "SmolVLMProcessor",
+        "SmolVLMImageProcessor",
+        SPLIT,
+        {"image_seq_len": 4},
+        tower="model.vision_model",
+    ),
+    "paligemma": Family(
+        "PaliGemmaProcessor",
+        "SiglipImageProcessor",
+        {"size": CROP, "image_seq_length": 4},
+    ),
+    "internvl": Family(
+        "InternVLProcessor",
+        "GotOcr2ImageProcessor",
+        {**SQUARE, "min_patches": 1, "max_patches": 4},
+        {"image_seq_length": 4},
+    ),
+    "gemma3": Family(
+        "Gemma3Processor",
+        "Gemma3ImageProcessor",
+        SQUARE,
+        {"image_seq_length": 4},
+        overrides={"vision_config": PATCH_2},
+        marker="<start>",
+    ),
+    "gemma3_pan": Family(
+        "Gemma3Processor",
+        "Gemma3ImageProcessor",
+        SQUARE,
+        {"image_seq_length": 4},
+        row="gemma3",
+        overrides={"vision_config": PATCH_2},
+        marker="<start>",
+    ),
+    "idefics3_whole": Family(
+        "Idefics3Processor",
+        "Idefics3ImageProcessor",
+        {**SPLIT, "do_image_splitting": False},
+        {"image_seq_len": 4},
+        row="idefics3",
+        tower="model.vision_model",
+    ),
+}
+PAN_AND_SCAN = {
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 8,
+    "pan_and_scan_max_num_crops": 3,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}
+
+VIDEO_LLAVA = Architecture(
+    "video_llava",
+    {**rows_vlm.LLAVA, "video_token_index": SPECIAL["<video>"]},
+    rows_vlm.language(),
+    build="VideoLlavaForConditionalGeneration",
+    takes="image and text",
+)
+
+
+def architecture(name: str) -> Architecture:
+    """Return the row of a family's model."""
+    rows = {each.name: each for each in (*rows_vlm.TABLE, VIDEO_LLAVA)}
+    return rows[FAMILIES[name].row or name]
+
+
+@cache
+def model(name: str) -> nn.Module:
+    """Return a model with random weights whose vision encoder has no attention."""
+    family = FAMILIES[name]
+    made = build.model(architecture(name), **family.overrides)
+    tower = made.get_submodule(family.tower)
+    for path, part in tower.named_modules():
+        if path.rpartition(".")[2] in ("self_attn", "attn", "attention"):
+            part.register_forward_hook(_no_attention)
+    return made
+
+
+def _no_attention(_: nn.Module, __: Any, output: Any) -> Any:
+    """Replace the output of attention by zeros, so that patches don't mix."""
+    if isinstance(output, tuple):
+        return torch.zeros_like(output[0]), *output[1:]
+    return torch.zeros_like(output)
+
+
+def processor(name: str, backend: str = "Pil") -> Any:
+    """Return a processor. backend: the end of the image processor's class.
+
+    Some need torchvision for videos only: here they have no video processor, and no `num2words`.
+    """
+    import transformers
+
+    family = FAMILIES[name]
+    images: Any = getattr(transformers, family.images)
+    images = getattr(transformers, f"{family.images}{backend}", images)
+    kind = getattr(transformers, family.processor)
+    with_video = "video_processor" in kind.get_attributes()
+    given: dict[str, Any] = {"video_processor": None} if with_video else {}
+    module = import_module(kind.__module__)
+    with (
+        patch.object(ProcessorMixin, "check_argument_for_proper_class"),
+        patch.object(module, "num2words", str, create=True),
+    ):
+        made = kind(
+            image_processor=images(**family.settings),
+            tokenizer=tokenizer(),
+            **given,
+            **family.also,
+        )
+    if name == "gemma3_pan":
+        made.images_kwargs = {**made.images_kwargs, **PAN_AND_SCAN}
+    return made
+
+
+def picture(height: int, width: int, seed: int = 0) -> Pixels:
+    """Return an image of noise, [height, width, 3]."""
+    generator = np.random.default_rng(seed)
+    return generator.integers(60, 190, (height, width, 3), dtype=np.uint8)
+
+
+def prompt(made: Any, marker: str, images: Sequence[Pixels]) -> Mapping[str, Any]:
+    """Return the processor's output for `w1 IMAGE w2 IMAGE w3`."""
+    text = " ".join(f"w1 {marker} w2" for _ in images)
+    return made(
+        text=[f"{text} w3"],
+        images=[[Image.fromarray(each) for each in images]],
+        return_tensors="pt",
+    )
+
+
+@torch.no_grad()
+def stream(name: str, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the input of the first block of the language model, [position, feature]."""
+    made, seen = model(name), list[Tensor]()
+    block = made.get_submodule(f"{architecture(name).main.blocks}.0")
+
+    def keep(_: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        seen.append(positional[0] if positional else named["hidden_states"])
+
+    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        left_out = ("labels", "text_replacement_offsets")
+        made(**{key: value for key, value in inputs.items() if key not in left_out})
+    finally:
+        handle.remove()
+    return seen[0][0]
