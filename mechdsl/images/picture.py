@@ -126,12 +126,45 @@ class PictureChange(Record):
         return [self.how, self.amount, region, self.seed, *other, *(self.patches or ())]
 
 
+EMPTY_CELL = "-"
+
+
+@record
+class GridLayout(Record):
+    """The content of a grid of shapes."""
+
+    rows: tuple[tuple[str, ...], ...]
+    """The shape of each cell, such as `red circle`; an empty text where there is none. In
+    `red circle 30%`, the colour replaces 30 % of the background."""
+    marks: tuple[str, ...] | None = None
+    """The mark before each row; empty for a column without marks, None for no such column."""
+    cell: int = 8
+    """Side of a cell in pixels."""
+    noise: int | None = None
+    """Largest change of a channel by noise, of 255; None for that of all generated images."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image in pixels."""
+        columns = len(self.rows[0]) + (self.marks is not None)
+        return len(self.rows) * self.cell, columns * self.cell
+
+    def told(self) -> list[object]:
+        """Return all values that the image depends on, besides random draws."""
+        return [self.rows, self.marks, self.cell, self.noise]
+
+    @property
+    def text(self) -> str:
+        """The shapes as a file writes them."""
+        return " / ".join(", ".join(each or EMPTY_CELL for each in row) for row in self.rows)
+
+
 @record
 class Picture(Record):
     """The description of an image that isn't rendered yet."""
 
     how: str
-    """`file`, `shapes`, `mean` or a name in `IMAGE_BASELINES`."""
+    """`file`, `shapes`, `grid`, `mean` or a name in `IMAGE_BASELINES`."""
     path: Path | None = None
     """For a file, its path."""
     digest: str = ""
@@ -147,6 +180,8 @@ class Picture(Record):
     colour: str = ""
     texture: str = ""
     """For shapes and their background; empty if drawn at random."""
+    grid: GridLayout | None = None
+    """For a grid, its cells."""
     size: tuple[int, int] = (0, 0)
     """(height, width) of a generated image, or the size stored in the file."""
     number: int | None = None
@@ -169,6 +204,9 @@ class Picture(Record):
             case "shapes":
                 told += [RENDERING_VERSION, self.kind, self.count, self.size, self.seed]
                 told += [self.colour, self.texture]
+            case "grid":
+                assert self.grid is not None
+                told += [RENDERING_VERSION, self.seed, *self.grid.told()]
             case name:
                 entry = IMAGE_BASELINES[name]
                 told += [RENDERING_VERSION] if entry.is_uniform else [RENDERING_VERSION, self.size]
@@ -202,6 +240,9 @@ class Picture(Record):
                 return f"mean of {self.count:,} of {self.said}"
             case "shapes":
                 return f"{self.count} {self.kind}, {self.size[1]} x {self.size[0]}"
+            case "grid":
+                assert self.grid is not None
+                return f"grid {self.grid.text}, {self.size[1]} x {self.size[0]}"
             case name:
                 return IMAGE_BASELINES[name].shown(self.baseline_number)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,10 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from mechdsl.base.arrays import Bools
+from mechdsl.base.text import count_noun
 from mechdsl.images import files
 from mechdsl.images.baselines import GRAY_LEVEL, IMAGE_BASELINES
 from mechdsl.images.picture import (
     HALF_COVERED,
+    GridLayout,
     Picture,
     PictureChange,
     Region,
@@ -67,6 +70,20 @@ SHAPE_COLOURS: Mapping[str, Rgb] = {
     "purple": (150, 50, 190),
     "cyan": (40, 200, 210),
 }
+
+MARKS: Mapping[str, tuple[str, ...]] = {
+    "@": (".###.", "#...#", "#.###", "#.#.#", ".####"),
+    "#": (".#.#.", "#####", ".#.#.", "#####", ".#.#."),
+    "$": ("..#..", ".####", "..#..", "####.", "..#.."),
+    "&": (".##..", "#..#.", ".##.#", "#..#.", ".##.#"),
+    "%": ("##..#", "##.#.", "..#..", ".#.##", "#..##"),
+    "*": ("#.#.#", ".###.", "#####", ".###.", "#.#.#"),
+}
+"""Marks of the rows of a grid, five pixels wide and high."""
+
+MARK_SIDE = 5
+MARK_LEVEL, LINE_LEVEL = 250, 20
+"""Levels of the pixels of marks and of lines between rows, of 255."""
 
 MIN_SHAPE_SIDE = 3
 """Minimum side of a shape in pixels: smaller shapes look alike."""
@@ -121,6 +138,103 @@ def draw_shapes(
         colours.append(name)
     pixels += random.integers(-TEXTURE_NOISE, TEXTURE_NOISE + 1, pixels.shape)
     return ShapesDrawing(pixels.clip(0, 255).astype(np.uint8), mask, kind, tuple(colours), pattern)
+
+
+@dataclass(frozen=True)
+class GridDrawing:
+    """A generated grid of shapes."""
+
+    pixels: Pixels
+    """[height, width, 3]"""
+    mask: Mask
+    """[height, width], True inside the shapes."""
+
+
+def draw_grid(layout: GridLayout, random: Generator) -> GridDrawing:
+    """Draw shapes in the cells of a grid, on a plain background.
+
+    Sizes, positions within the cells, the level of the background and noise are random. They don't
+    depend on the shapes, so that another shape in one cell leaves all other pixels equal. Lines
+    separate rows with marks.
+
+    Args:
+        layout: The content of the grid.
+        random: Source of random draws.
+
+    Raises:
+        ValueError: The layout can't be drawn (`grid_problem`).
+    """
+    problem = grid_problem(layout)
+    if problem:
+        raise ValueError(problem)
+    cell, noise = layout.cell, TEXTURE_NOISE if layout.noise is None else layout.noise
+    (height, width), offset = layout.size, 0 if layout.marks is None else layout.cell
+    pixels = _background("plain", max(height, width), random)[:height, :width]
+    mask = np.zeros((height, width), np.bool_)
+    drawn = random.random((len(layout.rows), len(layout.rows[0]), 6))  # also for empty cells
+    for row, things in enumerate(layout.rows):
+        for column, thing in enumerate(things):
+            if thing:
+                top, left = row * cell, column * cell + offset
+                area = (slice(top, top + cell), slice(left, left + cell))
+                mask[area] = _draw_in_cell(pixels[area], thing, drawn[row, column])
+    for row, mark in enumerate(layout.marks or ()):
+        glyph = np.array([[each == "#" for each in line] for line in MARKS[mark]])
+        top, left = row * cell + (cell - MARK_SIDE) // 2, (cell - MARK_SIDE) // 2
+        pixels[top : top + MARK_SIDE, left : left + MARK_SIDE][glyph] = MARK_LEVEL
+        pixels[(row + 1) * cell - 1] = LINE_LEVEL
+    pixels += random.integers(-noise, noise + 1, pixels.shape)
+    return GridDrawing(pixels.clip(0, 255).astype(np.uint8), mask)
+
+
+def grid_problem(layout: GridLayout) -> str:
+    """Return the reason that a grid can't be drawn; empty if it can."""
+    if len({len(row) for row in layout.rows}) > 1:
+        lengths = ", ".join(str(len(row)) for row in layout.rows)
+        return f"its rows have different numbers of cells: {lengths}"
+    for thing in dict.fromkeys(thing for row in layout.rows for thing in row if thing):
+        if _parse_cell(thing) is None:
+            return (
+                f"{thing!r} isn't a colour ({', '.join(SHAPE_COLOURS)}) and a kind "
+                f"({', '.join(SHAPES)}), with a contrast up to `100%` or none"
+            )
+    unknown = [mark for mark in layout.marks or () if mark not in MARKS]
+    if unknown:
+        return f"unknown mark {unknown[0]!r}; there are {' '.join(MARKS)}"
+    if layout.marks and len(layout.marks) != len(layout.rows):
+        rows, marks = count_noun(len(layout.rows), "row"), count_noun(len(layout.marks), "mark")
+        return f"it has {rows} and {marks}"
+    return ""
+
+
+def _parse_cell(thing: str) -> tuple[str, str, float] | None:
+    """Return colour, kind and contrast (0 to 1) of a cell's shape; None if it isn't one."""
+    written = re.fullmatch(r"(\w+) (\w+)(?: (\d{1,3})%)?", thing)
+    if written is None:
+        return None
+    colour, kind, percent = written[1], written[2], int(written[3] or 100)
+    if colour not in SHAPE_COLOURS or kind not in SHAPES or percent > 100:
+        return None
+    return colour, kind, percent / 100
+
+
+def _draw_in_cell(area: Grid, thing: str, drawn: NDArray[np.float64]) -> Mask:
+    """Draw one shape into a cell, [cell, cell, 3], and return its mask, [cell, cell].
+
+    drawn: six uniform numbers below 1.
+    """
+    parsed = _parse_cell(thing)
+    assert parsed is not None
+    colour, kind, contrast = parsed
+    cell, least = len(area), len(area) * 5 // 8
+    side = least + int(drawn[0] * (cell - least))
+    top, left = (int(each * (cell - side)) for each in drawn[1:3])
+    spread = (drawn[3:] * 2 - 1) * COLOUR_SPREAD
+    mask = np.zeros((cell, cell), np.bool_)
+    mask[top : top + side, left : left + side] = _shape(kind, side)
+    own = (np.array(SHAPE_COLOURS[colour]) + spread) * contrast + area[mask] * (1 - contrast)
+    area[mask] = own.round().astype(np.int64)
+    return mask
 
 
 def _one_of(names: Mapping[str, object], random: Generator) -> str:
@@ -228,7 +342,7 @@ def uncut_coverage(region: Region, picture: Picture, size: tuple[int, ...]) -> I
     """Return the coverage of a picture before it is cut. size: (height, width)."""
     height, width = size
     if region.shapes:
-        return Image.fromarray(_shapes_drawing(picture).mask.astype(np.uint8) * 255)
+        return Image.fromarray(_drawing(picture).mask.astype(np.uint8) * 255)
     if region.mask is not None:
         mask = files.read_image(region.mask, region.digest).convert("L")
         return mask.point(lambda value: 255 if value else 0)
@@ -256,8 +370,8 @@ def _rendered(picture: Picture) -> Pixels:
         case "file":
             assert picture.path is not None
             return np.asarray(files.read_image(picture.path, picture.digest))
-        case "shapes":
-            return _shapes_drawing(picture).pixels
+        case "shapes" | "grid":
+            return _drawing(picture).pixels
         case "mean":
             raise AssertionError  # a mean exists only after preparation
         case name:
@@ -281,8 +395,10 @@ def _baseline(name: str, picture: Picture) -> Pixels:
     return found
 
 
-def _shapes_drawing(picture: Picture) -> ShapesDrawing:
+def _drawing(picture: Picture) -> ShapesDrawing | GridDrawing:
     random = np.random.Generator(np.random.Philox(picture.seed))
+    if picture.grid is not None:
+        return draw_grid(picture.grid, random)
     how = {"colour": picture.colour, "texture": picture.texture}
     return draw_shapes(picture.kind, picture.count, picture.size[0], random, **how)
 

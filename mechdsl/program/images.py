@@ -44,6 +44,16 @@ SHAPES_CALL = "shapes"
 
 SHAPES_ARGUMENTS = ("n", "kind", "size", "colour", "texture")
 
+GRID_CALL = "grid"
+
+GRID_ARGUMENTS = ("rows", "marks", "cell", "noise")
+
+DRAWN_IMAGES = {
+    SHAPES_CALL: (SHAPES_ARGUMENTS, "a kind", 'shapes(n: 1, kind: "circle", size: 32)'),
+    GRID_CALL: (GRID_ARGUMENTS, "rows", 'grid(rows: "red circle, - / -, blue cross")'),
+}
+"""Generated images: their arguments, the required one in words, and an example."""
+
 BaselineT = TypeVar("BaselineT", bound=ImageBaseline)
 
 
@@ -57,13 +67,13 @@ def image_baseline(name: str) -> Callable[[type[BaselineT]], type[BaselineT]]:
 
 def _class_problem(name: str, entry: type[ImageBaseline]) -> str | None:
     """Return the reason that a class can't be registered."""
-    if name in (SHAPES_CALL, MEAN_IMAGE, *IMAGE_CHANGES):
+    if name in (*DRAWN_IMAGES, MEAN_IMAGE, *IMAGE_CHANGES):
         return "its name is an image of the language"
     return name_problem(name) or baseline_problem(name, entry)
 
 
 def _known_images() -> str:
-    return name_list(('"{file}"', *IMAGE_BASELINES, "mean of …", "shapes(…)"))
+    return name_list(('"{file}"', *IMAGE_BASELINES, "mean of …", "shapes(…)", "grid(…)"))
 
 
 def image_problems(node: ast.Expr) -> list[Diagnostic]:
@@ -84,13 +94,14 @@ def image_problems(node: ast.Expr) -> list[Diagnostic]:
             return []
         case ast.Call(name=name) if name in IMAGE_BASELINES:
             return _baseline_arguments(node, IMAGE_BASELINES[name].number)
-        case ast.Call(name=name) if name == SHAPES_CALL:
-            return _shapes_arguments(node)
+        case ast.Call(name=name) if name in DRAWN_IMAGES:
+            return _drawn_arguments(node)
         case ast.Name(id=name) | ast.Call(name=name) | ast.QualifiedRef(name=name):
-            if name == SHAPES_CALL:
-                reason, hint = "needs a kind", f'write `{name}(n: 1, kind: "circle", size: 32)`'
+            if name in DRAWN_IMAGES:
+                _, required, example = DRAWN_IMAGES[name]
+                reason, hint = f"needs {required}", f"write `{example}`"
                 return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
-            words = [*IMAGE_BASELINES, SHAPES_CALL, MEAN_IMAGE]
+            words = [*IMAGE_BASELINES, *DRAWN_IMAGES, MEAN_IMAGE]
             hint = did_you_mean(name, words, f"images are {_known_images()}")
             return [UnknownWord(span=node.span, kind="image", word=name, hint=hint)]
         case _:
@@ -120,8 +131,8 @@ def _baseline_arguments(node: ast.Call, number: BaselineNumber | None) -> list[D
     return [BadArgument(span=node.span, name=node.name, reason=reason, hint=hint)]
 
 
-def _shapes_arguments(node: ast.Call) -> list[Diagnostic]:
-    known, given = SHAPES_ARGUMENTS, [each.name for each in node.arguments]
+def _drawn_arguments(node: ast.Call) -> list[Diagnostic]:
+    known, given = DRAWN_IMAGES[node.name][0], [each.name for each in node.arguments]
     for argument in node.arguments:
         reason = ""
         if argument.name is None:
@@ -157,7 +168,7 @@ def averaged_block(node: ast.Expr | None) -> ast.Ref | None:
 
 def is_random_image(node: ast.Expr) -> bool:
     """Whether equal values can give different images."""
-    if isinstance(node, ast.Call) and node.name == SHAPES_CALL:
+    if isinstance(node, ast.Call) and node.name in DRAWN_IMAGES:
         return True
     name = node.id if isinstance(node, ast.Name) else getattr(node, "name", "")
     entry = IMAGE_BASELINES.get(name)

@@ -36,6 +36,7 @@ from mechdsl.images import files
 from mechdsl.images.picture import Picture
 from mechdsl.program import spec
 from mechdsl.program.images import (
+    DRAWN_IMAGES,
     IMAGE_SPAN,
     SHAPE_REGION,
     averaged_block,
@@ -245,8 +246,11 @@ class ImageFiles:
 
 def is_drawn_mask(block: spec.Prompts, region: spec.RegionDef) -> bool:
     """Return whether a region is the mask of generated shapes."""
-    image = block.image
-    return region.column == SHAPE_REGION and isinstance(image, ast.Call) and image.name == "shapes"
+    return region.column == SHAPE_REGION and _is_drawn(block.image)
+
+
+def _is_drawn(image: ast.Expr | None) -> bool:
+    return isinstance(image, ast.Call) and image.name in DRAWN_IMAGES
 
 
 def check_image_changes(prompts: spec.Prompts) -> list[Diagnostic]:
@@ -357,7 +361,7 @@ def improve_hint(problem: UnknownValue, prompts: spec.Prompts) -> UnknownValue:
         return replace(problem, hint=f'{problem.hint}; write a text in quotes: `" {name}"`')
     if image is None or at is None or problem.hint.startswith("did you mean"):
         return problem
-    shapes = isinstance(image, ast.Call) and image.name == "shapes"
+    shapes = _is_drawn(image)
     if any(region.span == at for region in prompts.regions):
         meant = f"did you mean `{SHAPE_REGION}`, the pixels of the shapes?"
         return (

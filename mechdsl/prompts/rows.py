@@ -26,7 +26,14 @@ from mechdsl.diagnostics.prompts import (
 )
 from mechdsl.images import files
 from mechdsl.images.baselines import IMAGE_BASELINES
-from mechdsl.images.picture import Picture, PictureChange, Region, pixel_box
+from mechdsl.images.picture import (
+    EMPTY_CELL,
+    GridLayout,
+    Picture,
+    PictureChange,
+    Region,
+    pixel_box,
+)
 from mechdsl.program import spec
 from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.program.paths import IMAGE_PATH, path_to_read
@@ -95,6 +102,8 @@ def row_picture(row: Row, node: ast.Expr) -> Picture:
             return _of_baseline(row, name, number)
         case ast.Call(name="shapes"):
             return _of_shapes(row, node)
+        case ast.Call(name="grid"):
+            return _of_grid(row, node)
         case _:
             return Picture("gray")
 
@@ -142,18 +151,10 @@ def _of_shapes(row: Row, node: ast.Call) -> Picture:
     given = {each.name: each.value for each in node.arguments}
     if "kind" not in given:
         raise _wrong(node, "needs a `kind`", 'write `shapes(n: 1, kind: "circle", size: 32)`')
-    told: dict[str, str] = {}
-    for name in ("kind", "colour", "texture"):
-        value = (
-            to_plain(evaluate(_expr(given[name]), row, DrawKey(f"image.{name}")))
-            if name in given
-            else ""
-        )
-        if not isinstance(value, str):
-            raise bad_value(
-                given[name].span, f"a {name} is a text", 'write one in quotes: `"circle"`'
-            )
-        told[name] = value
+    told = {
+        name: _drawn_text(row, given[name], name, "circle") if name in given else ""
+        for name in ("kind", "colour", "texture")
+    }
     count = size = None
     if "n" in given:
         count = _number(row, node, given["n"], "a number of shapes", 1, 1_000)
@@ -172,6 +173,50 @@ def _of_shapes(row: Row, node: ast.Call) -> Picture:
         size=(size, size),
         seed=_seed(row),
     )
+
+
+def _drawn_text(row: Row, node: object, name: str, example: str) -> str:
+    """Return the text of an argument of a generated image."""
+    expression = _expr(node)
+    value = to_plain(evaluate(expression, row, DrawKey(f"image.{name}")))
+    if not isinstance(value, str):
+        hint = f'write one in quotes: `"{example}"`'
+        raise bad_value(expression.span, f"`{name}` is a text", hint)
+    return value
+
+
+def _of_grid(row: Row, node: ast.Call) -> Picture:
+    given = {each.name: each.value for each in node.arguments}
+    if "rows" not in given:
+        raise _wrong(node, "needs `rows`", 'write `grid(rows: "red circle, - / -, blue cross")`')
+    rows = _drawn_text(row, given["rows"], "rows", "red circle, - / -, blue cross")
+    cells = ([each.strip() for each in line.split(",")] for line in rows.split("/"))
+    told: dict[str, Any] = {}
+    if "marks" in given:
+        told["marks"] = tuple(_drawn_text(row, given["marks"], "marks", "@ #").split())
+    if "cell" in given:
+        told["cell"] = _number(row, node, given["cell"], "pixels of a cell", 7, limits.IMAGE_SIDE)
+    if "noise" in given:
+        told["noise"] = _number(row, node, given["noise"], "a level of noise", 0, 255)
+    empty = (EMPTY_CELL, "")
+    layout = GridLayout(
+        tuple(tuple("" if x in empty else x for x in line) for line in cells), **told
+    )
+    problem = _cannot_draw_grid(layout)
+    if problem:
+        raise bad_value(node.span, problem, "change what is drawn")
+    if max(layout.size) > limits.IMAGE_SIDE:
+        reason = f"it has {layout.size[1]:,} x {layout.size[0]:,} pixels"
+        raise bad_value(node.span, reason, f"a side has at most {limits.IMAGE_SIDE:,}")
+    return Picture("grid", grid=layout, size=layout.size, seed=_seed(row))
+
+
+@cache
+def _cannot_draw_grid(layout: GridLayout) -> str:
+    """Return the reason that a grid can't be drawn; empty if it can."""
+    from mechdsl.images.pixels import grid_problem
+
+    return grid_problem(layout)
 
 
 def _expr(node: object) -> ast.Expr:

@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 from mechdsl.base import limits
 from mechdsl.images import files
 from mechdsl.images.files import UnreadableImage, decode_image
-from mechdsl.images.picture import Picture, PictureChange, Region
+from mechdsl.images.picture import GridLayout, Picture, PictureChange, Region
 from mechdsl.images.pixels import model_input, process_pixels, render_pixels
 from mechdsl.images.processing import (
     PROCESSOR_DEFAULTS,
@@ -266,6 +266,12 @@ def test_a_photo_with_a_preview_behind_it_is_the_photo() -> None:
 
 
 SHAPES = Picture("shapes", kind="ring", count=2, size=(24, 24), seed=5, colour="red")
+GRIDS = [
+    GridLayout((("red ring", ""),), **how)
+    for how in (
+        {}, {"marks": ()}, {"marks": ("@",)}, {"cell": 9}, {"noise": 20}
+    )
+]  # fmt: skip
 MASKED = PictureChange("mask", region=Region(box=(1, 1, 4, 5)))
 TOLD: list[Picture] = [
     *(Picture("noise", size=size, seed=seed) for size in ((12, 10), (10, 12)) for seed in (1, 2)),
@@ -279,6 +285,9 @@ TOLD: list[Picture] = [
             "texture": "dots",
         }.items()
     ),
+    *(Picture("grid", grid=each, size=each.size, seed=seed) for each in GRIDS for seed in (1, 2)),
+    Picture("grid", grid=GridLayout((("", "red ring"),)), size=(8, 16), seed=1),
+    Picture("grid", grid=GridLayout((("red ring 9%", ""),)), size=(8, 16), seed=1),
     *(
         Picture("gray", changes=changes)
         for changes in (

@@ -9,13 +9,16 @@ import pytest
 from numpy.random import default_rng
 from scipy import ndimage
 
+from mechdsl.images.picture import GridLayout
 from mechdsl.images.pixels import (
     COLOUR_SPREAD,
+    MARKS,
     SHAPE_COLOURS,
     SHAPES,
     TEXTURE_NOISE,
     TEXTURES,
     ShapesDrawing,
+    draw_grid,
     draw_shapes,
 )
 
@@ -127,3 +130,86 @@ def test_what_can_not_be_drawn_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         draw_shapes(kind, n, size, default_rng(0), **named)
+
+
+# --- grids ----------------------------------------------------------------------------------------
+
+GRID_ROWS = (("red circle", "", "blue cross"), ("", "green square", ""))
+
+
+def test_a_grid_differs_only_in_the_cell_whose_shape_differs() -> None:
+    other = (("red circle", "yellow square", "blue cross"), GRID_ROWS[1])
+    first, second = (
+        draw_grid(GridLayout(each, ("@", "#")), default_rng(3)) for each in (GRID_ROWS, other)
+    )
+    assert first.pixels.shape == (16, 32, 3)
+    changed = (first.pixels != second.pixels).any(-1)
+    assert changed[:8, 16:24].any()
+    changed[:8, 16:24] = False
+    assert not changed.any()
+    again = draw_grid(GridLayout(GRID_ROWS, ("@", "#")), default_rng(3))
+    assert np.array_equal(first.pixels, again.pixels)
+
+
+@pytest.mark.parametrize("cell", [7, 8, 20])
+def test_a_grid_has_a_shape_of_the_colour_and_kind_in_each_cell(cell: int) -> None:
+    drawn = draw_grid(GridLayout(GRID_ROWS, cell=cell, noise=0), default_rng(0))
+    assert drawn.pixels.shape == (2 * cell, 3 * cell, 3)
+    for row, things in enumerate(GRID_ROWS):
+        for column, thing in enumerate(things):
+            place = (slice(row * cell, (row + 1) * cell), slice(column * cell, (column + 1) * cell))
+            mask = drawn.mask[place]
+            assert mask.any() == bool(thing)
+            if not thing:
+                continue
+            colour, kind = thing.split()
+            [where] = ndimage.find_objects(mask.astype(int))
+            side = max(each.stop - each.start for each in where)
+            assert cell * 5 // 8 <= side < cell
+            assert mask.sum() / side**2 == pytest.approx(AREAS[kind], abs=0.25)
+            away = abs(drawn.pixels[place][mask].astype(int) - np.array(SHAPE_COLOURS[colour]))
+            assert away.max() <= COLOUR_SPREAD
+
+
+def test_marks_and_lines_are_drawn_only_if_rows_have_marks() -> None:
+    blank = (("", ""), ("", ""))
+    without = draw_grid(GridLayout(blank, (), noise=0), default_rng(1)).pixels
+    assert without.shape == (16, 24, 3)
+    assert len(np.unique(without.reshape(-1, 3), axis=0)) == 1
+    found = draw_grid(GridLayout(blank, ("&", "%"), noise=0), default_rng(1)).pixels
+    for top, mark in ((1, "&"), (9, "%")):
+        glyph = (found[top : top + 5, 1:6] == 250).all(-1)
+        assert ["".join(".#"[int(each)] for each in line) for line in glyph] == list(MARKS[mark])
+    assert (found[[7, 15]] == 20).all()
+
+
+def test_contrast_and_noise_of_a_grid() -> None:
+    plain, faint, gone = (
+        draw_grid(GridLayout((cells,), noise=0), default_rng(2)).pixels.astype(int)
+        for cells in (("red circle",), ("red circle 50%",), ("red circle 0%",))
+    )
+    assert len(np.unique(gone.reshape(-1, 3), axis=0)) == 1
+    np.testing.assert_allclose(faint, (plain + gone) / 2, atol=1)
+    noisy, usual = (
+        draw_grid(GridLayout((("",),), noise=level), default_rng(2)).pixels.astype(int)
+        for level in (40, None)
+    )
+    assert 30 < abs(noisy - gone).max() <= 40
+    assert abs(usual - gone).max() == TEXTURE_NOISE
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        (GridLayout((("", ""), ("",))), "2, 1"),
+        (GridLayout((("circle",),)), "'circle' isn't"),
+        (GridLayout((("red blob",),)), "'red blob' isn't"),
+        (GridLayout((("red ring 101%",),)), "'red ring 101%' isn't"),
+        (GridLayout((("red ring 50% faint",),)), "50% faint' isn't"),
+        (GridLayout((("",),), ("@", "#")), "1 row and 2 marks"),
+        (GridLayout((("",),), ("!",)), "unknown mark '!'"),
+    ],
+)
+def test_a_grid_that_cannot_be_drawn_is_an_error(layout: GridLayout, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        draw_grid(layout, default_rng(0))

@@ -2523,6 +2523,18 @@ _image(
     "A corruption of a value keeps the other draws.",
 )
 _image(
+    "image grid",
+    'image grid(rows: "red {kind}, - / -, blue cross", marks: "@ #", cell: 8)',
+    "Shapes in the cells of a grid of squares of `cell` pixels (8 by default): `/` separates rows, "
+    "`,` separates cells, and `-` is an empty cell. `marks:` draws one of `@ # $ & % *` before "
+    "each row, and lines between the rows; with an empty text, this column is empty, and without "
+    "`marks:`, the image lacks it. Sizes, positions within the cells, background and noise are "
+    "random. A corruption of one cell leaves the pixels of all others equal. `red circle 30%` is "
+    "faint: its colour replaces 30 % of the background. `noise:` is the largest change of a "
+    "channel, of 255 (14 by default). `region object = mask` is the pixels of all shapes.",
+    "tests/images/test_shapes.py",
+)
+_image(
     "image gray",
     "image gray",
     "An image with all pixels at 128 of 255; `gray(100)` is darker.",
