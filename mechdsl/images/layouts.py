@@ -1,8 +1,9 @@
 """Layouts of image tokens: the part of an image that each position of a prompt reads.
 
 A processor of transformers replaces each image of a prompt by many tokens. `image_layout` returns
-their positions, as rows and columns of tiles, with the pixels that each one covers. A layout is one
-class for each model type. A module outside the package adds one under `layout`.
+their positions, as rows and columns of tiles, with the pixels that each one covers; `video_layout`
+returns those of videos, frame by frame. A layout is one class for each model type. A module outside
+the package adds one under `layout`.
 """
 
 from __future__ import annotations
@@ -36,9 +37,13 @@ class ImageCell(Record):
     position: int
     """The index of the token in the prompt, from 0."""
     tile: int
-    """Number of the tile from 1, in reading order; 1 without tiles, and 0 in the thumbnail."""
+    """Number of the tile from 1, in reading order; 1 without tiles, and 0 in the thumbnail.
+
+    In a video, number of the frame from 1, or of the group of frames that the model merges.
+    """
     row: int
-    """Counted from 1 over all tiles, or in the thumbnail; 0 if a resampler mixes the patches."""
+    """Counted from 1 over all tiles, in the thumbnail, or in a frame; 0 if a resampler mixes the
+    patches."""
     col: int
     box: PixelBox | None
     """The pixels that it covers; None for padding."""
@@ -200,6 +205,10 @@ class ImagePrompt(Record):
         """(height, width) of a patch of the vision encoder in pixels."""
         return _pair(self.config.vision_config.patch_size)
 
+    def frames(self, number: int) -> int:
+        """Return the number of prepared frames of a video, given by its index from 0."""
+        return len(self.inputs["pixel_values_videos"][number])
+
     def setting(self, name: str) -> Any:
         """Return a setting of the image preparation: the processor's has priority."""
         own: Mapping[str, Any] = getattr(self.processor, "images_kwargs", None) or {}
@@ -250,6 +259,8 @@ class ImageLayout:
     """Names of the classes of processors that it knows."""
     image_processors: ClassVar[tuple[str, ...]] = ()
     """Names of the classes of image processors that it knows, without `Fast` and `Pil`."""
+    video_processors: ClassVar[tuple[str, ...]] = ()
+    """Names of the classes of video processors that it knows; empty without videos."""
     refusal: ClassVar[str] = ""
     """The reason that images have no positions in the language model; empty if they have."""
     separator: ClassVar[str] = ""
@@ -268,6 +279,10 @@ class ImageLayout:
         Raises:
             UnsupportedProcessor: The settings of the processor have no known layout.
         """
+        raise NotImplementedError
+
+    def video_features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        """Yield the vectors of one video like `features`, for classes with `video_processors`."""
         raise NotImplementedError
 
 
@@ -309,21 +324,69 @@ def image_layout(
     Raises:
         UnsupportedProcessor: The layout isn't known, or differs from the prompt's image tokens.
     """
-    entry = _entry(processor, config)
-    ids = _token_ids(inputs)
+    entry = _entry(config)
+    _check_class(entry.processors, processor, config)
+    _check_class(entry.image_processors, processor.image_processor, config)
     prompt = ImagePrompt(processor, config, inputs, tuple(sizes))
-    positions = [at for at, token in enumerate(ids) if token == config.image_token_id]
     features = [list(entry.features(prompt, number)) for number in range(len(sizes))]
+    return _located(entry, prompt, features, config.image_token_id, "image")
+
+
+def video_layout(
+    processor: Any, config: Any, inputs: Mapping[str, Any], sizes: Sequence[Size]
+) -> tuple[ImageTokens, ...]:
+    """Return the tokens of each video of one prompt, in the order of the text.
+
+    `ImageCell.tile` is the number of the frame, from 1. Qwen models merge frames two by two: it is
+    then the number of the pair.
+
+    Args:
+        processor: A processor of transformers, such as `VideoLlavaProcessor`.
+        config: The model's config.
+        inputs: The processor's output for one prompt: `input_ids` is [tokens] or [1, tokens].
+        sizes: (height, width) of the frames of each video in pixels, before preparation.
+
+    Raises:
+        UnsupportedProcessor: The layout isn't known, or differs from the prompt's video tokens.
+    """
+    entry = _entry(config)
+    _check_class(entry.processors, processor, config)
+    if not entry.video_processors:
+        known = ", ".join(name for name, each in IMAGE_LAYOUTS.items() if each.video_processors)
+        raise _unknown(
+            f"the positions of video tokens aren't known for models of the type "
+            f"`{config.model_type}`: types that are known are {known}"
+        )
+    _check_class(entry.video_processors, processor.video_processor, config)
+    prompt = ImagePrompt(processor, config, inputs, tuple(sizes))
+    features = [list(entry.video_features(prompt, number)) for number in range(len(sizes))]
+    return _located(entry, prompt, features, config.video_token_id, "video")
+
+
+def _located(
+    entry: ImageLayout,
+    prompt: ImagePrompt,
+    features: Sequence[list[Feature]],
+    token: int,
+    noun: Literal["image", "video"],
+) -> tuple[ImageTokens, ...]:
+    """Return the tokens of images or videos from their vectors.
+
+    token: the id of the token that each vector replaces.
+    """
+    ids = _token_ids(prompt.inputs)
+    positions = [at for at, own in enumerate(ids) if own == token]
     wanted = sum(map(len, features))
     if wanted != len(positions):
-        found = f"the prompt has {len(positions):,} image tokens, and its layout {wanted:,}"
-        raise _unknown(f"`{type(processor).__name__}` prepares images in another layout: {found}")
-    reader = _MarkerReader(entry, prompt, ids)
+        found = f"the prompt has {len(positions):,} {noun} tokens, and its layout {wanted:,}"
+        name = type(prompt.processor).__name__
+        raise _unknown(f"`{name}` prepares {noun}s in another layout: {found}")
+    reader = _MarkerReader(entry, prompt, ids, token)
     rest = iter(positions)
     return tuple(reader.tokens_of(own, list(islice(rest, len(own)))) for own in features)
 
 
-def _entry(processor: Any, config: Any) -> ImageLayout:
+def _entry(config: Any) -> ImageLayout:
     """Return the layout of a model. Raises UnsupportedProcessor."""
     entry = IMAGE_LAYOUTS.get(config.model_type)
     if entry is None:
@@ -334,16 +397,17 @@ def _entry(processor: Any, config: Any) -> ImageLayout:
         )
     if entry.refusal:
         raise UnsupportedProcessor(f"`{config.model_type}` {entry.refusal}")
-    own = type(processor).__name__
-    images = type(processor.image_processor).__name__
-    plain = images.removesuffix("Fast").removesuffix("Pil")
-    for name, known in ((own, entry.processors), (plain, entry.image_processors)):
-        if name not in known:
-            raise _unknown(
-                f"the positions of image tokens aren't known for `{name}` in models of the type "
-                f"`{config.model_type}`, only for {', '.join(known)}"
-            )
     return entry
+
+
+def _check_class(known: Sequence[str], processor: Any, config: Any) -> None:
+    """Raise UnsupportedProcessor for a processor of another class."""
+    name = type(processor).__name__.removesuffix("Fast").removesuffix("Pil")
+    if name not in known:
+        raise _unknown(
+            f"the positions of image tokens aren't known for `{name}` in models of the type "
+            f"`{config.model_type}`, only for {', '.join(known)}"
+        )
 
 
 def _token_ids(inputs: Mapping[str, Any]) -> list[int]:
@@ -357,10 +421,12 @@ def _token_ids(inputs: Mapping[str, Any]) -> list[int]:
 class _MarkerReader:
     """Finds the tokens around and between the image tokens of a prompt."""
 
-    def __init__(self, entry: ImageLayout, prompt: ImagePrompt, ids: Sequence[int]) -> None:
+    def __init__(
+        self, entry: ImageLayout, prompt: ImagePrompt, ids: Sequence[int], token: int
+    ) -> None:
         self._ids = ids
         tokenizer = prompt.processor.tokenizer
-        self._image = prompt.config.image_token_id
+        self._image = token
         text = getattr(prompt.processor, entry.separator) if entry.separator else None
         self._separator: int | None = (
             None if text is None else tokenizer.convert_tokens_to_ids(text)
@@ -411,8 +477,10 @@ class _MarkerReader:
         """Extend the bounds of image tokens to the separators or tokens around them."""
         ids = self._ids
         if self._separator is not None:
-            first -= list(reversed(ids[:first])).index(self._separator) + 1
-            return first, last + 1
+            before = list(reversed(ids[:first]))
+            if self._separator not in before:
+                raise _unknown("the prompt has no separator before an image")
+            return first - before.index(self._separator) - 1, last + 1
         if first and self._around.get(ids[first - 1]) == "start":
             first -= 1
         if last + 1 < len(ids) and self._around.get(ids[last + 1]) == "end":
@@ -502,13 +570,13 @@ def _check_square(view: View, cell: tuple[float, float], count: int) -> None:
 _PLAIN_PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor")
 
 
-@layout("llava", "vipllava", "video_llava")
+@layout("llava", "vipllava")
 class PatchRows(ImageLayout):
-    """LLaVA (Liu et al. 2023, arXiv:2304.08485), ViP-LLaVA, and images of Video-LLaVA."""
+    """LLaVA (Liu et al. 2023, arXiv:2304.08485) and ViP-LLaVA."""
 
     documentation = "one token for each patch, row by row"
-    processors = ("LlavaProcessor", "VideoLlavaProcessor")
-    image_processors = (*_PLAIN_PROCESSORS, "LlavaImageProcessor", "VideoLlavaImageProcessor")
+    processors = ("LlavaProcessor",)
+    image_processors = (*_PLAIN_PROCESSORS, "LlavaImageProcessor")
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
         extra = _class_tokens(prompt)
@@ -517,6 +585,22 @@ class PatchRows(ImageLayout):
         yield from ("class",) * extra
         view = prepared_view(prompt.images, prompt.sizes[number])
         yield from grid(view, _pair(prompt.processor.patch_size))
+
+
+@layout("video_llava")
+class VideoLlava(PatchRows):
+    """Video-LLaVA (Lin et al. 2023, arXiv:2311.10122); frames keep their class tokens."""
+
+    documentation = "one token for each patch, row by row; frames begin with a class token"
+    processors = ("VideoLlavaProcessor",)
+    image_processors = ("VideoLlavaImageProcessor",)
+    video_processors = ("VideoLlavaVideoProcessor",)
+
+    def video_features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        view = prepared_view(prompt.processor.video_processor, prompt.sizes[number])
+        for frame in range(prompt.frames(number)):
+            yield from ("class",) * prompt.processor.num_additional_image_tokens
+            yield from grid(view, _pair(prompt.processor.patch_size), tile=frame + 1)
 
 
 def _class_tokens(prompt: ImagePrompt) -> int:
@@ -622,6 +706,7 @@ class LlavaOneVision(_AnyResolution):
     documentation = "as `llava_next`, fewer above a limit; no tiles in prompts of several images"
     processors = ("LlavaOnevisionProcessor",)
     image_processors = ("LlavaOnevisionImageProcessor",)
+    video_processors = ("LlavaOnevisionVideoProcessor",)
 
     def tile_cells(self, prompt: ImagePrompt) -> int:
         return math.isqrt(prompt.processor.num_image_tokens)
@@ -646,6 +731,16 @@ class LlavaOneVision(_AnyResolution):
         yield from grid(view, (cell, cell))
         yield "row end"
 
+    def video_features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        if prompt.processor.vision_feature_select_strategy == "default":
+            raise _unknown("the model drops the first patch of each frame")
+        view = prepared_view(prompt.processor.video_processor, prompt.sizes[number])
+        pooled = math.ceil(self.tile_cells(prompt) / 2)
+        for frame in range(prompt.frames(number)):
+            unit = view.resized(pooled, pooled)
+            yield from grid(unit, (1, 1), tile=frame + 1)
+        yield "row end"
+
 
 @layout("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 class Qwen(ImageLayout):
@@ -654,16 +749,28 @@ class Qwen(ImageLayout):
     documentation = "one token for 2 x 2 patches, row by row; the size depends on the image"
     processors = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
     image_processors = ("Qwen2VLImageProcessor",)
+    video_processors = ("Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor")
     start = "vision_start_token_id"
     end = "vision_end_token_id"
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
-        patch, merge = prompt.images.patch_size, prompt.images.merge_size
-        _, rows, cols = (int(each) for each in prompt.inputs["image_grid_thw"][number])
+        yield from self._merged(prompt, prompt.images, "image_grid_thw", number)
+
+    def video_features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
+        videos = prompt.processor.video_processor
+        yield from self._merged(prompt, videos, "video_grid_thw", number)
+
+    def _merged(
+        self, prompt: ImagePrompt, images: Any, grids: str, number: int
+    ) -> Iterator[Feature]:
+        """Yield the cells of an image, or of the pairs of frames of a video."""
+        patch, cell = images.patch_size, images.patch_size * images.merge_size
+        count, rows, cols = (int(each) for each in prompt.inputs[grids][number])
         view = View.of(prompt.sizes[number])
-        if prompt.setting("do_resize"):
+        if images.do_resize:
             view = view.resized(rows * patch, cols * patch)
-        yield from grid(view, (patch * merge, patch * merge))
+        for frame in range(count):
+            yield from grid(view, (cell, cell), tile=frame + 1)
 
 
 @layout("idefics2")

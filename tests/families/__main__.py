@@ -59,7 +59,8 @@ worked out manually, and with models in which a changed pixel changes only the v
 
 The processors of `internvl`, `llava_onevision`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`, `smolvlm` and
 `video_llava` also prepare videos, so transformers loads them only if torchvision is installed. That
-of `smolvlm` also needs num2words. The layouts are those of images, not of videos.
+of `smolvlm` also needs num2words. `video_layout` returns the positions of the frames of videos for
+`video_llava`, `llava_onevision` and the Qwen models.
 """
 
 METHOD = f"""\

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -175,6 +176,21 @@ FAMILIES: Mapping[str, Family] = {
         },
         overrides={**ONEVISION, "vision_aspect_ratio": "anyres_max_4"},
     ),
+    "llava_onevision_frames": Family(
+        "LlavaOnevisionProcessor",
+        "LlavaOnevisionImageProcessor",
+        {"size": {"height": 16, "width": 16}, "image_grid_pinpoints": [[16, 16]]},
+        {
+            "num_image_tokens": 16,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_4",
+        },
+        row="llava_onevision",
+        overrides={
+            "vision_config": {**rows_vlm.SIGLIP, "image_size": 16},
+            "image_grid_pinpoints": [[16, 16]],
+        },
+    ),
     "qwen2_vl": Family(
         "Qwen2VLProcessor",
         "Qwen2VLImageProcessor",
@@ -281,9 +297,9 @@ def model(name: str) -> nn.Module:
     """Return a model with random weights whose vision encoder has no attention."""
     family = FAMILIES[name]
     made = build.model(architecture(name), **family.overrides)
-    tower = made.get_submodule(family.tower)
-    for path, part in tower.named_modules():
-        if path.rpartition(".")[2] in ("self_attn", "attn", "attention"):
+    for path, part in made.named_modules():
+        of_tower = path.startswith((family.tower, "model.video_tower"))
+        if of_tower and path.rpartition(".")[2] in ("self_attn", "attn", "attention"):
             part.register_forward_hook(_no_attention)
     return made
 
@@ -356,3 +372,45 @@ def stream(name: str, inputs: Mapping[str, Any]) -> Tensor:
     finally:
         handle.remove()
     return seen[0][0]
+
+
+# --- videos ---------------------------------------------------------------------------------------
+
+QWEN_VIDEO = {**QWEN, "size": {"shortest_edge": 64, "longest_edge": 2048}}
+VIDEOS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "video_llava": (
+        "VideoLlavaVideoProcessor",
+        {"size": {"shortest_edge": 8}, "crop_size": CROP},
+    ),
+    "llava_onevision_frames": (
+        "LlavaOnevisionVideoProcessor",
+        {"size": {"height": 16, "width": 16}},
+    ),
+    "qwen2_vl": ("Qwen2VLVideoProcessor", QWEN_VIDEO),
+    "qwen2_5_vl": ("Qwen2VLVideoProcessor", QWEN_VIDEO),
+    "qwen3_vl": ("Qwen3VLVideoProcessor", QWEN_VIDEO),
+}
+"""Family → class and settings of its video processor."""
+
+
+def with_stand_in(name: str, **settings: Any) -> Any:
+    """Return a processor whose video processor has only a class name and settings."""
+    made = processor(name)
+    made.video_processor = type(VIDEOS[name][0], (SimpleNamespace,), {})(**settings)
+    return made
+
+
+def with_videos(name: str) -> Any:
+    """Return a processor that prepares videos, for which it needs torchvision."""
+    import transformers
+
+    made = processor(name, "")
+    kind, settings = VIDEOS[name]
+    made.video_processor = getattr(transformers, kind)(do_sample_frames=False, **settings)
+    return made
+
+
+def video_prompt(made: Any, marker: str, video: Pixels) -> Mapping[str, Any]:
+    """Return the processor's output for `w1 VIDEO w2`. video: [frame, height, width, 3]."""
+    text = f"w1 {marker.replace('<image>', '<video>')} w2"
+    return made(text=[text], videos=[video], return_tensors="pt")
