@@ -1,25 +1,28 @@
-"""Training of declared rotations, vectors and scales: their controls and their files.
+"""Training of declared rotations, vectors, edits and scales: their controls and their files.
 
 x are the vectors of the base run. A rotation is trained on x + (y − x) RᵀR, where y are the vectors
 of the source run and the rows of R the directions that are trained; a steering vector v on x + v; a
-soft prompt on x + v_k, where k is the token in the named position; and scales s on x ⊙ s.
+soft prompt on x + v_k, where k is the token in the named position; an edit on x + Δ(x), with an
+affine function Δ of low rank; and scales s on x ⊙ s.
 
 References:
-    Geiger et al. 2023, arXiv 2303.02536 (rotations).
+    Geiger et al. 2023, arXiv 2303.02536 (rotations); Wu et al. 2024, arXiv 2404.03592 (edits).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from mechdsl.base.hashing import stable_hash
 from mechdsl.execute.objective_rows import Edit, EditLoss, ObjectiveRows, take_source
 from mechdsl.execute.run_record import (
     ROTATION_FILE,
     VECTOR_FILE,
+    EditReport,
     RotationReport,
     ScaleReport,
     SoftPromptReport,
@@ -28,11 +31,11 @@ from mechdsl.execute.run_record import (
 from mechdsl.execute.training import TrainingJob, read_settings, start_generator
 from mechdsl.fits.rotations import Rotation
 from mechdsl.fits.training import Training
-from mechdsl.fits.vectors import SoftPrompt, TrainedVectors, rescale
+from mechdsl.fits.vectors import LowRankEdit, SoftPrompt, TrainedVectors, rescale, split_edit
 from mechdsl.planner.training_cost import RANDOM_CONTROLS
 from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainers import RotationTrainer, ScaleTrainer, VectorTrainer
-from mechdsl.resolve.trainings import ROTATION, VECTOR, name_prompt_vector
+from mechdsl.resolve.trainings import EDIT, ROTATION, VECTOR, name_edit_tensors, name_prompt_vector
 from mechdsl.resolve.types import TrainedRotation, TrainedVector
 
 
@@ -74,8 +77,8 @@ def train_vector(
     declared: TrainedVector,
     rows: ObjectiveRows,
     job: TrainingJob,
-) -> VectorReport | SoftPromptReport:
-    """Train a vector or a soft prompt, and write it.
+) -> VectorReport | SoftPromptReport | EditReport:
+    """Train a vector, a soft prompt or an edit, and write it.
 
     Raises:
         AutogradFailed: The model can't be differentiated.
@@ -96,11 +99,13 @@ def train_vector(
         job.run(loop)
     vector = trained.vector().detach()
     count = trainer.count_tokens(training.of_trainer)
-    names = [VECTOR] if count is None else [name_prompt_vector(n) for n in range(count)]
-    job.write_tensors(VECTOR_FILE, dict(zip(names, vector.reshape(len(names), -1), strict=True)))
+    job.write_tensors(VECTOR_FILE, _name_tensors(trained, vector, count))
     common = rows.outcome(loop.state)
     values = _Values(trained, rows, vector, settings.batch)
-    if count is None:
+    if isinstance(trained, LowRankEdit):
+        lengths = trained.mean_length(vector), trained.like_length
+        report = EditReport(*common, len(vector) // 2, *lengths, *values.edit_means(trained))
+    elif count is None:
         length = float(vector.norm())
         report = VectorReport(*common, length, trained.like_length, *values.all_means())
     else:
@@ -116,6 +121,19 @@ def train_vector(
         )
     job.write_card(report, VECTOR_FILE)
     return report
+
+
+def _name_tensors(trained: TrainedVectors, vector: Tensor, count: int | None) -> dict[str, Tensor]:
+    """Return the tensors of the file of a vector, a soft prompt or an edit.
+
+    Args:
+        vector: [width], one for each token [token, width], or the matrix of an edit.
+        count: Number of tokens; None for one vector.
+    """
+    if isinstance(trained, LowRankEdit):
+        return dict(zip(name_edit_tensors(EDIT), split_edit(vector), strict=True))
+    names = [VECTOR] if count is None else [name_prompt_vector(n) for n in range(count)]
+    return dict(zip(names, vector.reshape(len(names), -1), strict=True))
 
 
 class _Values:
@@ -135,11 +153,22 @@ class _Values:
 
     def edited_means(self) -> tuple[float, float, float]:
         """Return means with the vector, with random vectors of its length, and of the base run."""
-        seed = stable_hash(self.rows.declared.seed, "random vectors") % 2**63
-        random = torch.Generator().manual_seed(seed)
-        drawn = [self.trained.draw_like(self.vector, random) for _ in range(RANDOM_CONTROLS)]
-        randoms = sum(map(self.mean, drawn)) / len(drawn)
+        randoms = self._mean_of_draws("random vectors", self.trained.draw_like)
         return self.mean(self.vector), randoms, self.mean(None)
+
+    def _mean_of_draws(self, label: str, draw: Callable[[Tensor, Generator], Tensor]) -> float:
+        """Return the mean over draws that are like the vector."""
+        random = torch.Generator()
+        random.manual_seed(stable_hash(self.rows.declared.seed, label) % 2**63)
+        drawn = [draw(self.vector, random) for _ in range(RANDOM_CONTROLS)]
+        return sum(map(self.mean, drawn)) / len(drawn)
+
+    def edit_means(self, edit: LowRankEdit) -> tuple[float, float, float, float, float]:
+        """Return means with the edit, in random subspaces, with random edits, with the mean of what
+        it adds, and of the base run."""
+        own, turned, unedited = self.edited_means()
+        random = self._mean_of_draws("random edits", edit.draw_random)
+        return own, turned, random, self.mean(edit.mean_change(self.vector)), unedited
 
     def all_means(self) -> tuple[float, float, float, float | None]:
         """Return these means, and that with the mean difference from the source run at the length

@@ -191,7 +191,7 @@ PROBE_FILE = "probe.safetensors"
 """The maps of a trained probe, in its folder."""
 
 VECTOR_FILE = "vector.safetensors"
-"""A trained vector or trained scales, in its folder."""
+"""A trained vector, edit or trained scales, in its folder."""
 
 
 @dataclass(frozen=True)
@@ -394,6 +394,31 @@ class SoftPromptReport(FitReport):
 
 
 @dataclass(frozen=True)
+class EditReport(FitReport):
+    """What the training of an edit led to: means of its measure over rows that it didn't use."""
+
+    objective: str
+    """`maximise logit(answer)`."""
+    rank: int
+    """Number of directions that it adds."""
+    length: float
+    """Mean length of the vectors that it adds in the rows of the training."""
+    site_length: float
+    """Mean length of the vectors that it adds them to."""
+    trained: float
+    """The measure with the trained edit."""
+    turned: float
+    """The mean of the same over edits that add vectors of the same lengths to the same activations,
+    in a random subspace of this rank."""
+    random: float
+    """The mean of the same over random edits of this rank that add vectors of this mean length."""
+    constant: float
+    """The measure while the mean of the vectors that the trained edit adds is always added."""
+    unedited: float
+    """The measure of the clean run."""
+
+
+@dataclass(frozen=True)
 class ScaleReport(FitReport):
     """What the training of scales led to: means of its measure over rows that it didn't use."""
 
@@ -515,6 +540,7 @@ Report = (
     | RotationReport
     | VectorReport
     | SoftPromptReport
+    | EditReport
     | ScaleReport
     | MaskReport
     | LensReport
@@ -524,8 +550,8 @@ Report = (
 
 @dataclass(frozen=True)
 class TrainedFit:
-    """A dictionary, a rotation, a vector, scales, a lens, a probe or a mask that a file declares
-    with `fit(…)`, trained."""
+    """A dictionary, a rotation, a vector, an edit, scales, a lens, a probe or a mask that a file
+    declares with `fit(…)`, trained."""
 
     basis: str
     """The basis, the direction, the lens, the probe, or the group of a mask; one member of a
@@ -537,8 +563,9 @@ class TrainedFit:
     folder: Path
     """Its folder in the store: of a dictionary, in a layout that `sae("…")` or `transcoder("…")`
     reads; of a rotation, with a file that `saved("…/rotation.safetensors", "rotation")` reads, of a
-    vector or scales `saved("…/vector.safetensors", "vector")`, of a lens
-    `tuned_lens("…/lens.safetensors")`, and of a probe `probe.safetensors`."""
+    vector or scales `saved("…/vector.safetensors", "vector")`, of an edit
+    `saved("…/vector.safetensors", "edit")`, of a lens `tuned_lens("…/lens.safetensors")`, and of a
+    probe `probe.safetensors`."""
     report: Report
     """How well it was trained, next to controls."""
     seconds: float

@@ -30,7 +30,8 @@ from mechdsl.execute.bases import (
 from mechdsl.execute.jacobians import mean_jacobian_product
 from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
 from mechdsl.fits.regression import ConvergenceError
-from mechdsl.forward.hooks.batch import SiteRead, indices_to_device
+from mechdsl.fits.vectors import turn_edit
+from mechdsl.forward.hooks.batch import EditWrite, SiteRead, indices_to_device
 from mechdsl.forward.hooks.coordinates import (
     CoordinateSystem,
     CoordinateWrite,
@@ -46,6 +47,7 @@ from mechdsl.program.direction_methods import MethodError, fitted_method, fitted
 from mechdsl.program.python_functions import PythonFailure
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun
+from mechdsl.resolve.trainings import name_edit_tensors
 from mechdsl.resolve.types import (
     BasisMember,
     BasisTargets,
@@ -195,11 +197,12 @@ class FittedDirections:
     """Directions and bases of one experiment, by name."""
 
     vectors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """[width] float64 each, on the CPU."""
+    """[width] float64 each, on the CPU; of an edit the matrix [2 rank + 1, width]."""
     systems: dict[str, CoordinateSystem] = field(default_factory=dict[str, CoordinateSystem])
     _modes: dict[tuple[str, str, tuple[int, int], bool, bool, str], CoordinateWrite] = field(
         default_factory=dict[tuple[str, str, tuple[int, int], bool, bool, str], CoordinateWrite]
     )
+    _edits: dict[str, EditWrite] = field(default_factory=dict[str, EditWrite])
 
     def mode(
         self,
@@ -235,6 +238,12 @@ class FittedDirections:
             )
         return self._modes[key]
 
+    def edit(self, member: DirectionMember) -> EditWrite:
+        """Return the mode of writes that add an edit, always the same object."""
+        if member.name not in self._edits:
+            self._edits[member.name] = EditWrite(self.vectors[member.name])
+        return self._edits[member.name]
+
     def of(self, plan: RulePlan, cells: Ints) -> Tensor:
         """Return [K, width]: the rule's direction in each of these cells."""
         assert plan.direction_of_cell is not None
@@ -243,8 +252,9 @@ class FittedDirections:
 
     @property
     def lengths(self) -> Mapping[str, float]:
-        """Norms by name."""
-        return {name: float(vector.norm()) for name, vector in self.vectors.items()}
+        """Norms by name, except those of edits."""
+        vectors = self.vectors.items()
+        return {name: float(vector.norm()) for name, vector in vectors if vector.ndim == 1}
 
 
 class DirectionFits:
@@ -461,7 +471,7 @@ class DirectionFits:
     # --- computation ------------------------------------------------------------------------------
 
     def _vector(self, vector: DirectionVector) -> Tensor:
-        """Compute [width] float64."""
+        """Compute [width] float64; of an edit [2 rank + 1, width]."""
         match vector:
             case FittedVector():
                 return self._fitted(vector)
@@ -580,22 +590,29 @@ class _RowVectors:
 
 
 def _load_vector(vector: SavedVector) -> Tensor:
-    """Load [width] from the file, which must be unchanged since it was checked."""
+    """Load [width], or [2 rank + 1, width] of an edit, from the file, which must be unchanged since
+    it was checked."""
     content = vector.path.read_bytes()
     if sha256(content).hexdigest() != vector.digest:
         raise ValueError(f"{vector.path.name} has changed since it was checked")
-    return load(content)[vector.key].double()
+    tensors = load(content)
+    if vector.role == "edit":
+        reads, writes, offset = (tensors[name] for name in name_edit_tensors(vector.key))
+        return torch.cat([reads, writes, offset[None]]).double()
+    return tensors[vector.key].double()
 
 
 def _draw_like(like: Tensor, draw: str, seed: int, *, shuffles: bool) -> Tensor:
     """Draw a direction of the same norm, uniformly distributed; or put its numbers in a random
-    order."""
+    order. An edit adds vectors of the same lengths in a random subspace."""
     random = np.random.Generator(
         np.random.Philox(np.random.SeedSequence([stable_hash(seed, "direction", draw)]))
     )
     if shuffles:
         return like[torch.from_numpy(random.permutation(len(like)))]
-    drawn = torch.from_numpy(random.standard_normal(len(like)))
+    drawn = torch.from_numpy(random.standard_normal(like.shape))
+    if like.ndim > 1:
+        return turn_edit(like, drawn)
     return drawn / drawn.norm() * like.norm()
 
 

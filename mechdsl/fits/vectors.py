@@ -1,15 +1,21 @@
-"""Steering vectors, soft prompts and scales, while they are trained.
+"""Steering vectors, soft prompts, edits of low rank and scales, while they are trained.
 
 With a steering vector, x becomes x + v. The free parameters w [width] give v = u w, where the unit
 u is a typical size of the numbers of x. So the learning rate of Adam is a share of this size, at
 every site of every model. With a soft prompt, the vector of token k becomes v_k = s_k + u w_k,
 where s_k is the mean of those that it replaces, or for tokens inserted into images a random vector.
 
+With an edit of rank r, x becomes x + Δ(x), where Δ(x) = Aᵀ B x + c. With Φ for the free parameters,
+B = Φ_B / √width and A = Φ_A / √width, both [r, width], and c = Aᵀ Φ_c m / √r, where m is the mean
+length of x; Φ_B and Φ_c start from 0. LoReFT makes the rows of A orthonormal: A = R, B = W − R and
+c = Rᵀ b in its notation.
+
 With a scale for each channel, x becomes x ⊙ s. The free parameters w [width] give s = 1 + w and
 start from 0, so that a step of Adam changes each factor by about the learning rate at most.
 
 References:
-    Park et al. 2025, arXiv 2509.25843 (scales of heads).
+    Park et al. 2025, arXiv 2509.25843 (scales of heads); Wu et al. 2024, arXiv 2404.03592 (LoReFT
+    and DiReFT, equations 2 and 3).
 """
 
 from __future__ import annotations
@@ -20,6 +26,8 @@ from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
+
+from mechdsl.fits.rotations import draw_rows, orthonormal_rows
 
 NUMBERS = "vector"
 """Name of the parameter."""
@@ -218,6 +226,127 @@ def rescale(vector: Tensor, length: float) -> Tensor:
     """Return [width] a vector of the same direction and another length; 0 stays 0."""
     norm = float(vector.norm())
     return vector * (length / norm) if norm > 0 else vector
+
+
+class LowRankEdit:
+    """A vector that is added, as an affine function of low rank of the vector that it is added to.
+
+    Its matrix [2 rank + 1, width] has the rows of B, those of A, and c.
+    """
+
+    def __init__(self, like: Tensor, rank: int, random: Generator, *, orthonormal: bool) -> None:
+        """Start from an edit that adds 0, with a random subspace of what it can add.
+
+        Args:
+            like: [vector, width] vectors that it edits.
+            rank: Number of directions that it reads, and of those that it adds.
+            random: On the CPU.
+            orthonormal: Whether the directions that it adds stay orthonormal (LoReFT).
+        """
+        width = like.shape[1]
+        self._like, self._orthonormal = like, orthonormal
+        self._unit = 1 / math.sqrt(width)
+        self.like_length = float(like.norm(dim=1).mean())
+        self._offset_unit = self.like_length / math.sqrt(rank) or 1.0
+        rows = orthonormal_rows(draw_rows(rank, width, random, like.device, like.dtype))
+        self.writes = rows / self._unit
+        self.reads = torch.zeros_like(rows)
+        self.offset = torch.zeros(rank, dtype=like.dtype, device=like.device)
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Tensors that the optimiser changes."""
+        return {"reads": self.reads, "writes": self.writes, "offset": self.offset}
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Further tensors that the next steps depend on: none."""
+        return {}
+
+    def vector(self) -> Tensor:
+        """Return the matrix [2 rank + 1, width], which carries gradients of the parameters."""
+        writes = orthonormal_rows(self.writes) if self._orthonormal else self._unit * self.writes
+        offset = self._offset_unit * self.offset @ writes
+        return torch.cat([self._unit * self.reads, writes, offset[None]])
+
+    def draw_like(self, vector: Tensor, random: Generator) -> Tensor:
+        """Draw the matrix of an edit that adds vectors of the same lengths in a random subspace."""
+        drawn = torch.randn(vector.shape, generator=random, dtype=torch.float64)
+        return turn_edit(vector, drawn.to(vector.device, vector.dtype))
+
+    def draw_random(self, vector: Tensor, random: Generator) -> Tensor:
+        """Draw the matrix of an edit of the same rank that also reads random directions.
+
+        The vectors that it adds have the mean length of those of another edit.
+        """
+        drawn = torch.randn(vector.shape, generator=random, dtype=torch.float64)
+        found = drawn.to(vector.device, vector.dtype)
+        found[-1] *= self.like_length
+        ratio = self.mean_length(vector) / self.mean_length(found)
+        found[len(found) // 2 :] *= ratio
+        return found
+
+    def mean_length(self, vector: Tensor) -> float:
+        """Return the mean length of the vectors that the edit with a matrix adds."""
+        return float(low_rank_change(self._like, vector).norm(dim=1).mean())
+
+    def mean_change(self, vector: Tensor) -> Tensor:
+        """Return the matrix of the edit that always adds the mean of what another one adds."""
+        constant = torch.zeros_like(vector)
+        constant[-1] = low_rank_change(self._like, vector).mean(0)
+        return constant
+
+    def write(self, own: Tensor, vector: Tensor) -> Tensor:
+        """Return [vector, width] vectors of the base run with what the edit adds to each."""
+        return own + low_rank_change(own, vector)
+
+    def edit(self, own: Tensor, other: Tensor) -> Tensor:
+        """Return [vector, width] edited vectors of the base run."""
+        return self.write(own, self.vector())
+
+    def relaxed_edit(self, own: Tensor, other: Tensor, progress: float) -> Tensor:
+        """Return what training steps write: the same as `edit`."""
+        return self.edit(own, other)
+
+    def penalty(self) -> Tensor | float:
+        """Return 0: no edit is too large."""
+        return 0.0
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Make the directions that it adds orthonormal, for LoReFT; their subspace stays."""
+        if self._orthonormal:
+            self.writes.copy_(orthonormal_rows(self.writes) / self._unit)
+
+
+def low_rank_change(vectors: Tensor, matrix: Tensor) -> Tensor:
+    """Return [vector, width]: what an edit adds to vectors.
+
+    Args:
+        vectors: [vector, width]
+        matrix: [2 rank + 1, width] as in `LowRankEdit`.
+    """
+    reads, writes, offset = split_edit(matrix)
+    return vectors @ reads.T @ writes + offset
+
+
+def split_edit(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return B [rank, width], A [rank, width] and c [width] of the matrix of an edit."""
+    rank = len(matrix) // 2
+    return matrix[:rank], matrix[rank:-1], matrix[-1]
+
+
+def turn_edit(matrix: Tensor, drawn: Tensor) -> Tensor:
+    """Return the matrix of an edit that adds vectors of the same lengths in another subspace.
+
+    Args:
+        matrix: [2 rank + 1, width]
+        drawn: [2 rank + 1, width] normal numbers. The last rank + 1 rows determine the subspace.
+    """
+    rank = len(matrix) // 2
+    factor, _ = torch.linalg.qr(matrix[rank:].T)  # what it adds is in the span of A and c
+    other, _ = torch.linalg.qr(drawn[rank:].T)
+    return torch.cat([matrix[:rank], matrix[rank:] @ factor @ other.T])
 
 
 CHANGES = "changes"

@@ -42,6 +42,7 @@ from mechdsl.execute.run_record import (
     VECTOR_FILE,
     CorrelationReport,
     DecoderReport,
+    EditReport,
     IndependenceReport,
     LensReport,
     MaskReport,
@@ -78,11 +79,10 @@ from mechdsl.program.trainers import (
 )
 from mechdsl.resolve.trainings import (
     ROTATION,
-    VECTOR,
     MaskFile,
     key_of_candidate,
+    list_tensor_shapes,
     name_probe_map,
-    name_prompt_vector,
     paired_cells,
     read_texts,
 )
@@ -99,6 +99,7 @@ from mechdsl.resolve.types import (
     TrainedRotation,
     TrainedVector,
     Training,
+    VectorRole,
     count_numbers,
     iter_leaf_vectors,
 )
@@ -400,6 +401,13 @@ REPORTS: Mapping[
 }
 """Reports on dictionaries, by `measured` of their trainer."""
 
+VECTOR_REPORTS: Mapping[VectorRole, type[VectorReport | ScaleReport | EditReport]] = {
+    "direction": VectorReport,
+    "scales": ScaleReport,
+    "edit": EditReport,
+}
+"""Reports on trained vectors, by their use."""
+
 TrainedFile = DictionaryFile | SafetensorsFile | MaskFile
 
 
@@ -413,7 +421,7 @@ def read_fit(folder: Path, fit: DeclaredFit) -> tuple[TrainedFile, Report] | Non
             return _read_rotation(folder, fit, card["sha256"]), RotationReport.read(card)
         if isinstance(fit.file, TrainedVector):
             trainer, options = fit.training.trainer_of(DirectionTrainer), fit.training.of_trainer
-            kind = ScaleReport if fit.file.is_scale else VectorReport
+            kind = VECTOR_REPORTS[fit.file.role]
             kind = kind if trainer.count_tokens(options) is None else SoftPromptReport
             return _read_vector(folder, fit, card["sha256"]), kind.read(card)
         if isinstance(fit.file, TrainedLens):
@@ -451,9 +459,7 @@ def _read_vector(folder: Path, fit: DeclaredFit, digest: str) -> SafetensorsFile
     path = folder / VECTOR_FILE
     file = inspect_safetensors(path, str(path), limits.DIRECTION_FILE, "train it again")
     width = count_numbers(fit.training.made, fit.experiment.model.shape)
-    count = fit.training.trainer_of(DirectionTrainer).count_tokens(fit.training.of_trainer)
-    names = [VECTOR] if count is None else list(map(name_prompt_vector, range(count)))
-    if file.digest != digest or file.shapes != dict.fromkeys(names, (width,)):
+    if file.digest != digest or file.shapes != list_tensor_shapes(fit.training, width):
         raise ValueError("the file is damaged")
     return file
 
@@ -523,8 +529,9 @@ def _describe_result(file: TrainedFile, report: Report) -> str:
             f"{name} {value:.4g}" for name, value in values.items() if value is not None
         )
         said = f"to {report.objective}; mean over {rows}: {listed}"
-        if isinstance(report, VectorReport | SoftPromptReport):
-            length = "length" if isinstance(report, VectorReport) else "mean length"
+        if isinstance(report, VectorReport | SoftPromptReport | EditReport):
+            adds = " of what it adds" if isinstance(report, EditReport) else ""
+            length = "length" if isinstance(report, VectorReport) else f"mean length{adds}"
             said += f"; {length} {report.length:.4g}, vectors of the site {report.site_length:.4g}"
         if isinstance(report, ScaleReport):
             said += f"; scales from {report.smallest:.4g} to {report.largest:.4g}"
@@ -559,7 +566,7 @@ def _describe_correlations(file: TrainedFile, report: CorrelationReport) -> str:
 
 
 def _effects(
-    report: RotationReport | VectorReport | SoftPromptReport | ScaleReport,
+    report: RotationReport | VectorReport | SoftPromptReport | EditReport | ScaleReport,
 ) -> dict[str, float | None]:
     """Return the means of a measure after a training, by what was written."""
     if isinstance(report, RotationReport):
@@ -576,6 +583,14 @@ def _effects(
             "placeholders": report.placeholders,
             "untrained": report.untrained,
             "clean run": report.clean,
+        }
+    if isinstance(report, EditReport):
+        return {
+            "trained": report.trained,
+            "in a random subspace": report.turned,
+            "random edits of this length": report.random,
+            "always the mean of what it adds": report.constant,
+            "no edit": report.unedited,
         }
     if isinstance(report, ScaleReport):
         return {

@@ -21,8 +21,10 @@ from mechdsl.execute.run_record import (
     CARD_FILE,
     LENS_FILE,
     PROBE_FILE,
+    VECTOR_FILE,
     CorrelationReport,
     DecoderReport,
+    EditReport,
     IndependenceReport,
     LensReport,
     MaskReport,
@@ -348,7 +350,7 @@ def _run_training(
     if fit.objective is not None:
         rows = ObjectiveRows(fit.training, fit.objective, model, side, cache)
         if isinstance(fit.file, TrainedVector):
-            train = train_scales if fit.file.is_scale else train_vector
+            train = train_scales if fit.file.role == "scales" else train_vector
             return train(fit.file, rows, job)
         assert isinstance(fit.file, TrainedRotation)
         return train_rotation(fit.file, rows, job)
@@ -551,6 +553,8 @@ def _describe_rows(report: Report, card: Mapping[str, Any]) -> list[str]:
         ]
     if isinstance(report, VectorReport):
         return _describe_vector(rows, report, card)
+    if isinstance(report, EditReport):
+        return _describe_edit(rows, report)
     if isinstance(report, ScaleReport):
         return _describe_scales(rows, report)
     if isinstance(report, IndependenceReport):
@@ -652,6 +656,24 @@ def _describe_soft_prompt(rows: str, report: SoftPromptReport) -> list[str]:
         f"- The same with placeholders: {report.placeholders:.4f}",
         *untrained,
         *clean,
+    ]
+
+
+def _describe_edit(rows: str, report: EditReport) -> list[str]:
+    """Return what the model card of an edit says about its rows and its result."""
+    measured = "held-out" if report.held_out_rows else "training"
+    return [
+        f"{rows}; {count_noun(report.held_out_rows, 'row')} held out",
+        f"- The edit adds Aᵀ B x + c to an activation x at these tokens, to {report.objective}",
+        f"- `{VECTOR_FILE}` has B as `edit.reads` [rank, width], A as `edit.writes` [rank, width] "
+        "and c as `edit.offset` [width]; LoReFT: A = R, B = W − R, c = Rᵀ b",
+        f"- Mean length of what it adds: {report.length:.4f}; vectors of the site have "
+        f"{report.site_length:.4f}",
+        f"- Mean of the measure over {measured} rows: {report.trained:.4f}",
+        f"- The same in random subspaces of rank {report.rank}: {report.turned:.4f}",
+        f"- The same with random edits of this rank and length: {report.random:.4f}",
+        f"- The same with the mean of what it adds, always: {report.constant:.4f}",
+        f"- The same without an edit: {report.unedited:.4f}",
     ]
 
 

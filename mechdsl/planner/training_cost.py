@@ -313,8 +313,10 @@ def _count_controls(made: Declared, objective: ResolvedExperiment) -> int:
     if isinstance(made, TrainedMask):
         return own + 2  # largest single effects, and all sites
     assert made.training is not None
-    if isinstance(made, TrainedVector) and made.is_scale:
+    if isinstance(made, TrainedVector) and made.role == "scales":
         return own + 2  # the mean scale, and 0
+    if isinstance(made, TrainedVector) and made.role == "edit":
+        return own + RANDOM_CONTROLS + 1  # random edits, and the mean of what it adds
     trainer = made.training.trainer
     assert isinstance(trainer, DirectionTrainer)
     if trainer.count_tokens(made.training.of_trainer) is not None:

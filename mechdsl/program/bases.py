@@ -49,6 +49,7 @@ from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import (
     TRAINERS,
     DictionaryTrainer,
+    EditTrainer,
     EffectTrainer,
     MaskTrainer,
     PairedTrainer,
@@ -566,7 +567,7 @@ def _objective_problem(call: ast.Call, trainer: Trainer) -> BadArgument | None:
     if fill is not None and not isinstance(trainer, MaskTrainer):
         reason, hint = f"with `{trainer.name}` has no `with`", "remove it; `mask(…)` can ablate"
         span = fill.span
-    elif source is not None and isinstance(trainer, ScaleTrainer):
+    elif source is not None and isinstance(trainer, ScaleTrainer | EditTrainer):
         reason = f"with `{trainer.name}` has no `from`, because no other run comes in"
         hint = "remove it; a measure can name the run: `maximise: logit(answer of fewer)`"
         span = source.span

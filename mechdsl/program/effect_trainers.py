@@ -1,4 +1,4 @@
-"""Trainers on a measure: rotations, steering vectors, soft prompts, scales and masks."""
+"""Trainers on a measure: rotations, steering vectors, soft prompts, edits, scales and masks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mechdsl.program.direction_methods import Problem
 from mechdsl.program.spec import Constant
 from mechdsl.program.trainers import (
     EFFECT_DEFAULTS,
+    EditTrainer,
     MaskTrainer,
     RotationTrainer,
     ScaleTrainer,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from mechdsl.fits.gates import Gates
     from mechdsl.fits.rotations import Rotation
-    from mechdsl.fits.vectors import ChannelScales, SoftPrompt, SteeringVector
+    from mechdsl.fits.vectors import ChannelScales, LowRankEdit, SoftPrompt, SteeringVector
 
 TRAINING_ARGUMENTS = "prompts: fruit.train, from: fewer, maximise: logit(answer of fewer)"
 """Arguments of an example of `fit` with a trainer on a measure."""
@@ -40,6 +41,11 @@ OTHER_EFFECT_TRAINERS: dict[str, str] = {
         ("scale", "scaling", "asguard", "ia3", "gain", "channel_scale"),
         "write `scales(penalty: 0.1)`",
     ),
+    **dict.fromkeys(
+        ("loreft", "LoReFT", "ReFT", "lora", "low_rank", "edit", "intervention"),
+        "write `reft(rank: 4)`",
+    ),
+    **dict.fromkeys(("direft", "DiReFT"), 'write `reft(rank: 4, kind: "direft")`'),
     "boundless": "write `boundless_das(penalty: 1)`",
     "rotation": "write `das(dims: 2)`",
     **dict.fromkeys(
@@ -182,6 +188,44 @@ class SoftPromptTrainer(VectorTrainer):
         from mechdsl.fits.vectors import SoftPrompt
 
         return SoftPrompt(like, int(options["tokens"]))
+
+
+EDIT_KINDS = ("loreft", "direft")
+"""Values of `kind` of an edit."""
+
+
+@trainer("reft")
+class LowRankEditTrainer(EditTrainer):
+    """A representation finetuning of low rank: what it adds depends on the activation.
+
+    References:
+        Wu et al. 2024, arXiv 2404.03592, equations 2 (LoReFT) and 3 (DiReFT).
+    """
+
+    example = "reft(rank: 4)"
+    options = ("rank", "kind")
+    required = ("rank",)
+
+    def check_option(self, name: str, value: Constant | None) -> Problem | None:
+        if name == "kind":
+            if value in EDIT_KINDS:
+                return None
+            listed = name_list([f'"{each}"' for each in EDIT_KINDS])
+            return "`reft` has no such kind", f"write one of {listed}"
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return None
+        return "`rank` is a whole number from 1 on", "write `rank: 4`"
+
+    def rank(self, options: Mapping[str, Constant]) -> int:
+        return int(options["rank"])
+
+    def start(
+        self, like: Tensor, options: Mapping[str, Constant], random: Generator
+    ) -> LowRankEdit:
+        from mechdsl.fits.vectors import LowRankEdit
+
+        orthonormal = options.get("kind", EDIT_KINDS[0]) == EDIT_KINDS[0]
+        return LowRankEdit(like, self.rank(options), random, orthonormal=orthonormal)
 
 
 @trainer("scales")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mechdsl.fits.regression import LinearMap
     from mechdsl.fits.rotations import Rotation
     from mechdsl.fits.training import Trainable
-    from mechdsl.fits.vectors import ChannelScales, TrainedVectors
+    from mechdsl.fits.vectors import ChannelScales, LowRankEdit, TrainedVectors
 
 
 Statement = Literal["basis", "direction", "group", "lens", "probe"]
@@ -286,6 +286,20 @@ class VectorTrainer(DirectionTrainer):
         self, like: Tensor, options: Mapping[str, Constant], random: Generator
     ) -> TrainedVectors:
         """Create the parameters of a vector, with arguments as those of a rotation."""
+
+
+class EditTrainer(VectorTrainer):
+    """An edit: a vector that is added, as a function of the vector that it is added to."""
+
+    @abstractmethod
+    def rank(self, options: Mapping[str, Constant]) -> int:
+        """Return the number of directions that it adds."""
+
+    @abstractmethod
+    def start(
+        self, like: Tensor, options: Mapping[str, Constant], random: Generator
+    ) -> LowRankEdit:
+        """Create the parameters of an edit, with arguments as those of a rotation."""
 
 
 class ScaleTrainer(DirectionTrainer):

@@ -44,7 +44,7 @@ from mechdsl.resolve.directions import (
     count_used_rows,
     describe_rows,
     find_tokens,
-    has_scales,
+    find_use,
     resolve_named_family,
     resolve_samples,
 )
@@ -1399,12 +1399,10 @@ def _spanned(
         family = resolve_named_family(node.id, node, work)
         if family is None:
             return None
-        if has_scales(family):
-            raise BasisError(
-                node,
-                f"`{node.id}` has a factor for each channel and is no direction",
-                f"write `scale SITE at POSITIONS by {node.id}`",
-            )
+        use = find_use(family)
+        if use is not None:
+            reason = f"`{node.id}` {use.what} and is no direction"
+            raise BasisError(node, reason, use.hint(node.id))
         at = {"layer": point.layer, "head": point.unit}
         key: list[int] = []
         seeds = family.axis(SEED_AXIS)

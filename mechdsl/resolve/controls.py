@@ -224,14 +224,27 @@ class AlternativeSites:
         return tuple(found)
 
 
+_DRAWN = {
+    "add": ("directions", "of the same norm, drawn uniformly over all directions"),
+    "scale": ("scales", "with the same numbers in a random order of the channels"),
+    "edit": (
+        "edits",
+        "of the same rank that add vectors of the same norms to the same activations, in a random "
+        "subspace",
+    ),
+}
+"""What is drawn for a rule, and what it shares with the rule's own, by the mode of the rule."""
+
+
 def build_direction_control(
     experiment: ResolvedExperiment, asked: spec.Control, draws: int
 ) -> ResolvedControl:
     """Create a control with random directions, at the same sites and tokens.
 
     The random directions are distributed uniformly over all directions and have the norm of the
-    original one. A rule that scales by a direction has its numbers in a random order instead. Rules
-    and cells that share a direction also share it in each draw.
+    original one. A rule that scales by a direction has its numbers in a random order instead. An
+    edit adds vectors in a random subspace instead. Rules and cells that share a direction also
+    share it in each draw.
     """
     rules = [
         rule
@@ -240,15 +253,11 @@ def build_direction_control(
         for rule in experiment.rules
     ]
     steered = [rule for rule in experiment.rules if rule.direction is not None]
-    scales = [rule.does.mode == "scale" for rule in steered]
-    uniform = "of the same norm, drawn uniformly over all directions"
-    shuffled = "with the same numbers in a random order of the channels"
-    if not any(scales):
-        what, like = "random directions", uniform
-    elif all(scales):
-        what, like = "random scales", shuffled
-    else:
-        what, like = "random directions", f"{uniform}; scales {shuffled}"
+    drawn = dict.fromkeys(_DRAWN.get(rule.does.mode, _DRAWN["add"]) for rule in steered)
+    drawn = drawn or {_DRAWN["add"]: None}
+    (noun, like), *others = sorted(drawn, key=lambda own: own != _DRAWN["add"])
+    what = f"random {noun}"
+    like += "".join(f"; {noun} {text}" for noun, text in others)
     like += ", at the same sites and tokens"
     return _drawn_control(experiment, asked, rules, draws, (what, like))
 

@@ -9,7 +9,7 @@ from mechdsl.program import spec
 from mechdsl.program.saves import CONTROL_VECTOR_SUFFIX
 from mechdsl.resolve.directions import (
     DirectionError,
-    has_scales,
+    find_use,
     name_coordinate,
     name_tensor_of_member,
     report_direction,
@@ -54,10 +54,11 @@ def _lay_out(
         }
         return ResolvedDirectionFile(save, named, family.width or work.model.shape.d_model)
     width = work.model.shape.d_model
-    if has_scales(family):
+    use = find_use(family)
+    if use is not None:
         raise DirectionError(
             save.direction,
-            "it has a factor for each channel, and llama.cpp adds control vectors",
+            f"it {use.what}, and llama.cpp adds control vectors",
             f'save it as safetensors: `save direction {save.name} to "{save.name}.safetensors"`',
         )
     if family.width not in (None, width) and not work.model.shape.stands_in:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from math import isfinite
 
@@ -37,6 +37,7 @@ from mechdsl.program.directions import (
 )
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.spec import Constant, constant_value
+from mechdsl.program.trainers import EditTrainer
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.cells import SEED_AXIS
@@ -49,6 +50,7 @@ from mechdsl.resolve.trainings import (
     SEEDS_HINT,
     check_held_out,
     describe_training,
+    name_edit_tensors,
     outline_vector,
     split_by_seed,
 )
@@ -64,13 +66,17 @@ from mechdsl.resolve.types import (
     FittedVector,
     PositionTargets,
     ResolvedExperiment,
+    SavedEdit,
     SavedVector,
     SitePoint,
     SiteTargets,
+    Training,
     UnembeddingVector,
     UnitVector,
+    VectorRole,
     WeightedSum,
-    is_scale,
+    count_numbers,
+    find_vector_role,
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.printer import format_expression
@@ -103,6 +109,32 @@ def describe_position(label: AxisLabel) -> str:
     return f"token {label}" if str(label).lstrip("-").isdigit() else str(label)
 
 
+@dataclass(frozen=True)
+class DirectionUse:
+    """The only use of what `direction` names if it is no direction."""
+
+    verb: str
+    """Of the rule."""
+    what: str
+    """What it has instead of one vector."""
+    rule: str
+    """The rule, with {} for the name."""
+
+    def hint(self, name: str) -> str:
+        """Return what to write."""
+        return f"write `{self.rule.format(name)}`"
+
+
+USES: Mapping[VectorRole, DirectionUse] = {
+    "scales": DirectionUse(
+        "scale", "has a factor for each channel", "scale SITE at POSITIONS by {}"
+    ),
+    "edit": DirectionUse(
+        "add", "computes a vector from each activation", "add {} to SITE at POSITIONS"
+    ),
+}
+
+
 def list_axis_indices(axes: Sequence[Axis]) -> list[AxisIndices]:
     return list(product(*(range(len(axis)) for axis in axes)))
 
@@ -113,14 +145,14 @@ def combine_families(
     make: Callable[[Sequence[DirectionVector]], DirectionVector],
 ) -> DirectionFamily:
     """Combine several families into one, by members of the same layer, head and position."""
-    scales = next((part for part in parts if has_scales(part)), None)
-    if scales is not None:
-        raise DirectionError(
-            node,
-            f"`{scales.name}` has a factor for each channel and is no direction of a sum",
-            f"write `scale SITE at POSITIONS by {scales.name}`, with a number as `0.5 * "
-            f"{scales.name}`",
-        )
+    for part in parts:
+        use = find_use(part)
+        if use is not None:
+            raise DirectionError(
+                node,
+                f"`{part.name}` {use.what} and is no direction of a sum",
+                f"{use.hint(part.name)}, with a number as `0.5 * {part.name}`",
+            )
     axes: dict[str, Axis] = {}
     for axis in (axis for part in parts for axis in part.axes):
         known = axes.setdefault(axis.name, axis)
@@ -249,6 +281,7 @@ def _resolve_trained_family(
         name, own = name_member(definition.name, axes, key), every_seed[number]
         every = outline_vector(own, name, options, sample, point, work.program, work.model)
         vector = every[0]
+        _check_rank(call, vector.training, work)
         problem = check_held_out(declared, vector.training, work.measuring, work.table)
         if problem is not None and problem not in work.diagnostics:
             work.diagnostics.append(problem)
@@ -264,6 +297,21 @@ def _resolve_trained_family(
     return DirectionFamily(
         definition.name, (*axes, *tokens), members, _width(some, work), (definition.name,)
     )
+
+
+def _check_rank(call: ast.Call, training: Training, work: ExperimentContext) -> None:
+    """Check that an edit has at most as many directions as vectors have numbers. Raises
+    DirectionError."""
+    trainer, site = training.trainer, training.made.site
+    if not isinstance(trainer, EditTrainer) or work.model.shape.stands_in:
+        return
+    rank, width = trainer.rank(training.of_trainer), count_numbers(training.made, work.model.shape)
+    if rank > width:
+        raise DirectionError(
+            call,
+            f"its rank is {rank:,}, and vectors of `{site}` have {width:,} numbers",
+            f"write at most `rank: {width}`",
+        )
 
 
 def _check_token_count(
@@ -529,6 +577,15 @@ def _saved_family(
     widths: dict[int, str] = {}
     for index in list_axis_indices(axes):
         name = name_tensor_of_member(key, axes, index)
+        parts = name_edit_tensors(name)
+        if name not in shapes and parts[0] in shapes:
+            widths[_edit_width(call, shapes, name)] = parts[0]
+            made = f"edit `{name}` of {written}, SHA-256 {saved.digest[:12]}…"
+            vector = SavedEdit(path, name, saved.digest)
+            members[index] = DirectionMember(
+                name_member(definition.name, axes, index), vector, made
+            )
+            continue
         if name not in shapes:
             known = f"it has {name_list(list(shapes)) or 'none'}"
             if not axes and any(each.startswith(f"{key}.layer") for each in shapes):
@@ -546,6 +603,19 @@ def _saved_family(
         reason = f"`{name}` has {width} numbers, `{second}` {other}"
         raise DirectionError(call, reason, "name vectors of equal width")
     return DirectionFamily(definition.name, axes, members, next(iter(widths)), (definition.name,))
+
+
+def _edit_width(call: ast.Call, shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
+    """Return the width of the vectors that a saved edit changes. Raises DirectionError."""
+    reads, writes, offset = (shapes.get(part, ()) for part in name_edit_tensors(name))
+    if len(reads) == 2 and writes == reads and offset == reads[1:]:
+        return reads[1]
+    listed = ", ".join(f"`{part}` {list(shapes.get(part, ()))}" for part in name_edit_tensors(name))
+    raise DirectionError(
+        call,
+        f"an edit has two matrices [rank, width] and a vector [width], and the file has {listed}",
+        'save the edit again: `save direction r to "edit.safetensors"`',
+    )
 
 
 def _swept(definition: spec.Direction, work: ExperimentContext) -> tuple[Axis, ...] | None:
@@ -700,7 +770,7 @@ def resolve_direction(
         family = _family(rule.direction, work, None)
         if family is None:
             return None
-        _check_scale(rule, family)
+        _check_use(rule, family)
         _fits(rule.direction, family, sites, work)
         return _lay_out(rule.direction, family, (*sites.axes, *positions.axes), work)
     except DirectionError as problem:
@@ -708,21 +778,24 @@ def resolve_direction(
         return None
 
 
-def _check_scale(rule: spec.Rule, family: DirectionFamily) -> None:
-    """Check that a trained scale multiplies activations. Raises DirectionError."""
+def _check_use(rule: spec.Rule, family: DirectionFamily) -> None:
+    """Check that trained scales multiply activations, and that edits are added. Raises
+    DirectionError."""
     assert rule.direction is not None
-    if rule.verb == "scale" or not has_scales(family):
+    use = find_use(family)
+    if use is None or rule.verb == use.verb:
         return
     raise DirectionError(
         rule.direction,
-        f"it has a factor for each channel, and `{rule.verb}` takes a direction",
-        f"write `scale SITE at POSITIONS by {rule.direction.span.written}`",
+        f"it {use.what}, and `{rule.verb}` takes a direction",
+        use.hint(rule.direction.span.written),
     )
 
 
-def has_scales(family: DirectionFamily) -> bool:
-    """Whether the members of a family are scales that `fit` trains."""
-    return any(is_scale(member.vector) for member in family.members.values())
+def find_use(family: DirectionFamily) -> DirectionUse | None:
+    """Return the only use of a family whose members are no directions; None for directions."""
+    uses = (USES.get(find_vector_role(member.vector)) for member in family.members.values())
+    return next((use for use in uses if use is not None), None)
 
 
 def report_direction(problem: DirectionError, work: ExperimentContext) -> None:

@@ -24,6 +24,7 @@ from mechdsl.program.spec import CLEAN, Constant, constant_value
 from mechdsl.program.trainers import (
     DictionaryTrainer,
     DirectionTrainer,
+    EditTrainer,
     MaskTrainer,
     RotationTrainer,
     trainer_call,
@@ -80,6 +81,9 @@ STREAM = "resid_post"
 VECTOR = "vector"
 """Name of the tensor of a trained vector."""
 
+EDIT = "edit"
+"""Start of the names of the tensors of a trained edit."""
+
 
 def list_seeds(definition: spec.Basis, program: spec.Program) -> tuple[int, ...]:
     """Return the seeds of `fit(…, seeds: 3)`: that of the training, and the next ones; none for a
@@ -120,6 +124,23 @@ def explain_seeds(name: str, what: str, seeds: tuple[int, ...]) -> tuple[str, st
 def name_prompt_vector(index: int) -> str:
     """Return the name of a vector of a soft prompt in its file: `vector.position0`."""
     return f"{VECTOR}.position{index}"
+
+
+def name_edit_tensors(key: str) -> tuple[str, str, str]:
+    """Return the names of the tensors of an edit in its file: its matrices B and A, [rank, width],
+    and its vector c [width]. It adds Aᵀ B x + c to an activation x."""
+    return f"{key}.reads", f"{key}.writes", f"{key}.offset"
+
+
+def list_tensor_shapes(training: Training, width: int) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors in the file of a trained direction."""
+    trainer = training.trainer_of(DirectionTrainer)
+    if isinstance(trainer, EditTrainer):
+        matrix = trainer.rank(training.of_trainer), width
+        return dict(zip(name_edit_tensors(EDIT), (matrix, matrix, (width,)), strict=True))
+    count = trainer.count_tokens(training.of_trainer)
+    names = [VECTOR] if count is None else map(name_prompt_vector, range(count))
+    return dict.fromkeys(names, (width,))
 
 
 def outline_training(
@@ -171,8 +192,8 @@ def outline_vector(
         name: `v[layer 3]`.
     """
     training = _describe_training(definition, options, sample, point, program, model)
-    count = training.trainer_of(DirectionTrainer).count_tokens(training.of_trainer)
-    keys = [VECTOR] if count is None else map(name_prompt_vector, range(count))
+    edits = isinstance(training.trainer, EditTrainer)
+    keys = [EDIT] if edits else list_tensor_shapes(training, count_numbers(point, model.shape))
     file = program.trained.get(training.name, (None, ""))[0]
     path, digest = Path(), ""
     if isinstance(file, SafetensorsFile):

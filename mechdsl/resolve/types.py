@@ -28,7 +28,13 @@ from mechdsl.program import spec
 from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import Generation
-from mechdsl.program.trainers import RotationTrainer, ScaleTrainer, Trainer, TrainerT
+from mechdsl.program.trainers import (
+    EditTrainer,
+    RotationTrainer,
+    ScaleTrainer,
+    Trainer,
+    TrainerT,
+)
 from mechdsl.prompts.answers import TokenSets
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun, ReplyPosition
@@ -89,6 +95,11 @@ class UnembeddingVector(Record):
     less: int | None
 
 
+VectorRole = Literal["direction", "scales", "edit"]
+"""What rules do with a named vector: use it as a direction, multiply activations by it, or add what
+it computes from each activation."""
+
+
 @record
 class SavedVector(Record):
     """A vector from a safetensors file."""
@@ -97,6 +108,20 @@ class SavedVector(Record):
     key: str
     digest: str
     """SHA-256 of the file."""
+
+    @property
+    def role(self) -> VectorRole:
+        """What rules do with it."""
+        return "direction"
+
+
+@record
+class SavedEdit(SavedVector):
+    """An edit from a safetensors file, of three tensors whose names begin with `key`."""
+
+    @property
+    def role(self) -> VectorRole:
+        return "edit"
 
 
 @record
@@ -390,9 +415,10 @@ class TrainedVector(Trained, SavedVector):
     """`v[layer 3]`."""
 
     @property
-    def is_scale(self) -> bool:
-        """Whether activations are multiplied by its numbers."""
-        return isinstance(self.training.trainer, ScaleTrainer)
+    def role(self) -> VectorRole:
+        if isinstance(self.training.trainer, EditTrainer):
+            return "edit"
+        return "scales" if isinstance(self.training.trainer, ScaleTrainer) else "direction"
 
     @property
     def kind(self) -> str:
@@ -635,6 +661,11 @@ class DirectionTargets(Record):
             )
 
     @property
+    def role(self) -> VectorRole:
+        """What rules do with its members."""
+        return find_vector_role(next(iter(self.members.values())).vector)
+
+    @property
     def models(self) -> Iterator[str]:
         """Models other than the experiment's that the members are fitted on."""
         return iter_fit_models(self.members.values())
@@ -676,10 +707,12 @@ def iter_read_points(vector: DirectionVector) -> Iterator[SitePoint]:
                 pass
 
 
-def is_scale(vector: DirectionVector) -> bool:
-    """Whether a vector is computed from scales that a file declares with `fit`."""
+def find_vector_role(vector: DirectionVector) -> VectorRole:
+    """Return what rules do with a vector: the role of what it is computed from."""
     leaves = iter_leaf_vectors(vector)
-    return any(isinstance(leaf, TrainedVector) and leaf.is_scale for leaf in leaves)
+    roles: list[VectorRole] = [leaf.role for leaf in leaves if isinstance(leaf, SavedVector)]
+    others: list[VectorRole] = [role for role in roles if role != "direction"]
+    return others[0] if others else "direction"
 
 
 def iter_fitted_vectors(vector: DirectionVector) -> Iterator[FittedVector]:
@@ -890,14 +923,16 @@ class Intervention:
     """Source of `VectorBatch.read`: the rule's run at the same prompt ("run"), that run at a
     different prompt by a seeded permutation ("donor"), its mean over all prompts ("mean"), or the
     result of `of_cell` for all rows of a cell ("cell"). None if nothing is read."""
-    mode: ClassVar[Literal["set", "add", "scale", "along", "onto", "step", "coordinates"]] = "set"
+    mode: ClassVar[
+        Literal["set", "add", "scale", "along", "onto", "step", "coordinates", "edit"]
+    ] = "set"
     """How the result of `values` is combined with the current activation.
 
     "set" replaces it and "add" is added to it. "scale" multiplies it by [K, 1] or [K, width].
     "along" sets only the component along unit directions, to the rule's number or to 0 without one.
     "onto" keeps only the component along unit directions. "step" adds [K, 1] times the difference
     between the activation and the one at the preceding position. "coordinates" changes coordinates
-    in a basis.
+    in a basis. "edit" adds [K, 1] times the vectors that an edit computes from the activation.
     """
     copies: ClassVar[bool] = False
     """Whether it writes the vectors of the rule's run unchanged. Rows whose source and base run

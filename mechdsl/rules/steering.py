@@ -25,6 +25,7 @@ from mechdsl.resolve.types import (
     Amounts,
     AxisIndices,
     Convention,
+    DirectionTargets,
     Intervention,
     PositionTargets,
     ResolvedRule,
@@ -265,6 +266,10 @@ class DirectionRule(RuleKind, Steering):
     amount: ClassVar[float] = 0.0
     """The rule's number if none is written."""
 
+    def with_direction(self, direction: DirectionTargets) -> Intervention:
+        """Return the intervention of a rule with this direction."""
+        return self
+
     def where(
         self, rule: spec.Rule, work: ExperimentContext
     ) -> tuple[SiteTargets | None, PositionTargets | None]:
@@ -284,13 +289,37 @@ class DirectionRule(RuleKind, Steering):
             return None
         return ResolvedRule(
             spec=rule,
-            does=self,
+            does=self.with_direction(direction),
             run=base,
             sites=sites,
             positions=positions,
             amounts=amounts,
             direction=direction,
         )
+
+
+class EditAddition(Steering):
+    """Addition of what an edit computes from each activation."""
+
+    name = "add edit"
+    mode = "edit"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention("steering", f"`add` {CURRENT_STATE_NOTE}")
+        yield Convention(
+            "edit",
+            "`add` adds Aᵀ B x + c to each activation x, times its number; the edit has the "
+            "matrices A and B and the vector c",
+        )
+
+    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return amounts == 0
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return vectors.amounts[:, None]
+
+
+EDIT_ADDITION = EditAddition()
 
 
 def scale_directions(vectors: VectorBatch) -> Tensor:
@@ -320,6 +349,10 @@ class AddRule(DirectionRule):
         if rule.direction is None:
             return resolve_number(rule, NUMBER_ADDITION, work)
         return super().resolve(rule, work)
+
+    def with_direction(self, direction: DirectionTargets) -> Intervention:
+        edits = direction.role == "edit"
+        return EDIT_ADDITION if edits else self
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
         return amounts == 0

@@ -14,6 +14,7 @@ from mechdsl.base.text import format_size
 from mechdsl.execute.run_record import (
     CorrelationReport,
     DecoderReport,
+    EditReport,
     FitReport,
     IndependenceReport,
     LensReport,
@@ -110,6 +111,18 @@ SOFT_PROMPT_NOTES = {
 }
 """Columns of soft prompts."""
 
+EDIT_NOTES = {
+    "length": "mean length of the vectors that the edit adds",
+    "trained": "mean of the measure over held-out rows while the edit is added; without held-out "
+    "rows, over training rows",
+    "subspace": "mean of the same over 8 edits that add vectors of the same lengths to the same "
+    "activations, in a random subspace of this rank",
+    "random": "mean of the same over 8 random edits of this rank and mean length",
+    "constant": "the same while the mean of the vectors that the edit adds is always added",
+    "no edit": "the same in the clean run",
+}
+"""Columns of edits."""
+
 SCALE_NOTES = {
     "scales": "smallest and largest scale of a channel",
     "trained": "mean of the measure over held-out rows while the vectors are scaled; without "
@@ -169,6 +182,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
         (RotationReport, ROTATION_NOTES, "basis"),
         (VectorReport, VECTOR_NOTES, "direction"),
         (SoftPromptReport, SOFT_PROMPT_NOTES, "direction"),
+        (EditReport, EDIT_NOTES, "direction"),
         (ScaleReport, SCALE_NOTES, "direction"),
         (MaskReport, MASK_NOTES, "group"),
         (LensReport, LENS_NOTES, "lens"),
@@ -191,7 +205,7 @@ def print_trained_fits(fits: Sequence[TrainedFit], console: Console) -> None:
             what = f"{fit.report.unit} for `{fit.report.predicts}`, {rows}; {what}"
         elif not isinstance(fit.report, ON_VECTORS):
             what = f"{fit.report.objective}; {what}"
-        if isinstance(fit.report, VectorReport | SoftPromptReport):
+        if isinstance(fit.report, VectorReport | SoftPromptReport | EditReport):
             what = f"vectors of the site have length {fit.report.site_length:.3g}; {what}"
         if isinstance(fit.report, CorrelationReport):
             what = f"{fit.report.summary}; {what}"
@@ -285,6 +299,10 @@ def _numbers(report: Report) -> list[str]:
         controls = (report.random, report.untrained, report.placeholders, report.clean)
         means = (report.trained, *controls)
         return [f"{report.length:.3g}", *("–" if mean is None else f"{mean:.3f}" for mean in means)]
+    if isinstance(report, EditReport):
+        controls = (report.turned, report.random, report.constant, report.unedited)
+        means = (f"{mean:.3f}" for mean in (report.trained, *controls))
+        return [f"{report.length:.3g}", *means]
     if isinstance(report, ScaleReport):
         means = (report.trained, report.shuffled, report.uniform, report.zero, report.unscaled)
         span = f"{report.smallest:.2f}..{report.largest:.2f}"

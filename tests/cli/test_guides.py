@@ -258,6 +258,13 @@ def test_a_lens_is_trained_as_the_page_says(
     run_page(DOCS / "observations.md", command, update, {"Train a tuned lens"})
 
 
+def test_an_edit_is_trained_as_the_page_says(
+    command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MECHDSL_STORE")
+    run_page(DOCS / "steering.md", command, update, {"Train an edit"})
+
+
 def test_a_probe_is_trained_as_the_page_says(
     command: Command, update: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,8 @@ DECLARED = {
     "token",
     "soft": "direction b = fit(soft_prompt(tokens: 3), prompts: longer of fruit.train, limit: 40, "
     "steps: 12, batch: 16, maximise: shift) at embed at inserted tokens",
+    "edit": f"direction b = fit(reft(rank: 3), {ON_ROWS}, maximise: shift) at resid_post layer 2 "
+    "at last token",
     "scales": f"direction b = fit(scales(penalty: 0.1), {ON_ROWS}, maximise: shift) at z layer 1 "
     "head 0 at last token",
     "lens": f"lens b = fit(tuned_lens, {ON_ROWS}) at resid_post layer * at tokens *",
@@ -77,7 +79,7 @@ RULES = {
     "lens": "observe tuned_lens(b) at resid_post layer * at last token",
     "dims": "patch b at last token",
     "soft": "set embed at inserted tokens to b",
-    "vector": "add b to resid_post layer 2 at last token",
+    **dict.fromkeys(("vector", "edit"), "add b to resid_post layer 2 at last token"),
     "mask": "patch b at last token",
     "positions": "patch resid_post layer 2 at b tokens",
 }

@@ -14,7 +14,7 @@ from mechdsl.forward.generation import replies as write_replies_module
 from mechdsl.forward.generation.decoding import Decoding
 from mechdsl.forward.generation.replies import generate_replies
 from mechdsl.forward.generation.rules import StepEdge, StepRules
-from mechdsl.forward.hooks.batch import EdgeWrite, RuleWrites, SiteWrite, WriteMode
+from mechdsl.forward.hooks.batch import EdgeWrite, EditWrite, RuleWrites, SiteWrite, WriteMode
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.vocab.metrics import Reply
 
@@ -55,6 +55,11 @@ class Act:
             case "along":
                 unit = values / values.norm()
                 return now + (self.to - now @ unit)[..., None] * unit
+            case EditWrite(matrix=matrix):
+                rank = len(matrix) // 2
+                parts = zip(matrix[:rank], matrix[rank:-1], strict=True)
+                added = [(now * read).sum(-1, keepdim=True) * write for read, write in parts]
+                return now + values * (sum(added) + matrix[-1])
             case _:
                 raise ValueError(self.mode)
 

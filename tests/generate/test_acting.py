@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.forward.hooks.batch import WriteMode
+from mechdsl.forward.hooks.batch import EditWrite, WriteMode
 from mechdsl.forward.hooks.model import LoadedModel
 
 from ..execute.support import shared
@@ -120,6 +120,27 @@ def test_writes(name: str, cached: bool) -> None:
     prompts, rules, _ = every_write(name)
     found = written(model_of(name), prompts, greedy(TOKENS), rules, cached=cached)
     agree(found, expected_writes(name))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_edits(name: str, cached: bool) -> None:
+    """Two edits at one site, in the prompt and in steps, of several rows."""
+    random = torch.Generator().manual_seed(3)
+    _, size = width(name, "resid_post")
+    edits = [EditWrite(torch.randn(5, size, generator=random) / size**0.5) for _ in range(2)]
+    found = [
+        Act(row, "resid_post", 1, edits[(row + step) % 2], (1.5 + row,), steps=(step, step + 1))
+        for row in range(3)
+        for step in (1, 3)
+    ]
+    found += [Act(0, "mlp_out", 1, edits[0], (2.0,), position=len(PROMPTS[0]) - 1)]
+    rules = Rules(found)
+    expected = by_hand(name, PROMPTS, rules, TOKENS)
+    agree(written(model_of(name), PROMPTS, greedy(TOKENS), rules, cached=cached), expected)
+    plain = by_hand(name, PROMPTS, Rules(), TOKENS)
+    for (_, logits), (_, others) in zip(expected, plain, strict=True):
+        assert (logits - others).abs().max() > 100 * NEAR * others.abs().max()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

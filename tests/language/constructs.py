@@ -331,6 +331,20 @@ _file(
     "Lester et al. 2021, arXiv 2104.08691",
 )
 _file(
+    "direction: a trained edit",
+    "direction r = fit(reft(rank: 4), prompts: fruit.train, maximise: logit(answer)) at resid_post "
+    "layer 2",
+    "An edit of low rank that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains: while Aᵀ B x "
+    "+ c is added to each activation x at all named tokens of the clean run, the metric has the "
+    "largest mean, or with `minimise` the smallest. A and B have `rank` rows; those of A are "
+    'orthonormal (LoReFT), except with `kind: "direft"`. The training starts from an edit that '
+    "adds 0. The options are those of a trained vector, without `from`. Only `add 2 * r to SITE` "
+    "uses edits; other rules, sums and bases can't. The control `against random` adds vectors of "
+    "the same lengths in a random subspace.",
+    "tests/pipeline/test_trained_edits.py",
+    "Wu et al. 2024, arXiv 2404.03592",
+)
+_file(
     "direction: trained scales",
     "direction s = fit(scales, prompts: fruit.train, maximise: logit(answer)) at z layer 2 head 1",
     "Scales of channels that `mechdsl fit FILE` or `mechdsl run --fit FILE` trains: while "

@@ -1,4 +1,4 @@
-"""What rotations, vectors, scales and masks have in common, which are trained on a measure."""
+"""What is common to rotations, vectors, edits, scales and masks: a training on a measure."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..execute.support import word_tokenizer
 from ..rules.models import bare
 from . import test_boundless_rotations as boundless
 from . import test_soft_prompts as prompts
+from . import test_trained_edits as edits
 from . import test_trained_masks as masks
 from . import test_trained_rotations as rotations
 from . import test_trained_scales as scales
@@ -32,6 +33,7 @@ DECLARED: dict[str, tuple[ModuleType, str, str, str]] = {
     "boundless": (boundless, rotations.PATCHES, "rotation.safetensors", "rotation with at most 20"),
     "vector": (vectors, vectors.ADD, "vector.safetensors", "vector, length 3 trained on"),
     "soft prompt": (prompts, prompts.SET, "vector.safetensors", "soft_prompt, tokens 2 trained on"),
+    "edit": (edits, edits.ADD, "vector.safetensors", "reft, rank 2 trained on"),
     "scales": (scales, scales.SCALED, "vector.safetensors", "scales, penalty 0.1 trained on"),
     "mask": (masks, masks.PATCHES, "mask.json", "mask of 3 of 12 sites"),
 }

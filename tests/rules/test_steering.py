@@ -44,6 +44,10 @@ DIRECTION = """
 direction d = mean_difference(p.other, second) at resid_post layer 1 at last token
 direction h = mean_difference(p.other, second) at z layer 1 head 2 at last token
 """
+EDITS = """
+direction wide = saved("edits.safetensors", "wide")
+direction narrow = saved("edits.safetensors", "narrow")
+"""
 
 
 @cache
@@ -79,6 +83,40 @@ def plus(vector: Tensor) -> Callable[[Tensor], Tensor]:
 def times(vector: Tensor) -> Callable[[Tensor], Tensor]:
     """Each number times another one."""
     return lambda here: here * vector
+
+
+EDIT = ("reads", "writes", "offset")
+
+
+@cache
+def edit(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[2, size] directions that are read, [2, size] that are added, and [size] an offset."""
+    random = torch.Generator().manual_seed(size)
+    numbers = torch.randn(5, size, generator=random)
+    return numbers[:2] / size, numbers[2:4], numbers[4]
+
+
+def save_edits(folder: Path, family: str) -> None:
+    """Write edits of the stream and of a head of a family."""
+    shape = shared(bare(family)).shape
+    sizes = {"wide": shape.d_model, "narrow": shape.d_head}
+    tensors = {
+        f"{name}.{part}": own.clone()
+        for name, size in sizes.items()
+        for part, own in zip(EDIT, edit(size), strict=True)
+    }
+    save_file(tensors, folder / "edits.safetensors")
+
+
+def edited(factor: float) -> Callable[[Tensor], Tensor]:
+    """Plus what the edit of this width computes from each vector, times a factor."""
+
+    def change(here: Tensor) -> Tensor:
+        reads, writes, offset = edit(here.shape[-1])
+        first, second = ((here * each).sum(-1, keepdim=True) for each in reads)
+        return here + factor * (first * writes[0] + second * writes[1] + offset)
+
+    return change
 
 
 def of_head(name: str) -> Tensor:
@@ -230,6 +268,47 @@ CASES: dict[str, Case] = {
             Write("head_out", layer, times(D(name)), rows()[n].last, head) for head in (1, 2)
         ],
         0.02,
+    ),
+    "an edit in doses": Case(
+        "for c in [-1, 0, 0.5, 2] { add c * wide to resid_pre layer 1 at subject tokens }",
+        ("c",),
+        [(-1,), (0,), (0.5,), (2,)],
+        lambda name, n, c: writes("resid_pre", [1], "subject tokens", edited(c))(n),
+    ),
+    "an edit in all layers": Case(
+        "add wide to resid_post layers * at tokens *",
+        (),
+        [()],
+        lambda name, n: writes("resid_post", LAYERS, "tokens *", edited(1))(n),
+    ),
+    "edits after other rules": Case(
+        "add wide to mlp_out layer 1 at last token  scale mlp_out layer 1 at last token by 2  "
+        "add -wide to mlp_out layer 1 at last token  add d to mlp_out layer 1 at last token",
+        (),
+        [()],
+        lambda name, n: writes(
+            "mlp_out", [1], "last token", lambda here: edited(-1)(2 * edited(1)(here)) + D(name)
+        )(n),
+    ),
+    "edits of heads": Case(
+        "add 3 * narrow to z layer * head * at tokens *",
+        ("layer", "head"),
+        product(LAYERS, range(4)),
+        lambda name, n, layer, head: [
+            Write("z", layer, edited(3), position, head)
+            for position in tokens(rows()[n], "tokens *")
+        ],
+        0.02,
+    ),
+    "edits of what heads add and of queries": Case(
+        "add wide to head_out layer 1 heads 1..2 at last token  "
+        "add narrow to q_rot layer 2 head 1 at last token",
+        (),
+        [()],
+        lambda name, n: [
+            *(Write("head_out", 1, edited(1), rows()[n].last, head) for head in (1, 2)),
+            Write("q_rot", 2, edited(1), rows()[n].last, 1),
+        ],
     ),
     "project out": Case(
         "project out d from resid_post layer * at tokens *",
@@ -385,9 +464,9 @@ def test_steering_is_what_hooks_do(family: str, mode: str, data: Path) -> None:
     has_middle = family != "gpt_neox"
     chosen = {k: c for k, c in CASES.items() if has_middle or k != "the middle"}
     names = {key: f"e{number}" for number, key in enumerate(chosen)}
-    text = DIRECTION + "".join(
-        experiment(names[key], *case.rule.split("  ")) for key, case in chosen.items()
-    )
+    text = DIRECTION + EDITS
+    text += "".join(experiment(names[key], *own.rule.split("  ")) for key, own in chosen.items())
+    save_edits(data, family)
     found = run_file(text, data, family, mode)
     for key, case in chosen.items():
 

@@ -339,6 +339,9 @@ def list_rule_writes(
             if mode == "coordinates":
                 parts[to] += _write_coordinates(asked, spots, to, rows)
                 continue
+            if mode == "edit":
+                parts[to] += _write_edits(asked, spots)
+                continue
             values = rule.rule.does.values(rule.rule, asked)
             where = asked.amounts if mode == "along" else None
             parts[to].append(RuleWrite(*spots, values, mode, where, rule.number))
@@ -421,6 +424,19 @@ def _write_coordinates(
         )
         row, position, unit = (each[own] for each in spots)
         yield RuleWrite(row, position, unit, values, mode, which, plan.number)
+
+
+def _write_edits(asked: _RuleVectors, spots: tuple[Ints, Ints, Ints]) -> Iterator[RuleWrite]:
+    """Yield the writes of a rule that adds edits, by edit."""
+    plan = asked.plan
+    assert plan.direction_of_cell is not None
+    which = plan.direction_of_cell[asked.rows.cell[asked.row]]
+    for number in np.unique(which).tolist():
+        own = np.flatnonzero(which == number)
+        values = plan.rule.does.values(plan.rule, asked.part(own))
+        mode = asked.means_and_donors.directions.edit(plan.directions[number])
+        row, position, unit = (each[own] for each in spots)
+        yield RuleWrite(row, position, unit, values, mode, None, plan.number)
 
 
 def _group_by_site(

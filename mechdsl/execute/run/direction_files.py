@@ -13,9 +13,11 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.files import ReportNotWritable
 from mechdsl.execute.run_record import SavedFile
 from mechdsl.execute.vectors import DirectionFits
+from mechdsl.fits.vectors import split_edit
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.program import spec
 from mechdsl.program.paths import path_to_write
+from mechdsl.resolve.trainings import name_edit_tensors
 from mechdsl.resolve.types import ResolvedDirectionFile, ResolvedExperiment
 from mechdsl.store.files import sync_file, write_aside
 
@@ -42,7 +44,9 @@ def write_direction_file(
     if path is None:
         return None, refused
     dtype = getattr(torch, file.spec.stored_dtype)
-    tensors = {name: found[member.name].to(dtype) for name, member in file.members.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, member in file.members.items():
+        tensors |= _name_tensors(name, found[member.name].to(dtype))
     made = {name: member.made for name, member in file.members.items()}
     metadata = {
         "experiment": experiment.key,
@@ -67,6 +71,13 @@ def write_direction_file(
         bytes=size,
         note="; ".join(notes),
     ), []
+
+
+def _name_tensors(name: str, vector: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of a vector [width], or of the matrix of an edit, by their names."""
+    if vector.ndim == 1:
+        return {name: vector}
+    return dict(zip(name_edit_tensors(name), split_edit(vector), strict=True))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:

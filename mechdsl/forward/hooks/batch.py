@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.fits.vectors import low_rank_change
 from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.models.shape import PaddingSide
 from mechdsl.vocab.sites import EdgeChange, stop_layer
@@ -263,11 +264,25 @@ def gather_vectors(
     return read[indices_to_device(index, read.device)]
 
 
-WriteMode = Literal["set", "add", "scale", "along", "onto", "step"] | CoordinateWrite
+@dataclass(frozen=True, eq=False)
+class EditWrite:
+    """Addition of what an edit of low rank computes from the current vectors."""
+
+    matrix: Tensor
+    """[2 rank + 1, width] as in `mechdsl.fits.vectors.LowRankEdit`."""
+
+    def apply(self, now: Tensor, factors: Tensor) -> Tensor:
+        """Return [K, width]: x + f Δ(x) for vectors x of `now` and their factors f [K, 1]."""
+        wide = now.to(torch.promote_types(now.dtype, torch.float32))
+        change = low_rank_change(wide, self.matrix.to(wide))
+        return (wide + factors.to(wide) * change).to(now)
+
+
+WriteMode = Literal["set", "add", "scale", "along", "onto", "step"] | CoordinateWrite | EditWrite
 """How written values combine with existing ones: `set` replaces, `add` adds and `scale` multiplies;
 `along` sets the component along directions of length 1, `onto` keeps only it; `step` adds a
 multiple of the difference to the preceding position; `CoordinateWrite` changes coordinates in a
-basis."""
+basis; `EditWrite` adds a multiple of what an edit computes."""
 
 
 class WriteMismatch(RuntimeError):
@@ -295,8 +310,8 @@ class SiteWrite:
     units: Tensor
     """[K] long, head or neuron; 0 for whole vectors."""
     values: Tensor
-    """[K, width], cast to the activation's dtype and device; for `step` [K, 1] factors, for `scale`
-    also [K, 1]; for coordinates [K, m] or [K, 1]."""
+    """[K, width], cast to the activation's dtype and device; for `step` and edits [K, 1]
+    factors, for `scale` also [K, 1]; for coordinates [K, m] or [K, 1]."""
     mode: WriteMode = "set"
     to: Tensor | None = None
     """[K] for `along`: the resulting component along `values`; [K, m] long for coordinates: which
@@ -353,6 +368,8 @@ def apply_write(
     match mode:
         case CoordinateWrite():
             return mode.apply(now, values, to, inputs)
+        case EditWrite():
+            return mode.apply(now, values)
         case "set":
             return values.to(now).expand_as(now)
         case "add":

@@ -20,6 +20,7 @@ from mechdsl.forward.hooks.attention_hooks import (
 from mechdsl.forward.hooks.batch import (
     Batch,
     EdgeWrite,
+    EditWrite,
     PassStopped,
     ReadMismatch,
     SiteRead,
@@ -536,7 +537,7 @@ class SiteHooks:
         if SITES[where.site].width == "key":  # values after a prompt's end have no effect
             site_width = write.values.shape[1]
         one_factor = write.mode == "scale" and write.values.shape[1] == 1
-        if one_factor or write.mode == "step":
+        if one_factor or write.mode == "step" or isinstance(write.mode, EditWrite):
             site_width = 1
         elif isinstance(write.mode, CoordinateWrite):
             site_width = write.values.shape[1]

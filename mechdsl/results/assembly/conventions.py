@@ -33,6 +33,7 @@ from mechdsl.resolve.types import (
     ResolvedExperiment,
     ResolvedMeasure,
     ResolvedRule,
+    find_vector_role,
 )
 from mechdsl.results.experiment_result import ANSWER_TOKENS_KEY
 from mechdsl.statistics.null_bands import min_draws
@@ -532,8 +533,8 @@ def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, 
         members = every[:MAX_LISTED_SITES]
         for member in members:
             length = measured.lengths.get(member.name)
-            norm = "" if length is None else f"; norm {length:.4g}"
-            norm = norm if length else "; norm 0, so nothing changes"
+            norm = f"; norm {length:.4g}" if length else "; norm 0, so nothing changes"
+            norm = "" if find_vector_role(member.vector) == "edit" else norm
             found[f"direction {member.name}"] = f"{member.made}{norm}"
         more = len(every) - len(members)
         if more:
