@@ -235,6 +235,8 @@ class ModelContexts:
                 tokenizer = self._images(folder, shape, model)
             elif shape is not None or has_tokenizer(folder):
                 tokenizer = self._tokenizer(folder, model)
+                if tokenizer is not None and shape is not None:
+                    tokenizer = tokenizer.with_starts(shape.starts)
         shape = shape or stand_in_shape(self._largest)
         stand_in = self.stand_in_reader if shape.takes == "image" else self.stand_in
         return ModelContext(model, shape, tokenizer or stand_in)
@@ -317,6 +319,7 @@ class ModelContexts:
         tokenizer = base.tokenizer
         if has_tokenizer(folder):
             own = self._tokenizer(folder, model.model_copy(update={"bos": base.spec.bos}))
+            own = own and own.with_starts(base.shape.starts)
             if own is None or base.tokenizer.stands_in or not own.same_as(base.tokenizer):
                 tokenizer = own
         return base.shape, tokenizer

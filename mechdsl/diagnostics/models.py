@@ -98,17 +98,15 @@ class NotATextModel(Diagnostic):
 
     code = "E0407"
     title = "`{model}` is a `{architecture}`, which can't run on prompts or images alone"
-    label = (
-        "`.mech` files support language models (causal, masked or vision-language) and "
-        "vision transformers"
-    )
-    help = (
-        "run encoder-decoders and other encoders from Python with "
-        "`mechdsl.forward.hooks.full_pass.run_full`"
-    )
+    label = "{reason}"
+    help = "run it from Python with `mechdsl.forward.hooks.full_pass.run_full`"
 
     model: str
     architecture: str
+    reason: str = (
+        "`.mech` files support language models (causal, masked, vision-language and "
+        "encoder-decoders of text) and vision transformers"
+    )
 
 
 @keyword_record

@@ -102,6 +102,21 @@ class OutsidePrompt(Diagnostic):
 
 
 @keyword_record
+class NotInDecoder(Diagnostic):
+    """A token of the encoder's text at a site of the decoder."""
+
+    code = "E0316"
+    hangs_on = frozenset({"shape"})
+    title = "`{position}` is not a token of the decoder"
+    label = "this site has vectors at the tokens of the decoder, and the encoder reads `{position}`"
+    help = (
+        "name a site at the tokens of the encoder, such as `resid_post encoder layer 2` or "
+        "`v cross layer 2`, or a token of the decoder: `last token`"
+    )
+    position: str
+
+
+@keyword_record
 class ReversedBetween(Diagnostic):
     code = "E0311"
     hangs_on = frozenset({"tokens"})

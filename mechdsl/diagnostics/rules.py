@@ -137,6 +137,20 @@ class TooManyCells(Diagnostic):
 
 
 @keyword_record
+class StacksDiffer(Diagnostic):
+    """Sites at tokens of the encoder and of the decoder in one rule."""
+
+    code = "E0317"
+    hangs_on = frozenset({"shape"})
+    title = "`{source}` is at tokens of the encoder, and `{target}` at tokens of the decoder"
+    label = "the positions of a rule are tokens of one of the two"
+    help = "write a rule for each of them"
+
+    source: str
+    target: str
+
+
+@keyword_record
 class UnevenPositions(Diagnostic):
     """A mean or resampling over positions that don't correspond."""
 

@@ -71,7 +71,8 @@ class ProbeRows:
         """
         training, sample = declared.training, declared.training.sample
         rows = np.flatnonzero([any(hits) for hits in sample.cell.hits])
-        keys = digest_inputs([sample.cell], rows, [sample.run], sample.table, [model.shape.causal])
+        read = [sample.cell], rows, [sample.run], sample.table
+        keys = digest_inputs(*read, [model.shape.reads_prefix])
         targets = np.array(sample.targets, dtype=np.float64)[rows]
         strata = targets.tolist() if declared.classes else None
         share = float(training.options["validation"]) / 100

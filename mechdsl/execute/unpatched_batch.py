@@ -144,8 +144,8 @@ def compute_unpatched(
     parts = [_RunPart.of(model, run, request, prompts) for run, request in runs]
     ids = [row for part in parts for row in part.ids]
     acting = rules or RuleWrites()
-    batch = Batch.of(ids, model.pad_id, side or model.calling.side, model.device)
     rows = [part.run.rows[p] for part in parts for p in part.lanes]
+    batch = build_batch(model, ids, [row.source for row in rows], side or model.calling.side)
     batch = acting.numbered(add_images(model, batch, rows))
     begins = np.cumsum([0, *(len(part.ids) for part in parts)]).tolist()
     noise: list[SiteWrite] = []
@@ -159,6 +159,23 @@ def compute_unpatched(
         part.found(done, slice(begin, begin + len(part.ids)))
         for part, begin in zip(parts, begins, strict=False)
     ]
+
+
+def build_batch(
+    model: LoadedModel, ids: Sequence[tuple[int, ...]], sources: Sequence[int], side: PaddingSide
+) -> Batch:
+    """Pad prompts; those of an encoder-decoder are padded apart in each of the two.
+
+    Args:
+        sources: Number of tokens of each prompt that the encoder reads; 0 in other models.
+        side: The side to pad, except in encoder-decoders, which count columns.
+    """
+    if not model.shape.encodes_apart:
+        return Batch.of(ids, model.pad_id, side, model.device)
+    split = list(zip(ids, sources, strict=True))
+    source = Batch.of([own[:count] for own, count in split], model.pad_id, "right", model.device)
+    target = Batch.of([own[count:] for own, count in split], model.pad_id, "right", model.device)
+    return target.behind(source)
 
 
 def add_images(model: LoadedModel, batch: Batch, rows: Sequence[RunRow]) -> Batch:

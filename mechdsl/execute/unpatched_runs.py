@@ -32,6 +32,7 @@ from mechdsl.execute.unpatched_batch import (
     MeasuredPosition,
     UnpatchedBatch,
     UnpatchedRequest,
+    build_batch,
     build_noise_writes,
     collect_measured_positions,
     compute_unpatched,
@@ -245,7 +246,7 @@ class _Pass:
         """Return [K, units, width]: values read at these positions."""
         found = self.result.reads[read]
         row = torch.from_numpy(rows)
-        index = row, self.batch.columns(row, torch.from_numpy(positions))
+        index = row, self.batch.of_read(read).columns(row, torch.from_numpy(positions))
         return found[indices_to_device(index, found.device)]
 
 
@@ -387,7 +388,8 @@ class _ReplyPasses:
         ]
         side = self.runs.side or model.calling.side
         acting = self._acting(asked.run, chunk)
-        batch = acting.numbered(Batch.of(texts, model.pad_id, side, model.device))
+        sources = [run.rows[prompt].source for prompt in prompts.tolist()]
+        batch = acting.numbered(build_batch(model, texts, sources, side))
         wanted = asked.wanted[chunk].copy()
         wanted[:, 0] |= ~wanted.any(1)
         slots = np.where(wanted, wanted.cumsum(1) - 1, 0)
@@ -598,7 +600,8 @@ class UnpatchedRuns:
     @property
     def shortcuts(self) -> Shortcuts | None:
         """Computations that rows reuse from these runs; None if rows are full passes."""
-        return self.plan.shortcuts if self.plan.restarts and self.model.restartable else None
+        whole = self.model.shape.encodes_apart or not self.model.restartable
+        return self.plan.shortcuts if self.plan.restarts and not whole else None
 
     def named(self, name: str) -> PromptRun:
         return self.table.runs[name]
@@ -962,11 +965,12 @@ class UnpatchedRuns:
     ) -> Tensor:
         """Return [row, 1, width]: the site of a `cosine` at the measured position."""
         assert atom.point is not None
-        read = lanes.reads[SiteRead(atom.point.site, atom.point.layer)]
+        where = SiteRead(atom.point.site, atom.point.layer)
+        read, tokens = lanes.reads[where], lanes.batch.of_read(where)
         prompts = np.repeat(lanes.prompts, lanes.draws)[lane]
         position = find_positions(spot, lanes.run, prompts, lanes.lengths[lane])
         row = torch.from_numpy(lane)
-        index = row, lanes.batch.columns(row, torch.from_numpy(np.ascontiguousarray(position)))
+        index = row, tokens.columns(row, torch.from_numpy(np.ascontiguousarray(position)))
         return flatten_units(read[indices_to_device(index, read.device)], atom)
 
 

@@ -143,8 +143,9 @@ def list_tokens(hits: TokenHits, batch: Ints, draws: int) -> tuple[Ints, Ints, I
 
 def _select_vectors(found: UnpatchedBatch, point: SitePoint, lane: Tensor, token: Ints) -> Tensor:
     """Return [K, width]: one site in these lanes at these tokens."""
-    read = found.reads[SiteRead(point.site, point.layer)]
-    index = lane, found.batch.columns(lane, torch.from_numpy(token))
+    where = SiteRead(point.site, point.layer)
+    read = found.reads[where]
+    index = lane, found.batch.of_read(where).columns(lane, torch.from_numpy(token))
     vectors = read[indices_to_device(index, read.device)]
     return vectors.flatten(1) if point.unit is None else vectors[:, point.unit]
 

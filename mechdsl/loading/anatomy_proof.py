@@ -62,7 +62,7 @@ from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.types import ModelContext
 from mechdsl.store.index import StoreProblem
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, STACK_SITES
 
 _FILE_KEYS = ("_name_or_path", "transformers_version")
 """Keys of a config that describe its source files."""
@@ -474,6 +474,8 @@ def build_loaded_model(
     accepts = frozenset(inspect.signature(module.forward).parameters)
     dtype = next(module.parameters()).dtype
     own = {stack: replace(s, shape=_fit_shape(s, main=not stack)) for stack, s in stacks.items()}
+    shapes = {stack: s.shape for stack, s in own.items() if stack in STACK_SITES}
+    own[""] = replace(own[""], shape=replace(own[""].shape, others=shapes))
     return probe_call(
         LoadedModel(
             name=name,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mechdsl import zoo
 from mechdsl.base.runtime import pause_garbage_collection
 from mechdsl.base.source import Source, Span
+from mechdsl.base.text import name_list
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import (
@@ -73,7 +74,14 @@ from mechdsl.loading.weight_edits import (
     find_output_map,
 )
 from mechdsl.models.adapter_folder import AdapterScaling, read_scaling
-from mechdsl.models.config import read_config, read_shape, shape_from_config, shape_of_folder_config
+from mechdsl.models.config import (
+    add_generation_defaults,
+    check_starts,
+    read_config,
+    read_shape,
+    shape_from_config,
+    shape_of_folder_config,
+)
 from mechdsl.models.folder import (
     ADAPTER_CONFIG,
     FileHasher,
@@ -98,6 +106,7 @@ from mechdsl.resolve.model_pairs import attach_tokenizer, read_tower_inputs, rea
 from mechdsl.resolve.observations import Observation, RowSetObservation
 from mechdsl.resolve.sites import find_missing_point
 from mechdsl.resolve.types import ModelContext, ResolvedExperiment, ResolvedRule
+from mechdsl.vocab.sites import STACK_SITES
 
 _DTYPES = {
     "float32": torch.float32,
@@ -174,6 +183,7 @@ def load_model(
         span=model.span,
         proofs=None if spread else ProofStore(notes),
     )
+    loaded, found = _without_shared_rows(loaded, found, model.span)
     if loaded is not None and hashed is not None:
         loaded = replace(loaded, identity=folder_identity(model, folder, hashed))
     if file_stamps(model, folder) != before:
@@ -192,7 +202,8 @@ def _load_reader(
     """Load the tokenizer, or the image processor."""
     if shape.patches is not None:
         return read_tower_inputs(folder, shape, model)
-    return TextTokenizer.from_folder(folder, model.bos, span=model.span)
+    tokenizer, found = TextTokenizer.from_folder(folder, model.bos, span=model.span)
+    return tokenizer and tokenizer.with_starts(shape.starts), found
 
 
 def report_changed_files(model: spec.Model) -> Diagnostic:
@@ -248,11 +259,11 @@ def adopt_model(
         it = "" if isinstance(cast(object, module), nn.Module) else type(module).__name__
         reason = f"`{it}` isn't a model of transformers" if it else "it has no transformers config"
         return None, [LoadFailed(span=span, model=name, reason=reason)]
-    values: dict[str, Any] = dict(cast(Any, config).to_dict())
-    values["architectures"] = [type(module).__name__]
-    shape, found = shape_from_config(values, model=name, span=span)
+    shape, found = shape_from_config(_config_values(module), model=name, span=span)
     if shape is None:
         return None, found
+    if (unstarted := check_starts(shape, name, span)) is not None:
+        return None, [unstarted]
     if text is None:
         text, found = _adopt_processor(name, processor, shape, images, span)
         if text is not None and shape.texts is not None:
@@ -261,6 +272,7 @@ def adopt_model(
             )
         if text is None:
             return None, found
+    text = text.with_starts(shape.starts)
     try:
         weights = _hash_parameters(module)
     except ValueError as error:
@@ -271,7 +283,26 @@ def adopt_model(
         "tokenizer": text.hash,
         **(provenance or {}),
     }
-    return prove_any_anatomy(name, module, shape, text, provenance=provenance, span=span)
+    return _without_shared_rows(
+        *prove_any_anatomy(name, module, shape, text, provenance=provenance, span=span), span
+    )
+
+
+def _without_shared_rows(
+    model: LoadedModel | None, found: list[Diagnostic], span: Span | None
+) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """Replace an encoder-decoder by E0407 if its rows weren't proved to be independent."""
+    if model is None or not model.shape.encodes_apart:
+        return model, found
+    stacks = name_list(f"`{stack}`" for stack in STACK_SITES if stack not in model.others)
+    reason = f"the sites in its stack {stacks} are not available" if stacks else ""
+    if not model.restartable:
+        reason = "the values of its tokens depend on padding or on other prompts of a pass"
+    if not reason:
+        return model, found
+    architecture = model.shape.architecture
+    problem = NotATextModel(span=span, model=model.name, architecture=architecture, reason=reason)
+    return None, [problem]
 
 
 def inspect_model(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
@@ -314,9 +345,15 @@ def _complete_shape(module: nn.Module, shape: ModelShape) -> ModelShape:
 
     Files omit the class defaults, and some use outdated names.
     """
-    values: dict[str, Any] = dict(cast(Any, module).config.to_dict())
-    values["architectures"] = [type(module).__name__]
-    return shape_from_config(values)[0] or shape
+    found = shape_from_config(_config_values(module))[0] or shape
+    return found if found.starts is not None else replace(found, starts=shape.starts)
+
+
+def _config_values(module: Any) -> dict[str, Any]:
+    """Return the library's config of a model, with the tokens that its decoder begins with."""
+    values: dict[str, Any] = {**module.config.to_dict(), "architectures": [type(module).__name__]}
+    generation = getattr(module, "generation_config", None)
+    return values if generation is None else add_generation_defaults(values, generation.to_dict())
 
 
 def _revision(folder: Path, model: spec.Model) -> str:

@@ -35,7 +35,7 @@ from mechdsl.models.shape import (
     output_position,
     output_task,
 )
-from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES, sites_of_module
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES, STACK_SITES, sites_of_module
 
 LAYER_KEYS = (
     "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers",
@@ -327,7 +327,53 @@ def shape_from_config(
     text = subconfig(config, "text_config", "decoder") if takes != "image" else config
     if takes == "image":
         text = subconfig(config, "vision_config")
-    return _shape(text, config, names, takes, model=model, span=span)
+    shape, found = _shape(text, config, names, takes, model=model, span=span)
+    if shape is not None and takes == "two texts":
+        shape = _with_stacks(shape, config)
+    return shape, found
+
+
+def _with_stacks(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
+    """Add the stacks of an encoder-decoder, and the tokens that its decoder begins with."""
+    shapes = {stack: stack_shape(shape, config, stack) for stack in STACK_SITES}
+    found = {
+        stack: replace(own, sites=own.sites & frozenset(_STACK_SITES[stack]))
+        for stack, own in shapes.items()
+        if own is not None
+    }
+    starts = [config.get(key) for key in ("decoder_start_token_id", "forced_bos_token_id")]
+    known = tuple(each for each in starts if isinstance(each, int))
+    first = known if isinstance(starts[0], int) else None
+    return replace(shape, causal=True, others=found, starts=first)
+
+
+_CROSS_SITES = ("attn_norm", "q", "k", "v", "z", "head_out", "attn_out")
+
+_STACK_SITES: Mapping[str, tuple[str, ...]] = {
+    "encoder": tuple(name for name in SITES if name != "logits"),
+    "cross": _CROSS_SITES,
+}
+"""The sites that each stack of an encoder-decoder can have."""
+
+
+def check_starts(shape: ModelShape, model: str, span: Span | None) -> Diagnostic | None:
+    """Return E0408 for an encoder-decoder whose decoder has no known first token."""
+    if shape.takes != "two texts" or shape.starts is not None:
+        return None
+    what, keys = "first token of the decoder", "`decoder_start_token_id`"
+    return ShapeUnknown(span=span, model=model, what=what, keys=keys)
+
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def add_generation_defaults(
+    config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Add the tokens that a decoder begins with, which newer folders have in another file."""
+    keys = ("decoder_start_token_id", "forced_bos_token_id")
+    more = {key: generation[key] for key in keys if generation.get(key) is not None}
+    return {**config, **more} if config.get("is_encoder_decoder") else dict(config)
 
 
 def _scores(config: Mapping[str, Any], names: list[str]) -> OutputTask | None:
@@ -605,12 +651,17 @@ def read_shape(
     config, found = read_config(folder, model=model, span=span)
     if config is None:
         return None, found
+    if (folder / GENERATION_CONFIG).exists():
+        generation, _ = read_config(folder, name=GENERATION_CONFIG, model=model, span=span)
+        config = add_generation_defaults(config, generation or {})
     shape, found = shape_of_folder_config(config, model=model, span=span)
     if shape is not None and (
-        shape.takes not in ("text", "image and text", "image")
+        shape.takes not in ("text", "image and text", "image", "two texts")
         or (shape.takes == "image" and shape.patches is None)
     ):
         return None, [NotATextModel(span=span, model=model, architecture=shape.architecture)]
+    if shape is not None and (unstarted := check_starts(shape, model, span)) is not None:
+        return None, [unstarted]
     if shape is not None and shape.architecture.endswith(OTHER_SEQUENCE_CLASSIFIERS):
         reason = "it reads several texts at once"
         return None, [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from mechdsl.base import limits
@@ -160,8 +160,28 @@ class ModelShape:
         default_factory=dict[tuple[str, int], tuple[int, int]]
     )
     """(units, width) of a site in blocks with other sizes; known for a loaded model."""
+    others: Mapping[str, ModelShape] = field(default_factory=dict[str, "ModelShape"])
+    """Shapes of the stacks `encoder` and `cross` of an encoder-decoder."""
+    starts: tuple[int, ...] | None = None
+    """Tokens that a decoder begins with; None for other models, and if the config names none."""
     config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
     """The part of the config that describes this stack."""
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether no activation depends on later tokens: those of an encoder do."""
+        return self.causal and not self.encodes_apart
+
+    @property
+    def encodes_apart(self) -> bool:
+        """Whether an encoder reads the prompt, and a decoder writes the answer."""
+        return self.takes == "two texts"
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks that most tokens of a prompt pass: in an encoder-decoder, the
+        encoder's."""
+        return self.others["encoder"].n_layers if "encoder" in self.others else self.n_layers
 
     @property
     def outputs(self) -> int:
@@ -174,14 +194,27 @@ class ModelShape:
         named = any(name not in (str(n), f"LABEL_{n}") for n, name in enumerate(self.labels))
         return named or bool(self.side)
 
+    def in_stack(self, site: str) -> tuple[ModelShape, str]:
+        """Return the shape of a site's stack, and the site's name without the stack."""
+        name, _, stack = site.partition(" ")
+        if not stack:
+            return self, site
+        if stack not in self.others and not self.stands_in:
+            return replace(self, sites=frozenset()), name
+        return self.others.get(stack, self), name
+
     def has(self, site: str, layer: int | None) -> bool:
         """Return whether a site exists, in one block if `layer` isn't None."""
+        if " " in site:
+            own, name = self.in_stack(site)
+            return own.has(name, layer)
         return site in self.sites and (layer is None or layer in self.partly.get(site, (layer,)))
 
 
 def unit_count(shape: ModelShape, site: str, layer: int | None = None) -> int:
     """Return the number of heads, key-value heads or neurons of a site per layer, or in one layer;
     1 for whole vectors."""
+    shape, site = shape.in_stack(site)
     if layer is not None and (site, layer) in shape.sizes:
         return shape.sizes[site, layer][0]
     match SITES[site].unit:
@@ -199,6 +232,7 @@ def unit_count(shape: ModelShape, site: str, layer: int | None = None) -> int:
 
 def vector_width(shape: ModelShape, site: str, layer: int | None = None) -> int:
     """Return the length of one vector of a supported site, in one layer if layers differ."""
+    shape, site = shape.in_stack(site)
     if layer is not None and (site, layer) in shape.sizes:
         return shape.sizes[site, layer][1]
     match SITES[site].width:
@@ -259,8 +293,17 @@ def check_site(
     shape: ModelShape, site: str, *, model: str, span: Span | None = None
 ) -> Diagnostic | None:
     """Return the reason that a supported site isn't available (E0402, E0413), or None."""
-    if site in shape.sites:
+    if shape.has(site, None):
         return None
+    if SITES[site].stack:
+        own, _ = shape.in_stack(site)
+        reason = f"not a part of its stack `{SITES[site].stack}`"
+        names = (f"`{name} {SITES[site].stack}`" for name in SITES if name in own.sites)
+        hint = "it has " + (", ".join(names) or "none")
+        if not shape.encodes_apart:
+            hint = f"remove `{SITES[site].stack}`: only encoder-decoders have this stack"
+            reason = f"{shape.architecture} has no stack `{SITES[site].stack}`"
+        return SiteNotOnModel(span=span, model=model, site=site, reason=reason, hint=hint)
     if site == "resid_mid" and shape.parallel_block:
         return NoResidMid(span=span, model=model)
     reason = f"not a part of {shape.architecture}"

@@ -252,7 +252,8 @@ def _noise(run: PromptRun) -> tuple[object, ...]:
 def _row(row: RunRow) -> tuple[object, ...]:
     texts = [(name, each.text, each.ids, each.of_output) for name, each in row.texts.items()]
     spans = [tuple(each) for each in row.spans]
-    return row.text, row.ids, row.offsets, row.special, spans, list(row.values.items()), texts
+    read = (row.text, row.ids, row.offsets, row.special)
+    return *read, *([row.source] if row.source else []), spans, list(row.values.items()), texts
 
 
 StartCallback = Callable[[bool], None]

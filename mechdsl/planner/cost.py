@@ -700,7 +700,7 @@ def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
     """Return the cost of all prompts of a run, each in a separate pass through `stop` blocks (None:
     all blocks and the logits of one token)."""
     lengths, draws = run.lengths, run.draws
-    blocks = shape.n_layers if stop is None else min(stop, shape.n_layers)
+    blocks = shape.depth if stop is None or shape.encodes_apart else min(stop, shape.n_layers)
     prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
     logits = prompts * shape.d_model * shape.outputs if stop is None else 0
     per_block = int(_BlockCost.of(shape).whole(lengths).sum()) * draws
@@ -968,7 +968,7 @@ class PanelWork:
         count = tokens = 0
         adds = 0.0
         shape, block = self.panel.shape, self.panel.block
-        n, logits = shape.n_layers, shape.d_model * shape.outputs
+        n, logits = shape.depth, shape.d_model * shape.outputs
         for plan, one in zip(self.panel.plans, self.rows, strict=True):
             lengths = plan.lengths(one)
             count += len(one) * plan.draws
@@ -1052,7 +1052,7 @@ class _Shapes:
         shortcuts = FULL_PASS if self.plan.whole else shortcuts
         for each in block_work(
             self.masks,
-            shape.n_layers,
+            shape.depth,
             parallel=shape.parallel_block,
             causal=shape.causal,
             shortcuts=shortcuts,

@@ -124,8 +124,9 @@ class ExperimentPlan:
     def whole(self) -> bool:
         """Whether its rows are full forward passes under any plan.
 
-        Reasons: a rule requires it, the rows start from a run with rules, they are estimated, or a
-        path freezes activations that differ from those of its starting run.
+        Reasons: a rule or an encoder-decoder requires it, the rows start from a run with rules,
+        they are estimated, or a path freezes activations that differ from those of its starting
+        run.
         """
         if any(run.derived is not None for run in self.starting_runs):
             return True
@@ -133,7 +134,8 @@ class ExperimentPlan:
             return True
         if self.path is not None and (self.beside_path or self._seen_in_mlps):
             return True
-        return any(plan.rule.does.whole for plan in self.rules)
+        together = self.experiment.model.shape.encodes_apart
+        return together or any(plan.rule.does.whole for plan in self.rules)
 
     @property
     def path(self) -> RulePlan | None:
@@ -641,9 +643,9 @@ def _list(ragged: RaggedColumn, key: int) -> Ints:
 
 def _block(point: SitePoint, n_layers: int) -> int:
     """Return the block of a site; the number of blocks for sites after the last block."""
-    if point.layer is not None:
-        return point.layer
-    return 0 if SITES[point.site].when == "embedding" else n_layers
+    if SITES[point.site].when == "embedding":
+        return 0
+    return n_layers if point.layer is None else point.layer
 
 
 PROMPT_TOKENS = 4096

@@ -169,7 +169,9 @@ class RunContents:
         found = np.array(
             [
                 digest_number(
-                    model, np.array(row.ids, dtype=np.int64).tobytes(), bytes(row.special)
+                    (model, row.source) if row.source else model,
+                    np.array(row.ids, dtype=np.int64).tobytes(),
+                    bytes(row.special),
                 )
                 for row in run.rows
             ],

@@ -42,6 +42,11 @@ def token_conventions(
             out["regions"] = f"{names}: {said}"
     if block.spec.chat:
         out = _chat_conventions(block, rows, tokenizer)
+    before = "the prompt"
+    if tokenizer.starts:
+        before = " ".join(quote(tokenizer.token_text(each)) for each in tokenizer.starts)
+        out["decoder"] = f"begins with {before}; the encoder reads the prompt"
+        before = f"{before} in the decoder"
     for name in rows[0].texts if rows else ():
         lengths = sorted({len(row.texts[name].ids) for row in rows})
         if lengths == [0]:
@@ -56,7 +61,7 @@ def token_conventions(
             continue
         sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         tokens = "one token" if lengths == [1] else f"{sizes} tokens"
-        out[name] = f"{quote(rows[0].texts[name].text)}: {tokens}, read after the prompt"
+        out[name] = f"{quote(rows[0].texts[name].text)}: {tokens}, read after {before}"
         if table.moved and not block.is_token_id(name):
             out[name] += f"; its first token {quote(table.moved_text)} is part of the prompt"
     return out
@@ -179,7 +184,8 @@ def _by_turn(
     words: dict[int, dict[str, None]] = {}
     rows: dict[int, int] = {}
     for rich, tokens in zip(riches, encoded, strict=True):
-        places = [i for i, token in enumerate(tokens.ids) if token == unknown]
+        read = tokens.ids[: tokens.source or None]  # without the decoder's first tokens
+        places = [i for i, token in enumerate(read) if token == unknown]
         if unknown is None or not places:
             continue
         turns = list(find_turns(rich, roles))

@@ -58,7 +58,7 @@ def insert_tokens(
     if INSERTED_SPAN in table.sources[0].block.names():
         reason = "is the name of the inserted tokens, and a value of the prompts has it"
         return old, [_bad(change, INSERTED_SPAN, reason, "give the value another name")]
-    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer)
+    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer, side="source")
     if has_errors(found):
         return old, found
     rows: list[RunRow] = []
@@ -195,5 +195,6 @@ def _insert(row: RunRow, index: int, count: int, token: int, text: str) -> RunRo
         ids=(*row.ids[:index], *(token,) * count, *row.ids[index:]),
         offsets=(*row.offsets[:index], *places, *moved),
         special=(*row.special[:index], *(False,) * count, *row.special[index:]),
+        source=row.source + count if row.source else 0,
         spans=(*spans, TextSpan(INSERTED_SPAN, at, at + longer)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, replace
 from functools import cache, cached_property
 from math import isfinite
@@ -537,6 +537,38 @@ class PromptTable(Record):
 
     def __len__(self) -> int:
         return len(self.row_ids)
+
+    @cached_property
+    def encoded(self) -> PromptTable:
+        """The table with only the tokens that an encoder-decoder's encoder reads."""
+        return self._with_rows(
+            lambda row: replace(
+                row,
+                ids=row.ids[: row.source],
+                offsets=row.offsets[: row.source],
+                special=row.special[: row.source],
+            )
+        )
+
+    @cached_property
+    def decoded(self) -> PromptTable:
+        """The table with only the tokens that an encoder-decoder's decoder reads."""
+
+        def cut(row: RunRow) -> RunRow:
+            count = len(row.ids) - row.source
+            none = ((0, 0),) * count
+            kept = replace(row, text="", spans=(), places={}, regions={})
+            return replace(
+                kept, ids=row.ids[row.source :], offsets=none, special=(False,) * count, source=0
+            )
+
+        return self._with_rows(cut)
+
+    def _with_rows(self, of: Callable[[RunRow], RunRow]) -> PromptTable:
+        runs = {
+            name: replace(run, rows=tuple(map(of, run.rows))) for name, run in self.runs.items()
+        }
+        return replace(self, runs=runs)
 
     @property
     def sources(self) -> Sequence[Row]:

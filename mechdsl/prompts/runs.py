@@ -96,6 +96,8 @@ class RunRow(Record):
     texts: Mapping[str, TextTokens]
     """`answer`, `wrong` and the block's other texts in this run, tokenised as the continuation of
     the clean row's prompt."""
+    source: int = 0
+    """Number of tokens that an encoder-decoder's encoder reads; its decoder reads the others."""
     reply: ReplySpan | None = None
     """The reply of another experiment at the end of the row, if there is one."""
     image: Picture | None = None
@@ -346,7 +348,7 @@ def extend_row(row: RunRow, moved: tuple[int, ...], text: str) -> RunRow:
     if not moved:
         return row
     end = len(row.ids)
-    while end and row.special[end - 1]:
+    while not row.source and end and row.special[end - 1]:
         end -= 1
     end = end or len(row.ids)
     at = (len(row.text), len(row.text) + len(text))

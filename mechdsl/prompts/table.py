@@ -153,7 +153,7 @@ def replace_at_positions(
     tokenizer: TextTokenizer,
 ) -> tuple[PromptRun, list[Diagnostic]]:
     """Replace the tokens at a position of the language, with one text per row; cells are joined."""
-    cells, diagnostics = resolve_positions(at, table, run, tokenizer=tokenizer)
+    cells, diagnostics = resolve_positions(at, table, run, tokenizer=tokenizer, side="source")
     if has_errors(diagnostics):
         return table.runs[run], diagnostics
     hits = [
@@ -190,6 +190,7 @@ def _replaced(
             ids=tokens.ids,
             offsets=tokens.offsets,
             special=tokens.special,
+            source=tokens.source,
             spans=spans,
         )
         rows.append(extend_row(new, table.moved, table.moved_text))
@@ -611,6 +612,7 @@ class _Builder:
                     ids=tokens.ids,
                     offsets=tokens.offsets,
                     special=tokens.special,
+                    source=tokens.source,
                     spans=rich.spans,
                     values=row.values,
                     texts=kept,
@@ -775,7 +777,7 @@ def _joined(
     diagnostics: list[Diagnostic],
 ) -> tuple[tuple[int, ...], ...]:
     """Return the union of all positions per row."""
-    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer)
+    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer, side="source")
     diagnostics += found
     return tuple(
         tuple(sorted({p for cell in cells for tokens in cell.hits[n] for p in tokens}))

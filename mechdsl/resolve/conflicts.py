@@ -11,6 +11,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.experiments import NO_GENERATION_REASON, NoEstimate
 from mechdsl.diagnostics.models import SiteNotInBlock
 from mechdsl.diagnostics.rules import BadWeights
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.estimators import first_of_place
 from mechdsl.program.runs import COMPARING_METRICS
@@ -29,7 +30,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
-from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 
 ESTIMABLE_VERBS = ("patch", "ablate")
 """Rules whose vectors are known from unpatched runs, at one site."""
@@ -274,6 +275,61 @@ def find_flat_part(
             reason = f"it is compared with `{atom.run}`, where its gradient is 0"
             return text, reason, f"compare with another run{along_path}"
     return None
+
+
+def check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0108 for everything that isn't computed for an encoder-decoder yet."""
+    if not experiment.model.shape.encodes_apart:
+        return
+    own, of = experiment.spec, "of an encoder-decoder"
+    for rule in experiment.every_rule:
+        said = rule.spec
+        verb = said.verb if said.observed is None else f"observe {said.observed.word}"
+        points = () if rule.sites is None else rule.sites.points.values()
+        inside = sorted({p.site for each in points for p in each if _is_inside_attention(p.site)})
+        what = ""
+        if verb not in _IN_ENCODER_DECODERS:
+            what = f"`{verb}` {of}"
+        elif rule.basis is not None:
+            what = f"a basis {of}"
+        elif inside:
+            what = f"`{inside[0]}` {of}"
+        if what:
+            yield NotSupported(span=said.span, what=what, later=ENCODER_DECODER_HINT)
+    for mask in experiment.masks:
+        what = f"the group `{mask.training.definition}`, which is trained, {of}"
+        yield NotSupported(span=own.span, what=what, later="name its sites")
+    if own.estimator is not None:
+        what = f"`using {own.estimator.name}` {of}"
+        yield NotSupported(span=own.estimator.span, what=what, later=NO_ESTIMATE_HINT)
+    if own.against is not None:
+        yield NotSupported(span=own.against.span, what=f"`against` {of}", later="remove `against`")
+    for save in (*own.saves, *own.saved_directions):
+        yield NotSupported(span=save.span, what=f"`save` {of}", later="observe vectors instead")
+    for measure in experiment.measures:
+        if any(atom.form.takes in ("prompt", "own", "activations") for atom in measure.atoms):
+            what = f"`{measure.text}` {of}"
+            hint = "measure the answer: `logit(answer)` or `logprob(answer)`"
+            yield NotSupported(span=measure.expression.span, what=what, later=hint)
+    runs = (experiment.table.runs[name] for name in (own.base, own.source) if name is not None)
+    if any(run.noise is not None for run in runs):
+        hint = "change the text, as in `item = other(item)`"
+        yield NotSupported(span=own.span, what=f"noise in the prompts {of}", later=hint)
+
+
+def _is_inside_attention(site: str) -> bool:
+    return SITES[site].component in ATTENTION_INTERNAL_SITES
+
+
+_IN_ENCODER_DECODERS = frozenset((
+    "patch", "swap", "freeze", "ablate", "add", "set", "scale", "project out", "project onto",
+    "observe norm",
+))  # fmt: skip
+"""Rules and observations that act on the stacks of an encoder-decoder."""
+
+ENCODER_DECODER_HINT = (
+    "docs/load-models.md lists what is computed for encoder-decoders: `patch`, `ablate`, `add`, …"
+)
 
 
 def check_weight_rules(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:

@@ -36,6 +36,7 @@ from mechdsl.program.directions import (
     last_token,
 )
 from mechdsl.program.paths import SAVED_PATH, path_to_read
+from mechdsl.program.python_functions import FIT_CALL
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import EditTrainer
 from mechdsl.prompts.positions.cells import resolve_positions
@@ -199,7 +200,8 @@ def resolve_fitted_family(
         return None
     points = {key: _points(call, definition, key, sites) for key in sites.points}
     rows = fit_rows_of_call(call, work.program)
-    samples = [resolve_samples(call, each, definition.at, work) for each in rows]
+    reading = work.reading(sites)
+    samples = [resolve_samples(call, each, definition.at, reading) for each in rows]
     if any(each is None for each in samples):
         return None
     by_label = [each for each in samples if each is not None]
@@ -370,7 +372,14 @@ def _width(points: Sequence[SitePoint], work: ExperimentContext) -> int:
 def resolve_samples(
     call: ast.Call, rows: FitRows, at: ast.Positions | None, work: ExperimentContext
 ) -> dict[str, FitSample] | None:
-    """Resolve the rows of a fit, by position label; None after an error."""
+    """Resolve the rows of a fit, by position label; None after an error.
+
+    Raises:
+        DirectionError: For a training on an encoder-decoder.
+    """
+    if call.name == FIT_CALL and work.model.shape.encodes_apart:
+        reason = "a training on an encoder-decoder isn't supported yet"
+        raise DirectionError(call, reason, "compute it instead, as `mean_difference(…)` does")
     table = work.table if rows.key == "" else work.table.beside.get(rows.key)
     if table is None or table.stands_in or rows.run not in table.runs:
         return None
@@ -383,6 +392,7 @@ def resolve_samples(
         rows.run,
         tokenizer=work.model.tokenizer,
         loop_values=work.program.numbers,
+        side=work.side,
     )
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     if has_errors(problems):

@@ -21,6 +21,7 @@ from mechdsl.prompts.runs import ANSWER_SPAN, PositionCell, RunRow
 from mechdsl.resolve.bases import resolve_rule
 from mechdsl.resolve.cells import SEED_AXIS, find_open_axes, has_open_positions
 from mechdsl.resolve.conflicts import (
+    check_encoder_decoder,
     check_estimator,
     check_removed_blocks,
     check_runs_without_blocks,
@@ -433,7 +434,7 @@ def outline_experiment(
     refused = [*check_runs_without_blocks(resolved), *([] if problem is None else [problem])]
     refused += [*check_reply_readers(resolved), *check_estimator(resolved)]
     refused += check_saved_gradients(resolved)
-    refused += check_weight_rules(resolved)
+    refused += [*check_weight_rules(resolved), *check_encoder_decoder(resolved)]
     if refused:
         return known, [*diagnostics, *refused]
     control, problems = _control(resolved, apart, draws_enough, onward)

@@ -48,6 +48,7 @@ from mechdsl.resolve.loops import LOG_SUM_EXP, SUM, evaluate_arithmetic, iter_di
 from mechdsl.resolve.sites import (
     MeasureContext,
     find_item_numbers,
+    find_side,
     report_misspelt_token,
     report_multi_token,
     report_unreadable,
@@ -804,6 +805,7 @@ def find_read_positions(
             loop_values={**context.parameters, **context.loop_values},
             loops=tuple(context.loop_values),
             replies=context.replies,
+            side=find_side((), context.sites.shape),
         )
         context.diagnostics.extend(p for p in problems if p not in context.diagnostics)
         if any(p.severity == "error" for p in problems):

@@ -774,7 +774,7 @@ def _one_width(
 def name_tensor(point: SitePoint) -> str:
     """Return the name of a point's tensor: `resid_post.layer3`, `z.layer3.head2`."""
     unit = (SITES[point.site].unit or "").removeprefix("kv_")
-    words = [point.site]
+    words = [point.site.replace(" ", ".")]
     words += [] if point.layer is None else [f"layer{point.layer}"]
     words += [] if point.unit is None else [f"{unit}{point.unit}"]
     return ".".join(words)

@@ -62,7 +62,15 @@ from mechdsl.resolve.types import (
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import number_names, walk
 from mechdsl.syntax.words import STACKS
-from mechdsl.vocab.sites import SHORT_WORDS, SITES, SiteKind, find_short_site, unknown_component
+from mechdsl.vocab.sites import (
+    SHORT_WORDS,
+    SITES,
+    STACK_SITES,
+    SiteKind,
+    TokenSide,
+    find_short_site,
+    unknown_component,
+)
 
 if TYPE_CHECKING:
     from mechdsl.resolve.types import DirectionFamily
@@ -159,7 +167,8 @@ class _AxisReader:
         self.context = context
         shape = context.shape
         if size is None:
-            size = shape.n_layers if axis.word == "layer" else unit_count(shape, kinds[0].name)
+            layers = axis.word == "layer"
+            size = count_layers(kinds, shape) if layers else unit_count(shape, kinds[0].name)
         self.size = size
         self.count = 0
         """Number of coordinates so far, over all loop values."""
@@ -252,7 +261,7 @@ class _AxisReader:
         """Check that a coordinate exists; report E0301 or E0302 otherwise."""
         word = self.axis.word
         if word == "layer":
-            return check_layer(value, span, self.context)
+            return check_layer(value, span, self.context, self.kinds)
         if word not in ("feature", "dim"):
             return all(check_unit(kind, value, span, self.context) for kind in self.kinds)
         if 0 <= value < self.size:
@@ -424,16 +433,22 @@ def _exceeds_every_model(word: str, index: int, span: Span, context: SiteContext
     return True
 
 
-def check_layer(layer: int, span: Span, context: SiteContext) -> bool:
-    """Check that the model has the layer; otherwise report E0302."""
+def count_layers(kinds: Sequence[SiteKind], shape: ModelShape) -> int:
+    """Return the number of layers of the sites' stack."""
+    return shape.in_stack(kinds[0].name)[0].n_layers if kinds else shape.n_layers
+
+
+def check_layer(
+    layer: int, span: Span, context: SiteContext, kinds: Sequence[SiteKind] = ()
+) -> bool:
+    """Check that the stack of these sites has the layer; otherwise report E0302."""
     if _exceeds_every_model("layer", layer, span, context):
         return False
-    if 0 <= layer < context.shape.n_layers:
+    count = count_layers(kinds, context.shape)
+    if 0 <= layer < count:
         return True
     context.diagnostics.append(
-        LayerOutOfRange(
-            span=span, index=layer, last=context.shape.n_layers - 1, model=context.model
-        )
+        LayerOutOfRange(span=span, index=layer, last=count - 1, model=context.model)
     )
     return False
 
@@ -480,8 +495,15 @@ class ExperimentContext:
 
     replies: ReplyTokens = NO_REPLIES
     """Reply tokens; `NO_REPLIES` for a rule that can't act on them."""
+    side: TokenSide = ""
+    """The tokens of an encoder-decoder that positions name."""
     outer: spec.Experiment | None = None
     """The experiment that defines the run being resolved; None outside of runs."""
+
+    def reading(self, sites: SiteTargets | None) -> ExperimentContext:
+        """Return the context for positions at these sites, in an encoder-decoder."""
+        points = [] if sites is None else [p for here in sites.points.values() for p in here]
+        return replace(self, side=find_side(points, self.model.shape))
 
     @property
     def measuring(self) -> spec.Experiment:
@@ -1128,11 +1150,12 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
     if stacks and not check_stack(stacks[0], context):
         return None
     words = [word for word in words if word not in stacks]
+    stack = f" {stacks[0].id}" if stacks and stacks[0].id in STACK_SITES else ""
     if not words:
         if any(axis.word == "head" for axis in site.axes):
-            return [SITES["z"]]
+            return _in_stack(SITES["z"], stack, site.span, context)
         if any(axis.word == "neuron" for axis in site.axes):
-            return [SITES["mlp_hidden"]]
+            return _in_stack(SITES["mlp_hidden"], stack, site.span, context)
         _no_component(site.span, context)
         return None
     word = words[0]
@@ -1148,24 +1171,39 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
             span = context.words.get((word.id, str(name)), word.span)
             context.diagnostics.append(unknown_component(str(name), span, others))
             return None
-        if not check_component(kind, word.span, context):
+        found = _in_stack(kind, stack, word.span, context)
+        if found is None:
             return None
-        kinds.append(kind)
+        kinds += found
     if len(words) > 1:
         report_unknown_stack(words[1], context)
         return None
     return kinds
 
 
+def _in_stack(
+    kind: SiteKind, stack: str, span: Span, context: SiteContext
+) -> list[SiteKind] | None:
+    """Return the site of a stack; None after E0402 or E0413."""
+    found = SITES[f"{kind.name}{stack}"]
+    return [found] if check_component(found, span, context) else None
+
+
 def check_stack(word: ast.Name, context: SiteContext) -> bool:
     """Check that a stack before the axes is the one that rules act in anyway.
 
-    For a model with two towers this is the tower that reads the rows. Codes: E0108, E0203, E0207.
+    For a model with two towers this is the tower that reads the rows; an encoder-decoder has the
+    stacks `encoder`, `decoder` and `cross`. Codes: E0108, E0203, E0207.
     """
     side = context.shape.side
     if word.id not in STACKS:
         report_unknown_stack(word, context)
-    elif word.id == side or (context.shape.stands_in and word.id in ("vision", "text")):
+    elif (
+        word.id in STACK_SITES
+        or (word.id == "decoder" and context.shape.encodes_apart)
+        or word.id == side
+        or (context.shape.stands_in and word.id in ("vision", "text"))
+    ):
         return True
     elif side and word.id in ("vision", "text"):
         rows, other = ("images", "prompts") if side == "vision" else ("prompts", "images")
@@ -1185,6 +1223,13 @@ def report_unknown_stack(word: ast.Name, context: SiteContext) -> None:
     """Report E0203 for a word between a component and its axes that is no stack."""
     hint = did_you_mean(word.id, STACKS, f"remove `{word.id}`: the axes come next")
     context.diagnostics.append(UnknownWord(span=word.span, kind="stack", word=word.id, hint=hint))
+
+
+def find_side(points: Sequence[SitePoint], shape: ModelShape) -> TokenSide:
+    """Return the tokens at which sites have vectors, in an encoder-decoder; empty otherwise."""
+    if not shape.encodes_apart:
+        return ""
+    return SITES[points[0].site].side if points else "target"
 
 
 def check_component(kind: SiteKind, span: Span, context: SiteContext) -> bool:

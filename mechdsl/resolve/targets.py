@@ -214,6 +214,7 @@ def resolve_external_positions(
             tokenizer=work.model.tokenizer,
             loop_values=values,
             loops=tuple(work.loops),
+            side=work.side,
         )
         cells += own
         problems += (each for each in said if each not in problems)
@@ -309,6 +310,7 @@ def _cells(
         loops=tuple(work.loops),
         with_runs=() if other in (None, run) else (other,),
         ranked=work.ranked,
+        side=work.side,
         answers=work.answers if table is None else AnswerTokens(reason=_NO_ANSWERS_REASON),
         replies=work.replies if table is None else NO_REPLIES,
     )

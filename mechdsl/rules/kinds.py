@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 from mechdsl.base.records import Registry
 from mechdsl.diagnostics.experiments import BadPick
-from mechdsl.diagnostics.rules import UnequalPrompts, UnevenPositions
+from mechdsl.diagnostics.rules import StacksDiffer, UnequalPrompts, UnevenPositions
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.resolve.runs import RuleKind
-from mechdsl.resolve.sites import ExperimentContext, resolve_into_layer, resolve_site
+from mechdsl.resolve.sites import ExperimentContext, find_side, resolve_into_layer, resolve_site
 from mechdsl.resolve.targets import (
     fill_empty_picks,
     report_empty_selection,
@@ -167,9 +167,23 @@ def resolve_targets(
     if rule.observed is not None and sites is not None and sites.has_empty_picks:
         work.diagnostics.append(report_empty_selection(rule.span, "observe"))
         return None, None
-    return fill_empty_picks(
-        sites, resolve_rule_positions(rule, run, work, apart, exchanged=exchanged)
+    if sites is not None and not check_one_side(rule, sites, work):
+        return None, None
+    found = resolve_rule_positions(rule, run, work.reading(sites), apart, exchanged=exchanged)
+    return fill_empty_picks(sites, found)
+
+
+def check_one_side(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+    """Report E0317 for sites of an encoder-decoder at different tokens."""
+    every = [p for here in sites.points.values() for p in here]
+    every += [p for here in (sites.sources or {}).values() for p in here]
+    if len({find_side([point], work.model.shape) for point in every}) < 2:
+        return True
+    by_side = {SITES[point.site].side: point.site for point in every}
+    work.diagnostics.append(
+        StacksDiffer(span=rule.span, source=by_side["source"], target=by_side["target"])
     )
+    return False
 
 
 class SiteRule(RuleKind, Intervention):

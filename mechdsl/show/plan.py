@@ -277,7 +277,7 @@ def plan_measure_units(
 
     def causal(name: str | None) -> bool:
         """Return whether a model is causal; one that isn't run is assumed to be like the own."""
-        return shapes.get(name or own.name, own.shape).causal
+        return shapes.get(name or own.name, own.shape).reads_prefix
 
     return plan_units(plan, number, rows, causal)
 

@@ -154,6 +154,10 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
             console.print(Text(f"  {name}, row {number}: ", style="bold") + Text(repr(row.text)))
             if row.image is None:
                 _print_grid([shown_token(token) for token in _tokens(experiment, row)], console)
+            if row.source:
+                sides = {"encoder": range(row.source), "decoder": range(row.source, len(row.ids))}
+                said = ", ".join(f"{side} {range_text(each)}" for side, each in sides.items())
+                console.print(Text(f"    tokens of the {said}", style="dim"))
             for label, positions in _named_spans(row):
                 where = (
                     _token_ranges(positions)
@@ -567,6 +571,7 @@ def _row(
         "tokens": _tokens(experiment, row),
         "offsets": [list(o) for o in row.offsets],
         "special": list(row.special),
+        **({"encoder_tokens": row.source} if row.source else {}),
         "spans": [
             {
                 "name": span.name,

@@ -55,7 +55,7 @@ CONNECTING_WORDS = _words(
     "if then else and or not in near within of at into onto from with through to by as"
 )
 
-STACKS = ("vision", "text", "encoder", "decoder")
+STACKS = ("vision", "text", "encoder", "decoder", "cross")
 """Words before an axis that select a stack of a model."""
 
 RESERVED = (

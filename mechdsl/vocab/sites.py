@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from mechdsl.base.records import Registry
@@ -59,6 +60,20 @@ class SiteKind:
     """Module whose output is the site; None if the anatomy of the block specifies where it is."""
     short: str | None = None
     """Short name: `L3.attn` is `attn_out`; `H` and `N` are the letters of `L3H5` and `L3N512`."""
+    stack: Stack = ""
+    """The stack of an encoder-decoder: `encoder`, `cross`, or the decoder's own (empty)."""
+
+    @property
+    def side(self) -> TokenSide:
+        """The tokens of an encoder-decoder that have a vector here."""
+        if self.stack == "encoder" or (self.stack and self.component in ("k", "v")):
+            return "source"
+        return "target"
+
+    @property
+    def component(self) -> str:
+        """Name without the stack."""
+        return self.name.removesuffix(f" {self.stack}")
 
     @property
     def has_layer(self) -> bool:
@@ -70,7 +85,49 @@ class SiteKind:
         return _SHAPES.get(self.width, f"[{self.width}]")
 
 
-SITES: Registry[SiteKind] = Registry("site")
+Stack = Literal["", "encoder", "cross"]
+
+TokenSide = Literal["", "source", "target"]
+"""The tokens of an encoder-decoder that have a vector: the encoder's (`source`) or the decoder's
+(`target`); empty for the tokens of other models."""
+
+STACK_SITES: dict[Stack, str] = {
+    "encoder": "the encoder of an encoder-decoder",
+    "cross": "the decoder's attention to the encoder",
+}
+"""Stacks of an encoder-decoder whose sites have a name with the stack: `z cross`."""
+
+
+class SiteRegistry(Registry[SiteKind]):
+    """The sites of a main stack; those of other stacks are found by name, as `z cross`."""
+
+    def get(self, name: str) -> SiteKind | None:
+        component, _, stack = name.partition(" ")
+        kind = super().get(component)
+        if not stack or kind is None:
+            return kind
+        found: dict[str, Stack] = {each: each for each in STACK_SITES}
+        return _in_stack(kind, found[stack]) if stack in found else None
+
+    def __getitem__(self, name: str) -> SiteKind:
+        kind = self.get(name)
+        if kind is None:
+            raise KeyError(name)
+        return kind
+
+
+@cache
+def _in_stack(kind: SiteKind, stack: Stack) -> SiteKind:
+    """Return a site in another stack: the encoder comes before all blocks of the decoder."""
+    name = f"{kind.name} {stack}"
+    if stack == "encoder":
+        return replace(kind, name=name, stack=stack, when="embedding", stage="outside")
+    # It comes after `attn_out` (60) and `resid_mid` (70), and before `mlp_norm` (80).
+    order = SITES["resid_mid"].order + kind.order // 10
+    return replace(kind, name=name, stack=stack, order=order)
+
+
+SITES = SiteRegistry("site")
 
 
 def site(
@@ -409,10 +466,14 @@ def write_order(name: str, layer: int | None) -> tuple[int, int]:
     """
     kind = SITES[name]
     if kind.when == "embedding":
-        return (-1, kind.order)
+        return (-1, kind.order + (0 if layer is None else (layer + 1) * _BLOCK_ORDER))
     if kind.when == "output" or layer is None:
         return (1 << 30, kind.order)
     return (layer, kind.order)
+
+
+_BLOCK_ORDER = 1000
+"""Difference of the ranks of equal sites in consecutive blocks of an encoder."""
 
 
 def stop_layer(name: str, layer: int | None, n_layers: int) -> int | None:

@@ -408,6 +408,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
     RunRow: {
         "ids": ("patch", lambda ids: (*ids[:-1], 9)),
         "special": ("patch", turned),
+        "source": ("patch", lambda count: count + 1),
     },
     RulePlan: {
         "rule": ("patch", lambda rule: replace(rule, does=FILLS["resample"])),

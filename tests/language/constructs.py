@@ -1017,6 +1017,18 @@ _site(
     _COORDINATES,
 )
 
+_site(
+    "stack",
+    "z cross layer 1 head *",
+    "A stack of an encoder-decoder: `encoder`, such as `resid_post encoder layer 2`, or `cross`, "
+    "the decoder's attention to the encoder. Without one, the site is the decoder's. The encoder "
+    "reads the prompt, and the decoder writes the answer after its first tokens, which its config "
+    "names. At sites of `encoder`, and at `k cross` and `v cross`, positions are tokens of the "
+    "prompt. At other sites they are tokens of the decoder, and a measure reads its last one.",
+    "tests/execute/test_encoder_decoders.py",
+    ATTENTION,
+)
+
 # --- rules ----------------------------------------------------------------------------------------
 
 _TRANSPLANTS = "tests/rules/test_transplants.py"

@@ -462,7 +462,8 @@ def on_images(example: str) -> str:
 def of_group(group: Group) -> Iterator[Line]:
     for _, entry in CONSTRUCTS.items():
         if entry.group == group:
-            yield Line(entry.example, entry.meaning, entry.source, entry.test, written(entry))
+            facts = entry.example, entry.meaning, entry.source, entry.test, written(entry)
+            yield Line(*facts, absent=entry.name in NOT_HERE)
 
 
 # --- the other registries ------------------------------------------------------------------
@@ -505,7 +506,7 @@ REPLY_EXAMPLES = {
     "number": "number(last)",
 }
 EFFECT_SOURCES = {"recovery": PATCHING, "relative": CIRCUIT}
-NOT_HERE = ("router", "expert_out", "mixer_norm", "mixer_out")
+NOT_HERE = ("router", "expert_out", "mixer_norm", "mixer_out", "stack")
 """Sites that the model of the examples lacks."""
 
 

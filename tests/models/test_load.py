@@ -289,12 +289,23 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
 
 def test_what_does_not_read_prompts_is_refused(tmp_path: Path) -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    sizes = {"d_model": 8, "num_layers": 1, "num_heads": 2, "d_kv": 4, "d_ff": 8}
-    module = T5ForConditionalGeneration(T5Config(vocab_size=20, **sizes))
+    config = WhisperConfig(
+        vocab_size=20,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        d_model=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        num_mel_bins=4,
+    )
+    module = WhisperForConditionalGeneration(config)
     module.save_pretrained(tmp_path)
     model, problems = load_model(statement(str(tmp_path)))
     assert model is None
     assert [d.code for d in problems] == ["E0407"]
-    assert "T5ForConditionalGeneration" in problems[0].message
+    assert "WhisperForConditionalGeneration" in problems[0].message

@@ -141,7 +141,7 @@ class VectorGatherer:
         observation needs the whole text. Tiles of one image have one, so that no fit to some of
         them is told on others."""
         whole = self.does.of_whole_text
-        causal = [self.runs.model_of(run).shape.causal and not whole for run in runs]
+        causal = [self.runs.model_of(run).shape.reads_prefix and not whole for run in runs]
         return digest_inputs(spots, prompts, runs, table, causal)
 
     def cells(self) -> Iterator[tuple[int, Ints, RowVectors]]:

@@ -107,12 +107,13 @@ def _changes(place: SiteLayer, write: RuleWrite, rows: RowTable, base: Unpatched
     mode = write.mode
     assert isinstance(mode, CoordinateWrite)
     site, layer = place
-    read = base.reads[SiteRead(mode.reads or site, layer)]
+    where = SiteRead(mode.reads or site, layer)
+    read = base.reads[where]
     if mode.joins_units:
         read = read.flatten(2).unsqueeze(2)
     lane = base.lane(rows.prompt[write.row], np.zeros_like(write.row))
     at = (torch.from_numpy(each) for each in (lane, write.position, write.unit))
-    now = gather_vectors(read, base.batch, *at)
+    now = gather_vectors(read, base.batch.of_read(where), *at)
     wide = now.to(torch.promote_types(now.dtype, torch.float32))
     which = None if write.to is None else to_device(write.to, wide.device)
     changed = (mode.system.encode(wide, which) != 0).any(-1)

@@ -860,7 +860,7 @@ class Patcher:
         found: dict[SiteRead, Tensor] = {}
         for read, (read_rows, positions) in reads.items():
             at = torch.from_numpy(read_rows)
-            index = at, batch.columns(at, torch.from_numpy(positions))
+            index = at, batch.of_read(read).columns(at, torch.from_numpy(positions))
             found[read] = result.reads[read][indices_to_device(index, self.model.device)]
         if has_single_output(self.model):
             return result.logits[row], found

@@ -204,9 +204,10 @@ def _fill_block(
         return
     row, token, slot, prompt = own[index][here], token[here], slot[here], prompt[here]
     lane = lanes.lane(prompt, np.full(len(prompt), block.draw))
-    read = lanes.reads[SiteRead(*block.place)]
+    where = SiteRead(*block.place)
+    read = lanes.reads[where]
     at = torch.from_numpy(lane)
-    columns = lanes.batch.columns(at, torch.from_numpy(token))
+    columns = lanes.batch.of_read(where).columns(at, torch.from_numpy(token))
     vectors = read[indices_to_device((at, columns), read.device)].to(view)
     vectors = vectors[:, torch.from_numpy(block.units)]
     if SITES[block.place[0]].width == "key":  # keys after the prompt's end stay NaN
@@ -437,9 +438,10 @@ def _add_to_sums(
             map(torch.from_numpy, (positions[index][row], groups[prompt[index]][row], slot))
         )
         for place, total in sums.items():
-            read = lanes.reads[SiteRead(*place)]
+            where = SiteRead(*place)
+            read = lanes.reads[where]
             at = torch.from_numpy(lane[row])
-            places = at, lanes.batch.columns(at, torch.from_numpy(token))
+            places = at, lanes.batch.of_read(where).columns(at, torch.from_numpy(token))
             vectors = read[indices_to_device(places, read.device)]
             if encoder is not None:
                 vectors = encoder.encode(place, vectors)

@@ -628,12 +628,13 @@ class _RuleVectors:
         lanes = self.lanes_of(self.plan)
         prompts = find_read_prompts(self.plan, self.rows, self.means_and_donors)
         lane = lanes.lane(prompts[self.row], self.draws[self.row])
-        read = lanes.reads[SiteRead(*self.place)]
+        where = SiteRead(*self.place)
+        read = lanes.reads[where]
         if self.joins_units:
             read = read.flatten(2).unsqueeze(2)
         return gather_vectors(
             read,
-            lanes.batch,
+            lanes.batch.of_read(where),
             torch.from_numpy(lane),
             torch.from_numpy(self.entries.read[self.chosen]),
             torch.from_numpy(self.unit),

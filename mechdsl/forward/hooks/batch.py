@@ -112,7 +112,8 @@ class Batch:
     """[B] long, tokens of each prompt; on the host, so that no look-up waits for the device."""
     starts: Tensor
     """[B] long, column of each prompt's first token, 0 everywhere when padded on the right; also on
-    the host."""
+    the host. In a decoder after `behind`, the column that position 0 would have: positions are
+    counted from the encoder's first token, and `lengths` too."""
     extra: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Further inputs of the model (`pixel_values`), [B * n, …]: n for each prompt."""
     frames: Mapping[str, Batch] = field(default_factory=dict[str, "Batch"])
@@ -166,6 +167,12 @@ class Batch:
         host, device = rows.cpu(), to_device(rows, self.ids.device)
         return self._rows(lambda tensor: tensor[host if tensor.device.type == "cpu" else device])
 
+    def behind(self, source: Batch) -> Batch:
+        """Return the tokens of a decoder, whose positions continue those of its encoder."""
+        lengths = self.lengths + source.lengths
+        moved = replace(self, starts=self.starts - source.lengths, lengths=lengths)
+        return moved.with_inputs(self.extra, encoder=source)
+
     def part(self, rows: slice) -> Batch:
         """Select consecutive rows without copying."""
         return self._rows(lambda tensor: tensor[rows])
@@ -192,6 +199,10 @@ class Batch:
             return self.of_stack("encoder") if site in ("k", "v") else self
         return self.of_stack(stack) if stack else self
 
+    def of_read(self, read: SiteRead) -> Batch:
+        """Return the tokens that a read has vectors for."""
+        return self.of_site(read.site, read.stack)
+
     def of_stack(self, stack: str) -> Batch:
         """Return the tokens of a stack other than the main one. Raises ValueError if unknown."""
         if stack not in self.frames:
@@ -199,8 +210,15 @@ class Batch:
         return self.frames[stack]
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Return [K] columns in the padded tensors for `positions` of `rows`; all on the host."""
-        return self.starts[rows] + positions
+        """Return [K] columns in the padded tensors for `positions` of `rows`; all on the host.
+
+        Raises:
+            ValueError: A decoder has no vector of the position, which is the encoder's.
+        """
+        found = self.starts[rows] + positions
+        if "encoder" in self.frames and bool((found < 0).any()):
+            raise ValueError("a position of the encoder's text is not one of the decoder")
+        return found
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Return row and position of all tokens, row by row, on the host."""
@@ -264,6 +282,14 @@ def gather_vectors(
     return read[indices_to_device(index, read.device)]
 
 
+def split_stack(place: SiteRead | SiteWrite) -> None:
+    """Split the name of a site of another stack, `z cross`, into the site and the stack."""
+    site, _, stack = place.site.partition(" ")
+    if stack:
+        object.__setattr__(place, "site", site)
+        object.__setattr__(place, "stack", stack)
+
+
 @dataclass(frozen=True, eq=False)
 class EditWrite:
     """Addition of what an edit of low rank computes from the current vectors."""
@@ -321,6 +347,9 @@ class SiteWrite:
     rule: int = -1
     """Number of the writing rule, in the order of the file; the last one for vectors of several
     rules in one write. -1 is before all rules."""
+
+    def __post_init__(self) -> None:
+        split_stack(self)
 
     @property
     def where(self) -> SiteRead:
@@ -402,6 +431,9 @@ class SiteRead:
     stack: str = ""
     before: bool = False
     """Whether to read the value before any write."""
+
+    def __post_init__(self) -> None:
+        split_stack(self)
 
     @property
     def quoted(self) -> str:

@@ -17,6 +17,7 @@ from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.positions import (
     NoPositionLeft,
     NotInAnswer,
+    NotInDecoder,
     NotInReply,
     NotOnePosition,
     OutsidePrompt,
@@ -46,6 +47,7 @@ from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.prompts.values import render_value
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
+from mechdsl.vocab.sites import TokenSide
 
 RankedTokenLookup = Callable[
     [ast.RankedTokens, str, Mapping[str, Any], list[Diagnostic]], list[tuple[str, list[Hits]]]
@@ -473,6 +475,7 @@ def resolve_positions(
     ranked: RankedTokenLookup | None = None,
     answers: AnswerTokens = NO_ANSWERS,
     replies: ReplyTokens = NO_REPLIES,
+    side: TokenSide = "",
 ) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
     """Return the cells of a position expression in one run: one per value of its axis.
 
@@ -487,11 +490,22 @@ def resolve_positions(
         ranked: Looks up the tokens that another experiment ranked; without it they are E0108.
         answers: The answers after the prompts, whose tokens are positions too.
         replies: The replies after the prompts, whose tokens are positions too.
+        side: The tokens of an encoder-decoder that are named; all of them if it is empty.
 
     Returns:
         The cells and the diagnostics E0305, E0306, E0308 to E0315, E0321, E0322, E0540 to E0542,
-        E0545, W0701.
+        E0316, E0545, W0701.
     """
+    if side and any(row.source for row in table.runs[run].rows[:1]):
+        return _OneSide(positions, table, run, side).resolve(
+            answers,
+            replies,
+            tokenizer=tokenizer,
+            loop_values=loop_values,
+            loops=loops,
+            with_runs=with_runs,
+            ranked=ranked,
+        )
     values = loop_values or {}
     numbers = NamedNumbers(values, loops)
     written = numbers.written_out(positions)
@@ -500,17 +514,69 @@ def resolve_positions(
     resolver = _Resolver(
         table, run, tokenizer, values, tuple(with_runs), ranked, answers, numbers.swept
     )
-    cells: list[PositionCell] = []
-    for item, counted in zip(positions.items, written.items, strict=True):
-        if refers_to_reply(counted, table):
-            cells += reply_cells(counted, table, run, replies, tokenizer, resolver.diagnostics)
-            continue
-        own = resolver.position(counted)
-        if has_named_numbers(item):
-            own = resolver.somewhere(item, own)
-            own = [replace(own[0], label=position_label(counted))] if len(own) == 1 else own
-        cells += own
-    return tuple(cells), list(dict.fromkeys(resolver.diagnostics))
+    pairs = zip(positions.items, written.items, strict=True)
+    cells = tuple(cell for pair in pairs for cell in resolver.item(*pair, replies))
+    return cells, list(dict.fromkeys(resolver.diagnostics))
+
+
+_NO_DECODER_ANSWERS = AnswerTokens(reason="the decoder reads the answer, not the encoder")
+
+_NO_DECODER_REPLIES = ReplyTokens(
+    reason="the decoder writes the reply", hint="name a token of the text that the encoder reads"
+)
+
+
+@dataclass(frozen=True)
+class _OneSide:
+    """Positions of an encoder-decoder in the tokens of its encoder, or of its decoder."""
+
+    positions: ast.Positions
+    whole: PromptTable
+    run: str
+    side: TokenSide
+
+    @property
+    def table(self) -> PromptTable:
+        """The rows with these tokens only."""
+        return self.whole.decoded if self.side == "target" else self.whole.encoded
+
+    def resolve(
+        self, answers: AnswerTokens, replies: ReplyTokens, **given: Any
+    ) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
+        """Return the cells in these tokens, and diagnostics; arguments as in
+        `resolve_positions`."""
+        if (problem := self.problem()) is not None:
+            return (), [problem]
+        if self.side == "source":
+            answers, replies = _NO_DECODER_ANSWERS, _NO_DECODER_REPLIES
+        given = {**given, "answers": answers, "replies": replies}
+        cells, diagnostics = resolve_positions(self.positions, self.table, self.run, **given)
+        return tuple(map(self.moved, cells)), diagnostics
+
+    def problem(self) -> Diagnostic | None:
+        """Return E0316 for text of the encoder among positions of the decoder."""
+        if self.side == "source":
+            return None
+        for node in walk(self.positions):
+            match node:
+                case ast.SpanRef() if not {REPLY, ANSWER_SPAN} & {node.name, node.of}:
+                    return NotInDecoder(span=self.positions.span, position=node.span.written)
+                case ast.RankedTokens() | ast.ChosenTokens():
+                    return NotInDecoder(span=self.positions.span, position=node.span.written)
+                case _:
+                    pass
+        return None
+
+    def moved(self, cell: PositionCell) -> PositionCell:
+        """Return a cell with its tokens counted from the encoder's first one."""
+        if self.side == "source":
+            return cell
+        starts = (row.source for row in self.whole.runs[self.run].rows)
+        hits = tuple(
+            tuple(tuple(start + token for token in tokens) for tokens in row)
+            for start, row in zip(starts, cell.hits, strict=True)
+        )
+        return replace(cell, hits=hits)
 
 
 @dataclass
@@ -533,6 +599,25 @@ class _Resolver:
         self.maps = self.spans.maps
         self.total = self.spans.total
         self.counted = CountedTokens(self.spans, self.with_runs)
+
+    def item(
+        self, item: ast.Position, counted: ast.Position, replies: ReplyTokens
+    ) -> list[PositionCell]:
+        """Return the cells of one of several positions.
+
+        Args:
+            item: The position as written.
+            counted: The position with the values of the variables that it names.
+            replies: The replies after the prompts.
+        """
+        if refers_to_reply(counted, self.table):
+            given = counted, self.table, self.run, replies, self.tokenizer
+            return reply_cells(*given, self.diagnostics)
+        own = self.position(counted)
+        if has_named_numbers(item):
+            own = self.somewhere(item, own)
+            own = [replace(own[0], label=position_label(counted))] if len(own) == 1 else own
+        return own
 
     # --- shapes ---------------------------------------------------------------------------------
 

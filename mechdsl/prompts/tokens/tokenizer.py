@@ -50,6 +50,8 @@ class EncodedText:
     ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
     special: tuple[bool, ...]
+    source: int = 0
+    """Number of tokens that an encoder-decoder's encoder reads; its decoder reads the others."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -88,6 +90,8 @@ class TextTokenizer:
     """The padding token."""
     padded: int = 0
     """Length to which texts are padded, for a model that attends to padding; 0: no padding."""
+    starts: tuple[int, ...] = ()
+    """Ids of the tokens that an encoder-decoder's decoder begins with, after the encoder's."""
     written: bool = False
     """Whether texts contain their special tokens, as chat templates write them, so that none are
     added."""
@@ -190,7 +194,7 @@ class TextTokenizer:
 
     def same_as(self, other: TextTokenizer) -> bool:
         """Return whether both produce the same tokens for every text and every chat."""
-        mine, theirs = ((t.hash, t.roles, t.bos, t.chat) for t in (self, other))
+        mine, theirs = ((t.hash, t.roles, t.bos, t.chat, t.starts) for t in (self, other))
         return mine == theirs
 
     def reading(self, *, written: bool) -> TextTokenizer:
@@ -295,6 +299,7 @@ class TextTokenizer:
         new = [text for text in dict.fromkeys(texts) if text not in kept]
         raw = map(self._with_opening, self._raw(new)) if self.written else self._raw(new, True)
         whole = map(self._with_padding, map(self._with_bos, raw))
+        whole = map(self._with_start, whole) if self.starts else whole
         kept.update(zip(new, whole, strict=True))
         encoded = [kept[text] for text in texts]
         if len(kept) > _BATCH:
@@ -351,6 +356,25 @@ class TextTokenizer:
         other.padded = length
         return other
 
+    def with_starts(self, starts: tuple[int, ...] | None) -> TextTokenizer:
+        """Return the tokenizer of an encoder-decoder, whose decoder begins with these tokens."""
+        if not starts:
+            return self
+        other = copy(self)
+        for worked_out in ("_kept", "_other", "opening"):
+            other.__dict__.pop(worked_out, None)
+        other.starts = starts
+        return other
+
+    def _with_start(self, encoded: EncodedText) -> EncodedText:
+        more = len(self.starts)
+        return EncodedText(
+            (*encoded.ids, *self.starts),
+            (*encoded.offsets, *[(0, 0)] * more),
+            (*encoded.special, *[True] * more),
+            len(encoded),
+        )
+
     def _with_padding(self, encoded: EncodedText) -> EncodedText:
         more = self.padded - len(encoded)
         if more <= 0:
@@ -371,8 +395,8 @@ class TextTokenizer:
         encoded = self.encode("")
         closing = {self.role_ids[role] for role in ("sep", "eos") if role in self.role_ids}
         closing -= {self.role_ids[role] for role in ("bos", "cls") if role in self.role_ids}
-        first = encoded.ids[:1]
-        return first if encoded.special[:1] == (True,) and first[0] not in closing else ()
+        first = encoded.ids[: min(1, len(encoded) - len(self.starts))]
+        return first if first and encoded.special[:1] == (True,) and first[0] not in closing else ()
 
     def bos_convention(self) -> str:
         """Describe the treatment of the beginning-of-sequence token."""
@@ -398,6 +422,10 @@ class TextTokenizer:
         encoded: the encodings of the prompts, if available.
         """
         unique = list(dict.fromkeys(pairs))
+        if self.starts:  # the decoder's text is separate from the encoder's
+            texts = list(dict.fromkeys(text for _, text in unique))
+            own = dict(zip(texts, self.encode_all(texts, add_special=False), strict=True))
+            return [(own[text].ids, True) for _, text in pairs]
         prompts = self.encode_unique(p for p, _ in unique) if encoded is None else encoded
         whole = self.encode_all([p + t for p, t in unique])
         found: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
@@ -571,7 +599,7 @@ def respell(prompt: str, text: str, tokenizer: TextTokenizer) -> Respelling | No
         prompt ends in a line break.
     """
     before, spaced = prompt.rstrip(" "), " " + text.lstrip(" ")
-    if not before or before[-1].isspace() or not spaced.strip():
+    if tokenizer.starts or not before or before[-1].isspace() or not spaced.strip():
         return None
     pairs = [("", prompt), (prompt, text), ("", before), (before, spaced)]
     (old, _), (own, follows), (new, _), (ids, kept) = tokenizer.continuations(pairs)

@@ -218,7 +218,7 @@ def collect_result(
     accuracies = _collect_accuracies(measured)
     there = _find_cells(plan, experiment)
     item = None if experiment.place is None else experiment.measures[0].item
-    seen = RowViews(plan, kept, lambda name: models[name or model.name].shape.causal)
+    seen = RowViews(plan, kept, lambda name: models[name or model.name].shape.reads_prefix)
     return ExperimentResult(
         name=experiment.name,
         model=model.name,

@@ -382,6 +382,8 @@ def fallback_conventions(model: LoadedModel, profile: ExecutionProfile) -> dict[
     found: dict[str, str] = {}
     if not model.restartable:
         found["planner"] = "every row is a full forward pass: the model can't be restarted"
+    elif model.shape.encodes_apart:
+        found["planner"] = "every row is a full forward pass through encoder and decoder"
     if profile.halved:
         times = "once" if profile.halved == 1 else f"{profile.halved} times"
         found["memory"] = f"ran out {times}; passes were halved and run again"

@@ -1,0 +1,258 @@
+"""Encoder-decoders of small configs, and what hand-written hooks give for one unpadded prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import processors
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+from ..models import families
+from .support import Array, Record, prompt, token
+
+SIZES = {"vocab_size": families.VOCABULARY, "d_model": 16, "pad_token_id": 0, "eos_token_id": 1}
+
+T5 = {
+    **SIZES,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+}
+
+BART = {
+    **SIZES,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 40,
+    "bos_token_id": 1,
+    "decoder_start_token_id": 1,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "t5": T5,
+    "mt5": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "bart": BART,
+    "marian": {**BART, "decoder_start_token_id": 0},
+    "mbart": BART,
+    "pegasus": {**BART, "decoder_start_token_id": 0},
+}
+
+FORCED = {"bart": 5}
+"""Second tokens of decoders."""
+
+HEADS, WIDTH, ENCODER_LAYERS, LAYERS = 2, 8, 2, 3
+
+
+@cache
+def model(family: str, seed: int = 0) -> Any:
+    """A model whose heads all matter."""
+    made = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **CONFIGS[family]))
+    families.draw(made, seed)
+    for name, parameter in made.named_parameters():
+        if parameter.dim() >= 2 and "shared" not in name and "embed" not in name:
+            crosses = "EncDecAttention.o" in name or "encoder_attn.out_proj" in name
+            parameter.data.mul_(3 if crosses else 1.3)
+    if family in FORCED:
+        made.generation_config.forced_bos_token_id = FORCED[family]
+    return made.eval()
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word, and `<s>` after the text, as `</s>` of T5."""
+    made = families.tokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="$A <s>", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<s>")
+
+
+def starts(family: str) -> list[int]:
+    """The tokens that the decoder begins with."""
+    first = CONFIGS[family]["decoder_start_token_id"]
+    return [first, FORCED[family]] if family in FORCED else [first]
+
+
+@dataclass(frozen=True)
+class Text:
+    """One row of one run, with the places of its parts counted by hand."""
+
+    ids: tuple[int, ...]
+    items: tuple[int, ...]
+    subject: tuple[int, ...]
+
+    @property
+    def last(self) -> int:
+        """The last token of the text, before the token that ends it."""
+        return len(self.ids) - 2
+
+
+def text(record: Record, run: str = "clean") -> Text:
+    """The encoder's tokens of a record, without `<s>` in front of them."""
+    own = prompt(record, run)
+    moved = [tuple(at - 1 for at in places) for places in (own.items, own.subject)]
+    return Text((*own.ids[1:], 1), *moved)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site of the bare model: a module, its input or its output, and a head."""
+
+    path: str
+    of_input: bool = False
+    head: int | None = None
+
+
+def place(family: str, site: str, layer: int, head: int | None = None) -> Place:
+    """The module of a site, as the file spells it: `z cross`."""
+    component, _, stack = site.partition(" ")
+    stack = stack or "decoder"
+    encodes = stack == "encoder"
+    if family in ("t5", "mt5"):
+        block = f"{'encoder' if encodes else 'decoder'}.block.{layer}"
+        attention = f"{block}.layer.0.SelfAttention"
+        attention = f"{block}.layer.1.EncDecAttention" if stack == "cross" else attention
+        mlp, output = f"{block}.layer.{1 if encodes else 2}.DenseReluDense", "o"
+        names = {"q": "q", "k": "k", "v": "v"}
+    else:
+        block = f"model.{'encoder' if encodes else 'decoder'}.layers.{layer}"
+        attention = f"{block}.{'encoder_attn' if stack == 'cross' else 'self_attn'}"
+        mlp, output = f"{block}.fc2", "out_proj"
+        names = {each: f"{each}_proj" for each in "qkv"}
+    match component:
+        case "resid_post":
+            return Place(block)
+        case "resid_pre":
+            return Place(block, of_input=True)
+        case "attn_out":
+            return Place(attention)
+        case "mlp_out":
+            return Place(mlp)
+        case "z":
+            return Place(f"{attention}.{output}", of_input=True, head=head)
+        case _:
+            return Place(f"{attention}.{names[component]}", head=head)
+
+
+Change = Callable[[Tensor], Tensor]
+"""Given the vectors of some tokens, [token, width], returns the new ones."""
+
+Write = tuple[Place, Sequence[int], Change]
+"""A place, its tokens in their own text, and the change of their vectors."""
+
+
+def columns(own: Place, width: int) -> slice:
+    return slice(width) if own.head is None else slice(own.head * WIDTH, (own.head + 1) * WIDTH)
+
+
+@contextmanager
+def changed(module: nn.Module, writes: Iterable[Write]) -> Generator[None]:
+    """Plain hooks on the bare model."""
+    handles: list[Any] = []
+
+    def put(tensor: Tensor, own: Place, tokens: Sequence[int], change: Change) -> Tensor:
+        new, at = tensor.clone(), columns(own, tensor.shape[-1])
+        rows = list(tokens)
+        new[0, rows, at] = change(new[0, rows, at])
+        return new
+
+    for own, tokens, change in writes:
+        part = module.get_submodule(own.path)
+
+        def before(
+            _: Any, args: Any, own: Place = own, tokens: Any = tokens, change: Change = change
+        ) -> Any:
+            return (put(args[0], own, tokens, change), *args[1:])
+
+        def after(
+            _: Any,
+            args: Any,
+            output: Any,
+            own: Place = own,
+            tokens: Any = tokens,
+            change: Change = change,
+        ) -> Any:
+            if not isinstance(output, tuple):
+                return put(output, own, tokens, change)
+            return (put(output[0], own, tokens, change), *output[1:])
+
+        handles.append(
+            part.register_forward_pre_hook(before)
+            if own.of_input
+            else part.register_forward_hook(after)
+        )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def logits(
+    family: str, of: Text, writes: Iterable[Write] = (), answer: Sequence[int] = ()
+) -> Array:
+    """[token of the decoder, vocab]."""
+    module = model(family)
+    with changed(module, writes):
+        found = module(
+            input_ids=torch.tensor([of.ids]),
+            decoder_input_ids=torch.tensor([[*starts(family), *answer]]),
+            use_cache=False,
+        )
+    return found.logits[0].double().numpy()
+
+
+def read(family: str, of: Text, own: Place) -> Tensor:
+    """[token, width] of a place in an unpatched run."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor.clone())
+        return tensor
+
+    every = list(range(len(of.ids) if "encoder." in own.path else len(starts(family))))
+    if own.path.endswith((".k", ".v", ".k_proj", ".v_proj")) and is_cross(own):
+        every = list(range(len(of.ids)))
+    logits(family, of, [(own, every, keep)])
+    return found[0]
+
+
+def is_cross(own: Place) -> bool:
+    return "EncDecAttention" in own.path or "encoder_attn" in own.path
+
+
+def difference(found: Array, record: Record) -> float:
+    """`logit(answer) - logit(wrong)` after the decoder's last token."""
+    return float(found[-1, token(record["a"])] - found[-1, token(record["b"])])
+
+
+def copied(family: str, of: Text, own: Place, to: Sequence[int], at: Sequence[int]) -> Write:
+    """The vectors of another run."""
+    vectors = read(family, of, own)[list(at)]
+    return own, to, lambda _: vectors
+
+
+def zeroed(own: Place, tokens: Sequence[int]) -> Write:
+    return own, tokens, torch.zeros_like
+
+
+def grid(rows: Iterable[Iterable[float]]) -> Array:
+    """[cell, prompt]."""
+    return np.array([list(each) for each in rows])
