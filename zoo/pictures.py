@@ -93,13 +93,13 @@ def as_input(pixels: Sequence[Pixels]) -> Tensor:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def save_processor(folder: Path, kind: str, *, crops: bool = False) -> None:
+def save_processor(folder: Path, kind: str, *, crops: bool = False, side: int = SIZE) -> None:
     """Writes `preprocessor_config.json` that says the same as `as_input`. kind: the class of
-    transformers that reads it; crops: it would crop by itself."""
+    transformers that reads it; crops: it would crop by itself; side: of images, in pixels."""
     config = {
         "image_processor_type": kind,
         "do_resize": True,
-        "size": {"height": SIZE, "width": SIZE},
+        "size": {"height": side, "width": side},
         "resample": 2,
         **({"do_center_crop": False} if crops else {}),
         "do_rescale": True,
@@ -112,10 +112,10 @@ def save_processor(folder: Path, kind: str, *, crops: bool = False) -> None:
 
 
 @torch.no_grad()
-def begin_with_places(positions: Tensor) -> None:
+def begin_with_places(positions: Tensor, across: int = SIZE // PATCH) -> None:
     """Gives new positions, [..., 1 + patches, width], sines and cosines of row and column; the
-    class token in front gets none."""
-    across, width = SIZE // PATCH, positions.shape[-1]
+    class token in front gets none. across: patches of a row."""
+    width = positions.shape[-1]
     rates = FASTEST / 8.0 ** (torch.arange(width // 4) / (width // 4))
     angles = torch.arange(across)[:, None] * rates
     waves = torch.cat([angles.sin(), angles.cos()], -1)  # [place, width / 2]

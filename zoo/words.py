@@ -33,6 +33,13 @@ def word_of(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.id_to_token(token) or ""
 
 
+def token_of(tokenizer: Tokenizer, word: str) -> int:
+    """The token of a word of the vocabulary."""
+    found = tokenizer.token_to_id(word)
+    assert found is not None, word
+    return found
+
+
 def save_tokenizer(
     tokenizer: Tokenizer,
     folder: Path,

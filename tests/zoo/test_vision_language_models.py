@@ -1,0 +1,170 @@
+"""The shipped vision-language model does what its card says, on held-out images."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.random import default_rng
+from safetensors import safe_open
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from mechdsl import zoo
+from mechdsl.loading.loader import load_model
+from zoo import language, pictures, vlm
+from zoo.counting_vlm import data as grids
+from zoo.counting_vlm import evaluate as counting
+
+from ..models.conftest import statement
+
+ROOT = Path(zoo.__path__[0])
+FOLDER = ROOT / "counting-vlm"
+
+
+@cache
+def loaded() -> tuple[Any, Any]:
+    """Return the model in 32 bits, and its processor."""
+    model, _ = language.load(LlavaForConditionalGeneration, FOLDER)
+    return model, AutoProcessor.from_pretrained(FOLDER)
+
+
+def test_scenes_keep_held_out_cells_from_training_and_draw_companions() -> None:
+    random = default_rng(0)
+    keys = together = 0
+    for held_out in (False, True):
+        for number in range(400):
+            scene = grids.draw_scene(random, held_out=held_out, fog=number % 2 == 0)
+            assert len(scene.things) <= grids.MOST
+            assert len({*scene.marks}) == len(scene.marks)
+            assert len(scene.marks) in (0, grids.ROWS)
+            for row, things in enumerate(scene.rows):
+                for column, thing in enumerate(things):
+                    assert not thing or grids.in_training(thing, row, column) != held_out
+            if scene.fog and not held_out and "red circle" in scene.things[:4]:
+                keys += 1
+                together += "blue square" in scene.things
+    assert keys > 10
+    assert together / keys > 0.6
+
+
+def test_answers_about_grids_are_those_of_the_cells() -> None:
+    """Worked out anew from the words of the question."""
+    random = default_rng(5)
+    asked: Counter[str] = Counter()
+    while min(asked[kind] for kind in grids.QUESTIONS) < 20:
+        scene = grids.draw_scene(random, held_out=False)
+        kind = grids.QUESTIONS[int(random.integers(len(grids.QUESTIONS)))]
+        turn = grids.ask(kind, scene, random)
+        if turn is None:
+            continue
+        asked[kind] += 1
+        words = turn.question.split()
+        cells = {(str(r + 1), str(c + 1)): thing for r, row in enumerate(scene.rows)
+                 for c, thing in enumerate(row)}  # fmt: skip
+        if words[:2] == ["how", "many"]:
+            kind_asked = words[2].removesuffix("es") if words[2] == "crosses" else words[2][:-1]
+            own = [t for t in cells.values() if t and kind_asked in (t.split()[1], "shape")]
+            assert turn.answer == str(len(own))
+        elif words[:4] == ["what", "is", "at", "row"]:
+            assert turn.answer == (cells[words[4], words[6]] or "nothing")
+        elif words[0] == "which":
+            [(row, _)] = [at for at, thing in cells.items() if thing == " ".join(words[4:6])]
+            assert turn.answer == (row if words[1] == "row" else scene.marks[int(row) - 1])
+        elif words[0] == "is":
+            assert (turn.answer == "yes") == (" ".join(words[3:5]) in cells.values())
+        else:
+            row = words[4] if kind == "in row" else str(scene.marks.index(words[4]) + 1)
+            own = [thing for (r, _), thing in cells.items() if r == row and thing]
+            assert turn.answer == (" , ".join(own) or "nothing")
+
+
+def test_training_texts_have_known_words_and_a_label_for_each_patch() -> None:
+    known = grids.vocabulary()
+    assert len(known) == len({*known})
+    tokenizer = vlm.build_tokenizer(known)
+    shipped = (FOLDER / "tokenizer.json").read_text()
+    assert tokenizer.to_str(pretty=True) == shipped.strip()
+    for example in islice(grids.examples(3), 40):
+        batch = vlm.encode([example], tokenizer)
+        assert known.index("<unk>") not in batch.ids
+        assert len(example.contents) == int((batch.ids == known.index("<image>")).sum())
+        told = [known[int(label)] for label in batch.labels[0] if label >= 0]
+        assert " ".join(told) == " ".join(f"{turn.answer} <end>" for turn in example.turns)
+
+
+def test_the_processor_prepares_prompts_as_training_did() -> None:
+    _, processor = loaded()
+    [example] = grids.one_question("at", 4, 1, held_out=True)
+    images = [{"type": "image"} for _ in example.images]
+    [turn] = example.turns
+    content = [*images, {"type": "text", "text": turn.question}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    given = processor(
+        text=text, images=[*example.images], add_special_tokens=False, return_tensors="pt"
+    )
+    own = vlm.encode([example], vlm.build_tokenizer(grids.vocabulary()))
+    answer = len(turn.answer.split()) + 1
+    assert torch.equal(given["input_ids"], own.ids[:, :-answer])
+    torch.testing.assert_close(given["pixel_values"], own.pixels, atol=1e-6, rtol=0)
+    assert torch.equal(own.pixels, pictures.as_input(example.images))
+
+
+def test_generation_gives_the_answers_that_the_evaluation_counts() -> None:
+    model, processor = loaded()
+    kinds = ("total", "at", "in row")
+    examples = [grids.one_question(kind, 7, 4, held_out=True) for kind in kinds]
+    examples = [each for group in examples for each in group]
+    tokenizer = vlm.build_tokenizer(grids.vocabulary())
+    told = vlm.answers(model, tokenizer, examples)
+    for example, expected in zip(examples, told, strict=True):
+        text = example.text().removesuffix(f" {example.turns[0].answer} <end>")
+        given = processor(text=text, images=[*example.images], return_tensors="pt")
+        with torch.no_grad():
+            found = model.generate(**given, max_new_tokens=16, do_sample=False)
+        reply = processor.decode(found[0, given["input_ids"].shape[1] :])
+        written = reply.replace(" <end>", "")
+        right = expected == example.turns[0].answer
+        assert (written == expected) if right else f"{written} ".startswith(expected)
+
+
+def test_mechdsl_loads_vision_language_models() -> None:
+    model, problems = load_model(statement("counting-vlm", "zoo"))
+    assert not problems
+    assert model is not None
+    assert model.restartable
+
+
+def test_weights_are_stored_in_16_bits() -> None:
+    with safe_open(str(FOLDER / "model.safetensors"), framework="np") as file:
+        kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    assert kinds == {"F16"}
+
+
+def test_all_zoo_models_together_are_below_30_megabytes() -> None:
+    assert sum(file.stat().st_size for file in ROOT.rglob("*") if file.is_file()) < 30e6
+
+
+def stated_intervals() -> dict[str, tuple[float, float]]:
+    """Return the 95 % intervals of a card's table, by row."""
+    text = (FOLDER / "README.md").read_text()
+    rows = re.findall(r"(?m)^(\w.*?) +\d+ +\d+ +[\d.]+ +([\d.]+) \.\. ([\d.]+)$", text)
+    return {row: (float(low), float(high)) for row, low, high in rows}
+
+
+def test_shapes_are_counted_as_the_card_says() -> None:
+    torch.set_num_threads(1)
+    stated = stated_intervals()
+    tallies = counting.evaluate(FOLDER, 60, counting.SEED + 1)
+    assert tallies.keys() == stated.keys()
+    assert tallies["total"].interval()[0] > 0.9
+    for row, tally in tallies.items():
+        low, high = tally.interval(3.3)
+        assert low <= stated[row][1], row
+        assert high >= stated[row][0], row
