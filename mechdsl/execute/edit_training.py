@@ -51,7 +51,7 @@ def train_rotation(
         NotFinite: The measure or a weight became NaN or infinite.
         OSError: A file can't be written.
     """
-    training, settings = declared.training, read_settings(declared.training)
+    training, settings = declared.training, read_settings(declared.training, rows.model.device)
     trainer = training.trainer_of(RotationTrainer)
     with torch.enable_grad():
         rotation = trainer.start(rows.vectors[0], training.of_trainer, start_generator(training))
@@ -85,7 +85,7 @@ def train_vector(
         NotFinite: The measure or a weight became NaN or infinite.
         OSError: A file can't be written.
     """
-    training, settings = declared.training, read_settings(declared.training)
+    training, settings = declared.training, read_settings(declared.training, rows.model.device)
     own, _ = rows.vectors
     trainer = training.trainer_of(VectorTrainer)
     with torch.enable_grad():
@@ -195,7 +195,7 @@ def train_scales(declared: TrainedVector, rows: ObjectiveRows, job: TrainingJob)
         NotFinite: The measure or a weight became NaN or infinite.
         OSError: A file can't be written.
     """
-    training, settings = declared.training, read_settings(declared.training)
+    training, settings = declared.training, read_settings(declared.training, rows.model.device)
     trainer = training.trainer_of(ScaleTrainer)
     with torch.enable_grad():
         scales = trainer.start(rows.vectors[0], training.of_trainer, start_generator(training))

@@ -377,6 +377,15 @@ class GateLoss:
         drawn = self.gates.sample(len(rows), step)
         return sign * self.rows.values(rows, self._edit(drawn)).mean()
 
+    def loss_of_part(
+        self, parts: Sequence[tuple[Tensor, Tensor]], number: int, step: int, progress: float
+    ) -> Tensor:
+        """Return the loss of a part of a batch, whose rows have the samples of the whole batch."""
+        whole, rows = (torch.cat([own for own, _ in parts]).sort().values, parts[number][0])
+        drawn = self.gates.sample(len(whole), step)[torch.isin(whole, rows)]
+        sign = 1 if self.rows.declared.minimises else -1
+        return sign * self.rows.values(rows.numpy(), self._edit(drawn)).mean()
+
     def mean(self, rows: Ints, chosen: Sequence[int]) -> float:
         """Return the mean of the measure over rows with these gates open."""
         hard = torch.zeros(len(self.rows.active))
@@ -404,7 +413,7 @@ def train_mask(
         TooFewCandidates: There are no more candidates than it chooses.
         OSError: A file can't be written.
     """
-    training, settings = declared.training, read_settings(declared.training)
+    training, settings = declared.training, read_settings(declared.training, rows.model.device)
     trainer, count = training.trainer_of(MaskTrainer), len(rows.active)
     size = trainer.size(training.of_trainer)
     if count <= size:

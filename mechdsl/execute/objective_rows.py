@@ -145,7 +145,8 @@ class EffectRows(ABC, Generic[EditT]):
         rows = np.sort(self.rows if rows is None else rows)
         batches = split_prompts(self.model, run, points, rows)
         parts: list[list[Tensor]] = [[] for _ in points]
-        with torch.no_grad():
+        # What stays in memory has the model's precision, also if a step in bf16 needs it first.
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
             for each in read_vectors(reader, points, [cell], batches):
                 parts[each.point].append(each.vectors.clone())
         joined = [torch.cat(own) for own in parts]

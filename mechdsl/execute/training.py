@@ -34,6 +34,7 @@ from mechdsl.fits.training import (
 )
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.packed.unembedding import ModelUnembedding
+from mechdsl.program.basis_methods import BFLOAT16
 from mechdsl.program.trainers import IterativeTrainer, LensTrainer, SolvedTrainer
 from mechdsl.resolve.trainings import write_texts
 from mechdsl.resolve.types import SitePoint, TrainedDictionary, TrainedLens, count_numbers
@@ -46,8 +47,12 @@ STATE_FILES = ("state.json", "state.safetensors")
 """Files of a checkpoint."""
 
 
-def read_settings(declared: DeclaredTraining) -> TrainingSettings:
-    """Return how long and how fast to train."""
+def read_settings(declared: DeclaredTraining, device: torch.device) -> TrainingSettings:
+    """Return how long and how fast to train.
+
+    Args:
+        device: Where losses are computed.
+    """
     options = declared.options
     return TrainingSettings(
         steps=int(options["steps"]),
@@ -55,6 +60,8 @@ def read_settings(declared: DeclaredTraining) -> TrainingSettings:
         rate=float(options["rate"]),
         seed=declared.seed,
         patience=int(options["patience"]) if "patience" in options else None,
+        accumulate=int(options["accumulate"]),
+        mixed_on=device.type if options["precision"] == BFLOAT16 else None,
     )
 
 
@@ -133,7 +140,8 @@ def train_dictionary(
         random = start_generator(training)
         model = trainer.start(widths, training.of_trainer, random, first.device)
         untrained = model.weights()
-        loop = Training(model, vectors, held_out, read_settings(training), scaling.apply)
+        settings = read_settings(training, first.device)
+        loop = Training(model, vectors, held_out, settings, scaling.apply)
         job.run(loop)
     trained = Solution(model.weights(), loop.state.step, loop.state.stopped)
     finish = DictionaryWriter(declared, scaling, job.facts)
@@ -419,7 +427,7 @@ def train_lens(
     with torch.enable_grad():
         maps = trainer.start(width, layers, training.of_trainer, device)
         lens = LensLoss(maps, logits)
-        settings = read_settings(training)
+        settings = read_settings(training, device)
         loop = Training(lens, vectors, held_out, settings, lambda own, last: (own, last))
         job.run(loop)
     job.write_tensors(LENS_FILE, lens.weights())

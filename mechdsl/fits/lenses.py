@@ -66,7 +66,7 @@ class LensLoss:
         if not torch.is_grad_enabled():
             return self.divergences(inputs, targets).sum()
         with torch.no_grad():
-            wanted = self._logits(targets).log_softmax(-1)
+            wanted = self._log_probabilities(targets)
         total = torch.zeros((), device=inputs.device)
         for layer, own in self._predictions(inputs):
             # The logits of one layer at a time are in memory: its gradients are computed here, and
@@ -79,7 +79,7 @@ class LensLoss:
         """Return [layer] float64: the losses of layers on vectors as those of `loss`."""
         sums = torch.zeros(len(self.maps.layers), dtype=torch.float64)
         for part, last in zip(inputs.split(PART), targets.split(PART), strict=True):
-            wanted = self._logits(last).log_softmax(-1)
+            wanted = self._log_probabilities(last)
             for number, (_, own) in enumerate(self._predictions(part)):
                 sums[number] += float(divergence(wanted, own).double().sum())
         return sums / len(inputs)
@@ -88,7 +88,11 @@ class LensLoss:
         """Yield each layer with log probabilities of the lens, [vector, vocab]."""
         own = inputs.chunk(len(self.maps.layers), dim=1)
         for layer, vectors in zip(self.maps.layers, own, strict=True):
-            yield layer, self._logits(self.maps.apply(layer, vectors)).log_softmax(-1)
+            yield layer, self._log_probabilities(self.maps.apply(layer, vectors))
+
+    def _log_probabilities(self, vectors: Tensor) -> Tensor:
+        """Return [vector, vocab], in the precision of the vectors: logits may be in 16 bits."""
+        return self._logits(vectors).to(vectors.dtype).log_softmax(-1)
 
     def after_step(self) -> None:
         """Nothing must be restored."""
@@ -108,7 +112,7 @@ def divergence_from_average(logits: Logits, trained_on: Tensor, targets: Tensor)
         trained_on: [vector, width] whose distributions are averaged.
         targets: [vector, width] whose distributions p are compared with the average.
     """
-    parts = [logits(part).softmax(-1).double().sum(0) for part in trained_on.split(PART)]
+    parts = [logits(part).float().softmax(-1).double().sum(0) for part in trained_on.split(PART)]
     average = (torch.stack(parts).sum(0) / len(trained_on)).log()
     sums = [
         float(divergence(logits(part).double().log_softmax(-1), average).sum())

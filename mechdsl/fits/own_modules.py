@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from inspect import signature
 from typing import Any, Protocol, cast
@@ -208,6 +208,13 @@ class OwnDictionary(OfModule):
     def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
         """Return the loss of a batch of centred and scaled vectors."""
         return self._module.tensor("loss", (), inputs, at=step, progress=progress)
+
+    def loss_of_part(
+        self, parts: Sequence[tuple[Tensor, Tensor]], number: int, step: int, progress: float
+    ) -> Tensor:
+        """Return the loss of a part of a batch, with other random numbers in each part."""
+        at = (step, number)
+        return self._module.tensor("loss", (), parts[number][0], at=at, progress=progress)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:

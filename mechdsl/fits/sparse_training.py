@@ -8,7 +8,7 @@ Rajamanoharan et al. 2024, arXiv 2407.14435 (JumpReLU) and arXiv 2404.16014 (gat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -93,6 +93,16 @@ class SparseDictionary:
         """Return the squared error of a vector, the mean over the batch, plus penalties."""
         raise NotImplementedError
 
+    def loss_of_part(
+        self, parts: Sequence[tuple[Tensor, Tensor]], number: int, step: int, progress: float
+    ) -> Tensor:
+        """Return the loss of a part of a batch: features of all parts count as active."""
+        if number == 0 and bool(self._idle(step).any()):
+            with torch.no_grad():
+                for inputs, targets in parts:
+                    self.loss(inputs, targets, step, progress)
+        return self.loss(*parts[number], step, progress)
+
     # --- parts of losses
 
     def _projected(self, inputs: Tensor) -> Tensor:
@@ -107,6 +117,10 @@ class SparseDictionary:
     def _note_active(self, features: Tensor, step: int) -> None:
         self.last_active[(features.detach() > 0).any(0)] = step
 
+    def _idle(self, step: int) -> Tensor:
+        """Return [feature] whether a feature hasn't been active for long."""
+        return self.last_active < step - IDLE_STEPS
+
     def _idle_loss(self, before: Tensor, rest: Tensor, step: int) -> Tensor | float:
         """Let features that haven't been active for long reconstruct what the others leave over.
 
@@ -114,7 +128,7 @@ class SparseDictionary:
             before: [vector, feature] before sparsity.
             rest: [vector, width] the error of the reconstruction.
         """
-        idle = self.last_active < step - IDLE_STEPS
+        idle = self._idle(step)
         if not bool(idle.any()):
             return 0.0
         found = (before * idle).relu() @ self.tensors["W_dec"]

@@ -2,14 +2,17 @@
 
 A training is a function of the source, the settings and the seed. Interrupted after any step and
 continued from its state, it ends with the same weights bit for bit.
+
+Parameters, moments of the optimiser and evaluations have the precision of the vectors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
@@ -58,7 +61,7 @@ class Trainable(Protocol):
         ...
 
     def loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> Tensor:
-        """Return the loss of a batch.
+        """Return the loss of a batch, a mean over its vectors or rows.
 
         Args:
             inputs: [vector, width], or [row] numbers.
@@ -74,6 +77,24 @@ class Trainable(Protocol):
 
     def weights(self) -> dict[str, Tensor]:
         """Return the trained tensors; of a dictionary, for centred and scaled vectors."""
+        ...
+
+
+@runtime_checkable
+class DivisibleLoss(Protocol):
+    """A loss whose value on a part of a batch depends on the other parts."""
+
+    def loss_of_part(
+        self, parts: Sequence[tuple[Tensor, Tensor]], number: int, step: int, progress: float
+    ) -> Tensor:
+        """Return the loss of a part; the mean over parts, weighted by size, is that of the batch.
+
+        Args:
+            parts: Inputs and targets of each part of the batch of a step.
+            number: Number of the part, from 0; losses are computed in this order.
+            step: As in `Trainable.loss`.
+            progress: As in `Trainable.loss`.
+        """
         ...
 
 
@@ -96,12 +117,24 @@ class TrainingSettings:
 
     steps: int
     batch: int
-    """Vectors or rows per step."""
+    """Vectors or rows whose gradients are computed at once."""
     rate: float
     """Learning rate of Adam."""
     seed: int
     patience: int | None = None
     """Number of evaluations without improvement after which the training stops; None: never."""
+    accumulate: int = 1
+    """Batches per step, whose gradients are averaged."""
+    mixed_on: str | None = None
+    """Type of the device on which products of matrices in steps are computed in bfloat16, such as
+    `cuda`; None: everything is computed in the precision of the vectors and the model."""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context in which the losses of steps are computed."""
+        if self.mixed_on is None:
+            return nullcontext()
+        # Without the cache, a product without gradients can't hide the weights of a later one.
+        return torch.autocast(self.mixed_on, torch.bfloat16, cache_enabled=False)
 
 
 @dataclass
@@ -273,18 +306,32 @@ class Training:
         left = (1 - progress) / DECAY
         for group in self._optimiser.param_groups:
             group["lr"] = settings.rate * min(1.0, left)
-        loss = self.model.loss(inputs, targets, state.step, progress)
-        if not bool(loss.isfinite()):
-            raise NotFinite("the loss isn't", state.step)
         self._optimiser.zero_grad()
-        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        self._add_gradients(inputs, targets, progress)
         self._optimiser.step()
         self.model.after_step()
         state.step += 1
 
+    def _add_gradients(self, inputs: Tensor, targets: Tensor, progress: float) -> None:
+        """Compute the gradients of a step, part by part. Raises NotFinite."""
+        settings, step = self.settings, self.state.step
+        split = (own.split(settings.batch) for own in (inputs, targets))
+        parts = list(zip(*split, strict=True))
+        divided = self.model if len(parts) > 1 and isinstance(self.model, DivisibleLoss) else None
+        for number, (own, wanted) in enumerate(parts):
+            with settings.autocast():
+                if divided is None:
+                    loss = self.model.loss(own, wanted, step, progress)
+                else:
+                    loss = divided.loss_of_part(parts, number, step, progress)
+            if not bool(loss.isfinite()):
+                raise NotFinite("the loss isn't", step)
+            share = loss * (len(own) / len(inputs))
+            share.backward()  # pyright: ignore[reportUnknownMemberType]
+
     def _batch(self) -> tuple[Tensor, Tensor]:
-        """Return the next batch, in a random order of the current chunk's vectors."""
-        state, size = self.state, self.settings.batch
+        """Return the vectors or rows of the next step, in a random order of the current chunk's."""
+        state, size = self.state, self.settings.batch * self.settings.accumulate
         number = state.passes % self.source.chunks
         inputs, targets = self._load(number)
         count = max(1, len(inputs) // size)

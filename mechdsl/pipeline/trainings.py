@@ -484,6 +484,7 @@ def _finished(fit: DeclaredFit, folder: Path, report: Report, seconds: float) ->
         what = describe_rotation(fit.training.trainer.name, report.directions)
     seed = fit.training.seed
     family = name_without_seed(fit.basis, seed) if fit.training.is_one_of_several else None
+    what += fit.training.manner
     return TrainedFit(fit.basis, what, site, folder, report, seconds, seed, family)
 
 

@@ -153,13 +153,18 @@ def _vectors_cost(name: str, made: OnVectors, shape: ModelShape) -> TrainingCost
         min(held_out * each, most_held_out(training, shape, CHUNK_BYTES)),
     )
     steps, batch = int(options["steps"]), int(options.get("batch", 0))
+    every = batch * int(options.get("accumulate", 1))
     in_memory = min(vectors, most_vectors(training, shape, CHUNK_BYTES))
-    read = in_memory if vectors <= in_memory else max(1, -(-steps * batch // in_memory)) * in_memory
+    read = in_memory if vectors <= in_memory else max(1, -(-steps * every // in_memory)) * in_memory
     ((run, stop),) = list_fitted_runs([(training.points, (sample,))], shape)
     passes = _times(run_cost(shape, run, stop), (read + tested) / max(1.0, float(counts.sum())))
     sizes = _sizes(made, training, shape)
     seen = min(batch or vectors, vectors)  # a factorization uses all vectors in every step
-    adds = steps * seen * sizes.step + 2 * tested * sizes.products + in_memory * sizes.once
+    adds = (
+        steps * min(every or vectors, vectors) * sizes.step
+        + 2 * tested * sizes.products
+        + in_memory * sizes.once
+    )
     memory = FLOAT * ((in_memory + tested) * sizes.vector + 4 * sizes.weights)
     memory += FLOAT * max(seen, tested) * sizes.kept
     cost = Cost(forwards=passes.forwards, tokens=passes.tokens, multiply_adds=passes.multiply_adds)
@@ -176,12 +181,14 @@ def _decoder_cost(
     assert training is not None
     held_out, sizes = count_held_out(training, directions), _sizes(made, training, shape)
     steps, batch = int(training.options["steps"]), int(training.options["batch"])
-    seen = min(batch, directions - held_out)
-    adds = 2 * (steps * seen * sizes.step + 2 * held_out * sizes.products)
+    trained = directions - held_out
+    seen = min(batch, trained)
+    every = min(batch * int(training.options["accumulate"]), trained)
+    adds = 2 * (steps * every * sizes.step + 2 * held_out * sizes.products)
     memory = directions * (made.width_in + sizes.vector) + 4 * sizes.weights
     memory += max(seen, held_out) * sizes.kept
-    cost, rows = Cost(multiply_adds=adds), directions - held_out
-    return TrainingCost(name, rows, held_out, steps, cost, FLOAT * memory, shape.n_layers)
+    cost = Cost(multiply_adds=adds)
+    return TrainingCost(name, trained, held_out, steps, cost, FLOAT * memory, shape.n_layers)
 
 
 def _probe_cost(name: str, made: TrainedProbe, shape: ModelShape) -> TrainingCost:
@@ -275,6 +282,7 @@ def _effect_cost(
     rows = len(there) - count_held_out(training, len(there))
     held_out = len(there) - rows
     steps, batch = int(options["steps"]), min(int(options["batch"]), rows)
+    every = min(int(options["batch"]) * int(options["accumulate"]), rows)
     points = mask_points(objective) if isinstance(made, TrainedMask) else (training.made,)
     above = max(_blocks_above(point, shape) for point in points)
     runs = {atom.run for atom in objective.measures[0].atoms}
@@ -287,15 +295,16 @@ def _effect_cost(
         measured += 20 * held_out
     whole = run_cost(shape, base, None)
     row = _per_row(whole, base)
-    forward = (steps * batch + measured) * (1 + len(compared))
-    passes = steps * (1 + len(compared)) + -(-measured * (1 + len(compared)) // batch)
-    back = steps * batch * above / shape.n_layers
+    forward = (steps * every + measured) * (1 + len(compared))
+    backwards = steps * -(-every // batch) if batch else steps
+    passes = backwards * (1 + len(compared)) + -(-measured * (1 + len(compared)) // batch)
+    back = steps * every * above / shape.n_layers
     reads = [_times(run_cost(shape, run, _stop(points[-1], shape)), 1) for run in (base, source)]
     cost = Cost(
         forwards=passes,
         tokens=int((forward + back) * row.tokens),
         multiply_adds=(forward + back) * row.multiply_adds,
-        backwards=steps,
+        backwards=backwards,
     )
     cost = sum(reads, cost)
     hits = sum(len(token) for row in there for token in training.sample.cell.hits[row])

@@ -101,6 +101,12 @@ class SparseAutoencoderTrainer(IterativeTrainer):
             return said, "write a smaller `k`"
         return None
 
+    def check_parts(self, options: Mapping[str, Constant]) -> Problem | None:
+        if options.get("kind") != "batch_topk":
+            return None
+        reason = "`batch_topk` compares the features of a whole batch, which `accumulate` divides"
+        return reason, 'write `kind: "topk"`, or a larger `batch` without `accumulate`'
+
     def outline(self, options: Mapping[str, Constant]) -> DictionaryOutline:
         kind = DICTIONARY_KINDS[str(options.get("kind", "topk"))]
         k = int(options["k"]) if kind.architecture == "topk" else None

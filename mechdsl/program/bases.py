@@ -139,6 +139,11 @@ OTHER_OBJECTIVES: dict[str, str] = {
     "epochs": "steps",
     **dict.fromkeys(("y", "label", "labels", "value", "predict", "column"), "target"),
     "batch_size": "batch",
+    **dict.fromkeys(
+        ("accumulation", "grad_accum", "accumulate_grad_batches", "gradient_accumulation_steps"),
+        "accumulate",
+    ),
+    **dict.fromkeys(("dtype", "amp", "autocast", "mixed_precision", "bf16", "fp16"), "precision"),
     **dict.fromkeys(("repeats", "restarts", "runs", "replicates", "num_seeds"), "seeds"),
 }
 """Names of an option of a training in other tools → the option."""
@@ -483,6 +488,8 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
         return
     scope.diagnostics.extend(_unused_options(call, found))
     wrong = found.check(options)
+    if wrong is None and _accumulates(call, parts):
+        wrong = found.check_parts(options)
     if wrong is not None:
         scope.diagnostics.append(
             BadBasis(span=node.span, reason=wrong[0], hint=wrong[1], what=what)
@@ -490,6 +497,12 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
     problem = _objective_problem(call, found) or _target_problem(call, found, scope)
     if problem is not None:
         scope.diagnostics.append(problem)
+
+
+def _accumulates(call: ast.Call, parts: Definitions) -> bool:
+    """Whether the gradients of a step are those of several batches."""
+    every = (own.value for own in call.arguments if own.name == "accumulate")
+    return any(constant_value(each, parts.parameters) != 1 for each in every)
 
 
 def _known_trainer(node: ast.Call, scope: Namespace) -> Trainer | None:
@@ -513,6 +526,8 @@ def _unused_options(call: ast.Call, trainer: Trainer) -> Iterator[BadArgument]:
     for each in call.arguments:
         if each.name in trainer.unused:
             why, hint = "uses all vectors in every step", f"remove `{each.name}`"
+            if each.name == "precision":
+                why = "computes in 64 bits"
         elif each.name == "seeds" and trainer.declares in ("group", "lens", "probe"):
             why = f"makes one {trainer.declares}"
             hint = f"declare a {trainer.declares} for each seed: `seed: 1`"

@@ -571,10 +571,18 @@ TRAINING_DEFAULTS: Mapping[str, Constant] = {
     "rate": 0.001,
     "seed": 0,
     "validation": Percent(10),
+    "accumulate": 1,
+    "precision": "fp32",
     "measure_on_training_rows": False,
 }
 """Options of a training with a default; a trainer can have other defaults. `patience` has none:
 then it doesn't stop early."""
+
+BFLOAT16 = "bf16"
+"""The value of `precision` with products of matrices in bfloat16."""
+
+PRECISIONS = (TRAINING_DEFAULTS["precision"], BFLOAT16)
+"""Values of `precision`."""
 
 TRAINING_OPTIONS = (*TRAINING_DEFAULTS, "patience", "seeds")
 """Options of a training with a constant."""
@@ -615,6 +623,8 @@ class TrainedBasis(BasisMethod):
             fine, what = isinstance(value, bool), "`true` or `false`"
         elif name == "rate":
             fine, what = is_number and 0 < value < 1, "a number between 0 and 1"  # pyright: ignore
+        elif name == "precision":
+            fine, what = value in PRECISIONS, '"fp32" or "bf16", in quotes'
         elif name == "validation":
             fine, what = isinstance(value, Percent) and 0 <= value <= 50, "from 0% to 50%"
         else:
@@ -623,7 +633,13 @@ class TrainedBasis(BasisMethod):
             whole = isinstance(value, int) and not isinstance(value, bool)
             fine = whole and least <= value and (most is None or value <= most)  # pyright: ignore
             what = f"a whole number from {least} " + ("on" if most is None else f"to {most}")
-        others = {"patience": 3, "seeds": 5, "measure_on_training_rows": "true"}
+        others = {
+            "patience": 3,
+            "seeds": 5,
+            "accumulate": 4,
+            "precision": '"bf16"',
+            "measure_on_training_rows": "true",
+        }
         example = {**TRAINING_DEFAULTS, **others}[name]
         example = f"{example:g}%" if isinstance(example, Percent) else example
         return None if fine else (f"`{name}` is {what}", f"write `{name}: {example}`")

@@ -12,6 +12,7 @@ from mechdsl.dictionaries.folder import COVARIANCES, Architecture
 from mechdsl.program.direction_methods import Problem
 from mechdsl.program.spec import Constant
 from mechdsl.program.trainers import (
+    STEP_OPTIONS,
     DictionaryOutline,
     DictionaryTrainer,
     PairedTrainer,
@@ -67,7 +68,7 @@ class SizedTrainer(DictionaryTrainer):
     takes_any_size: ClassVar[bool] = False
     """Whether it may have more features than a vector has numbers."""
     defaults: ClassVar[Mapping[str, Constant]] = {"steps": 1000}
-    unused = ("batch", "rate", "patience")
+    unused = STEP_OPTIONS
     architecture: ClassVar[Architecture]
 
     def check_option(self, name: str, value: Constant | None) -> Problem | None:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from mechdsl.fits.vectors import ChannelScales, LowRankEdit, TrainedVectors
 
 
+STEP_OPTIONS = ("batch", "rate", "patience", "accumulate", "precision")
+"""Options of `fit` with a trainer that learns in steps, each on a batch."""
+
 Statement = Literal["basis", "direction", "group", "lens", "probe"]
 """First words of statements with `fit(…)`."""
 
@@ -80,6 +83,10 @@ class Trainer(ABC):
 
     def check(self, options: Mapping[str, Constant]) -> Problem | None:
         """Return the problem with the options together, or None; each is valid by itself."""
+        return None
+
+    def check_parts(self, options: Mapping[str, Constant]) -> Problem | None:
+        """Return the reason that the gradients of a batch can't be computed in parts, or None."""
         return None
 
 
@@ -208,7 +215,7 @@ class ProbeTrainer(Trainer):
 
     declares = "probe"
     defaults: ClassVar[Mapping[str, Constant]] = {"validation": Percent(20)}
-    unused = ("steps", "batch", "rate", "patience")
+    unused = ("steps", *STEP_OPTIONS)
     predicts: ClassVar[Literal["number", "class"]]
 
     @abstractmethod

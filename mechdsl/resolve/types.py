@@ -25,6 +25,7 @@ from mechdsl.dictionaries.labels import FeatureLabels
 from mechdsl.images.picture import Picture
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
+from mechdsl.program.basis_methods import BFLOAT16
 from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import Generation
@@ -319,6 +320,17 @@ class Training(Record):
         reconstructed, or that they are correlated with."""
         paired = None if self.paired is None else self.paired.point
         return (*self.inputs, paired or self.made)
+
+    @property
+    def manner(self) -> str:
+        """How its steps differ from the usual ones: `, in bf16 with weights in fp32, each step on 4
+        batches of 32`; empty for usual ones."""
+        text, count = "", self.options.get("accumulate", 1)
+        if self.options.get("precision") == BFLOAT16:
+            text += f", in {BFLOAT16} with weights in fp32"
+        if count != 1:
+            text += f", each step on {count:,} batches of {self.options['batch']:,}"
+        return text
 
     def trainer_of(self, kind: type[TrainerT]) -> TrainerT:
         """Return the trainer, which is of a kind."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mechdsl.fits.sparse_training import IDLE_STEPS
 from mechdsl.fits.training import (
     Diverged,
     NotFinite,
@@ -240,3 +241,75 @@ def test_components() -> None:
     spread = (new.double() - new.double().mean(0)).square().sum()
     expected = 1 - (shifted - made).square().sum() / spread
     assert components_explain(mixed, new, 2) == pytest.approx(float(expected), abs=1e-6)
+
+
+# --- batches in parts, and in 16 bits -------------------------------------------------------------
+
+SPLIT = ("topk", "relu", "jump_relu", "gated")
+"""Kinds whose loss is a mean over vectors."""
+
+
+def idle_from_the_start(one: Training, features: int) -> None:
+    """Let some features look as if they had never been active, though they are."""
+    memory = one.model.memory["last_active"]
+    memory[:features] = -IDLE_STEPS - STEPS
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_gradients_of_four_batches_are_those_of_one_that_is_four_times_as_large(kind: str) -> None:
+    """Also with features that only one of the parts finds active; the last part is smaller."""
+    steps = {}
+    for batch, accumulate in ((64, 1), (16, 4), (24, 3)):
+        one = training(
+            kind, Chunks(vectors(1), vectors(2, 70)), batch=batch, accumulate=accumulate, steps=20
+        )
+        with torch.no_grad():
+            one.model.parameters["W_enc"][:, 6:].mul_(0.01)  # seldom active
+        idle_from_the_start(one, 12)
+        one.run(lambda step: None)
+        steps[batch] = one
+    whole = steps[64]
+    for name, own in whole.model.weights().items():
+        assert torch.allclose(steps[16].model.weights()[name], own, atol=2e-5), name
+    for name, own in whole.model.memory.items():
+        assert torch.equal(steps[16].model.memory[name], own), name
+    assert not torch.allclose(steps[24].model.weights()["W_dec"], whole.model.weights()["W_dec"])
+
+
+def test_few_vectors_are_fewer_parts() -> None:
+    """With fewer vectors than a step takes, all of them are in each step."""
+    own = Fixed(vectors(1, 40))
+    parts, whole = (
+        training("topk", own, accumulate=9, steps=5),
+        training("topk", own, batch=40, steps=5),
+    )
+    for one in (parts, whole):
+        one.run(lambda step: None)
+    for name, expected in whole.model.weights().items():
+        assert torch.allclose(parts.model.weights()[name], expected, atol=2e-5), name
+
+
+@pytest.mark.parametrize("kind", SPARSITY)
+def test_steps_in_bfloat16_keep_weights_in_32_bits(kind: str) -> None:
+    """A first step changes weights as a loss does whose matrix products are rounded to 16 bits."""
+    mixed = training(kind, Fixed(vectors(1)), mixed_on="cpu", steps=1)
+    plain = training(kind, Fixed(vectors(1)), steps=1)
+    seen: list[torch.dtype] = []
+    real = mixed.model.loss
+
+    def loss(*given: Any) -> Tensor:
+        seen.append((torch.ones(1, 1) @ torch.ones(1, 1)).dtype)
+        return real(*given)
+
+    mixed.model.loss = loss  # pyright: ignore[reportAttributeAccessIssue]
+    for one in (mixed, plain):
+        one.run(lambda step: None)
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]  # before, a step, after
+    moments = mixed.capture().tensors
+    for name, own in mixed.model.parameters.items():
+        moment = moments[f"exp_avg {name}"]
+        expected = plain.capture().tensors[f"exp_avg {name}"]
+        assert own.dtype == moment.dtype == torch.float32
+        assert not torch.equal(moment, expected) or not expected.any(), name
+        apart = 0.2 if kind == "batch_topk" else 0.03  # other features may be active
+        assert (moment - expected).norm() <= apart * expected.norm(), name

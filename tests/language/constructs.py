@@ -474,7 +474,8 @@ _file(
     "`mechdsl fit FILE` or `mechdsl run --fit FILE` trains on the vectors of the named tokens. "
     '`kind` is "topk" (default), "batch_topk", "relu", "jump_relu" or "gated" (only `sae`); the '
     "first two take `k: 4`, the others `penalty: 0.1`. The options of `fit` are `prompts`, "
-    "`limit`, `steps` (4000), `batch` (512 vectors), `rate` (0.001), `seed` (that of the file), "
+    "`limit`, `steps` (4000), `batch` (512 vectors), `accumulate` (1 batch per step), `precision` "
+    '("fp32", or "bf16" for products of matrices), `rate` (0.001), `seed` (that of the file), '
     "`validation` (10% of the rows, which the training doesn't use), `patience` (none), "
     "`measure_on_training_rows` (false) and `seeds` (none). `seeds: 3` trains one for each of 3 "
     "successive seeds; rules sweep them along the axis `seed`, and tables end with their mean, "
@@ -530,7 +531,8 @@ _file(
     "`penalty` (0.02) makes activations sparse; `nmf` has nonnegative factors, and needs "
     "`mlp_hidden` of a model with ReLU. Rules use the basis like a dictionary; activations of a "
     "vector are nonnegative least squares with that penalty. The options of `fit` are those of a "
-    "trained dictionary without `batch`, `rate` and `patience`; `steps` is 1000 at most.",
+    "trained dictionary without `batch`, `accumulate`, `precision`, `rate` and `patience`; "
+    "`steps` is 1000 at most.",
     "tests/pipeline/test_trained_factors.py",
     "Ding, Li and Jordan 2010, doi 10.1109/TPAMI.2008.277",
 )
