@@ -310,7 +310,8 @@ def _run_pass(
             kept.embedded = result.reads[noised[0]].flatten(0, 2)
     reads = dict(result.reads)
     if within:  # separate from the activation cache, because both replace attention
-        last = max(read.layer for read in within if read.layer is not None)
+        # The encoder comes before all blocks of the decoder.
+        last = max(-1 if r.stack == "encoder" else r.layer for r in within if r.layer is not None)
         due = rules.below(last + 1, model.shape.n_layers)
         stopped = run_full(
             model, batch, stop=last + 1, writes=due.writes, reads=within, edges=due.edges

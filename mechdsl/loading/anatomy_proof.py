@@ -47,6 +47,7 @@ from mechdsl.loading.verify.checks import (
     PACKED_IDENTITY,
     PACKED_IMAGE_IDENTITY,
     add_attention_sites,
+    add_stack_attention,
     find_idle_sites,
     retry_with_one_prompt,
 )
@@ -643,6 +644,8 @@ def _finish_model(
         )
     if any(outcome.identity == ATTENTION_IDENTITY and outcome.passed for outcome in checks):
         model = add_attention_sites(model)
+        if model.shape.encodes_apart and {*STACK_SITES} <= model.others.keys():
+            model = add_stack_attention(model, build_sample(model))
     proved = replace(
         model,
         checks=checks,

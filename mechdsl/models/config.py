@@ -347,10 +347,10 @@ def _with_stacks(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
     return replace(shape, causal=True, others=found, starts=first)
 
 
-_CROSS_SITES = ("attn_norm", "q", "k", "v", "z", "head_out", "attn_out")
+_CROSS_SITES = ("attn_norm", "q", "k", "v", "scores", "pattern", "z", "head_out", "attn_out")
 
 _STACK_SITES: Mapping[str, tuple[str, ...]] = {
-    "encoder": tuple(name for name in SITES if name != "logits"),
+    "encoder": tuple(name for name in SITES if name not in ("logits", "q_rot", "k_rot")),
     "cross": _CROSS_SITES,
 }
 """The sites that each stack of an encoder-decoder can have."""

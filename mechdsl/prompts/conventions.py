@@ -206,7 +206,7 @@ def check_prompt_lengths(
 ) -> Iterator[Diagnostic]:
     """Yield E0511 for the first run that has prompts of more than `most` tokens."""
     for name, run in table.runs.items():
-        lengths = [len(row.ids) for row in run.rows]
+        lengths = [max(row.source, len(row.ids) - row.source) for row in run.rows]
         longer = sum(n > most for n in lengths)
         if longer:
             yield PromptTooLong(

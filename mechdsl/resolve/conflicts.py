@@ -292,7 +292,7 @@ def check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnostic
             what = f"`{verb}` {of}"
         elif rule.basis is not None:
             what = f"a basis {of}"
-        elif inside:
+        elif inside and rule.edge is None:
             what = f"`{inside[0]}` {of}"
         if what:
             yield NotSupported(span=said.span, what=what, later=ENCODER_DECODER_HINT)
@@ -323,7 +323,7 @@ def _is_inside_attention(site: str) -> bool:
 
 _IN_ENCODER_DECODERS = frozenset((
     "patch", "swap", "freeze", "ablate", "add", "set", "scale", "project out", "project onto",
-    "observe norm",
+    "block", "reweight", "set edge", "observe norm", "observe attention",
 ))  # fmt: skip
 """Rules and observations that act on the stacks of an encoder-decoder."""
 

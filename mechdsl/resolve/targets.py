@@ -22,6 +22,7 @@ from mechdsl.diagnostics.rules import (
     OverlappingPositions,
     UnpairedPositions,
 )
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import NO_REPLIES, check_token_counts, resolve_positions
@@ -52,7 +53,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import number_names, walk
-from mechdsl.vocab.sites import SITES, SiteKind
+from mechdsl.vocab.sites import SITES, STACK_SITES, SiteKind
 
 
 @dataclass(frozen=True)
@@ -704,8 +705,13 @@ def resolve_attention_sites(edge: ast.Edge, context: SiteContext) -> ResolvedSit
 
     Without a head axis, the points are all heads.
     """
-    pattern = SITES["pattern"]
+    stack = edge.stack.id if edge.stack is not None and edge.stack.id in STACK_SITES else ""
+    pattern = SITES[f"pattern {stack}" if stack else "pattern"]
     if edge.stack is not None and not check_stack(edge.stack, context):
+        return None, ()
+    if edge.heads is not None and context.shape.encodes_apart:
+        what, hint = "attention of named heads of an encoder-decoder", "write `layer 2 head 3`"
+        context.diagnostics.append(NotSupported(span=edge.heads.span, what=what, later=hint))
         return None, ()
     if not check_component(pattern, edge.span, context):
         return None, ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mechdsl.diagnostics.core import did_you_mean
@@ -35,7 +36,7 @@ from mechdsl.rules.kinds import rule_kind
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
 from mechdsl.vocab.metrics import METRICS
-from mechdsl.vocab.sites import EdgeChange
+from mechdsl.vocab.sites import STACK_SITES, EdgeChange
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,16 +124,22 @@ def resolve_edge(
     sites, axes = resolve_attention_sites(rule.edge, work.sites)
     for axis in axes:
         work.add_axis(axis)
-    both = sweeps_positions(rule.at, work) and sweeps_positions(rule.onto, work)
-    queries = resolve_base_positions(rule.at, work, "from_position" if both else "position")
-    keys = resolve_base_positions(rule.onto, work)
+    stack = "" if rule.edge.stack is None else rule.edge.stack.id
+    asking, asked = work.reading(sites), work.reading(sites)
+    if asked.side and stack in STACK_SITES:
+        asked = replace(asked, side="source")
+    both = sweeps_positions(rule.at, asking) and sweeps_positions(rule.onto, asked)
+    queries = resolve_base_positions(rule.at, asking, "from_position" if both else "position")
+    keys = resolve_base_positions(rule.onto, asked)
     sites, queries = fill_empty_picks(sites, queries, SitePoint("pattern", 0, None))
     if sites is None or queries is None or keys is None or does is None:
         return None
     if amounts is not None and not does.possible(rule, amounts, keys, work):
         return None
-    causal = work.sites.shape.causal and (
-        not work.sites.shape.stands_in or _measures_next_token(work)
+    causal = (
+        work.sites.shape.causal
+        and stack not in STACK_SITES
+        and (not work.sites.shape.stands_in or _measures_next_token(work))
     )
     known = not work.model.tokenizer.stands_in
     told = known or (is_found_by_text(rule.at, rule.onto) and not work.table.stands_in)

@@ -256,3 +256,63 @@ def zeroed(own: Place, tokens: Sequence[int]) -> Write:
 def grid(rows: Iterable[Iterable[float]]) -> Array:
     """[cell, prompt]."""
     return np.array([list(each) for each in rows])
+
+
+@contextmanager
+def weights_times(
+    family: str,
+    stack: str,
+    layer: int,
+    edges: Sequence[tuple[int, int, int]] = (),
+    factor: float = 0.0,
+    seen: list[Tensor] | None = None,
+) -> Generator[None]:
+    """Attention of one layer written out, from the projections of the bare model.
+
+    Args:
+        family: The family, which determines the scale and position biases of scores.
+        stack: `encoder`, `cross`, or empty for the decoder's own attention.
+        layer: The layer.
+        edges: (head, query, key) whose weights are multiplied; a query's sum to 1 again.
+        factor: The factor.
+        seen: Receives the weights, [head, query, key].
+    """
+    whole, site = model(family), f"z {stack}".strip()
+    of_t5 = family in ("t5", "mt5")
+    path, first = (
+        place(family, site, each).path.removesuffix(".o").removesuffix(".out_proj")
+        for each in (layer, 0)
+    )
+    module, found = whole.get_submodule(path), {}
+    handles: list[Any] = []
+    for name in "qkv":
+
+        def keep(_: Any, args: Any, result: Tensor, name: str = name) -> None:
+            found[name] = result[0].unflatten(-1, (HEADS, WIDTH)).transpose(0, 1)
+
+        part = module.get_submodule(name if of_t5 else f"{name}_proj")
+        handles.append(part.register_forward_hook(keep))
+
+    def instead(_: Any, args: Any) -> Any:
+        scores = found["q"] @ found["k"].transpose(-1, -2)
+        if not of_t5:
+            scores = scores * WIDTH**-0.5
+        elif stack != "cross":
+            scores = scores + whole.get_submodule(first).compute_bias(*scores.shape[-2:])[0]
+        if not stack:
+            scores = scores + torch.full(scores.shape[-2:], -torch.inf).triu(1)
+        weights = scores.softmax(-1)
+        for head, query, key in edges:
+            weights[head, query, key] *= factor
+        weights = weights / weights.sum(-1, keepdim=True)
+        if seen is not None:
+            seen.append(weights)
+        return ((weights @ found["v"]).transpose(0, 1).flatten(1)[None],)
+
+    output = module.get_submodule("o" if of_t5 else "out_proj")
+    handles.append(output.register_forward_pre_hook(instead))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

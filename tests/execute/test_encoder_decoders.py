@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from .encoder_decoders import (
     starts,
     text,
     tokenizer,
+    weights_times,
     zeroed,
 )
 from .support import (
@@ -326,6 +328,8 @@ ERRORS = {
     "for c in [v, z] { patch c cross layer 1 head * at last token }": "E0317",
     "path z layer 0 head 0 -> logits at last token": "E0108",
     "patch pattern layer 0 head 0 at last token": "E0108",
+    "block attention cross layer 0 from item token to last token": "E0316",
+    "allow attention encoder layer 0 from first token to last token": "E0108",
     "patch z encoder layer 0 head 0 at last token\n  generate 4": "E0108",
     "patch z encoder layer 0 head 0 at last token\n  using atp": "E0108",
     "patch z encoder layer 0 head 0 at last token\n  against random(5)": "E0108",
@@ -381,3 +385,82 @@ def test_row_key_depends_on_the_split_between_encoder_and_decoder() -> None:
         table = PromptTable("p", (0,), (1,), {"clean": run})
         keys.add(int(RunContents({"m": b"identity"}, "m", 0).of(run, table)[0]))
     assert len(keys) == 3
+
+
+def edges_of(stack: str, family: str, of: Text) -> tuple[int, tuple[int, ...]]:
+    """The query, and the keys: subject tokens, or the first token of the decoder."""
+    last = len(starts(family)) - 1
+    return (of.last if stack == "encoder" else last), ((0,) if not stack else of.subject)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stack", ["encoder", "cross", ""])
+@pytest.mark.parametrize(("verb", "factor"), [("block", 0.0), ("reweight", 2.5)])
+def test_attention_edges_equal_written_out_attention(
+    family: str, stack: str, verb: str, factor: float, tmp_path: Path
+) -> None:
+    if not stack and len(starts(family)) == 1:
+        pytest.skip("its decoder begins with one token, which has no other key")
+    keys = "subject tokens" if stack else "first token"
+    by = f" by {factor}" if factor else ""
+    line = f"{verb} attention {stack} layer * head * from last token to {keys}{by}"
+    found = values(family, tmp_path, "prompts p", " ".join(line.split()))
+    expected = []
+    for layer in range(ENCODER_LAYERS if stack == "encoder" else LAYERS):
+        for head in range(HEADS):
+            row = []
+            for record in ROWS:
+                base = text(record)
+                query, own = edges_of(stack, family, base)
+                edges = [(head, query, key) for key in own]
+                with weights_times(family, stack, layer, edges, factor):
+                    row.append(difference(logits(family, base), record))
+            expected.append(row - clean(family))
+    np.testing.assert_allclose(found, expected, atol=5e-4)
+    if stack:
+        assert np.abs(expected).max() > 0.02
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stack", ["encoder", "cross"])
+def test_observed_attention_equals_written_out_attention(
+    family: str, stack: str, tmp_path: Path
+) -> None:
+    line = f"observe attention {stack} layer * head * from last token to subject tokens"
+    lines = experiment("e", "prompts p", line)
+    found = run(family, lines, tmp_path)["e"].measures[0].patched
+    expected = []
+    for layer in range(ENCODER_LAYERS if stack == "encoder" else LAYERS):
+        seen: list[list[torch.Tensor]] = []
+        for record in ROWS:
+            base, weights = text(record), []
+            with weights_times(family, stack, layer, seen=weights):
+                written_out = logits(family, base)
+            np.testing.assert_allclose(written_out, logits(family, base), atol=1e-4)
+            query, keys = edges_of(stack, family, base)
+            seen.append([weights[0][head, query, list(keys)].sum() for head in range(HEADS)])
+        expected += [[float(each[head]) for each in seen] for head in range(HEADS)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_blocked_encoder_and_patched_cross_heads_act_together(tmp_path: Path) -> None:
+    lines = (
+        "prompts p",
+        "from other into clean",
+        "block attention encoder layers * heads * from last token to item tokens",
+        "block attention cross layer 1 head 0 from last token to subject tokens",
+        "patch v cross layer 2 head 1 at last token",
+    )
+    found = values("t5", tmp_path, *lines)[0]
+    expected = []
+    for record in ROWS:
+        base, source = text(record), text(record, "other")
+        write = copied("t5", source, place("t5", "v cross", 2, 1), [base.last], [source.last])
+        edges = [(head, base.last, key) for head in range(HEADS) for key in base.items]
+        with ExitStack() as stack:
+            for layer in range(ENCODER_LAYERS):
+                stack.enter_context(weights_times("t5", "encoder", layer, edges))
+            own = [(0, 0, key) for key in base.subject]
+            stack.enter_context(weights_times("t5", "cross", 1, own))
+            expected.append(difference(logits("t5", base, [write]), record))
+    np.testing.assert_allclose(found, expected - clean("t5"), atol=5e-4)

@@ -1026,7 +1026,8 @@ _site(
     "the decoder's attention to the encoder. Without one, the site is the decoder's. The encoder "
     "reads the prompt, and the decoder writes the answer after its first tokens, which its config "
     "names. At sites of `encoder`, and at `k cross` and `v cross`, positions are tokens of the "
-    "prompt. At other sites they are tokens of the decoder, and a measure reads its last one.",
+    "prompt. At other sites they are tokens of the decoder, and a measure reads its last one. "
+    "`attention cross …` and `attention encoder …` are edges of these stacks.",
     "tests/execute/test_encoder_decoders.py",
     ATTENTION,
 )

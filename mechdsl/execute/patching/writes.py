@@ -490,9 +490,10 @@ def build_edges(
         index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
         layer = np.array([p.layer for p in rule.point_table], dtype=np.int64)[point]
         unit = point_units(rule.point_table)[point]
+        site = rule.point_table[0].site
         for at in np.unique(layer):
             chosen = np.flatnonzero(layer == at)
-            again, head = expand_units(unit[chosen], unit_count(shape, "pattern", int(at)))
+            again, head = expand_units(unit[chosen], unit_count(shape, site, int(at)))
             chosen = chosen[again]
             row_of = row[index[chosen]]
             entry, key = rule.keys.tokens.expand(keys[row_of])
@@ -509,6 +510,7 @@ def build_edges(
                     torch.from_numpy(entry),
                     torch.from_numpy(key),
                     torch.from_numpy(rule.amounts[rows.cell[row_of]]),
+                    SITES[site].stack,
                 )
             )
     return found

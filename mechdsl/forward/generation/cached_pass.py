@@ -218,7 +218,7 @@ def store_keys(
     acting = _select_for_keys(acting.below(n_layers, n_layers), n_layers - 1)
     work = SiteHooks(model, tokens, acting.writes, (), n_layers, acting.edges)
     some = lineup if lineup is not None and lineup.shares else None
-    stop = None if acting.blocks or n_layers - 1 in work.within else n_layers - 1
+    stop = None if acting.blocks or ("", n_layers - 1) in work.within else n_layers - 1
     with (
         _apply_rules(model, work, tokens, kept, acting, SingleQueryAttention(kept)),
         _limit_rows(model, tokens, some, places),
@@ -299,7 +299,7 @@ def _open_attention(
         mine = kept.handed(call.layer, call.key, call.value)
         if kept.marked and not mine:
             raise ValueError(f"`{model.name}` transforms its cached keys")
-        layer = work.layer(call.layer, call.query)
+        layer = work.layer(call.place, call.query)
         if layer is None and newest and mine and (found := one.attend(call)) is not None:
             return found, None
         if layer is not None and layer.rotated.get("k_rot"):

@@ -245,7 +245,9 @@ def merge_writes(rules: RuleWrites, count: int) -> RuleWrites:
         ((each.where, (each.mode, each.values.shape[1]), each) for each in rules.writes),
         count,
     )
-    edges = _MergedWrites.of(((each.layer, each.change, each) for each in rules.edges), count)
+    edges = _MergedWrites.of(
+        (((each.stack, each.layer), each.change, each) for each in rules.edges), count
+    )
     return replace(
         rules,
         writes=[_concatenate_writes(joined.parts) for joined in writes],

@@ -126,6 +126,19 @@ def find_cross_attention(model: LoadedModel) -> frozenset[int]:
     return frozenset(id(model.module.get_submodule(path)) for path in paths)
 
 
+def find_encoder_attention(model: LoadedModel) -> Mapping[int, int]:
+    """Return the layer of each of an encoder's attention modules, by the module's id."""
+    if "encoder" not in model.others:
+        return {}
+    blocks = model.stack("encoder").anatomy.blocks
+    paths = {
+        path.rpartition(".")[0]: layer
+        for layer, block in enumerate(blocks)
+        for path in block.projections
+    }
+    return {id(model.module.get_submodule(path)): layer for path, layer in paths.items()}
+
+
 def get_own_attention(module: nn.Module, own: Mapping[int, str]) -> AttentionFunction:
     """Return the module's attention function; own: `list_implementations` before an exchange."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -546,6 +559,53 @@ def attend_full(
     return out.unflatten(0, (lanes, count))
 
 
+def attend_across(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    work: AttentionHooks,
+    *,
+    position_bias: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """Compute attention of a decoder to its encoder, with reads and writes within it.
+
+    Args:
+        query: [B, heads, T, d_head].
+        key: [B, key-value heads, S, d_head].
+        value: [B, key-value heads, S, d_head].
+        mask: The model's mask of keys.
+        work: Reads and writes within attention.
+        position_bias: Summand of scores.
+        arguments: Further arguments of the model's attention call.
+
+    Returns:
+        [B, T, heads, d_head].
+    """
+    lanes, _, count, _ = query.shape
+    flat = query.transpose(0, 1).flatten(1, 2), key.transpose(0, 1).flatten(1, 2)
+    how = AttentionMethod.of(*flat, False, False, work, arguments)
+    asking = np.arange(count)
+    group = AttentionGroup(
+        start=0,
+        lanes=DeviceIndex.of(np.arange(lanes), query.device),
+        rows=1,
+        columns=DeviceIndex.of(asking, query.device),
+        queries=DeviceIndex.of(asking, query.device),
+    )
+    work.prepared(lanes * count, query.shape[1], value)
+    asked = query.to(how.kind).unflatten(1, (-1, how.shared))[:, :, :, None]
+    scores = asked @ key.to(how.kind)[:, :, None, None].transpose(-1, -2) * how.scale
+    if how.cap is not None:
+        scores = scores.div(how.cap).tanh().mul(how.cap)
+    seen = add_bias(expand_query_mask(mask, count), position_bias)
+    scores = apply_mask(scores, seen, how.shared)
+    weights = _compute_weights(scores, group, how).to(value.dtype)
+    found = (weights @ value[:, :, None, None])[:, :, :, 0]
+    return found.flatten(1, 2).transpose(1, 2)
+
+
 def _add_distances(
     scores: Tensor,
     distances: DistanceScores,
@@ -599,6 +659,8 @@ class AttentionCall:
     """Index of the running block; -1 before the first one."""
     across: bool
     """Whether a decoder attends to its encoder."""
+    place: tuple[str, int]
+    """The stack of the attention, empty for the main one, and the layer in it."""
     module: nn.Module
     query: Tensor
     """[B, heads, T, d_head]; keys and values [B, key-value heads, T, d_head]."""
@@ -661,6 +723,7 @@ def replace_block_attention(
 ) -> Generator[None]:
     """Replace the model's attention; masks are explicit if `masked`, else omitted."""
     own, crossing = list_implementations(model), find_cross_attention(model)
+    encoding = find_encoder_attention(model)
 
     def function(
         module: nn.Module,
@@ -670,10 +733,12 @@ def replace_block_attention(
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        across = id(module) in crossing
-        return attention(
-            AttentionCall(running(), across, module, query, key, value, attention_mask, kwargs, own)
-        )
+        across, layer = id(module) in crossing, running()
+        place = "cross" if across else "", layer
+        if id(module) in encoding:
+            place = "encoder", encoding[id(module)]
+        where = layer, across, place, module
+        return attention(AttentionCall(*where, query, key, value, attention_mask, kwargs, own))
 
     with _track_block(model) as running, exchange_attention(model, function, masked=masked):
         yield

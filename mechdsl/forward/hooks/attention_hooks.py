@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.forward.hooks.batch import (
+    Batch,
     DeviceIndex,
     EdgeWrite,
     SiteWrite,
@@ -335,7 +336,7 @@ def build_attention_hooks(
     )
     for write in writes:
         rows, positions = write.rows, write.positions
-        first, second, there = frame.locate(write.site, layer, "", rows, positions)
+        first, second, there = frame.locate(write.site, layer, write.stack, rows, positions)
         token, head = (first * tokens + second)[there].cpu(), write.units[there].cpu()
         index = torch.nonzero(there)[:, 0]
         values = write.values[to_device(index, write.values.device)]
@@ -359,11 +360,16 @@ def build_attention_hooks(
     return work
 
 
+def keys_of(frame: TokenFrame, stack: str) -> TokenFrame:
+    """Return the tokens that attention of a stack attends to."""
+    return frame.of_site("k", stack) if isinstance(frame, Batch) else frame
+
+
 def _build_edge_change(
     edge: EdgeWrite, layer: int, frame: TokenFrame, tokens: int
 ) -> _AttentionChange:
     """Build the change of an edge's pattern; see `build_attention_hooks` for the arguments."""
-    first, second, there = frame.locate("pattern", layer, "", edge.rows, edge.queries)
+    first, second, there = frame.locate("pattern", layer, edge.stack, edge.rows, edge.queries)
     if not bool(there.all()):  # some queries are irrelevant to measures
         edge = edge.some(there.cpu())
         first, second = first[there], second[there]
@@ -372,7 +378,7 @@ def _build_edge_change(
         edge.heads.cpu(),
         edge.change,
         edge.entries.cpu(),
-        frame.columns(edge.rows[edge.entries], edge.keys).cpu(),
+        keys_of(frame, edge.stack).columns(edge.rows[edge.entries], edge.keys).cpu(),
         edge.amounts.cpu(),
     )
 
@@ -422,9 +428,9 @@ def _change_scores(
             return new, None if sink is None else sink.masked_fill(alone, gone)
 
 
-def group_by_layer(edges: Sequence[EdgeWrite]) -> Mapping[int, list[EdgeWrite]]:
-    """Group edges by layer, in order."""
-    found: dict[int, list[EdgeWrite]] = defaultdict(list)
+def group_by_layer(edges: Sequence[EdgeWrite]) -> Mapping[tuple[str, int], list[EdgeWrite]]:
+    """Group edges by stack and layer, in order."""
+    found: dict[tuple[str, int], list[EdgeWrite]] = defaultdict(list)
     for edge in edges:
-        found[edge.layer].append(edge)
+        found[edge.stack, edge.layer].append(edge)
     return found

@@ -238,8 +238,8 @@ class Batch:
 
     @property
     def key_width(self) -> int:
-        """Number of columns."""
-        return int(self.ids.shape[1])
+        """Number of columns; in a decoder after `behind`, those of its encoder are added."""
+        return int(self.ids.shape[1]) - int(self.starts.clamp(max=0).amin())
 
     def lengths_of(self, site: str, stack: str) -> Tensor:
         """Return [row] long: number of tokens that a site has vectors for."""
@@ -515,6 +515,8 @@ class EdgeWrite:
     """… and [E] long, the key's position in the unpadded prompt."""
     amounts: Tensor
     """[K]"""
+    stack: str = ""
+    """Name of the stack; the main one's is empty."""
 
     def moved(self, rows: Tensor) -> EdgeWrite:
         """Renumber rows: row i becomes row `rows[i]`."""
@@ -608,7 +610,7 @@ class RuleWrites:
         return replace(
             self,
             writes=[write for write in self.writes if runs(write.site, write.layer)],
-            edges=[edge for edge in self.edges if edge.layer < stop],
+            edges=[e for e in self.edges if e.layer < stop or e.stack == "encoder"],
         )
 
     def numbered(self, batch: Batch) -> Batch:

@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdsl.forward.hooks.attention import AttentionCall, attend_full, replace_block_attention
+from mechdsl.forward.hooks.attention import (
+    AttentionCall,
+    attend_across,
+    attend_full,
+    replace_block_attention,
+)
 from mechdsl.forward.hooks.attention_hooks import (
     AttentionHooks,
     build_attention_hooks,
     group_by_layer,
+    keys_of,
 )
 from mechdsl.forward.hooks.batch import (
     Batch,
@@ -482,7 +488,7 @@ class SiteHooks:
         unembedding."""
         self._edges = group_by_layer(edges)
         self.within = self._within()
-        self._layers: dict[int, AttentionHooks] = {}
+        self._layers: dict[tuple[str, int], AttentionHooks] = {}
         self._plan()
 
     # --- planning -----------------------------------------------------------------------------
@@ -518,7 +524,7 @@ class SiteHooks:
             need = "needs a layer" if kind.has_layer else "has no layers"
             raise ValueError(f"`{where.site}` {need}")
         if where.site in ATTENTION_INTERNAL_SITES:
-            if where.stack or not self.model.shape.has(where.site, where.layer):
+            if not self.model.stack(where.stack).shape.has(where.site, where.layer):
                 raise ValueError(f"`{self.model.name}` has no {where.quoted}")
         elif where.site != "logits" or where.stack:
             self.model.tap(where.site, where.layer, where.stack)
@@ -613,7 +619,7 @@ class SiteHooks:
         if where.site == "router":
             return 1, self.model.stack(where.stack).shape.n_experts
         if where.site in ATTENTION_INTERNAL_SITES:
-            shape = self.model.shape
+            shape = self.model.stack(where.stack).shape
             keys = SITES[where.site].width == "key"
             each = 0 if keys else vector_width(shape, where.site, where.layer)
             return unit_count(shape, where.site, where.layer), each
@@ -627,52 +633,60 @@ class SiteHooks:
             if place.write.mode != "add" and bool((spots.sort().values.diff() == 0).any()):
                 raise ValueError(f"a vector of {where.quoted} is written twice in one write")
 
-    def _within(self) -> frozenset[int]:
-        """Return the layers with reads or writes within attention."""
-        found: set[int] = set()
+    def _within(self) -> frozenset[tuple[str, int]]:
+        """Return the stacks and layers with reads or writes within attention."""
+        found: set[tuple[str, int]] = set()
         for write in self._writes:
             if write.site in ATTENTION_INTERNAL_SITES and write.layer is not None:
-                self._note(found, write.site, write.layer, write.rows, write.positions)
-        for layer, edges in self._edges.items():
+                place = write.stack, write.layer
+                self._note(found, write.site, place, write.rows, write.positions)
+        for place, edges in self._edges.items():
             for edge in edges:
-                self._note(found, "pattern", layer, edge.rows, edge.queries)
-        read = {read.layer for read in self._reads if read.site in ATTENTION_INTERNAL_SITES}
-        found |= {layer for layer in read if layer is not None}
+                self._note(found, "pattern", place, edge.rows, edge.queries)
+        read = [read for read in self._reads if read.site in ATTENTION_INTERNAL_SITES]
+        found |= {(each.stack, each.layer) for each in read if each.layer is not None}
         return frozenset(found)
 
     def _note(
-        self, found: set[int], site: str, layer: int, rows: Tensor, positions: Tensor
+        self,
+        found: set[tuple[str, int]],
+        site: str,
+        place: tuple[str, int],
+        rows: Tensor,
+        positions: Tensor,
     ) -> None:
         """Add a layer if any of the positions is relevant to a measure."""
-        if bool(self.frame.locate(site, layer, "", rows, positions)[2].any()):
-            found.add(layer)
+        stack, layer = place
+        if bool(self.frame.locate(site, layer, stack, rows, positions)[2].any()):
+            found.add(place)
 
-    def layer(self, layer: int, query: Tensor) -> AttentionHooks | None:
+    def layer(self, place: tuple[str, int], query: Tensor) -> AttentionHooks | None:
         """Start the reads and writes within the attention of a layer; None if there are none.
 
         Attention of a layer must run only once.
 
         Args:
+            place: The stack and its layer.
             query: [B, heads, T, d_head], whose tokens are counted row by row.
         """
-        if layer not in self.within:
+        stack, layer = place
+        if place not in self.within:
             return None
-        if layer in self._layers:
+        if place in self._layers:
             raise WriteMismatch(f"attention of layer {layer} ran twice in one run")
-        writes = [
-            w for w in self._writes if w.layer == layer and w.site in ATTENTION_INTERNAL_SITES
-        ]
-        self._layers[layer] = build_attention_hooks(
+        inside = [w for w in self._writes if w.site in ATTENTION_INTERNAL_SITES]
+        keys = keys_of(self.frame, stack)
+        self._layers[place] = build_attention_hooks(
             layer,
             self.frame,
             int(query.shape[2]),
-            self.frame.lane_starts,
-            self.frame.key_width,
-            writes=writes,
-            edges=self._edges.get(layer, ()),
-            reads=[read.site for read in self._reads if read.layer == layer],
+            keys.lane_starts,
+            keys.key_width,
+            writes=[w for w in inside if (w.stack, w.layer) == place],
+            edges=self._edges.get(place, ()),
+            reads=[read.site for read in self._reads if (read.stack, read.layer) == place],
         )
-        return self._layers[layer]
+        return self._layers[place]
 
     def _add_site(self, where: SiteRead, places: list[PlacedWrite], read: bool) -> None:
         reads = [where] if read else []
@@ -833,8 +847,8 @@ class SiteHooks:
 
     def check(self) -> None:
         """Check that every write happened exactly once for every row, and every read once."""
-        for layer in self.within:
-            self._check_within(layer)
+        for place in self.within:
+            self._check_within(place)
         counted = zip(self._writes, self._sites.applied, self._wanted, strict=True)
         for write, applied, wanted in counted:
             if write.site in ATTENTION_INTERNAL_SITES:
@@ -846,9 +860,9 @@ class SiteHooks:
             if read not in self.found:
                 raise ReadMismatch(f"{read.quoted} was not passed")
 
-    def _check_within(self, layer: int) -> None:
+    def _check_within(self, place: tuple[str, int]) -> None:
         """Check that attention ran and all of its writes happened; adds its reads to the others."""
-        work = self._layers.get(layer)
+        work, (stack, layer) = self._layers.get(place), place
         if work is None:
             raise WriteMismatch(f"attention of layer {layer} was not passed")
         if work.done != work.due:
@@ -857,7 +871,7 @@ class SiteHooks:
                 f"{work.done} were"
             )
         for site, found in work.found.items():
-            self.found[SiteRead(site, layer)] = found.unflatten(0, (self.frame.leading, -1))
+            self.found[SiteRead(site, layer, stack)] = found.unflatten(0, (self.frame.leading, -1))
 
 
 def find_entrance(model: LoadedModel, layer: int) -> tuple[str, HookSide, int]:
@@ -984,11 +998,12 @@ def open_attention(model: LoadedModel, work: SiteHooks) -> Generator[None]:
         return
 
     def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        layer = None if call.across else work.layer(call.layer, call.query)
+        layer = work.layer(call.place, call.query)
         if layer is None:
             return call.unchanged()
-        query, key, value = call.query, call.key, call.value
-        return attend_full(query, key, value, call.mask, layer, **call.arguments), None
+        given = call.query, call.key, call.value, call.mask, layer
+        attend = attend_across if call.across else attend_full
+        return attend(*given, **call.arguments), None
 
     with replace_block_attention(model, attention, masked=True):
         yield

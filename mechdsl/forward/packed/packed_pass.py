@@ -854,7 +854,7 @@ class _PackedRun:
             out,
             causal=self.frame.causal,
             masks=self.masks,
-            work=self.sites.layer(layer, query),
+            work=self.sites.layer(("", layer), query),
             **given.arguments,
         )
         return out[None], None

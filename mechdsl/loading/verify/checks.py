@@ -621,6 +621,42 @@ def add_attention_sites(model: LoadedModel) -> LoadedModel:
     )
 
 
+STACK_ATTENTION_SITES = frozenset({"scores", "pattern"})
+"""Sites within attention of the stacks of an encoder-decoder."""
+
+_STACK_ATTENTION_ERROR = 1e-4
+"""Largest difference of logits, relative to the largest one, while attention is computed
+explicitly."""
+
+
+def add_stack_attention(model: LoadedModel, batch: Batch) -> LoadedModel:
+    """Add the sites within attention to the stacks of an encoder-decoder.
+
+    The model is unchanged if attention, computed explicitly there, changes the output of the batch.
+    """
+    others = {
+        stack: replace(own, shape=replace(own.shape, sites=own.shape.sites | STACK_ATTENTION_SITES))
+        for stack, own in model.others.items()
+    }
+    shapes = {stack: own.shape for stack, own in others.items()}
+    found = replace(model, others=others, shape=replace(model.shape, others=shapes))
+    reads = [
+        SiteRead("pattern", layer, stack)
+        for stack, own in others.items()
+        for layer in own.anatomy.layers("z")
+    ]
+    real = batch.mask.bool()
+    try:
+        plain, explicit = (run_full(found, batch, reads=each).logits for each in ((), reads))
+    except Exception:  # an unknown attention implementation may raise anything
+        return model
+    assert plain is not None
+    assert explicit is not None
+    off = (explicit - plain)[real].abs().amax() / plain[real].abs().amax()
+    most = max(_STACK_ATTENTION_ERROR, 8 * torch.finfo(model.dtype).eps)
+    return found if bool(off <= most) else model
+
+
 PACKED_IDENTITY = "rows restarted at a block and token = full forward passes"
 """An identity that a model may break; every row is then a full pass."""
 

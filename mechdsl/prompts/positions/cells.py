@@ -570,7 +570,7 @@ class _OneSide:
     def moved(self, cell: PositionCell) -> PositionCell:
         """Return a cell with its tokens counted from the encoder's first one."""
         if self.side == "source":
-            return cell
+            return replace(cell, follows="")  # the decoder writes the reply
         starts = (row.source for row in self.whole.runs[self.run].rows)
         hits = tuple(
             tuple(tuple(start + token for token in tokens) for tokens in row)
