@@ -21,7 +21,7 @@ from mechdsl.fits.components import median_kurtosis
 from mechdsl.fits.correlations import pair_components
 from mechdsl.fits.factors import NotFactored
 from mechdsl.fits.mixtures import fit_mixture, shuffle_axes
-from mechdsl.fits.training import TrainingState, assess, principal_axes
+from mechdsl.fits.training import TrainingState, principal_axes
 from mechdsl.program.trainers import PairedTrainer
 from mechdsl.resolve.types import TrainedDictionary
 
@@ -44,7 +44,7 @@ def train_components(
         random = writer.load(writer.write(job.folder, untrained.tensors)).encode(measured)
         system = writer.load(writer.write(job.folder, trained.tensors))
         coordinates = system.encode(measured)
-        explained = assess(coordinates, system.reconstruct(measured), measured).explained
+        explained = writer.assess(job.folder, (measured, measured)).explained
         center, axes = principal_axes(own, declared.features)
         principal = (measured.double() - center) @ axes.T
     report = IndependenceReport(
@@ -142,13 +142,10 @@ def train_correlated(
     components = pair_components(own, other, declared.features)
     job.on_step(steps, steps)
     writer, solution = DictionaryWriter.of_solution(declared, job), pair.solution(own)
-    with torch.no_grad():
-        system = writer.load(writer.write(job.folder, solution.tensors))
-        coordinates = system.encode(measured[0])
-        explained = assess(coordinates, system.reconstruct(measured[0]), measured[0]).explained
+    folder = writer.write(job.folder, solution.tensors)
     report = CorrelationReport(
         **report_amounts(vectors, TrainingState(), solution, len(held_out[0])),
-        explained=explained,
+        explained=writer.assess(folder, (measured[0], measured[0])).explained,
         correlations=tuple(pair.correlate(*measured).tolist()),
         training=float(pair.correlate(own, other).mean()),
         shuffled=float(shuffled.correlate(*measured).mean()),

@@ -362,10 +362,7 @@ class DictionaryWriter:
     def assess(self, folder: Path, measured: tuple[Tensor, Tensor]) -> Fit:
         """Assess a written dictionary, as rules will read it."""
         system = self.load(folder)
-        inputs, targets = measured
-        with torch.no_grad():
-            features = system.encode(inputs, None)
-            return assess(features, system.reconstruct(inputs), targets)
+        return assess(lambda own: (system.encode(own), system.reconstruct(own)), *measured)
 
 
 def hook_name(point: SitePoint) -> str | None:

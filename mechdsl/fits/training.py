@@ -23,6 +23,9 @@ from mechdsl.base.text import count_noun
 EVALUATIONS = 20
 """How often the loss on held-out vectors is computed during a training."""
 
+MOST_ASSESSED = 1024
+"""Largest number of vectors whose features are in memory at once after a training."""
+
 DECAY = 0.2
 """Share of the steps, at the end, in which the learning rate falls to 0."""
 
@@ -292,9 +295,13 @@ class Training:
 
     @torch.no_grad()
     def _loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> float:
-        """Return the loss of vectors or rows, and leave the model as it is."""
+        """Return the loss of vectors or rows, a batch at a time, and leave the model as it is."""
         memory = {name: own.clone() for name, own in self.model.memory.items()}
-        loss = float(self.model.loss(inputs, targets, step, progress))
+        parts = (own.split(self.settings.batch) for own in (inputs, targets))
+        loss = 0.0
+        for own, wanted in zip(*parts, strict=True):
+            part = float(self.model.loss(own, wanted, step, progress))
+            loss += part if len(own) == len(inputs) else part * len(own) / len(inputs)
         for name, own in self.model.memory.items():
             own.copy_(memory[name])
         return loss
@@ -382,24 +389,53 @@ class Fit:
 
 
 @torch.no_grad()
-def assess(features: Tensor, made: Tensor, targets: Tensor) -> Fit:
-    """Assess reconstructions.
+def assess(
+    compute: Callable[[Tensor], tuple[Tensor, Tensor]], inputs: Tensor, targets: Tensor
+) -> Fit:
+    """Assess reconstructions, of `MOST_ASSESSED` vectors at a time.
 
     Args:
-        features: [vector, feature].
-        made: [vector, width] reconstructions of `targets`.
+        compute: Returns features, [vector, feature], and reconstructions, [vector, width], of
+            some of the inputs.
+        inputs: [vector, width].
+        targets: [vector, width] what is reconstructed.
     """
-    spread = (targets - targets.mean(0)).double().square().sum()
-    error = (targets - made).double().square().sum()
-    active = features != 0
-    explained = float(1 - error / spread) if float(spread) > 0 else math.nan
-    return Fit(explained, float(active.sum(1).double().mean()), int((~active.any(0)).sum()))
+    center = targets.mean(0)
+    spread = error = count = 0.0
+    seen: Tensor | None = None
+    parts = (own.split(MOST_ASSESSED) for own in (inputs, targets))
+    for own, wanted in zip(*parts, strict=True):
+        features, made = compute(own)
+        spread += float((wanted - center).double().square().sum())
+        error += float((wanted - made).double().square().sum())
+        active = features != 0
+        count += int(active.sum())
+        seen = active.any(0) if seen is None else seen | active.any(0)
+    explained = 1 - error / spread if spread > 0 else math.nan
+    inactive = 0 if seen is None else int((~seen).sum())
+    return Fit(explained, count / len(inputs) if len(inputs) else math.nan, inactive)
 
 
 def principal_axes(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return [width] the mean of vectors, and [count, width] their first principal axes."""
-    center = vectors.double().mean(0)
-    return center, torch.linalg.svd(vectors.double() - center, full_matrices=False)[2][:count]
+    """Return [width] the mean of vectors, and [count, width] their first principal axes.
+
+    Of many vectors, no copy in 64 bits is made: the axes are those of their covariance.
+    """
+    center = _mean(vectors)
+    if len(vectors) <= vectors.shape[1]:
+        shifted = vectors.double() - center
+        return center, torch.linalg.svd(shifted, full_matrices=False)[2][:count]
+    products = torch.zeros(len(center), len(center), dtype=center.dtype, device=center.device)
+    for part in vectors.split(MOST_ASSESSED):
+        shifted = part.double() - center
+        products += shifted.T @ shifted
+    return center, torch.linalg.eigh(products)[1].flip(1).T[:count].contiguous()
+
+
+def _mean(vectors: Tensor) -> Tensor:
+    """Return [width] the mean of vectors in 64 bits, without a copy of all of them."""
+    parts = [part.double().sum(0) for part in vectors.split(MOST_ASSESSED)]
+    return torch.stack(parts).sum(0) / len(vectors)
 
 
 def components_explain(trained_on: Tensor, targets: Tensor, count: int) -> float:
@@ -410,7 +446,10 @@ def components_explain(trained_on: Tensor, targets: Tensor, count: int) -> float
         count: Number of components.
     """
     center, axes = principal_axes(trained_on, count)
-    shifted = targets.double() - center
-    made = shifted @ axes.T @ axes
-    spread = (targets.double() - targets.double().mean(0)).square().sum()
-    return float(1 - (shifted - made).square().sum() / spread) if float(spread) else math.nan
+    own_center = _mean(targets)
+    spread = rest = 0.0
+    for part in targets.split(MOST_ASSESSED):
+        shifted = part.double() - center
+        rest += float((shifted - shifted @ axes.T @ axes).square().sum())
+        spread += float((part.double() - own_center).square().sum())
+    return 1 - rest / spread if spread else math.nan

@@ -40,6 +40,9 @@ GATHERED_BYTES = 1 << 30
 HELD_OUT_VECTORS = 1 << 16
 """Largest number of held-out vectors, of all layers of a lens together."""
 
+MOST_ASSESSED = 1024
+"""`MOST_ASSESSED` of `mechdsl.fits.training`, which imports torch."""
+
 RANDOM_CONTROLS = 8
 """Random vectors that a trained vector is compared with, and random choices of sites of a mask."""
 
@@ -166,7 +169,7 @@ def _vectors_cost(name: str, made: OnVectors, shape: ModelShape) -> TrainingCost
         + in_memory * sizes.once
     )
     memory = FLOAT * ((in_memory + tested) * sizes.vector + 4 * sizes.weights)
-    memory += FLOAT * max(seen, tested) * sizes.kept
+    memory += FLOAT * max(seen, min(tested, MOST_ASSESSED)) * sizes.kept
     cost = Cost(forwards=passes.forwards, tokens=passes.tokens, multiply_adds=passes.multiply_adds)
     cost += Cost(multiply_adds=adds)
     return TrainingCost(name, rows - held_out, held_out, steps, cost, int(memory), shape.n_layers)
@@ -186,7 +189,7 @@ def _decoder_cost(
     every = min(batch * int(training.options["accumulate"]), trained)
     adds = 2 * (steps * every * sizes.step + 2 * held_out * sizes.products)
     memory = directions * (made.width_in + sizes.vector) + 4 * sizes.weights
-    memory += max(seen, held_out) * sizes.kept
+    memory += max(seen, min(held_out, MOST_ASSESSED)) * sizes.kept
     cost = Cost(multiply_adds=adds)
     return TrainingCost(name, trained, held_out, steps, cost, FLOAT * memory, shape.n_layers)
 
@@ -240,10 +243,11 @@ def _sizes(made: OnVectors, training: Training, shape: ModelShape) -> _Sizes:
 
 
 def _sizes_of_solution(made: TrainedDictionary, trainer: SolvedTrainer | PairedTrainer) -> _Sizes:
-    """Return the sizes of a dictionary that is computed from all vectors together, in 64 bits: four
+    """Return the sizes of a dictionary that is computed from all vectors together, in 64 bits: some
     copies of the vectors and two of their coordinates."""
     width, count = made.width_in, made.features
-    vector, weights = 9 * width + 4 * count, 2 * width * count
+    copies = trainer.copies if isinstance(trainer, SolvedTrainer) else SolvedTrainer.copies
+    vector, weights = (1 + 2 * copies) * width + 4 * count, 2 * width * count
     decomposition = SVD_PRODUCTS * width * width
     if isinstance(trainer, PairedTrainer):  # both sets of vectors, also shuffled
         return _Sizes(2 * vector, 2 * weights, 2 * weights, 0, once=4 * decomposition)

@@ -110,6 +110,7 @@ class NonnegativeTrainer(FactorTrainer):
     """
 
     example = "nmf(factors: 8)"
+    copies = 1
     package = "scikit-learn"
 
     def check_site(self, site: str, width: int, options: Mapping[str, Constant]) -> Problem | None:

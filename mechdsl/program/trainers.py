@@ -147,6 +147,8 @@ class SolvedTrainer(DictionaryTrainer):
     measured: ClassVar[Literal["features", "independence", "likelihood"]] = "features"
     """What its table says: how well its features reconstruct vectors, how independent they are, or
     how likely vectors are."""
+    copies: ClassVar[int] = 4
+    """Copies of the vectors, in 64 bits, that the computation has in memory."""
 
     @abstractmethod
     def solve(

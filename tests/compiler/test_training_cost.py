@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mechdsl
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import check_source
-from mechdsl.execute import component_training, training
+from mechdsl.execute import component_training, probe_training, training, training_vectors
 from mechdsl.execute.patching import differentiated_run
 from mechdsl.fits import mixtures
+from mechdsl.fits import training as fits_training
 from mechdsl.fits.training import Training
-from mechdsl.pipeline.trained_files import list_training_costs
-from mechdsl.planner.training_cost import MIXTURE_STARTS, TrainingCost
+from mechdsl.pipeline.trained_files import fits_of_file, list_training_costs
+from mechdsl.planner.training_cost import MIXTURE_STARTS, MOST_ASSESSED, TrainingCost
+
+from ..memory import LiveTensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 
@@ -68,13 +69,24 @@ DECLARED = {
     "semi_nmf": f"basis b = fit(semi_nmf(factors: 32), {ON_ALL}) at resid_post layer 1 at tokens *",
     "ica": f"basis b = fit(ica(components: 32), {ON_ALL}) at resid_post layer 1 at tokens *",
     "mixture": f"basis b = fit(mixture(components: 8), {ON_ALL}) at resid_post layer 1 at tokens *",
+    "nmf": f"basis b = fit(nmf(factors: 32), {ON_ALL}) at mlp_hidden layer 1 at tokens *",
+    "cca": f"basis b = fit(cca(components: 8), {ON_ALL}, with: resid_post layer 0) at resid_post "
+    "layer 2 at tokens *",
+    **{
+        name: f"probe b = fit({name}, prompts: fruit.train, limit: 40, target: {target}) at "
+        "resid_post layer * at last token"
+        for name, target in (("ridge", "count"), ("logistic", '"{count}"'))
+    },
 }
-SOLVED = ("semi_nmf", "ica", "mixture")
+PROBES = ("ridge", "logistic")
+SOLVED = ("semi_nmf", "ica", "mixture", "nmf", "cca", *PROBES)
+"""Solved from all vectors together, without steps."""
 ON_VECTORS = ("sae", "lens", *SOLVED)
 
 RULES = {
     **dict.fromkeys(SOLVED, "ablate feature 0 of b at last token with zero"),
-    "mixture": "observe features of b at last token",
+    **dict.fromkeys(("mixture", "cca"), "observe features of b at last token"),
+    **dict.fromkeys(PROBES, "observe probe(b) at resid_post layer 2 at last token"),
     "scales": "scale z layer 1 head 0 at last token by b",
     "lens": "observe tuned_lens(b) at resid_post layer * at last token",
     "dims": "patch b at last token",
@@ -151,47 +163,33 @@ def test_price_of_memory_is_within_a_factor_of_two(
     assert largest / 2 < price(path).memory < 2 * largest
 
 
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors and arrays that are made while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self._there: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        made = func(*args, **(kwargs or {}))
-        for own in made if isinstance(made, tuple) else (made,):
-            if isinstance(own, Tensor):
-                storage = own.untyped_storage()
-                self._there[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._there = {key: own for key, own in self._there.items() if not own[0].expired()}
-        tensors = sum(size for _, size in self._there.values())
-        self.largest = max(self.largest, tensors + tracemalloc.get_traced_memory()[0])
-        return made
-
-
-@pytest.mark.parametrize("name", SOLVED)
+@pytest.mark.parametrize("name", [name for name in SOLVED if name not in PROBES])
 def test_price_of_memory_of_a_solution_is_within_a_factor_of_two(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Vectors and their copies in 64 bits."""
     pytest.importorskip("sklearn.decomposition")
     path = write(tmp_path, name, DECLARED[name].replace("limit: 40", "limit: 400"))
-    live, solve = LiveTensors(), training.solve_twice
-    vectors = 0
+    live, vectors = LiveTensors(), 0
+    function = "train_correlated" if name == "cca" else "solve_twice"
+    solve, read_rows = getattr(component_training, function), training_vectors.read_rows
 
     def counted(declared: Any, rows: Any, job: Any) -> Any:
         nonlocal vectors
-        vectors = rows.chunk(0)[0].nbytes + rows.held_out()[0].nbytes
+        every = {id(own): own.nbytes for own in (*rows.chunk(0), *rows.held_out())}
+        vectors = sum(every.values())
         tracemalloc.start()
         with live:
             return solve(declared, rows, job)
 
+    def read_nonnegative(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        found = read_rows(*given, **options)[0].abs()
+        return found, found
+
+    if name == "nmf":  # the model has no ReLU
+        monkeypatch.setattr(training_vectors, "read_rows", read_nonnegative)
     for module in (training, component_training):
-        monkeypatch.setattr(module, "solve_twice", counted)
+        monkeypatch.setattr(module, function, counted, raising=module is component_training)
     try:
         mechdsl.fit(path, store=tmp_path / "store")
     finally:
@@ -199,11 +197,44 @@ def test_price_of_memory_of_a_solution_is_within_a_factor_of_two(
     assert (live.largest + vectors) / 2 < price(path).memory < 2 * (live.largest + vectors)
 
 
+@pytest.mark.parametrize("name", PROBES)
+def test_price_of_a_probe_has_one_pass_and_the_memory_of_decompositions(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors of all layers, and for one of them arrays in 64 bits."""
+    costs, largest, real = [], 0, probe_training.ProbeRows.fit
+
+    def fit(*given: Any) -> Any:
+        tracemalloc.start()
+        found = real(*given)
+        nonlocal largest
+        largest = max(largest, tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        return found
+
+    monkeypatch.setattr(probe_training.ProbeRows, "fit", fit)
+    for limit in (40, 80):
+        path = write(tmp_path, name, DECLARED[name].replace("limit: 40", f"limit: {limit}"))
+        checked = check_source(Source(path.read_text("utf-8"), path))
+        ((found,), (declared,)) = list_training_costs(checked), fits_of_file(checked).values()
+        shape = declared.experiment.model.shape
+        rows = declared.training.sample.run.rows
+        tokens = sum(len(row.ids) for row in rows)
+        assert found.cost.tokens == tokens * shape.n_layers  # through every block
+        assert (found.rows + found.held_out, found.cost.backwards) == (len(rows), 0)
+        assert found.cost.multiply_adds > 2 * 4 * len(rows) * shape.n_layers * shape.d_model**2
+        costs.append(found)
+    assert costs[1].cost.multiply_adds == pytest.approx(2 * costs[0].cost.multiply_adds, rel=0.1)
+    mechdsl.fit(path, store=tmp_path / "store")
+    vectors = 80 * shape.d_model * (4 * shape.n_layers + 2 * 8)  # two copies of one layer
+    assert (largest + vectors) / 2 < costs[1].memory < 2 * (largest + vectors)
+
+
 def test_price_of_ten_times_the_steps_is_at_most_ten_times_as_high(tmp_path: Path) -> None:
     """Reading vectors of all layers, and decompositions of all vectors, cost as much as the steps
     of a short training."""
     least = {"lens": 1.5, **dict.fromkeys(SOLVED, 1)}
-    for name in DECLARED:
+    for name in (each for each in DECLARED if each not in ("cca", *PROBES)):
         # with fewer steps, a mask doesn't compute effects of single dimensions
         short, long = (
             price(write(tmp_path, name, DECLARED[name].replace("steps: 12", f"steps: {steps}")))
@@ -215,6 +246,10 @@ def test_price_of_ten_times_the_steps_is_at_most_ten_times_as_high(tmp_path: Pat
 
 def test_price_of_mixtures_counts_their_starts() -> None:
     assert MIXTURE_STARTS == mixtures.STARTS
+
+
+def test_price_counts_the_vectors_that_are_assessed_at_once() -> None:
+    assert MOST_ASSESSED == fits_training.MOST_ASSESSED
 
 
 def test_price_of_a_training_on_a_decoder_has_its_control_and_no_passes(tmp_path: Path) -> None:

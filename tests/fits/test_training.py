@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mechdsl.fits import training as fits_training
 from mechdsl.fits.sparse_training import IDLE_STEPS
 from mechdsl.fits.training import (
     Diverged,
@@ -21,6 +22,7 @@ from mechdsl.fits.training import (
 )
 from mechdsl.program.activation_trainers import SparseAutoencoderTrainer
 
+from ..memory import LiveTensors
 from .test_sparse_training import CPU, SPARSITY, Fixed
 
 STEPS = 60
@@ -218,20 +220,34 @@ def test_the_rate_falls_at_the_end() -> None:
     assert rates[40:] == pytest.approx([0.01 * (50 - n) / 10 for n in range(40, 50)])
 
 
-def test_assessment() -> None:
+@pytest.mark.parametrize("most", [1024, 7])
+def test_assessment(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, or in parts whose means and active features differ."""
+    monkeypatch.setattr(fits_training, "MOST_ASSESSED", most)
     targets = vectors(2, 50).double()
     made = targets + 0.1 * vectors(3, 50)
     features = torch.zeros(50, 4)
     features[:25, 0], features[:, 2] = 1, 2
-    found = assess(features, made, targets)
+    sizes: list[int] = []
+
+    def compute(rows: Tensor) -> tuple[Tensor, Tensor]:
+        which = rows[:, 0].long()
+        sizes.append(len(which))
+        return features[which], made[which]
+
+    found = assess(compute, torch.arange(50.0)[:, None], targets)
+    assert max(sizes) == min(most, 50)
+    assert sum(sizes) == 50
     spread = sum(float(((row - targets.mean(0)) ** 2).sum()) for row in targets)
     error = sum(float(((a - b) ** 2).sum()) for a, b in zip(targets, made, strict=True))
     assert found.explained == pytest.approx(1 - error / spread)
     assert (found.active, found.inactive) == (1.5, 2)
 
 
-def test_components() -> None:
+@pytest.mark.parametrize("most", [1024, 7])
+def test_components(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The share of new vectors that principal components of others explain."""
+    monkeypatch.setattr(fits_training, "MOST_ASSESSED", most)
     mixed = vectors(1, 200) * torch.tensor([5, 3, 1, 1, 0.1, 0.1, 0.1, 0.1]) + 7
     new = vectors(2, 60) * torch.tensor([5, 3, 1, 1, 0.1, 0.1, 0.1, 0.1]) + 7
     values, axes = torch.linalg.eigh(torch.cov(mixed.double().T))
@@ -241,6 +257,40 @@ def test_components() -> None:
     spread = (new.double() - new.double().mean(0)).square().sum()
     expected = 1 - (shifted - made).square().sum() / spread
     assert components_explain(mixed, new, 2) == pytest.approx(float(expected), abs=1e-6)
+    few = mixed[:6]  # fewer than numbers of a vector: their span, and not more
+    centred = few.double() - few.double().mean(0)
+    rows = torch.linalg.svd(centred, full_matrices=False)[2][:5]
+    shifted = new.double() - few.double().mean(0)
+    rest = (shifted - shifted @ rows.T @ rows).square().sum()
+    assert components_explain(few, new, 5) == pytest.approx(float(1 - rest / spread), abs=1e-6)
+
+
+def test_components_of_many_vectors_need_no_copy_in_64_bits() -> None:
+    """Of 200,000 vectors: a few megabytes, where a copy has 12.8."""
+    many = vectors(1, 200_000)
+    with LiveTensors() as live:
+        components_explain(many, many, 2)
+    assert live.largest < many.nbytes / 2
+
+
+def test_evaluations_compute_features_of_a_batch_at_a_time() -> None:
+    """Also if the loss is that of all held-out vectors, for early stopping."""
+    held_out = vectors(5, 70)
+    one = training("relu", Fixed(vectors(1)), patience=9, held_out=held_out, steps=20)
+    sizes: list[int] = []
+    real = one.model.loss
+
+    def loss(inputs: Tensor, *given: Any) -> Tensor:
+        sizes.append(len(inputs))
+        return real(inputs, *given)
+
+    one.model.loss = loss  # pyright: ignore[reportAttributeAccessIssue]
+    one.run(lambda step: None)
+    assert max(sizes) == 16
+    one.restore(one.capture())
+    with torch.no_grad():
+        expected = float(real(held_out, held_out, 20, 1.0))
+    assert one._loss(held_out, held_out, 20, 1.0) == pytest.approx(expected, rel=1e-6)
 
 
 # --- batches in parts, and in 16 bits -------------------------------------------------------------
