@@ -28,6 +28,7 @@ from mechdsl.diagnostics.rendering import render_full
 from .cli import conftest as cli
 from .execute.breaking import broke_off
 from .execute.nan import left_out
+from .image_prompts.test_families import refused
 from .markdown import Fence, fences
 from .models import broken
 from .statistics_files.skewed_family import too_skewed
@@ -36,7 +37,14 @@ for _module in pkgutil.iter_modules(mechdsl.diagnostics.__path__):
     importlib.import_module(f"mechdsl.diagnostics.{_module.name}")
 
 PAGES = Path(__file__).parent.parent / "docs" / "errors"
-CAUSES = {**broken.CAUSES, "E0650": broke_off, "W0723": too_skewed, "W0750": left_out}
+CAUSES = {
+    **broken.CAUSES,
+    "E0458": lambda: (None, refused("qwen2_vl")),
+    "E0459": lambda: (None, refused("paligemma")),
+    "E0650": broke_off,
+    "W0723": too_skewed,
+    "W0750": left_out,
+}
 WHILE_RUNNING = ("E0604", "E0613", "E0621", "E0622", "E0631", "E0641", "W0722", "W0751", "W0762")
 """Found after the unpatched runs, or by what cells have found."""
 OWN_PROCESS = ("E0536",)

@@ -27,6 +27,11 @@ from mechdsl.program import spec
 from mechdsl.program.python_functions import PythonFunction, PythonMode, find_function
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.table import StandInTokenizer
+from mechdsl.prompts.tokens.image_prompts import (
+    IMAGE_TOKEN,
+    check_processor,
+    read_prompt_tokenizer,
+)
 from mechdsl.prompts.tokens.images import ImageTokenizer, StandInImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TOKENIZER_FILES, TextTokenizer, has_tokenizer
 from mechdsl.resolve.loops import resolve_loops
@@ -135,7 +140,7 @@ def check_measure_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
 
 
 def _all_there(ids: Iterable[int], model: ModelContext, what: str) -> list[Diagnostic]:
-    largest = max(ids, default=0)
+    largest = max((each for each in ids if each < IMAGE_TOKEN), default=0)
     if largest < model.shape.vocab_size:
         return []
     token = model.tokenizer.token_text(largest)
@@ -234,7 +239,8 @@ class ModelContexts:
             if shape is not None and shape.takes == "image":
                 tokenizer = self._images(folder, shape, model)
             elif shape is not None or has_tokenizer(folder):
-                tokenizer = self._tokenizer(folder, model)
+                images = shape is not None and shape.takes == "image and text"
+                tokenizer = self._tokenizer(folder, model, images=images)
                 if tokenizer is not None and shape is not None:
                     tokenizer = tokenizer.with_starts(shape.starts)
         shape = shape or stand_in_shape(self._largest)
@@ -328,15 +334,21 @@ class ModelContexts:
     def _largest(self) -> dict[str, int]:
         return largest_indices(self.program)
 
-    def _tokenizer(self, folder: Path, model: spec.Model) -> TextTokenizer | None:
+    def _tokenizer(
+        self, folder: Path, model: spec.Model, *, images: bool = False
+    ) -> TextTokenizer | None:
         """Read a tokenizer. Checkpoints with equal files share it, because reading takes long, and
-        therefore also share prompts."""
+        therefore also share prompts.
+
+        images: whether the model's prompts may contain images.
+        """
         key: tuple[object, ...] = (model.name,)
         if model.matched is not None or model.base is not None:
             files = [folder / name for name in TOKENIZER_FILES]
             key = (model.bos, *(file.read_bytes() for file in files if file.is_file()))
         if key not in self._tokenizers:
-            found, problems = TextTokenizer.from_folder(folder, model.bos, span=model.span)
+            read = read_prompt_tokenizer if images else TextTokenizer.from_folder
+            found, problems = read(folder, model.bos, span=model.span)
             self.diagnostics.extend(problems)
             self._tokenizers[key] = found
         return self._tokenizers[key]
@@ -359,6 +371,21 @@ def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic |
     if shape.stands_in or prompts.name == spec.NO_PROMPTS:
         return None
     images = prompts.kind == "images"
+    if prompts.pictures and shape.takes in ("image and text", "image"):
+        if shape.takes == "image and text":
+            at = prompts.pictures[0].span
+            found = check_processor(model.tokenizer, model=model.name, span=at)
+            return next(iter(found), None)
+    elif prompts.pictures:
+        return InputKindMismatch(
+            span=model.spec.span,
+            model=model.name,
+            architecture=shape.architecture,
+            reads="texts",
+            block=prompts.name,
+            given="of texts with images",
+            hint="choose a vision-language model for it, or remove the images",
+        )
     if images == (shape.takes == "image"):
         return None if not images or isinstance(model.tokenizer, ImageTokenizer) else _bare(model)
     reads, given = ("texts", "images") if images else ("images", "prompts")

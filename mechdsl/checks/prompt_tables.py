@@ -20,6 +20,7 @@ from mechdsl.diagnostics.positions import RepliesNotUsable
 from mechdsl.diagnostics.prompts import NoRows
 from mechdsl.diagnostics.statistics import UnreadableExpectation
 from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.directions import FitRows, fit_rows_of_experiment
@@ -41,6 +42,7 @@ from mechdsl.prompts.table import (
     stand_in_images,
     stand_in_table,
 )
+from mechdsl.prompts.tokens.image_prompts import report_unprepared
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.cells import CellKey, find_open_axes, join_axes, join_cells
@@ -705,24 +707,28 @@ class FileContexts:
         used: frozenset[str] | None = None,
         any_length: bool = False,
     ) -> tuple[PromptTable | None, list[Diagnostic]]:
-        return build_table(
-            self.program.prompts[name],
-            tokenizer=model.tokenizer,
-            seed=self.program.seed,
-            limit=limit,
-            part=part,
-            words=self.models.words,
-            max_length=None if any_length else model.shape.max_positions,
-            parameters=self.program.parameters,
-            blocks=self.program.prompts,
-            compiled=self._rows,
-            ids=ids,
-            python=self.python,
-            prompts_enough=self._enough,
-            labels=labels or self._labels(name, model.shape),
-            writes=name in self._written_behind,
-            used=used,
-        )
+        try:
+            return build_table(
+                self.program.prompts[name],
+                tokenizer=model.tokenizer,
+                seed=self.program.seed,
+                limit=limit,
+                part=part,
+                words=self.models.words,
+                max_length=None if any_length else model.shape.max_positions,
+                parameters=self.program.parameters,
+                blocks=self.program.prompts,
+                compiled=self._rows,
+                ids=ids,
+                python=self.python,
+                prompts_enough=self._enough,
+                labels=labels or self._labels(name, model.shape),
+                writes=name in self._written_behind,
+                used=used,
+            )
+        except UnsupportedProcessor as unfit:  # may depend on the sizes of the rows' images
+            span = self.program.prompts[name].pictures[0].span
+            return None, [report_unprepared(unfit, model.name, span)]
 
     @cached_property
     def _written_behind(self) -> frozenset[str]:

@@ -461,6 +461,37 @@ class NoImageProcessor(Diagnostic):
 
 
 @keyword_record
+class UnpreparedImages(Diagnostic):
+    """Images in prompts whose tokens aren't known, because of the model's processor."""
+
+    code = "E0459"
+    title = "the images of prompts can't be prepared for `{model}`"
+    label = "the model's processor: {reason}"
+    help = "{hint}"
+
+    model: str
+    reason: str
+    hint: str = "docs/models.md lists supported models, in its section Image tokens"
+
+
+@keyword_record
+class ImagesNotVectors(Diagnostic):
+    """A vision-language model in which images change more than the embeddings of their tokens."""
+
+    code = "E0458"
+    title = "`{model}` is a `{architecture}`, whose images in prompts aren't supported"
+    label = "images act on it by more than the vectors of their tokens"
+    help = (
+        "the logits of an image differ by {apart} of the largest logit; docs/models.md lists "
+        "supported models, in its section Image tokens"
+    )
+
+    model: str
+    architecture: str
+    apart: str
+
+
+@keyword_record
 class ModelCircle(Diagnostic):
     """Adapters, edited models or sums whose bases lead back to themselves."""
 

@@ -15,6 +15,7 @@ import torch
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.hashing import digest, digest_number
+from mechdsl.execute.image_vectors import provide_images
 from mechdsl.execute.unpatched_batch import build_noise_writes
 from mechdsl.forward.generation.decoding import Decoding
 from mechdsl.forward.generation.replies import generate_replies
@@ -158,6 +159,7 @@ class ReplyGenerator:
     def of_rows(self, rows: GenerationRequest) -> list[tuple[Reply, ...]]:
         """Return, per row, one reply for each sample."""
         model, samples = self.model_of(rows.run), self.generation.samples
+        provide_images(model, (rows.run.rows[prompt] for prompt in rows.prompts.tolist()))
         count, table = len(rows.prompts), self.table
         noise = build_noise_writes(model, rows.run.noise, rows.prompts, table.row_keys, self.seed)
         prefill, later = RuleWrites(noise).then(rows.prefill), rows.later

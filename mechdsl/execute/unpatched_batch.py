@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
+from mechdsl.execute.image_vectors import provide_images
 from mechdsl.forward.hooks.batch import Batch, RuleWrites, SiteRead, SiteWrite, to_device
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.hook_points import fuse_activations
@@ -179,7 +180,9 @@ def build_batch(
 
 
 def add_images(model: LoadedModel, batch: Batch, rows: Sequence[RunRow]) -> Batch:
-    """Add the pixels of rows that are images, whose tokens have equal numbers."""
+    """Add the pixels of rows that are images, whose tokens have equal numbers, and compute the
+    vectors of images within prompts."""
+    provide_images(model, rows)
     known = [row.image for row in rows if row.image is not None]
     if not known:
         return batch

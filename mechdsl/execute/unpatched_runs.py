@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.execute.image_vectors import provide_images
 from mechdsl.execute.measurement.readout import (
     MeasureFailure,
     ObservedValues,
@@ -387,6 +388,7 @@ class _ReplyPasses:
             for prompt, row in zip(prompts.tolist(), chunk.tolist(), strict=True)
         ]
         side = self.runs.side or model.calling.side
+        provide_images(model, (run.rows[prompt] for prompt in prompts.tolist()))
         acting = self._acting(asked.run, chunk)
         sources = [run.rows[prompt].source for prompt in prompts.tolist()]
         batch = acting.numbered(build_batch(model, texts, sources, side))

@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from mechdsl.base.records import Record, Registry, record
+from mechdsl.images.picture import Picture
 from mechdsl.images.processing import Processing, UnsupportedProcessor, crop_corner
 
 Size = tuple[int, int]
@@ -113,6 +114,54 @@ class ImageTokens(Record):
             for cell in self.cells
             if cell.box is not None and _intersection(cell.box, box) is not None
         )
+
+
+@record
+class ImageExpansion(Record):
+    """The tokens that stand for an image of one size in a prompt."""
+
+    ids: tuple[int, ...]
+    """As the processor writes them: tokens of the image, and marks between them."""
+    is_image: tuple[bool, ...]
+    """Whether a token has a vector of the image."""
+    layout: ImageTokens
+    """The parts of the image that they read; positions count from the first token."""
+
+    @cached_property
+    def cell_of(self) -> Mapping[int, ImageCell]:
+        """The cells by their tokens."""
+        return {cell.position: cell for cell in self.layout.cells}
+
+    @cached_property
+    def grid(self) -> Mapping[tuple[int, int], int]:
+        """Row and column of each cell → its token; of the tiles, or of the only view."""
+        cells = [cell for cell in self.layout.cells if cell.row]
+        tiles = [cell for cell in cells if cell.tile != THUMBNAIL]
+        return {(cell.row, cell.col): cell.position for cell in tiles or cells}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the grid; (0, 0) if no token reads one part of the image."""
+        last = max(self.grid, default=(0, 0))
+        return last[0], max((col for _, col in self.grid), default=0)
+
+    def label(self, cell: ImageCell) -> str:
+        """Return the name of a cell within its image."""
+        if not cell.row:
+            return f"token {cell.position + 1}"
+        place = f"row {cell.row} col {cell.col}"
+        apart = self.grid.get((cell.row, cell.col)) != cell.position
+        return f"thumbnail {place}" if apart else place
+
+
+@record
+class PromptPicture(Record):
+    """An image in a prompt, with the tokens that stand for it."""
+
+    picture: Picture
+    expansion: ImageExpansion
+    regions: Mapping[str, tuple[tuple[int, ...], ...]]
+    """By name of a region, the tokens of each occurrence, counted from the image's first."""
 
 
 def _tile(number: int, cells: Sequence[ImageCell]) -> ImageTile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import field, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -93,6 +94,16 @@ def covered_tokens(cover: Image, how: Processing, layout: PatchLayout) -> tuple[
     of_patches = memoryview(shares.tobytes()).cast("f")
     return tuple(t for t, share in zip(layout.grid, of_patches, strict=True) if share > 0)
 
+
+_OPEN, _CLOSE = "\u27e6", "\u27e7"
+"""Brackets around the marker of an image in a prompt."""
+
+_NO_BRACKETS = {ord(_OPEN): "[", ord(_CLOSE): "]"}
+
+MARKER = re.compile(
+    rf"{_OPEN}image [^{_OPEN}{_CLOSE}]* #[0-9a-f]+ (?P<width>\d+) x (?P<height>\d+){_CLOSE}"
+)
+"""A marker, with the size of its image: 0 x 0 if it takes the model's."""
 
 RENDERING_VERSION = 1
 """Version of the pixels of generated images: a new version changes all generated images."""
@@ -251,6 +262,12 @@ class Picture(Record):
         """The text that represents the image in prompts; equal exactly for equal images."""
         changed = "".join(f", {change.how}" for change in self.changes)
         return f"{self.words}{changed} #{self.content()}"
+
+    @property
+    def marker(self) -> str:
+        """The text that stands for the image in a longer prompt; equal exactly for equal images."""
+        said = self.text.translate(_NO_BRACKETS)
+        return f"{_OPEN}image {said} {self.size[1]} x {self.size[0]}{_CLOSE}"
 
     @property
     def uncut(self) -> Picture:

@@ -97,6 +97,7 @@ from mechdsl.models.folder import (
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.python_functions import PythonFailure, PythonFunction
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer, read_prompt_tokenizer
 from mechdsl.prompts.tokens.images import ImageTokenizer, make_image_tokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer, has_tokenizer
 from mechdsl.resolve.bases import MAPPED_SITES, WeightChange
@@ -202,7 +203,9 @@ def _load_reader(
     """Load the tokenizer, or the image processor."""
     if shape.patches is not None:
         return read_tower_inputs(folder, shape, model)
-    tokenizer, found = TextTokenizer.from_folder(folder, model.bos, span=model.span)
+    images = shape.takes == "image and text"
+    read = read_prompt_tokenizer if images else TextTokenizer.from_folder
+    tokenizer, found = read(folder, model.bos, span=model.span)
     return tokenizer and tokenizer.with_starts(shape.starts), found
 
 
@@ -264,14 +267,18 @@ def adopt_model(
         return None, found
     if (unstarted := check_starts(shape, name, span)) is not None:
         return None, [unstarted]
-    if text is None:
+    if text is None and shape.takes == "image and text" and texts is not None:
+        text, found = _adopt_tokenizer(name, texts, bos, span, ImagePromptTokenizer)
+        if isinstance(text, ImagePromptTokenizer):
+            text = text.with_processor(tokenizer, getattr(module, "config", None))
+    elif text is None:
         text, found = _adopt_processor(name, processor, shape, images, span)
         if text is not None and shape.texts is not None:
             text, found = _adopt_texts(
                 name, cast(ImageTokenizer, text), texts, shape.texts, bos, span
             )
-        if text is None:
-            return None, found
+    if text is None:
+        return None, found
     text = text.with_starts(shape.starts)
     try:
         weights = _hash_parameters(module)
@@ -479,7 +486,11 @@ def _find_quantized(module: Any) -> tuple[str, str] | None:
 
 
 def _adopt_tokenizer(
-    name: str, tokenizer: Any, bos: bool | None, span: Span | None
+    name: str,
+    tokenizer: Any,
+    bos: bool | None,
+    span: Span | None,
+    reader: type[TextTokenizer] = TextTokenizer,
 ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
     if isinstance(tokenizer, TextTokenizer):
         return tokenizer, []
@@ -493,7 +504,7 @@ def _adopt_tokenizer(
     }
     chat = getattr(tokenizer, "chat_template", None)
     pad = getattr(tokenizer, "pad_token", None)
-    return TextTokenizer.from_backend(
+    return reader.from_backend(
         backend, **roles, pad_token=pad, chat_template=chat, bos=bos, span=span
     )
 
@@ -616,7 +627,9 @@ def load_adapter(
     tokenizer = base.tokenizer
     if has_tokenizer(folder):
         bos = None if tokenizer is None else tokenizer.bos
-        tokenizer, found = TextTokenizer.from_folder(folder, bos, span=model.span)
+        images = isinstance(tokenizer, ImagePromptTokenizer)
+        read = read_prompt_tokenizer if images else TextTokenizer.from_folder
+        tokenizer, found = read(folder, bos, span=model.span)
         if tokenizer is None:
             return None, found
     if find_spec("peft") is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Literal
 
 from mechdsl.base import limits
 from mechdsl.base.records import closest_name
-from mechdsl.base.source import Source
+from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.experiments import NoMeasure
@@ -19,6 +19,7 @@ from mechdsl.diagnostics.files import NotMechFile, ReadOutsideFolder, SpecialFil
 from mechdsl.diagnostics.names import (
     BadArgument,
     BadSetting,
+    DuplicateName,
     ImportFailed,
     MissingLine,
     RepeatedStatement,
@@ -39,7 +40,7 @@ from mechdsl.program.directions import (
     fit_rows_of_direction,
     lower_direction,
 )
-from mechdsl.program.images import MEAN_IMAGE, averaged_block
+from mechdsl.program.images import IMAGE_SPAN, MEAN_IMAGE, averaged_block
 from mechdsl.program.measures import (
     expand_metrics,
     label_by_position,
@@ -52,7 +53,7 @@ from mechdsl.program.measures import (
     reject_repeated_measures,
 )
 from mechdsl.program.models import check_bases, define_model, lower_edits, lower_model
-from mechdsl.program.names import Namespace
+from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.observations import (
     ObserveStatement,
     ResultSpec,
@@ -539,8 +540,7 @@ def lower_program(
     check_bases([file for file, _ in files], parts, scope)
     check_averaged_images(parts, scope)
     _mark_pools(files, scope)
-    for block in parts.prompts.values():
-        _scored_with(block, parts, scope)
+    _refer_to_images(parts, scope)
     _directions_and_bases(files, parts, scope)
     lower_edits((file for file, _ in files), parts, scope)
     for file, imported in files:
@@ -805,6 +805,14 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
             pass
 
 
+def _refer_to_images(parts: Definitions, scope: Namespace) -> None:
+    """Check or join the blocks of images that prompts are scored with or contain."""
+    for name, block in parts.prompts.items():
+        _scored_with(block, parts, scope)
+        if block.contains is not None:
+            parts.prompts[name] = _join_images(block, block.contains, parts, scope)
+
+
 def _scored_with(block: spec.Prompts, parts: Definitions, scope: Namespace) -> None:
     """Report invalid names of image blocks that texts are scored with (E0201, E0207)."""
     ref = block.scored_with
@@ -819,6 +827,59 @@ def _scored_with(block: spec.Prompts, parts: Definitions, scope: Namespace) -> N
             hint = "name a block without `tiles`, or score the tiles: `measure score(answer)`"
         name = ref.span.written
         scope.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
+
+
+def _join_images(
+    block: spec.Prompts, ref: ast.Ref, parts: Definitions, scope: Namespace
+) -> spec.Prompts:
+    """Add the rows of a block of images to the prompts that contain them (E0201, E0202, E0207)."""
+    if not scope.use("prompts", ref.name, ref.span):
+        return block.model_copy(update={"from_images": True})
+    images = parts.prompts[ref.name]
+    reason, hint = "", "name a complete images block: `image from scenes`"
+    if ref.part is not None or images.kind != "images":
+        reason = "is only part of a block" if ref.part is not None else "is not an images block"
+    elif images.tiles is not None or averaged_block(images.image) is not None:
+        what = "is cut into tiles" if images.tiles is not None else "is a mean image"
+        reason, hint = f"{what}, which a prompt can't contain", "name a block of whole images"
+    elif images.split is not None or images.classes is not None:
+        line = "split" if images.split is not None else "classes"
+        reason, hint = f"has a line `{line}`", f"move `{line}` to the prompts, or remove it"
+    elif images.rows is not None and block.rows is not None:
+        reason, hint = "has `rows`, and the prompts have others", "remove one of the two lines"
+    if reason:
+        name = ref.span.written
+        scope.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
+        return block.model_copy(update={"from_images": True})
+    assert images.image is not None
+    picture = spec.PictureDef(span=images.span, name=IMAGE_SPAN, value=images.image)
+    own = {name for value in block.values for name in value.names}
+    own |= {each.name for each in (*block.texts, *block.corruptions, *block.regions)}
+    for name, first in _names_of(images):
+        if name in own:
+            line = line_reference(block.span, first)
+            scope.diagnostics.append(DuplicateName(span=first, name=name, first=line))
+    return block.model_copy(
+        update={
+            "pictures": (picture, *block.pictures),
+            "rows": block.rows or images.rows,
+            "distinct": block.distinct or images.distinct,
+            "rename": (*images.rename, *block.rename),
+            "where": (*images.where, *block.where),
+            "values": (*images.values, *block.values),
+            "regions": (*images.regions, *block.regions),
+            "corruptions": (*images.corruptions, *block.corruptions),
+        }
+    )
+
+
+def _names_of(images: spec.Prompts) -> Iterator[tuple[str, Span]]:
+    """Yield the names that prompts get from a block of images."""
+    for value in images.values:
+        for name in value.names:
+            yield name, value.span
+    for each in (*images.regions, *images.corruptions):
+        yield each.name, each.span
 
 
 def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:

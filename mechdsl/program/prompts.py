@@ -19,9 +19,17 @@ from mechdsl.diagnostics.names import (
     UnknownWord,
     UnusedName,
 )
+from mechdsl.diagnostics.prompts import UnknownValue
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
-from mechdsl.program.images import IMAGE_SPAN, IMAGE_SPANS, check_tiles, image_problems, lower_tiles
+from mechdsl.program.images import (
+    IMAGE_SPAN,
+    IMAGE_SPANS,
+    averaged_block,
+    check_tiles,
+    image_problems,
+    lower_tiles,
+)
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.paths import HF_DATASET_PATH
 from mechdsl.program.spec import CLEAN, Constant
@@ -61,10 +69,13 @@ class _BlockLines:
         self.split: ast.SplitLine | None = None
         self.from_images = False
         self.image: ast.ImageLine | None = None
+        self.pictures: list[spec.PictureDef] = []
         self.tiles: ast.TilesLine | None = None
         self.regions: list[spec.RegionDef] = []
         self.classes: ast.ClassesLine | None = None
         self.scored_with: ast.ImageLine | None = None
+        self.image_block: ast.Ref | None = None
+        """The block whose images the prompts contain."""
 
     @property
     def diagnostics(self) -> list[Diagnostic]:
@@ -193,10 +204,6 @@ class _BlockLines:
                 self.classes = self.classes or line
 
     def _region(self, line: ast.RegionLine) -> None:
-        if self.definition.kind == "prompts":
-            self.later(line, "`region`")
-            self.from_images = True
-            return
         self.name(line.name)
         if line.name.id in IMAGE_SPANS:
             reason, hint = "is a built-in region of images", "choose another name for the region"
@@ -204,7 +211,14 @@ class _BlockLines:
             self.diagnostics.append(BadArgument(span=at, name=name, reason=reason, hint=hint))
             return
         name, column = line.name.id, line.column.id
-        self.regions.append(spec.RegionDef(span=line.column.span, name=name, column=column))
+        image = "" if line.image is None else line.image.id
+        if line.image is not None and self.definition.kind == "images":
+            reason, hint = "is needed only for images in prompts", "leave it out"
+            at, word = line.image.span, f"of {image}"
+            self.diagnostics.append(BadArgument(span=at, name=word, reason=reason, hint=hint))
+        self.regions.append(
+            spec.RegionDef(span=line.column.span, name=name, column=column, image=image)
+        )
 
     def _image(self, line: ast.ImageLine) -> None:
         if self.definition.kind == "prompts" and line.source is not None:
@@ -213,8 +227,13 @@ class _BlockLines:
             self.name(ast.Name(IMAGE_SPAN, span=line.span))
             return
         if self.definition.kind == "prompts":
-            self.later(line, "`image`")
-            self.from_images = True
+            self._picture(line)
+            return
+        if line.name is not None:
+            reason, hint = "names an image within prompts", "leave out the name: `image gray`"
+            at, name = line.name.span, f"{line.name.id} ="
+            self.diagnostics.append(BadArgument(span=at, name=name, reason=reason, hint=hint))
+            self.image = self.image or line
             return
         if line.value is None:
             reason, hint = "applies to prompts with images", "write the content of each row"
@@ -225,15 +244,69 @@ class _BlockLines:
             self.diagnostics.append(bad)
             return
         hint = (
-            "keep one: a row is one image; several images need a prompt that contains them, for a "
+            "keep one: a row is one image; for several images, write a `prompts` block that "
+            'contains them: `image photo = "{file}"`'
         )
-        self.once(
-            line, self.image, "image", hint + "vision-language model, which is not supported yet"
-        )
+        self.once(line, self.image, "image", hint)
         found = image_problems(line.value)
         self.diagnostics.extend(found)
         if not found:
             self.image = self.image or line
+
+    def _picture(self, line: ast.ImageLine) -> None:
+        """Define an image within prompts (E0203, E0207)."""
+        assert line.value is not None
+        if line.name is None:
+            reason, hint = (
+                "needs a name in a prompt",
+                f"write `image photo = {line.span.written[6:]}`",
+            )
+            bad = BadArgument(
+                span=line.span, name="image", reason=reason, hint=f'{hint} and "{{photo}} …"'
+            )
+            self.diagnostics.append(bad)
+            return
+        self.name(line.name)
+        problems = image_problems(line.value)
+        if not problems and averaged_block(line.value) is not None:
+            reason, hint = "has no size of its own", "write `image photo = gray`"
+            name = line.value.span.written
+            problems = [BadArgument(span=line.value.span, name=name, reason=reason, hint=hint)]
+        if not problems and line.name.id in IMAGE_SPANS[1:]:
+            reason, hint = "is the name of other tokens", "choose another name for the image"
+            name = line.name.id
+            problems = [BadArgument(span=line.name.span, name=name, reason=reason, hint=hint)]
+        self.diagnostics.extend(problems)
+        gray = ast.Name("gray", span=line.value.span)
+        value = gray if problems else line.value
+        self.pictures.append(spec.PictureDef(span=line.span, name=line.name.id, value=value))
+
+    def check_regions(self) -> None:
+        """Report regions of unknown images (E0207, E0501)."""
+        names = [picture.name for picture in self.pictures]
+        if self.image_block is not None:
+            names.append(IMAGE_SPAN)
+        for region in self.regions:
+            at = region.span
+            if not names:
+                reason, hint = "is a part of an image, and these prompts have none", ""
+                hint = 'add one: `image photo = "{file}"`'
+                bad = BadArgument(span=at, name="region", reason=reason, hint=hint)
+                self.diagnostics.append(bad)
+            elif region.image and region.image not in names:
+                hint = did_you_mean(region.image, names, f"images are {name_list(names)}")
+                block = self.definition.name.id
+                self.diagnostics.append(
+                    UnknownValue(span=at, prompts=block, name=region.image, hint=hint)
+                )
+            elif not region.image and len(names) > 1:
+                reason = "is ambiguous: these prompts have several images"
+                hint = f"write `region {region.name} of {names[0]} = {region.column}`"
+                bad = BadArgument(span=at, name="region", reason=reason, hint=hint)
+                self.diagnostics.append(bad)
+            else:
+                continue
+            self.regions = [each for each in self.regions if each is not region]
 
     def _rename(self, new: ast.Name, old: ast.Name | ast.String) -> None:
         first = self.renamed.setdefault(new.id, new)
@@ -313,14 +386,13 @@ class _BlockLines:
                 bad = BadArgument(span=node.span, name="tokens", reason=reason, hint=hint)
                 self.diagnostics.append(bad)
 
-    def no_images_in_text(self) -> None:
-        """Report E0108 for images in a prompt."""
+    def find_image_block(self) -> None:
+        """Tell a block whose images the prompts contain from one that they are scored with."""
         written = list(self.templates)
         written += [turn.text for turn in self.chat.turns] if self.chat is not None else []
         line = self.scored_with
         if line is not None and any(_IN_TEXT.search(text.value) for text in written):
-            self.later(line, "`image`")
-            self.from_images, self.scored_with = True, None
+            self.image_block, self.scored_with = line.source, None
 
     def no_template_changes(self) -> None:
         """Report E0207 for corruptions with a different template for rows of a chat."""
@@ -377,7 +449,8 @@ def lower_prompts(
             )
             bad = BadArgument(span=line.span, name=name, reason=reason, hint=hint)
             scope.diagnostics.append(bad)
-    block.no_images_in_text()
+    block.find_image_block()
+    block.check_regions()
     _names_used(definition, scope)
     return _lowered(block)
 
@@ -410,7 +483,6 @@ def _images(
         "image": image,
         "tiles": tiles,
         "from_images": not known,
-        "regions": tuple(block.regions),
     }
     return _lowered(block).model_copy(update=own)
 
@@ -446,6 +518,9 @@ def _lowered(block: _BlockLines) -> spec.Prompts:
         texts=tuple(block.texts),
         classes=None if block.classes is None else block.classes.text,
         scored_with=None if block.scored_with is None else block.scored_with.source,
+        contains=block.image_block,
+        pictures=tuple(block.pictures),
+        regions=tuple(block.regions),
         spans=tuple(block.spans),
         corruptions=tuple(block.corruptions),
     )

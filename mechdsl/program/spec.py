@@ -267,6 +267,15 @@ class RegionDef(Spec):
 
     name: str
     column: str
+    image: str = ""
+    """For images in prompts: the one that it is a part of."""
+
+
+class PictureDef(Spec):
+    """`image photo = "{file}"`: an image within each prompt."""
+
+    name: str
+    value: ExprText
 
 
 class RenamedColumn(Spec):
@@ -284,6 +293,8 @@ class Prompts(Spec):
     """For images: the expression that creates each image."""
     tiles: Tiles | None = None
     """For images: the tiles that each image is cut into; every tile is a row."""
+    pictures: tuple[PictureDef, ...] = ()
+    """For prompts: the images in them."""
     regions: tuple[RegionDef, ...] = ()
     values: tuple[Value, ...] = ()
     templates: tuple[StringText, ...] = ()
@@ -304,6 +315,8 @@ class Prompts(Spec):
     texts: tuple[TextDef, ...] = ()
     scored_with: RefText | None = None
     """For texts: the block of images that a two-tower model compares them with."""
+    contains: RefText | None = None
+    """For prompts: the block whose images they contain as `{image}`."""
     classes: StringText | None = None
     """For images: the template of the texts that a two-tower model chooses from."""
     spans: tuple[SpanDefText, ...] = ()

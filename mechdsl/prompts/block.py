@@ -244,9 +244,17 @@ class ImageFiles:
         return self._seen[path]
 
 
+def image_of_region(block: spec.Prompts, region: spec.RegionDef) -> spec.PictureDef | None:
+    """Return the image within prompts that a region is a part of; None for rows of images."""
+    named = [each for each in block.pictures if region.image in ("", each.name)]
+    return named[0] if named else None
+
+
 def is_drawn_mask(block: spec.Prompts, region: spec.RegionDef) -> bool:
     """Return whether a region is the mask of generated shapes."""
-    return region.column == SHAPE_REGION and _is_drawn(block.image)
+    picture = image_of_region(block, region)
+    image = block.image if picture is None else picture.value
+    return region.column == SHAPE_REGION and _is_drawn(image)
 
 
 def _is_drawn(image: ast.Expr | None) -> bool:
@@ -259,15 +267,25 @@ def check_image_changes(prompts: spec.Prompts) -> list[Diagnostic]:
     for corruption in prompts.corruptions:
         for place, change in enumerate(corruption.changes):
             if prompts.kind == "prompts":
-                found.append(_not_of_texts(change))
+                found.append(_not_of_texts(change, prompts))
             else:
                 before = corruption.changes[:place]
                 found.append(_not_of_images(change, prompts) or _too_late(change, before, prompts))
     return [each for each in found if each is not None]
 
 
-def _not_of_texts(change: ast.CorruptLine) -> Diagnostic | None:
+def _not_of_texts(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic | None:
     kind = change_kind(change)
+    if prompts.pictures and isinstance(change, ast.ChangeLine):
+        names = [each.name for each in (*prompts.pictures, *prompts.regions)]
+        if is_region_swap(change, prompts):
+            return _unknown_part(change, names[len(prompts.pictures) :])
+        if isinstance(kind, ImageChange):
+            if change.tokens is None:
+                return _unknown_part(change, names)
+            reason = "changes whole images and regions in prompts, not patches"
+            hint = f"write `{kind.name} {names[0]}`, or define a `region`"
+            return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
     line = change if isinstance(change, ast.ChangeLine) else None
     inserts = line is not None and (line.before or line.after) and not line.given
     if isinstance(kind, TokenChange) and inserts:
@@ -299,7 +317,11 @@ def _not_of_images(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic
         return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
     assert isinstance(change, ast.ChangeLine)
     names = [region.name for region in prompts.regions]
-    names = names if swaps else [IMAGE_SPAN, *names]
+    return _unknown_part(change, names if swaps else [IMAGE_SPAN, *names])
+
+
+def _unknown_part(change: ast.ChangeLine, names: Sequence[str]) -> Diagnostic | None:
+    """Return E0203 for a name that is neither an image nor a region."""
     parts = [part for part in change.values if isinstance(part, ast.Name) and part.id not in names]
     for part in parts:
         hint = did_you_mean(part.id, names, f"there is {name_list(names)}")
@@ -529,6 +551,7 @@ class PromptsBlock:
         self.draws: bool = any(is_random(node, self.placeholders) for node in self._clean_parts())
         if prompts.image is not None:
             self.draws = self.draws or is_random_image(prompts.image)
+        self.draws = self.draws or any(is_random_image(each.value) for each in prompts.pictures)
         self._check_streamed()
 
     # --- building -------------------------------------------------------------------------------
@@ -691,6 +714,8 @@ class PromptsBlock:
             yield from template.texts
         if self.spec.image is not None:
             yield from image_expressions(self.spec.image)
+        for picture in self.spec.pictures:
+            yield from image_expressions(picture.value)
         for region in self.spec.regions:
             if not is_drawn_mask(self.spec, region):
                 yield ast.Name(region.column, span=region.span)
@@ -706,7 +731,7 @@ class PromptsBlock:
         """Yield the expressions of corruptions, with the names that each change reassigns."""
         for corruption in self.spec.corruptions:
             for change in corruption.changes:
-                if is_region_swap(change, self.spec):
+                if is_region_swap(change, self.spec) or is_pixel_change(change, self.spec):
                     continue
                 kind = change_kind(change)
                 written = {name.id for name in kind.writes(change)}
@@ -796,6 +821,7 @@ class PromptsBlock:
             found |= dict.fromkeys(template.definitions)
         if len(self.templates) > 1:
             found[TEMPLATE] = None
+        found |= dict.fromkeys(each.name for each in self.spec.pictures)
         found |= dict.fromkeys(self.texts) | dict.fromkeys(self.parameters)
         return found | dict.fromkeys(("true", "false"))
 

@@ -16,6 +16,7 @@ from mechdsl.prompts.block import PromptsBlock
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import RunRow, describe_output
 from mechdsl.prompts.tokens.chat import ASSISTANT, find_turns
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
 from mechdsl.prompts.values import RichText
@@ -42,6 +43,7 @@ def token_conventions(
             out["regions"] = f"{names}: {said}"
     if block.spec.chat:
         out = _chat_conventions(block, rows, tokenizer)
+    out |= _picture_conventions(rows, tokenizer)
     before = "the prompt"
     if tokenizer.starts:
         before = " ".join(quote(tokenizer.token_text(each)) for each in tokenizer.starts)
@@ -64,6 +66,29 @@ def token_conventions(
         out[name] = f"{quote(rows[0].texts[name].text)}: {tokens}, read after {before}"
         if table.moved and not block.is_token_id(name):
             out[name] += f"; its first token {quote(table.moved_text)} is part of the prompt"
+    return out
+
+
+def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> dict[str, str]:
+    """Describe the images within prompts: their preparation and their tokens."""
+    out: dict[str, str] = {}
+    names = dict.fromkeys(each.name for row in rows[:1] for each in row.placed_pictures)
+    for name in names:
+        every = [each.picture for row in rows for each in row.pictures_of(name)]
+        grids = sorted({each.expansion.size for each in every})
+        shown = ", ".join(f"{height} x {width}" for height, width in grids[:3])
+        shown += f" and {len(grids) - 3} more sizes" if len(grids) > 3 else ""
+        said = f"{shown} tokens, rows and columns counted from 1 at the top left"
+        if isinstance(tokenizer, ImagePromptTokenizer):
+            said = f"prepared by the model's `{tokenizer.processor_name}`; {said}"
+        out[f"image `{name}`"] = said
+        regions = [f"`{region}`" for region in every[0].regions]
+        if regions:
+            share = (
+                "tokens whose part of the image, divided into 8 x 8, has one that lies at least "
+                "half in it"
+            )
+            out[f"regions of `{name}`"] = f"{', '.join(regions)}: {share}"
     return out
 
 
@@ -104,6 +129,7 @@ def image_conventions(table: PromptTable) -> dict[str, str]:
     out: dict[str, str] = {}
     for name, run in table.runs.items():
         images = [row.image for row in run.rows if row.image is not None]
+        images += [each.picture for row in run.rows for each in row.pictures.values()]
         done: dict[tuple[object, ...], list[PictureChange]] = {}
         for change in (each for image in images for each in image.changes):
             done.setdefault((change.how, change.patches is None), []).append(change)

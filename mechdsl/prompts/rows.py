@@ -44,6 +44,7 @@ from mechdsl.prompts.block import (
     CompiledTemplate,
     Definition,
     PromptsBlock,
+    image_of_region,
     is_drawn_mask,
     is_pixel_change,
     is_region_swap,
@@ -82,8 +83,8 @@ from mechdsl.vocab.corruptions import ImageChange, ValueChange, change_kind
 _SIDE = 32
 
 
-def row_picture(row: Row, node: ast.Expr) -> Picture:
-    """Return the image of a row.
+def row_picture(row: Row, node: ast.Expr, name: str = "") -> Picture:
+    """Return the image of a row, or the image with this name in its prompt.
 
     Raises:
         Refusal: E0207, E0503, E0560 and those of values.
@@ -93,29 +94,30 @@ def row_picture(row: Row, node: ast.Expr) -> Picture:
             return _of_file(row, node)
         case ast.QualifiedRef():
             return row.block.averaged or Picture("gray")
-        case ast.Name(id=name) if name in IMAGE_BASELINES:
-            return _of_baseline(row, name)
-        case ast.Call(name=name) if name in IMAGE_BASELINES:
-            known, value = IMAGE_BASELINES[name].number, node.arguments[0].value
+        case ast.Name(id=how) if how in IMAGE_BASELINES:
+            return _of_baseline(row, how, name=name)
+        case ast.Call(name=how) if how in IMAGE_BASELINES:
+            known, value = IMAGE_BASELINES[how].number, node.arguments[0].value
             assert known is not None
             number = _number(row, node, value, known.noun, known.low, known.high)
-            return _of_baseline(row, name, number)
+            return _of_baseline(row, how, number, name=name)
         case ast.Call(name="shapes"):
-            return _of_shapes(row, node)
+            return _of_shapes(row, node, name)
         case ast.Call(name="grid"):
-            return _of_grid(row, node)
+            return _of_grid(row, node, name)
         case _:
             return Picture("gray")
 
 
-def _of_baseline(row: Row, name: str, number: int | None = None) -> Picture:
-    seed = _seed(row) if IMAGE_BASELINES[name].is_random else 0
-    return Picture(name, number=number, seed=seed)
+def _of_baseline(row: Row, how: str, number: int | None = None, *, name: str) -> Picture:
+    seed = _seed(row, name) if IMAGE_BASELINES[how].is_random else 0
+    return Picture(how, number=number, seed=seed)
 
 
-def _seed(row: Row) -> int:
+def _seed(row: Row, name: str) -> int:
     block = row.block
-    return stable_hash(block.seed, block.name, row.draw_key, "image") % (1 << 64)
+    named = [name] if name else []
+    return stable_hash(block.seed, block.name, row.draw_key, "image", *named) % (1 << 64)
 
 
 def image_refusal(span: Span, written: str, reason: str, hint: str) -> Refusal:
@@ -147,7 +149,7 @@ def _of_file(row: Row, node: ast.String) -> Picture:
     return Picture("file", path=path, digest=digest, said=written, size=size)
 
 
-def _of_shapes(row: Row, node: ast.Call) -> Picture:
+def _of_shapes(row: Row, node: ast.Call, image: str) -> Picture:
     given = {each.name: each.value for each in node.arguments}
     if "kind" not in given:
         raise _wrong(node, "needs a `kind`", 'write `shapes(n: 1, kind: "circle", size: 32)`')
@@ -171,7 +173,7 @@ def _of_shapes(row: Row, node: ast.Call) -> Picture:
         colour=told["colour"],
         texture=told["texture"],
         size=(size, size),
-        seed=_seed(row),
+        seed=_seed(row, image),
     )
 
 
@@ -185,7 +187,7 @@ def _drawn_text(row: Row, node: object, name: str, example: str) -> str:
     return value
 
 
-def _of_grid(row: Row, node: ast.Call) -> Picture:
+def _of_grid(row: Row, node: ast.Call, image: str) -> Picture:
     given = {each.name: each.value for each in node.arguments}
     if "rows" not in given:
         raise _wrong(node, "needs `rows`", 'write `grid(rows: "red circle, - / -, blue cross")`')
@@ -208,7 +210,7 @@ def _of_grid(row: Row, node: ast.Call) -> Picture:
     if max(layout.size) > limits.IMAGE_SIDE:
         reason = f"it has {layout.size[1]:,} x {layout.size[0]:,} pixels"
         raise bad_value(node.span, reason, f"a side has at most {limits.IMAGE_SIDE:,}")
-    return Picture("grid", grid=layout, size=layout.size, seed=_seed(row))
+    return Picture("grid", grid=layout, size=layout.size, seed=_seed(row, image))
 
 
 @cache
@@ -311,13 +313,29 @@ def source_image_name(row: Row) -> str:
 _HINT = "a box is a list of four numbers of pixels: left, top, right, bottom"
 
 
-def row_regions(row: Row, picture: Picture) -> dict[str, tuple[Region, ...]]:
+def row_regions(row: Row, picture: Picture, image: str = "") -> dict[str, tuple[Region, ...]]:
     """Return the occurrences of each region by name; none if the column has no value.
+
+    Args:
+        row: The row.
+        picture: The row's image, or one in its prompt.
+        image: Name of the image in the prompt.
 
     Raises:
         Refusal: E0503, E0560 and those of values.
     """
-    return {region.name: tuple(_regions(row, region, picture)) for region in row.block.spec.regions}
+    block = row.block.spec
+    return {
+        region.name: tuple(_regions(row, region, picture))
+        for region in block.regions
+        if _is_part_of(row, region, image)
+    }
+
+
+def _is_part_of(row: Row, region: spec.RegionDef, image: str) -> bool:
+    """Return whether a region is a part of this image of the row."""
+    of = image_of_region(row.block.spec, region)
+    return ("" if of is None else of.name) == image
 
 
 def _regions(row: Row, region: spec.RegionDef, picture: Picture) -> list[Region]:
@@ -355,14 +373,23 @@ def _mask(row: Row, region: spec.RegionDef, written: str, picture: Picture) -> R
     return Region(mask=path, digest=digest)
 
 
-def row_image_changes(row: Row, picture: Picture) -> tuple[PictureChange, ...]:
+def row_image_changes(
+    row: Row, picture: Picture, image: str = IMAGE_SPAN
+) -> tuple[PictureChange, ...]:
     """Return the corruption's changes to the image before it is prepared for the model.
+
+    Args:
+        row: The row.
+        picture: Its image, or the image with this name in its prompt.
+        image: The name that changes have for the image.
 
     Raises:
         Refusal: E0207 and those of regions.
     """
     found: list[PictureChange] = []
     for number, change in enumerate(row.image_changes):
+        if not _changes_image(row, change, image):
+            continue
         if is_region_swap(change, row.block.spec):
             found += _swap(row, change, picture)
             continue
@@ -370,6 +397,16 @@ def row_image_changes(row: Row, picture: Picture) -> tuple[PictureChange, ...]:
         regions = _named(row, change.values[0], picture)
         found += [replace(made, region=region) for region in regions]
     return tuple(found) if any(_seen_in(picture, change) for change in found) else ()
+
+
+def _changes_image(row: Row, change: ast.ChangeLine, image: str) -> bool:
+    """Return whether a change applies to this image of the row, or to a region of it."""
+    if not row.block.spec.pictures:
+        return True
+    [part, *_] = change.values
+    assert isinstance(part, ast.Name)
+    regions = [each for each in row.block.spec.regions if each.name == part.id]
+    return _is_part_of(row, regions[0], image) if regions else part.id == image
 
 
 def _seen_in(picture: Picture, change: PictureChange) -> bool:
@@ -453,7 +490,7 @@ def _amount(row: Row, kind: ImageChange, change: ast.ChangeLine) -> float:
     return float(value)
 
 
-IMAGE_PROPERTIES = ("uncut", "image", "regions")
+IMAGE_PROPERTIES = ("uncut", "image", "regions", "pictures", "picture_regions")
 """Cached properties that a change to the row invalidates."""
 
 
@@ -478,6 +515,22 @@ class ImageRow:
             return None
         made = cut_tile(row, made)
         return replace(made, changes=row_image_changes(row, made)) if self.image_changes else made
+
+    @cached_property
+    def pictures(self) -> Mapping[str, Picture]:
+        """The images in a prompt, by name, after the changes."""
+        row, found = cast("Row", self), dict[str, Picture]()
+        for each in row.block.spec.pictures:
+            picture = row_picture(row, each.value, each.name)
+            changes = row_image_changes(row, picture, each.name) if self.image_changes else ()
+            found[each.name] = replace(picture, changes=changes)
+        return found
+
+    @cached_property
+    def picture_regions(self) -> Mapping[str, Mapping[str, tuple[Region, ...]]]:
+        """The regions of the images in a prompt: name of the image → name of the region."""
+        row = cast("Row", self)
+        return {name: row_regions(row, each, name) for name, each in self.pictures.items()}
 
     @cached_property
     def regions(self) -> Mapping[str, tuple[Region, ...]]:
@@ -679,6 +732,7 @@ class Row(ImageRow):
     def known(self, name: str) -> bool:
         return (
             name in self.changed
+            or any(each.name == name for each in self.block.spec.pictures)
             or name in self.values
             or name in self.record
             or self._definition(name) is not None
@@ -703,6 +757,8 @@ class Row(ImageRow):
             return self._cache[name]
         if name in self.record:
             return self.record[name]
+        if any(each.name == name for each in self.block.spec.pictures):
+            return RichText(self.pictures[name].marker)
         if name in self.block.parameters:
             return self.block.parameters[name]
         if name in ("true", "false"):

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mechdsl.base.records import Record, record
+from mechdsl.images.layouts import PromptPicture
 from mechdsl.images.picture import Picture, Region
 from mechdsl.prompts.values import TextSpan
 
@@ -106,6 +107,56 @@ class RunRow(Record):
     """Spans without text, such as those of images: by name, the tokens of each occurrence."""
     regions: Mapping[str, tuple[Region, ...]] = field(default_factory=lambda: _NOTHING)
     """Regions of the image by name, in pixels; `places` has their tokens."""
+    pictures: Mapping[str, PromptPicture] = field(default_factory=lambda: _NOTHING)
+    """The images within a prompt, by their markers in the text."""
+
+    @cached_property
+    def placed_pictures(self) -> tuple[PlacedPicture, ...]:
+        """The images in the prompt with their tokens, in text order."""
+        found: dict[int, PlacedPicture] = {}
+        for span in self.spans if self.pictures else ():
+            own = self.pictures.get(self.text[span.start : span.end])
+            if own is not None and span.start not in found:
+                at = self.offsets.index((span.start, span.end))
+                first = at - own.expansion.is_image.index(True)
+                found[span.start] = PlacedPicture(span.name, own, first)
+        return tuple(found[start] for start in sorted(found))
+
+    def pictures_of(self, name: str) -> list[PlacedPicture]:
+        """Return the images at placeholders with this name, or those with a region of it."""
+        own = [each for each in self.placed_pictures if each.name == name]
+        return own or [each for each in self.placed_pictures if name in each.picture.regions]
+
+    def image_label(self, token: int) -> str | None:
+        """Return the name of a token of an image, as the language writes it; None for others."""
+        for each in self.placed_pictures:
+            expansion = each.picture.expansion
+            cell = expansion.cell_of.get(token - each.first)
+            if cell is not None:
+                return f"{each.name} {expansion.label(cell)}"
+        return None
+
+    def image_places(self, name: str) -> list[tuple[int, ...]]:
+        """Return the tokens of an image at each of its occurrences, or of each occurrence of a
+        region."""
+        return [tokens for each in self.pictures_of(name) for tokens in each.places(name)]
+
+
+@record
+class PlacedPicture(Record):
+    """An image at a placeholder of a tokenised prompt."""
+
+    name: str
+    """The name of the placeholder."""
+    picture: PromptPicture
+    first: int
+    """The first of its tokens."""
+
+    def places(self, name: str) -> list[tuple[int, ...]]:
+        """Return the tokens of its cells, or of each occurrence of a region."""
+        own = self.picture
+        chosen = own.regions[name] if name != self.name else (tuple(own.expansion.cell_of),)
+        return [tuple(self.first + token for token in tokens) for tokens in chosen if tokens]
 
 
 @record

@@ -76,6 +76,10 @@ class RowContent:
     """Texts that metrics refer to, in the order of the block."""
     image: Picture | None
     regions: Mapping[str, tuple[Region, ...]]
+    pictures: Mapping[str, Picture]
+    """The images within a prompt, by name."""
+    parts: Mapping[str, Mapping[str, tuple[Region, ...]]]
+    """The regions of each of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +339,9 @@ class _Collector:
 
     def _content(self, row: Row) -> RowContent:
         values, texts = row.plain_values, tuple(map(row.named_text, self.block.texts))
-        return RowContent(row.prompt, values, texts, row.image, row.regions)
+        return RowContent(
+            row.prompt, values, texts, row.image, row.regions, row.pictures, row.picture_regions
+        )
 
     def _belongs(self, number: int) -> bool:
         """Return whether the row, or image of tiles, with this number (from 1) is in the part."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from string import ascii_lowercase
+from types import MappingProxyType
 from typing import TypedDict
 
 from mechdsl.base import limits
@@ -26,7 +27,8 @@ from mechdsl.diagnostics.prompts import (
     UnknownWords,
 )
 from mechdsl.diagnostics.syntax import NotSupported
-from mechdsl.images.picture import Picture, PictureChange
+from mechdsl.images.layouts import PromptPicture
+from mechdsl.images.picture import MARKER, Picture, PictureChange
 from mechdsl.program import spec
 from mechdsl.program.images import IMAGE_SPAN, INSERTED_SPAN
 from mechdsl.program.spec import CLEAN
@@ -84,6 +86,10 @@ from mechdsl.prompts.selection import (
     select_rows_by_id,
     set_mean_image,
     unchanged_template_warnings,
+)
+from mechdsl.prompts.tokens.image_prompts import (
+    prompt_pictures,
+    stand_in_expansion,
 )
 from mechdsl.prompts.tokens.images import ImageTokenizer, StandInImageTokenizer, image_row_fields
 from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
@@ -438,6 +444,10 @@ def _no_chat(prompts: spec.Prompts, tokenizer: TextTokenizer) -> list[Diagnostic
     return [BadChatTemplate(span=span, reason=problem.reason, hint=problem.hint)]
 
 
+_NO_PICTURES: Mapping[str, PromptPicture] = MappingProxyType({})
+"""Shared by all rows without images."""
+
+
 @dataclass
 class _Builder:
     """The tokenisation of one block's rows."""
@@ -617,6 +627,9 @@ class _Builder:
                     values=row.values,
                     texts=kept,
                     **image_row_fields(row.image, row.regions, self.tokenizer),
+                    pictures=prompt_pictures(row.pictures, row.parts, self.tokenizer)
+                    if row.pictures
+                    else _NO_PICTURES,
                 )
             )
         return PromptRun(name, tuple(out), chat=bool(self.block.spec.chat))
@@ -817,8 +830,9 @@ _NAME = re.compile(r"(?!L\d+([HN]\d+)?$)[A-Za-z_]\w*")
 _SHOWN = limits.TEXT // (2 * limits.NAME)
 """Maximum number of names in the prompt, whose text has a limit too."""
 
-_PIECE = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
-"""A word or sign with the space before it: most words are one token in most tokenizers."""
+_PIECE = re.compile(rf"{MARKER.pattern}|\s?\w+|\s?[^\w\s\u27e6\u27e7]+|\s+|[\u27e6\u27e7]")
+"""A word or sign with the space before it: most words are one token in most tokenizers. The marker
+of an image stands for all of its tokens."""
 
 _BOS = 0
 
@@ -859,6 +873,10 @@ class StandInTokenizer(TextTokenizer):
 
     def _encoded(self, text: str, add_special: bool) -> EncodedText:
         found = list(_PIECE.finditer(text))
+        count = len(stand_in_expansion().ids)
+        found = [
+            piece for piece in found for _ in range(count if MARKER.fullmatch(piece.group()) else 1)
+        ]
         ids = [self._id(piece.group()) for piece in found]
         offsets = [piece.span() for piece in found]
         if add_special:
@@ -884,8 +902,9 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     lacking = (d.name for d in block.diagnostics if isinstance(d, UnknownValue))  # reported
     roles = (turn.role for turn in block.spec.chat)
     unnamed = [] if block.spec.tiles is None else [IMAGE_SPAN]
+    pictures = {each.name for each in (*block.spec.pictures, *block.spec.regions)}
     columns = [
-        *block.names(),
+        *(name for name in block.names() if name not in pictures),
         *unnamed,
         *roles,
         *(span.name.id for span in block.spec.spans),
@@ -894,6 +913,8 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     ]
     known = (n for n in dict.fromkeys(columns) if n not in constant)
     names = [n for n in known if len(n) <= limits.NAME and _NAME.fullmatch(n)]
+    images = [each.name for each in block.spec.pictures if each.name not in constant]
+    shown = [*names[:_SHOWN], *images]
 
     def text(value: str) -> ast.String:
         return ast.String(value, span=at)
@@ -905,7 +926,10 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
             spec.Value(span=at, names=(name,), domain=ast.Domain(text(name), span=at))
             for name in names
         ),
-        templates=(text(" ".join(f"{{{name}}}" for name in names[:_SHOWN]) or "word"),),
+        pictures=tuple(
+            spec.PictureDef(span=at, name=name, value=ast.Name("gray", span=at)) for name in images
+        ),
+        templates=(text(" ".join(f"{{{name}}}" for name in shown) or "word"),),
         texts=tuple(spec.TextDef(span=at, name=name, value=text(" word")) for name in block.texts),
     )
     table, _ = build_table(made, tokenizer=tokenizer, limit=1)

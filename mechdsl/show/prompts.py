@@ -153,7 +153,7 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
         for number, row in enumerate(run.rows[:MAX_SHOWN_ROWS]):
             console.print(Text(f"  {name}, row {number}: ", style="bold") + Text(repr(row.text)))
             if row.image is None:
-                _print_grid([shown_token(token) for token in _tokens(experiment, row)], console)
+                _print_grid(_numbered(experiment, row), console)
             if row.source:
                 sides = {"encoder": range(row.source), "decoder": range(row.source, len(row.ids))}
                 said = ", ".join(f"{side} {range_text(each)}" for side, each in sides.items())
@@ -192,7 +192,23 @@ def _count_text(tokens: int) -> str:
     return count_noun(tokens, "token")
 
 
-def _print_grid(tokens: list[str], console: Console) -> None:
+def _numbered(experiment: ResolvedExperiment, row: RunRow) -> list[tuple[str, str]]:
+    """Return position and text of each token; those of an image are one entry."""
+    images: dict[int, tuple[str, int]] = {}
+    for each in row.placed_pictures:
+        rows, cols = each.picture.expansion.size
+        images[each.first] = f"{each.name} ({rows} x {cols})", len(each.picture.expansion.ids)
+    tokens, found = _tokens(experiment, row), list[tuple[str, str]]()
+    position = 0
+    while position < len(tokens):
+        text, count = images.get(position, (shown_token(tokens[position]), 1))
+        label = str(position) if count == 1 else f"{position}..{position + count - 1}"
+        found.append((label, text))
+        position += count
+    return found
+
+
+def _print_grid(tokens: list[tuple[str, str]], console: Console) -> None:
     """Print tokens below their positions, wrapped to the width of the console."""
     room = max(20, console.width - 6)
     line: list[tuple[str, str]] = []
@@ -203,12 +219,12 @@ def _print_grid(tokens: list[str], console: Console) -> None:
         line.clear()
 
     used = 0
-    for position, token in enumerate(tokens):
-        width = max(cell_len(token), len(str(position)))
+    for position, token in tokens:
+        width = max(cell_len(token), len(position))
         if line and used + width + 2 > room:
             flush()
             used = 0
-        line.append((str(position).ljust(width), token + " " * (width - cell_len(token))))
+        line.append((position.ljust(width), token + " " * (width - cell_len(token))))
         used += width + 2
     if line:
         flush()
@@ -219,6 +235,8 @@ def _named_spans(row: RunRow) -> list[tuple[str, list[tuple[int, ...]]]]:
     found: dict[str, list[tuple[int, ...]]] = {}
     for span in row.spans:
         found.setdefault(span.name, []).append(span_tokens(row, span.start, span.end))
+    for each in row.placed_pictures:
+        found |= {name: row.image_places(name) for name in (each.name, *each.picture.regions)}
     return [*found.items(), *((name, list(tokens)) for name, tokens in row.places.items())]
 
 

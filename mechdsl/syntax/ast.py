@@ -646,13 +646,15 @@ class Corrupt(Node):
     changes: tuple[CorruptLine, ...]
 
 
-@statement("image (from {source:ref} | {value:sum})", "image")
+@statement("image (from {source:ref} | [{name:new} =] {value:sum})", "image")
 @record
 class ImageLine(Node):
-    """`image from IMAGES`, `image gray`, `image "{file}"`, `image shapes(…)`."""
+    """`image from IMAGES`, `image gray`, `image "{file}"`, `image photo = shapes(…)`."""
 
     value: Expr | None = None
     source: Ref | None = None
+    name: Name | None = None
+    """Name of an image within prompts."""
 
 
 @statement("tiles {rows:count} by {cols:count} [whole=and whole]", "tiles")
@@ -665,11 +667,13 @@ class TilesLine(Node):
     whole: bool = False
 
 
-@statement("region {name:new} = {column:name}", "region")
+@statement("region {name:new} [of {image:name}] = {column:name}", "region")
 @record
 class RegionLine(Node):
     name: Name
     column: Name
+    image: Name | None = None
+    """The image that it is a part of, among several in a prompt."""
 
 
 @statement("classes {text:string}", "classes")

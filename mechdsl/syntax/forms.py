@@ -124,7 +124,8 @@ def chosen_parts(group: FormGroup, node: Any) -> tuple[FormPart, ...]:
     if group.flag:
         return group.alternatives[0] if getattr(node, group.flag) else ()
     for each in group.alternatives:
-        fields = [part for part in iter_parts(each) if isinstance(part, FormField)]
+        required = [part for part in each if isinstance(part, FormField)]
+        fields = required or [part for part in iter_parts(each) if isinstance(part, FormField)]
         if fields and _is_given(getattr(node, fields[0].name)):
             return each
     return ()

@@ -1106,15 +1106,23 @@ class _FormReader:
                 return
 
     def _follows(self, parts: Sequence[FormPart]) -> bool:
-        """Whether the parts follow: their words up to the first field, and this field."""
+        """Whether the parts follow: their words up to the first field, this field, and the words
+        after it."""
+        fields = 0
         for at, part in enumerate(parts, self.at):
             if isinstance(part, str):
                 if not self._is_word(at, part):
                     return False
-            elif isinstance(part, FormField):
+            elif isinstance(part, FormField) and not fields:
                 if at >= len(self.children) or not _KINDS[part.kind].accepts(self.children[at]):
                     return False
-                return part.kind not in ("flag", "word_itself") or self._is_word(at, part.name)
+                if part.kind in ("flag", "word_itself") and not self._is_word(at, part.name):
+                    return False
+                if part.kind == "block" or _KINDS[part.kind].many:
+                    return True
+                fields += 1
+            else:
+                return True
         return True
 
     def _is_word(self, at: int, word: str) -> bool:

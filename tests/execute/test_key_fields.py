@@ -496,6 +496,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "places": "only used to find positions, which are part of the key",
         "regions": "values computed from regions aren't stored by row",
         "image": "its tokens are a digest of everything that determines its pixels",
+        "pictures": "their tokens are digests of everything that determines their pixels",
         "values": "`MetricTerm.rows` contains the values that a function receives, "
         "`ResolvedRule.groups` those that group a mean",
         "texts": "`MetricTerm.texts` contains those that a metric names",

@@ -13,7 +13,8 @@ from mechdsl.base.records import Registry
 from mechdsl.program.estimators import ESTIMATORS
 
 Group = Literal[
-    "file", "prompts", "image", "image position", "image line", "position", "site", "rule",
+    "file", "prompts", "image", "image in prompts", "image position", "image line", "position",
+    "site", "rule",
     "onward", "experiment", "class", "expectation",
 ]  # fmt: skip
 
@@ -72,6 +73,14 @@ def _image(
     name: str, example: str, meaning: str, test: str = _ON_IMAGES, source: str = OWN
 ) -> None:
     _construct(Construct(name, "image", example, meaning, source, test))
+
+
+def _in_prompt(
+    name: str, example: str, meaning: str, beside: str = "", test: str = "test_blocks.py"
+) -> None:
+    """A line of a block of prompts that contain images."""
+    test = f"tests/image_prompts/{test}"
+    _construct(Construct(name, "image in prompts", example, meaning, OWN, test, beside))
 
 
 def _in_image(name: str, example: str, meaning: str) -> None:
@@ -2662,6 +2671,39 @@ _image(
     "`scenes`, or with its only image. `score` refers to that image; `rank(image)`, "
     "`prob(image)` and `correct` compare all images of the block.",
     "tests/images/test_text_towers.py",
+)
+_in_prompt(
+    "image in a prompt",
+    'image photo = "{kind}.png"',
+    "An image in each prompt of a vision-language model; `{photo}` in the template is its place. "
+    "All images of an `images` block are possible except `mean of`. The model's own processor of "
+    "transformers prepares it, and the tokens that it writes are positions of the prompt. Several "
+    "images need several names. Each distinct image passes through the vision encoder once.",
+    beside='kind in ["circle", "square"] template "{photo} What is this?"',
+    test="test_rules.py",
+)
+_in_prompt(
+    "images of a block",
+    "image from circles",
+    "With `{image}` in the template, the prompts contain the images of a block. They have its "
+    "rows, values, regions and corruptions, combined with their own.",
+    beside='template "{image} What is this?"',
+)
+_in_prompt(
+    "region of an image in a prompt",
+    "region object of photo = mask",
+    "As in an `images` block. `object tokens` are the tokens that read a part of it: of their "
+    "part of the image, divided into 8 x 8, one lies at least half in the region. `of photo` is "
+    "needed only for prompts with several images.",
+    beside='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
+)
+_in_prompt(
+    "changed image in a prompt",
+    "corrupt hidden { mask photo }",
+    "Makes the image gray; `blur photo radius 8`, `noise photo by 40`, regions and `swap` work "
+    "as in an `images` block, but patches can't be changed. For a different image, change a "
+    "value that the `image` line names; `swap photo_1, photo_2` exchanges two images.",
+    beside='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
 )
 _in_image(
     "a patch",

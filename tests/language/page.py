@@ -380,6 +380,8 @@ def written(entry: Construct) -> str:
             return in_block(entry.example, *beside)
         case "image" | "image position":
             return of_images(entry)
+        case "image in prompts":
+            return in_image_prompts(entry)
         case "image line":
             return on_images(entry.example)
         case "class":
@@ -447,6 +449,28 @@ def on_texts() -> str:
     file = file.replace("patch resid_post layer * at tokens *", rule)
     block = 'prompts told { kind in ["circle", "square"] image from scenes template "a {kind}" }'
     return file.replace("experiment e", f"{block}\nexperiment e")
+
+
+def in_image_prompts(entry: Construct) -> str:
+    """A file whose prompts contain an image, for a model that isn't there."""
+    from_block = entry.example.startswith("image from")
+    block = 'images circles { kind in ["circle", "square"] image shapes(n: 1, kind: kind) }'
+    run = entry.example.split()[1] if entry.example.startswith("corrupt") else ""
+    at = entry.example.split()[1] if entry.example.startswith("region") else "last"
+    lines = [
+        "mech 1",
+        'model m = local("vlm")',
+        *([block] if from_block else []),
+        f'prompts ask {{ {entry.beside} {entry.example} answer " yes" }}',
+        "experiment e {",
+        "  model m",
+        "  prompts ask limit 8",
+        f"  from clean into {run}" if run else "",
+        f"  ablate resid_post layer 1 at {at} token{'s' if at != 'last' else ''} with zero",
+        "  measure logit(answer) as delta",
+        "}",
+    ]
+    return "\n".join(line for line in lines if line) + "\n"
 
 
 def on_images(example: str) -> str:
@@ -660,6 +684,15 @@ def sections() -> list[Section]:
             "Lines of an `images` block. Supported models are ViT, DeiT, DINOv2 and DINOv3 with "
             "registers, BEiT, and the encoders of CLIP and SigLIP, with or without a classifier.",
             tuple(of_group("image")),
+        ),
+        Section(
+            "Images in prompts",
+            "Lines of a `prompts` block for a vision-language model. "
+            "[Models](models.md#image-tokens) lists the models. Rules act in the language model. "
+            "`photo tokens`, `each token of photo` and `photo row 3 col 4 token` are positions, "
+            "as for rows of images; rows and columns count over all tiles of an image, and the "
+            "labels of a thumbnail's tokens say so.",
+            tuple(of_group("image in prompts")),
         ),
         Section(
             "Positions in images",

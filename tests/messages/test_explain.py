@@ -16,7 +16,7 @@ from mechdsl.diagnostics.rendering import render_full
     [
         ("patch", "# `patch`: Rules"),
         ("recovery", "# `recovery`: Effects"),
-        ("z", "# `z`: Sites"),
+        ("z", "# `z`: Coordinates"),
         ("top", "# `top`: "),
         ("layer", "# `layer`: Coordinates"),
         ("head", "# `head`: Coordinates"),

@@ -18,7 +18,9 @@ from mechdsl.base.source import Source, Span
 from mechdsl.checks.file_check import CheckSettings
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.anatomy_proof import prove_any_anatomy
 from mechdsl.loading.loader import adopt_model, load_adapter
+from mechdsl.models.config import shape_from_config
 from mechdsl.pipeline.computation import check_with_models
 from mechdsl.program import spec
 from tests.families import build, rows_seq2seq
@@ -134,7 +136,11 @@ def windowed() -> Adopted:
     """Its encoder pads what it reads, so that it has more positions than the text has tokens."""
     row = next(row for row in rows_seq2seq.TABLE if row.name == "led")
     assert isinstance(row, Architecture)
-    return _adopted(build.model(row))
+    module = build.model(row)
+    values = {**module.config.to_dict(), "architectures": [type(module).__name__]}
+    shape, found = shape_from_config(values, model="toy", span=None)
+    assert shape is not None, found
+    return prove_any_anatomy("toy", module, shape, None, provenance={}, span=None)
 
 
 def empty() -> Adopted:

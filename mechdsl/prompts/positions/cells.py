@@ -38,10 +38,12 @@ from mechdsl.prompts.positions.spans import (
     has_named_numbers,
     image_token_cells,
     occurrence_bounds,
+    picture_token_cells,
     position_label,
 )
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import ANSWER_SPAN, Hits, PositionCell, ReplyPosition, RunRow, TokenMap
+from mechdsl.prompts.tokens.image_prompts import IMAGE_TOKEN
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.prompts.values import render_value
@@ -145,7 +147,8 @@ def hit_texts(
                 if isinstance(tokenizer, ImageTokenizer):
                     found[tokenizer.label(p)] += 1
                 continue
-            text = "" if row.special[p] else m.token_text(p)
+            label = row.image_label(p) if row.ids[p] >= IMAGE_TOKEN else None
+            text = label or ("" if row.special[p] else m.token_text(p))
             if not text and tokenizer is not None:
                 text = tokenizer.token_text(row.ids[p])
             if text:
@@ -806,6 +809,8 @@ class _Resolver:
             return []
         if self.spans.of_images:
             return image_token_cells([place.tokens for place in found], self.tokenizer)
+        if self.spans.is_picture(ref):
+            return picture_token_cells(ref, self.spans)
         self.spans.warn(ref, ((n, place, place.tokens) for n, place in enumerate(found)))
 
         def elsewhere(other: _Resolver) -> list[tuple[int, ...]]:

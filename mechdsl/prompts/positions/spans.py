@@ -26,7 +26,7 @@ from mechdsl.diagnostics.positions import (
 )
 from mechdsl.diagnostics.prompts import TokenCoversMore
 from mechdsl.diagnostics.rules import BadLoopValue, EmptyRange
-from mechdsl.diagnostics.syntax import MisspeltWord, NotSupported
+from mechdsl.diagnostics.syntax import MisspeltWord
 from mechdsl.images.processing import PatchLayout
 from mechdsl.program.images import IMAGE_SPAN, IMAGE_SPANS
 from mechdsl.program.spec import CLEAN
@@ -286,6 +286,10 @@ class SpanFinder:
         m = self.maps[n]
         if ref.name is not None and ref.name in m.row.places:
             return [SpanOccurrence(0, 0, tokens) for tokens in m.row.places[ref.name]]
+        if ref.name is not None and ref.of is None and m.row.pictures:
+            of_image = m.row.image_places(ref.name)
+            if of_image:
+                return [SpanOccurrence(0, 0, tokens) for tokens in of_image]
         if ref.literal is not None:
             found = find_text(m.row.text, ref.literal)
             if ref.of is not None:
@@ -373,7 +377,7 @@ class SpanFinder:
         Returns:
             True for all other spans of texts.
         """
-        if self.of_images and isinstance(node, ast.SpanTokens):
+        if isinstance(node, ast.SpanTokens) and (self.of_images or self.is_picture(ref)):
             return self._one_patch(node, ref)
         if not self.is_answer(ref):
             return True
@@ -415,6 +419,8 @@ class SpanFinder:
             return True
         if self.is_answer(ref):
             return True
+        if self.is_picture(ref):
+            return True
         special = self.special_id(ref)
         if special is not None:
             if any(special in m.row.ids for m in self.maps):
@@ -437,6 +443,15 @@ class SpanFinder:
                 )
             return False
         return True
+
+    def is_picture(self, ref: ast.SpanRef) -> bool:
+        """Return whether a span is an image within the prompts, or a region of one."""
+        name = ref.name
+        return (
+            name is not None
+            and ref.of is None
+            and any(m.row.pictures_of(name) for m in self.maps[:1] if m.row.pictures)
+        )
 
     @property
     def of_images(self) -> bool:
@@ -464,6 +479,25 @@ class SpanFinder:
         )
         return False
 
+    @property
+    def picture_names(self) -> list[str]:
+        """Names of the images within the prompts."""
+        return [each.name for m in self.maps[:1] for each in m.row.placed_pictures]
+
+    def _not_an_image(self, ref: ast.SpanRef) -> Diagnostic:
+        """Return E0308 for patches of something that isn't an image."""
+        names = self.picture_names
+        hint = 'add one to the prompts: `image photo = "{file}"`, with `{photo}` in the template'
+        if names:
+            hint = did_you_mean(ref.name or "", names, f"images are {name_list(names)}")
+        return UnknownSpan(
+            span=ref.span,
+            name=ref.name or "",
+            prompts=self.table.runs[self.run].prompts or self.table.name,
+            hint=hint,
+            what="not an image in a prompt",
+        )
+
     def _all_spans(self) -> Iterator[TextSpan]:
         return (s for run in self.table.runs.values() for row in run.rows for s in row.spans)
 
@@ -484,8 +518,9 @@ class SpanFinder:
     def all_places(self, ref: ast.SpanRef) -> list[list[SpanOccurrence]] | None:
         """Return all occurrences per row; None with a diagnostic if the span is unknown or has no
         token."""
-        if (ref.row is not None or ref.col is not None) and not self.of_images:
-            self.diagnostics.append(NotSupported(span=ref.span, what="a position in an image"))
+        patches = ref.row is not None or ref.col is not None
+        if patches and not self.of_images and ref.name not in self.picture_names:
+            self.diagnostics.append(self._not_an_image(ref))
             return None
         if not self._known(ref):
             return None
@@ -570,7 +605,8 @@ class SpanFinder:
         self, ref: ast.SpanRef, hits: Iterable[tuple[int, SpanOccurrence, tuple[int, ...]]]
     ) -> None:
         """Add W0701 if a hit token also covers text outside the span."""
-        if self.is_answer(ref) or self.special_id(ref) is not None or self.of_images:
+        apart = self.of_images or self.is_picture(ref) or self.is_answer(ref)
+        if apart or self.special_id(ref) is not None:
             return
         texts: Counter[str] = Counter()
         rows: set[int] = set()
@@ -789,8 +825,10 @@ def grid_cells(base: ast.SpanTokens, spans: SpanFinder) -> list[PositionCell]:
     All rows have the same cells. Codes: E0108 in texts, E0308, E0310, E0321.
     """
     reader = spans.tokenizer
-    if spans.all_places(base.of) is None or not isinstance(reader, ImageTokenizer):
+    if spans.all_places(base.of) is None:
         return []
+    if not isinstance(reader, ImageTokenizer):
+        return _picture_grid(base, spans)
     tokens, problems = _patches(base.of, reader, spans.total, spans.run)
     spans.diagnostics += problems
     if problems:
@@ -803,6 +841,86 @@ def grid_cells(base: ast.SpanTokens, spans: SpanFinder) -> list[PositionCell]:
             base.span.written if one else reader.label(token), (((token,),),) * spans.total
         )
         for token in tokens
+    ]
+
+
+def _picture_grid(base: ast.SpanTokens, spans: SpanFinder) -> list[PositionCell]:
+    """Return the cells of `photo row R col C token` for an image within prompts. Codes: E0310,
+    E0321."""
+    name, ref = base.of.name or "", base.of
+    sizes: dict[tuple[int, int], int] = {}
+    cells: dict[tuple[int, int], list[Hits]] = {}
+    joined: list[Hits] = []
+    for n, m in enumerate(spans.maps):
+        found = next(iter(m.row.pictures_of(name)), None)
+        rows, cols = (0, 0) if found is None else found.picture.expansion.size
+        sizes.setdefault((rows, cols), n)
+        wanted = list[tuple[int, int]]()
+        bounds = (occurrence_bounds(ref.row), rows), (occurrence_bounds(ref.col), cols)
+        (top, bottom), (left, right) = (own or (1, most) for own, most in bounds)
+        for own, low, high in ((ref.row, top, bottom), (ref.col, left, right)):
+            if own is not None and low > high and found is not None:
+                text, last, first = own.span.written, str(low), str(high)
+                empty = EmptyRange(span=own.span, text=text, low=first, high=last)
+                spans.diagnostics.append(empty)
+                return []
+        if found is not None and top >= 1 and bottom <= rows and left >= 1 and right <= cols:
+            wanted = [(r, c) for r in range(top, bottom + 1) for c in range(left, right + 1)]
+        if found is not None and wanted:
+            grid = found.picture.expansion.grid
+            at = {place: found.first + token for place, token in grid.items()}
+            joined.append((tuple(at[place] for place in wanted),))
+            for place in wanted:
+                own = cells.setdefault(place, [()] * spans.total)
+                own[n] = ((at[place],),)
+        else:
+            joined.append(())
+    lacking = [n for n, hits in enumerate(joined) if not hits]
+    if lacking and not spans.table.stands_in and not spans.tokenizer.stands_in:
+        found = next(iter(spans.maps[lacking[0]].row.pictures_of(name)), None)
+        size = (0, 0) if found is None else found.picture.expansion.size
+        spans.diagnostics.append(
+            OutsidePrompt(
+                span=ref.span,
+                position=ref.span.written,
+                run=spans.run,
+                lacking=len(lacking),
+                total=spans.total,
+                example=spans.example(lacking[0]),
+                hint=f"there, `{name}` has {size[0]} rows and {size[1]} columns of tokens, counted "
+                "from 1 at the top left",
+                unit="image",
+            )
+        )
+        return []
+    if base.plural:
+        return [PositionCell(base.span.written, tuple(joined))]
+    if len(cells) == 1:
+        return [PositionCell(base.span.written, tuple(own)) for own in cells.values()]
+    return [
+        PositionCell(f"{name} row {row} col {col}", tuple(own))
+        for (row, col), own in sorted(cells.items())
+    ]
+
+
+def picture_token_cells(ref: ast.SpanRef, spans: SpanFinder) -> list[PositionCell]:
+    """Return one cell per token of an image within prompts, or of a region of it; images without
+    the token drop out."""
+    cells: dict[str, list[Hits]] = {}
+    order: dict[str, tuple[str, int, int, int]] = {}
+    name = ref.name or ""
+    for n, m in enumerate(spans.maps):
+        for each in m.row.pictures_of(name):
+            expansion = each.picture.expansion
+            chosen = {token for tokens in each.places(name) for token in tokens}
+            for cell in expansion.layout.cells:
+                token = each.first + cell.position
+                if token in chosen:
+                    label = f"{each.name} {expansion.label(cell)}"
+                    order[label] = each.name, cell.tile, cell.row, cell.col
+                    cells.setdefault(label, [()] * spans.total)[n] = ((token,),)
+    return [
+        PositionCell(label, tuple(cells[label])) for label in sorted(cells, key=order.__getitem__)
     ]
 
 

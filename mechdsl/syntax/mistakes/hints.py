@@ -103,7 +103,6 @@ IMAGE_HINTS: tuple[Hint, ...] = (
         r"^image\s+\w+\s+$",
         r"\w",
         "write an image as one word, optionally with numbers: `image gray(100)`",
-        "$END",
     ),
     Hint(
         r"^observe\s+(pointing|mass|iou|f1)\b(?!.*\bof\b)",

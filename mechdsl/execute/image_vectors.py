@@ -1,0 +1,204 @@
+"""Images in prompts as vectors: the tower runs once for each distinct image.
+
+A vision-language model replaces the embeddings of an image's tokens by vectors that its tower and
+projector compute. They depend on the image only, so they are computed once, and the numbers of
+these tokens (`IMAGE_TOKEN`) stand for them in every later pass, as token ids do for rows of the
+embedding table. `check_images_as_vectors` compares both forms on a model's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.models import ImagesNotVectors
+from mechdsl.forward.hooks.batch import Batch, SiteRead
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel, call_module
+from mechdsl.images.layouts import PromptPicture
+from mechdsl.images.pixels import render_pixels
+from mechdsl.prompts.runs import RunRow
+from mechdsl.prompts.tokens.image_prompts import (
+    IMAGE_TOKEN,
+    ImagePromptTokenizer,
+)
+
+_AT_ONCE = 8
+"""Number of images in one pass of the tower."""
+
+_TOLERANCE = 1e-4
+"""Largest difference of logits in float32, relative to the largest logit."""
+
+
+class ImageVectors:
+    """The vectors of a model's images, returned by its embedding for the tokens of images."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        reader = model.tokenizer
+        assert isinstance(reader, ImagePromptTokenizer)
+        self.reader = reader
+        self._known: set[str] = set()
+        """Markers of the images."""
+        self._tokens = torch.empty(0, dtype=torch.long, device=model.device)
+        """[N] ascending: the tokens of images."""
+        self._vectors = torch.empty(0, model.shape.d_model, dtype=model.dtype, device=model.device)
+        """[N, d_model]"""
+        self._asked: Tensor | None = None
+        self.problem: Diagnostic | None = None
+        embedding: nn.Module = model.module.get_input_embeddings()  # type: ignore[operator]
+        embedding.register_forward_pre_hook(self._before, with_kwargs=True)
+        embedding.register_forward_hook(self._after)
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give the embedding an ordinary token in place of each image token."""
+        ids: Tensor = args[0] if args else kwargs["input"]
+        self._asked = ids if len(self._tokens) else None
+        plain = torch.where(ids < IMAGE_TOKEN, ids, self.reader.image_id)
+        return ((plain, *args[1:]), kwargs) if args else (args, {**kwargs, "input": plain})
+
+    def _after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Put in the vectors of images."""
+        ids, self._asked = self._asked, None
+        if ids is None:
+            return output
+        at = torch.searchsorted(self._tokens, ids.contiguous()).clamp(max=len(self._tokens) - 1)
+        found = (ids >= IMAGE_TOKEN)[..., None]
+        return torch.where(found, self._vectors[at].to(output), output)
+
+    def provide(self, model: LoadedModel, rows: Iterable[RunRow]) -> None:
+        """Compute the vectors of the rows' images that aren't known yet."""
+        new = {
+            marker: each
+            for row in rows
+            for marker, each in row.pictures.items()
+            if marker not in self._known
+        }
+        by_size: dict[tuple[int, int], list[tuple[str, PromptPicture]]] = {}
+        for marker, each in new.items():
+            by_size.setdefault(each.picture.size, []).append((marker, each))
+        for alike in by_size.values():
+            for start in range(0, len(alike), _AT_ONCE):
+                self._add(model, alike[start : start + _AT_ONCE])
+
+    def _add(self, model: LoadedModel, images: Sequence[tuple[str, PromptPicture]]) -> None:
+        batch, own = prepare_images(model, self.reader, [each for _, each in images])
+        read = SiteRead("embed")
+        vectors = run_full(model, batch, stop=0, reads=[read]).reads[read][:, :, 0]
+        tokens = [
+            self.reader.image_token(marker, k)
+            for marker, each in images
+            for k, is_image in enumerate(each.expansion.is_image)
+            if is_image
+        ]
+        order = torch.cat([self._tokens, torch.tensor(tokens, device=self._tokens.device)])
+        self._tokens, places = order.sort()
+        self._vectors = torch.cat([self._vectors, vectors[own].to(self._vectors)])[places]
+        self._known.update(marker for marker, _ in images)
+
+
+_VECTORS: WeakKeyDictionary[nn.Module, ImageVectors] = WeakKeyDictionary()
+
+
+def provide_images(model: LoadedModel, rows: Iterable[RunRow]) -> None:
+    """Compute the vectors of the images in these rows, once for each image and model."""
+    seen = [row for row in rows if row.pictures]
+    if not seen:
+        return
+    if model.module not in _VECTORS:
+        _VECTORS[model.module] = ImageVectors(model)
+    _VECTORS[model.module].provide(model, seen)
+
+
+def prepare_images(
+    model: LoadedModel, reader: ImagePromptTokenizer, pictures: Sequence[PromptPicture]
+) -> tuple[Batch, Tensor]:
+    """Return prompts of one image each, prepared by the model's processor.
+
+    Args:
+        model: The model.
+        reader: Its tokenizer.
+        pictures: Images of one size.
+
+    Returns:
+        The batch with the processor's further inputs; [B, T] bool, the tokens of the images.
+    """
+    from PIL import Image
+
+    images = [[Image.fromarray(render_pixels(each.picture))] for each in pictures]
+    made: Mapping[str, Any] = reader.processor(
+        text=[reader.image_text] * len(images), images=images, return_tensors="pt"
+    )
+    rows: list[list[int]] = made["input_ids"].tolist()
+    batch = Batch.of(rows, model.pad_id, model.calling.side, model.device)
+    extra = dict(_further_inputs(model, made))
+    return batch.with_inputs(extra), batch.ids == reader.image_id
+
+
+def _further_inputs(model: LoadedModel, made: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the inputs of a processor other than the tokens, on the model's device."""
+    for name, value in made.items():
+        if name not in ("input_ids", "attention_mask"):
+            moved = value.to(model.device)
+            yield name, moved.to(model.dtype) if moved.is_floating_point() else moved
+
+
+_TEXT_AFTER = 3
+"""Number of tokens after the image in the check."""
+
+
+def _with_text(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add tokens of text after an image, also to other inputs with an entry for each token."""
+    shape = given["input_ids"].shape
+    added = {
+        "input_ids": given["input_ids"][:, :1],
+        "attention_mask": given["attention_mask"][:, :1],
+    }
+    return {
+        name: torch.cat(
+            [value, *[added.get(name, torch.zeros_like(value[:, :1]))] * _TEXT_AFTER], 1
+        )
+        if value.shape == shape
+        else value
+        for name, value in given.items()
+    }
+
+
+def check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> ImagesNotVectors | None:
+    """Return E0458 if a model's images act by more than their vectors at the embedding.
+
+    The check compares the logits of the model's own forward on an image with those of a pass in
+    which its tokens have the image's vectors.
+    """
+    first = next((row for row in rows if row.pictures), None)
+    if first is None:
+        return None
+    [(marker, picture), *_] = first.pictures.items()
+    provide_images(model, [first])
+    vectors = _VECTORS[model.module]
+    batch, own = prepare_images(model, vectors.reader, [picture])
+    tokens = [
+        vectors.reader.image_token(marker, k)
+        for k, is_image in enumerate(picture.expansion.is_image)
+        if is_image
+    ]
+    with torch.inference_mode():
+        given = _with_text({"input_ids": batch.ids, "attention_mask": batch.mask, **batch.extra})
+        expected = call_module(model, given).logits
+        ids = given["input_ids"].clone()
+        ids[:, : own.shape[1]][own] = torch.tensor(tokens, device=ids.device)
+        mask = given["attention_mask"]
+        found = call_module(model, {"input_ids": ids, "attention_mask": mask}).logits
+    apart = float((found - expected).abs().max() / expected.abs().max())
+    most = max(_TOLERANCE, 8 * torch.finfo(model.dtype).eps)
+    if apart <= most:
+        return None
+    return ImagesNotVectors(
+        model=model.name, architecture=model.shape.architecture, apart=f"{apart:.2g}"
+    )

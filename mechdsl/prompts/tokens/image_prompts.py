@@ -1,0 +1,340 @@
+"""The tokenizer of prompts that contain images, by the model's own processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from functools import cache, cached_property
+from hashlib import sha256
+from pathlib import Path
+from re import Match
+from typing import Any
+
+from mechdsl.base.hashing import stable_hash
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.models import NoImageProcessor, UnpreparedImages
+from mechdsl.images.layouts import (
+    ImageCell,
+    ImageExpansion,
+    ImageTokens,
+    PromptPicture,
+    image_layout,
+)
+from mechdsl.images.picture import HALF_COVERED, MARKER, Picture, Region
+from mechdsl.images.processing import PREPROCESSOR_FILE, PROCESSOR_FILE, UnsupportedProcessor
+from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
+
+IMAGE_TOKEN = 1 << 61
+"""Tokens of images have numbers from here on: each stands for one vector of one image, so that
+equal tokens have equal vectors, as those of a text do."""
+
+_FILES = (PROCESSOR_FILE, PREPROCESSOR_FILE, "config.json")
+
+
+class ImagePromptTokenizer(TextTokenizer):
+    """A tokenizer whose texts may contain markers of images (`Picture.marker`)."""
+
+    folder: Path | None = None
+    """The model's folder, from which the processor is read when an image is tokenised."""
+    given: tuple[Any, Any] | None = None
+    """The processor and config of a model that is handed over from Python."""
+
+    @classmethod
+    def from_folder(
+        cls, path: Path, bos: bool | None = None, *, span: Span | None = None
+    ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+        """Read the tokenizer of a folder; its hash covers the settings of the processor."""
+        made, found = super().from_folder(path, bos, span=span)
+        if isinstance(made, ImagePromptTokenizer):
+            made.folder = path
+            contents = [(path / name) for name in _FILES]
+            told = [file.read_bytes() if file.is_file() else b"" for file in contents]
+            made.hash = sha256(b"\0".join([made.hash.encode(), *told])).hexdigest()
+        return made, found
+
+    def with_processor(self, processor: Any, config: Any) -> ImagePromptTokenizer:
+        """Return the tokenizer with a processor and config from Python."""
+        other = copy(self)
+        other.given = processor, config
+        other.hash = sha256(f"{self.hash} {processor.to_json_string()}".encode()).hexdigest()
+        return other
+
+    # --- the processor ----------------------------------------------------------------------------
+
+    @cached_property
+    def _read(self) -> tuple[Any, Any]:
+        """The processor and the config of transformers, which is imported when they are needed.
+
+        Raises:
+            UnsupportedProcessor: There is none, or the library can't read it.
+        """
+        if self.given is not None:
+            return self.given
+        if self.folder is None:
+            raise UnsupportedProcessor("there is none")
+        from transformers import AutoConfig, AutoProcessor  # takes seconds
+
+        try:
+            return (
+                AutoProcessor.from_pretrained(self.folder, local_files_only=True),
+                AutoConfig.from_pretrained(self.folder, local_files_only=True),
+            )
+        except Exception as error:  # the library passes on errors of its dependencies
+            raise UnsupportedProcessor(f"transformers can't read it ({error})") from error
+
+    @property
+    def processor(self) -> Any:
+        """The processor of transformers. Raises UnsupportedProcessor."""
+        return self._read[0]
+
+    @property
+    def processor_name(self) -> str:
+        """The class of the image processor, which may depend on installed libraries."""
+        return type(self.processor.image_processor).__name__
+
+    @cached_property
+    def image_text(self) -> str:
+        """The text that stands for an image before the processor expands it."""
+        text: Any = getattr(self.processor, "image_token", None)
+        if not isinstance(text, str):
+            raise UnsupportedProcessor("it names no image token")
+        return text
+
+    @cached_property
+    def image_id(self) -> int:
+        """The token in whose place the model puts a vector of an image."""
+        number = getattr(self._read[1], "image_token_id", None)
+        if not isinstance(number, int):
+            raise UnsupportedProcessor("the model's config names no image token")
+        return number
+
+    @cached_property
+    def natural_size(self) -> tuple[int, int]:
+        """(height, width) of images that have no size of their own, such as a gray image."""
+        images = self.processor.image_processor
+        for settings in (getattr(images, "crop_size", None), getattr(images, "size", None)):
+            known: Any = settings or {}
+            if "height" in known and "width" in known:
+                return int(known["height"]), int(known["width"])
+            if "shortest_edge" in known:
+                return int(known["shortest_edge"]), int(known["shortest_edge"])
+        return 224, 224
+
+    @cached_property
+    def _expansions(self) -> dict[tuple[int, int], ImageExpansion]:
+        return {}
+
+    def expansion(self, size: tuple[int, int]) -> ImageExpansion:
+        """Return the tokens of an image of this (height, width); (0, 0) for the natural size.
+
+        Raises:
+            UnsupportedProcessor: The places of its tokens aren't known.
+        """
+        size = self.natural_size if size == (0, 0) else size
+        if size not in self._expansions:
+            self._expansions[size] = self._expand(size)
+        return self._expansions[size]
+
+    def _expand(self, size: tuple[int, int]) -> ImageExpansion:
+        from PIL import Image
+
+        image = Image.new("RGB", (size[1], size[0]))
+        written, given = self._written(self.image_text, image)
+        [alone] = super()._raw([self.image_text], add_special=True)
+        before, after = _around(alone.special)
+        ids = tuple(written[before : len(written) - after])
+        for text in (self.image_text, f"a {self.image_text} b"):
+            [plain] = super()._raw([text], add_special=True)
+            at = text.index(self.image_text)
+            places = [n for n, offset in enumerate(plain.offsets) if offset[0] == at]
+            first = next(n for n in places if not plain.special[n])
+            if self._written(text, image)[0] != [*plain.ids[:first], *ids, *plain.ids[first + 1 :]]:
+                raise UnsupportedProcessor("it changes the text around images")
+        [found] = image_layout(*self._read, {**given, "input_ids": written}, [size])
+        cells = tuple(replace(cell, position=cell.position - before) for cell in found.cells)
+        layout = replace(found, start=0, end=len(ids), cells=cells, markers={})
+        return ImageExpansion(ids, tuple(token == self.image_id for token in ids), layout)
+
+    def _written(self, text: str, *images: Any) -> tuple[list[int], dict[str, Any]]:
+        """Return the tokens of a text with images, and the processor's other outputs."""
+        given = dict(self.processor(text=[text], images=[[*images]]))
+        return [int(token) for token in given["input_ids"][0]], given
+
+    @cached_property
+    def _joint_sizes(self) -> set[tuple[tuple[int, int], ...]]:
+        """Sizes of images that have the same tokens together as alone."""
+        return set()
+
+    def _check_several(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Raise UnsupportedProcessor if several images in a prompt have other tokens than each
+        alone."""
+        from PIL import Image
+
+        each = tuple(self.natural_size if size == (0, 0) else size for size in sizes)
+        if each in self._joint_sizes:
+            return
+        images = [Image.new("RGB", (width, height)) for height, width in each]
+        written, _ = self._written(" ".join([self.image_text] * len(each)), *images)
+        alone = [token for size in each for token in self.expansion(size).ids]
+        if written.count(self.image_id) != alone.count(self.image_id):
+            raise UnsupportedProcessor("it prepares several images in a prompt in another way")
+        self._joint_sizes.add(each)
+
+    # --- texts to tokens --------------------------------------------------------------------------
+
+    def _raw(self, texts: Sequence[str], add_special: bool = False) -> list[EncodedText]:
+        markers = [list(MARKER.finditer(text)) for text in texts]
+        if not any(markers):
+            return super()._raw(texts, add_special)
+        plain = [MARKER.sub(lambda _: self.image_text, text) for text in texts]
+        return [
+            self._expanded(encoded, found) if found else encoded
+            for encoded, found in zip(super()._raw(plain, add_special), markers, strict=True)
+        ]
+
+    def _expanded(self, encoded: EncodedText, markers: Sequence[Match[str]]) -> EncodedText:
+        """Replace the token of each marker by the tokens of its image."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        special: list[bool] = []
+        if len(markers) > 1:
+            self._check_several([(int(m["height"]), int(m["width"])) for m in markers])
+        due, shift = list(markers), 0
+        for token, (start, end), added in zip(
+            encoded.ids, encoded.offsets, encoded.special, strict=True
+        ):
+            if due and not added and start + shift == due[0].start():
+                marker = due.pop(0)
+                expansion = self.expansion((int(marker["height"]), int(marker["width"])))
+                for k, own in enumerate(expansion.ids):
+                    is_image = expansion.is_image[k]
+                    ids.append(self.image_token(marker[0], k) if is_image else own)
+                    offsets.append(marker.span() if is_image else (0, 0))
+                    special.append(not is_image)
+                shift += len(marker[0]) - len(self.image_text)
+                continue
+            ids.append(token)
+            offsets.append((0, 0) if added else (start + shift, end + shift))
+            special.append(added)
+        assert not due, "each marker has a token"
+        return EncodedText(tuple(ids), tuple(offsets), tuple(special))
+
+    def image_token(self, marker: str, number: int) -> int:
+        """Return the token that stands for one vector of an image."""
+        return IMAGE_TOKEN | stable_hash("image token", self.hash, marker, number) >> 67
+
+    def token_text(self, token: int) -> str:
+        """Return a readable token: decoded, special tokens by name."""
+        return super().token_text(token if token < IMAGE_TOKEN else self.image_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, with special tokens by name."""
+        return super().decode([each if each < IMAGE_TOKEN else self.image_id for each in ids])
+
+
+def _around(special: Sequence[bool]) -> tuple[int, int]:
+    """Return how many tokens a tokenizer adds before and after a text."""
+    own = [at for at, added in enumerate(special) if not added]
+    return own[0], len(special) - 1 - own[-1]
+
+
+STAND_IN_SIDE = 14
+"""Rows and columns of an image for a missing model."""
+
+
+@cache
+def stand_in_expansion() -> ImageExpansion:
+    """Return the tokens of an image for a missing model."""
+    count = STAND_IN_SIDE**2
+    places = (divmod(k, STAND_IN_SIDE) for k in range(count))
+    cells = tuple(ImageCell(k, 1, row + 1, col + 1, None) for k, (row, col) in enumerate(places))
+    layout = ImageTokens(0, count, cells, {})
+    return ImageExpansion((IMAGE_TOKEN,) * count, (True,) * count, layout)
+
+
+def prompt_pictures(
+    pictures: Mapping[str, Picture],
+    regions: Mapping[str, Mapping[str, tuple[Region, ...]]],
+    tokenizer: TextTokenizer,
+) -> dict[str, PromptPicture]:
+    """Return the images of a prompt by their markers, with their tokens.
+
+    Args:
+        pictures: The images by name.
+        regions: Name of an image → name of a region → its occurrences.
+        tokenizer: The tokenizer of the model.
+    """
+    found: dict[str, PromptPicture] = {}
+    for name, picture in pictures.items():
+        expansion, sized = stand_in_expansion(), picture
+        if isinstance(tokenizer, ImagePromptTokenizer):
+            expansion = tokenizer.expansion(picture.size)
+            sized = picture.sized(tokenizer.natural_size)
+        own = {
+            region: tuple(_covered(each, sized, expansion) for each in occurrences)
+            for region, occurrences in regions.get(name, {}).items()
+        }
+        known = found.get(picture.marker)
+        own |= {} if known is None else known.regions
+        found[picture.marker] = PromptPicture(sized, expansion, own)
+    return found
+
+
+_PARTS = 8
+"""Number of rows and of columns into which the part of an image that a token reads is divided."""
+
+
+def _covered(region: Region, picture: Picture, expansion: ImageExpansion) -> tuple[int, ...]:
+    """Return the tokens that read a part of a region, counted from the image's first.
+
+    A token belongs to the region if at least half of an eighth by an eighth of its part does.
+    """
+    from PIL import Image
+
+    from mechdsl.images.pixels import region_coverage  # imports NumPy: needed for regions only
+
+    cells = [cell for cell in expansion.layout.cells if cell.box is not None]
+    if not cells:  # of a missing model
+        return tuple(cell.position for cell in expansion.layout.cells)
+    cover = region_coverage(region, picture)
+    found: list[int] = []
+    for cell in cells:
+        assert cell.box is not None
+        left, top, right, bottom = cell.box
+        box = max(left, 0), max(top, 0), min(right, cover.width), min(bottom, cover.height)
+        if box[0] < box[2] and box[1] < box[3]:
+            parts = cover.resize((_PARTS, _PARTS), Image.Resampling.BOX, box)
+            if max(parts.tobytes()) >= HALF_COVERED:
+                found.append(cell.position)
+    return tuple(found)
+
+
+def read_prompt_tokenizer(
+    folder: Path, bos: bool | None, *, span: Span | None = None
+) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+    """Read the tokenizer of a model of images and texts; one of texts only without a processor."""
+    images = any((folder / name).is_file() for name in (PROCESSOR_FILE, PREPROCESSOR_FILE))
+    reader = ImagePromptTokenizer if images else TextTokenizer
+    return reader.from_folder(folder, bos, span=span)
+
+
+def check_processor(tokenizer: TextTokenizer, *, model: str, span: Span | None) -> list[Diagnostic]:
+    """Return E0456 or E0459 if a model has no usable processor for images in its prompts."""
+    if tokenizer.stands_in:
+        return []
+    if not isinstance(tokenizer, ImagePromptTokenizer):
+        reason = f"there is no `{PREPROCESSOR_FILE}` next to its `config.json`"
+        return [NoImageProcessor(span=span, model=model, reason=reason)]
+    try:
+        _ = tokenizer.image_id
+    except UnsupportedProcessor as unfit:
+        return [report_unprepared(unfit, model, span)]
+    return []
+
+
+def report_unprepared(unfit: UnsupportedProcessor, model: str, span: Span | None) -> Diagnostic:
+    """Return E0459 for images that a processor can't prepare."""
+    found = UnpreparedImages(span=span, model=model, reason=str(unfit))
+    return replace(found, hint=unfit.hint) if unfit.hint else found

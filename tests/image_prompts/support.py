@@ -1,0 +1,100 @@
+"""Files of prompts with images, and what rules give in one prompt by plain hooks."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+from PIL import Image
+
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
+
+from ..execute.support import MODES, as_in_the_data, run_on
+from ..shared_models import unchanged
+from .models import MODELS
+from .reference import Bare
+
+SIZES = ((24, 24), (36, 30), (17, 40), (52, 28))
+"""(height, width) of the images."""
+RECORDS = [
+    {"file": f"{n}.png", "other": f"{(n + 1) % 4}.png", "what": what, "n": n + 1, "m": 9 - n}
+    for n, what in enumerate(("dots", "red dots", "circle", "green and blue square"))
+]
+"""Prompts of different lengths."""
+
+
+def write_data(folder: Path) -> None:
+    """Write the images and the records that name them."""
+    for number, (height, width) in enumerate(SIZES):
+        small = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        grown = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+        grown.save(folder / f"{number}.png")
+    text = "\n".join(map(json.dumps, RECORDS)) + "\n"
+    (folder / "data.jsonl").write_text(text, encoding="utf-8")
+
+
+BLOCK = """
+prompts ask {
+  rows "data.jsonl"
+  image photo = "{file}"
+  template "{photo} how many {what} are there ? answer :"
+  answer " {n}"
+  wrong " {m}"
+  corrupt changed { file = other }
+}
+"""
+TEMPLATE = "<image> how many {what} are there ? answer :"
+MEASURE = "measure logit(answer) - logit(wrong) as delta"
+STATS = "stats bootstrap(100) confidence 95% correct none"
+
+
+def experiment(name: str, *lines: str, measure: str = MEASURE) -> str:
+    every = ("model m", "prompts ask", *lines, measure, STATS)
+    return f"experiment {name} {{\n" + "\n".join(f"  {line}" for line in every if line) + "\n}\n"
+
+
+@cache
+def folder_of(name: str) -> Path:
+    """A folder with the model and the images."""
+    folder = Path(mkdtemp(prefix=f"mechdsl-{name}-"))
+    write_data(folder)
+    return MODELS[name](folder)
+
+
+@cache
+def bare(name: str) -> Bare:
+    return Bare.of_folder(folder_of(name))
+
+
+@cache
+def loaded(name: str) -> LoadedModel:
+    own = Bare.of_folder(folder_of(name))
+    model, found = adopt_model("m", own.model, own.processor)
+    assert model is not None, found
+    return unchanged(model)
+
+
+def try_file(
+    text: str, name: str, mode: str = "planned", block: str = BLOCK
+) -> tuple[FileResult | None, list[Diagnostic]]:
+    whole = f'mech 1\nmodel m = local("handed over")\n{block}\n{text}'
+    source = Source(whole, folder_of(name) / "file.mech")
+    return run_on(source, {"m": loaded(name)}, MODES[mode])
+
+
+def run_file(
+    text: str, name: str, mode: str = "planned", block: str = BLOCK
+) -> dict[str, ExperimentResult]:
+    """Experiment → result, rows in the order of the data; an error fails the test."""
+    result, diagnostics = try_file(text, name, mode, block)
+    errors = [found for found in diagnostics if found.severity == "error"]
+    assert result is not None, render_full(errors, color=False, width=100)
+    return {found.name: as_in_the_data(found) for found in result.experiments}

@@ -1,0 +1,195 @@
+"""Blocks of prompts with images: changes, several images, other blocks, replies, and errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+import mechdsl
+from mechdsl.diagnostics.rendering import render_full
+
+from . import support
+from .models import GRID
+from .reference import at
+from .support import RECORDS, TEMPLATE, experiment, run_file, try_file
+from .test_rules import difference, image_tokens, inputs, states
+
+NAME = "llava"
+
+
+def of_pictures(pictures: list[Image.Image], text: str = TEMPLATE) -> list[float]:
+    """The difference of each record's prompt with another picture."""
+    bare = support.bare(NAME)
+    found: list[float] = []
+    for n, picture in enumerate(pictures):
+        given = bare.with_pictures(text.format(**RECORDS[n]), [picture])
+        found.append(difference(NAME, bare.run(given), n))
+    return found
+
+
+def picture(number: int) -> Image.Image:
+    return Image.open(support.folder_of(NAME) / f"{number}.png").convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("change", "make"),
+    [
+        ("mask photo", lambda own: Image.new("RGB", own.size, (128, 128, 128))),
+        ("blur photo radius 3", lambda own: own.filter(ImageFilter.GaussianBlur(3))),
+    ],
+)
+def test_changes_of_images(change: str, make: object) -> None:
+    block = support.BLOCK.replace("file = other", change)
+    text = experiment("e", "from clean into changed", "patch resid_pre layer 0 at photo tokens")
+    found = run_file(text, NAME, block=block)["e"]
+    assert callable(make)
+    expected = of_pictures([make(picture(n)) for n in range(len(RECORDS))])
+    np.testing.assert_allclose(found.measures[0].base[0], expected, atol=1e-4)
+    own = of_pictures([picture(n) for n in range(len(RECORDS))])
+    np.testing.assert_allclose(found.measures[0].patched[0], own, atol=1e-4)
+    assert np.abs(np.array(expected) - own).max() > 0.1
+
+
+TWO = """
+prompts ask {
+  rows "data.jsonl"
+  image one = "{file}"
+  image two = "{other}"
+  template "what is {what} in {one} and in the second {two} answer :"
+  answer " {n}"
+  wrong " {m}"
+  corrupt changed { swap one, two }
+}
+"""
+
+
+def test_two_images() -> None:
+    """Tokens of each image, in both orders."""
+    rule = "patch resid_post layer 1 at two row 1..2 col 1 tokens"
+    found = run_file(experiment("e", "from clean into changed", rule), NAME, block=TWO)["e"]
+    bare, values, bases = support.bare(NAME), list[float](), list[float]()
+    for n, record in enumerate(RECORDS):
+        text = "what is {what} in <image> and in the second <image> answer :".format(**record)
+        files = [support.folder_of(NAME) / str(record[name]) for name in ("file", "other")]
+        own, swapped = bare.inputs(text, files), bare.inputs(text, files[::-1])
+        tokens = [bare.image_tokens(own)[k] for k in (GRID * GRID, GRID * GRID + GRID)]
+        vectors = bare.states(own)["blocks"][1][tokens]
+        values.append(difference(NAME, bare.run(swapped, blocks={1: at(tokens, vectors)}), n))
+        bases.append(difference(NAME, bare.run(swapped), n))
+    np.testing.assert_allclose(found.measures[0].base[0], bases, atol=1e-4)
+    np.testing.assert_allclose(found.measures[0].patched[0], values, atol=1e-4)
+    assert np.abs(np.array(values) - bases).max() > 0.1
+
+
+TEXTS = """
+prompts blank {
+  template "what is in the second picture ? answer :"
+  span slot = "picture"
+}
+"""
+
+
+def test_from_an_image_into_a_text() -> None:
+    text = experiment(
+        "e",
+        "from ask into blank",
+        "patch resid_post layer 0 at photo row 1 col 2 token onto slot token",
+    )
+    found = run_file(text, NAME, block=support.BLOCK + TEXTS)["e"]
+    bare = support.bare(NAME)
+    given = bare.inputs("what is in the second picture ? answer :", [])
+    slot = (
+        given["input_ids"][0]
+        .tolist()
+        .index(bare.processor.tokenizer.convert_tokens_to_ids("picture"))
+    )
+    token = image_tokens(NAME)[1]
+    values = [
+        difference(
+            NAME, bare.run(given, blocks={0: at([slot], states(NAME, n, n)["blocks"][0][token])}), n
+        )
+        for n in range(len(RECORDS))
+    ]
+    np.testing.assert_allclose(found.measures[0].patched[0], values, atol=1e-4)
+    assert np.ptp(np.array(values) - found.measures[0].base[0]) > 0.1
+
+
+def test_replies() -> None:
+    """Greedy replies, clean and with a rule at the image's tokens."""
+    text = experiment(
+        "e",
+        "generate 5",
+        "from clean into changed",
+        "patch resid_post layer 0 at photo tokens",
+        measure='measure matches("1|2|3") as raw\n  report texts',
+    )
+    found = run_file(text, NAME)["e"]
+    bare = support.bare(NAME)
+    assert found.replies is not None
+    for n in range(len(RECORDS)):
+        expected = bare.reply(inputs(NAME, n, n), 5)
+        changed = inputs(NAME, n, (n + 1) % 4)
+        own = states(NAME, n, n)["blocks"][0][image_tokens(NAME)]
+        edited = bare.reply(changed, 5, blocks={0: at(image_tokens(NAME), own)})
+        words = bare.processor.tokenizer.decode
+        [reply], [cell] = found.replies.runs["clean"][n], found.replies.cells[0][n]
+        assert list(reply.ids) == expected, words(expected)
+        assert list(cell.ids) == edited, words(edited)
+
+
+# --- what is kept in the store --------------------------------------------------------------------
+
+
+def test_another_image_under_the_same_name(tmp_path: Path) -> None:
+    """A file that changes is another image for the store."""
+    for file in support.folder_of(NAME).iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = experiment("e", "ablate embed at photo row 1 col 1 token with zero")
+    source = f'mech 1\nmodel m = local(".")\n{support.BLOCK}\n{text}'
+    (tmp_path / "file.mech").write_text(source, encoding="utf-8")
+    first = mechdsl.run(tmp_path / "file.mech", store=tmp_path / "store")
+    again = mechdsl.run(tmp_path / "file.mech", store=tmp_path / "store")
+    Image.fromarray(255 - np.asarray(picture(0))).save(tmp_path / "0.png")
+    other = mechdsl.run(tmp_path / "file.mech", store=tmp_path / "store")
+    values = [found["e"].measures[0].base[0] for found in (first, again, other)]
+    np.testing.assert_array_equal(values[0], values[1])
+    assert np.abs(values[2] - values[0]).max() > 0.05
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "code", "said"),
+    [
+        ("image photo =", "image", "E0207", "needs a name in a prompt"),
+        ("{photo} how", "how", "E0510", "template"),
+        ("row 1 col 2", "row 9 col 2", "E0310", "3 rows and 3 columns"),
+        ("row 1 col 2", "row 3..1 col 2", "E0321", "3..1"),
+        ("at photo row", "at foto row", "E0308", "photo"),
+        ("at photo row", "at what row", "E0308", "images are `photo`"),
+        ("at photo row 1 col 2 token", "at photo token", "E0306", "9 patches"),
+        ('"{file}"', '"{file}.gif"', "E0560", ".gif"),
+        ('"{file}"', "mean of ask", "E0207", "has no size of its own"),
+        ('"{file}"', "zebra", "E0203", "zebra"),
+        ("file = other", "mask foto", "E0203", "photo"),
+        ("file = other", "mask photo row 1 col 1 token", "E0207", "whole images"),
+        ('"{file}"', '"{file}" region a = what', "E0560", "no such file"),
+        ('"{file}"', '"{file}" region a of b = what', "E0501", "photo"),
+        ('image photo = "{file}"', 'image one = "{file}"', "E0501", "photo"),
+    ],
+)  # fmt: skip
+def test_errors(before: str, after: str, code: str, said: str) -> None:
+    text = experiment("e", "from clean into changed", "patch embed at photo row 1 col 2 token")
+    whole = support.BLOCK + text
+    assert before in whole
+    result, found = try_file("", NAME, block=whole.replace(before, after, 1))
+    assert result is None
+    errors = [each for each in found if each.severity == "error"]
+    assert code in [each.code for each in errors], errors
+    shown = " ".join(render_full(errors, color=False, width=1000).split())
+    assert said in shown, shown
