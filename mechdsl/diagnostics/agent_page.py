@@ -32,7 +32,7 @@ A `.mech` file defines models, prompts and experiments. Write one, then use thes
 
 Rules of the notation:
 
-- The first line is `mech 1`. White space has no meaning; `#` begins a comment.
+- The first line is `mech 1`. `#` begins a comment.
 - Blocks are in braces. Options have a colon: `pca(fruit, component: 2)`. Texts are in `"…"`.
 - Layers and heads count from 0. Ranges include both ends: `0..3`. `*` means all.
 - The singular sweeps (`layer 0..2`: three runs), the plural joins (`layers 0..2`: one run).
@@ -43,7 +43,7 @@ Rules of the notation:
 - An answer usually begins with a space: `answer " {count}"`.
 - `measure EXPRESSION as EFFECT`: `raw` (value), `delta` (change) or `recovery` (0 base, 1 source).
 - All rules of an experiment act in one run; their sweeps are its axes.
-- Write one experiment per question. `expect` states a claim, verified by the run.
+- Write one experiment per question. `expect` states a claim.
 """
 
 AGENT_SETUP = """\

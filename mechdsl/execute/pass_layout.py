@@ -256,7 +256,7 @@ def compute_row_widths(
         lengths = each.lengths(rows)
         own_cuts = None if each.whole else shortcuts
         first = each.leftmost(rows) if own_cuts and own_cuts.prefix else np.zeros_like(lengths)
-        widths[own] = np.maximum(1, lengths - first) * each.draws
+        widths[own] = np.maximum(1, lengths - first) * each.draws * each.token_weight
         low = each.lowest[rows.cell] if own_cuts and own_cuts.resume else 0
         blocks[own] = np.maximum(1, each.experiment.model.shape.n_layers - low)
     return widths, widths * blocks.astype(np.float64)

@@ -45,6 +45,7 @@ from mechdsl.diagnostics.models import (
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.forward.hooks.circuits import explain_no_circuits
 from mechdsl.forward.hooks.model import (
     BASE_PREFIX,
     PYTHON_PREFIX,
@@ -935,6 +936,8 @@ def check_modules(
                 found.append(_check_frozen_norms(rule, model))
             if rule.path is not None and rule.path.also_at_the_end:
                 found.append(_check_end_receiver(rule, model))
+            if rule.circuit is not None:
+                found.append(_check_circuit(rule, model))
             if rule.does.changes == "blocks":
                 found.append(_check_block_exchange(rule, model))
             if isinstance(rule.does, WeightChange):
@@ -1043,6 +1046,13 @@ def _check_end_receiver(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | 
         "the sum of the outputs of blocks,"
     )
     return NotSupported(span=rule.spec.span, what=what)
+
+
+def _check_circuit(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """Report E0108 if edges between the components of the model can't be separated."""
+    reason = explain_no_circuits(model)
+    what = f"a circuit in `{model.name}` ({reason})"
+    return NotSupported(span=rule.spec.span, what=what) if reason else None
 
 
 def _check_frozen_norms(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:

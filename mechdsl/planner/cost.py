@@ -41,6 +41,7 @@ from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits, it
 from mechdsl.prompts.runs import PromptRun, ReplyPosition
 from mechdsl.resolve.runs import reads_reply_tokens
 from mechdsl.resolve.types import (
+    CircuitTargets,
     FitSample,
     JacobianBasis,
     SitePoint,
@@ -194,10 +195,13 @@ class RowSharer:
     def _rule(self, rule: RulePlan, kept: bytes) -> _RuleKey:
         does = rule.rule.does
         pairs = list(zip(rule.point_table, rule.source_table, strict=True))
-        points = [
+        points: list[Hashable] = [
             tuple(pairs[i] for i in _list(rule.points, key))
             for key in range(len(rule.points.offsets) - 1)
         ]
+        if rule.rule.circuit is not None:  # without the last one, where it doesn't act
+            for key, edges in enumerate(rule.rule.circuit.edges.values()):
+                points[key] = frozenset(edges)
         receivers = None
         if rule.paths is not None:
             paths = rule.paths
@@ -696,6 +700,23 @@ class _BlockCost:
         return tokens(work.present), adds
 
 
+def count_circuit_work(circuit: CircuitTargets, shape: ModelShape) -> int:
+    """Count the multiply-adds per token of the ablation of some edges, besides those of the pass.
+
+    Each receiver sums what its senders gain, and each query, key or value is projected again.
+    """
+    edges = next(iter(circuit.edges.values()))
+    layers = [-1 if of.site == "resid_pre" else of.layer or 0 for of in {of for of, _ in edges}]
+    heads = sum(of.site == "z" for of in {of for of, _ in edges})
+    receivers = {to for _, to in edges}
+    projected = sum(to.unit is not None for to in receivers)
+    summed = sum(
+        sum(layer < shape.n_layers if to.layer is None else layer < to.layer for layer in layers)
+        for to in receivers
+    )
+    return shape.d_model * (summed + (projected + heads) * shape.d_head)
+
+
 def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
     """Return the cost of all prompts of a run, each in a separate pass through `stop` blocks (None:
     all blocks and the logits of one token)."""
@@ -1044,7 +1065,7 @@ class _Shapes:
             plan.leftmost(self.rows) if len(first) and not plan.whole else 0,
             0,
         )
-        self.width = int(np.maximum(1, self.lengths - begin) @ self.counts)
+        self.width = int(np.maximum(1, self.lengths - begin) @ self.counts) * plan.token_weight
 
     def work(self, block: _BlockCost, shape: ModelShape, shortcuts: Shortcuts) -> tuple[int, int]:
         """Return (tokens through blocks, multiply-adds)."""
@@ -1060,6 +1081,10 @@ class _Shapes:
             more_tokens, more_adds = block.of_work(each, self.counts)
             tokens += more_tokens
             adds += more_adds
+        for rule in self.plan.rules:
+            if rule.rule.circuit is not None:
+                written = rule.written.tokens.counts(rule.written_runs(self.rows))
+                adds += int(written @ self.counts) * count_circuit_work(rule.rule.circuit, shape)
         return tokens, adds
 
     def _places(self, rule: RulePlan) -> tuple[Sequence[SitePoint], RaggedColumn, Ints]:

@@ -93,6 +93,10 @@ class ReconstructedSpot:
     """Number of its basis."""
 
 
+VECTORS_PER_TOKEN = 16
+"""Vectors of the width of the stream that a pass without a circuit stores per token."""
+
+
 @dataclass(frozen=True, eq=False)
 class ExperimentPlan:
     """Everything known about an experiment's rows before the model runs."""
@@ -136,6 +140,18 @@ class ExperimentPlan:
             return True
         together = self.experiment.model.shape.encodes_apart
         return together or any(plan.rule.does.whole for plan in self.rules)
+
+    @cached_property
+    def token_weight(self) -> int:
+        """Number of tokens whose memory a token of its rows takes: of an ablated circuit, the pass
+        stores the outputs of all senders and the inputs of a block's receivers."""
+        senders = receivers = 0
+        for plan in self.rules:
+            for edges in () if plan.rule.circuit is None else plan.rule.circuit.edges.values():
+                layers = Counter(to.layer for to in {to for _, to in edges})
+                senders = max(senders, len({of for of, _ in edges}))
+                receivers = max(receivers, *layers.values())
+        return 1 + (senders + 2 * receivers) // VECTORS_PER_TOKEN
 
     @property
     def path(self) -> RulePlan | None:

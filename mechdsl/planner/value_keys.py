@@ -585,6 +585,13 @@ class ExperimentKeys:
             if rule.paths is not None:
                 ends = digest_lists(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
+            if rule.rule.circuit is not None:
+                edges = [
+                    digest(b"".join(_written(end) for edge in own for end in edge))
+                    for own in rule.rule.circuit.edges.values()
+                ]
+                own = [*edges, b""]  # the last one: where it doesn't act
+                parts.append([own[site] for site in rule.site_of_cell.tolist()])
             if rule.active is not None:  # where it doesn't act, the key omits it
                 acts = rule.active.tolist()
                 parts[begin:] = [

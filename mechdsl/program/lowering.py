@@ -559,6 +559,7 @@ def lower_program(
         masks=parts.masks,
         prompts=parts.prompts,
         groups=parts.groups,
+        circuits=parts.circuits,
         directions=parts.directions,
         bases=parts.bases,
         metrics=parts.metrics,
@@ -789,6 +790,10 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
                     if site.ranked is not None and isinstance(site.ranked.amount, str):
                         scope.has("param", site.ranked.amount)
                 parts.groups[name.id] = spec.Group(span=statement.span, name=name.id, sites=sites)
+        case ast.CircuitDef(name=name, edges=edges):
+            if scope.define("circuit", name, imported=imported):
+                circuit = spec.Circuit(span=statement.span, name=name.id, edges=edges)
+                parts.circuits[name.id] = circuit
         case ast.Seed(value=value):
             first = parts.seeded
             if first is not None and first.source is statement.span.source:
@@ -927,6 +932,9 @@ def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namesp
                     parts.masks[mask.name] = mask
                     if mask.chooses_positions:
                         del parts.groups[mask.name]  # it names no sites
+    for circuit in parts.circuits.values():
+        for node in walk(circuit.edges):
+            _ = isinstance(node, ast.Name) and scope.has("group", node.id)
     for statement in found:
         basis = lower_basis(statement, parts, scope)
         if basis is not None:

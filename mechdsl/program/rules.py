@@ -303,10 +303,7 @@ def lower_rule(
         case ast.PathRule():
             return _path(rule, body, source, prompts, work)
         case ast.Ablate():
-            if isinstance(body.fill, ast.QualifiedRef):
-                work.scope.has("prompts", body.fill.of.name)
-            by = None if body.by is None else body.by.id
-            return _at(rule, "ablate", body, fill=body.fill, by=by)
+            return _ablate(rule, body, prompts, work)
         case ast.ReplaceTokens():
             images = prompts is not None and prompts.kind == "images"
             if not isinstance(body.value, ast.String) and not images:
@@ -348,6 +345,31 @@ def lower_rule(
             return _attention(rule, "allow", body.edge)
         case ast.Renumber():
             return spec.Rule(span=rule.span, verb="renumber", at=body.at, fill=body.start)
+
+
+def _ablate(
+    rule: ast.Rule, body: ast.Ablate, prompts: spec.Prompts | None, work: Statements
+) -> spec.Rule:
+    """Build the rule of `ablate SITE at POSITIONS with FILL` or `ablate all but CIRCUIT …`.
+
+    The fill of a circuit may be a run, whose values its edges then carry.
+    """
+    if isinstance(body.fill, ast.QualifiedRef):
+        work.scope.has("prompts", body.fill.of.name)
+    named = body.site.bare
+    circuit = named is not None and named.id in work.scope.names("circuit")
+    if body.all_but and not circuit:
+        name = body.site.span.written if named is None else named.id
+        work.scope.use("circuit", name, body.site.span)
+        work.unsupported = True
+    source = None
+    if circuit and prompts is not None and isinstance(body.fill, ast.Name):
+        runs = {*work.known_runs, spec.CLEAN, *(c.name for c in prompts.corruptions)}
+        if body.fill.id in runs:
+            source = resolve_run_name(ast.Ref(body.fill.id, span=body.fill.span), prompts, work)
+    by = None if body.by is None else body.by.id
+    lowered = _at(rule, "ablate", body, fill=body.fill, by=by)
+    return lowered.model_copy(update={"source": source, "all_but": body.all_but})
 
 
 def _replace_block(rule: ast.Rule, body: ast.ReplaceBlock) -> spec.Rule:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     EndText = ast.Bound
     EdgeText = ast.Edge
     MapText = ast.MapOf
+    SiteMapText = ast.SiteMap
     RefText = ast.Ref
     Losses = tuple[ast.LostStatement, ...]
     TrainedFiles = dict[str, tuple[object, str]]
@@ -62,6 +63,7 @@ else:
         _AS_WRITTEN
     )
     AxisText = EndText = ArgumentText = MapText = RefText = _AS_WRITTEN
+    SiteMapText = _AS_WRITTEN
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Names = TrainedFiles = Where
 
@@ -426,6 +428,8 @@ class Rule(Spec):
     fills: tuple[str, ...] = ()
     """ablate: labels of an axis of fills; this rule has one of them."""
     fill_index: int = 0
+    all_but: bool = False
+    """ablate: whether all edges but those of the circuit are ablated."""
     reading: SiteText | None = None
     """set … to value(…): the site to read, in `source`, at `at`; written at `onto`."""
     stepped: NameText | None = None
@@ -518,6 +522,13 @@ class Group(Spec):
     sites: tuple[SiteText, ...]
 
 
+class Circuit(Spec):
+    """`circuit c = embed -> L0H1.q, L0H1 -> logits`: edges from senders to receivers."""
+
+    name: str
+    edges: tuple[SiteMapText, ...]
+
+
 class Expectation(Spec):
     text: str
     condition: ExprText | None = None
@@ -530,7 +541,15 @@ class Expectation(Spec):
 
 
 ControlTarget = Literal[
-    "heads", "neurons", "experts", "layers", "positions", "directions", "subspaces", "features"
+    "heads",
+    "neurons",
+    "experts",
+    "layers",
+    "positions",
+    "directions",
+    "subspaces",
+    "features",
+    "edges",
 ]
 
 
@@ -738,6 +757,7 @@ class Program(Spec):
     """Group that a training chooses → its `fit(…)`, with the sites that it chooses from."""
     prompts: dict[str, Prompts] = Field(default_factory=dict)
     groups: dict[str, Group] = Field(default_factory=dict)
+    circuits: dict[str, Circuit] = Field(default_factory=dict)
     directions: dict[str, Direction] = Field(default_factory=dict)
     bases: dict[str, Basis] = Field(default_factory=dict)
     metrics: dict[str, ExprText] = Field(default_factory=dict)
@@ -816,6 +836,7 @@ class Definitions:
     """Group that a training chooses → its `fit(…)`."""
     prompts: dict[str, Prompts] = field(default_factory=dict)
     groups: dict[str, Group] = field(default_factory=dict)
+    circuits: dict[str, Circuit] = field(default_factory=dict[str, Circuit])
     directions: dict[str, Direction] = field(default_factory=dict)
     bases: dict[str, Basis] = field(default_factory=dict)
     metrics: dict[str, ast.Expr] = field(default_factory=dict)

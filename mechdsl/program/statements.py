@@ -271,7 +271,7 @@ def mark_names_used(node: ast.Node, work: Statements) -> None:
     """Mark groups and parameters that a rule refers to as used."""
     for part in walk(node):
         if isinstance(part, ast.Name):
-            kinds = ("group", "param", "direction", "basis")
+            kinds = ("group", "circuit", "param", "direction", "basis")
             _ = any(work.scope.has(kind, part.id) for kind in kinds)
         elif isinstance(part, ast.SpanRef) and part.name in work.parts.masks:
             work.scope.has("group", part.name)

@@ -146,6 +146,10 @@ def _of_rule(
     if said.kind.place == "attention":
         yield from _of_edges(rule, verb, experiment, said)
         return
+    if rule.circuit is not None:
+        reason = "the edges of a circuit are ablated together, and run"
+        yield _no_estimate(said, own.span, "a circuit", reason, NO_ESTIMATE_HINT)
+        return
     if own.verb not in ESTIMABLE_VERBS or rule.path is not None or rule.does.changes != "sites":
         reason = "the written value must be a vector of an unpatched run, or zero"
         of_edges = f"write `using {first_of_place('attention').name}`"
@@ -418,6 +422,31 @@ def _named_numbers(rule: ResolvedRule) -> set[tuple[str, int, int]]:
 
 _BLOCK_ENDS = ("resid_pre", "resid_post")
 """Sites of a block that exist even if the block computes nothing."""
+
+
+READ_BY_RECEIVERS = ("attn_norm", "mlp_norm", "final_norm", "head_out")
+"""Sites whose values edges of a circuit compute themselves."""
+
+
+def check_circuits(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """Yield E0108 for rules that can't act together with an ablated circuit."""
+    rules = [rule for rule in experiment.rules if rule.circuit is not None]
+    if not rules:
+        return
+    started = experiment.derived.get(experiment.spec.base)
+    others = [] if started is None else list(started.rules)
+    for rule in (*others, *experiment.rules):
+        points = () if rule.sites is None else rule.sites.points.values()
+        sites = {point.site for here in points for point in here}
+        what, later = "", "write an experiment for each"
+        if rule.circuit is not None and rule is not rules[0] and rule.only is None:
+            what, later = "a second circuit", "join the edges of both in one `circuit`"
+        elif rule.circuit is None and rule.does.changes == "sites" and sites & {*READ_BY_RECEIVERS}:
+            what = f"a rule on `{min(sites & {*READ_BY_RECEIVERS})}` together with a circuit"
+        elif rule.does.changes == "blocks":
+            what = "`replace block` together with a circuit"
+        if what:
+            yield NotSupported(span=rule.spec.span, what=what, later=later)
 
 
 def check_removed_blocks(

@@ -23,6 +23,7 @@ from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import Hits, PositionCell
 from mechdsl.resolve.bases import CoordinateChange, WeightChange
+from mechdsl.resolve.circuits import CircuitDraws
 from mechdsl.resolve.conflicts import check_removed_blocks
 from mechdsl.resolve.findings import FindingPicker, PickError, check_rankable_features
 from mechdsl.resolve.matched_draws import (
@@ -559,6 +560,8 @@ def _build_control(
             "`scale mlp_hidden layer 1 neuron 5 at tokens * by 0` has the same effect as "
             "`scale weights of layer 1 neuron 5 by 0`, and random neurons are drawn for it",
         )
+    if any(rule.circuit is not None for rule in experiment.rules):
+        return _build_circuit_control(experiment, asked, apart, draws)
     with_directions = any(rule.direction is not None for rule in experiment.rules)
     with_bases = any(rule.basis is not None for rule in experiment.rules)
     if asked.what in (None, "directions") and with_directions:
@@ -578,6 +581,51 @@ def _build_control(
     control = _Draws(experiment, asked, apart, draws).control()
     _check_draws_outside_removed(control.experiment.rules, experiment.model.name)
     return control
+
+
+def _build_circuit_control(
+    experiment: ResolvedExperiment,
+    asked: spec.Control,
+    apart: Sequence[ExcludedSite],
+    draws: int,
+) -> ResolvedControl:
+    """Create a control with random circuits of the same number of edges, at the same tokens.
+
+    Raises:
+        _NoDraws: There are too few such circuits, or something else is drawn.
+    """
+    if asked.what not in (None, "edges"):
+        hint = f"write `against random({asked.draws})`"
+        raise _NoDraws("edges are drawn, and an experiment has one kind of targets", hint)
+    _check_no_exceptions(apart, "edges")
+    rules: list[ResolvedRule] = []
+    like = ""
+    for rule in experiment.rules:
+        circuit, sites = rule.circuit, rule.sites
+        if circuit is None or sites is None:
+            rules.append(rule)
+            continue
+        drawing = CircuitDraws(experiment.model.shape, circuit.named, experiment.seed)
+        drawn = drawing.draws(draws)
+        if len(drawn) < draws:
+            reason = f"there are only {len(drawn)} others with {len(circuit.named)} edges"
+            raise _NoAlternatives(reason, f"write `against random({len(drawn)})`")
+        path = ", each on a path from `embed` to `logits`" if drawing.is_connected else ""
+        like = f"of {count_noun(len(circuit.named), 'edge')}{path}, at the same tokens"
+        edges = {
+            (n,): tuple(e for e in circuit.every if (e in own) != rule.spec.all_but)
+            for n, own in enumerate(map(frozenset, drawn))
+        }
+        senders = {key: tuple(dict.fromkeys(of for of, _ in own)) for key, own in edges.items()}
+        labels = dict.fromkeys(edges, f"random circuit like {next(iter(sites.labels.values()))}")
+        rules.append(
+            replace(
+                rule,
+                sites=SiteTargets((DRAW_AXIS,), senders, labels),
+                circuit=replace(circuit, edges=edges),
+            )
+        )
+    return _drawn_control(experiment, asked, rules, draws, ("random circuits", like))
 
 
 def _check_no_exceptions(apart: Sequence[ExcludedSite], drawn: str) -> None:
@@ -771,7 +819,7 @@ class _Draws:
 
     def _has(self, rule: ResolvedRule) -> set[spec.ControlTarget]:
         """Return the kinds of targets of a rule that have alternatives."""
-        if rule.sites is None or rule.does.changes in ("nothing", "positions", "blocks"):
+        if rule.sites is None or rule.does.changes in ("nothing", "positions", "blocks", "circuit"):
             return set()
         points = {point for here in rule.sites.points.values() for point in here}
         found: set[spec.ControlTarget] = set()

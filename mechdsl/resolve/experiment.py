@@ -21,6 +21,7 @@ from mechdsl.prompts.runs import ANSWER_SPAN, PositionCell, RunRow
 from mechdsl.resolve.bases import resolve_rule
 from mechdsl.resolve.cells import SEED_AXIS, find_open_axes, has_open_positions
 from mechdsl.resolve.conflicts import (
+    check_circuits,
     check_encoder_decoder,
     check_estimator,
     check_removed_blocks,
@@ -310,7 +311,7 @@ def find_omitted_answers(experiment: ResolvedExperiment) -> Iterator[OmittedAnsw
     for rule in experiment.rules:
         at, here = rule.spec.at, _acting_positions(rule)
         # a swap has two positions
-        changes = rule.does.changes in ("sites", "edges") and rule.spec.verb != "swap"
+        changes = rule.does.changes in ("sites", "edges", "circuit") and rule.spec.verb != "swap"
         if not changes or refers_to_answer(at) or len(at.items) != 1 or len(here.items) != 1:
             continue
         if any(_spans_all(cell, rows) for cell in rule.positions.written.values()):
@@ -435,6 +436,7 @@ def outline_experiment(
     refused += [*check_reply_readers(resolved), *check_estimator(resolved)]
     refused += check_saved_gradients(resolved)
     refused += [*check_weight_rules(resolved), *check_encoder_decoder(resolved)]
+    refused += check_circuits(resolved)
     if refused:
         return known, [*diagnostics, *refused]
     control, problems = _control(resolved, apart, draws_enough, onward)
@@ -503,6 +505,7 @@ def _build_context(
             for node in walk(loop.domain)
             if isinstance(node, ast.Name)
         },
+        circuits=program.circuits,
     )
     experiment, problems = expand_own_layers(experiment, sites)
     diagnostics.extend(problems)

@@ -611,7 +611,7 @@ def check_rankable_sites(experiment: ResolvedExperiment, node: ast.RankedSelecti
             f"{some}`{name}` change{'' if some else 's'} the input, which isn't a site",
             f"name its tokens, `{tokens}`, or an experiment that sweeps sites",
         )
-    words = {"positions": "position ids", "blocks": "blocks"}
+    words = {"positions": "position ids", "blocks": "blocks", "circuit": "edges of a circuit"}
     other = next((words[r.does.changes] for r in rules if r.does.changes in words), None)
     if other is not None:
         raise PickError(

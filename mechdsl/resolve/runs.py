@@ -160,6 +160,8 @@ def _check_run_rule(
     what, later = "", "write it in the experiment, on the run: `from … into NAME`"
     if rule.path is not None:
         what = "a `path` in a `run`"
+    elif rule.circuit is not None:
+        what = "an ablated circuit in a `run`"
     elif rule.does.changes == "input":
         what, later = "a `replace` in a `run`", "write a `corrupt` in the prompts block"
     elif rule.does.changes == "nothing":
@@ -365,12 +367,12 @@ def _check_runs(generation: Generation, work: ExperimentContext) -> Iterator[Dia
 def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Diagnostic]:
     """Check that a rule can act in its steps."""
     said, does = rule.spec, rule.does
-    if rule.path is not None:
-        yield _not_supported(
-            said,
-            "a `path` together with `generate`",
-            "write an experiment without `generate`: paths are patched in one pass",
-        )
+    if rule.path is not None or rule.circuit is not None:
+        what, done = "a `path`", "paths are patched"
+        if rule.circuit is not None:
+            what, done = "an ablated circuit", "edges are ablated"
+        later = f"write an experiment without `generate`: {done} in one pass"
+        yield _not_supported(said, f"{what} together with `generate`", later)
         return
     if said.during is not None and does.changes == "input":
         yield _bad_steps(

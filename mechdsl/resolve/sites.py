@@ -91,6 +91,8 @@ class SiteContext:
     onward: FindingPicker = field(default_factory=FindingPicker)
     words: Mapping[tuple[str, str], Span] = field(default_factory=dict[tuple[str, str], Span])
     """Source locations of the words that a `for` runs over, by variable and word."""
+    circuits: Collection[str] = ()
+    """Names of circuits, which only ablations take."""
 
     def combinations(
         self, names: Collection[str]
@@ -1165,6 +1167,12 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
         kind = SITES.get(str(name))
         if kind is None and re.fullmatch(r"L\d+", str(name)):
             _no_component(word.span, context)  # an incomplete short name such as `L9`
+            return None
+        if kind is None and name in context.circuits:
+            hint = f"write `ablate {name} at … with zero`, or `ablate all but {name} …`"
+            reason = "is a circuit, whose edges can only be ablated"
+            bad = BadArgument(span=word.span, name=str(name), reason=reason, hint=hint)
+            context.diagnostics.append(bad)
             return None
         if kind is None:
             others = (*context.groups, *context.loops)

@@ -863,6 +863,22 @@ class PathTargets(Record):
         return len({SITES[p.site].when == "output" for p in points}) == 2
 
 
+CircuitEdge = tuple[SitePoint, SitePoint]
+"""A sender (`resid_pre` of layer 0, `z` or `mlp_out`) and a receiver (`q`, `k`, `v`, `mlp_norm` or
+`logits`) that reads its output in the residual stream."""
+
+
+@record
+class CircuitTargets(Record):
+    """Edges of a model that a rule ablates, for every key of its sites, which are the senders."""
+
+    edges: Mapping[AxisIndices, tuple[CircuitEdge, ...]]
+    every: tuple[CircuitEdge, ...] = field(compare=False)
+    """The edges of the model."""
+    named: tuple[CircuitEdge, ...] = field(compare=False)
+    """The edges of the circuit that the rule names."""
+
+
 @record
 class ExternalRun(Record):
     """A run of a different prompt set from which replacement values are read."""
@@ -911,7 +927,7 @@ class Convention:
     """Text printed once, after the texts of all rules with this key."""
 
 
-ChangeTarget = Literal["sites", "edges", "input", "positions", "blocks", "nothing"]
+ChangeTarget = Literal["sites", "edges", "circuit", "input", "positions", "blocks", "nothing"]
 
 
 class Intervention:
@@ -925,8 +941,9 @@ class Intervention:
     """Name in graphs; the rule kind's verb by default. Interventions with one name and equal keys
     write the same values."""
     changes: ClassVar[ChangeTarget] = "sites"
-    """Component of a run that changes: vectors at sites, edges of attention, the input text,
-    position ids or the computation of blocks; "nothing" if the rule only observes."""
+    """Component of a run that changes: vectors at sites, edges of attention, edges between
+    components, the input text, position ids or the computation of blocks; "nothing" if the rule
+    only observes."""
     whole: ClassVar[bool] = False
     """Whether its rows need full forward passes, which reuse nothing from an unpatched run."""
     looks_ahead: ClassVar[bool] = False
@@ -1060,6 +1077,8 @@ class ResolvedRule(Record):
     """`set … to python(…)`: the function that computes new vectors from the base run's vectors."""
     edge: EdgeTargets | None = None
     path: PathTargets | None = None
+    circuit: CircuitTargets | None = None
+    """Edges that it ablates; None if it ablates whole components."""
     beside: SiteTargets | None = None
     """Sites that an observation compares its own sites with."""
     only: Alternative | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,10 @@ from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.bases import EXCHANGE
+from mechdsl.resolve.circuits import CIRCUIT_NOTE, describe_circuit, resolve_circuit
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext
+from mechdsl.resolve.targets import resolve_rule_positions
 from mechdsl.resolve.types import (
     Alternative,
     Axis,
@@ -185,7 +187,15 @@ class AblateRule(RuleKind):
         base = work.experiment.base
         does, run, apart = _resolve_fill(rule, work)
         groups = None if does is None else _groups(rule, does, work)
-        sites, positions = resolve_targets(rule, base if does is None else run, work, apart)
+        read = base if does is None else run
+        circuit, definition = None, _find_circuit(rule, work)
+        if definition is not None:
+            found = resolve_circuit(definition, rule, work)
+            positions = resolve_rule_positions(rule, read, work, apart)
+            sites, circuit = (None, None) if found is None else found
+            does = None if does is None else CIRCUIT_FILLS[does.name]
+        else:
+            sites, positions = resolve_targets(rule, read, work, apart)
         if sites is None or positions is None or does is None:
             return None
         if does.over_rows:
@@ -199,7 +209,60 @@ class AblateRule(RuleKind):
             positions=positions,
             groups=groups,
             apart=apart,
+            circuit=circuit,
         )
+
+
+class CircuitFill(Intervention):
+    """Edges of a circuit carry a fill instead of the outputs of their senders."""
+
+    changes = "circuit"
+    whole = True
+    drawn_positions = False
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        return describe_circuit(rule)
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from super().conventions(rule, n_layers)
+        yield Convention("circuit", describe_circuit(rule), CIRCUIT_NOTE)
+        yield Convention("passes", "rows of an ablated circuit are full forward passes")
+
+
+class ZeroEdges(CircuitFill, ZeroFill):
+    """`ablate CIRCUIT at POSITIONS with zero`."""
+
+
+class MeanEdges(CircuitFill, MeanFill):
+    """`ablate CIRCUIT at POSITIONS with mean`."""
+
+
+class ResampledEdges(CircuitFill, ResampleFill):
+    """`ablate CIRCUIT at POSITIONS with resample`."""
+
+
+class RunEdges(CircuitFill, Intervention):
+    """`ablate CIRCUIT at POSITIONS with RUN`: the values of another run of the same rows."""
+
+    name = "run"
+    reads = "run"
+    copies = True
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention("fill", f"{rule.run} run of the same row")
+        yield from super().conventions(rule, n_layers)
+
+
+CIRCUIT_FILLS: Mapping[str, Intervention] = {
+    does.name: does for does in (ZeroEdges(), MeanEdges(), ResampledEdges(), RunEdges())
+}
+"""Fills of edges by the name of the fill."""
+
+
+def _find_circuit(rule: spec.Rule, work: ExperimentContext) -> spec.Circuit | None:
+    """Return the circuit that an ablation names; None if it names sites."""
+    named = None if rule.site is None else rule.site.bare
+    return None if named is None else work.program.circuits.get(named.id)
 
 
 def _context_for_fill(work: ExperimentContext) -> ExperimentContext:
@@ -226,6 +289,8 @@ def _resolve_fill(
     """
     word = rule.fill
     assert word is not None
+    if rule.source is not None:  # a circuit takes the values of a run
+        return CIRCUIT_FILLS["run"], rule.source, None
     if isinstance(word, ast.QualifiedRef):
         name, does = word.name, FILLS.get(word.name)
         if word.of.part is not None or word.of.name not in work.table.runs:
@@ -234,14 +299,20 @@ def _resolve_fill(
         name = word.id if isinstance(word, ast.Name) else ""
         does = FILLS.get(name)
     if does is None or (does.reads is None and isinstance(word, ast.QualifiedRef)):
-        return _not_a_fill(name, word.span, work), work.experiment.base, None
+        circuit = _find_circuit(rule, work) is not None
+        none = _not_a_fill(name, word.span, work, is_circuit=circuit)
+        return none, work.experiment.base, None
     if does.reads is None:
         return does, work.experiment.base, None
     return does, word.of.name if isinstance(word, ast.QualifiedRef) else "clean", None
 
 
-def _not_a_fill(name: str, span: ast.Span, work: ExperimentContext) -> None:
+def _not_a_fill(
+    name: str, span: ast.Span, work: ExperimentContext, *, is_circuit: bool = False
+) -> None:
     *first, last = (f"`{fill}`" for fill in FILLS)
+    if is_circuit:
+        first, last = [*first, last], f"a run: {name_list(work.table.runs)}"
     hint = did_you_mean(name, FILLS, f"write {', '.join(first)} or {last}")
     work.diagnostics.append(
         UnknownWord(span=span, kind="fill of an ablation", word=span.written, hint=hint)

@@ -744,7 +744,8 @@ class Fill(Node):
 
 
 @statement(
-    "ablate {site} at {at:positions} with {fill:sum} [by {by:name}] {more:further}",
+    "ablate [all_but='all but'] {site} at {at:positions} with {fill:sum} [by {by:name}] "
+    "{more:further}",
     "ablate",
 )
 @record
@@ -757,6 +758,8 @@ class Ablate(Node):
     fill: Expr
     by: Name | None = None
     more: tuple[Fill, ...] = ()
+    all_but: bool = False
+    """Whether all edges of the model but those of a circuit are ablated."""
 
 
 @statement("replace {at:positions} with {value:sum}", "replace_tokens")
@@ -1394,6 +1397,15 @@ class GroupDef(Node):
     at: Positions | None = None
 
 
+@statement("circuit {name:new} = {edges}", "circuit_def")
+@record
+class CircuitDef(Node):
+    """`circuit c = embed -> L0H1.q, L0H1 -> logits`: edges between components of a model."""
+
+    name: Name
+    edges: tuple[SiteMap, ...]
+
+
 @statement("seed {value:integer}", "seed")
 @record
 class Seed(Node):
@@ -1417,6 +1429,7 @@ TopLevel = (
     | DirectionDef
     | BasisDef
     | GroupDef
+    | CircuitDef
     | Seed
     | ExperimentDef
 )

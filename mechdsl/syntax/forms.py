@@ -84,7 +84,7 @@ def statement(form: str, *rules: str) -> Callable[[NodeT], NodeT]:
     return register
 
 
-_MARKS = re.compile(r"\{[\w:]+\}|\w+=(?=\w)|'[^']+'|[\[\]()|]|[^\s\[\]()|{}]+")
+_MARKS = re.compile(r"\{[\w:]+\}|\w+=(?=[\w'])|'[^']+'|[\[\]()|]|[^\s\[\]()|{}]+")
 
 
 def _parse(marks: Sequence[str]) -> tuple[list[tuple[FormPart, ...]], Sequence[str]]:

@@ -196,10 +196,14 @@ def _argument(node: ast.Argument) -> str:
     elif isinstance(value, ast.Site):
         text = format_site(value)
     elif isinstance(value, ast.SiteMap):
-        text = f"{format_site(value.source)} -> {format_site(value.target)}"
+        text = _site_map(value)
     else:
         text = format_values(value)
     return text if node.name is None else f"{node.name}: {text}"
+
+
+def _site_map(node: ast.SiteMap) -> str:
+    return f"{format_site(node.source)} -> {format_site(node.target)}"
 
 
 def format_domain(node: ast.Domain) -> str:
@@ -639,6 +643,7 @@ _WRITERS: Mapping[str, Callable[[Any], str]] = {
     "direction": _sum,
     "domain": format_domain,
     "edge": format_edge,
+    "edges": lambda edges: join_items(map(_site_map, edges)),
     "expr": format_expression,
     "further": lambda fills: "".join(f", {format_line(each)}" for each in fills),
     "integer": str,

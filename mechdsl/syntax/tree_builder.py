@@ -1026,6 +1026,7 @@ _KINDS: Mapping[str, _Kind] = {
     "direction": _of(ast.Name, ast.Index),
     "domain": _of(ast.Domain),
     "edge": _of(ast.Edge),
+    "edges": _of(ast.SiteMap, many=True),
     "expr": _Kind(_is_node),
     "flag": _Kind(_is_token, lambda _: True),
     "further": _of(ast.Fill, many=True),

@@ -14,7 +14,8 @@ def _words(text: str) -> frozenset[str]:
 
 
 TOP_WORDS = _words(
-    "mech use param model prompts images metric direction basis lens probe group seed experiment"
+    "mech use param model prompts images metric direction basis lens probe group circuit seed"
+    " experiment"
 )
 """First words of top-level statements."""
 

@@ -49,6 +49,7 @@ METHODS = [
     "Transplant",
     "Induction heads",
     "Faithfulness of a circuit",
+    "Edges of a circuit",
     "Checkpoints",
     "Controls",
     "Check experiments in CI",

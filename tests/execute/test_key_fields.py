@@ -36,6 +36,8 @@ from mechdsl.resolve.types import (
     BasisMember,
     BasisOperand,
     BasisTargets,
+    CircuitEdge,
+    CircuitTargets,
     Coordinates,
     DirectionTargets,
     DirectionVector,
@@ -92,6 +94,8 @@ EXPERIMENTS = {
     ),
     "edges": one("block attention layer 1 head 1 from last token to subject token, cue token"),
     "paths": one("path z layer 0 head 1..2 -> q layer 1..2 head 1 at last token"),
+    "circuit": "circuit c = L0H1 -> L1H1.k, L1H1 -> logits\n"
+    + one("ablate c at subject token with zero"),
     "text": one('replace subject tokens with "w7"', ends=""),
     "item": one(
         "patch resid_post layer 1 at each item token", 'measure prob("w{item.index}") as raw'
@@ -193,6 +197,7 @@ IN_RULE = {
     StepRanges: "steps",
     EdgeTargets: "edge",
     PathTargets: "path",
+    CircuitTargets: "circuit",
     ExternalRun: "apart",
 }
 
@@ -246,6 +251,10 @@ def one_more(values: dict[Any, Any], change: Change) -> dict[Any, Any]:
     """A mapping of which the last value is another."""
     last = list(values)[-1]
     return {**values, last: change(values[last])}
+
+
+def fewer_edges(edges: tuple[CircuitEdge, ...]) -> tuple[CircuitEdge, ...]:
+    return edges[:1]
 
 
 def moved(cell: PositionCell) -> PositionCell:
@@ -329,6 +338,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "python": ("number", lambda python: FUNCTION),
         "edge": ("edges", lambda edge: replace(edge, change="uniform")),
         "path": ("paths", lambda path: replace(path, through_mlps=True)),
+        "circuit": ("circuit", lambda of: replace(of, edges=one_more(of.edges, fewer_edges))),
         "only": ("fills", lambda only: replace(only, index=1)),
         "direction": ("steered", other_direction),
         "basis": ("in a basis", other_basis),
@@ -355,6 +365,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "through_mlps": ("paths", lambda through: not through),
         "frozen_norms": ("paths", lambda frozen: not frozen),
     },
+    CircuitTargets: {"edges": ("circuit", lambda edges: one_more(edges, fewer_edges))},
     ExternalRun: {
         "table": ("apart", other_table),
         "run": ("apart of two runs", lambda run: "changed"),
@@ -462,6 +473,10 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     StepRanges: {"axes": PLACED},
     EdgeTargets: {},
     PathTargets: {},
+    CircuitTargets: {
+        "every": "the edges of the model, whose key is part of the key",
+        "named": "`edges` are those that are ablated",
+    },
     ExternalRun: {"part": "`table` contains its rows"},
     ResolvedMeasure: {
         "label": SHOWN,

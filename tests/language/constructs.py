@@ -252,6 +252,27 @@ _file(
     "tests/rules/test_paths_to_end.py",
     "Conmy et al. 2023, arXiv 2304.14997; Goldowsky-Dill et al. 2023, arXiv 2304.05969",
 )
+_file(
+    "circuit",
+    "circuit c = embed -> L0H1.q experiment e { prompts fruit "
+    "ablate all but c at tokens * with zero measure loss as raw }",
+    "Edges of a model. A sender is `embed` (the stream that enters block 0, with positions), a "
+    "head or an MLP (`L0.mlp`). A receiver is the `q`, `k` or `v` of a head, an MLP or `logits`; "
+    "`k` and `v` count key-value heads. Sites of several heads or layers name all pairs with a "
+    "path. A sender that isn't before the receiver is E0335. Only `ablate` takes a circuit. "
+    "`ablate c`: edges of the circuit carry the fill of their sender, at these tokens. Each "
+    "receiver reads the stream of this pass, plus fill minus value for the sender of each ablated"
+    " edge. The norm before the receiver is recomputed, and all other edges carry the values of "
+    "this pass. `ablate all but c` ablates all edges except those of the circuit. The fill is "
+    "`zero`, `mean`, `resample` or a run, such as `fewer`. `against random(39)` draws circuits "
+    "with the same number of edges; if each edge is on a path of the circuit from `embed` to "
+    "`logits`, so are theirs. Biases that are added after heads belong to no sender. Each row is "
+    "a full forward pass. Not in a `run`, with `generate` or together with a second circuit "
+    "(E0108), nor in encoder-decoders and in models with norms after attention or after sums, "
+    "such as Gemma 2 and BERT (E0108).",
+    "tests/rules/test_ablated_circuits.py",
+    "Conmy et al. 2023, arXiv 2304.14997",
+)
 _STEERING = "tests/rules/test_steering.py"
 _FITTED = "tests/rules/test_direction_fits.py"
 

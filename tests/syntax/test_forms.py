@@ -29,6 +29,7 @@ SAMPLES = {
     "direction": "d[best of chosen]",
     "domain": "1..9 step 2",
     "edge": "attention layer * head * from last token to token 0",
+    "edges": "embed -> L0H1.q, L0H1 -> logits",
     "expr": "if a then 1 else 2",
     "flag": "",
     "further": ", mean by kind, zero",
@@ -69,6 +70,8 @@ SHARED = {"of_run", "as_name", "saved_as", "by", "measured_at"}
 """Clauses that methods read too."""
 LOOKAHEAD = {
     "ALLOW": "allow",
+    "ALL_BUT": "all but",
+    "CIRCUIT": "circuit",
     "FROZEN": "frozen norms",
     "TRAINED": "lens",
     "RENUMBER": "renumber",

@@ -851,6 +851,7 @@ class Patcher:
                 logits_at=logits_at,
                 tokens=tokens,
                 edges=rows.acting.edges,
+                circuits=rows.acting.circuits,
             )
         assert result.logits is not None
         row, columns = torch.from_numpy(final[0]), torch.from_numpy(slots)

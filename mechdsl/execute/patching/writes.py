@@ -17,9 +17,11 @@ from mechdsl.execute.unpatched_batch import Continuation, UnpatchedBatch, count_
 from mechdsl.execute.vectors import FittedDirections
 from mechdsl.forward.generation.rules import GenerationRules, StepEdge, StepRules
 from mechdsl.forward.hooks.batch import (
+    CircuitWrite,
     EdgeWrite,
     PositionIdWrite,
     RuleWrites,
+    SenderFill,
     SiteRead,
     SiteWrite,
     WriteMode,
@@ -43,8 +45,8 @@ from mechdsl.planner.rows import (
     point_units,
 )
 from mechdsl.resolve.bases import CoordinateChange
-from mechdsl.resolve.types import SiteLayer, SitePoint
-from mechdsl.vocab.sites import SITES
+from mechdsl.resolve.types import CircuitEdge, SiteLayer, SitePoint
+from mechdsl.vocab.sites import SITES, write_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,14 +137,20 @@ RuleReader: TypeAlias = Callable[[RulePlan], UnpatchedBatch]
 
 
 @dataclass(frozen=True, eq=False)
-class _WriteEntries:
-    """All vectors that one rule writes, as parallel columns."""
+class _WriteTokens:
+    """All tokens that one rule writes, as parallel columns."""
 
     row: Ints
     written: Ints
     read: Ints
     slot: Ints
     """Index of the token within the position."""
+
+
+@dataclass(frozen=True, eq=False)
+class _WriteEntries(_WriteTokens):
+    """All vectors that one rule writes, as parallel columns."""
+
     point: Ints
 
 
@@ -198,17 +206,6 @@ def find_pass_ends(plan: ExperimentPlan, rows: RowTable, text: Continuation | No
     return plan.lengths(rows) + count_fed_tokens(text, rows.prompt) if plan.behind else None
 
 
-@dataclass(frozen=True, eq=False)
-class _WriteTokens:
-    """All tokens that one rule writes, as parallel columns."""
-
-    row: Ints
-    written: Ints
-    read: Ints
-    slot: Ints
-    """Index of the token within the position."""
-
-
 def _list_tokens(plan: RulePlan, rows: RowTable, means_and_donors: RuleInputs) -> _WriteTokens:
     """List the tokens that the rule writes, including tokens that a pass may lack."""
     position = plan.position_of_cell[rows.cell]
@@ -245,6 +242,23 @@ def _find_present(
     return written, tokens.read < (lengths + count_fed_tokens(text, prompts))[tokens.row]
 
 
+def _list_token_entries(
+    plan: ExperimentPlan,
+    rule: RulePlan,
+    rows: RowTable,
+    means_and_donors: RuleInputs,
+    text: Continuation | None,
+) -> _WriteTokens:
+    """List the tokens that the rule writes and that are present."""
+    tokens = _list_tokens(rule, rows, means_and_donors)
+    there = np.ones(len(tokens.row), dtype=np.bool_)
+    if rule.behind:  # in a pass that isn't measured, the token to read may be missing
+        written, read = _find_present(plan, rule, rows, tokens, means_and_donors, text)
+        there = written & read
+    every = (tokens.row, tokens.written, tokens.read, tokens.slot)
+    return _WriteTokens(*(each[there] for each in every))
+
+
 def _list_entries(
     plan: ExperimentPlan,
     rule: RulePlan,
@@ -253,15 +267,11 @@ def _list_entries(
     text: Continuation | None,
 ) -> _WriteEntries:
     """List the vectors that the rule writes at present tokens."""
-    tokens = _list_tokens(rule, rows, means_and_donors)
-    there = np.ones(len(tokens.row), dtype=np.bool_)
-    if rule.behind:  # in a pass that isn't measured, the token to read may be missing
-        written, read = _find_present(plan, rule, rows, tokens, means_and_donors, text)
-        there = written & read
-    row, *others = (each[there] for each in (tokens.row, tokens.written, tokens.read, tokens.slot))
-    index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
-    written, read, slot = (each[index] for each in others)
-    return _WriteEntries(row[index], written, read, slot, point)
+    tokens = _list_token_entries(plan, rule, rows, means_and_donors, text)
+    index, point = rule.points.expand(rule.site_of_cell[rows.cell][tokens.row])
+    every = (tokens.row, tokens.written, tokens.read, tokens.slot)
+    row, written, read, slot = (each[index] for each in every)
+    return _WriteEntries(row, written, read, slot, point)
 
 
 def build_writes(
@@ -534,6 +544,89 @@ def build_rule_writes(
         build_edges(plan, rows, shape, text),
         build_position_ids(plan, rows, text),
         plan.replaced_blocks(int(rows.cell[0])) if len(rows) else (),
+        list(_iter_circuits(plan, rows, draws, *given)),
+    )
+
+
+def _iter_circuits(
+    plan: ExperimentPlan,
+    rows: RowTable,
+    draws: Ints,
+    lanes_of: RuleReader,
+    means_and_donors: RuleInputs,
+    shape: ModelShape,
+    text: Continuation | None,
+) -> Iterator[CircuitWrite]:
+    """Yield the edges that rules ablate in these rows, rule by rule and circuit by circuit."""
+    for rule in plan.rules:
+        circuit = rule.rule.circuit
+        if circuit is None:
+            continue
+        every = _list_token_entries(plan, rule, rows, means_and_donors, text)
+        edges = list(circuit.edges.values())
+        which = rule.site_of_cell[rows.cell][every.row]
+        for number in np.unique(which).tolist():
+            if number == len(edges) or not edges[number]:  # the rule doesn't act there
+                continue
+            own = np.flatnonzero(which == number)
+            fills = [
+                SenderFill(SiteRead(*place), units, _fill(asked, own, units))
+                for place, units in _group_senders(edges[number])
+                for asked in [
+                    _RuleVectors(
+                        rule,
+                        place,
+                        every,
+                        own,
+                        np.zeros_like(own),
+                        rows,
+                        draws,
+                        lanes_of,
+                        means_and_donors.of(text),
+                        None,
+                        means_and_donors,
+                        shape,
+                    )
+                ]
+            ]
+            yield _build_circuit(edges[number], fills, every.row[own], every.written[own])
+
+
+def _group_senders(edges: Sequence[CircuitEdge]) -> Iterator[tuple[SiteLayer, tuple[int, ...]]]:
+    """Yield the senders of edges in forward order, with the heads of each layer together."""
+    senders = {sender for sender, _ in edges}
+    places = {(sender.site, sender.layer) for sender in senders}
+    for place in sorted(places, key=lambda place: write_order(*place)):
+        own = {s.unit or 0 for s in senders if (s.site, s.layer) == place}
+        yield place, tuple(sorted(own))
+
+
+def _fill(asked: _RuleVectors, own: Ints, units: tuple[int, ...]) -> Tensor:
+    """Return [K, unit, width]: the values of a rule at its tokens, for each of some heads."""
+    chosen, unit = np.repeat(own, len(units)), np.tile(units, len(own))
+    values = asked.plan.rule.does.values(
+        asked.plan.rule, replace(asked, chosen=chosen, unit=unit.astype(np.int64))
+    )
+    return values.unflatten(0, (len(own), len(units)))
+
+
+def _build_circuit(
+    edges: Sequence[CircuitEdge], fills: Sequence[SenderFill], row: Ints, token: Ints
+) -> CircuitWrite:
+    """Build the ablation of some edges at K tokens."""
+    columns = [(fill.where, unit) for fill in fills for unit in fill.units]
+    number = {each: column for column, each in enumerate(columns)}
+    receivers = list(dict.fromkeys(receiver for _, receiver in edges))
+    mask = torch.zeros(len(receivers), len(columns))
+    for sender, receiver in edges:
+        column = number[SiteRead(sender.site, sender.layer), sender.unit or 0]
+        mask[receivers.index(receiver), column] = 1
+    return CircuitWrite(
+        torch.from_numpy(row),
+        torch.from_numpy(token),
+        tuple(fills),
+        tuple((SiteRead(r.site, r.layer), r.unit or 0) for r in receivers),
+        mask,
     )
 
 
@@ -564,7 +657,7 @@ class _RuleVectors:
     plan: RulePlan
     place: SiteLayer
     """The site that is read."""
-    entries: _WriteEntries
+    entries: _WriteTokens
     chosen: Ints
     """[K] indices into the entries."""
     unit: Ints

@@ -570,6 +570,41 @@ class PositionIdWrite:
 
 
 @dataclass(frozen=True, eq=False)
+class SenderFill:
+    """Other values of some senders of edges, at the tokens of a `CircuitWrite`."""
+
+    where: SiteRead
+    units: tuple[int, ...]
+    """Heads; 0 for whole vectors."""
+    values: Tensor
+    """[K, unit, width]"""
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitWrite:
+    """K tokens at which some edges carry other values of their senders.
+
+    Each receiver reads the stream plus the sum of mask * (fill - value) over its senders, where the
+    value of a sender is that of the same pass.
+    """
+
+    rows: Tensor
+    """[K] long, row of the batch."""
+    positions: Tensor
+    """[K] long, token position in the unpadded prompt."""
+    fills: tuple[SenderFill, ...]
+    """The senders; their columns of the mask are in this order, unit by unit."""
+    receivers: tuple[tuple[SiteRead, int], ...]
+    """Sites that read the stream, with their heads: `q`, `k`, `v`, `mlp_norm` or `logits`."""
+    mask: Tensor
+    """[receiver, sender], 1 for an edge that carries the fill."""
+
+    def moved(self, rows: Tensor) -> CircuitWrite:
+        """Renumber rows: row i becomes row `rows[i]`."""
+        return replace(self, rows=rows[self.rows])
+
+
+@dataclass(frozen=True, eq=False)
 class RuleWrites:
     """Changes that rules make in the rows of a pass, in order."""
 
@@ -579,6 +614,8 @@ class RuleWrites:
     """Tokens with changed position ids."""
     blocks: BlockPairs = ()
     """Replaced blocks, in all rows."""
+    circuits: Sequence[CircuitWrite] = ()
+    """Edges that carry other values."""
 
     def then(self, later: RuleWrites) -> RuleWrites:
         """Append rules that act on the result of these."""
@@ -587,6 +624,7 @@ class RuleWrites:
             [*self.edges, *later.edges],
             [*self.numbers, *later.numbers],
             tuple(sorted({**dict(self.blocks), **dict(later.blocks)}.items())),
+            [*self.circuits, *later.circuits],
         )
 
     def moved(self, rows: Tensor) -> RuleWrites:
@@ -596,6 +634,7 @@ class RuleWrites:
             [edge.moved(rows) for edge in self.edges],
             [numbers.moved(rows) for numbers in self.numbers],
             self.blocks,
+            [circuit.moved(rows) for circuit in self.circuits],
         )
 
     def below(self, stop: int | None, n_layers: int) -> RuleWrites:

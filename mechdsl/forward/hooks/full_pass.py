@@ -25,6 +25,7 @@ from mechdsl.forward.hooks.attention_hooks import (
 )
 from mechdsl.forward.hooks.batch import (
     Batch,
+    CircuitWrite,
     EdgeWrite,
     EditWrite,
     PassStopped,
@@ -37,6 +38,7 @@ from mechdsl.forward.hooks.batch import (
     indices_to_device,
     to_device,
 )
+from mechdsl.forward.hooks.circuits import CircuitHooks
 from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.hook_points import (
     HookStep,
@@ -458,6 +460,7 @@ class SiteHooks:
         reads: Sequence[SiteRead],
         stop: int | None = None,
         edges: Sequence[EdgeWrite] = (),
+        circuits: Sequence[CircuitWrite] = (),
     ) -> None:
         n_layers = model.shape.n_layers
         if stop is not None and not 0 <= stop <= n_layers + 1:
@@ -489,6 +492,7 @@ class SiteHooks:
         self._edges = group_by_layer(edges)
         self.within = self._within()
         self._layers: dict[tuple[str, int], AttentionHooks] = {}
+        self._circuits = [CircuitHooks(model, frame, circuit) for circuit in circuits]
         self._plan()
 
     # --- planning -----------------------------------------------------------------------------
@@ -514,6 +518,11 @@ class SiteHooks:
                 continue
             self._set_once(where, writes[where])
             self._add_site(where, writes[where], where in (*self._reads, *sources))
+        for circuit in self._circuits:
+            for each in circuit.steps():
+                if each.by_heads:
+                    self._by_heads.add(each.spot)
+                self._on(each.spot, each.order, each.step)
 
     def _require(self, where: SiteRead, problem: type[Exception]) -> None:
         """Check that the model has the site, and that the pass reaches it."""
@@ -856,6 +865,8 @@ class SiteHooks:
             if applied != wanted:
                 name = write.where.quoted
                 raise WriteMismatch(f"{wanted} rows were to be written at {name}, {applied} were")
+        for circuit in self._circuits:
+            circuit.check(stopped=self.stop is not None)
         for read in self._reads:
             if read not in self.found:
                 raise ReadMismatch(f"{read.quoted} was not passed")
@@ -931,6 +942,7 @@ def run_full(
     logits_at: Tensor | None = None,
     tokens: Tensor | None = None,
     edges: Sequence[EdgeWrite] = (),
+    circuits: Sequence[CircuitWrite] = (),
     gradients: bool = False,
 ) -> FullPassResult:
     """Run the whole model on padded rows, with writes and reads.
@@ -945,6 +957,7 @@ def run_full(
             by default. Logits can't be read or written with it.
         tokens: [K] long, the only tokens whose logits are requested; `vocab` is then K.
         edges: Changed attention edges.
+        circuits: Edges between components that carry other values; only without `stop`.
         gradients: Whether autograd tracks the effect of written values that require a gradient.
 
     Raises:
@@ -952,7 +965,7 @@ def run_full(
         WriteMismatch: A write didn't happen exactly once.
         ReadMismatch: A read didn't happen.
     """
-    work = SiteHooks(model, batch, writes, reads, stop, edges)
+    work = SiteHooks(model, batch, writes, reads, stop, edges, circuits)
     if logits_at is not None:
         work.keep_logits(logits_at)
     narrow = narrow_unembedding(model, tokens, ends=True)

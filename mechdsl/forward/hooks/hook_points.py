@@ -77,16 +77,18 @@ def undo_scale(value: Tensor, scale: float | Tensor) -> Tensor:
 
 def get_head_weights(projection: nn.Module, layout: TensorLayout) -> Tensor:
     """Return [units, width, d_model]: each head's slice of the output projection."""
-    base: nn.Module = unwrap_adapter(projection)
+    return get_linear_map(projection).unflatten(0, (layout.units, layout.width))
+
+
+def get_linear_map(module: nn.Module) -> Tensor:
+    """Return [in, out]: the matrix of a linear map, including peft adapters."""
+    base: nn.Module = unwrap_adapter(module)
     with load_weights(base):
         weight = base.get_parameter("weight")
-        if base is not projection:
-            by_input = _measure_linear_map(
-                projection, weight.new_zeros(layout.units * layout.width)
-            )
-        else:
-            by_input = weight if is_transposed(base) else weight.t()
-    return by_input.unflatten(0, (layout.units, layout.width))
+        by_input = weight if is_transposed(base) else weight.t()
+        if base is module:
+            return by_input
+        return _measure_linear_map(module, by_input.new_zeros(len(by_input)))
 
 
 @torch.no_grad()

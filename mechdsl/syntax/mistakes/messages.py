@@ -44,7 +44,7 @@ _CLOSERS = {"{": "}", "(": ")", "[": "]"}
 
 _HEADER = re.compile(
     r"(experiment|prompts|images)\s+\w+\s*\{"
-    r"|(param|model|metric|direction|basis|lens|probe|group)\s+\w+\s*=(?!=)"
+    r"|(param|model|metric|direction|basis|lens|probe|group|circuit)\s+\w+\s*=(?!=)"
     r'|use\s+"|seed\s+[0-9]+|mech\s+[0-9]+'
 )
 """The beginning of a statement that is only valid at the top level."""

@@ -1,0 +1,114 @@
+"""A pass in which each receiver reads its own sum of its senders, one prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.forward import Run, Stack, stack
+
+EMBED = "embed"
+LOGITS = "logits"
+
+
+def head(layer: int, number: int) -> str:
+    return f"L{layer}H{number}"
+
+
+def mlp(layer: int) -> str:
+    return f"L{layer}.mlp"
+
+
+def reads(parts: Stack, kv: int, *, parallel: bool) -> dict[str, list[str]]:
+    """Receiver → the senders before it."""
+    found: dict[str, list[str]] = {}
+    before = [EMBED]
+    for layer in range(parts.layers):
+        heads = [head(layer, n) for n in range(parts.heads)]
+        for letter, count in (("q", parts.heads), ("k", kv), ("v", kv)):
+            found |= {f"{head(layer, n)}.{letter}": [*before] for n in range(count)}
+        found[mlp(layer)] = [*before, *([] if parallel else heads)]
+        before += [*heads, mlp(layer)]
+    return {**found, LOGITS: before}
+
+
+def outputs(run: Run, parts: Stack) -> dict[str, Tensor]:
+    """Sender → its output in a run, [T, d_model]."""
+    found = {EMBED: run["resid_pre", 0][:, 0]}
+    for layer in range(parts.layers):
+        found |= {head(layer, n): run["head_out", layer][:, n] for n in range(parts.heads)}
+        found[mlp(layer)] = run["mlp_out", layer][:, 0]
+    return found
+
+
+@torch.no_grad()
+def circuit_pass(
+    name: str,
+    model: Any,
+    ids: Sequence[int],
+    fills: Mapping[str, Tensor],
+    ablated: Collection[tuple[str, str]],
+    positions: Sequence[int],
+) -> Tensor:
+    """The logits [T, vocab] if ablated edges carry the fills, [T, d_model] by sender, at these
+    positions, and all others what their senders give in the same pass."""
+    parts = stack(name, model)
+    x = parts.positions(parts.embed(torch.tensor([list(ids)])))[0]
+    given = {EMBED: x}
+    kv = getattr(model.config, "num_key_value_heads", None) or parts.heads
+    there = torch.zeros(len(ids), 1, dtype=x.dtype)
+    there[list(positions)] = 1
+
+    def seen_by(receiver: str) -> Tensor:
+        seen = x
+        for sender, to in ablated:
+            if to == receiver:
+                seen = seen + there * (fills[sender] - given[sender])
+        return seen[None]
+
+    for layer in range(parts.layers):
+        block = parts.block(layer)
+        first, second = parts.norms(block)
+
+        def projected(which: int, layer: int = layer, block: Any = block, norm: Any = first) -> Any:
+            count = kv if which else parts.heads
+            own = [
+                parts.project(block, norm(seen_by(f"{head(layer, n)}.{'qkv'[which]}")))[which][
+                    0, :, n
+                ]
+                for n in range(count)
+            ]
+            return torch.stack(own, dim=1)[None]
+
+        z = _attended(parts, layer, *map(projected, range(3)))
+        weight, bias = parts.output(block)
+        each = torch.einsum("thd,hdm->htm", z, weight.unflatten(0, (parts.heads, -1)))
+        into = seen_by(mlp(layer)) if parts.parallel else None
+        given |= {head(layer, n): each[n] for n in range(parts.heads)}
+        x = x + each.sum(0) + (0 if bias is None else bias)
+        into = seen_by(mlp(layer)) if into is None else into
+        hidden = parts.neurons(block, second(into))
+        given[mlp(layer)] = parts.down(block, second(into) if hidden is None else hidden)[0]
+        x = x + given[mlp(layer)]
+    return parts.unembed(parts.final(seen_by(LOGITS)))[0]
+
+
+def _attended(parts: Stack, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[T, head, d_head]"""
+    q, k = parts.rotate(q)[0], parts.rotate(k)[0]
+    shared = parts.heads // k.shape[1]
+    k, v = k.repeat_interleave(shared, dim=1), v[0].repeat_interleave(shared, dim=1)
+    length = len(q)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    visible = (distance >= 0) & (distance < (parts.window(layer) or length))
+    scores = torch.einsum("thd,shd->ths", q, k) * parts.scale(q.shape[-1])
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    sinks = parts.sinks(parts.block(layer))
+    if sinks is not None:
+        sink = sinks[:, None].expand(length, parts.heads, 1)
+        scores = torch.cat([scores, sink], dim=2)
+    pattern = scores.softmax(2)[..., :length]
+    return torch.einsum("ths,shd->thd", pattern, v)

@@ -1,0 +1,414 @@
+"""Ablated edges of a circuit, against passes that recompute the input of every receiver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.models.shape import ModelShape
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.resolve.circuits import CircuitDraws, label_receiver, list_edges
+from mechdsl.resolve.types import CircuitEdge
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.store.store import Store
+
+from ..execute import encoder_decoders
+from ..execute import support as of_files
+from ..execute.support import MODES, shared
+from ..quick import in_turn
+from ..reference.forward import stack
+from .circuits import EMBED, LOGITS, circuit_pass, head, mlp, outputs, reads
+from .models import WITHOUT_NORMS, bare, double
+from .support import (
+    Array,
+    agree,
+    codes,
+    difference,
+    experiment,
+    plain,
+    records,
+    rows,
+    run_file,
+    tokens,
+    try_file,
+    unpatched,
+)
+
+FAMILIES = (
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox_sequential",
+    "qwen3",
+    "mistral",
+    "gpt_oss",
+    "llama" + WITHOUT_NORMS,
+    "gpt_neox" + WITHOUT_NORMS,
+)
+SOME = {
+    "embed -> L0H1.q": [(EMBED, "L0H1.q")],
+    "L0H1 -> L1H0.k": [("L0H1", "L1H0.k")],
+    "layers 1..2 heads 0..1 -> logits": [
+        (head(layer, n), LOGITS) for layer in (1, 2) for n in (0, 1)
+    ],
+    "L0.mlp -> v layer 2 heads *": [],  # as many key-value heads as the model has
+    "embed -> mlp_norm layers *": [(EMBED, mlp(layer)) for layer in range(3)],
+    "L0H2 -> L0.mlp": [("L0H2", mlp(0))],  # not in parallel blocks
+    "L1H3 -> L2H3.q": [("L1H3", "L2H3.q")],
+    "L2.mlp -> logits": [(mlp(2), LOGITS)],
+}
+
+
+def key_heads(name: str) -> int:
+    config = double(name).config
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+@cache
+def edges(name: str) -> tuple[str, frozenset[tuple[str, str]], frozenset[tuple[str, str]]]:
+    """The line of the file, the circuit's edges, and all of the model's."""
+    parts = stack(name, double(name))
+    senders = reads(parts, key_heads(name), parallel=parts.parallel)
+    every = frozenset((of, to) for to, before in senders.items() for of in before)
+    found = {edge for named in SOME.values() for edge in named} & every
+    found |= {(mlp(0), f"{head(2, n)}.v") for n in range(key_heads(name))}
+    written = [each for each in SOME if each != "L0H2 -> L0.mlp" or not parts.parallel]
+    return f"circuit c = {', '.join(written)}\n", frozenset(found), every
+
+
+@dataclass(frozen=True)
+class Case:
+    rule: str
+    fill: str
+    at: str = "tokens *"
+    base: str = "clean"
+
+    def experiment(self, key: str) -> str:
+        line = f"ablate {self.rule} at {self.at} with {self.fill}"
+        ends = "" if self.base == "clean" else f"from clean into {self.base}"
+        return experiment(key, ends, line)
+
+
+PAIR = "{cue token, last token}"
+CASES = {
+    "zero": Case("c", "zero"),
+    "other": Case("c", "other"),
+    "all_but_other": Case("all but c", "other"),
+    "all_but_zero": Case("all but c", "zero", PAIR),
+    "mean": Case("all but c", "mean", PAIR),
+    "mean_of_other": Case("c", "mean of other", "cue token"),
+    "resample": Case("all but c", "resample", PAIR),
+    "into_other": Case("c", "clean", base="other"),
+    "longer": Case("all but c", "longer", PAIR),
+}
+
+
+def fills(name: str, case: Case, donors: Mapping[int, int]) -> list[dict[str, Tensor]]:
+    """By prompt and sender, [T of the base run, d_model] with the fill where the rule acts."""
+    parts = stack(name, double(name))
+    word, _, of = case.fill.partition(" of ")
+    run = of or ("clean" if word in ("zero", "mean", "resample") else word)
+    given = [outputs(plain(name, text), parts) for text in rows(run)]
+    at = [tokens(text, case.at) for text in rows(run)]
+    found: list[dict[str, Tensor]] = []
+    for n, text in enumerate(rows(case.base)):
+        own: dict[str, Tensor] = {}
+        for sender, value in given[n].items():
+            filled = torch.zeros(len(text.ids), value.shape[1], dtype=value.dtype)
+            if word == "mean":
+                several = [each[sender][places] for each, places in zip(given, at, strict=True)]
+                filled[tokens(text, case.at)] = torch.stack(several).mean(0)
+            elif word != "zero":
+                donor = donors.get(n, n)
+                filled[tokens(text, case.at)] = given[donor][sender][at[donor]]
+            own[sender] = filled
+        found.append(own)
+    return found
+
+
+def expected(name: str, case: Case, donors: Mapping[int, int]) -> list[float]:
+    _, circuit, every = edges(name)
+    ablated = every - circuit if case.rule.startswith("all but") else circuit
+    values: list[float] = []
+    every_fill = fills(name, case, donors)
+    for n, (text, record) in enumerate(zip(rows(case.base), records(), strict=True)):
+        at = tokens(text, case.at)
+        logits = circuit_pass(name, double(name), text.ids, every_fill[n], ablated, at)
+        values.append(difference(logits, record))
+    return values
+
+
+def find_donors(name: str, case: Case, values: Array) -> dict[int, int]:
+    """The row that each row takes its values from: the one whose values give the nearest result."""
+    if case.fill != "resample":
+        return {}
+    of = [
+        expected(name, case, {n: m for n in range(4) for m in [(n + shift) % 4]})
+        for shift in range(4)
+    ]
+    found: dict[int, int] = {}
+    for n in range(4):
+        distances = [abs(of[shift][n] - values[n]) for shift in range(4)]
+        found[n] = (n + int(np.argmin(distances))) % 4
+    assert sorted(found.values()) == [*range(4)]
+    assert all(n != donor for n, donor in found.items())
+    return found
+
+
+EACH = in_turn(FAMILIES, list(MODES))
+
+
+@cache
+def results(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
+    """All cases in one file, whose rows share passes."""
+    text = edges(name)[0] + "".join(case.experiment(key) for key, case in CASES.items())
+    return run_file(text, data, name, mode, precise=True)
+
+
+@pytest.mark.parametrize("key", CASES)
+@pytest.mark.parametrize(("name", "mode"), EACH)
+def test_ablated_edges_carry_the_fill(data: Path, name: str, mode: str, key: str) -> None:
+    case = CASES[key]
+    found = results(data, name, mode)[key]
+    donors = find_donors(name, case, found.measures[0].patched[0])
+    values = expected(name, case, donors)
+    agree(found, (), {(): values}, unpatched(name, case.base), most=False, precise=True, large=1e-2)
+
+
+# --- other rules, runs and controls ---------------------------------------------------------------
+
+CIRCUIT = "circuit c = embed -> L0H1.q, L0H1 -> logits, L1.mlp -> logits\n"
+
+
+def shape_of(name: str) -> ModelShape:
+    return shared(double(name)).shape
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_all_edges_to_the_logits_with_another_run_give_its_output(data: Path, name: str) -> None:
+    """The senders' own values cancel, and biases are those of both runs."""
+    senders = ("embed", "layers * heads *", "mlp_out layers *")
+    text = f"circuit c = {', '.join(f'{of} -> logits' for of in senders)}\n"
+    text += experiment("e", "from other into clean", "ablate c at tokens * with other")
+    found = run_file(text, data, name, "planned", precise=True)["e"].measures[0]
+    np.testing.assert_allclose(found.patched[0], unpatched(name, "other"), atol=1e-5)
+    assert np.abs(found.patched[0] - unpatched(name)).max() > 0.1
+
+
+def test_the_stream_between_circuits_is_that_of_the_pass(data: Path) -> None:
+    """A rule on an earlier component changes what all of its edges carry."""
+    rules = "ablate c at tokens * with zero", "ablate layer 0 head 1 at tokens * with zero"
+    text = CIRCUIT + experiment("both", *rules) + experiment("head", rules[1])
+    found = run_file(text, data, "llama", "planned", precise=True)
+    text = "circuit c = L1.mlp -> logits, embed -> L0H1.q\n"
+    alone = run_file(text + experiment("both", *rules), data, "llama", "planned", precise=True)
+    # the head's own edge is already zero
+    np.testing.assert_allclose(
+        found["both"].measures[0].patched, alone["both"].measures[0].patched, atol=1e-9
+    )
+    assert not np.allclose(found["both"].measures[0].patched, found["head"].measures[0].patched)
+
+
+def test_fills_are_an_axis_and_rows_may_start_from_a_run(data: Path) -> None:
+    run = "run r { ablate layer 1 head 0 at last token with zero }"
+    fills = ("zero", "mean", "resample")
+    each = [
+        experiment(f"f{n}", run, "from clean into r", f"ablate c at last token with {fill}")
+        for n, fill in enumerate(fills)
+    ]
+    every = experiment(
+        "all", run, "from clean into r", f"ablate c at last token with {', '.join(fills)}"
+    )
+    of_run = experiment("of_run", run, "ablate c at last token with r")
+    found = run_file(
+        CIRCUIT + every + "".join(each) + of_run, data, "gpt2", "planned", precise=True
+    )
+    for n in range(len(fills)):
+        own = found[f"f{n}"].measures[0].patched[0]
+        np.testing.assert_allclose(found["all"].measures[0].patched[n], own, atol=1e-9)
+    assert len({tuple(row) for row in found["all"].measures[0].patched.tolist()}) == len(fills)
+    assert np.abs(found["of_run"].measures[0].patched - unpatched("gpt2")).max() > 1e-4
+
+
+def named(edge: CircuitEdge) -> tuple[str, str]:
+    of, to = edge
+    sender = EMBED if of.site == "resid_pre" else mlp(of.layer or 0)
+    sender = head(of.layer or 0, of.unit) if of.unit is not None else sender
+    return sender, label_receiver(to)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_edges_are_all_pairs_of_a_sender_and_a_later_receiver(name: str) -> None:
+    assert {named(edge) for edge in list_edges(shape_of(name))} == edges(name)[2]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_random_circuits_have_paths_from_the_embedding_to_the_logits(name: str) -> None:
+    shape = shape_of(name)
+    every = list_edges(shape)
+    wanted = {(EMBED, "L0H1.q"), ("L0H1", LOGITS), (EMBED, mlp(1)), (mlp(1), "L2H0.v")}
+    wanted |= {("L2H1" if name == "llama" else "L2H0", LOGITS)}  # two heads read one value
+    circuit = [edge for edge in every if named(edge) in wanted]
+    drawing = CircuitDraws(shape, circuit, 0)
+    drawn = drawing.draws(50)
+    assert drawing.is_connected
+    assert len({frozenset(own) for own in drawn}) == 50
+    assert CircuitDraws(shape, circuit[::-1], 0).draws(50) == drawn
+    assert CircuitDraws(shape, circuit, 1).draws(50) != drawn
+    shared = 1 if name == "gpt2" else 2
+    for own in drawn:
+        assert len(own) == len(circuit)
+        assert set(own) != set(circuit)
+        here = [named(edge) for edge in own]
+        for of, to in here:
+            assert of == EMBED or any(leads(t, of, shared) for _, t in here)
+            assert to == LOGITS or any(leads(to, s, shared) for s, _ in here)
+
+
+def leads(receiver: str, sender: str, shared: int) -> bool:
+    """Whether a sender depends on what this receiver reads."""
+    node, _, letter = receiver.partition(".")
+    if letter not in ("k", "v") or "H" not in sender:
+        return sender == (receiver if letter == "mlp" else node)
+    (layer, number), (at, n) = node.split("H"), sender.split("H")
+    return at == layer and int(n) // shared == int(number)
+
+
+def test_the_control_ablates_random_circuits_of_the_same_size(data: Path) -> None:
+    circuit = "circuit c = embed -> L0H1.v, L0H1 -> L1.mlp, L1.mlp -> logits\n"
+    rule = "ablate all but c at tokens * with other"
+    text = circuit + experiment("e", "from other into clean", rule, "against random(3)")
+    found = run_file(text, data, "gpt2", "planned", precise=True)["e"]
+    every, shape = edges("gpt2")[2], shape_of("gpt2")
+    ends = {(EMBED, "L0H1.v"), ("L0H1", mlp(1)), (mlp(1), LOGITS)}
+    circuit_edges = [edge for edge in list_edges(shape) if named(edge) in ends]
+    given, effects = fills("gpt2", Case("all but c", "other"), {}), list[float]()
+    for own in CircuitDraws(shape, circuit_edges, 0).draws(3):
+        ablated = every - {named(edge) for edge in own}
+        values = [
+            circuit_pass("gpt2", double("gpt2"), row.ids, fill, ablated, range(len(row.ids)))
+            for row, fill in zip(rows("clean"), given, strict=True)
+        ]
+        patched = [difference(each, r) for each, r in zip(values, records(), strict=True)]
+        effects.append(float(np.mean(patched - unpatched("gpt2"))))
+    band = found.control(0)
+    assert band is not None
+    assert (float(band.low[0]), float(band.high[0])) == pytest.approx((min(effects), max(effects)))
+    assert found.conventions["controls"] == (
+        "random circuits, 3 draws, seed 0; of 3 edges, each on a path from `embed` to `logits`, at "
+        "the same tokens"
+    )
+
+
+# --- errors and keys ------------------------------------------------------------------------------
+
+WRONG = {
+    "ablate c at tokens * with nothing": "E0203",
+    "ablate c at tokens * with zero generate 3": "E0108",
+    "ablate c at tokens * with zero ablate all but c at tokens * with zero": "E0108",
+    "ablate c at tokens * with zero set attn_norm layer 1 at last token to 0": "E0108",
+    "ablate c at tokens * with zero replace block layer 1 with block layer 0": "E0108",
+    "run r { ablate c at last token with zero } from r into clean patch L0H1 at token 1": "E0108",
+    "ablate c at tokens * with zero from other into clean using gradient_input": "E0608",
+    "ablate c at tokens * with zero against random(3, heads)": "E0630",
+    "patch c at tokens * with other": "E0207",
+    "ablate all but L0H1 at tokens * with zero": "E0201",
+}
+WRONG_EDGES = {
+    "L1H0 -> L0H1.q": "E0335",
+    "L1.mlp -> L1H0.k": "E0335",
+    "L0H0 -> L1H1": "E0334",
+    "attn_out layer 0 -> logits": "E0334",
+    "embed -> resid_pre layer 1": "E0334",
+    "embed -> q layer 0 head *": "E0304",
+    "embed -> L1H9.q": "E0301",
+    "embed -> L9.mlp": "E0302",
+    "top 1 of e -> logits": "E0108",
+}
+
+
+@pytest.mark.parametrize("lines", WRONG)
+def test_rules_that_circuits_can_not_have_are_errors(data: Path, lines: str) -> None:
+    assert WRONG[lines] in codes(CIRCUIT + experiment("e", lines), data)
+
+
+@pytest.mark.parametrize("edge", WRONG_EDGES)
+def test_edges_that_the_model_lacks_are_errors(data: Path, edge: str) -> None:
+    text = f"circuit c = {edge}\n" + experiment("e", "ablate c at tokens * with zero")
+    assert WRONG_EDGES[edge] in codes(text, data)
+
+
+def test_a_circuit_of_all_edges_leaves_none(data: Path) -> None:
+    every = "embed -> q layers * heads *, embed -> logits"
+    senders = ("embed", "layers * heads *", "mlp_out layers *")
+    receivers = (
+        "q layers * heads *",
+        "k layers * heads *",
+        "v layers * heads *",
+        "mlp_norm layers *",
+    )
+    listed = [f"{of} -> {to}" for of in senders for to in (*receivers, "logits")]
+    text = f"circuit c = {every}, {', '.join(listed)}\n"
+    assert codes(text + experiment("e", "ablate all but c at tokens * with zero"), data) == [
+        "E0207"
+    ]
+
+
+@pytest.mark.parametrize("name", ["gemma2"])
+def test_models_whose_components_do_not_add_up_are_errors(data: Path, name: str) -> None:
+    text = CIRCUIT + experiment("e", "ablate c at tokens * with zero")
+    result, diagnostics = try_file(text, data, name)
+    assert result is None
+    assert [found.code for found in diagnostics if found.code == "E0108"]
+
+
+CHANGES = {
+    "edge": ("embed -> L0H1.q", "embed -> L0H2.q"),
+    "rest": ("ablate c", "ablate all but c"),
+    "fill": ("with zero", "with other"),
+    "position": ("at tokens *", "at last token"),
+}
+
+
+def ran(text: str, folder: Path, store: Path) -> tuple[int, Array]:
+    """How many rows were run, and the values of the first experiment."""
+    done: list[int] = []
+    how = RunOptions(on_profile=lambda _, profile: done.append(profile.distinct))
+    with Store(store) as kept, kept.begin(text, {}) as opened:
+        found, problems = of_files.try_file(text, folder, bare("llama"), how, run=opened)
+        assert found is not None, problems
+        opened.finish({}, {})
+    return sum(done), found.experiments[0].measures[0].patched
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_stored_values_depend_on_edges_fills_and_positions(tmp_path: Path, change: str) -> None:
+    rule = "ablate c at tokens * with zero"
+    text = CIRCUIT + of_files.experiment("e", "prompts p", rule, of_files.DIFFERENCE)
+    other = text.replace(*CHANGES[change])
+    assert other != text
+    first, values = ran(text, tmp_path, tmp_path / "store")
+    again, changed = ran(other, tmp_path, tmp_path / "store")
+    renamed, same = ran(text.replace(" c ", " own "), tmp_path, tmp_path / "store")
+    assert (first, again, renamed) == (len(records()), len(records()), 0)
+    np.testing.assert_array_equal(values, same)
+    assert not np.allclose(values, changed, atol=1e-4)
+    np.testing.assert_allclose(ran(other, tmp_path, tmp_path / "fresh")[1], changed, atol=1e-6)
+
+
+def test_an_encoder_decoder_is_an_error(tmp_path: Path) -> None:
+    text = CIRCUIT + of_files.experiment(
+        "e", "prompts p", "ablate c at last token with zero", of_files.DIFFERENCE
+    )
+    result, problems = of_files.try_file(
+        text, tmp_path, encoder_decoders.model("t5"), tokenizer=encoder_decoders.tokenizer()
+    )
+    assert result is None
+    assert [each.code for each in problems if "circuit" in str(each)] == ["E0108"]
