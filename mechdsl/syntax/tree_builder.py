@@ -439,7 +439,7 @@ class TreeBuilder(Transformer[Token, Any]):
     def name(self, c: list[Any]) -> ast.Name:
         return _name(c[0])
 
-    new_name = name
+    new_name = image_name = name
 
     def ref(self, c: list[Any]) -> ast.Ref:
         part = str(c[2]) if len(c) == 3 else None
