@@ -24,8 +24,8 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.directions import describe_rows
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import (
-    check_held_out,
     check_mask_size,
+    check_training_rows,
     describe_training,
     outline_mask,
 )
@@ -291,7 +291,7 @@ def check_masks(
         definition = program.masks[mask.training.definition]
         for problem in (
             check_mask_size(mask),
-            check_held_out(definition, mask.training, experiment, table),
+            *check_training_rows(definition, mask.training, experiment, table),
             _named_as_span(definition, experiment, table),
             _compared_across_models(definition, experiment),
         ):

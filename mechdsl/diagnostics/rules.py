@@ -271,6 +271,20 @@ class UndecidedMask(Diagnostic):
 
 
 @keyword_record
+class FewDrawnRows(Diagnostic):
+    """A training without `limit` on few rows of a block that draws values."""
+
+    code = "W0737"
+    hangs_on = frozenset({"rows"})
+    title = "`{basis}` is trained on {rows} of `{block}`, which can draw more"
+    label = "without `limit`, there is one row for each combination of values"
+    help = "write how many rows to draw: `limit: 400`"
+    basis: str
+    rows: str
+    block: str
+
+
+@keyword_record
 class BadException(Diagnostic):
     """An exception that leaves out nothing, or everything."""
 

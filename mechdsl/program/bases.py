@@ -525,9 +525,10 @@ def _unused_options(call: ast.Call, trainer: Trainer) -> Iterator[BadArgument]:
     """Yield the problems with options of `fit` that a training doesn't use."""
     for each in call.arguments:
         if each.name in trainer.unused:
-            why, hint = "uses all vectors in every step", f"remove `{each.name}`"
-            if each.name == "precision":
-                why = "computes in 64 bits"
+            has_steps = "steps" not in trainer.unused
+            why = "uses all vectors in every step" if has_steps else "isn't trained in steps"
+            why = "computes in 64 bits" if each.name == "precision" else why
+            hint = f"remove `{each.name}`"
         elif each.name == "seeds" and trainer.declares in ("group", "lens", "probe"):
             why = f"makes one {trainer.declares}"
             hint = f"declare a {trainer.declares} for each seed: `seed: 1`"

@@ -64,7 +64,7 @@ from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
     SEEDS_DIFFER,
     SEEDS_HINT,
-    check_held_out,
+    check_training_rows,
     describe_training,
     explain_seeds,
     list_seeds,
@@ -1205,9 +1205,8 @@ def _trained(
         wrong = trainer.check_site(point.site, known, made.training.of_trainer)
     if wrong is not None:
         raise BasisError(definition.method, *wrong)
-    problem = check_held_out(definition, made.training, work.measuring, work.table)
-    if problem is not None and problem not in work.diagnostics:
-        work.diagnostics.append(problem)
+    problems = check_training_rows(definition, made.training, work.measuring, work.table)
+    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
     about = describe_training(made, text, work.program, work.measuring, work.table)
     return made, size, about
 
@@ -1240,9 +1239,8 @@ def _trained_on_decoder(
     made = outline_training(definition, options, member, point, work.program, work.model)
     assert isinstance(made, TrainedDictionary)
     assert made.training is not None
-    problem = check_held_out(definition, made.training, work.measuring, work.table)
-    if problem is not None and problem not in work.diagnostics:
-        work.diagnostics.append(problem)
+    problems = check_training_rows(definition, made.training, work.measuring, work.table)
+    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
     text = f"{file.features:,} decoder directions of {member.name} ({member.made})"
     about = describe_training(made, text, work.program, work.measuring, work.table)
     return made, made.features, about

@@ -49,7 +49,7 @@ from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
     SEEDS_DIFFER,
     SEEDS_HINT,
-    check_held_out,
+    check_training_rows,
     describe_training,
     name_edit_tensors,
     outline_vector,
@@ -284,9 +284,8 @@ def _resolve_trained_family(
         every = outline_vector(own, name, options, sample, point, work.program, work.model)
         vector = every[0]
         _check_rank(call, vector.training, work)
-        problem = check_held_out(declared, vector.training, work.measuring, work.table)
-        if problem is not None and problem not in work.diagnostics:
-            work.diagnostics.append(problem)
+        problems = check_training_rows(declared, vector.training, work.measuring, work.table)
+        work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
         text = f"{describe_rows(sample, rows)} at {describe_position(label)}"
         about = describe_training(vector, text, work.program, work.measuring, work.table)
         made = f"{about}, at {sites.labels[place]}"

@@ -15,7 +15,7 @@ from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
     STREAM,
-    check_held_out,
+    check_training_rows,
     describe_training,
     outline_lens,
 )
@@ -49,9 +49,8 @@ def _resolve(definition: spec.Basis, work: ExperimentContext) -> TrainedLens | N
         return None
     sample, text = found
     lens = outline_lens(definition, sample, layers, work.program, work.model)
-    problem = check_held_out(definition, lens.training, work.measuring, work.table)
-    if problem is not None and problem not in work.diagnostics:
-        work.diagnostics.append(problem)
+    problems = check_training_rows(definition, lens.training, work.measuring, work.table)
+    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
     stream = lens.training.stream
     if stream is not None:
         text = f"{stream.count:,} streamed rows of {sample.table.name} at {sample.cell.label}"

@@ -550,8 +550,17 @@ def _shared_rows(cell: PositionCell, source: PositionCell) -> tuple[PositionCell
     return cut(cell), cut(source)
 
 
-def resolve_amounts(node: ast.Expr | None, work: ExperimentContext) -> Amounts | None:
-    """Evaluate a number for every value of the loops that it names; None after E0337."""
+NUMBER_HINT = "write a number, for example `0.5`"
+
+
+def resolve_amounts(
+    node: ast.Expr | None, work: ExperimentContext, hint: str = NUMBER_HINT
+) -> Amounts | None:
+    """Evaluate a number for every value of the loops that it names; None after E0337.
+
+    Args:
+        hint: What to write instead of an unknown name if the file has no similar one.
+    """
     assert node is not None
     names = [part.id for part in walk(node) if isinstance(part, ast.Name)]
     loops = tuple(name for name in work.loops if name in names)
@@ -560,9 +569,9 @@ def resolve_amounts(node: ast.Expr | None, work: ExperimentContext) -> Amounts |
         values = {**work.program.parameters, **at}
         amount = _number(node, values)
         if amount is None:
-            reason, hint = _explain(node, values, work)
+            reason, fix = _explain(node, values, work, hint)
             work.diagnostics.append(
-                BadAmount(span=node.span, text=node.span.written, reason=reason, hint=hint)
+                BadAmount(span=node.span, text=node.span.written, reason=reason, hint=fix)
             )
             return None
         found[key] = amount
@@ -587,7 +596,7 @@ def _number(node: ast.Expr, values: Mapping[str, object]) -> float | None:
 
 
 def _explain(
-    node: ast.Expr, values: Mapping[str, object], work: ExperimentContext
+    node: ast.Expr, values: Mapping[str, object], work: ExperimentContext, hint: str
 ) -> tuple[str, str]:
     known = name_list((*work.loops, *work.program.parameters))
     if isinstance(node, ast.Percent):
@@ -596,7 +605,8 @@ def _explain(
         if isinstance(part, ast.Name) and part.id in ("zero", "mean"):
             return f"`{part.id}` belongs to `ablate … with {part.id}`", "write a number: `0`"
         if isinstance(part, ast.Name) and part.id not in values:
-            hint = f"names known here are {known}" if known else "write a number, for example `0.5`"
+            if known:
+                hint = f"names known here are {known}"
             names = (*work.loops, *work.program.parameters, *work.program.directions)
             return (
                 f"`{part.id}` is neither a `for` variable around this rule nor a `param`",

@@ -13,7 +13,7 @@ from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import NoEstimate
-from mechdsl.diagnostics.rules import BadBasis, MeasuredOnTrainingRows
+from mechdsl.diagnostics.rules import BadBasis, FewDrawnRows, MeasuredOnTrainingRows
 from mechdsl.dictionaries.folder import ENCODED_SITES, DictionaryFile
 from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
@@ -68,6 +68,9 @@ if TYPE_CHECKING:
 
 TEXTS_FILE = "texts.npy"
 """Ascending digests, in the folder of a training on rows that are read in parts."""
+
+FEW_DRAWN_ROWS = 64
+"""Rows of a block with drawn values below which a training without `limit` is reported."""
 
 FEWEST_ROWS = 2
 """Rows of a training: one to learn from, and one that is held out."""
@@ -480,25 +483,37 @@ def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
     )
 
 
-def check_held_out(
+def check_training_rows(
     definition: spec.Basis, training: Training, experiment: spec.Experiment, table: PromptTable
-) -> Diagnostic | None:
-    """Return E0345 for measured rows that are also training rows, unless the file allows them.
+) -> Iterator[Diagnostic]:
+    """Yield E0345 for measured rows that are also training rows, unless the file allows them, and
+    W0737 for a training on few rows of a block that can draw more.
 
     Args:
         table: The rows of the experiment.
     """
     shared, read = count_training_rows(training, experiment, table), training.with_rows
-    if not shared or read is None or read.options["measure_on_training_rows"]:
-        return None
-    return MeasuredOnTrainingRows(
-        span=experiment.span,
-        experiment=experiment.name,
-        basis=definition.name,
-        shared=shared,
-        rows=len(table),
-        block=table.name,
-    )
+    if shared and read is not None and not read.options["measure_on_training_rows"]:
+        yield MeasuredOnTrainingRows(
+            span=experiment.span,
+            experiment=experiment.name,
+            basis=definition.name,
+            shared=shared,
+            rows=len(table),
+            block=table.name,
+        )
+    limited = any(each.name == "limit" for each in definition.method.arguments)
+    if limited or training.decoder is not None or training.stream is not None:
+        return
+    trained = training.sample.table
+    draws = trained.block_rows is not None and trained.block_rows.block.draws
+    if draws and len(trained) < FEW_DRAWN_ROWS and not trained.cut and not trained.stands_in:
+        yield FewDrawnRows(
+            span=definition.method.span,
+            basis=definition.name,
+            rows=count_noun(len(trained), "row"),
+            block=trained.name,
+        )
 
 
 def describe_training(

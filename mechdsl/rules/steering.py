@@ -20,7 +20,7 @@ from mechdsl.resolve.bases import RECONSTRUCTION, REMOVAL, is_reconstruction
 from mechdsl.resolve.directions import resolve_direction
 from mechdsl.resolve.runs import RuleKind
 from mechdsl.resolve.sites import ExperimentContext, label_points, resolve_site
-from mechdsl.resolve.targets import resolve_amounts, resolve_rule_positions
+from mechdsl.resolve.targets import NUMBER_HINT, resolve_amounts, resolve_rule_positions
 from mechdsl.resolve.types import (
     Amounts,
     AxisIndices,
@@ -378,11 +378,15 @@ NUMBER_ADDITION = NumberAddition()
 
 
 def resolve_number(
-    rule: spec.Rule, does: Intervention, work: ExperimentContext
+    rule: spec.Rule, does: Intervention, work: ExperimentContext, hint: str = NUMBER_HINT
 ) -> ResolvedRule | None:
-    """Resolve a rule with a number at sites of the base run; None after an error."""
+    """Resolve a rule with a number at sites of the base run; None after an error.
+
+    Args:
+        hint: As in `resolve_amounts`.
+    """
     sites, positions = resolve_targets(rule, work.experiment.base, work)
-    amounts = resolve_amounts(rule.fill, work)
+    amounts = resolve_amounts(rule.fill, work, hint)
     if sites is None or positions is None or amounts is None:
         return None
     return ResolvedRule(
@@ -436,7 +440,11 @@ class ScaleRule(RuleKind, Steering):
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         if rule.direction is not None:
             return CHANNEL_SCALING.resolve(rule, work)
-        return resolve_number(rule, self, work)
+        assert rule.site is not None
+        assert rule.at is not None
+        where = f"at {rule.site.span.written} at {rule.at.span.written}"
+        scales = f"`direction g = fit(scales(penalty: 0.1), …) {where}`"
+        return resolve_number(rule, self, work, f"{NUMBER_HINT}, or declare scales: {scales}")
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
         return amounts == 1

@@ -263,7 +263,7 @@ def test_mistakes_are_reported_before_anything_runs(case: str, tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["ridge", "logistic"])
 def test_probes_have_no_batches(kind: str, tmp_path: Path) -> None:
     target = "target: w" if kind == "ridge" else "target: cue"
-    for option, why in (("accumulate: 2", "uses all vectors"), ('precision: "bf16"', "64 bits")):
+    for option, why in (("accumulate: 2", "trained in steps"), ('precision: "bf16"', "64 bits")):
         line = f"probe l = fit({kind}, prompts: p, {target}, {option}) at resid_post layer 1\n"
         path = write_own(tmp_path, line, dictionaries.ABLATES.replace("f at", "l at"))
         found = [each for each in mechdsl.validate(path, models()) if each.severity == "error"]

@@ -29,6 +29,7 @@ from mechdsl.rules.observations.registry import (
     report_bad_observation,
 )
 from mechdsl.rules.observations.vectors import LogitLens
+from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
     from typing import Any
@@ -131,6 +132,8 @@ def _read_lens_file(rule: spec.Rule, work: ExperimentContext) -> SafetensorsFile
     arguments = () if call is None else call.arguments
     one = arguments[0] if len(arguments) == 1 and arguments[0].name is None else None
     written = None if one is None else constant_value(one.value, work.program.parameters)
+    if one is not None and isinstance(one.value, ast.Name) and written is None:
+        return None  # no lens of this name is declared, which is reported
     if call is None or not isinstance(written, str):
         report_bad_observation(
             rule, work, "needs a file with its translators, or a lens", f"write `{LENS_EXAMPLE}`"

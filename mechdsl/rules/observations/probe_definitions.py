@@ -19,7 +19,12 @@ from mechdsl.resolve.directions import (
     resolve_one_sample,
 )
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
-from mechdsl.resolve.trainings import FEWEST_ROWS, check_held_out, describe_training, outline_probe
+from mechdsl.resolve.trainings import (
+    FEWEST_ROWS,
+    check_training_rows,
+    describe_training,
+    outline_probe,
+)
 from mechdsl.resolve.types import FitSample, SitePoint, TrainedProbe
 from mechdsl.rules.observations.rows import evaluate_rows
 from mechdsl.syntax import ast
@@ -145,9 +150,8 @@ def _resolve(definition: spec.Basis, work: ExperimentContext) -> TrainedProbe | 
         return None
     sample, classes = found
     probe = outline_probe(definition, sample, points, classes, work.program, work.model)
-    problem = check_held_out(definition, probe.training, work.measuring, work.table)
-    if problem is not None and problem not in work.diagnostics:
-        work.diagnostics.append(problem)
+    problems = check_training_rows(definition, probe.training, work.measuring, work.table)
+    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
     text = f"{text}, to predict `{probe.target}`"
     about = describe_training(probe, text, work.program, work.measuring, work.table)
     return replace(probe, made=about)
