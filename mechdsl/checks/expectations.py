@@ -430,7 +430,7 @@ class _ConditionReader(CellReader):
         value = node.arguments[index].value
         if isinstance(value, ast.Site) and len(value.names) == 1 and not value.axes:
             return value.names[0]  # a lone word also parses as a group of sites
-        if isinstance(value, ast.Range | ast.Quantity | ast.Site | ast.SiteMap):
+        if isinstance(value, ast.Range | ast.Quantity | ast.SiteValue):
             raise unreadable_expectation(
                 value.span, f"`{node.name}` doesn't accept this argument", f"write `{example}`"
             )

@@ -746,7 +746,7 @@ def needed_models(checked: CheckedFile) -> list[str]:
         for name in (
             e.model,
             *(run.model for run in e.elsewhere),
-            *(rows.model for rows in fit_rows_of_experiment(e, checked.program)),
+            *(name for rows in fit_rows_of_experiment(e, checked.program) for name in rows.models),
         )
         if name is not None
     ]
@@ -786,7 +786,8 @@ def _outline(
     filled = fill_groups(experiment, checked.program, checked.objectives)
     experiment = filled.experiment
     fitted = fit_rows_of_experiment(experiment, checked.program)
-    others = [run.model for run in (*experiment.elsewhere, *fitted) if run.model is not None]
+    others = [run.model for run in experiment.elsewhere if run.model is not None]
+    others += [name for rows in fitted for name in rows.models]
     model, *read = (contexts.models.context(name) for name in (experiment.model, *others))
     model = contexts.towers.reading(experiment.prompts, model)
     if read and any(each.shape.side for each in (model, *read)):
@@ -796,7 +797,7 @@ def _outline(
     if any(each.stands_in for each in (model, *read)):
         _skip(checked.unchecked, experiment)
     blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]
-    blocks += [rows.block for rows in fitted]
+    blocks += [name for rows in fitted for name in rows.blocks]
     if any(name is not None and contexts.needs_python(name) for name in blocks):
         _skip(checked.unrun, experiment)
     table = contexts.of_experiment(experiment, model)

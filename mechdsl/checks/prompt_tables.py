@@ -140,7 +140,9 @@ class TowerModels:
             self.diagnostics.append(bad)
         if model.name not in self._texts:
             reader = model.tokenizer.texts if isinstance(model.tokenizer, ImageTokenizer) else None
-            tower = replace(model, shape=texts, tokenizer=reader or self._stand_in)
+            tower = replace(
+                model, shape=texts, tokenizer=reader or self._stand_in, image_tower=model
+            )
             self._texts[model.name] = tower
         return self._texts[model.name]
 
@@ -632,7 +634,7 @@ class FileContexts:
             model = self.models.context(rows.model)
         if rows.block is None:
             return self.of_experiment(experiment, model)
-        return self.table(
+        table = self.table(
             rows.block,
             model,
             rows.limit,
@@ -641,6 +643,36 @@ class FileContexts:
             streamed=rows.trains and self.program.prompts[rows.block].streamed,
             trains=rows.trains,
         )
+        return table if rows.partner is None else self._with_partner(rows.partner, model, table)
+
+    def _with_partner(
+        self, run: spec.ExternalRunSpec, model: ModelContext, table: PromptTable
+    ) -> PromptTable:
+        """Return training rows with the run whose vectors theirs are correlated with, which is of
+        another block, maybe in the opposite tower of the model, or of another model."""
+        key = (id(table), model.key, "partner", run.name)
+        if run.name not in table.runs and key not in self._joined:
+            found, problems = None, []
+            if table.stands_in:
+                pass
+            elif run.prompts is not None:
+                own = self.models.context(model.name)
+                reader = self.towers.reading(run.prompts, own) if own.shape.texts else model
+                found, problems = self._of_block(run, run.prompts, model, table, reader)
+            else:
+                assert run.model is not None
+                other = self.models.context(run.model)
+                problem = check_model_pair(run, other, model, outputs=False)
+                problems = [] if problem is None else [problem]
+                if problem is None:
+                    theirs = self.table(
+                        table.name, other, None, None, used=frozenset(), trains=True
+                    )
+                    found, problems = build_model_run(table, theirs, other, model, run)
+            self._say(problems, model, *(name for name in (run.prompts,) if name))
+            joined = None if found is None else join_runs(table, [found])
+            self._joined[key] = joined or add_stand_in_runs(table, [run.name])
+        return self._joined.get(key, table)
 
     def with_replies(
         self,
@@ -814,28 +846,40 @@ class FileContexts:
         return self._runs[key]
 
     def _of_block(
-        self, run: spec.ExternalRunSpec, prompts: str, model: ModelContext, table: PromptTable
+        self,
+        run: spec.ExternalRunSpec,
+        prompts: str,
+        model: ModelContext,
+        table: PromptTable,
+        reader: ModelContext | None = None,
     ) -> tuple[PairedRun | None, list[Diagnostic]]:
+        """Return a run of another block.
+
+        Args:
+            reader: The model that reads it, if it isn't the one that reads the table: the opposite
+                tower.
+        """
         if self.needs_python(prompts):
             return None, []
-        model, other = self.models.reading(prompts, model), self.program.prompts[prompts]
+        own, other = self.models.reading(prompts, model), self.program.prompts[prompts]
+        reader = reader or own
         if other.streamed:
             return None, [report_streamed_use(other, run.span)]
-        if (problem := check_input_kind(other, model)) is not None:
+        if (problem := check_input_kind(other, reader)) is not None:
             return None, [problem]
-        if other.kind != self.program.prompts[table.name].kind:
+        if other.kind != self.program.prompts[table.name].kind and not reader.shape.side:
             return None, []  # the model of one of them is missing
-        rows = self._compiled(prompts, model.tokenizer)
+        rows = self._compiled(prompts, reader.tokenizer)
         if has_errors(rows.block.diagnostics) or rows.block.columns_unknown:
             return None, rows.block.diagnostics
         return pair_run(
             table,
-            self._compiled(table.name, model.tokenizer).block,
+            self._compiled(table.name, own.tokenizer).block,
             rows,
             run.run,
             name=run.name,
-            tokenizer=model.tokenizer,
-            build=lambda ids: self._build(prompts, model, ids=ids),
+            tokenizer=reader.tokenizer,
+            build=lambda ids: self._build(prompts, reader, ids=ids),
             span=run.span,
             shuffled=run.shuffled,
         )

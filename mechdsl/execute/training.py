@@ -34,10 +34,11 @@ from mechdsl.fits.training import (
 )
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.forward.packed.unembedding import ModelUnembedding
+from mechdsl.planner.training_cost import count_vector_numbers
 from mechdsl.program.basis_methods import BFLOAT16
 from mechdsl.program.trainers import IterativeTrainer, LensTrainer, SolvedTrainer
 from mechdsl.resolve.trainings import write_texts
-from mechdsl.resolve.types import SitePoint, TrainedDictionary, TrainedLens, count_numbers
+from mechdsl.resolve.types import SitePoint, TrainedDictionary, TrainedLens
 from mechdsl.resolve.types import Training as DeclaredTraining
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def read_together(vectors: RowVectors) -> tuple[Tensor, Tensor]:
     Raises NotFactored if they don't fit into memory together.
     """
     if vectors.chunks > 1:
-        numbers = sum(count_numbers(each, vectors.model.shape) for each in vectors.declared.points)
+        numbers = count_vector_numbers(vectors.declared, vectors.model.shape)
         need = int(vectors.counts[vectors.rows].sum()) * 4 * numbers
         raise NotFactored(
             f"its vectors need {format_size(need)} of memory, and "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -107,6 +107,8 @@ class RowVectors:
     side: PaddingSide | None
     chunk_bytes: int = CHUNK_BYTES
     cache: VectorCache = field(default_factory=VectorCache)
+    partner: LoadedModel | None = None
+    """The model that runs the rows of `declared.paired.sample`, if there are any."""
 
     @cached_property
     def counts(self) -> Ints:
@@ -188,7 +190,7 @@ class RowVectors:
         every, sample = np.sort(self.rows), self.declared.sample
         key = (
             id(self.model), sample.table.name, sample.table.row_keys, sample.run.name,
-            sample.cell.hits, self.declared.points, self.seed, self.side,
+            sample.cell.hits, self.declared.points, self.seed, self.side, self._partner_key,
         )  # fmt: skip
         own, other = self.cache.get(key, lambda: self._run(every))
         wanted = np.isin(np.arange(len(self.counts)), rows)
@@ -196,13 +198,28 @@ class RowVectors:
         found = own[which.to(own.device)]
         return found, found if own is other else other[which.to(other.device)]
 
+    @property
+    def _partner_key(self) -> Hashable:
+        """What identifies the vectors of another run, with the rows of this one."""
+        paired = self.declared.paired
+        if paired is None or paired.sample is None:
+            return None
+        run = paired.sample.run
+        return id(self.partner), run.name, paired.sample.cell.hits, paired.point
+
     def _run(self, rows: Ints) -> tuple[Tensor, Tensor]:
-        sample = self.declared.sample
-        return read_rows(self.declared, self.model, sample, rows, seed=self.seed, side=self.side)
+        read = partial(read_rows, rows=rows, seed=self.seed, side=self.side)
+        found = read(self.declared.points, self.model, self.declared.sample)
+        paired = self.declared.paired
+        if paired is None or paired.sample is None:
+            return found
+        assert paired.point is not None
+        assert self.partner is not None
+        return found[0], read((paired.point,), self.partner, paired.sample)[0]
 
 
 def read_rows(
-    declared: DeclaredTraining,
+    sites: Sequence[SitePoint],
     model: LoadedModel,
     sample: FitSample,
     rows: Ints,
@@ -213,6 +230,7 @@ def read_rows(
     """Return the vectors of some rows that are encoded, and those that are reconstructed.
 
     Args:
+        sites: Those of the vectors that are encoded, and then that of those that are reconstructed.
         sample: The rows and their tokens.
         seed: Seed of noise.
 
@@ -221,7 +239,7 @@ def read_rows(
         tensor if both are the same. The encoded vectors of several layers are one after another,
         [vector, layers * width].
     """
-    points = list(dict.fromkeys(declared.points))
+    points = list(dict.fromkeys(sites))
     parts: list[list[Tensor]] = [[] for _ in points]
     for found in _read_batches(model, sample, np.sort(rows), points, seed, side):
         for own, vectors in zip(parts, found, strict=True):
@@ -436,7 +454,8 @@ class StreamedVectors:
         return [((int(part[0]), int(part[-1])), part) for part in parts]
 
     def _read_sample(self, sample: FitSample, rows: Ints) -> tuple[Tensor, Tensor]:
-        return read_rows(self.declared, self.model, sample, rows, seed=0, side=self.side)
+        points = self.declared.points
+        return read_rows(points, self.model, sample, rows, seed=0, side=self.side)
 
 
 def _ranges(stream: RecordStream) -> list[tuple[int, int]]:

@@ -89,6 +89,7 @@ from mechdsl.resolve.trainings import (
 from mechdsl.resolve.types import (
     BasisMember,
     BasisTargets,
+    PairedVectors,
     RecordStream,
     ResolvedExperiment,
     SitePoint,
@@ -264,6 +265,7 @@ class FitKeys:
         }
         if training.paired is not None:
             parts["values"] = [list(each) for each in training.paired.values]
+            parts |= self._view(training.paired, name)
         if isinstance(training.trainer, OwnTrainer):
             parts["own code"] = _own_code(training.trainer)
         if training.stream is not None:
@@ -303,6 +305,21 @@ class FitKeys:
             "rows": [[key, own, list(hits)] for key, own, hits in rows],
             "noise": self.checked.program.seed if sample.run.noise is not None else None,
         }
+
+    def _view(self, paired: PairedVectors, name: str) -> dict[str, object]:
+        """Return what identifies vectors of another run or of other tokens that those of a training
+        are correlated with; nothing for those of the same tokens.
+
+        Args:
+            name: The model of the training's rows.
+        """
+        sample, point = paired.sample, paired.point
+        if sample is None or point is None or paired.shape is None:
+            return {}
+        told, contents = self._model(sample.run.model or name)
+        rows = zip(contents.of(sample.run, sample.table).tolist(), sample.cell.hits, strict=True)
+        site = [paired.shape.side, point.site, point.layer, point.unit]
+        return {"with": [told, site, [[own, list(hits)] for own, hits in rows]]}
 
     def _stream(self, training: Training, stream: RecordStream) -> list[object]:
         """Return what the rows of a training depend on that reads files in parts."""

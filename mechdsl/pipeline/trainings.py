@@ -356,18 +356,37 @@ def _run_training(
         return train_rotation(fit.file, rows, job)
     if isinstance(fit.file, TrainedProbe):
         return train_probe(fit.file, model, job, seed=checked.program.seed, side=side)
-    return _train_on_vectors(fit, job, model, checked, side, cache)
+    partner = _partner_model(fit, models)
+    return _train_on_vectors(fit, job, (model, partner), checked, side, cache)
+
+
+def _partner_model(fit: DeclaredFit, models: Mapping[str, LoadedModel]) -> LoadedModel | None:
+    """Return the model or the tower that runs the rows whose vectors others are correlated with;
+    None without such rows."""
+    paired, own = fit.training.paired, fit.experiment.model
+    if paired is None or paired.sample is None or paired.shape is None:
+        return None
+    if paired.sample.run.model is not None:
+        return models[paired.sample.run.model]
+    if paired.shape.side == own.shape.side:
+        return models[fit.model]
+    both = models[own.name]
+    return both.texts if paired.shape.side == "text" else both
 
 
 def _train_on_vectors(
     fit: DeclaredFit,
     job: TrainingJob,
-    model: LoadedModel,
+    models: tuple[LoadedModel, LoadedModel | None],
     checked: CheckedFile,
     side: PaddingSide | None,
     cache: VectorCache,
 ) -> Report:
-    """Train a lens or a dictionary."""
+    """Train a lens or a dictionary.
+
+    Args:
+        models: Those that run its rows, and the rows that these are correlated with.
+    """
     from mechdsl.execute.component_training import (
         train_components,
         train_correlated,
@@ -377,11 +396,13 @@ def _train_on_vectors(
     from mechdsl.execute.training import solve_dictionary, train_dictionary, train_lens
     from mechdsl.execute.training_vectors import RowVectors, StreamedVectors
 
+    model, partner = models
     if fit.training.decoder is not None:
         assert isinstance(fit.file, TrainedDictionary)
         return train_on_decoder(fit.file, fit.training.decoder, model.device, job)
     if fit.training.stream is None:
-        vectors = RowVectors(fit.training, model, checked.program.seed, side, cache=cache)
+        seed = checked.program.seed
+        vectors = RowVectors(fit.training, model, seed, side, cache=cache, partner=partner)
     else:
         vectors = StreamedVectors(fit.training, model, partial(_read_part, checked, fit), side)
     if isinstance(fit.file, TrainedLens):

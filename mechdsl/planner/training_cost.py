@@ -111,8 +111,13 @@ def count_held_out(training: Training, rows: int) -> int:
 
 def most_vectors(training: Training, shape: ModelShape, size: int) -> int:
     """Return how many vectors of a training, with their targets, take so many bytes."""
-    numbers = sum(count_numbers(each, shape) for each in training.points)
-    return max(1, size // (FLOAT * numbers))
+    return max(1, size // (FLOAT * count_vector_numbers(training, shape)))
+
+
+def count_vector_numbers(training: Training, shape: ModelShape) -> int:
+    """Return the numbers of a vector of a training with its target."""
+    paired = 0 if training.paired is None else training.paired.width
+    return sum(count_numbers(each, shape) for each in training.points) + paired
 
 
 def most_held_out(training: Training, shape: ModelShape, size: int) -> int:
@@ -160,7 +165,13 @@ def _vectors_cost(name: str, made: OnVectors, shape: ModelShape) -> TrainingCost
     in_memory = min(vectors, most_vectors(training, shape, CHUNK_BYTES))
     read = in_memory if vectors <= in_memory else max(1, -(-steps * every // in_memory)) * in_memory
     ((run, stop),) = list_fitted_runs([(training.points, (sample,))], shape)
-    passes = _times(run_cost(shape, run, stop), (read + tested) / max(1.0, float(counts.sum())))
+    share = (read + tested) / max(1.0, float(counts.sum()))
+    passes = _times(run_cost(shape, run, stop), share)
+    paired = training.paired
+    if paired is not None and paired.sample is not None and paired.shape is not None:
+        assert paired.point is not None
+        ((run, stop),) = list_fitted_runs([((paired.point,), (paired.sample,))], paired.shape)
+        passes += _times(run_cost(paired.shape, run, stop), share)
     sizes = _sizes(made, training, shape)
     seen = min(batch or vectors, vectors)  # a factorization uses all vectors in every step
     adds = (

@@ -620,7 +620,7 @@ def _partner_problem(
     value = partner.value
     items = value.items if isinstance(value, ast.ListLiteral) else (value,)
     named = bool(items) and all(isinstance(each, ast.Name) for each in items)
-    if named or isinstance(value, ast.Site):
+    if named or isinstance(value, ast.Site | ast.SiteView):
         return None
     written = value.span.written
     reason = f"with `{trainer.name}` has no vectors `{written}` to correlate with"

@@ -227,7 +227,7 @@ def fit_rows_of_basis(basis: spec.Basis, program: spec.Program | Definitions) ->
     model = next((each.value for each in basis.method.arguments if each.name == "model"), None)
     named = model.id if isinstance(model, ast.Name) and trains else None
     used = rows.used | basis.changed_by
-    return replace(rows, limit=limit, trains=trains, used=used, model=named)
+    return replace(rows, limit=limit, trains=trains, used=used, model=named, partner=basis.partner)
 
 
 def training_rows(call: ast.Call | None) -> ast.Node | None:
@@ -251,6 +251,20 @@ class FitRows:
     """Corruptions of the block that the fit reads; each of them changes all of the rows."""
     trains: bool = False
     """Whether `fit` trains on them, so that `--limit` doesn't apply."""
+    partner: spec.ExternalRunSpec | None = None
+    """The run whose vectors theirs are correlated with; None if it is the same run."""
+
+    @property
+    def models(self) -> list[str]:
+        """Models that run the rows, other than the experiment's."""
+        named = (self.model, None if self.partner is None else self.partner.model)
+        return [name for name in named if name is not None]
+
+    @property
+    def blocks(self) -> list[str]:
+        """Blocks of the rows, other than the experiment's."""
+        named = (self.block, None if self.partner is None else self.partner.prompts)
+        return [name for name in named if name is not None]
 
     @property
     def key(self) -> str:
@@ -260,7 +274,8 @@ class FitRows:
         model = f" on {self.model}" if self.model else ""
         used = f" changed by {', '.join(sorted(self.used))}" if self.used else ""
         trains = " for a training" if self.trains else ""
-        return f"{self.block or ''}{part}{limit}{model}{used}{trains}"
+        partner = f" with {self.partner.name}" if self.partner else ""
+        return f"{self.block or ''}{part}{limit}{model}{used}{trains}{partner}"
 
 
 def fit_rows_of_direction(

@@ -405,6 +405,9 @@ class Basis(Spec):
     """Of a group that a training chooses: whether it chooses positions, not sites."""
     seed: Annotated[int | None, Field(exclude=True)] = None
     """Seed of one training of `fit(…, seeds: 3)`; None for the whole definition."""
+    partner: Annotated[ExternalRunSpec | None, Field(exclude=True)] = None
+    """The run of the vectors that its own are correlated with, if another one is named: a run of
+    its block, of another block or of another model."""
 
 
 class Rule(Spec):

@@ -24,7 +24,7 @@ from mechdsl.program.measures import lower_measure, lower_statistics
 from mechdsl.program.names import Namespace
 from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.prompts import named_corruptions
-from mechdsl.program.statements import Statements, mark_names_used
+from mechdsl.program.statements import Statements, mark_names_used, resolve_run_name
 from mechdsl.program.trainers import EffectTrainer, RotationTrainer, trainer_call
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
@@ -35,6 +35,7 @@ def lower_objectives(parts: spec.Definitions, scope: Namespace) -> None:
 
     Codes: E0201 for runs, E0207 for runs of other rows, and those of measures.
     """
+    _lower_partners(parts, scope)
     for name, basis in list(parts.bases.items()):
         if not trains_rotation(basis):
             continue
@@ -54,6 +55,49 @@ def lower_objectives(parts: spec.Definitions, scope: Namespace) -> None:
             parts.directions[name] = direction.model_copy(update={"changed_by": used})
     for mask in parts.masks.values():
         _add_objective(mask, parts, scope)
+
+
+def _lower_partners(parts: spec.Definitions, scope: Namespace) -> None:
+    """Lower the runs whose vectors others are correlated with: `with: SITE of RUN`."""
+    for name, basis in list(parts.bases.items()):
+        given = {each.name: each.value for each in basis.method.arguments}
+        view, rows = given.get("with"), fit_rows_of_basis(basis, parts)
+        if not isinstance(view, ast.SiteView) or rows is None or rows.block is None:
+            continue
+        work = Statements(
+            ast.ExperimentDef(ast.Name(name, span=view.span), (), span=view.span), parts, scope
+        )
+        mark_names_used(view.site, work)
+        if view.at is not None:
+            mark_names_used(view.at, work)
+        known = view.at is None or _are_known(view.at, scope)
+        if view.run is None:
+            continue
+        block = parts.prompts[rows.block]
+        run = resolve_run_name(view.run, block, work)
+        there = None if run is None else work.elsewhere.get(run)
+        if run is None or not known or _reads_other_rows(rows, there, view.run, scope):
+            del parts.bases[name]  # its error is reported
+            continue
+        there = there or spec.ExternalRunSpec(span=view.run.span, name=run, run=run)
+        corruptions = {each.name for each in block.corruptions}
+        used = {run} & corruptions if there.prompts is None else set[str]()
+        parts.bases[name] = basis.model_copy(
+            update={"partner": there, "changed_by": frozenset(used)}
+        )
+
+
+def _reads_other_rows(
+    rows: FitRows, partner: spec.ExternalRunSpec | None, ref: ast.Ref, scope: Namespace
+) -> bool:
+    """Report E0207 for a corruption that is correlated with another model, which reads the clean
+    run."""
+    if partner is None or partner.model is None or rows.run == spec.CLEAN:
+        return False
+    reason = f"reads the clean run, and `prompts` names `{rows.run}`"
+    hint = f"write `prompts: {rows.block}`, or leave `of {ref.whole}` out"
+    scope.diagnostics.append(BadArgument(span=ref.span, name=ref.whole, reason=reason, hint=hint))
+    return True
 
 
 def _add_objective(
@@ -98,7 +142,7 @@ def _lower_objective(
             BadArgument(span=node.span, name=node.span.written, reason=reason, hint=hint)
         )
     node = next(given[each] for each in OBJECTIVES if each in given)
-    if isinstance(node, ast.Range | ast.Quantity | ast.Site | ast.SiteMap):
+    if isinstance(node, ast.Range | ast.Quantity | ast.SiteValue):
         hint = "write a metric: `maximise: logit(answer of fewer)`"
         scope.diagnostics.append(
             BadArgument(span=node.span, name=node.span.written, reason="is no measure", hint=hint)

@@ -80,7 +80,7 @@ class CallSite:
     def __post_init__(self) -> None:
         for argument in self.node.arguments:
             value = argument.value
-            if isinstance(value, ast.Range | ast.Quantity | ast.Site | ast.SiteMap):
+            if isinstance(value, ast.Range | ast.Quantity | ast.SiteValue):
                 raise self.wrong("takes values, not ranges or sites", argument.span)
             if argument.name is None:
                 self.positional.append(value)

@@ -27,7 +27,7 @@ from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, EFFECT_OPTIONS, BasisMethod, basis_size
 from mechdsl.program.direction_methods import MethodError
-from mechdsl.program.directions import decoded_basis, fit_rows_of_basis
+from mechdsl.program.directions import decoded_basis, fit_rows_of_basis, last_token
 from mechdsl.program.paths import (
     DICTIONARY_PATH,
     LABELS_PATH,
@@ -38,6 +38,8 @@ from mechdsl.program.paths import (
 from mechdsl.program.python_functions import find_function
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import DictionaryTrainer, PairedTrainer, SolvedTrainer
+from mechdsl.prompts.positions.cells import resolve_positions
+from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.cells import SEED_AXIS
 from mechdsl.resolve.directions import (
     DirectionError,
@@ -48,6 +50,7 @@ from mechdsl.resolve.directions import (
     resolve_named_family,
     resolve_samples,
 )
+from mechdsl.resolve.model_pairs import find_tower
 from mechdsl.resolve.sites import (
     AxisValues,
     ExperimentContext,
@@ -59,7 +62,7 @@ from mechdsl.resolve.sites import (
     resolve_axis,
     resolve_site,
 )
-from mechdsl.resolve.targets import remove_tokens
+from mechdsl.resolve.targets import cut_to_shared_rows, remove_tokens
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
     SEEDS_DIFFER,
@@ -1178,10 +1181,11 @@ def _trained(
     assert made.training is not None
     if isinstance(made.training.trainer, PairedTrainer):
         assert isinstance(made, TrainedDictionary)
-        paired = _paired(definition, made.features, sample, point, work)
-        if paired is None:
+        found = _paired(definition, made.features, sample, point, work)
+        if found is None:
             return None
-        made = replace(made, training=replace(made.training, paired=paired))
+        sample, paired = found
+        made = replace(made, training=replace(made.training, source=sample, paired=paired))
         assert made.training is not None
         text += f", with {paired.label}"
     stream = made.training.stream
@@ -1272,42 +1276,121 @@ def _paired(
     sample: FitSample,
     point: SitePoint,
     work: ExperimentContext,
-) -> PairedVectors | None:
+) -> tuple[FitSample, PairedVectors] | None:
     """Resolve what vectors are correlated with; None after other errors. Raises BasisError.
 
     Args:
         count: Number of components.
         point: The site of the basis.
+
+    Returns:
+        The rows and tokens that both have, and what they are correlated with.
     """
     node = next(each.value for each in definition.method.arguments if each.name == "with")
     known = sample.run.rows[0].values
     if isinstance(node, ast.Name) and node.id in SITES and node.id not in known:
         node = ast.Site(names=(node,), span=node.span)
-    if isinstance(node, ast.Site):
+    if isinstance(node, ast.SiteView):
+        viewed = _viewed(definition, node, sample, work)
+        if viewed is None:
+            return None
+        sample, found = viewed
+    elif isinstance(node, ast.Site):
         other = _one_point(node, work)
         if other is None:
             return None
         _check_site(other, node, work)
-        if other == point:
-            raise BasisError(
-                node,
-                "the vectors of a site correlate with themselves in all components",
-                "name another site",
-            )
-        size = count_numbers(other, work.model.shape)
         found = PairedVectors(label_points((other,)), other)
     else:
         items = node.items if isinstance(node, ast.ListLiteral) else (node,)
         columns = [column for item in items for column in _value_columns(item, sample)]
         label = ", ".join(item.span.written for item in items)
-        size, found = len(columns), PairedVectors(label, None, tuple(zip(*columns, strict=True)))
+        found = PairedVectors(label, None, tuple(zip(*columns, strict=True)))
+    if found.point == point and _are_same_tokens(sample, found.sample):
+        raise BasisError(
+            node,
+            "the vectors of a site correlate with themselves in all components",
+            "name another site",
+        )
+    shape = found.shape or work.model.shape
+    size = len(found.values[0]) if found.point is None else count_numbers(found.point, shape)
     if count > size and not work.model.shape.stands_in:
         raise BasisError(
             node,
             f"{count:,} components with `{found.label}`, which has {count_noun(size, 'number')}",
             f"write at most `components: {size}`",
         )
-    return found
+    return sample, found
+
+
+def _are_same_tokens(sample: FitSample, other: FitSample | None) -> bool:
+    return other is None or (other.run.name, other.cell.hits) == (sample.run.name, sample.cell.hits)
+
+
+def _viewed(
+    definition: spec.Basis, node: ast.SiteView, sample: FitSample, work: ExperimentContext
+) -> tuple[FitSample, PairedVectors] | None:
+    """Resolve `SITE of RUN at POSITION`, with the rows that have both positions; None after other
+    errors. Raises BasisError."""
+    partner = definition.partner
+    run = sample.run if partner is None else sample.table.runs[partner.name]
+    reader = work.model
+    if partner is not None and partner.prompts is not None:
+        reader = find_tower(reader, work.program.prompts[partner.prompts].kind)
+    if sample.run.noise is not None or run.noise is not None:
+        reason = "a run with noise has several vectors for each token"
+        raise BasisError(node, reason, "name runs without noise")
+    there = replace(work, model=reader, sites=replace(work.sites, shape=reader.shape))
+    point = _one_point(node.site, there)
+    if point is None:
+        return None
+    _check_site(point, node.site, there)
+    at = node.at or definition.at or last_token(definition.method)
+    table = replace(sample.table, name=run.prompts or sample.table.name)
+    cells, problems = resolve_positions(
+        at, table, run.name, tokenizer=reader.tokenizer, loop_values=work.program.numbers
+    )
+    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
+    if has_errors(problems):
+        return None
+    if len(cells) != 1:
+        raise BasisError(at, "vectors are correlated at one position", "join them: `{A, B}`")
+    own, other = cut_to_shared_rows(sample.cell, cells[0])
+    _check_counts(node, at, sample, (own, other))
+    label = label_points((point,))
+    label += "" if partner is None else f" of {partner.name}"
+    label += "" if node.at is None else f" at {at.span.written}"
+    viewed = FitSample(sample.table, run, other)
+    return replace(sample, cell=own), PairedVectors(label, point, sample=viewed, shape=reader.shape)
+
+
+def _check_counts(
+    node: ast.SiteView,
+    at: ast.Positions,
+    sample: FitSample,
+    pair: tuple[PositionCell, PositionCell],
+) -> None:
+    """Check that each row has as many tokens at the other position as at its own. Raises
+    BasisError.
+
+    Args:
+        at: The other position.
+        pair: The tokens of both positions.
+    """
+    counts = zip(*([sum(map(len, row)) for row in cell.hits] for cell in pair), strict=True)
+    every = list(enumerate(counts))
+    unlike = next((number for number, (first, second) in every if first != second), None)
+    if unlike is not None:
+        mine, theirs = (count_noun(count, "token") for count in every[unlike][1])
+        raise BasisError(
+            node,
+            f"row {sample.table.row_ids[unlike]} has {mine} at the position of the basis and "
+            f"{theirs} at `{at.span.written}`",
+            "name one token of each, such as `last token`",
+        )
+    if sum(first > 0 for _, (first, _) in every) < FEWEST_ROWS:
+        reason = f"fewer than two rows have `{at.span.written}` and the position of the basis"
+        raise BasisError(node, reason, "name positions that more rows have")
 
 
 def _value_columns(node: ast.Node, sample: FitSample) -> list[list[float]]:

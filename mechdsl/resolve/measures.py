@@ -153,9 +153,7 @@ def _of_texts(
     parts = [cast("SetExpression", each) for each in given]
     parts = parts or [ast.Name(form.default or "answer", span=node.span)]
     for part in parts:
-        if isinstance(
-            part, ast.ClassOutput | ast.Site | ast.SiteMap | ast.Quantity | ast.EdgeTokenOf
-        ):
+        if isinstance(part, ast.ClassOutput | ast.SiteValue | ast.Quantity | ast.EdgeTokenOf):
             reason = f"`{part.span.written}` is not a text that a reply could contain"
             report_unreadable(
                 context, part.span, reason, f"write {_REPLY_USAGE[name]}", of=node.span
@@ -328,7 +326,7 @@ def _part(node: ast.Expr, number: int) -> ast.Expr:
 
 def _fits_in_set(part: SetExpression, node: ast.Expr, name: str, context: MeasureContext) -> bool:
     """Check that an argument can be one of several; report E0612 if it never is."""
-    if isinstance(part, ast.ClassOutput | ast.Site | ast.SiteMap | ast.Quantity):
+    if isinstance(part, ast.ClassOutput | ast.SiteValue | ast.Quantity):
         reason = f"`{part.span.written}` can't be an entry of a list"
         report_unreadable(
             context, part.span, reason, f"write `{name}(answer, wrong)`: texts", of=node.span
@@ -500,7 +498,7 @@ def _select_form(
         return None
     if len(arguments) > 1 or any(sets):
         return forms.get("any")
-    if isinstance(values[0], ast.Quantity | ast.Site | ast.SiteMap):
+    if isinstance(values[0], ast.Quantity | ast.SiteValue):
         return None
     return forms.get("target") or forms.get("continuation") or forms.get("reference")
 

@@ -218,6 +218,25 @@ def measures_choice(experiment: spec.Experiment) -> bool:
     return not words.isdisjoint({*METRICS, "accuracy"} - {"logit", "score", "cosine"})
 
 
+def find_tower(model: ModelContext, kind: str) -> ModelContext:
+    """Return the tower of a model that reads blocks of a kind; other models unchanged.
+
+    Args:
+        model: One of the towers, or another model.
+        kind: `images` or `prompts`.
+    """
+    wanted = "vision" if kind == "images" else "text"
+    if not model.shape.side or model.shape.side == wanted:
+        return model
+    if model.image_tower is not None:
+        return model.image_tower
+    reader, texts = model.tokenizer, model.shape.texts
+    tokenizer = reader.texts if isinstance(reader, ImageTokenizer) else None
+    if texts is None or tokenizer is None:  # a placeholder
+        return model
+    return replace(model, shape=texts, tokenizer=tokenizer, opposite=None)
+
+
 def attach_images(
     model: ModelContext,
     table: PromptTable,

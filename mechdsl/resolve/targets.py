@@ -170,7 +170,7 @@ def resolve_later_positions(
                 tuple(own for tokens in hit if (own := later(row, tokens)))
                 for row, hit in enumerate(cell.hits)
             )
-            pairs.append(_shared_rows(cell, replace(cell, hits=hits)))
+            pairs.append(cut_to_shared_rows(cell, replace(cell, hits=hits)))
         there = [pair for pair in pairs if any(pair[0].hits)]
         if not there:
             problem = OutsidePrompt(
@@ -331,7 +331,9 @@ def _match_same(
     if sources is None:
         return None
     by_label = {cell.label: cell for cell in sources}
-    pairs = [_shared_rows(cell, by_label[cell.label]) for cell in cells if cell.label in by_label]
+    pairs = [
+        cut_to_shared_rows(cell, by_label[cell.label]) for cell in cells if cell.label in by_label
+    ]
     labels = dict.fromkeys(cell.label for cell in (*cells, *sources))
     runs = (work.table.runs[base], work.table.runs[run])
     apart = report_token_mismatch(positions, runs, pairs, work.model.tokenizer)
@@ -436,7 +438,7 @@ def _match_pairs(
     for cell, source in zip(cells, sources, strict=True):
         label = f"{source.label} → {cell.label}" if several else source.label
         item = source.item if source.item is not None else cell.item
-        pairs.append(_shared_rows(replace(cell, label=label, item=item), source))
+        pairs.append(cut_to_shared_rows(replace(cell, label=label, item=item), source))
     return _checked(pairs, at, run, tuple(pair[0].label for pair in pairs), work)
 
 
@@ -538,7 +540,9 @@ def _checked(
     return None if has_errors(problems) else PositionMatch(written, read, left_out)
 
 
-def _shared_rows(cell: PositionCell, source: PositionCell) -> tuple[PositionCell, PositionCell]:
+def cut_to_shared_rows(
+    cell: PositionCell, source: PositionCell
+) -> tuple[PositionCell, PositionCell]:
     """Remove the rows that lack the position in one of the runs from both cells."""
     keep = [bool(a) and bool(b) for a, b in zip(cell.hits, source.hits, strict=True)]
     if all(keep):

@@ -32,7 +32,7 @@ from mechdsl.program.trainers import (
 from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
 from mechdsl.prompts.record_files import StreamedRecords
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.runs import PositionCell
+from mechdsl.prompts.runs import PositionCell, RunRow
 from mechdsl.resolve.cells import SEED_AXIS
 from mechdsl.resolve.conflicts import SITES_WITHOUT_GRADIENT, find_flat_part
 from mechdsl.resolve.types import (
@@ -457,6 +457,11 @@ def count_training_rows(training: Training, experiment: spec.Experiment, table: 
         return 0  # no result of a training is a measurement
     trained, stream = set(read.sample.table.row_keys), read.stream
     same = [key in trained for key in table.row_keys]
+    if read.paired is not None and read.paired.sample is not None:
+        viewed = read.paired.sample.run
+        seen = {_content(row) for row in viewed.rows} if viewed.prompts == table.name else set()
+        for number, row in enumerate(table.runs[CLEAN].rows):
+            same[number] |= _content(row) in seen
     data = None if table.block_rows is None else table.block_rows.block.data
     if stream is not None and data is not None:
         count, files = len(data.records), stream.files
@@ -467,6 +472,11 @@ def count_training_rows(training: Training, experiment: spec.Experiment, table: 
         found = find_trained_texts(stream.folder, texts).tolist()
         same = [one or other for one, other in zip(same, found, strict=True)]
     return sum(same)
+
+
+def _content(row: RunRow) -> tuple[object, ...]:
+    """Return the tokens and the image of a row."""
+    return row.ids, row.image and row.image.text
 
 
 def check_mask_size(mask: TrainedMask) -> Diagnostic | None:

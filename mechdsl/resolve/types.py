@@ -267,9 +267,21 @@ class PairedVectors(Record):
     label: str
     """`L3.resid_post` or `count, item`."""
     point: SitePoint | None
-    """The site of vectors of the same tokens; None for values of the rows."""
+    """The site of vectors; None for values of the rows."""
     values: tuple[tuple[float, ...], ...] = ()
     """The numbers of each row of the table."""
+    sample: FitSample | None = None
+    """The tokens of the vectors, as many in each row as the training has; None if they are the same
+    tokens of the same run."""
+    shape: ModelShape | None = None
+    """Sizes of the model or tower that runs `sample`."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of a vector of `sample`; 0 without."""
+        if self.point is None or self.shape is None:
+            return 0
+        return count_numbers(self.point, self.shape)
 
 
 @record
@@ -317,9 +329,10 @@ class Training(Record):
     @property
     def points(self) -> tuple[SitePoint, ...]:
         """The sites of the vectors that are encoded, and then that of those that are
-        reconstructed, or that they are correlated with."""
-        paired = None if self.paired is None else self.paired.point
-        return (*self.inputs, paired or self.made)
+        reconstructed, or that they are correlated with at the same tokens."""
+        paired = self.paired
+        there = None if paired is None or paired.sample is not None else paired.point
+        return (*self.inputs, there or self.made)
 
     @property
     def manner(self) -> str:
@@ -1200,6 +1213,8 @@ class ModelContext(Record):
     shape: ModelShape
     tokenizer: TextTokenizer
     opposite: OppositeTower | None = None
+    image_tower: ModelContext | None = None
+    """For the text tower of a model with two towers: its image tower."""
 
     @property
     def name(self) -> str:

@@ -344,7 +344,19 @@ class SiteMap(Node):
     target: Site
 
 
-ArgumentValue = Expr | Range | Quantity | Site | SiteMap
+@record
+class SiteView(Node):
+    """`resid_post layer 2 of fewer at last token`: a site in another run, or at other tokens."""
+
+    site: Site
+    run: Ref | None
+    at: Positions | None
+
+
+SiteValue = Site | SiteMap | SiteView
+"""Sites as the value of an argument."""
+
+ArgumentValue = Expr | Range | Quantity | SiteValue
 
 
 @record

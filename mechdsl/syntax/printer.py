@@ -195,6 +195,10 @@ def _argument(node: ast.Argument) -> str:
         text = f"{value.value!r} {value.unit}" + (f" of {value.of}" if value.of else "")
     elif isinstance(value, ast.Site):
         text = format_site(value)
+    elif isinstance(value, ast.SiteView):
+        text = format_site(value.site)
+        text += "" if value.run is None else f" of {value.run.whole}"
+        text += "" if value.at is None else f" at {format_positions(value.at)}"
     elif isinstance(value, ast.SiteMap):
         text = _site_map(value)
     else:

@@ -913,6 +913,14 @@ class TreeBuilder(Transformer[Token, Any]):
     def site_map(self, c: list[Any]) -> ast.SiteMap:
         return ast.SiteMap(c[0], c[2], span=_span(c))
 
+    view_run = _clause("view run", _second)
+    view_at = _clause("view at", lambda c: ast.Positions((c[1],), span=c[1].span))
+
+    def site_view(self, c: list[Any]) -> ast.SiteView:
+        clauses = _clauses(c)
+        run, at = clauses.get("view run"), clauses.get("view at")
+        return ast.SiteView(c[0], run, at, span=_span(c))
+
     def class_output(self, c: list[Any]) -> ast.ClassOutput:
         return _nested(ast.ClassOutput(c[1], span=_span(c)), c[1])
 

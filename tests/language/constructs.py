@@ -584,7 +584,10 @@ _file(
     "at resid_post layer 1",
     "Directions whose coordinates correlate most with those of the vectors of the same tokens at "
     "another site, or with values of the rows (`with: [count, item]`; words are numbers of 0 and "
-    "1). `ridge` (0.1) times the mean variance is added to both covariance matrices. "
+    "1). `with: resid_post layer 2 of fewer at item tokens` names another run (a corruption, a "
+    "block whose rows are paired by number, such as the captions of images for the text tower, or "
+    "a model) and other tokens, as many in each row. `ridge` (0.1) times the mean variance is "
+    "added to both covariance matrices. "
     "`sparse_cca(components: 8, penalty: 0.5)` finds directions with few weights that aren't 0 "
     "(Witten et al. 2009). With exchanged sites, a second basis has the other coordinate of each "
     "pair. Over the training vectors, coordinates have mean 0 and variance 1; rules use the basis "

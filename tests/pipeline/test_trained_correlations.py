@@ -6,6 +6,7 @@ their keys and errors.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import mechdsl
 from mechdsl.base.hashing import stable_hash
 from mechdsl.pipeline.trained_files import fits_of_file
 
+from ..execute.support import word_tokenizer
 from ..quick import in_turn
-from ..rules.support import plain, rows
+from ..rules.models import bare
+from ..rules.support import forward, plain, rows
 from .test_trained_components import HERE, check_keys, check_rules, encode, weights
 from .test_trained_dictionaries import checked, experiment, fit, models, run, train, write
 
@@ -182,6 +185,127 @@ def test_effect_of_rules_is_that_of_hooks(family: str, rule: str, tmp_path: Path
     declared = declare(SPARSE if rule == "sparse" else CCA)
     named = "ablate" if rule == "sparse" else rule
     check_rules(declared, RULES, named, family, tmp_path, encode, [0, 2])
+
+
+# --- vectors of other runs and tokens -------------------------------------------------------------
+
+VIEWS = {
+    "other tokens": ("with: resid_post layer 0 at token -2", "clean", -2),
+    "other run": ("with: resid_post layer 1 of other", "other", -1),
+    "other run and tokens": ("with: resid_post layer 0 of other at token 1", "other", 1),
+    "other block": ("with: resid_post layer 1 of second at token 2", "second", 2),
+    "corruption of a block": ("with: resid_post layer 1 of second.turned", "second.turned", -1),
+}
+"""Option → the run and the token of the other vectors."""
+LOOSE = "validation: 0%, measure_on_training_rows: true"
+ONE = f"cca(components: 1, ridge: {RIDGE})"
+LAST = "resid_post layer 1 at last token"
+ABLATES_ONE = experiment("ablate feature 0 of f at last token with zero", block="p")
+
+
+@pytest.mark.parametrize(("family", "view"), in_turn(HERE, [*VIEWS]))
+def test_vectors_of_another_run_or_token_are_those_of_hooks(
+    family: str, view: str, tmp_path: Path
+) -> None:
+    option, run_name, token = VIEWS[view]
+    layer = int(option.split("layer ")[1][0])
+    path = write(tmp_path, declare(ONE, f"{option}, {LOOSE}", LAST), ABLATES_ONE)
+    (found,) = train(path, family)
+    (declared, *_) = fits_of_file(checked(path, family)).values()
+    numbers = declared.training.sample.table.row_ids
+    own = np.stack([vectors(family, rows("clean")[n], "resid_post", 1)[-1] for n in numbers])
+    other = np.stack(
+        [vectors(family, rows(run_name)[n], "resid_post", layer)[token] for n in numbers]
+    )
+    x, y = own - own.mean(0), other - other.mean(0)
+    mine = _first_encoder(x, y)
+    encoder = weights(found)["W_enc"][:, 0]
+    assert abs(np.corrcoef(x @ mine, x @ encoder)[0, 1]) == pytest.approx(1, abs=1e-4)
+    theirs = _first_encoder(y, x)
+    expected = abs(np.corrcoef(x @ mine, y @ theirs)[0, 1])
+    assert found.report.training == pytest.approx(expected, abs=1e-3)
+    assert (found.report.rows, found.report.vectors) == (len(numbers), len(numbers))
+
+
+@pytest.mark.parametrize("family", HERE[:2])
+def test_vectors_of_another_model_are_those_of_hooks(family: str, tmp_path: Path) -> None:
+    tuned = copy.deepcopy(bare(family))
+    with torch.no_grad():
+        for number, weight in enumerate(tuned.parameters()):
+            weight += (
+                0.3
+                * weight.std()
+                * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+            )
+    option = "with: resid_post layer 1 of n at token 2"
+    line = 'model n = local("handed over, too")\n'
+    path = write(tmp_path, line, declare(ONE, f"{option}, {LOOSE}", LAST), ABLATES_ONE)
+    both = {**models(family), "n": (tuned, word_tokenizer())}
+    (found,) = mechdsl.fit(path, both, store=tmp_path / "store")
+    every = rows("clean")
+    own = np.stack([vectors(family, text, "resid_post", 1)[-1] for text in every])
+    model = copy.deepcopy(tuned).double()
+    read = [forward(family, model, text.ids)["resid_post", 1] for text in every]
+    other = np.stack([each.flatten(1)[2].double().numpy() for each in read])
+    x, y = own - own.mean(0), other - other.mean(0)
+    mine, theirs = _first_encoder(x, y), _first_encoder(y, x)
+    expected = abs(np.corrcoef(x @ mine, y @ theirs)[0, 1])
+    assert found.report.training == pytest.approx(expected, abs=1e-3)
+    coordinates = x @ weights(found)["W_enc"][:, 0]
+    assert abs(np.corrcoef(x @ mine, coordinates)[0, 1]) == pytest.approx(1, abs=1e-4)
+
+
+def _first_encoder(x: Any, y: Any) -> Any:
+    first, second = (each.T @ each / len(each) for each in (x, y))
+    first, second = (
+        each + RIDGE * np.trace(each) / len(each) * np.eye(len(each)) for each in (first, second)
+    )
+    cross = x.T @ y / len(x)
+    return eigh(cross @ np.linalg.solve(second, cross.T), first)[1][:, -1]
+
+
+@pytest.mark.parametrize(
+    ("option", "at", "code", "text"),
+    [
+        ("with: resid_post layer 1 at last token", LAST, "E0342", "correlate with themselves"),
+        ("with: resid_post layer 1 of clean", LAST, "E0342", "correlate with themselves"),
+        ("with: resid_post layer 0 of nothing", LAST, "E0201", "nothing"),
+        ("with: resid_post layer 0 at tokens 1..2", LAST, "E0342", "2 tokens"),
+        ("with: resid_post layer 0 at token 1..2", LAST, "E0342", "at one position"),
+        ("with: resid_post layer 0 of second.nothing", LAST, "E0201", "second"),
+    ],
+)
+def test_wrong_view(option: str, at: str, code: str, text: str, tmp_path: Path) -> None:
+    path = write(tmp_path, declare(ONE, f"{option}, {LOOSE}", at), ABLATES_ONE)
+    problems = mechdsl.validate(path, models("llama"))
+    assert problems[0].code == code, problems
+    assert text in str(problems[0])
+
+
+def test_rows_of_the_other_block_cannot_be_measured(tmp_path: Path) -> None:
+    option = "with: resid_post layer 1 of second, validation: 0%"
+    used = experiment("ablate feature 0 of f at last token with zero", block="second")
+    problems = mechdsl.validate(write(tmp_path, declare(ONE, option, LAST), used), models("llama"))
+    assert problems[0].code == "E0345", problems
+
+
+VIEW_CHANGES = {
+    "run": {"options": f"with: resid_post layer 0 of other at last token, {LOOSE}"},
+    "token": {"options": f"with: resid_post layer 0 at token 2, {LOOSE}"},
+    "block": {"options": f"with: resid_post layer 0 of second at last token, {LOOSE}"},
+    "layer": {"options": f"with: resid_post layer 2 at last token, {LOOSE}"},
+}
+
+
+def test_keys_have_everything_that_a_view_depends_on(tmp_path: Path) -> None:
+    def one(
+        inner: str = ONE,
+        options: str = f"with: resid_post layer 0 at last token, {LOOSE}",
+        at: str = LAST,
+    ) -> str:
+        return declare(inner, options, at)
+
+    check_keys(tmp_path, one, VIEW_CHANGES, ABLATES_ONE)
 
 
 # --- options, errors and keys ---------------------------------------------------------------------
