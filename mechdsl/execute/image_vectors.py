@@ -1,3 +1,4 @@
+# pyright: reportPrivateUsage=false
 """Images in prompts as vectors: the tower runs once for each distinct image.
 
 A vision-language model replaces the embeddings of an image's tokens by vectors that its tower and
@@ -15,7 +16,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import ImagesNotVectors
 from mechdsl.forward.hooks.batch import Batch, SiteRead
 from mechdsl.forward.hooks.full_pass import run_full
@@ -42,6 +42,7 @@ class ImageVectors:
         reader = model.tokenizer
         assert isinstance(reader, ImagePromptTokenizer)
         self.reader = reader
+        self._weights = model.provenance.get("weights")
         self._known: set[str] = set()
         """Markers of the images."""
         self._tokens = torch.empty(0, dtype=torch.long, device=model.device)
@@ -49,10 +50,15 @@ class ImageVectors:
         self._vectors = torch.empty(0, model.shape.d_model, dtype=model.dtype, device=model.device)
         """[N, d_model]"""
         self._asked: Tensor | None = None
-        self.problem: Diagnostic | None = None
         embedding: nn.Module = model.module.get_input_embeddings()  # type: ignore[operator]
+        _remove_hooks(embedding)
         embedding.register_forward_pre_hook(self._before, with_kwargs=True)
         embedding.register_forward_hook(self._after)
+
+    def fits(self, model: LoadedModel) -> bool:
+        """Return whether the vectors are those of this model: of its weights and processor."""
+        weights, reader = model.provenance.get("weights"), model.tokenizer
+        return reader is not None and (weights, reader.hash) == (self._weights, self.reader.hash)
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -64,13 +70,13 @@ class ImageVectors:
         return ((plain, *args[1:]), kwargs) if args else (args, {**kwargs, "input": plain})
 
     def _after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """Put in the vectors of images."""
+        """Put in the vectors of images; those of unknown images aren't numbers."""
         ids, self._asked = self._asked, None
         if ids is None:
             return output
         at = torch.searchsorted(self._tokens, ids.contiguous()).clamp(max=len(self._tokens) - 1)
-        found = (ids >= IMAGE_TOKEN)[..., None]
-        return torch.where(found, self._vectors[at].to(output), output)
+        vectors = torch.where((self._tokens[at] == ids)[..., None], self._vectors[at], torch.nan)
+        return torch.where((ids >= IMAGE_TOKEN)[..., None], vectors.to(output), output)
 
     def provide(self, model: LoadedModel, rows: Iterable[RunRow]) -> None:
         """Compute the vectors of the rows' images that aren't known yet."""
@@ -103,6 +109,15 @@ class ImageVectors:
         self._known.update(marker for marker, _ in images)
 
 
+def _remove_hooks(embedding: nn.Module) -> None:
+    """Remove hooks of earlier vectors, also of the model that this one is a copy of."""
+    for hooks in (embedding._forward_pre_hooks, embedding._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), ImageVectors):
+                del hooks[key]
+                embedding._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 _VECTORS: WeakKeyDictionary[nn.Module, ImageVectors] = WeakKeyDictionary()
 
 
@@ -111,9 +126,10 @@ def provide_images(model: LoadedModel, rows: Iterable[RunRow]) -> None:
     seen = [row for row in rows if row.pictures]
     if not seen:
         return
-    if model.module not in _VECTORS:
-        _VECTORS[model.module] = ImageVectors(model)
-    _VECTORS[model.module].provide(model, seen)
+    vectors = _VECTORS.get(model.module)
+    if vectors is None or not vectors.fits(model):
+        vectors = _VECTORS[model.module] = ImageVectors(model)
+    vectors.provide(model, seen)
 
 
 def prepare_images(

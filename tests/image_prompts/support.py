@@ -90,11 +90,25 @@ def try_file(
     return run_on(source, {"m": loaded(name)}, MODES[mode])
 
 
+def run_with(text: str, name: str, model: LoadedModel) -> dict[str, ExperimentResult]:
+    """The results of a file with another model for its data."""
+    source = Source(
+        f'mech 1\nmodel m = local("handed over")\n{BLOCK}\n{text}', folder_of(name) / "file.mech"
+    )
+    return succeeded(*run_on(source, {"m": model}))
+
+
 def run_file(
     text: str, name: str, mode: str = "planned", block: str = BLOCK
 ) -> dict[str, ExperimentResult]:
+    """Experiment → result, rows in the order of the data."""
+    return succeeded(*try_file(text, name, mode, block))
+
+
+def succeeded(
+    result: FileResult | None, diagnostics: list[Diagnostic]
+) -> dict[str, ExperimentResult]:
     """Experiment → result, rows in the order of the data; an error fails the test."""
-    result, diagnostics = try_file(text, name, mode, block)
     errors = [found for found in diagnostics if found.severity == "error"]
     assert result is not None, render_full(errors, color=False, width=100)
     return {found.name: as_in_the_data(found) for found in result.experiments}

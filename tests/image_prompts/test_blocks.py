@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 import mechdsl
 from mechdsl.diagnostics.rendering import render_full
+from mechdsl.loading.loader import adopt_model
 
 from . import support
 from .models import GRID
-from .reference import at
+from .reference import Bare, at
 from .support import RECORDS, TEMPLATE, experiment, run_file, try_file
 from .test_rules import difference, image_tokens, inputs, states
 
@@ -158,6 +161,38 @@ def test_another_image_under_the_same_name(tmp_path: Path) -> None:
     values = [found["e"].measures[0].base[0] for found in (first, again, other)]
     np.testing.assert_array_equal(values[0], values[1])
     assert np.abs(values[2] - values[0]).max() > 0.05
+
+
+def test_changed_weights_of_a_model_from_python() -> None:
+    """Vectors of images are those of the model's present weights, also in a copy of a model."""
+    text = experiment("e", "ablate resid_post layer 0 at photo row 1 col 1 token with zero")
+    own = Bare.of_folder(support.folder_of(NAME))
+    for factor in (1.0, 0.5):
+        weight = own.model.model.multi_modal_projector.linear_2.weight
+        with torch.no_grad():
+            weight.mul_(factor)
+        for each in (own, Bare(deepcopy(own.model), own.processor)):
+            model, found = adopt_model("m", each.model, each.processor)
+            assert model is not None, found
+            values = support.run_with(text, NAME, model)["e"].measures[0].base[0]
+            expected = [difference(NAME, own.run(inputs(NAME, n, n)), n) for n in range(4)]
+            np.testing.assert_allclose(values, expected, atol=1e-4)
+
+
+def test_edited_weights() -> None:
+    """A model of the file with other weights, next to the one that it is made from."""
+    edited = "model n = m with { scale weights of L0.mlp by 0 }\n"
+    lines = ("from clean into changed", "patch resid_post layer 1 at photo tokens")
+    text = experiment("e", *lines) + experiment("f", *lines).replace("model m", "model n")
+    found = run_file(edited + text, NAME)
+    bare = support.bare(NAME)
+    zero = bare.block(0).mlp.register_forward_hook(lambda module, args, output: output * 0)
+    try:
+        expected = [difference(NAME, bare.run(inputs(NAME, n, (n + 1) % 4)), n) for n in range(4)]
+    finally:
+        zero.remove()
+    np.testing.assert_allclose(found["f"].measures[0].base[0], expected, atol=1e-4)
+    assert np.abs(found["e"].measures[0].base[0] - expected).max() > 0.1
 
 
 # --- errors ---------------------------------------------------------------------------------------
