@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 TEXTS_FILE = "texts.npy"
 """Ascending digests, in the folder of a training on rows that are read in parts."""
 
-FEW_DRAWN_ROWS = 64
+FEW_DRAWN_ROWS = 32
 """Rows of a block with drawn values below which a training without `limit` is reported."""
 
 FEWEST_ROWS = 2
