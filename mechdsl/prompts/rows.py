@@ -520,6 +520,8 @@ class ImageRow:
     def pictures(self) -> Mapping[str, Picture]:
         """The images in a prompt, by name, after the changes."""
         row, found = cast("Row", self), dict[str, Picture]()
+        if not row.block.spec.pictures:
+            return _NOTHING
         for each in row.block.spec.pictures:
             picture = row_picture(row, each.value, each.name)
             changes = row_image_changes(row, picture, each.name) if self.image_changes else ()
@@ -529,8 +531,10 @@ class ImageRow:
     @cached_property
     def picture_regions(self) -> Mapping[str, Mapping[str, tuple[Region, ...]]]:
         """The regions of the images in a prompt: name of the image → name of the region."""
-        row = cast("Row", self)
-        return {name: row_regions(row, each, name) for name, each in self.pictures.items()}
+        row, pictures = cast("Row", self), self.pictures
+        if not pictures:
+            return _NOTHING
+        return {name: row_regions(row, each, name) for name, each in pictures.items()}
 
     @cached_property
     def regions(self) -> Mapping[str, tuple[Region, ...]]:

@@ -54,7 +54,17 @@ def test_commands_and_options(tab: Tab) -> None:
 
 @pytest.mark.parametrize("name", ["run", "validate", "plan", "graph", "fmt", "explain", "diff"])
 def test_files(name: str, tab: Tab) -> None:
-    words = ["half", "head", "head_out", "heads", "healed", "heatmap", "hf_dataset", "holm"]
+    words = [
+        "half",
+        "head",
+        "head_out",
+        "heads",
+        "healed",
+        "heatmap",
+        "hf_dataset",
+        "hidden",
+        "holm",
+    ]
     assert tab(f"mechdsl {name} h") == [
         *(f"plain,{word}" for word in words if name == "explain"),
         "plain,heads.mech",

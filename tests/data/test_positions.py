@@ -332,7 +332,7 @@ class TestRefusals:
         self, parts: PromptTable, words: TextTokenizer
     ) -> None:
         assert codes(parts, "top 25% of caap tokens", words) == ["E0108"]
-        assert codes(parts, "image row 3 col 4 token", words) == ["E0108"]
+        assert codes(parts, "image row 3 col 4 token", words) == ["E0308"]
 
 
 class TestGlue:

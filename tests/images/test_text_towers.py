@@ -164,7 +164,7 @@ def test_the_store_knows_images_that_no_row_has(tmp_path: Path) -> None:
         ("  image from scenes\n", "", ["E0207"]),
         ("image from scenes", "image from scene", ["E0201"]),
         ("image from scenes", "image from captions", ["E0207"]),
-        ('template "{before}', 'template "{image} {before}', ["E0108", "E0501"]),
+        ('template "{before}', 'template "{image} {before}', ["E0207", "E0501"]),
         ("resid_post layer 0", "resid_post vision layer 0", ["E0207"]),
     ],
 )
