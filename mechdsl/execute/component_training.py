@@ -41,7 +41,7 @@ def train_components(
     held_out, _ = vectors.held_out()
     measured = held_out if len(held_out) else own
     with torch.no_grad():
-        random = writer.load(writer.write(job.folder, untrained.tensors)).encode(measured)
+        random = writer.load(writer.write(job.start_folder, untrained.tensors)).encode(measured)
         system = writer.load(writer.write(job.folder, trained.tensors))
         coordinates = system.encode(measured)
         explained = writer.assess(job.folder, (measured, measured)).explained
@@ -68,7 +68,9 @@ def train_mixture(
         OSError: A file can't be written.
     """
     untrained, trained = solve_twice(declared, vectors, job)
-    DictionaryWriter.of_solution(declared, job).write(job.folder, trained.tensors)
+    writer = DictionaryWriter.of_solution(declared, job)
+    writer.write(job.start_folder, untrained.tensors)
+    writer.write(job.folder, trained.tensors)
     own, _ = vectors.chunk(0)
     held_out, _ = vectors.held_out()
     measured = held_out if len(held_out) else own
@@ -142,6 +144,7 @@ def train_correlated(
     components = pair_components(own, other, declared.features)
     job.on_step(steps, steps)
     writer, solution = DictionaryWriter.of_solution(declared, job), pair.solution(own)
+    writer.write(job.start_folder, random.solution(own).tensors)
     folder = writer.write(job.folder, solution.tensors)
     report = CorrelationReport(
         **report_amounts(vectors, TrainingState(), solution, len(held_out[0])),

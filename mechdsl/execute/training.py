@@ -37,7 +37,7 @@ from mechdsl.forward.packed.unembedding import ModelUnembedding
 from mechdsl.planner.training_cost import count_vector_numbers
 from mechdsl.program.basis_methods import BFLOAT16
 from mechdsl.program.trainers import IterativeTrainer, LensTrainer, SolvedTrainer
-from mechdsl.resolve.trainings import write_texts
+from mechdsl.resolve.trainings import UNTRAINED_FOLDER, write_texts
 from mechdsl.resolve.types import SitePoint, TrainedDictionary, TrainedLens
 from mechdsl.resolve.types import Training as DeclaredTraining
 
@@ -106,6 +106,13 @@ class TrainingJob:
         content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(content, self.folder / file)
         (self.folder / file).chmod(0o644)
+
+    @property
+    def start_folder(self) -> Path:
+        """The folder of what is trained as it is before the training, which is created."""
+        folder = self.folder / UNTRAINED_FOLDER
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def write_texts(self, digests: TextDigests | None) -> None:
         """Write the digests of texts that were read in parts, if there are any. Raises OSError."""
@@ -241,7 +248,7 @@ def _finish_dictionary(
     untrained, trained = weights
     first = vectors.chunk(0)
     measured = held_out if len(held_out[0]) else first
-    before = finish.assess(finish.write(job.folder, untrained), measured)
+    before = finish.assess(finish.write(job.start_folder, untrained), measured)
     found = finish.assess(finish.write(job.folder, trained.tensors), measured)
     components = components_explain(first[1], measured[1], max(1, round(found.active)))
     report = TrainingReport(

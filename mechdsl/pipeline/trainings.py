@@ -53,7 +53,7 @@ from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFailure
 from mechdsl.program.trainers import PairedTrainer, SolvedTrainer
 from mechdsl.resolve.sites import label_all_points, label_candidates, label_points
-from mechdsl.resolve.trainings import name_without_seed, resolve_part
+from mechdsl.resolve.trainings import UNTRAINED_FOLDER, name_without_seed, resolve_part
 from mechdsl.resolve.types import (
     FitSample,
     TrainedDictionary,
@@ -521,7 +521,7 @@ def export_fit(fit: TrainedFit, folder: Path) -> Path:
     name = "".join(each if each.isalnum() or each in "-_" else "-" for each in fit.basis).strip("-")
     target = folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(fit.folder, target)
+    shutil.copytree(fit.folder, target, ignore=shutil.ignore_patterns(UNTRAINED_FOLDER))
     (target / "README.md").write_text(_card_text(fit), "utf-8")
     return target
 

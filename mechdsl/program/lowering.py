@@ -48,6 +48,7 @@ from mechdsl.program.measures import (
     lower_estimator,
     lower_expectation,
     lower_measure,
+    lower_no_control,
     lower_report,
     lower_statistics,
     reject_repeated_measures,
@@ -217,6 +218,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
         saved_directions=saved_directions,
         statistics=statistics,
         against=against,
+        without_control=lower_no_control(work),
         estimator=estimator,
         generation=generation,
     )

@@ -305,9 +305,21 @@ def lower_expectation(expect: ast.Expect, work: Statements) -> spec.Expectation:
 CONTROL_KINDS = ("random",)
 
 
+NO_CONTROL = "none"
+"""`against none`: no control for what is trained."""
+
+
+def lower_no_control(work: Statements) -> spec.NoControl | None:
+    """Return the line `against none` of an experiment; None without it."""
+    line = next(iter(work.against), None)
+    if line is None or line.control.name != NO_CONTROL or line.control.arguments or line.apart:
+        return None
+    return spec.NoControl(span=line.control.span)
+
+
 def lower_control(work: Statements) -> spec.Control | None:
     """Lower the `against` line of an experiment. Codes: E0203, E0630."""
-    if not work.against:
+    if not work.against or lower_no_control(work) is not None:
         return None
     call = work.against[0].control
     if call.name not in CONTROL_KINDS:

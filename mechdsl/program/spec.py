@@ -568,6 +568,10 @@ class Control(Spec):
     """Targets that are never drawn: sites, groups, `top 5 of X`."""
 
 
+class NoControl(Spec):
+    """`against none`: no control for what is trained."""
+
+
 class Estimator(Spec):
     """`using integrated_gradients(steps: 32)`: effects are estimated from gradients, not run."""
 
@@ -703,6 +707,7 @@ class Experiment(Spec):
     saved_directions: tuple[SavedDirection, ...] = ()
     statistics: Statistics
     against: Control | None = None
+    without_control: NoControl | None = None
     estimator: Estimator | None = None
     """The estimator of effects; None: every cell is run."""
     generation: Generation | None = None

@@ -6,18 +6,22 @@ controls in every experiment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
+from mechdsl.base import limits
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.base.source import Span
-from mechdsl.base.text import count_noun
+from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.experiments import BadControl
+from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import TooManyCells
-from mechdsl.dictionaries.folder import DictionaryFile
+from mechdsl.dictionaries.folder import DictionaryFile, read_dictionary
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
@@ -38,7 +42,9 @@ from mechdsl.resolve.matched_draws import (
     find_site_options,
     merge_targets,
 )
+from mechdsl.resolve.observations import Observation
 from mechdsl.resolve.sites import SiteContext, label_all_points, resolve_site
+from mechdsl.resolve.trainings import UNTRAINED_FOLDER
 from mechdsl.resolve.types import (
     DRAW_AXIS,
     Axis,
@@ -50,6 +56,7 @@ from mechdsl.resolve.types import (
     DirectionTargets,
     DrawCounts,
     DrawnBasis,
+    Intervention,
     PointBases,
     PositionTargets,
     PythonBasis,
@@ -59,8 +66,13 @@ from mechdsl.resolve.types import (
     ResolvedRule,
     SitePoint,
     SiteTargets,
+    TrainedDictionary,
+    TrainedRotation,
+    TrainedVector,
 )
 from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+from mechdsl.vocab.effects import ControlTitle
 from mechdsl.vocab.sites import SITES
 
 
@@ -238,7 +250,10 @@ _DRAWN = {
 
 
 def build_direction_control(
-    experiment: ResolvedExperiment, asked: spec.Control, draws: int
+    experiment: ResolvedExperiment,
+    asked: spec.Control,
+    draws: int,
+    only: Container[int] | None = None,
 ) -> ResolvedControl:
     """Create a control with random directions, at the same sites and tokens.
 
@@ -246,14 +261,18 @@ def build_direction_control(
     original one. A rule that scales by a direction has its numbers in a random order instead. An
     edit adds vectors in a random subspace instead. Rules and cells that share a direction also
     share it in each draw.
+
+    Args:
+        only: Numbers of the rules whose directions are replaced; None for all.
     """
     rules = [
         rule
-        if rule.direction is None
+        if rule.direction is None or (only is not None and number not in only)
         else _with_random_directions(rule, rule.direction, draws, experiment)
-        for rule in experiment.rules
+        for number, rule in enumerate(experiment.rules)
     ]
-    steered = [rule for rule in experiment.rules if rule.direction is not None]
+    pairs = zip(experiment.rules, rules, strict=True)
+    steered = [own for own, drawn in pairs if own is not drawn]
     drawn = dict.fromkeys(_DRAWN.get(rule.does.mode, _DRAWN["add"]) for rule in steered)
     drawn = drawn or {_DRAWN["add"]: None}
     (noun, like), *others = sorted(drawn, key=lambda own: own != _DRAWN["add"])
@@ -264,19 +283,27 @@ def build_direction_control(
 
 
 def build_subspace_control(
-    experiment: ResolvedExperiment, asked: spec.Control, draws: int
+    experiment: ResolvedExperiment,
+    asked: spec.Control,
+    draws: int,
+    only: Container[int] | None = None,
 ) -> ResolvedControl:
     """Create a control with random subspaces, at the same sites and tokens.
 
     Each named set of coordinates is replaced by a subspace of as many dimensions, distributed
     uniformly. Cells that share a subspace also share it in each draw.
 
+    Args:
+        only: Numbers of the rules whose coordinates are replaced; None for all.
+
     Raises:
         _NoDraws: A rule changes something else in another basis.
     """
     rules = [
-        rule if rule.basis is None else _with_random_subspaces(rule, rule.basis, draws, experiment)
-        for rule in experiment.rules
+        rule
+        if rule.basis is None or (only is not None and number not in only)
+        else _with_random_subspaces(rule, rule.basis, draws, experiment)
+        for number, rule in enumerate(experiment.rules)
     ]
     like = "of as many dimensions, drawn uniformly, at the same sites and tokens"
     return _drawn_control(experiment, asked, rules, draws, ("random subspaces", like))
@@ -376,6 +403,7 @@ def _drawn_control(
     rules: Sequence[ResolvedRule],
     draws: int,
     said: tuple[str, str],
+    title: ControlTitle = "null",
 ) -> ResolvedControl:
     """Create a control whose rules have a further axis of draws, the same for all cells.
 
@@ -387,7 +415,7 @@ def _drawn_control(
         experiment,
         spec=own.model_copy(
             update={
-                "name": f"{own.name} against random",
+                "name": f"{own.name} {'untrained' if title == 'untrained' else 'against random'}",
                 "against": None,
                 "reports": (spec.Report(span=asked.span, kind="null band"),),
                 "expects": (),
@@ -409,7 +437,7 @@ def _drawn_control(
             if rule is drawn and rule.does.changes != "nothing"
         ),
     ]
-    return ResolvedControl(shadow, draws, asked.draws, what, "; ".join(parts))
+    return ResolvedControl(shadow, draws, asked.draws, what, "; ".join(parts), title)
 
 
 def _with_random_directions(
@@ -635,6 +663,264 @@ def _check_no_exceptions(apart: Sequence[ExcludedSite], drawn: str) -> None:
         raise _NoDraws(reason, "remove `except`", apart[0].site.span)
 
 
+# --- controls of what is trained ------------------------------------------------------------------
+
+TRAINING_DRAWS = 8
+"""Largest number of random draws that an experiment with something trained has without
+`against`."""
+
+TRAINING_CELLS = 128
+"""Number of cells, over all draws, that such a control may have; or one draw of every cell."""
+
+
+@dataclass(frozen=True)
+class _TrainedRule:
+    """A rule that uses something that the file trains."""
+
+    number: int
+    kind: Literal["directions", "subspaces", "features", "sites", "positions", "observation"]
+    names: tuple[str, ...]
+    """What it uses: definitions of the file."""
+
+
+def find_trained_rules(
+    rules: Sequence[ResolvedRule], masks: Mapping[str, spec.Basis]
+) -> list[_TrainedRule]:
+    """Return the rules that use something that the file trains, or chooses by a training.
+
+    Args:
+        masks: The groups of the file that a training chooses.
+    """
+    found: list[_TrainedRule] = []
+    for number, rule in enumerate(rules):
+        if rule.does.trained is not None:
+            names = (rule.does.trained.training.definition,)
+            found.append(_TrainedRule(number, "observation", names))
+            continue
+        vectors = () if rule.direction is None else rule.direction.saved
+        names = {v.training.definition: None for v in vectors if isinstance(v, TrainedVector)}
+        if names:
+            found.append(_TrainedRule(number, "directions", tuple(names)))
+            continue
+        own = None if rule.basis is None else _find_trained_basis(number, rule.basis)
+        own = own or _find_mask(number, rule, masks)
+        found += [] if own is None else [own]
+    return found
+
+
+def _find_trained_basis(number: int, basis: BasisTargets) -> _TrainedRule | None:
+    names: dict[str, None] = {}
+    is_dictionary = False
+    for saved in basis.saved:
+        if isinstance(saved, TrainedDictionary | TrainedRotation | TrainedVector):
+            assert saved.training is not None
+            names[saved.training.definition] = None
+            is_dictionary |= isinstance(saved, TrainedDictionary)
+    kind = "features" if is_dictionary else "subspaces"
+    return _TrainedRule(number, kind, tuple(names)) if names else None
+
+
+def _find_mask(
+    number: int, rule: ResolvedRule, masks: Mapping[str, spec.Basis]
+) -> _TrainedRule | None:
+    """Return what a rule uses of the groups that a training chooses."""
+    parts = [each for each in (rule.spec.site, rule.spec.at, rule.spec.onto) if each is not None]
+    nodes = [node for part in parts for node in walk(part)]
+    named = {node.id for node in nodes if isinstance(node, ast.Name)}
+    positions = {node.name for node in nodes if isinstance(node, ast.ChosenTokens)}
+    # The name of a group of coordinates is replaced by these, so it is only in the text.
+    words = set() if rule.basis is None else set(re.findall(r"\w+", parts[0].span.written))
+    for name, mask in masks.items():
+        if mask.chooses_positions and name in positions:
+            return _TrainedRule(number, "positions", (name,))
+        if mask.site.coordinates is not None and name in words:
+            return _TrainedRule(number, "subspaces", (name,))
+        if name in named:
+            return _TrainedRule(number, "sites", (name,))
+    return None
+
+
+def resolve_training_control(
+    experiment: ResolvedExperiment,
+    masks: Mapping[str, spec.Basis],
+    draws_enough: int | None = None,
+) -> tuple[ResolvedControl | None, str, Diagnostic | None]:
+    """Create the control that an experiment without `against` has if it uses something trained.
+
+    Returns:
+        The control; None if there is none. Why there is none although it uses something trained.
+        And E0207 for `against none` in an experiment that uses nothing trained.
+
+    Args:
+        masks: The groups of the file that a training chooses.
+        draws_enough: Number of draws to make if the only question is whether there are any.
+    """
+    own, runs = experiment.spec, experiment.derived.values()
+    used = find_trained_rules(experiment.rules, masks)
+    if own.trains or not experiment.measures or own.estimator is not None:
+        return None, "", None
+    inside = [own for run in runs for own in find_trained_rules(run.rules, masks)]
+    if own.without_control is not None:
+        problem = None if used or inside else _report_nothing_trained(own.without_control)
+        return None, "the file says `against none`", problem
+    try:
+        return *_build_training_control(experiment, used, inside, draws_enough), None
+    except _NoDraws as nothing:
+        if experiment.stand_ins or experiment.model.shape.stands_in:
+            return None, "", None
+        return None, f"{nothing.reason} ({nothing.hint})", None
+
+
+def _report_nothing_trained(line: spec.NoControl) -> Diagnostic:
+    reason = "leaves out a control that this experiment doesn't have: it uses nothing trained"
+    hint = "remove this line"
+    return BadArgument(span=line.span, name="against none", reason=reason, hint=hint)
+
+
+def _build_training_control(
+    experiment: ResolvedExperiment,
+    used: Sequence[_TrainedRule],
+    inside: Sequence[_TrainedRule],
+    draws_enough: int | None,
+) -> tuple[ResolvedControl | None, str]:
+    """Create the control; or say why there is none. Raises _NoDraws.
+
+    Args:
+        inside: Rules of runs that the experiment defines.
+    """
+    own = experiment.spec
+    if not used:
+        reason = f"{_list_trained(inside)} in a run with rules, whose targets aren't drawn"
+        return None, reason if inside else ""
+    if any(_has_own_control(experiment.rules[own.number].does) for own in used):
+        return None, ""
+    if any(m.in_reply is not None for m in experiment.measures) and any(
+        each.effect != "raw" for each in own.measures
+    ):
+        return None, "random targets generate separate replies"
+    count = max(1, min(TRAINING_DRAWS, TRAINING_CELLS // max(1, experiment.n_there)))
+    if experiment.n_cells * count > limits.CELLS:
+        return None, f"there are {experiment.n_cells:,} cells"
+    draws = count if draws_enough is None else min(count, draws_enough)
+    control = _draw_trained(experiment, used, count, draws)
+    said = f"{control.said}; added for {_list_trained(used)}, unless the file says `against none`"
+    return replace(control, said=said), ""
+
+
+def _list_trained(used: Sequence[_TrainedRule]) -> str:
+    return f"trained {name_list(list(dict.fromkeys(n for own in used for n in own.names)))}"
+
+
+def _has_own_control(does: Intervention) -> bool:
+    """Whether an observation has a control of shuffled values in the same table."""
+    return isinstance(does, Observation) and "shuffled" in does.controls
+
+
+def _draw_trained(
+    experiment: ResolvedExperiment, used: Sequence[_TrainedRule], count: int, draws: int
+) -> ResolvedControl:
+    """Create the control of the first type that the rules need. Raises _NoDraws."""
+    kinds = {own.kind: [each.number for each in used if each.kind == own.kind] for own in used}
+    if all(experiment.rules[own.number].does.changes == "nothing" for own in used):
+        return _build_untrained_control(experiment)
+    asked = spec.Control(span=experiment.spec.span, draws=count)
+    if "directions" in kinds:
+        found = build_direction_control(experiment, asked, draws, kinds["directions"])
+    elif "features" in kinds and _change_all_coordinates(experiment, kinds["features"]):
+        return _build_untrained_dictionaries(experiment, kinds["features"])
+    elif "subspaces" in kinds or "features" in kinds:
+        numbers = [*kinds.get("subspaces", ()), *kinds.get("features", ())]
+        found = build_subspace_control(experiment, asked, draws, numbers)
+    elif "sites" in kinds:
+        found = _Draws(experiment, asked, (), draws, kinds["sites"]).control()
+    elif "positions" in kinds:
+        asked = asked.model_copy(update={"what": "positions"})
+        found = _Draws(experiment, asked, (), draws, kinds["positions"]).control()
+    else:
+        raise _NoDraws("what is observed isn't drawn", "observe it in another experiment")
+    _check_draws_outside_removed(found.experiment.rules, experiment.model.name)
+    return replace(found, title="random")
+
+
+def _change_all_coordinates(experiment: ResolvedExperiment, numbers: Sequence[int]) -> bool:
+    """Whether some rules change no single coordinates. The coordinates of a dictionary before the
+    training have no relation to those with the same numbers after it."""
+    bases = [experiment.rules[number].basis for number in numbers]
+    return not any(own.which for basis in bases if basis for own in basis.coordinates.values())
+
+
+def _build_untrained_dictionaries(
+    experiment: ResolvedExperiment, numbers: Sequence[int]
+) -> ResolvedControl:
+    """Create a control with dictionaries as they are before the training. Cells without a trained
+    dictionary have none. Raises _NoDraws."""
+    rules, asked = list(experiment.rules), spec.Control(span=experiment.spec.span, draws=1)
+    changed: list[BasisTargets] = []
+    for number in numbers:
+        own = rules[number].basis
+        assert own is not None
+        bases = tuple({key: _before_training(m) for key, m in here.items()} for here in own.bases)
+        coordinates = {(0, *key): each for key, each in own.coordinates.items()}
+        axes = (DRAW_AXIS, *own.axes)
+        made = replace(own, bases=bases, axes=axes, coordinates=coordinates)
+        rules[number] = replace(rules[number], basis=made)
+        changed.append(own)
+    varied = [a for a in experiment.axes if any(a.name in own.axes for own in changed)]
+    names = tuple(axis.name for axis in varied)
+
+    def uses_trained(own: BasisTargets, cell: AxisIndices) -> bool:
+        coordinates = own.coordinates.get(tuple(cell[names.index(axis)] for axis in own.axes))
+        members = () if coordinates is None else own.bases[coordinates.basis].values()
+        return any(isinstance(member.operand, TrainedDictionary) for member in members)
+
+    cells = product(*(range(len(axis)) for axis in varied))
+    counts = {cell: int(any(uses_trained(own, cell) for own in changed)) for cell in cells}
+    said = "random weights", "those before the training, of the same number of features"
+    found = _drawn_control(experiment, asked, rules, 1, said, "untrained")
+    shadow = replace(found.experiment, drawn=DrawCounts(names, counts))
+    return replace(found, experiment=shadow, said=": ".join(said))
+
+
+def _before_training(member: BasisMember) -> BasisMember:
+    """Return a basis as it is before its training. Raises _NoDraws if the store has no such
+    weights."""
+    own = member.operand
+    if not isinstance(own, TrainedDictionary) or not own.is_trained:
+        return member
+    assert own.training is not None
+    folder = own.path.parent / UNTRAINED_FOLDER
+    try:
+        file = read_dictionary(folder, str(folder), transcodes=own.transcodes)
+    except UnreadableFile:
+        reason = f"the store has no untrained weights of `{own.training.definition}`"
+        raise _NoDraws(reason, "train it again: `mechdsl fit --fresh`") from None
+    made = f"`{member.name}` before the training"
+    return replace(member, name=f"{member.name} untrained", operand=file, made=made)
+
+
+def _build_untrained_control(experiment: ResolvedExperiment) -> ResolvedControl:
+    """Create a control with observations as they are before the training. Raises _NoDraws."""
+    before = [rule.does.untrained for rule in experiment.rules]
+    rules = [
+        rule if own is None else replace(rule, does=own[0], sites=_with_one_draw(_targets(rule)))
+        for rule, own in zip(experiment.rules, before, strict=True)
+    ]
+    what = ", ".join(dict.fromkeys(own[1] for own in before if own is not None))
+    if not what:
+        reason = "what is observed of a trained part has no random or untrained counterpart"
+        raise _NoDraws(reason, "the table of `mechdsl fit` compares the trained part with others")
+    asked = spec.Control(span=experiment.spec.span, draws=1)
+    found = _drawn_control(experiment, asked, rules, 1, (what, ""), "untrained")
+    return replace(found, said=f"{what}, which is what the training starts from")
+
+
+def _with_one_draw(own: SiteTargets) -> SiteTargets:
+    """Return targets along a further axis with one draw."""
+    points = {(0, *key): here for key, here in own.points.items()}
+    labels = {(0, *key): here for key, here in own.labels.items()}
+    return SiteTargets((DRAW_AXIS, *own.axes), points, labels)
+
+
 class _NoDraws(Exception):
     def __init__(self, reason: str, hint: str, span: Span | None = None) -> None:
         super().__init__(reason)
@@ -684,9 +970,12 @@ class _Draws:
         asked: spec.Control,
         apart: Sequence[ExcludedSite],
         draws: int,
+        only: Container[int] | None = None,
     ) -> None:
+        """Create the draws. `only`: numbers of the rules whose targets are drawn; None for all."""
         self.experiment = experiment
         self.asked = asked
+        self.only = only
         self.apart = apart
         self.draws = draws
         self.shape: ModelShape = experiment.model.shape
@@ -700,7 +989,8 @@ class _Draws:
 
     def control(self) -> ResolvedControl:
         kinds: list[spec.ControlTarget | None] = [
-            self._kind(rule) for rule in self.experiment.rules
+            self._kind(rule) if self.only is None or number in self.only else None
+            for number, rule in enumerate(self.experiment.rules)
         ]
         if not any(kinds):
             raise self._nothing()
@@ -914,7 +1204,9 @@ class _Draws:
                     parts[_SITES] = found
             for n in written:
                 if n in tokens:
-                    options = tokens[n][key(rules[n].positions.axes, cell)]
+                    options = tokens[n].get(key(rules[n].positions.axes, cell))
+                    if options is None:  # its positions are an error, which is reported
+                        continue
                     if all(row.alone for row in options.rows):
                         fixed.append(n)
                     else:

@@ -440,11 +440,18 @@ def outline_experiment(
     if refused:
         return known, [*diagnostics, *refused]
     control, problems = _control(resolved, apart, draws_enough, onward)
+    reason = ""
+    if experiment.against is None and not problems:
+        from mechdsl.resolve.controls import resolve_training_control
+
+        control, reason, problem = resolve_training_control(resolved, program.masks, draws_enough)
+        problems += [] if problem is None else [problem]
     diagnostics.extend(problems)
     if problems:
         return known, diagnostics
     bare = build_baseline(resolved)
-    return replace(known, resolved=replace(resolved, control=control, bare=bare)), diagnostics
+    resolved = replace(resolved, control=control, without_control=reason, bare=bare)
+    return replace(known, resolved=resolved), diagnostics
 
 
 def _control(

@@ -72,6 +72,9 @@ TEXTS_FILE = "texts.npy"
 FEW_DRAWN_ROWS = 32
 """Rows of a block with drawn values below which a training without `limit` is reported."""
 
+UNTRAINED_FOLDER = "untrained"
+"""Folder of the dictionary before its training, in the folder of the training."""
+
 FEWEST_ROWS = 2
 """Rows of a training: one to learn from, and one that is held out."""
 

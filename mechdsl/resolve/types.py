@@ -41,6 +41,7 @@ from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun, ReplyPosition
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
+from mechdsl.vocab.effects import ControlTitle
 from mechdsl.vocab.metrics import MetricForm
 from mechdsl.vocab.sites import SITES, EdgeChange
 
@@ -990,6 +991,12 @@ class Intervention:
         return None
 
     @property
+    def untrained(self) -> tuple[Intervention, str] | None:
+        """The same with the values before the training, and what that is; None if it is no
+        control."""
+        return None
+
+    @property
     def identity(self) -> tuple[object, ...]:
         """Class, name and settings: interventions with equal identities have the same effect."""
         return type(self), self.name, vars(self)
@@ -1492,6 +1499,8 @@ class ResolvedExperiment(Record):
     seeds: tuple[int, ...] = field(default=(), compare=False)
     """Values of the axis `seed`, if it is that of trainings with several seeds."""
     control: ResolvedControl | None = None
+    without_control: str = ""
+    """Why it has no control although it uses something trained."""
     bare: BaselineExperiment | None = None
     """Baseline for the effects of its observations."""
     as_base: bool = False
@@ -1685,6 +1694,8 @@ class ResolvedControl(Record):
     """Description of the targets: `random heads`."""
     said: str
     """Description of how they were drawn."""
+    title: ControlTitle = "null"
+    """Heading of its column."""
 
 
 DRAW_AXIS = "random draw"

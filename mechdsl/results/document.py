@@ -36,6 +36,7 @@ from mechdsl.statistics.measurements import (
     NullBand,
     may_round_differently,
 )
+from mechdsl.vocab.effects import ControlTitle
 from mechdsl.vocab.metrics import Reply
 
 
@@ -218,8 +219,13 @@ SCHEMA_VERSION: Literal[2] = 2
 
 
 class NullDocument(DocumentPart):
-    """The same effect on random targets (`against random(n)`)."""
+    """The same effect on random targets (`against random(n)`), or the control that is added for
+    something trained."""
 
+    kind: ControlTitle = Field(
+        description="`null` for `against random(n)`; `random` or `untrained` for a control that is "
+        "added because the experiment uses something trained"
+    )
     mean: float | None
     low: float | None = Field(
         description="lower end of the null band; null if no target could be drawn"
@@ -563,6 +569,7 @@ def _null_document(result: ExperimentResult, measure: int, cell: int) -> NullDoc
         return None
     return NullDocument(
         **_cell_numbers(band, cell, "mean", "low", "high", "level", "p"),
+        kind=band.title,
         draws=int(band.draws[cell]),
         inside=bool(band.inside[cell]) if band.decides[cell] else None,
         what=band.what,

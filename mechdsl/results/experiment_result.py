@@ -263,7 +263,8 @@ class ExperimentResult:
     drawn: RandomControlValues | None = None
     """Measurements of controls, until bands are computed from them."""
     controls: tuple[NullBand | None, ...] = ()
-    """Null band of each measure; empty without `against`."""
+    """Null band of each measure: of `against`, or of the control that is added for something
+    trained; empty without both."""
     texts: tuple[tuple[str, ...], ...] = ()
     """Tokens of the base run of each prompt as text, for `report overlay`."""
     replies: Replies = field(default_factory=Replies)
@@ -558,6 +559,7 @@ def _null(result: ExperimentResult, measure: int, cell: int) -> dict[str, Any]:
             for key in ("mean", "low", "high", "level", "p")
         },
         "null_draws": None if band is None else int(band.draws[cell]),
+        "null_kind": None if band is None else band.title,
         "null_inside": bool(band.inside[cell]) if band and band.decides[cell] else None,
     }
 

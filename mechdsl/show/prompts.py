@@ -425,13 +425,18 @@ def _positions(
 def _control(experiment: ResolvedExperiment, console: Console) -> None:
     """Print the targets drawn for the first cell."""
     control, asked = experiment.control, experiment.spec.against
-    if control is None or asked is None:
+    if control is None:
+        if experiment.without_control:
+            console.print(Text(f"  no control: {experiment.without_control}", style="bold"))
         return
     drawn = control.experiment.drawn
     assert drawn is not None
-    apart = ", ".join(site.span.written for site in asked.apart)
+    apart = ", ".join(site.span.written for site in asked.apart) if asked is not None else ""
     more = f" apart from {apart}" if apart else ""
-    console.print(Text(f"  against {asked.span.written}{more}", style="bold"))
+    said = (
+        f"against {asked.span.written}{more}" if asked is not None else f"{control.title} control"
+    )
+    console.print(Text(f"  {said}", style="bold"))
     console.print(Text(f"    {control.said}"))
     for rule in control.experiment.rules:
         if rule.sites is None or DRAW_AXIS not in rule.sites.axes or rule.spec.fill_index:

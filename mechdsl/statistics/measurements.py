@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Bools, CellIndex, Floats, Ints
 from mechdsl.program import spec
 from mechdsl.program.estimators import find_estimator
-from mechdsl.vocab.effects import EffectKind
+from mechdsl.vocab.effects import ControlTitle, EffectKind
 
 WithheldReason: TypeAlias = Literal["", "skewed", "picked"]
 
@@ -164,6 +164,7 @@ class RandomControlValues:
     """Number of draws that the file requests."""
     what: str
     """The drawn targets in words: `random heads`."""
+    title: ControlTitle = "null"
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +195,9 @@ class NullBand:
     """The drawn targets in words: `random heads`."""
     fewest: int
     """Minimum number of draws for a band that contains a further one with the confidence."""
+    title: ControlTitle = "null"
+    """Heading of its column: "null" with `against`, "random" or "untrained" of a control that was
+    added for something trained."""
 
     @property
     def decides(self) -> Bools:

@@ -104,7 +104,7 @@ def _band(
         rank[cell] = r = band_rank(k, confidence)
         low[cell], high[cell], mean[cell] = here[r - 1], here[k - r], here.mean()
         level[cell] = band_level(k, r)
-        if effect.tested:
+        if effect.tested and drawn.title != "untrained":
             p[cell] = rank_p(float(own[cell]), here)
     with np.errstate(invalid="ignore"):
         inside = (low <= own) & (own <= high)
@@ -123,4 +123,5 @@ def _band(
         asked=drawn.asked,
         what=drawn.what,
         fewest=min_draws(confidence),
+        title=drawn.title,
     )

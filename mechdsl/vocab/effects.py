@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isnan
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from mechdsl.base.records import Registry
 
@@ -65,6 +65,10 @@ class EffectKind:
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(divisor == 0, np.nan, numerator / divisor)
 
+
+ControlTitle: TypeAlias = Literal["null", "random", "untrained"]
+"""Heading of the effects of a control: "null" for one that the file asks for with `against`;
+"random" or "untrained" for those that every experiment with something trained has otherwise."""
 
 EFFECTS: Registry[EffectKind] = Registry("effect")
 

@@ -236,6 +236,7 @@ def test_page_commands_run(page: str, command: Command, update: bool) -> None:
         "Find independent components",
         "Correlate two sites",
         "Find clusters",
+        "Compare with a random or an untrained control",
     ],
 )
 def test_activations_are_factored_as_the_page_says(

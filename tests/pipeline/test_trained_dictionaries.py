@@ -255,12 +255,12 @@ RULES = {
 
 
 def assert_same_results(own: Any, loaded: Any) -> None:
-    """The same cells and values, bit for bit."""
+    """The same cells, and values up to rounding: rows of controls share the passes."""
     assert len(own) == len(loaded)
     for one, two in zip(own, loaded, strict=True):
         assert [cell.coords for cell in one.cells] == [cell.coords for cell in two.cells]
         for mine, theirs in zip(one.measures, two.measures, strict=True):
-            assert np.array_equal(mine.patched, theirs.patched, equal_nan=True)
+            assert np.allclose(mine.patched, theirs.patched, 0, 2e-6, equal_nan=True)
 
 
 OTHER_RULES = [name for name in RULES if name != "random"]
@@ -275,7 +275,7 @@ OTHER_RULES = [name for name in RULES if name != "random"]
     ],
 )
 def test_rules_use_it_as_a_dictionary_of_a_folder(name: str, kind: str, tmp_path: Path) -> None:
-    """Bit for bit, together with another experiment on the same block."""
+    """Together with another experiment on the same block."""
     at = {"z": "z layer 1", "transcoder": "mlp_out layer 1", "factors": "mlp_hidden layer 1"}
     at["sae"] = f"resid_post layer {LAYER}"
     inner = SAE.replace("sae", "transcoder" if kind == "transcoder" else "sae")

@@ -530,7 +530,8 @@ def add_control(
         each.reshape(control.draws, plan.n_cells, -1)[:, plan.exists]
         for each in measured[control.experiment.key].patched
     )
-    drawn = RandomControlValues(values, counts, control.asked, control.what)
+    title = control.title
+    drawn = RandomControlValues(values, counts, control.asked, control.what, title)
     return replace(result, drawn=drawn)
 
 

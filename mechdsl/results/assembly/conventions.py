@@ -309,9 +309,12 @@ def _of_controls(plan: ExperimentPlan) -> ConventionItems:
     experiment = plan.experiment
     if experiment.control is not None:
         yield "controls", experiment.control.said
-        yield "null band", _null_band(experiment.spec.statistics.confidence)
+        if experiment.control.title == "null":
+            yield "null band", _null_band(experiment.spec.statistics.confidence)
     elif experiment.spec.estimator is not None:
         yield "controls", "none: random targets aren't estimated"
+    elif experiment.without_control:
+        yield "controls", f"none: {experiment.without_control}"
     elif any(rule.rule.does.changes != "nothing" for rule in plan.rules):
         yield "controls", "none (`against random(39)` adds matched random targets)"
 

@@ -22,7 +22,13 @@ from mechdsl.program.spec import constant_value
 from mechdsl.resolve.lenses import resolve_lens
 from mechdsl.resolve.observations import ObservedVectors
 from mechdsl.resolve.sites import ExperimentContext
-from mechdsl.resolve.types import Convention, ResolvedRule, SiteTargets, TrainedLens
+from mechdsl.resolve.types import (
+    Convention,
+    Intervention,
+    ResolvedRule,
+    SiteTargets,
+    TrainedLens,
+)
 from mechdsl.rules.observations.registry import (
     iter_points,
     observation,
@@ -72,6 +78,10 @@ class TunedLens(LogitLens):
     @property
     def trained(self) -> TrainedLens | None:
         return self._declared
+
+    @property
+    def untrained(self) -> tuple[Intervention, str] | None:
+        return None if self._declared is None else (LogitLens(), "logit lens")
 
     @property
     def made_of(self) -> Mapping[str, str]:

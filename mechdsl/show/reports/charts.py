@@ -218,8 +218,9 @@ def hover_texts(result: ExperimentResult, measure: int) -> list[str]:
     if band is not None:
         nulls = null_texts(band, found, range(len(names)), write)
         ranks = null_p_texts(band, range(len(names)))
+        ranks = ranks if band.title == "null" else [MISSING] * len(names)
         beside = [
-            f"null {null}, p null {p}" if p != MISSING else f"null {null}"
+            f"{band.title} {null}, p null {p}" if p != MISSING else f"{band.title} {null}"
             for null, p in zip(nulls, ranks, strict=True)
         ]
         insides = [", inside" if inside else "" for inside in band.inside & band.decides]

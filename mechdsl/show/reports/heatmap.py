@@ -33,7 +33,7 @@ from mechdsl.show.reports.text import (
     is_thin,
     map_format,
     map_texts,
-    null_band_text,
+    null_band_note,
     print_conventions,
     print_heading,
     print_notes,
@@ -117,11 +117,11 @@ def _heatmap_notes(
         said.append(f"from {write(np.nanmin(values))} to {write(np.nanmax(values))}")
     survived, null = (
         significance_note(result, measure, "*", RANDOM_MARK),
-        null_band_text(result, measure),
+        null_band_note(result, measure),
     )
     more = (
         survived,
-        f"null: {null}" if null else None,
+        null,
         inert_note(result, measure),
         rounding_note(result, measure),
         zero_width_note(result, measure),

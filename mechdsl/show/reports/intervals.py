@@ -123,6 +123,8 @@ class IntervalLayout:
     intervals: list[str]
     interval_title: str
     nulls: list[str]
+    control: str
+    """Heading of `nulls`."""
     """Null band of each cell; empty without one or without room."""
     ends: list[IntervalEnds]
     scale: TextScale
@@ -175,20 +177,22 @@ class IntervalLayout:
         limits = float(np.nanmin([*everything, 0.0])), float(np.nanmax([*everything, 0.0]))
         scale = TextScale(*limits, room if room >= MIN_GAUGE and limits[0] < limits[1] else 0)
         texts = write(limits[0]), write(limits[1])
-        return cls(titles, widths, means, counts, intervals, title, nulls, ends, scale, texts, draw)
+        named = "" if band is None else band.title
+        shown = (titles, widths, means, counts, intervals, title, nulls, named)
+        return cls(*shown, ends, scale, texts, draw)
 
     def print(self, lines: Sequence[LabelledCell], console: Console) -> None:
         """Print one panel."""
         second = _max_length([MEAN_TITLE, *self.means])
         third = _max_length([self.interval_title, *self.intervals])
-        fourth = _max_length(["null", *self.nulls])
+        fourth = _max_length([self.control, *self.nulls])
         heads = [f"{name:<{width}}" for name, width in zip(self.titles, self.widths, strict=True)]
         n_width = _max_length(["n", *self.counts])
         head = (
             "  ".join(heads)
             + (f"  {'n':>{n_width}}" if self.counts else "")
             + f"  {MEAN_TITLE:>{second}}  {self.interval_title:<{third}}"
-            + (f"  {'null':<{fourth}}" if self.nulls else "")
+            + (f"  {self.control:<{fourth}}" if self.nulls else "")
         )
         if self.scale.width:
             left, right = self.scale_texts

@@ -84,7 +84,7 @@ from mechdsl.show.reports.text import (
     is_within_random,
     map_format,
     map_texts,
-    null_band_text,
+    null_band_note,
     significance_note,
     thin_note,
 )
@@ -236,8 +236,8 @@ def _heatmap_panel(result: ExperimentResult, measure: int, rows: str, columns: s
     several = facet_chart(drawn, [panel.title for panel in shown], layout.width, upward=upward)
     gaps = len(records) < len(shown) * len(places[0]) * len(places[1])
     signs = ("bold", RANDOM_MARK) if layout.number else ("dot", "ring")
-    null = null_band_text(result, measure)
-    lines = [significance_note(result, measure, *signs), f"null: {null}" if null else None]
+    null = null_band_note(result, measure)
+    lines = [significance_note(result, measure, *signs), null]
     lines += ["grey: no value" if gaps else None]
     where = "small" if layout.number else "corner (under the pointer)"
     lines.append(fewer_prompts_note(result, measure, where))

@@ -36,7 +36,7 @@ from mechdsl.show.reports.text import (
     is_significant,
     is_within_random,
     mean_texts,
-    null_band_text,
+    null_band_note,
     null_p_texts,
     null_texts,
     number_format,
@@ -331,8 +331,8 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         for name, each in found.further.items()
     ]
     if band is not None:
-        columns.append(Column("null", null_texts(band, found, order, write), True))
-        if np.isfinite(band.p[order]).any():
+        columns.append(Column(band.title, null_texts(band, found, order, write), True))
+        if band.title == "null" and np.isfinite(band.p[order]).any():
             columns.append(Column("p null", null_p_texts(band, order), True))
     if found.test is None:
         return columns
@@ -399,10 +399,10 @@ def _notes(
         other = sign_ranking_note(result, measure, len(order)) if picked else None
         said += [other] if other else []
         said += [_selection_note(result, measure)] if size != "share" else []
-    null = null_band_text(result, measure)
+    null = null_band_note(result, measure)
     remarks = (
         significance_note(result, measure),
-        null and f"null: {null}",
+        null,
         inert_note(result, measure),
         rounding_note(result, measure),
         zero_width_note(result, measure),

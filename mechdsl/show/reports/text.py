@@ -436,11 +436,11 @@ def map_texts(result: ExperimentResult, measure: int, write: Callable[[float], s
 def null_texts(
     band: NullBand, found: CellStatistics, cells: Iterable[int], write: Callable[[float], str]
 ) -> list[str]:
-    """Format the null band of each cell as `[low, high]`."""
+    """Format the null band of each cell as `[low, high]`, and a single draw as a number."""
 
     def range_text(cell: int) -> str:
         ends = _distinct_texts(write, [band.low[cell], band.high[cell]], found.rounding[cell])
-        return f"[{', '.join(ends)}]"
+        return f"[{', '.join(ends)}]" if band.draws[cell] > 1 else ends[0]
 
     return [range_text(cell) if math.isfinite(band.low[cell]) else MISSING for cell in cells]
 
@@ -458,13 +458,15 @@ def _short_p(p: float) -> str:
 
 
 def null_band_text(result: ExperimentResult, measure: int) -> str | None:
-    """Explain the null band and its meaning."""
+    """Explain the null band and its meaning: `range of 39 draws of random heads; …`."""
     band = result.control(measure)
     if band is None:
         return None
     some = band.draws > 0
     if not some.any():
         return f"none of the {band.what} has a value"
+    if band.title == "untrained":
+        return f"{band.what}, before the training"
     fewer = band.made[some] < band.asked
     there = ", all that exist" if fewer.any() else ""
     if fewer.any() and not fewer.all():
@@ -477,10 +479,18 @@ def null_band_text(result: ExperimentResult, measure: int) -> str | None:
     cut = sorted((band.rank[some] - 1).tolist())
     but = f" without the {_null_ends([f'{n}' for n in cut])} lowest and highest" if cut[-1] else ""
     states = f"a further draw falls in this range with probability {level}"
+    if band.draws.max() == 1:
+        return f"one draw of {band.what}{without}"
     needs = ""
     if not band.decides[some].all() and result.settings is not None:
         needs = f"; a verdict at {result.settings.confidence:g} % needs {band.fewest:,} draws"
     return f"range of {draws} draws of {band.what}{there}{but}; {states}{without}{needs}"
+
+
+def null_band_note(result: ExperimentResult, measure: int) -> str | None:
+    """Explain the null band after its heading: `null: range of 39 draws of random heads; …`."""
+    band = result.control(measure)
+    return None if band is None else f"{band.title}: {null_band_text(result, measure)}"
 
 
 def _null_ends(texts: Sequence[str]) -> str:
@@ -491,9 +501,8 @@ def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list
     """Return remarks for a figure with stars on significant cells and shaded null bands, if there
     are draws."""
     survived = significance_note(result, measure, "*", RANDOM_MARK)
-    null = null_band_text(result, measure)
-    shade = "░ null" if drawn else "null"
-    said = [survived, f"{shade}: {null}" if null else None]
+    null = null_band_note(result, measure)
+    said = [survived, f"{'░ ' * drawn}{null}" if null else None]
     said += [inert_note(result, measure), rounding_note(result, measure)]
     said += [zero_width_note(result, measure)]
     said.append(thin_note(result, measure))
