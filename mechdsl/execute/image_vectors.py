@@ -50,6 +50,8 @@ class ImageVectors:
         self._vectors = torch.empty(0, model.shape.d_model, dtype=model.dtype, device=model.device)
         """[N, d_model]"""
         self._asked: Tensor | None = None
+        self.apart: float | None = None
+        """Difference from the model's own forward, relative to the largest logit; None: unknown."""
         embedding: nn.Module = model.module.get_input_embeddings()  # type: ignore[operator]
         _remove_hooks(embedding)
         embedding.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -98,10 +100,9 @@ class ImageVectors:
         read = SiteRead("embed")
         vectors = run_full(model, batch, stop=0, reads=[read]).reads[read][:, :, 0]
         tokens = [
-            self.reader.image_token(marker, k)
+            token
             for marker, each in images
-            for k, is_image in enumerate(each.expansion.is_image)
-            if is_image
+            for token in self.reader.vector_tokens(marker, each.expansion)
         ]
         order = torch.cat([self._tokens, torch.tensor(tokens, device=self._tokens.device)])
         self._tokens, places = order.sort()
@@ -189,32 +190,34 @@ def _with_text(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> ImagesNotVectors | None:
     """Return E0458 if a model's images act by more than their vectors at the embedding.
 
-    The check compares the logits of the model's own forward on an image with those of a pass in
-    which its tokens have the image's vectors.
+    The first image of a model decides.
     """
     first = next((row for row in rows if row.pictures), None)
     if first is None:
         return None
-    [(marker, picture), *_] = first.pictures.items()
     provide_images(model, [first])
     vectors = _VECTORS[model.module]
-    batch, own = prepare_images(model, vectors.reader, [picture])
-    tokens = [
-        vectors.reader.image_token(marker, k)
-        for k, is_image in enumerate(picture.expansion.is_image)
-        if is_image
-    ]
+    if vectors.apart is None:
+        [(marker, picture), *_] = first.pictures.items()
+        vectors.apart = _compare_forms(model, vectors.reader, marker, picture)
+    if vectors.apart <= max(_TOLERANCE, 8 * torch.finfo(model.dtype).eps):
+        return None
+    apart = f"{vectors.apart:.2g}"
+    return ImagesNotVectors(model=model.name, architecture=model.shape.architecture, apart=apart)
+
+
+def _compare_forms(
+    model: LoadedModel, reader: ImagePromptTokenizer, marker: str, picture: PromptPicture
+) -> float:
+    """Return how far the logits of the model's own forward on an image are from those of a pass in
+    which its tokens have the image's vectors, relative to the largest logit."""
+    batch, own = prepare_images(model, reader, [picture])
     with torch.inference_mode():
         given = _with_text({"input_ids": batch.ids, "attention_mask": batch.mask, **batch.extra})
         expected = call_module(model, given).logits
         ids = given["input_ids"].clone()
+        tokens = reader.vector_tokens(marker, picture.expansion)
         ids[:, : own.shape[1]][own] = torch.tensor(tokens, device=ids.device)
         mask = given["attention_mask"]
         found = call_module(model, {"input_ids": ids, "attention_mask": mask}).logits
-    apart = float((found - expected).abs().max() / expected.abs().max())
-    most = max(_TOLERANCE, 8 * torch.finfo(model.dtype).eps)
-    if apart <= most:
-        return None
-    return ImagesNotVectors(
-        model=model.name, architecture=model.shape.architecture, apart=f"{apart:.2g}"
-    )
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -176,7 +176,7 @@ def build_batch(
     split = list(zip(ids, sources, strict=True))
     source = Batch.of([own[:count] for own, count in split], model.pad_id, "right", model.device)
     target = Batch.of([own[count:] for own, count in split], model.pad_id, "right", model.device)
-    return target.behind(source)
+    return target.after(source)
 
 
 def add_images(model: LoadedModel, batch: Batch, rows: Sequence[RunRow]) -> Batch:

@@ -269,7 +269,7 @@ class _BlockLines:
         self.name(line.name)
         problems = image_problems(line.value)
         if not problems and averaged_block(line.value) is not None:
-            reason, hint = "has no size of its own", "write `image photo = gray`"
+            reason, hint = "has no size before preparation", "write `image photo = gray`"
             name = line.value.span.written
             problems = [BadArgument(span=line.value.span, name=name, reason=reason, hint=hint)]
         if not problems and line.name.id in IMAGE_SPANS[1:]:

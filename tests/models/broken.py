@@ -132,15 +132,19 @@ def asking() -> Adopted:
     return _adopted(module)
 
 
+def proved(name: str, module: Any) -> Adopted:
+    """Take a model apart as it is inspected: without a tokenizer."""
+    values = {**module.config.to_dict(), "architectures": [type(module).__name__]}
+    shape, found = shape_from_config(values, model=name, span=None)
+    assert shape is not None, found
+    return prove_any_anatomy(name, module, shape, None, provenance={}, span=None)
+
+
 def windowed() -> Adopted:
     """Its encoder pads what it reads, so that it has more positions than the text has tokens."""
     row = next(row for row in rows_seq2seq.TABLE if row.name == "led")
     assert isinstance(row, Architecture)
-    module = build.model(row)
-    values = {**module.config.to_dict(), "architectures": [type(module).__name__]}
-    shape, found = shape_from_config(values, model="toy", span=None)
-    assert shape is not None, found
-    return prove_any_anatomy("toy", module, shape, None, provenance={}, span=None)
+    return proved("toy", build.model(row))
 
 
 def empty() -> Adopted:

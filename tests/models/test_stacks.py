@@ -19,19 +19,18 @@ from mechdsl.forward.hooks.model import LoadedModel, call_with_batch
 from mechdsl.forward.packed.activation_cache import record_activations
 from mechdsl.forward.packed.packed_pass import run_packed
 from mechdsl.loading import bench
-from mechdsl.loading.anatomy_proof import prove_any_anatomy
 from mechdsl.loading.bench import get_image_token
 from mechdsl.loading.loader import adopt_model
 from mechdsl.loading.probe import build_sample
 from mechdsl.loading.verify import checks
 from mechdsl.loading.verify.verification import run_checks
 from mechdsl.models.anatomy import Family
-from mechdsl.models.config import shape_from_config
 from tests.families import build, tables
 from tests.families.parts import Architecture, Stack
 from tests.families.walk import restarts_images, tokenizer
 from tests.reference import hooks
 
+from .broken import proved
 from .clean import clean_model_check
 
 ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}
@@ -285,11 +284,7 @@ def test_an_image_put_in_elsewhere_is_noticed() -> None:
 
 def test_a_stack_that_cannot_be_had_is_left_out() -> None:
     """The decoder and its cross attention stay, and the reason is said."""
-    module = build.model(ROWS["pegasus_x"])
-    values = {**module.config.to_dict(), "architectures": [type(module).__name__]}
-    shape, _ = shape_from_config(values, model="m", span=None)
-    assert shape is not None
-    model, found = prove_any_anatomy("m", module, shape, None, provenance={}, span=None)
+    model, found = proved("m", build.model(ROWS["pegasus_x"]))
     assert model is not None
     assert list(model.others) == ["cross"]
     (left,) = found

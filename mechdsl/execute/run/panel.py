@@ -242,7 +242,7 @@ class PanelRunner:
 
     def _takes_images(self) -> bool:
         """Return whether the model takes the images of the prompts; if not, all are lost."""
-        rows = (row for run in self.table.runs.values() for row in run.rows)
+        rows = (row for run in self.table.runs.values() for row in run.rows[:1])
         problem = check_images_as_vectors(self.runs.model, rows)
         if problem is None:
             return True

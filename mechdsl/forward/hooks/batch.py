@@ -112,8 +112,8 @@ class Batch:
     """[B] long, tokens of each prompt; on the host, so that no look-up waits for the device."""
     starts: Tensor
     """[B] long, column of each prompt's first token, 0 everywhere when padded on the right; also on
-    the host. In a decoder after `behind`, the column that position 0 would have: positions are
-    counted from the encoder's first token, and `lengths` too."""
+    the host. In a decoder after an encoder (`after`), the column that position 0 would have:
+    positions and `lengths` are counted from the encoder's first token."""
     extra: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Further inputs of the model (`pixel_values`), [B * n, …]: n for each prompt."""
     frames: Mapping[str, Batch] = field(default_factory=dict[str, "Batch"])
@@ -167,7 +167,7 @@ class Batch:
         host, device = rows.cpu(), to_device(rows, self.ids.device)
         return self._rows(lambda tensor: tensor[host if tensor.device.type == "cpu" else device])
 
-    def behind(self, source: Batch) -> Batch:
+    def after(self, source: Batch) -> Batch:
         """Return the tokens of a decoder, whose positions continue those of its encoder."""
         lengths = self.lengths + source.lengths
         moved = replace(self, starts=self.starts - source.lengths, lengths=lengths)
@@ -238,7 +238,7 @@ class Batch:
 
     @property
     def key_width(self) -> int:
-        """Number of columns; in a decoder after `behind`, those of its encoder are added."""
+        """Number of columns; in a decoder after an encoder, those of the encoder are added."""
         return int(self.ids.shape[1]) - int(self.starts.clamp(max=0).amin())
 
     def lengths_of(self, site: str, stack: str) -> Tensor:

@@ -208,9 +208,9 @@ class ImagePromptTokenizer(TextTokenizer):
             if due and not added and start + shift == due[0].start():
                 marker = due.pop(0)
                 expansion = self.expansion((int(marker["height"]), int(marker["width"])))
-                for k, own in enumerate(expansion.ids):
-                    is_image = expansion.is_image[k]
-                    ids.append(self.image_token(marker[0], k) if is_image else own)
+                vectors = iter(self.vector_tokens(marker[0], expansion))
+                for own, is_image in zip(expansion.ids, expansion.is_image, strict=True):
+                    ids.append(next(vectors) if is_image else own)
                     offsets.append(marker.span() if is_image else (0, 0))
                     special.append(not is_image)
                 shift += len(marker[0]) - len(self.image_text)
@@ -221,9 +221,13 @@ class ImagePromptTokenizer(TextTokenizer):
         assert not due, "each marker has a token"
         return EncodedText(tuple(ids), tuple(offsets), tuple(special))
 
-    def image_token(self, marker: str, number: int) -> int:
-        """Return the token that stands for one vector of an image."""
-        return IMAGE_TOKEN | stable_hash("image token", self.hash, marker, number) >> 67
+    def vector_tokens(self, marker: str, expansion: ImageExpansion) -> list[int]:
+        """Return the tokens that stand for the vectors of an image, in the order of the prompt."""
+        return [
+            IMAGE_TOKEN | stable_hash("image token", self.hash, marker, number) >> 67
+            for number, is_image in enumerate(expansion.is_image)
+            if is_image
+        ]
 
     def token_text(self, token: int) -> str:
         """Return a readable token: decoded, special tokens by name."""
