@@ -1,6 +1,6 @@
 """Results and speed on a GPU: one command of at most ten minutes.
 
-    python -m benchmarks.gpu [--shapes 1B 7B] [--dtypes fp32 bf16] [--seconds 570]
+    python -m benchmarks.gpu [--shapes 1B 7B] [--dtypes fp32 bf16] [--works W1a …] [--seconds 570]
     python -m benchmarks.gpu --small      # the same on a tiny model, on the CPU if there is no GPU
 
 First the works W1 to W5 and replies are compared on a tiny model with plain hooks on the CPU in
@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.bound import matmul_rate as cpu_rate
 from benchmarks.data import NO_IOI, SWEEPS, ioi_file, make
 from benchmarks.gpu_results import (
     Compared,
@@ -169,16 +170,15 @@ def main() -> int:
         works = [name for name in works if name != "W5"]
     shapes = ["tiny"] if arguments.small else arguments.shapes
     dtypes = sorted(arguments.dtypes, key=lambda dtype: dtype != "fp32")
-    asked = [*works, REPLIES]
-    compared = [_of("compare", *each) for each in product(asked, dtypes)]
+    compared = [_of("compare", *each) for each in product(works, dtypes)]
     timed = [
         _of(shape, dtype, name, tool)
-        for shape, dtype, name in product(shapes, dtypes, asked)
+        for shape, dtype, name in product(shapes, dtypes, works)
         for tool in _tools(name, shape)
     ]
     report = Report(left=[*compared, *timed])
     with suppress(TimeIsUp), time_limit(arguments.seconds):
-        for name, dtype in product(asked, dtypes):
+        for name, dtype in product(works, dtypes):
             with report.step(_of("compare", name, dtype)):
                 found = _compared(name, dtype, device)
                 print(found, flush=True)
@@ -205,7 +205,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a tiny model alone")
     shapes = [name for name in SHAPES if name != "tiny"]
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=shapes)
-    parser.add_argument("--works", nargs="+", choices=WORKS, default=WORKS)
+    parser.add_argument("--works", nargs="+", choices=[*WORKS, REPLIES], default=[*WORKS, REPLIES])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
     parser.add_argument("--seconds", type=float, default=570, help="stop after them")
     parser.add_argument("--json", type=Path, help="file that gets the lines, with where hosts wait")
@@ -251,15 +251,21 @@ def matmul_rate(device: str, dtype: torch.dtype, *, small: bool = False) -> floa
     side, repeats = (512, 2) if small else (8192, 10)
     a = torch.randn(side, side, device=device).to(dtype)
     torch.mm(a, a)
-    _finish(device)
+    finish(device)
     start = perf_counter()
     for _ in range(repeats):
         torch.mm(a, a)
-    _finish(device)
+    finish(device)
     return repeats * 2 * side**3 / (perf_counter() - start) / 1e12
 
 
-def _finish(device: str) -> None:
+def large_product(device: str) -> float:
+    """Multiply-adds per second of a large product in fp32: 2048³ on the CPU, 8192³ on a GPU."""
+    return 0.5e12 * matmul_rate("cuda", torch.float32) if device == "cuda" else cpu_rate()
+
+
+def finish(device: str) -> None:
+    """Wait for a GPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -311,10 +317,12 @@ def _measure(
         place = Place(device, DTYPES[dtype], drawn_on=device, passes=Passes(), models={})
         with placed(place):
             for name in works:
+                if name == REPLIES:
+                    _measure_replies(shape, dtype, place, report)
+                    continue
                 found = _measure_work(name, shape, dtype, place, references.get(name), report)
                 if dtype == dtypes[0] and found is not None:
                     references[name] = found
-            _measure_replies(shape, dtype, place, report)
 
 
 def _measure_work(
@@ -464,7 +472,7 @@ def _write(name: str, shape: str, place: Place) -> tuple[Line, Replies]:
         passes.count = 0
         before, start = thread_time(), perf_counter()
         texts = run()
-        _finish(place.device)
+        finish(place.device)
         seconds, host = perf_counter() - start, thread_time() - before
         used, count_of_run = _peak(place.device), passes.count
     places = _waits_of_replies(run, name, shape, size, place)

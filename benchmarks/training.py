@@ -1,6 +1,7 @@
 """Training of a sparse autoencoder: reading its vectors, and its steps, against bare PyTorch.
 
     python -m benchmarks.training [--prompts 512] [--steps 30] [--rounds 3] [--threads 1]
+                                  [--device cpu]
 
 The model has GPT-2 small's shape, the prompts have 32 tokens, and the dictionary has 4,096 top-k
 features of the output of layer 6. Reading is compared with the multiply-adds of seven blocks, at
@@ -25,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bound import matmul_rate, unpatched
+from benchmarks.bound import unpatched
 from benchmarks.features import LAYER, WIDTH, WORDS, make_model, make_tokenizer
+from benchmarks.gpu import finish, large_product
 from benchmarks.work import Shape
 
 TOKENS = 32
@@ -174,6 +176,8 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     """Return seconds and the result."""
     begin = perf_counter()
     found = work()
+    if torch.cuda.is_available():
+        finish("cuda")
     return perf_counter() - begin, found
 
 
@@ -184,9 +188,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    module = make_model()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    module = make_model().to(given.device)
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder, round(given.prompts / 0.9))
@@ -197,10 +203,10 @@ def main() -> None:
 def report(module: Any, vectors: Any, steps: int, rounds: int) -> None:
     """Time both, in turn, and print medians and ratios."""
     sample = vectors.declared.sample
-    ids = torch.tensor([row.ids for row in sample.run.rows])
+    ids = torch.tensor([row.ids for row in sample.run.rows], device=module.device)
     shape = Shape(LAYER + 1, 12, WIDTH, WORDS + 3)
     adds = len(ids) * unpatched(shape, ids.shape[1])
-    rate = matmul_rate()
+    rate = large_product(str(module.device.type))
     read, hook = [], []
     found = expected = torch.zeros(0)
     for _ in range(rounds):

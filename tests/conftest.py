@@ -32,6 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=False,
         help="Rewrite expected texts; read the diff before you commit it.",
     )
+    parser.addoption(
+        "--on-device",
+        default="cpu",
+        metavar="DEVICE",
+        help="Run files on this device; references stay on the CPU.",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from .shared_models import share_models
 
     raise_at_once()
-    share_models()
+    share_models(str(config.getoption("--on-device")))
     if config.getoption("--update-goldens") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--update-goldens writes files that cases share: leave -n out")
 

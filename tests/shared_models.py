@@ -7,8 +7,10 @@ changes a model builds a separate one.
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +41,8 @@ _SHIPPED = {step: getattr(loader, step) for step in _STEPS}
 
 _UNCHANGED: dict[int, Any] = {}
 """Models that stay alive and unchanged, by `id`."""
+_COPIES: dict[int, Any] = {}
+"""`id` of an unchanged model → its copy on the device that tests run on."""
 _LOADED: dict[tuple[Any, ...], LoadedModel] = {}
 _ADOPTED: dict[tuple[Any, ...], tuple[Any, LoadedModel]] = {}
 """Key, with the registered sites → the tokenizer, which stays alive, and the model."""
@@ -56,10 +60,15 @@ def is_unchanged(model: Any) -> bool:
     return id(model) in _UNCHANGED
 
 
-def share_models() -> None:
-    """Share models in the rest of this process."""
-    loader.load_model = _load_once
-    loader.adopt_model = _adopt_once
+def share_models(device: str = "cpu") -> None:
+    """Share models in the rest of this process.
+
+    Args:
+        device: Where files run. On another device than the CPU, models that tests hand over are
+            copied there, and references compute with the originals.
+    """
+    loader.load_model = partial(_load_once, device=device)
+    loader.adopt_model = _adopt_once if device == "cpu" else partial(_adopt_copy, device)
 
 
 def identified(model: LoadedModel) -> LoadedModel:
@@ -103,6 +112,15 @@ def _load_once(
     provenance = {**loader.describe_weight_hash(weight_files(folder), hashed), **provenance}
     identity = None if hashed is None else folder_identity(model, folder, hashed)
     return replace(loaded, provenance=provenance, identity=identity), []
+
+
+def _adopt_copy(device: str, name: str, module: Any, tokenizer: Any, **more: Any) -> Outcome:
+    """Adopt a model's copy on another device; that of an unchanged model once."""
+    if not is_unchanged(module):
+        return _ADOPT(name, copy.deepcopy(module).to(device), tokenizer, **more)
+    if id(module) not in _COPIES:
+        _COPIES[id(module)] = unchanged(copy.deepcopy(module).to(device))
+    return _adopt_once(name, _COPIES[id(module)], tokenizer, **more)
 
 
 def _adopt_once(name: str, module: Any, tokenizer: Any, **more: Any) -> Outcome:

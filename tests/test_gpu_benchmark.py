@@ -57,7 +57,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(benchmarks.gpu, "give_back", lambda: None)  # slow in a large process
-        given(patch, "--small", "--works", "W2", "--dtypes", "bf16", "--json", str(to))
+        given(patch, "--small", "--works", "W2", "replies", "--dtypes", "bf16", "--json", str(to))
         assert main() == 0
     return json.loads(to.read_text())
 
@@ -91,7 +91,7 @@ def test_small_version_counts_where_mechdsl_waits(lines: list[dict[str, Any]]) -
 def test_results_that_differ_end_with_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given(monkeypatch, "--small", "--works", "W2", "--dtypes", "fp32")
+    given(monkeypatch, "--small", "--works", "W2", "replies", "--dtypes", "fp32")
     differs = Compared("W2 fp32", error=1.0, own=0.1)
     monkeypatch.setattr(benchmarks.gpu, "_compared", lambda *_: differs)
     monkeypatch.setattr(benchmarks.gpu, "_measure", lambda *_: None)
@@ -108,7 +108,7 @@ def test_time_ends_in_the_midst_of_any_phase(
     unending: str,
     status: int,
 ) -> None:
-    given(monkeypatch, "--small", "--works", "W2", "--dtypes", "fp32", "--seconds", "0.5")
+    given(monkeypatch, "--small", "--works", "W2", "replies", "--dtypes", "fp32", "--seconds", "0.5")
     monkeypatch.setattr(benchmarks.gpu, "_compared", lambda *_: AGREES)
     monkeypatch.setattr(benchmarks.gpu, unending, for_ever)
     start = perf_counter()
@@ -138,7 +138,7 @@ def test_tool_that_fails_leaves_the_lines_of_others(
             raise ValueError("broken")
         return sweep(tool, *rest)
 
-    given(monkeypatch, "--small", "--works", "W2", "--dtypes", "fp32")
+    given(monkeypatch, "--small", "--works", "W2", "replies", "--dtypes", "fp32")
     monkeypatch.setattr(benchmarks.gpu, "_compared", lambda *_: AGREES)
     monkeypatch.setattr(benchmarks.gpu, "_sweep", failing)
     monkeypatch.setattr(benchmarks.gpu, "WAYS", {"generate": by_generate})

@@ -170,17 +170,13 @@ _TEXT_AFTER = 3
 """Number of tokens after the image in the check."""
 
 
-def _with_text(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_text(given: Mapping[str, Tensor], text: Sequence[int]) -> dict[str, Tensor]:
     """Add tokens of text after an image, also to other inputs with an entry for each token."""
     shape = given["input_ids"].shape
-    added = {
-        "input_ids": given["input_ids"][:, :1],
-        "attention_mask": given["attention_mask"][:, :1],
-    }
+    added = given["input_ids"].new_tensor(text).expand(shape[0], -1)
+    known = {"input_ids": added, "attention_mask": torch.ones_like(added)}
     return {
-        name: torch.cat(
-            [value, *[added.get(name, torch.zeros_like(value[:, :1]))] * _TEXT_AFTER], 1
-        )
+        name: torch.cat([value, known.get(name, torch.zeros_like(added)).to(value.dtype)], 1)
         if value.shape == shape
         else value
         for name, value in given.items()
@@ -198,22 +194,23 @@ def check_images_as_vectors(model: LoadedModel, rows: Iterable[RunRow]) -> Image
     provide_images(model, [first])
     vectors = _VECTORS[model.module]
     if vectors.apart is None:
-        [(marker, picture), *_] = first.pictures.items()
-        vectors.apart = _compare_forms(model, vectors.reader, marker, picture)
+        vectors.apart = _compare_forms(model, vectors.reader, first)
     if vectors.apart <= max(_TOLERANCE, 8 * torch.finfo(model.dtype).eps):
         return None
     apart = f"{vectors.apart:.2g}"
     return ImagesNotVectors(model=model.name, architecture=model.shape.architecture, apart=apart)
 
 
-def _compare_forms(
-    model: LoadedModel, reader: ImagePromptTokenizer, marker: str, picture: PromptPicture
-) -> float:
-    """Return how far the logits of the model's own forward on an image are from those of a pass in
-    which its tokens have the image's vectors, relative to the largest logit."""
+def _compare_forms(model: LoadedModel, reader: ImagePromptTokenizer, row: RunRow) -> float:
+    """Return how far the logits of the model's own forward on a row's first image and last tokens
+    of text are from those of a pass in which the image's tokens have its vectors, relative to the
+    largest logit."""
+    [(marker, picture), *_] = row.pictures.items()
+    text = [token for token in row.ids if token < IMAGE_TOKEN][-_TEXT_AFTER:]
     batch, own = prepare_images(model, reader, [picture])
     with torch.inference_mode():
-        given = _with_text({"input_ids": batch.ids, "attention_mask": batch.mask, **batch.extra})
+        given = {"input_ids": batch.ids, "attention_mask": batch.mask, **batch.extra}
+        given = _with_text(given, text)
         expected = call_module(model, given).logits
         ids = given["input_ids"].clone()
         tokens = reader.vector_tokens(marker, picture.expansion)
