@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import sys
+import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib import import_module
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -75,6 +78,51 @@ def pause_garbage_collection() -> Generator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+DELAYED_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+"""Signals that end a process after it has saved its work."""
+
+
+@contextmanager
+def delay_signals() -> Generator[Callable[[], None]]:
+    """Delay signals that end the process until the block calls what it gets.
+
+    Calling it handles a signal that has arrived since; so does the end of the block. A second
+    signal isn't delayed. In other threads than the main one, which get no signals, nothing changes.
+    """
+    arrived: list[int] = []
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: FrameType | None = None) -> None:
+        handler = before[number]
+        if callable(handler):
+            handler(number, frame)
+        else:  # the default: it ends the process
+            signal.signal(number, handler)
+            signal.raise_signal(number)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+        if len(arrived) > 1:
+            handle(number, frame)
+
+    def deliver() -> None:
+        if arrived:
+            handle(arrived.pop())
+
+    if threading.current_thread() is threading.main_thread():
+        for number in DELAYED_SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, note)
+    try:
+        yield deliver
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    deliver()
 
 
 ENVIRONMENT_VARIABLES = (

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from mechdsl.base.files import replace_file
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.runtime import delay_signals
 from mechdsl.base.safetensors_files import compute_digest
 from mechdsl.base.text import format_size
 from mechdsl.dictionaries.features import Dictionary, load_dictionary
@@ -90,16 +91,20 @@ class TrainingJob:
         """Train to the end, from a checkpoint if there is one."""
         _restore(loop, self.checkpoints)
 
-        def after_step(done: int) -> None:
-            if self.is_due():
-                _keep(loop, self.checkpoints)
-            self.on_step(done, loop.settings.steps)
+        with delay_signals() as deliver:
 
-        try:
-            loop.run(after_step)
-        except KeyboardInterrupt:
-            _keep(loop, self.checkpoints)
-            raise
+            def after_step(done: int) -> None:
+                if self.is_due():
+                    _keep(loop, self.checkpoints)
+                self.on_step(done, loop.settings.steps)
+                deliver()
+
+            try:
+                loop.run(after_step)
+            except KeyboardInterrupt:
+                if not loop.is_torn:
+                    _keep(loop, self.checkpoints)
+                raise
 
     def write_tensors(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a file with tensors. Raises OSError."""

@@ -206,6 +206,8 @@ class Training:
             tensor.requires_grad_()
         self._optimiser = torch.optim.Adam(model.parameters.values(), lr=settings.rate)
         self.state = TrainingState()
+        self.is_torn = False
+        """Whether a step or an evaluation has begun and not ended; a checkpoint would be wrong."""
         self._best: dict[str, Tensor] = {}
         self._chunk: tuple[int, tuple[Tensor, Tensor]] | None = None
         self._order: tuple[int, Tensor] | None = None
@@ -296,6 +298,7 @@ class Training:
     @torch.no_grad()
     def _loss(self, inputs: Tensor, targets: Tensor, step: int, progress: float) -> float:
         """Return the loss of vectors or rows, a batch at a time, and leave the model as it is."""
+        self.is_torn = True
         memory = {name: own.clone() for name, own in self.model.memory.items()}
         parts = (own.split(self.settings.batch) for own in (inputs, targets))
         loss = 0.0
@@ -304,10 +307,12 @@ class Training:
             loss += part if len(own) == len(inputs) else part * len(own) / len(inputs)
         for name, own in self.model.memory.items():
             own.copy_(memory[name])
+        self.is_torn = False
         return loss
 
     def _step(self) -> None:
         state, settings = self.state, self.settings
+        self.is_torn = True
         inputs, targets = self._batch()
         progress = state.step / settings.steps
         left = (1 - progress) / DECAY
@@ -318,6 +323,7 @@ class Training:
         self._optimiser.step()
         self.model.after_step()
         state.step += 1
+        self.is_torn = False
 
     def _add_gradients(self, inputs: Tensor, targets: Tensor, progress: float) -> None:
         """Compute the gradients of a step, part by part. Raises NotFinite."""

@@ -1,7 +1,8 @@
-"""A training that is killed at random moments ends with the weights of one that isn't."""
+"""A training that is killed, or interrupted in a step, ends with the weights of one that isn't."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -9,8 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import mechdsl
+from mechdsl.fits.sparse_training import TopKDictionary
 
 FILE = """mech 1
 
@@ -86,3 +91,35 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
     assert last.returncode == 0, out.decode()
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     assert not list((tmp_path / "killed" / "fits").glob("*.part"))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_signal_in_a_step_leaves_no_torn_checkpoint(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends the training after the step; a second one ends it at once, with no checkpoint."""
+    file = tmp_path / "file.mech"
+    file.write_text(FILE.replace("steps: 3000", "steps: 20"), "utf-8")
+    mechdsl.fit(file, store=tmp_path / "whole")
+    steps: list[int] = []
+    real = TopKDictionary.loss
+
+    def loss(self: Any, inputs: Any, targets: Any, step: int, progress: float) -> Any:
+        found = real(self, inputs, targets, step, progress)
+        steps.append(step)
+        if step == 7:
+            for _ in range(count):
+                signal.raise_signal(signal.SIGINT)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TopKDictionary, "loss", loss)
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            mechdsl.fit(file, store=tmp_path / "killed")
+        assert signal.getsignal(signal.SIGINT) is before
+    assert steps[-1] == 7
+    states = [*(tmp_path / "killed" / "fits").glob("*.part/state.json")]
+    assert [json.loads(each.read_text("utf-8"))["step"] for each in states] == [8] * (count == 1)
+    mechdsl.fit(file, store=tmp_path / "killed")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
