@@ -80,6 +80,15 @@ def pause_garbage_collection() -> Generator[None]:
             gc.enable()
 
 
+def read_launch() -> tuple[int, int]:
+    """Return the number of this process, and of all that a launcher such as torchrun started."""
+    try:
+        number, count, _ = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except (KeyError, ValueError):
+        return 0, 1
+    return number, count
+
+
 DELAYED_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )

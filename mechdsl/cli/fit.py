@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from mechdsl.base.runtime import read_launch
 from mechdsl.cli.arguments import (
     StoreOptions,
     allow_python_option,
@@ -35,6 +38,7 @@ from mechdsl.cli.output import (
     print_line,
     report_failure,
     report_interruption,
+    silence,
 )
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -81,23 +85,64 @@ def fit(
     Trained dictionaries are stored. What is stored isn't trained again, except with `--fresh`. An
     interrupted training continues where it was. Exit status: 0 if everything is trained, 2 for an
     invalid file, 3 if a training or a copy failed. A training whose loss rose has failed.
+
+    Under `accelerate launch` or `torchrun`, all processes train together.
     """
     from mechdsl.pipeline.options import RunOptions
 
     how = settings_from_options(
         parameters, allow_python=allow_python, allow_outside=False, untrusted=untrusted
     )
+    options = RunOptions(settings=how, device=device, dtype=dtype, fresh=stores.fresh)
+    number, count = read_launch()
+    if count == 1:
+        return _fit_files(files, options, plugins, stores, out, form)
+    problem = _find_launch_problem(device)
+    if problem is not None:
+        print_diagnostics([problem] if number == 0 else [])
+        return INVALID_INPUT
+    from mechdsl.fits.processes import join_processes
+    from mechdsl.loading.devices import get_device
+
+    cpu = get_device(device).type == "cpu"
+    with join_processes(count, cpu=cpu), silence() if number else nullcontext():
+        return _fit_files(files, options, plugins, stores, None if number else out, form)
+
+
+def _find_launch_problem(device: str) -> Diagnostic | None:
+    """Return the reason why several processes can't train together."""
+    if find_spec("accelerate") is None:
+        reason = "several processes that train together need accelerate, which isn't installed"
+        return BadCommandLine(reason=reason, hint='install it: `pip install "mechdsl[offload]"`')
+    if ":" in device:
+        reason = f"`--device {device}` is one device, and each process needs its own"
+        return BadCommandLine(reason=reason, hint=f"write `--device {device.partition(':')[0]}`")
+    from mechdsl.loading.devices import explain_device_problem
+
+    why = explain_device_problem(device)
+    hint = "choose another device"
+    return None if why is None else BadCommandLine(reason=f"`--device {device}`: {why}", hint=hint)
+
+
+def _fit_files(
+    files: tuple[Path, ...],
+    options: RunOptions,
+    plugins: tuple[str, ...],
+    stores: StoreOptions,
+    out: Path | None,
+    form: str,
+) -> int:
+    """Train what files declare, and print it; return the exit status."""
     paths, problems = find_mech_files(files)
     problems += load_plugins(plugins)
     everything: list[CheckedFile] = []
     for path in paths if not problems else ():
-        checked, found = check_mech_file(path, how)
+        checked, found = check_mech_file(path, options.settings)
         problems += found
         everything += [] if checked is None else [checked]
     print_diagnostics(problems)
     if has_errors(problems):
         return INVALID_INPUT
-    options = RunOptions(settings=how, device=device, dtype=dtype, fresh=stores.fresh)
     done: list[TrainedFit] = []
     status = SUCCESS
     for checked in everything:
@@ -139,6 +184,7 @@ def train_with_bar(
     status."""
     from dataclasses import replace
 
+    from mechdsl.fits.processes import own_processes
     from mechdsl.pipeline.trained_files import fits_of_file
     from mechdsl.pipeline.trainings import train_file
     from mechdsl.show.progress import ProgressBar, StepCounter
@@ -161,6 +207,8 @@ def train_with_bar(
             own = replace(options, store=folder)
             done, problems = train_file(checked, own, on_progress=StepCounter(bar).advance)
     except Exception as error:
+        if not own_processes().is_first:
+            raise
         return [], [], report_failure(f"training for {source.name}", error)
     print_diagnostics(problems)
     return done, problems, INCOMPLETE if has_errors(problems) else SUCCESS

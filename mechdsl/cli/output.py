@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, cast
 
@@ -270,6 +270,15 @@ def raise_on_signals() -> Generator[None]:
     finally:
         for each in ours:
             signal.signal(each, before[each])
+
+
+@contextmanager
+def silence() -> Generator[None]:
+    """Print nothing in a process beside the one that prints, and leave signals to that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    nothing = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    with nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        yield
 
 
 def report_interruption(error: KeyboardInterrupt, kept: str = "") -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from mechdsl.base.files import special_file_kind, write_obstacle
+from mechdsl.base.runtime import read_launch
 from mechdsl.cli.arguments import (
     PassOptions,
     StoreOptions,
@@ -495,6 +496,11 @@ def _train_first(files: list[CheckedFile], options: RunOptions, stores: StoreOpt
     from mechdsl.pipeline.trained_files import fits_of_file
     from mechdsl.show.trainings import print_trained_fits
 
+    if read_launch()[1] > 1:
+        reason = "several processes train together with `mechdsl fit`, not with `run --fit`"
+        hint = "train first, then run in one process: `mechdsl run FILE`"
+        print_diagnostics([BadCommandLine(reason=reason, hint=hint)])
+        return INVALID_INPUT
     for checked in files:
         if not fits_of_file(checked):
             continue

@@ -24,6 +24,7 @@ from mechdsl.execute.run_record import CARD_FILE, LENS_FILE, LensReport, Report,
 from mechdsl.execute.training_vectors import RowVectors, TrainingVectors
 from mechdsl.fits.factors import NotFactored, Solution
 from mechdsl.fits.lenses import LensLoss, LensMaps, divergence_from_average
+from mechdsl.fits.processes import own_processes
 from mechdsl.fits.sparse_training import unscale_weights
 from mechdsl.fits.training import (
     Fit,
@@ -94,7 +95,7 @@ class TrainingJob:
         with delay_signals() as deliver:
 
             def after_step(done: int) -> None:
-                if self.is_due():
+                if own_processes().is_first and self.is_due():
                     _keep(loop, self.checkpoints)
                 self.on_step(done, loop.settings.steps)
                 deliver()
@@ -102,7 +103,7 @@ class TrainingJob:
             try:
                 loop.run(after_step)
             except KeyboardInterrupt:
-                if not loop.is_torn:
+                if own_processes().is_first and not loop.is_torn:
                     _keep(loop, self.checkpoints)
                 raise
 

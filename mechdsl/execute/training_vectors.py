@@ -17,6 +17,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.base.hashing import stable_hash
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
+from mechdsl.fits.processes import own_processes
 from mechdsl.fits.training import TrainingState, VectorSource
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
@@ -229,6 +230,8 @@ def read_rows(
 ) -> tuple[Tensor, Tensor]:
     """Return the vectors of some rows that are encoded, and those that are reconstructed.
 
+    Processes that train together read batches of rows in turn.
+
     Args:
         sites: Those of the vectors that are encoded, and then that of those that are reconstructed.
         sample: The rows and their tokens.
@@ -241,9 +244,14 @@ def read_rows(
     """
     points = list(dict.fromkeys(sites))
     parts: list[list[Tensor]] = [[] for _ in points]
-    for found in _read_batches(model, sample, np.sort(rows), points, seed, side):
+    rows, processes = np.sort(rows), own_processes()
+    batches = split_prompts(model, sample.run, points, rows) if len(rows) else []
+    turn = batches[processes.number :: processes.count]
+    for found in _read_batches(model, sample, turn, points, seed, side):
         for own, vectors in zip(parts, found, strict=True):
             own.append(vectors)
+    if batches:
+        parts = [processes.share(own, len(batches)) for own in parts]
     joined = [
         torch.cat(own)
         if own
@@ -257,14 +265,13 @@ def read_rows(
 def _read_batches(
     model: LoadedModel,
     sample: FitSample,
-    rows: Ints,
+    batches: Sequence[Ints],
     points: Sequence[SitePoint],
     seed: int,
     side: PaddingSide | None,
 ) -> Iterator[list[Tensor]]:
     """Yield the vectors of each site, batch by batch."""
     reader = build_reader(model, sample.table, sample.run, points, seed=seed, side=side)
-    batches = split_prompts(model, sample.run, points, rows) if len(rows) else []
     with torch.no_grad():
         own: list[Tensor] = []
         for found in read_vectors(reader, points, [sample.cell], batches):

@@ -5,5 +5,6 @@ vectors, scales, gates, lenses.
 In: arrays of vectors and targets, [row, width]. Out: weights, directions, held-out predictions,
 numbers. Imports base, numpy and scipy; torch only in `training`, `sparse_training`, `factors`,
 `components`, `correlations`, `mixtures`, `lenses`, `rotations`, `vectors` and `gates`; scikit-learn
-only inside functions of `factors`, `components` and `mixtures`.
+only inside functions of `factors`, `components` and `mixtures`, torch and accelerate only inside
+functions of `processes`.
 """

@@ -8,7 +8,7 @@ Rajamanoharan et al. 2024, arXiv 2407.14435 (JumpReLU) and arXiv 2404.16014 (gat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -93,15 +93,13 @@ class SparseDictionary:
         """Return the squared error of a vector, the mean over the batch, plus penalties."""
         raise NotImplementedError
 
-    def loss_of_part(
-        self, parts: Sequence[tuple[Tensor, Tensor]], number: int, step: int, progress: float
-    ) -> Tensor:
-        """Return the loss of a part of a batch: features of all parts count as active."""
-        if number == 0 and bool(self._idle(step).any()):
-            with torch.no_grad():
-                for inputs, targets in parts:
-                    self.loss(inputs, targets, step, progress)
-        return self.loss(*parts[number], step, progress)
+    def needs_notes(self, step: int) -> bool:
+        """Whether a feature hasn't been active for long; another part may find it active."""
+        return bool(self._idle(step).any())
+
+    def join_memory(self, copies: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return [feature] the last step in which it was active in some process."""
+        return {"last_active": copies["last_active"].amax(0)}
 
     # --- parts of losses
 

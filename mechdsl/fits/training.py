@@ -9,7 +9,7 @@ Parameters, moments of the optimiser and evaluations have the precision of the v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -18,7 +18,8 @@ import torch
 from torch import Generator, Tensor
 
 from mechdsl.base.hashing import stable_hash
-from mechdsl.base.text import count_noun
+from mechdsl.base.text import count_noun, name_list
+from mechdsl.fits.processes import own_processes
 
 EVALUATIONS = 20
 """How often the loss on held-out vectors is computed during a training."""
@@ -44,6 +45,16 @@ class NotFinite(Diverged):
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(f"{what} finite after {count_noun(step, 'step')}")
+
+
+class IndivisibleMemory(Exception):
+    """Parts of a step that several processes can't compute at once."""
+
+    hint = "train it in one process: `mechdsl fit FILE`"
+
+    def __init__(self, names: Iterable[str]) -> None:
+        reason = f"its losses may change {name_list(names)} one after another"
+        super().__init__(f"several processes can't divide a step: {reason}")
 
 
 class Trainable(Protocol):
@@ -97,6 +108,23 @@ class DivisibleLoss(Protocol):
             number: Number of the part, from 0; losses are computed in this order.
             step: As in `Trainable.loss`.
             progress: As in `Trainable.loss`.
+        """
+        ...
+
+
+@runtime_checkable
+class DivisibleMemory(Protocol):
+    """Memory that the losses of the parts of a batch change, in any order and in any process."""
+
+    def needs_notes(self, step: int) -> bool:
+        """Whether the loss of a part depends on the memory after the losses of all parts."""
+        ...
+
+    def join_memory(self, copies: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the memory after some parts in each process.
+
+        Args:
+            copies: [process, ...] of each tensor.
         """
         ...
 
@@ -199,8 +227,14 @@ class Training:
             model: The parameters at the start.
             held_out: Inputs and targets that the training doesn't use; empty for none.
             scale: Centres and scales inputs and targets.
+
+        Raises:
+            IndivisibleMemory: Several processes can't divide its steps.
         """
         self.model, self.source, self.settings, self._scale = model, source, settings, scale
+        self._processes = own_processes()
+        if self._processes.count > 1 and not isinstance(model, DivisibleMemory) and model.memory:
+            raise IndivisibleMemory(model.memory)
         self._held_out = scale(*held_out)
         for tensor in model.parameters.values():
             tensor.requires_grad_()
@@ -327,20 +361,81 @@ class Training:
 
     def _add_gradients(self, inputs: Tensor, targets: Tensor, progress: float) -> None:
         """Compute the gradients of a step, part by part. Raises NotFinite."""
-        settings, step = self.settings, self.state.step
-        split = (own.split(settings.batch) for own in (inputs, targets))
+        split = (own.split(self.settings.batch) for own in (inputs, targets))
         parts = list(zip(*split, strict=True))
-        divided = self.model if len(parts) > 1 and isinstance(self.model, DivisibleLoss) else None
-        for number, (own, wanted) in enumerate(parts):
-            with settings.autocast():
-                if divided is None:
-                    loss = self.model.loss(own, wanted, step, progress)
-                else:
-                    loss = divided.loss_of_part(parts, number, step, progress)
-            if not bool(loss.isfinite()):
-                raise NotFinite("the loss isn't", step)
-            share = loss * (len(own) / len(inputs))
-            share.backward()  # pyright: ignore[reportUnknownMemberType]
+        processes, model = self._processes, self.model
+        if len(parts) > 1 and isinstance(model, DivisibleMemory):
+            self._note_parts(parts, model, progress)
+        if processes.count == 1:
+            for number in range(len(parts)):
+                loss = self._loss_of_part(parts, number, progress)
+                if not bool(loss.isfinite()):
+                    raise NotFinite("the loss isn't", self.state.step)
+                loss.backward()  # pyright: ignore[reportUnknownMemberType]
+            return
+        for first in range(0, len(parts), processes.count):
+            self._add_in_turn(parts, first, progress)
+        if isinstance(model, DivisibleMemory):
+            self._join_memory(model)
+
+    def _loss_of_part(
+        self, parts: Sequence[tuple[Tensor, Tensor]], number: int, progress: float
+    ) -> Tensor:
+        """Return the loss of a part, times its share of the batch."""
+        step, (own, wanted) = self.state.step, parts[number]
+        with self.settings.autocast():
+            if len(parts) > 1 and isinstance(self.model, DivisibleLoss):
+                loss = self.model.loss_of_part(parts, number, step, progress)
+            else:
+                loss = self.model.loss(own, wanted, step, progress)
+        return loss * (len(own) / sum(len(each) for each, _ in parts))
+
+    @torch.no_grad()
+    def _note_parts(
+        self, parts: Sequence[tuple[Tensor, Tensor]], model: DivisibleMemory, progress: float
+    ) -> None:
+        """Let the memory have what all parts change, if their losses depend on it."""
+        step, processes = self.state.step, self._processes
+        if not model.needs_notes(step):
+            return
+        with self.settings.autocast():
+            for inputs, targets in parts[processes.number :: processes.count]:
+                self.model.loss(inputs, targets, step, progress)
+        self._join_memory(model)
+
+    @torch.no_grad()
+    def _join_memory(self, model: DivisibleMemory) -> None:
+        """Give the memory of every process what each of them changed."""
+        memory = self.model.memory
+        if self._processes.count > 1:
+            copies = {name: torch.stack(self._processes.gather(t)) for name, t in memory.items()}
+            for name, joined in model.join_memory(copies).items():
+                memory[name].copy_(joined)
+
+    def _add_in_turn(
+        self, parts: Sequence[tuple[Tensor, Tensor]], first: int, progress: float
+    ) -> None:
+        """Add the gradients of the next parts, one of each process, in the order of the parts.
+
+        This is the order of one process, so that the sums have the same bits.
+        """
+        parameters = [*self.model.parameters.values()]
+        processes = self._processes
+        number, count = first + processes.number, min(processes.count, len(parts) - first)
+        loss, gradients = parameters[0].new_zeros(()), [None] * len(parameters)
+        if number < len(parts):
+            loss = self._loss_of_part(parts, number, progress)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        depends = [own is not None for own in gradients]
+        facts = torch.tensor([bool(loss.isfinite()), *depends], dtype=torch.float32)
+        told = processes.gather(facts)[:count]
+        if not all(each[0] for each in told):
+            raise NotFinite("the loss isn't", self.state.step)
+        for place, (own, gradient) in enumerate(zip(parameters, gradients, strict=True), 1):
+            copies = processes.gather(torch.zeros_like(own) if gradient is None else gradient)
+            for copy, each in zip(copies, told, strict=False):
+                if each[place]:
+                    own.grad = copy if own.grad is None else own.grad + copy
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         """Return the vectors or rows of the next step, in a random order of the current chunk's."""

@@ -37,6 +37,7 @@ from mechdsl.execute.run_record import (
     TrainedFit,
     VectorReport,
 )
+from mechdsl.fits.processes import Processes, own_processes
 from mechdsl.pipeline.identities import RunKeyError
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.pipeline.trained_files import (
@@ -51,7 +52,7 @@ from mechdsl.pipeline.trained_files import (
 )
 from mechdsl.program.own_trainers import OwnTrainer
 from mechdsl.program.python_functions import PythonFailure
-from mechdsl.program.trainers import PairedTrainer, SolvedTrainer
+from mechdsl.program.trainers import PairedTrainer, ProbeTrainer, SolvedTrainer
 from mechdsl.resolve.sites import label_all_points, label_candidates, label_points
 from mechdsl.resolve.trainings import UNTRAINED_FOLDER, name_without_seed, resolve_part
 from mechdsl.resolve.types import (
@@ -79,6 +80,12 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
+
+UNSHARED_STORE = (
+    "a process can't read the stored training that another one reads",
+    "name a store that all processes share: `--store FOLDER`",
+)
+"""Reason and fix, where processes run on several machines."""
 
 FitProgress = Callable[[str, int, int], None]
 """Called with the basis, and its finished and all steps."""
@@ -158,7 +165,7 @@ def _train_ready(
     on_progress: FitProgress | None,
 ) -> tuple[list[TrainedFit], list[Diagnostic]]:
     """Train those of some trainings that the store doesn't have. Raises StoreProblem, OSError."""
-    keys = FitKeys(checked, options, loaded, store)
+    keys, processes = FitKeys(checked, options, loaded, store), own_processes()
     done: list[TrainedFit] = []
     due: list[tuple[DeclaredFit, Path]] = []
     problems: list[Diagnostic] = []
@@ -169,13 +176,16 @@ def _train_ready(
             problems.append(_failed(fit, str(unknown), unknown.hint))
             continue
         known = None if options.fresh else read_fit(folder, fit)
-        missing = None if known is not None else _missing_package(fit)
+        is_due = processes.agree(known is None)
+        missing = (_missing_package(fit) or _undivided(fit, processes)) if is_due else None
         if missing is not None:
             problems.append(missing)
-        elif known is None:
+        elif is_due:
             due.append((fit, folder))
-        else:
+        elif known is not None:
             done.append(_finished(fit, folder, known[1], 0.0))
+        else:
+            problems.append(_failed(fit, *UNSHARED_STORE))
     if due:
         trained, found = _train_due(checked, options, loaded, due, store, on_progress)
         done += trained
@@ -206,6 +216,26 @@ def _missing_package(fit: DeclaredFit) -> Diagnostic | None:
         return None
     reason = f"`{fit.training.trainer.name}` needs {package}, which isn't installed"
     return _failed(fit, reason, 'install it: `pip install "mechdsl[fits]"`')
+
+
+def _undivided(fit: DeclaredFit, processes: Processes) -> Diagnostic | None:
+    """Return E0643 if several processes can't train something together."""
+    training, count = fit.training, processes.count
+    if count == 1:
+        return None
+    trainer = training.trainer
+    if isinstance(trainer, SolvedTrainer | PairedTrainer | ProbeTrainer):
+        reason = f"`{trainer.name}` uses all vectors together, so {count} processes can't divide it"
+        return _failed(fit, reason, "train it in one process: `mechdsl fit FILE`")
+    indivisible, parts = trainer.check_parts(training.of_trainer), training.options["accumulate"]
+    if indivisible is not None:
+        reason = f"{count} processes can't divide a step: {indivisible[0]}"
+        return _failed(fit, reason, "train it in one process: `mechdsl fit FILE`")
+    if int(parts) >= count:
+        return None
+    has = "one batch" if parts == 1 else f"{parts} batches"
+    reason = f"{count} processes divide the batches of a step, and its steps have {has}"
+    return _failed(fit, reason, f"write `accumulate: {count}`")
 
 
 def _train_due(
@@ -260,56 +290,64 @@ def _train_one(
     Args:
         run: Trains it, and writes it to a folder.
     """
+    part = folder.with_name(f"{folder.name}.part")
+    make_folder(part)
+    processes = own_processes()
+    lock = take_lock(folder.with_name(f"{folder.name}.lock")) if processes.is_first else None
+    if processes.agree(lock is None):
+        hint = "wait until it ends; then the same command uses its result"
+        return None, _failed(fit, "another process is training it", hint)
+    began = time.monotonic()
+    result = part / ("result" if processes.is_first else f"result {processes.number}")
+    shutil.rmtree(result, ignore_errors=True)
+    result.mkdir()
+    try:
+        report = run(fit, result)
+    except Exception as error:
+        problem = _explain_failure(fit, error)
+        if problem is None:
+            raise
+        shutil.rmtree(part, ignore_errors=True)
+        return None, problem
+    finally:
+        if lock is not None:
+            lock.free(remove=True)
+    if processes.is_first:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(result, folder)
+        sync_folder(folder.parent)
+    processes.agree(True)  # the others read the folder
+    shutil.rmtree(part, ignore_errors=True)
+    return _finished(fit, folder, report, time.monotonic() - began), None
+
+
+def _explain_failure(fit: DeclaredFit, error: Exception) -> Diagnostic | None:
+    """Return the diagnostic of an expected failure of a training; None for another exception."""
     from mechdsl.execute.mask_training import NoBasis, TooFewCandidates
     from mechdsl.execute.probe_training import NoProbe
     from mechdsl.execute.run.feature_files import RowsRefused
     from mechdsl.execute.training_vectors import NoVectors
     from mechdsl.fits.factors import NotFactored
-    from mechdsl.fits.training import Diverged
+    from mechdsl.fits.training import Diverged, IndivisibleMemory
     from mechdsl.forward.hooks.gradients import AutogradFailed
 
-    part = folder.with_name(f"{folder.name}.part")
-    make_folder(part)
-    lock = take_lock(folder.with_name(f"{folder.name}.lock"))
-    if lock is None:
-        hint = "wait until it ends; then the same command uses its result"
-        return None, _failed(fit, "another process is training it", hint)
-    began = time.monotonic()
-    result = part / "result"
-    shutil.rmtree(result, ignore_errors=True)
-    result.mkdir()
-    try:
-        report = run(fit, result)
-    except AutogradFailed as problem:
-        shutil.rmtree(part, ignore_errors=True)
-        reason = f"autograd can't follow the model ({str(problem)[:200]})"
-        return None, _failed(fit, reason, "train on a model without in-place operations")
-    except PythonFailure as failure:
-        shutil.rmtree(part, ignore_errors=True)
-        return None, failure.diagnostic
-    except (RowsRefused, NoBasis) as refused:
-        shutil.rmtree(part, ignore_errors=True)
-        return None, refused.diagnostics[0]
-    except NoVectors as problem:
-        shutil.rmtree(part, ignore_errors=True)
-        reason, hint = f"no row has `{problem}`", "name a position that more rows have"
-        return None, _failed(fit, reason, hint)
-    except Diverged as problem:
-        shutil.rmtree(part, ignore_errors=True)
+    if isinstance(error, AutogradFailed):
+        reason = f"autograd can't follow the model ({str(error)[:200]})"
+        return _failed(fit, reason, "train on a model without in-place operations")
+    if isinstance(error, PythonFailure):
+        return error.diagnostic
+    if isinstance(error, RowsRefused | NoBasis):
+        return error.diagnostics[0]
+    if isinstance(error, NoVectors):
+        return _failed(fit, f"no row has `{error}`", "name a position that more rows have")
+    if isinstance(error, Diverged):
         rate = float(fit.training.options["rate"])
         hint = f"lower the learning rate: `rate: {rate / 10:g}`"
         hint += ", or the penalty" if "penalty" in fit.training.of_trainer else ""
-        return None, _failed(fit, str(problem), hint)
-    except (NotFactored, TooFewCandidates, NoProbe) as problem:
-        shutil.rmtree(part, ignore_errors=True)
-        return None, _failed(fit, str(problem), problem.hint)
-    finally:
-        lock.free(remove=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(result, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(part, ignore_errors=True)
-    return _finished(fit, folder, report, time.monotonic() - began), None
+        return _failed(fit, str(error), hint)
+    if isinstance(error, NotFactored | TooFewCandidates | NoProbe | IndivisibleMemory):
+        return _failed(fit, str(error), error.hint)
+    return None
 
 
 def _run_training(

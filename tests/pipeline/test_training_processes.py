@@ -1,0 +1,229 @@
+"""Trainings that a launcher starts in several processes, against the same trainings in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+import mechdsl
+from mechdsl.cli.entry import app
+from mechdsl.cli.output import INVALID_INPUT
+from mechdsl.fits import training
+from mechdsl.fits.processes import Processes
+
+from . import test_batches_and_precision as batches
+from . import test_own_trainers as own
+from . import test_streamed_trainings as streamed
+from . import test_trained_dictionaries as dictionaries
+from . import test_trained_rotations as rotations
+from .test_batches_and_precision import DECLARED
+from .test_trained_rotations import HERE
+
+pytest.importorskip("accelerate")
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+ROOT = Path(__file__).parents[2]
+OPTIONS = "steps: 8, batch: 2, accumulate: 3"
+"""An odd number of batches: the second process has none at the end."""
+KINDS = {
+    "topk": dictionaries.SAE,
+    **{
+        kind: dictionaries.SAE.replace("k: 4", f'penalty: 0.1, kind: "{kind}"')
+        for kind in ("relu", "jump_relu", "gated")
+    },
+}
+
+
+def launch(*command: str | Path, count: int = 2) -> subprocess.CompletedProcess[str]:
+    """Start processes as `accelerate launch` does, which starts only one without a GPU."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return start(*(launcher if count > 1 else ()), "-m", *command)
+
+
+def start(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    every = [sys.executable, *map(str, command)]
+    return subprocess.run(
+        every, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+# --- all trainers, on models of several families --------------------------------------------------
+
+OWN = ("own dictionary", "own vector")
+"""Their modules have buffers."""
+QUICK = ("topk", "streamed", "transcoder", "rotation", "mask", "lens")
+
+
+def write_file(kind: str, family: str, folder: Path) -> list[str]:
+    """Write a file with a training, and return its path, the family and the trained file."""
+    folder.mkdir(parents=True)
+    options, weights = f"{batches.USUAL}, {OPTIONS}", batches.WEIGHTS
+    if kind in DECLARED:
+        return [str(batches.declare(kind, folder, OPTIONS)), family, DECLARED[kind][2]]
+    if kind == "streamed":
+        streamed.write_texts(folder, streamed.texts())
+        line = streamed.BLOCK + streamed.fit(options)
+    else:
+        line = dictionaries.fit(KINDS[kind], f"{options}, patience: 3")
+    return [str(dictionaries.write(folder, line, dictionaries.ABLATES)), family, weights]
+
+
+def train_all(kinds: Sequence[str], folder: Path, count: int) -> dict[str, bytes | str]:
+    """Train each file in so many processes; return the trained files, and problems."""
+    files = [
+        write_file(kind, family, folder / kind)
+        for kind, family in zip(kinds, cycle(HERE), strict=False)
+    ]
+    listed, result = folder / "list.json", folder / "result.json"
+    listed.write_text(json.dumps([file[:2] for file in files]), "utf-8")
+    done = launch("tests.pipeline.training_processes", listed, result, count=count)
+    assert done.returncode == 0, done.stderr
+    found = map(Path, json.loads(result.read_text("utf-8")))
+    return {
+        kind: (own / file[2]).read_bytes() if own.is_dir() else str(own)
+        for kind, file, own in zip(kinds, files, found, strict=True)
+    }
+
+
+EVERY = [kind for kind in (*DECLARED, *KINDS, "streamed") if kind not in OWN]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "count"),
+    [pytest.param(QUICK, 2, id="quick"), pytest.param(EVERY, 3, id="all", marks=pytest.mark.slow)],
+)
+def test_processes_end_with_the_weights_of_one(
+    kinds: Sequence[str], count: int, tmp_path: Path
+) -> None:
+    """Bit for bit; also with features that are idle, several layouts of batches and streams."""
+    one, several = (train_all(kinds, tmp_path / str(n), n) for n in (1, count))
+    assert [own for own in (*one.values(), *several.values()) if isinstance(own, str)] == []
+    assert [kind for kind in one if one[kind] != several[kind]] == []
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+FILE = """mech 1
+
+model toy = zoo("induction")
+
+prompts repeats {
+  word in words(toy)
+  half = list(word, 12, sep: " ", distinct: true)
+  template "{half} {again = half} {cue = half[1]}"
+  answer " {half[2]}"
+  split 80%
+}
+
+basis f = fit(sae(features: 32, k: 4), prompts: repeats.train, limit: 40, steps: 20, accumulate: 2)
+  at resid_post layer 0 at tokens *
+group g = fit(mask(size: 4), prompts: repeats.train, limit: 40, steps: 4, accumulate: 2,
+  with: zero, maximise: logit(answer)) at features * of f at last token
+basis c = fit(ica(components: 4), prompts: repeats.train, limit: 40) at resid_post layer 0
+basis b = fit(sae(features: 32, k: 4, kind: "batch_topk"), prompts: repeats.train, limit: 40,
+  steps: 20) at resid_post layer 0 at tokens *
+basis s = fit(sae(features: 32, k: 4), prompts: repeats.train, limit: 40, steps: 20)
+  at resid_post layer 0 at tokens *
+"""
+USES = """
+experiment {0} {{
+  model toy
+  prompts repeats.test limit 16
+  {1}
+  measure logit(answer) as delta
+}}
+"""
+
+
+def test_command_trains_what_processes_can_divide(tmp_path: Path) -> None:
+    """A mask over a dictionary waits for it; the first process prints; others can't be divided."""
+    file = tmp_path / "file.mech"
+    write = "set resid_post layer 0 at last token to reconstruction of {0}"
+    rules = {name: write.format(name) for name in "fcbs"}
+    rules["g"] = "ablate g at last token with zero"
+    parts = [USES.format(f"e{name}", rule) for name, rule in rules.items()]
+    file.write_text(FILE + "".join(parts), "utf-8")
+    done = launch("mechdsl", "fit", file, "--format", "json", "--store", tmp_path / "store")
+    printed = json.loads(done.stdout[done.stdout.index("{") :])
+    assert {each["basis"] for each in printed["fits"]} == {"f", "g"}, done.stderr
+    failed = {each["message"].split(" can't be trained: ")[-1] for each in printed["diagnostics"]}
+    assert failed == {
+        "the mask of `g` is undecided at 31 of 31 features",
+        "`ica` uses all vectors together, so 2 processes can't divide it",
+        "2 processes can't divide a step: `batch_topk` compares the features of a whole batch, "
+        "which `accumulate` divides",
+        "2 processes divide the batches of a step, and its steps have one batch",
+    }
+
+
+def test_interrupted_training_continues_in_two_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_file("rotation", "llama", tmp_path / "rotation")
+    path = Path(file[0])
+    (whole,) = rotations.train(path)
+    expected = (whole.folder / file[2]).read_bytes()
+    rotations.interrupt_training(path, whole.folder, monkeypatch)
+    shutil.rmtree(whole.folder)
+    listed, result = tmp_path / "list.json", tmp_path / "result.json"
+    listed.write_text(json.dumps([file[:2]]), "utf-8")
+    assert launch("tests.pipeline.training_processes", listed, result).returncode == 0
+    assert json.loads(result.read_text("utf-8")) == [str(whole.folder)]
+    assert (whole.folder / file[2]).read_bytes() == expected
+    assert not whole.folder.with_name(f"{whole.folder.name}.part").exists()
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_module_with_buffers_is_an_error(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of a part may depend on what the part before it left in a buffer."""
+    path, family, _ = write_file(kind, "llama", tmp_path / kind)
+    monkeypatch.setattr(training, "own_processes", lambda: Processes(2, 0))
+    with pytest.raises(mechdsl.MechdslError, match="several processes can't divide a step"):
+        own.train(Path(path), family)
+
+
+def launched(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run a command in this process, as if a launcher had started it."""
+    file = folder / "file.mech"
+    file.write_text(FILE + USES.format("e", "observe features of f at last token"), "utf-8")
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    return app.main([*words, str(file)], standalone_mode=False)
+
+
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+MISTAKES = {
+    "run": (("run", "--fit"), "several processes train together with `mechdsl fit`"),
+    "one device": (("fit", "--device", "cpu:0"), "is one device, and each process needs its own"),
+    "no device": (("fit", "--device", "gpu"), "`--device gpu`: there is no such device"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_reported_before_anything_runs(
+    case: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words, said = MISTAKES[case]
+    assert launched(tmp_path, monkeypatch, *words) == INVALID_INPUT
+    assert said in capsys.readouterr().err
+
+
+def test_missing_accelerate_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mechdsl.cli.fit.find_spec", lambda name: None)
+    assert launched(tmp_path, monkeypatch, "fit") == INVALID_INPUT
+    assert 'pip install "mechdsl[offload]"' in capsys.readouterr().err

@@ -1,0 +1,41 @@
+"""A process of several that train together: trains each file of a list with a model in Python.
+
+`python -m tests.pipeline.training_processes LIST RESULT`: LIST is JSON, with a path and a family
+for each training. RESULT gets the folder of what was trained, or the problem.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mechdsl.base.runtime import read_launch
+from mechdsl.execute import training_vectors
+from mechdsl.fits import sparse_training
+from mechdsl.fits.processes import join_processes
+from tests.pipeline.test_own_trainers import train
+
+
+def train_all(listed: Path) -> list[str]:
+    """Train each of them, in batches of one or two rows, with features that are soon idle."""
+    sparse_training.IDLE_STEPS = 2
+    training_vectors.split_prompts = partial(training_vectors.split_prompts, tokens=16)
+    found = []
+    for path, family in json.loads(listed.read_text("utf-8")):
+        try:
+            (one,) = train(Path(path), family)
+            found.append(str(one.folder))
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with join_processes(read_launch()[1], cpu=True) as processes:
+        done = train_all(Path(sys.argv[1]))
+        assert processes.agree(done) == done
+        if processes.is_first:
+            Path(sys.argv[2]).write_text(json.dumps(done), "utf-8")
