@@ -139,6 +139,14 @@ class ImageExpansion(Record):
         tiles = [cell for cell in cells if cell.tile != THUMBNAIL]
         return {(cell.row, cell.col): cell.position for cell in tiles or cells}
 
+    def grid_of(self, number: int) -> Mapping[tuple[int, int], int]:
+        """Row and column of each cell of a tile or the thumbnail, from 1 within it → its token."""
+        tile = next(each for each in self.layout.tiles if each.number == number)
+        cells = (cell for cell in self.layout.cells if cell.tile == number and cell.row)
+        return {
+            (cell.row - tile.top + 1, cell.col - tile.left + 1): cell.position for cell in cells
+        }
+
     @property
     def size(self) -> tuple[int, int]:
         """Rows and columns of the grid; (0, 0) if no token reads one part of the image."""

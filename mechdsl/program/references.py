@@ -211,7 +211,8 @@ def may_sweep_position(node: ast.Node) -> bool:
         case ast.TokenIndex():
             return not node.plural and (node.low is None or node.high is not None)
         case ast.SpanTokens():
-            counted = (node.of.occurrence, node.of.row, node.of.col)
+            view = node.of.view
+            counted = (node.of.occurrence, view and view.number, node.of.row, node.of.col)
             several = any(at and (at.low is None or at.high is not None) for at in counted)
             ranged = node.high is not None and not node.plural
             return node.each or ranged or (several and not node.plural)

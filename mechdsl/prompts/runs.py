@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mechdsl.base.records import Record, record
-from mechdsl.images.layouts import PromptPicture
+from mechdsl.images.layouts import ImageCell, PromptPicture
 from mechdsl.images.picture import Picture, Region
 from mechdsl.prompts.values import TextSpan
 
@@ -129,12 +129,7 @@ class RunRow(Record):
 
     def image_label(self, token: int) -> str | None:
         """Return the name of a token of an image, as the language writes it; None for others."""
-        for each in self.placed_pictures:
-            expansion = each.picture.expansion
-            cell = expansion.cell_of.get(token - each.first)
-            if cell is not None:
-                return f"{each.name} {expansion.label(cell)}"
-        return None
+        return next((each.label(token) for each in self.placed_pictures if each.cell(token)), None)
 
     def image_places(self, name: str) -> list[tuple[int, ...]]:
         """Return the tokens of an image at each of its occurrences, or of each occurrence of a
@@ -152,10 +147,24 @@ class PlacedPicture(Record):
     first: int
     """The first of its tokens."""
 
-    def places(self, name: str) -> list[tuple[int, ...]]:
-        """Return the tokens of its cells, or of each occurrence of a region."""
-        own = self.picture
-        chosen = own.regions[name] if name != self.name else (tuple(own.expansion.cell_of),)
+    def cell(self, token: int) -> ImageCell | None:
+        """Return the part of the image that a token of the prompt reads; None for other tokens."""
+        return self.picture.expansion.cell_of.get(token - self.first)
+
+    def label(self, token: int) -> str:
+        """Return the name of a token that reads a part, as the language writes it."""
+        expansion = self.picture.expansion
+        return f"{self.name} {expansion.label(expansion.cell_of[token - self.first])}"
+
+    def places(self, name: str, tiles: Collection[int] | None = None) -> list[tuple[int, ...]]:
+        """Return the tokens of its cells, or of each occurrence of a region.
+
+        tiles: the tiles to which they belong (`ImageCell.tile`); None for all.
+        """
+        own, cells = self.picture, self.picture.expansion.cell_of
+        chosen = own.regions[name] if name != self.name else (tuple(cells),)
+        if tiles is not None:
+            chosen = [[each for each in own if cells[each].tile in tiles] for own in chosen]
         return [tuple(self.first + token for token in tokens) for tokens in chosen if tokens]
 
 

@@ -395,6 +395,14 @@ class Occurrence(Node):
 
 
 @record
+class ImageView(Node):
+    """A part of an image that its processor prepares separately: `tile 2`, `thumbnail`."""
+
+    number: Occurrence | None = None
+    """The number of a tile; None is the thumbnail."""
+
+
+@record
 class SpanRef(Node):
     """A named span: `subject`, `item 3`, `last-item of part1`, `"Answer"`, `image row 3 col 4`."""
 
@@ -402,6 +410,7 @@ class SpanRef(Node):
     literal: str | None = None
     occurrence: Occurrence | None = None
     edge: Literal["first", "last"] | None = None
+    view: ImageView | None = None
     row: Occurrence | None = None
     col: Occurrence | None = None
     of: str | None = None

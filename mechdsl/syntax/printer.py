@@ -391,9 +391,16 @@ def format_span(node: ast.SpanRef) -> str:
         text = f"{node.edge}-{node.name}" if node.edge else str(node.name)
     if node.occurrence is not None:
         text += f" {format_occurrence(node.occurrence)}"
+    if node.view is not None:
+        text += f" {format_view(node.view)}"
     if node.row is not None and node.col is not None:
         text += f" row {format_occurrence(node.row)} col {format_occurrence(node.col)}"
     return text + (f" of {node.of}" if node.of else "")
+
+
+def format_view(node: ast.ImageView) -> str:
+    """Format a view of an image: `tile 2`, `thumbnail`."""
+    return "thumbnail" if node.number is None else f"tile {format_occurrence(node.number)}"
 
 
 def format_occurrence(node: ast.Occurrence) -> str:

@@ -860,8 +860,14 @@ class TreeBuilder(Transformer[Token, Any]):
         high = _integer(c[2]) if len(c) == 3 else None
         return ast.Occurrence(_integer(c[0]), high, span=_span(c))
 
+    view_span = _clause("span", lambda c: {"name": str(c[0]), "view": c[1]})
+
+    def view(self, c: list[Any]) -> ast.ImageView:
+        return ast.ImageView(c[1] if len(c) == 2 else None, span=_span(c))
+
     def patches_span(self, c: list[Any]) -> ast.SpanRef:
-        return ast.SpanRef(str(c[0]), row=c[2], col=c[4], span=_span(c))
+        view = c[1] if isinstance(c[1], ast.ImageView) else None
+        return ast.SpanRef(str(c[0]), view=view, row=c[-3], col=c[-1], span=_span(c))
 
     def patches(self, c: list[Any]) -> ast.Occurrence:
         numbers = [each.value for each in c if isinstance(each, Clause)]

@@ -2735,6 +2735,18 @@ _in_prompt(
     beside='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
 )
 _in_prompt(
+    "tile of an image in a prompt",
+    "photo tile 2 row 1 col 3 token",
+    "A token of a tile, with rows and columns from 1 within the tile. `photo tile 2 tokens`, "
+    "`each token of photo tile 2` and `photo tile * tokens` (all tiles) are positions too, and "
+    "`photo thumbnail tokens` those of the whole image that some processors add. Tiles count "
+    "from 1 in reading order; an image that isn't cut is `tile 1`. With a region, "
+    "`object tile 2 tokens` are its tokens in that tile. In `for t in 1..4`, images with fewer "
+    "tiles leave the cell.",
+    beside='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
+    test="test_families.py",
+)
+_in_prompt(
     "changed image in a prompt",
     "corrupt hidden { mask photo }",
     "Makes the image gray; `blur photo radius 8`, `noise photo by 40`, regions and `swap` work "

@@ -456,17 +456,21 @@ def in_image_prompts(entry: Construct) -> str:
     from_block = entry.example.startswith("image from")
     block = 'images circles { kind in ["circle", "square"] image shapes(n: 1, kind: kind) }'
     run = entry.example.split()[1] if entry.example.startswith("corrupt") else ""
-    at = entry.example.split()[1] if entry.example.startswith("region") else "last"
+    at, line = "last token", entry.example
+    if line.startswith("region"):
+        at = f"{line.split()[1]} tokens"
+    elif line.endswith("token"):
+        at, line = line, ""
     lines = [
         "mech 1",
         'model m = local("vlm")',
         *([block] if from_block else []),
-        f'prompts ask {{ {entry.beside} {entry.example} answer " yes" }}',
+        f'prompts ask {{ {entry.beside} {line} answer " yes" }}',
         "experiment e {",
         "  model m",
         "  prompts ask limit 8",
         f"  from clean into {run}" if run else "",
-        f"  ablate resid_post layer 1 at {at} token{'s' if at != 'last' else ''} with zero",
+        f"  ablate resid_post layer 1 at {at} with zero",
         "  measure logit(answer) as delta",
         "}",
     ]
@@ -690,8 +694,7 @@ def sections() -> list[Section]:
             "Lines of a `prompts` block for a vision-language model. "
             "[Models](models.md#image-tokens) lists the models. Rules act in the language model. "
             "`photo tokens`, `each token of photo` and `photo row 3 col 4 token` are positions, "
-            "as for rows of images; rows and columns count over all tiles of an image, and the "
-            "labels of a thumbnail's tokens say so.",
+            "as for rows of images; rows and columns count over all tiles of an image.",
             tuple(of_group("image in prompts")),
         ),
         Section(

@@ -74,6 +74,9 @@ each token of subject, subject token + 1, last token
 image row 3 col 4 token
 image row 1..3 col * tokens
 image row r..r + 1 col c - 1..3 tokens
+photo tile 2 tokens
+photo tile i row 1..2 col * token
+each token of photo thumbnail
 image tokens
 each token of image
 object_a tokens

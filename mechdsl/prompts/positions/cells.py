@@ -38,7 +38,6 @@ from mechdsl.prompts.positions.spans import (
     has_named_numbers,
     image_token_cells,
     occurrence_bounds,
-    picture_token_cells,
     position_label,
 )
 from mechdsl.prompts.rows import PromptTable
@@ -807,10 +806,8 @@ class _Resolver:
         found = self.spans.one_place(base, ref)
         if found is None:
             return []
-        if self.spans.of_images:
-            return image_token_cells([place.tokens for place in found], self.tokenizer)
-        if self.spans.is_picture(ref):
-            return picture_token_cells(ref, self.spans)
+        if self.spans.of_images or self.spans.is_picture(ref):
+            return image_token_cells(ref, found, self.spans)
         self.spans.warn(ref, ((n, place, place.tokens) for n, place in enumerate(found)))
 
         def elsewhere(other: _Resolver) -> list[tuple[int, ...]]:

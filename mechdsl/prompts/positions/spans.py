@@ -10,7 +10,7 @@ from typing import Any
 
 from mechdsl.base.records import Record, closest_name, record
 from mechdsl.base.source import Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.positions import (
     AbsentOccurrence,
@@ -27,13 +27,14 @@ from mechdsl.diagnostics.positions import (
 from mechdsl.diagnostics.prompts import TokenCoversMore
 from mechdsl.diagnostics.rules import BadLoopValue, EmptyRange
 from mechdsl.diagnostics.syntax import MisspeltWord
-from mechdsl.images.processing import PatchLayout
+from mechdsl.images.layouts import THUMBNAIL, ImageExpansion, PromptPicture
 from mechdsl.program.images import IMAGE_SPAN, IMAGE_SPANS
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import (
     ANSWER_SPAN,
     Hits,
+    PlacedPicture,
     PositionCell,
     SpanOccurrence,
     TokenMap,
@@ -284,12 +285,16 @@ class SpanFinder:
     def places(self, n: int, ref: ast.SpanRef) -> list[SpanOccurrence]:
         """Return all occurrences of a span in a row, in text order."""
         m = self.maps[n]
-        if ref.name is not None and ref.name in m.row.places:
-            return [SpanOccurrence(0, 0, tokens) for tokens in m.row.places[ref.name]]
-        if ref.name is not None and ref.of is None and m.row.pictures:
-            of_image = m.row.image_places(ref.name)
-            if of_image:
-                return [SpanOccurrence(0, 0, tokens) for tokens in of_image]
+        name = ref.name or ""
+        if name in m.row.places and ref.view is None:
+            return [SpanOccurrence(0, 0, tokens) for tokens in m.row.places[name]]
+        of_image = [
+            SpanOccurrence(0, 0, tokens)
+            for own in (self.pictures_of(n, ref) if ref.of is None else ())
+            for tokens in own.places(name, self.tiles_of(ref, own.picture.expansion))
+        ]
+        if of_image or ref.view is not None:
+            return of_image
         if ref.literal is not None:
             found = find_text(m.row.text, ref.literal)
             if ref.of is not None:
@@ -406,7 +411,7 @@ class SpanFinder:
         several = [n for n, size in enumerate(sizes) if size > 1]
         if not several:
             return True
-        name = ref.name or ""
+        name = format_span(replace(ref, occurrence=None, of=None))
         ways = [f"`each token of {name}` for one run each", f"`{name} tokens` for all of them"]
         self._ambiguous(node, name, several, f"is {sizes[several[0]]} patches", ways)
         return False
@@ -444,6 +449,86 @@ class SpanFinder:
             return False
         return True
 
+    def pictures_of(self, n: int, ref: ast.SpanRef) -> list[PlacedPicture]:
+        """Return the images of a row with a name, or those with a region of it."""
+        row, name = self.maps[n].row, ref.name or ""
+        if row.image is None:
+            return row.pictures_of(name) if row.pictures else []
+        assert isinstance(self.tokenizer, ImageTokenizer)
+        parts = {each: row.places[each] for each in row.regions}
+        if name != IMAGE_SPAN and name not in parts:
+            return []
+        picture = PromptPicture(row.image, self.tokenizer.expansion, parts)
+        return [PlacedPicture(IMAGE_SPAN, picture, 0)]
+
+    def first_picture(self, n: int, ref: ast.SpanRef) -> PlacedPicture | None:
+        """Return the first image of a row with a name."""
+        return next(iter(self.pictures_of(n, ref)), None)
+
+    def extra_label(self, token: int) -> str:
+        """Return the label of a token of an image that reads no patch."""
+        assert isinstance(self.tokenizer, ImageTokenizer)
+        return self.tokenizer.label(token)
+
+    def tiles_of(self, ref: ast.SpanRef, expansion: ImageExpansion) -> tuple[int, ...] | None:
+        """Return the tiles that a view names; none if the image lacks one, None without a view."""
+        if ref.view is None or self.table.stands_in or self.tokenizer.stands_in:
+            return None
+        known = {tile.number for tile in expansion.layout.tiles}
+        if ref.view.number is None:
+            return (THUMBNAIL,) if THUMBNAIL in known else ()
+        tiles = tuple(sorted(known - {THUMBNAIL}))
+        bounds = occurrence_bounds(ref.view.number)
+        if bounds is None or not tiles:
+            return tiles
+        wanted = range(bounds[0], bounds[1] + 1)
+        is_known = wanted[-1] <= tiles[-1] and all(number in known for number in wanted)
+        return tuple(wanted) if is_known and wanted[0] > THUMBNAIL else ()
+
+    def is_empty(self, number: ast.Occurrence | None) -> bool:
+        """Return whether a range of numbers is empty, after E0321."""
+        bounds = occurrence_bounds(number)
+        if number is None or bounds is None or bounds[0] <= bounds[1]:
+            return False
+        low, high = map(str, bounds)
+        text = number.span.written
+        self.diagnostics.append(EmptyRange(span=number.span, text=text, low=high, high=low))
+        return True
+
+    def lack_cells(self, ref: ast.SpanRef, lacking: Sequence[int]) -> bool:
+        """Return whether rows without a part of their image are an error, after E0310."""
+        if not lacking or (self.drops_out(ref) and len(lacking) < self.total):
+            return False
+        image = self.first_picture(lacking[0], ref)
+        self.diagnostics.append(
+            OutsidePrompt(
+                span=ref.span,
+                position=ref.span.written,
+                run=self.run,
+                lacking=len(lacking),
+                total=self.total,
+                example=self.example(lacking[0]),
+                hint="choose another image" if image is None else _parts_of(image, ref),
+                unit="image",
+            )
+        )
+        return True
+
+    def _views_fit(self, ref: ast.SpanRef) -> bool:
+        """Return whether the images have the tiles that a view names, else add E0310 or E0321."""
+        if ref.view is None:
+            return True
+        if self.is_empty(ref.view.number):
+            return False
+        lacking = [
+            n
+            for n in range(self.total)
+            if all(
+                self.tiles_of(ref, own.picture.expansion) == () for own in self.pictures_of(n, ref)
+            )
+        ]
+        return not self.lack_cells(ref, lacking)
+
     def is_picture(self, ref: ast.SpanRef) -> bool:
         """Return whether a span is an image within the prompts, or a region of one."""
         name = ref.name
@@ -460,8 +545,10 @@ class SpanFinder:
 
     def _known_of_images(self, ref: ast.SpanRef) -> bool:
         names = [name for m in self.maps[:1] for name in m.row.places]
-        if ref.row is not None and ref.name != IMAGE_SPAN:
+        if ref.row is not None:
             names = [IMAGE_SPAN]
+        elif ref.view is not None:
+            names = [IMAGE_SPAN, *(name for m in self.maps[:1] for name in m.row.regions)]
         if ref.name in names and ref.of is None:
             return True
         shown = name_list(names)
@@ -518,11 +605,11 @@ class SpanFinder:
     def all_places(self, ref: ast.SpanRef) -> list[list[SpanOccurrence]] | None:
         """Return all occurrences per row; None with a diagnostic if the span is unknown or has no
         token."""
-        patches = ref.row is not None or ref.col is not None
+        patches = ref.row is not None or (ref.view is not None and not self.is_picture(ref))
         if patches and not self.of_images and ref.name not in self.picture_names:
             self.diagnostics.append(self._not_an_image(ref))
             return None
-        if not self._known(ref):
+        if not self._known(ref) or not self._views_fit(ref):
             return None
         found = [self.places(n, ref) for n in range(self.total)]
         bare = [n for n, places in enumerate(found) if any(not p.tokens for p in places)]
@@ -631,6 +718,18 @@ class SpanFinder:
     def example(self, n: int) -> str:
         text = " ".join(self.maps[n].row.text.split())
         return f'"{text}"' if len(text) <= 48 else f'"{text[:47]}…"'
+
+
+def _parts_of(image: PlacedPicture, ref: ast.SpanRef) -> str:
+    """Describe the tiles of an image and the grid of its tokens."""
+    expansion = image.picture.expansion
+    rows, cols = expansion.size
+    said = f"there, `{image.name}` has {rows} rows and {cols} columns of tokens"
+    if ref.view is not None:
+        tiles = len([tile for tile in expansion.layout.tiles if tile.number != THUMBNAIL])
+        thumbnail = "no thumbnail" if expansion.layout.thumbnail is None else "a thumbnail"
+        said += f" in {count_noun(tiles, 'tile')}, and {thumbnail}"
+    return f"{said}; rows and columns count from 1 at the top left"
 
 
 def _lies_in(span: TextSpan, around: Sequence[TextSpan]) -> bool:
@@ -820,154 +919,80 @@ def _without(cell: PositionCell, rows: Collection[int]) -> PositionCell:
 
 
 def grid_cells(base: ast.SpanTokens, spans: SpanFinder) -> list[PositionCell]:
-    """Return the cells of `image row R col C token`, one per patch; `tokens` joins them.
+    """Return the cells of `photo row R col C token`, one per token of an image; `tokens` joins
+    them.
 
-    All rows have the same cells. Codes: E0108 in texts, E0308, E0310, E0321.
+    A row of images is an image named `image`. Codes: E0108 in texts, E0308, E0310, E0321.
     """
-    reader = spans.tokenizer
-    if spans.all_places(base.of) is None:
+    ref = base.of
+    found = spans.all_places(ref)
+    if found is None or any(spans.is_empty(own) for own in (ref.row, ref.col)):
         return []
-    if not isinstance(reader, ImageTokenizer):
-        return _picture_grid(base, spans)
-    tokens, problems = _patches(base.of, reader, spans.total, spans.run)
-    spans.diagnostics += problems
-    if problems:
-        return []
-    if base.plural:
-        return [PositionCell(base.span.written, ((tuple(tokens),),) * spans.total)]
-    one = len(tokens) == 1
-    return [
-        PositionCell(
-            base.span.written if one else reader.label(token), (((token,),),) * spans.total
-        )
-        for token in tokens
-    ]
-
-
-def _picture_grid(base: ast.SpanTokens, spans: SpanFinder) -> list[PositionCell]:
-    """Return the cells of `photo row R col C token` for an image within prompts. Codes: E0310,
-    E0321."""
-    name, ref = base.of.name or "", base.of
-    sizes: dict[tuple[int, int], int] = {}
-    cells: dict[tuple[int, int], list[Hits]] = {}
+    cells: dict[tuple[int | None, int, int], list[Hits]] = {}
     joined: list[Hits] = []
-    for n, m in enumerate(spans.maps):
-        found = next(iter(m.row.pictures_of(name)), None)
-        rows, cols = (0, 0) if found is None else found.picture.expansion.size
-        sizes.setdefault((rows, cols), n)
-        wanted = list[tuple[int, int]]()
-        bounds = (occurrence_bounds(ref.row), rows), (occurrence_bounds(ref.col), cols)
-        (top, bottom), (left, right) = (own or (1, most) for own, most in bounds)
-        for own, low, high in ((ref.row, top, bottom), (ref.col, left, right)):
-            if own is not None and low > high and found is not None:
-                text, last, first = own.span.written, str(low), str(high)
-                empty = EmptyRange(span=own.span, text=text, low=first, high=last)
-                spans.diagnostics.append(empty)
-                return []
-        if found is not None and top >= 1 and bottom <= rows and left >= 1 and right <= cols:
-            wanted = [(r, c) for r in range(top, bottom + 1) for c in range(left, right + 1)]
-        if found is not None and wanted:
-            grid = found.picture.expansion.grid
-            at = {place: found.first + token for place, token in grid.items()}
-            joined.append((tuple(at[place] for place in wanted),))
-            for place in wanted:
-                own = cells.setdefault(place, [()] * spans.total)
-                own[n] = ((at[place],),)
-        else:
-            joined.append(())
-    lacking = [n for n, hits in enumerate(joined) if not hits]
-    if lacking and not spans.table.stands_in and not spans.tokenizer.stands_in:
-        found = next(iter(spans.maps[lacking[0]].row.pictures_of(name)), None)
-        size = (0, 0) if found is None else found.picture.expansion.size
-        spans.diagnostics.append(
-            OutsidePrompt(
-                span=ref.span,
-                position=ref.span.written,
-                run=spans.run,
-                lacking=len(lacking),
-                total=spans.total,
-                example=spans.example(lacking[0]),
-                hint=f"there, `{name}` has {size[0]} rows and {size[1]} columns of tokens, counted "
-                "from 1 at the top left",
-                unit="image",
-            )
-        )
+    known: dict[int, Mapping[tuple[int | None, int, int], int]] = {}
+    for n in range(spans.total):
+        image = spans.first_picture(n, ref)
+        expansion = None if image is None else image.picture.expansion
+        if id(expansion) not in known:
+            known[id(expansion)] = {} if expansion is None else _rectangle(ref, expansion, spans)
+        first = 0 if image is None else image.first
+        at = {place: first + token for place, token in known[id(expansion)].items()}
+        joined.append((tuple(at.values()),) if at else ())
+        for place, token in at.items():
+            cells.setdefault(place, [()] * spans.total)[n] = ((token,),)
+    lacking = [n for n, hits in enumerate(joined) if not hits and found[n]]
+    if spans.lack_cells(ref, lacking):
         return []
     if base.plural:
         return [PositionCell(base.span.written, tuple(joined))]
     if len(cells) == 1:
         return [PositionCell(base.span.written, tuple(own)) for own in cells.values()]
-    return [
-        PositionCell(f"{name} row {row} col {col}", tuple(own))
-        for (row, col), own in sorted(cells.items())
-    ]
+    view = "" if ref.view is None else "thumbnail " if ref.view.number is None else "tile {0} "
+    label = f"{ref.name} {view}row {{1}} col {{2}}"
+    ordered = sorted(cells, key=lambda place: (place[0] or 0, *place[1:]))
+    return [PositionCell(label.format(*place), tuple(cells[place])) for place in ordered]
 
 
-def picture_token_cells(ref: ast.SpanRef, spans: SpanFinder) -> list[PositionCell]:
-    """Return one cell per token of an image within prompts, or of a region of it; images without
-    the token drop out."""
-    cells: dict[str, list[Hits]] = {}
-    order: dict[str, tuple[str, int, int, int]] = {}
-    name = ref.name or ""
-    for n, m in enumerate(spans.maps):
-        for each in m.row.pictures_of(name):
-            expansion = each.picture.expansion
-            chosen = {token for tokens in each.places(name) for token in tokens}
-            for cell in expansion.layout.cells:
-                token = each.first + cell.position
-                if token in chosen:
-                    label = f"{each.name} {expansion.label(cell)}"
-                    order[label] = each.name, cell.tile, cell.row, cell.col
-                    cells.setdefault(label, [()] * spans.total)[n] = ((token,),)
-    return [
-        PositionCell(label, tuple(cells[label])) for label in sorted(cells, key=order.__getitem__)
-    ]
+def _rectangle(
+    ref: ast.SpanRef, expansion: ImageExpansion, spans: SpanFinder
+) -> dict[tuple[int | None, int, int], int]:
+    """Return the tokens of a rectangle, tile by tile, counted from the image's first.
+
+    Returns:
+        (number of the tile, row, column) → token; without a view, the number is None. Empty if the
+        image lacks one of them.
+    """
+    found: dict[tuple[int | None, int, int], int] = {}
+    tiles = spans.tiles_of(ref, expansion)
+    for tile in (None,) if tiles is None else tiles:
+        grid = expansion.grid if tile is None else expansion.grid_of(tile)
+        ranges: list[range] = []
+        for axis, own in enumerate((ref.row, ref.col)):
+            most = max((place[axis] for place in grid), default=0)
+            low, high = occurrence_bounds(own) or (1, most)
+            if low < 1 or high > most:
+                return {}
+            ranges.append(range(low, high + 1))
+        wanted = ((row, col) for row in ranges[0] for col in ranges[1])
+        found |= {(tile, *place): grid[place] for place in wanted}
+    return found
 
 
 def image_token_cells(
-    tokens: Sequence[tuple[int, ...]], tokenizer: TextTokenizer
+    ref: ast.SpanRef, found: Sequence[SpanOccurrence], spans: SpanFinder
 ) -> list[PositionCell]:
-    """Return one cell per token of a span of images; images with fewer tokens drop out."""
-    assert isinstance(tokenizer, ImageTokenizer)
-    held = [frozenset(own) for own in tokens]
+    """Return one cell per token of an image or of a region; images without the token drop out."""
+    cells: dict[str, list[Hits]] = {}
+    order: dict[str, tuple[int, ...]] = {}
+    for n, place in enumerate(found):
+        images = spans.pictures_of(n, ref)
+        for token in place.tokens:
+            image = next((own for own in images if own.cell(token)), None)
+            cell = None if image is None else image.cell(token)
+            label = spans.extra_label(token) if image is None else image.label(token)
+            order[label] = (token,) if cell is None else (cell.tile, cell.row, cell.col)
+            cells.setdefault(label, [()] * spans.total)[n] = ((token,),)
     return [
-        PositionCell(
-            tokenizer.label(token), tuple((((token,),) if token in own else ()) for own in held)
-        )
-        for token in sorted(frozenset().union(*held))
+        PositionCell(label, tuple(cells[label])) for label in sorted(cells, key=order.__getitem__)
     ]
-
-
-def _patches(
-    ref: ast.SpanRef, reader: ImageTokenizer, total: int, run: str
-) -> tuple[list[int], list[Diagnostic]]:
-    """Return the tokens of a rectangle of patches, row by row."""
-    layout = reader.layout
-    ranges: list[range] = []
-    for occurrence, most in ((ref.row, layout.rows), (ref.col, layout.cols)):
-        counted = occurrence_bounds(occurrence)
-        low, high = (1, most) if counted is None else counted
-        if low > high:
-            assert occurrence is not None
-            text = occurrence.span.written
-            first, last = str(high), str(low)
-            return [], [EmptyRange(span=occurrence.span, text=text, low=first, high=last)]
-        if low < 1 or high > most:
-            return [], [_outside(ref.span, layout, total, run)]
-        ranges.append(range(low, high + 1))
-    rows, cols = ranges
-    return [layout.token(row, col) for row in rows for col in cols], []
-
-
-def _outside(span: Span, layout: PatchLayout, total: int, run: str) -> Diagnostic:
-    size = f"{layout.rows} rows and {layout.cols} columns of patches"
-    return OutsidePrompt(
-        span=span,
-        position=span.written,
-        run=run,
-        lacking=total,
-        total=total,
-        example=f"{layout.size[1]} x {layout.size[0]} pixels",
-        hint=f"the model sees {size}, counted from 1 at the top left",
-        unit="image",
-    )

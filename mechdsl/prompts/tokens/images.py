@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -13,6 +14,7 @@ from mechdsl.base.hashing import stable_hash
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoImageProcessor
+from mechdsl.images.layouts import ImageCell, ImageExpansion, ImageTokens
 from mechdsl.images.picture import Picture, Region, covered_tokens
 from mechdsl.images.processing import (
     PREPROCESSOR_FILE,
@@ -109,11 +111,20 @@ class ImageTokenizer(TextTokenizer):
             own.special + (False,) * inserted,
         )
 
+    @cached_property
+    def expansion(self) -> ImageExpansion:
+        """The tokens of an image, as those of images within prompts."""
+        layout, count = self.layout, self.layout.tokens
+        places = [(token, layout.place(token)) for token in layout.grid]
+        cells = tuple(ImageCell(token, 1, *place, None) for token, place in places if place)
+        is_image = tuple(token in layout.grid for token in range(count))
+        return ImageExpansion((0,) * count, is_image, ImageTokens(0, count, cells, {}))
+
     def label(self, token: int) -> str:
         """Return the label of a token in tables: its position as written in the language."""
-        place = self.layout.place(token)
-        if place is not None:
-            return f"{IMAGE_SPAN} row {place[0]} col {place[1]}"
+        cell = self.expansion.cell_of.get(token)
+        if cell is not None:
+            return f"{IMAGE_SPAN} {self.expansion.label(cell)}"
         if token >= self.layout.tokens:
             return f"{INSERTED_SPAN} token {token - self.layout.tokens + 1}"
         name = self.layout.front[token]

@@ -663,7 +663,7 @@ _SINGLES = {
 
 def _expected(mistake: Mistake) -> str:
     """Describe the accepted terminals in a few words."""
-    left = set(mistake.accepts)
+    left = set(mistake.accepts) - {"THUMBNAIL"}  # may follow every name of a span, as tiles may
     known = keywords()
     if {"AT", "DIM", "ARROW"} & left:  # `dims` and `except` may follow every site
         left -= {"DIM", "DIMS", "EXCEPT"}
