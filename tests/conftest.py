@@ -14,6 +14,8 @@ import pytest
 from mechdsl.base.records import EXTERNAL_MODULES
 from mechdsl.syntax import parser as grammar
 
+# Imports and collection leave little to collect; `pytest_collection_finish` turns it on again.
+gc.disable()
 # Several workers share the cores; the numbers must not depend on how many threads sum them up.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -95,11 +97,12 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests on many families slow, and hand out long files first: handed out last, one would
     keep a worker while the others have nothing."""
+    from .execute.encoder_decoders import CONFIGS as ENCODER_DECODERS
     from .models.families import CONFIGS
     from .quick import thin_out
     from .rules.models import FAMILIES
 
-    thin_out(items, {*CONFIGS, *FAMILIES})
+    thin_out(items, {*CONFIGS, *FAMILIES, *ENCODER_DECODERS})
     tests = Path(__file__).parent
     order = {tests / name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path, len(LONG)))
@@ -112,7 +115,8 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 10, 10)
+    gc.set_threshold(50_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

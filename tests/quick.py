@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from itertools import combinations
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -32,21 +33,22 @@ def in_turn(
     ]
 
 
-FEW = 3
+FEW = 2
 """Model families of a test that `make test` takes."""
-TABLE = 8
-"""Cases from which on a table of cases is run on one family per case, in turn."""
 PRODUCT = 12
-"""Tests from which on a product of parameters is thinned."""
-_FIRST = ("llama", "gpt2", "gpt_neox", "gemma2", "gpt_oss")
-"""Families that are taken first, as they differ most."""
+"""Tests from which on a product of parameters without a family is thinned."""
+_FIRST = ("llama", "gpt2", "gpt_neox", "gemma2", "gpt_oss", "t5", "bart")
+"""Families that differ most; in each file another one is taken first."""
 _EXEMPT = ("tests/reference/",)
 """Tests of the reference, which all others depend on."""
 _FAMILY = ("family", "name", "model")
 """Names of parameters whose values are model families."""
+_MODE = "mode"
+"""Name of the parameter whose values are combinations of the planner's passes."""
 
 Value = tuple[str, str]
-"""A parameter, and a value as text or, of other types, its place among all values."""
+"""A parameter, or parameters of one table of cases, and a value as text or, of other types, its
+`id`: a product has the same object several times."""
 
 
 def thin_out(items: Sequence[pytest.Item], families: Collection[str]) -> None:
@@ -54,8 +56,10 @@ def thin_out(items: Sequence[pytest.Item], families: Collection[str]) -> None:
 
     - A test function has at most `FEW` families, unless a further one alone has a value of another
       parameter.
-    - A table of at least `TABLE` cases has one test per case; families and modes take turns.
-    - In a product of at least `PRODUCT` tests, each pair of values of two parameters has a test.
+    - In a product with families or modes, each value of a parameter has a test; families and modes
+      take turns.
+    - In any other product of at least `PRODUCT` tests, each pair of values of two parameters has a
+      test.
 
     Args:
         items: All tests that were collected.
@@ -71,8 +75,10 @@ def thin_out(items: Sequence[pytest.Item], families: Collection[str]) -> None:
         left = tests
         if name is not None:
             left = _mark_others(left, _few_families(left, name))
-            left = _mark_others(left, _turns(left, name))
-        _mark_others(left, _pairs(left))
+        if name is not None or _MODE in _parameters(left[0]):
+            _mark_others(left, _each_value(left, name))
+        else:
+            _mark_others(left, _pairs(left))
 
 
 def _mark_others(tests: list[pytest.Item], taken: Collection[int]) -> list[pytest.Item]:
@@ -94,10 +100,12 @@ def _few_families(tests: Sequence[pytest.Item], name: str) -> set[int]:
     for item in tests:
         by_family.setdefault(_parameters(item)[name], []).append(item)
     taken, covered = set[int](), set[Value]()
+    start = crc32(tests[0].nodeid.partition("::")[0].encode()) % len(_FIRST)
+    first = (*_FIRST[start:], *_FIRST[:start])
 
     def gain(family: str) -> tuple[int, int]:
         new = set[Value]().union(*(others[id(item)] for item in by_family[family])) - covered
-        return len(new), -(_FIRST.index(family) if family in _FIRST else len(_FIRST))
+        return len(new), -(first.index(family) if family in first else len(first))
 
     for _ in range(min(FEW, len(by_family))):
         best = by_family.pop(max(by_family, key=gain))
@@ -110,26 +118,22 @@ def _few_families(tests: Sequence[pytest.Item], name: str) -> set[int]:
     return taken
 
 
-def _turns(tests: Sequence[pytest.Item], name: str) -> set[int]:
-    cases: dict[frozenset[Value], list[pytest.Item]] = {}
-    for item in tests:
-        case = frozenset(each for each in _values(item) if each[0] not in (name, "mode"))
-        cases.setdefault(case, []).append(item)
-    if len(cases) < TABLE:
-        return {id(item) for item in tests}
-    counts = Counter[frozenset[Value]]()
-    taken = set[int]()
+def _each_value(tests: Sequence[pytest.Item], name: str | None) -> set[int]:
+    values = {id(item): _values_and_cases(item, name) for item in tests}
+    taken, covered, counts = set[int](), set[Value](), Counter[Value]()
 
-    def turn(item: pytest.Item) -> tuple[int, int]:
-        kind = frozenset(each for each in _values(item) if each[0] in (name, "mode"))
-        return counts[kind], sum(counts[frozenset([each])] for each in kind)
+    def gain(item: pytest.Item) -> tuple[int, int]:
+        own = values[id(item)]
+        turns = sum(counts[each] for each in own if each[0] in (name, _MODE))
+        return len(own - covered), -turns
 
-    for several in cases.values():
-        best = min(several, key=turn)
+    while True:
+        best = max(tests, key=gain)
+        if values[id(best)] <= covered:
+            return taken
         taken.add(id(best))
-        kind = frozenset(each for each in _values(best) if each[0] in (name, "mode"))
-        counts.update([kind, *(frozenset([each]) for each in kind)])
-    return taken
+        covered |= values[id(best)]
+        counts.update(values[id(best)])
 
 
 def _pairs(tests: Sequence[pytest.Item]) -> set[int]:
@@ -148,13 +152,21 @@ def _pairs(tests: Sequence[pytest.Item]) -> set[int]:
 
 
 def _values(item: pytest.Item) -> set[Value]:
-    callspec: Any = getattr(item, "callspec", None)
-    if callspec is None:
-        return set()
     return {
-        (name, repr(value) if isinstance(value, str | int | float) else f"{callspec.indices[name]}")
-        for name, value in callspec.params.items()
+        (name, repr(value) if isinstance(value, str | int | float) else f"object {id(value)}")
+        for name, value in _parameters(item).items()
     }
+
+
+def _values_and_cases(item: pytest.Item, family: str | None) -> set[Value]:
+    """Return the values of a test's parameters; those of one table are one value, its case."""
+    found = dict(_values(item))
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0]
+        names = [each.strip() for each in names.split(",")] if isinstance(names, str) else names
+        if family not in names:
+            found[",".join(names)] = str([found.pop(each) for each in names])
+    return {*found.items()}
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

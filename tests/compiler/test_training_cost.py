@@ -22,6 +22,7 @@ from mechdsl.pipeline.trained_files import fits_of_file, list_training_costs
 from mechdsl.planner.training_cost import MIXTURE_STARTS, MOST_ASSESSED, TrainingCost
 
 from ..memory import LiveTensors
+from ..quick import some
 
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 
@@ -114,7 +115,9 @@ def price(path: Path) -> TrainingCost:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in DECLARED if name not in ON_VECTORS])
+@pytest.mark.parametrize(
+    "name", some([name for name in DECLARED if name not in ON_VECTORS], ["kl", "edit", "mask"])
+)
 def test_price_counts_the_passes_of_a_training(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +138,9 @@ def test_price_counts_the_passes_of_a_training(
     assert passes / 2 < forwards < 2 * passes
 
 
-@pytest.mark.parametrize("name", [name for name in DECLARED if name not in SOLVED])
+@pytest.mark.parametrize(
+    "name", some([name for name in DECLARED if name not in SOLVED], ["sae", "das", "lens", "dims"])
+)
 def test_price_of_memory_is_within_a_factor_of_two(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +168,9 @@ def test_price_of_memory_is_within_a_factor_of_two(
     assert largest / 2 < price(path).memory < 2 * largest
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVED if name not in PROBES])
+@pytest.mark.parametrize(
+    "name", some([name for name in SOLVED if name not in PROBES], ["semi_nmf", "cca"])
+)
 def test_price_of_memory_of_a_solution_is_within_a_factor_of_two(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,7 +183,7 @@ RECOVERED = {"topk": 3, "batch_topk": 3, "relu": 0.5, "jump_relu": 1.0, "gated":
 
 
 @pytest.mark.parametrize("seed", some(range(3), [0]))
-@pytest.mark.parametrize("kind", some(RECOVERED, ["topk", "jump_relu"]))
+@pytest.mark.parametrize("kind", some(RECOVERED, ["topk"]))
 def test_planted_features_are_recovered(kind: str, seed: int) -> None:
     """At least 90 % of them have a cosine of at least 0.95 with a trained one."""
     directions, vectors = planted(seed)

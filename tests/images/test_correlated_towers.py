@@ -15,6 +15,7 @@ from scipy.linalg import eigh
 
 import mechdsl
 
+from ..quick import in_turn
 from . import support, texts
 from .views import View
 
@@ -70,8 +71,9 @@ def first_encoder(x: Any, y: Any) -> Any:
     return eigh(cross @ np.linalg.solve(second, cross.T), first)[1][:, -1]
 
 
-@pytest.mark.parametrize("tower", ["vision", "text"])
-@pytest.mark.parametrize("name", ["clip/dual", "siglip/dual"])
+@pytest.mark.parametrize(
+    ("name", "tower"), in_turn(["clip/dual", "siglip/dual"], ["vision", "text"])
+)
 def test_components_are_those_of_both_towers(name: str, tower: str, tmp_path: Path) -> None:
     path = write(tmp_path, BASES[tower], USES[tower])
     handed = {"m": support.handed(name)}

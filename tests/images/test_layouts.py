@@ -406,7 +406,13 @@ def cases() -> Iterator[tuple[str, str]]:
                 yield name, shape
 
 
-@pytest.mark.parametrize(("name", "shape"), list(cases()))
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if (number + number // len(SHAPES)) % 3 else ())
+        for number, case in enumerate(cases())
+    ],
+)
 def test_changed_pixels_change_vector_at_position_of_their_cell(name: str, shape: str) -> None:
     sizes = SHAPES[shape]
     made, marker = vlm.processor(name), vlm.FAMILIES[name].marker

@@ -27,7 +27,7 @@ from mechdsl.pipeline.trained_files import list_training_costs
 from mechdsl.planner.training_cost import TrainingCost
 from mechdsl.show.trainings import print_trained_fits
 
-from ..quick import in_turn
+from ..quick import in_turn, some
 from . import test_own_trainers as own
 from . import test_trained_dictionaries as dictionaries
 from . import test_trained_lenses as lenses
@@ -93,8 +93,11 @@ def numbers(found: mechdsl.TrainedFit, kind: str) -> Tensor:
 
 # --- trainings ------------------------------------------------------------------------------------
 
+EACH = list(DECLARED)
+"""In `make test` each is in one of the first three tests."""
 
-@pytest.mark.parametrize(("kind", "family"), in_turn(list(DECLARED), HERE))
+
+@pytest.mark.parametrize(("kind", "family"), in_turn(EACH, HERE, EACH[::3]))
 def test_gradients_of_three_batches_are_those_of_one_that_is_three_times_as_large(
     kind: str, family: str, tmp_path: Path
 ) -> None:
@@ -109,7 +112,7 @@ def test_gradients_of_three_batches_are_those_of_one_that_is_three_times_as_larg
     assert (other[:shared] - expected[:shared]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("kind", "family"), in_turn(list(DECLARED), HERE))
+@pytest.mark.parametrize(("kind", "family"), in_turn(EACH, HERE, EACH[1::3]))
 def test_weights_of_steps_in_bf16_are_near_those_in_32_bits(
     kind: str, family: str, tmp_path: Path
 ) -> None:
@@ -124,7 +127,7 @@ def test_weights_of_steps_in_bf16_are_near_those_in_32_bits(
     assert 0 < (rounded - expected).norm() < 0.4 * (expected - first).norm()
 
 
-@pytest.mark.parametrize("kind", DECLARED)
+@pytest.mark.parametrize("kind", some(EACH, EACH[2::3]))
 def test_interrupted_training_ends_with_the_same_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +188,7 @@ BOTH = 'batch: 2, accumulate: 3, precision: "bf16"'
 MANNER = ", in bf16 with weights in fp32, each step on 3 batches of 2"
 
 
-@pytest.mark.parametrize("kind", DECLARED)
+@pytest.mark.parametrize("kind", some(EACH, EACH[1::3]))
 def test_tables_conventions_and_cards_name_both_options(kind: str, tmp_path: Path) -> None:
     path = declare(kind, tmp_path, f"steps: 2, {BOTH}")
     text = str(mechdsl.explain(path, models=models(), allow_python=True))

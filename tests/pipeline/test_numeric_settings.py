@@ -13,8 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mechdsl.base.runtime import ENVIRONMENT_VARIABLES, active_torch_mode, numeric_settings
 
+from ..quick import some
 
-@pytest.mark.parametrize("first", ["", "import torch, transformers", "import torch"])
+
+@pytest.mark.parametrize(
+    "first",
+    some(["", "import torch, transformers", "import torch"], ["", "import torch, transformers"]),
+)
 def test_nothing_as_torch_starts(first: str) -> None:
     """Else a run would have another key before torch is imported than behind it."""
     code = f"{first}\nfrom mechdsl.base.runtime import numeric_settings as n\nprint(n())"

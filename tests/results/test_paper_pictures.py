@@ -27,6 +27,7 @@ from mechdsl.show.reports.map_charts import confusion_chart, heatmap_chart
 from mechdsl.show.reports.matrix import NEGATIVE_COLOUR, NEUTRAL_COLOUR, POSITIVE_COLOUR
 from mechdsl.show.reports.series_charts import bars_chart, lines_chart
 
+from ..quick import in_turn
 from .svg_text import outside, overlaps, texts_of
 from .synthetic import finished, heads, measure, read_tokens, report, swept
 
@@ -362,8 +363,7 @@ def test_png_has_300_dots_per_inch(name: str, tmp_path: Path) -> None:
     assert pdf_size(pdf)[0] / 72 == pytest.approx(inches, abs=0.02)
 
 
-@pytest.mark.parametrize("columns", COLUMN_WIDTHS)
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize(("name", "columns"), in_turn(list(PICTURES), list(COLUMN_WIDTHS)))
 def test_width_of_columns_is_exact_in_every_format(name: str, columns: int, tmp_path: Path) -> None:
     build, line = PICTURES[name]
     result, line = few(build()), line.model_copy(update={"width": columns})

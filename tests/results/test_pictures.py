@@ -427,7 +427,11 @@ def made_up(experiment: ResolvedExperiment) -> ExperimentResult:
 
 
 @pytest.mark.parametrize(
-    ("text", "path"), [pytest.param(t, p, id=name) for name, t, p in programs()]
+    ("text", "path"),
+    [
+        pytest.param(text, path, id=name, marks=pytest.mark.slow if number % 4 else ())
+        for number, (name, text, path) in enumerate(programs())
+    ],
 )
 def test_pictures_of_the_documentation(text: str, path: Path, tmp_path: Path) -> None:
     found = check_source(Source(text, path), CheckSettings(limit=8))

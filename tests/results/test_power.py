@@ -86,7 +86,13 @@ def flipped(deltas: Array) -> float:
 
 @pytest.mark.parametrize(
     ("units", "tests", "correction"),
-    [(6, 1, "holm"), (8, 1, "none"), (8, 6, "holm"), (10, 16, "holm"), (10, 16, "none")],
+    [
+        pytest.param(6, 1, "holm", marks=pytest.mark.slow),
+        pytest.param(8, 1, "none", marks=pytest.mark.slow),
+        (8, 6, "holm"),
+        pytest.param(10, 16, "holm", marks=pytest.mark.slow),
+        (10, 16, "none"),
+    ],
 )
 def test_sign_flips_find_it_in_80_percent(units: int, tests: int, correction: str) -> None:
     found = detectable_effect(units, tests, settings(correction=correction, test="flips"))

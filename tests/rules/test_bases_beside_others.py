@@ -67,7 +67,7 @@ CASES = {
 }
 
 
-QUICK = ("patch", "mean of a run", "after a rule", "from a run with rules", "in generated text")
+QUICK = ("mean of a run", "from a run with rules", "in generated text")
 
 
 def effects(text: str) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ from .table import BOUNDS, counts_of, table
 
 FILES = right_files()
 SEED = 8
-COUNT = 40
+COUNT = 28
 """Those among them that nothing is said about are judged."""
 SLOW = "examples/mediators.mech"
 """Seconds for each look at it."""

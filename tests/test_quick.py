@@ -1,0 +1,72 @@
+"""Which tests `thin_out` leaves to `make test`."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any, cast
+
+import pytest
+
+from .quick import thin_out
+
+FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
+MODES = ("planned", "plain", "small passes")
+
+
+class Item:
+    """A test as `thin_out` reads it."""
+
+    def __init__(self, marks: list[tuple[str, ...]], **parameters: Any) -> None:
+        self.nodeid = "tests/test_it.py::test_it[case]"
+        self.callspec = self
+        self.params = parameters
+        self.marks = [pytest.mark.parametrize(names, []).mark for names in marks]
+        self.is_slow = False
+
+    def get_closest_marker(self, name: str) -> object:
+        return self.is_slow or None
+
+    def iter_markers(self, name: str) -> list[Any]:
+        return self.marks
+
+    def add_marker(self, mark: Any) -> None:
+        self.is_slow = True
+
+
+def thinned(items: list[Item]) -> list[dict[str, Any]]:
+    thin_out(cast(Any, items), FAMILIES)
+    return [item.params for item in items if not item.is_slow]
+
+
+def test_product_of_families_and_modes_keeps_two_families_and_each_mode() -> None:
+    marks = [("family",), ("mode",)]
+    left = thinned([Item(marks, family=f, mode=m) for f, m in product(FAMILIES, MODES)])
+    assert {each["mode"] for each in left} == {*MODES}
+    assert len({each["family"] for each in left}) == 2
+    assert len(left) == len(MODES)
+
+
+def test_table_of_cases_keeps_each_case() -> None:
+    """Also cases of equal values: the second and the third have those of others."""
+    cases = [("patch", 1), ("patch", 2), ("zero", 1), ("zero", 2)]
+    marks = [("rule", "layer"), ("mode",)]
+    items = [Item(marks, rule=r, layer=n, mode=m) for (r, n), m in product(cases, MODES)]
+    left = thinned(items)
+    assert [(each["rule"], each["layer"]) for each in left] == cases
+    assert {each["mode"] for each in left} == {*MODES}
+
+
+def test_family_that_alone_has_a_value_is_kept() -> None:
+    items = [Item([("family", "at")], family=f, at=f) for f in FAMILIES]
+    assert len(thinned(items)) == len(FAMILIES)
+
+
+def test_objects_are_distinguished_by_identity() -> None:
+    objects, marks = [object(), object()], [("family",), ("build",)]
+    left = thinned([Item(marks, family=f, build=o) for o, f in product(objects, FAMILIES)])
+    assert [id(each["build"]) for each in left] == [id(each) for each in objects]
+
+
+def test_small_product_without_families_and_modes_is_whole() -> None:
+    items = [Item([("a",), ("b",)], a=a, b=b) for a, b in product(range(3), range(3))]
+    assert len(thinned(items)) == 9
