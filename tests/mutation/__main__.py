@@ -88,6 +88,20 @@ CHECKED = (
     "tests/elsewhere/test_blocks.py",
     "tests/messages/test_messages.py",
 )
+IMAGES = (
+    "tests/images/test_pixels.py",
+    "tests/images/test_regions.py",
+    "tests/images/test_replace.py",
+    "tests/images/test_tiles.py",
+)
+RESULTS = (
+    *STATISTICS,
+    "tests/results/test_archive.py",
+    "tests/results/test_expectations.py",
+    "tests/results/test_reports.py",
+    "tests/results/test_seen_rows.py",
+    "tests/results/test_typed_json.py",
+)
 TARGETS: dict[str, tuple[str, ...]] = {
     "planner/*.py models/restart.py": (*PLANNER, *VALUES, *FILES),
     "forward/packed/*.py": (
@@ -99,18 +113,39 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "forward/hooks/*.py": (*MODELS, *VALUES, *FILES),
     "execute/*.py": (*PLANNER, *VALUES, *FILES, *NUMBERS),
-    "statistics/*.py results/assembly/combination.py vocab/effects.py": (
+    "statistics/*.py vocab/effects.py": (
         *STATISTICS,
         *FILES,
         "tests/execute/test_effects.py",
     ),
-    "results/verdicts/estimates.py": ("tests/results/test_expectations.py", *FILES),
-    "results/assembly/collection.py": ("tests/execute/test_effects.py", *FILES),
     "checks/prompt_tables.py checks/file_check.py": CHECKED,
     "prompts/positions/spans.py": ("tests/data/test_positions.py", *CHECKED),
     "program/paths.py": ("tests/cli/test_paths.py", "tests/cli/test_written_files.py"),
+    "forward/generation/*.py": ("tests/generate", "tests/rules/test_in_replies.py"),
+    "images/*.py": IMAGES,
+    "images/layouts.py prompts/tokens/image_prompts.py execute/image_vectors.py": (
+        "tests/images/test_layouts.py",
+        "tests/images/test_video_layouts.py",
+        "tests/image_prompts",
+    ),
+    "store/*.py": ("tests/store",),
+    "resolve/*.py": ("tests/compiler", *CHECKED, *FILES),
+    "resolve/circuits.py": ("tests/rules/test_ablated_circuits.py",),
+    "resolve/controls.py resolve/matched_draws.py": (
+        "tests/controls",
+        "tests/pipeline/test_training_controls.py",
+        "tests/rules/test_random_features.py",
+    ),
+    "loading/weight_edits.py": ("tests/rules/test_weights.py",),
+    "execute/edit_training.py": ("tests/pipeline/test_trained_edits.py",),
+    "results/document.py results/experiment_result.py results/results.py results/runs.py": RESULTS,
+    "results/statistics_conventions.py results/typed_json.py": RESULTS,
+    "results/differences/*.py results/assembly/*.py results/verdicts/*.py": (*RESULTS, *FILES),
+    "results/assembly/combination.py": (*STATISTICS, *FILES, "tests/execute/test_effects.py"),
+    "results/assembly/collection.py": ("tests/execute/test_effects.py", *FILES),
 }
-"""Modules that are changed, as patterns below the package → files or folders of their tests."""
+"""Modules that are changed, as patterns below the package → files or folders of their tests; of
+several patterns the last one counts."""
 
 
 def main(arguments: Sequence[str]) -> int:

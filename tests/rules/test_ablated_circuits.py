@@ -14,7 +14,13 @@ from torch import Tensor
 
 from mechdsl.models.shape import ModelShape
 from mechdsl.pipeline.options import RunOptions
-from mechdsl.resolve.circuits import CircuitDraws, label_receiver, list_edges
+from mechdsl.resolve.circuits import (
+    RECEIVER_WORDS,
+    SENDER_WORDS,
+    CircuitDraws,
+    label_receiver,
+    list_edges,
+)
 from mechdsl.resolve.types import CircuitEdge
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.store.store import Store
@@ -343,6 +349,25 @@ def test_rules_that_circuits_can_not_have_are_errors(data: Path, lines: str) -> 
 def test_edges_that_the_model_lacks_are_errors(data: Path, edge: str) -> None:
     text = f"circuit c = {edge}\n" + experiment("e", "ablate c at tokens * with zero")
     assert WRONG_EDGES[edge] in codes(text, data)
+
+
+@pytest.mark.parametrize(
+    ("edge", "site", "hint"),
+    [
+        ("L0H0 -> L1H1", "L1H1", "`L1H1.q`, `L1H1.k` or `L1H1.v`"),
+        ("L0H0 -> head_out layer 1 head 1", "head_out layer 1 head 1", "`L1H0.q`"),
+        ("attn_out layer 0 -> logits", "attn_out layer 0", SENDER_WORDS),
+        ("embed -> resid_pre layer 1", "resid_pre layer 1", RECEIVER_WORDS),
+    ],
+)
+def test_site_that_is_no_end_of_an_edge_names_the_ends(
+    data: Path, edge: str, site: str, hint: str
+) -> None:
+    text = f"circuit c = {edge}\n" + experiment("e", "ablate c at tokens * with zero")
+    (problem,) = (each for each in try_file(text, data, "llama")[1] if each.code == "E0334")
+    assert problem.span is not None
+    assert problem.span.written == site
+    assert hint in (problem.help_text or "")
 
 
 def test_a_circuit_of_all_edges_leaves_none(data: Path) -> None:
