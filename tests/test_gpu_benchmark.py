@@ -108,7 +108,9 @@ def test_time_ends_in_the_midst_of_any_phase(
     unending: str,
     status: int,
 ) -> None:
-    given(monkeypatch, "--small", "--works", "W2", "replies", "--dtypes", "fp32", "--seconds", "0.5")
+    given(
+        monkeypatch, "--small", "--works", "W2", "replies", "--dtypes", "fp32", "--seconds", "0.5"
+    )
     monkeypatch.setattr(benchmarks.gpu, "_compared", lambda *_: AGREES)
     monkeypatch.setattr(benchmarks.gpu, unending, for_ever)
     start = perf_counter()
