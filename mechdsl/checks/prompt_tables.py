@@ -791,14 +791,15 @@ class FileContexts:
         return not self.python and any(map(prompt_functions, known))
 
     def _block(self, name: str, tokenizer: TextTokenizer | None) -> PromptsBlock:
+        prompts = self.program.prompts[name]
         return PromptsBlock(
-            self.program.prompts[name],
+            prompts,
             seed=self.program.seed,
             words=self.models.words,
             parameters=self.program.parameters,
             blocks=self.program.prompts,
             python=self.python,
-            chat=None if tokenizer is None else tokenizer.chat,
+            chat=None if tokenizer is None else tokenizer.chat_for(prompts),
         )
 
     def table_alone(self, name: str) -> None:

@@ -269,7 +269,8 @@ def adopt_model(
     if (unstarted := check_starts(shape, name, span)) is not None:
         return None, [unstarted]
     if text is None and shape.takes == "image and text" and texts is not None:
-        text, found = _adopt_tokenizer(name, texts, bos, span, ImagePromptTokenizer)
+        chat = getattr(tokenizer, "chat_template", None)
+        text, found = _adopt_tokenizer(name, texts, bos, span, ImagePromptTokenizer, chat)
         if isinstance(text, ImagePromptTokenizer):
             text = text.with_processor(tokenizer, getattr(module, "config", None))
     elif text is None:
@@ -492,6 +493,7 @@ def _adopt_tokenizer(
     bos: bool | None,
     span: Span | None,
     reader: type[TextTokenizer] = TextTokenizer,
+    chat: object = None,
 ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
     if isinstance(tokenizer, TextTokenizer):
         return tokenizer, []
@@ -503,7 +505,7 @@ def _adopt_tokenizer(
         f"{role}_token": getattr(tokenizer, f"{role}_token", None)
         for role in ("bos", "cls", "sep", "eos")
     }
-    chat = getattr(tokenizer, "chat_template", None)
+    chat = chat or getattr(tokenizer, "chat_template", None)
     pad = getattr(tokenizer, "pad_token", None)
     return reader.from_backend(
         backend, **roles, pad_token=pad, chat_template=chat, bos=bos, span=span

@@ -375,7 +375,7 @@ def build_table(
             parameters=parameters or {},
             blocks=blocks or {},
             python=python,
-            chat=tokenizer.chat,
+            chat=tokenizer.chat_for(prompts),
         )
     )
     if compiled is not None:
@@ -427,7 +427,7 @@ def block_rows_key(prompts: spec.Prompts, tokenizer: TextTokenizer | None) -> st
 
     Other blocks have the same rows for every tokenizer.
     """
-    chat = tokenizer.chat if tokenizer is not None and prompts.chat else None
+    chat = tokenizer.chat_for(prompts) if tokenizer is not None and prompts.chat else None
     return prompts.name if chat is None else f"{prompts.name} {chat.digest}"
 
 

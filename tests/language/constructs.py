@@ -2747,6 +2747,16 @@ _in_prompt(
     test="test_families.py",
 )
 _in_prompt(
+    "image in a chat",
+    'chat { user "{photo} What is this?" }',
+    "An image in a turn. If the model's chat template takes lists of texts and images, mechdsl "
+    "passes them, and the template writes the tokens around images and the white space next to "
+    "them; some templates write all images of a turn first. Other templates get one text. The "
+    "span of the turn (`user tokens`) contains its images.",
+    beside='image photo = shapes(n: 1, kind: "circle")',
+    test="test_chats.py",
+)
+_in_prompt(
     "changed image in a prompt",
     "corrupt hidden { mask photo }",
     "Makes the image gray; `blur photo radius 8`, `noise photo by 40`, regions and `swap` work "

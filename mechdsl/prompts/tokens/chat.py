@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import load_json
+from mechdsl.base.text import count_noun
+from mechdsl.images.picture import MARKER
 from mechdsl.prompts.values import RichText, TextSpan, concatenate
 
 ASSISTANT = "assistant"
@@ -55,11 +58,14 @@ class ChatTemplate:
     """Special tokens by their names in templates, `bos_token`."""
     added: Mapping[str, bool]
     """Texts that are always a single token, and whether each is a special token."""
+    image: str = ""
+    """The text that stands for an image in formatted texts; empty without images."""
 
     @cached_property
     def digest(self) -> str:
         """Digest of everything that formatted texts depend on."""
         parts = (self.text, sorted(self.tokens.items()), sorted(self.added.items()))
+        parts += (self.image,) if self.image else ()
         return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
@@ -101,6 +107,29 @@ class ChatTemplate:
         If the last turn is the assistant's, it is the beginning of a reply, and the text ends with
         it. Otherwise the template's opening of a reply ends the text. Raises `ChatProblem`.
         """
+        if not any(MARKER.search(turn.rich.text) for turn in turns):
+            return self._formatted(turns)
+        try:
+            return self._with_images(turns)
+        except ChatProblem as problem:
+            try:
+                return self._formatted(turns)
+            except ChatProblem:
+                raise problem from None
+
+    def _with_images(self, turns: Sequence[Turn]) -> RichText:
+        """Format turns whose contents are lists of texts and images. Raises `ChatProblem`.
+
+        The template places the images; white space next to them is removed before.
+        """
+        parts = [part for number, turn in enumerate(turns) for part in _parts(number, turn)]
+        return self._formatted([turn for _, turn in parts], [number for number, _ in parts])
+
+    def _formatted(self, turns: Sequence[Turn], owners: Sequence[int] | None = None) -> RichText:
+        """Format turns, or parts of turns.
+
+        owners: for parts, the numbers of their turns.
+        """
         texts = [turn.rich.text for turn in turns]
         begun = turns[-1].role == ASSISTANT
         for number, text in enumerate(texts):
@@ -110,11 +139,11 @@ class ChatTemplate:
             _inner(text, f"{mark}{number}{mark}", f"{close}{number}{close}")
             for number, text in enumerate(texts)
         ]
-        plain = self._rendered(turns, texts, begun)
-        found = _Found(self._rendered(turns, marked, begun), mark, close)
+        plain = self._rendered(turns, texts, owners)
+        found = _Found(self._rendered(turns, marked, owners), mark, close)
         if found.text != plain:
             _lost(turns, found)
-        rich = found.rich(turns)
+        rich = found.rich(turns, owners)
         for piece in found.between:
             for number, text in enumerate(texts):
                 self._refuse(number, turns, self._writes(piece, text))
@@ -142,15 +171,24 @@ class ChatTemplate:
                 number,
             )
 
-    def _rendered(self, turns: Sequence[Turn], texts: Sequence[str], begun: bool) -> str:
-        messages = [
-            {"role": turn.role, "content": text} for turn, text in zip(turns, texts, strict=True)
-        ]
+    def _rendered(
+        self, turns: Sequence[Turn], texts: Sequence[str], owners: Sequence[int] | None
+    ) -> str:
+        messages: list[dict[str, Any]] = []
+        for number, (turn, text) in enumerate(zip(turns, texts, strict=True)):
+            if owners is None:
+                messages.append({"role": turn.role, "content": text})
+                continue
+            if not number or owners[number] != owners[number - 1]:
+                messages.append({"role": turn.role, "content": []})
+            is_image = MARKER.fullmatch(turn.rich.text) is not None
+            part = {"type": "image"} if is_image else {"type": "text", "text": text}
+            messages[-1]["content"].append(part)
         names = {
             "messages": messages,
             "tools": None,
             "documents": None,
-            "add_generation_prompt": not begun,
+            "add_generation_prompt": turns[-1].role != ASSISTANT,
             **self.tokens,
         }
         try:
@@ -158,12 +196,30 @@ class ChatTemplate:
         except Exception as error:  # templates can raise anything
             hint = "change the turns, or write the whole text with `template`"
             raise ChatProblem(_said(error), hint) from error
+        if owners is not None:
+            text = self._place_images(turns, texts, text)
         if len(text) > limits.TEXT:
             raise ChatProblem(
                 f"it writes {len(text):,} characters, more than {limits.TEXT:,}",
                 "this exceeds the context of any model; shorten the turns",
             )
         return text
+
+    def _place_images(self, turns: Sequence[Turn], texts: Sequence[str], written: str) -> str:
+        """Replace the template's texts of images by those of the turns, in order."""
+        own = [
+            text
+            for turn, text in zip(turns, texts, strict=True)
+            if MARKER.fullmatch(turn.rich.text)
+        ]
+        pieces = written.split(self.image)
+        if len(pieces) != len(own) + 1:
+            raise ChatProblem(
+                f"it writes `{self.image}` {len(pieces) - 1} times, for "
+                f"{count_noun(len(own), 'image')}",
+                "write the whole text with `template`",
+            )
+        return pieces[0] + "".join(map("".join, zip(own, pieces[1:], strict=True)))
 
 
 class _Found:
@@ -190,16 +246,28 @@ class _Found:
         self.between = [piece for piece in (*self.between, outside) if piece.strip()]
         self.text = text
 
-    def rich(self, turns: Sequence[Turn]) -> RichText:
-        """Return the text with its spans in text order."""
+    def rich(self, turns: Sequence[Turn], owners: Sequence[int] | None) -> RichText:
+        """Return the text with its spans in text order.
+
+        owners: as in `ChatTemplate._formatted`; the parts of a turn are one span.
+        """
         spans: list[TextSpan] = []
+        whole: dict[int, tuple[str, list[int]]] = {}
         for number, turn in enumerate(turns):
             core = turn.rich.text.strip()
             places = self.places.get(number, [])
             if not places or any(self.text[a:b] != core for a, b in places):
                 _lost(turns, self, number)
+            if owners is not None and len(places) != 1:
+                _lost(turns, self, number)
             for start, end in places:
-                spans += self._spans(turn, start, end)
+                role, *inner = self._spans(turn, start, end)
+                spans += inner
+                if owners is None:
+                    spans.append(role)
+                else:
+                    whole.setdefault(owners[number], (turn.role, []))[1].extend((start, end))
+        spans += [TextSpan(role, min(ends), max(ends)) for role, ends in whole.values()]
         return RichText(self.text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
 
     def _spans(self, turn: Turn, start: int, end: int) -> list[TextSpan]:
@@ -221,6 +289,30 @@ class _Found:
         end = self.places[number][-1][1]
         trail = text[len(text.rstrip()) :] if text.strip() else ""
         return end + (len(trail) if self.text[end:].startswith(trail) else 0)
+
+
+def _parts(number: int, turn: Turn) -> Iterator[tuple[int, Turn]]:
+    """Yield a turn's number with each of its texts and images, as turns of its role."""
+    text, spans = turn.rich.text, turn.rich.spans
+    edges = {end for found in MARKER.finditer(text) for end in found.span()}
+    pairs = list(pairwise(sorted({0, len(text), *edges}))) if edges else [(0, len(text))]
+    lost = set(spans)
+    for start, end in pairs:
+        piece = text[start:end]
+        if edges:
+            start += len(piece) - len(piece.lstrip())
+            end = start + len(piece.strip())
+        if edges and start == end:
+            continue
+        inner = [each for each in spans if start <= each.start and each.end <= end]
+        lost -= set(inner)
+        moved = (each._replace(start=each.start - start, end=each.end - start) for each in inner)
+        yield number, Turn(turn.role, RichText(text[start:end], tuple(moved)))
+    if lost:
+        name = min(lost).name
+        raise ChatProblem(
+            f"`{name}` covers an image and text", "write the whole text with `template`", number
+        )
 
 
 def find_turns(rich: RichText, roles: Sequence[str]) -> Iterator[tuple[int, int, int]]:

@@ -24,6 +24,8 @@ from mechdsl.images.layouts import (
 )
 from mechdsl.images.picture import HALF_COVERED, MARKER, Picture, Region
 from mechdsl.images.processing import PREPROCESSOR_FILE, PROCESSOR_FILE, UnsupportedProcessor
+from mechdsl.program import spec
+from mechdsl.prompts.tokens.chat import ChatTemplate
 from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
 
 IMAGE_TOKEN = 1 << 61
@@ -181,6 +183,14 @@ class ImagePromptTokenizer(TextTokenizer):
         if written.count(self.image_id) != alone.count(self.image_id):
             raise UnsupportedProcessor("it prepares several images in a prompt in another way")
         self._joint_sizes.add(each)
+
+    def chat_for(self, prompts: spec.Prompts) -> ChatTemplate | None:
+        if self.chat is None or not (prompts.chat and prompts.pictures):
+            return self.chat
+        try:
+            return replace(self.chat, image=self.image_text)
+        except UnsupportedProcessor:  # an error of the model
+            return self.chat
 
     # --- texts to tokens --------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from mechdsl.base.source import Span
 from mechdsl.base.text import quote
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.prompts import NoBosToken, TextSpacing, UnreadableTokenizer
+from mechdsl.program import spec
 from mechdsl.prompts.tokens.chat import (
     CHAT_TEMPLATE_FILES,
     ChatTemplate,
@@ -191,6 +192,10 @@ class TextTokenizer:
         named = {f"{role}_token": token for role, token in tokens.items()}
         made.chat = parse_chat_template(chat_template, named, made._added)
         return made._checked(span)
+
+    def chat_for(self, prompts: spec.Prompts) -> ChatTemplate | None:
+        """Return the template that formats the turns of a block."""
+        return self.chat
 
     def same_as(self, other: TextTokenizer) -> bool:
         """Return whether both produce the same tokens for every text and every chat."""
