@@ -270,7 +270,9 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), in_turn(list(RULES), ["features", "dims"]))
+@pytest.mark.parametrize(
+    ("name", "kind"), in_turn(list(RULES), ["features", "dims"], [*RULES][::2])
+)
 def test_rules_use_it_as_a_list_of_coordinates(name: str, kind: str, tmp_path: Path) -> None:
     """Bit for bit, together with another experiment on the same block."""
     lines = list(RULES[name])
