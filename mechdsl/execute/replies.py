@@ -179,6 +179,7 @@ class ReplyGenerator:
         ]
         asked = _ReplyRequest(
             prompts=[rows.run.rows[prompt].ids for prompt, *_ in lanes],
+            sources=[own for prompt, *_ in lanes if (own := rows.run.rows[prompt].source)],
             random=[(self.seed, table.row_keys[prompt], *drawn) for prompt, *drawn in lanes],
             groups=np.repeat(np.arange(count), samples),
             prefill=prefill,
@@ -214,6 +215,7 @@ class ReplyGenerator:
             steps=asked.later.steps,
             random=asked.random,
             groups=asked.groups,
+            sources=asked.sources,
             cached=self.cached,
         )
 
@@ -228,6 +230,8 @@ class _ReplyRequest:
     groups: Ints
     prefill: RuleWrites
     later: GenerationRules
+    sources: Sequence[int] = ()
+    """[row] number of tokens that an encoder reads; empty without an encoder."""
 
     def some(self, rows: Sequence[int]) -> _ReplyRequest:
         """Restrict the request to some rows."""
@@ -240,6 +244,7 @@ class _ReplyRequest:
             GenerationRules(
                 tuple(map(chosen.write, later.kept)), tuple(map(chosen.step_rules, later.steps))
             ),
+            [self.sources[row] for row in rows] if self.sources else (),
         )
 
 

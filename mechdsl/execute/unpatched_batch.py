@@ -21,7 +21,12 @@ from mechdsl.execute.image_vectors import provide_images
 from mechdsl.forward.hooks.batch import Batch, RuleWrites, SiteRead, SiteWrite, to_device
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
 from mechdsl.forward.hooks.hook_points import fuse_activations
-from mechdsl.forward.hooks.model import LoadedModel, has_single_output, replace_blocks
+from mechdsl.forward.hooks.model import (
+    LoadedModel,
+    build_batch,
+    has_single_output,
+    replace_blocks,
+)
 from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
 from mechdsl.images.pixels import model_input
 from mechdsl.models.shape import PaddingSide
@@ -160,23 +165,6 @@ def compute_unpatched(
         part.found(done, slice(begin, begin + len(part.ids)))
         for part, begin in zip(parts, begins, strict=False)
     ]
-
-
-def build_batch(
-    model: LoadedModel, ids: Sequence[tuple[int, ...]], sources: Sequence[int], side: PaddingSide
-) -> Batch:
-    """Pad prompts; those of an encoder-decoder are padded apart in each of the two.
-
-    Args:
-        sources: Number of tokens of each prompt that the encoder reads; 0 in other models.
-        side: The side to pad, except in encoder-decoders, which count columns.
-    """
-    if not model.shape.encodes_apart:
-        return Batch.of(ids, model.pad_id, side, model.device)
-    split = list(zip(ids, sources, strict=True))
-    source = Batch.of([own[:count] for own, count in split], model.pad_id, "right", model.device)
-    target = Batch.of([own[count:] for own, count in split], model.pad_id, "right", model.device)
-    return target.after(source)
 
 
 def add_images(model: LoadedModel, batch: Batch, rows: Sequence[RunRow]) -> Batch:

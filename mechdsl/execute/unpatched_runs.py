@@ -33,7 +33,6 @@ from mechdsl.execute.unpatched_batch import (
     MeasuredPosition,
     UnpatchedBatch,
     UnpatchedRequest,
-    build_batch,
     build_noise_writes,
     collect_measured_positions,
     compute_unpatched,
@@ -54,7 +53,7 @@ from mechdsl.forward.hooks.batch import (
 )
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
-from mechdsl.forward.hooks.model import LoadedModel, replace_blocks
+from mechdsl.forward.hooks.model import LoadedModel, build_batch, replace_blocks
 from mechdsl.forward.hooks.weight_maps import FrozenNorms
 from mechdsl.forward.packed.unembedding import ModelUnembedding
 from mechdsl.models.restart import Shortcuts

@@ -771,6 +771,32 @@ def reply_cost(shape: ModelShape, work: ReplyWork, stop: int | None = None) -> C
     return Cost(0, 0, work.forwards, work.tokens * blocks, adds)
 
 
+def decoder_reply_cost(
+    shape: ModelShape, lengths: Ints, first: int, tokens: int, samples: int
+) -> Cost:
+    """Return the cost of an encoder-decoder's replies after the prefill.
+
+    Each step runs the decoder on all of its tokens, and projects the encoder's outputs again.
+
+    Args:
+        shape: The model.
+        lengths: [row] number of tokens that encoder and decoder read.
+        first: Number of tokens that the decoder begins with.
+        tokens: Maximum length of a reply.
+        samples: Number of replies per row.
+    """
+    block, heads = _BlockCost.of(shape), shape.n_heads * shape.d_head
+    own = first + np.arange(1, tokens, dtype=np.int64)
+    rows, sources = len(lengths) * samples, int((lengths - first).sum()) * samples
+    each = block.project + block.output + block.mlp + 2 * shape.d_model * heads
+    adds = rows * float((own * each + own * (own + 1) // 2 * block.key).sum())
+    projected = len(own) * 2 * shape.d_model * shape.n_kv_heads * shape.d_head
+    adds += sources * float(projected + own.sum() * block.key)
+    logits = rows * len(own) * float(shape.d_model * shape.outputs)
+    passed = rows * int(own.sum()) * shape.n_layers
+    return Cost(0, 0, rows * len(own), passed, adds * shape.n_layers + logits)
+
+
 # --- rows ---------------------------------------------------------------------------------------
 
 
@@ -904,19 +930,24 @@ class PanelWork:
             generation_lengths(plan, rows, unpatched=self.first and not number)
             for number, (plan, rows) in enumerate(zip(self.panel.plans, self.rows, strict=True))
         ]
+        lengths = np.concatenate(parts)
+        together = self.panel.pass_tokens if self.joins else None
+        read = self.readings.work(self.panel.plans, self.rows, together, unpatched=self.first)
+        if self.panel.shape.encodes_apart:
+            row = self.panel.table.runs[self.panel.plans[0].experiment.spec.base].rows[0]
+            given = lengths, len(row.ids) - row.source, said.tokens, said.samples
+            return decoder_reply_cost(self.panel.shape, *given) + reply_cost(self.panel.shape, read)
         work = reply_work(
-            np.concatenate(parts),
+            lengths,
             said.tokens,
             said.samples,
             kept=self.keeps_tokens,
             pass_tokens=self.panel.pass_tokens,
         )
-        together = self.panel.pass_tokens if self.joins else None
-        read = self.readings.work(self.panel.plans, self.rows, together, unpatched=self.first)
         return reply_cost(self.panel.shape, work + read)
 
     def keep_tokens(self) -> None:
-        """Compute only the newest token in each step of a reply."""
+        """Compute only the newest token in each step of a reply, except of an encoder-decoder."""
         self.keeps_tokens = True
 
     @cached_property

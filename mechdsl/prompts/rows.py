@@ -598,14 +598,19 @@ class PromptTable(Record):
     @cached_property
     def encoded(self) -> PromptTable:
         """The table with only the tokens that an encoder-decoder's encoder reads."""
-        return self._with_rows(
-            lambda row: replace(
-                row,
+
+        def cut(row: RunRow) -> RunRow:
+            kept = (
+                row if row.reply is None else replace(row, text=row.text_before_reply, reply=None)
+            )
+            return replace(
+                kept,
                 ids=row.ids[: row.source],
                 offsets=row.offsets[: row.source],
                 special=row.special[: row.source],
             )
-        )
+
+        return self._with_rows(cut)
 
     @cached_property
     def decoded(self) -> PromptTable:
@@ -614,7 +619,8 @@ class PromptTable(Record):
         def cut(row: RunRow) -> RunRow:
             count = len(row.ids) - row.source
             none = ((0, 0),) * count
-            kept = replace(row, text="", spans=(), places={}, regions={})
+            reply = row.reply and replace(row.reply, first=row.reply.first - row.source)
+            kept = replace(row, text="", spans=(), places={}, regions={}, reply=reply)
             return replace(
                 kept, ids=row.ids[row.source :], offsets=none, special=(False,) * count, source=0
             )

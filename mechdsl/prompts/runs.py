@@ -110,6 +110,12 @@ class RunRow(Record):
     pictures: Mapping[str, PromptPicture] = field(default_factory=lambda: _NOTHING)
     """The images within a prompt, by their markers in the text."""
 
+    @property
+    def text_before_reply(self) -> str:
+        """The text without the reply of another experiment."""
+        after = () if self.reply is None else self.offsets[self.reply.first :]
+        return self.text[: after[0][0]] if after else self.text
+
     @cached_property
     def placed_pictures(self) -> tuple[PlacedPicture, ...]:
         """The images in the prompt with their tokens, in text order."""

@@ -15,7 +15,7 @@ from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.estimators import first_of_place
 from mechdsl.program.runs import COMPARING_METRICS
-from mechdsl.prompts.positions.cells import is_after_prompts
+from mechdsl.prompts.positions.cells import is_after_prompts, refers_to_reply
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
@@ -310,10 +310,13 @@ def check_encoder_decoder(experiment: ResolvedExperiment) -> Iterator[Diagnostic
         yield NotSupported(span=own.against.span, what=f"`against` {of}", later="remove `against`")
     for save in (*own.saves, *own.saved_directions):
         yield NotSupported(span=save.span, what=f"`save` {of}", later="observe vectors instead")
-    for measure in experiment.measures:
-        if any(atom.form.takes in ("prompt", "own", "activations") for atom in measure.atoms):
+    for measure, said in zip(experiment.measures, own.measures, strict=True):
+        takes = {atom.form.takes for atom in measure.atoms}
+        if said.at is not None and refers_to_reply(said.at, experiment.table):
+            takes.discard("own")  # all tokens of a reply are predicted in the decoder
+        if takes & {"prompt", "own", "activations"}:
             what = f"`{measure.text}` {of}"
-            hint = "measure the answer: `logit(answer)` or `logprob(answer)`"
+            hint = "measure the answer: `logit(answer)` or `logprob(answer)`, or tokens of a reply"
             yield NotSupported(span=measure.expression.span, what=what, later=hint)
     runs = (experiment.table.runs[name] for name in (own.base, own.source) if name is not None)
     if any(run.noise is not None for run in runs):

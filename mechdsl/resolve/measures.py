@@ -825,7 +825,7 @@ def find_read_positions(
         return [ReadPosition()]
     first = next(iter(found.values()))
     labels = [label for label in first if all(label in own for own in found.values())]
-    return [_read_position(label, first, found) for label in labels]
+    return [_read_position(label, first, found, context.table) for label in labels]
 
 
 def _single(cell: PositionCell) -> bool:
@@ -836,14 +836,21 @@ def _single(cell: PositionCell) -> bool:
 
 
 def _read_position(
-    label: str, first: Mapping[str, PositionCell], found: Mapping[str, Mapping[str, PositionCell]]
+    label: str,
+    first: Mapping[str, PositionCell],
+    found: Mapping[str, Mapping[str, PositionCell]],
+    table: PromptTable,
 ) -> ReadPosition:
+    """Return a position in each run; the first readable token where a row lacks it."""
     at: dict[str, tuple[int, ...]] = {}
     absent: set[int] = set()
     for run, cells in found.items():
         hits = cells[label].hits
         absent.update(row for row, own in enumerate(hits) if not own)
-        at[run] = tuple(own[0][0] if own else 0 for own in hits)
+        rows = table.runs[run].rows
+        at[run] = tuple(
+            own[0][0] if own else row.source for own, row in zip(hits, rows, strict=True)
+        )
     return ReadPosition(label, at, tuple(sorted(absent)), first[label].item, first[label].reply)
 
 
@@ -875,8 +882,12 @@ def _read_at(
     atoms = tuple(_term_at(atom, place, chosen, context) for atom in measure.atoms)
     at, absent = place.at or measure.at, set(place.absent)
     if place.reply is None and any(atom.form.takes == "own" for atom in atoms):
-        absent.update(n for tokens in at.values() for n, token in enumerate(tokens) if not token)
-        at = {run: tuple(max(token - 1, 0) for token in tokens) for run, tokens in at.items()}
+        starts = {run: [row.source for row in context.table.runs[run].rows] for run in at}
+        pairs = {run: list(zip(tokens, starts[run], strict=True)) for run, tokens in at.items()}
+        absent.update(
+            n for own in pairs.values() for n, (token, first) in enumerate(own) if token == first
+        )
+        at = {run: tuple(max(t - 1, first) for t, first in own) for run, own in pairs.items()}
     return replace(
         measure, atoms=atoms, at=at, absent=tuple(sorted(absent)), item=place.item,
         in_reply=place.reply,

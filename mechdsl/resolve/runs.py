@@ -218,7 +218,7 @@ def check_accuracies(
             run = derived[run].spec.base
 
 
-CACHED_SITES = ("k", "v")
+CACHED_SITES = ("k", "v", "k cross", "v cross")
 """Sites whose vectors are cached for every token, so that later tokens can attend to them."""
 
 
@@ -334,7 +334,7 @@ def _check_model(generation: Generation, work: ExperimentContext) -> Iterator[Di
 
 def _explain_no_text(shape: ModelShape) -> str | None:
     """Explain why a model generates no text after a prompt; None if it does."""
-    if shape.takes not in ("text", "image and text"):
+    if shape.takes not in ("text", "image and text", "two texts"):
         return "which takes more than a text"
     if shape.task != "tokens" or "logits" not in shape.sites:
         return "which predicts no tokens"
@@ -344,10 +344,10 @@ def _explain_no_text(shape: ModelShape) -> str | None:
 
 
 def _prompts(experiment: spec.Experiment, table: PromptTable) -> Iterator[tuple[int, ...]]:
-    """Yield the prompts of the runs that generate."""
+    """Yield the prompts of the runs that generate, as far as a decoder reads them."""
     for name in (experiment.base, experiment.source):
         run = None if name is None else table.runs.get(name)
-        yield from (row.ids for row in (() if run is None else run.rows))
+        yield from (row.ids[row.source :] for row in (() if run is None else run.rows))
 
 
 def _check_runs(generation: Generation, work: ExperimentContext) -> Iterator[Diagnostic]:

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from tokenizers import processors
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..models import families
 from .support import Array, Record, prompt, token
@@ -53,23 +60,45 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "pegasus": {**BART, "decoder_start_token_id": 0},
 }
 
+WRITERS: dict[str, dict[str, Any]] = {
+    f"writing {family}": {**CONFIGS[family], "tie_word_embeddings": False}
+    for family in ("t5", "mt5", "bart", "marian", "pegasus")
+}
+"""Models that don't repeat their last token: their unembedding isn't their embedding."""
+
 FORCED = {"bart": 5}
 """Second tokens of decoders."""
 
 HEADS, WIDTH, ENCODER_LAYERS, LAYERS = 2, 8, 2, 3
 
 
+def name_of(family: str) -> str:
+    """The type of a model in the library."""
+    return family.rpartition(" ")[2]
+
+
 @cache
 def model(family: str, seed: int = 0) -> Any:
     """A model whose heads all matter."""
-    made = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **CONFIGS[family]))
+    config = {**CONFIGS, **WRITERS}[family]
+    made = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(name_of(family), **config))
     families.draw(made, seed)
     for name, parameter in made.named_parameters():
         if parameter.dim() >= 2 and "shared" not in name and "embed" not in name:
             crosses = "EncDecAttention.o" in name or "encoder_attn.out_proj" in name
             parameter.data.mul_(3 if crosses else 1.3)
-    if family in FORCED:
-        made.generation_config.forced_bos_token_id = FORCED[family]
+    if (forced := FORCED.get(name_of(family))) is not None:
+        made.generation_config.forced_bos_token_id = forced
+    if family in WRITERS:
+        head = made.get_output_embeddings()
+        shape, generator = head.weight.shape, torch.Generator().manual_seed(seed)
+        head.weight = nn.Parameter(torch.randn(shape, generator=generator))
+        made.get_input_embeddings().weight.data.mul_(4)
+        for name, parameter in made.named_parameters():
+            if "encoder_attn.out_proj" in name and "pegasus" not in family:
+                parameter.data.mul_(0.3)  # otherwise attention outweighs the token
+            if "decoder" in name and name.endswith("bias"):
+                parameter.data.zero_()
     return made.eval()
 
 
@@ -85,8 +114,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def starts(family: str) -> list[int]:
     """The tokens that the decoder begins with."""
-    first = CONFIGS[family]["decoder_start_token_id"]
-    return [first, FORCED[family]] if family in FORCED else [first]
+    name = name_of(family)
+    first = CONFIGS[name]["decoder_start_token_id"]
+    return [first, FORCED[name]] if name in FORCED else [first]
 
 
 @dataclass(frozen=True)
@@ -124,7 +154,7 @@ def place(family: str, site: str, layer: int, head: int | None = None) -> Place:
     component, _, stack = site.partition(" ")
     stack = stack or "decoder"
     encodes = stack == "encoder"
-    if family in ("t5", "mt5"):
+    if name_of(family) in ("t5", "mt5"):
         block = f"{'encoder' if encodes else 'decoder'}.block.{layer}"
         attention = f"{block}.layer.0.SelfAttention"
         attention = f"{block}.layer.1.EncDecAttention" if stack == "cross" else attention
@@ -278,7 +308,7 @@ def weights_times(
         seen: Receives the weights, [head, query, key].
     """
     whole, site = model(family), f"z {stack}".strip()
-    of_t5 = family in ("t5", "mt5")
+    of_t5 = name_of(family) in ("t5", "mt5")
     path, first = (
         place(family, site, each).path.removesuffix(".o").removesuffix(".out_proj")
         for each in (layer, 0)
@@ -316,3 +346,48 @@ def weights_times(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def written(
+    family: str,
+    of: Text,
+    first: Sequence[Write] = (),
+    newest: Callable[[int], Sequence[tuple[Place, Change]]] = lambda _: (),
+    edit: Callable[[EncoderDecoderCache], None] | None = None,
+    count: int = 5,
+) -> tuple[list[int], list[Array]]:
+    """A reply, token by token with the library's own cache, and the logits of each step.
+
+    Args:
+        family: The model.
+        of: The text that the encoder reads.
+        first: Hooks in the pass over the text and the decoder's first tokens.
+        newest: Hooks at the single token of each later pass, of its step.
+        edit: Changes the cache after the first pass.
+        count: Number of tokens.
+    """
+    module, ids, found = model(family), torch.tensor([of.ids]), list[Array]()
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    given: dict[str, Any] = {"input_ids": ids}
+    reply, own = list[int](), starts(family)
+    for step in range(count):
+        writes = first if step == 0 else [(place, [0], change) for place, change in newest(step)]
+        with changed(module, writes):
+            output = module(
+                **given,
+                decoder_input_ids=torch.tensor([own]),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        if step == 0 and edit is not None:
+            edit(cache)
+        encoded = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
+        given = {"encoder_outputs": encoded}
+        found.append(output.logits[0, -1].double().numpy())
+        chosen = int(found[-1].argmax())
+        if chosen == module.config.eos_token_id:
+            break
+        reply.append(chosen)
+        own = [chosen]
+    return reply, found

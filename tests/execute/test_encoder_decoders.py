@@ -330,7 +330,6 @@ ERRORS = {
     "patch pattern layer 0 head 0 at last token": "E0108",
     "block attention cross layer 0 from item token to last token": "E0316",
     "allow attention encoder layer 0 from first token to last token": "E0108",
-    "patch z encoder layer 0 head 0 at last token\n  generate 4": "E0108",
     "patch z encoder layer 0 head 0 at last token\n  using atp": "E0108",
     "patch z encoder layer 0 head 0 at last token\n  against random(5)": "E0108",
     "patch resid_post encoder layer 0 in basis b at last token": "E0108",

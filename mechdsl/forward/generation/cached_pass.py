@@ -358,6 +358,8 @@ def choose_method(model: LoadedModel, *, inside: bool = False) -> GenerationMeth
 
 
 def _test_methods(model: LoadedModel, inside: bool) -> GenerationMethod:
+    if model.shape.encodes_apart:
+        return GenerationMethod("whole", "only outputs of its encoder are cached")
     if model.calling.side != "left":
         return GenerationMethod(
             "whole",

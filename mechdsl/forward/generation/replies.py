@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mechdsl.base.arrays import Ints
 from mechdsl.forward.generation.cached_pass import (
@@ -51,7 +52,13 @@ from mechdsl.forward.hooks.batch import (
 )
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.hook_points import fuse_activations
-from mechdsl.forward.hooks.model import LoadedModel, replace_blocks
+from mechdsl.forward.hooks.model import (
+    ENCODED,
+    LoadedModel,
+    build_batch,
+    record_encoded,
+    replace_blocks,
+)
 from mechdsl.vocab.metrics import Reply
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 
@@ -65,6 +72,8 @@ class FullPasses:
     Earlier tokens may not come out as they were: if cached keys and values were edited after the
     prefill, or if blocks were exchanged in some of the steps. Their keys and values are then
     written as they were, and so are the vectors before any rule that steps are computed from.
+
+    The encoder of an encoder-decoder runs only in the prefill: later passes read its outputs.
     """
 
     def __init__(
@@ -76,12 +85,28 @@ class FullPasses:
         steps: Sequence[StepRules],
         tokens: int,
         limit: int,
+        *,
+        sources: Sequence[int] = (),
     ) -> None:
-        """Prepare passes; tokens: maximum length of a reply; limit: tokens of one pass."""
+        """Prepare passes.
+
+        Args:
+            model: The model.
+            prompts: [row] token ids.
+            prefill: Writes of the prefill.
+            kept: Edits of keys and values after the prefill.
+            steps: Rules of later steps.
+            tokens: Maximum length of a reply.
+            limit: Tokens of one pass.
+            sources: [row] number of tokens that an encoder reads; empty without an encoder.
+        """
         self.model = model
         self.prompts = prompts
         self.prefill = prefill
-        self.kept = kept
+        self._sources = sources or [0] * len(prompts)
+        self.kept = [write for write in kept if not write.stack]
+        self._across = RuleWrites([write for write in kept if write.stack])
+        """Edits of an encoder's keys and values, which later passes project again."""
         self.steps = steps
         self.limit = limit
         before = dict(prefill.blocks)
@@ -93,6 +118,8 @@ class FullPasses:
         """Sites of vectors that steps are computed from."""
         self._held: list[StoredVectors] = []
         """[state] vectors of the preceding step."""
+        self._encoded: list[Tensor] = []
+        """[state] outputs of the encoder [token, d_model]; empty without an encoder."""
 
     @property
     def own(self) -> Ints:
@@ -115,25 +142,25 @@ class FullPasses:
         rows: list[int] = states.leaders.tolist()
         step = ids.shape[1]
         held = self._before(states, RowChoice(len(self.prompts), rows), step)
+        encoded = [self._encoded[each] for each in states.parents.tolist()] if self._encoded else []
         longest = max(len(self.prompts[row]) for row in rows) + step
         each = max(1, self.limit // longest)
-        self._held = []
-        return torch.cat(
-            [
-                self._part(rows[first : first + each], held[first : first + each], ids)
-                for first in range(0, len(rows), each)
-            ]
-        )
+        self._held, self._encoded = [], []
+        parts = [slice(first, first + each) for first in range(0, len(rows), each)]
+        return torch.cat([self._part(rows[own], held[own], encoded[own], ids) for own in parts])
 
-    def _part(self, rows: Sequence[int], held: Sequence[StoredVectors], ids: Ints) -> Tensor:
+    def _part(
+        self,
+        rows: Sequence[int],
+        held: Sequence[StoredVectors],
+        encoded: Sequence[Tensor],
+        ids: Ints,
+    ) -> Tensor:
         """Compute [n, vocab] logits of the states with these leading rows, in one pass."""
         step = ids.shape[1]
-        batch = Batch.of(
-            [[*self.prompts[row], *ids[row].tolist()] for row in rows],
-            self.model.pad_id,
-            self.model.calling.side,
-            self.model.device,
-        )
+        sources = [self._sources[row] for row in rows]
+        texts = [(*self.prompts[row], *ids[row].tolist()) for row in rows]
+        batch = build_batch(self.model, texts, sources, self.model.calling.side)
         chosen = RowChoice(len(self.prompts), rows)
         lengths = torch.tensor([len(self.prompts[row]) for row in rows])
         later = [
@@ -143,14 +170,42 @@ class FullPasses:
         acting = merge_steps(chosen.rules(self.prefill), later)
         blocks = collect_blocks(self.steps, step) if step else dict(self.prefill.blocks)
         acting = replace(acting, blocks=tuple(sorted(blocks.items())))
-        return self._run(acting, acting.numbered(batch), held)
+        batch = acting.numbered(batch)
+        if not self.model.shape.encodes_apart:
+            return self._run(acting, batch, held, sources)
+        if encoded:
+            acting = acting.outside("encoder").then(chosen.rules(self._across))
+            extra = {ENCODED: pad_sequence(list(encoded), batch_first=True)}
+            batch = replace(batch, extra=extra)
+            self._encoded += encoded
+            return self._run(acting, batch, held, sources)
+        with record_encoded(self.model) as outputs:
+            found = self._run(acting, batch, held, sources)
+        (every,) = outputs
+        self._encoded += [own[:count] for own, count in zip(every[0], sources, strict=True)]
+        return found
 
-    def _run(self, acting: RuleWrites, batch: Batch, held: Sequence[StoredVectors]) -> Tensor:
-        """Run one pass; held: [state] stored vectors, or empty."""
+    def _run(
+        self,
+        acting: RuleWrites,
+        batch: Batch,
+        held: Sequence[StoredVectors],
+        sources: Sequence[int],
+    ) -> Tensor:
+        """Run one pass.
+
+        Args:
+            acting: All writes of the pass.
+            batch: Prompts and replies.
+            held: [state] stored vectors, or empty.
+            sources: [state] number of tokens that an encoder reads.
+        """
         last = (batch.lengths - 1)[:, None]
         every = any(write.site == "logits" for write in acting.writes)
         reads = self._reads(acting) if self._holds else []
-        again = [_rewrite_vectors(read, [each[read] for each in held]) for read in reads if held]
+        again = [
+            _rewrite_vectors(read, [each[read] for each in held], sources) for read in reads if held
+        ]
         # Step sources are written before all rules; other stored vectors after them.
         begin, end = again[: len(self._stepped)], again[len(self._stepped) :]
         with replace_blocks(self.model, acting.blocks):
@@ -163,10 +218,8 @@ class FullPasses:
                 logits_at=None if every else last,
             )
         assert result.logits is not None
-        spans = [
-            slice(start, start + length)
-            for start, length in zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
-        ]
+        given = zip(batch.starts.tolist(), batch.lengths.tolist(), sources, strict=True)
+        spans = [slice(start + source, start + length) for start, length, source in given]
         for number, span in enumerate(spans if self._holds else ()):
             own = {read: found[number, span] for read, found in result.reads.items()}
             for read in self._stepped if held else ():  # of each token, from its own pass
@@ -191,10 +244,11 @@ class FullPasses:
         if not self._holds or step == 0:
             return []
         held = [dict(self._held[parent]) for parent in states.parents.tolist()]
+        sources = [self._sources[row] for row in chosen.rows.tolist()]
         for write in map(chosen.write, self.kept if step == 1 else ()):
             for row in write.rows.unique().tolist():
                 own, mine = held[row], write.some(write.rows == row)
-                index = mine.positions, mine.units
+                index = mine.positions - sources[row], mine.units
                 own[write.where] = apply_edit(own[write.where], mine, index)
         return held
 
@@ -210,12 +264,21 @@ def apply_edit(now: Tensor, write: SiteWrite, index: tuple[Tensor, ...]) -> Tens
     return now.index_put_(index, apply_write(write.mode, now[index], values, to))
 
 
-def _rewrite_vectors(read: SiteRead, found: Sequence[Tensor]) -> SiteWrite:
-    """Write the vectors read at each row's first tokens, [token, heads, d_head]."""
+def _rewrite_vectors(read: SiteRead, found: Sequence[Tensor], sources: Sequence[int]) -> SiteWrite:
+    """Write the vectors read at each row's first tokens after those of its encoder.
+
+    Args:
+        read: The site.
+        found: [row] vectors [token, heads, d_head].
+        sources: [row] number of tokens that an encoder reads.
+    """
     heads = found[0].shape[1]
     counts = torch.tensor([len(each) for each in found])
     rows = torch.arange(len(found)).repeat_interleave(counts * heads)
-    places = [torch.arange(int(count)).repeat_interleave(heads) for count in counts]
+    places = [
+        (source + torch.arange(int(count))).repeat_interleave(heads)
+        for source, count in zip(sources, counts, strict=True)
+    ]
     units = torch.arange(heads).repeat(int(counts.sum()))
     values = torch.cat(list(found)).flatten(0, 1)
     return SiteWrite(read.site, read.layer, rows, torch.cat(places), units, values)
@@ -616,6 +679,7 @@ def generate_replies(
     steps: Sequence[StepRules] = (),
     random: Sequence[tuple[int, ...]] | None = None,
     groups: Ints | None = None,
+    sources: Sequence[int] = (),
     cached: bool = True,
     limit: int = DEFAULT_PASS_TOKENS,
     memory: int | None = None,
@@ -626,7 +690,7 @@ def generate_replies(
     token s of the reply.
 
     Args:
-        model: A causal decoder of text.
+        model: A causal decoder of text, or an encoder-decoder.
         prompts: [row] token ids.
         decoding: How tokens are chosen.
         prefill: Writes of the prefill, at positions of the prompt.
@@ -636,6 +700,8 @@ def generate_replies(
         random: [row] seed of the random numbers of sampled tokens, together with the step.
         groups: [row] equal for rows with equal writes, so that equal rows are computed once until
             their tokens differ; by default rows are shared only until a rule acts on them.
+        sources: [row] number of the prompt's tokens that an encoder reads; empty without an
+            encoder.
         cached: Whether to use a key-value cache, if `choose_method` finds that results agree.
         limit: Tokens of one pass.
         memory: Bytes for keys, values and logits; by default, `get_reply_bytes`. Batches are halved
@@ -663,6 +729,7 @@ def generate_replies(
         groups,
         partial(CachedPasses, way=way) if way and way.kind == "cached" else FullPasses,
         limit,
+        sources,
     )
     found: list[Reply | None] = [None] * len(prompts)
     room = get_reply_bytes(model.device) if memory is None else memory
@@ -764,6 +831,7 @@ class _GenerationJob:
     groups: Ints | None
     passes: Callable[..., _Passes]
     limit: int
+    sources: Sequence[int] = ()
 
     def replies(self, rows: Sequence[int]) -> Iterator[tuple[int, Reply]]:
         """Yield rows with their replies; a batch that exceeds memory is halved."""
@@ -798,6 +866,7 @@ class _GenerationJob:
             given.steps,
             self.decoding.tokens,
             self.limit,
+            **({"sources": [self.sources[row] for row in rows]} if self.sources else {}),
         )
         writing = ReplyBuffer(len(rows), self.decoding)
         random = [self.random[row] for row in rows]

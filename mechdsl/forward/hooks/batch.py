@@ -652,6 +652,14 @@ class RuleWrites:
             edges=[e for e in self.edges if e.layer < stop or e.stack == "encoder"],
         )
 
+    def outside(self, stack: str) -> RuleWrites:
+        """Remove changes in a stack that doesn't run."""
+        return replace(
+            self,
+            writes=[write for write in self.writes if write.stack != stack],
+            edges=[edge for edge in self.edges if edge.stack != stack],
+        )
+
     def numbered(self, batch: Batch) -> Batch:
         """Apply the position ids to a batch."""
         for each in self.numbers:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -203,6 +203,37 @@ class LoadedModel:
         return tap
 
 
+def build_batch(
+    model: LoadedModel, ids: Sequence[tuple[int, ...]], sources: Sequence[int], side: PaddingSide
+) -> Batch:
+    """Pad prompts; those of an encoder-decoder are padded apart in each of the two.
+
+    Args:
+        model: The model.
+        ids: Token ids of each prompt.
+        sources: Number of tokens of each prompt that the encoder reads; 0 in other models.
+        side: The side to pad, except in encoder-decoders, which count columns.
+    """
+    if not model.shape.encodes_apart:
+        return Batch.of(ids, model.pad_id, side, model.device)
+    split = list(zip(ids, sources, strict=True))
+    source = Batch.of([own[:count] for own, count in split], model.pad_id, "right", model.device)
+    target = Batch.of([own[count:] for own, count in split], model.pad_id, "right", model.device)
+    return target.after(source)
+
+
+@contextmanager
+def record_encoded(model: LoadedModel) -> Generator[list[Any]]:
+    """Collect the outputs of an encoder-decoder's encoder, the library's objects of tensors."""
+    found: list[Any] = []
+    encoder: Any = model.module
+    handle = encoder.get_encoder().register_forward_hook(lambda _, __, output: found.append(output))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 def call_with_batch(model: LoadedModel, batch: Batch) -> Tensor:
     """Call the model's forward without hooks, with masks and positions.
 
@@ -223,7 +254,12 @@ def select_row_logits(model: LoadedModel, logits: Tensor, rows: Ints) -> Tensor:
     return logits[array_to_device(rows, logits.device)] if has_single_output(model) else logits
 
 
-def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Tensor]:
+ENCODED = "encoder_outputs"
+"""Input of a batch [B, T of the encoder, d_model]: the vectors that an encoder computed before. The
+encoder then doesn't run."""
+
+
+def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
     """Build the arguments of the model's forward."""
     ids, mask = batch.ids, batch.mask
     match model.shape.takes:
@@ -234,6 +270,8 @@ def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Tensor]:
             if model.shape.takes == "two texts":
                 encoder = batch.of_stack("encoder")
                 given = {"input_ids": encoder.ids, "attention_mask": encoder.mask}
+                if ENCODED in batch.extra:
+                    given = {ENCODED: (batch.extra[ENCODED],), "attention_mask": encoder.mask}
             return given | {"decoder_input_ids": ids, "decoder_attention_mask": mask}
         case _:
             plain = not batch.extra or model.calling.places_images
@@ -254,7 +292,7 @@ def build_text_inputs(
     return given
 
 
-def call_model(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Tensor:
+def call_model(model: LoadedModel, arguments: Mapping[str, Any]) -> Tensor:
     """Call the model without a cache: [B, T, …].
 
     A classifier of prompts gives its output to each of their tokens; packed tokens each have their
@@ -277,7 +315,7 @@ class _ScoresComputed(Exception):
     """Signal that each token's output is known, so that the forward pass can stop."""
 
 
-def _call_scores(model: LoadedModel, path: str, arguments: Mapping[str, Tensor]) -> Tensor:
+def _call_scores(model: LoadedModel, path: str, arguments: Mapping[str, Any]) -> Tensor:
     """Return [B, T, labels] from the module that computes each token's output."""
     found: list[Tensor] = []
 
@@ -295,7 +333,7 @@ def _call_scores(model: LoadedModel, path: str, arguments: Mapping[str, Tensor])
     return found[0]
 
 
-def call_module(model: LoadedModel, arguments: Mapping[str, Tensor]) -> Any:
+def call_module(model: LoadedModel, arguments: Mapping[str, Any]) -> Any:
     """Return the model's complete output."""
     cache = {"use_cache": False} if "use_cache" in model.calling.accepts else {}
     return model.module(**arguments, **cache)

@@ -6,13 +6,13 @@ They describe defaults, dropped data and choices, text generation, and the scori
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mechdsl.base.text import count_noun, measure_names, quote
+from mechdsl.base.text import count_noun, measure_names, name_list, quote
 from mechdsl.execute.measurement.values import MeasuredValues
 from mechdsl.execute.replies import find_end_tokens
 from mechdsl.execute.run_record import ExecutionProfile, PassSizes
@@ -55,11 +55,19 @@ def reply_conventions(
             f"{', '.join(said.drawn)}, seed {experiment.seed}: separate draws for each prompt, "
             "cell, run, sample and step, independent of the batch"
         )
+    if ignored := _ignored_settings(model):
+        verb = "isn't" if len(ignored) == 1 else "aren't"
+        chosen += f"; {name_list(ignored)} of the model's generation config {verb} used"
     yield "generate", f"up to {count_noun(said.tokens, 'token')} after each prompt, {chosen}"
     yield "replies end", _reply_ends(said, experiment, model)
     yield "lengths", "; ".join(_reply_lengths(plan, measured))
     way = choose_method(model)
-    if way.kind == "whole":
+    if model.shape.encodes_apart:
+        yield (
+            "kept keys",
+            "none: each token needs a full pass of the decoder; the encoder runs once",
+        )
+    elif way.kind == "whole":
         yield "kept keys", f"none: each token needs a full forward pass, because {way.reason}"
     if said.samples > 1:
         yield "samples", f"{said.samples:,} per row; a row's value is their mean"
@@ -378,6 +386,30 @@ def _null_band(confidence: float) -> str:
         "separately, and its `p null` is at least 1/(1 + k); with k below "
         f"{min_draws(confidence)}, no effect is reported as inside its band"
     )
+
+
+_UNUSED_SETTINGS: Mapping[str, float] = {
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "repetition_penalty": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": -1,
+    "suppress_tokens": -1,
+    "begin_suppress_tokens": -1,
+}
+"""Settings of a generation config that change which tokens `generate` of transformers chooses, with
+the values that change nothing."""
+
+
+def _ignored_settings(model: LoadedModel) -> list[str]:
+    """Return the settings of the model's generation config that replies don't depend on here."""
+    given = getattr(model.module, "generation_config", None)
+    values = {name: getattr(given, name, None) for name in _UNUSED_SETTINGS}
+    return [
+        name for name, value in values.items() if value not in (None, [], _UNUSED_SETTINGS[name])
+    ]
 
 
 def fallback_conventions(model: LoadedModel, profile: ExecutionProfile) -> dict[str, str]:
