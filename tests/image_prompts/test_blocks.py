@@ -143,6 +143,24 @@ def test_replies() -> None:
         assert list(cell.ids) == edited, words(edited)
 
 
+def test_mismatched_images() -> None:
+    """Images of other records, drawn with the seed."""
+    block = support.BLOCK.replace("file = other", "file = other(file)")
+    text = experiment("e", "from clean into changed", "patch embed at photo tokens")
+    bare, drawn = support.bare(NAME), set[tuple[int, ...]]()
+    every = [
+        [difference(NAME, bare.run(inputs(NAME, n, k)), n) for k in range(4)] for n in range(4)
+    ]
+    for seed in range(4):
+        values = run_file(f"seed {seed}\n{text}", NAME, block=block)["e"].measures[0].base[0]
+        apart = np.abs(np.array(every) - values[:, None])
+        np.testing.assert_allclose(apart.min(1), 0, atol=1e-4)
+        found = tuple(apart.argmin(1).tolist())
+        assert all(image != n for n, image in enumerate(found))
+        drawn.add(found)
+    assert len(drawn) > 1
+
+
 # --- what is kept in the store --------------------------------------------------------------------
 
 

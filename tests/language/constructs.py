@@ -2757,11 +2757,19 @@ _in_prompt(
     test="test_chats.py",
 )
 _in_prompt(
+    "mismatched image in a prompt",
+    "corrupt other { kind = other(kind) }",
+    "The image of another row: another value of the column or list that the `image` line names, "
+    "drawn with the seed, never the row's own. The texts stay those of the row.",
+    beside='kind in ["circle", "square"] image photo = "{kind}.png" '
+    'template "{photo} What is this?"',
+)
+_in_prompt(
     "changed image in a prompt",
     "corrupt hidden { mask photo }",
     "Makes the image gray; `blur photo radius 8`, `noise photo by 40`, regions and `swap` work "
-    "as in an `images` block, but patches can't be changed. For a different image, change a "
-    "value that the `image` line names; `swap photo_1, photo_2` exchanges two images.",
+    "as in an `images` block, but patches can't be changed. `swap photo_1, photo_2` exchanges "
+    "two images.",
     beside='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
 )
 _in_image(
