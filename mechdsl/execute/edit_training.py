@@ -54,7 +54,7 @@ def train_rotation(
     training, settings = declared.training, read_settings(declared.training, rows.model.device)
     trainer = training.trainer_of(RotationTrainer)
     with torch.enable_grad():
-        rotation = trainer.start(rows.vectors[0], training.of_trainer, start_generator(training))
+        rotation = trainer.start(rows.first_vectors, training.of_trainer, start_generator(training))
         start = rotation.matrix.clone()
         model = EditLoss(rotation, rows, settings.batch)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
@@ -86,11 +86,10 @@ def train_vector(
         OSError: A file can't be written.
     """
     training, settings = declared.training, read_settings(declared.training, rows.model.device)
-    own, _ = rows.vectors
     trainer = training.trainer_of(VectorTrainer)
     with torch.enable_grad():
         random = start_generator(training)
-        trained = trainer.start(own, training.of_trainer, random)
+        trained = trainer.start(rows.first_vectors, training.of_trainer, random)
         if isinstance(trained, SoftPrompt) and (others := rows.image_vectors) is not None:
             trained.draw_start(others, random)
         start = trained.vector().detach().clone()
@@ -198,7 +197,7 @@ def train_scales(declared: TrainedVector, rows: ObjectiveRows, job: TrainingJob)
     training, settings = declared.training, read_settings(declared.training, rows.model.device)
     trainer = training.trainer_of(ScaleTrainer)
     with torch.enable_grad():
-        scales = trainer.start(rows.vectors[0], training.of_trainer, start_generator(training))
+        scales = trainer.start(rows.first_vectors, training.of_trainer, start_generator(training))
         model = EditLoss(scales, rows, settings.batch)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
         job.run(loop)

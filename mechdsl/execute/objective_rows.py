@@ -29,12 +29,12 @@ from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.passes import make_plan
 from mechdsl.planner.plan import build_save_panel
-from mechdsl.planner.training_cost import count_held_out
+from mechdsl.planner.training_cost import CHUNK_BYTES, FLOAT, count_held_out
 from mechdsl.program import spec
 from mechdsl.program.images import IMAGE_SPAN, INSERTED_SPAN
 from mechdsl.prompts.runs import PositionCell, PromptRun
 from mechdsl.resolve.trainings import paired_positions
-from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave, SitePoint
+from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave, SitePoint, count_numbers
 from mechdsl.resolve.types import Training as DeclaredTraining
 
 IMAGE_ROWS = 64
@@ -91,7 +91,7 @@ class EffectRows(ABC, Generic[EditT]):
 
     @property
     def chunks(self) -> int:
-        """One: the vectors of all rows are in memory."""
+        """One: the numbers of all rows are in memory."""
         return 1
 
     def chunk(self, number: int) -> tuple[Tensor, Tensor]:
@@ -226,29 +226,56 @@ class EffectRows(ABC, Generic[EditT]):
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveRows(EffectRows[Edit]):
-    """The rows of a training that edits the vectors of one site."""
+    """The rows of a training that edits the vectors of one site.
+
+    Vectors of all rows stay in memory if they take at most `CHUNK_BYTES`. Otherwise, those of a
+    step's rows are read again.
+    """
 
     cache: VectorCache = field(default_factory=VectorCache)
 
     @cached_property
-    def vectors(self) -> tuple[Tensor, Tensor]:
-        """[vector, width] each, at least in 32 bits: vectors of the base run, and those that come
-        in for them; in the order of the table's rows."""
-        table = self.objective.table
+    def first_rows(self) -> Ints:
+        """[row] ascending numbers of the rows whose vectors fit into `CHUNK_BYTES` together, the
+        first ones in the order of the training, or all."""
+        counts = np.diff(self._starts)[self.rows]
+        numbers = count_numbers(self.declared.made, self.model.shape)
+        most = max(1, int((counts.cumsum() <= CHUNK_BYTES // (2 * FLOAT * numbers)).sum()))
+        return np.sort(self.rows[:most])
+
+    @property
+    def first_vectors(self) -> Tensor:
+        """[vector, width] vectors of the base run in these rows, in the order of the table's rows:
+        those that a training starts with."""
+        return self._vectors[0]
+
+    @cached_property
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        """[vector, width] each, at least in 32 bits: vectors of the base run in `first_rows`, and
+        those that come in for them."""
+        table, rows = self.objective.table, self.first_rows
         runs, hits = (run.name for run in self._runs), (cell.hits for cell in self._cells)
         key = (
-            id(self.model), table.name, table.row_keys, tuple(np.sort(self.rows).tolist()),
+            id(self.model), table.name, table.row_keys, tuple(rows.tolist()),
             *runs, *hits, self.declared.made, self.side,
         )  # fmt: skip
-        return self.cache.get(key, self._read_both)
+        return self.cache.get(key, lambda: self._read_both(rows))
 
-    def _read_both(self) -> tuple[Tensor, Tensor]:
+    def _read_both(self, rows: Ints) -> tuple[Tensor, Tensor]:
         points = [self.declared.made]
         own, other = (
-            self._read(run, cell, points)[0]
+            self._read(run, cell, points, rows)[0]
             for run, cell in zip(self._runs, self._cells, strict=True)
         )
         assert own.shape == other.shape
+        return own, other
+
+    def _vectors_in(self, rows: Ints) -> tuple[Tensor, Tensor]:
+        """Return `_vectors` in these rows; they are read again unless all rows fit into memory."""
+        if len(self.first_rows) < len(self.rows):
+            return self._read_both(rows)
+        which = torch.from_numpy(self._vectors_of(rows)[0])
+        own, other = (each[which.to(each.device)] for each in self._vectors)
         return own, other
 
     @cached_property
@@ -270,15 +297,20 @@ class ObjectiveRows(EffectRows[Edit]):
         training rows; None without a source run."""
         if self.objective.spec.source is None:
             return None
-        which, _ = self._vectors_of(np.sort(self.rows[self.held_out_count :]))
-        own, other = (each[torch.from_numpy(which).to(each.device)] for each in self.vectors)
-        return (other - own).mean(0)
+        rows = np.sort(self.rows[self.held_out_count :])
+        size = len(self.first_rows)
+        found: Tensor | None = None
+        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+            own, other = self._vectors_in(part)
+            share = len(own) / len(self._vectors_of(rows)[0])
+            mean = share * (other - own).mean(0)
+            found = mean if found is None else found + mean
+        return found
 
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Edit) -> list[SiteWrite]:
         """Return the edited vectors of some rows."""
-        point, (which, _) = self.declared.made, self._vectors_of(rows)
-        own, other = (each[torch.from_numpy(which).to(each.device)] for each in self.vectors)
-        return [write_point(point, self.model, *self._places(rows, lanes), edit(own, other))]
+        point, written = self.declared.made, edit(*self._vectors_in(rows))
+        return [write_point(point, self.model, *self._places(rows, lanes), written)]
 
 
 class TrainedEdit(Protocol):

@@ -5,6 +5,7 @@ Costs are upper bounds: early stopping ends a training before its last step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -118,6 +119,13 @@ def count_vector_numbers(training: Training, shape: ModelShape) -> int:
     """Return the numbers of a vector of a training with its target."""
     paired = 0 if training.paired is None else training.paired.width
     return sum(count_numbers(each, shape) for each in training.points) + paired
+
+
+def count_edited_bytes(training: Training, points: Sequence[SitePoint], shape: ModelShape) -> int:
+    """Return the bytes of the vectors that a training on a measure edits, and of those that come
+    in for them."""
+    hits = sum(len(token) for row in training.sample.cell.hits for token in row)
+    return 2 * FLOAT * hits * sum(count_numbers(point, shape) for point in points)
 
 
 def most_held_out(training: Training, shape: ModelShape, size: int) -> int:
@@ -314,7 +322,11 @@ def _effect_cost(
     backwards = steps * -(-every // batch) if batch else steps
     passes = backwards * (1 + len(compared)) + -(-measured * (1 + len(compared)) // batch)
     back = steps * every * above / shape.n_layers
-    reads = [_times(run_cost(shape, run, _stop(points[-1], shape)), 1) for run in (base, source)]
+    vectors, share = count_edited_bytes(training, points, shape), 1.0
+    if vectors > CHUNK_BYTES and not isinstance(made, TrainedMask):  # read again for each step
+        share, vectors = (steps * every + measured) / len(there), CHUNK_BYTES
+    stop = _stop(points[-1], shape)
+    reads = [_times(run_cost(shape, run, stop), share) for run in (base, source)]
     cost = Cost(
         forwards=passes,
         tokens=int((forward + back) * row.tokens),
@@ -322,10 +334,8 @@ def _effect_cost(
         backwards=backwards,
     )
     cost = sum(reads, cost)
-    hits = sum(len(token) for row in there for token in training.sample.cell.hits[row])
-    width = sum(count_numbers(point, shape) for point in points)
     longest = int(base.lengths[there].max(initial=1))
-    memory = FLOAT * (2 * hits * width + batch * longest * above * _saved_numbers(shape, longest))
+    memory = vectors + FLOAT * batch * longest * above * _saved_numbers(shape, longest)
     return TrainingCost(name, rows, held_out, steps, cost, int(memory), shape.n_layers)
 
 

@@ -111,7 +111,7 @@ def clean_by_hand(family: str, row: int) -> float:
 def test_loss_and_gradient(family: str, side: Any, tmp_path: Path) -> None:
     """Of every row, in ragged batches of two rows."""
     found = training_rows(write(tmp_path, inserted(), USED), double(family), side)
-    width = found.vectors[0].shape[1]
+    width = found.first_vectors.shape[1]
     random = torch.Generator().manual_seed(5)
     mine = torch.randn(COUNT, width, generator=random, dtype=torch.float64).requires_grad_()
     theirs = mine.detach().clone().requires_grad_()

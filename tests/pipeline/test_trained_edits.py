@@ -108,7 +108,7 @@ def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path:
     """Of every row, in ragged batches of two rows."""
     used = experiment(f"add 2 * r to {site} at last token")
     found = training_rows(write(tmp_path, fit(at=f"{site} at {at}"), used), double(family), side)
-    mine = [each.requires_grad_() for each in drawn_edit(2, found.vectors[0].shape[1])]
+    mine = [each.requires_grad_() for each in drawn_edit(2, found.first_vectors.shape[1])]
     theirs = [each.detach().clone().requires_grad_() for each in mine]
     reads, writes, offset = mine
     ids = found.objective.table.row_ids

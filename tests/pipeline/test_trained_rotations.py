@@ -189,7 +189,7 @@ def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path:
     text = path.read_text("utf-8").replace(f"patch {SITE} in", f"patch {site} in")
     path.write_text(text, "utf-8")
     found = training_rows(path, double(family), side)
-    width = found.vectors[0].shape[1]
+    width = found.first_vectors.shape[1]
     mine = drawn(DIMS, width).requires_grad_()
     theirs = mine.detach().clone().requires_grad_()
     ids = found.objective.table.row_ids
@@ -212,7 +212,7 @@ def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path:
 
 def test_whole_vector_is_a_full_patch(tmp_path: Path) -> None:
     found = training_rows(write(tmp_path, fit(), PATCHES), double("llama"))
-    everything = torch.eye(found.vectors[0].shape[1], dtype=torch.float64)
+    everything = torch.eye(found.first_vectors.shape[1], dtype=torch.float64)
     every = np.arange(4)
     assert torch.allclose(
         found.values(every, take_source), found.values(every, in_span(everything))

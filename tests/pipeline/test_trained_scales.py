@@ -72,7 +72,7 @@ def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path:
     used = experiment(f"scale {site} at last token by 2 * s")
     found = training_rows(write(tmp_path, fit(at=f"{site} at {at}"), used), double(family), side)
     random = torch.Generator().manual_seed(5)
-    width = found.vectors[0].shape[1]
+    width = found.first_vectors.shape[1]
     mine = torch.randn(width, generator=random, dtype=torch.float64).requires_grad_()
     theirs = mine.detach().clone().requires_grad_()
     ids = found.objective.table.row_ids

@@ -104,7 +104,7 @@ def test_loss_and_gradient(site: str, side: Any, family: str, at: str, tmp_path:
     """Of every row, in ragged batches of two rows."""
     used = experiment(f"add 2 * v to {site} at last token")
     found = training_rows(write(tmp_path, fit(at=f"{site} at {at}"), used), double(family), side)
-    width = found.vectors[0].shape[1]
+    width = found.first_vectors.shape[1]
     random = torch.Generator().manual_seed(5)
     mine = torch.randn(width, generator=random, dtype=torch.float64).requires_grad_()
     theirs = mine.detach().clone().requires_grad_()

@@ -7,12 +7,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 import mechdsl
 from mechdsl.diagnostics.core import has_errors
+from mechdsl.execute import objective_rows
+from mechdsl.execute.objective_rows import ObjectiveRows
 from mechdsl.fits.training import Training
+from mechdsl.pipeline import trained_files
+from mechdsl.pipeline.trained_files import list_training_costs
+from mechdsl.planner import training_cost
 
 from ..execute.support import word_tokenizer
 from ..rules.models import bare
@@ -23,6 +31,7 @@ from . import test_trained_masks as masks
 from . import test_trained_rotations as rotations
 from . import test_trained_scales as scales
 from . import test_trained_vectors as vectors
+from .test_trained_dictionaries import checked
 from .test_trained_rotations import OTHER, interrupt_training, models, run, train, write
 
 torch.set_num_threads(1)
@@ -101,7 +110,7 @@ def test_interrupted(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (whole,) = train(path)
     expected = (whole.folder / DECLARED[kind][2]).read_bytes()
     part, steps = interrupt_training(path, whole.folder, monkeypatch)
-    real = Training._step
+    real = Training._step  # pyright: ignore[reportPrivateUsage]
 
     def counted(self: Any) -> None:
         steps.append(self.state.step)
@@ -112,6 +121,64 @@ def test_interrupted(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert steps == [*range(6)]
     assert (found.folder / DECLARED[kind][2]).read_bytes() == expected
     assert not part.exists()
+
+
+EDITS = [kind for kind in DECLARED if kind != "mask"]
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_vectors_that_exceed_the_buffer_are_read_for_each_step(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights and the table are those of a training with all vectors in memory, which starts
+    with the vectors of the same rows."""
+    path = write(tmp_path, declare(kind), DECLARED[kind][1])
+    (first,) = train(path)
+    width = max(own.shape[-1] for own in load_file(first.folder / DECLARED[kind][2]).values())
+    read: list[int] = []
+    real = ObjectiveRows._read_both  # pyright: ignore[reportPrivateUsage]
+    few_rows = ObjectiveRows.first_rows.func
+
+    def counted(self: ObjectiveRows, rows: Any) -> Any:
+        read.append(len(rows))
+        return real(self, rows)
+
+    def trained() -> tuple[list[float], dict[str, Tensor], list[int]]:
+        read.clear()
+        (found,) = train(path, fresh=True)
+        assert found.report.rows == first.report.rows
+        numbers = [own for own in vars(found.report).values() if isinstance(own, float)]
+        return numbers, load_file(found.folder / DECLARED[kind][2]), [*read]
+
+    monkeypatch.setattr(ObjectiveRows, "_read_both", counted)
+    monkeypatch.setattr(objective_rows, "CHUNK_BYTES", 3 * 2 * 4 * width)
+    with monkeypatch.context() as patch:  # all vectors, and those of few rows at the start
+        few = property(lambda self: real(self, few_rows(self))[0])
+        patch.setattr(ObjectiveRows, "first_vectors", few)
+        patch.setattr(ObjectiveRows, "first_rows", property(lambda self: np.sort(self.rows)))
+        numbers, weights, once = trained()
+    other_numbers, other_weights, often = trained()
+    assert once == [4]
+    assert len(often) > 10
+    assert max(often) <= 3
+    for name, own in weights.items():
+        assert torch.allclose(other_weights[name], own, atol=1e-5), name
+    assert other_numbers == pytest.approx(numbers, abs=1e-4, nan_ok=True)
+
+
+def test_key_and_price_know_vectors_that_exceed_the_buffer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, declare("vector"), DECLARED["vector"][1])
+    (whole,) = train(path)
+    (price,) = list_training_costs(checked(path, "llama"))
+    for module in (objective_rows, trained_files, training_cost):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 200)
+    (parts,) = train(path)
+    assert parts.folder != whole.folder
+    (more,) = list_training_costs(checked(path, "llama"))
+    assert more.memory < price.memory
+    assert more.cost.multiply_adds > price.cost.multiply_adds
 
 
 def test_a_model_of_the_caller_stays_as_it_is(kind: str, tmp_path: Path) -> None:
