@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import processors
 from torch import Tensor, nn
@@ -58,11 +59,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "marian": {**BART, "decoder_start_token_id": 0},
     "mbart": BART,
     "pegasus": {**BART, "decoder_start_token_id": 0},
+    "umt5": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "m2m_100": BART,
 }
+
+LIKE_T5 = ("t5", "mt5", "umt5")
+SLOW = ("umt5", "m2m_100")
+"""Families whose code differs little from that of others."""
 
 WRITERS: dict[str, dict[str, Any]] = {
     f"writing {family}": {**CONFIGS[family], "tie_word_embeddings": False}
-    for family in ("t5", "mt5", "bart", "marian", "pegasus")
+    for family in ("t5", "mt5", "bart", "marian", "pegasus", "umt5", "m2m_100")
 }
 """Models that don't repeat their last token: their unembedding isn't their embedding."""
 
@@ -75,6 +82,12 @@ HEADS, WIDTH, ENCODER_LAYERS, LAYERS = 2, 8, 2, 3
 def name_of(family: str) -> str:
     """The type of a model in the library."""
     return family.rpartition(" ")[2]
+
+
+def cases(families: Iterable[str]) -> list[Any]:
+    """Families as parameters of a test; those of `SLOW` run only in slow tests."""
+    slow = pytest.mark.slow
+    return [pytest.param(each, marks=[slow] * (name_of(each) in SLOW)) for each in families]
 
 
 @cache
@@ -154,7 +167,7 @@ def place(family: str, site: str, layer: int, head: int | None = None) -> Place:
     component, _, stack = site.partition(" ")
     stack = stack or "decoder"
     encodes = stack == "encoder"
-    if name_of(family) in ("t5", "mt5"):
+    if name_of(family) in LIKE_T5:
         block = f"{'encoder' if encodes else 'decoder'}.block.{layer}"
         attention = f"{block}.layer.0.SelfAttention"
         attention = f"{block}.layer.1.EncDecAttention" if stack == "cross" else attention
@@ -308,10 +321,10 @@ def weights_times(
         seen: Receives the weights, [head, query, key].
     """
     whole, site = model(family), f"z {stack}".strip()
-    of_t5 = name_of(family) in ("t5", "mt5")
+    of_t5 = name_of(family) in LIKE_T5
     path, first = (
         place(family, site, each).path.removesuffix(".o").removesuffix(".out_proj")
-        for each in (layer, 0)
+        for each in (layer, layer if "umt5" in family else 0)
     )
     module, found = whole.get_submodule(path), {}
     handles: list[Any] = []

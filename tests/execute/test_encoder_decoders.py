@@ -26,6 +26,7 @@ from .encoder_decoders import (
     LAYERS,
     T5,
     Text,
+    cases,
     copied,
     difference,
     logits,
@@ -51,7 +52,7 @@ from .support import (
     try_file,
 )
 
-FAMILIES = tuple(CONFIGS)
+FAMILIES = cases(CONFIGS)
 
 
 def run(family: str, lines: str, folder: Path, options: RunOptions | None = None) -> Any:
