@@ -28,7 +28,7 @@ from mechdsl.diagnostics.rendering import render_full
 from .cli import conftest as cli
 from .execute.breaking import broke_off
 from .execute.nan import left_out
-from .image_prompts.test_families import refused
+from .image_prompts import test_families as families
 from .markdown import Fence, fences
 from .models import broken
 from .statistics_files.skewed_family import too_skewed
@@ -39,8 +39,8 @@ for _module in pkgutil.iter_modules(mechdsl.diagnostics.__path__):
 PAGES = Path(__file__).parent.parent / "docs" / "errors"
 CAUSES = {
     **broken.CAUSES,
-    "E0458": lambda: (None, refused("qwen2_vl")),
-    "E0459": lambda: (None, refused("paligemma")),
+    "E0458": lambda: (None, families.miscounted()),
+    "E0459": lambda: (None, families.refused(families.loaded("paligemma"))),
     "E0650": broke_off,
     "W0723": too_skewed,
     "W0750": left_out,

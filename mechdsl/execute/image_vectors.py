@@ -9,7 +9,9 @@ embedding table. `check_images_as_vectors` compares both forms on a model's own 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,10 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.diagnostics.models import ImagesNotVectors
-from mechdsl.forward.hooks.batch import Batch, SiteRead
+from mechdsl.forward.hooks.batch import Batch, SiteRead, WriteMismatch
 from mechdsl.forward.hooks.full_pass import run_full
-from mechdsl.forward.hooks.model import LoadedModel, call_module
-from mechdsl.images.layouts import PromptPicture
+from mechdsl.forward.hooks.model import (
+    IMAGE_TOKENS,
+    ImageTokenTable,
+    LoadedModel,
+    build_arguments,
+    call_module,
+)
+from mechdsl.forward.hooks.module_exchange import get_activation, replace_activation
+from mechdsl.images.layouts import ImageExpansion, PromptPicture
 from mechdsl.images.pixels import render_pixels
 from mechdsl.prompts.runs import RunRow
 from mechdsl.prompts.tokens.image_prompts import (
@@ -49,11 +58,17 @@ class ImageVectors:
         """[N] ascending: the tokens of images."""
         self._vectors = torch.empty(0, model.shape.d_model, dtype=model.dtype, device=model.device)
         """[N, d_model]"""
+        self._numbers = torch.empty(0, 4, dtype=torch.long, device=model.device)
+        """[N, 4]: `offsets` and `advance` of `ImageTokenTable`."""
+        self._later: list[Tensor] = []
+        """[N, d_model] for each of the first blocks: the vectors that the model adds after it."""
         self._asked: Tensor | None = None
+        self._passing: Tensor | None = None
+        """[B, T] tokens of the running pass."""
         self.apart: float | None = None
         """Difference from the model's own forward, relative to the largest logit; None: unknown."""
         embedding: nn.Module = model.module.get_input_embeddings()  # type: ignore[operator]
-        _remove_hooks(embedding)
+        _remove_hooks(model.module)
         embedding.register_forward_pre_hook(self._before, with_kwargs=True)
         embedding.register_forward_hook(self._after)
 
@@ -67,7 +82,7 @@ class ImageVectors:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give the embedding an ordinary token in place of each image token."""
         ids: Tensor = args[0] if args else kwargs["input"]
-        self._asked = ids if len(self._tokens) else None
+        self._asked = self._passing = ids if len(self._tokens) else None
         plain = torch.where(ids < IMAGE_TOKEN, ids, self.reader.image_id)
         return ((plain, *args[1:]), kwargs) if args else (args, {**kwargs, "input": plain})
 
@@ -79,6 +94,40 @@ class ImageVectors:
         at = torch.searchsorted(self._tokens, ids.contiguous()).clamp(max=len(self._tokens) - 1)
         vectors = torch.where((self._tokens[at] == ids)[..., None], self._vectors[at], torch.nan)
         return torch.where((ids >= IMAGE_TOKEN)[..., None], vectors.to(output), output)
+
+    def _keep_later(self, model: LoadedModel, found: Sequence[Tensor], places: Tensor) -> None:
+        """Add vectors of new images that the model adds after its first blocks.
+
+        Args:
+            model: The model.
+            found: For each of the first blocks, the vectors of the new tokens.
+            places: [N] the order of all tokens, the new ones last.
+        """
+        if not self._later:
+            self._later = [each.new_empty(0, each.shape[1]) for each in found]
+            for number in range(len(found)):
+                block = model.module.get_submodule(model.anatomy.blocks[number + 1].path)
+                hook = partial(self._before_block, number)
+                block.register_forward_pre_hook(hook, with_kwargs=True)
+        self._later = [
+            torch.cat([own, new.to(own)])[places]
+            for own, new in zip(self._later, found, strict=True)
+        ]
+
+    def _before_block(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Add vectors of images to the output of the block before this one."""
+        ids = self._passing
+        if ids is None or not bool((ids >= IMAGE_TOKEN).any()):
+            return None
+        hidden = get_activation(args, kwargs)
+        if hidden.shape[:2] != ids.shape:
+            raise WriteMismatch("vectors of images can't be added to some tokens of a pass")
+        at = torch.searchsorted(self._tokens, ids.contiguous()).clamp(max=len(self._tokens) - 1)
+        is_image = (ids >= IMAGE_TOKEN)[..., None]
+        added = torch.where(is_image, self._later[number][at].to(hidden), 0)
+        return replace_activation(args, kwargs, hidden + added)
 
     def provide(self, model: LoadedModel, rows: Iterable[RunRow]) -> None:
         """Compute the vectors of the rows' images that aren't known yet."""
@@ -98,7 +147,8 @@ class ImageVectors:
     def _add(self, model: LoadedModel, images: Sequence[tuple[str, PromptPicture]]) -> None:
         batch, own = prepare_images(model, self.reader, [each for _, each in images])
         read = SiteRead("embed")
-        vectors = run_full(model, batch, stop=0, reads=[read]).reads[read][:, :, 0]
+        with _record_later_vectors(model) as later:
+            vectors = run_full(model, batch, stop=0, reads=[read]).reads[read][:, :, 0]
         tokens = [
             token
             for marker, each in images
@@ -107,16 +157,66 @@ class ImageVectors:
         order = torch.cat([self._tokens, torch.tensor(tokens, device=self._tokens.device)])
         self._tokens, places = order.sort()
         self._vectors = torch.cat([self._vectors, vectors[own].to(self._vectors)])[places]
+        layout = self.reader.layout
+        if layout.several_layers:
+            self._keep_later(model, later, places)
+        numbers = [row for _, each in images for row in _number_cells(each.expansion)]
+        every = [self._numbers, torch.tensor(numbers, device=self._tokens.device)]
+        self._numbers = torch.cat(every)[places]
+        IMAGE_TOKENS[model.module] = ImageTokenTable(
+            tokens=self._tokens,
+            offsets=self._numbers[:, :3] if layout.numbering == "by row and column" else None,
+            advance=self._numbers[:, 3],
+            mixes=layout.mixes,
+        )
         self._known.update(marker for marker, _ in images)
 
 
-def _remove_hooks(embedding: nn.Module) -> None:
+_LATER_VECTORS = "deepstack_visual_embeds"
+"""Argument of a language model with vectors of images that it adds after its first blocks."""
+
+
+@contextmanager
+def _record_later_vectors(model: LoadedModel) -> Generator[list[Tensor]]:
+    """Collect the vectors of images that the model adds after its first blocks.
+
+    They are those of all tokens of images in a pass, in order, [tokens, d_model] for each block.
+    """
+    found: list[Tensor] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[:] = kwargs.get(_LATER_VECTORS) or ()
+
+    tap = model.anatomy.taps.get("embed")
+    if tap is None:
+        yield found
+        return
+    language = model.module.get_submodule(tap.path)
+    handle = language.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _number_cells(expansion: ImageExpansion) -> list[tuple[int, int, int, int]]:
+    """Return the offsets and the advance of `ImageTokenTable` for the tokens of an image."""
+    found = [(0, 0, 0, 0)] * sum(expansion.is_image)
+    if len(expansion.layout.cells) == len(found):
+        cells = expansion.layout.cells
+        found = [(cell.tile - 1, cell.row - 1, cell.col - 1, 0) for cell in cells]
+    return [*found[:-1], (*found[-1][:3], max(expansion.size))]
+
+
+def _remove_hooks(module: nn.Module) -> None:
     """Remove hooks of earlier vectors, also of the model that this one is a copy of."""
-    for hooks in (embedding._forward_pre_hooks, embedding._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), ImageVectors):
-                del hooks[key]
-                embedding._forward_pre_hooks_with_kwargs.pop(key, None)
+    for part in module.modules():
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for key, hook in list(hooks.items()):
+                own = hook.func if isinstance(hook, partial) else hook
+                if isinstance(getattr(own, "__self__", None), ImageVectors):
+                    del hooks[key]
+                    part._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 _VECTORS: WeakKeyDictionary[nn.Module, ImageVectors] = WeakKeyDictionary()
@@ -129,6 +229,7 @@ def provide_images(model: LoadedModel, rows: Iterable[RunRow]) -> None:
         return
     vectors = _VECTORS.get(model.module)
     if vectors is None or not vectors.fits(model):
+        IMAGE_TOKENS.pop(model.module, None)
         vectors = _VECTORS[model.module] = ImageVectors(model)
     vectors.provide(model, seen)
 
@@ -150,7 +251,7 @@ def prepare_images(
 
     images = [[Image.fromarray(render_pixels(each.picture))] for each in pictures]
     made: Mapping[str, Any] = reader.processor(
-        text=[reader.image_text] * len(images), images=images, return_tensors="pt"
+        text=[reader.image_text.given] * len(images), images=images, return_tensors="pt"
     )
     rows: list[list[int]] = made["input_ids"].tolist()
     batch = Batch.of(rows, model.pad_id, model.calling.side, model.device)
@@ -216,5 +317,7 @@ def _compare_forms(model: LoadedModel, reader: ImagePromptTokenizer, row: RunRow
         tokens = reader.vector_tokens(marker, picture.expansion)
         ids[:, : own.shape[1]][own] = torch.tensor(tokens, device=ids.device)
         mask = given["attention_mask"]
-        found = call_module(model, {"input_ids": ids, "attention_mask": mask}).logits
+        lengths = mask.sum(1).cpu()
+        plain = Batch(ids, mask, lengths, torch.zeros_like(lengths))
+        found = call_module(model, build_arguments(model, plain)).logits
     return float((found - expected).abs().max() / expected.abs().max())

@@ -307,6 +307,21 @@ def _unknown(reason: str) -> UnsupportedProcessor:
     return unfit
 
 
+@record
+class ImageText(Record):
+    """The texts that stand for an image in a prompt."""
+
+    given: str
+    """In the prompt that the processor gets."""
+    written: str
+    """In the prompt that the processor writes, with one image token for all."""
+    token: str
+    """The image token in `written`, which the tokens of an image replace."""
+
+
+_NATURAL_SIZE = (224, 224)
+
+
 class ImageLayout:
     """The layout of the image tokens of one or more model types."""
 
@@ -325,6 +340,33 @@ class ImageLayout:
     start: ClassVar[str] = ""
     """Attributes of the config or tokenizer with the ids of the tokens around images."""
     end: ClassVar[str] = ""
+    numbering: ClassVar[Literal["one by one", "by row and column"]] = "one by one"
+    """Position ids of image tokens: counted like words, or the row and column of each token."""
+
+    mixes: ClassVar[bool] = False
+    """Whether tokens of an image attend to later tokens of the image."""
+    several_layers: ClassVar[bool] = False
+    """Whether the model also adds vectors of images after its first blocks."""
+
+    def image_text(self, processor: Any, config: Any) -> ImageText:
+        """Return the texts that stand for an image. Raises UnsupportedProcessor."""
+        text: Any = getattr(processor, "image_token", None)
+        if not isinstance(text, str):
+            raise UnsupportedProcessor("it names no image token")
+        return ImageText(text, text, text)
+
+    def natural_size(self, images: Any) -> Size:
+        """Return the (height, width) of images without a size, such as a gray image.
+
+        images: the image processor.
+        """
+        for settings in (getattr(images, "crop_size", None), getattr(images, "size", None)):
+            edges = _edges(settings)
+            if "height" in edges and "width" in edges:
+                return edges["height"], edges["width"]
+            if "shortest_edge" in edges:
+                return edges["shortest_edge"], edges["shortest_edge"]
+        return _NATURAL_SIZE
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
         """Yield the vectors of one image, in the order of the prompt.
@@ -418,6 +460,11 @@ def video_layout(
     prompt = ImagePrompt(processor, config, inputs, tuple(sizes))
     features = [list(entry.video_features(prompt, number)) for number in range(len(sizes))]
     return _located(entry, prompt, features, config.video_token_id, "video")
+
+
+def find_layout(config: Any) -> ImageLayout:
+    """Return the layout of a model; one that knows no processor if its type has none."""
+    return IMAGE_LAYOUTS.get(config.model_type) or ImageLayout()
 
 
 def _located(
@@ -799,9 +846,9 @@ class LlavaOneVision(_AnyResolution):
         yield "row end"
 
 
-@layout("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+@layout("qwen2_vl", "qwen2_5_vl")
 class Qwen(ImageLayout):
-    """Qwen2-VL (Wang et al. 2024, arXiv:2409.12191) and later versions."""
+    """Qwen2-VL (Wang et al. 2024, arXiv:2409.12191) and Qwen2.5-VL."""
 
     documentation = "one token for 2 x 2 patches, row by row; the size depends on the image"
     processors = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
@@ -809,6 +856,20 @@ class Qwen(ImageLayout):
     video_processors = ("Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor")
     start = "vision_start_token_id"
     end = "vision_end_token_id"
+    numbering = "by row and column"
+
+    def image_text(self, processor: Any, config: Any) -> ImageText:
+        """Return the image token between the tokens that the model was trained with."""
+        own = super().image_text(processor, config)
+        start, end = processor.tokenizer.convert_ids_to_tokens(
+            [config.vision_start_token_id, config.vision_end_token_id]
+        )
+        text = f"{start}{own.token}{end}"
+        return ImageText(text, text, own.token)
+
+    def natural_size(self, images: Any) -> Size:
+        """Return a common size: the processor's settings are numbers of pixels, not sides."""
+        return _NATURAL_SIZE
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
         yield from self._merged(prompt, prompt.images, "image_grid_thw", number)
@@ -828,6 +889,15 @@ class Qwen(ImageLayout):
             view = view.resized(rows * patch, cols * patch)
         for frame in range(count):
             yield from grid(view, (cell, cell), tile=frame + 1)
+
+
+@layout("qwen3_vl", "qwen3_vl_moe")
+class Qwen3(Qwen):
+    """Qwen3-VL, with vectors of several layers of the vision encoder (DeepStack, Meng et al. 2024,
+    arXiv:2406.04334)."""
+
+    documentation = "as `qwen2_vl`"
+    several_layers = True
 
 
 @layout("idefics2")
@@ -955,6 +1025,13 @@ class Gemma3(ImageLayout):
     image_processors = ("Gemma3ImageProcessor",)
     start = "boi_token_id"
     end = "eoi_token_id"
+    mixes = True
+
+    def image_text(self, processor: Any, config: Any) -> ImageText:
+        """Return the start token, around which the processor writes more tokens and line breaks."""
+        token = processor.tokenizer.image_token
+        written = processor.full_image_sequence.replace(token * processor.image_seq_length, token)
+        return ImageText(processor.boi_token, written, token)
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
         edges = _edges(prompt.setting("size"))

@@ -128,9 +128,9 @@ class ExperimentPlan:
     def whole(self) -> bool:
         """Whether its rows are full forward passes under any plan.
 
-        Reasons: a rule or an encoder-decoder requires it, the rows start from a run with rules,
-        they are estimated, or a path freezes activations that differ from those of its starting
-        run.
+        Reasons: a rule, an encoder-decoder or images require it, the rows start from a run with
+        rules, they are estimated, or a path freezes activations that differ from those of its
+        starting run.
         """
         if any(run.derived is not None for run in self.starting_runs):
             return True
@@ -138,7 +138,7 @@ class ExperimentPlan:
             return True
         if self.path is not None and (self.beside_path or self._seen_in_mlps):
             return True
-        together = self.experiment.model.shape.encodes_apart
+        together = self.experiment.model.shape.encodes_apart or self.experiment.adds_images_later
         return together or any(plan.rule.does.whole for plan in self.rules)
 
     @cached_property

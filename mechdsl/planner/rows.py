@@ -353,7 +353,8 @@ def find_inert_writes(experiment: ResolvedExperiment, plan: RulePlan) -> InertWr
     of_run = np.repeat(np.arange(runs), plan.written.tokens.counts(np.arange(runs)))
     prompt = (keys % plan.written.prompts)[of_run]
     none = np.zeros(len(token), dtype=np.bool_)
-    causal = experiment.model.shape.causal and not experiment.looks_ahead
+    ahead = experiment.looks_ahead or experiment.mixes_images
+    causal = experiment.model.shape.causal and not ahead
     same = alike = none
     shared = _shared_prefix(experiment, plan.rule)
     if shared is not None:

@@ -22,6 +22,7 @@ from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import UNKNOWN_FACTS, UnknownFact
 from mechdsl.dictionaries.folder import DictionaryFile
 from mechdsl.dictionaries.labels import FeatureLabels
+from mechdsl.images.layouts import ImageLayout
 from mechdsl.images.picture import Picture
 from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.program import spec
@@ -39,6 +40,7 @@ from mechdsl.program.trainers import (
 from mechdsl.prompts.answers import TokenSets
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, PromptRun, ReplyPosition
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.vocab.effects import ControlTitle
@@ -1471,6 +1473,19 @@ class ResolvedDirectionFile(Record):
         return iter_fit_models(self.members.values())
 
 
+def find_image_layout(model: ModelContext, table: PromptTable) -> ImageLayout | None:
+    """Return how the model reads the images in its prompts; None without images."""
+    reader = model.tokenizer
+    seen = any(row.pictures for run in table.runs.values() for row in run.rows)
+    return reader.layout if seen and isinstance(reader, ImagePromptTokenizer) else None
+
+
+def mixes_images(model: ModelContext, table: PromptTable) -> bool:
+    """Return whether tokens of the prompts' images attend to later tokens of the image."""
+    layout = find_image_layout(model, table)
+    return layout is not None and layout.mixes
+
+
 @record
 class ResolvedExperiment(Record):
     """An experiment with all that a plan needs except weights."""
@@ -1588,6 +1603,17 @@ class ResolvedExperiment(Record):
     def every_rule(self) -> tuple[ResolvedRule, ...]:
         """Its rules, preceded by those of the runs that it defines."""
         return (*(rule for run in self.derived.values() for rule in run.rules), *self.rules)
+
+    @cached_property
+    def mixes_images(self) -> bool:
+        """Whether tokens of its images attend to later tokens of the image."""
+        return mixes_images(self.model, self.table)
+
+    @cached_property
+    def adds_images_later(self) -> bool:
+        """Whether its model adds vectors of images after several blocks."""
+        layout = find_image_layout(self.model, self.table)
+        return layout is not None and layout.several_layers
 
     @property
     def looks_ahead(self) -> bool:

@@ -31,6 +31,7 @@ from mechdsl.resolve.types import (
     PositionTargets,
     ResolvedRule,
     SitePoint,
+    mixes_images,
 )
 from mechdsl.rules.kinds import rule_kind
 from mechdsl.syntax import ast
@@ -138,6 +139,7 @@ def resolve_edge(
         return None
     causal = (
         work.sites.shape.causal
+        and not mixes_images(work.model, work.table)
         and stack not in STACK_SITES
         and (not work.sites.shape.stands_in or _measures_next_token(work))
     )

@@ -61,6 +61,21 @@ The processors of `internvl`, `llava_onevision`, `qwen2_vl`, `qwen2_5_vl`, `qwen
 `video_llava` also prepare videos, so transformers loads them only if torchvision is installed. That
 of `smolvlm` also needs num2words. `video_layout` returns the positions of the frames of videos for
 `video_llava`, `llava_onevision` and the Qwen models.
+
+Prompts of files contain images of all of these types, except `paligemma` and `mllama`
+([E0459](errors/E0459.md)). Some models do more with images than read their vectors:
+
+- Position ids of image tokens are rows and columns in `qwen2_vl`, `qwen2_5_vl` and `qwen3_vl`.
+  mechdsl puts the start and end tokens of these models around each image, so a template contains
+  only `{photo}`.
+- `qwen3_vl` adds vectors of images to the stream after its first blocks, outside their outputs. At
+  tokens of images, `resid_pre` of the next block contains them and `resid_post` doesn't. Rows with
+  images are full forward passes.
+- Tokens of an image attend to each other in both directions in `gemma3`. The line breaks that its
+  processor writes around an image are part of the prompt. With pan and scan, images that it crops
+  are E0459.
+
+The tokens of an image, by model type:
 """
 
 METHOD = f"""\

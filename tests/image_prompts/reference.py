@@ -104,13 +104,9 @@ class Bare:
 
     def reply(self, inputs: dict[str, Tensor], count: int, **edits: Any) -> list[int]:
         """The most likely tokens, one by one, each from a whole pass."""
-        ids = inputs["input_ids"]
         found: list[int] = []
         for _ in range(count):
-            more = torch.tensor([found], dtype=torch.long)
-            given = {**inputs, "input_ids": torch.cat([ids, more], 1)}
-            given["attention_mask"] = torch.ones_like(given["input_ids"])
-            found.append(int(self.run(given, **edits)[-1].argmax()))
+            found.append(int(self.run(followed(inputs, found), **edits)[-1].argmax()))
         return found
 
     def states(self, inputs: dict[str, Tensor]) -> dict[str, list[Tensor]]:
@@ -132,6 +128,19 @@ class Bare:
             embed=keep("embed"),
         )
         return found
+
+
+def followed(inputs: dict[str, Tensor], more: Sequence[int]) -> dict[str, Tensor]:
+    """The inputs of a prompt with further tokens of text."""
+    ids = inputs["input_ids"]
+    own = torch.tensor([more], dtype=torch.long)
+    given = {
+        name: torch.cat([value, torch.zeros_like(own)], 1) if value.shape == ids.shape else value
+        for name, value in inputs.items()
+    }
+    given["input_ids"] = torch.cat([ids, own], 1)
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    return given
 
 
 def at(positions: Sequence[int], values: Tensor) -> Edit:

@@ -52,7 +52,9 @@ class NewTokens:
     """[n] long, column of each prompt's first token; on the host."""
     first: int
     numbers: Tensor | None = None
-    """[n, Q] long, position ids; None: tokens are counted."""
+    """[n, Q] or [3, n, Q] long, position ids; None: tokens are counted."""
+    saved: Tensor | None = None
+    """[n] long: by how much earlier tokens outnumber their position ids, because of images."""
     running: int | None = None
     """Number of rows in the running module, if it computes only the first ones."""
 
@@ -114,6 +116,8 @@ class NewTokens:
         column = torch.arange(self.key_width, device=self.ids.device)
         starts = to_device(self.starts, self.ids.device)
         own = column[self.first :] - starts[:, None]
+        if self.saved is not None:
+            own = own - to_device(self.saved, own.device)[:, None]
         numbers = own.clamp(min=0) if self.numbers is None else self.numbers
         mask = (column >= starts[:, None]).long()
         return {**build_text_inputs(model, self.ids, numbers), "attention_mask": mask}

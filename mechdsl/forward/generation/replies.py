@@ -54,8 +54,11 @@ from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.hook_points import fuse_activations
 from mechdsl.forward.hooks.model import (
     ENCODED,
+    IMAGE_TOKENS,
     LoadedModel,
     build_batch,
+    find_given_positions,
+    mixes_images,
     record_encoded,
     replace_blocks,
 )
@@ -337,6 +340,9 @@ class CachedPasses:
         """Width of all prompts, padded on the left."""
         self._lengths = np.array([len(prompt) for prompt in prompts])
         """[row] number of prompt tokens."""
+        table = IMAGE_TOKENS.get(model.module)
+        self._saved = None if table is None else np.array(list(map(table.saved, prompts)))
+        """[row] as `NewTokens.saved`."""
         layers = model.shape.n_layers
         acting = find_first_step(len(prompts), prefill, kept, steps)
         lowest = np.zeros_like(acting)
@@ -349,12 +355,16 @@ class CachedPasses:
         self._distinct = 1 + int(self._texts.max())
         """Number of distinct prompts."""
         own = _count_own_tokens(prompts, prefill)
+        mixes = mixes_images(model, self._batch(np.arange(len(prompts))))
+        if mixes:  # a pass contains all tokens that attend to each other
+            own = np.where(own > 0, self._lengths, 0)
         most = int(own.max())
         begins = np.where(acting == 0, lowest, 2 * layers)
         half_blocks = self._distinct * 2 * layers + int((2 * layers - begins).sum())
         self._together = (
             way.places is not None
             and (way.places.several or most == 1)
+            and not mixes
             and not prefill.numbers
             and most > 0
             and all(write.mode != "step" for write in prefill.writes)
@@ -426,7 +436,8 @@ class CachedPasses:
         self.close()
         if step == 1:
             self._edit(states, self._chosen)
-        tokens = NewTokens(newest, self._starting, first)
+        saved = None if self._saved is None else torch.from_numpy(self._saved[rows])
+        tokens = NewTokens(newest, self._starting, first, saved=saved)
         acting = self._acting(self._chosen, step, acts)
         every, lineup = slice(0, len(states)), self._blocks.lineup
         self._open = CachedPass(self.model, tokens, self.keys, every, acting, lineup, self._places)
@@ -490,7 +501,7 @@ class CachedPasses:
             self.keys.shared.stand(self._texts[rows])
 
         def part(first: int, end: int) -> PassArguments:
-            tokens = NewTokens(batch.ids[:, first:end], batch.starts, first)
+            tokens = self._tokens(batch, slice(first, end))
             every, mine = slice(0, len(rows)), tokens.acting(acting)
             return self.model, tokens, self.keys, every, mine, lineup, self._places
 
@@ -531,7 +542,7 @@ class CachedPasses:
         each, found = max(1, self.limit // columns), list[Tensor]()
         for first in range(0, len(lead), each):
             part = slice(first, min(first + each, len(lead)))
-            tokens = NewTokens(batch.ids[part, :columns], batch.starts[part], 0)
+            tokens = self._tokens(batch.part(part), slice(columns))
             if whole:
                 found.append(run_cached_pass(self.model, tokens, keys, part, acting))
             else:
@@ -544,13 +555,16 @@ class CachedPasses:
     def _suffix(self, rows: Ints, part: slice, count: int) -> Tensor:
         """Compute [n, vocab] logits of some rows: their last tokens, on cached preceding ones."""
         rows = rows[part]
-        batch = self._batch(rows)
-        first = self.columns - count
         acting = self._prefilled(RowChoice(len(self.prompts), rows))
-        numbers = acting.numbered(batch).numbers
-        numbers = None if numbers is None else numbers[:, first:]
-        tokens = NewTokens(batch.ids[:, first:], batch.starts, first, numbers)
+        first = self.columns - count
+        tokens = self._tokens(acting.numbered(self._batch(rows)), slice(first, self.columns))
         return run_cached_pass(self.model, tokens, self.keys, part, acting)
+
+    def _tokens(self, batch: Batch, columns: slice) -> NewTokens:
+        """Return some columns of whole prompts as the tokens of a pass."""
+        numbers = find_given_positions(self.model, batch)
+        numbers = None if numbers is None else numbers[..., columns]
+        return NewTokens(batch.ids[:, columns], batch.starts, columns.start or 0, numbers)
 
     def _batch(self, rows: Ints) -> Batch:
         """Create a batch of whole prompts, as wide as the longest of all."""
@@ -593,7 +607,7 @@ class CachedPasses:
             ).reads
         standing = [_stored_edits(place, reads[place], batch, edits) for place in places]
         scratch = KeyValueCache(self.model.shape.n_layers, len(some), self.columns)
-        tokens = NewTokens(batch.ids, batch.starts, 0, batch.numbers)
+        tokens = self._tokens(batch, slice(self.columns))
         again = replace(acting, writes=[*acting.writes, *standing])
         store_keys(self.model, tokens, scratch, slice(0, len(some)), again)
         for write in standing:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -254,6 +255,73 @@ def select_row_logits(model: LoadedModel, logits: Tensor, rows: Ints) -> Tensor:
     return logits[array_to_device(rows, logits.device)] if has_single_output(model) else logits
 
 
+@dataclass(frozen=True, eq=False)
+class ImageTokenTable:
+    """How a model reads the tokens of its images, in addition to their vectors.
+
+    A model may number them by row and column (M-RoPE). A text after an image then continues at the
+    first number that is neither a row nor a column.
+
+    References:
+        Wang et al. 2024, "Qwen2-VL", arXiv:2409.12191, section 2.1.
+    """
+
+    tokens: Tensor
+    """[N] ascending: the tokens of images."""
+    offsets: Tensor | None
+    """[N, 3] long: frame, row and column, from 0; None if tokens are counted."""
+    advance: Tensor
+    """[N] long: the larger side of the image for its last token, 0 for the others."""
+    mixes: bool
+    """Whether tokens of an image attend to later tokens of the image."""
+
+    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the indices of tokens of images, and which tokens are; both like `ids`."""
+        at = torch.searchsorted(self.tokens, ids.contiguous()).clamp(max=len(self.tokens) - 1)
+        return at, self.tokens[at] == ids
+
+    def number(self, ids: Tensor, mask: Tensor) -> Tensor | None:
+        """Return [3, B, T] position ids of tokens [B, T]; None if they are counted."""
+        at, known = self.find(ids)
+        if self.offsets is None or not bool(known.any()):
+            return None
+        advance = torch.where(known, self.advance[at], 1) * mask
+        before = advance.cumsum(1) - advance
+        offsets = torch.where(known[..., None], self.offsets[at], 0)
+        return (before[..., None] + offsets).movedim(-1, 0)
+
+    def saved(self, ids: Sequence[int]) -> int:
+        """Return by how much the tokens of a prompt outnumber its position ids."""
+        if self.offsets is None:
+            return 0
+        at, known = self.find(torch.tensor(ids, device=self.tokens.device))
+        return int(torch.where(known, 1 - self.advance[at], 0).sum())
+
+
+IMAGE_TOKENS: WeakKeyDictionary[nn.Module, ImageTokenTable] = WeakKeyDictionary()
+"""By model, of images whose vectors are known."""
+
+
+def mixes_images(model: LoadedModel, batch: Batch) -> bool:
+    """Return whether some tokens of the prompts attend to later tokens of an image."""
+    table = IMAGE_TOKENS.get(model.module)
+    return table is not None and table.mixes and bool(table.find(batch.ids)[1].any())
+
+
+def find_given_positions(model: LoadedModel, batch: Batch) -> Tensor | None:
+    """Return [B, T] or [3, B, T] position ids; None if the tokens are counted."""
+    table = IMAGE_TOKENS.get(model.module)
+    if batch.numbers is not None or table is None:
+        return batch.numbers
+    return table.number(batch.ids, batch.mask)
+
+
+def number_positions(model: LoadedModel, batch: Batch) -> Tensor:
+    """Return [B, T] position ids; [3, B, T] with images that have rows and columns."""
+    given = find_given_positions(model, batch)
+    return batch.position_ids() if given is None else given
+
+
 ENCODED = "encoder_outputs"
 """Input of a batch [B, T of the encoder, d_model]: the vectors that an encoder computed before. The
 encoder then doesn't run."""
@@ -275,7 +343,7 @@ def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
             return given | {"decoder_input_ids": ids, "decoder_attention_mask": mask}
         case _:
             plain = not batch.extra or model.calling.places_images
-            given = build_text_inputs(model, ids, batch.position_ids() if plain else None)
+            given = build_text_inputs(model, ids, number_positions(model, batch) if plain else None)
             return {**given, **batch.extra, "attention_mask": mask}
 
 
@@ -288,7 +356,10 @@ def build_text_inputs(
     if positions is not None and calling.first_position is not None:
         given["position_ids"] = positions + calling.first_position
     if "token_type_ids" in calling.accepts:
-        given["token_type_ids"] = torch.zeros_like(ids)
+        table = IMAGE_TOKENS.get(model.module)
+        mixed = table is not None and table.mixes
+        types = table.find(ids)[1].long() if table is not None and mixed else None
+        given["token_type_ids"] = torch.zeros_like(ids) if types is None else types
     return given
 
 

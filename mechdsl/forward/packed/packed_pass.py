@@ -48,7 +48,9 @@ from mechdsl.forward.hooks.model import (
     LoadedModel,
     build_text_inputs,
     call_model,
+    mixes_images,
     narrow_unembedding,
+    number_positions,
     select_token_logits,
 )
 from mechdsl.forward.hooks.module_exchange import (
@@ -258,7 +260,9 @@ def build_masks(
 
 def is_causal(model: LoadedModel, kept: ActivationCache) -> bool:
     """Return whether no token sees a later one; tokens of an image in a text may see each other."""
-    seeing = model.shape.takes == "image and text" and bool(kept.batch.extra)
+    seeing = model.shape.takes == "image and text" and (
+        bool(kept.batch.extra) or mixes_images(model, kept.batch)
+    )
     return model.shape.causal and not (seeing and kept.sees_later)
 
 
@@ -698,7 +702,7 @@ class _PackedRun:
         if self.prompt is not None:
             return self.prompt[0]
         batch, places = self.kept.batch, self.kept.positions
-        positions = batch.position_ids()[lane, at][None]
+        positions = number_positions(self.model, batch)[..., lane, at][..., None, :]
         given = build_text_inputs(self.model, batch.ids[lane, at][None], positions)
         if places is not None:
             given["position_ids"] = places[..., lane, at][..., None, :]

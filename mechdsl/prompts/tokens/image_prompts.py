@@ -18,8 +18,11 @@ from mechdsl.diagnostics.models import NoImageProcessor, UnpreparedImages
 from mechdsl.images.layouts import (
     ImageCell,
     ImageExpansion,
+    ImageLayout,
+    ImageText,
     ImageTokens,
     PromptPicture,
+    find_layout,
     image_layout,
 )
 from mechdsl.images.picture import HALF_COVERED, MARKER, Picture, Region
@@ -97,12 +100,13 @@ class ImagePromptTokenizer(TextTokenizer):
         return type(self.processor.image_processor).__name__
 
     @cached_property
-    def image_text(self) -> str:
-        """The text that stands for an image before the processor expands it."""
-        text: Any = getattr(self.processor, "image_token", None)
-        if not isinstance(text, str):
-            raise UnsupportedProcessor("it names no image token")
-        return text
+    def image_text(self) -> ImageText:
+        """The texts that stand for an image before the tokenizer expands it.
+
+        Raises:
+            UnsupportedProcessor: The processor names no image token.
+        """
+        return self.layout.image_text(*self._read)
 
     @cached_property
     def image_id(self) -> int:
@@ -112,17 +116,15 @@ class ImagePromptTokenizer(TextTokenizer):
             raise UnsupportedProcessor("the model's config names no image token")
         return number
 
+    @property
+    def layout(self) -> ImageLayout:
+        """How the model reads images. Raises UnsupportedProcessor."""
+        return find_layout(self._read[1])
+
     @cached_property
     def natural_size(self) -> tuple[int, int]:
         """(height, width) of images that have no size of their own, such as a gray image."""
-        images = self.processor.image_processor
-        for settings in (getattr(images, "crop_size", None), getattr(images, "size", None)):
-            known: Any = settings or {}
-            if "height" in known and "width" in known:
-                return int(known["height"]), int(known["width"])
-            if "shortest_edge" in known:
-                return int(known["shortest_edge"]), int(known["shortest_edge"])
-        return 224, 224
+        return self.layout.natural_size(self.processor.image_processor)
 
     @cached_property
     def _expansions(self) -> dict[tuple[int, int], ImageExpansion]:
@@ -142,22 +144,31 @@ class ImagePromptTokenizer(TextTokenizer):
     def _expand(self, size: tuple[int, int]) -> ImageExpansion:
         from PIL import Image
 
-        image = Image.new("RGB", (size[1], size[0]))
-        written, given = self._written(self.image_text, image)
-        [alone] = super()._raw([self.image_text], add_special=True)
-        before, after = _around(alone.special)
-        ids = tuple(written[before : len(written) - after])
-        for text in (self.image_text, f"a {self.image_text} b"):
-            [plain] = super()._raw([text], add_special=True)
-            at = text.index(self.image_text)
-            places = [n for n, offset in enumerate(plain.offsets) if offset[0] == at]
-            first = next(n for n in places if not plain.special[n])
-            if self._written(text, image)[0] != [*plain.ids[:first], *ids, *plain.ids[first + 1 :]]:
+        image, text = Image.new("RGB", (size[1], size[0])), self.image_text
+        ids: list[int] = []
+        given: dict[str, Any] = {}
+        first = 0
+        for before, after in (("", ""), ("a ", " b")):
+            written, found = self._written(f"{before}{text.given}{after}", image)
+            [plain] = super()._raw([f"{before}{text.written}{after}"], add_special=True)
+            at = self._places(plain, [len(before) + text.written.index(text.token)])[0]
+            rest = len(plain.ids) - at - 1
+            if not ids:
+                ids, given, first = written[at : len(written) - rest], found, at
+            if written != [*plain.ids[:at], *ids, *plain.ids[at + 1 :]]:
                 raise UnsupportedProcessor("it changes the text around images")
-        [found] = image_layout(*self._read, {**given, "input_ids": written}, [size])
-        cells = tuple(replace(cell, position=cell.position - before) for cell in found.cells)
-        layout = replace(found, start=0, end=len(ids), cells=cells, markers={})
-        return ImageExpansion(ids, tuple(token == self.image_id for token in ids), layout)
+        [layout] = image_layout(*self._read, given, [size])
+        cells = tuple(replace(cell, position=cell.position - first) for cell in layout.cells)
+        layout = replace(layout, start=0, end=len(ids), cells=cells, markers={})
+        return ImageExpansion(tuple(ids), tuple(token == self.image_id for token in ids), layout)
+
+    def _places(self, encoded: EncodedText, starts: Sequence[int]) -> list[int]:
+        """Return the image tokens that begin at these characters of a text."""
+        length = len(self.image_text.token)
+        found = {offset: n for n, offset in enumerate(encoded.offsets) if not encoded.special[n]}
+        if not all((start, start + length) in found for start in starts):
+            raise UnsupportedProcessor("the tokenizer splits its image token")
+        return [found[start, start + length] for start in starts]
 
     def _written(self, text: str, *images: Any) -> tuple[list[int], dict[str, Any]]:
         """Return the tokens of a text with images, and the processor's other outputs."""
@@ -178,7 +189,7 @@ class ImagePromptTokenizer(TextTokenizer):
         if each in self._joint_sizes:
             return
         images = [Image.new("RGB", (width, height)) for height, width in each]
-        written, _ = self._written(" ".join([self.image_text] * len(each)), *images)
+        written, _ = self._written(" ".join([self.image_text.given] * len(each)), *images)
         alone = [token for size in each for token in self.expansion(size).ids]
         if written.count(self.image_id) != alone.count(self.image_id):
             raise UnsupportedProcessor("it prepares several images in a prompt in another way")
@@ -188,7 +199,7 @@ class ImagePromptTokenizer(TextTokenizer):
         if self.chat is None or not (prompts.chat and prompts.pictures):
             return self.chat
         try:
-            return replace(self.chat, image=self.image_text)
+            return replace(self.chat, image=self.image_text.given)
         except UnsupportedProcessor:  # an error of the model
             return self.chat
 
@@ -198,7 +209,7 @@ class ImagePromptTokenizer(TextTokenizer):
         markers = [list(MARKER.finditer(text)) for text in texts]
         if not any(markers):
             return super()._raw(texts, add_special)
-        plain = [MARKER.sub(lambda _: self.image_text, text) for text in texts]
+        plain = [MARKER.sub(lambda _: self.image_text.written, text) for text in texts]
         return [
             self._expanded(encoded, found) if found else encoded
             for encoded, found in zip(super()._raw(plain, add_special), markers, strict=True)
@@ -206,29 +217,27 @@ class ImagePromptTokenizer(TextTokenizer):
 
     def _expanded(self, encoded: EncodedText, markers: Sequence[Match[str]]) -> EncodedText:
         """Replace the token of each marker by the tokens of its image."""
+        if len(markers) > 1:
+            self._check_several([(int(m["height"]), int(m["width"])) for m in markers])
+        text, around = self.image_text, _MarkerOffsets(markers, len(self.image_text.written))
+        starts = [start + text.written.index(text.token) for start in around.starts]
+        due = dict(zip(self._places(encoded, starts), markers, strict=True))
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         special: list[bool] = []
-        if len(markers) > 1:
-            self._check_several([(int(m["height"]), int(m["width"])) for m in markers])
-        due, shift = list(markers), 0
-        for token, (start, end), added in zip(
-            encoded.ids, encoded.offsets, encoded.special, strict=True
-        ):
-            if due and not added and start + shift == due[0].start():
-                marker = due.pop(0)
-                expansion = self.expansion((int(marker["height"]), int(marker["width"])))
-                vectors = iter(self.vector_tokens(marker[0], expansion))
-                for own, is_image in zip(expansion.ids, expansion.is_image, strict=True):
-                    ids.append(next(vectors) if is_image else own)
-                    offsets.append(marker.span() if is_image else (0, 0))
-                    special.append(not is_image)
-                shift += len(marker[0]) - len(self.image_text)
+        for number, (token, offset) in enumerate(zip(encoded.ids, encoded.offsets, strict=True)):
+            if (marker := due.get(number)) is None:
+                own = None if encoded.special[number] else around.of(*offset)
+                ids.append(token)
+                offsets.append(own or (0, 0))
+                special.append(own is None)
                 continue
-            ids.append(token)
-            offsets.append((0, 0) if added else (start + shift, end + shift))
-            special.append(added)
-        assert not due, "each marker has a token"
+            expansion = self.expansion((int(marker["height"]), int(marker["width"])))
+            vectors = iter(self.vector_tokens(marker[0], expansion))
+            for own, is_image in zip(expansion.ids, expansion.is_image, strict=True):
+                ids.append(next(vectors) if is_image else own)
+                offsets.append(marker.span() if is_image else (0, 0))
+                special.append(not is_image)
         return EncodedText(tuple(ids), tuple(offsets), tuple(special))
 
     def vector_tokens(self, marker: str, expansion: ImageExpansion) -> list[int]:
@@ -248,10 +257,32 @@ class ImagePromptTokenizer(TextTokenizer):
         return super().decode([each if each < IMAGE_TOKEN else self.image_id for each in ids])
 
 
-def _around(special: Sequence[bool]) -> tuple[int, int]:
-    """Return how many tokens a tokenizer adds before and after a text."""
-    own = [at for at, added in enumerate(special) if not added]
-    return own[0], len(special) - 1 - own[-1]
+class _MarkerOffsets:
+    """Characters of a text with markers, from those of the text with images' texts instead."""
+
+    def __init__(self, markers: Sequence[Match[str]], length: int) -> None:
+        self._markers, self._length = markers, length
+        self.starts: list[int] = []
+        """First characters of images' texts, each of this length."""
+        shift = 0
+        for marker in markers:
+            self.starts.append(marker.start() + shift)
+            shift += length - len(marker[0])
+
+    def of(self, start: int, end: int) -> tuple[int, int] | None:
+        """Return the characters of a token; None if it lies within the text of an image."""
+        if any(first <= start and end <= first + self._length for first in self.starts):
+            return None
+        return self._moved(start, is_end=False), self._moved(end, is_end=True)
+
+    def _moved(self, place: int, *, is_end: bool) -> int:
+        shift = 0
+        for first, marker in zip(self.starts, self._markers, strict=True):
+            if place >= first + self._length:
+                shift = marker.end() - first - self._length
+            elif place > first:
+                return marker.start() if is_end else marker.end()
+        return place + shift
 
 
 STAND_IN_SIDE = 14

@@ -365,6 +365,9 @@ def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems
             f"{inert} of {there} cells, and {measured.inert:,} of "
             f"{measured.rows:,} rows in all, can't differ from the base run",
         )
+    if plan.experiment.adds_images_later:
+        said = "every row is a full forward pass: the model adds vectors of images after its first "
+        yield "planner", f"{said}blocks, outside their outputs"
     if measured.with_inactive is not None:
         there = int(plan.exists.sum())
         still = int((measured.find_inert_cells(plan) & ~plan.inert & plan.exists).sum())

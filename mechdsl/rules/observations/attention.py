@@ -28,6 +28,7 @@ from mechdsl.resolve.types import (
     ResolvedRule,
     SitePoint,
     SiteTargets,
+    mixes_images,
 )
 from mechdsl.rules.attention import EdgeIntervention, resolve_edge
 from mechdsl.rules.observations.registry import (
@@ -110,7 +111,8 @@ class AttentionDistance(PatternObservation):
         grid = None if layout is None else (len(layout.front), layout.rows, layout.cols)
         if found is None or not right or (layout and not _check_patches(rule, found, layout, work)):
             return None
-        does = AttentionDistance(window, causal=work.model.shape.causal, grid=grid)
+        causal = work.model.shape.causal and not mixes_images(work.model, work.table)
+        does = AttentionDistance(window, causal=causal, grid=grid)
         return replace(found, does=does)
 
     def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
