@@ -110,3 +110,23 @@ def test_every_kind_is_rightly_defined() -> None:
     assert len(kinds) > 200
     for kind in kinds:
         assert is_dataclass(kind), kind
+
+
+def test_initializer_takes_positions_names_defaults_and_factories() -> None:
+    @record
+    class Filled(Placed):
+        text: str
+        number: int = 3
+        parts: list[str] = field(default_factory=list[str])
+        length: int = field(default=0, init=False)
+
+        def __post_init__(self) -> None:
+            self.__dict__["length"] = len(self.parts)
+
+    first, second = Filled("a"), Filled("b", 4, ["c"], place=2)
+    assert (first.number, first.parts, first.length, first.place) == (3, [], 0, 0)
+    assert (second.number, second.parts, second.length, second.place) == (4, ["c"], 1, 2)
+    assert first.parts is not Filled("a").parts
+    for wrong in ({}, {"text": "a", "other": 1}, {"text": "a", "length": 1}):
+        with pytest.raises(TypeError):
+            Filled(**wrong)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from threading import Lock
 from typing import Any, Generic, TypeVar, cast, dataclass_transform
@@ -42,10 +41,29 @@ def _finish(kind: type[Record]) -> None:
 
 
 def _initializer(kind: type[Record]) -> Any:
-    """Return the `__init__` that `dataclass` generates, which wouldn't replace an existing one."""
-    every = [(each.name, Any, copy(each)) for each in fields(kind)]  # type: ignore[arg-type]
-    own = {"__post_init__": None} if hasattr(kind, "__post_init__") else {}
-    return make_dataclass(kind.__name__, every, namespace=own, eq=False, repr=False).__init__
+    """Return an `__init__` like the one of `dataclass`, in a third of the time."""
+    positional: list[str] = []
+    named: list[str] = []
+    body: list[str] = []
+    scope: dict[str, Any] = {"_no_value": MISSING}
+    for each in fields(kind):  # type: ignore[arg-type]
+        name, value, default = each.name, each.name, ""
+        if each.default_factory is not MISSING:
+            scope[f"_make_{name}"] = each.default_factory
+            default, made = "=_no_value", f"_make_{name}()"
+            value = f"{made} if {name} is _no_value else {name}" if each.init else made
+        elif each.default is not MISSING:
+            scope[f"_default_{name}"] = each.default
+            default = f"=_default_{name}"
+        if each.init:
+            (named if each.kw_only else positional).append(name + default)
+        if each.init or each.default_factory is not MISSING:
+            body.append(f" self.{name} = {value}")
+    body += [" self.__post_init__()"] if hasattr(kind, "__post_init__") else []
+    arguments = ", ".join(["self", *positional, *["*"][: len(named)], *named])
+    exec("\n".join([f"def __init__({arguments}):", *(body or [" pass"])]), scope)
+    scope["__init__"].__qualname__ = f"{kind.__qualname__}.__init__"
+    return scope["__init__"]
 
 
 def _finish_and_init(self: Record, *args: Any, **values: Any) -> None:

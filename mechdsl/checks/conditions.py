@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -244,8 +244,8 @@ ExpectStatement = Condition | TopCellsCondition
 """The content of an `expect` line."""
 
 
-@dataclass(frozen=True)
-class KnownMeasure:
+@record
+class KnownMeasure(Record):
     """The names of a measure for expectations."""
 
     label: str
@@ -284,8 +284,8 @@ def naming_hint(measures: Sequence[KnownMeasure], found: Sequence[int], of: str 
     )
 
 
-@dataclass(frozen=True)
-class KnownNames:
+@record
+class KnownNames(Record):
     """The names in an experiment that an expectation may refer to."""
 
     measures: Sequence[KnownMeasure]

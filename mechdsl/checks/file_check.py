@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import TypeVar
 
 from mechdsl.base import limits
-from mechdsl.base.records import closest_name
+from mechdsl.base.records import Record, closest_name, record
 from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
@@ -481,8 +481,8 @@ def _identity(path: Path) -> Hashable:
 ExperimentT = TypeVar("ExperimentT", ResolvedExperiment, ExperimentOutline)
 
 
-@dataclass(frozen=True)
-class CheckSettings:
+@record
+class CheckSettings(Record):
     """Settings of the command line."""
 
     parameters: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -54,7 +54,7 @@ def _named_indices(program: spec.Program) -> Iterator[tuple[str, int]]:
         values = _highest(resolve_loops(experiment.loops, program.parameters, []).labels)
         values |= {n: v for n, v in program.parameters.items() if isinstance(v, int)}
         for part in (*experiment.every_rule, *experiment.measures, *experiment.expects):
-            for name in type(part).model_fields:
+            for name in spec.spec_fields(type(part)):
                 yield from _indices(getattr(part, name), values)
         for rule in experiment.every_rule:
             if rule.into_layer is not None:

@@ -6,11 +6,12 @@ Placeholders replace missing data, so that the same code checks everything else 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Protocol, cast
 
 from mechdsl.base import limits
+from mechdsl.base.records import Record, record
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.checks.conditions import CellReader, KnownNames, RefusedCondition
 from mechdsl.checks.models import ModelBuilder, ModelContexts, check_input_kind, check_prompt_tokens
@@ -71,8 +72,8 @@ class TableBuilder(Protocol):
     ) -> tuple[PromptTable | None, list[Diagnostic]]: ...
 
 
-@dataclass(frozen=True)
-class StreamedPart:
+@record
+class StreamedPart(Record):
     """Some rows of a block whose rows are read in parts."""
 
     table: PromptTable | None
@@ -233,7 +234,7 @@ def _expressions(part: object) -> int:
         case tuple():
             return sum(map(_expressions, cast("tuple[object, ...]", part)))
         case spec.Spec():
-            names = type(part).model_fields.keys() - {"domain"}
+            names = set(spec.spec_fields(type(part))) - {"domain"}
             own = _ANY_PROMPT if isinstance(part, spec.TextDef) else 1  # texts are tokenised
             return own + sum(_expressions(getattr(part, name)) for name in names)
         case _:

@@ -10,11 +10,10 @@ an experiment has `features 3, 12 of f` instead; that of a group of positions by
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar, cast
 
-from pydantic import BaseModel
-
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.names import BadArgument
@@ -65,8 +64,8 @@ def _names(part: object) -> Iterator[tuple[str, bool]]:
                     yield node.name, False
                 elif isinstance(node, ast.SpanTokens) and node.of.name is not None:
                     yield node.of.name, True
-        case BaseModel():
-            for name in type(part).model_fields:
+        case spec.Spec():
+            for name in spec.spec_fields(type(part)):
                 yield from _names(getattr(part, name))
         case tuple() | list():
             for each in part:  # pyright: ignore[reportUnknownVariableType]
@@ -92,8 +91,8 @@ def reject_masks(experiment: spec.Experiment, program: spec.Program, what: str) 
     ]
 
 
-@dataclass(frozen=True)
-class FilledGroups:
+@record
+class FilledGroups(Record):
     """An experiment with the sites of its groups."""
 
     experiment: spec.Experiment
@@ -172,8 +171,8 @@ def _values(numbers: tuple[int, ...], span: Span) -> tuple[ast.AxisRange, ...]:
 PartT = TypeVar("PartT")
 
 
-@dataclass(frozen=True)
-class _ChosenCoordinates:
+@record
+class _ChosenCoordinates(Record):
     """A group of features or dimensions, with the chosen ones."""
 
     definition: spec.Basis
@@ -203,8 +202,8 @@ class _ChosenCoordinates:
         return replace(node, excluded=tuple(excluded)) if node.excluded else node
 
 
-@dataclass(frozen=True)
-class _ChosenPositions:
+@record
+class _ChosenPositions(Record):
     """A group of positions, with the chosen ones; None until the candidates are known."""
 
     definition: spec.Basis
@@ -235,8 +234,8 @@ def _inserted(part: object, groups: Sequence[_ChosenCoordinates | _ChosenPositio
     match part:
         case ast.Node():
             return rewrite(part, lambda node: _insert_in_place(node, groups))
-        case BaseModel():
-            named = {name: getattr(part, name) for name in type(part).model_fields}
+        case spec.Spec():
+            named = {name: getattr(part, name) for name in spec.spec_fields(type(part))}
             return part.model_copy(update={n: _inserted(own, groups) for n, own in named.items()})
         case tuple():
             return tuple(_inserted(each, groups) for each in cast("tuple[object, ...]", part))

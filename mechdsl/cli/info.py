@@ -148,7 +148,7 @@ def schema(what: str) -> int:
     else:
         from mechdsl.program import spec
 
-        found = spec.Program.model_json_schema()
+        found = spec.program_schema()
     print(json.dumps(found, indent=2))
     return SUCCESS
 

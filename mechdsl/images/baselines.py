@@ -6,10 +6,9 @@ A baseline image is one class. A module outside the package adds one under
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mechdsl.base.records import Registry, attribute_problem
+from mechdsl.base.records import Record, Registry, attribute_problem, record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,8 +18,8 @@ GRAY_LEVEL = 128
 """Level of gray, of 255."""
 
 
-@dataclass(frozen=True)
-class BaselineNumber:
+@record
+class BaselineNumber(Record):
     """The number in parentheses, as in `gray(100)`."""
 
     noun: str

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, ClassVar, Literal
 
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Record, Registry, record
 from mechdsl.vocab.sites import BlockModule, sites_of_module
 
 HookSide = Literal["in", "out"]
@@ -14,8 +14,8 @@ HookSide = Literal["in", "out"]
 LayoutAxes = Literal["flat", "heads", "heads_first"]
 
 
-@dataclass(frozen=True)
-class TensorLayout:
+@record
+class TensorLayout(Record):
     """A view of a tensor as `[B, T, units, width]`.
 
     `flat` is `[B, T, F]`: unit u starts at feature
@@ -53,8 +53,8 @@ class TensorLayout:
         return self.offset + last * self.stride + self.group * self.width
 
 
-@dataclass(frozen=True)
-class HookPoint:
+@record
+class HookPoint(Record):
     """A tensor in the module tree: the input or output of a module."""
 
     path: str
@@ -74,8 +74,8 @@ class HookPoint:
     output."""
 
 
-@dataclass(frozen=True)
-class BlockAnatomy:
+@record
+class BlockAnatomy(Record):
     """The components of one block by path; None or empty if the block lacks one."""
 
     path: str
@@ -134,8 +134,8 @@ def add_output_sites(block: BlockAnatomy, d_model: int) -> BlockAnatomy:
     return block.with_taps(**taps)
 
 
-@dataclass(frozen=True)
-class Anatomy:
+@record
+class Anatomy(Record):
     """The components of one stack of blocks by path."""
 
     blocks: tuple[BlockAnatomy, ...]

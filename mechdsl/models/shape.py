@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Literal, cast
 
 from mechdsl.base import limits
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoResidMid, SiteNotOnModel
@@ -100,8 +101,8 @@ ModelInput = Literal["text", "image", "audio", "two texts", "image and text"]
 """The type of a model's input; `two texts` is an encoder's and a decoder's."""
 
 
-@dataclass(frozen=True)
-class ModelShape:
+@record
+class ModelShape(Record):
     """Sizes that coordinates are checked against; heads and layers count from 0."""
 
     architecture: str

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mechdsl.base.records import Record, record
 from mechdsl.base.text import name_list
 from mechdsl.dictionaries.folder import Architecture
 from mechdsl.program.direction_methods import Problem
@@ -36,8 +36,8 @@ OTHER_DICTIONARY_TRAINERS: dict[str, str] = {
 """What else may be written for a trainer of this module inside of `fit(…)` → hint."""
 
 
-@dataclass(frozen=True)
-class _Kind:
+@record
+class _Kind(Record):
     """An architecture of trained dictionaries."""
 
     architecture: Architecture

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dis
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import sha256
 from re import Pattern
@@ -28,6 +27,7 @@ from types import (
 )
 from typing import Any, cast
 
+from mechdsl.base.records import Record, record
 from mechdsl.program.code_hashes import CodeHashError, code_digest, is_installed
 
 MAX_ARRAY_BYTES = 16 * 2**20
@@ -113,8 +113,8 @@ def _read(function: object, looked_up: frozenset[str]) -> tuple[_Reader, object]
     return reader, reader.read_callable(function)
 
 
-@dataclass(frozen=True)
-class _CodeNames:
+@record
+class _CodeNames(Record):
     """Names in bytecode, including nested functions."""
 
     read: frozenset[str]

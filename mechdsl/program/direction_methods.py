@@ -7,10 +7,9 @@ outside the package adds a method with such a class, when it is imported before 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cast
 
-from mechdsl.base.records import Registry, attribute_problem
+from mechdsl.base.records import Record, Registry, attribute_problem, record
 from mechdsl.base.text import name_list
 from mechdsl.program.spec import Constant
 from mechdsl.syntax.words import name_problem
@@ -58,8 +57,8 @@ class RowVectors(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class RowSummary:
+@record
+class RowSummary(Record):
     """The rows of a fit, before any activation is read."""
 
     text: str

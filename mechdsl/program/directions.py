@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, UnknownName, UnknownWord
@@ -236,8 +237,8 @@ def training_rows(call: ast.Call | None) -> ast.Node | None:
     return next((argument.value for argument in named if argument.name == "train"), None)
 
 
-@dataclass(frozen=True)
-class FitRows:
+@record
+class FitRows(Record):
     """Rows of a fit: a run of a block, or one model's run of it."""
 
     block: str | None

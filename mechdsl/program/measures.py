@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mechdsl.base import limits
 from mechdsl.base.source import Span
@@ -186,12 +186,12 @@ def lower_statistics(work: Statements) -> spec.Statistics:
     named = work.prompts[0].prompts if work.prompts else ()
     blocks = [work.parts.prompts.get(ref.name) for ref in named]
     tiles = bool(blocks) and all(each is not None and each.tiles is not None for each in blocks)
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "span": work.definition.name.span,
         "by": IMAGE_SPAN if tiles else None,
     }
     if not work.stats:
-        return spec.Statistics.model_validate(values)
+        return spec.Statistics(**values)
     line = work.stats[0]
     values["span"] = line.span
     if line.resampling is not None:
@@ -229,7 +229,7 @@ def lower_statistics(work: Statements) -> spec.Statistics:
         values["verdicts"] = line.verdicts.id
     if line.by is not None:
         values["by"] = line.by.id
-    return spec.Statistics.model_validate(values)
+    return spec.Statistics(**values)
 
 
 def _known(node: ast.Node, word: str, known: Sequence[str], reason: str, work: Statements) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import Any, cast
 
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.models import BadModelSum, ModelCircle
@@ -110,8 +111,8 @@ def _has_lost_edits(statement: ast.ModelDef) -> bool:
 # --- sums -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Terms:
+@record
+class _Terms(Record):
     """A sum of models with factors, plus a number."""
 
     models: Mapping[str, float]
@@ -376,7 +377,7 @@ def _from_source(
             BadArgument(span=call.span, name=call.name, reason="is not a model source", hint=hint)
         )
         return None
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for argument in call.arguments:
         name = argument.name or ("path" if "path" not in values else "")
         problem = _place_problem(name, call.name, values)
@@ -417,8 +418,8 @@ def _from_source(
         return None
     if call.name == "python":
         values["function"] = call
-    return spec.Model.model_validate(
-        {"span": statement.span, "name": statement.name.id, "kind": call.name, **values}
+    return spec.Model(
+        span=statement.span, name=statement.name.id, kind=cast("Any", call.name), **values
     )
 
 

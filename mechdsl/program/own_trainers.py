@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ast as python
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+from mechdsl.base.records import Record, record
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.names import PythonNotFound
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     )
 
 
-@dataclass(frozen=True)
-class Parameters:
+@record
+class Parameters(Record):
     """Parameters of a method, without `self`."""
 
     required: tuple[str, ...]
@@ -59,8 +59,8 @@ class Parameters:
         return (*self.required, *self.optional)
 
 
-@dataclass(frozen=True)
-class PythonClass:
+@record
+class PythonClass(Record):
     """A class that was found but not yet run."""
 
     function: PythonFunction

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from glob import iglob
 from pathlib import Path
 from typing import Literal
@@ -18,6 +17,7 @@ from typing import Literal
 from mechdsl import zoo
 from mechdsl.base import limits
 from mechdsl.base.files import special_file_kind, write_obstacle
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import AllowedFolders, Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic
@@ -40,8 +40,8 @@ WILDCARD = "*"
 """A part of a name, in the path of a model's folder or of data files."""
 
 
-@dataclass(frozen=True)
-class PathConstruct:
+@record
+class PathConstruct(Record):
     """A construct of the language that takes a path."""
 
     name: str

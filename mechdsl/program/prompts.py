@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from pydantic import BaseModel
-
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -629,8 +627,8 @@ def texts_within(part: Any) -> Iterator[str]:
                     value = getattr(node, name)
                     if isinstance(value, str):
                         yield value
-        case BaseModel():
-            for name in type(part).model_fields:
+        case spec.Spec():
+            for name in spec.spec_fields(type(part)):
                 if name != "span":
                     yield from texts_within(getattr(part, name))
         case Mapping():

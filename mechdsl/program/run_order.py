@@ -140,7 +140,7 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ResultR
     if experiment.replies is not None:
         yield experiment.replies
     for part in (*experiment.every_rule, *experiment.measures):
-        for name in type(part).model_fields:
+        for name in spec.spec_fields(type(part)):
             yield from _in_tree(getattr(part, name), parts.groups)
     for save in experiment.saves:
         metric = () if save.gradient is None else (save.gradient.metric, save.gradient.at)

@@ -7,11 +7,11 @@ combination. Each is resolved, planned and run like any other; the results are c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
 from mechdsl.base import limits
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, MissingLine, UnknownWord
@@ -39,8 +39,8 @@ from mechdsl.syntax.traversal import walk
 RunLabel = int | str
 
 
-@dataclass(frozen=True)
-class RunSide:
+@record
+class RunSide(Record):
     """A run on one side of `from … into …`."""
 
     run: str
@@ -50,8 +50,8 @@ class RunSide:
     """Its model, if the file names one."""
 
 
-@dataclass(frozen=True)
-class Variant:
+@record
+class Variant(Record):
     """One combination of a model, a source and a base."""
 
     model: str

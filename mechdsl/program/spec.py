@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Self,
+    TypeAlias,
+    cast,
+    dataclass_transform,
+)
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SkipValidation, WithJsonSchema
-from pydantic.json_schema import SkipJsonSchema
-
+from mechdsl.base.records import Record, keyword_record
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import Percent, count_noun
 from mechdsl.program.estimators import ESTIMATORS, GradientEstimator, call_text
 from mechdsl.syntax import ast
-
-
-def _as_written(node: Any) -> str | None:
-    return None if node is None else node.span.written
-
 
 if TYPE_CHECKING:
     ExprText = ast.Expr
@@ -51,28 +54,38 @@ if TYPE_CHECKING:
     Paths = tuple[Path, ...]
     Names = tuple[str, ...]
     Sources = tuple[Source, ...]
-else:
-    # Skip Pydantic's validation of a tree, whose schema would take a quarter of a second to build.
-    _AS_WRITTEN = Annotated[
-        Any,
-        PlainSerializer(_as_written, return_type=str | None),
-        WithJsonSchema({"type": "string"}),
-    ]
-    ExprText = CallText = SiteText = NameText = PositionsText = PositionText = _AS_WRITTEN
-    DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
-        _AS_WRITTEN
-    )
-    AxisText = EndText = ArgumentText = MapText = RefText = _AS_WRITTEN
-    SiteMapText = _AS_WRITTEN
-    Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
-    Losses = Names = TrainedFiles = Where
 
 
-class Spec(BaseModel):
+_WRITTEN_AS_TEXT = (
+    *("ExprText", "CallText", "SiteText", "NameText", "PositionsText", "PositionText"),
+    *("DomainText", "StringText", "ChatTurnText", "ChangeText", "ArgumentText", "SpanDefText"),
+    *("BoundText", "AxisText", "EndText", "EdgeText", "MapText", "SiteMapText", "RefText"),
+)
+"""Types of syntax trees whose JSON is the source text."""
+
+_WITHOUT_JSON = ("Where", "Paths", "Names", "Sources", "Losses", "TrainedFiles")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+@keyword_record
+class Spec(Record):
     """Every part knows the span that it came from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     span: Where
+
+    def __init_subclass__(cls) -> None:
+        keyword_record(cls)
+
+    def model_copy(self, *, update: Mapping[str, Any]) -> Self:
+        """Return a copy with other values of some fields."""
+        kind = type(self)
+        return kind(**{name: getattr(self, name) for name in spec_fields(kind)} | dict(update))
+
+
+@cache
+def spec_fields(kind: type[Spec]) -> tuple[str, ...]:
+    """Return the names of the fields of a part of a program."""
+    return tuple(each.name for each in fields(cast("Any", kind)))
 
 
 class RepliesOf(Spec):
@@ -387,7 +400,7 @@ class Direction(Spec):
     """The site of the activations, if the direction is computed from activations."""
     at: PositionsText | None = None
     """None: the last token."""
-    changed_by: Annotated[frozenset[str], Field(exclude=True)] = frozenset()
+    changed_by: frozenset[str] = frozenset()
     """As in `Basis`, for a direction that is trained."""
 
 
@@ -399,13 +412,13 @@ class Basis(Spec):
     site: SiteText
     at: PositionsText | None = None
     """Position of the activations that it is computed from; None: the last token."""
-    changed_by: Annotated[frozenset[str], Field(exclude=True)] = frozenset()
+    changed_by: frozenset[str] = frozenset()
     """Corruptions that must change the rows that it is computed on: those that a training uses."""
-    chooses_positions: Annotated[bool, Field(exclude=True)] = False
+    chooses_positions: bool = False
     """Of a group that a training chooses: whether it chooses positions, not sites."""
-    seed: Annotated[int | None, Field(exclude=True)] = None
+    seed: int | None = None
     """Seed of one training of `fit(…, seeds: 3)`; None for the whole definition."""
-    partner: Annotated[ExternalRunSpec | None, Field(exclude=True)] = None
+    partner: ExternalRunSpec | None = None
     """The run of the vectors that its own are correlated with, if another one is named: a run of
     its block, of another block or of another model."""
 
@@ -714,9 +727,9 @@ class Experiment(Spec):
     """The text generation after each prompt, if any."""
     reports: tuple[Report, ...] = ()
     expects: tuple[Expectation, ...] = ()
-    broken: Annotated[bool, Field(exclude=True)] = False
+    broken: bool = False
     """Whether a statement was rejected: the experiment is only checked for further errors."""
-    trains: Annotated[str, Field(exclude=True)] = ""
+    trains: str = ""
     """`fit(das(…))` for the rows, the patch and the measure of a training, which no user sees."""
 
     @property
@@ -732,7 +745,7 @@ class Experiment(Spec):
 
     after: tuple[str, ...] = ()
     """Experiments whose results it uses: `top 10 of cie`, `with replies of writes`."""
-    called: Mapping[str, Mapping[str, MapText]] = Field(default_factory=dict)
+    called: Mapping[str, Mapping[str, MapText]] = field(default_factory=dict)
     """`for` variable over experiments → word → the experiment, or some of its cells."""
 
     @property
@@ -753,24 +766,24 @@ class Program(Spec):
     """The file itself, if it has a path, and its imports."""
     sources: Sources = ()
     """Contents of the files, imports first; also of a text without a path."""
-    models: dict[str, Model] = Field(default_factory=dict)
-    checkpoints: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    models: dict[str, Model] = field(default_factory=dict)
+    checkpoints: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Model with a `*` in its path → names of the matching models."""
-    edits: dict[str, Experiment] = Field(default_factory=dict)
+    edits: dict[str, Experiment] = field(default_factory=dict)
     """Edited model → its edits, as rules of an experiment on its base."""
-    objectives: dict[str, Experiment] = Field(default_factory=dict, exclude=True)
+    objectives: dict[str, Experiment] = field(default_factory=dict)
     """Basis or group that is trained on a measure → its rows, its rule and the measure, as an
     experiment without a model."""
-    masks: dict[str, Basis] = Field(default_factory=dict, exclude=True)
+    masks: dict[str, Basis] = field(default_factory=dict)
     """Group that a training chooses → its `fit(…)`, with the sites that it chooses from."""
-    prompts: dict[str, Prompts] = Field(default_factory=dict)
-    groups: dict[str, Group] = Field(default_factory=dict)
-    circuits: dict[str, Circuit] = Field(default_factory=dict)
-    directions: dict[str, Direction] = Field(default_factory=dict)
-    bases: dict[str, Basis] = Field(default_factory=dict)
-    metrics: dict[str, ExprText] = Field(default_factory=dict)
+    prompts: dict[str, Prompts] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+    circuits: dict[str, Circuit] = field(default_factory=dict)
+    directions: dict[str, Direction] = field(default_factory=dict)
+    bases: dict[str, Basis] = field(default_factory=dict)
+    metrics: dict[str, ExprText] = field(default_factory=dict)
     """Metrics that the file defines; measures contain their expansion."""
-    parameters: dict[str, SkipValidation[int | float | str | bool]] = Field(default_factory=dict)
+    parameters: dict[str, int | float | str | bool] = field(default_factory=dict)
     """Values of parameters; a percentage remains a percentage."""
     experiments: tuple[Experiment, ...] = ()
     rule_functions: Names = ()
@@ -778,7 +791,7 @@ class Program(Spec):
     seed: int = 0
     lost: Losses = ()
     """Statements of the file and its imports that can't be parsed."""
-    trained: TrainedFiles = Field(default_factory=dict, exclude=True)
+    trained: TrainedFiles = field(default_factory=dict)
     """Trainings of `fit(…)` that were found in the store, by name: the file of a dictionary, of a
     rotation or of a mask, and how well it was trained."""
 
@@ -786,6 +799,34 @@ class Program(Spec):
     def numbers(self) -> dict[str, int | float]:
         """The parameters that are numbers."""
         return {k: v for k, v in self.parameters.items() if isinstance(v, int | float)}
+
+
+def program_schema() -> dict[str, Any]:
+    """Return the JSON schema of a program, in which expressions are texts."""
+    from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
+    from pydantic.json_schema import SkipJsonSchema
+
+    class Part(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+
+    written: Any = Annotated[Any, WithJsonSchema({"type": "string"})]
+    hidden: Any = SkipJsonSchema[Any]
+    names: dict[str, Any] = {**globals()}
+    names |= dict.fromkeys(_WRITTEN_AS_TEXT, written) | dict.fromkeys(_WITHOUT_JSON, hidden)
+    kinds = Spec.__subclasses__()
+    for kind in kinds:
+        parts: dict[str, Any] = {}
+        for each in fields(cast("Any", kind)):
+            made = each.default_factory
+            default = each.default if each.default is not MISSING else ...
+            own = Field(default_factory=made) if made is not MISSING else Field(default)
+            parts[each.name] = (each.type, own)
+        names[kind.__name__] = create_model(
+            kind.__name__, __base__=Part, __doc__=kind.__doc__, **parts
+        )
+    for kind in kinds:
+        names[kind.__name__].model_rebuild(_types_namespace=names)
+    return names[Program.__name__].model_json_schema()
 
 
 Constant: TypeAlias = int | float | str | bool

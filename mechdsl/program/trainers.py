@@ -11,10 +11,9 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Record, Registry, record
 from mechdsl.base.text import Percent, name_list
 from mechdsl.dictionaries.folder import Architecture
 from mechdsl.program.direction_methods import Problem, call_class_problem
@@ -93,8 +92,8 @@ class Trainer(ABC):
 # --- trainers on vectors --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class DictionaryOutline:
+@record
+class DictionaryOutline(Record):
     """What is known of a dictionary before it is trained."""
 
     architecture: Architecture

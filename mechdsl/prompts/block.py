@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mechdsl.base import limits
-from mechdsl.base.records import closest_name
+from mechdsl.base.records import Record, closest_name, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -396,8 +396,8 @@ def improve_hint(problem: UnknownValue, prompts: spec.Prompts) -> UnknownValue:
     return problem
 
 
-@dataclass(frozen=True)
-class Definition:
+@record
+class Definition(Record):
     """`a, b = EXPR`: names that are defined together, and their expression."""
 
     names: tuple[str, ...]

@@ -7,7 +7,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import find_snapshot
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -61,8 +62,8 @@ class RecordOrder:
             seen[keys[number]] += 1
 
 
-@dataclass(frozen=True)
-class FileOfRecords:
+@record
+class FileOfRecords(Record):
     """One of the files that records are from."""
 
     digest: str
@@ -71,8 +72,8 @@ class FileOfRecords:
     """Number of its records."""
 
 
-@dataclass(frozen=True)
-class DataFile:
+@record
+class DataFile(Record):
     """The records of one or several files, and a digest of their bytes."""
 
     records: Sequence[DataRecord]
@@ -214,8 +215,8 @@ _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 """Splits that files without a split in their names don't belong to."""
 
 
-@dataclass(frozen=True)
-class DatasetReference:
+@record
+class DatasetReference(Record):
     """The arguments of `hf_dataset(…)`."""
 
     path: str

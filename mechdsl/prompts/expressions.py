@@ -13,7 +13,7 @@ from math import inf
 from typing import Any, Literal, TypeAlias, cast, overload
 
 from mechdsl.base import limits
-from mechdsl.base.records import Registry, closest_name
+from mechdsl.base.records import Record, Registry, closest_name, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -50,8 +50,8 @@ _TRIES = 64
 Evaluator = Callable[[ast.Expr, Scope, DrawKey], RowValue]
 
 
-@dataclass(frozen=True)
-class PromptFunction:
+@record
+class PromptFunction(Record):
     """A function of prompts. `usage` appears in the help line of a wrong call."""
 
     name: str
@@ -724,8 +724,8 @@ PlaceholderLookup: TypeAlias = Callable[[ast.String], Sequence[ast.Expr]]
 """A text → the expressions in its braces."""
 
 
-@dataclass(frozen=True)
-class NameUse:
+@record
+class NameUse(Record):
     """A reference to a name, with its role.
 
     `value`: the row's value; `item`: drawn by a list; `pool`: the name after `from:`; `domain`: the

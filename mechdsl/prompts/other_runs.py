@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, compress, pairwise
 
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, quote
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -33,8 +34,8 @@ TableBuilder = Callable[[Sequence[int]], tuple[PromptTable | None, list[Diagnost
 """Row numbers → the other block's table of these rows."""
 
 
-@dataclass(frozen=True)
-class PairedRun:
+@record
+class PairedRun(Record):
     """A run of another prompts block, and the rule that paired its rows."""
 
     run: PromptRun

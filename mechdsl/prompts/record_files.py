@@ -10,7 +10,7 @@ from bisect import bisect_right
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from hashlib import file_digest, sha256
 from importlib import import_module
 from itertools import accumulate
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast, overload
 
 from mechdsl.base.files import load_json
+from mechdsl.base.records import Record, record
 from mechdsl.prompts.values import DataRecord, RowValue
 
 DUPLICATE_COLUMNS = "two columns are called"
@@ -221,8 +222,8 @@ GroupReader = Callable[[int], DataRecord]
 """Returns a record of a group by its number in the group."""
 
 
-@dataclass(frozen=True)
-class RecordGroup:
+@record
+class RecordGroup(Record):
     """Successive records of a file that are read together, such as a row group of Parquet."""
 
     count: int
@@ -230,8 +231,8 @@ class RecordGroup:
     """Bytes in memory; 0 if each record is read by itself."""
 
 
-@dataclass(frozen=True)
-class StreamedFile:
+@record
+class StreamedFile(Record):
     """A file whose records have been checked but aren't in memory."""
 
     name: str

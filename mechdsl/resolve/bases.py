@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base import limits
+from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import UnreadableFile, inspect_safetensors
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -613,8 +614,8 @@ def _bases_of_rule(
     return names, every, {**outer, SEED_AXIS: len(seeds)}
 
 
-@dataclass(frozen=True)
-class _Exchange:
+@record
+class _Exchange(Record):
     """Features that come in from another basis."""
 
     basis: str

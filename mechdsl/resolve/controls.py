@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
 
 from mechdsl.base import limits
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
@@ -76,8 +77,8 @@ from mechdsl.vocab.effects import ControlTitle
 from mechdsl.vocab.sites import SITES
 
 
-@dataclass(frozen=True)
-class ExcludedSite:
+@record
+class ExcludedSite(Record):
     """One site of `except`, with all points that it names."""
 
     site: ast.Site
@@ -673,8 +674,8 @@ TRAINING_CELLS = 128
 """Number of cells, over all draws, that such a control may have; or one draw of every cell."""
 
 
-@dataclass(frozen=True)
-class _TrainedRule:
+@record
+class _TrainedRule(Record):
     """A rule that uses something that the file trains."""
 
     number: int
@@ -947,8 +948,8 @@ _SITES = -1
 """Key for the drawn sites of all rules of a cell; drawn tokens have their rule's number as key."""
 
 
-@dataclass(frozen=True)
-class _CellDraws:
+@record
+class _CellDraws(Record):
     """Draws for one cell."""
 
     picks: list[dict[int, Any]]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from math import isfinite
 
 from mechdsl.base import limits
+from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import UnreadableFile, inspect_safetensors
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import has_errors
@@ -110,8 +111,8 @@ def describe_position(label: AxisLabel) -> str:
     return f"token {label}" if str(label).lstrip("-").isdigit() else str(label)
 
 
-@dataclass(frozen=True)
-class DirectionUse:
+@record
+class DirectionUse(Record):
     """The only use of what `direction` names if it is no direction."""
 
     verb: str

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mechdsl.base import limits
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Record, Registry, record
 from mechdsl.diagnostics.core import Diagnostic, UnknownFact, has_errors
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import UNUSED_LOOP, AxesCollide, BadLoopValue, TooManyCells
@@ -255,8 +255,8 @@ def _text_of_metric(atom: MetricTerm) -> str:
     return given[0].span.written if given else atom.form.default or ANSWER_SPAN
 
 
-@dataclass(frozen=True)
-class OmittedAnswer:
+@record
+class OmittedAnswer(Record):
     """A rule on the whole prompt that omits the answer tokens after it."""
 
     rule: ResolvedRule

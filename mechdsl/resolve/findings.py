@@ -14,6 +14,7 @@ from itertools import chain, product
 from math import isclose
 from typing import TYPE_CHECKING, Any
 
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import Percent, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
@@ -58,8 +59,8 @@ class PickError(Exception):
         self.hint = hint
 
 
-@dataclass(frozen=True)
-class RankedSite:
+@record
+class RankedSite(Record):
     """Points that a cell of another experiment writes, with the mean effect of the cell."""
 
     label: str

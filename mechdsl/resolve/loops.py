@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from itertools import pairwise
 from math import prod
 from typing import Any, cast
 
 from mechdsl.base import limits
+from mechdsl.base.records import Record, record
 from mechdsl.base.text import Percent, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.rules import BadLoopValue, EmptyRange, loop_hint
@@ -108,8 +109,8 @@ _COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
 LoopLabels = tuple[AxisLabel, ...]
 
 
-@dataclass(frozen=True)
-class LoopAxes:
+@record
+class LoopAxes(Record):
     """Loops of an experiment."""
 
     labels: Mapping[str, LoopLabels]

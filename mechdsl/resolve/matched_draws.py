@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import comb, prod
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from mechdsl.base.hashing import (
     stable_hash,
     unrank_subset,
 )
+from mechdsl.base.records import Record, record
 from mechdsl.program import spec
 from mechdsl.prompts.runs import Hits
 
@@ -34,8 +35,8 @@ MAX_RANKS = 1 << 62
 """Maximum number of sets to enumerate; larger numbers are sampled."""
 
 
-@dataclass(frozen=True)
-class ExchangeGroup:
+@record
+class ExchangeGroup(Record):
     """Targets that are interchangeable: the heads of one layer, or all layers."""
 
     word: spec.ControlTarget
@@ -50,8 +51,8 @@ TargetSwaps: TypeAlias = Mapping[tuple[ExchangeGroup, int], int]
 """Target → the target that was drawn to replace it."""
 
 
-@dataclass(frozen=True)
-class SiteOptions:
+@record
+class SiteOptions(Record):
     """All sets of targets that could replace those of a cell."""
 
     own: CellTargets
@@ -147,8 +148,8 @@ def _rank(places: Sequence[int], sizes: Sequence[int]) -> int:
     return rank
 
 
-@dataclass(frozen=True)
-class RowOptions:
+@record
+class RowOptions(Record):
     """All tokens that could replace those of one row.
 
     Each run of tokens is replaced by the same number of tokens. Runs of equal length get different
@@ -245,8 +246,8 @@ class RowOptions:
         return [unrank_subset(self.pool, size, place) for place in places]
 
 
-@dataclass(frozen=True)
-class TokenOptions:
+@record
+class TokenOptions(Record):
     """All tokens that could replace those of one cell, row by row."""
 
     rows: Sequence[RowOptions]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import product
 from typing import Any, cast
 
 from mechdsl.base import limits
+from mechdsl.base.records import Record, record
 from mechdsl.base.text import count_noun, find_run, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
 from mechdsl.diagnostics.models import NoLogits, NoSuchOutput
@@ -770,8 +771,8 @@ STEP_AXIS = "step"
 """Axis of the generation steps at which measures are read."""
 
 
-@dataclass(frozen=True)
-class ReadPosition:
+@record
+class ReadPosition(Record):
     """One position at which a measure is read."""
 
     label: str = ""

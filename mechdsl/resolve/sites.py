@@ -14,6 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base import limits
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
@@ -725,8 +726,8 @@ def resolve_site(
     return remaining, () if remaining is None else axes
 
 
-@dataclass(frozen=True)
-class _Exception:
+@record
+class _Exception(Record):
     """Test for the points that one item of `except` names, for every value of its loops."""
 
     loops: tuple[str, ...]

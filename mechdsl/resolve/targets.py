@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any, TypeAlias
 
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
@@ -56,8 +57,8 @@ from mechdsl.syntax.traversal import number_names, walk
 from mechdsl.vocab.sites import SITES, STACK_SITES, SiteKind
 
 
-@dataclass(frozen=True)
-class PositionMatch:
+@record
+class PositionMatch(Record):
     """Positions of one rule: the written cells, the read cells in the same order, and the labels of
     positions that no row has in both runs."""
 

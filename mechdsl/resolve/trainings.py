@@ -4,11 +4,12 @@ trained, the measure that it is trained on, and whether training rows differ fro
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechdsl.base.hashing import digest_number
+from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import SafetensorsFile
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -275,8 +276,8 @@ def constant_options(definition: spec.Basis, program: spec.Program) -> dict[str,
     }
 
 
-@dataclass(frozen=True)
-class MaskFile:
+@record
+class MaskFile(Record):
     """What a stored training chose."""
 
     chosen: tuple[MaskCandidate, ...]

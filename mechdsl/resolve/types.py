@@ -933,8 +933,8 @@ class VectorBatch(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Convention:
+@record
+class Convention(Record):
     """Note on an intervention that is printed below a table."""
 
     key: str
@@ -1728,8 +1728,8 @@ DRAW_AXIS = "random draw"
 """An axis name that no file can use."""
 
 
-@dataclass(frozen=True)
-class DirectionFamily:
+@record
+class DirectionFamily(Record):
     """Directions of one width over some axes; a single direction if there are no axes."""
 
     name: str

@@ -21,13 +21,13 @@ from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, 
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
 from mechdsl import diagnostics
 from mechdsl.base.records import keyword_record
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import Percent
 from mechdsl.diagnostics.core import CODES, Diagnostic
+from mechdsl.program.spec import Spec, spec_fields
 
 _TICK = timedelta(microseconds=1)
 
@@ -233,17 +233,17 @@ def _hints(kind: Any) -> dict[str, Any]:
 def build_codec(hint: Any) -> Codec:
     """Return the conversion of a type's values.
 
-    Supports dataclasses, tuples, mappings, arrays, literals, optional values (`X | None`), pydantic
-    records with a span and, for `Any`, sequences and plain values, everything that `write_value`
+    Supports dataclasses, tuples, mappings, arrays, literals, optional values (`X | None`), parts
+    of a program and, for `Any`, sequences and plain values, everything that `write_value`
     takes.
     """
     origin, args = get_origin(hint), get_args(hint)
     if hasattr(origin, "__value__"):  # a type alias, such as `NDArray[…]` since NumPy 2.5
         return build_codec(origin.__value__[args])
+    if _is_class(hint, Spec):
+        return _spec(hint)
     if isinstance(hint, type) and is_dataclass(hint):
         return _dataclass(hint)
-    if _is_class(hint, BaseModel):
-        return _model(hint)
     if origin is tuple and args[1:] == (...,):
         inner = args[0]
         return _repeated(build_codec(inner)) if get_origin(inner) is tuple else _tuple(inner)
@@ -395,9 +395,9 @@ def _dataclass(kind: Any) -> Codec:
     return Codec(write, read)
 
 
-def _model(kind: type[BaseModel]) -> Codec:
+def _spec(kind: type[Spec]) -> Codec:
     def write(value: Any, kept: Attachments) -> Any:
-        return {name: write_value(getattr(value, name), kept) for name in kind.model_fields}
+        return {name: write_value(getattr(value, name), kept) for name in spec_fields(kind)}
 
     def read(found: Any, kept: Attachments) -> Any:
         parts = {name: read_value(part, kept) for name, part in as_object(found).items()}

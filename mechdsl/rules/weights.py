@@ -8,10 +8,11 @@ model, change the weights of a copy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
+from mechdsl.base.records import Record, record
 from mechdsl.diagnostics.rules import BadDirection, BadWeights
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
@@ -105,8 +106,8 @@ class WeightRule(RuleKind):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class _Changes:
+@record
+class _Changes(Record):
     """What a rule does to weights: a factor in each cell, or vectors."""
 
     amounts: Amounts

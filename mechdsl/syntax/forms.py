@@ -14,23 +14,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
+
+from mechdsl.base.records import Record, record
 
 NodeT = TypeVar("NodeT", bound=type[Any])
 
 
-@dataclass(frozen=True)
-class FormField:
+@record
+class FormField(Record):
     """A field of a statement."""
 
     name: str
     kind: str
 
 
-@dataclass(frozen=True)
-class FormGroup:
+@record
+class FormGroup(Record):
     """Alternatives, of which a statement has one."""
 
     alternatives: tuple[tuple[FormPart, ...], ...]
@@ -42,8 +43,8 @@ class FormGroup:
 FormPart: TypeAlias = str | FormField | FormGroup
 
 
-@dataclass(frozen=True)
-class Form:
+@record
+class Form(Record):
     """The form of one class of statements."""
 
     node: type[Any]

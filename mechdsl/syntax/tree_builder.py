@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lark import Token, Transformer, Tree
 
 from mechdsl.base import limits
-from mechdsl.base.records import close_names
+from mechdsl.base.records import Record, close_names, record
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.syntax import (
@@ -68,8 +68,8 @@ _FOLLOWING_TERMINALS = frozenset(
 """Terminals that may follow a complete change."""
 
 
-@dataclass(frozen=True)
-class ChangeSignature:
+@record
+class ChangeSignature(Record):
     """The parts that follow the word of a change.
 
     values: the node types of its values, in order; `repeated`: the last one may be repeated.
@@ -200,8 +200,8 @@ def _incomplete(change: ast.ChangeLine, expected: str, hint: str = "") -> Diagno
 LANGUAGE_VERSION = 1
 
 
-@dataclass(frozen=True)
-class WordSubstitution:
+@record
+class WordSubstitution(Record):
     """A word of a text that is parsed as a different word."""
 
     start: int
@@ -999,8 +999,8 @@ class TreeBuilder(Transformer[Token, Any]):
 # --- statements with a form -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Kind:
+@record
+class _Kind(Record):
     """How fields of one kind are read."""
 
     accepts: Callable[[Any], bool]

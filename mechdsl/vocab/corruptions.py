@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, cast
 
 from mechdsl.base import limits
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Record, Registry, record
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import UnknownWord
 from mechdsl.diagnostics.prompts import BadCall
@@ -329,8 +328,8 @@ class InsertChange(TokenChange):
 # --- changes of activations -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class NoiseSettings:
+@record
+class NoiseSettings(Record):
     """Settings of `gaussian(std: 3 sd of subject, samples: 10)`."""
 
     kind: str
@@ -426,8 +425,8 @@ def _number(node: object, parameters: Parameters) -> int | float | None:
     return value
 
 
-@dataclass(frozen=True)
-class NoiseKind:
+@record
+class NoiseKind(Record):
     """A noise distribution, scaled by `std`."""
 
     name: str

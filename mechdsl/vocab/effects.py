@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import isnan
 from typing import Any, Literal, TypeAlias
 
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Record, Registry, keyword_record
 
 EffectTerm = Callable[[Any, Any, Any], Any]
 """Function of (patched, base, source) values, linear in all three and shape-preserving."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EffectKind:
+@keyword_record
+class EffectKind(Record):
     """An effect: a mean over prompts (`numerator`), or a ratio of two means (`denominator`)."""
 
     name: str

@@ -6,11 +6,11 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mechdsl.base import limits
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Record, Registry, record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +42,8 @@ MetricKind = Literal["number", "category"]
 """Numbers are averaged; for categories, tables show the most frequent one."""
 
 
-@dataclass(frozen=True)
-class MetricForm:
+@record
+class MetricForm(Record):
     """One form of a metric: `prob(answer)` and `prob(1..9)` are two forms of `prob`."""
 
     takes: MetricArgument
@@ -65,8 +65,8 @@ class MetricForm:
         return self.takes not in ("activations", "observation", "reply")
 
 
-@dataclass(frozen=True)
-class Metric:
+@record
+class Metric(Record):
     """A name of the language, with its forms."""
 
     name: str
@@ -539,8 +539,8 @@ def attention(weights: Tensor) -> Tensor:
     return weights
 
 
-@dataclass(frozen=True)
-class Reply:
+@record
+class Reply(Record):
     """Completion of one prompt."""
 
     ids: tuple[int, ...]

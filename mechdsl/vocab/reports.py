@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Literal, Protocol
 
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Record, Registry, keyword_record, record
 from mechdsl.base.text import count_noun, measure_names, name_list
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean
 from mechdsl.diagnostics.names import UnknownWord
@@ -39,24 +38,24 @@ WordTarget = Literal["axis", "value", "category"]
 """An axis of the experiment, a value of its prompts, or a measure that is a category."""
 
 
-@dataclass(frozen=True)
-class ReportWord:
+@record
+class ReportWord(Record):
     """A name after the kind or after `by`, and what it may refer to."""
 
     of: tuple[WordTarget, ...] = ("axis",)
     needed: bool = True
 
 
-@dataclass(frozen=True)
-class OutputFile:
+@record
+class OutputFile(Record):
     """Permitted suffixes of the file after `to`, the default first."""
 
     suffixes: tuple[str, ...]
     needed: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportSignature:
+@keyword_record
+class ReportSignature(Record):
     """Permitted arguments of a report; None for those that it doesn't accept."""
 
     variable: ReportWord | None = None
@@ -71,8 +70,8 @@ class ReportSignature:
         return self.by is not None and self.by.of == ("category",)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportKind:
+@keyword_record
+class ReportKind(Record):
     """A kind of report, by the word after `report`."""
 
     name: str

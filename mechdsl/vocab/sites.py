@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
-from mechdsl.base.records import Registry
+from mechdsl.base.records import Record, Registry, record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import UnknownWord
@@ -37,8 +37,8 @@ _SHAPES: dict[VectorWidth, str] = {
 }
 
 
-@dataclass(frozen=True)
-class SiteKind:
+@record
+class SiteKind(Record):
     """Position of a site in a block, and the kind of its vectors."""
 
     name: str

@@ -93,7 +93,9 @@ def test_validate_imports_what_a_plain_file_needs() -> None:
         "mechdsl.models.adapter_folder",
         "click.shell_completion",
     }
-    assert not found & (HEAVY | ON_ERROR | others | for_few)
+    assert not found & (HEAVY | ON_ERROR | others | for_few | {"pydantic", "rich"})
+    # 173 when this was written. Each takes a millisecond, of 0.4 s for the whole command.
+    assert sum(name.startswith("mechdsl.") for name in found) <= 180
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,11 @@ from . import families
 torch.set_num_threads(1)
 
 
-def statement(path: str, kind: str = "local", **fields: object) -> spec.Model:
+def statement(path: str, kind: Any = "local", **fields: Any) -> spec.Model:
     """A `model` statement as the parser would hand it on."""
     text = f'model m = {kind}("{path}")'
     span = Span(Source(text, Path("test.mech")), 0, len(text))
-    return spec.Model.model_validate(
-        {"span": span, "name": "m", "kind": kind, "path": path, **fields}
-    )
+    return spec.Model(span=span, name="m", kind=kind, path=path, **fields)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -34,9 +33,6 @@ def equal(a: Any, b: Any, at: str = "") -> None:
         assert len(a) == len(b), at
         for n, (x, y) in enumerate(zip(a, b, strict=True)):
             equal(x, y, f"{at}[{n}]")
-    elif isinstance(a, BaseModel):
-        for name in type(a).model_fields:
-            equal(getattr(a, name), getattr(b, name), f"{at}.{name}")
     elif is_dataclass(a) and not isinstance(a, type):
         for each in fields(a):
             equal(getattr(a, each.name), getattr(b, each.name), f"{at}.{each.name}")

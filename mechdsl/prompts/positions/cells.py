@@ -528,8 +528,8 @@ _NO_DECODER_REPLIES = ReplyTokens(
 )
 
 
-@dataclass(frozen=True)
-class _OneSide:
+@record
+class _OneSide(Record):
     """Positions of an encoder-decoder in the tokens of its encoder, or of its decoder."""
 
     positions: ast.Positions

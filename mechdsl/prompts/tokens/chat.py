@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 
 from mechdsl.base import limits
 from mechdsl.base.files import load_json
+from mechdsl.base.records import Record, record
 from mechdsl.base.text import count_noun
 from mechdsl.images.picture import MARKER
 from mechdsl.prompts.values import RichText, TextSpan, concatenate
@@ -49,8 +49,8 @@ class ChatProblem(Exception):
         self.turn = turn
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
+@record
+class ChatTemplate(Record):
     """The chat template of a tokenizer, and its inputs."""
 
     text: str

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, cast
 from tokenizers import Encoding, Tokenizer
 
 from mechdsl.base.files import load_json
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import quote
 from mechdsl.diagnostics.core import Diagnostic
@@ -577,8 +578,8 @@ _UNSPACED = (
 """Scripts without spaces between words, as prefixes of Unicode character names."""
 
 
-@dataclass(frozen=True)
-class Respelling:
+@record
+class Respelling(Record):
     """A text with exactly one space before it, tokenised as the continuation of a prompt."""
 
     text: str
