@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record, compact_record, record
 from mechdsl.images.layouts import ImageCell, PromptPicture
 from mechdsl.images.picture import Picture, Region
 from mechdsl.prompts.values import TextSpan
@@ -290,7 +290,7 @@ def describe_output(text: TextTokens) -> str:
     return "the number of an output" if text.of_output else "the name of a label"
 
 
-@dataclass(frozen=True)
+@compact_record
 class SpanOccurrence:
     """One occurrence of a span: its characters and the tokens that overlap them."""
 
@@ -317,14 +317,15 @@ class TokenMap:
     @cached_property
     def places(self) -> tuple[tuple[int, int], ...]:
         """The characters of each token, trimmed; empty for special tokens and white space."""
-        return tuple(self._trimmed(token) for token in range(len(self.row.offsets)))
-
-    def _trimmed(self, token: int) -> tuple[int, int]:
-        return (
-            (0, 0)
-            if self.row.special[token]
-            else trim_span(self.row.text, *self.row.offsets[token])
-        )
+        text, found = self.row.text, list[tuple[int, int]]()
+        for place, special in zip(self.row.offsets, self.row.special, strict=True):
+            start, end = place
+            if special:
+                place = 0, 0
+            elif start < end and (text[start].isspace() or text[end - 1].isspace()):
+                place = trim_span(text, start, end)
+            found.append(place)
+        return tuple(found)
 
     @cached_property
     def text_tokens(self) -> tuple[int, ...]:
@@ -341,9 +342,8 @@ class TokenMap:
         """
         low, high = trim_span(self.row.text, start, end)
         if low < high:
-            return tuple(
-                i for i, (a, b) in enumerate(self.places) if a < high and b > low and a < b
-            )
+            places = enumerate(self.places)
+            return tuple([i for i, (a, b) in places if a < high and b > low and a < b])
         return tuple(
             i
             for i, (a, b) in enumerate(self.row.offsets)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from mechdsl.base import limits
 from mechdsl.base.hashing import Permutation
+from mechdsl.base.records import compact_record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -65,7 +66,7 @@ _FAILING_ENOUGH = 5
 """Number of rows that can't be built after which a check stops."""
 
 
-@dataclass(frozen=True, slots=True)
+@compact_record
 class RowContent:
     """The computed content of a row in one run."""
 
@@ -82,7 +83,7 @@ class RowContent:
     """The regions of each of them."""
 
 
-@dataclass(frozen=True, slots=True)
+@compact_record
 class BuiltRow:
     """The content of a row and its corruptions, without the intermediate values, which take most of
     a row's memory."""
@@ -345,8 +346,10 @@ class _Collector:
 
     def _belongs(self, number: int) -> bool:
         """Return whether the row, or image of tiles, with this number (from 1) is in the part."""
+        if self.part is None:
+            return True
         train = int(number * self.share) > int((number - 1) * self.share)
-        return self.part is None or train == (self.part == "train")
+        return train == (self.part == "train")
 
     def _mark(self, row: Row) -> object:
         """Return what makes rows equal: prompt, texts and the values without draws."""

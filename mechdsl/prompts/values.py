@@ -10,6 +10,7 @@ from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.records import compact_record
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.syntax import ast
@@ -35,7 +36,7 @@ cached_span = lru_cache(maxsize=2**16)(TextSpan)
 """`TextSpan`, with equal spans as one object: the lists of all rows share a few spans."""
 
 
-@dataclass(frozen=True, slots=True)
+@compact_record
 class RichText:
     """A text with its named spans."""
 
@@ -52,7 +53,7 @@ def unmarked_text(text: str) -> RichText:
 _NOTHING_DRAWN: Mapping[str, RowValue] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
+@compact_record
 class ListItem:
     """One entry of a list."""
 
@@ -66,7 +67,7 @@ cached_item = lru_cache(maxsize=2**12)(ListItem)
 """`ListItem` of a text, with equal items as one object: the lists of all rows share a few."""
 
 
-@dataclass(frozen=True, slots=True)
+@compact_record
 class ItemList:
     """The value of `list(…)`: its items are spans called `name`, unless that is empty."""
 
@@ -316,5 +317,4 @@ def content_key(values: Mapping[str, object], texts: Iterable[object] = ()) -> i
     )
 
 
-def _canonical_json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, default=repr)
+_canonical_json = json.JSONEncoder(sort_keys=True, default=repr).encode

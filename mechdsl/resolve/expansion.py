@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import TypeVar
 
+from mechdsl.base.records import compact_record
 from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import hit_texts
 from mechdsl.prompts.runs import PositionCell
@@ -191,7 +192,7 @@ def _select_group(experiment: ResolvedExperiment, place: MeasureGroup) -> Resolv
     return found
 
 
-@dataclass(frozen=True, slots=True)
+@compact_record
 class Selection:
     """A pick by one experiment that another experiment tests on rows that both share.
 

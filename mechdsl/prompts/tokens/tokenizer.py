@@ -7,7 +7,6 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from itertools import pairwise, starmap
@@ -17,7 +16,7 @@ from typing import Any, ClassVar, cast
 from tokenizers import Encoding, Tokenizer
 
 from mechdsl.base.files import load_json
-from mechdsl.base.records import Record, record
+from mechdsl.base.records import Record, compact_record, record
 from mechdsl.base.source import Span
 from mechdsl.base.text import quote
 from mechdsl.diagnostics.core import Diagnostic
@@ -45,7 +44,7 @@ _FAR = 100.0
 """Difference in log probability by which the token for unknown text is less likely than others."""
 
 
-@dataclass(frozen=True, slots=True)
+@compact_record
 class EncodedText:
     """A tokenised text. Offsets are characters; (0, 0) for special tokens."""
 
