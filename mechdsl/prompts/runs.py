@@ -365,7 +365,7 @@ class TokenMap:
 
     def token_text(self, token: int) -> str:
         """Return the text that a token covers, trimmed unless it is only white space."""
-        a, b = self._trimmed(token)
+        a, b = self.places[token]
         if a == b:
             a, b = self.row.offsets[token]
         return self.row.text[a:b]
