@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import field, fields, is_dataclass, replace
 from importlib import import_module
 from threading import Barrier
+from typing import Any
 
 import pytest
 
@@ -127,6 +128,7 @@ def test_initializer_takes_positions_names_defaults_and_factories() -> None:
     assert (first.number, first.parts, first.length, first.place) == (3, [], 0, 0)
     assert (second.number, second.parts, second.length, second.place) == (4, ["c"], 1, 2)
     assert first.parts is not Filled("a").parts
-    for wrong in ({}, {"text": "a", "other": 1}, {"text": "a", "length": 1}):
+    wrong: list[dict[str, Any]] = [{}, {"text": "a", "other": 1}, {"text": "a", "length": 1}]
+    for values in wrong:
         with pytest.raises(TypeError):
-            Filled(**wrong)
+            Filled(**values)

@@ -27,7 +27,7 @@ from mechdsl.base.records import keyword_record
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import Percent
 from mechdsl.diagnostics.core import CODES, Diagnostic
-from mechdsl.program.spec import Spec, spec_fields
+from mechdsl.program.spec import Spec
 
 _TICK = timedelta(microseconds=1)
 
@@ -375,7 +375,18 @@ def _mapping(key: Any, own: Codec) -> Codec:
 
 def _dataclass(kind: Any) -> Codec:
     hints = _hints(kind)
-    forms = {each.name: build_codec(hints[each.name]) for each in fields(kind)}
+    return _record(kind, {each.name: build_codec(hints[each.name]) for each in fields(kind)})
+
+
+def _spec(kind: type[Spec]) -> Codec:
+    # The type of a span has another name there; stored parts contain no syntax trees.
+    hints = get_type_hints(kind, localns={"Where": Span})
+    span = _one_of(lambda value: type(value) is Span, "a span")
+    forms = {name: build_codec(hint) for name, hint in hints.items() if hint is not Span}
+    return _record(kind, forms | {"span": span})
+
+
+def _record(kind: Any, forms: Mapping[str, Codec]) -> Codec:
     needed = {
         each.name
         for each in fields(kind)
@@ -391,19 +402,6 @@ def _dataclass(kind: Any) -> Codec:
             unknown = sorted({*given} ^ {*forms})
             raise ValueError(f"{kind.__name__} has unknown fields: {', '.join(unknown)[:100]}")
         return kind(**{name: forms[name].read(part, kept) for name, part in given.items()})
-
-    return Codec(write, read)
-
-
-def _spec(kind: type[Spec]) -> Codec:
-    def write(value: Any, kept: Attachments) -> Any:
-        return {name: write_value(getattr(value, name), kept) for name in spec_fields(kind)}
-
-    def read(found: Any, kept: Attachments) -> Any:
-        parts = {name: read_value(part, kept) for name, part in as_object(found).items()}
-        if type(parts.get("span")) is not Span:
-            raise _type_error("a span", parts.get("span"))
-        return kind(**parts)
 
     return Codec(write, read)
 
