@@ -107,8 +107,10 @@ class SeenImage(Record):
     title: str
     pixels: NDArray[np.uint8]
     """Resized and cropped, not normalised. Shape [height, width, 3]."""
-    front: int
-    """Number of tokens before those of the patches."""
+    span: tuple[int, int]
+    """Its first token in the prompt, and the one after its last, with tokens of no patch."""
+    tokens: tuple[int, ...]
+    """The token of each patch, row by row."""
     rows: int
     cols: int
 
@@ -273,8 +275,8 @@ class ExperimentResult:
     """Origin of rounding bounds, in words."""
     hits: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """Per cell and prompt, the indices into `texts` of the hit tokens."""
-    seen: tuple[SeenImage | None, ...] = ()
-    """For images: the image of each prompt, None if it isn't shown."""
+    seen: tuple[tuple[SeenImage, ...], ...] = ()
+    """The images of each prompt that are shown; empty without images."""
 
     active: tuple[tuple[ActiveText, ...], ...] = ()
     """For an observation of features: the prompts in which the feature of each cell is most active,

@@ -336,14 +336,14 @@ def _overlay_checks(found: ExperimentResult) -> Iterator[bool]:
 def _image_checks(found: ExperimentResult) -> Iterator[bool]:
     """Check that images are within the size limit and have the tokens of their prompt."""
     yield len(found.seen) in (0, found.prompts)
-    for own, text in zip(found.seen, found.texts, strict=False):
-        if own is not None:
+    for images, text in zip(found.seen, found.texts, strict=False):
+        for own in images:
             shape = own.pixels.shape
             yield len(shape) == 3 and shape[2] == 3 and prod(shape) <= limits.IMAGE_PIXELS
             yield 0 < own.rows <= shape[0]
             yield 0 < own.cols <= shape[1]
-            yield own.front >= 0
-            yield own.front + own.rows * own.cols == len(text)
+            yield len(own.tokens) == own.rows * own.cols
+            yield 0 <= own.span[0] <= min(own.tokens) <= max(own.tokens) < own.span[1] <= len(text)
 
 
 def _reply_checks(found: ExperimentResult) -> Iterator[bool]:
@@ -362,7 +362,7 @@ def _array_fields(of: Any) -> Iterator[NDArray[Any]]:
             yield value
 
 
-ARCHIVE_VERSION = 1
+ARCHIVE_VERSION = 2
 """Version of the archive format; raised when the meaning or form of a field changes. A new field
 has its default in older archives."""
 

@@ -246,7 +246,8 @@ def build_codec(hint: Any) -> Codec:
         return _dataclass(hint)
     if origin is tuple and args[1:] == (...,):
         inner = args[0]
-        return _repeated(build_codec(inner)) if get_origin(inner) is tuple else _tuple(inner)
+        is_repeated = get_origin(inner) is tuple and not _has_arrays(get_args(inner)[0])
+        return _repeated(build_codec(inner)) if is_repeated else _tuple(inner)
     if origin is np.ndarray:
         return _array(np.dtype(get_args(args[1])[0]))
     if _is_class(origin, Mapping):
@@ -316,6 +317,12 @@ def _tuple(inner: Any) -> Codec:
         lambda value, kept: [own.write(each, kept) for each in value],
         lambda found, kept: tuple(own.read(each, kept) for each in as_list(found)),
     )
+
+
+def _has_arrays(inner: Any) -> bool:
+    """Whether items of a tuple are records with arrays, which can't be compared."""
+    hints = get_type_hints(inner) if is_dataclass(inner) else {}
+    return any(get_origin(hint) is np.ndarray for hint in hints.values())
 
 
 def _repeated(own: Codec) -> Codec:

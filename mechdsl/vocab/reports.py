@@ -202,7 +202,7 @@ _report(
     ReportKind(
         name="overlay",
         meaning="the effect at each token of the first prompts, or at each patch of the first "
-        "images, drawn over the text or image",
+        "images, drawn over the text or image, for images in prompts over both",
         example="report overlay top 5",
         module="mechdsl.show.reports.overlay",
         signature=ReportSignature(

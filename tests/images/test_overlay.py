@@ -15,7 +15,14 @@ from rich.console import Console
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.results import Results, pack_results, unpack_results
 from mechdsl.show.reports.overlay import render
-from mechdsl.show.reports.overlay_pages import Overlay, build_overlays, image_maps, write_overlay
+from mechdsl.show.reports.overlay_pages import (
+    ImageMaps,
+    Overlay,
+    ShadedPrompt,
+    build_overlays,
+    image_maps,
+    write_overlay,
+)
 
 from ..results.synthetic import report
 from . import support
@@ -45,6 +52,12 @@ def shown(result: ExperimentResult, **how: object) -> Overlay:
     return build_overlays(result, report("overlay", **how))[0]
 
 
+def maps_of(each: ShadedPrompt) -> ImageMaps:
+    """Of a prompt that is an image."""
+    (image,) = each.images
+    return image_maps(each, image, write)
+
+
 def number_of(title: str) -> int:
     """Of the file that an image is."""
     found = re.search(r"(\d)\.png", title)
@@ -70,7 +83,7 @@ def test_each_number_stands_on_its_patch(tmp_path: Path, name: str) -> None:
     assert len(found.prompts) == 3
     numbers: list[int] = []
     for each in found.prompts:
-        maps = image_maps(each, write)
+        maps = maps_of(each)
         assert [title for title, _ in maps.maps] == ["b 0", "b 1"]
         numbers.append(number_of(maps.title))
         expected = by_hand(name, numbers[-1])
@@ -85,16 +98,15 @@ def test_the_image_is_what_the_model_sees(tmp_path: Path, name: str) -> None:
     settings = support.PROCESSORS[name][1]
     mean, std = (np.array(settings[key])[:, None, None] for key in ("image_mean", "image_std"))
     for each in shown(run(tmp_path, name, *LINES)).prompts:
-        assert each.image is not None
-        given = pixels(name, number_of(each.image.title))[0].numpy() * std + mean
+        given = pixels(name, number_of(each.images[0].title))[0].numpy() * std + mean
         levels = np.moveaxis(given * 255, 0, -1).round()
-        np.testing.assert_array_equal(each.image.pixels, levels)
+        np.testing.assert_array_equal(each.images[0].pixels, levels)
 
 
 def test_tokens_in_front_are_told_beside(tmp_path: Path) -> None:
     lines = [LINES[0], "patch resid_post layer 0 at cls token, each token of image", LINES[2]]
     for each in shown(run(tmp_path, "deit", *lines)).prompts:
-        maps = image_maps(each, write)
+        maps = maps_of(each)
         number = number_of(maps.title)
         writes = {("resid_post", 0): support.copied(plain("deit", number), "resid_post", 0, [0])}
         changed = forward("deit", pixels("deit", None), writes)
@@ -108,7 +120,7 @@ def test_patches_where_nothing_was_done_have_no_number(tmp_path: Path) -> None:
     lines = [LINES[0], "patch resid_post layer 0 at image row 2 col 1..3 token", LINES[2]]
     found = run(tmp_path, "vit", *lines)
     for each in shown(found).prompts:
-        ((_, values),) = image_maps(each, write).maps
+        ((_, values),) = maps_of(each).maps
         there = np.isfinite(values)
         assert there.sum() == 3
         assert there[1, :3].all()
@@ -124,14 +136,14 @@ JOINED = "patch resid_post layer 0 at image row 1..2 col 1 tokens, image row 4 c
 def test_patches_that_are_hit_together_have_one_number(tmp_path: Path) -> None:
     lines = [LINES[0], JOINED, LINES[2]]
     for each in shown(run(tmp_path, "vit", *lines)).prompts:
-        ((_, values),) = image_maps(each, write).maps
+        ((_, values),) = maps_of(each).maps
         assert values[0, 0] == values[1, 0]
         assert np.isfinite(values).sum() == 3
 
 
 def test_as_many_images_as_are_asked_for(tmp_path: Path) -> None:
     two = run(tmp_path, "vit", *LINES[:2], "report overlay top 2")
-    assert [own is not None for own in two.seen] == [True, True, False]
+    assert [bool(own) for own in two.seen] == [True, True, False]
     assert len(shown(two, top=3).prompts) == 2, "of others there is no image"
     assert run(tmp_path, "vit", *LINES[:2], "report table").seen == ()
 
@@ -141,19 +153,18 @@ def test_rows_that_are_left_out_take_their_image_with_them(tmp_path: Path) -> No
     every = run(tmp_path, "vit", *LINES)
     some = run(tmp_path, "vit", line, *LINES)
     assert 0 < some.prompts < every.prompts
-    whole = {each.image.title: each for each in shown(every).prompts if each.image}
+    whole = {each.images[0].title: each for each in shown(every).prompts if each.images}
     for each in shown(some).prompts:
-        assert each.image is not None
-        assert each.rows == whole[each.image.title].rows
+        assert each.rows == whole[each.images[0].title].rows
 
 
 def test_several_bases_are_drawn_on_the_same_images(tmp_path: Path) -> None:
     found = run(tmp_path, "vit", "from scenes into neutral, clean", *LINES[1:])
     for each in shown(found).prompts:
-        maps = dict(image_maps(each, write).maps)
+        maps = dict(maps_of(each).maps)
         assert len(maps) == 4
         own = next(v for title, v in maps.items() if "neutral" in title and "b 0" in title)
-        expected = by_hand("vit", number_of(image_maps(each, write).title))
+        expected = by_hand("vit", number_of(maps_of(each).title))
         np.testing.assert_allclose(own, expected, atol=1e-4)
         other = next(v for title, v in maps.items() if "clean" in title and "b 0" in title)
         assert np.abs(other).max() < 1e-5, "they are put where they come from"
@@ -165,12 +176,9 @@ def test_they_are_kept_with_the_results(tmp_path: Path) -> None:
     assert found is not None
     whole = f'mech 1\nmodel m = local("handed over")\n{support.BLOCKS}\n{text}'
     again = unpack_results(pack_results(Results((found,), {"mechdsl": "0"}), whole))["e"]
-    for one, other in zip(found.experiments[0].seen, again.seen, strict=True):
-        assert one is not None
-        assert other is not None
-        assert (one.title, one.front, one.rows, one.cols) == (
-            other.title, other.front, other.rows, other.cols,
-        )  # fmt: skip
+    for (one,), (other,) in zip(found.experiments[0].seen, again.seen, strict=True):
+        for name in ("title", "span", "tokens", "rows", "cols"):
+            assert getattr(one, name) == getattr(other, name)
         np.testing.assert_array_equal(one.pixels, other.pixels)
 
 
@@ -190,5 +198,5 @@ def test_pictures_and_pages(tmp_path: Path) -> None:
     chart = result.plot("overlay").to_dict()
     said = " ".join(chart["vconcat"][0]["title"]["subtitle"] if "vconcat" in chart else [])
     said = said or " ".join(chart["title"]["subtitle"])
-    assert "3 of 3 images" in said
+    assert "of 3 of 3 prompts" in said
     assert "full colour at" in said

@@ -445,8 +445,7 @@ def test_what_overlays_keep(tmp_path: Path) -> None:
     kept = overlay_data(experiment, np.arange(len(rows)), np.array([True]))
     assert kept["hits"] == (tuple(row.places["object"][0] for row in rows),)
     assert len({*kept["hits"][0]}) == len(rows)
-    assert [seen is not None for seen in kept["seen"]] == [True] * 4 + [False] * (len(rows) - 4)
+    assert [bool(seen) for seen in kept["seen"]] == [True] * 4 + [False] * (len(rows) - 4)
     wide = ImageTokenizer(PatchLayout(("cls",), (8, 4), (16, 32)), Processing(("exact", 16, 32)))
     seen = _read_image(Picture("noise", size=(16, 32), seed=2), wide)
-    assert seen is not None
-    assert (seen.front, seen.rows, seen.cols) == (1, 2, 8)
+    assert (seen.tokens[0], seen.rows, seen.cols) == (1, 2, 8)

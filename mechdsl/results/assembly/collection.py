@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from itertools import compress, product
@@ -26,12 +28,14 @@ from mechdsl.execute.pass_layout import PassSizer
 from mechdsl.execute.run_record import ExecutionProfile
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.images.files import UnreadableImage
+from mechdsl.images.layouts import THUMBNAIL
 from mechdsl.images.picture import Picture
 from mechdsl.planner.plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.program.significance import MIN_UNITS
-from mechdsl.prompts.runs import PromptRun, RunRow
+from mechdsl.prompts.runs import PlacedPicture, PromptRun, RunRow
 from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.resolve.cells import CellKey
 from mechdsl.resolve.expansion import name_cells
 from mechdsl.resolve.findings import VariantFinding
@@ -93,7 +97,7 @@ def overlay_data(experiment: ResolvedExperiment, kept: Ints, there: Bools) -> di
     texts = tuple(_token_texts(row, experiment) for row in rows)
     hits = _token_hits(experiment, [len(own) for own in texts], kept, there)
     found: dict[str, Any] = {"texts": texts, "hits": hits}
-    if any(row.image is not None for row in rows):
+    if any(row.image is not None or row.pictures for row in rows):
         found["seen"] = _shown_images(experiment, kept, hits, max(asked))
     return found
 
@@ -153,32 +157,73 @@ def _token_hits(
 
 def _shown_images(
     experiment: ResolvedExperiment, kept: Ints, hits: Sequence[PromptHits], count: int
-) -> tuple[SeenImage | None, ...]:
-    """Return the image of each prompt; None after the first `count` prompts that any cell hits."""
-    reader = experiment.model.tokenizer
-    assert isinstance(reader, ImageTokenizer)
-    rows = experiment.table.runs["clean"].rows
-    found: list[SeenImage | None] = []
-    for place, row in enumerate(kept):
-        picture, hit = rows[row].image, any(own[place] for own in hits)
-        own = _read_image(picture, reader) if picture is not None and hit and count > 0 else None
-        count -= own is not None
+) -> tuple[tuple[SeenImage, ...], ...]:
+    """Return the images of each prompt; none after the first `count` prompts that any cell hits."""
+    clean, base = (experiment.table.runs[name].rows for name in ("clean", experiment.spec.base))
+    found: list[tuple[SeenImage, ...]] = []
+    for place, number in enumerate(kept):
+        own: tuple[SeenImage, ...] = ()
+        if count > 0 and any(cell[place] for cell in hits):
+            row = clean[number] if clean[number].image is not None else base[number]
+            own = tuple(_read_images(row, experiment.model.tokenizer))
+        count -= bool(own)
         found.append(own)
     return tuple(found)
 
 
-def _read_image(picture: Picture, reader: ImageTokenizer) -> SeenImage | None:
-    """Read an image; None for a file that has become unreadable."""
+def _read_images(row: RunRow, reader: TextTokenizer | ImageTokenizer | None) -> Iterator[SeenImage]:
+    """Read a row's images; files that have become unreadable are left out."""
+    if row.image is not None:
+        assert isinstance(reader, ImageTokenizer)
+        with suppress(UnreadableImage):
+            yield _read_image(row.image, reader)
+    for placed in row.placed_pictures:
+        with suppress(UnreadableImage):
+            yield from _read_placed(placed)
+
+
+def _read_image(picture: Picture, reader: ImageTokenizer) -> SeenImage:
+    """Read the image of a row. Raises UnreadableImage."""
     from mechdsl.images.pixels import process_picture
 
     plain = replace(reader.processing, rescale=None, mean=None, std=None)
-    try:
-        values = process_picture(picture, plain)
-    except UnreadableImage:
-        return None
+    values = process_picture(picture, plain)
     levels = np.moveaxis(values, 0, -1).round().clip(0, 255).astype(np.uint8)
     layout = reader.layout
-    return SeenImage(picture.words, levels, len(layout.front), layout.rows, layout.cols)
+    front, count = len(layout.front), layout.rows * layout.cols
+    patches = tuple(range(front, front + count))
+    return SeenImage(picture.words, levels, (0, front + count), patches, layout.rows, layout.cols)
+
+
+def _read_placed(placed: PlacedPicture) -> Iterator[SeenImage]:
+    """Read the part of an image in a prompt that its tokens read, without a thumbnail.
+
+    Nothing is yielded for an image whose tokens read no part each. Raises UnreadableImage.
+    """
+    from PIL import Image
+
+    from mechdsl.images.pixels import render_pixels
+
+    expansion, first = placed.picture.expansion, placed.first
+    layout = expansion.layout
+    cells = {(cell.row, cell.col): cell for cell in layout.cells if cell.tile != THUMBNAIL}
+    grid = [(row + 1, col + 1) for row in range(layout.rows) for col in range(layout.cols)]
+    if not grid or set(grid) != cells.keys():
+        return
+    boxes = [cell.box for cell in cells.values() if cell.box is not None]
+    image = Image.fromarray(render_pixels(placed.picture.picture))
+    if boxes:
+        left, top = (min(box[side] for box in boxes) for side in (0, 1))
+        right, bottom = (max(box[side] for box in boxes) for side in (2, 3))
+        image = image.crop((math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)))
+    yield SeenImage(
+        f"{placed.name}: {placed.picture.picture.words}",
+        np.asarray(image),
+        (first, first + len(expansion.ids)),
+        tuple(first + cells[place].position for place in grid),
+        layout.rows,
+        layout.cols,
+    )
 
 
 WEIGHTS_ONLY_TEXT = (

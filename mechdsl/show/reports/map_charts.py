@@ -65,7 +65,6 @@ from mechdsl.show.reports.overlay_pages import (
     figure_lines,
     first_box_x,
     hover_text,
-    image_maps,
     overlay_notes,
     pale_image,
     patch_boxes,
@@ -424,7 +423,10 @@ def overlay_chart(result: ExperimentResult, report: spec.Report) -> Any:
     """Draw one chart per numeric measure, with prompts below one another."""
     charts: list[Any] = []
     for measure, shown in build_overlays(result, report).items():
-        drawn = _maps_chart(shown) if result.seen else _tokens_chart(shown)
+        parts = [_maps_chart(shown)] if result.seen else []
+        if not result.seen or shown.texts():
+            parts.append(_tokens_chart(shown))
+        drawn = parts[0] if len(parts) == 1 else alt.vconcat(*parts)
         chart = add_title(drawn, result, result.measures[measure])
         said = overlay_notes(result, measure, shown)
         if result.seen:
@@ -439,7 +441,7 @@ def _tokens_chart(shown: Overlay) -> Any:
     tokens: list[dict[str, Any]] = []
     titles: list[dict[str, Any]] = []
     top = 0
-    for each in shown.prompts:
+    for each in shown.texts():
         titles.append(
             {"x": 0, "y": top + PROMPT_TITLE_HEIGHT / 2, "text": f"prompt {each.prompt + 1}"}
         )
@@ -482,7 +484,7 @@ def _maps_chart(shown: Overlay) -> Any:
     titles: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
     top, right = 0.0, 0.0
-    for each in (image_maps(each, write) for each in shown.prompts):
+    for each in shown.images(write):
         size = drawn_size(each)
         titles.append({"x": 0, "y": top + PROMPT_TITLE_HEIGHT / 2, "text": each.title})
         top += PROMPT_TITLE_HEIGHT

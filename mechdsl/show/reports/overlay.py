@@ -18,7 +18,6 @@ from mechdsl.show.reports.overlay_pages import (
     ImageMaps,
     ShadedPrompt,
     build_overlays,
-    image_maps,
     overlay_notes,
 )
 from mechdsl.show.reports.text import (
@@ -40,10 +39,9 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
             continue
         shown = found[measure]
         write = map_format([shown.limit])
-        for each in shown.prompts:
-            if each.image is not None:
-                _patch_matrices(image_maps(each, write), shown.limit, write, console)
-                continue
+        for maps in shown.images(write):
+            _patch_matrices(maps, shown.limit, write, console)
+        for each in shown.texts():
             console.print(Text(f"prompt {each.prompt + 1}", style="bold"), highlight=False)
             _matrix(each, shown.limit, write).print(console)
         print_notes(overlay_notes(result, measure, shown), console)

@@ -68,8 +68,17 @@ class ShadedPrompt:
     tokens: tuple[str, ...]
     rows: tuple[tuple[str, tuple[float, ...]], ...]
     """(Coordinates along other axes, numbers)."""
-    image: SeenImage | None = None
-    """The image of the tokens, if they aren't text."""
+    images: tuple[SeenImage, ...] = ()
+    """The images that some of the tokens are in."""
+
+    def without_images(self) -> ShadedPrompt | None:
+        """Return the tokens of text; None if no cell hits any in a prompt with images."""
+        inside = {n for own in self.images for n in range(*own.span)}
+        words = [n for n in range(len(self.tokens)) if n not in inside]
+        if inside and not any(math.isfinite(values[n]) for _, values in self.rows for n in words):
+            return None
+        rows = tuple((title, tuple(values[n] for n in words)) for title, values in self.rows)
+        return ShadedPrompt(self.prompt, tuple(self.tokens[n] for n in words), rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +99,15 @@ class Overlay:
     limit: float
     """The largest absolute number, which has the full colour."""
 
+    def images(self, write: Callable[[float], str]) -> list[ImageMaps]:
+        """Return the images with their numbers."""
+        return [image_maps(each, own, write) for each in self.prompts for own in each.images]
+
+    def texts(self) -> list[ShadedPrompt]:
+        """Return the tokens outside images, of prompts in which cells hit any."""
+        texts = (each.without_images() for each in self.prompts)
+        return [each for each in texts if each is not None]
+
 
 def build_overlays(result: ExperimentResult, report: spec.Report) -> Mapping[int, Overlay]:
     """Return the prompts of each measure except categories."""
@@ -100,7 +118,7 @@ def build_overlays(result: ExperimentResult, report: spec.Report) -> Mapping[int
         values = prompt_effects(result, measure)
         there = np.isfinite(values).any(axis=0)
         if result.seen:
-            there = there & np.array([own is not None for own in result.seen])
+            there = there & np.array([bool(own) for own in result.seen])
         hit = np.flatnonzero(there)[: report.top or DEFAULT_SHOWN_PROMPTS]
         shaded = tuple(_shade_prompt(result, values, int(prompt)) for prompt in hit if result.hits)
         numbers = [abs(x) for each in shaded for _, row in each.rows for x in row if x == x]
@@ -138,7 +156,7 @@ def _shade_prompt(result: ExperimentResult, values: Floats, prompt: int) -> Shad
                 at[token].append(float(values[cell, prompt]))
         # Positions may overlap: a token has the mean over those that hit it.
         rows.append((panel.title, tuple(float(np.mean(x)) if x else math.nan for x in at)))
-    return ShadedPrompt(prompt, tokens, tuple(rows), result.seen[prompt] if result.seen else None)
+    return ShadedPrompt(prompt, tokens, tuple(rows), result.seen[prompt] if result.seen else ())
 
 
 def overlay_notes(result: ExperimentResult, measure: int, shown: Overlay) -> list[str]:
@@ -154,8 +172,8 @@ def overlay_notes(result: ExperimentResult, measure: int, shown: Overlay) -> lis
     ]
     if images:
         said = [
-            f"{count} images as the model sees them, each shown separately; numbers are of "
-            f"patches of {result.base}"
+            f"the parts of images that the model reads, of {count} prompts, each shown separately; "
+            f"numbers are of patches of {result.base}"
         ]
     data = result.measures[measure]
     effect = EFFECTS[data.effect]
@@ -169,19 +187,21 @@ def overlay_notes(result: ExperimentResult, measure: int, shown: Overlay) -> lis
     return said
 
 
-def image_maps(each: ShadedPrompt, write: Callable[[float], str]) -> ImageMaps:
-    """Return the numbers at the patches of a prompt that is an image; numbers of preceding tokens
-    are appended to the name of the map."""
-    seen = each.image
-    assert seen is not None
+def image_maps(each: ShadedPrompt, seen: SeenImage, write: Callable[[float], str]) -> ImageMaps:
+    """Return the numbers at the patches of an image of a prompt; numbers of its other tokens are
+    appended to the name of the map."""
     maps: list[tuple[str, Floats]] = []
+    others = [n for n in range(*seen.span) if n not in seen.tokens]
     for title, values in each.rows:
-        front = zip(each.tokens[: seen.front], values, strict=False)
-        beside = [f"{name}: {write(value)}" for name, value in front if math.isfinite(value)]
+        beside = [
+            f"{each.tokens[n]}: {write(values[n])}" for n in others if math.isfinite(values[n])
+        ]
         named = " · ".join(part for part in (title, *beside) if part)
-        patches = np.array(values[seen.front :], dtype=np.float64).reshape(seen.rows, seen.cols)
+        patches = np.array([values[n] for n in seen.tokens]).reshape(seen.rows, seen.cols)
         maps.append((named or "effect", patches))
-    return ImageMaps(f"image {each.prompt + 1}: {seen.title}", seen.pixels, tuple(maps))
+    alone = len(each.tokens) == len(range(*seen.span))
+    said = f"image {each.prompt + 1}: " if alone else f"prompt {each.prompt + 1}, "
+    return ImageMaps(said + seen.title, seen.pixels, tuple(maps))
 
 
 DRAWN_SIDE, MAX_DRAWN_SIDE = 154, 480
@@ -544,9 +564,8 @@ def _measure_html(result: ExperimentResult, measure: int, shown: Overlay) -> str
     write = map_format([shown.limit])
     lines = [f"<h1>{escape_xml(first)}</h1>", *(f"<p>{escape_xml(fact)}</p>" for fact in facts)]
     if result.seen:
-        maps = [image_maps(each, write) for each in shown.prompts]
-        return "\n".join([*lines, maps_html(maps, shown.limit, write, value_title(data))])
-    for each in shown.prompts:
+        lines.append(maps_html(shown.images(write), shown.limit, write, value_title(data)))
+    for each in shown.texts():
         lines.append(f"<h2>prompt {each.prompt + 1}</h2>")
         columns = token_columns(each, write)
         for title, values in each.rows:
@@ -635,10 +654,9 @@ def _picture(result: ExperimentResult, found: Mapping[int, Overlay]) -> Canvas:
         canvas.y += 8
         write = map_format([shown.limit])
         if result.seen:
-            maps = [image_maps(each, write) for each in shown.prompts]
             title = value_title(result.measures[measure])
-            draw_maps(canvas, maps, shown.limit, write, title)
-        for each in () if result.seen else shown.prompts:
+            draw_maps(canvas, shown.images(write), shown.limit, write, title)
+        for each in shown.texts():
             canvas.words(f"prompt {each.prompt + 1}", CANVAS_TITLE_SIZE, INK, "bold")
             canvas.y += 4
             _draw_prompt(canvas, each, shown.limit, write)
