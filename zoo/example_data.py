@@ -10,6 +10,7 @@ words.jsonl: what each task of `zoo("tasks")` makes of a word.
 questions.jsonl: every verb with every object that `zoo("refusal")` knows, and what it replies.
 items.jsonl: the items of the sequences of `zoo("succession")` except numerals, with their values.
 sums.jsonl: lists of four parts for `zoo("worked")` that training didn't have.
+clips.jsonl: frames of two moving shapes for `zoo("frames")` that training doesn't have together.
 partitioned.jsonl: images of rows of shapes, each row behind a symbol; where they lie in pixels.
 """
 
@@ -22,8 +23,11 @@ import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from numpy.random import default_rng
+
 from zoo.counting.data import ITEMS
 from zoo.facts.data import LETTERS, RELATIONS, another, facts
+from zoo.frames import data as frames
 from zoo.language import different
 from zoo.nested.data import BRACKETS, stream
 from zoo.refusal import data as refusal
@@ -142,6 +146,31 @@ def sums() -> list[Record]:
     return list(found.values())
 
 
+def clips() -> list[Record]:
+    """Clips with a shape whose motion is asked, which frame 3 shows."""
+    rng, found = default_rng(SEED), list[Record]()
+    while len(found) < ROWS:
+        clip = frames.draw_clip(rng, held_out=True)
+        asked, other = clip
+        row, column = asked.cell(2)
+        if frames.cells(clip, 2)[row][column] != asked.thing or asked.motion == other.motion:
+            continue
+        shown = (frames.cells(clip, frame) for frame in range(frames.FRAMES))
+        cells = (" / ".join(", ".join(x or "-" for x in line) for line in each) for each in shown)
+        found.append(
+            {
+                **{f"f{number}": each for number, each in enumerate(cells, 1)},
+                "thing": asked.thing,
+                "way": asked.motion,
+                "opposite": frames.OPPOSITE[asked.motion],
+                "other": other.motion,
+                "row": row + 1,
+                "col": column + 1,
+            }
+        )
+    return found
+
+
 def partitioned() -> list[Record]:
     """Images of four rows, the symbols shuffled; one row is asked, another is the rival.
 
@@ -178,6 +207,7 @@ def files() -> dict[str, list[Record]]:
         "questions.jsonl": questions(),
         "items.jsonl": items(),
         "sums.jsonl": sums(),
+        "clips.jsonl": clips(),
         "partitioned.jsonl": partitioned(),
     }
 

@@ -57,6 +57,9 @@ class Example:
     turns: tuple[Turn, ...]
     contents: tuple[str, ...]
     """The words that describe each patch of all images, for the first steps of training."""
+    told: tuple[str, ...] = ()
+    """The word that the last layer should return at each patch, for the first steps of training;
+    empty at patches without one."""
 
     def text(self) -> str:
         """The prompt and all answers; images are not expanded."""
@@ -148,6 +151,11 @@ class Batch:
     mask: Tensor  # [row, position], 0 at padding
     pixels: Tensor  # [image, channel, height, width], from -1 to 1
 
+    def to(self, device: str) -> Batch:
+        """Return the batch on a device."""
+        parts = (self.ids, self.labels, self.mask, self.pixels)
+        return Batch(*(each.to(device) for each in parts))
+
 
 def encode(examples: Sequence[Example], tokenizer: Tokenizer) -> Batch:
     """Encode examples; each image becomes one token for each of its patches."""
@@ -215,17 +223,32 @@ class Alignment:
         contents: the words that describe each patch of all images; one word or two.
         """
         if step >= ALIGNED_STEPS:
-            return torch.zeros(())
+            return self._projected.new_zeros(())
         logits = self._projected.flatten(0, -2) @ self._embedding.weight.T
         found = [each.split(" ") for each in contents]
         lost = [
             nn.functional.cross_entropy(
                 logits,
-                torch.tensor([words.token_of(self._tokenizer, each[at]) for each in found]),
+                torch.tensor(
+                    [words.token_of(self._tokenizer, each[at]) for each in found],
+                    device=logits.device,
+                ),
             )
             for at in (0, -1)
         ]
         return (1 - step / ALIGNED_STEPS) * (lost[0] + lost[1])
+
+
+def lost_at_patches(logits: Tensor, tokenizer: Tokenizer, told: Sequence[str]) -> Tensor:
+    """Return the loss of the words that patches should return.
+
+    Args:
+        logits: Those of all patches, [patch, token].
+        tokenizer: The tokenizer.
+        told: The word of each patch; empty for none.
+    """
+    wanted = [words.token_of(tokenizer, each) if each else -100 for each in told]
+    return nn.functional.cross_entropy(logits, torch.tensor(wanted, device=logits.device))
 
 
 def train(
@@ -237,29 +260,41 @@ def train(
     steps: int,
     batch: int,
     rate: float,
+    told_steps: int = 0,
+    device: str = "cpu",
 ) -> LlavaForConditionalGeneration:
-    """Train a model on `steps` batches."""
+    """Train a model on `steps` batches.
+
+    told_steps: steps with a loss of the words in `Example.told`, whose weight falls to 0.
+    device: where the model is trained; it is returned on the CPU.
+    """
     torch.manual_seed(seed)
     model: Any = LlavaForConditionalGeneration(config)
     tower = model.model.vision_tower
     side = config.vision_config.image_size // PATCH
     pictures.begin_with_places(tower.embeddings.position_embedding.weight, side)
     begin_with_matches(model.model.language_model)
+    model.to(device)
     tokenizer = build_tokenizer(vocabulary)
     alignment = Alignment(model, tokenizer)
 
     def loss(step: int) -> tuple[Tensor, Tensor]:
         group = list(itertools.islice(data, batch))
-        encoded = encode(group, tokenizer)
+        encoded = encode(group, tokenizer).to(device)
         logits = logits_of(model, encoded)
         known = encoded.labels >= 0
         lost = nn.functional.cross_entropy(logits[known], encoded.labels[known])
         right = (logits.argmax(-1) == encoded.labels)[known].float().mean()
         contents = [words for each in group for words in each.contents]
-        return lost + alignment(contents, step), right
+        lost = lost + alignment(contents, step)
+        if step < told_steps:
+            told = [word for each in group for word in each.told]
+            at_patches = logits[encoded.ids == words.token_of(tokenizer, IMAGE)]
+            lost = lost + (1 - step / told_steps) * lost_at_patches(at_patches, tokenizer, told)
+        return lost, right
 
     language.optimise(model.parameters(), loss, steps=steps, rate=rate)
-    return model.eval()
+    return model.cpu().eval()
 
 
 def answers(model: Any, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[str]:

@@ -374,7 +374,10 @@ def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic |
     if prompts.pictures and shape.takes in ("image and text", "image"):
         if shape.takes == "image and text":
             at = prompts.pictures[0].span
-            found = check_processor(model.tokenizer, model=model.name, span=at)
+            video = next((each for each in prompts.pictures if each.is_video), None)
+            at = at if video is None else video.span
+            videos = video is not None
+            found = check_processor(model.tokenizer, model=model.name, span=at, videos=videos)
             return next(iter(found), None)
     elif prompts.pictures:
         return InputKindMismatch(

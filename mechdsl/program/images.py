@@ -35,6 +35,9 @@ IMAGE_SPANS = (IMAGE_SPAN, *EXTRA_TOKEN_SPANS)
 SHAPE_REGION = "mask"
 """Name of the region of generated shapes."""
 
+FRAME_SPAN = "frame"
+"""The span of each frame of a video within prompts."""
+
 MEAN_IMAGE = "mean"
 
 IMAGE_CHANGES = ("blur", "mask")
@@ -111,6 +114,30 @@ def image_problems(node: ast.Expr) -> list[Diagnostic]:
             return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
 
 
+def listed_frames(node: ast.Expr) -> tuple[ast.Expr, ...]:
+    """Return the frames of a list."""
+    items = node.items if isinstance(node, ast.ListLiteral) else ()
+    return tuple(each for each in items if isinstance(each, ast.Expr))
+
+
+def video_problems(node: ast.Expr) -> list[Diagnostic]:
+    """Report expressions that aren't the frames of a video (E0203, E0207)."""
+    if isinstance(node, ast.String):
+        return []
+    hint = 'write a folder or a list of images: `"{folder}"` or `["{kind}-1.png", "{kind}-2.png"]`'
+    reason = "isn't a list of frames"
+    frames = listed_frames(node)
+    if isinstance(node, ast.ListLiteral) and len(frames) == len(node.items):
+        found = [problem for each in frames for problem in image_problems(each)]
+        averaged = [each for each in frames if averaged_block(each) is not None]
+        if found or not (averaged or len(frames) < 2):
+            return found
+        reason = "has no size before preparation" if averaged else "needs two frames or more"
+        node = averaged[0] if averaged else node
+        hint = "name other images" if averaged else "add frames, or write an `image` line"
+    return [BadArgument(span=node.span, name=node.span.written, reason=reason, hint=hint)]
+
+
 def _changed(node: ast.Expr, word: str) -> Diagnostic:
     """Return E0207 for a function that changes images row by row in a corruption."""
     line = f"{word} image radius 8" if word == "blur" else f"{word} image"
@@ -155,6 +182,8 @@ def image_expressions(node: ast.Expr) -> tuple[ast.Expr, ...]:
     match node:
         case ast.String():
             return (node,)
+        case ast.ListLiteral():
+            return tuple(part for each in listed_frames(node) for part in image_expressions(each))
         case ast.Call():
             return tuple(a.value for a in node.arguments if isinstance(a.value, ast.Expr))
         case _:
@@ -168,6 +197,8 @@ def averaged_block(node: ast.Expr | None) -> ast.Ref | None:
 
 def is_random_image(node: ast.Expr) -> bool:
     """Whether equal values can give different images."""
+    if isinstance(node, ast.ListLiteral):
+        return any(map(is_random_image, listed_frames(node)))
     if isinstance(node, ast.Call) and node.name in DRAWN_IMAGES:
         return True
     name = node.id if isinstance(node, ast.Name) else getattr(node, "name", "")

@@ -21,12 +21,14 @@ from mechdsl.diagnostics.prompts import UnknownValue
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.images import (
+    FRAME_SPAN,
     IMAGE_SPAN,
     IMAGE_SPANS,
     averaged_block,
     check_tiles,
     image_problems,
     lower_tiles,
+    video_problems,
 )
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.paths import HF_DATASET_PATH
@@ -192,6 +194,8 @@ class _BlockLines:
                 self._chat(line)
             case ast.ImageLine():
                 self._image(line)
+            case ast.VideoLine():
+                self._video(line)
             case ast.TilesLine():
                 self.once(line, self.tiles, "tiles")
                 self.tiles = self.tiles or line
@@ -279,9 +283,26 @@ class _BlockLines:
         value = gray if problems else line.value
         self.pictures.append(spec.PictureDef(span=line.span, name=line.name.id, value=value))
 
+    def _video(self, line: ast.VideoLine) -> None:
+        """Define a video within prompts (E0202, E0203, E0207)."""
+        self.name(line.name)
+        if not any(each.is_video for each in self.pictures):
+            self.name(ast.Name(FRAME_SPAN, span=line.name.span))
+        problems = video_problems(line.value)
+        if not problems and self.definition.kind == "images":
+            reason, hint = "is a part of prompts", "write a `prompts` block"
+            at, name = line.span, "video"
+            problems = [BadArgument(span=at, name=name, reason=reason, hint=hint)]
+        self.diagnostics.extend(problems)
+        gray = ast.Name("gray", span=line.value.span)
+        value = ast.ListLiteral((gray, gray), span=gray.span) if problems else line.value
+        self.pictures.append(
+            spec.PictureDef(span=line.span, name=line.name.id, value=value, is_video=True)
+        )
+
     def check_regions(self) -> None:
-        """Report regions of unknown images (E0207, E0501)."""
-        names = [picture.name for picture in self.pictures]
+        """Report regions of unknown images and of videos (E0207, E0501)."""
+        names = [picture.name for picture in self.pictures if not picture.is_video]
         if self.image_block is not None:
             names.append(IMAGE_SPAN)
         for region in self.regions:

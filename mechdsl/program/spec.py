@@ -287,10 +287,12 @@ class RegionDef(Spec):
 
 
 class PictureDef(Spec):
-    """`image photo = "{file}"`: an image within each prompt."""
+    """`image photo = "{file}"`, `video clip = "{folder}"`: an image or a video within each
+    prompt."""
 
     name: str
     value: ExprText
+    is_video: bool = False
 
 
 class RenamedColumn(Spec):

@@ -72,8 +72,9 @@ def token_conventions(
 def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> dict[str, str]:
     """Describe the images within prompts: their preparation and their tokens."""
     out: dict[str, str] = {}
-    names = dict.fromkeys(each.name for row in rows[:1] for each in row.placed_pictures)
-    for name in names:
+    placed = [each for row in rows[:1] for each in row.placed_pictures]
+    videos = {each.video for each in placed}
+    for name in dict.fromkeys(each.video or each.name for each in placed):
         every = [each.picture for row in rows for each in row.pictures_of(name)]
         grids = sorted({each.expansion.size for each in every})
         shown = ", ".join(f"{height} x {width}" for height, width in grids[:3])
@@ -81,7 +82,11 @@ def _picture_conventions(rows: Sequence[RunRow], tokenizer: TextTokenizer) -> di
         said = f"{shown} tokens, rows and columns counted from 1 at the top left"
         if isinstance(tokenizer, ImagePromptTokenizer):
             said = f"prepared by the model's `{tokenizer.processor_name}`; {said}"
-        out[f"image `{name}`"] = said
+        if name in videos:
+            counts = sorted({len(row.pictures_of(name)) for row in rows})
+            shown = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+            said = f"{shown} frames, which the model reads as images in a row, each {said}"
+        out[f"{'video' if name in videos else 'image'} `{name}`"] = said
         regions = [f"`{region}`" for region in every[0].regions]
         if regions:
             share = (

@@ -14,7 +14,7 @@ from mechdsl.base import limits
 from mechdsl.base.hashing import Permutation, stable_hash
 from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
-from mechdsl.base.text import name_list
+from mechdsl.base.text import count_noun, name_list
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.prompts import (
@@ -35,8 +35,8 @@ from mechdsl.images.picture import (
     pixel_box,
 )
 from mechdsl.program import spec
-from mechdsl.program.images import IMAGE_SPAN
-from mechdsl.program.paths import IMAGE_PATH, path_to_read
+from mechdsl.program.images import FRAME_SPAN, IMAGE_SPAN, listed_frames
+from mechdsl.program.paths import IMAGE_PATH, WILDCARD, path_to_read, paths_to_read
 from mechdsl.program.python_functions import PythonFunction
 from mechdsl.program.spec import CLEAN, TILE
 from mechdsl.prompts.block import (
@@ -109,6 +109,30 @@ def row_picture(row: Row, node: ast.Expr, name: str = "") -> Picture:
             return Picture("gray")
 
 
+def row_frames(row: Row, node: ast.Expr, name: str) -> tuple[Picture, ...]:
+    """Return the frames of the video with this name in a row's prompt.
+
+    Raises:
+        Refusal: E0207, E0503, E0560 and those of values.
+    """
+    if isinstance(node, ast.ListLiteral):
+        return tuple(
+            row_picture(row, each, f"{name} {number}")
+            for number, each in enumerate(listed_frames(node), 1)
+        )
+    assert isinstance(node, ast.String)
+    written = row.text(node, DrawKey("image")).text
+    paths, problems = paths_to_read(IMAGE_PATH, f"{written.rstrip('/')}/{WILDCARD}", node.span)
+    if problems:
+        raise Refusal.of(problems[0])
+    if len(paths) < 2:
+        files_found = count_noun(len(paths), "file")
+        reason = f"a video has two frames or more, and the folder has {files_found}"
+        hint = "name a folder with an image file for each frame, in the order of their names"
+        raise image_refusal(node.span, written, reason, hint)
+    return tuple(_of_path(row, f"{written.rstrip('/')}/{each.name}", node.span) for each in paths)
+
+
 def _of_baseline(row: Row, how: str, number: int | None = None, *, name: str) -> Picture:
     seed = _seed(row, name) if IMAGE_BASELINES[how].is_random else 0
     return Picture(how, number=number, seed=seed)
@@ -145,7 +169,11 @@ def _of_file(row: Row, node: ast.String) -> Picture:
     if not written.strip():
         hint = "exclude rows without an image with `where`"
         raise image_refusal(node.span, written, "the row names no image", hint)
-    path, digest, size = inspect_row_image(row, written, node.span)
+    return _of_path(row, written, node.span)
+
+
+def _of_path(row: Row, written: str, span: Span) -> Picture:
+    path, digest, size = inspect_row_image(row, written, span)
     return Picture("file", path=path, digest=digest, said=written, size=size)
 
 
@@ -518,15 +546,29 @@ class ImageRow:
 
     @cached_property
     def pictures(self) -> Mapping[str, Picture]:
-        """The images in a prompt, by name, after the changes."""
+        """The images in a prompt, by name, after the changes; `clip 2` is the second frame of the
+        video `clip`."""
         row, found = cast("Row", self), dict[str, Picture]()
         if not row.block.spec.pictures:
             return _NOTHING
         for each in row.block.spec.pictures:
-            picture = row_picture(row, each.value, each.name)
-            changes = row_image_changes(row, picture, each.name) if self.image_changes else ()
-            found[each.name] = replace(picture, changes=changes)
+            if each.is_video:
+                frames = enumerate(row_frames(row, each.value, each.name), 1)
+                made = {f"{each.name} {number}": frame for number, frame in frames}
+            else:
+                made = {each.name: row_picture(row, each.value, each.name)}
+            for name, picture in made.items():
+                changes = row_image_changes(row, picture, each.name) if self.image_changes else ()
+                found[name] = replace(picture, changes=changes)
         return found
+
+    def picture_text(self, picture: spec.PictureDef) -> RichText:
+        """The markers of an image in a prompt, or of each frame of a video."""
+        name, found = picture.name, self.pictures
+        if not picture.is_video:
+            return RichText(found[name].marker)
+        frames = (own for own in found if own.rpartition(" ")[0] == name)
+        return concatenate((FRAME_SPAN, RichText(found[own].marker)) for own in frames)
 
     @cached_property
     def picture_regions(self) -> Mapping[str, Mapping[str, tuple[Region, ...]]]:
@@ -767,8 +809,9 @@ class Row(ImageRow):
             return self._cache[name]
         if name in self.record:
             return self.record[name]
-        if any(each.name == name for each in self.block.spec.pictures):
-            return RichText(self.pictures[name].marker)
+        for picture in self.block.spec.pictures:
+            if picture.name == name:
+                return self.picture_text(picture)
         if name in self.block.parameters:
             return self.block.parameters[name]
         if name in ("true", "false"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import field, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from mechdsl.base.records import Record, compact_record, record
 from mechdsl.images.layouts import ImageCell, PromptPicture
 from mechdsl.images.picture import Picture, Region
+from mechdsl.program.images import FRAME_SPAN
 from mechdsl.prompts.values import TextSpan
 
 if TYPE_CHECKING:
@@ -125,22 +127,36 @@ class RunRow(Record):
             if own is not None and span.start not in found:
                 at = self.offsets.index((span.start, span.end))
                 first = at - own.expansion.is_image.index(True)
-                found[span.start] = PlacedPicture(span.name, own, first)
-        return tuple(found[start] for start in sorted(found))
+                found[span.start] = PlacedPicture(span.name, own, first, span.within)
+        placed = [found[start] for start in sorted(found)]
+        count = Counter(each.name for each in placed)
+        seen = Counter[str]()
+        for n, each in enumerate(placed):
+            seen[each.name] += 1
+            if count[each.name] > 1:
+                placed[n] = replace(each, number=seen[each.name])
+        return tuple(placed)
 
-    def pictures_of(self, name: str) -> list[PlacedPicture]:
-        """Return the images at placeholders with this name, or those with a region of it."""
-        own = [each for each in self.placed_pictures if each.name == name]
-        return own or [each for each in self.placed_pictures if name in each.picture.regions]
+    def pictures_of(self, name: str, of: str | None = None) -> list[PlacedPicture]:
+        """Return the images at placeholders with this name, those with a region of it, or the
+        frames of a video. of: the name of a span around them."""
+        placed = [each for each in self.placed_pictures if of is None or of in each.within]
+        own = [each for each in placed if each.name == name]
+        own = own or [each for each in placed if name in each.picture.regions]
+        return own or [each for each in placed if name == each.video]
 
     def image_label(self, token: int) -> str | None:
         """Return the name of a token of an image, as the language writes it; None for others."""
         return next((each.label(token) for each in self.placed_pictures if each.cell(token)), None)
 
-    def image_places(self, name: str) -> list[tuple[int, ...]]:
-        """Return the tokens of an image at each of its occurrences, or of each occurrence of a
-        region."""
-        return [tokens for each in self.pictures_of(name) for tokens in each.places(name)]
+    def image_places(self, name: str, of: str | None = None) -> list[tuple[int, ...]]:
+        """Return the tokens of an image at each of its occurrences, of each occurrence of a region,
+        or of all frames of a video."""
+        own = self.pictures_of(name, of)
+        found = [tokens for each in own for tokens in each.places(name)]
+        if own and name == own[0].video:
+            return [tuple(token for tokens in found for token in tokens)]
+        return found
 
 
 @record
@@ -152,6 +168,20 @@ class PlacedPicture(Record):
     picture: PromptPicture
     first: int
     """The first of its tokens."""
+    within: tuple[str, ...] = ()
+    """Names of the spans around it, outermost first."""
+    number: int | None = None
+    """Its number among the images of the name in the prompt, from 1; None for the only one."""
+
+    @property
+    def video(self) -> str | None:
+        """The name of the video that it is a frame of."""
+        return self.within[-1] if self.name == FRAME_SPAN and self.within else None
+
+    @property
+    def title(self) -> str:
+        """Its name in the prompt: `photo`, `frame 2`."""
+        return self.name if self.number is None else f"{self.name} {self.number}"
 
     def cell(self, token: int) -> ImageCell | None:
         """Return the part of the image that a token of the prompt reads; None for other tokens."""
@@ -160,7 +190,7 @@ class PlacedPicture(Record):
     def label(self, token: int) -> str:
         """Return the name of a token that reads a part, as the language writes it."""
         expansion = self.picture.expansion
-        return f"{self.name} {expansion.label(expansion.cell_of[token - self.first])}"
+        return f"{self.title} {expansion.label(expansion.cell_of[token - self.first])}"
 
     def places(self, name: str, tiles: Collection[int] | None = None) -> list[tuple[int, ...]]:
         """Return the tokens of its cells, or of each occurrence of a region.
@@ -168,7 +198,7 @@ class PlacedPicture(Record):
         tiles: the tiles to which they belong (`ImageCell.tile`); None for all.
         """
         own, cells = self.picture, self.picture.expansion.cell_of
-        chosen = own.regions[name] if name != self.name else (tuple(cells),)
+        chosen = (tuple(cells),) if name in (self.name, self.video) else own.regions[name]
         if tiles is not None:
             chosen = [[each for each in own if cells[each].tile in tiles] for own in chosen]
         return [tuple(self.first + token for token in tokens) for tokens in chosen if tokens]

@@ -444,6 +444,9 @@ def _no_chat(prompts: spec.Prompts, tokenizer: TextTokenizer) -> list[Diagnostic
     return [BadChatTemplate(span=span, reason=problem.reason, hint=problem.hint)]
 
 
+_STAND_IN_FRAMES = 16
+"""Frames of a video whose folder isn't read."""
+
 _NO_PICTURES: Mapping[str, PromptPicture] = MappingProxyType({})
 """Shared by all rows without images."""
 
@@ -927,7 +930,9 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
             for name in names
         ),
         pictures=tuple(
-            spec.PictureDef(span=at, name=name, value=ast.Name("gray", span=at)) for name in images
+            each.model_copy(update={"value": _gray_frames(each)})
+            for each in block.spec.pictures
+            if each.name in images
         ),
         templates=(text(" ".join(f"{{{name}}}" for name in shown) or "word"),),
         texts=tuple(spec.TextDef(span=at, name=name, value=text(" word")) for name in block.texts),
@@ -936,6 +941,16 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     assert table is not None
     table = replace(table, columns_unknown=block.columns_unknown)
     return add_stand_in_runs(table, [corruption.name for corruption in block.spec.corruptions])
+
+
+def _gray_frames(picture: spec.PictureDef) -> ast.Expr:
+    """Return a gray image, or a list of the number of a video's frames."""
+    at, value = picture.span, picture.value
+    gray = ast.Name("gray", span=at)
+    if not picture.is_video:
+        return gray
+    count = len(value.items) if isinstance(value, ast.ListLiteral) else _STAND_IN_FRAMES
+    return ast.ListLiteral((gray,) * count, span=at)
 
 
 def stand_in_images(table: PromptTable, reader: StandInImageTokenizer) -> PromptTable:

@@ -197,7 +197,7 @@ def _numbered(experiment: ResolvedExperiment, row: RunRow) -> list[tuple[str, st
     images: dict[int, tuple[str, int]] = {}
     for each in row.placed_pictures:
         rows, cols = each.picture.expansion.size
-        images[each.first] = f"{each.name} ({rows} x {cols})", len(each.picture.expansion.ids)
+        images[each.first] = f"{each.title} ({rows} x {cols})", len(each.picture.expansion.ids)
     tokens, found = _tokens(experiment, row), list[tuple[str, str]]()
     position = 0
     while position < len(tokens):
@@ -236,7 +236,8 @@ def _named_spans(row: RunRow) -> list[tuple[str, list[tuple[int, ...]]]]:
     for span in row.spans:
         found.setdefault(span.name, []).append(span_tokens(row, span.start, span.end))
     for each in row.placed_pictures:
-        found |= {name: row.image_places(name) for name in (each.name, *each.picture.regions)}
+        names = (each.name, each.video, *each.picture.regions)
+        found |= {name: row.image_places(name) for name in names if name is not None}
     return [*found.items(), *((name, list(tokens)) for name, tokens in row.places.items())]
 
 

@@ -678,6 +678,15 @@ class ImageLine(Node):
     """Name of an image within prompts."""
 
 
+@statement("video {name:new} = {value:sum}", "video")
+@record
+class VideoLine(Node):
+    """`video clip = ["{kind}-1.png", "{kind}-2.png"]`, `video clip = "{folder}"`."""
+
+    name: Name
+    value: Expr
+
+
 @statement("tiles {rows:count} by {cols:count} [whole=and whole]", "tiles")
 @record
 class TilesLine(Node):
@@ -718,6 +727,7 @@ DataLine = (
     | SpanDef
     | Corrupt
     | ImageLine
+    | VideoLine
     | TilesLine
     | RegionLine
     | ClassesLine

@@ -867,7 +867,16 @@ class TreeBuilder(Transformer[Token, Any]):
 
     def patches_span(self, c: list[Any]) -> ast.SpanRef:
         view = c[1] if isinstance(c[1], ast.ImageView) else None
-        return ast.SpanRef(str(c[0]), view=view, row=c[-3], col=c[-1], span=_span(c))
+        *occurrence, row, col = (each for each in c if isinstance(each, ast.Occurrence))
+        return ast.SpanRef(
+            str(c[0]),
+            occurrence=occurrence[0] if occurrence else None,
+            view=view,
+            row=row,
+            col=col,
+            of=_clauses(c).get("of"),
+            span=_span(c),
+        )
 
     def patches(self, c: list[Any]) -> ast.Occurrence:
         numbers = [each.value for each in c if isinstance(each, Clause)]

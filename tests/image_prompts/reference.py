@@ -64,10 +64,11 @@ class Bare:
         heads: dict[int, Edit] | None = None,
         embed: Edit | None = None,
         blocked: dict[int, Sequence[int]] | None = None,
+        queries: Sequence[int] = (-1,),
     ) -> Tensor:
         """The logits [tokens, vocabulary], with the outputs of blocks, the inputs of output
         projections (all heads side by side) and the embeddings changed. `blocked`: by layer, the
-        tokens that the last one doesn't attend to."""
+        tokens that `queries` don't attend to."""
 
         def after(edit: Edit) -> Callable[[Any, Any, Any], Any]:
             def hook(module: Any, args: Any, output: Any) -> Any:
@@ -94,7 +95,7 @@ class Bare:
                 stack.callback(output.register_forward_pre_hook(before(edit)).remove)
             for layer, tokens in (blocked or {}).items():
                 handle = self.block(layer).self_attn.register_forward_pre_hook(
-                    masked(tokens), with_kwargs=True
+                    masked(tokens, queries), with_kwargs=True
                 )
                 stack.callback(handle.remove)
             if embed is not None:
@@ -153,13 +154,16 @@ def at(positions: Sequence[int], values: Tensor) -> Edit:
     return edit
 
 
-def masked(tokens: Sequence[int]) -> Callable[[Any, Any, dict[str, Any]], Any]:
-    """Hide these tokens from the last one in an attention sublayer."""
+def masked(
+    tokens: Sequence[int], queries: Sequence[int] = (-1,)
+) -> Callable[[Any, Any, dict[str, Any]], Any]:
+    """Hide these tokens from the queries, by default the last one, in an attention sublayer."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         count = kwargs["hidden_states"].shape[1] if "hidden_states" in kwargs else args[0].shape[1]
         mask = torch.full((count, count), -torch.inf).triu(1)
-        mask[-1, list(tokens)] = -torch.inf
+        for query in queries:
+            mask[query, list(tokens)] = -torch.inf
         return args, {**kwargs, "attention_mask": mask[None, None]}
 
     return hook

@@ -2720,6 +2720,17 @@ _in_prompt(
     test="test_rules.py",
 )
 _in_prompt(
+    "video in a prompt",
+    'video clip = ["{kind}.png", gray]',
+    "Frames in each prompt, in the order of the list or of the file names in a folder "
+    '(`video clip = "{folder}"`); `{clip}` in the template is their place. The model reads them '
+    "as images in a row, prepared by its image processor. Models with a video processor are "
+    "E0459. `frame 2 tokens`, `each frame tokens` and `frame 2 row 3 col 4 token` are positions; "
+    "with several videos, add `of clip`. `clip tokens` are those of all frames.",
+    beside='kind in ["circle", "square"] template "{clip} What moves?"',
+    test="test_videos.py",
+)
+_in_prompt(
     "images of a block",
     "image from circles",
     "With `{image}` in the template, the prompts contain the images of a block. They have its "

@@ -1,4 +1,4 @@
-"""The shipped vision-language model does what its card says, on held-out images."""
+"""The shipped vision-language models do what their cards say, on held-out images."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from numpy.random import default_rng
 from safetensors import safe_open
+from scipy.stats import chisquare
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mechdsl import zoo
 from mechdsl.loading.loader import load_model
 from zoo import language, pictures, vlm
+from zoo.commands import Tally
 from zoo.counting_vlm import data as grids
 from zoo.counting_vlm import evaluate as counting
+from zoo.frames import data as clips
+from zoo.frames import evaluate as motion
 
 from ..models.conftest import statement
 
 ROOT = Path(zoo.__path__[0])
-FOLDER = ROOT / "counting-vlm"
+FOLDER, FRAMES = ROOT / "counting-vlm", ROOT / "frames"
 
 
 @cache
-def loaded() -> tuple[Any, Any]:
-    """Return the model in 32 bits, and its processor."""
-    model, _ = language.load(LlavaForConditionalGeneration, FOLDER)
-    return model, AutoProcessor.from_pretrained(FOLDER)
+def loaded(folder: Path = FOLDER) -> tuple[Any, Any]:
+    """Return a model in 32 bits, and its processor."""
+    model, _ = language.load(LlavaForConditionalGeneration, folder)
+    return model, AutoProcessor.from_pretrained(folder)
 
 
 def test_scenes_keep_held_out_cells_from_training_and_draw_companions() -> None:
@@ -83,6 +88,39 @@ def test_answers_about_grids_are_those_of_the_cells() -> None:
             assert turn.answer == (" , ".join(own) or "nothing")
 
 
+def test_motion_is_independent_of_each_frame() -> None:
+    """In training, as in held-out clips: each motion shows a shape in each cell equally often."""
+    random = default_rng(3)
+    for held_out in (False, True):
+        seen: list[Counter[tuple[int, int, str]]] = [Counter() for _ in range(clips.FRAMES)]
+        pairs: Counter[bool] = Counter()
+        for _ in range(1500):
+            clip = clips.draw_clip(random, held_out=held_out)
+            if len(clip) == 2:
+                pairs[clips.in_training(clip[0].thing, clip[1].thing)] += 1
+            for each in clip:
+                for frame in range(clips.FRAMES):
+                    row, column = each.cell(frame)
+                    seen[frame][row, column, each.motion] += 1
+        assert set(pairs) == {not held_out}
+        for counts in seen:
+            assert len(counts) == 36
+            assert chisquare([*counts.values()]).pvalue > 1e-3
+
+
+def test_labels_of_patches_are_the_motion_between_frames() -> None:
+    random = default_rng(4)
+    for example in islice(clips.examples(9), 30):
+        assert len(example.told) == len(example.contents) == 36
+        assert not any(example.told[:9])
+    clip = clips.draw_clip(random, held_out=False, count=1)
+    told = clips.motions(clip)
+    assert [each for each in told if each] == [clip[0].motion] * 3
+    for frame in range(1, clips.FRAMES):
+        row, column = clip[0].cell(frame)
+        assert told[frame * 9 + row * 3 + column] == clip[0].motion
+
+
 def test_training_texts_have_known_words_and_a_label_for_each_patch() -> None:
     known = grids.vocabulary()
     assert len(known) == len({*known})
@@ -97,9 +135,15 @@ def test_training_texts_have_known_words_and_a_label_for_each_patch() -> None:
         assert " ".join(told) == " ".join(f"{turn.answer} <end>" for turn in example.turns)
 
 
-def test_the_processor_prepares_prompts_as_training_did() -> None:
-    _, processor = loaded()
-    [example] = grids.one_question("at", 4, 1, held_out=True)
+@pytest.mark.parametrize("folder", [FOLDER, FRAMES])
+def test_the_processor_prepares_prompts_as_training_did(folder: Path) -> None:
+    _, processor = loaded(folder)
+    if folder == FOLDER:
+        [example] = grids.one_question("at", 4, 1, held_out=True)
+        known = grids.vocabulary()
+    else:
+        [example] = clips.one_question(clips.WAY, 4, 1, held_out=True)
+        known = clips.vocabulary()
     images = [{"type": "image"} for _ in example.images]
     [turn] = example.turns
     content = [*images, {"type": "text", "text": turn.question}]
@@ -109,7 +153,7 @@ def test_the_processor_prepares_prompts_as_training_did() -> None:
     given = processor(
         text=text, images=[*example.images], add_special_tokens=False, return_tensors="pt"
     )
-    own = vlm.encode([example], vlm.build_tokenizer(grids.vocabulary()))
+    own = vlm.encode([example], vlm.build_tokenizer(known))
     answer = len(turn.answer.split()) + 1
     assert torch.equal(given["input_ids"], own.ids[:, :-answer])
     torch.testing.assert_close(given["pixel_values"], own.pixels, atol=1e-6, rtol=0)
@@ -134,16 +178,18 @@ def test_generation_gives_the_answers_that_the_evaluation_counts() -> None:
         assert (written == expected) if right else f"{written} ".startswith(expected)
 
 
-def test_mechdsl_loads_vision_language_models() -> None:
-    model, problems = load_model(statement("counting-vlm", "zoo"))
+@pytest.mark.parametrize("name", ["counting-vlm", "frames"])
+def test_mechdsl_loads_vision_language_models(name: str) -> None:
+    model, problems = load_model(statement(name, "zoo"))
     # The oldest transformers can't prove the sites of the tower, which no file uses.
     assert {each.code for each in problems} <= {"W0712"}
     assert model is not None
     assert model.restartable
 
 
-def test_weights_are_stored_in_16_bits() -> None:
-    with safe_open(str(FOLDER / "model.safetensors"), framework="np") as file:
+@pytest.mark.parametrize("folder", [FOLDER, FRAMES])
+def test_weights_are_stored_in_16_bits(folder: Path) -> None:
+    with safe_open(str(folder / "model.safetensors"), framework="np") as file:
         kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     assert kinds == {"F16"}
 
@@ -152,20 +198,32 @@ def test_all_zoo_models_together_are_below_30_megabytes() -> None:
     assert sum(file.stat().st_size for file in ROOT.rglob("*") if file.is_file()) < 30e6
 
 
-def stated_intervals() -> dict[str, tuple[float, float]]:
+def stated_intervals(folder: Path) -> dict[str, tuple[float, float]]:
     """Return the 95 % intervals of a card's table, by row."""
-    text = (FOLDER / "README.md").read_text()
+    text = (folder / "README.md").read_text()
     rows = re.findall(r"(?m)^(\w.*?) +\d+ +\d+ +[\d.]+ +([\d.]+) \.\. ([\d.]+)$", text)
     return {row: (float(low), float(high)) for row, low, high in rows}
 
 
-def test_shapes_are_counted_as_the_card_says() -> None:
-    torch.set_num_threads(1)
-    stated = stated_intervals()
-    tallies = counting.evaluate(FOLDER, 60, counting.SEED + 1)
+def agree_with_card(tallies: dict[str, Tally], folder: Path) -> None:
+    stated = stated_intervals(folder)
     assert tallies.keys() == stated.keys()
-    assert tallies["total"].interval()[0] > 0.9
     for row, tally in tallies.items():
         low, high = tally.interval(3.3)
         assert low <= stated[row][1], row
         assert high >= stated[row][0], row
+
+
+def test_shapes_are_counted_as_the_card_says() -> None:
+    torch.set_num_threads(1)
+    tallies = counting.evaluate(FOLDER, 60, counting.SEED + 1)
+    assert tallies["total"].interval()[0] > 0.9
+    agree_with_card(tallies, FOLDER)
+
+
+def test_motion_is_told_as_the_card_says() -> None:
+    torch.set_num_threads(1)
+    tallies = motion.evaluate(FRAMES, 60, motion.SEED + 1)
+    assert tallies[motion.ALONE].interval()[0] > 0.9
+    assert all(tallies[frame].interval()[1] < 0.5 for frame in motion.ONE_FRAME)
+    agree_with_card(tallies, FRAMES)

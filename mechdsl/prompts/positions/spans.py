@@ -28,7 +28,7 @@ from mechdsl.diagnostics.prompts import TokenCoversMore
 from mechdsl.diagnostics.rules import BadLoopValue, EmptyRange
 from mechdsl.diagnostics.syntax import MisspeltWord
 from mechdsl.images.layouts import THUMBNAIL, ImageExpansion, PromptPicture
-from mechdsl.program.images import IMAGE_SPAN, IMAGE_SPANS
+from mechdsl.program.images import FRAME_SPAN, IMAGE_SPAN, IMAGE_SPANS
 from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import (
@@ -288,13 +288,16 @@ class SpanFinder:
         name = ref.name or ""
         if name in m.row.places and ref.view is None:
             return [SpanOccurrence(0, 0, tokens) for tokens in m.row.places[name]]
+        pictures = self.pictures_of(n, ref)
         of_image = [
-            SpanOccurrence(0, 0, tokens)
-            for own in (self.pictures_of(n, ref) if ref.of is None else ())
+            tokens
+            for own in pictures
             for tokens in own.places(name, self.tiles_of(ref, own.picture.expansion))
         ]
+        if of_image and name == pictures[0].video:
+            of_image = [tuple(token for tokens in of_image for token in tokens)]
         if of_image or ref.view is not None:
-            return of_image
+            return [SpanOccurrence(0, 0, tokens) for tokens in of_image]
         if ref.literal is not None:
             found = find_text(m.row.text, ref.literal)
             if ref.of is not None:
@@ -402,7 +405,7 @@ class SpanFinder:
 
     def _one_patch(self, node: ast.SpanTokens, ref: ast.SpanRef) -> bool:
         """Return False after an error if one token of a span of several patches is requested."""
-        if ref.row is not None or (node.plural and not node.each):
+        if ref.row is not None or (node.plural and not (node.each and self.of_images)):
             return True
         found = self.all_places(replace(ref, occurrence=None))
         if found is None:
@@ -453,7 +456,9 @@ class SpanFinder:
         """Return the images of a row with a name, or those with a region of it."""
         row, name = self.maps[n].row, ref.name or ""
         if row.image is None:
-            return row.pictures_of(name) if row.pictures else []
+            return row.pictures_of(name, ref.of) if row.pictures else []
+        if ref.of is not None:
+            return []
         assert isinstance(self.tokenizer, ImageTokenizer)
         parts = {each: row.places[each] for each in row.regions}
         if name != IMAGE_SPAN and name not in parts:
@@ -464,6 +469,35 @@ class SpanFinder:
     def first_picture(self, n: int, ref: ast.SpanRef) -> PlacedPicture | None:
         """Return the first image of a row with a name."""
         return next(iter(self.pictures_of(n, ref)), None)
+
+    def images_of(self, base: ast.SpanTokens) -> list[list[tuple[int, PlacedPicture]]] | None:
+        """Return the images that `photo row 1 col 2 token` refers to in each row, with their
+        numbers; None after E0306, E0309 or E0321."""
+        ref = base.of
+        found = [list(enumerate(self.pictures_of(n, ref), 1)) for n in range(self.total)]
+        if self.is_empty(ref.occurrence):
+            return None
+        counted = occurrence_bounds(ref.occurrence)
+        if counted is None:
+            several = [n for n, own in enumerate(found) if len(own) > 1]
+            if several and ref.occurrence is None and not (base.each or base.plural):
+                name, last = ref.name or "", len(found[several[0]])
+                ways = [
+                    f"`{name} {last} row … col … token` for one of them",
+                    f"`each {name} row … col … token` for one run each",
+                    f"`{name} row … col … tokens` for all of them",
+                ]
+                what = f"occurs {last} times in the prompt"
+                self._ambiguous(base, ref.span.written, several, what, ways)
+                return None
+            return found
+        low, high = counted
+        lacking = [n for n, own in enumerate(found) if len(own) < high]
+        drops_out = self.drops_out(ref) and len(lacking) < self.total
+        if low < 1 or (lacking and not drops_out):
+            self.absent(base, ref, lacking or list(range(self.total)), min(low, high))
+            return None
+        return [own[low - 1 : high] for own in found]
 
     def extra_label(self, token: int) -> str:
         """Return the label of a token of an image that reads no patch."""
@@ -532,10 +566,8 @@ class SpanFinder:
     def is_picture(self, ref: ast.SpanRef) -> bool:
         """Return whether a span is an image within the prompts, or a region of one."""
         name = ref.name
-        return (
-            name is not None
-            and ref.of is None
-            and any(m.row.pictures_of(name) for m in self.maps[:1] if m.row.pictures)
+        return name is not None and any(
+            m.row.pictures_of(name, ref.of) for m in self.maps[:1] if m.row.pictures
         )
 
     @property
@@ -569,7 +601,8 @@ class SpanFinder:
     @property
     def picture_names(self) -> list[str]:
         """Names of the images within the prompts."""
-        return [each.name for m in self.maps[:1] for each in m.row.placed_pictures]
+        named = (each.name for m in self.maps[:1] for each in m.row.placed_pictures)
+        return list(dict.fromkeys(named))
 
     def _not_an_image(self, ref: ast.SpanRef) -> Diagnostic:
         """Return E0308 for patches of something that isn't an image."""
@@ -577,6 +610,8 @@ class SpanFinder:
         hint = 'add one to the prompts: `image photo = "{file}"`, with `{photo}` in the template'
         if names:
             hint = did_you_mean(ref.name or "", names, f"images are {name_list(names)}")
+        if any(each.video == ref.name for m in self.maps[:1] for each in m.row.placed_pictures):
+            hint = f"name a frame of the video: `{FRAME_SPAN} 1 row 1 col 1 token`"
         return UnknownSpan(
             span=ref.span,
             name=ref.name or "",
@@ -928,30 +963,40 @@ def grid_cells(base: ast.SpanTokens, spans: SpanFinder) -> list[PositionCell]:
     found = spans.all_places(ref)
     if found is None or any(spans.is_empty(own) for own in (ref.row, ref.col)):
         return []
-    cells: dict[tuple[int | None, int, int], list[Hits]] = {}
+    placed = spans.images_of(base)
+    if placed is None:
+        return []
+    cells: dict[tuple[int, int | None, int, int], list[Hits]] = {}
     joined: list[Hits] = []
+    lacking: list[int] = []
     known: dict[int, Mapping[tuple[int | None, int, int], int]] = {}
-    for n in range(spans.total):
-        image = spans.first_picture(n, ref)
-        expansion = None if image is None else image.picture.expansion
-        if id(expansion) not in known:
-            known[id(expansion)] = {} if expansion is None else _rectangle(ref, expansion, spans)
-        first = 0 if image is None else image.first
-        at = {place: first + token for place, token in known[id(expansion)].items()}
-        joined.append((tuple(at.values()),) if at else ())
-        for place, token in at.items():
-            cells.setdefault(place, [()] * spans.total)[n] = ((token,),)
-    lacking = [n for n, hits in enumerate(joined) if not hits and found[n]]
-    if spans.lack_cells(ref, lacking):
+    for n, images in enumerate(placed):
+        tokens: list[int] = []
+        for number, image in images:
+            expansion = image.picture.expansion
+            if id(expansion) not in known:
+                known[id(expansion)] = _rectangle(ref, expansion, spans)
+            if not known[id(expansion)]:
+                lacking.append(n)
+            for place, token in known[id(expansion)].items():
+                tokens.append(image.first + token)
+                own = cells.setdefault((number, *place), [()] * spans.total)
+                own[n] = ((image.first + token,),)
+        joined.append((tuple(tokens),) if tokens else ())
+    if spans.lack_cells(ref, list(dict.fromkeys(lacking))):
         return []
     if base.plural:
         return [PositionCell(base.span.written, tuple(joined))]
     if len(cells) == 1:
         return [PositionCell(base.span.written, tuple(own)) for own in cells.values()]
     view = "" if ref.view is None else "thumbnail " if ref.view.number is None else "tile {0} "
-    label = f"{ref.name} {view}row {{1}} col {{2}}"
-    ordered = sorted(cells, key=lambda place: (place[0] or 0, *place[1:]))
-    return [PositionCell(label.format(*place), tuple(cells[place])) for place in ordered]
+    label = f"{{title}} {view}row {{1}} col {{2}}"
+    ordered = sorted(cells, key=lambda place: (place[0], place[1] or 0, *place[2:]))
+    titles = {number: image.title for images in placed for number, image in images}
+    return [
+        PositionCell(label.format(*place[1:], title=titles[place[0]]), tuple(cells[place]))
+        for place in ordered
+    ]
 
 
 def _rectangle(
@@ -991,7 +1036,8 @@ def image_token_cells(
             image = next((own for own in images if own.cell(token)), None)
             cell = None if image is None else image.cell(token)
             label = spans.extra_label(token) if image is None else image.label(token)
-            order[label] = (token,) if cell is None else (cell.tile, cell.row, cell.col)
+            number = 0 if image is None else image.number or 0
+            order[label] = number, *((token,) if cell is None else (cell.tile, cell.row, cell.col))
             cells.setdefault(label, [()] * spans.total)[n] = ((token,),)
     return [
         PositionCell(label, tuple(cells[label])) for label in sorted(cells, key=order.__getitem__)

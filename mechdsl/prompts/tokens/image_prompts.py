@@ -16,6 +16,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoImageProcessor, UnpreparedImages
 from mechdsl.images.layouts import (
+    IMAGE_LAYOUTS,
     ImageCell,
     ImageExpansion,
     ImageLayout,
@@ -120,6 +121,19 @@ class ImagePromptTokenizer(TextTokenizer):
     def layout(self) -> ImageLayout:
         """How the model reads images. Raises UnsupportedProcessor."""
         return find_layout(self._read[1])
+
+    def check_frames(self) -> None:
+        """Raise UnsupportedProcessor if the model reads videos by other means than as images."""
+        kind: str = getattr(self._read[1], "model_type", "")
+        entry = IMAGE_LAYOUTS.get(kind)
+        own = getattr(self.processor, "video_processor", None)
+        if own is None and not (entry is not None and entry.video_processors):
+            return
+        unfit = UnsupportedProcessor(
+            f"models of the type `{kind}` read videos by a video processor"
+        )
+        unfit.hint = "write an `image` line for each frame: the model then reads them as images"
+        raise unfit
 
     @cached_property
     def natural_size(self) -> tuple[int, int]:
@@ -365,8 +379,13 @@ def read_prompt_tokenizer(
     return reader.from_folder(folder, bos, span=span)
 
 
-def check_processor(tokenizer: TextTokenizer, *, model: str, span: Span | None) -> list[Diagnostic]:
-    """Return E0456 or E0459 if a model has no usable processor for images in its prompts."""
+def check_processor(
+    tokenizer: TextTokenizer, *, model: str, span: Span | None, videos: bool = False
+) -> list[Diagnostic]:
+    """Return E0456 or E0459 if a model has no usable processor for images in its prompts.
+
+    videos: whether the prompts have videos, which it must read as images in a row.
+    """
     if tokenizer.stands_in:
         return []
     if not isinstance(tokenizer, ImagePromptTokenizer):
@@ -374,6 +393,8 @@ def check_processor(tokenizer: TextTokenizer, *, model: str, span: Span | None) 
         return [NoImageProcessor(span=span, model=model, reason=reason)]
     try:
         _ = tokenizer.image_id
+        if videos:
+            tokenizer.check_frames()
     except UnsupportedProcessor as unfit:
         return [report_unprepared(unfit, model, span)]
     return []

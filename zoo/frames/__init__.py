@@ -1,0 +1,1 @@
+"""A small vision-language model that tells the direction of motion in four frames."""
