@@ -64,7 +64,6 @@ from mechdsl.pipeline.identities import (
     find_device,
 )
 from mechdsl.pipeline.options import RunOptions
-from mechdsl.planner.training_cost import CHUNK_BYTES, count_edited_bytes
 from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
 from mechdsl.program.directions import last_token
 from mechdsl.program.own_trainers import OwnTrainer
@@ -272,6 +271,8 @@ class FitKeys:
         if training.stream is not None:
             parts["stream"] = self._stream(training, training.stream)
         if fit.objective is not None:
+            from mechdsl.planner.training_cost import CHUNK_BYTES, count_edited_bytes
+
             parts["objective"] = _objective(fit.objective, training.minimises, contents)
             size = count_edited_bytes(training, (training.made,), fit.objective.model.shape)
             if size > CHUNK_BYTES and not isinstance(fit.file, TrainedMask):
