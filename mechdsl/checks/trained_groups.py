@@ -1,5 +1,5 @@
-"""Groups that a training chooses, `group g = fit(mask(size: 4), …)`: their sites, experiment by
-experiment.
+"""Groups and circuits that a training chooses, `group g = fit(mask(size: 4), …)`: their sites or
+edges, experiment by experiment.
 
 The sites of a group depend on the model. An experiment is therefore checked with a program whose
 groups have the sites for its model: the chosen ones, or the first candidates if the group isn't
@@ -20,6 +20,7 @@ from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_basis
 from mechdsl.prompts.rows import PromptTable
+from mechdsl.resolve.circuits import EMBEDDING, END
 from mechdsl.resolve.directions import describe_rows
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import (
@@ -110,7 +111,8 @@ def fill_groups(
     used = used_masks(experiment, program)
     if not used:
         return FilledGroups(experiment, program, (), waits=False)
-    groups, masks = dict(program.groups), list[TrainedMask]()
+    groups, circuits = dict(program.groups), dict(program.circuits)
+    masks = list[TrainedMask]()
     coordinates: list[_ChosenCoordinates] = []
     positions: list[_ChosenPositions] = []
     for definition in used:
@@ -119,6 +121,12 @@ def fill_groups(
         if objective is not None:
             mask = outline_mask(definition, objective, program)
             masks.append(mask)
+        if definition.chooses_edges:
+            old = circuits[definition.name]
+            edges = _edges_of(mask, definition.span)
+            circuits[definition.name] = old.model_copy(update={"edges": edges})
+            continue
+        if mask is not None:
             sites = tuple(_sites_of(mask.chosen, definition.site, definition.span))
         if definition.chooses_positions:
             positions.append(_ChosenPositions(definition, mask))
@@ -136,7 +144,7 @@ def fill_groups(
         experiment = _insert(experiment, [*coordinates, *positions])
     return FilledGroups(
         experiment,
-        program.model_copy(update={"groups": groups}),
+        program.model_copy(update={"groups": groups, "circuits": circuits}),
         tuple(masks),
         waits=len(masks) < len(used),
     )
@@ -162,6 +170,26 @@ def _sites_of(chosen: tuple[MaskCandidate, ...], site: ast.Site, span: Span) -> 
             for axis in site.axes
         )
         yield replace(site, axes=axes, excluded=(), span=span)
+
+
+def _edges_of(mask: TrainedMask | None, span: Span) -> tuple[ast.SiteMap, ...]:
+    """Return the chosen edges; one that every model has until the candidates are known."""
+    chosen = ((EMBEDDING, END),) if mask is None else mask.chosen
+    edges = (each for each in chosen if isinstance(each, tuple))
+    return tuple(ast.SiteMap(*(_end(own, span) for own in edge), span=span) for edge in edges)
+
+
+def _end(point: SitePoint, span: Span) -> ast.Site:
+    """Return one end of an edge as a file names it."""
+    if point == EMBEDDING:
+        return ast.Site((ast.Name("embed", span=span),), span=span)
+    numbers: dict[ast.AxisWord, int | None] = {"layer": point.layer, "head": point.unit}
+    axes = tuple(
+        ast.Axis(word, False, _values((number,), span), span=span)
+        for word, number in numbers.items()
+        if number is not None
+    )
+    return ast.Site((ast.Name(point.site, span=span),), axes, span=span)
 
 
 def _values(numbers: tuple[int, ...], span: Span) -> tuple[ast.AxisRange, ...]:

@@ -3,21 +3,22 @@
 A gate m of a site or a position writes x + m (y − x), where x is the vector of the running pass,
 after the writes at earlier layers, and y the vector of the source run, the mean of the training
 rows, or 0. A gate of a coordinate does the same with the coordinate f of x: the vector becomes
-x + decode(f + m (f′ − f)) − decode(f), as rules in a basis write it.
+x + decode(f + m (f′ − f)) − decode(f), as rules in a basis write it. A gate of an edge adds
+m (y − x) to the stream that the receiver of the edge reads, where x is the output of its sender.
 
 In a training step, every row has its own sample of the gates. After the training, the gates with
 the largest probabilities are 1 and the others 0.
 
 References:
     Louizos et al. 2018, arXiv 1712.01312; Cao et al. 2021, arXiv 2104.03514 (masks that find
-    subnetworks).
+    subnetworks); Bhaskar et al. 2024, arXiv 2406.16778 (masks over edges).
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,20 +33,23 @@ from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.objective_rows import EffectRows
 from mechdsl.execute.patching.differentiated_run import DrawLanes, write_point
+from mechdsl.execute.patching.writes import group_senders
 from mechdsl.execute.run_record import MASK_FILE, MaskReport
 from mechdsl.execute.training import TrainingJob, read_settings
 from mechdsl.execute.vectors import DirectionFits
 from mechdsl.fits.gates import Gates
 from mechdsl.fits.training import Training, TrainingSettings
-from mechdsl.forward.hooks.batch import SiteWrite
+from mechdsl.forward.hooks.batch import CircuitWrite, SenderFill, SiteRead, SiteWrite
 from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.model import LoadedModel
-from mechdsl.models.shape import PaddingSide, unit_count
+from mechdsl.models.shape import PaddingSide, unit_count, vector_width
 from mechdsl.planner.training_cost import RANDOM_CONTROLS, count_single_rows
 from mechdsl.program.trainers import MaskTrainer
+from mechdsl.resolve.circuits import CircuitDraws
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import key_of_candidate, paired_cells
 from mechdsl.resolve.types import (
+    CircuitEdge,
     MaskCandidate,
     PositionChoice,
     ResolvedExperiment,
@@ -108,6 +112,19 @@ class MaskRows(EffectRows[Tensor]):
             own = torch.from_numpy(trained[self._slots[trained] == slot]).to(vectors.device)
             every = torch.from_numpy(np.flatnonzero(self._slots == slot)).to(vectors.device)
             found[every] = vectors[own].mean(0)
+        return found
+
+    def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
+        """Return random choices of the same number of gates.
+
+        Args:
+            chosen: Numbers of the gates that the mask chose.
+        """
+        found: list[list[int]] = []
+        for number in range(RANDOM_CONTROLS):
+            random = torch.Generator().manual_seed(stable_hash(seed, "choice", number) % 2**63)
+            order = torch.randperm(len(self.active), generator=random)
+            found.append(sorted(order[: len(chosen)].tolist()))
         return found
 
     def _shares(self, rows: Ints, edit: Tensor) -> Tensor:
@@ -195,6 +212,72 @@ class SiteMaskRows(VectorMaskRows):
             own = shares[:, torch.from_numpy(gates).to(shares.device)].expand(-1, len(unit))
             found += self._mix(where, unit, rows, lanes, own)
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeMaskRows(VectorMaskRows):
+    """The rows of a mask over the edges between components of the model."""
+
+    candidates: Sequence[CircuitEdge]
+
+    @cached_property
+    def _senders(self) -> dict[SiteLayer, tuple[int, ...]]:
+        """The units of all senders, in forward order."""
+        return dict(group_senders(self.candidates))
+
+    @property
+    def _written(self) -> Sequence[SiteLayer]:
+        return list(self._senders)
+
+    @cached_property
+    def _columns(self) -> dict[SitePoint, int]:
+        """The column of each sender in a mask."""
+        every = [(where, unit) for where, units in self._senders.items() for unit in units]
+        number = {each: column for column, each in enumerate(every)}
+        return {of: number[(of.site, of.layer), of.unit or 0] for of, _ in self.candidates}
+
+    @cached_property
+    def _receivers(self) -> dict[SitePoint, int]:
+        """The row of each receiver in a mask."""
+        return {to: n for n, to in enumerate(dict.fromkeys(to for _, to in self.candidates))}
+
+    @cached_property
+    def _cells_of_mask(self) -> Tensor:
+        """[edge] number of its entry in a mask, [receiver, sender]."""
+        count = len(self._columns)
+        return torch.tensor(
+            [self._receivers[to] * count + self._columns[of] for of, to in self.candidates]
+        )
+
+    def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
+        """Return random circuits of the same number of edges, as `against random` draws them."""
+        number = {edge: n for n, edge in enumerate(self.candidates)}
+        drawing = CircuitDraws(self.model.shape, [self.candidates[n] for n in chosen], seed)
+        drawn = drawing.draws(RANDOM_CONTROLS)
+        if len(drawn) < RANDOM_CONTROLS:  # there are hardly any others on paths
+            return super().random_choices(chosen, seed)
+        return [sorted(number[edge] for edge in edges) for edges in drawn]
+
+    def _writes(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[SiteWrite]:
+        return []
+
+    def _circuits(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[CircuitWrite]:
+        """Return what the gates of each row change of the inputs of receivers."""
+        which, shares = torch.from_numpy(self._vectors_of(rows)[0]), self._shares(rows, edit)
+        size = len(self._receivers), len(self._columns)
+        mask = shares.new_zeros(len(shares), size[0] * size[1])
+        mask = mask.index_copy(1, self._cells_of_mask.to(shares.device), shares)
+        fills: list[SenderFill] = []
+        for where, units in self._senders.items():
+            shape = len(which), len(units), vector_width(self.model.shape, *where)
+            values = torch.zeros(shape)
+            if self._incoming is not None:
+                incoming = self._incoming[where]
+                values = incoming[which.to(incoming.device)][:, list(units)]
+            fills.append(SenderFill(SiteRead(*where), units, values))
+        receivers = tuple((SiteRead(to.site, to.layer), to.unit or 0) for to in self._receivers)
+        at = self._places(rows, lanes)
+        return [CircuitWrite(*at, tuple(fills), receivers, mask.unflatten(1, size))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,6 +406,9 @@ def open_rows(
     side: PaddingSide | None,
 ) -> MaskRows:
     """Return the rows that a mask is trained on."""
+    edges = [each for each in mask.candidates if isinstance(each, tuple)]
+    if edges:
+        return EdgeMaskRows(mask.training, objective, model, side, edges)
     sites = [each for each in mask.candidates if isinstance(each, SitePoint)]
     if sites:
         return SiteMaskRows(mask.training, objective, model, side, sites)
@@ -374,7 +460,7 @@ class GateLoss:
         sign, rows = 1 if self.rows.declared.minimises else -1, inputs.numpy()
         if progress >= 1:  # held-out rows, without gradients
             return torch.tensor(sign * self.mean(rows, self.gates.chosen()))
-        drawn = self.gates.sample(len(rows), step)
+        drawn = self.gates.sample(len(rows), step, progress)
         return sign * self.rows.values(rows, self._edit(drawn)).mean()
 
     def loss_of_part(
@@ -382,7 +468,7 @@ class GateLoss:
     ) -> Tensor:
         """Return the loss of a part of a batch, whose rows have the samples of the whole batch."""
         whole, rows = (torch.cat([own for own, _ in parts]).sort().values, parts[number][0])
-        drawn = self.gates.sample(len(whole), step)[torch.isin(whole, rows)]
+        drawn = self.gates.sample(len(whole), step, progress)[torch.isin(whole, rows)]
         sign = 1 if self.rows.declared.minimises else -1
         return sign * self.rows.values(rows.numpy(), self._edit(drawn)).mean()
 
@@ -420,6 +506,7 @@ def train_mask(
         raise TooFewCandidates(declared, count, size)
     with torch.enable_grad():
         gates = trainer.start(count, training.of_trainer, training.seed)
+        gates.shrinks = declared.noun == "edge"
         model = GateLoss(gates, rows, settings.batch, declared.keeps)
         loop = Training(model, rows, rows.held_out(), settings, lambda own, other: (own, other))
         job.run(loop)
@@ -427,7 +514,7 @@ def train_mask(
     chosen = gates.chosen()
     measured = rows.measured
     single, single_rows = _choose_single_effects(model, settings)
-    random = [model.mean(measured, each) for each in _random_choices(model, training.seed)]
+    random = [model.mean(measured, each) for each in rows.random_choices(chosen, training.seed)]
     every = torch.ones(len(rows.candidates))
     numbers = rows.active.tolist()
     report = MaskReport(
@@ -472,14 +559,6 @@ def _write_choice(path: Path, rows: MaskRows, likely: Tensor, chosen: Sequence[i
         "chosen": rows.active[list(chosen)].tolist(),
     }
     path.write_text(json.dumps(content) + "\n", "utf-8")
-
-
-def _random_choices(model: GateLoss, seed: int) -> Iterator[list[int]]:
-    """Yield random choices of as many gates."""
-    for number in range(RANDOM_CONTROLS):
-        random = torch.Generator().manual_seed(stable_hash(seed, "choice", number) % 2**63)
-        order = torch.randperm(len(model.rows.active), generator=random)
-        yield sorted(order[: model.gates.size].tolist())
 
 
 def _choose_single_effects(

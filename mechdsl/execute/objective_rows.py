@@ -24,7 +24,7 @@ from mechdsl.execute.training_vectors import VectorCache, order_rows
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.fits.training import TrainingState
-from mechdsl.forward.hooks.batch import SiteWrite
+from mechdsl.forward.hooks.batch import CircuitWrite, SiteWrite
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
 from mechdsl.planner.passes import make_plan
@@ -192,7 +192,8 @@ class EffectRows(ABC, Generic[EditT]):
         lanes = DrawLanes.of(runs.reader(run, ())(rows), rows, 1)
         writes = [] if edit is None else self._writes(rows, lanes, edit)
         differentiated = DifferentiatedRun(runs, run, self._readout, rows)
-        reading, _ = differentiated.read(writes, lanes, ())
+        circuits = [] if edit is None else self._circuits(rows, lanes, edit)
+        reading, _ = differentiated.read(writes, lanes, (), circuits)
         (values,) = self._readout.tensors(reading)
         runs.forget()
         return values
@@ -200,6 +201,10 @@ class EffectRows(ABC, Generic[EditT]):
     @abstractmethod
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: EditT) -> list[SiteWrite]:
         """Return what the edit writes in some rows, in ascending order of the rows."""
+
+    def _circuits(self, rows: Ints, lanes: DrawLanes, edit: EditT) -> list[CircuitWrite]:
+        """Return the edges that the edit changes in some rows: none."""
+        return []
 
     def _vectors_of(self, rows: Ints) -> tuple[Ints, Ints]:
         """Return [vector] the numbers of the vectors of some rows, and [row] how many each has."""

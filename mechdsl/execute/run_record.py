@@ -491,7 +491,8 @@ class MaskReport(FitReport):
     objective: str
     """`maximise logit(answer of fewer)`."""
     chosen: dict[str, float]
-    """The chosen sites, positions, features or dimensions with the probabilities of their gates."""
+    """The chosen sites, positions, features, dimensions or edges with the probabilities of their
+    gates."""
     candidates: int
     """Number of those that it chooses from."""
     undecided: int
@@ -518,7 +519,7 @@ class MaskReport(FitReport):
     """Number of further candidates, which don't change any training row; the mask and its random
     choices don't choose them."""
     noun: str = "site"
-    """What one candidate is: `site`, `position`, `feature` or `dimension`."""
+    """What one candidate is: `site`, `position`, `feature`, `dimension` or `edge`."""
 
     def list_chosen(self) -> str:
         """Return `L2H0.z (0.89), L3H1.z (0.99)`, at most `LISTED_SITES` of them."""

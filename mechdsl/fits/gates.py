@@ -2,11 +2,13 @@
 
 A gate is open with a probability. The scores of all gates are shifted by one number, so that the
 expected number of open gates is the wanted size in every step. A training therefore has no penalty
-on this number, and no weight of it.
+on this number, and no weight of it. The size can shrink during the training: a choice that only has
+an effect as a whole, such as a path of edges, has gradients while most gates are open.
 
 References:
     Louizos et al. 2018, arXiv 1712.01312 (hard concrete), equations 10 to 12.
     Bengio et al. 2013, arXiv 1308.3432 (straight-through).
+    Bhaskar et al. 2024, arXiv 2406.16778 (a size that shrinks during the training).
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ from mechdsl.base.hashing import stable_hash
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 """β, γ and ζ of the hard concrete distribution."""
+
+OPEN, SHRINKS = 0.9, 0.7
+"""Share of the gates that are open first if the size shrinks, and share of the steps until it is
+the wanted one."""
 
 _BISECTIONS = 80
 """Halvings of an interval in the search for the shift; more don't change a 64-bit number."""
@@ -39,6 +45,8 @@ class Gates:
         """
         self.scores = torch.zeros(count, dtype=torch.float64)
         self.size, self._seed = size, seed
+        self.shrinks = False
+        """Whether the expected number of open gates falls from most of them to the size."""
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
@@ -50,11 +58,22 @@ class Gates:
         """Further tensors that the next steps depend on: none."""
         return {}
 
-    def probabilities(self) -> Tensor:
-        """Return [gate] probabilities that a gate is open, which sum to the size."""
-        return shift_to_sum(self.scores, self.size).sigmoid()
+    def probabilities(self, progress: float = 1.0) -> Tensor:
+        """Return [gate] probabilities that a gate is open, which sum to the size.
 
-    def sample(self, rows: int, step: int) -> Tensor:
+        Args:
+            progress: Share of the steps that are done.
+        """
+        return self._shifted(progress).sigmoid()
+
+    def _shifted(self, progress: float) -> Tensor:
+        """Return [gate] log odds of being open."""
+        size, left = float(self.size), max(0.0, 1 - progress / SHRINKS)
+        if self.shrinks and left:
+            size *= max(1.0, OPEN * len(self.scores) / size) ** left
+        return shift_to_sum(self.scores, size)
+
+    def sample(self, rows: int, step: int, progress: float = 1.0) -> Tensor:
         """Draw [row, gate] values from 0 to 1 for a step, which carry gradients of the scores."""
         raise NotImplementedError
 
@@ -78,9 +97,9 @@ class HardConcreteGates(Gates):
     A gate is open if it isn't 0.
     """
 
-    def sample(self, rows: int, step: int) -> Tensor:
+    def sample(self, rows: int, step: int, progress: float = 1.0) -> Tensor:
         """Draw values by the reparametrisation of the paper."""
-        odds = shift_to_sum(self.scores, self.size) + TEMPERATURE * math.log(-LOW / HIGH)
+        odds = self._shifted(progress) + TEMPERATURE * math.log(-LOW / HIGH)
         noise = self._uniform(rows, step).logit(eps=1e-12)
         stretched = ((noise + odds) / TEMPERATURE).sigmoid() * (HIGH - LOW) + LOW
         return stretched.clamp(0, 1)
@@ -89,9 +108,9 @@ class HardConcreteGates(Gates):
 class StraightThroughGates(Gates):
     """Gates that are 0 or 1; their gradient is that of their probability."""
 
-    def sample(self, rows: int, step: int) -> Tensor:
+    def sample(self, rows: int, step: int, progress: float = 1.0) -> Tensor:
         """Draw 0 or 1."""
-        likely = self.probabilities()
+        likely = self.probabilities(progress)
         drawn = (self._uniform(rows, step) < likely).to(likely)
         return likely + (drawn - likely).detach()
 
@@ -103,7 +122,7 @@ GATES: Mapping[str, type[Gates]] = {
 """Gates by the value of `kind` of a mask."""
 
 
-def shift_to_sum(scores: Tensor, size: int) -> Tensor:
+def shift_to_sum(scores: Tensor, size: float) -> Tensor:
     """Return [gate] scores plus one number, so that their sigmoids sum to the size.
 
     The gradient is that of the implicit function: a score that grows lowers the others.

@@ -286,11 +286,11 @@ class OwnGates(OfModule, Gates):
         self.probabilities()
         self.sample(2, 0)
 
-    def probabilities(self) -> Tensor:
+    def probabilities(self, progress: float = 1.0) -> Tensor:
         """Return [gate] probabilities that a gate is open."""
         return self._values("probabilities", (len(self.scores),), at="probabilities")
 
-    def sample(self, rows: int, step: int) -> Tensor:
+    def sample(self, rows: int, step: int, progress: float = 1.0) -> Tensor:
         """Draw [row, gate] values from 0 to 1 for a step."""
         return self._values("sample", (rows, len(self.scores)), rows, at=step)
 

@@ -533,7 +533,8 @@ def _finished(fit: DeclaredFit, folder: Path, report: Report, seconds: float) ->
     point = fit.training.made
     site = label_points((point,))
     what = fit.file.kind
-    if isinstance(fit.file, TrainedMask) and fit.file.noun == "position":
+    if isinstance(fit.file, TrainedMask) and fit.file.noun in ("position", "edge"):
+        site = "edges" if fit.file.noun == "edge" else site
         site = f"{site} at {fit.training.sample.cell.label}"
     elif isinstance(fit.file, TrainedMask):
         site = label_candidates(fit.file.candidates)

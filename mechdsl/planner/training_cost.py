@@ -12,13 +12,14 @@ from typing import TypeAlias
 import numpy as np
 
 from mechdsl.models.shape import ModelShape
-from mechdsl.planner.cost import Cost, list_fitted_runs, run_cost
+from mechdsl.planner.cost import Cost, count_circuit_work, list_fitted_runs, run_cost
 from mechdsl.planner.plan import PROMPT_TOKENS
 from mechdsl.program.spec import CLEAN
 from mechdsl.program.trainers import DirectionTrainer, PairedTrainer, SolvedTrainer
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.trainings import mask_points
 from mechdsl.resolve.types import (
+    CircuitTargets,
     ResolvedExperiment,
     SitePoint,
     TrainedDictionary,
@@ -317,7 +318,9 @@ def _effect_cost(
     if "patience" in options:
         measured += 20 * held_out
     whole = run_cost(shape, base, None)
-    row = _per_row(whole, base)
+    row, circuit = _per_row(whole, base), objective.rules[0].circuit
+    work = 0 if circuit is None else row.tokens * count_circuit_work(circuit, shape)
+    row += Cost(multiply_adds=work)
     forward = (steps * every + measured) * (1 + len(compared))
     backwards = steps * -(-every // batch) if batch else steps
     passes = backwards * (1 + len(compared)) + -(-measured * (1 + len(compared)) // batch)
@@ -335,7 +338,9 @@ def _effect_cost(
     )
     cost = sum(reads, cost)
     longest = int(base.lengths[there].max(initial=1))
-    memory = vectors + FLOAT * batch * longest * above * _saved_numbers(shape, longest)
+    saved = longest * above * _saved_numbers(shape, longest)
+    saved += 0 if circuit is None else longest * _saved_by_edges(circuit, shape)
+    memory = vectors + FLOAT * batch * saved
     return TrainingCost(name, rows, held_out, steps, cost, int(memory), shape.n_layers)
 
 
@@ -374,6 +379,15 @@ def _blocks_above(point: SitePoint, shape: ModelShape) -> int:
     """Return the number of blocks that a gradient passes through down to a site."""
     own = point.site not in ("resid_post", "mlp_out") and point.layer is not None
     return min(shape.n_layers, shape.n_layers - _stop(point, shape) + own)
+
+
+def _saved_by_edges(circuit: CircuitTargets, shape: ModelShape) -> int:
+    """Return how many numbers per token autograd keeps for a mask of edges: the outputs of senders,
+    the sums and norms of receivers, and the mask, two times."""
+    senders = {of for of, _ in circuit.every}
+    receivers = {to for _, to in circuit.every}
+    ends = len(senders) + 3 * len(receivers)
+    return ends * shape.d_model + 2 * len(senders) * len(receivers)
 
 
 def _saved_numbers(shape: ModelShape, tokens: int) -> int:

@@ -35,6 +35,7 @@ from mechdsl.program.directions import (
     training_call,
 )
 from mechdsl.program.effect_trainers import (
+    EDGE_MASK_EXAMPLE,
     MASK_EXAMPLE,
     OTHER_EFFECT_TRAINERS,
     OTHER_MASK_OPTIONS,
@@ -44,7 +45,7 @@ from mechdsl.program.factor_trainers import OTHER_SOLVED_TRAINERS
 from mechdsl.program.names import Namespace
 from mechdsl.program.own_trainers import find_own_trainer, find_trainer, trainer_arguments
 from mechdsl.program.python_functions import is_python_call
-from mechdsl.program.references import lists_positions
+from mechdsl.program.references import all_tokens, lists_positions
 from mechdsl.program.spec import Constant, constant_value
 from mechdsl.program.trainers import (
     TRAINERS,
@@ -75,6 +76,9 @@ _TRAINED_ONLY = {
     "probe": f"train one: `{PROBE_EXAMPLE}`",
 }
 """First word of a statement that only has the method `fit` → hint for other methods."""
+
+_MASKS = {"group": ("sites", MASK_EXAMPLE), "circuit": ("edges", EDGE_MASK_EXAMPLE)}
+"""First word of a statement with a mask → what it chooses, and an example."""
 
 _DAS = f"train a rotation: `fit(das(dims: 2), {TRAINING_ARGUMENTS})`"
 
@@ -228,36 +232,70 @@ def lower_mask(statement: ast.GroupDef, parts: Definitions, scope: Namespace) ->
 
     Codes: E0201, E0203, E0207, E0342.
     """
-    call, site = statement.source, statement.site
+    call, site, at = statement.source, statement.site, statement.at
     assert call is not None
-    method = BASIS_METHODS.get(call.name)
-    problem: tuple[ast.Node, str, str] | None = None
-    before = len(scope.diagnostics)
-    if method is not None and method.takes == "training":
-        check_arguments(call, method, parts, scope, what="group")
-    if len(scope.diagnostics) > before:
+    if not _check_mask(call, "group", parts, scope):
         return None
-    if method is None or method.takes != "training":
-        reason = f"`{call.span.written}` doesn't choose sites"
-        problem = call, reason, f"list sites, or train a mask: {MASK_EXAMPLE}"
-    elif site is None:
+    several = at is not None and lists_positions(at)
+    if site is None:
         reason = f"`{statement.name.id}` has no sites to choose from"
         problem = call, reason, "add them: `at layers * heads * at last token`"
-    elif statement.at is not None and lists_positions(statement.at):
-        problem = _place_problem(site)
     else:
-        problem = _candidate_problem(site)
+        problem = _place_problem(site) if several else _candidate_problem(site)
     if problem is None:
         assert site is not None
-        name, at = statement.name.id, statement.at
-        several = at is not None and lists_positions(at)
         return spec.Basis(
-            span=statement.span, name=name, method=call, site=site, at=at, chooses_positions=several
+            span=statement.span,
+            name=statement.name.id,
+            method=call,
+            site=site,
+            at=at,
+            chooses_positions=several,
         )
     scope.diagnostics.append(
         BadBasis(span=problem[0].span, reason=problem[1], hint=problem[2], what="group")
     )
     return None
+
+
+def lower_circuit_mask(
+    statement: ast.CircuitDef, parts: Definitions, scope: Namespace
+) -> spec.Basis | None:
+    """Lower a circuit whose edges a training chooses, and report errors that don't depend on the
+    model; None after an error.
+
+    Codes: E0201, E0203, E0207, E0342.
+    """
+    call, at = statement.source, statement.at
+    assert call is not None
+    if not _check_mask(call, "circuit", parts, scope):
+        return None
+    if at is not None and lists_positions(at):
+        reason, hint = "edges are written at one position", "join the positions: `at {A, B}`"
+        scope.diagnostics.append(BadBasis(span=at.span, reason=reason, hint=hint, what="circuit"))
+        return None
+    span = statement.name.span
+    return spec.Basis(
+        span=statement.span,
+        name=statement.name.id,
+        method=call,
+        site=ast.Site((ast.Name(spec.EVERY_EDGE, span=span),), span=span),
+        at=all_tokens() if at is None else at,
+        chooses_edges=True,
+    )
+
+
+def _check_mask(call: ast.Call, what: Statement, parts: Definitions, scope: Namespace) -> bool:
+    """Whether the call of a group or a circuit trains a mask; reports the problem otherwise."""
+    before, method = len(scope.diagnostics), BASIS_METHODS.get(call.name)
+    if method is not None and method.takes == "training":
+        check_arguments(call, method, parts, scope, what=what)
+        return len(scope.diagnostics) == before
+    chosen, example = _MASKS[what]
+    reason = f"`{call.span.written}` doesn't choose {chosen}"
+    hint = f"list {chosen}, or train a mask: {example}"
+    scope.diagnostics.append(BadBasis(span=call.span, reason=reason, hint=hint, what=what))
+    return False
 
 
 def _place_problem(site: ast.Site) -> tuple[ast.Node, str, str] | None:
@@ -440,8 +478,13 @@ def _unknown_option(
 
 
 def _check_patience(call: ast.Call, what: str, parts: Definitions, scope: Namespace) -> None:
-    """Report E0342 for early stopping without held-out rows."""
+    """Report E0342 for early stopping without held-out rows, or of a mask of edges."""
     named = {each.name: each for each in call.arguments}
+    if what == "circuit" and "patience" in named:
+        reason = "`patience` would stop a mask of edges while most of them are open"
+        scope.diagnostics.append(
+            BadBasis(span=named["patience"].span, reason=reason, hint="remove it", what=what)
+        )
     if "patience" not in named or "validation" not in named:
         return
     if constant_value(named["validation"].value, parts.parameters) == 0:
@@ -464,7 +507,7 @@ def _check_trainer(call: ast.Call, what: str, parts: Definitions, scope: Namespa
     if found is None:
         return
     name = found.name
-    if found.declares != what:
+    if found.declares != what and not (what == "circuit" and isinstance(found, MaskTrainer)):
         reason = f"`{name}` makes a {found.declares}"
         hint = f"write `{found.declares} NAME = {call.name}({found.example}, …) at …`"
         scope.diagnostics.append(BadBasis(span=node.span, reason=reason, hint=hint, what=what))

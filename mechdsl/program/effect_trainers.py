@@ -33,6 +33,11 @@ MASK_EXAMPLE = (
     f"`group movers = fit(mask(size: 4), {TRAINING_ARGUMENTS}) at layers * heads * at last token`"
 )
 
+EDGE_MASK_EXAMPLE = (
+    "`circuit c = fit(mask(size: 4, keep: true), prompts: fruit.train, from: fewer, "
+    "minimise: logit(answer of fewer))`"
+)
+
 OTHER_EFFECT_TRAINERS: dict[str, str] = {
     **dict.fromkeys(
         ("steering", "steering_vector", "direction", "bias", "actadd"), "write `vector(length: 8)`"
@@ -49,9 +54,10 @@ OTHER_EFFECT_TRAINERS: dict[str, str] = {
     "boundless": "write `boundless_das(penalty: 1)`",
     "rotation": "write `das(dims: 2)`",
     **dict.fromkeys(
-        ("hard_concrete", "edge_pruning", "subnetwork_probing", "pruning", "masks"),
+        ("hard_concrete", "subnetwork_probing", "pruning", "masks"),
         f"choose heads or neurons: {MASK_EXAMPLE}",
     ),
+    **dict.fromkeys(("edge_pruning", "edge_mask", "edges"), f"choose edges: {EDGE_MASK_EXAMPLE}"),
 }
 """What else may be written for a trainer of this module inside of `fit(…)` → hint."""
 

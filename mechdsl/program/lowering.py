@@ -32,6 +32,7 @@ from mechdsl.program.bases import (
     check_trained_direction,
     keep_decoders,
     lower_basis,
+    lower_circuit_mask,
     lower_mask,
 )
 from mechdsl.program.directions import (
@@ -934,6 +935,10 @@ def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namesp
                     parts.masks[mask.name] = mask
                     if mask.chooses_positions:
                         del parts.groups[mask.name]  # it names no sites
+            if isinstance(statement, ast.CircuitDef) and statement.source is not None:
+                mask = lower_circuit_mask(statement, parts, scope)
+                if mask is not None and parts.circuits[mask.name].span is statement.span:
+                    parts.masks[mask.name] = mask
     for circuit in parts.circuits.values():
         for node in walk(circuit.edges):
             _ = isinstance(node, ast.Name) and scope.has("group", node.id)

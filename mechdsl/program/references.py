@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mechdsl.base.source import Source, Span
 from mechdsl.program import spec
 from mechdsl.syntax import ast
 from mechdsl.syntax.parser import Placeholder, parse_template
@@ -196,6 +197,15 @@ def _sweeps(axis: ast.Axis) -> bool:
 def may_sweep(positions: ast.Positions) -> bool:
     """Whether positions may give more than one cell for some prompts and tokens."""
     return len(positions.items) > 1 or any(map(may_sweep_position, walk(positions)))
+
+
+def all_tokens() -> ast.Positions:
+    """Return `tokens *`, the default positions of a rule without positions and of a mask of
+    edges."""
+    source = Source("tokens *")
+    span = Span(source, 0, len(source.text))
+    point = ast.Point(ast.TokenIndex(True, None, span=span), span=span)
+    return ast.Positions((ast.Position(point, span=span),), span=span)
 
 
 def lists_positions(positions: ast.Positions) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.experiments import PatchWithoutSource
 from mechdsl.diagnostics.names import BadArgument, DuplicateName, UnknownName, UnknownWord
@@ -14,6 +13,7 @@ from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
 from mechdsl.program import spec
 from mechdsl.program.directions import count_prompt_tokens, direction_names, split_factor
 from mechdsl.program.names import line_reference
+from mechdsl.program.references import all_tokens
 from mechdsl.program.spec import CLEAN, ONE_CELL_HINT, During, whole_number_value
 from mechdsl.program.statements import (
     Statements,
@@ -378,18 +378,10 @@ def _replace_block(rule: ast.Rule, body: ast.ReplaceBlock) -> spec.Rule:
         span=rule.span,
         verb="replace block",
         site=ast.Site((ast.Name("block", span=span),), (body.axis,), span=span),
-        at=_all_tokens(),
+        at=all_tokens(),
         fill=body.word,
         source_block=body.source,
     )
-
-
-def _all_tokens() -> ast.Positions:
-    """Return `tokens *`, the default positions of a rule."""
-    source = Source("tokens *")
-    span = Span(source, 0, len(source.text))
-    point = ast.Point(ast.TokenIndex(True, None, span=span), span=span)
-    return ast.Positions((ast.Position(point, span=span),), span=span)
 
 
 def _at(
@@ -444,7 +436,7 @@ def _project_out(rule: ast.Rule, body: ast.ProjectOut, work: Statements) -> spec
     if body.site is not None and body.at is not None:
         lowered = spec.Rule(span=rule.span, verb="project out", site=body.site, at=body.at)
     else:
-        lowered = spec.Rule(span=rule.span, verb="project out of weights", at=_all_tokens())
+        lowered = spec.Rule(span=rule.span, verb="project out of weights", at=all_tokens())
     return lowered.model_copy(update={"direction": body.direction})
 
 
@@ -473,7 +465,7 @@ def _edit_weights(rule: ast.Rule, body: ast.EditWeights, work: Statements) -> sp
     """Build the rule of `scale weights of SITE by NUMBER`, `set weights of SITE to NUMBER *
     DIRECTION` or `add NUMBER * DIRECTION to weights of SITE`."""
     verb = "add to weights" if body.verb == "add" else f"{body.verb} weights"
-    lowered = spec.Rule(span=rule.span, verb=verb, site=body.site, at=_all_tokens())
+    lowered = spec.Rule(span=rule.span, verb=verb, site=body.site, at=all_tokens())
     if body.verb == "scale":
         return lowered.model_copy(update={"fill": body.value})
     names = work.scope.names("direction")

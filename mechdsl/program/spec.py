@@ -418,6 +418,8 @@ class Basis(Spec):
     """Corruptions that must change the rows that it is computed on: those that a training uses."""
     chooses_positions: bool = False
     """Of a group that a training chooses: whether it chooses positions, not sites."""
+    chooses_edges: bool = False
+    """Whether a training chooses the edges of a circuit."""
     seed: int | None = None
     """Seed of one training of `fit(…, seeds: 3)`; None for the whole definition."""
     partner: ExternalRunSpec | None = None
@@ -540,8 +542,15 @@ class Group(Spec):
     sites: tuple[SiteText, ...]
 
 
+EVERY_EDGE = "every edge"
+"""Name of the circuit of all edges of a model, which a mask chooses from."""
+
+
 class Circuit(Spec):
-    """`circuit c = embed -> L0H1.q, L0H1 -> logits`: edges from senders to receivers."""
+    """`circuit c = embed -> L0H1.q, L0H1 -> logits`: edges from senders to receivers.
+
+    The edges of a circuit that a training chooses are filled in for each experiment.
+    """
 
     name: str
     edges: tuple[SiteMapText, ...]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 STEP_OPTIONS = ("batch", "rate", "patience", "accumulate", "precision")
 """Options of `fit` with a trainer that learns in steps, each on a batch."""
 
-Statement = Literal["basis", "direction", "group", "lens", "probe"]
+Statement = Literal["basis", "direction", "group", "circuit", "lens", "probe"]
 """First words of statements with `fit(…)`."""
 
 EFFECT_DEFAULTS: Mapping[str, Constant] = {

@@ -164,7 +164,7 @@ def _lower_objective(
     mark_names_used(at, work)
     return spec.Experiment(
         span=basis.span,
-        name=f"{trainer.declares} {basis.name}",
+        name=f"{'circuit' if basis.chooses_edges else trainer.declares} {basis.name}",
         model="",
         prompts=rows.block,
         part=rows.part,
@@ -192,10 +192,11 @@ def _are_known(at: ast.Positions, scope: Namespace) -> bool:
 
 
 def _rule(basis: spec.Basis, at: ast.Positions, source: str | None) -> spec.Rule:
-    """Return the rule of a training: a patch, or an ablation if no run is named."""
-    span = basis.method.span
+    """Return the rule of a training: a patch, or an ablation if no run is named; of edges, always
+    an ablation, also with the values of a run."""
+    span, verb = basis.method.span, "ablate" if basis.chooses_edges else "patch"
     if source is not None:
-        return spec.Rule(span=span, verb="patch", site=basis.site, at=at, source=source)
+        return spec.Rule(span=span, verb=verb, site=basis.site, at=at, source=source)
     fills = (each.value for each in basis.method.arguments if each.name == "with")
     fill = next(fills, ast.Name("zero", span=span))
     assert isinstance(fill, ast.Name)

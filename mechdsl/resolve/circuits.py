@@ -18,7 +18,12 @@ from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.program import spec
 from mechdsl.resolve.cells import counts_from_end
-from mechdsl.resolve.sites import ExperimentContext, find_missing_point, resolve_site
+from mechdsl.resolve.sites import (
+    ExperimentContext,
+    find_missing_point,
+    label_node,
+    resolve_site,
+)
 from mechdsl.resolve.types import (
     CircuitEdge,
     CircuitTargets,
@@ -83,7 +88,7 @@ def resolve_circuit(
     if missing is not None:
         work.diagnostics.append(missing)
         return None
-    found: dict[CircuitEdge, None] = {}
+    found = dict.fromkeys(every) if circuit.name == spec.EVERY_EDGE else {}
     before = len(work.diagnostics)
     for edge in circuit.edges:
         found.update(dict.fromkeys(_resolve_edge(edge, work)))
@@ -136,7 +141,7 @@ def _resolve_edge(edge: ast.SiteMap, work: ExperimentContext) -> list[CircuitEdg
     )
     if not found and senders and receivers and not open_ends:
         later = [to for of, to in list_edges(shape) if of == senders[0]]
-        examples = dict.fromkeys(map(label_receiver, (*later[:2], END)))
+        examples = dict.fromkeys(map(label_node, (*later[:2], END)))
         problem = NoPath(
             span=edge.span,
             sender=edge.source.span.written,
@@ -201,15 +206,6 @@ def _units(point: SitePoint, shape: ModelShape) -> Iterator[int | None]:
         yield from range(unit_count(shape, point.site, point.layer))
     else:
         yield point.unit
-
-
-def label_receiver(point: SitePoint) -> str:
-    """Format a receiver as a file names it: `L1H0.q`, `L1.mlp`, `logits`."""
-    if point.layer is None:
-        return "logits"
-    if point.unit is None:
-        return f"L{point.layer}.mlp"
-    return f"L{point.layer}H{point.unit}.{point.site}"
 
 
 def describe_circuit(rule: ResolvedRule) -> str:

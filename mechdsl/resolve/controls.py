@@ -679,7 +679,9 @@ class _TrainedRule(Record):
     """A rule that uses something that the file trains."""
 
     number: int
-    kind: Literal["directions", "subspaces", "features", "sites", "positions", "observation"]
+    kind: Literal[
+        "directions", "subspaces", "features", "sites", "positions", "edges", "observation"
+    ]
     names: tuple[str, ...]
     """What it uses: definitions of the file."""
 
@@ -737,7 +739,7 @@ def _find_mask(
         if mask.site.coordinates is not None and name in words:
             return _TrainedRule(number, "subspaces", (name,))
         if name in named:
-            return _TrainedRule(number, "sites", (name,))
+            return _TrainedRule(number, "edges" if mask.chooses_edges else "sites", (name,))
     return None
 
 
@@ -825,7 +827,9 @@ def _draw_trained(
     if all(experiment.rules[own.number].does.changes == "nothing" for own in used):
         return _build_untrained_control(experiment)
     asked = spec.Control(span=experiment.spec.span, draws=count)
-    if "directions" in kinds:
+    if "edges" in kinds:
+        found = _build_circuit_control(experiment, asked, (), draws)
+    elif "directions" in kinds:
         found = build_direction_control(experiment, asked, draws, kinds["directions"])
     elif "features" in kinds and _change_all_coordinates(experiment, kinds["features"]):
         return _build_untrained_dictionaries(experiment, kinds["features"])

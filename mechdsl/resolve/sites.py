@@ -1427,9 +1427,23 @@ def label_all_points(points: Sequence[SitePoint]) -> str:
     return " + ".join(label_points(each) for each in by_layer.values())
 
 
+def label_node(point: SitePoint) -> str:
+    """Format one end of an edge as a file names it: `embed`, `L0H1`, `L1H0.q`, `L1.mlp`,
+    `logits`."""
+    if point.layer is None:
+        return "logits"
+    if point.unit is None:
+        return "embed" if point.site == "resid_pre" else f"L{point.layer}.mlp"
+    head = f"L{point.layer}H{point.unit}"
+    return head if point.site == "z" else f"{head}.{point.site}"
+
+
 def label_candidates(candidates: Sequence[MaskCandidate]) -> str:
     """Format candidates: `L0H2.z + L1H3.z`, `features 3, 12 of f`, `L3.resid_post dims 0..7`,
-    `item 2 + token 5`."""
+    `item 2 + token 5`, `embed -> L0H1.q, L0H1 -> logits`."""
+    edges = [each for each in candidates if isinstance(each, tuple)]
+    if edges:
+        return ", ".join(f"{label_node(of)} -> {label_node(to)}" for of, to in edges)
     positions = [each.label for each in candidates if isinstance(each, PositionChoice)]
     if positions:
         return " + ".join(

@@ -313,8 +313,12 @@ def mask_points(objective: ResolvedExperiment) -> tuple[SitePoint, ...]:
 
 
 def list_candidates(objective: ResolvedExperiment) -> tuple[MaskCandidate, ...]:
-    """Return what a mask chooses from: sites, positions, or coordinates of the vector of a site."""
+    """Return what a mask chooses from: sites, positions, coordinates of the vector of a site, or
+    edges."""
     points, basis = mask_points(objective), objective.rules[0].basis
+    circuit = objective.rules[0].circuit
+    if circuit is not None:
+        return circuit.every
     if chooses_positions(objective):
         cells = enumerate(written for written, _ in paired_cells(objective))
         return tuple(PositionChoice(number, cell.label) for number, cell in cells)
@@ -327,7 +331,10 @@ def list_candidates(objective: ResolvedExperiment) -> tuple[MaskCandidate, ...]:
 
 
 def key_of_candidate(candidate: MaskCandidate) -> list[str | int | None]:
-    """Return a candidate as a list: `["z", 2, 0]`, `["resid_post", 3, null, "f", 12]`, `[4]`."""
+    """Return a candidate as a list: `["z", 2, 0]`, `["resid_post", 3, null, "f", 12]`, `[4]`,
+    `["z", 0, 1, "q", 1, 0]`."""
+    if isinstance(candidate, tuple):
+        return [part for end in candidate for part in key_of_candidate(end)]
     if isinstance(candidate, PositionChoice):
         return [candidate.number]
     if isinstance(candidate, SitePoint):
@@ -493,7 +500,7 @@ def check_mask_size(mask: TrainedMask) -> Diagnostic | None:
         span=training.span,
         reason=f"it chooses {size:,} of {count_noun(count, mask.noun)}",
         hint=f"name more {mask.noun}s, or write a smaller `size`",
-        what="group",
+        what=mask.declares,
     )
 
 
@@ -623,7 +630,7 @@ def check_objective(objective: ResolvedExperiment) -> Iterator[Diagnostic]:
     if problem is not None:
         yield problem
         return
-    if chooses_positions(objective) and what != "group":
+    if chooses_positions(objective) and what not in ("group", "circuit"):
         return  # an error of the basis
     for cell, _ in paired_cells(objective):
         problem = _check_position(objective, cell)

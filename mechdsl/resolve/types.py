@@ -501,8 +501,8 @@ class TrainedProbe(Trained, Record):
 
 @record
 class TrainedMask(Trained, Record):
-    """A group that a file declares with `fit`: the sites, positions, features or dimensions that a
-    training chooses.
+    """A group or a circuit that a file declares with `fit`: the sites, positions, features,
+    dimensions or edges that a training chooses.
 
     Until its training is found in the store, the first candidates replace the chosen ones.
     """
@@ -522,13 +522,20 @@ class TrainedMask(Trained, Record):
 
     @property
     def noun(self) -> str:
-        """What one candidate is: `site`, `position`, `feature` or `dimension`."""
+        """What one candidate is: `site`, `position`, `feature`, `dimension` or `edge`."""
         first = self.candidates[0]
+        if isinstance(first, tuple):
+            return "edge"
         if isinstance(first, SitePoint):
             return "site"
         if isinstance(first, PositionChoice):
             return "position"
         return "dimension" if first.basis is None else "feature"
+
+    @property
+    def declares(self) -> str:
+        """First word of the statement that declares it."""
+        return "circuit" if self.noun == "edge" else "group"
 
     @property
     def kind(self) -> str:
@@ -776,7 +783,11 @@ class PositionChoice(Record):
     label: str = field(compare=False)
 
 
-MaskCandidate: TypeAlias = SitePoint | SiteCoordinate | PositionChoice
+CircuitEdge = tuple[SitePoint, SitePoint]
+"""A sender (`resid_pre` of layer 0, `z` or `mlp_out`) and a receiver (`q`, `k`, `v`, `mlp_norm` or
+`logits`) that reads its output in the residual stream."""
+
+MaskCandidate: TypeAlias = SitePoint | SiteCoordinate | PositionChoice | CircuitEdge
 """What a mask chooses from."""
 
 
@@ -877,11 +888,6 @@ class PathTargets(Record):
         """Whether the receivers include both the end of the model and sites before it."""
         points = (p for here in self.receivers.points.values() for p in here)
         return len({SITES[p.site].when == "output" for p in points}) == 2
-
-
-CircuitEdge = tuple[SitePoint, SitePoint]
-"""A sender (`resid_pre` of layer 0, `z` or `mlp_out`) and a receiver (`q`, `k`, `v`, `mlp_norm` or
-`logits`) that reads its output in the residual stream."""
 
 
 @record
@@ -1541,7 +1547,7 @@ class ResolvedExperiment(Record):
     @property
     def trained_parts(self) -> dict[str, str]:
         """`group g`, `lens l`, `probe t` → how it was trained."""
-        found = {f"group {mask.training.definition}": mask.made for mask in self.masks}
+        found = {f"{own.declares} {own.training.definition}": own.made for own in self.masks}
         for own in (rule.does.trained for rule in self.every_rule):
             if own is not None:
                 found[f"{own.training.trainer.declares} {own.training.definition}"] = own.made

@@ -262,7 +262,11 @@ CIRCUIT_FILLS: Mapping[str, Intervention] = {
 def _find_circuit(rule: spec.Rule, work: ExperimentContext) -> spec.Circuit | None:
     """Return the circuit that an ablation names; None if it names sites."""
     named = None if rule.site is None else rule.site.bare
-    return None if named is None else work.program.circuits.get(named.id)
+    if named is None:
+        return None
+    if named.id == spec.EVERY_EDGE:
+        return spec.Circuit(span=named.span, name=named.id, edges=())
+    return work.program.circuits.get(named.id)
 
 
 def _context_for_fill(work: ExperimentContext) -> ExperimentContext:
@@ -288,9 +292,9 @@ def _resolve_fill(
         different prompt set.
     """
     word = rule.fill
-    assert word is not None
     if rule.source is not None:  # a circuit takes the values of a run
         return CIRCUIT_FILLS["run"], rule.source, None
+    assert word is not None
     if isinstance(word, ast.QualifiedRef):
         name, does = word.name, FILLS.get(word.name)
         if word.of.part is not None or word.of.name not in work.table.runs:

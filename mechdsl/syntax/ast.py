@@ -1428,13 +1428,16 @@ class GroupDef(Node):
     at: Positions | None = None
 
 
-@statement("circuit {name:new} = {edges}", "circuit_def")
+@statement("circuit {name:new} = ({source:training} [at {at:positions}] | {edges})", "circuit_def")
 @record
 class CircuitDef(Node):
-    """`circuit c = embed -> L0H1.q, L0H1 -> logits`: edges between components of a model."""
+    """`circuit c = embed -> L0H1.q, L0H1 -> logits`: edges between components of a model; or those
+    that a training chooses, whose tokens `at` are written."""
 
     name: Name
-    edges: tuple[SiteMap, ...]
+    edges: tuple[SiteMap, ...] = ()
+    source: Call | None = None
+    at: Positions | None = None
 
 
 @statement("seed {value:integer}", "seed")

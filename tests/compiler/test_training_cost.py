@@ -67,6 +67,7 @@ DECLARED = {
     "positions": f"group b = fit(mask(size: 1), {ON_EFFECT}) at resid_post layer 2 at first token, "
     "last-item token, last token",
     "mask": f"group b = fit(mask(size: 3), {ON_EFFECT}) at layers * heads * at last token",
+    "edges": f"circuit b = fit(mask(size: 3), {ON_EFFECT}) at last token",
     "semi_nmf": f"basis b = fit(semi_nmf(factors: 32), {ON_ALL}) at resid_post layer 1 at tokens *",
     "ica": f"basis b = fit(ica(components: 32), {ON_ALL}) at resid_post layer 1 at tokens *",
     "mixture": f"basis b = fit(mixture(components: 8), {ON_ALL}) at resid_post layer 1 at tokens *",
@@ -94,6 +95,7 @@ RULES = {
     "soft": "set embed at inserted tokens to b",
     **dict.fromkeys(("vector", "edit"), "add b to resid_post layer 2 at last token"),
     "mask": "patch b at last token",
+    "edges": "ablate b at last token with fewer",
     "positions": "patch resid_post layer 2 at b tokens",
 }
 

@@ -55,6 +55,25 @@ def test_hard_concrete_distribution() -> None:
     assert not torch.equal(drawn[:9], gates.sample(9, step=8))
 
 
+@pytest.mark.parametrize("kind", GATES)
+def test_a_shrinking_size_falls_from_most_gates_to_the_size(kind: str) -> None:
+    """From 90 % of the gates, by equal factors, in the first 70 % of the steps."""
+    gates = GATES[kind](40, 3, seed=3)
+    assert torch.equal(gates.sample(5, 2, 0.0), gates.sample(5, 2))
+    gates.shrinks = True
+    sizes = [float(gates.probabilities(step / 10).sum()) for step in range(11)]
+    assert sizes[0] == pytest.approx(36)
+    assert sizes[7:] == pytest.approx([3] * 4)
+    ratios = np.array(sizes[1:8]) / np.array(sizes[:7])
+    assert ratios == pytest.approx([12 ** (-1 / 7)] * 7)
+    assert float((gates.sample(4000, 1, 0.0) > 0).double().sum(1).mean()) == pytest.approx(
+        36, abs=1
+    )
+    larger = GATES[kind](4, 3, seed=3)
+    larger.shrinks = True
+    assert float(larger.probabilities(0.0).sum()) == pytest.approx(3.6)
+
+
 def test_straight_through_gates() -> None:
     """Gates are 0 or 1, and their gradient is that of the probability."""
     gates = StraightThroughGates(4, 2, seed=3)

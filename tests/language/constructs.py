@@ -663,6 +663,22 @@ _file(
     "arXiv 2104.03514",
 )
 _file(
+    "circuit: trained",
+    "circuit c = fit(mask(size: 2, keep: true), prompts: fruit.train, from: fewer, "
+    "maximise: logit(answer)) at last token experiment e { prompts fruit.test "
+    "ablate all but c at last token with fewer measure loss as raw }",
+    "The edges that a mask chooses from all edges of the model, as it chooses the sites of a "
+    "group. In training, chosen edges carry the values of their senders in the run `from`, 0 "
+    "(`with: zero`) or the mean over training rows (`with: mean`) at the tokens `at` (all by "
+    "default); with `keep: true`, all other edges do. The expected number of open gates falls "
+    "from 90 % of the edges to `size` over the first 70 % of the steps, by equal factors, because "
+    "an edge often matters only together with the rest of its path. `patience` is E0342. The "
+    "random choices of the table, and the control of experiments without `against`, are circuits "
+    "as `against random` draws them.",
+    "tests/pipeline/test_trained_circuits.py",
+    "Bhaskar et al. 2024, arXiv 2406.16778; Conmy et al. 2023, arXiv 2304.14997",
+)
+_file(
     "group: a trained mask of positions",
     "group g = fit(mask(size: 1), prompts: fruit.train, with: mean, minimise: logit(answer)) "
     "at resid_post layer 1 at each item token, last token",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -280,12 +280,17 @@ def test_training_by_hand(kind: str, keep: bool, tmp_path: Path) -> None:
     assert report.keeps == keep
 
 
-def shift_by_hand(scores: np.ndarray, size: int) -> float:
+def shift_by_hand(scores: np.ndarray, size: float) -> float:
     return brentq(lambda by: expit(scores + by).sum() - size, -80, 80, xtol=1e-13)
 
 
 def trained_by_hand(
-    kind: str, count: int, ids: list[int], place: Mapping[int, int], value: Any
+    kind: str,
+    count: int,
+    ids: list[int],
+    place: Mapping[int, int],
+    value: Any,
+    size_at: Callable[[int], float] = lambda step: 3,
 ) -> np.ndarray:
     """Six steps of Adam on batches of two of three rows."""
     scores = np.zeros(count)
@@ -295,7 +300,7 @@ def trained_by_hand(
         batch = [ids[n] for n in torch.randperm(3, generator=random)[:2].tolist()]
         random = torch.Generator().manual_seed(stable_hash(3, "gates", step) % 2**63)
         uniform = torch.rand(2, count, generator=random, dtype=torch.float64)
-        odds = torch.tensor(scores + shift_by_hand(scores, 3), requires_grad=True)
+        odds = torch.tensor(scores + shift_by_hand(scores, size_at(step)), requires_grad=True)
         if kind == "hard_concrete":
             alpha = odds + 2 / 3 * math.log(0.1 / 1.1)
             noise = uniform.log() - (1 - uniform).log()

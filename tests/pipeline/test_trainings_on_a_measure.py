@@ -26,6 +26,7 @@ from ..execute.support import word_tokenizer
 from ..rules.models import bare
 from . import test_boundless_rotations as boundless
 from . import test_soft_prompts as prompts
+from . import test_trained_circuits as circuits
 from . import test_trained_edits as edits
 from . import test_trained_masks as masks
 from . import test_trained_rotations as rotations
@@ -45,6 +46,7 @@ DECLARED: dict[str, tuple[ModuleType, str, str, str]] = {
     "edit": (edits, edits.ADD, "vector.safetensors", "reft, rank 2 trained on"),
     "scales": (scales, scales.SCALED, "vector.safetensors", "scales, penalty 0.1 trained on"),
     "mask": (masks, masks.PATCHES, "mask.json", "mask of 3 of 12 sites"),
+    "circuit": (circuits, circuits.PATCHES, "mask.json", "mask of 3 of 190 edges"),
 }
 """Module with the declaration, an experiment that uses it, the file of its weights, and what
 `explain` says before the training."""

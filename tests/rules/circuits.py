@@ -50,11 +50,13 @@ def circuit_pass(
     model: Any,
     ids: Sequence[int],
     fills: Mapping[str, Tensor],
-    ablated: Collection[tuple[str, str]],
+    ablated: Collection[tuple[str, str]] | Mapping[tuple[str, str], Tensor],
     positions: Sequence[int],
 ) -> Tensor:
     """The logits [T, vocab] if ablated edges carry the fills, [T, d_model] by sender, at these
-    positions, and all others what their senders give in the same pass."""
+    positions, and all others what their senders give in the same pass; or a share of the fill, the
+    rest of it from the same pass."""
+    shares = ablated if isinstance(ablated, Mapping) else dict.fromkeys(ablated, 1.0)
     parts = stack(name, model)
     x = parts.positions(parts.embed(torch.tensor([list(ids)])))[0]
     given = {EMBED: x}
@@ -64,9 +66,9 @@ def circuit_pass(
 
     def seen_by(receiver: str) -> Tensor:
         seen = x
-        for sender, to in ablated:
+        for (sender, to), share in shares.items():
             if to == receiver:
-                seen = seen + there * (fills[sender] - given[sender])
+                seen = seen + share * there * (fills[sender] - given[sender])
         return seen[None]
 
     for layer in range(parts.layers):

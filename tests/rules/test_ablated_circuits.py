@@ -18,9 +18,9 @@ from mechdsl.resolve.circuits import (
     RECEIVER_WORDS,
     SENDER_WORDS,
     CircuitDraws,
-    label_receiver,
     list_edges,
 )
+from mechdsl.resolve.sites import label_node
 from mechdsl.resolve.types import CircuitEdge
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.store.store import Store
@@ -247,7 +247,7 @@ def named(edge: CircuitEdge) -> tuple[str, str]:
     of, to = edge
     sender = EMBED if of.site == "resid_pre" else mlp(of.layer or 0)
     sender = head(of.layer or 0, of.unit) if of.unit is not None else sender
-    return sender, label_receiver(to)
+    return sender, label_node(to)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])

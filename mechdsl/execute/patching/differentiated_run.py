@@ -22,7 +22,13 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, flatten_units, require_logits
 from mechdsl.execute.vectors import SiteVectors, list_tokens
-from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, indices_to_device
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    CircuitWrite,
+    SiteRead,
+    SiteWrite,
+    indices_to_device,
+)
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradients
 from mechdsl.forward.hooks.model import LoadedModel, has_single_output
@@ -101,9 +107,14 @@ class DifferentiatedRun:
         return self.runs.model_of(self.run)
 
     def read(
-        self, adds: Sequence[SiteWrite], lanes: DrawLanes, reads: Sequence[SiteRead]
+        self,
+        adds: Sequence[SiteWrite],
+        lanes: DrawLanes,
+        reads: Sequence[SiteRead],
+        circuits: Sequence[CircuitWrite] = (),
     ) -> tuple[ReadoutInput, dict[SiteRead, Tensor]]:
-        """Run the lanes with these additions; returns readout input and values read at sites.
+        """Run the lanes with these additions and edges; returns readout input and values read at
+        sites.
 
         Raises AutogradFailed.
         """
@@ -124,6 +135,7 @@ class DifferentiatedRun:
                     writes=[*self.noise(lanes), *adds],
                     reads=[*reads, *compared],
                     logits_at=None if full else at,
+                    circuits=circuits,
                     gradients=True,
                 )
             logits, found = require_logits(result.logits), result.reads
@@ -137,7 +149,7 @@ class DifferentiatedRun:
             prompts=lanes.prompts,
             items=[None] * len(lanes.prompts),
             logits=logits if readout.needs_plain else None,
-            continued={n: self._continued(n, adds, lanes) for n in readout.continuations},
+            continued={n: self._continued(n, adds, lanes, circuits) for n in readout.continuations},
             loss=loss,
             activations={
                 n: flatten_units(read[indices_to_device((row, columns), read.device)], atom)
@@ -150,7 +162,13 @@ class DifferentiatedRun:
         )
         return reading, found
 
-    def _continued(self, number: int, adds: Sequence[SiteWrite], lanes: DrawLanes) -> Tensor:
+    def _continued(
+        self,
+        number: int,
+        adds: Sequence[SiteWrite],
+        lanes: DrawLanes,
+        circuits: Sequence[CircuitWrite],
+    ) -> Tensor:
         """Return [lane, token, vocab]: logits with a text of several tokens after the prompts."""
         atom = self.readout.atoms[number][1]
         every = self.runs.lanes(self.run, self.batch, atom)
@@ -159,6 +177,7 @@ class DifferentiatedRun:
             every.batch.take(torch.from_numpy(lanes.used)),
             writes=[*self.noise(lanes), *adds],
             logits_at=find_continuation_positions(atom, lanes.prompts, lanes.lengths),
+            circuits=circuits,
             gradients=True,
         )
         return require_logits(result.logits)

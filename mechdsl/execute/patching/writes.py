@@ -571,7 +571,7 @@ def _iter_circuits(
             own = np.flatnonzero(which == number)
             fills = [
                 SenderFill(SiteRead(*place), units, _fill(asked, own, units))
-                for place, units in _group_senders(edges[number])
+                for place, units in group_senders(edges[number])
                 for asked in [
                     _RuleVectors(
                         rule,
@@ -592,7 +592,7 @@ def _iter_circuits(
             yield _build_circuit(edges[number], fills, every.row[own], every.written[own])
 
 
-def _group_senders(edges: Sequence[CircuitEdge]) -> Iterator[tuple[SiteLayer, tuple[int, ...]]]:
+def group_senders(edges: Sequence[CircuitEdge]) -> Iterator[tuple[SiteLayer, tuple[int, ...]]]:
     """Yield the senders of edges in forward order, with the heads of each layer together."""
     senders = {sender for sender, _ in edges}
     places = {(sender.site, sender.layer) for sender in senders}

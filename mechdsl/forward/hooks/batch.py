@@ -597,7 +597,8 @@ class CircuitWrite:
     receivers: tuple[tuple[SiteRead, int], ...]
     """Sites that read the stream, with their heads: `q`, `k`, `v`, `mlp_norm` or `logits`."""
     mask: Tensor
-    """[receiver, sender], 1 for an edge that carries the fill."""
+    """[receiver, sender], 1 for an edge that carries the fill; [K, receiver, sender] if tokens
+    differ. A share between 0 and 1 adds this share of fill - value."""
 
     def moved(self, rows: Tensor) -> CircuitWrite:
         """Renumber rows: row i becomes row `rows[i]`."""

@@ -206,9 +206,10 @@ class CircuitHooks:
     def _gained(self, rows: list[int]) -> Tensor:
         """Return [receiver, K, d_model]: what each of some receivers reads besides the stream."""
         found: Tensor | None = None
+        sums = "ru,ukd->rkd" if self._mask.dim() == 2 else "kru,ukd->rkd"
         for column, gained in self._differences:
-            mask = self._mask[rows, column : column + len(gained)].to(gained)
-            part = torch.einsum("ru,ukd->rkd", mask, gained)
+            mask = self._mask[..., rows, column : column + len(gained)].to(gained)
+            part = torch.einsum(sums, mask, gained)
             found = part if found is None else found + part.to(found.device)
         assert found is not None
         return found

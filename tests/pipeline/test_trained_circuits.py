@@ -1,0 +1,411 @@
+"""Circuits that a file declares with `fit(mask(…))`.
+
+Their loss and its gradient against a pass that recomputes the input of every receiver, in 64 bits,
+one unpadded prompt at a time; a training against a loop that shares no code; that planted edges are
+found; that rules use the circuit as they use a list of edges; keys, and what is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit
+from torch import Tensor
+
+import mechdsl
+from mechdsl.base.hashing import stable_hash
+from mechdsl.execute.run_record import MaskReport
+from mechdsl.resolve.circuits import CircuitDraws
+from mechdsl.resolve.types import CircuitEdge, TrainedMask
+
+from ..execute.support import unchanged, word_tokenizer
+from ..quick import in_turn, some
+from ..rules.circuits import circuit_pass
+from ..rules.models import WITHOUT_NORMS, bare, double
+from ..rules.support import rows, tokens
+from ..rules.test_ablated_circuits import Case, fills, named, shape_of
+from .test_trained_masks import (
+    chosen_sites,
+    shift_by_hand,
+    trained_by_hand,
+    training_rows,
+    write_planted,
+)
+from .test_trained_rotations import (
+    LOSS,
+    MEASURE,
+    NOISY,
+    OTHER,
+    experiment,
+    loss_by_hand,
+    run,
+    train,
+    write,
+)
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
+HERE = ("llama", "gpt2", "gpt_neox", "llama" + WITHOUT_NORMS)
+QUICK = "steps: 6, batch: 2, rate: 0.3, validation: 25%"
+PAIR = "{cue token, last token}"
+
+
+def fit(
+    options: str = QUICK,
+    *,
+    mask: str = "size: 3",
+    source: str = "from: other",
+    objective: str = f"maximise: {LOSS}",
+    at: str = f" at {PAIR}",
+    name: str = "c",
+) -> str:
+    call = f"fit(mask({mask}), prompts: p, {source}, {objective}, {options})"
+    return f"circuit {name} = {call}{at}\n"
+
+
+PATCH = ("from turned into clean", "ablate c at last token with turned")
+PATCHES = experiment(*PATCH)
+
+differentiable = inspect.unwrap(circuit_pass)
+"""The reference with gradients of shares of edges."""
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def value_by_hand(
+    family: str, row: int, every: Sequence[CircuitEdge], gates: Tensor, source: str, at: str
+) -> Tensor:
+    """The measure of one unpadded prompt with shares of all edges."""
+    word = source.split()[1]
+    (given,) = fills(family, Case("c", word, at), {})[row : row + 1]
+    shares = {named(edge): gates[number] for number, edge in enumerate(every)}
+    here = rows("clean")[row]
+    logits = differentiable(family, double(family), here.ids, given, shares, tokens(here, at))
+    return loss_by_hand(logits[-1], row)
+
+
+SOURCES = ("from: other", "with: zero", "with: mean")
+
+
+@pytest.mark.parametrize(("family", "source"), in_turn(HERE, SOURCES))
+@pytest.mark.parametrize(("at", "side"), [("last token", "left"), (PAIR, "right")])
+def test_loss_and_gradient(at: str, side: Any, family: str, source: str, tmp_path: Path) -> None:
+    """Of every row, in ragged batches of two rows, each with its own gates."""
+    options = QUICK.replace("25%", "0%")
+    path = write(tmp_path, fit(options, source=source, at=f" at {at}"), PATCHES)
+    mask, found = training_rows(path, double(family), side)
+    every = edges_of(mask)
+    random = torch.Generator().manual_seed(5)
+    ids = found.objective.table.row_ids
+    for batch in ([0, 2], [1, 3]):
+        mine = torch.rand(2, len(every), generator=random).double()
+        mine.requires_grad_()
+        theirs = mine.detach().clone().requires_grad_()
+        values = found.values(np.array(batch), mine)
+        expected = torch.stack(
+            [value_by_hand(family, ids[row], every, theirs[n], source, at)
+             for n, row in enumerate(batch)]
+        )  # fmt: skip
+        assert torch.allclose(values, expected, atol=1e-5)  # gates have 32 bits
+        assert (expected - found.values(np.array(batch), None)).abs().max() > 1e-4
+        (own,) = torch.autograd.grad(values.sum(), mine)
+        (other,) = torch.autograd.grad(expected.sum(), theirs)
+        assert torch.allclose(own, other, atol=1e-5)
+        assert other.abs().max() > 1e-4
+
+
+def edges_of(mask: TrainedMask) -> list[CircuitEdge]:
+    edges = [each for each in mask.candidates if isinstance(each, tuple)]
+    assert len(edges) == len(mask.candidates) > 100
+    return edges
+
+
+def test_all_tokens_are_written_without_positions(tmp_path: Path) -> None:
+    """A mask without `at` writes all tokens of the prompt."""
+    source = "with: zero"
+    options = QUICK.replace("25%", "0%")
+    path = write(tmp_path, fit(options, source=source, at=""), PATCHES)
+    mask, found = training_rows(path, double("gpt2"))
+    every, ids = edges_of(mask), found.objective.table.row_ids
+    gates = torch.rand(4, len(every), generator=torch.Generator().manual_seed(2))
+    values = found.values(np.arange(4), gates)
+    expected = [
+        value_by_hand("gpt2", ids[row], every, gates[row].double(), source, "tokens *")
+        for row in range(4)
+    ]
+    assert torch.allclose(values, torch.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("kind", ["hard_concrete", "straight_through"])
+def test_training_by_hand(kind: str, keep: bool, tmp_path: Path) -> None:
+    """Edges and probabilities are those of a loop that shares only the seeds; the number of open
+    gates falls from 90 % of the edges to the size over the first 70 % of the steps."""
+    mask = f'size: 3, kind: "{kind}"' + (", keep: true" if keep else "")
+    path = write(tmp_path, fit(f"{QUICK}, seed: 3", mask=mask), PATCHES)
+    (found,) = train(path)
+    declared, known = training_rows(path, double("llama"))
+    table, every = known.objective.table, edges_of(declared)
+    order = sorted(range(4), key=lambda n: stable_hash(3, "training row", table.row_keys[n]))
+    ids = [table.row_ids[row] for row in order]
+    place = {table.row_ids[row]: row for row in order}
+
+    def value(row: int, gates: Tensor) -> Tensor:
+        written = 1 - gates if keep else gates
+        return value_by_hand("llama", row, every, written, "from: other", PAIR)
+
+    def size_at(step: int) -> float:
+        return 3 * (0.9 * len(every) / 3) ** max(0.0, 1 - step / 6 / 0.7)
+
+    scores = trained_by_hand(kind, len(every), ids[1:], place, value, size_at)
+    likely = expit(scores + shift_by_hand(scores, 3))
+    stored = json.loads((found.folder / "mask.json").read_text("utf-8"))
+    assert np.allclose(stored["probabilities"], likely, atol=2e-3)
+    assert np.ptp(likely) > 0.01
+    chosen = sorted(np.argsort(-likely, kind="stable")[:3].tolist())
+    assert stored["chosen"] == chosen
+    report = found.report
+    assert isinstance(report, MaskReport)
+    hard = torch.zeros(len(every), dtype=torch.float64)
+    hard[chosen] = 1
+    drawn = CircuitDraws(shape_of("llama"), [every[n] for n in chosen], 3).draws(8)
+    randoms = [
+        value(ids[0], torch.tensor([float(edge in own) for edge in every])).item() for own in drawn
+    ]
+    assert report.trained == pytest.approx(value(ids[0], hard).item(), abs=2e-3)
+    assert report.random == pytest.approx(np.mean(randoms), abs=2e-3)
+    none = torch.zeros(len(every), dtype=torch.float64)
+    plain, whole = (none, 1 - none) if not keep else (1 - none, none)
+    assert report.unpatched == pytest.approx(value(ids[0], plain).item(), abs=2e-3)
+    assert report.whole == pytest.approx(value(ids[0], whole).item(), abs=2e-3)
+    assert (report.rows, report.held_out_rows, report.steps) == (3, 1, 6)
+    assert (report.noun, report.keeps, report.candidates) == ("edge", keep, len(every))
+
+
+# --- planted edges --------------------------------------------------------------------------------
+
+EDGES_THERE = {
+    "embed -> L0H0.v",
+    "L0H1 -> L1H1.v",
+    "L0H1 -> L2H0.v",
+    "L1H2 -> logits",
+    "L2H0 -> logits",
+}
+
+
+@cache
+def planted() -> Any:
+    """A model without norms that answers with two paths: head 0.1 reads the embedding, heads 1.2
+    and 2.0 read head 0.1, and the output reads these two. Attention is uniform, and two heads
+    share a value."""
+    model: Any = copy.deepcopy(bare("llama" + WITHOUT_NORMS))
+    random = torch.Generator().manual_seed(3)
+    width = model.config.hidden_size
+    heads = model.config.num_attention_heads
+    size = model.config.head_dim
+    keys = model.config.num_key_value_heads
+    parts = {"in": slice(0, width // 2), "middle": slice(width // 2, 3 * width // 4)}
+    parts["out"] = slice(3 * width // 4, width)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random) / shape[-1] ** 0.5
+
+    with torch.no_grad():
+        table = model.model.embed_tokens.weight
+        table.zero_()
+        table[:, parts["in"]] = torch.randn(len(table), width // 2, generator=random)
+        for layer in model.model.layers:
+            for weights in (layer.self_attn, layer.mlp):
+                for own in weights.parameters():
+                    own.zero_()
+        for layer, head, of, to in (
+            (0, 1, "in", "middle"),
+            (1, 2, "middle", "out"),
+            (2, 0, "middle", "out"),
+        ):
+            own = model.model.layers[layer].self_attn
+            first = head * keys // heads * size
+            reads = own.v_proj.weight[first : first + size]
+            reads[:, parts[of]] = 2 * draw(size, reads[:, parts[of]].shape[1])
+            writes = own.o_proj.weight[:, head * size : (head + 1) * size]
+            writes[parts[to]] = 2 * draw(writes[parts[to]].shape[0], size)
+        unembedding = model.lm_head.weight
+        unembedding.zero_()
+        unembedding[:, parts["out"]] = 2 * torch.randn(
+            len(unembedding), width - 3 * width // 4, generator=random
+        )
+    return unchanged(model.eval())
+
+
+PLANTED = {
+    "hard concrete": ("size: 5, keep: true", "from: swapped"),
+    "straight-through": ('size: 5, keep: true, kind: "straight_through"', "with: zero"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("seed", some(range(3), [0]))
+def test_planted_edges_are_found(name: str, seed: int, tmp_path: Path) -> None:
+    mask, source = PLANTED[name]
+    call = (
+        f"circuit c = fit(mask({mask}), prompts: planted.train, {source}, minimise: kl(clean), "
+        f"steps: 150, batch: 8, seed: {seed})\n"
+    )
+    rule = experiment(
+        "ablate all but c at tokens * with zero",
+        block="planted.test",
+        measure="measure kl(clean) as raw",
+    )
+    path = write_planted(tmp_path, call, rule)
+    given = {"m": (planted(), word_tokenizer())}
+    (found,) = mechdsl.fit(path, given, store=tmp_path / "store")
+    assert {*chosen_sites(found)} == EDGES_THERE
+    report = found.report
+    assert isinstance(report, MaskReport)
+    assert report.trained == pytest.approx(0, abs=1e-4)  # nothing else reaches the output
+    assert report.random > 0.1
+    (done,) = mechdsl.run(path, given, store=tmp_path / "store").files[0].experiments
+    assert np.allclose(done.measures[0].patched, 0, atol=1e-4)
+    assert (
+        "random circuits, 8 draws, seed 0; of 5 edges, each on a path"
+        in (done.conventions["controls"])
+    )
+
+
+# --- the same as a list of edges ------------------------------------------------------------------
+
+RULES = {
+    "run": list(PATCH),
+    "all but": ["from turned into clean", "ablate all but c at last token with turned"],
+    "zero": ["ablate c at tokens * with zero"],
+    "fills": ["ablate c at last token with zero, mean, resample"],
+    "random": [*PATCH, "against random(3)"],
+    "none": [*PATCH, "against none"],
+    "with a rule": [*PATCH, "patch mlp_out layer 0 at first token"],
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_use_it_as_a_list_of_edges(name: str, tmp_path: Path) -> None:
+    """Bit for bit, together with another experiment on the same block."""
+    text = experiment(*RULES[name], measure=MEASURE) + OTHER
+    path = write(tmp_path, fit(), text)
+    (trained,) = train(path, out=tmp_path)
+    card = (tmp_path / "c" / "README.md").read_text("utf-8")
+    assert card.startswith("# c: mask of 3 of ")
+    assert f"The chosen edges are set to those of the run `other`, to maximise {LOSS}" in card
+    assert "`edges at " in card
+    own = run(path, fresh=True).files[0].experiments
+    written = ", ".join(chosen_sites(trained))
+    path = write(tmp_path, f"circuit c = {written}\n", text)
+    if name not in ("random", "none"):  # the automatic control of what is trained
+        text = text.replace(MEASURE, f"{MEASURE}\n  against random(8)", 1)
+    path = write(tmp_path, f"circuit c = {written}\n", text.replace("  against none\n", ""))
+    listed = run(path, store=False).files[0].experiments
+    assert len(own) == len(listed) == 2
+    for one, two in zip(own, listed, strict=True):
+        assert [cell.coords for cell in one.cells] == [cell.coords for cell in two.cells]
+        for mine, theirs in zip(one.measures, two.measures, strict=True):
+            np.testing.assert_array_equal(mine.patched, theirs.patched)
+    mine, theirs = own[0].control(0), listed[0].control(0)
+    if mine is None or theirs is None:
+        assert (mine, theirs) == (None, None)
+        assert name == "none"
+    else:
+        np.testing.assert_array_equal(mine.low, theirs.low)
+        np.testing.assert_array_equal(mine.high, theirs.high)
+    said = own[0].conventions["circuit c"]
+    assert said.startswith(f"{written}; mask of 3 of ")
+    assert f"trained on 4 rows of p at {PAIR}, 1 of them held out, to maximise" in said
+    assert "circuit c" not in own[1].conventions
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "size": {"mask": "size: 2"},
+    "kind": {"mask": 'size: 3, kind: "straight_through"'},
+    "keep": {"mask": "size: 3, keep: true"},
+    "steps": {"options": QUICK.replace("6", "7")},
+    "seed": {"options": f"{QUICK}, seed: 1"},
+    "position": {"at": " at cue token"},
+    "source": {"source": "from: turned"},
+    "zero": {"source": "with: zero"},
+    "mean": {"source": "with: mean"},
+    "sign": {"objective": f"minimise: {LOSS}"},
+}
+
+
+def test_keys_have_everything_that_the_edges_depend_on(tmp_path: Path) -> None:
+    """A change of any of it asks for another training, with other probabilities."""
+    (base,) = train(write(tmp_path, fit(), PATCHES))
+    folders = {base.folder}
+    first = json.loads((base.folder / "mask.json").read_text("utf-8"))["probabilities"]
+    for name, change in CHANGES.items():
+        path = write(tmp_path, fit(**change), PATCHES)
+        with pytest.raises(mechdsl.MechdslError, match="isn't trained"):
+            run(path)
+        (found,) = train(path)
+        assert found.folder not in folders, name
+        folders.add(found.folder)
+        own = json.loads((found.folder / "mask.json").read_text("utf-8"))["probabilities"]
+        assert own != first, name
+    renamed = PATCHES.replace("ablate c", "ablate h")
+    (found,) = train(write(tmp_path, fit(name="h"), renamed))
+    assert (found.folder, found.seconds) == (base.folder, 0.0)
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+CALL = f"fit(mask(size: 3), prompts: p, from: other, maximise: {LOSS})"
+MISTAKES: dict[str, tuple[str, str, str]] = {
+    "no source": ("from: other, ", "", "E0207"),
+    "unknown fill": ("from: other", "with: resample", "E0207"),
+    "unknown run": ("from: other", "from: othr", "E0201"),
+    "no size": ("mask(size: 3)", "mask", "E0207"),
+    "all": ("size: 3", "size: 2000", "E0342"),
+    "step function": (f"maximise: {LOSS}", "maximise: rank(answer)", "E0608"),
+    "noise": ("from: other", "from: noised", "E0342"),
+    "early stopping": (f"maximise: {LOSS}", f"maximise: {LOSS}, patience: 3", "E0342"),
+    "two positions": (f"at {PAIR}", "at last token, cue token", "E0342"),
+    "each token": (f"at {PAIR}", "at each subject token", "E0342"),
+    "all of uneven prompts": (f"at {PAIR}", "", "E0307"),
+    "rotation": ("mask(size: 3)", "das(dims: 2)", "E0342"),
+    "no training": (CALL, "pca(p, dims: 2)", "E0342"),
+    "sites": (f"circuit c = {CALL} at {PAIR}", f"group c = {CALL}", "E0342"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name: str, tmp_path: Path) -> None:
+    old, new, code = MISTAKES[name]
+    line = f"circuit c = {CALL} at {PAIR}\n"
+    assert old in line
+    line = line.replace(old, new)
+    if name == "all of uneven prompts":
+        line = line.replace("from: other", "from: longer")
+    path = write(tmp_path, line, PATCHES, OTHER, blocks=NOISY)
+    with pytest.raises(mechdsl.MechdslError) as found:
+        train(path)
+    errors = [each for each in found.value.diagnostics if each.severity == "error"]
+    assert errors
+    assert errors[0].code == code, found.value
+    span = errors[0].span
+    assert span is not None
+    assert span.source.path == path
+
+
+def test_models_whose_components_do_not_add_up_are_errors(tmp_path: Path) -> None:
+    path = write(tmp_path, fit(), PATCHES)
+    with pytest.raises(mechdsl.MechdslError, match="a circuit in `m`"):
+        train(path, "gemma2")
