@@ -20,7 +20,7 @@ from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_basis
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.circuits import EMBEDDING, END
+from mechdsl.resolve.circuits import EMBEDDING
 from mechdsl.resolve.directions import describe_rows
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import (
@@ -122,9 +122,10 @@ def fill_groups(
             mask = outline_mask(definition, objective, program)
             masks.append(mask)
         if definition.chooses_edges:
-            old = circuits[definition.name]
-            edges = _edges_of(mask, definition.span)
-            circuits[definition.name] = old.model_copy(update={"edges": edges})
+            if mask is not None:
+                old = circuits[definition.name]
+                edges = tuple(_edges_of(mask.chosen, definition.span))
+                circuits[definition.name] = old.model_copy(update={"edges": edges})
             continue
         if mask is not None:
             sites = tuple(_sites_of(mask.chosen, definition.site, definition.span))
@@ -172,11 +173,10 @@ def _sites_of(chosen: tuple[MaskCandidate, ...], site: ast.Site, span: Span) -> 
         yield replace(site, axes=axes, excluded=(), span=span)
 
 
-def _edges_of(mask: TrainedMask | None, span: Span) -> tuple[ast.SiteMap, ...]:
-    """Return the chosen edges; one that every model has until the candidates are known."""
-    chosen = ((EMBEDDING, END),) if mask is None else mask.chosen
-    edges = (each for each in chosen if isinstance(each, tuple))
-    return tuple(ast.SiteMap(*(_end(own, span) for own in edge), span=span) for edge in edges)
+def _edges_of(chosen: tuple[MaskCandidate, ...], span: Span) -> Iterator[ast.SiteMap]:
+    """Yield chosen edges as a file names them."""
+    for edge in (each for each in chosen if isinstance(each, tuple)):
+        yield ast.SiteMap(*(_end(own, span) for own in edge), span=span)
 
 
 def _end(point: SitePoint, span: Span) -> ast.Site:

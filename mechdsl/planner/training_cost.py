@@ -319,7 +319,9 @@ def _effect_cost(
         measured += 20 * held_out
     whole = run_cost(shape, base, None)
     row, circuit = _per_row(whole, base), objective.rules[0].circuit
-    work = 0 if circuit is None else row.tokens * count_circuit_work(circuit, shape)
+    hits = sum(len(token) for row in there for token in training.sample.cell.hits[row])
+    written = hits / max(1, len(there))
+    work = 0 if circuit is None else written * count_circuit_work(circuit, shape)
     row += Cost(multiply_adds=work)
     forward = (steps * every + measured) * (1 + len(compared))
     backwards = steps * -(-every // batch) if batch else steps
@@ -339,7 +341,7 @@ def _effect_cost(
     cost = sum(reads, cost)
     longest = int(base.lengths[there].max(initial=1))
     saved = longest * above * _saved_numbers(shape, longest)
-    saved += 0 if circuit is None else longest * _saved_by_edges(circuit, shape)
+    saved += 0 if circuit is None else written * _saved_by_edges(circuit, shape)
     memory = vectors + FLOAT * batch * saved
     return TrainingCost(name, rows, held_out, steps, cost, int(memory), shape.n_layers)
 
@@ -382,8 +384,8 @@ def _blocks_above(point: SitePoint, shape: ModelShape) -> int:
 
 
 def _saved_by_edges(circuit: CircuitTargets, shape: ModelShape) -> int:
-    """Return how many numbers per token autograd keeps for a mask of edges: the outputs of senders,
-    the sums and norms of receivers, and the mask, two times."""
+    """Return how many numbers per written token autograd keeps for a mask of edges: the outputs of
+    senders, the sums and norms of receivers, and the mask, two times."""
     senders = {of for of, _ in circuit.every}
     receivers = {to for _, to in circuit.every}
     ends = len(senders) + 3 * len(receivers)

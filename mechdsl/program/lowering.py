@@ -795,6 +795,12 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
                 parts.groups[name.id] = spec.Group(span=statement.span, name=name.id, sites=sites)
         case ast.CircuitDef(name=name, edges=edges):
             if scope.define("circuit", name, imported=imported):
+                if statement.source is not None:  # until its edges are known
+                    ends = (
+                        ast.Site((ast.Name(each, span=name.span),), span=name.span)
+                        for each in ("embed", "logits")
+                    )
+                    edges = (ast.SiteMap(*ends, span=name.span),)
                 circuit = spec.Circuit(span=statement.span, name=name.id, edges=edges)
                 parts.circuits[name.id] = circuit
         case ast.Seed(value=value):

@@ -549,7 +549,8 @@ EVERY_EDGE = "every edge"
 class Circuit(Spec):
     """`circuit c = embed -> L0H1.q, L0H1 -> logits`: edges from senders to receivers.
 
-    The edges of a circuit that a training chooses are filled in for each experiment.
+    The edges of a circuit that a training chooses are filled in for each experiment; until they are
+    known, it has one that every model has.
     """
 
     name: str

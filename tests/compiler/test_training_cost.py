@@ -243,13 +243,14 @@ def test_price_of_ten_times_the_steps_is_at_most_ten_times_as_high(tmp_path: Pat
     """Reading vectors of all layers, and decompositions of all vectors, cost as much as the steps
     of a short training."""
     least = {"lens": 1.5, **dict.fromkeys(SOLVED, 1)}
+    most = {"edges": 14}  # the short training computes no effects of single edges
     for name in (each for each in DECLARED if each not in ("cca", *PROBES)):
         # with fewer steps, a mask doesn't compute effects of single dimensions
         short, long = (
             price(write(tmp_path, name, DECLARED[name].replace("steps: 12", f"steps: {steps}")))
             for steps in (120, 1200)
         )
-        assert least.get(name, 3) < long.cost.flops / short.cost.flops <= 10, name
+        assert least.get(name, 3) < long.cost.flops / short.cost.flops <= most.get(name, 10), name
         assert long.memory == short.memory
 
 

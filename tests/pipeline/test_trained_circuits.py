@@ -398,8 +398,8 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
     with pytest.raises(mechdsl.MechdslError) as found:
         train(path)
     errors = [each for each in found.value.diagnostics if each.severity == "error"]
-    assert errors
     assert errors[0].code == code, found.value
+    assert len(errors) == 1 or name == "sites"  # groups can't be ablated with a run
     span = errors[0].span
     assert span is not None
     assert span.source.path == path
