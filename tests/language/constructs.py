@@ -611,7 +611,7 @@ _file(
 _file(
     "basis: a trained rotation of a learned size",
     "basis b = fit(boundless_das(penalty: 1), prompts: fruit.train, from: fewer, "
-    "minimise: logit(answer)) at resid_post layer 1",
+    "minimise: loss) at resid_post layer 1",
     "As `das`, but the training determines the number of directions: the loss grows by "
     "`penalty` (1) times their share of the numbers of a vector. `dims` limits them.",
     "tests/pipeline/test_boundless_rotations.py",
@@ -648,7 +648,7 @@ _file(
 _file(
     "group: a trained mask",
     "group g = fit(mask(size: 2), prompts: fruit.train, from: fewer, "
-    "minimise: logit(answer)) at layers * heads * at last token",
+    "minimise: loss) at layers * heads * at last token",
     "The `size` heads that `mechdsl fit FILE` or `mechdsl run --fit FILE` chooses: while they are "
     "patched from the run `from` together, the metric has the largest mean, or with `minimise` the "
     "smallest. `with: zero` or `with: mean` (of the training rows) instead of `from` ablates them. "
@@ -664,9 +664,7 @@ _file(
 )
 _file(
     "circuit: trained",
-    "circuit c = fit(mask(size: 2, keep: true), prompts: fruit.train, from: fewer, "
-    "maximise: logit(answer)) at last token experiment e { prompts fruit.test "
-    "ablate all but c at last token with fewer measure loss as raw }",
+    "circuit c = fit(mask(size: 2), prompts: fruit, with: zero, minimise: loss)",
     "The edges that a mask chooses from all edges of the model, as it chooses the sites of a "
     "group. In training, chosen edges carry the values of their senders in the run `from`, 0 "
     "(`with: zero`) or the mean over training rows (`with: mean`) at the tokens `at` (all by "
@@ -680,7 +678,7 @@ _file(
 )
 _file(
     "group: a trained mask of positions",
-    "group g = fit(mask(size: 1), prompts: fruit.train, with: mean, minimise: logit(answer)) "
+    "group g = fit(mask(size: 1), prompts: fruit.train, with: mean, minimise: loss) "
     "at resid_post layer 1 at each item token, last token",
     "With one site and several positions, a mask chooses positions, the same for all rows. Rules "
     "use them at any site: `at g tokens` are the tokens of all chosen positions together, "
