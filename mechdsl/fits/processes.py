@@ -103,6 +103,7 @@ def join_processes(count: int, *, cpu: bool) -> Generator[Processes]:
     token = _JOINED.set(joined)
     try:
         yield joined
+        state.wait_for_everyone()  # a process that leaves while others still read aborts
     finally:
         _JOINED.reset(token)
         state.destroy_process_group()

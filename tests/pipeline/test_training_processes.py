@@ -175,7 +175,8 @@ def test_interrupted_training_continues_in_two_processes(
     shutil.rmtree(whole.folder)
     listed, result = tmp_path / "list.json", tmp_path / "result.json"
     listed.write_text(json.dumps([file[:2]]), "utf-8")
-    assert launch("tests.pipeline.training_processes", listed, result).returncode == 0
+    ended = launch("tests.pipeline.training_processes", listed, result)
+    assert ended.returncode == 0, ended.stderr
     assert json.loads(result.read_text("utf-8")) == [str(whole.folder)]
     assert (whole.folder / file[2]).read_bytes() == expected
     assert not whole.folder.with_name(f"{whole.folder.name}.part").exists()

@@ -18,7 +18,6 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute import objective_rows
 from mechdsl.execute.objective_rows import ObjectiveRows
 from mechdsl.fits.training import Training
-from mechdsl.pipeline import trained_files
 from mechdsl.pipeline.trained_files import list_training_costs
 from mechdsl.planner import training_cost
 
@@ -175,7 +174,7 @@ def test_key_and_price_know_vectors_that_exceed_the_buffer(
     path = write(tmp_path, declare("vector"), DECLARED["vector"][1])
     (whole,) = train(path)
     (price,) = list_training_costs(checked(path, "llama"))
-    for module in (objective_rows, trained_files, training_cost):
+    for module in (objective_rows, training_cost):
         monkeypatch.setattr(module, "CHUNK_BYTES", 200)
     (parts,) = train(path)
     assert parts.folder != whole.folder
