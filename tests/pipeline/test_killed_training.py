@@ -17,7 +17,7 @@ import pytest
 import mechdsl
 from mechdsl.fits.sparse_training import TopKDictionary
 
-FILE = """mech 1
+REPEATS = """mech 1
 
 model toy = zoo("induction")
 
@@ -28,7 +28,10 @@ prompts repeats {
   answer " {half[2]}"
   split 80%
 }
-
+"""
+FILE = (
+    REPEATS
+    + """
 basis f = fit(sae(features: 64, k: 4), prompts: repeats.train, limit: 100, steps: 3000, batch: 64)
   at resid_post layer 0 at tokens *
 
@@ -39,6 +42,7 @@ experiment e {
   measure logit(answer) as delta
 }
 """
+)
 PROGRAM = """
 import sys
 from mechdsl.pipeline import trainings

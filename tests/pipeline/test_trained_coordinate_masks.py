@@ -34,7 +34,16 @@ from ..rules.models import bare, double
 from ..rules.support import plain, rows, tokens
 from . import test_trained_masks
 from .test_trained_masks import HERE, PATCH, PATCHES, QUICK, chosen_sites, write_planted
-from .test_trained_rotations import LOSS, MEASURE, OTHER, experiment, run, train, write
+from .test_trained_rotations import (
+    LOSS,
+    MEASURE,
+    OTHER,
+    experiment,
+    run,
+    train,
+    training_errors,
+    write,
+)
 from .test_trained_rotations import loss_by_hand as loss_of_logits
 
 torch.set_num_threads(1)
@@ -419,11 +428,8 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
     line = line.replace(old, new)
     use = experiment("from turned into clean", f"patch {SITE} in basis f at last token", name="u")
     path = write(tmp_path, sae(tmp_path), line, PATCHES, use)
-    with pytest.raises(mechdsl.MechdslError) as found:
-        train(path)
-    errors = [each for each in found.value.diagnostics if each.severity == "error"]
-    assert errors
-    assert errors[0].code == code, found.value
+    errors = training_errors(path)
+    assert errors[0].code == code, errors
 
 
 USES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -448,7 +454,5 @@ def test_rules_that_take_no_coordinates(name: str, tmp_path: Path) -> None:
     direction = f"direction d = mean_difference(clean of p, other of p) at {SITE} at last token\n"
     save = experiment(f"add 1 * d to {SITE} at last token", name="u")
     path = write(tmp_path, sae(tmp_path), direction, fit(), experiment(*lines), save)
-    with pytest.raises(mechdsl.MechdslError) as found:
-        train(path)
-    errors = [each for each in found.value.diagnostics if each.severity == "error"]
-    assert errors[0].code.startswith(code), found.value
+    errors = training_errors(path)
+    assert errors[0].code.startswith(code), errors

@@ -24,7 +24,7 @@ import mechdsl
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.source import Source
 from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.execute.objective_rows import Edit, ObjectiveRows, take_source
 from mechdsl.fits.rotations import exchange, orthonormal_rows
 from mechdsl.fits.training import Training
@@ -89,6 +89,15 @@ def run(path: Path, family: str = "llama", **options: Any) -> Any:
 
 def train(path: Path, family: str = "llama", **options: Any) -> list[mechdsl.TrainedFit]:
     return mechdsl.fit(path, models(family), **{"store": path.parent / "store", **options})
+
+
+def training_errors(path: Path, family: str = "llama") -> list[Diagnostic]:
+    """The errors for which nothing is trained, at least one."""
+    with pytest.raises(mechdsl.MechdslError) as found:
+        train(path, family)
+    errors = [each for each in found.value.diagnostics if each.severity == "error"]
+    assert errors
+    return errors
 
 
 def interrupt_training(
@@ -562,8 +571,5 @@ def test_mistakes(name: str, tmp_path: Path) -> None:
     at = "tokens *" if name == "token counts" else "last token"
     line = f"basis d = {CALL} at {SITE} at {at}\n"
     path = write(tmp_path, line.replace(old, new), PATCHES, blocks=NOISY)
-    with pytest.raises(mechdsl.MechdslError) as found:
-        train(path)
-    errors = [each for each in found.value.diagnostics if each.severity == "error"]
-    assert errors
-    assert errors[0].code == code, found.value
+    errors = training_errors(path)
+    assert errors[0].code == code, errors

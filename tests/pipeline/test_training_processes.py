@@ -25,6 +25,7 @@ from . import test_streamed_trainings as streamed
 from . import test_trained_dictionaries as dictionaries
 from . import test_trained_rotations as rotations
 from .test_batches_and_precision import DECLARED
+from .test_killed_training import REPEATS
 from .test_trained_rotations import HERE
 
 pytest.importorskip("accelerate")
@@ -111,18 +112,9 @@ def test_processes_end_with_the_weights_of_one(
 
 # --- the command line -----------------------------------------------------------------------------
 
-FILE = """mech 1
-
-model toy = zoo("induction")
-
-prompts repeats {
-  word in words(toy)
-  half = list(word, 12, sep: " ", distinct: true)
-  template "{half} {again = half} {cue = half[1]}"
-  answer " {half[2]}"
-  split 80%
-}
-
+FILE = (
+    REPEATS
+    + """
 basis f = fit(sae(features: 32, k: 4), prompts: repeats.train, limit: 40, steps: 20, accumulate: 2)
   at resid_post layer 0 at tokens *
 group g = fit(mask(size: 4), prompts: repeats.train, limit: 40, steps: 4, accumulate: 2,
@@ -133,6 +125,7 @@ basis b = fit(sae(features: 32, k: 4, kind: "batch_topk"), prompts: repeats.trai
 basis s = fit(sae(features: 32, k: 4), prompts: repeats.train, limit: 40, steps: 20)
   at resid_post layer 0 at tokens *
 """
+)
 USES = """
 experiment {0} {{
   model toy
