@@ -9,11 +9,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from importlib import import_module
 from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 
@@ -87,6 +87,20 @@ def read_launch() -> tuple[int, int]:
     except (KeyError, ValueError):
         return 0, 1
     return number, count
+
+
+def exit_process(status: int) -> NoReturn:
+    """End this process with an exit status, also as one of several that a launcher started.
+
+    Those skip what runs at the exit of a process: threads of torch's process groups sometimes abort
+    it there, and the launcher would report a failure.
+    """
+    if read_launch()[1] > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 DELAYED_SIGNALS = tuple(

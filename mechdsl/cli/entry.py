@@ -130,7 +130,12 @@ def main() -> None:
         finish_output()
     except OutputLost as error:
         status = report_lost_output(error)
-    sys.exit(status if isinstance(status, int) else SUCCESS)
+    status = status if isinstance(status, int) else SUCCESS
+    if "WORLD_SIZE" in os.environ:  # one of several processes
+        from mechdsl.base.runtime import exit_process
+
+        exit_process(status)
+    sys.exit(status)
 
 
 def _status() -> int | str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from . import test_batches_and_precision as batches
 from . import test_own_trainers as own
 from . import test_streamed_trainings as streamed
 from . import test_trained_dictionaries as dictionaries
-from . import test_trained_rotations as rotations
 from .test_batches_and_precision import DECLARED
 from .test_killed_training import REPEATS
 from .test_trained_rotations import HERE
@@ -157,22 +155,18 @@ def test_command_trains_what_processes_can_divide(tmp_path: Path) -> None:
     }
 
 
-def test_interrupted_training_continues_in_two_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_training_continues_in_two_processes(tmp_path: Path) -> None:
     file = write_file("rotation", "llama", tmp_path / "rotation")
-    path = Path(file[0])
-    (whole,) = rotations.train(path)
-    expected = (whole.folder / file[2]).read_bytes()
-    rotations.interrupt_training(path, whole.folder, monkeypatch)
-    shutil.rmtree(whole.folder)
-    listed, result = tmp_path / "list.json", tmp_path / "result.json"
+    listed, result, copy = (tmp_path / name for name in ("list.json", "result.json", "copy"))
     listed.write_text(json.dumps([file[:2]]), "utf-8")
-    ended = launch("tests.pipeline.training_processes", listed, result)
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads(result.read_text("utf-8")) == [str(whole.folder)]
-    assert (whole.folder / file[2]).read_bytes() == expected
-    assert not whole.folder.with_name(f"{whole.folder.name}.part").exists()
+    for count, more in ((1, [copy]), (2, [])):
+        module = "tests.pipeline.training_processes"
+        ended = launch(module, listed, result, *more, count=count)
+        assert ended.returncode == 0, ended.stderr
+        (folder,) = map(Path, json.loads(result.read_text("utf-8")))
+        assert folder.exists() == (count == 2)
+        assert folder.with_name(f"{folder.name}.part").exists() == (count == 1)
+    assert (folder / file[2]).read_bytes() == (copy / file[2]).read_bytes()
 
 
 @pytest.mark.parametrize("kind", OWN)

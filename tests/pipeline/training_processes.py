@@ -1,21 +1,25 @@
 """A process of several that train together: trains each file of a list with a model in Python.
 
 `python -m tests.pipeline.training_processes LIST RESULT`: LIST is JSON, with a path and a family
-for each training. RESULT gets the folder of what was trained, or the problem.
+for each training. RESULT gets the folder of what was trained, or the problem. With a folder COPY
+after them, the only training is copied there, begun again and stopped after four steps.
 """
 
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
-from mechdsl.base.runtime import read_launch
+from mechdsl.base.runtime import exit_process, read_launch
 from mechdsl.execute import training_vectors
 from mechdsl.fits import sparse_training
 from mechdsl.fits.processes import join_processes
 from tests.pipeline.test_own_trainers import train
+from tests.pipeline.test_trained_rotations import interrupt_training
 
 
 def train_all(listed: Path) -> list[str]:
@@ -32,6 +36,15 @@ def train_all(listed: Path) -> list[str]:
     return found
 
 
+def interrupt(listed: Path, folder: Path, copy: Path) -> None:
+    """Keep a copy of what was trained, and of its training only a checkpoint."""
+    [[path, _]] = json.loads(listed.read_text("utf-8"))
+    shutil.copytree(folder, copy)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_training(Path(path), folder, patch)
+    shutil.rmtree(folder)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with join_processes(read_launch()[1], cpu=True) as processes:
@@ -39,3 +52,6 @@ if __name__ == "__main__":
         assert processes.agree(done) == done
         if processes.is_first:
             Path(sys.argv[2]).write_text(json.dumps(done), "utf-8")
+    if len(sys.argv) > 3:
+        interrupt(Path(sys.argv[1]), Path(done[0]), Path(sys.argv[3]))
+    exit_process(0)
