@@ -95,3 +95,13 @@ def test_terminal_pages_and_charts(line: str, tmp_path: Path) -> None:
     chart = result.plot("overlay", top=3).to_dict()
     assert chart["$schema"]
     assert folder_of("llava").exists()
+
+
+def test_frames_of_a_video_have_their_numbers() -> None:
+    block = TWO.replace('image photo = "{file}"', 'video clip = ["{file}", "{other}"]').replace(
+        '  image second = "{other}"\n', ""
+    )
+    block = block.replace("{photo} and {second}", "{clip}")
+    shown = overlay(run("patch resid_post layer 0 at each frame tokens", block=block))
+    titles = [each.title.split(": ")[0] for each in shown.images(write)[:2]]
+    assert titles == ["prompt 1, frame 1", "prompt 1, frame 2"]

@@ -217,7 +217,7 @@ def _read_placed(placed: PlacedPicture) -> Iterator[SeenImage]:
         right, bottom = (max(box[side] for box in boxes) for side in (2, 3))
         image = image.crop((math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)))
     yield SeenImage(
-        f"{placed.name}: {placed.picture.picture.words}",
+        f"{placed.title}: {placed.picture.picture.words}",
         np.asarray(image),
         (first, first + len(expansion.ids)),
         tuple(first + cells[place].position for place in grid),
