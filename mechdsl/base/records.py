@@ -48,7 +48,7 @@ def _initializer(kind: type[Record]) -> Any:
     named: list[str] = []
     body: list[str] = []
     scope: dict[str, Any] = {"_no_value": MISSING}
-    for each in fields(kind):  # type: ignore[arg-type]
+    for each in fields(cast("Any", kind)):
         name, value, default = each.name, each.name, ""
         if each.default_factory is not MISSING:
             scope[f"_make_{name}"] = each.default_factory

@@ -274,7 +274,7 @@ def raise_on_signals() -> Generator[None]:
 
 @contextmanager
 def silence() -> Generator[None]:
-    """Print nothing in a process beside the one that prints, and leave signals to that one."""
+    """Print nothing, and leave signals to the first of several processes, which prints."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     nothing = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     with nothing, redirect_stdout(nothing), redirect_stderr(nothing):

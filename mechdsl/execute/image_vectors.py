@@ -27,6 +27,7 @@ from mechdsl.forward.hooks.model import (
     LoadedModel,
     build_arguments,
     call_module,
+    find_tokens,
 )
 from mechdsl.forward.hooks.module_exchange import get_activation, replace_activation
 from mechdsl.images.layouts import ImageExpansion, PromptPicture
@@ -91,8 +92,8 @@ class ImageVectors:
         ids, self._asked = self._asked, None
         if ids is None:
             return output
-        at = torch.searchsorted(self._tokens, ids.contiguous()).clamp(max=len(self._tokens) - 1)
-        vectors = torch.where((self._tokens[at] == ids)[..., None], self._vectors[at], torch.nan)
+        at, known = find_tokens(self._tokens, ids)
+        vectors = torch.where(known[..., None], self._vectors[at], torch.nan)
         return torch.where((ids >= IMAGE_TOKEN)[..., None], vectors.to(output), output)
 
     def _keep_later(self, model: LoadedModel, found: Sequence[Tensor], places: Tensor) -> None:
@@ -124,7 +125,7 @@ class ImageVectors:
         hidden = get_activation(args, kwargs)
         if hidden.shape[:2] != ids.shape:
             raise WriteMismatch("vectors of images can't be added to some tokens of a pass")
-        at = torch.searchsorted(self._tokens, ids.contiguous()).clamp(max=len(self._tokens) - 1)
+        at, _ = find_tokens(self._tokens, ids)
         is_image = (ids >= IMAGE_TOKEN)[..., None]
         added = torch.where(is_image, self._later[number][at].to(hidden), 0)
         return replace_activation(args, kwargs, hidden + added)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+ONE_PROCESS_HINT = "train it in one process: `mechdsl fit FILE`"
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -103,7 +105,7 @@ def join_processes(count: int, *, cpu: bool) -> Generator[Processes]:
     token = _JOINED.set(joined)
     try:
         yield joined
-        state.wait_for_everyone()  # a process that leaves while others still read aborts
+        state.wait_for_everyone()  # no process closes what another one still reads from
     finally:
         _JOINED.reset(token)
         state.destroy_process_group()

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.text import count_noun, name_list
-from mechdsl.fits.processes import own_processes
+from mechdsl.fits.processes import ONE_PROCESS_HINT, own_processes
 
 EVALUATIONS = 20
 """How often the loss on held-out vectors is computed during a training."""
@@ -50,7 +50,7 @@ class NotFinite(Diverged):
 class IndivisibleMemory(Exception):
     """Parts of a step that several processes can't compute at once."""
 
-    hint = "train it in one process: `mechdsl fit FILE`"
+    hint = ONE_PROCESS_HINT
 
     def __init__(self, names: Iterable[str]) -> None:
         reason = f"its losses may change {name_list(names)} one after another"

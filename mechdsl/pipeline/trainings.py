@@ -37,7 +37,7 @@ from mechdsl.execute.run_record import (
     TrainedFit,
     VectorReport,
 )
-from mechdsl.fits.processes import Processes, own_processes
+from mechdsl.fits.processes import ONE_PROCESS_HINT, Processes, own_processes
 from mechdsl.pipeline.identities import RunKeyError
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.pipeline.trained_files import (
@@ -226,11 +226,11 @@ def _undivided(fit: DeclaredFit, processes: Processes) -> Diagnostic | None:
     trainer = training.trainer
     if isinstance(trainer, SolvedTrainer | PairedTrainer | ProbeTrainer):
         reason = f"`{trainer.name}` uses all vectors together, so {count} processes can't divide it"
-        return _failed(fit, reason, "train it in one process: `mechdsl fit FILE`")
+        return _failed(fit, reason, ONE_PROCESS_HINT)
     indivisible, parts = trainer.check_parts(training.of_trainer), training.options["accumulate"]
     if indivisible is not None:
         reason = f"{count} processes can't divide a step: {indivisible[0]}"
-        return _failed(fit, reason, "train it in one process: `mechdsl fit FILE`")
+        return _failed(fit, reason, ONE_PROCESS_HINT)
     if int(parts) >= count:
         return None
     has = "one batch" if parts == 1 else f"{parts} batches"

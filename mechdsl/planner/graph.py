@@ -402,7 +402,7 @@ def unpatched_forward(experiment: ResolvedExperiment, run: str) -> ForwardNode:
         text = there.prompts or "clean"
     s = experiment.spec
     keep = tuple(measure.text for measure in experiment.keep)
-    behind, changed_by = experiment.table.behind, experiment.table.changed_by
+    behind, changed_by = experiment.table.replies_of, experiment.table.changed_by
     encode = EncodeNode(
         *(s.prompts, s.part, s.limit, keep, text, behind, changed_by), kept_by=experiment.keep
     )
@@ -527,7 +527,7 @@ def _fit_reads(
         for sample in fit.samples:
             key = id(sample.table), id(sample.run.rows)
             model = sample.run.model or experiment.model.key
-            behind, changed_by = sample.table.behind, sample.table.changed_by
+            behind, changed_by = sample.table.replies_of, sample.table.changed_by
             encode = EncodeNode(
                 sample.table.name, None, None, (), sample.run.name, behind, changed_by
             )

@@ -48,7 +48,7 @@ def token_conventions(
     if tokenizer.starts:
         before = " ".join(quote(tokenizer.token_text(each)) for each in tokenizer.starts)
         out["decoder"] = f"begins with {before}; the encoder reads the prompt"
-        before = "the reply" if table.behind else f"{before} in the decoder"
+        before = "the reply" if table.replies_of else f"{before} in the decoder"
     for name in rows[0].texts if rows else ():
         lengths = sorted({len(row.texts[name].ids) for row in rows})
         if lengths == [0]:

@@ -251,7 +251,7 @@ def add_stand_in_replies(table: PromptTable, said: str, tokens: int) -> PromptTa
         f"up to {count_noun(tokens, 'token')} after each prompt, {said}: known only after that run"
     )
     conventions = {**table.conventions, "replies": words}
-    return replace(table, runs=runs, alone=table, behind=said, conventions=conventions)
+    return replace(table, runs=runs, alone=table, replies_of=said, conventions=conventions)
 
 
 def add_replies(
@@ -287,7 +287,7 @@ def add_replies(
         row_keys=tuple(compress(table.row_keys, keep)),
         runs=runs,
         alone=table,
-        behind=said,
+        replies_of=said,
         moved=(),
         moved_text="",
         dealt=table.dealt if all(keep) else (),

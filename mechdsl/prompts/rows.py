@@ -627,7 +627,7 @@ class PromptTable(Record):
     """Corruptions that leave some row unchanged; such rows are dropped where they are used."""
     changed_by: tuple[str, ...] = ()
     """The corruptions in `unchanged` that are used; each of them changes all rows of the table."""
-    behind: str = ""
+    replies_of: str = ""
     """Source of the replies after the prompts, as written: `replies of writes(c: 1)`."""
     classes: tuple[str, ...] = ()
     """Labels that distinguish its images: the texts of a `classes` line."""

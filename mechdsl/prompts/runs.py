@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -149,14 +149,10 @@ class RunRow(Record):
         """Return the name of a token of an image, as the language writes it; None for others."""
         return next((each.label(token) for each in self.placed_pictures if each.cell(token)), None)
 
-    def image_places(self, name: str, of: str | None = None) -> list[tuple[int, ...]]:
+    def image_places(self, name: str) -> list[tuple[int, ...]]:
         """Return the tokens of an image at each of its occurrences, of each occurrence of a region,
         or of all frames of a video."""
-        own = self.pictures_of(name, of)
-        found = [tokens for each in own for tokens in each.places(name)]
-        if own and name == own[0].video:
-            return [tuple(token for tokens in found for token in tokens)]
-        return found
+        return list_places(name, ((each, None) for each in self.pictures_of(name)))
 
 
 @record
@@ -202,6 +198,22 @@ class PlacedPicture(Record):
         if tiles is not None:
             chosen = [[each for each in own if cells[each].tile in tiles] for own in chosen]
         return [tuple(self.first + token for token in tokens) for tokens in chosen if tokens]
+
+
+def list_places(
+    name: str, pictures: Iterable[tuple[PlacedPicture, Collection[int] | None]]
+) -> list[tuple[int, ...]]:
+    """Return the tokens of each image, of each occurrence of a region, or of all frames of a video.
+
+    Args:
+        name: The name of the images, of the region or of the video.
+        pictures: The images with the name, and their tiles as in `PlacedPicture.places`.
+    """
+    given = list(pictures)
+    found = [tokens for own, tiles in given for tokens in own.places(name, tiles)]
+    if found and name == given[0][0].video:
+        return [tuple(token for tokens in found for token in tokens)]
+    return found
 
 
 @record

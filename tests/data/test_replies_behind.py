@@ -46,7 +46,7 @@ def test_tokens_stay_as_they_were_written(name: str) -> None:
     found, problems = add_replies(made, replies, tokenizer, SAID)
     assert not [each for each in problems if each.severity == "error"]
     assert remove_replies(found) is made
-    assert found.behind == SAID
+    assert found.replies_of == SAID
     assert found.row_ids == (made.row_ids[0], made.row_ids[2])
     assert found.row_keys == (made.row_keys[0], made.row_keys[2])
     assert [row.id for row in found.sources] == list(found.row_ids)

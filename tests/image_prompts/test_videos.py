@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from shutil import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,10 +64,10 @@ def tokens(
     return [1 + frame * CELLS + row * GRID + col for row in rows for col in cols]
 
 
-def changed(number: int, **edits: object) -> float:
+def changed(number: int, **edits: Any) -> float:
     """The difference of logits in a changed prompt under these edits."""
     given = inputs(number, (number + 1) % 4)
-    logits = support.bare("llava").run(given, **edits)  # type: ignore[arg-type]
+    logits = support.bare("llava").run(given, **edits)
     return difference("llava", logits, number)
 
 

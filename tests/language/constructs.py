@@ -50,7 +50,7 @@ class Construct:
     """A paper with its number, or `this page`."""
     test: str
     """The file that holds its meaning."""
-    beside: str = ""
+    context: str = ""
     """Lines of the same block that the example needs."""
 
 
@@ -76,11 +76,11 @@ def _image(
 
 
 def _in_prompt(
-    name: str, example: str, meaning: str, beside: str = "", test: str = "test_blocks.py"
+    name: str, example: str, meaning: str, context: str = "", test: str = "test_blocks.py"
 ) -> None:
     """A line of a block of prompts that contain images."""
     test = f"tests/image_prompts/{test}"
-    _construct(Construct(name, "image in prompts", example, meaning, OWN, test, beside))
+    _construct(Construct(name, "image in prompts", example, meaning, OWN, test, context))
 
 
 def _in_image(name: str, example: str, meaning: str) -> None:
@@ -97,14 +97,14 @@ def _file(name: str, example: str, meaning: str, test: str, source: str = OWN) -
 
 
 def _prompts(
-    name: str, example: str, meaning: str, test: str, source: str = OWN, beside: str = ""
+    name: str, example: str, meaning: str, test: str, source: str = OWN, context: str = ""
 ) -> None:
-    _construct(Construct(name, "prompts", example, meaning, source, test, beside))
+    _construct(Construct(name, "prompts", example, meaning, source, test, context))
 
 
-def _position(name: str, example: str, meaning: str, beside: str = "") -> None:
+def _position(name: str, example: str, meaning: str, context: str = "") -> None:
     test = "tests/execute/test_positions.py"
-    _construct(Construct(name, "position", example, meaning, OWN, test, beside))
+    _construct(Construct(name, "position", example, meaning, OWN, test, context))
 
 
 def _answer_position(name: str, example: str, meaning: str) -> None:
@@ -116,8 +116,8 @@ def _site(name: str, example: str, meaning: str, test: str, source: str = OWN) -
     _construct(Construct(name, "site", example, meaning, source, test))
 
 
-def _rule(name: str, example: str, meaning: str, source: str, test: str, beside: str = "") -> None:
-    _construct(Construct(name, "rule", example, meaning, source, test, beside))
+def _rule(name: str, example: str, meaning: str, source: str, test: str, context: str = "") -> None:
+    _construct(Construct(name, "rule", example, meaning, source, test, context))
 
 
 def _onward(name: str, example: str, meaning: str, source: str, test: str) -> None:
@@ -125,16 +125,16 @@ def _onward(name: str, example: str, meaning: str, source: str, test: str) -> No
 
 
 def _experiment(
-    name: str, example: str, meaning: str, test: str, source: str = OWN, beside: str = ""
+    name: str, example: str, meaning: str, test: str, source: str = OWN, context: str = ""
 ) -> None:
-    _construct(Construct(name, "experiment", example, meaning, source, test, beside))
+    _construct(Construct(name, "experiment", example, meaning, source, test, context))
 
 
 def _expectation(
-    name: str, example: str, meaning: str, test: str = "", source: str = OWN, beside: str = ""
+    name: str, example: str, meaning: str, test: str = "", source: str = OWN, context: str = ""
 ) -> None:
     test = test or "tests/results/test_expectations.py"
-    _construct(Construct(name, "expectation", example, meaning, source, test, beside))
+    _construct(Construct(name, "expectation", example, meaning, source, test, context))
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -806,7 +806,7 @@ _prompts(
     "token`.",
     "tests/data/test_shots.py",
     VECTORS,
-    beside='rows "facts.jsonl"',
+    context='rows "facts.jsonl"',
 )
 _prompts(
     "shuffled shots",
@@ -816,7 +816,7 @@ _prompts(
     "text changes.",
     "tests/data/test_shots.py",
     VECTORS,
-    beside='template "{shots} Count 1:" colour in ["red", "green"] '
+    context='template "{shots} Count 1:" colour in ["red", "green"] '
     'shots = list("{item} {colour}", 4, sep: " ")',
 )
 _prompts(
@@ -877,14 +877,14 @@ _prompts(
     "rename { thing = object }",
     "Renames columns: new name = column.",
     "tests/data/test_files.py",
-    beside='rows "facts.jsonl"',
+    context='rows "facts.jsonl"',
 )
 _prompts(
     "rename a quoted column",
     'rename { thing = "object" }',
     "A column in quotes may have spaces, signs or any other characters in its name.",
     "tests/data/test_odd_tables.py",
-    beside='rows "facts.jsonl"',
+    context='rows "facts.jsonl"',
 )
 _prompts("where", "where count > 3", "Keeps only rows that satisfy the condition.", _ROWS)
 _prompts(
@@ -926,7 +926,7 @@ _prompts(
     "span object in prompt",
     "The position of the text of one column within that of another.",
     "tests/data/test_positions.py",
-    beside='rows "facts.jsonl"',
+    context='rows "facts.jsonl"',
 )
 _prompts(
     "named span",
@@ -993,7 +993,7 @@ _position(
     "separators",
     "each sep of fruits token",
     "The separators of a list, with one run each.",
-    beside="prompts commas limit 4",
+    context="prompts commas limit 4",
 )
 _position("literal", '"Count" token', "The last occurrence of a literal text.")
 _position("inside another", "last-item of fruits token", "An occurrence within another span.")
@@ -1170,7 +1170,7 @@ _rule(
     "Holds the value of the base run while other rules change preceding components.",
     MEDIATION,
     _TRANSPLANTS,
-    beside="patch layer 0 head 1 at last-item token",
+    context="patch layer 0 head 1 at last-item token",
 )
 _rule(
     "set to a number",
@@ -1533,7 +1533,7 @@ _rule(
     _PATHS,
 )
 _rule(
-    "path beside rules",
+    "path context rules",
     "ablate L1H2 at last token with zero  path layer 0 head * -> q layer 2 head * at last token",
     "The other rules define the model in which the path is patched. They act in the pass that "
     "provides the held values, in the pass with the patched senders, and in the final pass. "
@@ -2152,7 +2152,7 @@ _experiment(
     "receives all rows that remain after `keep`.",
     "tests/rules/test_derived_runs.py",
     "McGrath et al. 2023 (arXiv 2307.15771)",
-    beside="expect accuracy(healed) > 0",
+    context="expect accuracy(healed) > 0",
 )
 _experiment(
     "save",
@@ -2232,7 +2232,7 @@ _experiment(
     "every row of the other.",
     "tests/elsewhere/test_blocks.py",
     SCOPES,
-    beside="patch resid_post layer * at last-item token onto last token",
+    context="patch resid_post layer * at last-item token onto last token",
 )
 _experiment(
     "from block shuffled into block",
@@ -2241,7 +2241,7 @@ _experiment(
     "the same values, rows paired by number have equal values, and the result can't show which "
     "run determines the output (W0704).",
     "tests/elsewhere/test_shuffled_blocks.py",
-    beside="patch resid_post layer * at last-item token",
+    context="patch resid_post layer * at last-item token",
 )
 _experiment(
     "from model into model",
@@ -2278,7 +2278,7 @@ for _estimator in dict(ESTIMATORS.items()).values():
         if _estimator.place == "attention"
         else "tests/rules/test_estimates.py",
         _estimator.source,
-        beside="" if _estimator.is_effect else "measure logit(answer) as raw",
+        context="" if _estimator.is_effect else "measure logit(answer) as raw",
     )
 _experiment(
     "generate",
@@ -2353,7 +2353,7 @@ _experiment(
     "statistics over all rows aren't available. `save` writes the vectors of a run without "
     "rules, for each sample.",
     "tests/rules/test_in_replies.py",
-    beside="generate 8",
+    context="generate 8",
 )
 _experiment(
     "replies behind prompts",
@@ -2433,7 +2433,7 @@ _experiment(
     "plots the curve of a measure without `auc`.",
     "tests/images/test_maps.py",
     DELETION,
-    beside="for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero }",
+    context="for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero }",
 )
 _experiment(
     "loop in measure",
@@ -2540,7 +2540,7 @@ _expectation(
     "expect accuracy(clean, model: toy) > 0.9",
     "The same for one model of an experiment on several models. Each model has its own accuracy.",
     "tests/execute/test_accuracies.py",
-    beside="model toy, twin",
+    context="model toy, twin",
 )
 _expectation(
     "expect pearson",
@@ -2580,7 +2580,7 @@ _expectation(
     "the range of the axis.",
     "tests/onward/test_curves.py",
     DELETION,
-    beside="for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero } "
+    context="for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero } "
     "measure prob(answer) as raw",
 )
 
@@ -2730,7 +2730,7 @@ _in_prompt(
     "All images of an `images` block are possible except `mean of`. The model's own processor of "
     "transformers prepares it, and the tokens that it writes are positions of the prompt. Several "
     "images need several names. Each distinct image passes through the vision encoder once.",
-    beside='kind in ["circle", "square"] template "{photo} What is this?"',
+    context='kind in ["circle", "square"] template "{photo} What is this?"',
     test="test_rules.py",
 )
 _in_prompt(
@@ -2741,7 +2741,7 @@ _in_prompt(
     "as images in a row, prepared by its image processor. Models with a video processor are "
     "E0459. `frame 2 tokens`, `each frame tokens` and `frame 2 row 3 col 4 token` are positions; "
     "with several videos, add `of clip`. `clip tokens` are those of all frames.",
-    beside='kind in ["circle", "square"] template "{clip} What moves?"',
+    context='kind in ["circle", "square"] template "{clip} What moves?"',
     test="test_videos.py",
 )
 _in_prompt(
@@ -2749,7 +2749,7 @@ _in_prompt(
     "image from circles",
     "With `{image}` in the template, the prompts contain the images of a block. They have its "
     "rows, values, regions and corruptions, combined with their own.",
-    beside='template "{image} What is this?"',
+    context='template "{image} What is this?"',
 )
 _in_prompt(
     "region of an image in a prompt",
@@ -2757,7 +2757,7 @@ _in_prompt(
     "As in an `images` block. `object tokens` are the tokens that read a part of it: of their "
     "part of the image, divided into 8 x 8, one lies at least half in the region. `of photo` is "
     "needed only for prompts with several images.",
-    beside='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
+    context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
 )
 _in_prompt(
     "tile of an image in a prompt",
@@ -2768,7 +2768,7 @@ _in_prompt(
     "from 1 in reading order; an image that isn't cut is `tile 1`. With a region, "
     "`object tile 2 tokens` are its tokens in that tile. In `for t in 1..4`, images with fewer "
     "tiles leave the cell.",
-    beside='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
+    context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
     test="test_families.py",
 )
 _in_prompt(
@@ -2778,7 +2778,7 @@ _in_prompt(
     "passes them, and the template writes the tokens around images and the white space next to "
     "them; some templates write all images of a turn first. Other templates get one text. The "
     "span of the turn (`user tokens`) contains its images.",
-    beside='image photo = shapes(n: 1, kind: "circle")',
+    context='image photo = shapes(n: 1, kind: "circle")',
     test="test_chats.py",
 )
 _in_prompt(
@@ -2786,7 +2786,7 @@ _in_prompt(
     "corrupt other { kind = other(kind) }",
     "The image of another row: another value of the column or list that the `image` line names, "
     "drawn with the seed, never the row's own. The texts stay those of the row.",
-    beside='kind in ["circle", "square"] image photo = "{kind}.png" '
+    context='kind in ["circle", "square"] image photo = "{kind}.png" '
     'template "{photo} What is this?"',
 )
 _in_prompt(
@@ -2795,7 +2795,7 @@ _in_prompt(
     "Makes the image gray; `blur photo radius 8`, `noise photo by 40`, regions and `swap` work "
     "as in an `images` block, but patches can't be changed. `swap photo_1, photo_2` exchanges "
     "two images.",
-    beside='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
+    context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
 )
 _in_image(
     "a patch",

@@ -372,12 +372,12 @@ def on_top(example: str) -> str:
 
 def written(entry: Construct) -> str:
     """The example of a construct in a file."""
-    beside = (entry.beside,) if entry.beside else ()
+    context = (entry.context,) if entry.context else ()
     match entry.group:
         case "file":
             return on_top(entry.example)
         case "prompts":
-            return in_block(entry.example, *beside)
+            return in_block(entry.example, *context)
         case "image" | "image position":
             return of_images(entry)
         case "image in prompts":
@@ -387,11 +387,13 @@ def written(entry: Construct) -> str:
         case "class":
             return CLASSIFIED.replace("MODEL", "classifier").replace("LINE", entry.example)
         case "position":
-            return in_experiment(f"ablate resid_post layer 1 at {entry.example} with zero", *beside)
+            return in_experiment(
+                f"ablate resid_post layer 1 at {entry.example} with zero", *context
+            )
         case "site":
             return in_experiment(f"patch {entry.example} at last token")
         case _:
-            file = in_experiment(entry.example, *beside)
+            file = in_experiment(entry.example, *context)
             return seeded(file) if " with temperature" in entry.example else file
 
 
@@ -465,7 +467,7 @@ def in_image_prompts(entry: Construct) -> str:
         "mech 1",
         'model m = local("vlm")',
         *([block] if from_block else []),
-        f'prompts ask {{ {entry.beside} {line} answer " yes" }}',
+        f'prompts ask {{ {entry.context} {line} answer " yes" }}',
         "experiment e {",
         "  model m",
         "  prompts ask limit 8",

@@ -11,7 +11,7 @@ import copy
 import inspect
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from ..rules.circuits import circuit_pass
 from ..rules.models import WITHOUT_NORMS, bare, double
 from ..rules.support import rows, tokens
 from ..rules.test_ablated_circuits import Case, fills, named, shape_of
+from . import test_trained_masks as masks
 from .test_trained_masks import (
+    QUICK,
     chosen_sites,
     shift_by_hand,
     trained_by_hand,
@@ -56,22 +58,10 @@ from .test_trained_rotations import (
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 HERE = ("llama", "gpt2", "gpt_neox", "llama" + WITHOUT_NORMS)
-QUICK = "steps: 6, batch: 2, rate: 0.3, validation: 25%"
 PAIR = "{cue token, last token}"
 
 
-def fit(
-    options: str = QUICK,
-    *,
-    mask: str = "size: 3",
-    source: str = "from: other",
-    objective: str = f"maximise: {LOSS}",
-    at: str = f" at {PAIR}",
-    name: str = "c",
-) -> str:
-    call = f"fit(mask({mask}), prompts: p, {source}, {objective}, {options})"
-    return f"circuit {name} = {call}{at}\n"
-
+fit = partial(masks.fit, word="circuit", at=PAIR, name="c")
 
 PATCH = ("from turned into clean", "ablate c at last token with turned")
 PATCHES = experiment(*PATCH)
@@ -103,7 +93,7 @@ SOURCES = ("from: other", "with: zero", "with: mean")
 def test_loss_and_gradient(at: str, side: Any, family: str, source: str, tmp_path: Path) -> None:
     """Of every row, in ragged batches of two rows, each with its own gates."""
     options = QUICK.replace("25%", "0%")
-    path = write(tmp_path, fit(options, source=source, at=f" at {at}"), PATCHES)
+    path = write(tmp_path, fit(options, source=source, at=at), PATCHES)
     mask, found = training_rows(path, double(family), side)
     every = edges_of(mask)
     random = torch.Generator().manual_seed(5)
@@ -339,7 +329,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "keep": {"mask": "size: 3, keep: true"},
     "steps": {"options": QUICK.replace("6", "7")},
     "seed": {"options": f"{QUICK}, seed: 1"},
-    "position": {"at": " at cue token"},
+    "position": {"at": "cue token"},
     "source": {"source": "from: turned"},
     "zero": {"source": "with: zero"},
     "mean": {"source": "with: mean"},

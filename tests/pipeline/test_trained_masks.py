@@ -63,9 +63,10 @@ def fit(
     objective: str = f"maximise: {LOSS}",
     at: str = f"{HEADS} at last token",
     name: str = "g",
+    word: str = "group",
 ) -> str:
     call = f"fit(mask({mask}), prompts: p, {source}, {objective}, {options})"
-    return f"group {name} = {call} at {at}\n"
+    return f"{word} {name} = {call}" + (f" at {at}\n" if at else "\n")
 
 
 PATCH = ("from turned into clean", "patch g at last token")

@@ -255,6 +255,18 @@ def select_row_logits(model: LoadedModel, logits: Tensor, rows: Ints) -> Tensor:
     return logits[array_to_device(rows, logits.device)] if has_single_output(model) else logits
 
 
+def find_tokens(known: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the index of each token in a list, and whether it is in it; both have the shape of
+    `ids`. The index of other tokens is some index.
+
+    Args:
+        known: [N] ascending, N at least 1.
+        ids: Tokens.
+    """
+    at = torch.searchsorted(known, ids.contiguous()).clamp(max=len(known) - 1)
+    return at, known[at] == ids
+
+
 @dataclass(frozen=True, eq=False)
 class ImageTokenTable:
     """How a model reads the tokens of its images, in addition to their vectors.
@@ -276,9 +288,8 @@ class ImageTokenTable:
     """Whether tokens of an image attend to later tokens of the image."""
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the indices of tokens of images, and which tokens are; both like `ids`."""
-        at = torch.searchsorted(self.tokens, ids.contiguous()).clamp(max=len(self.tokens) - 1)
-        return at, self.tokens[at] == ids
+        """Return `find_tokens` of tokens of images."""
+        return find_tokens(self.tokens, ids)
 
     def number(self, ids: Tensor, mask: Tensor) -> Tensor | None:
         """Return [3, B, T] position ids of tokens [B, T]; None if they are counted."""

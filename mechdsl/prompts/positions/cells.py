@@ -223,7 +223,7 @@ def reply_cells(
     Before the reply is generated, the cells hit the final prompt token.
     """
     rows = table.runs[run].rows
-    there = table.behind != ""
+    there = table.replies_of != ""
     if there:
         replies = ReplyTokens(max((_length(row) for row in rows), default=0), *_ALL_EMPTY)
     places = _Places(position, replies, table)

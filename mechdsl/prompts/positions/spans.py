@@ -39,6 +39,7 @@ from mechdsl.prompts.runs import (
     SpanOccurrence,
     TokenMap,
     find_text,
+    list_places,
 )
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import SPECIAL_ROLES, TextTokenizer
@@ -289,13 +290,8 @@ class SpanFinder:
         if name in m.row.places and ref.view is None:
             return [SpanOccurrence(0, 0, tokens) for tokens in m.row.places[name]]
         pictures = self.pictures_of(n, ref)
-        of_image = [
-            tokens
-            for own in pictures
-            for tokens in own.places(name, self.tiles_of(ref, own.picture.expansion))
-        ]
-        if of_image and name == pictures[0].video:
-            of_image = [tuple(token for tokens in of_image for token in tokens)]
+        tiles = (self.tiles_of(ref, own.picture.expansion) for own in pictures)
+        of_image = list_places(name, zip(pictures, tiles, strict=True))
         if of_image or ref.view is not None:
             return [SpanOccurrence(0, 0, tokens) for tokens in of_image]
         if ref.literal is not None:

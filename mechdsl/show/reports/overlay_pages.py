@@ -193,10 +193,10 @@ def image_maps(each: ShadedPrompt, seen: SeenImage, write: Callable[[float], str
     maps: list[tuple[str, Floats]] = []
     others = [n for n in range(*seen.span) if n not in seen.tokens]
     for title, values in each.rows:
-        beside = [
+        numbers = [
             f"{each.tokens[n]}: {write(values[n])}" for n in others if math.isfinite(values[n])
         ]
-        named = " · ".join(part for part in (title, *beside) if part)
+        named = " · ".join(part for part in (title, *numbers) if part)
         patches = np.array([values[n] for n in seen.tokens]).reshape(seen.rows, seen.cols)
         maps.append((named or "effect", patches))
     alone = len(each.tokens) == len(range(*seen.span))
