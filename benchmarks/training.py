@@ -112,6 +112,11 @@ def read_by_hook(module: Any, ids: Tensor) -> Tensor:
     return torch.cat(caught)
 
 
+def read_chunks(vectors: Any) -> Tensor:
+    """Return [vector, width]: all chunks of a training."""
+    return torch.cat([vectors.chunk(number)[0] for number in range(vectors.chunks)])
+
+
 def train_bare(vectors: Tensor, start: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
     """Train as the package does, written down in PyTorch."""
     from mechdsl.base.hashing import stable_hash
@@ -124,7 +129,7 @@ def train_bare(vectors: Tensor, start: dict[str, Tensor], steps: int) -> dict[st
         if step % count == 0:
             random = torch.Generator()
             random.manual_seed(stable_hash(0, "order", step // count) % 2**63)
-            order = torch.randperm(len(vectors), generator=random)
+            order = torch.randperm(len(vectors), generator=random).to(vectors.device)
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * min(1.0, (1 - step / steps) / 0.2)
         at = step % count * BATCH
@@ -210,7 +215,7 @@ def report(module: Any, vectors: Any, steps: int, rounds: int) -> None:
     read, hook = [], []
     found = expected = torch.zeros(0)
     for _ in range(rounds):
-        own, found = timed(lambda: replace(vectors).chunk(0)[0])  # without the chunk that it keeps
+        own, found = timed(lambda: read_chunks(replace(vectors)))  # without the chunk that it keeps
         by_hook, expected = timed(lambda: read_by_hook(module, ids))
         read.append(own)
         hook.append(by_hook)

@@ -168,18 +168,39 @@ ENVIRONMENT_VARIABLES = (
 """Variables of linear algebra libraries that select instructions and precisions."""
 
 
+@contextmanager
+def exact_convolutions() -> Generator[None]:
+    """Compute float32 convolutions in float32 inside the block.
+
+    On GPUs, PyTorch by default rounds their inputs to 10 bits (TF32). In a vision tower whose
+    patches are embedded by a convolution, logits then differ in the second decimal.
+    """
+    cudnn: Any = import_module("torch").backends.cudnn
+    try:
+        flags, name, exact = cudnn, "allow_tf32", False
+        before = cudnn.allow_tf32
+    except RuntimeError:  # `fp32_precision` was set for convolutions alone
+        flags, name, exact = cudnn.conv, "fp32_precision", "ieee"
+        before = flags.fp32_precision
+    setattr(flags, name, exact)
+    try:
+        yield
+    finally:
+        setattr(flags, name, before)
+
+
 def numeric_settings() -> dict[str, str]:
     """Return the settings that differ from PyTorch's defaults; empty without changes.
 
-    The number of threads is omitted: results are equal up to rounding for any number.
+    The number of threads is omitted: results are equal up to rounding for any number. So is the
+    precision of convolutions: see `exact_convolutions`.
     """
     found = {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
     torch: Any = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "backends"):
         return found
     now = {
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "tf32 in convolutions": torch.backends.cudnn.allow_tf32,
+        "matmul precision": _matmul_precision(torch),
         "reduced-precision reductions in float16": (
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
         ),
@@ -205,6 +226,14 @@ def numeric_settings() -> dict[str, str]:
     return found
 
 
+def _matmul_precision(torch: Any) -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # `fp32_precision` was set for some devices or operations
+        gpu, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        return f"{gpu.fp32_precision} on GPUs, {cpu.fp32_precision} on CPUs"
+
+
 def active_torch_mode() -> str | None:
     """Return the class of an active PyTorch mode that may change any function's result, or None.
 
@@ -224,7 +253,6 @@ def active_torch_mode() -> str | None:
 
 _USUAL: dict[str, object] = {
     "matmul precision": "highest",
-    "tf32 in convolutions": True,
     "reduced-precision reductions in float16": True,
     "reduced-precision reductions in bfloat16": True,
     "default dtype": "torch.float32",

@@ -273,10 +273,15 @@ class Training:
             moments = {key: f"{key} {name}" for key in ("step", "exp_avg", "exp_avg_sq")}
             if moments["step"] in tensors:  # a parameter without a gradient has none
                 own = {key: tensors[moment] for key, moment in moments.items()}
+                # Adam counts steps on the CPU.
+                own |= {key: own[key].to(tensor.device) for key in ("exp_avg", "exp_avg_sq")}
                 self._optimiser.state[tensor] = own
         start = "best "
+        device = next(iter(self.model.parameters.values())).device
         self._best = {
-            name.removeprefix(start): own for name, own in tensors.items() if name.startswith(start)
+            name.removeprefix(start): own.to(device)
+            for name, own in tensors.items()
+            if name.startswith(start)
         }
         self.state = TrainingState.read(state.numbers(), {})
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mechdsl.base.files import package_digest
 from mechdsl.base.hashing import digest
-from mechdsl.base.runtime import numeric_settings
+from mechdsl.base.runtime import exact_convolutions, numeric_settings
 from mechdsl.base.source import Source
 from mechdsl.base.text import name_list
 from mechdsl.checks.file_check import (
@@ -666,8 +666,9 @@ def run_checked(
     models, diagnostics = load_needed_models(checked, options, loaded, hashed, notes)
     if models is None:
         return None, diagnostics
-    kept = None if run is None else open_value_cache(run, checked, models, options)
-    return _run(checked, models, options, diagnostics, kept, counts)
+    with exact_convolutions():
+        kept = None if run is None else open_value_cache(run, checked, models, options)
+        return _run(checked, models, options, diagnostics, kept, counts)
 
 
 def measure_unpatched(
@@ -680,7 +681,8 @@ def measure_unpatched(
     if models is None or not unpatched:
         return {}, diagnostics
     plan = make_plan(unpatched, without=options.without)
-    execution = execute(plan, models, options.execution, check=check_denominators)
+    with exact_convolutions():
+        execution = execute(plan, models, options.execution, check=check_denominators)
     found = {key: values for key, values in execution.measured.items() if key not in execution.lost}
     return found, [*diagnostics, *execution.diagnostics]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from mechdsl.base.runtime import exact_convolutions
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.checks.objectives import (
     ResolvedObjective,
@@ -132,7 +133,7 @@ class Objective:
         order = np.argsort(chosen)
         index = torch.from_numpy(order).to(whole.device)
         try:
-            with self._guard():
+            with self._guard(), exact_convolutions():
                 values = self._run.values(whole[index], chosen[order], self._mode)
         except AutogradFailed as failed:
             found = describe_autograd_failure(self._resolved, str(failed))
@@ -201,11 +202,12 @@ def open_objective(
     if models is None:
         raise MechdslError(problems)
     own = resolved.experiment, resolved.point, resolved.cell
-    try:
-        run = ObjectiveRun(*own, models, options.execution)
-    except ObjectiveFailed as failed:
-        raise MechdslError(failed.problems) from failed
-    rule = run.find_overwriting_rule()
-    if rule is not None:
-        raise MechdslError(describe_overwrite(resolved, rule))
-    return Objective(resolved, run, request.mode, guard), problems
+    with exact_convolutions():
+        try:
+            run = ObjectiveRun(*own, models, options.execution)
+        except ObjectiveFailed as failed:
+            raise MechdslError(failed.problems) from failed
+        rule = run.find_overwriting_rule()
+        if rule is not None:
+            raise MechdslError(describe_overwrite(resolved, rule))
+        return Objective(resolved, run, request.mode, guard), problems

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechdsl.base.runtime import preserve_random_state
+from mechdsl.base.runtime import exact_convolutions, preserve_random_state
 from mechdsl.base.text import count_noun
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.diagnostics.command_line import BadCommandLine
@@ -187,7 +187,8 @@ def _train_ready(
         else:
             problems.append(_failed(fit, *UNSHARED_STORE))
     if due:
-        trained, found = _train_due(checked, options, loaded, due, store, on_progress)
+        with exact_convolutions():
+            trained, found = _train_due(checked, options, loaded, due, store, on_progress)
         done += trained
         problems += found
     return done, [*problems, *_undecided(done, fits)]

@@ -5,15 +5,27 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mechdsl.base.runtime import ENVIRONMENT_VARIABLES, active_torch_mode, numeric_settings
+import mechdsl
+from mechdsl.base.runtime import (
+    ENVIRONMENT_VARIABLES,
+    active_torch_mode,
+    exact_convolutions,
+    numeric_settings,
+)
+from mechdsl.forward.hooks import model
 
+from ..execute.support import word_tokenizer
 from ..quick import some
+from ..rules.models import bare
+from .test_trained_rotations import OTHER, PATCHES, SITE, fit, write
 
 
 @pytest.mark.parametrize(
@@ -45,7 +57,6 @@ SWITCHES: list[tuple[str, Callable[[bool], object]]] = [
     ("efficient attention", torch.backends.cuda.enable_mem_efficient_sdp),
     ("plain attention", torch.backends.cuda.enable_math_sdp),
     ("cudnn attention", torch.backends.cuda.enable_cudnn_sdp),
-    ("tf32 in convolutions", lambda on: setattr(torch.backends.cudnn, "allow_tf32", on)),
     ("cudnn benchmark", lambda on: setattr(torch.backends.cudnn, "benchmark", not on)),
 ]
 
@@ -59,6 +70,69 @@ def test_switches(name: str, switch: Callable[[bool], object]) -> None:
     finally:
         switch(True)
     assert numeric_settings() == before
+
+
+def test_a_precision_for_some_devices_counts() -> None:
+    """Then PyTorch has no answer for all devices."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this PyTorch has no precision for each device")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert numeric_settings()["matmul precision"].startswith("tf32 on GPUs, ")
+    finally:
+        matmul.fp32_precision = before
+    assert numeric_settings() == {}
+
+
+def test_convolutions_are_exact_and_the_setting_returns() -> None:
+    cudnn = torch.backends.cudnn
+    assert cudnn.allow_tf32
+    with pytest.raises(KeyError), exact_convolutions():
+        assert not cudnn.allow_tf32
+        raise KeyError
+    assert cudnn.allow_tf32
+
+
+def test_convolutions_are_exact_where_theirs_alone_is_set() -> None:
+    cudnn = torch.backends.cudnn
+    if not hasattr(cudnn, "conv"):
+        pytest.skip("this PyTorch has no precision for each operation")
+    before = cudnn.conv.fp32_precision
+    try:
+        cudnn.rnn.fp32_precision = "ieee"
+        with exact_convolutions():
+            assert cudnn.conv.fp32_precision == "ieee"
+        assert cudnn.conv.fp32_precision == before
+        assert numeric_settings() == {}
+    finally:
+        cudnn.rnn.fp32_precision = before
+    assert cudnn.allow_tf32
+
+
+def test_passes_compute_exact_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In trainings, runs and objectives."""
+    seen, call = list[bool](), model.call_module
+
+    def record(*given: Any) -> Any:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return call(*given)
+
+    monkeypatch.setattr(model, "call_module", record)
+    path = write(tmp_path, fit(), PATCHES, OTHER)
+    given, store = {"m": (bare("gpt2"), word_tokenizer())}, tmp_path / "store"
+    mechdsl.validate(path, given)  # proves the anatomy, once in a process
+    del seen[:]
+    counts = [0]
+    mechdsl.fit(path, given, store=store)
+    counts.append(len(seen))
+    mechdsl.run(path, given, store=store)
+    counts.append(len(seen))
+    mechdsl.objective(path, experiment="control", site=SITE, at="last token", models=given)
+    counts.append(len(seen))
+    assert sorted(set(counts)) == counts, "each has passes"
+    assert not any(seen)
 
 
 def test_autocast_counts_with_its_dtype() -> None:

@@ -32,7 +32,7 @@ def array_to_device(array: NDArray[Any], device: torch.device) -> Tensor:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Move a tensor to a device; copies to a GPU use pinned memory and don't block."""
     if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
+        tensor = tensor.contiguous().pin_memory()  # one that is expanded can't be pinned
     # On MPS, a copy that doesn't block may read memory that was freed in the meantime.
     return tensor.to(device, non_blocking=device.type != "mps")
 
