@@ -98,14 +98,14 @@ def test_parts_of_a_direction(family: str, mode: str, data: Path) -> None:
     assert effects[2] < 1e-4 < effects[1]
 
 
-def draw(width: int) -> torch.Tensor:
+def drawn(width: int) -> torch.Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(0))
 
 
 def test_one_head_has_its_part_of_the_map(data: Path) -> None:
     """A head's vectors are narrower than the stream, so that all of them is read."""
     width = plain("llama", rows()[0])["z", LAYER].shape[-1]
-    save_file({"d": draw(width)}, data / "d.safetensors")
+    save_file({"d": drawn(width)}, data / "d.safetensors")
     text = 'direction d = saved("d.safetensors", "d")\n'
     text += "basis whole = directions(d) at z layer 1 head 2\n"
     text += "basis read = row_space(d) at z layer 1 head 2\n"
@@ -140,7 +140,7 @@ def test_all_heads_together_have_a_null_space(data: Path) -> None:
     shape = plain("llama", rows()[0])["z", LAYER].shape
     width = shape[-1] * shape[-2]
     assert width > bare("llama").config.hidden_size
-    save_file({"d": draw(width)}, data / "d.safetensors")
+    save_file({"d": drawn(width)}, data / "d.safetensors")
     text = 'direction d = saved("d.safetensors", "d")\nbasis b = null_space(d) at z layer 1\n'
     rule = "from other into clean  patch z layer 1 in basis b at last token"
     found = run_file(text + experiment("e", rule), data, "llama", "planned")["e"]
