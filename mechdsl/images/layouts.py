@@ -269,6 +269,9 @@ class ImagePrompt(Record):
     def setting(self, name: str) -> Any:
         """Return a setting of the image preparation: the processor's has priority."""
         own: Mapping[str, Any] = getattr(self.processor, "images_kwargs", None) or {}
+        if not own:  # transformers until 5.17 has the defaults in a class of arguments
+            arguments = getattr(self.processor, "valid_processor_kwargs", None)
+            own = getattr(arguments, "_defaults", {}).get("images_kwargs", {})
         return own[name] if name in own else getattr(self.images, name, None)
 
     def library(self, name: str) -> Any:

@@ -175,7 +175,13 @@ def tower(*, normed: bool = False) -> dict[str, Stack]:
 
 
 row("llava", LLAVA, PLAIN, language(), tower())
-row("vipllava", {**LLAVA, "vision_feature_layer": [-2, -1]}, PLAIN, language(), tower())
+row(
+    "vipllava",
+    {**LLAVA, "vision_feature_layer": [-2, -1], "vision_feature_layers": [-2, -1]},  # older name
+    PLAIN,
+    language(),
+    tower(),
+)
 
 # --- Gemma ----------------------------------------------------------------------------------------
 

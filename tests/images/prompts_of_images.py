@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -336,6 +337,8 @@ def processor(name: str, backend: str = "Pil") -> Any:
             **family.also,
         )
     if name == "gemma3_pan":
+        if not hasattr(made, "images_kwargs"):
+            pytest.skip("this transformers has no settings of a processor's images")
         made.images_kwargs = {**made.images_kwargs, **PAN_AND_SCAN}
     return made
 

@@ -480,6 +480,21 @@ def test_changed_pixels_change_resampled_vectors_of_their_tile(shape: str) -> No
 # --- sizes ----------------------------------------------------------------------------------------
 
 
+def test_settings_of_earlier_libraries_are_defaults_of_arguments() -> None:
+    """transformers until 5.17 keeps a processor's settings of images in a class of arguments."""
+    made, size = vlm.processor("internvl"), (16, 32)
+    inputs = vlm.prompt(made, "<image>", [vlm.picture(*size)])
+    config = vlm.model("internvl").config
+    expected = image_layout(made, config, inputs, [size])
+    older: Any = type("InternVLProcessor", (), {})()
+    older.image_processor, older.tokenizer = made.image_processor, made.tokenizer
+    older.image_seq_length = made.image_seq_length
+    defaults = {"images_kwargs": {"crop_to_patches": True}}
+    older.valid_processor_kwargs = SimpleNamespace(_defaults=defaults)
+    assert image_layout(older, config, inputs, [size]) == expected
+    assert len(expected[0].tiles) > 1
+
+
 @pytest.mark.parametrize("name", vlm.FAMILIES)
 @pytest.mark.parametrize("backend", ["Pil", "torchvision"])
 def test_layout_has_number_of_tokens_of_processor_for_each_size(name: str, backend: str) -> None:
