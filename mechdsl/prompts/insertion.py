@@ -17,6 +17,7 @@ from mechdsl.prompts.block import PromptsBlock
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun, RunRow
+from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.prompts.values import TextSpan
@@ -72,10 +73,15 @@ def insert_tokens(
             lacking += 1
             continue
         index = min(hits) if change.before is not None else max(hits) + 1
+        images = _list_images(row, tokenizer)
+        index = _leave_marks(index, images)
         made = _insert(row, index, int(count.value), token, text)
         if made is None:
             reason = "is inside of a character of several tokens"
             hint = "name a position between two characters"
+            if any(first < index < end for first, end, _ in images):
+                reason = "is between the tokens of an image, which the model reads as a whole"
+                hint = "insert before or after the image, such as `before photo tokens`"
             return old, [*found, _bad(at, at.span.written, reason, hint)]
         rows.append(made)
     if lacking:
@@ -83,6 +89,33 @@ def insert_tokens(
         hint = "keep the prompts that have it with `where`, or name another position"
         return old, [*found, _bad(at, at.span.written, reason, hint)]
     return replace(old, rows=tuple(rows)), found
+
+
+def _list_images(row: RunRow, tokenizer: TextTokenizer) -> list[tuple[int, int, list[int]]]:
+    """Return the first token and the end of each image in a prompt, with the marks that its
+    processor writes around it, and the tokens that read the image."""
+    before, after = ((), ())
+    if isinstance(tokenizer, ImagePromptTokenizer):
+        before, after = tokenizer.image_marks
+    found: list[tuple[int, int, list[int]]] = []
+    for placed in row.placed_pictures:
+        expansion = placed.picture.expansion
+        first, end = placed.first, placed.first + len(expansion.ids)
+        # A mark joined with the text next to it is a token of the text.
+        for mark in reversed(before):
+            first -= first > 0 and row.special[first - 1] and row.ids[first - 1] == mark
+        for mark in after:
+            end += end < len(row.ids) and row.special[end] and row.ids[end] == mark
+        found.append((first, end, [placed.first + token for token in expansion.cell_of]))
+    return found
+
+
+def _leave_marks(index: int, images: Sequence[tuple[int, int, Sequence[int]]]) -> int:
+    """Move an index between an image and the tokens that its processor writes around it."""
+    for first, end, cells in images:
+        if first < index < end and cells:
+            index = first if index <= min(cells) else end if index > max(cells) else index
+    return index
 
 
 def insert_image_tokens(

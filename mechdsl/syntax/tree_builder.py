@@ -839,11 +839,12 @@ class TreeBuilder(Transformer[Token, Any]):
     )
 
     def further_span(self, c: list[Any]) -> ast.SpanRef:
-        counted = c[1:4]
-        variable = ast.Variable(str(c[1]), offset=_number_after_sign(c[2:4]), span=_span(counted))
-        occurrence = ast.Occurrence(variable, span=variable.span)
         of = _clauses(c).get("of")
-        return ast.SpanRef(str(c[0]), occurrence=occurrence, of=of, span=_span(c))
+        return ast.SpanRef(str(c[0]), occurrence=c[1], of=of, span=_span(c))
+
+    def further(self, c: list[Any]) -> ast.Occurrence:
+        variable = ast.Variable(str(c[0]), offset=_number_after_sign(c[1:]), span=_span(c))
+        return ast.Occurrence(variable, span=variable.span)
 
     def edge_span(self, c: list[Any]) -> Clause:
         edge, _, name = str(c[0]).partition("-")

@@ -116,6 +116,17 @@ def test_blocked_edges_between_frames_are_what_hooks_give(mode: str) -> None:
     agree(found["last"], from_last, ["k"])
 
 
+def test_ablated_cells_of_the_next_frame_are_what_hooks_give() -> None:
+    line = "ablate resid_post layer 0 at frame k + 1 row 1..2 col 3 tokens with zero"
+    found = run(experiment("e", "from clean into changed", f"for k in 1..2 {{ {line} }}"))["e"]
+    zero = torch.zeros(())
+    expected: dict[Key, Sequence[float]] = {
+        (k,): [changed(n, blocks={0: at(tokens(k, [0, 1], [2]), zero)}) for n in ROWS]
+        for k in (1, 2)
+    }
+    agree(found, expected, ["k"])
+
+
 def test_tokens_of_videos_frames_and_cells_have_labels() -> None:
     lines = ("each token of clip", "each token of frame 2", "frame * row 1 col 3 token")
     text = "".join(
@@ -220,8 +231,8 @@ RULE = "ablate resid_post layer 0 at {} with zero"
     ("position", "code", "told"),
     [
         ("frame row 1 col 1 token", "E0306", "each frame row … col … token"),
-        ("frame 4 tokens", "E0309", "frame 4"),
-        ("frame 4 row 1 col 1 token", "E0309", "frame 4"),
+        ("frame 4 tokens", "E0309", "each prompt has 3 frames"),
+        ("frame 4 row 1 col 1 token", "E0309", "each prompt has 3 frames"),
         ("frame 0 row 1 col 1 token", "E0309", "count from 1"),
         ("frame 3..2 row 1 col 1 token", "E0321", "3..2"),
         ("frame 1 row 4 col 1 token", "E0310", "3 rows and 3 columns"),

@@ -2739,10 +2739,22 @@ _in_prompt(
     "Frames in each prompt, in the order of the list or of the file names in a folder "
     '(`video clip = "{folder}"`); `{clip}` in the template is their place. The model reads them '
     "as images in a row, prepared by its image processor. Models with a video processor are "
-    "E0459. `frame 2 tokens`, `each frame tokens` and `frame 2 row 3 col 4 token` are positions; "
-    "with several videos, add `of clip`. `clip tokens` are those of all frames.",
+    "E0459. `frame 2 tokens`, `each frame tokens` and `frame 2 row 3 col 4 token` are positions, "
+    "also with a `for` variable (`frame k + 1 row 3 col 4 token`); with several videos, add "
+    "`of clip`. `clip tokens` are those of all frames.",
     context='kind in ["circle", "square"] template "{clip} What moves?"',
     test="test_videos.py",
+)
+_in_prompt(
+    "inserted tokens in a prompt with an image",
+    'corrupt longer { insert 4 tokens before photo tokens with " the" }',
+    "Adds placeholders before or after an image, or at any position of the text, as in "
+    "[Corruptions](#corruptions). Next to an image, they are outside of the tokens that the "
+    "processor writes around it; a position between the tokens of an image is E0207. Rules write "
+    "vectors at `inserted tokens`, also during generation, and `fit(soft_prompt(tokens: 4), …)` "
+    "trains them.",
+    context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
+    test="test_inserted_tokens.py",
 )
 _in_prompt(
     "images of a block",
@@ -2754,9 +2766,9 @@ _in_prompt(
 _in_prompt(
     "region of an image in a prompt",
     "region object of photo = mask",
-    "As in an `images` block. `object tokens` are the tokens that read a part of it: of their "
-    "part of the image, divided into 8 x 8, one lies at least half in the region. `of photo` is "
-    "needed only for prompts with several images.",
+    "A region as in an `images` block, whose `object tokens` are the tokens that read a part of "
+    "it: of their part of the image, divided into 8 x 8, one lies at least half in the region. "
+    "`of photo` is needed only for prompts with several images.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
 )
 _in_prompt(
@@ -2774,7 +2786,7 @@ _in_prompt(
 _in_prompt(
     "image in a chat",
     'chat { user "{photo} What is this?" }',
-    "An image in a turn. If the model's chat template takes lists of texts and images, mechdsl "
+    "An image in a turn; if the model's chat template takes lists of texts and images, mechdsl "
     "passes them, and the template writes the tokens around images and the white space next to "
     "them; some templates write all images of a turn first. Other templates get one text. The "
     "span of the turn (`user tokens`) contains its images.",
@@ -2784,17 +2796,17 @@ _in_prompt(
 _in_prompt(
     "mismatched image in a prompt",
     "corrupt other { kind = other(kind) }",
-    "The image of another row: another value of the column or list that the `image` line names, "
-    "drawn with the seed, never the row's own. The texts stay those of the row.",
+    "The image of another row, by another value of the column or list that the `image` line "
+    "names, drawn with the seed, never the row's own. The texts stay those of the row.",
     context='kind in ["circle", "square"] image photo = "{kind}.png" '
     'template "{photo} What is this?"',
 )
 _in_prompt(
     "changed image in a prompt",
     "corrupt hidden { mask photo }",
-    "Makes the image gray; `blur photo radius 8`, `noise photo by 40`, regions and `swap` work "
-    "as in an `images` block, but patches can't be changed. `swap photo_1, photo_2` exchanges "
-    "two images.",
+    "Changes an image as in an `images` block, except that patches can't be changed alone. "
+    "`mask` makes it gray; `blur photo radius 8`, `noise photo by 40`, regions and `swap` work "
+    "too. `swap photo_1, photo_2` exchanges two images.",
     context='image photo = shapes(n: 1, kind: "circle") template "{photo} What is this?"',
 )
 _in_image(

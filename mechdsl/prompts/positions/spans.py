@@ -71,6 +71,11 @@ def occurrence_hint(ref: ast.SpanRef, least: int, table: PromptTable, run: str) 
         return "name a position that both blocks have, or read one `onto` another"
     if any(row.image is not None for row in table.runs[run].rows[:1]) and ref.name == IMAGE_SPAN:
         return "each row has one: write `image row 1 col 1 token`, or `each token of image`"
+    if ref.name == FRAME_SPAN:
+        frames = [len(row.pictures_of(FRAME_SPAN, ref.of)) for row in table.runs[run].rows]
+        low, high = min(frames), max(frames)
+        between = f"{low} to " if low < high else ""
+        return f"each prompt has {between}{count_noun(high, 'frame')}"
     count = _count_of(ref, table)
     if count is None:
         return "keep rows that have it with `where`, or name another position"

@@ -117,6 +117,14 @@ class ImagePromptTokenizer(TextTokenizer):
             raise UnsupportedProcessor("the model's config names no image token")
         return number
 
+    @cached_property
+    def image_marks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens that the processor writes before and after the token of an image."""
+        text = self.image_text
+        [encoded] = super()._raw([text.written])
+        at = self._places(encoded, [text.written.index(text.token)])[0]
+        return encoded.ids[:at], encoded.ids[at + 1 :]
+
     @property
     def layout(self) -> ImageLayout:
         """How the model reads images. Raises UnsupportedProcessor."""
