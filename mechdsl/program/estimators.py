@@ -93,6 +93,9 @@ class GradientEstimator:
 
 ESTIMATORS: Registry[GradientEstimator] = Registry("estimator")
 
+ESTIMATOR_ALIASES = {"atp": "gradient_input"}
+"""Other words after `using` for estimators."""
+
 EstimatorT = TypeVar("EstimatorT", bound=GradientEstimator)
 
 
@@ -198,7 +201,8 @@ class GradientInput(_GradientTimesChange):
         "gradient × input; with `patch`, it is attribution patching. The base run determines "
         "where the gradient is taken. On images, `patch embed at each token of image` with "
         "`from neutral into scenes` is minus gradient × (input − neutral) at the image. With "
-        "`from scenes into neutral`, it is gradient × (input − neutral) at the neutral image."
+        "`from scenes into neutral`, it is gradient × (input − neutral) at the neutral image. "
+        "For rules in a basis, the written value is the vector with the changed coordinates."
     )
     source = "Shrikumar et al. 2016, arXiv 1605.01713; Nanda 2023, Attribution patching"
     convention = (

@@ -12,7 +12,7 @@ from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.experiments import BadControl
 from mechdsl.diagnostics.names import BadArgument, RepeatedStatement, UnknownWord
 from mechdsl.program import spec
-from mechdsl.program.estimators import ESTIMATORS, GradientEstimator
+from mechdsl.program.estimators import ESTIMATOR_ALIASES, ESTIMATORS, GradientEstimator
 from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.program.names import Namespace
 from mechdsl.program.spec import constant_value, whole_number_value
@@ -408,7 +408,7 @@ def _bad_control(call: ast.Call, reason: str, hint: str, work: Statements) -> No
     work.diagnostics.append(problem)
 
 
-PLANNED_ESTIMATORS = ("atp", "relp", "eap", "eap_ig")
+PLANNED_ESTIMATORS = ("relp", "eap", "eap_ig")
 """Estimators of the language that no stage executes yet."""
 
 
@@ -423,8 +423,8 @@ def lower_estimator(work: Statements) -> spec.Estimator | None:
     if name in PLANNED_ESTIMATORS:
         work.later(line.span, f"`using {name}`")
         return None
-    if name not in ESTIMATORS:
-        known = (*ESTIMATORS, *PLANNED_ESTIMATORS)
+    if ESTIMATOR_ALIASES.get(name, name) not in ESTIMATORS:
+        known = (*ESTIMATORS, *ESTIMATOR_ALIASES, *PLANNED_ESTIMATORS)
         hint = did_you_mean(name, known, f"write one of {', '.join(ESTIMATORS)}")
         problem = UnknownWord(span=named.span, kind="estimator", word=name, hint=hint)
         work.diagnostics.append(problem)
@@ -432,7 +432,7 @@ def lower_estimator(work: Statements) -> spec.Estimator | None:
     if line.verify:
         first, last = line.verify[0].span, line.verify[-1].span
         work.later(Span(first.source, first.start, last.end), "`verify`")
-    kind = ESTIMATORS[name]
+    kind = ESTIMATORS[ESTIMATOR_ALIASES.get(name, name)]
     steps, options = kind.steps, dict(kind.options)
     given: set[str | None] = set()
     for argument in arguments:

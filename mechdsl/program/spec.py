@@ -25,7 +25,12 @@ from typing import (
 from mechdsl.base.records import Record, keyword_record
 from mechdsl.base.source import Source, Span
 from mechdsl.base.text import Percent, count_noun
-from mechdsl.program.estimators import ESTIMATORS, GradientEstimator, call_text
+from mechdsl.program.estimators import (
+    ESTIMATOR_ALIASES,
+    ESTIMATORS,
+    GradientEstimator,
+    call_text,
+)
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
@@ -601,7 +606,7 @@ class Estimator(Spec):
     """`using integrated_gradients(steps: 32)`: effects are estimated from gradients, not run."""
 
     name: str
-    """Its name in `ESTIMATORS`."""
+    """Its word after `using`, a name or an alias of an estimator."""
     steps: int | None = None
     """Number of points on the line at which gradients are taken; None: only at the base run."""
     options: tuple[tuple[str, int | float], ...] = ()
@@ -610,12 +615,12 @@ class Estimator(Spec):
     @property
     def kind(self) -> GradientEstimator:
         """The registered estimator."""
-        return ESTIMATORS[self.name]
+        return ESTIMATORS[ESTIMATOR_ALIASES.get(self.name, self.name)]
 
     @property
     def text(self) -> str:
-        """The full source text."""
-        return call_text(self.name, self.steps, dict(self.options))
+        """The full source text, under the estimator's own name."""
+        return call_text(self.kind.name, self.steps, dict(self.options))
 
 
 class ExternalRunSpec(Spec):

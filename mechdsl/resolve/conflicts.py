@@ -19,6 +19,7 @@ from mechdsl.prompts.positions.cells import is_after_prompts, refers_to_reply
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.types import (
     WEIGHTS_BASIS,
+    BasisTargets,
     OutputWeights,
     PositionTargets,
     ResolvedExperiment,
@@ -160,8 +161,7 @@ def _of_rule(
     assert own.site is not None
     site = own.site
     if rule.basis is not None:
-        reason = "gradients are taken of whole vectors, not of coordinates"
-        yield _no_estimate(said, site.span, "a basis", reason, NO_ESTIMATE_HINT)
+        yield from _of_basis(rule.basis, site.span, said)
     points = [here for here in rule.sites.points.values() if here]
     flat = sorted({p.site for here in points for p in here} & {*SITES_WITHOUT_GRADIENT})
     if flat:
@@ -174,6 +174,21 @@ def _of_rule(
     if said.steps is not None:
         yield from _check_joint_moves(rule, said)
     yield from _of_answers(rule.positions, own.at.span, experiment, said)
+
+
+def _of_basis(basis: BasisTargets, span: Span, said: spec.Estimator) -> Iterator[Diagnostic]:
+    """Yield the conflict of a rule on coordinates."""
+    hint = "write `using gradient_input`, which estimates each cell separately"
+    if said.steps is not None:
+        reason = "all cells of a site move together, and cells of a basis write the same vectors"
+    elif not said.kind.reads_written:
+        reason = "its gradient is of whole vectors, not of coordinates"
+    elif any(member.reads for member in basis.members):
+        reason = "the coordinates are those of another site, the input of the MLP"
+        hint = NO_ESTIMATE_HINT
+    else:
+        return
+    yield _no_estimate(said, span, "a basis", reason, hint)
 
 
 def _of_edges(

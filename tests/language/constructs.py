@@ -2281,6 +2281,13 @@ for _estimator in dict(ESTIMATORS.items()).values():
         context="" if _estimator.is_effect else "measure logit(answer) as raw",
     )
 _experiment(
+    "using atp",
+    "using atp",
+    "Attribution patching, another word for `gradient_input`. Results name `gradient_input`.",
+    "tests/rules/test_estimated_sites.py",
+    "Nanda 2023, Attribution patching; Syed et al. 2023, arXiv 2310.10348",
+)
+_experiment(
     "generate",
     'generate 8 until "Part", "Total"',
     "Lets the model continue each prompt by up to 8 tokens in every cell and in the base and "

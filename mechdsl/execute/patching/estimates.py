@@ -25,12 +25,16 @@ from mechdsl.forward.hooks.batch import (
     EdgeWrite,
     SiteRead,
     SiteWrite,
+    WriteMode,
+    apply_write,
     array_to_device,
     gather_vectors,
     to_device,
 )
+from mechdsl.forward.hooks.coordinates import CoordinateWrite
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.gradients import compute_gradients
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
 from mechdsl.planner.plan import ExperimentPlan, cell_sites
 from mechdsl.planner.rows import RowTable
 from mechdsl.resolve.types import ItemNumber
@@ -40,7 +44,8 @@ from mechdsl.resolve.types import ItemNumber
 class _WrittenVectors:
     """Vectors that rows write at one site of one layer.
 
-    A spot is a vector of a lane; several rows may write one.
+    A spot is a vector of a lane, or the vectors of all its units if the rows' basis joins them;
+    several rows may write one.
     """
 
     where: SiteRead
@@ -49,23 +54,32 @@ class _WrittenVectors:
     spot: Tensor
     """[K] index of the spot."""
     values: Tensor
-    """[K, width]"""
+    """[K, width], or the coordinates that are written."""
     lane: Tensor
     """[spot]"""
     position: Tensor
     """[spot]"""
     unit: Tensor
-    """[spot]"""
+    """[spot, unit of the spot]"""
+    mode: WriteMode = "set"
+    which: Tensor | None = None
+    """[K, m]: the coordinates that are written; None for all of them, or for whole vectors."""
 
     @staticmethod
-    def of(write: SiteWrite, lane_of_row: Ints) -> _WrittenVectors:
+    def of(write: SiteWrite, lane_of_row: Ints, shape: ModelShape) -> _WrittenVectors:
         row = write.rows.numpy()
-        places = np.stack([lane_of_row[row], write.positions.numpy(), write.units.numpy()])
+        joins = isinstance(write.mode, CoordinateWrite) and write.mode.joins_units
+        units = np.zeros_like(row) if joins else write.units.numpy()
+        places = np.stack([lane_of_row[row], write.positions.numpy(), units])
         spots, spot = np.unique(places, axis=1, return_inverse=True)
         own = (torch.from_numpy(each) for each in (spot.reshape(-1), *spots))
         index, lane, position, unit = own
+        every = torch.arange(unit_count(shape, write.site, write.layer))
+        units_of = every.expand(len(unit), -1) if joins else unit[:, None]
         # A clone, because tensors created in inference mode can't be differentiated.
-        return _WrittenVectors(write.where, row, index, write.values.clone(), lane, position, unit)
+        values, which = write.values.clone(), None if write.to is None else write.to.clone()
+        places_of = (lane, position, units_of, write.mode, which)
+        return _WrittenVectors(write.where, row, index, values, *places_of)
 
     def some(self, rows: Ints) -> _WrittenVectors:
         """Select the vectors of some rows: [row] bool by number; spots of other rows remain."""
@@ -74,16 +88,36 @@ class _WrittenVectors:
         spot = self.spot[torch.from_numpy(own)]
         return replace(self, row=self.row[own], spot=spot, values=values)
 
+    def width(self, shape: ModelShape) -> int:
+        """Return the length of the vector of a spot."""
+        return self.unit.shape[1] * vector_width(shape, self.where.site, self.where.layer)
+
+    @property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Lane, position and unit of each vector of all spots."""
+        count = self.unit.shape[1]
+        lane, position = (each.repeat_interleave(count) for each in (self.lane, self.position))
+        return lane, position, self.unit.reshape(-1)
+
     def added(self, values: Tensor) -> SiteWrite:
         """Add [spot, width] to the current values."""
-        where, places = self.where, (self.lane, self.position, self.unit)
-        given = (where.site, where.layer, *places, values)
+        where = self.where
+        values = values.reshape(self.unit.numel(), -1)
+        given = (where.site, where.layer, *self._places, values)
         return SiteWrite(*given, mode="add", stack=where.stack)
 
     def base(self, read: Tensor, batch: Batch) -> Tensor:
         """Return [spot, width]: the values in the base run."""
         own = batch.of_site(self.where.site, self.where.stack)
-        return gather_vectors(read.detach(), own, self.lane, self.position, self.unit)
+        return gather_vectors(read.detach(), own, *self._places).reshape(len(self.lane), -1)
+
+    def written(self, base: Tensor) -> Tensor:
+        """Return [K, width] in 64 bits: what each row writes over [K, width] of the base run."""
+        values = self.values.to(base.device).double()
+        if self.mode == "set":
+            return values
+        which = None if self.which is None else to_device(self.which, base.device)
+        return apply_write(self.mode, base.double(), values, which)
 
 
 class GradientEstimates:
@@ -145,7 +179,8 @@ class GradientEstimates:
         else:
             given = (self.lanes_of, self.means_and_donors, self.model.shape)
             writes = build_writes(self.plan, drawn, draw, *given)
-        written = [_WrittenVectors.of(write, lane_of_row) for write in writes]
+        shape = self.model.shape
+        written = [_WrittenVectors.of(write, lane_of_row, shape) for write in writes]
         environments = [self.plan.items[cell] for cell in drawn.cell]
         if not any(atom.by_item for _, atom in self.readout.atoms):
             environments = [None] * len(drawn)
@@ -185,8 +220,13 @@ class GradientEstimates:
         environments: Sequence[ItemNumber],
     ) -> Floats:
         """Return [measure, row]: estimates by the gradient at the base run."""
+        if self.kind.place == "attention":
+            widths = [each.values.shape[1] for each in written]
+        else:
+            widths = [each.width(self.model.shape) for each in written]
         leaves = [
-            self.differentiated.zeros(len(each.lane), each.values.shape[1]) for each in written
+            self.differentiated.zeros(len(each.lane), width)
+            for each, width in zip(written, widths, strict=True)
         ]
         adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
         reading, read = self.differentiated.read(adds, lanes, [each.where for each in written])
@@ -229,12 +269,13 @@ class GradientEstimates:
     def _sums(self, written: _WrittenVectors, base: Tensor, gradient: Tensor, rows: int) -> Floats:
         """Return [row]: the estimator's numbers, summed or averaged over the vectors of a row."""
         spot = to_device(written.spot, gradient.device)
-        change = written.values.to(gradient.device).double()
-        parts = self.kind.values(change, base.double()[spot], gradient.double()[spot], self.options)
-        if parts.shape != (len(change),):
+        own = base.to(gradient.device)[spot].double()
+        given = (written.written(own), own, gradient[spot].double())
+        parts = self.kind.values(*given, self.options)
+        if parts.shape != (len(own),):
             function = f"{type(self.kind).__name__}.values"
             shape = list(parts.shape)
-            raise TypeError(f"`{function}` returned the shape {shape} instead of [{len(change)}]")
+            raise TypeError(f"`{function}` returned the shape {shape} instead of [{len(own)}]")
         if self.kind.over_vectors == "mean":
             counts = np.bincount(written.row)[written.row]
             parts = parts / array_to_device(counts, parts.device)

@@ -261,7 +261,8 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
         )
     if edges:
         yield "edges", "none is blocked: the rule only selects attention weights"
-    yield "estimates", f"`{said.text}`: {text}; {where}, by autograd"
+    alias = "" if said.name == said.kind.name else f"`{said.name}` is "
+    yield "estimates", f"{alias}`{said.text}`: {text}; {where}, by autograd"
 
 
 def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:

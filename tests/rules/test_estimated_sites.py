@@ -1,0 +1,168 @@
+"""`using`: which sites are estimated, against plain autograd on the bare model, and against runs
+where a model is linear in the site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ..execute.support import ROWS, experiment, prompt, run_file
+from ..quick import in_turn
+from ..reference.gradients import Where, taken
+from .models import bare, double
+from .test_bases import Basis, components
+from .test_estimates import (
+    ONE,
+    Key,
+    agrees,
+    call_metric,
+    measured,
+    where,
+)
+
+FAMILIES = ("gpt2", "llama", "gpt_neox")
+LAST = "at last token"
+_HIDDEN = {"gpt2": "mlp.c_proj", "llama": "mlp.down_proj", "gpt_neox": "mlp.dense_4h_to_h"}
+
+
+def site_of(family: str, site: str, layer: int) -> Where:
+    """Where a site is; neurons of the MLP are its units."""
+    found = where(family, "resid_pre" if site == "mlp_hidden" else site, layer)
+    if site != "mlp_hidden":
+        return found
+    part = double(family).get_submodule(f"{found.path}.{_HIDDEN[family]}")
+    width = part.weight.shape[0 if family == "gpt2" else 1]
+    return Where(f"{found.path}.{_HIDDEN[family]}", "in", width)
+
+
+def reads(family: str, at: Where, run: str) -> list[Tensor]:
+    """Per row, [T, units, width] of an unpatched run."""
+    found: list[Tensor] = []
+    for record in ROWS:
+        ids = torch.tensor([prompt(record, run).ids])
+        own = taken(double(family), at, lambda module, ids=ids: module(input_ids=ids).logits.sum())
+        found.append(own.value)
+    return found
+
+
+def gradients(family: str, at: Where) -> list[Tensor]:
+    """Per row, [T, units, width]: the gradient of the metric in the clean run."""
+    none = torch.zeros(())
+    return [
+        taken(double(family), at, call_metric(family, ONE, prompt(record), record, none)).gradient
+        for record in ROWS
+    ]
+
+
+def lasts(found: list[Tensor], run: str = "clean") -> Tensor:
+    """[row, units, width] at the last token."""
+    rows = zip(found, ROWS, strict=True)
+    return torch.stack([own[prompt(record, run).last] for own, record in rows])
+
+
+def products(change: Tensor, gradient: Tensor) -> list[float]:
+    """Per row, of [row, …]."""
+    return (change * gradient).flatten(1).sum(1).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neurons_and_means(family: str, tmp_path: Path) -> None:
+    lines = ("prompts p", "using atp", measured(ONE, "delta"))
+    text = experiment(
+        "neurons", "from other into clean", f"patch layer 1 neuron 0..4 {LAST}", *lines
+    )
+    text += experiment("mean", f"ablate layer 1 head * {LAST} with mean", *lines)
+    text += experiment("zero", f"ablate mlp_out layer 1 {LAST} with zero", *lines)
+    found = run_file(text, tmp_path, bare(family))
+    at = site_of(family, "mlp_hidden", 1)
+    base, gradient = lasts(reads(family, at, "clean")), lasts(gradients(family, at))
+    change = lasts(reads(family, at, "other"), "other") - base
+    expected: dict[Key, list[float]] = {
+        (n,): products(change[:, n], gradient[:, n]) for n in range(5)
+    }
+    assert agrees(found["neurons"], 0, expected, None) > 1e-4
+    at = site_of(family, "z", 1)
+    base, gradient = lasts(reads(family, at, "clean")), lasts(gradients(family, at))
+    change = base.mean(0) - base
+    heads: dict[Key, list[float]] = {
+        (n,): products(change[:, n], gradient[:, n]) for n in range(base.shape[1])
+    }
+    assert agrees(found["mean"], 0, heads, None) > 1e-4
+    at = site_of(family, "mlp_out", 1)
+    base, gradient = lasts(reads(family, at, "clean")), lasts(gradients(family, at))
+    assert agrees(found["zero"], 0, {(): products(-base, gradient)}, None) > 1e-4
+
+
+@pytest.mark.parametrize("site", ["resid_post", "heads"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_coordinates_of_a_basis(family: str, site: str, tmp_path: Path) -> None:
+    """Principal components of a stream, and of all heads one after the other."""
+    at = site_of(family, "resid_post" if site == "resid_post" else "z", 1)
+    base = lasts(reads(family, at, "clean")).flatten(1)
+    source = lasts(reads(family, at, "other"), "other").flatten(1)
+    gradient = lasts(gradients(family, at)).flatten(1)
+    basis: Basis = components(base, 3)
+    change = basis.encode(source) - basis.encode(base)
+    expected: dict[Key, list[float]] = {
+        (n,): products(change[:, n, None] * basis.directions[n], gradient) for n in range(3)
+    }
+    place = "resid_post layer 1" if site == "resid_post" else "z layer 1"
+    definition = f"basis b = pca(p, dims: 3) at {place} {LAST}\n"
+    lines = ("prompts p", "from other into clean", "using atp", measured(ONE, "delta"))
+    text = definition + experiment("each", f"patch feature * of b {LAST}", *lines)
+    text += experiment("all", f"patch {place} in basis b {LAST}", *lines)
+    text += experiment("mean", f"ablate feature 1 of b {LAST} with mean", *lines[:1], *lines[2:])
+    found = run_file(text, tmp_path, bare(family))
+    assert agrees(found["each"], 0, expected, None) > 1e-3
+    whole = products(change @ basis.directions, gradient)
+    assert agrees(found["all"], 0, {(): whole}, None) > 1e-3
+    codes = basis.encode(base)[:, 1]
+    moved = (codes.mean() - codes)[:, None] * basis.directions[1]
+    assert agrees(found["mean"], 0, {(): products(moved, gradient)}, None) > 1e-3
+
+
+LINEAR = (
+    f"patch resid_post layer 2 {LAST}",
+    f"patch mlp_out layer 2 {LAST}",
+    f"patch layer 2 neuron 0..3 {LAST}",
+    f"ablate layer 2 neuron 0..3 {LAST} with mean",
+    f"ablate mlp_out layer 2 {LAST} with zero",
+)
+EXACT = ("gradient_input", "integrated_gradients(steps: 2)")
+
+
+@pytest.mark.parametrize(("family", "kind"), in_turn(FAMILIES, EXACT, FAMILIES))
+def test_estimate_of_a_linear_model_equals_its_run(family: str, kind: str, tmp_path: Path) -> None:
+    """Without norms, logits are linear in what the last block adds to the stream."""
+    lines = ("prompts p", measured(ONE, "delta"))
+    rules = (*LINEAR, f"patch layer 2 head * {LAST}") if family == "gpt_neox" else LINEAR
+    text = f"basis b = pca(p, dims: 3) at resid_post layer 2 {LAST}\n"
+    if kind == "gradient_input":
+        rules = (*rules, f"patch feature * of b {LAST}")
+    for number, rule in enumerate(rules):
+        own = (rule,) if rule.startswith("ablate") else ("from other into clean", rule)
+        text += experiment(f"run{number}", *lines, *own)
+        text += experiment(f"estimate{number}", *lines, *own, f"using {kind}")
+    found = run_file(text, tmp_path, bare(f"{family} without norms"))
+    for number, rule in enumerate(rules):
+        run, own = (found[f"{name}{number}"].measures[0] for name in ("run", "estimate"))
+        effect = run.patched - run.base
+        size = max(1.0, float(np.abs(run.base).max()))
+        assert np.abs(effect).max() > 1e-4, rule
+        assert np.abs(own.patched - own.base - effect).max() <= 1e-5 * size, rule
+
+
+def test_an_alias_is_the_same_estimator(tmp_path: Path) -> None:
+    lines = ("prompts p", "from other into clean", f"patch z layer * head * {LAST}")
+    text = experiment("one", *lines, "using atp", measured(ONE, "delta"))
+    text += experiment("two", *lines, "using gradient_input", measured(ONE, "delta"))
+    found = run_file(text, tmp_path, bare("gpt2"))
+    one, two = found["one"], found["two"]
+    np.testing.assert_array_equal(one.measures[0].patched, two.measures[0].patched)
+    assert one.measures[0].estimator == two.measures[0].estimator == "gradient_input"
+    assert one.conventions["estimates"].startswith("`atp` is `gradient_input`: ")
+    assert two.conventions["estimates"].startswith("`gradient_input`: ")
