@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import sys
 import sysconfig
 import time
@@ -206,7 +207,21 @@ def _python_files(folder: Path, name: str) -> list[Path]:
 
 def _installed(path: Path) -> Path | None:
     """Return the folder of installed packages that contains a path."""
-    return next((each for each in path.parents if each.name in _INSTALLED), None)
+    for folder in path.parents:
+        if folder.name in _INSTALLED or path.relative_to(folder).parts[0] in _recorded(folder):
+            return folder
+    return None
+
+
+@cache
+def _recorded(folder: Path) -> frozenset[str]:
+    """Return what packages installed into a folder, as by `pip install --target`: names in it."""
+    found: set[str] = set()
+    for record in folder.glob("*.dist-info/RECORD"):
+        with suppress(OSError, UnicodeError):
+            lines = record.read_text("utf-8").splitlines()
+            found |= {re.split("[/,]", line, maxsplit=1)[0] for line in lines}
+    return frozenset(found)
 
 
 @cache

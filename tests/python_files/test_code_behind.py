@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,24 @@ def test_installed_packages(lib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hash_imported_code([b"import some_of_these"]) == one
     (root / "some_of_these-1.0.dist-info").rename(root / "some_of_these-1.1.dist-info")
     assert hash_imported_code([b"import some_of_these"]) != one
+
+
+def test_packages_installed_into_a_folder_of_the_user(lib: Path) -> None:
+    """`pip install --target` records them; other modules of the folder are the user's own."""
+    listed = "installed_of_these/__init__.py,sha256=x,1\nsingle_of_these.py,sha256=x,1\n"
+    write(lib / "of_these-1.0.dist-info" / "RECORD", listed)
+    write(lib / "installed_of_these" / "__init__.py")
+    write(lib / "single_of_these.py")
+    digest = write(lib / "own_of_these.py")
+    found = hash_imported_code([b"import installed_of_these, single_of_these, own_of_these"])
+    assert found.pop("own_of_these") == digest
+    assert list(found) == [f"beside {lib.name}"]
+    for name in ("installed_of_these", "single_of_these", "own_of_these"):
+        import_module(name)
+        try:
+            assert module.is_installed(name) == (name != "own_of_these")
+        finally:
+            del sys.modules[name]
 
 
 def test_a_package_that_is_a_home_folder(lib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
