@@ -128,6 +128,8 @@ DICTIONARY_FILE = _limit(8_000_000_000, "bytes of a dictionary's weights", "E034
 
 LABELS_FILE = _limit(200_000_000, "bytes of a file of labels of features", "E0342")
 
+CIRCUIT_FILE = _limit(300_000_000, "bytes of a circuit file", "E0342")
+
 LENS_FILE = _limit(8_000_000_000, "bytes of a tuned-lens file", "E0207")
 
 # --- a model --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_basis
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.circuits import EMBEDDING
+from mechdsl.resolve.circuit_files import EMBEDDING
 from mechdsl.resolve.directions import describe_rows
 from mechdsl.resolve.sites import label_candidates
 from mechdsl.resolve.trainings import (

@@ -215,6 +215,7 @@ def _tables(experiments: Iterable[ResolvedExperiment]) -> dict[str, str]:
         saved = [vector.digest for made in (*steered, *bases) for vector in made.saved]
         saved += [labels.digest for basis in bases for labels in basis.labels]
         saved += [mask.digest for mask in each.masks]
+        saved += [rule.circuit.digest for rule in each.every_rule if rule.circuit is not None]
         if each.control is not None and each.control.title == "untrained":
             before = [rule.basis for rule in each.control.experiment.rules if rule.basis]
             saved += [file.digest for basis in before for file in basis.saved]

@@ -80,6 +80,8 @@ _TRAINED_ONLY = {
 _MASKS = {"group": ("sites", MASK_EXAMPLE), "circuit": ("edges", EDGE_MASK_EXAMPLE)}
 """First word of a statement with a mask → what it chooses, and an example."""
 
+CIRCUIT_EXAMPLE = 'saved("circuit.json")'
+
 _DAS = f"train a rotation: `fit(das(dims: 2), {TRAINING_ARGUMENTS})`"
 
 _ROTATION = f'{_DAS}; or load a matrix: `saved("rotation.safetensors", "rotation")`'
@@ -258,6 +260,50 @@ def lower_mask(statement: ast.GroupDef, parts: Definitions, scope: Namespace) ->
     return None
 
 
+def lower_saved_circuit(
+    statement: ast.CircuitDef, parts: Definitions, scope: Namespace
+) -> spec.Circuit | None:
+    """Lower a circuit that is read from a file; None after an error.
+
+    Codes: E0207, E0342.
+    """
+    call = statement.source
+    assert call is not None
+    before = len(scope.diagnostics)
+    paths = [each.value for each in call.arguments if each.name is None]
+    named = [each for each in call.arguments if each.name is not None]
+    given = [constant_value(each, parts.parameters) for each in paths]
+    if len(given) != 1 or not isinstance(given[0], str):
+        reason, hint = "takes the path of a file, in quotes", f"write `{CIRCUIT_EXAMPLE}`"
+        scope.diagnostics.append(
+            BadArgument(span=call.span, name=call.name, reason=reason, hint=hint)
+        )
+    for argument in named:
+        for part in walk(argument.value):
+            _ = isinstance(part, ast.Name) and scope.has("param", part.id)
+        if argument.name != "size":
+            others = {"top": "size", "n": "size", "edges": "size"}
+            scope.diagnostics.append(_unknown_option(argument, call.name, ("size",), others))
+            continue
+        value = constant_value(argument.value, parts.parameters)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            reason, hint = "`size` is a number of edges", "write `size: 100`"
+            scope.diagnostics.append(
+                BadBasis(span=argument.span, reason=reason, hint=hint, what="circuit")
+            )
+    if statement.at is not None:
+        reason = "a circuit in a file has no positions"
+        hint = "write them where it is used: `ablate all but c at last token with mean`"
+        scope.diagnostics.append(
+            BadBasis(span=statement.at.span, reason=reason, hint=hint, what="circuit")
+        )
+    if len(scope.diagnostics) > before:
+        return None
+    return spec.Circuit(
+        span=statement.span, name=statement.name.id, edges=(), source=statement.source
+    )
+
+
 def lower_circuit_mask(
     statement: ast.CircuitDef, parts: Definitions, scope: Namespace
 ) -> spec.Basis | None:
@@ -294,6 +340,8 @@ def _check_mask(call: ast.Call, what: Statement, parts: Definitions, scope: Name
     chosen, example = _MASKS[what]
     reason = f"`{call.span.written}` doesn't choose {chosen}"
     hint = f"list {chosen}, or train a mask: {example}"
+    if what == "circuit":
+        hint += f", or read a file: `{CIRCUIT_EXAMPLE}`"
     scope.diagnostics.append(BadBasis(span=call.span, reason=reason, hint=hint, what=what))
     return False
 

@@ -34,6 +34,7 @@ from mechdsl.program.bases import (
     lower_basis,
     lower_circuit_mask,
     lower_mask,
+    lower_saved_circuit,
 )
 from mechdsl.program.directions import (
     direction_dependencies,
@@ -942,6 +943,11 @@ def _bases(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namesp
                     if mask.chooses_positions:
                         del parts.groups[mask.name]  # it names no sites
             if isinstance(statement, ast.CircuitDef) and statement.source is not None:
+                if statement.source.name == "saved":
+                    read = lower_saved_circuit(statement, parts, scope)
+                    if read is not None and parts.circuits[read.name].span is statement.span:
+                        parts.circuits[read.name] = read
+                    continue
                 mask = lower_circuit_mask(statement, parts, scope)
                 if mask is not None and parts.circuits[mask.name].span is statement.span:
                     parts.masks[mask.name] = mask

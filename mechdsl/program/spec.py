@@ -560,6 +560,8 @@ class Circuit(Spec):
 
     name: str
     edges: tuple[SiteMapText, ...]
+    source: CallText | None = None
+    """The call `saved(…)` of a circuit in a file."""
 
 
 class Expectation(Spec):

@@ -6,18 +6,23 @@ References: Conmy et al. 2023 (arXiv 2304.14997), section 3.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from random import Random
 
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.safetensors_files import UnreadableFile
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.names import BadArgument
-from mechdsl.diagnostics.rules import AxisDoesNotFit, NoPath, NotOnAPath
+from mechdsl.diagnostics.rules import AxisDoesNotFit, BadBasis, NoPath, NotOnAPath
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.program import spec
+from mechdsl.program.paths import SAVED_PATH, path_to_read
+from mechdsl.program.spec import constant_value
 from mechdsl.resolve.cells import counts_from_end
+from mechdsl.resolve.circuit_files import EMBEDDING, END, SavedCircuit, read_circuit
 from mechdsl.resolve.sites import (
     ExperimentContext,
     find_missing_point,
@@ -34,11 +39,6 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
-
-EMBEDDING = SitePoint("resid_pre", 0, None)
-"""The sender `embed`: the stream that enters the first block."""
-
-END = SitePoint("logits", None, None)
 
 SENDER_WORDS = "`embed`, `L0H1` or `L0.mlp`"
 
@@ -90,6 +90,9 @@ def resolve_circuit(
         return None
     found = dict.fromkeys(every) if circuit.name == spec.EVERY_EDGE else {}
     before = len(work.diagnostics)
+    saved = None if circuit.source is None else _read_saved(circuit.source, every, work)
+    if saved is not None:
+        found = dict.fromkeys(saved.edges)
     for edge in circuit.edges:
         found.update(dict.fromkeys(_resolve_edge(edge, work)))
     if len(work.diagnostics) > before:
@@ -105,7 +108,34 @@ def resolve_circuit(
     senders = tuple(dict.fromkeys(sender for sender, _ in ablated))
     label = f"all but {circuit.name}" if rule.all_but else circuit.name
     sites = SiteTargets((), {(): senders}, {(): label})
-    return sites, CircuitTargets({(): ablated}, tuple(every), tuple(found))
+    targets = CircuitTargets(circuit.name, {(): ablated}, tuple(every), tuple(found))
+    if saved is not None:
+        read = {"scores": saved.scores, "digest": saved.digest, "made": saved.made}
+        targets = replace(targets, **read)
+    return sites, targets
+
+
+def _read_saved(
+    call: ast.Call, every: Sequence[CircuitEdge], work: ExperimentContext
+) -> SavedCircuit | None:
+    """Read the edges of `saved("circuit.json", size: 100)`; None after an error."""
+    path_node, *_ = (each.value for each in call.arguments if each.name is None)
+    sizes = (each.value for each in call.arguments if each.name == "size")
+    size = next((constant_value(each, work.program.parameters) for each in sizes), None)
+    written = str(constant_value(path_node, work.program.parameters))
+    path, problems = path_to_read(SAVED_PATH, written, call.span)
+    work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
+    if path is None:
+        return None
+    try:
+        assert size is None or isinstance(size, int)
+        return read_circuit(path, written, size, work.sites.shape, tuple(every))
+    except UnreadableFile as problem:
+        reason, hint = problem.reason, problem.hint
+        bad = BadBasis(span=call.span, reason=reason, hint=hint, what="circuit")
+        if bad not in work.diagnostics:
+            work.diagnostics.append(bad)
+        return None
 
 
 def list_edges(shape: ModelShape) -> list[CircuitEdge]:

@@ -894,11 +894,21 @@ class PathTargets(Record):
 class CircuitTargets(Record):
     """Edges of a model that a rule ablates, for every key of its sites, which are the senders."""
 
+    name: str = field(compare=False)
+    """Name of the circuit in the file."""
     edges: Mapping[AxisIndices, tuple[CircuitEdge, ...]]
     every: tuple[CircuitEdge, ...] = field(compare=False)
     """The edges of the model."""
     named: tuple[CircuitEdge, ...] = field(compare=False)
     """The edges of the circuit that the rule names."""
+    scores: Mapping[CircuitEdge, float] = field(
+        default_factory=dict[CircuitEdge, float], compare=False
+    )
+    """The score of each named edge; empty if they have none."""
+    digest: str = field(default="", compare=False)
+    """SHA-256 of the file that it was read from; empty without one."""
+    made: str = field(default="", compare=False)
+    """How its edges were read from a file, for conventions."""
 
 
 @record

@@ -226,6 +226,8 @@ class CircuitFill(Intervention):
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield from super().conventions(rule, n_layers)
         yield Convention("circuit", describe_circuit(rule), CIRCUIT_NOTE)
+        if rule.circuit is not None and rule.circuit.made:
+            yield Convention(f"circuit {rule.circuit.name}", rule.circuit.made)
         yield Convention("passes", "rows of an ablated circuit are full forward passes")
 
 

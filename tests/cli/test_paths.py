@@ -280,6 +280,20 @@ def test_saved_directions_are_listed_and_confined(
     assert "error[E0531]" in done.err
 
 
+def test_saved_circuits_are_listed_and_confined(here: Path, command: Command) -> None:
+    for folder in (here, here.parent / "elsewhere"):
+        (folder / "c.json").write_text('{"edges": ["embed -> logits"]}', encoding="utf-8")
+    rule = "ablate c at tokens * with zero"
+    text = HEADS.replace("experiment ", 'circuit c = saved("PLACE")\nexperiment ', 1)
+    text = text.replace(PATCH, rule).replace("  from clean into fewer\n", "")
+    text = text.replace(" as recovery", " as raw")
+    inside = command("validate", "--untrusted", written(here, text.replace("PLACE", "c.json")))
+    assert "warning[W0780]: `saved` reads `c.json`" in inside.err
+    assert inside.status == 0, inside.err
+    outside = written(here, text.replace("PLACE", "../elsewhere/c.json"))
+    assert "error[E0535]" in command("validate", "--untrusted", outside).err
+
+
 @pytest.mark.parametrize("target", ["common.mech", "data.csv", "metrics.py", "model"])
 def test_links_are_followed(target: str, here: Path, command: Command) -> None:
     filled(here.parent / "elsewhere")

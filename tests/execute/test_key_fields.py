@@ -476,6 +476,10 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     CircuitTargets: {
         "every": "the edges of the model, whose key is part of the key",
         "named": "`edges` are those that are ablated",
+        "name": SHOWN,
+        "scores": SHOWN,
+        "digest": "`edges` are those that are ablated",
+        "made": SHOWN,
     },
     ExternalRun: {"part": "`table` contains its rows"},
     ResolvedMeasure: {

@@ -273,6 +273,21 @@ _file(
     "tests/rules/test_ablated_circuits.py",
     "Conmy et al. 2023, arXiv 2304.14997",
 )
+_file(
+    "circuit: from a file",
+    'circuit c = saved("circuit.json")',
+    "The edges with `in_graph: true` in a JSON file of EAP-IG or MIB, those that a trained mask "
+    'chose (`saved("trained/c/mask.json")`), or those of a list: '
+    '`{"edges": ["embed -> L0H1.q", "L0H1 -> logits"]}`. `saved("circuit.json", size: 100)` '
+    "chooses the edges with the largest absolute scores instead; of equal scores, those of "
+    "earlier senders. Names are `input->a0.h1<q>`, `a0.h1->m2` and `m2->logits`, or those of this "
+    "language. In EAP-IG, query heads that share a key or a value have an edge each; here it is "
+    "one edge, whose score is the sum. If only some of them are in the circuit, it is E0342, like "
+    "sizes of another model, unknown components and pickles (`.pt`). Edges aren't pruned. The "
+    "results store the file's SHA-256.",
+    "tests/rules/test_circuit_files.py",
+    "Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, arXiv 2504.13151",
+)
 _STEERING = "tests/rules/test_steering.py"
 _FITTED = "tests/rules/test_direction_fits.py"
 

@@ -44,6 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     save_file({"d": torch.ones(128)}, folder / "directions.safetensors")
     save_file({"rotation": torch.eye(128)[:4]}, folder / "rotation.safetensors")
+    circuit = {"edges": ["embed -> L0H1.q", "L0H1 -> logits"]}
+    (folder / "circuit.json").write_text(json.dumps(circuit), encoding="utf-8")
     lens = {f"layer.{n}.weight": torch.eye(128) for n in range(3)}
     lens |= {f"layer.{n}.bias": torch.ones(128) for n in range(3)}
     save_file(lens, folder / "lens.safetensors")

@@ -1,0 +1,334 @@
+"""Circuits in JSON files: edges of a model, with their scores.
+
+EAP-IG and the circuit track of MIB write graphs: `cfg` has the sizes of the model, `edges` maps
+`a0.h1->m2` or `input->a1.h0<q>` to `score` and `in_graph`. In a manually written file, `edges` is a
+list of names. A trained mask of edges has `labels`, `probabilities` and `chosen`.
+
+References:
+    Hanna et al. 2024 (arXiv 2403.17806); Mueller et al. 2025 (arXiv 2504.13151).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from mechdsl.base import limits
+from mechdsl.base.files import load_json
+from mechdsl.base.records import Record, record
+from mechdsl.base.safetensors_files import UnreadableFile
+from mechdsl.base.text import count_noun
+from mechdsl.dictionaries.folder import PICKLES
+from mechdsl.models.shape import ModelShape, unit_count
+from mechdsl.resolve.types import CircuitEdge, SitePoint
+
+EMBEDDING = SitePoint("resid_pre", 0, None)
+"""The sender `embed`: the stream that enters the first block."""
+
+END = SitePoint("logits", None, None)
+
+_EDGES = "edges are `a0.h1->m2`, `input->a1.h0<q>`, `m1->logits`, or `L0H1 -> L1H0.q` as in a file"
+
+_CONVERSION = (
+    'convert the file with EAP-IG where you trust it: `python -c "from eap.graph import Graph; '
+    "Graph.from_pt('FILE').to_json('FILE.json')\"`"
+)
+
+_EDGE = re.compile(r"\s*([^\s<>-]+)\s*->\s*([^\s<>-]+?)(?:<([qkv])>)?\s*")
+
+_NODE = re.compile(
+    r"(?P<embed>input|embed)|(?P<end>logits)"
+    r"|a(?P<attention>\d{1,4})\.h(?P<head>\d{1,5})|m(?P<mlp>\d{1,4})"
+    r"|L(?P<layer>\d{1,4})(?:H(?P<unit>\d{1,5})(?:\.(?P<reads>[qkv]))?|\.mlp)"
+)
+
+_SIZES = {
+    "n_layers": ("layers", lambda shape: shape.n_layers),
+    "n_heads": ("heads", lambda shape: shape.n_heads),
+    "d_model": ("numbers in the stream", lambda shape: shape.d_model),
+}
+"""Key of `cfg` → what it counts, and the number in a model."""
+
+
+class NotAnEdge(Exception):
+    """A name that is no edge of a model."""
+
+
+@record
+class CircuitFile(Record):
+    """The content of a file, before it is compared with a model."""
+
+    digest: str
+    """SHA-256 of the file."""
+    config: Mapping[str, object]
+    """Sizes of the model that it was written for; empty if it has none."""
+    scores: Mapping[str, float | None]
+    """Name of an edge → its score, if it has one."""
+    chosen: frozenset[str]
+    """The edges of the circuit."""
+
+
+@record
+class SavedCircuit(Record):
+    """The edges of a file, as edges of a model."""
+
+    edges: tuple[CircuitEdge, ...]
+    scores: Mapping[CircuitEdge, float]
+    """The scores of these edges; empty if the file has none."""
+    digest: str
+    made: str
+    """How they were chosen, for conventions."""
+
+
+def read_circuit(
+    path: Path, written: str, size: int | None, shape: ModelShape, every: tuple[CircuitEdge, ...]
+) -> SavedCircuit:
+    """Read the edges of a circuit for a model.
+
+    Heads that share a key or a value have one receiver here and one each in EAP-IG. The score of
+    such an edge is the sum of theirs.
+
+    Args:
+        written: The path as the user wrote it.
+        size: Number of edges with the largest absolute scores; None for those that are chosen in
+            the file.
+        every: The edges of the model.
+
+    Raises:
+        UnreadableFile: The file is missing, too large, of another form or of another model; it
+            chooses no edges; or edges that are one edge here differ.
+    """
+    file = _read_file(path, written)
+    if shape.stands_in:  # the names are those of a model that isn't available
+        return SavedCircuit(((EMBEDDING, END),), {}, file.digest, "")
+    _check_sizes(file, written, shape)
+    scores: dict[CircuitEdge, list[float]] = {}
+    names: dict[CircuitEdge, list[str]] = {}
+    known = set(every)
+    for name, score in file.scores.items():
+        try:
+            edge = edge_of_name(name, shape)
+        except NotAnEdge as problem:
+            raise UnreadableFile(f"`{written}` has `{name}`, {problem}", _EDGES) from None
+        if edge not in known:
+            raise UnreadableFile(
+                f"`{written}` has `{name}`, but the receiver reads before or at the sender",
+                "check that the file was written for this model",
+            )
+        names.setdefault(edge, []).append(name)
+        if score is not None:
+            scores.setdefault(edge, []).append(score)
+    total = {edge: sum(own) for edge, own in scores.items()}
+    if size is not None:
+        edges = _choose_largest(total, size, written, every)
+    else:
+        edges = _choose_marked(file, names, written, every, shape)
+    kept = {edge: total[edge] for edge in edges} if total.keys() >= set(edges) else {}
+    how = "those with the largest absolute scores" if size is not None else "those in the circuit"
+    made = f"{len(edges):,} of {count_noun(len(every), 'edge')}, {how}"
+    added = any(len(scores[edge]) > 1 for edge in kept)
+    shared = "; scores of heads that share a key or value are added" if added else ""
+    said = f"{made}, of {written}, SHA-256 {file.digest[:12]}…{shared}"
+    return SavedCircuit(edges, kept, file.digest, said)
+
+
+def _choose_largest(
+    scores: Mapping[CircuitEdge, float], size: int, written: str, every: tuple[CircuitEdge, ...]
+) -> tuple[CircuitEdge, ...]:
+    """Return the edges with the largest absolute scores, in the order of the model."""
+    if len(scores) < size:
+        have = count_noun(len(scores), "scored edge")
+        raise UnreadableFile(
+            f"`{written}` has {have}, and `size: {size}` chooses by scores",
+            "remove `size`, or write a smaller one" if scores else "remove `size`",
+        )
+    place = {edge: number for number, edge in enumerate(every)}
+    found = sorted(scores, key=lambda edge: (-abs(scores[edge]), place[edge]))[:size]
+    return tuple(sorted(found, key=place.__getitem__))
+
+
+def _choose_marked(
+    file: CircuitFile,
+    names: Mapping[CircuitEdge, list[str]],
+    written: str,
+    every: tuple[CircuitEdge, ...],
+    shape: ModelShape,
+) -> tuple[CircuitEdge, ...]:
+    """Return the edges that the file chooses, in the order of the model."""
+    found: list[CircuitEdge] = []
+    for edge in every:
+        own = names.get(edge, [])
+        marked = [name for name in own if name in file.chosen]
+        if not marked:
+            continue
+        shared = _shared_heads(edge[1], shape) if _is_graph_name(marked[0]) else 1
+        if len(marked) < shared:
+            other = next((name for name in own if name not in file.chosen), "the others")
+            raise UnreadableFile(
+                f"`{written}` has `{marked[0]}` in the circuit but not `{other}`, and these heads "
+                "share it",
+                "write `size: 100` to choose edges by the sums of their scores",
+            )
+        found.append(edge)
+    if not found:
+        raise UnreadableFile(
+            f"`{written}` has no edge in the circuit",
+            f'write `saved("{written}", size: 100)` to choose those with the largest scores',
+        )
+    return tuple(found)
+
+
+def _shared_heads(receiver: SitePoint, shape: ModelShape) -> int:
+    """Return the number of query heads that read with a receiver."""
+    if receiver.site not in ("k", "v"):
+        return 1
+    return unit_count(shape, "q", receiver.layer) // unit_count(
+        shape, receiver.site, receiver.layer
+    )
+
+
+def _check_sizes(file: CircuitFile, written: str, shape: ModelShape) -> None:
+    """Compare the sizes in a file with those of the model. Raises UnreadableFile."""
+    hint = "name a circuit of this model"
+    for key, (what, size) in _SIZES.items():
+        given = file.config.get(key)
+        if given is not None and given != size(shape):
+            reason = f"`{written}` is of a model with {given} {what}, and this one has "
+            raise UnreadableFile(f"{reason}{size(shape):,}", hint)
+    given = file.config.get("parallel_attn_mlp")
+    if given is not None and bool(given) != shape.parallel_block:
+        reads = "reads" if shape.parallel_block else "doesn't read"
+        raise UnreadableFile(
+            f"`{written}` is of a model with {'' if given else 'no '}parallel blocks; in this one, "
+            f"the MLP {reads} the same stream as the attention",
+            hint,
+        )
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def edge_of_name(name: str, shape: ModelShape) -> CircuitEdge:
+    """Return an edge by its name in EAP-IG, `a0.h1->a1.h0<q>`, or in a `.mech` file.
+
+    Raises:
+        NotAnEdge: The name has another form, or the model has no such component.
+    """
+    match = _EDGE.fullmatch(name)
+    if match is None:
+        raise NotAnEdge("which isn't an edge")
+    sender, receiver, reads = match.groups()
+    return _point(sender, None, shape, "sender"), _point(receiver, reads, shape, "receiver")
+
+
+def _is_graph_name(name: str) -> bool:
+    """Whether the receiver of an edge is named as in EAP-IG."""
+    return "<" in name
+
+
+def _point(
+    name: str, reads: str | None, shape: ModelShape, end: Literal["sender", "receiver"]
+) -> SitePoint:
+    match = _NODE.fullmatch(name)
+    if match is None:
+        raise NotAnEdge(f"and `{name}` isn't a component")
+    sends = end == "sender"
+    if match["embed"] or match["end"]:
+        if sends != bool(match["embed"]) or reads:
+            raise NotAnEdge(f"and `{name}` is no {end}")
+        return EMBEDDING if sends else END
+    of_graph = match["layer"] is None
+    layer = int(match["attention"] or match["mlp"] or match["layer"])
+    head = match["head"] or match["unit"]
+    if layer >= shape.n_layers:
+        raise NotAnEdge(f"and the model has {count_noun(shape.n_layers, 'layer')}")
+    site = reads if of_graph else match["reads"]
+    if head is None:
+        if site is not None:
+            raise NotAnEdge(f"and `{name}` has one input")
+        if not shape.has("mlp_out", layer):
+            raise NotAnEdge(f"and layer {layer} has no MLP")
+        return SitePoint("mlp_out" if sends else "mlp_norm", layer, None)
+    if (site is None) != sends:
+        reason = f"and `{name}` has three inputs: q, k and v"
+        raise NotAnEdge(f"and `{name}` is an input" if sends else reason)
+    site = site or "z"
+    count, unit = unit_count(shape, "q" if of_graph else site, layer), int(head)
+    if unit >= count:
+        what = {"k": "key head", "v": "value head"}.get("" if of_graph else site, "head")
+        raise NotAnEdge(f"and layer {layer} has {count_noun(count, what)}")
+    shared = count // unit_count(shape, site, layer) if of_graph and not sends else 1
+    return SitePoint(site, layer, unit // shared)
+
+
+# --- content --------------------------------------------------------------------------------------
+
+
+def _read_file(path: Path, written: str) -> CircuitFile:
+    """Read a file. Raises UnreadableFile."""
+    if path.suffix.lower() in PICKLES:
+        reason = f"`{written}` is a pickle, which may run code when it is loaded"
+        raise UnreadableFile(reason, _CONVERSION.replace("FILE", written))
+    try:
+        size = path.stat().st_size
+        if size > limits.CIRCUIT_FILE:
+            reason = f"`{written}` has {size:,} bytes, more than {limits.CIRCUIT_FILE:,}"
+            raise UnreadableFile(reason, "keep the edges of the circuit only")
+        return _read_content(path.read_bytes(), written)
+    except OSError as error:
+        reason = f"`{written}` can't be read: {(error.strerror or str(error)).lower()}"
+        raise UnreadableFile(reason, "paths are relative to the folder of the file") from None
+
+
+def _read_content(content: bytes, written: str) -> CircuitFile:
+    digest = sha256(content).hexdigest()
+    try:
+        found: Any = load_json(content.decode("utf-8-sig"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UnreadableFile(
+            f"`{written}` is not a JSON object", f'write `{{"edges": […]}}`; {_EDGES}'
+        )
+    parts = cast("dict[str, Any]", found)
+    try:
+        if "labels" in parts:
+            return _read_mask(parts, digest)
+        return _read_graph(parts, digest, written)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        reason = f"`{written}` has no circuit: `edges` maps names to `score` and `in_graph`"
+        raise UnreadableFile(reason, f"or it is a list of names; {_EDGES}") from None
+
+
+def _read_mask(parts: Mapping[str, Any], digest: str) -> CircuitFile:
+    """Read the `mask.json` of a training."""
+    labels = [str(each) for each in parts["labels"]]
+    scores = dict(zip(labels, map(float, parts["probabilities"]), strict=True))
+    return CircuitFile(digest, {}, scores, frozenset(labels[n] for n in parts["chosen"]))
+
+
+def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitFile:
+    """Read a graph of EAP-IG or MIB, or a list of edges."""
+    edges, config = parts["edges"], dict(parts.get("cfg", {}))
+    if isinstance(edges, list):
+        names = [str(each) for each in cast("list[Any]", edges)]
+        return CircuitFile(digest, config, dict.fromkeys(names), frozenset(names))
+    for name, node in parts.get("nodes", {}).items():
+        if isinstance(node, dict) and not all(cast("dict[str, Any]", node).get("neurons", ())):
+            reason = f"`{written}` chooses neurons of `{name}`, and a circuit has whole components"
+            raise UnreadableFile(reason, "name a circuit of edges")
+    scores: dict[str, float | None] = {}
+    chosen: set[str] = set()
+    for name, own in edges.items():
+        score = own.get("score")
+        if score is not None and not math.isfinite(float(score)):
+            reason = f"`{written}` has the score {score} for `{name}`"
+            raise UnreadableFile(reason, "write numbers, or remove the edge")
+        scores[name] = None if score is None else float(score)
+        if own.get("in_graph", False):
+            chosen.add(name)
+    return CircuitFile(digest, config, scores, frozenset(chosen))
