@@ -25,7 +25,7 @@ from mechdsl.images.processing import UnsupportedProcessor
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.directions import FitRows, fit_rows_of_experiment
-from mechdsl.program.images import IMAGE_SPAN, averaged_block
+from mechdsl.program.images import IMAGE_SPAN, averaged_blocks
 from mechdsl.program.prompts import used_corruptions
 from mechdsl.program.python_functions import PythonMode, prompt_functions
 from mechdsl.program.saves import report_streamed_use
@@ -786,8 +786,9 @@ class FileContexts:
 
     def needs_python(self, name: str) -> bool:
         """Whether the rows of a block require Python that isn't run here."""
-        averaged = averaged_block(self.program.prompts[name].image)
-        blocks = (name,) if averaged is None else (name, averaged.name)
+        own = self.program.prompts[name]
+        averaged = averaged_blocks(node for _, node in own.named_images)
+        blocks = (name, *(each.name for each in averaged))
         known = [self.program.prompts[each] for each in blocks if each in self.program.prompts]
         return not self.python and any(map(prompt_functions, known))
 

@@ -281,8 +281,17 @@ class Picture(Record):
         return replace(self, size=size, of=tuple(each.sized(size) for each in self.of))
 
 
-def mean_picture(pictures: tuple[Picture, ...], said: str) -> Picture:
-    """Return the mean of images after preparation. said: a description of the images."""
+def mean_picture(
+    pictures: tuple[Picture, ...], said: str, size: tuple[int, int] = (0, 0)
+) -> Picture:
+    """Return the mean of images.
+
+    Args:
+        pictures: The images.
+        said: A description of the images.
+        size: Their (height, width), for a mean before preparation; else it is one after it.
+    """
     told = json.dumps([each.content() for each in pictures]).encode()
     digest = blake2b(told, digest_size=_DIGITS).hexdigest()
-    return Picture("mean", digest=digest, said=said, of=pictures, count=len(pictures))
+    count = len(pictures)
+    return Picture("mean", digest=digest, said=said, of=pictures, count=count, size=size)

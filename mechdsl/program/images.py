@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from mechdsl.base import limits
@@ -129,12 +129,10 @@ def video_problems(node: ast.Expr) -> list[Diagnostic]:
     frames = listed_frames(node)
     if isinstance(node, ast.ListLiteral) and len(frames) == len(node.items):
         found = [problem for each in frames for problem in image_problems(each)]
-        averaged = [each for each in frames if averaged_block(each) is not None]
-        if found or not (averaged or len(frames) < 2):
+        if found or len(frames) > 1:
             return found
-        reason = "has no size before preparation" if averaged else "needs two frames or more"
-        node = averaged[0] if averaged else node
-        hint = "name other images" if averaged else "add frames, or write an `image` line"
+        reason = "needs two frames or more"
+        hint = "add frames, or write an `image` line"
     return [BadArgument(span=node.span, name=node.span.written, reason=reason, hint=hint)]
 
 
@@ -193,6 +191,13 @@ def image_expressions(node: ast.Expr) -> tuple[ast.Expr, ...]:
 def averaged_block(node: ast.Expr | None) -> ast.Ref | None:
     """Return the block, or its part, whose mean an image is."""
     return node.of if isinstance(node, ast.QualifiedRef) and node.name == MEAN_IMAGE else None
+
+
+def averaged_blocks(nodes: Iterable[ast.Expr | None]) -> tuple[ast.Ref, ...]:
+    """Return the blocks, or their parts, whose means are images or frames of videos."""
+    each = (part for node in nodes if node for part in (node, *listed_frames(node)))
+    found = (averaged_block(part) for part in each)
+    return tuple(ref for ref in found if ref is not None)
 
 
 def is_random_image(node: ast.Expr) -> bool:

@@ -42,7 +42,7 @@ from mechdsl.program.directions import (
     fit_rows_of_direction,
     lower_direction,
 )
-from mechdsl.program.images import IMAGE_SPAN, MEAN_IMAGE, averaged_block
+from mechdsl.program.images import IMAGE_SPAN, MEAN_IMAGE, averaged_block, averaged_blocks
 from mechdsl.program.measures import (
     expand_metrics,
     label_by_position,
@@ -479,14 +479,16 @@ def _rules(
 def check_averaged_images(parts: Definitions, scope: Namespace) -> None:
     """Report blocks without a mean image for `image mean of BLOCK` (E0201, E0207)."""
     for block in parts.prompts.values():
-        ref = averaged_block(block.image)
-        if ref is not None and scope.use("prompts", ref.name, ref.span):
-            _check_averaged(block, ref, parts, scope)
+        for name, node in block.named_images:
+            for ref in averaged_blocks([node]):
+                if scope.use("prompts", ref.name, ref.span):
+                    _check_averaged(block, name, ref, parts, scope)
 
 
 def _check_averaged(
-    block: spec.Prompts, ref: ast.Ref, parts: Definitions, scope: Namespace
+    block: spec.Prompts, name: str, ref: ast.Ref, parts: Definitions, scope: Namespace
 ) -> None:
+    """Check a mean image. name: the name of the image in prompts; empty for the row's."""
     other = parts.prompts[ref.name]
     reason, hint = "", "write a block of images: `image mean of scenes`"
     if other.kind != "images":
@@ -501,7 +503,7 @@ def _check_averaged(
         problem = UnknownName(span=ref.span, kind="part", name=ref.whole, hint=known)
         scope.diagnostics.append(problem)
         return
-    elif block.regions:
+    elif any(each.image in ("", name) for each in block.regions):
         reason = "has no regions: their locations differ between its images"
         hint = "name patches instead of the region: `image row 1..2 col * tokens`"
     if reason:
@@ -854,9 +856,10 @@ def _join_images(
     reason, hint = "", "name a complete images block: `image from scenes`"
     if ref.part is not None or images.kind != "images":
         reason = "is only part of a block" if ref.part is not None else "is not an images block"
-    elif images.tiles is not None or averaged_block(images.image) is not None:
-        what = "is cut into tiles" if images.tiles is not None else "is a mean image"
-        reason, hint = f"{what}, which a prompt can't contain", "name a block of whole images"
+    elif images.tiles is not None:
+        reason, hint = "is cut into tiles", "name a block of whole images"
+    elif averaged_block(images.image) is not None:
+        reason, hint = "is a mean image", "write it in the prompts: `image photo = mean of scenes`"
     elif images.split is not None or images.classes is not None:
         line = "split" if images.split is not None else "classes"
         reason, hint = f"has a line `{line}`", f"move `{line}` to the prompts, or remove it"

@@ -24,7 +24,6 @@ from mechdsl.program.images import (
     FRAME_SPAN,
     IMAGE_SPAN,
     IMAGE_SPANS,
-    averaged_block,
     check_tiles,
     image_problems,
     lower_tiles,
@@ -270,10 +269,6 @@ class _BlockLines:
             return
         self.name(line.name)
         problems = image_problems(line.value)
-        if not problems and averaged_block(line.value) is not None:
-            reason, hint = "has no size before preparation", "write `image photo = gray`"
-            name = line.value.span.written
-            problems = [BadArgument(span=line.value.span, name=name, reason=reason, hint=hint)]
         if not problems and line.name.id in IMAGE_SPANS[1:]:
             reason, hint = "is the name of other tokens", "choose another name for the image"
             name = line.name.id

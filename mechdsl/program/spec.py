@@ -354,6 +354,11 @@ class Prompts(Spec):
         """Name of one row."""
         return "prompt" if self.image is None else "image"
 
+    @property
+    def named_images(self) -> tuple[tuple[str, ExprText | None], ...]:
+        """The images of a row: its own without a name, and those in its prompt with theirs."""
+        return ("", self.image), *((each.name, each.value) for each in self.pictures)
+
     def has_part(self, name: str | None) -> bool:
         """Whether `BLOCK.NAME` is a part of its split and not a corruption."""
         runs = {corruption.name for corruption in self.corruptions}

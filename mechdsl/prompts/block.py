@@ -523,8 +523,8 @@ class PromptsBlock:
         self._pools: dict[str, DataFile | None] = {}
         self._columns: dict[str, Sequence[RowValue]] = {}
         self.image_files = ImageFiles()
-        self.averaged: Picture | None = None
-        """The mean image that replaces its images, once computed."""
+        self.averaged: dict[str, Picture] = {}
+        """The mean images by the block that they are of, or its part, once computed."""
         self.data: DataFile | None = self._read()
         self.columns: tuple[str, ...] = self.data.columns if self.data else ()
         self.templates: tuple[CompiledTemplate, ...] = tuple(map(self.template, prompts.templates))

@@ -140,11 +140,17 @@ def image_conventions(table: PromptTable) -> dict[str, str]:
             done.setdefault((change.how, change.patches is None), []).append(change)
         if done:
             out[f"image of {name}"] = ", then ".join(map(_changes_in_words, done.values()))
-        image = images[0] if images else None
-        if image is not None and image.how == "mean":
-            rows = f"{count_noun(image.count, 'image')} of `{image.said}`"
-            said = f"mean of {rows}, before any `limit`, in model-input pixels"
-            out[f"image of {table.name if name == CLEAN else name}"] = said
+        means = {each.said: each for each in images if each.how == "mean"}
+        if means:
+            own = any(row.image is not None for row in run.rows)
+            pixels = "in model-input pixels" if own else "in pixels before preparation, rounded"
+            said = " and ".join(
+                f"mean of {count_noun(each.count, 'image')} of `{each.said}`"
+                for each in means.values()
+            )
+            key = f"image of {table.name if name == CLEAN else name}"
+            changed = f", then {out[key]}" if key in out else ""
+            out[key] = f"{said}, before any `limit`, {pixels}{changed}"
     return out
 
 

@@ -93,7 +93,7 @@ def row_picture(row: Row, node: ast.Expr, name: str = "") -> Picture:
         case ast.String():
             return _of_file(row, node)
         case ast.QualifiedRef():
-            return row.block.averaged or Picture("gray")
+            return row.block.averaged.get(node.of.whole, Picture("gray"))
         case ast.Name(id=how) if how in IMAGE_BASELINES:
             return _of_baseline(row, how, name=name)
         case ast.Call(name=how) if how in IMAGE_BASELINES:

@@ -16,6 +16,7 @@ from mechdsl.base.records import compact_record
 from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.prompts import (
     CorruptionWithoutEffect,
     EqualRecords,
@@ -25,7 +26,7 @@ from mechdsl.diagnostics.prompts import (
 )
 from mechdsl.images.picture import Picture, Region, mean_picture
 from mechdsl.program import spec
-from mechdsl.program.images import averaged_block
+from mechdsl.program.images import MEAN_IMAGE, averaged_blocks
 from mechdsl.prompts.block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.expressions import bad_value, is_random, name_uses
 from mechdsl.prompts.rows import RECORD, BlockRows, Row, source_image_name
@@ -39,6 +40,7 @@ from mechdsl.prompts.values import (
     to_hashable,
     to_plain,
 )
+from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import ImageChange, ValueChange, change_kind, patch_changes
 
 _MAX_BEFORE_LIMIT = 20_000
@@ -619,18 +621,26 @@ def _combinations(
         yield dict(zip(names, each, strict=True))
 
 
-def set_mean_image(
+def set_mean_images(
     block: PromptsBlock, tokenizer: TextTokenizer, enough: int | None
 ) -> list[Diagnostic]:
-    """Set the mean image of a block that averages the images of another block or of its part.
+    """Set the mean images of a block that averages the images of other blocks or of their parts.
 
-    The mean is over rows before `limit`. Codes: those of the rows.
+    The mean is over rows before `limit`. Codes: those of the rows; E0207 for an image in prompts
+    that is the mean of images of different sizes.
 
     enough: the number of rows that a check reads.
     """
-    of = averaged_block(block.spec.image)
-    if of is None or of.name not in block.blocks or block.averaged is not None:
-        return []
+    found: list[Diagnostic] = []
+    for of in averaged_blocks(node for _, node in block.spec.named_images):
+        if of.name in block.blocks and of.whole not in block.averaged:
+            found += _set_mean_image(block, of, tokenizer, enough)
+    return found
+
+
+def _set_mean_image(
+    block: PromptsBlock, of: ast.Ref, tokenizer: TextTokenizer, enough: int | None
+) -> list[Diagnostic]:
     other = PromptsBlock(
         block.blocks[of.name],
         seed=block.seed,
@@ -645,5 +655,16 @@ def set_mean_image(
     found = select_rows(BlockRows(other), tokenizer, limit=limit, part=of.part, most=enough)
     images = [made.clean.image for made in found.rows]
     pictures = tuple(image for image in images if image is not None)
-    block.averaged = mean_picture(pictures, of.whole) if pictures else None
+    if not pictures:
+        return found.diagnostics
+    size = (0, 0)
+    if block.spec.kind == "prompts":
+        size, *others = dict.fromkeys(each.size for each in pictures)
+        if others:
+            shown = " and ".join(f"{width} x {height}" for height, width in (size, others[0]))
+            reason = f"has no size before preparation: its images have several, such as {shown}"
+            hint = f"name images of one size, or `image photo = gray` instead of `{MEAN_IMAGE} of`"
+            bad = BadArgument(span=of.span, name=of.span.written, reason=reason, hint=hint)
+            return [*found.diagnostics, bad]
+    block.averaged[of.whole] = mean_picture(pictures, of.whole, size)
     return found.diagnostics

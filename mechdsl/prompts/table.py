@@ -84,7 +84,7 @@ from mechdsl.prompts.selection import (
     rows_convention,
     select_rows,
     select_rows_by_id,
-    set_mean_image,
+    set_mean_images,
     unchanged_template_warnings,
 )
 from mechdsl.prompts.tokens.image_prompts import (
@@ -382,7 +382,7 @@ def build_table(
         compiled[key] = rows
     block = rows.block
     diagnostics = [*block.diagnostics, *_no_chat(prompts, tokenizer)]
-    diagnostics += set_mean_image(block, tokenizer, prompts_enough)
+    diagnostics += set_mean_images(block, tokenizer, prompts_enough)
     if has_errors(diagnostics) or block.columns_unknown:
         return None, diagnostics
     most = None

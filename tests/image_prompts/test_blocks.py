@@ -233,7 +233,7 @@ def test_edited_weights() -> None:
         ("photo row 1 col 2 token", "photo tile 1 token", "E0306", "`each token of photo tile 1`"),
         ("at photo row 1 col 2 token", "at photo token", "E0306", "9 patches"),
         ('"{file}"', '"{file}.gif"', "E0560", ".gif"),
-        ('"{file}"', "mean of ask", "E0207", "has no size before preparation"),
+        ('"{file}"', "mean of ask", "E0207", "is a prompts block"),
         ('"{file}"', "zebra", "E0203", "zebra"),
         ("file = other", "mask foto", "E0203", "photo"),
         ("file = other", "mask photo row 1 col 1 token", "E0207", "whole images"),

@@ -2749,9 +2749,11 @@ _in_prompt(
     "image in a prompt",
     'image photo = "{kind}.png"',
     "An image in each prompt of a vision-language model; `{photo}` in the template is its place. "
-    "All images of an `images` block are possible except `mean of`. The model's own processor of "
-    "transformers prepares it, and the tokens that it writes are positions of the prompt. Several "
-    "images need several names. Each distinct image passes through the vision encoder once.",
+    "All images of an `images` block are possible. `mean of scenes` is the mean over pixels before "
+    "preparation, rounded to whole levels, so that its images need one size. The model's own "
+    "processor of transformers prepares the image, and the tokens that it writes are positions of "
+    "the prompt. Several images need several names. Each distinct image passes through the vision "
+    "encoder once.",
     context='kind in ["circle", "square"] template "{photo} What is this?"',
     test="test_rules.py",
 )

@@ -694,7 +694,8 @@ def sections() -> list[Section]:
         Section(
             "Images in prompts",
             "Lines of a `prompts` block for a vision-language model. "
-            "[Models](models.md#image-tokens) lists the models. Rules act in the language model. "
+            "[Models](models.md#image-tokens) lists the models. Rules act in the language model, "
+            "where `embed` at the tokens of an image is the output of the projector. "
             "`photo tokens`, `each token of photo` and `photo row 3 col 4 token` are positions, "
             "as for rows of images; rows and columns count over all tiles of an image.",
             tuple(of_group("image in prompts")),
