@@ -216,6 +216,7 @@ def plan(
     from mechdsl.pipeline.trained_files import list_training_costs
     from mechdsl.planner.passes import check_pass_names, make_plan
     from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS
+    from mechdsl.resolve.expansion import add_exact_cells
     from mechdsl.show.plan import print_plan
 
     wrong = check_pass_names(passes.without)
@@ -236,7 +237,7 @@ def plan(
         if has_errors(problems):
             return INVALID_INPUT
     print_plan(
-        make_plan(checked.experiments, without=frozenset(passes.without)),
+        make_plan(list(add_exact_cells(checked.experiments)), without=frozenset(passes.without)),
         make_console(),
         passes.pass_tokens or PASS_TOKENS,
         passes.prompt_tokens or PROMPT_TOKENS,

@@ -673,6 +673,7 @@ def plan(
     from mechdsl.pipeline.trained_files import list_training_costs
     from mechdsl.planner.passes import check_pass_names, make_plan
     from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS
+    from mechdsl.resolve.expansion import add_exact_cells
     from mechdsl.show.output import PlanText, capture_text
     from mechdsl.show.plan import print_plan
 
@@ -703,7 +704,7 @@ def plan(
             measured, found = measure_unpatched(checked, RunOptions(execution=execution), loaded)
         raise_errors([each for each in found if each.severity == "error"])
         warn_diagnostics(found)
-    made = make_plan(checked.experiments, without=without)
+    made = make_plan(list(add_exact_cells(checked.experiments)), without=without)
     trainings = list_training_costs(checked)
 
     def show(console: Console) -> None:

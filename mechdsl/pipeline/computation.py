@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mechdsl.base.arrays import Ints
 from mechdsl.base.files import package_digest
 from mechdsl.base.hashing import digest
 from mechdsl.base.runtime import exact_convolutions, numeric_settings
@@ -61,15 +62,22 @@ from mechdsl.prompts.data_files import DataFile
 from mechdsl.prompts.other_runs import remove_replies
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.cells import SEED_AXIS
-from mechdsl.resolve.expansion import find_selections, get_whole_spec, split_by_group
+from mechdsl.resolve.expansion import (
+    find_selections,
+    get_whole_spec,
+    select_exact_cells,
+    split_by_group,
+)
 from mechdsl.resolve.experiment import resolve_experiment
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.types import ResolvedExperiment
 from mechdsl.results.assembly.collection import (
+    ExactRunner,
     add_base_observations,
     add_control,
     add_statistics,
     add_verdicts,
+    add_verification,
     build_finding,
     build_lost_experiment,
     check_denominators,
@@ -345,10 +353,46 @@ class FileRun:
             result = add_statistics_over_seeds(whole, first.spec, first.seed, seeds)
         else:
             result = add_statistics(whole, first.spec, first.seed)
+        if first.spec.estimator is not None and first.spec.estimator.verify is not None:
+            try:
+                result = add_verification(result, first, self._exact_runner(plans[first.key]))
+            except _ExactCellsLost as lost:
+                self._lose(first.name, lost.reasons)
+                return
         self._say(_few_units(variants, result))
         self._say(_too_skewed(variants, result))
         self._say(check_explained_variance(result, first.spec, first.table.exhausted))
         self.results[first.name] = result
+
+    def _exact_runner(self, plan: ExperimentPlan) -> ExactRunner:
+        """Return a function that runs cells of an estimated experiment, given by their numbers in
+        its result."""
+        shape = (len(plan.coordinates), plan.n_cells)  # without axes, there is one cell
+        indices = np.array(plan.coordinates, dtype=np.int64).reshape(shape).T[plan.exists]
+
+        def run(cells: Ints) -> ExperimentResult:
+            chosen = map(tuple, indices[np.sort(cells)].tolist())
+            exact = select_exact_cells(plan.experiment, chosen)
+            made = make_plan([exact], without=self.options.without)
+            how = replace(self.options.execution, on_progress=None)
+            execution = execute(
+                made, self.models, how, self.kept, self.sizes, check=check_denominators
+            )
+            if self.counts is not None:
+                self.counts.add(execution.profile)
+            if self.options.on_profile is not None:
+                self.options.on_profile(made, execution.profile)
+            self._say(execution.diagnostics)
+            measured = execution.measured.get(exact.key)
+            lost = list(execution.lost.get(exact.key, ()))
+            if lost or measured is None:
+                raise _ExactCellsLost(lost)
+            ((own,),) = (panel.experiments for panel in made.panels)
+            found = collect_result(own, measured, self.models, execution.profile, self.sizes)
+            found = drop_measures(_run_together([exact], [found]), measured.refused)
+            return add_statistics(found, exact.spec, exact.seed)
+
+        return run
 
     def _with_progress(self, later: Sequence[ResolvedExperiment]) -> ExecutionOptions:
         """Return the options of one wave for a single progress bar; the rows of later waves are
@@ -366,6 +410,14 @@ class FileRun:
             tell(before + done, before + total + behind)
 
         return replace(options, on_progress=advance)
+
+
+class _ExactCellsLost(Exception):
+    """Raised if cells that `verify` runs can't be computed."""
+
+    def __init__(self, reasons: Sequence[Diagnostic]) -> None:
+        super().__init__(*reasons)
+        self.reasons = reasons
 
 
 def _run_together(

@@ -408,6 +408,9 @@ def _bad_control(call: ast.Call, reason: str, hint: str, work: Statements) -> No
     work.diagnostics.append(problem)
 
 
+VERIFIED_WORDS = ("top", "random")
+"""Words after `verify`: how cells are chosen that are also run."""
+
 PLANNED_ESTIMATORS = ("relp", "eap", "eap_ig")
 """Estimators of the language that no stage executes yet."""
 
@@ -429,9 +432,6 @@ def lower_estimator(work: Statements) -> spec.Estimator | None:
         problem = UnknownWord(span=named.span, kind="estimator", word=name, hint=hint)
         work.diagnostics.append(problem)
         return None
-    if line.verify:
-        first, last = line.verify[0].span, line.verify[-1].span
-        work.later(Span(first.source, first.start, last.end), "`verify`")
     kind = ESTIMATORS[ESTIMATOR_ALIASES.get(name, name)]
     steps, options = kind.steps, dict(kind.options)
     given: set[str | None] = set()
@@ -446,7 +446,41 @@ def lower_estimator(work: Statements) -> spec.Estimator | None:
             _bad_estimator(argument.span, name, "takes no such argument", hint, work)
             return None
         given.add(key)
-    return spec.Estimator(span=line.span, name=name, steps=steps, options=tuple(options.items()))
+    return spec.Estimator(
+        span=line.span,
+        name=name,
+        steps=steps,
+        options=tuple(options.items()),
+        verify=_verification(line, work),
+    )
+
+
+def _verification(line: ast.Using, work: Statements) -> spec.Verification | None:
+    """Lower the part after `verify`; None without one, or after an error."""
+    if not line.verify:
+        return None
+    first, last = line.verify[0].span, line.verify[-1].span
+    counts: dict[str, int] = {}
+    for pick in line.verify:
+        if pick.how not in VERIFIED_WORDS:
+            hint = did_you_mean(pick.how, VERIFIED_WORDS, "write `top 20` or `random 20`")
+            problem = UnknownWord(span=pick.span, kind="choice of cells", word=pick.how, hint=hint)
+            work.diagnostics.append(problem)
+            return None
+        if isinstance(pick.amount, str) and not work.scope.use("param", pick.amount, pick.span):
+            return None
+        amount = whole_number_value(pick.amount, work.parts.parameters)
+        if amount is None or not 1 <= amount <= limits.CELLS:
+            reason = f"must be a whole number of cells, 1 to {limits.CELLS:,}"
+            _bad_estimator(pick.span, pick.how, reason, f"write `{pick.how} 20`", work)
+            return None
+        if pick.how in counts:
+            reason, hint = "is given twice", f"write one `{pick.how}`"
+            _bad_estimator(pick.span, pick.how, reason, hint, work)
+            return None
+        counts[pick.how] = amount
+    span = Span(first.source, first.start, last.end)
+    return spec.Verification(span=span, **counts)
 
 
 def _steps(argument: ast.Argument, default: int, work: Statements) -> int:

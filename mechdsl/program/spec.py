@@ -609,6 +609,15 @@ class NoControl(Spec):
     """`against none`: no control for what is trained."""
 
 
+class Verification(Spec):
+    """`verify top 20, random 20`: estimated cells that are also run."""
+
+    top: int = 0
+    """Number of cells with the largest absolute estimates."""
+    random: int = 0
+    """Number of cells drawn at random from all others."""
+
+
 class Estimator(Spec):
     """`using integrated_gradients(steps: 32)`: effects are estimated from gradients, not run."""
 
@@ -618,6 +627,8 @@ class Estimator(Spec):
     """Number of points on the line at which gradients are taken; None: only at the base run."""
     options: tuple[tuple[str, int | float], ...] = ()
     """Values of all other arguments."""
+    verify: Verification | None = None
+    """The cells that are also run; None: no cell is."""
 
     @property
     def kind(self) -> GradientEstimator:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 from mechdsl.base.source import Span
+from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.experiments import NO_GENERATION_REASON, NoEstimate
 from mechdsl.diagnostics.models import SiteNotInBlock
@@ -31,6 +32,7 @@ from mechdsl.resolve.types import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.traversal import walk
+from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 
 ESTIMABLE_VERBS = ("patch", "ablate")
@@ -57,7 +59,7 @@ def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
     if said is None:
         return []
     found = [*_of_experiment(experiment, said), *_of_rules(experiment, said)]
-    return [*found, *_of_measures(experiment, said)]
+    return [*found, *_of_measures(experiment, said), *_of_verification(experiment, said)]
 
 
 def _no_estimate(said: spec.Estimator, span: Span, what: str, reason: str, hint: str) -> Diagnostic:
@@ -103,6 +105,42 @@ def _gradient_problem(
         return span, "tokens of a reply", reason, hint
     none = find_flat_part(measure, save.run, at_base=True)
     return None if none is None else (said.metric.span, f"`{none[0]}`", *none[1:])
+
+
+def _of_verification(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
+    """Yield the first conflict with `verify`."""
+    verify, own = said.verify, experiment.spec
+    if verify is None:
+        return
+
+    def problem(what: str, reason: str, hint: str) -> Diagnostic:
+        return NoEstimate(
+            span=verify.span,
+            statement="verify",
+            verb="check",
+            what=what,
+            reason=reason,
+            hint=hint,
+        )
+
+    cells, asked = experiment.n_there, verify.top + verify.random
+    compared = [m for m in own.measures if EFFECTS[m.effect].is_tested_intervention]
+    if not said.kind.is_effect:
+        reason = f"it returns {said.kind.value_said}, which isn't an effect that a run has"
+        hint = "remove `verify`, or write `using gradient_input`"
+        yield problem(f"`using {said.name}`", reason, hint)
+    elif own.variant or experiment.seeds or own.over is not None or experiment.places:
+        reason = "its cells belong to several models, prompts, runs, seeds or measured positions"
+        hint = "write an experiment for each of them"
+        yield problem("an experiment with several variants", reason, hint)
+    elif not compared:
+        hint = "measure an effect of the rule, such as `as delta`"
+        yield problem("this experiment", "no measure is an effect of the rule", hint)
+    elif asked > cells and experiment.rules and not experiment.stand_ins:
+        most = count_noun(cells, "cell")
+        reason = f"the experiment has {most}"
+        hint = f"choose up to {most}, or remove `using` to run all of them"
+        yield problem(count_noun(asked, "cell"), reason, hint)
 
 
 def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:

@@ -14,6 +14,7 @@ from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.cells import CellKey, counts_positions, find_token_mismatches
 from mechdsl.resolve.types import (
     AxisIndices,
+    LoopCells,
     MeasureGroup,
     ResolvedExperiment,
     ResolvedRule,
@@ -156,6 +157,45 @@ def expand_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedE
 def split_by_group(experiment: ResolvedExperiment) -> list[ResolvedExperiment]:
     """Split an experiment by the positions of its measures, if there are several."""
     return [_select_group(experiment, place) for place in experiment.places] or [experiment]
+
+
+def select_exact_cells(
+    experiment: ResolvedExperiment, cells: Iterable[AxisIndices]
+) -> ResolvedExperiment:
+    """Return an estimated experiment that runs some of its cells instead.
+
+    Args:
+        cells: Indices of the cells along all axes.
+    """
+    said = {"estimator": None, "reports": (), "expects": (), "saves": (), "saved_directions": ()}
+    names = tuple(axis.name for axis in experiment.axes)
+    return replace(
+        experiment,
+        spec=experiment.spec.model_copy(update=said),
+        nested=LoopCells(names, frozenset(cells)),
+        saves=(),
+        direction_files=(),
+    )
+
+
+def add_exact_cells(experiments: Iterable[ResolvedExperiment]) -> Iterator[ResolvedExperiment]:
+    """Yield experiments, each followed by the cells that `verify` runs.
+
+    The chosen cells aren't known before the run: their places are taken by others of the grid, at
+    equal distances.
+    """
+    for experiment in experiments:
+        yield experiment
+        said = experiment.spec.estimator
+        if said is None or said.verify is None:
+            continue
+        indices = product(*(range(len(axis)) for axis in experiment.axes))
+        there = [index for index in indices if experiment.has(index)]
+        count = min(len(there), said.verify.top + said.verify.random)
+        chosen = [there[place * len(there) // count] for place in range(count)]
+        exact = select_exact_cells(experiment, chosen)
+        name = f"{experiment.name}, verified"
+        yield replace(exact, spec=exact.spec.model_copy(update={"name": name}))
 
 
 def get_whole_spec(part: ResolvedExperiment) -> spec.Experiment:

@@ -36,6 +36,7 @@ from mechdsl.statistics.measurements import (
     NullBand,
     may_round_differently,
 )
+from mechdsl.statistics.verification import Agreement, CorrelationEstimate, VerifiedCells
 from mechdsl.vocab.effects import ControlTitle
 from mechdsl.vocab.metrics import Reply
 
@@ -245,6 +246,59 @@ class NullDocument(DocumentPart):
     what: str = Field(description="the type of random target")
 
 
+class ExactEffectDocument(DocumentPart):
+    """The effect of an estimated cell that was also run."""
+
+    choice: Literal["top", "random"] = Field(description="why the cell was run")
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+class CorrelationDocument(DocumentPart):
+    """A correlation over cells."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class AgreementDocument(DocumentPart):
+    """Agreement of estimates with exact effects over cells."""
+
+    cells: int
+    pearson: CorrelationDocument
+    spearman: CorrelationDocument
+
+
+class TopRecallDocument(DocumentPart):
+    """Whether other cells have larger exact effects than those with the largest estimates."""
+
+    found: int = Field(
+        description="of as many verified cells with the largest exact effects, those with the "
+        "largest estimates"
+    )
+    above: int = Field(
+        description="random cells whose exact effect exceeds the smallest of the cells with the "
+        "largest estimates"
+    )
+    low: float | None = Field(description="Clopper-Pearson interval of their share of all others")
+    high: float | None
+
+
+class VerificationDocument(DocumentPart):
+    """The verified cells of one measure."""
+
+    label: str
+    effect: str
+    top: int = Field(description="cells with the largest absolute estimates")
+    random: int = Field(description="cells drawn at random from all others")
+    others: int = Field(description="all others that can have an effect")
+    over_random: AgreementDocument | None = None
+    over_all: AgreementDocument
+    recall: TopRecallDocument | None = None
+
+
 class MeasureDocument(DocumentPart):
     """One effect in one cell."""
 
@@ -259,6 +313,9 @@ class MeasureDocument(DocumentPart):
     )
     at: str | None = Field(
         default=None, description="position at which the metric is read, if the file states one"
+    )
+    exact: ExactEffectDocument | None = Field(
+        default=None, description="effect of an estimated cell that `verify` has run"
     )
     mean: float | None
     low: float | None
@@ -435,6 +492,9 @@ class ExperimentDocument(DocumentPart):
     seed_means: list[SeedMeanDocument] | None = Field(
         default=None, description="means over trainings with several seeds (`fit(…, seeds: 5)`)"
     )
+    verified: list[VerificationDocument] | None = Field(
+        default=None, description="agreement of estimates with exact effects (`verify`)"
+    )
     replies: RepliesDocument | None = Field(
         default=None, description="generated text, if the experiment has `generate`"
     )
@@ -535,7 +595,11 @@ def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int)
         label=data.label,
         metric=data.metric,
         effect=data.effect,
-        **known_fields(estimator=data.estimator or None, at=data.at),
+        **known_fields(
+            estimator=data.estimator or None,
+            at=data.at,
+            exact=_exact_document(result.verification(measure), cell),
+        ),
         **_cell_numbers(found, cell, "mean", "low", "high", "p", "p_corrected"),
         base=finite_number(found.base_mean[cell]),
         source=finite_number(found.source_mean[cell]),
@@ -554,6 +618,49 @@ def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int)
             if found.at_rounding[cell] or may_round_differently(data, found)[cell]
             else None,
             reason=_reason(found.reasons[cell], data, result.source),
+        ),
+    )
+
+
+def _exact_document(verified: VerifiedCells | None, cell: int) -> ExactEffectDocument | None:
+    found = None if verified is None else verified.of_cell(cell)
+    if found is None:
+        return None
+    numbers = {name: finite_number(getattr(found, name)) for name in ("mean", "low", "high")}
+    return ExactEffectDocument(choice=found.choice, **numbers)
+
+
+def _verification_document(
+    result: ExperimentResult, verified: VerifiedCells
+) -> VerificationDocument:
+    data = result.measures[verified.measure]
+
+    def agreement(found: Agreement) -> AgreementDocument:
+        def correlation(own: CorrelationEstimate) -> CorrelationDocument:
+            names = ("value", "low", "high")
+            return CorrelationDocument(**{n: finite_number(getattr(own, n)) for n in names})
+
+        own = correlation(found.pearson), correlation(found.spearman)
+        return AgreementDocument(cells=found.cells, pearson=own[0], spearman=own[1])
+
+    over, recall = verified.over_random, verified.recall
+    return VerificationDocument(
+        label=data.label,
+        effect=data.effect,
+        top=verified.top,
+        random=len(verified.cells) - verified.top,
+        others=verified.others,
+        over_all=agreement(verified.over_all),
+        **known_fields(
+            over_random=None if over is None else agreement(over),
+            recall=None
+            if recall is None
+            else TopRecallDocument(
+                found=recall.found,
+                above=recall.above,
+                low=finite_number(recall.low),
+                high=finite_number(recall.high),
+            ),
         ),
     )
 
@@ -707,6 +814,7 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
             ]
             or None,
             seed_means=[_seed_mean_document(result, each) for each in result.seed_means] or None,
+            verified=[_verification_document(result, each) for each in result.verified] or None,
             replies=replies_document(result.replies),
         ),
     )

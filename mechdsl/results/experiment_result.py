@@ -40,6 +40,7 @@ from mechdsl.statistics.measurements import (
     RandomControlValues,
     SamplingDesign,
 )
+from mechdsl.statistics.verification import VerifiedCells
 from mechdsl.vocab.metrics import Reply
 
 if TYPE_CHECKING:
@@ -295,6 +296,9 @@ class ExperimentResult:
     """Means over trainings with several seeds (`fit(…, seeds: 5)`), of each cell and measure:
     `measure`, `cell`, `seeds`, `mean`, the interval over seeds (`low`, `high`) and that over
     prompts (`row_low`, `row_high`, `n`)."""
+    verified: tuple[VerifiedCells, ...] = ()
+    """For each measure that `verify` applies to: the `cells` that were also run, their `exact`
+    effects, and the agreement `over_random` and `over_all` of them."""
     outcomes: tuple[ExpectOutcome, ...] = ()
     """Expectations: `text`, `holds`, `value`, `low`, `high`, `effective_n`, `reason`, `line`, and
     whether their values were `computed`."""
@@ -334,6 +338,10 @@ class ExperimentResult:
     def control(self, measure: int) -> NullBand | None:
         """Return the null band of a measure."""
         return self.controls[measure] if self.controls else None
+
+    def verification(self, measure: int) -> VerifiedCells | None:
+        """Return the verified cells of a measure."""
+        return next((each for each in self.verified if each.measure == measure), None)
 
     @cached_property
     def sampling(self) -> SamplingDesign:
@@ -522,6 +530,7 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 "metric": data.metric,
                 "effect": data.effect,
                 **({"estimator": data.estimator} if data.estimator else {}),
+                **_verified(result, measure, index),
                 "n": int(found.n[index]),
                 "effective_n": int(found.units[index]),
                 **{key: finite_number(getattr(found, key)[index]) for key in NUMBER_COLUMNS},
@@ -563,6 +572,21 @@ def _null(result: ExperimentResult, measure: int, cell: int) -> dict[str, Any]:
         "null_draws": None if band is None else int(band.draws[cell]),
         "null_kind": None if band is None else band.title,
         "null_inside": bool(band.inside[cell]) if band and band.decides[cell] else None,
+    }
+
+
+def _verified(result: ExperimentResult, measure: int, cell: int) -> dict[str, Any]:
+    """Return the columns of experiments with `verify`."""
+    if not result.verified:
+        return {}
+    found = result.verification(measure)
+    exact = None if found is None else found.of_cell(cell)
+    names = ("exact", "exact_low", "exact_high")
+    if exact is None:
+        return {"verified": None, **dict.fromkeys(names)}
+    return {
+        "verified": exact.choice,
+        **dict(zip(names, map(finite_number, (exact.mean, exact.low, exact.high)), strict=True)),
     }
 
 

@@ -282,6 +282,11 @@ def _experiment_checks(found: ExperimentResult) -> Iterator[bool]:
         yield from _measure_checks(data, cells, prompts)
     yield len(found.statistics) in (0, len(found.measures))
     yield len(found.controls) in (0, len(found.measures))
+    for each in found.verified:
+        yield 0 <= each.measure < len(found.measures) and 0 <= each.top <= len(each.cells)
+        yield all(a.shape == each.cells.shape for a in (each.exact, each.low, each.high))
+        yield each.cells.ndim == 1 and len({*each.cells.tolist()}) == len(each.cells)
+        yield {*each.cells.tolist()} <= {*range(cells)}
     for arrays in (*found.statistics, *(band for band in found.controls if band is not None)):
         yield all(array.shape == (cells,) for array in _array_fields(arrays))
     yield all(len(each.reasons) == cells for each in found.statistics)

@@ -10,14 +10,16 @@ from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.active_texts import active_texts_html
 from mechdsl.show.reports.table import (
+    EXACT_CELLS_TITLE,
     SEED_MEANS_TITLE,
     Column,
     apply_grouping,
     displayed_cells,
+    exact_cell_columns,
     measure_table,
     seed_mean_columns,
 )
-from mechdsl.show.reports.text import heading_facts, measure_name, verdict_text
+from mechdsl.show.reports.text import heading_facts, measure_name, verdict_text, verification_notes
 
 MAX_ROWS = 100
 """Maximum number of displayed rows of a table."""
@@ -52,6 +54,9 @@ def experiment_html(result: ExperimentResult) -> str:
             parts += _paragraph([escape_xml(line) for line in (*more, *said)])
             means = seed_mean_columns(shown, measure, displayed_cells(shown, report))
             parts += [*_paragraph([SEED_MEANS_TITLE]), _table(means)] if means else []
+            exact = exact_cell_columns(shown, measure)
+            parts += [*_paragraph([EXACT_CELLS_TITLE]), _table(exact)] if exact else []
+            parts += _paragraph(list(map(escape_xml, verification_notes(shown, measure))))
         parts.append(active_texts_html(shown, displayed_cells(shown, report)))
     parts += _conventions(shown)
     parts += _paragraph(list(_verdicts(result)))

@@ -40,6 +40,11 @@ class EffectKind(Record):
     """Whether the effect has no unit."""
 
     @property
+    def is_tested_intervention(self) -> bool:
+        """Whether it is an effect of the rules that is 0 if they change nothing."""
+        return self.of_intervention and self.tested
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Names of the runs that it depends on, among `patched`, `base` and `source`."""
         given = {"patched": 2.0, "base": 3.0, "source": 5.0}

@@ -45,6 +45,7 @@ METHODS = [
     "Path patching",
     "Causal tracing",
     "Attention knockout",
+    "Check an estimator",
     "Ablations",
     "Transplant",
     "Induction heads",

@@ -1469,7 +1469,7 @@ _rule(
 _rule(
     "block attention",
     "block attention layer * window 3 from last token to fruits tokens",
-    "Prevents the queries from attending to the keys: their scores become −∞ before the "
+    "Prevents the queries from attending to these keys: their scores become −∞ before the "
     "softmax. The other weights, including sinks, are renormalised. Without a head axis, it "
     "applies to all heads.",
     KNOCKOUT,
@@ -2301,6 +2301,18 @@ _experiment(
     "Attribution patching, another word for `gradient_input`. Results name `gradient_input`.",
     "tests/rules/test_estimated_sites.py",
     "Nanda 2023, Attribution patching; Syed et al. 2023, arXiv 2310.10348",
+)
+_experiment(
+    "verify",
+    "using gradient_input verify top 2, random 3",
+    "Also runs the 2 cells with the largest absolute estimates, and 3 drawn from the others with "
+    "the seed, on the same rows. A table below the estimates has their exact effects with "
+    "intervals. Below it are Pearson's and Spearman's correlation of estimates and exact effects, "
+    "over the random cells with an interval and over all verified cells without one, and how many "
+    "random cells exceed the top. Each measure has its own cells. Cells that can't have an effect "
+    "are never chosen. `top` or `random` may be left out. The estimator must estimate effects, "
+    "and the experiment has one model, block and pair of runs (E0608).",
+    "tests/rules/test_verification.py",
 )
 _experiment(
     "generate",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import compress, product
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.hashing import digest_number
 from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.measurement.values import (
@@ -72,6 +73,7 @@ from mechdsl.statistics.measurements import (
     effect_parts,
 )
 from mechdsl.statistics.null_bands import compute_null_bands
+from mechdsl.statistics.verification import ExactEffects, VerifiedCells, verify_cells
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import MetricForm, Reply
 
@@ -733,6 +735,79 @@ def add_statistics(
         **_verdict_level_text(experiment),
     }
     return replace(result, conventions=conventions)
+
+
+ExactRunner = Callable[[Ints], ExperimentResult]
+"""Runs cells of an estimated experiment, by their numbers, and returns their results in order."""
+
+
+def add_verification(
+    result: ExperimentResult, experiment: ResolvedExperiment, run: ExactRunner
+) -> ExperimentResult:
+    """Run the cells that `verify` chooses, and add their exact effects.
+
+    Args:
+        result: The estimates, with statistics.
+    """
+    said, settings = experiment.spec.estimator, experiment.spec.statistics
+    assert said is not None
+    assert said.verify is not None
+    exact = _ExactCellCache(result, run)
+    verified: list[VerifiedCells] = []
+    for number, data in result.computed():
+        if not EFFECTS[data.effect].is_tested_intervention:
+            continue
+        found = result.statistics[number]
+        seed = digest_number("verify", experiment.seed)
+        estimates = np.where(data.inert, np.nan, found.mean)
+        own = (number, estimates, found.n, said.verify, seed, settings.confidence)
+        verified.append(verify_cells(*own, partial(exact.of, number)))
+    conventions = dict(result.conventions)
+    for each in verified[:1]:
+        conventions["verified"] = _verification_text(each, said.verify, settings.confidence)
+    return replace(result, verified=tuple(verified), conventions=conventions)
+
+
+class _ExactCellCache:
+    """Exact effects of cells, each of which is run once for all measures."""
+
+    def __init__(self, result: ExperimentResult, run: ExactRunner) -> None:
+        shape = (len(result.measures), len(result.cells))
+        self._run = run
+        self._is_known = np.zeros(len(result.cells), dtype=np.bool_)
+        self._numbers = {name: np.full(shape, np.nan) for name in ("mean", "low", "high")}
+        self._counts = np.zeros(shape, dtype=np.int64)
+
+    def of(self, measure: int, cells: Ints) -> ExactEffects:
+        """Return the effects of some cells; those that aren't known yet are run."""
+        new = np.sort(cells[~self._is_known[cells]])
+        if len(new):
+            found = self._run(new)
+            assert len(found.cells) == len(new)
+            for number, own in enumerate(found.statistics):
+                for name, values in self._numbers.items():
+                    values[number, new] = getattr(own, name)
+                self._counts[number, new] = own.n
+            self._is_known[new] = True
+        numbers = {name: values[measure, cells] for name, values in self._numbers.items()}
+        return ExactEffects(**numbers, n=self._counts[measure, cells])
+
+
+def _verification_text(found: VerifiedCells, asked: spec.Verification, confidence: float) -> str:
+    """Describe which cells were run, and what their intervals are over."""
+    parts = [f"the {found.top} with the largest absolute estimates"] if found.top else []
+    drawn = len(found.cells) - found.top
+    others = "others" if parts else "cells"
+    parts += [f"{drawn} {others} drawn at random with the seed"] if drawn else []
+    text = f"of each measure, {' and '.join(parts)} were also run, on the same rows"
+    if len(found.cells) < asked.top + asked.random:
+        text += ": no other cell can have an effect"
+    if not drawn or drawn == found.others:
+        return f"{text}; the correlations are of these cells, not of a sample: no interval"
+    return (
+        f"{text}; {confidence:g} % intervals of correlations are over the random cells, by the "
+        "jackknife on Fisher's scale and Student's t"
+    )
 
 
 def _verdict_level_text(experiment: spec.Experiment) -> dict[str, str]:

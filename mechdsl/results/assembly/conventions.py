@@ -252,6 +252,8 @@ def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
     if said.steps is not None:
         where = f"gradients between the {base} run and the written values"
     text = said.kind.convention.replace("{steps}", str(said.steps))
+    if said.verify is not None:
+        text = text.replace("estimates, no cell was run: ", "")
     edges = said.kind.place == "attention"
     filled = any(rule.spec.fill is not None for rule in experiment.rules)
     if filled and not edges and not said.kind.reads_written:

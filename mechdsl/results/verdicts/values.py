@@ -55,12 +55,10 @@ from mechdsl.results.verdicts.estimates import (
     is_linear,
     is_single_cell,
     number_skewed_t,
-    pearson,
-    spearman,
     studentise_number,
 )
 from mechdsl.statistics.cell_statistics import infer, share_limits
-from mechdsl.statistics.comparisons import true_correlation
+from mechdsl.statistics.comparisons import pearson, spearman, true_correlation
 from mechdsl.statistics.intervals import SimultaneousBounds, clopper_pearson, simultaneous_bounds
 from mechdsl.statistics.measurements import (
     NO_INTERVAL_REASONS,

@@ -46,6 +46,7 @@ from mechdsl.show.reports.text import (
     print_notes,
     rounding_note,
     significance_note,
+    verification_notes,
     zero_width_note,
 )
 from mechdsl.statistics.cell_statistics import compute_cell_statistics
@@ -62,6 +63,9 @@ COLUMN_GAP = 3
 
 SEED_MEANS_TITLE = "means over seeds"
 """Title of a table of means over trainings."""
+
+EXACT_CELLS_TITLE = "verified cells"
+"""Title of a table of cells that `verify` has run."""
 
 SINGLE_ROW_COLUMNS = ("tokens hit", "n", "effective n")
 """Columns that are also moved above a single row if there is little room."""
@@ -109,6 +113,11 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
         if means:
             print_notes(["", SEED_MEANS_TITLE], console)
             _print(means, console)
+        exact = exact_cell_columns(shown, measure)
+        if exact:
+            print_notes(["", EXACT_CELLS_TITLE], console)
+            _print(exact, console)
+            print_notes(verification_notes(shown, measure), console)
     print_active_texts(shown, displayed_cells(shown, report), console)
     print_conventions(shown, report, console)
 
@@ -239,6 +248,7 @@ def group_by_value(result: ExperimentResult, by: str | None) -> ExperimentResult
         statistics=tuple(statistics),
         controls=(),  # draws are for whole cells
         seed_means=(),  # and so are these
+        verified=(),
         hits=(),
         active=result.active * len(values),
     )
@@ -265,7 +275,45 @@ def _order(result: ExperimentResult, measure: int, report: spec.Report) -> list[
     return sorted(order, key=lambda i: -np.nan_to_num(size[i], nan=-1.0))[: report.top]
 
 
+def exact_cell_columns(result: ExperimentResult, measure: int) -> list[Column]:
+    """Return the columns of the cells that `verify` has run, the largest exact effects first; none
+    without such cells."""
+    verified = result.verification(measure)
+    if verified is None:
+        return []
+    order = verified.by_size.tolist()
+    estimates = result.statistics[measure].mean[order]
+    write = number_format(estimates.tolist())
+    texts = [interval_texts(write, each, np.nan, np.nan)[0] for each in estimates.tolist()]
+    return [
+        *_cell_columns(result, order),
+        Column("estimate", texts, True),
+        *_exact_columns(result, measure, order, intervals=True),
+    ]
+
+
 def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
+    columns = _cell_columns(result, order)
+    cells = [result.cells[i] for i in order]
+    if result.source:
+        columns.append(Column("direction", [result.direction] * len(cells), spare=4))
+    found = result.statistics[measure]
+    columns.append(Column("n", [str(int(found.n[i])) for i in order], True, describes=True))
+    if any(found.units[i] not in (0, found.n[i]) for i in order):
+        texts = [str(int(found.units[i])) for i in order]
+        columns.append(Column("effective n", texts, True, describes=True))
+    if result.measures[measure].kind == "category":
+        columns += _category_columns(result, measure, order)
+    else:
+        columns += _number_columns(result, measure, order)
+    if any(cell.listed for cell in cells):
+        texts = [listed_tokens_text(cell) for cell in cells]
+        columns.append(Column("top tokens", texts, wraps=True))
+    return columns
+
+
+def _cell_columns(result: ExperimentResult, order: Sequence[int]) -> list[Column]:
+    """Return the columns that identify cells."""
     cells = [result.cells[i] for i in order]
     columns: list[Column] = []
     for axis in result.axes:
@@ -287,20 +335,6 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
         tokens = [hit_tokens_text(cell, SHOWN_TOKENS) for cell in cells]
         spare = 0 if any(cell.read for cell in cells) else 2
         columns.append(Column("tokens hit", tokens, spare=spare, wraps=True, describes=True))
-    if result.source:
-        columns.append(Column("direction", [result.direction] * len(cells), spare=4))
-    found = result.statistics[measure]
-    columns.append(Column("n", [str(int(found.n[i])) for i in order], True, describes=True))
-    if any(found.units[i] not in (0, found.n[i]) for i in order):
-        texts = [str(int(found.units[i])) for i in order]
-        columns.append(Column("effective n", texts, True, describes=True))
-    if result.measures[measure].kind == "category":
-        columns += _category_columns(result, measure, order)
-    else:
-        columns += _number_columns(result, measure, order)
-    if any(cell.listed for cell in cells):
-        texts = [listed_tokens_text(cell) for cell in cells]
-        columns.append(Column("top tokens", texts, wraps=True))
     return columns
 
 
@@ -324,6 +358,7 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         Column(result.measures[measure].called, [mean for mean, _ in shown], True),
         Column(f"{confidence:g} % interval", [interval for _, interval in shown], True),
     ]
+    columns += _exact_columns(result, measure, order, intervals=False)
     columns += [
         Column(
             name, [write(value) if np.isfinite(value) else MISSING for value in each[order]], True
@@ -365,6 +400,30 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         Column("corrected", texts(found.p_corrected), True),
         Column("survives", verdicts),
     ]
+
+
+def _exact_columns(
+    result: ExperimentResult, measure: int, order: Sequence[int], *, intervals: bool
+) -> list[Column]:
+    """Return the columns of exact effects, with `verify`; without intervals if they are in a
+    separate table."""
+    verified = result.verification(measure)
+    if verified is None:
+        return []
+    found = [verified.of_cell(cell) for cell in order]
+    known = [each for each in found if each is not None]
+    ends = [np.array([[each.low, each.high] for each in known]).ravel()]
+    write = number_format(_comparable_numbers(np.array([each.mean for each in known]), ends))
+    none = (MISSING, MISSING)
+    texts = [
+        none if each is None else interval_texts(write, each.mean, each.low, each.high)
+        for each in found
+    ]
+    columns = [Column("exact", [mean for mean, _ in texts], True)]
+    if intervals:
+        columns.append(Column("exact interval", [interval for _, interval in texts], True))
+    choices = ["" if each is None else each.choice for each in found]
+    return [*columns, Column("verified", choices, spare=1)]
 
 
 def _comparable_numbers(means: Floats, ends: Sequence[Floats]) -> list[float]:

@@ -22,6 +22,7 @@ from mechdsl.statistics.measurements import (
     NullBand,
     may_round_differently,
 )
+from mechdsl.statistics.verification import Agreement
 
 MISSING = "–"
 
@@ -400,6 +401,49 @@ def inert_note(result: ExperimentResult, measure: int) -> str | None:
         f"{cells} inert: {they} can't differ from {result.base}, so {they} {verb} neither tested "
         "nor corrected for"
     )
+
+
+def verification_notes(result: ExperimentResult, measure: int) -> list[str]:
+    """Describe the agreement of estimates with exact effects; empty without `verify`."""
+    verified = result.verification(measure)
+    if verified is None:
+        return []
+    over, own, said = verified.over_random, verified.over_all, list[str]()
+    if over is not None:
+        cells = f"{count_noun(over.cells, 'cell')} drawn from {verified.others:,}"
+        if len(verified.cells) == verified.top + verified.others:
+            cells = f"all {count_noun(over.cells, 'other cell')}"
+        said.append(f"agreement over {cells}: {_agreement_text(over)}")
+    if over is None or own.cells > over.cells:
+        cells = f"all {count_noun(own.cells, 'verified cell')}, which are no random sample"
+        said.append(f"agreement over {cells}: {_agreement_text(own)}")
+    recall = verified.recall
+    if recall is not None and over is not None:
+        top, drawn = f"top {verified.top}", len(verified.cells) - verified.top
+        above = (
+            f"{recall.found} of the {verified.top} largest exact effects that were run are in the "
+            f"{top} of the estimates; {recall.above} of {count_noun(drawn, 'random cell')} "
+            f"{'exceeds' if recall.above == 1 else 'exceed'} the smallest exact effect of the "
+            f"{top}"
+        )
+        share = f"{100 * recall.low:.1f} % to {100 * recall.high:.1f} %"
+        of_all = f", and so do {share} of all {verified.others:,} (Clopper-Pearson)"
+        said.append(above + (of_all if math.isfinite(recall.low) else ""))
+    if verified.fewer_rows:
+        cells = count_noun(verified.fewer_rows, "verified cell")
+        said.append(f"exact effects of {cells} are over fewer prompts than the estimates")
+    return said
+
+
+def _agreement_text(found: Agreement) -> str:
+    """Format the correlations of estimates and exact effects."""
+    pairs = (("Pearson", found.pearson), ("Spearman", found.spearman))
+    texts: list[str] = []
+    for name, own in pairs:
+        value = f"{own.value:.3f}" if math.isfinite(own.value) else MISSING
+        interval = f" [{own.low:.3f}, {own.high:.3f}]" if math.isfinite(own.low) else ""
+        texts.append(f"{name} {value}{interval}")
+    return ", ".join(texts)
 
 
 def zero_width_note(result: ExperimentResult, measure: int) -> str | None:

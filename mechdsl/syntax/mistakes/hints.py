@@ -768,6 +768,11 @@ HINTS: tuple[Hint, ...] = (
         "write `save direction {0} to …` for a direction, and a site and position for activations: "
         "`save resid_post layer 3 at last token to …`",
     ),
+    Hint(
+        r"^(?:using\s+verify\s*$|$)",
+        r"(?:verify\s+)?((?:top|random)\s+[0-9]+(?:,\s*(?:top|random)\s+[0-9]+)*)",
+        "name the estimator first: `using gradient_input verify {0}`",
+    ),
     Hint(r"^measure\b", r"", "name the effect: `as recovery`, `as delta` or `as raw`", "AS"),
     Hint(
         r"^(?:patch|ablate|freeze|scale|clamp|path|set|swap)\b",
