@@ -40,7 +40,7 @@ PAGES = Path(__file__).parent.parent / "docs" / "errors"
 CAUSES = {
     **broken.CAUSES,
     "E0458": lambda: (None, families.miscounted()),
-    "E0459": lambda: (None, families.refused(families.loaded("paligemma"))),
+    "E0459": lambda: (None, families.changed_text()),
     "E0650": broke_off,
     "W0723": too_skewed,
     "W0750": left_out,

@@ -169,6 +169,7 @@ class ImageVectors:
             offsets=self._numbers[:, :3] if layout.numbering == "by row and column" else None,
             advance=self._numbers[:, 3],
             mixes=layout.mixes,
+            prefix_end=self.reader.prefix_end,
         )
         self._known.update(marker for marker, _ in images)
 
@@ -263,7 +264,7 @@ def prepare_images(
 def _further_inputs(model: LoadedModel, made: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield the inputs of a processor other than the tokens, on the model's device."""
     for name, value in made.items():
-        if name not in ("input_ids", "attention_mask"):
+        if name not in ("input_ids", "attention_mask", "labels"):
             moved = value.to(model.device)
             yield name, moved.to(model.dtype) if moved.is_floating_point() else moved
 
@@ -272,11 +273,18 @@ _TEXT_AFTER = 3
 """Number of tokens after the image in the check."""
 
 
-def _with_text(given: Mapping[str, Tensor], text: Sequence[int]) -> dict[str, Tensor]:
-    """Add tokens of text after an image, also to other inputs with an entry for each token."""
+def _with_text(
+    given: Mapping[str, Tensor], text: Sequence[int], *, follows_prefix: bool
+) -> dict[str, Tensor]:
+    """Add tokens of text after an image, also to other inputs with an entry for each token.
+
+    follows_prefix: whether the tokens before the text all attend to each other.
+    """
     shape = given["input_ids"].shape
     added = given["input_ids"].new_tensor(text).expand(shape[0], -1)
     known = {"input_ids": added, "attention_mask": torch.ones_like(added)}
+    if follows_prefix:
+        known["token_type_ids"] = torch.ones_like(added)
     return {
         name: torch.cat([value, known.get(name, torch.zeros_like(added)).to(value.dtype)], 1)
         if value.shape == shape
@@ -312,7 +320,7 @@ def _compare_forms(model: LoadedModel, reader: ImagePromptTokenizer, row: RunRow
     batch, own = prepare_images(model, reader, [picture])
     with torch.inference_mode():
         given = {"input_ids": batch.ids, "attention_mask": batch.mask, **batch.extra}
-        given = _with_text(given, text)
+        given = _with_text(given, text, follows_prefix=reader.prefix_end is not None)
         expected = call_module(model, given).logits
         ids = given["input_ids"].clone()
         tokens = reader.vector_tokens(marker, picture.expansion)

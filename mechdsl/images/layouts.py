@@ -348,6 +348,10 @@ class ImageLayout:
 
     mixes: ClassVar[bool] = False
     """Whether tokens of an image attend to later tokens of the image."""
+    prefix_end: ClassVar[str] = ""
+    """The last token of prompts whose tokens all attend to each other; empty for other prompts."""
+    bos_after_images: ClassVar[bool] = False
+    """Whether the beginning-of-sequence token follows the last image; otherwise it is the first."""
     several_layers: ClassVar[bool] = False
     """Whether the model also adds vectors of images after its first blocks."""
 
@@ -987,6 +991,9 @@ class PaliGemma(ImageLayout):
     documentation = "one token for each patch of the resized image, row by row"
     processors = ("PaliGemmaProcessor",)
     image_processors = _PLAIN_PROCESSORS
+    mixes = True
+    prefix_end = "\n"
+    bos_after_images = True
 
     def features(self, prompt: ImagePrompt, number: int) -> Iterator[Feature]:
         yield from grid(prepared_view(prompt.images, prompt.sizes[number]), prompt.patch)

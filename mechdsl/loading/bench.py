@@ -77,7 +77,8 @@ def build_image_prompts(model: LoadedModel, texts: Sequence[Sequence[int]]) -> B
     ]
     batch = Batch.of(rows, model.pad_id, model.calling.side, model.device)
     known = inspect.signature(model.module.forward).parameters
-    extra |= {name: (batch.ids == mark).long() for name in _IMAGE_MASKS if name in known}
+    mask = (batch.ids == mark).long() * (not get_family(model).prefix)
+    extra |= {name: mask for name in _IMAGE_MASKS if name in known}
     given = {"input_ids": batch.ids, "attention_mask": batch.mask, **extra}
     patches = count_module_tokens(model, model.stack("vision").anatomy.blocks[0].path, given)
     return batch.with_inputs(extra, vision=Batch.grid(2, patches, model.device))

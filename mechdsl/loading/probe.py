@@ -32,6 +32,7 @@ from mechdsl.loading.bench import (
     count_module_tokens,
     draw_prompts,
     get_config,
+    get_family,
 )
 from mechdsl.models.anatomy import HookPoint
 from mechdsl.models.shape import OutputPosition, output_labels
@@ -282,6 +283,8 @@ def _probe_token_types(model: LoadedModel) -> LoadedModel:
     accepts = model.calling.accepts
     if "token_type_ids" not in accepts:
         return model
+    if get_family(model).prefix:
+        return replace(model, calling=replace(model.calling, token_type=1))
     ids = torch.tensor([draw_prompts(model, PROMPT_LENGTHS, seed=0)[0]], device=model.device)
     looked_up: list[None] = []  # among the tokens, which may not show in the output
     embed = model.anatomy.taps.get("embed")
@@ -418,7 +421,9 @@ def _probe_text(model: LoadedModel) -> LoadedModel:
     longer, shorter = draw_prompts(model, PROMPT_LENGTHS, seed=0)
     model = probe_classifier(model, torch.tensor([longer], device=model.device))
     alone = [
-        call_model(model, {"input_ids": torch.tensor([row], device=model.device)})[0]
+        call_model(model, build_text_inputs(model, torch.tensor([row], device=model.device), None))[
+            0
+        ]
         for row in (longer, shorter)
     ]
     fine = _is_finite(model)

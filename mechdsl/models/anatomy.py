@@ -201,6 +201,10 @@ class Family:
     encodes: ClassVar[bool] = False
     """Even as a causal model, it sees later tokens unless `is_decoder` is set."""
 
+    prefix: ClassVar[bool] = False
+    """All tokens of a prompt with an image attend to each other (`token_type_ids` of 0), and tokens
+    after it to earlier ones (1)."""
+
     scores: ClassVar[Literal["", "one label", "many labels"]] = ""
     """The meaning of an image's scores in a model with an image tower and a text tower: exactly one
     text is right (softmax), or each text is right or wrong independently (sigmoid)."""

@@ -521,7 +521,8 @@ def _shape(
         decodes = any(name.endswith(DECODER_SUFFIXES) for name in names) or not names
         decodes = decodes or task != "tokens"
         causal = decodes and takes != "image" and (not encodes or _decodes(text))
-        causal = causal and text.get("use_bidirectional_attention") not in (True, "all")
+        if not find_family(str(config.get("model_type"))).prefix:
+            causal = causal and text.get("use_bidirectional_attention") not in (True, "all")
     return ModelShape(
         architecture=names[0] if names else model_type,
         family=model_type,

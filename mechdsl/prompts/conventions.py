@@ -43,6 +43,8 @@ def token_conventions(
             out["regions"] = f"{names}: {said}"
     if block.spec.chat:
         out = _chat_conventions(block, rows, tokenizer)
+    if isinstance(tokenizer, ImagePromptTokenizer) and any(row.pictures for row in rows):
+        out |= tokenizer.prefix_conventions()
     out |= _picture_conventions(rows, tokenizer)
     before = "the prompt"
     if tokenizer.starts:

@@ -630,7 +630,7 @@ class _Builder:
                     values=row.values,
                     texts=kept,
                     **image_row_fields(row.image, row.regions, self.tokenizer),
-                    pictures=prompt_pictures(row.pictures, row.parts, self.tokenizer)
+                    pictures=prompt_pictures(row.pictures, row.parts, self.tokenizer, tokens.ids)
                     if row.pictures
                     else _NO_PICTURES,
                 )

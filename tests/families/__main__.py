@@ -62,7 +62,7 @@ The processors of `internvl`, `llava_onevision`, `qwen2_vl`, `qwen2_5_vl`, `qwen
 of `smolvlm` also needs num2words. `video_layout` returns the positions of the frames of videos for
 `video_llava`, `llava_onevision` and the Qwen models.
 
-Prompts of files contain images of all of these types, except `paligemma` and `mllama`
+Prompts of files contain images of all of these types, except `mllama`
 ([E0459](errors/E0459.md)). Some models do more with images than read their vectors:
 
 - Position ids of image tokens are rows and columns in `qwen2_vl`, `qwen2_5_vl` and `qwen3_vl`.
@@ -74,6 +74,10 @@ Prompts of files contain images of all of these types, except `paligemma` and `m
 - Tokens of an image attend to each other in both directions in `gemma3`. The line breaks that its
   processor writes around an image are part of the prompt. With pan and scan, images that it crops
   are E0459.
+- All tokens of a prompt with an image attend to each other in `paligemma`, and tokens of answers
+  and replies attend to earlier ones. Its processor puts the beginning-of-sequence token after the
+  last image, and so does mechdsl. It also ends each prompt with a line break, so a template ends
+  with `\\n`, its only one; others are E0459. Without an image, each token attends to earlier ones.
 
 The tokens of an image, by model type:
 """

@@ -30,6 +30,9 @@ class Picture:
     """How many tokens it takes up."""
     mask: str = ""
     """What the model calls its mask of the image's tokens, where it needs one."""
+    prefix: bool = False
+    """The mask is 0 for every token: without it, PaliGemma's attention sees later tokens where
+    nothing is padded, and doesn't where something is."""
     also: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What else it is called with."""
 
@@ -50,7 +53,8 @@ def with_picture(
         **{name: torch.tensor(value) for name, value in picture.also.items()},
     }
     if picture.mask:
-        prompt[picture.mask] = (prompt["input_ids"] == IMAGE).long()
+        is_image = prompt["input_ids"] == IMAGE
+        prompt[picture.mask] = (is_image & (not picture.prefix)).long()
     return prompt
 
 
@@ -198,11 +202,12 @@ GEMMA_TEXT = {
     "num_hidden_layers": 3,
     "layer_types": [*GEMMA["layer_types"], "full_attention"],
 }
-row("paligemma", PALIGEMMA, PLAIN, language(), tower(normed=True))
+PREFIX = replace(PLAIN, mask="token_type_ids", prefix=True)
+row("paligemma", PALIGEMMA, PREFIX, language(), tower(normed=True))
 row(
     "paligemma/2",
     {**PALIGEMMA, "text_config": {**GEMMA_TEXT, "model_type": "gemma2"}},
-    PLAIN,
+    PREFIX,
     language(AROUND),
     tower(normed=True),
 )

@@ -45,9 +45,6 @@ SMALLEST = 1e-3
 NOISE = 1e-2
 """In float32 no comparison may be off by more, also where float64 shows that it is noise."""
 PROMPTS = 3
-ALSO = {"paligemma": "token_type_ids", "paligemma/2": "token_type_ids"}
-"""What a model is called with beside an image, zero for every token: without it PaliGemma's
-attention sees later tokens where nothing is padded, and doesn't where something is."""
 OWN = ("families/walk.py", "families/hooks.py")
 
 KINDS = (
@@ -351,8 +348,6 @@ def _prompts(
     row: Architecture, seed: int, dtype: torch.dtype, *, texts: bool
 ) -> list[dict[str, Tensor]]:
     made = hooks.prompts(replace(row, takes="text") if texts else row, PROMPTS, seed)
-    if row.name in ALSO and not texts:
-        made = [{**one, ALSO[row.name]: torch.zeros_like(one["input_ids"])} for one in made]
     return [
         {k: v.to(dtype) if v.is_floating_point() else v for k, v in one.items()} for one in made
     ]

@@ -36,11 +36,9 @@ class Bare:
 
     def with_pictures(self, text: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         text = text.replace("<image>", self.processor.image_token)
-        return dict(
-            self.processor(
-                text=[text], images=[[*pictures]] if pictures else None, return_tensors="pt"
-            )
-        )
+        images = [[*pictures]] if pictures else None
+        given = dict(self.processor(text=[text], images=images, return_tensors="pt"))
+        return {name: value for name, value in given.items() if name != "labels"}
 
     def image_tokens(self, inputs: dict[str, Tensor]) -> list[int]:
         """The positions of the vectors of images."""
@@ -139,6 +137,9 @@ def followed(inputs: dict[str, Tensor], more: Sequence[int]) -> dict[str, Tensor
         name: torch.cat([value, torch.zeros_like(own)], 1) if value.shape == ids.shape else value
         for name, value in inputs.items()
     }
+    types = inputs.get("token_type_ids")
+    if types is not None and not types.any():  # of a prompt whose tokens all see each other
+        given["token_type_ids"] = torch.cat([types, torch.ones_like(own)], 1)
     given["input_ids"] = torch.cat([ids, own], 1)
     given["attention_mask"] = torch.ones_like(given["input_ids"])
     return given

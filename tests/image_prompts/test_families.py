@@ -46,6 +46,8 @@ NAMES = (
     "qwen2_5_vl",
     "qwen3_vl",
     "gemma3",
+    "paligemma",
+    "paligemma2",
 )
 WORDS = ("w1", "w2 w1", "w3 w1 w2", "w2")
 BLOCK = """
@@ -77,7 +79,10 @@ def bare(name: str) -> Bare:
             if weight.dim() > 1:
                 weight.mul_(3 if "embed" in path else 2)
         head: Any = model.get_output_embeddings()  # replies contain no images
-        head.weight[[n for n in range(len(head.weight)) if n not in vlm.WORDS.values()]] = 0
+        words = {*vlm.WORDS.values()}
+        if vlm.FAMILIES[name].before_end:  # nor further ends of the prompt
+            words = {vlm.WORDS[each] for each in ("w1", "w2", "w3")}
+        head.weight[[n for n in range(len(head.weight)) if n not in words]] = 0
     return Bare(model, vlm.processor(name))
 
 
@@ -90,9 +95,14 @@ def loaded(name: str) -> LoadedModel:
 
 @cache
 def inputs(name: str, number: int, image: int) -> dict[str, Tensor]:
+    return inputs_of(name, WORDS[number], image)
+
+
+def inputs_of(name: str, words: str, image: int) -> dict[str, Tensor]:
     picture = Image.open(folder() / f"{image}.png").convert("RGB")
     marker = vlm.FAMILIES[name].marker
-    return bare(name).with_pictures(f"w3 w2 {marker} w1 {WORDS[number]} w3", [picture])
+    text = f"w3 w2 {marker} w1 {words} w3{vlm.FAMILIES[name].before_end}"
+    return bare(name).with_pictures(text, [picture])
 
 
 @cache
@@ -167,6 +177,8 @@ def run_text(
     name: str, text: str, mode: str = "planned", block: str = BLOCK
 ) -> list[ExperimentResult]:
     """The results of a file on a block, rows in the order of the data."""
+    if vlm.FAMILIES[name].before_end:  # its prompts end with a line break
+        block = block.replace(' w3"\n', ' w3 \\n"\n')
     source = Source(f'mech 1\nmodel m = local("handed over")\n{block}\n{text}', folder() / "f.mech")
     return list(succeeded(*run_on(source, {"m": loaded(name)}, MODES[mode])).values())
 
@@ -235,7 +247,7 @@ def test_tiles_and_thumbnails(name: str) -> None:
 
 # --- several images and replies in families whose images aren't only vectors ----------------------
 
-PLACED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3")
+PLACED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "paligemma2")
 """Families that number the tokens of images by row and column, add vectors of images in several
 layers, or let tokens of an image attend to later ones."""
 TWO = """
@@ -260,7 +272,8 @@ def both(name: str, number: int, *, swapped: bool = False) -> dict[str, Tensor]:
         for each in (files[::-1] if swapped else files)
     ]
     marker = vlm.FAMILIES[name].marker
-    text = f"w3 {marker} w1 {WORDS[number]} {marker} w2 w3"
+    end = vlm.FAMILIES[name].before_end
+    text = f"w3 {marker} w1 {WORDS[number]} {marker} w2 w3{end}"
     return bare(name).with_pictures(text, pictures)
 
 
@@ -294,7 +307,7 @@ def continued(name: str, n: int) -> float:
     return found[0] - found[1]
 
 
-@pytest.mark.parametrize("mode", ["planned", "plain", "padded on the right"])
+@pytest.mark.parametrize("mode", ["planned", "plain", "padded on the right", "small passes"])
 @pytest.mark.parametrize("name", PLACED)
 def test_two_images_with_replies_and_long_answers_are_what_hooks_give(name: str, mode: str) -> None:
     """Texts after and between images of several sizes, in two experiments of one file."""
@@ -322,6 +335,27 @@ def test_two_images_with_replies_and_long_answers_are_what_hooks_give(name: str,
     assert np.abs(sums.measures[0].patched[0] - sums.measures[0].base[0]).max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["gemma3", "paligemma", "paligemma2"])
+def test_replies_to_prompts_of_very_different_lengths_are_what_hooks_give(name: str) -> None:
+    """The passes over short prompts begin after columns of padding."""
+    longer = " w2 w1" * 20
+    block = BLOCK.replace('then "w2 w1"', f'then "w2 w1{longer}"')
+    rule = "ablate resid_post layer 0 at photo row 1 col 2 token with zero"
+    lines = "model m", "prompts ask", "generate 4", rule, 'measure matches("w") as raw', STATS
+    [found] = run_text(name, "experiment r {\n" + "\n".join(lines) + "\n}\n", block=block)
+    assert found.replies is not None
+    for n in ALL:
+        token, given = cells(name, n, n)[1, 2], inputs(name, n, n)
+        if n == 1:
+            given = inputs_of(name, WORDS[1] + longer, 1)
+        expected = (
+            bare(name).reply(given, 4),
+            bare(name).reply(given, 4, blocks={0: at([token], torch.zeros(()))}),
+        )
+        [reply], [cell] = found.replies.runs["clean"][n], found.replies.cells[0][n]
+        assert (list(reply.ids), list(cell.ids)) == expected
+
+
 def attention_hidden(name: str, n: int) -> Tensor:
     """Logits without attention from a token of the image to a later one, in one block."""
     grid = cells(name, n, n)
@@ -342,29 +376,35 @@ def attention_hidden(name: str, n: int) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["planned", "plain"])
-def test_tokens_of_an_image_attend_to_later_ones(mode: str) -> None:
-    """A rule on an edge to a later token, and a measure before the written token."""
-    name = "gemma3"
+@pytest.mark.parametrize("name", ["gemma3", "paligemma", "paligemma2"])
+def test_tokens_of_an_image_attend_to_later_ones(name: str, mode: str) -> None:
+    """A rule on an edge to a later token, and measures before the written token."""
     edge = "block attention layer 1 from photo row 1 col 1 token to photo row 2 col 2 token"
     write = "ablate resid_post layer 0 at photo row 2 col 2 token with zero"
+    late = "ablate resid_post layer 0 at last token with zero"
     read = "measure cosine(resid_post layer 2, clean) at photo row 1 col 1 token as raw"
     text = experiment("edge", edge) + experiment("before", write, measure=read)
-    hidden, before = (found.measures[0] for found in run_text(name, text, mode))
+    text += experiment("late", late, measure=read)
+    hidden, before, text_after = (found.measures[0] for found in run_text(name, text, mode))
     expected = [difference(attention_hidden(name, n)) for n in ALL]
     np.testing.assert_allclose(hidden.patched[0], expected, atol=1e-4)
     assert np.abs(np.array(expected) - hidden.base[0]).max() > 1e-3
-    alike: list[float] = []
-    for n in ALL:
-        grid, found = cells(name, n, n), list[Tensor]()
-        edits: tuple[dict[int, Any], ...] = {}, {0: at([grid[2, 2]], torch.zeros(()))}
-        for edit in edits:
-            kept: list[Tensor] = []
-            edit = {**edit, 2: keeping(kept)}
-            bare(name).run(inputs(name, n, n), blocks=edit)
-            found.append(kept[0][grid[1, 1]])
-        alike.append(float(torch.cosine_similarity(*found, dim=0)))
-    np.testing.assert_allclose(before.patched[0], alike, atol=1e-4)
-    assert min(alike) < 0.99
+    for measure, places in ((before, [cells(name, n, n)[2, 2] for n in ALL]), (text_after, [-1])):
+        alike = [moved_earlier(name, n, places[n % len(places)]) for n in ALL]
+        np.testing.assert_allclose(measure.patched[0], alike, atol=1e-4)
+        assert (min(alike) < 0.999) == (measure is before or name != "gemma3")
+
+
+def moved_earlier(name: str, n: int, place: int) -> float:
+    """The cosine of two vectors at an image's first token: of a clean run, and of one with zeros at
+    this token."""
+    first, found = cells(name, n, n)[1, 1], list[Tensor]()
+    edits: tuple[dict[int, Any], ...] = {}, {0: at([place], torch.zeros(()))}
+    for edit in edits:
+        kept: list[Tensor] = []
+        bare(name).run(inputs(name, n, n), blocks={**edit, 2: keeping(kept)})
+        found.append(kept[0][first])
+    return float(torch.cosine_similarity(*found, dim=0))
 
 
 def keeping(kept: list[Tensor]) -> Callable[[Tensor], Tensor]:
@@ -405,9 +445,96 @@ def test_line_breaks_join_those_of_the_processor() -> None:
 
 
 def test_a_processor_that_changes_the_text_is_an_error() -> None:
-    [error, *_] = errors = refused(loaded("paligemma"))
+    [error, *_] = errors = changed_text()
     assert error.code == "E0459"
     assert "changes the text around images" in render_full(errors, color=False, width=1000)
+
+
+def changed_text() -> list[Diagnostic]:
+    """Return the errors of a layout without the line break that a processor adds."""
+    own = bare("paligemma")
+    with patch.object(type(IMAGE_LAYOUTS["paligemma"]), "prefix_end", ""):
+        model, found = adopt_model("m", deepcopy(own.model), own.processor)
+        assert model is not None, found
+        return refused(model)
+
+
+@pytest.mark.parametrize("end", ["w3", "w2 \\n w3", "\\n w3 \\n"])
+def test_a_prompt_without_the_line_break_of_the_processor_is_an_error(end: str) -> None:
+    block = BLOCK.replace('w3"\n  answer', f'{end}"\n  answer')
+    text = experiment("e", "ablate resid_post layer 0 at photo row 1 col 2 token with zero")
+    source = Source(f'mech 1\nmodel m = local("handed over")\n{block}\n{text}', folder() / "f.mech")
+    result, diagnostics = run_on(source, {"m": loaded("paligemma")}, MODES["planned"])
+    assert result is None
+    [error] = [found for found in diagnostics if found.severity == "error"]
+    shown = render_full([error], color=False, width=1000)
+    assert error.code == "E0459"
+    assert "it ends each prompt with a line break, its only one" in shown
+    assert r"write `\n` at the end of the template, and nowhere else" in shown
+
+
+def test_prompt_with_prefix_attention_states_it() -> None:
+    text = experiment("e", "ablate resid_post layer 0 at photo row 1 col 2 token with zero")
+    [found] = run_text("paligemma", text)
+    said = found.conventions
+    assert said["bos"] == "`<s>` after images, by the model's processor"
+    assert said["prompt attention"].startswith("all tokens of a prompt attend to each other")
+
+
+@pytest.mark.parametrize("mode", ["planned", "plain", "padded on the right"])
+@pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
+def test_texts_without_images_are_causal_in_a_model_with_prefix_attention(
+    name: str, mode: str
+) -> None:
+    block = BLOCK.replace('  image photo = "{file}"\n', "").replace("{photo}", "w1")
+    block = block.replace("file = other", 'words = "w3"')
+    rule = "patch resid_post layer 0 at last token"
+    text = experiment("e", "from clean into changed", rule)
+    source = Source(f'mech 1\nmodel m = local("handed over")\n{block}\n{text}', folder() / "f.mech")
+    [found] = succeeded(*run_on(source, {"m": loaded(name)}, MODES[mode])).values()
+    for n in ALL:
+        clean, changed = (words_alone(name, words) for words in (WORDS[n], "w3"))
+        value = bare(name).states(clean)["blocks"][0][-1]
+        expected = difference(bare(name).run(changed, blocks={0: at([-1], value)}))
+        np.testing.assert_allclose(found.measures[0].patched[0][n], expected, atol=1e-4)
+        base = difference(bare(name).run(changed))
+        np.testing.assert_allclose(found.measures[0].base[0][n], base, atol=1e-4)
+
+
+def words_alone(name: str, words: str) -> dict[str, Tensor]:
+    """The inputs of a text whose tokens attend to earlier ones."""
+    given = bare(name).processor.tokenizer(f"w3 w2 w1 w1 {words} w3", add_special_tokens=False)
+    ids = torch.tensor([given["input_ids"]])
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.ones_like(ids),
+    }
+
+
+def test_crops_of_pan_and_scan_are_an_error_and_images_without_crops_are_not() -> None:
+    """The processor writes texts and image tokens for each crop of a wide image."""
+    if not hasattr(vlm.processor("gemma3"), "images_kwargs"):
+        pytest.skip("this transformers has no settings of a processor's images")
+    model, found = adopt_model("m", deepcopy(bare("gemma3").model), vlm.processor("gemma3_pan"))
+    assert model is not None, found
+    text = experiment("e", "ablate resid_post layer 0 at photo row 1 col 2 token with zero")
+    for file, is_cropped in (("3", True), ("0", False)):
+        block = BLOCK.replace('"{file}"', f'"{file}.png"').replace(
+            "{ file = other }", '{ what = "" }'
+        )
+        source = f'mech 1\nmodel m = local("handed over")\n{block}\n{text}'
+        result, diagnostics = run_on(
+            Source(source, folder() / "f.mech"), {"m": model}, MODES["plain"]
+        )
+        errors = [each for each in diagnostics if each.severity == "error"]
+        assert [each.code for each in errors] == ["E0459"] * is_cropped
+        if is_cropped:
+            assert "changes the text around images" in render_full(errors, color=False, width=1000)
+            continue
+        [own] = succeeded(result, diagnostics).values()
+        base = [difference(bare("gemma3").run(inputs("gemma3", n, 0))) for n in ALL]
+        np.testing.assert_allclose(own.measures[0].base[0], base, atol=1e-4)
 
 
 def test_a_layout_with_other_position_ids_is_an_error() -> None:

@@ -59,9 +59,16 @@ NAMED = {
 }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words between blanks, and `<s>` before each text."""
-    made = Tokenizer(models.WordLevel({**SPECIAL, **WORDS}, unk_token="<unk>"))
+def tokenizer(*, dense: bool = False) -> PreTrainedTokenizerFast:
+    """Words between blanks, and `<s>` before each text.
+
+    dense: all numbers below the size of the models' vocabularies are tokens. Those that a processor
+    adds get numbers from the size of the vocabulary on.
+    """
+    known = {**SPECIAL, **WORDS}
+    others = set(range(build.VOCABULARY)) - {*known.values()} if dense else ()
+    known |= {f"other{number}": number for number in others}
+    made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     made.add_special_tokens(list(SPECIAL))
     made.post_processor = processors.TemplateProcessing(
@@ -95,6 +102,8 @@ class Family:
     """Changes of the model's config."""
     marker: str = "<image>"
     """The text that stands for an image in a prompt."""
+    before_end: str = ""
+    """Text at the end of a prompt, before the line break that the processor writes."""
     tower: str = "model.vision_tower"
 
 
@@ -238,6 +247,14 @@ FAMILIES: Mapping[str, Family] = {
         "PaliGemmaProcessor",
         "SiglipImageProcessor",
         {"size": CROP, "image_seq_length": 4},
+        before_end=" ",
+    ),
+    "paligemma2": Family(
+        "PaliGemmaProcessor",
+        "SiglipImageProcessor",
+        {"size": CROP, "image_seq_length": 4},
+        row="paligemma/2",
+        before_end=" ",
     ),
     "internvl": Family(
         "InternVLProcessor",
@@ -332,7 +349,7 @@ def processor(name: str, backend: str = "Pil") -> Any:
     ):
         made = kind(
             image_processor=images(**family.settings),
-            tokenizer=tokenizer(),
+            tokenizer=tokenizer(dense=bool(family.before_end)),
             **given,
             **family.also,
         )

@@ -28,7 +28,12 @@ from mechdsl.forward.generation.rules import RowLineup
 from mechdsl.forward.hooks.attention import AttentionCall, attend_full, replace_block_attention
 from mechdsl.forward.hooks.batch import Batch, EdgeWrite, PassStopped, RuleWrites, to_device
 from mechdsl.forward.hooks.full_pass import SiteHooks, run_full
-from mechdsl.forward.hooks.model import LoadedModel, build_text_inputs, replace_blocks
+from mechdsl.forward.hooks.model import (
+    IMAGE_TOKENS,
+    LoadedModel,
+    build_text_inputs,
+    replace_blocks,
+)
 from mechdsl.vocab.sites import SITES
 
 _SITES_AFTER_KEYS = frozenset(
@@ -120,7 +125,17 @@ class NewTokens:
             own = own - to_device(self.saved, own.device)[:, None]
         numbers = own.clamp(min=0) if self.numbers is None else self.numbers
         mask = (column >= starts[:, None]).long()
-        return {**build_text_inputs(model, self.ids, numbers), "attention_mask": mask}
+        given = build_text_inputs(model, self.ids, numbers)
+        if self.mixes_images(model):  # the model's masks count columns from the first one
+            types = given["token_type_ids"]
+            before = types.new_zeros(len(types), self.first)
+            given["token_type_ids"] = torch.cat([before, types], 1)
+        return {**given, "attention_mask": mask}
+
+    def mixes_images(self, model: LoadedModel) -> bool:
+        """Return whether some of the tokens attend to later ones, which are all in the pass."""
+        table = IMAGE_TOKENS.get(model.module)
+        return table is not None and table.token_types(self.ids) is not None
 
 
 PassArguments: TypeAlias = tuple[
@@ -248,7 +263,9 @@ def _select_for_keys(acting: RuleWrites, last: int) -> RuleWrites:
 def _call_model(model: LoadedModel, tokens: NewTokens, kept: KeyValueCache) -> Any:
     argument = model.calling.cache_argument
     assert argument is not None
-    return model.module(**tokens.inputs(model), **{argument: kept}, use_cache=True)
+    given = tokens.inputs(model)
+    kept.holds_earlier = tokens.count == 1 or "token_type_ids" not in given
+    return model.module(**given, **{argument: kept}, use_cache=True)
 
 
 @contextmanager

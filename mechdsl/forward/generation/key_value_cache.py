@@ -298,7 +298,14 @@ class KeyValueCache(Cache):
         """The layer whose keys and values end the current pass."""
         self.asked = False
         """Whether attention in the current pass reads the cache itself."""
+        self.holds_earlier = True
+        """Whether the model may assume earlier tokens; otherwise it reads the token types."""
         super().__init__(layers=[_CacheLayer(self, n) for n in range(layers)])
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the cache holds earlier tokens; PaliGemma then builds causal masks only."""
+        return self.holds_earlier and super().is_initialized
 
     @property
     def common(self) -> int:

@@ -67,6 +67,8 @@ class CallConvention:
     """Length of the tuple that a block returns; None for a bare tensor."""
     first_position: int | None = 0
     """Position id of a prompt's first token; None if the model counts positions itself."""
+    token_type: int = 0
+    """`token_type_ids` of texts, if `accepts` has them."""
     places_images: bool = False
     """Whether an image's tokens are counted like others, so that positions are passed with
     images."""
@@ -286,6 +288,9 @@ class ImageTokenTable:
     """[N] long: the larger side of the image for its last token, 0 for the others."""
     mixes: bool
     """Whether tokens of an image attend to later tokens of the image."""
+    prefix_end: int | None = None
+    """The token up to which all tokens of a prompt with an image attend to each other, the first
+    one after the images; None if only tokens of images do."""
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return `find_tokens` of tokens of images."""
@@ -300,6 +305,23 @@ class ImageTokenTable:
         before = advance.cumsum(1) - advance
         offsets = torch.where(known[..., None], self.offsets[at], 0)
         return (before[..., None] + offsets).movedim(-1, 0)
+
+    def token_types(self, ids: Tensor) -> Tensor | None:
+        """Return [B, T] `token_type_ids`, from which models that mix tokens build their masks.
+
+        They are 1 for tokens of images, or, if all tokens of a prompt attend to each other, 0 for
+        these tokens. None: no token attends to later ones.
+        """
+        if not self.mixes or ids.shape[1] == 1:
+            return None
+        known = self.find(ids)[1]
+        if not bool(known.any()):
+            return None
+        if self.prefix_end is None:
+            return known.long()
+        later = known.flip(1).cummax(1).values.flip(1)  # an image is here or follows
+        ends = ((ids == self.prefix_end) & ~later & known.any(1, keepdim=True)).long()
+        return ((ends.cumsum(1) - ends > 0) | ~known.any(1, keepdim=True)).long()
 
     def saved(self, ids: Sequence[int]) -> int:
         """Return by how much the tokens of a prompt outnumber its position ids."""
@@ -366,11 +388,12 @@ def build_text_inputs(
     given = {"input_ids": ids}
     if positions is not None and calling.first_position is not None:
         given["position_ids"] = positions + calling.first_position
-    if "token_type_ids" in calling.accepts:
-        table = IMAGE_TOKENS.get(model.module)
-        mixed = table is not None and table.mixes
-        types = table.find(ids)[1].long() if table is not None and mixed else None
-        given["token_type_ids"] = torch.zeros_like(ids) if types is None else types
+    table = IMAGE_TOKENS.get(model.module)
+    types = None if table is None else table.token_types(ids)
+    if types is not None:
+        given["token_type_ids"] = types
+    elif "token_type_ids" in calling.accepts:
+        given["token_type_ids"] = torch.full_like(ids, calling.token_type)
     return given
 
 

@@ -15,7 +15,13 @@ from mechdsl.forward.hooks.attention import CannotPack
 from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
 from mechdsl.forward.hooks.full_pass import run_full
 from mechdsl.forward.hooks.hook_points import view_layout
-from mechdsl.forward.hooks.model import CheckOutcome, LoadedModel, call_model, call_with_batch
+from mechdsl.forward.hooks.model import (
+    CheckOutcome,
+    LoadedModel,
+    build_text_inputs,
+    call_model,
+    call_with_batch,
+)
 from mechdsl.forward.hooks.module_exchange import get_activation, load_weights
 from mechdsl.forward.packed.activation_cache import record_activations
 from mechdsl.forward.packed.packed_pass import run_packed
@@ -190,7 +196,7 @@ def call_single_prompts(model: LoadedModel, batch: Batch) -> Iterator[Tensor]:
     """Yield [T, vocab] of each prompt run alone, without masks or positions."""
     for row in range(len(batch)):
         ids = batch.ids[row][batch.mask[row].bool()][None]
-        yield call_model(model, {"input_ids": ids})[0]
+        yield call_model(model, build_text_inputs(model, ids, None))[0]
 
 
 def check_causality(bench: CheckBench) -> Iterator[CheckOutcome]:

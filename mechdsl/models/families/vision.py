@@ -47,6 +47,13 @@ class SigLIP(Family):
     padded = True
 
 
+@family("paligemma")
+class PaliGemma(Family):
+    """Its config states that the language model sees later tokens, which holds for prompts."""
+
+    prefix = True
+
+
 @family("siglip_text_model")
 class SigLIPTexts(Family):
     """Every token sees every other."""

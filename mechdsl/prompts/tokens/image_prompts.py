@@ -13,6 +13,7 @@ from typing import Any
 
 from mechdsl.base.hashing import stable_hash
 from mechdsl.base.source import Span
+from mechdsl.base.text import quote
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoImageProcessor, UnpreparedImages
 from mechdsl.images.layouts import (
@@ -130,6 +131,56 @@ class ImagePromptTokenizer(TextTokenizer):
         """How the model reads images. Raises UnsupportedProcessor."""
         return find_layout(self._read[1])
 
+    @cached_property
+    def bos_after_images(self) -> int | None:
+        """The beginning-of-sequence token that follows the last image; None if it is the first."""
+        if not self.layout.bos_after_images:
+            return None
+        return int(self.processor.tokenizer.bos_token_id)
+
+    @cached_property
+    def prefix_end(self) -> int | None:
+        """The last token of prompts with images whose tokens attend to each other; None: they
+        attend to earlier tokens.
+
+        Raises:
+            UnsupportedProcessor: The tokenizer has no single token for it.
+        """
+        if not self.layout.prefix_end:
+            return None
+        [encoded] = super()._raw([self.layout.prefix_end])
+        if len(encoded.ids) != 1:
+            raise UnsupportedProcessor("its tokenizer splits the line break after prompts")
+        return encoded.ids[0]
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raise UnsupportedProcessor if a prompt with images lacks the end that the processor adds.
+
+        Its tokens attend to each other up to the first such token.
+        """
+        end = self.prefix_end
+        if end is None or [n for n, own in enumerate(ids) if own == end] == [len(ids) - 1]:
+            return
+        unfit = UnsupportedProcessor("it ends each prompt with a line break, its only one")
+        unfit.hint = "write `\\n` at the end of the template, and nowhere else"
+        raise unfit
+
+    def prefix_conventions(self) -> dict[str, str]:
+        """Describe how a model reads whole prompts with images, if it isn't like texts."""
+        out: dict[str, str] = {}
+        if self.bos_after_images is not None and not self.written:
+            bos = quote(self.token_text(self.bos_after_images))
+            by = "the model's processor"
+            out["bos"] = (
+                "none (bos: false)" if self.bos is False else f"{bos} after images, by {by}"
+            )
+        if self.prefix_end is not None:
+            out["prompt attention"] = (
+                "all tokens of a prompt attend to each other; tokens after its line break attend "
+                "to earlier ones"
+            )
+        return out
+
     def check_frames(self) -> None:
         """Raise UnsupportedProcessor if the model reads videos by other means than as images."""
         kind: str = getattr(self._read[1], "model_type", "")
@@ -170,14 +221,16 @@ class ImagePromptTokenizer(TextTokenizer):
         ids: list[int] = []
         given: dict[str, Any] = {}
         first = 0
+        moved = self.bos_after_images
         for before, after in (("", ""), ("a ", " b")):
             written, found = self._written(f"{before}{text.given}{after}", image)
-            [plain] = super()._raw([f"{before}{text.written}{after}"], add_special=True)
+            whole = f"{before}{text.written}{after}{self.layout.prefix_end}"
+            [plain] = super()._raw([whole], add_special=moved is None)
             at = self._places(plain, [len(before) + text.written.index(text.token)])[0]
-            rest = len(plain.ids) - at - 1
+            later = (*(() if moved is None else (moved,)), *plain.ids[at + 1 :])
             if not ids:
-                ids, given, first = written[at : len(written) - rest], found, at
-            if written != [*plain.ids[:at], *ids, *plain.ids[at + 1 :]]:
+                ids, given, first = written[at : len(written) - len(later)], found, at
+            if written != [*plain.ids[:at], *ids, *later]:
                 raise UnsupportedProcessor("it changes the text around images")
         [layout] = image_layout(*self._read, given, [size])
         cells = tuple(replace(cell, position=cell.position - first) for cell in layout.cells)
@@ -231,14 +284,27 @@ class ImagePromptTokenizer(TextTokenizer):
         markers = [list(MARKER.finditer(text)) for text in texts]
         if not any(markers):
             return super()._raw(texts, add_special)
+        moved = self.bos_after_images if add_special else None
+        if moved is not None and not all(markers):
+            return [self._raw([text], add_special)[0] for text in texts]
         plain = [MARKER.sub(lambda _: self.image_text.written, text) for text in texts]
+        every = super()._raw(plain, add_special and moved is None)
+        bos = None if self.bos is False else moved
         return [
-            self._expanded(encoded, found) if found else encoded
-            for encoded, found in zip(super()._raw(plain, add_special), markers, strict=True)
+            self._expanded(encoded, found, bos) if found else encoded
+            for encoded, found in zip(every, markers, strict=True)
         ]
 
-    def _expanded(self, encoded: EncodedText, markers: Sequence[Match[str]]) -> EncodedText:
-        """Replace the token of each marker by the tokens of its image."""
+    def _with_bos(self, encoded: EncodedText) -> EncodedText:
+        has_image = any(token >= IMAGE_TOKEN for token in encoded.ids)
+        moved = has_image and self.bos_after_images is not None
+        return encoded if moved else super()._with_bos(encoded)
+
+    def _expanded(
+        self, encoded: EncodedText, markers: Sequence[Match[str]], bos: int | None = None
+    ) -> EncodedText:
+        """Replace the token of each marker by the tokens of its image, and the last one also by the
+        beginning-of-sequence token that follows it."""
         if len(markers) > 1:
             self._check_several([(int(m["height"]), int(m["width"])) for m in markers])
         text, around = self.image_text, _MarkerOffsets(markers, len(self.image_text.written))
@@ -260,6 +326,10 @@ class ImagePromptTokenizer(TextTokenizer):
                 ids.append(next(vectors) if is_image else own)
                 offsets.append(marker.span() if is_image else (0, 0))
                 special.append(not is_image)
+            if bos is not None and marker is markers[-1]:
+                ids.append(bos)
+                offsets.append((0, 0))
+                special.append(True)
         return EncodedText(tuple(ids), tuple(offsets), tuple(special))
 
     def vector_tokens(self, marker: str, expansion: ImageExpansion) -> list[int]:
@@ -325,6 +395,7 @@ def prompt_pictures(
     pictures: Mapping[str, Picture],
     regions: Mapping[str, Mapping[str, tuple[Region, ...]]],
     tokenizer: TextTokenizer,
+    ids: Sequence[int],
 ) -> dict[str, PromptPicture]:
     """Return the images of a prompt by their markers, with their tokens.
 
@@ -332,8 +403,14 @@ def prompt_pictures(
         pictures: The images by name.
         regions: Name of an image → name of a region → its occurrences.
         tokenizer: The tokenizer of the model.
+        ids: The tokens of the prompt.
+
+    Raises:
+        UnsupportedProcessor: The model's processor would write another prompt.
     """
     found: dict[str, PromptPicture] = {}
+    if pictures and isinstance(tokenizer, ImagePromptTokenizer):
+        tokenizer.check_prompt(ids)
     for name, picture in pictures.items():
         expansion, sized = stand_in_expansion(), picture
         if isinstance(tokenizer, ImagePromptTokenizer):
