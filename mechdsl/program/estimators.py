@@ -8,6 +8,7 @@ with such a class, when it is imported before a file is checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from mechdsl.base.records import Registry, attribute_problem
@@ -21,6 +22,27 @@ if TYPE_CHECKING:
 Place = Literal["sites", "attention"]
 """What a cell's rule names: vectors of a site (`patch`, `ablate`), or attention weights (`block`).
 """
+
+
+@dataclass(frozen=True)
+class BackwardRules:
+    """Changes of derivatives in a backward pass; the forward pass stays as it is."""
+
+    fixed_norms: bool = False
+    """The size that a norm divides by is a constant."""
+    identity_activations: bool = False
+    """An activation function f(x) is x times the constant f(x) / x."""
+    halved_products: bool = False
+    """Each factor of a product of two activations, outside of attention, has half its gradient."""
+    softmax_temperature: float | None = None
+    """Gradients of attention's softmax are those of a softmax of scores / temperature."""
+    attention_factors: tuple[float, float, float] | None = None
+    """Factors of gradients that enter queries, keys and values."""
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether they act inside of attention."""
+        return self.softmax_temperature is not None or self.attention_factors is not None
 
 
 class GradientEstimator:
@@ -52,6 +74,8 @@ class GradientEstimator:
     """Whether the value depends on what the rule writes."""
     keeps_unit: ClassVar[bool] = True
     """Whether the value has the metric's unit."""
+    backward: ClassVar[BackwardRules | None] = None
+    """Changes of the derivatives that gradients are computed with."""
     over_vectors: ClassVar[Literal["sum", "mean"]] = "sum"
     """How the values of a cell's vectors in one layer are combined."""
 
@@ -271,3 +295,65 @@ class IntegratedGradients(_GradientTimesChange):
         "once, but for the error of the steps (Sundararajan et al. 2017, arXiv 1703.01365)"
     )
     steps = 32
+
+
+@estimator("relp")
+class RelevancePatching(_GradientTimesChange):
+    """The estimate with coefficients of relevance propagation instead of gradients.
+
+    The value of a cell is Σ (written − base) · ρ, equation 4 of Jafari et al. 2025, where the
+    coefficients ρ are those of the LN rule, the identity rule and the half rule (their table 1).
+    Coefficients of linear maps and of attention are gradients.
+    """
+
+    example = "using relp"
+    documentation = (
+        "Estimates the effect like `gradient_input`, with coefficients of layer-wise relevance "
+        "propagation instead of gradients. The size that a norm divides by is a constant (LN "
+        "rule). An activation function f(x) is x times the constant f(x) / x (identity rule). Each "
+        "factor of a product of two activations, as in a gated MLP, has half its gradient (half "
+        "rule). Attention has its own gradients, as in the authors' code. Models with experts are "
+        "rejected (E0608). One forward pass, and one backward pass per measure, serve all cells."
+    )
+    source = "Jafari et al. 2025, arXiv 2508.21258"
+    convention = (
+        "estimates, no cell was run: what is written less what is there, times coefficients of "
+        "relevance propagation: norms divide by a constant (LN rule), activation functions are x "
+        "times the constant f(x) / x (identity rule), factors of a product of activations have "
+        "half their gradient (half rule), attention has its gradient (Jafari et al. 2025, arXiv "
+        "2508.21258)"
+    )
+    backward = BackwardRules(fixed_norms=True, identity_activations=True, halved_products=True)
+
+
+@estimator("gim")
+class GradientInteractionModifications(_GradientTimesChange):
+    """The estimate with gradients that allow for interactions.
+
+    The value of a cell is Σ (written − base) · g, with the modified gradients g of Edin et al.
+    2025, section 4, and the factors of the authors' package (`gim-explain`).
+    """
+
+    example = "using gim"
+    documentation = (
+        "Estimates the effect like `gradient_input`, with modified gradients. Gradients of "
+        "attention's softmax are those at twice the temperature, so that saturated attention has "
+        "gradients. The size that a norm divides by is a constant. Gradients are divided by the "
+        "number of interacting factors: by 4 at queries and keys, by 2 at values and at both "
+        "factors of a gated MLP. Models with experts, and those whose attention weights can't be "
+        "written, are rejected (E0608). One forward pass, and one backward pass per measure, "
+        "serve all cells."
+    )
+    source = "Edin et al. 2025, arXiv 2505.17630"
+    convention = (
+        "estimates, no cell was run: what is written less what is there, times modified gradients: "
+        "attention's softmax at temperature 2, norms divide by a constant, gradients divided by 4 "
+        "at queries and keys, by 2 at values and at factors of a product of activations (Edin et "
+        "al. 2025, arXiv 2505.17630)"
+    )
+    backward = BackwardRules(
+        fixed_norms=True,
+        halved_products=True,
+        softmax_temperature=2.0,
+        attention_factors=(0.25, 0.25, 0.5),
+    )

@@ -411,7 +411,7 @@ def _bad_control(call: ast.Call, reason: str, hint: str, work: Statements) -> No
 VERIFIED_WORDS = ("top", "random")
 """Words after `verify`: how cells are chosen that are also run."""
 
-PLANNED_ESTIMATORS = ("relp", "eap", "eap_ig")
+PLANNED_ESTIMATORS = ("eap", "eap_ig")
 """Estimators of the language that no stage executes yet."""
 
 

@@ -13,6 +13,7 @@ from mechdsl.diagnostics.experiments import NO_GENERATION_REASON, NoEstimate
 from mechdsl.diagnostics.models import SiteNotInBlock
 from mechdsl.diagnostics.rules import BadWeights
 from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.estimators import first_of_place
 from mechdsl.program.runs import COMPARING_METRICS
@@ -48,6 +49,8 @@ SITE_RULE_HINT = "write `patch SITE at POSITIONS` or `ablate SITE at POSITIONS w
 EDGE_RULE_HINT = "write `block attention layer * heads * from QUERIES to KEYS`"
 
 NO_ESTIMATE_HINT = "remove `using`, so that each cell is run"
+
+OTHER_ESTIMATOR_HINT = "write `using gradient_input`"
 
 FLAT_UNITS = ("rank", "share")
 """Units of metrics that are piecewise constant."""
@@ -151,10 +154,22 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
     if own.generation is not None:
         span, reason = own.generation.span, "a sampled or selected token has no gradient"
         yield _no_estimate(said, span, "generated text", reason, NO_ESTIMATE_HINT)
+    rules, shape = said.kind.backward, experiment.model.shape
+    if rules is not None and shape.n_experts:
+        what, reason = f"`{experiment.model.name}`", "its rules don't know routers and experts"
+        yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
+    elif rules is not None and rules.in_attention and not _computes_attention(shape):
+        what, reason = f"`{experiment.model.name}`", "its attention can't be computed separately"
+        yield _no_estimate(said, said.span, what, reason, OTHER_ESTIMATOR_HINT)
     if experiment.derived:
         what = f"an experiment with the run `{next(iter(experiment.derived))}`"
         span = own.derived[0].span
         yield _no_estimate(said, span, what, "the run has rules", NO_ESTIMATE_HINT)
+
+
+def _computes_attention(shape: ModelShape) -> bool:
+    """Return whether attention of each block can be computed here."""
+    return all(shape.has("pattern", layer) for layer in range(shape.n_layers))
 
 
 def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
@@ -216,7 +231,7 @@ def _of_rule(
 
 def _of_basis(basis: BasisTargets, span: Span, said: spec.Estimator) -> Iterator[Diagnostic]:
     """Yield the conflict of a rule on coordinates."""
-    hint = "write `using gradient_input`, which estimates each cell separately"
+    hint = f"{OTHER_ESTIMATOR_HINT}, which estimates each cell separately"
     if said.steps is not None:
         reason = "all cells of a site move together, and cells of a basis write the same vectors"
     elif not said.kind.reads_written:
@@ -260,7 +275,7 @@ def _check_joint_moves(rule: ResolvedRule, said: spec.Estimator) -> Iterator[Dia
     All cells of a site move together along the path of integration, so each vector needs one value.
     """
     reason = "all cells of a site move together, so each vector must have one value"
-    hint = "write `using gradient_input`, which estimates each cell separately"
+    hint = f"{OTHER_ESTIMATOR_HINT}, which estimates each cell separately"
     own = rule.spec
     for part, word in ((own.into_layer, "into layer"), (own.onto, "onto")):
         if part is not None:

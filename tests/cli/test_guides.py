@@ -225,7 +225,7 @@ def test_tour_runs_and_shows_the_printed_tables(command: Command, update: bool) 
         assert {f"resid_post.layer{n}" for n in range(4)} < set(streams.keys())
 
 
-@pytest.mark.parametrize("page", ["commands.md", "install.md", "load-models.md"])
+@pytest.mark.parametrize("page", ["commands.md", "estimators.md", "install.md", "load-models.md"])
 def test_page_commands_run(page: str, command: Command, update: bool) -> None:
     run_page(DOCS / page, command, update)
 
@@ -298,6 +298,7 @@ def test_a_dictionary_is_trained_as_the_page_says(
         "README.md",
         "docs/cheat-sheet.md",
         "docs/commands.md",
+        "docs/estimators.md",
         "docs/index.md",
         "docs/install.md",
         "docs/load-models.md",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mechdsl.base.records import Registry
-from mechdsl.program.estimators import ESTIMATORS
+from mechdsl.program.estimators import ESTIMATORS, GradientEstimator
 
 Group = Literal[
     "file", "prompts", "image", "image in prompts", "image position", "image line", "position",
@@ -2284,14 +2284,21 @@ _experiment(
     "an `observe features` of all features.",
     "tests/controls/test_controls.py",
 )
+
+
+def _estimator_test(kind: GradientEstimator) -> str:
+    if kind.backward is not None:
+        return "tests/rules/test_ruled_estimates.py"
+    own = kind.place == "attention"
+    return f"tests/rules/{'test_gradient_attention' if own else 'test_estimates'}.py"
+
+
 for _estimator in dict(ESTIMATORS.items()).values():
     _experiment(
         f"using {_estimator.name}",
         _estimator.example,
         _estimator.documentation,
-        "tests/rules/test_gradient_attention.py"
-        if _estimator.place == "attention"
-        else "tests/rules/test_estimates.py",
+        _estimator_test(_estimator),
         _estimator.source,
         context="" if _estimator.is_effect else "measure logit(answer) as raw",
     )

@@ -132,7 +132,7 @@ LINEAR = (
     f"ablate layer 2 neuron 0..3 {LAST} with mean",
     f"ablate mlp_out layer 2 {LAST} with zero",
 )
-EXACT = ("gradient_input", "integrated_gradients(steps: 2)")
+EXACT = ("gradient_input", "integrated_gradients(steps: 2)", "relp", "gim")
 
 
 @pytest.mark.parametrize(("family", "kind"), in_turn(FAMILIES, EXACT, FAMILIES))
@@ -141,7 +141,7 @@ def test_estimate_of_a_linear_model_equals_its_run(family: str, kind: str, tmp_p
     lines = ("prompts p", measured(ONE, "delta"))
     rules = (*LINEAR, f"patch layer 2 head * {LAST}") if family == "gpt_neox" else LINEAR
     text = f"basis b = pca(p, dims: 3) at resid_post layer 2 {LAST}\n"
-    if kind == "gradient_input":
+    if "steps" not in kind:
         rules = (*rules, f"patch feature * of b {LAST}")
     for number, rule in enumerate(rules):
         own = (rule,) if rule.startswith("ablate") else ("from other into clean", rule)

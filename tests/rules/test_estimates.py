@@ -50,9 +50,18 @@ STEPS = 3
 
 # --- where sites are, by hand ---------------------------------------------------------------------
 
-_BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers"}
+_LIKE_LLAMA = ("llama", "mistral", "qwen3", "gemma2")
+_BLOCKS = {
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    **dict.fromkeys(_LIKE_LLAMA, "model.layers"),
+}
 _EMBED = {"gpt2": "transformer.wte", "llama": "model.embed_tokens", "gpt_neox": "gpt_neox.embed_in"}
-_OUTPUT = {"gpt2": "attn.c_proj", "llama": "self_attn.o_proj", "gpt_neox": "attention.dense"}
+_OUTPUT = {
+    "gpt2": "attn.c_proj",
+    "gpt_neox": "attention.dense",
+    **dict.fromkeys(_LIKE_LLAMA, "self_attn.o_proj"),
+}
 
 
 def where(family: str, site: str, layer: int | None) -> Where:
@@ -184,9 +193,11 @@ def by_hand(
     kind: str,
     ways: tuple[str, str] = ("other", "clean"),
     fill: Callable[[Prompt, Prompt, int], int | None] = lambda base, source, at: at,
+    module: Any = None,
 ) -> dict[Key, list[float]]:
     """fill: of both prompts and a position, which position of the source is written there; None:
-    zeros are."""
+    zeros are. module: the model that is differentiated, if its derivatives are changed."""
+    module = double(family) if module is None else module
     at = where(family, site, layer)
     found: dict[Key, list[float]] = {}
     for record in ROWS:
@@ -201,7 +212,7 @@ def by_hand(
 
         forward = call_metric(family, text, base, record, compared)
         own = cells(base, at.units)
-        for key, value in estimated(double(family), at, forward, own, written, kind, STEPS).items():
+        for key, value in estimated(module, at, forward, own, written, kind, STEPS).items():
             found.setdefault(key, []).append(value)
     return found
 

@@ -34,6 +34,7 @@ from mechdsl.forward.hooks.gradients import catch_autograd_errors, compute_gradi
 from mechdsl.forward.hooks.model import LoadedModel, has_single_output
 from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.planner.rows import TokenHits
+from mechdsl.program.estimators import BackwardRules
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.types import ResolvedSave, SiteLayer, SitePoint
 
@@ -100,6 +101,8 @@ class DifferentiatedRun:
     readout: Readout
     batch: Ints
     """The prompts of the batch."""
+    backward: BackwardRules | None = None
+    """Changes of the derivatives."""
 
     @property
     def model(self) -> LoadedModel:
@@ -137,6 +140,7 @@ class DifferentiatedRun:
                     logits_at=None if full else at,
                     circuits=circuits,
                     gradients=True,
+                    backward=self.backward,
                 )
             logits, found = require_logits(result.logits), result.reads
             if readout.loss is not None:
@@ -179,6 +183,7 @@ class DifferentiatedRun:
             logits_at=find_continuation_positions(atom, lanes.prompts, lanes.lengths),
             circuits=circuits,
             gradients=True,
+            backward=self.backward,
         )
         return require_logits(result.logits)
 

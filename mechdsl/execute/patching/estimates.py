@@ -142,7 +142,7 @@ class GradientEstimates:
         self.model = runs.model
         self.lanes_of = lanes_of
         run = runs.named(plan.experiment.spec.base)
-        self.differentiated = DifferentiatedRun(runs, run, readout, batch)
+        self.differentiated = DifferentiatedRun(runs, run, readout, batch, self.kind.backward)
 
     def first(self, prompts: Ints, most: int) -> tuple[Ints, int]:
         """Select the first prompts, at least one, that together have up to `most` tokens.

@@ -58,6 +58,7 @@ from mechdsl.execute.replies import find_end_tokens
 from mechdsl.execute.run_record import ExecutionOptions, ExecutionProfile
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.vectors import DirectionFits, FittedDirections
+from mechdsl.forward.hooks.backward_rules import RuleNotApplied
 from mechdsl.forward.hooks.batch import is_out_of_memory, release_memory
 from mechdsl.forward.hooks.gradients import AutogradFailed
 from mechdsl.forward.hooks.model import LoadedModel
@@ -886,7 +887,7 @@ class PanelRunner:
                 self.profile.halved += 1
                 continue
             except AutogradFailed as refused:
-                self._lose(plan, _report_autograd_failure(plan, str(refused)))
+                self._lose(plan, _report_autograd_failure(plan, refused))
                 return
             self.profile.passed(tokens, seconds[0])
             self._store_pass([(member, found)])
@@ -970,15 +971,17 @@ class PanelRunner:
         )
 
 
-def _report_autograd_failure(plan: ExperimentPlan, said: str) -> NoEstimate:
+def _report_autograd_failure(plan: ExperimentPlan, failed: AutogradFailed) -> NoEstimate:
     """What autograd says of the model."""
     estimator = plan.experiment.spec.estimator
     assert estimator is not None
+    known = isinstance(failed, RuleNotApplied)
+    cause = "its rules don't cover" if known else "autograd can't follow"
     return NoEstimate(
         span=estimator.span,
         statement=f"using {estimator.name}",
         what=f"cells of `{plan.experiment.name}`",
-        reason=f"autograd can't follow `{plan.experiment.model.name}` ({said[:200]})",
+        reason=f"{cause} `{plan.experiment.model.name}` ({str(failed)[:200]})",
         hint="remove `using`, so that each cell is run",
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from mechdsl.forward.hooks.attention_hooks import (
     group_by_layer,
     keys_of,
 )
+from mechdsl.forward.hooks.backward_rules import RuledPass
 from mechdsl.forward.hooks.batch import (
     Batch,
     CircuitWrite,
@@ -60,6 +61,7 @@ from mechdsl.forward.hooks.model import (
 )
 from mechdsl.models.anatomy import HookPoint, HookSide, TensorLayout
 from mechdsl.models.shape import unit_count, vector_width
+from mechdsl.program.estimators import BackwardRules
 from mechdsl.vocab.sites import (
     ATTENTION_INTERNAL_SITES,
     SITES,
@@ -461,7 +463,10 @@ class SiteHooks:
         stop: int | None = None,
         edges: Sequence[EdgeWrite] = (),
         circuits: Sequence[CircuitWrite] = (),
+        *,
+        every_attention: bool = False,
     ) -> None:
+        """Prepare the hooks; every_attention: attention of all blocks is computed here."""
         n_layers = model.shape.n_layers
         if stop is not None and not 0 <= stop <= n_layers + 1:
             raise ValueError(f"stop {stop} is not in 0..{n_layers + 1}")
@@ -490,7 +495,8 @@ class SiteHooks:
         """Selects the requested positions from logits, if that can't happen before the
         unembedding."""
         self._edges = group_by_layer(edges)
-        self.within = self._within()
+        every = range(n_layers if every_attention else 0)
+        self.within = self._within() | {("", layer) for layer in every}
         self._layers: dict[tuple[str, int], AttentionHooks] = {}
         self._circuits = [CircuitHooks(model, frame, circuit) for circuit in circuits]
         self._plan()
@@ -944,6 +950,7 @@ def run_full(
     edges: Sequence[EdgeWrite] = (),
     circuits: Sequence[CircuitWrite] = (),
     gradients: bool = False,
+    backward: BackwardRules | None = None,
 ) -> FullPassResult:
     """Run the whole model on padded rows, with writes and reads.
 
@@ -959,23 +966,31 @@ def run_full(
         edges: Changed attention edges.
         circuits: Edges between components that carry other values; only without `stop`.
         gradients: Whether autograd tracks the effect of written values that require a gradient.
+        backward: Changes of the derivatives that autograd computes.
 
     Raises:
         ValueError: A site or position doesn't exist.
         WriteMismatch: A write didn't happen exactly once.
         ReadMismatch: A read didn't happen.
+        RuleNotApplied: A function of the model has no rule in `backward`.
     """
-    work = SiteHooks(model, batch, writes, reads, stop, edges, circuits)
+    ruled = None if backward is None else RuledPass(model, backward)
+    inside = backward is not None and backward.in_attention
+    given = (model, batch, writes, reads, stop, edges, circuits)
+    work = SiteHooks(*given, every_attention=inside)
     if logits_at is not None:
         work.keep_logits(logits_at)
     narrow = narrow_unembedding(model, tokens, ends=True)
     mode = _enable_gradients(model) if gradients else torch.inference_mode()
-    with mode, work.installed(), open_attention(model, work), narrow:
+    rules = nullcontext() if ruled is None else ruled.opened()
+    with mode, work.installed(), open_attention(model, work, ruled), narrow, rules:
         try:
             logits = call_with_batch(model, batch)
         except PassStopped:
             logits = None
     largest: Tensor | None = None
+    if ruled is not None and logits is not None:
+        ruled.check(logits)
     if logits is not None:
         logits = select_token_logits(model, work.output(logits), tokens, ends=True)
         if tokens is not None:
@@ -1004,7 +1019,9 @@ def _enable_gradients(model: LoadedModel) -> Generator[None]:
 
 
 @contextmanager
-def open_attention(model: LoadedModel, work: SiteHooks) -> Generator[None]:
+def open_attention(
+    model: LoadedModel, work: SiteHooks, ruled: RuledPass | None = None
+) -> Generator[None]:
     """Compute attention here in layers with reads or writes within attention."""
     if not work.within:
         yield
@@ -1014,9 +1031,10 @@ def open_attention(model: LoadedModel, work: SiteHooks) -> Generator[None]:
         layer = work.layer(call.place, call.query)
         if layer is None:
             return call.unchanged()
-        given = call.query, call.key, call.value, call.mask, layer
         attend = attend_across if call.across else attend_full
-        return attend(*given, **call.arguments), None
+        given = call.query, call.key, call.value
+        with nullcontext(given) if ruled is None else ruled.attention(*given) as given:
+            return attend(*given, call.mask, layer, **call.arguments), None
 
     with replace_block_attention(model, attention, masked=True):
         yield

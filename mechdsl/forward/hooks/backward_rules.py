@@ -1,0 +1,259 @@
+"""Backward passes with changed rules: values of the forward pass stay, their derivatives change.
+
+`BackwardRules` of an estimator are applied to the functions of torch that a model calls, and
+afterwards the graph of autograd is searched for functions that no rule was applied to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from mechdsl.forward.hooks.gradients import AutogradFailed
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.module_exchange import replace_forward
+from mechdsl.program.estimators import BackwardRules
+
+_ACTIVATION_NAME = re.compile(r"[gsr]elu|silu|swish|mish|tanh|activation", re.I)
+_SMALL = 1e-6
+"""Inputs of an activation function that are nearer to 0 have the ratio of this input."""
+
+_NORM_NODES = re.compile(r"NativeLayerNorm|RmsNorm|RMSNorm|Rsqrt|^Pow|^Std|^Var|LinalgVectorNorm")
+_ACTIVATION_NODES = re.compile(r"Gelu|Silu|Relu|Elu|Sigmoid|Mish|Hardswish|Softplus")
+_PRODUCT_NODES = re.compile(r"^Glu|^Addcmul")
+"""Nodes of autograd that are absent if each norm, activation function and product has its rule."""
+
+
+class RuleNotApplied(AutogradFailed):
+    """A rule of the backward pass doesn't know a function of the model; the text names it."""
+
+
+def keep_value(value: Tensor, surrogate: Tensor) -> Tensor:
+    """Return `value`, differentiated like `surrogate`; both have one shape."""
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def scale_gradient(value: Tensor, factor: float) -> Tensor:
+    """Return `value`; gradients that pass it are multiplied by the factor."""
+    return keep_value(value, value * factor)
+
+
+class _RuledFunctions(TorchFunctionMode):
+    """Functions of torch with changed derivatives, while the context is open."""
+
+    def __init__(self, rules: BackwardRules) -> None:
+        super().__init__()
+        self.rules = rules
+        self.products = 0
+        """Number of products of two tensors that both depend on the written values."""
+        self.in_attention = False
+        self._by_function: dict[Any, Callable[..., Any]] = {}
+        if rules.fixed_norms:
+            self._by_function |= {
+                functional.layer_norm: _layer_norm,
+                torch.layer_norm: _layer_norm,
+                functional.rms_norm: _rms_norm,
+                torch.rms_norm: _rms_norm,
+                torch.rsqrt: _detached,
+                Tensor.rsqrt: _detached,
+            }
+        if rules.halved_products:
+            self._by_function |= {Tensor.mul: self._product, torch.mul: self._product}
+        if rules.softmax_temperature is not None:
+            softmax = partial(_softmax, temperature=rules.softmax_temperature)
+            for function in (Tensor.softmax, torch.softmax, functional.softmax):
+                self._by_function[function] = partial(self._of_attention, softmax)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        rule = self._by_function.get(func)
+        if rule is None:
+            return func(*args, **(kwargs or {}))
+        return rule(func, *args, **(kwargs or {}))
+
+    def _product(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Half rule: each factor passes on half of its gradient."""
+        found = func(*args, **kwargs)
+        factors = [each for each in args if isinstance(each, Tensor) and each.requires_grad]
+        if len(factors) < 2:
+            return found
+        self.products += 1
+        return found if self.in_attention else scale_gradient(found, 0.5)
+
+    def _of_attention(
+        self, rule: Callable[..., Any], func: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        return (rule if self.in_attention else _unchanged)(func, *args, **kwargs)
+
+
+def _unchanged(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _detached(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """1 / the size of a norm's input: a constant."""
+    return func(*args, **kwargs).detach()
+
+
+def _layer_norm(
+    func: Callable[..., Tensor],
+    value: Tensor,
+    shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *given: Any,
+) -> Tensor:
+    """LN rule: the standard deviation is a constant."""
+    axes = tuple(range(-len(shape), 0))
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    centered = wide - wide.mean(axes, keepdim=True)
+    size = (centered.square().mean(axes, keepdim=True) + eps).sqrt().detach()
+    surrogate = centered / size
+    surrogate = surrogate if weight is None else surrogate * weight
+    return keep_value(func(value, shape, weight, bias, eps, *given), surrogate.to(value.dtype))
+
+
+def _rms_norm(
+    func: Callable[..., Tensor],
+    value: Tensor,
+    shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """LN rule: the root of the mean square is a constant."""
+    axes = tuple(range(-len(shape), 0))
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    least = torch.finfo(value.dtype).eps if eps is None else eps
+    size = (wide.square().mean(axes, keepdim=True) + least).sqrt().detach()
+    surrogate = wide / size
+    surrogate = surrogate if weight is None else surrogate * weight
+    return keep_value(func(value, shape, weight, eps), surrogate.to(value.dtype))
+
+
+def _softmax(
+    func: Callable[..., Tensor], value: Tensor, *args: Any, temperature: float, **kwargs: Any
+) -> Tensor:
+    """Softmax with the derivative of a softmax at a temperature, without the factor 1 / T."""
+    found = func(value, *args, **kwargs)
+    dim = kwargs.get("dim", args[0] if args else -1)
+    scores = value.to(found.dtype)
+    weights = (scores.detach() / temperature).softmax(dim).nan_to_num(0.0)
+    scores = torch.where(weights > 0, scores, torch.zeros_like(scores))
+    surrogate = weights * scores - weights * (weights * scores).sum(dim, keepdim=True)
+    return keep_value(found, surrogate)
+
+
+def _activation_rule(module: nn.Module, *, identity: bool) -> Callable[..., Tensor]:
+    """Build an elementwise function f(x) that is one factor times x in the graph of autograd.
+
+    The factor is the constant f(x) / x with the identity rule, and else the derivative of f.
+    """
+    own = module.forward
+
+    def forward(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch._C.DisableTorchFunction():  # pyright: ignore[reportPrivateUsage]
+            given = value.detach().requires_grad_()
+            with torch.enable_grad():
+                found = own(given, *args, **kwargs)
+            if identity:
+                small = given.abs() < _SMALL
+                safe = torch.where(small, torch.full_like(given, _SMALL), given).detach()
+                factor = own(safe, *args, **kwargs) / safe
+            else:
+                (factor,) = torch.autograd.grad(found.sum(), given)
+        return keep_value(found, value * factor)
+
+    return forward
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Return whether a module is an elementwise activation function, judged by its class."""
+    plain = not any(True for _ in module.parameters()) and not any(True for _ in module.children())
+    return plain and _ACTIVATION_NAME.search(type(module).__name__) is not None
+
+
+class RuledPass:
+    """A forward pass whose backward pass has changed rules."""
+
+    def __init__(self, model: LoadedModel, rules: BackwardRules) -> None:
+        self.model = model
+        self.rules = rules
+        self._functions = _RuledFunctions(rules)
+
+    @contextmanager
+    def opened(self) -> Generator[None]:
+        """Apply the rules to passes of the model."""
+        with ExitStack() as stack:
+            for block in self.model.anatomy.blocks:
+                for part in self.model.module.get_submodule(block.path).modules():
+                    if is_activation(part):
+                        rule = _activation_rule(part, identity=self.rules.identity_activations)
+                        stack.enter_context(replace_forward(part, rule))
+            stack.enter_context(self._functions)
+            yield
+
+    @contextmanager
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> Generator[tuple[Tensor, Tensor, Tensor]]:
+        """Mark a call of attention, whose products and softmax have their own rules.
+
+        Yields its arguments, with the factors of their gradients.
+        """
+        self._functions.in_attention = True
+        factors = self.rules.attention_factors
+        try:
+            if factors is not None:
+                first, second, third = factors
+                query, key = scale_gradient(query, first), scale_gradient(key, second)
+                value = scale_gradient(value, third)
+            yield query, key, value
+        finally:
+            self._functions.in_attention = False
+
+    def check(self, logits: Tensor) -> None:
+        """Check that the rules were applied to each function that logits depend on.
+
+        Raises RuleNotApplied.
+        """
+        patterns = [_NORM_NODES] if self.rules.fixed_norms else []
+        patterns += [_ACTIVATION_NODES] if self.rules.identity_activations else []
+        patterns += [_PRODUCT_NODES] if self.rules.halved_products else []
+        products = 0
+        for node in _iter_nodes(logits):
+            name = node.name()
+            if any(pattern.search(name) for pattern in patterns):
+                function = name.removesuffix("0").removesuffix("Backward")
+                raise RuleNotApplied(f"no rule applies to its function `{function}`")
+            if name == "MulBackward0" and all(each is not None for each, _ in node.next_functions):
+                products += 1
+        if self.rules.halved_products and products > self._functions.products:
+            raise RuleNotApplied("it multiplies activations with an operation that has no rule")
+
+
+def _iter_nodes(value: Tensor) -> Generator[Any]:
+    """Yield the nodes of autograd that a tensor depends on."""
+    due, seen = [value.grad_fn], {value.grad_fn}
+    while due:
+        node = due.pop()
+        if node is None:
+            continue
+        yield node
+        for further, _ in node.next_functions:
+            if further not in seen:
+                seen.add(further)
+                due.append(further)

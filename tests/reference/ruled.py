@@ -1,0 +1,94 @@
+"""Models whose derivatives are changed, by functions in place of their modules'."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+
+def ruled(model: nn.Module, kind: str) -> nn.Module:
+    """A copy of a model, with the derivatives of `relp` or `gim`."""
+    model = copy.deepcopy(model)
+    for part in list(model.modules()):
+        name = type(part).__name__
+        if "norm" in name.lower():
+            norm = _layer_norm(part) if isinstance(part, nn.LayerNorm) else _rms_norm(part)
+            setattr(part, "forward", norm)  # noqa: B010
+        elif kind == "relp" and ("GELU" in name or "SiLU" in name):
+            part.forward = _ratio(part.forward)
+        elif hasattr(part, "gate_proj"):
+            part.forward = _gated(part)
+    if kind == "gim":
+        AttentionInterface.register("flattened", _attend)
+        AttentionMaskInterface.register("flattened", lambda *_, **__: None)
+        model.set_attn_implementation("flattened")  # pyright: ignore[reportCallIssue]
+    return model
+
+
+def _layer_norm(part: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        left = x - x.mean(-1, keepdim=True)
+        deviation = torch.sqrt(left.pow(2).mean(-1, keepdim=True) + part.eps)
+        return left / deviation.detach() * part.weight + part.bias
+
+    return forward
+
+
+def _rms_norm(part: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        if hasattr(part, "variance_epsilon"):
+            eps, weight = part.variance_epsilon, part.weight
+        else:  # Gemma
+            eps, weight = part.eps, 1 + part.weight
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps).detach() * weight
+
+    return forward
+
+
+def _ratio(own: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * (own(x) / x).detach()
+
+
+def _gated(part: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        gate, up = part.act_fn(part.gate_proj(x)), part.up_proj(x)
+        return part.down_proj((gate * up.detach() + gate.detach() * up) / 2)
+
+    return forward
+
+
+class _Flat(torch.autograd.Function):
+    """Softmax, whose derivatives are those at twice the temperature."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(torch.softmax(scores / 2, -1))
+        return torch.softmax(scores, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (flat,) = ctx.saved_tensors
+        jacobian = torch.diag_embed(flat) - flat[..., :, None] * flat[..., None, :]
+        return (jacobian @ grad[..., None])[..., 0]
+
+
+def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **given: Any) -> Any:
+    shared = q.shape[1] // k.shape[1]
+    k, v = (each.repeat_interleave(shared, 1) for each in (k, v))
+    for part, divisor in ((q, 4), (k, 4), (v, 2)):
+        if part.requires_grad:
+            part.register_hook(lambda grad, divisor=divisor: grad / divisor)
+    scale = given.get("scaling") or q.shape[-1] ** -0.5
+    scores = q @ k.transpose(-1, -2) * scale
+    if (cap := given.get("softcap")) is not None:
+        scores = torch.tanh(scores / cap) * cap
+    length = q.shape[2]
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    weights = _Flat.apply(scores.masked_fill(~seen, float("-inf")))
+    return (weights @ v).transpose(1, 2).contiguous(), None

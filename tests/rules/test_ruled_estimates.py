@@ -1,0 +1,124 @@
+"""`using relp` and `using gim`: gradients with changed rules, against models whose modules have
+these derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.forward.hooks import backward_rules
+from mechdsl.forward.hooks.batch import Batch
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.program.estimators import ESTIMATORS
+
+from ..execute.support import MODES, ROWS, experiment, prompt, run_file, shared, try_file
+from ..execute.test_stored_values import check_case
+from ..quick import in_turn, some
+from ..reference.ruled import ruled
+from .models import bare, double
+from .test_estimates import (
+    LAYERS,
+    ONE,
+    Cells,
+    agrees,
+    all_items,
+    by_hand,
+    heads_at_last,
+    measured,
+    two_places,
+    whole_subject,
+)
+
+FAMILIES = ("gpt2", "llama", "gpt_neox")
+KINDS = ("relp", "gim")
+CASES: dict[str, tuple[str, str, Cells, tuple[int | None, ...]]] = {
+    "heads": ("z", "patch layer * head * at last token", heads_at_last, LAYERS),
+    "streams": ("resid_pre", "patch resid_pre layer * at subject tokens", whole_subject, LAYERS),
+    "mlps": ("mlp_out", "patch mlp_out layer * at cue token, last token", two_places, LAYERS),
+    "items": ("resid_pre", "patch resid_pre layer * at item tokens", all_items, LAYERS),
+    "embedding": ("embed", "patch embed at subject tokens", whole_subject, (None,)),
+}
+LINES = ("prompts p", "from other into clean", measured(ONE, "delta"))
+
+
+@cache
+def changed(family: str, kind: str) -> Any:
+    return ruled(double(family), kind)
+
+
+def compare(family: str, kind: str, mode: str, folder: Path, names: Collection[str]) -> None:
+    """Compare cases with a model whose modules have the changed derivatives."""
+    text = "".join(experiment(name, *LINES, CASES[name][1], f"using {kind}") for name in names)
+    found = run_file(text, folder, bare(family), MODES[mode])
+    largest = 0.0
+    for name in names:
+        site, _, cells, layers = CASES[name]
+        for layer in layers:
+            given = (family, site, layer, cells, ONE, "gradient_input")
+            expected = by_hand(*given, module=changed(family, kind))
+            largest = max(largest, agrees(found[name], 0, expected, layer))
+    assert largest > 0.3
+
+
+@pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("family", "kind"), in_turn(FAMILIES, KINDS, FAMILIES))
+def test_sites_and_positions(family: str, kind: str, mode: str, tmp_path: Path) -> None:
+    compare(family, kind, mode, tmp_path, CASES)
+
+
+@pytest.mark.parametrize("family", ["qwen3", *some(("gemma2", "mistral"), ())])
+def test_norms_of_queries_and_gates_of_other_families(family: str, tmp_path: Path) -> None:
+    """Qwen 3 has norms of queries and keys; Gemma 2 has norms after its sublayers, and caps."""
+    compare(family, "relp", "planned", tmp_path, ("heads", "streams", "mlps"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_forward_pass_keeps_its_values(family: str, kind: str) -> None:
+    model = shared(bare(family))
+    ids = [prompt(record).ids for record in ROWS]
+    batch = Batch.of(ids, 0, "left")
+    plain = run_full(model, batch).logits
+    rules = ESTIMATORS[kind].backward
+    ruled = run_full(model, batch, gradients=True, backward=rules).logits
+    assert plain is not None
+    assert ruled is not None
+    torch.testing.assert_close(ruled.detach(), plain.clone(), rtol=0, atol=2e-5)
+
+
+def test_function_without_a_rule_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An activation function that no rule changes is found in the graph of autograd."""
+    monkeypatch.setattr(backward_rules, "is_activation", lambda module: False)
+    rule = "patch mlp_out layer 0 at last token"
+    text = experiment("e", *LINES, rule, "using relp") + experiment("run", *LINES, rule)
+    result, problems = try_file(text, tmp_path, bare("llama"))
+    assert result is not None
+    assert [each.name for each in result.experiments] == ["run"]
+    (error,) = (each for each in problems if each.severity == "error")
+    assert error.code == "E0608"
+    said = render_full([error], color=False, width=300)
+    assert "its rules don't cover `m` (no rule applies to its function `Silu`)" in said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_model_with_experts_is_an_error(kind: str, tmp_path: Path) -> None:
+    rule = "patch mlp_out layer 0 at last token"
+    result, problems = try_file(
+        experiment("e", *LINES, rule, f"using {kind}"), tmp_path, bare("gpt_oss")
+    )
+    assert result is None
+    assert [each.code for each in problems if each.severity == "error"] == ["E0608"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_runs_resume(kind: str, tmp_path: Path) -> None:
+    rule = "patch z layer * head * at subject tokens, last token"
+    check_case("llama", experiment("e", *LINES, rule, f"using {kind}"), tmp_path, cut=1)
