@@ -1223,8 +1223,14 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
         bad = BadArgument(span=word.span, name=f"{word.id} layer", reason=reason, hint=hint)
         context.diagnostics.append(bad)
     else:
-        what = f"the stack `{word.id}`"
-        context.diagnostics.append(NotSupported(span=word.span, what=what))
+        problem = NotSupported(span=word.span, what=f"the stack `{word.id}`")
+        if context.shape.takes == "image and text":
+            hint = "rules act in the language model, where `embed` at the tokens of an image is "
+            hint += "the output of the vision encoder and its projector"
+            if word.id == "text":
+                hint = "remove `text`: rules act in the language model"
+            problem = replace(problem, later=hint)
+        context.diagnostics.append(problem)
     return False
 
 

@@ -161,6 +161,29 @@ def test_inserted_tokens_of_each_family_are_what_hooks_give(family: str) -> None
     assert largest > 0.1
 
 
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "internvl"])
+def test_inserted_tokens_between_adjacent_images_are_what_hooks_give(family: str) -> None:
+    """They follow the marks after the first image and precede those before the second."""
+    block = with_insertions(test_families.BLOCK, "w3").replace("photo tokens", "one tokens")
+    block = block.replace('image photo = "{file}"', 'image one = "{file}"\n  image two = "{other}"')
+    block = block.replace("{photo}", "{one}{two}")
+    text = experiment("e", "from clean into middle", "set embed at inserted tokens to 0")
+    [found] = test_families.run_text(family, text, block=block)
+    own, marker = test_families.bare(family), vlm.FAMILIES[family].marker
+    values: list[float] = []
+    for n in ROWS:
+        pictures = [
+            Image.open(test_families.folder() / f"{k}.png").convert("RGB") for k in (n, (n + 1) % 4)
+        ]
+        words = f"w3 w2 {marker} w3 w3 {marker} w1 {test_families.WORDS[n]} w3"
+        given = own.with_pictures(words, pictures)
+        alone = own.with_pictures(f"w3 w2 {marker} w3 w3", pictures[:1])
+        length = alone["input_ids"].shape[1]
+        edit = at([length - 2, length - 1], torch.zeros(()))
+        values.append(test_families.difference(own.run(given, embed=edit)))
+    np.testing.assert_allclose(found.measures[0].patched[0], values, atol=1e-4)
+
+
 # --- trained vectors ------------------------------------------------------------------------------
 
 QUICK = "steps: 6, batch: 2, rate: 0.05, seed: 3, validation: 34%, measure_on_training_rows: true"

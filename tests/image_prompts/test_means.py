@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mechdsl
+
 from . import support, test_families
 from .reference import at
 from .support import RECORDS, TEMPLATE, experiment, run_file, try_file
@@ -140,6 +142,23 @@ def test_another_image_of_the_mean_changes_the_values(folder: Path) -> None:
     (folder / "two.jsonl").write_text("\n".join(lines), encoding="utf-8")
     second = run_file(text, "llava", block=fewer)["e"].measures[0].base[0]
     assert np.abs(first - second).max() > 1e-3
+
+
+def test_changed_file_of_the_mean_is_another_image_for_the_store(
+    folder: Path, tmp_path: Path
+) -> None:
+    for file in folder.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = experiment("e", "from ask into neutral", "patch embed at photo tokens")
+    path = tmp_path / "file.mech"
+    path.write_text(f'mech 1\nmodel m = local(".")\n{BLOCK}\n{text}', encoding="utf-8")
+    store = tmp_path / "store"
+    first, again = (mechdsl.run(path, store=store)["e"].measures[0].base[0] for _ in range(2))
+    Image.fromarray(255 - np.asarray(even_images(folder)[0])).save(tmp_path / "even-0.png")
+    other = mechdsl.run(path, store=store)["e"].measures[0].base[0]
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(other - first).max() > 1e-3
 
 
 def test_video_has_a_mean_image_as_frame() -> None:
