@@ -157,6 +157,8 @@ class Area(Record):
     measure: int
     axis: str
     where: tuple[CellSelection, ...] = ()
+    to_one: bool = False
+    """Whether it is the area between the curve and 1."""
 
 
 @record

@@ -57,7 +57,7 @@ from mechdsl.resolve.expansion import name_cells, split_by_group
 from mechdsl.resolve.types import ExperimentOutline, ResolvedMeasure
 from mechdsl.syntax import ast
 from mechdsl.vocab.aggregates import AGGREGATES
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.effects import EFFECTS, FAITHFULNESS
 from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.reports import check_report
 
@@ -218,7 +218,7 @@ class _ConditionReader(CellReader):
                 raise unreadable_expectation(
                     node.span, f"`{node.name}` is a site, not a number", hint
                 )
-            case "auc":
+            case "auc" | "cmd":
                 return self.area(node)
             case "auroc":
                 return self.ranking(node)
@@ -286,17 +286,23 @@ class _ConditionReader(CellReader):
         return Correlation(how, measure, other.id)
 
     def area(self, node: ast.Call) -> Area:
-        """Read `auc(prob, k)`: a measure, the axis of its curve and, if there are several curves, a
-        selection of one."""
-        example = "auc(prob, k)"
+        """Read `auc(prob, k)` or `cmd(faithfulness, n)`: a measure, the axis of its curve and, if
+        there are several curves, a selection of one."""
+        to_one = node.name == "cmd"
+        example = "cmd(faithfulness, n)" if to_one else "auc(prob, k)"
         first, named = self.argument(node, 0, example), self.argument(node, 1, example)
         axes = (*self.known.axes, *self.known.aliases)
         if first.span.written in axes and named.span.written not in axes:
-            exchanged = f"auc({named.span.written}, {first.span.written})"
+            exchanged = f"{node.name}({named.span.written}, {first.span.written})"
             raise unreadable_expectation(
-                first.span, "the first argument of `auc` is the measure", f"write `{exchanged}`"
+                first.span,
+                f"the first argument of `{node.name}` is the measure",
+                f"write `{exchanged}`",
             )
         measure = self.own_measure(node, example)
+        if to_one and self.known.measures[measure].effect != FAITHFULNESS.name:
+            reason = "only `faithfulness` has a distance from 1, the whole model"
+            raise unreadable_expectation(node.span, reason, "measure `… as faithfulness`")
         axis = named.id if isinstance(named, ast.Name) else named.span.written
         axis = self.known.aliases.get(axis, axis)
         if axis not in self.known.axes:
@@ -309,7 +315,7 @@ class _ConditionReader(CellReader):
         where = self.wheres(node.arguments[2:])
         if self.known.cells is not None:
             self.curve(node, named, axis, where)
-        return Area(measure, axis, where)
+        return Area(measure, axis, where, to_one)
 
     def curve(
         self, node: ast.Call, named: ast.Expr, axis: str, where: Sequence[CellSelection]

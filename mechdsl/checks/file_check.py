@@ -113,7 +113,7 @@ from mechdsl.syntax.frontend import parse
 from mechdsl.syntax.traversal import walk
 from mechdsl.syntax.words import AXIS_WORDS
 from mechdsl.vocab.corruptions import change_problems
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.effects import EFFECTS, FAITHFULNESS, EffectKind
 from mechdsl.vocab.metrics import METRICS
 
 _MISSING = (
@@ -953,6 +953,12 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
             found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
         elif experiment.broken:
             continue  # the error may be why a source or rule is missing
+        elif effect.circuit is not None and not _has_circuit_rule(experiment, effect, program):
+            form = effect.circuit.replace("CIRCUIT", next(iter(program.circuits), "CIRCUIT"))
+            reason = f"`{effect.name}` is defined for `{effect.circuit} …`"
+            hint = f"write the rule `{form} at tokens * with resample`, or measure `as delta`"
+            text = measure.span.written
+            found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
         elif effect.needs_source and experiment.source is None:
             corruptions = program.prompts[experiment.prompts].corruptions
             base = corruptions[0].name if corruptions else "CORRUPTION"
@@ -966,6 +972,21 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
                 )
             )
     return found
+
+
+def _has_circuit_rule(
+    experiment: spec.Experiment, effect: EffectKind, program: spec.Program
+) -> bool:
+    """Whether an experiment has the rule on a circuit that an effect is defined for."""
+    circuits = [rule for rule in experiment.rules if rule.circuit_name in program.circuits]
+    written = {
+        f"ablate {'all but ' if rule.all_but else ''}CIRCUIT"
+        f"{' without each edge' if rule.without_edge else ''}"
+        for rule in circuits
+    }
+    if effect.name == FAITHFULNESS.name:
+        written = {each.removesuffix(" without each edge") for each in written}
+    return written == {effect.circuit}
 
 
 def _acts(experiment: spec.Experiment, measure: spec.Measure) -> bool:

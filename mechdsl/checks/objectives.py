@@ -96,7 +96,7 @@ def resolve_objective(
     if problems:
         return None, problems[:1]
     (resolved,) = found.saves
-    alone = replace(found, saves=(), control=None, bare=None, accuracies={})
+    alone = replace(found, saves=(), control=None, bare=None, circuit_baselines={}, accuracies={})
     place = f"{line.site.span.written} at {line.at.span.written}"
     return ResolvedObjective(alone, resolved.points[0], resolved.cells[0], place), []
 

@@ -63,6 +63,8 @@ def _names(part: object) -> Iterator[tuple[str, bool]]:
                     yield node.id, False
                 elif isinstance(node, ast.Index):
                     yield node.name, False
+                elif isinstance(node, ast.RankedSelection):
+                    yield node.of, False
                 elif isinstance(node, ast.SpanTokens) and node.of.name is not None:
                     yield node.of.name, True
         case spec.Spec():
@@ -125,7 +127,8 @@ def fill_groups(
             if mask is not None:
                 old = circuits[definition.name]
                 edges = tuple(_edges_of(mask.chosen, definition.span))
-                circuits[definition.name] = old.model_copy(update={"edges": edges})
+                found = {"edges": edges, "scores": mask.scores}
+                circuits[definition.name] = old.model_copy(update=found)
             continue
         if mask is not None:
             sites = tuple(_sites_of(mask.chosen, definition.site, definition.span))

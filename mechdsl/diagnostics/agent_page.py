@@ -11,10 +11,13 @@ CHARACTERS_PER_TOKEN = 3.5
 """A conservative estimate for English mixed with code: BPE vocabularies of 50,000 words and more
 average 3.6 to 4.2 characters per token on such text."""
 
-_MEANING = 46
+_MEANING = 44
 """Maximum length, in characters, of a construct's meaning."""
 
-_EXAMPLES_ONLY = ("Images", "Positions in images", "Experiments on images", "Classifiers")
+_EXAMPLES_ONLY = (
+    *("Images", "Positions in images", "Experiments on images", "Classifiers"),
+    *("Coordinates", "Corruptions", "Reports"),
+)
 """Sections whose rows are printed without meanings, which `explain WORD` has."""
 
 _INTRO = """\

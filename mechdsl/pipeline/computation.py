@@ -74,6 +74,7 @@ from mechdsl.resolve.types import ResolvedExperiment
 from mechdsl.results.assembly.collection import (
     ExactRunner,
     add_base_observations,
+    add_circuit_baselines,
     add_control,
     add_statistics,
     add_verdicts,
@@ -326,6 +327,7 @@ class FileRun:
             plan, profile = plans[each.key], execution.profile
             own = collect_result(plan, measured[each.key], self.models, profile, self.sizes)
             own = add_base_observations(own, plan, plans, measured, self.models)
+            own = add_circuit_baselines(own, plan, plans, measured)
             raw.append(add_control(own, plan, measured))
         refused = {n: d for each in variants for n, d in measured[each.key].refused.items()}
         if len(refused) == len(first.measures):

@@ -522,9 +522,10 @@ def _read_mask(folder: Path, mask: TrainedMask, digest: str) -> MaskFile:
     if compute_digest(path) != digest or listed != [key_of_candidate(own) for own in candidates]:
         raise ValueError("the file is damaged")
     chosen = tuple(candidates[number] for number in content["chosen"])
-    if len(set(chosen)) != size:
+    scores = tuple(map(float, content["probabilities"]))
+    if len(set(chosen)) != size or len(scores) != len(candidates):
         raise ValueError("the file is damaged")
-    return MaskFile(chosen, digest)
+    return MaskFile(chosen, scores, digest)
 
 
 def describe_report(file: TrainedFile, report: Report) -> str:

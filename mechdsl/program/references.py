@@ -161,6 +161,8 @@ def possible_axes(rule: spec.Rule) -> Iterator[str]:
         yield "to_layer"
     if rule.fills:
         yield "fill"
+    if rule.without_edge:
+        yield "edge"
     if rule.observed is not None:
         yield from observation_axes(rule.observed)
     yield from position_axes(rule)

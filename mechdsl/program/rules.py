@@ -350,17 +350,17 @@ def lower_rule(
 def _ablate(
     rule: ast.Rule, body: ast.Ablate, prompts: spec.Prompts | None, work: Statements
 ) -> spec.Rule:
-    """Build the rule of `ablate SITE at POSITIONS with FILL` or `ablate all but CIRCUIT …`.
+    """Build the rule of `ablate SITE at POSITIONS with FILL` or `ablate all but CIRCUIT without
+    each edge …`.
 
     The fill of a circuit may be a run, whose values its edges then carry.
     """
     if isinstance(body.fill, ast.QualifiedRef):
         work.scope.has("prompts", body.fill.of.name)
-    named = body.site.bare
-    circuit = named is not None and named.id in work.scope.names("circuit")
-    if body.all_but and not circuit:
-        name = body.site.span.written if named is None else named.id
-        work.scope.use("circuit", name, body.site.span)
+    named = body.site.circuit_name
+    circuit = named is not None and named in work.scope.names("circuit")
+    if (body.all_but or body.without_edge) and not circuit:
+        work.scope.use("circuit", named or body.site.span.written, body.site.span)
         work.unsupported = True
     source = None
     if circuit and prompts is not None and isinstance(body.fill, ast.Name):
@@ -369,7 +369,8 @@ def _ablate(
             source = resolve_run_name(ast.Ref(body.fill.id, span=body.fill.span), prompts, work)
     by = None if body.by is None else body.by.id
     lowered = _at(rule, "ablate", body, fill=body.fill, by=by)
-    return lowered.model_copy(update={"source": source, "all_but": body.all_but})
+    update = {"source": source, "all_but": body.all_but, "without_edge": body.without_edge}
+    return lowered.model_copy(update=update)
 
 
 def _replace_block(rule: ast.Rule, body: ast.ReplaceBlock) -> spec.Rule:

@@ -47,7 +47,12 @@ def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[
     known = _experiments(parts, scope)
     called = {e.name: _called(e, known, results) for e in parts.experiments}
     ranked = {
-        e.name: [own for node in _ranked(e, parts) for own in _each_of(node, called[e.name])]
+        e.name: [
+            own
+            for node in _ranked(e, parts)
+            if node.of not in parts.circuits
+            for own in _each_of(node, called[e.name])
+        ]
         for e in parts.experiments
     }
     own: list[object] = [g.sites for g in parts.groups.values() if _is_own(g, tree)]

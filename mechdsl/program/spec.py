@@ -460,6 +460,8 @@ class Rule(Spec):
     fill_index: int = 0
     all_but: bool = False
     """ablate: whether all edges but those of the circuit are ablated."""
+    without_edge: bool = False
+    """ablate: whether the rule acts on the circuit without each of its edges."""
     reading: SiteText | None = None
     """set … to value(…): the site to read, in `source`, at `at`; written at `onto`."""
     stepped: NameText | None = None
@@ -486,6 +488,11 @@ class Rule(Spec):
     """In a basis: what it doesn't represent is dropped."""
     """None: every step of a reply."""
     loops: tuple[str, ...] = ()
+
+    @property
+    def circuit_name(self) -> str | None:
+        """The name in its site that may be that of a circuit."""
+        return None if self.site is None else self.site.circuit_name
 
 
 class Loop(Spec):
@@ -567,6 +574,9 @@ class Circuit(Spec):
     edges: tuple[SiteMapText, ...]
     source: CallText | None = None
     """The call `saved(…)` of a circuit in a file."""
+    scores: tuple[float, ...] = ()
+    """Of every edge of the model, in the order of `mechdsl.resolve.circuits.list_edges`; empty if
+    the edges have no scores."""
 
 
 class Expectation(Spec):

@@ -6,14 +6,17 @@ References: Conmy et al. 2023 (arXiv 2304.14997), section 3.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from random import Random
 
 from mechdsl.base.hashing import stable_hash
+from mechdsl.base.records import Record, record
 from mechdsl.base.safetensors_files import UnreadableFile
+from mechdsl.base.source import Span
 from mechdsl.base.text import count_noun
+from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.rules import AxisDoesNotFit, BadBasis, NoPath, NotOnAPath
 from mechdsl.diagnostics.syntax import NotSupported
@@ -23,13 +26,17 @@ from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.spec import constant_value
 from mechdsl.resolve.cells import counts_from_end
 from mechdsl.resolve.circuit_files import EMBEDDING, END, SavedCircuit, read_circuit
+from mechdsl.resolve.findings import PickError, count_picked
 from mechdsl.resolve.sites import (
     ExperimentContext,
     find_missing_point,
+    label_candidates,
     label_node,
     resolve_site,
 )
 from mechdsl.resolve.types import (
+    Axis,
+    AxisIndices,
     CircuitEdge,
     CircuitTargets,
     ResolvedRule,
@@ -38,7 +45,8 @@ from mechdsl.resolve.types import (
     precedes,
 )
 from mechdsl.syntax import ast
-from mechdsl.syntax.traversal import walk
+from mechdsl.syntax.traversal import number_names, walk
+from mechdsl.vocab.effects import CircuitBaseline
 
 SENDER_WORDS = "`embed`, `L0H1` or `L0.mlp`"
 
@@ -69,50 +77,89 @@ CIRCUIT_NOTE = (
 def resolve_circuit(
     circuit: spec.Circuit, rule: spec.Rule, work: ExperimentContext
 ) -> tuple[SiteTargets, CircuitTargets] | None:
-    """Resolve the edges that `ablate CIRCUIT` or `ablate all but CIRCUIT` ablates.
+    """Resolve the edges that `ablate CIRCUIT` or `ablate all but CIRCUIT` ablates, for each edge
+    of the circuit with `without each edge`.
 
     Returns:
         The senders of these edges, and the edges; None after an error.
 
-    Codes: E0108, E0207, E0304, E0334, E0335, and those of sites.
+    Codes: E0108, E0207, E0304, E0320, E0334, E0335, and those of sites.
     """
     assert rule.site is not None
+    edges = find_circuit_edges(circuit, rule.site.span, work)
+    if edges is None:
+        return None
+    every, scores = edges.every, edges.scores
+    picked = _pick_edges(circuit, edges, rule.site, work)
+    if picked is None:
+        return None
+    axes, named = picked
+    name = rule.site.span.written if rule.site.ranked is not None else circuit.name
+    left, labels = named, _label_picks(name, rule, named, work)
+    if rule.without_edge:
+        own = tuple(edge for edge in every if edge in named.get((), ()))
+        texts = tuple(label_candidates((edge,)) for edge in own)
+        work.add_axis(Axis(EDGE_AXIS, texts, rule.site.span))
+        left = {(n,): (*own[:n], *own[n + 1 :]) for n in range(len(own))}
+        labels = dict.fromkeys(left, f"{labels[()]} without one edge")
+        axes = (EDGE_AXIS,)
+    ablated = {key: _list_ablated(every, own, rule) for key, own in left.items()}
+    if not any(ablated.values()):
+        _report_nothing_ablated(name, rule, len(every), work)
+        return None
+    sites = SiteTargets(axes, _list_senders(ablated), labels)
+    known = {edge: scores[edge] for own in named.values() for edge in own if edge in scores}
+    about = {"digest": edges.digest, "made": edges.made}
+    return sites, CircuitTargets(circuit.name, ablated, every, named, known, **about)
+
+
+@record
+class CircuitEdges(Record):
+    """The edges of a circuit in a model."""
+
+    every: tuple[CircuitEdge, ...]
+    """The edges of the model."""
+    edges: tuple[CircuitEdge, ...]
+    """In descending order of the sizes of their scores, or forward order without scores."""
+    scores: Mapping[CircuitEdge, float]
+    """The scores of these edges, perhaps of more; empty without scores."""
+    digest: str = ""
+    """SHA-256 of the file that it was read from; empty without one."""
+    made: str = ""
+    """How its edges were read from a file, for conventions."""
+
+
+def find_circuit_edges(
+    circuit: spec.Circuit, span: Span, work: ExperimentContext
+) -> CircuitEdges | None:
+    """Return the edges of a circuit; None after E0108 for a model without such edges, E0342 for
+    a file, and errors of sites."""
     shape = work.sites.shape
     every = list_edges(shape)
     points = [point for edge in every for point in edge if point != END]
-    missing = find_missing_point(points, shape, work.sites.model, rule.site.span)
+    missing = find_missing_point(points, shape, work.sites.model, span)
     if missing is None and shape.task != "tokens" and "logits" not in shape.sites:
         missing = NotSupported(
-            span=rule.site.span, what=f"a circuit in `{work.sites.model}`, which has no logits,"
+            span=span, what=f"a circuit in `{work.sites.model}`, which has no logits,"
         )
     if missing is not None:
         work.diagnostics.append(missing)
         return None
-    found = dict.fromkeys(every) if circuit.name == spec.EVERY_EDGE else {}
+    found = set(every) if circuit.name == spec.EVERY_EDGE else set[CircuitEdge]()
     before = len(work.diagnostics)
     saved = None if circuit.source is None else _read_saved(circuit.source, every, work)
-    if saved is not None:
-        found = dict.fromkeys(saved.edges)
     for edge in circuit.edges:
-        found.update(dict.fromkeys(_resolve_edge(edge, work)))
+        found.update(_resolve_edge(edge, work))
     if len(work.diagnostics) > before:
         return None
-    ablated = tuple(edge for edge in every if (edge in found) != rule.all_but)
-    if not ablated:
-        written = f"all but {circuit.name}"
-        reason = f"leaves no edge: the circuit has all {len(every):,} edges of `{work.sites.model}`"
-        hint = f"write `ablate {circuit.name}`, or name fewer edges"
-        bad = BadArgument(span=rule.site.span, name=written, reason=reason, hint=hint)
-        work.diagnostics.append(bad)
-        return None
-    senders = tuple(dict.fromkeys(sender for sender, _ in ablated))
-    label = f"all but {circuit.name}" if rule.all_but else circuit.name
-    sites = SiteTargets((), {(): senders}, {(): label})
-    targets = CircuitTargets(circuit.name, {(): ablated}, tuple(every), tuple(found))
+    scores: Mapping[CircuitEdge, float] = dict(zip(every, circuit.scores, strict=False))
+    about: dict[str, str] = {}
     if saved is not None:
-        read = {"scores": saved.scores, "digest": saved.digest, "made": saved.made}
-        targets = replace(targets, **read)
-    return sites, targets
+        found, scores = set(saved.edges), saved.scores
+        about = {"digest": saved.digest, "made": saved.made}
+    edges = [edge for edge in every if edge in found]
+    edges.sort(key=lambda edge: -abs(scores.get(edge, 0)))  # stable
+    return CircuitEdges(tuple(every), tuple(edges), scores, **about)
 
 
 def _read_saved(
@@ -136,6 +183,127 @@ def _read_saved(
         if bad not in work.diagnostics:
             work.diagnostics.append(bad)
         return None
+
+
+EDGE_AXIS = "edge"
+"""Name of the axis of `without each edge`."""
+
+
+def _pick_edges(
+    circuit: spec.Circuit,
+    found: CircuitEdges,
+    site: ast.Site,
+    work: ExperimentContext,
+) -> tuple[tuple[str, ...], dict[AxisIndices, tuple[CircuitEdge, ...]]] | None:
+    """Return the edges of `c`, or those of `top n of c` for every value of the `for` variables in
+    it, with the names of these; None after E0207 for a circuit without scores, and E0620 for
+    picks of too many edges."""
+    node, edges = site.ranked, found.edges
+    if node is None:
+        return (), {(): edges}
+    trained = circuit.name in work.program.masks
+    if not found.scores and not trained:
+        reason = "lists its edges without scores, and `top` selects those with the largest"
+        hint = f"write `{circuit.name}`, or let `fit` choose its edges: `fit(mask(size: 20), …)`"
+        bad = BadArgument(span=site.span, name=circuit.name, reason=reason, hint=hint)
+        work.diagnostics.append(bad)
+        return None
+    variables = set(number_names(node))
+    loops = tuple(name for name in work.loops if name in variables)
+    picked: dict[AxisIndices, tuple[CircuitEdge, ...]] = {}
+    known = found.scores and not work.sites.shape.stands_in  # otherwise, edges stand in
+    there = f"`{circuit.name}` has {{}} edges" if known else None
+    for key, values in work.sites.combinations(loops):
+        try:
+            here = {**work.sites.parameters, **values}
+            picked[key] = edges[: count_picked(node, here, len(edges), there)]
+        except PickError as problem:
+            bad = BadPick(
+                span=site.span, text=node.span.written, reason=problem.reason, hint=problem.hint
+            )
+            work.diagnostics.append(bad)
+            return None
+    return loops, picked
+
+
+def _label_picks(
+    name: str,
+    rule: spec.Rule,
+    named: Mapping[AxisIndices, Collection[CircuitEdge]],
+    work: ExperimentContext,
+) -> dict[AxisIndices, str]:
+    """Return the names of what a rule ablates: `all but top 5 of c`."""
+    node = None if rule.site is None else rule.site.ranked
+    before = "all but " if rule.all_but else ""
+    if node is None or len(named) == 1:
+        return dict.fromkeys(named, before + name)
+    return {key: f"{before}top {len(own)} of {node.of}" for key, own in named.items()}
+
+
+def _report_nothing_ablated(
+    name: str, rule: spec.Rule, count: int, work: ExperimentContext
+) -> None:
+    """Report E0207 for a rule that ablates no edge.
+
+    Args:
+        count: Number of edges of the model.
+    """
+    assert rule.site is not None
+    reason = f"the circuit has all {count:,} edges of `{work.sites.model}`"
+    hint = f"write `ablate {name}`, or name fewer edges"
+    if not rule.all_but:
+        reason = f"`{name}` has {'one edge' if rule.without_edge else 'no edge'}"
+        hint = f"write `ablate {name}`, or name more edges" if rule.without_edge else "name some"
+    name = f"all but {name}" if rule.all_but else name
+    reason = f"leaves no edge to ablate: {reason}"
+    bad = BadArgument(span=rule.site.span, name=name, reason=reason, hint=hint)
+    work.diagnostics.append(bad)
+
+
+def _list_ablated(
+    every: Collection[CircuitEdge], named: Collection[CircuitEdge], rule: spec.Rule
+) -> tuple[CircuitEdge, ...]:
+    """Return the edges that a rule ablates if it names some edges, in forward order."""
+    own = frozenset(named)
+    return tuple(edge for edge in every if (edge in own) != rule.all_but)
+
+
+def _list_senders(
+    edges: Mapping[AxisIndices, tuple[CircuitEdge, ...]],
+) -> dict[AxisIndices, tuple[SitePoint, ...]]:
+    return {key: tuple(dict.fromkeys(of for of, _ in own)) for key, own in edges.items()}
+
+
+def replace_circuit(
+    rule: ResolvedRule,
+    axes: tuple[str, ...],
+    named: Mapping[AxisIndices, Collection[CircuitEdge]],
+    label: str,
+) -> ResolvedRule:
+    """Return a rule on a circuit as it is with other circuits.
+
+    Args:
+        axes: Axes of the circuits.
+        named: The edges that the rule names, for every key of these axes.
+        label: Name of each of them in tables.
+    """
+    assert rule.circuit is not None
+    every = rule.circuit.every
+    edges = {key: _list_ablated(every, own, rule.spec) for key, own in named.items()}
+    return replace(
+        rule,
+        sites=SiteTargets(axes, _list_senders(edges), dict.fromkeys(edges, label)),
+        circuit=replace(rule.circuit, edges=edges),
+    )
+
+
+def keep_baseline(rule: ResolvedRule, which: CircuitBaseline) -> ResolvedRule:
+    """Return a rule on a circuit as it acts in a baseline: on every edge of the model, or on the
+    circuit as a whole."""
+    assert rule.circuit is not None
+    if which == "circuit":
+        return replace_circuit(rule, (), rule.circuit.named, which)
+    return replace_circuit(rule, (), {(): () if rule.spec.all_but else rule.circuit.every}, which)
 
 
 def list_edges(shape: ModelShape) -> list[CircuitEdge]:
@@ -242,10 +410,15 @@ def describe_circuit(rule: ResolvedRule) -> str:
     """Describe what a rule ablates: `all but c: 118 of 121 edges`."""
     assert rule.circuit is not None
     assert rule.sites is not None
-    ablated = next(iter(rule.circuit.edges.values()))
+    counts = sorted({len(ablated) for ablated in rule.circuit.edges.values()})
+    ablated = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
     label = next(iter(rule.sites.labels.values()))
+    if len(set(rule.sites.labels.values())) > 1:
+        assert rule.spec.site is not None
+        before = "all but " if rule.spec.all_but else ""
+        label = before + rule.spec.site.span.written
     total = count_noun(len(rule.circuit.every), "edge")
-    return f"`{label}`: {len(ablated):,} of {total} ablated"
+    return f"`{label}`: {ablated} of {total} ablated"
 
 
 # --- random circuits ------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from mechdsl.program import spec
 from mechdsl.prompts.positions.cells import is_after_prompts
 from mechdsl.prompts.runs import Hits, PositionCell
 from mechdsl.resolve.bases import CoordinateChange, WeightChange
-from mechdsl.resolve.circuits import CircuitDraws
+from mechdsl.resolve.circuits import CircuitDraws, replace_circuit
 from mechdsl.resolve.conflicts import check_removed_blocks
 from mechdsl.resolve.findings import FindingPicker, PickError, check_rankable_features
 from mechdsl.resolve.matched_draws import (
@@ -52,6 +52,8 @@ from mechdsl.resolve.types import (
     AxisIndices,
     BasisMember,
     BasisTargets,
+    CircuitEdge,
+    CircuitTargets,
     Coordinates,
     DirectionMember,
     DirectionTargets,
@@ -628,33 +630,54 @@ def _build_circuit_control(
         raise _NoDraws("edges are drawn, and an experiment has one kind of targets", hint)
     _check_no_exceptions(apart, "edges")
     rules: list[ResolvedRule] = []
-    like = ""
+    like, numbers = "", DrawCounts((), {(): draws})
     for rule in experiment.rules:
         circuit, sites = rule.circuit, rule.sites
         if circuit is None or sites is None:
             rules.append(rule)
             continue
-        drawing = CircuitDraws(experiment.model.shape, circuit.named, experiment.seed)
-        drawn = drawing.draws(draws)
-        if len(drawn) < draws:
-            reason = f"there are only {len(drawn)} others with {len(circuit.named)} edges"
-            raise _NoAlternatives(reason, f"write `against random({len(drawn)})`")
-        path = ", each on a path from `embed` to `logits`" if drawing.is_connected else ""
-        like = f"of {count_noun(len(circuit.named), 'edge')}{path}, at the same tokens"
-        edges = {
-            (n,): tuple(e for e in circuit.every if (e in own) != rule.spec.all_but)
-            for n, own in enumerate(map(frozenset, drawn))
-        }
-        senders = {key: tuple(dict.fromkeys(of for of, _ in own)) for key, own in edges.items()}
-        labels = dict.fromkeys(edges, f"random circuit like {next(iter(sites.labels.values()))}")
-        rules.append(
-            replace(
-                rule,
-                sites=SiteTargets((DRAW_AXIS,), senders, labels),
-                circuit=replace(circuit, edges=edges),
-            )
-        )
-    return _drawn_control(experiment, asked, rules, draws, ("random circuits", like))
+        if rule.spec.without_edge:
+            reason = "random circuits without each of their edges aren't drawn"
+            raise _NoDraws(reason, "remove `without each edge`")
+        drawn, counts, like = _draw_circuits(experiment, circuit, draws)
+        label = f"random circuit like {next(iter(sites.labels.values()))}"
+        rules.append(replace_circuit(rule, (DRAW_AXIS, *sites.axes), drawn, label))
+        numbers = DrawCounts(sites.axes, counts)
+    found = _drawn_control(experiment, asked, rules, draws, ("random circuits", like))
+    return replace(found, experiment=replace(found.experiment, drawn=numbers))
+
+
+def _draw_circuits(
+    experiment: ResolvedExperiment, circuit: CircuitTargets, draws: int
+) -> tuple[dict[AxisIndices, tuple[CircuitEdge, ...]], dict[AxisIndices, int], str]:
+    """Draw random circuits for each size of a circuit.
+
+    Returns:
+        The circuits by draw and key, where a draw that doesn't exist repeats the circuit; the
+        number of draws by key; and a description.
+
+    Raises:
+        _NoAlternatives: There are too few circuits of one size, or none of any size.
+    """
+    drawn: dict[AxisIndices, tuple[CircuitEdge, ...]] = {}
+    counts: dict[AxisIndices, int] = {}
+    every_path = True
+    for key, own in circuit.named.items():
+        drawing = CircuitDraws(experiment.model.shape, own, experiment.seed)
+        found = drawing.draws(draws)
+        counts[key] = len(found)
+        every_path &= drawing.is_connected
+        drawn |= {(n, *key): (found[n] if n < len(found) else own) for n in range(draws)}
+    sizes = sorted({len(own) for own in circuit.named.values()})
+    size = " to ".join(f"{each:,}" for each in dict.fromkeys((sizes[0], sizes[-1])))
+    edges = "edge" if sizes[-1] == 1 else "edges"
+    most = max(counts.values())
+    if most == 0 or (len(counts) == 1 and most < draws):
+        reason = f"there are only {most} others with {size} {edges}"
+        raise _NoAlternatives(reason, f"write `against random({most})`")
+    path = ", each on a path from `embed` to `logits`" if every_path else ""
+    few = "; fewer draws where there are fewer circuits" if min(counts.values()) < draws else ""
+    return drawn, counts, f"of {size} {edges}{path}, at the same tokens{few}"
 
 
 def _check_no_exceptions(apart: Sequence[ExcludedSite], drawn: str) -> None:
@@ -730,6 +753,7 @@ def _find_mask(
     parts = [each for each in (rule.spec.site, rule.spec.at, rule.spec.onto) if each is not None]
     nodes = [node for part in parts for node in walk(part)]
     named = {node.id for node in nodes if isinstance(node, ast.Name)}
+    named |= {node.of for node in nodes if isinstance(node, ast.RankedSelection)}
     positions = {node.name for node in nodes if isinstance(node, ast.ChosenTokens)}
     # The name of a group of coordinates is replaced by these, so it is only in the text.
     words = set() if rule.basis is None else set(re.findall(r"\w+", parts[0].span.written))

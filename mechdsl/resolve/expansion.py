@@ -141,7 +141,7 @@ def _index_along(
 
 
 def expand_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedExperiment]:
-    """Return every experiment, followed by its control and its baseline."""
+    """Return every experiment, followed by its control and its baselines."""
     return [
         each
         for experiment in experiments
@@ -149,6 +149,7 @@ def expand_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedE
             experiment,
             experiment.control and experiment.control.experiment,
             experiment.bare and experiment.bare.experiment,
+            *(each.experiment for each in experiment.circuit_baselines.values()),
         )
         if each is not None
     ]
@@ -229,6 +230,11 @@ def _select_group(experiment: ResolvedExperiment, place: MeasureGroup) -> Resolv
     if experiment.bare is not None:
         bare = experiment.bare
         found = replace(found, bare=replace(bare, experiment=there(bare.experiment)))
+    others = {
+        name: replace(each, experiment=there(each.experiment))
+        for name, each in experiment.circuit_baselines.items()
+    }
+    found = replace(found, circuit_baselines=others)
     return found
 
 

@@ -45,6 +45,7 @@ from mechdsl.resolve.runs import (
     RULE_REPLIES,
     RuleKind,
     build_baseline,
+    build_circuit_baselines,
     check_accuracies,
     check_derived_base,
     check_generation,
@@ -449,8 +450,13 @@ def outline_experiment(
     diagnostics.extend(problems)
     if problems:
         return known, diagnostics
-    bare = build_baseline(resolved)
-    resolved = replace(resolved, control=control, without_control=reason, bare=bare)
+    resolved = replace(
+        resolved,
+        control=control,
+        without_control=reason,
+        bare=build_baseline(resolved),
+        circuit_baselines=build_circuit_baselines(resolved),
+    )
     return replace(known, resolved=resolved), diagnostics
 
 

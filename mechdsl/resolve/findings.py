@@ -865,7 +865,7 @@ class FindingPicker:
             there = None if finding.shape_stands_in else f"`{node.of}` has {{}} sites"
             for part in finding.parts:
                 check_rankable_sites(part.experiment, node)
-            count = _count(node, values, len(finding.sites), there)
+            count = count_picked(node, values, len(finding.sites), there)
         except PickError as refusal:
             diagnostics.append(_bad_pick(node, refusal))
             return None
@@ -905,7 +905,7 @@ class FindingPicker:
                 check_rankable_features(part.experiment, basis)
             there = None if finding.stands_in else f"`{node.of}` has {{}} features"
             ranked = finding.features
-            count = _count(node, values, size if finding.stands_in else len(ranked), there)
+            count = count_picked(node, values, size if finding.stands_in else len(ranked), there)
         except PickError as refusal:
             diagnostics.append(_bad_pick(node, refusal))
             return None
@@ -1133,7 +1133,7 @@ def _amount(node: ast.RankedSelection, values: Mapping[str, Any]) -> int | Perce
     return amount
 
 
-def _count(
+def count_picked(
     node: ast.RankedSelection, values: Mapping[str, Any], total: int, there: str | None
 ) -> int:
     """Return how many of `total` items a pick selects.
@@ -1167,7 +1167,7 @@ def _counts(
         size = len(order)
         if size not in of_size:
             there = f"row {row} has {{}} tokens of `{name}`"
-            of_size[size] = _count(node, values, size, there)
+            of_size[size] = count_picked(node, values, size, there)
     return {row: of_size[len(order)] for row, order in orders.items()}
 
 

@@ -23,6 +23,7 @@ from mechdsl.prompts.positions.spans import AnswerTokens, refers_to_answer
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import DerivedRun, ReplyPosition
 from mechdsl.resolve.bases import resolve_rule, resolve_saved_features
+from mechdsl.resolve.circuits import keep_baseline
 from mechdsl.resolve.measures import resolve_measure_positions
 from mechdsl.resolve.observations import Observation, RowSetObservation
 from mechdsl.resolve.sites import ExperimentContext, MeasureContext, resolve_site
@@ -39,7 +40,7 @@ from mechdsl.resolve.types import (
     StepRanges,
 )
 from mechdsl.syntax import ast
-from mechdsl.vocab.effects import RAW
+from mechdsl.vocab.effects import CIRCUIT_BASELINES, EFFECTS, RAW, CircuitBaseline
 from mechdsl.vocab.sites import SITES
 
 
@@ -612,6 +613,29 @@ def build_baseline(experiment: ResolvedExperiment) -> BaselineExperiment | None:
     return BaselineExperiment(replace(changed, rules=tuple(rules)), numbers)
 
 
+def build_circuit_baselines(
+    experiment: ResolvedExperiment,
+) -> dict[CircuitBaseline, BaselineExperiment]:
+    """Create the baselines of effects of an ablated circuit, by what they ablate."""
+    effects = [EFFECTS[each.effect] for each in experiment.spec.measures]
+    found: dict[CircuitBaseline, BaselineExperiment] = {}
+    for which in CIRCUIT_BASELINES:
+        numbers = tuple(n for n, effect in enumerate(effects) if which in effect.circuit_baselines)
+        if not numbers:
+            continue
+        rules = [
+            rule if rule.circuit is None else keep_baseline(rule, which)
+            for rule in experiment.rules
+        ]
+        used = {name for rule in rules for name in rule.axes}
+        used |= set(() if experiment.nested is None else experiment.nested.axes)
+        axes = tuple(axis for axis in experiment.axes if axis.name in used)
+        name = f"{experiment.spec.name} with {which}"
+        changed = replace(_read_only(experiment, name), rules=tuple(rules), axes=axes)
+        found[which] = BaselineExperiment(changed, numbers)
+    return found
+
+
 def _baseline_after_replies(experiment: ResolvedExperiment) -> BaselineExperiment | None:
     """Create a baseline that reads the replies generated under the rules, without these rules."""
     looking = any(map(reads_reply_tokens, experiment.rules))
@@ -625,13 +649,17 @@ def _baseline_after_replies(experiment: ResolvedExperiment) -> BaselineExperimen
     return BaselineExperiment(replace(_read_only(experiment), as_base=True), numbers)
 
 
-def _read_only(experiment: ResolvedExperiment) -> ResolvedExperiment:
-    """Create a variant of the experiment that is only compared with another and never displayed."""
+def _read_only(experiment: ResolvedExperiment, name: str = "") -> ResolvedExperiment:
+    """Create a variant of the experiment that is only compared with another and never displayed.
+
+    Args:
+        name: Its name; empty for one without rules.
+    """
     own = experiment.spec
     measures = tuple(_as_raw(own.measures))
     changed = own.model_copy(
         update={
-            "name": f"{own.name} without rules",
+            "name": name or f"{own.name} without rules",
             "source": None,
             "measures": measures,
             "against": None,

@@ -281,6 +281,8 @@ class MaskFile(Record):
     """What a stored training chose."""
 
     chosen: tuple[MaskCandidate, ...]
+    scores: tuple[float, ...]
+    """Of each candidate: see `TrainedMask`."""
     digest: str
 
 
@@ -301,7 +303,7 @@ def outline_mask(
     size = training.trainer_of(MaskTrainer).size(training.of_trainer)
     file = program.trained.get(training.name, (None, ""))[0]
     if isinstance(file, MaskFile):
-        return TrainedMask(candidates, file.chosen, file.digest, training)
+        return TrainedMask(candidates, file.chosen, file.digest, training, scores=file.scores)
     return TrainedMask(candidates, candidates[:size], "", training)
 
 

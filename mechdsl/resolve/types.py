@@ -43,7 +43,7 @@ from mechdsl.prompts.runs import PositionCell, PromptRun, ReplyPosition
 from mechdsl.prompts.tokens.image_prompts import ImagePromptTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
-from mechdsl.vocab.effects import ControlTitle
+from mechdsl.vocab.effects import CircuitBaseline, ControlTitle
 from mechdsl.vocab.metrics import MetricForm
 from mechdsl.vocab.sites import SITES, EdgeChange
 
@@ -513,6 +513,8 @@ class TrainedMask(Trained, Record):
     training: Training = field(compare=False)
     made: str = field(default="", compare=False)
     """How it was trained, for conventions."""
+    scores: tuple[float, ...] = field(default=(), compare=False)
+    """Of each candidate, once it is trained: the probability of its gate."""
 
     @property
     def keeps(self) -> bool:
@@ -899,8 +901,9 @@ class CircuitTargets(Record):
     edges: Mapping[AxisIndices, tuple[CircuitEdge, ...]]
     every: tuple[CircuitEdge, ...] = field(compare=False)
     """The edges of the model."""
-    named: tuple[CircuitEdge, ...] = field(compare=False)
-    """The edges of the circuit that the rule names."""
+    named: Mapping[AxisIndices, tuple[CircuitEdge, ...]] = field(compare=False)
+    """The edges of the circuit that the rule names, with those that `without each edge` removes,
+    for every key of its loops."""
     scores: Mapping[CircuitEdge, float] = field(
         default_factory=dict[CircuitEdge, float], compare=False
     )
@@ -1534,6 +1537,10 @@ class ResolvedExperiment(Record):
     """Why it has no control although it uses something trained."""
     bare: BaselineExperiment | None = None
     """Baseline for the effects of its observations."""
+    circuit_baselines: Mapping[CircuitBaseline, BaselineExperiment] = field(
+        default_factory=dict[CircuitBaseline, "BaselineExperiment"]
+    )
+    """Baselines for effects of an ablated circuit."""
     as_base: bool = False
     """Whether it reads prompts and replies without its rules, which were active in generation."""
     control_of: str | None = None
@@ -1716,7 +1723,7 @@ class DrawCounts(Record):
 
 @record
 class BaselineExperiment(Record):
-    """The same cells in the base run, used as the baseline for effects of observations."""
+    """The same cells without or with other rules, used as the baseline of effects."""
 
     experiment: ResolvedExperiment
     numbers: tuple[int, ...]

@@ -322,8 +322,15 @@ class MeasureDocument(DocumentPart):
     high: float | None
     p: float | None
     p_corrected: float | None
-    base: float | None = Field(description="mean of the metric on the base run, the effect's 0")
-    source: float | None = Field(description="mean of the metric on the source run")
+    base: float | None = Field(
+        description="mean of the metric on the base run, the effect's 0; of "
+        "`minimality`, on the run with the whole circuit"
+    )
+    source: float | None = Field(
+        description="mean of the metric on the source run; of `faithfulness` and `completeness`, "
+        "on the run with every edge ablated; of `minimality`, the difference between the base run "
+        "and that one"
+    )
     commonest: float | None = Field(default=None, description="categories: most common value")
     share: float | None = Field(default=None, description="categories: its share of the prompts")
     mean_error: float | None = Field(

@@ -263,12 +263,12 @@ CIRCUIT_FILLS: Mapping[str, Intervention] = {
 
 def _find_circuit(rule: spec.Rule, work: ExperimentContext) -> spec.Circuit | None:
     """Return the circuit that an ablation names; None if it names sites."""
-    named = None if rule.site is None else rule.site.bare
-    if named is None:
+    name = rule.circuit_name
+    if name is None or rule.site is None:
         return None
-    if named.id == spec.EVERY_EDGE:
-        return spec.Circuit(span=named.span, name=named.id, edges=())
-    return work.program.circuits.get(named.id)
+    if name == spec.EVERY_EDGE:
+        return spec.Circuit(span=rule.site.span, name=name, edges=())
+    return work.program.circuits.get(name)
 
 
 def _context_for_fill(work: ExperimentContext) -> ExperimentContext:

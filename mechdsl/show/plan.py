@@ -410,7 +410,7 @@ def _measured_lines(
         of[f"{source} − {base}"] = values.unpatched[source][number] - start
     divisor = 1.0
     if kind.denominator is not None:
-        ends = None if source is None else values.unpatched[source][number]
+        ends = None if source is None or kind.circuit else values.unpatched[source][number]
         by = kind.denominator(start, start, start if ends is None else ends)
         divisor = abs(float(np.nanmean(by)))
     lines: list[tuple[str, str, str, str]] = []

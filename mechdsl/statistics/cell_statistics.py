@@ -414,7 +414,8 @@ def rounding_bound(
 
 
 def _rounding(data: MeasureData, effect: EffectKind, cells: CellIndex) -> Floats:
-    """Return the effect of maximum rounding in the same direction everywhere. Shape [cell]."""
+    """Return the change of the effect by maximum rounding in the same direction everywhere. Shape
+    [cell]."""
     if data.rounding is None:
         return np.full(data.patched[cells].shape[0], np.nan)
     patched = data.patched[cells]
@@ -430,7 +431,11 @@ def _rounding(data: MeasureData, effect: EffectKind, cells: CellIndex) -> Floats
     elif source is not None:  # the change from one unpatched run to the other
         source = moved
     own = replace(data, patched=there, base=base, source=source)
-    return np.abs(effect_parts(own, effect, slice(None)).mean())
+    found = effect_parts(own, effect, slice(None)).mean()
+    if effect.circuit is not None:  # the effect of the base run isn't 0
+        there = np.where(np.isnan(patched), np.nan, base)
+        found -= effect_parts(replace(own, patched=there), effect, slice(None)).mean()
+    return np.abs(found)
 
 
 def _mean_within(values: Floats | None, cells: CellIndex, present: Bools) -> Floats | float:

@@ -30,7 +30,7 @@ for all rows. none: the number isn't computed from rows, so that other rows woul
 
 NO_INTERVAL_REASONS: Mapping[SpreadSource, str] = {
     "unknown": "one number of all rows: no interval",
-    "none": "a number of the weights alone: no interval",
+    "none": "a number of weights or circuits alone: no interval",
 }
 
 

@@ -319,6 +319,13 @@ class Site(Node):
     """Sites that are left out; numbers are values of the last axis."""
 
     @property
+    def circuit_name(self) -> str | None:
+        """The name that may be that of a circuit: `c`, or `top 5 of c`."""
+        if self.ranked is not None:
+            return self.ranked.of
+        return None if self.bare is None else self.bare.id
+
+    @property
     def bare(self) -> Name | None:
         """The name, if the site consists of one alone."""
         one = len(self.names) == 1 and not self.axes and self.short is None and self.ranked is None
@@ -775,8 +782,8 @@ class Fill(Node):
 
 
 @statement(
-    "ablate [all_but='all but'] {site} at {at:positions} with {fill:sum} [by {by:name}] "
-    "{more:further}",
+    "ablate [all_but='all but'] {site} [without_edge=without each edge] at {at:positions} "
+    "with {fill:sum} [by {by:name}] {more:further}",
     "ablate",
 )
 @record
@@ -791,6 +798,8 @@ class Ablate(Node):
     more: tuple[Fill, ...] = ()
     all_but: bool = False
     """Whether all edges of the model but those of a circuit are ablated."""
+    without_edge: bool = False
+    """Whether each edge of the circuit is left out of it, one after the other."""
 
 
 @statement("replace {at:positions} with {value:sum}", "replace_tokens")

@@ -60,7 +60,9 @@ AGGREGATES: Registry[CellAggregate] = Registry("aggregate")
 
 AggregateT = TypeVar("AggregateT", bound=CellAggregate)
 
-_OTHER_FUNCTIONS = ("abs", "auc", "auroc", "accuracy", "spearman", "pearson", "argmax", "argmin")
+_OTHER_FUNCTIONS = (
+    *("abs", "auc", "auroc", "accuracy", "cmd", "spearman", "pearson", "argmax", "argmin"),
+)
 
 
 def expectation_functions() -> tuple[str, ...]:

@@ -8,6 +8,17 @@ from typing import Any, Literal, TypeAlias
 
 from mechdsl.base.records import Record, Registry, keyword_record
 
+CircuitForm: TypeAlias = Literal[
+    "ablate all but CIRCUIT", "ablate CIRCUIT", "ablate all but CIRCUIT without each edge"
+]
+"""A rule on a circuit, by the edges that it ablates."""
+
+CircuitBaseline: TypeAlias = Literal["every edge", "circuit"]
+"""A run that effects of a circuit are compared with: every edge is ablated, or all edges but the
+circuit's."""
+
+CIRCUIT_BASELINES: tuple[CircuitBaseline, ...] = ("every edge", "circuit")
+
 EffectTerm = Callable[[Any, Any, Any], Any]
 """Function of (patched, base, source) values, linear in all three and shape-preserving."""
 
@@ -31,6 +42,11 @@ class EffectKind(Record):
     of_intervention: bool = True
     """Whether it depends on the patched run, so that it is undefined for an inert cell."""
     needs_source: bool = False
+    circuit: CircuitForm | None = None
+    """The rule on a circuit that it needs. Its `source` is then the run with every edge ablated."""
+    from_circuit: bool = False
+    """Whether its `base` is the run with the whole circuit, and its `source` the difference
+    between the base run and that with every edge ablated."""
     per_prompt_formula: str | None = None
     """Formula of `per prompt` (the mean of the ratios), if that is permitted."""
     zero: str | None = None
@@ -42,7 +58,14 @@ class EffectKind(Record):
     @property
     def is_tested_intervention(self) -> bool:
         """Whether it is an effect of the rules that is 0 if they change nothing."""
-        return self.of_intervention and self.tested
+        return self.of_intervention and self.tested and self.circuit is None
+
+    @property
+    def circuit_baselines(self) -> tuple[CircuitBaseline, ...]:
+        """The further runs that it depends on."""
+        if self.circuit is None:
+            return ()
+        return CIRCUIT_BASELINES if self.from_circuit else CIRCUIT_BASELINES[:1]
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -124,6 +147,56 @@ RECOVERY = _effect(
         needs_source=True,
         zero="base run",
         one="source run",
+        scale_free=True,
+    )
+)
+
+
+def _circuit_effect(name: str, meaning: str, form: CircuitForm) -> EffectKind:
+    """Register a share of the measure between the run with every edge ablated and the base run.
+
+    References: Marks et al. 2024 (arXiv 2403.19647), section 4; Mueller et al. 2025 (arXiv
+    2504.13151), section 3.2.
+    """
+    return _effect(
+        EffectKind(
+            name=name,
+            meaning=meaning,
+            formula="(m(patched) − m(∅)) / (m(base) − m(∅)), of the means; ∅: every edge ablated",
+            numerator=lambda patched, base, source: patched - source,
+            denominator=lambda patched, base, source: base - source,
+            divisor="m(base) − m(∅)",
+            circuit=form,
+            zero="every edge ablated",
+            one="base run",
+            scale_free=True,
+        )
+    )
+
+
+FAITHFULNESS = _circuit_effect(
+    "faithfulness",
+    "the share of the metric that a circuit keeps, of what all edges of the model give",
+    "ablate all but CIRCUIT",
+)
+
+COMPLETENESS = _circuit_effect(
+    "completeness",
+    "the share of the metric that is left without a circuit: 0 if the circuit is complete",
+    "ablate CIRCUIT",
+)
+
+MINIMALITY = _effect(
+    EffectKind(
+        name="minimality",
+        meaning="the faithfulness that a circuit loses without one of its edges",
+        formula="(m(circuit) − m(patched)) / (m(base) − m(∅)), of the means; ∅: every edge ablated",
+        numerator=lambda patched, base, source: base - patched,
+        denominator=lambda patched, base, source: source,
+        divisor="m(base) − m(∅)",
+        circuit="ablate all but CIRCUIT without each edge",
+        from_circuit=True,
+        zero="circuit",
         scale_free=True,
     )
 )

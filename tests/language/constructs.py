@@ -288,6 +288,58 @@ _file(
     "tests/rules/test_circuit_files.py",
     "Hanna et al. 2024, arXiv 2403.17806; Mueller et al. 2025, arXiv 2504.13151",
 )
+_file(
+    "circuit without each edge",
+    "circuit c = embed -> L0H1.q, L0H1 -> logits experiment e { prompts fruit "
+    "ablate all but c without each edge at tokens * with zero measure loss as minimality }",
+    "One cell for each edge of the circuit, on the axis `edge`: the rule acts on the circuit "
+    "without this edge. `as minimality` is the faithfulness that the circuit loses, "
+    "(m(c) − m(c without the edge)) / (m(base) − m(∅)): Wang et al.'s minimality with K = ∅. "
+    "Edges with a minimality of 0 aren't needed if all others are there. Without random controls "
+    "(E0630). A circuit of one edge is an error with `ablate c without each edge` (E0207).",
+    "tests/rules/test_ablated_circuits.py",
+    "Wang et al. 2022, arXiv 2211.00593",
+)
+_COMPARED = "tests/rules/test_compared_circuits.py"
+_file(
+    "circuit top",
+    "circuit c = fit(mask(size: 2), prompts: fruit.train, with: zero, minimise: loss) "
+    "experiment e { prompts fruit.test for n in [1, 2] { ablate all but top n of c at tokens * "
+    "with zero } measure loss as faithfulness expect cmd(faithfulness, n) < 0.4 }",
+    "`top n of c` are the n edges of a trained circuit whose scores are largest in size: a "
+    "count, a share of its edges (`top 25% of c`), a `param` or the variable of a `for`. More "
+    "edges than c has are E0620, and a circuit without scores is E0207. `against random(39)` "
+    "draws circuits of each size. `cmd(faithfulness, n)` is MIB's circuit–model distance: the "
+    "area between the curve and 1, Σ w |1 − f| by the trapezoidal rule, divided by the range of"
+    " n. Its integrated circuit performance ratio (CPR) is `expect auc(faithfulness, n)`, or "
+    "`measure … as faithfulness auc over n`. MIB's range is from no edge to every edge of the "
+    "model.",
+    _COMPARED,
+    "Mueller et al. 2025, arXiv 2504.13151",
+)
+_file(
+    "observe overlap",
+    "circuit c = embed -> L0H1.q circuit d = embed -> L1H1.q "
+    "experiment e { observe overlap c with d as same }",
+    "The number of edges that two circuits of a model share, without prompts. `same jaccard` is "
+    "|c ∩ d| / |c ∪ d|, `same precision` |c ∩ d| / |c|, `same recall` |c ∩ d| / |d|, and "
+    "`same expected` |c| |d| / N for the N edges of the model. `same p` is the probability of as "
+    "many shared edges or more if as many edges as in c are drawn uniformly: the upper tail of the "
+    "hypergeometric distribution. Such draws need not be on paths, and circuits whose edges are "
+    "on paths overlap more often: a small `p` isn't evidence against that. For a comparison with "
+    "known edges, name them second.",
+    _COMPARED,
+    "Merullo et al. 2024, arXiv 2310.08744",
+)
+_file(
+    "observe edge_auroc",
+    "circuit c = fit(mask(size: 2), prompts: fruit, with: zero, minimise: loss) "
+    "circuit d = embed -> L0H1.q experiment e { observe edge_auroc c with d as ranks }",
+    "The AUROC of the absolute scores of all edges of the model, as the training of c gives them, "
+    "for the edges of d. Ties count half. E0207 for a circuit c without scores.",
+    _COMPARED,
+    "Hanley and McNeil 1982",
+)
 _STEERING = "tests/rules/test_steering.py"
 _FITTED = "tests/rules/test_direction_fits.py"
 

@@ -535,7 +535,13 @@ REPLY_EXAMPLES = {
     "matches": 'matches("[Nn]o\\\\b")',
     "number": "number(last)",
 }
-EFFECT_SOURCES = {"recovery": PATCHING, "relative": CIRCUIT}
+EFFECT_SOURCES = {
+    "recovery": PATCHING,
+    "relative": CIRCUIT,
+    "faithfulness": "Mueller et al. 2025, arXiv 2504.13151",
+    "completeness": "Marks et al. 2024, arXiv 2403.19647",
+    "minimality": "Wang et al. 2022, arXiv 2211.00593",
+}
 NOT_HERE = ("router", "expert_out", "mixer_norm", "mixer_out", "stack")
 """Sites that the model of the examples lacks."""
 
@@ -611,13 +617,18 @@ def effects() -> Iterator[Line]:
         formula = effect.formula
         if effect.per_prompt_formula:
             formula += f"; `{name} per prompt`: {effect.per_prompt_formula}"
-        yield Line(
-            f"measure logit(answer) as {name}",
-            f"{_sentence(effect.meaning)} {formula}.",
-            EFFECT_SOURCES.get(name, OWN),
-            "tests/execute/test_effects.py",
-            in_experiment(f"measure logit(answer) as {name}"),
-        )
+        measure, test = f"measure logit(answer) as {name}", "tests/execute/test_effects.py"
+        text = in_experiment(measure)
+        if effect.circuit is not None:
+            rule = effect.circuit.replace("CIRCUIT", "c") + " at tokens * with zero"
+            text = in_experiment(rule, measure)
+            text = text.replace(
+                "experiment ", "circuit c = embed -> L0H1.q, L0H1 -> logits\n\nexperiment ", 1
+            )
+            formula += f", with the rule `{effect.circuit}`"
+            test = "tests/rules/test_ablated_circuits.py"
+        source = EFFECT_SOURCES.get(name, OWN)
+        yield Line(measure, f"{_sentence(effect.meaning)} {formula}.", source, test, text)
 
 
 def reports() -> Iterator[Line]:

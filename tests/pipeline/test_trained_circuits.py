@@ -59,6 +59,7 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
 HERE = ("llama", "gpt2", "gpt_neox", "llama" + WITHOUT_NORMS)
 PAIR = "{cue token, last token}"
+KL = "measure kl(clean) as raw"
 
 
 fit = partial(masks.fit, word="circuit", at=PAIR, name="c")
@@ -398,3 +399,70 @@ def test_models_whose_components_do_not_add_up_are_errors(tmp_path: Path) -> Non
     path = write(tmp_path, fit(), PATCHES)
     with pytest.raises(mechdsl.MechdslError, match="a circuit in `m`"):
         train(path, "gemma2")
+
+
+# --- the edges with the largest scores ------------------------------------------------------------
+
+SIZES = (0, 1, 2, 3)
+CURVE = f"""
+experiment curve {{
+  model m
+  prompts second
+  for n in [{", ".join(map(str, SIZES))}] {{
+    ablate all but top n of c at tokens * with zero
+  }}
+  measure kl(clean) as faithfulness
+  against random(3)
+  stats bootstrap(100) confidence 50% correct none
+  expect auc(faithfulness, n) < 5
+  expect cmd(faithfulness, n) < 5
+}}
+experiment ranks {{
+  model m
+  observe edge_auroc c with d as ranked
+}}
+"""
+
+
+def test_top_selects_the_edges_with_the_largest_scores(tmp_path: Path) -> None:
+    known = "circuit d = embed -> L0H1.q, L1H1 -> logits, L2.mlp -> logits\n"
+    path = write(tmp_path, known + fit(), PATCHES + CURVE)
+    (trained,) = train(path)
+    stored = json.loads((trained.folder / "mask.json").read_text("utf-8"))
+    scores = dict(zip(stored["labels"], stored["probabilities"], strict=True))
+    order = sorted(chosen_sites(trained), key=lambda edge: -scores[edge])
+    listed = "".join(f"circuit c{n} = {', '.join(order[:n])}\n" for n in SIZES[1:])
+    each = [
+        experiment(f"ablate all but c{n} at tokens * with zero", name=f"of{n}", measure=KL)
+        for n in SIZES[1:]
+    ]
+    found = {own.name: own for own in run(path).files[0].experiments}
+    alone = run(write(tmp_path, listed, "".join(each)), store=False).files[0].experiments
+    curve = found["curve"]
+    own = curve.measures[0]
+    assert own.source is not None
+    assert [cell.coords["n"] for cell in curve.cells] == list(SIZES)
+    np.testing.assert_allclose(own.patched[0], own.source[0])  # of no edge
+    for n, other in zip(SIZES[1:], alone, strict=True):
+        np.testing.assert_allclose(own.patched[n], other.measures[0].patched[0], atol=1e-5)
+    shares = (own.patched.mean(1) - own.source.mean()) / (own.base.mean() - own.source.mean())
+    area, distance = (each.value for each in curve.outcomes)
+    assert area == pytest.approx(np.trapezoid(shares, SIZES) / 3, abs=1e-6)
+    assert distance == pytest.approx(np.trapezoid(np.abs(1 - shares), SIZES) / 3, abs=1e-6)
+    assert "fewer draws where there are fewer circuits" in curve.conventions["controls"]
+    assert "random circuits, 3 draws, seed 0; of 0 to 3 edges" in curve.conventions["controls"]
+    true = known.removeprefix("circuit d = ").strip().split(", ")
+    pairs = [
+        (scores[edge] > scores[other]) + (scores[edge] == scores[other]) / 2
+        for edge in true
+        for other in scores.keys() - set(true)
+    ]
+    assert found["ranks"].measures[0].patched[0, 0] == pytest.approx(np.mean(pairs))
+
+
+def test_more_edges_than_were_chosen_are_an_error(tmp_path: Path) -> None:
+    rule = "ablate all but top 4 of c at tokens * with zero"
+    path = write(tmp_path, fit(), PATCHES + experiment(rule, name="more"))
+    train(path)
+    with pytest.raises(mechdsl.MechdslError, match=r"`c` has 3 edges, fewer than 4"):
+        run(path)

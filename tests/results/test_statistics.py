@@ -47,6 +47,9 @@ def test_effects_are_computed_on_means(runs: tuple[np.ndarray, ...]) -> None:
         "total": np.full(3, s - b),
         "delta": p - b,
         "recovery": (p - b) / (s - b),
+        "faithfulness": (p - s) / (b - s),
+        "completeness": (p - s) / (b - s),
+        "minimality": (b - p) / s,
         "relative": (p - b) / abs(b),
     }
     assert list(expected) == list(EFFECTS)

@@ -24,6 +24,7 @@ from mechdsl.resolve.sites import label_node
 from mechdsl.resolve.types import CircuitEdge
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.store.store import Store
+from mechdsl.vocab.effects import EFFECTS
 
 from ..execute import encoder_decoders
 from ..execute import support as of_files
@@ -33,6 +34,7 @@ from ..reference.forward import stack
 from .circuits import EMBED, LOGITS, circuit_pass, head, mlp, outputs, reads
 from .models import WITHOUT_NORMS, bare, double
 from .support import (
+    DIFFERENCE,
     Array,
     agree,
     codes,
@@ -139,9 +141,16 @@ def fills(name: str, case: Case, donors: Mapping[int, int]) -> list[dict[str, Te
     return found
 
 
-def expected(name: str, case: Case, donors: Mapping[int, int]) -> list[float]:
+def expected(
+    name: str,
+    case: Case,
+    donors: Mapping[int, int],
+    ablated: frozenset[tuple[str, str]] | None = None,
+) -> list[float]:
+    """The values of each prompt if the edges of the case carry the fill, or other edges."""
     _, circuit, every = edges(name)
-    ablated = every - circuit if case.rule.startswith("all but") else circuit
+    if ablated is None:
+        ablated = every - circuit if case.rule.startswith("all but") else circuit
     values: list[float] = []
     every_fill = fills(name, case, donors)
     for n, (text, record) in enumerate(zip(rows(case.base), records(), strict=True)):
@@ -186,6 +195,92 @@ def test_ablated_edges_carry_the_fill(data: Path, name: str, mode: str, key: str
     donors = find_donors(name, case, found.measures[0].patched[0])
     values = expected(name, case, donors)
     agree(found, (), {(): values}, unpatched(name, case.base), most=False, precise=True, large=1e-2)
+
+
+# --- effects --------------------------------------------------------------------------------------
+
+CASES_OF_EFFECTS = {
+    "faithfulness": Case("all but c", "mean", PAIR),
+    "faithfulness of fills": Case("all but c", "zero, mean", PAIR),
+    "completeness": Case("c", "other"),
+    "minimality": Case("all but c without each edge", "other"),
+    "faithfulness of each edge": Case("all but c without each edge", "zero", "last token"),
+    "completeness into other": Case("c", "clean", base="other"),
+}
+
+
+def by_formula(effect: str, name: str, case: Case) -> list[float]:
+    """The effect in each cell, from passes without the executor."""
+    _, circuit, every = edges(name)
+    found: list[float] = []
+    ordered = [named(each) for each in list_edges(shape_of(name))]
+    for fill in case.fill.split(", "):
+        own = Case(case.rule, fill, case.at, case.base)
+        removed = [each for each in ordered if each in circuit]
+        choices = [circuit]
+        if "without" in case.rule:
+            choices = [circuit - {each} for each in removed]
+        empty = np.mean(expected(name, own, {}, every))
+        whole = np.mean(expected(name, own, {}, every - circuit))
+        base = np.mean(unpatched(name, case.base))
+        for choice in choices:
+            ablated = every - choice if case.rule.startswith("all but") else choice
+            patched = np.mean(expected(name, own, {}, ablated))
+            top = whole - patched if effect == "minimality" else patched - empty
+            found.append(float(top / (base - empty)))
+    return found
+
+
+@pytest.mark.parametrize("key", CASES_OF_EFFECTS)
+@pytest.mark.parametrize(
+    ("name", "mode"), in_turn(("llama", "gpt2", "gpt_neox", "qwen3"), list(MODES))
+)
+def test_effects_compare_with_the_run_in_which_every_edge_is_ablated(
+    data: Path, name: str, mode: str, key: str
+) -> None:
+    effect, case = key.split()[0], CASES_OF_EFFECTS[key]
+    line = f"{DIFFERENCE.rpartition(' as ')[0]} as {effect}"
+    ends = "" if case.base == "clean" else f"from clean into {case.base}"
+    rule = f"ablate {case.rule} at {case.at} with {case.fill}"
+    text = edges(name)[0] + experiment("e", ends, rule, measure=line)
+    found = run_file(text, data, name, mode, precise=True)["e"]
+    values = by_formula(effect, name, case)
+    own, printed = found.measures[0], found.statistics[0].mean
+    assert own.source is not None
+    means = EFFECTS[effect].of_means(*(run.mean(1) for run in (own.patched, own.base, own.source)))
+    np.testing.assert_allclose(means, values, rtol=1e-4, atol=1e-6)
+    there = ~np.isnan(printed)  # four rows are few to tell a denominator from 0
+    np.testing.assert_allclose(printed[there], means[there])
+    assert len(found.cells) == len(values)
+    assert np.ptp(values) > 1e-3 or len(values) == 1
+
+
+def test_random_circuits_are_compared_with_the_same_runs(data: Path) -> None:
+    rule = "ablate all but c at tokens * with other"
+    given = {"stats": "stats bootstrap(100) confidence 50% correct none"}  # of four rows
+    text = edges("gpt2")[0] + "".join(
+        experiment(own, rule, "against random(3)", measure=f"measure kl(clean) as {own}", **given)
+        for own in ("raw", "faithfulness")
+    )
+    found = run_file(text, data, "gpt2", "planned", precise=True)
+    raw, own = found["raw"].control(0), found["faithfulness"].control(0)
+    assert raw is not None
+    assert own is not None
+    statistics = found["faithfulness"].statistics[0]
+    base, empty = statistics.base_mean, statistics.source_mean
+    shares = [(each - empty) / (base - empty) for each in (raw.low, raw.high)]
+    np.testing.assert_allclose([own.low, own.high], np.sort(shares, axis=0), atol=1e-12)
+    assert own.high > own.low
+    assert "every edge of the model has the fill" in found["faithfulness"].conventions["∅"]
+
+
+def test_every_edge_with_a_run_at_all_tokens_gives_its_output(data: Path) -> None:
+    line = DIFFERENCE.rpartition(" as ")[0]
+    rule = "ablate all but c at tokens * with other"
+    text = CIRCUIT + experiment("e", rule, measure=f"{line} as faithfulness")
+    found = run_file(text, data, "llama", "planned", precise=True)["e"].measures[0]
+    assert found.source is not None
+    np.testing.assert_allclose(found.source[0], unpatched("llama", "other"), atol=1e-5)
 
 
 # --- other rules, runs and controls ---------------------------------------------------------------
@@ -325,6 +420,8 @@ WRONG = {
     "ablate c at tokens * with zero from other into clean using gradient_input": "E0608",
     "ablate c at tokens * with zero against random(3, heads)": "E0630",
     "patch c at tokens * with other": "E0207",
+    "ablate L0H1 without each edge at tokens * with zero": "E0201",
+    "ablate all but c without each edge at tokens * with zero against random(3)": "E0630",
     "ablate all but L0H1 at tokens * with zero": "E0201",
 }
 WRONG_EDGES = {
@@ -343,6 +440,31 @@ WRONG_EDGES = {
 @pytest.mark.parametrize("lines", WRONG)
 def test_rules_that_circuits_can_not_have_are_errors(data: Path, lines: str) -> None:
     assert WRONG[lines] in codes(CIRCUIT + experiment("e", lines), data)
+
+
+WRONG_EFFECTS = {
+    ("faithfulness", "ablate c at tokens * with zero"): "`ablate all but CIRCUIT …`",
+    ("completeness", "ablate all but c at tokens * with zero"): "`ablate CIRCUIT …`",
+    ("minimality", "ablate all but c at tokens * with zero"): "without each edge …`",
+    ("faithfulness", "ablate L0H1 at tokens * with zero"): "`ablate all but CIRCUIT …`",
+    ("faithfulness", ""): "`ablate all but CIRCUIT …`",
+}
+
+
+@pytest.mark.parametrize(("effect", "rule"), WRONG_EFFECTS)
+def test_effects_of_circuits_without_their_rule_are_errors(
+    data: Path, effect: str, rule: str
+) -> None:
+    line = f"{DIFFERENCE.rpartition(' as ')[0]} as {effect}"
+    result, problems = try_file(CIRCUIT + experiment("e", rule, measure=line), data, "llama")
+    assert result is None
+    assert problems[0].code == "E0612"
+    assert WRONG_EFFECTS[effect, rule] in problems[0].message
+
+
+def test_a_circuit_of_one_edge_has_nothing_left_to_ablate(data: Path) -> None:
+    rule = "ablate c without each edge at tokens * with zero"
+    assert codes("circuit c = embed -> L0H1.q\n" + experiment("e", rule), data) == ["E0207"]
 
 
 @pytest.mark.parametrize("edge", WRONG_EDGES)

@@ -452,7 +452,7 @@ def test_scores_of_weights_in_a_table(tmp_path: Path) -> None:
         np.testing.assert_allclose(values, wanted, atol=1e-6)
     assert np.isnan(found.statistics[0].low).all()
     assert np.isnan(found.statistics[0].p).all()
-    assert found.conventions["interval"] == "a number of the weights alone: no interval"
+    assert found.conventions["interval"] == "a number of weights or circuits alone: no interval"
 
 
 def test_heads_compose_with_later_ones_alone(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+from scipy.stats import hypergeom, mannwhitneyu
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -17,7 +19,9 @@ from mechdsl.forward.hooks.coordinates import CoordinateSystem
 from mechdsl.forward.hooks.weight_maps import WeightMaps
 from mechdsl.resolve.types import ItemNumber, SitePoint
 from mechdsl.rules.observations.weights import (
+    CircuitOverlap,
     Composition,
+    EdgeRanking,
     HeadCircuit,
     MatchedCosine,
     SingularValues,
@@ -60,6 +64,35 @@ def score_matching(maps: WeightMaps, layer: int, head: int) -> float:
     return compute_positive_share(key.T @ maps.token_gram @ query)
 
 
+def compare_edges(does: CircuitOverlap) -> dict[str, float]:
+    """Return the numbers of `observe overlap`, by word."""
+    first, second, total = set(does.first.edges), set(does.second.edges), len(does.first.every)
+    shared = len(first & second)
+    sizes = len(first), len(second)
+    return {
+        does.word: shared,
+        "jaccard": shared / len(first | second),
+        "precision": shared / sizes[0],
+        "recall": shared / sizes[1],
+        "expected": sizes[0] * sizes[1] / total,
+        "p": float(hypergeom.sf(shared - 1, total, sizes[1], sizes[0])),
+    }
+
+
+def rank_edges(does: EdgeRanking) -> float:
+    """Return the AUROC of absolute scores for the edges of the second circuit.
+
+    Raises ValueError if all edges of the model are in it.
+    """
+    true, every = set(does.second.edges), does.first.every
+    sizes = np.abs([does.first.scores[edge] for edge in every])
+    there = np.array([edge in true for edge in every])
+    if there.all():
+        raise ValueError("the second circuit has every edge of the model")
+    pairs = int(there.sum()) * int((~there).sum())
+    return float(mannwhitneyu(sizes[there], sizes[~there]).statistic) / pairs
+
+
 @dataclass(eq=False)
 class WeightObserver:
     """Reader of an observation of weights in each cell."""
@@ -99,6 +132,10 @@ class WeightObserver:
                 values, partners = self._matches()
                 feature = int(self.features[cell])
                 return {does.word: values[feature], "partner": partners[feature]}
+            case CircuitOverlap():
+                return compare_edges(does)
+            case EdgeRanking():
+                return {does.word: rank_edges(does)}
             case Successor(tokens=tokens):
                 share, rank = score_successors(maps, *ends[0], torch.tensor(tokens))
                 return {does.word: share, "rank": rank}

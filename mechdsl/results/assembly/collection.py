@@ -594,7 +594,7 @@ def add_base_observations(
     if bare is None:
         return result
     other = measured[bare.experiment.key]
-    cells = _cells_without_rules(plan, plans[bare.experiment.key])[plan.exists]
+    cells = _cells_of_baseline(plan, plans[bare.experiment.key])[plan.exists]
     columns = np.searchsorted(other.kept, measured[plan.experiment.key].kept)
     relative = models[plan.experiment.model.key].rounding
     measures = list(result.measures)
@@ -619,8 +619,33 @@ def add_base_observations(
     return replace(result, measures=tuple(measures), conventions={**result.conventions, **told})
 
 
-def _cells_without_rules(plan: ExperimentPlan, bare: ExperimentPlan) -> Ints:
-    """Return the cell without rules that observes the same positions. Shape [cell]."""
+def add_circuit_baselines(
+    result: ExperimentResult,
+    plan: ExperimentPlan,
+    plans: Mapping[str, ExperimentPlan],
+    measured: Mapping[str, MeasuredValues],
+) -> ExperimentResult:
+    """Add the runs that effects of a circuit are compared with, in the same rows and cells."""
+    measures, said = list(result.measures), dict[str, str]()
+    for which, baseline in plan.experiment.circuit_baselines.items():
+        other = measured[baseline.experiment.key]
+        cells = _cells_of_baseline(plan, plans[baseline.experiment.key])[plan.exists]
+        columns = np.searchsorted(other.kept, measured[plan.experiment.key].kept)
+        for number in baseline.numbers:
+            own, effect = measures[number], EFFECTS[result.measures[number].effect]
+            values = other.patched[number][np.ix_(cells, columns)]
+            if which == "circuit":  # the other baseline comes first
+                measures[number] = replace(own, base=values)
+            elif effect.from_circuit:
+                measures[number] = replace(own, source=own.base - values)
+            else:
+                measures[number] = replace(own, source=values)
+            said["∅"] = "every edge of the model has the fill, at the same tokens of the same rows"
+    return replace(result, measures=tuple(measures), conventions={**result.conventions, **said})
+
+
+def _cells_of_baseline(plan: ExperimentPlan, bare: ExperimentPlan) -> Ints:
+    """Return the cell of a baseline for the same values of its axes. Shape [cell]."""
     names = [axis.name for axis in plan.experiment.axes]
     found = np.zeros(plan.n_cells, dtype=np.int64)
     for axis in bare.experiment.axes:
@@ -876,7 +901,7 @@ def check_denominators(measured: MeasuredValues) -> dict[int, Diagnostic]:
             continue
         base = measured.unpatched[experiment.spec.base][number]
         other = measured.unpatched[source][number] if source is not None else None
-        if effect.needs_source and other is None:
+        if effect.circuit is not None or (effect.needs_source and other is None):
             continue
         if experiment.spec.variant:  # name the variant
             effect = replace(effect, divisor=f"{effect.divisor} of {experiment.key}")

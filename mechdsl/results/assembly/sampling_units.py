@@ -61,7 +61,8 @@ class RowViews:
         """Return codes of shape [1 or cell, prompt] for the existing cells: equal for rows that a
         measure can't distinguish; None if all rows differ."""
         measure = self.experiment.measures[number]
-        runs = EFFECTS[self.experiment.spec.measures[number].effect].reads
+        effect = EFFECTS[self.experiment.spec.measures[number].effect]
+        runs = effect.reads if effect.circuit is None else ("patched", "base")
         cells = np.flatnonzero(there).tolist()
         keys = [self._cell(cell, measure) for cell in cells]
         found = {key: self._codes(key, measure, runs) for key in dict.fromkeys(keys)}

@@ -43,6 +43,7 @@ from mechdsl.results.verdicts.estimates import (
     IntervalFunction,
     NoNumber,
     NotComputed,
+    SmoothNumber,
     WeightedCells,
     absolute_estimate,
     auroc,
@@ -70,7 +71,7 @@ from mechdsl.statistics.measurements import (
     effect_parts,
     find_units,
 )
-from mechdsl.vocab.aggregates import AGGREGATES
+from mechdsl.vocab.aggregates import AGGREGATES, CellAggregate
 from mechdsl.vocab.effects import EFFECTS
 
 
@@ -455,6 +456,25 @@ class ComparisonSample:
         return f"{words}: no interval below {MIN_UNITS}"
 
 
+class _DistanceToOne(CellAggregate):
+    """The area between a curve and 1: Σ w |1 − f| of the means f of its cells.
+
+    References: Mueller et al. 2025 (arXiv 2504.13151), section 3.2: the circuit–model distance.
+    """
+
+    name = "cmd"
+
+    def __init__(self, share: Floats) -> None:
+        """Create the aggregate for [cell] weights."""
+        self.share = share
+
+    def combine(self, values: Floats) -> Floats:
+        return np.abs(1 - values) @ self.share
+
+    def slope(self, values: Floats) -> Floats:
+        return -np.sign(1 - values) * self.share
+
+
 class ValueReader:
     """Reads the values of one comparison over the same units."""
 
@@ -641,9 +661,15 @@ class ValueReader:
         share /= places[-1] - places[0]
         of = replace(of, cells=cells)
         means, sums = result.statistics[value.measure].mean[cells], self.space.sums(of)
+        whole = float(means @ share)
+        smooth: SmoothNumber = WeightedCells(sums, share, self.limits(of, sums, share))
+        if value.to_one:
+            method = _DistanceToOne(share)
+            whole = float(combine_cells(method, means[None])[0])
+            smooth = CombinedCells(sums, method)
         return Estimate(
-            float(means @ share),
-            WeightedCells(sums, share, self.limits(of, sums, share)),
+            whole,
+            smooth,
             rounding=float(rounding_bounds(of) @ share),
             as_in_base=has_base_run_bounds(result, value.measure),
         )

@@ -1,17 +1,20 @@
-"""Observations of a model's weights alone: circuits of heads, value vectors, successor heads."""
+"""Observations of a model's weights alone: circuits of heads, value vectors, successor heads; and
+of circuits alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+from mechdsl.base.text import name_list
 from mechdsl.diagnostics.core import did_you_mean
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
 from mechdsl.prompts.runs import PositionCell
 from mechdsl.resolve.bases import resolve_argument_bases
+from mechdsl.resolve.circuits import CircuitEdges, find_circuit_edges
 from mechdsl.resolve.observations import RowSetObservation
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.types import (
@@ -504,3 +507,126 @@ class TokenValueVectors(ValueVectors):
         yield Convention("observed", f"{self.word}: {said}; {self.folded}")
         if self.top:
             yield Convention("top tokens", "the tokens whose logits the neuron raises most")
+
+
+class CircuitComparison(WeightObservation):
+    """`observe WORD c with d`: numbers of two circuits of one model."""
+
+    takes: ClassVar = ("with site",)
+    keeps_cells = False  # computed faster than read
+
+    def __init__(self, circuits: tuple[CircuitEdges, CircuitEdges] | None = None) -> None:
+        """Create the comparison of two circuits; of none only in the registered instance."""
+        nothing = CircuitEdges((), (), {})
+        self.first, self.second = circuits or (nothing, nothing)
+
+    @property
+    def made_of(self) -> Mapping[str, str]:
+        own = (self.first, self.second)
+        return {f"circuit {n}": each.digest for n, each in enumerate(own) if each.digest}
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        assert rule.observed is not None
+        fits = self.clauses_fit(rule, work)
+        if rule.observed.placed:
+            report_bad_observation(rule, work, "reads no token", "remove `at …`")
+            fits = False
+        one = self._circuit(rule.site, rule, work)
+        other = self._circuit(rule.receiver, rule, work)
+        if one is None or other is None or not fits:
+            return None
+        first = find_circuit_edges(one, rule.span, work)
+        second = find_circuit_edges(other, rule.span, work)
+        if first is None or second is None:
+            return None
+        untrained = one.name in work.program.masks and not first.scores
+        if not untrained and not self.scores_fit(first, rule, work):
+            return None
+        sites, beside = (
+            SiteTargets((), {(): tuple(dict.fromkeys(of for of, _ in own.edges))}, {(): name})
+            for own, name in ((first, one.name), (second, other.name))
+        )
+        does = type(self)((first, second))
+        cell = PositionCell("edges", (((),),) * len(work.table))
+        places = PositionTargets((), {(): cell}, {(): cell})
+        base = work.experiment.base
+        return ResolvedRule(
+            spec=rule, does=does, run=base, sites=sites, positions=places, beside=beside
+        )
+
+    def _circuit(
+        self, site: ast.Site | None, rule: spec.Rule, work: ExperimentContext
+    ) -> spec.Circuit | None:
+        """Return a named circuit; None after E0207."""
+        name = None if site is None or site.bare is None else site.bare.id
+        circuit = None if name is None else work.program.circuits.get(name)
+        if circuit is None:
+            known = name_list(work.program.circuits) or "the file has none"
+            hint = f"write `observe {self.word} c with d as shared`; circuits: {known}"
+            report_bad_observation(rule, work, "compares two circuits of the file", hint)
+        return circuit
+
+    def scores_fit(self, circuit: CircuitEdges, rule: spec.Rule, work: ExperimentContext) -> bool:
+        """Report E0207 for a first circuit without the scores that it needs."""
+        return True
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        scores = tuple(self.first.scores.get(edge) for edge in self.first.every)
+        return frozenset(self.first.edges), frozenset(self.second.edges), scores
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        said = self.form.meaning[0].lower() + self.form.meaning[1:]
+        each = self.first.edges, self.second.edges, self.first.every
+        sizes = [f"{len(own):,}" for own in each]
+        parts = "{} and {} edges, of {} of the model".format(*sizes)
+        yield Convention("observed", "; ".join([f"{self.word}: {said}", parts, *self.said()]))
+
+
+@observation("overlap", unit="number")
+class CircuitOverlap(CircuitComparison):
+    """The number of edges that two circuits share.
+
+    Next to it: `jaccard` |c ∩ d| / |c ∪ d|, `precision` |c ∩ d| / |c|, `recall` |c ∩ d| / |d|, the
+    number `expected` by chance, |c| |d| / all edges, and `p`, the probability of as many shared
+    edges or more if the edges of c are drawn at random: the upper tail of the hypergeometric
+    distribution.
+    source: Merullo et al. 2024, arXiv 2310.08744
+    """
+
+    controls: ClassVar[tuple[str, ...]] = ("jaccard", "precision", "recall", "expected", "p")
+
+    def form_of(self, name: str) -> MetricForm:
+        meanings = {
+            "jaccard": "Shared edges as a share of the edges of either circuit",
+            "precision": "Shared edges as a share of the first circuit",
+            "recall": "Shared edges as a share of the second circuit",
+            "expected": "The expected number of shared edges of circuits drawn at random",
+            "p": "Probability of as many shared edges or more by chance",
+        }
+        if name not in meanings:
+            return super().form_of(name)
+        return replace(self.form, meaning=meanings[name])
+
+    def said(self) -> Iterator[str]:
+        yield (
+            "`expected` and `p` are of as many edges drawn uniformly (hypergeometric), which need "
+            "not be on a path; edges on paths overlap more often"
+        )
+
+
+@observation("edge_auroc", unit="share")
+class EdgeRanking(CircuitComparison):
+    """The share of pairs of edges that the scores of the first circuit order rightly.
+
+    A pair is an edge of the second circuit and one that isn't in it, of all edges of the model; the
+    first has the larger absolute score. Ties count half.
+    source: Hanley and McNeil 1982
+    """
+
+    def scores_fit(self, circuit: CircuitEdges, rule: spec.Rule, work: ExperimentContext) -> bool:
+        if len(circuit.scores) == len(circuit.every) or work.sites.shape.stands_in:
+            return True
+        reason = "needs scores of all edges of the model, which the first circuit doesn't have"
+        hint = "let `fit` choose them, or compare with `observe overlap c with d`"
+        report_bad_observation(rule, work, reason, hint)
+        return False
