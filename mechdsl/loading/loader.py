@@ -70,6 +70,7 @@ from mechdsl.loading.anatomy_proof import (
 from mechdsl.loading.identity import compute_identity
 from mechdsl.loading.weight_edits import (
     NotCopied,
+    build_rounded,
     build_sum,
     copy_modules,
     find_output_map,
@@ -854,7 +855,7 @@ def load_models(
         notes: As in `load_model`.
 
     Returns:
-        Diagnostics of `load_model`, `load_adapter`, `build_sum` and `edit`.
+        Diagnostics of `load_model`, `load_adapter`, `build_rounded`, `build_sum` and `edit`.
     """
     diagnostics: list[Diagnostic] = []
     for name in names:
@@ -863,6 +864,9 @@ def load_models(
                 continue  # already reported
             if statement.kind == "edited":
                 model, found = edit(statement, loaded)
+            elif statement.kind == "rounded":
+                base = loaded[statement.bases[0]]
+                model, found = build_rounded(statement, base, hashes=hashed is not None)
             elif statement.kind == "sum":
                 terms = [(loaded[base], factor) for base, factor in statement.terms]
                 model, found = build_sum(statement, terms, hashes=hashed is not None)

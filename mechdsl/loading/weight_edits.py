@@ -1,4 +1,4 @@
-"""Copies of models with changed weights: edited models, and sums of models."""
+"""Copies of models with changed weights: edited and rounded models, and sums of models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class NotCopied(Exception):
     """Raised with the reason why a model's weights can't be changed in a copy."""
 
 
-EditKind = Literal["scale", "set", "add", "project out"]
+EditKind = Literal["scale", "set", "add", "project out", "round"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class WeightEdit:
     kind: EditKind
     span: Span
     site: str = ""
-    """`attn_out` or `mlp_out`; empty for `project out`, which changes all weights."""
+    """`attn_out` or `mlp_out`; empty for `project out` and `round`, which change all weights."""
     layer: int = 0
     numbers: tuple[int, ...] = ()
     """Numbers of the vector of all heads or neurons whose output weights change; empty for all."""
@@ -380,6 +380,71 @@ def _check_same_parts(first: LoadedModel, other: LoadedModel) -> None:
                 raise NotCopied(f"`{name}` has the sizes {sizes} in {pairs}")
             if what == "named_buffers" and not torch.equal(own, theirs[name].to(own)):
                 raise NotCopied(f"the constants `{name}` of {pairs} differ")
+
+
+# --- rounded weights ------------------------------------------------------------------------------
+
+
+def build_rounded(
+    model: spec.Model, base: LoadedModel, *, hashes: bool
+) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """Round the weights of all linear maps in the blocks of a model.
+
+    The weights of an output w become s · round(w / s) with s = max |w| / (2^(bits − 1) − 1):
+    symmetric rounding to the nearest, one scale for each output, as in absmax quantization
+    (Dettmers et al. 2022, arXiv 2208.07339, section 2). Biases, norms, embeddings and the
+    unembedding stay, and so does the precision of the arithmetic.
+
+    Args:
+        base: The model whose weights are rounded; it is unchanged.
+        hashes: As in `build_edited_model`.
+
+    Returns:
+        The model and its diagnostics: E0344, and those of `prove_anatomy`.
+    """
+    assert model.bits is not None
+    changed = _ChangedWeights(base.module)
+    edit = WeightEdit("round", model.span)
+    try:
+        for path in _list_linear_maps(base, edit):
+            weight = _matrix(path, edit, changed)
+            _round(weight, model.bits)
+        module = copy_with_weights(base.module, changed.tensors)
+    except _Unsuitable as problem:
+        return None, [BadWeights(span=model.span, reason=problem.reason, hint=problem.hint)]
+    except NotCopied as problem:
+        hint = "round the weights in Python, and pass the model: `mechdsl.run(…, models=…)`"
+        return None, [BadWeights(span=model.span, reason=str(problem), hint=hint)]
+    return _finish(model, [(base, 1.0)], module, changed.tensors, hashes=hashes)
+
+
+def _list_linear_maps(base: LoadedModel, edit: WeightEdit) -> list[str]:
+    """List the paths of linear maps in blocks. Raises _Unsuitable for other matrices of weights."""
+    found: list[str] = []
+    for block in base.anatomy.blocks:
+        for path, part in base.module.get_submodule(block.path).named_modules(prefix=block.path):
+            own = dict(part.named_parameters(recurse=False))
+            if isinstance(part, nn.Linear) or is_transposed(part):
+                found.append(path)
+            elif isinstance(part, nn.Embedding):
+                continue
+            elif name := next((name for name, each in own.items() if each.dim() > 1), None):
+                raise _Unsuitable(
+                    edit,
+                    f"`{path}.{name}` is a matrix of `{type(part).__name__}`, not of a linear map",
+                    "round the weights in Python, and pass the model: `mechdsl.run(…, models=…)`",
+                )
+    return found
+
+
+def _round(weight: Tensor, bits: int) -> None:
+    """Round [input, output] in place, with a scale for each output."""
+    levels = 2 ** (bits - 1) - 1
+    step = max(1, MAX_WIDENED // weight.shape[0])
+    for part in weight.split(step, dim=1):
+        wide = part.double()
+        scale = wide.abs().amax(dim=0).clamp(min=torch.finfo(torch.float64).tiny) / levels
+        part.copy_((wide / scale).round() * scale)
 
 
 # --- copies ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechdsl.base.hashing import digest
 from mechdsl.checks.file_check import CheckedFile
 from mechdsl.models.folder import FileHasher, folder_identity, json_digest, locate_model
 from mechdsl.results.results import package_version
@@ -70,8 +71,9 @@ class ModelIdentities:
                 raise RunKeyError(f"model `{name}` can't be identified: {reason}")
             return found
         model = self._checked.program.models[name]
-        if not model.is_loaded:  # its edits and factors are in the texts and parameters
-            return json_digest([model.kind, *map(self._identity, model.bases)])
+        if not model.is_loaded:
+            parts = [model.kind, *map(self._identity, model.bases), model.terms, model.bits]
+            return json_digest([*parts, *self._edits(name)])
         folder, _ = locate_model(model, model.span.source.folder)
         base = None if model.base is None else self._identity(model.base)
         found = None
@@ -80,6 +82,21 @@ class ModelIdentities:
         if found is None:
             raise RunKeyError(f"the files of model `{name}` can't be read")
         return found
+
+    def _edits(self, name: str) -> list[str]:
+        """Digest each edit of a model with all that its numbers depend on."""
+        edits = self._checked.edits.get(name)
+        if edits is None:
+            return []
+        from mechdsl.planner.value_keys import OperandKeys, RunContents, edit_digest
+
+        models = {each: digest(json_digest(self.told(each))) for each in edits.models}
+        contents = RunContents(models, edits.models[0], edits.seed)
+        keys = OperandKeys(contents, models[edits.models[0]])
+        try:
+            return [edit_digest(rule, keys).hex() for rule in edits.rules]
+        except TypeError as unknown:
+            raise RunKeyError(f"an edit of model `{name}` can't be identified: {unknown}") from None
 
     def _snapshot(self, name: str) -> str:
         """Return the commit of a snapshot in the library's cache, which results contain."""

@@ -670,6 +670,22 @@ class ExperimentKeys:
         return digest(np.sort(found[kept]))
 
 
+def edit_digest(rule: ResolvedRule, keys: OperandKeys) -> bytes:
+    """Digest an edit of a model's weights: its sites, factors, directions and coordinates."""
+    sites = (
+        [] if rule.sites is None else [list(map(_written, p)) for p in rule.sites.points.values()]
+    )
+    amounts = [] if rule.amounts is None else list(rule.amounts.values.values())
+    members = () if rule.direction is None else rule.direction.members.values()
+    steered = [keys.direction(member.vector) for member in members]
+    parts: list[object] = []
+    if rule.basis is not None:
+        bases = [keys.basis(each) for each in rule.basis.bases]
+        every = rule.basis.coordinates.values()
+        parts = [[bases[each.basis], each.which, *_inserted(bases, each)] for each in every]
+    return digest(_static(rule), sites, amounts, steered, parts)
+
+
 def _static(rule: ResolvedRule) -> bytes:
     """Digest a rule without its targets; keys of rows contain what it reads in each run."""
     does = rule.does

@@ -1,4 +1,4 @@
-"""The `model` lines of a file: sources, adapters, edited models and sums of models."""
+"""The `model` lines of a file: sources, adapters, edited and rounded models, sums of models."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 MODEL_KINDS = ("zoo", "hf", "local", "python")
 
+ROUNDED = "rounded"
+"""Name of the call that rounds the weights of a model."""
+
+MOST_BITS = 16
+"""Weights of more bits wouldn't differ from float32."""
+
 _ARGUMENTS = {
     "zoo": ("dtype", "bos"),
     "hf": ("revision", "dtype", "bos", "base"),
@@ -47,13 +53,16 @@ _ARGUMENTS = {
 def lower_model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spec.Model | None:
     """Lower a `model` line; the edits of a model follow in `lower_edits`.
 
-    Codes: E0207 for sources, E0344 for edits, E0457 for sums. None after an error.
+    Codes: E0207 for sources and rounded models, E0344 for edits, E0457 for sums. None after an
+    error.
     """
     source = statement.source
     if statement.is_edited:
         return _edited(statement, scope)
     if isinstance(source, ast.Name):
         source = ast.Call(source.id, (), span=source.span)
+    if isinstance(source, ast.Call) and source.name == ROUNDED:
+        return _rounded(statement, source, parts, scope)
     if isinstance(source, ast.Call):
         return _from_source(statement, source, parts, scope)
     if isinstance(source, ast.String):
@@ -107,6 +116,50 @@ def _has_lost_edits(statement: ast.ModelDef) -> bool:
     inside = statement.span.text.partition("{")[2].rpartition("}")[0]
     return any(line.partition("#")[0].strip() for line in inside.splitlines())
 
+
+# --- rounded weights ------------------------------------------------------------------------------
+
+
+def _rounded(
+    statement: ast.ModelDef, call: ast.Call, parts: Definitions, scope: Namespace
+) -> spec.Model | None:
+    """Lower `model q = rounded(m, bits: 8)`."""
+    base = bits = None
+    problem: tuple[ast.Argument | ast.Call, str, str] | None = None
+    for argument in call.arguments:
+        if argument.name is None and base is None and isinstance(argument.value, ast.Name):
+            base = argument.value.id
+        elif argument.name == "bits" and bits is None:
+            bits = constant_value(argument.value, parts.parameters)
+            if type(bits) is not int or not 2 <= bits <= MOST_BITS:
+                reason = "must be a whole number of bits"
+                problem = problem or (argument, reason, f"from 2 to {MOST_BITS}, such as `bits: 8`")
+        elif argument.name is None and base is None:
+            hint = "write it on a separate line, and name it: `model m = …`"
+            problem = problem or (argument, "rounds the weights of a model of the file", hint)
+        else:
+            hint = f"arguments are a model of the file and `bits`: `{_ROUNDED_EXAMPLE}`"
+            problem = problem or (argument, f"has an invalid argument `{argument.span.text}`", hint)
+    if problem is None and (base is None or bits is None):
+        lacks = "the model whose weights are rounded" if base is None else "a number of bits"
+        problem = call, f"needs {lacks}", f"write `{_ROUNDED_EXAMPLE}`"
+    if problem is not None:
+        place, reason, hint = problem
+        named = isinstance(place, ast.Argument) and place.name == "bits"
+        name = "bits" if named else ROUNDED
+        scope.diagnostics.append(BadArgument(span=place.span, name=name, reason=reason, hint=hint))
+        return None
+    return spec.Model(
+        span=statement.span,
+        name=statement.name.id,
+        kind="rounded",
+        path="",
+        base=base,
+        bits=cast("int", bits),
+    )
+
+
+_ROUNDED_EXAMPLE = "rounded(m, bits: 8)"
 
 # --- sums -----------------------------------------------------------------------------------------
 
@@ -219,8 +272,8 @@ def _product(node: ast.Node, operator: str, left: _Terms, right: _Terms) -> _Ter
 
 
 def check_bases(files: Iterable[ast.File], parts: Definitions, scope: Namespace) -> None:
-    """Reject adapters, edited models and sums that aren't made from models of the file, and remove
-    them from the models.
+    """Reject adapters and made models whose bases aren't models of the file, and remove them from
+    the models.
 
     Codes: E0201 for an undefined name, E0207 for a name of several models, E0450 for models that
     are made from one another.
@@ -234,8 +287,9 @@ def check_bases(files: Iterable[ast.File], parts: Definitions, scope: Namespace)
 def _named_bases(statement: ast.ModelDef) -> Iterator[tuple[str, Span]]:
     """Yield the models that a line names, apart from its own, with their places."""
     if isinstance(statement.source, ast.Call):
+        named = None if statement.source.name == ROUNDED else BASE_ARGUMENT
         for argument in statement.source.arguments:
-            if argument.name == BASE_ARGUMENT and isinstance(argument.value, ast.Name):
+            if argument.name == named and isinstance(argument.value, ast.Name):
                 yield argument.value.id, argument.value.span
         return
     for node in walk(statement.source):
@@ -251,6 +305,7 @@ def _check_bases(statement: ast.ModelDef, parts: Definitions, scope: Namespace) 
         return
     made = "an adapter has" if parts.models[own[0]].is_loaded else "an edit changes"
     made = "a sum has" if parts.models[own[0]].terms else made
+    made = "rounding has" if parts.models[own[0]].kind == "rounded" else made
     circle = _circle(own[0], parts)
     fine = True
     for base, span in _named_bases(statement):
@@ -372,7 +427,7 @@ def _from_source(
     """Lower `model toy = zoo("counting")`."""
     if call.name not in MODEL_KINDS:
         known = 'write `zoo("…")`, `hf("…")`, `local("…")` or `python("…")`'
-        hint = did_you_mean(call.name, MODEL_KINDS, known)
+        hint = did_you_mean(call.name, (*MODEL_KINDS, ROUNDED), known)
         scope.diagnostics.append(
             BadArgument(span=call.span, name=call.name, reason="is not a model source", hint=hint)
         )
@@ -444,7 +499,7 @@ def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | 
                 "remove it: the function must return the final model and tokenizer",
             )
         if name == "quantize":
-            return "is not supported yet", "remove it: weights are used as saved"
+            return "is not an argument", "round the weights: `model q = rounded(m, bits: 8)`"
         return (
             f"is not an argument of `{kind}`",
             did_you_mean(name, allowed, f"arguments are {', '.join(allowed[1:])}"),

@@ -213,7 +213,7 @@ class Model(Spec):
     """`model toy = zoo("counting")`."""
 
     name: str
-    kind: Literal["zoo", "hf", "local", "python", "edited", "sum"]
+    kind: Literal["zoo", "hf", "local", "python", "edited", "rounded", "sum"]
     path: str
     """The path as written; for `python("FILE:FUNCTION")`, file and function. Empty for models that
     are made from others."""
@@ -224,9 +224,11 @@ class Model(Spec):
     matched: str | None = None
     """Text that the `*` of the path matches, for one of several checkpoints."""
     base: str | None = None
-    """The model whose weights an adapter or edits change; the first model of a sum."""
+    """The model whose weights an adapter or edits change, or are rounded; the first of a sum."""
     terms: tuple[tuple[str, float], ...] = ()
     """For a sum: its models with their factors."""
+    bits: int | None = None
+    """For a rounded model: bits of a weight."""
     written: str = ""
     """The expression of a sum, or the edits, as written."""
     function: CallText | None = None
@@ -237,6 +239,8 @@ class Model(Spec):
         """The model's source as typed: `local("tuned", base: m)`."""
         if self.kind == "edited":
             return f"{self.base} with {{ {self.written} }}"
+        if self.kind == "rounded":
+            return f"rounded({self.base}, bits: {self.bits})"
         if self.kind == "sum":
             return self.written
         base = "" if self.base is None else f", base: {self.base}"
@@ -252,7 +256,7 @@ class Model(Spec):
     @property
     def is_loaded(self) -> bool:
         """Whether it is loaded from a source, instead of being made from other models."""
-        return self.kind not in ("edited", "sum")
+        return self.kind not in ("edited", "rounded", "sum")
 
 
 class Value(Spec):

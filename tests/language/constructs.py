@@ -193,6 +193,16 @@ _file(
     "Ilharco et al. 2022, arXiv 2212.04089",
 )
 _file(
+    "rounded model",
+    'model toy = zoo("counting") model q = rounded(toy, bits: 4)',
+    "A copy of another model of the file with rounded weights: those of all linear maps in its "
+    "blocks, to the nearest of 2^bits − 1 equally spaced values around 0, with one scale for each "
+    "output. `bits` is 2 to 16. Embeddings, norms, biases, the unembedding and activations aren't "
+    "rounded. Experts that aren't linear maps are E0344.",
+    _EDITED,
+    "Dettmers et al. 2022, arXiv 2208.07339",
+)
+_file(
     "model of Python",
     'model toy = python("functions.py:build")',
     "The model and tokenizer returned by a function without arguments. mechdsl calls the "

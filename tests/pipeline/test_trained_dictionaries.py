@@ -370,6 +370,45 @@ def test_keys_have_everything_that_weights_depend_on(tmp_path: Path) -> None:
     assert keys(write(tmp_path, fit(**BASE), ABLATES), "gpt2")[0] not in {f.name for f in folders}
 
 
+MADE = (
+    "model c = m with { scale weights of L1N3 by 0 }",
+    "model c = m with { scale weights of L1N3 by 2 }",
+    "model c = m with { scale weights of L1N4 by 2 }",
+    "model c = m with { scale weights of L1N4 by 2  scale weights of L0H1 by 2 }",
+    "model c = m with { set weights of L1N4 to d }",
+    "model c = m with { set weights of L1N4 to 2 * d }",
+    "model c = m with { add d to weights of L1N4 }",
+    "model c = m with { project out d from weights }",
+    "model c = m with { project out other from weights }",
+    "model c = rounded(m, bits: 3)",
+    "model c = rounded(m, bits: 4)",
+    "model q = rounded(m, bits: 3)\nmodel c = m + 0.5 * (q - m)",
+    "model q = rounded(m, bits: 3)\nmodel c = m + 0.25 * (q - m)",
+    "model q = rounded(m, bits: 4)\nmodel c = m + 0.25 * (q - m)",
+)
+
+
+def test_what_a_model_is_made_of_is_in_the_key(tmp_path: Path) -> None:
+    """Edits, their factors and directions, bits, and the factors of sums."""
+    directions = (
+        "direction d = mean_difference(p, p.other) at resid_post layer 1 at last token",
+        "direction other = mean_difference(p, p.other) at resid_post layer 0 at last token",
+    )
+    own = ABLATES.replace("model m", "model c")
+    line = fit(options="steps: 2, batch: 16")
+    folders: dict[str, str] = {}
+    for made in MADE:
+        path = write(tmp_path, *directions, made, line, own)
+        (found,) = train(path)
+        assert found.folder.name not in folders, (made, folders[found.folder.name])
+        folders[found.folder.name] = made
+        (again,) = train(path)
+        assert again.folder == found.folder
+    moved = directions[0].replace("last token", "cue token"), directions[1]
+    (found,) = train(write(tmp_path, *moved, MADE[7], line, own))
+    assert found.folder.name not in folders
+
+
 def test_rows_are_in_the_key(tmp_path: Path) -> None:
     (before,) = keys(write(tmp_path, fit(**BASE), ABLATES))
     path = write(tmp_path, fit(**BASE), ABLATES)

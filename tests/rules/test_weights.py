@@ -556,6 +556,89 @@ def test_models_that_can_not_be_added(data: Path) -> None:
     assert "differ" in problem.message
 
 
+# --- rounded weights ------------------------------------------------------------------------------
+
+
+def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """[output, input] one output at a time."""
+    rows: list[torch.Tensor] = []
+    for row in weight.double():
+        scale = row.abs().max() / (2 ** (bits - 1) - 1)
+        rows.append(torch.round(row / scale) * scale if scale else row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_rounded_weights(family: str, data: Path) -> None:
+    """Also under edits, in a sum, and next to a model with other bits; the base is unchanged."""
+    text = "param bits = 4\nmodel q = rounded(m, bits: bits)\nmodel fine = rounded(m, bits: 12)\n"
+    text += "model half = m + 0.5 * (q - m)\nmodel c = q with { scale weights of L1N3 by 0 }\n"
+    names = ("q", "fine", "half", "c", "m")
+    text += "".join(of_model(name, name=f"e_{name}") for name in names)
+    found = by_name(*run_models(text, data, family))
+    whole = {bits: copy.deepcopy(double(family)) for bits in (4, 12)}
+    mixed = copy.deepcopy(double(family))
+    with torch.no_grad():
+        for bits, model in whole.items():
+            for path, part in model.named_modules():
+                block = any(f".{n}." in f".{path}." for n in range(3))
+                transposed = type(part).__name__ == "Conv1D"
+                if block and (transposed or isinstance(part, torch.nn.Linear)):
+                    own = part.weight.T if transposed else part.weight
+                    new = rounded(own.float(), bits)
+                    part.weight.copy_(new.T if transposed else new)
+        for key, parameter in mixed.named_parameters():
+            parameter.copy_((parameter + dict(whole[4].named_parameters())[key]) / 2)
+    expected = {
+        "q": values(ByHand(family, whole[4])),
+        "fine": values(ByHand(family, whole[12])),
+        "half": values(ByHand(family, mixed)),
+        "c": values(ByHand(family, whole[4]).scale("mlp_out", 1, [3], 0)),
+        "m": values(ByHand(family, double(family))),
+    }
+    for name, wanted in expected.items():
+        assert np.abs(raw(found[f"e_{name}"])[0] - wanted).max() < 1e-3, name
+    for name in ("q", "half", "c"):
+        assert np.abs(np.subtract(expected[name], expected["m"])).max() > 0.05, name
+
+
+BAD_ROUNDING = {
+    "rounded(m)": "`rounded` needs a number of bits",
+    "rounded(bits: 4)": "`rounded` needs the model whose weights are rounded",
+    "rounded(m, bits: 1)": "`bits` must be a whole number of bits",
+    "rounded(m, bits: 17)": "`bits` must be a whole number of bits",
+    "rounded(m, bits: 4.0)": "`bits` must be a whole number of bits",
+    "rounded(m, bits: true)": "`bits` must be a whole number of bits",
+    "rounded(m, 4)": "`rounded` has an invalid argument `4`",
+    "rounded(m, bits: 4, group: 8)": "`rounded` has an invalid argument `group: 8`",
+    'rounded(zoo("worked"), bits: 4)': "`rounded` rounds the weights of a model of the file",
+}
+
+
+@pytest.mark.parametrize("source", BAD_ROUNDING)
+def test_rounding_that_is_refused(source: str, data: Path) -> None:
+    _, found = run_models(f"model q = {source}\n" + of_model("q"), data, "llama")
+    errors = [each for each in found if each.severity == "error"]
+    assert (errors[0].code, errors[0].message) == ("E0207", BAD_ROUNDING[source])
+
+
+def test_experts_can_not_be_rounded(data: Path) -> None:
+    _, found = run_models("model q = rounded(m, bits: 4)\n" + of_model("q"), data, "gpt_oss")
+    (problem,) = [each for each in found if each.severity == "error"]
+    assert problem.code == "E0344"
+    assert "not of a linear map" in problem.message
+
+
+def test_rounded_models_of_the_zoo_are_kept_apart(data: Path) -> None:
+    head = f'mech 1\nmodel m = zoo("counting")\n{ZOO}'
+    every = [
+        mechdsl.run(f"{head}model q = rounded(m, bits: {n})\n" + of_counting("q"), store=data / "s")
+        for n in (4, 5, 4)
+    ]
+    first, second, again = ([float(v) for v in raw(own["e"])[0]] for own in every)
+    assert first == again != second
+
+
 # --- kept values ----------------------------------------------------------------------------------
 
 
