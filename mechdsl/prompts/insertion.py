@@ -95,8 +95,10 @@ def _list_images(row: RunRow, tokenizer: TextTokenizer) -> list[tuple[int, int, 
     """Return the first token and the end of each image in a prompt, with the marks that its
     processor writes around it, and the tokens that read the image."""
     before, after = ((), ())
-    if isinstance(tokenizer, ImagePromptTokenizer):
+    if row.pictures and isinstance(tokenizer, ImagePromptTokenizer):
         before, after = tokenizer.image_marks
+        if tokenizer.bos_after_images is not None:
+            after = (*after, tokenizer.bos_after_images)
     found: list[tuple[int, int, list[int]]] = []
     for placed in row.placed_pictures:
         expansion = placed.picture.expansion

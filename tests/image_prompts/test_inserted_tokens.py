@@ -125,9 +125,18 @@ def test_replies_with_vectors_at_inserted_tokens_are_what_hooks_give(name: str) 
         assert list(reply.ids) == expected
 
 
-BREAKS = {"gemma3": 1}
-"""Tokens of line breaks after an image's end."""
-FAMILIES = ("vipllava", "llava_next", "idefics3", "internvl", "qwen2_vl", "qwen3_vl", "gemma3")
+BREAKS = {"gemma3": 1, "paligemma": 1}
+"""Tokens of line breaks, or a token of the beginning, after an image's end."""
+FAMILIES = (
+    "vipllava",
+    "llava_next",
+    "idefics3",
+    "internvl",
+    "qwen2_vl",
+    "qwen3_vl",
+    "gemma3",
+    "paligemma",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,17 +150,23 @@ def test_inserted_tokens_of_each_family_are_what_hooks_give(family: str) -> None
     found = test_families.run_text(family, text, block=block)
     own, marker = test_families.bare(family), vlm.FAMILIES[family].marker
     largest = 0.0
+    line_break = vlm.FAMILIES[family].before_end
     for number, name in enumerate(LINES):
+        if name == "end" and line_break:
+            continue  # its processor ends a prompt with a line break
         base, values = list[float](), list[float]()
         for n in ROWS:
             words = f"w3 w2 PHOTO w1 {test_families.WORDS[n]} w3"
             more = {"front": "w3 w3 PHOTO", "middle": "PHOTO w3 w3"}.get(name, "PHOTO")
-            words = words.replace("PHOTO", more) + (" w3 w3" if name == "end" else "")
+            words = words.replace("PHOTO", more) + (" w3 w3" if name == "end" else line_break)
             picture = Image.open(test_families.folder() / f"{n}.png").convert("RGB")
             given = own.with_pictures(words.replace("PHOTO", marker), [picture])
             moved = test_families.layout_of(family, n, n)
             length = test_families.inputs(family, n, n)["input_ids"].shape[1]
-            first = {"front": 3, "middle": moved.end + BREAKS.get(family, 0)}.get(name, length)
+            first = {
+                "front": 2 if line_break else 3,
+                "middle": moved.end + BREAKS.get(family, 0),
+            }.get(name, length)
             edit = at([first, first + 1], torch.zeros(()))
             base.append(test_families.difference(own.run(given)))
             values.append(test_families.difference(own.run(given, embed=edit)))
