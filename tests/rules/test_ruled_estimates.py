@@ -6,15 +6,19 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
 from mechdsl.diagnostics.rendering import render_full
 from mechdsl.forward.hooks import backward_rules
+from mechdsl.forward.hooks.backward_rules import RuledPass
 from mechdsl.forward.hooks.batch import Batch
 from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.program.estimators import ESTIMATORS
 
 from ..execute.support import MODES, ROWS, experiment, prompt, run_file, shared, try_file
@@ -30,6 +34,7 @@ from .test_estimates import (
     all_items,
     by_hand,
     heads_at_last,
+    heads_at_subject,
     measured,
     two_places,
     whole_subject,
@@ -75,7 +80,16 @@ def test_sites_and_positions(family: str, kind: str, mode: str, tmp_path: Path) 
 @pytest.mark.parametrize("family", ["qwen3", *some(("gemma2", "mistral"), ())])
 def test_norms_of_queries_and_gates_of_other_families(family: str, tmp_path: Path) -> None:
     """Qwen 3 has norms of queries and keys; Gemma 2 has norms after its sublayers, and caps."""
-    compare(family, "relp", "planned", tmp_path, ("heads", "streams", "mlps"))
+    compare(family, "relp", "planned", tmp_path, ("heads", "streams"))
+
+
+@pytest.mark.parametrize(("site", "kind"), in_turn(("k", "v"), KINDS, ("k", "v")))
+def test_heads_that_share_keys_and_values(site: str, kind: str, tmp_path: Path) -> None:
+    """Factors of GIM apply to keys and values as attention reads them."""
+    rule = f"patch {site} layer 1 head * at subject tokens"
+    found = run_file(experiment("e", *LINES, rule, f"using {kind}"), tmp_path, bare("llama"))["e"]
+    given = ("llama", site, 1, heads_at_subject, ONE, "gradient_input")
+    assert agrees(found, 0, by_hand(*given, module=changed("llama", kind)), None) > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,3 +136,22 @@ def test_model_with_experts_is_an_error(kind: str, tmp_path: Path) -> None:
 def test_interrupted_runs_resume(kind: str, tmp_path: Path) -> None:
     rule = "patch z layer * head * at subject tokens, last token"
     check_case("llama", experiment("e", *LINES, rule, f"using {kind}"), tmp_path, cut=1)
+
+
+def test_activation_functions_outside_of_blocks_have_the_rule() -> None:
+    """BERT predicts words with an activation function and a norm after its blocks."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
+    module = BertForMaskedLM(BertConfig(num_attention_heads=2, **sizes)).double().eval()
+    module.requires_grad_(False)
+    start = torch.randn(1, 5, 16, dtype=torch.float64, requires_grad=True)
+    found: list[torch.Tensor] = []
+    rules = ESTIMATORS["relp"].backward
+    assert rules is not None
+    work = RuledPass(cast("LoadedModel", SimpleNamespace(module=module)), rules)
+    with work.opened():
+        logits = module(inputs_embeds=start).logits
+    work.check(logits)
+    for each in (logits, ruled(module, "relp")(inputs_embeds=start).logits):
+        found += torch.autograd.grad(each[0, 2, 3], start)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    assert float(found[0].abs().max()) > 1e-3

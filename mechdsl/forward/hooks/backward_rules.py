@@ -198,11 +198,10 @@ class RuledPass:
     def opened(self) -> Generator[None]:
         """Apply the rules to passes of the model."""
         with ExitStack() as stack:
-            for block in self.model.anatomy.blocks:
-                for part in self.model.module.get_submodule(block.path).modules():
-                    if is_activation(part):
-                        rule = _activation_rule(part, identity=self.rules.identity_activations)
-                        stack.enter_context(replace_forward(part, rule))
+            for part in self.model.module.modules():
+                if is_activation(part):
+                    rule = _activation_rule(part, identity=self.rules.identity_activations)
+                    stack.enter_context(replace_forward(part, rule))
             stack.enter_context(self._functions)
             yield
 
