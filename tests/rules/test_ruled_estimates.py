@@ -140,7 +140,12 @@ def test_interrupted_runs_resume(kind: str, tmp_path: Path) -> None:
 
 def test_activation_functions_outside_of_blocks_have_the_rule() -> None:
     """BERT predicts words with an activation function and a norm after its blocks."""
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
+    sizes: dict[str, Any] = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "intermediate_size": 24,
+    }
     module = BertForMaskedLM(BertConfig(num_attention_heads=2, **sizes)).double().eval()
     module.requires_grad_(False)
     start = torch.randn(1, 5, 16, dtype=torch.float64, requires_grad=True)
