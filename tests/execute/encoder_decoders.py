@@ -52,6 +52,28 @@ BART = {
     "decoder_start_token_id": 1,
 }
 
+GEMMA = {
+    "vocab_size": families.VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "attn_logit_softcapping": None,
+    "max_position_embeddings": 40,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+T5GEMMA: dict[str, Any] = {
+    "encoder": {**GEMMA, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+    "decoder": {**GEMMA, "num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
+    "vocab_size": families.VOCABULARY,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 2,  # the model doesn't attend to padding, which T5 begins with
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "t5": T5,
     "mt5": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
@@ -61,6 +83,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "pegasus": {**BART, "decoder_start_token_id": 0},
     "umt5": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "m2m_100": BART,
+    "t5gemma": T5GEMMA,
 }
 
 LIKE_T5 = ("t5", "mt5", "umt5")
@@ -69,7 +92,7 @@ SLOW = ("umt5", "m2m_100")
 
 WRITERS: dict[str, dict[str, Any]] = {
     f"writing {family}": {**CONFIGS[family], "tie_word_embeddings": False}
-    for family in ("t5", "mt5", "bart", "marian", "pegasus", "umt5", "m2m_100")
+    for family in ("t5", "mt5", "bart", "marian", "pegasus", "umt5", "m2m_100", "t5gemma")
 }
 """Models that don't repeat their last token: their unembedding isn't their embedding."""
 
@@ -173,6 +196,14 @@ def place(family: str, site: str, layer: int, head: int | None = None) -> Place:
         attention = f"{block}.layer.1.EncDecAttention" if stack == "cross" else attention
         mlp, output = f"{block}.layer.{1 if encodes else 2}.DenseReluDense", "o"
         names = {"q": "q", "k": "k", "v": "v"}
+    elif name_of(family) == "t5gemma":
+        block = f"model.{'encoder' if encodes else 'decoder'}.layers.{layer}"
+        kind = "cross_attn" if stack == "cross" else "self_attn"
+        attention, output = f"{block}.{kind}", "o_proj"
+        mlp = f"{block}.post_feedforward_layernorm"
+        names = {each: f"{each}_proj" for each in "qkv"}
+        if component == "attn_out":  # the norm before the sum
+            return Place(f"{block}.post_{kind}_layernorm")
     else:
         block = f"model.{'encoder' if encodes else 'decoder'}.layers.{layer}"
         attention = f"{block}.{'encoder_attn' if stack == 'cross' else 'self_attn'}"
@@ -278,7 +309,7 @@ def read(family: str, of: Text, own: Place) -> Tensor:
 
 
 def is_cross(own: Place) -> bool:
-    return "EncDecAttention" in own.path or "encoder_attn" in own.path
+    return any(name in own.path for name in ("EncDecAttention", "encoder_attn", "cross_attn"))
 
 
 def difference(found: Array, record: Record) -> float:
@@ -323,7 +354,7 @@ def weights_times(
     whole, site = model(family), f"z {stack}".strip()
     of_t5 = name_of(family) in LIKE_T5
     path, first = (
-        place(family, site, each).path.removesuffix(".o").removesuffix(".out_proj")
+        place(family, site, each).path.rpartition(".")[0]
         for each in (layer, layer if "umt5" in family else 0)
     )
     module, found = whole.get_submodule(path), {}
@@ -337,6 +368,8 @@ def weights_times(
         handles.append(part.register_forward_hook(keep))
 
     def instead(_: Any, args: Any) -> Any:
+        if name_of(family) == "t5gemma" and stack != "cross":
+            found.update({name: rotated(whole, stack, found[name]) for name in "qk"})
         scores = found["q"] @ found["k"].transpose(-1, -2)
         if not of_t5:
             scores = scores * WIDTH**-0.5
@@ -352,13 +385,22 @@ def weights_times(
             seen.append(weights)
         return ((weights @ found["v"]).transpose(0, 1).flatten(1)[None],)
 
-    output = module.get_submodule("o" if of_t5 else "out_proj")
+    output = whole.get_submodule(place(family, site, layer).path)
     handles.append(output.register_forward_pre_hook(instead))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def rotated(whole: Any, stack: str, vectors: Tensor) -> Tensor:
+    """Queries or keys, [head, token, width], turned by their positions."""
+    part = whole.model.encoder if stack else whole.model.decoder
+    positions = torch.arange(vectors.shape[1])[None]
+    cos, sin = part.rotary_emb(vectors, positions)
+    first, second = vectors.chunk(2, -1)
+    return vectors * cos + torch.cat([-second, first], -1) * sin
 
 
 @torch.no_grad()

@@ -387,7 +387,9 @@ def present(values: Array) -> Array:
     return values[np.isfinite(values)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", cases(each for each in WRITERS if each != "writing t5gemma")
+)  # small effects
 def test_experiments_on_replies_of_others_equal_hooks(family: str, tmp_path: Path) -> None:
     """The decoder reads its first tokens, then the reply of the experiment `w`, in all runs."""
     again, site = "prompts p with replies of w", "resid_post encoder"

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from mechdsl.base.arrays import Ints
 from mechdsl.forward.hooks.batch import Batch, BlockPairs, array_to_device
@@ -372,7 +373,8 @@ def build_arguments(model: LoadedModel, batch: Batch) -> dict[str, Any]:
                 encoder = batch.of_stack("encoder")
                 given = {"input_ids": encoder.ids, "attention_mask": encoder.mask}
                 if ENCODED in batch.extra:
-                    given = {ENCODED: (batch.extra[ENCODED],), "attention_mask": encoder.mask}
+                    encoded = BaseModelOutput(batch.extra[ENCODED])
+                    given = {ENCODED: encoded, "attention_mask": encoder.mask}
             return given | {"decoder_input_ids": ids, "decoder_attention_mask": mask}
         case _:
             plain = not batch.extra or model.calling.places_images
