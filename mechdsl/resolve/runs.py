@@ -617,10 +617,12 @@ def build_circuit_baselines(
     experiment: ResolvedExperiment,
 ) -> dict[CircuitBaseline, BaselineExperiment]:
     """Create the baselines of effects of an ablated circuit, by what they ablate."""
-    effects = [EFFECTS[each.effect] for each in experiment.spec.measures]
+    effects = [EFFECTS.get(each.effect) for each in experiment.spec.measures]  # None: misspelt
     found: dict[CircuitBaseline, BaselineExperiment] = {}
     for which in CIRCUIT_BASELINES:
-        numbers = tuple(n for n, effect in enumerate(effects) if which in effect.circuit_baselines)
+        numbers = tuple(
+            n for n, effect in enumerate(effects) if effect and which in effect.circuit_baselines
+        )
         if not numbers:
             continue
         rules = [
