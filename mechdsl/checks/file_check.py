@@ -34,7 +34,6 @@ from mechdsl.checks.trained_groups import (
     check_masks,
     fill_groups,
     reject_masks,
-    used_masks,
 )
 from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic, did_you_mean, filter_certain, has_errors
@@ -98,6 +97,7 @@ from mechdsl.program.python_functions import (
     program_functions,
 )
 from mechdsl.program.run_order import add_dependencies, sort_by_dependency
+from mechdsl.program.trainings import select_seed, used_masks
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.table import add_stand_in_runs
 from mechdsl.resolve.cells import find_open_axes
@@ -792,7 +792,8 @@ def _outline(
     outlines: Mapping[str, ExperimentOutline],
 ) -> ExperimentOutline:
     """Return the outline of an experiment, and report its errors."""
-    filled = fill_groups(experiment, checked.program, checked.objectives)
+    program = select_seed(checked.program, experiment)
+    filled = fill_groups(experiment, program, checked.objectives)
     experiment = filled.experiment
     fitted = fit_rows_of_experiment(experiment, checked.program)
     others = [run.model for run in experiment.elsewhere if run.model is not None]

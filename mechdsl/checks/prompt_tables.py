@@ -274,7 +274,7 @@ def attach_replies(
     if finding is None:
         return add_stand_in_replies(table, named.text, _ANY), []
     try:
-        every = _parts(finding.on(model.name, table.name))
+        every = _parts(finding.on(model.name, table.name, None))
         _check(named, every[0], table, [model, *others])
         _check_fits(experiment, program)
         part, cell = _cell(named, every, program)

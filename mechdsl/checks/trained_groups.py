@@ -19,6 +19,8 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
 from mechdsl.program.directions import fit_rows_of_basis
+from mechdsl.program.spec import SEED_AXIS
+from mechdsl.program.trainings import used_masks
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.resolve.circuit_files import EMBEDDING
 from mechdsl.resolve.directions import describe_rows
@@ -38,45 +40,10 @@ from mechdsl.resolve.types import (
     TrainedMask,
 )
 from mechdsl.syntax import ast
-from mechdsl.syntax.traversal import rewrite, walk
+from mechdsl.syntax.traversal import rewrite
 
 Objectives = Mapping[tuple[str, str], ResolvedExperiment]
 """What trainings learn from, by definition and model."""
-
-
-def used_masks(experiment: spec.Experiment, program: spec.Program) -> list[spec.Basis]:
-    """Return the groups that a training chooses and that an experiment names anywhere, also in its
-    directions."""
-    names = set(_names(experiment)) if program.masks else set[tuple[str, bool]]()
-    for direction in program.directions.values():
-        if (direction.name, False) in names:
-            names |= set(_names(direction))
-    return [mask for name, mask in program.masks.items() if (name, mask.chooses_positions) in names]
-
-
-def _names(part: object) -> Iterator[tuple[str, bool]]:
-    """Yield every name in a part of a program, and whether it names positions."""
-    match part:
-        case ast.Node():
-            for node in walk(part):
-                if isinstance(node, ast.Name):
-                    yield node.id, False
-                elif isinstance(node, ast.Index):
-                    yield node.name, False
-                elif isinstance(node, ast.RankedSelection):
-                    yield node.of, False
-                elif isinstance(node, ast.SpanTokens) and node.of.name is not None:
-                    yield node.of.name, True
-        case spec.Spec():
-            for name in spec.spec_fields(type(part)):
-                yield from _names(getattr(part, name))
-        case tuple() | list():
-            for each in part:  # pyright: ignore[reportUnknownVariableType]
-                yield from _names(each)  # pyright: ignore[reportUnknownArgumentType]
-        case dict():
-            yield from _names(list(part.values()))  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType]
-        case _:
-            pass
 
 
 def reject_masks(experiment: spec.Experiment, program: spec.Program, what: str) -> list[Diagnostic]:
@@ -351,12 +318,14 @@ def _named_as_span(
 def _compared_across_models(
     definition: spec.Basis, experiment: spec.Experiment
 ) -> Diagnostic | None:
-    """Return E0207 for an expectation on a group that has other sites in each of several models."""
-    if not any(axis == "model" for axis, _ in experiment.variant):
+    """Return E0207 for an expectation on a group that has other sites in each of several models, or
+    for each of several seeds."""
+    several = [axis for axis, _ in experiment.variant if axis in ("model", SEED_AXIS)]
+    if not several:
         return None
     for each in experiment.expects:
         if any(group.name == definition.name for group in each.groups):
-            reason = "has other sites in each model, and the experiment has several models"
-            hint = "write an experiment for each model"
+            reason = f"has other sites for each {several[0]}, and the experiment has several"
+            hint = f"write an experiment for each {several[0]}"
             return BadArgument(span=each.span, name=definition.name, reason=reason, hint=hint)
     return None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ from mechdsl.execute.patching.differentiated_run import DrawLanes, write_point
 from mechdsl.execute.patching.writes import group_senders
 from mechdsl.execute.run_record import MASK_FILE, MaskReport
 from mechdsl.execute.training import TrainingJob, read_settings
+from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.execute.vectors import DirectionFits
 from mechdsl.fits.gates import Gates
 from mechdsl.fits.training import Training, TrainingSettings
@@ -103,16 +104,29 @@ class MaskRows(EffectRows[Tensor]):
         """[vector] number of the token of a row: vectors with equal numbers are averaged."""
         return np.concatenate([np.arange(own) for own in np.diff(self._starts)])
 
-    def _average(self, vectors: Tensor) -> Tensor:
-        """Return [vector, …]: for each vector, the mean over training rows at its token; 0 if no
-        training row has it."""
-        trained = self._trained_vectors.numpy()
-        found = torch.zeros_like(vectors)
-        for slot in np.unique(self._slots[trained]):
-            own = torch.from_numpy(trained[self._slots[trained] == slot]).to(vectors.device)
-            every = torch.from_numpy(np.flatnonzero(self._slots == slot)).to(vectors.device)
-            found[every] = vectors[own].mean(0)
+    def _average(self, read: Callable[[Ints], Sequence[Tensor]]) -> list[Tensor]:
+        """Return [token, …]: the means of what is read over the vectors of training rows, for each
+        number in `_slots`; 0 if no training row has it.
+
+        Args:
+            read: Returns [vector, …] of some rows, one or more.
+        """
+        trained = np.bincount(self._slots[self._trained_vectors.numpy()])
+        found: list[Tensor] = []
+        for part in self._training_parts():
+            slots, values = self._slots[self._vectors_of(part)[0]], read(part)
+            empty = (each.new_zeros(self._slots.max() + 1, *each.shape[1:]) for each in values)
+            found = found or list(empty)
+            for slot in np.unique(slots):
+                own = torch.from_numpy(np.flatnonzero(slots == slot))
+                share = len(own) / int(trained[slot])
+                for total, each in zip(found, values, strict=True):
+                    total[slot] += share * each[own.to(each.device)].mean(0)
         return found
+
+    def _slots_of(self, rows: Ints) -> Tensor:
+        """Return [vector] the numbers of the means of some rows' vectors."""
+        return torch.from_numpy(self._slots[self._vectors_of(rows)[0]])
 
     def random_choices(self, chosen: Sequence[int], seed: int) -> list[list[int]]:
         """Return random choices of the same number of gates.
@@ -143,15 +157,27 @@ class VectorMaskRows(MaskRows, ABC):
     def _written(self) -> Sequence[SiteLayer]:
         """Sites and layers that it writes, once each."""
 
+    @property
+    def _reads(self) -> Sequence[tuple[int, Sequence[SitePoint]]]:
+        if self._fill == "zero":
+            return []
+        return [(1, [SitePoint(site, layer, None) for site, layer in self._written])]
+
     @cached_property
-    def _incoming(self) -> dict[SiteLayer, Tensor] | None:
-        """[vector, units, width] that come in at each site and layer; None if they are 0."""
+    def _means(self) -> list[Tensor]:
+        """[token, width] at each site and layer."""
+        return self._average(self._vectors_in)
+
+    def _incoming(self, rows: Ints) -> dict[SiteLayer, Tensor] | None:
+        """Return [vector, units, width] that come in at each site and layer in some rows; None if
+        they are 0."""
         if self._fill == "zero":
             return None
-        whole = [SitePoint(site, layer, None) for site, layer in self._written]
-        read = self._read(self._runs[1], self._cells[1], whole)
         if self._fill == "mean":
-            read = [self._average(own) for own in read]
+            slots = self._slots_of(rows)
+            read = tuple(own[slots.to(own.device)] for own in self._means)
+        else:
+            read = self._vectors_in(rows)
         shape = self.model.shape
         return {
             where: own.unflatten(1, (unit_count(shape, *where), -1))
@@ -159,27 +185,31 @@ class VectorMaskRows(MaskRows, ABC):
         }
 
     def _mix(
-        self, where: SiteLayer, unit: Tensor, rows: Ints, lanes: DrawLanes, shares: Tensor
+        self,
+        where: SiteLayer,
+        unit: Tensor,
+        lanes: tuple[Tensor, Tensor],
+        shares: Tensor,
+        incoming: Tensor | None,
     ) -> list[SiteWrite]:
         """Return (1 − m) x and + m y of some units of a site, in this order.
 
         Args:
             unit: [unit]
+            lanes: [vector] each: lanes and tokens.
+            incoming: [vector, units, width] y of all units; None for 0.
             shares: [vector, unit] m
         """
-        which, _ = self._vectors_of(rows)
-        lane, token = self._places(rows, lanes)
-        own = shares.reshape(-1, 1)
+        (lane, token), own = lanes, shares.reshape(-1, 1)
         at = (
             lane.repeat_interleave(len(unit)),
             token.repeat_interleave(len(unit)),
-            unit.repeat(len(which)),
+            unit.repeat(len(lane)),
         )
         found = [SiteWrite(*where, *at, 1 - own, mode="scale")]
-        if self._incoming is not None:
-            every = self._incoming[where]
-            incoming = every[torch.from_numpy(which).to(every.device)][:, unit.to(every.device)]
-            found.append(SiteWrite(*where, *at, own * incoming.flatten(0, 1), mode="add"))
+        if incoming is not None:
+            values = incoming[:, unit.to(incoming.device)]
+            found.append(SiteWrite(*where, *at, own * values.flatten(0, 1), mode="add"))
         return found
 
 
@@ -203,14 +233,15 @@ class SiteMaskRows(VectorMaskRows):
 
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[SiteWrite]:
         """Return what the gates write at each site."""
-        shares = self._shares(rows, edit)
+        shares, at = self._shares(rows, edit), self._places(rows, lanes)
+        incoming = self._incoming(rows) or {}
         found: list[SiteWrite] = []
         for where, gates in self._gates.items():
             named = [self.candidates[gate].unit for gate in gates.tolist()]
             every = torch.arange(unit_count(self.model.shape, *where))
             unit = every if None in named else torch.tensor(named)
             own = shares[:, torch.from_numpy(gates).to(shares.device)].expand(-1, len(unit))
-            found += self._mix(where, unit, rows, lanes, own)
+            found += self._mix(where, unit, at, own, incoming.get(where))
         return found
 
 
@@ -263,17 +294,16 @@ class EdgeMaskRows(VectorMaskRows):
 
     def _circuits(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[CircuitWrite]:
         """Return what the gates of each row change of the inputs of receivers."""
-        which, shares = torch.from_numpy(self._vectors_of(rows)[0]), self._shares(rows, edit)
+        shares, incoming = self._shares(rows, edit), self._incoming(rows)
         size = len(self._receivers), len(self._columns)
         mask = shares.new_zeros(len(shares), size[0] * size[1])
         mask = mask.index_copy(1, self._cells_of_mask.to(shares.device), shares)
         fills: list[SenderFill] = []
         for where, units in self._senders.items():
-            shape = len(which), len(units), vector_width(self.model.shape, *where)
+            shape = len(shares), len(units), vector_width(self.model.shape, *where)
             values = torch.zeros(shape)
-            if self._incoming is not None:
-                incoming = self._incoming[where]
-                values = incoming[which.to(incoming.device)][:, list(units)]
+            if incoming is not None:
+                values = incoming[where][:, list(units)]
             fills.append(SenderFill(SiteRead(*where), units, values))
         receivers = tuple((SiteRead(to.site, to.layer), to.unit or 0) for to in self._receivers)
         at = self._places(rows, lanes)
@@ -325,9 +355,11 @@ class PositionMaskRows(VectorMaskRows):
         if self._fill == "mean":
             known = np.isin(self._slots[which], self._slots[self._trained_vectors.numpy()])
             own = own * torch.from_numpy(known).to(own)[:, None]
-        every = torch.arange(unit_count(self.model.shape, *self._written[0]))
+        (where,), incoming = self._written, self._incoming(rows) or {}
+        every = torch.arange(unit_count(self.model.shape, *where))
         unit = every if point.unit is None else torch.tensor([point.unit])
-        return self._mix(self._written[0], unit, rows, lanes, own.expand(-1, len(unit)))
+        own, at = own.expand(-1, len(unit)), self._places(rows, lanes)
+        return self._mix(where, unit, at, own, incoming.get(where))
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,20 +388,50 @@ class CoordinateMaskRows(MaskRows):
         ((point, *_), *_) = (sites.sources or sites.points).values()
         return point
 
-    @cached_property
-    def _vectors(self) -> Tensor:
-        """[vector, width] of the base run at the written site, at least in 32 bits."""
-        return self._read(self._runs[0], self._cells[0], [self.declared.made])[0]
+    @property
+    def _reads(self) -> Sequence[tuple[int, Sequence[SitePoint]]]:
+        own = (0, list(dict.fromkeys([self.declared.made, self._encoded])))
+        return [own] if self._fill is not None else [own, (1, [self._encoded])]
+
+    @property
+    def _numbers(self) -> int:
+        return super()._numbers + 2 * len(self.candidates)
 
     @cached_property
-    def _coordinates(self) -> tuple[Tensor, Tensor]:
-        """[vector, candidate] each: coordinates of the base run, and those that come in."""
-        own = self._encode(self._read(self._runs[0], self._cells[0], [self._encoded])[0])
+    def _means(self) -> Tensor:
+        """[token, candidate]"""
+        (found,) = self._average(lambda rows: [self._encode(self._vectors_in(rows)[self._place])])
+        return found
+
+    @property
+    def _place(self) -> int:
+        """Number of the vectors of the base run that have the coordinates, in `_vectors`."""
+        return int(self._encoded != self.declared.made)
+
+    def _encoded_in(self, rows: Ints) -> tuple[Tensor, Tensor]:
+        """Return [vector, candidate] each: coordinates of the base run in some rows, and those that
+        come in."""
+        vectors = self._vectors_in(rows)
+        own = self._encode(vectors[self._place])
         if self._fill == "zero":
             return own, torch.zeros_like(own)
         if self._fill == "mean":
-            return own, self._average(own)
-        return own, self._encode(self._read(self._runs[1], self._cells[1], [self._encoded])[0])
+            return own, self._means[self._slots_of(rows).to(own.device)]
+        return own, self._encode(vectors[-1])
+
+    @cached_property
+    def _coordinates(self) -> tuple[Tensor, Tensor]:
+        """The same in all rows."""
+        return self._encoded_in(np.sort(self.rows))
+
+    def _coordinates_in(self, rows: Ints) -> tuple[Tensor, Tensor]:
+        """Return `_coordinates` in these rows; they are computed again unless all rows fit into
+        memory."""
+        if self._is_bounded:
+            return self._encoded_in(rows)
+        which = torch.from_numpy(self._vectors_of(rows)[0])
+        own, new = (each[which.to(each.device)] for each in self._coordinates)
+        return own, new
 
     def _which(self, count: int) -> Tensor | None:
         """Return [count, candidate] numbers of the coordinates; None for all."""
@@ -385,16 +447,15 @@ class CoordinateMaskRows(MaskRows):
     @cached_property
     def active(self) -> Ints:
         """[gate] numbers of the coordinates that a write changes in some training row."""
-        trained = self._trained_vectors
-        own, new = (each[trained.to(each.device)] for each in self._coordinates)
-        return np.flatnonzero((own != new).any(0).cpu().numpy())
+        parts = map(self._coordinates_in, self._training_parts())
+        changed = [(own != new).any(0).cpu().numpy() for own, new in parts]
+        return np.flatnonzero(np.any(changed, axis=0))
 
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Tensor) -> list[SiteWrite]:
         """Return the vectors whose coordinates are f + m (f′ − f)."""
-        which = torch.from_numpy(self._vectors_of(rows)[0])
-        own, new = (each[which.to(each.device)] for each in self._coordinates)
+        own, new = self._coordinates_in(rows)
         change = self._shares(rows, edit).to(own) * (new - own)
-        vectors = self._vectors[which.to(self._vectors.device)]
+        vectors = self._vectors_in(rows)[0]
         written = self._system.shift(vectors, change, self._which(len(vectors)))
         return [write_point(self.declared.made, self.model, *self._places(rows, lanes), written)]
 
@@ -404,19 +465,21 @@ def open_rows(
     objective: ResolvedExperiment,
     model: LoadedModel,
     side: PaddingSide | None,
+    cache: VectorCache,
 ) -> MaskRows:
     """Return the rows that a mask is trained on."""
+    given = mask.training, objective, model, side
     edges = [each for each in mask.candidates if isinstance(each, tuple)]
     if edges:
-        return EdgeMaskRows(mask.training, objective, model, side, edges)
+        return EdgeMaskRows(*given, edges, cache=cache)
     sites = [each for each in mask.candidates if isinstance(each, SitePoint)]
     if sites:
-        return SiteMaskRows(mask.training, objective, model, side, sites)
+        return SiteMaskRows(*given, sites, cache=cache)
     positions = [each for each in mask.candidates if isinstance(each, PositionChoice)]
     if positions:
-        return PositionMaskRows(mask.training, objective, model, side, positions)
+        return PositionMaskRows(*given, positions, cache=cache)
     coordinates = [each for each in mask.candidates if isinstance(each, SiteCoordinate)]
-    return CoordinateMaskRows(mask.training, objective, model, side, coordinates)
+    return CoordinateMaskRows(*given, coordinates, cache=cache)
 
 
 class TooFewCandidates(Exception):

@@ -54,13 +54,18 @@ EditT = TypeVar("EditT")
 
 @dataclass(frozen=True, eq=False)
 class EffectRows(ABC, Generic[EditT]):
-    """Rows and the measure of a training on the effect of an edit."""
+    """Rows and the measure of a training on the effect of an edit.
+
+    Vectors of all rows stay in memory if they take at most `CHUNK_BYTES`. Otherwise, those of a
+    step's rows are read again.
+    """
 
     declared: DeclaredTraining
     objective: ResolvedExperiment
     """The rows, the rule and the measure."""
     model: LoadedModel
     side: PaddingSide | None
+    cache: VectorCache = field(default_factory=VectorCache, kw_only=True)
 
     @property
     def text(self) -> str:
@@ -159,6 +164,64 @@ class EffectRows(ABC, Generic[EditT]):
         counts[self.rows] = [len(self._cells[0].hits[row][0]) for row in self.rows]
         return np.concatenate([[0], np.cumsum(counts)])
 
+    @property
+    @abstractmethod
+    def _reads(self) -> Sequence[tuple[int, Sequence[SitePoint]]]:
+        """The sites that edits read in the base run, 0, and in the source run, 1."""
+
+    @property
+    def _numbers(self) -> int:
+        """Numbers in memory for each vector that is edited."""
+        points = [point for _, own in self._reads for point in own]
+        return sum(count_numbers(point, self.model.shape) for point in points)
+
+    @cached_property
+    def first_rows(self) -> Ints:
+        """[row] ascending numbers of the rows whose vectors fit into `CHUNK_BYTES` together, the
+        first ones in the order of the training, or all."""
+        counts = np.diff(self._starts)[self.rows]
+        fit = counts.cumsum() <= CHUNK_BYTES // (FLOAT * max(1, self._numbers))
+        return np.sort(self.rows[: max(1, int(fit.sum()))])
+
+    @property
+    def _is_bounded(self) -> bool:
+        """Whether the vectors of some rows aren't in memory."""
+        return len(self.first_rows) < len(self.rows)
+
+    @cached_property
+    def _vectors(self) -> tuple[Tensor, ...]:
+        """[vector, width] of what `_reads` names, at least in 32 bits, in `first_rows`."""
+        table, rows = self.objective.table, self.first_rows
+        runs, hits = (run.name for run in self._runs), (cell.hits for cell in self._cells)
+        reads = tuple((number, *points) for number, points in self._reads)
+        key = (
+            id(self.model), table.name, table.row_keys, tuple(rows.tolist()),
+            *runs, *hits, reads, self.side,
+        )  # fmt: skip
+        return self.cache.get(key, lambda: self._read_all(rows))
+
+    def _read_all(self, rows: Ints) -> tuple[Tensor, ...]:
+        """Return [vector, width] of what `_reads` names, in the order of the table's rows."""
+        found = [
+            own
+            for number, points in self._reads
+            for own in self._read(self._runs[number], self._cells[number], points, rows)
+        ]
+        assert len({len(own) for own in found}) <= 1
+        return tuple(found)
+
+    def _vectors_in(self, rows: Ints) -> tuple[Tensor, ...]:
+        """Return `_vectors` in these rows; they are read again unless all rows fit into memory."""
+        if self._is_bounded:
+            return self._read_all(rows)
+        which = torch.from_numpy(self._vectors_of(rows)[0])
+        return tuple(each[which.to(each.device)] for each in self._vectors)
+
+    def _training_parts(self) -> list[Ints]:
+        """Return the training rows, ascending, in parts whose vectors fit into memory."""
+        rows, size = np.sort(self.rows[self.held_out_count :]), len(self.first_rows)
+        return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+
     # --- patched runs
 
     @cached_property
@@ -231,57 +294,17 @@ class EffectRows(ABC, Generic[EditT]):
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveRows(EffectRows[Edit]):
-    """The rows of a training that edits the vectors of one site.
+    """The rows of a training that edits the vectors of one site."""
 
-    Vectors of all rows stay in memory if they take at most `CHUNK_BYTES`. Otherwise, those of a
-    step's rows are read again.
-    """
-
-    cache: VectorCache = field(default_factory=VectorCache)
-
-    @cached_property
-    def first_rows(self) -> Ints:
-        """[row] ascending numbers of the rows whose vectors fit into `CHUNK_BYTES` together, the
-        first ones in the order of the training, or all."""
-        counts = np.diff(self._starts)[self.rows]
-        numbers = count_numbers(self.declared.made, self.model.shape)
-        most = max(1, int((counts.cumsum() <= CHUNK_BYTES // (2 * FLOAT * numbers)).sum()))
-        return np.sort(self.rows[:most])
+    @property
+    def _reads(self) -> Sequence[tuple[int, Sequence[SitePoint]]]:
+        return [(0, [self.declared.made]), (1, [self.declared.made])]
 
     @property
     def first_vectors(self) -> Tensor:
         """[vector, width] vectors of the base run in these rows, in the order of the table's rows:
         those that a training starts with."""
         return self._vectors[0]
-
-    @cached_property
-    def _vectors(self) -> tuple[Tensor, Tensor]:
-        """[vector, width] each, at least in 32 bits: vectors of the base run in `first_rows`, and
-        those that come in for them."""
-        table, rows = self.objective.table, self.first_rows
-        runs, hits = (run.name for run in self._runs), (cell.hits for cell in self._cells)
-        key = (
-            id(self.model), table.name, table.row_keys, tuple(rows.tolist()),
-            *runs, *hits, self.declared.made, self.side,
-        )  # fmt: skip
-        return self.cache.get(key, lambda: self._read_both(rows))
-
-    def _read_both(self, rows: Ints) -> tuple[Tensor, Tensor]:
-        points = [self.declared.made]
-        own, other = (
-            self._read(run, cell, points, rows)[0]
-            for run, cell in zip(self._runs, self._cells, strict=True)
-        )
-        assert own.shape == other.shape
-        return own, other
-
-    def _vectors_in(self, rows: Ints) -> tuple[Tensor, Tensor]:
-        """Return `_vectors` in these rows; they are read again unless all rows fit into memory."""
-        if len(self.first_rows) < len(self.rows):
-            return self._read_both(rows)
-        which = torch.from_numpy(self._vectors_of(rows)[0])
-        own, other = (each[which.to(each.device)] for each in self._vectors)
-        return own, other
 
     @cached_property
     def image_vectors(self) -> Tensor | None:
@@ -302,19 +325,18 @@ class ObjectiveRows(EffectRows[Edit]):
         training rows; None without a source run."""
         if self.objective.spec.source is None:
             return None
-        rows = np.sort(self.rows[self.held_out_count :])
-        size = len(self.first_rows)
+        count = sum(len(self._vectors_of(part)[0]) for part in self._training_parts())
         found: Tensor | None = None
-        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+        for part in self._training_parts():
             own, other = self._vectors_in(part)
-            share = len(own) / len(self._vectors_of(rows)[0])
-            mean = share * (other - own).mean(0)
+            mean = len(own) / count * (other - own).mean(0)
             found = mean if found is None else found + mean
         return found
 
     def _writes(self, rows: Ints, lanes: DrawLanes, edit: Edit) -> list[SiteWrite]:
         """Return the edited vectors of some rows."""
-        point, written = self.declared.made, edit(*self._vectors_in(rows))
+        own, other = self._vectors_in(rows)
+        point, written = self.declared.made, edit(own, other)
         return [write_point(point, self.model, *self._places(rows, lanes), written)]
 
 

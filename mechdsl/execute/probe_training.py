@@ -14,6 +14,7 @@ from mechdsl.base.text import name_list
 from mechdsl.execute.observation.token_vectors import average_rows, digest_inputs
 from mechdsl.execute.run_record import PROBE_FILE, ProbeReport
 from mechdsl.execute.training import TrainingJob
+from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.execute.vectors import build_reader, read_vectors, split_prompts
 from mechdsl.fits.regression import (
     LinearMap,
@@ -25,7 +26,7 @@ from mechdsl.fits.regression import (
 )
 from mechdsl.forward.hooks.model import LoadedModel
 from mechdsl.models.shape import PaddingSide
-from mechdsl.planner.training_cost import GATHERED_BYTES
+from mechdsl.planner.training_cost import CHUNK_BYTES, FLOAT, GATHERED_BYTES
 from mechdsl.program.trainers import ProbeTrainer
 from mechdsl.resolve.trainings import name_probe_map
 from mechdsl.resolve.types import SitePoint, TrainedProbe
@@ -60,10 +61,17 @@ class ProbeRows:
     """[row] numbers, or numbers of classes."""
     held_out: Bools
     """[row]"""
+    cache: VectorCache
+    """Vectors of earlier probes: those of other seeds use the same ones."""
 
     @classmethod
     def of(
-        cls, declared: TrainedProbe, model: LoadedModel, seed: int, side: PaddingSide | None
+        cls,
+        declared: TrainedProbe,
+        model: LoadedModel,
+        seed: int,
+        side: PaddingSide | None,
+        cache: VectorCache,
     ) -> ProbeRows:
         """Choose the rows that are held out: of each class, and rows with equal inputs together.
 
@@ -77,7 +85,7 @@ class ProbeRows:
         strata = targets.tolist() if declared.classes else None
         share = float(training.options["validation"]) / 100
         held_out = hold_out(keys, share, training.seed, strata)
-        found = cls(declared, model, seed, side, rows, keys, targets, held_out)
+        found = cls(declared, model, seed, side, rows, keys, targets, held_out, cache)
         found.check()
         return found
 
@@ -121,6 +129,19 @@ class ProbeRows:
 
     def vectors(self) -> Iterator[tuple[SitePoint, Floats]]:
         """Yield each site with its vectors, [row, width]."""
+        training, widths = self.declared.training, self.declared.widths
+        if FLOAT * len(self.rows) * sum(widths) > CHUNK_BYTES:
+            yield from self._read()
+            return
+        sample = training.sample
+        key = (
+            id(self.model), sample.table.name, sample.table.row_keys, sample.run.name,
+            sample.cell.hits, training.inputs, self.seed, self.side,
+        )  # fmt: skip
+        read = self.cache.get(key, lambda: tuple(torch.from_numpy(own) for _, own in self._read()))
+        yield from zip(training.inputs, (own.numpy() for own in read), strict=True)
+
+    def _read(self) -> Iterator[tuple[SitePoint, Floats]]:
         training = self.declared.training
         sample, points = training.sample, training.inputs
         size = 4 * len(self.rows) * max(self.declared.widths)
@@ -204,18 +225,20 @@ def train_probe(
     *,
     seed: int,
     side: PaddingSide | None,
+    cache: VectorCache,
 ) -> ProbeReport:
     """Fit a probe in each of its layers, and write its file.
 
     Args:
         model: The model that runs the rows.
         seed: Seed of noise.
+        cache: Vectors of earlier trainings.
 
     Raises:
         NoProbe: The rows permit no probe.
         OSError: A file can't be written.
     """
-    rows = ProbeRows.of(declared, model, seed, side)
+    rows = ProbeRows.of(declared, model, seed, side, cache)
     training, tensors = declared.training, dict[str, torch.Tensor]()
     dealt = shuffle_targets(rows.training_keys, rows.training_targets[:, None], training.seed)[:, 0]
     scores: list[tuple[float | None, ...]] = []

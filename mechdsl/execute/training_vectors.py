@@ -84,11 +84,9 @@ class VectorCache:
     """The vectors that were read last: trainings with other seeds and sizes use the same ones."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Hashable, tuple[Tensor, Tensor]] | None = None
+        self._kept: tuple[Hashable, tuple[Tensor, ...]] | None = None
 
-    def get(
-        self, key: Hashable, read: Callable[[], tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
+    def get(self, key: Hashable, read: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Return the vectors with a key, which must identify everything that they depend on."""
         if self._kept is None or self._kept[0] != key:
             self._kept = None

@@ -57,11 +57,10 @@ from mechdsl.program.lowering import lower_program
 from mechdsl.program.plugins import hash_extension_code
 from mechdsl.program.python_functions import program_functions
 from mechdsl.program.run_order import expectation_experiments
-from mechdsl.program.spec import PROMPTS_AXIS
+from mechdsl.program.spec import PROMPTS_AXIS, SEED_AXIS
 from mechdsl.prompts.data_files import DataFile
 from mechdsl.prompts.other_runs import remove_replies
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.resolve.cells import SEED_AXIS
 from mechdsl.resolve.expansion import (
     find_selections,
     get_whole_spec,
@@ -93,7 +92,7 @@ from mechdsl.results.assembly.combination import (
     merge_variants,
 )
 from mechdsl.results.assembly.population import add_population, check_explained_variance
-from mechdsl.results.assembly.seed_means import add_statistics_over_seeds
+from mechdsl.results.assembly.seed_means import add_statistics_over_seeds, describe_agreements
 from mechdsl.results.experiment_result import (
     ExpectOutcome,
     ExperimentResult,
@@ -352,6 +351,9 @@ class FileRun:
             whole = average_over_axis(whole, over, area=first.spec.area)
         whole = replace(whole, selected=find_selections(variants))
         if seeds:
+            whole = replace(
+                whole, conventions={**whole.conventions, **describe_agreements(variants)}
+            )
             result = add_statistics_over_seeds(whole, first.spec, first.seed, seeds)
         else:
             result = add_statistics(whole, first.spec, first.seed)

@@ -83,6 +83,7 @@ from mechdsl.resolve.trainings import (
     key_of_candidate,
     list_tensor_shapes,
     name_probe_map,
+    name_with_seed,
     paired_cells,
     read_texts,
 )
@@ -170,10 +171,10 @@ def find_fits(experiments: Iterable[ResolvedExperiment]) -> dict[str, DeclaredFi
         for rule in experiment.every_rule:
             read = rule.does.trained
             if read is not None:
-                declared = DeclaredFit(read.training.definition, read, experiment)
+                declared = DeclaredFit(name_with_seed(read.training), read, experiment)
                 found.setdefault(read.training.name, declared)
         for mask in experiment.masks:
-            declared = DeclaredFit(mask.training.definition, mask, experiment)
+            declared = DeclaredFit(name_with_seed(mask.training), mask, experiment)
             found.setdefault(mask.training.name, declared)
     return found
 
@@ -274,8 +275,8 @@ class FitKeys:
             from mechdsl.planner.training_cost import CHUNK_BYTES, count_edited_bytes
 
             parts["objective"] = _objective(fit.objective, training.minimises, contents)
-            size = count_edited_bytes(training, (training.made,), fit.objective.model.shape)
-            if size > CHUNK_BYTES and not isinstance(fit.file, TrainedMask):
+            size = count_edited_bytes(fit.file, fit.objective, fit.objective.model.shape)
+            if size > CHUNK_BYTES:
                 parts["first rows"] = CHUNK_BYTES  # a training starts with the vectors of these
         if isinstance(fit.file, TrainedProbe):
             parts["targets"] = [list(training.sample.targets), fit.file.outputs]

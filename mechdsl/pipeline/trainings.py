@@ -385,16 +385,17 @@ def _run_training(
     job = TrainingJob(result, facts, result.parent, is_due, on_step)
     if isinstance(fit.file, TrainedMask):
         assert fit.objective is not None
-        return train_mask(fit.file, open_rows(fit.file, fit.objective, model, side), job)
+        return train_mask(fit.file, open_rows(fit.file, fit.objective, model, side, cache), job)
     if fit.objective is not None:
-        rows = ObjectiveRows(fit.training, fit.objective, model, side, cache)
+        rows = ObjectiveRows(fit.training, fit.objective, model, side, cache=cache)
         if isinstance(fit.file, TrainedVector):
             train = train_scales if fit.file.role == "scales" else train_vector
             return train(fit.file, rows, job)
         assert isinstance(fit.file, TrainedRotation)
         return train_rotation(fit.file, rows, job)
     if isinstance(fit.file, TrainedProbe):
-        return train_probe(fit.file, model, job, seed=checked.program.seed, side=side)
+        seed = checked.program.seed
+        return train_probe(fit.file, model, job, seed=seed, side=side, cache=cache)
     partner = _partner_model(fit, models)
     return _train_on_vectors(fit, job, (model, partner), checked, side, cache)
 

@@ -54,7 +54,7 @@ from mechdsl.planner.rows import (
     inert_cells,
     inert_rows,
 )
-from mechdsl.program.spec import Generation
+from mechdsl.program.spec import SEED_AXIS, Generation
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun
 from mechdsl.resolve.bases import CoordinateChange
@@ -753,7 +753,8 @@ def build_plain_plan(graph: Graph) -> Plan:
     by_panel: dict[tuple[object, ...], list[GraphExperiment]] = {}
     for each in graph_experiments(graph):
         # Only equal definitions give equal runs; runs can share a name without being equal.
-        defined = tuple(run.spec.span for run in each.experiment.derived.values())
+        seed = dict(each.experiment.spec.variant).get(SEED_AXIS)
+        defined = tuple((run.spec.span, seed) for run in each.experiment.derived.values())
         model, generation = each.experiment.model.key, each.experiment.generation
         written = None if generation is None else generation.key(each.experiment.seed)
         by_panel.setdefault((model, each.clean, defined, written), []).append(each)

@@ -6,7 +6,7 @@ Costs are upper bounds: early stopping ends a training before its last step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -122,11 +122,30 @@ def count_vector_numbers(training: Training, shape: ModelShape) -> int:
     return sum(count_numbers(each, shape) for each in training.points) + paired
 
 
-def count_edited_bytes(training: Training, points: Sequence[SitePoint], shape: ModelShape) -> int:
-    """Return the bytes of the vectors that a training on a measure edits, and of those that come
-    in for them."""
-    hits = sum(len(token) for row in training.sample.cell.hits for token in row)
-    return 2 * FLOAT * hits * sum(count_numbers(point, shape) for point in points)
+def count_edited_bytes(made: Declared, objective: ResolvedExperiment, shape: ModelShape) -> int:
+    """Return the bytes of the vectors that a training on a measure needs in its steps: those that
+    it edits, and those that come in for them."""
+    assert made.training is not None
+    sample, point, rule = made.training.sample, made.training.made, objective.rules[0]
+    hits = sum(len(token) for row in sample.cell.hits for token in row)
+    numbers = 2 * count_numbers(point, shape)
+    fill = None if rule.spec.fill is None else rule.spec.fill.span.written
+    if isinstance(made, TrainedMask) and rule.basis is not None:
+        assert rule.sites is not None
+        sources = (rule.sites.sources or rule.sites.points).values()
+        encoded = next(iter(sources))[0]
+        reads = [*dict.fromkeys((point, encoded)), *([] if fill else [encoded])]
+        numbers = sum(count_numbers(each, shape) for each in reads) + 2 * len(made.candidates)
+    elif isinstance(made, TrainedMask):
+        whole = dict.fromkeys(replace(each, unit=None) for each in _written_points(made, objective))
+        numbers = 0 if fill == "zero" else sum(count_numbers(each, shape) for each in whole)
+    return FLOAT * hits * numbers
+
+
+def _written_points(mask: TrainedMask, objective: ResolvedExperiment) -> Sequence[SitePoint]:
+    """Return the sites that a mask writes; those of the senders of edges."""
+    edges = [each[0] for each in mask.candidates if isinstance(each, tuple)]
+    return edges or mask_points(objective)
 
 
 def most_held_out(training: Training, shape: ModelShape, size: int) -> int:
@@ -327,9 +346,11 @@ def _effect_cost(
     backwards = steps * -(-every // batch) if batch else steps
     passes = backwards * (1 + len(compared)) + -(-measured * (1 + len(compared)) // batch)
     back = steps * every * above / shape.n_layers
-    vectors, share = count_edited_bytes(training, points, shape), 1.0
-    if vectors > CHUNK_BYTES and not isinstance(made, TrainedMask):  # read again for each step
-        share, vectors = (steps * every + measured) / len(there), CHUNK_BYTES
+    vectors, share = count_edited_bytes(made, objective, shape), 1.0
+    if vectors > CHUNK_BYTES:
+        if _reads_again(made, objective):
+            share = (steps * every + measured) / len(there)
+        vectors = CHUNK_BYTES
     stop = _stop(points[-1], shape)
     reads = [_times(run_cost(shape, run, stop), share) for run in (base, source)]
     cost = Cost(
@@ -344,6 +365,13 @@ def _effect_cost(
     saved += 0 if circuit is None else written * _saved_by_edges(circuit, shape)
     memory = vectors + FLOAT * batch * saved
     return TrainingCost(name, rows, held_out, steps, cost, int(memory), shape.n_layers)
+
+
+def _reads_again(made: Declared, objective: ResolvedExperiment) -> bool:
+    """Whether each step reads the vectors of its rows again if not all are in memory: not if only
+    means over rows come in."""
+    rule = objective.rules[0]
+    return not isinstance(made, TrainedMask) or rule.basis is not None or rule.spec.fill is None
 
 
 def _count_controls(made: Declared, objective: ResolvedExperiment) -> int:

@@ -620,9 +620,6 @@ def _unused_options(call: ast.Call, trainer: Trainer) -> Iterator[BadArgument]:
             why = "uses all vectors in every step" if has_steps else "isn't trained in steps"
             why = "computes in 64 bits" if each.name == "precision" else why
             hint = f"remove `{each.name}`"
-        elif each.name == "seeds" and trainer.declares in ("group", "lens", "probe"):
-            why = f"makes one {trainer.declares}"
-            hint = f"declare a {trainer.declares} for each seed: `seed: 1`"
         else:
             continue
         reason = f"is no argument of `fit` with `{trainer.name}`, which {why}"

@@ -81,6 +81,7 @@ def declared_training(direction: spec.Direction) -> spec.Basis | None:
         site=site,
         at=direction.at,
         changed_by=direction.changed_by,
+        seed=direction.seed,
     )
 
 

@@ -105,7 +105,7 @@ from mechdsl.program.spec import (
     whole_number_value,
 )
 from mechdsl.program.statements import Statements, mark_names_used
-from mechdsl.program.trainings import lower_objectives
+from mechdsl.program.trainings import lower_objectives, split_by_seed
 from mechdsl.syntax import ast
 from mechdsl.syntax.frontend import parse, parse_setting, read_source
 from mechdsl.syntax.traversal import walk
@@ -575,7 +575,7 @@ def lower_program(
         seed=parts.seed,
         lost=tuple(lost for file, _ in files for lost in file.lost),
     )
-    return whole, _without_missing_names(scope.diagnostics)
+    return split_by_seed(whole, scope), _without_missing_names(scope.diagnostics)
 
 
 def _mark_pools(files: Sequence[tuple[ast.File, bool]], scope: Namespace) -> None:

@@ -418,6 +418,8 @@ class Direction(Spec):
     """None: the last token."""
     changed_by: frozenset[str] = frozenset()
     """As in `Basis`, for a direction that is trained."""
+    seed: int | None = None
+    """As in `Basis`, for a direction that is trained."""
 
 
 class Basis(Spec):
@@ -740,7 +742,8 @@ class SavedDirection(Spec):
 class Experiment(Spec):
     """One experiment: everything that its block says, with the file's names bound.
 
-    One that compares several models, sources or bases is several of these, each a `variant`.
+    One that compares several models, sources, bases or seeds is several of these, each a
+    `variant`.
     """
 
     name: str
@@ -748,7 +751,10 @@ class Experiment(Spec):
     within: str | None = None
     """Name of the block, for one of its results."""
     variant: tuple[tuple[str, int | str], ...] = ()
-    """The variant: (`model`, `source` or `base`; its label), which are axes of the results."""
+    """The variant: (`model`, `source`, `base` or `seed`; its label), which are axes of the
+    results."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of the groups, circuits, lenses and probes that it uses, if they have several."""
     model: str
     prompts: str
     part: Literal["train", "test"] | None = None
@@ -913,6 +919,9 @@ CLEAN = "clean"
 
 PROMPTS_AXIS = "prompts"
 """The axis over several prompt blocks."""
+
+SEED_AXIS = "seed"
+"""The axis of the trainings of `fit(…, seeds: 3)`."""
 
 ONE_CELL_HINT = "a `run` has one cell: name one layer, head and position, or join them (`layers`)"
 """Hint for a sweep in a run."""

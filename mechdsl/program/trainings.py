@@ -6,12 +6,19 @@ trained on the rows of `prompts p.train` with `from fewer into clean`, `patch SI
 `measure M as raw`. So are `direction v = fit(vector(…), …)` and `group g = fit(mask(…), …)`;
 without `from`, the rule is `ablate SITE at POSITIONS with zero`, which names the vectors that are
 edited, or has the fill of a mask.
+
+An experiment that uses a group, a circuit, a lens or a probe with `seeds: 3` is three experiments,
+one for each seed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mechdsl.diagnostics.core import did_you_mean, has_errors
 from mechdsl.diagnostics.names import BadArgument, UnknownName
+from mechdsl.diagnostics.rules import BadBasis
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.basis_methods import BASIS_METHODS, OBJECTIVES
 from mechdsl.program.directions import (
@@ -19,11 +26,14 @@ from mechdsl.program.directions import (
     declared_training,
     fit_rows_of_basis,
     last_token,
+    used_bases,
+    used_directions,
 )
 from mechdsl.program.measures import lower_measure, lower_statistics
 from mechdsl.program.names import Namespace
 from mechdsl.program.own_trainers import find_trainer
 from mechdsl.program.prompts import named_corruptions
+from mechdsl.program.spec import SEED_AXIS, Constant, constant_value
 from mechdsl.program.statements import Statements, mark_names_used, resolve_run_name
 from mechdsl.program.trainers import EffectTrainer, RotationTrainer, trainer_call
 from mechdsl.syntax import ast
@@ -215,3 +225,141 @@ def _source_run(node: ast.Node, block: spec.Prompts, scope: Namespace) -> str:
         hint = did_you_mean(name, known, hint)
         scope.diagnostics.append(UnknownName(span=node.span, kind="run", name=name, hint=hint))
     return name
+
+
+# --- several seeds --------------------------------------------------------------------------------
+
+SEEDS_DIFFER = "the experiment has another axis `seed`, with other values"
+SEEDS_HINT = "write the same `seeds` and `seed` in each `fit`, and rename a `for` variable `seed`"
+"""Problem where an experiment has two axes of seeds, and its hint."""
+
+
+def constant_options(
+    definition: spec.Basis, program: spec.Program | spec.Definitions
+) -> dict[str, Constant]:
+    """Return the constants of a call `fit(…)`, by option."""
+    return {
+        each.name: value
+        for each in definition.method.arguments
+        if each.name is not None
+        and (value := constant_value(each.value, program.parameters)) is not None
+    }
+
+
+def list_seeds(definition: spec.Basis, program: spec.Program | spec.Definitions) -> tuple[int, ...]:
+    """Return the seeds of `fit(…, seeds: 3)`: that of the training, and the next ones; none for a
+    definition with one training, or for one of several."""
+    if definition.seed is not None or BASIS_METHODS[definition.method.name].takes != "training":
+        return ()
+    options = constant_options(definition, program)
+    first = int(options.get("seed", program.seed))
+    return tuple(range(first, first + int(options.get("seeds", 0))))
+
+
+def used_masks(experiment: spec.Experiment, program: spec.Program) -> list[spec.Basis]:
+    """Return the groups that a training chooses and that an experiment names anywhere, also in its
+    directions."""
+    names = set(_names(experiment)) if program.masks else set[tuple[str, bool]]()
+    for direction in program.directions.values():
+        if (direction.name, False) in names:
+            names |= set(_names(direction))
+    return [mask for name, mask in program.masks.items() if (name, mask.chooses_positions) in names]
+
+
+def _names(part: object) -> Iterator[tuple[str, bool]]:
+    """Yield every name in a part of a program, and whether it names positions."""
+    match part:
+        case ast.Node():
+            for node in walk(part):
+                if isinstance(node, ast.Name):
+                    yield node.id, False
+                elif isinstance(node, ast.Index):
+                    yield node.name, False
+                elif isinstance(node, ast.RankedSelection):
+                    yield node.of, False
+                elif isinstance(node, ast.SpanTokens) and node.of.name is not None:
+                    yield node.of.name, True
+        case spec.Spec():
+            for name in spec.spec_fields(type(part)):
+                yield from _names(getattr(part, name))
+        case tuple() | list():
+            for each in part:  # pyright: ignore[reportUnknownVariableType]
+                yield from _names(each)  # pyright: ignore[reportUnknownArgumentType]
+        case dict():
+            yield from _names(list(part.values()))  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType]
+        case _:
+            pass
+
+
+def split_by_seed(program: spec.Program, scope: Namespace) -> spec.Program:
+    """Return a program with an experiment for each seed of the groups, circuits, lenses and probes
+    that an experiment uses, and the experiment alone if none of them has several.
+
+    Codes: E0108 for saved files, E0342 for different seeds.
+    """
+    found = [own for each in program.experiments for own in _at_each_seed(each, program, scope)]
+    return program.model_copy(update={"experiments": tuple(found)})
+
+
+def _at_each_seed(
+    experiment: spec.Experiment, program: spec.Program, scope: Namespace
+) -> list[spec.Experiment]:
+    bases = used_bases(experiment, program)
+    read = [each for each in bases if _is_observed(each)]
+    chosen = [*used_masks(experiment, program), *read]
+    named = next((each for each in chosen if list_seeds(each, program)), None)
+    if named is None:
+        return [experiment]
+    trained = map(declared_training, used_directions(experiment, program))
+    every = [*chosen, *bases, *(each for each in trained if each is not None)]
+    seeds = list_seeds(named, program)
+    loop = next((each for each in experiment.loops if each.name == SEED_AXIS), None)
+    other = next((own for own in every if list_seeds(own, program) not in ((), seeds)), None)
+    if loop is not None or other is not None:
+        reason = SEEDS_DIFFER
+        if other is not None:
+            reason = f"`{other.name}` and `{named.name}` are used together, with different seeds"
+        span = named.method.span if other is None else other.method.span
+        scope.diagnostics.append(BadBasis(span=span, reason=reason, hint=SEEDS_HINT))
+        return [experiment]
+    saves = [*experiment.saves, *experiment.saved_directions]
+    if saves:
+        what = f"a `save` in an experiment with `{named.name}`, which has several seeds,"
+        later = f"declare one more {named.name} for it, with `seed: {seeds[0]}` instead of `seeds`"
+        scope.diagnostics.append(NotSupported(span=saves[0].span, what=what, later=later))
+        return [experiment]
+    labels = ((*experiment.variant, (SEED_AXIS, seed)) for seed in seeds)
+    return [experiment.model_copy(update={"variant": each, "seeds": seeds}) for each in labels]
+
+
+def _is_observed(basis: spec.Basis) -> bool:
+    """Whether a definition is that of a lens or a probe."""
+    if BASIS_METHODS[basis.method.name].takes != "training":
+        return False
+    trainer = find_trainer(trainer_call(basis.method))
+    return trainer is not None and trainer.declares in ("lens", "probe")
+
+
+def select_seed(program: spec.Program, experiment: spec.Experiment) -> spec.Program:
+    """Return a program with one training of each definition, that of the experiment's seed."""
+    seed = dict(experiment.variant).get(SEED_AXIS)
+    if not experiment.seeds:
+        return program
+    several = {"seed": seed}
+
+    def of_seed(definition: spec.Basis) -> spec.Basis:
+        has = list_seeds(definition, program)
+        return definition.model_copy(update=several) if seed in has else definition
+
+    def direction_of_seed(direction: spec.Direction) -> spec.Direction:
+        training = declared_training(direction)
+        has = () if training is None else list_seeds(training, program)
+        return direction.model_copy(update=several) if seed in has else direction
+
+    return program.model_copy(
+        update={
+            "bases": {name: of_seed(own) for name, own in program.bases.items()},
+            "masks": {name: of_seed(own) for name, own in program.masks.items()},
+            "directions": {n: direction_of_seed(own) for n, own in program.directions.items()},
+        }
+    )

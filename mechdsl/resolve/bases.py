@@ -37,11 +37,11 @@ from mechdsl.program.paths import (
     path_to_read,
 )
 from mechdsl.program.python_functions import find_function
-from mechdsl.program.spec import Constant, constant_value
+from mechdsl.program.spec import SEED_AXIS, Constant, constant_value
 from mechdsl.program.trainers import DictionaryTrainer, PairedTrainer, SolvedTrainer
+from mechdsl.program.trainings import SEEDS_DIFFER, SEEDS_HINT, list_seeds
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.runs import PositionCell
-from mechdsl.resolve.cells import SEED_AXIS
 from mechdsl.resolve.directions import (
     DirectionError,
     count_used_rows,
@@ -66,12 +66,9 @@ from mechdsl.resolve.sites import (
 from mechdsl.resolve.targets import cut_to_shared_rows, remove_tokens
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
-    SEEDS_DIFFER,
-    SEEDS_HINT,
     check_training_rows,
     describe_training,
     explain_seeds,
-    list_seeds,
     outline_training,
     split_by_seed,
 )

@@ -18,9 +18,6 @@ from mechdsl.syntax.traversal import walk
 
 Coord = int | float | str
 
-SEED_AXIS = "seed"
-"""Axis of the trainings of `fit(…, seeds: 3)`."""
-
 _LETTERS = {"layer": "L", "head": "H", "neuron": "N", "expert": "H"}
 """Letter before each kind of number in the name of a site."""
 

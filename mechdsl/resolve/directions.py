@@ -38,18 +38,16 @@ from mechdsl.program.directions import (
 )
 from mechdsl.program.paths import SAVED_PATH, path_to_read
 from mechdsl.program.python_functions import FIT_CALL
-from mechdsl.program.spec import Constant, constant_value
+from mechdsl.program.spec import SEED_AXIS, Constant, constant_value
 from mechdsl.program.trainers import EditTrainer
+from mechdsl.program.trainings import SEEDS_DIFFER, SEEDS_HINT
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.runs import PositionCell
-from mechdsl.resolve.cells import SEED_AXIS
 from mechdsl.resolve.findings import Finding, PickError, VariantFinding
 from mechdsl.resolve.loops import evaluate_arithmetic
 from mechdsl.resolve.sites import ExperimentContext, resolve_site
 from mechdsl.resolve.trainings import (
     FEWEST_ROWS,
-    SEEDS_DIFFER,
-    SEEDS_HINT,
     check_training_rows,
     describe_training,
     name_edit_tensors,
@@ -281,7 +279,7 @@ def _resolve_trained_family(
     for key in list_axis_indices(axes):
         number, place = (key[-1], key[:-1]) if seeds else (0, key)
         (point,) = points[place]
-        name, own = name_member(definition.name, axes, key), every_seed[number]
+        name, own = _name_trained(definition, axes, key), every_seed[number]
         every = outline_vector(own, name, options, sample, point, work.program, work.model)
         vector = every[0]
         _check_rank(call, vector.training, work)
@@ -299,6 +297,14 @@ def _resolve_trained_family(
     return DirectionFamily(
         definition.name, (*axes, *tokens), members, _width(some, work), (definition.name,)
     )
+
+
+def _name_trained(definition: spec.Direction, axes: Sequence[Axis], key: AxisIndices) -> str:
+    """Return the name of a member, with the seed of its training if it is one of several."""
+    if definition.seed is None:
+        return name_member(definition.name, axes, key)
+    seed = Axis(SEED_AXIS, (definition.seed,), definition.span)
+    return name_member(definition.name, (*axes, seed), (*key, 0))
 
 
 def _check_rank(call: ast.Call, training: Training, work: ExperimentContext) -> None:

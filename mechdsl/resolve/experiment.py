@@ -14,12 +14,12 @@ from mechdsl.diagnostics.rules import UNUSED_LOOP, AxesCollide, BadLoopValue, To
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.references import may_sweep, measure_number_names, position_axes, possible_axes
-from mechdsl.program.spec import PROMPTS_AXIS
+from mechdsl.program.spec import PROMPTS_AXIS, SEED_AXIS
 from mechdsl.prompts.positions.spans import NO_ANSWERS, AnswerTokens, refers_to_answer
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import ANSWER_SPAN, PositionCell, RunRow
 from mechdsl.resolve.bases import resolve_rule
-from mechdsl.resolve.cells import SEED_AXIS, find_open_axes, has_open_positions
+from mechdsl.resolve.cells import find_open_axes, has_open_positions
 from mechdsl.resolve.conflicts import (
     check_circuits,
     check_encoder_decoder,
@@ -365,8 +365,9 @@ def outline_experiment(
     Codes: E0301 to E0323, E0402, E0413, E0507, E0612 and those of positions and texts.
     """
     diagnostics: list[Diagnostic] = []
+    seed = dict(experiment.variant).get(SEED_AXIS)
     onward = FindingPicker(
-        {name: each.on(model.name, table.name) for name, each in (found or {}).items()},
+        {name: each.on(model.name, table.name, seed) for name, each in (found or {}).items()},
         experiment.called,
         program.groups,
     )
@@ -421,7 +422,7 @@ def outline_experiment(
         measures=tuple(measure for measure in measures if measure is not None),
         keep=tuple(measure for measure in keep if measure is not None),
         accuracies=accuracies,
-        seeds=tuple(map(int, work.family_axes.get(SEED_AXIS, ()))),
+        seeds=experiment.seeds or tuple(map(int, work.family_axes.get(SEED_AXIS, ()))),
         seed=program.seed,
         nested=work.sites.nested,
         picks=onward.picks,

@@ -22,7 +22,7 @@ from mechdsl.diagnostics.experiments import BadPick
 from mechdsl.diagnostics.statistics import PickBySign
 from mechdsl.program import spec
 from mechdsl.program.references import may_sweep
-from mechdsl.program.spec import constant_value
+from mechdsl.program.spec import SEED_AXIS, constant_value
 from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import Hits, PositionCell
@@ -320,12 +320,14 @@ class Finding:
         """Number of selected cells."""
         return sum(1 for part in self.parts for _ in part.grid())
 
-    def on(self, model: str, block: str) -> Finding:
-        """Select the variants with this model and this prompt set, if any variant has them."""
+    def on(self, model: str, block: str, seed: object) -> Finding:
+        """Select the variants with this model, this prompt set and this seed of trainings, if any
+        variant has them."""
         parts = self.parts
         for own in (
             tuple(part for part in parts if part.experiment.model.name == model),
             tuple(part for part in parts if part.experiment.table.name == block),
+            tuple(p for p in parts if dict(p.experiment.spec.variant).get(SEED_AXIS) == seed),
         ):
             parts = tuple(part for part in parts if part in own) if own else parts
         return self if len(parts) == len(self.parts) else Finding(parts)

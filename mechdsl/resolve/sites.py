@@ -37,14 +37,14 @@ from mechdsl.diagnostics.rules import (
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape, check_site, unit_count
 from mechdsl.program import spec
-from mechdsl.program.spec import CLEAN
+from mechdsl.program.spec import CLEAN, SEED_AXIS
 from mechdsl.prompts.answers import answer_context, is_list
 from mechdsl.prompts.positions.cells import NO_REPLIES, ReplyTokens
 from mechdsl.prompts.positions.spans import NO_ANSWERS, AnswerTokens
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import Hits, TextTokens
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer, single_token_spelling
-from mechdsl.resolve.cells import SEED_AXIS, counts_from_end, is_open
+from mechdsl.resolve.cells import counts_from_end, is_open
 from mechdsl.resolve.findings import FindingPicker
 from mechdsl.resolve.observations import Observation
 from mechdsl.resolve.types import (

@@ -18,10 +18,10 @@ from mechdsl.diagnostics.rules import BadBasis, FewDrawnRows, MeasuredOnTraining
 from mechdsl.dictionaries.folder import ENCODED_SITES, DictionaryFile
 from mechdsl.models.shape import ModelShape, vector_width
 from mechdsl.program import spec
-from mechdsl.program.basis_methods import BASIS_METHODS, PROBE_OPTIONS, TRAINING_DEFAULTS
+from mechdsl.program.basis_methods import PROBE_OPTIONS, TRAINING_DEFAULTS
 from mechdsl.program.directions import fit_rows_of_basis, last_token
 from mechdsl.program.own_trainers import OwnTrainer, find_trainer, trainer_arguments
-from mechdsl.program.spec import CLEAN, Constant, constant_value
+from mechdsl.program.spec import CLEAN, SEED_AXIS, Constant, constant_value
 from mechdsl.program.trainers import (
     DictionaryTrainer,
     DirectionTrainer,
@@ -30,11 +30,11 @@ from mechdsl.program.trainers import (
     RotationTrainer,
     trainer_call,
 )
+from mechdsl.program.trainings import constant_options, list_seeds
 from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
 from mechdsl.prompts.record_files import StreamedRecords
 from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PositionCell, RunRow
-from mechdsl.resolve.cells import SEED_AXIS
 from mechdsl.resolve.conflicts import SITES_WITHOUT_GRADIENT, find_flat_part
 from mechdsl.resolve.types import (
     BasisMember,
@@ -92,16 +92,6 @@ EDIT = "edit"
 """Start of the names of the tensors of a trained edit."""
 
 
-def list_seeds(definition: spec.Basis, program: spec.Program) -> tuple[int, ...]:
-    """Return the seeds of `fit(…, seeds: 3)`: that of the training, and the next ones; none for a
-    definition with one training, or for one of several."""
-    if definition.seed is not None or BASIS_METHODS[definition.method.name].takes != "training":
-        return ()
-    options = constant_options(definition, program)
-    first = int(options.get("seed", program.seed))
-    return tuple(range(first, first + int(options.get("seeds", 0))))
-
-
 def split_by_seed(
     definition: spec.Basis, program: spec.Program
 ) -> tuple[tuple[spec.Basis, ...], tuple[int, ...]]:
@@ -116,9 +106,10 @@ def name_without_seed(name: str, seed: int) -> str:
     return name.replace(f"[{SEED_AXIS} {seed}]", "").replace(f", {SEED_AXIS} {seed}]", "]")
 
 
-SEEDS_DIFFER = "the experiment has another axis `seed`, with other values"
-SEEDS_HINT = "write the same `seeds` and `seed` in each `fit`, and rename a `for` variable `seed`"
-"""Problem where `ExperimentContext.add_seed_axis` fails, and its hint."""
+def name_with_seed(training: Training) -> str:
+    """Return the name of a group, a lens or a probe; with several seeds, `g[seed 1]`."""
+    seed = f"[{SEED_AXIS} {training.seed}]" if training.is_one_of_several else ""
+    return f"{training.definition}{seed}"
 
 
 def explain_seeds(name: str, what: str, seeds: tuple[int, ...]) -> tuple[str, str]:
@@ -250,7 +241,7 @@ def outline_probe(
     training = _describe_training(definition, options, sample, points[0], program, model)
     layers = tuple(point.layer for point in points if point.layer is not None)
     # It depends on the model that runs the rows, not on that of the experiment.
-    name = f"{definition.name} {sample.run.model or model.key}"
+    name = _name(definition, sample.run.model or model.key)
     training = replace(training, name=name, layers=layers)
     widths = tuple(count_numbers(point, model.shape) for point in points)
     (target,) = (each.value for each in definition.method.arguments if each.name == "target")
@@ -264,16 +255,6 @@ def outline_probe(
 def name_probe_map(point: SitePoint) -> str:
     """Return the beginning of the names of a probe's tensors in its file: `layer.2`."""
     return point.site if point.layer is None else f"layer.{point.layer}"
-
-
-def constant_options(definition: spec.Basis, program: spec.Program) -> dict[str, Constant]:
-    """Return the constants of a call `fit(…)`, by option."""
-    return {
-        each.name: value
-        for each in definition.method.arguments
-        if each.name is not None
-        and (value := constant_value(each.value, program.parameters)) is not None
-    }
 
 
 @record
@@ -299,7 +280,7 @@ def outline_mask(
     (point, *_) = mask_points(objective)
     sample = FitSample(table, table.runs[objective.spec.base], paired_positions(objective)[0])
     training = _describe_training(definition, options, sample, point, program, objective.model)
-    training = replace(training, name=f"{definition.name} {objective.model.key}")
+    training = replace(training, name=_name(definition, objective.model.key))
     size = training.trainer_of(MaskTrainer).size(training.of_trainer)
     file = program.trained.get(training.name, (None, ""))[0]
     if isinstance(file, MaskFile):
@@ -344,6 +325,13 @@ def key_of_candidate(candidate: MaskCandidate) -> list[str | int | None]:
     return [*key_of_candidate(candidate.point), candidate.basis, candidate.number]
 
 
+def _name(definition: spec.Basis, *words: str | int | None) -> str:
+    """Return the name of a training in `Program.trained`."""
+    seed = () if definition.seed is None else (SEED_AXIS, definition.seed)
+    every = (definition.name, *words, *seed)
+    return " ".join(str(word) for word in every if word is not None)
+
+
 def _describe_training(
     definition: spec.Basis,
     options: Mapping[str, Constant],
@@ -364,10 +352,8 @@ def _describe_training(
     assert trainer is not None
     transcodes = isinstance(trainer, DictionaryTrainer) and trainer.outline(own).transcodes
     run_by = source.run.model if isinstance(source, FitSample) else None
-    words = (definition.name, point.site, point.layer, point.unit, run_by, model.key)
-    name = " ".join(str(word) for word in words if word is not None)
+    name = _name(definition, point.site, point.layer, point.unit, run_by, model.key)
     seed = definition.seed
-    name = name if seed is None else f"{name} seed {seed}"
     file = program.trained.get(name, (None, ""))[0]
     return Training(
         name=name,

@@ -30,6 +30,7 @@ from mechdsl.execute.run_record import (
     TrainingReport,
     VectorReport,
 )
+from mechdsl.results.assembly.seed_means import SetAgreement, measure_agreement
 from mechdsl.show.reports.text import print_hanging
 from mechdsl.statistics.intervals import mean_half_width
 
@@ -251,13 +252,17 @@ def _print_table(
             table.add_row(*[""] * 4, *numbers)
     several = group_by_seeds(fits)
     for each in several:
-        mean, far = _numbers(each.mean), _numbers(each.half_width)
-        far = [number.replace("nan", "–") for number in far]
-        table.add_row(f"{each.basis}: mean of {len(each.fits)} seeds", *[""] * 3, *mean)
-        table.add_row(f"{each.basis}: ±", *[""] * 3, *far)
+        mean, far = f"{each.basis}: mean of {len(each.fits)} seeds", f"{each.basis}: ±"
+        for name, lines in ((mean, _lines(each.mean)), (far, _lines(each.half_width))):
+            for number, line in enumerate(lines):
+                cells = (own.replace("nan", "–") for own in line)
+                table.add_row("" if number else name, *[""] * 3, *cells)
     console.print(table)
     for name, note in notes.items():
         print_hanging(f"  {name}: ", note, console)
+    for name, agreement in ((own.basis, own.agreement) for own in several):
+        if agreement is not None:
+            print_hanging(f"  {name}: ", agreement.text, console)
     if several:
         note = f"half the width of the {CONFIDENCE:g} % interval over seeds, by Student's t over "
         note += "these trainings, each with its own held-out rows; –: all are equal"
@@ -310,7 +315,7 @@ def _numbers(report: Report) -> list[str]:
     if isinstance(report, MaskReport):
         single = "–" if report.single is None else f"{report.single:.3f}"
         controls = (f"{each:.3f}" for each in (report.unpatched, report.whole))
-        undecided = f"{report.undecided} of {report.candidates}"
+        undecided = _share(report.undecided, report.candidates)
         return [f"{report.trained:.3f}", f"{report.random:.3f}", single, *controls, undecided]
     if isinstance(report, IndependenceReport):
         others = (report.untrained_kurtosis, report.components_kurtosis)
@@ -322,7 +327,7 @@ def _numbers(report: Report) -> list[str]:
     if isinstance(report, MixtureReport):
         others = (report.untrained, report.single, report.shuffled)
         likelihoods = (f"{number:.2f}" for number in (report.log_likelihood, *others))
-        return [*likelihoods, f"{report.empty} of {report.components}"]
+        return [*likelihoods, _share(report.empty, report.components)]
     if isinstance(report, RotationReport):
         means = (report.trained, report.untrained, report.unpatched, report.whole)
         return [f"{mean:.3f}" for mean in means]
@@ -335,6 +340,12 @@ def _numbers(report: Report) -> list[str]:
         f"{report.active:.1f}",
         f"{round(report.inactive, 1):,}",
     ]
+
+
+def _share(count: float, every: float) -> str:
+    """Return `0 of 16`; of means over seeds `0.3 of 16`, and of their intervals `0.5`."""
+    of = "" if np.isnan(every) else f" of {every:g}"
+    return f"{round(count, 1):g}{of}"
 
 
 def print_stored_trainings(trainings: Sequence[StoredTraining], console: Console) -> None:
@@ -385,29 +396,62 @@ class SeedReports:
         """Return a report with combined numbers, and the amounts of the first training."""
         first = self.fits[0].report
         found: dict[str, Any] = {field.name: getattr(first, field.name) for field in fields(first)}
-        for name in found.keys() - {field.name for field in fields(FitReport)}:
+        for name in found.keys() - {field.name for field in fields(FitReport)} - {"layers"}:
             values = [getattr(fit.report, name) for fit in self.fits]
-            if all(type(value) in (int, float) for value in values):
+            if all(isinstance(value, list) for value in values):  # one number for each layer
+                each = zip(*values, strict=True)
+                found[name] = [combine([*own]) if _are_numbers(own) else None for own in each]
+            elif _are_numbers(values):
                 found[name] = combine(values)
         return type(first)(**found)
+
+    @property
+    def agreement(self) -> SetAgreement | None:
+        """How well the sets that masks chose agree; None for other trainings."""
+        reports = [fit.report for fit in self.fits]
+        masks = [report for report in reports if isinstance(report, MaskReport)]
+        if len(masks) < len(reports):
+            return None
+        sets, candidates = [own.chosen.keys() for own in masks], [own.candidates for own in masks]
+        return measure_agreement(sets, min(candidates), masks[0].noun)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mean and both ends of the interval of each number as JSON; None for an end
         where all numbers are equal."""
         mean, far = asdict(self.mean), asdict(self.half_width)
         numbers = {n: (own, far[n]) for n, own in mean.items() if type(own) is float}
+        lists = {n: (own, far[n]) for n, own in mean.items() if isinstance(own, list)}
+        lists.pop("layers", None)
+        agreement = self.agreement
         return {
             "basis": self.basis,
             "seeds": [fit.seed for fit in self.fits],
             "confidence": CONFIDENCE,
-            "mean": {name: own for name, (own, _) in numbers.items()},
-            "low": {name: _end(own - width) for name, (own, width) in numbers.items()},
-            "high": {name: _end(own + width) for name, (own, width) in numbers.items()},
+            "mean": {name: own for name, (own, _) in (numbers | lists).items()},
+            "low": {name: _end(own, width, -1) for name, (own, width) in numbers.items()}
+            | {name: _ends(own, width, -1) for name, (own, width) in lists.items()},
+            "high": {name: _end(own, width, 1) for name, (own, width) in numbers.items()}
+            | {name: _ends(own, width, 1) for name, (own, width) in lists.items()},
+            **({} if agreement is None else {"agreement": agreement.to_dict()}),
         }
 
 
-def _end(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+def _are_numbers(values: Sequence[object]) -> bool:
+    return all(type(value) in (int, float) for value in values)
+
+
+def _end(mean: float | None, width: float | None, sign: int) -> float | None:
+    """Return one end of an interval; None if there is none."""
+    if mean is None or width is None or not np.isfinite(width):
+        return None
+    return mean + sign * width
+
+
+def _ends(
+    means: Sequence[float | None], widths: Sequence[float | None], sign: int
+) -> list[float | None]:
+    pairs = zip(means, widths, strict=True)
+    return [_end(mean, width, sign) for mean, width in pairs]
 
 
 def group_by_seeds(fits: Sequence[TrainedFit]) -> list[SeedReports]:

@@ -585,7 +585,7 @@ _file(
     '("fp32", or "bf16" for products of matrices), `rate` (0.001), `seed` (that of the file), '
     "`validation` (10% of the rows, which the training doesn't use), `patience` (none), "
     "`measure_on_training_rows` (false) and `seeds` (none). `seeds: 3` trains one for each of 3 "
-    "successive seeds; rules sweep them along the axis `seed`, and tables end with their mean, "
+    "successive seeds; experiments sweep them along the axis `seed`. Tables end with their mean, "
     "which has an interval over seeds and one over prompts. "
     'Rules use the basis like `sae("FOLDER")`. A basis that '
     "isn't trained is E0642, an experiment on training rows E0345.",

@@ -26,6 +26,7 @@ import mechdsl
 from mechdsl.base.hashing import stable_hash
 from mechdsl.execute.mask_training import MaskRows, open_rows
 from mechdsl.execute.run_record import MaskReport
+from mechdsl.execute.training_vectors import VectorCache
 from mechdsl.pipeline.trained_files import fits_of_file
 from mechdsl.resolve.types import SitePoint, TrainedMask
 
@@ -78,7 +79,7 @@ def training_rows(path: Path, model: Any, side: Any = None) -> tuple[TrainedMask
     assert declared.objective is not None
     mask = declared.file
     assert isinstance(mask, TrainedMask)
-    return mask, open_rows(mask, declared.objective, shared(model), side)
+    return mask, open_rows(mask, declared.objective, shared(model), side, VectorCache())
 
 
 def chosen_sites(found: mechdsl.TrainedFit) -> list[str]:
@@ -489,7 +490,7 @@ def test_each_model_has_its_own_sites(tmp_path: Path) -> None:
     write(tmp_path, fit(), expects)
     body = path.read_text("utf-8").split("\n", 2)[2]
     path.write_text(f"{head}{body}", "utf-8")
-    with pytest.raises(mechdsl.MechdslError, match="has other sites in each model"):
+    with pytest.raises(mechdsl.MechdslError, match="has other sites for each model"):
         mechdsl.fit(path, given, store=tmp_path / "store")
 
 

@@ -1,11 +1,14 @@
 """Trainings with several seeds, `fit(…, seeds: 3)`.
 
 That they are the trainings of single definitions, and share one set of activations; the intervals
-over seeds and over prompts against a manual computation; where they are printed and stored; errors.
+over seeds and over prompts against a manual computation; the agreement of masks; where they are
+printed and stored; errors.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,17 @@ from scipy.special import stdtrit
 
 import mechdsl
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.trainings import group_by_seeds
+from mechdsl.show.console import visible_console
+from mechdsl.show.trainings import group_by_seeds, print_trained_fits
 from mechdsl.statistics.intervals import mean_half_width
 
 from ..quick import in_turn
+from . import test_trained_circuits as circuits
+from . import test_trained_coordinate_masks as coordinates
+from . import test_trained_lenses as lenses
+from . import test_trained_masks as masks
+from . import test_trained_position_masks as positions
+from . import test_trained_probes as probes
 from .test_trained_rotations import (
     HERE,
     PATCH,
@@ -46,13 +56,30 @@ KINDS = {
     "vector": (fit_vector("{}"), (f"add 2 * v to {SITE} at last token",)),
     "scales": (fit_vector("{}", inner="scales"), (f"scale {SITE} at last token by v",)),
     "dictionary": (f"{DICTIONARY}\n", (RECONSTRUCT,)),
+    "mixture": (
+        "basis b = fit(mixture(components: 3), prompts: p, validation: 25%{}) at " + SITE + "\n",
+        (RECONSTRUCT,),
+    ),
+    "sites": (masks.fit("{}"), masks.PATCH),
+    "dimensions": (coordinates.fit("{}", at=f"{SITE} dims * at last token"), masks.PATCH),
+    "positions": (positions.fit("{}"), positions.PATCH),
+    "circuit": (circuits.fit("{}"), circuits.PATCH),
+    "lens": (
+        lenses.fit("{}"),
+        ("observe tuned_lens(l) resid_post layer * at last token",),
+    ),
 }
+
+
+def fill(line: str, options: object) -> str:
+    """A declaration with its options."""
+    return line.replace("{}", str(options))
 
 
 def effects(result: Any) -> np.ndarray[Any, Any]:
     """[cell, prompt] the measure of every prompt."""
     measure = result["e"].measures[0]
-    return measure.patched - measure.base
+    return measure.patched - np.nan_to_num(measure.base)
 
 
 def one(results: Any) -> ExperimentResult:
@@ -73,17 +100,119 @@ def test_cells_of_seeds_equal_definitions_with_each_seed(
     kind: str, family: str, tmp_path: Path
 ) -> None:
     line, rules = KINDS[kind]
-    quick = QUICK.replace("0.05", "0.001") if kind == "dictionary" else QUICK
-    used = experiment(*rules)
-    path = write(tmp_path, line.format(f"{quick}, seed: 4, seeds: 3"), used)
+    quick = QUICK.replace("0.05", "0.001") if kind in ("dictionary", "lens") else QUICK
+    quick = "" if kind == "mixture" else quick
+    lens = "measure logprob(answer) as raw"
+    used = experiment(*rules, **({"measure": lens} if kind == "lens" else {}))
+    path = write(tmp_path, fill(line, f"{quick}, seed: 4, seeds: 3"), used)
     several = run(path, family, fit=True)
-    assert [cell.coords["seed"] for cell in several["e"].cells] == [4, 5, 6]
-    values = effects(several)
-    assert len({tuple(row) for row in values}) == 3
+    found = [cell.coords["seed"] for cell in several["e"].cells]
+    values = effects(several).reshape(3, len(found) // 3, -1)
+    assert found == [seed for seed in (4, 5, 6) for _ in values[0]]
+    if kind not in MAY_AGREE:
+        assert len({tuple(each.ravel()) for each in values}) == 3
     for number, seed in enumerate((4, 5, 6)):
-        path = write(tmp_path, line.format(f"{quick}, seed: {seed}"), used)
+        path = write(tmp_path, fill(line, f"{quick}, seed: {seed}"), used)
         single = run(path, family)  # stored: the same training
-        assert np.allclose(effects(single)[0], values[number], rtol=0, atol=1e-5)
+        assert np.allclose(effects(single), values[number], rtol=0, atol=1e-5)
+
+
+MAY_AGREE = ("sites", "dimensions", "positions", "circuit", "mixture")
+"""What may be the same for several seeds."""
+
+
+@pytest.mark.parametrize("inner", ["ridge(penalty: 2)", "logistic(penalty: 1)"])
+def test_probes_of_seeds_equal_definitions_with_each_seed(inner: str, tmp_path: Path) -> None:
+    """They hold out other rows; a vector reads no other model and is read once for all."""
+    target = "size" if inner.startswith("ridge") else "kind"
+    line = probes.fit(inner, "validation: 25%{}", target=target)
+    path = probes.write_file(tmp_path, fill(line, ", seed: 4, seeds: 3"), probes.READS)
+    several = run(path, fit=True)["e"]
+    values = several.measures[0].patched.reshape(3, -1)
+    assert len({tuple(each) for each in values}) == 3
+    assert len(several.seed_means) == 6  # one for each layer, also of the shuffled probe
+    for number, seed in enumerate((4, 5, 6)):
+        path = probes.write_file(tmp_path, fill(line, f", seed: {seed}"), probes.READS)
+        single = run(path)["e"]
+        assert np.array_equal(single.measures[0].patched.ravel(), values[number])
+
+
+def test_masks_lenses_and_probes_of_seeds_share_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = f"{QUICK}, seeds: {{}}"
+    lens_rules = lenses.experiment(KINDS["lens"][1][0], measure="measure logprob(answer) as raw")
+    probe = probes.fit(options="validation: 25%, seeds: {}")
+    cases = {
+        "sites": (masks.fit(quick.replace("6,", "0,", 1)), masks.PATCHES, write),
+        "lens": (lenses.fit(quick), lens_rules, write),
+        "probe": (probe, probes.READS, probes.write_file),
+    }
+    for kind, (line, used, make) in cases.items():
+        counts = [
+            count_passes(make(tmp_path, fill(line, each), used), monkeypatch) for each in (2, 3, 4)
+        ]
+        further = counts[1] - counts[0]
+        assert counts[2] - counts[1] == further, kind
+        assert counts[0] > 2 * further, kind  # the first one reads the activations
+        assert (further == 0) == (kind == "probe"), kind  # steps and reports of others run it
+
+
+def test_masks_of_seeds_are_compared(tmp_path: Path) -> None:
+    path = write(tmp_path, masks.fit(f"{QUICK}, seeds: 3"), masks.PATCHES)
+    fits = train(path)
+    assert [each.basis for each in fits] == ["g[seed 0]", "g[seed 1]", "g[seed 2]"]
+    sets = [set(each.report.chosen) for each in fits]  # pyright: ignore
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    jaccard = np.mean([len(sets[i] & sets[k]) / len(sets[i] | sets[k]) for i, k in pairs])
+    every = list(itertools.combinations(range(12), 3))
+    chance = np.mean([len(set(own) & {0, 1, 2}) / len(set(own) | {0, 1, 2}) for own in every])
+    (group,) = group_by_seeds(fits)
+    found = json.loads(json.dumps(group.to_dict()))["agreement"]
+    assert np.isclose(found["jaccard"], jaccard)
+    assert np.isclose(found["chance"], chance)
+    shared, used = set.intersection(*sets), set.union(*sets)
+    assert (found["shared"], found["used"]) == (len(shared), len(used))
+    said = f"{len(shared)} of 3 sites are chosen with all 3 seeds, and {len(used)} with at least"
+    assert said in one(run(path)).conventions["agreement of g"]
+    out = io.StringIO()
+    print_trained_fits(fits, visible_console(file=out, width=200))
+    assert said in out.getvalue()
+
+
+def test_trainings_of_several_kinds_have_one_axis(tmp_path: Path) -> None:
+    """A mask and a rotation with equal seeds; each cell has both of one seed."""
+    rules = (*masks.PATCH, f"patch {SITE} in basis d at right token")
+    path = write(tmp_path, fit(SEEDS), masks.fit(f"{QUICK}, seeds: 3"), experiment(*rules))
+    several = run(path, fit=True)
+    assert [cell.coords["seed"] for cell in several["e"].cells] == [0, 1, 2]
+    for seed in range(3):
+        parts = fit(f"{QUICK}, seed: {seed}"), masks.fit(f"{QUICK}, seed: {seed}")
+        single = run(write(tmp_path, *parts, experiment(*rules)))
+        assert np.allclose(effects(single)[0], effects(several)[seed], rtol=0, atol=1e-5)
+
+
+def test_masks_of_seeds_run_during_generation_and_in_sweeps(tmp_path: Path) -> None:
+    line = masks.fit(f"{QUICK}, {{}}")
+    rules = (
+        "from turned into clean",
+        "for c in [0, 2] { scale g at last token by c }",
+        "generate 3",
+    )
+    used = experiment(*rules, measure="measure length as raw")
+    run_of = experiment("run r { ablate g at last token with zero }", "from r into clean",
+                        f"patch {SITE} at last token", name="f")  # fmt: skip
+    several = run(write(tmp_path, fill(line, "seeds: 2"), used, run_of), fit=True)
+    assert [tuple(c.coords.values()) for c in several["e"].cells] == [
+        (0, 0), (0, 2), (1, 0), (1, 2)
+    ]  # fmt: skip
+    for seed in range(2):
+        single = run(write(tmp_path, fill(line, f"seed: {seed}"), used, run_of))
+        cells = slice(2 * seed, 2 * seed + 2)
+        own = several["e"].measures[0].patched[cells]
+        assert np.array_equal(single["e"].measures[0].patched, own)
+        derived = several["f"].measures[0].patched[seed]
+        assert np.allclose(single["f"].measures[0].patched[0], derived, atol=1e-5)
 
 
 def count_passes(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -236,14 +365,38 @@ def test_fit_has_mean_of_reports(tmp_path: Path) -> None:
 
 # --- errors ---------------------------------------------------------------------------------------
 
+ABLATE = "ablate g at last token with zero"
+MASK_3 = masks.fit(f"{QUICK}, seeds: 3")
+EXPECTS = "measure logit(answer) as delta\n  expect auroc(delta, g) > 0"
 MASK = "group g = fit(mask(size: 1), prompts: p, from: other, maximise: logit(wrong), seeds: 2) at layers * heads * at last token\n"  # noqa: E501
-LENS = "lens l = fit(tuned_lens, prompts: p, seeds: 2) at resid_post layer * at tokens *\n"
 OTHER_SEEDS = fit(f"{QUICK}, seeds: 2").replace("basis d", "basis c")
 OTHER_SITE = "mlp_out layer 0 at last token"
 FAILS = {
     "one": (fit(f"{QUICK}, seeds: 1"), PATCH, "E0342", "a whole number from 2 to 100"),
-    "mask": (MASK, ("ablate g at last token with zero",), "E0207", "which makes one group"),
-    "lens": (LENS, ("observe l resid_post layer 0 at last token",), "E0207", "makes one lens"),
+    "different seeds": (
+        MASK + fit(SEEDS),
+        (*PATCH, ABLATE),
+        "E0342",
+        "`d` and `g` are used together, with different seeds",
+    ),
+    "loop named seed": (
+        MASK,
+        (f"for seed in [5, 6] {{ scale {OTHER_SITE} by seed }}", ABLATE),
+        "E0342",
+        "another axis `seed`",
+    ),
+    "save": (
+        MASK,
+        (ABLATE, f'save {SITE} at last token to "x.safetensors"'),
+        "E0108",
+        "which has several seeds",
+    ),
+    "expected group": (
+        MASK_3,
+        ("from turned into clean", "patch layer * head * at last token", EXPECTS),
+        "E0207",
+        "has other sites for each seed",
+    ),
     "loop": (
         fit(SEEDS) + OTHER_SEEDS,
         (PATCH[0], f"for b in [d, c] {{ patch {SITE} in basis b at last token }}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 import mechdsl
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute import objective_rows
+from mechdsl.execute.mask_training import MaskRows
 from mechdsl.execute.objective_rows import ObjectiveRows
 from mechdsl.fits.training import Training
 from mechdsl.pipeline.trained_files import list_training_costs
@@ -26,13 +28,23 @@ from ..rules.models import bare
 from . import test_boundless_rotations as boundless
 from . import test_soft_prompts as prompts
 from . import test_trained_circuits as circuits
+from . import test_trained_coordinate_masks as coordinates
 from . import test_trained_edits as edits
 from . import test_trained_masks as masks
+from . import test_trained_position_masks as positions
 from . import test_trained_rotations as rotations
 from . import test_trained_scales as scales
 from . import test_trained_vectors as vectors
 from .test_trained_dictionaries import checked
-from .test_trained_rotations import OTHER, interrupt_training, models, run, train, write
+from .test_trained_rotations import (
+    OTHER,
+    experiment,
+    interrupt_training,
+    models,
+    run,
+    train,
+    write,
+)
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::mechdsl.MechdslWarning")
@@ -138,7 +150,7 @@ def test_vectors_that_exceed_the_buffer_are_read_for_each_step(
     (first,) = train(path)
     width = max(own.shape[-1] for own in load_file(first.folder / DECLARED[kind][2]).values())
     read: list[int] = []
-    real = ObjectiveRows._read_both  # pyright: ignore[reportPrivateUsage]
+    real = ObjectiveRows._read_all  # pyright: ignore[reportPrivateUsage]
     few_rows = ObjectiveRows.first_rows.func
 
     def counted(self: ObjectiveRows, rows: Any) -> Any:
@@ -152,7 +164,7 @@ def test_vectors_that_exceed_the_buffer_are_read_for_each_step(
         numbers = [own for own in vars(found.report).values() if isinstance(own, float)]
         return numbers, load_file(found.folder / DECLARED[kind][2]), [*read]
 
-    monkeypatch.setattr(ObjectiveRows, "_read_both", counted)
+    monkeypatch.setattr(ObjectiveRows, "_read_all", counted)
     monkeypatch.setattr(objective_rows, "CHUNK_BYTES", 3 * 2 * 4 * width)
     with monkeypatch.context() as patch:  # all vectors, and those of few rows at the start
         few = property(lambda self: real(self, few_rows(self))[0])
@@ -166,6 +178,52 @@ def test_vectors_that_exceed_the_buffer_are_read_for_each_step(
     for name, own in weights.items():
         assert torch.allclose(other_weights[name], own, atol=1e-5), name
     assert other_numbers == pytest.approx(numbers, abs=1e-4, nan_ok=True)
+
+
+DIMENSIONS = "resid_post layer 1 dims * at last token"
+MASKED = {
+    "sites": (masks.fit(), masks.PATCHES, 2),
+    "means of sites": (
+        masks.fit(source="with: mean"),
+        experiment("ablate g at last token with mean"),
+        2,
+    ),
+    "edges": (circuits.fit(), circuits.PATCHES, 2),
+    "positions": (positions.fit(), positions.PATCHES, 3),
+    "dimensions": (coordinates.fit(at=DIMENSIONS), masks.PATCHES, 2),
+    "means of dimensions": (
+        coordinates.fit(at=DIMENSIONS, source="with: mean"),
+        experiment("ablate g at last token with mean"),
+        2,
+    ),
+}
+"""The declaration, an experiment, and the number of rows that are read at once."""
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_vectors_of_a_mask_that_exceed_the_buffer_are_read_for_each_step(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, used, most = MASKED[name]
+    path = write(tmp_path, line, used)
+    (whole,) = train(path)
+    read: list[int] = []
+    real = MaskRows._read_all  # pyright: ignore[reportPrivateUsage]
+
+    def counted(self: MaskRows, rows: Any) -> Any:
+        read.append(len(rows))
+        return real(self, rows)
+
+    monkeypatch.setattr(MaskRows, "_read_all", counted)
+    for module in (objective_rows, training_cost):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 8)
+    (parts,) = train(path)
+    assert parts.folder != whole.folder
+    first, second = (json.loads((own.folder / "mask.json").read_text()) for own in (whole, parts))
+    assert second["chosen"] == first["chosen"]
+    assert second["probabilities"] == pytest.approx(first["probabilities"], abs=1e-5)
+    assert max(read) <= most
+    assert (len(read) > 10) == (name != "means of sites")  # otherwise once for the means
 
 
 def test_key_and_price_know_vectors_that_exceed_the_buffer(

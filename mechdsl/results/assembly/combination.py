@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.fits import masks
-from mechdsl.program.spec import PROMPTS_AXIS
+from mechdsl.program.spec import PROMPTS_AXIS, SEED_AXIS
 from mechdsl.resolve.cells import (
     VariantLabels,
     average_cells,
@@ -272,7 +272,8 @@ def _variant_names(labels: Sequence[VariantLabels], texts: Sequence[str | None])
     for axis in range(len(labels[0])):
         own = [str(each[axis][1]) for each in labels]
         if len(set(zip(own, texts, strict=True))) == len(set(own)):
-            return own
+            word = f"{SEED_AXIS} " if labels[0][axis][0] == SEED_AXIS else ""
+            return [f"{word}{each}" for each in own]
     return [", ".join(f"{axis} {label}" for axis, label in each) for each in labels]
 
 

@@ -1,4 +1,5 @@
-"""Means over trainings with several seeds, `fit(…, seeds: 5)`, with their intervals.
+"""Means over trainings with several seeds, `fit(…, seeds: 5)`, with their intervals, and the
+agreement of the sets that masks choose.
 
 The interval over seeds is Student's t of the means of single trainings, all on the same prompts. It
 is separate from the interval over prompts, which is of each prompt's mean over these trainings.
@@ -6,13 +7,19 @@ is separate from the interval over prompts, which is of each prompt's mean over 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from math import comb
+from typing import Any
 
 import numpy as np
 
+from mechdsl.base.text import count_noun
 from mechdsl.program import spec
-from mechdsl.resolve.cells import SEED_AXIS, CellKey, average_cells
+from mechdsl.program.spec import SEED_AXIS
+from mechdsl.resolve.cells import CellKey, average_cells
+from mechdsl.resolve.types import ResolvedExperiment
 from mechdsl.results.assembly.collection import add_statistics
 from mechdsl.results.assembly.combination import average_over_axis
 from mechdsl.results.experiment_result import ExperimentResult, SeedMean
@@ -77,3 +84,95 @@ def _means_of_cell(
         yield SeedMean(
             measure, cell, len(known), mean, mean - far, mean + far, *ends, int(found.n[place])
         )
+
+
+# --- agreement of chosen sets ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SetAgreement:
+    """How well the sets that several trainings chose agree."""
+
+    sets: int
+    """Number of sets."""
+    noun: str
+    """What one of their elements is: `site`, `feature`."""
+    size: int
+    """Elements of the first set."""
+    shared: int
+    """Elements that all sets have."""
+    used: int
+    """Elements that at least one set has."""
+    jaccard: float
+    """Mean over pairs of sets of the number of shared elements divided by that of all elements of
+    the pair."""
+    chance: float | None
+    """The expected value of the same for independent random sets of these sizes; None if the number
+    of elements that sets are chosen from isn't known."""
+
+    @property
+    def text(self) -> str:
+        """The agreement as a line below a table."""
+        chance = "" if self.chance is None else f", of random ones {self.chance:.2f}"
+        return (
+            f"{self.shared:,} of {count_noun(self.size, self.noun)} are chosen with all "
+            f"{self.sets} seeds, and {self.used:,} with at least one; mean Jaccard index of two "
+            f"choices {self.jaccard:.2f}{chance}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers as JSON."""
+        names = ("sets", "size", "shared", "used", "jaccard", "chance")
+        return {name: getattr(self, name) for name in names}
+
+
+def measure_agreement(
+    sets: Sequence[Collection[Hashable]], candidates: int | None, noun: str
+) -> SetAgreement:
+    """Return how well at least two sets agree, none of which is empty.
+
+    The shared elements of two independent random sets have a hypergeometric distribution.
+
+    Args:
+        candidates: Number of elements that each set was chosen from; None if it isn't known.
+        noun: What one element is.
+    """
+    chosen = [set(each) for each in sets]
+    pairs = list(combinations(chosen, 2))
+    found = [len(one & other) / len(one | other) for one, other in pairs]
+    chance = None
+    if candidates is not None:
+        by_pair = [_expected_jaccard(len(one), len(other), candidates) for one, other in pairs]
+        chance = float(np.mean(by_pair))
+    shared, used = set.intersection(*chosen), set.union(*chosen)
+    counts = len(chosen[0]), len(shared), len(used)
+    return SetAgreement(len(sets), noun, *counts, float(np.mean(found)), chance)
+
+
+def _expected_jaccard(one: int, other: int, every: int) -> float:
+    """Return the expected Jaccard index of two random sets of these sizes."""
+    return sum(
+        comb(one, k) * comb(every - one, other - k) / comb(every, other) * k / (one + other - k)
+        for k in range(max(0, one + other - every), min(one, other) + 1)
+    )
+
+
+def describe_agreements(variants: Sequence[ResolvedExperiment]) -> dict[str, str]:
+    """Return the conventions of an experiment on the agreement of its masks over seeds.
+
+    Args:
+        variants: All experiments with one name.
+    """
+    found: dict[str, str] = {}
+    for model in dict.fromkeys(each.model.name for each in variants):
+        own = [each for each in variants if each.model.name == model]
+        several = [mask for each in own for mask in each.masks if mask.training.is_one_of_several]
+        for name in dict.fromkeys(mask.training.definition for mask in several):
+            masks = {m.training.seed: m for m in several if m.training.definition == name}.values()
+            first = next(iter(masks))
+            where = "" if len(own) == len(variants) else f" in {model}"
+            is_known = first.noun in ("site", "edge")  # others may change no training row
+            count = len(first.candidates) if is_known else None
+            agreement = measure_agreement([mask.chosen for mask in masks], count, first.noun)
+            found[f"agreement of {name}{where}"] = agreement.text
+    return found

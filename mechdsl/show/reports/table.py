@@ -22,7 +22,8 @@ from rich.text import Text
 from mechdsl.base.arrays import Floats
 from mechdsl.base.text import escape_hidden
 from mechdsl.program import spec
-from mechdsl.resolve.cells import SEED_AXIS, CellKey, Coord
+from mechdsl.program.spec import SEED_AXIS
+from mechdsl.resolve.cells import CellKey, Coord
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.statistics_conventions import sign_ranking_note, statistics_conventions
 from mechdsl.show.console import visible_console
