@@ -411,6 +411,9 @@ def _bad_control(call: ast.Call, reason: str, hint: str, work: Statements) -> No
 VERIFIED_WORDS = ("top", "random")
 """Words after `verify`: how cells are chosen that are also run."""
 
+STABLE_TOP = 20
+"""Number of cells that `verify until stable` searches."""
+
 PLANNED_ESTIMATORS = ("eap", "eap_ig")
 """Estimators of the language that no stage executes yet."""
 
@@ -457,6 +460,10 @@ def lower_estimator(work: Statements) -> spec.Estimator | None:
 
 def _verification(line: ast.Using, work: Statements) -> spec.Verification | None:
     """Lower the part after `verify`; None without one, or after an error."""
+    if line.stable:
+        return spec.Verification(span=line.span, top=STABLE_TOP, until="stable")
+    if line.top is not None and line.confidence is not None:
+        return _bounded_search(line.top, line.confidence, line, work)
     if not line.verify:
         return None
     first, last = line.verify[0].span, line.verify[-1].span
@@ -480,7 +487,28 @@ def _verification(line: ast.Using, work: Statements) -> spec.Verification | None
             return None
         counts[pick.how] = amount
     span = Span(first.source, first.start, last.end)
-    return spec.Verification(span=span, **counts)
+    return spec.Verification(span=span, top=counts.get("top", 0), random=counts.get("random", 0))
+
+
+def _bounded_search(
+    count: int | str, confidence: ast.Percent, line: ast.Using, work: Statements
+) -> spec.Verification | None:
+    """Lower `until top 20 95%`; None after an error."""
+    if isinstance(count, str) and not work.scope.use("param", count, line.span):
+        return None
+    top = whole_number_value(count, work.parts.parameters)
+    if top is None or not 1 <= top <= limits.CELLS:
+        reason = f"must be a whole number of cells, 1 to {limits.CELLS:,}"
+        _bad_estimator(line.span, "top", reason, "write `until top 20 95%`", work)
+        return None
+    if not 50 <= confidence.value < 100:
+        reason = "must be a confidence from 50% to less than 100%"
+        name, hint = f"{confidence.value:g}%", f"write `until top {top} 95%`"
+        _bad_estimator(confidence.span, name, reason, hint, work)
+        return None
+    return spec.Verification(
+        span=line.span, top=top, until="bound", confidence=float(confidence.value)
+    )
 
 
 def _steps(argument: ast.Argument, default: int, work: Statements) -> int:

@@ -626,12 +626,22 @@ class NoControl(Spec):
 
 
 class Verification(Spec):
-    """`verify top 20, random 20`: estimated cells that are also run."""
+    """`verify top 20, random 20`, `verify until top 20 95%`: cells that are also run."""
 
     top: int = 0
-    """Number of cells with the largest absolute estimates."""
+    """Number of cells with the largest absolute estimates; with `until`, of the largest exact
+    effects that are searched."""
     random: int = 0
     """Number of cells drawn at random from all others."""
+    until: Literal["", "bound", "stable"] = ""
+    """bound: until the largest exact effects are known with `confidence`. stable: until they
+    haven't changed for as many runs."""
+    confidence: float = 95.0
+    """In percent."""
+
+    def most(self, cells: int) -> int:
+        """Return how many of some cells are run at most."""
+        return cells if self.until else min(cells, self.top + self.random)
 
 
 class Estimator(Spec):

@@ -127,6 +127,7 @@ def _of_verification(experiment: ResolvedExperiment, said: spec.Estimator) -> It
         )
 
     cells, asked = experiment.n_there, verify.top + verify.random
+    is_counted = experiment.rules and not experiment.stand_ins
     compared = [m for m in own.measures if EFFECTS[m.effect].is_tested_intervention]
     if not said.kind.is_effect:
         reason = f"it returns {said.kind.value_said}, which isn't an effect that a run has"
@@ -139,7 +140,7 @@ def _of_verification(experiment: ResolvedExperiment, said: spec.Estimator) -> It
     elif not compared:
         hint = "measure an effect of the rule, such as `as delta`"
         yield problem("this experiment", "no measure is an effect of the rule", hint)
-    elif asked > cells and experiment.rules and not experiment.stand_ins:
+    elif asked > cells and verify.until != "stable" and is_counted:
         most = count_noun(cells, "cell")
         reason = f"the experiment has {most}"
         hint = f"choose up to {most}, or remove `using` to run all of them"

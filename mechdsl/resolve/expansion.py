@@ -192,10 +192,11 @@ def add_exact_cells(experiments: Iterable[ResolvedExperiment]) -> Iterator[Resol
             continue
         indices = product(*(range(len(axis)) for axis in experiment.axes))
         there = [index for index in indices if experiment.has(index)]
-        count = min(len(there), said.verify.top + said.verify.random)
+        count = said.verify.most(len(there))
         chosen = [there[place * len(there) // count] for place in range(count)]
         exact = select_exact_cells(experiment, chosen)
-        name = f"{experiment.name}, verified"
+        most = " at most" if said.verify.until else ""
+        name = f"{experiment.name}, verified{most}"
         yield replace(exact, spec=exact.spec.model_copy(update={"name": name}))
 
 

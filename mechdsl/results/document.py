@@ -286,17 +286,33 @@ class TopRecallDocument(DocumentPart):
     high: float | None
 
 
+class TopSearchDocument(DocumentPart):
+    """Outcome of `verify until …`."""
+
+    until: Literal["bound", "stable"]
+    confidence: float = Field(description="in percent, of `bound`")
+    risk: float | None = Field(
+        description="estimated probability that a cell that wasn't run is among the largest; 0 if "
+        "all were run, null without an estimate"
+    )
+    freedom: float | None = Field(description="degrees of freedom of the residuals")
+    proved: bool = Field(description="whether every cell that can have an effect was run")
+
+
 class VerificationDocument(DocumentPart):
     """The verified cells of one measure."""
 
     label: str
     effect: str
-    top: int = Field(description="cells with the largest absolute estimates")
+    top: int = Field(
+        description="cells with the largest absolute estimates; of a search, largest exact effects"
+    )
     random: int = Field(description="cells drawn at random from all others")
     others: int = Field(description="all others that can have an effect")
     over_random: AgreementDocument | None = None
     over_all: AgreementDocument
     recall: TopRecallDocument | None = None
+    search: TopSearchDocument | None = None
 
 
 class MeasureDocument(DocumentPart):
@@ -650,16 +666,25 @@ def _verification_document(
         own = correlation(found.pearson), correlation(found.spearman)
         return AgreementDocument(cells=found.cells, pearson=own[0], spearman=own[1])
 
-    over, recall = verified.over_random, verified.recall
+    over, recall, search = verified.over_random, verified.recall, verified.search
     return VerificationDocument(
         label=data.label,
         effect=data.effect,
         top=verified.top,
-        random=len(verified.cells) - verified.top,
+        random=len(verified.cells) - verified.ranked,
         others=verified.others,
         over_all=agreement(verified.over_all),
         **known_fields(
             over_random=None if over is None else agreement(over),
+            search=None
+            if search is None
+            else TopSearchDocument(
+                until=search.until,
+                confidence=search.confidence,
+                risk=finite_number(search.risk),
+                freedom=finite_number(search.freedom),
+                proved=search.is_proved,
+            ),
             recall=None
             if recall is None
             else TopRecallDocument(

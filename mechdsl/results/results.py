@@ -283,7 +283,7 @@ def _experiment_checks(found: ExperimentResult) -> Iterator[bool]:
     yield len(found.statistics) in (0, len(found.measures))
     yield len(found.controls) in (0, len(found.measures))
     for each in found.verified:
-        yield 0 <= each.measure < len(found.measures) and 0 <= each.top <= len(each.cells)
+        yield 0 <= each.measure < len(found.measures) and 0 <= each.ranked <= len(each.cells)
         yield all(a.shape == each.cells.shape for a in (each.exact, each.low, each.high))
         yield each.cells.ndim == 1 and len({*each.cells.tolist()}) == len(each.cells)
         yield {*each.cells.tolist()} <= {*range(cells)}

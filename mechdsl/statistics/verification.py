@@ -4,6 +4,14 @@ A correlation's interval is over the cells that were drawn at random. It extends
 sides on Fisher's scale, by the jackknife over cells and Student's t of one degree of freedom fewer
 than there are cells.
 
+`verify until top 20 95%` follows the order of the estimates. After each batch, the exact effects
+of all cells that were run are regressed on their estimates: x = a + b·e plus residuals of
+Student's t with scale √(c² + d²e²), by maximum likelihood over a, b, c, d and the degrees of
+freedom. With T the 20th largest absolute effect that was run, the probability that some other
+cell exceeds T is 1 − Π(1 − P(|xᵢ| > T)). This holds for residuals like those that were seen. It
+can't hold for a single cell whose estimate says nothing of its effect: no method excludes one
+without running all cells.
+
 References:
     Efron, B. and Stein, C. (1981). The jackknife estimate of variance. Ann. Stat. 9, 586-596.
     Fisher, R. A. (1921). On the "probable error" of a coefficient of correlation deduced from a
@@ -88,6 +96,25 @@ class ExactEffect:
     high: float
 
 
+@dataclass(frozen=True)
+class TopSearch:
+    """The outcome of a search for the cells with the largest exact effects."""
+
+    until: Literal["bound", "stable"]
+    confidence: float
+    """In percent, of `bound`."""
+    risk: float
+    """Estimated probability that a cell that wasn't run is among the largest: 0 if all were run and
+    have an effect, NaN without an estimate."""
+    freedom: float
+    """Degrees of freedom of the residuals; NaN without an estimate."""
+
+    @property
+    def is_proved(self) -> bool:
+        """Whether every cell that can have an effect was run."""
+        return self.risk == 0
+
+
 @dataclass(frozen=True, eq=False)
 class VerifiedCells:
     """The cells of one measure that were also run."""
@@ -95,7 +122,10 @@ class VerifiedCells:
     measure: int
     """Number of the measure."""
     top: int
-    """Number of cells with the largest absolute estimates."""
+    """Number of cells with the largest absolute estimates; of a search, of the largest exact
+    effects."""
+    ranked: int
+    """Number of the cells that were chosen by their estimates."""
     others: int
     """Number of all other cells that can have an effect; the random ones are drawn from them."""
     cells: Ints
@@ -107,6 +137,7 @@ class VerifiedCells:
     over_random: Agreement | None
     over_all: Agreement
     recall: TopRecall | None
+    search: TopSearch | None = None
     fewer_rows: int = 0
     """Number of verified cells whose exact effect is over fewer prompts than the estimate."""
 
@@ -123,7 +154,7 @@ class VerifiedCells:
             return None
         (place,) = places
         numbers = (float(each[place]) for each in (self.exact, self.low, self.high))
-        return ExactEffect("top" if place < self.top else "random", *numbers)
+        return ExactEffect("top" if place < self.ranked else "random", *numbers)
 
 
 def choose_cells(estimates: Floats, top: int, random: int, seed: int) -> tuple[Ints, Ints]:
@@ -161,26 +192,133 @@ def verify_cells(
         seed: Seed of the drawing.
         confidence: Of intervals, in percent.
     """
-    best, drawn = choose_cells(estimates, asked.top, asked.random, seed)
+    search: TopSearch | None = None
+    if asked.until:
+        best, drawn, search = search_top(estimates, asked, seed, exact)
+    else:
+        best, drawn = choose_cells(estimates, asked.top, asked.random, seed)
     cells = np.concatenate([best, drawn])
     found = exact(cells)
     pairs = estimates[cells], found.mean
     is_random = np.arange(len(cells)) >= len(best)
-    others = int(np.isfinite(estimates).sum()) - len(best)
-    sampled = confidence if len(drawn) < others else None
+    known = int(np.isfinite(estimates).sum())
+    top = min(asked.top, known)
+    sampled = confidence if len(drawn) < known - top else None
+    recall = top_recall(found.mean, top, sampled) if top and search is None else None
     return VerifiedCells(
         measure=measure,
-        top=len(best),
-        others=others,
+        top=top,
+        ranked=len(best),
+        others=known - top,
         cells=cells,
         exact=found.mean,
         low=found.low,
         high=found.high,
         over_random=agreement(*pairs, is_random, sampled) if len(drawn) else None,
         over_all=agreement(*pairs, np.ones_like(is_random), None),
-        recall=top_recall(found.mean, len(best), sampled) if len(best) else None,
+        recall=recall,
+        search=search,
         fewer_rows=int((found.n < counts[cells]).sum()),
     )
+
+
+SEARCH_SAMPLE = 60
+"""Number of random cells that a search with a bound runs first."""
+
+
+def search_top(
+    estimates: Floats, asked: Verification, seed: int, exact: ExactCells
+) -> tuple[Ints, Ints, TopSearch]:
+    """Run cells in the order of their estimates until those with the largest effects are known.
+
+    Returns:
+        The cells that were run in this order, those drawn at random, and the outcome.
+    """
+    bounded = asked.until == "bound"
+    best, drawn = choose_cells(estimates, asked.top, SEARCH_SAMPLE if bounded else 0, seed)
+    ranked, _ = choose_cells(estimates, len(estimates), 0, seed)
+    rest = ranked[len(best) :]
+    rest = rest[~np.isin(rest, drawn)]
+    done, model, risk, before = 0, None, math.nan, set[int]()
+    while True:
+        cells = np.concatenate([best, rest[:done], drawn])
+        found = exact(cells).mean
+        left = rest[done:]
+        if not len(left):
+            risk = 0.0 if np.isfinite(found).all() else math.nan
+            break
+        step = asked.top
+        if bounded:
+            model, risk = estimate_risk(estimates[cells], found, estimates[left], len(best), model)
+            if risk <= 1 - asked.confidence / 100:
+                break
+            step = max(10, len(ranked) // (20 if risk > 0.9 else 100))
+        elif done and _top_cells(cells, found, len(best)) == before:
+            break
+        before = _top_cells(cells, found, len(best))
+        done += step
+    kind: Literal["bound", "stable"] = "bound" if bounded else "stable"
+    freedom = math.nan if model is None else math.exp(float(model[4]))
+    outcome = TopSearch(kind, asked.confidence, risk, freedom)
+    return np.concatenate([best, rest[:done]]), drawn, outcome
+
+
+def _top_cells(cells: Ints, exact: Floats, top: int) -> set[int]:
+    size = np.nan_to_num(np.abs(exact), nan=-1.0)
+    return set(cells[np.argsort(-size, kind="stable")[:top]].tolist())
+
+
+def estimate_risk(
+    estimates: Floats, exact: Floats, others: Floats, top: int, start: Floats | None
+) -> tuple[Floats | None, float]:
+    """Estimate the probability that a cell that wasn't run has one of the largest effects.
+
+    Args:
+        estimates: Of the cells that were run.
+        exact: Their effects, NaN where there is none.
+        others: Estimates of the other cells.
+        top: Number of largest effects.
+        start: Parameters of an earlier fit.
+
+    Returns:
+        The parameters a, b, ln c, ln d and ln degrees of freedom, of effects and estimates in units
+        of their root mean squares; and the probability, 1 without a fit.
+    """
+    from scipy.optimize import minimize
+    from scipy.special import stdtr
+
+    known = np.isfinite(exact)
+    e, x = estimates[known], exact[known]
+    units = float(np.sqrt((e**2).mean())), float(np.sqrt((x**2).mean()))
+    if len(x) < top + MIN_UNITS or min(units) == 0:
+        return None, 1.0
+    e, x, others = e / units[0], x / units[1], others / units[0]
+    if start is None:
+        slope = float(e @ x / (e @ e))
+        spread = float(np.median(np.abs(x - slope * e)))
+        start = np.array([0.0, slope, math.log(spread + 1e-9), -1.5, math.log(8.0)])
+    bounds = [(None, None), (None, None), (-25.0, 5.0), (-8.0, 3.0), (0.0, math.log(50.0))]
+    fitted = minimize(_misfit, start, args=(e, x), method="L-BFGS-B", bounds=bounds)
+    offset, slope, inner, outer, freedom = fitted.x
+    scale = np.sqrt(np.exp(2 * inner) + np.exp(2 * outer) * others**2)
+    least, middle = float(np.sort(np.abs(x))[-top]), offset + slope * others
+    tails = [stdtr(math.exp(freedom), -(least + way * middle) / scale) for way in (-1, 1)]
+    within = np.log1p(-np.minimum(np.sum(tails, axis=0), 1 - 1e-12)).sum()
+    risk = 1 - math.exp(float(within))
+    return fitted.x, risk if math.isfinite(risk) and np.isfinite(fitted.fun) else 1.0
+
+
+def _misfit(parameters: Floats, estimates: Floats, exact: Floats) -> float:
+    """Return the negative log-likelihood of effects."""
+    from scipy.special import gammaln
+
+    offset, slope, inner, outer, freedom = parameters
+    v = math.exp(freedom)
+    squared = np.exp(2 * inner) + np.exp(2 * outer) * estimates**2
+    residual = (exact - offset - slope * estimates) ** 2 / squared
+    constant = gammaln((v + 1) / 2) - gammaln(v / 2) - 0.5 * math.log(v * math.pi)
+    body = 0.5 * np.log(squared) + (v + 1) / 2 * np.log1p(residual / v)
+    return float(body.sum() - len(exact) * constant)
 
 
 def agreement(

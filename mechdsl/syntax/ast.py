@@ -1122,11 +1122,18 @@ class Pick(Node):
     amount: int | str
 
 
-@statement("using {estimator:call_or_name} [verify {verify:picks}]", "using")
+@statement(
+    "using {estimator:call_or_name} [verify until top {top:count} {confidence:percent} | verify "
+    "until {stable:flag} | verify {verify:picks}]",
+    "using",
+)
 @record
 class Using(Node):
     estimator: Call | Name
     verify: tuple[Pick, ...] = ()
+    top: int | str | None = None
+    confidence: Percent | None = None
+    stable: bool = False
 
 
 @statement(

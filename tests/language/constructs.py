@@ -2384,6 +2384,26 @@ _experiment(
     "tests/rules/test_verification.py",
 )
 _experiment(
+    "verify until",
+    "using gradient_input verify until top 2 95%",
+    "Also runs cells until the 2 largest exact effects are known with this confidence: 60 drawn "
+    "at random, then those with the largest absolute estimates in batches. After each batch, a "
+    "regression of the exact effects on the estimates gives the probability that another cell is "
+    "among the largest. It assumes that the residuals of the other cells are like those that were "
+    "seen, by Student's t with a scale that grows with the estimate; the output states this. "
+    "Results are proved only if every cell that can have an effect was run. `mechdsl plan` prices "
+    "all cells, the maximum. [Statistics](statistics.md#search-for-the-largest-effects) has the "
+    "share of right results in simulations.",
+    "tests/results/test_top_search.py",
+)
+_experiment(
+    "verify until stable",
+    "using gradient_input verify until stable",
+    "Also runs cells in the order of their absolute estimates, in batches of 20, until a batch "
+    "leaves the 20 largest exact effects as they were. This is a heuristic without a bound.",
+    "tests/rules/test_verification.py",
+)
+_experiment(
     "generate",
     'generate 8 until "Part", "Total"',
     "Lets the model continue each prompt by up to 8 tokens in every cell and in the base and "

@@ -222,6 +222,39 @@ def test_settings_reach_the_exact_cells(tmp_path: Path) -> None:
     np.testing.assert_allclose(one.exact, two.exact, atol=1e-5)
 
 
+@pytest.mark.parametrize(("line", "until"), [("top 3 95%", "bound"), ("stable", "stable")])
+def test_searches_run_cells_in_the_order_of_estimates(
+    line: str, until: str, tmp_path: Path
+) -> None:
+    """So few cells are all run, which proves the result."""
+    text = experiment("e", *HEADS, f"using gradient_input verify until {line}")
+    result, _ = try_file(text, tmp_path, bare("llama"))
+    assert result is not None
+    (found,) = result.experiments
+    (verified,) = found.verified
+    assert verified.search is not None
+    assert verified.search.until == until
+    assert verified.search.is_proved
+    assert len(verified.cells) == int((~found.measures[0].inert).sum())
+    order = np.abs(found.statistics[0].mean[verified.cells[: verified.ranked]])
+    assert (np.diff(order) <= 0).all()
+    assert "largest exact effects are proved" in found.to_text(140)
+    document = experiment_document(found).as_json()["verified"][0]
+    assert document["search"]["proved"]
+    whole = f'mech 1\nmodel m = local("handed over")\n{PROMPTS}\n{text}'
+    again = unpack_results(pack_results(Results((result,)), whole)).experiments[0]
+    assert experiment_document(again).as_json()["verified"][0] == document
+
+
+def test_plan_prices_a_search_by_all_cells(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    text = experiment("e", *HEADS, "using gradient_input verify until top 3 95%")
+    checked = check_file(text, tmp_path, shared(bare("gpt2")))
+    exact = list(add_exact_cells(checked.experiments))[1]
+    assert exact.n_there == 12
+    assert exact.name == "e, verified at most"
+
+
 ERRORS = {
     "more cells than there are": (
         (*HEADS, "using gradient_input verify top 9, random 5"),
@@ -268,7 +301,17 @@ ERRORS = {
         "E0207",
         "whole number of cells",
     ),
-    "without an estimator": ((*HEADS, "using verify top 3"), "E0101", "using"),
+    "a search for more cells than there are": (
+        (*HEADS, "using gradient_input verify until top 20 95%"),
+        "E0608",
+        "the experiment has 12 cells",
+    ),
+    "a confidence below one half": (
+        (*HEADS, "using gradient_input verify until top 3 5%"),
+        "E0207",
+        "must be a confidence",
+    ),
+    "without an estimator": ((*HEADS, "using verify top 3"), "E0101", "name the estimator first"),
 }
 
 

@@ -324,6 +324,8 @@ using atp
 using relp verify top 20
 using eap_ig(steps: 5) verify top 20, random 20
 using eap verify random n
+using atp verify until top 20 95%
+using relp verify until stable
 discover circuit over heads, mlps using eap_ig(steps: 5) until faithfulness > 0.9
 discover circuit over heads using acdc(threshold: 0.02)
 discover circuit over heads, mlps using acdc(threshold: 0.02) top 100 edges

@@ -820,8 +820,10 @@ class _ExactCellCache:
 
 def _verification_text(found: VerifiedCells, asked: spec.Verification, confidence: float) -> str:
     """Describe which cells were run, and what their intervals are over."""
+    if found.search is not None:
+        return _search_text(found)
     parts = [f"the {found.top} with the largest absolute estimates"] if found.top else []
-    drawn = len(found.cells) - found.top
+    drawn = len(found.cells) - found.ranked
     others = "others" if parts else "cells"
     parts += [f"{drawn} {others} drawn at random with the seed"] if drawn else []
     text = f"of each measure, {' and '.join(parts)} were also run, on the same rows"
@@ -832,6 +834,27 @@ def _verification_text(found: VerifiedCells, asked: spec.Verification, confidenc
     return (
         f"{text}; {confidence:g} % intervals of correlations are over the random cells, by the "
         "jackknife on Fisher's scale and Student's t"
+    )
+
+
+def _search_text(found: VerifiedCells) -> str:
+    """Describe a search for the largest exact effects and its assumption."""
+    assert found.search is not None
+    drawn = len(found.cells) - found.ranked
+    text = "of each measure, cells were run in the order of their absolute estimates, on the same "
+    text += "rows, "
+    if found.search.until == "stable":
+        return (
+            f"{text}until the {found.top} largest exact effects hadn't changed for {found.top} "
+            "runs: a heuristic, without a bound on what is missed"
+        )
+    return (
+        f"{text}after {drawn} that were drawn at random with the seed, until the estimated "
+        "probability that another cell is among the largest was at most "
+        f"{100 - found.search.confidence:g} %. It assumes that the other cells' exact effects "
+        "differ from a + b · estimate as those that were run do: by Student's t, with a scale that "
+        "grows with the estimate. A cell whose estimate says nothing of its effect is found only "
+        "if it was drawn"
     )
 
 

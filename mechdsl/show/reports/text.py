@@ -22,7 +22,7 @@ from mechdsl.statistics.measurements import (
     NullBand,
     may_round_differently,
 )
-from mechdsl.statistics.verification import Agreement
+from mechdsl.statistics.verification import Agreement, VerifiedCells
 
 MISSING = "–"
 
@@ -415,9 +415,10 @@ def verification_notes(result: ExperimentResult, measure: int) -> list[str]:
     if verified is None:
         return []
     over, own, said = verified.over_random, verified.over_all, list[str]()
+    said += _search_notes(verified)
     if over is not None:
         cells = f"{count_noun(over.cells, 'cell')} drawn from {verified.others:,}"
-        if len(verified.cells) == verified.top + verified.others:
+        if over.cells == verified.others:
             cells = f"all {count_noun(over.cells, 'other cell')}"
         said.append(f"agreement over {cells}: {_agreement_text(over)}")
     if over is None or own.cells > over.cells:
@@ -425,7 +426,7 @@ def verification_notes(result: ExperimentResult, measure: int) -> list[str]:
         said.append(f"agreement over {cells}: {_agreement_text(own)}")
     recall = verified.recall
     if recall is not None and over is not None:
-        top, drawn = f"top {verified.top}", len(verified.cells) - verified.top
+        top, drawn = f"top {verified.top}", len(verified.cells) - verified.ranked
         above = (
             f"{recall.found} of the {verified.top} largest exact effects that were run are in the "
             f"{top} of the estimates; {recall.above} of {count_noun(drawn, 'random cell')} "
@@ -439,6 +440,29 @@ def verification_notes(result: ExperimentResult, measure: int) -> list[str]:
         cells = count_noun(verified.fewer_rows, "verified cell")
         said.append(f"exact effects of {cells} are over fewer prompts than the estimates")
     return said
+
+
+def _search_notes(verified: VerifiedCells) -> Iterator[str]:
+    """Yield the outcome of `verify until …`."""
+    search = verified.search
+    if search is None:
+        return
+    cells = verified.top + verified.others
+    run = f"{len(verified.cells):,} of {count_noun(cells, 'cell')} were run"
+    largest = f"the {verified.top} largest exact effects"
+    if search.is_proved:
+        yield f"{largest} are proved: all {count_noun(cells, 'cell')} that can have one were run"
+    elif search.until == "stable":
+        same = f"{largest} didn't change in the last {verified.top} runs"
+        yield f"{same}; {run} (heuristic, no bound)"
+    elif not math.isfinite(search.risk):
+        yield f"{run}, some of which have no exact effect, so that nothing is proved"
+    else:
+        yield (
+            f"{run}: another one is among {largest} with an estimated probability of "
+            f"{100 * search.risk:.2g} %, if residuals of the others are as those that were seen "
+            f"(Student's t, {search.freedom:.2g} degrees of freedom)"
+        )
 
 
 def _agreement_text(found: Agreement) -> str:
