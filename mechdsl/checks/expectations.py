@@ -573,7 +573,8 @@ def _against_axes(
     for report in said.reports:
         writes = said.generation is not None
         of = measures if all_known else None
-        found.extend(check_report(report, axes, values, of, writes=writes))
+        circuit = any(rule.circuit_name in program.circuits for rule in said.rules)
+        found.extend(check_report(report, axes, values, of, writes=writes, circuit=circuit))
     by = said.statistics.by
     if by is not None and by not in values and not columns_unknown:
         found.append(

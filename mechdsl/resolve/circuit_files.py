@@ -331,4 +331,6 @@ def _read_graph(parts: Mapping[str, Any], digest: str, written: str) -> CircuitF
         scores[name] = None if score is None else float(score)
         if own.get("in_graph", False):
             chosen.add(name)
+    if not any(scores.values()):  # as in a circuit that was written without scores
+        scores = dict.fromkeys(scores)
     return CircuitFile(digest, config, scores, frozenset(chosen))

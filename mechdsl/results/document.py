@@ -23,6 +23,7 @@ from mechdsl.results.experiment_result import (
     FileResult,
     Replies,
     RepliesByPrompt,
+    ResultCircuit,
     SeedMean,
     SkippedExperiment,
     VerdictComparison,
@@ -491,6 +492,22 @@ class SeedMeanDocument(DocumentPart):
     n: int = Field(description="prompts")
 
 
+class EdgeDocument(DocumentPart):
+    """An edge of a circuit."""
+
+    sender: str = Field(description="`embed`, a head `L0H1` or an MLP `L0.mlp`")
+    receiver: str = Field(description="an input of a head `L1H0.q`, an MLP or `logits`")
+    score: float | None = Field(default=None, description="its score, if the circuit has scores")
+
+
+class CircuitDocument(DocumentPart):
+    """The circuit that the rules ablate, or of which they ablate the rest."""
+
+    name: str
+    edges: list[EdgeDocument]
+    total: int = Field(description="edges of the model")
+
+
 class ExperimentDocument(DocumentPart):
     """One experiment."""
 
@@ -517,6 +534,9 @@ class ExperimentDocument(DocumentPart):
     )
     verified: list[VerificationDocument] | None = Field(
         default=None, description="agreement of estimates with exact effects (`verify`)"
+    )
+    circuit: CircuitDocument | None = Field(
+        default=None, description="the circuit that the rules name, if they name one"
     )
     replies: RepliesDocument | None = Field(
         default=None, description="generated text, if the experiment has `generate`"
@@ -847,9 +867,21 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
             or None,
             seed_means=[_seed_mean_document(result, each) for each in result.seed_means] or None,
             verified=[_verification_document(result, each) for each in result.verified] or None,
+            circuit=_circuit_document(result.circuit),
             replies=replies_document(result.replies),
         ),
     )
+
+
+def _circuit_document(circuit: ResultCircuit | None) -> CircuitDocument | None:
+    if circuit is None:
+        return None
+    scores = circuit.scores or (None,) * len(circuit.edges)
+    edges = [
+        EdgeDocument(sender=of, receiver=to, **known_fields(score=score))
+        for (of, to), score in zip(circuit.edges, scores, strict=True)
+    ]
+    return CircuitDocument(name=circuit.name, edges=edges, total=circuit.total)
 
 
 def _missing_documents(file: FileResult) -> list[MissingDocument]:

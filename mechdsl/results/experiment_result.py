@@ -151,6 +151,30 @@ class SeedMean(Record):
     """Number of prompts."""
 
 
+@record
+class ResultCircuit(Record):
+    """The circuit that an experiment ablates, or of which it ablates the rest."""
+
+    name: str
+    layers: int
+    heads: int
+    """Query heads of a layer."""
+    key_heads: int
+    """Key-value heads of a layer."""
+    width: int
+    """Numbers of the residual stream."""
+    parallel: bool
+    """Whether the heads and the MLP of a block read the same stream."""
+    edges: tuple[tuple[str, str], ...]
+    """(sender, receiver), as in a file: `embed`, `L0H1`, `L0.mlp`; `L1H0.q`, `L1.mlp`, `logits`."""
+    scores: tuple[float, ...]
+    """The score of each edge; empty if they have none."""
+    total: int
+    """Number of edges of the model."""
+    circuits: int = 1
+    """Number of circuits in a sweep; `edges` has those of all of them."""
+
+
 TEXT_RENDERER = "mechdsl.show.output:experiment_text"
 
 HTML_RENDERER = "mechdsl.show.notebook:experiment_html"
@@ -299,6 +323,8 @@ class ExperimentResult:
     verified: tuple[VerifiedCells, ...] = ()
     """For each measure that `verify` applies to: the `cells` that were also run, their `exact`
     effects, and the agreement `over_random` and `over_all` of them."""
+    circuit: ResultCircuit | None = None
+    """The circuit that rules ablate: `name`, `edges` and their `scores`."""
     outcomes: tuple[ExpectOutcome, ...] = ()
     """Expectations: `text`, `holds`, `value`, `low`, `high`, `effective_n`, `reason`, `line`, and
     whether their values were `computed`."""

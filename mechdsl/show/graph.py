@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import networkx as nx
 
@@ -198,6 +198,8 @@ class _Bend:
 
 _Position: TypeAlias = Node | _Bend
 
+_PlaceT = TypeVar("_PlaceT")
+
 
 @dataclass
 class _Box:
@@ -222,8 +224,8 @@ def to_svg(graph: Graph) -> str:
             before[lower].append(upper)
             after[upper].append(lower)
     for _ in range(4):
-        _reorder(layers, before)
-        _reorder(layers[::-1], after)
+        reorder_layers(layers, before)
+        reorder_layers(layers[::-1], after)
     boxes = {place: _box(place) for layer in layers for place in layer}
     widths = [sum(boxes[n].width + GAP_X for n in layer) - GAP_X for layer in layers]
     width = max(widths, default=0) + 2 * MARGIN
@@ -292,32 +294,44 @@ def _routes(layers: list[list[_Position]], edges: list[tuple[Node, Node]]) -> li
     return routes
 
 
-def _reorder(
-    layers: list[list[_Position]], neighbours: Mapping[_Position, list[_Position]]
+def reorder_layers(
+    layers: Sequence[list[_PlaceT]], neighbours: Mapping[_PlaceT, list[_PlaceT]]
 ) -> None:
     """Sort each layer by the mean position of its neighbours in the preceding layers."""
-    where: dict[_Position, float] = {}
+    where: dict[_PlaceT, float] = {}
     for layer in layers:
-        wanted: dict[_Position, float] = {}
+        wanted: dict[_PlaceT, float] = {}
         for number, place in enumerate(layer):
-            known = [where[n] for n in neighbours[place] if n in where]
+            known = [where[n] for n in neighbours.get(place, ()) if n in where]
             wanted[place] = sum(known) / len(known) if known else number / len(layer)
         layer.sort(key=wanted.__getitem__)  # stable for equal positions
         for number, place in enumerate(layer):
             where[place] = (number + 0.5) / len(layer)
 
 
+def route_path(stops: Sequence[tuple[float, float, float]]) -> str:
+    """Return the path of an edge as SVG: curves between stops, and a line through each.
+
+    Args:
+        stops: (x, y where the edge enters, y where it leaves) of each place.
+    """
+    x, enters, y = stops[0]
+    path = f"M{x:.1f},{enters:.1f} L{x:.1f},{y:.1f}"
+    for to, enters, leaves in stops[1:]:
+        half = (enters - y) / 2
+        path += f" C{x:.1f},{y + half:.1f} {to:.1f},{enters - half:.1f} {to:.1f},{enters:.1f}"
+        path += "" if enters == leaves else f" L{to:.1f},{leaves:.1f}"
+        x, y = to, leaves
+    return path
+
+
 def _line(boxes: list[_Box]) -> str:
     """Draw an edge from the first box to the last, straight through the layers in between."""
-    x, y = boxes[0].x + boxes[0].width / 2, boxes[0].floor
-    path = f"M{x:.1f},{boxes[0].y + boxes[0].height:.1f} L{x:.1f},{y:.1f}"
-    for box in boxes[1:]:
-        to, top = box.x + box.width / 2, box.y
-        half = (top - y) / 2
-        last = box is boxes[-1]
-        path += f" C{x:.1f},{y + half:.1f} {to:.1f},{top - half:.1f} {to:.1f},{top - 2 * last:.1f}"
-        x, y = to, box.floor
-        path += "" if last else f" L{x:.1f},{y:.1f}"
+    first, *others = boxes
+    stops = [(first.x + first.width / 2, first.y + first.height, first.floor)]
+    stops += [(box.x + box.width / 2, box.y, box.floor) for box in others[:-1]]
+    stops += [(box.x + box.width / 2, box.y - 2, box.y - 2) for box in others[-1:]]
+    path = route_path(stops)
     return f'<path d="{path}" fill="none" stroke="#888" marker-end="url(#arrow)"/>'
 
 

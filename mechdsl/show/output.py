@@ -315,4 +315,5 @@ def _report_problems(
             hint = f'write both: `plot("{report.kind}", "{first}", by="{second}")`'
         return [BadReport(span=report.span, kind=report.kind, reason=reason, hint=hint)]
     values, writes = list(result.row_values), bool(result.replies)
-    return check_report(report, axes, values, result.measures, writes=writes)
+    circuit = result.circuit is not None
+    return check_report(report, axes, values, result.measures, writes=writes, circuit=circuit)

@@ -92,6 +92,9 @@ class ReportKind(Record):
     of_replies: bool = False
     """Whether it displays replies, so that the experiment must `generate`."""
 
+    of_circuits: bool = False
+    """Whether it displays a circuit, so that a rule must ablate one."""
+
     @property
     def supported(self) -> bool:
         return self.signature is not None
@@ -228,7 +231,15 @@ _report(
 
 _report(
     ReportKind(
-        name="graph", meaning="the circuit that was found", example='report graph to "c.svg"'
+        name="graph",
+        meaning="the circuit that the rules ablate: its edges, with their scores; as a picture, "
+        "layers from bottom to top, width and colour by score; as JSON, a graph of EAP-IG",
+        example='report graph to "circuit.svg"',
+        module="mechdsl.show.reports.graph",
+        signature=ReportSignature(
+            by=None, top=True, to=OutputFile((".pdf", ".svg", ".png", ".html", ".json"))
+        ),
+        of_circuits=True,
     )
 )
 
@@ -244,6 +255,7 @@ def check_report(
     measures: Sequence[NamedMeasure] | None = None,
     *,
     writes: bool | None = None,
+    circuit: bool | None = None,
 ) -> list[Diagnostic]:
     """Check a `report` line: E0108, E0203, E0607.
 
@@ -252,6 +264,7 @@ def check_report(
         values: Values of the prompts block.
         measures: Measures of the experiment; None if they aren't known yet.
         writes: Whether rows generate replies.
+        circuit: Whether rules ablate a circuit.
     """
     kind = REPORTS.get(report.kind)
     if kind is None:
@@ -264,7 +277,7 @@ def check_report(
         return [NotSupported(span=report.span, what=f"`report {kind.name}`", later=later)]
     wrong = (
         _wrong_words(kind, signature, report)
-        or _wrong_experiment(kind, writes)
+        or _wrong_experiment(kind, writes, circuit)
         or (None if axes is None else _wrong_axes(kind, signature, report, axes, values, measures))
         or (None if measures is None else _wrong_measures(kind, signature, report, measures))
         or _wrong_file(kind, signature.to, report)
@@ -300,7 +313,11 @@ def _wrong_words(
     return None
 
 
-def _wrong_experiment(kind: ReportKind, writes: bool | None) -> ReportProblem:
+def _wrong_experiment(kind: ReportKind, writes: bool | None, circuit: bool | None) -> ReportProblem:
+    if kind.of_circuits and circuit is False:
+        return "shows a circuit, but no rule of this experiment names one", (
+            "add `circuit c = …` and a rule such as `ablate all but c at tokens * with mean`"
+        )
     if kind.of_replies and writes is False:
         return "shows replies, but this experiment generates none", (
             "add a line such as `generate 40`"

@@ -24,7 +24,8 @@ from .conftest import Command
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
-PICTURE = DOCS / "heads.png"
+PICTURES = {"README.md": "heads.png", "docs/figures.md": "circuit.png"}
+"""Page → the picture that one of its files draws."""
 TUTORIAL = DOCS / "tutorial.md"
 COOKBOOK = DOCS / "cookbook.md"
 PREPARING = {
@@ -204,14 +205,20 @@ def test_readme_runs_and_shows_the_printed_table(command: Command, update: bool)
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def test_readme_picture_is_the_one_its_file_draws(command: Command, update: bool) -> None:
-    (file,) = (f for f in fences(README.read_text(encoding="utf-8")) if f.language == "mech")
-    ran(command, f"mechdsl run {save(file)}")
-    with Image.open("heads.png") as picture:
+@pytest.mark.parametrize("page", PICTURES)
+def test_picture_is_the_one_that_the_file_of_the_page_draws(
+    page: str, command: Command, update: bool
+) -> None:
+    name = PICTURES[page]
+    every = fences((ROOT / page).read_text(encoding="utf-8"))
+    (file,) = (f for f in every if f.language == "mech" and f'to "{name}"' in f.content)
+    Path("page.mech").write_text(file.content, encoding="utf-8")
+    ran(command, "mechdsl run page.mech")
+    with Image.open(name) as picture:
         drawn = picture.convert("RGB")
     if update:
-        drawn.quantize(256).save(PICTURE, optimize=True)
-    with Image.open(PICTURE) as picture:
+        drawn.quantize(256).save(DOCS / name, optimize=True)
+    with Image.open(DOCS / name) as picture:
         shown = picture.convert("RGB")
     assert shown.size == drawn.size
     difference = np.abs(np.asarray(shown, dtype=float) - np.asarray(drawn, dtype=float))

@@ -637,12 +637,13 @@ def reports() -> Iterator[Line]:
             lines = (GRID, LINES[4], "measure argmax(1..9) as raw", kind.example)
             if kind.of_replies:
                 lines = (LINES[3], LINES[4], "generate 4", kind.example)
+            file, test = in_experiment(*lines), "texts" if kind.of_replies else "reports"
+            if kind.of_circuits:
+                rule, test = "ablate c at tokens * with zero", "graph_report"
+                file = in_experiment(rule, "measure loss as raw", kind.example)
+                file = file.replace("experiment ", "circuit c = embed -> logits\nexperiment ", 1)
             yield Line(
-                kind.example,
-                _sentence(kind.meaning),
-                OWN,
-                f"tests/results/test_{'texts' if kind.of_replies else 'reports'}.py",
-                in_experiment(*lines),
+                kind.example, _sentence(kind.meaning), OWN, f"tests/results/test_{test}.py", file
             )
 
 

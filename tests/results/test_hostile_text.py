@@ -25,7 +25,13 @@ from mechdsl.base.text import (
 )
 from mechdsl.program import spec
 from mechdsl.resolve.cells import CellKey
-from mechdsl.results.experiment_result import ExperimentResult, FileResult, Replies, RepliesByPrompt
+from mechdsl.results.experiment_result import (
+    ExperimentResult,
+    FileResult,
+    Replies,
+    RepliesByPrompt,
+    ResultCircuit,
+)
 from mechdsl.results.results import Results
 from mechdsl.show.console import visible_console
 from mechdsl.show.output import save_report, show_report
@@ -128,6 +134,12 @@ def hostile(result: ExperimentResult) -> ExperimentResult:
     )
 
 
+def ablated_circuit() -> ExperimentResult:
+    """Its names are those of a file, which can't be hostile."""
+    edges = (("embed", "L0H1.q"), ("L0H1", "logits"))
+    return replace(heads(), circuit=ResultCircuit("c", 2, 4, 4, 16, False, edges, (1.0, -2.0), 9))
+
+
 CASES: dict[str, tuple[Callable[[], ExperimentResult], spec.Report]] = {
     "table": (heads, report("table")),
     "table by value": (heads, report("table", by="count")),
@@ -138,6 +150,7 @@ CASES: dict[str, tuple[Callable[[], ExperimentResult], spec.Report]] = {
     "confusion": (counted, report("confusion", variable="count", by="argmax")),
     "overlay": (read_tokens, report("overlay")),
     "texts": (wrote, report("texts")),
+    "graph": (ablated_circuit, report("graph")),
     "csv": (heads, report("csv")),
     "json": (heads, report("json")),
     "parquet": (heads, report("parquet")),

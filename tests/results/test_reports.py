@@ -336,7 +336,7 @@ def test_data_files(tmp_path: Path) -> None:
     ("line", "code", "words"),
     [
         (report("tabel"), "E0203", "did you mean `table`?"),
-        (report("graph"), "E0108", "table, heatmap, lines"),
+        (report("html"), "E0108", "table, heatmap, lines"),
         (report("bars"), "E0607", "report bars position"),
         (report("bars", variable="layer", by="cuont"), "E0607", "`layer`, `head`"),
         (report("confusion", variable="layer"), "E0607", "item by argmax"),

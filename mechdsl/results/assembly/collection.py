@@ -42,6 +42,7 @@ from mechdsl.resolve.expansion import name_cells
 from mechdsl.resolve.findings import VariantFinding
 from mechdsl.resolve.measures import MEASURED_AXIS
 from mechdsl.resolve.observations import Observation, RowSetObservation
+from mechdsl.resolve.sites import label_node
 from mechdsl.resolve.types import ResolvedControl, ResolvedExperiment, ResolvedMeasure
 from mechdsl.results.assembly.conventions import (
     fallback_conventions,
@@ -58,6 +59,7 @@ from mechdsl.results.experiment_result import (
     LostExperiment,
     Replies,
     RepliesByPrompt,
+    ResultCircuit,
     SeenImage,
     missing_reason,
 )
@@ -308,6 +310,28 @@ def collect_result(
         replies=_collect_replies(experiment, measured, there),
         **overlay_data(plan.experiment, kept, there),
         active=_collect_active_texts(experiment, plan, measured, there),
+        circuit=_collect_circuit(experiment),
+    )
+
+
+def _collect_circuit(experiment: ResolvedExperiment) -> ResultCircuit | None:
+    """Return the circuit that the rules of an experiment ablate, if any."""
+    found = next((rule.circuit for rule in experiment.rules if rule.circuit is not None), None)
+    if found is None:
+        return None
+    shape = experiment.model.shape
+    named = tuple(dict.fromkeys(edge for own in found.named.values() for edge in own))
+    return ResultCircuit(
+        name=found.name,
+        layers=shape.n_layers,
+        heads=shape.n_heads,
+        key_heads=shape.n_kv_heads,
+        width=shape.d_model,
+        parallel=shape.parallel_block,
+        edges=tuple((label_node(of), label_node(to)) for of, to in named),
+        scores=tuple(found.scores[edge] for edge in named) if found.scores else (),
+        total=len(found.every),
+        circuits=len(set(map(frozenset, found.named.values()))),
     )
 
 

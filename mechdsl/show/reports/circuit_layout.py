@@ -1,0 +1,290 @@
+"""Places of the components and edges of a circuit: layers from bottom to top, few crossings.
+
+A row contains the heads or the MLP of a layer. The edges of a sender with one sign share their
+points in the rows that they pass. Rows are sorted as in the intervention graph; the distances
+within a row are the least squares of the distances between connected places (isotonic regression).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from mechdsl.results.experiment_result import ResultCircuit
+from mechdsl.show.graph import reorder_layers
+
+ComponentKind = Literal["embed", "key-value", "head", "mlp", "logits"]
+
+_LABEL = re.compile(r"L(\d+)(?:H(\d+)(?:\.([qkv]))?|\.mlp)")
+
+NODE_HEIGHT: Mapping[ComponentKind, float] = {
+    "embed": 24,
+    "key-value": 20,
+    "head": 36,
+    "mlp": 24,
+    "logits": 24,
+}
+
+NODE_GAP, BEND_WIDTH, ROW_GAP, MAX_ROW_GAP = 16, 5, 40, 110
+
+EDGES_PER_GAP = 12
+"""Number of edges between two rows that widens their gap by `ROW_GAP`."""
+
+SWEEPS = 12
+"""Number of times that rows are sorted, and that places in them are moved."""
+
+BEND_WEIGHT = 4.0
+"""Weight of a passing edge compared with a component: edges are straight where they pass."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """A box of the picture."""
+
+    label: str
+    """As in a file: `embed`, `L0H1`, `L1H0.k` for keys of several heads, `L1.mlp`, `logits`."""
+    kind: ComponentKind
+    level: tuple[int, int]
+    """Its layer, and its row in the layer."""
+    unit: int = 0
+
+    @property
+    def title(self) -> str:
+        return self.label.replace(".mlp", " MLP")
+
+    @property
+    def width(self) -> float:
+        return max(52.0, 6.8 * len(self.title) + 12)
+
+
+@dataclass(frozen=True)
+class _Bend:
+    """The point where the edges of a component with one sign pass a row."""
+
+    of: Component
+    is_negative: bool
+    level: tuple[int, int]
+
+
+_Place: TypeAlias = Component | _Bend
+
+Pair: TypeAlias = tuple[Component, Component, bool]
+"""Sender, receiver, and whether the score is negative."""
+
+
+@dataclass(frozen=True)
+class DrawnEdge:
+    """An edge of a circuit with the components that it joins."""
+
+    sender: Component
+    receiver: Component
+    reads: Literal["q", "k", "v"] | None
+    """Which input of a head it enters."""
+    text: str
+    """As in a file: `embed -> L0H1.q`."""
+    score: float | None
+
+    @property
+    def pair(self) -> Pair:
+        """The components that it joins, and whether its score is below 0."""
+        return self.sender, self.receiver, (self.score or 0.0) < 0
+
+
+@dataclass
+class CircuitLayout:
+    """The components and edges of a picture, in pixels from the top left."""
+
+    components: Mapping[Component, tuple[float, float]]
+    """(x of the middle, y of the top) of each."""
+    routes: Mapping[Pair, list[tuple[float, float, float]]]
+    """(x, y where it enters, y where it leaves) of each place of an edge, from bottom to top."""
+    shared: Sequence[tuple[Component, Component]]
+    """Keys and values, with the heads that read them."""
+    layers: Sequence[tuple[int, float, float]]
+    """(layer, top, bottom)."""
+    size: tuple[float, float]
+
+
+@dataclass
+class _Rows:
+    """The places of each row, from bottom to top."""
+
+    rows: list[list[_Place]] = field(default_factory=list[list[_Place]])
+    routes: dict[Pair, list[_Place]] = field(default_factory=dict[Pair, list["_Place"]])
+
+
+def list_edges(circuit: ResultCircuit, top: int | None) -> list[DrawnEdge]:
+    """Return the edges, or the `top` ones with the largest absolute scores, these first."""
+    scores = circuit.scores or (None,) * len(circuit.edges)
+    pairs = list(zip(circuit.edges, scores, strict=True))
+    pairs.sort(key=lambda pair: -abs(pair[1] or 0.0))
+    found: list[DrawnEdge] = []
+    for (of, to), score in pairs[:top]:
+        receiver, reads = _component(to, circuit)
+        found.append(DrawnEdge(_component(of, circuit)[0], receiver, reads, f"{of} -> {to}", score))
+    return found
+
+
+def _component(
+    label: str, circuit: ResultCircuit
+) -> tuple[Component, Literal["q", "k", "v"] | None]:
+    """Return the box of one end of an edge, and the input of a head."""
+    if label == "embed":
+        return Component(label, "embed", (-1, 0)), None
+    match = _LABEL.fullmatch(label)
+    if match is None:
+        return Component("logits", "logits", (circuit.layers, 0)), None
+    layer = int(match[1])
+    if match[2] is None:
+        return Component(label, "mlp", (layer, 1 if circuit.parallel else 2)), None
+    unit, reads = int(match[2]), match[3]
+    if reads in ("k", "v") and circuit.key_heads < circuit.heads:
+        return Component(label, "key-value", (layer, 0), unit), None
+    of: Literal["q", "k", "v"] | None = None
+    if reads is not None:
+        of = "q" if reads == "q" else "k" if reads == "k" else "v"
+    return Component(f"L{layer}H{unit}", "head", (layer, 1), unit), of
+
+
+def lay_out(circuit: ResultCircuit, edges: Sequence[DrawnEdge]) -> CircuitLayout:
+    """Place the components of some edges."""
+    ends = [end for edge in edges for end in (edge.sender, edge.receiver)]
+    components = sorted(dict.fromkeys(ends), key=lambda each: (each.level, each.unit, each.label))
+    group = circuit.heads // circuit.key_heads
+    shared = [
+        (own, head)
+        for own in components
+        if own.kind == "key-value"
+        for head in components
+        if head.kind == "head" and head.level[0] == own.level[0] and head.unit // group == own.unit
+    ]
+    pairs = dict.fromkeys(edge.pair for edge in edges)
+    made = _place_in_rows(components, pairs, shared)
+    across = _spread(made, shared)
+    left = min(across[own] - own.width / 2 for own in components)
+    right = max(across[own] + own.width / 2 for own in components)
+    tops, bottoms, height = _heights(made)
+    levels = sorted({own.level for own in components})
+    number = {level: n for n, level in enumerate(levels)}
+
+    def stop(place: _Place) -> tuple[float, float, float]:
+        row = number[place.level]
+        return across[place] - left, bottoms[row], tops[row]
+
+    def top_of(own: Component) -> float:
+        row = number[own.level]
+        return (tops[row] + bottoms[row] - NODE_HEIGHT[own.kind]) / 2
+
+    routes: dict[Pair, list[tuple[float, float, float]]] = {}
+    for (of, to, is_negative), route in made.routes.items():
+        end = top_of(to) + NODE_HEIGHT[to.kind]
+        middle = [stop(place) for place in route[1:-1]]
+        start = (across[of] - left, top_of(of), top_of(of))
+        routes[of, to, is_negative] = [start, *middle, (across[to] - left, end, end)]
+    layers = sorted({level[0] for level in levels if 0 <= level[0] < circuit.layers})
+    bands = [
+        (
+            layer,
+            min(tops[number[level]] for level in levels if level[0] == layer),
+            max(bottoms[number[level]] for level in levels if level[0] == layer),
+        )
+        for layer in layers
+    ]
+    placed = {own: (across[own] - left, top_of(own)) for own in components}
+    return CircuitLayout(placed, routes, shared, bands, (right - left, height))
+
+
+def _place_in_rows(
+    components: Sequence[Component],
+    pairs: Mapping[Pair, None],
+    shared: Sequence[tuple[Component, Component]],
+) -> _Rows:
+    """Sort the places of each row."""
+    levels = sorted({own.level for own in components})
+    made = _Rows([[own for own in components if own.level == level] for level in levels])
+    number = {level: n for n, level in enumerate(levels)}
+    before: dict[_Place, list[_Place]] = defaultdict(list)
+    after: dict[_Place, list[_Place]] = defaultdict(list)
+
+    def join(lower: _Place, upper: _Place) -> None:
+        if lower not in before[upper]:
+            before[upper].append(lower)
+            after[lower].append(upper)
+
+    for of, to, is_negative in pairs:
+        passed = levels[number[of.level] + 1 : number[to.level]]
+        bends = [_Bend(of, is_negative, level) for level in passed]
+        for bend in bends:
+            if bend not in made.rows[number[bend.level]]:
+                made.rows[number[bend.level]].append(bend)
+        route: list[_Place] = [of, *bends, to]
+        made.routes[of, to, is_negative] = route
+        for lower, upper in itertools.pairwise(route):
+            join(lower, upper)
+    for own, head in shared:
+        join(own, head)
+    for _ in range(SWEEPS):
+        reorder_layers(made.rows, before)
+        reorder_layers(made.rows[::-1], after)
+    return made
+
+
+def _spread(made: _Rows, shared: Sequence[tuple[Component, Component]]) -> dict[_Place, float]:
+    """Return x of the middle of each place."""
+    neighbours: dict[_Place, list[_Place]] = defaultdict(list)
+    for route in made.routes.values():
+        for lower, upper in itertools.pairwise(route):
+            neighbours[lower].append(upper)
+            neighbours[upper].append(lower)
+    for own, head in shared:
+        neighbours[own].append(head)
+        neighbours[head].append(own)
+    across: dict[_Place, float] = {}
+    gaps: list[np.ndarray] = []
+    for row in made.rows:
+        widths = [_width(place) for place in row]
+        offsets = np.cumsum([0.0, *((a + b) / 2 for a, b in itertools.pairwise(widths))])
+        gaps.append(offsets)
+        across |= dict(zip(row, offsets - offsets[-1] / 2, strict=True))
+    order = [*range(len(made.rows)), *reversed(range(len(made.rows)))]
+    for _ in range(SWEEPS):
+        for n in order:
+            row, offsets = made.rows[n], gaps[n]
+            wanted = [
+                np.mean([across[near] for near in neighbours[place]]) if neighbours[place]
+                else across[place]
+                for place in row
+            ]  # fmt: skip
+            weights = [BEND_WEIGHT if isinstance(place, _Bend) else 1.0 for place in row]
+            fitted = isotonic_regression(np.array(wanted) - offsets, weights=weights)
+            across |= dict(zip(row, (fitted.x + offsets).tolist(), strict=True))
+    return across
+
+
+def _width(place: _Place) -> float:
+    return BEND_WIDTH if isinstance(place, _Bend) else place.width + NODE_GAP
+
+
+def _heights(made: _Rows) -> tuple[list[float], list[float], float]:
+    """Return the top and the bottom of each row, and the height of all; row 0 is at the bottom."""
+    heights = [
+        max(NODE_HEIGHT[place.kind] for place in row if isinstance(place, Component))
+        for row in made.rows
+    ]
+    number = {place: n for n, row in enumerate(made.rows) for place in row}
+    passing = [0] * len(made.rows)
+    for route in made.routes.values():
+        for place in route[1:]:
+            passing[number[place]] += 1
+    tops, bottoms, y = [0.0] * len(heights), [0.0] * len(heights), 0.0
+    for row in reversed(range(len(heights))):
+        tops[row], bottoms[row] = y, y + heights[row]
+        y += heights[row] + min(MAX_ROW_GAP, ROW_GAP * (1 + passing[row] / EDGES_PER_GAP / 4))
+    return tops, bottoms, bottoms[0]

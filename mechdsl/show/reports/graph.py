@@ -1,0 +1,387 @@
+"""`report graph`: the circuit of an experiment, drawn as a graph or written as JSON.
+
+Layers are drawn from bottom to top, and edges lead upwards. The width of an edge is its score: blue
+above 0 and red below, as in maps; edges without scores are grey and of equal width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from mechdsl.base.text import count_noun, dump_json, escape_xml
+from mechdsl.program import spec
+from mechdsl.results.experiment_result import ExperimentResult, ResultCircuit
+from mechdsl.show.graph import route_path
+from mechdsl.show.reports.canvas import FONT, INK, QUIET_INK, Canvas, text_width
+from mechdsl.show.reports.circuit_layout import (
+    NODE_HEIGHT,
+    CircuitLayout,
+    Component,
+    ComponentKind,
+    DrawnEdge,
+    lay_out,
+    list_edges,
+)
+from mechdsl.show.reports.matrix import NEGATIVE_COLOUR, POSITIVE_COLOUR
+from mechdsl.show.reports.overlay_pages import css_colour
+from mechdsl.show.reports.text import map_format, print_conventions, print_notes
+
+MAX_EDGES = 200
+"""Edges in a report without `top n`: those with the largest absolute scores."""
+
+LISTED_EDGES = 20
+"""Edges that are printed without `top n`."""
+
+FILLS: dict[ComponentKind, str] = {
+    "embed": "#eeeeee",
+    "key-value": "#f4f4f4",
+    "head": "#fde9d0",
+    "mlp": "#e3f3e6",
+    "logits": "#eeeeee",
+}
+
+LINE, UNSCORED = "#8c8c8c", "#707070"
+
+MIN_WIDTH, MAX_WIDTH, UNSCORED_WIDTH = 0.8, 7.0, 1.5
+"""Widths of edges in pixels: with a score of 0, with the largest score, and without scores."""
+
+LAYER_MARGIN, LEGEND_HEIGHT = 62, 30
+
+PORTS = {"q": -0.3, "k": 0.0, "v": 0.3}
+"""Input of a head → its place, as a share of the width of the box."""
+
+
+@dataclass(frozen=True)
+class CircuitPicture:
+    """The edges that a report shows."""
+
+    circuit: ResultCircuit
+    edges: Sequence[DrawnEdge]
+
+    @property
+    def limit(self) -> float:
+        """The largest absolute score."""
+        return max((abs(edge.score or 0.0) for edge in self.edges), default=0.0)
+
+    def width(self, score: float | None) -> float:
+        """Return the width of an edge in pixels."""
+        if score is None:
+            return UNSCORED_WIDTH
+        share = abs(score) / self.limit if self.limit > 0 else 0.0
+        return MIN_WIDTH + (MAX_WIDTH - MIN_WIDTH) * share
+
+    @property
+    def notes(self) -> list[str]:
+        """What the picture shows, and which edges are missing."""
+        circuit = self.circuit
+        shown, every = len(self.edges), len(circuit.edges)
+        said = [f"{every:,} of {count_noun(circuit.total, 'edge')} of the model"]
+        if circuit.circuits > 1:
+            said.append(f"those of {circuit.circuits:,} circuits of a sweep together")
+        if shown < every:
+            said.append(f"{shown:,} shown, those with the largest absolute scores")
+        if not circuit.scores:
+            said.append("its edges have no scores")
+        if any(edge.receiver.kind == "key-value" for edge in self.edges):
+            heads = count_noun(circuit.heads // circuit.key_heads, "head")
+            said.append(f"a key or a value is read by {heads}: dotted lines")
+        return said
+
+
+def picture_of(result: ExperimentResult, top: int | None) -> CircuitPicture | None:
+    """Return the edges to draw; None if the result has no circuit."""
+    circuit = result.circuit
+    if circuit is None:
+        return None
+    most = MAX_EDGES if circuit.scores else len(circuit.edges)
+    return CircuitPicture(circuit, list_edges(circuit, top or most))
+
+
+def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
+    """Print the edges with their scores, the largest first."""
+    found = picture_of(result, report.top or LISTED_EDGES)
+    console.print()
+    if found is None:
+        console.print(Text(f"{result.name}: no circuit", style="bold"), highlight=False)
+        return
+    title = Text(f"{result.name}: ", style="bold")
+    title.append(f"circuit {found.circuit.name}")
+    console.print(title, highlight=False)
+    write = map_format([found.limit])
+    width = max(len(edge.text) for edge in found.edges)
+    for edge in found.edges:
+        score = "" if edge.score is None else f"  {write(edge.score):>8}"
+        console.print(Text(f"{edge.text:<{width if score else 0}}{score}"), highlight=False)
+    notes = [note.replace(": dotted lines", "") for note in found.notes]
+    print_notes(["; ".join(notes)], console)
+    print_conventions(result, report, console)
+
+
+def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
+    """Write a picture, an interactive page, or the circuit as JSON."""
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        path.write_text(_json_text(result, report.top), encoding="utf-8")
+        return
+    found = picture_of(result, report.top)
+    if suffix == ".html":
+        path.write_text(_page(result, found), encoding="utf-8")
+        return
+    canvas = Canvas()
+    canvas.heads(*_heading(result, found))
+    if found is not None:
+        drawing, (width, height) = draw_circuit(found)
+        canvas.y += 12
+        canvas.shapes.append(f'<g transform="translate(20,{canvas.y:.1f})">{drawing}</g>')
+        canvas.right = max(canvas.right, 20 + width)
+        canvas.y += height + 14
+    canvas.save(path, report.width)
+
+
+def _heading(result: ExperimentResult, found: CircuitPicture | None) -> list[str]:
+    if found is None:
+        return [f"{result.name}: no circuit"]
+    facts = [f"{result.model} · {'; '.join(found.notes)}"]
+    return [f"{result.name}: circuit {found.circuit.name}", *facts]
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def _json_text(result: ExperimentResult, top: int | None) -> str:
+    """Return the circuit as a graph of EAP-IG, which `saved("c.json")` reads too.
+
+    Query heads that share a key or a value have an edge each, with an equal share of the score. An
+    edge without a score has the score 0.
+    """
+    circuit = result.circuit
+    if circuit is None:
+        return "{}\n"
+    edges: dict[str, dict[str, float | bool]] = {}
+    inside = {"logits"}
+    for edge in list_edges(circuit, top):
+        of, _, to = edge.text.split(" ")
+        score = edge.score or 0.0
+        receiver, _, reads = to.partition(".") if "H" in to else (to, "", "")
+        sender, heads = _graph_name(of), [_graph_name(receiver)]
+        group = circuit.heads // circuit.key_heads if reads in ("k", "v") else 1
+        if group > 1:
+            layer, head = receiver[1:].split("H")
+            heads = [f"a{layer}.h{int(head) * group + n}" for n in range(group)]
+        for head in heads:
+            name = f"{sender}->{head}<{reads}>" if reads else f"{sender}->{head}"
+            edges[name] = {"score": score / group, "in_graph": True}
+        inside |= {sender, *heads}
+    nodes = ["input"]
+    for layer in range(circuit.layers):
+        nodes += [*(f"a{layer}.h{head}" for head in range(circuit.heads)), f"m{layer}"]
+    sizes = {"n_layers": circuit.layers, "n_heads": circuit.heads, "d_model": circuit.width}
+    content = {
+        "cfg": {**sizes, "parallel_attn_mlp": circuit.parallel},
+        "nodes": {name: {"in_graph": name in inside} for name in [*nodes, "logits"]},
+        "edges": edges,
+    }
+    return dump_json(content, indent=1) + "\n"
+
+
+def _graph_name(label: str) -> str:
+    """Return the name of a component in EAP-IG: `a0.h1` for `L0H1`."""
+    if label == "embed":
+        return "input"
+    if label.endswith(".mlp"):
+        return f"m{label[1:].removesuffix('.mlp')}"
+    if label == "logits":
+        return label
+    layer, head = label[1:].split("H")
+    return f"a{layer}.h{head}"
+
+
+# --- the drawing ----------------------------------------------------------------------------------
+
+
+def draw_circuit(found: CircuitPicture) -> tuple[str, tuple[float, float]]:
+    """Draw a circuit as SVG at (0, 0); return it with its width and height in pixels."""
+    layout = lay_out(found.circuit, found.edges)
+    width, height = layout.size
+    write = map_format([found.limit])
+    shapes: list[str] = []
+    for number, (layer, top, bottom) in enumerate(layout.layers):
+        shade = "#f6f6f6" if number % 2 == 0 else "#ffffff"
+        shapes.append(
+            f'<rect x="0" y="{top - 12:.1f}" width="{width + LAYER_MARGIN + 8:.1f}" '
+            f'height="{bottom - top + 24:.1f}" fill="{shade}"/>'
+        )
+        shapes.append(_text(f"layer {layer}", 6, (top + bottom) / 2 + 4, 11, "start", QUIET_INK))
+    inner = [_shared_line(layout, own, head) for own, head in layout.shared]
+    inner += [_edge(found, layout, edge, write) for edge in found.edges]
+    inner += [_node(own, at, found.edges) for own, at in layout.components.items()]
+    shapes.append(f'<g transform="translate({LAYER_MARGIN},0)">{"".join(inner)}</g>')
+    legend, legend_width = _legend(found, write)
+    shapes.append(f'<g transform="translate(6,{height + 26:.1f})">{legend}</g>')
+    size = max(width + LAYER_MARGIN + 8, legend_width + 12), height + 26 + LEGEND_HEIGHT
+    return "".join(shapes), size
+
+
+def edge_colour(score: float | None) -> str:
+    """Return the colour of an edge."""
+    if score is None:
+        return UNSCORED
+    return css_colour(POSITIVE_COLOUR if score >= 0 else NEGATIVE_COLOUR)
+
+
+def _edge(
+    found: CircuitPicture,
+    layout: CircuitLayout,
+    edge: DrawnEdge,
+    write: Callable[[float], str],
+) -> str:
+    stops = list(layout.routes[edge.pair])
+    x, y, _ = stops[-1]
+    if edge.reads is not None:
+        stops[-1] = (x + PORTS[edge.reads] * edge.receiver.width, y, y)
+    said = edge.text.replace("->", "→")
+    if edge.score is not None:
+        said += f": {write(edge.score)}"
+    return (
+        f'<g class="edge" data-of="{edge.sender.label}" data-to="{edge.receiver.label}">'
+        f'<path d="{route_path(stops)}" fill="none" stroke="{edge_colour(edge.score)}" '
+        f'stroke-width="{found.width(edge.score):.2f}" stroke-opacity="0.75"/>'
+        f"<title>{escape_xml(said)}</title></g>"
+    )
+
+
+def _shared_line(layout: CircuitLayout, own: Component, head: Component) -> str:
+    (x, y), (to, top) = layout.components[own], layout.components[head]
+    return (
+        f'<g class="edge" data-of="{own.label}" data-to="{head.label}"><path '
+        f'd="M{x:.1f},{y:.1f} L{to:.1f},{top + NODE_HEIGHT["head"]:.1f}" fill="none" '
+        f'stroke="{LINE}" stroke-dasharray="2 3"/></g>'
+    )
+
+
+def _node(own: Component, at: tuple[float, float], edges: Sequence[DrawnEdge]) -> str:
+    x, y = at
+    width, height = own.width, NODE_HEIGHT[own.kind]
+    reads = {edge.reads for edge in edges if edge.receiver == own and edge.reads is not None}
+    middle = y + (14 if reads else height / 2 + 4)
+    inside = "".join(
+        _text(name, x + PORTS[name] * width, y + height - 5, 10, "middle", QUIET_INK)
+        for name in sorted(reads)
+    )
+    incoming = sum(edge.receiver == own for edge in edges)
+    outgoing = sum(edge.sender == own for edge in edges)
+    said = f"{own.title}: {count_noun(incoming, 'edge')} in, {outgoing:,} out"
+    return (
+        f'<g class="node" data-node="{own.label}"><rect x="{x - width / 2:.1f}" y="{y:.1f}" '
+        f'width="{width:.1f}" height="{height:.1f}" rx="{4 if own.kind != "head" else 10}" '
+        f'fill="{FILLS[own.kind]}" stroke="{LINE}"/>'
+        f"{_text(own.title, x, middle, 11, 'middle', INK)}{inside}"
+        f"<title>{escape_xml(said)}</title></g>"
+    )
+
+
+def _text(text: str, x: float, y: float, size: int, anchor: str, ink: str) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{ink}">'
+        f"{escape_xml(text)}</text>"
+    )
+
+
+def _legend(found: CircuitPicture, write: Callable[[float], str]) -> tuple[str, float]:
+    """Draw the legend at (0, 0); return it with its width."""
+    scores = [edge.score for edge in found.edges if edge.score is not None]
+    ends = [max(scores, default=0.0), min(scores, default=0.0)]
+    samples = [score for score in ends if score] if scores else []
+    parts: list[str] = []
+    x = 0.0
+    for score in dict.fromkeys(samples if samples else [None]):
+        said = "edge" if score is None else f"score {write(score)}"
+        parts.append(
+            f'<path d="M{x:.1f},8 h30" stroke="{edge_colour(score)}" '
+            f'stroke-width="{found.width(score):.2f}" stroke-opacity="0.75"/>'
+        )
+        parts.append(_text(said, x + 36, 12, 11, "start", QUIET_INK))
+        x += 36 + text_width(said, 11) + 22
+    kinds = {edge.receiver.kind for edge in found.edges} | {
+        edge.sender.kind for edge in found.edges
+    }
+    names: dict[ComponentKind, str] = {"head": "head", "mlp": "MLP", "key-value": "key or value"}
+    for kind, name in names.items():
+        if kind not in kinds:
+            continue
+        parts.append(
+            f'<rect x="{x:.1f}" y="2" width="18" height="12" rx="{3 if kind != "head" else 6}" '
+            f'fill="{FILLS[kind]}" stroke="{LINE}"/>'
+        )
+        parts.append(_text(name, x + 24, 12, 11, "start", QUIET_INK))
+        x += 24 + text_width(name, 11) + 22
+    said = "edges lead upwards"
+    parts.append(_text(said, x, 12, 11, "start", QUIET_INK))
+    return "".join(parts), x + text_width(said, 11)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+STYLE = f"""
+body {{ font-family: {FONT}; color: {INK}; margin: 24px; }}
+h1 {{ font-size: 18px; margin: 0 0 4px; }}
+p {{ color: {QUIET_INK}; font-size: 12px; margin: 2px 0 10px; }}
+.node {{ cursor: pointer; }}
+.node:focus {{ outline: none; }}
+.node:focus rect {{ stroke-width: 2; }}
+.edge:hover path {{ stroke-opacity: 1; stroke: #111111; }}
+.chosen .edge, .chosen .node {{ opacity: 0.08; }}
+.chosen .lit {{ opacity: 1; }}
+"""
+
+HINT = "Click a component to show its edges only. Hover over an edge for its score."
+
+SCRIPT = """
+const svg = document.querySelector("svg");
+const edges = [...svg.querySelectorAll(".edge")], nodes = [...svg.querySelectorAll(".node")];
+let chosen = null;
+function choose(name) {
+  chosen = chosen === name ? null : name;
+  svg.classList.toggle("chosen", chosen !== null);
+  const near = new Set([chosen]);
+  for (const edge of edges) {
+    const lit = edge.dataset.of === chosen || edge.dataset.to === chosen;
+    edge.classList.toggle("lit", lit);
+    if (lit) near.add(edge.dataset.of).add(edge.dataset.to);
+  }
+  for (const node of nodes) node.classList.toggle("lit", near.has(node.dataset.node));
+}
+for (const node of nodes) {
+  node.setAttribute("tabindex", "0");
+  const name = node.dataset.node;
+  node.addEventListener("click", event => { event.stopPropagation(); choose(name); });
+  node.addEventListener("keydown", event => { if (event.key === "Enter") choose(name); });
+}
+svg.addEventListener("click", () => { if (chosen !== null) choose(chosen); });
+"""
+
+
+def _page(result: ExperimentResult, found: CircuitPicture | None) -> str:
+    """Return a page that needs no network."""
+    first, *facts = _heading(result, found)
+    body = [f"<h1>{escape_xml(first)}</h1>", *(f"<p>{escape_xml(fact)}</p>" for fact in facts)]
+    if found is not None:
+        drawing, (width, height) = draw_circuit(found)
+        body.append(
+            "<p>Click a component to show its edges only. Hover over an edge for its score.</p>"
+        )
+        body.append(
+            f'<svg width="{width:.0f}" height="{height:.0f}" font-family="{FONT}" role="img" '
+            f'aria-label="{escape_xml(first)}"><g transform="translate(0,14)">{drawing}</g></svg>'
+            f"<script>{SCRIPT}</script>"
+        )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape_xml(first)}</title><style>{STYLE}</style></head>\n"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
