@@ -164,7 +164,7 @@ def locate_model(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic
             return _local(model, base)
         case "hf":
             return _hub(model, base)
-        case "python" | "edited" | "sum":
+        case "python" | "edited" | "rounded" | "sum":
             raise ValueError("a model that is made by a function or from others has no folder")
 
 

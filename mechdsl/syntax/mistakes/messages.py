@@ -665,8 +665,8 @@ def _expected(mistake: Mistake) -> str:
     """Describe the accepted terminals in a few words."""
     left = set(mistake.accepts) - {"THUMBNAIL"}  # may follow every name of a span, as tiles may
     known = keywords()
-    if {"AT", "DIM", "ARROW"} & left:  # `dims` and `except` may follow every site
-        left -= {"DIM", "DIMS", "EXCEPT"}
+    if {"AT", "DIM", "ARROW"} & left:  # `dims` and `except` may follow every site, and circuits
+        left -= {"DIM", "DIMS", "EXCEPT", "WITHOUT"}  # aren't sites
     complete = "$END" in left
     if complete:
         left -= {name for name in left if known.get(name, "") in FIRST_WORDS[mistake.kind]}
